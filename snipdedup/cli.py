@@ -1,0 +1,362 @@
+"""The table of commands. The only file that prints an error or sets an exit status.
+
+Fire matches words to parameters; the table hands it functions that only note the call. It runs
+after every word has found its place and every value its type, so a mistyped flag costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import inspect
+import io
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
+
+from snipdedup import __version__, settings
+from snipdedup.errors import SnipError, UsageError
+
+WIDTH = 96
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: where its settings are declared and which function runs it."""
+
+    name: str
+    group: str
+    does: str
+    options: type[settings.Settings]
+    target: str
+    example: str
+
+    def fields(self, positional: bool) -> list[dataclasses.Field]:
+        """Return the positional arguments, or the flags."""
+        fields = dataclasses.fields(self.options)
+        return [f for f in fields if bool(f.metadata.get("positional")) == positional]
+
+    def run(self, options: settings.Settings) -> str | None:
+        """Import the room that does the work, do it, return what to print."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)(options)
+
+
+COMMANDS = (
+    Command(
+        "train", "the chain", "train the SNIP encoder on features", settings.Train,
+        "snipdedup.train:run", "snip train img_emb --out encoder",
+    ),
+    Command(
+        "compress", "the chain", "write descriptors, shard for shard", settings.Compress,
+        "snipdedup.encoder:run", "snip compress img_emb --encoder encoder --out descriptors",
+    ),
+    Command(
+        "index", "the chain", "build a sharded IVFPQ index", settings.Index,
+        "snipdedup.index:run", "snip index img_emb --encoder encoder --out index",
+    ),
+    Command(
+        "dedup", "the chain", "find duplicates, prove them, write the rows that stay",
+        settings.Dedup, "snipdedup.deduplicate:run",
+        "snip dedup img_emb --metadata metadata --out clean",
+    ),
+    Command(
+        "filter", "the chain", "apply a mask to metadata, by position", settings.Filter,
+        "snipdedup.metadata:run", "snip filter metadata --is_dup clean --out kept",
+    ),
+    Command(
+        "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",
+        settings.Download, "snipdedup.download:run",
+        "snip download 'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
+    ),
+    Command(
+        "demo", "trying", "the whole chain on pictures that it makes itself", settings.Demo,
+        "snipdedup.demo:run", "snip demo",
+    ),
+)  # fmt: skip
+BY_NAME = {command.name: command for command in COMMANDS}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``snip`` and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(words: list[str]) -> int:
+    """Run one command line and return its exit status."""
+    try:
+        if not words or (words[0] in ("--help", "-h", "help") and len(words) == 1):
+            print(overview())
+        elif words == ["--version"]:
+            print(f"snip {__version__}")
+        else:
+            command = find_command(words)
+            if {"--help", "-h"} & set(words[1:]):
+                print(command_help(command))
+            else:
+                said = command.run(parse(command, words[1:]))
+                if said:
+                    print(said)
+        sys.stdout.flush()
+    except UsageError as error:
+        return complain(error, WRONG_USAGE)
+    except SnipError as error:
+        return complain(error, FAILED)
+    except KeyboardInterrupt:
+        return complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except MemoryError as error:
+        return complain(f"out of memory: {error}; lower --max_memory or --chunk_rows", FAILED)
+    except OSError as error:
+        return complain(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
+    return DONE
+
+
+def complain(what: object, status: int) -> int:
+    """Print one line to stderr; return the status."""
+    print(f"snip: {what}", file=sys.stderr)
+    return status
+
+
+def find_command(words: list[str]) -> Command:
+    """Return the command that the first word names."""
+    name = words[0]
+    if name not in BY_NAME:
+        what = "flag" if name.startswith("-") else "command"
+        raise UsageError(f"no {what} {name!r}{nearest(name, BY_NAME)}; see: snip --help")
+    return BY_NAME[name]
+
+
+def parse(command: Command, words: list[str]) -> settings.Settings:
+    """Turn the words after a command's name into its settings, by way of fire.
+
+    Raises
+    ------
+    UsageError
+        For an unknown flag, a stray or missing word, or a value of the wrong type.
+    """
+    check_flags(command, words)
+    texts = bind(command, words)
+    kinds = get_type_hints(command.options)
+    values = {name: coerce(name, text, kinds[name]) for name, text in texts.items()}
+    return command.options(**values)
+
+
+def bind(command: Command, words: list[str]) -> dict[str, str]:
+    """Let fire match words to parameters; return the texts given, by parameter."""
+    import fire
+
+    calls: list[dict[str, str]] = []
+    table = {command.name: recorder(command, calls)}
+    noise = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(noise), contextlib.redirect_stdout(noise):
+            fire.Fire(table, [command.name, *words], name="snip", serialize=lambda _: "")
+    except fire.core.FireExit:
+        raise UsageError(explain(command, words, bool(calls))) from None
+    return calls[-1]
+
+
+class Noted:
+    """What a recorded call returns to fire: nothing that further words could reach into."""
+
+    __slots__ = ()
+
+    def __dir__(self) -> list[str]:
+        return []
+
+
+def recorder(command: Command, calls: list[dict[str, str]]) -> Callable[..., Noted]:
+    """Return a function with the command's signature that notes its arguments as texts."""
+    import fire
+
+    def call(**given: str) -> Noted:
+        calls.append({name: text for name, text in given.items() if text is not None})
+        return Noted()
+
+    def positional(*given: str, **flags: str) -> Noted:
+        names = [field.name for field in command.fields(positional=True)]
+        return call(**dict(zip(names, given, strict=False)), **flags)
+
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = [
+        inspect.Parameter(
+            field.name, kind, default=inspect.Parameter.empty if is_required(field) else None
+        )
+        for kind, is_positional in zip(kinds, (True, False), strict=True)
+        for field in command.fields(is_positional)
+    ]
+    positional.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return fire.decorators.SetParseFn(str)(positional)  # 2024_01 stays a text
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Tell whether a setting has no default."""
+    return field.default is dataclasses.MISSING
+
+
+def check_flags(command: Command, words: list[str]) -> None:
+    """Refuse unknown flags, and flags that lack their value."""
+    kinds = get_type_hints(command.options)
+    for place, word in enumerate(words):
+        if word in ("--", "-"):
+            raise UsageError(f"unexpected {word!r}; see: snip {command.name} --help")
+        if not is_flag(word):
+            continue
+        flag, equals, _ = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        plain = name.removeprefix("no") if kinds.get(name.removeprefix("no")) is bool else name
+        if plain not in kinds or (not flag.startswith("--") and len(plain) > 1):
+            raise UsageError(
+                f"{command.name} has no flag {flag}{nearest(name, kinds, '--')}; "
+                f"see: snip {command.name} --help"
+            )
+        follows = words[place + 1] if place + 1 < len(words) else None
+        if not equals and kinds[plain] is not bool and (follows is None or is_flag(follows)):
+            raise UsageError(f"{flag} needs a value; see: snip {command.name} --help")
+        if sum(same_flag(plain, other) for other in words) > 1:
+            raise UsageError(f"{flag} is given more than once")
+
+
+def same_flag(name: str, word: str) -> bool:
+    """Tell whether a word is the flag of a given name."""
+    return is_flag(word) and word.partition("=")[0].lstrip("-").replace("-", "_") == name
+
+
+def is_flag(word: str) -> bool:
+    """Tell a flag from a value; a negative number is a value."""
+    return word.startswith("--") or (len(word) > 1 and word[0] == "-" and word[1].isalpha())
+
+
+def explain(command: Command, words: list[str], was_called: bool) -> str:
+    """Say which word fire could not place."""
+    kinds = get_type_hints(command.options)
+    values, skip = [], False
+    for word in words:
+        if is_flag(word):
+            name = word.lstrip("-").replace("-", "_")
+            skip = "=" not in word and kinds.get(name) is not bool
+        elif skip:
+            skip = False
+        else:
+            values.append(word)
+    stray = values[len(command.fields(positional=True)) :]
+    if was_called and stray:
+        close = nearest(stray[0], kinds, "--")
+        return f"unexpected word {stray[0]!r}{close}; see: snip {command.name} --help"
+    given = {w.partition("=")[0].lstrip("-").replace("-", "_") for w in words if is_flag(w)}
+    names = [f.name for f in command.fields(positional=True)][: len(values)]
+    missing = [
+        f.name.upper() if f.metadata.get("positional") else f"--{f.name}"
+        for f in (*command.fields(positional=True), *command.fields(positional=False))
+        if is_required(f) and f.name not in given and f.name not in names
+    ]
+    return f"{command.name} needs {', '.join(missing)}; for example: {command.example}"
+
+
+def nearest(word: str, names: Any, mark: str = "") -> str:
+    """Return ``, did you mean X?``, or nothing where no name is close."""
+    found = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), list(names), 1, 0.6)
+    return f", did you mean {mark}{found[0]}?" if found else ""
+
+
+def coerce(name: str, text: str, kind: Any) -> Any:
+    """Turn the text of a setting into its declared type.
+
+    Raises
+    ------
+    UsageError
+        If the text is not of that type.
+    """
+    kind = bare_type(kind)
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UsageError(f"--{name} is a switch: give it without a value, found {text!r}")
+    try:
+        if kind is int:
+            value = float(text)
+            if value != int(value):
+                raise ValueError
+            return int(text) if text.lstrip("+-").isdecimal() else int(value)
+        if kind is float:
+            return float(text)
+    except (ValueError, OverflowError):
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"--{name} must be {what}, found {text!r}") from None
+    return text
+
+
+def bare_type(kind: Any) -> Any:
+    """Return ``T`` of ``T | None``."""
+    if isinstance(kind, UnionType):
+        return next(k for k in get_args(kind) if k is not NoneType)
+    return kind
+
+
+def overview() -> str:
+    """Return what ``snip`` and ``snip --help`` print."""
+    lines = [
+        f"snip {__version__}: find near-duplicate image features, prove each one, keep the rest",
+        "",
+        "usage: snip COMMAND ...",
+    ]
+    for group in dict.fromkeys(command.group for command in COMMANDS):
+        lines += ["", group]
+        lines += [f"  {c.name:<10} {c.does}" for c in COMMANDS if c.group == group]
+    lines += [
+        "",
+        "start here",
+        "  snip demo",
+        "  snip dedup img_emb --metadata metadata --out clean",
+        "",
+        "snip COMMAND --help says more.",
+    ]
+    return "\n".join(lines)
+
+
+def command_help(command: Command) -> str:
+    """Return what ``snip COMMAND --help`` prints."""
+    places = command.fields(positional=True)
+    usage = " ".join(f.name.upper() if is_required(f) else f"[{f.name.upper()}]" for f in places)
+    needed = [f for f in command.fields(positional=False) if is_required(f)]
+    usage += "".join(f" --{f.name} {f.name.upper()}" for f in needed)
+    lines = [f"snip {command.name}: {command.does}", "", f"usage: snip {command.name} {usage} ..."]
+    lines += ["", "arguments"] if places else []
+    for field in places:
+        lines += described(field.name.upper(), field.metadata["help"])
+    lines += ["", "flags"]
+    kinds = get_type_hints(command.options)
+    for field in (*needed, *(f for f in command.fields(positional=False) if not is_required(f))):
+        lines += described(f"--{field.name}", flag_help(field, bare_type(kinds[field.name])))
+    lines += ["", "example", f"  {command.example}"]
+    return "\n".join(lines)
+
+
+def flag_help(field: dataclasses.Field, kind: type) -> str:
+    """Return a flag's meaning, its choices and its default."""
+    text = field.metadata["help"]
+    choices = field.metadata.get("choices")
+    if choices:
+        text += f" ({' | '.join((*choices, *field.metadata['prefixes']))})"
+    if is_required(field):
+        return f"{text} [needed]"
+    if kind is bool or field.default is None:
+        return text
+    return f"{text} [{field.default}]"
+
+
+def described(name: str, text: str) -> list[str]:
+    """Lay out one entry of a help page."""
+    body = textwrap.wrap(text, WIDTH - 22)
+    first = f"  {name:<19} {body[0]}" if len(name) < 20 else f"  {name}\n{'':22}{body[0]}"
+    return [first, *(f"{'':22}{line}" for line in body[1:])]

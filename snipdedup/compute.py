@@ -1,0 +1,92 @@
+"""Cores and devices: how many threads, which device, and how blocks run side by side.
+
+Each block is computed by one thread, so its bits do not depend on how many run beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from snipdedup.errors import SnipError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def cores(threads: int = 0) -> int:
+    """Return how many threads to use; 0 means all that this process may run on."""
+    if threads:
+        return threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pick_device(name: str) -> str:
+    """Turn ``auto`` into ``cuda`` where there is one, else ``cpu``.
+
+    Raises
+    ------
+    SnipError
+        If ``cuda`` is asked for and there is none.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SnipError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+@contextmanager
+def library_threads(count: int) -> Iterator[None]:
+    """Let torch and faiss use ``count`` threads inside the block, as before after it."""
+    import faiss
+    import torch
+
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(count)
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        faiss.omp_set_num_threads(before[1])
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Yield ``work(item)`` in the order of ``items``, computed by ``threads`` threads.
+
+    Libraries inside ``work`` run single-threaded. Twice as many items as threads are under way or
+    finished and not yet taken, so memory stays bounded.
+    """
+    with (
+        library_threads(1),
+        ThreadPoolExecutor(threads, initializer=_single_threaded) as pool,
+    ):
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _single_threaded() -> None:
+    # OpenMP keeps its number of threads by thread: each worker sets its own.
+    import faiss
+    import torch
+
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)

@@ -1,0 +1,75 @@
+"""Progress on stderr: a tqdm bar on a terminal, plain lines with rate and ETA elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+PLAIN_LINES_EVERY_S = 10.0
+
+
+def bar(total: int, desc: str, unit: str) -> Any:
+    """Return a progress bar with ``update(n)`` and ``close()``; also a context manager.
+
+    Parameters
+    ----------
+    total : int
+        Units of work to come.
+    desc, unit : str
+        What is being done, and to what (``"rows"``, ``"tiles"``).
+    """
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=" " + unit, unit_scale=True, file=sys.stderr)
+    return PlainBar(total, desc, unit)
+
+
+def track(items: Iterable[T], desc: str, unit: str, total: int) -> Iterator[T]:
+    """Yield from ``items`` while a bar counts them."""
+    with bar(total, desc, unit) as progress:
+        for item in items:
+            yield item
+            progress.update(1)
+
+
+class PlainBar:
+    """What a log file wants to hold: one line now and then, and none for short work."""
+
+    def __init__(self, total: int, desc: str, unit: str) -> None:
+        self.total, self.desc, self.unit = total, desc, unit
+        self.done = 0
+        self.started = self.last_line = time.monotonic()
+
+    def update(self, n: int = 1) -> None:
+        """Count ``n`` more units; print a line if the last one is old enough."""
+        self.done += n
+        now = time.monotonic()
+        if now - self.last_line < PLAIN_LINES_EVERY_S:
+            return
+        self.last_line = now
+        rate = self.done / (now - self.started)
+        left = (self.total - self.done) / rate if rate else float("inf")
+        print(
+            f"{self.desc}: {self.done:,} of {self.total:,} {self.unit}, "
+            f"{rate:,.0f} {self.unit}/s, {left:,.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def set_postfix_str(self, text: str) -> None:
+        """Show ``text`` (a loss, say) behind the bar's description."""
+        self.desc = self.desc.split(" [")[0] + (f" [{text}]" if text else "")
+
+    def close(self) -> None:
+        """Nothing to tidy up: lines stay printed."""
+
+    def __enter__(self) -> PlainBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

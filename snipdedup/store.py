@@ -1,0 +1,199 @@
+"""Files that appear whole or not at all, and the manifest that vouches for a folder.
+
+Every folder that snip writes (OUT, an encoder, an index, descriptors, filtered metadata) holds a
+``snip.json``, written last. Where it stands, the folder is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup import __version__
+from snipdedup.errors import SnipError
+
+MANIFEST = "snip.json"
+FORMAT = 1
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; move it there only if the block succeeds.
+
+    Raises
+    ------
+    SnipError
+        If the file cannot be written (no permission, disk full).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise SnipError(f"cannot write {path}: {error.strerror or error}") from error
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~_umask())
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise SnipError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_npy(path: Path, array: np.ndarray) -> None:
+    """Write one array as ``.npy``."""
+    with replacing(path) as part, part.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def save_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write named arrays as an uncompressed ``.npz``."""
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def save_parquet(path: Path, table: Any) -> None:
+    """Write a ``pyarrow.Table``."""
+    import pyarrow.parquet as pq
+
+    with replacing(path) as part:
+        pq.write_table(table, part)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write JSON a person can read."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises
+    ------
+    SnipError
+        If the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SnipError(f"no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise SnipError(f"{path}: expected JSON, but it cannot be read: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Return a short hash of a JSON value, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_manifest(folder: Path, kind: str, body: dict[str, Any], outputs: Iterable[Path]) -> None:
+    """Write ``snip.json``, last of all, with versions and the SHA-256 of each output.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder that the manifest vouches for.
+    kind : str
+        What the folder is: ``dedup``, ``encoder``, ``descriptors``, ``index``, ``filter``, ...
+    body : dict
+        The kind's own entries (settings, shards, counts, times).
+    outputs : iterable of Path
+        Files below ``folder``.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in outputs)
+    save_json(
+        folder / MANIFEST,
+        {
+            "kind": kind,
+            "format": FORMAT,
+            "versions": versions(),
+            **body,
+            "outputs": {
+                name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+                for name in names
+            },
+        },
+    )
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Read a folder's manifest.
+
+    Raises
+    ------
+    SnipError
+        If there is none, or it is of another kind or of a newer format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise SnipError(
+            f"{folder}: expected a finished {kind} folder with {MANIFEST}, found none; "
+            "was the run that makes it stopped?"
+        )
+    manifest = load_json(path)
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if found != kind:
+        raise SnipError(f"{path}: expected a manifest of kind {kind!r}, found {found!r}")
+    if manifest.get("format", 0) > FORMAT:
+        raise SnipError(
+            f"{path}: written by a newer snipdedup (format {manifest['format']}, this one reads "
+            f"up to {FORMAT}); upgrade with: pip install -U snipdedup-toolkit"
+        )
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Return what ran: snipdedup, Python and the libraries that can change a result."""
+    found = {"snipdedup": __version__, "python": platform.python_version()}
+    for name in ("faiss-cpu", "numpy", "pyarrow", "torch"):
+        try:
+            found[name] = packages.version(name)
+        except packages.PackageNotFoundError:  # faiss built from source, say
+            found[name] = "unknown"
+    return found
+
+
+def refuse_output_inside(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to write into, above or over an input.
+
+    Raises
+    ------
+    SnipError
+        If ``out`` is an input folder, lies in one, or is the folder of an input file.
+    """
+    target = out.resolve()
+    for path in inputs:
+        folder = (path if path.is_dir() else path.parent).resolve()
+        if target == folder or folder in target.parents:
+            raise SnipError(
+                f"--out {out} lies in the input folder {folder}; snip never writes there, "
+                "choose another folder"
+            )

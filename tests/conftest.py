@@ -1,0 +1,39 @@
+"""What tests share: the real data, and `snip` as a person runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("SNIP_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real features; skip where it is absent."""
+    if not (DATA / "keyframes" / "img_emb").is_dir():
+        pytest.skip(f"no real data at {DATA}; set SNIP_TEST_DATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def snip():
+    """Run the command line in a process of its own; return the finished process."""
+
+    def run(*words: object, status: int = 0, **options: object) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, "-m", "snipdedup", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            **options,
+        )
+        assert done.returncode == status, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
