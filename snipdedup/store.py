@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from snipdedup.errors import SnipError
 
 MANIFEST = "snip.json"
 FORMAT = 1
+WORK = "work"  # what an unfinished run needs to go on; removed at the end
+REQUEST = "request.json"
+SHORT = 80  # characters of a value shown in a message
 
 
 @contextmanager
@@ -179,6 +183,80 @@ def versions() -> dict[str, str]:
         except packages.PackageNotFoundError:  # faiss built from source, say
             found[name] = "unknown"
     return found
+
+
+def claim(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) -> str:
+    """Take ``out`` for a run, or find that it is taken.
+
+    Parameters
+    ----------
+    out : Path
+        The folder to write.
+    kind : str
+        As in `write_manifest`; the finished manifest must hold ``request``.
+    request : dict
+        All that the result depends on, by name: settings and inputs.
+    overwrite : bool
+        Remove what an earlier run of the same kind left.
+
+    Returns
+    -------
+    str
+        ``"new"``; ``"resume"`` where a stopped run with the same request left its work;
+        ``"done"`` where a finished one did.
+
+    Raises
+    ------
+    SnipError
+        If ``out`` belongs to another request, or holds files that are not snip's.
+    """
+    note = out / WORK / REQUEST
+    if (out / MANIFEST).is_file():
+        state, earlier = "done", read_manifest(out, kind).get("request", {})
+    elif note.is_file():
+        state, earlier = "resume", load_json(note)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SnipError(f"--out {out} exists and is not a folder that snip wrote; choose another")
+    else:
+        state, earlier = "new", request
+    differing = differences(earlier, request)
+    if differing and not overwrite:
+        raise SnipError(
+            f"--out {out} holds a {'finished' if state == 'done' else 'stopped'} run with other "
+            f"{'; '.join(differing)}. Choose another folder, or replace it with --overwrite"
+        )
+    if overwrite and state != "new":
+        clear(out)
+        state = "new"
+    if state == "new":
+        save_json(note, request)
+    return state
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what differs between two requests, one line each, by name."""
+    return [
+        f"{name} ({short(earlier.get(name))}, now {short(now.get(name))})"
+        for name in sorted({*earlier, *now})
+        if fingerprint(earlier.get(name)) != fingerprint(now.get(name))
+    ]
+
+
+def short(value: Any) -> str:
+    """Return a value as JSON, cut to what fits into a message."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHORT else text[:SHORT] + "..."
+
+
+def clear(out: Path) -> None:
+    """Remove a run's files: the manifest first, so that the folder is never taken for whole."""
+    names: list[str] = []
+    if (out / MANIFEST).is_file():
+        names = list(load_json(out / MANIFEST).get("outputs", {}))
+        (out / MANIFEST).unlink()
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def refuse_output_inside(out: Path, inputs: Iterable[Path]) -> None:

@@ -1,0 +1,116 @@
+"""Brute force in bounded memory: every pair of rows is looked at. The truth for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from snipdedup import progress
+from snipdedup.compute import in_order
+from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, unit_rows64
+from snipdedup.forest import Edges, join_edges, make_edges, spanning_forest
+from snipdedup.shards import Features
+
+TILE = 2048  # rows of a tile's sides
+VERIFY_PAIRS = 8192  # pairs whose rows are laid side by side at a time
+DENSE = 1 / 64  # share of a tile from which its cosines are computed all at once
+
+
+class Panel(NamedTuple):
+    """Rows held in memory: their numbers, as stored, and as float32 unit rows."""
+
+    rows: np.ndarray
+    raw: np.ndarray
+    unit: np.ndarray
+
+
+def exact_edges(
+    features: Features, rows: np.ndarray, threshold: float, *, threads: int, memory: int
+) -> Iterator[Edges]:
+    """Yield the spanning forest of each tile's pairs, from all pairs of ``rows``.
+
+    Parameters
+    ----------
+    features : Features
+    rows : (n,) int64
+        The rows to compare, ascending: distinct ones that can be compared.
+    threshold : float
+        Cosine from which two rows are a pair.
+    threads : int
+    memory : int
+        Bytes for two panels of rows; a smaller bound reads the features more often.
+    """
+    size = panel_rows(features, memory)
+    starts = range(0, len(rows), size)
+    tiles = sum(len(tile_plan(len(rows), size, i, j)) for i in starts for j in starts if j >= i)
+    with progress.bar(tiles, "comparing", "tiles") as bar:
+        for i in starts:
+            left = load_panel(features, rows[i : i + size])
+            for j in range(i, len(rows), size):
+                right = left if j == i else load_panel(features, rows[j : j + size])
+                plan = tile_plan(len(rows), size, i, j)
+
+                def compare(
+                    tile: tuple[int, int], left: Panel = left, right: Panel = right
+                ) -> Edges:
+                    return spanning_forest(tile_pairs(left, right, *tile, threshold))
+
+                for edges in in_order(compare, plan, threads):
+                    bar.update(1)
+                    yield edges
+
+
+def panel_rows(features: Features, memory: int) -> int:
+    """Return how many rows a panel may hold, in whole tiles."""
+    row_bytes = features.dim * (features.dtype.itemsize + 4)
+    return max(TILE, memory // (2 * row_bytes) // TILE * TILE)
+
+
+def tile_plan(rows: int, size: int, i: int, j: int) -> list[tuple[int, int]]:
+    """Return the tiles (left start, right start) of panels at rows i and j, each pair once."""
+    left = range(0, min(size, rows - i), TILE)
+    right = range(0, min(size, rows - j), TILE)
+    return [(a, b) for a in left for b in right if i != j or b >= a]
+
+
+def load_panel(features: Features, rows: np.ndarray) -> Panel:
+    """Read a panel."""
+    raw = features.gather(rows)
+    return Panel(rows, raw, unit_rows(raw))
+
+
+def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> Edges:
+    """Return all pairs between ``TILE`` rows of two panels, by float64 cosine."""
+    import torch
+
+    x, y = left.unit[i : i + TILE], right.unit[j : j + TILE]
+    product = (torch.from_numpy(x) @ torch.from_numpy(y).T).numpy()
+    limit = np.float32(threshold)
+    found = np.flatnonzero(product.ravel() >= limit - np.float32(PROPOSAL_ERROR))
+    a, b = np.divmod(found, len(y))
+    if left is right and i == j:
+        a, b = a[a < b], b[a < b]
+    if len(a) > DENSE * product.size:
+        dense = unit_rows64(left.raw[i : i + TILE]) @ unit_rows64(right.raw[j : j + TILE]).T
+        cosine = np.minimum(dense.astype(np.float32)[a, b], np.float32(1))
+    else:
+        cosine = np.concatenate([
+            np.empty(0, np.float32),
+            *(
+                pair_cosine(left.raw[i + a[s : s + VERIFY_PAIRS]],
+                            right.raw[j + b[s : s + VERIFY_PAIRS]])
+                for s in range(0, len(a), VERIFY_PAIRS)
+            ),
+        ])  # fmt: skip
+    edges = make_edges(left.rows[i + a], right.rows[j + b], cosine)
+    return edges.at(threshold)
+
+
+def all_pairs(features: Features, threshold: float, *, threads: int) -> Edges:
+    """Return every pair of a small set, distinct or not; a reference for tests."""
+    panel = load_panel(features, np.arange(features.rows))
+    plan = tile_plan(features.rows, max(features.rows, 1), 0, 0)
+    tiles = in_order(lambda t: tile_pairs(panel, panel, *t, threshold), plan, threads)
+    return join_edges(list(tiles))

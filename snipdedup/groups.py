@@ -1,0 +1,303 @@
+"""Who stays: the rows of a group in keep order, by the star rule or one row a component."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from snipdedup.cosine import unit_rows64
+from snipdedup.forest import Edges, components, make_edges
+
+Gather = Callable[[np.ndarray], np.ndarray]
+Rank = Callable[[np.ndarray], np.ndarray]
+
+STAR_BLOCK = 1024  # rows of a large group compared at once
+PACKED_GROUP = 32  # groups up to this size are compared many at a time
+PACKED_ROWS = 1 << 14  # rows gathered for one such batch
+
+
+class Members(NamedTuple):
+    """The rows of groups of two or more, ordered by group, then row.
+
+    Attributes
+    ----------
+    row, group : (n,) int64
+        A row, and the smallest row of its group.
+    representative : (n,) int64
+        For a removed row the staying row that stands for it; else the row itself.
+    similarity : (n,) float32
+        Cosine with the representative, 1 for the row itself; NaN where it was never computed.
+    is_dup : (n,) bool
+        True: the row is removed.
+    """
+
+    row: np.ndarray
+    group: np.ndarray
+    representative: np.ndarray
+    similarity: np.ndarray
+    is_dup: np.ndarray
+
+
+def keep_rank(rows: np.ndarray, keep: str, seed: int) -> np.ndarray:
+    """Return the place of each row in keep order, (n,) uint64; the smallest stays.
+
+    ``random`` is a hash of seed and row (splitmix64), the same wherever the row is met. It is a
+    bijection, so no two rows tie.
+    """
+    rank = rows.astype(np.uint64)
+    if keep == "last":
+        return ~rank
+    if keep == "random":
+        with np.errstate(over="ignore"):
+            rank += np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                rank = (rank ^ (rank >> np.uint64(shift))) * np.uint64(factor)
+            rank ^= rank >> np.uint64(31)
+    return rank
+
+
+def group_components(forest: Edges, rank: Rank) -> Members:
+    """Let one row a component stay, the first in keep order.
+
+    ``similarity`` is left NaN for removed rows: a row's cosine with its representative is in no
+    forest.
+    """
+    row, group = components(forest)
+    order = np.lexsort((row, group))
+    row, group = row[order], group[order]
+    starts = group_starts(group)
+    first = np.lexsort((rank(row), group))[starts[:-1]]
+    keeper = np.repeat(row[first], np.diff(starts))
+    is_dup = row != keeper
+    similarity = np.where(is_dup, np.float32(np.nan), np.float32(1))
+    return Members(row, group, keeper, similarity, is_dup)
+
+
+def group_starts(group: np.ndarray) -> np.ndarray:
+    """Return where each group of a sorted label array begins, and its length at the end."""
+    if not len(group):
+        return np.zeros(1, np.int64)
+    cuts = np.flatnonzero(np.diff(group)) + 1
+    return np.concatenate([[0], cuts, [len(group)]]).astype(np.int64)
+
+
+def group_star(
+    forest: Edges,
+    rank: Rank,
+    gather: Gather,
+    threshold: float,
+    done: Callable[[int], None],
+) -> Members:
+    """Let a row stay unless a row that already stays forms a pair with it, in keep order.
+
+    Exact copies are not among these rows: `Copies` folds them away before and back after.
+
+    Parameters
+    ----------
+    forest : Edges
+        Over distinct rows; defines the groups.
+    rank : function of (n,) int64 rows
+        Place in keep order, smaller first.
+    gather : function of (n,) int64 rows
+        Returns those rows' features, (n, d).
+    threshold : float
+        Cosine from which two rows are a pair.
+    done : function of int
+        Told how many rows have been decided, for progress.
+    """
+    row, group = components(forest)
+    order = np.lexsort((rank(row), group))
+    row, group = row[order], group[order]  # keep order inside each group
+    starts = group_starts(group)
+    representative, similarity = row.copy(), np.ones(len(row), np.float32)
+    for places in star_batches(np.diff(starts), starts):
+        if places.ndim == 2:
+            chosen, cosine = star_packed(row[places], gather, threshold)
+        else:
+            chosen, cosine = star_large(row[places], gather, threshold)
+        representative[places], similarity[places] = chosen, cosine
+        done(places.size)
+    return ordered(Members(row, group, representative, similarity, representative != row))
+
+
+def star_batches(sizes: np.ndarray, starts: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield places to compare together: (groups, size) for small groups, (size,) for large ones."""
+    for size in np.unique(sizes[sizes <= PACKED_GROUP]):
+        firsts = starts[:-1][sizes == size]
+        step = max(1, PACKED_ROWS // int(size))
+        for cut in range(0, len(firsts), step):
+            yield firsts[cut : cut + step, None] + np.arange(size)
+    for which in np.flatnonzero(sizes > PACKED_GROUP):
+        yield np.arange(starts[which], starts[which + 1])
+
+
+def star_packed(
+    rows: np.ndarray, gather: Gather, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decide many groups of one size: (g, s) rows in keep order.
+
+    Returns
+    -------
+    representative : (g, s) int64
+    similarity : (g, s) float32
+    """
+    groups, size = rows.shape
+    unit = unit_rows64(gather(rows.ravel())).reshape(groups, size, -1)
+    cosine = np.matmul(unit, unit.transpose(0, 2, 1)).astype(np.float32)
+    match = cosine >= np.float32(threshold)
+    stays = np.zeros((groups, size), bool)
+    for place in range(size):
+        stays[:, place] = ~(match[:, place, :place] & stays[:, :place]).any(axis=1)
+    cosine[~np.broadcast_to(stays[:, None, :], cosine.shape)] = -2
+    best = cosine.max(axis=2)
+    tied = np.where(cosine == best[:, :, None], rows[:, None, :], np.iinfo(np.int64).max)
+    representative = np.where(stays, rows, tied.min(axis=2))
+    return representative, np.where(stays, np.float32(1), np.minimum(best, 1))
+
+
+def star_large(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Decide one large group, (n,) rows in keep order, block by block.
+
+    Rows are compared with the rows that stay only, so memory is that of the staying rows' features
+    and the work is rows × staying rows.
+    """
+    limit = np.float32(threshold)
+    kept: list[np.ndarray] = []
+    stays = np.zeros(len(rows), bool)
+    for start in range(0, len(rows), STAR_BLOCK):
+        unit = unit_rows64(gather(rows[start : start + STAR_BLOCK]))
+        covered = np.zeros(len(unit), bool)
+        for block in kept:
+            open_ = np.flatnonzero(~covered)
+            covered[open_] = ((unit[open_] @ block.T).astype(np.float32) >= limit).any(axis=1)
+        match = (unit @ unit.T).astype(np.float32) >= limit
+        for place in np.flatnonzero(~covered):
+            if not covered[place]:
+                stays[start + place] = True
+                covered |= match[place]
+        if stays[start : start + len(unit)].any():
+            kept.append(unit[stays[start : start + len(unit)]])
+    return nearest_staying(rows, stays, kept, gather)
+
+
+def nearest_staying(
+    rows: np.ndarray, stays: np.ndarray, kept: list[np.ndarray], gather: Gather
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each row its nearest staying row (ties: the smaller) and their cosine."""
+    representative, similarity = rows.copy(), np.ones(len(rows), np.float32)
+    keepers = np.split(rows[stays], np.cumsum([len(block) for block in kept])[:-1])
+    removed = np.flatnonzero(~stays)
+    for start in range(0, len(removed), STAR_BLOCK):
+        places = removed[start : start + STAR_BLOCK]
+        unit = unit_rows64(gather(rows[places]))
+        best = np.full(len(places), -2, np.float32)
+        chosen = np.full(len(places), np.iinfo(np.int64).max)
+        for block, names in zip(kept, keepers, strict=True):
+            cosine = (unit @ block.T).astype(np.float32)
+            top = cosine.max(axis=1)
+            name = np.where(cosine == top[:, None], names, np.iinfo(np.int64).max).min(axis=1)
+            better = (top > best) | ((top == best) & (name < chosen))
+            best[better], chosen[better] = top[better], name[better]
+        representative[places], similarity[places] = chosen, np.minimum(best, 1)
+    return representative, similarity
+
+
+def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs: Edges) -> Members:
+    """The star rule on a given list of pairs, where no features are at hand.
+
+    The representative is the staying row, first in keep order, that pairs with the removed one;
+    similarities are NaN for removed rows.
+
+    Parameters
+    ----------
+    row, group : (n,) int64
+        Members in ascending row order, and the label of each one's group.
+    rank : (n,) uint64
+        Place of each member in keep order.
+    pairs : Edges
+        All pairs among the members.
+    """
+    u, v = np.searchsorted(row, pairs.a), np.searchsorted(row, pairs.b)
+    source, target = np.concatenate([u, v]), np.concatenate([v, u])
+    by_source = np.argsort(source, kind="stable")
+    target = target[by_source]
+    starts = np.searchsorted(source[by_source], np.arange(len(row) + 1))
+    chosen = np.full(len(row), -1)
+    for place in np.argsort(rank, kind="stable"):
+        if chosen[place] < 0:
+            near = target[starts[place] : starts[place + 1]]
+            chosen[near[chosen[near] < 0]] = place
+            chosen[place] = place
+    is_dup = chosen != np.arange(len(row))
+    similarity = np.where(is_dup, np.float32(np.nan), np.float32(1))
+    return ordered(Members(row, group, row[chosen], similarity, is_dup))
+
+
+class Copies:
+    """Classes of rows that are equal bit for bit, each with the row that comes first in keep order.
+
+    Attributes
+    ----------
+    first, keeper : (classes,) int64
+        Of each class its smallest row, ascending, and its first row in keep order.
+    row, row_keeper : (n,) int64
+        All other rows of the classes, and the keeper of each one's class.
+    """
+
+    def __init__(self, copies: np.ndarray, firsts: np.ndarray, rank: Rank) -> None:
+        self.first = np.unique(firsts)
+        row = np.concatenate([self.first, copies])
+        label = np.concatenate([self.first, firsts])
+        order = np.lexsort((rank(row), label))
+        row, label = row[order], label[order]
+        starts = group_starts(label)
+        self.keeper = row[starts[:-1]]
+        keeper = np.repeat(self.keeper, np.diff(starts))
+        self.row, self.row_keeper = row[row != keeper], keeper[row != keeper]
+
+    def fold(self, forest: Edges) -> Edges:
+        """Return edges over first rows as edges over keepers."""
+        return make_edges(self._keeper_of(forest.a), self._keeper_of(forest.b), forest.similarity)
+
+    def _keeper_of(self, rows: np.ndarray) -> np.ndarray:
+        if not len(self.first):
+            return rows
+        place = np.minimum(np.searchsorted(self.first, rows), len(self.first) - 1)
+        return np.where(self.first[place] == rows, self.keeper[place], rows)
+
+    def unfold(self, members: Members) -> Members:
+        """Add the folded rows: a copy goes, for its keeper or for what its keeper goes for."""
+        lone = np.setdiff1d(self.keeper, members.row)
+        ones = np.ones(len(lone), np.float32)
+        keepers = concatenate(members, Members(lone, lone, lone, ones, np.zeros(len(lone), bool)))
+        by_row = np.argsort(keepers.row)
+        at = by_row[np.searchsorted(keepers.row, self.row_keeper, sorter=by_row)]
+        copies = Members(
+            self.row,
+            keepers.group[at],
+            keepers.representative[at],
+            keepers.similarity[at],  # 1 where the keeper stays
+            np.ones(len(at), bool),
+        )
+        return relabel(concatenate(keepers, copies))
+
+
+def concatenate(*parts: Members) -> Members:
+    """Return the rows of several lists of members as one list."""
+    return Members(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def ordered(members: Members) -> Members:
+    """Return members ordered by group, then row."""
+    order = np.lexsort((members.row, members.group))
+    return Members(*(column[order] for column in members))
+
+
+def relabel(members: Members) -> Members:
+    """Give each group its smallest row as label, and order by group, then row."""
+    members = ordered(members)
+    starts = group_starts(members.group)
+    smallest = np.repeat(members.row[starts[:-1]], np.diff(starts))
+    return ordered(members._replace(group=smallest))

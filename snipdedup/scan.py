@@ -1,0 +1,176 @@
+"""The first read of all rows: checksums, rows that cannot be compared, and exact copies.
+
+Every method starts here. Copies that are equal bit for bit are found by a 64-bit hash and then
+compared, so that what follows sees distinct rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from snipdedup import progress
+from snipdedup.compute import in_order
+from snipdedup.cosine import bad_rows, same_bits
+from snipdedup.errors import SnipError
+from snipdedup.shards import CrcLedger, Features, plan_blocks
+
+BLOCK = 8192  # rows computed together; fixed, so that results do not depend on chunk sizes
+COMPARE_ROWS = 16_384  # rows gathered at a time to compare copies
+SHOWN_ROWS = 3  # bad rows named in a message
+
+Visit = Callable[[int, np.ndarray, np.ndarray], None]
+
+
+class Scan(NamedTuple):
+    """What one read of all rows tells.
+
+    Attributes
+    ----------
+    bad : (m,) int64
+        Rows with NaN, infinity or zeros only, ascending.
+    copies, firsts : (c,) int64
+        Rows that equal an earlier row bit for bit, ascending, and the first such row.
+    crcs : list of int
+        CRC32 of each shard.
+    """
+
+    bad: np.ndarray
+    copies: np.ndarray
+    firsts: np.ndarray
+    crcs: list[int]
+
+    def skipped(self, rows: int) -> np.ndarray:
+        """Return which rows take no part in a search, (rows,) bool."""
+        skip = np.zeros(rows, bool)
+        skip[self.bad] = True
+        skip[self.copies] = True
+        return skip
+
+
+def scan(
+    features: Features,
+    *,
+    chunk_rows: int,
+    threads: int,
+    keep_bad: bool,
+    visit: Visit | None = None,
+) -> Scan:
+    """Read all rows once, in order.
+
+    Parameters
+    ----------
+    features : Features
+    chunk_rows : int
+        Rows read at a time, rounded up to whole blocks.
+    threads : int
+    keep_bad : bool
+        List bad rows instead of refusing them.
+    visit : function of (first row, rows, bad), optional
+        Sees each block of `BLOCK` rows, from several threads, in no fixed order; ``bad`` is
+        the block's mask of bad rows.
+
+    Raises
+    ------
+    SnipError
+        If there are bad rows and ``keep_bad`` is false: how many, and where.
+    """
+    chunk = -(-chunk_rows // BLOCK) * BLOCK
+    hashes = np.empty(features.rows, np.uint64)
+    ledger = CrcLedger(len(features.shards))
+    found_bad: list[np.ndarray] = []
+
+    def read(span: tuple[int, int]) -> tuple[list, np.ndarray, int]:
+        rows, crcs = features.read_with_crc(*span)
+        bad = np.zeros(len(rows), bool)
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            bad[start : start + BLOCK] = bad_rows(block)
+            first = span[0] + start
+            hashes[first : first + len(block)] = row_hashes(block)
+            if visit is not None:
+                visit(first, block, bad[start : start + BLOCK])
+        return crcs, np.flatnonzero(bad) + span[0], len(rows)
+
+    with progress.bar(features.rows, "reading", "rows") as bar:
+        for crcs, bad, count in in_order(read, plan_blocks(features.rows, chunk), threads):
+            ledger.add(crcs)
+            found_bad.append(bad)
+            bar.update(count)
+    bad = np.concatenate(found_bad)
+    if len(bad) and not keep_bad:
+        raise SnipError(describe_bad(features, bad))
+    copies, firsts = find_copies(features, hashes)
+    comparable = ~np.isin(copies, bad)
+    return Scan(bad, copies[comparable], firsts[comparable], ledger.totals())
+
+
+def describe_bad(features: Features, bad: np.ndarray) -> str:
+    """Say how many rows are bad, and where the first ones are."""
+    places = []
+    for row in bad[:SHOWN_ROWS]:
+        path, place = features.place(int(row))
+        values = features.read(int(row), int(row) + 1)
+        what = "NaN" if np.isnan(values).any() else "infinity" if values.any() else "zeros only"
+        places.append(f"{path} row {place} ({what})")
+    more = ", ..." if len(bad) > SHOWN_ROWS else ""
+    return (
+        f"{len(bad):,} of {features.rows:,} rows cannot be compared: {', '.join(places)}{more}; "
+        "mend them, or let them stay unmatched with --bad_rows keep"
+    )
+
+
+def row_hashes(rows: np.ndarray) -> np.ndarray:
+    """Return a 64-bit hash of each row's bytes, (n,) uint64.
+
+    Sums of products of two words, each offset by a random constant (NH, Black et al., UMAC,
+    1999). Equal hashes are a reason to compare, not a proof.
+    """
+    data = np.ascontiguousarray(rows).view(np.uint8)
+    padding = -data.shape[1] % 16
+    if padding:
+        data = np.pad(data, ((0, 0), (0, padding)))
+    words = data.view(np.uint64)
+    offsets = np.random.default_rng(0x5E1F).integers(0, 2**64, words.shape[1], np.uint64)
+    words = words + offsets
+    return np.einsum("ij,ij->i", words[:, 0::2], words[:, 1::2])
+
+
+def find_copies(features: Features, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that equal an earlier row bit for bit, and the first such row of each.
+
+    Parameters
+    ----------
+    features : Features
+    hashes : (rows,) uint64
+        Equal for equal rows.
+    """
+    order = np.argsort(hashes, kind="stable")
+    same = hashes[order[1:]] == hashes[order[:-1]]
+    in_run = np.concatenate([same, [False]]) | np.concatenate([[False], same])
+    rows, copies, firsts = order[in_run], [], []
+    while len(rows):  # more than one round only where different rows share a hash
+        keys = hashes[rows]
+        starts = np.concatenate([[True], keys[1:] != keys[:-1]])
+        first = rows[starts][np.cumsum(starts) - 1]
+        rows, first = rows[~starts], first[~starts]
+        equal = equal_rows(features, rows, first)
+        copies.append(rows[equal])
+        firsts.append(first[equal])
+        rows = rows[~equal]
+    copy = np.concatenate([np.empty(0, np.int64), *copies])
+    first = np.concatenate([np.empty(0, np.int64), *firsts])
+    order = np.argsort(copy)
+    return copy[order], first[order]
+
+
+def equal_rows(features: Features, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return which pairs of rows are equal bit for bit, gathering them in row order."""
+    equal = np.zeros(len(x), bool)
+    order = np.argsort(x)
+    for start in range(0, len(x), COMPARE_ROWS):
+        part = order[start : start + COMPARE_ROWS]
+        equal[part] = same_bits(features.gather(x[part]), features.gather(y[part]))
+    return equal
