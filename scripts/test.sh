@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Makes the environment where it is missing; runs lint, types, the docs check and the tests.
+# usage: bash scripts/test.sh [--all] [arguments of pytest]
+#   --all   the slow tests too (minutes)
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_environment ".[test]"
+cd "$root"
+
+select=(-m "not slow")
+if [ "${1-}" = "--all" ]; then
+  select=()
+  shift
+fi
+
+failed=""
+check() {
+  echo "== $*"
+  "$venv/bin/python" "$@" || failed="$failed\n  $*"
+}
+
+# All of them run, so that one run shows everything there is to mend; pytest's line comes last.
+check -m ruff check .
+check -m ruff format --check .
+check -m mypy
+check scripts/make_cli_docs.py --check
+if [ -n "$failed" ]; then
+  printf "failed:$failed\n" >&2
+fi
+echo "== pytest"
+"$venv/bin/python" -m pytest -q ${select[@]+"${select[@]}"} "$@" || exit
+[ -z "$failed" ]
