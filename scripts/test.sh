@@ -13,10 +13,10 @@ if [ "${1-}" = "--all" ]; then
   shift
 fi
 
-failed=""
+failed=()
 check() {
   echo "== $*"
-  "$venv/bin/python" "$@" || failed="$failed\n  $*"
+  "$venv/bin/python" "$@" || failed+=("$*")
 }
 
 # All of them run, so that one run shows everything there is to mend; pytest's line comes last.
@@ -24,9 +24,9 @@ check -m ruff check .
 check -m ruff format --check .
 check -m mypy
 check scripts/make_cli_docs.py --check
-if [ -n "$failed" ]; then
-  printf "failed:$failed\n" >&2
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}" >&2
 fi
 echo "== pytest"
 "$venv/bin/python" -m pytest -q ${select[@]+"${select[@]}"} "$@" || exit
-[ -z "$failed" ]
+[ ${#failed[@]} -eq 0 ]
