@@ -1,0 +1,243 @@
+"""One file of metadata: parquet or CSV, opened by its footer, streamed in bounded batches.
+
+A CSV is read as text; a column becomes numbers only where a number says all that its texts say
+(``007`` and ``1.10`` stay texts), so that nothing is lost when it is written as parquet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from snipdedup.errors import SnipError
+
+SUFFIXES = (".parquet", ".csv")
+BATCH_ROWS = 65_536
+BATCH_BYTES = 32 << 20
+STREAM_BYTES = 1 << 20
+# A block is also the longest CSV row that can be read; quoted texts may hold line breaks.
+CSV_READ = pa.csv.ReadOptions(block_size=16 << 20)
+CSV_PARSE = pa.csv.ParseOptions(newlines_in_values=True)
+DEFAULT_CODEC = "snappy"
+CODECS = {
+    "UNCOMPRESSED": "none",
+    "GZIP": "gzip",
+    "BROTLI": "brotli",
+    "ZSTD": "zstd",
+    "LZ4": "lz4",
+    "LZ4_RAW": "lz4",
+}
+
+# Texts that say no more than a number does: no plus, no zeros that could be left out.
+PATTERNS = {
+    pa.int64(): r"^(0|-?[1-9][0-9]{0,17})$",
+    pa.float64(): r"^-?(0|[1-9][0-9]{0,14})(\.(0|[0-9]{0,19}[1-9]))?([eE][-+]?[0-9]{1,2})?$",
+}
+
+
+class Table:
+    """Rows of one metadata file.
+
+    Attributes
+    ----------
+    path : Path
+    rows : int
+    schema : pyarrow.Schema
+        With everything the file says about its columns: types, nullability, metadata.
+    codec : str
+        Compression to write the rows with.
+    """
+
+    def __init__(self, path: Path, rows: int, schema: Any, codec: str) -> None:
+        self.path, self.rows, self.schema, self.codec = path, rows, schema, codec
+        doubled = sorted({name for name in schema.names if schema.names.count(name) > 1})
+        if doubled:
+            raise SnipError(f"{path}: several columns are called {', '.join(doubled)}; rename them")
+
+    def batches(
+        self, columns: list[str] | None = None, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (first row, record batch) in row order.
+
+        Parameters
+        ----------
+        columns : list of str, optional
+            Only these.
+        rows : (n,) int64, optional
+            Ascending rows that are wanted; parts of the file without any may be left out.
+        """
+        raise NotImplementedError
+
+
+class ParquetTable(Table):
+    """A parquet file; row groups are read one at a time, a bounded batch at a time."""
+
+    def __init__(self, path: Path) -> None:
+        file = open_parquet(path)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
+        super().__init__(path, file.metadata.num_rows, file.schema_arrow, codec_of(groups))
+
+    def batches(
+        self, columns: list[str] | None = None, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """See `Table.batches`; row groups without a wanted row are not read."""
+        file = open_parquet(self.path)
+        first = 0
+        try:
+            for number, (count, size) in enumerate(self.groups):
+                if holds_any(rows, first, first + count):
+                    # a row may be long (a list of features, say): bound bytes, not only rows
+                    fit = max(1, min(BATCH_ROWS, BATCH_BYTES * count // max(size, 1)))
+                    at = first
+                    for batch in file.iter_batches(fit, row_groups=[number], columns=columns):
+                        yield at, batch
+                        at += batch.num_rows
+                first += count
+        except (pa.ArrowException, OSError) as error:
+            raise SnipError(
+                f"{self.path}: damaged: its rows cannot be read: {error}; fetch or write it again"
+            ) from error
+
+
+class CsvTable(Table):
+    """A CSV file: counted, and its types found, in one pass when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        rows = 0
+        self.possible: dict[str, list[Any] | None] = dict.fromkeys(csv_names(path))
+        for batch in csv_texts(path):
+            rows += batch.num_rows
+            for name in self.possible:
+                self._look(name, batch.column(name))
+        super().__init__(path, rows, pa.schema([]), DEFAULT_CODEC)
+        agree([self])
+
+    def _look(self, name: str, texts: Any) -> None:
+        """Strike the types that do not fit further texts of a column."""
+        kinds = self.possible[name]
+        kinds = list(PATTERNS) if kinds is None else kinds
+        said = texts.filter(pc.not_equal(texts, "")) if kinds else []
+        if len(said):
+            self.possible[name] = [
+                kind
+                for kind in kinds
+                if pc.all(pc.match_substring_regex(said, PATTERNS[kind])).as_py()
+            ]
+
+    def batches(
+        self, columns: list[str] | None = None, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """See `Table.batches`; a CSV is read from its beginning."""
+        at = 0
+        schema = self.schema if columns is None else pa.schema(map(self.schema.field, columns))
+        for batch in csv_texts(self.path):
+            if rows is not None and (not len(rows) or at > rows[-1]):
+                return
+            if holds_any(rows, at, at + batch.num_rows):
+                arrays = [numbers(batch.column(field.name), field.type) for field in schema]
+                whole = pa.RecordBatch.from_arrays(arrays, schema=schema)
+                for begin in range(0, whole.num_rows, BATCH_ROWS):
+                    yield at + begin, whole.slice(begin, BATCH_ROWS)
+            at += batch.num_rows
+
+
+def holds_any(rows: np.ndarray | None, start: int, stop: int) -> bool:
+    """Tell whether any of the ascending ``rows`` (None: all) lies in ``start`` to ``stop``."""
+    if rows is None:
+        return stop > start
+    low, high = np.searchsorted(rows, [start, stop])
+    return bool(high > low)
+
+
+def open_table(path: Path) -> Table:
+    """Open one metadata file.
+
+    Raises
+    ------
+    SnipError
+        If it is missing, empty, truncated, or neither parquet nor CSV.
+    """
+    if not path.is_file():
+        raise SnipError(f"no such file: {path}")
+    if not path.stat().st_size:
+        raise SnipError(f"{path}: empty file, expected metadata; fetch or write it again")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise SnipError(f"{path}: expected metadata of type {' or '.join(SUFFIXES)}")
+    return ParquetTable(path) if suffix == ".parquet" else CsvTable(path)
+
+
+def open_parquet(path: Path) -> Any:
+    """Return ``pyarrow.parquet.ParquetFile``, buffered, or refuse the file by name."""
+    try:
+        return pq.ParquetFile(path, buffer_size=STREAM_BYTES)
+    except (pa.ArrowException, OSError) as error:
+        raise SnipError(
+            f"{path}: truncated or not a parquet file: {error}; fetch or write it again"
+        ) from error
+
+
+def codec_of(groups: Sequence[Any]) -> str:
+    """Return the codec that holds most bytes of a file's row groups, as pyarrow writes it."""
+    sizes: dict[str, int] = {}
+    for group in groups[:1]:
+        for chunk in map(group.column, range(group.num_columns)):
+            sizes[chunk.compression] = sizes.get(chunk.compression, 0) + chunk.total_compressed_size
+    return (
+        CODECS.get(max(sizes, key=lambda name: sizes[name]), DEFAULT_CODEC)
+        if sizes
+        else (DEFAULT_CODEC)
+    )
+
+
+def agree(files: Sequence[CsvTable]) -> None:
+    """Give CSV files of one set the same types: the narrowest that fit the values of all."""
+    kinds: dict[str, Any] = {}
+    for name in {name for file in files for name in file.possible}:
+        said = [file.possible.get(name) for file in files]
+        left = [kind for kind in PATTERNS if all(s is None or kind in s for s in said)]
+        filled = any(s is not None for s in said)
+        kinds[name] = left[0] if filled and left else pa.string()
+    for file in files:
+        file.schema = pa.schema([(name, kinds[name]) for name in file.possible])
+
+
+def csv_names(path: Path) -> list[str]:
+    """Return the names of a CSV's columns."""
+    with refusing_csv(path):
+        names = list(pa.csv.open_csv(path, CSV_READ, CSV_PARSE).schema.names)
+    if len(set(names)) < len(names):
+        raise SnipError(f"{path}: several columns have one name: {', '.join(names)}")
+    return names
+
+
+def csv_texts(path: Path) -> Iterator[Any]:
+    """Yield record batches of a CSV with every column as text; line breaks in quotes allowed."""
+    texts = pa.csv.ConvertOptions(column_types=dict.fromkeys(csv_names(path), pa.string()))
+    with refusing_csv(path):
+        yield from pa.csv.open_csv(path, CSV_READ, CSV_PARSE, texts)
+
+
+@contextmanager
+def refusing_csv(path: Path) -> Iterator[None]:
+    """Turn what pyarrow says of a broken CSV into our error."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise SnipError(f"{path}: not a CSV with one kind of row: {error}") from error
+
+
+def numbers(texts: Any, kind: Any) -> Any:
+    """Return texts as ``kind``; for numbers an empty text is null."""
+    if kind == pa.string():
+        return texts
+    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts).cast(kind)
