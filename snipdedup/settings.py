@@ -13,6 +13,7 @@ from typing import Any
 
 from snipdedup.errors import UsageError
 
+INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -59,6 +60,14 @@ class Settings:
         value = getattr(self, name)
         if value is not None and not low <= value <= high:
             raise UsageError(f"--{name} must lie between {low:g} and {high:g}, found {value}")
+
+    def file_range(self, start: int | None, end: int | None) -> None:
+        """Check that ``--start`` and ``--end`` are a range of file numbers."""
+        if (start or 0) < 0 or (end is not None and end <= (start or 0)):
+            raise UsageError(
+                "--start and --end are file numbers from 0, the end exclusive; found "
+                f"--start {start or 0} --end {end}"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values, for manifests."""
@@ -132,11 +141,18 @@ class Index(Input):
         None, "take the trained quantisers of this index (ours, or a faiss IVFPQ file)"
     )
     nlist: int = option(0, "coarse lists, 0 to choose by the number of rows")
-    m: int = option(16, "bytes a code: sub-quantisers of the PQ")
-    nbits: int = option(8, "bits a sub-quantiser", choices=())
+    m: int | None = option(
+        None, "sub-quantisers of the PQ: bytes a code (the most up to 16 that divide the width)"
+    )
+    nbits: int | None = option(None, "bits a sub-quantiser (8)")
     train_rows: int = option(0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)")
     export_faiss: str | None = option(None, "also write one file that plain faiss reads")
     append: bool = option(False, "add the shards that a finished index does not hold yet")
+    bad_rows: str = option(
+        "refuse",
+        "NaN, infinity and zero rows: refuse the input, or leave them out, never returned",
+        choices=("refuse", "keep"),
+    )
     threads: int = option(0, "CPU threads, 0 for all")
     seed: int = option(0, "seed of every random choice")
     overwrite: bool = option(False, "replace a finished index")
@@ -225,6 +241,10 @@ class Filter(Settings):
     )
     overwrite: bool = option(False, "replace a finished folder")
 
+    def check(self) -> None:
+        """See `Settings.check`."""
+        self.file_range(self.start, self.end)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Download(Settings):
@@ -239,6 +259,10 @@ class Download(Settings):
         None, ".npy (file or URL) of running row totals a file, if the files before --start lack"
     )
     overwrite: bool = option(False, "replace a finished folder")
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        self.file_range(self.start, self.end)
 
 
 @dataclass(frozen=True, kw_only=True)
