@@ -175,8 +175,6 @@ class ParquetShard(Shard):
     """A list column of a parquet file; rows are read by row group."""
 
     def __init__(self, path: Path, column: str | None) -> None:
-        import pyarrow.parquet as pq
-
         file = open_parquet(path)
         self.column = column or only_list_column(path, file.schema_arrow)
         if self.column not in file.schema_arrow.names:
@@ -193,10 +191,7 @@ class ParquetShard(Shard):
         dtype = np.dtype(value_type.to_pandas_dtype())
         dim = getattr(field.type, "list_size", None)
         if dim is None:
-            dim = 0
-            if rows:
-                batch = next(pq.ParquetFile(path).iter_batches(1, columns=[self.column]))
-                dim = len(batch.column(0)[0].as_py() or [])
+            dim = first_length(path, file, self.column) if rows else 0
         super().__init__(path, (rows, dim), dtype)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -223,7 +218,13 @@ class ParquetShard(Shard):
         for group in range(len(self.group_starts) - 1):
             first, end = int(self.group_starts[group]), int(self.group_starts[group + 1])
             if first < stop and end > start:
-                table = file.read_row_group(group, columns=[self.column])
+                try:
+                    table = file.read_row_group(group, columns=[self.column])
+                except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+                    raise SnipError(
+                        f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or "
+                        "write it again"
+                    ) from error
                 yield first, self._values(table.column(0), first)
 
     def _values(self, column: Any, first: int) -> np.ndarray:
@@ -302,7 +303,8 @@ def open_npz(path: Path, array: str | None) -> Shard:
                 pass
             begin = member_begin(path, info)
         return NpyShard(path, begin, info.file_size)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        # RuntimeError: encrypted, or a packing that Python cannot undo
         raise SnipError(f"{path}: truncated or not an .npz archive: {error}") from error
 
 
@@ -354,6 +356,18 @@ def open_parquet(path: Path) -> Any:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise SnipError(f"{path}: truncated or not a parquet file: {error}") from error
+
+
+def first_length(path: Path, file: Any, column: str) -> int:
+    """Return the length of a list column's first row."""
+    try:
+        batch = next(file.iter_batches(1, columns=[column]))
+    except (ValueError, OSError) as error:
+        raise SnipError(f"{path}: row 0 cannot be read: {error}; fetch it again") from error
+    row = batch.column(0)[0].as_py()
+    if row is None:
+        raise SnipError(f"{path}: row 0 of column {column!r} is null, expected a list of floats")
+    return len(row)
 
 
 def list_value_type(kind: Any) -> Any:
