@@ -69,7 +69,7 @@ COMMANDS = (
     ),
     Command(
         "filter", "the chain", "apply a mask to metadata, by position", settings.Filter,
-        "snipdedup.metadata:run", "snip filter metadata --is_dup clean --out kept",
+        "snipdedup.masks:run", "snip filter metadata --is_dup clean --out kept",
     ),
     Command(
         "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",

@@ -71,7 +71,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values, for manifests."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
