@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.errors import SnipError
+from snipdedup.errors import SnipError, UsageError
 from snipdedup.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
@@ -228,6 +228,8 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
     ------
     SnipError
         If nothing matches, or a folder mixes image and text features.
+    UsageError
+        If ``--parts`` and the pattern do not go together.
     """
     text = str(spec)
     if "://" in text:
@@ -237,7 +239,7 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
     if "{part" in text:
         return part_paths(text, parts)
     if parts is not None:
-        raise SnipError(f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {text}")
+        raise UsageError(f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {text}")
     path = Path(text).expanduser()
     if path.is_dir():
         return folder_shards(path)
@@ -289,8 +291,8 @@ def part_paths(pattern: str, parts: str | None) -> list[Path]:
     start, end = parse_parts(parts, pattern)
     try:
         paths = [Path(pattern.format(part=part)).expanduser() for part in range(start, end)]
-    except (KeyError, IndexError, ValueError) as error:
-        raise SnipError(
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise UsageError(
             f"{pattern}: expected a pattern such as img_emb_{{part:04d}}.npy"
         ) from error
     missing = [path for path in paths if not path.is_file()]
@@ -305,7 +307,7 @@ def parse_parts(parts: str | None, pattern: str = "{part}") -> tuple[int, int]:
     """Parse ``"0:2"`` into (0, 2)."""
     match = re.fullmatch(r"(\d+):(\d+)", parts or "")
     if not match or int(match[1]) >= int(match[2]):
-        raise SnipError(f"{pattern} needs --parts START:END, end exclusive, found {parts!r}")
+        raise UsageError(f"{pattern} needs --parts START:END, end exclusive, found {parts!r}")
     return int(match[1]), int(match[2])
 
 
