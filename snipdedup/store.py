@@ -253,6 +253,9 @@ def clear(out: Path) -> None:
     names: list[str] = []
     if (out / MANIFEST).is_file():
         names = list(load_json(out / MANIFEST).get("outputs", {}))
+        for name in names:  # a manifest is a file like any other: anyone may have written it
+            if out.resolve() not in (out / name).resolve().parents:
+                raise SnipError(f"{out / MANIFEST} names {name}, which is not in the folder")
         (out / MANIFEST).unlink()
     for name in names:
         (out / name).unlink(missing_ok=True)
@@ -260,7 +263,7 @@ def clear(out: Path) -> None:
 
 
 def refuse_output_inside(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to write into, above or over an input.
+    """Refuse to write into an input folder, or into the folder of an input file.
 
     Raises
     ------

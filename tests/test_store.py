@@ -1,0 +1,269 @@
+"""Files appear whole or not at all; a manifest vouches only for what is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from snipdedup import store
+from snipdedup.errors import SnipError
+
+
+def everything_below(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+# ---- atomic files
+
+
+def fail_halfway(path, error):
+    with store.replacing(path) as part:
+        part.write_bytes(b"half")
+        assert part.name in everything_below(path.parent)
+        raise error("disk full")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SnipError, KeyboardInterrupt, OSError])
+def test_a_failing_write_leaves_neither_file_nor_part(tmp_path, error):
+    with pytest.raises((error, SnipError)):
+        fail_halfway(tmp_path / "x.bin", error)
+    assert everything_below(tmp_path) == []
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError):
+        fail_halfway(path, RuntimeError)
+    assert path.read_bytes() == b"old"
+    assert everything_below(tmp_path) == ["x.bin"]
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "deep" / "x.bin"
+    with store.replacing(path) as part:
+        part.write_bytes(b"old")
+    with store.replacing(path) as part:
+        part.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        store.save_json(tmp_path / "x.json", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.json").stat().st_mode) == 0o640
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SnipError, match=r"cannot write .*file/x.npy"):
+        store.save_npy(tmp_path / "file" / "x.npy", np.ones(2))
+    (tmp_path / "x.npy").mkdir()
+    with pytest.raises(SnipError, match=r"cannot write .*x.npy"):
+        store.save_npy(tmp_path / "x.npy", np.ones(2))
+    assert everything_below(tmp_path) == ["file", "x.npy"]
+
+
+def test_objects_are_not_pickled(tmp_path):
+    with pytest.raises(ValueError, match=r"[Oo]bject"):
+        store.save_npy(tmp_path / "x.npy", np.array([{}]))
+    assert everything_below(tmp_path) == []
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    mask = np.array([True, False, True])
+    store.save_npy(tmp_path / "is_dup.npy", mask)
+    found = np.load(tmp_path / "is_dup.npy", mmap_mode="r")
+    assert found.dtype == bool
+    assert np.array_equal(found, mask)
+    store.save_npz(tmp_path / "x.npz", a=mask, b=np.arange(3))
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert sorted(arrays) == ["a", "b"]
+        assert np.array_equal(arrays["b"], np.arange(3))
+    table = pa.table({"row": np.arange(4), "key": ["ü", None, "", "b"]})
+    store.save_parquet(tmp_path / "x.parquet", table)
+    assert pq.read_table(tmp_path / "x.parquet").equals(table)
+    store.save_json(tmp_path / "x.json", {"τ": [1, None, 0.5]})
+    assert store.load_json(tmp_path / "x.json") == {"τ": [1, None, 0.5]}
+
+
+def test_json_that_is_none(tmp_path):
+    with pytest.raises(SnipError, match=r"no such file: .*x.json"):
+        store.load_json(tmp_path / "x.json")
+    for content in (b"", b"{", b"\xff\xfe"):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(SnipError, match=r"x.json: expected JSON"):
+            store.load_json(tmp_path / "x.json")
+    (tmp_path / "d.json").mkdir()
+    with pytest.raises(SnipError, match=r"d.json: expected JSON"):
+        store.load_json(tmp_path / "d.json")
+
+
+# ---- manifests
+
+
+def test_manifest_round_trip(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "a.parquet").write_bytes(b"rows")
+    (tmp_path / "is_dup.npy").write_bytes(b"mask" * 1000)
+    outputs = [tmp_path / "metadata" / "a.parquet", tmp_path / "is_dup.npy"]
+    store.write_manifest(tmp_path, "dedup", {"counts": {"rows": 2**40}}, outputs)
+    manifest = store.read_manifest(tmp_path, "dedup")
+    assert manifest["counts"] == {"rows": 2**40}
+    assert manifest["outputs"]["is_dup.npy"] == {
+        "size": 4000,
+        "sha256": hashlib.sha256(b"mask" * 1000).hexdigest(),
+    }
+    assert sorted(manifest["outputs"]) == ["is_dup.npy", "metadata/a.parquet"]
+    assert manifest["versions"]["numpy"] == np.__version__
+    assert {"snipdedup", "python", "torch", "faiss-cpu", "pyarrow"} <= set(manifest["versions"])
+
+
+def test_manifests_that_do_not_vouch(tmp_path):
+    with pytest.raises(SnipError, match=r"expected a finished index folder with snip.json, found"):
+        store.read_manifest(tmp_path, "index")
+    store.write_manifest(tmp_path, "encoder", {}, [])
+    with pytest.raises(SnipError, match="expected a manifest of kind 'index', found 'encoder'"):
+        store.read_manifest(tmp_path, "index")
+    for other in ([], {"kind": "index"}, {"name": "x"}):
+        store.save_json(tmp_path / "snip.json", other)
+        if other == {"kind": "index"}:
+            assert store.read_manifest(tmp_path, "index") == other
+            continue
+        with pytest.raises(SnipError, match="expected a manifest of kind 'index', found None"):
+            store.read_manifest(tmp_path, "index")
+    store.save_json(tmp_path / "snip.json", {"kind": "index", "format": store.FORMAT + 1})
+    with pytest.raises(SnipError, match="written by a newer snipdedup"):
+        store.read_manifest(tmp_path, "index")
+
+
+def test_a_fingerprint_depends_on_values_not_on_order():
+    assert store.fingerprint({"a": 1, "b": [2, 3]}) == store.fingerprint({"b": [2, 3], "a": 1})
+    assert store.fingerprint({"a": 1, "b": [2, 3]}) != store.fingerprint({"a": 1, "b": [3, 2]})
+    assert store.fingerprint(0.95) != store.fingerprint(0.950001)
+
+
+# ---- claims
+
+
+REQUEST = {"threshold": 0.95, "seed": 0}
+
+
+def finish(out):
+    (out / "is_dup.npy").write_bytes(b"mask")
+    store.write_manifest(out, "dedup", {"request": REQUEST}, [out / "is_dup.npy"])
+
+
+def test_a_new_folder_then_a_stopped_run_then_a_finished_one(tmp_path):
+    out = tmp_path / "out"
+    assert store.claim(out, "dedup", REQUEST, overwrite=False) == "new"
+    assert store.claim(out, "dedup", dict(reversed(REQUEST.items())), overwrite=False) == "resume"
+    finish(out)
+    assert store.claim(out, "dedup", REQUEST, overwrite=False) == "done"
+
+
+def test_an_empty_folder_is_free(tmp_path):
+    assert store.claim(tmp_path, "dedup", REQUEST, overwrite=False) == "new"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_another_request_is_refused_and_left_alone(tmp_path, finished):
+    out = tmp_path / "out"
+    store.claim(out, "dedup", REQUEST, overwrite=False)
+    if finished:
+        finish(out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    found = r"other threshold \(0.95, now 0.9\). .*--overwrite"
+    with pytest.raises(SnipError, match=found):
+        store.claim(out, "dedup", REQUEST | {"threshold": 0.9}, overwrite=False)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_overwrite_starts_anew_and_keeps_what_is_not_ours(tmp_path, finished):
+    out = tmp_path / "out"
+    store.claim(out, "dedup", REQUEST, overwrite=False)
+    if finished:
+        finish(out)
+    (out / "notes.txt").write_text("mine")
+    (out / "work" / "tile.npz").write_bytes(b"old work")
+    assert store.claim(out, "dedup", REQUEST, overwrite=True) == "new"
+    assert everything_below(out) == ["notes.txt", "work", "work/request.json"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_snip_did_not_write_is_refused(tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(SnipError, match="exists and is not a folder that snip wrote"):
+        store.claim(tmp_path, "dedup", REQUEST, overwrite=overwrite)
+    with pytest.raises(SnipError, match="exists and is not a folder that snip wrote"):
+        store.claim(tmp_path / "thesis.tex", "dedup", REQUEST, overwrite=overwrite)
+    assert everything_below(tmp_path) == ["thesis.tex"]
+
+
+def test_a_finished_folder_of_another_kind_is_refused(tmp_path):
+    store.write_manifest(tmp_path, "encoder", {"request": REQUEST}, [])
+    for overwrite in (True, False):
+        with pytest.raises(SnipError, match="expected a manifest of kind 'dedup'"):
+            store.claim(tmp_path, "dedup", REQUEST, overwrite=overwrite)
+
+
+def test_overwrite_removes_nothing_outside_the_folder(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "precious.npy").write_bytes(b"x")
+    store.save_json(
+        out / "snip.json",
+        {"kind": "dedup", "outputs": {"../precious.npy": {}, str(tmp_path / "precious.npy"): {}}},
+    )
+    with pytest.raises(SnipError, match=r"names .*precious.npy, which is not in the folder"):
+        store.claim(out, "dedup", REQUEST, overwrite=True)
+    assert (tmp_path / "precious.npy").exists()
+
+
+def test_long_values_are_cut_in_messages():
+    said = store.differences({"shards": list(range(1000))}, {"shards": None, "seed": 1})
+    assert said[0] == "seed (null, now 1)"
+    assert said[1].startswith("shards ([0, 1, 2")
+    assert len(said[1]) < 200
+
+
+# ---- input folders
+
+
+def test_refuse_output_inside(tmp_path):
+    features = tmp_path / "set" / "img_emb"
+    features.mkdir(parents=True)
+    shard = features / "a.npy"
+    shard.write_bytes(b"x")
+    for out in (features, features / "out", features / "x" / "y", features / ".." / "img_emb"):
+        for given in (features, shard):
+            with pytest.raises(SnipError, match="lies in the input folder"):
+                store.refuse_output_inside(out, [given])
+    store.refuse_output_inside(tmp_path / "set" / "out", [features, shard])
+    store.refuse_output_inside(tmp_path / "set" / "img_emb2", [features])
+    (tmp_path / "link").symlink_to(features)
+    with pytest.raises(SnipError, match="lies in the input folder"):
+        store.refuse_output_inside(tmp_path / "link" / "out", [shard])
+    with pytest.raises(SnipError, match="lies in the input folder"):
+        store.refuse_output_inside(features / "out", [tmp_path / "link"])
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert store.sha256(tmp_path / "x").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+
+
+def test_the_manifest_is_plain_json(tmp_path):
+    store.write_manifest(tmp_path, "filter", {"a": 1}, [])
+    assert json.loads((tmp_path / "snip.json").read_text(encoding="utf-8"))["kind"] == "filter"
