@@ -15,7 +15,7 @@ from snipdedup import progress
 from snipdedup.compute import in_order
 from snipdedup.cosine import bad_rows, same_bits
 from snipdedup.errors import SnipError
-from snipdedup.shards import CrcLedger, Features, plan_blocks
+from snipdedup.shards import CrcLedger, Features, Piece, plan_blocks
 
 BLOCK = 8192  # rows computed together; fixed, so that results do not depend on chunk sizes
 COMPARE_ROWS = 16_384  # rows gathered at a time to compare copies
@@ -50,14 +50,25 @@ class Scan(NamedTuple):
         return skip
 
 
-def scan(
-    features: Features,
-    *,
-    chunk_rows: int,
-    threads: int,
-    keep_bad: bool,
-    visit: Visit | None = None,
-) -> Scan:
+class Seen(NamedTuple):
+    """What reading a range of rows tells.
+
+    Attributes
+    ----------
+    crcs : list of (Piece, int, int)
+        CRC32 and size of the parts of shards.
+    bad : (m,) int64
+        Rows that cannot be compared.
+    hashes : (n,) uint64
+        A hash of each row.
+    """
+
+    crcs: list[tuple[Piece, int, int]]
+    bad: np.ndarray
+    hashes: np.ndarray
+
+
+def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -> Scan:
     """Read all rows once, in order.
 
     Parameters
@@ -68,41 +79,67 @@ def scan(
     threads : int
     keep_bad : bool
         List bad rows instead of refusing them.
-    visit : function of (first row, rows, bad), optional
-        Sees each block of `BLOCK` rows, from several threads, in no fixed order; ``bad`` is
-        the block's mask of bad rows.
 
     Raises
     ------
     SnipError
         If there are bad rows and ``keep_bad`` is false: how many, and where.
     """
-    chunk = -(-chunk_rows // BLOCK) * BLOCK
-    hashes = np.empty(features.rows, np.uint64)
-    ledger = CrcLedger(len(features.shards))
-    found_bad: list[np.ndarray] = []
+    with progress.bar(features.rows, "reading", "rows") as bar:
+        seen = read_range(
+            features, 0, features.rows, chunk_rows=chunk_rows, threads=threads, done=bar.update
+        )
+    return finish_scan(features, [seen], keep_bad)
 
-    def read(span: tuple[int, int]) -> tuple[list, np.ndarray, int]:
-        rows, crcs = features.read_with_crc(*span)
+
+def read_range(
+    features: Features,
+    begin: int,
+    end: int,
+    *,
+    chunk_rows: int,
+    threads: int,
+    done: Callable[[int], None],
+    visit: Visit | None = None,
+) -> Seen:
+    """Read global rows ``begin`` to ``end``; ``begin`` is a multiple of `BLOCK`.
+
+    ``visit(first row, rows, bad)`` sees each block of `BLOCK` rows, from several threads, in no
+    fixed order; ``bad`` is the block's mask of bad rows. ``done`` is told how many rows were read.
+    """
+    chunk = -(-chunk_rows // BLOCK) * BLOCK
+    hashes = np.empty(end - begin, np.uint64)
+
+    def read(span: tuple[int, int]) -> tuple[list[tuple[Piece, int, int]], np.ndarray, int]:
+        low, high = begin + span[0], begin + span[1]
+        rows, crcs = features.read_with_crc(low, high)
         bad = np.zeros(len(rows), bool)
         for start in range(0, len(rows), BLOCK):
-            block = rows[start : start + BLOCK]
-            bad[start : start + BLOCK] = bad_rows(block)
-            first = span[0] + start
-            hashes[first : first + len(block)] = row_hashes(block)
+            block, at = rows[start : start + BLOCK], slice(start, start + BLOCK)
+            bad[at] = bad_rows(block)
+            hashes[span[0] + start : span[0] + start + len(block)] = row_hashes(block)
             if visit is not None:
-                visit(first, block, bad[start : start + BLOCK])
-        return crcs, np.flatnonzero(bad) + span[0], len(rows)
+                visit(low + start, block, bad[at])
+        return crcs, np.flatnonzero(bad) + low, len(rows)
 
-    with progress.bar(features.rows, "reading", "rows") as bar:
-        for crcs, bad, count in in_order(read, plan_blocks(features.rows, chunk), threads):
-            ledger.add(crcs)
-            found_bad.append(bad)
-            bar.update(count)
-    bad = np.concatenate(found_bad)
+    crcs: list[tuple[Piece, int, int]] = []
+    found_bad = []
+    for part, bad, count in in_order(read, plan_blocks(end - begin, chunk), threads):
+        crcs += part
+        found_bad.append(bad)
+        done(count)
+    return Seen(crcs, np.concatenate(found_bad), hashes)
+
+
+def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:
+    """Put the parts of a scan together: refuse or list bad rows, find exact copies."""
+    bad = np.concatenate([part.bad for part in parts])
     if len(bad) and not keep_bad:
         raise SnipError(describe_bad(features, bad))
-    copies, firsts = find_copies(features, hashes)
+    ledger = CrcLedger(len(features.shards))
+    for part in parts:
+        ledger.add(part.crcs)
+    copies, firsts = find_copies(features, np.concatenate([part.hashes for part in parts]))
     comparable = ~np.isin(copies, bad)
     return Scan(bad, copies[comparable], firsts[comparable], ledger.totals())
 

@@ -109,6 +109,7 @@ class Train(Input):
         self.between("steps", 1, 10**7)
         self.between("batch", 16, 10**6)
         self.between("hidden", 1, 10**5)
+        self.between("learning_rate", 1e-8, 10)
         self.between("temperature", 1e-4, 10)
         self.between("subset_rows", 64, 10**9)
         self.between("validation_rows", 16, 10**6)
@@ -197,7 +198,8 @@ class Dedup(Input):
     )
     margin: float | None = option(None, "adc: that constant; calibrated when not given")
     precision: float = option(0.91, "adc: wanted share of right flags when calibrating")
-    k: int = option(16, "adc: neighbours a row")
+    calibration_rows: int = option(4096, "adc: rows whose true matches set the margin")
+    k: int = option(16, "adc: neighbours a row; more are asked for where all of them pass")
     nprobe: int = option(4, "adc: lists visited a row")
     key: str | None = option(
         None, "metadata column for groups.parquet (first of key, uid, sample_id, hash)"
@@ -219,8 +221,10 @@ class Dedup(Input):
         self.between("threshold", -1, 1)
         self.between("recall", 0.5, 1)
         self.between("precision", 0, 1)
-        self.between("k", 1, 65_536)
+        self.between("k", 1, 1024)
+        self.between("calibration_rows", 1, 10**6)
         self.between("nprobe", 1, 2**24)
+        self.between("margin", -1e30, 1e30)
         self.between("chunk_rows", 1, 10**9)
         self.between("threads", 0, 4096)
         if self.max_memory is not None:
@@ -280,7 +284,7 @@ class Demo(Settings):
 
 
 def parse_bytes(text: str) -> int:
-    """Parse ``2GB``, ``500 MB``, ``1.5g`` or a plain number of bytes.
+    """Parse ``2GB``, ``500 MB``, ``1.5g``, ``2GiB`` (powers of 1024) or a plain number of bytes.
 
     Raises
     ------
@@ -290,6 +294,8 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?b)?\s*", str(text).lower())
     try:
         value = float(match[1]) * BYTE_UNITS[match[2]] if match else -1.0
+        if match and match[3] == "ib":
+            value *= 1.024 ** list(BYTE_UNITS).index(match[2])
     except ValueError:
         value = -1.0
     if value <= 0:

@@ -1,0 +1,128 @@
+"""Short int8 codes of rows whose products bound the cosine from above.
+
+A unit row x is projected on the main directions P of a sample, and the norm of what is left,
+r = ‖x − PᵀPx‖, becomes one more coordinate: z = (Px, r) has norm 1, and by Cauchy and Schwarz
+z·z' = Px·Px' + r r' ≥ x·x'. A fixed rotation then makes all coordinates alike in size, and int8
+rounds them. So rows whose codes' product lies below ``limit`` cannot be a pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from snipdedup.cosine import unit_rows
+
+WIDTH = 256  # coordinates of a code
+PEAK = 127  # largest int8
+HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
+# A pair's product is off by more than this times the codes' norms with probability below 1e-9:
+# rounding errors lie within ±1/2 and the rotation makes them independent of the rows, so
+# Hoeffding's inequality gives exp(-2 k²) for k times the norm.
+MISS_PROBABILITY = 1e-9
+FLOAT_SLACK = 1e-5  # float32 arithmetic in projecting
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How rows become codes.
+
+    Attributes
+    ----------
+    matrix : (d, WIDTH) float32
+        Main directions, rotated.
+    residual : (WIDTH,) float32
+        The rotated axis of the residual norm.
+    scale : float
+        Codes are coordinates times this, rounded.
+    """
+
+    matrix: np.ndarray
+    residual: np.ndarray
+    scale: float
+
+    def encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the codes of a block of rows.
+
+        Parameters
+        ----------
+        rows : (n, d) float16, float32 or float64
+
+        Returns
+        -------
+        codes : (n, WIDTH) int8
+        excess : (n,) float32
+            Norm of what int8 could not hold of a code, 0 for nearly all rows.
+        """
+        import torch
+
+        scaled = torch.from_numpy(self.coordinates(rows))
+        scaled *= self.scale
+        codes = scaled.round().clamp_(-PEAK, PEAK)
+        excess = np.zeros(len(rows), np.float32)
+        wide = (scaled.abs().amax(1) > PEAK + 0.5).numpy()
+        if wide.any():
+            over = torch.linalg.vector_norm(scaled[wide] - codes[wide], dim=1)
+            excess[wide] = over.numpy()
+        return np.asarray(codes.to(torch.int8).numpy()), excess
+
+    def coordinates(self, rows: np.ndarray) -> np.ndarray:
+        """Return rotated unit coordinates, (n, WIDTH) float32; their products bound cosines."""
+        import torch
+
+        unit = torch.from_numpy(unit_rows(rows))
+        coordinates = unit @ torch.from_numpy(self.matrix)
+        inside = torch.einsum("ij,ij->i", coordinates, coordinates)
+        rest = (1 - inside).clamp_(min=0).sqrt_()
+        coordinates.addr_(rest, torch.from_numpy(self.residual))
+        return np.asarray(coordinates.numpy())
+
+    def limit(self, threshold: float) -> float:
+        """Return the product of two codes from which their rows may be a pair."""
+        norm = self.scale + 0.5 * WIDTH**0.5  # a code's norm is at most this
+        rounding = norm * np.sqrt(2) * np.sqrt(np.log(2 / MISS_PROBABILITY) / 2)
+        return float(self.scale**2 * (np.float32(threshold) - FLOAT_SLACK) - rounding)
+
+    def slack(self, excess: np.ndarray) -> np.ndarray:
+        """Return by how much a row's limit falls for what its code could not hold."""
+        return np.asarray(excess * (self.scale + 0.5 * WIDTH**0.5) * 2)
+
+    def distance(self, threshold: float) -> float:
+        """Return the largest distance of two rows that are a pair, in units of codes."""
+        return float(self.scale * np.sqrt(max(0.0, 2 - 2 * threshold)))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the parts as arrays, to be saved."""
+        return {"matrix": self.matrix, "residual": self.residual, "scale": np.array(self.scale)}
+
+
+def fit_projection(sample: np.ndarray, seed: int) -> Projection:
+    """Fit a projection to a sample of rows.
+
+    Parameters
+    ----------
+    sample : (n, d) float16, float32 or float64
+        Distinct rows that can be compared.
+    seed : int
+        Of the rotation.
+    """
+    unit = unit_rows(sample)
+    directions = main_directions(unit, min(WIDTH - 1, unit.shape[1]))
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))[0]
+    count = directions.shape[1]
+    matrix = (directions @ rotation[:count]).astype(np.float32)
+    projection = Projection(matrix, rotation[count % WIDTH].astype(np.float32), 1.0)
+    peak = float(np.abs(projection.coordinates(sample)).max())
+    return Projection(matrix, projection.residual, PEAK / min(1.0, peak * HEADROOM))
+
+
+def main_directions(unit: np.ndarray, count: int) -> np.ndarray:
+    """Return the main directions of unit rows about the origin, (d, count) float64, orthonormal."""
+    import torch
+
+    values = torch.from_numpy(unit)
+    moments: Any = (values.T @ values).double()
+    return np.asarray(torch.linalg.eigh(moments)[1].numpy()[:, -count:])

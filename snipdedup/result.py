@@ -1,0 +1,299 @@
+"""What a search found and what was decided: counts, tables, other thresholds.
+
+Nothing is computed twice: ratios and tables derive from the forest, the copies and the members.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from snipdedup import progress
+from snipdedup.cosine import pair_cosine
+from snipdedup.errors import SnipError
+from snipdedup.forest import Edges, components, join_edges, make_edges
+from snipdedup.groups import (
+    Copies,
+    Members,
+    group_components,
+    group_star,
+    keep_rank,
+    star_from_pairs,
+)
+from snipdedup.shards import Features
+
+GATHER_PAIRS = 16_384  # pairs whose rows are laid side by side at a time
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found, before anything is decided.
+
+    Attributes
+    ----------
+    names, offsets : list of str, (shards + 1,) int64
+        The shards: file names and first rows; the last offset is the number of rows.
+    threshold : float
+        The cosine searched for.
+    forest : Edges
+        Maximum spanning forest of the pairs among distinct rows.
+    copies, firsts : (c,) int64
+        Rows equal bit for bit to an earlier row, and the first such row.
+    bad : (m,) int64
+        Rows that cannot be compared.
+    crcs : list of int
+        CRC32 of each shard; empty where no features were read.
+    pairs : Edges, optional
+        All pairs, where they could not be verified for lack of features.
+    flags : (rows,) bool, optional
+        The flags of method ``adc``.
+    notes : dict
+        The method's own figures, for the manifest.
+    """
+
+    names: list[str]
+    offsets: np.ndarray
+    threshold: float
+    forest: Edges
+    copies: np.ndarray
+    firsts: np.ndarray
+    bad: np.ndarray
+    crcs: list[int] = field(default_factory=list)
+    pairs: Edges | None = None
+    flags: np.ndarray | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.offsets[-1])
+
+    @property
+    def verified(self) -> bool:
+        """Whether each pair was proved on the raw features."""
+        return self.pairs is None
+
+    @cached_property
+    def whole_forest(self) -> Edges:
+        """The forest with exact copies, ordered by (a, b)."""
+        ones = np.ones(len(self.copies), np.float32)
+        forest = join_edges([self.forest, make_edges(self.firsts, self.copies, ones)])
+        return forest.where(np.lexsort((forest.b, forest.a)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """The decision for each row.
+
+    Attributes
+    ----------
+    found : Found
+    features : Features or None
+        The rows that were searched.
+    members : Members
+        The rows of groups of two or more.
+    threshold, grouping, keep, seed
+        What was decided by.
+    """
+
+    found: Found
+    features: Features | None
+    members: Members
+    threshold: float
+    grouping: str
+    keep: str
+    seed: int
+
+    @cached_property
+    def is_dup(self) -> np.ndarray:
+        """True for each row to remove, (rows,) bool."""
+        mask = np.zeros(self.found.rows, bool)
+        mask[self.members.row[self.members.is_dup]] = True
+        return mask
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the input."""
+        return self.found.rows
+
+    @property
+    def removed(self) -> int:
+        """Number of rows to remove."""
+        return int(self.members.is_dup.sum())
+
+    @property
+    def kept(self) -> int:
+        """Number of rows that stay."""
+        return self.rows - self.removed
+
+    @property
+    def duplicate_ratio(self) -> float:
+        """Share of the rows to remove."""
+        return self.removed / self.rows
+
+    @property
+    def forest(self) -> Any:
+        """The forest as a ``pyarrow.Table``: a, b int64, similarity float32."""
+        return forest_table(self.found.whole_forest)
+
+    @property
+    def groups(self) -> Any:
+        """The members as a ``pyarrow.Table``, see ``docs/formats.md``."""
+        return groups_table(self, None)
+
+    @property
+    def chained(self) -> int:
+        """Removed rows whose cosine with their representative is below the threshold."""
+        below = self.members.similarity < np.float32(self.threshold)
+        return int((below & self.members.is_dup).sum())
+
+    def dup_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows that represent others, ascending, and how many each."""
+        return np.unique(self.members.representative[self.members.is_dup], return_counts=True)
+
+    def at(self, threshold: float, grouping: str | None = None) -> Result:
+        """Decide again at another threshold, without a search.
+
+        Parameters
+        ----------
+        threshold : float
+            Not below the one searched for.
+        grouping : str, optional
+            ``star`` reads the raw rows of groups again; ``components`` needs the forest alone.
+
+        Raises
+        ------
+        SnipError
+            If the threshold is below the one searched for.
+        """
+        return decide(
+            self.found, self.features, threshold, grouping or self.grouping, self.keep, self.seed
+        )
+
+
+def decide(
+    found: Found, features: Features | None, threshold: float, grouping: str, keep: str, seed: int
+) -> Result:
+    """Group what was found and choose which rows stay.
+
+    Raises
+    ------
+    SnipError
+        If the threshold is below the one searched for, or pairs are unverified and another
+        threshold is asked for.
+    """
+    if np.float32(threshold) < np.float32(found.threshold):
+        raise SnipError(
+            f"the search was made at threshold {found.threshold:g}, pairs below it are unknown; "
+            f"expected {found.threshold:g} or more, found {threshold:g}: search again"
+        )
+    rank = partial(keep_rank, keep=keep, seed=seed)
+    copies = Copies(found.copies, found.firsts, rank)
+    if found.pairs is not None:
+        if threshold != found.threshold:
+            raise SnipError(
+                "unverified pairs have no cosines; search with FEATURES to re-threshold"
+            )
+        members = decide_unverified(found, grouping, rank)
+    elif grouping == "components":
+        members = group_components(copies.fold(found.forest.at(threshold)), rank)
+    elif features is None:
+        raise SnipError("star grouping compares raw rows: give the features, or use components")
+    else:
+        forest = copies.fold(found.forest.at(threshold))
+        with progress.bar(len(components(forest)[0]), "grouping", "rows") as bar:
+            members = group_star(forest, rank, features.gather, threshold, bar.update)
+    members = copies.unfold(members)
+    if features is not None and found.pairs is None:
+        members = with_similarity(members, features)
+    return Result(found, features, members, threshold, grouping, keep, seed)
+
+
+def decide_unverified(
+    found: Found, grouping: str, rank: Callable[[np.ndarray], np.ndarray]
+) -> Members:
+    """Group pairs that could not be verified."""
+    pairs = found.pairs
+    if pairs is None or grouping == "components":
+        return group_components(found.forest, rank)
+    row, group = components(found.forest)
+    return star_from_pairs(row, group, rank(row), pairs)
+
+
+def with_similarity(members: Members, features: Features) -> Members:
+    """Fill in cosines that are not known yet, in row order."""
+    open_ = np.flatnonzero(np.isnan(members.similarity))
+    open_ = open_[np.argsort(members.row[open_], kind="stable")]
+    similarity = members.similarity.copy()
+    for start in range(0, len(open_), GATHER_PAIRS):
+        at = open_[start : start + GATHER_PAIRS]
+        similarity[at] = pair_cosine(
+            features.gather(members.row[at]), features.gather(members.representative[at])
+        )
+    return members._replace(similarity=similarity)
+
+
+def forest_table(forest: Edges) -> Any:
+    """Return edges as a ``pyarrow.Table``."""
+    import pyarrow as pa
+
+    return pa.table({"a": forest.a, "b": forest.b, "similarity": forest.similarity})
+
+
+def groups_table(result: Result, keys: Any) -> Any:
+    """Return the members with their places and keys as a ``pyarrow.Table``.
+
+    Parameters
+    ----------
+    result : Result
+    keys : pyarrow.Array of string, or None
+        Key of each member.
+    """
+    import pyarrow as pa
+
+    members, offsets = result.members, result.found.offsets
+    shard = np.searchsorted(offsets, members.row, side="right") - 1
+    names = pa.array(result.found.names, pa.string())
+    unknown = np.isnan(members.similarity)
+    return pa.table(
+        {
+            "row": members.row,
+            "shard": names.take(pa.array(shard)),
+            "shard_row": members.row - offsets[shard],
+            "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
+            "group": members.group,
+            "representative": members.representative,
+            "similarity": pa.array(members.similarity, mask=unknown),
+            "is_dup": members.is_dup,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Level:
+    """One line of the threshold table: what components would remove."""
+
+    threshold: float
+    removed: int
+    groups: int
+    largest: int
+
+
+def levels(found: Found, thresholds: list[float]) -> list[Level]:
+    """Return, for each threshold, what the components of the forest amount to."""
+    lines = []
+    for threshold in thresholds:
+        edges = found.whole_forest.at(threshold)
+        _, sizes = np.unique(components(edges)[1], return_counts=True)
+        lines.append(Level(threshold, len(edges.a), len(sizes), int(sizes.max(initial=1))))
+    return lines
+
+
+def as_json(lines: list[Level]) -> list[dict[str, Any]]:
+    """Return a threshold table as JSON values."""
+    return [dataclasses.asdict(line) for line in lines]
