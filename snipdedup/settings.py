@@ -14,7 +14,7 @@ from typing import Any
 from snipdedup.errors import UsageError
 
 INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
-BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+BYTE_UNITS = ("", "k", "m", "g", "t")
 
 
 def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -293,9 +293,8 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?b)?\s*", str(text).lower())
     try:
-        value = float(match[1]) * BYTE_UNITS[match[2]] if match else -1.0
-        if match and match[3] == "ib":
-            value *= 1.024 ** list(BYTE_UNITS).index(match[2])
+        base = 1024 if match and match[3] == "ib" else 1000
+        value = float(match[1]) * base ** BYTE_UNITS.index(match[2]) if match else -1.0
     except ValueError:
         value = -1.0
     if value <= 0:

@@ -1,0 +1,126 @@
+"""Each setting refuses what is out of its range, by name, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import get_type_hints
+
+import pytest
+
+from snipdedup import settings
+from snipdedup.cli import COMMANDS, bare_type, is_required
+from snipdedup.errors import UsageError
+from snipdedup.settings import parse_bytes
+
+CLASSES = [command.options for command in COMMANDS]
+
+
+def make(kind, **values):
+    """Settings with every needed one filled in."""
+    needed = {f.name: "x" for f in dataclasses.fields(kind) if is_required(f)}
+    return kind(**(needed | values))
+
+
+def numbers():
+    """Every setting that is a number."""
+    for kind in CLASSES:
+        for name, hint in get_type_hints(kind).items():
+            if bare_type(hint) in (int, float):
+                yield pytest.param(kind, name, bare_type(hint), id=f"{kind.__name__}.{name}")
+
+
+RANGES = [
+    ("Train", "dim", 2, 4096),
+    ("Train", "steps", 1, 10**7),
+    ("Train", "batch", 16, 10**6),
+    ("Train", "hidden", 1, 10**5),
+    ("Train", "learning_rate", 1e-8, 10),
+    ("Train", "temperature", 1e-4, 10),
+    ("Train", "subset_rows", 64, 10**9),
+    ("Train", "validation_rows", 16, 10**6),
+    ("Train", "threads", 0, 4096),
+    ("Compress", "threads", 0, 4096),
+    ("Index", "nlist", 0, 2**24),
+    ("Index", "m", 1, 256),
+    ("Index", "nbits", 4, 8),
+    ("Index", "threads", 0, 4096),
+    ("Dedup", "threshold", -1, 1),
+    ("Dedup", "recall", 0.5, 1),
+    ("Dedup", "precision", 0, 1),
+    ("Dedup", "k", 1, 1024),
+    ("Dedup", "nprobe", 1, 2**24),
+    ("Dedup", "chunk_rows", 1, 10**9),
+    ("Dedup", "threads", 0, 4096),
+    ("Demo", "pictures", 50, 100_000),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "low", "high"), RANGES)
+def test_both_ends_are_allowed_and_what_lies_outside_is_refused(kind, name, low, high):
+    kind = getattr(settings, kind)
+    assert getattr(make(kind, **{name: low}), name) == low
+    assert getattr(make(kind, **{name: high}), name) == high
+    whole = isinstance(low, int) and get_type_hints(kind)[name] is int
+    step = 1 if whole else 1e-9
+    for wrong in (low - step, high + step * max(1, abs(high))):
+        with pytest.raises(UsageError, match=rf"^--{name} must lie between .* and .*, found"):
+            make(kind, **{name: wrong})
+
+
+@pytest.mark.parametrize(("kind", "name", "type_"), list(numbers()))
+def test_no_number_may_be_nan(kind, name, type_):
+    if type_ is float:
+        with pytest.raises(UsageError, match=f"--{name} must lie between"):
+            make(kind, **{name: math.nan})
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_choices(kind):
+    for field in dataclasses.fields(kind):
+        choices = field.metadata.get("choices") or ()
+        for choice in choices:
+            assert getattr(make(kind, **{field.name: choice}), field.name) == choice
+        if choices:
+            with pytest.raises(UsageError, match=rf"--{field.name} must be one of .*found 'nope'"):
+                make(kind, **{field.name: "nope"})
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_defaults_are_allowed_and_of_their_own_type(kind):
+    made = make(kind)
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        value = getattr(made, field.name)
+        hint = bare_type(hints[field.name])
+        assert hint in (int, float, bool, str) or field.metadata.get("positional")
+        assert value is None or hint not in (int, float, bool, str) or type(value) is hint
+    assert made.as_dict() == {f.name: getattr(made, f.name) for f in dataclasses.fields(kind)}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.threads = 3
+
+
+AMOUNTS = {
+    "2GB": 2 * 10**9,
+    "500 MB": 5 * 10**8,
+    "1.5g": 15 * 10**8,
+    "2GiB": 2 * 1024**3,
+    "512 mib": 512 * 1024**2,
+    "1kb": 1000,
+    "4096": 4096,
+    "4096b": 4096,
+    " 1 T ": 10**12,
+}
+
+
+@pytest.mark.parametrize("text", AMOUNTS)
+def test_amounts_of_memory(text):
+    assert parse_bytes(text) == AMOUNTS[text]
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2PB", "-1GB", "0", "1..2GB", "2 G B", "1e9", "nan"])
+def test_texts_that_are_no_amount(text):
+    with pytest.raises(UsageError, match="expected an amount of memory such as 2GB or 500MB"):
+        parse_bytes(text)
+    with pytest.raises(UsageError, match="expected an amount of memory"):
+        make(settings.Dedup, max_memory=text)
