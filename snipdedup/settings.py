@@ -267,6 +267,8 @@ class Download(Settings):
     def check(self) -> None:
         """See `Settings.check`."""
         self.file_range(self.start, self.end)
+        if self.cumulative_sizes is not None and self.is_dup is None:
+            raise UsageError("--cumulative_sizes places a mask: give --is_dup too")
 
 
 @dataclass(frozen=True, kw_only=True)
