@@ -1,0 +1,367 @@
+"""The SNIP network: a feature in, a short descriptor of length 1 out; and its folder on disk.
+
+Weights are a plain state dict beside a JSON description, never a pickled module: reading an
+encoder runs no code of its own. A descriptor depends on its row and the row's global number only,
+since blocks of fixed size, aligned to global rows, are each computed by one thread.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from snipdedup import progress, settings, store
+from snipdedup.compute import cores, in_order, library_threads, pick_device
+from snipdedup.cosine import bad_rows, unit_rows
+from snipdedup.errors import SnipError
+from snipdedup.quantise import BLOCK, in_blocks
+from snipdedup.shards import CrcLedger, Features, open_features
+
+WEIGHTS = "weights.pt"
+LAYOUT = 1  # of the network below; a change that old weights do not fit counts it up
+READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
+DESCRIPTORS = "descriptors"
+
+
+class Network(nn.Module):
+    """A linear path plus a two-layer GELU MLP, normalised.
+
+    The linear path can start as PCA; the MLP's last layer starts at zero, so that training begins
+    at PCA and only adds to it.
+    """
+
+    def __init__(self, dim_in: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim_in, dim)
+        self.inner = nn.Linear(dim_in, hidden)
+        self.outer = nn.Linear(hidden, dim, bias=False)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return descriptors of unit rows: (n, dim_in) to (n, dim)."""
+        y = self.linear(x) + self.outer(functional.gelu(self.inner(x)))
+        return functional.normalize(y)
+
+    @torch.no_grad()
+    def rotate(self, rotation: torch.Tensor) -> None:
+        """Fold an orthonormal (dim, dim) matrix into the last layers.
+
+        Lengths and distances of descriptors stay as they are.
+        """
+        self.linear.weight.copy_(rotation @ self.linear.weight)
+        self.linear.bias.copy_(rotation @ self.linear.bias)
+        self.outer.weight.copy_(rotation @ self.outer.weight)
+
+
+class Encoder:
+    """A trained network, ready to use.
+
+    Attributes
+    ----------
+    dim_in, dim : int
+        Width of features and of descriptors.
+    device : str
+    """
+
+    def __init__(self, network: Network, device: str = "cpu") -> None:
+        self.network = network.to(device).float().eval().requires_grad_(False)
+        self.device = device
+        self.dim, self.dim_in = self.network.linear.weight.shape
+        self.hidden = self.network.inner.weight.shape[0]
+
+    def encode(self, rows: np.ndarray, first: int = 0) -> np.ndarray:
+        """Return descriptors, in this thread.
+
+        Parameters
+        ----------
+        rows : (n, dim_in) float16, float32 or float64
+            Any norm. A row that cannot be compared (`cosine.bad_rows`) gets zeros.
+        first : int
+            Global row of ``rows[0]``: the last bits depend on a row's place in its block.
+
+        Returns
+        -------
+        (n, dim) float32, of length 1
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.dim_in:
+            raise SnipError(
+                f"the encoder expects rows {self.dim_in} wide, found an array of {rows.shape}; "
+                "use features of the model that it was trained on"
+            )
+        if not len(rows):
+            return np.empty((0, self.dim), np.float32)
+        with library_threads(1):
+            return in_blocks(lambda block: (self._block(block),), rows, first)[0]
+
+    @torch.inference_mode()
+    def _block(self, block: np.ndarray) -> np.ndarray:
+        unit = unit_rows(block)
+        found = self.network(torch.from_numpy(unit).to(self.device)).cpu().numpy()
+        found[~unit.any(axis=1)] = 0
+        return found
+
+    def weights(self) -> bytes:
+        """Return the state dict as bytes, the same for the same weights."""
+        buffer = io.BytesIO()  # a file's own name would end up in the archive
+        torch.save({k: v.cpu() for k, v in self.network.state_dict().items()}, buffer)
+        return buffer.getvalue()
+
+    def save(self, folder: Path, body: dict[str, Any]) -> None:
+        """Write weights, then the manifest with ``body`` (settings, shards, curves)."""
+        with store.replacing(folder / WEIGHTS) as part:
+            part.write_bytes(self.weights())
+        described = {
+            "layout": LAYOUT,
+            "dim_in": self.dim_in,
+            "hidden": self.hidden,
+            "dim": self.dim,
+        }
+        store.write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> Encoder:
+        """Read an encoder folder.
+
+        Raises
+        ------
+        SnipError
+            If it is not one that ``snip train`` finished, or its weights were changed.
+        """
+        path = Path(folder).expanduser()
+        if path.is_file():
+            raise SnipError(
+                f"{path}: expected an encoder folder that snip train wrote, found a file. Pickled "
+                "modules, as upstream published, are not read: unpickling runs any code they hold. "
+                "Train one with: snip train FEATURES --out encoder"
+            )
+        manifest = store.read_manifest(path, "encoder")
+        network = Network(*described_shape(path, manifest))
+        try:
+            network.load_state_dict(read_weights(path, manifest))
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise SnipError(
+                f"{path / WEIGHTS}: its layers do not fit {store.MANIFEST}: {first_line(error)}; "
+                "train the encoder again"
+            ) from error
+        return cls(network, pick_device(device))
+
+
+def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, int]:
+    """Return (dim_in, hidden, dim) that a manifest promises."""
+    described = manifest.get("encoder")
+    described = described if isinstance(described, dict) else {}
+    if described.get("layout") != LAYOUT:
+        raise SnipError(
+            f"{folder / store.MANIFEST}: expected an encoder of layout {LAYOUT}, found "
+            f"{described.get('layout')!r}; train it with this version of snip"
+        )
+    shape = tuple(described.get(name) for name in ("dim_in", "hidden", "dim"))
+    if not all(isinstance(width, int) and width > 0 for width in shape):
+        raise SnipError(
+            f"{folder / store.MANIFEST}: expected the widths dim_in, hidden and dim, found {shape}"
+        )
+    return shape  # type: ignore[return-value]
+
+
+def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the state dict, if it is the file that the manifest vouches for."""
+    path = folder / WEIGHTS
+    expected = weights_sha256(folder, manifest)
+    if not path.is_file():
+        raise SnipError(f"no such file: {path}; copy the whole encoder folder, or train it again")
+    if store.sha256(path) != expected:
+        raise SnipError(
+            f"{path}: changed since {store.MANIFEST} was written (its SHA-256 differs); copy the "
+            "encoder folder again, or train it again"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise SnipError(
+            f"{path}: expected a plain state dict of tensors, found something else; pickled "
+            "modules are not read, since unpickling runs any code they hold"
+        ) from error
+
+
+def weights_sha256(folder: Path, manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of the weights as the manifest holds it."""
+    try:
+        return str(manifest["outputs"][WEIGHTS]["sha256"])
+    except (KeyError, TypeError):
+        raise SnipError(f"{folder / store.MANIFEST}: names no {WEIGHTS}; train it again") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 else str(error)
+
+
+def run(options: settings.Compress) -> str:
+    """Write descriptors, shard for shard; return the summary."""
+    started = time.monotonic()
+    features = open_features(
+        options.features, parts=options.parts, array=options.array, column=options.column
+    )
+    encoder = Encoder.load(options.encoder, options.device)
+    check_width(encoder, features, options.encoder)
+    names = descriptor_names(features)
+    out = Path(options.out).expanduser()
+    store.refuse_output_inside(out, [*features.paths(), Path(options.encoder).expanduser()])
+    request = describe_request(options, features)
+    if claim(out, request, names, options.overwrite) == "done":
+        return f"{out} is finished already with these settings; --overwrite makes it anew"
+    crcs = write_shards(features, encoder, out, names, options)
+    shards = [{**d, "crc32": crc} for d, crc in zip(features.describe(), crcs, strict=True)]
+    seconds = time.monotonic() - started
+    body = {
+        "command": "compress",
+        "settings": options.as_dict(),
+        "request": request,
+        "encoder_sha256": request["encoder"],
+        "shards": shards,
+        "counts": {"rows": features.rows, "dim": encoder.dim},
+        "seconds": {"all": round(seconds, 3)},
+    }
+    store.write_manifest(out, DESCRIPTORS, body, [out / name for name in names])
+    shutil.rmtree(out / store.WORK, ignore_errors=True)
+    size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
+    return (
+        f"{features.rows:,} rows in {len(names)} shards: {encoder.dim_in} wide to {encoder.dim} "
+        f"({size / 1e6:,.1f} MB {options.dtype}) in {seconds:.1f} s, in {out}"
+    )
+
+
+def describe_request(options: settings.Compress, features: Features) -> dict[str, Any]:
+    """Return what the descriptors depend on, by name."""
+    folder = Path(options.encoder).expanduser()
+    return {
+        "encoder": weights_sha256(folder, store.read_manifest(folder, "encoder")),
+        "dtype": options.dtype,
+        "array": options.array,
+        "column": options.column,
+        "features": features.describe(),
+    }
+
+
+def check_width(encoder: Encoder, features: Features, name: str) -> None:
+    """Refuse features of another width, naming the file."""
+    if encoder.dim_in != features.dim:
+        raise SnipError(
+            f"{features.place(0)[0]}: rows are {features.dim} wide, --encoder {name} expects "
+            f"{encoder.dim_in}; use features of the model that it was trained on"
+        )
+
+
+def descriptor_names(features: Features) -> list[str]:
+    """Return the file name of each shard's descriptors; refuse two shards of one name."""
+    names: dict[str, Path] = {}
+    for shard in features.shards:
+        name = f"{shard.path.stem}.npy"
+        if name in names:
+            raise SnipError(
+                f"{names[name]} and {shard.path} would both be written as {name}; compress them "
+                "into two folders"
+            )
+        names[name] = shard.path
+    return list(names)
+
+
+def claim(out: Path, request: dict[str, Any], names: list[str], overwrite: bool) -> str:
+    """Take ``out`` as `store.claim` does; a new run finds no descriptors of a stopped one."""
+    note = out / store.WORK / store.REQUEST
+    stopped = store.load_json(note) if overwrite and note.is_file() else {}
+    state = store.claim(out, DESCRIPTORS, request, overwrite=overwrite)
+    if state == "new":
+        left = [f"{Path(shard['name']).stem}.npy" for shard in stopped.get("features", [])]
+        for name in (*left, *names):
+            (out / name).unlink(missing_ok=True)
+    return state
+
+
+def write_shards(
+    features: Features, encoder: Encoder, out: Path, names: list[str], options: settings.Compress
+) -> list[int]:
+    """Write the shards that are not there yet; return the CRC32 of each input shard."""
+    threads = cores(options.threads) if encoder.device == "cpu" else 1
+    crcs = []
+    with progress.bar(features.rows, "compressing", "rows") as bar:
+        for number, name in enumerate(names):
+            done = out / store.WORK / f"{name}.json"  # written after the shard: both or neither
+            if not done.is_file():
+                crc = write_shard(features, number, encoder, out / name, options.dtype, threads)
+                store.save_json(done, {"crc32": crc})
+            crcs.append(int(store.load_json(done)["crc32"]))
+            bar.update(features.shards[number].rows)
+    return crcs
+
+
+def write_shard(
+    features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
+) -> int:
+    """Write one shard's descriptors as they are made; return the CRC32 of the input shard.
+
+    Raises
+    ------
+    SnipError
+        If a row cannot be compared: file and row; nothing is written then.
+    """
+    ledger = CrcLedger(len(features.shards))
+    rows = features.shards[number].rows
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, encoder.dim)}
+    with store.replacing(path) as part, part.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block, crcs in encoded_spans(features, number, encoder, threads):
+            block.astype(dtype).tofile(file)
+            ledger.add(crcs)
+    return ledger.totals()[number]
+
+
+def encoded_spans(
+    features: Features, number: int, encoder: Encoder, threads: int
+) -> Iterator[tuple[np.ndarray, list]]:
+    """Yield one shard's descriptors in row order, with the CRCs of what was read."""
+    first, stop = (int(row) for row in features.offsets[number : number + 2])
+    cuts = range(first - first % READ_ROWS, stop, READ_ROWS)
+    spans = [(max(cut, first), min(cut + READ_ROWS, stop)) for cut in cuts]
+
+    def work(span: tuple[int, int]) -> tuple[np.ndarray, list]:
+        rows, crcs = features.read_with_crc(*span)
+        refuse_bad(features, np.arange(*span), rows)
+        return encoder.encode(rows, span[0]), crcs
+
+    return in_order(work, spans, threads)
+
+
+def refuse_bad(features: Features, numbers: np.ndarray, rows: np.ndarray) -> None:
+    """Refuse rows that have no direction, naming the first one's file and place.
+
+    Parameters
+    ----------
+    features : Features
+    numbers : (n,) int64
+        Global rows.
+    rows : (n, d)
+        What they hold.
+    """
+    bad = np.flatnonzero(bad_rows(rows))
+    if not len(bad):
+        return
+    path, place = features.place(int(numbers[bad[0]]))
+    values = rows[bad[0]]
+    what = "NaN" if np.isnan(values).any() else "infinity" if values.any() else "zeros only"
+    others = f" (and {len(bad) - 1:,} more rows near it)" if len(bad) > 1 else ""
+    raise SnipError(
+        f"{path}: row {place} holds {what}{others}, expected finite values that are not all zero; "
+        "mend or remove such rows first"
+    )
