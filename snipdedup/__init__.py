@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from snipdedup.errors import SnipError
 
 if TYPE_CHECKING:
-    from snipdedup.deduplicate import Result, dedup
+    from snipdedup.deduplicate import dedup
+    from snipdedup.result import Result
 
 __version__ = "0.1.0"
 __all__ = ["Result", "SnipError", "__version__", "dedup"]
@@ -20,8 +21,12 @@ __all__ = ["Result", "SnipError", "__version__", "dedup"]
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import snipdedup` and `snip --help` load neither torch nor faiss.
-    if name in ("dedup", "Result"):
-        from snipdedup import deduplicate
+    if name == "dedup":
+        from snipdedup.deduplicate import dedup
 
-        return getattr(deduplicate, name)
+        return dedup
+    if name == "Result":
+        from snipdedup.result import Result
+
+        return Result
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,13 +9,15 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from snipdedup.errors import SnipError
+from snipdedup.settings import parse_bytes
 
 T = TypeVar("T")
 R = TypeVar("R")
+Stage = Callable[[str], AbstractContextManager[None]]  # times a stage of a run by its name
 
 
 def cores(threads: int = 0) -> int:
@@ -25,6 +27,13 @@ def cores(threads: int = 0) -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_bound(text: str | None) -> int:
+    """Return a bound on memory in bytes; without one, a quarter of the machine's memory."""
+    if text is not None:
+        return parse_bytes(text)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def pick_device(name: str) -> str:

@@ -1,8 +1,12 @@
-"""The two ways in which snip refuses: what it found is wrong, or how it was called is."""
+"""How snip refuses: what it found is wrong, or how it was called is."""
 
 
 class SnipError(Exception):
     """Bad input or a failed run: says what was expected, what was found, and what to do."""
+
+
+class InputError(SnipError):
+    """Rows that cannot be used, found while reading; there is nothing to resume."""
 
 
 class UsageError(SnipError):

@@ -8,8 +8,7 @@ on where it was and the result does not depend on who ran what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup import progress, store
-from snipdedup.compute import in_order, library_threads
+from snipdedup.compute import Stage, in_order, library_threads
 from snipdedup.cosine import bad_rows, pair_cosine, unit_rows64
 from snipdedup.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
 from snipdedup.kernels import Kernel, pick_kernel, product_hits
@@ -25,6 +24,7 @@ from snipdedup.lists import Lists, assign, calibrate_tau, train_centroids
 from snipdedup.projection import WIDTH, Projection, fit_projection
 from snipdedup.scan import Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
+from snipdedup.verify import VERIFY_PAIRS, verify_pairs
 
 TASK_ROWS = 1 << 18  # rows of an encode task
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
@@ -32,9 +32,6 @@ SAMPLE_ROWS = 1 << 15  # rows to fit directions and calibrate on
 ROWS_A_CENTROID = 48  # rows of the sample for each centroid
 ROW_TILE, COLUMN_TILE = 1024, 2048
 DENSE = 1 / 64  # share of a tile's pairs from which its rows are compared all at once
-VERIFY_PAIRS = 2048  # pairs whose rows are laid side by side at a time
-
-Stage = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -346,7 +343,8 @@ def join_task(
         candidates += count
         builder.add(edges)
         proposals.append((a, b))
-    for edges in verify(features, proposals, threshold, threads):
+    a, b = (np.concatenate(side) for side in zip(no_pairs(), *proposals, strict=True))
+    for edges in verify_pairs(features, a, b, threshold, threads):
         builder.add(edges)
     return builder.forest(), candidates
 
@@ -410,26 +408,3 @@ def crowded_pairs(
     cosine = (unit_rows64(x) @ unit_rows64(y).T).astype(np.float32)
     edges = make_edges(row[i], row[j], np.minimum(cosine[at_i, at_j], np.float32(1)))
     return spanning_forest(edges.at(threshold))
-
-
-def verify(
-    features: Features,
-    proposals: list[tuple[np.ndarray, np.ndarray]],
-    threshold: float,
-    threads: int,
-) -> Iterator[Edges]:
-    """Yield the proposed pairs that are pairs, by their cosine, in row order."""
-    a, b = (np.concatenate(side) for side in zip(no_pairs(), *proposals, strict=True))
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    order = np.lexsort((high, low))
-    low, high = low[order], high[order]
-    new = np.ones(len(low), bool)
-    new[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
-    low, high = low[new], high[new]
-
-    def check(span: tuple[int, int]) -> Edges:
-        at = slice(*span)
-        cosine = pair_cosine(features.gather(low[at]), features.gather(high[at]))
-        return make_edges(low[at], high[at], cosine).at(threshold)
-
-    yield from in_order(check, plan_blocks(len(low), VERIFY_PAIRS), threads)

@@ -187,11 +187,7 @@ def decide(
         If the threshold is below the one searched for, or pairs are unverified and another
         threshold is asked for.
     """
-    if np.float32(threshold) < np.float32(found.threshold):
-        raise SnipError(
-            f"the search was made at threshold {found.threshold:g}, pairs below it are unknown; "
-            f"expected {found.threshold:g} or more, found {threshold:g}: search again"
-        )
+    check_threshold(found, threshold)
     rank = partial(keep_rank, keep=keep, seed=seed)
     copies = Copies(found.copies, found.firsts, rank)
     if found.pairs is not None:
@@ -212,6 +208,15 @@ def decide(
     if features is not None and found.pairs is None:
         members = with_similarity(members, features)
     return Result(found, features, members, threshold, grouping, keep, seed)
+
+
+def check_threshold(found: Found, threshold: float) -> None:
+    """Refuse a threshold below the one that was searched for."""
+    if np.float32(threshold) < np.float32(found.threshold):
+        raise SnipError(
+            f"the search was made at threshold {found.threshold:g}, pairs below it are unknown; "
+            f"expected {found.threshold:g} or more, found {threshold:g}: search again"
+        )
 
 
 def decide_unverified(

@@ -14,7 +14,7 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.compute import in_order
 from snipdedup.cosine import bad_rows, same_bits
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError
 from snipdedup.shards import CrcLedger, Features, Piece, plan_blocks
 
 BLOCK = 8192  # rows computed together; fixed, so that results do not depend on chunk sizes
@@ -82,7 +82,7 @@ def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -
 
     Raises
     ------
-    SnipError
+    InputError
         If there are bad rows and ``keep_bad`` is false: how many, and where.
     """
     with progress.bar(features.rows, "reading", "rows") as bar:
@@ -135,7 +135,7 @@ def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:
     """Put the parts of a scan together: refuse or list bad rows, find exact copies."""
     bad = np.concatenate([part.bad for part in parts])
     if len(bad) and not keep_bad:
-        raise SnipError(describe_bad(features, bad))
+        raise InputError(describe_bad(features, bad))
     ledger = CrcLedger(len(features.shards))
     for part in parts:
         ledger.add(part.crcs)

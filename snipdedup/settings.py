@@ -218,6 +218,8 @@ class Dedup(Input):
 
     def check(self) -> None:
         """See `Settings.check`."""
+        if self.features is None and (self.index is None or self.method in ("join", "exact")):
+            raise UsageError("dedup compares raw rows: give FEATURES, or --index for method adc")
         self.between("threshold", -1, 1)
         self.between("recall", 0.5, 1)
         self.between("precision", 0, 1)

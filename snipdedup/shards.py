@@ -154,6 +154,10 @@ class Features:
             for shard in self.shards
         ]
 
+    def stamps(self) -> list[int]:
+        """Return when each file was last changed, ns; a file that changes is another input."""
+        return [path.stat().st_mtime_ns for path in self.paths()]
+
 
 def _ascending(rows: np.ndarray) -> bool:
     return bool(np.all(rows[1:] > rows[:-1]))

@@ -233,6 +233,13 @@ def claim(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) -> 
     return state
 
 
+def release(out: Path) -> None:
+    """Give up a claim: remove the work, and the folder if nothing else is in it."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what differs between two requests, one line each, by name."""
     return [

@@ -1,0 +1,195 @@
+"""OUT: what a run leaves behind, written once, read back for another threshold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup import store
+from snipdedup.errors import SnipError
+from snipdedup.forest import Edges
+from snipdedup.metadata import Metadata, write_kept
+from snipdedup.result import Found, Result, as_json, decide, forest_table, groups_table, levels
+from snipdedup.scan import equal_rows
+from snipdedup.settings import Dedup
+from snipdedup.shards import Features
+
+KIND = "dedup"
+TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
+
+
+def write_tables(
+    result: Result, out: Path, metadata: Metadata | None, key: str | None
+) -> list[Path]:
+    """Write all files of OUT but the manifest; return their paths."""
+    store.save_npy(out / "is_dup.npy", result.is_dup)
+    store.save_parquet(out / "forest.parquet", forest_table(result.found.whole_forest))
+    keys = None
+    if metadata is not None and key is not None:
+        order = np.argsort(result.members.row)
+        back = np.argsort(order)
+        keys = metadata.take(key, result.members.row[order]).take(back)
+    store.save_parquet(out / "groups.parquet", groups_table(result, keys))
+    outputs = [out / "is_dup.npy", out / "forest.parquet", out / "groups.parquet"]
+    if len(result.found.bad):
+        store.save_parquet(out / "bad_rows.parquet", bad_table(result.found))
+        outputs.append(out / "bad_rows.parquet")
+    if result.found.flags is not None:
+        store.save_npy(out / "flags.npy", result.found.flags)
+        outputs.append(out / "flags.npy")
+    if metadata is not None:
+        outputs += write_kept(metadata, result.is_dup, out / "metadata", result.dup_counts())
+    return outputs
+
+
+def bad_table(found: Found) -> Any:
+    """Return the rows that could not be compared, with their places."""
+    import pyarrow as pa
+
+    shard = np.searchsorted(found.offsets, found.bad, side="right") - 1
+    names = pa.array(found.names, pa.string())
+    return pa.table(
+        {
+            "row": found.bad,
+            "shard": names.take(pa.array(shard)),
+            "shard_row": found.bad - found.offsets[shard],
+        }
+    )
+
+
+def describe_run(result: Result, features: Features | None) -> dict[str, Any]:
+    """Return the manifest's entries about what was found and decided."""
+    found = result.found
+    shards = features.describe() if features else []
+    for shard, crc in zip(shards, found.crcs, strict=False):
+        shard["crc32"] = f"{crc:08x}"
+    _, sizes = np.unique(result.members.group, return_counts=True)
+    steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
+    table = [t for t in steps if found.threshold <= t <= 1] if found.verified else []
+    return {
+        "command": sys.argv,
+        "verified": found.verified,
+        "shards": shards or [
+            {"name": name, "rows": int(rows)}
+            for name, rows in zip(found.names, np.diff(found.offsets), strict=True)
+        ],
+        "counts": {
+            "rows": result.rows,
+            "removed": result.removed,
+            "kept": result.kept,
+            "groups": len(sizes),
+            "largest_group": int(sizes.max(initial=1)),
+            "exact_copies": len(found.copies),
+            "bad_rows": len(found.bad),
+            "chained": result.chained,
+            "forest_edges": len(found.whole_forest.a),
+        },
+        "thresholds": as_json(levels(found, table)),
+        "method": found.notes,
+    }  # fmt: skip
+
+
+def finished_run(features: Any) -> Path | None:
+    """Return FEATURES where it is a finished OUT, to be decided anew."""
+    if isinstance(features, str | Path):
+        folder = Path(features).expanduser()
+        if (folder / store.MANIFEST).is_file():
+            manifest = store.load_json(folder / store.MANIFEST)
+            if isinstance(manifest, dict) and manifest.get("kind") == KIND:
+                return folder
+    return None
+
+
+def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
+    """Return settings as a manifest holds them: paths absolute, so that a later run finds them."""
+    settings = options.as_dict() | {"method": method}
+    for name in ("features", "metadata", "index", "encoder"):
+        value = settings[name]
+        is_path = isinstance(value, str | Path)
+        settings[name] = str(Path(value).expanduser().absolute()) if is_path else None
+    return settings
+
+
+def load_found(folder: Path, features: Features | None) -> Found:
+    """Read back what a finished run found.
+
+    Raises
+    ------
+    SnipError
+        If the run's pairs were never verified, or its features are not the same any more.
+    """
+    import pyarrow.parquet as pq
+
+    manifest = store.read_manifest(folder, KIND)
+    if not manifest["verified"] or features is None:
+        raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
+    for now, then in zip(features.describe(), manifest["shards"], strict=False):
+        if any(now[name] != then[name] for name in ("name", "size", "rows", "dtype")):
+            raise SnipError(f"{folder}: shard {then['name']} is not the one that was searched")
+    table = pq.read_table(folder / "forest.parquet")
+    edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
+    one = np.flatnonzero(edges.similarity == 1)
+    one = one[equal_rows(features, edges.b[one], edges.a[one])]
+    distinct = np.ones(len(edges.a), bool)
+    distinct[one] = False
+    bad = folder / "bad_rows.parquet"
+    return Found(
+        names=[shard["name"] for shard in manifest["shards"]],
+        offsets=features.offsets,
+        threshold=manifest["settings"]["threshold"],
+        forest=edges.where(distinct),
+        copies=edges.b[one],
+        firsts=edges.a[one],
+        bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
+        crcs=[int(shard["crc32"], 16) for shard in manifest["shards"]],
+        notes=manifest["method"],
+    )
+
+
+def load_result(folder: Path, features: Features | None) -> Result:
+    """Read back a finished run's decision."""
+    settings = store.read_manifest(folder, KIND)["settings"]
+    found = load_found(folder, features)
+    names = ("threshold", "grouping", "keep", "seed")
+    return decide(found, features, *(settings[name] for name in names))
+
+
+def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
+    """Return the few lines that a run ends with."""
+    counts = body["counts"]
+    lines = [
+        f"{result.rows:,} rows, threshold {result.threshold:g}, grouping {result.grouping}, "
+        f"keep {result.keep}",
+        f"  removed     {counts['removed']:>12,}  ({100 * result.duplicate_ratio:.2f} %)",
+        f"  stay        {counts['kept']:>12,}",
+        f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
+        f"  exact copies{counts['exact_copies']:>12,}",
+    ]
+    if counts["bad_rows"]:
+        lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (stay; see bad_rows.parquet)")
+    if result.chained:
+        lines.append(
+            f"  chained     {result.chained:>12,}  removed rows are below the threshold to the row "
+            "that stays; --grouping star avoids that"
+        )
+    if not result.found.verified:
+        lines.append("  unverified: no features were given, so no pair was proved")
+    lines += threshold_table(body["thresholds"])
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in body["seconds"].items())
+    return "\n".join([*lines, f"seconds: {spent}", f"written to {out}"])
+
+
+def threshold_table(table: list[dict[str, Any]]) -> list[str]:
+    """Lay out what other thresholds would remove."""
+    if not table:
+        return []
+    lines = ["", "  components at threshold   rows that go        groups  largest group"]
+    for level in table:
+        lines.append(
+            f"  {level['threshold']:>23.3f}   {level['removed']:>12,}  {level['groups']:>12,}  "
+            f"{level['largest']:>13,}"
+        )
+    return [*lines, ""]
