@@ -179,7 +179,8 @@ def open_table(path: Path) -> Table:
 def open_parquet(path: Path) -> Any:
     """Return ``pyarrow.parquet.ParquetFile``, buffered, or refuse the file by name."""
     try:
-        return pq.ParquetFile(path, buffer_size=STREAM_BYTES)
+        # pre_buffer would hold the whole row group
+        return pq.ParquetFile(path, buffer_size=STREAM_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise SnipError(
             f"{path}: truncated or not a parquet file: {error}; fetch or write it again"

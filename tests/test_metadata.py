@@ -343,3 +343,19 @@ def test_timestamps_keep_their_zone(tmp_path):
     )
     (path,) = md.write_kept(md.open_metadata(tmp_path), np.array([1, 0, 0], bool), tmp_path / "out")
     assert pq.read_table(path)["t"].to_pylist() == [when] * 2
+
+
+def test_a_large_row_group_is_never_held_whole(tmp_path):
+    rows = 400_000
+    wide = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(100), rows, [None, pa.py_buffer(np.random.default_rng(0).bytes(100 * rows))]
+    )
+    pq.write_table(pa.table({"key": wide}), tmp_path / "m.parquet", row_group_size=rows)
+    del wide
+    file = tables.open_table(tmp_path / "m.parquet")
+    before, most, found = pa.total_allocated_bytes(), 0, 0
+    for _, batch in file.batches():
+        most = max(most, pa.total_allocated_bytes() - before)
+        found += batch.num_rows
+    assert found == rows
+    assert most < 100 * rows / 2
