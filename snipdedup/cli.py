@@ -92,18 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(words: list[str]) -> int:
     """Run one command line and return its exit status."""
     try:
-        if not words or (words[0] in ("--help", "-h", "help") and len(words) == 1):
-            print(overview())
-        elif words == ["--version"]:
-            print(f"snip {__version__}")
-        else:
-            command = find_command(words)
-            if {"--help", "-h"} & set(words[1:]):
-                print(command_help(command))
-            else:
-                said = command.run(parse(command, words[1:]))
-                if said:
-                    print(said)
+        said = answer(words)
+        if said:
+            print(said)
         sys.stdout.flush()
     except UsageError as error:
         return complain(error, WRONG_USAGE)
@@ -119,6 +110,20 @@ def run(words: list[str]) -> int:
     except OSError as error:
         return complain(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
     return DONE
+
+
+def answer(words: list[str]) -> str | None:
+    """Do what a command line asks for; return what to print."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words or words in (["--help"], ["-h"]):
+        return overview()
+    if words == ["--version"]:
+        return f"snip {__version__}"
+    command = find_command(words)
+    if {"--help", "-h"} & set(words[1:]):
+        return command_help(command)
+    return command.run(parse(command, words[1:]))
 
 
 def complain(what: object, status: int) -> int:
@@ -144,9 +149,10 @@ def parse(command: Command, words: list[str]) -> settings.Settings:
     UsageError
         For an unknown flag, a stray or missing word, or a value of the wrong type.
     """
+    kinds = get_type_hints(command.options)
+    words = [spell_out(word, kinds) for word in words]
     check_flags(command, words)
     texts = bind(command, words)
-    kinds = get_type_hints(command.options)
     values = {name: coerce(name, text, kinds[name]) for name, text in texts.items()}
     return command.options(**values)
 
@@ -204,6 +210,17 @@ def is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING
 
 
+def spell_out(word: str, kinds: dict[str, Any]) -> str:
+    """Give a switch its value, so that fire does not take the next word for it."""
+    name = flag_name(word)
+    if not is_flag(word) or "=" in word:
+        return word
+    if kinds.get(name) is bool:
+        return f"--{name}=true"
+    switch = name.removeprefix("no").lstrip("_")
+    return f"--{switch}=false" if kinds.get(switch) is bool else word
+
+
 def check_flags(command: Command, words: list[str]) -> None:
     """Refuse unknown flags, and flags that lack their value."""
     kinds = get_type_hints(command.options)
@@ -213,23 +230,24 @@ def check_flags(command: Command, words: list[str]) -> None:
         if not is_flag(word):
             continue
         flag, equals, _ = word.partition("=")
-        name = flag.lstrip("-").replace("-", "_")
-        plain = name.removeprefix("no") if kinds.get(name.removeprefix("no")) is bool else name
-        if plain not in kinds or (not flag.startswith("--") and len(plain) > 1):
+        name = flag_name(word)
+        if name not in kinds or (not flag.startswith("--") and len(name) > 1):
             raise UsageError(
                 f"{command.name} has no flag {flag}{nearest(name, kinds, '--')}; "
                 f"see: snip {command.name} --help"
             )
         follows = words[place + 1] if place + 1 < len(words) else None
-        if not equals and kinds[plain] is not bool and (follows is None or is_flag(follows)):
-            raise UsageError(f"{flag} needs a value; see: snip {command.name} --help")
-        if sum(same_flag(plain, other) for other in words) > 1:
+        if not equals and (follows is None or is_flag(follows)):
+            hint = f" (one that begins with a dash: {flag}={follows})" if follows else ""
+            raise UsageError(f"{flag} needs a value{hint}; see: snip {command.name} --help")
+        if sum(is_flag(other) and flag_name(other) == name for other in words) > 1:
             raise UsageError(f"{flag} is given more than once")
 
 
-def same_flag(name: str, word: str) -> bool:
-    """Tell whether a word is the flag of a given name."""
-    return is_flag(word) and word.partition("=")[0].lstrip("-").replace("-", "_") == name
+def flag_name(word: str) -> str:
+    """Return the setting that a flag names: ``--with-dashes=3`` is ``with_dashes``."""
+    flag = word.partition("=")[0]
+    return flag.removeprefix("--" if flag.startswith("--") else "-").replace("-", "_")
 
 
 def is_flag(word: str) -> bool:
@@ -243,8 +261,7 @@ def explain(command: Command, words: list[str], was_called: bool) -> str:
     values, skip = [], False
     for word in words:
         if is_flag(word):
-            name = word.lstrip("-").replace("-", "_")
-            skip = "=" not in word and kinds.get(name) is not bool
+            skip = "=" not in word
         elif skip:
             skip = False
         else:
@@ -252,9 +269,13 @@ def explain(command: Command, words: list[str], was_called: bool) -> str:
     stray = values[len(command.fields(positional=True)) :]
     if was_called and stray:
         close = nearest(stray[0], kinds, "--")
+        if stray[0].lower() in ("true", "false"):
+            close = " (a switch takes no value)"
         return f"unexpected word {stray[0]!r}{close}; see: snip {command.name} --help"
-    given = {w.partition("=")[0].lstrip("-").replace("-", "_") for w in words if is_flag(w)}
+    given = {flag_name(word) for word in words if is_flag(word)}
     names = [f.name for f in command.fields(positional=True)][: len(values)]
+    if given & set(names):
+        return f"{min(given & set(names)).upper()} is given more than once"
     missing = [
         f.name.upper() if f.metadata.get("positional") else f"--{f.name}"
         for f in (*command.fields(positional=True), *command.fields(positional=False))
@@ -278,6 +299,8 @@ def coerce(name: str, text: str, kind: Any) -> Any:
         If the text is not of that type.
     """
     kind = bare_type(kind)
+    if not text:  # an unset shell variable, say, which would mean the current folder
+        raise UsageError(f"{name} is empty; give it a value or leave it out")
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
