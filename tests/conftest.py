@@ -7,16 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("SNIP_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+# Machines are shared: how long one example takes says nothing about the code.
+hypothesis.settings.register_profile("snip", deadline=None)
+hypothesis.settings.load_profile("snip")
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real features; skip where it is absent."""
     if not (DATA / "keyframes" / "img_emb").is_dir():
+        if os.environ.get("CI") and DATA.exists():
+            pytest.fail(f"{DATA} has no keyframes/img_emb: real data is there, but not whole")
         pytest.skip(f"no real data at {DATA}; set SNIP_TEST_DATA")
     return DATA
 
