@@ -1,0 +1,161 @@
+"""Quantisers: blocks that fix bits, k-means, codebooks, and files that are not what they claim."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+import pytest
+
+from snipdedup.errors import SnipError
+from snipdedup.quantise import (
+    BLOCK,
+    check_m,
+    default_m,
+    default_nlist,
+    draw_sample,
+    in_blocks,
+    kmeans,
+    read_quantiser,
+    train,
+    write_quantiser,
+)
+from snipdedup.shards import open_features
+
+
+def clustered(rows: int, dim: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((20, dim))
+    x = centres[rng.integers(0, 20, rows)] + 0.3 * rng.standard_normal((rows, dim))
+    return x.astype(np.float32)
+
+
+def test_a_block_sees_each_row_at_its_place_whatever_is_around_it():
+    seen = []
+
+    def work(block):
+        seen.append(block)
+        return (block[:, 0] * 10, np.arange(BLOCK))
+
+    rows = np.arange(1, 2001, dtype=np.float32)[:, None]
+    value, place = in_blocks(work, rows, BLOCK - 3)
+    assert [block.shape for block in seen] == [(BLOCK, 1)] * 3
+    np.testing.assert_array_equal(value, rows[:, 0] * 10)
+    np.testing.assert_array_equal(place, (np.arange(2000) + BLOCK - 3) % BLOCK)
+    assert (seen[0][: BLOCK - 3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "points", "nlist"),
+    [(1, 1, 1), (9, 9, 1), (100, 100, 2), (58_977, 58_977, 1024), (1_000_000, 262_144, 4096),
+     (2_100_000_000, 4_194_304, 65_536), (10**6, 39 * 128, 128), (10**6, 39 * 128 - 1, 64)],
+)  # fmt: skip
+def test_default_nlist(rows, points, nlist):
+    assert default_nlist(rows, points) == nlist
+
+
+def test_default_m_divides_the_width():
+    assert [default_m(dim, 16) for dim in (128, 512, 3, 100, 17, 1)] == [16, 16, 3, 10, 1, 1]
+
+
+def test_an_m_that_does_not_divide_is_refused_with_those_that_do():
+    with pytest.raises(SnipError, match=r"--m 5 must divide the width 12 .*1, 2, 3, 4, 6, 12"):
+        check_m(5, 12)
+
+
+def test_kmeans_is_as_good_as_faiss_and_the_same_on_any_threads():
+    x = clustered(5000, 16)
+    ours = kmeans(x, 32, seed=3, threads=1)
+    np.testing.assert_array_equal(ours, kmeans(x, 32, seed=3, threads=2))
+    assert not np.array_equal(ours, kmeans(x, 32, seed=4, threads=2))
+    theirs = faiss.Kmeans(16, 32, niter=8, seed=3)
+    theirs.train(x)
+    coarse = faiss.IndexFlatL2(16)
+    coarse.add(ours)
+    assert coarse.search(x, 1)[0].sum() < 1.1 * theirs.obj[-1]
+
+
+def test_kmeans_leaves_no_list_empty_where_rows_suffice():
+    x = np.repeat(clustered(64, 4), 50, axis=0)
+    centroids = kmeans(x, 48, seed=0, threads=1)
+    assert np.isfinite(centroids).all()
+
+
+def test_the_sample_holds_distinct_good_rows_only():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 8)).astype(np.float16)
+    x[200:400] = x[7]
+    x[450] = 0
+    x[451, 3] = np.nan
+    sample = draw_sample(open_features(x), lambda b: b.astype(np.float32), 10_000, 0)
+    expected = np.concatenate([x[:200], x[400:450], x[452:]]).astype(np.float32)
+    np.testing.assert_array_equal(sample, expected)
+    small = draw_sample(open_features(x), lambda b: b.astype(np.float32), 50, 1)
+    assert small.shape == (50, 8)
+    assert len(np.unique(small, axis=0)) == 50
+
+
+def test_no_good_row_to_train_on():
+    with pytest.raises(SnipError, match="no row to train"):
+        draw_sample(open_features(np.zeros((5, 4), np.float32)), lambda b: b, 10, 0)
+
+
+@pytest.mark.parametrize("nbits", [4, 5, 8])
+def test_codes_are_what_faiss_itself_would_write(tmp_path, nbits):
+    x = clustered(2000, 16)
+    quantiser = train(x, nlist=8, m=4, nbits=nbits, seed=0, threads=2)
+    write_quantiser(tmp_path / "q.faiss", quantiser)
+    plain = faiss.read_index(str(tmp_path / "q.faiss"))
+    assert plain.ntotal == 0
+    assert plain.is_trained
+    again = read_quantiser(tmp_path / "q.faiss")
+    lists = again.assign(x, 1)[1][:, 0]
+    codes = again.encode(x, lists)
+    np.testing.assert_array_equal(codes, plain.sa_encode(x)[:, plain.coarse_code_size() :])
+    decoded = again.decode(lists, codes)
+    np.testing.assert_allclose(decoded, plain.sa_decode(plain.sa_encode(x)), atol=1e-6)
+    assert np.square(x - decoded).sum(1).mean() < 0.8 * np.square(x - again.centroids[lists]).sum(
+        1
+    ).mean()
+
+
+def test_fewer_rows_than_codewords_are_coded_exactly():
+    x = clustered(9, 8)
+    quantiser = train(x, nlist=1, m=2, nbits=8, seed=0, threads=1)
+    lists = np.zeros(9, np.int64)
+    np.testing.assert_allclose(quantiser.decode(lists, quantiser.encode(x, lists)), x, atol=1e-5)
+
+
+def faiss_file(path, kind: str) -> None:
+    x = clustered(1200, 16)
+    index = {
+        "flat": lambda: faiss.IndexFlatL2(16),
+        "opq": lambda: faiss.index_factory(16, "OPQ4,IVF4,PQ4x4"),
+        "ip": lambda: faiss.index_factory(16, "IVF4,PQ4x4", faiss.METRIC_INNER_PRODUCT),
+        "ivf": lambda: faiss.index_factory(16, "IVF4,Flat"),
+        "wide": lambda: faiss.index_factory(16, "IVF4,PQ2x10"),
+        "untrained": lambda: faiss.index_factory(16, "IVF4,PQ4x4"),
+    }[kind]()
+    if kind != "untrained":
+        index.train(x)
+        index.add(x)
+    faiss.write_index(index, str(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("flat", "IndexFlat"), ("opq", "transform"), ("ip", "another metric"),
+     ("ivf", "IndexIVFFlat"), ("wide", "10 bits"), ("untrained", "untrained")],
+)  # fmt: skip
+def test_other_faiss_files_are_refused(tmp_path, kind, says):
+    faiss_file(tmp_path / "x.faiss", kind)
+    with pytest.raises(SnipError, match=rf"x\.faiss: expected .*IndexIVFPQ.*found .*{says}"):
+        read_quantiser(tmp_path / "x.faiss")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"IwPQ" + bytes(200)])
+def test_files_that_are_no_index_are_refused(tmp_path, content):
+    (tmp_path / "x.faiss").write_bytes(content)
+    with pytest.raises(SnipError, match=r"x\.faiss"):
+        read_quantiser(tmp_path / "x.faiss")
+    with pytest.raises(SnipError, match="no such file"):
+        read_quantiser(tmp_path / "absent.faiss")
