@@ -433,7 +433,7 @@ def finish(out: Path, request: dict[str, Any], options: settings.Index, names: l
     row_bytes = sum((out / name).stat().st_size for name in names)
     body = {
         "command": "index",
-        "settings": options.as_dict(),
+        "settings": {**options.as_dict(), "features": str(options.features)},
         "request": request,
         "shards": shards,
         "rows": sum(shard["rows"] for shard in shards),

@@ -1,0 +1,306 @@
+"""The index: the same bytes however it is built, plain faiss agrees, and refusals."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from test_quantise import clustered
+
+from snipdedup import settings, store
+from snipdedup.cosine import unit_rows
+from snipdedup.errors import SnipError
+from snipdedup.index import Index, build, pack, packed_width, run, unpack
+from snipdedup.quantise import read_quantiser
+from snipdedup.shards import open_features
+
+CUTS = (0, 700, 701, 1500, 1500, 2600)  # one of one row, one of none, none at a block's edge
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    x = clustered(2600, 16, seed=5).astype(np.float16)
+    x[100:140] = x[99]
+    return x
+
+
+@pytest.fixture(scope="module")
+def shards(rows, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("features")
+    for number, (low, high) in enumerate(pairwise(CUTS)):
+        np.save(folder / f"img_emb_{number}.npy", rows[low:high])
+    return folder
+
+
+def options(out: Path, features: object = None, **given: object) -> settings.Index:
+    given = {"nlist": 16, "m": 4, "nbits": 4, "threads": 1, **given}
+    return settings.Index(features=features, out=str(out), **given)
+
+
+@pytest.fixture(scope="module")
+def index(shards, tmp_path_factory) -> Index:
+    out = tmp_path_factory.mktemp("index") / "index"
+    run(options(out, shards))
+    return Index.open(out)
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which holds paths."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != store.MANIFEST}
+
+
+def stored(index: Index) -> tuple[np.ndarray, ...]:
+    lists = index.lists()
+    return lists.codes, lists.rows(slice(None)), lists.starts
+
+
+def same(one: Index, other: Index) -> None:
+    for a, b in zip(stored(one), stored(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_packed_numbers_come_back():
+    assert [packed_width(n) for n in (0, 1, 256, 257, 65_536, 65_537, 2**32, 2**32 + 1)] == [
+        1, 1, 1, 2, 2, 3, 4, 5,
+    ]  # fmt: skip
+    numbers = np.array([0, 1, 255, 256, 2**31, 2**32 + 5, 2**39])
+    np.testing.assert_array_equal(unpack(pack(numbers, 5)), numbers)
+
+
+def test_every_row_lies_in_its_nearest_list_with_the_code_that_faiss_gives(index, rows):
+    codes, held, starts = stored(index)
+    x = unit_rows(rows)
+    plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
+    np.testing.assert_array_equal(np.sort(held), np.arange(2600))
+    lists = np.repeat(np.arange(16), np.diff(starts))
+    nearest = np.square(x[:, None] - index.quantiser.centroids[None]).sum(2).argmin(1)
+    np.testing.assert_array_equal(lists, nearest[held])
+    np.testing.assert_array_equal(codes, plain.sa_encode(x)[held, plain.coarse_code_size() :])
+    for low, high in pairwise(starts):
+        assert (np.diff(held[low:high]) > 0).all()
+
+
+def test_the_same_bytes_for_any_threads_and_at_any_time(index, shards, tmp_path):
+    for threads in (2, 3):
+        run(options(tmp_path / str(threads), shards, threads=threads))
+        assert bits(tmp_path / str(threads)) == bits(index.folder)
+
+
+def test_one_shard_or_many(index, rows, tmp_path):
+    one, _ = build(open_features(rows), tmp_path / "one", options(tmp_path / "one"))
+    same(one, index)
+
+
+def test_a_second_run_finds_it_done(index, shards):
+    before = {p: p.stat().st_mtime_ns for p in index.folder.iterdir()}
+    assert run(options(index.folder, shards)).startswith("already indexed")
+    assert {p: p.stat().st_mtime_ns for p in index.folder.iterdir()} == before
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(index, shards, tmp_path, monkeypatch):
+    from snipdedup import index as module
+
+    real, calls = module.save_shard, []
+
+    def stop(path, shard):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(path, shard)
+
+    monkeypatch.setattr(module, "save_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(options(tmp_path / "x", shards))
+    with pytest.raises(SnipError, match=r"expected a finished index"):
+        Index.open(tmp_path / "x")
+    with pytest.raises(SnipError, match="stopped run with other nlist"):
+        run(options(tmp_path / "x", shards, nlist=8))
+    monkeypatch.setattr(module, "save_shard", real)
+    kept = (tmp_path / "x" / "lists_00000.npz").stat().st_mtime_ns
+    run(options(tmp_path / "x", shards))
+    assert (tmp_path / "x" / "lists_00000.npz").stat().st_mtime_ns == kept
+    assert bits(tmp_path / "x") == bits(index.folder)
+
+
+def test_overwrite_leaves_nothing_of_a_stopped_run(index, shards, tmp_path):
+    run(options(tmp_path / "x", shards, seed=9))
+    (tmp_path / "x" / store.MANIFEST).unlink()
+    store.save_json(tmp_path / "x" / store.WORK / store.REQUEST, {"nlist": 3})
+    run(options(tmp_path / "x", shards, overwrite=True))
+    assert bits(tmp_path / "x") == bits(index.folder)
+
+
+def test_append_equals_one_go(shards, tmp_path):
+    first = [shards / f"img_emb_{n}.npy" for n in range(2)]
+    everything = [shards / f"img_emb_{n}.npy" for n in range(5)]
+    build(open_features(first), tmp_path / "grown", options(tmp_path / "grown"))
+    before = bits(tmp_path / "grown")
+    with pytest.raises(SnipError, match=r"first 2 of 5 shards; .*--append"):
+        run(options(tmp_path / "grown", shards))
+    said = run(settings.Index(features=str(shards), out=str(tmp_path / "grown"), append=True))
+    assert said.startswith("added to")
+    after = bits(tmp_path / "grown")
+    assert before.items() <= after.items()
+    assert "work" not in {p.name for p in (tmp_path / "grown").iterdir()}
+    given = {"nlist": 0, "m": None, "nbits": None, "base": str(tmp_path / "grown")}
+    one, _ = build(open_features(everything), tmp_path / "one", options(tmp_path / "one", **given))
+    same(Index.open(tmp_path / "grown"), one)
+    assert bits(tmp_path / "one") == after
+
+
+def test_append_refuses_other_settings_and_other_shards(shards, tmp_path):
+    out = tmp_path / "x"
+    build(open_features([shards / "img_emb_0.npy"]), out, options(out))
+    with pytest.raises(SnipError, match=r"other nlist \(16, now 8\).*leave these flags"):
+        run(options(out, shards, nlist=8, append=True))
+    with pytest.raises(SnipError, match="other features"):
+        run(options(out, shards / "img_emb_2.npy", append=True))
+    assert Index.open(out).rows == 700
+
+
+def test_a_base_can_be_a_plain_faiss_file(index, shards, rows, tmp_path):
+    plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
+    plain.add(unit_rows(rows[:50]))
+    faiss.write_index(plain, str(tmp_path / "plain.faiss"))
+    given = {"nlist": 0, "m": None, "nbits": None, "base": str(tmp_path / "plain.faiss")}
+    run(options(tmp_path / "x", shards, **given))
+    same(Index.open(tmp_path / "x"), index)
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [({"m": 8, "nlist": 0, "nbits": None}, "has m 4; leave --m 8"),
+     ({"m": None, "nlist": 4, "nbits": None}, "has nlist 16; leave --nlist 4")],
+)  # fmt: skip
+def test_flags_that_contradict_the_base(index, shards, tmp_path, flag, says):
+    with pytest.raises(SnipError, match=says):
+        run(options(tmp_path / "x", shards, base=str(index.folder), **flag))
+
+
+def test_a_base_of_another_width_is_refused(index, tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "a.npy", clustered(300, 12))
+    with pytest.raises(SnipError, match="16 wide, these are 12 wide"):
+        run(
+            options(
+                tmp_path / "x", tmp_path / "in", base=str(index.folder), nlist=0, m=None, nbits=None
+            )
+        )
+
+
+def test_plain_faiss_reads_the_export(index, shards, rows, tmp_path):
+    said = run(options(index.folder, shards, export_faiss=str(tmp_path / "x.faiss")))
+    assert "plain faiss" in said
+    plain = faiss.read_index(str(tmp_path / "x.faiss"))
+    assert plain.ntotal == 2600
+    reference = faiss.read_index(str(index.folder / "quantizer.faiss"))
+    reference.add(unit_rows(rows))
+    for number in range(16):
+        for name in ("get_ids", "get_codes"):
+            size = plain.invlists.list_size(number)
+            assert size == reference.invlists.list_size(number)
+            count = size if name == "get_ids" else size * plain.code_size
+            ours, theirs = (
+                faiss.rev_swig_ptr(getattr(i.invlists, name)(number), count).copy()
+                for i in (plain, reference)
+            )
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_bad_rows_are_refused_by_name_or_left_out(rows, tmp_path):
+    x = rows.copy()
+    x[1000], x[2000, 3], x[2001, 0] = 0, np.nan, np.inf
+    folder = tmp_path / "features"
+    folder.mkdir()
+    np.save(folder / "a.npy", x[:900])
+    np.save(folder / "b.npy", x[900:])
+    with pytest.raises(SnipError, match=r"b\.npy row 100 \(zeros only\)"):
+        run(options(tmp_path / "x", folder))
+    said = run(options(tmp_path / "x", folder, bad_rows="keep"))
+    assert "3 NaN, infinite or zero rows" in said
+    index = Index.open(tmp_path / "x")
+    assert index.rows == 2600
+    np.testing.assert_array_equal(index.bad_rows(), [1000, 2000, 2001])
+    held = np.sort(stored(index)[1])
+    np.testing.assert_array_equal(held, np.setdiff1d(np.arange(2600), [1000, 2000, 2001]))
+
+
+@pytest.mark.parametrize("where", ["lists_00000.npz", "quantizer.faiss"])
+def test_damaged_files_are_refused(shards, tmp_path, where):
+    out = tmp_path / "x"
+    run(options(out, shards))
+    (out / where).write_bytes((out / where).read_bytes()[:300])
+    with pytest.raises(SnipError, match=where):
+        Index.open(out).lists()
+
+
+def test_size_and_defaults_of_a_tiny_set(tmp_path, data):
+    nine = data / "small" / "clip_retrieval_out"
+    said = run(settings.Index(features=str(nine), out=str(tmp_path / "x")))
+    assert "9 rows of 1 shards in 1 lists, codes of 16 x 8 bits" in said
+    index = Index.open(tmp_path / "x")
+    lists = index.lists()
+    x = unit_rows(open_features(str(nine)).read(0, 9))
+    np.testing.assert_allclose(index.decode(lists, 0, 9), x[lists.rows(slice(None))], atol=1e-4)
+
+
+def test_nothing_is_written_into_the_input(shards, tmp_path):
+    with pytest.raises(SnipError, match="lies in the input folder"):
+        run(options(shards / "index", shards))
+    with pytest.raises(SnipError, match="lies in the input folder"):
+        run(options(tmp_path / "x", shards, export_faiss=str(shards / "x.faiss")))
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_folder_is_not_taken(shards, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine.txt").write_text("mine")
+    with pytest.raises(SnipError, match="not a folder that snip wrote"):
+        run(options(tmp_path / "x", shards))
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["mine.txt"]
+
+
+def test_an_index_with_an_encoder_holds_all_that_a_search_needs(shards, rows, tmp_path):
+    from snipdedup.encoder import Encoder, Network
+
+    Encoder(Network(16, 8, 8)).save(tmp_path / "encoder", {})
+    run(options(tmp_path / "x", shards, encoder=str(tmp_path / "encoder")))
+    index = Index.open(tmp_path / "x")
+    assert (index.space.dim_in, index.dim) == (16, 8)
+    encoder = Encoder.load(tmp_path / "encoder", device="cpu")
+    np.testing.assert_array_equal(index.space.vectors(rows[:1024]), encoder.encode(rows[:1024]))
+    given = {"base": str(tmp_path / "x"), "nlist": 0, "m": None, "nbits": None}
+    run(options(tmp_path / "y", shards, **given))
+    same(Index.open(tmp_path / "y"), index)
+    Encoder(Network(16, 8, 8)).save(tmp_path / "other", {})
+    with pytest.raises(SnipError, match="not the one that the quantisers"):
+        run(options(tmp_path / "z", shards, encoder=str(tmp_path / "other"), **given))
+
+
+def test_descriptors_are_taken_as_they_are(rows, tmp_path):
+    folder = tmp_path / "descriptors"
+    folder.mkdir()
+    np.save(folder / "a.npy", rows * 2)
+    (folder / store.MANIFEST).write_text(json.dumps({"kind": "descriptors"}))
+    run(options(tmp_path / "x", folder))
+    index = Index.open(tmp_path / "x")
+    np.testing.assert_array_equal(index.space.vectors(rows), rows.astype(np.float32))
+    assert np.linalg.norm(index.quantiser.centroids, axis=1).mean() > 4  # unit rows have < 1
+
+
+def test_the_command(snip, data, tmp_path):
+    source = str(data / "keyframes" / "img_emb" / "img_emb_{part:04d}.npy")
+    words = ["index", source, "--parts", "0:2", "--out", tmp_path / "x", "--nlist", 32, "--nbits"]
+    said = snip(*words, 4, "--m", 8, "--export_faiss", tmp_path / "x.faiss").stdout
+    assert "bytes a row on disk" in said
+    index = Index.open(tmp_path / "x")
+    assert faiss.read_index(str(tmp_path / "x.faiss")).ntotal == index.rows
+    assert index.code_size == 4
+    assert index.manifest["bytes_a_row"] < 4 + 2 + 0.5
+    refused = snip("index", source, "--parts", "0:1", "--out", tmp_path / "y", "--m", 7, status=1)
+    assert "--m 7 must divide the width 512" in refused.stderr
+    assert read_quantiser(tmp_path / "x" / "quantizer.faiss").nbits == 4
