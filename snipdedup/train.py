@@ -38,8 +38,8 @@ SUBSET_PASSES = 4  # over rows in memory before others are drawn
 EVALUATIONS = 20  # a run, at the most
 PATIENCE = 5  # evaluations without a better validation loss before it stops
 BETTER = 1e-3  # share of the loss that counts as better
-INNER_SD = 0.2  # of the first layer, whose inputs have norm 1: 1 is too wild to learn from few rows
-WARMUP = 20  # steps
+INNER_SD = 0.3  # of the first layer's weights; inputs have norm 1 (keyframes: 1 loses .02 recall)
+WARMUP = 20  # steps, and the least between evaluations
 CLIP = 1.0  # norm of the gradient
 WEIGHT_DECAY = 0.01
 SELF = -1e4  # logit of a row with itself: no weight after a softmax, and no NaN as -inf gives
@@ -265,7 +265,7 @@ class Training:
     def train(self) -> History:
         """Train, keep the weights with the best validation loss, return what happened."""
         steps = self.options.steps
-        every = max(1, steps // EVALUATIONS)
+        every = max(WARMUP, steps // EVALUATIONS)
         history = History(len(self.rows), len(self.validation.rows), self.batch)
         history.curve.append(self.evaluate(0, []))
         weights, losses = copy.deepcopy(self.network.state_dict()), []
