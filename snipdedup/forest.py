@@ -55,25 +55,32 @@ def join_edges(parts: list[Edges]) -> Edges:
 def spanning_forest(edges: Edges) -> Edges:
     """Return the maximum spanning forest, its edges ordered by (a, b).
 
-    Borůvka's method on whole arrays: in each round every component takes its best edge. The edges
-    are totally ordered, so the result is unique whatever their order and repeats.
+    The edges are totally ordered, so the result is unique whatever their order and repeats.
     """
-    edges = edges.where(np.lexsort((edges.b, edges.a, -edges.similarity)))
+    forest = edges.where(forest_places(edges))
+    return forest.where(np.lexsort((forest.b, forest.a)))
+
+
+def forest_places(edges: Edges) -> np.ndarray:
+    """Return which edges make up the maximum spanning forest, (f,) int64.
+
+    Borůvka's method on whole arrays: in each round every component takes its best edge.
+    """
+    order = np.lexsort((edges.b, edges.a, -edges.similarity))
     nodes, ends = np.unique(np.concatenate([edges.a, edges.b]), return_inverse=True)
-    u, v = ends[: len(edges.a)], ends[len(edges.a) :]
-    rank = np.arange(len(u))
+    start, end = ends[: len(order)][order], ends[len(order) :][order]
+    u, v, rank = start, end, np.arange(len(order))
     label = np.arange(len(nodes))
-    chosen = []
+    chosen = [np.empty(0, np.int64)]
     while len(u):
         best = best_edge(u, v, rank, len(nodes))
-        picks = np.unique(best[best < len(edges.a)])
+        picks = np.unique(best[best < len(order)])
         chosen.append(picks)
-        link_smaller(label, label[ends[: len(edges.a)][picks]], label[ends[len(edges.a) :][picks]])
+        link_smaller(label, label[start[picks]], label[end[picks]])
         u, v = label[u], label[v]
         open_ = u != v
         u, v, rank = u[open_], v[open_], rank[open_]
-    forest = edges.where(np.concatenate([np.empty(0, np.int64), *chosen]))
-    return forest.where(np.lexsort((forest.b, forest.a)))
+    return order[np.concatenate(chosen)]
 
 
 def best_edge(u: np.ndarray, v: np.ndarray, rank: np.ndarray, nodes: int) -> np.ndarray:

@@ -17,21 +17,19 @@ import numpy as np
 
 from snipdedup import progress, store
 from snipdedup.compute import Stage, in_order, library_threads
-from snipdedup.cosine import bad_rows, pair_cosine, unit_rows64
-from snipdedup.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
-from snipdedup.kernels import Kernel, pick_kernel, product_hits
+from snipdedup.cosine import bad_rows, pair_cosine
+from snipdedup.forest import Edges, ForestBuilder
 from snipdedup.lists import Lists, assign, calibrate_tau, train_centroids
 from snipdedup.projection import WIDTH, Projection, fit_projection
-from snipdedup.scan import Scan, Seen, finish_scan, read_range, row_hashes
+from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
+from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
 from snipdedup.verify import VERIFY_PAIRS, verify_pairs
 
 TASK_ROWS = 1 << 18  # rows of an encode task
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 SAMPLE_ROWS = 1 << 15  # rows to fit directions and calibrate on
 ROWS_A_CENTROID = 48  # rows of the sample for each centroid
-ROW_TILE, COLUMN_TILE = 1024, 2048
-DENSE = 1 / 64  # share of a tile's pairs from which its rows are compared all at once
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,14 @@ class Partition(NamedTuple):
     slack: np.ndarray
     starts: np.ndarray
     homes: np.ndarray
+
+    def span(self, number: int, column: int) -> tuple[int, int, int]:
+        """Return where a list's columns from ``column`` on begin, where its rows end, and where
+        a tile of columns ends: columns are rows at home.
+        """
+        begin, end = int(self.starts[number]), int(self.starts[number + 1])
+        last = min(begin + column + COLUMN_TILE, begin + int(self.homes[number]))
+        return begin + column, end, last
 
 
 def join(
@@ -226,7 +232,7 @@ def encode_task(
     seen = read_range(
         features, begin, end, chunk_rows=chunk, threads=threads, done=done, visit=encode
     )
-    blocks = plan_blocks(end - begin, 4 * ROW_TILE)
+    blocks = plan_blocks(end - begin, BLOCK)
     visits = list(in_order(lambda s: assign(codes[s[0] : s[1]], model.lists), blocks, threads))
     row = np.concatenate([v.row + start for v, (start, _) in zip(visits, blocks, strict=True)])
     list_ = np.concatenate([v.list_ for v in visits])
@@ -327,84 +333,26 @@ def join_task(
     features: Features, model: Model, partition: Partition, *, threshold: float, threads: int
 ) -> tuple[Edges, int]:
     """Find and verify the pairs of a partition; return their forest and the candidates' number."""
-    kernel = pick_kernel("cpu", WIDTH)
     columns = [
         (number, column)
         for number, homes in enumerate(partition.homes)
         for column in range(0, int(homes), COLUMN_TILE)
     ]
+
+    def propose(place: tuple[int, int]) -> TilePairs:
+        begin, end, last = partition.span(*place)
+        members = Codes(
+            partition.row[begin:end], partition.codes[begin:end], partition.slack[begin:end]
+        )
+        return compare(features, members, last - begin, model.limit, threshold)
+
     builder, candidates = ForestBuilder(), 0
-    proposals: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def propose(place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Edges, int]:
-        return column_pairs(features, model, kernel, partition, *place, threshold)
-
-    for a, b, edges, count in in_order(propose, columns, threads):
-        candidates += count
-        builder.add(edges)
-        proposals.append((a, b))
-    a, b = (np.concatenate(side) for side in zip(no_pairs(), *proposals, strict=True))
+    open_ = [(np.empty(0, np.int64),) * 2]
+    for found in in_order(propose, columns, threads):
+        candidates += found.proposed
+        builder.add(found.edges)
+        open_.append((found.a, found.b))
+    a, b = (np.concatenate(side) for side in zip(*open_, strict=True))
     for edges in verify_pairs(features, a, b, threshold, threads):
         builder.add(edges)
     return builder.forest(), candidates
-
-
-def column_pairs(
-    features: Features,
-    model: Model,
-    kernel: Kernel,
-    partition: Partition,
-    number: int,
-    column: int,
-    threshold: float,
-) -> tuple[np.ndarray, np.ndarray, Edges, int]:
-    """Compare up to ``COLUMN_TILE`` rows at home in a list with the rows after them in the list.
-
-    Returns
-    -------
-    a, b : (n,) int64
-        Pairs that remain to be verified.
-    edges : Edges
-        Forests of crowded tiles, verified already.
-    count : int
-        Pairs that the codes could not rule out.
-    """
-    import torch
-
-    begin, end = int(partition.starts[number]), int(partition.starts[number + 1])
-    first = begin + column
-    last = min(first + COLUMN_TILE, begin + int(partition.homes[number]))
-    prepared = kernel.prepare(torch.from_numpy(partition.codes[first:last]))
-    limits = model.limit * (1 - kernel.rounding) - partition.slack
-    column_slack = partition.slack[first:last].max(initial=0)
-    found, forests, count = [], [], 0
-    for start in range(first, end, ROW_TILE):
-        stop = min(start + ROW_TILE, end)
-        products = kernel.multiply(torch.from_numpy(partition.codes[start:stop]), prepared)
-        i, j = product_hits(products, limits[start:stop] - column_slack)
-        i, j = i + start, j + first
-        i, j = i[j < i], j[j < i]
-        count += len(i)
-        if len(i) > DENSE * ROW_TILE * COLUMN_TILE:
-            forests.append(crowded_pairs(features, partition.row, i, j, threshold))
-        else:
-            found.append((partition.row[i], partition.row[j]))
-    a, b = (np.concatenate(side) for side in zip(*found, strict=True)) if found else no_pairs()
-    return a, b, join_edges(forests), count
-
-
-def no_pairs() -> tuple[np.ndarray, np.ndarray]:
-    """Return an empty list of pairs."""
-    return np.empty(0, np.int64), np.empty(0, np.int64)
-
-
-def crowded_pairs(
-    features: Features, row: np.ndarray, i: np.ndarray, j: np.ndarray, threshold: float
-) -> Edges:
-    """Return the forest of a tile in which many pairs are close, by one product of raw rows."""
-    left, at_i = np.unique(row[i], return_inverse=True)
-    right, at_j = np.unique(row[j], return_inverse=True)
-    x, y = features.gather(left), features.gather(right)
-    cosine = (unit_rows64(x) @ unit_rows64(y).T).astype(np.float32)
-    edges = make_edges(row[i], row[j], np.minimum(cosine[at_i, at_j], np.float32(1)))
-    return spanning_forest(edges.at(threshold))

@@ -1,0 +1,197 @@
+"""Tiles: products of the codes of two blocks of rows, and the pairs they do not rule out.
+
+Most tiles hold few close pairs, which are listed and proved later. Where very many are close
+(thousands of copies of one picture), listing them would cost the square of their number: such a
+tile gives a spanning forest of its pairs instead, proved at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
+from snipdedup.forest import Edges, forest_places, join_edges, link_smaller, make_edges
+from snipdedup.kernels import pick_kernel, product_hits
+from snipdedup.shards import Features, plan_blocks
+from snipdedup.verify import VERIFY_PAIRS
+
+ROW_TILE, COLUMN_TILE = 1024, 2048
+CROWDED = 1 / 64  # share of a tile's pairs from which they are not listed
+
+
+class Codes(NamedTuple):
+    """Rows with their codes.
+
+    Attributes
+    ----------
+    row : (n,) int64
+        Global rows.
+    codes : (n, w) int8
+    slack : (n,) float64
+        By how much each row's limit falls.
+    """
+
+    row: np.ndarray
+    codes: np.ndarray
+    slack: np.ndarray
+
+    def part(self, start: int, stop: int) -> Codes:
+        """Return some of the rows."""
+        return Codes(self.row[start:stop], self.codes[start:stop], self.slack[start:stop])
+
+
+class TilePairs(NamedTuple):
+    """What a column of tiles leaves.
+
+    Attributes
+    ----------
+    a, b : (n,) int64
+        Pairs that remain to be proved.
+    edges : Edges
+        Forests of crowded tiles, proved.
+    proposed : int
+        Pairs that the codes could not rule out.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    edges: Edges
+    proposed: int
+
+
+def compare(
+    features: Features, members: Codes, columns: int, limit: float, threshold: float
+) -> TilePairs:
+    """Compare the first ``columns`` rows with one another and with all rows after them.
+
+    Parameters
+    ----------
+    features : Features
+    members : Codes
+    columns : int
+        At most `COLUMN_TILE`.
+    limit : float
+        Product from which two codes without slack may be a pair.
+    threshold : float
+        Cosine from which two rows are a pair.
+    """
+    import torch
+
+    kernel = pick_kernel("cpu", members.codes.shape[1])
+    right = members.part(0, columns)
+    prepared = kernel.prepare(torch.from_numpy(right.codes))
+    lowest = limit - kernel.rounding * abs(limit) - right.slack.max(initial=0)
+    listed, forests, count = [(np.empty(0, np.int64),) * 2], [], 0
+    for start in range(0, len(members.row), ROW_TILE):
+        left = members.part(start, start + ROW_TILE)
+        products = kernel.multiply(torch.from_numpy(left.codes), prepared)
+        tile = Tile(left, right, products, lowest - left.slack, start)
+        hits = tile.crowd()
+        if hits:
+            forests.append(crowded(features, tile, threshold))
+        else:
+            i, j = tile.hits()
+            hits = len(i)
+            listed.append((left.row[i], right.row[j]))
+        count += hits
+    a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
+    return TilePairs(a, b, join_edges(forests), count)
+
+
+class Tile:
+    """The products of some rows (left) with the columns (right), and each row's limit.
+
+    ``start`` is the left rows' place among the members, of which the columns are the first: pairs
+    of a row with itself or with a later column are left out, so that each pair comes once.
+    """
+
+    def __init__(
+        self, left: Codes, right: Codes, products: Any, limits: np.ndarray, start: int
+    ) -> None:
+        self.left, self.right, self.start = left, right, start
+        self.products, self.limits = products, limits
+
+    def crowd(self) -> int:
+        """Return how many places reach their limit where they are too many to list, else 0."""
+        rows = np.flatnonzero(self.products.amax(1).numpy() >= self.limits)
+        if len(rows) <= CROWDED * ROW_TILE:
+            return 0
+        hits = int(np.count_nonzero(self.products.numpy()[rows] >= self.limits[rows, None]))
+        return hits if hits > CROWDED * ROW_TILE * COLUMN_TILE else 0
+
+    def hits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places (i, j) that reach their limit."""
+        i, j = product_hits(self.products, self.limits)
+        if self.start < len(self.right.row):
+            once = j < i + self.start
+            i, j = i[once], j[once]
+        return i, j
+
+
+def crowded(features: Features, tile: Tile, threshold: float) -> Edges:
+    """Return the forest of a crowded tile's pairs, by one product of the raw rows.
+
+    What lies too close to the threshold for float32 is decided one by one.
+    """
+    import torch
+
+    close = tile.products.numpy() >= tile.limits[:, None]
+    left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
+    x, y = features.gather(tile.left.row[left]), features.gather(tile.right.row[right])
+    table = (torch.from_numpy(unit_rows(x)) @ torch.from_numpy(unit_rows(y)).T).numpy()
+    wanted = table >= np.float32(threshold - PROPOSAL_ERROR)
+    if tile.start < len(tile.right.row):
+        wanted &= right < left[:, None] + tile.start
+    i, j = np.nonzero(wanted & (table <= np.float32(threshold + PROPOSAL_ERROR)))
+    wanted[i, j] = proved_cosines(x, y, i, j) >= np.float32(threshold)
+    table += np.float32(2)  # positive, whatever the threshold
+    table *= wanted
+    rows, columns = tile.left.row[left], tile.right.row[right]
+    nodes = np.unique(np.concatenate([rows, columns]))
+    i, j = table_forest(
+        table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
+    )
+    return make_edges(rows[i], columns[j], proved_cosines(x, y, i, j))
+
+
+def proved_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
+    parts = [pair_cosine(x[i[s:e]], y[j[s:e]]) for s, e in plan_blocks(len(i), VERIFY_PAIRS)]
+    return np.concatenate([np.empty(0, np.float32), *parts])
+
+
+def table_forest(
+    table: np.ndarray, left: np.ndarray, right: np.ndarray, nodes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a maximum spanning forest of a table's positive entries, as places (i, j).
+
+    Borůvka's rounds with a row's best entry at a time; columns choose in the first round only,
+    after which each is joined to some row. Spoils ``table``.
+
+    Parameters
+    ----------
+    table : (m, n) int32 or float32
+    left, right : (m,), (n,) int64
+        Node of each row and column; one node may be both.
+    nodes : int
+    """
+    label = np.arange(nodes)
+    rows, columns = np.arange(len(left)), np.arange(len(right))
+    i = np.concatenate([np.ascontiguousarray(table.T).argmax(1), rows])
+    j = np.concatenate([columns, table.argmax(1)])
+    chosen = []
+    while True:
+        weight = table[i, j]
+        i, j, weight = i[weight > 0], j[weight > 0], weight[weight > 0]
+        if not len(i):
+            break
+        chosen.append((i, j, weight))
+        link_smaller(label, label[left[i]], label[right[j]])
+        table *= label[left][:, None] != label[right][None, :]
+        i, j = rows, table.argmax(1)
+    empty = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, table.dtype))
+    i, j, weight = (np.concatenate(side) for side in zip(empty, *chosen, strict=True))
+    keep = forest_places(make_edges(left[i], right[j], weight))
+    return i[keep], j[keep]
