@@ -28,9 +28,8 @@ from snipdedup.search import (
     SYMMETRIC,
     Searcher,
     calibrate,
-    collapse,
+    classes_of,
     feature_queries,
-    links,
     neighbours,
     scores,
     true_duplicates,
@@ -60,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         body = {
             "settings": {**vars(given), "json": None},
             "rows": features.rows,
+            "judged": len(truth),
             "duplicates": int(truth.sum()),
             "results": results,
         }
@@ -98,11 +98,9 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         options = settings.Index(features=None, out=folder, m=m, nlist=given.nlist, seed=given.seed)
         index, _ = build(vectors, Path(folder), options, as_stored=True)
-        lists = index.lists()
-    shared = np.zeros(index.rows, bool)
-    for a, b in links(lists):
-        shared[a] = shared[b] = True
-    searcher = Searcher(index, collapse(lists), given.nprobe)
+        classes = classes_of(index.lists())
+    shared = classes.shared(index.rows)
+    searcher = Searcher(index, classes.lists, given.nprobe)
     results = []
     for rule in RULES:
         best = rule_scores(index, searcher, vectors, sample, shared, rule, given.k)

@@ -23,7 +23,7 @@ from snipdedup import progress, settings
 from snipdedup.compute import cores, in_order
 from snipdedup.cosine import bad_rows, pair_cosine, unit_rows
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.index import Index, Lists, Space
+from snipdedup.index import WALK_ROWS, Index, Lists, Space, unpack
 from snipdedup.quantise import BLOCK, in_blocks
 from snipdedup.shards import Features, plan_blocks
 
@@ -93,10 +93,10 @@ class Searcher:
         Dq, Iq = in_blocks(lambda block: self.quantiser.assign(block, self.nprobe), x, first)
         return Dq, Iq
 
-    def search(
+    def places(
         self, x: np.ndarray, Dq: np.ndarray, Iq: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the nearest rows in the lists to visit.
+        """Return the nearest entries in the lists to visit.
 
         Parameters
         ----------
@@ -109,9 +109,9 @@ class Searcher:
         Returns
         -------
         D : (n, k) float32
-            Squared distances to the codes, ascending; infinity where there is no row.
+            Squared distances to the codes, ascending; infinity where there is none.
         I : (n, k) int64
-            Global rows; -1 where there is none.
+            Places in `lists`; -1 where there is none.
         """
         import faiss
 
@@ -121,8 +121,17 @@ class Searcher:
         self.ivfpq.search_preassigned_c(len(x), faiss.swig_ptr(x), k, *pointers, True)
         found = I >= 0
         pairs = I[found]
-        I[found] = self.lists.rows(self.lists.starts[pairs >> 32] + (pairs & 0xFFFFFFFF))
+        I[found] = self.lists.starts[pairs >> 32] + (pairs & 0xFFFFFFFF)
         D[~found] = np.inf
+        return D, I
+
+    def search(
+        self, x: np.ndarray, Dq: np.ndarray, Iq: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return D and I as `places` does, with global rows for I."""
+        D, I = self.places(x, Dq, Iq, k)
+        found = I >= 0
+        I[found] = self.lists.rows(I[found])
         return D, I
 
 
@@ -181,22 +190,62 @@ def same_codes(lists: Lists) -> Iterator[tuple[int, np.ndarray]]:
         yield low, first + low
 
 
-def collapse(lists: Lists) -> Lists:
-    """Return lists with one entry, the smallest row, of rows that share list and code."""
-    keep = [
-        low + np.flatnonzero(first == low + np.arange(len(first)))
-        for low, first in same_codes(lists)
-    ]
-    places = np.concatenate([np.empty(0, np.int64), *keep])
-    return Lists(lists.codes[places], lists.ids[places], np.searchsorted(places, lists.starts))
+class Classes(NamedTuple):
+    """Rows grouped by list and code; each class is one entry of a search.
+
+    Attributes
+    ----------
+    lists : Lists
+        One entry a class, with its smallest row.
+    members : (n, width) uint8
+        All rows, packed, class by class in the order of ``lists``, ascending in each.
+    begins : (classes + 1,) int64
+        Where each class begins in ``members``, then n.
+    """
+
+    lists: Lists
+    members: np.ndarray
+    begins: np.ndarray
+
+    def rows(self, classes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return up to ``most`` rows of each class: (place in ``classes``, row), int64 each."""
+        begin = self.begins[classes]
+        counts = np.minimum(self.begins[classes + 1] - begin, most)
+        at = np.repeat(np.arange(len(classes)), counts)
+        within = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return at, unpack(self.members[begin[at] + within])
+
+    def links(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield blocks of (smallest row, row) over all rows that are not the smallest."""
+        for low, high in plan_blocks(len(self.begins) - 1, WALK_ROWS):
+            counts = np.diff(self.begins[low : high + 1])
+            first = np.repeat(self.lists.rows(slice(low, high)), counts)
+            row = unpack(self.members[self.begins[low] : self.begins[high]])
+            if (first != row).any():
+                yield first[first != row], row[first != row]
+
+    def shared(self, rows: int) -> np.ndarray:
+        """Return which of ``rows`` rows share their code with another, (rows,) bool."""
+        shared = np.zeros(rows, bool)
+        for first, row in self.links():
+            shared[first] = shared[row] = True
+        return shared
 
 
-def links(lists: Lists) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield blocks of (smallest row, row) over all rows whose list and code an earlier one has."""
+def classes_of(lists: Lists) -> Classes:
+    """Group the entries of lists by list and code."""
+    places, members, counts = [np.empty(0, np.int64)], [lists.ids[:0]], [np.zeros(1, np.int64)]
     for low, first in same_codes(lists):
-        copies = np.flatnonzero(first != low + np.arange(len(first)))
-        if len(copies):
-            yield lists.rows(first[copies]), lists.rows(low + copies)
+        members.append(lists.ids[low + np.argsort(first, kind="stable")])
+        place, count = np.unique(first, return_counts=True)
+        places.append(place)
+        counts.append(count)
+    kept = np.concatenate(places)
+    starts = np.searchsorted(kept, lists.starts)
+    begins = np.cumsum(np.concatenate(counts))
+    return Classes(
+        Lists(lists.codes[kept], lists.ids[kept], starts), np.concatenate(members), begins
+    )
 
 
 def self_adc(index: Index, x: np.ndarray, first: int = 0) -> np.ndarray:
@@ -315,20 +364,30 @@ class Hits(NamedTuple):
     cut: int
 
 
-def hits(searcher: Searcher, queries: Queries, *, rule: str, margin: float, k: int) -> Hits:
+class Rule(NamedTuple):
+    """How neighbours are asked for and judged: ``k`` at first, ``most`` rows of one code."""
+
+    rule: str
+    margin: float
+    k: int
+    most: int
+
+
+def hits(searcher: Searcher, classes: Classes, queries: Queries, rule: Rule) -> Hits:
     """Return all passing neighbours: where all k pass, more are asked for."""
     Dq, Iq = searcher.probe(queries.x, queries.first)
     found = [np.empty((2, 0), np.int64)]
-    pending = np.flatnonzero(queries.rows >= 0)
+    pending, k = np.flatnonzero(queries.rows >= 0), rule.k
     cut = 0
     while len(pending):
-        D, I = searcher.search(queries.x[pending], Dq[pending], Iq[pending], k)
-        ok = passes(D, queries.own[pending], rule, margin) & (I >= 0)
+        D, I = searcher.places(queries.x[pending], Dq[pending], Iq[pending], k)
+        ok = passes(D, queries.own[pending], rule.rule, rule.margin) & (I >= 0)
         more = np.asarray(ok.all(axis=1))
         if k >= MOST_NEIGHBOURS:
             cut, more = int(more.sum()), np.zeros_like(more)
-        at, place = np.nonzero(ok & ~more[:, None])
-        found.append(np.stack([queries.rows[pending[at]], I[at, place]]))
+        at, column = np.nonzero(ok & ~more[:, None])
+        hit, rows = classes.rows(I[at, column], rule.most)
+        found.append(np.stack([queries.rows[pending[at[hit]]], rows]))
         pending, k = pending[more], min(2 * k, MOST_NEIGHBOURS)
     x, y = np.concatenate(found, axis=1)
     x, y = x[x != y], y[x != y]
@@ -353,15 +412,11 @@ class Adc:
     """
 
     def __init__(
-        self,
-        index: Index,
-        source: Source,
-        searcher: Searcher,
-        shared: np.ndarray,
-        options: settings.Dedup,
+        self, index: Index, classes: Classes, source: Source, options: settings.Dedup
     ) -> None:
-        self.index, self.source, self.searcher = index, source, searcher
-        self.shared, self.rows = shared, index.rows
+        self.rows, self.classes, self.source = index.rows, classes, source
+        self.searcher = Searcher(index, classes.lists, options.nprobe)
+        self.shared = classes.shared(index.rows)
         self.k, self.threads = options.k, cores(options.threads)
         self.rule, self.margin = options.rule, 0.0
         self.calibration: dict[str, Any] = {}
@@ -380,15 +435,17 @@ class Adc:
         """Yield blocks (a, b) of int64 rows, a < b: each row with each passing neighbour.
 
         A pair is unique in its block and may come again in another. Rows that share a code come
-        as pairs with the smallest of them. Searches anew each time; `flags` is known at its end.
+        as pairs with the smallest of them; as neighbours of others, the k smallest come (1024
+        without features, where no pair is verified and one code is as good as another).
+        Searches anew each time; `flags` is known at its end.
         """
-        yield from links(self.index.lists())
+        yield from self.classes.links()
         flags, self.cut = self.shared.copy(), 0
+        most = MOST_NEIGHBOURS if self.rule == SYMMETRIC else self.k
+        rule = Rule(self.rule, self.margin, self.k, most)
 
         def find(span: tuple[int, int]) -> Hits:
-            return hits(
-                self.searcher, self.source.load(span), rule=self.rule, margin=self.margin, k=self.k
-            )
+            return hits(self.searcher, self.classes, self.source.load(span), rule)
 
         spans = plan_blocks(self.source.total, QUERY_ROWS)
         with progress.bar(self.source.total, "searching", "rows") as bar:
@@ -427,16 +484,13 @@ def adc_candidates(index: Index, features: Features | None, options: settings.De
     if features is None and options.rule == "ratio":
         raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
     space = index.space if features is None else query_space(index, features, options.encoder)
-    lists = index.lists()
-    shared = np.zeros(index.rows, bool)
-    for a, b in links(lists):
-        shared[a] = shared[b] = True
-    lists = collapse(lists)
-    searcher = Searcher(index, lists, options.nprobe)
+    classes = classes_of(index.lists())
     source = (
-        code_queries(index, lists) if features is None else feature_queries(index, space, features)
+        code_queries(index, classes.lists)
+        if features is None
+        else feature_queries(index, space, features)
     )
-    adc = Adc(index, source, searcher, shared, options)
+    adc = Adc(index, classes, source, options)
     if features is None:
         adc.rule = SYMMETRIC
     if options.margin is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from pathlib import Path
 
 import faiss
@@ -17,11 +19,10 @@ from snipdedup.search import (
     Searcher,
     adc_candidates,
     calibrate,
-    collapse,
+    classes_of,
     copied_lists,
     default_margin,
     feature_queries,
-    links,
     neighbours,
     passes,
     self_adc,
@@ -186,7 +187,8 @@ def test_truth_is_that_of_brute_force(real, monkeypatch):
 def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small):
     index = small[0]
     lists = index.lists()
-    alone = collapse(lists)
+    classes = classes_of(lists)
+    alone = classes.lists
     firsts = {}
     of = lists.list_of(0, len(lists.ids))
     for number, code, row in zip(of, lists.codes, lists.rows(slice(None)), strict=True):
@@ -198,7 +200,7 @@ def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small):
         )
     }
     assert kept == {key: min(rows) for key, rows in firsts.items()}
-    linked = {(int(a), int(b)) for block in links(lists) for a, b in zip(*block, strict=True)}
+    linked = {(int(a), int(b)) for block in classes.links() for a, b in zip(*block, strict=True)}
     assert linked == {(min(rows), r) for rows in firsts.values() for r in rows if r != min(rows)}
 
 
@@ -240,7 +242,7 @@ def test_a_group_of_many_codes_is_found_whole_with_small_k(tmp_path):
     x[200:500] = x[3] + 0.15 * rng.standard_normal((300, 16))
     features = open_features(x)
     index = make(features, tmp_path / "x", nlist=2, m=8)
-    assert len(collapse(index.lists()).ids) > 1300
+    assert len(classes_of(index.lists()).lists.ids) > 1300
     few, many = (
         collected(adc_candidates(index, features, wanted(k=k, margin=0.02, nprobe=2)))
         for k in (2, 1024)
@@ -252,20 +254,16 @@ def test_a_group_of_many_codes_is_found_whole_with_small_k(tmp_path):
 def test_pairs_and_flags_are_those_of_a_plain_loop(small):
     index, features = small
     margin = 0.05
-    adc = adc_candidates(index, features, wanted(margin=margin, nprobe=4))
+    adc = adc_candidates(index, features, wanted(margin=margin, nprobe=4, k=1024))
     plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
     x = unit_rows(features.read(0, features.rows))
-    codes, q = plain.sa_encode(x), plain.sa_decode(plain.sa_encode(x))
-    _, first = np.unique(codes, axis=0, return_index=True)
+    q = plain.sa_decode(plain.sa_encode(x))
     expected, unsure = set(), set()
     for a in range(features.rows):
         d = np.square(x[a] - q).sum(1) - np.square(x[a] - q[a]).sum()
-        for b in first:
-            pair = (min(a, int(b)), max(a, int(b)))
-            if a != b and d[b] <= margin - 1e-5:
-                expected.add(pair)
-            elif a != b and d[b] <= margin + 1e-5:
-                unsure.add(pair)
+        for b in np.flatnonzero(d <= margin + 1e-5):
+            if a != b:
+                (expected if d[b] <= margin - 1e-5 else unsure).add((min(a, b), max(a, b)))
     got = set(map(tuple, collected(adc).T.tolist()))
     assert expected <= got <= expected | unsure
 
@@ -328,3 +326,18 @@ def test_features_that_are_not_those_of_the_index_are_refused(small):
 def test_a_ratio_needs_features(small):
     with pytest.raises(UsageError, match="--rule ratio needs FEATURES"):
         adc_candidates(small[0], None, wanted(rule="ratio"))
+
+
+def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
+    script = Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"
+    shard = data / "keyframes" / "img_emb" / "img_emb_0000.npy"
+    words = ["--features", shard, "--code_bytes", 8, "--nlist", 16, "--dim", 32, "--sample", 1500]
+    runpy.run_path(str(script))["main"]([*map(str, words), "--json", str(tmp_path / "x.json")])
+    assert "| difference |" in capsys.readouterr().out
+    written = json.loads((tmp_path / "x.json").read_text())
+    at = {(r["rule"], r["wanted"]): r for r in written["results"]}
+    assert len(at) == 12
+    assert at["difference", 0.91]["recall"] > at["ratio", 0.91]["recall"]  # findings: always
+    truth = true_duplicates(open_features(shard), np.arange(len(np.load(shard))), 0.95, 2)
+    share = written["duplicates"] / written["judged"]
+    assert share == pytest.approx(truth.mean(), abs=0.03)
