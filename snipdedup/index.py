@@ -273,14 +273,15 @@ def make_quantiser(
     check_m(m, space.dim)
     lists = options.nlist or default_nlist(features.rows, features.rows)
     wanted = options.train_rows or max(POINTS_A_LIST * lists, LEAST_SAMPLE)
-    sample = draw_sample(features, space.vectors, wanted, options.seed)
+    threads = cores(options.threads)
+    sample = draw_sample(features, space.vectors, wanted, options.seed, threads)
     return train(
         sample,
         nlist=options.nlist or default_nlist(features.rows, len(sample)),
         m=m,
         nbits=options.nbits or settings.INDEX_NBITS,
         seed=options.seed,
-        threads=cores(options.threads),
+        threads=threads,
     )
 
 

@@ -123,7 +123,9 @@ def check_m(m: int, dim: int) -> None:
         )
 
 
-def draw_sample(features: Features, vectors: Vectors, wanted: int, seed: int) -> np.ndarray:
+def draw_sample(
+    features: Features, vectors: Vectors, wanted: int, seed: int, threads: int = 1
+) -> np.ndarray:
     """Return vectors of a random sample of distinct rows, at most ``wanted``, in row order.
 
     Rows that are equal bit for bit count once: copies would pull centroids to themselves.
@@ -143,12 +145,13 @@ def draw_sample(features: Features, vectors: Vectors, wanted: int, seed: int) ->
         raise SnipError("no row to train quantisers on: all sampled rows are NaN, infinity or zero")
     if len(distinct) > wanted:
         distinct = np.sort(rng.choice(distinct, wanted, replace=False))
-    with library_threads(1):
-        blocks = [
-            in_blocks(lambda b: (vectors(b),), features.gather(distinct[start:stop]), start)[0]
-            for start, stop in plan_blocks(len(distinct), 8 * BLOCK)
-        ]
-    return np.concatenate(blocks)
+
+    def convert(span: tuple[int, int]) -> np.ndarray:
+        rows = features.gather(distinct[slice(*span)])
+        return in_blocks(lambda block: (vectors(block),), rows, span[0])[0]
+
+    spans = plan_blocks(len(distinct), 8 * BLOCK)
+    return np.concatenate(list(in_order(convert, spans, threads)))
 
 
 def train(
