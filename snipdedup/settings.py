@@ -110,7 +110,6 @@ class Train(Input):
         self.between("batch", 16, 10**6)
         self.between("hidden", 1, 10**5)
         self.between("learning_rate", 1e-9, 1)
-        self.between("learning_rate", 1e-8, 10)
         self.between("temperature", 1e-4, 10)
         self.between("subset_rows", 64, 10**9)
         self.between("validation_rows", 16, 10**6)
@@ -164,6 +163,7 @@ class Index(Input):
         self.between("nlist", 0, 2**24)
         self.between("m", 1, 256)
         self.between("nbits", 4, 8)
+        self.between("train_rows", 0, 10**9)
         self.between("threads", 0, 4096)
 
 

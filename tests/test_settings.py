@@ -17,8 +17,12 @@ CLASSES = [command.options for command in COMMANDS]
 
 
 def make(kind, **values):
-    """Settings with every needed one filled in."""
-    needed = {f.name: "x" for f in dataclasses.fields(kind) if is_required(f)}
+    """Settings with every place and every needed flag filled in."""
+    needed = {
+        f.name: "x"
+        for f in dataclasses.fields(kind)
+        if is_required(f) or f.metadata.get("positional")
+    }
     return kind(**(needed | values))
 
 
@@ -35,7 +39,7 @@ RANGES = [
     ("Train", "steps", 1, 10**7),
     ("Train", "batch", 16, 10**6),
     ("Train", "hidden", 1, 10**5),
-    ("Train", "learning_rate", 1e-8, 10),
+    ("Train", "learning_rate", 1e-9, 1),
     ("Train", "temperature", 1e-4, 10),
     ("Train", "subset_rows", 64, 10**9),
     ("Train", "validation_rows", 16, 10**6),
@@ -44,16 +48,21 @@ RANGES = [
     ("Index", "nlist", 0, 2**24),
     ("Index", "m", 1, 256),
     ("Index", "nbits", 4, 8),
+    ("Index", "train_rows", 0, 10**9),
     ("Index", "threads", 0, 4096),
     ("Dedup", "threshold", -1, 1),
     ("Dedup", "recall", 0.5, 1),
     ("Dedup", "precision", 0, 1),
     ("Dedup", "k", 1, 1024),
+    ("Dedup", "calibration_rows", 1, 10**6),
     ("Dedup", "nprobe", 1, 2**24),
     ("Dedup", "chunk_rows", 1, 10**9),
     ("Dedup", "threads", 0, 4096),
     ("Demo", "pictures", 50, 100_000),
 ]
+
+
+NO_RANGE = ("seed", "margin", "start", "end")
 
 
 @pytest.mark.parametrize(("kind", "name", "low", "high"), RANGES)
@@ -66,6 +75,12 @@ def test_both_ends_are_allowed_and_what_lies_outside_is_refused(kind, name, low,
     for wrong in (low - step, high + step * max(1, abs(high))):
         with pytest.raises(UsageError, match=rf"^--{name} must lie between .* and .*, found"):
             make(kind, **{name: wrong})
+
+
+def test_each_number_has_its_range():
+    tested = {(kind, name) for kind, name, _, _ in RANGES}
+    for kind, name, _ in (parameter.values for parameter in numbers()):
+        assert (kind.__name__, name) in tested or name in NO_RANGE, f"{kind.__name__}.{name}"
 
 
 @pytest.mark.parametrize(("kind", "name", "type_"), list(numbers()))
