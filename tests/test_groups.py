@@ -19,9 +19,9 @@ from snipdedup.groups import Copies, group_components, group_star, keep_rank, st
 KEEPS = st.sampled_from(["first", "last", "random"])
 # how groups are compared: many at once, one by one in tiny blocks, and as shipped
 WAYS = [
-    dict(PACKED_GROUP=10**6, PACKED_ROWS=7),
-    dict(PACKED_GROUP=0, STAR_BLOCK=3),
-    dict(STAR_BLOCK=64),
+    {"PACKED_GROUP": 10**6, "PACKED_ROWS": 7},
+    {"PACKED_GROUP": 0, "STAR_BLOCK": 3},
+    {"STAR_BLOCK": 64},
 ]
 
 

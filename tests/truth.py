@@ -40,8 +40,8 @@ def components(rows, pairs):
             a = root[a]
         return a
 
-    for a, b in pairs:
-        a, b = find(int(a)), find(int(b))
+    for pair in pairs:
+        a, b = (find(int(row)) for row in pair)
         root[max(a, b)] = min(a, b)
     return np.array([find(row) for row in range(rows)])
 

@@ -1,0 +1,149 @@
+"""The first read: exact copies, rows that cannot be compared, checksums."""
+
+from __future__ import annotations
+
+import zlib
+from unittest import mock
+
+import numpy as np
+import pytest
+import truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snipdedup import scan as room
+from snipdedup.errors import InputError
+from snipdedup.scan import row_hashes, scan
+from snipdedup.shards import open_features
+
+
+def read(features, keep_bad=False, chunk_rows=65_536, threads=1):
+    opened = open_features(features)
+    return scan(opened, chunk_rows=chunk_rows, threads=threads, keep_bad=keep_bad)
+
+
+def first_equal(x):
+    """By bytes: {copy: first}."""
+    seen, copies = {}, {}
+    for row, values in enumerate(x):
+        first = seen.setdefault(values.tobytes(), row)
+        if first != row:
+            copies[row] = first
+    return copies
+
+
+def listed(seen):
+    return dict(zip(seen.copies.tolist(), seen.firsts.tolist(), strict=True))
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(1, 200),
+    dim=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    hashing=st.sampled_from(["as shipped", "all alike", "three values"]),
+)
+def test_copies_are_found_and_nothing_else(rows, dim, seed, dtype, hashing):
+    x = truth.clustered(rows, dim, seed, copies=0.5, dtype=dtype)
+    hashes = {
+        "as shipped": row_hashes,
+        "all alike": lambda rows: np.zeros(len(rows), np.uint64),
+        "three values": lambda rows: row_hashes(rows) % np.uint64(3),
+    }[hashing]
+    with mock.patch.object(room, "row_hashes", hashes):
+        seen = read(x)
+    assert listed(seen) == first_equal(x)
+    assert seen.copies.tolist() == sorted(seen.copies.tolist())
+
+
+def test_copies_across_shards_of_different_types(tmp_path):
+    x = truth.clustered(300, 8, 1, copies=0.4, dtype=np.float16)
+    (tmp_path / "f").mkdir()
+    np.save(tmp_path / "f" / "a_2.npy", x[:100])
+    np.save(tmp_path / "f" / "a_10.npy", x[100:250].astype(np.float64))
+    np.save(tmp_path / "f" / "a_11.npy", x[250:].astype(np.float32))
+    assert listed(read(tmp_path / "f")) == first_equal(x)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 4, 8, 31, 512])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_hashes_see_every_bit_and_every_place(dim, dtype):
+    x = np.random.default_rng(0).standard_normal((2000, dim)).astype(dtype)
+    assert np.array_equal(row_hashes(x), row_hashes(x.copy()))
+    different = len(np.unique(x.view(f"V{dim * x.itemsize}")))
+    assert len(np.unique(row_hashes(x))) == different
+    if dim > 1:
+        turned = x[:, ::-1]
+        moved = (turned != x).any(axis=1)
+        assert not (row_hashes(turned) == row_hashes(x))[moved].any()
+    bits = x.copy()
+    bits.view(np.uint8)[:, -x.itemsize] ^= 1  # the last value's lowest bit
+    assert not (row_hashes(bits) == row_hashes(x)).any()
+
+
+def test_rows_that_differ_in_the_sign_of_a_zero_are_no_copies():
+    x = np.array([[1, 0.0], [1, -0.0], [1, 0.0], [1, -0.0]], np.float32)
+    assert listed(read(x)) == {2: 0, 3: 1}
+
+
+def test_one_row_and_rows_all_equal():
+    assert listed(read(np.ones((1, 3)))) == {}
+    assert listed(read(np.ones((30_000, 3)))) == dict.fromkeys(range(1, 30_000), 0)
+
+
+def bad_set():
+    x = truth.clustered(20_000, 6, 1, dtype=np.float32)
+    x[7, 2], x[8200, 0], x[19_999, 5], x[12_345] = np.nan, np.inf, -np.inf, 0
+    return x
+
+
+def test_bad_rows_are_refused_with_number_file_and_row(tmp_path):
+    folder = truth.save_shards(tmp_path / "f", bad_set(), [8000, 8000, 12_000])
+    with pytest.raises(InputError) as error:
+        read(folder)
+    said = str(error.value)
+    assert "4 of 20,000 rows cannot be compared" in said
+    assert f"{folder / 'img_emb_0.npy'} row 7 (NaN)" in said
+    assert f"{folder / 'img_emb_2.npy'} row 200 (infinity)" in said
+    assert f"{folder / 'img_emb_3.npy'} row 345 (zeros only)" in said
+    assert "--bad_rows keep" in said
+
+
+def test_bad_rows_that_are_kept_are_listed_and_never_copies():
+    x = bad_set()
+    x[500], x[501], x[502] = x[12_345], x[7], x[600]
+    seen = read(x, keep_bad=True)
+    assert seen.bad.tolist() == [7, 500, 501, 8200, 12_345, 19_999]
+    assert listed(seen) == {600: 502}
+    assert np.flatnonzero(seen.skipped(len(x))).tolist() == sorted([*seen.bad, 600])
+
+
+def test_values_that_only_look_bad_are_not():
+    tiny, huge = np.finfo(np.float64).smallest_subnormal, np.finfo(np.float64).max
+    seen = read(np.array([[tiny, 0], [huge, huge], [1e-200, 1e200], [0, -tiny]]))
+    assert len(seen.bad) == 0
+    half = np.array([[65504, 65504], [6e-8, 0]], np.float16)
+    assert len(read(half).bad) == 0
+
+
+def test_chunks_threads_and_shards_change_nothing(tmp_path):
+    x = bad_set()
+    x[100:3000] = x[10_100:13_000]
+    whole = read(x, keep_bad=True)
+    cut = truth.save_shards(tmp_path / "f", x, [1, 5000, 5000, 16_000])
+    for source, chunk, threads in [(x, 1, 2), (x, 8193, 1), (cut, 1, 2), (cut, 10**6, 1)]:
+        seen = read(source, keep_bad=True, chunk_rows=chunk, threads=threads)
+        for one, other in zip(seen[:3], whole[:3], strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_checksums_are_those_of_the_files(tmp_path):
+    x = truth.clustered(20_000, 6, 1, dtype=np.float16)
+    folder = truth.save_shards(tmp_path / "f", x, [1, 9000, 9000])
+    seen = read(folder, chunk_rows=1, threads=2)
+    files = [(folder / f"img_emb_{number}.npy").read_bytes() for number in range(4)]
+    rows = [1, 8999, 0, 11_000]
+    expected = [zlib.crc32(data) for data in files]
+    filled = [number for number in range(4) if rows[number]]
+    assert [seen.crcs[n] for n in filled] == [expected[n] for n in filled]
