@@ -75,6 +75,10 @@ def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterat
     Libraries inside ``work`` run single-threaded. Twice as many items as threads are under way or
     finished and not yet taken, so memory stays bounded.
     """
+    if threads == 1:
+        with library_threads(1):
+            yield from map(work, items)
+        return
     with (
         library_threads(1),
         ThreadPoolExecutor(threads, initializer=_single_threaded) as pool,

@@ -8,7 +8,6 @@ on where it was and the result does not depend on who ran what.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +18,17 @@ from snipdedup import progress, store
 from snipdedup.compute import Stage, in_order, library_threads
 from snipdedup.cosine import bad_rows, pair_cosine
 from snipdedup.forest import Edges, ForestBuilder
-from snipdedup.lists import Lists, assign, calibrate_tau, train_centroids
+from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
 from snipdedup.projection import WIDTH, Projection, fit_projection
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
 from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
 from snipdedup.verify import VERIFY_PAIRS, verify_pairs
 
-TASK_ROWS = 1 << 18  # rows of an encode task
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
-SAMPLE_ROWS = 1 << 15  # rows to fit directions and calibrate on
+DIRECTION_ROWS = 1 << 14  # rows to find the main directions on
+CALIBRATION_ROWS = 1 << 15  # rows among whose pairs τ is calibrated
+CALIBRATION_PAIRS = 1 << 15
 ROWS_A_CENTROID = 48  # rows of the sample for each centroid
 
 
@@ -113,7 +113,7 @@ def join(
         What was chosen and how much was compared, for the manifest.
     """
     with stage("fit"):
-        model = load_or_fit(features, threshold, recall, seed, work / "model.npz")
+        model = load_or_fit(features, threshold, recall, seed, work / "model.npz", threads)
     with stage("encode"):
         parts = encode_all(features, model, work, chunk_rows=chunk_rows, threads=threads)
         seen = finish_scan(features, parts, keep_bad)
@@ -137,40 +137,40 @@ def list_count(rows: int) -> int:
 
 
 def load_or_fit(
-    features: Features, threshold: float, recall: float, seed: int, path: Path
+    features: Features, threshold: float, recall: float, seed: int, path: Path, threads: int
 ) -> Model:
     """Fit the model, or take the one that a stopped run left."""
     if not path.is_file():
-        fit(features, threshold, recall, seed).save(path)
+        fit(features, threshold, recall, seed, threads).save(path)
     return Model.load(path)
 
 
-def fit(features: Features, threshold: float, recall: float, seed: int) -> Model:
+def fit(features: Features, threshold: float, recall: float, seed: int, threads: int) -> Model:
     """Fit directions, centroids and τ to a sample of distinct rows."""
     nlist = list_count(features.rows)
-    sample = sample_distinct(features, max(SAMPLE_ROWS, ROWS_A_CENTROID * nlist), seed)
+    sample = sample_distinct(features, max(CALIBRATION_ROWS, ROWS_A_CENTROID * nlist), seed)
     with library_threads(1):  # float arithmetic whose last bits depend on the threads
-        projection = fit_projection(sample[:SAMPLE_ROWS], seed)
+        projection = fit_projection(sample[:DIRECTION_ROWS], seed)
         codes = np.concatenate([
             projection.encode(sample[start:stop])[0]
-            for start, stop in plan_blocks(len(sample), TASK_ROWS)
+            for start, stop in plan_blocks(len(sample), BLOCK)
         ])  # fmt: skip
     limit = projection.limit(threshold)
     nlist = min(nlist, max(1, len(codes) // 8))
     if nlist == 1:
         return Model(projection, Lists(codes[:1], 0.0), limit, 0)
-    centroids = train_centroids(codes, nlist, seed)
-
-    def verified(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        parts = [
-            pair_cosine(sample[a[s:e]], sample[b[s:e]]) >= np.float32(threshold)
-            for s, e in plan_blocks(len(a), VERIFY_PAIRS)
-        ]
-        return np.concatenate([np.zeros(0, bool), *parts])
-
-    safe = projection.distance(threshold) / 2 + WIDTH**0.5
-    tau, pairs = calibrate_tau(codes[:SAMPLE_ROWS], centroids, limit, recall, safe, verified)
-    return Model(projection, Lists(centroids, tau), limit, pairs)
+    centroids = train_centroids(codes, nlist, seed, threads)
+    part = codes[:CALIBRATION_ROWS]
+    a, b = sample_pairs(part, limit, CALIBRATION_PAIRS, threads)
+    cosine = [
+        pair_cosine(sample[a[s:e]], sample[b[s:e]]) for s, e in plan_blocks(len(a), VERIFY_PAIRS)
+    ]
+    true = np.concatenate([np.empty(0, np.float32), *cosine]) >= np.float32(threshold)
+    reach = projection.distance(threshold) + 2 * WIDTH**0.5
+    tau = calibrate_tau(
+        part, centroids, (a[true], b[true]), recall=recall, reach=reach, threads=threads
+    )
+    return Model(projection, Lists(centroids, tau), limit, int(true.sum()))
 
 
 def sample_distinct(features: Features, count: int, seed: int) -> np.ndarray:
@@ -184,63 +184,50 @@ def sample_distinct(features: Features, count: int, seed: int) -> np.ndarray:
     return rng.permutation(sample) if len(sample) else np.ones((1, features.dim), features.dtype)
 
 
+def task_rows(rows: int) -> int:
+    """Return the rows of an encode task: many tasks for small sets, few files for large ones."""
+    return 1 << 15 if rows < 1 << 25 else 1 << 18
+
+
 def encode_all(
     features: Features, model: Model, work: Path, *, chunk_rows: int, threads: int
 ) -> list[Seen]:
     """Run the encode tasks that are not done yet; return what all of them saw."""
-    tasks = plan_blocks(features.rows, TASK_ROWS)
+    spans = plan_blocks(features.rows, task_rows(features.rows))
+    folders = [work / "encode" / f"{number:06d}" for number in range(len(spans))]
     with progress.bar(features.rows, "encoding", "rows") as bar:
-        for number, (begin, end) in enumerate(tasks):
-            folder = encode_folder(work, number)
-            if (folder / "done.json").is_file():
-                bar.update(end - begin)
-                continue
-            encode_task(
-                features, model, folder, begin, end,
-                chunk_rows=chunk_rows, threads=threads, done=bar.update,
-            )  # fmt: skip
-    return [load_seen(encode_folder(work, number)) for number in range(len(tasks))]
 
+        def run(task: tuple[Path, tuple[int, int]]) -> int:
+            folder, (begin, end) = task
+            if not (folder / "done.json").is_file():
+                encode_task(features, model, folder, begin, end, chunk_rows=chunk_rows)
+            return end - begin
 
-def encode_folder(work: Path, number: int) -> Path:
-    """Return the folder of an encode task."""
-    return work / "encode" / f"{number:06d}"
+        for count in in_order(run, zip(folders, spans, strict=True), threads):
+            bar.update(count)
+    return [load_seen(folder) for folder in folders]
 
 
 def encode_task(
-    features: Features,
-    model: Model,
-    folder: Path,
-    begin: int,
-    end: int,
-    *,
-    chunk_rows: int,
-    threads: int,
-    done: Callable[[int], None],
+    features: Features, model: Model, folder: Path, begin: int, end: int, *, chunk_rows: int
 ) -> None:
     """Encode rows ``begin`` to ``end`` and write them sorted by list, rows at home first."""
     codes = np.empty((end - begin, WIDTH), np.int8)
     excess = np.empty(end - begin, np.float32)
+    visits: list[Visits] = []
 
-    def encode(first: int, rows: np.ndarray, bad: np.ndarray) -> None:
-        del bad  # zeros; left out when lists are joined
+    def encode(first: int, rows: np.ndarray) -> None:
         at = slice(first - begin, first - begin + len(rows))
         codes[at], excess[at] = model.projection.encode(rows)
+        found = assign(codes[at], model.lists)
+        visits.append(found._replace(row=found.row + np.int32(first - begin)))
 
-    # Small chunks give every thread work and stay in its cache.
-    chunk = min(chunk_rows, max(1, (end - begin) // (4 * threads)))
-    seen = read_range(
-        features, begin, end, chunk_rows=chunk, threads=threads, done=done, visit=encode
-    )
-    blocks = plan_blocks(end - begin, BLOCK)
-    visits = list(in_order(lambda s: assign(codes[s[0] : s[1]], model.lists), blocks, threads))
-    row = np.concatenate([v.row + start for v, (start, _) in zip(visits, blocks, strict=True)])
-    list_ = np.concatenate([v.list_ for v in visits])
-    home = np.concatenate([v.home for v in visits])
-    order = np.lexsort((~home, list_))
+    seen = read_range(features, begin, end, chunk_rows=chunk_rows, visit=encode)
+    row, list_, home = (np.concatenate(column) for column in zip(*visits, strict=True))
+    order = sort_small(2 * list_ + ~home, 2 * model.lists.nlist)
     row, list_, home = row[order], list_[order], home[order]
     edges = np.arange(model.lists.nlist + 1)
-    store.save_npy(folder / "codes.npy", codes[row])
+    store.save_npy(folder / "codes.npy", np.take(codes, row, axis=0))
     store.save_npy(folder / "rows.npy", row + np.int64(begin))
     store.save_npy(folder / "slack.npy", model.projection.slack(excess)[row])
     store.save_npy(folder / "starts.npy", np.searchsorted(list_, edges))
@@ -249,6 +236,11 @@ def encode_task(
     store.save_npy(folder / "bad.npy", seen.bad)
     crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
     store.save_json(folder / "done.json", {"rows": [begin, end], "crcs": crcs})
+
+
+def sort_small(keys: np.ndarray, count: int) -> np.ndarray:
+    """Return the stable order of keys below ``count``; numpy sorts 16-bit keys by radix."""
+    return np.argsort(keys.astype(np.uint16 if count <= 1 << 16 else np.uint32), kind="stable")
 
 
 def load_seen(folder: Path) -> Seen:
@@ -268,26 +260,38 @@ def join_all(
     threads: int,
     memory: int,
 ) -> tuple[Edges, dict[str, Any]]:
-    """Run the join tasks that are not done yet; return the forest of all and some counts."""
+    """Run the join tasks that are not done yet; return the forest of all and some counts.
+
+    Many tasks run side by side, each on one thread; few (a small set's single list) run one
+    after another on all threads.
+    """
     folders = sorted((work / "encode").iterdir())
     starts = [np.load(folder / "starts.npy") for folder in folders]
     visits = np.diff(np.sum(starts, axis=0))
-    tasks = plan_partitions(visits, memory // (8 * WIDTH))
-    builder, counts = ForestBuilder(), {"visits": int(visits.sum()), "candidates": 0}
+    most = min(memory // (16 * WIDTH * threads), max(1, int(visits.sum()) // (8 * threads)))
+    tasks = plan_partitions(visits, most)
+    beside, within = (threads, 1) if len(tasks) >= 2 * threads else (1, threads)
+
+    def run(task: tuple[int, tuple[int, int]]) -> tuple[Edges, int, int]:
+        number, (low, high) = task
+        path = work / "join" / f"{number:06d}.npz"
+        if not path.is_file():
+            partition = load_partition(folders, starts, low, high, skip)
+            forest, proposed = join_task(
+                features, model, partition, threshold=threshold, threads=within
+            )
+            store.save_npz(path, **forest._asdict(), proposed=np.array(proposed))
+        with np.load(path, allow_pickle=False) as file:
+            edges = Edges(file["a"], file["b"], file["similarity"])
+            return edges, int(file["proposed"]), int(visits[low:high].sum())
+
+    builder, proposed = ForestBuilder(), 0
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:
-        for number, (low, high) in enumerate(tasks):
-            path = work / "join" / f"{number:06d}.npz"
-            if not path.is_file():
-                partition = load_partition(folders, starts, low, high, skip)
-                forest, candidates = join_task(
-                    features, model, partition, threshold=threshold, threads=threads
-                )
-                store.save_npz(path, **forest._asdict(), candidates=np.array(candidates))
-            with np.load(path, allow_pickle=False) as file:
-                builder.add(Edges(file["a"], file["b"], file["similarity"]))
-                counts["candidates"] += int(file["candidates"])
-            bar.update(int(visits[low:high].sum()))
-    return builder.forest(), counts
+        for edges, count, done in in_order(run, enumerate(tasks), beside):
+            builder.add(edges)
+            proposed += count
+            bar.update(done)
+    return builder.forest(), {"visits": int(visits.sum()), "candidates": proposed}
 
 
 def plan_partitions(visits: np.ndarray, most: int) -> list[tuple[int, int]]:
@@ -305,28 +309,52 @@ def load_partition(
     folders: list[Path], starts: list[np.ndarray], low: int, high: int, skip: np.ndarray
 ) -> Partition:
     """Bring the rows of lists ``low`` to ``high`` together from all encode tasks."""
-    rows, codes, slacks, lists, at_home = [], [], [], [], []
-    for folder, start in zip(folders, starts, strict=True):
-        part = slice(int(start[low]), int(start[high]))
-        homes = np.load(folder / "homes.npy", mmap_mode="r")[low:high]
-        sizes = np.diff(start[low : high + 1])
-        row = np.load(folder / "rows.npy", mmap_mode="r")[part]
-        use = ~skip[row]
-        rows.append(row[use])
-        codes.append(np.load(folder / "codes.npy", mmap_mode="r")[part][use])
-        slacks.append(np.load(folder / "slack.npy", mmap_mode="r")[part][use])
-        lists.append(np.repeat(np.arange(high - low), sizes)[use])
-        place = np.arange(len(row)) - np.repeat(start[low:high] - start[low], sizes)
-        at_home.append((place < np.repeat(homes, sizes))[use])
-    list_, home = np.concatenate(lists), np.concatenate(at_home)
-    order = np.lexsort((~home, list_))
+    parts = [
+        load_part(folder, start[low : high + 1], low, skip)
+        for folder, start in zip(folders, starts, strict=True)
+    ]
+    row, slack, key, _ = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = sort_small(key, 2 * (high - low))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    codes, done = np.empty((len(row), WIDTH), np.int8), 0
+    for folder, start, (_, _, _, use) in zip(folders, starts, parts, strict=True):
+        stored = np.load(folder / "codes.npy", mmap_mode="r").view(np.ndarray)
+        codes[place[done : done + len(use)]] = np.take(stored, use + start[low], axis=0)
+        done += len(use)
+    key = key[order]
     return Partition(
-        np.concatenate(rows)[order],
-        np.concatenate(codes)[order],
-        np.concatenate(slacks)[order].astype(np.float64),
-        np.searchsorted(list_[order], np.arange(high - low + 1)),
-        np.bincount(list_[home], minlength=high - low),
+        row[order],
+        codes,
+        slack[order].astype(np.float64),
+        np.searchsorted(key, 2 * np.arange(high - low + 1)),
+        np.bincount(key[key % 2 == 0] // 2, minlength=high - low),
     )
+
+
+def load_part(
+    folder: Path, starts: np.ndarray, low: int, skip: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Read what an encode task has for a run of lists.
+
+    Returns
+    -------
+    row, slack : (v,) int64, float32
+        Global rows that take part, and by how much each one's limit falls.
+    key : (v,) int32
+        Twice the list, counted from the first; one more for a visitor.
+    use : (v,) int64
+        Which of the task's rows these are.
+    """
+    part = slice(int(starts[0]), int(starts[-1]))
+    row = np.load(folder / "rows.npy", mmap_mode="r")[part]
+    homes = np.load(folder / "homes.npy", mmap_mode="r")[low : low + len(starts) - 1]
+    sizes = np.diff(starts)
+    key = np.repeat(2 * np.arange(len(sizes), dtype=np.int32), sizes)
+    place = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], sizes)
+    key += place >= np.repeat(homes, sizes)
+    use = np.flatnonzero(~skip[row])
+    return row[use], np.load(folder / "slack.npy", mmap_mode="r")[part][use], key[use], use
 
 
 def join_task(

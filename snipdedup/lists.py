@@ -12,16 +12,20 @@ it is computed with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
+from snipdedup.compute import in_order
 from snipdedup.kernels import pick_kernel, product_hits
+from snipdedup.shards import plan_blocks
 
 ROUNDS = 8  # of k-means
-ASSIGN_BLOCK = 4096  # codes assigned at a time
-SAMPLE_PAIRS = 1 << 18  # pairs of the sample that are verified to calibrate with
+ASSIGN_BLOCK = 2048  # codes assigned at a time
+PAIR_BLOCK = 1024  # codes of a sample compared at a time
+ENOUGH = 10  # pairs that must be missed in the sample for their share to mean something
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,13 @@ class Lists:
         """Number of lists."""
         return len(self.centroids)
 
+    @cached_property
+    def reach(self) -> np.ndarray:
+        """‖x−c_j‖² − ‖x−c₁‖² up to which a row at home in list 1 visits list j, (nlist, nlist)."""
+        return np.floor(2 * self.tau * centroid_distances(self.centroids)).astype(np.int32)
 
-@dataclass(frozen=True)
-class Visits:
+
+class Visits(NamedTuple):
     """Which rows of a block are in which list.
 
     Attributes
@@ -61,7 +69,7 @@ class Visits:
     home: np.ndarray
 
 
-def train_centroids(codes: np.ndarray, nlist: int, seed: int) -> np.ndarray:
+def train_centroids(codes: np.ndarray, nlist: int, seed: int, threads: int) -> np.ndarray:
     """Return spherical k-means centroids of codes, (nlist, w) int8.
 
     Lloyd's iterations on integers: sums of codes are exact, so the result is the same for any
@@ -71,7 +79,7 @@ def train_centroids(codes: np.ndarray, nlist: int, seed: int) -> np.ndarray:
     centroids = codes[np.sort(rng.choice(len(codes), nlist, replace=False))]
     norm = float(np.sqrt(np.mean(np.einsum("ij,ij->i", codes, codes, dtype=np.int64))))
     for _ in range(ROUNDS):
-        home = nearest(codes, centroids)[0]
+        home = nearest(codes, centroids, threads)[0]
         order = np.argsort(home, kind="stable")
         starts = np.searchsorted(home[order], np.arange(nlist))
         used = np.flatnonzero(np.diff(np.append(starts, len(home))))
@@ -82,15 +90,19 @@ def train_centroids(codes: np.ndarray, nlist: int, seed: int) -> np.ndarray:
     return centroids
 
 
-def nearest(codes: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    codes: np.ndarray, centroids: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return each code's nearest centroid (ties: the first) and ‖x−c‖² − ‖x‖², int64."""
-    homes, bests = [], []
-    for start in range(0, len(codes), ASSIGN_BLOCK):
-        gaps = centroid_gaps(codes[start : start + ASSIGN_BLOCK], centroids)
+
+    def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        gaps = centroid_gaps(codes[slice(*span)], centroids)
         home = gaps.argmin(1)
-        homes.append(home)
-        bests.append(gaps[np.arange(len(home)), home])
-    return np.concatenate(homes), np.concatenate(bests).astype(np.int64)
+        return home, gaps[np.arange(len(home)), home]
+
+    parts = list(in_order(find, plan_blocks(len(codes), ASSIGN_BLOCK), threads))
+    home, best = (np.concatenate(side) for side in zip(*parts, strict=True))
+    return home, best.astype(np.int64)
 
 
 def centroid_gaps(codes: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -111,27 +123,20 @@ def squares(codes: np.ndarray) -> np.ndarray:
 
 
 def assign(codes: np.ndarray, lists: Lists) -> Visits:
-    """Return the lists that each code lives in or visits."""
+    """Return the lists that each code lives in or visits, ordered by row."""
     if lists.nlist == 1:
         row = np.arange(len(codes), dtype=np.int32)
         return Visits(row, np.zeros_like(row), np.ones(len(row), bool))
-    spread = centroid_distances(lists.centroids)
-    reach = 2 * lists.tau * spread.max(1)
+    reach = lists.reach
     parts = []
     for start in range(0, len(codes), ASSIGN_BLOCK):
         gaps = centroid_gaps(codes[start : start + ASSIGN_BLOCK], lists.centroids)
         home = gaps.argmin(1)
-        best = gaps[np.arange(len(home)), home]
-        limit = np.floor(best + reach[home]).astype(gaps.dtype)
-        near = np.flatnonzero((gaps <= limit[:, None]).ravel())
-        row, other = np.divmod(near, lists.nlist)
-        excess = gaps.ravel()[near] - best[row]
-        visits = excess <= 2 * lists.tau * spread[home[row], other]
-        visits |= other == home[row]
-        row, other = row[visits], other[visits]
-        parts.append((row + start, other, other == home[row]))
-    row, other, is_home = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Visits(row.astype(np.int32), other.astype(np.int32), is_home)
+        gaps -= gaps[np.arange(len(home)), home, None]
+        found = np.flatnonzero((gaps <= reach[home]).ravel())
+        row, list_ = np.divmod(found.astype(np.int32), np.int32(lists.nlist))
+        parts.append((row + np.int32(start), list_, list_ == home[row]))
+    return Visits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def centroid_distances(centroids: np.ndarray) -> np.ndarray:
@@ -143,69 +148,107 @@ def centroid_distances(centroids: np.ndarray) -> np.ndarray:
 def calibrate_tau(
     codes: np.ndarray,
     centroids: np.ndarray,
-    limit: float,
+    pairs: tuple[np.ndarray, np.ndarray],
+    *,
     recall: float,
-    safe: float,
-    verified: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> tuple[float, int]:
-    """Return the τ at which the wanted share of a sample's pairs meets, and how many pairs.
+    reach: float,
+    threads: int,
+) -> float:
+    """Return the τ at which the wanted share of a sample's pairs meets.
 
     Each row counts once, its pairs sharing its weight, so that large groups do not speak for all.
+    Too few pairs to tell are replaced by the sample's nearest neighbours, drawn together to the
+    largest distance of a pair: these cross borders more often than real pairs do.
 
     Parameters
     ----------
     codes : (n, w) int8
         A sample of distinct rows.
     centroids : (nlist, w) int8
-    limit : float
-        Product from which two codes may be a pair.
+    pairs : a, b, each (m,) int64
+        True pairs, as places in the sample.
     recall : float
         Share of the pairs that must meet.
-    safe : float
-        The τ that loses none; returned where the sample holds too few pairs.
-    verified : function of (a, b), each (m,) int64 places in the sample
-        Tells which proposed pairs are true.
+    reach : float
+        Largest distance of two codes whose rows are a pair.
     """
-    a, b = sample_pairs(codes, limit)
-    every = -(-len(a) // SAMPLE_PAIRS) or 1
-    a, b = a[::every], b[::every]
-    true = verified(a, b)
-    a, b = a[true], b[true]
-    if len(a) < 10 / max(1 - recall, 1e-9) or recall >= 1:
-        return safe, len(a)
-    need = np.minimum(needed_tau(codes, centroids, a, b), needed_tau(codes, centroids, b, a))
+    if recall >= 1:
+        return reach / 2
+    a, b = pairs
+    if len(a) < ENOUGH / (1 - recall):
+        a = np.arange(len(codes))
+        near = draw_together(codes, codes[nearest_other(codes, threads)], reach)
+        codes, b = np.concatenate([codes, near]), a + len(codes)
+    home, best = nearest(codes, centroids, threads)
+    need = np.minimum(
+        needed_tau(codes, centroids, home, best, a, b),
+        needed_tau(codes, centroids, home, best, b, a),
+    )
     degree = np.bincount(np.concatenate([a, b]), minlength=len(codes))
     weight = 1 / degree[a] + 1 / degree[b]
     order = np.argsort(need, kind="stable")
     reached = np.cumsum(weight[order]) / weight.sum()
-    return min(safe, float(need[order][np.searchsorted(reached, recall)])), len(a)
+    return min(reach / 2, float(need[order][np.searchsorted(reached, recall)]))
 
 
-def sample_pairs(codes: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return all pairs of codes whose product reaches ``limit``."""
+def draw_together(x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
+    """Return codes on the way from x to y, at most ``reach`` from x."""
+    way = y.astype(np.float64) - x
+    length = np.sqrt(np.einsum("ij,ij->i", way, way)).clip(1e-9)
+    return np.rint(x + way * np.minimum(1, reach / length)[:, None]).astype(np.int8)
+
+
+def nearest_other(codes: np.ndarray, threads: int) -> np.ndarray:
+    """Return for each code the place of the other code with the largest product, (n,) int64."""
+
+    def find(span: tuple[int, int]) -> np.ndarray:
+        gaps = centroid_gaps(codes[slice(*span)], codes)
+        rows = np.arange(len(gaps))
+        gaps[rows, rows + span[0]] = gaps.max()
+        return gaps.argmin(1)
+
+    return np.concatenate(list(in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads)))
+
+
+def sample_pairs(
+    codes: np.ndarray, limit: float, most: int, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs (a < b) of codes whose product reaches ``limit``, about ``most`` of them."""
     import torch
 
     kernel = pick_kernel("cpu", codes.shape[1], exact=True)
-    found = []
-    for start in range(0, len(codes), ASSIGN_BLOCK):
-        columns = kernel.prepare(torch.from_numpy(codes[start : start + ASSIGN_BLOCK]))
-        for row in range(0, start + 1, ASSIGN_BLOCK):
-            block = torch.from_numpy(codes[row : row + ASSIGN_BLOCK])
+
+    def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        columns = kernel.prepare(torch.from_numpy(codes[slice(*span)]))
+        found = [(np.empty(0, np.int64),) * 2]
+        for row in range(0, span[1], PAIR_BLOCK):
+            block = torch.from_numpy(codes[row : row + PAIR_BLOCK])
             i, j = product_hits(kernel.multiply(block, columns), np.full(len(block), limit))
-            found.append((i + row, j + start))
-    a, b = (np.concatenate(side) for side in zip(*found, strict=True))
-    return a[a < b], b[a < b]
+            once = i + row < j + span[0]
+            found.append((i[once] + row, j[once] + span[0]))
+        a, b = (np.concatenate(side) for side in zip(*found, strict=True))
+        return a, b
+
+    parts = list(in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads))
+    a, b = (np.concatenate(side) for side in zip(*parts, strict=True))
+    every = max(1, len(a) // most)
+    return a[::every], b[::every]
 
 
 def needed_tau(
-    codes: np.ndarray, centroids: np.ndarray, x: np.ndarray, y: np.ndarray
+    codes: np.ndarray,
+    centroids: np.ndarray,
+    home: np.ndarray,
+    best: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
 ) -> np.ndarray:
-    """Return the τ from which row x visits row y's list, (n,) float64; 0 in the same list."""
-    home, best = nearest(codes, centroids)
-    other = home[y]
-    gap = np.einsum("ij,ij->i", centroids[other], centroids[other], dtype=np.int64)
-    gap -= 2 * np.einsum("ij,ij->i", codes[x], centroids[other], dtype=np.int64)
-    apart = centroids[other].astype(np.int64) - centroids[home[x]]
-    distance = np.sqrt(np.einsum("ij,ij->i", apart, apart)).clip(1e-9)
-    need = (gap - best[x]) / (2 * distance)
-    return np.where(other == home[x], 0.0, need)
+    """Return the τ from which code x visits code y's list, (n,) float64; 0 in the same list.
+
+    ``home`` and ``best`` are what `nearest` says of all codes.
+    """
+    other = centroids[home[y]].astype(np.float32)
+    gap = (other * (other - 2 * codes[x].astype(np.float32))).sum(1) - best[x]
+    apart = other - centroids[home[x]]
+    distance = np.sqrt((apart * apart).sum(1)).clip(1e-9)
+    return np.where(home[y] == home[x], 0.0, gap / (2 * distance)).astype(np.float64)

@@ -21,7 +21,7 @@ BLOCK = 8192  # rows computed together; fixed, so that results do not depend on 
 COMPARE_ROWS = 16_384  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
 
-Visit = Callable[[int, np.ndarray, np.ndarray], None]
+Visit = Callable[[int, np.ndarray], None]
 
 
 class Scan(NamedTuple):
@@ -69,7 +69,7 @@ class Seen(NamedTuple):
 
 
 def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -> Scan:
-    """Read all rows once, in order.
+    """Read all rows once.
 
     Parameters
     ----------
@@ -85,50 +85,42 @@ def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -
     InputError
         If there are bad rows and ``keep_bad`` is false: how many, and where.
     """
+    spans = plan_blocks(features.rows, whole_blocks(chunk_rows))
+
+    def read(span: tuple[int, int]) -> Seen:
+        return read_range(features, *span, chunk_rows=chunk_rows)
+
+    parts = []
     with progress.bar(features.rows, "reading", "rows") as bar:
-        seen = read_range(
-            features, 0, features.rows, chunk_rows=chunk_rows, threads=threads, done=bar.update
-        )
-    return finish_scan(features, [seen], keep_bad)
+        for seen in in_order(read, spans, threads):
+            parts.append(seen)
+            bar.update(len(seen.hashes))
+    return finish_scan(features, parts, keep_bad)
+
+
+def whole_blocks(rows: int) -> int:
+    """Return ``rows`` rounded up to whole blocks."""
+    return -(-rows // BLOCK) * BLOCK
 
 
 def read_range(
-    features: Features,
-    begin: int,
-    end: int,
-    *,
-    chunk_rows: int,
-    threads: int,
-    done: Callable[[int], None],
-    visit: Visit | None = None,
+    features: Features, begin: int, end: int, *, chunk_rows: int, visit: Visit | None = None
 ) -> Seen:
     """Read global rows ``begin`` to ``end``; ``begin`` is a multiple of `BLOCK`.
 
-    ``visit(first row, rows, bad)`` sees each block of `BLOCK` rows, from several threads, in no
-    fixed order; ``bad`` is the block's mask of bad rows. ``done`` is told how many rows were read.
+    ``visit(first row, rows)`` sees each block of `BLOCK` rows, in order.
     """
-    chunk = -(-chunk_rows // BLOCK) * BLOCK
-    hashes = np.empty(end - begin, np.uint64)
-
-    def read(span: tuple[int, int]) -> tuple[list[tuple[Piece, int, int]], np.ndarray, int]:
-        low, high = begin + span[0], begin + span[1]
-        rows, crcs = features.read_with_crc(low, high)
-        bad = np.zeros(len(rows), bool)
-        for start in range(0, len(rows), BLOCK):
-            block, at = rows[start : start + BLOCK], slice(start, start + BLOCK)
-            bad[at] = bad_rows(block)
-            hashes[span[0] + start : span[0] + start + len(block)] = row_hashes(block)
-            if visit is not None:
-                visit(low + start, block, bad[at])
-        return crcs, np.flatnonzero(bad) + low, len(rows)
-
-    crcs: list[tuple[Piece, int, int]] = []
-    found_bad = []
-    for part, bad, count in in_order(read, plan_blocks(end - begin, chunk), threads):
+    hashes, bad, crcs = [], [], []
+    for start, stop in plan_blocks(end - begin, whole_blocks(chunk_rows)):
+        rows, part = features.read_with_crc(begin + start, begin + stop)
         crcs += part
-        found_bad.append(bad)
-        done(count)
-    return Seen(crcs, np.concatenate(found_bad), hashes)
+        for low, high in plan_blocks(len(rows), BLOCK):
+            first, block = begin + start + low, rows[low:high]
+            bad.append(np.flatnonzero(bad_rows(block)) + first)
+            hashes.append(row_hashes(block))
+            if visit is not None:
+                visit(first, block)
+    return Seen(crcs, np.concatenate(bad), np.concatenate(hashes))
 
 
 def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:

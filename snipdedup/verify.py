@@ -11,7 +11,7 @@ from snipdedup.cosine import pair_cosine
 from snipdedup.forest import Edges, make_edges
 from snipdedup.shards import Features, plan_blocks
 
-VERIFY_PAIRS = 2048  # pairs whose rows are laid side by side at a time
+VERIFY_PAIRS = 1024  # pairs whose rows are laid side by side at a time
 
 
 def verify_pairs(
