@@ -1,0 +1,101 @@
+"""Wrong input through each command that reads features: one line, exit 1, and nothing written."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from snipdedup import cli
+
+ROWS = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
+
+
+def one(array):
+    return lambda folder: np.save(folder / "b.npy", array, allow_pickle=True)
+
+
+def two(first, second, names=("a.npy", "b.npy")):
+    def write(folder):
+        for name, array in zip(names, (first, second), strict=True):
+            np.save(folder / name, array)
+
+    return write
+
+
+def spoilt(value):
+    rows = ROWS.copy()
+    rows[137] = value
+    return two(rows[:100], rows[100:])
+
+
+def cut(size):
+    def write(folder):
+        np.save(folder / "b.npy", ROWS)
+        whole = (folder / "b.npy").read_bytes()
+        (folder / "b.npy").write_bytes(whole[:size] if size <= 0 else whole + b"\0" * size)
+
+    return write
+
+
+WRONG = {
+    "no shard": (lambda folder: None, "no shard found in"),
+    "stray files only": (lambda folder: (folder / "x.txt").touch(), "no shard found in"),
+    "widths": (two(ROWS, ROWS[:, :5]), "b.npy: rows are 5 wide, those of"),
+    "1-D": (one(ROWS[0]), "b.npy: expected a 2-D array"),
+    "boolean": (one(ROWS > 0), "found bool; this looks like a mask"),
+    "integer": (one(ROWS.astype(np.int32)), "b.npy: expected float16, float32 or float64"),
+    "object": (one(ROWS.astype(object)), "b.npy: expected float16, float32 or float64"),
+    "Fortran": (one(np.asfortranarray(ROWS)), "b.npy: Fortran-ordered"),
+    "truncated": (cut(-5), "b.npy: truncated"),
+    "longer": (cut(3), "b.npy: truncated or damaged"),
+    "empty": (cut(0), "b.npy: empty file"),
+    "no rows": (one(ROWS[:0]), "no rows at all in"),
+    "NaN": (spoilt(np.nan), "row 37"),
+    "infinity": (spoilt(-np.inf), "row 37"),
+    "zeros": (spoilt(0), "row 37"),
+    "mixture": (
+        two(ROWS, ROWS, ("img_emb_0.npy", "text_emb_0.npy")),
+        "mixes image and text features",
+    ),
+}
+COMMANDS = {
+    "dedup": ["dedup"],
+    "exact": ["dedup", "--method=exact"],
+    "train": ["train", "--steps=2", "--dim=4", "--batch=16", "--hidden=8"],
+    "index": ["index", "--m=2", "--nlist=1"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input(tmp_path, capsys, command, what):
+    write, message = WRONG[what]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    name, *flags = COMMANDS[command]
+    status = cli.run([name, str(folder), "--out", str(tmp_path / "OUT"), *flags])
+    shown = capsys.readouterr()
+    assert status == 1, shown.err
+    said = shown.err.splitlines()[-1]
+    assert said.startswith("snip: ")
+    assert message in said
+    assert message != "row 37" or "b.npy" in said
+    assert shown.out == ""
+    if command == "index" and message == "row 37":  # found on the way: shards before it stay done
+        assert not (tmp_path / "OUT" / "snip.json").exists()
+    else:
+        assert not (tmp_path / "OUT").exists()
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_output_inside_the_input(tmp_path, capsys, command):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    two(ROWS, ROWS)(folder)
+    name, *flags = COMMANDS[command]
+    assert cli.run([name, str(folder), "--out", str(folder / "OUT"), *flags]) == 1
+    assert "lies in the input folder" in capsys.readouterr().err
+    assert sorted(p.name for p in folder.iterdir()) == ["a.npy", "b.npy"]
