@@ -1,0 +1,140 @@
+"""Every kernel computes what it says on codes of any shape, and one that lies is never used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snipdedup.kernels import Kernel, candidates, fastest, pick_kernel, product_hits, trial
+
+KERNELS = {kernel.name: kernel for kernel in candidates("cpu")}
+WORKING = {name: kernel for name, kernel in KERNELS.items() if trial(kernel, 256) is not None}
+
+
+def products(kernel, x, y):
+    columns = kernel.prepare(torch.from_numpy(y))
+    return kernel.multiply(torch.from_numpy(x), columns).double().numpy()
+
+
+def test_float32_works_everywhere():
+    assert "float32" in WORKING
+    assert list(KERNELS)[-1] == "float32"
+
+
+@pytest.mark.parametrize("name", list(KERNELS))
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 2048), (7, 3), (17, 1), (1024, 2048), (300, 33)])
+@pytest.mark.parametrize("width", [256, 128, 32])
+def test_products_are_those_of_integers_within_the_rounding(name, m, n, width):
+    if name not in WORKING:
+        pytest.skip(f"{name} does not run on this processor")
+    rng = np.random.default_rng(m + n)
+    x, y = (rng.integers(-127, 128, (count, width), np.int8) for count in (m, n))
+    x[0], y[0], x[-1] = 127, 127, -127
+    kernel, true = KERNELS[name], x.astype(np.int64) @ y.T.astype(np.int64)
+    found = products(kernel, x, y)
+    assert found.shape == (m, n)
+    assert (np.abs(found - true) <= kernel.rounding * np.abs(true)).all()
+    assert kernel.rounding < 0.01
+
+
+@pytest.mark.parametrize("name", [name for name, k in KERNELS.items() if not k.rounding])
+@settings(max_examples=30)
+@given(value=st.integers(-127, 127), other=st.integers(-127, 127), at=st.integers(0, 255))
+def test_exact_kernels_are_exact_on_extreme_codes(name, value, other, at):
+    if name not in WORKING:
+        pytest.skip(f"{name} does not run on this processor")
+    x, y = np.full((5, 256), value, np.int8), np.full((3, 256), other, np.int8)
+    x[1, at], y[2, at] = 127, -127
+    true = x.astype(np.int64) @ y.T.astype(np.int64)
+    assert np.array_equal(products(KERNELS[name], x, y), true)
+
+
+def fake(name, change=lambda products: products, seconds=0.0, **options):
+    """A float32 kernel that tampers with its products, or takes its time."""
+    single = KERNELS["float32"]
+
+    def multiply(x, y):
+        import time
+
+        time.sleep(seconds)
+        return change(single.multiply(x, y))
+
+    return Kernel(name, "cpu", single.prepare, multiply, **options)
+
+
+def off_by_one(products):
+    products[3, 5] += 1
+    return products
+
+
+def fail(error):
+    def multiply(products):
+        raise error
+
+    return multiply
+
+
+SLOW = fake("slow but right", seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        off_by_one,
+        lambda products: products * 0,
+        lambda products: products * float("nan"),
+        lambda products: products[:, :-1],
+        fail(RuntimeError("not compiled")),
+        fail(NotImplementedError("no")),
+        fail(AttributeError("no _int_mm")),
+    ],
+    ids=["off by one", "zeros", "NaN", "one column short", "runtime", "unimplemented", "attribute"],
+)
+def test_a_kernel_that_lies_or_fails_is_passed_over(change):
+    liar = fake("liar", change)
+    assert trial(liar, 256) is None
+    assert fastest([liar, SLOW], 256).name == "slow but right"
+    assert fastest([SLOW, liar], 256).name == "slow but right"
+
+
+def test_a_kernel_may_round_by_what_it_says_and_no_more():
+    rounds = fake("rounds", lambda products: products * 1.003, rounding=0.004)
+    assert trial(rounds, 256) is not None
+    assert trial(dataclasses.replace(rounds, rounding=0.002), 256) is None
+
+
+def test_the_fastest_that_is_right_is_taken_and_the_last_if_none_is():
+    quick = fake("quick")
+    assert fastest([SLOW, quick], 256).name == "quick"
+    assert fastest([quick, SLOW], 256).name == "quick"
+    liars = [fake("first", off_by_one), fake("last", off_by_one)]
+    assert fastest(liars, 256).name == "last"
+
+
+def test_picked_kernels_are_right_and_exact_where_asked():
+    assert trial(pick_kernel("cpu", 256), 256) is not None
+    assert pick_kernel("cpu", 256, exact=True).rounding == 0
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    m=st.integers(1, 20),
+    n=st.integers(1, 20),
+    dtype=st.sampled_from([torch.int32, torch.float32]),
+    fraction=st.sampled_from([0.0, 0.25, 0.5, 0.999]),
+)
+def test_hits_are_the_products_that_reach_their_rows_limit(seed, m, n, dtype, fraction):
+    rng = np.random.default_rng(seed)
+    table = rng.integers(-40, 40, (m, n))
+    limits = rng.integers(-45, 45, m) + fraction  # whole ones are reached, not passed
+    limits[rng.random(m) < 0.2] = -1e6  # rows outside the sample
+    limits[rng.random(m) < 0.2] = 1e6
+    i, j = product_hits(torch.from_numpy(table).to(dtype), limits)
+    expected = np.nonzero(table >= limits[:, None])
+    assert i.tolist() == expected[0].tolist()
+    assert j.tolist() == expected[1].tolist()
