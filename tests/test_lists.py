@@ -1,0 +1,182 @@
+"""Coarse lists: with the safe τ every pair meets, and a row's lists depend on the row alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snipdedup.lists import Lists, assign, calibrate_tau, nearest, train_centroids
+
+WIDTH = 32
+
+
+def codes_of(rows, seed, spread=20, clusters=12):
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(-100, 101, (clusters, WIDTH))
+    x = centres[rng.integers(0, clusters, rows)] + rng.normal(0, spread, (rows, WIDTH))
+    return np.rint(x).clip(-127, 127).astype(np.int8)
+
+
+def squared(x, y):
+    x, y = x.astype(np.int64), y.astype(np.int64)
+    return ((x[:, None, :] - y[None, :, :]) ** 2).sum(2)
+
+
+def visited(codes, lists):
+    """(rows, nlist) bool: as the rule words it, in float64."""
+    gaps = squared(codes, lists.centroids)
+    home = gaps.argmin(1)
+    apart = np.sqrt(squared(lists.centroids, lists.centroids))
+    to_bisector = (gaps - gaps[np.arange(len(codes)), home][:, None]) / (2 * apart[home]).clip(1e-9)
+    near = to_bisector <= lists.tau
+    near[np.arange(len(codes)), home] = True
+    return near, home
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), nlist=st.integers(2, 20), tau=st.sampled_from([0.0, 5.0, 37.5]))
+def test_a_row_visits_the_lists_of_the_rule(seed, nlist, tau):
+    codes = codes_of(200, seed)
+    lists = Lists(train_centroids(codes, nlist, seed, 1), tau)
+    visits = assign(codes, lists)
+    expected, home = visited(codes, lists)
+    found = np.zeros_like(expected)
+    found[visits.row, visits.list_] = True
+    boundary = np.abs(expected.astype(int) - found.astype(int)).sum()
+    assert boundary <= 1  # float32 on the very edge
+    assert len(visits.row) == found.sum()  # no visit twice
+    assert visits.home.sum() == len(codes)
+    at_home = visits.list_[visits.home][np.argsort(visits.row[visits.home])]
+    gaps = squared(codes, lists.centroids)
+    rows = np.arange(len(codes))
+    assert np.array_equal(gaps[rows, at_home], gaps[rows, home])
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), nlist=st.integers(2, 25), spread=st.sampled_from([5, 20, 60]))
+def test_with_half_the_distance_of_a_pair_every_pair_meets(seed, nlist, spread):
+    """Of each pair one row visits the list in which the other lives."""
+    codes = codes_of(150, seed, spread)
+    distance = np.sqrt(squared(codes, codes))
+    reach = np.quantile(distance, 0.3)
+    lists = Lists(train_centroids(codes, nlist, seed, 1), reach / 2)
+    visits = assign(codes, lists)
+    inside = np.zeros((len(codes), nlist), bool)
+    inside[visits.row, visits.list_] = True
+    home = np.empty(len(codes), int)
+    home[visits.row[visits.home]] = visits.list_[visits.home]
+    meets = inside[:, home]  # x is in the list of y
+    a, b = np.nonzero(np.triu(distance <= reach, 1))
+    assert len(a) > 100
+    assert (meets[a, b] | meets[b, a]).all()
+
+
+def test_the_lists_of_a_row_do_not_depend_on_the_block():
+    codes = codes_of(9000, 1)
+    lists = Lists(train_centroids(codes[:1000], 40, 0, 1), 30.0)
+    whole = assign(codes, lists)
+    order = np.lexsort((whole.list_, whole.row))
+    expected = [column[order].tolist() for column in (whole.row, whole.list_, whole.home)]
+    for cuts in ([1], [4096], [5000, 5001, 8999]):
+        parts = [assign(part, lists) for part in np.split(codes, cuts)]
+        starts = [0, *cuts]
+        row = np.concatenate([p.row + start for p, start in zip(parts, starts, strict=True)])
+        list_, home = (np.concatenate([getattr(p, n) for p in parts]) for n in ("list_", "home"))
+        order = np.lexsort((list_, row))
+        assert [column[order].tolist() for column in (row, list_, home)] == expected
+
+
+def test_one_list_holds_all():
+    codes = codes_of(10, 0)
+    visits = assign(codes, Lists(codes[:1], 0.0))
+    assert visits.row.tolist() == list(range(10))
+    assert not visits.list_.any()
+    assert visits.home.all()
+
+
+def test_centroids_that_coincide_lose_no_row():
+    codes = np.repeat(codes_of(2, 0), 50, axis=0)
+    lists = Lists(np.repeat(codes[:1], 4, axis=0), 3.0)
+    visits = assign(codes, lists)
+    assert visits.home.sum() == len(codes)
+    assert np.unique(visits.row).tolist() == list(range(100))
+
+
+def test_training_finds_the_clusters_and_repeats_itself():
+    codes = codes_of(3000, 3, spread=4, clusters=8)
+    centroids = train_centroids(codes, 60, 1, 1)
+    assert centroids.dtype == np.int8
+    assert centroids.shape == (60, WIDTH)
+    assert np.array_equal(centroids, train_centroids(codes, 60, 1, 1))
+    assert not np.array_equal(centroids, train_centroids(codes, 60, 2, 1))
+    home, best = nearest(codes, centroids, 1)
+    own = np.einsum("ij,ij->i", codes.astype(np.int64), codes.astype(np.int64))
+    truth = squared(codes, centroids)
+    assert np.array_equal(truth.argmin(1), home)
+    assert np.array_equal(best + own, truth.min(1))
+    assert np.sqrt(np.mean(best + own)) < 60
+
+
+def test_as_many_lists_as_codes_and_equal_codes():
+    codes = codes_of(12, 0)
+    assert train_centroids(codes, 12, 0, 1).shape == (12, WIDTH)
+    equal = np.repeat(codes[:1], 50, axis=0)
+    assert np.array_equal(np.unique(train_centroids(equal, 5, 0, 1), axis=0), codes[:1])
+    zeros = np.zeros((50, WIDTH), np.int8)
+    assert not train_centroids(zeros, 5, 0, 1).any()
+
+
+def pairs_within(codes, reach):
+    """All pairs of codes at most ``reach`` apart."""
+    products = codes.astype(np.float32) @ codes.T.astype(np.float32)
+    norms = products.diagonal()
+    return np.nonzero(np.triu(norms[:, None] + norms - 2 * products <= reach**2, 1))
+
+
+def share_that_meets(codes, centroids, tau, a, b):
+    """Share of pairs of which one row visits the other's list; each row counts once."""
+    near, home = visited(codes, Lists(centroids, tau))
+    meet = near[a, home[b]] | near[b, home[a]]
+    degree = np.bincount(np.concatenate([a, b]), minlength=len(codes))
+    weight = 1 / degree[a] + 1 / degree[b]
+    return (weight * meet).sum() / weight.sum()
+
+
+def test_tau_grows_with_the_wanted_recall_and_brings_that_share_together():
+    codes = codes_of(3000, 4, spread=8)
+    centroids = train_centroids(codes, 30, 0, 1)
+    a, b = pairs_within(codes, 60)
+    assert len(a) > 10_000
+    taus = []
+    for recall in (0.7, 0.95, 0.999):
+        taus.append(calibrate_tau(codes, centroids, (a, b), recall=recall, reach=1e4, threads=1))
+        assert share_that_meets(codes, centroids, taus[-1], a, b) >= recall - 1e-3
+    assert taus == sorted(taus)
+    assert taus[0] < taus[2] < 60
+
+
+def test_full_recall_means_half_the_largest_distance_and_no_more_is_ever_used():
+    codes = codes_of(500, 4)
+    centroids = train_centroids(codes, 30, 0, 1)
+    pairs = pairs_within(codes, 150)
+    assert calibrate_tau(codes, centroids, pairs, recall=1, reach=150, threads=1) == 75
+    assert calibrate_tau(codes, centroids, pairs, recall=0.9999, reach=3, threads=1) <= 1.5
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 9])
+def test_with_too_few_pairs_to_tell_real_ones_still_meet(pairs):
+    """Rows that have no pair in the sample; then others, each with one at the full distance."""
+    codes = codes_of(3000, 4, spread=20)
+    centroids = train_centroids(codes, 30, 0, 1)
+    few = tuple(side[:pairs] for side in pairs_within(codes, 100))
+    tau = calibrate_tau(codes, centroids, few, recall=0.99, reach=60, threads=1)
+    rng = np.random.default_rng(0)
+    x = codes_of(2000, 4, spread=20)  # the same centres
+    step = rng.standard_normal(x.shape)
+    step *= 60 / np.linalg.norm(step, axis=1, keepdims=True)
+    both = np.concatenate([x, np.rint(x + step).clip(-127, 127).astype(np.int8)])
+    a = np.arange(len(x))
+    assert share_that_meets(both, centroids, tau, a, a + len(x)) >= 0.98
+    assert tau <= 30
