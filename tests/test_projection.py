@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from snipdedup import projection as room
 from snipdedup.cosine import unit_rows64
-from snipdedup.projection import fit_projection
+from snipdedup.projection import WIDTHS, fit_projection
 
 THRESHOLDS = (0.5, 0.8, 0.95, 0.99, 1.0)
 
@@ -62,15 +62,16 @@ def lowest_margin(projection, x, threshold):
     return margin[pairs].min(initial=np.inf), int(pairs.sum())
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
     ("dim", "dtype"),
     [(3, np.float64), (16, np.float16), (128, np.float64), (512, np.float16)],
 )
-def test_no_pair_has_a_product_below_the_limit(kind, dim, dtype):
+def test_no_pair_has_a_product_below_the_limit(kind, dim, dtype, width):
     rng = np.random.default_rng(dim)
     x = kind(rng, 200, dim)
-    projection = fit_projection(x.astype(dtype)[:150], seed=0)
+    projection = fit_projection(x.astype(dtype)[:150], width, seed=0)
     for threshold in THRESHOLDS:
         rows = with_pairs(x, rng, threshold).astype(dtype)
         margin, pairs = lowest_margin(projection, rows, threshold)
@@ -84,13 +85,13 @@ def test_rows_far_outside_the_sample_are_slackened_not_lost(seed, dim, threshold
     """The sample lies near one axis; the rows everywhere."""
     rng = np.random.default_rng(seed)
     sample = np.eye(dim)[:1] + 1e-3 * rng.standard_normal((40, dim))
-    projection = fit_projection(sample, seed=0)
+    projection = fit_projection(sample, WIDTHS[-1], seed=0)
     rows = with_pairs(rng.standard_normal((60, dim)), rng, threshold)
     assert lowest_margin(projection, rows, threshold)[0] >= 0
 
 
 def test_what_int8_cannot_hold_is_reported():
-    projection = fit_projection(np.eye(300)[:1] + 0.0, seed=0)
+    projection = fit_projection(np.eye(300)[:1], WIDTHS[-1], seed=0)
     x = np.concatenate([np.eye(300)[:1], np.random.default_rng(0).standard_normal((500, 300))])
     codes, excess = projection.encode(x)
     scaled = projection.coordinates(x) * projection.scale
@@ -108,7 +109,7 @@ def test_what_int8_cannot_hold_is_reported():
 def test_products_bound_cosines_from_above_before_rounding():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((300, 600))  # more directions than a code has
-    z = fit_projection(x[:100], seed=1).coordinates(x).astype(np.float64)
+    z = fit_projection(x[:100], WIDTHS[-1], seed=1).coordinates(x).astype(np.float64)
     unit = unit_rows64(x)
     assert (z @ z.T >= unit @ unit.T - arithmetic_slack()).all()
     assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=arithmetic_slack())
@@ -128,7 +129,9 @@ def test_products_of_sparse_rows_bound_cosines_too():
     x = np.zeros((600, 300))
     x[:, :2] = rng.standard_normal((600, 2))
     x[300:, 2:4] = 0.1 * rng.standard_normal((300, 2))
-    projection = fit_projection(np.concatenate([x, rng.standard_normal((300, 300))]), seed=1)
+    projection = fit_projection(
+        np.concatenate([x, rng.standard_normal((300, 300))]), WIDTHS[-1], seed=1
+    )
     z, unit = projection.coordinates(x).astype(np.float64), unit_rows64(x)
     pairs = unit @ unit.T > 0.9
     assert (z @ z.T - unit @ unit.T)[pairs].min() >= -arithmetic_slack()
@@ -137,7 +140,7 @@ def test_products_of_sparse_rows_bound_cosines_too():
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_a_sample_of_a_few_rows_will_do(rows):
     rng = np.random.default_rng(0)
-    projection = fit_projection(rng.standard_normal((rows, 64)), seed=0)
+    projection = fit_projection(rng.standard_normal((rows, 64)), WIDTHS[-1], seed=0)
     x = with_pairs(rng.standard_normal((100, 64)), rng, 0.9)
     assert lowest_margin(projection, x, 0.9)[0] >= 0
 
@@ -145,7 +148,7 @@ def test_a_sample_of_a_few_rows_will_do(rows):
 def test_the_limit_rejects_far_pairs_and_rises_with_the_threshold():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((500, 128))
-    projection = fit_projection(x, seed=0)
+    projection = fit_projection(x, WIDTHS[-1], seed=0)
     codes = projection.encode(x)[0].astype(float)
     products = (codes @ codes.T)[np.triu_indices(500, 1)]
     limits = [projection.limit(threshold) for threshold in THRESHOLDS]
@@ -155,7 +158,7 @@ def test_the_limit_rejects_far_pairs_and_rises_with_the_threshold():
 
 def test_the_same_seed_gives_the_same_codes_and_saving_keeps_them():
     x = np.random.default_rng(0).standard_normal((200, 40)).astype(np.float16)
-    one, same, other = (fit_projection(x, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (fit_projection(x, WIDTHS[-1], seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(one.encode(x)[0], same.encode(x)[0])
     assert not np.array_equal(one.encode(x)[0], other.encode(x)[0])
     arrays = one.arrays()
