@@ -1,8 +1,11 @@
 """Write a synthetic set of features with planted duplicates, as LAION-like shards.
 
-What is planted: unit rows around cluster centres (so that coarse lists have something to find),
-of which a share are noisy copies of another row, a few rows have thousands of noisy copies each,
-and some rows are repeated bit for bit.
+Originals are drawn like CLIP features: one shared direction, and a spread whose variances fall
+with a power of their rank (--spectrum clip; ViT-B/32 key frames fall with 1.8 and share a direction
+of length .7), or alike in all directions around cluster centres (--spectrum flat), which is harder
+on coarse lists than any real set. A share of the rows are noisy copies of another row, a few rows
+have thousands of noisy copies each, and some rows are repeated bit for bit. The noise is alike in
+all directions.
 
     python scripts/synthetic.py OUT --rows 1000000 --dim 768
 """
@@ -16,6 +19,7 @@ import numpy as np
 
 SHARD_ROWS = 100_000
 CENTRES = 5000
+SHARED, DECAY = 0.7, 1.8  # measured on ViT-B/32 features of key frames
 SPREAD = 0.75  # length of what is a row's own, beside its centre's 1
 COPY_NOISE = (0.05, 0.3)  # length of the noise on a planted copy: cosines of .999 to .957
 HEAVY_NOISE = (0.05, 0.15)
@@ -31,6 +35,7 @@ def main() -> None:
     parser.add_argument("--heavy", type=int, default=4, help="rows with thousands of copies")
     parser.add_argument("--heavy_copies", type=int, default=5000)
     parser.add_argument("--exact", type=float, default=0.1, help="share of bit-for-bit copies")
+    parser.add_argument("--spectrum", choices=("clip", "flat"), default="clip")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     source, noise = plan(options)
@@ -60,13 +65,11 @@ def write(folder: Path, source: np.ndarray, noise: np.ndarray, options: argparse
     shape, path = (options.rows, options.dim), folder.parent / "originals.part"
     base = np.memmap(path, np.float16, "w+", shape=shape)
     rng = np.random.default_rng([options.seed, 1])
+    draw = clip_like if options.spectrum == "clip" else flat
     centres = unit(rng.standard_normal((CENTRES, options.dim), np.float32))
-    centres = unit(centres + 0.7 * centres[0])  # CLIP features share a direction
     for start in range(0, options.rows, SHARD_ROWS):
         count = min(SHARD_ROWS, options.rows - start)
-        own = unit(rng.standard_normal((count, options.dim), np.float32))
-        which = rng.integers(0, CENTRES, count)
-        base[start : start + count] = unit(centres[which] + SPREAD * own)
+        base[start : start + count] = draw(rng, count, centres)
     for number, start in enumerate(range(0, options.rows, SHARD_ROWS)):
         part = slice(start, min(start + SHARD_ROWS, options.rows))
         rows = base[source[part]]
@@ -77,6 +80,21 @@ def write(folder: Path, source: np.ndarray, noise: np.ndarray, options: argparse
         np.save(folder / f"img_emb_{number:04d}.npy", rows)
         print(f"{part.stop:,} of {options.rows:,} rows", flush=True)
     path.unlink()
+
+
+def clip_like(rng: np.random.Generator, count: int, centres: np.ndarray) -> np.ndarray:
+    """Return rows with a shared direction and variances that fall with their rank."""
+    dim = centres.shape[1]
+    spread = np.arange(1, dim + 1) ** (-DECAY / 2)
+    spread *= np.sqrt((1 - SHARED**2) / np.sum(spread**2))
+    rows = rng.standard_normal((count, dim), np.float32) * spread.astype(np.float32)
+    return unit(rows + SHARED * centres[0])
+
+
+def flat(rng: np.random.Generator, count: int, centres: np.ndarray) -> np.ndarray:
+    """Return rows around random centres, alike in all directions."""
+    own = unit(rng.standard_normal((count, centres.shape[1]), np.float32))
+    return unit(centres[rng.integers(0, len(centres), count)] + SPREAD * own)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

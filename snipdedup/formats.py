@@ -118,7 +118,7 @@ class NpyShard(Shard):
         if not self.rows or not len(rows):
             return np.empty((0, self.dim), self.dtype)
         mapped = np.memmap(self.path, self.stored, "r", self.data, (self.rows, self.dim))
-        return np.asarray(mapped[rows]).astype(self.dtype, copy=False)
+        return np.take(mapped.view(np.ndarray), rows, axis=0).astype(self.dtype, copy=False)
 
     def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
         """See `Shard.crc_piece`; the header belongs to the part of row 0."""

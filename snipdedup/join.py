@@ -19,7 +19,7 @@ from snipdedup.compute import Stage, in_order, library_threads
 from snipdedup.cosine import bad_rows, pair_cosine
 from snipdedup.forest import Edges, ForestBuilder
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
-from snipdedup.projection import WIDTH, Projection, fit_projection
+from snipdedup.projection import WIDTHS, Projection, fit_projection
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
 from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
@@ -29,6 +29,7 @@ SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than ma
 DIRECTION_ROWS = 1 << 14  # rows to find the main directions on
 CALIBRATION_ROWS = 1 << 15  # rows among whose pairs τ is calibrated
 CALIBRATION_PAIRS = 1 << 15
+PROPOSALS_A_ROW = 2.0  # more pairs than this to prove for each row are dearer than wider codes
 ROWS_A_CENTROID = 48  # rows of the sample for each centroid
 
 
@@ -122,7 +123,11 @@ def join(
         forest, notes = join_all(
             features, model, work, skip, threshold=threshold, threads=threads, memory=memory
         )
-    lists = {"nlist": model.lists.nlist, "tau": model.lists.tau / model.projection.scale}
+    lists = {
+        "width": model.projection.width,
+        "nlist": model.lists.nlist,
+        "tau": model.lists.tau / model.projection.scale,
+    }
     calibrated = {"calibration_pairs": model.calibration_pairs}
     return seen, forest, {**lists, **calibrated, **notes}
 
@@ -149,28 +154,53 @@ def fit(features: Features, threshold: float, recall: float, seed: int, threads:
     """Fit directions, centroids and τ to a sample of distinct rows."""
     nlist = list_count(features.rows)
     sample = sample_distinct(features, max(CALIBRATION_ROWS, ROWS_A_CENTROID * nlist), seed)
-    with library_threads(1):  # float arithmetic whose last bits depend on the threads
-        projection = fit_projection(sample[:DIRECTION_ROWS], seed)
-        codes = np.concatenate([
-            projection.encode(sample[start:stop])[0]
-            for start, stop in plan_blocks(len(sample), BLOCK)
-        ])  # fmt: skip
+    with library_threads(1):  # float arithmetic, whose last bits depend on the threads
+        projection, pairs = choose_projection(sample, threshold, seed, features.rows, threads)
     limit = projection.limit(threshold)
+    codes = encode_sample(projection, sample, threads)
     nlist = min(nlist, max(1, len(codes) // 8))
     if nlist == 1:
         return Model(projection, Lists(codes[:1], 0.0), limit, 0)
     centroids = train_centroids(codes, nlist, seed, threads)
-    part = codes[:CALIBRATION_ROWS]
-    a, b = sample_pairs(part, limit, CALIBRATION_PAIRS, threads)
+    a, b = (side[:: max(1, len(side) // CALIBRATION_PAIRS)] for side in pairs)
     cosine = [
         pair_cosine(sample[a[s:e]], sample[b[s:e]]) for s, e in plan_blocks(len(a), VERIFY_PAIRS)
     ]
     true = np.concatenate([np.empty(0, np.float32), *cosine]) >= np.float32(threshold)
-    reach = projection.distance(threshold) + 2 * WIDTH**0.5
     tau = calibrate_tau(
-        part, centroids, (a[true], b[true]), recall=recall, reach=reach, threads=threads
+        codes[:CALIBRATION_ROWS],
+        centroids,
+        (a[true], b[true]),
+        recall=recall,
+        reach=projection.distance(threshold),
+        threads=threads,
     )
     return Model(projection, Lists(centroids, tau), limit, int(true.sum()))
+
+
+def choose_projection(
+    sample: np.ndarray, threshold: float, seed: int, rows: int, threads: int
+) -> tuple[Projection, tuple[np.ndarray, np.ndarray]]:
+    """Return the narrowest projection that does not propose too many pairs, and those it does.
+
+    Proving a pair costs about as much as twice the width saves a row; how many pairs a row would
+    get in the whole set is extrapolated from the sample.
+    """
+    part = sample[:CALIBRATION_ROWS]
+    found = []
+    for width in WIDTHS:
+        projection = fit_projection(sample[:DIRECTION_ROWS], width, seed)
+        codes = encode_sample(projection, part, threads)
+        found.append((projection, sample_pairs(codes, projection.limit(threshold), threads)))
+    (_, narrow), (_, wide) = (found[0], found[-1])
+    more = (len(narrow[0]) - len(wide[0])) / len(part) * (rows / len(part))
+    return found[0] if more <= PROPOSALS_A_ROW else found[-1]
+
+
+def encode_sample(projection: Projection, sample: np.ndarray, threads: int) -> np.ndarray:
+    """Return the codes of a sample."""
+    blocks = [sample[start:stop] for start, stop in plan_blocks(len(sample), BLOCK)]
+    return np.concatenate([codes for codes, _ in in_order(projection.encode, blocks, threads)])
 
 
 def sample_distinct(features: Features, count: int, seed: int) -> np.ndarray:
@@ -212,7 +242,7 @@ def encode_task(
     features: Features, model: Model, folder: Path, begin: int, end: int, *, chunk_rows: int
 ) -> None:
     """Encode rows ``begin`` to ``end`` and write them sorted by list, rows at home first."""
-    codes = np.empty((end - begin, WIDTH), np.int8)
+    codes = np.empty((end - begin, model.projection.width), np.int8)
     excess = np.empty(end - begin, np.float32)
     visits: list[Visits] = []
 
@@ -268,7 +298,10 @@ def join_all(
     folders = sorted((work / "encode").iterdir())
     starts = [np.load(folder / "starts.npy") for folder in folders]
     visits = np.diff(np.sum(starts, axis=0))
-    most = min(memory // (16 * WIDTH * threads), max(1, int(visits.sum()) // (8 * threads)))
+    most = min(
+        memory // (16 * model.projection.width * threads),
+        max(1, int(visits.sum()) // (8 * threads)),
+    )
     tasks = plan_partitions(visits, most)
     beside, within = (threads, 1) if len(tasks) >= 2 * threads else (1, threads)
 
@@ -276,7 +309,7 @@ def join_all(
         number, (low, high) = task
         path = work / "join" / f"{number:06d}.npz"
         if not path.is_file():
-            partition = load_partition(folders, starts, low, high, skip)
+            partition = load_partition(folders, starts, low, high, skip, model.projection.width)
             forest, proposed = join_task(
                 features, model, partition, threshold=threshold, threads=within
             )
@@ -306,7 +339,12 @@ def plan_partitions(visits: np.ndarray, most: int) -> list[tuple[int, int]]:
 
 
 def load_partition(
-    folders: list[Path], starts: list[np.ndarray], low: int, high: int, skip: np.ndarray
+    folders: list[Path],
+    starts: list[np.ndarray],
+    low: int,
+    high: int,
+    skip: np.ndarray,
+    width: int,
 ) -> Partition:
     """Bring the rows of lists ``low`` to ``high`` together from all encode tasks."""
     parts = [
@@ -317,7 +355,7 @@ def load_partition(
     order = sort_small(key, 2 * (high - low))
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    codes, done = np.empty((len(row), WIDTH), np.int8), 0
+    codes, done = np.empty((len(row), width), np.int8), 0
     for folder, start, (_, _, _, use) in zip(folders, starts, parts, strict=True):
         stored = np.load(folder / "codes.npy", mmap_mode="r").view(np.ndarray)
         codes[place[done : done + len(use)]] = np.take(stored, use + start[low], axis=0)

@@ -210,10 +210,8 @@ def nearest_other(codes: np.ndarray, threads: int) -> np.ndarray:
     return np.concatenate(list(in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads)))
 
 
-def sample_pairs(
-    codes: np.ndarray, limit: float, most: int, threads: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs (a < b) of codes whose product reaches ``limit``, about ``most`` of them."""
+def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs (a < b) of codes whose product reaches ``limit``."""
     import torch
 
     kernel = pick_kernel("cpu", codes.shape[1], exact=True)
@@ -231,8 +229,7 @@ def sample_pairs(
 
     parts = list(in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads))
     a, b = (np.concatenate(side) for side in zip(*parts, strict=True))
-    every = max(1, len(a) // most)
-    return a[::every], b[::every]
+    return a, b
 
 
 def needed_tau(

@@ -16,7 +16,7 @@ import numpy as np
 
 from snipdedup.cosine import unit_rows
 
-WIDTH = 256  # coordinates of a code
+WIDTHS = (128, 256)  # coordinates of a code: fewer are cheaper, more rule out more pairs
 PEAK = 127  # largest int8
 HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
 # A pair's product is off by more than this times the codes' norms with probability below 1e-9:
@@ -35,9 +35,9 @@ class Projection:
 
     Attributes
     ----------
-    matrix : (d, WIDTH) float32
+    matrix : (d, w) float32
         Main directions, rotated.
-    residual : (WIDTH,) float32
+    residual : (w,) float32
         The rotated axis of the residual norm.
     scale : float
         Codes are coordinates times this, rounded.
@@ -46,6 +46,16 @@ class Projection:
     matrix: np.ndarray
     residual: np.ndarray
     scale: float
+
+    @property
+    def width(self) -> int:
+        """Number of coordinates of a code."""
+        return len(self.residual)
+
+    @property
+    def norm(self) -> float:
+        """What the norm of a code is at most."""
+        return float(self.scale + 0.5 * self.width**0.5)
 
     def encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the codes of a block of rows.
@@ -56,7 +66,7 @@ class Projection:
 
         Returns
         -------
-        codes : (n, WIDTH) int8
+        codes : (n, w) int8
         excess : (n,) float32
             Norm of what int8 could not hold of a code, 0 for nearly all rows.
         """
@@ -73,7 +83,7 @@ class Projection:
         return np.asarray(codes.to(torch.int8).numpy()), excess
 
     def coordinates(self, rows: np.ndarray) -> np.ndarray:
-        """Return rotated unit coordinates, (n, WIDTH) float32; their products bound cosines."""
+        """Return rotated unit coordinates, (n, w) float32; their products bound cosines."""
         import torch
 
         unit = torch.from_numpy(unit_rows(rows))
@@ -89,18 +99,17 @@ class Projection:
 
     def limit(self, threshold: float) -> float:
         """Return the product of two codes from which their rows may be a pair."""
-        norm = self.scale + 0.5 * WIDTH**0.5  # a code's norm is at most this
-        rounding = norm * np.sqrt(2) * np.sqrt(np.log(2 / MISS_PROBABILITY) / 2)
+        rounding = self.norm * np.sqrt(2) * np.sqrt(np.log(2 / MISS_PROBABILITY) / 2)
         slack = BFLOAT16_SLACK if has_bfloat16() else FLOAT_SLACK
         return float(self.scale**2 * (np.float32(threshold) - slack) - rounding)
 
     def slack(self, excess: np.ndarray) -> np.ndarray:
         """Return by how much a row's limit falls for what its code could not hold."""
-        return np.asarray(excess * (self.scale + 0.5 * WIDTH**0.5) * 2)
+        return np.asarray(excess * self.norm * 2)
 
     def distance(self, threshold: float) -> float:
-        """Return the largest distance of two rows that are a pair, in units of codes."""
-        return float(self.scale * np.sqrt(max(0.0, 2 - 2 * threshold)))
+        """Return the largest distance of the codes of two rows that are a pair."""
+        return float(self.scale * np.sqrt(max(0.0, 2 - 2 * threshold)) + self.width**0.5)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the parts as arrays, to be saved."""
@@ -116,22 +125,24 @@ def has_bfloat16() -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
 
 
-def fit_projection(sample: np.ndarray, seed: int) -> Projection:
+def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
     """Fit a projection to a sample of rows.
 
     Parameters
     ----------
     sample : (n, d) float16, float32 or float64
         Distinct rows that can be compared.
+    width : int
+        Coordinates of a code.
     seed : int
         Of the rotation.
     """
     unit = unit_rows(sample)
-    directions = main_directions(unit, min(WIDTH - 1, unit.shape[1]))
-    rotation = random_rotation(WIDTH, seed)
+    directions = main_directions(unit, min(width - 1, unit.shape[1]))
+    rotation = random_rotation(width, seed)
     count = directions.shape[1]
     matrix = (directions @ rotation[:count]).astype(np.float32)
-    projection = Projection(matrix, rotation[count % WIDTH].astype(np.float32), 1.0)
+    projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
     peak = float(np.abs(projection.coordinates(sample)).max())
     return Projection(matrix, projection.residual, PEAK / min(1.0, peak * HEADROOM))
 
