@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
-from snipdedup.forest import Edges, forest_places, join_edges, link_smaller, make_edges
+from snipdedup.forest import Edges, best_edge, join_edges, link_smaller, make_edges
 from snipdedup.kernels import pick_kernel, product_hits
 from snipdedup.shards import Features, plan_blocks
 from snipdedup.verify import VERIFY_PAIRS
@@ -167,8 +167,8 @@ def table_forest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a maximum spanning forest of a table's positive entries, as places (i, j).
 
-    Borůvka's rounds with a row's best entry at a time; columns choose in the first round only,
-    after which each is joined to some row. Spoils ``table``.
+    Borůvka's method: in each round every component takes its best entry, which is the best of its
+    rows' and columns' best ones. Spoils ``table``.
 
     Parameters
     ----------
@@ -177,21 +177,24 @@ def table_forest(
         Node of each row and column; one node may be both.
     nodes : int
     """
+    turned = np.ascontiguousarray(table.T)
     label = np.arange(nodes)
     rows, columns = np.arange(len(left)), np.arange(len(right))
-    i = np.concatenate([np.ascontiguousarray(table.T).argmax(1), rows])
-    j = np.concatenate([columns, table.argmax(1)])
-    chosen = []
+    chosen = [(np.empty(0, np.int64),) * 2]
     while True:
-        weight = table[i, j]
-        i, j, weight = i[weight > 0], j[weight > 0], weight[weight > 0]
-        if not len(i):
+        i = np.concatenate([turned.argmax(1), rows])
+        j = np.concatenate([columns, table.argmax(1)])
+        order = np.argsort(-table[i, j], kind="stable")
+        order = order[: np.count_nonzero(table[i, j] > 0)]
+        if not len(order):
             break
-        chosen.append((i, j, weight))
-        link_smaller(label, label[left[i]], label[right[j]])
-        table *= label[left][:, None] != label[right][None, :]
-        i, j = rows, table.argmax(1)
-    empty = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, table.dtype))
-    i, j, weight = (np.concatenate(side) for side in zip(empty, *chosen, strict=True))
-    keep = forest_places(make_edges(left[i], right[j], weight))
-    return i[keep], j[keep]
+        i, j = i[order], j[order]
+        u, v = label[left[i]], label[right[j]]
+        best = best_edge(u, v, np.arange(len(i)), nodes)
+        picks = np.unique(best[best < len(i)])
+        chosen.append((i[picks], j[picks]))
+        link_smaller(label, u[picks], v[picks])
+        table *= label[left][:, None] != label[right]
+        turned *= label[right][:, None] != label[left]
+    i, j = (np.concatenate(side) for side in zip(*chosen, strict=True))
+    return i, j

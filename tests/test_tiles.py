@@ -1,0 +1,64 @@
+"""Tiles: crowded ones give the same forest as the pairs that the others list."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snipdedup import tiles
+from snipdedup.deduplicate import dedup
+from snipdedup.tiles import table_forest
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 2**31),
+    m=st.integers(1, 14),
+    n=st.integers(1, 14),
+    shared=st.integers(0, 14),
+    share=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    values=st.sampled_from([3, 10**6]),
+)
+def test_the_forest_of_a_table_is_a_maximum_one(seed, m, n, shared, share, values):
+    """Rows and columns may be the same nodes, as in a tile on the diagonal."""
+    rng = np.random.default_rng(seed)
+    left, right = np.arange(m), np.arange(n) + max(0, m - shared)
+    nodes = int(max(left.max(), right.max())) + 1
+    table = (rng.integers(1, values, (m, n)) * (rng.random((m, n)) < share)).astype(np.float32)
+    table[left[:, None] <= right] *= left[:, None].max() < right.min() if not shared else 1
+    table[left[:, None] == right] = 0
+    edges = [
+        (int(min(left[i], right[j])), int(max(left[i], right[j])), float(table[i, j]))
+        for i, j in zip(*np.nonzero(table), strict=True)
+    ]
+    best = {}
+    for a, b, weight in edges:
+        best[a, b] = max(weight, best.get((a, b), 0))
+    expected = truth.kruskal([(a, b, weight) for (a, b), weight in best.items()])
+    whole = table.copy()
+    i, j = table_forest(table, left, right, nodes)
+    assert sorted(whole[i, j].tolist()) == sorted(weight for _, _, weight in expected)
+    assert len(set(truth.components(nodes, zip(left[i], right[j], strict=True)))) == nodes - len(i)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.95])
+@pytest.mark.parametrize("dim", [3, 40])
+def test_crowded_or_not_the_forest_is_the_same(threshold, dim):
+    rng = np.random.default_rng(dim)
+    x = (rng.standard_normal(dim) + 0.25 * rng.standard_normal((1500, dim))).astype(np.float32)
+    brute = dedup(x, method="exact", threshold=threshold).found.forest
+    for crowded in (0.0, 2.0):  # always, never
+        with (
+            mock.patch.object(tiles, "CROWDED", crowded),
+            mock.patch.object(tiles, "ROW_TILE", 128),
+            mock.patch.object(tiles, "COLUMN_TILE", 256),
+        ):
+            found = dedup(x, threshold=threshold).found.forest
+        assert len(found.a) == len(brute.a) > 1000
+        # the float32 products of a crowded tile may take one of two pairs that are as near
+        assert np.allclose(np.sort(found.similarity), np.sort(brute.similarity), rtol=0, atol=1e-6)
