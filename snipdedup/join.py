@@ -16,20 +16,21 @@ import numpy as np
 
 from snipdedup import progress, store
 from snipdedup.compute import Stage, in_order, library_threads
-from snipdedup.cosine import bad_rows, pair_cosine
+from snipdedup.cosine import bad_rows
 from snipdedup.forest import Edges, ForestBuilder
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
 from snipdedup.projection import WIDTHS, Projection, fit_projection
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
 from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
-from snipdedup.verify import VERIFY_PAIRS, verify_pairs
+from snipdedup.verify import proved_cosines, verify_pairs
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 14  # rows to find the main directions on
 CALIBRATION_ROWS = 1 << 15  # rows among whose pairs τ is calibrated
 CALIBRATION_PAIRS = 1 << 15
 PROPOSALS_A_ROW = 2.0  # more pairs than this to prove for each row are dearer than wider codes
+CROWDED_DEGREE = 8  # pairs of a row of the sample that count
 ROWS_A_CENTROID = 48  # rows of the sample for each centroid
 
 
@@ -163,10 +164,7 @@ def fit(features: Features, threshold: float, recall: float, seed: int, threads:
         return Model(projection, Lists(codes[:1], 0.0), limit, 0)
     centroids = train_centroids(codes, nlist, seed, threads)
     a, b = (side[:: max(1, len(side) // CALIBRATION_PAIRS)] for side in pairs)
-    cosine = [
-        pair_cosine(sample[a[s:e]], sample[b[s:e]]) for s, e in plan_blocks(len(a), VERIFY_PAIRS)
-    ]
-    true = np.concatenate([np.empty(0, np.float32), *cosine]) >= np.float32(threshold)
+    true = proved_cosines(sample, sample, a, b) >= np.float32(threshold)
     tau = calibrate_tau(
         codes[:CALIBRATION_ROWS],
         centroids,
@@ -183,24 +181,28 @@ def choose_projection(
 ) -> tuple[Projection, tuple[np.ndarray, np.ndarray]]:
     """Return the narrowest projection that does not propose too many pairs, and those it does.
 
-    Proving a pair costs about as much as twice the width saves a row; how many pairs a row would
-    get in the whole set is extrapolated from the sample.
+    How many pairs a row would get in the whole set is extrapolated from the sample. Rows of large
+    groups count as others do: their tiles are crowded at any width.
     """
-    part = sample[:CALIBRATION_ROWS]
+    part, widths = sample[:CALIBRATION_ROWS], list(WIDTHS)
+    if rows <= SINGLE_LIST_ROWS:
+        part, widths = sample[:0], list(WIDTHS[-1:])
     found = []
-    for width in WIDTHS:
+    for width in widths:
         projection = fit_projection(sample[:DIRECTION_ROWS], width, seed)
         codes = encode_sample(projection, part, threads)
-        found.append((projection, sample_pairs(codes, projection.limit(threshold), threads)))
-    (_, narrow), (_, wide) = (found[0], found[-1])
-    more = (len(narrow[0]) - len(wide[0])) / len(part) * (rows / len(part))
-    return found[0] if more <= PROPOSALS_A_ROW else found[-1]
+        a, b = sample_pairs(codes, projection.limit(threshold), threads)
+        degree = np.minimum(np.bincount(np.concatenate([a, b]), minlength=1), CROWDED_DEGREE)
+        found.append((degree.sum() / 2, (projection, (a, b))))
+    more = (found[0][0] - found[-1][0]) * rows / max(1, len(part)) ** 2
+    return found[0][1] if more <= PROPOSALS_A_ROW else found[-1][1]
 
 
 def encode_sample(projection: Projection, sample: np.ndarray, threads: int) -> np.ndarray:
     """Return the codes of a sample."""
     blocks = [sample[start:stop] for start, stop in plan_blocks(len(sample), BLOCK)]
-    return np.concatenate([codes for codes, _ in in_order(projection.encode, blocks, threads)])
+    codes = [codes for codes, _ in in_order(projection.encode, blocks, threads)]
+    return np.concatenate([np.empty((0, projection.width), np.int8), *codes])
 
 
 def sample_distinct(features: Features, count: int, seed: int) -> np.ndarray:

@@ -227,7 +227,8 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
         a, b = (np.concatenate(side) for side in zip(*found, strict=True))
         return a, b
 
-    parts = list(in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads))
+    parts = [(np.empty(0, np.int64),) * 2]
+    parts += in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads)
     a, b = (np.concatenate(side) for side in zip(*parts, strict=True))
     return a, b
 

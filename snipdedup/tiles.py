@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
+from snipdedup.cosine import PROPOSAL_ERROR, unit_rows
 from snipdedup.forest import Edges, best_edge, join_edges, link_smaller, make_edges
 from snipdedup.kernels import pick_kernel, product_hits
-from snipdedup.shards import Features, plan_blocks
-from snipdedup.verify import VERIFY_PAIRS
+from snipdedup.shards import Features
+from snipdedup.verify import proved_cosines
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
 CROWDED = 1 / 64  # share of a tile's pairs from which they are not listed
@@ -154,12 +154,6 @@ def crowded(features: Features, tile: Tile, threshold: float) -> Edges:
         table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
     )
     return make_edges(rows[i], columns[j], proved_cosines(x, y, i, j))
-
-
-def proved_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
-    parts = [pair_cosine(x[i[s:e]], y[j[s:e]]) for s, e in plan_blocks(len(i), VERIFY_PAIRS)]
-    return np.concatenate([np.empty(0, np.float32), *parts])
 
 
 def table_forest(

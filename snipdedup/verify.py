@@ -1,4 +1,8 @@
-"""Proposed pairs are proved on the raw rows, read in row order; the others are dropped."""
+"""Proposed pairs are proved on the raw rows; the others are dropped.
+
+Rows are gathered once for many pairs, in row order. A float32 product settles what is clearly no
+pair, and which edges cannot matter for the forest; what is left is decided in float64.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +11,75 @@ from collections.abc import Iterator
 import numpy as np
 
 from snipdedup.compute import in_order
-from snipdedup.cosine import pair_cosine
-from snipdedup.forest import Edges, make_edges
+from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
+from snipdedup.forest import Edges, forest_places, make_edges
 from snipdedup.shards import Features, plan_blocks
 
-VERIFY_PAIRS = 1024  # pairs whose rows are laid side by side at a time
+GATHER_PAIRS = 1 << 15  # pairs whose rows are gathered together
+PRODUCT_PAIRS = 1024  # pairs whose rows are laid side by side at a time, to stay in the cache
 
 
 def verify_pairs(
-    features: Features, a: np.ndarray, b: np.ndarray, threshold: float, threads: int
+    features: Features,
+    a: np.ndarray,
+    b: np.ndarray,
+    threshold: float,
+    threads: int,
+    *,
+    every: bool = False,
 ) -> Iterator[Edges]:
-    """Yield those of the proposed pairs that are pairs, each once, ordered by (a, b).
+    """Yield the edges among the proposed pairs, a block of pairs at a time.
 
     Parameters
     ----------
     features : Features
     a, b : (n,) int64
-        Rows; either may be the smaller, repeats are dropped.
+        Rows; either may be the smaller. Pairs that lie together should share rows.
     threshold : float
         Cosine from which two rows are a pair.
     threads : int
+    every : bool
+        Yield every pair; by default only a maximum spanning forest of each block's.
     """
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    order = np.lexsort((high, low))
-    low, high = low[order], high[order]
-    new = np.ones(len(low), bool)
-    new[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
-    low, high = low[new], high[new]
 
     def check(span: tuple[int, int]) -> Edges:
-        at = slice(*span)
-        cosine = pair_cosine(features.gather(low[at]), features.gather(high[at]))
-        return make_edges(low[at], high[at], cosine).at(threshold)
+        return prove(features, a[slice(*span)], b[slice(*span)], threshold, every)
 
-    yield from in_order(check, plan_blocks(len(low), VERIFY_PAIRS), threads)
+    yield from in_order(check, plan_blocks(len(a), GATHER_PAIRS), threads)
+
+
+def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, every: bool) -> Edges:
+    """Return the edges among one block of pairs; see `verify_pairs`."""
+    rows, places = np.unique(np.concatenate([a, b]), return_inverse=True)
+    i, j = places[: len(a)], places[len(a) :]
+    raw = features.gather(rows)
+    product = pair_products(unit_rows(raw), i, j)
+    likely = np.flatnonzero(product >= np.float32(threshold - PROPOSAL_ERROR))
+    i, j, product = i[likely], j[likely], product[likely]
+    close = np.flatnonzero(product <= np.float32(threshold + PROPOSAL_ERROR))
+    product[close] = proved_cosines(raw, raw, i[close], j[close])
+    true = product >= np.float32(threshold)
+    i, j, product = i[true], j[true], product[true]
+    if not every:
+        keep = forest_places(make_edges(i, j, product))
+        i, j = i[keep], j[keep]
+    return make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j))
+
+
+def pair_products(unit: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the products of rows i and j of float32 unit rows, (n,) float32."""
+    import torch
+
+    rows, left, right = (torch.from_numpy(array) for array in (unit, i, j))
+    parts = [np.empty(0, np.float32)]
+    for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
+        x, y = rows[left[start:stop]], rows[right[start:stop]]
+        parts.append(x.mul_(y).sum(1).numpy())
+    return np.concatenate(parts)
+
+
+def proved_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
+    spans = plan_blocks(len(i), PRODUCT_PAIRS)
+    parts = [pair_cosine(x[i[start:stop]], y[j[start:stop]]) for start, stop in spans]
+    return np.concatenate([np.empty(0, np.float32), *parts])
