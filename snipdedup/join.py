@@ -307,9 +307,10 @@ def join_all(
     tasks = plan_partitions(visits, most)
     beside, within = (threads, 1) if len(tasks) >= 2 * threads else (1, threads)
 
-    def run(task: tuple[int, tuple[int, int]]) -> tuple[Edges, int, int]:
-        number, (low, high) = task
-        path = work / "join" / f"{number:06d}.npz"
+    def run(task: tuple[int, int]) -> tuple[Edges, int, int]:
+        low, high = task
+        # named by its lists: another run may cut them by other threads or memory
+        path = work / "join" / f"{low:06d}-{high:06d}.npz"
         if not path.is_file():
             partition = load_partition(folders, starts, low, high, skip, model.projection.width)
             forest, proposed = join_task(
@@ -322,7 +323,7 @@ def join_all(
 
     builder, proposed = ForestBuilder(), 0
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:
-        for edges, count, done in in_order(run, enumerate(tasks), beside):
+        for edges, count, done in in_order(run, tasks, beside):
             builder.add(edges)
             proposed += count
             bar.update(done)
