@@ -25,6 +25,7 @@ from snipdedup.groups import (
     keep_rank,
     star_from_pairs,
 )
+from snipdedup.settings import Dedup
 from snipdedup.shards import Features
 
 GATHER_PAIRS = 16_384  # pairs whose rows are laid side by side at a time
@@ -170,10 +171,12 @@ class Result:
         ------
         SnipError
             If the threshold is below the one searched for.
+        UsageError
+            If there is no such threshold or grouping.
         """
-        return decide(
-            self.found, self.features, threshold, grouping or self.grouping, self.keep, self.seed
-        )
+        grouping = self.grouping if grouping is None else grouping
+        Dedup(features="", threshold=threshold, grouping=grouping)  # checks both
+        return decide(self.found, self.features, threshold, grouping, self.keep, self.seed)
 
 
 def decide(
