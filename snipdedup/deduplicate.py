@@ -19,7 +19,7 @@ import numpy as np
 
 from snipdedup import store
 from snipdedup.adc import search_adc
-from snipdedup.compute import cores, memory_bound
+from snipdedup.compute import cores, memory_bound, pick_device
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.exact import exact_edges
 from snipdedup.forest import Edges, ForestBuilder
@@ -31,6 +31,7 @@ from snipdedup.outfolder import (
     finished_run,
     load_found,
     load_result,
+    remove_tables,
     saved_settings,
     summary,
     write_tables,
@@ -67,7 +68,10 @@ def dedup(features: Any, **settings: Any) -> Result:
     """
     options = Dedup(features=features, **settings)
     if options.out is not None:
-        return execute(options)[0]
+        result, _ = execute(options)
+        return result or load_result(Path(options.out).expanduser(), open_input(options))
+    if options.device != "auto":
+        pick_device(options.device)
     opened = open_features(
         features, parts=options.parts, array=options.array, column=options.column
     )
@@ -100,24 +104,27 @@ class Clock:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
 
-def execute(options: Dedup) -> tuple[Result, str]:
-    """Claim OUT, search, decide, write; return the result and its summary."""
+def execute(options: Dedup) -> tuple[Result | None, str]:
+    """Claim OUT, search, decide, write; return the result (None: it was there) and its summary."""
     clock, out = Clock(), Path(str(options.out)).expanduser()
+    if options.device != "auto":
+        pick_device(options.device)
     earlier = finished_run(options.features)
     if earlier is not None:
         options = inherit(options, earlier)
     features = open_input(options)
     metadata = open_table(options, features)
-    inputs = [*(features.paths() if features else []), *(metadata.paths() if metadata else [])]
-    store.refuse_output_inside(out, [*inputs, *([earlier] if earlier else [])])
+    store.refuse_output_inside(out, list_inputs(options, features, metadata, earlier))
     key = metadata.column(options.key) if metadata else None
     request = describe_request(options, features, metadata)
+    found = None if earlier is None else reuse(earlier, features, options.threshold)
     state = store.claim(out, KIND, request, overwrite=options.overwrite)
     if state == "done":
-        said = f"{out} is finished already with these settings; --overwrite makes it anew"
-        return load_result(out, features), said
+        return None, f"{out} is finished already with these settings; --overwrite makes it anew"
+    if state == "new":
+        remove_tables(out)
     try:
-        found = find(features, options, earlier, out / store.WORK, clock)
+        found = found or search(features, options, out / store.WORK, clock)
     except InputError:
         store.release(out)
         raise
@@ -138,16 +145,24 @@ def execute(options: Dedup) -> tuple[Result, str]:
     return result, summary(result, out, body)
 
 
-def find(
-    features: Features | None, options: Dedup, earlier: Path | None, work: Path, clock: Clock
-) -> Found:
-    """Search, or take what an earlier run found, as if searched at this threshold."""
-    if earlier is None:
-        return search(features, options, work, clock)
+def reuse(earlier: Path, features: Features | None, threshold: float) -> Found:
+    """Return what a finished run found, as if it had searched at this threshold."""
     found = load_found(earlier, features)
-    check_threshold(found, options.threshold)
-    forest = found.forest.at(options.threshold)
-    return dataclasses.replace(found, forest=forest, threshold=options.threshold)
+    check_threshold(found, threshold)
+    return dataclasses.replace(found, forest=found.forest.at(threshold), threshold=threshold)
+
+
+def list_inputs(
+    options: Dedup, features: Features | None, metadata: Metadata | None, earlier: Path | None
+) -> list[Path]:
+    """Return the files and folders that are read, in which OUT must not lie."""
+    folders = [Path(str(name)).expanduser() for name in (options.index, options.encoder) if name]
+    return [
+        *(features.paths() if features else []),
+        *(metadata.paths() if metadata else []),
+        *(folder for folder in folders if folder.is_dir()),
+        *([earlier] if earlier else []),
+    ]
 
 
 def open_input(options: Dedup) -> Features | None:
@@ -184,8 +199,14 @@ def describe_request(
     described = [features.describe(), features.stamps()] if features else None
     table = None
     if metadata is not None:
-        table = [{"name": f.path.name, "rows": f.rows} for f in metadata.files]
+        table = [describe_file(file.path, file.rows) for file in metadata.files]
     return {**settings, "features": described, "metadata": table}
+
+
+def describe_file(path: Path, rows: int) -> dict[str, Any]:
+    """Return what tells a metadata file from another."""
+    stat = path.stat()
+    return {"name": path.name, "rows": rows, "size": stat.st_size, "changed": stat.st_mtime_ns}
 
 
 def method_of(options: Dedup) -> str:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 CRC_CHUNK = 1 << 22
@@ -95,7 +95,7 @@ class NpyShard(Shard):
         need = self.rows * self.dim * dtype.itemsize
         have = (path.stat().st_size - begin if size is None else size) - self.header
         if have != need:
-            raise SnipError(
+            raise InputError(
                 f"{path}: truncated or damaged: its header promises {self.rows} x {self.dim} "
                 f"{dtype} ({need} bytes of rows), the file holds {have}; fetch or write it again"
             )
@@ -107,7 +107,7 @@ class NpyShard(Shard):
             file.seek(self.data + start * width)
             rows = np.fromfile(file, dtype=self.stored, count=(stop - start) * self.dim)
         if rows.size != (stop - start) * self.dim:
-            raise SnipError(
+            raise InputError(
                 f"{self.path}: expected rows {start} to {stop}, the file ended early; it changed "
                 "while it was read"
             )
@@ -143,7 +143,7 @@ class PackedNpzShard(Shard):
         self.member = member
         need = self.rows * self.dim * dtype.itemsize
         if size - header != need:
-            raise SnipError(
+            raise InputError(
                 f"{path}: truncated or damaged: array {member} promises {need} bytes of rows, "
                 f"the archive holds {size - header}; fetch or write it again"
             )
@@ -168,7 +168,7 @@ def _unpack(path: Path, member: str, mtime_ns: int, size: int) -> np.ndarray:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise SnipError(f"{path}: array {member} cannot be unpacked: {error}") from error
+        raise InputError(f"{path}: array {member} cannot be unpacked: {error}") from error
 
 
 class ParquetShard(Shard):
@@ -178,7 +178,7 @@ class ParquetShard(Shard):
         file = open_parquet(path)
         self.column = column or only_list_column(path, file.schema_arrow)
         if self.column not in file.schema_arrow.names:
-            raise SnipError(
+            raise InputError(
                 f"{path}: no column {self.column!r}; it has {', '.join(file.schema_arrow.names)}"
             )
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -187,7 +187,9 @@ class ParquetShard(Shard):
         field = file.schema_arrow.field(self.column)
         value_type = list_value_type(field.type)
         if value_type is None:
-            raise SnipError(f"{path}: column {self.column!r} is {field.type}, not a list of floats")
+            raise InputError(
+                f"{path}: column {self.column!r} is {field.type}, not a list of floats"
+            )
         dtype = np.dtype(value_type.to_pandas_dtype())
         dim = getattr(field.type, "list_size", None)
         if dim is None:
@@ -221,7 +223,7 @@ class ParquetShard(Shard):
                 try:
                     table = file.read_row_group(group, columns=[self.column])
                 except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
-                    raise SnipError(
+                    raise InputError(
                         f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or "
                         "write it again"
                     ) from error
@@ -239,13 +241,13 @@ class ParquetShard(Shard):
             if len(wrong):
                 found = lengths[int(wrong[0])].as_py()
                 what = "null" if found is None else f"a list of {found}"
-                raise SnipError(
+                raise InputError(
                     f"{self.path}: row {first + int(wrong[0])} of column {self.column!r} is "
                     f"{what}, expected {self.dim} values"
                 )
             if flat.null_count:
                 at = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0])
-                raise SnipError(
+                raise InputError(
                     f"{self.path}: row {first + at // self.dim} of column {self.column!r} holds "
                     "a null value"
                 )
@@ -268,13 +270,13 @@ def open_shard(path: Path, array: str | None = None, column: str | None = None) 
 
     Raises
     ------
-    SnipError
+    InputError
         If the file is empty, truncated, not 2-D, not floating point, or Fortran-ordered.
     """
     if not path.is_file():
-        raise SnipError(f"no such file: {path}")
+        raise InputError(f"no such file: {path}")
     if path.stat().st_size == 0:
-        raise SnipError(f"{path}: empty file, expected rows of features; fetch or write it again")
+        raise InputError(f"{path}: empty file, expected rows of features; fetch or write it again")
     suffix = path.suffix.lower()
     if suffix == ".npy":
         return NpyShard(path)
@@ -282,7 +284,7 @@ def open_shard(path: Path, array: str | None = None, column: str | None = None) 
         return open_npz(path, array)
     if suffix == ".parquet":
         return ParquetShard(path, column)
-    raise SnipError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
+    raise InputError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
 
 
 def open_npz(path: Path, array: str | None) -> Shard:
@@ -293,7 +295,7 @@ def open_npz(path: Path, array: str | None) -> Shard:
             name = array or (next(iter(members)) if len(members) == 1 else None)
             if name is None or name not in members:
                 asked = f"no array {name!r}" if name else "several arrays"
-                raise SnipError(
+                raise InputError(
                     f"{path}: {asked}; choose one with --array: {', '.join(members) or 'none here'}"
                 )
             info = members[name]
@@ -305,7 +307,7 @@ def open_npz(path: Path, array: str | None) -> Shard:
         return NpyShard(path, begin, info.file_size)
     except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         # RuntimeError: encrypted, or a packing that Python cannot undo
-        raise SnipError(f"{path}: truncated or not an .npz archive: {error}") from error
+        raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
 
 
 def member_begin(path: Path, info: zipfile.ZipInfo) -> int:
@@ -325,9 +327,9 @@ def read_npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dt
         else:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     except (ValueError, EOFError, OSError) as error:
-        raise SnipError(f"{path}: truncated or not a .npy file: {error}") from error
+        raise InputError(f"{path}: truncated or not a .npy file: {error}") from error
     if fortran and len(shape) == 2 and min(shape) > 1:
-        raise SnipError(
+        raise InputError(
             f"{path}: Fortran-ordered, expected rows one after another; save it with "
             "np.save(path, np.ascontiguousarray(array))"
         )
@@ -337,14 +339,14 @@ def read_npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dt
 def check_type(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """Refuse what cannot be features: not 2-D, not float16/32/64, zero width."""
     if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
-        raise SnipError(
+        raise InputError(
             f"{path}: expected float16, float32 or float64 features, found {dtype}"
             + ("; this looks like a mask" if dtype.kind == "b" else "")
         )
     if len(shape) != 2:
-        raise SnipError(f"{path}: expected a 2-D array (rows, width), found shape {shape}")
+        raise InputError(f"{path}: expected a 2-D array (rows, width), found shape {shape}")
     if shape[0] and not shape[1]:
-        raise SnipError(f"{path}: its {shape[0]} rows have width 0")
+        raise InputError(f"{path}: its {shape[0]} rows have width 0")
 
 
 def open_parquet(path: Path) -> Any:
@@ -355,7 +357,7 @@ def open_parquet(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise SnipError(f"{path}: truncated or not a parquet file: {error}") from error
+        raise InputError(f"{path}: truncated or not a parquet file: {error}") from error
 
 
 def first_length(path: Path, file: Any, column: str) -> int:
@@ -363,10 +365,10 @@ def first_length(path: Path, file: Any, column: str) -> int:
     try:
         batch = next(file.iter_batches(1, columns=[column]))
     except (ValueError, OSError) as error:
-        raise SnipError(f"{path}: row 0 cannot be read: {error}; fetch it again") from error
+        raise InputError(f"{path}: row 0 cannot be read: {error}; fetch it again") from error
     row = batch.column(0)[0].as_py()
     if row is None:
-        raise SnipError(f"{path}: row 0 of column {column!r} is null, expected a list of floats")
+        raise InputError(f"{path}: row 0 of column {column!r} is null, expected a list of floats")
     return len(row)
 
 
@@ -387,7 +389,7 @@ def only_list_column(path: Path, schema: Any) -> str:
     names = [field.name for field in schema if list_value_type(field.type) is not None]
     if len(names) != 1:
         found = f"several: {', '.join(names)}" if names else f"none among {', '.join(schema.names)}"
-        raise SnipError(
+        raise InputError(
             f"{path}: expected one list column of floats, found {found}; name it with --column"
         )
     return str(names[0])

@@ -126,9 +126,7 @@ def load_found(folder: Path, features: Features | None) -> Found:
     manifest = store.read_manifest(folder, KIND)
     if not manifest["verified"] or features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
-    for now, then in zip(features.describe(), manifest["shards"], strict=False):
-        if any(now[name] != then[name] for name in ("name", "size", "rows", "dtype")):
-            raise SnipError(f"{folder}: shard {then['name']} is not the one that was searched")
+    check_searched(folder, features, *manifest["request"]["features"])
     table = pq.read_table(folder / "forest.parquet")
     edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
     one = np.flatnonzero(edges.similarity == 1)
@@ -147,6 +145,40 @@ def load_found(folder: Path, features: Features | None) -> Found:
         crcs=[int(shard["crc32"], 16) for shard in manifest["shards"]],
         notes=manifest["method"],
     )
+
+
+def check_searched(
+    folder: Path, features: Features, shards: list[dict[str, Any]], stamps: list[int]
+) -> None:
+    """Refuse features that are not those a finished run searched.
+
+    Raises
+    ------
+    SnipError
+        If shards came, went or changed since.
+    """
+    then = [(*shard.values(), stamp) for shard, stamp in zip(shards, stamps, strict=True)]
+    now = [
+        (*shard.values(), stamp)
+        for shard, stamp in zip(features.describe(), features.stamps(), strict=True)
+    ]
+    if now != then:
+        changed = [one[0] for one in (*now, *then) if (one in now) != (one in then)] or ["order"]
+        raise SnipError(
+            f"{folder}: the features are not those that were searched ({changed[0]} differs); "
+            "search again"
+        )
+
+
+def remove_tables(out: Path) -> None:
+    """Remove what a stopped run wrote into OUT, which no manifest names."""
+    for name in ("is_dup.npy", "groups.parquet", "forest.parquet", "bad_rows.parquet", "flags.npy"):
+        (out / name).unlink(missing_ok=True)
+    metadata = out / "metadata"
+    for path in metadata.glob("*.parquet"):
+        path.unlink()
+    if metadata.is_dir() and not any(metadata.iterdir()):
+        metadata.rmdir()
 
 
 def load_result(folder: Path, features: Features | None) -> Result:

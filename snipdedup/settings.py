@@ -61,6 +61,10 @@ class Settings:
         if value is not None and not low <= value <= high:
             raise UsageError(f"--{name} must lie between {low:g} and {high:g}, found {value}")
 
+    def seeded(self) -> None:
+        """Check that the seed is one that every library takes."""
+        self.between("seed", 0, 2**31 - 1)
+
     def file_range(self, start: int | None, end: int | None) -> None:
         """Check that ``--start`` and ``--end`` are a range of file numbers."""
         if (start or 0) < 0 or (end is not None and end <= (start or 0)):
@@ -105,6 +109,7 @@ class Train(Input):
 
     def check(self) -> None:
         """See `Settings.check`."""
+        self.seeded()
         self.between("dim", 2, 4096)
         self.between("steps", 1, 10**7)
         self.between("batch", 16, 10**6)
@@ -160,6 +165,7 @@ class Index(Input):
 
     def check(self) -> None:
         """See `Settings.check`."""
+        self.seeded()
         self.between("nlist", 0, 2**24)
         self.between("m", 1, 256)
         self.between("nbits", 4, 8)
@@ -219,6 +225,7 @@ class Dedup(Input):
 
     def check(self) -> None:
         """See `Settings.check`."""
+        self.seeded()
         if self.features is None and (self.index is None or self.method in ("join", "exact")):
             raise UsageError("dedup compares raw rows: give FEATURES, or --index for method adc")
         self.between("threshold", -1, 1)
@@ -285,6 +292,7 @@ class Demo(Settings):
 
     def check(self) -> None:
         """See `Settings.check`."""
+        self.seeded()
         self.between("pictures", 50, 100_000)
 
 

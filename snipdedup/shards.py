@@ -7,6 +7,7 @@ files) are pure functions; reading comes after them.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -155,8 +156,11 @@ class Features:
         ]
 
     def stamps(self) -> list[int]:
-        """Return when each file was last changed, ns; a file that changes is another input."""
-        return [path.stat().st_mtime_ns for path in self.paths()]
+        """Return what tells each shard from another of its name, size and shape.
+
+        When a file was last changed, ns; of an array the CRC32.
+        """
+        return [_stamp(shard) for shard in self.shards]
 
 
 def _ascending(rows: np.ndarray) -> bool:
@@ -167,6 +171,12 @@ def _size(shard: Shard) -> int:
     if isinstance(shard, ArrayShard):
         return shard.array.nbytes
     return shard.path.stat().st_size
+
+
+def _stamp(shard: Shard) -> int:
+    if isinstance(shard, ArrayShard):
+        return zlib.crc32(np.ascontiguousarray(shard.array).view(np.uint8).data)
+    return shard.path.stat().st_mtime_ns
 
 
 class CrcLedger:
