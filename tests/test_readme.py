@@ -1,0 +1,252 @@
+"""The documents say what is so: each command of the README runs, each name they use exists."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import http.server
+import importlib.util
+import os
+import re
+import shlex
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+
+from snipdedup import cli, store
+from snipdedup.cli import COMMANDS
+
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+SIZES = (160, 140, 100)  # rows a shard
+WIDTH = 160  # wider than a descriptor
+THRESHOLD = np.float32(0.95)
+SETUP = ("bash scripts/", "pip install")  # need a network: checked by what they name
+FOREIGN = {"extra-index-url", "all", "help"}  # flags of pip, of test.sh, of every command
+DISTANT = "https://example.org"  # served from the sample's metadata/
+
+
+def blocks(kind: str) -> list[str]:
+    """Return the README's fenced blocks of a language."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+
+
+def commands(*, setup: bool) -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [line for line in lines if line.startswith(SETUP) == setup]
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_sample(folder: Path) -> np.ndarray:
+    """Write a small set, a third of it near or exact copies; return its rows."""
+    rng = np.random.default_rng(7)
+    rows = rng.standard_normal((sum(SIZES), WIDTH))
+    picture = np.arange(len(rows))
+    copies = rng.permutation(len(rows))[: len(rows) // 3]
+    picture[copies] = rng.choice(np.setdiff1d(picture, copies), len(copies))
+    rows[copies] = rows[picture[copies]] + 0.2 * rng.standard_normal((len(copies), WIDTH))
+    rows[copies[:20]] = rows[picture[copies[:20]]]
+    rows = rows.astype(np.float16)
+    start = 0
+    for number, size in enumerate(SIZES):
+        part = slice(start, start + size)
+        store.save_npy(folder / f"img_emb/img_emb_{number:04d}.npy", rows[part])
+        keys = [f"{row:09d}" for row in range(*part.indices(len(rows)))]
+        urls = [f"https://example.org/{key}.jpg" for key in keys]
+        table = pa.table({"key": keys, "url": urls, "picture": picture[part]})
+        store.save_parquet(folder / f"metadata/metadata_{number:04d}.parquet", table)
+        start += size
+    return rows
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """The folder in which a reader types the commands, and its rows."""
+    folder = tmp_path_factory.mktemp("readme")
+    return folder, make_sample(folder)
+
+
+@pytest.fixture(scope="module")
+def ran(sample):
+    """Run the README's commands in their order; return what each one did, by its line."""
+    folder, _ = sample
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder / "metadata")
+    handler.func.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            place = f"http://127.0.0.1:{server.server_port}"
+            return {line: run(line.replace(DISTANT, place)) for line in commands(setup=False)}
+        finally:
+            os.chdir(before)
+            server.shutdown()
+
+
+def run(line: str) -> int | None:
+    """Run one command line in this process; return its exit status, None if there is no such."""
+    first, *words = shlex.split(line, comments=True)
+    if first == "snip":
+        return cli.run(words)
+    if first == "python" and words[0].startswith("scripts/"):
+        load_script(Path(words[0]).stem).main(words[1:])
+        return 0
+    return None
+
+
+@pytest.mark.parametrize("line", commands(setup=False))
+def test_command_runs(ran, line):
+    assert ran[line] == 0
+
+
+def test_first_command_keeps_its_promise(ran, sample):
+    folder, rows = sample
+    unit = rows.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    pair = (unit @ unit.T).astype(np.float32) >= THRESHOLD
+    stays: list[int] = []
+    for row in range(len(rows)):
+        if not pair[row, stays].any():
+            stays.append(row)
+    is_dup = np.load(folder / "clean" / "is_dup.npy")
+    np.testing.assert_array_equal(np.flatnonzero(~is_dup), stays)
+    kept = pa.concat_tables(map(pq.read_table, sorted(folder.glob("clean/metadata/*.parquet"))))
+    assert kept["key"].to_pylist() == [f"{row:09d}" for row in stays]
+    assert kept.schema.names == ["key", "url", "picture", "dup_count"]
+    part = [row for row in stays if row >= SIZES[0]]
+    kept = pa.concat_tables(map(pq.read_table, sorted(folder.glob("kept/*.parquet"))))
+    assert kept["key"].to_pylist() == [f"{row:09d}" for row in part]
+    assert store.read_manifest(folder / "clean_adc", "dedup")["verified"] is True
+    assert store.read_manifest(folder / "clean_codes", "dedup")["verified"] is False
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_library_example_runs(sample, monkeypatch, capsys, block):
+    monkeypatch.chdir(sample[0])
+    exec(compile(block, str(README), "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("line", commands(setup=True))
+def test_set_up_names_what_exists(line):
+    words = shlex.split(line, comments=True)
+    named = [word for word in words if "/" in word or word.endswith(".txt")]
+    assert named
+    for name in named:
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_scripts_exist(page):
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        goal = page.parent / name if name else page
+        assert goal.is_file(), target
+        assert not anchor or anchor in anchors(goal), target
+    for name in re.findall(r"\b((?:scripts|tests|docs|snipdedup)/\w+\.\w+)", text):
+        assert (ROOT / name).is_file(), name
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_exist(page):
+    known = FOREIGN | {f.name for command in COMMANDS for f in fields(command.options)}
+    for script in ROOT.glob("scripts/*.py"):
+        known |= set(re.findall(r"\"--(\w+)\"", script.read_text("utf-8")))
+    named = set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", page.read_text("utf-8")))
+    named -= {"with_underscores", "with-dashes", "flag", "noSWITCH"}
+    assert named <= known, named - known
+
+
+def test_help_and_readme_show_the_same_commands():
+    shown = set(re.findall(r"^snip (\w+)", "\n".join(blocks("sh")), re.M))
+    assert shown | {"demo"} == {command.name for command in COMMANDS}
+    examples = [line.split("  #")[0].strip() for line in commands(setup=False)]
+    assert next(c.example for c in COMMANDS if c.name == "dedup") in examples
+
+
+def rooms() -> list[str]:
+    """Return the modules in the order of CONTRIBUTING's map, top first."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    house = text.partition("```text\n")[2].partition("```")[0]
+    lines = [line[:24] for line in house.splitlines()]
+    return [name for line in lines for name in re.findall(r"\b\w+\b", line)]
+
+
+def test_the_map_has_every_room_once():
+    modules = {path.stem for path in (ROOT / "snipdedup").glob("[a-z]*.py")}
+    assert sorted(rooms()) == sorted(modules)
+
+
+@pytest.mark.parametrize("module", rooms())
+def test_imports_run_downwards(module):
+    tree = ast.parse((ROOT / "snipdedup" / f"{module}.py").read_text("utf-8"))
+    above = rooms()[: rooms().index(module)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("snipdedup"):
+            _, _, name = node.module.partition(".")
+            imported = {name} if name else {alias.name for alias in node.names}
+            assert not imported & set(above), f"line {node.lineno}"
+
+
+def test_labelled_curve_of_a_set_worked_by_hand(tmp_path, capsys):
+    # Angles 0, 20, 30, 90 degrees: cosines .940 and .866 to row 0, .985 between rows 1 and 2.
+    angles = np.radians([0, 20, 30, 90])
+    np.save(tmp_path / "f.npy", np.stack([np.cos(angles), np.sin(angles)], 1))
+    pq.write_table(pa.table({"group": ["a", "a", "b", "b"]}), tmp_path / "l.parquet")
+    words = ["--features", str(tmp_path / "f.npy"), "--labels", str(tmp_path / "l.parquet")]
+    load_script("labelled_curve").main([*words, "--thresholds", ".9", ".98", ".4"])
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | " in line]
+    assert table[1:] == [
+        # pairs 01 (right), 02, 12 and 23 (.5, right); rows 0 and 3 stay, 1 and 2 go for row 0
+        ["| 0.40", "0.500", "1.000", "0.667", "2", "0.500", "0 |"],
+        ["| 0.90", "0.500", "0.500", "0.500", "1", "0.000", "1 |"],  # 1 goes, row 2 is nearest
+        ["| 0.98", "0.000", "0.000", "0.000", "1", "0.000", "1 |"],
+    ]
+
+
+@pytest.mark.slow
+def test_readme_output_is_what_the_command_prints(data, snip, tmp_path):
+    clean, frames = tmp_path / "clean", data / "keyframes"
+    said = snip("dedup", frames / "img_emb", "--metadata", frames / "metadata", "--out", clean)
+    shown = blocks("text")[0].partition("seconds:")[0]
+    assert said.stdout.partition("seconds:")[0] == shown
+    import snipdedup
+
+    result = snipdedup.dedup(frames, threshold=0.95, grouping="components")
+    text = README.read_text("utf-8")
+    assert f"{result.removed:,} rows go, {result.chained:,} of them below .95" in text
+
+
+@pytest.mark.slow
+def test_curve_of_method_page_is_what_the_script_prints(data, capsys):
+    copies = data / "copies"
+    words = ["--features", str(copies / "features.npy"), "--labels", str(copies / "labels.parquet")]
+    load_script("labelled_curve").main(words)
+    text = (ROOT / "docs" / "method.md").read_text("utf-8")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    for line in lines:
+        assert line in text, line
+    best = re.search(r"best F1 over pairs: 0(\.\d+) at 0(\.\d+)", lines[-1])
+    assert f"F1 over pairs is {best[1]} at cosine {best[2]}" in README.read_text("utf-8")
