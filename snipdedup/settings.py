@@ -63,7 +63,7 @@ class Settings:
 
     def seeded(self) -> None:
         """Check that the seed is one that every library takes."""
-        self.between("seed", 0, 2**31 - 1)
+        self.between("seed", 0, 2**63 - 1)
 
     def file_range(self, start: int | None, end: int | None) -> None:
         """Check that ``--start`` and ``--end`` are a range of file numbers."""

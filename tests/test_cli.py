@@ -278,8 +278,8 @@ def test_no_words_break_the_parser(words):
 
 
 NUMBERS = [
-    ("--seed -5", "seed", -5),
-    ("--seed=-5", "seed", -5),
+    ("--margin -5", "margin", -5.0),
+    ("--margin=-5", "margin", -5.0),
     ("--seed +5", "seed", 5),
     ("--threshold -0.5", "threshold", -0.5),
     ("--threshold -.5", "threshold", -0.5),

@@ -59,10 +59,11 @@ RANGES = [
     ("Dedup", "chunk_rows", 1, 10**9),
     ("Dedup", "threads", 0, 4096),
     ("Demo", "pictures", 50, 100_000),
+    *((kind, "seed", 0, 2**63 - 1) for kind in ("Train", "Index", "Dedup", "Demo")),
 ]
 
 
-NO_RANGE = ("seed", "margin", "start", "end")
+NO_RANGE = ("margin", "start", "end")
 
 
 @pytest.mark.parametrize(("kind", "name", "low", "high"), RANGES)
