@@ -9,12 +9,13 @@ import numpy as np
 
 from snipdedup.cosine import unit_rows64
 from snipdedup.forest import Edges, components, make_edges
+from snipdedup.star import Gather, star_huge
 
-Gather = Callable[[np.ndarray], np.ndarray]
 Rank = Callable[[np.ndarray], np.ndarray]
 
 STAR_BLOCK = 1024  # rows of a large group compared at once
 PACKED_GROUP = 32  # groups up to this size are compared many at a time
+FLOAT64_GROUP = 4096  # larger groups are compared by codes first
 PACKED_ROWS = 1 << 14  # rows gathered for one such batch
 
 
@@ -115,8 +116,10 @@ def group_star(
     for places in star_batches(np.diff(starts), starts):
         if places.ndim == 2:
             chosen, cosine = star_packed(row[places], gather, threshold)
-        else:
+        elif places.size <= FLOAT64_GROUP:
             chosen, cosine = star_large(row[places], gather, threshold)
+        else:
+            chosen, cosine = star_huge(row[places], gather, threshold)
         representative[places], similarity[places] = chosen, cosine
         done(places.size)
     return ordered(Members(row, group, representative, similarity, representative != row))
