@@ -141,14 +141,15 @@ class Compress(Input):
 class Index(Input):
     """Settings of ``snip index``."""
 
-    out: str = required("folder for the index; of an unfinished or grown input: goes on there")
+    out: str = required("folder for the index; an unfinished one is continued")
     encoder: str | None = option(None, "encode with this first; without it, rows as they are")
     base: str | None = option(
         None, "take the trained quantisers of this index (ours, or a faiss IVFPQ file)"
     )
     nlist: int = option(0, "coarse lists, 0 to choose by the number of rows")
     m: int | None = option(
-        None, "sub-quantisers of the PQ: bytes a code (the most up to 16 that divide the width)"
+        None,
+        "sub-quantisers of the PQ, a byte each at 8 bits; without it the most, up to 16, that fit",
     )
     nbits: int | None = option(None, "bits a sub-quantiser (8)")
     train_rows: int = option(0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)")
@@ -203,7 +204,7 @@ class Dedup(Input):
         "adc: compare d_ADC - self_adc, or d_ADC / self_adc, with a constant",
         choices=("difference", "ratio"),
     )
-    margin: float | None = option(None, "adc: that constant; calibrated when not given")
+    margin: float | None = option(None, "adc: the constant of the rule; calibrated when not given")
     precision: float = option(0.91, "adc: wanted share of right flags when calibrating")
     calibration_rows: int = option(4096, "adc: rows whose true matches set the margin")
     k: int = option(16, "adc: neighbours a row; more are asked for where all of them pass")
@@ -217,8 +218,14 @@ class Dedup(Input):
         choices=("refuse", "keep"),
     )
     chunk_rows: int = option(65_536, "rows read at a time")
-    max_memory: str | None = option(None, "bound on memory, 2GB say; a quarter of the RAM")
-    device: str = option("auto", "where tiles are computed", choices=("auto", "cpu", "cuda"))
+    max_memory: str | None = option(
+        None, "bound on what tasks load, 2GB say; without it a quarter of the RAM"
+    )
+    device: str = option(
+        "auto",
+        "checked, but not used yet: all is computed on the CPU",
+        choices=("auto", "cpu", "cuda"),
+    )
     threads: int = option(0, "CPU threads, 0 for all")
     seed: int = option(0, "seed of every random choice")
     overwrite: bool = option(False, "replace a finished OUT")
