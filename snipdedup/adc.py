@@ -13,7 +13,7 @@ from snipdedup.forest import Edges, ForestBuilder, join_edges, make_edges, spann
 from snipdedup.index import Index, build
 from snipdedup.result import Found
 from snipdedup.scan import scan
-from snipdedup.search import Adc, adc_candidates
+from snipdedup.search import Adc, adc_candidates, query_space
 from snipdedup.shards import Features
 from snipdedup.verify import verify_pairs
 
@@ -68,6 +68,24 @@ def search_adc(
         flags=adc.flags,
         notes=describe(adc),
     )
+
+
+def check_given(features: Features | None, options: settings.Dedup) -> None:
+    """Refuse an index or encoder that cannot be used, before any work.
+
+    Raises
+    ------
+    SnipError
+        If it is not there, or is of other features.
+    """
+    if options.index is not None:
+        index = Index.open(options.index)
+        if features is not None:
+            query_space(index, features, options.encoder)
+    elif options.encoder is not None:
+        from snipdedup.encoder import Encoder
+
+        Encoder.load(options.encoder, device="cpu")
 
 
 def open_or_build(features: Features | None, options: settings.Dedup, work: Path) -> Index:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup import store
-from snipdedup.adc import search_adc
+from snipdedup.adc import check_given, search_adc
 from snipdedup.compute import cores, memory_bound, pick_device
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.exact import exact_edges
@@ -117,6 +117,8 @@ def execute(options: Dedup) -> tuple[Result | None, str]:
     store.refuse_output_inside(out, list_inputs(options, features, metadata, earlier))
     key = metadata.column(options.key) if metadata else None
     request = describe_request(options, features, metadata)
+    if earlier is None and method_of(options) == "adc":
+        check_given(features, options)
     found = None if earlier is None else reuse(earlier, features, options.threshold)
     state = store.claim(out, KIND, request, overwrite=options.overwrite)
     if state == "done":
