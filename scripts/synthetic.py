@@ -1,11 +1,10 @@
 """Write a synthetic set of features with planted duplicates, as LAION-like shards.
 
 Originals are drawn like CLIP features: one shared direction, and a spread whose variances fall
-with a power of their rank (--spectrum clip; ViT-B/32 key frames fall with 1.8 and share a direction
-of length .7), or alike in all directions around cluster centres (--spectrum flat), which is harder
-on coarse lists than any real set. A share of the rows are noisy copies of another row, a few rows
-have thousands of noisy copies each, and some rows are repeated bit for bit. The noise is alike in
-all directions.
+with a power of their rank (--spectrum clip), or alike in all directions around cluster centres
+(--spectrum flat), which is harder on coarse lists. A share of the rows are noisy copies of another
+row, a few rows have thousands of noisy copies each, and some rows are repeated bit for bit. The
+noise is alike in all directions.
 
     python scripts/synthetic.py OUT --rows 1000000 --dim 768
 """
@@ -19,7 +18,7 @@ import numpy as np
 
 SHARD_ROWS = 100_000
 CENTRES = 5000
-SHARED, DECAY = 0.7, 1.8  # measured on ViT-B/32 features of key frames
+SHARED, DECAY = 0.7, 0.75  # a shared direction as long as CLIP has; some 120 effective dimensions
 SPREAD = 0.75  # length of what is a row's own, beside its centre's 1
 COPY_NOISE = (0.05, 0.3)  # length of the noise on a planted copy: cosines of .999 to .957
 HEAVY_NOISE = (0.05, 0.15)

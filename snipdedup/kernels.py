@@ -136,6 +136,8 @@ def product_hits(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndar
     i, j : (hits,) int64
         In row order.
     """
+    if 0 in products.shape:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
     tops = products.amax(1).cpu().numpy()
     rows = np.flatnonzero(tops >= limits)
     if not len(rows):
