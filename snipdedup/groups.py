@@ -113,6 +113,11 @@ def group_star(
     row, group = row[order], group[order]  # keep order inside each group
     starts = group_starts(group)
     representative, similarity = row.copy(), np.ones(len(row), np.float32)
+    two = starts[:-1][np.diff(starts) == 2]
+    by_a = np.argsort(forest.a, kind="stable")  # a group of two has one edge, from its label
+    edge = by_a[np.searchsorted(forest.a, group[two], sorter=by_a)]
+    representative[two + 1], similarity[two + 1] = row[two], forest.similarity[edge]
+    done(2 * len(two))
     for places in star_batches(np.diff(starts), starts):
         if places.ndim == 2:
             chosen, cosine = star_packed(row[places], gather, threshold)
@@ -126,13 +131,16 @@ def group_star(
 
 
 def star_batches(sizes: np.ndarray, starts: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield places to compare together: (groups, size) for small groups, (size,) for large ones."""
-    for size in np.unique(sizes[sizes <= PACKED_GROUP]):
+    """Yield places to compare together: (groups, size) for small groups, (size,) for large ones.
+
+    Groups of two need no comparison and are left out.
+    """
+    for size in np.unique(sizes[(sizes > 2) & (sizes <= PACKED_GROUP)]):
         firsts = starts[:-1][sizes == size]
         step = max(1, PACKED_ROWS // int(size))
         for cut in range(0, len(firsts), step):
             yield firsts[cut : cut + step, None] + np.arange(size)
-    for which in np.flatnonzero(sizes > PACKED_GROUP):
+    for which in np.flatnonzero((sizes > 2) & (sizes > PACKED_GROUP)):
         yield np.arange(starts[which], starts[which + 1])
 
 

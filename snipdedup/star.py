@@ -104,10 +104,8 @@ def decide(coded: Coded, gather: Gather, threshold: float) -> np.ndarray:
                 at = pairs[left]
                 true = is_pair(coded.rows, gather, x[at], y[at], threshold)
                 covered[x[at][true] - start] = True
-        x, y = coded.hits(block[~covered], block[~covered])
-        x, y = x[y < x], y[y < x]
-        true = is_pair(coded.rows, gather, x, y, threshold)
-        decide_block(x[true] - start, y[true] - start, covered, stays[start:stop])
+        open_ = np.flatnonzero(~covered)
+        stays[block[open_]] = first_staying(gather(coded.rows[block[open_]]), threshold)
     return stays
 
 
@@ -121,14 +119,21 @@ def one_each_first(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
     yield np.flatnonzero(rest)
 
 
-def decide_block(x: np.ndarray, y: np.ndarray, covered: np.ndarray, stays: np.ndarray) -> None:
-    """Decide a block in place, given its own pairs (later x, earlier y)."""
-    match = np.zeros((len(covered), len(covered)), bool)
-    match[y, x] = True
-    for place in np.flatnonzero(~covered):
+def first_staying(raw: np.ndarray, threshold: float) -> np.ndarray:
+    """Return which rows of a block pair with no row of it that stays before them, (n,) bool."""
+    import torch
+
+    unit = torch.from_numpy(unit_rows(raw))
+    table = (unit @ unit.T).numpy()
+    i, j = np.nonzero(np.abs(table - np.float32(threshold)) <= PROPOSAL_ERROR)
+    table[i, j] = proved_cosines(raw, raw, i, j)
+    match = table >= np.float32(threshold)
+    covered, stays = np.zeros(len(raw), bool), np.zeros(len(raw), bool)
+    for place in range(len(raw)):
         if not covered[place]:
             stays[place] = True
             covered |= match[place]
+    return stays
 
 
 def is_pair(
