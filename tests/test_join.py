@@ -210,15 +210,18 @@ def test_a_run_stopped_while_writing_goes_on(rows, tmp_path):
 
 
 def test_a_crowd_of_near_identical_rows_is_one_component():
+    """5,000 rows within .99 of one another, and 100 strangers."""
     rng = np.random.default_rng(0)
     x = (rng.standard_normal(32) + 0.02 * rng.standard_normal((5000, 32))).astype(np.float32)
     x[2500:2600] = rng.standard_normal((100, 32))
-    found, brute = dedup(x, grouping="components"), dedup(x, method="exact", grouping="components")
-    assert found.removed == 4899
-    label = dict(zip(found.members.row.tolist(), found.members.group.tolist(), strict=True))
-    assert set(label.values()) == {0}
-    assert_agree(found, brute)
-    assert dedup(x).removed == 4899
+    start = time.monotonic()
+    found = dedup(x)
+    assert time.monotonic() - start < 60
+    assert found.removed == found.at(0.95, "components").removed == 4899
+    assert set(found.members.group.tolist()) == {0}
+    assert edges(found) == 4899
+    some = np.arange(1800, 2700)
+    assert_agree(dedup(x[some]), dedup(x[some], method="exact"))
 
 
 def test_a_crowd_that_is_spread_over_lists_is_still_exact():
@@ -244,7 +247,7 @@ WORST = {
     "one column": lambda rng: rng.standard_normal((500, 1)),
     "three columns": lambda rng: rng.standard_normal((2000, 3)),
     "1024 columns": lambda rng: truth.clustered(3000, 1024, 1, dtype=np.float16),
-    "within .99": lambda rng: rng.standard_normal(64) + 0.05 * rng.standard_normal((5000, 64)),
+    "within .99": lambda rng: rng.standard_normal(64) + 0.05 * rng.standard_normal((1200, 64)),
     "one hot": lambda rng: np.eye(64, dtype=np.float16)[rng.integers(0, 64, 2000)],
     "opposite": lambda rng: np.concatenate([np.eye(40), -np.eye(40)]),
     "huge and tiny": lambda rng: (

@@ -79,7 +79,7 @@ def fail(error):
     return multiply
 
 
-SLOW = fake("slow but right", seconds=0.1)
+SLOW = fake("slow but right", seconds=0.04)
 
 
 @pytest.mark.parametrize(
