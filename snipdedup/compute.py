@@ -33,6 +33,8 @@ def memory_bound(text: str | None) -> int:
     """Return a bound on memory in bytes; without one, a quarter of the machine's memory."""
     if text is not None:
         return parse_bytes(text)
+    if not hasattr(os, "sysconf"):  # Windows tells only through other libraries
+        return 2 << 30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 

@@ -160,8 +160,8 @@ def list_inputs(
     """Return the files and folders that are read, in which OUT must not lie."""
     folders = [Path(str(name)).expanduser() for name in (options.index, options.encoder) if name]
     return [
-        *(features.paths() if features else []),
-        *(metadata.paths() if metadata else []),
+        *(features.inputs() if features else []),
+        *(metadata.inputs() if metadata else []),
         *(folder for folder in folders if folder.is_dir()),
         *([earlier] if earlier else []),
     ]
@@ -239,6 +239,7 @@ def search(features: Features | None, options: Dedup, work: Path, clock: Clock) 
             chunk_rows=options.chunk_rows,
             threads=cores(options.threads),
             memory=memory_bound(options.max_memory),
+            device=pick_device(options.device),
             work=work,
             stage=clock.stage,
         )

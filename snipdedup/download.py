@@ -67,7 +67,8 @@ def run(options: Download) -> str:
     out = Path(options.out).expanduser()
     items = find_items(options.source, options.start, options.end)
     check_names(items)
-    store.refuse_output_inside(out, [Path(i.location) for i in items if not i.remote])
+    local = [Path(options.source).expanduser(), *(Path(i.location) for i in items)]
+    store.refuse_output_inside(out, [path for path in local if path.exists()])
     with published(options, out) as mask:
         first_row = None if mask is None else place_items(items, options, mask, out)
         request = {

@@ -217,12 +217,14 @@ def run(options: settings.Compress) -> str:
     check_width(encoder, features, options.encoder)
     names = descriptor_names(features)
     out = Path(options.out).expanduser()
-    store.refuse_output_inside(out, [*features.paths(), Path(options.encoder).expanduser()])
+    store.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
     request = describe_request(options, features)
     if claim(out, request, names, options.overwrite) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     crcs = write_shards(features, encoder, out, names, options)
-    shards = [{**d, "crc32": crc} for d, crc in zip(features.describe(), crcs, strict=True)]
+    shards = [
+        {**d, "crc32": f"{crc:08x}"} for d, crc in zip(features.describe(), crcs, strict=True)
+    ]
     seconds = time.monotonic() - started
     body = {
         "command": "compress",

@@ -55,9 +55,9 @@ def run(options: settings.Index) -> str:
     )
     out = Path(options.out)
     source = Path(options.features) if isinstance(options.features, str | Path) else None
-    store.refuse_output_inside(out, features.paths())
+    store.refuse_output_inside(out, features.inputs())
     if options.export_faiss is not None:
-        store.refuse_output_inside(Path(options.export_faiss), features.paths())
+        store.refuse_output_inside(Path(options.export_faiss), features.inputs())
     index, state = build(features, out, options, as_stored=is_descriptors(source))
     said = describe(index, state)
     if options.export_faiss is not None:

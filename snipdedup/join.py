@@ -100,6 +100,7 @@ def join(
     chunk_rows: int,
     threads: int,
     memory: int,
+    device: str,
     work: Path,
     stage: Stage,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
@@ -122,7 +123,14 @@ def join(
         skip = seen.skipped(features.rows)
     with stage("join"):
         forest, notes = join_all(
-            features, model, work, skip, threshold=threshold, threads=threads, memory=memory
+            features,
+            model,
+            work,
+            skip,
+            threshold=threshold,
+            threads=threads,
+            memory=memory,
+            device=device,
         )
     lists = {
         "width": model.projection.width,
@@ -291,6 +299,7 @@ def join_all(
     threshold: float,
     threads: int,
     memory: int,
+    device: str,
 ) -> tuple[Edges, dict[str, Any]]:
     """Run the join tasks that are not done yet; return the forest of all and some counts.
 
@@ -314,7 +323,7 @@ def join_all(
         if not path.is_file():
             partition = load_partition(folders, starts, low, high, skip, model.projection.width)
             forest, proposed = join_task(
-                features, model, partition, threshold=threshold, threads=within
+                features, model, partition, threshold=threshold, threads=within, device=device
             )
             store.save_npz(path, **forest._asdict(), proposed=np.array(proposed))
         with np.load(path, allow_pickle=False) as file:
@@ -399,7 +408,13 @@ def load_part(
 
 
 def join_task(
-    features: Features, model: Model, partition: Partition, *, threshold: float, threads: int
+    features: Features,
+    model: Model,
+    partition: Partition,
+    *,
+    threshold: float,
+    threads: int,
+    device: str,
 ) -> tuple[Edges, int]:
     """Find and verify the pairs of a partition; return their forest and the candidates' number."""
     columns = [
@@ -413,7 +428,14 @@ def join_task(
         members = Codes(
             partition.row[begin:end], partition.codes[begin:end], partition.slack[begin:end]
         )
-        return compare(features, members, last - begin, model.limit, threshold)
+        return compare(
+            features,
+            members,
+            last - begin,
+            limit=model.limit,
+            threshold=threshold,
+            device=device,
+        )
 
     builder, candidates = ForestBuilder(), 0
     open_ = [(np.empty(0, np.int64),) * 2]

@@ -334,7 +334,7 @@ def run(options: Filter) -> str:
     """Apply a mask to metadata files: ``snip filter``."""
     out = Path(options.out).expanduser()
     metadata = open_metadata(options.metadata)
-    store.refuse_output_inside(out, metadata.paths())
+    store.refuse_output_inside(out, metadata.inputs())
     mask = open_mask(options.is_dup, options.cumulative_sizes)
     place = place_metadata(metadata, mask, options.start, options.end)
     files = metadata.files[place.first : place.last]

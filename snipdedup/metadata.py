@@ -41,8 +41,8 @@ class Metadata:
         That of the first file; the others have the same columns.
     """
 
-    def __init__(self, files: Sequence[Table]) -> None:
-        self.files = tuple(files)
+    def __init__(self, files: Sequence[Table], folders: Sequence[Path] = ()) -> None:
+        self.files, self.folders = tuple(files), tuple(folders)
         sizes = np.array([file.rows for file in files], np.int64)
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         self.rows = int(self.offsets[-1])
@@ -58,6 +58,10 @@ class Metadata:
     def paths(self) -> list[Path]:
         """Return the files' paths, in order."""
         return [file.path for file in self.files]
+
+    def inputs(self) -> list[Path]:
+        """Return the folders that were named as input, and the files."""
+        return [*self.folders, *self.paths()]
 
     def column(self, asked: str | None = None, wanted: Sequence[str] = KEY_COLUMNS) -> str | None:
         """Return the name of a column, found in any case.
@@ -148,13 +152,14 @@ def open_metadata(spec: str | Path) -> Metadata:
     SnipError
         If there is none, a file is damaged, or the files differ in their columns.
     """
-    return metadata_of([open_table(path) for path in find_metadata(spec)])
+    folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
+    return metadata_of([open_table(path) for path in find_metadata(spec)], folders)
 
 
-def metadata_of(files: Sequence[Table]) -> Metadata:
+def metadata_of(files: Sequence[Table], folders: Sequence[Path] = ()) -> Metadata:
     """Return files as one `Metadata`; CSV files agree on types, as far as their values do."""
     agree([file for file in files if isinstance(file, CsvTable)])
-    return Metadata(files)
+    return Metadata(files, folders)
 
 
 def find_metadata(spec: str | Path) -> list[Path]:

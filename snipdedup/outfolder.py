@@ -26,7 +26,7 @@ def write_tables(
 ) -> list[Path]:
     """Write all files of OUT but the manifest; return their paths."""
     store.save_npy(out / "is_dup.npy", result.is_dup)
-    store.save_parquet(out / "forest.parquet", forest_table(result.found.whole_forest))
+    store.save_parquet(out / "forest.parquet", forest_table(result.found))
     keys = None
     if metadata is not None and key is not None:
         order = np.argsort(result.members.row)

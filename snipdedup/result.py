@@ -140,7 +140,7 @@ class Result:
     @property
     def forest(self) -> Any:
         """The forest as a ``pyarrow.Table``: a, b int64, similarity float32."""
-        return forest_table(self.found.whole_forest)
+        return forest_table(self.found)
 
     @property
     def groups(self) -> Any:
@@ -246,11 +246,14 @@ def with_similarity(members: Members, features: Features) -> Members:
     return members._replace(similarity=similarity)
 
 
-def forest_table(forest: Edges) -> Any:
-    """Return edges as a ``pyarrow.Table``."""
+def forest_table(found: Found) -> Any:
+    """Return the forest as a ``pyarrow.Table``; unverified pairs have no similarity."""
     import pyarrow as pa
 
-    return pa.table({"a": forest.a, "b": forest.b, "similarity": forest.similarity})
+    forest = found.whole_forest
+    unknown = np.full(len(forest.a), not found.verified)
+    similarity = pa.array(forest.similarity, mask=unknown)
+    return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
 
 
 def groups_table(result: Result, keys: Any) -> Any:

@@ -133,7 +133,11 @@ def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:
         ledger.add(part.crcs)
     copies, firsts = find_copies(features, np.concatenate([part.hashes for part in parts]))
     comparable = ~np.isin(copies, bad)
-    return Scan(bad, copies[comparable], firsts[comparable], ledger.totals())
+    crcs = [
+        crc if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
+        for crc, shard in zip(ledger.totals(), features.shards, strict=True)
+    ]
+    return Scan(bad, copies[comparable], firsts[comparable], crcs)
 
 
 def describe_bad(features: Features, bad: np.ndarray) -> str:

@@ -223,7 +223,7 @@ class Dedup(Input):
     )
     device: str = option(
         "auto",
-        "checked, but not used yet: all is computed on the CPU",
+        "join: where products of codes are computed",
         choices=("auto", "cpu", "cuda"),
     )
     threads: int = option(0, "CPU threads, 0 for all")

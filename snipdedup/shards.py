@@ -71,8 +71,8 @@ class Features:
         The widest type among the shards; narrower ones are widened, which is exact.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = tuple(shards)
+    def __init__(self, shards: Sequence[Shard], folders: Sequence[Path] = ()) -> None:
+        self.shards, self.folders = tuple(shards), tuple(folders)
         sizes = np.array([shard.rows for shard in shards], np.int64)
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         self.rows = int(self.offsets[-1])
@@ -142,6 +142,10 @@ class Features:
     def paths(self) -> list[Path]:
         """Return the files, in shard order; none for arrays in memory."""
         return [s.path for s in self.shards if not isinstance(s, ArrayShard)]
+
+    def inputs(self) -> list[Path]:
+        """Return the folders that were named as input, and the files."""
+        return [*self.folders, *self.paths()]
 
     def describe(self) -> list[dict[str, Any]]:
         """Return name, size, rows and dtype of each shard, as manifests hold them."""
@@ -224,15 +228,15 @@ def open_features(
         return source
     if isinstance(source, np.ndarray):
         return Features([ArrayShard(source, "array")])
-    if isinstance(source, str | Path):
-        return Features([open_shard(p, array, column) for p in find_shards(source, parts)])
     shards: list[Shard] = []
-    for number, item in enumerate(source):
+    folders: list[Path] = []
+    for number, item in enumerate([source] if isinstance(source, str | Path) else source):
         if isinstance(item, np.ndarray):
             shards.append(ArrayShard(item, f"array {number}"))
         else:
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
-    return Features(shards)
+            folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
+    return Features(shards, folders)
 
 
 def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:

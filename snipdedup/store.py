@@ -270,17 +270,18 @@ def clear(out: Path) -> None:
 
 
 def refuse_output_inside(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to write into an input folder, or into the folder of an input file.
+    """Refuse to write into an input folder, or beside an input file.
 
     Raises
     ------
     SnipError
-        If ``out`` is an input folder, lies in one, or is the folder of an input file.
+        If ``out`` is an input folder, lies in one, or is the folder of an input file. A new
+        folder beside an input file is no harm.
     """
     target = out.resolve()
     for path in inputs:
         folder = (path if path.is_dir() else path.parent).resolve()
-        if target == folder or folder in target.parents:
+        if target == folder or (path.is_dir() and folder in target.parents):
             raise SnipError(
                 f"--out {out} lies in the input folder {folder}; snip never writes there, "
                 "choose another folder"

@@ -62,7 +62,13 @@ class TilePairs(NamedTuple):
 
 
 def compare(
-    features: Features, members: Codes, columns: int, limit: float, threshold: float
+    features: Features,
+    members: Codes,
+    columns: int,
+    *,
+    limit: float,
+    threshold: float,
+    device: str = "cpu",
 ) -> TilePairs:
     """Compare the first ``columns`` rows with one another and with all rows after them.
 
@@ -76,17 +82,19 @@ def compare(
         Product from which two codes without slack may be a pair.
     threshold : float
         Cosine from which two rows are a pair.
+    device : str
+        Where products are computed: ``cpu`` or ``cuda``.
     """
     import torch
 
-    kernel = pick_kernel("cpu", members.codes.shape[1])
+    kernel = pick_kernel(device, members.codes.shape[1])
     right = members.part(0, columns)
-    prepared = kernel.prepare(torch.from_numpy(right.codes))
+    prepared = kernel.prepare(torch.from_numpy(right.codes).to(device))
     lowest = limit - kernel.rounding * abs(limit) - right.slack.max(initial=0)
     listed, forests, count = [(np.empty(0, np.int64),) * 2], [], 0
     for start in range(0, len(members.row), ROW_TILE):
         left = members.part(start, start + ROW_TILE)
-        products = kernel.multiply(torch.from_numpy(left.codes), prepared)
+        products = kernel.multiply(torch.from_numpy(left.codes).to(device), prepared)
         tile = Tile(left, right, products, lowest - left.slack, start)
         hits = tile.crowd()
         if hits:
@@ -115,10 +123,10 @@ class Tile:
 
     def crowd(self) -> int:
         """Return how many places reach their limit where they are too many to list, else 0."""
-        rows = np.flatnonzero(self.products.amax(1).numpy() >= self.limits)
+        rows = np.flatnonzero(self.products.amax(1).cpu().numpy() >= self.limits)
         if len(rows) <= CROWDED * ROW_TILE:
             return 0
-        hits = int(np.count_nonzero(self.products.numpy()[rows] >= self.limits[rows, None]))
+        hits = int(np.count_nonzero(self.products.cpu().numpy()[rows] >= self.limits[rows, None]))
         return hits if hits > CROWDED * ROW_TILE * COLUMN_TILE else 0
 
     def hits(self) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +145,7 @@ def crowded(features: Features, tile: Tile, threshold: float) -> Edges:
     """
     import torch
 
-    close = tile.products.numpy() >= tile.limits[:, None]
+    close = tile.products.cpu().numpy() >= tile.limits[:, None]
     left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
     x, y = features.gather(tile.left.row[left]), features.gather(tile.right.row[right])
     table = (torch.from_numpy(unit_rows(x)) @ torch.from_numpy(unit_rows(y)).T).numpy()

@@ -106,7 +106,7 @@ def run(options: settings.Train) -> str:
     started = time.monotonic()
     features = open_input(options)
     out = Path(options.out).expanduser()
-    store.refuse_output_inside(out, features.paths())
+    store.refuse_output_inside(out, features.inputs())
     kept = {k: v for k, v in options.as_dict().items() if k not in HOW}
     request = {**kept, "features": features.describe()}
     if store.claim(out, "encoder", request, overwrite=options.overwrite) == "done":
