@@ -97,7 +97,7 @@ def open_or_build(features: Features | None, options: settings.Dedup, work: Path
         out=str(work / "index"),
         encoder=options.encoder,
         threads=options.threads,
-        seed=options.seed,
+        seed=options.seed or 0,
         bad_rows=options.bad_rows,
     )
     return build(features, work / "index", asked)[0]

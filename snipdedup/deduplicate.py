@@ -66,7 +66,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     SnipError
         If the input cannot be used; says what was found, where, and what to do.
     """
-    options = Dedup(features=features, **settings)
+    options = Dedup(features=features, **settings).filled()
     if options.out is not None:
         result, _ = execute(options)
         return result or load_result(Path(options.out).expanduser(), open_input(options))
@@ -77,7 +77,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     )
     with tempfile.TemporaryDirectory(prefix="snip-") as work:
         found = search(opened, options, Path(work), Clock())
-    return decide(found, opened, options.threshold, options.grouping, options.keep, options.seed)
+    return decide_by(found, opened, options)
 
 
 def run(options: Dedup) -> str:
@@ -112,6 +112,7 @@ def execute(options: Dedup) -> tuple[Result | None, str]:
     earlier = finished_run(options.features)
     if earlier is not None:
         options = inherit(options, earlier)
+    options = options.filled()
     features = open_input(options)
     metadata = open_table(options, features)
     store.refuse_output_inside(out, list_inputs(options, features, metadata, earlier))
@@ -120,21 +121,19 @@ def execute(options: Dedup) -> tuple[Result | None, str]:
     if earlier is None and method_of(options) == "adc":
         check_given(features, options)
     found = None if earlier is None else reuse(earlier, features, options.threshold)
-    state = store.claim(out, KIND, request, overwrite=options.overwrite)
+    state = store.claim(out, KIND, request, overwrite=options.overwrite, late=True)
     if state == "done":
         return None, f"{out} is finished already with these settings; --overwrite makes it anew"
-    if state == "new":
-        remove_tables(out)
     try:
         found = found or search(features, options, out / store.WORK, clock)
     except InputError:
         store.release(out)
         raise
     with clock.stage("group"):
-        result = decide(
-            found, features, options.threshold, options.grouping, options.keep, options.seed
-        )
+        result = decide_by(found, features, options)
     with clock.stage("write"):
+        store.clear(out, keep_work=True)
+        remove_tables(out)
         outputs = write_tables(result, out, metadata, key)
     body = {
         "request": request,
@@ -145,6 +144,12 @@ def execute(options: Dedup) -> tuple[Result | None, str]:
     store.write_manifest(out, KIND, body, outputs)
     shutil.rmtree(out / store.WORK, ignore_errors=True)
     return result, summary(result, out, body)
+
+
+def decide_by(found: Found, features: Features | None, options: Dedup) -> Result:
+    """Decide by the settings, which are `Dedup.filled`."""
+    grouping, keep = str(options.grouping), str(options.keep)
+    return decide(found, features, options.threshold, grouping, keep, options.seed or 0)
 
 
 def reuse(earlier: Path, features: Features | None, threshold: float) -> Found:
@@ -234,7 +239,7 @@ def search(features: Features | None, options: Dedup, work: Path, clock: Clock) 
             features,
             threshold=options.threshold,
             recall=options.recall,
-            seed=options.seed,
+            seed=options.seed or 0,
             keep_bad=options.bad_rows == "keep",
             chunk_rows=options.chunk_rows,
             threads=cores(options.threads),
@@ -286,4 +291,8 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
     kept = ("features", "parts", "array", "column", "method", "index", "encoder", "bad_rows")
     metadata = options.metadata or searched["metadata"]
     settings = {name: searched[name] for name in kept}
+    for name in ("grouping", "keep", "seed", "key"):  # what is not said now stays as it was
+        settings[name] = (
+            searched[name] if getattr(options, name) is None else getattr(options, name)
+        )
     return Dedup(**{**options.as_dict(), **settings, "metadata": metadata})

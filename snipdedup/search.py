@@ -552,7 +552,7 @@ def query_space(index: Index, features: Features, encoder: str | None) -> Space:
 
 def calibration_sample(rows: int, options: settings.Dedup) -> np.ndarray:
     """Return the rows that the margin is calibrated on, ascending int64."""
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng(options.seed or 0)
     count = min(rows, options.calibration_rows)
     return np.sort(rng.choice(rows, count, replace=False, shuffle=False))
 

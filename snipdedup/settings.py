@@ -190,12 +190,13 @@ class Dedup(Input):
         choices=("join", "exact", "adc"),
     )
     threshold: float = option(0.95, "cosine at and above which two rows are duplicates")
-    grouping: str = option(
-        "star",
-        "star: each removed row has a direct match that stays; components: one row a group stays",
+    grouping: str | None = option(
+        None,
+        "star (default): each removed row has a direct match that stays; components: one row a "
+        "group stays",
         choices=("star", "components"),
     )
-    keep: str = option("first", "which copy stays", choices=("first", "last", "random"))
+    keep: str | None = option(None, "which copy stays (first)", choices=("first", "last", "random"))
     recall: float = option(0.999, "join: share of the pairs that the lists should bring together")
     encoder: str | None = option(None, "adc: encoder for an index that is built on the way")
     index: str | None = option(None, "adc: a finished index; it is built when not given")
@@ -227,12 +228,16 @@ class Dedup(Input):
         choices=("auto", "cpu", "cuda"),
     )
     threads: int = option(0, "CPU threads, 0 for all")
-    seed: int = option(0, "seed of every random choice")
+    seed: int | None = option(None, "seed of every random choice (0)")
     overwrite: bool = option(False, "replace a finished OUT")
 
     def check(self) -> None:
         """See `Settings.check`."""
         self.seeded()
+        if self.method in ("join", "exact") and (self.index or self.encoder):
+            raise UsageError(f"--index and --encoder go with --method adc, not {self.method}")
+        if self.encoder and not self.index and self.method is None:
+            raise UsageError("--encoder goes with --method adc; the join makes its own codes")
         if self.features is None and (self.index is None or self.method in ("join", "exact")):
             raise UsageError("dedup compares raw rows: give FEATURES, or --index for method adc")
         self.between("threshold", -1, 1)
@@ -246,6 +251,12 @@ class Dedup(Input):
         self.between("threads", 0, 4096)
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
+
+    def filled(self) -> Dedup:
+        """Return the settings with defaults for what a re-threshold would take over."""
+        known = {"grouping": "star", "keep": "first", "seed": 0}
+        given = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
+        return dataclasses.replace(self, **{**known, **given})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def claim(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) -> str:
+def claim(
+    out: Path, kind: str, request: dict[str, Any], *, overwrite: bool, late: bool = False
+) -> str:
     """Take ``out`` for a run, or find that it is taken.
 
     Parameters
@@ -198,6 +200,9 @@ def claim(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) -> 
         All that the result depends on, by name: settings and inputs.
     overwrite : bool
         Remove what an earlier run of the same kind left.
+    late : bool
+        Leave an earlier result in place for now, so that a refused input costs nothing: the caller
+        calls `clear` with ``keep_work`` when the new one is ready to be written.
 
     Returns
     -------
@@ -226,7 +231,12 @@ def claim(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) -> 
             f"{'; '.join(differing)}. Choose another folder, or replace it with --overwrite"
         )
     if overwrite and state != "new":
-        clear(out)
+        if late and note.is_file() and not differences(load_json(note), request):
+            return "resume"
+        if late:
+            shutil.rmtree(out / WORK, ignore_errors=True)
+        else:
+            clear(out)
         state = "new"
     if state == "new":
         save_json(note, request)
@@ -255,7 +265,7 @@ def short(value: Any) -> str:
     return text if len(text) <= SHORT else text[:SHORT] + "..."
 
 
-def clear(out: Path) -> None:
+def clear(out: Path, *, keep_work: bool = False) -> None:
     """Remove a run's files: the manifest first, so that the folder is never taken for whole."""
     names: list[str] = []
     if (out / MANIFEST).is_file():
@@ -266,7 +276,8 @@ def clear(out: Path) -> None:
         (out / MANIFEST).unlink()
     for name in names:
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    if not keep_work:
+        shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def refuse_output_inside(out: Path, inputs: Iterable[Path]) -> None:

@@ -109,7 +109,7 @@ def run(options: settings.Train) -> str:
     store.refuse_output_inside(out, features.inputs())
     kept = {k: v for k, v in options.as_dict().items() if k not in HOW}
     request = {**kept, "features": features.describe()}
-    if store.claim(out, "encoder", request, overwrite=options.overwrite) == "done":
+    if store.claim(out, "encoder", request, overwrite=options.overwrite, late=True) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
         encoder, history = fit(features, options)
@@ -123,6 +123,7 @@ def run(options: settings.Train) -> str:
             "threads": cores(options.threads),
             "seconds": {"all": round(seconds, 3)},
         }
+        store.clear(out, keep_work=True)
         encoder.save(out, body)
     finally:
         shutil.rmtree(out / store.WORK, ignore_errors=True)

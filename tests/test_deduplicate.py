@@ -410,3 +410,29 @@ def test_shards_chunks_threads_and_a_second_run_change_nothing(rows, tmp_path, k
         again = dedup(source, **how, **more)
         assert np.array_equal(again.is_dup, whole.is_dup)
         assert np.array_equal(again.members.representative, whole.members.representative)
+
+
+def test_a_rethreshold_keeps_what_is_not_said(laion, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert truth.snip("dedup", laion / "img_emb", "--out", first, "--grouping", "components",
+                "--keep", "last")[0] == 0  # fmt: skip
+    assert truth.snip("dedup", first, "--out", again, "--threshold", 0.97)[0] == 0
+    settings = json.loads((again / "snip.json").read_text())["settings"]
+    assert (settings["grouping"], settings["keep"]) == ("components", "last")
+
+
+def test_overwrite_with_bad_input_leaves_the_old_result(laion, tmp_path):
+    out, bad = tmp_path / "out", tmp_path / "bad.npy"
+    assert truth.snip("dedup", laion / "img_emb", "--out", out)[0] == 0
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    np.save(bad, np.full((4, 8), np.nan, np.float32))
+    assert truth.snip("dedup", bad, "--out", out, "--overwrite")[0] == 1
+    after = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    assert before == after
+
+
+@pytest.mark.parametrize("words", [("--encoder", "e"), ("--method", "join", "--index", "i")])
+def test_flags_that_would_be_ignored_are_refused(laion, tmp_path, words):
+    status, *_ = truth.snip("dedup", laion / "img_emb", "--out", tmp_path / "out", *words)
+    assert status == 2
+    assert not (tmp_path / "out").exists()

@@ -120,9 +120,6 @@ def arithmetic_slack():
     return room.BFLOAT16_SLACK if room.has_bfloat16() else room.FLOAT_SLACK
 
 
-@pytest.mark.xfail(
-    strict=room.has_bfloat16(), reason="two nonzero values: off by .0032, BFLOAT16_SLACK is .001"
-)
 def test_products_of_sparse_rows_bound_cosines_too():
     """Few nonzero values: their rounding errors do not cancel."""
     rng = np.random.default_rng(5)
