@@ -49,6 +49,10 @@ class Shard:
         """Return the given rows of the file; ``rows`` is ascending."""
         raise NotImplementedError
 
+    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Write the given rows of the file, ascending, to ``out``, whose dtype may be wider."""
+        out[:] = self.take(rows)
+
     def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
         """Return CRC32 and byte count of the part of the file that ``block`` stands for.
 
@@ -119,6 +123,15 @@ class NpyShard(Shard):
             return np.empty((0, self.dim), self.dtype)
         mapped = np.memmap(self.path, self.stored, "r", self.data, (self.rows, self.dim))
         return np.take(mapped.view(np.ndarray), rows, axis=0).astype(self.dtype, copy=False)
+
+    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """See `Shard.take_into`."""
+        if not len(rows) or self.stored != out.dtype:
+            super().take_into(rows, out)
+            return
+        mapped = np.memmap(self.path, self.stored, "r", self.data, (self.rows, self.dim))
+        # rows are known to be in range; with mode "raise" numpy would fill a buffer first
+        np.take(mapped.view(np.ndarray), rows, axis=0, out=out, mode="clip")
 
     def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
         """See `Shard.crc_piece`; the header belongs to the part of row 0."""

@@ -19,7 +19,7 @@ from snipdedup.compute import Stage, in_order, library_threads
 from snipdedup.cosine import bad_rows
 from snipdedup.forest import Edges, ForestBuilder
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
-from snipdedup.projection import WIDTHS, Projection, fit_projection
+from snipdedup.projection import WIDTHS, Projection, fit_projections
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
 from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
@@ -196,8 +196,7 @@ def choose_projection(
     if rows <= SINGLE_LIST_ROWS:
         part, widths = sample[:0], list(WIDTHS[-1:])
     found = []
-    for width in widths:
-        projection = fit_projection(sample[:DIRECTION_ROWS], width, seed)
+    for projection in fit_projections(sample[:DIRECTION_ROWS], widths, seed):
         codes = encode_sample(projection, part, threads)
         a, b = sample_pairs(codes, projection.limit(threshold), threads)
         degree = np.minimum(np.bincount(np.concatenate([a, b]), minlength=1), CROWDED_DEGREE)

@@ -8,6 +8,7 @@ rounds them. So rows whose codes' product lies below ``limit`` cannot be a pair.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -126,25 +127,35 @@ def has_bfloat16() -> bool:
 
 
 def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
-    """Fit a projection to a sample of rows.
+    """Fit a projection to a sample of rows; see `fit_projections`."""
+    return fit_projections(sample, (width,), seed)[0]
+
+
+def fit_projections(sample: np.ndarray, widths: Sequence[int], seed: int) -> list[Projection]:
+    """Fit projections of several widths to a sample of rows.
 
     Parameters
     ----------
     sample : (n, d) float16, float32 or float64
         Distinct rows that can be compared.
-    width : int
+    widths : sequence of int
         Coordinates of a code.
     seed : int
         Of the rotation.
     """
     unit = unit_rows(sample)
-    directions = main_directions(unit, min(width - 1, unit.shape[1]))
-    rotation = random_rotation(width, seed)
-    count = directions.shape[1]
-    matrix = (directions @ rotation[:count]).astype(np.float32)
-    projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
-    peak = float(np.abs(projection.coordinates(sample)).max())
-    return Projection(matrix, projection.residual, PEAK / min(1.0, peak * HEADROOM))
+    directions = main_directions(unit, min(max(widths) - 1, unit.shape[1]))
+    projections = []
+    for width in widths:
+        main = directions[:, -(width - 1) :]
+        rotation = random_rotation(width, seed)
+        count = main.shape[1]
+        matrix = (main @ rotation[:count]).astype(np.float32)
+        projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
+        peak = float(np.abs(projection.coordinates(sample)).max())
+        scale = PEAK / min(1.0, peak * HEADROOM)
+        projections.append(Projection(matrix, projection.residual, scale))
+    return projections
 
 
 def random_rotation(width: int, seed: int) -> np.ndarray:

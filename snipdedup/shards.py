@@ -122,11 +122,10 @@ class Features:
         """
         wanted, back = np.unique(rows, return_inverse=True)
         cuts = np.searchsorted(wanted, self.offsets)
-        parts = [np.empty((0, self.dim), self.dtype)]
+        found = np.empty((len(wanted), self.dim), self.dtype)
         for shard in np.flatnonzero(np.diff(cuts)):
-            local = wanted[cuts[shard] : cuts[shard + 1]] - self.offsets[shard]
-            parts.append(self.shards[shard].take(local))
-        found = np.concatenate(parts).astype(self.dtype, copy=False)
+            part = slice(cuts[shard], cuts[shard + 1])
+            self.shards[shard].take_into(wanted[part] - self.offsets[shard], found[part])
         return found if len(wanted) == len(rows) and _ascending(rows) else found[back]
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
