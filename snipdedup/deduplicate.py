@@ -27,6 +27,7 @@ from snipdedup.join import join
 from snipdedup.metadata import Metadata, open_metadata
 from snipdedup.outfolder import (
     KIND,
+    changed_shards,
     describe_run,
     finished_run,
     load_found,
@@ -121,6 +122,8 @@ def execute(options: Dedup) -> tuple[Result | None, str]:
     if earlier is None and method_of(options) == "adc":
         check_given(features, options)
     found = None if earlier is None else reuse(earlier, features, options.threshold)
+    if features is not None and (out / store.MANIFEST).is_file():
+        accept_dates(request, features, store.read_manifest(out, KIND))
     state = store.claim(out, KIND, request, overwrite=options.overwrite, late=True)
     if state == "done":
         return None, f"{out} is finished already with these settings; --overwrite makes it anew"
@@ -208,6 +211,13 @@ def describe_request(
     if metadata is not None:
         table = [describe_file(file.path, file.rows) for file in metadata.files]
     return {**settings, "features": described, "metadata": table}
+
+
+def accept_dates(request: dict[str, Any], features: Features, finished: dict[str, Any]) -> None:
+    """Put a finished run's dates of shards into a request where the shards are still the same."""
+    searched = finished["request"]["features"]
+    if searched is not None and not changed_shards(features, finished):
+        request["features"] = searched
 
 
 def describe_file(path: Path, rows: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from snipdedup import store
 from snipdedup.errors import SnipError
 from snipdedup.forest import Edges
+from snipdedup.formats import file_crc
 from snipdedup.metadata import Metadata, write_kept
 from snipdedup.result import Found, Result, as_json, decide, forest_table, groups_table, levels
 from snipdedup.scan import equal_rows
@@ -126,7 +127,7 @@ def load_found(folder: Path, features: Features | None) -> Found:
     manifest = store.read_manifest(folder, KIND)
     if not manifest["verified"] or features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
-    check_searched(folder, features, *manifest["request"]["features"])
+    check_searched(folder, features, manifest)
     table = pq.read_table(folder / "forest.parquet")
     edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
     one = np.flatnonzero(edges.similarity == 1)
@@ -147,9 +148,7 @@ def load_found(folder: Path, features: Features | None) -> Found:
     )
 
 
-def check_searched(
-    folder: Path, features: Features, shards: list[dict[str, Any]], stamps: list[int]
-) -> None:
+def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -> None:
     """Refuse features that are not those a finished run searched.
 
     Raises
@@ -157,17 +156,35 @@ def check_searched(
     SnipError
         If shards came, went or changed since.
     """
-    then = [(*shard.values(), stamp) for shard, stamp in zip(shards, stamps, strict=True)]
-    now = [
-        (*shard.values(), stamp)
-        for shard, stamp in zip(features.describe(), features.stamps(), strict=True)
-    ]
-    if now != then:
-        changed = [one[0] for one in (*now, *then) if (one in now) != (one in then)] or ["order"]
+    changed = changed_shards(features, manifest)
+    if changed:
         raise SnipError(
             f"{folder}: the features are not those that were searched ({changed[0]} differs); "
             "search again"
         )
+
+
+def changed_shards(features: Features, manifest: dict[str, Any]) -> list[str]:
+    """Return the names of shards that are not what they were in a finished run.
+
+    A file with another date is read again: the same bytes are the same shard.
+    """
+    described, stamps = manifest["request"]["features"] or [[], []]
+    now = features.describe()
+    if now != described:
+        names = [one["name"] for one in (*now, *described) if (one in now) != (one in described)]
+        return names or ["their order"]
+    dated = zip(features.shards, features.stamps(), stamps, manifest["shards"], strict=True)
+    return [
+        then["name"]
+        for shard, stamp, earlier, then in dated
+        if stamp != earlier and not (shard.path.is_file() and same_file(shard.path, then))
+    ]
+
+
+def same_file(path: Path, shard: dict[str, Any]) -> bool:
+    """Tell whether a file has the checksum that a manifest gives."""
+    return f"{file_crc(path)[0]:08x}" == shard.get("crc32")
 
 
 def remove_tables(out: Path) -> None:

@@ -436,3 +436,17 @@ def test_flags_that_would_be_ignored_are_refused(laion, tmp_path, words):
     status, *_ = truth.snip("dedup", laion / "img_emb", "--out", tmp_path / "out", *words)
     assert status == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_new_date_on_the_same_bytes_is_the_same_input(laion, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    words = ("dedup", laion / "img_emb", "--out", out)
+    assert truth.snip(*words)[0] == 0
+    shard = next((laion / "img_emb").iterdir())
+    os.utime(shard, (1, 1))
+    assert "finished already" in truth.snip(*words)[1]
+    assert truth.snip("dedup", out, "--threshold", 0.97, "--out", again)[0] == 0
+    rows = np.load(shard)
+    np.save(shard, rows[::-1])
+    assert truth.snip(*words)[0] == 1
+    assert truth.snip("dedup", out, "--threshold", 0.98, "--out", tmp_path / "third")[0] == 1
