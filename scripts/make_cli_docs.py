@@ -67,7 +67,7 @@ def row(field: dataclasses.Field[object], kind: type) -> str:
     name = field.name.upper() if positional else f"--{field.name}"
     meaning = field.metadata["help"]
     if field.metadata.get("choices"):
-        choices = (*field.metadata["choices"], *(f"{p}..." for p in field.metadata["prefixes"]))
+        choices = field.metadata["choices"]
         meaning += ": " + ", ".join(f"`{choice}`" for choice in choices)
     default = "needed" if is_required(field) else ""
     if field.default not in (None, dataclasses.MISSING) and kind is not bool:

@@ -370,7 +370,7 @@ def flag_help(field: dataclasses.Field, kind: type) -> str:
     text = field.metadata["help"]
     choices = field.metadata.get("choices")
     if choices:
-        text += f" ({' | '.join((*choices, *field.metadata['prefixes']))})"
+        text += f" ({' | '.join(choices)})"
     if is_required(field):
         return f"{text} [needed]"
     if kind is bool or field.default is None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from snipdedup import store
 from snipdedup.adc import check_given, search_adc
-from snipdedup.compute import cores, memory_bound, pick_device
+from snipdedup.compute import cores, library_threads, memory_bound, pick_device
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.exact import exact_edges
 from snipdedup.forest import Edges, ForestBuilder
@@ -67,15 +67,13 @@ def dedup(features: Any, **settings: Any) -> Result:
     SnipError
         If the input cannot be used; says what was found, where, and what to do.
     """
-    options = Dedup(features=features, **settings).filled()
+    options = Dedup(features=features, **settings)
     if options.out is not None:
-        result, _ = execute(options)
-        return result or load_result(Path(options.out).expanduser(), open_input(options))
+        return execute(options, load=True)[0]
+    options = options.filled()
     if options.device != "auto":
         pick_device(options.device)
-    opened = open_features(
-        features, parts=options.parts, array=options.array, column=options.column
-    )
+    opened = open_input(options)
     with tempfile.TemporaryDirectory(prefix="snip-") as work:
         found = search(opened, options, Path(work), Clock())
     return decide_by(found, opened, options)
@@ -105,8 +103,11 @@ class Clock:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
 
-def execute(options: Dedup) -> tuple[Result | None, str]:
-    """Claim OUT, search, decide, write; return the result (None: it was there) and its summary."""
+def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
+    """Claim OUT, search, decide, write; return the result and its summary.
+
+    Of a run that is finished already the result is read back with ``load``, else None.
+    """
     clock, out = Clock(), Path(str(options.out)).expanduser()
     if options.device != "auto":
         pick_device(options.device)
@@ -126,7 +127,8 @@ def execute(options: Dedup) -> tuple[Result | None, str]:
         accept_dates(request, features, store.read_manifest(out, KIND))
     state = store.claim(out, KIND, request, overwrite=options.overwrite, late=True)
     if state == "done":
-        return None, f"{out} is finished already with these settings; --overwrite makes it anew"
+        said = f"{out} is finished already with these settings; --overwrite makes it anew"
+        return load_result(out, features) if load else None, said
     try:
         found = found or search(features, options, out / store.WORK, clock)
     except InputError:
@@ -136,7 +138,7 @@ def execute(options: Dedup) -> tuple[Result | None, str]:
         result = decide_by(found, features, options)
     with clock.stage("write"):
         store.clear(out, keep_work=True)
-        remove_tables(out)
+        remove_tables(out, metadata)
         outputs = write_tables(result, out, metadata, key)
     body = {
         "request": request,
@@ -152,7 +154,8 @@ def execute(options: Dedup) -> tuple[Result | None, str]:
 def decide_by(found: Found, features: Features | None, options: Dedup) -> Result:
     """Decide by the settings, which are `Dedup.filled`."""
     grouping, keep = str(options.grouping), str(options.keep)
-    return decide(found, features, options.threshold, grouping, keep, options.seed or 0)
+    with library_threads(cores(options.threads)):
+        return decide(found, features, options.threshold, grouping, keep, options.seed or 0)
 
 
 def reuse(earlier: Path, features: Features | None, threshold: float) -> Found:
@@ -197,6 +200,9 @@ def open_table(options: Dedup, features: Features | None) -> Metadata | None:
     metadata = open_metadata(spec)
     if features is not None:
         metadata.check_matches(features)
+    else:
+        held = store.read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
+        metadata.check_rows([(shard["name"], shard["rows"]) for shard in held])
     return metadata
 
 
@@ -206,6 +212,10 @@ def describe_request(
     """Return what the result depends on, by name."""
     settings = {k: v for k, v in options.as_dict().items() if k not in HOW}
     settings["method"] = method_of(options)
+    for name in ("index", "encoder"):  # what they are, not where
+        if settings[name] is not None:
+            manifest = Path(settings[name]).expanduser() / store.MANIFEST
+            settings[name] = store.sha256(manifest) if manifest.is_file() else settings[name]
     described = [features.describe(), features.stamps()] if features else None
     table = None
     if metadata is not None:
@@ -298,7 +308,14 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
     searched = store.read_manifest(earlier, KIND)["settings"]
     if searched["features"] is None:
         raise SnipError(f"{earlier} names no features; use Result.at(threshold), or search again")
-    kept = ("features", "parts", "array", "column", "method", "index", "encoder", "bad_rows")
+    if options.method not in (None, searched["method"]):
+        raise UsageError(
+            f"{earlier} was searched by {searched['method']}; search again to change it"
+        )
+    kept = (
+        "features", "parts", "array", "column", "method", "index", "encoder", "bad_rows",
+        "recall", "rule", "margin", "precision", "calibration_rows", "k", "nprobe",
+    )  # fmt: skip
     metadata = options.metadata or searched["metadata"]
     settings = {name: searched[name] for name in kept}
     for name in ("grouping", "keep", "seed", "key"):  # what is not said now stays as it was

@@ -10,7 +10,7 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.compute import in_order
 from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, unit_rows64
-from snipdedup.forest import Edges, join_edges, make_edges, spanning_forest
+from snipdedup.forest import Edges, make_edges, spanning_forest
 from snipdedup.shards import Features
 
 TILE = 2048  # rows of a tile's sides
@@ -106,11 +106,3 @@ def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> E
         ])  # fmt: skip
     edges = make_edges(left.rows[i + a], right.rows[j + b], cosine)
     return edges.at(threshold)
-
-
-def all_pairs(features: Features, threshold: float, *, threads: int) -> Edges:
-    """Return every pair of a small set, distinct or not; a reference for tests."""
-    panel = load_panel(features, np.arange(features.rows))
-    plan = tile_plan(features.rows, max(features.rows, 1), 0, 0)
-    tiles = in_order(lambda t: tile_pairs(panel, panel, *t, threshold), plan, threads)
-    return join_edges(list(tiles))

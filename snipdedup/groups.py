@@ -156,7 +156,7 @@ def star_packed(
     """
     groups, size = rows.shape
     unit = unit_rows64(gather(rows.ravel())).reshape(groups, size, -1)
-    cosine = np.matmul(unit, unit.transpose(0, 2, 1)).astype(np.float32)
+    cosine = products(unit, unit)
     match = cosine >= np.float32(threshold)
     stays = np.zeros((groups, size), bool)
     for place in range(size):
@@ -166,6 +166,13 @@ def star_packed(
     tied = np.where(cosine == best[:, :, None], rows[:, None, :], np.iinfo(np.int64).max)
     representative = np.where(stays, rows, tied.min(axis=2))
     return representative, np.where(stays, np.float32(1), np.minimum(best, 1))
+
+
+def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the cosines of float64 unit rows, (..., m, n) float32, on the threads torch has."""
+    import torch
+
+    return np.asarray((torch.from_numpy(x) @ torch.from_numpy(y).mT).float().numpy())
 
 
 def star_large(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -182,8 +189,8 @@ def star_large(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.n
         covered = np.zeros(len(unit), bool)
         for block in kept:
             open_ = np.flatnonzero(~covered)
-            covered[open_] = ((unit[open_] @ block.T).astype(np.float32) >= limit).any(axis=1)
-        match = (unit @ unit.T).astype(np.float32) >= limit
+            covered[open_] = (products(unit[open_], block) >= limit).any(axis=1)
+        match = products(unit, unit) >= limit
         for place in np.flatnonzero(~covered):
             if not covered[place]:
                 stays[start + place] = True
@@ -206,7 +213,7 @@ def nearest_staying(
         best = np.full(len(places), -2, np.float32)
         chosen = np.full(len(places), np.iinfo(np.int64).max)
         for block, names in zip(kept, keepers, strict=True):
-            cosine = (unit @ block.T).astype(np.float32)
+            cosine = products(unit, block)
             top = cosine.max(axis=1)
             name = np.where(cosine == top[:, None], names, np.iinfo(np.int64).max).min(axis=1)
             better = (top > best) | ((top == best) & (name < chosen))

@@ -18,8 +18,9 @@ from snipdedup import progress, store
 from snipdedup.compute import Stage, in_order, library_threads
 from snipdedup.cosine import bad_rows
 from snipdedup.forest import Edges, ForestBuilder
+from snipdedup.kernels import pick_kernel
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
-from snipdedup.projection import WIDTHS, Projection, fit_projections
+from snipdedup.projection import WIDTHS, Projection, fit_projections, has_bfloat16
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
 from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
@@ -133,6 +134,8 @@ def join(
             device=device,
         )
     lists = {
+        "kernel": pick_kernel(device, model.projection.width).name,
+        "bfloat16": has_bfloat16(),
         "width": model.projection.width,
         "nlist": model.lists.nlist,
         "tau": model.lists.tau / model.projection.scale,
@@ -228,12 +231,18 @@ def task_rows(rows: int) -> int:
     return 1 << 15 if rows < 1 << 25 else 1 << 18
 
 
+def encode_folders(work: Path, rows: int) -> list[Path]:
+    """Return the folder of each encode task."""
+    tasks = len(plan_blocks(rows, task_rows(rows)))
+    return [work / "encode" / f"{number:06d}" for number in range(tasks)]
+
+
 def encode_all(
     features: Features, model: Model, work: Path, *, chunk_rows: int, threads: int
 ) -> list[Seen]:
     """Run the encode tasks that are not done yet; return what all of them saw."""
     spans = plan_blocks(features.rows, task_rows(features.rows))
-    folders = [work / "encode" / f"{number:06d}" for number in range(len(spans))]
+    folders = encode_folders(work, features.rows)
     with progress.bar(features.rows, "encoding", "rows") as bar:
 
         def run(task: tuple[Path, tuple[int, int]]) -> int:
@@ -274,7 +283,7 @@ def encode_task(
     store.save_npy(folder / "hashes.npy", seen.hashes)
     store.save_npy(folder / "bad.npy", seen.bad)
     crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
-    store.save_json(folder / "done.json", {"rows": [begin, end], "crcs": crcs})
+    store.save_json(folder / "done.json", {"crcs": crcs})
 
 
 def sort_small(keys: np.ndarray, count: int) -> np.ndarray:
@@ -305,7 +314,7 @@ def join_all(
     Many tasks run side by side, each on one thread; few (a small set's single list) run one
     after another on all threads.
     """
-    folders = sorted((work / "encode").iterdir())
+    folders = encode_folders(work, features.rows)
     starts = [np.load(folder / "starts.npy") for folder in folders]
     visits = np.diff(np.sum(starts, axis=0))
     most = min(

@@ -51,6 +51,8 @@ def candidates(device: str) -> list[Kernel]:
         return codes.to(torch.bfloat16)
 
     int8 = Kernel("int8", device, lambda y: y.T.contiguous(), torch._int_mm)
+    if device != "cpu":
+        int8 = Kernel("int8", device, cuda_columns, cuda_int8)
     # bfloat16 holds codes exactly; the sum is rounded once, to 8 bits
     half = Kernel(
         "bfloat16",
@@ -64,6 +66,23 @@ def candidates(device: str) -> list[Kernel]:
         "float32", device, lambda y: y.float().T.contiguous(), lambda x, y: x.float() @ y
     )
     return [int8, half, single]
+
+
+def cuda_columns(y: Any) -> tuple[Any, int]:
+    """Return columns padded as CUDA's int8 product wants them, and how many are real."""
+    import torch
+
+    return torch.nn.functional.pad(y, (0, 0, 0, -len(y) % 8)).T.contiguous(), len(y)
+
+
+def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
+    """Return int8 products on CUDA, which takes more than 16 rows, in multiples of 8."""
+    import torch
+
+    columns, count = prepared
+    rows = max(32, -(-len(x) // 8) * 8)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
+    return torch._int_mm(padded, columns)[: len(x), :count]
 
 
 @lru_cache(maxsize=4)

@@ -25,6 +25,7 @@ from snipdedup.shards import plan_blocks
 ROUNDS = 8  # of k-means
 ASSIGN_BLOCK = 2048  # codes assigned at a time
 PAIR_BLOCK = 1024  # codes of a sample compared at a time
+TILE_PAIRS = 1 << 13  # pairs of a tile of the sample that are kept
 ENOUGH = 10  # pairs that must be missed in the sample for their share to mean something
 
 
@@ -188,7 +189,7 @@ def calibrate_tau(
     weight = 1 / degree[a] + 1 / degree[b]
     order = np.argsort(need, kind="stable")
     reached = np.cumsum(weight[order]) / weight.sum()
-    return min(reach / 2, float(need[order][np.searchsorted(reached, recall)]))
+    return min(reach / 2, float(need[order][min(np.searchsorted(reached, recall), len(need) - 1)]))
 
 
 def draw_together(x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
@@ -199,7 +200,7 @@ def draw_together(x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
 
 
 def nearest_other(codes: np.ndarray, threads: int) -> np.ndarray:
-    """Return for each code the place of the other code with the largest product, (n,) int64."""
+    """Return for each code the place of the other code nearest to it, (n,) int64."""
 
     def find(span: tuple[int, int]) -> np.ndarray:
         gaps = centroid_gaps(codes[slice(*span)], codes)
@@ -211,7 +212,10 @@ def nearest_other(codes: np.ndarray, threads: int) -> np.ndarray:
 
 
 def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs (a < b) of codes whose product reaches ``limit``."""
+    """Return the pairs (a < b) of codes whose product reaches ``limit``.
+
+    Of a tile in which very many do, some: a sample of mostly alike rows must not fill the memory.
+    """
     import torch
 
     kernel = pick_kernel("cpu", codes.shape[1], exact=True)
@@ -222,6 +226,8 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
         for row in range(0, span[1], PAIR_BLOCK):
             block = torch.from_numpy(codes[row : row + PAIR_BLOCK])
             i, j = product_hits(kernel.multiply(block, columns), np.full(len(block), limit))
+            every = 1 + len(i) // TILE_PAIRS
+            i, j = i[::every], j[::every]
             once = i + row < j + span[0]
             found.append((i[once] + row, j[once] + span[0]))
         a, b = (np.concatenate(side) for side in zip(*found, strict=True))

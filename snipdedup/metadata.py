@@ -96,24 +96,31 @@ class Metadata:
         return [column for column in self.columns if column.lower() == name.lower()]
 
     def check_matches(self, features: Features) -> None:
-        """Refuse metadata that does not belong to the features, row for row.
+        """Refuse metadata that does not belong to the features, row for row; see `check_rows`."""
+        self.check_rows([(str(shard.path), shard.rows) for shard in features.shards])
+
+    def check_rows(self, shards: Sequence[tuple[str, int]]) -> None:
+        """Refuse metadata whose rows are not those of shards, given by name and number of rows.
 
         Raises
         ------
         SnipError
             If the numbers of rows differ: in all or, with as many files as shards, in one of them.
         """
-        if len(self.files) == len(features.shards):
-            for file, shard in zip(self.files, features.shards, strict=True):
-                if file.rows != shard.rows:
+        if len(self.files) == len(shards):
+            for file, (name, rows) in zip(self.files, shards, strict=True):
+                if file.rows != rows:
                     raise SnipError(
-                        f"{file.path} has {file.rows:,} rows, its features {shard.path} have "
-                        f"{shard.rows:,}; expected one row of metadata for each row of features"
+                        f"{file.path} has {file.rows:,} rows, its features {name} have "
+                        f"{rows:,}; expected one row of metadata for each row of features"
                     )
-        if self.rows != features.rows:
+        total = sum(rows for _, rows in shards)
+        if self.rows != total:
+            first, last = shards[0][0], shards[-1][0]
+            where = first if first == last else f"{first} .. {last}"
             raise SnipError(
-                f"{named(self.files)}: {self.rows:,} rows of metadata, but {features.rows:,} rows "
-                f"of features in {named(features.shards)}; expected one for each"
+                f"{named(self.files)}: {self.rows:,} rows of metadata, but {total:,} rows "
+                f"of features in {where}; expected one for each"
             )
 
     def take(self, column: str, rows: np.ndarray) -> Any:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snipdedup import store
+from snipdedup.compute import cores, memory_bound
 from snipdedup.errors import SnipError
 from snipdedup.forest import Edges
 from snipdedup.formats import file_crc
-from snipdedup.metadata import Metadata, write_kept
+from snipdedup.metadata import Metadata, kept_names, write_kept
 from snipdedup.result import Found, Result, as_json, decide, forest_table, groups_table, levels
 from snipdedup.scan import equal_rows
 from snipdedup.settings import Dedup
@@ -71,7 +71,7 @@ def describe_run(result: Result, features: Features | None) -> dict[str, Any]:
     steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
     table = [t for t in steps if found.threshold <= t <= 1] if found.verified else []
     return {
-        "command": sys.argv,
+        "command": KIND,
         "verified": found.verified,
         "shards": shards or [
             {"name": name, "rows": int(rows)}
@@ -106,7 +106,11 @@ def finished_run(features: Any) -> Path | None:
 
 def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
     """Return settings as a manifest holds them: paths absolute, so that a later run finds them."""
-    settings = options.as_dict() | {"method": method}
+    settings = options.as_dict() | {
+        "method": method,
+        "threads": cores(options.threads),
+        "max_memory": memory_bound(options.max_memory),
+    }
     for name in ("features", "metadata", "index", "encoder"):
         value = settings[name]
         is_path = isinstance(value, str | Path)
@@ -187,15 +191,12 @@ def same_file(path: Path, shard: dict[str, Any]) -> bool:
     return f"{file_crc(path)[0]:08x}" == shard.get("crc32")
 
 
-def remove_tables(out: Path) -> None:
+def remove_tables(out: Path, metadata: Metadata | None) -> None:
     """Remove what a stopped run wrote into OUT, which no manifest names."""
     for name in ("is_dup.npy", "groups.parquet", "forest.parquet", "bad_rows.parquet", "flags.npy"):
         (out / name).unlink(missing_ok=True)
-    metadata = out / "metadata"
-    for path in metadata.glob("*.parquet"):
-        path.unlink()
-    if metadata.is_dir() and not any(metadata.iterdir()):
-        metadata.rmdir()
+    for name in kept_names(metadata.files, adding_counts=True) if metadata else []:
+        (out / "metadata" / name).unlink(missing_ok=True)
 
 
 def load_result(folder: Path, features: Features | None) -> Result:

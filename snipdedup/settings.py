@@ -22,12 +22,9 @@ def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "positional": True})
 
 
-def option(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), prefixes: tuple[str, ...] = ()
-) -> Any:
-    """Declare a flag; ``choices`` are the values it may have, besides ``prefixes`` + anything."""
-    metadata = {"help": help, "choices": choices, "prefixes": prefixes}
-    return dataclasses.field(default=default, metadata=metadata)
+def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
+    """Declare a flag; ``choices``, where given, are the values it may have."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def required(help: str) -> Any:
@@ -43,10 +40,7 @@ class Settings:
         for field in dataclasses.fields(self):
             choices = field.metadata.get("choices")
             value = getattr(self, field.name)
-            if not choices or value is None or value in choices:
-                continue
-            prefixes = field.metadata.get("prefixes", ())
-            if not any(str(value).startswith(prefix) for prefix in prefixes):
+            if choices and value is not None and value not in choices:
                 raise UsageError(
                     f"--{field.name} must be one of {', '.join(choices)}, found {value!r}"
                 )
@@ -238,6 +232,8 @@ class Dedup(Input):
             raise UsageError(f"--index and --encoder go with --method adc, not {self.method}")
         if self.encoder and not self.index and self.method is None:
             raise UsageError("--encoder goes with --method adc; the join makes its own codes")
+        if self.features is None and self.rule == "ratio":
+            raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
         if self.features is None and (self.index is None or self.method in ("join", "exact")):
             raise UsageError("dedup compares raw rows: give FEATURES, or --index for method adc")
         self.between("threshold", -1, 1)

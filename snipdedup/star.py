@@ -14,7 +14,7 @@ import numpy as np
 
 from snipdedup.cosine import PROPOSAL_ERROR, unit_rows
 from snipdedup.kernels import pick_kernel, product_hits
-from snipdedup.projection import WIDTHS, Projection, fit_projection
+from snipdedup.projection import WIDTHS, fit_projection
 from snipdedup.shards import plan_blocks
 from snipdedup.verify import pair_products, proved_cosines
 
@@ -70,6 +70,8 @@ def star_huge(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.nd
     for start, stop in plan_blocks(len(removed), BLOCK):
         places = removed[start:stop]
         found = [coded.hits(places, kept[s:e]) for s, e in plan_blocks(len(kept), BLOCK)]
+        unseen = np.setdiff1d(places, np.concatenate([x for x, _ in found]))  # none, but for luck
+        found.append((np.repeat(unseen, len(kept)), np.tile(kept, len(unseen))))
         x, y = (np.concatenate(side) for side in zip(*found, strict=True))
         near, cosine = nearest(rows, gather, x, y, places)
         representative[places], similarity[places] = near, cosine
@@ -79,7 +81,7 @@ def star_huge(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.nd
 def encode(rows: np.ndarray, gather: Gather, threshold: float) -> Coded:
     """Fit a projection to the group and encode its rows, read in row order."""
     sample = np.sort(rows[:: -(-len(rows) // FIT_ROWS)])
-    projection: Projection = fit_projection(gather(sample), WIDTHS[-1], 0)
+    projection = fit_projection(gather(sample), WIDTHS[-1], 0)
     codes = np.empty((len(rows), projection.width), np.int8)
     excess = np.empty(len(rows), np.float32)
     order = np.argsort(rows)
@@ -99,7 +101,7 @@ def decide(coded: Coded, gather: Gather, threshold: float) -> np.ndarray:
         for s, e in plan_blocks(len(kept), BLOCK):
             open_ = np.flatnonzero(~covered)
             x, y = coded.hits(block[open_], kept[s:e])
-            for pairs in one_each_first(x, y):
+            for pairs in one_each_first(x):
                 left = ~covered[x[pairs] - start]
                 at = pairs[left]
                 true = is_pair(coded.rows, gather, x[at], y[at], threshold)
@@ -109,9 +111,8 @@ def decide(coded: Coded, gather: Gather, threshold: float) -> np.ndarray:
     return stays
 
 
-def one_each_first(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
+def one_each_first(x: np.ndarray) -> Iterator[np.ndarray]:
     """Yield places of pairs: first one pair of each x, which often settles it, then the others."""
-    del y
     first = np.unique(x, return_index=True)[1]
     yield first
     rest = np.ones(len(x), bool)

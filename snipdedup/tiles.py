@@ -126,7 +126,10 @@ class Tile:
         rows = np.flatnonzero(self.products.amax(1).cpu().numpy() >= self.limits)
         if len(rows) <= CROWDED * ROW_TILE:
             return 0
-        hits = int(np.count_nonzero(self.products.cpu().numpy()[rows] >= self.limits[rows, None]))
+        close = self.products.cpu().numpy()[rows] >= self.limits[rows, None]
+        if self.start < len(self.right.row):  # each pair once
+            close &= np.arange(close.shape[1]) < rows[:, None] + self.start
+        hits = int(np.count_nonzero(close))
         return hits if hits > CROWDED * ROW_TILE * COLUMN_TILE else 0
 
     def hits(self) -> tuple[np.ndarray, np.ndarray]:

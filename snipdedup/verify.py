@@ -1,7 +1,7 @@
 """Proposed pairs are proved on the raw rows; the others are dropped.
 
 Rows are gathered once for many pairs, in row order. A float32 product settles what is clearly no
-pair, and which edges cannot matter for the forest; what is left is decided in float64.
+pair; what is left is decided in float64.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from snipdedup.compute import in_order
 from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
-from snipdedup.forest import Edges, forest_places, make_edges
+from snipdedup.forest import Edges, make_edges, spanning_forest
 from snipdedup.shards import Features, plan_blocks
 
 GATHER_PAIRS = 1 << 15  # pairs whose rows are gathered together
@@ -55,15 +55,9 @@ def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, ev
     raw = features.gather(rows)
     product = pair_products(unit_rows(raw), i, j)
     likely = np.flatnonzero(product >= np.float32(threshold - PROPOSAL_ERROR))
-    i, j, product = i[likely], j[likely], product[likely]
-    close = np.flatnonzero(product <= np.float32(threshold + PROPOSAL_ERROR))
-    product[close] = proved_cosines(raw, raw, i[close], j[close])
-    true = product >= np.float32(threshold)
-    i, j, product = i[true], j[true], product[true]
-    if not every:
-        keep = forest_places(make_edges(i, j, product))
-        i, j = i[keep], j[keep]
-    return make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j))
+    i, j = i[likely], j[likely]
+    edges = make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j)).at(threshold)
+    return edges if every else spanning_forest(edges)
 
 
 def pair_products(unit: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:

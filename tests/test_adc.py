@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import truth
@@ -191,3 +192,18 @@ def test_pairs_come_once():
     edges = make_edges(np.array([3, 1, 2, 1, 1]), np.array([1, 3, 5, 2, 3]), np.zeros(5))
     found = unique_edges(edges)
     assert list(zip(found.a.tolist(), found.b.tolist(), strict=True)) == [(1, 2), (1, 3), (2, 5)]
+
+
+def test_metadata_must_match_the_rows_of_the_index(index, tmp_path):
+    pq.write_table(pa.table({"key": ["a", "b"]}), tmp_path / "m.parquet")
+    words = ("--index", index, "--metadata", tmp_path / "m.parquet", "--out", tmp_path / "o")
+    status, _, said = truth.snip("dedup", *words)
+    assert status == 1
+    assert "2 rows" in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_rule_that_needs_features_is_refused_before_any_work(index, tmp_path):
+    words = ("--index", index, "--rule", "ratio", "--out", tmp_path / "o")
+    assert truth.snip("dedup", *words)[0] == 2
+    assert not (tmp_path / "o").exists()

@@ -12,9 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup import exact
-from snipdedup.exact import all_pairs, exact_edges, panel_rows
-from snipdedup.forest import ForestBuilder, spanning_forest
+from snipdedup.compute import in_order
+from snipdedup.exact import exact_edges, load_panel, panel_rows, tile_pairs, tile_plan
+from snipdedup.forest import ForestBuilder, join_edges, spanning_forest
 from snipdedup.shards import open_features
+
+
+def all_pairs(features, threshold, *, threads):
+    """Every pair of a small set, distinct or not, by the tiles of brute force."""
+    panel = load_panel(features, np.arange(features.rows))
+    plan = tile_plan(features.rows, max(features.rows, 1), 0, 0)
+    tiles = in_order(lambda tile: tile_pairs(panel, panel, *tile, threshold), plan, threads)
+    return join_edges(list(tiles))
 
 
 def loop(x, threshold):

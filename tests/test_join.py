@@ -327,3 +327,16 @@ def test_small_sets_of_any_kind_agree_with_brute_force(rows, dim, seed, threshol
         found = dedup(open_features(x), threshold=threshold, recall=1, threads=1)
     brute = dedup(x, threshold=threshold, method="exact", threads=1)
     assert_agree(found, brute)
+
+
+def test_the_forest_does_not_depend_on_threads_or_memory():
+    """Near-equal rows by the hundred: which edges of a crowd are taken must not hang on blocks."""
+    rng = np.random.default_rng(3)
+    centres = rng.standard_normal((40, 64))
+    x = np.repeat(centres, 150, axis=0) + 0.02 * rng.standard_normal((6000, 64))
+    x = np.concatenate([x, rng.standard_normal((6000, 64))]).astype(np.float32)
+    with mock.patch.object(room, "SINGLE_LIST_ROWS", 0):
+        one = dedup(x, threads=1, max_memory="8GB")
+        two = dedup(x, threads=2, max_memory="1MB")
+    assert listed(one) == listed(two)
+    assert np.array_equal(one.is_dup, two.is_dup)
