@@ -6,6 +6,7 @@ Every folder that snip writes (OUT, an encoder, an index, descriptors, filtered 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ FORMAT = 1
 WORK = "work"  # what an unfinished run needs to go on; removed at the end
 REQUEST = "request.json"
 SHORT = 80  # characters of a value shown in a message
+UMASK = os.umask(0)  # read once: to read it is to set it, for all threads
+os.umask(UMASK)
 
 
 @contextmanager
@@ -37,31 +40,50 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises
     ------
     SnipError
-        If the file cannot be written (no permission, disk full).
+        If the file cannot be written (no permission, disk full). What else fails in the block,
+        such as reading an input, is not this file's and passes as it is.
     """
-    try:
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise SnipError(f"cannot write {path}: {error.strerror or error}") from error
     part = Path(name)
     try:
-        yield part
-        part.chmod(0o666 & ~_umask())
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise SnipError(f"cannot write {path}: {error.strerror or error}") from error
+        try:
+            yield part
+        except OSError as error:
+            if is_of_writing(error, part):
+                raise cannot_write(path, error) from error
+            raise
+        with explained(path):
+            part.chmod(0o666 & ~UMASK)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Say of any `OSError` in the block that ``path`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> SnipError:
+    """Return the refusal of a file that cannot be written."""
+    return SnipError(f"cannot write {path}: {error.strerror or error}")
+
+
+def is_of_writing(error: OSError, part: Path) -> bool:
+    """Tell whether an error comes from writing ``part``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or error.filename in (part, str(part)):
+        return True
+    # A short write of numpy's has no number: "512 requested and 128 written".
+    return error.errno is None and str(error).endswith(" written")
 
 
 def save_npy(path: Path, array: np.ndarray) -> None:
@@ -220,7 +242,7 @@ def claim(
         state, earlier = "done", read_manifest(out, kind).get("request", {})
     elif note.is_file():
         state, earlier = "resume", load_json(note)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and not is_free(out):
         raise SnipError(f"--out {out} exists and is not a folder that snip wrote; choose another")
     else:
         state, earlier = "new", request
@@ -233,21 +255,64 @@ def claim(
     if overwrite and state != "new":
         if late and note.is_file() and not differences(load_json(note), request):
             return "resume"
-        if late:
-            shutil.rmtree(out / WORK, ignore_errors=True)
-        else:
-            clear(out)
+        empty_work(out)
         state = "new"
     if state == "new":
-        save_json(note, request)
+        save_json(note, request)  # before the manifest goes: one of them always says whose it is
+        if not late:
+            clear(out, keep_work=True)
     return state
+
+
+def is_free(out: Path) -> bool:
+    """Tell whether a folder is empty, but for what a claim that was stopped at once leaves."""
+    if not out.is_dir() or any(path.name != WORK for path in out.iterdir()):
+        return False
+    work = out / WORK
+    started = f".{REQUEST}."  # a note that is not whole; anything else may be someone's own
+    return not work.exists() or (
+        work.is_dir() and all(path.name.startswith(started) for path in work.iterdir())
+    )
+
+
+def empty_work(out: Path) -> None:
+    """Remove the work but its note, which says whose the folder is."""
+    for path in (out / WORK).glob("*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != REQUEST:
+            path.unlink(missing_ok=True)
 
 
 def release(out: Path) -> None:
     """Give up a claim: remove the work, and the folder if nothing else is in it."""
+    empty_work(out)
     shutil.rmtree(out / WORK, ignore_errors=True)
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
+
+
+def publish(
+    out: Path, kind: str, body: dict[str, Any], parts: Iterable[Path], held: Iterable[Path] = ()
+) -> None:
+    """Move finished files from a folder below the work into ``out``; the manifest comes last.
+
+    Parameters
+    ----------
+    out, kind, body
+        As in `write_manifest`.
+    parts : iterable of Path
+        Files whose place below ``out`` is that below their folder in the work.
+    held : iterable of Path
+        Files of ``out`` that stay part of the result.
+    """
+    targets = list(held)
+    for part in parts:
+        target = out / Path(*part.relative_to(out / WORK).parts[1:])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        targets.append(part.replace(target))
+    write_manifest(out, kind, body, targets)
+    shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -281,16 +346,18 @@ def clear(out: Path, *, keep_work: bool = False) -> None:
 
 
 def refuse_output_inside(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to write into an input folder, or beside an input file.
+    """Refuse to write into an input folder, or over or beside an input file.
 
     Raises
     ------
     SnipError
-        If ``out`` is an input folder, lies in one, or is the folder of an input file. A new
+        If ``out`` is an input, lies in an input folder, or is the folder of an input file. A new
         folder beside an input file is no harm.
     """
     target = out.resolve()
     for path in inputs:
+        if target == path.resolve() and not path.is_dir():
+            raise SnipError(f"{out} is an input; snip never writes there, choose another place")
         folder = (path if path.is_dir() else path.parent).resolve()
         if target == folder or (path.is_dir() and folder in target.parents):
             raise SnipError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -57,12 +60,38 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
 
 
 def test_permissions_follow_the_umask(tmp_path):
-    before = os.umask(0o027)
-    try:
-        store.save_json(tmp_path / "x.json", {})
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x.json").stat().st_mode) == 0o640
+    script = "import sys; from snipdedup import store as s; s.save_json(s.Path(sys.argv[1]), {})"
+    path = tmp_path / "x.json"
+    subprocess.run([sys.executable, "-c", script, path], check=True, umask=0o027)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_the_umask_stays_as_it_is_while_files_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", None)  # it is the whole process's, other threads write too
+    store.save_json(tmp_path / "x.json", {})
+
+
+def test_an_input_that_cannot_be_read_is_not_called_an_output(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match=r"input\.npy"),
+        store.replacing(tmp_path / "x.npy") as part,
+    ):
+        part.write_bytes((tmp_path / "input.npy").read_bytes())
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("512 requested and 128 written"),
+    ):
+        with (
+            pytest.raises(SnipError, match=r"cannot write .*x\.npy: "),
+            store.replacing(tmp_path / "x.npy"),
+        ):
+            raise error
+    with (
+        pytest.raises(SnipError, match=r"cannot write .*x\.npy: "),
+        store.replacing(tmp_path / "x.npy") as part,
+    ):
+        raise PermissionError(errno.EACCES, "Permission denied", str(part))
+    assert everything_below(tmp_path) == []
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
@@ -231,6 +260,40 @@ def test_overwrite_removes_nothing_outside_the_folder(tmp_path):
     assert (tmp_path / "precious.npy").exists()
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_overwrite_that_is_stopped_can_be_overwritten(tmp_path, monkeypatch, finished):
+    out, other = tmp_path / "out", REQUEST | {"threshold": 0.9}
+    store.claim(out, "dedup", REQUEST, overwrite=False)
+    if finished:
+        finish(out)
+    for name in ("empty_work", "save_json", "clear"):
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                store.claim(out, "dedup", other, overwrite=True)
+    assert store.claim(out, "dedup", other, overwrite=True) == "new"
+    assert everything_below(out) == ["work", "work/request.json"]
+
+
+def test_a_claim_stopped_at_once_leaves_a_free_folder(tmp_path):
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    (out / "work" / ".request.json.x.part").write_bytes(b"{")
+    assert store.claim(out, "dedup", REQUEST, overwrite=False) == "new"
+
+
+def test_someone_else_s_work_is_not_taken(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("x")
+    with pytest.raises(SnipError, match="not a folder that snip wrote"):
+        store.claim(tmp_path, "dedup", REQUEST, overwrite=True)
+    assert everything_below(tmp_path) == ["work", "work/thesis.tex"]
+
+
 def test_long_values_are_cut_in_messages():
     said = store.differences({"shards": list(range(1000))}, {"shards": None, "seed": 1})
     assert said[0] == "seed (null, now 1)"
@@ -251,6 +314,8 @@ def test_refuse_output_inside(tmp_path):
             store.refuse_output_inside(out, [features])
     with pytest.raises(SnipError, match="lies in the input folder"):
         store.refuse_output_inside(features, [shard])
+    with pytest.raises(SnipError, match=r"a\.npy is an input"):
+        store.refuse_output_inside(features / ".." / "img_emb" / "a.npy", [shard])
     store.refuse_output_inside(features / "out", [shard])  # a new folder beside a named file
     store.refuse_output_inside(tmp_path / "set" / "out", [features, shard])
     store.refuse_output_inside(tmp_path / "set" / "img_emb2", [features])
