@@ -24,7 +24,6 @@ from snipdedup.masks import (
     check_sizes,
     choose_files,
     file_numbers,
-    finish,
     open_mask,
     place_metadata,
     rows_of,
@@ -67,7 +66,8 @@ def run(options: Download) -> str:
     out = Path(options.out).expanduser()
     items = find_items(options.source, options.start, options.end)
     check_names(items)
-    local = [Path(options.source).expanduser(), *(Path(i.location) for i in items)]
+    named = (options.source, options.is_dup, options.cumulative_sizes)
+    local = [Path(n).expanduser() for n in named if n] + [Path(i.location) for i in items]
     store.refuse_output_inside(out, [path for path in local if path.exists()])
     with published(options, out) as mask:
         first_row = None if mask is None else place_items(items, options, mask, out)
@@ -83,7 +83,7 @@ def run(options: Download) -> str:
     hidden = ("source", "is_dup", "cumulative_sizes")
     settings = {**options.as_dict(), **{name: public(getattr(options, name)) for name in hidden}}
     body = {"settings": settings, "request": request, "files": described}
-    finish(out, KIND, body, parts)
+    store.publish(out, KIND, body, parts)
     return f"{out}: {summary(described)}"
 
 

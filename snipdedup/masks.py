@@ -7,7 +7,6 @@ destroyed in silence. Where a file's place cannot be proved, it is refused.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,7 +333,10 @@ def run(options: Filter) -> str:
     """Apply a mask to metadata files: ``snip filter``."""
     out = Path(options.out).expanduser()
     metadata = open_metadata(options.metadata)
-    store.refuse_output_inside(out, metadata.inputs())
+    others = [
+        Path(name).expanduser() for name in (options.is_dup, options.cumulative_sizes) if name
+    ]
+    store.refuse_output_inside(out, [*metadata.inputs(), *others])
     mask = open_mask(options.is_dup, options.cumulative_sizes)
     place = place_metadata(metadata, mask, options.start, options.end)
     files = metadata.files[place.first : place.last]
@@ -355,7 +357,7 @@ def run(options: Filter) -> str:
         for number, (part, file) in enumerate(zip(parts, files, strict=True), place.number)
     ]
     body = {"settings": options.as_dict(), "request": request, "files": described}
-    finish(out, KIND, body, parts)
+    store.publish(out, KIND, body, parts)
     return f"{out}: {summary(described)}"
 
 
@@ -368,13 +370,6 @@ def stamp(path: Path) -> dict[str, int]:
 def rows_of(path: Path) -> int:
     """Return the rows of a parquet file."""
     return int(pq.read_metadata(path).num_rows)
-
-
-def finish(out: Path, kind: str, body: dict[str, Any], parts: Sequence[Path]) -> None:
-    """Move finished files from the work folder into ``out``; write the manifest, last."""
-    targets = [part.replace(out / part.name) for part in parts]
-    store.write_manifest(out, kind, body, targets)
-    shutil.rmtree(out / store.WORK, ignore_errors=True)
 
 
 def summary(files: Sequence[dict[str, Any]]) -> str:

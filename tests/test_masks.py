@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import masks
+from snipdedup import masks, store
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.masks import Held, Mask, Place
 from snipdedup.settings import Filter
@@ -270,7 +270,7 @@ def test_a_finished_folder_says_so_and_is_replaced_only_when_told(a_set, snip):
 
 def test_a_stopped_run_goes_on(a_set, monkeypatch):
     meta, mask, stay, tmp = a_set
-    monkeypatch.setattr(masks, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(store, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         filtered(meta, mask, tmp / "out")
     assert not (tmp / "out" / "snip.json").exists()
@@ -288,6 +288,23 @@ def test_never_into_the_input(a_set):
         with pytest.raises(SnipError, match="lies in the input folder"):
             filtered(meta, mask, out)
     assert sorted(meta.iterdir()) == before
+
+
+def test_never_into_the_mask_or_the_totals(a_set):
+    meta, mask, _, tmp = a_set
+    manifest(mask.parent, SIZES)
+    np.save(tmp / "totals.npy", np.cumsum(SIZES))
+    for spec, out in (
+        (mask.parent, mask.parent),
+        (mask.parent, mask.parent / "kept"),
+        (mask, mask),
+    ):
+        with pytest.raises(SnipError, match="snip never writes there"):
+            filtered(meta, spec, out)
+    for out in (tmp / "totals.npy", tmp):
+        with pytest.raises(SnipError, match="snip never writes there"):
+            filtered(meta, mask, out, cumulative_sizes=str(tmp / "totals.npy"))
+    assert {path.name for path in mask.parent.iterdir()} == {"is_dup.npy", "snip.json"}
 
 
 @pytest.mark.parametrize(("start", "end"), [(2, 2), (3, 1), (-1, 2), (None, 0)])
