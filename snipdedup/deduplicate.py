@@ -28,11 +28,11 @@ from snipdedup.metadata import Metadata, open_metadata
 from snipdedup.outfolder import (
     KIND,
     changed_shards,
+    clear_earlier,
     describe_run,
     finished_run,
     load_found,
     load_result,
-    remove_tables,
     saved_settings,
     summary,
     write_tables,
@@ -137,8 +137,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     with clock.stage("group"):
         result = decide_by(found, features, options)
     with clock.stage("write"):
-        store.clear(out, keep_work=True)
-        remove_tables(out, metadata)
+        clear_earlier(out)
         outputs = write_tables(result, out, metadata, key)
     body = {
         "request": request,

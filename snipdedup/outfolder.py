@@ -12,7 +12,7 @@ from snipdedup.compute import cores, memory_bound
 from snipdedup.errors import SnipError
 from snipdedup.forest import Edges
 from snipdedup.formats import file_crc
-from snipdedup.metadata import Metadata, kept_names, write_kept
+from snipdedup.metadata import Metadata, write_kept
 from snipdedup.result import Found, Result, as_json, decide, forest_table, groups_table, levels
 from snipdedup.scan import equal_rows
 from snipdedup.settings import Dedup
@@ -191,12 +191,20 @@ def same_file(path: Path, shard: dict[str, Any]) -> bool:
     return f"{file_crc(path)[0]:08x}" == shard.get("crc32")
 
 
-def remove_tables(out: Path, metadata: Metadata | None) -> None:
-    """Remove what a stopped run wrote into OUT, which no manifest names."""
+def clear_earlier(out: Path) -> None:
+    """Remove an earlier result from OUT, just before a new one is written.
+
+    Of a finished run what its manifest names; of a stopped one, which has none, every table.
+    """
+    if (out / store.MANIFEST).is_file():
+        store.clear(out, keep_work=True)
+        return
     for name in ("is_dup.npy", "groups.parquet", "forest.parquet", "bad_rows.parquet", "flags.npy"):
         (out / name).unlink(missing_ok=True)
-    for name in kept_names(metadata.files, adding_counts=True) if metadata else []:
-        (out / "metadata" / name).unlink(missing_ok=True)
+    for path in (out / "metadata").glob("*.parquet"):
+        path.unlink()
+    if (out / "metadata").is_dir() and not any((out / "metadata").iterdir()):
+        (out / "metadata").rmdir()
 
 
 def load_result(folder: Path, features: Features | None) -> Result:
