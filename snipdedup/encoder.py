@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,15 +21,17 @@ from torch.nn import functional
 
 from snipdedup import progress, settings, store
 from snipdedup.compute import cores, in_order, library_threads, pick_device
-from snipdedup.cosine import bad_rows, unit_rows
-from snipdedup.errors import SnipError
+from snipdedup.cosine import unit_rows
+from snipdedup.errors import InputError, SnipError
 from snipdedup.quantise import BLOCK, in_blocks
-from snipdedup.shards import CrcLedger, Features, open_features
+from snipdedup.scan import refuse_bad
+from snipdedup.shards import CrcLedger, Features, accept_dates, open_features, request_of
 
 WEIGHTS = "weights.pt"
 LAYOUT = 1  # of the network below; a change that old weights do not fit counts it up
 READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
 DESCRIPTORS = "descriptors"
+FILES = "files"  # below the work folder: what is written before all of it is whole
 
 
 class Network(nn.Module):
@@ -219,9 +220,13 @@ def run(options: settings.Compress) -> str:
     out = Path(options.out).expanduser()
     store.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
     request = describe_request(options, features)
-    if claim(out, request, names, options.overwrite) == "done":
+    if claim(out, request, features, options.overwrite) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
-    crcs = write_shards(features, encoder, out, names, options)
+    try:
+        crcs = write_shards(features, encoder, out / store.WORK, names, options)
+    except InputError:
+        store.release(out)  # what stood there before, stands
+        raise
     shards = [
         {**d, "crc32": f"{crc:08x}"} for d, crc in zip(features.describe(), crcs, strict=True)
     ]
@@ -235,8 +240,8 @@ def run(options: settings.Compress) -> str:
         "counts": {"rows": features.rows, "dim": encoder.dim},
         "seconds": {"all": round(seconds, 3)},
     }
-    store.write_manifest(out, DESCRIPTORS, body, [out / name for name in names])
-    shutil.rmtree(out / store.WORK, ignore_errors=True)
+    store.clear(out, keep_work=True)
+    store.publish(out, DESCRIPTORS, body, [out / store.WORK / FILES / name for name in names])
     size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
     return (
         f"{features.rows:,} rows in {len(names)} shards: {encoder.dim_in} wide to {encoder.dim} "
@@ -252,7 +257,7 @@ def describe_request(options: settings.Compress, features: Features) -> dict[str
         "dtype": options.dtype,
         "array": options.array,
         "column": options.column,
-        "features": features.describe(),
+        **request_of(features),
     }
 
 
@@ -279,30 +284,32 @@ def descriptor_names(features: Features) -> list[str]:
     return list(names)
 
 
-def claim(out: Path, request: dict[str, Any], names: list[str], overwrite: bool) -> str:
+def claim(out: Path, request: dict[str, Any], features: Features, overwrite: bool) -> str:
     """Take ``out`` as `store.claim` does; a new run finds no descriptors of a stopped one."""
     note = out / store.WORK / store.REQUEST
     stopped = store.load_json(note) if overwrite and note.is_file() else {}
-    state = store.claim(out, DESCRIPTORS, request, overwrite=overwrite)
-    if state == "new":
-        left = [f"{Path(shard['name']).stem}.npy" for shard in stopped.get("features", [])]
-        for name in (*left, *names):
-            (out / name).unlink(missing_ok=True)
+    finished = (out / store.MANIFEST).is_file()
+    if finished:
+        accept_dates(request, features, store.read_manifest(out, DESCRIPTORS))
+    state = store.claim(out, DESCRIPTORS, request, overwrite=overwrite, late=True)
+    if state == "new" and not finished:  # a run stopped at its last step had them in place
+        for shard in stopped.get("features", []):
+            (out / f"{Path(shard['name']).stem}.npy").unlink(missing_ok=True)
     return state
 
 
 def write_shards(
-    features: Features, encoder: Encoder, out: Path, names: list[str], options: settings.Compress
+    features: Features, encoder: Encoder, work: Path, names: list[str], options: settings.Compress
 ) -> list[int]:
     """Write the shards that are not there yet; return the CRC32 of each input shard."""
     threads = cores(options.threads) if encoder.device == "cpu" else 1
     crcs = []
     with progress.bar(features.rows, "compressing", "rows") as bar:
         for number, name in enumerate(names):
-            done = out / store.WORK / f"{name}.json"  # written after the shard: both or neither
-            if not done.is_file():
-                crc = write_shard(features, number, encoder, out / name, options.dtype, threads)
-                store.save_json(done, {"crc32": crc})
+            path, done = work / FILES / name, work / f"{name}.json"
+            if not (done.is_file() and path.is_file()):
+                crc = write_shard(features, number, encoder, path, options.dtype, threads)
+                store.save_json(done, {"crc32": crc})  # after the shard: both or neither
             crcs.append(int(store.load_json(done)["crc32"]))
             bar.update(features.shards[number].rows)
     return crcs
@@ -315,18 +322,18 @@ def write_shard(
 
     Raises
     ------
-    SnipError
+    InputError
         If a row cannot be compared: file and row; nothing is written then.
     """
-    ledger = CrcLedger(len(features.shards))
-    rows = features.shards[number].rows
+    ledger, shard = CrcLedger(len(features.shards)), features.shards[number]
+    rows = shard.rows
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, encoder.dim)}
     with store.replacing(path) as part, part.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for block, crcs in encoded_spans(features, number, encoder, threads):
             block.astype(dtype).tofile(file)
             ledger.add(crcs)
-    return ledger.totals()[number]
+    return ledger.totals()[number] if rows else shard.crc_piece(0, shard.read(0, 0))[0]
 
 
 def encoded_spans(
@@ -343,27 +350,3 @@ def encoded_spans(
         return encoder.encode(rows, span[0]), crcs
 
     return in_order(work, spans, threads)
-
-
-def refuse_bad(features: Features, numbers: np.ndarray, rows: np.ndarray) -> None:
-    """Refuse rows that have no direction, naming the first one's file and place.
-
-    Parameters
-    ----------
-    features : Features
-    numbers : (n,) int64
-        Global rows.
-    rows : (n, d)
-        What they hold.
-    """
-    bad = np.flatnonzero(bad_rows(rows))
-    if not len(bad):
-        return
-    path, place = features.place(int(numbers[bad[0]]))
-    values = rows[bad[0]]
-    what = "NaN" if np.isnan(values).any() else "infinity" if values.any() else "zeros only"
-    others = f" (and {len(bad) - 1:,} more rows near it)" if len(bad) > 1 else ""
-    raise SnipError(
-        f"{path}: row {place} holds {what}{others}, expected finite values that are not all zero; "
-        "mend or remove such rows first"
-    )

@@ -142,17 +142,40 @@ def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:
 
 def describe_bad(features: Features, bad: np.ndarray) -> str:
     """Say how many rows are bad, and where the first ones are."""
+    return (
+        f"{len(bad):,} of {features.rows:,} rows cannot be compared: {bad_places(features, bad)}; "
+        "mend them, or let them stay unmatched with --bad_rows keep"
+    )
+
+
+def refuse_bad(features: Features, numbers: np.ndarray, rows: np.ndarray) -> None:
+    """Refuse rows that cannot be compared, where they cannot be left out either.
+
+    Parameters
+    ----------
+    features : Features
+    numbers : (n,) int64
+        Global rows.
+    rows : (n, d)
+        What they hold.
+    """
+    bad = numbers[bad_rows(rows)]
+    if len(bad):
+        raise InputError(
+            f"rows without a direction: {bad_places(features, bad)}; expected finite values that "
+            "are not all zero: mend or remove such rows first"
+        )
+
+
+def bad_places(features: Features, bad: np.ndarray) -> str:
+    """Say where the first bad rows are, and what they hold."""
     places = []
     for row in bad[:SHOWN_ROWS]:
         path, place = features.place(int(row))
         values = features.read(int(row), int(row) + 1)
         what = "NaN" if np.isnan(values).any() else "infinity" if values.any() else "zeros only"
         places.append(f"{path} row {place} ({what})")
-    more = ", ..." if len(bad) > SHOWN_ROWS else ""
-    return (
-        f"{len(bad):,} of {features.rows:,} rows cannot be compared: {', '.join(places)}{more}; "
-        "mend them, or let them stay unmatched with --bad_rows keep"
-    )
+    return ", ".join(places) + (", ..." if len(bad) > SHOWN_ROWS else "")
 
 
 def row_hashes(rows: np.ndarray) -> np.ndarray:

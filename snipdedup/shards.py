@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
+from snipdedup.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, file_crc, open_shard
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -164,6 +164,34 @@ class Features:
         When a file was last changed, ns; of an array the CRC32.
         """
         return [_stamp(shard) for shard in self.shards]
+
+
+def request_of(features: Features) -> dict[str, Any]:
+    """Return what tells features from others, as the entries of a request (`store.claim`)."""
+    return {"features": features.describe(), "features_changed": features.stamps()}
+
+
+def accept_dates(request: dict[str, Any], features: Features, finished: dict[str, Any]) -> None:
+    """Put a finished run's dates into a request where shards hold the same bytes as then.
+
+    Parameters
+    ----------
+    request : dict
+        With the entries of `request_of`; changed in place.
+    features : Features
+        May have more shards than the finished run had.
+    finished : dict
+        Its manifest. A shard without ``crc32`` there is never taken for the same.
+    """
+    stamps, dates = request["features_changed"], finished["request"].get("features_changed", [])
+    earlier = zip(dates, finished["request"].get("features", []), finished["shards"], strict=False)
+    for number, (date, described, shard) in enumerate(earlier):
+        if number >= len(stamps) or stamps[number] == date or "crc32" not in shard:
+            continue
+        path = features.shards[number].path
+        if request["features"][number] == described and path.is_file():
+            crc, _ = file_crc(path)
+            stamps[number] = date if f"{crc:08x}" == shard["crc32"] else stamps[number]
 
 
 def _ascending(rows: np.ndarray) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,10 +24,10 @@ from torch.nn import functional
 from snipdedup import progress, settings, store
 from snipdedup.compute import cores, library_threads, pick_device
 from snipdedup.cosine import unit_rows
-from snipdedup.encoder import Encoder, Network, refuse_bad
+from snipdedup.encoder import WEIGHTS, Encoder, Network
 from snipdedup.errors import SnipError
-from snipdedup.scan import row_hashes
-from snipdedup.shards import Features, open_features, plan_blocks
+from snipdedup.scan import refuse_bad, row_hashes
+from snipdedup.shards import Features, open_features, plan_blocks, request_of
 
 K = 10  # neighbours whose recall is reported
 LEAST_ROWS = 64  # distinct rows to learn anything from
@@ -108,7 +107,7 @@ def run(options: settings.Train) -> str:
     out = Path(options.out).expanduser()
     store.refuse_output_inside(out, features.inputs())
     kept = {k: v for k, v in options.as_dict().items() if k not in HOW}
-    request = {**kept, "features": features.describe()}
+    request = {**kept, **request_of(features)}
     if store.claim(out, "encoder", request, overwrite=options.overwrite, late=True) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
@@ -126,9 +125,9 @@ def run(options: settings.Train) -> str:
         store.clear(out, keep_work=True)
         encoder.save(out, body)
     finally:
-        shutil.rmtree(out / store.WORK, ignore_errors=True)
-        if not any(out.iterdir()):  # refused: leave no trace
-            out.rmdir()
+        if not (out / store.MANIFEST).is_file():  # weights that nothing vouches for are no use
+            (out / WEIGHTS).unlink(missing_ok=True)
+        store.release(out)
     return summary(history, encoder, features, options, seconds)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import pickle
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ import torch
 from snipdedup import encoder as room
 from snipdedup import settings, store
 from snipdedup.encoder import Encoder, Network
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError, SnipError
 
 DIM_IN, HIDDEN, DIM = 24, 40, 8
 
@@ -297,10 +299,46 @@ def test_a_bad_row_is_refused_by_file_and_row(folder, shards, tmp_path, value, w
     rows = np.load(source / "img_emb_2.npy")
     rows[1033] = value
     np.save(source / "img_emb_2.npy", rows)
-    with pytest.raises(SnipError, match=f"img_emb_2.npy: row 1033 holds {what}"):
+    with pytest.raises(SnipError, match=rf"img_emb_2.npy row 1033 \({what}\)"):
         compress(source, folder, out)
-    assert not (out / "img_emb_2.npy").exists()
-    assert not (out / "snip.json").exists()
+    assert not out.exists()
+
+
+def test_a_bad_row_leaves_an_older_result_alone(folder, shards, tmp_path):
+    source, out = shards[0], tmp_path / "out"
+    compress(source, folder, out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    rows = np.load(source / "img_emb_3.npy")
+    rows[512] = 0
+    np.save(source / "img_emb_3.npy", rows)
+    with pytest.raises(InputError, match=r"img_emb_3.npy row 512 \(zeros only\)"):
+        compress(source, folder, out, overwrite=True)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_rewritten_shards_are_another_input_but_a_new_date_is_not(folder, shards, tmp_path):
+    source, out = shards[0], tmp_path / "out"
+    compress(source, folder, out)
+    for path in source.iterdir():
+        os.utime(path, ns=(0, 1))
+        crc = zlib.crc32(path.read_bytes())
+        held = store.read_manifest(out, "descriptors")["shards"]
+        assert f"{crc:08x}" in [s["crc32"] for s in held if s["name"] == path.name]
+    assert "finished already" in compress(source, folder, out)
+    np.save(source / "img_emb_0.npy", 2 * np.load(source / "img_emb_0.npy"))
+    with pytest.raises(SnipError, match="finished run with other features_changed"):
+        compress(source, folder, out)
+
+
+def test_a_stopped_run_does_not_go_on_with_rewritten_shards(folder, shards, tmp_path, monkeypatch):
+    source, out = shards[0], tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, folder, out)
+    np.save(source / "img_emb_0.npy", 2 * np.load(source / "img_emb_0.npy"))
+    with pytest.raises(SnipError, match="stopped run with other features_changed"):
+        compress(source, folder, out)
 
 
 def test_wrong_widths_places_and_names_are_refused_before_anything_is_written(

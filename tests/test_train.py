@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -255,8 +256,8 @@ def spoiled(value: float) -> np.ndarray:
         (clustered(300, 16), {"dim": 17}, r"--dim 17: .* 16 wide; choose --dim 16 or less"),
         (clustered(63, 16), {}, r"in/a.npy: expected at least 64 rows to train on, found 63"),
         (np.tile(clustered(63, 16), (9, 1)), {}, r"at least 64 distinct rows .*found 63 among 567"),
-        (spoiled(np.nan), {}, r"in/a.npy: row 207 holds NaN"),
-        (spoiled(-np.inf), {}, r"in/a.npy: row 207 holds infinity"),
+        (spoiled(np.nan), {}, r"in/a.npy row 207 \(NaN\)"),
+        (spoiled(-np.inf), {}, r"in/a.npy row 207 \(infinity\)"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_before_the_first_step(
@@ -292,3 +293,34 @@ def test_shards_of_other_widths_and_other_settings_are_refused(tmp_path):
     with pytest.raises(SnipError, match=r"b.npy: rows are 17 wide"):
         train.run(settings.Train(**given, overwrite=True))
     assert store.read_manifest(tmp_path / "out", "encoder")["settings"]["seed"] == 1
+
+
+def test_rewritten_shards_are_another_input(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.npy"
+    np.save(path, clustered(100, 16))
+    given = {"features": str(tmp_path / "in"), "out": str(tmp_path / "out"), **QUICK, "steps": 2}
+    train.run(settings.Train(**given))
+    np.save(path, clustered(100, 16) * 2)
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(SnipError, match="finished run with other features_changed"):
+        train.run(settings.Train(**given))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_stopped_before_its_manifest_leaves_no_weights(tmp_path, monkeypatch, overwrite):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "a.npy", clustered(100, 16))
+    given = {"features": str(tmp_path / "in"), "out": str(tmp_path / "out"), **QUICK, "steps": 2}
+    if overwrite:
+        train.run(settings.Train(**given, seed=1))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_manifest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(settings.Train(**given, overwrite=overwrite))
+    assert not (tmp_path / "out").exists()
+    assert "validation recall" in train.run(settings.Train(**given))
