@@ -22,7 +22,7 @@ import numpy as np
 from snipdedup import progress, settings, store
 from snipdedup.compute import cores, in_order
 from snipdedup.cosine import bad_rows, unit_rows
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError, SnipError
 from snipdedup.quantise import (
     BLOCK,
     LEAST_SAMPLE,
@@ -38,12 +38,13 @@ from snipdedup.quantise import (
     write_quantiser,
 )
 from snipdedup.scan import describe_bad
-from snipdedup.shards import Features, open_features
+from snipdedup.shards import CrcLedger, Features, accept_dates, open_features, request_of
 
 if TYPE_CHECKING:
     from snipdedup.encoder import Encoder
 
 QUANTISER, ENCODER = "quantizer.faiss", "encoder"
+FILES = "files"  # below the work folder: what is written before all of it is whole
 READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
 WALK_ROWS = 1 << 20  # entries of the lists looked at together
 
@@ -53,17 +54,28 @@ def run(options: settings.Index) -> str:
     features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
     )
+    options = expanded(options)
     out = Path(options.out)
     source = Path(options.features) if isinstance(options.features, str | Path) else None
-    store.refuse_output_inside(out, features.inputs())
-    if options.export_faiss is not None:
-        store.refuse_output_inside(Path(options.export_faiss), features.inputs())
+    read = [Path(name) for name in (options.base, options.encoder) if name is not None]
+    for target in (out, *([Path(options.export_faiss)] if options.export_faiss else [])):
+        store.refuse_output_inside(target, [*features.inputs(), *read])
     index, state = build(features, out, options, as_stored=is_descriptors(source))
     said = describe(index, state)
     if options.export_faiss is not None:
         size = export_faiss(index, Path(options.export_faiss))
         said += f"\nwrote {options.export_faiss} for plain faiss, {size:,} bytes"
     return said
+
+
+def expanded(options: settings.Index) -> settings.Index:
+    """Return settings with ``~`` replaced in every path."""
+    names = ("features", "out", "encoder", "base", "export_faiss")
+    given = options.as_dict()
+    for name in names:
+        if isinstance(given[name], str | Path):
+            given[name] = str(Path(given[name]).expanduser())
+    return settings.Index(**given)
 
 
 def is_descriptors(source: Path | None) -> bool:
@@ -99,59 +111,114 @@ def build(
         For bad rows (unless ``bad_rows`` is ``keep``), a width that ``m`` does not divide, a base
         that does not fit, or an ``out`` that holds something else.
     """
-    threads = cores(options.threads)
     base = open_base(options.base)
     encoder = choose_encoder(options.encoder, base)
     request = {
-        "features": features.describe(),
+        **request_of(features),
         "as_stored": as_stored,
         "encoder": identity(encoder / store.MANIFEST) if encoder else None,
         "base": identity(base) if base else None,
         **{n: getattr(options, n) for n in ("nlist", "m", "nbits", "train_rows", "seed")},
     }
-    state, request = claim(out, request, options)
+    space = Space.of(encoder, features.dim, as_stored)
+    check_shape(features, space, base, options)
+    state, request = claim(out, request, features, options)
     if state == "done":
         return Index.open(out), state
-    if encoder is not None and state != "append":
-        copy_encoder(encoder, out / ENCODER)
-    space = Space.of(out, features.dim, as_stored)
-    if not (out / QUANTISER).is_file():
-        write_quantiser(out / QUANTISER, make_quantiser(features, space, base, options))
-    quantiser = read_quantiser(out / QUANTISER)
-    names = [shard_name(number) for number in range(len(features.shards))]
-    with progress.bar(features.rows, "indexing", "rows") as bar:
-        for number, name in enumerate(names):
-            if not (out / name).is_file():
-                shard = encode_shard(features, number, space, quantiser, threads)
-                refuse_bad(features, number, shard.bad, options.bad_rows)
-                save_shard(out / name, shard)
-            bar.update(features.shards[number].rows)
-    finish(out, request, options, names)
+    held = len(store.read_manifest(out, "index")["shards"]) if state == "append" else 0
+    if held:
+        space = Space.of(held_encoder(out), features.dim, bool(request["as_stored"]))
+    work = out / store.WORK / FILES
+    try:
+        if not held and not (work / QUANTISER).is_file():
+            write_quantiser(work / QUANTISER, make_quantiser(features, space, base, options))
+        quantiser = read_quantiser((out if held else work) / QUANTISER)
+        write_shards(features, held, space, quantiser, work, options)
+    except InputError:
+        store.release(out)  # what stood there before, stands
+        raise
+    if encoder is not None and not held:
+        copy_encoder(encoder, work / ENCODER)
+    finish(out, request, options, held)
     return Index.open(out), state
 
 
+def check_shape(
+    features: Features, space: Space, base: Path | None, options: settings.Index
+) -> None:
+    """Refuse settings that do not fit the width or the rows, before anything is written."""
+    if options.nlist > features.rows:
+        raise SnipError(
+            f"--nlist {options.nlist}: there are only {features.rows:,} rows; give fewer lists, or "
+            "leave it away to have them chosen"
+        )
+    if base is not None:
+        check_base(base, read_quantiser(base), space.dim, options)
+    elif options.m is not None:
+        check_m(options.m, space.dim)
+
+
+def write_shards(
+    features: Features,
+    held: int,
+    space: Space,
+    quantiser: Quantiser,
+    work: Path,
+    options: settings.Index,
+) -> None:
+    """Write the codes of shards from number ``held`` on that are not there yet.
+
+    Raises
+    ------
+    InputError
+        If rows cannot be compared, and ``bad_rows`` is not ``keep``.
+    """
+    threads = cores(options.threads)
+    with progress.bar(features.rows, "indexing", "rows") as bar:
+        for number, shard in enumerate(features.shards):
+            path = work / shard_name(number)
+            if number >= held and not (path.is_file() and crc_note(path).is_file()):
+                codes, crc = encode_shard(features, number, space, quantiser, threads)
+                refuse_bad(features, number, codes.bad, options.bad_rows)
+                save_shard(path, codes)
+                store.save_json(crc_note(path), {"crc32": f"{crc:08x}"})
+            bar.update(shard.rows)
+
+
+def crc_note(path: Path) -> Path:
+    """Return where the CRC32 of a shard of features is noted until the manifest holds it."""
+    return path.parent.parent / f"{path.name}.json"
+
+
 def claim(
-    out: Path, request: dict[str, Any], options: settings.Index
+    out: Path, request: dict[str, Any], features: Features, options: settings.Index
 ) -> tuple[str, dict[str, Any]]:
     """Take ``out`` as `store.claim` does; with ``--append``, go on where it has fewer shards."""
-    if not options.overwrite and (out / store.MANIFEST).is_file():
-        earlier = store.read_manifest(out, "index")["request"]
-        held, now = earlier["features"], request["features"]
-        if len(held) < len(now) and now[: len(held)] == held:
-            if not options.append:
-                raise SnipError(
-                    f"--out {out} holds an index of the first {len(held)} of {len(now)} shards; "
-                    "add the others with --append, or replace it with --overwrite"
-                )
-            return "append", grow(out, earlier, request)
-        if options.append:
-            request = merged_request(out, earlier, request)
-    state = store.claim(out, "index", request, overwrite=options.overwrite)
-    if state == "new":  # a run that was stopped and is replaced leaves files without a manifest
-        drop_shards(out, 0)
-        (out / QUANTISER).unlink(missing_ok=True)
-        shutil.rmtree(out / ENCODER, ignore_errors=True)
+    if (out / store.MANIFEST).is_file():
+        manifest = store.read_manifest(out, "index")
+        accept_dates(request, features, manifest)
+        if not options.overwrite:
+            earlier = manifest["request"]
+            if is_longer(request, earlier):
+                if not options.append:
+                    held, now = len(earlier["features"]), len(request["features"])
+                    raise SnipError(
+                        f"--out {out} holds an index of the first {held} of {now} shards; add the "
+                        "others with --append, or replace it with --overwrite"
+                    )
+                return "append", grow(out, earlier, request)
+            if options.append:
+                request = merged_request(out, earlier, request)
+    state = store.claim(out, "index", request, overwrite=options.overwrite, late=True)
     return state, request
+
+
+def is_longer(request: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Tell whether a request has the same shards as an earlier one, and more after them."""
+    held = len(earlier["features"])
+    return len(request["features"]) > held and all(
+        request[name][:held] == earlier.get(name) for name in ("features", "features_changed")
+    )
 
 
 def grow(out: Path, earlier: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
@@ -159,14 +226,14 @@ def grow(out: Path, earlier: dict[str, Any], request: dict[str, Any]) -> dict[st
     request = merged_request(out, earlier, request)
     note = out / store.WORK / store.REQUEST
     if not note.is_file() or store.load_json(note) != request:
-        drop_shards(out, len(earlier["features"]))
+        store.empty_work(out)
         store.save_json(note, request)
     return request
 
 
 def merged_request(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return the finished request with more shards; settings left at their default are kept."""
-    kept = {**earlier, "features": now["features"]}
+    kept = {**earlier, **{name: now[name] for name in ("features", "features_changed")}}
     given = {name: value for name, value in now.items() if value not in (None, 0, False)}
     differing = store.differences({n: kept.get(n) for n in given}, given)
     if differing:
@@ -177,13 +244,11 @@ def merged_request(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> d
     return kept
 
 
-def drop_shards(out: Path, first: int) -> None:
-    """Remove shard files from number ``first`` on."""
-    number = first
-    for path in sorted(out.glob("lists_*.npz")):
-        number = int(path.stem.removeprefix("lists_"))
-        if number >= first:
-            path.unlink()
+def remove_files(out: Path) -> None:
+    """Remove an index's files that no manifest names, of a run stopped at its last step."""
+    for path in (*out.glob("lists_*.npz"), out / QUANTISER):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(out / ENCODER, ignore_errors=True)
 
 
 def identity(path: Path) -> str:
@@ -211,16 +276,25 @@ def choose_encoder(given: str | None, base: Path | None) -> Path | None:
     of_base = base.parent / ENCODER if base is not None and base.name == QUANTISER else None
     if of_base is None or not of_base.is_dir():
         if given is not None:
-            store.read_manifest(Path(given), "encoder")
-        return Path(given) if given is not None else None
-    if given is not None and identity(Path(given) / store.MANIFEST) != identity(
-        of_base / store.MANIFEST
-    ):
+            store.read_manifest(Path(given).expanduser(), "encoder")
+        return Path(given).expanduser() if given is not None else None
+    if given is not None and not same_encoder(given, of_base):
         raise SnipError(
             f"--encoder {given} is not the one that the quantisers of --base were trained with "
             f"({of_base}); leave --encoder away"
         )
     return of_base
+
+
+def same_encoder(given: str | Path, held: Path) -> bool:
+    """Tell whether a folder that was given holds the encoder of another one."""
+    manifest = Path(given).expanduser() / store.MANIFEST
+    return identity(manifest) == identity(held / store.MANIFEST)
+
+
+def held_encoder(folder: Path) -> Path | None:
+    """Return the encoder's folder in an index, None where it holds none."""
+    return folder / ENCODER if (folder / ENCODER / store.MANIFEST).is_file() else None
 
 
 def copy_encoder(source: Path, target: Path) -> None:
@@ -241,13 +315,13 @@ class Space:
     dim: int
 
     @classmethod
-    def of(cls, folder: Path, dim_in: int, as_stored: bool) -> Space:
-        """Return the space of an index folder, which may hold an encoder."""
-        if not (folder / ENCODER / store.MANIFEST).is_file():
+    def of(cls, folder: Path | None, dim_in: int, as_stored: bool) -> Space:
+        """Return the space of an encoder's folder, or of rows by themselves."""
+        if folder is None:
             return cls(None, as_stored, dim_in, dim_in)
         from snipdedup.encoder import Encoder
 
-        encoder = Encoder.load(folder / ENCODER, device="cpu")
+        encoder = Encoder.load(folder, device="cpu")
         if encoder.dim_in != dim_in:
             raise SnipError(
                 f"the encoder expects rows {encoder.dim_in} wide, the features are {dim_in} wide"
@@ -266,11 +340,8 @@ def make_quantiser(
 ) -> Quantiser:
     """Return the base's quantisers, or train new ones on a sample."""
     if base is not None:
-        quantiser = read_quantiser(base)
-        check_base(base, quantiser, space.dim, options)
-        return quantiser
+        return read_quantiser(base)
     m = options.m or default_m(space.dim, settings.INDEX_M)
-    check_m(m, space.dim)
     lists = options.nlist or default_nlist(features.rows, features.rows)
     wanted = options.train_rows or max(POINTS_A_LIST * lists, LEAST_SAMPLE)
     threads = cores(options.threads)
@@ -323,16 +394,20 @@ class ShardCodes(NamedTuple):
 
 def encode_shard(
     features: Features, number: int, space: Space, quantiser: Quantiser, threads: int
-) -> ShardCodes:
-    """Encode the rows of one shard, wherever it lies among the others."""
+) -> tuple[ShardCodes, int]:
+    """Encode the rows of one shard, wherever it lies among the others; return its CRC32 too."""
     first, stop = (int(n) for n in features.offsets[number : number + 2])
     cuts = range(first - first % READ_ROWS, stop, READ_ROWS)
     spans = [(max(cut, first), min(cut + READ_ROWS, stop)) for cut in cuts]
 
+    ledger = CrcLedger(len(features.shards))
+
     def encode(span: tuple[int, int]) -> tuple[np.ndarray, ...]:
-        rows = features.read(*span)
+        rows, crcs = features.read_with_crc(*span)
+        ledger.add(crcs)
         bad = bad_rows(rows)
-        rows[bad] = 0
+        if bad.any():  # a copy: rows may be the caller's own array
+            rows = np.where(bad[:, None], 0, rows)
         return *in_blocks(lambda b: encode_block(b, space, quantiser), rows, span[0]), bad
 
     parts = [empty_block(quantiser), *in_order(encode, spans, threads)]
@@ -340,13 +415,15 @@ def encode_shard(
     good = np.flatnonzero(~bad)
     order = good[np.argsort(lists[good], kind="stable")]
     sizes = np.bincount(lists[good], minlength=quantiser.nlist)
+    shard = features.shards[number]
+    crc = ledger.totals()[number] if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
     return ShardCodes(
         codes[order],
         pack(order, packed_width(stop - first)),
         sizes.astype(np.min_scalar_type(int(sizes.max(initial=0)))),
         np.flatnonzero(bad),
         np.array(errors[good].sum(dtype=np.float64)),
-    )
+    ), crc
 
 
 def encode_block(block: np.ndarray, space: Space, quantiser: Quantiser) -> tuple[np.ndarray, ...]:
@@ -367,7 +444,7 @@ def empty_block(quantiser: Quantiser) -> tuple[np.ndarray, ...]:
 def refuse_bad(features: Features, number: int, bad: np.ndarray, mode: str) -> None:
     """Refuse a shard with rows that cannot be compared, unless they are to be left out."""
     if len(bad) and mode != "keep":
-        raise SnipError(describe_bad(features, bad + features.offsets[number]))
+        raise InputError(describe_bad(features, bad + features.offsets[number]))
 
 
 def packed_width(rows: int) -> int:
@@ -419,19 +496,23 @@ def load_shard(path: Path) -> ShardCodes:
     return shard
 
 
-def finish(out: Path, request: dict[str, Any], options: settings.Index, names: list[str]) -> None:
-    """Write the manifest, which makes the folder an index."""
-    quantiser = read_quantiser(out / QUANTISER)
-    shards, stored, errors, bad = [], 0, 0.0, 0
-    for name, described in zip(names, request["features"], strict=True):
-        shard = load_shard(out / name)
+def finish(out: Path, request: dict[str, Any], options: settings.Index, held: int) -> None:
+    """Put everything in place, and write the manifest, which makes the folder an index.
+
+    The first ``held`` shards, the quantisers and the encoder are there where shards were added.
+    """
+    work = out / store.WORK / FILES
+    earlier = store.read_manifest(out, "index")["shards"] if held else []
+    quantiser = read_quantiser((out if held else work) / QUANTISER)
+    shards, stored, errors, bad, row_bytes = [], 0, 0.0, 0, 0
+    for number, described in enumerate(request["features"]):
+        path = (out if number < held else work) / shard_name(number)
+        shard = load_shard(path)
         stored, bad = stored + len(shard.ids), bad + len(shard.bad)
-        errors += float(shard.self_adc)
-        shards.append({**described, "file": name, "stored": len(shard.ids)})
-    outputs = [out / QUANTISER, *(out / name for name in names)]
-    if (out / ENCODER).is_dir():
-        outputs += [path for path in (out / ENCODER).iterdir() if not path.name.startswith(".")]
-    row_bytes = sum((out / name).stat().st_size for name in names)
+        errors, row_bytes = errors + float(shard.self_adc), row_bytes + path.stat().st_size
+        crc = earlier[number] if number < held else store.load_json(crc_note(path))
+        crc = {name: crc[name] for name in ("crc32",) if name in crc}
+        shards.append({**described, **crc, "file": path.name, "stored": len(shard.ids)})
     body = {
         "command": "index",
         "settings": {**options.as_dict(), "features": str(options.features)},
@@ -443,10 +524,15 @@ def finish(out: Path, request: dict[str, Any], options: settings.Index, names: l
         **{n: getattr(quantiser, n) for n in ("dim", "nlist", "m", "nbits", "code_size")},
         "mean_self_adc": errors / max(stored, 1),
         "bytes_a_row": row_bytes / max(stored, 1),
-        "quantiser_bytes": (out / QUANTISER).stat().st_size,
+        "quantiser_bytes": ((out if held else work) / QUANTISER).stat().st_size,
     }
-    store.write_manifest(out, "index", body, outputs)
-    shutil.rmtree(out / store.WORK, ignore_errors=True)
+    kept = []
+    if held:
+        kept = [out / name for name in store.load_json(out / store.MANIFEST)["outputs"]]
+    else:
+        store.clear(out, keep_work=True)
+        remove_files(out)
+    store.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
 
 
 def describe(index: Index, state: str) -> str:
@@ -517,15 +603,15 @@ class Index:
         self.manifest = store.read_manifest(folder, "index")
         self.quantiser = read_quantiser(folder / QUANTISER)
         as_stored = bool(self.manifest["request"]["as_stored"])
-        self.space = Space.of(folder, self._dim_in(), as_stored)
+        self.space = Space.of(held_encoder(folder), self._dim_in(), as_stored)
         self.rows, self.nlist = int(self.manifest["rows"]), self.quantiser.nlist
         self.dim, self.code_size = self.quantiser.dim, self.quantiser.code_size
         sizes = [shard["rows"] for shard in self.manifest["shards"]]
         self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     def _dim_in(self) -> int:
-        folder = self.folder / ENCODER
-        if not (folder / store.MANIFEST).is_file():
+        folder = held_encoder(self.folder)
+        if folder is None:
             return self.quantiser.dim
         from snipdedup.encoder import Encoder
 

@@ -17,7 +17,7 @@ import numpy as np
 from snipdedup import store
 from snipdedup.compute import in_order, library_threads
 from snipdedup.cosine import bad_rows
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError, SnipError
 from snipdedup.scan import row_hashes
 from snipdedup.shards import Features, plan_blocks
 
@@ -142,7 +142,9 @@ def draw_sample(
     _, first = np.unique(np.concatenate(seen), return_index=True)
     distinct = np.concatenate(kept)[np.sort(first)]
     if not len(distinct):
-        raise SnipError("no row to train quantisers on: all sampled rows are NaN, infinity or zero")
+        raise InputError(
+            "no row to train quantisers on: all sampled rows are NaN, infinity or zero"
+        )
     if len(distinct) > wanted:
         distinct = np.sort(rng.choice(distinct, wanted, replace=False))
 

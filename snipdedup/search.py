@@ -23,7 +23,7 @@ from snipdedup import progress, settings
 from snipdedup.compute import cores, in_order
 from snipdedup.cosine import bad_rows, pair_cosine, unit_rows
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.index import WALK_ROWS, Index, Lists, Space, unpack
+from snipdedup.index import ENCODER, WALK_ROWS, Index, Lists, Space, same_encoder, unpack
 from snipdedup.quantise import BLOCK, in_blocks
 from snipdedup.shards import Features, plan_blocks
 
@@ -528,15 +528,21 @@ def default_margin(rule: str, code_size: int, *, precision: float, threshold: fl
 
 def query_space(index: Index, features: Features, encoder: str | None) -> Space:
     """Return how these features become queries; refuse others than those indexed."""
-    held = [shard["rows"] for shard in index.manifest["shards"]]
+    indexed = [shard["rows"] for shard in index.manifest["shards"]]
     given = [shard.rows for shard in features.shards]
-    if held != given:
+    if indexed != given:
         raise SnipError(
-            f"{index.folder} holds {sum(held):,} rows of {len(held)} shards, FEATURES are "
+            f"{index.folder} holds {sum(indexed):,} rows of {len(indexed)} shards, FEATURES are "
             f"{sum(given):,} rows of {len(given)}; give the features that were indexed, or add "
             "new shards with: snip index --append"
         )
     space = index.space
+    held = index.folder / ENCODER
+    if space.encoder is not None and encoder is not None and not same_encoder(encoder, held):
+        raise SnipError(
+            f"--encoder {encoder} is not the one that {index.folder} was built with ({held}); "
+            "leave --encoder away"
+        )
     if space.encoder is None and encoder is not None and features.dim != space.dim_in:
         from snipdedup.encoder import Encoder
 

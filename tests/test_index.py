@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from test_quantise import clustered
 
 from snipdedup import settings, store
 from snipdedup.cosine import unit_rows
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError, SnipError
 from snipdedup.index import Index, build, pack, packed_width, run, unpack
 from snipdedup.quantise import read_quantiser
 from snipdedup.shards import open_features
@@ -120,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(index, shards, tmp_path, monkey
     with pytest.raises(SnipError, match="stopped run with other nlist"):
         run(options(tmp_path / "x", shards, nlist=8))
     monkeypatch.setattr(module, "save_shard", real)
-    kept = (tmp_path / "x" / "lists_00000.npz").stat().st_mtime_ns
+    kept = (tmp_path / "x" / "work" / "files" / "lists_00000.npz").stat().st_mtime_ns
     run(options(tmp_path / "x", shards))
     assert (tmp_path / "x" / "lists_00000.npz").stat().st_mtime_ns == kept
     assert bits(tmp_path / "x") == bits(index.folder)
@@ -218,8 +221,9 @@ def test_bad_rows_are_refused_by_name_or_left_out(rows, tmp_path):
     folder.mkdir()
     np.save(folder / "a.npy", x[:900])
     np.save(folder / "b.npy", x[900:])
-    with pytest.raises(SnipError, match=r"b\.npy row 100 \(zeros only\)"):
+    with pytest.raises(InputError, match=r"b\.npy row 100 \(zeros only\)"):
         run(options(tmp_path / "x", folder))
+    assert not (tmp_path / "x").exists()
     said = run(options(tmp_path / "x", folder, bad_rows="keep"))
     assert "3 NaN, infinite or zero rows" in said
     index = Index.open(tmp_path / "x")
@@ -254,6 +258,143 @@ def test_nothing_is_written_into_the_input(shards, tmp_path):
     with pytest.raises(SnipError, match="lies in the input folder"):
         run(options(tmp_path / "x", shards, export_faiss=str(shards / "x.faiss")))
     assert not (tmp_path / "x").exists()
+
+
+def whole(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({"m": 5}, "--m 5 must divide the width 16"),
+     ({"nlist": 2601}, "--nlist 2601: there are only 2,600 rows"),
+     ({"base": "base"}, "16 wide, these are 8 wide|has nlist 16"),
+     ({"encoder": "narrow"}, "the encoder expects rows 12 wide, the features are 16 wide")],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    index, shards, tmp_path, monkeypatch, given, says
+):
+    from snipdedup.encoder import Encoder, Network
+
+    monkeypatch.chdir(tmp_path)
+    Encoder(Network(12, 8, 8)).save(tmp_path / "narrow", {})
+    shutil.copytree(index.folder, tmp_path / "base")
+    given = {"nlist": 8, **given}
+    with pytest.raises(SnipError, match=says):
+        run(options(tmp_path / "new", shards, **given))
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(index.folder, tmp_path / "x")
+    before = whole(tmp_path / "x")
+    with pytest.raises(SnipError, match=says):
+        run(options(tmp_path / "x", shards, overwrite=True, **given))
+    assert whole(tmp_path / "x") == before
+
+
+def copied(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "features"))
+
+
+def test_bad_rows_leave_an_older_index_alone(shards, tmp_path):
+    folder, out = copied(shards, tmp_path), tmp_path / "x"
+    run(options(out, folder))
+    before = whole(out)
+    rows = np.load(folder / "img_emb_4.npy")
+    rows[1099] = np.inf
+    np.save(folder / "img_emb_4.npy", rows)
+    with pytest.raises(InputError, match=r"img_emb_4\.npy row 1099 \(infinity\)"):
+        run(options(out, folder, overwrite=True))
+    assert whole(out) == before
+    np.save(folder / "img_emb_4.npy", np.zeros_like(rows))
+    first = build(open_features([folder / f"img_emb_{n}.npy" for n in range(4)]), tmp_path / "y",
+                  options(tmp_path / "y"))[0].folder  # fmt: skip
+    before = whole(first)
+    with pytest.raises(InputError, match=r"img_emb_4\.npy row 0 \(zeros only\)"):
+        run(settings.Index(features=str(folder), out=str(first), append=True))
+    assert whole(first) == before
+
+
+def test_rows_that_nothing_can_be_trained_on_leave_nothing(tmp_path):
+    with pytest.raises(InputError, match="no row to train quantisers on"):
+        build(open_features(np.zeros((50, 16), np.float32)), tmp_path / "x", options(tmp_path))
+    assert not (tmp_path / "x").exists()
+
+
+def test_rewritten_shards_are_another_input_but_a_new_date_is_not(shards, tmp_path):
+    folder, out = copied(shards, tmp_path), tmp_path / "x"
+    run(options(out, folder))
+    held = Index.open(out).manifest["shards"]
+    for shard in held:
+        assert shard["crc32"] == f"{zlib.crc32((folder / shard['name']).read_bytes()):08x}"
+        os.utime(folder / shard["name"], ns=(0, 1))
+    assert run(options(out, folder)).startswith("already indexed")
+    np.save(folder / "img_emb_0.npy", 2 * np.load(folder / "img_emb_0.npy"))
+    with pytest.raises(SnipError, match="finished run with other features_changed"):
+        run(options(out, folder))
+
+
+def test_a_stopped_run_does_not_go_on_with_rewritten_shards(shards, tmp_path, monkeypatch):
+    folder, out = copied(shards, tmp_path), tmp_path / "x"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(options(out, folder))
+    np.save(folder / "img_emb_0.npy", 2 * np.load(folder / "img_emb_0.npy"))
+    with pytest.raises(SnipError, match="stopped run with other features_changed"):
+        run(options(out, folder))
+
+
+def test_append_compares_the_shards_that_are_held(shards, tmp_path):
+    folder, out = copied(shards, tmp_path), tmp_path / "x"
+    first = [folder / f"img_emb_{n}.npy" for n in range(2)]
+    build(open_features(first), out, options(out))
+    os.utime(first[0], ns=(0, 1))
+    shutil.copytree(out, tmp_path / "y")
+    run(settings.Index(features=str(folder), out=str(out), append=True))
+    assert Index.open(out).rows == 2600
+    assert all("crc32" in shard for shard in Index.open(out).manifest["shards"])
+    np.save(first[0], 2 * np.load(first[0]))
+    with pytest.raises(SnipError, match=r"other features.*features_changed"):
+        run(settings.Index(features=str(folder), out=str(tmp_path / "y"), append=True))
+    assert Index.open(tmp_path / "y").rows == 701
+
+
+def test_the_export_overwrites_neither_base_nor_encoder(index, shards, tmp_path):
+    from snipdedup.encoder import Encoder, Network
+
+    Encoder(Network(16, 8, 8)).save(tmp_path / "encoder", {})
+    (tmp_path / "base").mkdir()
+    base = Path(shutil.copy(index.folder / "quantizer.faiss", tmp_path / "base" / "b.faiss"))
+    free = {"nlist": 0, "m": None, "nbits": None}
+    for given, target in (
+        ({"base": str(base), **free}, base),
+        ({"encoder": str(tmp_path / "encoder")}, tmp_path / "encoder" / "weights.pt"),
+        ({"base": str(index.folder), **free}, index.folder / "quantizer.faiss"),
+    ):
+        before = target.read_bytes()
+        with pytest.raises(SnipError, match="snip never writes there"):
+            run(options(tmp_path / "x", shards, export_faiss=str(target), **given))
+        assert target.read_bytes() == before
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_home_folder_in_any_path(index, shards, tmp_path, monkeypatch):
+    from snipdedup.encoder import Encoder, Network
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Encoder(Network(16, 8, 8)).save(tmp_path / "encoder", {})
+    copied(shards, tmp_path)
+    given = {"encoder": "~/encoder", "export_faiss": "~/x.faiss"}
+    run(options(Path("~/x"), "~/features", **given))
+    given = {"base": "~/x", "nlist": 0, "m": None, "nbits": None}
+    run(options(Path("~/y"), "~/features", **given))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "encoder", "features", "x", "x.faiss", "y",
+    ]  # fmt: skip
 
 
 def test_another_folder_is_not_taken(shards, tmp_path):

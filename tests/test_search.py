@@ -341,3 +341,16 @@ def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
     truth = true_duplicates(open_features(shard), np.arange(len(np.load(shard))), 0.95, 2)
     share = written["duplicates"] / written["judged"]
     assert share == pytest.approx(truth.mean(), abs=0.03)
+
+
+def test_an_encoder_that_is_not_the_index_s_own_is_refused(tmp_path):
+    from snipdedup.encoder import Encoder, Network
+
+    for name in ("own", "other"):
+        Encoder(Network(16, 8, 8)).save(tmp_path / name, {})
+    features = open_features(clustered(300, 16))
+    index = make(features, tmp_path / "x", encoder=str(tmp_path / "own"), nlist=4)
+    given = search.query_space(index, features, str(tmp_path / "own"))
+    assert given is search.query_space(index, features, None) is index.space
+    with pytest.raises(SnipError, match=r"other is not the one that .*x was built with"):
+        search.query_space(index, features, str(tmp_path / "other"))
