@@ -174,14 +174,22 @@ def most_alike(features: np.ndarray) -> float:
 
 
 def write(planted: Planted, out: Path) -> None:
-    """Write shards and metadata in the layout of LAION, and a sheet of pictures."""
+    """Write shards and metadata in the layout of LAION, and a sheet of pictures.
+
+    What stands already keeps its date, by which the commands know their input again.
+    """
+    import pyarrow.parquet as pq
+
     table = metadata_of(planted)
     for part, start in enumerate(range(0, len(planted.picture), SHARD_ROWS)):
         features = planted.features[start : start + SHARD_ROWS]
-        store.save_npy(out / "img_emb" / f"img_emb_{part:04d}.npy", features)
-        store.save_parquet(
-            out / "metadata" / f"metadata_{part:04d}.parquet", table.slice(start, SHARD_ROWS)
-        )
+        path = out / "img_emb" / f"img_emb_{part:04d}.npy"
+        if not (path.is_file() and np.array_equal(np.load(path), features)):
+            store.save_npy(path, features)
+        rows = table.slice(start, SHARD_ROWS)
+        path = out / "metadata" / f"metadata_{part:04d}.parquet"
+        if not (path.is_file() and pq.read_table(path).equals(rows)):
+            store.save_parquet(path, rows)
     with store.replacing(out / "pictures.png") as temporary:
         temporary.write_bytes(pictures.png(planted.sheet))
 

@@ -281,3 +281,30 @@ def test_overwrite_replaces_what_an_earlier_demo_left(monkeypatch, tmp_path):
     with pytest.raises(SnipError, match="the demo stopped at"):
         demo.run(Demo(out=str(out), pictures=60, overwrite=True))
     assert len(list((out / "img_emb").iterdir())) == 1
+
+
+def test_a_demo_that_was_stopped_goes_on(monkeypatch, tmp_path, capsys):
+    out, real, done = tmp_path / "out", demo.cli.run, []
+
+    def stops(words):
+        if "adc" in str(words):
+            return 130
+        return real(words)
+
+    monkeypatch.setattr(demo.cli, "run", stops)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(Demo(out=str(out), pictures=60))
+    parts = ("img_emb", "metadata", "encoder", "index", "clean")
+    before = {p: p.stat().st_mtime_ns for part in parts for p in (out / part).rglob("*.*")}
+    assert len(before) > 5
+
+    def counts(words):
+        done.append(words[0])
+        return real(words)
+
+    monkeypatch.setattr(demo.cli, "run", counts)
+    capsys.readouterr()
+    assert "pictures lost" in demo.run(Demo(out=str(out), pictures=60))
+    assert done == ["train", "compress", "index", "dedup", "dedup", "filter"]
+    assert capsys.readouterr().out.count("already") == 4
+    assert before == {p: p.stat().st_mtime_ns for p in before}
