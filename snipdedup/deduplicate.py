@@ -27,7 +27,6 @@ from snipdedup.join import join
 from snipdedup.metadata import Metadata, open_metadata
 from snipdedup.outfolder import (
     KIND,
-    changed_shards,
     clear_earlier,
     describe_run,
     finished_run,
@@ -40,7 +39,13 @@ from snipdedup.outfolder import (
 from snipdedup.result import Found, Result, check_threshold, decide
 from snipdedup.scan import Scan, scan
 from snipdedup.settings import Dedup
-from snipdedup.shards import Features, implied_metadata, open_features
+from snipdedup.shards import (
+    Features,
+    accept_dates,
+    implied_metadata,
+    open_features,
+    request_of,
+)
 
 # Settings that say how a result is computed, not what it is.
 HOW = {"out", "overwrite", "chunk_rows", "threads", "max_memory", "device", "features", "metadata"}
@@ -215,18 +220,11 @@ def describe_request(
         if settings[name] is not None:
             manifest = Path(settings[name]).expanduser() / store.MANIFEST
             settings[name] = store.sha256(manifest) if manifest.is_file() else settings[name]
-    described = [features.describe(), features.stamps()] if features else None
+    described = request_of(features) if features else {}
     table = None
     if metadata is not None:
         table = [describe_file(file.path, file.rows) for file in metadata.files]
-    return {**settings, "features": described, "metadata": table}
-
-
-def accept_dates(request: dict[str, Any], features: Features, finished: dict[str, Any]) -> None:
-    """Put a finished run's dates of shards into a request where the shards are still the same."""
-    searched = finished["request"]["features"]
-    if searched is not None and not changed_shards(features, finished):
-        request["features"] = searched
+    return {**settings, "features": None, **described, "metadata": table}
 
 
 def describe_file(path: Path, rows: int) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from snipdedup import store
 from snipdedup.compute import cores, memory_bound
 from snipdedup.errors import SnipError
 from snipdedup.forest import Edges
-from snipdedup.formats import file_crc
 from snipdedup.metadata import Metadata, write_kept
 from snipdedup.result import Found, Result, as_json, decide, forest_table, groups_table, levels
 from snipdedup.scan import equal_rows
 from snipdedup.settings import Dedup
-from snipdedup.shards import Features
+from snipdedup.shards import Features, accept_dates, request_of
 
 KIND = "dedup"
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
@@ -160,35 +159,23 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
     SnipError
         If shards came, went or changed since.
     """
-    changed = changed_shards(features, manifest)
+    now = request_of(features)
+    accept_dates(now, features, manifest)
+    names = [[shard["name"] for shard in found["features"]] for found in (now, manifest["request"])]
+    if names[0] != names[1]:
+        changed = sorted(set(names[0]) ^ set(names[1])) or ["their order"]
+    else:
+        known = [(manifest["request"][key], now[key]) for key in now]
+        changed = [
+            name
+            for number, name in enumerate(names[0])
+            if any(then[number] != found[number] for then, found in known)
+        ]
     if changed:
         raise SnipError(
             f"{folder}: the features are not those that were searched ({changed[0]} differs); "
             "search again"
         )
-
-
-def changed_shards(features: Features, manifest: dict[str, Any]) -> list[str]:
-    """Return the names of shards that are not what they were in a finished run.
-
-    A file with another date is read again: the same bytes are the same shard.
-    """
-    described, stamps = manifest["request"]["features"] or [[], []]
-    now = features.describe()
-    if now != described:
-        names = [one["name"] for one in (*now, *described) if (one in now) != (one in described)]
-        return names or ["their order"]
-    dated = zip(features.shards, features.stamps(), stamps, manifest["shards"], strict=True)
-    return [
-        then["name"]
-        for shard, stamp, earlier, then in dated
-        if stamp != earlier and not (shard.path.is_file() and same_file(shard.path, then))
-    ]
-
-
-def same_file(path: Path, shard: dict[str, Any]) -> bool:
-    """Tell whether a file has the checksum that a manifest gives."""
-    return f"{file_crc(path)[0]:08x}" == shard.get("crc32")
 
 
 def clear_earlier(out: Path) -> None:
