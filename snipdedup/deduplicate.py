@@ -24,7 +24,7 @@ from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.exact import exact_edges
 from snipdedup.forest import Edges, ForestBuilder
 from snipdedup.join import join
-from snipdedup.metadata import Metadata, open_metadata
+from snipdedup.metadata import Metadata, kept_names, open_metadata
 from snipdedup.outfolder import (
     KIND,
     clear_earlier,
@@ -124,6 +124,8 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     metadata = open_table(options, features)
     store.refuse_output_inside(out, list_inputs(options, features, metadata, earlier))
     key = metadata.column(options.key) if metadata else None
+    if metadata is not None:
+        kept_names(metadata.files, adding_counts=True)  # refused now, not after the search
     request = describe_request(options, features, metadata)
     if earlier is None and method_of(options) == "adc":
         check_given(features, options)

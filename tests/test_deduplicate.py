@@ -450,3 +450,13 @@ def test_a_new_date_on_the_same_bytes_is_the_same_input(laion, tmp_path):
     np.save(shard, rows[::-1])
     assert truth.snip(*words)[0] == 1
     assert truth.snip("dedup", out, "--threshold", 0.98, "--out", tmp_path / "third")[0] == 1
+
+
+def test_metadata_that_cannot_be_written_is_refused_before_the_search(laion, tmp_path):
+    for path in (laion / "metadata").iterdir():
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("dup_count", pa.array([0] * len(table))), path)
+    status, _, said = truth.snip("dedup", laion, "--out", tmp_path / "out")
+    assert status == 1
+    assert "dup_count" in said
+    assert not (tmp_path / "out").exists()
