@@ -14,13 +14,13 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.progress import Clock
 from snipdedup.shards import Features, open_features, plan_blocks
 
 FAISS = re.compile(r"faiss-pq(\d+)-nprobe(\d+)")
@@ -46,20 +46,6 @@ class Answer(NamedTuple):
     b: np.ndarray
     removed: np.ndarray | None
     correction: float
-
-
-class Clock:
-    """Seconds spent in each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def default_settings(name: str, rows: int, threshold: float, seed: int) -> dict[str, Any]:

@@ -9,9 +9,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from snipdedup.outfolder import (
     summary,
     write_tables,
 )
+from snipdedup.progress import Clock
 from snipdedup.result import Found, Result, check_threshold, decide
 from snipdedup.scan import Scan, scan
 from snipdedup.settings import Dedup
@@ -91,23 +89,6 @@ def run(options: Dedup) -> str:
     return execute(options)[1]
 
 
-class Clock:
-    """Seconds spent in each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
-
-
 def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     """Claim OUT, search, decide, write; return the result and its summary.
 
@@ -150,7 +131,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
         "request": request,
         "settings": saved_settings(options, method_of(options)),
         **describe_run(result, features),
-        "seconds": clock.seconds,
+        "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
     store.write_manifest(out, KIND, body, outputs)
     shutil.rmtree(out / store.WORK, ignore_errors=True)

@@ -1,10 +1,11 @@
-"""Progress on stderr: a tqdm bar on a terminal, plain lines with rate and ETA elsewhere."""
+"""Progress on stderr (a bar on a terminal, plain lines elsewhere), and the time of each stage."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -73,3 +74,20 @@ class PlainBar:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's wall time to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
