@@ -1,0 +1,66 @@
+"""How far a share that was measured on a sample may be from the truth."""
+
+from __future__ import annotations
+
+import math
+
+TERMS, TERMS_A_ROOT = 100, 5  # of the continued fraction: some, and per root of its parameters
+HALVINGS = 60  # of the interval 0 .. 1 until float64 is exhausted
+
+
+def proportion_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the Clopper-Pearson interval of a proportion of which ``k`` of ``n`` was seen.
+
+    It holds the true share in at least ``level`` of all samples, also where ``k`` is 0 or ``n``
+    (Clopper and Pearson, Biometrika 26, 1934).
+
+    Parameters
+    ----------
+    k, n : int
+        How many of how many; 0 <= k <= n. Of an empty sample nothing is known: (0, 1).
+    level : float
+        Confidence, two-sided.
+
+    Returns
+    -------
+    low, high : float
+
+    Raises
+    ------
+    ValueError
+        If ``k`` is not among 0 .. n or ``level`` not inside 0 .. 1.
+    """
+    if not 0 <= k <= n or not 0 < level < 1:
+        raise ValueError(f"expected 0 <= k <= n and 0 < level < 1, found {k=}, {n=}, {level=}")
+    tail = (1 - level) / 2
+    low = 0.0 if k == 0 else beta_quantile(tail, k, n - k + 1)
+    high = 1.0 if k == n else 1 - beta_quantile(tail, n - k, k + 1)
+    return low, high
+
+
+def beta_quantile(share: float, a: float, b: float) -> float:
+    """Return x with I_x(a, b) = ``share``, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        x = (low + high) / 2
+        low, high = (x, high) if incomplete_beta(x, a, b) < share else (low, x)
+    return (low + high) / 2
+
+
+def incomplete_beta(x: float, a: float, b: float) -> float:
+    """Return the regularised incomplete beta function I_x(a, b), by its continued fraction.
+
+    DLMF 8.17.22; it converges fast below the mean, above it I_x(a, b) = 1 - I_(1-x)(b, a).
+    """
+    if x in (0.0, 1.0):
+        return x
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(1 - x, b, a)
+    fraction = 0.0
+    for m in range(TERMS + int(TERMS_A_ROOT * math.sqrt(max(a, b))), -1, -1):
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        even = (m + 1) * (b - m - 1) * x / ((a + 2 * m + 1) * (a + 2 * m + 2))
+        fraction = odd / (1 + even / (1 + fraction))
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    power = a * math.log(x) + b * math.log1p(-x) - log_beta
+    return math.exp(power) / (a * (1 + fraction))
