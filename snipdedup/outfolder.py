@@ -18,6 +18,7 @@ from snipdedup.settings import Dedup
 from snipdedup.shards import Features, accept_dates, request_of
 
 KIND = "dedup"
+TABLES = ("is_dup.npy", "forest.parquet", "groups.parquet", "histogram.parquet")
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
 
@@ -33,7 +34,8 @@ def write_tables(
         back = np.argsort(order)
         keys = metadata.take(key, result.members.row[order]).take(back)
     store.save_parquet(out / "groups.parquet", groups_table(result, keys))
-    outputs = [out / "is_dup.npy", out / "forest.parquet", out / "groups.parquet"]
+    store.save_parquet(out / "histogram.parquet", histogram_table(result))
+    outputs = [out / name for name in TABLES]
     if len(result.found.bad):
         store.save_parquet(out / "bad_rows.parquet", bad_table(result.found))
         outputs.append(out / "bad_rows.parquet")
@@ -56,6 +58,25 @@ def bad_table(found: Found) -> Any:
             "row": found.bad,
             "shard": names.take(pa.array(shard)),
             "shard_row": found.bad - found.offsets[shard],
+        }
+    )
+
+
+def histogram_table(result: Result) -> Any:
+    """Return how many groups have each size, and how many rows that stay each ``dup_count``."""
+    import pyarrow as pa
+
+    _, sizes = np.unique(result.members.group, return_counts=True)
+    rows, named = result.dup_counts()
+    named = named[~result.is_dup[rows]]
+    size, groups = np.unique(sizes, return_counts=True)
+    dup_count, staying = np.unique(named, return_counts=True)
+    of = ["group_size"] * len(size) + ["dup_count"] * (1 + len(dup_count))
+    return pa.table(
+        {
+            "of": pa.array(of, pa.string()),
+            "value": np.concatenate([size, [0], dup_count]).astype(np.int64),
+            "count": np.concatenate([groups, [result.kept - len(named)], staying]).astype(np.int64),
         }
     )
 
@@ -186,7 +207,7 @@ def clear_earlier(out: Path) -> None:
     if (out / store.MANIFEST).is_file():
         store.clear(out, keep_work=True)
         return
-    for name in ("is_dup.npy", "groups.parquet", "forest.parquet", "bad_rows.parquet", "flags.npy"):
+    for name in (*TABLES, "bad_rows.parquet", "flags.npy"):
         (out / name).unlink(missing_ok=True)
     for path in (out / "metadata").glob("*.parquet"):
         path.unlink()

@@ -241,7 +241,8 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(rows, laion, tmp_path):
     assert (out / "metadata").exists()
     assert truth.snip("dedup", laion / "img_emb", "--out", out, "--overwrite")[0] == 0
     names = sorted(path.name for path in out.iterdir() if path.name != "metadata")
-    assert names == ["forest.parquet", "groups.parquet", "is_dup.npy", "snip.json"]
+    tables = ["forest.parquet", "groups.parquet", "histogram.parquet"]
+    assert names == [*tables, "is_dup.npy", "snip.json"]
     assert not list(out.glob("metadata/*"))
 
 

@@ -171,7 +171,7 @@ def test_a_stopped_run_goes_on_where_it_was(rows, tmp_path, name, below, after):
     assert listed(found) == listed(expected)
     assert np.array_equal(np.load(out / "is_dup.npy"), expected.is_dup)
     assert sorted(p.name for p in out.iterdir()) == [
-        "forest.parquet", "groups.parquet", "is_dup.npy", "snip.json",
+        "forest.parquet", "groups.parquet", "histogram.parquet", "is_dup.npy", "snip.json",
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 import json
@@ -78,6 +79,7 @@ def test_the_files_are_these(out):
     assert names == [
         "forest.parquet",
         "groups.parquet",
+        "histogram.parquet",
         "is_dup.npy",
         "metadata/metadata_0.parquet",
         "metadata/metadata_1.parquet",
@@ -138,6 +140,33 @@ def test_the_forest_spans_the_groups(out, expected):
         of_pairs = truth.components(1300, truth.pairs_of(table, threshold))
         assert np.array_equal(truth.components(1300, pairs), of_pairs)
     assert len(a) == 1300 - len(set(label))
+
+
+@pytest.mark.parametrize("grouping", ["star", "components"])
+def test_the_histogram_counts_groups_and_staying_rows(laion, expected, tmp_path, grouping):
+    words = ("dedup", laion, "--threshold", 0.9, "--grouping", grouping, "--out", tmp_path / "o")
+    assert truth.snip(*words)[0] == 0
+    representative, stays, _, label = expected
+    if grouping == "components":
+        representative, stays = label, label == np.arange(1300)
+    sizes = collections.Counter(collections.Counter(label.tolist()).values())
+    sizes.pop(1)  # no group
+    named = collections.Counter(representative[~stays].tolist())
+    dup_counts = collections.Counter(named[row] for row in np.flatnonzero(stays).tolist())
+    histogram = pq.read_table(tmp_path / "o" / "histogram.parquet")
+    assert [str(field.type) for field in histogram.schema] == ["string", "int64", "int64"]
+    assert histogram.to_pydict() == {
+        "of": ["group_size"] * len(sizes) + ["dup_count"] * len(dup_counts),
+        "value": [*sorted(sizes), *sorted(dup_counts)],
+        "count": [sizes[n] for n in sorted(sizes)] + [dup_counts[n] for n in sorted(dup_counts)],
+    }
+
+
+def test_the_histogram_of_rows_without_a_pair(tmp_path):
+    truth.save_shards(tmp_path / "set", np.eye(5, dtype=np.float32), [])
+    assert truth.snip("dedup", tmp_path / "set", "--out", tmp_path / "o")[0] == 0
+    histogram = pq.read_table(tmp_path / "o" / "histogram.parquet").to_pylist()
+    assert histogram == [{"of": "dup_count", "value": 0, "count": 5}]
 
 
 def test_metadata_are_the_rows_that_stay_as_they_were_with_their_counts(out, laion, expected):
