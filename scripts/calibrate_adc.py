@@ -5,7 +5,7 @@
 A row is truly duplicated if any other row has a cosine of at least .95; it is flagged if its best
 neighbour in the index (with another row number) passes. The rules are one global limit on the ADC
 distance, ratio and difference of it and the row's own error, and, for an index without features,
-a limit on the distance between codes. The margins printed are the defaults of `snipdedup.search`.
+a limit on the distance between codes. The margins printed are the defaults of `snipdedup.adaptive`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,14 @@ from typing import Any
 import numpy as np
 
 from snipdedup import settings
+from snipdedup.adaptive import SYMMETRIC, calibrate, scores, true_duplicates
+from snipdedup.classes import classes_of
 from snipdedup.compute import cores
 from snipdedup.cosine import unit_rows
 from snipdedup.formats import ArrayShard
-from snipdedup.index import Index, build
-from snipdedup.search import (
-    SYMMETRIC,
-    Searcher,
-    calibrate,
-    classes_of,
-    feature_queries,
-    neighbours,
-    scores,
-    true_duplicates,
-)
+from snipdedup.index import build
+from snipdedup.indexfolder import Index
+from snipdedup.search import Searcher, feature_queries, neighbours
 from snipdedup.shards import Features, open_features
 
 RULES = ("global", "ratio", "difference", SYMMETRIC)

@@ -2,20 +2,207 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup import settings
-from snipdedup.compute import Stage, cores
+from snipdedup import progress, settings
+from snipdedup.adaptive import (
+    SYMMETRIC,
+    best_scores,
+    calibrate,
+    calibration_sample,
+    default_margin,
+    passes,
+    true_duplicates,
+)
+from snipdedup.classes import Classes, classes_of
+from snipdedup.compute import Stage, cores, in_order
+from snipdedup.errors import UsageError
 from snipdedup.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
-from snipdedup.index import Index, build
+from snipdedup.index import build
+from snipdedup.indexfolder import Index
 from snipdedup.result import Found
 from snipdedup.scan import scan
-from snipdedup.search import Adc, adc_candidates, query_space
-from snipdedup.shards import Features
+from snipdedup.search import (
+    QUERY_ROWS,
+    Queries,
+    Searcher,
+    Source,
+    code_queries,
+    feature_queries,
+    query_space,
+)
+from snipdedup.shards import Features, plan_blocks
 from snipdedup.verify import verify_pairs
+
+MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
+
+
+class Hits(NamedTuple):
+    """Passing neighbours of some queries: pairs ``a`` < ``b``, unique; ``rows`` that have any.
+
+    ``cut`` counts queries that had more than `MOST_NEIGHBOURS` of them.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    rows: np.ndarray
+    cut: int
+
+
+class Rule(NamedTuple):
+    """How neighbours are asked for and judged: ``k`` at first, ``most`` rows of one code."""
+
+    rule: str
+    margin: float
+    k: int
+    most: int
+
+
+def hits(searcher: Searcher, classes: Classes, queries: Queries, rule: Rule) -> Hits:
+    """Return all passing neighbours: where all k pass, more are asked for."""
+    Dq, Iq = searcher.probe(queries.x, queries.first)
+    found = [np.empty((2, 0), np.int64)]
+    pending, k = np.flatnonzero(queries.rows >= 0), rule.k
+    cut = 0
+    while len(pending):
+        D, I = searcher.places(queries.x[pending], Dq[pending], Iq[pending], k)
+        ok = passes(D, queries.own[pending], rule.rule, rule.margin) & (I >= 0)
+        more = np.asarray(ok.all(axis=1))
+        if k >= MOST_NEIGHBOURS:
+            cut, more = int(more.sum()), np.zeros_like(more)
+        at, column = np.nonzero(ok & ~more[:, None])
+        hit, rows = classes.rows(I[at, column], rule.most)
+        found.append(np.stack([queries.rows[pending[at[hit]]], rows]))
+        pending, k = pending[more], min(2 * k, MOST_NEIGHBOURS)
+    x, y = np.concatenate(found, axis=1)
+    x, y = x[x != y], y[x != y]
+    pairs = np.unique(np.stack([np.minimum(x, y), np.maximum(x, y)]), axis=1)
+    return Hits(pairs[0], pairs[1], np.unique(x), cut)
+
+
+class Adc:
+    """What method ``adc`` found.
+
+    Attributes
+    ----------
+    rows : int
+    rule : str
+        ``difference``, ``ratio`` or ``symmetric``.
+    margin : float
+    calibration : dict
+        How the margin was come by: ``source`` (``given``, ``sample`` or ``default``) and, of a
+        sample, its size, its true duplicates, and the precision and recall reached.
+    cut : int
+        Rows whose passing neighbours were more than `MOST_NEIGHBOURS`, and were cut there.
+    """
+
+    def __init__(
+        self, index: Index, classes: Classes, source: Source, options: settings.Dedup
+    ) -> None:
+        self.rows, self.classes, self.source = index.rows, classes, source
+        self.searcher = Searcher(index, classes.lists, options.nprobe)
+        self.shared = classes.shared(index.rows)
+        self.k, self.threads = options.k, cores(options.threads)
+        self.rule, self.margin = options.rule, 0.0
+        self.calibration: dict[str, Any] = {}
+        self.cut = 0
+        self._flags: np.ndarray | None = None
+
+    @property
+    def flags(self) -> np.ndarray:
+        """Which rows have a passing neighbour with another number, (rows,) bool."""
+        while self._flags is None:
+            for _ in self.pairs():
+                pass
+        return self._flags
+
+    def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield blocks (a, b) of int64 rows, a < b: each row with each passing neighbour.
+
+        A pair is unique in its block and may come again in another. Rows that share a code come
+        as pairs with the smallest of them; as neighbours of others, the k smallest come (1024
+        without features, where no pair is verified and one code is as good as another).
+        Searches anew each time; `flags` is known at its end.
+        """
+        yield from self.classes.links()
+        flags, self.cut = self.shared.copy(), 0
+        most = MOST_NEIGHBOURS if self.rule == SYMMETRIC else self.k
+        rule = Rule(self.rule, self.margin, self.k, most)
+
+        def find(span: tuple[int, int]) -> Hits:
+            return hits(self.searcher, self.classes, self.source.load(span), rule)
+
+        spans = plan_blocks(self.source.total, QUERY_ROWS)
+        with progress.bar(self.source.total, "searching", "rows") as bar:
+            for span, found in zip(spans, in_order(find, spans, self.threads), strict=True):
+                flags[found.rows] = True
+                self.cut += found.cut
+                if len(found.a):
+                    yield found.a, found.b
+                bar.update(span[1] - span[0])
+        self._flags = flags
+
+
+def adc_candidates(index: Index, features: Features | None, options: settings.Dedup) -> Adc:
+    """Set up method ``adc``: load the index, and find the margin.
+
+    Parameters
+    ----------
+    index : Index
+    features : Features or None
+        The rows that were indexed. Without them the margin is the default one, and nothing that
+        is found is verified.
+    options : settings.Dedup
+
+    Returns
+    -------
+    Adc
+        Nothing is searched yet: `Adc.pairs` does.
+
+    Raises
+    ------
+    SnipError
+        If the features are not those of the index.
+    UsageError
+        If a rule that needs features is asked for without them.
+    """
+    if features is None and options.rule == "ratio":
+        raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
+    space = index.space if features is None else query_space(index, features, options.encoder)
+    classes = classes_of(index.lists())
+    source = (
+        code_queries(index, classes.lists)
+        if features is None
+        else feature_queries(index, space, features)
+    )
+    adc = Adc(index, classes, source, options)
+    if features is None:
+        adc.rule = SYMMETRIC
+    if options.margin is not None:
+        adc.margin, adc.calibration = options.margin, {"source": "given"}
+        return adc
+    if features is not None:
+        sample = calibration_sample(features.rows, options)
+        truth = true_duplicates(features, sample, options.threshold, adc.threads)
+        if truth.any():
+            best = best_scores(
+                adc.searcher,
+                adc.shared,
+                feature_queries(index, space, features, sample),
+                adc.rule,
+                adc.threads,
+            )
+            adc.margin, adc.calibration = calibrate(best, truth, options.precision)
+            return adc
+    adc.margin = default_margin(
+        adc.rule, index.code_size, precision=options.precision, threshold=options.threshold
+    )
+    adc.calibration = {"source": "default"}
+    return adc
 
 
 def search_adc(

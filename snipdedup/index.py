@@ -1,28 +1,33 @@
-"""The index: each row as a coarse list and a short PQ code, row numbers implied.
+"""Build the index: each row as a coarse list and a short PQ code, row numbers implied.
 
 A folder holds the trained quantisers once and, for each shard of features, one file of codes
-sorted by list. A row's number is the shard's offset plus a packed local number, so a row costs
-its code and a few bytes. What a row's code is depends on the row, its global number and the
-quantisers only: rows are encoded in whole blocks aligned to global rows, one thread a block.
+sorted by list. What a row's code is depends on the row, its global number and the quantisers only:
+rows are encoded in whole blocks aligned to global rows, one thread a block.
 """
 
 from __future__ import annotations
 
 import shutil
-import zipfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from snipdedup import progress, settings, store
+from snipdedup.codes import ShardCodes, load_shard, pack, packed_width, save_shard, shard_name
 from snipdedup.compute import cores, in_order
-from snipdedup.cosine import bad_rows, unit_rows
+from snipdedup.cosine import bad_rows
 from snipdedup.errors import InputError, SnipError
+from snipdedup.export import export_faiss
+from snipdedup.indexfolder import (
+    ENCODER,
+    QUANTISER,
+    Index,
+    Space,
+    held_encoder,
+    identity,
+    same_encoder,
+)
 from snipdedup.quantise import (
     BLOCK,
     LEAST_SAMPLE,
@@ -40,13 +45,8 @@ from snipdedup.quantise import (
 from snipdedup.scan import describe_bad
 from snipdedup.shards import CrcLedger, Features, accept_dates, open_features, request_of
 
-if TYPE_CHECKING:
-    from snipdedup.encoder import Encoder
-
-QUANTISER, ENCODER = "quantizer.faiss", "encoder"
 FILES = "files"  # below the work folder: what is written before all of it is whole
 READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
-WALK_ROWS = 1 << 20  # entries of the lists looked at together
 
 
 def run(options: settings.Index) -> str:
@@ -251,13 +251,6 @@ def remove_files(out: Path) -> None:
     shutil.rmtree(out / ENCODER, ignore_errors=True)
 
 
-def identity(path: Path) -> str:
-    """Return what tells one encoder or base from another: the file's SHA-256."""
-    if not path.is_file():
-        raise SnipError(f"no such file: {path}")
-    return store.sha256(path)
-
-
 def open_base(base: str | None) -> Path | None:
     """Return the quantiser file that ``--base`` means: a folder of ours, or a faiss file."""
     if base is None:
@@ -286,53 +279,12 @@ def choose_encoder(given: str | None, base: Path | None) -> Path | None:
     return of_base
 
 
-def same_encoder(given: str | Path, held: Path) -> bool:
-    """Tell whether a folder that was given holds the encoder of another one."""
-    manifest = Path(given).expanduser() / store.MANIFEST
-    return identity(manifest) == identity(held / store.MANIFEST)
-
-
-def held_encoder(folder: Path) -> Path | None:
-    """Return the encoder's folder in an index, None where it holds none."""
-    return folder / ENCODER if (folder / ENCODER / store.MANIFEST).is_file() else None
-
-
 def copy_encoder(source: Path, target: Path) -> None:
     """Put the encoder into the index, so that the folder is all that a search needs."""
     manifest = store.read_manifest(source, "encoder")
     for name in (*manifest["outputs"], store.MANIFEST):  # the manifest last, as everywhere
         with store.replacing(target / name) as part:
             shutil.copyfile(source / name, part)
-
-
-@dataclass(frozen=True)
-class Space:
-    """How a row becomes the vector that is quantised."""
-
-    encoder: Encoder | None
-    as_stored: bool
-    dim_in: int
-    dim: int
-
-    @classmethod
-    def of(cls, folder: Path | None, dim_in: int, as_stored: bool) -> Space:
-        """Return the space of an encoder's folder, or of rows by themselves."""
-        if folder is None:
-            return cls(None, as_stored, dim_in, dim_in)
-        from snipdedup.encoder import Encoder
-
-        encoder = Encoder.load(folder, device="cpu")
-        if encoder.dim_in != dim_in:
-            raise SnipError(
-                f"the encoder expects rows {encoder.dim_in} wide, the features are {dim_in} wide"
-            )
-        return cls(encoder, as_stored, encoder.dim_in, encoder.dim)
-
-    def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Return what is quantised: descriptors, unit rows, or rows as they are, float32."""
-        if self.encoder is not None:
-            return self.encoder.encode(rows)
-        return rows.astype(np.float32) if self.as_stored else unit_rows(rows)
 
 
 def make_quantiser(
@@ -367,29 +319,6 @@ def check_base(path: Path, quantiser: Quantiser, dim: int, options: settings.Ind
         asked, held = getattr(options, name), getattr(quantiser, name)
         if asked and asked != held:
             raise SnipError(f"--base {path} has {name} {held}; leave --{name} {asked} away")
-
-
-class ShardCodes(NamedTuple):
-    """One shard's rows, sorted by list.
-
-    Attributes
-    ----------
-    codes : (n, code_size) uint8
-    ids : (n, width) uint8
-        Rows of the shard, packed by `pack`; ascending in each list.
-    sizes : (nlist,) unsigned
-        Rows a list.
-    bad : (b,) int64
-        Rows of the shard that are NaN, infinity or zero: in no list.
-    self_adc : () float64
-        Sum of ‖x − q(x)‖² over the rows.
-    """
-
-    codes: np.ndarray
-    ids: np.ndarray
-    sizes: np.ndarray
-    bad: np.ndarray
-    self_adc: np.ndarray
 
 
 def encode_shard(
@@ -447,55 +376,6 @@ def refuse_bad(features: Features, number: int, bad: np.ndarray, mode: str) -> N
         raise InputError(describe_bad(features, bad + features.offsets[number]))
 
 
-def packed_width(rows: int) -> int:
-    """Return the bytes that a row number below ``rows`` needs."""
-    return max(1, (max(rows - 1, 0).bit_length() + 7) // 8)
-
-
-def pack(numbers: np.ndarray, width: int) -> np.ndarray:
-    """Return numbers as their lowest ``width`` bytes, (n, width) uint8."""
-    wide = np.ascontiguousarray(numbers, "<i8").view(np.uint8).reshape(-1, 8)
-    return np.ascontiguousarray(wide[:, :width])
-
-
-def unpack(packed: np.ndarray) -> np.ndarray:
-    """Return the numbers that `pack` took, (n,) int64."""
-    wide = np.zeros((len(packed), 8), np.uint8)
-    wide[:, : packed.shape[1]] = packed
-    return wide.view("<i8")[:, 0].astype(np.int64, copy=False)
-
-
-def shard_name(number: int) -> str:
-    """Return the name of a shard's file."""
-    return f"lists_{number:05d}.npz"
-
-
-def save_shard(path: Path, shard: ShardCodes) -> None:
-    """Write one shard."""
-    store.save_npz(path, **shard._asdict())
-
-
-def load_shard(path: Path) -> ShardCodes:
-    """Read one shard.
-
-    Raises
-    ------
-    SnipError
-        If the file is missing, truncated or of another layout.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            shard = ShardCodes(*(arrays[name] for name in ShardCodes._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise SnipError(
-            f"{path}: not a shard of an index, or damaged ({error}); remove it and run snip index "
-            "again"
-        ) from error
-    if len(shard.codes) != len(shard.ids) or int(shard.sizes.sum(dtype=np.int64)) != len(shard.ids):
-        raise SnipError(f"{path}: damaged: its lists do not add up; remove it and index again")
-    return shard
-
-
 def finish(out: Path, request: dict[str, Any], options: settings.Index, held: int) -> None:
     """Put everything in place, and write the manifest, which makes the folder an index.
 
@@ -549,152 +429,3 @@ def describe(index: Index, state: str) -> str:
     if held["bad_rows"]:
         lines.append(f"{held['bad_rows']:,} NaN, infinite or zero rows are in no list")
     return "\n".join(lines)
-
-
-class Lists:
-    """Codes of many rows, sorted by list, with packed row numbers, in memory.
-
-    Attributes
-    ----------
-    codes : (n, code_size) uint8
-    ids : (n, width) uint8
-        Global rows, packed; ascending in each list.
-    starts : (nlist + 1,) int64
-        Where each list begins, then n.
-    """
-
-    def __init__(self, codes: np.ndarray, ids: np.ndarray, starts: np.ndarray) -> None:
-        self.codes, self.ids, self.starts = codes, ids, starts
-
-    def rows(self, places: np.ndarray | slice) -> np.ndarray:
-        """Return the global rows at places in the sorted order, (n,) int64."""
-        return unpack(self.ids[places])
-
-    def list_of(self, low: int, high: int) -> np.ndarray:
-        """Return the list of each place from ``low`` to ``high``, (n,) int64."""
-        return np.searchsorted(self.starts, np.arange(low, high), side="right") - 1
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Yield (low, high) places of whole lists, about `WALK_ROWS` at a time."""
-        low = 0
-        for high in self.starts[1:].tolist():
-            if high - low >= WALK_ROWS:
-                yield low, high
-                low = high
-        if low < len(self.ids):
-            yield low, len(self.ids)
-
-
-class Index:
-    """A finished index folder.
-
-    Attributes
-    ----------
-    folder : Path
-    manifest : dict
-    quantiser : Quantiser
-    space : Space
-    rows, nlist, dim, code_size : int
-        ``rows`` counts bad ones too, which are in no list; ``dim`` is the width of the vectors.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = store.read_manifest(folder, "index")
-        self.quantiser = read_quantiser(folder / QUANTISER)
-        as_stored = bool(self.manifest["request"]["as_stored"])
-        self.space = Space.of(held_encoder(folder), self._dim_in(), as_stored)
-        self.rows, self.nlist = int(self.manifest["rows"]), self.quantiser.nlist
-        self.dim, self.code_size = self.quantiser.dim, self.quantiser.code_size
-        sizes = [shard["rows"] for shard in self.manifest["shards"]]
-        self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-
-    def _dim_in(self) -> int:
-        folder = held_encoder(self.folder)
-        if folder is None:
-            return self.quantiser.dim
-        from snipdedup.encoder import Encoder
-
-        return Encoder.load(folder, device="cpu").dim_in
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Index:
-        """Open a folder that ``snip index`` finished."""
-        return cls(Path(folder).expanduser())
-
-    @property
-    def encoder(self) -> Encoder | None:
-        """The encoder that rows go through, if any."""
-        return self.space.encoder
-
-    def shards(self) -> Iterator[tuple[int, ShardCodes]]:
-        """Yield (first global row, codes) of each shard, in order."""
-        for first, shard in zip(self.offsets[:-1], self.manifest["shards"], strict=True):
-            yield int(first), load_shard(self.folder / shard["file"])
-
-    def bad_rows(self) -> np.ndarray:
-        """Return the rows that are in no list, ascending, (b,) int64."""
-        parts = [shard.bad + first for first, shard in self.shards()]
-        return np.concatenate([np.empty(0, np.int64), *parts])
-
-    def lists(self) -> Lists:
-        """Load all codes, shard by shard, into one array sorted by list.
-
-        A row takes its code and as many bytes as its number needs; in a list, rows ascend.
-        """
-        sizes = np.zeros(self.nlist, np.int64)
-        for _, shard in self.shards():
-            sizes += shard.sizes
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        codes = np.empty((int(starts[-1]), self.code_size), np.uint8)
-        ids = np.empty((int(starts[-1]), packed_width(self.rows)), np.uint8)
-        cursor = starts[:-1].copy()
-        for first, shard in self.shards():
-            counts = shard.sizes.astype(np.int64)
-            begins = np.cumsum(counts) - counts
-            places = np.repeat(cursor - begins, counts) + np.arange(len(shard.ids))
-            codes[places] = shard.codes
-            ids[places] = pack(unpack(shard.ids) + first, ids.shape[1])
-            cursor += counts
-        return Lists(codes, ids, starts)
-
-    def decode(self, lists: Lists, low: int, high: int) -> np.ndarray:
-        """Return q(y) of the places ``low`` to ``high``, (n, dim) float32."""
-        return self.quantiser.decode(lists.list_of(low, high), lists.codes[low:high])
-
-
-def export_faiss(index: Index, path: Path) -> int:
-    """Write one IndexIVFPQ that plain faiss reads, with int64 ids that are global rows.
-
-    faiss would hold 8 bytes an id in memory to write it; here its file is laid out by hand: the
-    empty index as faiss serialises it, with the lists put in place of its empty ones (format of
-    faiss/impl/index_write.cpp, "ilar").
-
-    Returns
-    -------
-    int
-        Bytes written.
-    """
-    import faiss
-
-    lists = index.lists()
-    ivfpq = read_quantiser(index.folder / QUANTISER).ivfpq
-    ivfpq.ntotal = len(lists.ids)
-    head = faiss.serialize_index(ivfpq).tobytes()
-    empty = array_lists_header(index.nlist, index.code_size, b"sprs", np.empty(0, "<u8"))
-    if not head.endswith(empty):
-        raise SnipError(f"this faiss ({faiss.__version__}) writes indexes in an unknown layout")
-    sizes = np.diff(lists.starts).astype("<u8")
-    with store.replacing(path) as part, part.open("wb") as file:
-        file.write(head.removesuffix(empty))
-        file.write(array_lists_header(index.nlist, index.code_size, b"full", sizes))
-        for low, high in pairwise(lists.starts.tolist()):
-            file.write(lists.codes[low:high].tobytes())
-            file.write(lists.rows(slice(low, high)).astype("<i8").tobytes())
-    return path.stat().st_size
-
-
-def array_lists_header(nlist: int, code_size: int, layout: bytes, sizes: np.ndarray) -> bytes:
-    """Return what precedes the lists in a faiss file: full or sparse sizes."""
-    counts = np.array([nlist, code_size], "<u8").tobytes()
-    return b"ilar" + counts + layout + np.array([sizes.size], "<u8").tobytes() + sizes.tobytes()

@@ -15,9 +15,11 @@ import pytest
 from test_quantise import clustered
 
 from snipdedup import settings, store
+from snipdedup.codes import pack, packed_width, unpack
 from snipdedup.cosine import unit_rows
 from snipdedup.errors import InputError, SnipError
-from snipdedup.index import Index, build, pack, packed_width, run, unpack
+from snipdedup.index import build, run
+from snipdedup.indexfolder import Index
 from snipdedup.quantise import read_quantiser
 from snipdedup.shards import open_features
 

@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from test_quantise import clustered
 
-from snipdedup import search, settings
+from snipdedup import adaptive, search, settings
+from snipdedup import adc as chain
+from snipdedup.adaptive import calibrate, default_margin, passes, true_duplicates
+from snipdedup.adc import adc_candidates
+from snipdedup.classes import classes_of
 from snipdedup.cosine import unit_rows
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.index import Index, build, export_faiss
+from snipdedup.export import export_faiss
+from snipdedup.index import build
+from snipdedup.indexfolder import Index
 from snipdedup.search import (
     Searcher,
-    adc_candidates,
-    calibrate,
-    classes_of,
     copied_lists,
-    default_margin,
     feature_queries,
     neighbours,
-    passes,
     self_adc,
-    true_duplicates,
 )
 from snipdedup.shards import Features, open_features
 
@@ -159,13 +159,15 @@ def test_calibration_takes_the_highest_recall_at_the_wanted_precision():
 
 
 def test_default_margins_follow_size_precision_and_threshold():
-    at = search.DEFAULT_MARGINS["difference"]
+    at = adaptive.DEFAULT_MARGINS["difference"]
     assert default_margin("difference", 8, precision=0.91, threshold=0.95) == at[8][1]
     assert default_margin("difference", 64, precision=0.99, threshold=0.95) == at[32][2]
     half = default_margin("difference", 16, precision=0.81, threshold=0.975)
     assert half == pytest.approx(at[16][0] / 2)
     between = default_margin("ratio", 6, precision=0.91, threshold=0.95)
-    assert search.DEFAULT_MARGINS["ratio"][4][1] < between < search.DEFAULT_MARGINS["ratio"][8][1]
+    assert (
+        adaptive.DEFAULT_MARGINS["ratio"][4][1] < between < adaptive.DEFAULT_MARGINS["ratio"][8][1]
+    )
     assert default_margin("ratio", 8, precision=0.91, threshold=1.0) == 1
 
 
@@ -180,7 +182,7 @@ def test_truth_is_that_of_brute_force(real, monkeypatch):
     truth = true_duplicates(features, sample, 0.95, 2)
     clear = np.abs(best - 0.95) > 1e-5
     np.testing.assert_array_equal(truth[clear], best[clear] >= 0.95)
-    monkeypatch.setattr(search, "TRUTH_ROWS", 100)
+    monkeypatch.setattr(adaptive, "TRUTH_ROWS", 100)
     np.testing.assert_array_equal(true_duplicates(features, sample, 0.95, 1), truth)
 
 
@@ -204,7 +206,7 @@ def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small):
     assert linked == {(min(rows), r) for rows in firsts.values() for r in rows if r != min(rows)}
 
 
-def collected(adc: search.Adc) -> np.ndarray:
+def collected(adc: chain.Adc) -> np.ndarray:
     blocks = [np.stack(block) for block in adc.pairs()]
     for block in blocks:
         assert (block[0] < block[1]).all()
@@ -272,6 +274,7 @@ def test_the_same_pairs_for_any_threads_and_blocks(real, monkeypatch):
     index, features = real
     one = adc_candidates(index, features, wanted(calibration_rows=500))
     first = collected(one), one.flags, one.margin
+    monkeypatch.setattr(chain, "QUERY_ROWS", 1024)
     monkeypatch.setattr(search, "QUERY_ROWS", 1024)
     two = adc_candidates(index, features, wanted(calibration_rows=500, threads=2))
     second = collected(two), two.flags, two.margin
@@ -286,7 +289,7 @@ def test_the_calibrated_margin_reaches_the_precision_on_other_rows(real):
     adc = adc_candidates(index, features, wanted(calibration_rows=3000, precision=0.91))
     assert adc.calibration["source"] == "sample"
     assert adc.calibration["precision"] >= 0.91
-    sampled = search.calibration_sample(features.rows, wanted(calibration_rows=3000))
+    sampled = adaptive.calibration_sample(features.rows, wanted(calibration_rows=3000))
     others = np.setdiff1d(np.arange(features.rows), sampled)
     truth = true_duplicates(features, others, 0.95, 2)
     flags = adc.flags[others]
