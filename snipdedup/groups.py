@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.cosine import unit_rows64
+from snipdedup.cosine import pair_cosine, unit_rows64
 from snipdedup.forest import Edges, components, make_edges
 from snipdedup.star import Gather, star_huge
 
@@ -17,6 +17,7 @@ STAR_BLOCK = 1024  # rows of a large group compared at once
 PACKED_GROUP = 32  # groups up to this size are compared many at a time
 FLOAT64_GROUP = 4096  # larger groups are compared by codes first
 PACKED_ROWS = 1 << 14  # rows gathered for one such batch
+NO_PAIR = np.float32(-2)  # less than any cosine
 
 
 class Members(NamedTuple):
@@ -84,12 +85,71 @@ def group_starts(group: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], cuts, [len(group)]]).astype(np.int64)
 
 
+class Also(NamedTuple):
+    """What a pair must besides: a cosine of other vectors of the same rows (their captions').
+
+    Attributes
+    ----------
+    gather : function of (n,) int64 rows
+        Returns those rows' other vectors, (n, dim).
+    threshold : float
+    dim : int
+    """
+
+    gather: Gather
+    threshold: float
+    dim: int
+
+    def holds(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return for which of the rows a, b it holds, (n,) bool."""
+        parts = [np.empty(0, bool)]
+        for start in range(0, len(a), PACKED_ROWS):
+            rows = np.stack([a[start : start + PACKED_ROWS], b[start : start + PACKED_ROWS]])
+            x, y = (self.gather(side) for side in rows)
+            parts.append(pair_cosine(x, y) >= np.float32(self.threshold))
+        return np.concatenate(parts)
+
+
+class Compare(NamedTuple):
+    """How the rows of a group are compared.
+
+    Attributes
+    ----------
+    gather : function of (n,) int64 rows
+        Returns those rows' features, (n, d).
+    threshold : float
+        Cosine from which two rows are a pair.
+    also : Also, optional
+    """
+
+    gather: Gather
+    threshold: float
+    also: Also | None = None
+
+    def load(self, rows: np.ndarray) -> np.ndarray:
+        """Return what `table` compares of rows: float64 unit rows, of ``also`` beside them."""
+        unit = unit_rows64(self.gather(rows))
+        if self.also is None:
+            return unit
+        return np.concatenate([unit, unit_rows64(self.also.gather(rows))], axis=1)
+
+    def table(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return cosines, (..., m, n) float32; `NO_PAIR` where ``also`` does not hold."""
+        if self.also is None:
+            return products(x, y)
+        cut = x.shape[-1] - self.also.dim
+        cosine = products(x[..., :cut], y[..., :cut])
+        other = products(x[..., cut:], y[..., cut:])
+        cosine[other < np.float32(self.also.threshold)] = NO_PAIR
+        return cosine
+
+
 def group_star(
     forest: Edges,
     rank: Rank,
-    gather: Gather,
-    threshold: float,
+    compare: Compare,
     done: Callable[[int], None],
+    gone: np.ndarray | None = None,
 ) -> Members:
     """Let a row stay unless a row that already stays forms a pair with it, in keep order.
 
@@ -101,53 +161,61 @@ def group_star(
         Over distinct rows; defines the groups.
     rank : function of (n,) int64 rows
         Place in keep order, smaller first.
-    gather : function of (n,) int64 rows
-        Returns those rows' features, (n, d).
-    threshold : float
-        Cosine from which two rows are a pair.
+    compare : Compare
     done : function of int
         Told how many rows have been decided, for progress.
+    gone : (g,) int64, optional
+        Rows that go whatever these rows are to one another: a row outside matches them. Their
+        representative is the nearest staying row, with `NO_PAIR` where there is none.
     """
     row, group = components(forest)
     order = np.lexsort((rank(row), group))
     row, group = row[order], group[order]  # keep order inside each group
     starts = group_starts(group)
     representative, similarity = row.copy(), np.ones(len(row), np.float32)
-    two = starts[:-1][np.diff(starts) == 2]
+    out = np.zeros(len(row), bool) if gone is None else np.isin(row, gone)
+    open_ = (np.diff(starts) > 2) | np.logical_or.reduceat(out, starts[:-1]) if len(row) else out
+    two = starts[:-1][~open_]
     by_a = np.argsort(forest.a, kind="stable")  # a group of two has one edge, from its label
     edge = by_a[np.searchsorted(forest.a, group[two], sorter=by_a)]
     representative[two + 1], similarity[two + 1] = row[two], forest.similarity[edge]
     done(2 * len(two))
-    for places in star_batches(np.diff(starts), starts):
+    for places in star_batches(starts, open_):
         if places.ndim == 2:
-            chosen, cosine = star_packed(row[places], gather, threshold)
-        elif places.size <= FLOAT64_GROUP:
-            chosen, cosine = star_large(row[places], gather, threshold)
+            chosen, cosine = star_packed(row[places], compare, out[places])
+        elif places.size <= FLOAT64_GROUP or compare.also is not None or out[places].any():
+            chosen, cosine = star_large(row[places], compare, out[places])
         else:
-            chosen, cosine = star_huge(row[places], gather, threshold)
+            chosen, cosine = star_huge(row[places], compare.gather, compare.threshold)
         representative[places], similarity[places] = chosen, cosine
         done(places.size)
-    return ordered(Members(row, group, representative, similarity, representative != row))
+    return ordered(Members(row, group, representative, similarity, out | (representative != row)))
 
 
-def star_batches(sizes: np.ndarray, starts: np.ndarray) -> Iterator[np.ndarray]:
+def star_batches(starts: np.ndarray, open_: np.ndarray) -> Iterator[np.ndarray]:
     """Yield places to compare together: (groups, size) for small groups, (size,) for large ones.
 
-    Groups of two need no comparison and are left out.
+    Parameters
+    ----------
+    starts : (groups + 1,) int64
+        Where each group begins.
+    open_ : (groups,) bool
+        Which groups need a comparison; others are left out.
     """
-    for size in np.unique(sizes[(sizes > 2) & (sizes <= PACKED_GROUP)]):
-        firsts = starts[:-1][sizes == size]
+    sizes = np.diff(starts)
+    for size in np.unique(sizes[open_ & (sizes <= PACKED_GROUP)]):
+        firsts = starts[:-1][open_ & (sizes == size)]
         step = max(1, PACKED_ROWS // int(size))
         for cut in range(0, len(firsts), step):
             yield firsts[cut : cut + step, None] + np.arange(size)
-    for which in np.flatnonzero((sizes > 2) & (sizes > PACKED_GROUP)):
+    for which in np.flatnonzero(open_ & (sizes > PACKED_GROUP)):
         yield np.arange(starts[which], starts[which + 1])
 
 
 def star_packed(
-    rows: np.ndarray, gather: Gather, threshold: float
+    rows: np.ndarray, compare: Compare, out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decide many groups of one size: (g, s) rows in keep order.
+    """Decide many groups of one size: (g, s) rows in keep order, and which of them go anyhow.
 
     Returns
     -------
@@ -155,13 +223,14 @@ def star_packed(
     similarity : (g, s) float32
     """
     groups, size = rows.shape
-    unit = unit_rows64(gather(rows.ravel())).reshape(groups, size, -1)
-    cosine = products(unit, unit)
-    match = cosine >= np.float32(threshold)
+    unit = compare.load(rows.ravel()).reshape(groups, size, -1)
+    cosine = compare.table(unit, unit)
+    match = cosine >= np.float32(compare.threshold)
     stays = np.zeros((groups, size), bool)
     for place in range(size):
-        stays[:, place] = ~(match[:, place, :place] & stays[:, :place]).any(axis=1)
-    cosine[~np.broadcast_to(stays[:, None, :], cosine.shape)] = -2
+        covered = (match[:, place, :place] & stays[:, :place]).any(axis=1)
+        stays[:, place] = ~out[:, place] & ~covered
+    cosine[~np.broadcast_to(stays[:, None, :], cosine.shape)] = NO_PAIR
     best = cosine.max(axis=2)
     tied = np.where(cosine == best[:, :, None], rows[:, None, :], np.iinfo(np.int64).max)
     representative = np.where(stays, rows, tied.min(axis=2))
@@ -175,45 +244,48 @@ def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.asarray((torch.from_numpy(x) @ torch.from_numpy(y).mT).float().numpy())
 
 
-def star_large(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Decide one large group, (n,) rows in keep order, block by block.
+def star_large(
+    rows: np.ndarray, compare: Compare, out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decide one large group, (n,) rows in keep order, block by block; ``out`` go anyhow.
 
     Rows are compared with the rows that stay only, so memory is that of the staying rows' features
     and the work is rows × staying rows.
     """
-    limit = np.float32(threshold)
+    limit = np.float32(compare.threshold)
     kept: list[np.ndarray] = []
     stays = np.zeros(len(rows), bool)
     for start in range(0, len(rows), STAR_BLOCK):
-        unit = unit_rows64(gather(rows[start : start + STAR_BLOCK]))
-        covered = np.zeros(len(unit), bool)
+        unit = compare.load(rows[start : start + STAR_BLOCK])
+        covered = out[start : start + STAR_BLOCK].copy()
         for block in kept:
             open_ = np.flatnonzero(~covered)
-            covered[open_] = (products(unit[open_], block) >= limit).any(axis=1)
-        match = products(unit, unit) >= limit
+            covered[open_] = (compare.table(unit[open_], block) >= limit).any(axis=1)
+        match = compare.table(unit, unit) >= limit
         for place in np.flatnonzero(~covered):
             if not covered[place]:
                 stays[start + place] = True
                 covered |= match[place]
         if stays[start : start + len(unit)].any():
             kept.append(unit[stays[start : start + len(unit)]])
-    return nearest_staying(rows, stays, kept, gather)
+    return nearest_staying(rows, stays, kept, compare)
 
 
 def nearest_staying(
-    rows: np.ndarray, stays: np.ndarray, kept: list[np.ndarray], gather: Gather
+    rows: np.ndarray, stays: np.ndarray, kept: list[np.ndarray], compare: Compare
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for each row its nearest staying row (ties: the smaller) and their cosine."""
     representative, similarity = rows.copy(), np.ones(len(rows), np.float32)
-    keepers = np.split(rows[stays], np.cumsum([len(block) for block in kept])[:-1])
+    ends = np.cumsum([len(block) for block in kept], dtype=np.int64)
+    keepers = np.split(rows[stays], ends[:-1])[: len(kept)]
     removed = np.flatnonzero(~stays)
     for start in range(0, len(removed), STAR_BLOCK):
         places = removed[start : start + STAR_BLOCK]
-        unit = unit_rows64(gather(rows[places]))
-        best = np.full(len(places), -2, np.float32)
+        unit = compare.load(rows[places])
+        best = np.full(len(places), NO_PAIR)
         chosen = np.full(len(places), np.iinfo(np.int64).max)
         for block, names in zip(kept, keepers, strict=True):
-            cosine = products(unit, block)
+            cosine = compare.table(unit, block)
             top = cosine.max(axis=1)
             name = np.where(cosine == top[:, None], names, np.iinfo(np.int64).max).min(axis=1)
             better = (top > best) | ((top == best) & (name < chosen))

@@ -18,6 +18,7 @@ from snipdedup.cosine import pair_cosine
 from snipdedup.errors import SnipError
 from snipdedup.forest import Edges, components, join_edges, make_edges
 from snipdedup.groups import (
+    Compare,
     Copies,
     Members,
     group_components,
@@ -206,7 +207,8 @@ def decide(
     else:
         forest = copies.fold(found.forest.at(threshold))
         with progress.bar(len(components(forest)[0]), "grouping", "rows") as bar:
-            members = group_star(forest, rank, features.gather, threshold, bar.update)
+            compare = Compare(features.gather, threshold)
+            members = group_star(forest, rank, compare, bar.update)
     members = copies.unfold(members)
     if features is not None and found.pairs is None:
         members = with_similarity(members, features)

@@ -14,7 +14,14 @@ from snipdedup import groups
 from snipdedup.cosine import pair_cosine
 from snipdedup.deduplicate import dedup
 from snipdedup.forest import components, make_edges, spanning_forest
-from snipdedup.groups import Copies, group_components, group_star, keep_rank, star_from_pairs
+from snipdedup.groups import (
+    Compare,
+    Copies,
+    group_components,
+    group_star,
+    keep_rank,
+    star_from_pairs,
+)
 
 KEEPS = st.sampled_from(["first", "last", "random"])
 # how groups are compared: many at once, one by one in tiny blocks, and as shipped
@@ -163,7 +170,8 @@ def test_star_from_pairs_keeps_the_rows_that_star_keeps(x, keep, seed):
 
     row, group = components(edges)
     found = star_from_pairs(row, group, rank(row), edges)
-    same = group_star(spanning_forest(edges), rank, lambda rows: x[rows], 0.8, lambda n: None)
+    compare = Compare(lambda rows: x[rows], 0.8)
+    same = group_star(spanning_forest(edges), rank, compare, lambda n: None)
     assert found.row.tolist() == same.row.tolist()
     assert found.group.tolist() == same.group.tolist()
     assert found.is_dup.tolist() == same.is_dup.tolist()

@@ -9,7 +9,7 @@ import pytest
 import truth
 
 from snipdedup import star
-from snipdedup.groups import star_large
+from snipdedup.groups import Compare, star_large
 from snipdedup.star import star_huge
 
 
@@ -30,7 +30,8 @@ def rows_of(kind):
 def test_codes_decide_as_all_comparisons_do(kind, block):
     x = rows_of(kind)
     order = np.random.default_rng(1).permutation(len(x))
-    expected = star_large(order, lambda rows: x[rows], 0.95)
+    compare = Compare(lambda rows: x[rows], 0.95)
+    expected = star_large(order, compare, np.zeros(len(x), bool))
     with mock.patch.object(star, "BLOCK", block):
         found = star_huge(order, lambda rows: x[rows], 0.95)
     assert np.array_equal(found[0], expected[0])
@@ -40,7 +41,8 @@ def test_codes_decide_as_all_comparisons_do(kind, block):
 def test_a_row_whose_match_the_codes_missed_still_gets_a_representative():
     x = rows_of("clumps")
     order = np.arange(len(x))
-    expected = star_large(order, lambda rows: x[rows], 0.95)
+    compare = Compare(lambda rows: x[rows], 0.95)
+    expected = star_large(order, compare, np.zeros(len(x), bool))
 
     class Blind(star.Coded):
         def hits(self, x, y):
