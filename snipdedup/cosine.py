@@ -5,11 +5,64 @@ Everything faster only proposes pairs. What is kept, removed or reported rests o
 
 from __future__ import annotations
 
+import sys
+from typing import Any, NamedTuple
+
 import numpy as np
 
 # float32 unit rows give dot products this close to the cosine, at any width up to 65,536.
 PROPOSAL_ERROR = 1e-5
+PLAIN_NORM = 1e15  # norms up to here, and from its inverse on, are safe in float32
+FEW_ROWS = 4096  # whose conversion is not worth a second for torch to be imported
 SAFE_PEAK = 1e100  # squares of larger (or inversely smaller) float64 values could overflow
+
+
+class Directions(NamedTuple):
+    """Rows in float32, and what scales each to norm 1.
+
+    Attributes
+    ----------
+    values : (n, d) float32 tensor
+        Zeros where a row cannot be compared.
+    factor : (n,) float32 tensor
+    bad : (n,) bool
+        Rows that cannot be compared: NaN, infinity, or all zeros.
+    """
+
+    values: Any
+    factor: Any
+    bad: np.ndarray
+
+    def unit(self) -> np.ndarray:
+        """Return the rows scaled to norm 1, (n, d) float32."""
+        return np.asarray((self.values * self.factor[:, None]).numpy())
+
+
+def directions(rows: np.ndarray, scratch: Any = None) -> Directions:
+    """Return the directions of rows, accurate to float32 whatever their norms are.
+
+    Parameters
+    ----------
+    rows : (n, d) float16, float32 or float64
+    scratch : (>= n, d) float32 tensor, optional
+        Memory for the values of float16 rows; without it they get their own.
+    """
+    import torch
+
+    raw = torch.from_numpy(np.ascontiguousarray(rows))
+    if rows.dtype == np.float16:  # torch converts float16 several times faster than numpy
+        values = raw.float() if scratch is None else scratch[: len(rows)].copy_(raw)
+    else:
+        values = raw.float()
+    norms = torch.linalg.vector_norm(values, dim=1)
+    factor, bad = 1 / norms, np.zeros(len(rows), bool)
+    odd = ~((norms > 1 / PLAIN_NORM) & (norms < PLAIN_NORM)).numpy()
+    if odd.any():  # NaN is odd too
+        unit = torch.from_numpy(unit_rows64(rows[odd])).float()
+        values = values.clone() if values.data_ptr() == raw.data_ptr() else values
+        values[odd], factor[odd] = unit, 1.0
+        bad[odd] = ~unit.any(1).numpy()
+    return Directions(values, factor, bad)
 
 
 def bad_rows(rows: np.ndarray) -> np.ndarray:
@@ -23,12 +76,7 @@ def bad_rows(rows: np.ndarray) -> np.ndarray:
     -------
     (n,) bool
     """
-    norms = _fast_norms(rows)
-    bad = ~(np.isfinite(norms) & (norms > 0))
-    # Very large or small values also end up here; look at their elements.
-    for row in np.flatnonzero(bad):
-        bad[row] = not (np.isfinite(rows[row]).all() and rows[row].any())
-    return bad
+    return directions(rows).bad
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -36,16 +84,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
     The scaling is accurate to float32 whatever the norms are; use it to propose, not to decide.
     """
-    import torch
-
-    if rows.dtype == np.float16:  # torch converts float16 several times faster than numpy
-        values = torch.from_numpy(np.ascontiguousarray(rows)).float()
-    else:
-        values = torch.from_numpy(unit_rows64(rows)).float()
-    norms = torch.linalg.vector_norm(values, dim=1, keepdim=True)
-    values /= norms
-    values[~torch.isfinite(norms[:, 0]) | (norms[:, 0] == 0)] = 0
-    return np.asarray(values.numpy())
+    return directions(rows).unit()
 
 
 def unit_rows64(rows: np.ndarray) -> np.ndarray:
@@ -90,6 +129,8 @@ def same_bits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def rescaled64(rows: np.ndarray) -> np.ndarray:
     """Return a float64 copy of rows, scaled by powers of two only where squares could overflow."""
+    if rows.dtype != np.float64 and len(rows) <= FEW_ROWS and "torch" not in sys.modules:
+        return rows.astype(np.float64)  # exact, whoever converts
     if rows.dtype != np.float64:  # squares of float16 and float32 fit float64
         import torch  # converts float16 several times faster than numpy
 
@@ -100,12 +141,3 @@ def rescaled64(rows: np.ndarray) -> np.ndarray:
     if wild.any():
         values[wild] = np.ldexp(values[wild], -np.frexp(peaks[wild])[1][:, None])
     return values
-
-
-def _fast_norms(rows: np.ndarray) -> np.ndarray:
-    """Return the norm of each row, in float32 for float16 input, float64 for others."""
-    import torch
-
-    values = torch.from_numpy(np.ascontiguousarray(rows))
-    values = values.float() if rows.dtype == np.float16 else values.double()
-    return np.asarray(torch.linalg.vector_norm(values, dim=1).numpy())

@@ -45,6 +45,10 @@ class Shard:
         """Return rows ``start`` to ``stop`` (exclusive) of the file as a fresh array."""
         raise NotImplementedError
 
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Write rows ``start`` to ``stop`` to ``out``, whose dtype may be wider."""
+        out[:] = self.read(start, stop)
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the given rows of the file; ``rows`` is ascending."""
         raise NotImplementedError
@@ -106,16 +110,29 @@ class NpyShard(Shard):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """See `Shard.read`."""
-        width = self.dim * self.stored.itemsize
-        with self.path.open("rb") as file:
-            file.seek(self.data + start * width)
-            rows = np.fromfile(file, dtype=self.stored, count=(stop - start) * self.dim)
-        if rows.size != (stop - start) * self.dim:
-            raise InputError(
-                f"{self.path}: expected rows {start} to {stop}, the file ended early; it changed "
-                "while it was read"
-            )
-        return rows.reshape(-1, self.dim).astype(self.dtype, copy=False)
+        rows = np.empty((stop - start, self.dim), self.stored)
+        self._fill(start, rows)
+        return rows.astype(self.dtype, copy=False)
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """See `Shard.read_into`."""
+        if self.stored == out.dtype and out.flags.c_contiguous:
+            self._fill(start, out)
+        else:
+            super().read_into(start, stop, out)
+
+    def _fill(self, start: int, rows: np.ndarray) -> None:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.data + start * self.dim * self.stored.itemsize)
+            left = memoryview(rows.reshape(-1).view(np.uint8))
+            while left.nbytes:
+                count = file.readinto(left)
+                if not count:
+                    raise InputError(
+                        f"{self.path}: expected rows {start} to {start + len(rows)}, the file "
+                        "ended early; it changed while it was read"
+                    )
+                left = left[count:]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """See `Shard.take`."""
@@ -229,18 +246,25 @@ class ParquetShard(Shard):
 
     def _groups(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) of each row group that overlaps ``start`` to ``stop``."""
-        file = open_parquet(self.path)
-        for group in range(len(self.group_starts) - 1):
-            first, end = int(self.group_starts[group]), int(self.group_starts[group + 1])
-            if first < stop and end > start:
-                try:
-                    table = file.read_row_group(group, columns=[self.column])
-                except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
-                    raise InputError(
-                        f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or "
-                        "write it again"
-                    ) from error
-                yield first, self._values(table.column(0), first)
+        first_group = int(np.searchsorted(self.group_starts, start, side="right")) - 1
+        stamp = self.path.stat()
+        for group in range(first_group, len(self.group_starts) - 1):
+            first = int(self.group_starts[group])
+            if first >= stop:
+                break
+            yield first, _row_group(self, group, stamp.st_mtime_ns, stamp.st_size)
+
+    def decode_group(self, group: int) -> np.ndarray:
+        """Return the rows of a row group."""
+        first, end = self.group_starts[group : group + 2]
+        try:
+            table = open_parquet(self.path).read_row_group(group, columns=[self.column])
+        except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+            raise InputError(
+                f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or "
+                "write it again"
+            ) from error
+        return self._values(table.column(0), int(first))
 
     def _values(self, column: Any, first: int) -> np.ndarray:
         """Return a chunked list column as a dense array; ``first`` is for messages."""
@@ -267,6 +291,12 @@ class ParquetShard(Shard):
             parts.append(flat.to_numpy(zero_copy_only=False).reshape(-1, self.dim))
             first += len(chunk)
         return np.concatenate(parts).astype(self.dtype, copy=False)
+
+
+@lru_cache(maxsize=2)
+def _row_group(shard: ParquetShard, group: int, mtime_ns: int, size: int) -> np.ndarray:
+    del mtime_ns, size  # part of the cache's key: a file that changed is read again
+    return shard.decode_group(group)
 
 
 def open_shard(path: Path, array: str | None = None, column: str | None = None) -> Shard:

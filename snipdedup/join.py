@@ -16,7 +16,7 @@ import numpy as np
 
 from snipdedup import progress, store
 from snipdedup.compute import Stage, in_order, library_threads
-from snipdedup.cosine import bad_rows
+from snipdedup.cosine import Directions, bad_rows
 from snipdedup.forest import Edges, ForestBuilder
 from snipdedup.kernels import pick_kernel
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
@@ -264,9 +264,9 @@ def encode_task(
     excess = np.empty(end - begin, np.float32)
     visits: list[Visits] = []
 
-    def encode(first: int, rows: np.ndarray) -> None:
-        at = slice(first - begin, first - begin + len(rows))
-        codes[at], excess[at] = model.projection.encode(rows)
+    def encode(first: int, rows: Directions) -> None:
+        at = slice(first - begin, first - begin + len(rows.bad))
+        codes[at], excess[at] = model.projection.encode_directions(rows)
         found = assign(codes[at], model.lists)
         visits.append(found._replace(row=found.row + np.int32(first - begin)))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.cosine import unit_rows
+from snipdedup.cosine import Directions, directions, unit_rows
 
 WIDTHS = (128, 256)  # coordinates of a code: fewer are cheaper, more rule out more pairs
 PEAK = 127  # largest int8
@@ -59,11 +59,16 @@ class Projection:
         return float(self.scale + 0.5 * self.width**0.5)
 
     def encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the codes of a block of rows.
+        """Return the codes of a block of rows; see `encode_directions`.
 
         Parameters
         ----------
         rows : (n, d) float16, float32 or float64
+        """
+        return self.encode_directions(directions(rows))
+
+    def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
+        """Return the codes of a block of rows.
 
         Returns
         -------
@@ -73,30 +78,34 @@ class Projection:
         """
         import torch
 
-        scaled = torch.from_numpy(self.coordinates(rows))
+        scaled = self._rotated(rows)
         scaled *= self.scale
-        codes = scaled.round().clamp_(-PEAK, PEAK)
-        excess = np.zeros(len(rows), np.float32)
-        wide = (scaled.abs().amax(1) > PEAK + 0.5).numpy()
+        excess = np.zeros(len(scaled), np.float32)
+        low, high = scaled.aminmax(dim=1)
+        wide = torch.maximum(high, -low) > PEAK + 0.5
         if wide.any():
-            over = torch.linalg.vector_norm(scaled[wide] - codes[wide], dim=1)
-            excess[wide] = over.numpy()
-        return np.asarray(codes.to(torch.int8).numpy()), excess
+            over = scaled[wide] - scaled[wide].round().clamp_(-PEAK, PEAK)
+            excess[wide.numpy()] = torch.linalg.vector_norm(over, dim=1).numpy()
+        codes = scaled.round_().clamp_(-PEAK, PEAK).to(torch.int8)
+        return np.asarray(codes.numpy()), excess
 
     def coordinates(self, rows: np.ndarray) -> np.ndarray:
         """Return rotated unit coordinates, (n, w) float32; their products bound cosines."""
+        return np.asarray(self._rotated(directions(rows)).numpy())
+
+    def _rotated(self, rows: Directions) -> Any:
         import torch
 
-        unit = torch.from_numpy(unit_rows(rows))
+        # scaled to norm 1 after the product, which has fewer columns
         matrix = torch.from_numpy(self.matrix)
         if has_bfloat16():
-            coordinates = (unit.bfloat16() @ matrix.bfloat16()).float()
+            coordinates = (rows.values.bfloat16() @ matrix.bfloat16()).float()
         else:
-            coordinates = unit @ matrix
+            coordinates = rows.values @ matrix
+        coordinates *= rows.factor[:, None]
         inside = torch.linalg.vector_norm(coordinates, dim=1)
         rest = (1 - inside * inside).clamp_(min=0).sqrt_()
-        coordinates.addr_(rest, torch.from_numpy(self.residual))
-        return np.asarray(coordinates.numpy())
+        return coordinates.addr_(rest, torch.from_numpy(self.residual))
 
     def limit(self, threshold: float) -> float:
         """Return the product of two codes from which their rows may be a pair."""

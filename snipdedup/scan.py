@@ -13,15 +13,17 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.compute import in_order
-from snipdedup.cosine import bad_rows, same_bits
+from snipdedup.cosine import Directions, bad_rows, directions, same_bits
 from snipdedup.errors import InputError
 from snipdedup.shards import CrcLedger, Features, Piece, plan_blocks
 
-BLOCK = 8192  # rows computed together; fixed, so that results do not depend on chunk sizes
+# Rows computed together: few enough to stay in the cache from the file to the code. Fixed, so that
+# results do not depend on chunk sizes.
+BLOCK = 2048
 COMPARE_ROWS = 16_384  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
 
-Visit = Callable[[int, np.ndarray], None]
+Visit = Callable[[int, Directions], None]
 
 
 class Scan(NamedTuple):
@@ -108,18 +110,24 @@ def read_range(
 ) -> Seen:
     """Read global rows ``begin`` to ``end``; ``begin`` is a multiple of `BLOCK`.
 
-    ``visit(first row, rows)`` sees each block of `BLOCK` rows, in order.
+    ``visit(first row, directions)`` sees each block of `BLOCK` rows, in order.
     """
+    import torch
+
     hashes, bad, crcs = [], [], []
-    for start, stop in plan_blocks(end - begin, whole_blocks(chunk_rows)):
-        rows, part = features.read_with_crc(begin + start, begin + stop)
+    chunk = min(whole_blocks(chunk_rows), whole_blocks(end - begin))
+    buffer = np.empty((chunk, features.dim), features.dtype)  # the same memory for all chunks
+    scratch = torch.empty((min(BLOCK, chunk), features.dim))
+    for start, stop in plan_blocks(end - begin, chunk):
+        rows, part = features.read_with_crc(begin + start, begin + stop, buffer)
         crcs += part
         for low, high in plan_blocks(len(rows), BLOCK):
             first, block = begin + start + low, rows[low:high]
-            bad.append(np.flatnonzero(bad_rows(block)) + first)
+            found = directions(block, scratch)
+            bad.append(np.flatnonzero(found.bad) + first)
             hashes.append(row_hashes(block))
             if visit is not None:
-                visit(first, block)
+                visit(first, found)
     return Seen(crcs, np.concatenate(bad), np.concatenate(hashes))
 
 

@@ -100,17 +100,25 @@ class Features:
         )
 
     def read_with_crc(
-        self, start: int, stop: int
+        self, start: int, stop: int, out: np.ndarray | None = None
     ) -> tuple[np.ndarray, list[tuple[Piece, int, int]]]:
-        """Return rows as `read` does, and of each piece (piece, CRC32, bytes of the file)."""
-        blocks, crcs = [np.empty((0, self.dim), self.dtype)], []
+        """Return rows as `read` does, and of each piece (piece, CRC32, bytes of the file).
+
+        ``out``, (>= stop - start, dim) of `dtype`, is memory for the rows; else they get their own.
+        """
+        rows = np.empty((stop - start, self.dim), self.dtype) if out is None else out
+        rows, crcs = rows[: stop - start], []
         for piece in plan_pieces(self.offsets, start, stop):
-            shard = self.shards[piece.shard]
-            block = shard.read(piece.start, piece.stop)
-            crcs.append((piece, *shard.crc_piece(piece.start, block)))
-            blocks.append(block)
-        rows = blocks[1] if len(blocks) == 2 else np.concatenate(blocks)
-        return rows.astype(self.dtype, copy=False), crcs
+            shard, first = self.shards[piece.shard], int(self.offsets[piece.shard]) - start
+            part = rows[first + piece.start : first + piece.stop]
+            stored = part
+            if shard.dtype == self.dtype:
+                shard.read_into(piece.start, piece.stop, part)
+            else:
+                stored = shard.read(piece.start, piece.stop)
+                part[:] = stored
+            crcs.append((piece, *shard.crc_piece(piece.start, stored)))
+        return rows, crcs
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Return the given global rows, in the order asked, read in row order.
