@@ -3,5 +3,5 @@
 # usage: bash scripts/demo.sh [flags of snip demo]
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-make_environment "."
+make_environment ".[report]"
 exec "$venv/bin/snip" demo "$@"

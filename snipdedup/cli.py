@@ -21,7 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from snipdedup import __version__, settings
-from snipdedup.errors import SnipError, UsageError
+from snipdedup.errors import SnipError, UsageError, VerdictError
 
 WIDTH = 96
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -69,12 +69,36 @@ COMMANDS = (
     ),
     Command(
         "filter", "the chain", "apply a mask to metadata, by position", settings.Filter,
-        "snipdedup.masks:run", "snip filter metadata --is_dup clean --out kept",
+        "snipdedup.filtering:run", "snip filter metadata --is_dup clean --out kept",
     ),
     Command(
         "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",
         settings.Download, "snipdedup.download:run",
         "snip download 'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
+    ),
+    Command(
+        "report", "looking", "one page to look at what goes, with pictures where there are some",
+        settings.Report, "snipdedup.report:run", "snip report clean --images images",
+    ),
+    Command(
+        "top", "looking", "the rows that stand for most others", settings.Top,
+        "snipdedup.top:run", "snip top clean -n 20",
+    ),
+    Command(
+        "diff", "looking", "what changed between two runs over the same rows", settings.Diff,
+        "snipdedup.diff:run", "snip diff clean stricter",
+    ),
+    Command(
+        "audit", "trust", "prove a finished run against the raw features", settings.Audit,
+        "snipdedup.audit:run", "snip audit clean img_emb",
+    ),
+    Command(
+        "search", "looking", "find the nearest rows to a row, a vector or a text", settings.Search,
+        "snipdedup.lookup:run", "snip search 123 --index index --metadata metadata",
+    ),
+    Command(
+        "eval", "trust", "measure what descriptors and codes keep, against brute force",
+        settings.Eval, "snipdedup.evaluate:run", "snip eval img_emb --out eval",
     ),
     Command(
         "demo", "trying", "the whole chain on pictures that it makes itself", settings.Demo,
@@ -98,6 +122,9 @@ def run(words: list[str]) -> int:
         sys.stdout.flush()
     except UsageError as error:
         return complain(error, WRONG_USAGE)
+    except VerdictError as verdict:
+        print(verdict)
+        return FAILED
     except SnipError as error:
         return complain(error, FAILED)
     except KeyboardInterrupt:

@@ -6,9 +6,12 @@ demo knows what it planted, it can say what was found, what was missed and what 
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import shlex
 import shutil
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ KIND = "demo"
 SHARD_ROWS = 800
 COPIES = 5  # one picture in so many is copied, by each edit
 SHEET = 8  # pictures shown with their copies
-PARTS = ("img_emb", "metadata", "encoder", "descriptors", "index", "clean", "adc", "kept")
+PARTS = ("img_emb", "metadata", "images", "encoder", "descriptors", "index", "clean", "adc", "kept")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Planted:
         Which picture a row shows.
     edit : (rows,) str
         How the row's copy was made; empty for the picture itself.
+    pixels : (rows, h, w, 3) uint8
+        What each row shows.
     sheet : (h, w, 3) float32
         Some pictures beside their copies.
     """
@@ -44,6 +49,7 @@ class Planted:
     features: np.ndarray
     picture: np.ndarray
     edit: np.ndarray
+    pixels: np.ndarray
     sheet: np.ndarray
 
     @property
@@ -107,7 +113,13 @@ def commands(out: Path, threshold: float, seed: int) -> list[list[str]]:
         ["dedup", features, "--metadata", metadata, "--out", clean, *limit, *same],
         ["dedup", features, "--index", index, "--out", str(out / "adc"), *limit, *same],
         ["filter", metadata, "--is_dup", clean, "--out", str(out / "kept")],
+        *([["report", clean, "--images", str(out / "images")]] if can_report() else []),
     ]
+
+
+def can_report() -> bool:
+    """Tell whether what a report with pictures needs is installed."""
+    return all(importlib.util.find_spec(name) for name in ("jinja2", "PIL"))
 
 
 def command(words: list[str]) -> None:
@@ -157,6 +169,7 @@ def plant(count: int, seed: int) -> Planted:
         features=pictures.features_of(described),
         picture=np.array([number for number, _, _ in rows], np.int64),
         edit=np.array([name for _, name, _ in rows]),
+        pixels=np.stack([np.round(picture * 255).astype(np.uint8) for _, _, picture in rows]),
         sheet=sheet,
     )
 
@@ -174,7 +187,7 @@ def most_alike(features: np.ndarray) -> float:
 
 
 def write(planted: Planted, out: Path) -> None:
-    """Write shards and metadata in the layout of LAION, and a sheet of pictures.
+    """Write shards and metadata in the layout of LAION, pictures in tars, and a sheet of some.
 
     What stands already keeps its date, by which the commands know their input again.
     """
@@ -190,8 +203,22 @@ def write(planted: Planted, out: Path) -> None:
         path = out / "metadata" / f"metadata_{part:04d}.parquet"
         if not (path.is_file() and pq.read_table(path).equals(rows)):
             store.save_parquet(path, rows)
+        keys = rows["key"].to_pylist()
+        save_tar(
+            out / "images" / f"{part:05d}.tar", keys, planted.pixels[start : start + SHARD_ROWS]
+        )
     with store.replacing(out / "pictures.png") as temporary:
         temporary.write_bytes(pictures.png(planted.sheet))
+
+
+def save_tar(path: Path, keys: list[str], pixels: np.ndarray) -> None:
+    """Write pictures as a tar shard, named by their keys as img2dataset names them."""
+    with store.replacing(path) as part, tarfile.open(part, "w") as tar:
+        for key, picture in zip(keys, pixels, strict=True):
+            data = pictures.png(picture.astype(np.float32) / 255)
+            entry = tarfile.TarInfo(f"{key}.png")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
 
 
 def metadata_of(planted: Planted) -> Any:
@@ -234,6 +261,10 @@ def describe(planted: Planted, out: Path) -> str:
         f"the rows that stay: {out / 'clean' / 'metadata'}",
         f"what went because of what: {out / 'clean' / 'groups.parquet'}",
     ]
+    if can_report():
+        lines.append(f"look at it, in a browser: {out / 'clean' / 'report.html'}")
+    else:
+        lines.append("to look at it: pip install 'snipdedup-toolkit[report]', then snip report")
     return "\n".join(lines)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from snipdedup.errors import UsageError
 
 INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
+EXPORTS = ("datacomp", "keys", "mask")
 BYTE_UNITS = ("", "k", "m", "g", "t")
+SEMDEDUP_KEEPS = ("hard", "random", "easy")
 
 
 def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -148,6 +150,9 @@ class Index(Input):
     nbits: int | None = option(None, "bits a sub-quantiser (8)")
     train_rows: int = option(0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)")
     export_faiss: str | None = option(None, "also write one file that plain faiss reads")
+    model: str | None = option(
+        None, "CLIP model of the features, ARCHITECTURE/WEIGHTS, noted for snip search by text"
+    )
     append: bool = option(False, "add the shards that a finished index does not hold yet")
     bad_rows: str = option(
         "refuse",
@@ -181,16 +186,41 @@ class Dedup(Input):
     method: str | None = option(
         None,
         "how duplicates are found (join; adc if --index is given)",
-        choices=("join", "exact", "adc"),
+        choices=("join", "exact", "adc", "semdedup"),
     )
     threshold: float = option(0.95, "cosine at and above which two rows are duplicates")
+    keep_fraction: float | None = option(
+        None,
+        "raise the threshold in steps of .001, from the searched one, until at least this share "
+        "of the rows stays",
+    )
     grouping: str | None = option(
         None,
         "star (default): each removed row has a direct match that stays; components: one row a "
         "group stays",
         choices=("star", "components"),
     )
-    keep: str | None = option(None, "which copy stays (first)", choices=("first", "last", "random"))
+    keep: str | None = option(
+        None,
+        "which copy stays: first (default), last, random, max:COLUMN or min:COLUMN of the "
+        "metadata; several in order: max:width,max:similarity,first",
+    )
+    text_features: str | None = option(
+        None, "features of the captions, row for row: a pair must match in these too"
+    )
+    text_threshold: float = option(0.9, "cosine at and above which two captions match")
+    reference: Any = option(
+        None,
+        "rows that come first and never go: features, or what an earlier dedup wrote (its rows "
+        "that stay, and its own references); several by comma",
+    )
+    keep_work: bool = option(
+        False, "leave the codes in OUT/work, for later runs with --reference OUT"
+    )
+    pairs: bool = option(
+        False, "write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet"
+    )
+    max_pairs: int = option(10**9, "refuse to write more pairs than this")
     recall: float = option(0.999, "join: share of the pairs that the lists should bring together")
     encoder: str | None = option(None, "adc: encoder for an index that is built on the way")
     index: str | None = option(None, "adc: a finished index; it is built when not given")
@@ -204,15 +234,40 @@ class Dedup(Input):
     calibration_rows: int = option(4096, "adc: rows whose true matches set the margin")
     k: int = option(16, "adc: neighbours a row; more are asked for where all of them pass")
     nprobe: int = option(4, "adc: lists visited a row")
+    clusters: int = option(0, "semdedup: clusters of the k-means, 0 for one for 8,700 rows")
+    epsilon: Any = option(
+        None,
+        "semdedup: a row goes if its cosine with an earlier row of its cluster is above 1 - "
+        "epsilon; several by comma: the first decides, all are tabulated (1 - threshold)",
+    )
+    borders: bool = option(
+        True, "semdedup: also search by join, and say what borders between clusters cost"
+    )
     key: str | None = option(
         None, "metadata column for groups.parquet (first of key, uid, sample_id, hash)"
+    )
+    merge_captions: int | None = option(
+        None,
+        "add a column merged_captions: up to so many distinct captions of the rows that go, at "
+        "the row that stays",
+    )
+    caption: str | None = option(None, "metadata column of captions (first of caption, text)")
+    weights: bool = option(
+        False,
+        "write all rows to metadata/, with a column weight that copies share; is_dup stays as it "
+        "is",
+    )
+    export: str | None = option(
+        None,
+        "lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset), mask "
+        "(is_dup.npy, always written)",
     )
     bad_rows: str = option(
         "refuse",
         "NaN, infinity and zero rows: refuse the input, or keep them, never matched",
         choices=("refuse", "keep"),
     )
-    chunk_rows: int = option(65_536, "rows read at a time")
+    chunk_rows: int = option(8192, "rows read at a time")
     max_memory: str | None = option(
         None, "bound on what tasks load, 2GB say; without it a quarter of the RAM"
     )
@@ -234,9 +289,23 @@ class Dedup(Input):
             raise UsageError("--encoder goes with --method adc; the join makes its own codes")
         if self.features is None and self.rule == "ratio":
             raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
-        if self.features is None and (self.index is None or self.method in ("join", "exact")):
+        if self.features is None and (self.index is None or self.method not in (None, "adc")):
             raise UsageError("dedup compares raw rows: give FEATURES, or --index for method adc")
+        if self.keep is not None and self.method != "semdedup":
+            keep_rules(self.keep)
+        self.check_methods()
+        named_kinds("export", self.export, EXPORTS)
+        if self.weights and self.merge_captions is not None:
+            raise UsageError("--weights keeps all rows with their captions: nothing is to merge")
+        if self.caption is not None and self.merge_captions is None:
+            raise UsageError("--caption names the column for --merge_captions: give that too")
+        self.between("merge_captions", 1, 10**6)
         self.between("threshold", -1, 1)
+        self.between("text_threshold", -1, 1)
+        self.between("keep_fraction", 0, 1)
+        self.between("max_pairs", 0, 2**62)
+        self.between("clusters", 0, 2**24)
+        parse_epsilons(self.epsilon)
         self.between("recall", 0.5, 1)
         self.between("precision", 0, 1)
         self.between("k", 1, 1024)
@@ -248,9 +317,36 @@ class Dedup(Input):
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
 
+    def check_methods(self) -> None:
+        """Raise UsageError for flags that the method does not know."""
+        sem, compared = self.method == "semdedup", self.method in (None, "join", "exact")
+        if sem and self.keep not in (None, *SEMDEDUP_KEEPS):
+            raise UsageError(
+                f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, found {self.keep!r}"
+            )
+        if not sem and self.method is not None and (self.clusters or self.epsilon is not None):
+            raise UsageError(
+                f"--clusters and --epsilon go with --method semdedup, not {self.method}"
+            )
+        for name in ("grouping", "keep_fraction", "index", "encoder"):
+            if sem and getattr(self, name) is not None:
+                raise UsageError(f"--{name} does not apply to --method semdedup")
+        for name in ("text_features", "reference"):
+            if getattr(self, name) is not None and (not compared or self.index):
+                raise UsageError(f"--{name} goes with --method join or exact")
+        if self.text_features is not None and self.reference is not None:
+            raise UsageError("--text_features and --reference do not go together yet")
+        if self.pairs and (sem or self.features is None):
+            raise UsageError("--pairs needs FEATURES and --method join, exact or adc")
+        if self.keep_fraction is not None and self.features is None:
+            raise UsageError("--keep_fraction needs FEATURES: unverified pairs have no cosines")
+
     def filled(self) -> Dedup:
         """Return the settings with defaults for what a re-threshold would take over."""
-        known = {"grouping": "star", "keep": "first", "seed": 0}
+        keep = "hard" if self.method == "semdedup" else "first"
+        known = {"grouping": "star", "keep": keep, "seed": 0}
+        if self.method == "semdedup":
+            del known["grouping"]
         given = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
         return dataclasses.replace(self, **{**known, **given})
 
@@ -267,32 +363,259 @@ class Filter(Settings):
     cumulative_sizes: str | None = option(
         None, ".npy of running row totals a file, as upstream publishes beside its mask"
     )
+    on: str | None = option(
+        None, "find rows by this column, not by position: url, uid, key, hash; several by comma"
+    )
+    keys: str | None = option(
+        None, "with --on: metadata that matches the mask by position; without it, what OUT names"
+    )
+    unmatched: str | None = option(
+        None,
+        "with --on: what becomes of rows that the mask's set does not hold; without it they stay, "
+        "if they are fewer than half",
+        choices=("keep", "remove"),
+    )
+    ambiguous: str | None = option(
+        None,
+        "with --on: what becomes of rows whose key both stays and goes; without it they stay, if "
+        "they are fewer than half",
+        choices=("keep", "remove"),
+    )
+    embeddings: str | None = option(
+        None,
+        "features that match the metadata by position (several folders by comma): write theirs "
+        "too, beside metadata/",
+    )
+    export: str | None = option(
+        None,
+        "lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset), mask "
+        "(of these rows)",
+    )
+    key: str | None = option(None, "column for --export keys (first of key, uid, sample_id, hash)")
     overwrite: bool = option(False, "replace a finished folder")
 
     def check(self) -> None:
         """See `Settings.check`."""
         self.file_range(self.start, self.end)
+        named_kinds("export", self.export, EXPORTS)
+        places = (self.start, self.end, self.cumulative_sizes)
+        if self.on is not None and any(place is not None for place in places):
+            raise UsageError("--on finds rows by key: leave out --start, --end, --cumulative_sizes")
+        for name in ("keys", "unmatched", "ambiguous"):
+            if self.on is None and getattr(self, name) is not None:
+                raise UsageError(f"--{name} goes with --on: name the column to find rows by")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download(Settings):
     """Settings of ``snip download``."""
 
-    source: str = argument("http(s) template with {part:04d}, or a local folder or template")
-    out: str = argument("folder for the files")
+    source: str = argument(
+        "hf://datasets/OWNER/NAME[/folder][@revision], a URL or path with {part:04d}, a folder or "
+        "file; datacomp_small, datacomp_1b, relaion2B-en-research-safe; or a folder published with "
+        "its snip.json (encoder, index, OUT)"
+    )
+    out: str | None = argument("folder for the files", None)
     start: int | None = option(None, "first file number")
     end: int | None = option(None, "file number to stop before")
     is_dup: str | None = option(None, "mask (file or URL): write only the rows that stay")
     cumulative_sizes: str | None = option(
         None, ".npy (file or URL) of running row totals a file, if the files before --start lack"
     )
+    embeddings: bool = option(
+        False, "also the features of these files: img_emb/ and metadata/ in OUT"
+    )
+    embeddings_source: str | None = option(
+        None, "where the features are, if not beside the metadata: folder or {part:04d} template"
+    )
+    jobs: int = option(4, "files fetched at a time")
+    overwrite: bool = option(False, "replace a finished folder")
+    dl_dedup_set: str | None = option(
+        None, "upstream's flag, with OUT alone: says what became of its set"
+    )
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        if self.out is None and self.dl_dedup_set is None:
+            raise UsageError("download needs SOURCE and OUT; see: snip download --help")
+        if self.out is not None and self.dl_dedup_set is not None:
+            raise UsageError("--dl_dedup_set is upstream's flag: name a mask with --is_dup instead")
+        self.file_range(self.start, self.end)
+        self.between("jobs", 1, 256)
+        if self.cumulative_sizes is not None and self.is_dup is None:
+            raise UsageError("--cumulative_sizes places a mask: give --is_dup too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(Settings):
+    """Settings of ``snip audit``."""
+
+    out: str = argument("folder that snip dedup wrote")
+    features: Any = argument("the features it was made from; without them those it names", None)
+    parts: str | None = option(None, "part numbers for a {part:04d} pattern: 0:2, end exclusive")
+    array: str | None = option(None, "which array of an .npz file")
+    column: str | None = option(None, "which list column of a parquet file")
+    metadata: str | None = option(None, "the table that was filtered, if it is not where it was")
+    sample: int = option(0, "prove so many removed rows, chosen at random; 0 for all")
+    probe_rows: int = option(
+        1000, "rows that stay, compared with all others to estimate missed matches; 0 for none"
+    )
+    sheet: str | None = option(None, "also write random removed pairs as CSV, for you to judge")
+    n: int = option(200, "pairs of --sheet")
+    judged: str | None = option(
+        None, "read a sheet whose verdicts you filled in (yes, no) and print the precision; no audit"
+    )
+    max_memory: str | None = option(
+        None, "bound on the rows held at a time, 2GB say; without it a quarter of the RAM"
+    )
+    threads: int = option(0, "CPU threads, 0 for all")
+    seed: int = option(0, "seed of every random choice")
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        self.seeded()
+        self.between("sample", 0, 2**40)
+        self.between("probe_rows", 0, 10**6)
+        self.between("n", 1, 10**6)
+        self.between("threads", 0, 4096)
+        if self.sheet is not None and self.judged is not None:
+            raise UsageError("--sheet writes a sheet, --judged reads one: give one of them")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top(Settings):
+    """Settings of ``snip top``."""
+
+    out: str = argument("folder that snip dedup wrote")
+    n: int = option(100, "rows shown")
+    metadata: str | None = option(None, "the table that was filtered, if it is not where it was")
+    json: bool = option(False, "print JSON")
+    prompts: str | None = option(
+        None, "also write their most frequent captions, one a line, to feed a generator"
+    )
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        self.between("n", 1, 10**7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diff(Settings):
+    """Settings of ``snip diff``."""
+
+    out1: str = argument("folder that snip dedup wrote")
+    out2: str = argument("another one, over the same rows")
+    n: int = option(5, "examples of each kind")
+    json: bool = option(False, "print JSON")
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        self.between("n", 0, 10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Settings):
+    """Settings of ``snip report``."""
+
+    out: str = argument("folder that snip dedup wrote")
+    html: str | None = option(None, "the page to write (report.html in OUT)")
+    images: str | None = option(
+        None, "pictures by key: a folder of files or of tar shards, a tar, or a glob of tars"
+    )
+    image_column: str | None = option(
+        None, "metadata column of local picture files; with --images, below that folder only"
+    )
+    metadata: str | None = option(
+        None, "metadata for captions and urls, if it is not where the run found it"
+    )
+    seed: int = option(0, "seed of the samples that are shown")
+    overwrite: bool = option(False, "replace a file that is not an earlier report")
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        self.seeded()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Settings):
+    """Settings of ``snip search``."""
+
+    query: str = argument("row number, .npy or .npz of vectors, or a text")
+    index: str = required("folder that snip index wrote")
+    k: int = option(10, "neighbours to show")
+    nprobe: int = option(64, "lists visited")
+    rerank: int = option(2000, "nearest codes that are compared by raw features; 0 for none")
+    features: str | None = option(
+        None, "the rows that were indexed, where they lie elsewhere or changed their date"
+    )
+    parts: str | None = option(None, "of --features: numbers for a {part:04d} pattern")
+    array: str | None = option(None, "which array of an .npz, of QUERY or --features")
+    column: str | None = option(None, "of --features: which list column of a parquet file")
+    metadata: str | None = option(None, "files with key, url, caption of the rows, by position")
+    encoder: str | None = option(None, "for vectors and texts, where the index holds descriptors")
+    text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
+    model: str | None = option(
+        None, "CLIP model for texts, as open_clip names it: ARCHITECTURE/WEIGHTS or /FILE"
+    )
+    download: bool = option(False, "fetch the model's weights where they are not cached")
+    json: bool = option(False, "print JSON")
+    html: str | None = option(None, "also write a page of the neighbours")
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        self.between("k", 1, 10**6)
+        self.between("nprobe", 1, 2**24)
+        self.between("rerank", 0, 10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Input):
+    """Settings of ``snip eval``."""
+
+    out: str = required("folder for table, JSON and picture")
+    encoder: str | None = option(
+        None, "judge this SNIP encoder; without it one is trained, the queries kept from it"
+    )
+    text_features: Any = option(
+        None, "text features, row for row: judge how texts find their images, too"
+    )
+    dim: int = option(128, "width of the descriptors")
+    code_bytes: str = option("4,8,16", "bytes of a code, separated by commas")
+    nprobe: str = option("1,4,8,16", "lists visited, separated by commas; all lists come besides")
+    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows")
+    queries: int = option(4096, "rows whose neighbours are looked for (at most a quarter of all)")
+    train_rows: int = option(65_536, "rows that encoders, PCA and OPQ learn from")
+    steps: int = option(1000, "training steps of each encoder at the most")
+    threshold: float = option(0.95, "cosine at and above which two rows are duplicates")
+    flag_nprobe: int = option(4, "lists visited for duplicate flags")
+    picture: bool = option(True, "draw the curves (needs the extra: plot)")
+    threads: int = option(0, "CPU threads, 0 for all")
+    seed: int = option(0, "seed of every random choice")
     overwrite: bool = option(False, "replace a finished folder")
 
     def check(self) -> None:
         """See `Settings.check`."""
-        self.file_range(self.start, self.end)
-        if self.cumulative_sizes is not None and self.is_dup is None:
-            raise UsageError("--cumulative_sizes places a mask: give --is_dup too")
+        self.seeded()
+        self.between("dim", 2, 4096)
+        self.between("nlist", 0, 2**24)
+        self.between("queries", 1, 10**6)
+        self.between("train_rows", 64, 10**8)
+        self.between("steps", 1, 10**7)
+        self.between("threshold", -1, 1)
+        self.between("flag_nprobe", 1, 2**24)
+        self.between("threads", 0, 4096)
+        self.sizes()
+        self.nprobes()
+
+    def sizes(self) -> list[int]:
+        """Return the code sizes in bytes, ascending."""
+        return whole_numbers("code_bytes", self.code_bytes, 256)
+
+    def nprobes(self) -> list[int]:
+        """Return how many lists are visited, ascending."""
+        return whole_numbers("nprobe", self.nprobe, 2**24)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +631,79 @@ class Demo(Settings):
         """See `Settings.check`."""
         self.seeded()
         self.between("pictures", 50, 100_000)
+
+
+def parse_epsilons(value: Any) -> list[float]:
+    """Parse ``.05,.03``, a number or a list of them; an empty list for None.
+
+    Raises
+    ------
+    UsageError
+        If it is no such list, or a number does not lie between 0 and 2.
+    """
+    items = value.split(",") if isinstance(value, str) else value
+    items = [] if items is None else items if isinstance(items, list | tuple) else [items]
+    try:
+        found = [float(item) for item in items]
+    except (TypeError, ValueError):
+        found = [-1.0]
+    if not all(0 <= number <= 2 for number in found):
+        raise UsageError(f"--epsilon must be numbers from 0 to 2, by comma, found {value!r}")
+    return found
+
+
+def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
+    """Parse ``max:similarity,min:width,last``.
+
+    Returns
+    -------
+    rules : list of (str, str)
+        ``max`` or ``min``, and the column.
+    last : str
+        ``first``, ``last`` or ``random``: what decides among rows that are still even.
+
+    Raises
+    ------
+    UsageError
+        If the text is no such list.
+    """
+    *words, last = (word.strip() for word in text.split(","))
+    if last not in ("first", "last", "random"):
+        words, last = [*words, last], "first"
+    rules = [(way, column) for way, _, column in (word.partition(":") for word in words)]
+    if not all(way in ("max", "min") and column for way, column in rules):
+        raise UsageError(
+            "--keep must be first, last or random, or rules such as max:width,min:similarity,first "
+            f"(the one without a column last), found {text!r}"
+        )
+    return rules, last
+
+
+def named_kinds(flag: str, text: str | None, known: tuple[str, ...]) -> list[str]:
+    """Parse a list by comma, such as ``--export datacomp,keys``, of known words."""
+    kinds = [kind.strip() for kind in (text or "").split(",") if kind.strip()]
+    if not set(kinds) <= set(known):
+        raise UsageError(f"--{flag} must be one or more of {', '.join(known)}, found {text!r}")
+    return kinds
+
+
+def whole_numbers(name: str, text: str, most: int) -> list[int]:
+    """Parse ``4,8,16``: whole numbers from 1, ascending, each once.
+
+    Raises
+    ------
+    UsageError
+        If it is anything else.
+    """
+    try:
+        found = sorted({int(word) for word in str(text).split(",")})
+    except ValueError:
+        found = []
+    if not found or not 1 <= found[0] <= found[-1] <= most:
+        raise UsageError(
+            f"--{name} must be whole numbers from 1 to {most} such as 4,8,16, found {text!r}"
+        )
+    return found
 
 
 def parse_bytes(text: str) -> int:

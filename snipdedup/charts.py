@@ -1,0 +1,214 @@
+"""Charts as inline SVG: wide as the page, text as large on a phone as on a screen.
+
+Widths are per cent, heights are pixels, so nothing is scaled. There are no styles in the SVG: the
+page's content policy forbids them, and its style sheet knows the classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+GAP = 0.1  # of a bar's width
+HEIGHT = 220  # pixels of the plot; its labels lie outside
+WIDE = 1000  # units of a line's own coordinates, stretched to the plot's width
+UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram with a logarithmic axis of counts.
+
+    Attributes
+    ----------
+    edges : (n + 1,) float64
+        Places of the bars on the x axis, in the axis's own (perhaps logarithmic) units.
+    counts : (n,) int64
+    names : list of str
+        What each bar counts.
+    ticks : list of (float, str)
+        Places and labels on the x axis.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    names: list[str]
+    ticks: list[tuple[float, str]]
+
+
+def compact(value: float) -> str:
+    """Return a number as an axis shows it: 12, 2048, 20k, 3.5M."""
+    for unit, sign in UNITS:
+        if value >= max(unit, 10_000):  # 2048 says more than 2.05k
+            return f"{value / unit:.3g}{sign}"
+    return f"{value:.10g}"
+
+
+def nice_ticks(low: float, high: float, most: int) -> list[float]:
+    """Return at most ``most`` round numbers from ``low`` to ``high``."""
+    if high <= low:
+        return [low]
+    least = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= least * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(step * k, 10) for k in range(first, last + 1)]
+
+
+def share(part: float) -> str:
+    """Return a place along the x axis, 0 to 1, as SVG has it."""
+    return f"{100 * part:.3f}".rstrip("0").rstrip(".") + "%"
+
+
+def frame(title: str, axis: str, body: Sequence[str]) -> str:
+    """Return a whole chart: its accessible name, what it shows, and the x axis's name."""
+    return (
+        f'<svg class="plot" role="img" aria-label="{escape(title)}" width="100%" '
+        f'height="{HEIGHT}">{"".join(body)}'
+        f'<line class="axis" x1="0" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>'
+        f'<text class="name" x="100%" y="{HEIGHT + 38}" text-anchor="end">{escape(axis)}</text>'
+        "</svg>"
+    )
+
+
+def grid(ticks: Sequence[tuple[float, str]]) -> str:
+    """Return horizontal lines with labels, at heights in pixels."""
+    return "".join(
+        f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="-10" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
+        for y, label in ticks
+    )
+
+
+def below(ticks: Sequence[tuple[float, str]]) -> str:
+    """Return labels below the x axis, at places from 0 to 1."""
+    return "".join(
+        f'<line class="tick" x1="{share(x)}" x2="{share(x)}" y1="{HEIGHT}" y2="{HEIGHT + 5}"/>'
+        f'<text x="{share(x)}" y="{HEIGHT + 20}" text-anchor="middle">{escape(label)}</text>'
+        for x, label in ticks
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A linear axis of pixels, upwards."""
+
+    low: float
+    high: float
+
+    def y(self, value: float) -> float:
+        """Return the height of a value, from the top."""
+        return HEIGHT * (1 - (value - self.low) / max(self.high - self.low, 1e-12))
+
+
+def staying_scale(stays: np.ndarray, rows: int) -> Scale:
+    """Return the axis for rows that stay: up to all, cut off below where that shows more."""
+    low = float(stays.min())
+    low = 0.0 if low < rows / 2 else low - 0.12 * (rows - low)
+    return Scale(low, max(float(rows), low + 1))
+
+
+def curve_chart(thresholds: np.ndarray, stays: np.ndarray, rows: int, mark: int, said: str) -> str:
+    """Draw rows that stay against the threshold, with a cursor for the slider.
+
+    Parameters
+    ----------
+    thresholds, stays : (s,)
+    rows : int
+        Of the whole set.
+    mark : int
+        Rows that stay in this run, at the first threshold.
+    said : str
+        The chart in words.
+    """
+    scale = staying_scale(np.append(stays, mark), rows)
+    start, end = float(thresholds[0]), float(thresholds[-1])
+    places = (thresholds - start) / max(end - start, 1e-12)
+    points = " ".join(
+        f"{WIDE * x:.1f},{scale.y(y):.1f}" for x, y in zip(places, stays, strict=True)
+    )
+    ticks = nice_ticks(scale.low, scale.high, 5)
+    y, x = scale.y(float(stays[0])), share(float(places[0]))
+    axis = [((t - start) / max(end - start, 1e-12), f"{t:.4g}") for t in nice_ticks(start, end, 6)]
+    body = [
+        f'<svg viewBox="0 0 {WIDE} {HEIGHT}" preserveAspectRatio="none" width="100%" '
+        f'height="{HEIGHT}"><polygon class="area" points="0,0 {points} {WIDE},0"/>'
+        f'<polyline class="curve" points="{points}"/></svg>',
+        grid([(scale.y(t), compact(t)) for t in ticks]),
+        below(axis),
+        f'<line id="cursor" class="cursor" x1="{x}" x2="{x}" y1="0" y2="{HEIGHT}"/>',
+        f'<circle class="mark" cx="0" cy="{scale.y(mark):.1f}" r="5"/>',
+        f'<circle id="dot" class="dot" cx="{x}" cy="{y:.1f}" r="6"/>',
+    ]
+    return frame(said, "threshold (cosine)", body)
+
+
+def bar_chart(bars: Bars, axis: str, said: str) -> str:
+    """Draw a histogram, counts on a logarithmic axis."""
+    top = math.ceil(math.log10(max(int(bars.counts.max(initial=1)), 2)) - 1e-9)
+    foot = math.log10(0.5)  # so that a single one can be seen
+    scale = Scale(foot, top)
+    start, wide = float(bars.edges[0]), float(bars.edges[-1] - bars.edges[0])
+    body = [grid([(scale.y(power), compact(10.0**power)) for power in range(top + 1)])]
+    for number in np.flatnonzero(bars.counts):
+        left, right = ((float(bars.edges[number + k]) - start) / wide for k in (0, 1))
+        left += GAP * (right - left)
+        y = scale.y(math.log10(int(bars.counts[number])))
+        body.append(
+            f'<rect class="bar" x="{share(left)}" y="{y:.1f}" width="{share(right - left)}" '
+            f'height="{HEIGHT - y:.1f}"><title>{escape(bars.names[number])}: '
+            f"{int(bars.counts[number]):,}</title></rect>"
+        )
+    body.append(below([((x - start) / wide, label) for x, label in bars.ticks]))
+    return frame(said, axis, body)
+
+
+def similarity_bars(edges: np.ndarray, counts: np.ndarray, most: int = 128) -> Bars:
+    """Return bars of cosines, of which the last stands for those of exactly 1.
+
+    Parameters
+    ----------
+    edges, counts : (n,)
+        Lower ends, the last one 1, and counts.
+    most : int
+        Bars at the most; neighbours are added up until they fit.
+    """
+    width = -(-(len(edges) - 1) // (most - 1))
+    starts = np.arange((len(edges) - 1) % width - width, len(edges) - 1, width)
+    starts = np.clip(starts[starts + width > 0], 0, None)
+    lows, sums = edges[starts], np.add.reduceat(counts[:-1], starts)
+    step = float(edges[-1] - edges[-2]) * width
+    highs = np.append(lows[1:], 1.0)
+    names = [f"{a:.4f} up to {b:.4f}" for a, b in zip(lows, highs, strict=True)]
+    ticks = [(t, f"{t:.4g}") for t in nice_ticks(float(lows[0]), 1 - 4 * step, 5)]
+    return Bars(
+        edges=np.concatenate([lows, [1, 1 + step, 1 + 3 * step]]),  # a gap, then exactly 1
+        counts=np.concatenate([sums, [0], counts[-1:]]),
+        names=[*names, "", "exactly 1"],
+        ticks=[*ticks, (1 + 2 * step, "= 1")],
+    )
+
+
+def size_bars(values: np.ndarray, counts: np.ndarray) -> Bars:
+    """Return bars of whole numbers from 1 on, by powers of two.
+
+    Parameters
+    ----------
+    values, counts : (n,) int64
+        Distinct numbers, and how often each occurs.
+    """
+    powers = np.floor(np.log2(values)).astype(np.int64) if len(values) else np.zeros(1, np.int64)
+    low, high = int(powers.min()), int(powers.max()) + 1
+    sums = np.zeros(high - low, np.int64)
+    if len(values):
+        np.add.at(sums, powers - low, counts)
+    spans = [(2**p, 2 ** (p + 1) - 1) for p in range(low, high)]
+    names = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in spans]
+    skip = 1 + (high - low) // 8  # as many labels as a phone has room for
+    ticks = [(float(p), compact(2.0**p)) for p in range(low, high + 1, skip)]
+    return Bars(np.arange(low, high + 1, dtype=np.float64), sums, names, ticks)
