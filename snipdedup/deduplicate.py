@@ -21,9 +21,11 @@ from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.exact import exact_edges
 from snipdedup.forest import Edges, ForestBuilder
 from snipdedup.join import join
-from snipdedup.metadata import Metadata, kept_names, open_metadata
+from snipdedup.keep import rank_by
+from snipdedup.metadata import Metadata, open_metadata
 from snipdedup.outfolder import (
     KIND,
+    check_metadata,
     clear_earlier,
     describe_run,
     finished_run,
@@ -36,7 +38,7 @@ from snipdedup.outfolder import (
 from snipdedup.progress import Clock
 from snipdedup.result import Found, Result, check_threshold, decide
 from snipdedup.scan import Scan, scan
-from snipdedup.settings import Dedup
+from snipdedup.settings import Dedup, keep_rules
 from snipdedup.shards import (
     Features,
     accept_dates,
@@ -77,9 +79,11 @@ def dedup(features: Any, **settings: Any) -> Result:
     if options.device != "auto":
         pick_device(options.device)
     opened = open_input(options)
+    metadata = open_table(options, opened) if keep_rules(str(options.keep))[0] else None
+    rank_by(str(options.keep), 0, metadata)  # refused now, not after the search
     with tempfile.TemporaryDirectory(prefix="snip-") as work:
         found = search(opened, options, Path(work), Clock())
-    return decide_by(found, opened, options)
+    return decide_by(found, opened, metadata, options)
 
 
 def run(options: Dedup) -> str:
@@ -104,9 +108,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     features = open_input(options)
     metadata = open_table(options, features)
     store.refuse_output_inside(out, list_inputs(options, features, metadata, earlier))
-    key = metadata.column(options.key) if metadata else None
-    if metadata is not None:
-        kept_names(metadata.files, adding_counts=True)  # refused now, not after the search
+    key = check_metadata(options, metadata)  # refused now, not after the search
     request = describe_request(options, features, metadata)
     if earlier is None and method_of(options) == "adc":
         check_given(features, options)
@@ -116,21 +118,21 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     state = store.claim(out, KIND, request, overwrite=options.overwrite, late=True)
     if state == "done":
         said = f"{out} is finished already with these settings; --overwrite makes it anew"
-        return load_result(out, features) if load else None, said
+        return load_result(out, features, metadata) if load else None, said
     try:
         found = found or search(features, options, out / store.WORK, clock)
     except InputError:
         store.release(out)
         raise
     with clock.stage("group"):
-        result = decide_by(found, features, options)
+        result = decide_by(found, features, metadata, options)
     with clock.stage("write"):
         clear_earlier(out)
-        outputs = write_tables(result, out, metadata, key)
+        outputs = write_tables(result, out, metadata, key, options)
     body = {
         "request": request,
         "settings": saved_settings(options, method_of(options)),
-        **describe_run(result, features),
+        **describe_run(result, features, metadata),
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
     store.write_manifest(out, KIND, body, outputs)
@@ -138,11 +140,14 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     return result, summary(result, out, body)
 
 
-def decide_by(found: Found, features: Features | None, options: Dedup) -> Result:
+def decide_by(
+    found: Found, features: Features | None, metadata: Metadata | None, options: Dedup
+) -> Result:
     """Decide by the settings, which are `Dedup.filled`."""
-    grouping, keep = str(options.grouping), str(options.keep)
+    grouping, keep, seed = str(options.grouping), str(options.keep), options.seed or 0
+    rank = rank_by(keep, seed, metadata)
     with library_threads(cores(options.threads)):
-        return decide(found, features, options.threshold, grouping, keep, options.seed or 0)
+        return decide(found, features, options.threshold, grouping, keep, seed, rank)
 
 
 def reuse(earlier: Path, features: Features | None, threshold: float) -> Found:

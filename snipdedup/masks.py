@@ -1,4 +1,4 @@
-"""A mask of rows: where each metadata file lies in it, and ``snip filter``, which applies it.
+"""A mask of rows: where each metadata file lies in it.
 
 A mask says nothing but True and False by position, so a file that is placed one row off is
 destroyed in silence. Where a file's place cannot be proved, it is refused.
@@ -17,10 +17,8 @@ import pyarrow.parquet as pq
 
 from snipdedup import store
 from snipdedup.errors import SnipError
-from snipdedup.metadata import Metadata, kept_names, open_metadata, write_kept
-from snipdedup.settings import Filter
+from snipdedup.metadata import Metadata
 
-KIND = "filter"
 MASK = "is_dup.npy"
 FILES = "files"  # below the work folder: what is written before it is whole
 SCAN_ROWS = 1 << 24
@@ -327,38 +325,6 @@ def place_metadata(metadata: Metadata, mask: Mask, start: int | None, end: int |
     if start is None and end is None:
         return place_all(held, mask)
     return place_range(held, mask, start or 0, end)
-
-
-def run(options: Filter) -> str:
-    """Apply a mask to metadata files: ``snip filter``."""
-    out = Path(options.out).expanduser()
-    metadata = open_metadata(options.metadata)
-    others = [
-        Path(name).expanduser() for name in (options.is_dup, options.cumulative_sizes) if name
-    ]
-    store.refuse_output_inside(out, [*metadata.inputs(), *others])
-    mask = open_mask(options.is_dup, options.cumulative_sizes)
-    place = place_metadata(metadata, mask, options.start, options.end)
-    files = metadata.files[place.first : place.last]
-    kept_names(files, adding_counts=False)  # refused before anything is written
-    request = {
-        "files": [{"name": f.path.name, "rows": f.rows, **stamp(f.path)} for f in files],
-        "mask": {"rows": mask.rows, "sha256": store.sha256(mask.path)},
-        "first_row": place.offset + int(metadata.offsets[place.first]),
-    }
-    if store.claim(out, KIND, request, overwrite=options.overwrite) == "done":
-        return f"{out} is finished already: {summary(store.read_manifest(out, KIND)['files'])}"
-    parts = write_kept(
-        metadata, mask.is_dup, out / store.WORK / FILES, first_file=place.first,
-        last_file=place.last, offset=place.offset, resume=True,
-    )  # fmt: skip
-    described = [
-        {"name": part.name, "number": number, "rows": file.rows, "kept": rows_of(part)}
-        for number, (part, file) in enumerate(zip(parts, files, strict=True), place.number)
-    ]
-    body = {"settings": options.as_dict(), "request": request, "files": described}
-    store.publish(out, KIND, body, parts)
-    return f"{out}: {summary(described)}"
 
 
 def stamp(path: Path) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,6 @@ from snipdedup.shards import Features, is_shard_name, natural_sort
 from snipdedup.tables import SUFFIXES, CsvTable, Table, agree, open_table
 
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
-DUP_COUNT = "dup_count"
 FLUSH_ROWS = 131_072  # a row group of what is written: enough to compress well
 FLUSH_BYTES = 64 << 20
 
@@ -90,6 +89,16 @@ class Metadata:
             f"{', '.join(self.columns)}"
         )
 
+    def needed(self, asked: str | None, wanted: Sequence[str], flag: str) -> str:
+        """Return the name of a column as `column` does; refuse metadata without one."""
+        name = self.column(asked, wanted)
+        if name is None:
+            raise SnipError(
+                f"{self.files[0].path}: no column is called {' or '.join(wanted)}; name one with "
+                f"{flag}; its columns: {', '.join(self.columns)}"
+            )
+        return name
+
     def _named(self, name: str) -> list[str]:
         if name in self.columns:
             return [name]
@@ -123,6 +132,42 @@ class Metadata:
                 f"of features in {where}; expected one for each"
             )
 
+    def read(self, columns: Sequence[str]) -> Iterator[tuple[Table, int, Any]]:
+        """Yield (file, global row of its first row, record batch of these columns), in row order.
+
+        ``columns`` are exact names, from `column`; they come in the order asked.
+        """
+        for number, file in enumerate(self.files):
+            for at, batch in file.batches(list(columns)):
+                yield file, int(self.offsets[number]) + at, batch.select(columns)
+
+    def pick(self, columns: Sequence[str], rows: np.ndarray) -> Iterator[tuple[Table, slice, Any]]:
+        """Yield (file, which of ``rows``, record batch of their values), in row order.
+
+        Parameters
+        ----------
+        columns : sequence of str
+            Exact names, from `column`; they come in the order asked.
+        rows : (n,) int64
+            Ascending global rows. Row groups without any are not read.
+        """
+        cuts = np.searchsorted(rows, self.offsets)
+        for number in np.flatnonzero(np.diff(cuts)):
+            file, cut = self.files[number], int(cuts[number])
+            local = rows[cut : cuts[number + 1]] - self.offsets[number]
+            for at, batch in file.batches(list(columns), local):
+                stop = int(cuts[number]) + int(np.searchsorted(local, at + batch.num_rows))
+                if stop > cut:
+                    places = local[cut - cuts[number] : stop - cuts[number]] - at
+                    picked = batch.select(columns).take(pa.array(places))
+                    yield file, slice(cut, stop), picked
+                cut = stop
+
+    def place(self, row: int) -> str:
+        """Return the file and the row in it of a global row, for messages."""
+        number = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return f"{self.files[number].path} row {row - int(self.offsets[number]):,}"
+
     def take(self, column: str, rows: np.ndarray) -> Any:
         """Return one column's values at the given rows, as texts.
 
@@ -138,12 +183,21 @@ class Metadata:
         pyarrow.ChunkedArray of string
             n values; null where the file has null.
         """
-        parts = []
-        cuts = np.searchsorted(rows, self.offsets)
-        for number in np.flatnonzero(np.diff(cuts)):
-            local = rows[cuts[number] : cuts[number + 1]] - self.offsets[number]
-            parts += take_texts(self.files[number], column, local)
+        parts = [
+            as_texts(file, column, batch.column(0)) for file, _, batch in self.pick([column], rows)
+        ]
         return pa.chunked_array(parts, pa.string())
+
+
+class Added(Protocol):
+    """A column that is added to the rows that are written."""
+
+    @property
+    def field(self) -> Any:
+        """Its ``pyarrow.Field``."""
+
+    def between(self, start: int, stop: int) -> Any:
+        """Return its values for global rows ``start`` to ``stop``, asked for in row order."""
 
 
 def open_metadata(spec: str | Path) -> Metadata:
@@ -211,32 +265,22 @@ def named(files: Sequence[Any]) -> str:
     return first if len(files) == 1 else f"{first} and {len(files) - 1} more"
 
 
-def take_texts(file: Table, column: str, rows: np.ndarray) -> list[Any]:
-    """Return a column's values at ascending rows of one file, as arrays of strings."""
-    parts = []
-    cut = 0
-    for at, batch in file.batches([column], rows):
-        stop = int(np.searchsorted(rows, at + batch.num_rows))
-        if stop > cut:
-            values = batch.column(0).take(pa.array(rows[cut:stop] - at))
-            try:
-                parts.append(values.cast(pa.string()))
-            except (pa.ArrowException, NotImplementedError) as error:
-                raise SnipError(
-                    f"{file.path}: column {column!r} is {values.type}, expected texts or numbers"
-                ) from error
-        cut = stop
-    return parts
+def as_texts(file: Table, column: str, values: Any) -> Any:
+    """Return values of a file's column as texts."""
+    try:
+        return values.cast(pa.string())
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise SnipError(
+            f"{file.path}: column {column!r} is {values.type}, expected texts or numbers"
+        ) from error
 
 
 def write_kept(
     metadata: Metadata,
     is_dup: np.ndarray,
     folder: Path,
-    counts: tuple[np.ndarray, np.ndarray] | None = None,
+    added: Sequence[Added] = (),
     *,
-    first_file: int = 0,
-    last_file: int | None = None,
     offset: int = 0,
     resume: bool = False,
 ) -> list[Path]:
@@ -249,11 +293,8 @@ def write_kept(
         True = remove; may be memory-mapped.
     folder : Path
         Where the files go. A file of which nothing stays is written with no rows.
-    counts : ((m,) int64, (m,) int64), optional
-        Ascending rows of the mask and their ``dup_count``; rows that are not listed have 0.
-        Adds the column ``dup_count``.
-    first_file, last_file : int
-        Which of ``metadata.files`` to write, ``last_file`` exclusive.
+    added : sequence of Added
+        Columns that come after the files' own.
     offset : int
         The place in ``is_dup`` of row 0 of ``metadata``.
     resume : bool
@@ -269,28 +310,24 @@ def write_kept(
     SnipError
         If rows lie outside the mask, two files would have one name, or a file is damaged.
     """
-    stop = len(metadata.files) if last_file is None else last_file
-    begin, end = int(metadata.offsets[first_file]), int(metadata.offsets[stop])
-    if end > begin and (offset + begin < 0 or offset + end > len(is_dup)):
+    if offset < 0 or offset + metadata.rows > len(is_dup):
         raise SnipError(
-            f"{named(metadata.files[first_file:stop])}: rows {offset + begin:,} to "
-            f"{offset + end:,} of the set are wanted, the mask has {len(is_dup):,}"
+            f"{named(metadata.files)}: rows {offset:,} to {offset + metadata.rows:,} of the set "
+            f"are wanted, the mask has {len(is_dup):,}"
         )
-    chosen = metadata.files[first_file:stop]
-    targets = [folder / name for name in kept_names(chosen, adding_counts=counts is not None)]
-    with progress.bar(end - begin, "metadata", "rows") as bar:
-        for number, path in enumerate(targets, first_file):
-            file = metadata.files[number]
+    names = kept_names(metadata.files, [column.field.name for column in added])
+    targets = [folder / name for name in names]
+    with progress.bar(metadata.rows, "metadata", "rows") as bar:
+        for file, path, first in zip(metadata.files, targets, metadata.offsets, strict=False):
             if resume and path.is_file():
                 bar.update(file.rows)
                 continue
-            place = offset + int(metadata.offsets[number])
-            for rows in write_file(file, path, is_dup, place, counts):
+            for rows in write_file(file, path, is_dup[offset:], int(first), added):
                 bar.update(rows)
     return targets
 
 
-def kept_names(files: Sequence[Table], adding_counts: bool) -> list[str]:
+def kept_names(files: Sequence[Table], added: Sequence[str] = ()) -> list[str]:
     """Return the names to write files under; refuse names and columns that would clash."""
     names: dict[str, Path] = {}
     for file in files:
@@ -300,47 +337,33 @@ def kept_names(files: Sequence[Table], adding_counts: bool) -> list[str]:
                 f"{names[name]} and {file.path} would both be written as {name}; rename one"
             )
         names[name] = file.path
-        if adding_counts and DUP_COUNT in file.schema.names:
-            raise SnipError(
-                f"{file.path} has a column {DUP_COUNT} already, which snip writes; drop or rename "
-                "it first"
-            )
+        for column in added:
+            if column in file.schema.names:
+                raise SnipError(
+                    f"{file.path} has a column {column} already, which snip writes; drop or "
+                    "rename it first"
+                )
     return list(names)
 
 
 def write_file(
-    file: Table,
-    path: Path,
-    is_dup: np.ndarray,
-    offset: int,
-    counts: tuple[np.ndarray, np.ndarray] | None,
+    file: Table, path: Path, is_dup: np.ndarray, first: int, added: Sequence[Added]
 ) -> Iterator[int]:
     """Write the rows of one file that stay, yielding how many rows were read each time.
 
-    ``offset`` is the mask's place of the file's row 0.
+    ``first`` is the global row of the file's row 0.
     """
     schema = file.schema
-    if counts is not None:
-        schema = schema.append(pa.field(DUP_COUNT, pa.int64()))
+    for column in added:
+        schema = schema.append(column.field)
     with writing(path, schema, file.codec) as write:
         for at, batch in file.batches():
-            begin = offset + at
-            stay = ~np.asarray(is_dup[begin : begin + batch.num_rows])
-            columns = batch.filter(pa.array(stay)).columns
-            if counts is not None:
-                found = dense_counts(counts, begin, begin + batch.num_rows)
-                columns = [*columns, pa.array(found[stay])]
-            write(pa.RecordBatch.from_arrays(columns, schema=schema))
+            begin, end = first + at, first + at + batch.num_rows
+            stay = pa.array(~np.asarray(is_dup[begin:end]))
+            columns = [*batch.columns, *(column.between(begin, end) for column in added)]
+            kept = [values.filter(stay) for values in columns]
+            write(pa.RecordBatch.from_arrays(kept, schema=schema))
             yield batch.num_rows
-
-
-def dense_counts(counts: tuple[np.ndarray, np.ndarray], start: int, stop: int) -> np.ndarray:
-    """Return ``dup_count`` of rows ``start`` to ``stop``, (n,) int64, 0 where none is listed."""
-    rows, values = counts
-    low, high = np.searchsorted(rows, [start, stop])
-    found = np.zeros(stop - start, np.int64)
-    found[rows[low:high] - start] = values[low:high]
-    return found
 
 
 @contextmanager

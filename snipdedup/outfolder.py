@@ -8,22 +8,45 @@ from typing import Any
 import numpy as np
 
 from snipdedup import store
+from snipdedup.additions import Removed, added_columns, added_names, caption_column
+from snipdedup.baseline import baselines
 from snipdedup.compute import cores, memory_bound
-from snipdedup.errors import SnipError
+from snipdedup.errors import SnipError, UsageError
 from snipdedup.forest import Edges
-from snipdedup.metadata import Metadata, write_kept
+from snipdedup.groups import Members
+from snipdedup.handover import list_columns, write_lists
+from snipdedup.keep import rank_by
+from snipdedup.metadata import Metadata, kept_names, write_kept
 from snipdedup.result import Found, Result, as_json, decide, forest_table, groups_table, levels
 from snipdedup.scan import equal_rows
-from snipdedup.settings import Dedup
+from snipdedup.settings import EXPORTS, Dedup, named_kinds
 from snipdedup.shards import Features, accept_dates, request_of
 
 KIND = "dedup"
+EXPORT = "export"  # the folder of lists for other tools
 TABLES = ("is_dup.npy", "forest.parquet", "groups.parquet", "histogram.parquet")
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
 
+def check_metadata(options: Dedup, metadata: Metadata | None) -> str | None:
+    """Return the column of keys; refuse metadata that lacks what the settings ask of it."""
+    if options.method != "semdedup":
+        rank_by(str(options.keep), 0, metadata)
+    list_columns(named_kinds("export", options.export, EXPORTS), metadata, options.key)
+    if metadata is None:
+        if len(added_names(options)) > 1:
+            raise UsageError(
+                "--merge_captions and --weights add columns to the metadata: give --metadata too"
+            )
+        return None
+    if options.merge_captions is not None:
+        caption_column(options, metadata)
+    kept_names(metadata.files, added_names(options))
+    return metadata.column(options.key)
+
+
 def write_tables(
-    result: Result, out: Path, metadata: Metadata | None, key: str | None
+    result: Result, out: Path, metadata: Metadata | None, key: str | None, options: Dedup
 ) -> list[Path]:
     """Write all files of OUT but the manifest; return their paths."""
     store.save_npy(out / "is_dup.npy", result.is_dup)
@@ -43,8 +66,25 @@ def write_tables(
         store.save_npy(out / "flags.npy", result.found.flags)
         outputs.append(out / "flags.npy")
     if metadata is not None:
-        outputs += write_kept(metadata, result.is_dup, out / "metadata", result.dup_counts())
+        outputs += write_metadata(result, out, metadata, options)
     return outputs
+
+
+def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup) -> list[Path]:
+    """Write the metadata of the rows that stay, and lists of them for other tools."""
+    work, kinds = out / store.WORK, named_kinds("export", options.export, EXPORTS)
+    gone = np.broadcast_to(np.False_, result.rows) if options.weights else result.is_dup
+    with added_columns(options, metadata, removed_rows(result.members), work) as added:
+        written = write_kept(metadata, gone, out / "metadata", added)
+    columns = list_columns(kinds, metadata, options.key)
+    return written + write_lists(columns, metadata, result.is_dup, out / EXPORT, work)
+
+
+def removed_rows(members: Members) -> Removed:
+    """Return the rows that go, ascending, and what stands for them."""
+    order = np.argsort(members.row)
+    order = order[members.is_dup[order]]
+    return Removed(members.row[order], members.representative[order])
 
 
 def bad_table(found: Found) -> Any:
@@ -81,7 +121,9 @@ def histogram_table(result: Result) -> Any:
     )
 
 
-def describe_run(result: Result, features: Features | None) -> dict[str, Any]:
+def describe_run(
+    result: Result, features: Features | None, metadata: Metadata | None
+) -> dict[str, Any]:
     """Return the manifest's entries about what was found and decided."""
     found = result.found
     shards = features.describe() if features else []
@@ -108,6 +150,7 @@ def describe_run(result: Result, features: Features | None) -> dict[str, Any]:
             "chained": result.chained,
             "forest_edges": len(found.whole_forest.a),
         },
+        "baselines": baselines(metadata, result.members) if metadata else {},
         "thresholds": as_json(levels(found, table)),
         "method": found.notes,
     }  # fmt: skip
@@ -209,18 +252,23 @@ def clear_earlier(out: Path) -> None:
         return
     for name in (*TABLES, "bad_rows.parquet", "flags.npy"):
         (out / name).unlink(missing_ok=True)
-    for path in (out / "metadata").glob("*.parquet"):
+    for path in (*(out / "metadata").glob("*.parquet"), *(out / EXPORT).glob("*")):
         path.unlink()
-    if (out / "metadata").is_dir() and not any((out / "metadata").iterdir()):
-        (out / "metadata").rmdir()
+    for folder in (out / "metadata", out / EXPORT):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
-def load_result(folder: Path, features: Features | None) -> Result:
-    """Read back a finished run's decision."""
+def load_result(
+    folder: Path, features: Features | None, metadata: Metadata | None = None
+) -> Result:
+    """Read back a finished run's decision; by metadata too, where its keep rules name columns."""
     settings = store.read_manifest(folder, KIND)["settings"]
     found = load_found(folder, features)
     names = ("threshold", "grouping", "keep", "seed")
-    return decide(found, features, *(settings[name] for name in names))
+    threshold, grouping, keep, seed = (settings[name] for name in names)
+    rank = rank_by(keep, seed, metadata)
+    return decide(found, features, threshold, grouping, keep, seed, rank)
 
 
 def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
@@ -234,6 +282,8 @@ def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
         f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
         f"  exact copies{counts['exact_copies']:>12,}",
     ]
+    for column, caught in body["baselines"].items():
+        lines.append(f"  by {column:<9}{caught:>12,}  of them equal {column}s alone would catch")
     if counts["bad_rows"]:
         lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (stay; see bad_rows.parquet)")
     if result.chained:

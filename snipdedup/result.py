@@ -6,9 +6,8 @@ Nothing is computed twice: ratios and tables derive from the forest, the copies 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,12 @@ from snipdedup.groups import (
     Compare,
     Copies,
     Members,
+    Rank,
     group_components,
     group_star,
-    keep_rank,
     star_from_pairs,
 )
+from snipdedup.keep import rank_by
 from snipdedup.settings import Dedup
 from snipdedup.shards import Features
 
@@ -101,6 +101,8 @@ class Result:
         The rows of groups of two or more.
     threshold, grouping, keep, seed
         What was decided by.
+    rank : function of (n,) int64 rows
+        Their place in keep order.
     """
 
     found: Found
@@ -110,6 +112,7 @@ class Result:
     grouping: str
     keep: str
     seed: int
+    rank: Rank
 
     @cached_property
     def is_dup(self) -> np.ndarray:
@@ -177,13 +180,22 @@ class Result:
         """
         grouping = self.grouping if grouping is None else grouping
         Dedup(features="", threshold=threshold, grouping=grouping)  # checks both
-        return decide(self.found, self.features, threshold, grouping, self.keep, self.seed)
+        known = (self.keep, self.seed, self.rank)
+        return decide(self.found, self.features, threshold, grouping, *known)
 
 
 def decide(
-    found: Found, features: Features | None, threshold: float, grouping: str, keep: str, seed: int
+    found: Found,
+    features: Features | None,
+    threshold: float,
+    grouping: str,
+    keep: str,
+    seed: int,
+    rank: Rank | None = None,
 ) -> Result:
     """Group what was found and choose which rows stay.
+
+    ``rank`` is the keep order; needed where ``keep`` names columns of the metadata.
 
     Raises
     ------
@@ -192,7 +204,7 @@ def decide(
         threshold is asked for.
     """
     check_threshold(found, threshold)
-    rank = partial(keep_rank, keep=keep, seed=seed)
+    rank = rank or rank_by(keep, seed, None)
     copies = Copies(found.copies, found.firsts, rank)
     if found.pairs is not None:
         if threshold != found.threshold:
@@ -212,7 +224,7 @@ def decide(
     members = copies.unfold(members)
     if features is not None and found.pairs is None:
         members = with_similarity(members, features)
-    return Result(found, features, members, threshold, grouping, keep, seed)
+    return Result(found, features, members, threshold, grouping, keep, seed, rank)
 
 
 def check_threshold(found: Found, threshold: float) -> None:
@@ -224,9 +236,7 @@ def check_threshold(found: Found, threshold: float) -> None:
         )
 
 
-def decide_unverified(
-    found: Found, grouping: str, rank: Callable[[np.ndarray], np.ndarray]
-) -> Members:
+def decide_unverified(found: Found, grouping: str, rank: Rank) -> Members:
     """Group pairs that could not be verified."""
     pairs = found.pairs
     if pairs is None or grouping == "components":

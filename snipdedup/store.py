@@ -92,6 +92,18 @@ def save_npy(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
+@contextmanager
+def writing_npy(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[Any]:
+    """Yield a file that takes the bytes of an array of known shape, block by block."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with replacing(path) as part, part.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        begin = file.tell()
+        yield file
+        if file.tell() - begin != dtype.itemsize * int(np.prod(shape)):
+            raise SnipError(f"{path}: rows changed while they were written; run it again")
+
+
 def save_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write named arrays as an uncompressed ``.npz``."""
     with replacing(path) as part, part.open("wb") as file:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import masks, store
+from snipdedup import filtering, masks, store
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.masks import Held, Mask, Place
 from snipdedup.settings import Filter
@@ -55,7 +55,7 @@ def flat(lists):
 
 
 def filtered(meta, mask, out, **more):
-    masks.run(Filter(metadata=str(meta), is_dup=str(mask), out=str(out), **more))
+    filtering.run(Filter(metadata=str(meta), is_dup=str(mask), out=str(out), **more))
     return rows_in(out)
 
 

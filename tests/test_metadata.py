@@ -12,8 +12,13 @@ import pytest
 
 from snipdedup import metadata as md
 from snipdedup import tables
+from snipdedup.additions import Listed, Removed, dup_counts
 from snipdedup.errors import SnipError
 from snipdedup.shards import open_features
+
+
+# Of 12 rows 1, 4, 5 and 11 go, for 0, 0, 6 and 10.
+REMOVED = dup_counts(Removed(np.array([1, 4, 5, 11]), np.array([0, 0, 6, 10])))
 
 
 def write(path, rows, begin=0, **options):
@@ -65,8 +70,7 @@ def test_dup_count_follows_the_rows_that_stay(tmp_path):
         write(tmp_path / f"m_{part}.parquet", rows, begin, row_group_size=3)
     is_dup = np.zeros(12, bool)
     is_dup[[1, 4, 5, 11]] = True
-    counts = np.array([0, 6, 10]), np.array([2, 1, 1])
-    paths = md.write_kept(md.open_metadata(tmp_path), is_dup, tmp_path / "out", counts)
+    paths = md.write_kept(md.open_metadata(tmp_path), is_dup, tmp_path / "out", [REMOVED])
     assert [p.name for p in paths] == ["m_0.parquet", "m_1.parquet", "m_2.parquet"]
     found = pa.concat_tables(map(pq.read_table, paths)).to_pydict()
     assert found["key"] == [f"k{i}" for i in (0, 2, 3, 6, 7, 8, 9, 10)]
@@ -86,11 +90,9 @@ def test_part_of_the_files_lies_in_the_mask_at_its_offset(tmp_path):
         write(tmp_path / f"m_{part}.parquet", 4, 100 + 4 * part)
     is_dup = np.zeros(20, bool)
     is_dup[[3, 9, 10, 12]] = True  # the mask's row 5 is row 0 of these files
-    paths = md.write_kept(
-        md.open_metadata(tmp_path), is_dup, tmp_path / "out", first_file=1, last_file=2, offset=5
-    )
-    assert pq.read_table(paths[0])["key"].to_pylist() == ["k106"]
-    assert len(paths) == 1
+    paths = md.write_kept(md.open_metadata(tmp_path), is_dup, tmp_path / "out", offset=5)
+    kept = [pq.read_table(path)["key"].to_pylist() for path in paths]
+    assert kept == [["k100", "k101", "k102", "k103"], ["k106"], ["k108", "k109", "k110", "k111"]]
 
 
 def test_rows_outside_the_mask_are_refused_before_anything_is_written(tmp_path):
@@ -107,7 +109,7 @@ def test_many_batches_give_the_same_rows_as_one(tmp_path, monkeypatch):
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=100)
     meta = md.open_metadata(tmp_path)
     is_dup = np.random.default_rng(1).random(300) < 0.7
-    counts = np.arange(0, 300, 3), np.arange(100)
+    counts = [Listed(pa.field("dup_count", pa.int64()), np.arange(0, 300, 3), np.arange(100), 0)]
     (one,) = md.write_kept(meta, is_dup, tmp_path / "one", counts)
     monkeypatch.setattr(tables, "BATCH_ROWS", 7)
     monkeypatch.setattr(md, "FLUSH_ROWS", 11)
@@ -129,7 +131,7 @@ def test_a_masked_memmap_will_do(tmp_path):
 def test_a_dup_count_that_is_there_already_is_refused(tmp_path):
     pq.write_table(pa.table({"dup_count": [1, 2]}), tmp_path / "m.parquet")
     meta = md.open_metadata(tmp_path)
-    nothing = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    nothing = [dup_counts(Removed(np.zeros(0, np.int64), np.zeros(0, np.int64)))]
     with pytest.raises(SnipError, match=r"m\.parquet has a column dup_count already"):
         md.write_kept(meta, np.zeros(2, bool), tmp_path / "out", nothing)
     assert not (tmp_path / "out").exists()
