@@ -42,6 +42,61 @@ class Members(NamedTuple):
     is_dup: np.ndarray
 
 
+def no_members() -> Members:
+    """Return no rows."""
+    return Members(*(np.empty(0, kind) for kind in (*[np.int64] * 3, np.float32, bool)))
+
+
+class Nearest(NamedTuple):
+    """The nearest reference row of each row that matches one, ordered by row.
+
+    Attributes
+    ----------
+    row, reference : (n,) int64
+        A distinct row, and the number of the reference row; of equally near ones the first.
+    similarity : (n,) float32
+    """
+
+    row: np.ndarray
+    reference: np.ndarray
+    similarity: np.ndarray
+
+    def at(self, threshold: float) -> Nearest:
+        """Return those with a cosine of float32(threshold) or more."""
+        near = self.similarity >= np.float32(threshold)
+        return Nearest(self.row[near], self.reference[near], self.similarity[near])
+
+
+class Best(NamedTuple):
+    """What SemDeDup's rule looks at, one entry a row.
+
+    Attributes
+    ----------
+    cluster : (rows,) int32
+        -1 for rows that cannot be compared.
+    nearness : (rows,) float32
+        Cosine with the cluster's centroid.
+    match : (rows,) int64
+        The nearest earlier row of the cluster, which may itself be removed; -1 without one.
+    similarity : (rows,) float32
+        Their cosine; NaN without one.
+    """
+
+    cluster: np.ndarray
+    nearness: np.ndarray
+    match: np.ndarray
+    similarity: np.ndarray
+
+    def removed(self, threshold: float) -> np.ndarray:
+        """Return which rows go, (rows,) bool: those above 1 - epsilon; NaN never is."""
+        return np.asarray(self.similarity > np.float32(threshold))
+
+    def edges(self, threshold: float) -> Edges:
+        """Return the pairs of removed rows and their matches: a forest."""
+        row = np.flatnonzero(self.removed(threshold))
+        return make_edges(row, self.match[row], self.similarity[row])
+
+
 def keep_rank(rows: np.ndarray, keep: str, seed: int) -> np.ndarray:
     """Return the place of each row in keep order, (n,) uint64; the smallest stays.
 
@@ -75,6 +130,15 @@ def group_components(forest: Edges, rank: Rank) -> Members:
     is_dup = row != keeper
     similarity = np.where(is_dup, np.float32(np.nan), np.float32(1))
     return Members(row, group, keeper, similarity, is_dup)
+
+
+def group_matches(best: Best, threshold: float) -> Members:
+    """Let rows go by SemDeDup's rule; the representative is the match, removed or not."""
+    row, group = components(best.edges(threshold))
+    is_dup = best.removed(threshold)[row]
+    representative = np.where(is_dup, best.match[row], row)
+    similarity = np.where(is_dup, best.similarity[row], np.float32(1))
+    return ordered(Members(row, group, representative, similarity, is_dup))
 
 
 def group_starts(group: np.ndarray) -> np.ndarray:
@@ -294,6 +358,46 @@ def nearest_staying(
     return representative, similarity
 
 
+def refer_star(members: Members, nearest: Nearest) -> Members:
+    """Let rows that match a reference row go for it, where no staying row is nearer.
+
+    A representative r < 0 is the reference row ~r.
+    """
+    members, at = with_lone(members, nearest)
+    closer = nearest.similarity >= members.similarity[at]  # reference rows come before others
+    members.representative[at[closer]] = ~nearest.reference[closer]
+    members.similarity[at[closer]] = nearest.similarity[closer]
+    return ordered(members)
+
+
+def refer_components(members: Members, nearest: Nearest) -> Members:
+    """Let all rows of a group go that a reference row is chained to.
+
+    A row goes for the reference row that it matches, else for the first one of its group, with an
+    unknown cosine (NaN).
+    """
+    members, at = with_lone(members, nearest)
+    group, place = np.unique(members.group[at], return_inverse=True)
+    first = np.full(len(group), np.iinfo(np.int64).max)
+    np.minimum.at(first, place, nearest.reference)
+    chained = np.flatnonzero(np.isin(members.group, group))
+    members.representative[chained] = ~first[np.searchsorted(group, members.group[chained])]
+    members.similarity[chained] = np.nan
+    members.is_dup[chained] = True
+    members.representative[at] = ~nearest.reference
+    members.similarity[at] = nearest.similarity
+    return ordered(members)
+
+
+def with_lone(members: Members, nearest: Nearest) -> tuple[Members, np.ndarray]:
+    """Return members and rows that match a reference row only, and where the latter all are."""
+    lone = nearest.row[~np.isin(nearest.row, members.row)]
+    unknown = np.full(len(lone), NO_PAIR)
+    members = concatenate(members, Members(lone, lone, lone, unknown, np.ones(len(lone), bool)))
+    order = np.argsort(members.row)
+    return members, order[np.searchsorted(members.row, nearest.row, sorter=order)]
+
+
 def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs: Edges) -> Members:
     """The star rule on a given list of pairs, where no features are at hand.
 
@@ -350,6 +454,12 @@ class Copies:
     def fold(self, forest: Edges) -> Edges:
         """Return edges over first rows as edges over keepers."""
         return make_edges(self._keeper_of(forest.a), self._keeper_of(forest.b), forest.similarity)
+
+    def fold_nearest(self, nearest: Nearest) -> Nearest:
+        """Return nearest reference rows of first rows as those of keepers."""
+        row = self._keeper_of(nearest.row)
+        order = np.argsort(row)
+        return Nearest(row[order], nearest.reference[order], nearest.similarity[order])
 
     def _keeper_of(self, rows: np.ndarray) -> np.ndarray:
         if not len(self.first):

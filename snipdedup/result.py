@@ -17,15 +17,22 @@ from snipdedup.cosine import pair_cosine
 from snipdedup.errors import SnipError
 from snipdedup.forest import Edges, components, join_edges, make_edges
 from snipdedup.groups import (
+    Also,
+    Best,
     Compare,
     Copies,
     Members,
+    Nearest,
     Rank,
     group_components,
+    group_matches,
     group_star,
+    refer_components,
+    refer_star,
     star_from_pairs,
 )
 from snipdedup.keep import rank_by
+from snipdedup.references import References
 from snipdedup.settings import Dedup
 from snipdedup.shards import Features
 
@@ -56,6 +63,12 @@ class Found:
         The flags of method ``adc``.
     notes : dict
         The method's own figures, for the manifest.
+    also : Also, optional
+        What each pair had to match in besides.
+    best : Best, optional
+        What SemDeDup's rule looks at; its pairs are rows with their matches.
+    references, nearest : References, Nearest, optional
+        Rows that come first, and of each distinct row that matches one the nearest.
     """
 
     names: list[str]
@@ -69,6 +82,10 @@ class Found:
     pairs: Edges | None = None
     flags: np.ndarray | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    also: Also | None = None
+    best: Best | None = None
+    references: References | None = None
+    nearest: Nearest | None = None
 
     @property
     def rows(self) -> int:
@@ -80,9 +97,19 @@ class Found:
         """Whether each pair was proved on the raw features."""
         return self.pairs is None
 
+    def first_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return for each row the first that equals it bit for bit, often the row itself."""
+        if not len(self.copies):
+            return rows
+        place = np.minimum(np.searchsorted(self.copies, rows), len(self.copies) - 1)
+        return np.where(self.copies[place] == rows, self.firsts[place], rows)
+
     @cached_property
     def whole_forest(self) -> Edges:
         """The forest with exact copies, ordered by (a, b)."""
+        if self.best is not None:
+            forest = self.best.edges(self.threshold)
+            return forest.where(np.lexsort((forest.b, forest.a)))
         ones = np.ones(len(self.copies), np.float32)
         forest = join_edges([self.forest, make_edges(self.firsts, self.copies, ones)])
         return forest.where(np.lexsort((forest.b, forest.a)))
@@ -159,7 +186,8 @@ class Result:
 
     def dup_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows that represent others, ascending, and how many each."""
-        return np.unique(self.members.representative[self.members.is_dup], return_counts=True)
+        named = self.members.representative[self.members.is_dup]
+        return np.unique(named[named >= 0], return_counts=True)  # below 0: reference rows
 
     def at(self, threshold: float, grouping: str | None = None) -> Result:
         """Decide again at another threshold, without a search.
@@ -205,56 +233,73 @@ def decide(
     """
     check_threshold(found, threshold)
     rank = rank or rank_by(keep, seed, None)
-    copies = Copies(found.copies, found.firsts, rank)
-    if found.pairs is not None:
-        if threshold != found.threshold:
-            raise SnipError(
-                "unverified pairs have no cosines; search with FEATURES to re-threshold"
-            )
-        members = decide_unverified(found, grouping, rank)
-    elif grouping == "components":
-        members = group_components(copies.fold(found.forest.at(threshold)), rank)
-    elif features is None:
-        raise SnipError("star grouping compares raw rows: give the features, or use components")
+    if found.best is not None:
+        members = group_matches(found.best, threshold)
+    elif found.pairs is not None:
+        members = decide_unverified(found, threshold, grouping, rank)
     else:
-        forest = copies.fold(found.forest.at(threshold))
-        with progress.bar(len(components(forest)[0]), "grouping", "rows") as bar:
-            compare = Compare(features.gather, threshold)
-            members = group_star(forest, rank, compare, bar.update)
-    members = copies.unfold(members)
+        members = decide_verified(found, features, threshold, grouping, rank)
     if features is not None and found.pairs is None:
-        members = with_similarity(members, features)
+        members = with_similarity(members, features, found.references)
     return Result(found, features, members, threshold, grouping, keep, seed, rank)
 
 
 def check_threshold(found: Found, threshold: float) -> None:
-    """Refuse a threshold below the one that was searched for."""
-    if np.float32(threshold) < np.float32(found.threshold):
+    """Refuse a threshold below the one that was searched for; SemDeDup's rule knows all."""
+    if found.best is None and np.float32(threshold) < np.float32(found.threshold):
         raise SnipError(
             f"the search was made at threshold {found.threshold:g}, pairs below it are unknown; "
             f"expected {found.threshold:g} or more, found {threshold:g}: search again"
         )
 
 
-def decide_unverified(found: Found, grouping: str, rank: Rank) -> Members:
+def decide_verified(
+    found: Found, features: Features | None, threshold: float, grouping: str, rank: Rank
+) -> Members:
+    """Group pairs that were proved; exact copies are folded away before and back after."""
+    copies = Copies(found.copies, found.firsts, rank)
+    forest, nearest = copies.fold(found.forest.at(threshold)), None
+    if found.nearest is not None:
+        nearest = copies.fold_nearest(found.nearest.at(threshold))
+    if grouping == "components":
+        members = group_components(forest, rank)
+        return copies.unfold(refer_components(members, nearest) if nearest else members)
+    if features is None:
+        raise SnipError("star grouping compares raw rows: give the features, or use components")
+    compare = Compare(features.gather, threshold, found.also)
+    gone = nearest.row if nearest else None
+    with progress.bar(len(components(forest)[0]), "grouping", "rows") as bar:
+        members = group_star(forest, rank, compare, bar.update, gone)
+    return copies.unfold(refer_star(members, nearest) if nearest else members)
+
+
+def decide_unverified(found: Found, threshold: float, grouping: str, rank: Rank) -> Members:
     """Group pairs that could not be verified."""
-    pairs = found.pairs
-    if pairs is None or grouping == "components":
-        return group_components(found.forest, rank)
+    if threshold != found.threshold:
+        raise SnipError("unverified pairs have no cosines; search with FEATURES to re-threshold")
+    copies = Copies(found.copies, found.firsts, rank)
+    if found.pairs is None or grouping == "components":
+        return copies.unfold(group_components(found.forest, rank))
     row, group = components(found.forest)
-    return star_from_pairs(row, group, rank(row), pairs)
+    return copies.unfold(star_from_pairs(row, group, rank(row), found.pairs))
 
 
-def with_similarity(members: Members, features: Features) -> Members:
+def with_similarity(members: Members, features: Features, references: References | None) -> Members:
     """Fill in cosines that are not known yet, in row order."""
     open_ = np.flatnonzero(np.isnan(members.similarity))
     open_ = open_[np.argsort(members.row[open_], kind="stable")]
     similarity = members.similarity.copy()
     for start in range(0, len(open_), GATHER_PAIRS):
         at = open_[start : start + GATHER_PAIRS]
-        similarity[at] = pair_cosine(
-            features.gather(members.row[at]), features.gather(members.representative[at])
-        )
+        named = members.representative[at]
+        other = named < 0
+        for part, source, rows_of in (
+            (at[~other], features, named[~other]),
+            (at[other], references.features if references else features, ~named[other]),
+        ):
+            x, y = features.gather(members.row[part]), source.gather(rows_of)
+            dtype = np.result_type(x.dtype, y.dtype)
+            similarity[part] = pair_cosine(x.astype(dtype), y.astype(dtype))
     return members._replace(similarity=similarity)
 
 
@@ -283,16 +328,61 @@ def groups_table(result: Result, keys: Any) -> Any:
     shard = np.searchsorted(offsets, members.row, side="right") - 1
     names = pa.array(result.found.names, pa.string())
     unknown = np.isnan(members.similarity)
+    columns = {
+        "row": members.row,
+        "shard": names.take(pa.array(shard)),
+        "shard_row": members.row - offsets[shard],
+        "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
+        "group": members.group,
+        "representative": members.representative,
+        "similarity": pa.array(members.similarity, mask=unknown),
+        "is_dup": members.is_dup,
+    }
+    return pa.table(columns | reference_columns(result))
+
+
+def reference_columns(result: Result) -> dict[str, Any]:
+    """Return what ``--reference`` adds to the members, and the representatives as rows there.
+
+    ``reference`` names the input that the representative is a row of, null for FEATURES;
+    ``reference_similarity`` is the cosine with the nearest reference row, null where none matches.
+    """
+    import pyarrow as pa
+
+    found, members = result.found, result.members
+    if found.references is None or found.nearest is None:
+        return {}
+    outside = np.flatnonzero(members.representative < 0)
+    item, row = found.references.locate(~members.representative[outside])
+    representative, name = members.representative.copy(), np.full(len(members.row), -1)
+    representative[outside], name[outside] = row, item
+    names = pa.array([item.name for item in found.references.items], pa.string())
+    first = found.first_of(members.row)
+    near = found.nearest.at(result.threshold)
+    similarity = np.full(len(members.row), np.nan, np.float32)
+    matched = np.flatnonzero(np.isin(first, near.row))
+    similarity[matched] = near.similarity[np.searchsorted(near.row, first[matched])]
+    return {
+        "representative": representative,
+        "reference": names.take(pa.array(name, mask=name < 0)),
+        "reference_similarity": pa.array(similarity, mask=np.isnan(similarity)),
+    }
+
+
+def references_table(found: Found) -> Any:
+    """Return each distinct row's nearest reference row, where one matches."""
+    import pyarrow as pa
+
+    if found.references is None or found.nearest is None:
+        raise SnipError("there are no references to tabulate")
+    item, row = found.references.locate(found.nearest.reference)
+    names = pa.array([item.name for item in found.references.items], pa.string())
     return pa.table(
         {
-            "row": members.row,
-            "shard": names.take(pa.array(shard)),
-            "shard_row": members.row - offsets[shard],
-            "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
-            "group": members.group,
-            "representative": members.representative,
-            "similarity": pa.array(members.similarity, mask=unknown),
-            "is_dup": members.is_dup,
+            "row": found.nearest.row,
+            "reference": names.take(pa.array(item)),
+            "reference_row": row,
+            "similarity": found.nearest.similarity,
         }
     )
 
