@@ -9,5 +9,9 @@ class InputError(SnipError):
     """Rows that cannot be used, found while reading; there is nothing to resume."""
 
 
+class VerdictError(SnipError):
+    """A check that came out badly: the text is its result, printed as results are."""
+
+
 class UsageError(SnipError):
     """A call that cannot be understood; raised before any work starts (exit status 2)."""

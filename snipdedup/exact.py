@@ -9,11 +9,12 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.compute import in_order
-from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, unit_rows64
+from snipdedup.cosine import PROPOSAL_ERROR, bad_rows, pair_cosine, unit_rows, unit_rows64
 from snipdedup.forest import Edges, make_edges, spanning_forest
-from snipdedup.shards import Features
+from snipdedup.shards import Features, plan_blocks
 
 TILE = 2048  # rows of a tile's sides
+STREAM_ROWS = 4096  # rows that a sample is compared with at once
 VERIFY_PAIRS = 8192  # pairs whose rows are laid side by side at a time
 DENSE = 1 / 64  # share of a tile from which its cosines are computed all at once
 
@@ -27,7 +28,13 @@ class Panel(NamedTuple):
 
 
 def exact_edges(
-    features: Features, rows: np.ndarray, threshold: float, *, threads: int, memory: int
+    features: Features,
+    rows: np.ndarray,
+    threshold: float,
+    *,
+    threads: int,
+    memory: int,
+    frozen: int = 0,
 ) -> Iterator[Edges]:
     """Yield the spanning forest of each tile's pairs, from all pairs of ``rows``.
 
@@ -41,21 +48,28 @@ def exact_edges(
     threads : int
     memory : int
         Bytes for two panels of rows; a smaller bound reads the features more often.
+    frozen : int
+        Pairs of two rows below this are left out.
     """
     size = panel_rows(features, memory)
     starts = range(0, len(rows), size)
-    tiles = sum(len(tile_plan(len(rows), size, i, j)) for i in starts for j in starts if j >= i)
+    early = int(np.searchsorted(rows, frozen))
+    plans = {(i, j): tile_plan(len(rows), size, i, j, early) for i in starts for j in starts if j >= i}
+    tiles = sum(map(len, plans.values()))
     with progress.bar(tiles, "comparing", "tiles") as bar:
         for i in starts:
             left = load_panel(features, rows[i : i + size])
             for j in range(i, len(rows), size):
+                plan = plans[i, j]
+                if not plan:
+                    continue
                 right = left if j == i else load_panel(features, rows[j : j + size])
-                plan = tile_plan(len(rows), size, i, j)
 
                 def compare(
                     tile: tuple[int, int], left: Panel = left, right: Panel = right
                 ) -> Edges:
-                    return spanning_forest(tile_pairs(left, right, *tile, threshold))
+                    edges = tile_pairs(left, right, *tile, threshold)
+                    return spanning_forest(edges.where(edges.b >= frozen) if frozen else edges)
 
                 for edges in in_order(compare, plan, threads):
                     bar.update(1)
@@ -68,10 +82,13 @@ def panel_rows(features: Features, memory: int) -> int:
     return max(TILE, memory // (2 * row_bytes) // TILE * TILE)
 
 
-def tile_plan(rows: int, size: int, i: int, j: int) -> list[tuple[int, int]]:
-    """Return the tiles (left start, right start) of panels at rows i and j, each pair once."""
+def tile_plan(rows: int, size: int, i: int, j: int, early: int = 0) -> list[tuple[int, int]]:
+    """Return the tiles (left start, right start) of panels at rows i and j, each pair once.
+
+    Tiles of two rows below ``early`` are left out.
+    """
     left = range(0, min(size, rows - i), TILE)
-    right = range(0, min(size, rows - j), TILE)
+    right = [b for b in range(0, min(size, rows - j), TILE) if min(j + b + TILE, rows) > early]
     return [(a, b) for a in left for b in right if i != j or b >= a]
 
 
@@ -106,3 +123,53 @@ def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> E
         ])  # fmt: skip
     edges = make_edges(left.rows[i + a], right.rows[j + b], cosine)
     return edges.at(threshold)
+
+
+def nearest_rows(
+    features: Features, sample: np.ndarray, skip: np.ndarray, *, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each sampled row the nearest other row, and their cosine, by brute force.
+
+    All rows are streamed past the sample. The nearest is proposed in float32, so of rows within
+    1e-5 of one another any may be named; its cosine is exact.
+
+    Parameters
+    ----------
+    features : Features
+    sample : (n,) int64
+        Ascending rows that can be compared.
+    skip : (rows,) bool
+        Rows that do not count.
+    threads : int
+
+    Returns
+    -------
+    nearest : (n,) int64
+        The row itself where there is no other.
+    cosine : (n,) float32
+        NaN where there is no other.
+    """
+    import torch
+
+    raw = features.gather(sample)
+    x = torch.from_numpy(unit_rows(raw))
+
+    def search(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        block = features.read(*span)
+        cosine = x @ torch.from_numpy(unit_rows(block)).T
+        out = np.asarray(skip[slice(*span)]) | bad_rows(block)
+        cosine[:, torch.from_numpy(out)] = -torch.inf
+        low, high = np.searchsorted(sample, span)
+        cosine[np.arange(low, high), sample[low:high] - span[0]] = -torch.inf  # the row itself
+        best, at = cosine.max(dim=1)
+        return best.numpy(), at.numpy() + span[0]
+
+    best, nearest = np.full(len(sample), -np.inf, np.float32), sample.copy()
+    spans = plan_blocks(features.rows, STREAM_ROWS)
+    found = in_order(search, spans, threads)
+    for cosine, row in progress.track(found, "probing", "blocks", len(spans)):
+        better = cosine > best
+        best[better], nearest[better] = cosine[better], row[better]
+    exact = pair_cosine(raw, features.gather(nearest))
+    exact[nearest == sample] = np.nan
+    return nearest, exact

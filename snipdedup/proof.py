@@ -1,0 +1,285 @@
+"""Is each removed row's match there: groups and mask against one another and the raw features.
+
+Groups come a few at a time; of all rows one byte is held. Rows of a batch are read in row order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup.compute import in_order
+from snipdedup.cosine import bad_rows, pair_cosine
+from snipdedup.groups import Members, group_starts
+from snipdedup.shards import Features, plan_blocks
+from snipdedup.survey import pick
+from snipdedup.verdict import Verdict
+
+PAIRS = 4096  # whose cosines one thread computes at a time
+ROUNDING = 1e-6  # a stored cosine may be off by this: sums in another order, rounded to float32
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished OUT, as far as an audit has to know it.
+
+    Attributes
+    ----------
+    folder : Path
+    manifest : dict
+    names, offsets : list of str, (shards + 1,) int64
+        The shards: file names and first rows; the last offset is the number of rows.
+    is_dup : (rows,) bool
+        Memory-mapped.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    names: list[str]
+    offsets: np.ndarray
+    is_dup: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.offsets[-1])
+
+    @property
+    def threshold(self) -> float:
+        """Cosine from which two rows are a pair."""
+        return float(self.manifest["settings"]["threshold"])
+
+    @property
+    def by_design(self) -> str | None:
+        """What lets removed rows be far from a row that stays: a rule, None where nothing does."""
+        settings = self.manifest["settings"]
+        if settings["method"] == "semdedup":
+            return "semdedup"
+        return "components" if settings["grouping"] == "components" else None
+
+    def place(self, row: int) -> str:
+        """Return a row as a message names it, with its file."""
+        shard = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return f"row {row:,} ({self.names[shard]} row {row - self.offsets[shard]})"
+
+
+class Proof:
+    """Takes the members of whole groups, a few groups at a time, and notes what is wrong.
+
+    Attributes
+    ----------
+    removed, groups, largest, chained : int
+        What the members amount to, to be compared with the manifest.
+    proved, lowest : int, float
+        Pairs whose cosine was computed, and the lowest.
+    reach : int
+        How many of them reach the threshold.
+    named : list of (rows, counts)
+        Rows that stand for others, and for how many.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        features: Features | None,
+        verdict: Verdict,
+        *,
+        chosen: np.ndarray | None,
+        threads: int,
+        memory: int,
+    ) -> None:
+        self.run, self.features, self.verdict = run, features, verdict
+        self.chosen, self.threads, self.memory = chosen, threads, memory
+        self.seen = np.zeros(run.rows, bool)
+        self.last = (-1, -1)
+        self.removed = self.groups = self.chained = self.proved = self.reach = 0
+        self.largest, self.lowest = 1, np.float32(np.inf)
+        self.named = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+
+    def add(self, members: Members) -> None:
+        """Take the members of whole groups."""
+        members = self._within(members)
+        if not len(members.row):
+            return
+        self._order(members)
+        self._mask(members)
+        self._representatives(members)
+        gone = pick(members, members.is_dup)
+        sizes = np.diff(group_starts(members.group))
+        self.groups += len(sizes)
+        self.largest = max(self.largest, int(sizes.max()))
+        self.chained += int((gone.similarity < np.float32(self.run.threshold)).sum())
+        self.named.append(np.unique(gone.representative, return_counts=True))
+        if self.features is not None:
+            which: Any = slice(None)
+            if self.chosen is not None:
+                ends = [self.removed, self.removed + len(gone.row)]
+                which = self.chosen[slice(*np.searchsorted(self.chosen, ends))] - self.removed
+            self._cosines(pick(gone, which), self.features)
+        self.removed += len(gone.row)
+
+    def _within(self, members: Members) -> Members:
+        """Leave out what names rows that there are not."""
+        inside = np.ones(len(members.row), bool)
+        for rows in (members.row, members.representative):
+            inside &= (rows >= 0) & (rows < self.run.rows)
+        wrong = members.row[~inside]
+        self.verdict.fail_each(
+            "range",
+            wrong,
+            lambda row: (
+                f"groups.parquet: row {row:,} or its representative is none of the "
+                f"{self.run.rows:,} rows"
+            ),
+        )
+        return pick(members, inside)
+
+    def _order(self, members: Members) -> None:
+        """Members are ordered by group, then row; a group is named by its smallest row."""
+        group = np.append(self.last[0], members.group)
+        row = np.append(self.last[1], members.row)
+        self.last = (int(group[-1]), int(row[-1]))
+        same = group[1:] == group[:-1]
+        wrong = (group[1:] < group[:-1]) | (same & (row[1:] <= row[:-1]))
+        wrong |= ~same & (members.row != members.group)
+        wrong |= self.seen[members.row]
+        self.seen[members.row] = True
+        self.verdict.fail_each(
+            "order",
+            members.row[wrong],
+            lambda row: (
+                f"groups.parquet: {self.run.place(row)} is out of place: expected each "
+                "row once, ordered by group, and groups named by their smallest row"
+            ),
+        )
+
+    def _mask(self, members: Members) -> None:
+        """`is_dup` says the same in both files."""
+        mask = self.run.is_dup[members.row]
+        for removed, said in (
+            (True, "is_dup.npy removes it, groups.parquet lets it stay"),
+            (False, "is_dup.npy lets it stay, groups.parquet removes it"),
+        ):
+            rows = members.row[(mask == removed) & (members.is_dup != removed)]
+            self.verdict.fail_each("mask", rows, partial(self._of_row, said))
+
+    def _representatives(self, members: Members) -> None:
+        """A removed row is represented by a row of its group that stays; others by themselves."""
+        order = np.argsort(members.row, kind="stable")
+        at = np.searchsorted(members.row, members.representative, sorter=order)
+        at = order[np.minimum(at, len(order) - 1)]
+        right = (members.row[at] == members.representative) & (members.group[at] == members.group)
+        if self.run.by_design != "semdedup":  # its representatives may be removed themselves
+            right &= ~members.is_dup[at] & ~self.run.is_dup[members.representative]
+        right = np.where(members.is_dup, right, members.representative == members.row)
+        # a mask that disagrees is named already
+        right |= ~members.is_dup & self.run.is_dup[members.row]
+        self.verdict.fail_each(
+            "representative",
+            np.flatnonzero(~right),
+            lambda i: (
+                f"{self.run.place(members.row[i])}: its representative "
+                f"{self.run.place(members.representative[i])} is not a row of its group that stays"
+            ),
+        )
+
+    def _cosines(self, gone: Members, features: Features) -> None:
+        """The cosine on the raw features reaches the threshold and is the one written."""
+        found = raw_cosines(
+            features,
+            gone.row,
+            gone.representative,
+            threads=self.threads,
+            memory=self.memory,
+        )
+        reaches = found >= np.float32(self.run.threshold)
+        self.proved += len(found)
+        self.reach += int(reaches.sum())
+        self.lowest = min(self.lowest, found.min(initial=np.inf))
+        if not self.run.manifest["verified"]:
+            return
+        if self.run.by_design == "components":
+            reaches |= np.isfinite(found)
+        self.verdict.fail_each(
+            "cosine",
+            np.flatnonzero(~reaches),
+            lambda i: (
+                f"{self.run.place(gone.row[i])}: its cosine with its representative "
+                f"{self.run.place(gone.representative[i])} is {found[i]:.6f}, expected "
+                f"{self.run.threshold:g} or more"
+            ),
+        )
+        other = reaches & ~(np.abs(found - gone.similarity) <= ROUNDING)
+        self.verdict.fail_each(
+            "similarity",
+            np.flatnonzero(other),
+            lambda i: (
+                f"{self.run.place(gone.row[i])}: groups.parquet says cosine "
+                f"{gone.similarity[i]:.6f}, with its representative "
+                f"{self.run.place(gone.representative[i])} it is {found[i]:.6f}"
+            ),
+        )
+
+    def _of_row(self, said: str, row: int) -> str:
+        return f"{self.run.place(row)}: {said}"
+
+    def finish(self) -> None:
+        """Note rows that are removed but in no group, and counts that are not the manifest's."""
+        rows = np.flatnonzero(self.run.is_dup & ~self.seen)
+        self.verdict.fail_each(
+            "mask",
+            rows,
+            lambda row: (
+                f"{self.run.place(row)}: is_dup.npy removes it, groups.parquet does not have it"
+            ),
+        )
+        counts = self.run.manifest["counts"]
+        found = {
+            "rows": self.run.rows,
+            "removed": self.removed,
+            "groups": self.groups,
+            "largest_group": self.largest,
+            "chained": self.chained,
+        }
+        for name, value in found.items():
+            if counts[name] != value:
+                self.verdict.fail(
+                    "counts", f"snip.json counts {name} {counts[name]:,}, groups.parquet {value:,}"
+                )
+
+    def dup_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows that represent others, ascending, and how many each."""
+        rows, counts = map(np.concatenate, zip(*self.named, strict=True))
+        order = np.argsort(rows)
+        return rows[order], counts[order]
+
+
+def raw_cosines(
+    features: Features, a: np.ndarray, b: np.ndarray, *, threads: int, memory: int
+) -> np.ndarray:
+    """Return the cosine of each pair of rows, (n,) float32; NaN with a row that has none.
+
+    Rows are gathered in row order, as many at a time as fit into ``memory`` bytes.
+    """
+    cosine = np.empty(len(a), np.float32)
+    order = np.argsort(a, kind="stable")
+    fit = max(PAIRS, memory // (2 * features.dim * features.dtype.itemsize))
+    for start, stop in plan_blocks(len(a), fit):
+        part = order[start:stop]
+        rows, places = np.unique(np.concatenate([a[part], b[part]]), return_inverse=True)
+        raw = features.gather(rows)
+        bad = bad_rows(raw)
+        i, j = places[: len(part)], places[len(part) :]
+
+        def compute(
+            span: tuple[int, int], raw: np.ndarray = raw, i: np.ndarray = i, j: np.ndarray = j
+        ) -> np.ndarray:
+            return pair_cosine(raw[i[slice(*span)]], raw[j[slice(*span)]])
+
+        found = np.concatenate(list(in_order(compute, plan_blocks(len(part), PAIRS), threads)))
+        cosine[part] = np.where(bad[i] | bad[j], np.float32(np.nan), found)
+    return cosine

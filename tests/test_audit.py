@@ -1,0 +1,668 @@
+"""An audit passes what is true, and names the row or the file of whatever is not."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snipdedup import proof
+from snipdedup.proof import raw_cosines
+from snipdedup.shards import open_features
+from snipdedup.verdict import SHOWN, Verdict, pick_ordinals
+
+ROWS, CUTS, THRESHOLD = 700, (200, 200, 450), 0.9
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return truth.clustered(ROWS, 12, 3, clusters=130, noise=0.5, copies=0.1, dtype=np.float16)
+
+
+def table(begin, end):
+    number = np.arange(begin, end)
+    score = np.where(number % 3 == 0, np.nan, number / 7)
+    return pa.table(
+        {
+            "key": [f"k{i:06d}" for i in number],
+            "url": [f"https://example.org/{i}.jpg" for i in number],
+            "caption": ["=1+1" if i % 5 == 0 else f"a thing, {i % 11}" for i in number],
+            "score": pa.array(score, pa.float32()),
+            "tags": pa.array([[float("nan")] * (i % 3) for i in number], pa.list_(pa.float64())),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def laion(rows, tmp_path_factory):
+    """A set in the LAION layout; one shard is empty."""
+    folder = tmp_path_factory.mktemp("audit") / "set"
+    truth.save_shards(folder / "img_emb", rows, list(CUTS))
+    (folder / "metadata").mkdir()
+    ends = [0, *CUTS, ROWS]
+    for part, (low, high) in enumerate(zip(ends, ends[1:], strict=False)):
+        pq.write_table(table(low, high), folder / "metadata" / f"m_{part}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(laion, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "OUT"
+    assert truth.snip("dedup", laion, "--out", folder, "--threshold", THRESHOLD)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of OUT that a test may spoil."""
+    return shutil.copytree(finished, tmp_path / "OUT")
+
+
+@pytest.fixture(scope="module")
+def plain(laion, tmp_path_factory):
+    """OUT without metadata."""
+    folder = tmp_path_factory.mktemp("plain") / "OUT"
+    words = ("dedup", laion / "img_emb", "--out", folder, "--threshold", THRESHOLD)
+    assert truth.snip(*words)[0] == 0
+    return folder
+
+
+def audit(out, features, *words):
+    status, said, complaint = truth.snip("audit", out, features, *words)
+    assert complaint == ""
+    assert said.startswith(f"audit of {out}: {'passed' if status == 0 else 'FAILED'}")
+    return status, said
+
+
+def wrong(said):
+    """The lines of a verdict that say what is wrong."""
+    return [line[4:] for line in said.splitlines() if line.startswith("  ! ")]
+
+
+def where(row):
+    """A row as a verdict names it."""
+    starts = {0: 0, 2: 200, 3: 450}
+    shard = max(number for number, start in starts.items() if start <= row)
+    return f"row {row} (img_emb_{shard}.npy row {row - starts[shard]})"
+
+
+def forge(out, **counts):
+    """Make the manifest agree with files that a test changed, so that no checksum helps."""
+    manifest = json.loads((out / "snip.json").read_text())
+    for name, entry in manifest["outputs"].items():
+        data = (out / name).read_bytes()
+        entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["counts"] |= counts
+    (out / "snip.json").write_text(json.dumps(manifest))
+
+
+def edit_mask(out, row, value):
+    mask = np.load(out / "is_dup.npy")
+    assert mask[row] != value
+    mask[row] = value
+    np.save(out / "is_dup.npy", mask)
+
+
+def groups_of(out):
+    return pq.read_table(out / "groups.parquet")
+
+
+def edit_groups(out, **columns):
+    groups = groups_of(out)
+    for name, values in columns.items():
+        field = groups.schema.field(name)
+        groups = groups.set_column(
+            groups.schema.get_field_index(name), field, pa.array(values, field.type)
+        )
+    pq.write_table(groups, out / "groups.parquet")
+
+
+def columns_of(out, *names):
+    return [groups_of(out)[name].to_numpy(zero_copy_only=False).copy() for name in names]
+
+
+@pytest.mark.parametrize("method", ["join", "exact", "adc"])
+@pytest.mark.parametrize("keep", ["first", "random"])
+def test_what_is_true_passes(laion, rows, tmp_path, method, keep):
+    words = ("--method", method, "--keep", keep, "--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", laion, *words)[0] == 0
+    before = truth.listing(tmp_path / "o"), truth.listing(laion)
+    status, said = audit(tmp_path / "o", laion, "--probe_rows", ROWS)
+    assert (truth.listing(tmp_path / "o"), truth.listing(laion)) == before
+    assert status == 0
+    assert not wrong(said)
+    mask = np.load(tmp_path / "o" / "is_dup.npy")
+    kept = (~mask).sum()
+    assert f"{mask.sum()} of 700 rows go" in said
+    assert f"{mask.sum()} of {mask.sum()} removed rows reach 0.9 with their representative" in said
+    assert "4 of 4 agree with their size and CRC32" in said
+    assert f"{kept} rows in 4 files, compared with what was filtered" in said
+    near = truth.cosine_table(rows)[~mask][:, ~mask] >= np.float32(THRESHOLD)
+    missed = (near.sum(1) > 1).sum()
+    assert f"{missed} of {kept} sampled rows that stay match another one" in said
+    assert (missed == 0) or method == "adc"
+
+
+def test_features_that_the_manifest_names(finished):
+    status, said, _ = truth.snip("audit", finished)
+    assert status == 0
+    assert "passed" in said
+
+
+def test_components_below_the_threshold_are_reported_not_failed(laion, tmp_path):
+    words = ("--grouping", "components", "--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", laion, *words)[0] == 0
+    counts = json.loads((tmp_path / "o" / "snip.json").read_text())["counts"]
+    status, said = audit(tmp_path / "o", laion)
+    assert status == 0
+    reach = counts["removed"] - counts["chained"]
+    assert 0 < counts["chained"]
+    assert f"{reach} of {counts['removed']} removed rows reach 0.9" in said
+    assert "by design" in said
+
+
+def test_bad_rows_that_are_kept_pass(laion, rows, tmp_path):
+    x = rows.copy()
+    x[[0, 1, 699]] = np.array([[np.nan], [np.nan], [0]])
+    truth.save_shards(tmp_path / "set", x, list(CUTS))
+    words = ("--bad_rows", "keep", "--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", tmp_path / "set", *words)[0] == 0
+    status, said = audit(tmp_path / "o", tmp_path / "set", "--probe_rows", ROWS)
+    assert status == 0
+    kept = json.loads((tmp_path / "o" / "snip.json").read_text())["counts"]["kept"]
+    assert f"0 of {kept - 3} sampled rows" in said
+
+
+def test_adc_without_features_says_so_and_fails(laion, tmp_path):
+    assert truth.snip("index", laion, "--out", tmp_path / "index")[0] == 0
+    words = ("--index", tmp_path / "index", "--out", tmp_path / "o", "--threshold", THRESHOLD)
+    assert truth.snip("dedup", *words)[0] == 0
+    status, said = audit(tmp_path / "o", laion)
+    assert status == 1
+    assert wrong(said) == [
+        "snip.json says verified false: adc without FEATURES, no pair was proved when this was made"
+    ]
+    assert re.search(r"(\d+) of (\d+) removed rows reach 0.9", said)
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("kind", ["removed", "staying member", "in no group"])
+def test_a_flipped_value_of_is_dup_names_the_row(out, laion, forged, value, kind):
+    member, is_dup = columns_of(out, "row", "is_dup")
+    if (kind == "removed") == value:
+        return  # nothing to flip
+    row = {
+        "removed": member[is_dup][7],
+        "staying member": member[~is_dup][7],
+        "in no group": np.setdiff1d(np.arange(ROWS), member)[7],
+    }[kind]
+    edit_mask(out, row, value)
+    if forged:
+        forge(out)
+    status, said = audit(out, laion)
+    assert status == 1
+    what = {
+        "removed": "is_dup.npy lets it stay, groups.parquet removes it",
+        "staying member": "is_dup.npy removes it, groups.parquet lets it stay",
+        "in no group": "is_dup.npy removes it, groups.parquet does not have it",
+    }[kind]
+    assert f"{where(row)}: {what}" in wrong(said)
+    assert ("is_dup.npy is not the file that was written: other SHA-256" in said) != forged
+    shard = where(row).partition("img_emb_")[2][0]
+    assert any(line.startswith(f"metadata/m_{shard}.parquet: ") for line in wrong(said))
+
+
+@given(st.integers(0, ROWS - 1))
+@settings(max_examples=12)
+def test_any_flip_is_found(plain, laion, tmp_path_factory, row):
+    out = shutil.copytree(plain, tmp_path_factory.mktemp("flip") / "OUT")
+    edit_mask(out, row, not np.load(out / "is_dup.npy")[row])
+    forge(out)
+    status, said = audit(out, laion, "--probe_rows", 0)
+    assert status == 1
+    assert any(line.startswith(f"{where(row)}: is_dup.npy") for line in wrong(said))
+
+
+def two_removed(out, rows, *, same_group):
+    """Places of two removed rows with different representatives, in one group or in two."""
+    row, group, representative, is_dup = columns_of(
+        out, "row", "group", "representative", "is_dup"
+    )
+    table_ = truth.cosine_table(rows)
+    gone = np.flatnonzero(is_dup)
+    for i in gone:
+        for j in gone[gone > i]:
+            crossed = table_[row[i], representative[j]]
+            if (
+                representative[i] != representative[j]
+                and (group[i] == group[j]) == same_group
+                and (same_group == (crossed >= np.float32(THRESHOLD)))
+            ):
+                return i, j
+    raise AssertionError
+
+
+@pytest.mark.parametrize("same_group", [False, True])
+@pytest.mark.parametrize("forged", [False, True])
+def test_swapped_representatives_name_the_row(out, rows, laion, same_group, forged):
+    i, j = two_removed(out, rows, same_group=same_group)
+    row, representative, similarity = columns_of(out, "row", "representative", "similarity")
+    representative[[i, j]] = representative[[j, i]]
+    edit_groups(out, representative=representative)
+    if forged:
+        forge(out)
+    status, said = audit(out, laion)
+    assert status == 1
+    lines = [line for line in wrong(said) if line.startswith(where(row[i]))]
+    assert lines
+    if same_group:  # still a match that stays, but not the one that the cosine is of
+        assert lines == [
+            f"{where(row[i])}: groups.parquet says cosine {similarity[i]:.6f}, with its "
+            f"representative {where(representative[i])} it is "
+            f"{truth.cosine_table(rows)[row[i], representative[i]]:.6f}"
+        ]
+    else:
+        assert any("is not a row of its group that stays" in line for line in lines)
+        assert any("expected 0.9 or more" in line for line in lines)
+    assert ("groups.parquet is not the file that was written" in said) != forged
+
+
+def test_a_representative_that_goes_itself_is_named(out, laion):
+    row, group, representative, is_dup = columns_of(
+        out, "row", "group", "representative", "is_dup"
+    )
+    gone = np.flatnonzero(is_dup)
+    i = next(i for i in gone if (is_dup & (group == group[i])).sum() > 1)
+    j = next(j for j in gone if group[j] == group[i] and j != i)
+    representative[i] = row[j]
+    edit_groups(out, representative=representative)
+    forge(out)
+    status, said = audit(out, laion)
+    assert status == 1
+    assert (
+        f"{where(row[i])}: its representative {where(row[j])} is not a row of its group that stays"
+    ) in wrong(said)
+
+
+def test_a_row_that_stays_for_another_is_named(plain, laion, tmp_path):
+    out = shutil.copytree(plain, tmp_path / "OUT")
+    row, representative, is_dup = columns_of(out, "row", "representative", "is_dup")
+    i = np.flatnonzero(~is_dup)[3]
+    representative[i] = row[i + 1] if row[i + 1] < ROWS else row[i - 1]
+    edit_groups(out, representative=representative)
+    forge(out)
+    status, said = audit(out, laion)
+    assert status == 1
+    assert len(wrong(said)) == 1
+    assert wrong(said)[0].startswith(where(row[i]))
+
+
+def test_a_removed_row_below_the_threshold_is_named(plain, rows, laion, tmp_path):
+    # A row that stays in a group beside another one is removed for it: all files agree.
+    out = shutil.copytree(plain, tmp_path / "OUT")
+    row, group, representative, similarity, is_dup = columns_of(
+        out, "row", "group", "representative", "similarity", "is_dup"
+    )
+    named = set(representative[is_dup])
+    stays = np.flatnonzero(~is_dup)
+    i, j = next(
+        (i, j) for i in stays for j in stays
+        if i != j and group[i] == group[j] and row[i] not in named
+    )  # fmt: skip
+    cosine = truth.cosine_table(rows)[row[i], row[j]]
+    assert cosine < THRESHOLD
+    representative[i], similarity[i], is_dup[i] = row[j], cosine, True
+    edit_groups(out, representative=representative, similarity=similarity, is_dup=is_dup)
+    edit_mask(out, row[i], True)
+    forge(out, removed=int(is_dup.sum()), chained=1)
+    status, said = audit(out, laion)
+    assert status == 1
+    assert wrong(said) == [
+        f"{where(row[i])}: its cosine with its representative {where(row[j])} is {cosine:.6f}, "
+        "expected 0.9 or more"
+    ]
+    assert "FAILED, 1 violation\n" in said
+
+
+def test_a_threshold_that_is_too_high_by_the_last_bit_of_one_pair(plain, laion, tmp_path):
+    out = shutil.copytree(plain, tmp_path / "OUT")
+    row, similarity, is_dup = columns_of(out, "row", "similarity", "is_dup")
+    lowest = similarity[is_dup].min()
+    at = np.flatnonzero(is_dup & (similarity == lowest))
+    for threshold, failed in ((lowest, 0), (np.nextafter(lowest, np.float32(2)), len(at))):
+        manifest = json.loads((out / "snip.json").read_text())
+        manifest["settings"]["threshold"] = float(threshold)
+        manifest["counts"]["chained"] = failed
+        (out / "snip.json").write_text(json.dumps(manifest))
+        status, said = audit(out, laion)
+        assert status == (failed > 0)
+        assert len(wrong(said)) == failed
+        assert all(line.startswith(where(row[at[0]])) for line in wrong(said)[:1])
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("place", [0, 57, -1])
+def test_a_dropped_metadata_row_is_named_with_its_file(out, laion, forged, place):
+    path = out / "metadata" / "m_2.parquet"
+    kept = pq.read_table(path)
+    place %= kept.num_rows
+    row = int(kept["key"][place].as_py()[1:])
+    left = pa.concat_tables([kept.slice(0, place), kept.slice(place + 1)])
+    pq.write_table(left, path)
+    if forged:
+        forge(out)
+    status, said = audit(out, laion)
+    assert status == 1
+    assert (
+        f"metadata/m_2.parquet: {kept.num_rows - 1} rows, is_dup.npy lets {kept.num_rows} of this "
+        f"file stay; {where(row)} is missing or comes too late"
+    ) in wrong(said)
+    assert len(wrong(said)) == 2 - forged
+
+
+@pytest.mark.parametrize("column", ["key", "score", "tags", "dup_count"])
+def test_a_changed_metadata_value_is_named(out, laion, column):
+    path = out / "metadata" / "m_3.parquet"
+    kept = pq.read_table(path)
+    row = int(kept["key"][31].as_py()[1:])
+    values = kept[column].to_pylist()
+    values[31] = {"key": "k999999", "score": -1.0, "tags": [1.0], "dup_count": 99}[column]
+    at = kept.schema.get_field_index(column)
+    field = kept.schema.field(column)
+    pq.write_table(kept.set_column(at, field, pa.array(values, field.type)), path)
+    forge(out)
+    status, said = audit(out, laion)
+    assert status == 1
+    assert wrong(said) == [
+        f"metadata/m_3.parquet row 31: expected {where(row)}, found other values"
+    ]
+
+
+def test_swapped_metadata_rows_are_named(out, laion):
+    path = out / "metadata" / "m_0.parquet"
+    kept = pq.read_table(path)
+    order = np.arange(kept.num_rows)
+    order[[4, 9]] = [9, 4]
+    pq.write_table(kept.take(order), path)
+    forge(out)
+    status, said = audit(out, laion)
+    row = int(kept["key"][4].as_py()[1:])
+    assert status == 1
+    assert wrong(said) == [f"metadata/m_0.parquet row 4: expected {where(row)}, found other values"]
+
+
+def test_metadata_without_its_source_is_counted(rows, laion, tmp_path):
+    own = shutil.copytree(laion, tmp_path / "set")
+    words = ("--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", own, *words)[0] == 0
+    shutil.rmtree(own / "metadata")
+    status, said = audit(tmp_path / "o", own)
+    assert status == 0
+    assert "what was filtered is not where it was" in said
+    status, said = audit(tmp_path / "o", own, "--metadata", laion / "metadata")
+    assert status == 0
+    assert "compared with what was filtered" in said
+    (tmp_path / "o" / "metadata" / "m_3.parquet").unlink()
+    status, said = audit(tmp_path / "o", own)
+    assert status == 1
+    assert wrong(said)[0] == "metadata/m_3.parquet is missing"
+
+
+def test_a_changed_feature_file_is_named_and_so_is_its_row(finished, rows, laion, tmp_path):
+    own = shutil.copytree(laion, tmp_path / "set")
+    row = int(np.flatnonzero(np.load(finished / "is_dup.npy")[450:])[3])
+    changed = np.load(own / "img_emb" / "img_emb_3.npy")
+    changed[row] = -changed[row]
+    np.save(own / "img_emb" / "img_emb_3.npy", changed)
+    status, said = audit(finished, own)
+    assert status == 1
+    path = own / "img_emb" / "img_emb_3.npy"
+    assert wrong(said)[0].startswith(f"{path} is not what was searched: crc32 ")
+    assert len(wrong(said)) == 2
+    assert wrong(said)[1].startswith(f"{where(450 + row)}: its cosine with its representative")
+
+
+@pytest.mark.parametrize("change", ["fewer rows", "a shard less", "one bit"])
+def test_features_that_are_not_those_searched_are_named(finished, laion, tmp_path, change):
+    own = shutil.copytree(laion, tmp_path / "set")
+    path = own / "img_emb" / "img_emb_2.npy"
+    if change == "fewer rows":
+        np.save(path, np.load(path)[:-1])
+    elif change == "a shard less":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    status, said = audit(finished, own)
+    assert status == 1
+    expected = "expected 4 shards" if change == "a shard less" else f"{path} is not what was searc"
+    assert wrong(said)[0].startswith(expected)
+    assert ("not proved: the features are others" in said) == (change != "one bit")
+
+
+@pytest.mark.parametrize("name", ["groups.parquet", "is_dup.npy", "forest.parquet"])
+@pytest.mark.parametrize("change", ["gone", "cut"])
+def test_files_of_out_that_are_damaged_are_named(out, laion, name, change):
+    if change == "gone":
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes((out / name).read_bytes()[:-40])
+    status, said = audit(out, laion)
+    assert status == 1
+    assert wrong(said)[0].startswith(f"{name} is ")
+
+
+def test_counts_that_are_not_so(out, laion):
+    removed = int(np.load(out / "is_dup.npy").sum())
+    forge(out, removed=removed + 1)
+    status, said = audit(out, laion)
+    assert status == 1
+    assert wrong(said) == [f"snip.json counts removed {removed + 1}, groups.parquet {removed}"]
+
+
+def test_groups_out_of_order_or_of_rows_that_are_not(out, laion):
+    row, is_dup, representative = columns_of(out, "row", "is_dup", "representative")
+    row[-1] = ROWS
+    pq.write_table(groups_of(out).take(np.arange(len(row))[::-1]), out / "groups.parquet")
+    status, said = audit(out, laion)
+    assert status == 1
+    assert any("is out of place" in line for line in wrong(said))
+    representative[0] = ROWS
+    edit_groups(out, representative=representative)
+    status, said = audit(out, laion)
+    assert status == 1
+    assert any(f"is none of the {ROWS} rows" in line for line in wrong(said))
+
+
+def test_a_sample_proves_less_and_says_what_follows(finished, laion):
+    status, said = audit(finished, laion, "--sample", 50)
+    assert status == 0
+    assert "50 of 50 sampled removed rows reach 0.9" in said
+    assert "at most 7.11 % of all removed rows do not (95 %)" in said  # 1 - .025 ** (1 / 50)
+    every = int(np.load(finished / "is_dup.npy").sum())
+    assert f"{every} of {every} sampled" in audit(finished, laion, "--sample", 10**6)[1]
+
+
+def test_missed_matches_are_counted_and_one_is_named(finished, rows, laion, tmp_path):
+    # What was searched at .9 lets rows stay that match at .8.
+    out = shutil.copytree(finished, tmp_path / "OUT")
+    manifest = json.loads((out / "snip.json").read_text())
+    manifest["settings"]["threshold"] = 0.8
+    (out / "snip.json").write_text(json.dumps(manifest))
+    mask = np.load(out / "is_dup.npy")
+    table_ = truth.cosine_table(rows)[~mask][:, ~mask]
+    np.fill_diagonal(table_, -2)
+    missed = int((table_.max(1) >= np.float32(0.8)).sum())
+    kept = np.flatnonzero(~mask)
+    status, said = audit(out, laion, "--probe_rows", ROWS)
+    assert status == 0  # reported, not failed
+    assert missed > 0
+    assert f"{missed} of {len(kept)} sampled rows that stay match another one" in said
+    a, b = (kept[i] for i in np.unravel_index(table_.argmax(), table_.shape))
+    assert f"such as {where(a)} and {where(b)}: cosine {table_.max():.6f}" in said
+    assert "rows that stay match" not in audit(out, laion, "--probe_rows", 0)[1]
+
+
+def test_results_do_not_depend_on_memory_or_threads(finished, laion, monkeypatch):
+    expected = audit(finished, laion, "--threads", 1)[1]
+    monkeypatch.setattr(proof, "PAIRS", 16)
+    assert audit(finished, laion, "--threads", 2, "--max_memory", "1k")[1] == expected
+
+
+def test_raw_cosines_by_hand(monkeypatch):
+    monkeypatch.setattr(proof, "PAIRS", 2)
+    x = np.array([[1, 0], [3, 4], [0, 0], [0, 2], [0, 0], [np.nan, 1]], np.float32)
+    features = open_features([x[:2], x[2:]])
+    a, b = np.array([3, 0, 1, 2, 5, 0]), np.array([1, 1, 1, 4, 5, 3])
+    found = raw_cosines(features, a, b, threads=1, memory=1)
+    np.testing.assert_allclose(found, [0.8, 0.6, 1, np.nan, np.nan, 0], atol=1e-7)
+
+
+def read_sheet(path):
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def judge(path, verdicts, delimiter=","):
+    lines = read_sheet(path)
+    for line, verdict in zip(lines, verdicts, strict=True):
+        line["verdict"] = verdict
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, lines[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def test_a_sheet_has_random_removed_pairs_as_they_are(finished, rows, laion, tmp_path):
+    sheet = tmp_path / "new" / "sheet.csv"
+    status, said = audit(finished, laion, "--sheet", sheet, "-n", 40)
+    assert status == 0
+    assert f"40 removed pairs to judge in {sheet}" in said
+    lines = read_sheet(sheet)
+    groups = {g["row"]: g for g in groups_of(finished).to_pylist()}
+    assert len({line["row"] for line in lines}) == 40
+    for line in lines:
+        row, of = int(line["row"]), int(line["representative"])
+        assert groups[row]["is_dup"]
+        assert groups[row]["representative"] == of
+        assert float(line["cosine"]) == pytest.approx(truth.cosine_table(rows)[row, of], abs=1e-6)
+        for name, number in (("", row), ("representative_", of)):
+            assert line[f"{name}key"] == f"k{number:06d}"
+            assert line[f"{name}url"] == f"https://example.org/{number}.jpg"
+            caption = "'=1+1" if number % 5 == 0 else f"a thing, {number % 11}"
+            assert line[f"{name}caption"] == caption  # no spreadsheet takes it for a formula
+            assert line[f"{name}place"] == where(number).partition("(")[2].rstrip(")")
+        assert line["verdict"] == ""
+    status, said, complaint = truth.snip("audit", finished, laion, "--sheet", sheet)
+    assert status == 1
+    assert "may hold verdicts" in complaint
+    assert read_sheet(sheet) == lines
+    for seed, same in ((0, True), (1, False)):
+        other = tmp_path / f"{seed}.csv"
+        audit(finished, laion, "--sheet", other, "-n", 40, "--seed", seed)
+        assert (read_sheet(other) == lines) == same
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_judged_sheet_gives_the_human_precision(finished, laion, tmp_path, delimiter):
+    sheet = tmp_path / "sheet.csv"
+    audit(finished, laion, "--sheet", sheet, "-n", 12)
+    verdicts = ["yes", "Y", " same ", "1", "TRUE", "dup", "duplicate", "true", "no", "0", "", ""]
+    judge(sheet, verdicts, delimiter)
+    status, said, _ = truth.snip("audit", finished, laion, "--judged", sheet)
+    assert status == 0
+    assert said.splitlines() == [
+        "human precision 80.0 % (8 of 10 judged pairs are duplicates; 95 % interval 44.4 to 97.5 %)",
+        "2 pairs of the sheet have no verdict yet",
+    ]
+
+
+def test_sheets_that_cannot_be_read_as_verdicts(finished, laion, tmp_path):
+    sheet = tmp_path / "sheet.csv"
+    audit(finished, laion, "--sheet", sheet, "-n", 3)
+
+    def refused():
+        status, said, complaint = truth.snip("audit", finished, "--judged", sheet)
+        assert (status, said) == (1, "")
+        return complaint
+
+    assert "no verdict in the sheet" in refused()
+    judge(sheet, ["yes", "perhaps", ""])
+    assert "line 3: expected yes or no as verdict, found 'perhaps'" in refused()
+    lines = read_sheet(sheet)
+    judge(sheet, ["yes", "no", ""])
+    text = sheet.read_text()
+    sheet.write_text(text.replace(f"\n{lines[1]['row']},", f"\n{lines[1]['representative']},"))
+    assert "the sheet is of another run" in refused()
+    sheet.write_text("row,verdict\n1,yes\n")
+    assert "its column representative is not there" in refused()
+    sheet.write_text("row,representative,verdict\nx,1,yes\n")
+    assert "line 2: expected row numbers, found 'x'" in refused()
+    sheet.unlink()
+    assert "expected a sheet" in refused()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--sheet", "a.csv", "--judged", "b.csv"], 2, "give one of them"),
+        (["--sample", "-1"], 2, "--sample must lie between"),
+        (["--metadata", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_refusals(finished, laion, words, status, message):
+    found, _, complaint = truth.snip("audit", finished, laion, *words)
+    assert found == status
+    assert message in complaint
+
+
+def test_a_folder_that_is_no_finished_run_is_refused(laion, tmp_path):
+    assert "expected a finished dedup folder" in truth.snip("audit", tmp_path, laion)[2]
+
+
+def test_a_sheet_is_not_written_into_an_input(finished, laion):
+    before = truth.listing(laion), truth.listing(finished)
+    for place in (laion / "img_emb", finished):
+        status, _, complaint = truth.snip("audit", finished, laion, "--sheet", place / "s.csv")
+        assert status == 1
+        assert "never writes there" in complaint
+    assert (truth.listing(laion), truth.listing(finished)) == before
+
+
+def test_a_verdict_shows_a_few_of_a_kind():
+    verdict = Verdict()
+    verdict.fail_each("a", np.arange(3), "a{}".format)
+    verdict.fail_each("a", np.arange(3, 2000), "a{}".format)
+    verdict.fail("b", "other")
+    lines = verdict.text("o").splitlines()
+    assert lines[0] == "audit of o: FAILED, 2,001 violations"
+    shown = [f"  ! a{i}" for i in range(SHOWN)]
+    assert lines[1:] == [*shown, "  ! and 1,995 more like that", "  ! other"]
+
+
+def test_ordinals_are_distinct_and_ascending():
+    for total, wanted in ((10, 3), (10, 10), (10, 99), (0, 5), (10**12, 50)):
+        found = pick_ordinals(total, wanted, 0)
+        assert len(found) == min(total, wanted)
+        assert (np.diff(found) > 0).all()
+        assert all(0 <= one < total for one in found)
+
+
+@pytest.mark.slow
+def test_keyframes_pass(data, tmp_path, snip):
+    frames = data / "keyframes"
+    snip("dedup", frames, "--out", tmp_path / "o")
+    said = snip("audit", tmp_path / "o", frames).stdout
+    assert "13,066 of 13,066 removed rows reach 0.95" in said
