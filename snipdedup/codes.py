@@ -7,17 +7,19 @@ looked at is never read.
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from snipdedup import store
 from snipdedup.errors import SnipError
 
+ZIP_NAME_LENGTH = 26  # where a zip's header of a file holds the length of its name
 WALK_ROWS = 1 << 20  # entries of the lists looked at together
 
 
@@ -84,13 +86,56 @@ def load_shard(path: Path) -> ShardCodes:
         with np.load(path, allow_pickle=False) as arrays:
             shard = ShardCodes(*(arrays[name] for name in ShardCodes._fields))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise SnipError(
-            f"{path}: not a shard of an index, or damaged ({error}); remove it and run snip index "
-            "again"
-        ) from error
+        raise damaged(path, str(error)) from error
     if len(shard.codes) != len(shard.ids) or int(shard.sizes.sum(dtype=np.int64)) != len(shard.ids):
-        raise SnipError(f"{path}: damaged: its lists do not add up; remove it and index again")
+        raise damaged(path, "its lists do not add up")
     return shard
+
+
+def damaged(path: Path, why: str) -> SnipError:
+    """Return the refusal of a shard's file."""
+    return SnipError(
+        f"{path}: not a shard of an index, or damaged ({why}); remove it and run snip index again"
+    )
+
+
+def map_shard(path: Path) -> ShardCodes:
+    """Return one shard as `load_shard` does, with arrays that are read where they are looked at.
+
+    The file is an uncompressed zip of ``.npy`` files: each lies in it as one run of bytes.
+
+    Raises
+    ------
+    SnipError
+        If the file is missing, truncated or of another layout.
+    """
+    try:
+        with zipfile.ZipFile(path) as members, path.open("rb") as file:
+            shard = ShardCodes(*(map_member(file, members, n) for n in ShardCodes._fields))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise damaged(path, str(error)) from error
+    if len(shard.codes) != len(shard.ids):
+        raise damaged(path, "as many codes as row numbers expected")
+    return shard
+
+
+def map_member(file: BinaryIO, members: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Return one array of an ``.npz`` without reading it."""
+    member = members.getinfo(f"{name}.npy")
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    file.seek(member.header_offset + ZIP_NAME_LENGTH)
+    lengths = np.frombuffer(file.read(4), "<u2")  # of the name and of what extra follows it
+    file.seek(int(lengths.sum()), os.SEEK_CUR)
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, _, dtype = read_header(file)
+    if not np.prod(shape, dtype=np.int64):  # nothing to map
+        return np.empty(shape, dtype)
+    return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
 
 
 class Lists:

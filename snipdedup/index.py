@@ -7,6 +7,7 @@ rows are encoded in whole blocks aligned to global rows, one thread a block.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from snipdedup.indexfolder import (
     Space,
     held_encoder,
     identity,
+    is_descriptors,
     same_encoder,
 )
 from snipdedup.quantise import (
@@ -78,11 +80,9 @@ def expanded(options: settings.Index) -> settings.Index:
     return settings.Index(**given)
 
 
-def is_descriptors(source: Path | None) -> bool:
-    """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
-    if source is None or not (source / store.MANIFEST).is_file():
-        return False
-    return bool(store.load_json(source / store.MANIFEST).get("kind") == "descriptors")
+def located(source: Any) -> str | None:
+    """Return where features lie, as a path from anywhere; None for arrays in memory."""
+    return os.path.abspath(source) if isinstance(source, str | Path) else None  # noqa: PTH100
 
 
 def build(
@@ -396,6 +396,7 @@ def finish(out: Path, request: dict[str, Any], options: settings.Index, held: in
     body = {
         "command": "index",
         "settings": {**options.as_dict(), "features": str(options.features)},
+        "features_at": located(options.features),
         "request": request,
         "shards": shards,
         "rows": sum(shard["rows"] for shard in shards),

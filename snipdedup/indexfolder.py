@@ -40,6 +40,13 @@ def same_encoder(given: str | Path, held: Path) -> bool:
     return identity(manifest) == identity(held / store.MANIFEST)
 
 
+def is_descriptors(source: Path | None) -> bool:
+    """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
+    if source is None or not (source / store.MANIFEST).is_file():
+        return False
+    return bool(store.load_json(source / store.MANIFEST).get("kind") == "descriptors")
+
+
 @dataclass(frozen=True)
 class Space:
     """How a row becomes the vector that is quantised."""
