@@ -96,6 +96,10 @@ class Train(Input):
     batch: int = option(1024, "rows a step")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     temperature: float = option(0.02, "softmax temperature of the snip loss, teacher and student")
+    text_features: Any = option(
+        None, "text features, row for row: keep the similarities of texts and images, too"
+    )
+    text_temperature: float = option(0.01, "softmax temperature between texts and images")
     subset_rows: int = option(262_144, "rows held in memory at a time")
     validation_rows: int = option(4096, "rows held out and reported on (at most a fifth of all)")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -112,6 +116,7 @@ class Train(Input):
         self.between("hidden", 1, 10**5)
         self.between("learning_rate", 1e-9, 1)
         self.between("temperature", 1e-4, 10)
+        self.between("text_temperature", 1e-4, 10)
         self.between("subset_rows", 64, 10**9)
         self.between("validation_rows", 16, 10**6)
         self.between("threads", 0, 4096)

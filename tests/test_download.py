@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
-import http.server
 import re
 import socket
-import threading
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from servers import Server, kill_once_more_came
 
-from snipdedup import download, store, web
+from snipdedup import download, landing, remote, store, web
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.settings import Download
 
 SIZES = [30, 7, 50, 21, 40]
 STARTS = [0, 30, 37, 87, 108]
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves ``files`` (name: bytes); ``faults`` (by name) and ``ranges`` say how."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.ranges, self.asked = {}, {}, True, []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        name = self.path.partition("?")[0].lstrip("/")
-        span = self.headers.get("Range")
-        self.server.asked.append((name, span))
-        fault = self.server.faults.get(name)
-        if fault == "moved":
-            self.send_response(302)
-            self.send_header("Location", f"/real/{name}")
-            self.end_headers()
-            return
-        body = self.server.files.get(name.removeprefix("real/"))
-        if isinstance(fault, int) or body is None:
-            self.send_response(fault or 404)
-            if fault == 429:
-                self.send_header("Retry-After", "120")
-            self.end_headers()
-            return
-        if span and self.server.ranges:
-            size = int(re.fullmatch(r"bytes=-(\d+)", span)[1])
-            begin = max(len(body) - size, 0)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
-            body = body[begin:]
-        else:
-            self.send_response(200)
-        if fault != "no length":
-            self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"e1"')
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if fault in ("cut", "no length") else body)
 
 
 def table(begin, rows):
@@ -74,15 +27,18 @@ def table(begin, rows):
 
 @pytest.fixture
 def server(tmp_path):
-    running = Server()
-    for number, (begin, rows) in enumerate(zip(STARTS, SIZES, strict=True)):
-        path = tmp_path / "served" / f"m_{number:04d}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(table(begin, rows), path, row_group_size=9)
-        running.files[path.name] = path.read_bytes()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with Server() as running:
+        for number, (begin, rows) in enumerate(zip(STARTS, SIZES, strict=True)):
+            path = tmp_path / "served" / f"m_{number:04d}.parquet"
+            path.parent.mkdir(exist_ok=True)
+            pq.write_table(table(begin, rows), path, row_group_size=9)
+            running.files[path.name] = path.read_bytes()
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(landing, "BACKOFF_S", 0.0)
 
 
 @pytest.fixture
@@ -118,11 +74,8 @@ def test_files_arrive_byte_for_byte(server, tmp_path, snip):
     assert sorted(p.name for p in (tmp_path / "out").iterdir())[-1] == "snip.json"
     assert len(list((tmp_path / "out").iterdir())) == 4
     file = store.read_manifest(tmp_path / "out", "download")["files"][0]
-    assert (file["etag"], file["size"], file["rows"]) == (
-        '"e1"',
-        len(server.files["m_0001.parquet"]),
-        7,
-    )
+    assert (file["size"], file["rows"]) == (len(server.files["m_0001.parquet"]), 7)
+    assert re.fullmatch('"[0-9a-f]{32}"', file["etag"])
     asked = len(server.asked)
     assert "finished already" in snip(*words).stdout
     assert len(server.asked) == asked
@@ -135,7 +88,7 @@ def test_the_mask_lands_by_the_unfiltered_row(server, tmp_path, is_dup, ranges, 
     mask = str(tmp_path / "mask.npy")
     fetch(template(server), tmp_path / "out", start=start, end=end, is_dup=mask)
     assert urls(tmp_path / "out") == staying(is_dup, start, end)
-    whole = {name for name, span in server.asked if span is None}
+    whole = {name for name, headers in server.asked if "Range" not in headers}
     if ranges:
         assert whole == {f"m_{number:04d}.parquet" for number in range(start, end)}
 
@@ -149,7 +102,7 @@ def test_with_totals_no_earlier_file_is_asked_for(server, tmp_path, is_dup, besi
     more = {"is_dup": f"{where}/mask.npy", "cumulative_sizes": f"{where}/totals.npy"}
     fetch(template(server), tmp_path / "out", start=2, end=4, **more)
     assert urls(tmp_path / "out") == staying(is_dup, 2, 4)
-    assert not any(name in ("m_0000.parquet", "m_0001.parquet") for name, _ in server.asked)
+    assert not any(name in ("m_0000.parquet", "m_0001.parquet") for name in server.names())
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
@@ -165,7 +118,9 @@ def test_totals_of_other_files_are_refused(server, tmp_path, is_dup):
 
 def test_an_earlier_file_that_cannot_be_counted_ends_the_run(server, tmp_path, is_dup):
     del server.files["m_0001.parquet"]
-    with pytest.raises(SnipError, match=r"needs the rows of file 1: .*404.*--cumulative_sizes"):
+    with pytest.raises(
+        SnipError, match=r"needs the rows of m_0001.parquet: .*404.*--cumulative_sizes"
+    ):
         fetch(template(server), tmp_path / "out", start=2, end=4, is_dup=str(tmp_path / "mask.npy"))
     assert not (tmp_path / "out").exists()
 
@@ -187,7 +142,7 @@ def test_a_manifest_beside_a_mask_on_the_web_places_it(server, tmp_path, is_dup)
     more = {"start": 2, "end": 3, "is_dup": f"{server.url}/v1/is_dup.npy"}
     fetch(template(server), tmp_path / "out", **more)
     assert urls(tmp_path / "out") == staying(is_dup, 2, 3)
-    assert ("m_0000.parquet", "bytes=-65536") not in server.asked
+    assert "m_0000.parquet" not in server.names()
     server.files["v1/snip.json"] = b"<html>no such page</html>"
     fetch(template(server), tmp_path / "two", **more)
     assert urls(tmp_path / "two") == urls(tmp_path / "out")
@@ -199,11 +154,11 @@ def test_a_manifest_beside_a_mask_on_the_web_places_it(server, tmp_path, is_dup)
         (401, "401 .*gated or private"),
         (403, "403 .*gated or private"),
         (404, "404 .*check the URL"),
-        (429, r"429 .*fewer requests.*\(it says after 120\)"),
+        ((429, {"Retry-After": "7200"}), r"429 .*fewer requests.*\(it asks to wait 7,200 s\)"),
         (500, "500 .*run again later"),
         (503, "503 .*run again later"),
-        ("cut", "truncated|connection broke"),
-        ("no length", "truncated or not a parquet file"),
+        ("no_length", "truncated or not a parquet file"),
+        ("short", "truncated or not a parquet file"),
     ],
 )
 def test_faults_are_told_apart_and_leave_nothing_half_written(
@@ -215,11 +170,11 @@ def test_faults_are_told_apart_and_leave_nothing_half_written(
     assert "m_0001.parquet" in str(caught.value)
     assert list((tmp_path / "out").glob("*.parquet")) == []
     assert not (tmp_path / "out" / "snip.json").exists()
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".m_0001*"))
     server.faults.clear()
     server.asked.clear()
     fetch(template(server), tmp_path / "out", start=0, end=3)
-    assert [name for name, _ in server.asked] == ["m_0001.parquet", "m_0002.parquet"]
+    assert "m_0000.parquet" not in server.names()  # whole: not fetched again
     for number in range(3):
         name = f"m_{number:04d}.parquet"
         assert (tmp_path / "out" / name).read_bytes() == server.files[name]
@@ -257,17 +212,20 @@ def test_redirects_are_followed(server, tmp_path, is_dup):
 
 
 def test_a_footer_longer_than_the_first_request(server, tmp_path, monkeypatch):
+    two, three = (remote.Remote(f"{server.url}/m_000{number}.parquet") for number in (2, 3))
     monkeypatch.setattr(web, "TAIL", 16)
-    assert web.parquet_rows(f"{server.url}/m_0002.parquet") == 50
+    assert web.parquet_rows(two) == 50
     assert len(server.asked) == 2
     monkeypatch.setattr(web, "TAIL", 1 << 20)
-    assert web.parquet_rows(f"{server.url}/m_0003.parquet") == 21
+    assert web.parquet_rows(three) == 21
+    sized = remote.Remote(three.url, size=len(server.files["m_0003.parquet"]))
+    assert web.parquet_rows(sized) == 21
     server.files["m_0003.parquet"] = b"PAR1 but not at the end"
     with pytest.raises(SnipError, match="truncated or not a parquet file"):
-        web.parquet_rows(f"{server.url}/m_0003.parquet")
+        web.parquet_rows(three)
     server.files["m_0003.parquet"] = b"PAR1" + b"\xff" * 7 + b"\x00PAR1"
     with pytest.raises(SnipError, match="footer is longer than the file"):
-        web.parquet_rows(f"{server.url}/m_0003.parquet")
+        web.parquet_rows(three)
 
 
 def test_one_url(server, tmp_path, is_dup):
@@ -292,7 +250,6 @@ def test_what_a_url_hides_is_not_shown(server, tmp_path):
     with pytest.raises(SnipError) as caught:
         fetch(secret, tmp_path / "two", start=9, end=10)
     assert "hush" not in str(caught.value)
-    assert web.shown("https://me:hush@host/a?b=hush#c") == "https://host/a"
 
 
 @pytest.mark.parametrize("form", ["", "/*.parquet", "/m_{part:04d}.parquet"])
@@ -332,9 +289,16 @@ def test_a_local_range_without_its_earlier_files_is_refused(server, tmp_path, is
         (["http://h/m_{part:04d}_{x}.parquet", "OUT", "--end", "2"], 2, "expected a template"),
         (["http://h/m.parquet", "OUT", "--cumulative_sizes", "c.npy"], 2, "give --is_dup too"),
         (["http://h/m.parquet", "OUT", "--start", "3", "--end", "2"], 2, "the end exclusive"),
-        (["s3://bucket/m.parquet", "OUT"], 1, "expected an http(s) URL or a local path"),
-        (["http://h/m.zip", "OUT"], 1, "expected a name that ends in .parquet or .csv"),
-        (["http://h/", "OUT"], 1, "expected a file name at its end"),
+        (["what://bucket/m.parquet", "OUT"], 1, "expected a local path or a URL of http(s), hf"),
+        (["hf://datasets/one", "OUT"], 2, "expected hf://datasets/OWNER/NAME"),
+        (
+            ["http://h/m.parquet", "OUT", "--dl_dedup_set", "True"],
+            2,
+            "--dl_dedup_set is upstream's flag",
+        ),
+        (["http://h/m.parquet", "OUT", "--jobs", "0"], 2, "--jobs must lie between"),
+        (["http://h/m_{part}.zip", "OUT", "--end", "2"], 1, "name that ends in .parquet or .csv"),
+        (["http://h/{part}/", "OUT", "--end", "2"], 1, "expected a file name at its end"),
         (["http://h/{part}/m.parquet", "OUT", "--end", "2"], 1, "would have one name"),
         (["no_such_folder", "OUT"], 1, "no such metadata file or folder"),
     ],
@@ -348,6 +312,57 @@ def test_wrong_calls_touch_nothing(tmp_path, words, status, message):
         download.run(Download(**values, **flags))
     assert isinstance(caught.value, UsageError) == (status == 2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_three_kills_cost_nothing_but_time(server, tmp_path, filtered):
+    rng = np.random.default_rng(1)
+    rows = [900, 300, 1500, 640, 1200]
+    for number, count in enumerate(rows):
+        columns = {"url": [f"u{sum(rows[:number]) + i}" for i in range(count)]}
+        columns["noise"] = rng.random((count, 40)).tolist()  # some hundred kilobytes a file
+        path = tmp_path / "made.parquet"
+        pq.write_table(pa.table(columns), path)
+        server.files[f"m_{number:04d}.parquet"] = path.read_bytes()
+    mask = rng.random(sum(rows)) < 0.3
+    np.save(tmp_path / "mask.npy", mask)
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "snipdedup", "download", template(server), str(out)]
+    words += ["--start", "3", "--end", "5", "--jobs", "1"]
+    words += ["--is_dup", str(tmp_path / "mask.npy")] if filtered else []
+    server.pause = 0.02
+    for _ in range(3):
+        kill_once_more_came(words, out, 50_000)
+        assert list(out.glob("*.parquet")) == []
+        assert not (out / "snip.json").exists()
+    server.pause = 0
+    subprocess.run(words, check=True, capture_output=True)
+    names = ["m_0003.parquet", "m_0004.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "snip.json"]
+    if filtered:
+        stay = np.flatnonzero(~mask)
+        assert urls(out) == [f"u{row}" for row in stay[stay >= sum(rows[:3])]]
+    else:
+        for name in names:
+            assert (out / name).read_bytes() == server.files[name]
+    asked = {name: [s for s in server.spans(name) if s != "bytes=-65536"] for name in names}
+    begins = {name: [int((s or "bytes=0-")[6:-1]) for s in asked[name]] for name in names}
+    for name in names:  # no byte that had come before was asked for again
+        assert begins[name] == sorted(set(begins[name]))
+    assert sum(map(len, begins.values())) > 3
+
+
+def test_upstreams_command_line_says_what_became_of_its_set(tmp_path, snip, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("download", "OUT", "--start", 0, "--end", 10, "--dl_dedup_set", True)
+    said = snip(*words, status=1).stderr
+    for part in ("disabled", "datacomp_small", "datacomp_1b", "is_dup_mlp_1024_128_gelu_snn",
+                 "snip filter METADATA --is_dup", "not fit Re-LAION by position"):  # fmt: skip
+        assert part in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "OUT").exists()
+    assert "disabled" in snip("download", "laion2B-en", "OUT", status=1).stderr
+    assert "needs SOURCE and OUT" in snip("download", "OUT", "--end", 10, status=2).stderr
 
 
 def test_never_into_the_source(server, tmp_path):

@@ -1,0 +1,311 @@
+"""What SOURCE means: which files, in which order, under which numbers, and their features.
+
+A file's number is its place in the whole set. Where names hold numbers, the two must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import has_magic
+from pathlib import Path
+
+from snipdedup import formats, tables
+from snipdedup.buckets import BucketFolder, LocalFolder
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.hub import SCHEME, HubFolder, Repository, parse
+from snipdedup.masks import Held, choose_files, file_numbers
+from snipdedup.metadata import find_metadata
+from snipdedup.remote import Folder, MissingError, Remote, is_web, name_of, scheme_of, shown
+from snipdedup.shards import natural_sort
+
+PART = "{part"
+FEATURES = ("img_emb", "metadata")  # folders side by side: features, and the table
+NAME_FEATURES = "say where they are with --embeddings_source"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The metadata files that are meant.
+
+    Attributes
+    ----------
+    files : list of Remote
+    first : int or None
+        Number of the first one in the whole set; None where it is not known.
+    before : list of Remote or None
+        Files 0 to ``first`` of the set, None where they are not known.
+    folder : Folder or None
+        Where they lie, where that can be listed.
+    """
+
+    files: list[Remote]
+    first: int | None
+    before: list[Remote] | None
+    folder: Folder | None
+
+
+def open_folder(source: str, commit: str | None = None) -> tuple[Folder, str | None]:
+    """Return the folder of a source, and which files of it are meant: a name, glob or template."""
+    if scheme_of(source) == SCHEME:
+        place = parse(source)
+        repository = Repository(place, commit)
+        head, _, last = place.path.rpartition("/")
+        if names_files(last):
+            return HubFolder(repository, head), last
+        return HubFolder(repository, place.path), None
+    if scheme_of(source):
+        head, _, last = source.rstrip("/").rpartition("/")
+        return (BucketFolder(head), last) if names_files(last) else (BucketFolder(source), None)
+    path = Path(source).expanduser()
+    return (LocalFolder(path), None) if path.is_dir() else (LocalFolder(path.parent), path.name)
+
+
+def names_files(last: str) -> bool:
+    """Tell whether the last part of a location is a file, a glob or a template, not a folder."""
+    suffixes = (*tables.SUFFIXES, *formats.SUFFIXES)
+    return PART in last or has_magic(last) or last.lower().endswith(suffixes)
+
+
+def refuse_unclear(source: str, end: int | None) -> None:
+    """Raise UsageError for a source that cannot be understood; nothing is asked of anyone."""
+    if PART in source:
+        expand(source, 0)
+        if end is None:
+            raise UsageError(f"{shown(source)} needs file numbers: --start 0 --end 10, say")
+    if scheme_of(source) == SCHEME:
+        parse(source)
+
+
+def find(source: str, start: int | None, end: int | None, commit: str | None = None) -> Found:
+    """Return the metadata files that SOURCE and a range of file numbers mean, in order.
+
+    Raises
+    ------
+    SnipError
+        If a file is not there, or it is not certain which ones are meant.
+    """
+    refuse_unclear(source, end)
+    if PART in source and end is not None:
+        return find_parts(source, start or 0, end, commit)
+    if is_web(source):
+        return find_one(source, start, end)
+    folder, names = open_folder(source, commit)
+    if isinstance(folder, LocalFolder):
+        files = [Remote(str(path), size=path.stat().st_size) for path in find_metadata(source)]
+    else:
+        folder, files = metadata_files(folder, names)
+    return choose(files, start, end, folder, source)
+
+
+def one_file(location: str) -> Remote:
+    """Return the one file that a location names, with what a listing says of it.
+
+    Raises
+    ------
+    MissingError
+        If a listing does not have it.
+    """
+    if scheme_of(location) != SCHEME:
+        return Remote(location)
+    place = parse(location)
+    head, _, name = place.path.rpartition("/")
+    folder = HubFolder(Repository(place), head)
+    files = folder.listing()[0]
+    if name not in files:
+        raise MissingError(f"{folder.shown} has no {name}")
+    return files[name]
+
+
+def find_parts(source: str, first: int, end: int, commit: str | None) -> Found:
+    """Return the files of a template."""
+    locations = [expand(source, number) for number in range(end)]
+    folder, before = None, locations[:first]
+    if is_web(source):
+        files = [Remote(location) for location in locations]
+    elif scheme_of(source) and PART not in source.rpartition("/")[0]:
+        folder, _ = open_folder(source, commit)
+        listed = folder.listing()[0]
+        files = [listed.get(name_of(location), Remote(location)) for location in locations]
+        refuse_missing(folder, files[first:], listed)
+        before = [place for place in before if name_of(place) in listed]
+    else:
+        files = [Remote(location) for location in locations]
+        missing = [f.url for f in files[first:] if not scheme_of(source) and not is_file(f.url)]
+        if missing:
+            raise SnipError(f"no such file: {missing[0]}")
+        folder = None if scheme_of(source) else LocalFolder(Path(locations[first]).parent)
+    known = len(before) == first
+    return Found(files[first:], first, files[:first] if known else None, folder)
+
+
+def refuse_missing(folder: Folder, files: Sequence[Remote], listed: dict[str, Remote]) -> None:
+    """Refuse files that a listing does not have."""
+    for file in files:
+        if file.name not in listed:
+            raise MissingError(f"{folder.shown} has no {file.name}; check the file numbers")
+
+
+def find_one(source: str, start: int | None, end: int | None) -> Found:
+    """Return the one file of an http(s) URL."""
+    if end is not None and end != (start or 0) + 1:
+        raise UsageError(
+            f"{shown(source)} is one file; for several put {{part:04d}} where the number is"
+        )
+    first = start if start is not None else end and end - 1
+    return Found([Remote(source)], first, [] if first == 0 else None, None)
+
+
+def choose(
+    files: list[Remote], start: int | None, end: int | None, folder: Folder, source: str
+) -> Found:
+    """Return a range of the files of a listing; all of them without one."""
+    if start is None and end is None:
+        return Found(files, None, [], folder)
+    names = [file.name for file in files]
+    numbers = file_numbers(names)
+    start = start or 0
+    end = end or (max(numbers) + 1 if numbers else len(files))
+    if start >= end:
+        raise SnipError(f"file {start} is wanted, {shown(source)} ends at {end - 1}")
+    first = choose_files(Held(names, [0] * len(names)), numbers, None, start, end)
+    chosen = files[first : first + end - start]
+    before = files[:first] if first == start else None
+    return Found(chosen, start, before, folder)
+
+
+def expand(template: str, number: int) -> str:
+    """Put a file number into a template."""
+    try:
+        location = template.format(part=number)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{shown(template)}: expected a template such as metadata_{{part:04d}}.parquet"
+        ) from error
+    return location if scheme_of(location) else str(Path(location).expanduser())
+
+
+def is_file(path: str) -> bool:
+    """Tell whether there is a local file."""
+    return Path(path).is_file()
+
+
+def metadata_files(folder: Folder, names: str | None) -> tuple[Folder, list[Remote]]:
+    """Return the metadata files of a folder, or of the one folder in it that has such files."""
+    files, folders = folder.listing()
+    found = pick(files, names, tables.SUFFIXES)
+    if found or names is not None:
+        if not found:
+            raise MissingError(f"{folder.shown}: has no file {names}")
+        return folder, found
+    inner = ["metadata"] if "metadata" in folders else folders
+    choices = {name: pick(folder.child(name).listing()[0], None, tables.SUFFIXES) for name in inner}
+    choices = {name: chosen for name, chosen in choices.items() if chosen}
+    if len(choices) != 1:
+        where = f"several folders with such: {', '.join(choices)}" if choices else "none"
+        raise SnipError(
+            f"{folder.shown}: expected metadata (*.parquet, *.csv), found {where}; name the folder"
+        )
+    name, found = choices.popitem()
+    return folder.child(name), found
+
+
+def pick(files: dict[str, Remote], names: str | None, suffixes: Sequence[str]) -> list[Remote]:
+    """Return the files that a name or glob means, else those of the first type that occurs."""
+    for suffix in suffixes:
+        chosen = [
+            Path(name)
+            for name in files
+            if name.lower().endswith(suffix)
+            and not name.startswith(".")
+            and (names is None or fnmatchcase(name, names) or name == names)
+        ]
+        if chosen:
+            return [files[path.name] for path in natural_sort(chosen)]
+    return []
+
+
+def find_features(
+    source: str, found: Found, elsewhere: str | None, commit: str | None
+) -> list[Remote]:
+    """Return the features of each metadata file.
+
+    Parameters
+    ----------
+    source : str
+        Where the metadata came from.
+    found : Found
+    elsewhere : str, optional
+        Folder or template of the features; without it they are looked for where LAION,
+        clip-retrieval and DataComp put them: ``img_emb/`` beside ``metadata/``, or files of the
+        same name beside the metadata.
+    commit : str, optional
+    """
+    if elsewhere is None and found.folder is None:
+        elsewhere = guess_template(source)
+    if elsewhere is not None and PART in elsewhere:
+        if found.first is None:
+            raise UsageError("--embeddings_source with {part} needs --start and --end")
+        numbers = range(found.first, found.first + len(found.files))
+        return [Remote(expand(elsewhere, number)) for number in numbers]
+    if elsewhere is not None and is_web(elsewhere):
+        if len(found.files) > 1:
+            raise UsageError(
+                f"{shown(elsewhere)} is one file; put {{part:04d}} where the number is"
+            )
+        return [Remote(elsewhere)]
+    if elsewhere is not None:
+        folder, names = open_folder(elsewhere, commit)
+        files = folder.listing()[0]
+        return match(found, pick(files, names, formats.SUFFIXES), folder)
+    return features_beside(found)
+
+
+def guess_template(source: str) -> str:
+    """Return where the features of an http(s) source should be, by LAION's or DataComp's names."""
+    head, slash, query = source.partition("?")
+    stem = head.rpartition(".")[0]
+    guess = stem.replace("metadata", "img_emb") + ".npy" if "metadata" in stem else stem + ".npz"
+    return guess + slash + query
+
+
+def features_beside(found: Found) -> list[Remote]:
+    """Return the features that lie beside listed metadata."""
+    folder = found.folder
+    if folder is None:  # a listing always has one
+        raise SnipError(f"where the features are is not known; {NAME_FEATURES}")
+    files, folders = folder.listing()
+    for suffix in (".npz", ".npy"):
+        same = [files.get(Path(file.name).stem + suffix) for file in found.files]
+        if any(same):
+            return [kept for kept in same if kept] if all(same) else lacking(found, same, folder)
+    above = folder.parent()
+    for place in (folder, above):
+        if place is None or FEATURES[0] not in (folders if place is folder else place.listing()[1]):
+            continue
+        inner = place.child(FEATURES[0])
+        return match(found, pick(inner.listing()[0], None, formats.SUFFIXES), inner)
+    raise SnipError(f"{folder.shown}: no features beside the metadata; {NAME_FEATURES}")
+
+
+def lacking(found: Found, same: Sequence[Remote | None], folder: Folder) -> list[Remote]:
+    """Refuse metadata of which some files have no features."""
+    name = next(file.name for file, kept in zip(found.files, same, strict=True) if kept is None)
+    raise MissingError(f"{folder.shown}: {name} has no features beside it; {NAME_FEATURES}")
+
+
+def match(found: Found, features: list[Remote], folder: Folder) -> list[Remote]:
+    """Return the features of each metadata file, by the numbers in the names or by position."""
+    names = [file.name for file in found.files]
+    ours, theirs = file_numbers(names), file_numbers([file.name for file in features])
+    if ours is not None and theirs is not None:
+        by_number = dict(zip(theirs, features, strict=True))
+        if all(number in by_number for number in ours):
+            return [by_number[number] for number in ours]
+    elif len(features) == len(names):
+        return features
+    raise MissingError(
+        f"{folder.shown}: which of its {len(features)} files of features belong to {names[0]} .. "
+        f"{names[-1]} is not certain; {NAME_FEATURES}"
+    )

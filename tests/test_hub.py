@@ -1,0 +1,306 @@
+"""The hub's own client against a stand-in for its API: listings, commits, tokens, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from servers import Hub, Server, kill_once_more_came
+
+from snipdedup import download, hub, landing, remote, store
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.remote import MissingError
+from snipdedup.settings import Download
+
+SIZES = [30, 7, 50, 21, 40]
+STARTS = np.cumsum([0, *SIZES])
+TOKEN = "hf_hushhushhush"
+PARTS = [f"part-{number:05d}-5114fd87.snappy.parquet" for number in range(len(SIZES))]
+SOURCE = "hf://datasets/someone/pictures"
+
+
+def parquet(rows):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"url": [f"u{row}" for row in rows]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def set_files(folder="", begin=0):
+    """A set of five uneven parquet files, in a folder of a repository."""
+    prefix = folder + "/" if folder else ""
+    return {
+        prefix + name: parquet(range(begin + first, begin + first + rows))
+        for name, first, rows in zip(PARTS, STARTS, SIZES, strict=False)
+    }
+
+
+@pytest.fixture
+def running(monkeypatch, tmp_path):
+    """The hub, and beside it the server that its files are on."""
+    monkeypatch.setattr(landing, "BACKOFF_S", 0.0)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with Server() as files, Hub(files) as api:
+        monkeypatch.setenv("HF_ENDPOINT", api.url)
+        api.tree = {"README.md": b"# pictures", **set_files()}
+        api.small = {"README.md"}
+        yield api
+
+
+def fetch(source, out, **more):
+    return download.run(Download(source=str(source), out=str(out), **more))
+
+
+def urls(out):
+    return [u for p in sorted(out.glob("*.parquet")) for u in pq.read_table(p)["url"].to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "repo", "path", "revision"),
+    [
+        ("hf://datasets/o/n", "dataset", "o/n", "", None),
+        ("hf://datasets/o/n/", "dataset", "o/n", "", None),
+        ("hf://datasets/o/n.v2/a/b@main", "dataset", "o/n.v2", "a/b", "main"),
+        ("hf://datasets/o/n@v1/a/b", "dataset", "o/n", "a/b", "v1"),
+        ("hf://datasets/o/n@refs/convert/parquet/a", "dataset", "o/n", "a", "refs/convert/parquet"),
+        ("hf://datasets/o/n/a@refs/pr/3", "dataset", "o/n", "a", "refs/pr/3"),
+        ("hf://models/o/n/encoder", "model", "o/n", "encoder", None),
+        ("hf://o/n", "model", "o/n", "", None),
+    ],
+)
+def test_addresses(address, kind, repo, path, revision):
+    place = hub.parse(address)
+    assert (place.kind, place.repo, place.path, place.revision) == (kind, repo, path, revision)
+
+
+@pytest.mark.parametrize("address", ["hf://datasets/o", "hf://o", "hf://datasets/o/n@a/b@c"])
+def test_what_is_no_address(address):
+    with pytest.raises(UsageError, match="expected hf://datasets/OWNER/NAME"):
+        hub.parse(address)
+
+
+@pytest.mark.parametrize("folder", ["", "metadata", "deep/er"])
+def test_a_set_is_listed_pinned_and_proved(running, tmp_path, folder):
+    running.tree = {"README.md": b"# pictures", **set_files(folder)}
+    source = f"{SOURCE}/{folder}" if folder == "deep/er" else SOURCE
+    said = fetch(source, tmp_path / "out")
+    assert "148 of 148 rows stay in 5 files" in said
+    for path, body in set_files(folder).items():
+        assert (tmp_path / "out" / path.rpartition("/")[2]).read_bytes() == body
+    manifest = store.read_manifest(tmp_path / "out", "download")
+    assert manifest["revision"] == "a" * 40
+    assert [file["number"] for file in manifest["files"]] == [None] * 5
+    assert f"/resolve/{'a' * 40}/" in manifest["files"][0]["source"]
+    asked = len(running.asked)
+    assert "finished already" in fetch(source, tmp_path / "out")
+    assert len(running.asked) == asked  # nobody was asked again
+
+
+def test_a_range_lands_at_its_rows(running, tmp_path):
+    mask = np.random.default_rng(0).random(STARTS[-1]) < 0.4
+    np.save(tmp_path / "mask.npy", mask)
+    fetch(SOURCE, tmp_path / "all", is_dup=str(tmp_path / "mask.npy"))
+    assert urls(tmp_path / "all") == [f"u{row}" for row in np.flatnonzero(~mask)]
+    fetch(SOURCE, tmp_path / "out", start=3, end=5, is_dup=str(tmp_path / "mask.npy"))
+    stay = np.flatnonzero(~mask)
+    assert urls(tmp_path / "out") == [f"u{row}" for row in stay[stay >= STARTS[3]]]
+    for number in (3, 4):
+        name = PARTS[number]
+        part, whole = (pq.read_table(tmp_path / folder / name) for folder in ("out", "all"))
+        assert part.equals(whole)
+    spans = {name.rpartition("/")[2]: h.get("Range") for name, h in running.store.asked}
+    assert set(spans) == set(PARTS)
+
+
+def test_masks_and_templates_of_a_hub(running, tmp_path):
+    mask = np.random.default_rng(1).random(STARTS[-1]) < 0.4
+    np.save(tmp_path / "is_dup.npy", mask)
+    running.tree["clean/is_dup.npy"] = (tmp_path / "is_dup.npy").read_bytes()
+    template = f"{SOURCE}/part-{{part:05d}}-5114fd87.snappy.parquet"
+    for number, spec in enumerate((f"{SOURCE}/clean/is_dup.npy", f"{SOURCE}/clean")):
+        out = tmp_path / f"out{number}"
+        fetch(template, out, start=1, end=3, is_dup=spec)
+        stay = np.flatnonzero(~mask[: STARTS[3]])
+        assert urls(out) == [f"u{row}" for row in stay[stay >= STARTS[1]]]
+    with pytest.raises(MissingError, match="has no part-00006-5114fd87"):
+        fetch(template, tmp_path / "two", start=6, end=8)
+    np.save(tmp_path / "is_dup.npy", np.append(mask, False))
+    with pytest.raises(SnipError, match=r"148 rows in 5 files, the mask 149"):
+        fetch(SOURCE, tmp_path / "two", is_dup=str(tmp_path / "is_dup.npy"))
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_stopped_run_keeps_its_commit(running, tmp_path):
+    running.store.faults[f"{'a' * 40}/{PARTS[3]}"] = 500
+    with pytest.raises(SnipError, match="500"):
+        fetch(SOURCE, tmp_path / "out", jobs=1)
+    running.store.faults.clear()
+    running.push("b" * 40, set_files(begin=1000))
+    fetch(SOURCE, tmp_path / "out")
+    assert urls(tmp_path / "out") == [f"u{row}" for row in range(STARTS[-1])]
+    assert store.read_manifest(tmp_path / "out", "download")["revision"] == "a" * 40
+    fetch(SOURCE, tmp_path / "out", overwrite=True)
+    assert urls(tmp_path / "out") == [f"u{row}" for row in range(1000, 1000 + STARTS[-1])]
+    fetch(f"{SOURCE}@{'a' * 40}", tmp_path / "old", end=1)
+    assert urls(tmp_path / "old") == [f"u{row}" for row in range(SIZES[0])]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("gated", "it is gated: open http.*/datasets/someone/pictures in a browser.*hf auth login"),
+        ("disabled", "disabled by its owner or the host"),
+        ("missing", "the hub has no such dataset; check the name"),
+        ("moved", "has moved to someone/else: give hf://datasets/someone/else"),
+    ],
+)
+def test_each_state_of_a_repository_has_its_error(running, tmp_path, state, message):
+    running.state = state
+    with pytest.raises(SnipError, match=message) as caught:
+        fetch(SOURCE, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_faults_of_the_api(running, tmp_path):
+    api = "api/datasets/someone/pictures"
+    with pytest.raises(MissingError, match="has no revision 'v9'"):
+        fetch(f"{SOURCE}@v9", tmp_path / "out")
+    with pytest.raises(MissingError, match="has no 'nowhere'"):
+        fetch(f"{SOURCE}/nowhere", tmp_path / "out")
+    running.faults[api] = [500, (429, {"Retry-After": "0"})]
+    fetch(SOURCE, tmp_path / "out", end=1)
+    running.faults[api] = (429, {"Retry-After": "7200"})
+    with pytest.raises(SnipError, match=r"the hub says 429.*\(it asks to wait 7,200 s\)"):
+        fetch(SOURCE, tmp_path / "two")
+    running.faults[api] = 418
+    with pytest.raises(SnipError, match="the hub says 418"):
+        fetch(SOURCE, tmp_path / "three")
+
+
+def test_a_cause_that_the_client_hides_is_found(running):
+    from huggingface_hub import errors
+
+    running.state = "disabled"
+    repository = hub.Repository(hub.parse(SOURCE))
+
+    def ask():
+        try:
+            repository.client.repo_info("someone/pictures", repo_type="dataset")
+        except errors.DisabledRepoError as error:
+            raise errors.LocalEntryNotFoundError("not in the cache") from error
+
+    with pytest.raises(SnipError, match="disabled by its owner"), hub.explained(repository):
+        ask()
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_files_that_git_holds_are_proved_too(running, tmp_path, damaged):
+    running.small = set(running.tree)
+    name = f"{'a' * 40}/{PARTS[0]}"
+    running.store.faults[name] = "damage" if damaged else None
+    if damaged:
+        with pytest.raises(SnipError, match="wrong checksum: git_sha1"):
+            fetch(SOURCE, tmp_path / "out", end=1)
+    else:
+        fetch(SOURCE, tmp_path / "out", end=1)
+
+
+def test_a_wrong_file_of_a_hub_is_refused(running, tmp_path):
+    running.store.faults[f"{'a' * 40}/{PARTS[2]}"] = "damage"
+    wanted = hashlib.sha256(set_files()[PARTS[2]]).hexdigest()
+    with pytest.raises(SnipError, match=f"wrong checksum: sha256 {wanted} was promised"):
+        fetch(SOURCE, tmp_path / "out", jobs=1)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_three_kills_of_the_process(running, tmp_path, filtered):
+    rng = np.random.default_rng(0)
+    rows = [900, 300, 1500, 640, 1200]
+    tree, begin = {}, 0
+    for name, count in zip(PARTS, rows, strict=True):
+        sink = pa.BufferOutputStream()
+        noise = pa.array(rng.random((count, 40)).tolist())
+        numbers = [f"u{row}" for row in range(begin, begin + count)]
+        pq.write_table(pa.table({"url": numbers, "noise": noise}), sink)
+        tree[name], begin = sink.getvalue().to_pybytes(), begin + count
+    running.tree, out = tree, tmp_path / "out"
+    mask = rng.random(begin) < 0.3
+    np.save(tmp_path / "mask.npy", mask)
+    words = [sys.executable, "-m", "snipdedup", "download", SOURCE, str(out), "--jobs", "2"]
+    words += ["--start", "3", "--end", "5"]
+    words += ["--is_dup", str(tmp_path / "mask.npy")] if filtered else []
+    running.store.pause = 0.02
+    for _ in range(3):
+        kill_once_more_came(words, out, 60_000)
+        assert not (out / "snip.json").exists()
+        assert list(out.glob("*.parquet")) == []
+    running.store.pause = 0
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert TOKEN not in done.stdout + done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [*PARTS[3:], "snip.json"]
+    if filtered:
+        stay = np.flatnonzero(~mask)
+        assert urls(out) == [f"u{row}" for row in stay[stay >= sum(rows[:3])]]
+    else:
+        for name in PARTS[3:]:
+            assert (out / name).read_bytes() == tree[name]
+
+
+def test_the_token_goes_to_the_hub_alone_and_stays_unsaid(running, tmp_path, snip):
+    running.state, running.token = "gated", TOKEN
+    done = snip("download", SOURCE, tmp_path / "out", "--end", 2)
+    ours = [headers for name, headers in running.asked if "someone/pictures" in name]
+    assert {headers.get("Authorization") for headers in ours} == {f"Bearer {TOKEN}"}
+    assert any("/resolve/" in name for name in running.names())
+    assert running.store.asked
+    assert not any("Authorization" in headers for _, headers in running.store.asked)
+    said = done.stdout + done.stderr
+    for path in (tmp_path / "out").rglob("*"):
+        said += path.read_bytes().decode("latin1") if path.is_file() else ""
+    assert TOKEN not in said
+    assert "hush" not in said  # nor what the hub signed its redirects with
+    assert TOKEN not in repr(hub.Repository(hub.parse(SOURCE)).access)
+
+
+def test_a_token_stays_behind_where_a_redirect_leaves(running):
+    access = remote.Access(remote.origin_of(running.url), TOKEN)
+    running.store.files["a.bin"] = b"there"
+    with Server() as elsewhere:
+        elsewhere.faults["a.bin"] = (302, {"Location": f"{running.store.url}/a.bin"})
+        stream = landing.web.open_at(remote.Remote(f"{elsewhere.url}/a.bin", access=access))
+        assert b"".join(stream.chunks) == b"there"
+        assert "Authorization" not in elsewhere.asked[0][1]
+    assert "Authorization" not in running.store.asked[0][1]
+
+
+def test_without_a_login_no_token_is_sent(running, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    fetch(SOURCE, tmp_path / "out", end=1)
+    assert not any("Authorization" in headers for _, headers in running.asked)
+    running.state = "missing"
+    with pytest.raises(MissingError, match="or it is private: log in with: hf auth login"):
+        fetch(SOURCE, tmp_path / "two")
+
+
+def test_several_folders_must_be_told_apart(running, tmp_path):
+    running.tree = {**set_files("en"), **set_files("multi"), "README.md": b"two sets"}
+    with pytest.raises(SnipError, match="several folders with such: en, multi; name the folder"):
+        fetch(SOURCE, tmp_path / "out")
+    fetch(f"{SOURCE}/multi", tmp_path / "out", end=1)
+    running.tree = {"README.md": b"nothing"}
+    with pytest.raises(SnipError, match="found none"):
+        fetch(SOURCE, tmp_path / "two")
+
+
+def test_without_the_client_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SnipError, match=r"pip install 'snipdedup-toolkit\[hub\]'"):
+        hub.Repository(hub.parse(SOURCE))
