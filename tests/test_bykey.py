@@ -1,4 +1,4 @@
-"""`snip filter --on`: the right rows of a copy that was shuffled and cut; joins in doubt refused."""
+"""`snip filter --on`: the right rows of a copy shuffled and cut; joins in doubt are refused."""
 
 from __future__ import annotations
 
@@ -45,13 +45,7 @@ def copy_of(out, rows, **changed):
     files = sorted((out.parent / "set" / "metadata").glob("*.parquet"))
     table = pa.concat_tables(map(pq.read_table, files)).take(pa.array(rows))
     for name, values in changed.items():
-        place = table.schema.get_field_index(name)
-        values = pa.array(values)
-        table = (
-            table.append_column(name, values)
-            if place < 0
-            else table.set_column(place, name, values)
-        )
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
     pq.write_table(table, out.parent / "copy.parquet")
     return out.parent / "copy.parquet"
 
@@ -138,7 +132,7 @@ def test_a_join_by_a_column_that_is_no_key_is_refused_and_nothing_written(out, s
 def test_running_numbers_of_another_download_are_refused(out):
     rows = np.random.default_rng(3).permutation(ROWS)
     other = copy_of(out, rows, key=[f"{n:05d}" for n in range(ROWS)])  # numbered anew
-    with pytest.raises(SnipError, match="another url: numbers of another download.*--on url"):
+    with pytest.raises(SnipError, match=r"another url: numbers of another download.*--on url"):
         filtered(other, out, on="key")
     found, _, _ = filtered(other, out, on="url")
     assert sorted(found["url"].to_pylist()) == sorted(f"http://x/{n}" for n in range(20))

@@ -1,0 +1,175 @@
+"""Columns that are added: each value as plain Python works it out from the removed rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from snipdedup import additions, spill
+from snipdedup.additions import Removed, dup_counts, weights
+from snipdedup.deduplicate import dedup
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.metadata import open_metadata
+from snipdedup.settings import Dedup
+
+
+def random_set(folder, rows=500, seed=0):
+    """Metadata in three files, and removed rows with what stands for them."""
+    rng = np.random.default_rng(seed)
+    gone = np.sort(rng.choice(rows, rows // 2, replace=False))
+    stay = np.setdiff1d(np.arange(rows), gone)[: rows // 6]
+    removed = Removed(gone, rng.choice(stay, len(gone)))
+    texts = [None, ""] + [f"caption {n}" for n in range(12)]
+    captions = [texts[n] for n in rng.integers(0, len(texts), rows)]
+    table = pa.table({"TEXT": captions, "n": np.arange(rows)})
+    folder.mkdir()
+    for number, (start, stop) in enumerate(((0, 190), (190, 200), (200, rows))):
+        path = folder / f"m_{number}.parquet"
+        pq.write_table(table.slice(start, stop - start), path, row_group_size=64)
+    return open_metadata(folder), removed, captions
+
+
+def values(column, rows, step=37):
+    """All values of a column, asked for as a writer does."""
+    parts = [column.between(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return pa.chunked_array(parts).to_pylist()
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+@pytest.mark.parametrize("part", [20, 1 << 18])
+def test_merged_captions_are_the_distinct_ones_of_the_removed_rows(
+    tmp_path, monkeypatch, most, part
+):
+    monkeypatch.setattr(additions, "PART_CAPTIONS", part)
+    monkeypatch.setattr(spill, "FLUSH_ROWS", 50)
+    metadata, removed, captions = random_set(tmp_path / "m")
+    want = [[] for _ in captions]
+    for row, representative in zip(*removed, strict=True):
+        said, own = captions[row], captions[representative]
+        if said and said != own and said not in want[representative]:
+            want[representative].append(said)
+    with additions.merged_captions(metadata, "TEXT", removed, most, tmp_path / "w") as column:
+        assert values(column, len(captions)) == [found[:most] for found in want]
+    assert not (tmp_path / "w").exists()
+    assert max(map(len, want)) > 3
+
+
+def test_captions_of_a_set_without_removed_rows(tmp_path):
+    metadata, _, captions = random_set(tmp_path / "m")
+    nothing = Removed(np.empty(0, np.int64), np.empty(0, np.int64))
+    with additions.merged_captions(metadata, "TEXT", nothing, 3, tmp_path / "w") as column:
+        assert values(column, len(captions)) == [[]] * len(captions)
+    assert values(dup_counts(nothing), 5) == [0] * 5
+    assert values(weights(nothing), 5) == [1.0] * 5
+
+
+def test_counts_and_weights_worked_by_hand():
+    removed = Removed(np.array([1, 4, 5, 6]), np.array([2, 2, 7, 2]))
+    assert values(dup_counts(removed), 8, 3) == [0, 0, 3, 0, 0, 0, 0, 1]
+    assert values(weights(removed), 8, 3) == [1, 0.25, 0.25, 1, 0.25, 0.5, 0.25, 0.5]
+
+
+@pytest.fixture
+def photos(data, tmp_path):
+    """100 real photos, five times each with another caption: features and metadata."""
+    source = data / "small" / "chia500"
+    return source / "image_embeddings.npy", source / "metadata.csv", tmp_path / "out"
+
+
+def test_real_photos_keep_their_five_captions(photos, snip):
+    features, meta, out = photos
+    words = ("dedup", features, "--metadata", meta, "--merge_captions", 10)
+    said = snip(*words, "--out", out).stdout
+    assert "removed              400" in said
+    assert "stay                 100" in said
+    before = open_metadata(meta)
+    every = {}
+    for _, _, batch in before.read(["image_id", "caption"]):
+        for row in batch.to_pylist():
+            every.setdefault(row["image_id"], []).append(row["caption"])
+    rows = pq.read_table(out / "metadata" / "metadata.parquet").to_pylist()
+    assert [row["image_id"] for row in rows] == list(every)
+    for row in rows:
+        found = [row["caption"], *row["merged_captions"]]
+        assert len(set(found)) == len(found)
+        assert set(found) == set(every[row["image_id"]])
+        assert row["dup_count"] == 4
+    assert sum(len(row["merged_captions"]) == 4 for row in rows) >= 95
+    snip(*words[:-1], 2, "--out", out.parent / "two")
+    rows = pq.read_table(out.parent / "two" / "metadata" / "metadata.parquet").to_pylist()
+    assert {len(row["merged_captions"]) for row in rows} == {2}
+
+
+def test_weights_leave_all_rows_and_share_one_among_copies(photos, snip):
+    features, meta, out = photos
+    snip("dedup", features, "--metadata", meta, "--weights", "--out", out)
+    table = pq.read_table(out / "metadata" / "metadata.parquet")
+    assert len(table) == 500
+    assert np.load(out / "is_dup.npy").sum() == 400
+    assert table["weight"].to_pylist() == [0.2] * 500
+    assert sorted(table["dup_count"].to_pylist()) == [0] * 400 + [4] * 100
+    assert table.schema.names[-2:] == ["dup_count", "weight"]
+
+
+def test_weights_of_real_frames_add_up_to_the_rows_that_stay(data, tmp_path):
+    frames = data / "keyframes"
+    features = np.load(frames / "img_emb" / "img_emb_0001.npy")
+    meta = frames / "metadata" / "metadata_0001.parquet"
+    result = dedup(features, metadata=str(meta), weights=True, out=str(tmp_path / "out"))
+    table = pq.read_table(tmp_path / "out" / "metadata" / meta.name)
+    weight, row = table["weight"].to_numpy(), result.groups["row"].to_numpy()
+    representative = result.groups["representative"].to_numpy()
+    of = np.arange(len(features))
+    of[row] = representative
+    shares = np.bincount(of)
+    np.testing.assert_array_equal(weight, 1 / shares[of])
+    assert weight.sum() == pytest.approx(result.kept)
+    assert result.removed > 100
+
+
+def test_refusals_come_before_the_search(photos, snip, tmp_path):
+    features, meta, out = photos
+    words = ("dedup", features, "--out", out, "--merge_captions", 3)
+    assert "give --metadata too" in snip(*words, status=2).stderr
+    assert (
+        "give --metadata too" in snip("dedup", features, "--out", out, "--weights", status=2).stderr
+    )
+    said = snip(*words, "--metadata", meta, "--caption", "alt", status=1).stderr
+    assert "column 'alt' is not there; its columns: image_id" in said
+    pq.write_table(pa.table({"url": ["u"] * 500}), tmp_path / "m.parquet")
+    said = snip(*words, "--metadata", tmp_path / "m.parquet", status=1).stderr
+    assert "no column is called caption or text; name one with --caption; its columns: url" in said
+    pq.write_table(
+        pa.table({"caption": ["c"] * 500, "merged_captions": [1] * 500}), tmp_path / "m.parquet"
+    )
+    said = snip(*words, "--metadata", tmp_path / "m.parquet", status=1).stderr
+    assert "has a column merged_captions already" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"weights": True, "merge_captions": 2}, "nothing is to merge"),
+        ({"caption": "text"}, "give that too"),
+        ({"merge_captions": 0}, "must lie between 1 and"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(UsageError, match=message):
+        Dedup(features="f", **flags)
+
+
+def test_captions_that_are_no_texts_are_refused(tmp_path):
+    metadata, removed, _ = random_set(tmp_path / "m")
+    pq.write_table(pa.table({"caption": [{"x": 1}] * 500}), tmp_path / "c.parquet")
+    with (
+        pytest.raises(SnipError, match=r"c\.parquet: column 'caption' is struct"),
+        additions.merged_captions(
+            open_metadata(tmp_path / "c.parquet"), "caption", removed, 3, tmp_path / "w"
+        ),
+    ):
+        pass
+    assert metadata.rows == 500
