@@ -54,7 +54,9 @@ def exact_edges(
     size = panel_rows(features, memory)
     starts = range(0, len(rows), size)
     early = int(np.searchsorted(rows, frozen))
-    plans = {(i, j): tile_plan(len(rows), size, i, j, early) for i in starts for j in starts if j >= i}
+    plans = {
+        (i, j): tile_plan(len(rows), size, i, j, early) for i in starts for j in starts if j >= i
+    }
     tiles = sum(map(len, plans.values()))
     with progress.bar(tiles, "comparing", "tiles") as bar:
         for i in starts:

@@ -80,12 +80,15 @@ class Best(NamedTuple):
         The nearest earlier row of the cluster, which may itself be removed; -1 without one.
     similarity : (rows,) float32
         Their cosine; NaN without one.
+    centroids : (clusters, d) float32
+        Of norm 1.
     """
 
     cluster: np.ndarray
     nearness: np.ndarray
     match: np.ndarray
     similarity: np.ndarray
+    centroids: np.ndarray
 
     def removed(self, threshold: float) -> np.ndarray:
         """Return which rows go, (rows,) bool: those above 1 - epsilon; NaN never is."""

@@ -7,31 +7,47 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import store
+from snipdedup import references, store
 from snipdedup.additions import Removed, added_columns, added_names, caption_column
 from snipdedup.baseline import baselines
 from snipdedup.compute import cores, memory_bound
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.forest import Edges
-from snipdedup.groups import Members
+from snipdedup.groups import Best, Members, Nearest
 from snipdedup.handover import list_columns, write_lists
+from snipdedup.inputs import Inputs
 from snipdedup.keep import rank_by
 from snipdedup.metadata import Metadata, kept_names, write_kept
-from snipdedup.result import Found, Result, as_json, decide, forest_table, groups_table, levels
+from snipdedup.pairs import all_pairs, too_many, write_pairs
+from snipdedup.references import References, check_searched
+from snipdedup.result import (
+    Found,
+    Result,
+    as_json,
+    decide,
+    forest_table,
+    groups_table,
+    levels,
+    references_table,
+)
 from snipdedup.scan import equal_rows
-from snipdedup.settings import EXPORTS, Dedup, named_kinds
-from snipdedup.shards import Features, accept_dates, request_of
+from snipdedup.settings import EXPORTS, Dedup, named_kinds, parse_epsilons
+from snipdedup.shards import Features, request_of
 
-KIND = "dedup"
+KIND = references.KIND
 EXPORT = "export"  # the folder of lists for other tools
 TABLES = ("is_dup.npy", "forest.parquet", "groups.parquet", "histogram.parquet")
+OPTIONAL = (
+    "bad_rows.parquet", "flags.npy", "pairs.parquet", "copies.parquet", "references.parquet",
+    "semdedup.parquet", "centroids.npy",
+)  # fmt: skip
+PAIR_TABLES = ("pairs.parquet", "copies.parquet")
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
 
 def check_metadata(options: Dedup, metadata: Metadata | None) -> str | None:
     """Return the column of keys; refuse metadata that lacks what the settings ask of it."""
-    if options.method != "semdedup":
-        rank_by(str(options.keep), 0, metadata)
+    check_order(options, metadata)
     list_columns(named_kinds("export", options.export, EXPORTS), metadata, options.key)
     if metadata is None:
         if len(added_names(options)) > 1:
@@ -43,6 +59,12 @@ def check_metadata(options: Dedup, metadata: Metadata | None) -> str | None:
         caption_column(options, metadata)
     kept_names(metadata.files, added_names(options))
     return metadata.column(options.key)
+
+
+def check_order(options: Dedup, metadata: Metadata | None) -> None:
+    """Refuse metadata that lacks a column of ``--keep``."""
+    if options.method != "semdedup":  # its order is by nearness to centroids
+        rank_by(str(options.keep), 0, metadata)
 
 
 def write_tables(
@@ -65,9 +87,31 @@ def write_tables(
     if result.found.flags is not None:
         store.save_npy(out / "flags.npy", result.found.flags)
         outputs.append(out / "flags.npy")
+    if result.found.best is not None:
+        outputs += save_best(result.found.best, out)
+    if result.found.references is not None:
+        store.save_parquet(out / "references.parquet", references_table(result.found))
+        outputs.append(out / "references.parquet")
+    if options.pairs:
+        outputs += [(out / store.WORK / name).replace(out / name) for name in PAIR_TABLES]
     if metadata is not None:
         outputs += write_metadata(result, out, metadata, options)
     return outputs
+
+
+def prepare_pairs(result: Result, work: Path, options: Dedup) -> None:
+    """Write ``pairs.parquet`` and ``copies.parquet`` to the work folder, or refuse too many."""
+    import pyarrow as pa
+
+    found, features = result.found, result.features
+    if features is None:
+        raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
+    if len(found.forest.a) > options.max_pairs:
+        raise too_many(options.max_pairs)
+    pairs = all_pairs(features, found.forest, found.threshold, cores(options.threads), found.also)
+    write_pairs(work / "pairs.parquet", pairs, options.max_pairs)
+    copies = pa.table({"row": found.copies, "first": found.firsts})
+    store.save_parquet(work / "copies.parquet", copies)
 
 
 def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup) -> list[Path]:
@@ -81,9 +125,9 @@ def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup
 
 
 def removed_rows(members: Members) -> Removed:
-    """Return the rows that go, ascending, and what stands for them."""
+    """Return the rows that go for another of these rows, ascending, and what stands for them."""
     order = np.argsort(members.row)
-    order = order[members.is_dup[order]]
+    order = order[members.is_dup[order] & (members.representative[order] >= 0)]
     return Removed(members.row[order], members.representative[order])
 
 
@@ -122,16 +166,17 @@ def histogram_table(result: Result) -> Any:
 
 
 def describe_run(
-    result: Result, features: Features | None, metadata: Metadata | None
+    result: Result, inputs: Inputs, metadata: Metadata | None, options: Dedup
 ) -> dict[str, Any]:
     """Return the manifest's entries about what was found and decided."""
-    found = result.found
+    found, features = result.found, inputs.features
     shards = features.describe() if features else []
     for shard, crc in zip(shards, found.crcs, strict=False):
         shard["crc32"] = f"{crc:08x}"
     _, sizes = np.unique(result.members.group, return_counts=True)
     steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
-    table = [t for t in steps if found.threshold <= t <= 1] if found.verified else []
+    forest_tells = found.verified and found.best is None
+    table = [t for t in steps if found.threshold <= t <= 1] if forest_tells else []
     return {
         "command": KIND,
         "verified": found.verified,
@@ -149,11 +194,45 @@ def describe_run(
             "bad_rows": len(found.bad),
             "chained": result.chained,
             "forest_edges": len(found.whole_forest.a),
+            **more_counts(result),
         },
+        **describe_sources(inputs, found),
         "baselines": baselines(metadata, result.members) if metadata else {},
         "thresholds": as_json(levels(found, table)),
+        "epsilons": epsilon_table(found.best, options) if found.best else [],
         "method": found.notes,
     }  # fmt: skip
+
+
+def more_counts(result: Result) -> dict[str, int]:
+    """Return the counts that references add."""
+    if result.found.references is None:
+        return {}
+    named = result.members.representative[result.members.is_dup]
+    counts = {"reference_rows": result.found.references.rows}
+    return counts | {"removed_for_reference": int((named < 0).sum())}
+
+
+def describe_sources(inputs: Inputs, found: Found) -> dict[str, Any]:
+    """Return the manifest's entries about captions and references."""
+    entries: dict[str, Any] = {}
+    if inputs.text is not None:
+        shards = inputs.text.describe()
+        for shard, crc in zip(shards, found.text_crcs, strict=True):
+            shard["crc32"] = f"{crc:08x}"
+        entries["text"] = {"request": request_of(inputs.text), "shards": shards}
+    if inputs.references is not None:
+        entries["references"] = inputs.references.describe(found.reference_crcs)
+    return entries
+
+
+def epsilon_table(best: Best, options: Dedup) -> list[dict[str, Any]]:
+    """Return what goes at each epsilon asked for."""
+    epsilons = parse_epsilons(options.epsilon) or [round(1 - options.threshold, 9)]
+    return [
+        {"epsilon": epsilon, "removed": int(best.removed(1 - epsilon).sum())}
+        for epsilon in epsilons
+    ]
 
 
 def finished_run(features: Any) -> Path | None:
@@ -174,14 +253,20 @@ def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
         "threads": cores(options.threads),
         "max_memory": memory_bound(options.max_memory),
     }
-    for name in ("features", "metadata", "index", "encoder"):
+    for name in ("features", "metadata", "index", "encoder", "text_features"):
         value = settings[name]
         is_path = isinstance(value, str | Path)
         settings[name] = str(Path(value).expanduser().absolute()) if is_path else None
+    sources = [] if options.reference is None else references.split(options.reference)
+    are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
+    settings["epsilon"] = parse_epsilons(options.epsilon)
+    settings["reference"] = (
+        [str(Path(source).expanduser().absolute()) for source in sources] if are_paths else None
+    )
     return settings
 
 
-def load_found(folder: Path, features: Features | None) -> Found:
+def load_found(folder: Path, inputs: Inputs, options: Dedup) -> Found:
     """Read back what a finished run found.
 
     Raises
@@ -191,55 +276,107 @@ def load_found(folder: Path, features: Features | None) -> Found:
     """
     import pyarrow.parquet as pq
 
-    manifest = store.read_manifest(folder, KIND)
+    manifest, features = store.read_manifest(folder, KIND), inputs.features
     if not manifest["verified"] or features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
     check_searched(folder, features, manifest)
-    table = pq.read_table(folder / "forest.parquet")
-    edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
-    one = np.flatnonzero(edges.similarity == 1)
-    one = one[equal_rows(features, edges.b[one], edges.a[one])]
-    distinct = np.ones(len(edges.a), bool)
-    distinct[one] = False
+    if inputs.text is not None:
+        check_searched(folder, inputs.text, manifest["text"])
+    forest, copies, firsts = load_forest(folder, features, inputs.text)
     bad = folder / "bad_rows.parquet"
+    best = load_best(folder, features.rows) if options.method == "semdedup" else None
     return Found(
         names=[shard["name"] for shard in manifest["shards"]],
         offsets=features.offsets,
         threshold=manifest["settings"]["threshold"],
-        forest=edges.where(distinct),
-        copies=edges.b[one],
-        firsts=edges.a[one],
+        forest=forest,
+        copies=copies,
+        firsts=firsts,
         bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
-        crcs=[int(shard["crc32"], 16) for shard in manifest["shards"]],
+        crcs=known_crcs([manifest]),
         notes=manifest["method"],
+        also=inputs.also(options),
+        best=best,
+        references=inputs.references,
+        nearest=load_nearest(folder, inputs.references),
+        text_crcs=known_crcs([manifest["text"]] if inputs.text else []),
+        reference_crcs=known_crcs(manifest.get("references", [])),
     )
 
 
-def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -> None:
-    """Refuse features that are not those a finished run searched.
+def known_crcs(described: list[dict[str, Any]]) -> list[int]:
+    """Return the CRC32 of the shards of some entries of a manifest."""
+    return [int(shard["crc32"], 16) for entry in described for shard in entry["shards"]]
 
-    Raises
-    ------
-    SnipError
-        If shards came, went or changed since.
-    """
-    now = request_of(features)
-    accept_dates(now, features, manifest)
-    names = [[shard["name"] for shard in found["features"]] for found in (now, manifest["request"])]
-    if names[0] != names[1]:
-        changed = sorted(set(names[0]) ^ set(names[1])) or ["their order"]
-    else:
-        known = [(manifest["request"][key], now[key]) for key in now]
-        changed = [
-            name
-            for number, name in enumerate(names[0])
-            if any(then[number] != found[number] for then, found in known)
-        ]
-    if changed:
+
+def load_forest(
+    folder: Path, features: Features, text: Features | None
+) -> tuple[Edges, np.ndarray, np.ndarray]:
+    """Read back the forest of distinct rows, and exact copies with the first row of each."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "forest.parquet")
+    edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
+    one = np.flatnonzero(edges.similarity == 1)
+    for source in (features, text):
+        if source is not None:
+            one = one[equal_rows(source, edges.b[one], edges.a[one])]
+    distinct = np.ones(len(edges.a), bool)
+    distinct[one] = False
+    order = one[np.argsort(edges.b[one])]
+    return edges.where(distinct), edges.b[order], edges.a[order]
+
+
+def load_nearest(folder: Path, references: References | None) -> Nearest | None:
+    """Read back each row's nearest reference row."""
+    import pyarrow.parquet as pq
+
+    if references is None:
+        return None
+    table = pq.read_table(folder / "references.parquet")
+    names = table["reference"].to_numpy(zero_copy_only=False)
+    numbers = references.find(names, table["reference_row"].to_numpy())
+    return Nearest(table["row"].to_numpy(), numbers, table["similarity"].to_numpy())
+
+
+def save_best(best: Best, out: Path) -> list[Path]:
+    """Write what SemDeDup's rule looks at, one entry a row, and the centroids."""
+    import pyarrow as pa
+
+    lone = best.match < 0
+    columns = {
+        "cluster": pa.array(best.cluster, mask=best.cluster < 0),
+        "nearness": pa.array(best.nearness, mask=best.cluster < 0),
+        "match": pa.array(best.match, mask=lone),
+        "similarity": pa.array(best.similarity, mask=lone),
+    }
+    store.save_parquet(out / "semdedup.parquet", pa.table(columns))
+    store.save_npy(out / "centroids.npy", best.centroids)
+    return [out / "semdedup.parquet", out / "centroids.npy"]
+
+
+def load_best(folder: Path, rows: int) -> Best:
+    """Read back what `save_best` wrote."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "semdedup.parquet")
+    if table.num_rows != rows:
         raise SnipError(
-            f"{folder}: the features are not those that were searched ({changed[0]} differs); "
-            "search again"
+            f"{folder / 'semdedup.parquet'}: expected {rows:,} rows, found "
+            f"{table.num_rows:,}; search again"
         )
+
+    def column(name: str, fill: float) -> np.ndarray:
+        return np.asarray(pc.fill_null(table[name], fill))
+
+    return Best(
+        cluster=column("cluster", -1),
+        nearness=column("nearness", np.nan),
+        match=column("match", -1),
+        similarity=column("similarity", np.nan),
+        centroids=np.load(folder / "centroids.npy"),
+    )
 
 
 def clear_earlier(out: Path) -> None:
@@ -250,7 +387,7 @@ def clear_earlier(out: Path) -> None:
     if (out / store.MANIFEST).is_file():
         store.clear(out, keep_work=True)
         return
-    for name in (*TABLES, "bad_rows.parquet", "flags.npy"):
+    for name in (*TABLES, *OPTIONAL):
         (out / name).unlink(missing_ok=True)
     for path in (*(out / "metadata").glob("*.parquet"), *(out / EXPORT).glob("*")):
         path.unlink()
@@ -260,28 +397,32 @@ def clear_earlier(out: Path) -> None:
 
 
 def load_result(
-    folder: Path, features: Features | None, metadata: Metadata | None = None
+    folder: Path, inputs: Inputs, options: Dedup, metadata: Metadata | None = None
 ) -> Result:
     """Read back a finished run's decision; by metadata too, where its keep rules name columns."""
     settings = store.read_manifest(folder, KIND)["settings"]
-    found = load_found(folder, features)
+    found = load_found(folder, inputs, options)
     names = ("threshold", "grouping", "keep", "seed")
     threshold, grouping, keep, seed = (settings[name] for name in names)
-    rank = rank_by(keep, seed, metadata)
-    return decide(found, features, threshold, grouping, keep, seed, rank)
+    rank = None if options.method == "semdedup" else rank_by(keep, seed, metadata)
+    return decide(found, inputs.features, threshold, str(grouping), keep, seed, rank)
 
 
 def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
     """Return the few lines that a run ends with."""
     counts = body["counts"]
     lines = [
-        f"{result.rows:,} rows, threshold {result.threshold:g}, grouping {result.grouping}, "
-        f"keep {result.keep}",
+        f"{result.rows:,} rows, {how_decided(result)}, keep {result.keep}",
         f"  removed     {counts['removed']:>12,}  ({100 * result.duplicate_ratio:.2f} %)",
         f"  stay        {counts['kept']:>12,}",
         f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
         f"  exact copies{counts['exact_copies']:>12,}",
     ]
+    if "reference_rows" in counts:
+        lines.append(
+            f"  of them     {counts['removed_for_reference']:>12,}  go for one of "
+            f"{counts['reference_rows']:,} reference rows"
+        )
     for column, caught in body["baselines"].items():
         lines.append(f"  by {column:<9}{caught:>12,}  of them equal {column}s alone would catch")
     if counts["bad_rows"]:
@@ -294,8 +435,37 @@ def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
     if not result.found.verified:
         lines.append("  unverified: no features were given, so no pair was proved")
     lines += threshold_table(body["thresholds"])
+    if body["epsilons"]:
+        lines += epsilon_lines(body["epsilons"], result.rows, body["method"])
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in body["seconds"].items())
     return "\n".join([*lines, f"seconds: {spent}", f"written to {out}"])
+
+
+def how_decided(result: Result) -> str:
+    """Say by which rule rows go."""
+    if result.found.best is None:
+        return f"threshold {result.threshold:g}, grouping {result.grouping}"
+    clusters = len(result.found.best.centroids)
+    return f"SemDeDup with {clusters:,} clusters, epsilon {1 - result.threshold:g}"
+
+
+def epsilon_lines(table: list[dict[str, Any]], rows: int, notes: dict[str, Any]) -> list[str]:
+    """Lay out what each epsilon removes, and what borders of clusters cost the first."""
+    lines = ["", "     epsilon   rows that go"]
+    for level in table:
+        share = 100 * level["removed"] / rows
+        lines.append(f"  {level['epsilon']:>10g}   {level['removed']:>12,}  ({share:.2f} %)")
+    if "borders" in notes:
+        cost = notes["borders"]
+        share = 100 * cost["across"] / max(1, cost["pairs"])
+        lines += [
+            "",
+            f"  borders: {cost['across']:,} of {cost['pairs']:,} pairs ({share:.2f} %) lie in two "
+            "clusters, so they are not compared;",
+            f"  {cost['beside']:,} rows stay beside a match that join finds (join with star: "
+            f"{cost['star']:,} rows go, {cost['both']:,} of them here too)",
+        ]
+    return [*lines, ""]
 
 
 def threshold_table(table: list[dict[str, Any]]) -> list[str]:

@@ -157,7 +157,7 @@ class References:
         """Return what a manifest says of each input; ``crcs`` of all shards, as they were read."""
         found, described = iter(crcs), []
         for item, start in zip(self.items, self.starts, strict=False):
-            read = [f"{crc:08x}" for crc, _ in zip(found, item.features.shards, strict=False)]
+            read = [f"{crc:08x}" for _, crc in zip(item.features.shards, found, strict=False)]
             shards = item.features.describe()
             for shard, crc in zip(shards, item.crcs or read, strict=True):
                 shard["crc32"] = crc

@@ -6,6 +6,7 @@ Nothing is computed twice: ratios and tables derive from the forest, the copies 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,7 @@ from snipdedup.settings import Dedup
 from snipdedup.shards import Features
 
 GATHER_PAIRS = 16_384  # pairs whose rows are laid side by side at a time
+STEP = 0.001  # between thresholds that --keep_fraction tries
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Found:
         What SemDeDup's rule looks at; its pairs are rows with their matches.
     references, nearest : References, Nearest, optional
         Rows that come first, and of each distinct row that matches one the nearest.
+    text_crcs, reference_crcs : list of int
+        CRC32 of each shard of these, where this run read them.
     """
 
     names: list[str]
@@ -86,6 +90,8 @@ class Found:
     best: Best | None = None
     references: References | None = None
     nearest: Nearest | None = None
+    text_crcs: list[int] = field(default_factory=list)
+    reference_crcs: list[int] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -96,6 +102,12 @@ class Found:
     def verified(self) -> bool:
         """Whether each pair was proved on the raw features."""
         return self.pairs is None
+
+    def at(self, threshold: float) -> Found:
+        """Return this as a search at a higher threshold would have found it."""
+        nearest = None if self.nearest is None else self.nearest.at(threshold)
+        forest = self.forest.at(threshold)
+        return dataclasses.replace(self, forest=forest, nearest=nearest, threshold=threshold)
 
     def first_of(self, rows: np.ndarray) -> np.ndarray:
         """Return for each row the first that equals it bit for bit, often the row itself."""
@@ -242,6 +254,32 @@ def decide(
     if features is not None and found.pairs is None:
         members = with_similarity(members, features, found.references)
     return Result(found, features, members, threshold, grouping, keep, seed, rank)
+
+
+def decide_fraction(found: Found, fraction: float, decide_at: Callable[[float], Result]) -> Result:
+    """Decide at the lowest threshold, in steps of .001, at which a share of the rows stays.
+
+    Raises
+    ------
+    SnipError
+        If more stay at the searched threshold already, or fewer at all thresholds up to 1.
+    """
+    rows, result = found.rows, decide_at(found.threshold)
+    if result.kept / rows > fraction:
+        raise SnipError(
+            f"{result.kept / rows:.4%} of the rows stay already at threshold "
+            f"{found.threshold:g}, more than --keep_fraction {fraction:g}; search again at a lower "
+            "--threshold"
+        )
+    while result.kept / rows < fraction:
+        threshold = round(result.threshold + STEP, 6)
+        if threshold > 1:
+            raise SnipError(
+                f"{result.kept / rows:.4%} of the rows stay at threshold {result.threshold:g}, and "
+                f"there is no higher one; expected at least --keep_fraction {fraction:g}"
+            )
+        result = decide_at(threshold)
+    return result
 
 
 def check_threshold(found: Found, threshold: float) -> None:

@@ -8,6 +8,8 @@ random; a row goes if its highest cosine with any earlier row, whether that stay
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from snipdedup import progress
@@ -34,7 +36,7 @@ def search_semdedup(
     seed: int,
     threads: int,
     stage: Stage,
-) -> tuple[Best, np.ndarray]:
+) -> Best:
     """Find for each row its highest cosine with an earlier row of its cluster.
 
     Parameters
@@ -49,11 +51,6 @@ def search_semdedup(
     seed, threads : int
         The result depends on the seed, not on the threads.
 
-    Returns
-    -------
-    best : Best
-    centroids : (clusters, d) float32
-        Of norm 1.
     """
     with stage("cluster"):
         clusters = clusters or max(1, round(features.rows / CLUSTER_ROWS))
@@ -70,7 +67,7 @@ def search_semdedup(
         match, similarity = best_earlier(features, distinct, cluster[distinct], threads)
         copy = np.flatnonzero(leader != np.arange(features.rows))
         match[copy], similarity[copy] = leader[copy], 1
-    return Best(cluster, nearness.astype(np.float32), match, similarity), centroids
+    return Best(cluster, nearness.astype(np.float32), match, similarity, centroids)
 
 
 def spherical_kmeans(x: np.ndarray, count: int, seed: int, threads: int) -> np.ndarray:
@@ -167,7 +164,7 @@ def best_earlier(
     starts = group_starts(cluster)
     tasks = [
         (int(begin), int(begin) + low, min(int(begin) + low + TILE, int(end)))
-        for begin, end in zip(starts[:-1], starts[1:], strict=True)
+        for begin, end in pairwise(starts)
         for low in range(0, int(end - begin), TILE)
     ]
 
