@@ -62,6 +62,8 @@ def output_files(manifest: dict[str, Any], where: Remote) -> dict[str, Remote]:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or "\\" in name or {"..", "."} & set(parts):
             raise SnipError(f"{where.shown} names {name!r}, which is not in the folder")
+        if not isinstance(output, dict) or not {"size", "sha256"} <= set(output):
+            raise SnipError(f"{where.shown}: expected size and sha256 of {name!r}, found {output}")
         path = quote(name) if is_web(where.url) else name
         files[name] = Remote(
             f"{base}{path}{'?' if query else ''}{query}",
@@ -110,7 +112,9 @@ def fetch(out: Path, where: Remote, manifest: dict[str, Any], jobs: int) -> str:
 
 
 def here(name: str, file: Remote, work: Path, out: Path) -> bool:
-    """Tell whether a stopped run brought a file: to the work, or already to its place."""
-    if (work / name).is_file():
-        return True
-    return (out / name).is_file() and store.sha256(out / name) == file.sha256
+    """Tell whether a stopped run brought this very file: to the work, or already to its place."""
+    found = next((folder / name for folder in (work, out) if (folder / name).is_file()), None)
+    if found is None or store.sha256(found) == file.sha256:
+        return found is not None
+    found.unlink()  # of an earlier version
+    return False
