@@ -195,6 +195,34 @@ def test_join_finds_the_components(truth, outs):
     assert chained == (cosine.astype(np.float32) < np.float32(THRESHOLD)).sum() > 1000
 
 
+def test_top_is_that_of_the_exact_pairs(truth, outs, snip):
+    stays = ~truth.star
+    row, of = (np.concatenate(ends) for ends in ((truth.a, truth.b), (truth.b, truth.a)))
+    here = truth.star[row] & stays[of]
+    row, of = row[here], of[here]
+    cosine = np.einsum("ij,ij->i", truth.unit[row], truth.unit[of]).astype(np.float32)
+    order = np.lexsort((of, -cosine, row))
+    nearest = order[np.unique(row[order], return_index=True)[1]]
+    dup_count = np.bincount(of[nearest], minlength=len(stays))
+    first = np.lexsort((np.arange(len(stays)), -dup_count))[:10]
+    found = json.loads(snip("top", outs("join", "star"), "-n", 10, "--json").stdout)
+    assert [(entry["row"], entry["dup_count"]) for entry in found] == [
+        (row, dup_count[row]) for row in first.tolist()
+    ]
+    for entry in found:
+        members = cosine[nearest][of[nearest] == entry["row"]]
+        assert entry["similarity_lowest"] == pytest.approx(members.min(), abs=1e-6)
+        assert entry["similarity_mean"] == pytest.approx(members.mean(dtype=float), abs=1e-6)
+        assert entry["similarity_lowest"] >= THRESHOLD
+
+
+def test_audit_passes(data, outs, snip):
+    said = snip("audit", outs("join", "star"), data / "keyframes").stdout
+    removed = counts(outs("join", "star"))["removed"]
+    assert f"{removed:,} of {removed:,} removed rows reach 0.95" in said
+    assert "compared with what was filtered" in said
+
+
 @pytest.mark.parametrize(("method", "grouping"), [("join", "star"), ("join", "components")])
 def test_the_cleaned_metadata_are_the_staying_rows_in_order(data, outs, method, grouping):
     out, removed = outs(method, grouping), mask(outs(method, grouping))
