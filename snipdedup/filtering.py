@@ -99,11 +99,26 @@ def open_embeddings(specs: str | None, metadata: Metadata) -> dict[str, Features
                 f"--embeddings {spec} would be written to {name}/, which something else is; rename "
                 "its folder"
             )
-        stems = [shard.path.stem for shard in features.shards]
-        if len(set(stems)) < len(stems):
-            raise SnipError(f"{spec}: two shards have one name; rename one, or filter one by one")
+        refuse_names(spec, [shard.path.stem for shard in features.shards], metadata)
         found[name] = features
     return found
+
+
+def refuse_names(spec: str, stems: list[str], metadata: Metadata) -> None:
+    """Refuse shards of one name, and names that readers would pair with other files' than ours.
+
+    embedding-reader and what stands on it take both folders' files in alphabetical order.
+    """
+    if len(set(stems)) < len(stems):
+        raise SnipError(f"{spec}: two shards have one name; rename one")
+    names = [file.path.stem for file in metadata.files]
+    by_name = [sorted(range(len(list_)), key=list_.__getitem__) for list_ in (stems, names)]
+    if len(names) == len(stems) and by_name[0] != by_name[1]:
+        raise SnipError(
+            f"{spec}: in alphabetical order, in which embedding-reader pairs files, its shards "
+            f"are not beside the metadata that is theirs ({stems[0]} beside {names[0]}, ...); "
+            "number both with as many digits"
+        )
 
 
 def choose(
@@ -152,7 +167,9 @@ def write_rows(
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """Write metadata and features of the rows that stay; return what a manifest says, and paths.
 
-    Metadata alone lies in the folder itself, beside features in ``metadata/``.
+    Metadata alone lies in the folder itself, beside features in ``metadata/``. Where each shard
+    has its file of metadata, of a shard without rows neither is left: embedding-reader skips
+    features of no rows, but not their metadata, and all rows after them would be wrong.
     """
     files = chosen.metadata.files
     inner = folder / "metadata" if chosen.features else folder
@@ -163,6 +180,10 @@ def write_rows(
     ]
     for name, features in chosen.features.items():
         parts += write_features(features, is_dup, folder / name)
+    shards = {len(found.shards) for found in chosen.features.values()}
+    if shards == {len(files)}:
+        empty = {place for place, file in enumerate(described) if not file["kept"]}
+        parts = [path for place, path in enumerate(parts) if place % len(files) not in empty]
     return described, parts
 
 

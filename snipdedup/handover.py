@@ -28,7 +28,7 @@ NIBBLES = np.full(256, 255, np.uint8)  # what each hexadecimal digit is worth
 NIBBLES[list(b"0123456789abcdef")] = np.arange(16)
 NIBBLES[list(b"ABCDEF")] = np.arange(10, 16)
 
-Numbers = Callable[[Metadata, Table, int, Any], np.ndarray]
+Numbers = Callable[[Metadata, Table, int, Any, np.ndarray], np.ndarray]
 
 
 def list_columns(kinds: list[str], metadata: Metadata | None, key: str | None) -> dict[str, str]:
@@ -88,9 +88,9 @@ def staying_parts(
     parts = parts_for(metadata.rows)
     with spilling(work / FOLDER, parts) as spill:
         for file, first, batch in metadata.read([column]):
-            marks = numbers(metadata, file, first, batch)
             rows = np.arange(first, first + batch.num_rows)
             goes = np.asarray(is_dup[first : first + batch.num_rows])
+            marks = numbers(metadata, file, first, batch, goes)
             held = {"high": marks[0], "low": marks[1], "row": rows, "goes": goes}
             spill.add(part_of(marks, parts), pa.record_batch(held))
         for part in range(parts):
@@ -121,8 +121,11 @@ def refuse_shared(
         )
 
 
-def uid_numbers(metadata: Metadata, file: Table, first: int, batch: Any) -> np.ndarray:
+def uid_numbers(
+    metadata: Metadata, file: Table, first: int, batch: Any, goes: np.ndarray
+) -> np.ndarray:
     """Return uids as numbers, (2, n) uint64: the first 16 hexadecimal digits and the last 16."""
+    del goes  # a set with wrong uids is no set of DataComp's, whichever rows stay
     data, starts = text_bytes(file, batch.schema.names[0], batch.column(0))
     whole = np.diff(starts) == DIGITS
     digits = np.full((batch.num_rows, DIGITS), 255, np.uint8)
@@ -138,11 +141,14 @@ def uid_numbers(metadata: Metadata, file: Table, first: int, batch: Any) -> np.n
     return np.ascontiguousarray(packed.view(">u8").astype(np.uint64).T)
 
 
-def key_numbers(metadata: Metadata, file: Table, first: int, batch: Any) -> np.ndarray:
-    """Return keys' fingerprints, (2, n) uint64; refuse rows without a key."""
+def key_numbers(
+    metadata: Metadata, file: Table, first: int, batch: Any, goes: np.ndarray
+) -> np.ndarray:
+    """Return keys' fingerprints, (2, n) uint64; refuse rows that stay and have no key."""
     marks, known = fingerprints(file, batch)
-    if not known.all():
-        row = first + int(np.argmin(known))
+    nameless = np.flatnonzero(~known & ~goes)
+    if len(nameless):
+        row = first + int(nameless[0])
         raise SnipError(
             f"{metadata.place(row)}: no {batch.schema.names[0]}, so no list by it can name this "
             "row; use the files in metadata/, or another column with --key"
