@@ -109,6 +109,8 @@ def load_npy(path: Path, what: str) -> np.ndarray:
 def load_mask(path: Path) -> np.ndarray:
     """Memory-map a mask: 1-D and bool, or uint8 and int8 that hold 0 and 1 only."""
     array = load_npy(path, "mask")
+    if array.ndim == 2 and 1 in array.shape:  # as upstream, who ravels what was loaded
+        array = array.reshape(-1)
     if array.ndim != 1 or array.dtype not in (np.bool_, np.uint8, np.int8):
         raise SnipError(
             f"{path}: expected a mask, one bool a row; found shape {array.shape}, {array.dtype}"

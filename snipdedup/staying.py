@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from snipdedup import store
 from snipdedup.errors import SnipError
-from snipdedup.formats import open_shard
+from snipdedup.formats import Shard, open_shard
+from snipdedup.metadata import Metadata, write_kept
+from snipdedup.shards import plan_blocks
+from snipdedup.tables import open_table
+
+BLOCK_ROWS = 16_384  # held in memory at a time
 
 
 def feature_rows(path: Path) -> int:
@@ -25,9 +32,9 @@ def feature_rows(path: Path) -> int:
 def array_names(path: Path) -> list[str]:
     """Return the names of the arrays in an ``.npz``."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return list(arrays.files)
-    except (ValueError, OSError, EOFError) as error:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError) as error:
         raise SnipError(f"{path}: truncated or not an .npz archive: {error}") from error
 
 
@@ -37,17 +44,31 @@ def write_staying(path: Path, target: Path, stay: np.ndarray) -> None:
     Parameters
     ----------
     path, target : Path
-        ``.npy``, ``.npz`` or parquet; both of one type.
+        ``.npy``, ``.npz`` or parquet; both of one name. An ``.npz`` is written uncompressed, so
+        that it is read in place.
     stay : (rows,) bool
     """
+    kept = int(np.count_nonzero(stay))
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        store.save_npy(target, np.load(path, mmap_mode="r")[stay])
+        shard = open_shard(path)
+        with store.writing_npy(target, shard.dtype, (kept, shard.dim)) as file:
+            file.writelines(staying_blocks(shard, stay))
     elif suffix == ".npz":
-        with np.load(path) as arrays:
-            store.save_npz(target, **{name: arrays[name][stay] for name in arrays.files})
+        with store.replacing(target) as part, zipfile.ZipFile(part, "w") as archive:
+            for name in array_names(path):
+                shard = open_shard(path, name)
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    header = {"descr": shard.dtype.str, "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(
+                        file, {**header, "shape": (kept, shard.dim)}
+                    )
+                    file.writelines(staying_blocks(shard, stay))
     else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        write_kept(Metadata([open_table(path)]), ~stay, target.parent)
 
-        store.save_parquet(target, pq.read_table(path).filter(pa.array(stay)))
+
+def staying_blocks(shard: Shard, stay: np.ndarray) -> Iterator[bytes]:
+    """Yield the bytes of the rows that stay, block by block."""
+    for start, stop in plan_blocks(shard.rows, BLOCK_ROWS):
+        yield shard.read(start, stop)[stay[start:stop]].tobytes()

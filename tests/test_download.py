@@ -368,3 +368,52 @@ def test_upstreams_command_line_says_what_became_of_its_set(tmp_path, snip, monk
 def test_never_into_the_source(server, tmp_path):
     with pytest.raises(SnipError, match="lies in the input folder"):
         fetch(tmp_path / "served", tmp_path / "served" / "kept")
+
+
+@pytest.mark.parametrize("shape", [(148,), (148, 1), (1, 148)])
+def test_a_mask_as_upstream_saved_it(server, tmp_path, is_dup, shape):
+    np.save(tmp_path / "upstream.npy", is_dup.reshape(shape))
+    server.files["upstream.npy"] = (tmp_path / "upstream.npy").read_bytes()
+    for number, mask in enumerate((tmp_path / "upstream.npy", f"{server.url}/upstream.npy")):
+        fetch(template(server), tmp_path / f"out{number}", start=3, end=5, is_dup=str(mask))
+        assert urls(tmp_path / f"out{number}") == staying(is_dup, 3, 5)
+
+
+def test_a_filtered_range_is_part_of_the_filtered_whole(server, tmp_path, is_dup):
+    mask = str(tmp_path / "mask.npy")
+    fetch(template(server), tmp_path / "all", end=5, is_dup=mask)
+    fetch(template(server), tmp_path / "out", start=3, end=5, is_dup=mask)
+    for number in (3, 4):
+        name = f"m_{number:04d}.parquet"
+        part, whole = (pq.read_table(tmp_path / folder / name) for folder in ("out", "all"))
+        assert part.equals(whole)
+        assert 0 < part.num_rows < SIZES[number]
+
+
+def test_files_come_side_by_side(server, tmp_path):
+    server.pause = 0.1
+    seen = []
+    real = landing.receive
+
+    def watched(*words):
+        seen.append(1)
+        try:
+            return real(*words)
+        finally:
+            seen.append(-1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(landing, "receive", watched)
+        fetch(template(server), tmp_path / "out", end=5, jobs=3)
+    assert max(np.cumsum(seen)) == 3
+    assert urls(tmp_path / "out") == [f"u{row}" for row in range(148)]
+
+
+def test_a_signed_url_that_was_renewed_goes_on(server, tmp_path):
+    server.faults["m_0001.parquet"] = 403
+    with pytest.raises(SnipError, match="403"):
+        fetch(template(server) + "?signature=old", tmp_path / "out", end=2, jobs=1)
+    server.faults.clear()
+    server.asked.clear()
+    fetch(template(server) + "?signature=new", tmp_path / "out", end=2)
+    assert server.names() == ["m_0001.parquet"]
