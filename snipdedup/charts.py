@@ -13,7 +13,7 @@ from html import escape
 
 import numpy as np
 
-GAP = 0.1  # of a bar's width
+GAP, WIDEST_GAP = 0.12, 0.004  # between bars: of a bar's width, of the plot's
 HEIGHT = 220  # pixels of the plot; its labels lie outside
 WIDE = 1000  # units of a line's own coordinates, stretched to the plot's width
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -157,7 +157,8 @@ def bar_chart(bars: Bars, axis: str, said: str) -> str:
     body = [grid([(scale.y(power), compact(10.0**power)) for power in range(top + 1)])]
     for number in np.flatnonzero(bars.counts):
         left, right = ((float(bars.edges[number + k]) - start) / wide for k in (0, 1))
-        left += GAP * (right - left)
+        gap = min(GAP * (right - left), WIDEST_GAP)
+        left, right = left + gap / 2, right - gap / 2
         y = scale.y(math.log10(int(bars.counts[number])))
         body.append(
             f'<rect class="bar" x="{share(left)}" y="{y:.1f}" width="{share(right - left)}" '

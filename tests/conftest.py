@@ -44,3 +44,12 @@ def snip():
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, see `browser.Browser`; skip where there can be none."""
+    from browser import launched
+
+    with launched() as found:
+        yield found

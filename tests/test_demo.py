@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+import tarfile
 import zlib
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import snipdedup
 from snipdedup import demo, pictures
 from snipdedup.errors import SnipError
 from snipdedup.settings import Demo
 
 DRAWN = 300
+TEXTS = ("key", "planted_copy_of", "edit")
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +184,53 @@ def test_the_demo_writes_the_layout_of_laion(finished):
 def test_the_demo_shows_each_command_and_what_it_said(finished):
     out, done = finished
     shown = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ snip ")]
-    assert shown == ["train", "compress", "index", "dedup", "dedup", "filter"]
+    assert shown == ["train", "compress", "index", "dedup", "dedup", "filter", "report"]
     for word in ("train", "img_emb", "encoder", "descriptors", "index", "clean", "kept"):
         assert word in done.stdout
     for name in ("encoder", "descriptors", "index", "clean", "adc", "kept"):
         assert (out / name / "snip.json").is_file()
     assert not (out / "work").exists()
+
+
+def test_each_row_has_its_picture_in_a_tar(finished):
+    out, _ = finished
+    tars = sorted((out / "images").iterdir())
+    table = pq.read_table(out / "metadata").to_pydict()
+    found = {}
+    for path in tars:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                found[member.name] = tar.extractfile(member).read()
+    assert list(found) == [f"{key}.png" for key in table["key"]]
+    for key, original, edit in zip(*(table[n] for n in TEXTS), strict=True):
+        same = original and found[f"{key}.png"] == found[f"{original}.png"]
+        assert same == (edit == "exact" if original else None)
+
+
+def test_the_report_shows_those_pictures(finished, browser):
+    """What the last command printed and the page in a browser: all pictures there, no request."""
+    out, done = finished
+    shown = re.search(r"pictures of (\d+) of the (\d+) rows shown", done.stdout)
+    assert shown[1] == shown[2]
+    path = out / "clean" / "report.html"
+    assert str(path) in done.stdout.splitlines()[-1]
+    features = np.concatenate([np.load(path) for path in sorted((out / "img_emb").iterdir())])
+    threshold = json.loads((out / "snip.json").read_text())["threshold"]
+    result = snipdedup.dedup(features, threshold=threshold)
+    with browser.open(path.as_uri()) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth)")
+        tiles = page.locator(".tile").count()
+        images = page.locator(".tile img")
+        assert images.count() == tiles > 100
+        assert all(box["width"] > 50 for box in (images.nth(n).bounding_box() for n in (0, 20, 99)))
+        lines = page.eval_on_selector_all(
+            "#threshold tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
+        )
+        for threshold, removed, kept, _ in (lines[0], lines[len(lines) // 2], lines[-1]):
+            other = result.at(float(threshold), grouping="components")
+            assert (removed, kept) == (f"{other.removed:,}", f"{other.kept:,}")
+        assert page.asked == []
 
 
 def rows_of(path):
@@ -305,6 +350,6 @@ def test_a_demo_that_was_stopped_goes_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo.cli, "run", counts)
     capsys.readouterr()
     assert "pictures lost" in demo.run(Demo(out=str(out), pictures=60))
-    assert done == ["train", "compress", "index", "dedup", "dedup", "filter"]
+    assert done == ["train", "compress", "index", "dedup", "dedup", "filter", "report"]
     assert capsys.readouterr().out.count("already") == 4
     assert before == {p: p.stat().st_mtime_ns for p in before}
