@@ -68,7 +68,7 @@ COMMANDS = (
         "snip dedup img_emb --metadata metadata --out clean",
     ),
     Command(
-        "filter", "the chain", "apply a mask to metadata, by position", settings.Filter,
+        "filter", "the chain", "apply a mask to metadata and features", settings.Filter,
         "snipdedup.filtering:run", "snip filter metadata --is_dup clean --out kept",
     ),
     Command(
