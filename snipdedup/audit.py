@@ -20,7 +20,8 @@ from snipdedup.groups import Members, concatenate, no_members
 from snipdedup.intervals import proportion_interval
 from snipdedup.masks import load_mask
 from snipdedup.metadata import KEY_COLUMNS
-from snipdedup.proof import Proof, Run, raw_cosines
+from snipdedup.proof import Captions, Proof, Run, raw_cosines
+from snipdedup.refproof import Held, check_references, open_held
 from snipdedup.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.settings import Audit
 from snipdedup.shards import Features, open_features
@@ -90,20 +91,55 @@ def audit(
             "was made",
         )
     check_outputs(folder, manifest, verdict)
-    same_rows = check_shards(manifest, features, threads, verdict)
+    same_rows = check_shards("shards", manifest["shards"], features, threads, verdict)
+    captions = open_captions(manifest, threads, verdict)
     run = open_run(folder, manifest, verdict)
     if run is None:
         return
     proved = features if same_rows else None
     removed = int(np.count_nonzero(run.is_dup))
     chosen = pick_ordinals(removed, options.sample, options.seed) if options.sample else None
-    proof = Proof(run, proved, verdict, chosen=chosen, threads=threads, memory=memory)
+    proof = Proof(run, proved, captions, verdict, chosen=chosen, threads=threads, memory=memory)
+    held = open_references(manifest, threads, verdict)
     if check_groups(run, proof, verdict):
+        if manifest.get("references"):
+            check_references(run, held, proof, verdict)
         describe_proof(run, proof, verdict)
         source = texts.metadata if texts.is_dup is None else None
         check_kept(run, proof.dup_counts(), source, verdict)
-    if proved is not None and options.probe_rows:
-        estimate_missed(run, proved, options, threads, verdict)
+    if proved is not None and options.probe_rows and captions is None:
+        estimate_missed(run, proved, held, options, threads, verdict)
+
+
+def open_captions(manifest: dict[str, Any], threads: int, verdict: Verdict) -> Captions | None:
+    """Open the features of captions, where pairs had to match in them too."""
+    settings = manifest["settings"]
+    if "text" not in manifest:
+        return None
+    shards, source = manifest["text"]["shards"], settings["text_features"]
+    try:
+        features = open_features(source, array=settings["array"], column=settings["column"])
+    except SnipError as error:
+        verdict.fail("captions", f"features of captions cannot be read: {error}")
+        return None
+    if not check_shards("captions", shards, features, threads, verdict):
+        return None
+    return Captions(features, settings["text_threshold"])
+
+
+def open_references(manifest: dict[str, Any], threads: int, verdict: Verdict) -> list[Held]:
+    """Open the references that are what they were."""
+    held = []
+    for described in manifest.get("references", []):
+        try:
+            reference = open_held(described, manifest["settings"])
+        except (SnipError, OSError) as error:
+            verdict.fail("references", str(error))
+            continue
+        shards = described["shards"]
+        if check_shards("references", shards, reference.features, threads, verdict):
+            held.append(reference)
+    return held
 
 
 def check_outputs(folder: Path, manifest: dict[str, Any], verdict: Verdict) -> None:
@@ -122,12 +158,12 @@ def check_outputs(folder: Path, manifest: dict[str, Any], verdict: Verdict) -> N
 
 
 def check_shards(
-    manifest: dict[str, Any], features: Features, threads: int, verdict: Verdict
+    what: str, listed: list[dict[str, Any]], features: Features, threads: int, verdict: Verdict
 ) -> bool:
-    """Compare the shards with rows, sizes and CRC32 in the manifest; tell if rows are the same."""
-    listed, found = manifest["shards"], features.describe()
+    """Compare shards with rows, sizes and CRC32 in the manifest; tell if rows are the same."""
+    found = features.describe()
     if len(listed) != len(found):
-        verdict.fail("shards", f"expected {len(listed):,} shards of features, found {len(found):,}")
+        verdict.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
         return False
     same_rows = True
     crcs = in_order(shard_crc(features), range(len(found)), threads)
@@ -145,8 +181,8 @@ def check_shards(
             verdict.fail("shards", f"{path} is not what was searched: {'; '.join(differing)}")
         else:
             agree += 1
-    kept = "size and CRC32" if manifest["verified"] else "rows; no CRC32 was taken"
-    verdict.say("shards", f"{agree:,} of {len(found):,} agree with their {kept}")
+    kept = "size and CRC32" if "crc32" in listed[0] else "rows; no CRC32 was taken"
+    verdict.say(what, f"{agree:,} of {len(found):,} agree with their {kept}")
     return same_rows
 
 
@@ -182,7 +218,7 @@ def check_groups(run: Run, proof: Proof, verdict: Verdict) -> bool:
     path = run.folder / "groups.parquet"
     try:
         with progress.bar(int(np.count_nonzero(run.is_dup)), "proving", "removed rows") as bar:
-            for members in whole_groups(path):
+            for members in whole_groups(path, marked=True):
                 proof.add(members)
                 bar.update(int(members.is_dup.sum()))
         proof.finish()
@@ -216,7 +252,12 @@ def describe_proof(run: Run, proof: Proof, verdict: Verdict) -> None:
 
 
 def estimate_missed(
-    run: Run, features: Features, options: Audit, threads: int, verdict: Verdict
+    run: Run,
+    features: Features,
+    held: list[Held],
+    options: Audit,
+    threads: int,
+    verdict: Verdict,
 ) -> None:
     """Estimate how many rows that stay match another that stays, by brute force on a sample."""
     stay = run.rows - int(np.count_nonzero(run.is_dup))
@@ -238,6 +279,12 @@ def estimate_missed(
             f"such as {run.place(int(sample[worst]))} and {run.place(int(nearest[worst]))}: "
             f"cosine {cosine[worst]:.6f}",
         )
+    for reference in held:
+        _, cosine = nearest_rows(
+            features, sample, reference.gone, threads=threads, among=reference.features
+        )
+        missed = np.flatnonzero(cosine >= np.float32(run.threshold))
+        verdict.say("", f"{len(missed):,} of them match a row of {reference.name}")
 
 
 def staying(is_dup: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
@@ -252,10 +299,10 @@ def staying(is_dup: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
 
 
 def removed_members(folder: Path, numbers: np.ndarray) -> Members:
-    """Return removed members by their numbers among them, ascending."""
+    """Return rows that go for another of these rows, by their numbers, ascending."""
     parts, before = [], 0
-    for members in whole_groups(folder / "groups.parquet"):
-        gone = pick(members, members.is_dup)
+    for members in whole_groups(folder / "groups.parquet", marked=True):
+        gone = pick(members, members.is_dup & (members.representative >= 0))
         low, high = np.searchsorted(numbers, [before, before + len(gone.row)])
         parts.append(pick(gone, numbers[low:high] - before))
         before += len(gone.row)
@@ -266,7 +313,9 @@ def sample_pairs(
     folder: Path, manifest: dict[str, Any], features: Features, texts: RowTexts, options: Audit
 ) -> list[dict[str, Any]]:
     """Return random removed pairs with what is known of both rows, in random order."""
-    chosen = pick_ordinals(manifest["counts"]["removed"], options.n, options.seed)
+    counts = manifest["counts"]  # captions of references are not known: only pairs of FEATURES
+    own = counts["removed"] - counts.get("removed_for_reference", 0)
+    chosen = pick_ordinals(own, options.n, options.seed)
     gone = removed_members(folder, chosen)
     order = np.random.default_rng(options.seed).permutation(len(gone.row))
     a, b = gone.row[order], gone.representative[order]

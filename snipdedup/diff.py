@@ -35,6 +35,7 @@ class Groups(NamedTuple):
     Attributes
     ----------
     row, group, representative : int64
+        A representative that is a row of a reference is its complement, < 0.
     similarity : float32
     """
 
@@ -123,7 +124,10 @@ def other_settings(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list
 
 def load_groups(path: Path) -> Groups:
     """Read the members of all groups, by row."""
-    parts = [Groups(*(getattr(m, name) for name in Groups._fields)) for m in whole_groups(path)]
+    parts = [
+        Groups(*(getattr(m, name) for name in Groups._fields))
+        for m in whole_groups(path, marked=True)
+    ]
     empty = Groups(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.int64, np.float32)))
     joined = Groups(*map(np.concatenate, zip(empty, *parts, strict=True)))
     return Groups(*(column[np.argsort(joined.row)] for column in joined))
@@ -172,7 +176,10 @@ def regrouped(one: Groups, other: Groups) -> list[dict[str, int]]:
 def example(
     row: int, manifest: dict[str, Any], keys: dict[int, str], groups: list[Groups]
 ) -> dict[str, Any]:
-    """Return a row with its place, its key, and its representative in both runs."""
+    """Return a row with its place, its key, and its representative in both runs.
+
+    A representative that is a row of a reference is given as ``reference row N``.
+    """
     found = [group.find(row) for group in groups]
     ends = np.cumsum([shard["rows"] for shard in manifest["shards"]])
     shard = int(np.searchsorted(ends, row, side="right"))
@@ -181,9 +188,14 @@ def example(
         "shard": manifest["shards"][shard]["name"],
         "shard_row": row - int(ends[shard]) + manifest["shards"][shard]["rows"],
         "key": keys.get(row),
-        "representatives": [None if f is None else f[0] for f in found],
+        "representatives": [None if f is None else named(f[0]) for f in found],
         "similarities": [None if f is None else f[1] for f in found],
     }
+
+
+def named(representative: int) -> int | str:
+    """Return a representative as an example gives it."""
+    return representative if representative >= 0 else f"reference row {~representative}"
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -213,7 +225,8 @@ def in_words(entry: dict[str, Any]) -> str:
             decided.append(f"stays in {number}")
         else:
             cosine = "" if similarity is None else f" (cosine {similarity:.4f})"
-            decided.append(f"goes in {number} for row {representative}{cosine}")
+            what = "row " if isinstance(representative, int) else ""
+            decided.append(f"goes in {number} for {what}{representative}{cosine}")
     key = f" {entry['key']}" if entry["key"] else ""
     place = f"{entry['shard']} row {entry['shard_row']}"
     return f"row {entry['row']}{key} ({place}): {', '.join(decided)}"

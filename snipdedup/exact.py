@@ -128,7 +128,12 @@ def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> E
 
 
 def nearest_rows(
-    features: Features, sample: np.ndarray, skip: np.ndarray, *, threads: int
+    features: Features,
+    sample: np.ndarray,
+    skip: np.ndarray,
+    *,
+    threads: int,
+    among: Features | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for each sampled row the nearest other row, and their cosine, by brute force.
 
@@ -143,35 +148,41 @@ def nearest_rows(
     skip : (rows,) bool
         Rows that do not count.
     threads : int
+    among : Features, optional
+        Look here for the nearest row, of which ``skip`` speaks then.
 
     Returns
     -------
     nearest : (n,) int64
-        The row itself where there is no other.
+        -1 where there is no other.
     cosine : (n,) float32
         NaN where there is no other.
     """
     import torch
 
-    raw = features.gather(sample)
+    raw, where = features.gather(sample), among or features
     x = torch.from_numpy(unit_rows(raw))
 
     def search(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        block = features.read(*span)
+        block = where.read(*span)
         cosine = x @ torch.from_numpy(unit_rows(block)).T
         out = np.asarray(skip[slice(*span)]) | bad_rows(block)
         cosine[:, torch.from_numpy(out)] = -torch.inf
-        low, high = np.searchsorted(sample, span)
-        cosine[np.arange(low, high), sample[low:high] - span[0]] = -torch.inf  # the row itself
+        if among is None:
+            low, high = np.searchsorted(sample, span)
+            cosine[np.arange(low, high), sample[low:high] - span[0]] = -torch.inf  # the row itself
         best, at = cosine.max(dim=1)
         return best.numpy(), at.numpy() + span[0]
 
-    best, nearest = np.full(len(sample), -np.inf, np.float32), sample.copy()
-    spans = plan_blocks(features.rows, STREAM_ROWS)
+    best, nearest = np.full(len(sample), -np.inf, np.float32), np.full(len(sample), -1)
+    spans = plan_blocks(where.rows, STREAM_ROWS)
     found = in_order(search, spans, threads)
     for cosine, row in progress.track(found, "probing", "blocks", len(spans)):
         better = cosine > best
         best[better], nearest[better] = cosine[better], row[better]
-    exact = pair_cosine(raw, features.gather(nearest))
-    exact[nearest == sample] = np.nan
+    exact = np.full(len(sample), np.nan, np.float32)
+    some = np.flatnonzero(nearest >= 0)
+    found_rows = where.gather(nearest[some])
+    common = np.result_type(raw, found_rows)
+    exact[some] = pair_cosine(raw[some].astype(common), found_rows.astype(common))
     return nearest, exact

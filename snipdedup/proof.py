@@ -5,6 +5,7 @@ Groups come a few at a time; of all rows one byte is held. Rows of a batch are r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,21 @@ from snipdedup.verdict import Verdict
 
 PAIRS = 4096  # whose cosines one thread computes at a time
 ROUNDING = 1e-6  # a stored cosine may be off by this: sums in another order, rounded to float32
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Features of captions, which must match as well.
+
+    Attributes
+    ----------
+    features : Features
+    threshold : float
+        Cosine from which two captions match.
+    """
+
+    features: Features
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,9 @@ class Run:
         return "components" if settings["grouping"] == "components" else None
 
     def place(self, row: int) -> str:
-        """Return a row as a message names it, with its file."""
+        """Return a row as a message names it, with its file; < 0: the complement of another's."""
+        if row < 0:
+            return f"row {~row:,} of a reference"
         shard = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return f"row {row:,} ({self.names[shard]} row {row - self.offsets[shard]})"
 
@@ -70,14 +88,25 @@ class Run:
 class Proof:
     """Takes the members of whole groups, a few groups at a time, and notes what is wrong.
 
+    Parameters
+    ----------
+    run : Run
+    features : Features or None
+        None where they are not those of the run, so that nothing can be proved.
+    captions : Captions or None
+    verdict : Verdict
+    chosen : (n,) int64 or None
+        Which removed rows to prove, by their number among them, ascending; None for all.
+    threads, memory : int
+
     Attributes
     ----------
     removed, groups, largest, chained : int
         What the members amount to, to be compared with the manifest.
-    proved, lowest : int, float
-        Pairs whose cosine was computed, and the lowest.
-    reach : int
-        How many of them reach the threshold.
+    proved, reach : int
+        Pairs whose cosine was computed, and those of them that reach the threshold.
+    lowest : float
+        The lowest of these cosines.
     named : list of (rows, counts)
         Rows that stand for others, and for how many.
     """
@@ -86,22 +115,23 @@ class Proof:
         self,
         run: Run,
         features: Features | None,
+        captions: Captions | None,
         verdict: Verdict,
         *,
         chosen: np.ndarray | None,
         threads: int,
         memory: int,
     ) -> None:
-        self.run, self.features, self.verdict = run, features, verdict
+        self.run, self.features, self.captions, self.verdict = run, features, captions, verdict
         self.chosen, self.threads, self.memory = chosen, threads, memory
         self.seen = np.zeros(run.rows, bool)
         self.last = (-1, -1)
         self.removed = self.groups = self.chained = self.proved = self.reach = 0
-        self.largest, self.lowest = 1, np.float32(np.inf)
+        self.largest, self.lowest = 1, np.inf
         self.named = [(np.empty(0, np.int64), np.empty(0, np.int64))]
 
     def add(self, members: Members) -> None:
-        """Take the members of whole groups."""
+        """Take the members of whole groups; rows of references are named by complement, < 0."""
         members = self._within(members)
         if not len(members.row):
             return
@@ -113,24 +143,23 @@ class Proof:
         self.groups += len(sizes)
         self.largest = max(self.largest, int(sizes.max()))
         self.chained += int((gone.similarity < np.float32(self.run.threshold)).sum())
-        self.named.append(np.unique(gone.representative, return_counts=True))
-        if self.features is not None:
-            which: Any = slice(None)
-            if self.chosen is not None:
-                ends = [self.removed, self.removed + len(gone.row)]
-                which = self.chosen[slice(*np.searchsorted(self.chosen, ends))] - self.removed
-            self._cosines(pick(gone, which), self.features)
+        chosen: Any = slice(None)
+        if self.chosen is not None:
+            ends = [self.removed, self.removed + len(gone.row)]
+            chosen = self.chosen[slice(*np.searchsorted(self.chosen, ends))] - self.removed
         self.removed += len(gone.row)
+        own = gone.representative[gone.representative >= 0]
+        self.named.append(np.unique(own, return_counts=True))
+        some = pick(gone, chosen)
+        self._prove(pick(some, some.representative >= 0))
 
     def _within(self, members: Members) -> Members:
         """Leave out what names rows that there are not."""
-        inside = np.ones(len(members.row), bool)
-        for rows in (members.row, members.representative):
-            inside &= (rows >= 0) & (rows < self.run.rows)
-        wrong = members.row[~inside]
+        inside = (members.row >= 0) & (members.row < self.run.rows)
+        inside &= members.representative < self.run.rows
         self.verdict.fail_each(
             "range",
-            wrong,
+            members.row[~inside],
             lambda row: (
                 f"groups.parquet: row {row:,} or its representative is none of the "
                 f"{self.run.rows:,} rows"
@@ -176,6 +205,7 @@ class Proof:
         if self.run.by_design != "semdedup":  # its representatives may be removed themselves
             right &= ~members.is_dup[at] & ~self.run.is_dup[members.representative]
         right = np.where(members.is_dup, right, members.representative == members.row)
+        right |= members.is_dup & (members.representative < 0)  # of a reference
         # a mask that disagrees is named already
         right |= ~members.is_dup & self.run.is_dup[members.row]
         self.verdict.fail_each(
@@ -187,19 +217,58 @@ class Proof:
             ),
         )
 
-    def _cosines(self, gone: Members, features: Features) -> None:
-        """The cosine on the raw features reaches the threshold and is the one written."""
-        found = raw_cosines(
-            features,
-            gone.row,
-            gone.representative,
-            threads=self.threads,
-            memory=self.memory,
+    def _prove(self, gone: Members) -> None:
+        """Compare rows with their representatives on the raw features, and on their captions'."""
+        if self.features is None:
+            return
+
+        def other(i: int) -> str:
+            return self.run.place(int(gone.representative[i]))
+
+        found = self.cosines(self.features, gone.row, gone.representative)
+        self.judge(gone.row, found, gone.similarity, other)
+        if self.captions is None or self.run.by_design:
+            return
+        text = self.cosines(self.captions.features, gone.row, gone.representative)
+        self.verdict.fail_each(
+            "captions",
+            np.flatnonzero(~(text >= np.float32(self.captions.threshold))),
+            lambda i: (
+                f"{self.run.place(gone.row[i])}: the cosine of its caption with that of its "
+                f"representative {other(i)} is {text[i]:.6f}, expected "
+                f"{self.run.manifest['settings']['text_threshold']:g} or more"
+            ),
         )
+
+    def cosines(
+        self, features: Features, a: np.ndarray, b: np.ndarray, other: Features | None = None
+    ) -> np.ndarray:
+        """See `raw_cosines`."""
+        how = {"threads": self.threads, "memory": self.memory}
+        return raw_cosines(features, a, b, other, **how)
+
+    def judge(
+        self,
+        row: np.ndarray,
+        found: np.ndarray,
+        written: np.ndarray,
+        other: Callable[[int], str],
+    ) -> None:
+        """Compare cosines with the threshold, and with those that are written.
+
+        Parameters
+        ----------
+        row : (n,) int64
+            Removed rows.
+        found, written : (n,) float32
+            Their cosines with their representatives: on raw features, and in groups.parquet.
+        other : function of int
+            Names the representative of one of them.
+        """
         reaches = found >= np.float32(self.run.threshold)
         self.proved += len(found)
         self.reach += int(reaches.sum())
-        self.lowest = min(self.lowest, found.min(initial=np.inf))
+        self.lowest = min(self.lowest, float(found.min(initial=np.inf)))
         if not self.run.manifest["verified"]:
             return
         if self.run.by_design == "components":
@@ -208,19 +277,16 @@ class Proof:
             "cosine",
             np.flatnonzero(~reaches),
             lambda i: (
-                f"{self.run.place(gone.row[i])}: its cosine with its representative "
-                f"{self.run.place(gone.representative[i])} is {found[i]:.6f}, expected "
-                f"{self.run.threshold:g} or more"
+                f"{self.run.place(row[i])}: its cosine with its representative {other(i)} is "
+                f"{found[i]:.6f}, expected {self.run.threshold:g} or more"
             ),
         )
-        other = reaches & ~(np.abs(found - gone.similarity) <= ROUNDING)
         self.verdict.fail_each(
             "similarity",
-            np.flatnonzero(other),
+            np.flatnonzero(reaches & ~(np.abs(found - written) <= ROUNDING)),
             lambda i: (
-                f"{self.run.place(gone.row[i])}: groups.parquet says cosine "
-                f"{gone.similarity[i]:.6f}, with its representative "
-                f"{self.run.place(gone.representative[i])} it is {found[i]:.6f}"
+                f"{self.run.place(row[i])}: groups.parquet says cosine {written[i]:.6f}, "
+                f"with its representative {other(i)} it is {found[i]:.6f}"
             ),
         )
 
@@ -233,9 +299,7 @@ class Proof:
         self.verdict.fail_each(
             "mask",
             rows,
-            lambda row: (
-                f"{self.run.place(row)}: is_dup.npy removes it, groups.parquet does not have it"
-            ),
+            partial(self._of_row, "is_dup.npy removes it, groups.parquet does not have it"),
         )
         counts = self.run.manifest["counts"]
         found = {
@@ -259,27 +323,40 @@ class Proof:
 
 
 def raw_cosines(
-    features: Features, a: np.ndarray, b: np.ndarray, *, threads: int, memory: int
+    features: Features,
+    a: np.ndarray,
+    b: np.ndarray,
+    other: Features | None = None,
+    *,
+    threads: int,
+    memory: int,
 ) -> np.ndarray:
     """Return the cosine of each pair of rows, (n,) float32; NaN with a row that has none.
 
-    Rows are gathered in row order, as many at a time as fit into ``memory`` bytes.
+    Rows are gathered in row order, as many at a time as fit into ``memory`` bytes. ``other`` is
+    what ``b`` are rows of, if they are not of the same features.
     """
     cosine = np.empty(len(a), np.float32)
     order = np.argsort(a, kind="stable")
-    fit = max(PAIRS, memory // (2 * features.dim * features.dtype.itemsize))
+    common = np.result_type(features.dtype, other.dtype if other else features.dtype)
+    fit = max(PAIRS, memory // (2 * features.dim * common.itemsize))
     for start, stop in plan_blocks(len(a), fit):
         part = order[start:stop]
-        rows, places = np.unique(np.concatenate([a[part], b[part]]), return_inverse=True)
-        raw = features.gather(rows)
-        bad = bad_rows(raw)
-        i, j = places[: len(part)], places[len(part) :]
-
-        def compute(
-            span: tuple[int, int], raw: np.ndarray = raw, i: np.ndarray = i, j: np.ndarray = j
-        ) -> np.ndarray:
-            return pair_cosine(raw[i[slice(*span)]], raw[j[slice(*span)]])
-
-        found = np.concatenate(list(in_order(compute, plan_blocks(len(part), PAIRS), threads)))
-        cosine[part] = np.where(bad[i] | bad[j], np.float32(np.nan), found)
+        left, i = np.unique(a[part], return_inverse=True)
+        right, j = np.unique(b[part], return_inverse=True)
+        x = features.gather(left).astype(common, copy=False)
+        y = (other or features).gather(right).astype(common, copy=False)
+        found = pair_cosines(x, y, i, j, threads)
+        cosine[part] = np.where(bad_rows(x)[i] | bad_rows(y)[j], np.float32(np.nan), found)
     return cosine
+
+
+def pair_cosines(
+    x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray, threads: int
+) -> np.ndarray:
+    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
+
+    def compute(span: tuple[int, int]) -> np.ndarray:
+        return pair_cosine(x[i[slice(*span)]], y[j[slice(*span)]])
+
+    return np.concatenate(list(in_order(compute, plan_blocks(len(i), PAIRS), threads)))

@@ -323,13 +323,23 @@ def ordered(members: Members) -> Members:
     return pick(members, np.lexsort((members.row, members.similarity)))
 
 
-def whole_groups(path: Path) -> Iterator[Members]:
-    """Yield the members of ``groups.parquet`` in batches that cut no group."""
+def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
+    """Yield the members of ``groups.parquet`` in batches that cut no group.
+
+    With ``marked``, a representative that is a row of a reference comes as its complement, < 0.
+    """
     waiting: list[Members] = []
-    for batch in open_parquet(path).iter_batches(BATCH_ROWS, columns=list(Members._fields)):
+    file, columns = open_parquet(path), list(Members._fields)
+    if marked and "reference" in file.schema_arrow.names:
+        columns.append("reference")
+    for batch in file.iter_batches(BATCH_ROWS, columns=columns):
         members = Members(
             *(batch.column(name).to_numpy(zero_copy_only=False) for name in Members._fields)
         )
+        if "reference" in columns:
+            outside = batch.column("reference").is_valid().to_numpy(zero_copy_only=False)
+            named = np.where(outside, ~members.representative, members.representative)
+            members = members._replace(representative=named)
         if not len(members.row):
             continue
         cut = int(np.searchsorted(members.group, members.group[-1]))

@@ -84,7 +84,7 @@ def run(options: Top) -> str:
 def rank_rows(path: Path, n: int, threshold: float) -> Ranking:
     """Read ``groups.parquet`` and return the n rows that represent most others."""
     best = rank_groups(no_members(), threshold)
-    for members in whole_groups(path):
+    for members in whole_groups(path, marked=True):
         found = rank_groups(members, threshold).best(n)
         best = Ranking(*map(np.concatenate, zip(best, found, strict=True))).best(n)
     return best
@@ -92,7 +92,7 @@ def rank_rows(path: Path, n: int, threshold: float) -> Ranking:
 
 def rank_groups(members: Members, threshold: float) -> Ranking:
     """Return all rows of whole groups that represent others, in row order."""
-    gone = pick(members, members.is_dup)
+    gone = pick(members, members.is_dup & (members.representative >= 0))
     order = np.argsort(gone.representative, kind="stable")
     gone = pick(gone, order)
     starts = group_starts(gone.representative)
@@ -158,8 +158,8 @@ def represented(path: Path, wanted: np.ndarray) -> dict[int, np.ndarray]:
         return {}
     order = np.sort(wanted)
     found: dict[int, list[np.ndarray]] = {row: [np.array([row])] for row in wanted.tolist()}
-    for members in whole_groups(path):
-        gone = pick(members, members.is_dup)
+    for members in whole_groups(path, marked=True):
+        gone = pick(members, members.is_dup & (members.representative >= 0))
         place = np.searchsorted(order, gone.representative)
         here = np.flatnonzero(order[np.minimum(place, len(order) - 1)] == gone.representative)
         by = np.argsort(gone.representative[here], kind="stable")

@@ -444,7 +444,11 @@ def test_features_that_are_not_those_searched_are_named(finished, laion, tmp_pat
         path.write_bytes(data)
     status, said = audit(finished, own)
     assert status == 1
-    expected = "expected 4 shards" if change == "a shard less" else f"{path} is not what was searc"
+    expected = (
+        "shards: expected 4 files, found 3"
+        if change == "a shard less"
+        else f"{path} is not what was searc"
+    )
     assert wrong(said)[0].startswith(expected)
     assert ("not proved: the features are others" in said) == (change != "one bit")
 
@@ -656,3 +660,126 @@ def test_ordinals_are_distinct_and_ascending():
         assert len(found) == min(total, wanted)
         assert (np.diff(found) > 0).all()
         assert all(0 <= one < total for one in found)
+
+
+@pytest.fixture
+def referred(rows, tmp_path):
+    """(OUT, features, reference): some rows go for rows of the reference, others for their own."""
+    truth.save_shards(tmp_path / "ref", rows[:250], [100])
+    truth.save_shards(tmp_path / "new", rows[250:], [200])
+    words = ("--reference", tmp_path / "ref", "--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", tmp_path / "new", *words)[0] == 0
+    return tmp_path / "o", tmp_path / "new", tmp_path / "ref"
+
+
+def test_rows_that_go_for_a_reference_are_proved_on_it(referred):
+    out, features, _ = referred
+    status, said = audit(out, features, "--probe_rows", ROWS)
+    assert status == 0
+    groups = groups_of(out)
+    outside = len(groups) - groups["reference"].null_count
+    removed = int(np.load(out / "is_dup.npy").sum())
+    assert 20 < outside < removed
+    assert f"{removed} of {removed} removed rows reach 0.9" in said
+    assert f"{outside} rows go for rows of 1 references" in said
+    assert "0 of them match a row of" in said
+
+
+def test_a_wrong_reference_row_is_named(referred):
+    out, features, reference = referred
+    groups = groups_of(out)
+    at = np.flatnonzero(groups["reference"].is_valid().to_numpy())[[2, 9]]
+    row, representative = columns_of(out, "row", "representative")
+    representative[at] = representative[at[0]] ^ 1, 250
+    edit_groups(out, representative=representative)
+    forge(out)
+    status, said = audit(out, features)
+    assert status == 1
+    rows = [row[i] - 200 * (row[i] >= 200) for i in at]
+    shards = [int(row[i] >= 200) for i in at]
+    names = [
+        f"row {row[i]} (img_emb_{shard}.npy row {place})"
+        for i, shard, place in zip(at, shards, rows, strict=True)
+    ]
+    lines = wrong(said)
+    assert len(lines) == 2
+    assert any(line.startswith(names[0]) and f"of {reference} (img_emb" in line for line in lines)
+    assert (
+        f"{names[1]}: row 250 of {reference}, for which it goes, is none that stays there" in lines
+    )
+
+
+@pytest.mark.parametrize("change", ["gone", "changed"])
+def test_a_reference_that_is_not_what_it_was_is_named(referred, change):
+    out, features, reference = referred
+    path = reference / "img_emb_1.npy"
+    if change == "gone":
+        path.unlink()
+    else:
+        np.save(path, -np.load(path))
+    status, said = audit(out, features)
+    assert status == 1
+    assert str(path) in wrong(said)[0]
+
+
+def test_an_earlier_out_as_reference(rows, tmp_path):
+    truth.save_shards(tmp_path / "old", rows[:250], [])
+    truth.save_shards(tmp_path / "new", rows[250:], [])
+    earlier, out = tmp_path / "earlier", tmp_path / "o"
+    words = ("--threshold", THRESHOLD)
+    assert truth.snip("dedup", tmp_path / "old", *words, "--out", earlier)[0] == 0
+    assert (
+        truth.snip("dedup", tmp_path / "new", *words, "--reference", earlier, "--out", out)[0] == 0
+    )
+    assert audit(out, tmp_path / "new")[0] == 0
+    gone = np.flatnonzero(np.load(earlier / "is_dup.npy"))
+    at = np.flatnonzero(groups_of(out)["reference"].is_valid().to_numpy())[0]
+    row, representative = columns_of(out, "row", "representative")
+    representative[at] = gone[0]
+    edit_groups(out, representative=representative)
+    forge(out)
+    status, said = audit(out, tmp_path / "new")
+    assert status == 1
+    assert wrong(said) == [
+        f"row {row[at]} (img_emb_0.npy row {row[at]}): row {gone[0]} of {earlier}, for which it "
+        "goes, is none that stays there"
+    ]
+
+
+def test_semdedup_is_reported_not_failed(laion, tmp_path):
+    words = ("--method", "semdedup", "--threshold", THRESHOLD, "--clusters", 4)
+    assert truth.snip("dedup", laion, *words, "--out", tmp_path / "o")[0] == 0
+    member, representative, is_dup = columns_of(tmp_path / "o", "row", "representative", "is_dup")
+    assert np.isin(representative[is_dup], member[is_dup]).any()  # some are removed themselves
+    status, said = audit(tmp_path / "o", laion, "--probe_rows", ROWS)
+    assert status == 0
+    assert "semdedup: a representative may be removed itself" in said
+
+
+def test_captions_must_match_too(laion, rows, tmp_path):
+    text = truth.clustered(ROWS, 8, 9, clusters=2, noise=0.3)
+    np.save(tmp_path / "text.npy", text)
+    words = ("--text_features", tmp_path / "text.npy", "--text_threshold", 0.9)
+    words = (*words, "--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", laion, *words)[0] == 0
+    assert audit(tmp_path / "o", laion)[0] == 0
+    manifest = json.loads((tmp_path / "o" / "snip.json").read_text())
+    row, representative, is_dup = columns_of(tmp_path / "o", "row", "representative", "is_dup")
+    cosine = truth.cosine_table(text)[row[is_dup], representative[is_dup]]
+    lowest = int(cosine.argmin())
+    manifest["settings"]["text_threshold"] = float(np.sort(cosine)[1])
+    (tmp_path / "o" / "snip.json").write_text(json.dumps(manifest))
+    status, said = audit(tmp_path / "o", laion)
+    assert status == 1
+    assert len(wrong(said)) == 1
+    assert wrong(said)[0].startswith(f"{where(row[is_dup][lowest])}: the cosine of its caption")
+    np.save(tmp_path / "text.npy", -text)
+    assert "text.npy is not what was searched: crc32" in wrong(audit(tmp_path / "o", laion)[1])[0]
+
+
+def test_all_rows_with_weights_are_compared(laion, tmp_path):
+    words = ("--weights", "--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", laion, *words)[0] == 0
+    status, said = audit(tmp_path / "o", laion)
+    assert status == 0
+    assert "700 rows in 4 files" in said

@@ -168,6 +168,6 @@ def test_a_lone_row_has_no_nearest():
     nearest, cosine = nearest_rows(
         open_features(x), np.array([1, 3]), np.array([1, 0, 1, 1], bool), threads=1
     )
-    assert nearest.tolist() == [1, 1]
+    assert nearest.tolist() == [-1, 1]
     assert np.isnan(cosine[0])
     assert cosine[1] == 0
