@@ -22,8 +22,8 @@ class LocalFolder(Folder):
     def __init__(self, path: Path) -> None:
         self.path, self.shown = path, str(path)
 
-    def listing(self) -> tuple[dict[str, Remote], list[str]]:
-        """See `Folder.listing`."""
+    def list(self) -> tuple[dict[str, Remote], list[str]]:
+        """See `Folder.list`."""
         if not self.path.is_dir():
             raise MissingError(f"no such file or folder: {self.path}")
         entries = list(self.path.iterdir())
@@ -49,8 +49,8 @@ class BucketFolder(Folder):
     def __init__(self, url: str) -> None:
         self.url = self.shown = url.rstrip("/")
 
-    def listing(self) -> tuple[dict[str, Remote], list[str]]:
-        """See `Folder.listing`."""
+    def list(self) -> tuple[dict[str, Remote], list[str]]:
+        """See `Folder.list`."""
         with explained(self.url):
             system, path = filesystem(self.url)
             entries = system.ls(path, detail=True)

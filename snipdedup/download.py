@@ -9,37 +9,33 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from snipdedup import artefacts, buckets, landing, presets, progress, sources, store, web
+from snipdedup import artefacts, landing, presets, progress, sources, store
 from snipdedup.errors import SnipError
 from snipdedup.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.hub import SCHEME, HubFolder
 from snipdedup.landing import Watch
 from snipdedup.masks import (
     FILES,
-    HOW_TO_PLACE,
-    MASK,
     Held,
     Mask,
     check_sizes,
     open_mask,
-    place_metadata,
-    rows_of,
     stamp,
     summary,
 )
-from snipdedup.metadata import Metadata, open_metadata, write_kept
+from snipdedup.metadata import Metadata, write_kept
+from snipdedup.placing import place, published_mask
 from snipdedup.remote import (
     Folder,
-    MissingError,
     Remote,
     TemporaryError,
-    beside,
     is_web,
     scheme_of,
     shown,
@@ -53,7 +49,6 @@ from snipdedup.transfers import side_by_side
 KIND = "download"
 RAW = "raw"  # below the work folder: what is fetched and not yet filtered
 PINNED = "pinned.json"  # in the work folder: what a stopped run began with
-PUBLISHED = "published"  # below the work folder: mask, totals, and the manifest beside the mask
 IMAGES, TABLES = sources.FEATURES
 
 
@@ -112,21 +107,21 @@ def run(options: Download) -> str:
 
 def look(options: Download, source: str, commit: str | None = None) -> Found | Remote:
     """Return the files that are meant, or the manifest where it is a whole published folder."""
-    if wants_all(options) and sources.PART not in source:
-        manifest = landing.patiently(lambda: find_manifest(source, commit))
-        if manifest is not None:
-            return manifest
-    found = landing.patiently(lambda: sources.find(source, options.start, options.end, commit))
-    check_names(found.files, SUFFIXES)
-    return found
 
+    def ask() -> Found | Remote:
+        if is_folder(source) and wants_all(options):
+            return artefacts.manifest_at(source)
+        opened = None if is_web(source) else sources.open_folder(source, commit)
+        if opened is not None and opened.names is None and wants_all(options):
+            manifest = opened.folder.files.get(store.MANIFEST)
+            if manifest is not None:
+                return manifest
+        return sources.find(source, options.start, options.end, opened)
 
-def find_manifest(source: str, commit: str | None) -> Remote | None:
-    """Return the manifest of a published folder, None where there is none."""
-    if is_web(source):
-        return artefacts.manifest_at(source) if is_folder(source) else None
-    folder, names = sources.open_folder(source, commit)
-    return folder.listing()[0].get(store.MANIFEST) if names is None else None
+    meant = landing.patiently(ask)
+    if isinstance(meant, Found):
+        check_names(meant.files, SUFFIXES)
+    return meant
 
 
 def is_folder(source: str) -> bool:
@@ -249,122 +244,18 @@ def make_plan(options: Download, source: str, found: Found, out: Path) -> Plan:
     items = list(map(Item, found.files, numbers, features))
     if options.is_dup is None:
         return Plan(items, None, 0)
-    mask = published_mask(options.is_dup, options.cumulative_sizes, out)
+    work = out / store.WORK
+    mask = published_mask(options.is_dup, options.cumulative_sizes, work)
     begun = pinned(out).get("first_row")
-    first_row = place(options, source, found, mask, out) if begun is None else begun
+    first_row = place(source, found, mask, work, options.jobs) if begun is None else begun
     remember(out, first_row=first_row)
     return Plan(items, mask, first_row)
-
-
-def published_mask(spec: str, totals: str | None, out: Path) -> Mask:
-    """Open the mask; what is not local is brought into the work folder first."""
-    folder = out / store.WORK / PUBLISHED
-    mask = Path(spec)
-    if scheme_of(spec):
-        if not spec.partition("?")[0].endswith(".npy"):
-            spec = beside(f"{spec.partition('?')[0].rstrip('/')}/{MASK}", MASK)
-        mask = local_copy(sources.one_file(spec), folder / "mask")
-        fetch_manifest(spec, folder / "mask")
-    if totals is not None and scheme_of(totals):
-        totals = str(local_copy(sources.one_file(totals), folder / "totals"))
-    return open_mask(mask, totals)
-
-
-def local_copy(remote: Remote, folder: Path) -> Path:
-    """Bring one file into a folder, unless it is there."""
-    target = folder / remote.name
-    if not target.is_file():
-        with progress.bar(remote.size or 0, remote.name, "B") as bar:
-            landing.save(remote, target, Watch(bar))
-    return target
-
-
-def fetch_manifest(mask: str, folder: Path) -> None:
-    """Fetch the manifest beside a mask, where there is one."""
-    target = folder / store.MANIFEST
-    try:
-        landing.save(sources.one_file(beside(mask, store.MANIFEST)), target)
-        store.load_json(target)
-    except MissingError:
-        return
-    except TemporaryError:
-        raise
-    except SnipError:  # some servers answer every name with a page
-        target.unlink(missing_ok=True)
-
-
-def place(options: Download, source: str, found: Found, mask: Mask, out: Path) -> int:
-    """Return the row of the set at which the first file begins; check what is known by now.
-
-    Raises
-    ------
-    SnipError
-        If it is not certain.
-    """
-    first, count = found.first, len(found.files)
-    if not scheme_of(source) and sources.PART not in source:
-        metadata = open_metadata(source)
-        placed = place_metadata(metadata, mask, first, None if first is None else first + count)
-        return placed.offset + int(metadata.offsets[placed.first])
-    if first is None:
-        rows = mask.rows if is_web(source) else count_rows(found.files, out, options.jobs)
-        if rows != mask.rows:  # one URL is compared as it lands
-            raise SnipError(
-                f"{shown(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; they "
-                "must be the same set (for some files of it, say which with --start and --end)"
-            )
-        return 0
-    if mask.sizes is not None:
-        if first + count > len(mask.sizes):
-            raise SnipError(
-                f"files {first} to {first + count - 1} are wanted, the mask's set has 0 to "
-                f"{len(mask.sizes) - 1}"
-            )
-        return int(mask.sizes[:first].sum())
-    if found.before is None:
-        raise SnipError(f"at which row {found.files[0].shown} begins is not known; {HOW_TO_PLACE}")
-    return count_rows(found.before, out, options.jobs)
-
-
-def count_rows(files: Sequence[Remote], out: Path, jobs: int) -> int:
-    """Count the rows of files, by their footers where the other side sends parts."""
-
-    def count(file: Remote) -> int:
-        try:
-            return landing.patiently(lambda: rows_in(file, out), watch)
-        except TemporaryError:
-            raise
-        except SnipError as error:
-            raise SnipError(
-                f"the mask's place needs the rows of {file.name}: {error}; or {HOW_TO_PLACE}"
-            ) from error
-
-    watch = Watch()
-    counted = side_by_side(count, files, jobs, watch)
-    return sum(progress.track(counted, "rows of earlier files", "files", len(files)))
-
-
-def rows_in(file: Remote, out: Path) -> int:
-    """Return the rows of one file; where parts are not sent, all of it has to come."""
-    rows: int | None = None
-    if not scheme_of(file.url):
-        return open_table(Path(file.url)).rows
-    if Path(file.name).suffix.lower() == ".parquet":
-        rows = web.parquet_rows(file) if is_web(file.url) else buckets.parquet_rows(file)
-    if rows is None:
-        copy = out / store.WORK / "counted" / file.name
-        landing.save(file, copy)
-        rows = open_table(copy).rows
-        copy.unlink()
-    return rows
 
 
 def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path) -> str:
     """Fetch and filter the files of a plan; write the manifest."""
     described = list(land_each(plan, out / store.WORK, options.jobs))
-    files = out / store.WORK / FILES
-    parts = [files / place_of(file["name"], TABLES, plan) for file in described]
-    parts += [files / IMAGES / file["features"] for file in described if "features" in file]
+    parts = [part for about in described for part in targets(about, out / store.WORK)]
     hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
     given = {name: getattr(options, name) for name in hidden}
     shows = {name: value and shown(value) for name, value in given.items()}
@@ -380,11 +271,6 @@ def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path)
     return f"{out}: {said(described)}"
 
 
-def place_of(name: str, folder: str, plan: Plan) -> Path:
-    """Return where a file goes below OUT: with features beside them, the tables have a folder."""
-    return Path(folder, name) if plan.items[0].features else Path(name)
-
-
 def said(files: Sequence[dict[str, Any]]) -> str:
     """Say in one line what came."""
     features = sum("features" in file for file in files)
@@ -396,30 +282,54 @@ def land_each(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
 
     What a stopped run completed, its notes in the work folder say.
     """
-    notes = [work / RAW / f"{item.table.name}.json" for item in plan.items]
-    pending = [item for item, note in zip(plan.items, notes, strict=True) if not note.is_file()]
+    landed = {item.table.name: landed_before(item, work) for item in plan.items}
+    pending = [item for item in plan.items if not landed[item.table.name]]
     coming = [remote for item in pending for remote in (item.table, item.features) if remote]
     row = plan.first_row
     with progress.bar(sum(file.size or 0 for file in coming), "download", "B") as bar:
         watch = Watch(bar)
+        arriving = side_by_side(lambda item: bring(item, work, watch), pending, jobs, watch)
+        with closing(arriving):
+            for item in plan.items:
+                about = landed[item.table.name]
+                if not about:
+                    sent = next(arriving)
+                    about = {**sent, **land(item, plan, work, row), "first_row": row}
+                    store.save_json(work / RAW / f"{item.table.name}.json", about)
+                    settle(item, plan, work)
+                yield about
+                row += about["rows"]
 
-        def fetch(item: Item) -> dict[str, Any]:
-            sent = landing.save(item.table, work / RAW / item.table.name, watch)
-            if item.features is not None:
-                landing.save(item.features, work / RAW / IMAGES / item.features.name, watch)
-            return sent
 
-        arriving = side_by_side(fetch, pending, jobs, watch)
-        for item, note in zip(plan.items, notes, strict=True):
-            if note.is_file():
-                about = store.load_json(note)
-            else:
-                sent = next(arriving)
-                about = {**sent, **land(item, plan, work, row), "first_row": row}
-                store.save_json(note, about)
-                drop_raw(item, work)
-            yield about
-            row += about["rows"]
+def landed_before(item: Item, work: Path) -> dict[str, Any]:
+    """Return what a stopped run noted of a file that it completed, nothing of any other."""
+    note = work / RAW / f"{item.table.name}.json"
+    about = store.load_json(note) if note.is_file() else {}
+    whole = about and all(path.is_file() for path in targets(about, work))
+    return dict(about) if whole else {}
+
+
+def targets(about: dict[str, Any], work: Path) -> list[Path]:
+    """Return where a file of metadata, and its features, lie once they are complete."""
+    folder = work / FILES
+    if "features" not in about:
+        return [folder / about["name"]]
+    return [folder / TABLES / about["name"], folder / IMAGES / about["features"]]
+
+
+def bring(item: Item, work: Path, watch: Watch) -> dict[str, Any]:
+    """Fetch what is not here yet of one file and its features."""
+    wanted = [(item.table, work / RAW / item.table.name)]
+    if item.features is not None:
+        wanted.append((item.features, work / RAW / IMAGES / item.features.name))
+    told = []
+    for remote, raw in wanted:
+        if raw.is_file():  # whole, and not yet filtered when the run was stopped
+            watch.at(raw, raw.stat().st_size)
+            told.append({"size": raw.stat().st_size, "etag": None})
+        else:
+            told.append(landing.save(remote, raw, watch))
+    return told[0]
 
 
 def land(item: Item, plan: Plan, work: Path, row: int) -> dict[str, Any]:
@@ -430,23 +340,21 @@ def land(item: Item, plan: Plan, work: Path, row: int) -> dict[str, Any]:
     except SnipError as error:
         raw.unlink(missing_ok=True)
         raise SnipError(f"{item.table.shown}: what came is no metadata: {error}") from error
-    about = {"source": item.table.shown, "number": item.number, "rows": table.rows}
-    stay = None
-    if plan.mask is not None:
-        alone = item.number is None and len(plan.items) == 1
-        stay = staying(item, table.rows, plan.mask, row, alone=alone)
-    about |= land_features(item, table.rows, stay, work)
-    folder = (work / FILES / place_of(raw.name, TABLES, plan)).parent
-    if stay is None or plan.mask is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        target = raw.replace(folder / raw.name)
-        return {"name": target.name, **about, "kept": table.rows}
-    (target,) = write_kept(Metadata([table]), plan.mask.is_dup, folder, offset=row)
-    return {"name": target.name, **about, "kept": rows_of(target)}
+    about = {"name": raw.name, "source": item.table.shown, "number": item.number}
+    about |= {"rows": table.rows, "kept": table.rows, **check_features(item, table.rows, work)}
+    if plan.mask is None:
+        return about
+    about["name"] = f"{raw.stem}.parquet"
+    stay = staying(item, table.rows, plan, row)
+    tables, *features = targets(about, work)
+    write_kept(Metadata([table]), ~stay, tables.parent)
+    for target in features:
+        write_staying(work / RAW / IMAGES / target.name, target, stay)
+    return {**about, "kept": int(np.count_nonzero(stay))}
 
 
-def land_features(item: Item, rows: int, stay: np.ndarray | None, work: Path) -> dict[str, Any]:
-    """Check the features of one file against its rows; filter them."""
+def check_features(item: Item, rows: int, work: Path) -> dict[str, Any]:
+    """Return what the manifest says of a file's features; refuse any that are not its own."""
     if item.features is None:
         return {}
     raw = work / RAW / IMAGES / item.features.name
@@ -460,31 +368,31 @@ def land_features(item: Item, rows: int, stay: np.ndarray | None, work: Path) ->
             f"{item.features.shown} has {found:,} rows, its metadata {item.table.shown} {rows:,}; "
             "they do not belong together"
         )
-    target = work / FILES / IMAGES / raw.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if stay is None:
-        raw.replace(target)
-    else:
-        write_staying(raw, target, stay)
     return {"features": raw.name, "features_source": item.features.shown}
 
 
-def drop_raw(item: Item, work: Path) -> None:
-    """Remove what was fetched and is filtered now."""
-    (work / RAW / item.table.name).unlink(missing_ok=True)
+def settle(item: Item, plan: Plan, work: Path) -> None:
+    """Put what is not filtered in its place; remove what was."""
+    raws = [work / RAW / item.table.name]
     if item.features is not None:
-        (work / RAW / IMAGES / item.features.name).unlink(missing_ok=True)
+        raws.append(work / RAW / IMAGES / item.features.name)
+    names = {"name": raws[0].name, **({"features": raws[-1].name} if item.features else {})}
+    for raw, target in zip(raws, targets(names, work), strict=True):
+        if plan.mask is None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            raw.replace(target)
+        else:
+            raw.unlink()
 
 
-def staying(item: Item, rows: int, mask: Mask, row: int, *, alone: bool) -> np.ndarray:
-    """Return which rows of a file stay, (rows,) bool; refuse a file that is not the mask's.
-
-    ``alone``: it is all of the set.
-    """
-    file = item.table
+def staying(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
+    """Return which rows of a file stay, (rows,) bool; refuse a file that is not the mask's."""
+    file, mask = item.table, plan.mask
+    if mask is None:
+        return np.ones(rows, bool)
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
         check_sizes(Held([file.shown], [rows]), mask.sizes, item.number)
-    if alone and rows != mask.rows:
+    if item.number is None and len(plan.items) == 1 and rows != mask.rows:
         raise SnipError(
             f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}; they must be the same set "
             "(for one file of it, say which with --start)"

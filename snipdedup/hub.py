@@ -67,6 +67,24 @@ def parse(address: str) -> Place:
     )
 
 
+def own_token() -> str | None:
+    """Return the token that the hub's own tools keep, None where there is none or none is wanted.
+
+    It is read again each time and stays in memory.
+    """
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return None
+    try:
+        return huggingface_hub.get_token()
+    except Exception as error:  # a login that ran out, say
+        raise SnipError(
+            f"the hub's client cannot use its token ({first_line(error)}): log in again with: hf "
+            "auth login"
+        ) from error
+
+
 class Repository:
     """One repository at one commit.
 
@@ -87,7 +105,7 @@ class Repository:
         self.place = place
         # the client reads its environment once, at import
         self.endpoint = os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
-        self.token = huggingface_hub.get_token()
+        self.token = own_token()
         self.client = huggingface_hub.HfApi(
             endpoint=self.endpoint,
             token=self.token or False,
@@ -157,8 +175,8 @@ class HubFolder(Folder):
         place = repository.place
         self.shown = str(Place(place.kind, place.repo, path, None))
 
-    def listing(self) -> tuple[dict[str, Remote], list[str]]:
-        """See `Folder.listing`."""
+    def list(self) -> tuple[dict[str, Remote], list[str]]:
+        """See `Folder.list`."""
         return self.repository.listing(self.path)
 
     def child(self, name: str) -> HubFolder:

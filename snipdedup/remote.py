@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from snipdedup.errors import SnipError
@@ -81,12 +82,27 @@ class Stream:
 
 
 class Folder:
-    """A folder of remote files that can be listed."""
+    """A folder of remote files that can be listed; it is asked once."""
 
     shown: str
 
+    @cached_property
     def listing(self) -> tuple[dict[str, Remote], list[str]]:
-        """Return its files by name, and the names of the folders in it."""
+        """Its files by name, and the names of the folders in it."""
+        return self.list()
+
+    @property
+    def files(self) -> dict[str, Remote]:
+        """Its files by name."""
+        return self.listing[0]
+
+    @property
+    def folders(self) -> list[str]:
+        """The names of the folders in it."""
+        return self.listing[1]
+
+    def list(self) -> tuple[dict[str, Remote], list[str]]:
+        """Ask for `listing`."""
         raise NotImplementedError
 
     def child(self, name: str) -> Folder:

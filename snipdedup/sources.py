@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
+from typing import NamedTuple
 
 from snipdedup import formats, tables
 from snipdedup.buckets import BucketFolder, LocalFolder
@@ -46,20 +47,31 @@ class Found:
     folder: Folder | None
 
 
-def open_folder(source: str, commit: str | None = None) -> tuple[Folder, str | None]:
-    """Return the folder of a source, and which files of it are meant: a name, glob or template."""
+class Opened(NamedTuple):
+    """The folder of a source, and which files of it are meant: a name, glob or template."""
+
+    folder: Folder
+    names: str | None
+
+
+def open_folder(source: str, commit: str | None = None) -> Opened:
+    """Return the folder of a source that can be listed."""
     if scheme_of(source) == SCHEME:
         place = parse(source)
-        repository = Repository(place, commit)
         head, _, last = place.path.rpartition("/")
+        repository = Repository(place, commit)
         if names_files(last):
-            return HubFolder(repository, head), last
-        return HubFolder(repository, place.path), None
+            return Opened(HubFolder(repository, head), last)
+        return Opened(HubFolder(repository, place.path), None)
     if scheme_of(source):
         head, _, last = source.rstrip("/").rpartition("/")
-        return (BucketFolder(head), last) if names_files(last) else (BucketFolder(source), None)
+        if names_files(last):
+            return Opened(BucketFolder(head), last)
+        return Opened(BucketFolder(source), None)
     path = Path(source).expanduser()
-    return (LocalFolder(path), None) if path.is_dir() else (LocalFolder(path.parent), path.name)
+    if path.is_dir():
+        return Opened(LocalFolder(path), None)
+    return Opened(LocalFolder(path.parent), path.name)
 
 
 def names_files(last: str) -> bool:
@@ -78,8 +90,10 @@ def refuse_unclear(source: str, end: int | None) -> None:
         parse(source)
 
 
-def find(source: str, start: int | None, end: int | None, commit: str | None = None) -> Found:
+def find(source: str, start: int | None, end: int | None, opened: Opened | None) -> Found:
     """Return the metadata files that SOURCE and a range of file numbers mean, in order.
+
+    ``opened`` is its folder; None of an http(s) source, which cannot be listed.
 
     Raises
     ------
@@ -88,10 +102,10 @@ def find(source: str, start: int | None, end: int | None, commit: str | None = N
     """
     refuse_unclear(source, end)
     if PART in source and end is not None:
-        return find_parts(source, start or 0, end, commit)
-    if is_web(source):
+        return find_parts(source, start or 0, end, opened)
+    if opened is None:
         return find_one(source, start, end)
-    folder, names = open_folder(source, commit)
+    folder, names = opened
     if isinstance(folder, LocalFolder):
         files = [Remote(str(path), size=path.stat().st_size) for path in find_metadata(source)]
     else:
@@ -112,38 +126,37 @@ def one_file(location: str) -> Remote:
     place = parse(location)
     head, _, name = place.path.rpartition("/")
     folder = HubFolder(Repository(place), head)
-    files = folder.listing()[0]
+    files = folder.files
     if name not in files:
         raise MissingError(f"{folder.shown} has no {name}")
     return files[name]
 
 
-def find_parts(source: str, first: int, end: int, commit: str | None) -> Found:
+def find_parts(source: str, first: int, end: int, opened: Opened | None) -> Found:
     """Return the files of a template."""
     locations = [expand(source, number) for number in range(end)]
-    folder, before = None, locations[:first]
-    if is_web(source):
-        files = [Remote(location) for location in locations]
-    elif scheme_of(source) and PART not in source.rpartition("/")[0]:
-        folder, _ = open_folder(source, commit)
-        listed = folder.listing()[0]
-        files = [listed.get(name_of(location), Remote(location)) for location in locations]
-        refuse_missing(folder, files[first:], listed)
-        before = [place for place in before if name_of(place) in listed]
-    else:
-        files = [Remote(location) for location in locations]
-        missing = [f.url for f in files[first:] if not scheme_of(source) and not is_file(f.url)]
+    before = locations[:first]
+    files = [Remote(location) for location in locations]
+    folder = opened.folder if opened else None
+    if isinstance(folder, LocalFolder):
+        missing = [file.url for file in files[first:] if not Path(file.url).is_file()]
         if missing:
             raise SnipError(f"no such file: {missing[0]}")
-        folder = None if scheme_of(source) else LocalFolder(Path(locations[first]).parent)
+        folder = LocalFolder(Path(locations[first]).parent)
+    elif folder is not None:
+        if PART in source.rpartition("/")[0]:
+            raise UsageError(f"{shown(source)}: {{part}} may be in the file's name only")
+        files = [folder.files.get(file.name, file) for file in files]
+        refuse_missing(folder, files[first:])
+        before = [place for place in before if name_of(place) in folder.files]
     known = len(before) == first
     return Found(files[first:], first, files[:first] if known else None, folder)
 
 
-def refuse_missing(folder: Folder, files: Sequence[Remote], listed: dict[str, Remote]) -> None:
+def refuse_missing(folder: Folder, files: Sequence[Remote]) -> None:
     """Refuse files that a listing does not have."""
     for file in files:
-        if file.name not in listed:
+        if file.name not in folder.files:
             raise MissingError(f"{folder.shown} has no {file.name}; check the file numbers")
 
 
@@ -186,21 +199,16 @@ def expand(template: str, number: int) -> str:
     return location if scheme_of(location) else str(Path(location).expanduser())
 
 
-def is_file(path: str) -> bool:
-    """Tell whether there is a local file."""
-    return Path(path).is_file()
-
-
 def metadata_files(folder: Folder, names: str | None) -> tuple[Folder, list[Remote]]:
     """Return the metadata files of a folder, or of the one folder in it that has such files."""
-    files, folders = folder.listing()
+    files, folders = folder.files, folder.folders
     found = pick(files, names, tables.SUFFIXES)
     if found or names is not None:
         if not found:
             raise MissingError(f"{folder.shown}: has no file {names}")
         return folder, found
     inner = ["metadata"] if "metadata" in folders else folders
-    choices = {name: pick(folder.child(name).listing()[0], None, tables.SUFFIXES) for name in inner}
+    choices = {name: pick(folder.child(name).files, None, tables.SUFFIXES) for name in inner}
     choices = {name: chosen for name, chosen in choices.items() if chosen}
     if len(choices) != 1:
         where = f"several folders with such: {', '.join(choices)}" if choices else "none"
@@ -257,7 +265,7 @@ def find_features(
         return [Remote(elsewhere)]
     if elsewhere is not None:
         folder, names = open_folder(elsewhere, commit)
-        files = folder.listing()[0]
+        files = folder.files
         return match(found, pick(files, names, formats.SUFFIXES), folder)
     return features_beside(found)
 
@@ -275,17 +283,17 @@ def features_beside(found: Found) -> list[Remote]:
     folder = found.folder
     if folder is None:  # a listing always has one
         raise SnipError(f"where the features are is not known; {NAME_FEATURES}")
-    files, folders = folder.listing()
+    files, folders = folder.files, folder.folders
     for suffix in (".npz", ".npy"):
         same = [files.get(Path(file.name).stem + suffix) for file in found.files]
         if any(same):
             return [kept for kept in same if kept] if all(same) else lacking(found, same, folder)
     above = folder.parent()
     for place in (folder, above):
-        if place is None or FEATURES[0] not in (folders if place is folder else place.listing()[1]):
+        if place is None or FEATURES[0] not in (folders if place is folder else place.folders):
             continue
         inner = place.child(FEATURES[0])
-        return match(found, pick(inner.listing()[0], None, formats.SUFFIXES), inner)
+        return match(found, pick(inner.files, None, formats.SUFFIXES), inner)
     raise SnipError(f"{folder.shown}: no features beside the metadata; {NAME_FEATURES}")
 
 

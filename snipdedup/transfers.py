@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 def side_by_side(
     work: Callable[[T], R], items: Iterable[T], jobs: int, watch: Watch
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """Yield ``work(item)`` in the order of ``items``, ``jobs`` at a time.
 
     At the first failure the others are told by ``watch`` to stop; what came of their files stays.

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -417,3 +418,40 @@ def test_a_signed_url_that_was_renewed_goes_on(server, tmp_path):
     server.asked.clear()
     fetch(template(server) + "?signature=new", tmp_path / "out", end=2)
     assert server.names() == ["m_0001.parquet"]
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_what_came_before_a_stop_is_not_asked_for_again(server, tmp_path, is_dup, filtered):
+    """Stopped after each step that a file goes through, whole ones are never fetched twice."""
+    mask = {"is_dup": str(tmp_path / "mask.npy")} if filtered else {}
+    steps = ["land", "settle", "check_features", "open_table", "staying", "write_kept"]
+    for name in steps:
+        out = tmp_path / name
+        fetch_until(name, template(server), out, start=1, end=4, **mask)
+        server.asked.clear()
+        fetch(template(server), out, start=1, end=4, **mask)
+        assert server.names() == []
+        wanted = staying(is_dup, 1, 4) if filtered else [f"u{row}" for row in range(30, 108)]
+        assert urls(out) == wanted
+        assert len(list(out.iterdir())) == 4
+
+
+def fetch_until(name, source, out, **more):
+    """Run a download that ends, as a kill would, when all files are here and ``name`` begins."""
+    real = getattr(download, name)
+
+    def stop(*words):
+        limit = time.monotonic() + 30
+        while len(list((out / "work" / "raw").glob("m_*.parquet"))) < 3:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, name, stop)
+        if name in ("staying", "write_kept") and "is_dup" not in more:
+            patch.setattr(download, "settle", stop)
+        with pytest.raises(SystemExit):
+            fetch(source, out, **more)
+    assert getattr(download, name) is real
+    assert not (out / "snip.json").exists()

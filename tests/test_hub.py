@@ -304,3 +304,41 @@ def test_without_the_client_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SnipError, match=r"pip install 'snipdedup-toolkit\[hub\]'"):
         hub.Repository(hub.parse(SOURCE))
+
+
+def test_datacomp_from_the_hub_to_its_own_list_of_uids(running, tmp_path, snip):
+    rng = np.random.default_rng(3)
+    running.tree, uids, rows = {"README.md": b"# small pool"}, {}, {}
+    pictures = rng.standard_normal((60, 24))
+    for size in (90, 40, 110):
+        name = rng.bytes(16).hex()
+        uids[name] = [rng.bytes(16).hex() for _ in range(size)]
+        rows[name] = pictures[rng.integers(0, 60, size)] + 0.01 * rng.standard_normal((size, 24))
+        texts = [f"a picture {row}" for row in range(size)]
+        table = pa.table({"uid": uids[name], "url": uids[name], "text": texts})
+        store.save_parquet(tmp_path / "a.parquet", table)
+        arrays = {"b32_img": rng.standard_normal((size, 8)), "l14_img": rows[name]}
+        store.save_npz(tmp_path / "a.npz", **{k: v.astype(np.float16) for k, v in arrays.items()})
+        running.tree[f"{name}.parquet"] = (tmp_path / "a.parquet").read_bytes()
+        running.tree[f"{name}.npz"] = (tmp_path / "a.npz").read_bytes()
+    pool, clean = tmp_path / "pool", tmp_path / "clean"
+    snip("download", SOURCE, pool, "--embeddings")
+    snip("dedup", pool, "--array", "l14_img", "--out", clean, "--export", "datacomp")
+    (found,) = list(clean.rglob("datacomp.npy"))
+    exported = np.load(found)
+    # what DataComp's own scripts do with a uid: two numbers of 16 hex digits, sorted
+    order = sorted(uids)
+    unit = np.concatenate([rows[name].astype(np.float16).astype(np.float64) for name in order])
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    pair = (unit @ unit.T).astype(np.float32) >= np.float32(0.95)
+    stays = []
+    for row in range(len(pair)):
+        if not pair[row, stays].any():
+            stays.append(row)
+    assert len(stays) == 60
+    names = [uid for name in order for uid in uids[name]]
+    wanted = [(int(names[row][:16], 16), int(names[row][16:], 16)) for row in stays]
+    wanted = np.array(wanted, np.dtype("u8,u8"))
+    wanted.sort()
+    assert exported.dtype == np.dtype("u8,u8")
+    np.testing.assert_array_equal(exported, wanted)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import buckets, download, landing, presets, sources, store
+from snipdedup import buckets, download, landing, presets, remote, sources, store
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.remote import MissingError
 from snipdedup.settings import Download
@@ -56,6 +56,11 @@ def stored(folder, scheme="memory"):
             with fsspec.open(url, "wb") as file:
                 file.write(path.read_bytes())
     return f"{scheme}://{folder.name}"
+
+
+def look(source, start, end):
+    opened = None if remote.is_web(source) else sources.open_folder(source)
+    return find(source, start, end, opened)
 
 
 def names(files):
@@ -221,7 +226,7 @@ def test_faults_of_a_store_are_tried_again(laion, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_where_the_features_of_a_template_should_be(source, features):
     assert sources.guess_template(source) == features
-    found = find(source, 3, 5)
+    found = look(source, 3, 5)
     assert [f.url for f in find_features(source, found, None, None)] == [
         features.format(part=number) for number in (3, 4)
     ]
@@ -231,14 +236,14 @@ def test_natural_order_and_places(tmp_path):
     folder = tmp_path / "many"
     for number in range(12):
         store.save_parquet(folder / f"part-{number}.parquet", pa.table({"n": [number]}))
-    found = find(stored(folder), 2, 11)
+    found = look(stored(folder), 2, 11)
     assert names(found.files) == [f"part-{number}.parquet" for number in range(2, 11)]
     assert names(found.before) == ["part-0.parquet", "part-1.parquet"]
     (folder / "part-4.parquet").unlink()
     with pytest.raises(SnipError, match="has the number 4 in its name"):
-        find(stored(folder), 2, 11)
+        look(stored(folder), 2, 11)
     with pytest.raises(SnipError, match="By position and by name it is not the same"):
-        find(stored(folder), 5, 7)
+        look(stored(folder), 5, 7)
 
 
 def test_sets_by_name(tmp_path, monkeypatch):
