@@ -70,17 +70,18 @@ def check_target(target: Path, overwrite: bool) -> None:
 def survey_out(out: Path, manifest: dict[str, Any], options: Report) -> Page:
     """Read OUT into what the page shows."""
     settings, shards = manifest["settings"], manifest["shards"]
-    offsets = np.cumsum([0, *(shard["rows"] for shard in shards)], dtype=np.int64)
+    offsets = offsets_of(shards)
     told = Run(settings["threshold"], settings["keep"], settings["seed"] or 0, offsets)
     curve = None
-    if manifest["verified"]:
+    if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         curve = read_curve(out / "forest.parquet", int(offsets[-1]), told.threshold)
     survey = survey_groups(out / "groups.parquet", told, options.seed)
     texts = open_texts(out, manifest, options.metadata)
     wanted = shown_rows(survey)
     keys = read_keys(out / "groups.parquet", wanted)
-    rows, notes = describe_rows(wanted, told, shards, keys, texts, options)
     is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
+    pictures, notes = find_pictures(wanted, keys, texts, options)
+    rows = describe_rows(wanted, shards, is_dup, keys, texts, pictures)
     removed = [np.count_nonzero(is_dup[a:b]) for a, b in pairwise(offsets)]
     return Page(
         title=out.resolve().name,
@@ -92,6 +93,11 @@ def survey_out(out: Path, manifest: dict[str, Any], options: Report) -> Page:
         sizes=read_sizes(out / "histogram.parquet"),
         removed=np.array(removed, np.int64),
     )
+
+
+def offsets_of(shards: list[dict[str, Any]]) -> np.ndarray:
+    """Return the first row of each shard, then the number of rows."""
+    return np.cumsum([0, *(shard["rows"] for shard in shards)], dtype=np.int64)
 
 
 def read_sizes(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -114,25 +120,25 @@ def shown_rows(survey: Survey) -> np.ndarray:
 
 def describe_rows(
     wanted: np.ndarray,
-    told: Run,
     shards: list[dict[str, Any]],
+    is_dup: np.ndarray,
     keys: dict[int, str],
     texts: RowTexts,
-    options: Report,
-) -> tuple[dict[int, Row], Notes]:
+    pictures: dict[int, str],
+) -> dict[int, Row]:
     """Return what is known of the rows that are shown."""
     captions = texts.read(texts.find(wanted=CAPTIONS), wanted)
     urls = texts.read(texts.find(wanted=URLS), wanted)
-    pictures, notes = find_pictures(wanted, keys, texts, options)
-    rows = {}
+    offsets, rows = offsets_of(shards), {}
     for row in wanted.tolist():
-        shard = int(np.searchsorted(told.offsets, row, "right")) - 1
+        shard = int(np.searchsorted(offsets, row, "right")) - 1
         caption, url = captions.get(row, ""), urls.get(row, "")
         link = safe_link(url)
         rows[row] = Row(
             row=row,
             shard=shards[shard]["name"],
-            shard_row=row - int(told.offsets[shard]),
+            shard_row=row - int(offsets[shard]),
+            goes=bool(is_dup[row]),
             key=cut(keys.get(row, ""), KEY),
             caption=cut(caption, CAPTION),
             caption_length=len(caption),
@@ -141,7 +147,7 @@ def describe_rows(
             host=(urlsplit(link).hostname or "") if link else "",
             picture=pictures.get(row, ""),
         )
-    return rows, notes
+    return rows
 
 
 def find_pictures(

@@ -29,6 +29,8 @@ class Row:
     ----------
     row, shard, shard_row
         Where it lies.
+    goes : bool
+        It is removed.
     key, caption, url : str
         Cut and without control characters; empty where unknown.
     caption_length : int
@@ -42,6 +44,7 @@ class Row:
     row: int
     shard: str
     shard_row: int
+    goes: bool = False
     key: str = ""
     caption: str = ""
     caption_length: int = 0
@@ -228,10 +231,10 @@ def band_view(page: Page, band: Band) -> dict[str, Any]:
     return {"low": band.low, "high": band.high, "rows": band.rows, "pairs": pairs(page, band.shown)}
 
 
-def pairs(page: Page, shown: Members) -> list[tuple[Row, Row | None, float]]:
-    """Return removed rows, each with the row that stays and their cosine."""
+def pairs(page: Page, shown: Members) -> list[tuple[Row, Row | int, float]]:
+    """Return removed rows, each with its representative (a reference's: its row) and the cosine."""
     return [
-        (page.rows[int(row)], page.rows.get(int(other)), float(similarity))
+        (page.rows[int(row)], page.rows.get(int(other), int(~other)), float(similarity))
         for row, other, similarity in zip(
             shown.row, shown.representative, shown.similarity, strict=True
         )
@@ -239,7 +242,7 @@ def pairs(page: Page, shown: Members) -> list[tuple[Row, Row | None, float]]:
 
 
 def group_view(page: Page, group: Group) -> dict[str, Any]:
-    """Return a group with the rows that are shown of it: (row, whether it goes, cosine)."""
+    """Return a group with the rows that are shown of it, each with its cosine."""
     shown = group.shown
     return {
         "size": group.size,
@@ -247,8 +250,8 @@ def group_view(page: Page, group: Group) -> dict[str, Any]:
         "lowest": group.lowest,
         "label": int(shown.group[0]),
         "rows": [
-            (page.rows[int(row)], bool(gone), float(similarity))
-            for row, gone, similarity in zip(shown.row, shown.is_dup, shown.similarity, strict=True)
+            (page.rows[int(row)], float(similarity))
+            for row, similarity in zip(shown.row, shown.similarity, strict=True)
         ],
     }
 

@@ -92,6 +92,7 @@ class Band:
     rows : int
         Removed rows in it.
     shown : Members
+        A representative below 0 is the complement of a reference's row.
     """
 
     low: float
@@ -231,6 +232,7 @@ class Surveyor:
         """Take the members of whole groups, ordered by group."""
         gone = pick(members, members.is_dup)
         self._similarities(gone)
+        gone = pick(gone, gone.representative >= 0)  # others go because of a reference
         self._copied(gone)
         self._shards(gone)
         starts = group_starts(members.group)
@@ -284,7 +286,8 @@ class Surveyor:
 
     def _shown(self, group: Members) -> Members:
         """Return the row that stands for most others, and some of the rest."""
-        rows, counts = np.unique(group.representative[group.is_dup], return_counts=True)
+        named = group.representative[group.is_dup & (group.representative >= 0)]
+        rows, counts = np.unique(named, return_counts=True)
         first = group.row == (rows[counts.argmax()] if len(rows) else group.row[0])
         rank = keep_rank(group.row, "random", self.seed)
         return pick(group, np.lexsort((rank, ~first))[:MEMBERS])
@@ -376,6 +379,6 @@ def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
 def survey_groups(path: Path, run: Run, seed: int) -> Survey:
     """Read ``groups.parquet`` once; ``seed`` draws the samples."""
     surveyor = Surveyor(run, seed)
-    for members in whole_groups(path):
+    for members in whole_groups(path, marked=True):
         surveyor.add(members)
     return surveyor.survey()

@@ -472,3 +472,98 @@ def test_a_finished_out_is_left_as_it_was(hostile, page_path):
         assert store.sha256(out / name) == output["sha256"]
     with pytest.raises(SnipError, match="exists and is not a report"):
         report.check_target(out / "snip.json", overwrite=False)
+
+
+def test_rows_of_a_reference_are_named_and_not_counted_as_ours(browser, hostile, tmp_path):
+    rows = np.concatenate([np.load(p) for p in sorted((hostile[0] / "set/img_emb").iterdir())])
+    truth.save_shards(tmp_path / "first", rows[:100], [])
+    truth.save_shards(tmp_path / "then", rows[60:], [])
+    words = ("--reference", tmp_path / "first", "--threshold", THRESHOLD, "--out", tmp_path / "out")
+    assert truth.snip("dedup", tmp_path / "then", *words)[0] == 0
+    assert truth.snip("report", tmp_path / "out")[0] == 0
+    counts = json.loads((tmp_path / "out" / "snip.json").read_text())["counts"]
+    with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
+        figure = page.locator(".figures div", has_text="because of a reference").inner_text()
+        assert f"{counts['removed_for_reference']}" in figure.split()
+        assert "of a reference" in page.inner_text("#pairs")
+
+
+def test_semdedup_has_no_slider_and_says_which_rows_go(browser, hostile, tmp_path):
+    words = ("--method", "semdedup", "--threshold", THRESHOLD, "--out", tmp_path / "out")
+    assert truth.snip("dedup", hostile[0] / "set", *words)[0] == 0
+    assert truth.snip("report", tmp_path / "out")[0] == 0
+    is_dup = np.load(tmp_path / "out" / "is_dup.npy")
+    with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
+        assert page.query_selector("#slider") is None
+        tiles = page.eval_on_selector_all(
+            "#pairs .tile",
+            "ts => ts.map(t => [t.querySelector('.place').textContent, t.className])",
+        )
+        assert {kind.split()[1] for _, kind in tiles} == {"goes", "stays"}
+        for place, kind in tiles:
+            row = int(place.removeprefix("row ").replace(",", ""))
+            assert kind.split()[1] == ("goes" if is_dup[row] else "stays")
+
+
+# ---- large
+
+
+def write_large(out, rows):
+    """An OUT of many rows as dedup writes it: a third in groups of two to hundreds."""
+    rng = np.random.default_rng(0)
+    shards = [{"name": f"img_emb_{n:04d}.npy", "rows": rows // 10} for n in range(10)]
+    sizes = np.minimum(rng.zipf(1.9, rows // 8) + 1, 5000)
+    sizes = sizes[: np.searchsorted(np.cumsum(sizes), rows // 3)]
+    ends = np.cumsum(sizes)
+    members = rng.permutation(rows)[: ends[-1]]
+    group = np.repeat(np.minimum.reduceat(members, ends - sizes), sizes)
+    order = np.lexsort((members, group))
+    members, group = members[order], group[order]
+    gone = members != group
+    similarity = np.where(gone, 0.95 + 0.05 * rng.random(len(members)), 1).astype(np.float32)
+    columns = {
+        "row": members, "shard": pa.array(np.full(len(members), "img_emb_0000.npy")),
+        "shard_row": members, "key": pa.array([f"{row:09d}" for row in members.tolist()]),
+        "group": group, "representative": group, "similarity": similarity, "is_dup": gone,
+    }  # fmt: skip
+    store.save_parquet(out / "groups.parquet", pa.table(columns))
+    edges = {"a": group[gone], "b": members[gone], "similarity": similarity[gone]}
+    store.save_parquet(out / "forest.parquet", pa.table(edges))
+    is_dup = np.zeros(rows, bool)
+    is_dup[members[gone]] = True
+    store.save_npy(out / "is_dup.npy", is_dup)
+    value, count = np.unique(sizes, return_counts=True)
+    table = {"of": ["group_size"] * len(value), "value": value, "count": count}
+    store.save_parquet(out / "histogram.parquet", pa.table(table))
+    removed = int(gone.sum())
+    body = {
+        "verified": True, "shards": shards, "thresholds": [], "request": {"metadata": None},
+        "settings": {
+            "threshold": 0.95, "keep": "first", "seed": 0, "grouping": "star", "method": "join",
+            "metadata": None, "features": None,
+        },
+        "counts": {
+            "rows": rows, "removed": removed, "kept": rows - removed, "groups": len(sizes),
+            "largest_group": int(sizes.max()), "exact_copies": 0, "bad_rows": 0, "chained": 0,
+        },
+    }  # fmt: skip
+    store.write_manifest(out, "dedup", body, [])
+    return removed
+
+
+@pytest.mark.slow
+def test_ten_million_rows_are_a_small_page_in_seconds(tmp_path):
+    removed = write_large(tmp_path, 10_000_000)
+    program = (
+        "import resource, sys, time; start = time.perf_counter(); from snipdedup import cli;"
+        "status = cli.run(sys.argv[1:]); peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "print(status, time.perf_counter() - start, peak)"
+    )
+    words = [sys.executable, "-c", program, "report", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    status, seconds, peak = map(float, done.stdout.splitlines()[-1].split())
+    assert status == 0
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    assert seconds < 30  # some 4 alone; machines are shared
+    assert peak < 1_000_000  # kB
+    assert f"{removed:,}" in (tmp_path / "report.html").read_text("utf-8")
