@@ -23,7 +23,7 @@ and `--flag value` or `--flag=value`. A switch takes no value; `--noSWITCH` turn
 | exit status | meaning |
 |---|---|
 | 0 | done |
-| 1 | it cannot be done: one line says what was expected, what was found, what to do |
+| 1 | it cannot be done: one line says what was expected, found, and what to do; or an audit failed |
 | 2 | wrong usage, found before anything is read or written |
 | 130 | interrupted |
 
@@ -72,7 +72,7 @@ def row(field: dataclasses.Field[object], kind: type) -> str:
     default = "needed" if is_required(field) else ""
     if field.default not in (None, dataclasses.MISSING) and kind is not bool:
         default = f"`{field.default}`"
-    kind_name = "text" if positional else KINDS[kind]
+    kind_name = "text" if positional else KINDS.get(kind, "text")  # Any: the library takes more
     return f"| `{name}` | {kind_name} | {default} | {escaped(meaning)} |"
 
 
