@@ -45,20 +45,38 @@ def added_columns(
     """Yield the columns that a run adds, in the order of `added_names`."""
     with ExitStack() as stack:
         columns: list[Added] = [dup_counts(removed)]
+        removed = removed.followed()
         if options.weights:
             columns.append(weights(removed))
         if options.merge_captions is not None:
             column, most = caption_column(options, metadata), options.merge_captions
-            merged = merged_captions(metadata, column, removed, most, work / "captions")
+            merged = merged_captions(metadata, column, removed.here(), most, work / "captions")
             columns.append(stack.enter_context(merged))
         yield columns
 
 
 class Removed(NamedTuple):
-    """The rows that go, ascending, and the row that stands for each; both (n,) int64."""
+    """The rows that go, ascending, and the row that stands for each; both (n,) int64.
+
+    A representative below 0 is a row of a reference, which no file of metadata here holds.
+    """
 
     row: np.ndarray
     representative: np.ndarray
+
+    def followed(self) -> Removed:
+        """Return the same with a representative that stays, where it goes itself (semdedup)."""
+        end = self.representative
+        while True:
+            place = np.minimum(np.searchsorted(self.row, end), len(self.row) - 1)
+            goes = self.row[place] == end
+            if not goes.any():
+                return Removed(self.row, end)
+            end = np.where(goes, self.representative[place], end)
+
+    def here(self) -> Removed:
+        """Return those whose representative is no row of a reference."""
+        return Removed(*(column[self.representative >= 0] for column in self))
 
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows that represent others, ascending, and how many each."""

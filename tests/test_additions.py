@@ -71,6 +71,18 @@ def test_counts_and_weights_worked_by_hand():
     assert values(weights(removed), 8, 3) == [1, 0.25, 0.25, 1, 0.25, 0.5, 0.25, 0.5]
 
 
+def test_representatives_that_go_themselves_and_rows_of_a_reference():
+    # 5 goes for 3, 3 for 2, 2 for 0; 7 and 8 go for reference row 4, 9 for 7
+    removed = Removed(np.array([2, 3, 5, 7, 8, 9]), np.array([0, 2, 3, ~4, ~4, 7]))
+    assert removed.followed().representative.tolist() == [0, 0, 0, ~4, ~4, ~4]
+    assert removed.followed().here().row.tolist() == [2, 3, 5]
+    assert values(dup_counts(removed), 10) == [1, 0, 1, 1, 0, 0, 0, 1, 0, 0]
+    share = values(weights(removed.followed()), 10)
+    assert share == [0.25, 1, 0.25, 0.25, 1, 0.25, 1, 0.25, 0.25, 0.25]
+    nothing = Removed(np.empty(0, np.int64), np.empty(0, np.int64))
+    assert nothing.followed().here().row.tolist() == []
+
+
 @pytest.fixture
 def photos(data, tmp_path):
     """100 real photos, five times each with another caption: features and metadata."""
