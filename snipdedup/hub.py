@@ -72,12 +72,12 @@ def own_token() -> str | None:
 
     It is read again each time and stays in memory.
     """
-    import huggingface_hub
+    from huggingface_hub import constants, get_token
 
-    if huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
         return None
     try:
-        return huggingface_hub.get_token()
+        return get_token()
     except Exception as error:  # a login that ran out, say
         raise SnipError(
             f"the hub's client cannot use its token ({first_line(error)}): log in again with: hf "

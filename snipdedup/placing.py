@@ -13,26 +13,32 @@ from snipdedup.errors import SnipError
 from snipdedup.landing import Watch
 from snipdedup.masks import HOW_TO_PLACE, MASK, Mask, open_mask, place_metadata
 from snipdedup.metadata import open_metadata
-from snipdedup.remote import MissingError, Remote, TemporaryError, beside, is_web, scheme_of, shown
+from snipdedup.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
 from snipdedup.sources import Found
 from snipdedup.tables import open_table
 from snipdedup.transfers import side_by_side
 
+TOTALS = "cumulative_sizes.npy"
 PUBLISHED = "published"  # below the work folder: mask, totals, and the manifest beside the mask
 
 
 def published_mask(spec: str, totals: str | None, work: Path) -> Mask:
     """Open the mask; what is not local is brought into the work folder first."""
-    folder = work / PUBLISHED
-    mask = Path(spec)
+    folder, mask = work / PUBLISHED, Path(spec)
     if scheme_of(spec):
-        if not spec.partition("?")[0].endswith(".npy"):
-            spec = beside(f"{spec.partition('?')[0].rstrip('/')}/{MASK}", MASK)
-        mask = local_copy(sources.one_file(spec), folder / "mask")
-        fetch_manifest(spec, folder / "mask")
+        remote, manifest = look_up(spec, MASK)
+        mask = local_copy(remote, folder / "mask")
+        if manifest is not None:
+            try_manifest(manifest, folder / "mask" / store.MANIFEST)
     if totals is not None and scheme_of(totals):
-        totals = str(local_copy(sources.one_file(totals), folder / "totals"))
+        remote, _ = look_up(totals, TOTALS)
+        totals = str(local_copy(remote, folder / "totals"))
     return open_mask(mask, totals)
+
+
+def look_up(location: str, name: str) -> tuple[Remote, Remote | None]:
+    """Return a file, or ``name`` in a folder, and the manifest beside it; see `sources.file_in`."""
+    return landing.patiently(lambda: sources.file_in(location, name))
 
 
 def local_copy(remote: Remote, folder: Path) -> Path:
@@ -44,11 +50,10 @@ def local_copy(remote: Remote, folder: Path) -> Path:
     return target
 
 
-def fetch_manifest(mask: str, folder: Path) -> None:
+def try_manifest(remote: Remote, target: Path) -> None:
     """Fetch the manifest beside a mask, where there is one."""
-    target = folder / store.MANIFEST
     try:
-        landing.save(sources.one_file(beside(mask, store.MANIFEST)), target)
+        landing.save(remote, target)
         store.load_json(target)
     except MissingError:
         return

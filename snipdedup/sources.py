@@ -18,8 +18,18 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.hub import SCHEME, HubFolder, Repository, parse
 from snipdedup.masks import Held, choose_files, file_numbers
 from snipdedup.metadata import find_metadata
-from snipdedup.remote import Folder, MissingError, Remote, is_web, name_of, scheme_of, shown
+from snipdedup.remote import (
+    Folder,
+    MissingError,
+    Remote,
+    beside,
+    is_web,
+    name_of,
+    scheme_of,
+    shown,
+)
 from snipdedup.shards import natural_sort
+from snipdedup.store import MANIFEST
 
 PART = "{part"
 FEATURES = ("img_emb", "metadata")  # folders side by side: features, and the table
@@ -100,7 +110,6 @@ def find(source: str, start: int | None, end: int | None, opened: Opened | None)
     SnipError
         If a file is not there, or it is not certain which ones are meant.
     """
-    refuse_unclear(source, end)
     if PART in source and end is not None:
         return find_parts(source, start or 0, end, opened)
     if opened is None:
@@ -113,23 +122,26 @@ def find(source: str, start: int | None, end: int | None, opened: Opened | None)
     return choose(files, start, end, folder, source)
 
 
-def one_file(location: str) -> Remote:
-    """Return the one file that a location names, with what a listing says of it.
+def file_in(location: str, name: str) -> tuple[Remote, Remote | None]:
+    """Return the ``.npy`` that a location names, or the file ``name`` of the folder it names.
 
-    Raises
-    ------
-    MissingError
-        If a listing does not have it.
+    Returns
+    -------
+    file : Remote
+    manifest : Remote or None
+        That beside it, if there is one; of http(s) and other stores it may be missing.
     """
     if scheme_of(location) != SCHEME:
-        return Remote(location)
+        bare = location.partition("?")[0].rstrip("/")
+        file = Remote(location if bare.endswith(".npy") else f"{bare}/{name}")
+        return file, Remote(beside(file.url, MANIFEST))
     place = parse(location)
-    head, _, name = place.path.rpartition("/")
+    head, _, last = place.path.rpartition("/")
+    head, last = (head, last) if last.endswith(".npy") else (place.path, name)
     folder = HubFolder(Repository(place), head)
-    files = folder.files
-    if name not in files:
-        raise MissingError(f"{folder.shown} has no {name}")
-    return files[name]
+    if last not in folder.files:
+        raise MissingError(f"{folder.shown} has no {last}")
+    return folder.files[last], folder.files.get(MANIFEST)
 
 
 def find_parts(source: str, first: int, end: int, opened: Opened | None) -> Found:
@@ -255,8 +267,9 @@ def find_features(
     if elsewhere is not None and PART in elsewhere:
         if found.first is None:
             raise UsageError("--embeddings_source with {part} needs --start and --end")
-        numbers = range(found.first, found.first + len(found.files))
-        return [Remote(expand(elsewhere, number)) for number in numbers]
+        opened = None if is_web(elsewhere) else open_folder(elsewhere, commit)
+        end = found.first + len(found.files)
+        return find_parts(elsewhere, found.first, end, opened).files
     if elsewhere is not None and is_web(elsewhere):
         if len(found.files) > 1:
             raise UsageError(

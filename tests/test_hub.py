@@ -122,11 +122,17 @@ def test_masks_and_templates_of_a_hub(running, tmp_path):
     np.save(tmp_path / "is_dup.npy", mask)
     running.tree["clean/is_dup.npy"] = (tmp_path / "is_dup.npy").read_bytes()
     template = f"{SOURCE}/part-{{part:05d}}-5114fd87.snappy.parquet"
-    for number, spec in enumerate((f"{SOURCE}/clean/is_dup.npy", f"{SOURCE}/clean")):
+    specs = [f"{SOURCE}/clean/is_dup.npy", f"{SOURCE}/clean", f"{SOURCE}/clean@main"]
+    specs += [f"{SOURCE}@main/clean/is_dup.npy"]
+    for number, spec in enumerate(specs):
         out = tmp_path / f"out{number}"
         fetch(template, out, start=1, end=3, is_dup=spec)
         stay = np.flatnonzero(~mask[: STARTS[3]])
         assert urls(out) == [f"u{row}" for row in stay[stay >= STARTS[1]]]
+    running.tree["metadata/a"] = b""
+    with pytest.raises(MissingError, match=r"pictures/metadata has no is_dup\.npy"):
+        fetch(template, tmp_path / "two", end=1, is_dup=f"{SOURCE}/metadata")
+    del running.tree["metadata/a"]
     with pytest.raises(MissingError, match="has no part-00006-5114fd87"):
         fetch(template, tmp_path / "two", start=6, end=8)
     np.save(tmp_path / "is_dup.npy", np.append(mask, False))
@@ -342,3 +348,22 @@ def test_datacomp_from_the_hub_to_its_own_list_of_uids(running, tmp_path, snip):
     wanted.sort()
     assert exported.dtype == np.dtype("u8,u8")
     np.testing.assert_array_equal(exported, wanted)
+
+
+def test_features_of_a_hub(running, tmp_path):
+    rng = np.random.default_rng(0)
+    metadata = {f"metadata/{name}": body for name, body in set_files().items()}
+    running.tree = dict(metadata)
+    for number, size in enumerate(SIZES):
+        np.save(tmp_path / "a.npy", rng.standard_normal((size, 4)).astype(np.float16))
+        running.tree[f"img_emb/img_emb_{number:04d}.npy"] = (tmp_path / "a.npy").read_bytes()
+    elsewhere = f"{SOURCE}/img_emb/img_emb_{{part:04d}}.npy"
+    for number, more in enumerate(({"embeddings": True}, {"embeddings_source": elsewhere})):
+        out = tmp_path / f"out{number}"
+        said = fetch(SOURCE, out, start=1, end=3, **more)
+        assert "57 of 57 rows stay in 2 files (0 removed, 0.0%), with features of 2 files" in said
+        for index in (1, 2):
+            body = running.tree[f"img_emb/img_emb_{index:04d}.npy"]
+            assert (out / "img_emb" / f"img_emb_{index:04d}.npy").read_bytes() == body
+            name = f"metadata/{PARTS[index]}"
+            assert (out / name).read_bytes() == metadata[name]
