@@ -166,7 +166,7 @@ def find_source(options: Filter, mask: Mask, asked: Sequence[str]) -> Source:
     if options.keys is not None:
         return Source(whole_set(open_metadata(options.keys), mask))
     folder = mask.path.parent
-    if not (folder / store.MANIFEST).is_file():
+    if mask.sizes is None:  # no manifest vouches for it
         raise SnipError(
             f"{mask.path} is a mask alone and names no rows; give the metadata that it matches by "
             "position with --keys"

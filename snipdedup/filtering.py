@@ -26,11 +26,14 @@ RESERVED = ("metadata", FOLDER)
 
 
 class Chosen(NamedTuple):
-    """The files that are meant, the features beside them, and their place in the mask's set."""
+    """The files that are meant, the features beside them, and their place in the mask's set.
+
+    ``number`` is the first file's in the whole set, None where rows are found by key.
+    """
 
     metadata: Metadata
     features: dict[str, Features]
-    number: int = 0
+    number: int | None = None
     row: int = 0
 
 
@@ -174,9 +177,15 @@ def write_rows(
     files = chosen.metadata.files
     inner = folder / "metadata" if chosen.features else folder
     parts = write_kept(chosen.metadata, is_dup, inner, resume=True)
+    first = chosen.number
     described = [
-        {"name": part.name, "number": number, "rows": file.rows, "kept": rows_of(part)}
-        for number, (part, file) in enumerate(zip(parts, files, strict=True), chosen.number)
+        {
+            "name": part.name,
+            "number": None if first is None else first + place,
+            "rows": file.rows,
+            "kept": rows_of(part),
+        }
+        for place, (part, file) in enumerate(zip(parts, files, strict=True))
     ]
     for name, features in chosen.features.items():
         parts += write_features(features, is_dup, folder / name)
