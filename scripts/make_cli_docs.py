@@ -23,7 +23,7 @@ and `--flag value` or `--flag=value`. A switch takes no value; `--noSWITCH` turn
 | exit status | meaning |
 |---|---|
 | 0 | done |
-| 1 | it cannot be done: one line says what was expected, found, and what to do; or an audit failed |
+| 1 | it cannot be done: one line says what was expected, found and what to do; or an audit failed |
 | 2 | wrong usage, found before anything is read or written |
 | 130 | interrupted |
 
