@@ -25,7 +25,8 @@ LAION = (
     f"{OPEN}. If you hold a copy of the metadata of laion2b-en-vit-h-14-embeddings, upstream's "
     f"published mask works on it by position: fetch {UPSTREAM_MASK}, then snip filter METADATA "
     "--is_dup is_dup_mlp_1024_128_gelu_snn_2layer_notext.npy --out OUT [--start 0 --end 10]. It "
-    "does not fit Re-LAION by position: join on url or hash"
+    "does not fit Re-LAION by position: join by url, snip filter RELAION --is_dup MASK --on url "
+    "--keys METADATA"
 )
 
 
