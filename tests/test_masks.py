@@ -186,6 +186,13 @@ def test_a_manifest_that_is_not_the_masks_is_not_believed(a_set):
         filtered(meta, mask, tmp / "two")
 
 
+@pytest.mark.parametrize("shape", [(17, 1), (1, 17)])
+def test_a_mask_of_one_column_or_line_is_read_as_upstream_reads_it(a_set, shape):
+    meta, mask, stay, tmp = a_set
+    np.save(mask, np.load(mask).reshape(shape))
+    assert filtered(meta, mask, tmp / "out") == flat(stay)
+
+
 def test_masks_of_bytes_are_read_if_they_are_0_and_1(a_set):
     meta, mask, stay, tmp = a_set
     is_dup = np.load(mask)
@@ -199,7 +206,7 @@ def test_masks_of_bytes_are_read_if_they_are_0_and_1(a_set):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (np.zeros((17, 1), bool), "expected a mask, one bool a row"),
+        (np.zeros((17, 2), bool), "expected a mask, one bool a row"),
         (np.zeros(17, np.int64), "expected a mask, one bool a row"),
         (np.zeros(17, np.float32), "expected a mask, one bool a row"),
         (np.array(True), "expected a mask, one bool a row"),

@@ -97,6 +97,7 @@ def folder(tmp_path_factory):
 def environment(tmp_path_factory):
     """Return a function that installs a tool from the registry; its folder of programs."""
 
+    @functools.cache
     def make(*packages):
         place = tmp_path_factory.mktemp("venv")
         venv.create(place, with_pip=True)
