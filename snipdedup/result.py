@@ -219,7 +219,8 @@ class Result:
             If there is no such threshold or grouping.
         """
         grouping = self.grouping if grouping is None else grouping
-        Dedup(features="", threshold=threshold, grouping=grouping)  # checks both
+        by_rule = self.found.best is not None  # then grouping does not apply
+        Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
         known = (self.keep, self.seed, self.rank)
         return decide(self.found, self.features, threshold, grouping, *known)
 
@@ -244,7 +245,7 @@ def decide(
         threshold is asked for.
     """
     check_threshold(found, threshold)
-    rank = rank or rank_by(keep, seed, None)
+    rank = rank or rank_by("first" if found.best else keep, seed, None)
     if found.best is not None:
         members = group_matches(found.best, threshold)
     elif found.pairs is not None:

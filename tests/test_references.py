@@ -1,0 +1,359 @@
+"""Reference rows come first and never go: against a plain star and plain components."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snipdedup import dedup
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.references import open_references, own_copies
+
+
+def table_of(x):
+    """All cosines; rows equal bit for bit have exactly 1."""
+    table = truth.cosine_table(x)
+    table[(x[:, None, :] == x[None, :, :]).all(2)] = 1
+    return table
+
+
+def plain_star(table, frozen, threshold, order):
+    """Row by row: (representative, stays) of all rows, the first ``frozen`` staying in any case."""
+    limit, staying = np.float32(threshold), list(range(frozen))
+    for row in order:
+        if not (table[row, staying] >= limit).any():
+            staying.append(row)
+    stays = np.zeros(len(table), bool)
+    stays[staying] = True
+    representative = np.arange(len(table))
+    for row in np.flatnonzero(~stays):
+        best = max(table[row, staying])
+        representative[row] = min(s for s in staying if table[row, s] == best)
+    return representative, stays
+
+
+def plain_components(table, frozen, threshold, order):
+    """Who stays: one row a component of the rows from ``frozen`` on, none where one matches."""
+    own = table[frozen:, frozen:]
+    label = truth.components(len(own), truth.pairs_of(own, threshold))
+    matched = (table[frozen:, :frozen] >= np.float32(threshold)).any(1)
+    taken, stays = set(label[matched]), np.zeros(len(own), bool)
+    for row in order:
+        if label[row - frozen] not in taken:
+            taken.add(label[row - frozen])
+            stays[row - frozen] = True
+    return stays
+
+
+@st.composite
+def two_sets(draw):
+    """Reference rows and others, crowded, some equal bit for bit across and within."""
+    x = truth.clustered(
+        draw(st.integers(2, 45)),
+        draw(st.integers(3, 8)),
+        draw(st.integers(0, 2**31)),
+        clusters=draw(st.integers(1, 8)),
+        noise=draw(st.sampled_from([0.1, 0.4, 1.0])),
+        copies=draw(st.sampled_from([0, 0.4])),
+        dtype=draw(st.sampled_from([np.float16, np.float32])),
+    )
+    return x, draw(st.integers(1, len(x) - 1))
+
+
+@pytest.mark.parametrize("method", ["exact", "join"])
+@settings(max_examples=40)
+@given(both=two_sets(), keep=st.sampled_from(["first", "last"]), late=st.sampled_from([0.8, 0.95]))
+def test_star_with_references_is_the_plain_rule(method, both, keep, late):
+    x, frozen = both
+    found = dedup(x[frozen:], reference=x[:frozen], threshold=0.8, method=method, keep=keep)
+    found, table = found.at(late), table_of(x)
+    order = np.arange(frozen, len(x))[:: 1 if keep == "first" else -1]
+    representative, stays = plain_star(table, frozen, late, order)
+    assert found.is_dup.tolist() == (~stays[frozen:]).tolist()
+    groups = found.groups.to_pydict()
+    for row, named, of, similarity, near in zip(
+        groups["row"], groups["representative"], groups["reference"], groups["similarity"],
+        groups["reference_similarity"], strict=True,
+    ):  # fmt: skip
+        assert named + (0 if of else frozen) == representative[row + frozen]
+        assert of in (None, "reference 0")
+        assert similarity == table[row + frozen, representative[row + frozen]]
+        best = table[row + frozen, :frozen].max()
+        assert near == (best if best >= np.float32(late) else None)
+    own = table[frozen:, frozen:]
+    edges = found.forest.filter(
+        np.array(found.forest["similarity"].to_numpy() >= np.float32(late))
+    ).to_pydict()
+    pairs = [(a, b, own[a, b]) for a, b in truth.pairs_of(own, late)]
+    expected = truth.kruskal(pairs)
+    label = truth.components(len(own), [pair[:2] for pair in expected])
+    linked = zip(edges["a"], edges["b"], strict=True)
+    assert label.tolist() == truth.components(len(own), linked).tolist()
+    assert sorted(edges["similarity"]) == sorted(float(pair[2]) for pair in expected)
+
+
+@settings(max_examples=40)
+@given(both=two_sets(), late=st.sampled_from([0.8, 0.95]))
+def test_components_go_whole_where_a_reference_row_is_chained(both, late):
+    x, frozen = both
+    found = dedup(x[frozen:], reference=x[:frozen], threshold=0.8, method="exact")
+    found, table = found.at(late, "components"), table_of(x)
+    stays = plain_components(table, frozen, late, range(frozen, len(x)))
+    assert found.is_dup.tolist() == (~stays).tolist()
+    for row in found.groups.to_pylist():
+        named = row["representative"] + (0 if row["reference"] else frozen)
+        assert row["similarity"] == table[row["row"] + frozen, named]
+        if row["reference_similarity"] is not None:
+            assert row["similarity"] == row["reference_similarity"]
+
+
+def test_large_groups_and_many_reference_rows_are_tiled():
+    x = truth.clustered(1800, 16, 5, clusters=2, noise=0.8, copies=0.1)
+    found = dedup(x[1200:], reference=x[:1200], threshold=0.9)
+    table = table_of(x)
+    representative, stays = plain_star(table, 1200, 0.9, range(1200, 1800))
+    assert found.is_dup.tolist() == (~stays[1200:]).tolist()
+    assert 10 < stays[1200:].sum() < 590
+    named = found.members.representative
+    expected = representative[found.members.row + 1200]
+    assert np.where(named < 0, ~named, named + 1200).tolist() == expected.tolist()
+
+
+def test_copies_are_told_apart_by_the_side_they_lie_on():
+    copies, firsts = np.array([1, 4, 5, 6, 8]), np.array([0, 0, 0, 2, 7])
+    copy, first, twins = own_copies(copies, firsts, 3)
+    assert (copy.tolist(), first.tolist()) == ([5, 8], [4, 7])
+    assert list(zip(twins.a.tolist(), twins.b.tolist(), strict=True)) == [(0, 4), (2, 6)]
+
+
+# the three uses, by the command line
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Rows of one source in three folders, so that each has matches in the others."""
+    x = truth.clustered(900, 12, 7, clusters=150, noise=0.5, copies=0.1)
+    parts = np.split(x, [500, 700])
+    folders = [truth.save_shards(tmp_path / f"set{i}", part, [len(part) // 3])
+               for i, part in enumerate(parts)]  # fmt: skip
+    return x, folders
+
+
+def groups_of(out):
+    return pq.read_table(out / "groups.parquet").to_pylist()
+
+
+def test_adding_shards_leaves_no_pair_and_changes_nothing(sets, tmp_path):
+    x, folders = sets
+    outs = [tmp_path / f"out{i}" for i in range(3)]
+    how = ("--method", "exact", "--threshold", 0.9)
+    assert truth.snip("dedup", folders[0], "--out", outs[0], *how)[0] == 0
+    before = truth.listing(outs[0])
+    assert truth.snip("dedup", folders[1], "--out", outs[1], "--reference", outs[0], *how)[0] == 0
+    status, said, _ = truth.snip(
+        "dedup", folders[2], "--out", outs[2], "--reference", outs[1], *how
+    )
+    assert status == 0
+    assert "go for one of" in said
+    assert truth.listing(outs[0]) == before
+    removed = np.concatenate([np.load(out / "is_dup.npy") for out in outs])
+    table = table_of(x)
+    assert not truth.pairs_of(table[~removed][:, ~removed], 0.9)
+    _, stays = plain_star(table, 0, 0.9, range(len(x)))
+    assert removed.tolist() == (~stays).tolist()  # as all at once, in this order
+    first = {str(outs[0].absolute()): 0, str(outs[1]): 500, None: 700}
+    for row in groups_of(outs[2]):
+        named = row["representative"] + first[row["reference"]]
+        assert not removed[named] or named == row["row"] + 700
+        assert row["similarity"] == table[row["row"] + 700, named]
+    manifest = json.loads((outs[2] / "snip.json").read_text())
+    assert [held["kind"] for held in manifest["references"]] == ["dedup", "dedup"]
+    assert [held["first"] for held in manifest["references"]] == [0, (~removed[:500]).sum()]
+    assert manifest["counts"]["reference_rows"] == (~removed[:700]).sum()
+    for held, folder in zip(manifest["references"], folders[:2], strict=True):
+        crcs = [shard["crc32"] for shard in held["shards"]]
+        own = tmp_path / "own" / folder.name
+        assert truth.snip("dedup", folder, "--out", own)[0] == 0
+        known = json.loads((own / "snip.json").read_text())["shards"]
+        assert crcs == [shard["crc32"] for shard in known]
+
+
+def test_decontamination_removes_what_is_in_a_test_set(sets, tmp_path):
+    """Test sets are references as they are: their own duplicates stay."""
+    x, folders = sets
+    both = f"{folders[1]},{folders[2]}"
+    words = ("dedup", folders[0], "--out", tmp_path / "o", "--reference", both)
+    assert truth.snip(*words, "--threshold", 0.9)[0] == 0
+    table = table_of(np.concatenate([x[500:], x[:500]]))
+    _, stays = plain_star(table, 400, 0.9, range(400, 900))
+    assert np.load(tmp_path / "o" / "is_dup.npy").tolist() == (~stays[400:]).tolist()
+    names = {row["reference"] for row in groups_of(tmp_path / "o")}
+    assert names == {None, str(folders[1]), str(folders[2])}
+    assert "finished already" in truth.snip(*words, "--threshold", 0.9)[1]
+    again = ("dedup", tmp_path / "o", "--threshold", 0.95, "--out", tmp_path / "o2")
+    assert truth.snip(*again)[0] == 0
+    _, stays = plain_star(table, 400, 0.95, range(400, 900))
+    assert np.load(tmp_path / "o2" / "is_dup.npy").tolist() == (~stays[400:]).tolist()
+    fresh = ("dedup", folders[0], "--out", tmp_path / "o3", "--reference", both)
+    assert truth.snip(*fresh, "--threshold", 0.95)[0] == 0
+    for name in ("groups.parquet", "references.parquet"):
+        one, other = (pq.read_table(tmp_path / out / name).to_pylist() for out in ("o2", "o3"))
+        for row in one:  # a re-threshold knows references by their whole paths
+            row["reference"] = row["reference"] and row["reference"].replace(f"{tmp_path}/", "")
+        for row in other:
+            row["reference"] = row["reference"] and row["reference"].replace(f"{tmp_path}/", "")
+        assert one == other
+
+
+def test_generated_images_that_copy_training_images_are_named(tmp_path):
+    """The training set is the reference: each copying row names the row it copies."""
+    train = truth.clustered(400, 16, 1, clusters=400, noise=0.3)
+    rng = np.random.default_rng(2)
+    copied = rng.choice(400, 30, replace=False)
+    made = rng.standard_normal((100, 16)).astype(np.float32)
+    made[:30] = train[copied] + 0.01 * rng.standard_normal((30, 16))
+    found = dedup(made, reference=train, method="exact")
+    rows = {row["row"]: row for row in found.groups.to_pylist() if row["reference"]}
+    assert sorted(rows) == list(range(30))
+    assert [rows[row]["representative"] for row in range(30)] == copied.tolist()
+    assert found.removed == 30
+
+
+def test_metadata_counts_only_rows_of_its_own(sets, tmp_path):
+    from test_outfolder import write_laion
+
+    x, folders = sets
+    laion = write_laion(tmp_path / "laion", x[500:], cuts=(100,))
+    out = tmp_path / "o"
+    words = ("dedup", laion, "--out", out, "--reference", folders[0], "--threshold", 0.9)
+    assert truth.snip(*words)[0] == 0
+    groups = groups_of(out)
+    own = sum(row["is_dup"] and row["reference"] is None for row in groups)
+    tables = [pq.read_table(path) for path in sorted((out / "metadata").glob("*.parquet"))]
+    assert sum(sum(table["dup_count"].to_pylist()) for table in tables) == own > 10
+    removed = np.load(out / "is_dup.npy")
+    assert sum(table.num_rows for table in tables) == (~removed).sum()
+    assert sum(row["is_dup"] and row["reference"] is not None for row in groups) > 10
+
+
+# what is refused
+
+
+def refused(*words, status=1):
+    code, said, line = truth.snip(*words)
+    assert (code, said) == (status, ""), (code, said, line)
+    return line
+
+
+@pytest.fixture
+def earlier(sets, tmp_path):
+    _, folders = sets
+    out = tmp_path / "out"
+    assert truth.snip("dedup", folders[0], "--out", out, "--reference", folders[1])[0] == 0
+    return folders, out, ("dedup", folders[2], "--reference", out, "--out", tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("which", "what", "said"),
+    [
+        (0, "changed", "img_emb_0.npy differs"),
+        (0, "gone", "cannot be read now"),
+        (1, "changed", "img_emb_0.npy differs"),
+        (1, "gone", "cannot be read now"),
+        (0, "mask", "is not what the run wrote"),
+    ],
+)
+def test_an_earlier_run_whose_rows_are_not_there_any_more_is_refused(
+    earlier, tmp_path, which, what, said
+):
+    folders, out, words = earlier
+    path = folders[which] / "img_emb_0.npy"
+    if what == "changed":
+        np.save(path, np.load(path)[::-1])
+    elif what == "gone":
+        shutil.rmtree(folders[which])
+    else:
+        np.save(out / "is_dup.npy", ~np.load(out / "is_dup.npy"))
+    line = refused(*words)
+    assert said in line
+    assert str(out) in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_new_date_on_the_same_reference_is_no_change(earlier):
+    folders, _, words = earlier
+    for folder in folders[:2]:
+        os.utime(folder / "img_emb_0.npy", (1, 1))
+    assert truth.snip(*words)[0] == 0
+
+
+def test_a_reference_that_holds_the_features_is_refused(sets, tmp_path):
+    _, folders = sets
+    line = refused("dedup", folders[0], "--reference", folders[0], "--out", tmp_path / "o")
+    assert str(folders[0] / "img_emb_0.npy") in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_references_are_other_settings(sets, tmp_path):
+    _, folders = sets
+    words = ("dedup", folders[0], "--out", tmp_path / "o")
+    assert truth.snip(*words, "--reference", folders[1])[0] == 0
+    assert "reference" in refused(*words, "--reference", folders[2])
+    assert "reference" in refused(*words)
+
+
+def test_rows_of_another_width_are_refused():
+    with pytest.raises(SnipError, match="5 wide, those of FEATURES are 4"):
+        dedup(np.eye(4), reference=np.eye(5))
+
+
+@pytest.mark.parametrize(
+    "how", [{"method": "adc"}, {"method": "semdedup"}, {"text_features": np.eye(4)}]
+)
+def test_what_does_not_go_with_references_is_wrong_usage(how):
+    with pytest.raises(UsageError, match="reference"):
+        dedup(np.eye(4), reference=np.eye(4), **how)
+
+
+def test_an_array_cannot_be_the_reference_of_a_later_run(sets, tmp_path):
+    x, folders = sets
+    dedup(folders[0], reference=x[500:], out=str(tmp_path / "o"))
+    assert "array" in refused("dedup", folders[2], "--reference", tmp_path / "o", "--out",
+                              tmp_path / "p")  # fmt: skip
+    assert "references" in refused("dedup", tmp_path / "o", "--threshold", 0.97, "--out",
+                                   tmp_path / "p")  # fmt: skip
+
+
+def test_one_input_named_twice_counts_once(sets):
+    _, folders = sets
+    twice = open_references(f"{folders[0]},{folders[1]},{folders[0]}")
+    assert [item.name for item in twice.items] == [str(folders[0]), str(folders[1])]
+    item, row = twice.locate(np.array([0, 499, 500, 699]))
+    assert (item.tolist(), row.tolist()) == ([0, 0, 1, 1], [0, 499, 0, 199])
+    names = np.array([twice.items[which].name for which in item])
+    assert twice.find(names, row).tolist() == [0, 499, 500, 699]
+
+
+def test_bad_rows_of_an_earlier_run_are_no_references(tmp_path):
+    x = truth.clustered(60, 8, 1)
+    x[7] = 0
+    np.save(tmp_path / "a.npy", x)
+    np.save(tmp_path / "b.npy", x[8:20])
+    out = tmp_path / "out"
+    keep = ("--bad_rows", "keep")
+    assert truth.snip("dedup", tmp_path / "a.npy", "--out", out, *keep)[0] == 0
+    references = open_references(str(out))
+    live = ~np.load(out / "is_dup.npy")
+    live[7] = False
+    assert references.items[0].live.tolist() == np.flatnonzero(live).tolist()
+    words = ("dedup", tmp_path / "b.npy", "--reference", out, "--out", tmp_path / "o")
+    assert truth.snip(*words)[0] == 0
+    assert np.load(tmp_path / "o" / "is_dup.npy").all()
