@@ -23,6 +23,8 @@ def make(kind, **values):
         for f in dataclasses.fields(kind)
         if is_required(f) or f.metadata.get("positional")
     }
+    if {"unmatched", "ambiguous"} & set(values):
+        needed["on"] = "url"  # what these flags go with
     return kind(**(needed | values))
 
 
@@ -54,6 +56,7 @@ RANGES = [
     ("Dedup", "recall", 0.5, 1),
     ("Dedup", "precision", 0, 1),
     ("Dedup", "k", 1, 1024),
+    ("Dedup", "merge_captions", 1, 10**6),
     ("Dedup", "calibration_rows", 1, 10**6),
     ("Dedup", "nprobe", 1, 2**24),
     ("Dedup", "chunk_rows", 1, 10**9),
@@ -100,6 +103,19 @@ def test_choices(kind):
         if choices:
             with pytest.raises(UsageError, match=rf"--{field.name} must be one of .*found 'nope'"):
                 make(kind, **{field.name: "nope"})
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        ("first", ([], "first")),
+        ("random", ([], "random")),
+        ("max:width", ([("max", "width")], "first")),
+        ("max:a, min:b:c,last", ([("max", "a"), ("min", "b:c")], "last")),
+    ],
+)
+def test_keep_rules(text, rules):
+    assert settings.keep_rules(text) == rules
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
