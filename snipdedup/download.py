@@ -237,8 +237,10 @@ def make_plan(options: Download, source: str, found: Found, out: Path) -> Plan:
     numbers = [None if found.first is None else found.first + i for i in range(len(found.files))]
     features: Sequence[Remote | None] = [None] * len(found.files)
     if options.embeddings or options.embeddings_source:
-        commit = pinned(out).get("revision")
-        wanted = sources.find_features(source, found, options.embeddings_source, commit)
+        commit = pinned(out).get("features_revision")
+        elsewhere = options.embeddings_source
+        wanted, folder = sources.find_features(source, found, elsewhere, commit)
+        remember(out, features_revision=commit_of(folder))
         check_names(wanted, FEATURE_SUFFIXES)
         features = wanted
     items = list(map(Item, found.files, numbers, features))
@@ -263,6 +265,7 @@ def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path)
         "settings": {**options.as_dict(), **shows},
         "request": request,
         "revision": pinned(out).get("revision"),
+        "features_revision": pinned(out).get("features_revision"),
         "mask": plan.mask and {"rows": plan.mask.rows, "sha256": store.sha256(plan.mask.path)},
         "first_row": plan.first_row if plan.mask else None,
         "files": described,
@@ -282,7 +285,7 @@ def land_each(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
 
     What a stopped run completed, its notes in the work folder say.
     """
-    landed = {item.table.name: landed_before(item, work) for item in plan.items}
+    landed = {item.table.name: landed_before(item, plan, work) for item in plan.items}
     pending = [item for item in plan.items if not landed[item.table.name]]
     coming = [remote for item in pending for remote in (item.table, item.features) if remote]
     row = plan.first_row
@@ -301,10 +304,12 @@ def land_each(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
                 row += about["rows"]
 
 
-def landed_before(item: Item, work: Path) -> dict[str, Any]:
+def landed_before(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
     """Return what a stopped run noted of a file that it completed, nothing of any other."""
     note = work / RAW / f"{item.table.name}.json"
     about = store.load_json(note) if note.is_file() else {}
+    if about:
+        settle(item, plan, work)  # it may have been stopped before or within that
     whole = about and all(path.is_file() for path in targets(about, work))
     return dict(about) if whole else {}
 
@@ -373,16 +378,16 @@ def check_features(item: Item, rows: int, work: Path) -> dict[str, Any]:
 
 def settle(item: Item, plan: Plan, work: Path) -> None:
     """Put what is not filtered in its place; remove what was."""
-    raws = [work / RAW / item.table.name]
+    raws, names = [work / RAW / item.table.name], {"name": item.table.name}
     if item.features is not None:
         raws.append(work / RAW / IMAGES / item.features.name)
-    names = {"name": raws[0].name, **({"features": raws[-1].name} if item.features else {})}
+        names["features"] = item.features.name
     for raw, target in zip(raws, targets(names, work), strict=True):
-        if plan.mask is None:
+        if plan.mask is not None:
+            raw.unlink(missing_ok=True)
+        elif raw.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             raw.replace(target)
-        else:
-            raw.unlink()
 
 
 def staying(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:

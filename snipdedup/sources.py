@@ -248,8 +248,8 @@ def pick(files: dict[str, Remote], names: str | None, suffixes: Sequence[str]) -
 
 def find_features(
     source: str, found: Found, elsewhere: str | None, commit: str | None
-) -> list[Remote]:
-    """Return the features of each metadata file.
+) -> tuple[list[Remote], Folder | None]:
+    """Return the features of each metadata file, and their folder where that can be listed.
 
     Parameters
     ----------
@@ -261,26 +261,25 @@ def find_features(
         clip-retrieval and DataComp put them: ``img_emb/`` beside ``metadata/``, or files of the
         same name beside the metadata.
     commit : str, optional
+        Of ``elsewhere``, if that is a hub.
     """
-    if elsewhere is None and found.folder is None:
-        elsewhere = guess_template(source)
-    if elsewhere is not None and PART in elsewhere:
+    if elsewhere is None and found.folder is not None:
+        return features_beside(found, found.folder)
+    elsewhere = elsewhere or guess_template(source)
+    opened = None if is_web(elsewhere) else open_folder(elsewhere, commit)
+    if PART in elsewhere:
         if found.first is None:
             raise UsageError("--embeddings_source with {part} needs --start and --end")
-        opened = None if is_web(elsewhere) else open_folder(elsewhere, commit)
         end = found.first + len(found.files)
-        return find_parts(elsewhere, found.first, end, opened).files
-    if elsewhere is not None and is_web(elsewhere):
+        parts = find_parts(elsewhere, found.first, end, opened)
+        return parts.files, parts.folder
+    if opened is None:
         if len(found.files) > 1:
             raise UsageError(
                 f"{shown(elsewhere)} is one file; put {{part:04d}} where the number is"
             )
-        return [Remote(elsewhere)]
-    if elsewhere is not None:
-        folder, names = open_folder(elsewhere, commit)
-        files = folder.files
-        return match(found, pick(files, names, formats.SUFFIXES), folder)
-    return features_beside(found)
+        return [Remote(elsewhere)], None
+    return match(found, pick(opened.folder.files, opened.names, formats.SUFFIXES), opened.folder)
 
 
 def guess_template(source: str) -> str:
@@ -291,41 +290,34 @@ def guess_template(source: str) -> str:
     return guess + slash + query
 
 
-def features_beside(found: Found) -> list[Remote]:
-    """Return the features that lie beside listed metadata."""
-    folder = found.folder
-    if folder is None:  # a listing always has one
-        raise SnipError(f"where the features are is not known; {NAME_FEATURES}")
-    files, folders = folder.files, folder.folders
+def features_beside(found: Found, folder: Folder) -> tuple[list[Remote], Folder]:
+    """Return the features that lie beside listed metadata, and their folder."""
     for suffix in (".npz", ".npy"):
-        same = [files.get(Path(file.name).stem + suffix) for file in found.files]
-        if any(same):
-            return [kept for kept in same if kept] if all(same) else lacking(found, same, folder)
-    above = folder.parent()
-    for place in (folder, above):
-        if place is None or FEATURES[0] not in (folders if place is folder else place.folders):
-            continue
-        inner = place.child(FEATURES[0])
-        return match(found, pick(inner.files, None, formats.SUFFIXES), inner)
+        same = {file.name: Path(file.name).stem + suffix for file in found.files}
+        lacking = [name for name, other in same.items() if other not in folder.files]
+        if not lacking:
+            return [folder.files[other] for other in same.values()], folder
+        if len(lacking) < len(same):
+            raise MissingError(
+                f"{folder.shown}: {lacking[0]} has no features beside it; {NAME_FEATURES}"
+            )
+    for place in (folder, folder.parent()):
+        if place is not None and FEATURES[0] in place.folders:
+            inner = place.child(FEATURES[0])
+            return match(found, pick(inner.files, None, formats.SUFFIXES), inner)
     raise SnipError(f"{folder.shown}: no features beside the metadata; {NAME_FEATURES}")
 
 
-def lacking(found: Found, same: Sequence[Remote | None], folder: Folder) -> list[Remote]:
-    """Refuse metadata of which some files have no features."""
-    name = next(file.name for file, kept in zip(found.files, same, strict=True) if kept is None)
-    raise MissingError(f"{folder.shown}: {name} has no features beside it; {NAME_FEATURES}")
-
-
-def match(found: Found, features: list[Remote], folder: Folder) -> list[Remote]:
+def match(found: Found, features: list[Remote], folder: Folder) -> tuple[list[Remote], Folder]:
     """Return the features of each metadata file, by the numbers in the names or by position."""
     names = [file.name for file in found.files]
     ours, theirs = file_numbers(names), file_numbers([file.name for file in features])
     if ours is not None and theirs is not None:
         by_number = dict(zip(theirs, features, strict=True))
         if all(number in by_number for number in ours):
-            return [by_number[number] for number in ours]
+            return [by_number[number] for number in ours], folder
     elif len(features) == len(names):
-        return features
+        return features, folder
     raise MissingError(
         f"{folder.shown}: which of its {len(features)} files of features belong to {names[0]} .. "
         f"{names[-1]} is not certain; {NAME_FEATURES}"

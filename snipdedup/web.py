@@ -145,7 +145,7 @@ def refusal(url: str, error: HTTPError) -> SnipError:
     if 300 <= error.code < 400:
         return SnipError(f"{text.splitlines()[0]}; {MOVED}")
     if headers.get("X-Error-Code") == "GatedRepo":
-        return SnipError(f"{text}; {GATED.format(page=origin_of(url))}")
+        return SnipError(f"{text}; {GATED.format(page=shown(url).partition('/resolve/')[0])}")
     if "disabled" in headers.get("X-Error-Message", ""):
         return SnipError(f"{text}; {DISABLED}")
     if error.code == 416:

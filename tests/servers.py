@@ -158,8 +158,8 @@ class Hub(Server):
     """A stand-in for the hub's API: one dataset, its files on a server of their own.
 
     ``tree`` holds the files by path; ``small`` names those that git holds itself; ``revisions``
-    the commit of each revision; ``state`` is None, ``gated``, ``disabled``, ``missing`` or
-    ``moved``.
+    the commit of each revision; ``state`` is None, ``gated``, ``gated files``, ``disabled``,
+    ``missing`` or ``moved``.
     """
 
     repo = "someone/pictures"
@@ -185,7 +185,11 @@ class HubHandler(Handler):
         api, resolve = f"api/datasets/{hub.repo}", f"datasets/{hub.repo}/resolve/"
         if not name.startswith((api, resolve)):
             self.answer(404, b"", X_Error_Code="RepoNotFound")
-        elif hub.state and not (hub.state == "gated" and self.is_let_in()):
+        elif hub.state == "gated files" and name.startswith(resolve):
+            self.refuse("gated")
+        elif hub.state not in (None, "gated files") and not (
+            hub.state == "gated" and self.is_let_in()
+        ):
             self.refuse(hub.state)
         elif name.startswith(resolve):
             self.resolve(*name.removeprefix(resolve).split("/", 1))

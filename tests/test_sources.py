@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -84,6 +86,38 @@ def test_features_beside_the_metadata(laion, tmp_path, kind, form):
     assert len(list((tmp_path / "out").rglob("*"))) == 7
     manifest = store.read_manifest(tmp_path / "out", "download")
     assert [file["features"] for file in manifest["files"]] == ["img_emb_1.npy", "img_emb_2.npy"]
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_stop_between_a_table_and_its_features(laion, tmp_path, filtered):
+    np.save(tmp_path / "mask.npy", np.arange(sum(ROWS)) % 3 == 0)
+    more = {"embeddings": True} | ({"is_dup": str(tmp_path / "mask.npy")} if filtered else {})
+    fetch(laion / "metadata", tmp_path / "whole", **more)
+    real, calls = Path.unlink if filtered else Path.replace, []
+
+    def stop(path, *words, **named):
+        if path.name == "img_emb_1.npy":
+            raise SystemExit
+        return real(path, *words, **named)
+
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink" if filtered else "replace", stop)
+        with pytest.raises(SystemExit):
+            fetch(laion / "metadata", out, jobs=1, **more)
+
+    def note(remote, *_):
+        calls.append(remote.name)
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(landing, "save", note)
+        with pytest.raises(SystemExit):
+            fetch(laion / "metadata", out, jobs=1, **more)
+    assert "metadata_1.parquet" not in calls  # it is here, whatever became of its features
+    fetch(laion / "metadata", out, **more)
+    for path in (tmp_path / "whole").rglob("*_emb_*"):
+        assert (out / "img_emb" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_features_elsewhere(laion, tmp_path):
@@ -227,7 +261,7 @@ def test_faults_of_a_store_are_tried_again(laion, tmp_path, monkeypatch):
 def test_where_the_features_of_a_template_should_be(source, features):
     assert sources.guess_template(source) == features
     found = look(source, 3, 5)
-    assert [f.url for f in find_features(source, found, None, None)] == [
+    assert [f.url for f in find_features(source, found, None, None)[0]] == [
         features.format(part=number) for number in (3, 4)
     ]
 
