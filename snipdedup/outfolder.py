@@ -125,9 +125,9 @@ def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup
 
 
 def removed_rows(members: Members) -> Removed:
-    """Return the rows that go for another of these rows, ascending, and what stands for them."""
+    """Return the rows that go, ascending, and what stands for them."""
     order = np.argsort(members.row)
-    order = order[members.is_dup[order] & (members.representative[order] >= 0)]
+    order = order[members.is_dup[order]]
     return Removed(members.row[order], members.representative[order])
 
 

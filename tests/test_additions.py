@@ -185,3 +185,21 @@ def test_captions_that_are_no_texts_are_refused(tmp_path):
     ):
         pass
     assert metadata.rows == 500
+
+
+def test_rows_that_go_for_a_reference_share_its_weight_and_lose_no_other_caption(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
+    np.save(tmp_path / "old.npy", rows[:1])
+    new = rows[[1, 0, 2, 0, 2, 3]]  # rows 1 and 3 are the reference's, row 4 is row 2
+    np.save(tmp_path / "new.npy", new)
+    pq.write_table(pa.table({"caption": list("abcdef")}), tmp_path / "meta.parquet")
+    known = {"metadata": str(tmp_path / "meta.parquet"), "reference": str(tmp_path / "old.npy")}
+    features = str(tmp_path / "new.npy")
+    dedup(features, out=str(tmp_path / "weighed"), weights=True, **known)
+    table = pq.read_table(tmp_path / "weighed" / "metadata" / "meta.parquet")
+    assert table["weight"].to_pylist() == [1, 1 / 3, 0.5, 1 / 3, 0.5, 1]
+    assert table["dup_count"].to_pylist() == [0, 0, 1, 0, 0, 0]
+    dedup(features, out=str(tmp_path / "merged"), merge_captions=3, **known)
+    table = pq.read_table(tmp_path / "merged" / "metadata" / "meta.parquet")
+    assert table["caption"].to_pylist() == ["a", "c", "f"]
+    assert table["merged_captions"].to_pylist() == [[], ["e"], []]
