@@ -163,7 +163,7 @@ def cosine(value: float) -> str:
     """Return a cosine for reading; one below 1 is never shown as 1."""
     if np.isnan(value):
         return "unknown"
-    return "1" if value == 1 else f"{np.floor(value * 1e4) / 1e4:.4f}"
+    return "1" if value == 1 else f"{min(value, 0.9999):.4f}"
 
 
 def curve_view(page: Page) -> dict[str, Any] | None:
