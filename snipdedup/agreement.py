@@ -56,11 +56,21 @@ def check_kept(
     source : Metadata or None
         The table that was filtered.
     verdict : Verdict
+
+    Raises
+    ------
+    SnipError
+        If ``source`` is cut into other files.
     """
     described = run.manifest["request"].get("metadata")
     if described is None:
         verdict.say("metadata", "none was given to the run")
         return
+    if source is not None and [f.rows for f in source.files] != [f["rows"] for f in described]:
+        raise SnipError(
+            "the metadata is not in the files that were filtered: expected "
+            f"{', '.join(file['name'] for file in described)}"
+        )
     rows = 0
     offsets = np.concatenate([[0], np.cumsum([file["rows"] for file in described])])
     for number, file in enumerate(described):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from snipdedup import progress, store
 from snipdedup.agreement import check_kept
@@ -27,6 +28,7 @@ from snipdedup.settings import Audit
 from snipdedup.shards import Features, open_features
 from snipdedup.sheet import precision_text, read_verdicts, refuse_existing, write_sheet
 from snipdedup.survey import pick, read_keys, whole_groups
+from snipdedup.tables import open_parquet
 from snipdedup.verdict import Verdict, pick_ordinals
 
 KIND = "dedup"
@@ -222,10 +224,25 @@ def check_groups(run: Run, proof: Proof, verdict: Verdict) -> bool:
                 proof.add(members)
                 bar.update(int(members.is_dup.sum()))
         proof.finish()
+        check_places(run, verdict)
     except (SnipError, OSError, KeyError, pa.ArrowException) as error:
         verdict.fail("groups", f"groups.parquet cannot be read: {error}")
         return False
     return True
+
+
+def check_places(run: Run, verdict: Verdict) -> None:
+    """Compare the file and the row in it that groups.parquet gives with its row number."""
+    names, columns = pa.array(run.names, pa.string()), ["row", "shard", "shard_row"]
+    for batch in open_parquet(run.folder / "groups.parquet").iter_batches(columns=columns):
+        row = np.clip(batch.column("row").to_numpy(), 0, run.rows - 1)  # others are named already
+        shard = np.searchsorted(run.offsets, row, side="right") - 1
+        other = pc.not_equal(names.take(pa.array(shard)), batch.column("shard"))
+        wrong = other.to_numpy(zero_copy_only=False)
+        wrong |= batch.column("shard_row").to_numpy() != row - run.offsets[shard]
+        verdict.fail_each(
+            "places", row[wrong], lambda row: f"groups.parquet: {run.place(row)} has another place"
+        )
 
 
 def describe_proof(run: Run, proof: Proof, verdict: Verdict) -> None:
@@ -244,7 +261,7 @@ def describe_proof(run: Run, proof: Proof, verdict: Verdict) -> None:
     )
     if proof.chosen is not None and proof.proved:
         _, high = proportion_interval(proof.proved - proof.reach, proof.proved)
-        verdict.say("", f"so at most {100 * high:.2f} % of all removed rows do not (95 %)")
+        verdict.say("matches", f"so at most {100 * high:.2f} % of all removed rows do not (95 %)")
     if run.by_design == "components":
         verdict.say("by design", "components keep one row a group: rows below the threshold chain")
     if run.by_design == "semdedup":
@@ -266,16 +283,11 @@ def estimate_missed(
     sample = sample[~bad_rows(features.gather(sample))]
     nearest, cosine = nearest_rows(features, sample, run.is_dup, threads=threads)
     missed = np.flatnonzero(cosine >= np.float32(run.threshold))
-    low, high = proportion_interval(len(missed), len(sample))
-    verdict.say(
-        "missed",
-        f"{len(missed):,} of {len(sample):,} sampled rows that stay match another one that stays: "
-        f"{100 * low:.2f} to {100 * high:.2f} % of them (95 %)",
-    )
+    verdict.say("missed", missed_text(len(missed), len(sample), len(ordinals) < stay))
     if len(missed):
         worst = missed[np.argmax(cosine[missed])]
         verdict.say(
-            "",
+            "missed",
             f"such as {run.place(int(sample[worst]))} and {run.place(int(nearest[worst]))}: "
             f"cosine {cosine[worst]:.6f}",
         )
@@ -284,7 +296,18 @@ def estimate_missed(
             features, sample, reference.gone, threads=threads, among=reference.features
         )
         missed = np.flatnonzero(cosine >= np.float32(run.threshold))
-        verdict.say("", f"{len(missed):,} of them match a row of {reference.name}")
+        verdict.say("missed", f"{len(missed):,} of them match a row of {reference.name}")
+
+
+def missed_text(missed: int, rows: int, sampled: bool) -> str:
+    """Say how many rows that stay match another one, of a sample or of all."""
+    if not sampled:
+        return f"{missed:,} of all {rows:,} rows that stay match another one that stays"
+    low, high = proportion_interval(missed, rows)
+    return (
+        f"{missed:,} of {rows:,} sampled rows that stay match another one that stays: "
+        f"{100 * low:.2f} to {100 * high:.2f} % of them (95 %)"
+    )
 
 
 def staying(is_dup: np.ndarray, ordinals: np.ndarray) -> np.ndarray:

@@ -203,7 +203,7 @@ def describe(found: dict[str, Any]) -> str:
     lines = [f"1: {found['runs'][0]}", f"2: {found['runs'][1]}", ""]
     for name, pair in {**found["settings"], **found["counts"]}.items():
         one, other = (f"{value:,}" if isinstance(value, int) else str(value) for value in pair)
-        lines.append(f"  {name:<16}{one:>16}{other:>16}")
+        lines.append(f"  {name:<16}  {one:>14}  {other:>14}")
     for name, what in ROW_KINDS.items():
         lines += ["", f"{found[name]['rows']:,} {what}"]
         lines += [f"  {in_words(entry)}" for entry in found[name]["examples"]]

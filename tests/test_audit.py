@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import truth
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup import proof
+from snipdedup.intervals import proportion_interval
 from snipdedup.proof import raw_cosines
 from snipdedup.shards import open_features
 from snipdedup.verdict import SHOWN, Verdict, pick_ordinals
@@ -150,7 +152,7 @@ def test_what_is_true_passes(laion, rows, tmp_path, method, keep):
     assert f"{kept} rows in 4 files, compared with what was filtered" in said
     near = truth.cosine_table(rows)[~mask][:, ~mask] >= np.float32(THRESHOLD)
     missed = (near.sum(1) > 1).sum()
-    assert f"{missed} of {kept} sampled rows that stay match another one" in said
+    assert f"{missed} of all {kept} rows that stay match another one" in said
     assert (missed == 0) or method == "adc"
 
 
@@ -181,7 +183,7 @@ def test_bad_rows_that_are_kept_pass(laion, rows, tmp_path):
     status, said = audit(tmp_path / "o", tmp_path / "set", "--probe_rows", ROWS)
     assert status == 0
     kept = json.loads((tmp_path / "o" / "snip.json").read_text())["counts"]["kept"]
-    assert f"0 of {kept - 3} sampled rows" in said
+    assert f"0 of all {kept - 3} rows" in said
 
 
 def test_adc_without_features_says_so_and_fails(laion, tmp_path):
@@ -222,6 +224,18 @@ def test_a_flipped_value_of_is_dup_names_the_row(out, laion, forged, value, kind
     assert ("is_dup.npy is not the file that was written: other SHA-256" in said) != forged
     shard = where(row).partition("img_emb_")[2][0]
     assert any(line.startswith(f"metadata/m_{shard}.parquet: ") for line in wrong(said))
+
+
+@pytest.mark.parametrize(("column", "value"), [("shard", "img_emb_2.npy"), ("shard_row", 0)])
+def test_a_wrong_place_is_named(out, laion, column, value):
+    row, values = columns_of(out, "row", column)
+    at = np.flatnonzero(row == row[row < 200].max())[0]
+    values[at] = value
+    edit_groups(out, **{column: values})
+    forge(out)
+    status, said = audit(out, laion)
+    assert status == 1
+    assert wrong(said) == [f"groups.parquet: {where(row[at])} has another place"]
 
 
 @given(st.integers(0, ROWS - 1))
@@ -416,6 +430,33 @@ def test_metadata_without_its_source_is_counted(rows, laion, tmp_path):
     assert wrong(said)[0] == "metadata/m_3.parquet is missing"
 
 
+def test_metadata_as_csv(laion, rows, tmp_path):
+    for part in range(4):
+        lines = pq.read_table(laion / "metadata" / f"m_{part}.parquet").drop_columns(["tags"])
+        (tmp_path / "csv").mkdir(exist_ok=True)
+        pa.csv.write_csv(lines, tmp_path / "csv" / f"m_{part}.csv")
+    words = ("--metadata", tmp_path / "csv", "--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", laion / "img_emb", *words)[0] == 0
+    status, said = audit(tmp_path / "o", laion)
+    assert status == 0
+    assert "compared with what was filtered" in said
+    path = tmp_path / "o" / "metadata" / "m_2.parquet"
+    kept = pq.read_table(path)
+    pq.write_table(kept.slice(1), path)
+    status, said = audit(tmp_path / "o", laion)
+    row = int(kept["key"][0].as_py()[1:])
+    assert status == 1
+    assert f"{where(row)} is missing or comes too late" in said
+
+
+def test_metadata_in_other_files_is_refused(finished, laion, tmp_path):
+    pq.write_table(table(0, ROWS), tmp_path / "all.parquet")
+    words = ("audit", finished, laion, "--metadata", tmp_path / "all.parquet")
+    status, _, complaint = truth.snip(*words)
+    assert status == 1
+    assert "expected m_0.parquet, m_1.parquet" in complaint
+
+
 def test_a_changed_feature_file_is_named_and_so_is_its_row(finished, rows, laion, tmp_path):
     own = shutil.copytree(laion, tmp_path / "set")
     row = int(np.flatnonzero(np.load(finished / "is_dup.npy")[450:])[3])
@@ -490,8 +531,10 @@ def test_groups_out_of_order_or_of_rows_that_are_not(out, laion):
 def test_a_sample_proves_less_and_says_what_follows(finished, laion):
     status, said = audit(finished, laion, "--sample", 50)
     assert status == 0
-    assert "50 of 50 sampled removed rows reach 0.9" in said
-    assert "at most 7.11 % of all removed rows do not (95 %)" in said  # 1 - .025 ** (1 / 50)
+    lines = said.splitlines()
+    at = next(i for i, line in enumerate(lines) if "50 of 50 sampled removed rows reach" in line)
+    # 1 - .025 ** (1 / 50)
+    assert lines[at + 1].strip() == "so at most 7.11 % of all removed rows do not (95 %)"
     every = int(np.load(finished / "is_dup.npy").sum())
     assert f"{every} of {every} sampled" in audit(finished, laion, "--sample", 10**6)[1]
 
@@ -510,10 +553,18 @@ def test_missed_matches_are_counted_and_one_is_named(finished, rows, laion, tmp_
     status, said = audit(out, laion, "--probe_rows", ROWS)
     assert status == 0  # reported, not failed
     assert missed > 0
-    assert f"{missed} of {len(kept)} sampled rows that stay match another one" in said
+    assert f"{missed} of all {len(kept)} rows that stay match another one" in said
     a, b = (kept[i] for i in np.unravel_index(table_.argmax(), table_.shape))
     assert f"such as {where(a)} and {where(b)}: cosine {table_.max():.6f}" in said
     assert "rows that stay match" not in audit(out, laion, "--probe_rows", 0)[1]
+    status, said = audit(out, laion, "--probe_rows", 60)
+    found, low, high = re.search(
+        r"(\d+) of 60 sampled rows that stay match .*: (\S+) to (\S+) % of them", said
+    ).groups()
+    assert (float(low) / 100, float(high) / 100) == pytest.approx(
+        proportion_interval(int(found), 60), abs=1e-4
+    )
+    assert float(low) <= 100 * missed / len(kept) <= float(high)
 
 
 def test_results_do_not_depend_on_memory_or_threads(finished, laion, monkeypatch):
