@@ -138,5 +138,3 @@ def classes(marks: np.ndarray) -> np.ndarray:
 def part_of(marks: np.ndarray, parts: int) -> np.ndarray:
     """Return the part of a `Spill` that each fingerprint belongs to, (n,) int64."""
     return ((marks[0] >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32)).astype(np.int64)
-
-

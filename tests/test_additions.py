@@ -9,7 +9,7 @@ import pytest
 
 from snipdedup import additions, spill
 from snipdedup.additions import Removed, dup_counts, weights
-from snipdedup.deduplicate import dedup
+from snipdedup.deduplicate import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import open_metadata
 from snipdedup.settings import Dedup
@@ -90,10 +90,10 @@ def photos(data, tmp_path):
     return source / "image_embeddings.npy", source / "metadata.csv", tmp_path / "out"
 
 
-def test_real_photos_keep_their_five_captions(photos, snip):
+def test_real_photos_keep_their_five_captions(photos):
     features, meta, out = photos
-    words = ("dedup", features, "--metadata", meta, "--merge_captions", 10)
-    said = snip(*words, "--out", out).stdout
+    known = {"features": str(features), "metadata": str(meta)}
+    said = run(Dedup(**known, out=str(out), merge_captions=10))
     assert "removed              400" in said
     assert "stay                 100" in said
     before = open_metadata(meta)
@@ -109,14 +109,14 @@ def test_real_photos_keep_their_five_captions(photos, snip):
         assert set(found) == set(every[row["image_id"]])
         assert row["dup_count"] == 4
     assert sum(len(row["merged_captions"]) == 4 for row in rows) >= 95
-    snip(*words[:-1], 2, "--out", out.parent / "two")
+    run(Dedup(**known, out=str(out.parent / "two"), merge_captions=2))
     rows = pq.read_table(out.parent / "two" / "metadata" / "metadata.parquet").to_pylist()
     assert {len(row["merged_captions"]) for row in rows} == {2}
 
 
-def test_weights_leave_all_rows_and_share_one_among_copies(photos, snip):
+def test_weights_leave_all_rows_and_share_one_among_copies(photos):
     features, meta, out = photos
-    snip("dedup", features, "--metadata", meta, "--weights", "--out", out)
+    run(Dedup(features=str(features), metadata=str(meta), weights=True, out=str(out)))
     table = pq.read_table(out / "metadata" / "metadata.parquet")
     assert len(table) == 500
     assert np.load(out / "is_dup.npy").sum() == 400

@@ -8,8 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.baseline import baselines
+from snipdedup.deduplicate import run
 from snipdedup.groups import Members
 from snipdedup.metadata import open_metadata
+from snipdedup.settings import Dedup
 
 
 def members(row, group, is_dup):
@@ -61,10 +63,10 @@ def test_many_groups_by_counting(tmp_path, seed):
     assert baselines(open_metadata(tmp_path), found) == {"url": want}
 
 
-def test_the_summary_says_so(data, snip, tmp_path):
+def test_the_summary_says_so(data, tmp_path):
     meta = data / "small" / "chia500" / "metadata.csv"
     lines = meta.read_text("utf-8").splitlines()
     (tmp_path / "m.csv").write_text("\n".join([lines[0].replace("image_id", "url"), *lines[1:]]))
-    features = data / "small" / "chia500" / "image_embeddings.npy"
-    words = ("dedup", features, "--metadata", tmp_path / "m.csv", "--out", tmp_path / "out")
-    assert "by url               400  of them equal urls alone would catch" in snip(*words).stdout
+    features = str(data / "small" / "chia500" / "image_embeddings.npy")
+    options = Dedup(features=features, metadata=str(tmp_path / "m.csv"), out=str(tmp_path / "out"))
+    assert "by url               400  of them equal urls alone would catch" in run(options)
