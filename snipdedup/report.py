@@ -38,12 +38,20 @@ def run(options: Report) -> str:
     out = Path(options.out).expanduser()
     manifest = store.read_manifest(out, KIND)
     target = out / NAME if options.html is None else Path(options.html).expanduser()
+    texts = open_texts(out, manifest, options.metadata)
+    store.refuse_output_inside(target, inputs_of(texts, options.images))
     check_target(target, options.overwrite)
-    page = survey_out(out, manifest, options)
+    page = survey_out(out, manifest, texts, options)
     text = render(page)
     with store.replacing(target) as part:
         part.write_text(text, encoding="utf-8")
     return summary(page, target, len(text.encode()))
+
+
+def inputs_of(texts: RowTexts, images: str | None) -> list[Path]:
+    """Return the files and folders that are read, besides OUT."""
+    inputs = [] if texts.metadata is None else texts.metadata.inputs()
+    return inputs if images is None else [*inputs, Path(images).expanduser()]
 
 
 def require_jinja() -> None:
@@ -67,7 +75,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             )
 
 
-def survey_out(out: Path, manifest: dict[str, Any], options: Report) -> Page:
+def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Report) -> Page:
     """Read OUT into what the page shows."""
     settings, shards = manifest["settings"], manifest["shards"]
     offsets = offsets_of(shards)
@@ -76,7 +84,6 @@ def survey_out(out: Path, manifest: dict[str, Any], options: Report) -> Page:
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         curve = read_curve(out / "forest.parquet", int(offsets[-1]), told.threshold)
     survey = survey_groups(out / "groups.parquet", told, options.seed)
-    texts = open_texts(out, manifest, options.metadata)
     wanted = shown_rows(survey)
     keys = read_keys(out / "groups.parquet", wanted)
     is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
@@ -155,9 +162,9 @@ def find_pictures(
 ) -> tuple[dict[int, str], Notes]:
     """Return thumbnails by row."""
     if options.image_column is not None:
-        names = texts.read(texts.find(options.image_column), wanted)
         if texts.metadata is None:
             raise SnipError("--image_column names a column of the metadata: give --metadata too")
+        names = texts.read(texts.find(options.image_column), wanted)
         found = thumbnails.by_path(names.values(), options.images)
     elif options.images is not None:
         names = keys

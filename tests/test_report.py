@@ -373,6 +373,7 @@ def test_refusals(hostile, tmp_path):
         ((out, "--images", tmp_path / "none"), "no such folder of pictures"),
         ((out, "--image_column", "none"), "column 'none' is not there"),
         ((out, "--metadata", tmp_path), "no metadata in"),
+        ((out, "--images", tmp_path), "snip never writes there"),
     ):
         status, _, said = truth.snip("report", *words, "--html", tmp_path / "r.html")
         assert status == 1, said
