@@ -39,19 +39,31 @@ class Network(nn.Module):
 
     The linear path can start as PCA; the MLP's last layer starts at zero, so that training begins
     at PCA and only adds to it.
+
+    A head, where there is one, is a shorter descriptor inside the descriptor, for small codes: few
+    bytes say more about few dimensions. It starts as the first of them.
     """
 
-    def __init__(self, dim_in: int, hidden: int, dim: int) -> None:
+    def __init__(self, dim_in: int, hidden: int, dim: int, head: int = 0) -> None:
         super().__init__()
         self.linear = nn.Linear(dim_in, dim)
         self.inner = nn.Linear(dim_in, hidden)
         self.outer = nn.Linear(hidden, dim, bias=False)
         nn.init.zeros_(self.outer.weight)
+        self.head: nn.Parameter | None = None
+        if head:  # orthonormal rows; turned along with the descriptor, never trained
+            self.head = nn.Parameter(torch.eye(dim)[:head].clone(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return descriptors of unit rows: (n, dim_in) to (n, dim)."""
         y = self.linear(x) + self.outer(functional.gelu(self.inner(x)))
         return functional.normalize(y)
+
+    def narrow(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the heads of descriptors: (n, dim) to (n, head), of length 1."""
+        if self.head is None:
+            return y
+        return functional.normalize(y @ self.head.T)
 
     @torch.no_grad()
     def rotate(self, rotation: torch.Tensor) -> None:
@@ -62,6 +74,8 @@ class Network(nn.Module):
         self.linear.weight.copy_(rotation @ self.linear.weight)
         self.linear.bias.copy_(rotation @ self.linear.bias)
         self.outer.weight.copy_(rotation @ self.outer.weight)
+        if self.head is not None:
+            self.head.copy_(self.head @ rotation.T)
 
 
 class Encoder:
@@ -71,14 +85,31 @@ class Encoder:
     ----------
     dim_in, dim : int
         Width of features and of descriptors.
+    head : int
+        Width of the descriptors for small codes; 0 where there is none.
     device : str
     """
 
-    def __init__(self, network: Network, device: str = "cpu") -> None:
+    def __init__(self, network: Network, device: str = "cpu", *, narrow: bool = False) -> None:
         self.network = network.to(device).float().eval().requires_grad_(False)
-        self.device = device
+        self.device, self.narrow = device, narrow
         self.dim, self.dim_in = self.network.linear.weight.shape
+        self.head = 0 if self.network.head is None else len(self.network.head)
+        self.dim = self.head if narrow else self.dim
         self.hidden = self.network.inner.weight.shape[0]
+
+    def of_width(self, dim: int) -> Encoder:
+        """Return the encoder whose descriptors are ``dim`` wide: this one, or its head."""
+        return Encoder(self.network, self.device, narrow=True) if dim == self.head else self
+
+    def for_codes(self, m: int, nbits: int = 8) -> Encoder:
+        """Return the encoder that a code of ``m`` sub-quantisers keeps most of.
+
+        A code of at most a bit a dimension does better on the head.
+        """
+        if not self.head or m * nbits > self.dim or self.head % m:
+            return self
+        return self.of_width(self.head)
 
     def encode(self, rows: np.ndarray, first: int = 0) -> np.ndarray:
         """Return descriptors, in this thread.
@@ -107,7 +138,8 @@ class Encoder:
     @torch.inference_mode()
     def _block(self, block: np.ndarray) -> np.ndarray:
         unit = unit_rows(block)
-        found = self.network(torch.from_numpy(unit).to(self.device)).cpu().numpy()
+        y = self.network(torch.from_numpy(unit).to(self.device))
+        found = (self.network.narrow(y) if self.narrow else y).cpu().numpy()
         found[~unit.any(axis=1)] = 0
         return found
 
@@ -125,7 +157,8 @@ class Encoder:
             "layout": LAYOUT,
             "dim_in": self.dim_in,
             "hidden": self.hidden,
-            "dim": self.dim,
+            "dim": self.network.linear.out_features,
+            "head": self.head,
         }
         store.write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
 
@@ -157,8 +190,8 @@ class Encoder:
         return cls(network, pick_device(device))
 
 
-def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, int]:
-    """Return (dim_in, hidden, dim) that a manifest promises."""
+def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Return (dim_in, hidden, dim, head) that a manifest promises."""
     described = manifest.get("encoder")
     described = described if isinstance(described, dict) else {}
     if described.get("layout") != LAYOUT:
@@ -171,7 +204,7 @@ def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, i
         raise SnipError(
             f"{folder / store.MANIFEST}: expected the widths dim_in, hidden and dim, found {shape}"
         )
-    return shape  # type: ignore[return-value]
+    return *shape, int(described.get("head", 0))  # type: ignore[return-value]
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -120,7 +120,7 @@ def build(
         "base": identity(base) if base else None,
         **{n: getattr(options, n) for n in ("nlist", "m", "nbits", "train_rows", "seed")},
     }
-    space = Space.of(encoder, features.dim, as_stored)
+    space = code_space(Space.of(encoder, features.dim, as_stored), base, options)
     check_shape(features, space, base, options)
     state, request = claim(out, request, features, options)
     if state == "done":
@@ -128,6 +128,7 @@ def build(
     held = len(store.read_manifest(out, "index")["shards"]) if state == "append" else 0
     if held:
         space = Space.of(held_encoder(out), features.dim, bool(request["as_stored"]))
+        space = space.of_width(read_quantiser(out / QUANTISER).dim)
     work = out / store.WORK / FILES
     try:
         if not held and not (work / QUANTISER).is_file():
@@ -141,6 +142,16 @@ def build(
         copy_encoder(encoder, work / ENCODER)
     finish(out, request, options, held)
     return Index.open(out), state
+
+
+def code_space(space: Space, base: Path | None, options: settings.Index) -> Space:
+    """Return the space that codes are made in: a short code keeps more of an encoder's head."""
+    if space.encoder is None:
+        return space
+    if base is not None:
+        return space.of_width(read_quantiser(base).dim)
+    m = options.m or default_m(space.dim, settings.INDEX_M)
+    return space.of_width(space.encoder.for_codes(m, options.nbits or settings.INDEX_NBITS).dim)
 
 
 def check_shape(

@@ -76,6 +76,13 @@ class Space:
         encoder = Encoder.load(folder, device="cpu")
         return cls(encoder, False, encoder.dim_in, encoder.dim)
 
+    def of_width(self, dim: int) -> Space:
+        """Return this space, with the head of the encoder where that is ``dim`` wide."""
+        if self.encoder is None:
+            return self
+        encoder = self.encoder.of_width(dim)
+        return Space(encoder, self.as_stored, self.dim_in, encoder.dim)
+
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return what is quantised: descriptors, unit rows, or rows as they are, float32."""
         if self.encoder is not None:
@@ -115,7 +122,9 @@ class Index:
         """How rows become vectors; loading an encoder takes torch a second."""
         folder = held_encoder(self.folder)
         as_stored = bool(self.manifest["request"]["as_stored"])
-        return Space.encoded(folder) if folder else Space.of(None, self.dim, as_stored)
+        if folder is None:
+            return Space.of(None, self.dim, as_stored)
+        return Space.encoded(folder).of_width(self.dim)
 
     @property
     def encoder(self) -> Encoder | None:

@@ -348,12 +348,13 @@ class Dedup(Input):
 
     def filled(self) -> Dedup:
         """Return the settings with defaults for what a re-threshold would take over."""
-        keep = "hard" if self.method == "semdedup" else "first"
-        known = {"grouping": "star", "keep": keep, "seed": 0}
+        known: dict[str, Any] = {"grouping": "star", "keep": "first", "seed": 0}
         if self.method == "semdedup":
-            del known["grouping"]
+            known = {"keep": "hard", "seed": 0}
         given = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
-        return dataclasses.replace(self, **{**known, **given})
+        epsilons = parse_epsilons(self.epsilon)  # the first decides
+        threshold = 1 - epsilons[0] if epsilons else self.threshold
+        return dataclasses.replace(self, **{**known, **given, "threshold": threshold})
 
 
 @dataclass(frozen=True, kw_only=True)

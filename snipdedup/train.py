@@ -2,30 +2,31 @@
 
 Rows are drawn from all shards into memory, a subset at a time; some are held out and only
 reported on. The ``snip`` loss asks that a batch's similarities between descriptors, as a softmax,
-be those between features; ``mse`` asks that features can be rebuilt from descriptors.
+be those between features; ``mse`` asks that features can be rebuilt from descriptors. Which rows a
+step sees depends on the seed and the step alone, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
+import io
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from snipdedup import progress, settings, store
 from snipdedup.compute import cores, library_threads, pick_device
 from snipdedup.cosine import unit_rows
-from snipdedup.encoder import WEIGHTS, Encoder, Network
+from snipdedup.encoder import Encoder, Network, first_line
 from snipdedup.errors import SnipError
+from snipdedup.losses import MseLoss, SnipLoss, TextLoss, start_network
 from snipdedup.scan import refuse_bad, row_hashes
 from snipdedup.shards import Features, open_features, plan_blocks, request_of
 
@@ -37,17 +38,19 @@ SUBSET_PASSES = 4  # over rows in memory before others are drawn
 EVALUATIONS = 20  # a run, at the most
 PATIENCE = 5  # evaluations without a better validation loss before it stops
 BETTER = 1e-3  # share of the loss that counts as better
-INNER_SD = 0.3  # of the first layer's weights; inputs have norm 1 (keyframes: 1 loses .02 recall)
 WARMUP = 20  # steps, and the least between evaluations
 CLIP = 1.0  # norm of the gradient
 WEIGHT_DECAY = 0.01
-SELF = -1e4  # logit of a row with itself: no weight after a softmax, and no NaN as -inf gives
+PAIR = 0x9E3779B97F4A7C15  # odd: folds the hashes of an image and its text into one
+HEAD_WEIGHT = 0.5  # of the similarities between heads, beside those between whole descriptors
+TEXT_WEIGHT = 1.0  # of the similarities between images and texts, beside those among images
 ROTATION_ROWS = 20_000  # that OPQ looks at
 ROTATION_LEAST = 10_000  # fewer do not fill the codebooks of 256 it fits
 ROTATION_PARTS = 16  # bytes of the code it is made for; others gain as well
 ROTATION_ROUNDS = 20
+CHECKPOINT, CHECKPOINT_S = "checkpoint.pt", 30.0  # in the work folder; seconds between two
 # Settings that say how training is carried out, not what comes out of it.
-HOW = {"features", "out", "overwrite", "device", "threads"}
+HOW = {"features", "text_features", "out", "overwrite", "device", "threads"}
 
 
 @dataclass(frozen=True)
@@ -103,39 +106,71 @@ class History:
 def run(options: settings.Train) -> str:
     """Train an encoder and write it; return the summary."""
     started = time.monotonic()
-    features = open_input(options)
+    features, texts = open_inputs(options)
     out = Path(options.out).expanduser()
-    store.refuse_output_inside(out, features.inputs())
-    kept = {k: v for k, v in options.as_dict().items() if k not in HOW}
-    request = {**kept, **request_of(features)}
+    store.refuse_output_inside(out, [*features.inputs(), *(texts.inputs() if texts else [])])
+    request = describe_request(features, texts, options)
     if store.claim(out, "encoder", request, overwrite=options.overwrite, late=True) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
-        encoder, history = fit(features, options)
-        seconds = time.monotonic() - started
-        body = {
-            "command": "train",
-            "settings": options.as_dict(),
-            "request": request,
-            "shards": features.describe(),
-            "history": history.as_dict(),
-            "threads": cores(options.threads),
-            "seconds": {"all": round(seconds, 3)},
-        }
-        store.clear(out, keep_work=True)
-        encoder.save(out, body)
-    finally:
-        if not (out / store.MANIFEST).is_file():  # weights that nothing vouches for are no use
-            (out / WEIGHTS).unlink(missing_ok=True)
-        store.release(out)
+        encoder, history = fit(features, texts, options, out / store.WORK / CHECKPOINT)
+    except SnipError:
+        store.release(out)  # refused: nothing to go on from; what stood there before, stands
+        raise
+    seconds = time.monotonic() - started
+    body = {
+        "command": "train",
+        "settings": {**options.as_dict(), "features": str(options.features)},
+        "request": request,
+        "shards": features.describe(),
+        "history": history.as_dict(),
+        "threads": cores(options.threads),
+        "seconds": {"all": round(seconds, 3)},
+    }
+    store.clear(out, keep_work=True)
+    encoder.save(out, body)
+    store.release(out)
     return summary(history, encoder, features, options, seconds)
 
 
-def open_input(options: settings.Train) -> Features:
-    """Open the features that the settings name."""
-    return open_features(
+def describe_request(
+    features: Features, texts: Features | None, options: settings.Train
+) -> dict[str, Any]:
+    """Return all that the weights depend on, by name."""
+    kept = {k: v for k, v in options.as_dict().items() if k not in HOW}
+    beside = {f"text_{k}": v for k, v in request_of(texts).items()} if texts else {}
+    return {**kept, **request_of(features), **beside}
+
+
+def open_inputs(options: settings.Train) -> tuple[Features, Features | None]:
+    """Open the features that the settings name, and the texts beside them.
+
+    Raises
+    ------
+    SnipError
+        If they do not match row for row, or are not of one width.
+    """
+    features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
     )
+    if options.text_features is None:
+        return features, None
+    return features, open_texts(options.text_features, features)
+
+
+def open_texts(source: Any, features: Features) -> Features:
+    """Open text features that belong to image features, row for row."""
+    texts = open_features(source)
+    for what, mine, theirs in (
+        ("rows", features.rows, texts.rows),
+        ("wide", features.dim, texts.dim),
+    ):
+        if mine != theirs:
+            raise SnipError(
+                f"{texts.place(0)[0]}: --text_features are {theirs:,} {what}, FEATURES are "
+                f"{mine:,} {what}; give the text features of the same items and the same model"
+            )
+    return texts
 
 
 def summary(
@@ -180,18 +215,34 @@ def train(features: Any, **given: Any) -> tuple[Encoder, History]:
         descriptor wider than the features.
     """
     options = settings.Train(features=features, out="", **given)
-    return fit(open_input(options), options)
+    return fit(*open_inputs(options), options)
 
 
-def fit(features: Features, options: settings.Train) -> tuple[Encoder, History]:
-    """Train on opened features; the threads are fixed, since sums depend on their number."""
+def fit(
+    features: Features,
+    texts: Features | None,
+    options: settings.Train,
+    checkpoint: Path | None = None,
+) -> tuple[Encoder, History]:
+    """Train on opened features; the threads are fixed, since sums depend on their number.
+
+    Parameters
+    ----------
+    features, texts : Features
+        Texts, where given, belong to the rows of the features.
+    options : settings.Train
+    checkpoint : Path, optional
+        Where a stopped run notes how far it came, and goes on from.
+    """
     check_shape(features, options.dim)
     device = pick_device(options.device)
     with library_threads(cores(options.threads)):
-        training = Training(features, options, device)
-        history = training.train()
-        rotate(training.network, training.rows, options.seed)
-    return Encoder(training.network, device), history
+        training = Training(features, texts, options, device)
+        if checkpoint is not None and checkpoint.is_file():
+            training.resume(checkpoint)
+        training.train(checkpoint)
+        rotate(training.network, training.sample)
+    return Encoder(training.network, device), training.history
 
 
 def check_shape(features: Features, dim: int) -> None:
@@ -208,97 +259,164 @@ def check_shape(features: Features, dim: int) -> None:
         )
 
 
+class Rows(NamedTuple):
+    """Rows in memory.
+
+    Attributes
+    ----------
+    images : (n, d) float16 as stored, or float32 of norm 1
+    texts : (n, d) likewise, or None
+    hashes : (n,) uint64
+        The same only for the same row (image and text).
+    """
+
+    images: np.ndarray
+    texts: np.ndarray | None
+    hashes: np.ndarray
+
+    def take(self, which: np.ndarray | slice) -> Rows:
+        """Return some of the rows."""
+        texts = None if self.texts is None else self.texts[which]
+        return Rows(self.images[which], texts, self.hashes[which])
+
+
 class Training:
     """One run: rows in memory, the network, and what it is judged by."""
 
-    def __init__(self, features: Features, options: settings.Train, device: str) -> None:
-        self.features, self.options, self.device = features, options, device
-        rows, hashes = self.draw(0, options.subset_rows + options.validation_rows)
-        if len(rows) < LEAST_ROWS:
+    def __init__(
+        self, features: Features, texts: Features | None, options: settings.Train, device: str
+    ) -> None:
+        self.features, self.texts, self.options = features, texts, options
+        self.device, self.done = device, 0
+        drawn = self.draw(0, options.subset_rows + options.validation_rows)
+        if len(drawn.hashes) < LEAST_ROWS:
             raise SnipError(
-                f"expected at least {LEAST_ROWS} distinct rows to train on, found {len(rows)} "
-                f"among {features.rows:,}; train on more features"
+                f"expected at least {LEAST_ROWS} distinct rows to train on, found "
+                f"{len(drawn.hashes)} among {features.rows:,}; train on more features"
             )
-        held = min(options.validation_rows, len(rows) // 5)
-        self.held_hashes, self.rows = hashes[:held], rows[held:]
-        self.batch = min(options.batch, len(self.rows))
-        self.validation = Validation(self.tensor(rows[:held]))
+        held = min(options.validation_rows, len(drawn.hashes) // 5)
+        self.held, self.rows, self.number = (
+            drawn.take(slice(held)),
+            drawn.take(slice(held, None)),
+            0,
+        )
+        self.sample = self.rows.images[:ROTATION_ROWS].copy()
+        self.batch = min(options.batch, len(self.rows.hashes))
+        self.subset_steps = SUBSET_PASSES * (len(self.rows.hashes) // self.batch)
+        self.validation = Validation(*self.tensors(self.held))
+        self.history = History(len(self.rows.hashes), held, self.batch)
+        self.losses: list[float] = []
+        self.start()
+
+    def start(self) -> None:
+        """Make the network, the loss and the optimiser as they are before the first step."""
+        options = self.options
         generator = torch.Generator().manual_seed(options.seed)
-        directions = principal_directions(self.rows, options.dim)
-        self.network = start_network(directions, options.hidden, generator).to(device)
+        directions = principal_directions(self.rows.images, options.dim, self.rows.texts)
+        head = options.dim // 2 if options.loss == "snip" else 0
+        self.network = start_network(directions, options.hidden, generator, head).to(self.device)
         self.loss = (
             SnipLoss(options.temperature)
             if options.loss == "snip"
             else MseLoss(directions, options.hidden, generator)
-        ).to(device)
+        ).to(self.device)
+        self.text_loss = TextLoss(options.text_temperature)
         self.optimiser = torch.optim.AdamW(
             [*self.network.parameters(), *self.loss.parameters()], weight_decay=WEIGHT_DECAY
         )
+        self.best = copy.deepcopy(self.network.state_dict())
 
-    def draw(self, number: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return random distinct rows and their hashes; the same ones for the same number."""
+    def draw(self, number: int, wanted: int) -> Rows:
+        """Return random distinct rows; the same ones for the same number."""
         rng = np.random.default_rng([self.options.seed, number])
         wanted = min(wanted, self.features.rows)
         picked = rng.choice(self.features.rows, wanted, replace=False, shuffle=False)
-        rows, hashes = load_distinct(self.features, np.sort(picked))
-        order = rng.permutation(len(rows))
-        return rows[order], hashes[order]
+        rows = load_distinct(self.features, self.texts, np.sort(picked))
+        return rows.take(rng.permutation(len(rows.hashes)))
 
-    def tensor(self, rows: np.ndarray) -> torch.Tensor:
-        """Return unit rows on the device."""
-        return torch.from_numpy(unit_rows(rows)).to(self.device)
+    def tensors(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return unit rows on the device: images, and texts if there are any."""
+        parts = [
+            None if part is None else torch.from_numpy(unit_rows(part)).to(self.device)
+            for part in (rows.images, rows.texts)
+        ]
+        return parts[0], parts[1]  # type: ignore[return-value]
 
-    def batches(self) -> Iterator[torch.Tensor]:
-        """Yield batches without end; other rows are loaded where not all fit into memory."""
+    def batch_of(self, step: int) -> Rows:
+        """Return the rows of a step, counted from 1; it depends on nothing but seed and step.
+
+        Where not all rows fit into memory, others are drawn after some passes.
+        """
         options = self.options
-        whole = self.features.rows <= options.subset_rows + options.validation_rows
-        rng = np.random.default_rng(options.seed)
-        for number in itertools.count(1):
-            for _ in range(SUBSET_PASSES):
-                order = rng.permutation(len(self.rows))
-                for start in range(0, max(len(order) - self.batch, 0) + 1, self.batch):
-                    yield self.tensor(self.rows[order[start : start + self.batch]])
-            if not whole:
-                rows, hashes = self.draw(number, options.subset_rows)
-                self.rows = rows[~np.isin(hashes, self.held_hashes)]
+        number, at = 0, step - 1
+        if self.features.rows > options.subset_rows + options.validation_rows:
+            number, at = divmod(at, self.subset_steps)
+        if number != self.number:
+            rows = self.draw(number, options.subset_rows + options.validation_rows)
+            self.rows, self.number = rows.take(~np.isin(rows.hashes, self.held.hashes)), number
+        count = len(self.rows.hashes)
+        passes, place = divmod(at, max(count // self.batch, 1))
+        order = np.random.default_rng([options.seed, number, passes]).permutation(count)
+        return self.rows.take(order[place * self.batch : (place + 1) * self.batch])
 
-    def train(self) -> History:
-        """Train, keep the weights with the best validation loss, return what happened."""
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train to the end; keep the weights with the best validation loss."""
         steps = self.options.steps
         every = max(WARMUP, steps // EVALUATIONS)
-        history = History(len(self.rows), len(self.validation.rows), self.batch)
-        history.curve.append(self.evaluate(0, []))
-        weights, losses = copy.deepcopy(self.network.state_dict()), []
+        saved = time.monotonic()
+        if not self.history.curve:
+            self.history.curve.append(self.evaluate())
         with progress.bar(steps, "training", "steps") as bar:
-            for step, x in enumerate(itertools.islice(self.batches(), steps), 1):
-                losses.append(self.step(x, learning_rate(step, self.options)))
+            bar.update(self.done)
+            while self.done < steps and not self.history.stalled():
+                x, t = self.tensors(self.batch_of(self.done + 1))
+                self.losses.append(self.step(x, t, learning_rate(self.done + 1, self.options)))
+                self.done += 1
                 bar.update(1)
-                if step % every and step != steps:
+                if self.done % every == 0 or self.done == steps:
+                    self.note(bar)
+                elif time.monotonic() - saved < CHECKPOINT_S:
                     continue
-                point = self.evaluate(step, losses)
-                history.curve.append(point)
-                losses = []
-                bar.set_postfix_str(f"loss {point['loss']:.3f}, recall@{K} {point['recall']:.3f}")
-                if history.best is point:
-                    weights = copy.deepcopy(self.network.state_dict())
-                if history.stalled():
-                    break
-        self.network.load_state_dict(weights)
-        return history
+                if checkpoint is not None:
+                    self.save(checkpoint)
+                saved = time.monotonic()
+        self.network.load_state_dict(self.best)
 
-    def step(self, x: torch.Tensor, rate: float) -> float:
+    def note(self, bar: Any) -> None:
+        """Add a point to the curve; keep the weights if it is the best so far."""
+        point = self.evaluate()
+        self.history.curve.append(point)
+        self.losses = []
+        bar.set_postfix_str(f"loss {point['loss']:.3f}, recall@{K} {point['recall']:.3f}")
+        if self.history.best is point:
+            self.best = copy.deepcopy(self.network.state_dict())
+
+    def step(self, x: torch.Tensor, t: torch.Tensor | None, rate: float) -> float:
         """Take one step of AdamW on a batch; return its loss."""
         group = self.optimiser.param_groups[0]
         group["lr"] = rate
-        loss = self.loss(x, self.network(x))
+        loss = self.loss_of(x, t)
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(group["params"], CLIP)
         self.optimiser.step()
         return float(loss.detach())
 
+    def loss_of(self, x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
+        """Return the loss of unit rows and, where given, of the texts that belong to them."""
+        y = self.network(x)
+        loss = self.loss(x, y)
+        if self.network.head is not None:
+            loss = loss + HEAD_WEIGHT * self.loss(x, self.network.narrow(y))
+        if t is None:
+            return loss
+        u = self.network(t)
+        if self.options.loss == "mse":
+            return (loss + self.loss(t, u)) / 2
+        return loss + TEXT_WEIGHT * self.text_loss(x, t, y, u)
+
     @torch.no_grad()
-    def evaluate(self, step: int, losses: list[float]) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Return a point of the curve: how the network does on the held-out rows.
 
         Raises
@@ -306,41 +424,84 @@ class Training:
         SnipError
             If the loss is no longer a number.
         """
-        held = self.validation.rows
-        y = self.network(held)
-        spans = plan_blocks(len(held), self.batch)
-        parts = [float(self.loss(held[a:b], y[a:b])) * (b - a) for a, b in spans]
-        point = {"step": step, "validation_loss": sum(parts) / len(held)}
+        x, t = self.validation.rows, self.validation.texts
+        total = 0.0
+        for a, b in plan_blocks(len(x), self.batch):
+            total += float(self.loss_of(x[a:b], None if t is None else t[a:b])) * (b - a)
+        point = {"step": self.done, "validation_loss": total / len(x)}
         if not math.isfinite(point["validation_loss"]):
             raise SnipError(
-                f"the loss is not a number at step {step}; lower --learning_rate "
+                f"the loss is not a number at step {self.done}; lower --learning_rate "
                 f"({self.options.learning_rate:g})"
             )
-        point["recall"] = self.validation.recall(y)
-        return {**point, "loss": float(np.mean(losses))} if losses else point
+        point["recall"] = self.validation.recall(self.network(x))
+        return {**point, "loss": float(np.mean(self.losses))} if self.losses else point
+
+    def save(self, path: Path) -> None:
+        """Write all that the next step depends on."""
+        state = {
+            "done": self.done,
+            "network": self.network.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "best": self.best,
+            "curve": self.history.curve,
+            "losses": self.losses,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with store.replacing(path) as part:
+            part.write_bytes(buffer.getvalue())
+
+    def resume(self, path: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises
+        ------
+        SnipError
+            If the file is damaged.
+        """
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.loss.load_state_dict(state["loss"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.best, self.losses = state["best"], state["losses"]
+            self.history.curve.extend(state["curve"])
+            self.done = state["done"]
+        except (OSError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+            raise SnipError(
+                f"{path}: damaged ({first_line(error)}); start anew with --overwrite"
+            ) from error
 
 
-def load_distinct(features: Features, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Load rows, each distinct one once.
+def load_distinct(features: Features, texts: Features | None, picked: np.ndarray) -> Rows:
+    """Load rows, each distinct one once; with texts, each distinct pair of image and text.
 
     Copies would be drawn more often, and be each other's only neighbour.
 
     Parameters
     ----------
-    features : Features
+    features, texts : Features
     picked : (n,) int64
         Global rows, ascending.
-
-    Returns
-    -------
-    (m, d) float16 as stored, or float32 of norm 1
-    (m,) uint64, their hashes
 
     Raises
     ------
     SnipError
         If a row cannot be compared: file and row.
     """
+    hashes, parts = np.zeros(len(picked), np.uint64), []
+    for source in filter(None, (features, texts)):
+        kept, keys = load(source, picked)
+        parts.append(kept)
+        hashes = hashes * np.uint64(PAIR) + keys
+    first = np.sort(np.unique(hashes, return_index=True)[1])
+    return Rows(parts[0], parts[1] if texts else None, hashes).take(first)
+
+
+def load(features: Features, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Load rows and their hashes, refusing those that cannot be compared."""
     parts, hashes = [], []
     for start, stop in plan_blocks(len(picked), READ_ROWS):
         rows = features.gather(picked[start:stop])
@@ -348,82 +509,31 @@ def load_distinct(features: Features, picked: np.ndarray) -> tuple[np.ndarray, n
         hashes.append(row_hashes(rows))
         # Half the memory as float16; wider types are scaled first, so that none overflows.
         parts.append(rows if rows.dtype == np.float16 else unit_rows(rows))
-    keys = np.concatenate(hashes)
-    first = np.sort(np.unique(keys, return_index=True)[1])
-    return np.concatenate(parts)[first], keys[first]
+    return np.concatenate(parts), np.concatenate(hashes)
 
 
-def principal_directions(rows: np.ndarray, dim: int) -> torch.Tensor:
+def principal_directions(
+    rows: np.ndarray, dim: int, texts: np.ndarray | None = None
+) -> torch.Tensor:
     """Return the orthonormal directions that hold most of the unit rows, (dim, d) float32.
 
     About the origin, not the mean: cosine is measured from there (recall@10 on keyframes .79,
-    against .73 about the mean).
+    against .73 about the mean). With texts, of both together.
     """
     moments = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for start, stop in plan_blocks(len(rows), READ_ROWS):
-        x = torch.from_numpy(unit_rows(rows[start:stop]))
-        moments += (x.T @ x).double()
+    for part in (rows,) if texts is None else (rows, texts):
+        for start, stop in plan_blocks(len(part), READ_ROWS):
+            x = torch.from_numpy(unit_rows(part[start:stop]))
+            moments += (x.T @ x).double()
     vectors = torch.linalg.eigh(moments)[1]
     return vectors.flip(1)[:, :dim].T.float().contiguous()
-
-
-def start_network(directions: torch.Tensor, hidden: int, generator: torch.Generator) -> Network:
-    """Return a network that is PCA so far, with an MLP ready to learn."""
-    dim, dim_in = directions.shape
-    network = Network(dim_in, hidden, dim)
-    with torch.no_grad():
-        network.linear.weight.copy_(directions)
-        network.linear.bias.zero_()
-        network.inner.weight.normal_(std=INNER_SD, generator=generator)
-        network.inner.bias.zero_()
-    return network
-
-
-class SnipLoss(nn.Module):
-    """How far the descriptors' similarities are from the features', within a batch.
-
-    Each row's similarities to the others, over a temperature, become a distribution; the loss is
-    the Kullback-Leibler divergence of the descriptors' from the features', in nats a row.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the loss of descriptors ``y`` of unit rows ``x``."""
-        with torch.no_grad():
-            teacher = self.logits(x)
-        return functional.kl_div(self.logits(y), teacher, reduction="batchmean", log_target=True)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return log-probabilities of each row's neighbours, itself excluded."""
-        similarity = x @ x.T / self.temperature
-        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-        return functional.log_softmax(similarity.masked_fill(itself, SELF), dim=1)
-
-
-class MseLoss(nn.Module):
-    """How badly the features are rebuilt from descriptors, by a decoder that learns as well.
-
-    The decoder mirrors the network: a linear path that starts as PCA's, plus a GELU MLP whose
-    last layer starts at zero.
-    """
-
-    def __init__(self, directions: torch.Tensor, hidden: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.decoder = start_network(directions.T, hidden, generator)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the mean squared distance of unit rows ``x`` and what ``y`` gives back."""
-        return (x - self.decoder(y)).square().sum(dim=1).mean()
 
 
 class Validation:
     """Held-out rows, and which of them are nearest to which by exact cosine."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows = rows
+    def __init__(self, rows: torch.Tensor, texts: torch.Tensor | None = None) -> None:
+        self.rows, self.texts = rows, texts
         self.nearest = nearest(rows)
 
     def recall(self, y: torch.Tensor) -> float:
@@ -446,24 +556,32 @@ def learning_rate(step: int, options: settings.Train) -> float:
     return options.learning_rate * rise * (1 + math.cos(math.pi * (step - 1) / options.steps)) / 2
 
 
-def rotate(network: Network, rows: np.ndarray, seed: int) -> None:
-    """Fold in the rotation of descriptors that product quantisation likes best (OPQ).
+def rotate(network: Network, rows: np.ndarray) -> None:
+    """Fold in the rotations of descriptors and of heads that product quantisation likes best (OPQ).
 
-    It changes no distance and costs nothing later (Ge et al., Optimized Product Quantization,
+    They change no distance and cost nothing later (Ge et al., Optimized Product Quantization,
     2013). Without enough rows to fit its codebooks the network stays as it is.
     """
-    import faiss
-
-    dim = network.linear.out_features
-    parts = max(m for m in range(1, ROTATION_PARTS + 1) if dim % m == 0)
-    if len(rows) < ROTATION_LEAST or parts == 1:
+    if len(rows) < ROTATION_LEAST:
         return
-    picked = np.random.default_rng(seed).choice(len(rows), min(ROTATION_ROWS, len(rows)), False)
     device = network.linear.weight.device
     with torch.no_grad():
-        y = network(torch.from_numpy(unit_rows(rows[np.sort(picked)])).to(device))
+        y = network(torch.from_numpy(unit_rows(rows)).to(device))
+        if network.head is not None:
+            rotation = best_rotation(network.narrow(y))
+            network.head.copy_(rotation @ network.head)
+        network.rotate(best_rotation(y))
+
+
+def best_rotation(y: torch.Tensor) -> torch.Tensor:
+    """Return the rotation that splits descriptors best into `ROTATION_PARTS`, (dim, dim)."""
+    import faiss
+
+    dim = y.shape[1]
+    parts = max(m for m in range(1, ROTATION_PARTS + 1) if dim % m == 0)
+    if parts == 1:
+        return torch.eye(dim, device=y.device)
     opq = faiss.OPQMatrix(dim, parts)
     opq.niter = ROTATION_ROUNDS
     opq.train(np.ascontiguousarray(y.cpu().numpy()))
-    rotation = faiss.vector_to_array(opq.A).reshape(dim, dim)
-    network.rotate(torch.from_numpy(rotation).to(device))
+    return torch.from_numpy(faiss.vector_to_array(opq.A).reshape(dim, dim)).to(y.device)

@@ -101,7 +101,7 @@ def run(line: str) -> int | None:
     """Run one command line in this process; return its exit status, None if there is no such."""
     first, *words = shlex.split(line, comments=True)
     if first == "snip":
-        return cli.run([*words, *(SHORTER.split() if words[0] == "train" else [])])
+        return cli.run([*words, *(SHORTER.split() if words[0] in ("train", "eval") else [])])
     if first == "python" and words[0].startswith("scripts/"):
         load_script(Path(words[0]).stem).main(words[1:])
         return 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from snipdedup import settings, store, train
+from snipdedup import losses, settings, store, train
 from snipdedup.encoder import Encoder
 from snipdedup.errors import SnipError
 from snipdedup.shards import open_features
@@ -62,15 +64,15 @@ def test_snip_loss_is_the_divergence_worked_by_hand():
             for z in (x, y)
         )
         total += float((p * np.log(p / q)).sum())
-    assert float(train.SnipLoss(t)(x, y)) == pytest.approx(total / 3, rel=1e-5)
+    assert float(losses.SnipLoss(t)(x, y)) == pytest.approx(total / 3, rel=1e-5)
     assert total > 0.1
-    assert float(train.SnipLoss(0.02)(x, x)) == 0
+    assert float(losses.SnipLoss(0.02)(x, x)) == 0
 
 
 def test_snip_loss_has_finite_gradients():
     x = unit(clustered(50, 8))
     y = x.clone().requires_grad_()
-    train.SnipLoss(0.02)(x, torch.nn.functional.normalize(y[:, :8])).backward()
+    losses.SnipLoss(0.02)(x, torch.nn.functional.normalize(y[:, :8])).backward()
     assert torch.isfinite(y.grad).all()
 
 
@@ -78,7 +80,7 @@ def test_mse_loss_starts_as_pca_gives_rows_back():
     rows = clustered(300, 12)
     x = unit(rows).float()
     directions = torch.from_numpy(pca(rows, 5)).float()
-    loss = train.MseLoss(directions, 16, torch.Generator().manual_seed(0))
+    loss = losses.MseLoss(directions, 16, torch.Generator().manual_seed(0))
     y = torch.nn.functional.normalize(x @ directions.T)
     back = (y @ directions).numpy()
     expected = ((x.numpy() - back / np.linalg.norm(back, axis=1, keepdims=True)) ** 2).sum(1).mean()
@@ -95,7 +97,7 @@ def test_principal_directions_are_those_of_the_svd():
 
 def test_the_network_starts_as_pca():
     rows = clustered(400, 16)
-    network = train.start_network(train.principal_directions(rows, 4), 8, torch.Generator())
+    network = losses.start_network(train.principal_directions(rows, 4), 8, torch.Generator())
     y = unit(rows).numpy() @ pca(rows, 4).T
     y /= np.linalg.norm(y, axis=1, keepdims=True)
     found = Encoder(network).encode(rows)
@@ -149,17 +151,28 @@ def test_opq_is_folded_in_and_changes_no_distance(monkeypatch):
     monkeypatch.setattr(train, "ROTATION_LEAST", 500)
     rows = clustered(600, 24)
     directions = train.principal_directions(rows, 8)
-    network = train.start_network(directions, 16, torch.Generator().manual_seed(0))
-    before = Encoder(network).encode(rows)
-    train.rotate(network, rows, seed=0)
-    after = Encoder(network).encode(rows)
-    assert np.abs(after - before).max() > 0.01
-    np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-5)
+    network = losses.start_network(directions, 16, torch.Generator().manual_seed(0), head=4)
+    whole, head = Encoder(network), Encoder(network, narrow=True)
+    before, short = whole.encode(rows), head.encode(rows)
+    np.testing.assert_allclose(
+        short, before[:, :4] / np.linalg.norm(before[:, :4], axis=1)[:, None], atol=1e-6
+    )
+    train.rotate(network, rows)
+    for encoder, was in ((whole, before), (head, short)):
+        now = encoder.encode(rows)
+        assert np.abs(now - was).max() > 0.01
+        np.testing.assert_allclose(now @ now.T, was @ was.T, atol=1e-5)
 
 
 def make(rows, **given) -> train.Training:
     options = settings.Train(features=rows, out="", **{**QUICK, **given})
-    return train.Training(open_features(rows), options, "cpu")
+    return train.Training(open_features(rows), None, options, "cpu")
+
+
+def batches(training: train.Training, steps: int) -> Iterator[np.ndarray]:
+    """Yield the unit rows that the first steps see."""
+    for step in range(1, steps + 1):
+        yield training.tensors(training.batch_of(step))[0].numpy()
 
 
 def keys(rows: np.ndarray) -> set[bytes]:
@@ -172,10 +185,10 @@ def test_held_out_rows_and_their_copies_are_never_trained_on():
     held = keys(training.validation.rows.numpy())
     assert len(held) == 50
     seen, loads = set(), []
-    for x in itertools.islice(training.batches(), 60):
-        loads.append(id(training.rows))
-        seen |= keys(x.numpy())
-        assert len(keys(x.numpy())) == len(x)
+    for x in batches(training, 60):
+        loads.append(training.number)
+        seen |= keys(x)
+        assert len(keys(x)) == len(x)
     assert not held & seen
     assert len(set(loads)) > 3
     assert 300 < len(seen) <= 350  # other subsets bring other rows: nearly all 350
@@ -185,7 +198,7 @@ def test_a_set_that_fits_is_loaded_once_and_whole():
     rows = clustered(500, 8)
     training = make(rows, validation_rows=100, subset_rows=400, batch=128)
     subset = training.rows
-    seen = set().union(*(keys(x.numpy()) for x in itertools.islice(training.batches(), 40)))
+    seen = set().union(*(keys(x) for x in batches(training, 40)))
     assert training.rows is subset
     assert len(seen) == 400
 
@@ -207,7 +220,7 @@ def test_training_that_stalls_stops_and_keeps_the_best_weights():
     rows = clustered(400, 12)
     encoder, history = train.train(rows, **{**QUICK, "steps": 1000, "learning_rate": 1e-7})
     assert history.steps == train.PATIENCE * 50
-    start = train.start_network(make(rows).network.linear.weight, 32, torch.Generator())
+    start = losses.start_network(make(rows).network.linear.weight, 32, torch.Generator())
     same = encoder.encode(rows) @ encoder.encode(rows).T
     np.testing.assert_allclose(same, (y := Encoder(start).encode(rows)) @ y.T, atol=1e-3)
 
@@ -277,8 +290,9 @@ def test_what_cannot_be_trained_on_is_refused_before_the_first_step(
 def test_a_loss_that_is_no_number_is_refused():
     training = make(clustered(300, 16))
     training.network.linear.weight.data.fill_(math.nan)
+    training.done = 7
     with pytest.raises(SnipError, match=r"not a number at step 7; lower --learning_rate"):
-        training.evaluate(7, [])
+        training.evaluate()
 
 
 def test_shards_of_other_widths_and_other_settings_are_refused(tmp_path):
@@ -307,13 +321,62 @@ def test_rewritten_shards_are_another_input(tmp_path):
         train.run(settings.Train(**given))
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_stopped_before_its_manifest_leaves_no_weights(tmp_path, monkeypatch, overwrite):
+@contextmanager
+def stopped(monkeypatch, after: int) -> Iterator[None]:
+    """Interrupt training in the step after so many, checkpoints at each."""
+    step = train.Training.step
+
+    def stop(self, *words):
+        if self.done == after:
+            raise KeyboardInterrupt
+        return step(self, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_S", 0.0)
+        patch.setattr(train.Training, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@pytest.mark.parametrize("loss", ["snip", "mse"])
+def test_a_killed_training_resumes_to_the_same_weights_and_curve(tmp_path, monkeypatch, loss):
     (tmp_path / "in").mkdir()
-    np.save(tmp_path / "in" / "a.npy", clustered(100, 16))
-    given = {"features": str(tmp_path / "in"), "out": str(tmp_path / "out"), **QUICK, "steps": 2}
-    if overwrite:
+    np.save(tmp_path / "in" / "a.npy", clustered(700, 16))
+    asked = {**QUICK, "subset_rows": 200, "validation_rows": 100, "steps": 45, "loss": loss}
+    asked["features"] = str(tmp_path / "in")
+    train.run(settings.Train(**asked, out=str(tmp_path / "straight")))
+    again = settings.Train(**asked, out=str(tmp_path / "killed"))
+    for after in (17, 31):
+        with stopped(monkeypatch, after):
+            train.run(again)
+        assert [p.name for p in (tmp_path / "killed").iterdir()] == ["work"]
+    done = []
+    step = train.Training.step
+    monkeypatch.setattr(train.Training, "step", lambda *a: (done.append(a[0].done), step(*a))[1])
+    train.run(again)
+    assert done == list(range(31, 45))  # not one step twice
+    files = [tmp_path / name / "weights.pt" for name in ("straight", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    curves = [store.read_manifest(f.parent, "encoder")["history"]["curve"] for f in files]
+    assert curves[0] == curves[1]
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["snip.json", "weights.pt"]
+
+
+def test_a_stopped_run_is_not_taken_for_one_with_other_settings(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", clustered(300, 16))
+    given = {**QUICK, "features": str(tmp_path / "a.npy"), "out": str(tmp_path / "out")}
+    with stopped(monkeypatch, 5):
+        train.run(settings.Train(**given))
+    with pytest.raises(SnipError, match=r"stopped run with other seed"):
         train.run(settings.Train(**given, seed=1))
+    (tmp_path / "out" / "work" / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(SnipError, match=r"checkpoint.pt: damaged .*start anew with --overwrite"):
+        train.run(settings.Train(**given))
+
+
+def test_a_run_stopped_at_its_manifest_resumes(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", clustered(100, 16))
+    given = {**QUICK, "features": str(tmp_path / "a.npy"), "out": str(tmp_path / "out"), "steps": 2}
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -321,6 +384,100 @@ def test_a_run_stopped_before_its_manifest_leaves_no_weights(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(store, "write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
-            train.run(settings.Train(**given, overwrite=overwrite))
-    assert not (tmp_path / "out").exists()
+            train.run(settings.Train(**given))
+    assert not (tmp_path / "out" / "snip.json").exists()
+    monkeypatch.setattr(train.Training, "step", None)  # all steps were done
     assert "validation recall" in train.run(settings.Train(**given))
+
+
+def paired(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and texts of the same items: texts lie in another cone, and say less."""
+    images = clustered(rows, dim)
+    rng = np.random.default_rng(5)
+    texts = images + 0.4 * rng.normal(size=images.shape) + 0.4 * rng.normal(size=dim)
+    return images, texts.astype(np.float32)
+
+
+def found_at_1(images: np.ndarray, texts: np.ndarray) -> float:
+    return float(((texts @ images.T).argmax(axis=1) == np.arange(len(images))).mean())
+
+
+def test_text_loss_is_the_divergence_worked_by_hand():
+    x, t = torch.eye(2), torch.tensor([[0.8, 0.6], [0.0, 1.0]])
+    y, u = torch.eye(2), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+    total = 0.0
+    for a, b in ((x @ t.T, y @ u.T), (t @ x.T, u @ y.T)):
+        for i in range(2):
+            p, q = (np.exp(z[i].numpy() / 0.5) / np.exp(z[i].numpy() / 0.5).sum() for z in (a, b))
+            total += float((p * np.log(p / q)).sum()) / 4
+    assert float(losses.TextLoss(0.5)(x, t, y, u)) == pytest.approx(total, rel=1e-5)
+    assert total > 0.001
+
+
+def test_texts_keep_finding_their_images():
+    images, texts = paired(2000, 48)
+    given = {**QUICK, "steps": 120, "dim": 6}
+    kept = []
+    for beside in (None, texts[:1500]):
+        encoder, _ = train.train(images[:1500], **given, text_features=beside)
+        kept.append(found_at_1(encoder.encode(images[1500:]), encoder.encode(texts[1500:])))
+    assert kept[1] > kept[0] + 0.02
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (clustered(299, 16), r"t.npy: --text_features are 299 rows, FEATURES are 300 rows"),
+        (clustered(300, 15), r"t.npy: --text_features are 15 wide, FEATURES are 16 wide"),
+        (clustered(300, 16) * np.where(np.arange(300) == 7, np.nan, 1)[:, None], r"t.npy row 7"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(tmp_path, monkeypatch, texts, message):
+    np.save(tmp_path / "a.npy", clustered(300, 16))
+    np.save(tmp_path / "t.npy", texts)
+    monkeypatch.setattr(train.Training, "step", None)
+    given = {"features": str(tmp_path / "a.npy"), "text_features": str(tmp_path / "t.npy")}
+    with pytest.raises(SnipError, match=message):
+        train.run(settings.Train(**QUICK, **given, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_image_with_several_captions_is_several_pairs():
+    images, texts = paired(100, 16)
+    images, texts = np.repeat(images, 3, axis=0), np.concatenate([texts, texts, texts[::-1]])
+    texts[::3] = texts[0]
+    rows = train.load_distinct(open_features(images), open_features(texts), np.arange(300))
+    pairs = {image.tobytes() + text.tobytes() for image, text in zip(images, texts, strict=True)}
+    assert len(rows.hashes) == len(pairs)
+    assert rows.texts.shape == rows.images.shape
+
+
+def test_texts_are_compressed_like_images(tmp_path, snip):
+    images, texts = paired(300, 16)
+    for name, rows in (("img_emb", images), ("text_emb", texts)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / f"{name}_0.npy", rows)
+    encoder = tmp_path / "encoder"
+    small = ("--dim", 8, "--hidden", 16, "--steps", 20, "--threads", 1)
+    snip(
+        "train",
+        tmp_path / "img_emb",
+        "--text_features",
+        tmp_path / "text_emb",
+        "--out",
+        encoder,
+        *small,
+    )
+    snip(
+        "compress",
+        tmp_path / "text_emb",
+        "--encoder",
+        encoder,
+        "--out",
+        tmp_path / "d",
+        "--dtype",
+        "float32",
+    )
+    assert np.array_equal(
+        np.load(tmp_path / "d" / "text_emb_0.npy"), Encoder.load(encoder).encode(texts)
+    )

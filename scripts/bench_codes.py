@@ -1,0 +1,192 @@
+"""Recall of short descriptors and codes on rows that no encoder saw, beside PCA, MSE and OPQ.
+
+    python scripts/bench_codes.py --features FOLDER --out FILE.json [--quick] [--seeds 0 1 2]
+
+Encoders and PCA learn from two thirds of the rows; the rest are indexed (quantisers trained on
+them) and all queried: recall@10 against exact cosine, the query itself left out; IVF256, nprobe 8.
+``random``: a random third is kept back; ``shard``: every third shard, so other videos or sites. OPQ
+turns the raw rows that are indexed (autofaiss's recipe). ``PCA head`` is PCA of half the width,
+what SNIP's codes of up to a bit a dimension are made of. A run that is stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timing import machine
+
+from snipdedup import train
+from snipdedup.compute import cores
+from snipdedup.cosine import unit_rows
+from snipdedup.measure import (
+    Codes,
+    Neighbours,
+    Vectors,
+    flat_neighbours,
+    opq,
+    recall,
+    true_neighbours,
+)
+from snipdedup.quantise import train as train_quantiser
+from snipdedup.shards import Features, open_features
+
+NAMES = ("PCA", "PCA head", "MSE", "SNIP", "OPQ on raw")
+K, NLIST, NPROBE, OPQ_ROUNDS = 10, 256, 8, 20
+QUICK = {"steps": 300}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is not in the file yet, write it, print the table."""
+    given = parse(argv)
+    body = json.loads(given.out.read_text()) if given.out.is_file() else {"runs": []}
+    features = open_features(given.features)
+    done = {(run["split"], run["seed"], run["name"]) for run in body["runs"]}
+    for split in given.splits:
+        for seed in given.seeds:
+            wanted = [name for name in given.names if (split, seed, name) not in done]
+            if wanted:
+                for run in measure(features, split, seed, wanted, given):
+                    body["runs"].append(run)
+                    write(body, features, given)
+                    print(json.dumps(run), flush=True)
+    write(body, features, given)
+    print("\n".join(table(body)))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--features", required=True, help="folder of feature shards")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write or go on with")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--splits", nargs="+", default=["random", "shard"])
+    parser.add_argument("--names", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--code_bytes", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--steps", type=int, help="training steps (the default of snip train)")
+    parser.add_argument("--quick", action="store_true", help="300 training steps")
+    return parser.parse_args(argv)
+
+
+def write(body: dict[str, Any], features: Features, given: argparse.Namespace) -> None:
+    """Write everything measured so far."""
+    body |= {
+        "name": given.out.stem.replace("_", " "),
+        "kind": "codes",
+        "machine": machine(),
+        "data": {"rows": features.rows, "dim": features.dim, "dtype": str(features.dtype)},
+        "settings": {"dim": given.dim, "steps": given.steps, "quick": given.quick,
+                     "nlist": NLIST, "nprobe": NPROBE, "k": K},
+    }  # fmt: skip
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def split_rows(features: Features, split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows to learn from and rows to index, ascending int64."""
+    if split == "random":
+        order = np.random.default_rng(seed).permutation(features.rows)
+        cut = 2 * features.rows // 3
+        return np.sort(order[:cut]), np.sort(order[cut:])
+    shard = np.searchsorted(features.offsets, np.arange(features.rows), side="right") - 1
+    held = shard % 3 == seed % 3
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def measure(
+    features: Features, split: str, seed: int, names: list[str], given: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yield what one split gives, contender by contender."""
+    learn, held = split_rows(features, split, seed)
+    rows = features.gather(learn)
+    indexed = open_features(features.gather(held))
+    truth = true_neighbours(indexed, np.arange(indexed.rows), K, cores())
+    for name in names:
+        uncoded, coded, more = contender(name, rows, indexed, seed, given)
+        found = {}
+        if uncoded is not None:
+            flat = flat_neighbours(indexed, truth.queries, K, uncoded, cores())
+            found["uncoded"] = recall(flat, truth, K)
+        for m in given.code_bytes:
+            found[str(m)] = code_recall(coded(m)(indexed.read(0, indexed.rows)), truth, m, seed)
+        yield {
+            "split": split,
+            "seed": seed,
+            "name": name,
+            "recall": {key: round(value, 4) for key, value in found.items()},
+            **more,
+        }
+
+
+def contender(
+    name: str, rows: np.ndarray, indexed: Features, seed: int, given: argparse.Namespace
+) -> tuple[Vectors | None, Callable[[int], Vectors], dict[str, Any]]:
+    """Return how a contender makes vectors without codes and for a code, and what to note."""
+    if name == "OPQ on raw":
+        sample = unit_rows(indexed.read(0, indexed.rows))
+
+        def turned(m: int) -> Vectors:
+            rotation = opq(sample, m, OPQ_ROUNDS)
+            return lambda block: unit_rows(block) @ rotation.T
+
+        return None, turned, {}
+    if name.startswith("PCA"):
+        dim = given.dim // 2 if name == "PCA head" else given.dim
+        directions = train.principal_directions(rows, dim).numpy()
+
+        def pca(block: np.ndarray) -> np.ndarray:
+            return unit_rows(unit_rows(block) @ directions.T)
+
+        return pca, lambda m: pca, {"dim": dim}
+    steps = QUICK if given.quick else {"steps": given.steps} if given.steps else {}
+    loss = name.lower()
+    encoder, history = train.train(rows, loss=loss, dim=given.dim, seed=seed, **steps)
+    said = {"steps": history.steps, "validation_recall": history.best["recall"]}
+    return encoder.encode, lambda m: encoder.for_codes(m).encode, said
+
+
+def code_recall(x: np.ndarray, truth: Neighbours, m: int, seed: int) -> float:
+    """Return recall@10 of an IVFPQ of ``m`` bytes, trained on the vectors it holds."""
+    quantiser = train_quantiser(x, nlist=NLIST, m=m, nbits=8, seed=seed, threads=cores())
+    codes = Codes(quantiser)
+    codes.add(x)
+    return recall(codes.neighbours(x, truth.queries, K, NPROBE), truth, K)
+
+
+def table(body: dict[str, Any]) -> list[str]:
+    """Return mean ± standard deviation over seeds as Markdown, one table a split."""
+    lines = []
+    for split in dict.fromkeys(run["split"] for run in body["runs"]):
+        runs = [run for run in body["runs"] if run["split"] == split]
+        keys = list(dict.fromkeys(key for run in runs for key in run["recall"]))
+        keys.sort(key=lambda key: (key != "uncoded", key.zfill(3)))
+        seeds = len({run["seed"] for run in runs})
+        head = " | ".join("uncoded" if key == "uncoded" else f"{key} B" for key in keys)
+        lines += [
+            f"| split: {split} ({seeds} seeds) | {head} |",
+            "|---" + "|---:" * len(keys) + "|",
+        ]
+        for name in (n for n in NAMES if any(run["name"] == n for run in runs)):
+            mine = [run["recall"] for run in runs if run["name"] == name]
+            cells = [cell([recalls[key] for recalls in mine if key in recalls]) for key in keys]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def cell(values: list[float]) -> str:
+    """Lay out a mean with its standard deviation."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    main()

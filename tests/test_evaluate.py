@@ -1,0 +1,169 @@
+"""Evaluation: what is judged is kept from training, numbers agree with brute force, files whole."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from snipdedup import evaluate, settings, store, tabulate, train
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.shards import open_features
+
+QUICK = {
+    "dim": 8,
+    "steps": 20,
+    "queries": 100,
+    "nlist": 8,
+    "code_bytes": "2,4",
+    "nprobe": "1,4",
+    "threads": 1,
+    "train_rows": 400,
+}
+
+
+def clustered(rows: int, dim: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    found = np.sin(2 * rng.normal(size=(rows, 4)) @ np.random.default_rng(1).normal(size=(4, dim)))
+    copies = rng.permutation(rows)[: rows // 3]
+    found[copies] = found[rng.integers(0, rows, len(copies))]
+    return (found + 0.02 * rng.normal(size=found.shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One evaluation with texts; its folder, its result, and the rows."""
+    folder = tmp_path_factory.mktemp("eval")
+    rows = clustered(900, 16)
+    texts = rows + 0.3 * np.random.default_rng(2).normal(size=rows.shape).astype("f4")
+    for name, part in (("img_emb", rows), ("text_emb", texts)):
+        (folder / name).mkdir()
+        np.save(folder / name / f"{name}_0.npy", part[:500])
+        np.save(folder / name / f"{name}_1.npy", part[500:])
+    options = settings.Eval(
+        features=str(folder / "img_emb"),
+        text_features=str(folder / "text_emb"),
+        out=str(folder / "out"),
+        picture=False,
+        **QUICK,
+    )
+    said = evaluate.run(options)
+    return folder, options, said, rows
+
+
+def test_the_result_holds_every_measurement(done):
+    folder, options, said, _ = done
+    body = json.loads((folder / "out" / "eval.json").read_text())
+    assert {e["contender"] for e in body["neighbours"]} == {"raw", "opq", "pca", "mse", "snip"}
+    coded = {(e["bytes"], e["nprobe"]) for e in body["neighbours"] if e["contender"] == "snip"}
+    assert coded == {(None, None), *((m, n) for m in (2, 4) for n in (1, 4, 8))}
+    assert {e["rule"] for e in body["flags"]} == {"global", "ratio", "difference"}
+    assert {(e["contender"], e["direction"]) for e in body["text"]} == {
+        (name, way) for name in ("raw", "pca", "mse", "snip")
+        for way in ("text to image", "image to text")
+    }  # fmt: skip
+    assert (body["rows"], body["queries"]) == (900, 100)
+    page = (folder / "out" / "eval.md").read_text()
+    assert "| SNIP |" in page
+    assert "SNIP" in said
+    assert sorted(store.read_manifest(folder / "out", "eval")["outputs"]) == [
+        "eval.json",
+        "eval.md",
+    ]
+    assert "finished already" in evaluate.run(options)
+
+
+def test_raw_rows_without_codes_are_the_truth_and_stages_add_up(done):
+    folder, *_ = done
+    body = json.loads((folder / "out" / "eval.json").read_text())
+    raw = next(e for e in body["neighbours"] if e["contender"] == "raw" and not e["bytes"])
+    assert set(raw["recall"].values()) == {1.0}
+    for line in body["budget"]:
+        lost = line["encoder"] + line["code"] + line["probes"]
+        assert line["recall"] + lost == pytest.approx(1, abs=2e-3)
+
+
+def test_duplicates_are_those_of_brute_force(done):
+    folder, options, _, rows = done
+    body = json.loads((folder / "out" / "eval.json").read_text())
+    rng = np.random.default_rng(options.seed)
+    queries = evaluate.sample_rows(900, 100, rng)
+    x = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosine = x[queries] @ x.T
+    cosine[np.arange(100), queries] = -1
+    assert body["duplicates"] == int((cosine.max(axis=1) >= 0.95).sum()) > 5
+
+
+def test_no_query_and_no_copy_of_one_is_learnt_from():
+    rows = np.repeat(clustered(200, 8), 2, axis=0)
+    queries = np.arange(0, 400, 8)
+    learn = evaluate.learnable(open_features(rows), queries, 1000, np.random.default_rng(0))
+    taken = {rows[row].tobytes() for row in queries}
+    assert not any(rows[row].tobytes() in taken for row in learn)
+    assert len(learn) == 300
+    few = evaluate.learnable(open_features(rows), queries, 70, np.random.default_rng(0))
+    assert len(few) == 70
+    assert (np.diff(few) > 0).all()
+
+
+def test_a_given_encoder_is_judged_and_must_fit(done):
+    folder, options, _, rows = done
+    small = {"hidden": 16, "steps": 5, "threads": 1, "dim": 6}
+    train.run(settings.Train(features=rows[:300], out=str(folder / "encoder"), **small))
+    given = {**options.as_dict(), "encoder": str(folder / "encoder"), "text_features": None}
+    evaluate.run(settings.Eval(**{**given, "out": str(folder / "judged"), "code_bytes": "2,4"}))
+    body = json.loads((folder / "judged" / "eval.json").read_text())
+    sizes = {e["bytes"] for e in body["neighbours"] if e["contender"] == "snip"}
+    assert sizes == {None, 2}  # 4 does not divide the width of 6
+    with pytest.raises(SnipError, match=r"expects rows 16 wide, the features are 12 wide"):
+        evaluate.run(
+            settings.Eval(**{**given, "features": rows[:, :12], "out": str(folder / "bad")})
+        )
+    assert not (folder / "bad").exists()
+
+
+def test_texts_that_do_not_match_are_refused(done):
+    folder, options, _, rows = done
+    given = {**options.as_dict(), "out": str(folder / "bad"), "text_features": rows[:-1]}
+    with pytest.raises(SnipError, match=r"--text_features are 899 rows, FEATURES are 900 rows"):
+        evaluate.run(settings.Eval(**given))
+    assert not (folder / "bad").exists()
+
+
+@pytest.mark.parametrize("text", ["4,x", "", "0,4", "300", "4;8"])
+def test_code_sizes_are_whole_numbers(text):
+    with pytest.raises(UsageError, match="--code_bytes must be whole numbers from 1 to 256"):
+        settings.Eval(features="x", out="y", code_bytes=text)
+    assert settings.Eval(features="x", out="y", code_bytes="8,4,8").sizes() == [4, 8]
+
+
+def test_the_picture_is_drawn_from_the_result(done, tmp_path):
+    plots = pytest.importorskip("snipdedup.plots")
+    pytest.importorskip("matplotlib")
+    body = json.loads((done[0] / "out" / "eval.json").read_text())
+    for name in ("a.png", "b.png"):
+        plots.draw(body, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_without_matplotlib_the_extra_is_named_before_any_work(done, monkeypatch):
+    folder, options, *_ = done
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    given = {**options.as_dict(), "picture": True, "out": str(folder / "bad")}
+    with pytest.raises(SnipError, match=r"snipdedup-toolkit\[plot\].* --nopicture"):
+        evaluate.run(settings.Eval(**given))
+    assert not (folder / "bad").exists()
+
+
+def test_tables_leave_out_what_was_not_measured():
+    measured = [
+        {"contender": "opq", "bytes": 4, "nprobe": 8, "recall": {"10": 0.5}},
+        {"contender": "snip", "bytes": None, "nprobe": None, "recall": {"10": 0.75}},
+        {"contender": "snip", "bytes": 4, "nprobe": 8, "recall": {"10": 0.625}},
+    ]
+    assert tabulate.recall_table({"neighbours": measured}, "10", 8)[2:] == [
+        "| OPQ on raw | 0.500 |  |",
+        "| SNIP | 0.625 | 0.750 |",
+    ]
