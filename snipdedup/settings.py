@@ -327,7 +327,8 @@ class Dedup(Input):
         sem, compared = self.method == "semdedup", self.method in (None, "join", "exact")
         if sem and self.keep not in (None, *SEMDEDUP_KEEPS):
             raise UsageError(
-                f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, found {self.keep!r}"
+                f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, "
+                f"found {self.keep!r}"
             )
         if not sem and self.method is not None and (self.clusters or self.epsilon is not None):
             raise UsageError(
