@@ -210,7 +210,7 @@ class Dedup(Input):
         "which copy stays: first (default), last, random, max:COLUMN or min:COLUMN of the "
         "metadata; several in order: max:width,max:similarity,first",
     )
-    text_features: str | None = option(
+    text_features: Any = option(
         None, "features of the captions, row for row: a pair must match in these too"
     )
     text_threshold: float = option(0.9, "cosine at and above which two captions match")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -53,6 +53,10 @@ RANGES = [
     ("Index", "train_rows", 0, 10**9),
     ("Index", "threads", 0, 4096),
     ("Dedup", "threshold", -1, 1),
+    ("Dedup", "text_threshold", -1, 1),
+    ("Dedup", "keep_fraction", 0, 1),
+    ("Dedup", "max_pairs", 0, 2**62),
+    ("Dedup", "clusters", 0, 2**24),
     ("Dedup", "recall", 0.5, 1),
     ("Dedup", "precision", 0, 1),
     ("Dedup", "k", 1, 1024),
@@ -125,7 +129,7 @@ def test_defaults_are_allowed_and_of_their_own_type(kind):
     for field in dataclasses.fields(kind):
         value = getattr(made, field.name)
         hint = bare_type(hints[field.name])
-        assert hint in (int, float, bool, str) or field.metadata.get("positional")
+        assert hint in (int, float, bool, str, Any)
         assert value is None or hint not in (int, float, bool, str) or type(value) is hint
     assert made.as_dict() == {f.name: getattr(made, f.name) for f in dataclasses.fields(kind)}
     with pytest.raises(dataclasses.FrozenInstanceError):
