@@ -53,8 +53,8 @@ def run(options: Audit) -> str:
         store.refuse_output_inside(sheet, [folder, *features.inputs()])
     texts = open_texts(folder, manifest, options.metadata)
     verdict = Verdict()
-    audit(folder, manifest, features, texts, options, verdict)
-    if sheet is not None:
+    readable = audit(folder, manifest, features, texts, options, verdict)
+    if sheet is not None and readable:
         pairs = sample_pairs(folder, manifest, features, texts, options)
         write_sheet(sheet, pairs)
         verdict.say("sheet", f"{len(pairs):,} removed pairs to judge in {sheet}; then --judged")
@@ -83,8 +83,14 @@ def audit(
     texts: RowTexts,
     options: Audit,
     verdict: Verdict,
-) -> None:
-    """Check everything; what is wrong is noted in ``verdict``."""
+) -> bool:
+    """Check everything; what is wrong is noted in ``verdict``.
+
+    Returns
+    -------
+    bool
+        Whether OUT could be read, and the rows of the features are those of OUT.
+    """
     threads, memory = cores(options.threads), memory_bound(options.max_memory)
     if not manifest["verified"]:
         verdict.fail(
@@ -97,20 +103,22 @@ def audit(
     captions = open_captions(manifest, threads, verdict)
     run = open_run(folder, manifest, verdict)
     if run is None:
-        return
+        return False
     proved = features if same_rows else None
     removed = int(np.count_nonzero(run.is_dup))
     chosen = pick_ordinals(removed, options.sample, options.seed) if options.sample else None
     proof = Proof(run, proved, captions, verdict, chosen=chosen, threads=threads, memory=memory)
     held = open_references(manifest, threads, verdict)
-    if check_groups(run, proof, verdict):
+    readable = check_groups(run, proof, verdict)
+    if readable:
         if manifest.get("references"):
             check_references(run, held, proof, verdict)
         describe_proof(run, proof, verdict)
         source = texts.metadata if texts.is_dup is None else None
         check_kept(run, proof.dup_counts(), source, verdict)
-    if proved is not None and options.probe_rows and captions is None:
+    if proved is not None and options.probe_rows and "text" not in manifest:
         estimate_missed(run, proved, held, options, threads, verdict)
+    return readable and same_rows
 
 
 def open_captions(manifest: dict[str, Any], threads: int, verdict: Verdict) -> Captions | None:

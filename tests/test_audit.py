@@ -627,6 +627,14 @@ def test_a_sheet_has_random_removed_pairs_as_they_are(finished, rows, laion, tmp
         assert (read_sheet(other) == lines) == same
 
 
+def test_no_sheet_of_features_that_are_others(finished, rows, tmp_path):
+    truth.save_shards(tmp_path / "few", rows[:600], list(CUTS))
+    status, said = audit(finished, tmp_path / "few", "--sheet", tmp_path / "s.csv")
+    assert status == 1
+    assert "img_emb_3.npy is not what was searched: rows 250, found 150" in said
+    assert not (tmp_path / "s.csv").exists()
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_a_judged_sheet_gives_the_human_precision(finished, laion, tmp_path, delimiter):
     sheet = tmp_path / "sheet.csv"
