@@ -20,6 +20,7 @@ from snipdedup.tables import open_parquet
 BATCH_ROWS = 1 << 19
 STOPS = 128  # of the slider, at the most: a stop's number fits a byte with room to spare
 GROUPS, MEMBERS = 12, 12  # largest groups shown, and rows of each
+NARROWEST = 1e-5  # bin of cosines: they may lie anywhere from -1 to 1
 COPIED = 12  # rows that stand for most others
 CHAINED = 12
 # Removed pairs shown, by where their cosine lies between the threshold (0) and 1.
@@ -215,7 +216,7 @@ class Surveyor:
     def __init__(self, run: Run, seed: int) -> None:
         threshold = run.threshold
         self.run, self.seed, self.threshold = run, seed, np.float32(threshold)
-        width = float(bin_width(threshold))
+        width = max(float(bin_width(threshold)), NARROWEST)
         steps = math.ceil(2 / width)
         self.bins = (1 - width * np.arange(steps, -1, -1)).astype(np.float32)  # from about -1 to 1
         self.similarities = np.zeros(steps + 1, np.int64)

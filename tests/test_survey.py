@@ -236,6 +236,18 @@ def test_chained_and_unverified_rows(tmp_path):
     assert np.isnan(unknown.largest[0].lowest)
 
 
+@pytest.mark.parametrize("threshold", [1.0, 0.99999, 0.9999, 0.999, 0.5, -1.0])
+def test_any_threshold(path, members, threshold):
+    found = surveyed(path, threshold=threshold)
+    assert found.similarities.sum() == members.is_dup.sum()
+    assert len(found.edges) == len(found.similarities) < 300_000
+    assert (np.diff(found.edges) > 0).all()
+    gone = members.similarity[members.is_dup]
+    assert sum(band.rows for band in found.bands) == (gone >= np.float32(threshold)).sum()
+    assert found.below.rows == (gone < np.float32(threshold)).sum()
+    assert found.bands[-1].rows == (gone == 1).sum()
+
+
 def test_no_groups(tmp_path):
     kinds = {"row": "i8", "group": "i8", "representative": "i8", "similarity": "f4", "is_dup": "?"}
     columns = {name: pa.array(np.empty(0, kind)) for name, kind in kinds.items()}
