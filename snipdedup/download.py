@@ -81,10 +81,11 @@ def run(options: Download) -> str:
     meant = None if scheme_of(source) == SCHEME or is_folder(source) else look(options, source)
     refuse_overlap(options, source, out, meant)
     request = asked(options, source, meant)
-    held = held_kind(out)
-    if held not in (None, KIND) and not options.overwrite:
-        return published_already(options, source, out, str(held))
-    state = store.claim(out, held or KIND, request, overwrite=options.overwrite)
+    held = finished(out)
+    kind = held.get("kind", KIND)
+    if held and not options.overwrite and not is_ours(held, options, source):
+        return published_already(options, source, out, kind)
+    state = store.claim(out, kind, request, overwrite=options.overwrite)
     if state == "done":
         return f"{out} is finished already: {said(store.read_manifest(out, KIND)['files'])}"
     try:
@@ -196,11 +197,18 @@ def identity(location: str) -> dict[str, Any]:
     return {"sha256": store.sha256(path)}
 
 
-def held_kind(out: Path) -> str | None:
-    """Return the kind of the finished folder that is there, None without one."""
+def finished(out: Path) -> dict[str, Any]:
+    """Return the manifest of the finished folder that is there, nothing without one."""
     path = out / store.MANIFEST
     found = store.load_json(path) if path.is_file() else None
-    return found.get("kind") if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def is_ours(held: dict[str, Any], options: Download, source: str) -> bool:
+    """Tell a folder that this command made from one that it fetched as it was published."""
+    if held.get("kind") != KIND:
+        return False
+    return not wants_all(options) or held.get("request", {}).get("source") == shown(source)
 
 
 def published_already(options: Download, source: str, out: Path, kind: str) -> str:

@@ -198,7 +198,7 @@ def receive(remote: Remote, part: Part, watch: Watch) -> dict[str, Any]:
     """Fetch what is missing of a file."""
     begin, version = continued(remote, part)
     whole = remote.size if remote.size is not None else version.get("total")
-    if whole is not None and begin == whole:  # stopped just before it was renamed
+    if begin == whole and part.path.is_file():  # stopped just before it was renamed
         watch.at(part.target, begin)
         return {"size": begin, "etag": version.get("etag")}
     opener = web.open_at if is_web(remote.url) else buckets.open_at

@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.parse import quote
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import pyarrow as pa
@@ -36,6 +37,7 @@ from snipdedup.remote import (
 )
 
 TIMEOUT_S = 30
+ASCII = "%:/?#[]@!$&'()*+,;=~"  # what a URL may hold as it is (RFC 3986, 2.2), and what is quoted
 TAIL = 1 << 16  # most footers fit, so that one request counts a file's rows
 PARQUET_END = 8  # four bytes of footer length and the magic number
 MAGIC = b"PAR1"
@@ -110,6 +112,7 @@ def get(
     MissingError, SnipError
         If the server says anything but 200 or 206.
     """
+    url = quote(url, safe=ASCII)
     headers = {"User-Agent": f"snipdedup/{__version__}", "Accept-Encoding": "identity"}
     if span:
         headers["Range"] = f"bytes={span}"

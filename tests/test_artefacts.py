@@ -206,3 +206,16 @@ def test_a_folder_of_one_is_not_replaced_by_another(server, made, tmp_path):
     assert same(made / "clean", tmp_path / "out")
     with pytest.raises(SnipError, match="lies in the input folder"):
         fetch(made / "clean", made / "clean")
+
+
+def test_a_published_download_is_known_again(server, made, tmp_path):
+    store.save_parquet(tmp_path / "meta_0.parquet", table(10))
+    server.files["meta_0.parquet"] = (tmp_path / "meta_0.parquet").read_bytes()
+    fetch(f"{server.url}/meta_0.parquet", tmp_path / "mine")
+    for path in (tmp_path / "mine").iterdir():
+        server.files[f"set/{path.name}"] = path.read_bytes()
+    fetch(f"{server.url}/set", tmp_path / "out")
+    assert same(tmp_path / "mine", tmp_path / "out")
+    assert "finished already" in fetch(f"{server.url}/set", tmp_path / "out")
+    with pytest.raises(SnipError, match="holds a finished download, not what"):
+        fetch(f"{server.url}/v1/clean", tmp_path / "out")

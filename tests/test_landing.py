@@ -175,6 +175,20 @@ def test_a_whole_part_is_only_renamed(server, tmp_path):
     assert alone(tmp_path) == [NAME]
 
 
+@pytest.mark.parametrize("known", [{}, {"size": 0, "sha256": hashlib.sha256().hexdigest()}])
+def test_an_empty_file(server, tmp_path, known):
+    server.files[NAME] = b""
+    assert save(file(server, **known), tmp_path / NAME)["size"] == 0
+    assert (tmp_path / NAME).read_bytes() == b""
+
+
+def test_names_that_must_be_quoted(server, tmp_path):
+    server.files["a b/\u00e9.bin"] = BODY
+    for url in ("a b/\u00e9.bin", "a%20b/%C3%A9.bin"):
+        save(Remote(f"{server.url}/{url}"), tmp_path / NAME)
+        assert (tmp_path / NAME).read_bytes() == BODY
+
+
 def test_a_part_of_another_source_is_not_gone_on_with(server, tmp_path):
     server.files["other"] = BODY[::-1]
     (tmp_path / f".{NAME}.part").write_bytes(BODY[:100])
