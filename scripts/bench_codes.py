@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from make_benchmarks import CODE_NAMES, code_table
 from timing import machine
 
 from snipdedup import train
@@ -36,7 +36,6 @@ from snipdedup.measure import (
 from snipdedup.quantise import train as train_quantiser
 from snipdedup.shards import Features, open_features
 
-NAMES = ("PCA", "PCA head", "MSE", "SNIP", "OPQ on raw")
 K, NLIST, NPROBE, OPQ_ROUNDS = 10, 256, 8, 20
 QUICK = {"steps": 300}
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     write(body, features, given)
                     print(json.dumps(run), flush=True)
     write(body, features, given)
-    print("\n".join(table(body)))
+    print("\n".join(code_table(body)))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write or go on with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--splits", nargs="+", default=["random", "shard"])
-    parser.add_argument("--names", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--names", nargs="+", default=list(CODE_NAMES), choices=CODE_NAMES)
     parser.add_argument("--code_bytes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--steps", type=int, help="training steps (the default of snip train)")
@@ -157,35 +156,6 @@ def code_recall(x: np.ndarray, truth: Neighbours, m: int, seed: int) -> float:
     codes = Codes(quantiser)
     codes.add(x)
     return recall(codes.neighbours(x, truth.queries, K, NPROBE), truth, K)
-
-
-def table(body: dict[str, Any]) -> list[str]:
-    """Return mean ± standard deviation over seeds as Markdown, one table a split."""
-    lines = []
-    for split in dict.fromkeys(run["split"] for run in body["runs"]):
-        runs = [run for run in body["runs"] if run["split"] == split]
-        keys = list(dict.fromkeys(key for run in runs for key in run["recall"]))
-        keys.sort(key=lambda key: (key != "uncoded", key.zfill(3)))
-        seeds = len({run["seed"] for run in runs})
-        head = " | ".join("uncoded" if key == "uncoded" else f"{key} B" for key in keys)
-        lines += [
-            f"| split: {split} ({seeds} seeds) | {head} |",
-            "|---" + "|---:" * len(keys) + "|",
-        ]
-        for name in (n for n in NAMES if any(run["name"] == n for run in runs)):
-            mine = [run["recall"] for run in runs if run["name"] == name]
-            cells = [cell([recalls[key] for recalls in mine if key in recalls]) for key in keys]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    return lines
-
-
-def cell(values: list[float]) -> str:
-    """Lay out a mean with its standard deviation."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python scripts/make_benchmarks.py [--check]
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ HEAD = """\
 # Benchmarks
 
 Generated from `docs/benchmarks/*.json` by `python scripts/make_benchmarks.py`; do not edit. Each
-file is one run of `scripts/bench_join.py` and holds every setting, all repeats, and the machine.
+file is one run of `scripts/bench_join.py`, or of `scripts/bench_codes.py` where recall of codes is
+measured, and holds every setting, all repeats, and the machine.
 
 **Time.** Whole processes, imports included, run in turn on a warm page cache; the median of the
 repeats. *Floor*: the best time of a loop that only reads the rows, converts them to float32 and
@@ -40,6 +42,7 @@ match of each row that goes, so their components, made of these pairs, are the l
 found: judge them by overlap and by rows.
 """
 
+CODE_NAMES = ("PCA", "PCA head", "MSE", "SNIP", "OPQ on raw")
 COLUMNS = (
     ("components", "component_recall"),
     ("pairs", "pair_recall"),
@@ -56,8 +59,11 @@ def page(sources: Path = SOURCES) -> str:
     bodies = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(sources.glob("*.json"))
     ]
+    codes = [body for body in bodies if body.get("kind") == "codes"]
+    bodies = [body for body in bodies if body.get("kind") is None]
     parts = [HEAD]
     parts += [section(body) for body in bodies if compares(body)]
+    parts += [code_section(body) for body in codes]
     alone = [body for body in bodies if not compares(body)]
     if alone:
         parts.append(growth(sorted(alone, key=lambda body: body["data"]["rows"])))
@@ -158,6 +164,55 @@ def growth(bodies: list[dict[str, Any]]) -> str:
             f"`{body['settings']['ours_flags']}` |"
         )
     return "\n".join([*lines, "", describe(bodies[-1]), ""])
+
+
+def code_section(body: dict[str, Any]) -> str:
+    """Return the section of a run of bench_codes.py."""
+    data, host, asked = body["data"], body["machine"], body["settings"]
+    steps = f" --steps {asked['steps']}" if asked["steps"] else " --quick" * asked["quick"]
+    lines = [
+        f"## {body['name']}",
+        "",
+        f"{data['rows']:,} rows × {data['dim']}; recall@{asked['k']} of short descriptors, uncoded "
+        f"and as codes, on rows that nothing was learnt from; IVF{asked['nlist']}, nprobe "
+        f"{asked['nprobe']}; mean ± sd over seeds. {host['processor']}, {host['cores']} cores.",
+        "",
+        *code_table(body),
+        "```sh",
+        f"python scripts/bench_codes.py --features FOLDER{steps} --out FILE.json",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def code_table(body: dict[str, Any]) -> list[str]:
+    """Return mean ± standard deviation over seeds as Markdown, one table a split."""
+    lines = []
+    for split in dict.fromkeys(run["split"] for run in body["runs"]):
+        runs = [run for run in body["runs"] if run["split"] == split]
+        keys = list(dict.fromkeys(key for run in runs for key in run["recall"]))
+        keys.sort(key=lambda key: (key != "uncoded", key.zfill(3)))
+        seeds = len({run["seed"] for run in runs})
+        head = " | ".join("uncoded" if key == "uncoded" else f"{key} B" for key in keys)
+        lines += [
+            f"| split: {split} ({seeds} seeds) | {head} |",
+            "|---" + "|---:" * len(keys) + "|",
+        ]
+        for name in (n for n in CODE_NAMES if any(run["name"] == n for run in runs)):
+            mine = [run["recall"] for run in runs if run["name"] == name]
+            cells = [cell([recalls[key] for recalls in mine if key in recalls]) for key in keys]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def cell(values: list[float]) -> str:
+    """Lay out a mean with its standard deviation."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def peak(ours: dict[str, Any]) -> str:

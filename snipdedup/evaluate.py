@@ -386,13 +386,19 @@ def judge_text(
     at = np.searchsorted(gallery, queries)
     pictures, words = features.gather(gallery), texts.gather(gallery)
     refuse_bad(texts, gallery, words)
+    same_picture, same_text = (
+        np.unique(row_hashes(rows), return_inverse=True)[1] for rows in (pictures, words)
+    )
     found = []
     for contender in contenders:
         if contender.uncoded is None:
             continue
         x, t = contender.uncoded(pictures), contender.uncoded(words)
-        for direction, of, among in (("text to image", t, x), ("image to text", x, t)):
-            ranks = partner_ranks(of[at] @ among.T, at)
+        for direction, of, among, item in (
+            ("text to image", t, x, same_picture),
+            ("image to text", x, t, same_text),
+        ):
+            ranks = partner_ranks(of[at] @ among.T, item[at], item)
             found.append(
                 {
                     "contender": contender.name,

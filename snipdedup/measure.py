@@ -17,7 +17,7 @@ from snipdedup.cosine import pair_cosine, unit_rows
 from snipdedup.quantise import Quantiser
 from snipdedup.shards import Features, plan_blocks
 
-BLOCK_ROWS = 16_384  # rows compared with all queries at a time
+BLOCK_ROWS = 4096  # rows compared with all queries at a time
 SPARE = 16  # more candidates than asked for, since float32 may swap the last of them
 SAME = 1e-6  # similarities closer than this are one: copies differ in their last bits
 
@@ -153,21 +153,24 @@ def encoded(features: Features, vectors: Vectors, threads: int) -> Iterator[np.n
     )
 
 
-def partner_ranks(similarity: np.ndarray, partner: np.ndarray) -> np.ndarray:
-    """Return how many columns are nearer than each row's own partner, (n,) float64.
+def partner_ranks(similarity: np.ndarray, wanted: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """Return how many columns of other items are nearer than the best of one's own, (n,) float64.
 
-    A tie counts half, so copies of one picture, which no descriptor can tell apart, are neither
-    held against it nor for it.
+    A tie counts half: descriptors that are all alike find nothing. Copies of one picture are one
+    item, as no descriptor can tell them apart.
 
     Parameters
     ----------
     similarity : (n, m) float32
-    partner : (n,) int64
-        Column of each row's partner.
+    wanted : (n,) int64
+        Item that each row looks for.
+    item : (m,) int64
+        Item of each column; every wanted one is there.
     """
-    own = similarity[np.arange(len(similarity)), partner][:, None]
-    above = (similarity > own + SAME).sum(axis=1)
-    ties = (np.abs(similarity - own) <= SAME).sum(axis=1) - 1
+    own = wanted[:, None] == item
+    best = np.where(own, similarity, -np.inf).max(axis=1)[:, None]
+    above = (~own & (similarity > best + SAME)).sum(axis=1)
+    ties = (~own & (np.abs(similarity - best) <= SAME)).sum(axis=1)
     return above + ties / 2
 
 

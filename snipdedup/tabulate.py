@@ -81,6 +81,8 @@ def eval_page(body: dict[str, Any]) -> str:
         f"of a query, were learnt from. IVF{body['nlist']}, nprobe {nprobe}.",
         "",
     ]
+    if body["settings"]["encoder"]:
+        lines += ["The SNIP encoder was given: it may have learnt from queries.", ""]
     for k in body["neighbours"][0]["recall"]:
         lines += [*recall_table(body, k, nprobe), ""]
     lines += ["## Where recall@10 is lost", "", *budget_table(body), ""]

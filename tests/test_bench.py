@@ -310,3 +310,26 @@ def test_the_page_shows_runs_in_order_of_time_and_growth_by_rows(measured, tmp_p
 )
 def test_what_is_not_quite_all_never_reads_as_all(value, text):
     assert make_benchmarks.ratio_cell(value) == text
+
+
+def test_code_runs_are_told_from_join_runs_and_averaged_over_seeds():
+    make_benchmarks = importlib.import_module("make_benchmarks")
+    runs = [
+        {"split": "random", "seed": seed, "name": "SNIP", "recall": {"16": value, "uncoded": 0.75}}
+        for seed, value in enumerate((0.5, 0.625, 0.75))
+    ]
+    assert make_benchmarks.code_table({"runs": runs})[:3] == [
+        "| split: random (3 seeds) | uncoded | 16 B |",
+        "|---|---:|---:|",
+        "| SNIP | 0.750 ± 0.000 | 0.625 ± 0.125 |",
+    ]
+
+
+def test_code_splits_share_no_row():
+    bench_codes = importlib.import_module("bench_codes")
+    features = open_features([np.zeros((n, 4), np.float32) + 1 for n in (40, 30, 20, 10)])
+    for split in ("random", "shard"):
+        for seed in range(3):
+            learn, held = bench_codes.split_rows(features, split, seed)
+            assert sorted([*learn, *held]) == list(range(100))
+    assert bench_codes.split_rows(features, "shard", 1)[1].tolist() == list(range(40, 70))

@@ -78,9 +78,12 @@ def test_codes_find_what_plain_faiss_finds():
     np.testing.assert_allclose(own, ((x[:50] - q) ** 2).sum(axis=1), atol=1e-5)
 
 
-def test_partner_ranks_count_ties_half():
+def test_partner_ranks_count_ties_half_and_copies_as_one():
     similarity = np.array([[0.5, 0.9, 0.5], [0.1, 0.2, 0.3], [0.4, 0.4, 0.4]], np.float32)
-    assert measure.partner_ranks(similarity, np.array([0, 2, 1])).tolist() == [1.5, 0, 1]
+    alone = np.arange(3)
+    assert measure.partner_ranks(similarity, np.array([0, 2, 1]), alone).tolist() == [1.5, 0, 1]
+    copies = np.array([0, 1, 0])  # the first and the last column are one picture
+    assert measure.partner_ranks(similarity, np.array([0, 0, 1]), copies).tolist() == [1, 0, 1]
 
 
 def test_average_precision_is_the_one_worked_by_hand():
