@@ -65,6 +65,7 @@ RANGES = [
     ("Dedup", "nprobe", 1, 2**24),
     ("Dedup", "chunk_rows", 1, 10**9),
     ("Dedup", "threads", 0, 4096),
+    ("Download", "jobs", 1, 256),
     ("Demo", "pictures", 50, 100_000),
     *((kind, "seed", 0, 2**63 - 1) for kind in ("Train", "Index", "Dedup", "Demo")),
 ]
