@@ -69,6 +69,9 @@ def make_sample(folder: Path) -> np.ndarray:
         table = pa.table({"key": keys, "url": urls, "picture": picture[part]})
         store.save_parquet(folder / f"metadata/metadata_{number:04d}.parquet", table)
         start += size
+    for number, name in enumerate(("new_emb", "test_emb", "made_emb")):
+        near = rows[10 * number : 10 * number + 30] + np.float16(0.01)
+        store.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
     return rows
 
 
