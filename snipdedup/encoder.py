@@ -40,8 +40,8 @@ class Network(nn.Module):
     The linear path can start as PCA; the MLP's last layer starts at zero, so that training begins
     at PCA and only adds to it.
 
-    A head, where there is one, is a shorter descriptor inside the descriptor, for small codes: few
-    bytes say more about few dimensions. It starts as the first of them.
+    A head, where there is one, makes a shorter descriptor for small codes from the same hidden
+    layer: few bytes say more about few dimensions.
     """
 
     def __init__(self, dim_in: int, hidden: int, dim: int, head: int = 0) -> None:
@@ -50,32 +50,45 @@ class Network(nn.Module):
         self.inner = nn.Linear(dim_in, hidden)
         self.outer = nn.Linear(hidden, dim, bias=False)
         nn.init.zeros_(self.outer.weight)
-        self.head: nn.Parameter | None = None
-        if head:  # orthonormal rows; turned along with the descriptor, never trained
-            self.head = nn.Parameter(torch.eye(dim)[:head].clone(), requires_grad=False)
+        self.head = head
+        if head:
+            self.head_linear = nn.Linear(dim_in, head)
+            self.head_outer = nn.Linear(hidden, head, bias=False)
+            nn.init.zeros_(self.head_outer.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return descriptors of unit rows: (n, dim_in) to (n, dim)."""
-        y = self.linear(x) + self.outer(functional.gelu(self.inner(x)))
-        return functional.normalize(y)
+        return self.whole(x, functional.gelu(self.inner(x)))
 
-    def narrow(self, y: torch.Tensor) -> torch.Tensor:
-        """Return the heads of descriptors: (n, dim) to (n, head), of length 1."""
-        if self.head is None:
-            return y
-        return functional.normalize(y @ self.head.T)
+    def narrow(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the heads of unit rows: (n, dim_in) to (n, head)."""
+        return self.short(x, functional.gelu(self.inner(x)))
+
+    def both(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return descriptors and, if there is a head, heads, for the price of one hidden layer."""
+        hidden = functional.gelu(self.inner(x))
+        return self.whole(x, hidden), self.short(x, hidden) if self.head else None
+
+    def whole(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return descriptors from rows and their hidden layer."""
+        return functional.normalize(self.linear(x) + self.outer(hidden))
+
+    def short(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return heads from rows and their hidden layer."""
+        return functional.normalize(self.head_linear(x) + self.head_outer(hidden))
 
     @torch.no_grad()
-    def rotate(self, rotation: torch.Tensor) -> None:
-        """Fold an orthonormal (dim, dim) matrix into the last layers.
+    def rotate(self, rotation: torch.Tensor, *, head: bool = False) -> None:
+        """Fold an orthonormal matrix into the last layers of descriptors, or of heads.
 
-        Lengths and distances of descriptors stay as they are.
+        Lengths and distances stay as they are.
         """
-        self.linear.weight.copy_(rotation @ self.linear.weight)
-        self.linear.bias.copy_(rotation @ self.linear.bias)
-        self.outer.weight.copy_(rotation @ self.outer.weight)
-        if self.head is not None:
-            self.head.copy_(self.head @ rotation.T)
+        linear, outer = self.linear, self.outer
+        if head:
+            linear, outer = self.head_linear, self.head_outer
+        linear.weight.copy_(rotation @ linear.weight)
+        linear.bias.copy_(rotation @ linear.bias)
+        outer.weight.copy_(rotation @ outer.weight)
 
 
 class Encoder:
@@ -94,7 +107,7 @@ class Encoder:
         self.network = network.to(device).float().eval().requires_grad_(False)
         self.device, self.narrow = device, narrow
         self.dim, self.dim_in = self.network.linear.weight.shape
-        self.head = 0 if self.network.head is None else len(self.network.head)
+        self.head = self.network.head
         self.dim = self.head if narrow else self.dim
         self.hidden = self.network.inner.weight.shape[0]
 
@@ -138,8 +151,8 @@ class Encoder:
     @torch.inference_mode()
     def _block(self, block: np.ndarray) -> np.ndarray:
         unit = unit_rows(block)
-        y = self.network(torch.from_numpy(unit).to(self.device))
-        found = (self.network.narrow(y) if self.narrow else y).cpu().numpy()
+        x = torch.from_numpy(unit).to(self.device)
+        found = (self.network.narrow(x) if self.narrow else self.network(x)).cpu().numpy()
         found[~unit.any(axis=1)] = 0
         return found
 

@@ -19,8 +19,9 @@ def start_network(
     dim, dim_in = directions.shape
     network = Network(dim_in, hidden, dim, head)
     with torch.no_grad():
-        network.linear.weight.copy_(directions)
-        network.linear.bias.zero_()
+        for linear in (network.linear, *((network.head_linear,) if head else ())):
+            linear.weight.copy_(directions[: len(linear.weight)])
+            linear.bias.zero_()
         network.inner.weight.normal_(std=INNER_SD, generator=generator)
         network.inner.bias.zero_()
     return network

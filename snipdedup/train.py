@@ -42,8 +42,6 @@ WARMUP = 20  # steps, and the least between evaluations
 CLIP = 1.0  # norm of the gradient
 WEIGHT_DECAY = 0.01
 PAIR = 0x9E3779B97F4A7C15  # odd: folds the hashes of an image and its text into one
-HEAD_WEIGHT = 0.5  # of the similarities between heads, beside those between whole descriptors
-TEXT_WEIGHT = 1.0  # of the similarities between images and texts, beside those among images
 ROTATION_ROWS = 20_000  # that OPQ looks at
 ROTATION_LEAST = 10_000  # fewer do not fill the codebooks of 256 it fits
 ROTATION_PARTS = 16  # bytes of the code it is made for; others gain as well
@@ -404,16 +402,17 @@ class Training:
 
     def loss_of(self, x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
         """Return the loss of unit rows and, where given, of the texts that belong to them."""
-        y = self.network(x)
+        y, head = self.network.both(x)
         loss = self.loss(x, y)
-        if self.network.head is not None:
-            loss = loss + HEAD_WEIGHT * self.loss(x, self.network.narrow(y))
+        if head is not None:
+            loss = loss + self.loss(x, head)
         if t is None:
             return loss
-        u = self.network(t)
+        u, short = self.network.both(t)
         if self.options.loss == "mse":
             return (loss + self.loss(t, u)) / 2
-        return loss + TEXT_WEIGHT * self.text_loss(x, t, y, u)
+        loss = loss + self.text_loss(x, t, y, u)
+        return loss if head is None else loss + self.text_loss(x, t, head, short)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -564,13 +563,12 @@ def rotate(network: Network, rows: np.ndarray) -> None:
     """
     if len(rows) < ROTATION_LEAST:
         return
-    device = network.linear.weight.device
+    x = torch.from_numpy(unit_rows(rows)).to(network.linear.weight.device)
     with torch.no_grad():
-        y = network(torch.from_numpy(unit_rows(rows)).to(device))
-        if network.head is not None:
-            rotation = best_rotation(network.narrow(y))
-            network.head.copy_(rotation @ network.head)
-        network.rotate(best_rotation(y))
+        y, head = network.both(x)
+    network.rotate(best_rotation(y))
+    if head is not None:
+        network.rotate(best_rotation(head), head=True)
 
 
 def best_rotation(y: torch.Tensor) -> torch.Tensor:
