@@ -5,12 +5,16 @@ Each block is computed by one thread, so its bits do not depend on how many run 
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.settings import parse_bytes
@@ -18,6 +22,8 @@ from snipdedup.settings import parse_bytes
 T = TypeVar("T")
 R = TypeVar("R")
 Stage = Callable[[str], AbstractContextManager[None]]  # times a stage of a run by its name
+
+_held = threading.local()
 
 
 def cores(threads: int = 0) -> int:
@@ -105,3 +111,21 @@ def _single_threaded() -> None:
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
+
+
+def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return uninitialised memory, the same again for each call of a thread with one ``use``.
+
+    Pages that are new to a process are dear to touch, and blocks of work need alike memory again
+    and again. What an earlier call of the thread returned under the same name is overwritten.
+
+    Parameters
+    ----------
+    use : str
+        What the memory is for; it grows to the largest shape asked for.
+    """
+    need = math.prod(shape) * np.dtype(dtype).itemsize
+    pool: dict[str, np.ndarray] = _held.__dict__
+    if use not in pool or pool[use].nbytes < need:
+        pool[use] = np.empty(need, np.uint8)
+    return pool[use][:need].view(dtype).reshape(shape)

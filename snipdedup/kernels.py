@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.compute import scratch
+
 TEST_ROWS = 512
 TEST_ROUNDS = 5
 CLEARLY = 1.5  # a kernel that rounds, or was only lucky in one short trial, must win by more
@@ -31,7 +33,8 @@ class Kernel:
     prepare : function of (n, w) int8 tensor
         Brings the columns' codes into the form that ``multiply`` wants; done once a block.
     multiply : function of (m, w) int8 tensor, prepared columns
-        Returns (m, n) products as a tensor, int32 or float32.
+        Returns (m, n) products as a tensor, int32 or float32, which stands until the thread's
+        next call.
     rounding : float
         Largest error of a product, as a share of its size; 0 where products are exact.
     """
@@ -50,7 +53,7 @@ def candidates(device: str) -> list[Kernel]:
     def bfloat16(codes: Any) -> Any:
         return codes.to(torch.bfloat16)
 
-    int8 = Kernel("int8", device, lambda y: y.T.contiguous(), torch._int_mm)
+    int8 = Kernel("int8", device, lambda y: y.T.contiguous(), cpu_int8)
     if device != "cpu":
         int8 = Kernel("int8", device, cuda_columns, cuda_int8)
     # bfloat16 holds codes exactly; the sum is rounded once, to 8 bits
@@ -66,6 +69,14 @@ def candidates(device: str) -> list[Kernel]:
         "float32", device, lambda y: y.float().T.contiguous(), lambda x, y: x.float() @ y
     )
     return [int8, half, single]
+
+
+def cpu_int8(x: Any, columns: Any) -> Any:
+    """Return int8 products, in memory that is used again."""
+    import torch
+
+    out = torch.from_numpy(scratch("products", (len(x), columns.shape[1]), np.int32))
+    return torch._int_mm(x, columns, out=out)
 
 
 def cuda_columns(y: Any) -> tuple[Any, int]:
@@ -155,22 +166,23 @@ def product_hits(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndar
     i, j : (hits,) int64
         In row order.
     """
-    if 0 in products.shape:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    tops = products.amax(1).cpu().numpy()
-    rows = np.flatnonzero(tops >= limits)
-    if not len(rows):
-        return rows, rows
-    if products.device.type != "cpu":
-        import torch
-
-        limit = torch.from_numpy(np.ceil(limits)).to(products.device, products.dtype)
-        i, j = (products >= limit[:, None]).nonzero(as_tuple=True)
-        return i.cpu().numpy(), j.cpu().numpy()
-    table = products.numpy()
-    if len(rows) < len(table):
-        table = table[rows]
-    limit = np.ceil(limits[rows]).astype(table.dtype)
-    found = np.flatnonzero((table >= limit[:, None]).ravel())
-    i, j = np.divmod(found, table.shape[1])
+    rows, close = close_rows(products, limits)
+    i, j = np.divmod(np.flatnonzero(close.ravel()), max(1, close.shape[1]))
     return rows[i], j
+
+
+def close_rows(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows in which a product reaches the row's limit, and where it does.
+
+    Returns
+    -------
+    rows : (r,) int64
+    close : (r, n) bool
+    """
+    if 0 in products.shape:
+        return np.empty(0, np.int64), np.empty((0, products.shape[1]), bool)
+    rows = np.flatnonzero(products.amax(1).cpu().numpy() >= limits)
+    if len(rows) < len(products):  # most rows have none: look no further at them
+        products = products[rows]
+    table = products.cpu().numpy()
+    return rows, table >= np.ceil(limits[rows]).astype(table.dtype)[:, None]

@@ -107,15 +107,17 @@ def nearest(
 
 
 def centroid_gaps(codes: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Return ‖c‖² − 2 x·c for each code and centroid: (n, nlist), int32 or float32, exact."""
+    """Return ‖c‖² − 2 x·c for each code and centroid: (n, nlist), int32 or float32, exact.
+
+    What is returned stands until the thread's next products.
+    """
     import torch
 
     kernel = pick_kernel("cpu", codes.shape[1], exact=True)
     columns = kernel.prepare(torch.from_numpy(centroids))
     products = kernel.multiply(torch.from_numpy(codes), columns)
-    products *= -2
-    products += torch.from_numpy(squares(centroids)).to(products.dtype)
-    return np.asarray(products.numpy())
+    size = torch.from_numpy(squares(centroids)).to(products.dtype)
+    return np.asarray(torch.sub(size, products, alpha=2, out=products).numpy())
 
 
 def squares(codes: np.ndarray) -> np.ndarray:
@@ -128,14 +130,15 @@ def assign(codes: np.ndarray, lists: Lists) -> Visits:
     if lists.nlist == 1:
         row = np.arange(len(codes), dtype=np.int32)
         return Visits(row, np.zeros_like(row), np.ones(len(row), bool))
-    reach = lists.reach
-    parts = []
+    reach, parts = lists.reach, []  # before any gaps: see centroid_gaps
     for start in range(0, len(codes), ASSIGN_BLOCK):
         gaps = centroid_gaps(codes[start : start + ASSIGN_BLOCK], lists.centroids)
         home = gaps.argmin(1)
-        gaps -= gaps[np.arange(len(home)), home, None]
-        found = np.flatnonzero((gaps <= reach[home]).ravel())
-        row, list_ = np.divmod(found.astype(np.int32), np.int32(lists.nlist))
+        best = gaps[np.arange(len(home)), home]
+        limit = np.take(reach, home, axis=0)
+        limit += best[:, None].astype(np.int32)  # whole numbers, whatever the kernel
+        near = np.flatnonzero((gaps <= limit).ravel())
+        row, list_ = np.divmod(near.astype(np.int32), np.int32(lists.nlist))
         parts.append((row + np.int32(start), list_, list_ == home[row]))
     return Visits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.compute import in_order
+from snipdedup.compute import in_order, scratch
 from snipdedup.cosine import Directions, bad_rows, directions, same_bits
 from snipdedup.errors import InputError
 from snipdedup.shards import CrcLedger, Features, Piece, plan_blocks
@@ -116,14 +116,14 @@ def read_range(
 
     hashes, bad, crcs = [], [], []
     chunk = min(whole_blocks(chunk_rows), whole_blocks(end - begin))
-    buffer = np.empty((chunk, features.dim), features.dtype)  # the same memory for all chunks
-    scratch = torch.empty((min(BLOCK, chunk), features.dim))
+    buffer = scratch("rows read", (chunk, features.dim), features.dtype)
+    wide = torch.from_numpy(scratch("rows wide", (BLOCK, features.dim), np.float32))
     for start, stop in plan_blocks(end - begin, chunk):
         rows, part = features.read_with_crc(begin + start, begin + stop, buffer)
         crcs += part
         for low, high in plan_blocks(len(rows), BLOCK):
             first, block = begin + start + low, rows[low:high]
-            found = directions(block, scratch)
+            found = directions(block, wide)
             bad.append(np.flatnonzero(found.bad) + first)
             hashes.append(row_hashes(block))
             if visit is not None:

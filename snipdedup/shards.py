@@ -128,13 +128,22 @@ class Features:
         rows : (n,) int64
             Global row numbers, any order, repeats allowed.
         """
+        if _ascending(rows):
+            return self.gather_ascending(rows)
         wanted, back = np.unique(rows, return_inverse=True)
-        cuts = np.searchsorted(wanted, self.offsets)
-        found = np.empty((len(wanted), self.dim), self.dtype)
+        return self.gather_ascending(wanted)[back]
+
+    def gather_ascending(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the given global rows, (n,) int64 strictly ascending.
+
+        ``out``, (>= n, dim) of `dtype`, is memory for them; else they get their own.
+        """
+        found = np.empty((len(rows), self.dim), self.dtype) if out is None else out[: len(rows)]
+        cuts = np.searchsorted(rows, self.offsets)
         for shard in np.flatnonzero(np.diff(cuts)):
             part = slice(cuts[shard], cuts[shard + 1])
-            self.shards[shard].take_into(wanted[part] - self.offsets[shard], found[part])
-        return found if len(wanted) == len(rows) and _ascending(rows) else found[back]
+            self.shards[shard].take_into(rows[part] - self.offsets[shard], found[part])
+        return found
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) in row order, ``size`` rows at a time."""

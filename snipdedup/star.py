@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.cosine import PROPOSAL_ERROR, unit_rows
+from snipdedup.cosine import PROPOSAL_ERROR, directions, unit_rows
 from snipdedup.kernels import pick_kernel, product_hits
 from snipdedup.projection import WIDTHS, fit_projection
 from snipdedup.shards import plan_blocks
@@ -144,7 +144,7 @@ def is_pair(
     limit = np.float32(threshold)
     parts = [np.empty(0, bool)]
     for raw, i, j in gathered(rows, gather, x, y):
-        product = pair_products(unit_rows(raw), i, j)
+        product = pair_products(directions(raw), i, j)
         close = np.flatnonzero(np.abs(product - limit) <= PROPOSAL_ERROR)
         product[close] = proved_cosines(raw, raw, i[close], j[close])
         parts.append(product >= limit)
@@ -164,7 +164,7 @@ def nearest(
     """
     product = np.concatenate([
         np.empty(0, np.float32),
-        *(pair_products(unit_rows(raw), i, j) for raw, i, j in gathered(rows, gather, x, y)),
+        *(pair_products(directions(raw), i, j) for raw, i, j in gathered(rows, gather, x, y)),
     ])  # fmt: skip
     at = np.searchsorted(places, x)
     best = np.full(len(places), -2, np.float32)

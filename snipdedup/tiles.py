@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.cosine import PROPOSAL_ERROR, unit_rows
+from snipdedup.compute import scratch
+from snipdedup.cosine import PROPOSAL_ERROR, directions
 from snipdedup.forest import Edges, best_edge, join_edges, link_smaller, make_edges
-from snipdedup.kernels import pick_kernel, product_hits
+from snipdedup.kernels import close_rows, pick_kernel
 from snipdedup.shards import Features
 from snipdedup.verify import proved_cosines
 
@@ -95,76 +96,61 @@ def compare(
     for start in range(0, len(members.row), ROW_TILE):
         left = members.part(start, start + ROW_TILE)
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), prepared)
-        tile = Tile(left, right, products, lowest - left.slack, start)
-        hits = tile.crowd()
-        if hits:
-            forests.append(crowded(features, tile, threshold))
+        rows, close = close_rows(products, lowest - left.slack)
+        if start < columns:  # each pair once: no row with itself or with a later column
+            close &= np.arange(columns) < rows[:, None] + start
+        places = np.flatnonzero(close.ravel())
+        count += len(places)
+        if len(places) > CROWDED * ROW_TILE * COLUMN_TILE:
+            forests.append(crowded(features, left.row[rows], right.row, close, threshold))
         else:
-            i, j = tile.hits()
-            hits = len(i)
-            listed.append((left.row[i], right.row[j]))
-        count += hits
+            i, j = np.divmod(places, max(1, columns))
+            listed.append((left.row[rows[i]], right.row[j]))
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
     return TilePairs(a, b, join_edges(forests), count)
 
 
-class Tile:
-    """The products of some rows (left) with the columns (right), and each row's limit.
-
-    ``start`` is the left rows' place among the members, of which the columns are the first: pairs
-    of a row with itself or with a later column are left out, so that each pair comes once.
-    """
-
-    def __init__(
-        self, left: Codes, right: Codes, products: Any, limits: np.ndarray, start: int
-    ) -> None:
-        self.left, self.right, self.start = left, right, start
-        self.products, self.limits = products, limits
-
-    def crowd(self) -> int:
-        """Return how many places reach their limit where they are too many to list, else 0."""
-        rows = np.flatnonzero(self.products.amax(1).cpu().numpy() >= self.limits)
-        if len(rows) <= CROWDED * ROW_TILE:
-            return 0
-        close = self.products.cpu().numpy()[rows] >= self.limits[rows, None]
-        if self.start < len(self.right.row):  # each pair once
-            close &= np.arange(close.shape[1]) < rows[:, None] + self.start
-        hits = int(np.count_nonzero(close))
-        return hits if hits > CROWDED * ROW_TILE * COLUMN_TILE else 0
-
-    def hits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places (i, j) that reach their limit."""
-        i, j = product_hits(self.products, self.limits)
-        if self.start < len(self.right.row):
-            once = j < i + self.start
-            i, j = i[once], j[once]
-        return i, j
-
-
-def crowded(features: Features, tile: Tile, threshold: float) -> Edges:
+def crowded(
+    features: Features, rows: np.ndarray, columns: np.ndarray, close: np.ndarray, threshold: float
+) -> Edges:
     """Return the forest of a crowded tile's pairs, by one product of the raw rows.
 
     What lies too close to the threshold for float32 is decided one by one.
+
+    Parameters
+    ----------
+    features : Features
+    rows, columns : (m,), (n,) int64
+        Global rows.
+    close : (m, n) bool
+        Which pairs may be.
+    threshold : float
     """
     import torch
 
-    close = tile.products.cpu().numpy() >= tile.limits[:, None]
     left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
-    x, y = features.gather(tile.left.row[left]), features.gather(tile.right.row[right])
-    table = (torch.from_numpy(unit_rows(x)) @ torch.from_numpy(unit_rows(y)).T).numpy()
-    wanted = table >= np.float32(threshold - PROPOSAL_ERROR)
-    if tile.start < len(tile.right.row):
-        wanted &= right < left[:, None] + tile.start
-    i, j = np.nonzero(wanted & (table <= np.float32(threshold + PROPOSAL_ERROR)))
-    wanted[i, j] = proved_cosines(x, y, i, j) >= np.float32(threshold)
+    rows, columns, close = rows[left], columns[right], close[left][:, right]
+    x, y = features.gather(rows), features.gather(columns)
+    table = scratch("table", close.shape, np.float32)
+    torch.mm(unit_tensor(x, "rows"), unit_tensor(y, "columns").T, out=torch.from_numpy(table))
+    close &= table >= np.float32(threshold - PROPOSAL_ERROR)
+    i, j = np.nonzero(close & (table <= np.float32(threshold + PROPOSAL_ERROR)))
+    close[i, j] = proved_cosines(x, y, i, j) >= np.float32(threshold)
     table += np.float32(2)  # positive, whatever the threshold
-    table *= wanted
-    rows, columns = tile.left.row[left], tile.right.row[right]
+    table *= close
     nodes = np.unique(np.concatenate([rows, columns]))
     i, j = table_forest(
         table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
     )
     return make_edges(rows[i], columns[j], proved_cosines(x, y, i, j))
+
+
+def unit_tensor(rows: np.ndarray, use: str) -> Any:
+    """Return rows scaled to norm 1 as a float32 tensor, in memory that is used again."""
+    import torch
+
+    found = directions(rows, torch.from_numpy(scratch(use, rows.shape, np.float32)))
+    return found.values * found.factor[:, None]
 
 
 def table_forest(
@@ -182,7 +168,8 @@ def table_forest(
         Node of each row and column; one node may be both.
     nodes : int
     """
-    turned = np.ascontiguousarray(table.T)
+    turned = scratch("turned", table.T.shape, table.dtype)
+    turned[:] = table.T
     label = np.arange(nodes)
     rows, columns = np.arange(len(left)), np.arange(len(right))
     chosen = [(np.empty(0, np.int64),) * 2]

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from snipdedup.compute import in_order
-from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
+from snipdedup.compute import in_order, scratch
+from snipdedup.cosine import PROPOSAL_ERROR, Directions, directions, pair_cosine
 from snipdedup.forest import Edges, make_edges, spanning_forest
 from snipdedup.shards import Features, plan_blocks
 
-GATHER_PAIRS = 1 << 15  # pairs whose rows are gathered together
-PRODUCT_PAIRS = 1024  # pairs whose rows are laid side by side at a time, to stay in the cache
+GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
+PRODUCT_PAIRS = 256  # pairs whose rows are laid side by side at a time, to stay in the cache
 
 
 def verify_pairs(
@@ -50,30 +50,40 @@ def verify_pairs(
 
 def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, every: bool) -> Edges:
     """Return the edges among one block of pairs; see `verify_pairs`."""
+    import torch
+
     rows, places = np.unique(np.concatenate([a, b]), return_inverse=True)
     i, j = places[: len(a)], places[len(a) :]
-    raw = features.gather(rows)
-    product = pair_products(unit_rows(raw), i, j)
+    shape = (len(rows), features.dim)
+    raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
+    wide = directions(raw, torch.from_numpy(scratch("gathered wide", shape, np.float32)))
+    product = pair_products(wide, i, j)
     likely = np.flatnonzero(product >= np.float32(threshold - PROPOSAL_ERROR))
     i, j = i[likely], j[likely]
     edges = make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j)).at(threshold)
     return edges if every else spanning_forest(edges)
 
 
-def pair_products(unit: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return the products of rows i and j of float32 unit rows, (n,) float32."""
+def pair_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the float32 products of rows i with rows j, scaled to norm 1, (n,) float32."""
     import torch
 
-    rows, left, right = (torch.from_numpy(array) for array in (unit, i, j))
     parts = [np.empty(0, np.float32)]
+    shape = (PRODUCT_PAIRS, rows.values.shape[1])
+    x, y = (torch.from_numpy(scratch(use, shape, np.float32)) for use in ("pair x", "pair y"))
     for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
-        x, y = rows[left[start:stop]], rows[right[start:stop]]
-        parts.append(x.mul_(y).sum(1).numpy())
+        left, right = (torch.from_numpy(side[start:stop]) for side in (i, j))
+        torch.index_select(rows.values, 0, left, out=x[: stop - start])
+        torch.index_select(rows.values, 0, right, out=y[: stop - start])
+        product = x[: stop - start].mul_(y[: stop - start]).sum(1)
+        parts.append((product * rows.factor[left] * rows.factor[right]).numpy())
     return np.concatenate(parts)
 
 
 def proved_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Return the cosines of rows i of x with rows j of y, (n,) float32."""
-    spans = plan_blocks(len(i), PRODUCT_PAIRS)
-    parts = [pair_cosine(x[i[start:stop]], y[j[start:stop]]) for start, stop in spans]
-    return np.concatenate([np.empty(0, np.float32), *parts])
+    parts = [np.empty(0, np.float32)]
+    for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
+        left, right = np.take(x, i[start:stop], axis=0), np.take(y, j[start:stop], axis=0)
+        parts.append(pair_cosine(left, right))
+    return np.concatenate(parts)
