@@ -138,17 +138,20 @@ class NpyShard(Shard):
         """See `Shard.take`."""
         if not self.rows or not len(rows):
             return np.empty((0, self.dim), self.dtype)
-        mapped = np.memmap(self.path, self.stored, "r", self.data, (self.rows, self.dim))
-        return np.take(mapped.view(np.ndarray), rows, axis=0).astype(self.dtype, copy=False)
+        return np.take(self._mapped(), rows, axis=0).astype(self.dtype, copy=False)
 
     def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
         """See `Shard.take_into`."""
         if not len(rows) or self.stored != out.dtype:
             super().take_into(rows, out)
             return
-        mapped = np.memmap(self.path, self.stored, "r", self.data, (self.rows, self.dim))
         # rows are known to be in range; with mode "raise" numpy would fill a buffer first
-        np.take(mapped.view(np.ndarray), rows, axis=0, out=out, mode="clip")
+        np.take(self._mapped(), rows, axis=0, out=out, mode="clip")
+
+    def _mapped(self) -> np.ndarray:
+        stamp = self.path.stat()
+        shape = (self.rows, self.dim)
+        return _map(self.path, self.stored, self.data, shape, stamp.st_mtime_ns, stamp.st_size)
 
     def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
         """See `Shard.crc_piece`; the header belongs to the part of row 0."""
@@ -159,6 +162,14 @@ class NpyShard(Shard):
             with self.path.open("rb") as file:
                 head = file.read(self.header)
         return zlib.crc32(block.data, zlib.crc32(head)), len(head) + block.nbytes
+
+
+@lru_cache(maxsize=256)  # mapping anew, and touching pages anew, is dear; a mapping holds a file open
+def _map(
+    path: Path, dtype: np.dtype, begin: int, shape: tuple[int, int], mtime_ns: int, size: int
+) -> np.ndarray:
+    del mtime_ns, size  # part of the cache's key: a file that changed is mapped again
+    return np.memmap(path, dtype, "r", begin, shape).view(np.ndarray)
 
 
 class PackedNpzShard(Shard):
