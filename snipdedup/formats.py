@@ -124,7 +124,7 @@ class NpyShard(Shard):
     def _fill(self, start: int, rows: np.ndarray) -> None:
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.data + start * self.dim * self.stored.itemsize)
-            left = memoryview(rows.reshape(-1).view(np.uint8))
+            left = rows.reshape(-1).view(np.uint8).data
             while left.nbytes:
                 count = file.readinto(left)
                 if not count:

@@ -8,6 +8,7 @@ on where it was and the result does not depend on who ran what.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ import numpy as np
 from snipdedup import progress, store
 from snipdedup.compute import Stage, in_order, library_threads
 from snipdedup.cosine import Directions, bad_rows
-from snipdedup.forest import Edges, ForestBuilder
+from snipdedup.forest import Edges, ForestBuilder, make_edges
 from snipdedup.kernels import pick_kernel
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
+from snipdedup.masses import Hubs, Placed, find_hubs
 from snipdedup.projection import WIDTHS, Projection, fit_projections, has_bfloat16
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
@@ -41,8 +43,14 @@ class Model:
 
     projection: Projection
     lists: Lists
-    limit: float
+    hubs: Hubs
+    threshold: float
     calibration_pairs: int
+
+    @property
+    def limit(self) -> float:
+        """Product of two codes from which their rows may be a pair."""
+        return self.projection.limit(self.threshold)
 
     def save(self, path: Path) -> None:
         """Write the model as one ``.npz``."""
@@ -50,7 +58,10 @@ class Model:
             path,
             **self.projection.arrays(),
             centroids=self.lists.centroids,
-            numbers=np.array([self.lists.tau, self.limit, self.calibration_pairs]),
+            hub_row=self.hubs.row,
+            hub_raw=self.hubs.raw,
+            hub_codes=self.hubs.codes,
+            numbers=np.array([self.lists.tau, self.threshold, self.calibration_pairs]),
         )
 
     @classmethod
@@ -58,8 +69,9 @@ class Model:
         """Read a model."""
         with np.load(path, allow_pickle=False) as file:
             projection = Projection(file["matrix"], file["residual"], float(file["scale"]))
-            tau, limit, pairs = file["numbers"]
-            return cls(projection, Lists(file["centroids"], float(tau)), float(limit), int(pairs))
+            tau, threshold, pairs = (float(number) for number in file["numbers"])
+            hubs = Hubs(file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, projection)
+            return cls(projection, Lists(file["centroids"], tau), hubs, threshold, int(pairs))
 
 
 class Partition(NamedTuple):
@@ -123,11 +135,13 @@ def join(
         seen = finish_scan(features, parts, keep_bad)
         skip = seen.skipped(features.rows)
     with stage("join"):
+        absorbed = absorbed_edges(encode_folders(work, features.rows), model.hubs, seen, skip)
         forest, notes = join_all(
             features,
             model,
             work,
             skip,
+            absorbed,
             threshold=threshold,
             threads=threads,
             memory=memory,
@@ -139,6 +153,7 @@ def join(
         "width": model.projection.width,
         "nlist": model.lists.nlist,
         "tau": model.lists.tau / model.projection.scale,
+        "masses": len(model.hubs.row),
     }
     calibrated = {"calibration_pairs": model.calibration_pairs}
     return seen, forest, {**lists, **calibrated, **notes}
@@ -150,7 +165,7 @@ def list_count(rows: int) -> int:
     Assigning costs rows × lists and joining rows × rows / lists × lists visited, at about the
     same price, so both are smallest near the square root of the rows.
     """
-    return 1 if rows <= SINGLE_LIST_ROWS else round(rows**0.5)
+    return round(rows**0.5)
 
 
 def load_or_fit(
@@ -163,28 +178,35 @@ def load_or_fit(
 
 
 def fit(features: Features, threshold: float, recall: float, seed: int, threads: int) -> Model:
-    """Fit directions, centroids and τ to a sample of distinct rows."""
+    """Fit directions, centroids, hubs and τ to a sample of distinct rows."""
     nlist = list_count(features.rows)
-    sample = sample_distinct(features, max(CALIBRATION_ROWS, ROWS_A_CENTROID * nlist), seed)
+    rows, sample = sample_distinct(features, max(CALIBRATION_ROWS, ROWS_A_CENTROID * nlist), seed)
     with library_threads(1):  # float arithmetic, whose last bits depend on the threads
         projection, pairs = choose_projection(sample, threshold, seed, features.rows, threads)
-    limit = projection.limit(threshold)
     codes = encode_sample(projection, sample, threads)
+    hubs = find_hubs(
+        rows, sample, codes, projection, threshold=threshold, total=features.rows, threads=threads
+    )
+    if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
+        nlist = 1
     nlist = min(nlist, max(1, len(codes) // 8))
     if nlist == 1:
-        return Model(projection, Lists(codes[:1], 0.0), limit, 0)
+        return Model(projection, Lists(codes[:1], 0.0), hubs, threshold, 0)
     centroids = train_centroids(codes, nlist, seed, threads)
     a, b = (side[:: max(1, len(side) // CALIBRATION_PAIRS)] for side in pairs)
     true = proved_cosines(sample, sample, a, b) >= np.float32(threshold)
+    near = codes[:CALIBRATION_ROWS]
+    absorbed = hubs.place(near, np.zeros(len(near)), sample[: len(near)]).reach == 0
+    true &= ~(absorbed[a] & absorbed[b])  # met at their hub
     tau = calibrate_tau(
-        codes[:CALIBRATION_ROWS],
+        near,
         centroids,
         (a[true], b[true]),
         recall=recall,
         reach=projection.distance(threshold),
         threads=threads,
     )
-    return Model(projection, Lists(centroids, tau), limit, int(true.sum()))
+    return Model(projection, Lists(centroids, tau), hubs, threshold, int(true.sum()))
 
 
 def choose_projection(
@@ -215,15 +237,27 @@ def encode_sample(projection: Projection, sample: np.ndarray, threads: int) -> n
     return np.concatenate([np.empty((0, projection.width), np.int8), *codes])
 
 
-def sample_distinct(features: Features, count: int, seed: int) -> np.ndarray:
-    """Return about ``count`` distinct rows that can be compared, in random order."""
+def sample_distinct(features: Features, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return about ``count`` distinct rows that can be compared, in random order.
+
+    Returns
+    -------
+    rows : (n,) int64
+        Global rows.
+    sample : (n, d)
+        Their features; one row of ones where no row can be compared.
+    """
     rng = np.random.default_rng(seed)
     rows = np.unique(rng.integers(0, features.rows, 2 * count))
     rows = np.arange(features.rows) if features.rows <= count else rng.permutation(rows)[:count]
-    sample = features.gather(np.sort(rows))
-    sample = sample[~bad_rows(sample)]
-    sample = sample[np.unique(row_hashes(sample), return_index=True)[1]]
-    return rng.permutation(sample) if len(sample) else np.ones((1, features.dim), features.dtype)
+    rows = np.sort(rows)
+    sample = features.gather(rows)
+    use = np.flatnonzero(~bad_rows(sample))
+    use = use[np.unique(row_hashes(sample[use]), return_index=True)[1]]
+    if not len(use):
+        return rows[:1], np.ones((1, features.dim), features.dtype)
+    use = rng.permutation(use)
+    return rows[use], sample[use]
 
 
 def task_rows(rows: int) -> int:
@@ -261,14 +295,18 @@ def encode_task(
 ) -> None:
     """Encode rows ``begin`` to ``end`` and write them sorted by list, rows at home first."""
     codes = np.empty((end - begin, model.projection.width), np.int8)
-    excess = np.empty(end - begin, np.float32)
+    slack = np.empty(end - begin, np.float32)
     visits: list[Visits] = []
+    absorbed: list[Placed] = []
 
-    def encode(first: int, rows: Directions) -> None:
-        at = slice(first - begin, first - begin + len(rows.bad))
-        codes[at], excess[at] = model.projection.encode_directions(rows)
-        found = assign(codes[at], model.lists)
+    def encode(first: int, raw: np.ndarray, rows: Directions) -> None:
+        at = slice(first - begin, first - begin + len(raw))
+        codes[at], excess = model.projection.encode_directions(rows)
+        slack[at] = model.projection.slack(excess)
+        placed = model.hubs.place(codes[at], slack[at], raw)
+        found = assign(codes[at], model.lists, placed.reach)
         visits.append(found._replace(row=found.row + np.int32(first - begin)))
+        absorbed.append(placed._replace(row=placed.row + first))
 
     seen = read_range(features, begin, end, chunk_rows=chunk_rows, visit=encode)
     row, list_, home = (np.concatenate(column) for column in zip(*visits, strict=True))
@@ -277,9 +315,15 @@ def encode_task(
     edges = np.arange(model.lists.nlist + 1)
     store.save_npy(folder / "codes.npy", np.take(codes, row, axis=0))
     store.save_npy(folder / "rows.npy", row + np.int64(begin))
-    store.save_npy(folder / "slack.npy", model.projection.slack(excess)[row])
+    store.save_npy(folder / "slack.npy", slack[row])
     store.save_npy(folder / "starts.npy", np.searchsorted(list_, edges))
     store.save_npy(folder / "homes.npy", np.bincount(list_[home], minlength=len(edges) - 1))
+    store.save_npz(
+        folder / "absorbed.npz",
+        row=np.concatenate([placed.row for placed in absorbed]),
+        hub=np.concatenate([placed.hub for placed in absorbed]),
+        similarity=np.concatenate([placed.similarity for placed in absorbed]),
+    )
     store.save_npy(folder / "hashes.npy", seen.hashes)
     store.save_npy(folder / "bad.npy", seen.bad)
     crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
@@ -298,18 +342,36 @@ def load_seen(folder: Path) -> Seen:
     return Seen(crcs, np.load(folder / "bad.npy"), np.load(folder / "hashes.npy"))
 
 
+def absorbed_edges(
+    folders: list[Path], hubs: Hubs, seen: Scan, skip: np.ndarray
+) -> Iterator[Edges]:
+    """Yield the edges that join the absorbed rows of each encode task with their hubs.
+
+    A hub that turned out to be a copy stands for the row that it copies, as all copies do.
+    """
+    rows = hubs.row.copy()
+    found = np.flatnonzero(np.isin(rows, seen.copies))
+    rows[found] = seen.firsts[np.searchsorted(seen.copies, rows[found])]
+    for folder in folders:
+        with np.load(folder / "absorbed.npz", allow_pickle=False) as file:
+            row, hub, similarity = file["row"], rows[file["hub"]], file["similarity"]
+        use = ~skip[row] & (row != hub)
+        yield make_edges(row[use], hub[use], similarity[use])
+
+
 def join_all(
     features: Features,
     model: Model,
     work: Path,
     skip: np.ndarray,
+    known: Iterable[Edges],
     *,
     threshold: float,
     threads: int,
     memory: int,
     device: str,
 ) -> tuple[Edges, dict[str, Any]]:
-    """Run the join tasks that are not done yet; return the forest of all and some counts.
+    """Run the join tasks that are not done yet; return the forest of all edges and some counts.
 
     Many tasks run side by side, each on one thread; few (a small set's single list) run one
     after another on all threads.
@@ -339,6 +401,8 @@ def join_all(
             return edges, int(file["proposed"]), int(visits[low:high].sum())
 
     builder, proposed = ForestBuilder(), 0
+    for edges in known:
+        builder.add(edges)
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:
         for edges, count, done in in_order(run, tasks, beside):
             builder.add(edges)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.compute import in_order
-from snipdedup.kernels import pick_kernel, product_hits
+from snipdedup.kernels import close_rows, pick_kernel
 from snipdedup.shards import plan_blocks
 
 ROUNDS = 8  # of k-means
@@ -125,8 +125,11 @@ def squares(codes: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", codes, codes, dtype=np.int32)
 
 
-def assign(codes: np.ndarray, lists: Lists) -> Visits:
-    """Return the lists that each code lives in or visits, ordered by row."""
+def assign(codes: np.ndarray, lists: Lists, factor: np.ndarray | None = None) -> Visits:
+    """Return the lists that each code lives in or visits, ordered by row.
+
+    ``factor``, (n,) int8, is how many times as far as τ each code visits; 1 if not given.
+    """
     if lists.nlist == 1:
         row = np.arange(len(codes), dtype=np.int32)
         return Visits(row, np.zeros_like(row), np.ones(len(row), bool))
@@ -136,6 +139,8 @@ def assign(codes: np.ndarray, lists: Lists) -> Visits:
         home = gaps.argmin(1)
         best = gaps[np.arange(len(home)), home]
         limit = np.take(reach, home, axis=0)
+        if factor is not None:
+            limit *= factor[start : start + ASSIGN_BLOCK, None]
         limit += best[:, None].astype(np.int32)  # whole numbers, whatever the kernel
         near = np.flatnonzero((gaps <= limit).ravel())
         row, list_ = np.divmod(near.astype(np.int32), np.int32(lists.nlist))
@@ -228,9 +233,10 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
         found = [(np.empty(0, np.int64),) * 2]
         for row in range(0, span[1], PAIR_BLOCK):
             block = torch.from_numpy(codes[row : row + PAIR_BLOCK])
-            i, j = product_hits(kernel.multiply(block, columns), np.full(len(block), limit))
-            every = 1 + len(i) // TILE_PAIRS
-            i, j = i[::every], j[::every]
+            near, close = close_rows(kernel.multiply(block, columns), np.full(len(block), limit))
+            every = 1 + np.count_nonzero(close) // TILE_PAIRS
+            i, j = np.nonzero(close[::every])
+            i = near[::every][i]
             once = i + row < j + span[0]
             found.append((i[once] + row, j[once] + span[0]))
         a, b = (np.concatenate(side) for side in zip(*found, strict=True))

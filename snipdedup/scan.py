@@ -23,7 +23,7 @@ BLOCK = 2048
 COMPARE_ROWS = 16_384  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
 
-Visit = Callable[[int, Directions], None]
+Visit = Callable[[int, np.ndarray, Directions], None]
 
 
 class Scan(NamedTuple):
@@ -110,7 +110,7 @@ def read_range(
 ) -> Seen:
     """Read global rows ``begin`` to ``end``; ``begin`` is a multiple of `BLOCK`.
 
-    ``visit(first row, directions)`` sees each block of `BLOCK` rows, in order.
+    ``visit(first row, rows, directions)`` sees each block of `BLOCK` rows, in order.
     """
     import torch
 
@@ -127,7 +127,7 @@ def read_range(
             bad.append(np.flatnonzero(found.bad) + first)
             hashes.append(row_hashes(block))
             if visit is not None:
-                visit(first, found)
+                visit(first, block, found)
     return Seen(crcs, np.concatenate(bad), np.concatenate(hashes))
 
 
