@@ -64,7 +64,6 @@ def search_join(
     features: Features, frozen: int, options: Dedup, work: Path, clock: Clock
 ) -> tuple[Scan, Edges, dict[str, Any]]:
     """Find pairs by the join; pairs among the first ``frozen`` rows are not wanted."""
-    del frozen
     return join(
         features,
         threshold=options.threshold,
@@ -77,6 +76,7 @@ def search_join(
         device=pick_device(options.device),
         work=work,
         stage=clock.stage,
+        frozen=frozen,
     )
 
 

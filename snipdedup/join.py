@@ -116,8 +116,11 @@ def join(
     device: str,
     work: Path,
     stage: Stage,
+    frozen: int = 0,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
     """Find the near-duplicates of a set.
+
+    Pairs among the first ``frozen`` rows are not looked for; absorbed rows may still bring some.
 
     Returns
     -------
@@ -146,6 +149,7 @@ def join(
             threads=threads,
             memory=memory,
             device=device,
+            frozen=frozen,
         )
     lists = {
         "kernel": pick_kernel(device, model.projection.width).name,
@@ -370,6 +374,7 @@ def join_all(
     threads: int,
     memory: int,
     device: str,
+    frozen: int,
 ) -> tuple[Edges, dict[str, Any]]:
     """Run the join tasks that are not done yet; return the forest of all edges and some counts.
 
@@ -393,7 +398,13 @@ def join_all(
         if not path.is_file():
             partition = load_partition(folders, starts, low, high, skip, model.projection.width)
             forest, proposed = join_task(
-                features, model, partition, threshold=threshold, threads=within, device=device
+                features,
+                model,
+                partition,
+                threshold=threshold,
+                threads=within,
+                device=device,
+                frozen=frozen,
             )
             store.save_npz(path, **forest._asdict(), proposed=np.array(proposed))
         with np.load(path, allow_pickle=False) as file:
@@ -487,6 +498,7 @@ def join_task(
     threshold: float,
     threads: int,
     device: str,
+    frozen: int,
 ) -> tuple[Edges, int]:
     """Find and verify the pairs of a partition; return their forest and the candidates' number."""
     columns = [
@@ -507,6 +519,7 @@ def join_task(
             limit=model.limit,
             threshold=threshold,
             device=device,
+            frozen=frozen,
         )
 
     builder, candidates = ForestBuilder(), 0

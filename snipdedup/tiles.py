@@ -40,7 +40,11 @@ class Codes(NamedTuple):
 
     def part(self, start: int, stop: int) -> Codes:
         """Return some of the rows."""
-        return Codes(self.row[start:stop], self.codes[start:stop], self.slack[start:stop])
+        return self.where(slice(start, stop))
+
+    def where(self, places: Any) -> Codes:
+        """Return the rows that a slice, mask or index array selects."""
+        return Codes(self.row[places], self.codes[places], self.slack[places])
 
 
 class TilePairs(NamedTuple):
@@ -70,6 +74,7 @@ def compare(
     limit: float,
     threshold: float,
     device: str = "cpu",
+    frozen: int = 0,
 ) -> TilePairs:
     """Compare the first ``columns`` rows with one another and with all rows after them.
 
@@ -85,11 +90,16 @@ def compare(
         Cosine from which two rows are a pair.
     device : str
         Where products are computed: ``cpu`` or ``cuda``.
+    frozen : int
+        Global rows below are not compared with one another.
     """
     import torch
 
     kernel = pick_kernel(device, members.codes.shape[1])
-    right = members.part(0, columns)
+    right, first = members.part(0, columns), 0
+    old = right.row < frozen
+    if frozen and old.all():
+        members, first = members.where(members.row >= frozen), columns  # none is a column
     prepared = kernel.prepare(torch.from_numpy(right.codes).to(device))
     lowest = limit - kernel.rounding * abs(limit) - right.slack.max(initial=0)
     listed, forests, count = [(np.empty(0, np.int64),) * 2], [], 0
@@ -97,8 +107,10 @@ def compare(
         left = members.part(start, start + ROW_TILE)
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), prepared)
         rows, close = close_rows(products, lowest - left.slack)
-        if start < columns:  # each pair once: no row with itself or with a later column
+        if first + start < columns:  # each pair once: no row with itself or with a later column
             close &= np.arange(columns) < rows[:, None] + start
+        if frozen:
+            close &= ~(old & (left.row[rows, None] < frozen))
         places = np.flatnonzero(close.ravel())
         count += len(places)
         if len(places) > CROWDED * ROW_TILE * COLUMN_TILE:
