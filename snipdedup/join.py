@@ -29,7 +29,7 @@ from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
 from snipdedup.verify import proved_cosines, verify_pairs
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
-DIRECTION_ROWS = 1 << 14  # rows to find the main directions on
+DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
 CALIBRATION_ROWS = 1 << 15  # rows among whose pairs τ is calibrated
 CALIBRATION_PAIRS = 1 << 15
 PROPOSALS_A_ROW = 2.0  # more pairs than this to prove for each row are dearer than wider codes
@@ -229,9 +229,11 @@ def choose_projection(
         codes = encode_sample(projection, part, threads)
         a, b = sample_pairs(codes, projection.limit(threshold), threads)
         degree = np.minimum(np.bincount(np.concatenate([a, b]), minlength=1), CROWDED_DEGREE)
-        found.append((degree.sum() / 2, (projection, (a, b))))
-    more = (found[0][0] - found[-1][0]) * rows / max(1, len(part)) ** 2
-    return found[0][1] if more <= PROPOSALS_A_ROW else found[-1][1]
+        found.append((projection, (a, b), degree.sum() / 2 * rows / max(1, len(part)) ** 2))
+        if found[-1][2] <= PROPOSALS_A_ROW:  # wider codes could not save more than that
+            break
+    narrow, wide = found[0], found[-1]
+    return narrow[:2] if narrow[2] - wide[2] <= PROPOSALS_A_ROW else wide[:2]
 
 
 def encode_sample(projection: Projection, sample: np.ndarray, threads: int) -> np.ndarray:
@@ -328,7 +330,7 @@ def encode_task(
         hub=np.concatenate([placed.hub for placed in absorbed]),
         similarity=np.concatenate([placed.similarity for placed in absorbed]),
     )
-    store.save_npy(folder / "hashes.npy", seen.hashes)
+    store.save_npy(folder / "hashes.npy", seen.load_hashes())
     store.save_npy(folder / "bad.npy", seen.bad)
     crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
     store.save_json(folder / "done.json", {"crcs": crcs})
@@ -343,7 +345,7 @@ def load_seen(folder: Path) -> Seen:
     """Read back what an encode task saw."""
     done = store.load_json(folder / "done.json")
     crcs = [(Piece(*entry[:3]), entry[3], entry[4]) for entry in done["crcs"]]
-    return Seen(crcs, np.load(folder / "bad.npy"), np.load(folder / "hashes.npy"))
+    return Seen(crcs, np.load(folder / "bad.npy"), folder / "hashes.npy")
 
 
 def absorbed_edges(

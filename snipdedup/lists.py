@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.compute import in_order
+from snipdedup.compute import in_order, scratch
 from snipdedup.kernels import close_rows, pick_kernel
 from snipdedup.shards import plan_blocks
 
 ROUNDS = 8  # of k-means
 ASSIGN_BLOCK = 2048  # codes assigned at a time
+TABLE_LISTS = 1 << 12  # of up to so many lists, the distances of all centroids are kept
 PAIR_BLOCK = 1024  # codes of a sample compared at a time
 TILE_PAIRS = 1 << 13  # pairs of a tile of the sample that are kept
 ENOUGH = 10  # pairs that must be missed in the sample for their share to mean something
@@ -48,10 +49,29 @@ class Lists:
         """Number of lists."""
         return len(self.centroids)
 
+    def reach(self, homes: np.ndarray) -> np.ndarray:
+        """Return ‖x−c_j‖² − ‖x−c₁‖² up to which a row visits list j, by its home list 1.
+
+        Parameters
+        ----------
+        homes : (n,) int64
+
+        Returns
+        -------
+        (n, nlist) int32
+        """
+        if self.nlist <= TABLE_LISTS:
+            return np.take(self._table, homes, axis=0)
+        distinct, back = np.unique(homes, return_inverse=True)
+        return np.take(self._reach(self.centroids[distinct]), back, axis=0)
+
     @cached_property
-    def reach(self) -> np.ndarray:
-        """‖x−c_j‖² − ‖x−c₁‖² up to which a row at home in list 1 visits list j, (nlist, nlist)."""
-        return np.floor(2 * self.tau * centroid_distances(self.centroids)).astype(np.int32)
+    def _table(self) -> np.ndarray:
+        return self._reach(self.centroids)
+
+    def _reach(self, centroids: np.ndarray) -> np.ndarray:
+        gaps = centroid_gaps(centroids, self.centroids, "apart") + squares(centroids)[:, None]
+        return np.floor(2 * self.tau * np.sqrt(np.maximum(gaps, 0))).astype(np.int32)
 
 
 class Visits(NamedTuple):
@@ -106,18 +126,20 @@ def nearest(
     return home, best.astype(np.int64)
 
 
-def centroid_gaps(codes: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def centroid_gaps(codes: np.ndarray, centroids: np.ndarray, use: str = "gaps") -> np.ndarray:
     """Return ‖c‖² − 2 x·c for each code and centroid: (n, nlist), int32 or float32, exact.
 
-    What is returned stands until the thread's next products.
+    What is returned stands until the thread's next call with the same ``use``.
     """
     import torch
 
     kernel = pick_kernel("cpu", codes.shape[1], exact=True)
     columns = kernel.prepare(torch.from_numpy(centroids))
     products = kernel.multiply(torch.from_numpy(codes), columns)
+    gaps = scratch(use, tuple(products.shape), products.numpy().dtype)
     size = torch.from_numpy(squares(centroids)).to(products.dtype)
-    return np.asarray(torch.sub(size, products, alpha=2, out=products).numpy())
+    torch.sub(size, products, alpha=2, out=torch.from_numpy(gaps))
+    return gaps
 
 
 def squares(codes: np.ndarray) -> np.ndarray:
@@ -133,12 +155,12 @@ def assign(codes: np.ndarray, lists: Lists, factor: np.ndarray | None = None) ->
     if lists.nlist == 1:
         row = np.arange(len(codes), dtype=np.int32)
         return Visits(row, np.zeros_like(row), np.ones(len(row), bool))
-    reach, parts = lists.reach, []  # before any gaps: see centroid_gaps
+    parts = []
     for start in range(0, len(codes), ASSIGN_BLOCK):
         gaps = centroid_gaps(codes[start : start + ASSIGN_BLOCK], lists.centroids)
         home = gaps.argmin(1)
         best = gaps[np.arange(len(home)), home]
-        limit = np.take(reach, home, axis=0)
+        limit = lists.reach(home)
         if factor is not None:
             limit *= factor[start : start + ASSIGN_BLOCK, None]
         limit += best[:, None].astype(np.int32)  # whole numbers, whatever the kernel
@@ -146,12 +168,6 @@ def assign(codes: np.ndarray, lists: Lists, factor: np.ndarray | None = None) ->
         row, list_ = np.divmod(near.astype(np.int32), np.int32(lists.nlist))
         parts.append((row + np.int32(start), list_, list_ == home[row]))
     return Visits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def centroid_distances(centroids: np.ndarray) -> np.ndarray:
-    """Return the distances between centroids, (nlist, nlist) float32."""
-    gaps = centroid_gaps(centroids, centroids)
-    return np.sqrt(np.maximum(gaps + squares(centroids)[:, None], 0)).astype(np.float32)
 
 
 def calibrate_tau(

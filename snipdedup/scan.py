@@ -6,7 +6,8 @@ compared, so that what follows sees distinct rows only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from snipdedup.shards import CrcLedger, Features, Piece, plan_blocks
 # Rows computed together: few enough to stay in the cache from the file to the code. Fixed, so that
 # results do not depend on chunk sizes.
 BLOCK = 2048
+SORT_ROWS = 1 << 24  # rows sorted by their hashes at a time
 COMPARE_ROWS = 16_384  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
 
@@ -61,13 +63,17 @@ class Seen(NamedTuple):
         CRC32 and size of the parts of shards.
     bad : (m,) int64
         Rows that cannot be compared.
-    hashes : (n,) uint64
-        A hash of each row.
+    hashes : (n,) uint64, or Path
+        A hash of each row, or the ``.npy`` that holds them.
     """
 
     crcs: list[tuple[Piece, int, int]]
     bad: np.ndarray
-    hashes: np.ndarray
+    hashes: np.ndarray | Path
+
+    def load_hashes(self) -> np.ndarray:
+        """Return the hashes."""
+        return np.load(self.hashes) if isinstance(self.hashes, Path) else self.hashes
 
 
 def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -> Scan:
@@ -94,9 +100,9 @@ def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -
 
     parts = []
     with progress.bar(features.rows, "reading", "rows") as bar:
-        for seen in in_order(read, spans, threads):
+        for (start, stop), seen in zip(spans, in_order(read, spans, threads), strict=True):
             parts.append(seen)
-            bar.update(len(seen.hashes))
+            bar.update(stop - start)
     return finish_scan(features, parts, keep_bad)
 
 
@@ -139,7 +145,7 @@ def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:
     ledger = CrcLedger(len(features.shards))
     for part in parts:
         ledger.add(part.crcs)
-    copies, firsts = find_copies(features, np.concatenate([part.hashes for part in parts]))
+    copies, firsts = find_copies(features, parts)
     comparable = ~np.isin(copies, bad)
     crcs = [
         crc if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
@@ -202,32 +208,54 @@ def row_hashes(rows: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", words[:, 0::2], words[:, 1::2])
 
 
-def find_copies(features: Features, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_copies(features: Features, parts: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows that equal an earlier row bit for bit, and the first such row of each.
+
+    Rows are sorted by hash some at a time, so that memory does not grow with their number.
 
     Parameters
     ----------
     features : Features
-    hashes : (rows,) uint64
-        Equal for equal rows.
+    parts : list of Seen
+        Of consecutive rows, in row order.
     """
+    rounds = -(-features.rows // SORT_ROWS)
+    copies, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for turn in range(rounds):
+        rows, keys, start = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
+        for part in parts:
+            hashes = part.load_hashes()
+            use = np.flatnonzero(hashes % np.uint64(rounds) == turn)
+            rows.append(start + use)
+            keys.append(hashes[use])
+            start += len(hashes)
+        found = equal_to_first(features, np.concatenate(rows), np.concatenate(keys))
+        copies.append(found[0])
+        firsts.append(found[1])
+    copy, first = np.concatenate(copies), np.concatenate(firsts)
+    order = np.argsort(copy)
+    return copy[order], first[order]
+
+
+def equal_to_first(
+    features: Features, rows: np.ndarray, hashes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return those of the ascending rows that equal an earlier one, and the first such row."""
     order = np.argsort(hashes, kind="stable")
-    same = hashes[order[1:]] == hashes[order[:-1]]
+    rows, hashes = rows[order], hashes[order]
+    same = hashes[1:] == hashes[:-1]
     in_run = np.concatenate([same, [False]]) | np.concatenate([[False], same])
-    rows, copies, firsts = order[in_run], [], []
+    rows, hashes = rows[in_run], hashes[in_run]
+    copies, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     while len(rows):  # more than one round only where different rows share a hash
-        keys = hashes[rows]
-        starts = np.concatenate([[True], keys[1:] != keys[:-1]])
+        starts = np.concatenate([[True], hashes[1:] != hashes[:-1]])
         first = rows[starts][np.cumsum(starts) - 1]
-        rows, first = rows[~starts], first[~starts]
+        rows, first, hashes = rows[~starts], first[~starts], hashes[~starts]
         equal = equal_rows(features, rows, first)
         copies.append(rows[equal])
         firsts.append(first[equal])
-        rows = rows[~equal]
-    copy = np.concatenate([np.empty(0, np.int64), *copies])
-    first = np.concatenate([np.empty(0, np.int64), *firsts])
-    order = np.argsort(copy)
-    return copy[order], first[order]
+        rows, hashes = rows[~equal], hashes[~equal]
+    return np.concatenate(copies), np.concatenate(firsts)
 
 
 def equal_rows(features: Features, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 
 from snipdedup import tiles
 from snipdedup.deduplicate import dedup
+from snipdedup.forest import ForestBuilder
+from snipdedup.projection import fit_projection
+from snipdedup.shards import open_features
 from snipdedup.tiles import table_forest
+from snipdedup.verify import verify_pairs
 
 
 @settings(max_examples=150)
@@ -62,3 +66,35 @@ def test_crowded_or_not_the_forest_is_the_same(threshold, dim):
         assert len(found.a) == len(brute.a) > 1000
         # the float32 products of a crowded tile may take one of two pairs that are as near
         assert np.allclose(np.sort(found.similarity), np.sort(brute.similarity), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("crowded", [0.0, 2.0])
+@pytest.mark.parametrize("frozen", [0, 1, 130, 256, 700, 1500])
+def test_frozen_rows_are_not_compared_with_one_another(frozen, crowded):
+    rng = np.random.default_rng(frozen)
+    x = (rng.standard_normal(12) + 0.25 * rng.standard_normal((1500, 12))).astype(np.float32)
+    features, projection = open_features(x), fit_projection(x, 128, 0)
+    members = tiles.Codes(np.arange(1500), projection.encode(x)[0], np.zeros(1500))
+    builder, seen = ForestBuilder(), 0
+    with (
+        mock.patch.object(tiles, "CROWDED", crowded),
+        mock.patch.object(tiles, "ROW_TILE", 128),
+        mock.patch.object(tiles, "COLUMN_TILE", 256),
+    ):
+        for start in range(0, 1500, 256):
+            rest = members.part(start, 1500)
+            found = tiles.compare(
+                features, rest, min(256, 1500 - start),
+                limit=projection.limit(0.9), threshold=0.9, frozen=frozen,
+            )  # fmt: skip
+            seen += len(found.a)
+            builder.add(found.edges)
+            for edges in verify_pairs(features, found.a, found.b, 0.9, 1):
+                builder.add(edges)
+    table = truth.cosine_table(x)
+    pairs = [(a, b) for a, b in truth.pairs_of(table, 0.9) if max(a, b) >= frozen]
+    forest = builder.forest()
+    assert (np.maximum(forest.a, forest.b) >= frozen).all()
+    one = truth.components(1500, pairs)
+    assert np.array_equal(truth.components(1500, zip(forest.a, forest.b, strict=True)), one)
+    assert len(set(one)) == 1500 - len(forest.a)

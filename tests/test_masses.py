@@ -1,0 +1,131 @@
+"""Masses: what is not compared with one another is joined all the same."""
+
+from __future__ import annotations
+
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+import truth
+
+from snipdedup import join as room
+from snipdedup import masses
+from snipdedup.deduplicate import dedup
+from snipdedup.masses import find_hubs
+from snipdedup.projection import fit_projection
+
+
+def ball(rng, rows, centre, radius):
+    """Rows at about one angle around a centre, so at about twice its square from one another."""
+    away = rng.standard_normal((rows, len(centre)))
+    return centre + radius * away / np.linalg.norm(away, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """A mass, two that touch, a halo of rows around the first, and 4,000 small groups."""
+    rng = np.random.default_rng(3)
+    one, two = (v / np.linalg.norm(v) for v in rng.standard_normal((2, 24)))
+    beside = np.cos(0.7) * one + np.sin(0.7) * two  # 40 degrees away
+    halo = [ball(rng, 30, one, radius) for radius in np.linspace(0.2, 0.6, 25)]
+    x = np.concatenate([
+        ball(rng, 3000, one, 0.1), ball(rng, 1500, beside, 0.12), *halo,
+        ball(rng, 2500, -two, 0.1), truth.clustered(8000, 24, 5),
+    ])  # fmt: skip
+    return x[rng.permutation(len(x))].astype(np.float32)
+
+
+@pytest.fixture
+def small_masses():
+    """Masses and lists at sizes that a test can afford."""
+    with (
+        mock.patch.object(masses, "MASS_ROWS", 500),
+        mock.patch.object(room, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(room, "task_rows", return_value=2048),
+    ):
+        yield
+
+
+@pytest.mark.usefixtures("small_masses")
+def test_components_are_those_of_brute_force(rows):
+    brute = dedup(rows, method="exact", grouping="components")
+    found = dedup(rows, grouping="components", recall=1)
+    assert found.found.notes["masses"] >= 3
+    assert found.found.notes["visits"] < 12 * len(rows)
+    assert np.array_equal(found.is_dup, brute.is_dup)
+    assert np.array_equal(found.members.group, brute.members.group)
+    forest = found.found.whole_forest
+    cosine = truth.cosine_table(rows[np.unique(np.concatenate([forest.a, forest.b]))])
+    place = np.searchsorted(np.unique(np.concatenate([forest.a, forest.b])), [forest.a, forest.b])
+    assert np.array_equal(forest.similarity, cosine[place[0], place[1]])
+
+
+@pytest.mark.usefixtures("small_masses")
+def test_without_masses_nothing_changes(rows):
+    few = rows[:3000]
+    with mock.patch.object(masses, "MASS_ROWS", 10**6):
+        without = dedup(few)
+    assert without.found.notes["masses"] == 0
+
+
+@pytest.mark.usefixtures("small_masses")
+def test_a_hub_may_be_a_copy(rows):
+    """Every row comes twice, so about half the sampled hubs copy an earlier row."""
+    twice = np.concatenate([rows, rows])
+    brute = dedup(twice, method="exact", grouping="components")
+    for seed in range(3):
+        found = dedup(twice, grouping="components", recall=1, seed=seed)
+        assert found.found.notes["masses"] >= 3
+        assert np.array_equal(found.is_dup, brute.is_dup)
+
+
+def test_where_rows_are_placed(rows):
+    with mock.patch.object(masses, "MASS_ROWS", 500):
+        projection = fit_projection(rows, 128, 0)
+        codes, _ = projection.encode(rows)
+        hubs = find_hubs(
+            np.arange(len(rows)), rows, codes, projection,
+            threshold=0.95, total=len(rows), threads=1,
+        )  # fmt: skip
+    placed = hubs.place(codes, np.zeros(len(rows)), rows)
+    cosine = truth.cosine_table(np.concatenate([hubs.raw, rows]))[len(hubs.row) :, : len(hubs.row)]
+    best = cosine.max(1)
+    inside = best >= np.float32(hubs.half)
+    assert np.array_equal(np.flatnonzero(inside), placed.row)
+    assert np.array_equal(cosine[inside].argmax(1), placed.hub)
+    assert np.array_equal(best[inside], placed.similarity)
+    beside = ~inside & (best >= hubs.border)
+    assert (placed.reach[beside] == 2).all()
+    assert beside.sum() > 300
+    # rows of two hubs that are no pair, near enough to one another's
+    assert set(placed.reach[inside]) <= {0, 2}
+    assert np.array_equal(placed.reach == 1, ~inside & (placed.reach == 1))
+
+
+def test_a_low_threshold_has_no_masses():
+    """Where nearly all rows lie beside a mass, visiting twice as far would cost more."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([ball(rng, 1000, np.eye(1, 24)[0], 0.05), rng.standard_normal((9000, 24))])
+    x = rng.permutation(x).astype(np.float32)
+    with mock.patch.object(masses, "MASS_ROWS", 500):
+        projection = fit_projection(x, 128, 0)
+        for threshold, some in ((0.95, True), (0.1, False)):
+            found = find_hubs(
+                np.arange(len(x)), x, projection.encode(x)[0], projection,
+                threshold=threshold, total=len(x), threads=1,
+            )  # fmt: skip
+            assert bool(len(found.row)) == some
+
+
+@pytest.mark.slow
+def test_two_hundred_thousand_rows_within_99_hundredths():
+    rng = np.random.default_rng(0)
+    x = ball(rng, 200_000, np.eye(1, 256)[0], 0.098).astype(np.float16)
+    start = time.monotonic()
+    found = dedup(x, grouping="components")
+    assert time.monotonic() - start < 120
+    assert found.removed == 199_999
+    assert found.found.notes["masses"] == 1
+    assert found.found.notes["visits"] < 10 * len(x)
+    assert dedup(x, threshold=0.9).removed == 199_999
