@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,7 +26,9 @@ ITERATIONS = 8  # of the coarse k-means; more hardly move the lists (findings of
 POINTS_A_CODEWORD = 256  # more training points do not improve a codebook (faiss' own limit)
 LEAST_POINTS = 39  # training points a list below which faiss warns, and lists get arbitrary
 LISTS_A_ROOT = 4  # nlist is about this many times the square root of the rows
-MOST_LISTS = 1 << 16  # chosen by itself; more need coarse assignment in two levels
+MOST_LISTS = 1 << 16  # chosen by itself, at two billion rows
+GRAPH_LISTS = 1 << 14  # from here on lists are found by a graph, several times faster than all
+GRAPH_LINKS, GRAPH_BUILD, GRAPH_SEARCH = 32, 80, 64  # HNSW's M, efConstruction, efSearch
 POINTS_A_LIST, LEAST_SAMPLE = 64, 1 << 16
 OVERDRAW = 2  # rows drawn per row wanted, since half may be copies
 
@@ -66,20 +68,33 @@ class Quantiser:
     ----------
     ivfpq : faiss.IndexIVFPQ
     centroids : (nlist, dim) float32
+    graph : bool
+        Lists are found by an HNSW graph: nearly always the nearest ones.
     nlist, dim, m, nbits, code_size : int
         ``code_size`` is in bytes.
     """
 
     def __init__(self, ivfpq: Any) -> None:
+        import faiss
+
         self.ivfpq = ivfpq
         self.nlist, self.dim = int(ivfpq.nlist), int(ivfpq.d)
         self.m, self.nbits = int(ivfpq.pq.M), int(ivfpq.pq.nbits)
         self.code_size = int(ivfpq.code_size)
         self.centroids = ivfpq.quantizer.reconstruct_n(0, self.nlist)
+        self.coarse: Any = faiss.downcast_index(ivfpq.quantizer)
+        self.graph = isinstance(self.coarse, faiss.IndexHNSWFlat)
 
     def assign(self, x: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
         """Return squared distances and numbers of the nearest lists, (n, nprobe) each."""
-        return self.ivfpq.quantizer.search(x, min(nprobe, self.nlist))
+        nprobe = min(nprobe, self.nlist)
+        if not self.graph:
+            return self.coarse.search(x, nprobe)
+        import faiss
+
+        wide = cast(Any, faiss).SearchParametersHNSW()  # of which faiss ships no type
+        wide.efSearch = max(self.coarse.hnsw.efSearch, 2 * nprobe)
+        return self.coarse.search(x, nprobe, params=wide)
 
     def encode(self, x: np.ndarray, lists: np.ndarray) -> np.ndarray:
         """Return the codes of vectors in their lists, (n, code_size) uint8."""
@@ -176,9 +191,8 @@ def train(
     import faiss
 
     check_m(m, sample.shape[1])
-    centroids = kmeans(sample, nlist, seed=seed, threads=threads)
-    coarse = faiss.IndexFlatL2(sample.shape[1])
-    coarse.add(centroids)
+    coarse = coarse_index(kmeans(sample, nlist, seed=seed, threads=threads))
+    centroids = coarse.reconstruct_n(0, nlist)
     rng = np.random.default_rng(seed)
     most = POINTS_A_CODEWORD << nbits
     if len(sample) > most:
@@ -192,21 +206,36 @@ def train(
     return Quantiser(ivfpq)
 
 
+def coarse_index(centroids: np.ndarray) -> Any:
+    """Return what finds the nearest centroids: all compared, or a graph where they are many.
+
+    The graph is built by one thread: the order in which it grows decides its links.
+    """
+    import faiss
+
+    if len(centroids) < GRAPH_LISTS:
+        coarse: Any = faiss.IndexFlatL2(centroids.shape[1])
+        coarse.add(centroids)
+        return coarse
+    coarse = faiss.IndexHNSWFlat(centroids.shape[1], GRAPH_LINKS)
+    coarse.hnsw.efConstruction, coarse.hnsw.efSearch = GRAPH_BUILD, GRAPH_SEARCH
+    with library_threads(1):
+        coarse.add(centroids)
+    return coarse
+
+
 def kmeans(x: np.ndarray, k: int, *, seed: int, threads: int) -> np.ndarray:
     """Return ``k`` centroids of ``x`` by Lloyd's iterations, (k, dim) float32.
 
     faiss' own training runs on one thread when it has to be repeatable; here blocks are assigned
     side by side, and sums are taken in row order.
     """
-    import faiss
     import torch
 
     rng = np.random.default_rng(seed)
     centroids = x[rng.choice(len(x), k, replace=len(x) < k)]
     for _ in range(ITERATIONS):
-        coarse = faiss.IndexFlatL2(x.shape[1])
-        coarse.add(centroids)
-        labels = assign_all(coarse, x, threads)
+        labels = assign_all(coarse_index(centroids), x, threads)
         sums = torch.zeros((k, x.shape[1]), dtype=torch.float64)
         with library_threads(1):
             for start, stop in plan_blocks(len(x), 8 * BLOCK):

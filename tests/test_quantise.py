@@ -165,3 +165,30 @@ def test_files_that_are_no_index_are_refused(tmp_path, content):
         read_quantiser(tmp_path / "x.faiss")
     with pytest.raises(SnipError, match="no such file"):
         read_quantiser(tmp_path / "absent.faiss")
+
+
+def test_many_lists_are_found_by_a_graph_that_nearly_always_agrees(monkeypatch, tmp_path):
+    from snipdedup import quantise
+
+    x = clustered(2000, 16)
+    exact = quantise.train(x, nlist=64, m=4, nbits=4, seed=0, threads=1)
+    monkeypatch.setattr(quantise, "GRAPH_LISTS", 64)
+    one, two = (
+        quantise.train(x, nlist=64, m=4, nbits=4, seed=0, threads=threads) for threads in (1, 2)
+    )
+    assert one.graph
+    assert not exact.graph
+    for name in ("centroids", "nlist", "m"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    D, I = one.assign(x, 8)
+    for a, b in zip((D, I), two.assign(x, 8), strict=True):
+        np.testing.assert_array_equal(a, b)
+    squares = np.square(x[:, None, :] - one.centroids[None]).sum(2)
+    np.testing.assert_allclose(D, np.take_along_axis(squares, I, 1), atol=1e-4)
+    assert (I[:, 0] == squares.argmin(1)).mean() > 0.99
+    assert one.assign(x[:5], 60)[1].min() >= 0  # more lists than a narrow search would find
+    path = tmp_path / "quantizer.faiss"
+    quantise.write_quantiser(path, one)
+    again = read_quantiser(path)
+    assert again.graph
+    np.testing.assert_array_equal(again.assign(x, 8)[1], I)
