@@ -116,9 +116,14 @@ def run(options: settings.Train) -> str:
         store.release(out)  # refused: nothing to go on from; what stood there before, stands
         raise
     seconds = time.monotonic() - started
+    named = None if options.text_features is None else str(options.text_features)
     body = {
         "command": "train",
-        "settings": {**options.as_dict(), "features": str(options.features)},
+        "settings": {
+            **options.as_dict(),
+            "features": str(options.features),
+            "text_features": named,
+        },
         "request": request,
         "shards": features.describe(),
         "history": history.as_dict(),
@@ -293,11 +298,8 @@ class Training:
                 f"{len(drawn.hashes)} among {features.rows:,}; train on more features"
             )
         held = min(options.validation_rows, len(drawn.hashes) // 5)
-        self.held, self.rows, self.number = (
-            drawn.take(slice(held)),
-            drawn.take(slice(held, None)),
-            0,
-        )
+        self.held, self.rows = drawn.take(slice(held)), drawn.take(slice(held, None))
+        self.number, self.order = 0, (-1, -1, np.empty(0, np.int64))
         self.sample = self.rows.images[:ROTATION_ROWS].copy()
         self.batch = min(options.batch, len(self.rows.hashes))
         self.subset_steps = SUBSET_PASSES * (len(self.rows.hashes) // self.batch)
@@ -354,8 +356,10 @@ class Training:
             self.rows, self.number = rows.take(~np.isin(rows.hashes, self.held.hashes)), number
         count = len(self.rows.hashes)
         passes, place = divmod(at, max(count // self.batch, 1))
-        order = np.random.default_rng([options.seed, number, passes]).permutation(count)
-        return self.rows.take(order[place * self.batch : (place + 1) * self.batch])
+        if self.order[:2] != (number, passes):
+            rng = np.random.default_rng([options.seed, number, passes])
+            self.order = number, passes, rng.permutation(count)
+        return self.rows.take(self.order[2][place * self.batch : (place + 1) * self.batch])
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Train to the end; keep the weights with the best validation loss."""
