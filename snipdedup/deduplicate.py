@@ -26,15 +26,12 @@ from snipdedup.outfolder import (
     check_order,
     clear_earlier,
     describe_run,
-    finished_run,
-    load_found,
-    load_result,
     prepare_pairs,
     saved_settings,
-    summary,
     write_tables,
 )
 from snipdedup.progress import Clock
+from snipdedup.reload import finished_run, load_found, load_result
 from snipdedup.result import Found, Result, check_threshold, decide, decide_fraction
 from snipdedup.settings import Dedup, keep_rules, parse_epsilons
 from snipdedup.shards import (
@@ -43,6 +40,7 @@ from snipdedup.shards import (
     implied_metadata,
     request_of,
 )
+from snipdedup.summary import summary
 
 # Settings that say how a result is computed, not what it is.
 HOW = {

@@ -18,7 +18,7 @@ from snipdedup.inputs import Inputs
 from snipdedup.join import join
 from snipdedup.pairs import all_pairs
 from snipdedup.progress import Clock
-from snipdedup.references import References, own_copies, settle
+from snipdedup.references import References, left_out, settle
 from snipdedup.result import Found, decide
 from snipdedup.scan import Scan, scan
 from snipdedup.semdedup import search_semdedup
@@ -89,10 +89,8 @@ def search_exact(
     with clock.stage("read"):
         seen = read_all(features, options)
     with clock.stage("compare"):
-        skip = seen.skipped(features.rows)
-        if frozen:  # the pairs of a row that equals a reference row are wanted, the latter's not
-            skip[own_copies(seen.copies, seen.firsts, frozen)[2].b] = False
-        builder, rows = ForestBuilder(), np.flatnonzero(~skip)
+        rows = np.flatnonzero(~left_out(seen, features.rows, frozen))
+        builder = ForestBuilder()
         for edges in exact_edges(
             features, rows, options.threshold, threads=threads, memory=memory, frozen=frozen
         ):

@@ -23,6 +23,7 @@ from snipdedup.kernels import pick_kernel
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
 from snipdedup.masses import Hubs, Placed, find_hubs
 from snipdedup.projection import WIDTHS, Projection, fit_projections, has_bfloat16
+from snipdedup.references import left_out
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
 from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
@@ -136,7 +137,7 @@ def join(
     with stage("encode"):
         parts = encode_all(features, model, work, chunk_rows=chunk_rows, threads=threads)
         seen = finish_scan(features, parts, keep_bad)
-        skip = seen.skipped(features.rows)
+        skip = left_out(seen, features.rows, frozen)
     with stage("join"):
         absorbed = absorbed_edges(encode_folders(work, features.rows), model.hubs, seen, skip)
         forest, notes = join_all(

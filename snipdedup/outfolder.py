@@ -1,4 +1,4 @@
-"""OUT: what a run leaves behind, written once, read back for another threshold."""
+"""OUT: what a run leaves behind, written once."""
 
 from __future__ import annotations
 
@@ -11,28 +11,24 @@ from snipdedup import references, store
 from snipdedup.additions import Removed, added_columns, added_names, caption_column
 from snipdedup.baseline import baselines
 from snipdedup.compute import cores, memory_bound
-from snipdedup.errors import SnipError, UsageError
-from snipdedup.forest import Edges
-from snipdedup.groups import Best, Members, Nearest
+from snipdedup.errors import UsageError
+from snipdedup.groups import Best, Members
 from snipdedup.handover import list_columns, write_lists
 from snipdedup.inputs import Inputs
 from snipdedup.keep import rank_by
 from snipdedup.metadata import Metadata, kept_names, write_kept
 from snipdedup.pairs import all_pairs, too_many, write_pairs
-from snipdedup.references import References, check_searched
 from snipdedup.result import (
     Found,
     Result,
     as_json,
-    decide,
     forest_table,
     groups_table,
     levels,
     references_table,
 )
-from snipdedup.scan import equal_rows
 from snipdedup.settings import EXPORTS, Dedup, named_kinds, parse_epsilons
-from snipdedup.shards import Features, request_of
+from snipdedup.shards import request_of
 
 KIND = references.KIND
 EXPORT = "export"  # the folder of lists for other tools
@@ -235,17 +231,6 @@ def epsilon_table(best: Best, options: Dedup) -> list[dict[str, Any]]:
     ]
 
 
-def finished_run(features: Any) -> Path | None:
-    """Return FEATURES where it is a finished OUT, to be decided anew."""
-    if isinstance(features, str | Path):
-        folder = Path(features).expanduser()
-        if (folder / store.MANIFEST).is_file():
-            manifest = store.load_json(folder / store.MANIFEST)
-            if isinstance(manifest, dict) and manifest.get("kind") == KIND:
-                return folder
-    return None
-
-
 def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
     """Return settings as a manifest holds them: paths absolute, so that a later run finds them."""
     settings = options.as_dict() | {
@@ -266,79 +251,6 @@ def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
     return settings
 
 
-def load_found(folder: Path, inputs: Inputs, options: Dedup) -> Found:
-    """Read back what a finished run found.
-
-    Raises
-    ------
-    SnipError
-        If the run's pairs were never verified, or its features are not the same any more.
-    """
-    import pyarrow.parquet as pq
-
-    manifest, features = store.read_manifest(folder, KIND), inputs.features
-    if not manifest["verified"] or features is None:
-        raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
-    check_searched(folder, features, manifest)
-    if inputs.text is not None:
-        check_searched(folder, inputs.text, manifest["text"])
-    forest, copies, firsts = load_forest(folder, features, inputs.text)
-    bad = folder / "bad_rows.parquet"
-    best = load_best(folder, features.rows) if options.method == "semdedup" else None
-    return Found(
-        names=[shard["name"] for shard in manifest["shards"]],
-        offsets=features.offsets,
-        threshold=manifest["settings"]["threshold"],
-        forest=forest,
-        copies=copies,
-        firsts=firsts,
-        bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
-        crcs=known_crcs([manifest]),
-        notes=manifest["method"],
-        also=inputs.also(options),
-        best=best,
-        references=inputs.references,
-        nearest=load_nearest(folder, inputs.references),
-        text_crcs=known_crcs([manifest["text"]] if inputs.text else []),
-        reference_crcs=known_crcs(manifest.get("references", [])),
-    )
-
-
-def known_crcs(described: list[dict[str, Any]]) -> list[int]:
-    """Return the CRC32 of the shards of some entries of a manifest."""
-    return [int(shard["crc32"], 16) for entry in described for shard in entry["shards"]]
-
-
-def load_forest(
-    folder: Path, features: Features, text: Features | None
-) -> tuple[Edges, np.ndarray, np.ndarray]:
-    """Read back the forest of distinct rows, and exact copies with the first row of each."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(folder / "forest.parquet")
-    edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
-    one = np.flatnonzero(edges.similarity == 1)
-    for source in (features, text):
-        if source is not None:
-            one = one[equal_rows(source, edges.b[one], edges.a[one])]
-    distinct = np.ones(len(edges.a), bool)
-    distinct[one] = False
-    order = one[np.argsort(edges.b[one])]
-    return edges.where(distinct), edges.b[order], edges.a[order]
-
-
-def load_nearest(folder: Path, references: References | None) -> Nearest | None:
-    """Read back each row's nearest reference row."""
-    import pyarrow.parquet as pq
-
-    if references is None:
-        return None
-    table = pq.read_table(folder / "references.parquet")
-    names = table["reference"].to_numpy(zero_copy_only=False)
-    numbers = references.find(names, table["reference_row"].to_numpy())
-    return Nearest(table["row"].to_numpy(), numbers, table["similarity"].to_numpy())
-
-
 def save_best(best: Best, out: Path) -> list[Path]:
     """Write what SemDeDup's rule looks at, one entry a row, and the centroids."""
     import pyarrow as pa
@@ -353,30 +265,6 @@ def save_best(best: Best, out: Path) -> list[Path]:
     store.save_parquet(out / "semdedup.parquet", pa.table(columns))
     store.save_npy(out / "centroids.npy", best.centroids)
     return [out / "semdedup.parquet", out / "centroids.npy"]
-
-
-def load_best(folder: Path, rows: int) -> Best:
-    """Read back what `save_best` wrote."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(folder / "semdedup.parquet")
-    if table.num_rows != rows:
-        raise SnipError(
-            f"{folder / 'semdedup.parquet'}: expected {rows:,} rows, found "
-            f"{table.num_rows:,}; search again"
-        )
-
-    def column(name: str, fill: float) -> np.ndarray:
-        return np.asarray(pc.fill_null(table[name], fill))
-
-    return Best(
-        cluster=column("cluster", -1),
-        nearness=column("nearness", np.nan),
-        match=column("match", -1),
-        similarity=column("similarity", np.nan),
-        centroids=np.load(folder / "centroids.npy"),
-    )
 
 
 def clear_earlier(out: Path) -> None:
@@ -395,88 +283,3 @@ def clear_earlier(out: Path) -> None:
     for folder in (out / "metadata", out / EXPORT):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def load_result(
-    folder: Path, inputs: Inputs, options: Dedup, metadata: Metadata | None = None
-) -> Result:
-    """Read back a finished run's decision; by metadata too, where its keep rules name columns."""
-    settings = store.read_manifest(folder, KIND)["settings"]
-    found = load_found(folder, inputs, options)
-    names = ("threshold", "grouping", "keep", "seed")
-    threshold, grouping, keep, seed = (settings[name] for name in names)
-    rank = None if options.method == "semdedup" else rank_by(keep, seed, metadata)
-    return decide(found, inputs.features, threshold, str(grouping), keep, seed, rank)
-
-
-def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
-    """Return the few lines that a run ends with."""
-    counts = body["counts"]
-    lines = [
-        f"{result.rows:,} rows, {how_decided(result)}, keep {result.keep}",
-        f"  removed     {counts['removed']:>12,}  ({100 * result.duplicate_ratio:.2f} %)",
-        f"  stay        {counts['kept']:>12,}",
-        f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
-        f"  exact copies{counts['exact_copies']:>12,}",
-    ]
-    if "reference_rows" in counts:
-        lines.append(
-            f"  of them     {counts['removed_for_reference']:>12,}  go for one of "
-            f"{counts['reference_rows']:,} reference rows"
-        )
-    for column, caught in body["baselines"].items():
-        lines.append(f"  by {column:<9}{caught:>12,}  of them equal {column}s alone would catch")
-    if counts["bad_rows"]:
-        lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (stay; see bad_rows.parquet)")
-    if result.chained:
-        lines.append(
-            f"  chained     {result.chained:>12,}  removed rows are below the threshold to the row "
-            "that stays; --grouping star avoids that"
-        )
-    if not result.found.verified:
-        lines.append("  unverified: no features were given, so no pair was proved")
-    lines += threshold_table(body["thresholds"])
-    if body["epsilons"]:
-        lines += epsilon_lines(body["epsilons"], result.rows, body["method"])
-    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in body["seconds"].items())
-    return "\n".join([*lines, f"seconds: {spent}", f"written to {out}"])
-
-
-def how_decided(result: Result) -> str:
-    """Say by which rule rows go."""
-    if result.found.best is None:
-        return f"threshold {result.threshold:g}, grouping {result.grouping}"
-    clusters = len(result.found.best.centroids)
-    return f"SemDeDup with {clusters:,} clusters, epsilon {1 - result.threshold:g}"
-
-
-def epsilon_lines(table: list[dict[str, Any]], rows: int, notes: dict[str, Any]) -> list[str]:
-    """Lay out what each epsilon removes, and what borders of clusters cost the first."""
-    lines = ["", "     epsilon   rows that go"]
-    for level in table:
-        share = 100 * level["removed"] / rows
-        lines.append(f"  {level['epsilon']:>10g}   {level['removed']:>12,}  ({share:.2f} %)")
-    if "borders" in notes:
-        cost = notes["borders"]
-        share = 100 * cost["across"] / max(1, cost["pairs"])
-        lines += [
-            "",
-            f"  borders: {cost['across']:,} of {cost['pairs']:,} pairs ({share:.2f} %) lie in two "
-            "clusters, so they are not compared;",
-            f"  {cost['beside']:,} rows stay beside a match that join finds (join with star: "
-            f"{cost['star']:,} rows go, {cost['both']:,} of them here too)",
-        ]
-    return [*lines, ""]
-
-
-def threshold_table(table: list[dict[str, Any]]) -> list[str]:
-    """Lay out what other thresholds would remove."""
-    if not table:
-        return []
-    lines = ["", "  components at threshold   rows that go        groups  largest group"]
-    for level in table:
-        lines.append(
-            f"  {level['threshold']:>23.3f}   {level['removed']:>12,}  {level['groups']:>12,}  "
-            f"{level['largest']:>13,}"
-        )
-    return [*lines, ""]

@@ -20,6 +20,7 @@ from snipdedup.forest import Edges, ForestBuilder, components, join_edges, make_
 from snipdedup.formats import Shard
 from snipdedup.groups import Nearest
 from snipdedup.pairs import pairs_within
+from snipdedup.scan import Scan
 from snipdedup.shards import Features, accept_dates, open_features, request_of
 
 KIND = "dedup"  # of the manifest of an OUT
@@ -223,6 +224,8 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
     if (Path(path) / store.MANIFEST).is_file():
         yield from open_earlier(Path(path), str(source))
         return
+    if (Path(path) / store.WORK / store.REQUEST).is_file():
+        raise SnipError(f"--reference {source} is of a run that was stopped; finish it first")
     features = open_features(source, **how)
     yield Reference(str(source), FEATURES, path, features, np.arange(features.rows))
 
@@ -395,6 +398,16 @@ def own_copies(
     firsts[outside] = own[np.searchsorted(reference, firsts[outside])]
     rest = copies != firsts
     return copies[rest], firsts[rest], make_edges(reference, own, np.ones(len(own)))
+
+
+def left_out(seen: Scan, rows: int, frozen: int) -> np.ndarray:
+    """Return which rows take no part in a search that leaves out pairs below ``frozen``.
+
+    A row that equals a reference row takes part beside it: its pairs are wanted, that one's not.
+    """
+    skip = seen.skipped(rows)
+    skip[own_copies(seen.copies, seen.firsts, frozen)[2].b] = False
+    return skip
 
 
 class NearestBuilder:

@@ -171,3 +171,29 @@ def test_a_lone_row_has_no_nearest():
     assert nearest.tolist() == [-1, 1]
     assert np.isnan(cosine[0])
     assert cosine[1] == 0
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 40),
+    frozen=st.integers(0, 45),
+    tile=st.integers(1, 12),
+    panel=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_pairs_among_the_first_rows_are_left_out_and_no_others(rows, frozen, tile, panel, seed):
+    x = truth.clustered(rows, 5, seed, noise=0.6)
+    features = open_features(x)
+    every = {pair: cosine for pair, cosine in loop(x, 0.8).items() if pair[1] >= frozen}
+    size = mock.patch.object(exact, "panel_rows", return_value=panel * tile)
+    builder = ForestBuilder()
+    with mock.patch.object(exact, "TILE", tile), size:
+        for edges in exact_edges(
+            features, np.arange(rows), 0.8, threads=1, memory=1, frozen=frozen
+        ):
+            assert (edges.b >= frozen).all()
+            builder.add(edges)
+    label = truth.components(rows, every)
+    found = builder.forest()
+    assert set(listed(found)) <= set(every)
+    assert truth.components(rows, listed(found)).tolist() == label.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import dedup
+from snipdedup import dedup, store
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.references import open_references, own_copies
 
@@ -293,6 +294,51 @@ def test_a_new_date_on_the_same_reference_is_no_change(earlier):
     for folder in folders[:2]:
         os.utime(folder / "img_emb_0.npy", (1, 1))
     assert truth.snip(*words)[0] == 0
+
+
+def test_a_stopped_run_is_no_reference(sets, tmp_path):
+    _, folders = sets
+    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+        assert truth.snip("dedup", folders[0], "--out", tmp_path / "out")[0] == 130
+    line = refused("dedup", folders[1], "--reference", tmp_path / "out", "--out", tmp_path / "o")
+    assert "stopped" in line
+
+
+def test_the_work_is_left_where_it_is_asked_for(sets, tmp_path):
+    _, folders = sets
+    out = tmp_path / "out"
+    words = ("dedup", folders[0], "--out", out, "--keep_work")
+    assert truth.snip(*words)[0] == 0
+    assert (out / "work" / "model.npz").is_file()
+    before = truth.listing(out)
+    assert "finished already" in truth.snip(*words)[1]
+    words = ("dedup", folders[1], "--reference", out, "--out", tmp_path / "o")
+    assert truth.snip(*words)[0] == 0
+    assert truth.listing(out) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "share"), [("exact", 0.0), ("join", 0.001)])
+def test_key_frames_added_later_leave_next_to_nothing(data, tmp_path, snip, method, share):
+    """The first 8 shards cleaned, the last 4 added; judged by brute force over what stays."""
+    outs = tmp_path / "first", tmp_path / "second"
+    words = (data / "keyframes" / "img_emb" / "img_emb_{part:04d}.npy", "--method", method)
+    snip("dedup", *words, "--parts", "0:8", "--out", outs[0])
+    before = truth.listing(outs[0])
+    snip("dedup", *words, "--parts", "8:12", "--out", outs[1], "--reference", outs[0])
+    assert truth.listing(outs[0]) == before
+    removed = np.concatenate([np.load(out / "is_dup.npy") for out in outs])
+    files = sorted((data / "keyframes" / "img_emb").glob("*.npy"))
+    x = np.concatenate([np.load(path) for path in files])[~removed].astype(np.float64)
+    x /= np.sqrt((x * x).sum(1, keepdims=True))
+    short, beside = x.astype(np.float32), np.zeros(len(x), bool)
+    for start in range(0, len(x), 4096):
+        a, b = np.nonzero(short[start : start + 4096] @ short.T >= 0.95 - 1e-5)
+        a, b = a[a + start < b] + start, b[a + start < b]
+        true = np.einsum("ij,ij->i", x[a], x[b]).astype(np.float32) >= np.float32(0.95)
+        beside[a[true]] = beside[b[true]] = True
+    assert beside.sum() <= share * len(x)
+    assert removed.sum() > 10_000
 
 
 def test_a_reference_that_holds_the_features_is_refused(sets, tmp_path):
