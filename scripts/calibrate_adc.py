@@ -1,11 +1,16 @@
 """The adaptive ADC threshold on real features: recall at given precisions, and the constants.
 
-    python scripts/calibrate_adc.py --features FOLDER [--dim 128] [--json FILE]
+    python scripts/calibrate_adc.py --features FOLDER [--dim 128 | --encoder DIR] [--json FILE]
+    python scripts/calibrate_adc.py --features FOLDER --train_shards 8 [--encoder DIR]
 
 A row is truly duplicated if any other row has a cosine of at least .95; it is flagged if its best
 neighbour in the index (with another row number) passes. The rules are one global limit on the ADC
 distance, ratio and difference of it and the row's own error, and, for an index without features,
 a limit on the distance between codes. The margins printed are the defaults of `snipdedup.adaptive`.
+
+With --train_shards N, directions, quantisers and margins come from the first N shards only (give an
+encoder that was trained on those, --parts of snip train), all rows are indexed, and the rows of
+the other shards are judged: what a margin is worth on rows that it was not chosen on.
 """
 
 from __future__ import annotations
@@ -22,11 +27,13 @@ import numpy as np
 from snipdedup import settings
 from snipdedup.adaptive import SYMMETRIC, calibrate, scores, true_duplicates
 from snipdedup.classes import classes_of
+from snipdedup.codes import Lists
 from snipdedup.compute import cores
 from snipdedup.cosine import unit_rows
 from snipdedup.formats import ArrayShard
 from snipdedup.index import build
 from snipdedup.indexfolder import Index
+from snipdedup.intervals import proportion_interval
 from snipdedup.search import Searcher, feature_queries, neighbours
 from snipdedup.shards import Features, open_features
 
@@ -38,16 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     given = parse(argv)
     features = open_features(given.features)
+    known = train_rows(features, given.train_shards)
     rng = np.random.default_rng(given.seed)
     count = min(given.sample, features.rows)
     sample = np.sort(rng.choice(features.rows, count, replace=False))
     truth = true_duplicates(features, sample, given.threshold, cores())
-    vectors = project(features, given.dim)
-    results = [
-        result
-        for code_bytes in given.code_bytes
-        for result in measure(vectors, sample, truth, code_bytes, given)
-    ]
+    results = []
+    for m in given.code_bytes:
+        vectors = describe(features, given, known, m)
+        results += measure(vectors, sample, truth, m, given, known)
     print(table(results, features, truth, given))
     if given.json:
         body = {
@@ -65,6 +71,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--features", required=True, help="folder of feature shards")
     parser.add_argument("--dim", type=int, default=128, help="width after PCA; 0: rows as they are")
+    parser.add_argument("--encoder", help="descriptors of this encoder in place of PCA's")
+    parser.add_argument("--train_shards", type=int, help="shards that anything is learnt from")
     parser.add_argument("--code_bytes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--nlist", type=int, default=512)
     parser.add_argument("--nprobe", type=int, default=4)
@@ -76,30 +84,70 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def project(features: Features, dim: int) -> Features:
-    """Return unit rows on their first principal directions (about 0), in memory."""
+def train_rows(features: Features, shards: int | None) -> int:
+    """Return how many rows anything is learnt from: those of the first shards, or all."""
+    return int(features.offsets[len(features.shards) if shards is None else shards])
+
+
+def describe(features: Features, given: argparse.Namespace, known: int, m: int) -> np.ndarray:
+    """Return all rows as they are indexed, (n, d) float32: descriptors, or main directions.
+
+    Codes of few bytes take the encoder's head, as in ``snip index``.
+    """
+    if given.encoder:
+        from snipdedup.encoder import Encoder
+
+        encoder = Encoder.load(given.encoder, device="cpu").for_codes(m)
+        return np.concatenate(
+            [encoder.encode(block, first) for first, block in features.blocks(8192)]
+        )
     rows = np.concatenate([unit_rows(block) for _, block in features.blocks(65_536)])
-    if dim:
-        _, directions = np.linalg.eigh(rows.T @ rows)
-        rows = rows @ directions[:, ::-1][:, :dim]
-    return Features([ArrayShard(np.ascontiguousarray(rows), "projected")])
+    if given.dim:  # principal directions about 0
+        _, directions = np.linalg.eigh(rows[:known].T @ rows[:known])
+        rows = rows @ directions[:, ::-1][:, : given.dim]
+    return np.ascontiguousarray(rows)
+
+
+def in_memory(vectors: np.ndarray) -> Features:
+    """Return vectors as features."""
+    return Features([ArrayShard(vectors, "vectors")])
+
+
+def build_index(
+    vectors: np.ndarray, known: int, m: int, given: argparse.Namespace
+) -> tuple[Index, Lists]:
+    """Return an index of all vectors whose quantisers come from the first ``known``."""
+    options = {"m": m, "nlist": given.nlist, "seed": given.seed}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "known"
+        settled = settings.Index(features=None, out=str(base), **options)
+        index, _ = build(in_memory(vectors[:known]), base, settled, as_stored=True)
+        if known < len(vectors):
+            out = Path(folder) / "all"
+            settled = settings.Index(features=None, out=str(out), base=str(base))
+            index, _ = build(in_memory(vectors), out, settled, as_stored=True)
+        return index, index.lists()
 
 
 def measure(
-    vectors: Features, sample: np.ndarray, truth: np.ndarray, m: int, given: argparse.Namespace
+    vectors: np.ndarray,
+    sample: np.ndarray,
+    truth: np.ndarray,
+    m: int,
+    given: argparse.Namespace,
+    known: int,
 ) -> list[dict[str, Any]]:
     """Return margin, precision and recall of each rule at each precision, for one code size."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = settings.Index(features=None, out=folder, m=m, nlist=given.nlist, seed=given.seed)
-        index, _ = build(vectors, Path(folder), options, as_stored=True)
-        classes = classes_of(index.lists())
+    index, lists = build_index(vectors, known, m, given)
+    classes = classes_of(lists)
     shared = classes.shared(index.rows)
     searcher = Searcher(index, classes.lists, given.nprobe)
+    chosen_on = sample < known
     results = []
     for rule in RULES:
-        best = rule_scores(index, searcher, vectors, sample, shared, rule, given.k)
+        best = rule_scores(index, searcher, in_memory(vectors), sample, shared, rule, given.k)
         for precision in PRECISIONS:
-            margin, reached = calibrate(best, truth, precision)
+            margin, reached = calibrate(best[chosen_on], truth[chosen_on], precision)
             results.append(
                 {
                     "code_bytes": m,
@@ -108,9 +156,32 @@ def measure(
                     "margin": margin,
                     "mean_self_adc": index.manifest["mean_self_adc"],
                     **reached,
+                    "others": judged(best[~chosen_on], truth[~chosen_on], margin, precision),
                 }
             )
     return results
+
+
+def judged(
+    best: np.ndarray, truth: np.ndarray, margin: float, precision: float
+) -> dict[str, Any] | None:
+    """Return what a margin does on rows that it was not chosen on; None where there are none.
+
+    ``recall_at`` is the recall there at the wanted precision, by the margin that would suit them.
+    """
+    if not len(best):
+        return None
+    flags = best <= margin
+    right, flagged = int(truth[flags].sum()), int(flags.sum())
+    own = calibrate(best, truth, precision)[1]
+    return {
+        "rows": len(best),
+        "duplicates": int(truth.sum()),
+        "precision": right / max(flagged, 1),
+        "precision_interval": list(proportion_interval(right, flagged)),
+        "recall": right / max(int(truth.sum()), 1),
+        "recall_at": own["recall"] if own["reached"] else 0.0,
+    }
 
 
 def rule_scores(
@@ -154,6 +225,22 @@ def table(
         f"cosine {given.threshold}; recall at precision {' / '.join(map(str, PRECISIONS))} "
         "(margins)",
         "",
+        *grid(results, sizes, "recall", margins=True),
+    ]
+    if given.train_shards is not None:
+        others = [{**r, **r["others"]} for r in results]
+        lines += ["", "on the other shards, by these margins: recall (precision)", ""]
+        lines += grid(others, sizes, "recall", margins=False)
+        lines += ["", "on the other shards, at the wanted precision there: recall", ""]
+        lines += grid(others, sizes, "recall_at", margins=None)
+    return "\n".join(lines)
+
+
+def grid(
+    results: list[dict[str, Any]], sizes: list[int], name: str, *, margins: bool | None
+) -> list[str]:
+    """Return rules by code sizes; in brackets margins, else precisions, or nothing for None."""
+    lines = [
         "| rule | " + " | ".join(f"{size} B" for size in sizes) + " |",
         "|---" * (len(sizes) + 1) + "|",
     ]
@@ -161,10 +248,14 @@ def table(
         cells = []
         for size in sizes:
             of = [r for r in results if r["rule"] == rule and r["code_bytes"] == size]
-            recall = " / ".join(f"{r['recall']:.2f}" if r["reached"] else "-" for r in of)
-            cells.append(f"{recall} ({', '.join(format(r['margin'], '.4f') for r in of)})")
+            cell = " / ".join(f"{r[name]:.2f}" if r["reached"] else "-" for r in of)
+            if margins is not None:
+                what = "margin" if margins else "precision"
+                digits = ".4f" if margins else ".2f"
+                cell += f" ({', '.join(format(r[what], digits) for r in of)})"
+            cells.append(cell)
         lines.append(f"| {rule} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 from snipdedup import progress, settings
 from snipdedup.compute import in_order
 from snipdedup.cosine import pair_cosine, unit_rows
+from snipdedup.intervals import proportion_interval
 from snipdedup.search import Searcher, Source, neighbours
 from snipdedup.shards import Features, plan_blocks
 
@@ -165,30 +166,31 @@ def calibrate(
         Which of them are duplicates.
     precision : float
         Wanted share of right flags. Where no margin reaches it, the most precise one is taken.
+
+    Returns
+    -------
+    margin : float
+    reached : dict
+        ``precision``, with the interval that holds it in 95 % of samples, and ``recall``; and
+        ``reached``, whether the precision is as wanted. The margin is chosen on the same sample,
+        so a small one flatters: `proportion_interval` knows nothing of the choice.
     """
     order = np.argsort(best, kind="stable")
     score, right = best[order], np.cumsum(truth[order])
     flagged = np.arange(1, len(score) + 1)
     ends = np.append(score[1:] != score[:-1], True) & np.isfinite(score)
+    told = {"source": "sample", "rows": len(best), "duplicates": int(truth.sum())}
     if not ends.any():
-        return 0.0, {
-            "source": "sample",
-            "rows": len(best),
-            "duplicates": int(truth.sum()),
-            "flagged": 0,
-            "precision": None,
-            "recall": 0.0,
-            "reached": False,
-        }
+        nothing = {"precision": None, "precision_interval": [0.0, 1.0], "recall": 0.0}
+        return 0.0, {**told, "flagged": 0, **nothing, "reached": False}
     reached = right / flagged
     good = np.flatnonzero(ends & (reached >= precision))
     at = int(good[-1]) if len(good) else int(np.argmax(np.where(ends, reached, -1)))
     return float(score[at]), {
-        "source": "sample",
-        "rows": len(best),
-        "duplicates": int(truth.sum()),
+        **told,
         "flagged": int(flagged[at]),
         "precision": float(reached[at]),
-        "recall": float(right[at] / truth.sum()),
+        "precision_interval": list(proportion_interval(int(right[at]), int(flagged[at]))),
+        "recall": float(right[at] / max(truth.sum(), 1)),
         "reached": bool(len(good)),
     }

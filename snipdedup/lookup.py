@@ -276,7 +276,7 @@ def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | 
     held, width = held_encoder(index.folder), vectors.shape[1]
     given = held or (Path(encoder).expanduser() if encoder is not None else None)
     if given is not None and width == store.read_manifest(given, "encoder")["encoder"]["dim_in"]:
-        space = Space.encoded(given)
+        space = Space.encoded(given).of_width(index.dim)
         if space.dim == index.dim:
             return space.vectors(vectors)
     if width != index.dim:

@@ -225,7 +225,7 @@ def query_space(index: Index, features: Features, encoder: str | None) -> Space:
             "leave --encoder away"
         )
     if space.encoder is None and encoder is not None and features.dim != space.dim_in:
-        space = Space.encoded(encoder)
+        space = Space.encoded(encoder).of_width(index.dim)
     if features.dim != space.dim_in or space.dim != index.dim:
         raise SnipError(
             f"{index.folder} was built from rows {space.dim_in} wide, FEATURES are {features.dim} "

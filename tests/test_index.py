@@ -447,3 +447,23 @@ def test_the_command(snip, data, tmp_path):
     refused = snip("index", source, "--parts", "0:1", "--out", tmp_path / "y", "--m", 7, status=1)
     assert "--m 7 must divide the width 512" in refused.stderr
     assert read_quantiser(tmp_path / "x" / "quantizer.faiss").nbits == 4
+
+
+def test_the_size_script_says_what_a_row_costs(index, capsys, tmp_path):
+    import runpy
+
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("RssAnon is what Linux tells")
+    script = Path(__file__).parent.parent / "scripts" / "index_size.py"
+    words = [str(index.folder), "--json", str(tmp_path / "x.json")]
+    runpy.run_path(str(script))["main"](words)
+    said, told = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
+    files = sum(path.stat().st_size for path in index.folder.glob("lists_*.npz"))
+    assert told["disk"]["bytes_a_row"] == pytest.approx(files / index.rows)
+    lists = index.lists()
+    assert told["memory"]["arrays"] == sum(a.nbytes for a in (lists.codes, lists.ids, lists.starts))
+    # 2.17e9 rows of 4 bytes: 4 of code and 4 of row number each, and where 65,536 lists begin
+    if index.code_size == 4:
+        assert told["reckoned"]["memory"] == 8 * 2_170_000_000 + 8 * 65_537
+    assert told["reckoned"]["memory"] <= 17.4e9 or index.code_size > 4
+    assert "bytes a row" in said

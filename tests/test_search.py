@@ -150,6 +150,8 @@ def test_calibration_takes_the_highest_recall_at_the_wanted_precision():
     margin, reached = calibrate(best, truth, 0.7)
     assert margin == np.float32(0.3)
     assert (reached["flagged"], reached["precision"], reached["recall"]) == (4, 0.75, 0.6)
+    low, high = reached["precision_interval"]  # of 3 of 4, from tables of Clopper and Pearson
+    assert (round(low, 3), round(high, 3)) == (0.194, 0.994)
     assert calibrate(best, truth, 0.76)[0] == np.float32(0.2)
     assert calibrate(best, truth, 0.5)[0] == np.float32(0.5)
     margin, reached = calibrate(best, ~truth, 0.9)  # nothing is that precise
@@ -344,6 +346,31 @@ def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
     truth = true_duplicates(open_features(shard), np.arange(len(np.load(shard))), 0.95, 2)
     share = written["duplicates"] / written["judged"]
     assert share == pytest.approx(truth.mean(), abs=0.03)
+
+
+def test_the_calibration_script_judges_other_shards(data, tmp_path, capsys):
+    from snipdedup.encoder import Encoder, Network
+
+    main = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"))[
+        "main"
+    ]
+    x = np.concatenate(
+        [np.load(data / "keyframes" / "img_emb" / f"img_emb_000{n}.npy")[:1200] for n in (0, 1)]
+    )
+    for number, part in enumerate(np.split(x, [1200])):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        np.save(tmp_path / "set" / f"img_emb_{number}.npy", part)
+    Encoder(Network(512, 8, 32)).save(tmp_path / "encoder", {})
+    words = ["--features", tmp_path / "set", "--code_bytes", 8, "--nlist", 8, "--train_shards", 1]
+    words += ["--encoder", tmp_path / "encoder", "--json", tmp_path / "x.json"]
+    runpy.run_path(str(script))["main"]([str(word) for word in words])
+    assert "on the other shards" in capsys.readouterr().out
+    written = json.loads((tmp_path / "x.json").read_text())
+    others = [result["others"] for result in written["results"]]
+    assert {other["rows"] for other in others} == {1200}
+    truth = true_duplicates(open_features(tmp_path / "set"), np.arange(1200, 2400), 0.95, 2)
+    assert {other["duplicates"] for other in others} == {int(truth.sum())}
+    assert all(r["rows"] == 1200 for r in written["results"])
 
 
 def test_an_encoder_that_is_not_the_index_s_own_is_refused(tmp_path):
