@@ -112,6 +112,11 @@ def open_inputs(options: settings.Eval) -> tuple[Features, Features | None]:
     """Open features and texts, which must match row for row."""
     kinds = {"parts": options.parts, "array": options.array, "column": options.column}
     features = open_features(options.features, **kinds)
+    if options.nlist > features.rows:
+        raise SnipError(
+            f"--nlist {options.nlist}: there are only {features.rows:,} rows; give fewer lists, or "
+            "leave it away to have them chosen"
+        )
     if options.text_features is None:
         return features, None
     from snipdedup.train import open_texts
@@ -226,6 +231,8 @@ def contenders_of(
         return unit_rows(unit_rows(rows) @ directions.T)
 
     def rotated(m: int) -> Vectors:
+        if sample.shape[1] % m:
+            return unit_rows  # such a code is left out
         rotation = opq(sample, m, OPQ_ROUNDS)
         return lambda rows: unit_rows(rows) @ rotation.T
 

@@ -131,6 +131,14 @@ def test_texts_that_do_not_match_are_refused(done):
     assert not (folder / "bad").exists()
 
 
+def test_more_lists_than_rows_are_refused(done):
+    folder, options, *_ = done
+    given = {**options.as_dict(), "out": str(folder / "bad"), "nlist": 901}
+    with pytest.raises(SnipError, match=r"--nlist 901: there are only 900 rows"):
+        evaluate.run(settings.Eval(**given))
+    assert not (folder / "bad").exists()
+
+
 @pytest.mark.parametrize("text", ["4,x", "", "0,4", "300", "4;8"])
 def test_code_sizes_are_whole_numbers(text):
     with pytest.raises(UsageError, match="--code_bytes must be whole numbers from 1 to 256"):
