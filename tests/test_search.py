@@ -351,9 +351,7 @@ def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
 def test_the_calibration_script_judges_other_shards(data, tmp_path, capsys):
     from snipdedup.encoder import Encoder, Network
 
-    main = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"))[
-        "main"
-    ]
+    script = Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"
     x = np.concatenate(
         [np.load(data / "keyframes" / "img_emb" / f"img_emb_000{n}.npy")[:1200] for n in (0, 1)]
     )
