@@ -35,13 +35,27 @@ def cores(threads: int = 0) -> int:
     return os.cpu_count() or 1
 
 
-def memory_bound(text: str | None) -> int:
-    """Return a bound on memory in bytes; without one, a quarter of the machine's memory."""
+def memory_bound(text: str | None, need: int = 0) -> int:
+    """Return a bound on memory in bytes.
+
+    Without one, a quarter of the machine's memory, or ``need`` if that is more.
+
+    Raises
+    ------
+    SnipError
+        If the bound is below what is needed.
+    """
     if text is not None:
-        return parse_bytes(text)
+        bound = parse_bytes(text)
+        if bound < need:
+            raise SnipError(
+                f"--max_memory {text}: this run needs {need / 1e9:.2f} GB besides its libraries; "
+                "give as much, fewer --threads or fewer rows"
+            )
+        return bound
     if not hasattr(os, "sysconf"):  # Windows tells only through other libraries
-        return 2 << 30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        return max(2 << 30, need)
+    return max(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4, need)
 
 
 def pick_device(name: str) -> str:

@@ -15,7 +15,7 @@ from snipdedup.exact import exact_edges
 from snipdedup.forest import Edges, ForestBuilder, join_edges
 from snipdedup.groups import Best
 from snipdedup.inputs import Inputs
-from snipdedup.join import join
+from snipdedup.join import join, needed_memory
 from snipdedup.pairs import all_pairs
 from snipdedup.progress import Clock
 from snipdedup.references import References, left_out, settle
@@ -64,6 +64,7 @@ def search_join(
     features: Features, frozen: int, options: Dedup, work: Path, clock: Clock
 ) -> tuple[Scan, Edges, dict[str, Any]]:
     """Find pairs by the join; pairs among the first ``frozen`` rows are not wanted."""
+    threads = cores(options.threads)
     return join(
         features,
         threshold=options.threshold,
@@ -71,8 +72,8 @@ def search_join(
         seed=options.seed or 0,
         keep_bad=options.bad_rows == "keep",
         chunk_rows=options.chunk_rows,
-        threads=cores(options.threads),
-        memory=memory_bound(options.max_memory),
+        threads=threads,
+        memory=memory_bound(options.max_memory, needed_memory(features, threads)),
         device=pick_device(options.device),
         work=work,
         stage=clock.stage,

@@ -26,13 +26,17 @@ from snipdedup.projection import WIDTHS, Projection, fit_projections, has_bfloat
 from snipdedup.references import left_out
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
 from snipdedup.shards import Features, Piece, plan_blocks
-from snipdedup.tiles import COLUMN_TILE, Codes, TilePairs, compare
-from snipdedup.verify import proved_cosines, verify_pairs
+from snipdedup.tiles import COLUMN_TILE, ROW_TILE, Codes, TilePairs, compare
+from snipdedup.verify import GATHER_PAIRS, proved_cosines, verify_pairs
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
 CALIBRATION_ROWS = 1 << 15  # rows among whose pairs τ is calibrated
 CALIBRATION_PAIRS = 1 << 15
+ROW_BYTES = 100  # held for each row at the peak: sorting hashes, merging forests, groups
+PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes
+VISIT_BYTES = 64  # held for each row of a list while a partition is brought together, codes apart
+TILE_BYTES = 16  # of each product of a tile: int32, float32 and masks
 PROPOSALS_A_ROW = 2.0  # more pairs than this to prove for each row are dearer than wider codes
 CROWDED_DEGREE = 8  # pairs of a row of the sample that count
 ROWS_A_CENTROID = 48  # rows of the sample for each centroid
@@ -162,6 +166,18 @@ def join(
     }
     calibrated = {"calibration_pairs": model.calibration_pairs}
     return seen, forest, {**lists, **calibrated, **notes}
+
+
+def needed_memory(features: Features, threads: int) -> int:
+    """Return the least memory that a join of these rows needs, in bytes, libraries apart.
+
+    Every row costs some bytes (its hash while copies are sought, its share of the forest and of
+    groups), every thread the rows of a block of proofs, of two tiles, and their products.
+    """
+    raw = features.dim * (features.dtype.itemsize + 4)
+    tile = ROW_TILE * COLUMN_TILE * TILE_BYTES + 2 * (ROW_TILE + COLUMN_TILE) * raw
+    thread = 2 * GATHER_PAIRS * raw + tile + PARTITION_BYTES
+    return ROW_BYTES * features.rows + threads * thread
 
 
 def list_count(rows: int) -> int:
@@ -387,8 +403,9 @@ def join_all(
     folders = encode_folders(work, features.rows)
     starts = [np.load(folder / "starts.npy") for folder in folders]
     visits = np.diff(np.sum(starts, axis=0))
+    spare = (memory - needed_memory(features, threads)) // threads + PARTITION_BYTES
     most = min(
-        memory // (16 * model.projection.width * threads),
+        spare // (VISIT_BYTES + 2 * model.projection.width),
         max(1, int(visits.sum()) // (8 * threads)),
     )
     tasks = plan_partitions(visits, most)

@@ -57,8 +57,7 @@ def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, ev
     shape = (len(rows), features.dim)
     raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
     wide = directions(raw, torch.from_numpy(scratch("gathered wide", shape, np.float32)))
-    product = pair_products(wide, i, j)
-    likely = np.flatnonzero(product >= np.float32(threshold - PROPOSAL_ERROR))
+    likely = np.flatnonzero(pair_products(wide, i, j) >= np.float32(threshold - PROPOSAL_ERROR))
     i, j = i[likely], j[likely]
     edges = make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j)).at(threshold)
     return edges if every else spanning_forest(edges)

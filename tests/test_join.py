@@ -12,9 +12,10 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snipdedup import finding, store
 from snipdedup import join as room
-from snipdedup import store
 from snipdedup.deduplicate import dedup
+from snipdedup.errors import SnipError
 from snipdedup.join import plan_partitions
 from snipdedup.shards import open_features
 
@@ -40,6 +41,9 @@ def many_lists():
     with (
         mock.patch.object(room, "SINGLE_LIST_ROWS", 0),
         mock.patch.object(room, "task_rows", return_value=8192),
+        mock.patch.object(room, "PARTITION_BYTES", 1 << 14),
+        mock.patch.object(room, "needed_memory", return_value=0),
+        mock.patch.object(finding, "needed_memory", return_value=0),
     ):
         yield
 
@@ -329,14 +333,23 @@ def test_small_sets_of_any_kind_agree_with_brute_force(rows, dim, seed, threshol
     assert_agree(found, brute)
 
 
+def test_too_little_memory_is_refused_with_what_is_needed(rows, tmp_path):
+    with pytest.raises(SnipError, match=r"--max_memory 50MB: this run needs 0\.\d\d GB"):
+        dedup(rows, max_memory="50MB", threads=2, out=str(tmp_path / "out"))
+    need = room.needed_memory(open_features(rows), 2)
+    assert 100e6 < need < 200e6
+    assert need + 100 * 980_000 == room.needed_memory(open_features(np.ones((10**6, 24), "f2")), 2)
+    assert dedup(rows, max_memory=str(need), threads=2).removed > 3000
+
+
+@pytest.mark.usefixtures("many_lists")
 def test_the_forest_does_not_depend_on_threads_or_memory():
     """Near-equal rows by the hundred: which edges of a crowd are taken must not hang on blocks."""
     rng = np.random.default_rng(3)
     centres = rng.standard_normal((40, 64))
     x = np.repeat(centres, 150, axis=0) + 0.02 * rng.standard_normal((6000, 64))
     x = np.concatenate([x, rng.standard_normal((6000, 64))]).astype(np.float32)
-    with mock.patch.object(room, "SINGLE_LIST_ROWS", 0):
-        one = dedup(x, threads=1, max_memory="8GB")
-        two = dedup(x, threads=2, max_memory="1MB")
+    one = dedup(x, threads=1, max_memory="8GB")
+    two = dedup(x, threads=2, max_memory="1MB")
     assert listed(one) == listed(two)
     assert np.array_equal(one.is_dup, two.is_dup)
