@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from snipdedup import store
 from snipdedup.adc import search_adc
 from snipdedup.captions import with_captions
 from snipdedup.compute import cores, memory_bound, pick_device
@@ -18,7 +20,7 @@ from snipdedup.inputs import Inputs
 from snipdedup.join import join, needed_memory
 from snipdedup.pairs import all_pairs
 from snipdedup.progress import Clock
-from snipdedup.references import References, left_out, settle
+from snipdedup.references import References, kept_model, left_out, settle
 from snipdedup.result import Found, decide
 from snipdedup.scan import Scan, scan
 from snipdedup.semdedup import search_semdedup
@@ -119,7 +121,13 @@ def find_beside(
 ) -> Found:
     """Search over reference rows and features, and cut down what is found to the features."""
     rows, frozen = references.before(features), references.rows
+    model = kept_model(references, features.rows, options) if compare is search_join else None
+    if model is not None and not (work / "model.npz").is_file():
+        with store.replacing(work / "model.npz") as part:
+            shutil.copyfile(model, part)
     seen, forest, notes = compare(rows, frozen, options, work, clock)
+    if compare is search_join:
+        notes = {**notes, "model": "fitted" if model is None else "kept"}
     with clock.stage("refer"):
         settled = settle(
             rows,

@@ -21,6 +21,7 @@ from snipdedup.formats import Shard
 from snipdedup.groups import Nearest
 from snipdedup.pairs import pairs_within
 from snipdedup.scan import Scan
+from snipdedup.settings import Dedup
 from snipdedup.shards import Features, accept_dates, open_features, request_of
 
 KIND = "dedup"  # of the manifest of an OUT
@@ -198,6 +199,24 @@ def open_references(
         found = open_one(source, number, {"array": array, "column": column})
         items += [item for item in found if not any(same(item, other) for other in items)]
     return References(items)
+
+
+def kept_model(references: References, rows: int, options: Dedup) -> Path | None:
+    """Return the model of the join that an earlier run kept, where it suits this one.
+
+    It must be of the same settings and libraries, and of a run over no fewer rows than are added:
+    its lists and their reach were fitted to those.
+    """
+    names = ("threshold", "recall", "seed")
+    for item in references.items:
+        if item.kind != EARLIER or item.path is None or item.features.rows < rows:
+            continue
+        manifest = store.read_manifest(Path(item.path), KIND)
+        settings, path = manifest["settings"], Path(item.path) / store.WORK / "model.npz"
+        same = all(settings[name] == getattr(options, name) for name in names)
+        if same and manifest["versions"] == store.versions() and path.is_file():
+            return path
+    return None
 
 
 def split(given: Any) -> list[Any]:

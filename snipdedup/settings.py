@@ -220,7 +220,7 @@ class Dedup(Input):
         "that stay, and its own references); several by comma",
     )
     keep_work: bool = option(
-        False, "leave the codes in OUT/work, for later runs with --reference OUT"
+        False, "leave the model and the codes in OUT/work: --reference OUT then needs no new model"
     )
     pairs: bool = option(
         False, "write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet"
@@ -470,7 +470,8 @@ class Audit(Settings):
     sheet: str | None = option(None, "also write random removed pairs as CSV, for you to judge")
     n: int = option(200, "pairs of --sheet")
     judged: str | None = option(
-        None, "read a sheet whose verdicts you filled in (yes, no) and print the precision; no audit"
+        None,
+        "read a sheet whose verdicts you filled in (yes, no) and print the precision; no audit",
     )
     max_memory: str | None = option(
         None, "bound on the rows held at a time, 2GB say; without it a quarter of the RAM"

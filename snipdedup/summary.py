@@ -23,6 +23,12 @@ def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
             f"  of them     {counts['removed_for_reference']:>12,}  go for one of "
             f"{counts['reference_rows']:,} reference rows"
         )
+    if "model" in body["method"]:
+        kept = body["method"]["model"] == "kept"
+        lines.append(
+            "  codes       of the reference rows made anew, "
+            + ("by the model that its run kept" if kept else "and a model fitted (--keep_work)")
+        )
     for column, caught in body["baselines"].items():
         lines.append(f"  by {column:<9}{caught:>12,}  of them equal {column}s alone would catch")
     if counts["bad_rows"]:

@@ -312,9 +312,17 @@ def test_the_work_is_left_where_it_is_asked_for(sets, tmp_path):
     assert (out / "work" / "model.npz").is_file()
     before = truth.listing(out)
     assert "finished already" in truth.snip(*words)[1]
-    words = ("dedup", folders[1], "--reference", out, "--out", tmp_path / "o")
-    assert truth.snip(*words)[0] == 0
+    words = ("dedup", folders[1], "--reference", out, "--out")
+    with mock.patch("snipdedup.join.fit", side_effect=AssertionError):
+        status, said, _ = truth.snip(*words, tmp_path / "o")
+    assert status == 0
+    assert "by the model that its run kept" in said
     assert truth.listing(out) == before
+    assert "a model fitted" in truth.snip(*words, tmp_path / "p", "--threshold", 0.9)[1]
+    shutil.rmtree(out / "work")
+    assert "a model fitted" in truth.snip(*words, tmp_path / "q")[1]
+    for name in ("is_dup.npy", "groups.parquet"):
+        assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "q" / name).read_bytes()
 
 
 @pytest.mark.slow
