@@ -164,7 +164,8 @@ class NpyShard(Shard):
         return zlib.crc32(block.data, zlib.crc32(head)), len(head) + block.nbytes
 
 
-@lru_cache(maxsize=256)  # mapping anew, and touching pages anew, is dear; a mapping holds a file open
+# Mapping anew, and touching pages anew, is dear; a mapping holds a file open.
+@lru_cache(maxsize=256)
 def _map(
     path: Path, dtype: np.dtype, begin: int, shape: tuple[int, int], mtime_ns: int, size: int
 ) -> np.ndarray:

@@ -16,7 +16,6 @@ from snipdedup.additions import Listed, Removed, dup_counts
 from snipdedup.errors import SnipError
 from snipdedup.shards import open_features
 
-
 # Of 12 rows 1, 4, 5 and 11 go, for 0, 0, 6 and 10.
 REMOVED = dup_counts(Removed(np.array([1, 4, 5, 11]), np.array([0, 0, 6, 10])))
 

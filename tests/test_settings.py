@@ -67,7 +67,28 @@ RANGES = [
     ("Dedup", "threads", 0, 4096),
     ("Download", "jobs", 1, 256),
     ("Demo", "pictures", 50, 100_000),
-    *((kind, "seed", 0, 2**63 - 1) for kind in ("Train", "Index", "Dedup", "Demo")),
+    ("Train", "text_temperature", 1e-4, 10),
+    ("Audit", "sample", 0, 2**40),
+    ("Audit", "probe_rows", 0, 10**6),
+    ("Audit", "n", 1, 10**6),
+    ("Audit", "threads", 0, 4096),
+    ("Top", "n", 1, 10**7),
+    ("Diff", "n", 0, 10**6),
+    ("Search", "k", 1, 10**6),
+    ("Search", "nprobe", 1, 2**24),
+    ("Search", "rerank", 0, 10**6),
+    ("Eval", "dim", 2, 4096),
+    ("Eval", "nlist", 0, 2**24),
+    ("Eval", "queries", 1, 10**6),
+    ("Eval", "train_rows", 64, 10**8),
+    ("Eval", "steps", 1, 10**7),
+    ("Eval", "threshold", -1, 1),
+    ("Eval", "flag_nprobe", 1, 2**24),
+    ("Eval", "threads", 0, 4096),
+    *(
+        (kind, "seed", 0, 2**63 - 1)
+        for kind in ("Train", "Index", "Dedup", "Demo", "Report", "Audit", "Eval")
+    ),
 ]
 
 
