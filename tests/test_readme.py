@@ -175,7 +175,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page):
-    known = FOREIGN | {f.name for command in COMMANDS for f in fields(command.options)}
+    flags = {f.name for command in COMMANDS for f in fields(command.options)}
+    known = FOREIGN | flags | {f"no{name}" for name in flags}  # a switch turned off
     for script in ROOT.glob("scripts/*.py"):
         known |= set(re.findall(r"\"--(\w+)\"", script.read_text("utf-8")))
     text = re.sub(r"^img2dataset .*$", "", page.read_text("utf-8"), flags=re.M)  # not ours
