@@ -25,14 +25,16 @@ TRUTH_ROWS = 4096  # rows compared with the calibration sample at a time; fixed,
 LEAST_ERROR = 1e-12  # a self distance below is taken for this: rows may equal their code
 SYMMETRIC = "symmetric"  # the rule of an index without features
 
-# Margins at precision .81, .91, .95 by rule and bytes a code, measured with
+# Margins at precision .81, .91, .95 by rule and bytes a code: 58,977 CLIP ViT-B/32 features of key
+# frames, a third of them duplicated at cosine .95, IVF512, nprobe 4. ROWS: as 128 main directions,
 #   python scripts/calibrate_adc.py --features keyframes/img_emb --code_bytes 4 8 16 32
-# on 58,977 CLIP ViT-B/32 features of key frames, a third of them duplicated at cosine .95, as 128
-# principal components, IVF512, nprobe 4. What transfers is the code size: 512-d rows as they are
-# want margins about a quarter smaller at 8 and 16 bytes, though their codes' mean error is two to
-# three times as large. A set with fewer duplicates gets less precision from the same margin.
+# DESCRIPTORS: of an encoder trained by 300 steps on the first 8 of 12 shards, margins of these,
+#   python scripts/calibrate_adc.py --features keyframes/img_emb --encoder encoder --train_shards 8
+# What transfers is the code size: 512-d rows as they are want margins about a quarter smaller at 8
+# and 16 bytes, though their codes' mean error is two to three times as large. A set with fewer
+# duplicates gets less precision from the same margin.
 DEFAULT_THRESHOLD, DEFAULT_PRECISIONS = 0.95, (0.81, 0.91, 0.95)
-DEFAULT_MARGINS = {
+ROWS = {
     "difference": {
         4: (0.0077, 0.0023, 0.0),  # at 4 bytes no margin reaches .95: shared codes only
         8: (0.0233, 0.0165, 0.0126),
@@ -50,6 +52,23 @@ DEFAULT_MARGINS = {
         8: (0.0488, 0.0382, 0.0327),
         16: (0.0735, 0.0609, 0.0546),
         32: (0.0748, 0.0640, 0.0584),
+    },
+}
+DESCRIPTORS = {
+    "difference": {
+        4: (0.0164, 0.0095, 0.0052),
+        8: (0.0372, 0.0288, 0.0239),
+        16: (0.0544, 0.0459, 0.0413),
+    },
+    "ratio": {
+        4: (1.175, 1.082, 1.044),
+        8: (1.718, 1.448, 1.329),
+        16: (4.689, 3.533, 2.958),
+    },
+    "symmetric": {
+        4: (0.0382, 0.0265, 0.0213),
+        8: (0.0625, 0.0517, 0.0457),
+        16: (0.0663, 0.0565, 0.0514),
     },
 }
 
@@ -80,14 +99,18 @@ def passes(D: np.ndarray, own: np.ndarray, rule: str, margin: float) -> np.ndarr
     return np.asarray(scores(D, own, rule) <= margin)
 
 
-def default_margin(rule: str, code_size: int, *, precision: float, threshold: float) -> float:
-    """Return the margin for an index whose rows cannot be sampled, from `DEFAULT_MARGINS`.
+def default_margin(
+    rule: str, code_size: int, *, precision: float, threshold: float, encoded: bool = False
+) -> float:
+    """Return the margin for an index whose rows cannot be sampled, from the tables above.
+
+    ``encoded`` says that the codes are of an encoder's descriptors.
 
     Between the code sizes and precisions of the table it is interpolated, beyond them the nearest
     is taken. It grows with the squared distance that the threshold allows, 2 − 2t: a code's error
     cancels out in the rule, the distance of a pair does not.
     """
-    table = DEFAULT_MARGINS[rule]
+    table = (DESCRIPTORS if encoded else ROWS)[rule]
     sizes = np.log2(list(table))
     by_size = [np.interp(precision, DEFAULT_PRECISIONS, margins) for margins in table.values()]
     margin = float(np.interp(np.log2(code_size), sizes, by_size))

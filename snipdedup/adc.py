@@ -199,7 +199,11 @@ def adc_candidates(index: Index, features: Features | None, options: settings.De
             adc.margin, adc.calibration = calibrate(best, truth, options.precision)
             return adc
     adc.margin = default_margin(
-        adc.rule, index.code_size, precision=options.precision, threshold=options.threshold
+        adc.rule,
+        index.code_size,
+        precision=options.precision,
+        threshold=options.threshold,
+        encoded=bool(index.manifest["request"]["as_stored"]) or space.encoder is not None,
     )
     adc.calibration = {"source": "default"}
     return adc

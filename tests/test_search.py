@@ -161,16 +161,16 @@ def test_calibration_takes_the_highest_recall_at_the_wanted_precision():
 
 
 def test_default_margins_follow_size_precision_and_threshold():
-    at = adaptive.DEFAULT_MARGINS["difference"]
+    at = adaptive.ROWS["difference"]
     assert default_margin("difference", 8, precision=0.91, threshold=0.95) == at[8][1]
     assert default_margin("difference", 64, precision=0.99, threshold=0.95) == at[32][2]
     half = default_margin("difference", 16, precision=0.81, threshold=0.975)
     assert half == pytest.approx(at[16][0] / 2)
     between = default_margin("ratio", 6, precision=0.91, threshold=0.95)
-    assert (
-        adaptive.DEFAULT_MARGINS["ratio"][4][1] < between < adaptive.DEFAULT_MARGINS["ratio"][8][1]
-    )
+    assert adaptive.ROWS["ratio"][4][1] < between < adaptive.ROWS["ratio"][8][1]
     assert default_margin("ratio", 8, precision=0.91, threshold=1.0) == 1
+    encoded = default_margin("symmetric", 4, precision=0.91, threshold=0.95, encoded=True)
+    assert encoded == adaptive.DESCRIPTORS["symmetric"][4][1]
 
 
 def test_truth_is_that_of_brute_force(real, monkeypatch):
