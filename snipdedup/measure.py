@@ -113,6 +113,8 @@ class Codes:
 
     def __init__(self, quantiser: Quantiser) -> None:
         self.quantiser = quantiser
+        quantiser.ivfpq.use_precomputed_table = 0
+        quantiser.ivfpq.precompute_table()  # without it, many lists take minutes
 
     def add(self, x: np.ndarray) -> None:
         """Take vectors of the rows that come next, (n, dim) float32."""
