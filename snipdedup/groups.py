@@ -15,7 +15,7 @@ Rank = Callable[[np.ndarray], np.ndarray]
 
 STAR_BLOCK = 1024  # rows of a large group compared at once
 PACKED_GROUP = 32  # groups up to this size are compared many at a time
-FLOAT64_GROUP = 4096  # larger groups are compared by codes first
+FLOAT64_GROUP = 8192  # larger groups are compared by codes first
 PACKED_ROWS = 1 << 14  # rows gathered for one such batch
 NO_PAIR = np.float32(-2)  # less than any cosine
 
