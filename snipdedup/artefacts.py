@@ -6,7 +6,6 @@ last, byte for byte, so that the folder is what its author made.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -106,7 +105,7 @@ def fetch(out: Path, where: Remote, manifest: dict[str, Any], jobs: int) -> str:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).replace(out / name)
     (out / store.WORK / store.MANIFEST).replace(out / store.MANIFEST)
-    shutil.rmtree(out / store.WORK, ignore_errors=True)
+    store.end_work(out)
     size = sum(file.size or 0 for file in files.values())
     return f"{out}: {manifest['kind']}, {len(files)} files, {size:,} bytes, each proved by sha256"
 

@@ -7,12 +7,11 @@ need: an OUT folder that is claimed first and whose manifest is written last.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from snipdedup import store
+from snipdedup import locks, store
 from snipdedup.adc import check_given
 from snipdedup.compute import cores, library_threads, pick_device
 from snipdedup.errors import InputError, SnipError, UsageError
@@ -95,6 +94,7 @@ def run(options: Dedup) -> str:
     return execute(options)[1]
 
 
+@locks.given_up()
 def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     """Claim OUT, search, decide, write; return the result and its summary.
 
@@ -143,7 +143,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     }
     store.write_manifest(out, KIND, body, outputs)
     if not options.keep_work:
-        shutil.rmtree(out / store.WORK, ignore_errors=True)
+        store.end_work(out)
     return result, summary(result, out, body)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import cli, pictures, progress, store
+from snipdedup import cli, locks, pictures, progress, store
 from snipdedup.errors import SnipError
 from snipdedup.settings import Demo
 
@@ -59,6 +59,7 @@ class Planted:
         return rows[np.argsort(self.picture[rows])]
 
 
+@locks.given_up()
 def run(options: Demo) -> str:
     """Run ``snip demo`` and return what it found."""
     out = Path(options.out).expanduser()
@@ -88,7 +89,7 @@ def run(options: Demo) -> str:
     files = [path for path in out.rglob("*") if path.is_file() and store.WORK not in path.parts]
     body = {"request": request, "threshold": threshold, "report": report}
     store.write_manifest(out, KIND, body, files)
-    shutil.rmtree(out / store.WORK)
+    store.end_work(out)
     return report
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import artefacts, landing, presets, progress, sources, store
+from snipdedup import artefacts, landing, locks, presets, progress, sources, store
 from snipdedup.errors import SnipError
 from snipdedup.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.hub import SCHEME, HubFolder
@@ -70,6 +70,7 @@ class Plan:
     first_row: int
 
 
+@locks.given_up()
 def run(options: Download) -> str:
     """Fetch a range of metadata files, or a published folder: ``snip download``."""
     if options.out is None:

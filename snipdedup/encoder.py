@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from snipdedup import progress, settings, store
+from snipdedup import locks, progress, settings, store
 from snipdedup.compute import cores, in_order, library_threads, pick_device
 from snipdedup.cosine import unit_rows
 from snipdedup.errors import InputError, SnipError
@@ -254,6 +254,7 @@ def first_line(error: Exception) -> str:
     return lines[1] if len(lines) > 1 else str(error)
 
 
+@locks.given_up()
 def run(options: settings.Compress) -> str:
     """Write descriptors, shard for shard; return the summary."""
     started = time.monotonic()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from snipdedup import progress, settings, store
+from snipdedup import locks, progress, settings, store
 from snipdedup.adaptive import calibrate, scores
 from snipdedup.compute import cores, library_threads
 from snipdedup.cosine import pair_cosine, unit_rows
@@ -69,6 +69,7 @@ class Contender:
     coded: Callable[[int], Vectors]
 
 
+@locks.given_up()
 def run(options: settings.Eval) -> str:
     """Measure, write the table, the JSON and the picture; return the summary."""
     if options.picture:

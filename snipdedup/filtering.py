@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup import progress, store
+from snipdedup import locks, progress, store
 from snipdedup.bykey import ByKey, plan_join
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.handover import FOLDER, count_staying, list_columns, write_lists
@@ -37,6 +37,7 @@ class Chosen(NamedTuple):
     row: int = 0
 
 
+@locks.given_up()
 def run(options: Filter) -> str:
     """Apply a mask to metadata files, and to features that match them: ``snip filter``."""
     out = Path(options.out).expanduser()

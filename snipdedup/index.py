@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import progress, settings, store
+from snipdedup import locks, progress, settings, store
 from snipdedup.codes import ShardCodes, load_shard, pack, packed_width, save_shard, shard_name
 from snipdedup.compute import cores, in_order
 from snipdedup.cosine import bad_rows
@@ -85,6 +85,7 @@ def located(source: Any) -> str | None:
     return os.path.abspath(source) if isinstance(source, str | Path) else None  # noqa: PTH100
 
 
+@locks.given_up()
 def build(
     features: Features, out: Path, options: settings.Index, *, as_stored: bool = False
 ) -> tuple[Index, str]:
@@ -217,6 +218,7 @@ def claim(
                         f"--out {out} holds an index of the first {held} of {now} shards; add the "
                         "others with --append, or replace it with --overwrite"
                     )
+                store.refuse_company(out)
                 return "append", grow(out, earlier, request)
             if options.append:
                 request = merged_request(out, earlier, request)

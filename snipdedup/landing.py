@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from snipdedup import buckets, store, web
+from snipdedup import buckets, locks, store, web
 from snipdedup.errors import SnipError
 from snipdedup.remote import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
 
@@ -105,7 +105,8 @@ class Part:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
         with file:
-            lock(file, self.target)
+            if not locks.lock(file):
+                raise SnipError(f"{self.target} is being fetched by another run; wait for it")
             yield file
 
     def finish(self) -> None:
@@ -113,20 +114,6 @@ class Part:
         with store.explained(self.target):
             self.path.replace(self.target)
             self.note.unlink(missing_ok=True)
-
-
-def lock(file: IO[bytes], target: Path) -> None:
-    """Refuse a file that another process is writing."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SnipError(f"{target} is being fetched by another run; wait for it") from None
-    except OSError:  # a file system without locks
-        return
 
 
 def save(remote: Remote, path: Path, watch: Watch | None = None) -> dict[str, Any]:

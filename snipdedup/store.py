@@ -14,20 +14,21 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from snipdedup import __version__
+from snipdedup import __version__, locks
 from snipdedup.errors import SnipError
 
 MANIFEST = "snip.json"
 FORMAT = 1
 WORK = "work"  # what an unfinished run needs to go on; removed at the end
 REQUEST = "request.json"
+LOCK = "run.lock"  # in the work: one run at a time
 SHORT = 80  # characters of a value shown in a message
 UMASK = os.umask(0)  # read once: to read it is to set it, for all threads
 os.umask(UMASK)
@@ -247,8 +248,35 @@ def claim(
     Raises
     ------
     SnipError
-        If ``out`` belongs to another request, or holds files that are not snip's.
+        If ``out`` belongs to another request, is being written by another run, or holds files that
+        are not snip's.
+
+    Notes
+    -----
+    The folder is locked for this thread until the work is gone, or `locks.given_up` ends.
     """
+    if (out / WORK / LOCK).is_file() and (overwrite or not (out / MANIFEST).is_file()):
+        refuse_company(out)  # said first: what another run is at just now is no one's fault
+    state = standing(out, kind, request, overwrite=overwrite)
+    if state == "done" and not overwrite:
+        return state
+    refuse_company(out)
+    state = standing(out, kind, request, overwrite=overwrite)  # as the lock found it
+    note = out / WORK / REQUEST
+    if overwrite and state != "new":
+        if late and note.is_file() and not differences(load_json(note), request):
+            return "resume"
+        empty_work(out)
+        state = "new"
+    if state == "new":
+        save_json(note, request)  # before the manifest goes: one of them always says whose it is
+        if not late:
+            clear(out, keep_work=True)
+    return state
+
+
+def standing(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) -> str:
+    """Return what `claim` does, and raise what it does; nothing is written."""
     note = out / WORK / REQUEST
     if (out / MANIFEST).is_file():
         state, earlier = "done", read_manifest(out, kind).get("request", {})
@@ -264,16 +292,25 @@ def claim(
             f"--out {out} holds a {'finished' if state == 'done' else 'stopped'} run with other "
             f"{'; '.join(differing)}. Choose another folder, or replace it with --overwrite"
         )
-    if overwrite and state != "new":
-        if late and note.is_file() and not differences(load_json(note), request):
-            return "resume"
-        empty_work(out)
-        state = "new"
-    if state == "new":
-        save_json(note, request)  # before the manifest goes: one of them always says whose it is
-        if not late:
-            clear(out, keep_work=True)
     return state
+
+
+def refuse_company(out: Path) -> None:
+    """Lock ``out`` for this thread.
+
+    Raises
+    ------
+    SnipError
+        If another run has it, or it cannot be written.
+    """
+    path = out / WORK / LOCK
+    with explained(path):
+        other = locks.take(path)
+    if other is not None:
+        raise SnipError(
+            f"--out {out} is being written by another run ({other}); wait for it, or choose "
+            "another folder"
+        )
 
 
 def is_free(out: Path) -> bool:
@@ -281,26 +318,34 @@ def is_free(out: Path) -> bool:
     if not out.is_dir() or any(path.name != WORK for path in out.iterdir()):
         return False
     work = out / WORK
-    started = f".{REQUEST}."  # a note that is not whole; anything else may be someone's own
+    started = (f".{REQUEST}.", LOCK)  # a note that is not whole; else it may be someone's own
     return not work.exists() or (
         work.is_dir() and all(path.name.startswith(started) for path in work.iterdir())
     )
 
 
 def empty_work(out: Path) -> None:
-    """Remove the work but its note, which says whose the folder is."""
+    """Remove the work but its lock, and its note, which says whose the folder is."""
     for path in (out / WORK).glob("*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != REQUEST:
+        elif path.name not in (REQUEST, LOCK):
             path.unlink(missing_ok=True)
+
+
+def end_work(out: Path) -> None:
+    """Remove the work, and give up the lock last."""
+    empty_work(out)
+    (out / WORK / REQUEST).unlink(missing_ok=True)
+    locks.remove(out / WORK / LOCK)
+    with suppress(OSError):  # missing, or the next run's already
+        (out / WORK).rmdir()
 
 
 def release(out: Path) -> None:
     """Give up a claim: remove the work, and the folder if nothing else is in it."""
-    empty_work(out)
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    if out.is_dir() and not any(out.iterdir()):
+    end_work(out)
+    with suppress(OSError):  # missing, or not empty
         out.rmdir()
 
 
@@ -324,7 +369,7 @@ def publish(
         target.parent.mkdir(parents=True, exist_ok=True)
         targets.append(part.replace(target))
     write_manifest(out, kind, body, targets)
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    end_work(out)
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -354,7 +399,7 @@ def clear(out: Path, *, keep_work: bool = False) -> None:
     for name in names:
         (out / name).unlink(missing_ok=True)
     if not keep_work:
-        shutil.rmtree(out / WORK, ignore_errors=True)
+        end_work(out)
 
 
 def refuse_output_inside(out: Path, inputs: Iterable[Path]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from snipdedup import progress, settings, store
+from snipdedup import locks, progress, settings, store
 from snipdedup.compute import cores, library_threads, pick_device
 from snipdedup.cosine import unit_rows
 from snipdedup.encoder import Encoder, Network, first_line
@@ -101,6 +101,7 @@ class History:
         }
 
 
+@locks.given_up()
 def run(options: settings.Train) -> str:
     """Train an encoder and write it; return the summary."""
     started = time.monotonic()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from servers import Server
 
-from snipdedup import landing, remote, store
+from snipdedup import landing, locks, remote, store
 from snipdedup.errors import SnipError
 from snipdedup.landing import save
 from snipdedup.remote import MissingError, Remote, TemporaryError
@@ -270,7 +270,7 @@ class FullDisk:
 def test_one_run_at_a_time(server, tmp_path):
     part = tmp_path / f".{NAME}.part"
     with part.open("ab") as held:
-        landing.lock(held, part)
+        locks.lock(held)
         with pytest.raises(SnipError, match="being fetched by another run"):
             save(file(server), tmp_path / NAME)
     save(file(server), tmp_path / NAME)

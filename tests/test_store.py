@@ -228,7 +228,7 @@ def test_overwrite_starts_anew_and_keeps_what_is_not_ours(tmp_path, finished):
     (out / "notes.txt").write_text("mine")
     (out / "work" / "tile.npz").write_bytes(b"old work")
     assert store.claim(out, "dedup", REQUEST, overwrite=True) == "new"
-    assert everything_below(out) == ["notes.txt", "work", "work/request.json"]
+    assert everything_below(out) == ["notes.txt", "work", "work/request.json", "work/run.lock"]
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -276,7 +276,7 @@ def test_an_overwrite_that_is_stopped_can_be_overwritten(tmp_path, monkeypatch, 
             with pytest.raises(KeyboardInterrupt):
                 store.claim(out, "dedup", other, overwrite=True)
     assert store.claim(out, "dedup", other, overwrite=True) == "new"
-    assert everything_below(out) == ["work", "work/request.json"]
+    assert everything_below(out) == ["work", "work/request.json", "work/run.lock"]
 
 
 def test_a_claim_stopped_at_once_leaves_a_free_folder(tmp_path):
