@@ -286,10 +286,12 @@ class Judge:
                 continue  # as faiss would refuse it
             codes = self.coded(vectors, m)
             with library_threads(self.threads):
-                for nprobe in [*self.options.nprobes(), self.nlist]:
+                for nprobe in self.options.nprobes():
                     found = codes.neighbours(x, self.truth.queries, most, nprobe)
                     self.note(contender.name, m, nprobe, found)
                 self.flagged(contender.name, m, codes, x)
+            found = codes.every(x, self.truth.queries, most, self.threads)
+            self.note(contender.name, m, self.nlist, found)
 
     def coded(self, vectors: Vectors, m: int) -> Codes:
         """Return an index of all rows in memory, its quantisers trained on a sample of them."""

@@ -74,22 +74,38 @@ def flat_neighbours(
     vectors : function of (n, d) rows returning (n, dim) float32 of length 1
     threads : int
     """
+    x = vectors(features.gather(queries))
+    return nearest(
+        lambda span: vectors(features.read(*span)), features.rows, x, queries, k, threads
+    )
+
+
+def nearest(
+    load: Callable[[tuple[int, int]], np.ndarray],
+    rows: int,
+    x: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    threads: int,
+) -> Neighbours:
+    """Return the nearest of ``rows`` vectors, read span by span, to ``x``, the queries' vectors."""
     import torch
 
-    x = torch.from_numpy(vectors(features.gather(queries)))
+    asked = torch.from_numpy(x)
 
-    def nearest(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        similarity = x @ torch.from_numpy(vectors(features.read(*span))).T
+    def within(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        y = torch.from_numpy(load(span))
+        near = asked @ y.T - y.square().sum(dim=1) / 2  # falls as the distance grows
         low, high = np.searchsorted(queries, span)
-        similarity[np.arange(low, high), queries[low:high] - span[0]] = -torch.inf
-        best, at = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        near[np.arange(low, high), queries[low:high] - span[0]] = -torch.inf
+        best, at = near.topk(min(k, near.shape[1]), dim=1)
         return best.numpy(), at.numpy() + span[0]
 
     kept, I = np.full((len(x), k), -np.inf, np.float32), np.full((len(x), k), -1)
-    for best, at in in_order(nearest, plan_blocks(features.rows, BLOCK_ROWS), threads):
-        both, rows = np.concatenate([kept, best], axis=1), np.concatenate([I, at], axis=1)
-        order = np.lexsort((rows, -both))[:, :k]
-        kept, I = np.take_along_axis(both, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    for best, at in in_order(within, plan_blocks(rows, BLOCK_ROWS), threads):
+        both, found = np.concatenate([kept, best], axis=1), np.concatenate([I, at], axis=1)
+        order = np.lexsort((found, -both))[:, :k]
+        kept, I = np.take_along_axis(both, order, axis=1), np.take_along_axis(found, order, axis=1)
     I[np.isinf(kept)] = -1
     return Neighbours(queries, I)
 
@@ -129,6 +145,16 @@ class Codes:
     def neighbours(self, x: np.ndarray, queries: np.ndarray, k: int, nprobe: int) -> Neighbours:
         """Return the nearest codes of other rows."""
         return Neighbours(queries, others(self.search(x, k + 1, nprobe)[1], queries))
+
+    def every(self, x: np.ndarray, queries: np.ndarray, k: int, threads: int) -> Neighbours:
+        """Return the nearest codes of other rows, all lists visited: decoded, as that is faster."""
+        ivfpq = self.quantiser.ivfpq
+        ivfpq.make_direct_map()
+
+        def decode(span: tuple[int, int]) -> np.ndarray:
+            return ivfpq.reconstruct_n(span[0], span[1] - span[0])
+
+        return nearest(decode, ivfpq.ntotal, x, queries, k, threads)
 
     def own_errors(self, x: np.ndarray) -> np.ndarray:
         """Return ‖x − q(x)‖² of vectors, (n,) float32."""

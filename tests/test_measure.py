@@ -73,6 +73,10 @@ def test_codes_find_what_plain_faiss_finds():
     stored = plain.reconstruct_batch(I[0]) if plain.make_direct_map() is None else None
     for row, q in zip(I[0], stored, strict=True):
         assert at[int(row)] == pytest.approx(float(((x[0] - q) ** 2).sum()), abs=1e-4)
+    every = codes.every(x[100:150], np.arange(100, 150), 5, 2)
+    plain.nprobe = 8
+    expected = measure.others(plain.search(x[100:150], 6)[1], np.arange(100, 150))
+    assert (expected == every.I).mean() > 0.98  # rows of one code tie
     own = codes.own_errors(x[:50])
     q = plain.reconstruct_batch(np.arange(50))
     np.testing.assert_allclose(own, ((x[:50] - q) ** 2).sum(axis=1), atol=1e-5)
