@@ -377,10 +377,11 @@ def overview() -> str:
 def command_help(command: Command) -> str:
     """Return what ``snip COMMAND --help`` prints."""
     places = command.fields(positional=True)
-    usage = " ".join(f.name.upper() if is_required(f) else f"[{f.name.upper()}]" for f in places)
+    usage = ["snip", command.name]
+    usage += [f.name.upper() if is_required(f) else f"[{f.name.upper()}]" for f in places]
     needed = [f for f in command.fields(positional=False) if is_required(f)]
-    usage += "".join(f" --{f.name} {f.name.upper()}" for f in needed)
-    lines = [f"snip {command.name}: {command.does}", "", f"usage: snip {command.name} {usage} ..."]
+    usage += [*(f"--{f.name} {f.name.upper()}" for f in needed), "..."]
+    lines = [f"snip {command.name}: {command.does}", "", f"usage: {' '.join(usage)}"]
     lines += ["", "arguments"] if places else []
     for field in places:
         lines += described(field.name.upper(), field.metadata["help"])

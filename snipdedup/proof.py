@@ -203,7 +203,8 @@ class Proof:
         at = order[np.minimum(at, len(order) - 1)]
         right = (members.row[at] == members.representative) & (members.group[at] == members.group)
         if self.run.by_design != "semdedup":  # its representatives may be removed themselves
-            right &= ~members.is_dup[at] & ~self.run.is_dup[members.representative]
+            own = np.maximum(members.representative, 0)  # those of references are < 0
+            right &= ~members.is_dup[at] & ~self.run.is_dup[own]
         right = np.where(members.is_dup, right, members.representative == members.row)
         right |= members.is_dup & (members.representative < 0)  # of a reference
         # a mask that disagrees is named already

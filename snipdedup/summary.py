@@ -20,7 +20,7 @@ def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
     ]
     if "reference_rows" in counts:
         lines.append(
-            f"  of them     {counts['removed_for_reference']:>12,}  go for one of "
+            f"  for others  {counts['removed_for_reference']:>12,}  go for one of "
             f"{counts['reference_rows']:,} reference rows"
         )
     if "model" in body["method"]:

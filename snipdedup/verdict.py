@@ -58,7 +58,7 @@ class Verdict:
                 lines.append(f"  ! and {kind.count - len(kind.shown):,} more like that")
         for what, texts in self.checked.items():
             heads = [what, *[""] * (len(texts) - 1)]
-            lines += [f"  {head:<10}{text}" for head, text in zip(heads, texts, strict=True)]
+            lines += [f"  {head:<9} {text}" for head, text in zip(heads, texts, strict=True)]
         return "\n".join(lines)
 
 

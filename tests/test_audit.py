@@ -744,6 +744,15 @@ def test_rows_that_go_for_a_reference_are_proved_on_it(referred):
     assert "0 of them match a row of" in said
 
 
+def test_a_reference_may_have_more_rows_than_the_set(rows, tmp_path):
+    truth.save_shards(tmp_path / "ref", rows[: ROWS - 100], [])
+    truth.save_shards(tmp_path / "new", rows[ROWS - 100 :], [])
+    words = ("--reference", tmp_path / "ref", "--threshold", THRESHOLD, "--out", tmp_path / "o")
+    assert truth.snip("dedup", tmp_path / "new", *words)[0] == 0
+    status, said = audit(tmp_path / "o", tmp_path / "new")
+    assert status == 0, said
+
+
 def test_a_wrong_reference_row_is_named(referred):
     out, features, reference = referred
     groups = groups_of(out)
