@@ -39,6 +39,7 @@ def draw(body: dict[str, Any], path: Path) -> None:
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
     figure.savefig(path, format="png", metadata={"Software": None})  # no version: same bytes
 
 
