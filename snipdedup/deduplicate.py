@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,7 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
         "recall", "rule", "margin", "precision", "calibration_rows", "k", "nprobe",
         "text_features", "text_threshold", "reference", "clusters", "borders",
     )  # fmt: skip
+    refuse_search_flags(options, searched, kept[1:], earlier)
     metadata = options.metadata or searched["metadata"]
     settings = {name: searched[name] for name in kept if name in searched}
     for name in ("grouping", "keep", "seed", "key"):  # what is not said now stays as it was
@@ -257,3 +259,23 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
             searched[name] if getattr(options, name) is None else getattr(options, name)
         )
     return Dedup(**{**options.as_dict(), **settings, "metadata": metadata})
+
+
+def refuse_search_flags(
+    options: Dedup, searched: dict[str, Any], names: Sequence[str], earlier: Path
+) -> None:
+    """Refuse settings of the search that are not those by which the finished run was searched."""
+    plain = {field.name: field.default for field in dataclasses.fields(Dedup)}
+    saved = saved_settings(options, searched["method"])
+    for name in names:
+        given = getattr(options, name)
+        unsaid = given is None or (isinstance(given, str | int | float) and given == plain[name])
+        same = saved[name] is not None and saved[name] == searched.get(name)
+        if unsaid or same or name not in searched:
+            continue
+        was = "without it" if searched[name] is None else f"with {searched[name]}"
+        value = f" {given}" if isinstance(given, str | int | float | Path) else ""
+        raise UsageError(
+            f"--{name}{value} belongs to the search, and {earlier} was searched {was}; search the "
+            "features again to change it"
+        )

@@ -422,6 +422,52 @@ def test_a_rethreshold_keeps_what_is_not_said(laion, tmp_path):
     assert (settings["grouping"], settings["keep"]) == ("components", "last")
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("reference", "other.npy"), ("recall", 0.9), ("text_features", "other.npy"),
+        ("text_threshold", 0.8), ("nprobe", 9), ("k", 3), ("parts", "0:2"), ("bad_rows", "keep"),
+        ("method", "exact"), ("clusters", 5),
+    ],
+)  # fmt: skip
+def test_a_rethreshold_refuses_what_belongs_to_the_search(searched, flag, value):
+    words = ("dedup", searched, "--threshold", 0.97, "--out", searched.parent / "no")
+    line = refused(*words, f"--{flag}", value, status=2)
+    assert "search" in line
+    assert flag == "method" or f"--{flag} {value} belongs to the search" in line
+    assert not (searched.parent / "no").exists()
+
+
+@pytest.fixture(scope="module")
+def searched(rows, tmp_path_factory):
+    """A finished run with some settings of its own."""
+    folder = tmp_path_factory.mktemp("searched")
+    np.save(folder / "x.npy", rows[100:])
+    np.save(folder / "reference.npy", rows[:100])
+    words = ("--reference", folder / "reference.npy", "--recall", 0.99, "--out", folder / "out")
+    assert truth.snip("dedup", folder / "x.npy", *words)[0] == 0
+    return folder / "out"
+
+
+def test_a_rethreshold_may_repeat_what_the_search_was_told(searched, tmp_path, monkeypatch):
+    monkeypatch.chdir(searched.parent)
+    again = ("dedup", "out", "--threshold", 0.97, "--out")
+    assert truth.snip(*again, tmp_path / "plain")[0] == 0
+    said = ("--recall", 0.99, "--reference", "reference.npy", "--method", "join")
+    assert truth.snip(*again, tmp_path / "said", *said)[0] == 0
+    masks = [np.load(tmp_path / name / "is_dup.npy") for name in ("plain", "said")]
+    assert np.array_equal(*masks)
+    refused(*again, tmp_path / "no", "--reference", "x.npy", status=2)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_rethreshold_refuses_arrays_for_the_search(searched, rows, tmp_path):
+    for name in ("reference", "text_features"):
+        with pytest.raises(UsageError, match=f"--{name} belongs to the search"):
+            dedup(str(searched), out=str(tmp_path / "no"), **{name: rows[100:]})
+    assert not (tmp_path / "no").exists()
+
+
 def test_overwrite_with_bad_input_leaves_the_old_result(laion, tmp_path):
     out, bad = tmp_path / "out", tmp_path / "bad.npy"
     assert truth.snip("dedup", laion / "img_emb", "--out", out)[0] == 0
