@@ -43,6 +43,12 @@ def run(options: Audit) -> str:
         If anything is wrong with OUT.
     """
     folder = Path(options.out).expanduser()
+    with store.as_written(folder):
+        return judge(folder, options)
+
+
+def judge(folder: Path, options: Audit) -> str:
+    """Return the verdict of a finished OUT, or raise it."""
     manifest = store.read_manifest(folder, KIND)
     if options.judged is not None:
         return human_precision(folder, Path(options.judged).expanduser())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,7 +16,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from snipdedup import store
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError, SnipError
+from snipdedup.formats import BROKEN_ZIP, check_member, check_size, load_npz, parse_npy_header
 
 ZIP_NAME_LENGTH = 26  # where a zip's header of a file holds the length of its name
 WALK_ROWS = 1 << 20  # entries of the lists looked at together
@@ -83,13 +83,25 @@ def load_shard(path: Path) -> ShardCodes:
         If the file is missing, truncated or of another layout.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            shard = ShardCodes(*(arrays[name] for name in ShardCodes._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        shard = ShardCodes(**load_npz(path, ShardCodes._fields))
+    except InputError as error:
         raise damaged(path, str(error)) from error
-    if len(shard.codes) != len(shard.ids) or int(shard.sizes.sum(dtype=np.int64)) != len(shard.ids):
-        raise damaged(path, "its lists do not add up")
+    check_shard(path, shard)
     return shard
+
+
+def check_shard(path: Path, shard: ShardCodes) -> None:
+    """Refuse arrays that are not those of a shard."""
+    kinds = [(array.ndim, array.dtype.kind) for array in shard]
+    bytes_ = shard.codes.dtype.itemsize * shard.ids.dtype.itemsize
+    if kinds != [(2, "u"), (2, "u"), (1, "u"), (1, "i"), (0, "f")] or bytes_ != 1:
+        raise damaged(path, "its arrays are of other shapes or types")
+    if len(shard.codes) != len(shard.ids) or not 1 <= shard.ids.shape[1] <= 8:
+        raise damaged(path, "as many codes as row numbers expected")
+    if int(shard.sizes.sum(dtype=np.int64)) != len(shard.ids) or shard.sizes.max(initial=0) > len(
+        shard.ids
+    ):
+        raise damaged(path, "its lists do not add up")
 
 
 def damaged(path: Path, why: str) -> SnipError:
@@ -112,10 +124,9 @@ def map_shard(path: Path) -> ShardCodes:
     try:
         with zipfile.ZipFile(path) as members, path.open("rb") as file:
             shard = ShardCodes(*(map_member(file, members, n) for n in ShardCodes._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (InputError, KeyError, *BROKEN_ZIP) as error:
         raise damaged(path, str(error)) from error
-    if len(shard.codes) != len(shard.ids):
-        raise damaged(path, "as many codes as row numbers expected")
+    check_shard(path, shard)
     return shard
 
 
@@ -127,13 +138,11 @@ def map_member(file: BinaryIO, members: zipfile.ZipFile, name: str) -> np.ndarra
     file.seek(member.header_offset + ZIP_NAME_LENGTH)
     lengths = np.frombuffer(file.read(4), "<u2")  # of the name and of what extra follows it
     file.seek(int(lengths.sum()), os.SEEK_CUR)
-    version = np.lib.format.read_magic(file)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[version]
-    shape, _, dtype = read_header(file)
-    if not np.prod(shape, dtype=np.int64):  # nothing to map
+    begin, path = file.tell(), Path(file.name)
+    check_member(member, path.stat().st_size)
+    shape, _, dtype = parse_npy_header(file, path)
+    check_size(shape, dtype, member.file_size - (file.tell() - begin), f"array {name}")
+    if 0 in shape:  # nothing to map
         return np.empty(shape, dtype)
     return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
 

@@ -106,7 +106,8 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
         pick_device(options.device)
     earlier = finished_run(options.features)
     if earlier is not None:
-        options = inherit(options, earlier)
+        with store.as_written(earlier):
+            options = inherit(options, earlier)
     options = options.filled()
     inputs = open_inputs(options)
     features, metadata = inputs.features, open_table(options, inputs.features)
@@ -121,7 +122,8 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     state = store.claim(out, KIND, request, overwrite=options.overwrite, late=True)
     if state == "done":
         said = f"{out} is finished already with these settings; --overwrite makes it anew"
-        return load_result(out, inputs, options, metadata) if load else None, said
+        with store.as_written(out):
+            return load_result(out, inputs, options, metadata) if load else None, said
     try:
         found = found or search(inputs, options, out / store.WORK, clock)
     except InputError:
@@ -167,7 +169,8 @@ def decide_by(
 
 def reuse(earlier: Path, inputs: Inputs, options: Dedup) -> Found:
     """Return what a finished run found, as if it had searched at this threshold."""
-    found = load_found(earlier, inputs, options)
+    with store.as_written(earlier):
+        found = load_found(earlier, inputs, options)
     if options.keep_fraction is not None:  # looks from the searched threshold on
         return found
     check_threshold(found, options.threshold)

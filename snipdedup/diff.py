@@ -56,6 +56,12 @@ class Groups(NamedTuple):
 def run(options: Diff) -> str:
     """Run ``snip diff`` and return what it found."""
     folders = [Path(out).expanduser() for out in (options.out1, options.out2)]
+    with store.as_written(folders[0]), store.as_written(folders[1]):
+        return differ(folders, options)
+
+
+def differ(folders: list[Path], options: Diff) -> str:
+    """Compare two finished OUTs."""
     manifests = [store.read_manifest(folder, KIND) for folder in folders]
     refuse_other_rows(folders, manifests)
     found = compare(folders, manifests, options.n)

@@ -12,7 +12,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ WEIGHTS = "weights.pt"
 LAYOUT = 1  # of the network below; a change that old weights do not fit counts it up
 READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
 DESCRIPTORS = "descriptors"
+# What torch's reader of pickles, which builds tensors only, says of one that is damaged.
+BROKEN_PICKLE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError,
+    ArithmeticError, AssertionError,
+)  # fmt: skip
 FILES = "files"  # below the work folder: what is written before all of it is whole
 
 
@@ -192,9 +197,11 @@ class Encoder:
                 "Train one with: snip train FEATURES --out encoder"
             )
         manifest = store.read_manifest(path, "encoder")
-        network = Network(*described_shape(path, manifest))
+        shape, state = described_shape(path, manifest), read_weights(path, manifest)
+        check_weight(path / WEIGHTS, *shape)
+        network = Network(*shape)
         try:
-            network.load_state_dict(read_weights(path, manifest))
+            network.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise SnipError(
                 f"{path / WEIGHTS}: its layers do not fit {store.MANIFEST}: {first_line(error)}; "
@@ -213,11 +220,27 @@ def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, i
             f"{described.get('layout')!r}; train it with this version of snip"
         )
     shape = tuple(described.get(name) for name in ("dim_in", "hidden", "dim"))
-    if not all(isinstance(width, int) and width > 0 for width in shape):
+    head = described.get("head", 0)
+    if not all(type(width) is int and width > 0 for width in shape) or (
+        type(head) is not int or head < 0
+    ):
         raise SnipError(
-            f"{folder / store.MANIFEST}: expected the widths dim_in, hidden and dim, found {shape}"
+            f"{folder / store.MANIFEST}: expected the widths dim_in, hidden and dim, found "
+            f"{store.short([*shape, head])}"
         )
-    return *shape, int(described.get("head", 0))  # type: ignore[return-value]
+    dim_in, hidden, dim = cast("tuple[int, int, int]", shape)
+    return dim_in, hidden, dim, head
+
+
+def check_weight(path: Path, dim_in: int, hidden: int, dim: int, head: int) -> None:
+    """Refuse widths that need more bytes than the weights have, before memory is taken."""
+    need = 4 * (dim_in + hidden) * (dim + head) + 4 * dim_in * hidden
+    have = path.stat().st_size
+    if have < need:
+        raise SnipError(
+            f"{path}: its layers do not fit {store.MANIFEST}: {have} bytes, which promises {need}; "
+            "train the encoder again"
+        )
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -233,7 +256,7 @@ def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tens
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, *BROKEN_PICKLE) as error:
         raise SnipError(
             f"{path}: expected a plain state dict of tensors, found something else; pickled "
             "modules are not read, since unpickling runs any code they hold"

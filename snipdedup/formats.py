@@ -7,10 +7,12 @@ descriptors.
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +21,12 @@ import numpy as np
 from snipdedup.errors import InputError
 
 SUFFIXES = (".npy", ".npz", ".parquet")
+LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
+PACKED_FREELY = 1 << 26  # bytes that a member may unpack to whatever its size
+PACKED_MOST = 100  # times its size beyond that: floats pack by less than 2
 CRC_CHUNK = 1 << 22
+# RuntimeError: encrypted; NotImplementedError, one of those: a packing that Python cannot undo
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, OSError)
 
 
 class Shard:
@@ -209,7 +216,7 @@ def _unpack(path: Path, member: str, mtime_ns: int, size: int) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: array {member} cannot be unpacked: {error}") from error
 
 
@@ -354,14 +361,14 @@ def open_npz(path: Path, array: str | None) -> Shard:
                     f"{path}: {asked}; choose one with --array: {', '.join(members) or 'none here'}"
                 )
             info = members[name]
+            check_member(info, path.stat().st_size)
             if info.compress_type != zipfile.ZIP_STORED:
                 return PackedNpzShard(path, info.filename)
             with archive.open(info):  # checks the member's own header
                 pass
             begin = member_begin(path, info)
         return NpyShard(path, begin, info.file_size)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        # RuntimeError: encrypted, or a packing that Python cannot undo
+    except BROKEN_ZIP as error:
         raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
 
 
@@ -375,20 +382,108 @@ def member_begin(path: Path, info: zipfile.ZipInfo) -> int:
 
 def read_npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype]:
     """Return shape and dtype, leaving ``file`` at the first row; refuse Fortran order."""
-    try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: truncated or not a .npy file: {error}") from error
+    shape, fortran, dtype = parse_npy_header(file, path)
     if fortran and len(shape) == 2 and min(shape) > 1:
         raise InputError(
             f"{path}: Fortran-ordered, expected rows one after another; save it with "
             "np.save(path, np.ascontiguousarray(array))"
         )
     return shape, dtype
+
+
+def parse_npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, order and dtype that a header says, if they can be those of an array."""
+    try:
+        version = np.lib.format.read_magic(file)
+        size = file.read(2 if version == (1, 0) else 4)
+        length = int.from_bytes(size, "little")
+        if length > LONGEST_HEADER:  # numpy would read it first
+            raise ValueError(f"its header has {length} bytes")
+        text = io.BytesIO(size + file.read(length))
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(text)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(text)
+    except Exception as error:  # the header is Python's text, so its errors are any parser's
+        raise InputError(f"{path}: truncated or not a .npy file: {error}") from error
+    if any(isinstance(n, bool) or n < 0 or n >= 1 << 63 for n in shape):
+        raise InputError(f"{path}: damaged: its header says shape {shape}")
+    return shape, fortran, dtype
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """Memory-map a ``.npy`` file of any shape.
+
+    Raises
+    ------
+    InputError
+        If it is not one, or is not as long as its header says, or holds Python objects.
+    """
+    with path.open("rb") as file:
+        shape, fortran, dtype = parse_npy_header(file, path)
+        begin = file.tell()
+    check_size(shape, dtype, path.stat().st_size - begin, str(path))
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", begin, shape, "F" if fortran else "C")
+
+
+def check_size(shape: tuple[int, ...], dtype: np.dtype, held: int, where: str) -> None:
+    """Refuse an array that is not as long as its header says, or is not of plain values."""
+    if dtype.hasobject or not dtype.itemsize:
+        raise InputError(f"{where}: expected plain numbers, found {dtype}")
+    need = dtype.itemsize * prod(shape)
+    if need != held:
+        raise InputError(
+            f"{where}: truncated or damaged: its header promises {need} bytes, it holds {held}"
+        )
+
+
+def load_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Read arrays of an ``.npz`` whole; what its headers say is checked before memory is taken.
+
+    Parameters
+    ----------
+    path : Path
+    names : sequence of str, optional
+        Those that are needed; without it, all.
+
+    Raises
+    ------
+    InputError
+        If it is not such an archive, lacks an array, or is not what its headers say.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+            found = list(members) if names is None else names
+            return {name: load_member(archive, members[name], path) for name in found}
+    except KeyError as error:
+        raise InputError(f"{path}: holds no array {error}") from error
+    except BROKEN_ZIP as error:
+        raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
+
+
+def load_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    """Read one array of an ``.npz``."""
+    check_member(info, path.stat().st_size)
+    with archive.open(info) as file:
+        shape, _, dtype = parse_npy_header(file, path)
+        check_size(shape, dtype, info.file_size - file.tell(), f"{path}: array {info.filename}")
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def check_member(info: zipfile.ZipInfo, size: int) -> None:
+    """Refuse a member of an archive of ``size`` bytes that says it unpacks to far more."""
+    stored = info.compress_type == zipfile.ZIP_STORED
+    if info.compress_size > size or (stored and info.file_size != info.compress_size):
+        raise zipfile.BadZipFile(f"{info.filename} says another size than it has")
+    if info.file_size > max(PACKED_FREELY, PACKED_MOST * info.compress_size):
+        raise zipfile.BadZipFile(
+            f"{info.filename} says that {info.compress_size} bytes unpack to {info.file_size}; "
+            "floats do not pack like that"
+        )
 
 
 def check_type(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

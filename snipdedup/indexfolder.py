@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snipdedup import store
-from snipdedup.codes import Lists, ShardCodes, load_shard, pack, packed_width, unpack
+from snipdedup.codes import Lists, ShardCodes, damaged, load_shard, pack, packed_width, unpack
 from snipdedup.cosine import unit_rows
 from snipdedup.errors import SnipError
 from snipdedup.quantise import read_quantiser
@@ -107,10 +107,19 @@ class Index:
         self.folder = folder
         self.manifest = store.read_manifest(folder, "index")
         self.quantiser = read_quantiser(folder / QUANTISER)
-        self.rows, self.nlist = int(self.manifest["rows"]), self.quantiser.nlist
+        self.nlist = self.quantiser.nlist
         self.dim, self.code_size = self.quantiser.dim, self.quantiser.code_size
-        sizes = [shard["rows"] for shard in self.manifest["shards"]]
+        with store.as_written(folder):
+            self.rows = int(self.manifest["rows"])
+            sizes = [shard["rows"] for shard in self.manifest["shards"]]
+            self.files = [folder / shard["file"] for shard in self.manifest["shards"]]
+            self.as_stored = bool(self.manifest["request"]["as_stored"])
         self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        if self.rows != self.offsets[-1]:
+            raise SnipError(
+                f"{folder / store.MANIFEST}: damaged: {self.rows:,} rows, its shards have "
+                f"{self.offsets[-1]:,}"
+            )
 
     @classmethod
     def open(cls, folder: str | Path) -> Index:
@@ -121,9 +130,8 @@ class Index:
     def space(self) -> Space:
         """How rows become vectors; loading an encoder takes torch a second."""
         folder = held_encoder(self.folder)
-        as_stored = bool(self.manifest["request"]["as_stored"])
         if folder is None:
-            return Space.of(None, self.dim, as_stored)
+            return Space.of(None, self.dim, self.as_stored)
         return Space.encoded(folder).of_width(self.dim)
 
     @property
@@ -133,8 +141,18 @@ class Index:
 
     def shards(self) -> Iterator[tuple[int, ShardCodes]]:
         """Yield (first global row, codes) of each shard, in order."""
-        for first, shard in zip(self.offsets[:-1], self.manifest["shards"], strict=True):
-            yield int(first), load_shard(self.folder / shard["file"])
+        for number, path in enumerate(self.files):
+            yield int(self.offsets[number]), self.fitting(number, load_shard(path))
+
+    def fitting(self, number: int, shard: ShardCodes) -> ShardCodes:
+        """Return a shard, or refuse one that is not of this index; bytes of codes stay unread."""
+        rows = int(self.offsets[number + 1] - self.offsets[number])
+        fits = len(shard.sizes) == self.nlist and shard.codes.shape[1] == self.code_size
+        if not fits or len(shard.ids) + len(shard.bad) != rows:
+            raise damaged(self.files[number], f"not a shard of {rows:,} rows of this index")
+        if len(shard.bad) and not 0 <= shard.bad.min() <= shard.bad.max() < rows:
+            raise damaged(self.files[number], "its bad rows are none of its rows")
+        return shard
 
     def bad_rows(self) -> np.ndarray:
         """Return the rows that are in no list, ascending, (b,) int64."""

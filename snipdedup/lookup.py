@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 from snipdedup import settings, store
 from snipdedup.clip import text_vector
 from snipdedup.cosine import pair_cosine, unit_rows64
-from snipdedup.errors import SnipError, UsageError
+from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.formats import load_npz, map_npy
 from snipdedup.indexfolder import Index, Space, held_encoder, is_descriptors
 from snipdedup.mapped import MappedLists
 from snipdedup.shards import Features, implied_metadata, open_features, request_of
@@ -242,13 +244,13 @@ def read_vectors(path: Path, array: str | None) -> np.ndarray:
     if not path.is_file():
         raise SnipError(f"no such file: {path} (a text that ends like a file needs --text)")
     try:
-        found = np.load(path, allow_pickle=False)
-        names = [] if isinstance(found, np.ndarray) else list(found.files)
-        if names and array is None and len(names) > 1:
-            raise SnipError(f"{path} holds {', '.join(names)}; choose one with --array")
-        vectors = found[array or names[0]] if names else found
-    except (OSError, ValueError, EOFError, KeyError) as error:
+        packed = zipfile.is_zipfile(path)
+        found = load_npz(path, [array] if array else None) if packed else {"": map_npy(path)}
+    except (OSError, InputError) as error:
         raise SnipError(f"{path}: cannot be read as vectors: {error}") from error
+    if len(found) != 1:
+        raise SnipError(f"{path} holds {', '.join(found) or 'none'}; choose one with --array")
+    (vectors,) = (np.array(held) for held in found.values())
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not len(vectors) or vectors.dtype.kind != "f":
         raise SnipError(

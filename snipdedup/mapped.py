@@ -31,8 +31,7 @@ class MappedLists:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        files = [index.folder / shard["file"] for shard in index.manifest["shards"]]
-        self.shards = [map_shard(path) for path in files]
+        self.shards = [index.fitting(n, map_shard(path)) for n, path in enumerate(index.files)]
 
     def visit(self, lists: np.ndarray) -> Entries:
         """Return the entries of some lists, in the order of shards, in each as asked."""

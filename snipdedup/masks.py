@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from snipdedup import store
 from snipdedup.errors import SnipError
+from snipdedup.formats import map_npy
 from snipdedup.metadata import Metadata
 
 MASK = "is_dup.npy"
@@ -24,7 +25,8 @@ FILES = "files"  # below the work folder: what is written before it is whole
 SCAN_ROWS = 1 << 24
 HOW_TO_PLACE = (
     "give the totals of the whole set with --cumulative_sizes, keep the snip.json of snip dedup "
-    "beside the mask, or name all files from number 0 on"
+    "beside the mask, or name all files from number 0 on; or find rows by what a column says: "
+    "snip filter --on COLUMN"
 )
 
 
@@ -84,7 +86,8 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
         store.read_manifest(path, "dedup")
         path = path / MASK
     is_dup = load_mask(path)
-    sizes = manifest_sizes(path, len(is_dup))
+    with store.as_written(path.parent):
+        sizes = manifest_sizes(path, len(is_dup))
     if cumulative is not None:
         totals = read_totals(Path(cumulative).expanduser(), len(is_dup))
         if sizes is not None and not np.array_equal(sizes, totals):
@@ -101,9 +104,9 @@ def load_npy(path: Path, what: str) -> np.ndarray:
     if not path.is_file():
         raise SnipError(f"no such {what}: {path}")
     try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        raise SnipError(f"{path}: truncated or not a .npy {what}: {error}") from error
+        return map_npy(path)
+    except OSError as error:
+        raise SnipError(f"{path}: cannot be read as a {what}: {error}") from error
 
 
 def load_mask(path: Path) -> np.ndarray:
@@ -205,7 +208,7 @@ def place_all(held: Held, mask: Mask) -> Place:
         raise SnipError(
             f"the metadata has {held.total:,} rows in {len(held.rows)} files, the mask "
             f"{mask.path} has {mask.rows:,}; they must belong to the same set (for some files of "
-            "it, say which with --start and --end)"
+            "it, say which with --start and --end; to find rows by what a column says, --on COLUMN)"
         )
     if mask.sizes is not None and len(mask.sizes) == len(held.rows):
         check_sizes(held, mask.sizes, 0)
@@ -248,7 +251,8 @@ def place_range(held: Held, mask: Mask, start: int, end: int | None) -> Place:
     if begin + part.total > mask.rows:
         raise SnipError(
             f"files {start} to {end - 1} are rows {begin:,} to {begin + part.total:,} of their "
-            f"set, the mask {mask.path} has {mask.rows:,}; they do not belong to the same set"
+            f"set, the mask {mask.path} has {mask.rows:,}; they do not belong to the same set; to "
+            "find rows by what a column says: --on COLUMN"
         )
     return Place(first, first + end - start, start, begin - sum(held.rows[:first]))
 
@@ -317,7 +321,8 @@ def check_sizes(held: Held, sizes: np.ndarray, start: int) -> None:
         if count != sizes[number]:
             raise SnipError(
                 f"{name} has {count:,} rows, file {number} of the mask's set has "
-                f"{int(sizes[number]):,}; this is another file, or rows were removed from it"
+                f"{int(sizes[number]):,}; this is another file, or rows were removed from it; to "
+                "find rows by what a column says: --on COLUMN"
             )
 
 

@@ -8,7 +8,8 @@ other rows are at hand: shards may be encoded apart, or added later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -312,8 +313,9 @@ def read_quantiser(path: Path) -> Quantiser:
     # Mapped, the codes of a large index are never read. Windows has no such lists.
     mapped = faiss.IO_FLAG_MMAP if hasattr(faiss, "OnDiskInvertedLists") else 0
     try:
-        ivfpq: Any = faiss.read_index(str(path), mapped | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
-    except RuntimeError as error:
+        with no_larger_than(path.stat().st_size):
+            ivfpq: Any = faiss.read_index(str(path), mapped | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().splitlines()[-1][:200]
         raise SnipError(f"{path}: not an index that faiss can read: {reason}") from error
     check_kind(path, ivfpq)
@@ -322,6 +324,22 @@ def read_quantiser(path: Path) -> Quantiser:
     ivfpq.replace_invlists(empty, True)
     ivfpq.ntotal = 0
     return Quantiser(ivfpq)
+
+
+@contextmanager
+def no_larger_than(size: int) -> Iterator[None]:
+    """Let faiss believe no file that says of an array that it is larger than the file."""
+    import faiss
+
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # older than 1.15
+        yield
+        return
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(size)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
 
 
 def check_kind(path: Path, index: Any) -> None:

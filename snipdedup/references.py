@@ -265,9 +265,10 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
     mask = store.sha256(folder / "is_dup.npy")
     if mask != manifest["outputs"]["is_dup.npy"]["sha256"]:
         raise SnipError(f"{folder / 'is_dup.npy'} is not what the run wrote; make it anew")
-    live = ~np.load(folder / "is_dup.npy")
-    if (folder / "bad_rows.parquet").is_file():
-        live[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
+    with store.as_written(folder):
+        live = ~np.load(folder / "is_dup.npy")
+        if (folder / "bad_rows.parquet").is_file():
+            live[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
     crcs = [shard["crc32"] for shard in manifest["shards"]]
     yield Reference(name, EARLIER, str(folder), features, np.flatnonzero(live), mask, crcs)
 

@@ -95,6 +95,10 @@ def load_forest(
 
     table = pq.read_table(folder / "forest.parquet")
     edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
+    if [column.dtype.kind for column in edges] != ["i", "i", "f"] or not all(
+        len(ends) == 0 or 0 <= ends.min() <= ends.max() < features.rows for ends in edges[:2]
+    ):
+        raise SnipError(f"{folder / 'forest.parquet'}: damaged: not a forest of these rows")
     one = np.flatnonzero(edges.similarity == 1)
     for source in (features, text):
         if source is not None:

@@ -36,6 +36,12 @@ def run(options: Report) -> str:
     if options.images is not None or options.image_column is not None:
         thumbnails.require_pillow()
     out = Path(options.out).expanduser()
+    with store.as_written(out):
+        return write_report(out, options)
+
+
+def write_report(out: Path, options: Report) -> str:
+    """Write the page of a finished OUT; return where it is."""
     manifest = store.read_manifest(out, KIND)
     target = out / NAME if options.html is None else Path(options.html).expanduser()
     texts = open_texts(out, manifest, options.metadata)

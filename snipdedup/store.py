@@ -137,7 +137,7 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SnipError(f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SnipError(f"{path}: expected JSON, but it cannot be read: {error}") from error
 
 
@@ -201,12 +201,50 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     found = manifest.get("kind") if isinstance(manifest, dict) else None
     if found != kind:
         raise SnipError(f"{path}: expected a manifest of kind {kind!r}, found {found!r}")
+    check_entries(path, manifest)
     if manifest.get("format", 0) > FORMAT:
         raise SnipError(
             f"{path}: written by a newer snipdedup (format {manifest['format']}, this one reads "
             f"up to {FORMAT}); upgrade with: pip install -U snipdedup-toolkit"
         )
     return manifest
+
+
+ENTRIES = {
+    "format": int, "versions": dict, "settings": dict, "request": dict, "outputs": dict,
+    "shards": list, "counts": dict, "method": dict, "encoder": dict, "rows": int, "files": list,
+    "references": list, "bad_rows": dict | int,
+}  # fmt: skip
+
+
+def check_entries(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest whose entries are not of the types that snip writes."""
+    for name, kind in ENTRIES.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            raise SnipError(f"{path}: damaged: its entry {name!r} is {short(manifest[name])}")
+    for number, shard in enumerate(manifest.get("shards", [])):
+        rows = shard.get("rows") if isinstance(shard, dict) else None
+        if type(rows) is not int or not 0 <= rows < 1 << 48:
+            raise SnipError(f"{path}: damaged: shard {number} is {short(shard)}")
+
+
+@contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+    """Refuse a folder of ours whose files were changed so that nothing can be made of them.
+
+    Checks say what is wrong where they can. What is left, of all the ways that a table or a
+    manifest can be other than it was written, fails somewhere in the block.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError, AttributeError, EOFError, LookupError, RecursionError, TypeError,
+        ValueError, NotImplementedError,
+    ) as error:  # fmt: skip
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SnipError(
+            f"{folder}: its files are not as snip wrote them ({what}); make the folder anew"
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.errors import SnipError
 from snipdedup.groups import Members, group_starts, keep_rank
 from snipdedup.tables import open_parquet
 
@@ -336,6 +337,7 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
     file, columns = open_parquet(path), list(Members._fields)
     if marked and "reference" in file.schema_arrow.names:
         columns.append("reference")
+    check_columns(path, file.schema_arrow)
     for batch in file.iter_batches(BATCH_ROWS, columns=columns):
         members = Members(
             *(batch.column(name).to_numpy(zero_copy_only=False) for name in Members._fields)
@@ -355,6 +357,19 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
         waiting.append(pick(members, slice(cut, None)))
     if waiting:
         yield joined(waiting)
+
+
+def check_columns(path: Path, schema: Any) -> None:
+    """Refuse a table of groups whose columns are not those that snip writes."""
+    import pyarrow as pa
+
+    kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
+    wanted = {"similarity": kinds[2], "is_dup": kinds[1]}
+    for name in Members._fields:
+        held = [field.type for field in schema if field.name == name]
+        if len(held) != 1 or not wanted.get(name, kinds[0])(held[0]):
+            found = ", ".join(map(str, held)) or "none"
+            raise SnipError(f"{path}: damaged: found {found} as column {name!r}; make it anew")
 
 
 def joined(parts: list[Members]) -> Members:

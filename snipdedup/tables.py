@@ -233,7 +233,7 @@ def refusing_csv(path: Path) -> Iterator[None]:
     """Turn what pyarrow says of a broken CSV into our error."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SnipError(f"{path}: not a CSV with one kind of row: {error}") from error
 
 

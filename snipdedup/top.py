@@ -62,6 +62,12 @@ class Ranking(NamedTuple):
 def run(options: Top) -> str:
     """Run ``snip top`` and return its table."""
     folder = Path(options.out).expanduser()
+    with store.as_written(folder):
+        return rank(folder, options)
+
+
+def rank(folder: Path, options: Top) -> str:
+    """Return the table of a finished OUT, and write what else is asked for."""
     manifest = store.read_manifest(folder, KIND)
     texts = open_texts(folder, manifest, options.metadata)
     target = None if options.prompts is None else Path(options.prompts).expanduser()

@@ -210,8 +210,8 @@ def test_masks_of_bytes_are_read_if_they_are_0_and_1(a_set):
         (np.zeros(17, np.int64), "expected a mask, one bool a row"),
         (np.zeros(17, np.float32), "expected a mask, one bool a row"),
         (np.array(True), "expected a mask, one bool a row"),
-        (b"", "truncated or not a .npy mask"),
-        (b"PK\x03\x04", "truncated or not a .npy mask"),
+        (b"", "truncated or not a .npy file"),
+        (b"PK\x03\x04", "truncated or not a .npy file"),
         (None, "no such mask"),
     ],
 )
