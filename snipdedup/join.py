@@ -21,7 +21,7 @@ from snipdedup.cosine import Directions, bad_rows
 from snipdedup.forest import Edges, ForestBuilder, make_edges
 from snipdedup.kernels import pick_kernel
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
-from snipdedup.masses import Hubs, Placed, find_hubs
+from snipdedup.masses import ABSORBED, BESIDE, Hubs, Placed, find_hubs
 from snipdedup.projection import WIDTHS, Projection, fit_projections, has_bfloat16
 from snipdedup.references import left_out
 from snipdedup.scan import BLOCK, Scan, Seen, finish_scan, read_range, row_hashes
@@ -66,7 +66,9 @@ class Model:
             hub_row=self.hubs.row,
             hub_raw=self.hubs.raw,
             hub_codes=self.hubs.codes,
-            numbers=np.array([self.lists.tau, self.threshold, self.calibration_pairs]),
+            numbers=np.array(
+                [self.lists.tau, self.lists.alone, self.threshold, self.calibration_pairs]
+            ),
         )
 
     @classmethod
@@ -74,9 +76,11 @@ class Model:
         """Read a model."""
         with np.load(path, allow_pickle=False) as file:
             projection = Projection(file["matrix"], file["residual"], float(file["scale"]))
-            tau, threshold, pairs = (float(number) for number in file["numbers"])
+            tau, alone, threshold, pairs = (float(number) for number in file["numbers"])
             hubs = Hubs(file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, projection)
-            return cls(projection, Lists(file["centroids"], tau), hubs, threshold, int(pairs))
+            return cls(
+                projection, Lists(file["centroids"], tau, alone), hubs, threshold, int(pairs)
+            )
 
 
 class Partition(NamedTuple):
@@ -139,7 +143,9 @@ def join(
     with stage("fit"):
         model = load_or_fit(features, threshold, recall, seed, work / "model.npz", threads)
     with stage("encode"):
-        parts = encode_all(features, model, work, chunk_rows=chunk_rows, threads=threads)
+        parts = encode_all(
+            features, model, work, chunk_rows=chunk_rows, threads=threads, frozen=frozen
+        )
         seen = finish_scan(features, parts, keep_bad)
         skip = left_out(seen, features.rows, frozen)
     with stage("join"):
@@ -212,14 +218,14 @@ def fit(features: Features, threshold: float, recall: float, seed: int, threads:
         nlist = 1
     nlist = min(nlist, max(1, len(codes) // 8))
     if nlist == 1:
-        return Model(projection, Lists(codes[:1], 0.0), hubs, threshold, 0)
+        return Model(projection, Lists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
     centroids = train_centroids(codes, nlist, seed, threads)
     a, b = (side[:: max(1, len(side) // CALIBRATION_PAIRS)] for side in pairs)
     true = proved_cosines(sample, sample, a, b) >= np.float32(threshold)
     near = codes[:CALIBRATION_ROWS]
-    absorbed = hubs.place(near, np.zeros(len(near)), sample[: len(near)]).reach == 0
+    absorbed = hubs.place(near, np.zeros(len(near)), sample[: len(near)]).reach == ABSORBED
     true &= ~(absorbed[a] & absorbed[b])  # met at their hub
-    tau = calibrate_tau(
+    tau, alone = calibrate_tau(
         near,
         centroids,
         (a[true], b[true]),
@@ -227,7 +233,7 @@ def fit(features: Features, threshold: float, recall: float, seed: int, threads:
         reach=projection.distance(threshold),
         threads=threads,
     )
-    return Model(projection, Lists(centroids, tau), hubs, threshold, int(true.sum()))
+    return Model(projection, Lists(centroids, tau, alone), hubs, threshold, int(true.sum()))
 
 
 def choose_projection(
@@ -295,7 +301,13 @@ def encode_folders(work: Path, rows: int) -> list[Path]:
 
 
 def encode_all(
-    features: Features, model: Model, work: Path, *, chunk_rows: int, threads: int
+    features: Features,
+    model: Model,
+    work: Path,
+    *,
+    chunk_rows: int,
+    threads: int,
+    frozen: int,
 ) -> list[Seen]:
     """Run the encode tasks that are not done yet; return what all of them saw."""
     spans = plan_blocks(features.rows, task_rows(features.rows))
@@ -305,7 +317,9 @@ def encode_all(
         def run(task: tuple[Path, tuple[int, int]]) -> int:
             folder, (begin, end) = task
             if not (folder / "done.json").is_file():
-                encode_task(features, model, folder, begin, end, chunk_rows=chunk_rows)
+                encode_task(
+                    features, model, folder, begin, end, chunk_rows=chunk_rows, frozen=frozen
+                )
             return end - begin
 
         for count in in_order(run, zip(folders, spans, strict=True), threads):
@@ -314,9 +328,20 @@ def encode_all(
 
 
 def encode_task(
-    features: Features, model: Model, folder: Path, begin: int, end: int, *, chunk_rows: int
+    features: Features,
+    model: Model,
+    folder: Path,
+    begin: int,
+    end: int,
+    *,
+    chunk_rows: int,
+    frozen: int,
 ) -> None:
-    """Encode rows ``begin`` to ``end`` and write them sorted by list, rows at home first."""
+    """Encode rows ``begin`` to ``end`` and write them sorted by list, rows at home first.
+
+    Where more than half of the rows are frozen, they stay at home and the others come to them.
+    """
+    still = frozen if frozen > features.rows // 2 else 0
     codes = np.empty((end - begin, model.projection.width), np.int8)
     slack = np.empty(end - begin, np.float32)
     visits: list[Visits] = []
@@ -327,7 +352,8 @@ def encode_task(
         codes[at], excess = model.projection.encode_directions(rows)
         slack[at] = model.projection.slack(excess)
         placed = model.hubs.place(codes[at], slack[at], raw)
-        found = assign(codes[at], model.lists, placed.reach)
+        far = how_far(placed, model.lists, max(0, still - first), still > 0)
+        found = assign(codes[at], model.lists, far)
         visits.append(found._replace(row=found.row + np.int32(first - begin)))
         absorbed.append(placed._replace(row=placed.row + first))
 
@@ -351,6 +377,20 @@ def encode_task(
     store.save_npy(folder / "bad.npy", seen.bad)
     crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
     store.save_json(folder / "done.json", {"crcs": crcs})
+
+
+def how_far(placed: Placed, lists: Lists, still: int, others_come: bool) -> np.ndarray:
+    """Return how far from borders each row of a block visits, (n,) float32.
+
+    Absorbed rows stay at home, and so do the first ``still`` rows; who may pair with a row that
+    stays at home must come to it.
+    """
+    usual = lists.alone if others_come else lists.tau
+    far = np.full(len(placed.reach), usual, np.float32)
+    far[:still] = 0
+    far[placed.reach == BESIDE] = lists.alone
+    far[placed.reach == ABSORBED] = 0
+    return far
 
 
 def sort_small(keys: np.ndarray, count: int) -> np.ndarray:

@@ -38,40 +38,37 @@ class Lists:
     ----------
     centroids : (nlist, w) int8
     tau : float
-        In units of codes.
+        In units of codes; where both rows of a pair visit.
+    alone : float
+        The same where one of them does not, so that the other must come.
     """
 
     centroids: np.ndarray
     tau: float
+    alone: float
 
     @property
     def nlist(self) -> int:
         """Number of lists."""
         return len(self.centroids)
 
-    def reach(self, homes: np.ndarray) -> np.ndarray:
-        """Return ‖x−c_j‖² − ‖x−c₁‖² up to which a row visits list j, by its home list 1.
+    def apart(self, homes: np.ndarray) -> np.ndarray:
+        """Return the distances of some lists' centroids from all, (n, nlist) float32.
 
-        Parameters
-        ----------
-        homes : (n,) int64
-
-        Returns
-        -------
-        (n, nlist) int32
+        A row at home in list 1 visits list j if ‖x−c_j‖² − ‖x−c₁‖² is at most 2τ times that.
         """
         if self.nlist <= TABLE_LISTS:
             return np.take(self._table, homes, axis=0)
         distinct, back = np.unique(homes, return_inverse=True)
-        return np.take(self._reach(self.centroids[distinct]), back, axis=0)
+        return np.take(self._apart(self.centroids[distinct]), back, axis=0)
 
     @cached_property
     def _table(self) -> np.ndarray:
-        return self._reach(self.centroids)
+        return self._apart(self.centroids)
 
-    def _reach(self, centroids: np.ndarray) -> np.ndarray:
+    def _apart(self, centroids: np.ndarray) -> np.ndarray:
         gaps = centroid_gaps(centroids, self.centroids, "apart") + squares(centroids)[:, None]
-        return np.floor(2 * self.tau * np.sqrt(np.maximum(gaps, 0))).astype(np.int32)
+        return np.sqrt(np.maximum(gaps, 0)).astype(np.float32)
 
 
 class Visits(NamedTuple):
@@ -127,7 +124,7 @@ def nearest(
 
 
 def centroid_gaps(codes: np.ndarray, centroids: np.ndarray, use: str = "gaps") -> np.ndarray:
-    """Return ‖c‖² − 2 x·c for each code and centroid: (n, nlist), int32 or float32, exact.
+    """Return ‖c‖² − 2 x·c for each code and centroid: (n, nlist) float32, exact below 2^24.
 
     What is returned stands until the thread's next call with the same ``use``.
     """
@@ -136,8 +133,8 @@ def centroid_gaps(codes: np.ndarray, centroids: np.ndarray, use: str = "gaps") -
     kernel = pick_kernel("cpu", codes.shape[1], exact=True)
     columns = kernel.prepare(torch.from_numpy(centroids))
     products = kernel.multiply(torch.from_numpy(codes), columns)
-    gaps = scratch(use, tuple(products.shape), products.numpy().dtype)
-    size = torch.from_numpy(squares(centroids)).to(products.dtype)
+    gaps = scratch(use, tuple(products.shape), np.float32)
+    size = torch.from_numpy(squares(centroids)).float()
     torch.sub(size, products, alpha=2, out=torch.from_numpy(gaps))
     return gaps
 
@@ -147,10 +144,10 @@ def squares(codes: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", codes, codes, dtype=np.int32)
 
 
-def assign(codes: np.ndarray, lists: Lists, factor: np.ndarray | None = None) -> Visits:
+def assign(codes: np.ndarray, lists: Lists, far: np.ndarray | None = None) -> Visits:
     """Return the lists that each code lives in or visits, ordered by row.
 
-    ``factor``, (n,) int8, is how many times as far as τ each code visits; 1 if not given.
+    ``far``, (n,) float32, is how far each code visits, `Lists.tau` if not given.
     """
     if lists.nlist == 1:
         row = np.arange(len(codes), dtype=np.int32)
@@ -160,10 +157,10 @@ def assign(codes: np.ndarray, lists: Lists, factor: np.ndarray | None = None) ->
         gaps = centroid_gaps(codes[start : start + ASSIGN_BLOCK], lists.centroids)
         home = gaps.argmin(1)
         best = gaps[np.arange(len(home)), home]
-        limit = lists.reach(home)
-        if factor is not None:
-            limit *= factor[start : start + ASSIGN_BLOCK, None]
-        limit += best[:, None].astype(np.int32)  # whole numbers, whatever the kernel
+        limit = lists.apart(home)
+        reach = np.float32(lists.tau) if far is None else far[start : start + ASSIGN_BLOCK, None]
+        limit *= 2 * reach
+        limit += best[:, None]
         near = np.flatnonzero((gaps <= limit).ravel())
         row, list_ = np.divmod(near.astype(np.int32), np.int32(lists.nlist))
         parts.append((row + np.int32(start), list_, list_ == home[row]))
@@ -178,8 +175,10 @@ def calibrate_tau(
     recall: float,
     reach: float,
     threads: int,
-) -> float:
+) -> tuple[float, float]:
     """Return the τ at which the wanted share of a sample's pairs meets.
+
+    Two of them: where both rows of a pair visit, and where only one of the two does.
 
     Each row counts once, its pairs sharing its weight, so that large groups do not speak for all.
     Too few pairs to tell are replaced by the sample's nearest neighbours, drawn together to the
@@ -198,22 +197,28 @@ def calibrate_tau(
         Largest distance of two codes whose rows are a pair.
     """
     if recall >= 1:
-        return reach / 2
+        return reach / 2, reach
     a, b = pairs
     if len(a) < ENOUGH / (1 - recall):
         a = np.arange(len(codes))
         near = draw_together(codes, codes[nearest_other(codes, threads)], reach)
         codes, b = np.concatenate([codes, near]), a + len(codes)
     home, best = nearest(codes, centroids, threads)
-    need = np.minimum(
-        needed_tau(codes, centroids, home, best, a, b),
-        needed_tau(codes, centroids, home, best, b, a),
-    )
+    there = needed_tau(codes, centroids, home, best, a, b)
+    back = needed_tau(codes, centroids, home, best, b, a)
     degree = np.bincount(np.concatenate([a, b]), minlength=len(codes))
     weight = 1 / degree[a] + 1 / degree[b]
-    order = np.argsort(need, kind="stable")
+    both = weighted_quantile(np.minimum(there, back), weight, recall)
+    one = weighted_quantile(np.append(there, back), np.append(weight, weight), recall)
+    return min(reach / 2, both), min(reach, one)
+
+
+def weighted_quantile(values: np.ndarray, weight: np.ndarray, share: float) -> float:
+    """Return the smallest value up to which the values have ``share`` of the weight."""
+    order = np.argsort(values, kind="stable")
     reached = np.cumsum(weight[order]) / weight.sum()
-    return min(reach / 2, float(need[order][min(np.searchsorted(reached, recall), len(need) - 1)]))
+    place = min(int(np.searchsorted(reached, share)), len(values) - 1)
+    return float(values[order[place]])
 
 
 def draw_together(x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:

@@ -6,8 +6,8 @@ found in a sample. A row within half the largest angle of a pair from the hub is
 to the hub, proved while its features are at hand, joins it with all the others. It lives in its
 list, and is compared there, but visits no other.
 
-A row beside a mass may pair with an absorbed row whose list it must then find alone: it visits
-lists up to twice as far from their borders. By the triangle inequality of angles such rows lie
+A row beside a mass may pair with an absorbed row whose list it must then find alone, so it visits
+lists from further away. By the triangle inequality of angles such rows lie
 within one and a half times the largest angle of a pair from the hub.
 """
 
@@ -34,13 +34,16 @@ MOST_HUBS = 64
 BLOCK = 256  # rows of the sample compared at a time
 
 
+ABSORBED, APART, BESIDE = range(3)
+
+
 class Placed(NamedTuple):
     """Where rows lie to the hubs.
 
     Attributes
     ----------
     reach : (n,) int8
-        How far a row visits: 0 if absorbed, 2 beside a mass, else 1.
+        `ABSORBED`, `BESIDE` a mass, or `APART` from all.
     row : (a,) int64
         The absorbed rows' places.
     hub : (a,) int64
@@ -112,7 +115,7 @@ class Hubs:
             By how much each row's limit falls.
         raw : (n, d)
         """
-        reach = np.ones(len(codes), np.int8)
+        reach = np.full(len(codes), APART, np.int8)
         none = np.empty(0, np.int64)
         if not len(self.row):
             return Placed(reach, none, none, np.empty(0, np.float32))
@@ -129,8 +132,8 @@ class Hubs:
         own[i] = classes[j]
         beside = products >= self.projection.limit(self.border) - slack[:, None]
         beside &= own[:, None] != classes
-        reach[i] = 0
-        reach[beside.any(1)] = 2
+        reach[i] = ABSORBED
+        reach[beside.any(1)] = BESIDE
         return Placed(reach, i, j, cosine)
 
 
@@ -189,7 +192,7 @@ def find_hubs(
     hubs = Hubs(rows[places], sample[places], codes[places], threshold, projection)
     reach = hubs.place(codes, np.zeros(len(codes)), sample[: len(codes)]).reach
     # where more rows lie beside masses than in them (a low threshold), they would cost more
-    return hubs if np.count_nonzero(reach == 0) > np.count_nonzero(reach == 2) else none
+    return hubs if np.count_nonzero(reach == ABSORBED) > np.count_nonzero(reach == BESIDE) else none
 
 
 def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndarray:

@@ -102,6 +102,22 @@ def test_lists_find_the_share_asked_for_and_invent_nothing(rows, brute):
     assert (cosine >= 0.95 - 1e-7).all()
 
 
+@pytest.mark.parametrize("new", [12_000, 3000])
+@pytest.mark.usefixtures("many_lists")
+def test_new_rows_find_the_reference_rows_that_stay_at_home(rows, new):
+    """Whether all rows visit, or the few new ones alone."""
+    old, rest = rows[new:], rows[:new]
+    brute = dedup(rest, reference=old, method="exact")
+    found = dedup(rest, reference=old, recall=1)
+    for name in ("row", "representative", "similarity", "is_dup"):
+        assert np.array_equal(getattr(found.members, name), getattr(brute.members, name)), name
+    assert (brute.members.representative < 0).sum() > new // 20
+    likely = dedup(rest, reference=old)
+    assert abs(likely.removed - brute.removed) <= 0.002 * brute.removed
+    if new == 3000:
+        assert likely.found.notes["visits"] < dedup(rows).found.notes["visits"]
+
+
 @pytest.mark.usefixtures("many_lists")
 def test_threads_chunks_shards_and_a_second_run_change_nothing(rows, tmp_path):
     once = dedup(rows, threads=1)

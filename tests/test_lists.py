@@ -39,7 +39,7 @@ def visited(codes, lists):
 @given(seed=st.integers(0, 2**31), nlist=st.integers(2, 20), tau=st.sampled_from([0.0, 5.0, 37.5]))
 def test_a_row_visits_the_lists_of_the_rule(seed, nlist, tau):
     codes = codes_of(200, seed)
-    lists = Lists(train_centroids(codes, nlist, seed, 1), tau)
+    lists = Lists(train_centroids(codes, nlist, seed, 1), tau, tau)
     visits = assign(codes, lists)
     expected, home = visited(codes, lists)
     found = np.zeros_like(expected)
@@ -61,7 +61,7 @@ def test_with_half_the_distance_of_a_pair_every_pair_meets(seed, nlist, spread):
     codes = codes_of(150, seed, spread)
     distance = np.sqrt(squared(codes, codes))
     reach = np.quantile(distance, 0.3)
-    lists = Lists(train_centroids(codes, nlist, seed, 1), reach / 2)
+    lists = Lists(train_centroids(codes, nlist, seed, 1), reach / 2, reach)
     visits = assign(codes, lists)
     inside = np.zeros((len(codes), nlist), bool)
     inside[visits.row, visits.list_] = True
@@ -73,9 +73,26 @@ def test_with_half_the_distance_of_a_pair_every_pair_meets(seed, nlist, spread):
     assert (meets[a, b] | meets[b, a]).all()
 
 
+@pytest.mark.parametrize("nlist", [3, 20])
+def test_a_row_may_visit_alone(nlist):
+    """With the whole distance a row finds the lists of all that are near and stay at home."""
+    codes = codes_of(150, 5, 20)
+    distance = np.sqrt(squared(codes, codes))
+    reach = np.quantile(distance, 0.3)
+    lists = Lists(train_centroids(codes, nlist, 5, 1), reach / 2, reach)
+    far = np.where(np.arange(150) < 100, 0, reach).astype(np.float32)
+    visits = assign(codes, lists, far)
+    inside = np.zeros((150, nlist), bool)
+    inside[visits.row, visits.list_] = True
+    assert (inside[:100].sum(1) == 1).all()
+    home = visits.list_[visits.home][np.argsort(visits.row[visits.home])]
+    a, b = np.nonzero(distance[100:] <= reach)
+    assert inside[100 + a, home[b]].all()
+
+
 def test_the_lists_of_a_row_do_not_depend_on_the_block():
     codes = codes_of(9000, 1)
-    lists = Lists(train_centroids(codes[:1000], 40, 0, 1), 30.0)
+    lists = Lists(train_centroids(codes[:1000], 40, 0, 1), 30.0, 30.0)
     whole = assign(codes, lists)
     order = np.lexsort((whole.list_, whole.row))
     expected = [column[order].tolist() for column in (whole.row, whole.list_, whole.home)]
@@ -90,7 +107,7 @@ def test_the_lists_of_a_row_do_not_depend_on_the_block():
 
 def test_one_list_holds_all():
     codes = codes_of(10, 0)
-    visits = assign(codes, Lists(codes[:1], 0.0))
+    visits = assign(codes, Lists(codes[:1], 0.0, 0.0))
     assert visits.row.tolist() == list(range(10))
     assert not visits.list_.any()
     assert visits.home.all()
@@ -98,7 +115,7 @@ def test_one_list_holds_all():
 
 def test_centroids_that_coincide_lose_no_row():
     codes = np.repeat(codes_of(2, 0), 50, axis=0)
-    lists = Lists(np.repeat(codes[:1], 4, axis=0), 3.0)
+    lists = Lists(np.repeat(codes[:1], 4, axis=0), 3.0, 3.0)
     visits = assign(codes, lists)
     assert visits.home.sum() == len(codes)
     assert np.unique(visits.row).tolist() == list(range(100))
@@ -137,7 +154,7 @@ def pairs_within(codes, reach):
 
 def share_that_meets(codes, centroids, tau, a, b):
     """Share of pairs of which one row visits the other's list; each row counts once."""
-    near, home = visited(codes, Lists(centroids, tau))
+    near, home = visited(codes, Lists(centroids, tau, tau))
     meet = near[a, home[b]] | near[b, home[a]]
     degree = np.bincount(np.concatenate([a, b]), minlength=len(codes))
     weight = 1 / degree[a] + 1 / degree[b]
@@ -151,8 +168,13 @@ def test_tau_grows_with_the_wanted_recall_and_brings_that_share_together():
     assert len(a) > 10_000
     taus = []
     for recall in (0.7, 0.95, 0.999):
-        taus.append(calibrate_tau(codes, centroids, (a, b), recall=recall, reach=1e4, threads=1))
-        assert share_that_meets(codes, centroids, taus[-1], a, b) >= recall - 1e-3
+        tau, alone = calibrate_tau(codes, centroids, (a, b), recall=recall, reach=1e4, threads=1)
+        assert share_that_meets(codes, centroids, tau, a, b) >= recall - 1e-3
+        near, home = visited(codes, Lists(centroids, alone, alone))
+        share = [np.mean(near[x, home[y]]) for x, y in ((a, b), (b, a))]
+        assert np.mean(share) >= recall - 0.02  # here each pair counts once
+        assert alone > tau
+        taus.append(tau)
     assert taus == sorted(taus)
     assert taus[0] < taus[2] < 60
 
@@ -161,8 +183,10 @@ def test_full_recall_means_half_the_largest_distance_and_no_more_is_ever_used():
     codes = codes_of(500, 4)
     centroids = train_centroids(codes, 30, 0, 1)
     pairs = pairs_within(codes, 150)
-    assert calibrate_tau(codes, centroids, pairs, recall=1, reach=150, threads=1) == 75
-    assert calibrate_tau(codes, centroids, pairs, recall=0.9999, reach=3, threads=1) <= 1.5
+    assert calibrate_tau(codes, centroids, pairs, recall=1, reach=150, threads=1) == (75, 150)
+    both, one = calibrate_tau(codes, centroids, pairs, recall=0.9999, reach=3, threads=1)
+    assert both <= 1.5
+    assert one <= 3
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 9])
@@ -171,7 +195,7 @@ def test_with_too_few_pairs_to_tell_real_ones_still_meet(pairs):
     codes = codes_of(3000, 4, spread=20)
     centroids = train_centroids(codes, 30, 0, 1)
     few = tuple(side[:pairs] for side in pairs_within(codes, 100))
-    tau = calibrate_tau(codes, centroids, few, recall=0.99, reach=60, threads=1)
+    tau, _ = calibrate_tau(codes, centroids, few, recall=0.99, reach=60, threads=1)
     rng = np.random.default_rng(0)
     x = codes_of(2000, 4, spread=20)  # the same centres
     step = rng.standard_normal(x.shape)

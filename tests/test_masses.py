@@ -96,11 +96,11 @@ def test_where_rows_are_placed(rows):
     assert np.array_equal(cosine[inside].argmax(1), placed.hub)
     assert np.array_equal(best[inside], placed.similarity)
     beside = ~inside & (best >= hubs.border)
-    assert (placed.reach[beside] == 2).all()
+    assert (placed.reach[beside] == masses.BESIDE).all()
     assert beside.sum() > 300
     # rows of two hubs that are no pair, near enough to one another's
-    assert set(placed.reach[inside]) <= {0, 2}
-    assert np.array_equal(placed.reach == 1, ~inside & (placed.reach == 1))
+    assert set(placed.reach[inside]) <= {masses.ABSORBED, masses.BESIDE}
+    assert not inside[placed.reach == masses.APART].any()
 
 
 def test_a_low_threshold_has_no_masses():
