@@ -12,6 +12,7 @@ import numpy as np
 
 from snipdedup import locks, progress, store
 from snipdedup.bykey import ByKey, plan_join
+from snipdedup.byplace import check_keys
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.handover import FOLDER, count_staying, list_columns, write_lists
 from snipdedup.masks import FILES, SCAN_ROWS, Mask, open_mask, place_metadata, rows_of, stamp
@@ -61,6 +62,8 @@ def run(options: Filter) -> str:
             joined = join.run(chosen.metadata, mask, work)
             is_dup, body["join"] = joined.is_dup, join.describe(joined)
             said = [join.report(joined, chosen.metadata)]
+        elif checked := check_keys(chosen.metadata, mask, chosen.row):
+            said = [checked]
         lists = write_lists(columns, chosen.metadata, is_dup, work / FILES / FOLDER, work)
     except SnipError:
         store.release(out)  # what stood there before, stands
