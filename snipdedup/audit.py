@@ -16,7 +16,6 @@ from snipdedup.compute import cores, in_order, memory_bound
 from snipdedup.cosine import bad_rows
 from snipdedup.errors import SnipError, VerdictError
 from snipdedup.exact import nearest_rows
-from snipdedup.formats import file_crc
 from snipdedup.groups import Members, concatenate, no_members
 from snipdedup.intervals import proportion_interval
 from snipdedup.masks import load_mask
@@ -209,7 +208,9 @@ def shard_crc(features: Features) -> Callable[[int], int]:
 
     def crc(number: int) -> int:
         path = features.shards[number].path
-        return file_crc(path)[0] if path in files else stamps[number]  # an array's is its CRC32
+        if path not in files:
+            return stamps[number]  # an array's is its CRC32
+        return store.file_crc(path)[0]
 
     return crc
 

@@ -126,6 +126,8 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
             return load_result(out, inputs, options, metadata) if load else None, said
     try:
         found = found or search(inputs, options, out / store.WORK, clock)
+        for source in filter(None, (inputs.features, inputs.text)):
+            source.refuse_changed()
     except InputError:
         store.release(out)
         raise

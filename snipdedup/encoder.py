@@ -294,6 +294,7 @@ def run(options: settings.Compress) -> str:
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
         crcs = write_shards(features, encoder, out / store.WORK, names, options)
+        features.refuse_changed()
     except InputError:
         store.release(out)  # what stood there before, stands
         raise
@@ -377,9 +378,9 @@ def write_shards(
     with progress.bar(features.rows, "compressing", "rows") as bar:
         for number, name in enumerate(names):
             path, done = work / FILES / name, work / f"{name}.json"
-            if not (done.is_file() and path.is_file()):
+            if not store.is_sealed(done, path.parent):
                 crc = write_shard(features, number, encoder, path, options.dtype, threads)
-                store.save_json(done, {"crc32": crc})  # after the shard: both or neither
+                store.seal(done, [path], {"crc32": crc})  # after the shard
             crcs.append(int(store.load_json(done)["crc32"]))
             bar.update(features.shards[number].rows)
     return crcs

@@ -19,12 +19,12 @@ from typing import IO, Any
 import numpy as np
 
 from snipdedup.errors import InputError
+from snipdedup.store import file_crc
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
 PACKED_FREELY = 1 << 26  # bytes that a member may unpack to whatever its size
 PACKED_MOST = 100  # times its size beyond that: floats pack by less than 2
-CRC_CHUNK = 1 << 22
 # RuntimeError: encrypted; NotImplementedError, one of those: a packing that Python cannot undo
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, OSError)
 
@@ -543,15 +543,6 @@ def only_list_column(path: Path, schema: Any) -> str:
             f"{path}: expected one list column of floats, found {found}; name it with --column"
         )
     return str(names[0])
-
-
-def file_crc(path: Path) -> tuple[int, int]:
-    """Return CRC32 and size of a whole file."""
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(CRC_CHUNK):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return crc, size
 
 
 def crc32_combine(first: int, second: int, second_size: int) -> int:

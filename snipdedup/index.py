@@ -132,10 +132,13 @@ def build(
         space = space.of_width(read_quantiser(out / QUANTISER).dim)
     work = out / store.WORK / FILES
     try:
-        if not held and not (work / QUANTISER).is_file():
+        note = work.parent / f"{QUANTISER}.json"
+        if not held and not store.is_sealed(note, work):
             write_quantiser(work / QUANTISER, make_quantiser(features, space, base, options))
+            store.seal(note, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
         write_shards(features, held, space, quantiser, work, options)
+        features.refuse_changed()
     except InputError:
         store.release(out)  # what stood there before, stands
         raise
@@ -189,11 +192,11 @@ def write_shards(
     with progress.bar(features.rows, "indexing", "rows") as bar:
         for number, shard in enumerate(features.shards):
             path = work / shard_name(number)
-            if number >= held and not (path.is_file() and crc_note(path).is_file()):
+            if number >= held and not store.is_sealed(crc_note(path), work):
                 codes, crc = encode_shard(features, number, space, quantiser, threads)
                 refuse_bad(features, number, codes.bad, options.bad_rows)
                 save_shard(path, codes)
-                store.save_json(crc_note(path), {"crc32": f"{crc:08x}"})
+                store.seal(crc_note(path), [path], {"crc32": f"{crc:08x}"})
             bar.update(shard.rows)
 
 

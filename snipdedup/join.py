@@ -18,7 +18,9 @@ import numpy as np
 from snipdedup import progress, store
 from snipdedup.compute import Stage, in_order, library_threads
 from snipdedup.cosine import Directions, bad_rows
+from snipdedup.errors import InputError, SnipError
 from snipdedup.forest import Edges, ForestBuilder, make_edges
+from snipdedup.formats import load_npz
 from snipdedup.kernels import pick_kernel
 from snipdedup.lists import Lists, Visits, assign, calibrate_tau, sample_pairs, train_centroids
 from snipdedup.masses import ABSORBED, BESIDE, Hubs, Placed, find_hubs
@@ -74,13 +76,16 @@ class Model:
     @classmethod
     def load(cls, path: Path) -> Model:
         """Read a model."""
-        with np.load(path, allow_pickle=False) as file:
+        try:
+            file = load_npz(path)
             projection = Projection(file["matrix"], file["residual"], float(file["scale"]))
             tau, alone, threshold, pairs = (float(number) for number in file["numbers"])
             hubs = Hubs(file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, projection)
-            return cls(
-                projection, Lists(file["centroids"], tau, alone), hubs, threshold, int(pairs)
-            )
+            lists = Lists(file["centroids"], tau, alone)
+        except (InputError, LookupError, TypeError, ValueError) as error:
+            # not fitted anew: codes that are there may be those of an earlier run's model
+            raise SnipError(f"{path}: damaged ({error}); start anew with --overwrite") from error
+        return cls(projection, lists, hubs, threshold, int(pairs))
 
 
 class Partition(NamedTuple):
@@ -316,7 +321,7 @@ def encode_all(
 
         def run(task: tuple[Path, tuple[int, int]]) -> int:
             folder, (begin, end) = task
-            if not (folder / "done.json").is_file():
+            if not store.is_sealed(folder / "done.json", folder):
                 encode_task(
                     features, model, folder, begin, end, chunk_rows=chunk_rows, frozen=frozen
                 )
@@ -376,7 +381,11 @@ def encode_task(
     store.save_npy(folder / "hashes.npy", seen.load_hashes())
     store.save_npy(folder / "bad.npy", seen.bad)
     crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
-    store.save_json(folder / "done.json", {"crcs": crcs})
+    names = (
+        "codes.npy", "rows.npy", "slack.npy", "starts.npy", "homes.npy", "absorbed.npz",
+        "hashes.npy", "bad.npy",
+    )  # fmt: skip
+    store.seal(folder / "done.json", [folder / name for name in names], {"crcs": crcs})
 
 
 def how_far(placed: Placed, lists: Lists, still: int, others_come: bool) -> np.ndarray:
@@ -455,7 +464,8 @@ def join_all(
         low, high = task
         # named by its lists: another run may cut them by other threads or memory
         path = work / "join" / f"{low:06d}-{high:06d}.npz"
-        if not path.is_file():
+        found = load_joined(path)
+        if found is None:
             partition = load_partition(folders, starts, low, high, skip, model.projection.width)
             forest, proposed = join_task(
                 features,
@@ -467,9 +477,8 @@ def join_all(
                 frozen=frozen,
             )
             store.save_npz(path, **forest._asdict(), proposed=np.array(proposed))
-        with np.load(path, allow_pickle=False) as file:
-            edges = Edges(file["a"], file["b"], file["similarity"])
-            return edges, int(file["proposed"]), int(visits[low:high].sum())
+            found = forest, proposed
+        return *found, int(visits[low:high].sum())
 
     builder, proposed = ForestBuilder(), 0
     for edges in known:
@@ -480,6 +489,15 @@ def join_all(
             proposed += count
             bar.update(done)
     return builder.forest(), {"visits": int(visits.sum()), "candidates": proposed}
+
+
+def load_joined(path: Path) -> tuple[Edges, int] | None:
+    """Read back what a join task found; None where there is nothing, or it is damaged."""
+    try:
+        file = load_npz(path, [*Edges._fields, "proposed"])
+        return Edges(*(file[name] for name in Edges._fields)), int(file["proposed"])
+    except InputError:
+        return None
 
 
 def plan_partitions(visits: np.ndarray, most: int) -> list[tuple[int, int]]:

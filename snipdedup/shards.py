@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.errors import SnipError, UsageError
-from snipdedup.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, file_crc, open_shard
+from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
+from snipdedup.store import file_crc
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -88,6 +89,7 @@ class Features:
                     f"{self.dim}; shards of one set have one width"
                 )
         self.dtype = np.result_type(*(shard.dtype for shard in filled))
+        self.opened = self._files()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return global rows ``start`` to ``stop`` (exclusive): (n, dim) `dtype`."""
@@ -174,6 +176,22 @@ class Features:
             }
             for shard in self.shards
         ]
+
+    def _files(self) -> list[tuple[int, int, int]]:
+        found = [path.stat() for path in self.paths()]
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
+
+    def refuse_changed(self) -> None:
+        """Refuse files that changed since they were opened: what was read is a mixture.
+
+        Raises
+        ------
+        InputError
+            Names the first.
+        """
+        for path, before, now in zip(self.paths(), self.opened, self._files(), strict=True):
+            if before != now:
+                raise InputError(f"{path}: changed while it was read; run it again")
 
     def stamps(self) -> list[int]:
         """Return what tells each shard from another of its name, size and shape.

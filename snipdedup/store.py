@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata as packages
@@ -30,6 +31,7 @@ WORK = "work"  # what an unfinished run needs to go on; removed at the end
 REQUEST = "request.json"
 LOCK = "run.lock"  # in the work: one run at a time
 SHORT = 80  # characters of a value shown in a message
+CRC_CHUNK = 1 << 22  # bytes
 UMASK = os.umask(0)  # read once: to read it is to set it, for all threads
 os.umask(UMASK)
 
@@ -145,6 +147,36 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_crc(path: Path) -> tuple[int, int]:
+    """Return CRC32 and size of a whole file."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(CRC_CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return crc, size
+
+
+def seal(note: Path, files: Iterable[Path], body: dict[str, Any]) -> None:
+    """Write the note that a task is done: ``body``, the CRC32 of its files, and of all this."""
+    said = {**body, "files": {path.name: file_crc(path)[0] for path in files}}
+    save_json(note, {**said, "seal": fingerprint(said)})
+
+
+def is_sealed(note: Path, folder: Path) -> bool:
+    """Tell whether a task is done, and its files in ``folder`` are what they were then.
+
+    A stopped run's files may have lain on a failing disk for a week; they are read once more
+    before they are used.
+    """
+    try:
+        said = load_json(note)
+        whole = fingerprint({k: v for k, v in said.items() if k != "seal"}) == said["seal"]
+        files = said["files"].items()
+        return whole and all(file_crc(folder / name)[0] == crc for name, crc in files)
+    except (SnipError, OSError, AttributeError, LookupError, TypeError):
+        return False
 
 
 def fingerprint(value: Any) -> str:

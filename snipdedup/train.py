@@ -12,6 +12,7 @@ import copy
 import io
 import math
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,7 +25,7 @@ from torch import nn
 from snipdedup import locks, progress, settings, store
 from snipdedup.compute import cores, library_threads, pick_device
 from snipdedup.cosine import unit_rows
-from snipdedup.encoder import Encoder, Network, first_line
+from snipdedup.encoder import BROKEN_PICKLE, Encoder, Network, first_line
 from snipdedup.errors import SnipError
 from snipdedup.losses import MseLoss, SnipLoss, TextLoss, start_network
 from snipdedup.scan import refuse_bad, row_hashes
@@ -113,6 +114,8 @@ def run(options: settings.Train) -> str:
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
         encoder, history = fit(features, texts, options, out / store.WORK / CHECKPOINT)
+        for source in filter(None, (features, texts)):
+            source.refuse_changed()
     except SnipError:
         store.release(out)  # refused: nothing to go on from; what stood there before, stands
         raise
@@ -466,6 +469,9 @@ class Training:
             If the file is damaged.
         """
         try:
+            with zipfile.ZipFile(path) as archive:  # torch itself does not look at checksums
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.network.load_state_dict(state["network"])
             self.loss.load_state_dict(state["loss"])
@@ -473,7 +479,7 @@ class Training:
             self.best, self.losses = state["best"], state["losses"]
             self.history.curve.extend(state["curve"])
             self.done = state["done"]
-        except (OSError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+        except (OSError, UnpicklingError, zipfile.BadZipFile, *BROKEN_PICKLE) as error:
             raise SnipError(
                 f"{path}: damaged ({first_line(error)}); start anew with --overwrite"
             ) from error
