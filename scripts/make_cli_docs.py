@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from snipdedup.cli import COMMANDS, Command, bare_type, is_required
+from snipdedup.settings import usual_value
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 KINDS = {bool: "switch", int: "integer", float: "number", str: "text"}
@@ -69,9 +70,9 @@ def row(field: dataclasses.Field[object], kind: type) -> str:
     if field.metadata.get("choices"):
         choices = field.metadata["choices"]
         meaning += ": " + ", ".join(f"`{choice}`" for choice in choices)
-    default = "needed" if is_required(field) else ""
-    if field.default not in (None, dataclasses.MISSING) and kind is not bool:
-        default = f"`{field.default}`"
+    default = "needed" if is_required(field) else usual_value(field)
+    if default and not is_required(field) and " " not in default:
+        default = f"`{default}`"
     kind_name = "text" if positional else KINDS.get(kind, "text")  # Any: the library takes more
     return f"| `{name}` | {kind_name} | {default} | {escaped(meaning)} |"
 

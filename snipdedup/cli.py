@@ -386,24 +386,22 @@ def command_help(command: Command) -> str:
     for field in places:
         lines += described(field.name.upper(), field.metadata["help"])
     lines += ["", "flags"]
-    kinds = get_type_hints(command.options)
     for field in (*needed, *(f for f in command.fields(positional=False) if not is_required(f))):
-        lines += described(f"--{field.name}", flag_help(field, bare_type(kinds[field.name])))
+        lines += described(f"--{field.name}", flag_help(field))
     lines += ["", "example", f"  {command.example}"]
     return "\n".join(lines)
 
 
-def flag_help(field: dataclasses.Field, kind: type) -> str:
+def flag_help(field: dataclasses.Field) -> str:
     """Return a flag's meaning, its choices and its default."""
     text = field.metadata["help"]
     choices = field.metadata.get("choices")
     if choices:
-        text += f" ({' | '.join(choices)})"
+        text += f": {' | '.join(choices)}"
     if is_required(field):
         return f"{text} [needed]"
-    if kind is bool or field.default is None:
-        return text
-    return f"{text} [{field.default}]"
+    usual = settings.usual_value(field)
+    return f"{text} [{usual}]" if usual else text
 
 
 def described(name: str, text: str) -> list[str]:

@@ -78,7 +78,8 @@ def check_references(run: Run, held: list[Held], proof: Proof, verdict: Verdict)
         prove(run, reference, proof, verdict, (row, representative, similarity))
     for name, rows in unproved.items():
         verdict.fail("unproved", f"{rows:,} rows go for rows of {name}, which are not proved")
-    verdict.say("references", f"{proved:,} rows go for rows of {len(held):,} references")
+    named = f"{len(held):,} reference{'s' * (len(held) != 1)}"
+    verdict.say("references", f"{proved:,} rows go for rows of {named}")
 
 
 def prove(

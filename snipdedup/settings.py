@@ -24,9 +24,20 @@ def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "positional": True})
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
-    """Declare a flag; ``choices``, where given, are the values it may have."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), usual: str = "") -> Any:
+    """Declare a flag; ``choices``, where given, are the values it may have.
+
+    ``usual`` says what is done where the default alone, None or True, does not.
+    """
+    said = {"help": help, "choices": choices, "usual": usual}
+    return dataclasses.field(default=default, metadata=said)
+
+
+def usual_value(field: dataclasses.Field[Any]) -> str:
+    """Return what a flag is when it is not given, for its help; empty where that is nothing."""
+    usual = str(field.metadata.get("usual", ""))
+    none = field.default is None or field.default is False or field.default is dataclasses.MISSING
+    return usual if usual or none else str(field.default)
 
 
 def required(help: str) -> Any:
@@ -152,7 +163,7 @@ class Index(Input):
         None,
         "sub-quantisers of the PQ, a byte each at 8 bits; without it the most, up to 16, that fit",
     )
-    nbits: int | None = option(None, "bits a sub-quantiser (8)")
+    nbits: int | None = option(None, "bits a sub-quantiser", usual="8")
     train_rows: int = option(0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)")
     export_faiss: str | None = option(None, "also write one file that plain faiss reads")
     model: str | None = option(
@@ -190,8 +201,9 @@ class Dedup(Input):
     metadata: str | None = option(None, "parquet or CSV files that match the features by position")
     method: str | None = option(
         None,
-        "how duplicates are found (join; adc if --index is given)",
+        "how duplicates are found",
         choices=("join", "exact", "adc", "semdedup"),
+        usual="join, with --index adc",
     )
     threshold: float = option(0.95, "cosine at and above which two rows are duplicates")
     keep_fraction: float | None = option(
@@ -201,14 +213,16 @@ class Dedup(Input):
     )
     grouping: str | None = option(
         None,
-        "star (default): each removed row has a direct match that stays; components: one row a "
-        "group stays",
+        "which rows of a group stay: by star each removed row has a direct match that stays, by "
+        "components one row stays",
         choices=("star", "components"),
+        usual="star",
     )
     keep: str | None = option(
         None,
-        "which copy stays: first (default), last, random, max:COLUMN or min:COLUMN of the "
-        "metadata; several in order: max:width,max:similarity,first",
+        "which copy stays: first, last, random, max:COLUMN or min:COLUMN of the metadata; several "
+        "in order: max:width,max:similarity,first; semdedup: hard, random or easy",
+        usual="first; semdedup: hard",
     )
     text_features: Any = option(
         None, "features of the captions, row for row: a pair must match in these too"
@@ -239,24 +253,32 @@ class Dedup(Input):
     calibration_rows: int = option(4096, "adc: rows whose true matches set the margin")
     k: int = option(16, "adc: neighbours a row; more are asked for where all of them pass")
     nprobe: int = option(4, "adc: lists visited a row")
-    clusters: int = option(0, "semdedup: clusters of the k-means, 0 for one for 8,700 rows")
+    clusters: int = option(0, "semdedup: clusters of the k-means, 0: one for every 8,700 rows")
     epsilon: Any = option(
         None,
         "semdedup: a row goes if its cosine with an earlier row of its cluster is above 1 - "
-        "epsilon; several by comma: the first decides, all are tabulated (1 - threshold)",
+        "epsilon; several by comma: the first decides, all are tabulated",
+        usual="1 - threshold",
     )
     borders: bool = option(
-        True, "semdedup: also search by join, and say what borders between clusters cost"
+        True,
+        "semdedup: also search by join, and say what borders between clusters cost; --noborders "
+        "leaves it out",
+        usual="on",
     )
     key: str | None = option(
-        None, "metadata column for groups.parquet (first of key, uid, sample_id, hash)"
+        None,
+        "metadata column for groups.parquet",
+        usual="the first of key, uid, sample_id, hash",
     )
     merge_captions: int | None = option(
         None,
         "add a column merged_captions: up to so many distinct captions of the rows that go, at "
         "the row that stays",
     )
-    caption: str | None = option(None, "metadata column of captions (first of caption, text)")
+    caption: str | None = option(
+        None, "metadata column of captions", usual="the first of caption, text"
+    )
     weights: bool = option(
         False,
         "write all rows to metadata/, with a column weight that copies share; is_dup stays as it "
@@ -282,7 +304,7 @@ class Dedup(Input):
         choices=("auto", "cpu", "cuda"),
     )
     threads: int = option(0, "CPU threads, 0 for all")
-    seed: int | None = option(None, "seed of every random choice (0)")
+    seed: int | None = option(None, "seed of every random choice", usual="0")
     overwrite: bool = option(False, "replace a finished OUT")
 
     def check(self) -> None:
@@ -398,7 +420,9 @@ class Filter(Settings):
         "lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset), mask "
         "(of these rows)",
     )
-    key: str | None = option(None, "column for --export keys (first of key, uid, sample_id, hash)")
+    key: str | None = option(
+        None, "column for --export keys", usual="the first of key, uid, sample_id, hash"
+    )
     overwrite: bool = option(False, "replace a finished folder")
 
     def check(self) -> None:
@@ -528,7 +552,7 @@ class Report(Settings):
     """Settings of ``snip report``."""
 
     out: str = argument("folder that snip dedup wrote")
-    html: str | None = option(None, "the page to write (report.html in OUT)")
+    html: str | None = option(None, "the page to write", usual="report.html in OUT")
     images: str | None = option(
         None, "pictures by key: a folder of files or of tar shards, a tar, or a glob of tars"
     )
@@ -598,7 +622,9 @@ class Eval(Input):
     steps: int = option(1000, "training steps of each encoder at the most")
     threshold: float = option(0.95, "cosine at and above which two rows are duplicates")
     flag_nprobe: int = option(4, "lists visited for duplicate flags")
-    picture: bool = option(True, "draw the curves (needs the extra: plot)")
+    picture: bool = option(
+        True, "draw the curves, by the extra plot; --nopicture turns it off", usual="on"
+    )
     threads: int = option(0, "CPU threads, 0 for all")
     seed: int = option(0, "seed of every random choice")
     overwrite: bool = option(False, "replace a finished folder")

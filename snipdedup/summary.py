@@ -25,12 +25,14 @@ def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
         )
     if "model" in body["method"]:
         kept = body["method"]["model"] == "kept"
-        lines.append(
-            "  codes       of the reference rows made anew, "
-            + ("by the model that its run kept" if kept else "and a model fitted (--keep_work)")
+        how = (
+            "by the model that its run kept"
+            if kept
+            else "by a new model; --keep_work in the run it refers to would save that time"
         )
+        lines.append(f"  note: the reference rows were encoded again, {how}")
     for column, caught in body["baselines"].items():
-        lines.append(f"  by {column:<9}{caught:>12,}  of them equal {column}s alone would catch")
+        lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
     if counts["bad_rows"]:
         lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (stay; see bad_rows.parquet)")
     if result.chained:

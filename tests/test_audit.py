@@ -740,7 +740,7 @@ def test_rows_that_go_for_a_reference_are_proved_on_it(referred):
     removed = int(np.load(out / "is_dup.npy").sum())
     assert 20 < outside < removed
     assert f"{removed} of {removed} removed rows reach 0.9" in said
-    assert f"{outside} rows go for rows of 1 references" in said
+    assert f"{outside} rows go for rows of 1 reference\n" in said
     assert "0 of them match a row of" in said
 
 

@@ -318,9 +318,9 @@ def test_the_work_is_left_where_it_is_asked_for(sets, tmp_path):
     assert status == 0
     assert "by the model that its run kept" in said
     assert truth.listing(out) == before
-    assert "a model fitted" in truth.snip(*words, tmp_path / "p", "--threshold", 0.9)[1]
+    assert "by a new model" in truth.snip(*words, tmp_path / "p", "--threshold", 0.9)[1]
     shutil.rmtree(out / "work")
-    assert "a model fitted" in truth.snip(*words, tmp_path / "q")[1]
+    assert "by a new model" in truth.snip(*words, tmp_path / "q")[1]
     for name in ("is_dup.npy", "groups.parquet"):
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "q" / name).read_bytes()
 

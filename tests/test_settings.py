@@ -182,3 +182,19 @@ def test_texts_that_are_no_amount(text):
         parse_bytes(text)
     with pytest.raises(UsageError, match="expected an amount of memory"):
         make(settings.Dedup, max_memory=text)
+
+
+def test_a_default_is_shown_in_one_form():
+    for options in (settings.Dedup, settings.Eval, settings.Report, settings.Filter):
+        for field in dataclasses.fields(options):
+            text = field.metadata["help"]
+            assert "default" not in text, field.name
+            assert not text.endswith(f"({settings.usual_value(field)})"), field.name
+            if field.default is True:
+                assert f"--no{field.name}" in text
+                assert settings.usual_value(field) == "on"
+    by_name = {
+        field.name: settings.usual_value(field) for field in dataclasses.fields(settings.Dedup)
+    }
+    assert (by_name["seed"], by_name["threshold"], by_name["grouping"]) == ("0", "0.95", "star")
+    assert (by_name["out"], by_name["overwrite"]) == ("", "")
