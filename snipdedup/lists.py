@@ -27,6 +27,7 @@ ASSIGN_BLOCK = 2048  # codes assigned at a time
 TABLE_LISTS = 1 << 12  # of up to so many lists, the distances of all centroids are kept
 PAIR_BLOCK = 1024  # codes of a sample compared at a time
 TILE_PAIRS = 1 << 13  # pairs of a tile of the sample that are kept
+SOME = 100  # pairs whose distances speak for all
 ENOUGH = 10  # pairs that must be missed in the sample for their share to mean something
 
 
@@ -181,8 +182,9 @@ def calibrate_tau(
     Two of them: where both rows of a pair visit, and where only one of the two does.
 
     Each row counts once, its pairs sharing its weight, so that large groups do not speak for all.
-    Too few pairs to tell are replaced by the sample's nearest neighbours, drawn together to the
-    largest distance of a pair: these cross borders more often than real pairs do.
+    Too few pairs to tell are replaced by other rows of the sample, drawn together to the distances
+    of the pairs that there are; or, where there are hardly any, nearest neighbours to the largest
+    distance of a pair. These cross borders more often than real pairs do.
 
     Parameters
     ----------
@@ -200,8 +202,12 @@ def calibrate_tau(
         return reach / 2, reach
     a, b = pairs
     if len(a) < ENOUGH / (1 - recall):
+        toward, lengths = codes[nearest_other(codes, threads)], np.full(1, reach)
+        if len(a) >= SOME:
+            away = codes[a].astype(np.float32) - codes[b]
+            toward, lengths = np.roll(codes, 1, axis=0), np.sqrt((away * away).sum(1))
+        near = draw_together(codes, toward, lengths)
         a = np.arange(len(codes))
-        near = draw_together(codes, codes[nearest_other(codes, threads)], reach)
         codes, b = np.concatenate([codes, near]), a + len(codes)
     home, best = nearest(codes, centroids, threads)
     there = needed_tau(codes, centroids, home, best, a, b)
@@ -221,11 +227,13 @@ def weighted_quantile(values: np.ndarray, weight: np.ndarray, share: float) -> f
     return float(values[order[place]])
 
 
-def draw_together(x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
-    """Return codes on the way from x to y, at most ``reach`` from x."""
+def draw_together(x: np.ndarray, y: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return codes on the way from x to y, at most the given lengths, in turn, from x."""
     way = y.astype(np.float64) - x
     length = np.sqrt(np.einsum("ij,ij->i", way, way)).clip(1e-9)
-    return np.rint(x + way * np.minimum(1, reach / length)[:, None]).astype(np.int8)
+    return np.rint(x + way * np.minimum(1, np.resize(lengths, len(x)) / length)[:, None]).astype(
+        np.int8
+    )
 
 
 def nearest_other(codes: np.ndarray, threads: int) -> np.ndarray:
