@@ -266,7 +266,18 @@ def describe(planted: Planted, out: Path) -> str:
         lines.append(f"look at it, in a browser: {out / 'clean' / 'report.html'}")
     else:
         lines.append("to look at it: pip install 'snipdedup-toolkit[report]', then snip report")
+    lines += ["", "what to try next:", *(f"  snip {shlex.join(words)}" for words in suggested(out))]
     return "\n".join(lines)
+
+
+def suggested(out: Path) -> list[list[str]]:
+    """Return command lines to go on with, without the first word ``snip``."""
+    clean, features = str(out / "clean"), str(out / "img_emb")
+    return [
+        ["top", clean],
+        ["audit", clean, features],
+        ["search", "0", "--index", str(out / "index"), "--metadata", str(out / "metadata")],
+    ]
 
 
 class Judged:

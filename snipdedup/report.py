@@ -8,6 +8,7 @@ load. A picture that lies elsewhere is fetched only when the reader asks for it.
 from __future__ import annotations
 
 import re
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from snipdedup import store, thumbnails
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.outfolder import KIND
-from snipdedup.reportpage import GENERATOR, Notes, Page, Row, render
+from snipdedup.reportpage import GENERATOR, PICTURED, Notes, Page, Row, render
 from snipdedup.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.settings import Report
 from snipdedup.survey import Run, Survey, read_curve, read_keys, survey_groups
@@ -47,6 +48,8 @@ def write_report(out: Path, options: Report) -> str:
     texts = open_texts(out, manifest, options.metadata)
     store.refuse_output_inside(target, inputs_of(texts, options.images))
     check_target(target, options.overwrite)
+    if options.images is None and options.image_column is None:
+        keep_pictures(target, options.overwrite)
     page = survey_out(out, manifest, texts, options)
     text = render(page)
     with store.replacing(target) as part:
@@ -81,6 +84,18 @@ def check_target(target: Path, overwrite: bool) -> None:
             )
 
 
+def keep_pictures(target: Path, overwrite: bool) -> None:
+    """Refuse to replace a page with pictures by one without."""
+    if not target.is_file() or overwrite:
+        return
+    with target.open("rb") as file:
+        if PICTURED.encode() in file.read(HEAD):
+            raise SnipError(
+                f"{target} has pictures, the new page would have none; give --images again, "
+                "another --html, or --overwrite it"
+            )
+
+
 def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Report) -> Page:
     """Read OUT into what the page shows."""
     settings, shards = manifest["settings"], manifest["shards"]
@@ -98,6 +113,7 @@ def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Re
     removed = [np.count_nonzero(is_dup[a:b]) for a, b in pairwise(offsets)]
     return Page(
         title=out.resolve().name,
+        out=shlex.quote(str(options.out)),
         manifest=manifest,
         curve=curve,
         survey=survey,

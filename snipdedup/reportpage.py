@@ -17,6 +17,7 @@ from snipdedup.survey import KEEPS, Band, Curve, Group, Survey
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = '<meta name="generator" content="snip report">'
+PICTURED = '<meta name="snip-pictures"'  # stands in a page that has some
 SHARDS = 400  # lines of the table at the most
 LISTED = 6  # entries of the manifest's lists as shown
 
@@ -73,6 +74,8 @@ class Page:
     ----------
     title : str
         Name of the folder.
+    out : str
+        The folder as it was named, to be typed in a shell.
     manifest : dict
     curve : Curve or None
         None where no cosine is known.
@@ -87,6 +90,7 @@ class Page:
     """
 
     title: str
+    out: str
     manifest: dict[str, Any]
     curve: Curve | None
     survey: Survey
@@ -112,6 +116,7 @@ def render(page: Page) -> str:
     environment.filters |= {"number": number, "percent": percent, "cosine": cosine}
     return environment.get_template("report.html.j2").render(
         generator=GENERATOR,
+        pictured=PICTURED,
         policy=policy(styles, script),
         styles=styles,
         script=script,

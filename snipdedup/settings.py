@@ -563,7 +563,9 @@ class Report(Settings):
         None, "metadata for captions and urls, if it is not where the run found it"
     )
     seed: int = option(0, "seed of the samples that are shown")
-    overwrite: bool = option(False, "replace a file that is not an earlier report")
+    overwrite: bool = option(
+        False, "replace a file that is no report, or a page with pictures by one without"
+    )
 
     def check(self) -> None:
         """See `Settings.check`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import struct
 import tarfile
 import zlib
@@ -213,7 +214,7 @@ def test_the_report_shows_those_pictures(finished, browser):
     shown = re.search(r"pictures of (\d+) of the (\d+) rows shown", done.stdout)
     assert shown[1] == shown[2]
     path = out / "clean" / "report.html"
-    assert str(path) in done.stdout.splitlines()[-1]
+    assert f"look at it, in a browser: {path}\n" in done.stdout
     features = np.concatenate([np.load(path) for path in sorted((out / "img_emb").iterdir())])
     threshold = json.loads((out / "snip.json").read_text())["threshold"]
     result = snipdedup.dedup(features, threshold=threshold)
@@ -231,6 +232,17 @@ def test_the_report_shows_those_pictures(finished, browser):
             other = result.at(float(threshold), grouping="components")
             assert (removed, kept) == (f"{other.removed:,}", f"{other.kept:,}")
         assert page.asked == []
+
+
+def test_what_it_suggests_runs(finished, snip):
+    _, done = finished
+    lines = done.stdout.partition("what to try next:\n")[2].splitlines()
+    commands = [shlex.split(line) for line in lines]
+    assert [words[:2] for words in commands] == [["snip", n] for n in ("top", "audit", "search")]
+    said = [snip(*words[1:]).stdout for words in commands]
+    assert "dup_count" in said[0]
+    assert "passed" in said[1]
+    assert "drawn picture" in said[2]
 
 
 def rows_of(path):

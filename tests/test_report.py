@@ -6,9 +6,11 @@ import functools
 import http.server
 import json
 import re
+import shlex
 import subprocess
 import sys
 import threading
+from html import unescape
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ import truth
 import snipdedup
 from snipdedup import pictures, report, store
 from snipdedup.errors import SnipError
-from snipdedup.reportpage import GENERATOR
+from snipdedup.reportpage import GENERATOR, PICTURED
 
 ROWS, THRESHOLD = 400, 0.9
 CHAIN = 12  # of the rows
@@ -364,6 +366,46 @@ def test_an_earlier_report_is_replaced_and_nothing_else(hostile, page_path, tmp_
     assert thesis.read_text() == "years of work"
     assert truth.snip("report", out, "--html", thesis, "--overwrite")[0] == 0
     assert truth.snip("report", out, "--html", tmp_path)[0] == 2
+
+
+def test_a_page_with_pictures_is_not_replaced_by_one_without(hostile, tmp_path):
+    """Of the keys one is that of a picture."""
+    out, page = hostile[0] / "out<b>", tmp_path / "r.html"
+    assert truth.snip("report", out, "--html", page)[0] == 0
+    without = page.read_bytes()
+    assert PICTURED.encode() not in without
+    (tmp_path / "images").mkdir()
+    for row in range(ROWS):  # keys such as plain6
+        name = f"plain{row // len(KEYS) or ''}.png"
+        (tmp_path / "images" / name).write_bytes(pictures.png(np.full((9, 9, 3), 0.5, np.float32)))
+    images = ("--images", tmp_path / "images")
+    assert truth.snip("report", out, "--html", page, *images)[0] == 0
+    pictured = page.read_bytes()
+    assert PICTURED.encode() in pictured[: report.HEAD]
+    status, _, said = truth.snip("report", out, "--html", page)
+    assert status == 1
+    assert "has pictures, the new page would have none; give --images again" in said
+    assert page.read_bytes() == pictured
+    assert truth.snip("report", out, "--html", page, *images)[0] == 0
+    assert truth.snip("report", out, "--html", page, "--overwrite")[0] == 0
+    assert page.read_bytes() == without
+
+
+@pytest.mark.parametrize("grouping", ["star", "components"])
+def test_the_command_has_the_path_as_given_and_keeps_the_grouping(tmp_path, monkeypatch, grouping):
+    monkeypatch.chdir(tmp_path)
+    truth.save_shards(tmp_path / "x", truth.clustered(200, 12, 3, clusters=40, noise=0.4), [])
+    out = "sub folder/it's clean"
+    words = ("--threshold", THRESHOLD, "--grouping", grouping)
+    assert truth.snip("dedup", "x", "--out", out, *words)[0] == 0
+    assert truth.snip("report", out)[0] == 0
+    text = (tmp_path / out / "report.html").read_text("utf-8")
+    line = unescape(re.search(r"<code>(snip dedup .*?)</code>", text)[1])
+    said = shlex.split(re.sub(r"<[^>]*>", "", line))
+    assert said == ["snip", "dedup", out, "--threshold", str(THRESHOLD), "--out", "stricter"]
+    assert ("grouped by star as this run" in text) == (grouping == "star")
+    assert truth.snip(*said[1:])[0] == 0
+    assert store.read_manifest(tmp_path / "stricter", "dedup")["settings"]["grouping"] == grouping
 
 
 def test_refusals(hostile, tmp_path):
