@@ -21,8 +21,8 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.outfolder import KIND
 from snipdedup.reportpage import GENERATOR, PICTURED, Notes, Page, Row, render
 from snipdedup.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
-from snipdedup.settings import Report
-from snipdedup.survey import Run, Survey, read_curve, read_keys, survey_groups
+from snipdedup.settings import Report, whole_numbers
+from snipdedup.survey import Run, Survey, read_curve, read_keys, read_partners, survey_groups
 from snipdedup.tables import open_parquet
 
 NAME = "report.html"
@@ -105,7 +105,10 @@ def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Re
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         curve = read_curve(out / "forest.parquet", int(offsets[-1]), told.threshold)
     survey = survey_groups(out / "groups.parquet", told, options.seed)
-    wanted = shown_rows(survey)
+    asked = asked_rows(options, int(offsets[-1]))
+    partners = read_partners(out / "groups.parquet", asked)
+    others = [other for other, _ in partners.values() if other >= 0]
+    wanted = np.union1d(shown_rows(survey), [*asked, *others]).astype(np.int64)
     keys = read_keys(out / "groups.parquet", wanted)
     is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
     pictures, notes = find_pictures(wanted, keys, texts, options)
@@ -121,7 +124,16 @@ def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Re
         notes=notes,
         sizes=read_sizes(out / "histogram.parquet"),
         removed=np.array(removed, np.int64),
+        asked={int(row): partners.get(int(row)) for row in asked},
     )
+
+
+def asked_rows(options: Report, rows: int) -> np.ndarray:
+    """Return the rows of ``--rows``, ascending; refuse one that is not there."""
+    asked = [] if options.rows is None else whole_numbers("rows", options.rows, 2**48, least=0)
+    if asked and asked[-1] >= rows:
+        raise SnipError(f"--rows names row {asked[-1]:,}, the set has rows 0 to {rows - 1:,}")
+    return np.array(asked, np.int64)
 
 
 def offsets_of(shards: list[dict[str, Any]]) -> np.ndarray:

@@ -87,6 +87,8 @@ class Page:
         ``group_size`` and ``dup_count``: (values, counts).
     removed : (shards,) int64
         Rows that go, by shard.
+    asked : dict of int to (int, float) or None
+        Rows that were asked for: representative and cosine, None without a match.
     """
 
     title: str
@@ -98,6 +100,7 @@ class Page:
     notes: Notes
     sizes: dict[str, tuple[np.ndarray, np.ndarray]]
     removed: np.ndarray
+    asked: dict[int, tuple[int, float] | None]
 
 
 def render(page: Page) -> str:
@@ -132,6 +135,7 @@ def render(page: Page) -> str:
             (page.rows[int(row)], int(count))
             for row, count in zip(page.survey.copied, page.survey.copies, strict=True)
         ],
+        asked=asked_view(page),
         spared=spared_view(page),
         known_keep=page.manifest["settings"]["keep"] in KEEPS,
         shards=shard_view(page),
@@ -244,6 +248,17 @@ def pairs(page: Page, shown: Members) -> list[tuple[Row, Row | int, float]]:
             shown.row, shown.representative, shown.similarity, strict=True
         )
     ]
+
+
+def asked_view(page: Page) -> list[tuple[Row, Row | int | None, float]]:
+    """Return rows that were asked for, with what stands for them; None where they stay."""
+    shown: list[tuple[Row, Row | int | None, float]] = []
+    for row, partner in page.asked.items():
+        other, similarity = partner or (row, np.nan)
+        gone = page.rows[row].goes
+        known = page.rows.get(other, int(~other)) if gone else None
+        shown.append((page.rows[row], known, similarity))
+    return shown
 
 
 def group_view(page: Page, group: Group) -> dict[str, Any]:

@@ -562,6 +562,9 @@ class Report(Settings):
     metadata: str | None = option(
         None, "metadata for captions and urls, if it is not where the run found it"
     )
+    rows: str | None = option(
+        None, "also show these rows (numbers from 0, by comma), each beside the row that stays"
+    )
     seed: int = option(0, "seed of the samples that are shown")
     overwrite: bool = option(
         False, "replace a file that is no report, or a page with pictures by one without"
@@ -570,6 +573,8 @@ class Report(Settings):
     def check(self) -> None:
         """See `Settings.check`."""
         self.seeded()
+        if self.rows is not None:
+            whole_numbers("rows", self.rows, 2**48, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -723,8 +728,8 @@ def named_kinds(flag: str, text: str | None, known: tuple[str, ...]) -> list[str
     return kinds
 
 
-def whole_numbers(name: str, text: str, most: int) -> list[int]:
-    """Parse ``4,8,16``: whole numbers from 1, ascending, each once.
+def whole_numbers(name: str, text: str, most: int, least: int = 1) -> list[int]:
+    """Parse ``4,8,16``: whole numbers, ascending, each once.
 
     Raises
     ------
@@ -735,9 +740,9 @@ def whole_numbers(name: str, text: str, most: int) -> list[int]:
         found = sorted({int(word) for word in str(text).split(",")})
     except ValueError:
         found = []
-    if not found or not 1 <= found[0] <= found[-1] <= most:
+    if not found or not least <= found[0] <= found[-1] <= most:
         raise UsageError(
-            f"--{name} must be whole numbers from 1 to {most} such as 4,8,16, found {text!r}"
+            f"--{name} must be whole numbers from {least} to {most} such as 4,8,16, found {text!r}"
         )
     return found
 

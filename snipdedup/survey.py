@@ -392,6 +392,20 @@ def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
     return keys
 
 
+def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
+    """Return (representative, cosine) of rows in ``groups.parquet``; of a reference: ~row."""
+    table, partners = open_parquet(path), {}
+    columns = ["row", "representative", "similarity"]
+    columns += ["reference"] * ("reference" in table.schema_arrow.names)
+    for batch in table.iter_batches(BATCH_ROWS, columns=columns):
+        at = np.flatnonzero(np.isin(batch.column("row").to_numpy(), rows))
+        for line in batch.take(at).to_pylist():
+            other, similarity = line["representative"], line["similarity"]
+            other = other if line.get("reference") is None else ~other
+            partners[line["row"]] = (other, np.nan if similarity is None else similarity)
+    return partners
+
+
 def survey_groups(path: Path, run: Run, seed: int) -> Survey:
     """Read ``groups.parquet`` once; ``seed`` draws the samples."""
     surveyor = Surveyor(run, seed)

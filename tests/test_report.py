@@ -408,6 +408,36 @@ def test_the_command_has_the_path_as_given_and_keeps_the_grouping(tmp_path, monk
     assert store.read_manifest(tmp_path / "stricter", "dedup")["settings"]["grouping"] == grouping
 
 
+def test_rows_that_are_asked_for_are_shown_beside_what_stays(browser, hostile, tmp_path):
+    folder, result = hostile
+    members = result.members
+    goes = int(members.row[members.is_dup].max())
+    other = int(members.representative[members.row == goes][0])
+    alone = int(members.row[~members.is_dup & (members.row != other)].max())
+    page_at = tmp_path / "r.html"
+    words = ("report", folder / "out<b>", "--html", page_at, "--rows")
+    assert truth.snip(*words, f"{goes},{alone},{other}")[0] == 0
+    with browser.open(page_at.as_uri()) as page:
+        labels = page.eval_on_selector_all(
+            "#asked article", "found => found.map(a => a.getAttribute('aria-label'))"
+        )
+        rows = page.locator("#asked .tile .place:not(.quiet)").all_inner_texts()
+    cosine = float(members.similarity[members.row == goes][0])
+    said = f"Row {goes} goes because of row {other}, cosine "
+    by_row = {int(label.split()[1]): label for label in labels}
+    assert sorted(by_row) == sorted([goes, alone, other])
+    assert by_row[goes].startswith(said)
+    assert float(by_row[goes].removeprefix(said)) == pytest.approx(cosine, abs=1e-4)
+    assert by_row[alone] == f"Row {alone} stays"
+    assert by_row[other] == f"Row {other} stays"
+    assert sorted(rows) == sorted(f"row {row}" for row in (goes, alone, other, other))
+    before = page_at.read_bytes()
+    assert "the set has rows 0 to 399" in truth.snip(*words, ROWS)[2]
+    for wrong in ("-1", "x", "1.5", ""):
+        assert truth.snip(*words[:-1], f"--rows={wrong}")[0] == 2, wrong
+    assert page_at.read_bytes() == before
+
+
 def test_refusals(hostile, tmp_path):
     out = hostile[0] / "out<b>"
     for words, expected in (
@@ -462,8 +492,9 @@ def test_nothing_to_remove(browser, tmp_path, grouping):
     truth.save_shards(tmp_path / "img_emb", np.eye(5, dtype=np.float32), [])
     words = ("--grouping", grouping, "--out", tmp_path / "out")
     assert truth.snip("dedup", tmp_path / "img_emb", *words)[0] == 0
-    assert truth.snip("report", tmp_path / "out")[0] == 0
+    assert truth.snip("report", tmp_path / "out", "--rows", "4,0")[0] == 0
     with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
+        assert page.locator("#asked .stays").count() == 2
         assert "0 of 5 rows go" in page.inner_text("h1").replace("\n", " ")
         assert figures(page)[:4] == ["0.95", 0, 5, 0]
 
