@@ -180,7 +180,10 @@ def test_another_input_is_refused(laion, tmp_path, what, state):
     change(laion, what)
     line = refused(*words)
     assert state in line
-    assert truth.listing(tmp_path / "o") == before
+    after = truth.listing(tmp_path / "o")
+    for found in (before, after):
+        found.pop("work/run.lock", None)  # taken, and given back, by the run that was refused
+    assert after == before
 
 
 def test_another_array_of_the_same_shape_is_refused(rows, tmp_path):
