@@ -67,11 +67,12 @@ class Reader(NamedTuple):
     read: Callable[[Path], object]
 
 
-def read_features(folder: Path, name: str) -> None:
+def read_features(folder: Path, *names: str) -> None:
     """Read rows as dedup does: in order with CRCs, and some again."""
-    features = open_features(str(folder / name))
-    features.read_with_crc(0, min(features.rows, 1 << 16))
-    features.gather(np.array([0, features.rows // 2, features.rows - 1]))
+    for name in names:
+        features = open_features(str(folder / name))
+        features.read_with_crc(0, min(features.rows, 1 << 16))
+        features.gather(np.array([0, features.rows // 2, features.rows - 1]))
 
 
 def read_table(folder: Path, name: str) -> None:
@@ -114,7 +115,7 @@ def read_out(folder: Path) -> None:
 
 READERS = {
     "npy": Reader("a.npy", lambda folder: read_features(folder, "a.npy")),
-    "npz": Reader("[sz].npz", lambda folder: [read_features(folder, f"{n}.npz") for n in "sz"]),
+    "npz": Reader("[sz].npz", lambda folder: read_features(folder, "s.npz", "z.npz")),
     "parquet": Reader("a.parquet", lambda folder: read_features(folder, "a.parquet")),
     "mask": Reader("m.npy", lambda folder: open_mask(str(folder / "m.npy"))),
     "vectors": Reader("[asz].np?", lambda folder: [
@@ -301,14 +302,14 @@ def change_npz(path: Path, rng: np.random.Generator) -> None:
         for member, data in held.items():
             archive.writestr(member, data)
     if rng.random() < 0.2:  # say another size, or that it is encrypted
-        data = bytearray(path.read_bytes())
-        at = data.rfind(b"PK\1\2")
+        whole = bytearray(path.read_bytes())
+        at = whole.rfind(b"PK\1\2")
         spot, value = [(24, 2**32 - 2), (20, 2**31), (8, 1), (24, 2**30), (10, 99)][
             int(rng.integers(0, 5))
         ]
         width = 4 if spot >= 20 else 2
-        data[at + spot : at + spot + width] = value.to_bytes(width, "little")
-        path.write_bytes(bytes(data))
+        whole[at + spot : at + spot + width] = value.to_bytes(width, "little")
+        path.write_bytes(bytes(whole))
 
 
 def change_parquet(path: Path, rng: np.random.Generator) -> None:

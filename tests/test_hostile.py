@@ -321,7 +321,7 @@ def test_the_fuzz_sees_what_breaks(monkeypatch):
     breaks = {
         "error": lambda folder: {}["x"],
         "memory": lambda folder: np.zeros(1 << 30, np.uint8).sum(),
-        "signal": lambda folder: os.kill(os.getpid(), 11),
+        "signal": lambda folder: os.kill(os.getpid(), 9),
     }
     for name, read in breaks.items():
         monkeypatch.setitem(fuzz_readers.READERS, name, fuzz_readers.Reader("a.npy", read))
