@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from snipdedup.report import cut, safe_link
+from snipdedup.reportpage import TEMPLATES, environment
 
-TEMPLATES = Path(__file__).parent / "templates"
 KEY, CAPTION, QUERY = 120, 600, 200  # characters shown
 
 
@@ -27,29 +26,24 @@ def page(index: str, how: str, queries: list[dict[str, Any]], measure: str) -> s
     measure : str
         The name of the score in ``queries``.
     """
-    import jinja2
-
     styles = (TEMPLATES / "report.css").read_text("utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("search.html.j2").render(
-        policy=policy(styles),
-        styles=styles,
-        index=index,
-        how=how,
-        answers=[
-            {
-                "query": cut(query["query"], QUERY),
-                "row": tile(query["row"], measure) if query["row"] else None,
-                "neighbours": [tile(row, measure) for row in query["neighbours"]],
-            }
-            for query in queries
-        ],
+    return (
+        environment()
+        .get_template("search.html.j2")
+        .render(
+            policy=policy(styles),
+            styles=styles,
+            index=index,
+            how=how,
+            answers=[
+                {
+                    "query": cut(query["query"], QUERY),
+                    "row": tile(query["row"], measure) if query["row"] else None,
+                    "neighbours": [tile(row, measure) for row in query["neighbours"]],
+                }
+                for query in queries
+            ],
+        )
     )
 
 

@@ -103,43 +103,52 @@ class Page:
     asked: dict[int, tuple[int, float] | None]
 
 
-def render(page: Page) -> str:
-    """Return the page."""
+def environment() -> Any:
+    """Return where pages find their templates: every value in them is escaped."""
     import jinja2
 
-    styles = (TEMPLATES / "report.css").read_text("utf-8")
-    script = (TEMPLATES / "report.js").read_text("utf-8")
-    environment = jinja2.Environment(
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "cosine": cosine}
-    return environment.get_template("report.html.j2").render(
-        generator=GENERATOR,
-        pictured=PICTURED,
-        policy=policy(styles, script),
-        styles=styles,
-        script=script,
-        page=page,
-        counts=page.manifest["counts"],
-        settings=page.manifest["settings"],
-        curve=curve_view(page),
-        charts=chart_view(page),
-        bands=[band_view(page, band) for band in page.survey.bands if band.rows],
-        below=band_view(page, page.survey.below),
-        groups=[group_view(page, group) for group in page.survey.largest],
-        copied=[
-            (page.rows[int(row)], int(count))
-            for row, count in zip(page.survey.copied, page.survey.copies, strict=True)
-        ],
-        asked=asked_view(page),
-        spared=spared_view(page),
-        known_keep=page.manifest["settings"]["keep"] in KEEPS,
-        shards=shard_view(page),
-        manifest=json.dumps(shortened(page.manifest), indent=2, ensure_ascii=False),
+    found.filters |= {"number": number, "percent": percent, "cosine": cosine}
+    return found
+
+
+def render(page: Page) -> str:
+    """Return the page."""
+    styles = (TEMPLATES / "report.css").read_text("utf-8")
+    script = (TEMPLATES / "report.js").read_text("utf-8")
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            generator=GENERATOR,
+            pictured=PICTURED,
+            policy=policy(styles, script),
+            styles=styles,
+            script=script,
+            page=page,
+            counts=page.manifest["counts"],
+            settings=page.manifest["settings"],
+            curve=curve_view(page),
+            charts=chart_view(page),
+            bands=[band_view(page, band) for band in page.survey.bands if band.rows],
+            below=band_view(page, page.survey.below),
+            groups=[group_view(page, group) for group in page.survey.largest],
+            copied=[
+                (page.rows[int(row)], int(count))
+                for row, count in zip(page.survey.copied, page.survey.copies, strict=True)
+            ],
+            asked=asked_view(page),
+            spared=spared_view(page),
+            known_keep=page.manifest["settings"]["keep"] in KEEPS,
+            shards=shard_view(page),
+            manifest=json.dumps(shortened(page.manifest), indent=2, ensure_ascii=False),
+        )
     )
 
 
