@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from snipdedup.errors import UsageError
 
@@ -43,6 +44,36 @@ def usual_value(field: dataclasses.Field[Any]) -> str:
 def required(help: str) -> Any:
     """Declare a flag without a default."""
     return dataclasses.field(metadata={"help": help})
+
+
+SAVED = {  # what JSON gives back for a declared type: 1 may have been said for 1.0 or for True
+    bool: (bool, int),
+    int: (int,),
+    float: (float, int),
+    str: (str,),
+    NoneType: (NoneType,),
+}
+
+
+def mistyped(kind: type[Settings], saved: dict[str, Any]) -> str | None:
+    """Return the first of a run's saved settings that is not of its declared type, or None.
+
+    What may be anything (paths, numbers by comma) is saved as a text or a list of plain values.
+    """
+    for name, declared in get_type_hints(kind).items():
+        value, bare = saved.get(name), get_args(declared) or (declared,)
+        if name not in saved:
+            continue
+        if Any in bare:
+            values, types = value if isinstance(value, list) else [value], (str, float, NoneType)
+        else:
+            values, types = [value], tuple(t for b in bare for t in SAVED[b])
+        whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+        if not all(
+            type(v) in types or type(w) in types for v, w in zip(values, whole, strict=True)
+        ):
+            return name
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ import numpy as np
 
 from snipdedup import __version__, locks
 from snipdedup.errors import SnipError
+from snipdedup.settings import Dedup, mistyped
 
 MANIFEST = "snip.json"
 FORMAT = 1
@@ -255,9 +256,16 @@ def check_entries(path: Path, manifest: dict[str, Any]) -> None:
         if name in manifest and not isinstance(manifest[name], kind):
             raise SnipError(f"{path}: damaged: its entry {name!r} is {short(manifest[name])}")
     for number, shard in enumerate(manifest.get("shards", [])):
-        rows = shard.get("rows") if isinstance(shard, dict) else None
-        if type(rows) is not int or not 0 <= rows < 1 << 48:
+        rows, name = (
+            (shard.get("rows"), shard.get("name", "")) if isinstance(shard, dict) else (None, "")
+        )
+        if type(rows) is not int or not 0 <= rows < 1 << 48 or not isinstance(name, str):
             raise SnipError(f"{path}: damaged: shard {number} is {short(shard)}")
+    if manifest.get("kind") == "dedup":
+        saved = manifest.get("settings", {})
+        wrong = mistyped(Dedup, {k: v for k, v in saved.items() if k != "max_memory"})  # in bytes
+        if wrong is not None:
+            raise SnipError(f"{path}: damaged: its setting {wrong!r} is {short(saved[wrong])}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from snipdedup import cli, store
+from snipdedup import cli, store, top
 from snipdedup.codes import load_shard, map_shard
 from snipdedup.deduplicate import dedup
 from snipdedup.encoder import WEIGHTS, Encoder, Network
@@ -31,6 +31,7 @@ from snipdedup.lookup import read_vectors
 from snipdedup.masks import open_mask
 from snipdedup.metadata import open_metadata
 from snipdedup.quantise import read_quantiser
+from snipdedup.settings import Top
 from snipdedup.shards import open_features
 
 sys.path.append(str(ROOT / "scripts"))
@@ -270,6 +271,34 @@ def test_a_manifest_of_an_index_with_wrong_types(ours, entry, value):
         assert str(ours / "index") in str(error)  # noqa: PT017
     else:
         assert (entry, value) in [("outputs", {"x": 1}), ("format", -1)]
+
+
+SETTINGS = [
+    ("threshold", [1]), ("threshold", "x"), ("threshold", None), ("key", {"x": 1}), ("key", 3),
+    ("keep", [[]]), ("grouping", 0.5), ("seed", "x"), ("metadata", [None]), ("features", {}),
+    ("recall", True), ("clusters", 0.5), ("epsilon", [[1]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS)
+def test_settings_of_an_out_with_wrong_types(ours, name, value):
+    """Whoever reads the manifest says so, in one line."""
+    edit(ours / "out", lambda body: body["settings"].update({name: value}))
+    out = str(ours / "out")
+    for use in (
+        lambda: dedup(out, threshold=0.97, out=str(ours / "new")),
+        lambda: top.run(Top(out=out)),
+    ):
+        with pytest.raises(SnipError, match=f"damaged: its setting '{name}' is") as refused:
+            use()
+        assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [["x"], None, 3, {}])
+def test_a_shard_whose_name_is_none(ours, name):
+    edit(ours / "out", lambda body: body["shards"][0].update(name=name))
+    with pytest.raises(SnipError, match="damaged: shard 0 is"):
+        dedup(str(ours / "out"), threshold=0.97, out=str(ours / "new"))
 
 
 def test_json_that_is_deep(tmp_path):
