@@ -64,15 +64,12 @@ def mistyped(kind: type[Settings], saved: dict[str, Any]) -> str | None:
         value, bare = saved.get(name), get_args(declared) or (declared,)
         if name not in saved:
             continue
-        if Any in bare:
-            values, types = value if isinstance(value, list) else [value], (str, float, NoneType)
-        else:
-            values, types = [value], tuple(t for b in bare for t in SAVED[b])
-        whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-        if not all(
-            type(v) in types or type(w) in types for v, w in zip(values, whole, strict=True)
-        ):
-            return name
+        kinds = (str, float, NoneType) if Any in bare else bare
+        types = [saved_as for said in kinds for saved_as in SAVED[said]]
+        for plain in value if Any in bare and isinstance(value, list) else [value]:
+            whole = isinstance(plain, float) and plain.is_integer() and int in types
+            if type(plain) not in types and not whole:
+                return name
     return None
 
 
