@@ -21,10 +21,11 @@ import numpy as np
 from make_benchmarks import CODE_NAMES, code_table
 from timing import machine
 
-from snipdedup import train
-from snipdedup.compute import cores
-from snipdedup.cosine import unit_rows
-from snipdedup.measure import (
+from snipdedup.ground.compute import cores
+from snipdedup.ground.cosine import unit_rows
+from snipdedup.ground.shards import Features, open_features
+from snipdedup.train import training as train
+from snipdedup.train.measure import (
     Codes,
     Neighbours,
     Vectors,
@@ -33,8 +34,7 @@ from snipdedup.measure import (
     recall,
     true_neighbours,
 )
-from snipdedup.quantise import train as train_quantiser
-from snipdedup.shards import Features, open_features
+from snipdedup.train.quantise import train as train_quantiser
 
 K, NLIST, NPROBE, OPQ_ROUNDS = 10, 256, 8, 20
 QUICK = {"steps": 300}

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from labelled_curve import read_labels
 
-from snipdedup import train
-from snipdedup.cosine import unit_rows
-from snipdedup.measure import Vectors, average_precision
-from snipdedup.shards import open_features
+from snipdedup.ground.cosine import unit_rows
+from snipdedup.ground.shards import open_features
+from snipdedup.train import training as train
+from snipdedup.train.measure import Vectors, average_precision
 
 NAMES = ("raw", "PCA", "MSE", "SNIP")
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import train
-from snipdedup.cosine import unit_rows
-from snipdedup.intervals import proportion_interval
-from snipdedup.measure import Vectors, partner_ranks
-from snipdedup.shards import open_features
+from snipdedup.ground.cosine import unit_rows
+from snipdedup.ground.intervals import proportion_interval
+from snipdedup.ground.shards import open_features
+from snipdedup.train import training as train
+from snipdedup.train.measure import Vectors, partner_ranks
 
 NAMES = ("raw", "PCA of images", "PCA", "MSE", "SNIP without texts", "SNIP")
 KS = (1, 10)

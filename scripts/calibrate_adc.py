@@ -6,7 +6,8 @@
 A row is truly duplicated if any other row has a cosine of at least .95; it is flagged if its best
 neighbour in the index (with another row number) passes. The rules are one global limit on the ADC
 distance, ratio and difference of it and the row's own error, and, for an index without features,
-a limit on the distance between codes. The margins printed are the defaults of `snipdedup.adaptive`.
+a limit on the distance between codes. The margins printed are the defaults of
+`snipdedup.search.adaptive`.
 
 With --train_shards N, directions, quantisers and margins come from the first N shards only (give an
 encoder that was trained on those, --parts of snip train), all rows are indexed, and the rows of
@@ -25,17 +26,17 @@ from typing import Any
 import numpy as np
 
 from snipdedup import settings
-from snipdedup.adaptive import SYMMETRIC, calibrate, scores, true_duplicates
-from snipdedup.classes import classes_of
-from snipdedup.codes import Lists
-from snipdedup.compute import cores
-from snipdedup.cosine import unit_rows
-from snipdedup.formats import ArrayShard
-from snipdedup.index import build
-from snipdedup.indexfolder import Index
-from snipdedup.intervals import proportion_interval
-from snipdedup.search import Searcher, feature_queries, neighbours
-from snipdedup.shards import Features, open_features
+from snipdedup.ground.compute import cores
+from snipdedup.ground.cosine import unit_rows
+from snipdedup.ground.formats import ArrayShard
+from snipdedup.ground.intervals import proportion_interval
+from snipdedup.ground.shards import Features, open_features
+from snipdedup.index.building import build
+from snipdedup.index.codes import Lists
+from snipdedup.index.indexfolder import Index
+from snipdedup.search.adaptive import SYMMETRIC, calibrate, scores, true_duplicates
+from snipdedup.search.classes import classes_of
+from snipdedup.search.knn import Searcher, feature_queries, neighbours
 
 RULES = ("global", "ratio", "difference", SYMMETRIC)
 PRECISIONS = (0.81, 0.91, 0.95)
@@ -95,7 +96,7 @@ def describe(features: Features, given: argparse.Namespace, known: int, m: int) 
     Codes of few bytes take the encoder's head, as in ``snip index``.
     """
     if given.encoder:
-        from snipdedup.encoder import Encoder
+        from snipdedup.train.encoder import Encoder
 
         encoder = Encoder.load(given.encoder, device="cpu").for_codes(m)
         return np.concatenate(

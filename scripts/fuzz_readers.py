@@ -37,18 +37,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from snipdedup import diff, store, top
-from snipdedup.deduplicate import dedup
-from snipdedup.encoder import Encoder, Network
+from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError
-from snipdedup.indexfolder import QUANTISER, Index
-from snipdedup.lookup import read_vectors
-from snipdedup.mapped import MappedLists
-from snipdedup.masks import open_mask
-from snipdedup.metadata import open_metadata
-from snipdedup.quantise import read_quantiser
+from snipdedup.ground import store
+from snipdedup.ground.shards import open_features
+from snipdedup.index.indexfolder import QUANTISER, Index
+from snipdedup.index.mapped import MappedLists
+from snipdedup.looking import diff, top
+from snipdedup.looking.lookup import read_vectors
+from snipdedup.metadata.masks import open_mask
+from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Diff, Top
-from snipdedup.shards import open_features
+from snipdedup.train.encoder import Encoder, Network
+from snipdedup.train.quantise import read_quantiser
 
 MEMORY = 1 << 29  # bytes
 SECONDS = 20

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.compute import cores, in_order
-from snipdedup.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
-from snipdedup.forest import link_smaller
-from snipdedup.shards import Features, plan_blocks
+from snipdedup.ground.compute import cores, in_order
+from snipdedup.ground.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
+from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.search.forest import link_smaller
 
 BLOCK = 8192  # rows compared with a tile of queries at a time
 QUERY_TILE = 2048

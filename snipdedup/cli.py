@@ -52,53 +52,53 @@ class Command:
 COMMANDS = (
     Command(
         "train", "the chain", "train the SNIP encoder on features", settings.Train,
-        "snipdedup.train:run", "snip train img_emb --out encoder",
+        "snipdedup.train.training:run", "snip train img_emb --out encoder",
     ),
     Command(
         "compress", "the chain", "write descriptors, shard for shard", settings.Compress,
-        "snipdedup.encoder:run", "snip compress img_emb --encoder encoder --out descriptors",
+        "snipdedup.train.encoder:run", "snip compress img_emb --encoder encoder --out descriptors",
     ),
     Command(
         "index", "the chain", "build a sharded IVFPQ index", settings.Index,
-        "snipdedup.index:run", "snip index img_emb --encoder encoder --out index",
+        "snipdedup.index.building:run", "snip index img_emb --encoder encoder --out index",
     ),
     Command(
         "dedup", "the chain", "find duplicates, prove them, write the rows that stay",
-        settings.Dedup, "snipdedup.deduplicate:run",
+        settings.Dedup, "snipdedup.chain.deduplicate:run",
         "snip dedup img_emb --metadata metadata --out clean",
     ),
     Command(
         "filter", "the chain", "apply a mask to metadata and features", settings.Filter,
-        "snipdedup.filtering:run", "snip filter metadata --is_dup clean --out kept",
+        "snipdedup.metadata.filtering:run", "snip filter metadata --is_dup clean --out kept",
     ),
     Command(
         "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",
-        settings.Download, "snipdedup.download:run",
+        settings.Download, "snipdedup.download.fetching:run",
         "snip download 'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
     ),
     Command(
         "report", "looking", "one page to look at what goes, with pictures where there are some",
-        settings.Report, "snipdedup.report:run", "snip report clean --images images",
+        settings.Report, "snipdedup.looking.report:run", "snip report clean --images images",
     ),
     Command(
         "top", "looking", "the rows that stand for most others", settings.Top,
-        "snipdedup.top:run", "snip top clean -n 20",
+        "snipdedup.looking.top:run", "snip top clean -n 20",
     ),
     Command(
         "diff", "looking", "what changed between two runs over the same rows", settings.Diff,
-        "snipdedup.diff:run", "snip diff clean stricter",
+        "snipdedup.looking.diff:run", "snip diff clean stricter",
     ),
     Command(
         "audit", "trust", "prove a finished run against the raw features", settings.Audit,
-        "snipdedup.audit:run", "snip audit clean img_emb",
+        "snipdedup.trust.audit:run", "snip audit clean img_emb",
     ),
     Command(
         "search", "looking", "find the nearest rows to a row, a vector or a text", settings.Search,
-        "snipdedup.lookup:run", "snip search 123 --index index --metadata metadata",
+        "snipdedup.looking.lookup:run", "snip search 123 --index index --metadata metadata",
     ),
     Command(
         "eval", "trust", "measure what descriptors and codes keep, against brute force",
-        settings.Eval, "snipdedup.evaluate:run", "snip eval img_emb --out eval",
+        settings.Eval, "snipdedup.trust.evaluate:run", "snip eval img_emb --out eval",
     ),
     Command(
         "demo", "trying", "the whole chain on pictures that it makes itself", settings.Demo,

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import cli, locks, pictures, progress, store
+from snipdedup import cli, pictures
 from snipdedup.errors import SnipError
+from snipdedup.ground import locks, progress, store
 from snipdedup.settings import Demo
 
 KIND = "demo"

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup.adc import unique_edges
-from snipdedup.forest import make_edges
+from snipdedup.chain.adc import unique_edges
+from snipdedup.search.forest import make_edges
 
 ROWS = 5130
 

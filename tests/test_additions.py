@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import additions, spill
-from snipdedup.additions import Removed, dup_counts, weights
-from snipdedup.deduplicate import dedup, run
+from snipdedup.chain.deduplicate import dedup, run
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import open_metadata
+from snipdedup.metadata import additions, spill
+from snipdedup.metadata.additions import Removed, dup_counts, weights
+from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Dedup
 
 

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from servers import Hub, Server, kill_once_more_came
 
-from snipdedup import cli, download, landing, store
+from snipdedup import cli
+from snipdedup.download import fetching as download
+from snipdedup.download import landing
 from snipdedup.errors import SnipError
+from snipdedup.ground import store
 from snipdedup.settings import Download
 
 

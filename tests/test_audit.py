@@ -18,11 +18,11 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import proof
-from snipdedup.intervals import proportion_interval
-from snipdedup.proof import raw_cosines
-from snipdedup.shards import open_features
-from snipdedup.verdict import SHOWN, Verdict, pick_ordinals
+from snipdedup.ground.intervals import proportion_interval
+from snipdedup.ground.shards import open_features
+from snipdedup.trust import proof
+from snipdedup.trust.proof import raw_cosines
+from snipdedup.trust.verdict import SHOWN, Verdict, pick_ordinals
 
 ROWS, CUTS, THRESHOLD = 700, (200, 200, 450), 0.9
 

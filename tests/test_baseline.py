@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.baseline import baselines
-from snipdedup.deduplicate import run
-from snipdedup.groups import Members
-from snipdedup.metadata import open_metadata
+from snipdedup.chain.deduplicate import run
+from snipdedup.grouping.baseline import baselines
+from snipdedup.grouping.groups import Members
+from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Dedup
 
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import filtering
-from snipdedup.deduplicate import dedup
+from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.ground.store import read_manifest
+from snipdedup.metadata import filtering
 from snipdedup.settings import Filter
-from snipdedup.store import read_manifest
 
 ROWS = 40  # rows 20 .. 39 are copies of rows 0 .. 19
 

@@ -10,7 +10,7 @@ import pytest
 import truth
 from test_outfolder import write_laion
 
-from snipdedup import byplace
+from snipdedup.metadata import byplace
 
 CUTS = (200, 450)
 

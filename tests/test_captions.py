@@ -12,8 +12,9 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import dedup, groups, pairs
+from snipdedup import dedup
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.grouping import groups, pairs
 
 
 def tables(image, text, text_threshold):

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from snipdedup import charts
+from snipdedup.looking import charts
 
 
 def parsed(svg):

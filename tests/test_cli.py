@@ -100,7 +100,7 @@ def test_help_of_each_command_names_each_setting(command, form, capsys, calls):
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
 def test_each_command_points_at_a_function_that_takes_its_settings(command):
     module, _, name = command.target.partition(":")
-    path = Path(cli.__file__).with_name(f"{module.partition('.')[2]}.py")
+    path = Path(cli.__file__).parents[1] / f"{module.replace('.', '/')}.py"
     assert f"def {name}(options: " in path.read_text(encoding="utf-8")
 
 

@@ -9,9 +9,9 @@ import faiss
 import pytest
 import torch
 
-from snipdedup import progress
-from snipdedup.compute import cores, in_order, library_threads, pick_device
 from snipdedup.errors import SnipError
+from snipdedup.ground import progress
+from snipdedup.ground.compute import cores, in_order, library_threads, pick_device
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

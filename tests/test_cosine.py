@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from snipdedup.cosine import (
+from snipdedup.ground.cosine import (
     PROPOSAL_ERROR,
     bad_rows,
     pair_cosine,

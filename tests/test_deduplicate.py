@@ -15,8 +15,9 @@ import pytest
 import truth
 from test_outfolder import write_laion
 
-from snipdedup import dedup, store
+from snipdedup import dedup
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.ground import store
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from snipdedup import encoder as room
-from snipdedup import settings, store
-from snipdedup.encoder import Encoder, Network
+from snipdedup import settings
 from snipdedup.errors import InputError, SnipError
+from snipdedup.ground import store
+from snipdedup.train import encoder as room
+from snipdedup.train.encoder import Encoder, Network
 
 DIM_IN, HIDDEN, DIM = 24, 40, 8
 

@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from snipdedup import evaluate, settings, store, tabulate, train
+from snipdedup import settings
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.shards import open_features
+from snipdedup.ground import store
+from snipdedup.ground.shards import open_features
+from snipdedup.train import training as train
+from snipdedup.trust import evaluate, tabulate
 
 QUICK = {
     "dim": 8,
@@ -147,7 +150,7 @@ def test_code_sizes_are_whole_numbers(text):
 
 
 def test_the_picture_is_drawn_from_the_result(done, tmp_path):
-    plots = pytest.importorskip("snipdedup.plots")
+    plots = pytest.importorskip("snipdedup.trust.plots")
     pytest.importorskip("matplotlib")
     body = json.loads((done[0] / "out" / "eval.json").read_text())
     for name in ("a.png", "b.png"):

@@ -11,9 +11,10 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import exact
-from snipdedup.compute import in_order
-from snipdedup.exact import (
+from snipdedup.ground.compute import in_order
+from snipdedup.ground.shards import open_features
+from snipdedup.search import exact
+from snipdedup.search.exact import (
     exact_edges,
     load_panel,
     nearest_rows,
@@ -21,8 +22,7 @@ from snipdedup.exact import (
     tile_pairs,
     tile_plan,
 )
-from snipdedup.forest import ForestBuilder, join_edges, spanning_forest
-from snipdedup.shards import open_features
+from snipdedup.search.forest import ForestBuilder, join_edges, spanning_forest
 
 
 def all_pairs(features, threshold, *, threads):

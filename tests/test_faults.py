@@ -8,8 +8,12 @@ import os
 import numpy as np
 import pytest
 
-from snipdedup import cli, deduplicate, encoder, formats, index, store
-from snipdedup.encoder import Encoder, Network
+from snipdedup import cli
+from snipdedup.chain import deduplicate
+from snipdedup.ground import formats, store
+from snipdedup.index import building as index
+from snipdedup.train import encoder
+from snipdedup.train.encoder import Encoder, Network
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import filtering, store
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.ground import store
+from snipdedup.metadata import filtering
 from snipdedup.settings import Filter
 
 SIZES = [30, 7, 25, 0, 18]

@@ -10,8 +10,8 @@ import truth
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snipdedup import forest
-from snipdedup.forest import (
+from snipdedup.search import forest
+from snipdedup.search.forest import (
     Edges,
     ForestBuilder,
     components,

@@ -10,11 +10,10 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import groups
-from snipdedup.cosine import pair_cosine
-from snipdedup.deduplicate import dedup
-from snipdedup.forest import components, make_edges, spanning_forest
-from snipdedup.groups import (
+from snipdedup.chain.deduplicate import dedup
+from snipdedup.ground.cosine import pair_cosine
+from snipdedup.grouping import groups
+from snipdedup.grouping.groups import (
     Compare,
     Copies,
     group_components,
@@ -22,6 +21,7 @@ from snipdedup.groups import (
     keep_rank,
     star_from_pairs,
 )
+from snipdedup.search.forest import components, make_edges, spanning_forest
 
 KEEPS = st.sampled_from(["first", "last", "random"])
 # how groups are compared: many at once, one by one in tiny blocks, and as shipped

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import handover, spill
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import open_metadata
+from snipdedup.metadata import handover, spill
+from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Dedup, Filter
 
 

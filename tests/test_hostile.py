@@ -21,18 +21,20 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from snipdedup import cli, store, top
-from snipdedup.codes import load_shard, map_shard
-from snipdedup.deduplicate import dedup
-from snipdedup.encoder import WEIGHTS, Encoder, Network
+from snipdedup import cli
+from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import InputError, SnipError
-from snipdedup.indexfolder import QUANTISER, Index
-from snipdedup.lookup import read_vectors
-from snipdedup.masks import open_mask
-from snipdedup.metadata import open_metadata
-from snipdedup.quantise import read_quantiser
+from snipdedup.ground import store
+from snipdedup.ground.shards import open_features
+from snipdedup.index.codes import load_shard, map_shard
+from snipdedup.index.indexfolder import QUANTISER, Index
+from snipdedup.looking import top
+from snipdedup.looking.lookup import read_vectors
+from snipdedup.metadata.masks import open_mask
+from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Top
-from snipdedup.shards import open_features
+from snipdedup.train.encoder import WEIGHTS, Encoder, Network
+from snipdedup.train.quantise import read_quantiser
 
 sys.path.append(str(ROOT / "scripts"))
 fuzz_readers = importlib.import_module("fuzz_readers")

@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from servers import Hub, Server, kill_once_more_came
 
-from snipdedup import cli, download, hub, landing, remote, store
+from snipdedup import cli
+from snipdedup.download import fetching as download
+from snipdedup.download import hub, landing, remote
+from snipdedup.download.remote import MissingError
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.remote import MissingError
+from snipdedup.ground import store
 from snipdedup.settings import Download
 
 SIZES = [30, 7, 50, 21, 40]

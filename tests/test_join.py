@@ -12,12 +12,13 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import finding, store
-from snipdedup import join as room
-from snipdedup.deduplicate import dedup
+from snipdedup.chain import finding
+from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError
-from snipdedup.join import plan_partitions
-from snipdedup.shards import open_features
+from snipdedup.ground import store
+from snipdedup.ground.shards import open_features
+from snipdedup.search import join as room
+from snipdedup.search.join import plan_partitions
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import joins, spill
-from snipdedup.joins import AMBIGUOUS, CONTRADICTED, GOES, STAYS, UNMATCHED
-from snipdedup.metadata import open_metadata
+from snipdedup.metadata import joins, spill
+from snipdedup.metadata.joins import AMBIGUOUS, CONTRADICTED, GOES, STAYS, UNMATCHED
+from snipdedup.metadata.table import open_metadata
 
 
 def write(path, **columns):

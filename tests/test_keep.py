@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snipdedup import keep
-from snipdedup.deduplicate import dedup, run
+from snipdedup.chain.deduplicate import dedup, run
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import open_metadata
+from snipdedup.grouping import keep
+from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Dedup
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.kernels import Kernel, candidates, fastest, pick_kernel, product_hits, trial
+from snipdedup.search.kernels import Kernel, candidates, fastest, pick_kernel, product_hits, trial
 
 KERNELS = {kernel.name: kernel for kernel in candidates("cpu")}
 WORKING = {name: kernel for name, kernel in KERNELS.items() if trial(kernel, 256) is not None}

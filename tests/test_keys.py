@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snipdedup import keys
 from snipdedup.errors import SnipError
+from snipdedup.metadata import keys
 
 FILE = SimpleNamespace(path="m.parquet")
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from servers import Server
 
-from snipdedup import landing, locks, remote, store
+from snipdedup.download import landing, remote
+from snipdedup.download.landing import save
+from snipdedup.download.remote import MissingError, Remote, TemporaryError
 from snipdedup.errors import SnipError
-from snipdedup.landing import save
-from snipdedup.remote import MissingError, Remote, TemporaryError
+from snipdedup.ground import locks, store
 
 BODY = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -302,8 +303,8 @@ def test_local_files_and_other_stores(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from snipdedup.landing import save
-from snipdedup.remote import Remote
+from snipdedup.download.landing import save
+from snipdedup.download.remote import Remote
 save(Remote(sys.argv[1]), Path(sys.argv[2]))
 """
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.lists import Lists, assign, calibrate_tau, nearest, train_centroids
+from snipdedup.search.lists import Lists, assign, calibrate_tau, nearest, train_centroids
 
 WIDTH = 32
 

@@ -12,15 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import cli, locks, store
-from snipdedup.encoder import Encoder, Network
+from snipdedup import cli
 from snipdedup.errors import SnipError
+from snipdedup.ground import locks, store
+from snipdedup.train.encoder import Encoder, Network
 
 ROWS = np.random.default_rng(0).standard_normal((400, 16)).astype(np.float32)
 HOLD = """
 import sys, time
 from pathlib import Path
-from snipdedup import store
+from snipdedup.ground import store
 store.claim(Path(sys.argv[1]), sys.argv[2], {"mine": 1}, overwrite=False)
 print("held", flush=True)
 time.sleep(60)

@@ -19,8 +19,8 @@ import pytest
 import truth
 
 from snipdedup import settings
-from snipdedup.indexfolder import Index
-from snipdedup.lookup import run, search
+from snipdedup.index.indexfolder import Index
+from snipdedup.looking.lookup import run, search
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202etxt" + "x" * 10_000
 ROWS = 900
@@ -151,7 +151,7 @@ def test_without_features_codes_are_compared_and_it_says_so(folder, tmp_path):
 
 
 def test_an_index_with_an_encoder_takes_features_and_descriptors(folder, rows, tmp_path):
-    from snipdedup.encoder import Encoder, Network
+    from snipdedup.train.encoder import Encoder, Network
 
     Encoder(Network(24, 8, 16)).save(tmp_path / "encoder", {})
     words = ["--out", tmp_path / "i", "--nlist", 4, "--encoder", tmp_path / "encoder"]

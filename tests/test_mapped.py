@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from truth import clustered
 
-from snipdedup import mapped, settings
-from snipdedup.codes import load_shard, map_shard
+from snipdedup import settings
 from snipdedup.errors import SnipError
-from snipdedup.export import export_faiss
-from snipdedup.index import build
-from snipdedup.indexfolder import Index
-from snipdedup.mapped import MappedLists
-from snipdedup.shards import open_features
+from snipdedup.ground.shards import open_features
+from snipdedup.index import mapped
+from snipdedup.index.building import build
+from snipdedup.index.codes import load_shard, map_shard
+from snipdedup.index.export import export_faiss
+from snipdedup.index.indexfolder import Index
+from snipdedup.index.mapped import MappedLists
 
 
 def make(out: Path, rows: list[np.ndarray], **given: object) -> Index:

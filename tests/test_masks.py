@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import filtering, masks, store
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.masks import Held, Mask, Place
+from snipdedup.ground import store
+from snipdedup.metadata import filtering, masks
+from snipdedup.metadata.masks import Held, Mask, Place
 from snipdedup.settings import Filter
 
 SIZES = [3, 5, 0, 4, 5]  # rows of the files of a small set; uneven on purpose

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import truth
 
-from snipdedup import join as room
-from snipdedup import masses
-from snipdedup.deduplicate import dedup
-from snipdedup.masses import find_hubs
-from snipdedup.projection import fit_projection
+from snipdedup.chain.deduplicate import dedup
+from snipdedup.search import join as room
+from snipdedup.search import masses
+from snipdedup.search.masses import find_hubs
+from snipdedup.search.projection import fit_projection
 
 
 def ball(rng, rows, centre, radius):

@@ -6,10 +6,10 @@ import faiss
 import numpy as np
 import pytest
 
-from snipdedup import measure
-from snipdedup.cosine import unit_rows, unit_rows64
-from snipdedup.quantise import train
-from snipdedup.shards import open_features
+from snipdedup.ground.cosine import unit_rows, unit_rows64
+from snipdedup.ground.shards import open_features
+from snipdedup.train import measure
+from snipdedup.train.quantise import train
 
 
 def rows_of(rows: int, dim: int, seed: int = 0) -> np.ndarray:

@@ -11,10 +11,11 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import dedup, pairs
+from snipdedup import dedup
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.pairs import all_pairs, listed_pairs, pairs_within, plan_groups
-from snipdedup.shards import open_features
+from snipdedup.ground.shards import open_features
+from snipdedup.grouping import pairs
+from snipdedup.grouping.pairs import all_pairs, listed_pairs, pairs_within, plan_groups
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12))
@@ -177,7 +178,7 @@ def test_keep_fraction_works_on_a_finished_run_without_a_search(rows, folder, tm
     how = ("--threshold", 0.9, "--grouping", "components")
     assert truth.snip("dedup", folder, "--out", out, *how)[0] == 0
     fresh = dedup(rows, threshold=0.9, grouping="components", keep_fraction=0.7)
-    with mock.patch("snipdedup.deduplicate.search", side_effect=AssertionError):
+    with mock.patch("snipdedup.chain.deduplicate.search", side_effect=AssertionError):
         words = ("dedup", out, "--keep_fraction", 0.7, "--out", second)
         status, said, _ = truth.snip(*words)
     assert status == 0

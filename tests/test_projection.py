@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import projection as room
-from snipdedup.cosine import unit_rows64
-from snipdedup.projection import WIDTHS, fit_projection
+from snipdedup.ground.cosine import unit_rows64
+from snipdedup.search import projection as room
+from snipdedup.search.projection import WIDTHS, fit_projection
 
 THRESHOLDS = (0.5, 0.8, 0.95, 0.99, 1.0)
 

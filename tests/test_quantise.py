@@ -6,9 +6,10 @@ import faiss
 import numpy as np
 import pytest
 
-from snipdedup.compute import library_threads
 from snipdedup.errors import SnipError
-from snipdedup.quantise import (
+from snipdedup.ground.compute import library_threads
+from snipdedup.ground.shards import open_features
+from snipdedup.train.quantise import (
     BLOCK,
     check_m,
     default_m,
@@ -20,7 +21,6 @@ from snipdedup.quantise import (
     train,
     write_quantiser,
 )
-from snipdedup.shards import open_features
 
 
 def clustered(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -168,7 +168,7 @@ def test_files_that_are_no_index_are_refused(tmp_path, content):
 
 
 def test_many_lists_are_found_by_a_graph_that_nearly_always_agrees(monkeypatch, tmp_path):
-    from snipdedup import quantise
+    from snipdedup.train import quantise
 
     x = clustered(2000, 16)
     exact = quantise.train(x, nlist=64, m=4, nbits=4, seed=0, threads=1)

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from snipdedup import cli, store
+from snipdedup import cli
 from snipdedup.cli import COMMANDS
+from snipdedup.ground import store
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -163,7 +164,7 @@ def test_links_and_scripts_exist(page):
         goal = page.parent / name if name else page
         assert goal.is_file(), target
         assert not anchor or anchor in anchors(goal), target
-    for name in re.findall(r"\b((?:scripts|tests|docs|snipdedup)/\w+\.\w+)", text):
+    for name in re.findall(r"\b((?:scripts|tests|docs|snipdedup)/(?:\w+/)?\w+\.\w+)", text):
         assert (ROOT / name).is_file(), name
 
 
@@ -193,27 +194,44 @@ def test_help_and_readme_show_the_same_commands():
 
 
 def rooms() -> list[str]:
-    """Return the modules in the order of CONTRIBUTING's map, top first."""
+    """Return the modules in the order of CONTRIBUTING's map, top first, as ``folder/module``."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     house = text.partition("```text\n")[2].partition("```")[0]
-    lines = [line[:24] for line in house.splitlines()]
-    return [name for line in lines for name in re.findall(r"\b\w+\b", line)]
+    found, folder = [], ""
+    for line in house.splitlines():
+        if line[:1] not in ("", " "):
+            folder = line.split()[0] if line.split()[0].endswith("/") else ""
+        names = line[:34] if line.startswith(" ") or not folder else ""
+        found += [folder + name for name in names.split()]
+    return found
 
 
 def test_the_map_has_every_room_once():
-    modules = {path.stem for path in (ROOT / "snipdedup").glob("[a-z]*.py")}
-    assert sorted(rooms()) == sorted(modules)
+    package = ROOT / "snipdedup"
+    modules = [path.relative_to(package).with_suffix("") for path in package.rglob("[a-z]*.py")]
+    assert sorted(rooms()) == sorted(map(str, modules))
+
+
+def imported(node: ast.ImportFrom) -> set[str]:
+    """Return what is imported of the package, as ``folder/module``."""
+    place = (node.module or "").split(".")
+    if place[0] != "snipdedup":
+        return set()
+    inside = "/".join(place[1:])
+    if (ROOT / "snipdedup" / f"{inside}.py").is_file():
+        return {inside}
+    return {f"{inside}/{alias.name}".lstrip("/") for alias in node.names}
 
 
 @pytest.mark.parametrize("module", rooms())
 def test_imports_run_downwards(module):
     tree = ast.parse((ROOT / "snipdedup" / f"{module}.py").read_text("utf-8"))
-    above = rooms()[: rooms().index(module)]
+    above = set(rooms()[: rooms().index(module)])
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("snipdedup"):
-            _, _, name = node.module.partition(".")
-            imported = {name} if name else {alias.name for alias in node.names}
-            assert not imported & set(above), f"line {node.lineno}"
+        if isinstance(node, ast.ImportFrom):
+            assert not imported(node) & above, f"line {node.lineno}"
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("snipdedup") for alias in node.names)
 
 
 def test_labelled_curve_of_a_set_worked_by_hand(tmp_path, capsys):

@@ -14,9 +14,10 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import dedup, store
+from snipdedup import dedup
+from snipdedup.chain.references import open_references, own_copies
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.references import open_references, own_copies
+from snipdedup.ground import store
 
 
 def table_of(x):
@@ -313,7 +314,7 @@ def test_the_work_is_left_where_it_is_asked_for(sets, tmp_path):
     before = truth.listing(out)
     assert "finished already" in truth.snip(*words)[1]
     words = ("dedup", folders[1], "--reference", out, "--out")
-    with mock.patch("snipdedup.join.fit", side_effect=AssertionError):
+    with mock.patch("snipdedup.search.join.fit", side_effect=AssertionError):
         status, said, _ = truth.snip(*words, tmp_path / "o")
     assert status == 0
     assert "by the model that its run kept" in said

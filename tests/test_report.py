@@ -19,9 +19,11 @@ import pytest
 import truth
 
 import snipdedup
-from snipdedup import pictures, report, store
+from snipdedup import pictures
 from snipdedup.errors import SnipError
-from snipdedup.reportpage import GENERATOR, PICTURED
+from snipdedup.ground import store
+from snipdedup.looking import report
+from snipdedup.looking.reportpage import GENERATOR, PICTURED
 
 ROWS, THRESHOLD = 400, 0.9
 CHAIN = 12  # of the rows

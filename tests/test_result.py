@@ -8,8 +8,8 @@ import truth
 
 import snipdedup
 from snipdedup import dedup
+from snipdedup.chain.result import levels
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.result import levels
 
 
 @pytest.fixture(scope="module")

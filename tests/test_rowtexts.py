@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup import store
 from snipdedup.errors import SnipError
-from snipdedup.rowtexts import CAPTIONS, URLS, open_texts, removed_before
+from snipdedup.ground import store
+from snipdedup.metadata.rowtexts import CAPTIONS, URLS, open_texts, removed_before
 
 ROWS = 200
 ASKED = np.array([199, 3, 50, 3, 120])

@@ -11,10 +11,10 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import scan as room
 from snipdedup.errors import InputError
-from snipdedup.scan import row_hashes, scan
-from snipdedup.shards import open_features
+from snipdedup.ground import scan as room
+from snipdedup.ground.scan import row_hashes, scan
+from snipdedup.ground.shards import open_features
 
 
 def read(features, keep_bad=False, chunk_rows=65_536, threads=1):

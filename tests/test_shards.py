@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.shards import (
+from snipdedup.ground.shards import (
     CrcLedger,
     Features,
     Piece,

@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import buckets, download, landing, presets, remote, sources, store
+from snipdedup.download import buckets, landing, presets, remote, sources
+from snipdedup.download import fetching as download
+from snipdedup.download.remote import MissingError
+from snipdedup.download.sources import find, find_features
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.remote import MissingError
+from snipdedup.ground import store
 from snipdedup.settings import Download
-from snipdedup.sources import find, find_features
 
 ROWS = [12, 5, 20, 9]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from snipdedup import spill
 from snipdedup.errors import SnipError
+from snipdedup.metadata import spill
 
 
 @pytest.mark.parametrize("flush", [1, 100, 10**6])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import truth
 
-from snipdedup import star
-from snipdedup.groups import Compare, star_large
-from snipdedup.star import star_huge
+from snipdedup.grouping import star
+from snipdedup.grouping.groups import Compare, star_large
+from snipdedup.grouping.star import star_huge
 
 
 def rows_of(kind):

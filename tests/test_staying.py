@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import staying
 from snipdedup.errors import SnipError
-from snipdedup.staying import feature_rows, write_staying
+from snipdedup.metadata import staying
+from snipdedup.metadata.staying import feature_rows, write_staying
 
 RNG = np.random.default_rng(0)
 STAY = RNG.random(75) < 0.6

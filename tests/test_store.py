@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup import store
 from snipdedup.errors import SnipError
+from snipdedup.ground import store
 
 
 def everything_below(folder):
@@ -60,7 +60,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
 
 
 def test_permissions_follow_the_umask(tmp_path):
-    script = "import sys; from snipdedup import store as s; s.save_json(s.Path(sys.argv[1]), {})"
+    script = "import sys\nfrom snipdedup.ground.store import *\nsave_json(Path(sys.argv[1]), {})"
     path = tmp_path / "x.json"
     subprocess.run([sys.executable, "-c", script, path], check=True, umask=0o027)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup import survey
-from snipdedup.groups import Members
-from snipdedup.survey import Run
+from snipdedup.chain import survey
+from snipdedup.chain.survey import Run
+from snipdedup.grouping.groups import Members
 
 ROWS, OFFSETS = 900, np.array([0, 100, 640, 900])
 START = 0.9

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snipdedup import thumbnails
 from snipdedup.errors import SnipError
+from snipdedup.looking import thumbnails
 
 
 def picture(shade, size=(300, 200), kind="PNG", mode="RGB"):

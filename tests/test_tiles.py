@@ -10,13 +10,13 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import tiles
-from snipdedup.deduplicate import dedup
-from snipdedup.forest import ForestBuilder
-from snipdedup.projection import fit_projection
-from snipdedup.shards import open_features
-from snipdedup.tiles import table_forest
-from snipdedup.verify import verify_pairs
+from snipdedup.chain.deduplicate import dedup
+from snipdedup.ground.shards import open_features
+from snipdedup.search import tiles
+from snipdedup.search.forest import ForestBuilder
+from snipdedup.search.projection import fit_projection
+from snipdedup.search.tiles import table_forest
+from snipdedup.search.verify import verify_pairs
 
 
 @settings(max_examples=150)

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup import survey, top
-from snipdedup.groups import Members, no_members
-from snipdedup.top import one_line, rank_groups, rank_rows
+from snipdedup.chain import survey
+from snipdedup.grouping.groups import Members, no_members
+from snipdedup.looking import top
+from snipdedup.looking.top import one_line, rank_groups, rank_rows
 
 ROWS, THRESHOLD = 900, 0.9
 CAPTIONS = ["a red car", "a blue car\nat sea", None, "", "\x1b[31m\u202edanger"]

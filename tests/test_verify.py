@@ -10,10 +10,10 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import verify
-from snipdedup.forest import join_edges, spanning_forest
-from snipdedup.shards import open_features
-from snipdedup.verify import verify_pairs
+from snipdedup.ground.shards import open_features
+from snipdedup.search import verify
+from snipdedup.search.forest import join_edges, spanning_forest
+from snipdedup.search.verify import verify_pairs
 
 
 def proved(x, a, b, threshold, threads=1, **how):

@@ -1,0 +1,1 @@
+"""``snip dedup``: inputs, search, decision, files."""

@@ -1,0 +1,338 @@
+"""Method ``adc`` of the chain: pairs by the index, verified on raw rows where they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from snipdedup import settings
+from snipdedup.chain.result import Found
+from snipdedup.errors import UsageError
+from snipdedup.ground import progress
+from snipdedup.ground.compute import Stage, cores, in_order
+from snipdedup.ground.scan import scan
+from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.index.building import build
+from snipdedup.index.indexfolder import Index
+from snipdedup.search.adaptive import (
+    SYMMETRIC,
+    best_scores,
+    calibrate,
+    calibration_sample,
+    default_margin,
+    passes,
+    true_duplicates,
+)
+from snipdedup.search.classes import Classes, classes_of
+from snipdedup.search.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
+from snipdedup.search.knn import (
+    QUERY_ROWS,
+    Queries,
+    Searcher,
+    Source,
+    code_queries,
+    feature_queries,
+    query_space,
+)
+from snipdedup.search.verify import verify_pairs
+
+MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
+
+
+class Hits(NamedTuple):
+    """Passing neighbours of some queries: pairs ``a`` < ``b``, unique; ``rows`` that have any.
+
+    ``cut`` counts queries that had more than `MOST_NEIGHBOURS` of them.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    rows: np.ndarray
+    cut: int
+
+
+class Rule(NamedTuple):
+    """How neighbours are asked for and judged: ``k`` at first, ``most`` rows of one code."""
+
+    rule: str
+    margin: float
+    k: int
+    most: int
+
+
+def hits(searcher: Searcher, classes: Classes, queries: Queries, rule: Rule) -> Hits:
+    """Return all passing neighbours: where all k pass, more are asked for."""
+    Dq, Iq = searcher.probe(queries.x, queries.first)
+    found = [np.empty((2, 0), np.int64)]
+    pending, k = np.flatnonzero(queries.rows >= 0), rule.k
+    cut = 0
+    while len(pending):
+        D, I = searcher.places(queries.x[pending], Dq[pending], Iq[pending], k)
+        ok = passes(D, queries.own[pending], rule.rule, rule.margin) & (I >= 0)
+        more = np.asarray(ok.all(axis=1))
+        if k >= MOST_NEIGHBOURS:
+            cut, more = int(more.sum()), np.zeros_like(more)
+        at, column = np.nonzero(ok & ~more[:, None])
+        hit, rows = classes.rows(I[at, column], rule.most)
+        found.append(np.stack([queries.rows[pending[at[hit]]], rows]))
+        pending, k = pending[more], min(2 * k, MOST_NEIGHBOURS)
+    x, y = np.concatenate(found, axis=1)
+    x, y = x[x != y], y[x != y]
+    pairs = np.unique(np.stack([np.minimum(x, y), np.maximum(x, y)]), axis=1)
+    return Hits(pairs[0], pairs[1], np.unique(x), cut)
+
+
+class Adc:
+    """What method ``adc`` found.
+
+    Attributes
+    ----------
+    rows : int
+    rule : str
+        ``difference``, ``ratio`` or ``symmetric``.
+    margin : float
+    calibration : dict
+        How the margin was come by: ``source`` (``given``, ``sample`` or ``default``) and, of a
+        sample, its size, its true duplicates, and the precision and recall reached.
+    cut : int
+        Rows whose passing neighbours were more than `MOST_NEIGHBOURS`, and were cut there.
+    """
+
+    def __init__(
+        self, index: Index, classes: Classes, source: Source, options: settings.Dedup
+    ) -> None:
+        self.rows, self.classes, self.source = index.rows, classes, source
+        self.searcher = Searcher(index, classes.lists, options.nprobe)
+        self.shared = classes.shared(index.rows)
+        self.k, self.threads = options.k, cores(options.threads)
+        self.rule, self.margin = options.rule, 0.0
+        self.calibration: dict[str, Any] = {}
+        self.cut = 0
+        self._flags: np.ndarray | None = None
+
+    @property
+    def flags(self) -> np.ndarray:
+        """Which rows have a passing neighbour with another number, (rows,) bool."""
+        while self._flags is None:
+            for _ in self.pairs():
+                pass
+        return self._flags
+
+    def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield blocks (a, b) of int64 rows, a < b: each row with each passing neighbour.
+
+        A pair is unique in its block and may come again in another. Rows that share a code come
+        as pairs with the smallest of them; as neighbours of others, the k smallest come (1024
+        without features, where no pair is verified and one code is as good as another).
+        Searches anew each time; `flags` is known at its end.
+        """
+        yield from self.classes.links()
+        flags, self.cut = self.shared.copy(), 0
+        most = MOST_NEIGHBOURS if self.rule == SYMMETRIC else self.k
+        rule = Rule(self.rule, self.margin, self.k, most)
+
+        def find(span: tuple[int, int]) -> Hits:
+            return hits(self.searcher, self.classes, self.source.load(span), rule)
+
+        spans = plan_blocks(self.source.total, QUERY_ROWS)
+        with progress.bar(self.source.total, "searching", "rows") as bar:
+            for span, found in zip(spans, in_order(find, spans, self.threads), strict=True):
+                flags[found.rows] = True
+                self.cut += found.cut
+                if len(found.a):
+                    yield found.a, found.b
+                bar.update(span[1] - span[0])
+        self._flags = flags
+
+
+def adc_candidates(index: Index, features: Features | None, options: settings.Dedup) -> Adc:
+    """Set up method ``adc``: load the index, and find the margin.
+
+    Parameters
+    ----------
+    index : Index
+    features : Features or None
+        The rows that were indexed. Without them the margin is the default one, and nothing that
+        is found is verified.
+    options : settings.Dedup
+
+    Returns
+    -------
+    Adc
+        Nothing is searched yet: `Adc.pairs` does.
+
+    Raises
+    ------
+    SnipError
+        If the features are not those of the index.
+    UsageError
+        If a rule that needs features is asked for without them.
+    """
+    if features is None and options.rule == "ratio":
+        raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
+    space = index.space if features is None else query_space(index, features, options.encoder)
+    classes = classes_of(index.lists())
+    source = (
+        code_queries(index, classes.lists)
+        if features is None
+        else feature_queries(index, space, features)
+    )
+    adc = Adc(index, classes, source, options)
+    if features is None:
+        adc.rule = SYMMETRIC
+    if options.margin is not None:
+        adc.margin, adc.calibration = options.margin, {"source": "given"}
+        return adc
+    if features is not None:
+        sample = calibration_sample(features.rows, options)
+        truth = true_duplicates(features, sample, options.threshold, adc.threads)
+        if truth.any():
+            best = best_scores(
+                adc.searcher,
+                adc.shared,
+                feature_queries(index, space, features, sample),
+                adc.rule,
+                adc.threads,
+            )
+            adc.margin, adc.calibration = calibrate(best, truth, options.precision)
+            return adc
+    adc.margin = default_margin(
+        adc.rule,
+        index.code_size,
+        precision=options.precision,
+        threshold=options.threshold,
+        encoded=bool(index.manifest["request"]["as_stored"]) or space.encoder is not None,
+    )
+    adc.calibration = {"source": "default"}
+    return adc
+
+
+def search_adc(
+    features: Features | None, options: settings.Dedup, work: Path, stage: Stage
+) -> Found:
+    """Find pairs by the adaptive threshold on the ADC distance.
+
+    Parameters
+    ----------
+    features : Features or None
+        Without them pairs stay unverified, and an index must be given.
+    options : settings.Dedup
+    work : Path
+        Where an index is built if none is given.
+    stage : function of str
+        Times a stage.
+    """
+    with stage("index"):
+        index = open_or_build(features, options, work)
+    if features is None:
+        return unverified(index, options, stage)
+    threads = cores(options.threads)
+    with stage("read"):
+        seen = scan(
+            features,
+            chunk_rows=options.chunk_rows,
+            threads=threads,
+            keep_bad=options.bad_rows == "keep",
+        )
+    with stage("search"):
+        adc = adc_candidates(index, features, options)
+        builder = ForestBuilder()
+        skip = seen.skipped(features.rows)
+        first = np.arange(features.rows)
+        first[seen.copies] = seen.firsts
+        for pair in adc.pairs():
+            a, b = first[pair[0]], first[pair[1]]
+            open_ = (a != b) & ~skip[a] & ~skip[b]
+            for edges in verify_pairs(features, a[open_], b[open_], options.threshold, threads):
+                builder.add(edges)
+    return Found(
+        names=[shard.path.name for shard in features.shards],
+        offsets=features.offsets,
+        threshold=options.threshold,
+        forest=builder.forest(),
+        copies=seen.copies,
+        firsts=seen.firsts,
+        bad=seen.bad,
+        crcs=seen.crcs,
+        flags=adc.flags,
+        notes=describe(adc),
+    )
+
+
+def check_given(features: Features | None, options: settings.Dedup) -> None:
+    """Refuse an index or encoder that cannot be used, before any work.
+
+    Raises
+    ------
+    SnipError
+        If it is not there, or is of other features.
+    """
+    if options.index is not None:
+        index = Index.open(options.index)
+        if features is not None:
+            query_space(index, features, options.encoder)
+    elif options.encoder is not None:
+        from snipdedup.train.encoder import Encoder
+
+        Encoder.load(options.encoder, device="cpu")
+
+
+def open_or_build(features: Features | None, options: settings.Dedup, work: Path) -> Index:
+    """Open the index given, or build one of the features."""
+    if options.index is not None or features is None:
+        return Index.open(str(options.index))
+    asked = settings.Index(
+        features=options.features,
+        out=str(work / "index"),
+        encoder=options.encoder,
+        threads=options.threads,
+        seed=options.seed or 0,
+        bad_rows=options.bad_rows,
+    )
+    return build(features, work / "index", asked)[0]
+
+
+def unverified(index: Index, options: settings.Dedup, stage: Stage) -> Found:
+    """Group what passes in an index whose rows are not at hand."""
+    with stage("search"):
+        adc = adc_candidates(index, None, options)
+        pairs, builder = [], ForestBuilder()
+        for a, b in adc.pairs():
+            edges = make_edges(a, b, np.zeros(len(a), np.float32))
+            pairs.append(edges)
+            builder.add(spanning_forest(edges))
+    nothing = np.empty(0, np.int64)
+    return Found(
+        names=[str(shard["name"]) for shard in index.manifest["shards"]],
+        offsets=index.offsets,
+        threshold=options.threshold,
+        forest=builder.forest(),
+        copies=nothing,
+        firsts=nothing,
+        bad=index.bad_rows(),
+        pairs=unique_edges(join_edges(pairs)),
+        flags=adc.flags,
+        notes=describe(adc),
+    )
+
+
+def unique_edges(edges: Edges) -> Edges:
+    """Return edges without repeats, ordered by (a, b)."""
+    edges = edges.where(np.lexsort((edges.b, edges.a)))
+    new = np.ones(len(edges.a), bool)
+    new[1:] = (np.diff(edges.a) != 0) | (np.diff(edges.b) != 0)
+    return edges.where(new)
+
+
+def describe(adc: Adc) -> dict[str, Any]:
+    """Return the method's figures for the manifest."""
+    return {
+        "rule": adc.rule,
+        "margin": float(adc.margin),
+        "calibration": adc.calibration,
+        "flagged": int(adc.flags.sum()),
+        "cut_rows": adc.cut,
+    }

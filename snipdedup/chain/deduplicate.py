@@ -1,0 +1,286 @@
+"""The chain: scan, search, verify, group, write.
+
+``dedup`` is the library's function, ``run`` the command. Both do the same; ``run`` adds what paths
+need: an OUT folder that is claimed first and whose manifest is written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from snipdedup.chain.adc import check_given
+from snipdedup.chain.finding import method_of, search
+from snipdedup.chain.inputs import Inputs, open_inputs
+from snipdedup.chain.outfolder import (
+    KIND,
+    check_metadata,
+    check_order,
+    clear_earlier,
+    describe_run,
+    prepare_pairs,
+    saved_settings,
+    write_tables,
+)
+from snipdedup.chain.reload import finished_run, load_found, load_result
+from snipdedup.chain.result import Found, Result, check_threshold, decide, decide_fraction
+from snipdedup.chain.summary import summary
+from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.ground import locks, store
+from snipdedup.ground.compute import cores, library_threads, pick_device
+from snipdedup.ground.progress import Clock
+from snipdedup.ground.shards import (
+    Features,
+    accept_dates,
+    implied_metadata,
+    request_of,
+)
+from snipdedup.grouping.keep import rank_by
+from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.settings import Dedup, keep_rules, parse_epsilons
+
+# Settings that say how a result is computed, not what it is.
+HOW = {
+    "out", "overwrite", "chunk_rows", "threads", "max_memory", "device", "features", "metadata",
+    "max_pairs", "keep_work",
+}  # fmt: skip
+
+
+SOURCES = {"text": "text_features", "references": "reference"}  # manifest entry: its setting
+
+
+def dedup(features: Any, **settings: Any) -> Result:
+    """Find near-duplicates among features.
+
+    Parameters
+    ----------
+    features : (n, d) float array, path, or a sequence of either
+        As `snipdedup.ground.shards.open_features` takes them.
+    **settings
+        Any setting of ``snip dedup``: ``threshold``, ``method``, ``grouping``, ``keep``, ...
+        With ``out`` the result is also written there.
+
+    Returns
+    -------
+    Result
+        ``is_dup`` (n,) bool, ``groups`` and ``forest`` tables, ``at(threshold)``.
+
+    Raises
+    ------
+    SnipError
+        If the input cannot be used; says what was found, where, and what to do.
+    """
+    options = Dedup(features=features, **settings)
+    if options.out is not None:
+        return execute(options, load=True)[0]
+    options = options.filled()
+    if options.device != "auto":
+        pick_device(options.device)
+    inputs = open_inputs(options)
+    by_column = options.method != "semdedup" and keep_rules(str(options.keep))[0]
+    metadata = open_table(options, inputs.features) if by_column else None
+    check_order(options, metadata)  # refused now, not after the search
+    with tempfile.TemporaryDirectory(prefix="snip-") as work:
+        found = search(inputs, options, Path(work), Clock())
+    return decide_by(found, inputs.features, metadata, options)
+
+
+def run(options: Dedup) -> str:
+    """Run ``snip dedup`` and return its summary."""
+    if options.out is None:
+        raise UsageError("dedup needs --out; for example: snip dedup img_emb --out clean")
+    return execute(options)[1]
+
+
+@locks.given_up()
+def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
+    """Claim OUT, search, decide, write; return the result and its summary.
+
+    Of a run that is finished already the result is read back with ``load``, else None.
+    """
+    clock, out = Clock(), Path(str(options.out)).expanduser()
+    if options.device != "auto":
+        pick_device(options.device)
+    earlier = finished_run(options.features)
+    if earlier is not None:
+        with store.as_written(earlier):
+            options = inherit(options, earlier)
+    options = options.filled()
+    inputs = open_inputs(options)
+    features, metadata = inputs.features, open_table(options, inputs.features)
+    store.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
+    key = check_metadata(options, metadata)  # refused now, not after the search
+    request = describe_request(options, inputs, metadata)
+    if earlier is None and method_of(options) == "adc":
+        check_given(features, options)
+    found = None if earlier is None else reuse(earlier, inputs, options)
+    if features is not None and (out / store.MANIFEST).is_file():
+        accept_dates(request, features, store.read_manifest(out, KIND))
+    state = store.claim(out, KIND, request, overwrite=options.overwrite, late=True)
+    if state == "done":
+        said = f"{out} is finished already with these settings; --overwrite makes it anew"
+        with store.as_written(out):
+            return load_result(out, inputs, options, metadata) if load else None, said
+    try:
+        found = found or search(inputs, options, out / store.WORK, clock)
+        for source in filter(None, (inputs.features, inputs.text)):
+            source.refuse_changed()
+    except InputError:
+        store.release(out)
+        raise
+    with clock.stage("group"):
+        result = decide_by(found, features, metadata, options)
+    options = dataclasses.replace(options, threshold=result.threshold)
+    if options.pairs:
+        with clock.stage("pairs"):
+            prepare_pairs(result, out / store.WORK, options)
+    with clock.stage("write"):
+        clear_earlier(out)
+        outputs = write_tables(result, out, metadata, key, options)
+    body = {
+        "request": request,
+        "settings": saved_settings(options, method_of(options)),
+        **describe_run(result, inputs, metadata, options),
+        "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
+    }
+    store.write_manifest(out, KIND, body, outputs)
+    if not options.keep_work:
+        store.end_work(out)
+    return result, summary(result, out, body)
+
+
+def decide_by(
+    found: Found, features: Features | None, metadata: Metadata | None, options: Dedup
+) -> Result:
+    """Decide by the settings, which are `Dedup.filled`."""
+    grouping, keep, seed = str(options.grouping), str(options.keep), options.seed or 0
+    rank = None if options.method == "semdedup" else rank_by(keep, seed, metadata)
+    with library_threads(cores(options.threads)):
+        if options.keep_fraction is None:
+            return decide(found, features, options.threshold, grouping, keep, seed, rank)
+
+        def decide_at(threshold: float) -> Result:
+            return decide(found, features, threshold, grouping, keep, seed, rank)
+
+        result = decide_fraction(found, options.keep_fraction, decide_at)
+    return dataclasses.replace(result, found=found.at(result.threshold))
+
+
+def reuse(earlier: Path, inputs: Inputs, options: Dedup) -> Found:
+    """Return what a finished run found, as if it had searched at this threshold."""
+    with store.as_written(earlier):
+        found = load_found(earlier, inputs, options)
+    if options.keep_fraction is not None:  # looks from the searched threshold on
+        return found
+    check_threshold(found, options.threshold)
+    return found.at(options.threshold)
+
+
+def list_inputs(
+    options: Dedup, inputs: Inputs, metadata: Metadata | None, earlier: Path | None
+) -> list[Path]:
+    """Return the files and folders that are read, in which OUT must not lie."""
+    folders = [Path(str(name)).expanduser() for name in (options.index, options.encoder) if name]
+    return [
+        *inputs.paths(),
+        *(metadata.inputs() if metadata else []),
+        *(folder for folder in folders if folder.is_dir()),
+        *([earlier] if earlier else []),
+    ]
+
+
+def open_table(options: Dedup, features: Features | None) -> Metadata | None:
+    """Open META where there is one, and check that its rows match the features'."""
+    spec = options.metadata
+    if spec is None and isinstance(options.features, str | Path):
+        implied = implied_metadata(options.features)
+        spec = None if implied is None else str(implied)
+    if spec is None:
+        if options.key is not None:
+            raise UsageError("--key names a column of the metadata: give --metadata too")
+        return None
+    metadata = open_metadata(spec)
+    if features is not None:
+        metadata.check_matches(features)
+    else:
+        held = store.read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
+        metadata.check_rows([(shard["name"], shard["rows"]) for shard in held])
+    return metadata
+
+
+def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
+    """Return what the result depends on, by name."""
+    settings = {k: v for k, v in options.as_dict().items() if k not in HOW}
+    settings["epsilon"] = parse_epsilons(options.epsilon)
+    if inputs.text is not None:
+        settings["text_features"] = request_of(inputs.text)
+    if inputs.references is not None:
+        settings["reference"] = [item.request() for item in inputs.references.items]
+    settings["method"] = method_of(options)
+    for name in ("index", "encoder"):  # what they are, not where
+        if settings[name] is not None:
+            manifest = Path(settings[name]).expanduser() / store.MANIFEST
+            settings[name] = store.sha256(manifest) if manifest.is_file() else settings[name]
+    described = request_of(inputs.features) if inputs.features else {}
+    table = None
+    if metadata is not None:
+        table = [describe_file(file.path, file.rows) for file in metadata.files]
+    return {**settings, "features": None, **described, "metadata": table}
+
+
+def describe_file(path: Path, rows: int) -> dict[str, Any]:
+    """Return what tells a metadata file from another."""
+    stat = path.stat()
+    return {"name": path.name, "rows": rows, "size": stat.st_size, "changed": stat.st_mtime_ns}
+
+
+def inherit(options: Dedup, earlier: Path) -> Dedup:
+    """Return settings for a re-threshold: the input and the search of the finished run."""
+    manifest = store.read_manifest(earlier, KIND)
+    searched = manifest["settings"]
+    gone = [name for name, flag in SOURCES.items() if manifest.get(name) and not searched[flag]]
+    if searched["features"] is None or gone:
+        what = gone[0] if gone else "features"
+        raise SnipError(f"{earlier} names no {what}; use Result.at(threshold), or search again")
+    if options.method not in (None, searched["method"]):
+        raise UsageError(
+            f"{earlier} was searched by {searched['method']}; search again to change it"
+        )
+    if searched["method"] == "semdedup" and options.keep not in (None, searched["keep"]):
+        raise UsageError(f"{earlier} was searched with --keep {searched['keep']}; search again")
+    kept = (
+        "features", "parts", "array", "column", "method", "index", "encoder", "bad_rows",
+        "recall", "rule", "margin", "precision", "calibration_rows", "k", "nprobe",
+        "text_features", "text_threshold", "reference", "clusters", "borders",
+    )  # fmt: skip
+    refuse_search_flags(options, searched, kept[1:], earlier)
+    metadata = options.metadata or searched["metadata"]
+    settings = {name: searched[name] for name in kept if name in searched}
+    for name in ("grouping", "keep", "seed", "key"):  # what is not said now stays as it was
+        settings[name] = (
+            searched[name] if getattr(options, name) is None else getattr(options, name)
+        )
+    return Dedup(**{**options.as_dict(), **settings, "metadata": metadata})
+
+
+def refuse_search_flags(
+    options: Dedup, searched: dict[str, Any], names: Sequence[str], earlier: Path
+) -> None:
+    """Refuse settings of the search that are not those by which the finished run was searched."""
+    plain = {field.name: field.default for field in dataclasses.fields(Dedup)}
+    saved = saved_settings(options, searched["method"])
+    for name in names:
+        given = getattr(options, name)
+        unsaid = given is None or (isinstance(given, str | int | float) and given == plain[name])
+        same = saved[name] is not None and saved[name] == searched.get(name)
+        if unsaid or same or name not in searched:
+            continue
+        was = "without it" if searched[name] is None else f"with {searched[name]}"
+        value = f" {given}" if isinstance(given, str | int | float | Path) else ""
+        raise UsageError(
+            f"--{name}{value} belongs to the search, and {earlier} was searched {was}; search the "
+            "features again to change it"
+        )

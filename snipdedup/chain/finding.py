@@ -1,0 +1,212 @@
+"""The search: what there is to compare, and which pairs the method asked for finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup.chain.adc import search_adc
+from snipdedup.chain.captions import with_captions
+from snipdedup.chain.inputs import Inputs
+from snipdedup.chain.references import References, kept_model, settle
+from snipdedup.chain.result import Found, decide
+from snipdedup.chain.semdedup import search_semdedup
+from snipdedup.ground import store
+from snipdedup.ground.compute import cores, memory_bound, pick_device
+from snipdedup.ground.progress import Clock
+from snipdedup.ground.scan import Scan, scan
+from snipdedup.ground.shards import Features
+from snipdedup.grouping.groups import Best
+from snipdedup.grouping.pairs import all_pairs
+from snipdedup.search.exact import exact_edges
+from snipdedup.search.forest import Edges, ForestBuilder, join_edges
+from snipdedup.search.join import join, needed_memory
+from snipdedup.settings import Dedup
+
+
+def method_of(options: Dedup) -> str:
+    """Return the method asked for; an index without one means ``adc``."""
+    if options.method is not None:
+        return options.method
+    return "adc" if options.index is not None else "join"
+
+
+def search(inputs: Inputs, options: Dedup, work: Path, clock: Clock) -> Found:
+    """Find all pairs by the method asked for.
+
+    Raises
+    ------
+    SnipError
+        If there are bad rows and they are not to be kept.
+    """
+    features, method = inputs.features, method_of(options)
+    if method == "adc" or features is None:
+        return search_adc(features, options, work, clock.stage)
+    if method == "semdedup":
+        return find_semdedup(features, options, work, clock)
+    compare = search_join if method == "join" else search_exact
+    if inputs.references is None:
+        found = make_found(features, options, *compare(features, 0, options, work, clock))
+    else:
+        found = find_beside(inputs.references, features, options, work, clock, compare)
+    also = inputs.also(options)
+    if inputs.text is None or also is None:
+        return found
+    with clock.stage("captions"):
+        seen = read_all(inputs.text, options)
+        found = with_captions(found, features, seen, also, cores(options.threads))
+    return dataclasses.replace(found, text_crcs=seen.crcs)
+
+
+def search_join(
+    features: Features, frozen: int, options: Dedup, work: Path, clock: Clock
+) -> tuple[Scan, Edges, dict[str, Any]]:
+    """Find pairs by the join; pairs among the first ``frozen`` rows are not wanted."""
+    threads = cores(options.threads)
+    return join(
+        features,
+        threshold=options.threshold,
+        recall=options.recall,
+        seed=options.seed or 0,
+        keep_bad=options.bad_rows == "keep",
+        chunk_rows=options.chunk_rows,
+        threads=threads,
+        memory=memory_bound(options.max_memory, needed_memory(features, threads)),
+        device=pick_device(options.device),
+        work=work,
+        stage=clock.stage,
+        frozen=frozen,
+    )
+
+
+def search_exact(
+    features: Features, frozen: int, options: Dedup, work: Path, clock: Clock
+) -> tuple[Scan, Edges, dict[str, Any]]:
+    """Find all pairs by brute force, but those among the first ``frozen`` rows."""
+    del work
+    threads, memory = cores(options.threads), memory_bound(options.max_memory)
+    with clock.stage("read"):
+        seen = read_all(features, options)
+    with clock.stage("compare"):
+        rows = np.flatnonzero(~seen.skipped(features.rows, frozen))
+        builder = ForestBuilder()
+        for edges in exact_edges(
+            features, rows, options.threshold, threads=threads, memory=memory, frozen=frozen
+        ):
+            builder.add(edges)
+    return seen, builder.forest(), {}
+
+
+def read_all(features: Features, options: Dedup) -> Scan:
+    """Read all rows once."""
+    return scan(
+        features,
+        chunk_rows=options.chunk_rows,
+        threads=cores(options.threads),
+        keep_bad=options.bad_rows == "keep",
+    )
+
+
+def find_beside(
+    references: References,
+    features: Features,
+    options: Dedup,
+    work: Path,
+    clock: Clock,
+    compare: Any,
+) -> Found:
+    """Search over reference rows and features, and cut down what is found to the features."""
+    rows, frozen = references.before(features), references.rows
+    model = kept_model(references, features.rows, options) if compare is search_join else None
+    if model is not None and not (work / "model.npz").is_file():
+        with store.replacing(work / "model.npz") as part:
+            shutil.copyfile(model, part)
+    seen, forest, notes = compare(rows, frozen, options, work, clock)
+    if compare is search_join:
+        notes = {**notes, "model": "fitted" if model is None else "kept"}
+    with clock.stage("refer"):
+        settled = settle(
+            rows,
+            frozen,
+            forest,
+            (seen.copies, seen.firsts),
+            options.threshold,
+            cores(options.threads),
+        )
+    shards = len(references.features.shards)
+    bad = seen.bad[seen.bad >= frozen] - frozen
+    own = Scan(bad, settled.copies, settled.firsts, seen.crcs[shards:])
+    return dataclasses.replace(
+        make_found(features, options, own, settled.forest, notes),
+        references=references,
+        reference_crcs=seen.crcs[:shards],
+        nearest=settled.nearest,
+    )
+
+
+def find_semdedup(features: Features, options: Dedup, work: Path, clock: Clock) -> Found:
+    """Find by SemDeDup's rule, and what the borders of its clusters cost."""
+    with clock.stage("read"):
+        seen = read_all(features, options)
+    best = search_semdedup(
+        features,
+        seen,
+        clusters=options.clusters,
+        keep=str(options.keep),
+        seed=options.seed or 0,
+        threads=cores(options.threads),
+        stage=clock.stage,
+    )
+    notes: dict[str, Any] = {"clusters": len(best.centroids)}
+    if options.borders:
+        with clock.stage("borders"):
+            notes["borders"] = border_cost(features, best, options, work)
+    found = make_found(features, options, seen, join_edges([]), notes)
+    return dataclasses.replace(found, best=best)
+
+
+def border_cost(features: Features, best: Best, options: Dedup, work: Path) -> dict[str, int]:
+    """Return what the join finds that lies across borders of clusters.
+
+    ``pairs`` and ``across`` count pairs of distinct rows; ``beside`` the rows that stay although an
+    earlier row that stays is their pair; ``star`` what star would remove, ``both`` what both do.
+    """
+    clock = Clock()
+    found = make_found(features, options, *search_join(features, 0, options, work, clock))
+    gone = best.removed(options.threshold)
+    pairs, across = 0, 0
+    beside = np.zeros(features.rows, bool)
+    threads = cores(options.threads)
+    for edges in all_pairs(features, found.forest, options.threshold, threads):
+        pairs += len(edges.a)
+        across += int((best.cluster[edges.a] != best.cluster[edges.b]).sum())
+        beside[edges.b[~gone[edges.a] & ~gone[edges.b]]] = True
+    star = decide(found, features, options.threshold, "star", "first", 0).is_dup
+    return {
+        "pairs": pairs,
+        "across": across,
+        "beside": int(beside.sum()),
+        "star": int(star.sum()),
+        "both": int((star & gone).sum()),
+    }
+
+
+def make_found(
+    features: Features, options: Dedup, seen: Scan, forest: Edges, notes: dict[str, Any]
+) -> Found:
+    """Put together what a scan and a search found."""
+    return Found(
+        names=[shard.path.name for shard in features.shards],
+        offsets=features.offsets,
+        threshold=options.threshold,
+        forest=forest,
+        copies=seen.copies,
+        firsts=seen.firsts,
+        bad=seen.bad,
+        crcs=seen.crcs,
+        notes=notes,
+    )

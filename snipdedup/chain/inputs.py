@@ -1,0 +1,70 @@
+"""What a run compares: FEATURES, the captions' features beside them, the references before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from snipdedup.chain.references import References, open_references
+from snipdedup.errors import SnipError
+from snipdedup.ground.shards import Features, open_features
+from snipdedup.grouping.groups import Also
+from snipdedup.settings import Dedup
+
+
+class Inputs(NamedTuple):
+    """What is compared.
+
+    Attributes
+    ----------
+    features : Features or None
+        None where an index alone is given.
+    text : Features, optional
+        Of the captions, row for row.
+    references : References, optional
+    """
+
+    features: Features | None
+    text: Features | None = None
+    references: References | None = None
+
+    def also(self, options: Dedup) -> Also | None:
+        """Return what a pair must match in besides."""
+        if self.text is None:
+            return None
+        return Also(self.text.gather, options.text_threshold, self.text.dim)
+
+    def paths(self) -> list[Path]:
+        """Return the files and folders that are read."""
+        return [path for source in self if source is not None for path in source.inputs()]
+
+
+def open_inputs(options: Dedup) -> Inputs:
+    """Open what the settings name.
+
+    Raises
+    ------
+    SnipError
+        If something cannot be read, or does not go with FEATURES.
+    """
+    if options.features is None:
+        return Inputs(None)
+    array, column = options.array, options.column
+    features = open_features(options.features, parts=options.parts, array=array, column=column)
+    text = references = None
+    if options.text_features is not None:
+        text = open_features(options.text_features, array=array, column=column)
+        check_captions(features, text)
+    if options.reference is not None:
+        references = open_references(options.reference, array=array, column=column)
+        references.before(features)  # refused now, not after the search
+    return Inputs(features, text, references)
+
+
+def check_captions(features: Features, text: Features) -> None:
+    """Refuse features of captions that do not match those of images row for row."""
+    if text.rows != features.rows:
+        raise SnipError(
+            f"--text_features has {text.rows:,} rows, FEATURES has {features.rows:,}; expected one "
+            "caption for each image, in the same order"
+        )

@@ -1,0 +1,286 @@
+"""OUT: what a run leaves behind, written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup.chain import references
+from snipdedup.chain.inputs import Inputs
+from snipdedup.chain.result import (
+    Found,
+    Result,
+    as_json,
+    forest_table,
+    groups_table,
+    levels,
+    references_table,
+)
+from snipdedup.errors import UsageError
+from snipdedup.ground import store
+from snipdedup.ground.compute import cores, memory_bound
+from snipdedup.ground.shards import request_of
+from snipdedup.grouping.baseline import baselines
+from snipdedup.grouping.groups import Best, Members
+from snipdedup.grouping.keep import rank_by
+from snipdedup.grouping.pairs import all_pairs, too_many, write_pairs
+from snipdedup.metadata.additions import Removed, added_columns, added_names, caption_column
+from snipdedup.metadata.handover import list_columns, write_lists
+from snipdedup.metadata.table import Metadata, kept_names, write_kept
+from snipdedup.settings import EXPORTS, Dedup, named_kinds, parse_epsilons
+
+KIND = references.KIND
+EXPORT = "export"  # the folder of lists for other tools
+TABLES = ("is_dup.npy", "forest.parquet", "groups.parquet", "histogram.parquet")
+OPTIONAL = (
+    "bad_rows.parquet", "flags.npy", "pairs.parquet", "copies.parquet", "references.parquet",
+    "semdedup.parquet", "centroids.npy",
+)  # fmt: skip
+PAIR_TABLES = ("pairs.parquet", "copies.parquet")
+TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
+
+
+def check_metadata(options: Dedup, metadata: Metadata | None) -> str | None:
+    """Return the column of keys; refuse metadata that lacks what the settings ask of it."""
+    check_order(options, metadata)
+    list_columns(named_kinds("export", options.export, EXPORTS), metadata, options.key)
+    if metadata is None:
+        if len(added_names(options)) > 1:
+            raise UsageError(
+                "--merge_captions and --weights add columns to the metadata: give --metadata too"
+            )
+        return None
+    if options.merge_captions is not None:
+        caption_column(options, metadata)
+    kept_names(metadata.files, added_names(options))
+    return metadata.column(options.key)
+
+
+def check_order(options: Dedup, metadata: Metadata | None) -> None:
+    """Refuse metadata that lacks a column of ``--keep``."""
+    if options.method != "semdedup":  # its order is by nearness to centroids
+        rank_by(str(options.keep), 0, metadata)
+
+
+def write_tables(
+    result: Result, out: Path, metadata: Metadata | None, key: str | None, options: Dedup
+) -> list[Path]:
+    """Write all files of OUT but the manifest; return their paths."""
+    store.save_npy(out / "is_dup.npy", result.is_dup)
+    store.save_parquet(out / "forest.parquet", forest_table(result.found))
+    keys = None
+    if metadata is not None and key is not None:
+        order = np.argsort(result.members.row)
+        back = np.argsort(order)
+        keys = metadata.take(key, result.members.row[order]).take(back)
+    store.save_parquet(out / "groups.parquet", groups_table(result, keys))
+    store.save_parquet(out / "histogram.parquet", histogram_table(result))
+    outputs = [out / name for name in TABLES]
+    if len(result.found.bad):
+        store.save_parquet(out / "bad_rows.parquet", bad_table(result.found))
+        outputs.append(out / "bad_rows.parquet")
+    if result.found.flags is not None:
+        store.save_npy(out / "flags.npy", result.found.flags)
+        outputs.append(out / "flags.npy")
+    if result.found.best is not None:
+        outputs += save_best(result.found.best, out)
+    if result.found.references is not None:
+        store.save_parquet(out / "references.parquet", references_table(result.found))
+        outputs.append(out / "references.parquet")
+    if options.pairs:
+        outputs += [(out / store.WORK / name).replace(out / name) for name in PAIR_TABLES]
+    if metadata is not None:
+        outputs += write_metadata(result, out, metadata, options)
+    return outputs
+
+
+def prepare_pairs(result: Result, work: Path, options: Dedup) -> None:
+    """Write ``pairs.parquet`` and ``copies.parquet`` to the work folder, or refuse too many."""
+    import pyarrow as pa
+
+    found, features = result.found, result.features
+    if features is None:
+        raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
+    if len(found.forest.a) > options.max_pairs:
+        raise too_many(options.max_pairs)
+    pairs = all_pairs(features, found.forest, found.threshold, cores(options.threads), found.also)
+    write_pairs(work / "pairs.parquet", pairs, options.max_pairs)
+    copies = pa.table({"row": found.copies, "first": found.firsts})
+    store.save_parquet(work / "copies.parquet", copies)
+
+
+def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup) -> list[Path]:
+    """Write the metadata of the rows that stay, and lists of them for other tools."""
+    work, kinds = out / store.WORK, named_kinds("export", options.export, EXPORTS)
+    gone = np.broadcast_to(np.False_, result.rows) if options.weights else result.is_dup
+    with added_columns(options, metadata, removed_rows(result.members), work) as added:
+        written = write_kept(metadata, gone, out / "metadata", added)
+    columns = list_columns(kinds, metadata, options.key)
+    return written + write_lists(columns, metadata, result.is_dup, out / EXPORT, work)
+
+
+def removed_rows(members: Members) -> Removed:
+    """Return the rows that go, ascending, and what stands for them."""
+    order = np.argsort(members.row)
+    order = order[members.is_dup[order]]
+    return Removed(members.row[order], members.representative[order])
+
+
+def bad_table(found: Found) -> Any:
+    """Return the rows that could not be compared, with their places."""
+    import pyarrow as pa
+
+    shard = np.searchsorted(found.offsets, found.bad, side="right") - 1
+    names = pa.array(found.names, pa.string())
+    return pa.table(
+        {
+            "row": found.bad,
+            "shard": names.take(pa.array(shard)),
+            "shard_row": found.bad - found.offsets[shard],
+        }
+    )
+
+
+def histogram_table(result: Result) -> Any:
+    """Return how many groups have each size, and how many rows that stay each ``dup_count``."""
+    import pyarrow as pa
+
+    _, sizes = np.unique(result.members.group, return_counts=True)
+    rows, named = result.dup_counts()
+    named = named[~result.is_dup[rows]]
+    size, groups = np.unique(sizes, return_counts=True)
+    dup_count, staying = np.unique(named, return_counts=True)
+    of = ["group_size"] * len(size) + ["dup_count"] * (1 + len(dup_count))
+    return pa.table(
+        {
+            "of": pa.array(of, pa.string()),
+            "value": np.concatenate([size, [0], dup_count]).astype(np.int64),
+            "count": np.concatenate([groups, [result.kept - len(named)], staying]).astype(np.int64),
+        }
+    )
+
+
+def describe_run(
+    result: Result, inputs: Inputs, metadata: Metadata | None, options: Dedup
+) -> dict[str, Any]:
+    """Return the manifest's entries about what was found and decided."""
+    found, features = result.found, inputs.features
+    shards = features.describe() if features else []
+    for shard, crc in zip(shards, found.crcs, strict=False):
+        shard["crc32"] = f"{crc:08x}"
+    _, sizes = np.unique(result.members.group, return_counts=True)
+    steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
+    forest_tells = found.verified and found.best is None
+    table = [t for t in steps if found.threshold <= t <= 1] if forest_tells else []
+    return {
+        "command": KIND,
+        "verified": found.verified,
+        "shards": shards or [
+            {"name": name, "rows": int(rows)}
+            for name, rows in zip(found.names, np.diff(found.offsets), strict=True)
+        ],
+        "counts": {
+            "rows": result.rows,
+            "removed": result.removed,
+            "kept": result.kept,
+            "groups": len(sizes),
+            "largest_group": int(sizes.max(initial=1)),
+            "exact_copies": len(found.copies),
+            "bad_rows": len(found.bad),
+            "chained": result.chained,
+            "forest_edges": len(found.whole_forest.a),
+            **more_counts(result),
+        },
+        **describe_sources(inputs, found),
+        "baselines": baselines(metadata, result.members) if metadata else {},
+        "thresholds": as_json(levels(found, table)),
+        "epsilons": epsilon_table(found.best, options) if found.best else [],
+        "method": found.notes,
+    }  # fmt: skip
+
+
+def more_counts(result: Result) -> dict[str, int]:
+    """Return the counts that references add."""
+    if result.found.references is None:
+        return {}
+    named = result.members.representative[result.members.is_dup]
+    counts = {"reference_rows": result.found.references.rows}
+    return counts | {"removed_for_reference": int((named < 0).sum())}
+
+
+def describe_sources(inputs: Inputs, found: Found) -> dict[str, Any]:
+    """Return the manifest's entries about captions and references."""
+    entries: dict[str, Any] = {}
+    if inputs.text is not None:
+        shards = inputs.text.describe()
+        for shard, crc in zip(shards, found.text_crcs, strict=True):
+            shard["crc32"] = f"{crc:08x}"
+        entries["text"] = {"request": request_of(inputs.text), "shards": shards}
+    if inputs.references is not None:
+        entries["references"] = inputs.references.describe(found.reference_crcs)
+    return entries
+
+
+def epsilon_table(best: Best, options: Dedup) -> list[dict[str, Any]]:
+    """Return what goes at each epsilon asked for."""
+    epsilons = parse_epsilons(options.epsilon) or [round(1 - options.threshold, 9)]
+    return [
+        {"epsilon": epsilon, "removed": int(best.removed(1 - epsilon).sum())}
+        for epsilon in epsilons
+    ]
+
+
+def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
+    """Return settings as a manifest holds them: paths absolute, so that a later run finds them."""
+    settings = options.as_dict() | {
+        "method": method,
+        "threads": cores(options.threads),
+        "max_memory": memory_bound(options.max_memory),
+    }
+    for name in ("features", "metadata", "index", "encoder", "text_features"):
+        value = settings[name]
+        is_path = isinstance(value, str | Path)
+        settings[name] = str(Path(value).expanduser().absolute()) if is_path else None
+    sources = [] if options.reference is None else references.split(options.reference)
+    are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
+    settings["epsilon"] = parse_epsilons(options.epsilon)
+    settings["reference"] = (
+        [str(Path(source).expanduser().absolute()) for source in sources] if are_paths else None
+    )
+    return settings
+
+
+def save_best(best: Best, out: Path) -> list[Path]:
+    """Write what SemDeDup's rule looks at, one entry a row, and the centroids."""
+    import pyarrow as pa
+
+    lone = best.match < 0
+    columns = {
+        "cluster": pa.array(best.cluster, mask=best.cluster < 0),
+        "nearness": pa.array(best.nearness, mask=best.cluster < 0),
+        "match": pa.array(best.match, mask=lone),
+        "similarity": pa.array(best.similarity, mask=lone),
+    }
+    store.save_parquet(out / "semdedup.parquet", pa.table(columns))
+    store.save_npy(out / "centroids.npy", best.centroids)
+    return [out / "semdedup.parquet", out / "centroids.npy"]
+
+
+def clear_earlier(out: Path) -> None:
+    """Remove an earlier result from OUT, just before a new one is written.
+
+    Of a finished run what its manifest names; of a stopped one, which has none, every table.
+    """
+    (out / "report.html").unlink(missing_ok=True)  # it would tell of rows that are no more
+    if (out / store.MANIFEST).is_file():
+        store.clear(out, keep_work=True)
+        return
+    for name in (*TABLES, *OPTIONAL):
+        (out / name).unlink(missing_ok=True)
+    for path in (*(out / "metadata").glob("*.parquet"), *(out / EXPORT).glob("*")):
+        path.unlink()
+    for folder in (out / "metadata", out / EXPORT):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

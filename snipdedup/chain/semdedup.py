@@ -1,0 +1,233 @@
+"""SemDeDup's rule: k-means first, then in each cluster a row goes if an earlier row is too near.
+
+Abbas et al., 2023 (arXiv 2303.09540): spherical k-means; the rows of a cluster are ordered by how
+near they are to its centroid (``hard``: the farthest first, ``easy``: the nearest first) or at
+random; a row goes if its highest cosine with any earlier row, whether that stays or not, is above
+1 - epsilon. The highest cosine is found once for all rows, so any epsilon is a look at one column.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from snipdedup.ground import progress
+from snipdedup.ground.compute import Stage, in_order
+from snipdedup.ground.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, unit_rows64
+from snipdedup.ground.scan import Scan
+from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.grouping.groups import Best, group_starts, keep_rank, products
+from snipdedup.train.quantise import draw_sample
+
+CLUSTER_ROWS = 8700  # the paper's mean: 440 million rows in 50,000 clusters
+POINTS_A_CENTROID = 256
+ITERATIONS = 20
+BLOCK = 8192  # rows assigned together, aligned to global rows
+TILE = 2048  # rows of a cluster compared at once
+
+
+def search_semdedup(
+    features: Features,
+    seen: Scan,
+    *,
+    clusters: int,
+    keep: str,
+    seed: int,
+    threads: int,
+    stage: Stage,
+) -> Best:
+    """Find for each row its highest cosine with an earlier row of its cluster.
+
+    Parameters
+    ----------
+    features : Features
+    seen : Scan
+        Bad rows (in no cluster) and exact copies, which are compared once.
+    clusters : int
+        0 for one for `CLUSTER_ROWS` rows.
+    keep : str
+        ``hard``, ``easy`` or ``random``.
+    seed, threads : int
+        The result depends on the seed, not on the threads.
+
+    """
+    with stage("cluster"):
+        clusters = clusters or max(1, round(features.rows / CLUSTER_ROWS))
+        sample = draw_sample(features, unit_rows, clusters * POINTS_A_CENTROID, seed, threads)
+        centroids = spherical_kmeans(sample, min(clusters, len(sample)), seed, threads)
+        cluster, nearness = assign(features, centroids, threads)
+        cluster[seen.bad] = -1
+    with stage("compare"):
+        rank = rank_of(nearness, keep, seed)
+        order = np.lexsort((rank, cluster))
+        order = order[cluster[order] >= 0]
+        leader = leaders(order, seen.copies, seen.firsts, features.rows)
+        distinct = order[leader[order] == order]
+        match, similarity = best_earlier(features, distinct, cluster[distinct], threads)
+        copy = np.flatnonzero(leader != np.arange(features.rows))
+        match[copy], similarity[copy] = leader[copy], 1
+    return Best(cluster, nearness.astype(np.float32), match, similarity, centroids)
+
+
+def spherical_kmeans(x: np.ndarray, count: int, seed: int, threads: int) -> np.ndarray:
+    """Return centroids of norm 1 of unit rows, (count, d) float32; an empty one takes a row."""
+    rng = np.random.default_rng(seed)
+    centroids = x[np.sort(rng.choice(len(x), count, replace=False))]
+    spans = plan_blocks(len(x), BLOCK)
+    for _ in range(ITERATIONS):
+        fixed = centroids
+
+        def nearest(span: tuple[int, int], fixed: np.ndarray = fixed) -> np.ndarray:
+            return cosines(x[slice(*span)], fixed).argmax(1)
+
+        label = np.concatenate(list(in_order(nearest, spans, threads)))
+        order = np.argsort(label, kind="stable")
+        starts = np.searchsorted(label[order], np.arange(count))
+        used = np.flatnonzero(np.diff(np.append(starts, len(x))))
+        sums = np.add.reduceat(x[order], starts[used], axis=0, dtype=np.float64)
+        centroids = x[rng.choice(len(x), count)]
+        centroids[used] = unit_rows64(sums)
+    return centroids
+
+
+def cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the products of float32 unit rows, (m, n) float32."""
+    import torch
+
+    return np.asarray((torch.from_numpy(x) @ torch.from_numpy(y).T).numpy())
+
+
+def assign(
+    features: Features, centroids: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each row's nearest centroid and the cosine with it, (rows,) int32 and float64."""
+    exact = centroids.astype(np.float64)
+
+    def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        rows = features.read(*span)
+        unit, table = unit_rows64(rows), cosines(unit_rows(rows), centroids)
+        label = table.argmax(1)
+        best = table[np.arange(len(table)), label]
+        close = np.flatnonzero((table >= best[:, None] - 2 * PROPOSAL_ERROR).sum(1) > 1)
+        label[close] = (unit[close] @ exact.T).argmax(1)
+        return label.astype(np.int32), np.einsum("ij,ij->i", unit, exact[label])
+
+    spans, parts = plan_blocks(features.rows, BLOCK), []
+    with progress.bar(features.rows, "clustering", "rows") as bar:
+        for part in in_order(find, spans, threads):
+            parts.append(part)
+            bar.update(len(part[0]))
+    label, nearness = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return label, nearness
+
+
+def rank_of(nearness: np.ndarray, keep: str, seed: int) -> np.ndarray:
+    """Return each row's place in its cluster's order, (rows,); ties go by row (a stable sort)."""
+    if keep == "random":
+        return keep_rank(np.arange(len(nearness)), "random", seed)
+    return nearness if keep == "hard" else -nearness
+
+
+def leaders(order: np.ndarray, copies: np.ndarray, firsts: np.ndarray, rows: int) -> np.ndarray:
+    """Return for each row the copy of it that comes first in the order, (rows,) int64."""
+    label = np.arange(rows)
+    label[copies] = firsts
+    place = np.full(rows, rows)
+    place[order] = np.arange(len(order))
+    first = np.full(rows, rows)
+    np.minimum.at(first, label, place)
+    leader, known = np.arange(rows), first[label] < rows
+    leader[known] = order[first[label[known]]]
+    return leader
+
+
+def best_earlier(
+    features: Features, order: np.ndarray, cluster: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each row's nearest earlier row of its cluster, and their cosine.
+
+    Parameters
+    ----------
+    order, cluster : (n,)
+        Distinct rows, cluster by cluster, each in its order; and their clusters.
+
+    Returns
+    -------
+    match : (rows,) int64
+        -1 where there is none; of several equally near the first in the order.
+    similarity : (rows,) float32
+        NaN where there is none.
+    """
+    match = np.full(features.rows, -1)
+    similarity = np.full(features.rows, np.nan, np.float32)
+    starts = group_starts(cluster)
+    tasks = [
+        (int(begin), int(begin) + low, min(int(begin) + low + TILE, int(end)))
+        for begin, end in pairwise(starts)
+        for low in range(0, int(end - begin), TILE)
+    ]
+
+    def find(task: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        return nearest_earlier(features, order, *task)
+
+    with progress.bar(len(order), "comparing", "rows") as bar:
+        for (_, low, high), found in zip(tasks, in_order(find, tasks, threads), strict=True):
+            match[order[low:high]], similarity[order[low:high]] = found
+            bar.update(high - low)
+    return match, similarity
+
+
+def nearest_earlier(
+    features: Features, order: np.ndarray, begin: int, low: int, high: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare the rows at places ``low`` to ``high`` of a cluster with all before them.
+
+    ``begin`` is where the cluster begins. Two tiles of rows are held at a time. float32 products
+    propose; of those that could be the highest the cosine decides.
+    """
+    raw = features.gather(order[low:high])
+    unit = unit_rows(raw)
+    match = np.full(high - low, -1)
+    best = np.full(high - low, -2, np.float32)
+    for start in range(begin, high, TILE):
+        stop = min(start + TILE, high)
+        tile = raw if start == low else features.gather(order[start:stop])
+        table = cosines(unit, unit if start == low else unit_rows(tile))
+        if start == low:
+            table[np.triu_indices(len(unit))] = -2
+        row, place, cosine = tile_best(table, raw, tile, best)
+        better = cosine > best[row]
+        row, place = row[better], place[better]
+        best[row], match[row] = cosine[better], order[start:stop][place]
+    similarity = np.where(match < 0, np.float32(np.nan), np.minimum(best, np.float32(1)))
+    return match, similarity
+
+
+def tile_best(
+    table: np.ndarray, x: np.ndarray, y: np.ndarray, known: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows of a tile that may beat what they have, their best column, and its cosine.
+
+    Parameters
+    ----------
+    table : (m, n) float32
+        Products of unit rows; -2 where there is nothing to compare.
+    x, y : (m, d), (n, d)
+        The rows as stored.
+    known : (m,) float32
+        The highest cosine of each row so far.
+    """
+    place = table.argmax(1)
+    top = table[np.arange(len(table)), place]
+    row = np.flatnonzero((top > -2) & (top >= known - 2 * PROPOSAL_ERROR))
+    near = table >= (top - 2 * PROPOSAL_ERROR)[:, None]
+    tied = np.count_nonzero(near[row], axis=1) > 1
+    place, cosine = place[row], np.empty(len(row), np.float32)
+    cosine[~tied] = pair_cosine(x[row[~tied]], y[place[~tied]])
+    if tied.any():
+        dense = products(unit_rows64(x[row[tied]]), unit_rows64(y))
+        dense[~near[row[tied]]] = -2
+        place[tied] = dense.argmax(1)
+        cosine[tied] = dense.max(1)
+    return row, place, cosine

@@ -1,0 +1,1 @@
+"""Sets, parts of sets and finished folders, fetched."""

@@ -1,0 +1,1 @@
+"""The rows, the shards, files that appear whole."""

@@ -1,0 +1,274 @@
+"""The first read of all rows: checksums, rows that cannot be compared, and exact copies.
+
+Every method starts here. Copies that are equal bit for bit are found by a 64-bit hash and then
+compared, so that what follows sees distinct rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from snipdedup.errors import InputError
+from snipdedup.ground import progress
+from snipdedup.ground.compute import in_order, scratch
+from snipdedup.ground.cosine import Directions, bad_rows, directions, same_bits
+from snipdedup.ground.shards import CrcLedger, Features, Piece, plan_blocks
+
+# Rows computed together: few enough to stay in the cache from the file to the code. Fixed, so that
+# results do not depend on chunk sizes.
+BLOCK = 2048
+SORT_ROWS = 1 << 24  # rows sorted by their hashes at a time
+COMPARE_ROWS = 16_384  # rows gathered at a time to compare copies
+SHOWN_ROWS = 3  # bad rows named in a message
+
+Visit = Callable[[int, np.ndarray, Directions], None]
+
+
+class Scan(NamedTuple):
+    """What one read of all rows tells.
+
+    Attributes
+    ----------
+    bad : (m,) int64
+        Rows with NaN, infinity or zeros only, ascending.
+    copies, firsts : (c,) int64
+        Rows that equal an earlier row bit for bit, ascending, and the first such row.
+    crcs : list of int
+        CRC32 of each shard.
+    """
+
+    bad: np.ndarray
+    copies: np.ndarray
+    firsts: np.ndarray
+    crcs: list[int]
+
+    def skipped(self, rows: int, frozen: int = 0) -> np.ndarray:
+        """Return which rows take no part in a search, (rows,) bool.
+
+        Of the copies of a row below ``frozen``, whose pairs among themselves are not wanted, the
+        first one from ``frozen`` on takes part: its pairs are.
+        """
+        skip = np.zeros(rows, bool)
+        skip[self.bad] = True
+        skip[self.copies] = True
+        beside = (self.copies >= frozen) & (self.firsts < frozen)
+        skip[self.copies[beside][np.unique(self.firsts[beside], return_index=True)[1]]] = False
+        return skip
+
+
+class Seen(NamedTuple):
+    """What reading a range of rows tells.
+
+    Attributes
+    ----------
+    crcs : list of (Piece, int, int)
+        CRC32 and size of the parts of shards.
+    bad : (m,) int64
+        Rows that cannot be compared.
+    hashes : (n,) uint64, or Path
+        A hash of each row, or the ``.npy`` that holds them.
+    """
+
+    crcs: list[tuple[Piece, int, int]]
+    bad: np.ndarray
+    hashes: np.ndarray | Path
+
+    def load_hashes(self) -> np.ndarray:
+        """Return the hashes."""
+        return np.load(self.hashes) if isinstance(self.hashes, Path) else self.hashes
+
+
+def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -> Scan:
+    """Read all rows once.
+
+    Parameters
+    ----------
+    features : Features
+    chunk_rows : int
+        Rows read at a time, rounded up to whole blocks.
+    threads : int
+    keep_bad : bool
+        List bad rows instead of refusing them.
+
+    Raises
+    ------
+    InputError
+        If there are bad rows and ``keep_bad`` is false: how many, and where.
+    """
+    spans = plan_blocks(features.rows, whole_blocks(chunk_rows))
+
+    def read(span: tuple[int, int]) -> Seen:
+        return read_range(features, *span, chunk_rows=chunk_rows)
+
+    parts = []
+    with progress.bar(features.rows, "reading", "rows") as bar:
+        for (start, stop), seen in zip(spans, in_order(read, spans, threads), strict=True):
+            parts.append(seen)
+            bar.update(stop - start)
+    return finish_scan(features, parts, keep_bad)
+
+
+def whole_blocks(rows: int) -> int:
+    """Return ``rows`` rounded up to whole blocks."""
+    return -(-rows // BLOCK) * BLOCK
+
+
+def read_range(
+    features: Features, begin: int, end: int, *, chunk_rows: int, visit: Visit | None = None
+) -> Seen:
+    """Read global rows ``begin`` to ``end``; ``begin`` is a multiple of `BLOCK`.
+
+    ``visit(first row, rows, directions)`` sees each block of `BLOCK` rows, in order.
+    """
+    import torch
+
+    hashes, bad, crcs = [], [], []
+    chunk = min(whole_blocks(chunk_rows), whole_blocks(end - begin))
+    buffer = scratch("rows read", (chunk, features.dim), features.dtype)
+    wide = torch.from_numpy(scratch("rows wide", (BLOCK, features.dim), np.float32))
+    for start, stop in plan_blocks(end - begin, chunk):
+        rows, part = features.read_with_crc(begin + start, begin + stop, buffer)
+        crcs += part
+        for low, high in plan_blocks(len(rows), BLOCK):
+            first, block = begin + start + low, rows[low:high]
+            found = directions(block, wide)
+            bad.append(np.flatnonzero(found.bad) + first)
+            hashes.append(row_hashes(block))
+            if visit is not None:
+                visit(first, block, found)
+    return Seen(crcs, np.concatenate(bad), np.concatenate(hashes))
+
+
+def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:
+    """Put the parts of a scan together: refuse or list bad rows, find exact copies."""
+    bad = np.concatenate([part.bad for part in parts])
+    if len(bad) and not keep_bad:
+        raise InputError(describe_bad(features, bad))
+    ledger = CrcLedger(len(features.shards))
+    for part in parts:
+        ledger.add(part.crcs)
+    copies, firsts = find_copies(features, parts)
+    comparable = ~np.isin(copies, bad)
+    crcs = [
+        crc if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
+        for crc, shard in zip(ledger.totals(), features.shards, strict=True)
+    ]
+    return Scan(bad, copies[comparable], firsts[comparable], crcs)
+
+
+def describe_bad(features: Features, bad: np.ndarray) -> str:
+    """Say how many rows are bad, and where the first ones are."""
+    return (
+        f"{len(bad):,} of {features.rows:,} rows cannot be compared: {bad_places(features, bad)}; "
+        "mend them, or let them stay unmatched with --bad_rows keep"
+    )
+
+
+def refuse_bad(features: Features, numbers: np.ndarray, rows: np.ndarray) -> None:
+    """Refuse rows that cannot be compared, where they cannot be left out either.
+
+    Parameters
+    ----------
+    features : Features
+    numbers : (n,) int64
+        Global rows.
+    rows : (n, d)
+        What they hold.
+    """
+    bad = numbers[bad_rows(rows)]
+    if len(bad):
+        raise InputError(
+            f"rows without a direction: {bad_places(features, bad)}; expected finite values that "
+            "are not all zero: mend or remove such rows first"
+        )
+
+
+def bad_places(features: Features, bad: np.ndarray) -> str:
+    """Say where the first bad rows are, and what they hold."""
+    places = []
+    for row in bad[:SHOWN_ROWS]:
+        path, place = features.place(int(row))
+        values = features.read(int(row), int(row) + 1)
+        what = "NaN" if np.isnan(values).any() else "infinity" if values.any() else "zeros only"
+        places.append(f"{path} row {place} ({what})")
+    return ", ".join(places) + (", ..." if len(bad) > SHOWN_ROWS else "")
+
+
+def row_hashes(rows: np.ndarray) -> np.ndarray:
+    """Return a 64-bit hash of each row's bytes, (n,) uint64.
+
+    Sums of products of two words, each offset by a random constant (NH, Black et al., UMAC,
+    1999). Equal hashes are a reason to compare, not a proof.
+    """
+    data = np.ascontiguousarray(rows).view(np.uint8)
+    padding = -data.shape[1] % 16
+    if padding:
+        data = np.pad(data, ((0, 0), (0, padding)))
+    words = data.view(np.uint64)
+    offsets = np.random.default_rng(0x5E1F).integers(0, 2**64, words.shape[1], np.uint64)
+    words = words + offsets
+    return np.einsum("ij,ij->i", words[:, 0::2], words[:, 1::2])
+
+
+def find_copies(features: Features, parts: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that equal an earlier row bit for bit, and the first such row of each.
+
+    Rows are sorted by hash some at a time, so that memory does not grow with their number.
+
+    Parameters
+    ----------
+    features : Features
+    parts : list of Seen
+        Of consecutive rows, in row order.
+    """
+    rounds = -(-features.rows // SORT_ROWS)
+    copies, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for turn in range(rounds):
+        rows, keys, start = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
+        for part in parts:
+            hashes = part.load_hashes()
+            use = np.flatnonzero(hashes % np.uint64(rounds) == turn)
+            rows.append(start + use)
+            keys.append(hashes[use])
+            start += len(hashes)
+        found = equal_to_first(features, np.concatenate(rows), np.concatenate(keys))
+        copies.append(found[0])
+        firsts.append(found[1])
+    copy, first = np.concatenate(copies), np.concatenate(firsts)
+    order = np.argsort(copy)
+    return copy[order], first[order]
+
+
+def equal_to_first(
+    features: Features, rows: np.ndarray, hashes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return those of the ascending rows that equal an earlier one, and the first such row."""
+    order = np.argsort(hashes, kind="stable")
+    rows, hashes = rows[order], hashes[order]
+    same = hashes[1:] == hashes[:-1]
+    in_run = np.concatenate([same, [False]]) | np.concatenate([[False], same])
+    rows, hashes = rows[in_run], hashes[in_run]
+    copies, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    while len(rows):  # more than one round only where different rows share a hash
+        starts = np.concatenate([[True], hashes[1:] != hashes[:-1]])
+        first = rows[starts][np.cumsum(starts) - 1]
+        rows, first, hashes = rows[~starts], first[~starts], hashes[~starts]
+        equal = equal_rows(features, rows, first)
+        copies.append(rows[equal])
+        firsts.append(first[equal])
+        rows, hashes = rows[~equal], hashes[~equal]
+    return np.concatenate(copies), np.concatenate(firsts)
+
+
+def equal_rows(features: Features, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return which pairs of rows are equal bit for bit, gathering them in row order."""
+    equal = np.zeros(len(x), bool)
+    order = np.argsort(x)
+    for start in range(0, len(x), COMPARE_ROWS):
+        part = order[start : start + COMPARE_ROWS]
+        equal[part] = same_bits(features.gather(x[part]), features.gather(y[part]))
+    return equal

@@ -1,0 +1,421 @@
+"""Rows over shards: which files make up an input, in which order, and how rows are read.
+
+A row number is global: the shard's offset plus the place in the shard. Plans (which rows, which
+files) are pure functions; reading comes after them.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.ground.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
+from snipdedup.ground.store import file_crc
+
+IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
+TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start`` to ``stop`` (exclusive) of shard number ``shard``."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def plan_blocks(rows: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``rows`` into blocks (start, stop) of ``size``, aligned to global row 0."""
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def plan_pieces(offsets: np.ndarray, start: int, stop: int) -> list[Piece]:
+    """Return the pieces of shards that make up global rows ``start`` to ``stop``.
+
+    Parameters
+    ----------
+    offsets : (shards + 1,) int64
+        Global row of each shard's first row, then the number of rows.
+    start, stop : int
+        Global rows, ``stop`` exclusive.
+    """
+    first = int(np.searchsorted(offsets, start, side="right")) - 1
+    pieces = []
+    for shard in range(first, len(offsets) - 1):
+        low, high = int(offsets[shard]), int(offsets[shard + 1])
+        if low >= stop:
+            break
+        if max(start, low) < min(stop, high):
+            pieces.append(Piece(shard, max(start, low) - low, min(stop, high) - low))
+    return pieces
+
+
+class Features:
+    """The rows of one or more shards.
+
+    Attributes
+    ----------
+    shards : tuple of Shard
+    offsets : (shards + 1,) int64
+        Global row of each shard's first row, then the number of rows.
+    rows, dim : int
+    dtype : numpy.dtype
+        The widest type among the shards; narrower ones are widened, which is exact.
+    """
+
+    def __init__(self, shards: Sequence[Shard], folders: Sequence[Path] = ()) -> None:
+        self.shards, self.folders = tuple(shards), tuple(folders)
+        sizes = np.array([shard.rows for shard in shards], np.int64)
+        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        self.rows = int(self.offsets[-1])
+        if not self.rows:
+            names = ", ".join(str(shard.path) for shard in shards[:3])
+            raise SnipError(f"no rows at all in {names}; expected at least one feature")
+        filled = [shard for shard in shards if shard.rows]
+        self.dim = filled[0].dim
+        for shard in shards:
+            if shard.dim != self.dim and (shard.rows or shard.dim):
+                raise SnipError(
+                    f"{shard.path}: rows are {shard.dim} wide, those of {filled[0].path} are "
+                    f"{self.dim}; shards of one set have one width"
+                )
+        self.dtype = np.result_type(*(shard.dtype for shard in filled))
+        self.opened = self._files()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return global rows ``start`` to ``stop`` (exclusive): (n, dim) `dtype`."""
+        pieces = plan_pieces(self.offsets, start, stop)
+        blocks = [self.shards[p.shard].read(p.start, p.stop) for p in pieces]
+        if len(blocks) == 1:
+            return blocks[0].astype(self.dtype, copy=False)
+        return np.concatenate([np.empty((0, self.dim), self.dtype), *blocks]).astype(
+            self.dtype, copy=False
+        )
+
+    def read_with_crc(
+        self, start: int, stop: int, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, list[tuple[Piece, int, int]]]:
+        """Return rows as `read` does, and of each piece (piece, CRC32, bytes of the file).
+
+        ``out``, (>= stop - start, dim) of `dtype`, is memory for the rows; else they get their own.
+        """
+        rows = np.empty((stop - start, self.dim), self.dtype) if out is None else out
+        rows, crcs = rows[: stop - start], []
+        for piece in plan_pieces(self.offsets, start, stop):
+            shard, first = self.shards[piece.shard], int(self.offsets[piece.shard]) - start
+            part = rows[first + piece.start : first + piece.stop]
+            stored = part
+            if shard.dtype == self.dtype:
+                shard.read_into(piece.start, piece.stop, part)
+            else:
+                stored = shard.read(piece.start, piece.stop)
+                part[:] = stored
+            crcs.append((piece, *shard.crc_piece(piece.start, stored)))
+        return rows, crcs
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the given global rows, in the order asked, read in row order.
+
+        Parameters
+        ----------
+        rows : (n,) int64
+            Global row numbers, any order, repeats allowed.
+        """
+        if _ascending(rows):
+            return self.gather_ascending(rows)
+        wanted, back = np.unique(rows, return_inverse=True)
+        return self.gather_ascending(wanted)[back]
+
+    def gather_ascending(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the given global rows, (n,) int64 strictly ascending.
+
+        ``out``, (>= n, dim) of `dtype`, is memory for them; else they get their own.
+        """
+        found = np.empty((len(rows), self.dim), self.dtype) if out is None else out[: len(rows)]
+        cuts = np.searchsorted(rows, self.offsets)
+        for shard in np.flatnonzero(np.diff(cuts)):
+            part = slice(cuts[shard], cuts[shard + 1])
+            self.shards[shard].take_into(rows[part] - self.offsets[shard], found[part])
+        return found
+
+    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, rows) in row order, ``size`` rows at a time."""
+        for start, stop in plan_blocks(self.rows, size):
+            yield start, self.read(start, stop)
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """Return the file and the row in it of a global row, for messages."""
+        shard = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return self.shards[shard].path, int(row - self.offsets[shard])
+
+    def paths(self) -> list[Path]:
+        """Return the files, in shard order; none for arrays in memory."""
+        return [s.path for s in self.shards if not isinstance(s, ArrayShard)]
+
+    def inputs(self) -> list[Path]:
+        """Return the folders that were named as input, and the files."""
+        return [*self.folders, *self.paths()]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return name, size, rows and dtype of each shard, as manifests hold them."""
+        return [
+            {
+                "name": shard.path.name,
+                "size": _size(shard),
+                "rows": shard.rows,
+                "dtype": str(shard.dtype),
+            }
+            for shard in self.shards
+        ]
+
+    def _files(self) -> list[tuple[int, int, int]]:
+        found = [path.stat() for path in self.paths()]
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
+
+    def refuse_changed(self) -> None:
+        """Refuse files that changed since they were opened: what was read is a mixture.
+
+        Raises
+        ------
+        InputError
+            Names the first.
+        """
+        for path, before, now in zip(self.paths(), self.opened, self._files(), strict=True):
+            if before != now:
+                raise InputError(f"{path}: changed while it was read; run it again")
+
+    def stamps(self) -> list[int]:
+        """Return what tells each shard from another of its name, size and shape.
+
+        When a file was last changed, ns; of an array the CRC32.
+        """
+        return [_stamp(shard) for shard in self.shards]
+
+
+def request_of(features: Features) -> dict[str, Any]:
+    """Return what tells features from others, as the entries of a request (`store.claim`)."""
+    return {"features": features.describe(), "features_changed": features.stamps()}
+
+
+def accept_dates(request: dict[str, Any], features: Features, finished: dict[str, Any]) -> None:
+    """Put a finished run's dates into a request where shards hold the same bytes as then.
+
+    Parameters
+    ----------
+    request : dict
+        With the entries of `request_of`; changed in place.
+    features : Features
+        May have more shards than the finished run had.
+    finished : dict
+        Its manifest. A shard without ``crc32`` there is never taken for the same.
+    """
+    stamps, dates = request["features_changed"], finished["request"].get("features_changed", [])
+    earlier = zip(dates, finished["request"].get("features", []), finished["shards"], strict=False)
+    for number, (date, described, shard) in enumerate(earlier):
+        if number >= len(stamps) or stamps[number] == date or "crc32" not in shard:
+            continue
+        path = features.shards[number].path
+        if request["features"][number] == described and path.is_file():
+            crc, _ = file_crc(path)
+            stamps[number] = date if f"{crc:08x}" == shard["crc32"] else stamps[number]
+
+
+def _ascending(rows: np.ndarray) -> bool:
+    return bool(np.all(rows[1:] > rows[:-1]))
+
+
+def _size(shard: Shard) -> int:
+    if isinstance(shard, ArrayShard):
+        return shard.array.nbytes
+    return shard.path.stat().st_size
+
+
+def _stamp(shard: Shard) -> int:
+    if isinstance(shard, ArrayShard):
+        return zlib.crc32(np.ascontiguousarray(shard.array).view(np.uint8).data)
+    return shard.path.stat().st_mtime_ns
+
+
+class CrcLedger:
+    """Collects the CRC32 of pieces in any order; gives that of each whole file."""
+
+    def __init__(self, shards: int) -> None:
+        self.pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(shards)]
+
+    def add(self, crcs: Sequence[tuple[Piece, int, int]]) -> None:
+        """Take what `Features.read_with_crc` returned."""
+        for piece, crc, size in crcs:
+            self.pieces[piece.shard].append((piece.start, crc, size))
+
+    def totals(self) -> list[int]:
+        """Return the CRC32 of each shard, 0 for a shard of which nothing was read."""
+        result = []
+        for pieces in self.pieces:
+            total = 0
+            for _, crc, size in sorted(pieces):
+                total = crc32_combine(total, crc, size)
+            result.append(total)
+        return result
+
+
+def open_features(
+    source: Any, *, parts: str | None = None, array: str | None = None, column: str | None = None
+) -> Features:
+    """Open features: an array, arrays, or paths as the command line takes them.
+
+    Parameters
+    ----------
+    source : (n, d) array, path, or a sequence of either
+        A path is a folder (not recursive), a glob, a file, or a ``{part:04d}`` pattern.
+    parts : str, optional
+        Part numbers for a pattern, ``"0:2"``, end exclusive.
+    array, column : str, optional
+        Which array of an ``.npz``, which list column of a parquet file.
+
+    Raises
+    ------
+    SnipError
+        If there is no shard, or one is not what features look like; the file is named.
+    """
+    if isinstance(source, Features):
+        return source
+    if isinstance(source, np.ndarray):
+        return Features([ArrayShard(source, "array")])
+    shards: list[Shard] = []
+    folders: list[Path] = []
+    for number, item in enumerate([source] if isinstance(source, str | Path) else source):
+        if isinstance(item, np.ndarray):
+            shards.append(ArrayShard(item, f"array {number}"))
+        else:
+            shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
+            folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
+    return Features(shards, folders)
+
+
+def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
+    """Return the files that a FEATURES argument means, in shard order.
+
+    Raises
+    ------
+    SnipError
+        If nothing matches, or a folder mixes image and text features.
+    UsageError
+        If ``--parts`` and the pattern do not go together.
+    """
+    text = str(spec)
+    if "://" in text:
+        raise SnipError(
+            f"{text}: features are read from local paths; fetch them first with: snip download"
+        )
+    if "{part" in text:
+        return part_paths(text, parts)
+    if parts is not None:
+        raise UsageError(f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {text}")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return folder_shards(path)
+    if path.is_file():
+        return [path]
+    if not has_magic(text):
+        raise SnipError(f"no such file or folder: {text}")
+    found = natural_sort(Path(name) for name in glob(str(path)) if Path(name).is_file())
+    if not found:
+        raise SnipError(f"no shard found: nothing matches {text}")
+    refuse_mixture(found, text)
+    return found
+
+
+def folder_shards(folder: Path) -> list[Path]:
+    """Return the shards of a folder, or of its ``img_emb/`` where it has none itself."""
+    for suffix in SUFFIXES:
+        found = natural_sort(p for p in folder.iterdir() if is_shard_name(p, suffix))
+        if found:
+            refuse_mixture(found, str(folder))
+            return found
+    inner = folder / "img_emb"
+    if inner.is_dir():
+        return folder_shards(inner)
+    raise SnipError(
+        f"no shard found in {folder}: expected {', '.join('*' + s for s in SUFFIXES)} "
+        "(the folder is not searched recursively)"
+    )
+
+
+def is_shard_name(path: Path, suffix: str) -> bool:
+    """Tell whether a folder's entry is a shard of one type; dot files never are."""
+    return path.suffix.lower() == suffix and not path.name.startswith(".") and path.is_file()
+
+
+def implied_metadata(spec: str | Path) -> Path | None:
+    """Return the ``metadata/`` beside ``img_emb/`` where a folder stands for both."""
+    folder = Path(spec).expanduser()
+    if not folder.is_dir() or not (folder / "img_emb").is_dir():
+        return None
+    if any(is_shard_name(p, s) for s in SUFFIXES for p in folder.iterdir()):
+        return None
+    metadata = folder / "metadata"
+    return metadata if metadata.is_dir() else None
+
+
+def part_paths(pattern: str, parts: str | None) -> list[Path]:
+    """Expand a ``{part:04d}`` pattern over ``--parts start:end``."""
+    start, end = parse_parts(parts, pattern)
+    try:
+        paths = [Path(pattern.format(part=part)).expanduser() for part in range(start, end)]
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{pattern}: expected a pattern such as img_emb_{{part:04d}}.npy"
+        ) from error
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise SnipError(
+            f"no shard found: {missing[0]} ({len(missing)} of {len(paths)} are missing)"
+        )
+    return paths
+
+
+def parse_parts(parts: str | None, pattern: str = "{part}") -> tuple[int, int]:
+    """Parse ``"0:2"`` into (0, 2)."""
+    match = re.fullmatch(r"(\d+):(\d+)", parts or "")
+    if not match or int(match[1]) >= int(match[2]):
+        raise UsageError(f"{pattern} needs --parts START:END, end exclusive, found {parts!r}")
+    return int(match[1]), int(match[2])
+
+
+def natural_key(path: Path) -> tuple[Any, ...]:
+    """Sort key by name with numbers as numbers, then by the whole path."""
+
+    def split(text: str) -> list[tuple[int, int, str]]:
+        return [
+            (0, int(part), "") if part.isdecimal() else (1, 0, part)
+            for part in re.split(r"([0-9]+)", text)
+            if part
+        ]
+
+    return (split(path.name), split(str(path)), str(path))
+
+
+def natural_sort(paths: Any) -> list[Path]:
+    """Return paths in natural order: ``img_emb_2`` before ``img_emb_10``."""
+    return sorted(paths, key=natural_key)
+
+
+def refuse_mixture(paths: Sequence[Path], where: str) -> None:
+    """Refuse files that are image features and text features side by side."""
+    words = {p: set(re.split(r"[^a-z]+", p.stem.lower())) for p in paths}
+    image = [p for p in paths if words[p] & IMAGE_WORDS]
+    text = [p for p in paths if words[p] & TEXT_WORDS and p not in image]
+    if image and text:
+        raise SnipError(
+            f"{where} mixes image and text features ({image[0].name}, {text[0].name}); name one "
+            f"set, for example '{image[0].parent / (image[0].stem.rstrip('0123456789') + '*')}'"
+        )

@@ -1,0 +1,1 @@
+"""Who stays among the rows of a group."""

@@ -1,0 +1,139 @@
+"""Keep rules by column: which copy stays is decided by what the metadata says of it.
+
+Only the columns that the rules name are read, and of those only rows that are in question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.grouping.groups import Rank, keep_rank
+from snipdedup.metadata.table import Metadata, named
+from snipdedup.settings import keep_rules
+
+NULL = np.uint64(2**64 - 1)  # after all values, ascending or descending
+SIGN = np.uint64(1 << 63)
+
+
+def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
+    """Return the function that gives rows their place in keep order, among those it is asked of.
+
+    Parameters
+    ----------
+    keep : str
+        As ``--keep``: ``max:COLUMN``, ``min:COLUMN``, several in order by comma; at the end, for
+        rows that are still even, ``first`` (without it too), ``last`` or ``random``.
+    seed : int
+    metadata : Metadata or None
+        Needed where ``keep`` names columns.
+
+    Raises
+    ------
+    UsageError
+        If columns are named and there is no metadata.
+    SnipError
+        If a column is not there (its columns are listed) or cannot be ordered.
+    """
+    rules, last = keep_rules(keep)
+    if not rules:
+        return partial(keep_rank, keep=last, seed=seed)
+    if metadata is None:
+        raise UsageError(f"--keep {keep} names columns of the metadata: give --metadata too")
+    columns = [metadata.column(name) or name for _, name in rules]
+    kinds = [common_kind(metadata, column) for column in columns]
+    ways = [way for way, _ in rules]
+
+    def rank(rows: np.ndarray) -> np.ndarray:
+        wanted, back = np.unique(rows, return_inverse=True)
+        keys = read_keys(metadata, columns, kinds, ways, wanted)
+        order = np.lexsort((keep_rank(wanted, last, seed), *reversed(keys)))
+        place = np.empty(len(wanted), np.uint64)
+        place[order] = np.arange(len(wanted), dtype=np.uint64)
+        return place[back]
+
+    return rank
+
+
+def common_kind(metadata: Metadata, column: str) -> Any:
+    """Return the arrow type in which a column's values are compared, over all files.
+
+    Whole numbers are compared as such, exactly; mixed with fractions, as float64.
+    """
+    kinds = [file.schema.field(column).type for file in metadata.files]
+    kinds = [kind for kind in kinds if not pa.types.is_null(kind)]
+    tests: tuple[tuple[Callable[[Any], bool], Any], ...] = (
+        (pa.types.is_temporal, pa.timestamp("us")),
+        (is_whole, pa.int64()),
+        (lambda kind: is_whole(kind) or kind == pa.uint64(), pa.uint64()),
+        (is_number, pa.float64()),
+    )
+    for fits, common in tests:
+        if all(map(fits, kinds)):
+            return common
+    found = " and ".join(map(str, dict.fromkeys(kinds)))
+    raise SnipError(
+        f"{named(metadata.files)}: column {column!r} is {found}, expected numbers, or dates, to "
+        "keep rows by"
+    )
+
+
+def is_whole(kind: Any) -> bool:
+    """Tell whether values of an arrow type are whole numbers that int64 holds."""
+    return bool(pa.types.is_boolean(kind) or (pa.types.is_integer(kind) and kind != pa.uint64()))
+
+
+def is_number(kind: Any) -> bool:
+    """Tell whether values of an arrow type are numbers."""
+    return is_whole(kind) or bool(
+        kind == pa.uint64() or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    )
+
+
+def read_keys(
+    metadata: Metadata, columns: list[str], kinds: list[Any], ways: list[str], rows: np.ndarray
+) -> list[np.ndarray]:
+    """Return of each rule a number a row, (n,) uint64, the smallest for the row to keep."""
+    keys = [np.empty(len(rows), np.uint64) for _ in columns]
+    names = list(dict.fromkeys(columns))
+    for file, which, batch in metadata.pick(names, rows):
+        for key, column, kind, way in zip(keys, columns, kinds, ways, strict=True):
+            try:
+                values = batch.column(names.index(column)).cast(kind, safe=False)
+            except (pa.ArrowException, NotImplementedError) as error:
+                raise SnipError(
+                    f"{file.path}: column {column!r} cannot be compared: {error}"
+                ) from error
+            key[which] = ordered(values, descending=way == "max")
+    return keys
+
+
+def ordered(values: Any, *, descending: bool) -> np.ndarray:
+    """Return numbers that are ordered as an arrow array's values are; null and NaN come last.
+
+    Parameters
+    ----------
+    values : pyarrow.Array of timestamp, int64, uint64 or float64
+    descending : bool
+        The largest value has the smallest number.
+
+    Returns
+    -------
+    (n,) uint64
+    """
+    kind = pa.int64() if pa.types.is_timestamp(values.type) else values.type
+    missing = values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+    plain = values.cast(kind).fill_null(0).to_numpy(zero_copy_only=False)
+    if kind == pa.float64():
+        bits = (plain + 0.0).view(np.uint64)  # -0 becomes 0
+        key = np.where(bits & SIGN, ~bits, bits | SIGN)
+    else:
+        key = plain.astype(np.uint64) ^ (SIGN if kind == pa.int64() else np.uint64(0))
+    key = np.minimum(~key if descending else key, NULL - np.uint64(1))
+    key[missing] = NULL
+    return key

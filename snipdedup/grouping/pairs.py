@@ -1,0 +1,173 @@
+"""All pairs inside groups: every one has both ends in one group, so nothing else is compared.
+
+Small groups are listed many at a time and proved like any proposal; the rows of large ones are
+compared tile by tile. What is held at once does not grow with a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup.errors import SnipError
+from snipdedup.ground import store
+from snipdedup.ground.compute import in_order
+from snipdedup.ground.shards import Features
+from snipdedup.grouping.groups import Also, group_starts
+from snipdedup.search.exact import load_panel, tile_pairs
+from snipdedup.search.forest import Edges, components, join_edges
+from snipdedup.search.verify import prove
+
+LISTED_GROUP = 64  # groups up to this size are listed pair by pair
+LISTED_PAIRS = 1 << 15  # pairs listed at a time
+TILE = 1024  # rows of a large group compared at once
+ROW_GROUP = 1 << 20  # pairs of a row group of pairs.parquet
+
+
+def all_pairs(
+    features: Features, forest: Edges, threshold: float, threads: int, also: Also | None = None
+) -> Iterator[Edges]:
+    """Yield all pairs among the rows of a forest's groups.
+
+    Parameters
+    ----------
+    features : Features
+    forest : Edges
+        Over distinct rows; defines the groups.
+    threshold : float
+        Cosine from which two rows are a pair.
+    threads : int
+    also : Also, optional
+        What a pair must besides.
+    """
+    row, group = components(forest)
+    order = np.lexsort((row, group))
+    yield from pairs_within(features, row[order], group[order], threshold, threads, also)
+
+
+def pairs_within(
+    features: Features,
+    row: np.ndarray,
+    group: np.ndarray,
+    threshold: float,
+    threads: int,
+    also: Also | None = None,
+    frozen: int = 0,
+) -> Iterator[Edges]:
+    """Yield all pairs of rows that share a group, each once.
+
+    They come by group; inside a large group by tiles of its rows; inside these by (a, b).
+
+    Parameters
+    ----------
+    row, group : (n,) int64
+        Rows, ordered by group, then row.
+    frozen : int
+        Pairs of two rows below this are left out.
+    """
+
+    def find(task: tuple[int, int, int, int]) -> Edges:
+        begin, end, i, j = task
+        if i < 0:
+            a, b = listed_pairs(np.diff(group_starts(group[begin:end])))
+            part = row[begin:end]
+            edges = prove(features, part[a], part[b], threshold, every=True)
+        else:
+            left = load_panel(features, row[begin + i : min(begin + i + TILE, end)])
+            right = left
+            if j != i:
+                right = load_panel(features, row[begin + j : min(begin + j + TILE, end)])
+            edges = tile_pairs(left, right, 0, 0, threshold)
+        if frozen:
+            edges = edges.where(edges.b >= frozen)
+        return edges if also is None else edges.where(also.holds(edges.a, edges.b))
+
+    tasks = plan_groups(np.diff(group_starts(group)))
+    if frozen:  # rows ascend in a group: where a tile's last one is frozen, all are
+        tasks = (
+            (begin, end, i, j)
+            for begin, end, i, j in tasks
+            if j < 0 or row[min(begin + j + TILE, end) - 1] >= frozen
+        )
+    yield from in_order(find, tasks, threads)
+
+
+def plan_groups(sizes: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the comparisons of groups that lie one after another.
+
+    Yields
+    ------
+    begin, end : int
+        Rows of one large group, or of a run of small ones.
+    i, j : int
+        Tiles of the large group, by their first rows in it; -1 for a run of small groups.
+    """
+    ends = np.cumsum(sizes)
+    pairs = sizes * (sizes - 1) // 2
+    begin, held = 0, 0
+    for size, end, count in zip(sizes.tolist(), ends.tolist(), pairs.tolist(), strict=True):
+        if held and (size > LISTED_GROUP or held + count > LISTED_PAIRS):
+            yield begin, end - size, -1, -1
+            begin, held = end - size, 0
+        if size <= LISTED_GROUP:
+            held += count
+            continue
+        starts = range(0, size, TILE)
+        yield from ((end - size, end, i, j) for i in starts for j in starts if j >= i)
+        begin = end
+    if held:
+        yield begin, int(ends[-1]), -1, -1
+
+
+def listed_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all pairs (a < b) of places that share one of some groups of these sizes."""
+    starts = np.cumsum(sizes) - sizes
+    later = np.repeat(starts + sizes, sizes) - np.arange(sizes.sum()) - 1
+    a = np.repeat(np.arange(len(later)), later)
+    b = a + 1 + np.arange(len(a)) - np.repeat(np.cumsum(later) - later, later)
+    return a, b
+
+
+def write_pairs(path: Path, parts: Iterator[Edges], most: int) -> int:
+    """Write ``pairs.parquet`` and return how many pairs there are.
+
+    Raises
+    ------
+    SnipError
+        If there are more than ``most``; nothing is left behind.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = [("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32())]
+    count, held, waiting = 0, 0, [join_edges([])]
+    with store.replacing(path) as part, pq.ParquetWriter(part, pa.schema(types)) as file:
+        for edges in parts:
+            count += len(edges.a)
+            if count > most:
+                raise too_many(most)
+            held += len(edges.a)
+            waiting.append(edges)
+            if held >= ROW_GROUP:
+                file.write_table(table_of(join_edges(waiting)), ROW_GROUP)
+                held, waiting = 0, [join_edges([])]
+        file.write_table(table_of(join_edges(waiting)), ROW_GROUP)
+    return count
+
+
+def too_many(most: int) -> SnipError:
+    """Return the refusal of more pairs than allowed."""
+    return SnipError(
+        f"expected at most {most:,} pairs (--max_pairs), found more: raise --max_pairs, which goes "
+        "on with what was searched, or give a higher --threshold, or leave out --pairs"
+    )
+
+
+def table_of(edges: Edges) -> Any:
+    """Return pairs as a ``pyarrow.Table``."""
+    import pyarrow as pa
+
+    return pa.table(edges._asdict())

@@ -1,0 +1,1 @@
+"""IVFPQ indexes: built, kept, exported."""

@@ -1,0 +1,1 @@
+"""A finished OUT and an index, looked at."""

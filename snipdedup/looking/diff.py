@@ -1,0 +1,238 @@
+"""What changed between two runs over the same rows: settings, rows, groups, with examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from snipdedup.chain.deduplicate import HOW
+from snipdedup.chain.survey import read_keys, whole_groups
+from snipdedup.errors import SnipError
+from snipdedup.ground import store
+from snipdedup.grouping.groups import group_starts
+from snipdedup.metadata.masks import load_mask
+from snipdedup.settings import Diff
+
+KIND = "dedup"
+BLOCK = 1 << 24  # rows of the masks compared at once
+ROW_KINDS = {
+    "newly_removed": "rows stay in 1 and go in 2",
+    "newly_staying": "rows go in 1 and stay in 2",
+    "other_representative": "rows go in both, for another row",
+}
+GROUP_KINDS = {
+    "split": ("groups of 1 are not whole in 2", "is in"),
+    "merged": ("groups of 2 were not whole in 1", "was in"),
+}
+
+
+class Groups(NamedTuple):
+    """Members of all groups, by row; (n,) each.
+
+    Attributes
+    ----------
+    row, group, representative : int64
+        A representative that is a row of a reference is its complement, < 0.
+    similarity : float32
+    """
+
+    row: np.ndarray
+    group: np.ndarray
+    representative: np.ndarray
+    similarity: np.ndarray
+
+    def find(self, row: int) -> tuple[int, float | None] | None:
+        """Return a member's representative and its cosine with it; None for no member."""
+        at = int(np.searchsorted(self.row, row))
+        if at == len(self.row) or self.row[at] != row:
+            return None
+        similarity = float(self.similarity[at])
+        return int(self.representative[at]), None if np.isnan(similarity) else similarity
+
+
+def run(options: Diff) -> str:
+    """Run ``snip diff`` and return what it found."""
+    folders = [Path(out).expanduser() for out in (options.out1, options.out2)]
+    with store.as_written(folders[0]), store.as_written(folders[1]):
+        return differ(folders, options)
+
+
+def differ(folders: list[Path], options: Diff) -> str:
+    """Compare two finished OUTs."""
+    manifests = [store.read_manifest(folder, KIND) for folder in folders]
+    refuse_other_rows(folders, manifests)
+    found = compare(folders, manifests, options.n)
+    if options.json:
+        return json.dumps(found, indent=2, ensure_ascii=False)
+    return describe(found)
+
+
+def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> None:
+    """Refuse two runs that were not made over the same rows.
+
+    Raises
+    ------
+    SnipError
+        If their shards differ in number, rows or CRC32; names the first that does.
+    """
+    shards = [manifest["shards"] for manifest in manifests]
+    told = f"{folders[0]} and {folders[1]} are not runs over the same rows"
+    if len(shards[0]) != len(shards[1]):
+        raise SnipError(
+            f"{told}: {len(shards[0]):,} shards of features, {len(shards[1]):,} in the other"
+        )
+    for one, other in zip(*shards, strict=True):
+        for name in ("rows", "crc32"):  # without features no CRC32 was taken
+            if name in one and name in other and one[name] != other[name]:
+                raise SnipError(
+                    f"{told}: {one['name']} has {name} {one[name]}, {other['name']} {other[name]}"
+                )
+
+
+def compare(folders: list[Path], manifests: list[dict[str, Any]], n: int) -> dict[str, Any]:
+    """Return all differences as JSON values, ``n`` examples of each kind."""
+    masks = [load_mask(folder / "is_dup.npy") for folder in folders]
+    groups = [load_groups(folder / "groups.parquet") for folder in folders]
+    goes, stays = changed(*masks), changed(*masks[::-1])
+    moved = other_representatives(groups[0], groups[1], masks[0] & masks[1])
+    split, merged = regrouped(*groups), regrouped(*groups[::-1])
+    shown = np.concatenate([goes[:n], stays[:n], moved[:n]])
+    keys = read_keys(folders[0] / "groups.parquet", shown)
+    keys |= read_keys(folders[1] / "groups.parquet", shown)
+
+    def rows(found: np.ndarray) -> list[dict[str, Any]]:
+        return [example(int(row), manifests[0], keys, groups) for row in found[:n]]
+
+    counts = ("rows", "removed", "kept", "groups", "largest_group", "chained")
+    return {
+        "runs": [str(folder) for folder in folders],
+        "settings": other_settings(*(manifest["settings"] for manifest in manifests)),
+        "counts": {name: [m["counts"].get(name) for m in manifests] for name in counts},
+        "newly_removed": {"rows": len(goes), "examples": rows(goes)},
+        "newly_staying": {"rows": len(stays), "examples": rows(stays)},
+        "other_representative": {"rows": len(moved), "examples": rows(moved)},
+        "split": {"groups": len(split), "examples": split[:n]},
+        "merged": {"groups": len(merged), "examples": merged[:n]},
+    }
+
+
+def other_settings(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the settings that differ, but for those that say how or where only."""
+    return {
+        name: [one.get(name), other.get(name)]
+        for name in sorted({*one, *other} - HOW)
+        if one.get(name) != other.get(name)
+    }
+
+
+def load_groups(path: Path) -> Groups:
+    """Read the members of all groups, by row."""
+    parts = [
+        Groups(*(getattr(m, name) for name in Groups._fields))
+        for m in whole_groups(path, marked=True)
+    ]
+    empty = Groups(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.int64, np.float32)))
+    joined = Groups(*map(np.concatenate, zip(empty, *parts, strict=True)))
+    return Groups(*(column[np.argsort(joined.row)] for column in joined))
+
+
+def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Return the rows that ``after`` removes and ``before`` lets stay, (n,) int64."""
+    rows = [np.empty(0, np.int64)]
+    for start in range(0, len(before), BLOCK):
+        part = slice(start, start + BLOCK)
+        rows.append(start + np.flatnonzero(after[part] & ~before[part]))
+    return np.concatenate(rows)
+
+
+def other_representatives(one: Groups, other: Groups, goes: np.ndarray) -> np.ndarray:
+    """Return the rows that both runs remove, but for different rows, (n,) int64."""
+    rows, i, j = np.intersect1d(one.row, other.row, assume_unique=True, return_indices=True)
+    moved = one.representative[i] != other.representative[j]
+    return rows[moved & goes[rows]]
+
+
+def regrouped(one: Groups, other: Groups) -> list[dict[str, int]]:
+    """Return the groups of ``one`` whose rows are not all together in ``other``, largest first.
+
+    A row in no group of ``other`` is a part by itself.
+    """
+    if not len(one.row):
+        return []
+    at = np.minimum(np.searchsorted(other.row, one.row), max(len(other.row) - 1, 0))
+    label = one.row.copy()
+    if len(other.row):
+        here = other.row[at] == one.row
+        label[here] = other.group[at[here]]
+    order = np.lexsort((label, one.group))
+    group, label = one.group[order], label[order]
+    starts = group_starts(group)
+    new = np.append(True, (group[1:] != group[:-1]) | (label[1:] != label[:-1]))
+    parts = np.add.reduceat(new.astype(np.int64), starts[:-1])
+    sizes = np.diff(starts)
+    torn = np.flatnonzero(parts > 1)
+    torn = torn[np.lexsort((torn, -sizes[torn]))]
+    labels = group[starts[:-1]]
+    return [{"group": int(labels[i]), "rows": int(sizes[i]), "parts": int(parts[i])} for i in torn]
+
+
+def example(
+    row: int, manifest: dict[str, Any], keys: dict[int, str], groups: list[Groups]
+) -> dict[str, Any]:
+    """Return a row with its place, its key, and its representative in both runs.
+
+    A representative that is a row of a reference is given as ``reference row N``.
+    """
+    found = [group.find(row) for group in groups]
+    ends = np.cumsum([shard["rows"] for shard in manifest["shards"]])
+    shard = int(np.searchsorted(ends, row, side="right"))
+    return {
+        "row": row,
+        "shard": manifest["shards"][shard]["name"],
+        "shard_row": row - int(ends[shard]) + manifest["shards"][shard]["rows"],
+        "key": keys.get(row),
+        "representatives": [None if f is None else named(f[0]) for f in found],
+        "similarities": [None if f is None else f[1] for f in found],
+    }
+
+
+def named(representative: int) -> int | str:
+    """Return a representative as an example gives it."""
+    return representative if representative >= 0 else f"reference row {~representative}"
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Lay out differences for a person to read."""
+    lines = [f"1: {found['runs'][0]}", f"2: {found['runs'][1]}", ""]
+    for name, pair in {**found["settings"], **found["counts"]}.items():
+        one, other = (f"{value:,}" if isinstance(value, int) else str(value) for value in pair)
+        lines.append(f"  {name:<16}  {one:>14}  {other:>14}")
+    for name, what in ROW_KINDS.items():
+        lines += ["", f"{found[name]['rows']:,} {what}"]
+        lines += [f"  {in_words(entry)}" for entry in found[name]["examples"]]
+    for name, (what, verb) in GROUP_KINDS.items():
+        lines += ["", f"{found[name]['groups']:,} {what}"]
+        lines += [
+            f"  group {entry['group']} ({entry['rows']:,} rows) {verb} {entry['parts']:,} parts"
+            for entry in found[name]["examples"]
+        ]
+    return "\n".join(lines)
+
+
+def in_words(entry: dict[str, Any]) -> str:
+    """Return an example as a line."""
+    decided = []
+    both = zip(entry["representatives"], entry["similarities"], strict=True)
+    for number, (representative, similarity) in enumerate(both, 1):
+        if representative in (None, entry["row"]):
+            decided.append(f"stays in {number}")
+        else:
+            cosine = "" if similarity is None else f" (cosine {similarity:.4f})"
+            what = "row " if isinstance(representative, int) else ""
+            decided.append(f"goes in {number} for {what}{representative}{cosine}")
+    key = f" {entry['key']}" if entry["key"] else ""
+    place = f"{entry['shard']} row {entry['shard_row']}"
+    return f"row {entry['row']}{key} ({place}): {', '.join(decided)}"

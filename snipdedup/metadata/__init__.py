@@ -1,0 +1,1 @@
+"""The tables beside the features: filtered, joined, handed over."""

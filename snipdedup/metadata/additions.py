@@ -1,0 +1,197 @@
+"""Columns that are added to the rows that are written: dup_count, weight, captions of removed rows.
+
+What concerns group members only is held in memory; captions are put on disk, in the order in which
+the rows that stay will ask for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from snipdedup.metadata.spill import Spill, spilling
+from snipdedup.metadata.table import Added, Metadata, as_texts
+from snipdedup.settings import Dedup
+
+DUP_COUNT = "dup_count"
+WEIGHT = "weight"
+MERGED = "merged_captions"
+CAPTION_COLUMNS = ("caption", "text")
+PART_CAPTIONS = 1 << 18  # captions held in memory at a time
+
+
+def added_names(options: Dedup) -> list[str]:
+    """Return the names of the columns that a run adds."""
+    names = {DUP_COUNT: True, WEIGHT: options.weights, MERGED: options.merge_captions is not None}
+    return [name for name, wanted in names.items() if wanted]
+
+
+def caption_column(options: Dedup, metadata: Metadata) -> str:
+    """Return the column that captions are taken from, or refuse metadata without one."""
+    return metadata.needed(options.caption, CAPTION_COLUMNS, "--caption")
+
+
+@contextmanager
+def added_columns(
+    options: Dedup, metadata: Metadata, removed: Removed, work: Path
+) -> Iterator[list[Added]]:
+    """Yield the columns that a run adds, in the order of `added_names`."""
+    with ExitStack() as stack:
+        columns: list[Added] = [dup_counts(removed)]
+        removed = removed.followed()
+        if options.weights:
+            columns.append(weights(removed))
+        if options.merge_captions is not None:
+            column, most = caption_column(options, metadata), options.merge_captions
+            merged = merged_captions(metadata, column, removed.here(), most, work / "captions")
+            columns.append(stack.enter_context(merged))
+        yield columns
+
+
+class Removed(NamedTuple):
+    """The rows that go, ascending, and the row that stands for each; both (n,) int64.
+
+    A representative below 0 is a row of a reference, which no file of metadata here holds.
+    """
+
+    row: np.ndarray
+    representative: np.ndarray
+
+    def followed(self) -> Removed:
+        """Return the same with a representative that stays, where it goes itself (semdedup)."""
+        end = self.representative
+        while True:
+            place = np.minimum(np.searchsorted(self.row, end), len(self.row) - 1)
+            goes = self.row[place] == end
+            if not goes.any():
+                return Removed(self.row, end)
+            end = np.where(goes, self.representative[place], end)
+
+    def here(self) -> Removed:
+        """Return those whose representative is no row of a reference."""
+        return Removed(*(column[self.representative >= 0] for column in self))
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows that represent others, ascending, and how many each."""
+        return np.unique(self.representative, return_counts=True)
+
+
+class Listed:
+    """A column of one value, but for some rows that are listed.
+
+    Parameters
+    ----------
+    field : pyarrow.Field
+    rows : (n,) int64
+        Ascending.
+    values : (n,) array
+    other : scalar
+        The value of all rows that are not listed.
+    """
+
+    def __init__(self, field: Any, rows: np.ndarray, values: np.ndarray, other: Any) -> None:
+        self.field, self.rows, self.values, self.other = field, rows, values, other
+
+    def between(self, start: int, stop: int) -> Any:
+        """See `metadata.Added`."""
+        low, high = np.searchsorted(self.rows, [start, stop])
+        found = np.full(stop - start, self.other)
+        found[self.rows[low:high] - start] = self.values[low:high]
+        return pa.array(found, self.field.type)
+
+
+def dup_counts(removed: Removed) -> Listed:
+    """Return the column ``dup_count``: how many removed rows a row stands for."""
+    return Listed(pa.field(DUP_COUNT, pa.int64()), *removed.counts(), 0)
+
+
+def weights(removed: Removed) -> Listed:
+    """Return the column ``weight``: a row shares 1 with those that have its representative."""
+    stay, counts = removed.counts()
+    share = 1 / (1 + counts)
+    rows = np.concatenate([stay, removed.row])
+    of = np.searchsorted(stay, removed.representative)
+    order = np.argsort(rows)
+    values = np.concatenate([share, share[of]])
+    return Listed(pa.field(WEIGHT, pa.float64()), rows[order], values[order], 1.0)
+
+
+class MergedCaptions:
+    """The column ``merged_captions``: captions of the rows that a row stands for.
+
+    Distinct ones, in row order, ``most`` at the most, without the row's own; rows that stand for
+    none have an empty list.
+    """
+
+    field = pa.field(MERGED, pa.list_(pa.string()))
+
+    def __init__(self, stay: np.ndarray, cuts: np.ndarray, spill: Spill, most: int) -> None:
+        self.stay, self.cuts, self.spill, self.most = stay, cuts, spill, most
+        self.loaded: tuple[int, dict[int, list[str]]] = -1, {}
+
+    def between(self, start: int, stop: int) -> Any:
+        """See `metadata.Added`."""
+        low, high = np.searchsorted(self.stay, [start, stop])
+        lists = [self._captions(place) for place in range(low, high)]
+        sizes = np.zeros(stop - start + 1, np.int32)
+        sizes[self.stay[low:high] - start + 1] = [len(captions) for captions in lists]
+        return pa.ListArray.from_arrays(
+            pa.array(np.cumsum(sizes, dtype=np.int32)),
+            pa.array(chain.from_iterable(lists), pa.string()),
+        )
+
+    def _captions(self, place: int) -> list[str]:
+        part = int(np.searchsorted(self.cuts, place, side="right"))
+        if self.loaded[0] != part:
+            self.loaded = part, self._load(part)
+        return self.loaded[1].get(place, [])
+
+    def _load(self, part: int) -> dict[int, list[str]]:
+        """Return the captions of one part, by the place of their row among those that stay."""
+        table = self.spill.read(part)
+        if table is None:
+            return {}
+        own: set[tuple[int, str]] = set()
+        others: dict[int, dict[str, None]] = {}  # a dict, unlike a set, remembers the order
+        for place, is_own, caption in zip(
+            *(table[name].to_pylist() for name in ("place", "own", "caption")), strict=True
+        ):
+            if is_own:
+                own.add((place, caption))
+            else:
+                others.setdefault(place, {})[caption] = None
+        return {
+            place: list(islice((c for c in found if (place, c) not in own), self.most))
+            for place, found in others.items()
+        }
+
+
+@contextmanager
+def merged_captions(
+    metadata: Metadata, column: str, removed: Removed, most: int, folder: Path
+) -> Iterator[MergedCaptions]:
+    """Yield the column ``merged_captions``; what it puts into ``folder`` is gone afterwards."""
+    stay, counts = removed.counts()
+    total = np.cumsum(counts + 1)
+    bounds = np.arange(PART_CAPTIONS, int(total[-1:].sum()), PART_CAPTIONS)
+    cuts = np.searchsorted(total, bounds)
+    with spilling(folder, len(cuts) + 1) as spill:
+        rows = np.concatenate([stay, removed.row])
+        place = np.searchsorted(stay, np.concatenate([stay, removed.representative]))
+        order = np.argsort(rows)
+        rows, place, own = rows[order], place[order], order < len(stay)
+        for file, which, batch in metadata.pick([column], rows):
+            texts = as_texts(file, column, batch.column(0))
+            held = {"place": place[which], "own": own[which], "caption": texts}
+            said = pc.fill_null(pc.not_equal(texts, ""), False)
+            label = np.searchsorted(cuts, place[which], side="right")
+            label = label[said.to_numpy(zero_copy_only=False)]
+            spill.add(label, pa.record_batch(held).filter(said))
+        yield MergedCaptions(stay, cuts, spill, most)

@@ -1,0 +1,1 @@
+"""Near pairs: the join, brute force, kNN on an index."""

@@ -1,0 +1,220 @@
+"""The adaptive ADC threshold: which neighbours are taken for duplicates, and its constant.
+
+A code is wrong by about as much for a row as for its near-duplicate, so the distance of x to
+another row's code is judged by x's distance to its own: `passes` (arXiv:2303.12733). Row numbers
+are compared, never places in a result: copies tie, and the first neighbour need not be the row.
+
+Without features the rows themselves are unknown: q(x) stands for x. Its own error is then 0 by
+construction, and what is compared with a constant is ‖q(x) − q(y)‖² (rule ``symmetric``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from snipdedup import settings
+from snipdedup.ground import progress
+from snipdedup.ground.compute import in_order
+from snipdedup.ground.cosine import pair_cosine, unit_rows
+from snipdedup.ground.intervals import proportion_interval
+from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.search.knn import Searcher, Source, neighbours
+
+TRUTH_ROWS = 4096  # rows compared with the calibration sample at a time; fixed, as it sets bits
+LEAST_ERROR = 1e-12  # a self distance below is taken for this: rows may equal their code
+SYMMETRIC = "symmetric"  # the rule of an index without features
+
+# Margins at precision .81, .91, .95 by rule and bytes a code: 58,977 CLIP ViT-B/32 features of key
+# frames, a third of them duplicated at cosine .95, IVF512, nprobe 4. ROWS: as 128 main directions,
+#   python scripts/calibrate_adc.py --features keyframes/img_emb --code_bytes 4 8 16 32
+# DESCRIPTORS: of an encoder trained by 300 steps on the first 8 of 12 shards, margins of these,
+#   python scripts/calibrate_adc.py --features keyframes/img_emb --encoder encoder --train_shards 8
+# What transfers is the code size: 512-d rows as they are want margins about a quarter smaller at 8
+# and 16 bytes, though their codes' mean error is two to three times as large. A set with fewer
+# duplicates gets less precision from the same margin.
+DEFAULT_THRESHOLD, DEFAULT_PRECISIONS = 0.95, (0.81, 0.91, 0.95)
+ROWS = {
+    "difference": {
+        4: (0.0077, 0.0023, 0.0),  # at 4 bytes no margin reaches .95: shared codes only
+        8: (0.0233, 0.0165, 0.0126),
+        16: (0.0431, 0.0349, 0.0306),
+        32: (0.0597, 0.0508, 0.0466),
+    },
+    "ratio": {
+        4: (1.065, 1.007, 1.0),
+        8: (1.278, 1.162, 1.108),
+        16: (1.900, 1.606, 1.470),
+        32: (5.192, 4.002, 3.418),
+    },
+    "symmetric": {
+        4: (0.0198, 0.0113, 0.0076),
+        8: (0.0488, 0.0382, 0.0327),
+        16: (0.0735, 0.0609, 0.0546),
+        32: (0.0748, 0.0640, 0.0584),
+    },
+}
+DESCRIPTORS = {
+    "difference": {
+        4: (0.0164, 0.0095, 0.0052),
+        8: (0.0372, 0.0288, 0.0239),
+        16: (0.0544, 0.0459, 0.0413),
+    },
+    "ratio": {
+        4: (1.175, 1.082, 1.044),
+        8: (1.718, 1.448, 1.329),
+        16: (4.689, 3.533, 2.958),
+    },
+    "symmetric": {
+        4: (0.0382, 0.0265, 0.0213),
+        8: (0.0625, 0.0517, 0.0457),
+        16: (0.0663, 0.0565, 0.0514),
+    },
+}
+
+
+def scores(D: np.ndarray, own: np.ndarray, rule: str) -> np.ndarray:
+    """Return what the rule compares with its margin.
+
+    Parameters
+    ----------
+    D : (n, k) float32
+        ADC distances of n rows to k neighbours.
+    own : (n,) float32
+        `self_adc` of the rows; zeros for ``symmetric``.
+    rule : str
+        ``difference``: D − own; ``ratio``: D / own; ``symmetric``: D.
+
+    Returns
+    -------
+    (n, k) float32
+    """
+    if rule == "ratio":
+        return D / np.maximum(own, LEAST_ERROR)[:, None]
+    return D - own[:, None]
+
+
+def passes(D: np.ndarray, own: np.ndarray, rule: str, margin: float) -> np.ndarray:
+    """Return which neighbours are taken for duplicates, (n, k) bool; see `scores`."""
+    return np.asarray(scores(D, own, rule) <= margin)
+
+
+def default_margin(
+    rule: str, code_size: int, *, precision: float, threshold: float, encoded: bool = False
+) -> float:
+    """Return the margin for an index whose rows cannot be sampled, from the tables above.
+
+    ``encoded`` says that the codes are of an encoder's descriptors.
+
+    Between the code sizes and precisions of the table it is interpolated, beyond them the nearest
+    is taken. It grows with the squared distance that the threshold allows, 2 − 2t: a code's error
+    cancels out in the rule, the distance of a pair does not.
+    """
+    table = (DESCRIPTORS if encoded else ROWS)[rule]
+    sizes = np.log2(list(table))
+    by_size = [np.interp(precision, DEFAULT_PRECISIONS, margins) for margins in table.values()]
+    margin = float(np.interp(np.log2(code_size), sizes, by_size))
+    scale = max(1 - threshold, 0) / (1 - DEFAULT_THRESHOLD)
+    same = float(rule == "ratio")  # the score of an exact match
+    return same + (margin - same) * scale
+
+
+def calibration_sample(rows: int, options: settings.Dedup) -> np.ndarray:
+    """Return the rows that the margin is calibrated on, ascending int64."""
+    rng = np.random.default_rng(options.seed or 0)
+    count = min(rows, options.calibration_rows)
+    return np.sort(rng.choice(rows, count, replace=False, shuffle=False))
+
+
+def true_duplicates(
+    features: Features, sample: np.ndarray, threshold: float, threads: int
+) -> np.ndarray:
+    """Return which sampled rows have another row at or above the threshold, (n,) bool.
+
+    Brute force: the sample against all rows, streamed. The nearest row is proposed in float32
+    and decided by `pair_cosine`.
+    """
+    import torch
+
+    raw = features.gather(sample)
+    x = torch.from_numpy(unit_rows(raw))
+
+    def nearest(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        cosine = x @ torch.from_numpy(unit_rows(features.read(*span))).T
+        low, high = np.searchsorted(sample, span)
+        cosine[np.arange(low, high), sample[low:high] - span[0]] = -torch.inf  # the row itself
+        best, at = cosine.max(dim=1)
+        return best.numpy(), at.numpy() + span[0]
+
+    best, at = np.full(len(sample), -np.inf, np.float32), sample.copy()
+    spans = plan_blocks(features.rows, TRUTH_ROWS)
+    found = in_order(nearest, spans, threads)
+    for cosine, row in progress.track(found, "calibrating", "blocks", len(spans)):
+        better = cosine > best
+        best[better], at[better] = cosine[better], row[better]
+    return (at != sample) & (pair_cosine(raw, features.gather(at)) >= np.float32(threshold))
+
+
+def best_scores(
+    searcher: Searcher, shared: np.ndarray, source: Source, rule: str, threads: int
+) -> np.ndarray:
+    """Return each query's best score among other rows, (n,) float32; infinity for none.
+
+    Rows that share a code with another (``shared``) have the score of an exact match.
+    """
+    same = np.float32(rule == "ratio")
+    parts = []
+    # Two places are enough: rows that share a code are one entry, so the row itself takes one.
+    for queries, D, I in neighbours(searcher, source, k=2, threads=threads):
+        score = scores(D, queries.own, rule)
+        score[(I < 0) | (queries.rows[:, None] == I)] = np.inf
+        best = score.min(axis=1)
+        best[queries.rows < 0] = np.inf
+        known = queries.rows >= 0
+        best[known & shared[queries.rows]] = same
+        parts.append(best)
+    return np.concatenate(parts)
+
+
+def calibrate(
+    best: np.ndarray, truth: np.ndarray, precision: float
+) -> tuple[float, dict[str, Any]]:
+    """Return the margin with the highest recall at a wanted precision, and how it did.
+
+    Parameters
+    ----------
+    best : (n,) float32
+        From `best_scores`.
+    truth : (n,) bool
+        Which of them are duplicates.
+    precision : float
+        Wanted share of right flags. Where no margin reaches it, the most precise one is taken.
+
+    Returns
+    -------
+    margin : float
+    reached : dict
+        ``precision``, with the interval that holds it in 95 % of samples, and ``recall``; and
+        ``reached``, whether the precision is as wanted. The margin is chosen on the same sample,
+        so a small one flatters: `proportion_interval` knows nothing of the choice.
+    """
+    order = np.argsort(best, kind="stable")
+    score, right = best[order], np.cumsum(truth[order])
+    flagged = np.arange(1, len(score) + 1)
+    ends = np.append(score[1:] != score[:-1], True) & np.isfinite(score)
+    told = {"source": "sample", "rows": len(best), "duplicates": int(truth.sum())}
+    if not ends.any():
+        nothing = {"precision": None, "precision_interval": [0.0, 1.0], "recall": 0.0}
+        return 0.0, {**told, "flagged": 0, **nothing, "reached": False}
+    reached = right / flagged
+    good = np.flatnonzero(ends & (reached >= precision))
+    at = int(good[-1]) if len(good) else int(np.argmax(np.where(ends, reached, -1)))
+    return float(score[at]), {
+        **told,
+        "flagged": int(flagged[at]),
+        "precision": float(reached[at]),
+        "precision_interval": list(proportion_interval(int(right[at]), int(flagged[at]))),
+        "recall": float(right[at] / max(truth.sum(), 1)),
+        "reached": bool(len(good)),
+    }

@@ -1,0 +1,188 @@
+"""Products of int8 codes, by the fastest way that this processor has and computes right.
+
+All kernels take the same codes. A short self-test at the first use checks each against numpy's
+integers and times it; one that lies is never used, one that only rounds says by how much.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from snipdedup.ground.compute import scratch
+
+TEST_ROWS = 512
+TEST_ROUNDS = 5
+CLEARLY = 1.5  # a kernel that rounds, or was only lucky in one short trial, must win by more
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute all products of two blocks of codes.
+
+    Attributes
+    ----------
+    name : str
+    device : str
+        Where it runs, as torch names it.
+    prepare : function of (n, w) int8 tensor
+        Brings the columns' codes into the form that ``multiply`` wants; done once a block.
+    multiply : function of (m, w) int8 tensor, prepared columns
+        Returns (m, n) products as a tensor, int32 or float32, which stands until the thread's
+        next call.
+    rounding : float
+        Largest error of a product, as a share of its size; 0 where products are exact.
+    """
+
+    name: str
+    device: str
+    prepare: Callable[[Any], Any]
+    multiply: Callable[[Any, Any], Any]
+    rounding: float = 0.0
+
+
+def candidates(device: str) -> list[Kernel]:
+    """Return the kernels to try on a device, float32 last: it works everywhere."""
+    import torch
+
+    def bfloat16(codes: Any) -> Any:
+        return codes.to(torch.bfloat16)
+
+    int8 = Kernel("int8", device, lambda y: y.T.contiguous(), cpu_int8)
+    if device != "cpu":
+        int8 = Kernel("int8", device, cuda_columns, cuda_int8)
+    # bfloat16 holds codes exactly; the sum is rounded once, to 8 bits
+    half = Kernel(
+        "bfloat16",
+        device,
+        lambda y: bfloat16(y).T.contiguous(),
+        lambda x, y: (bfloat16(x) @ y).float(),
+        rounding=2.0**-8,
+    )
+    # sums of products of codes stay below 2^24, so float32 is exact
+    single = Kernel(
+        "float32", device, lambda y: y.float().T.contiguous(), lambda x, y: x.float() @ y
+    )
+    return [int8, half, single]
+
+
+def cpu_int8(x: Any, columns: Any) -> Any:
+    """Return int8 products, in memory that is used again."""
+    import torch
+
+    out = torch.from_numpy(scratch("products", (len(x), columns.shape[1]), np.int32))
+    return torch._int_mm(x, columns, out=out)
+
+
+def cuda_columns(y: Any) -> tuple[Any, int]:
+    """Return columns padded as CUDA's int8 product wants them, and how many are real."""
+    import torch
+
+    return torch.nn.functional.pad(y, (0, 0, 0, -len(y) % 8)).T.contiguous(), len(y)
+
+
+def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
+    """Return int8 products on CUDA, which takes more than 16 rows, in multiples of 8."""
+    import torch
+
+    columns, count = prepared
+    rows = max(32, -(-len(x) // 8) * 8)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
+    return torch._int_mm(padded, columns)[: len(x), :count]
+
+
+@lru_cache(maxsize=4)
+def pick_kernel(device: str = "cpu", width: int = 256, exact: bool = False) -> Kernel:
+    """Return the fastest kernel that passes the self-test.
+
+    Parameters
+    ----------
+    device : str
+        ``cpu`` or ``cuda``.
+    width : int
+        Width of the codes.
+    exact : bool
+        Leave out kernels that round.
+    """
+    return fastest([k for k in candidates(device) if not (exact and k.rounding)], width)
+
+
+def fastest(kernels: list[Kernel], width: int) -> Kernel:
+    """Return the first of the kernels that compute right, unless a later one is clearly faster.
+
+    The last one if none does.
+    """
+    best, best_time = kernels[-1], float("inf")
+    for kernel in kernels:
+        seconds = trial(kernel, width)
+        if seconds is not None and seconds * CLEARLY < best_time:
+            best, best_time = kernel, seconds
+    return best
+
+
+def trial(kernel: Kernel, width: int) -> float | None:
+    """Return the best time of a kernel on random codes, None if it fails or is wrong."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(-127, 128, (TEST_ROWS, width), np.int8) for _ in range(2))
+    x[0], y[0] = 127, 127  # the largest product there can be
+    truth = x.astype(np.int64) @ y.T.astype(np.int64)
+    try:
+        a, b = (torch.from_numpy(side).to(kernel.device) for side in (x, y))
+        columns = kernel.prepare(b)
+        found = kernel.multiply(a, columns).double().cpu().numpy()
+        if found.shape != truth.shape:
+            return None
+        if not np.all(np.abs(found - truth) <= kernel.rounding * np.abs(truth)):  # NaN is wrong
+            return None
+        best = float("inf")
+        for _ in range(TEST_ROUNDS):
+            start = time.perf_counter()
+            kernel.multiply(a, columns)
+            if kernel.device != "cpu":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    except (RuntimeError, NotImplementedError, AttributeError):  # not on this build or processor
+        return None
+    return best
+
+
+def product_hits(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where products reach their row's limit.
+
+    Parameters
+    ----------
+    products : (m, n) tensor
+    limits : (m,) float64
+
+    Returns
+    -------
+    i, j : (hits,) int64
+        In row order.
+    """
+    rows, close = close_rows(products, limits)
+    i, j = np.divmod(np.flatnonzero(close.ravel()), max(1, close.shape[1]))
+    return rows[i], j
+
+
+def close_rows(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows in which a product reaches the row's limit, and where it does.
+
+    Returns
+    -------
+    rows : (r,) int64
+    close : (r, n) bool
+    """
+    if 0 in products.shape:
+        return np.empty(0, np.int64), np.empty((0, products.shape[1]), bool)
+    rows = np.flatnonzero(products.amax(1).cpu().numpy() >= limits)
+    if len(rows) < len(products):  # most rows have none: look no further at them
+        products = products[rows]
+    table = products.cpu().numpy()
+    return rows, table >= np.ceil(limits[rows]).astype(table.dtype)[:, None]

@@ -1,0 +1,210 @@
+"""Masses: tens of thousands of rows around one row, which need not all be compared.
+
+"Image not found" pictures come by the hundred thousand. Every two of them are a pair, so they would
+visit one another's lists and be compared all with all. Instead a row of such a mass, its hub, is
+found in a sample. A row within half the largest angle of a pair from the hub is absorbed: an edge
+to the hub, proved while its features are at hand, joins it with all the others. It lives in its
+list, and is compared there, but visits no other.
+
+A row beside a mass may pair with an absorbed row whose list it must then find alone, so it visits
+lists from further away. By the triangle inequality of angles such rows lie
+within one and a half times the largest angle of a pair from the hub.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from snipdedup.ground.compute import in_order
+from snipdedup.ground.shards import plan_blocks
+from snipdedup.search.forest import Edges, components, make_edges
+from snipdedup.search.kernels import pick_kernel
+from snipdedup.search.projection import Projection
+from snipdedup.search.verify import proved_cosines
+
+MASS_ROWS = 1 << 15  # fewer rows around one are compared all with all
+SAMPLE_ROWS = 1 << 14  # among which hubs are looked for
+LARGE_SAMPLE = 1 << 16  # of sets of more than LARGE_SET rows
+LARGE_SET = 10**8
+SAMPLE_MASS = 64  # rows of the sample around a hub that show a mass
+MOST_HUBS = 64
+BLOCK = 256  # rows of the sample compared at a time
+
+
+ABSORBED, APART, BESIDE = range(3)
+
+
+class Placed(NamedTuple):
+    """Where rows lie to the hubs.
+
+    Attributes
+    ----------
+    reach : (n,) int8
+        `ABSORBED`, `BESIDE` a mass, or `APART` from all.
+    row : (a,) int64
+        The absorbed rows' places.
+    hub : (a,) int64
+        Which hub.
+    similarity : (a,) float32
+        Cosine of the two.
+    """
+
+    reach: np.ndarray
+    row: np.ndarray
+    hub: np.ndarray
+    similarity: np.ndarray
+
+
+@dataclass(frozen=True)
+class Hubs:
+    """The rows around which masses lie; often there are none.
+
+    Attributes
+    ----------
+    row : (h,) int64
+        Global rows.
+    raw : (h, d)
+        Their features.
+    codes : (h, w) int8
+    threshold : float
+        Cosine from which two rows are a pair.
+    projection : Projection
+    """
+
+    row: np.ndarray
+    raw: np.ndarray
+    codes: np.ndarray
+    threshold: float
+    projection: Projection
+
+    @property
+    def half(self) -> float:
+        """Cosine of half the largest angle of a pair."""
+        return float(np.sqrt((1 + self.threshold) / 2))
+
+    @property
+    def border(self) -> float:
+        """Cosine of one and a half times that angle."""
+        return float(np.cos(1.5 * np.arccos(np.clip(self.threshold, -1, 1))))
+
+    def edges(self) -> Edges:
+        """Return the pairs among the hubs."""
+        i, j = np.triu_indices(len(self.row), 1)
+        cosine = proved_cosines(self.raw, self.raw, i, j)
+        return make_edges(self.row[i], self.row[j], cosine).at(self.threshold)
+
+    def classes(self) -> np.ndarray:
+        """Return for each hub the smallest place of a hub that pairs join it with, (h,) int64."""
+        i, j = np.triu_indices(len(self.row), 1)
+        cosine = proved_cosines(self.raw, self.raw, i, j)
+        label = np.arange(len(self.row))
+        nodes, groups = components(make_edges(i, j, cosine).at(self.threshold))
+        label[nodes] = groups
+        return label
+
+    def place(self, codes: np.ndarray, slack: np.ndarray, raw: np.ndarray) -> Placed:
+        """Say which rows are absorbed, proved on the features, and which lie beside a mass.
+
+        Parameters
+        ----------
+        codes : (n, w) int8
+        slack : (n,) float64
+            By how much each row's limit falls.
+        raw : (n, d)
+        """
+        reach = np.full(len(codes), APART, np.int8)
+        none = np.empty(0, np.int64)
+        if not len(self.row):
+            return Placed(reach, none, none, np.empty(0, np.float32))
+        products = hub_products(codes, self.codes)
+        i, j = np.nonzero(products >= self.projection.limit(self.half))
+        cosine = proved_cosines(raw, self.raw, i, j)
+        inside = cosine >= np.float32(self.half)
+        i, j, cosine = i[inside], j[inside], cosine[inside]
+        order = np.lexsort((j, -cosine, i))  # the nearest hub; of several the first
+        first = order[np.unique(i[order], return_index=True)[1]]
+        i, j, cosine = i[first], j[first], cosine[first]
+        classes = self.classes()
+        own = np.full(len(codes), -1)
+        own[i] = classes[j]
+        beside = products >= self.projection.limit(self.border) - slack[:, None]
+        beside &= own[:, None] != classes
+        reach[i] = ABSORBED
+        reach[beside.any(1)] = BESIDE
+        return Placed(reach, i, j, cosine)
+
+
+def hub_products(codes: np.ndarray, hubs: np.ndarray) -> np.ndarray:
+    """Return the exact products of codes, (n, h) float32."""
+    return np.asarray(codes.astype(np.float32) @ hubs.T.astype(np.float32))
+
+
+def no_hubs(projection: Projection, dim: int, threshold: float) -> Hubs:
+    """Return hubs of a set without masses."""
+    codes = np.empty((0, projection.width), np.int8)
+    return Hubs(np.empty(0, np.int64), np.empty((0, dim)), codes, threshold, projection)
+
+
+def find_hubs(
+    rows: np.ndarray,
+    sample: np.ndarray,
+    codes: np.ndarray,
+    projection: Projection,
+    *,
+    threshold: float,
+    total: int,
+    threads: int,
+) -> Hubs:
+    """Find the hubs of masses in a sample: greedily the row with the most rows around it.
+
+    Parameters
+    ----------
+    rows : (n,) int64
+        Global rows of the sample, distinct, in random order.
+    sample : (n, d)
+    codes : (n, w) int8
+    projection : Projection
+    threshold : float
+        Cosine from which two rows are a pair.
+    total : int
+        Rows of the set.
+    threads : int
+    """
+    none = no_hubs(projection, sample.shape[1], threshold)
+    if total < MASS_ROWS:
+        return none
+    codes = codes[: SAMPLE_ROWS if total <= LARGE_SET else LARGE_SAMPLE]
+    enough = max(SAMPLE_MASS, MASS_ROWS / total * len(codes))
+    limit = projection.limit(none.half)
+    crowd = np.flatnonzero(degrees(codes, codes, limit, threads) >= enough)
+    chosen: list[int] = []
+    while len(crowd) and len(chosen) < MOST_HUBS:
+        around = degrees(codes[crowd], codes[crowd], limit, threads)
+        best = int(np.argmax(around))
+        if around[best] < enough:
+            break
+        chosen.append(int(crowd[best]))
+        crowd = crowd[(hub_products(codes[crowd], codes[chosen[-1:]]) < limit)[:, 0]]
+    places = np.array(chosen, np.int64)
+    hubs = Hubs(rows[places], sample[places], codes[places], threshold, projection)
+    reach = hubs.place(codes, np.zeros(len(codes)), sample[: len(codes)]).reach
+    # where more rows lie beside masses than in them (a low threshold), they would cost more
+    return hubs if np.count_nonzero(reach == ABSORBED) > np.count_nonzero(reach == BESIDE) else none
+
+
+def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndarray:
+    """Return how many products of each code of ``x`` with those of ``y`` reach a limit, (n,)."""
+    import torch
+
+    kernel = pick_kernel("cpu", x.shape[1], exact=True)
+    columns = kernel.prepare(torch.from_numpy(y))
+
+    def count(span: tuple[int, int]) -> np.ndarray:
+        products = kernel.multiply(torch.from_numpy(x[slice(*span)]), columns)
+        return np.count_nonzero(products.numpy() >= limit, axis=1)
+
+    parts = list(in_order(count, plan_blocks(len(x), BLOCK), threads))
+    return np.concatenate([np.empty(0, np.int64), *parts])

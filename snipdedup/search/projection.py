@@ -1,0 +1,184 @@
+"""Short int8 codes of rows whose products bound the cosine from above.
+
+A unit row x is projected on the main directions P of a sample, and the norm of what is left,
+r = ‖x − PᵀPx‖, becomes one more coordinate: z = (Px, r) has norm 1, and by Cauchy and Schwarz
+z·z' = Px·Px' + r r' ≥ x·x'. A fixed rotation then makes all coordinates alike in size, and int8
+rounds them. So rows whose codes' product lies below ``limit`` cannot be a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from snipdedup.ground.cosine import Directions, directions, unit_rows
+
+WIDTHS = (128, 256)  # coordinates of a code: fewer are cheaper, more rule out more pairs
+PEAK = 127  # largest int8
+HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
+# A pair's product is off by more than this times the codes' norms with probability below 1e-9:
+# rounding errors lie within ±1/2 and the rotation makes them independent of the rows, so
+# Hoeffding's inequality gives exp(-2 k²) for k times the norm.
+MISS_PROBABILITY = 1e-9
+FLOAT_SLACK = 1e-5  # float32 arithmetic in projecting
+# bfloat16 keeps 8 bits: rounding rows, directions and coordinates moves products of dense rows by
+# about 1e-4; rows of two nonzero values, the worst case known, by .0032.
+BFLOAT16_SLACK = 4e-3
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How rows become codes.
+
+    Attributes
+    ----------
+    matrix : (d, w) float32
+        Main directions, rotated.
+    residual : (w,) float32
+        The rotated axis of the residual norm.
+    scale : float
+        Codes are coordinates times this, rounded.
+    """
+
+    matrix: np.ndarray
+    residual: np.ndarray
+    scale: float
+
+    @property
+    def width(self) -> int:
+        """Number of coordinates of a code."""
+        return len(self.residual)
+
+    @property
+    def norm(self) -> float:
+        """What the norm of a code is at most."""
+        return float(self.scale + 0.5 * self.width**0.5)
+
+    def encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the codes of a block of rows; see `encode_directions`.
+
+        Parameters
+        ----------
+        rows : (n, d) float16, float32 or float64
+        """
+        return self.encode_directions(directions(rows))
+
+    def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
+        """Return the codes of a block of rows.
+
+        Returns
+        -------
+        codes : (n, w) int8
+        excess : (n,) float32
+            Norm of what int8 could not hold of a code, 0 for nearly all rows.
+        """
+        import torch
+
+        scaled = self._rotated(rows)
+        scaled *= self.scale
+        excess = np.zeros(len(scaled), np.float32)
+        low, high = scaled.aminmax(dim=1)
+        wide = torch.maximum(high, -low) > PEAK + 0.5
+        if wide.any():
+            over = scaled[wide] - scaled[wide].round().clamp_(-PEAK, PEAK)
+            excess[wide.numpy()] = torch.linalg.vector_norm(over, dim=1).numpy()
+        codes = scaled.round_().clamp_(-PEAK, PEAK).to(torch.int8)
+        return np.asarray(codes.numpy()), excess
+
+    def coordinates(self, rows: np.ndarray) -> np.ndarray:
+        """Return rotated unit coordinates, (n, w) float32; their products bound cosines."""
+        return np.asarray(self._rotated(directions(rows)).numpy())
+
+    def _rotated(self, rows: Directions) -> Any:
+        import torch
+
+        # scaled to norm 1 after the product, which has fewer columns
+        matrix = torch.from_numpy(self.matrix)
+        if has_bfloat16():
+            coordinates = (rows.values.bfloat16() @ matrix.bfloat16()).float()
+        else:
+            coordinates = rows.values @ matrix
+        coordinates *= rows.factor[:, None]
+        inside = torch.linalg.vector_norm(coordinates, dim=1)
+        rest = (1 - inside * inside).clamp_(min=0).sqrt_()
+        return coordinates.addr_(rest, torch.from_numpy(self.residual))
+
+    def limit(self, threshold: float) -> float:
+        """Return the product of two codes from which their rows may be a pair."""
+        rounding = self.norm * np.sqrt(2) * np.sqrt(np.log(2 / MISS_PROBABILITY) / 2)
+        slack = BFLOAT16_SLACK if has_bfloat16() else FLOAT_SLACK
+        return float(self.scale**2 * (np.float32(threshold) - slack) - rounding)
+
+    def slack(self, excess: np.ndarray) -> np.ndarray:
+        """Return by how much a row's limit falls for what its code could not hold."""
+        return np.asarray(excess * self.norm * 2)
+
+    def distance(self, threshold: float) -> float:
+        """Return the largest distance of the codes of two rows that are a pair."""
+        return float(self.scale * np.sqrt(max(0.0, 2 - 2 * threshold)) + self.width**0.5)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the parts as arrays, to be saved."""
+        return {"matrix": self.matrix, "residual": self.residual, "scale": np.array(self.scale)}
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Tell whether this processor multiplies bfloat16 itself; asked, not timed, so always alike."""
+    import torch
+
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
+
+
+def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
+    """Fit a projection to a sample of rows; see `fit_projections`."""
+    return fit_projections(sample, (width,), seed)[0]
+
+
+def fit_projections(sample: np.ndarray, widths: Sequence[int], seed: int) -> list[Projection]:
+    """Fit projections of several widths to a sample of rows.
+
+    Parameters
+    ----------
+    sample : (n, d) float16, float32 or float64
+        Distinct rows that can be compared.
+    widths : sequence of int
+        Coordinates of a code.
+    seed : int
+        Of the rotation.
+    """
+    unit = unit_rows(sample)
+    directions = main_directions(unit, min(max(widths) - 1, unit.shape[1]))
+    projections = []
+    for width in widths:
+        main = directions[:, -(width - 1) :]
+        rotation = random_rotation(width, seed)
+        count = main.shape[1]
+        matrix = (main @ rotation[:count]).astype(np.float32)
+        projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
+        peak = float(np.abs(projection.coordinates(sample)).max())
+        scale = PEAK / min(1.0, peak * HEADROOM)
+        projections.append(Projection(matrix, projection.residual, scale))
+    return projections
+
+
+def random_rotation(width: int, seed: int) -> np.ndarray:
+    """Return a random orthonormal matrix, (width, width) float64."""
+    import torch
+
+    values = np.random.default_rng(seed).standard_normal((width, width))
+    return np.asarray(torch.linalg.qr(torch.from_numpy(values))[0].numpy())
+
+
+def main_directions(unit: np.ndarray, count: int) -> np.ndarray:
+    """Return the main directions of unit rows about the origin, (d, count) float64, orthonormal."""
+    import torch
+
+    values = torch.from_numpy(unit)
+    moments: Any = (values.T @ values).double()
+    return np.asarray(torch.linalg.eigh(moments)[1].numpy()[:, -count:])

@@ -1,0 +1,204 @@
+"""Tiles: products of the codes of two blocks of rows, and the pairs they do not rule out.
+
+Most tiles hold few close pairs, which are listed and proved later. Where very many are close
+(thousands of copies of one picture), listing them would cost the square of their number: such a
+tile gives a spanning forest of its pairs instead, proved at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from snipdedup.ground.compute import scratch
+from snipdedup.ground.cosine import PROPOSAL_ERROR, directions
+from snipdedup.ground.shards import Features
+from snipdedup.search.forest import Edges, best_edge, join_edges, link_smaller, make_edges
+from snipdedup.search.kernels import close_rows, pick_kernel
+from snipdedup.search.verify import proved_cosines
+
+ROW_TILE, COLUMN_TILE = 1024, 2048
+CROWDED = 1 / 64  # share of a tile's pairs from which they are not listed
+
+
+class Codes(NamedTuple):
+    """Rows with their codes.
+
+    Attributes
+    ----------
+    row : (n,) int64
+        Global rows.
+    codes : (n, w) int8
+    slack : (n,) float64
+        By how much each row's limit falls.
+    """
+
+    row: np.ndarray
+    codes: np.ndarray
+    slack: np.ndarray
+
+    def part(self, start: int, stop: int) -> Codes:
+        """Return some of the rows."""
+        return self.where(slice(start, stop))
+
+    def where(self, places: Any) -> Codes:
+        """Return the rows that a slice, mask or index array selects."""
+        return Codes(self.row[places], self.codes[places], self.slack[places])
+
+
+class TilePairs(NamedTuple):
+    """What a column of tiles leaves.
+
+    Attributes
+    ----------
+    a, b : (n,) int64
+        Pairs that remain to be proved.
+    edges : Edges
+        Forests of crowded tiles, proved.
+    proposed : int
+        Pairs that the codes could not rule out.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    edges: Edges
+    proposed: int
+
+
+def compare(
+    features: Features,
+    members: Codes,
+    columns: int,
+    *,
+    limit: float,
+    threshold: float,
+    device: str = "cpu",
+    frozen: int = 0,
+) -> TilePairs:
+    """Compare the first ``columns`` rows with one another and with all rows after them.
+
+    Parameters
+    ----------
+    features : Features
+    members : Codes
+    columns : int
+        At most `COLUMN_TILE`.
+    limit : float
+        Product from which two codes without slack may be a pair.
+    threshold : float
+        Cosine from which two rows are a pair.
+    device : str
+        Where products are computed: ``cpu`` or ``cuda``.
+    frozen : int
+        Global rows below are not compared with one another.
+    """
+    import torch
+
+    kernel = pick_kernel(device, members.codes.shape[1])
+    right, first = members.part(0, columns), 0
+    old = right.row < frozen
+    if frozen and old.all():
+        members, first = members.where(members.row >= frozen), columns  # none is a column
+    prepared = kernel.prepare(torch.from_numpy(right.codes).to(device))
+    lowest = limit - kernel.rounding * abs(limit) - right.slack.max(initial=0)
+    listed, forests, count = [(np.empty(0, np.int64),) * 2], [], 0
+    for start in range(0, len(members.row), ROW_TILE):
+        left = members.part(start, start + ROW_TILE)
+        products = kernel.multiply(torch.from_numpy(left.codes).to(device), prepared)
+        rows, close = close_rows(products, lowest - left.slack)
+        if first + start < columns:  # each pair once: no row with itself or with a later column
+            close &= np.arange(columns) < rows[:, None] + start
+        if frozen:
+            close &= ~(old & (left.row[rows, None] < frozen))
+        places = np.flatnonzero(close.ravel())
+        count += len(places)
+        if len(places) > CROWDED * ROW_TILE * COLUMN_TILE:
+            forests.append(crowded(features, left.row[rows], right.row, close, threshold))
+        else:
+            i, j = np.divmod(places, max(1, columns))
+            listed.append((left.row[rows[i]], right.row[j]))
+    a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
+    return TilePairs(a, b, join_edges(forests), count)
+
+
+def crowded(
+    features: Features, rows: np.ndarray, columns: np.ndarray, close: np.ndarray, threshold: float
+) -> Edges:
+    """Return the forest of a crowded tile's pairs, by one product of the raw rows.
+
+    What lies too close to the threshold for float32 is decided one by one.
+
+    Parameters
+    ----------
+    features : Features
+    rows, columns : (m,), (n,) int64
+        Global rows.
+    close : (m, n) bool
+        Which pairs may be.
+    threshold : float
+    """
+    import torch
+
+    left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
+    rows, columns, close = rows[left], columns[right], close[left][:, right]
+    x, y = features.gather(rows), features.gather(columns)
+    table = scratch("table", close.shape, np.float32)
+    torch.mm(unit_tensor(x, "rows"), unit_tensor(y, "columns").T, out=torch.from_numpy(table))
+    close &= table >= np.float32(threshold - PROPOSAL_ERROR)
+    i, j = np.nonzero(close & (table <= np.float32(threshold + PROPOSAL_ERROR)))
+    close[i, j] = proved_cosines(x, y, i, j) >= np.float32(threshold)
+    table += np.float32(2)  # positive, whatever the threshold
+    table *= close
+    nodes = np.unique(np.concatenate([rows, columns]))
+    i, j = table_forest(
+        table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
+    )
+    return make_edges(rows[i], columns[j], proved_cosines(x, y, i, j))
+
+
+def unit_tensor(rows: np.ndarray, use: str) -> Any:
+    """Return rows scaled to norm 1 as a float32 tensor, in memory that is used again."""
+    import torch
+
+    found = directions(rows, torch.from_numpy(scratch(use, rows.shape, np.float32)))
+    return found.values * found.factor[:, None]
+
+
+def table_forest(
+    table: np.ndarray, left: np.ndarray, right: np.ndarray, nodes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a maximum spanning forest of a table's positive entries, as places (i, j).
+
+    Borůvka's method: in each round every component takes its best entry, which is the best of its
+    rows' and columns' best ones. Spoils ``table``.
+
+    Parameters
+    ----------
+    table : (m, n) int32 or float32
+    left, right : (m,), (n,) int64
+        Node of each row and column; one node may be both.
+    nodes : int
+    """
+    turned = scratch("turned", table.T.shape, table.dtype)
+    turned[:] = table.T
+    label = np.arange(nodes)
+    rows, columns = np.arange(len(left)), np.arange(len(right))
+    chosen = [(np.empty(0, np.int64),) * 2]
+    while True:
+        i = np.concatenate([turned.argmax(1), rows])
+        j = np.concatenate([columns, table.argmax(1)])
+        order = np.argsort(-table[i, j], kind="stable")
+        order = order[: np.count_nonzero(table[i, j] > 0)]
+        if not len(order):
+            break
+        i, j = i[order], j[order]
+        u, v = label[left[i]], label[right[j]]
+        best = best_edge(u, v, np.arange(len(i)), nodes)
+        picks = np.unique(best[best < len(i)])
+        chosen.append((i[picks], j[picks]))
+        link_smaller(label, u[picks], v[picks])
+        table *= label[left][:, None] != label[right]
+        turned *= label[right][:, None] != label[left]
+    i, j = (np.concatenate(side) for side in zip(*chosen, strict=True))
+    return i, j

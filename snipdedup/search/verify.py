@@ -1,0 +1,88 @@
+"""Proposed pairs are proved on the raw rows; the others are dropped.
+
+Rows are gathered once for many pairs, in row order. A float32 product settles what is clearly no
+pair; what is left is decided in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from snipdedup.ground.compute import in_order, scratch
+from snipdedup.ground.cosine import PROPOSAL_ERROR, Directions, directions, pair_cosine
+from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.search.forest import Edges, make_edges, spanning_forest
+
+GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
+PRODUCT_PAIRS = 256  # pairs whose rows are laid side by side at a time, to stay in the cache
+
+
+def verify_pairs(
+    features: Features,
+    a: np.ndarray,
+    b: np.ndarray,
+    threshold: float,
+    threads: int,
+    *,
+    every: bool = False,
+) -> Iterator[Edges]:
+    """Yield the edges among the proposed pairs, a block of pairs at a time.
+
+    Parameters
+    ----------
+    features : Features
+    a, b : (n,) int64
+        Rows; either may be the smaller. Pairs that lie together should share rows.
+    threshold : float
+        Cosine from which two rows are a pair.
+    threads : int
+    every : bool
+        Yield every pair; by default only a maximum spanning forest of each block's.
+    """
+
+    def check(span: tuple[int, int]) -> Edges:
+        return prove(features, a[slice(*span)], b[slice(*span)], threshold, every)
+
+    yield from in_order(check, plan_blocks(len(a), GATHER_PAIRS), threads)
+
+
+def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, every: bool) -> Edges:
+    """Return the edges among one block of pairs; see `verify_pairs`."""
+    import torch
+
+    rows, places = np.unique(np.concatenate([a, b]), return_inverse=True)
+    i, j = places[: len(a)], places[len(a) :]
+    shape = (len(rows), features.dim)
+    raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
+    wide = directions(raw, torch.from_numpy(scratch("gathered wide", shape, np.float32)))
+    likely = np.flatnonzero(pair_products(wide, i, j) >= np.float32(threshold - PROPOSAL_ERROR))
+    i, j = i[likely], j[likely]
+    edges = make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j)).at(threshold)
+    return edges if every else spanning_forest(edges)
+
+
+def pair_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the float32 products of rows i with rows j, scaled to norm 1, (n,) float32."""
+    import torch
+
+    parts = [np.empty(0, np.float32)]
+    shape = (PRODUCT_PAIRS, rows.values.shape[1])
+    x, y = (torch.from_numpy(scratch(use, shape, np.float32)) for use in ("pair x", "pair y"))
+    for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
+        left, right = (torch.from_numpy(side[start:stop]) for side in (i, j))
+        torch.index_select(rows.values, 0, left, out=x[: stop - start])
+        torch.index_select(rows.values, 0, right, out=y[: stop - start])
+        product = x[: stop - start].mul_(y[: stop - start]).sum(1)
+        parts.append((product * rows.factor[left] * rows.factor[right]).numpy())
+    return np.concatenate(parts)
+
+
+def proved_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
+    parts = [np.empty(0, np.float32)]
+    for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
+        left, right = np.take(x, i[start:stop], axis=0), np.take(y, j[start:stop], axis=0)
+        parts.append(pair_cosine(left, right))
+    return np.concatenate(parts)

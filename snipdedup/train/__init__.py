@@ -1,0 +1,1 @@
+"""The SNIP encoder: learnt, kept, measured."""

@@ -1,0 +1,424 @@
+"""The SNIP network: a feature in, a short descriptor of length 1 out; and its folder on disk.
+
+Weights are a plain state dict beside a JSON description, never a pickled module: reading an
+encoder runs no code of its own. A descriptor depends on its row and the row's global number only,
+since blocks of fixed size, aligned to global rows, are each computed by one thread.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from snipdedup import settings
+from snipdedup.errors import InputError, SnipError
+from snipdedup.ground import locks, progress, store
+from snipdedup.ground.compute import cores, in_order, library_threads, pick_device
+from snipdedup.ground.cosine import unit_rows
+from snipdedup.ground.scan import refuse_bad
+from snipdedup.ground.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.train.quantise import BLOCK, in_blocks
+
+WEIGHTS = "weights.pt"
+LAYOUT = 1  # of the network below; a change that old weights do not fit counts it up
+READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
+DESCRIPTORS = "descriptors"
+# What torch's reader of pickles, which builds tensors only, says of one that is damaged.
+BROKEN_PICKLE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError,
+    ArithmeticError, AssertionError,
+)  # fmt: skip
+FILES = "files"  # below the work folder: what is written before all of it is whole
+
+
+class Network(nn.Module):
+    """A linear path plus a two-layer GELU MLP, normalised.
+
+    The linear path can start as PCA; the MLP's last layer starts at zero, so that training begins
+    at PCA and only adds to it.
+
+    A head, where there is one, makes a shorter descriptor for small codes from the same hidden
+    layer: few bytes say more about few dimensions.
+    """
+
+    def __init__(self, dim_in: int, hidden: int, dim: int, head: int = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim_in, dim)
+        self.inner = nn.Linear(dim_in, hidden)
+        self.outer = nn.Linear(hidden, dim, bias=False)
+        nn.init.zeros_(self.outer.weight)
+        self.head = head
+        if head:
+            self.head_linear = nn.Linear(dim_in, head)
+            self.head_outer = nn.Linear(hidden, head, bias=False)
+            nn.init.zeros_(self.head_outer.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return descriptors of unit rows: (n, dim_in) to (n, dim)."""
+        return self.whole(x, functional.gelu(self.inner(x)))
+
+    def narrow(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the heads of unit rows: (n, dim_in) to (n, head)."""
+        return self.short(x, functional.gelu(self.inner(x)))
+
+    def both(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return descriptors and, if there is a head, heads, for the price of one hidden layer."""
+        hidden = functional.gelu(self.inner(x))
+        return self.whole(x, hidden), self.short(x, hidden) if self.head else None
+
+    def whole(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return descriptors from rows and their hidden layer."""
+        return functional.normalize(self.linear(x) + self.outer(hidden))
+
+    def short(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return heads from rows and their hidden layer."""
+        return functional.normalize(self.head_linear(x) + self.head_outer(hidden))
+
+    @torch.no_grad()
+    def rotate(self, rotation: torch.Tensor, *, head: bool = False) -> None:
+        """Fold an orthonormal matrix into the last layers of descriptors, or of heads.
+
+        Lengths and distances stay as they are.
+        """
+        linear, outer = self.linear, self.outer
+        if head:
+            linear, outer = self.head_linear, self.head_outer
+        linear.weight.copy_(rotation @ linear.weight)
+        linear.bias.copy_(rotation @ linear.bias)
+        outer.weight.copy_(rotation @ outer.weight)
+
+
+class Encoder:
+    """A trained network, ready to use.
+
+    Attributes
+    ----------
+    dim_in, dim : int
+        Width of features and of descriptors.
+    head : int
+        Width of the descriptors for small codes; 0 where there is none.
+    device : str
+    """
+
+    def __init__(self, network: Network, device: str = "cpu", *, narrow: bool = False) -> None:
+        self.network = network.to(device).float().eval().requires_grad_(False)
+        self.device, self.narrow = device, narrow
+        self.dim, self.dim_in = self.network.linear.weight.shape
+        self.head = self.network.head
+        self.dim = self.head if narrow else self.dim
+        self.hidden = self.network.inner.weight.shape[0]
+
+    def of_width(self, dim: int) -> Encoder:
+        """Return the encoder whose descriptors are ``dim`` wide: this one, or its head."""
+        return Encoder(self.network, self.device, narrow=True) if dim == self.head else self
+
+    def for_codes(self, m: int, nbits: int = 8) -> Encoder:
+        """Return the encoder that a code of ``m`` sub-quantisers keeps most of.
+
+        A code of at most a bit a dimension does better on the head.
+        """
+        if not self.head or m * nbits > self.dim or self.head % m:
+            return self
+        return self.of_width(self.head)
+
+    def encode(self, rows: np.ndarray, first: int = 0) -> np.ndarray:
+        """Return descriptors, in this thread.
+
+        Parameters
+        ----------
+        rows : (n, dim_in) float16, float32 or float64
+            Any norm. A row that cannot be compared (`cosine.bad_rows`) gets zeros.
+        first : int
+            Global row of ``rows[0]``: the last bits depend on a row's place in its block.
+
+        Returns
+        -------
+        (n, dim) float32, of length 1
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.dim_in:
+            raise SnipError(
+                f"the encoder expects rows {self.dim_in} wide, found an array of {rows.shape}; "
+                "use features of the model that it was trained on"
+            )
+        if not len(rows):
+            return np.empty((0, self.dim), np.float32)
+        with library_threads(1):
+            return in_blocks(lambda block: (self._block(block),), rows, first)[0]
+
+    @torch.inference_mode()
+    def _block(self, block: np.ndarray) -> np.ndarray:
+        unit = unit_rows(block)
+        x = torch.from_numpy(unit).to(self.device)
+        found = (self.network.narrow(x) if self.narrow else self.network(x)).cpu().numpy()
+        found[~unit.any(axis=1)] = 0
+        return found
+
+    def weights(self) -> bytes:
+        """Return the state dict as bytes, the same for the same weights."""
+        buffer = io.BytesIO()  # a file's own name would end up in the archive
+        torch.save({k: v.cpu() for k, v in self.network.state_dict().items()}, buffer)
+        return buffer.getvalue()
+
+    def save(self, folder: Path, body: dict[str, Any]) -> None:
+        """Write weights, then the manifest with ``body`` (settings, shards, curves)."""
+        with store.replacing(folder / WEIGHTS) as part:
+            part.write_bytes(self.weights())
+        described = {
+            "layout": LAYOUT,
+            "dim_in": self.dim_in,
+            "hidden": self.hidden,
+            "dim": self.network.linear.out_features,
+            "head": self.head,
+        }
+        store.write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> Encoder:
+        """Read an encoder folder.
+
+        Raises
+        ------
+        SnipError
+            If it is not one that ``snip train`` finished, or its weights were changed.
+        """
+        path = Path(folder).expanduser()
+        if path.is_file():
+            raise SnipError(
+                f"{path}: expected an encoder folder that snip train wrote, found a file. Pickled "
+                "modules, as upstream published, are not read: unpickling runs any code they hold. "
+                "Train one with: snip train FEATURES --out encoder"
+            )
+        manifest = store.read_manifest(path, "encoder")
+        shape, state = described_shape(path, manifest), read_weights(path, manifest)
+        check_weight(path / WEIGHTS, *shape)
+        network = Network(*shape)
+        try:
+            network.load_state_dict(state)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise SnipError(
+                f"{path / WEIGHTS}: its layers do not fit {store.MANIFEST}: {first_line(error)}; "
+                "train the encoder again"
+            ) from error
+        return cls(network, pick_device(device))
+
+
+def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Return (dim_in, hidden, dim, head) that a manifest promises."""
+    described = manifest.get("encoder")
+    described = described if isinstance(described, dict) else {}
+    if described.get("layout") != LAYOUT:
+        raise SnipError(
+            f"{folder / store.MANIFEST}: expected an encoder of layout {LAYOUT}, found "
+            f"{described.get('layout')!r}; train it with this version of snip"
+        )
+    shape = tuple(described.get(name) for name in ("dim_in", "hidden", "dim"))
+    head = described.get("head", 0)
+    if not all(type(width) is int and width > 0 for width in shape) or (
+        type(head) is not int or head < 0
+    ):
+        raise SnipError(
+            f"{folder / store.MANIFEST}: expected the widths dim_in, hidden and dim, found "
+            f"{store.short([*shape, head])}"
+        )
+    dim_in, hidden, dim = cast("tuple[int, int, int]", shape)
+    return dim_in, hidden, dim, head
+
+
+def check_weight(path: Path, dim_in: int, hidden: int, dim: int, head: int) -> None:
+    """Refuse widths that need more bytes than the weights have, before memory is taken."""
+    need = 4 * (dim_in + hidden) * (dim + head) + 4 * dim_in * hidden
+    have = path.stat().st_size
+    if have < need:
+        raise SnipError(
+            f"{path}: its layers do not fit {store.MANIFEST}: {have} bytes, which promises {need}; "
+            "train the encoder again"
+        )
+
+
+def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the state dict, if it is the file that the manifest vouches for."""
+    path = folder / WEIGHTS
+    expected = weights_sha256(folder, manifest)
+    if not path.is_file():
+        raise SnipError(f"no such file: {path}; copy the whole encoder folder, or train it again")
+    if store.sha256(path) != expected:
+        raise SnipError(
+            f"{path}: changed since {store.MANIFEST} was written (its SHA-256 differs); copy the "
+            "encoder folder again, or train it again"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *BROKEN_PICKLE) as error:
+        raise SnipError(
+            f"{path}: expected a plain state dict of tensors, found something else; pickled "
+            "modules are not read, since unpickling runs any code they hold"
+        ) from error
+
+
+def weights_sha256(folder: Path, manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of the weights as the manifest holds it."""
+    try:
+        return str(manifest["outputs"][WEIGHTS]["sha256"])
+    except (KeyError, TypeError):
+        raise SnipError(f"{folder / store.MANIFEST}: names no {WEIGHTS}; train it again") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 else str(error)
+
+
+@locks.given_up()
+def run(options: settings.Compress) -> str:
+    """Write descriptors, shard for shard; return the summary."""
+    started = time.monotonic()
+    features = open_features(
+        options.features, parts=options.parts, array=options.array, column=options.column
+    )
+    encoder = Encoder.load(options.encoder, options.device)
+    check_width(encoder, features, options.encoder)
+    names = descriptor_names(features)
+    out = Path(options.out).expanduser()
+    store.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
+    request = describe_request(options, features)
+    if claim(out, request, features, options.overwrite) == "done":
+        return f"{out} is finished already with these settings; --overwrite makes it anew"
+    try:
+        crcs = write_shards(features, encoder, out / store.WORK, names, options)
+        features.refuse_changed()
+    except InputError:
+        store.release(out)  # what stood there before, stands
+        raise
+    shards = [
+        {**d, "crc32": f"{crc:08x}"} for d, crc in zip(features.describe(), crcs, strict=True)
+    ]
+    seconds = time.monotonic() - started
+    body = {
+        "command": "compress",
+        "settings": options.as_dict(),
+        "request": request,
+        "encoder_sha256": request["encoder"],
+        "shards": shards,
+        "counts": {"rows": features.rows, "dim": encoder.dim},
+        "seconds": {"all": round(seconds, 3)},
+    }
+    store.clear(out, keep_work=True)
+    store.publish(out, DESCRIPTORS, body, [out / store.WORK / FILES / name for name in names])
+    size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
+    return (
+        f"{features.rows:,} rows in {len(names)} shards: {encoder.dim_in} wide to {encoder.dim} "
+        f"({size / 1e6:,.1f} MB {options.dtype}) in {seconds:.1f} s, in {out}"
+    )
+
+
+def describe_request(options: settings.Compress, features: Features) -> dict[str, Any]:
+    """Return what the descriptors depend on, by name."""
+    folder = Path(options.encoder).expanduser()
+    return {
+        "encoder": weights_sha256(folder, store.read_manifest(folder, "encoder")),
+        "dtype": options.dtype,
+        "array": options.array,
+        "column": options.column,
+        **request_of(features),
+    }
+
+
+def check_width(encoder: Encoder, features: Features, name: str) -> None:
+    """Refuse features of another width, naming the file."""
+    if encoder.dim_in != features.dim:
+        raise SnipError(
+            f"{features.place(0)[0]}: rows are {features.dim} wide, --encoder {name} expects "
+            f"{encoder.dim_in}; use features of the model that it was trained on"
+        )
+
+
+def descriptor_names(features: Features) -> list[str]:
+    """Return the file name of each shard's descriptors; refuse two shards of one name."""
+    names: dict[str, Path] = {}
+    for shard in features.shards:
+        name = f"{shard.path.stem}.npy"
+        if name in names:
+            raise SnipError(
+                f"{names[name]} and {shard.path} would both be written as {name}; compress them "
+                "into two folders"
+            )
+        names[name] = shard.path
+    return list(names)
+
+
+def claim(out: Path, request: dict[str, Any], features: Features, overwrite: bool) -> str:
+    """Take ``out`` as `store.claim` does; a new run finds no descriptors of a stopped one."""
+    note = out / store.WORK / store.REQUEST
+    stopped = store.load_json(note) if overwrite and note.is_file() else {}
+    finished = (out / store.MANIFEST).is_file()
+    if finished:
+        accept_dates(request, features, store.read_manifest(out, DESCRIPTORS))
+    state = store.claim(out, DESCRIPTORS, request, overwrite=overwrite, late=True)
+    if state == "new" and not finished:  # a run stopped at its last step had them in place
+        for shard in stopped.get("features", []):
+            (out / f"{Path(shard['name']).stem}.npy").unlink(missing_ok=True)
+    return state
+
+
+def write_shards(
+    features: Features, encoder: Encoder, work: Path, names: list[str], options: settings.Compress
+) -> list[int]:
+    """Write the shards that are not there yet; return the CRC32 of each input shard."""
+    threads = cores(options.threads) if encoder.device == "cpu" else 1
+    crcs = []
+    with progress.bar(features.rows, "compressing", "rows") as bar:
+        for number, name in enumerate(names):
+            path, done = work / FILES / name, work / f"{name}.json"
+            if not store.is_sealed(done, path.parent):
+                crc = write_shard(features, number, encoder, path, options.dtype, threads)
+                store.seal(done, [path], {"crc32": crc})  # after the shard
+            crcs.append(int(store.load_json(done)["crc32"]))
+            bar.update(features.shards[number].rows)
+    return crcs
+
+
+def write_shard(
+    features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
+) -> int:
+    """Write one shard's descriptors as they are made; return the CRC32 of the input shard.
+
+    Raises
+    ------
+    InputError
+        If a row cannot be compared: file and row; nothing is written then.
+    """
+    ledger, shard = CrcLedger(len(features.shards)), features.shards[number]
+    rows = shard.rows
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, encoder.dim)}
+    with store.replacing(path) as part, part.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block, crcs in encoded_spans(features, number, encoder, threads):
+            block.astype(dtype).tofile(file)
+            ledger.add(crcs)
+    return ledger.totals()[number] if rows else shard.crc_piece(0, shard.read(0, 0))[0]
+
+
+def encoded_spans(
+    features: Features, number: int, encoder: Encoder, threads: int
+) -> Iterator[tuple[np.ndarray, list]]:
+    """Yield one shard's descriptors in row order, with the CRCs of what was read."""
+    first, stop = (int(row) for row in features.offsets[number : number + 2])
+    cuts = range(first - first % READ_ROWS, stop, READ_ROWS)
+    spans = [(max(cut, first), min(cut + READ_ROWS, stop)) for cut in cuts]
+
+    def work(span: tuple[int, int]) -> tuple[np.ndarray, list]:
+        rows, crcs = features.read_with_crc(*span)
+        refuse_bad(features, np.arange(*span), rows)
+        return encoder.encode(rows, span[0]), crcs
+
+    return in_order(work, spans, threads)

@@ -1,0 +1,1 @@
+"""What was found, proved; what was lost, measured."""
