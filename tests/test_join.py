@@ -17,8 +17,10 @@ from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError
 from snipdedup.ground import store
 from snipdedup.ground.shards import open_features
+from snipdedup.search import encoding, fitting
 from snipdedup.search import join as room
-from snipdedup.search.join import plan_partitions
+from snipdedup.search.join import needed_memory
+from snipdedup.search.partitions import plan_partitions
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,8 @@ def brute(rows):
 def many_lists():
     """Lists, and several encode tasks, at sizes that a test can afford."""
     with (
-        mock.patch.object(room, "SINGLE_LIST_ROWS", 0),
-        mock.patch.object(room, "task_rows", return_value=8192),
+        mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(encoding, "task_rows", return_value=8192),
         mock.patch.object(room, "PARTITION_BYTES", 1 << 14),
         mock.patch.object(room, "needed_memory", return_value=0),
         mock.patch.object(finding, "needed_memory", return_value=0),
@@ -250,8 +252,8 @@ def test_a_crowd_that_is_spread_over_lists_is_still_exact():
     x = (rng.standard_normal(8) + 0.3 * rng.standard_normal((3000, 8))).astype(np.float32)
     brute = dedup(x, method="exact", threshold=0.98)
     with (
-        mock.patch.object(room, "SINGLE_LIST_ROWS", 0),
-        mock.patch.object(room, "task_rows", return_value=8192),
+        mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(encoding, "task_rows", return_value=8192),
     ):
         found = dedup(x, recall=1, threshold=0.98)
     assert found.found.notes["nlist"] > 20
@@ -293,8 +295,8 @@ def test_an_empty_shard_and_fewer_rows_than_lists(tmp_path):
     x = truth.clustered(40, 8, 0)
     folder = truth.save_shards(tmp_path / "f", x, [0, 11, 11, 40])
     with (
-        mock.patch.object(room, "SINGLE_LIST_ROWS", 0),
-        mock.patch.object(room, "list_count", return_value=100),
+        mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(fitting, "list_count", return_value=100),
     ):
         found = dedup(folder, recall=1)
     assert_agree(found, dedup(x, method="exact"))
@@ -345,7 +347,7 @@ def test_small_sets_of_any_kind_agree_with_brute_force(rows, dim, seed, threshol
     x = truth.clustered(rows, dim, seed, copies=0.2, dtype=dtype)
     if not (np.abs(x).max(1) > 0).all():
         return
-    with mock.patch.object(room, "SINGLE_LIST_ROWS", 100):
+    with mock.patch.object(fitting, "SINGLE_LIST_ROWS", 100):
         found = dedup(open_features(x), threshold=threshold, recall=1, threads=1)
     brute = dedup(x, threshold=threshold, method="exact", threads=1)
     assert_agree(found, brute)
@@ -354,9 +356,9 @@ def test_small_sets_of_any_kind_agree_with_brute_force(rows, dim, seed, threshol
 def test_too_little_memory_is_refused_with_what_is_needed(rows, tmp_path):
     with pytest.raises(SnipError, match=r"--max_memory 50MB: this run needs 0\.\d\d GB"):
         dedup(rows, max_memory="50MB", threads=2, out=str(tmp_path / "out"))
-    need = room.needed_memory(open_features(rows), 2)
+    need = needed_memory(open_features(rows), 2)
     assert 100e6 < need < 200e6
-    assert need + 100 * 980_000 == room.needed_memory(open_features(np.ones((10**6, 24), "f2")), 2)
+    assert need + 100 * 980_000 == needed_memory(open_features(np.ones((10**6, 24), "f2")), 2)
     assert dedup(rows, max_memory=str(need), threads=2).removed > 3000
 
 

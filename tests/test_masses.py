@@ -10,8 +10,7 @@ import pytest
 import truth
 
 from snipdedup.chain.deduplicate import dedup
-from snipdedup.search import join as room
-from snipdedup.search import masses
+from snipdedup.search import encoding, fitting, masses
 from snipdedup.search.masses import find_hubs
 from snipdedup.search.projection import fit_projection
 
@@ -41,8 +40,8 @@ def small_masses():
     """Masses and lists at sizes that a test can afford."""
     with (
         mock.patch.object(masses, "MASS_ROWS", 500),
-        mock.patch.object(room, "SINGLE_LIST_ROWS", 0),
-        mock.patch.object(room, "task_rows", return_value=2048),
+        mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(encoding, "task_rows", return_value=2048),
     ):
         yield
 

@@ -1,0 +1,158 @@
+"""Encode tasks: a range of rows becomes int8 codes, sorted by the lists that rows live in or visit.
+
+Each task reads its rows once and leaves one folder that is complete or absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from snipdedup.ground import progress, store
+from snipdedup.ground.compute import in_order
+from snipdedup.ground.cosine import Directions
+from snipdedup.ground.scan import Scan, Seen, read_range
+from snipdedup.ground.shards import Features, Piece, plan_blocks
+from snipdedup.search.forest import Edges, make_edges
+from snipdedup.search.lists import Lists, Visits, assign
+from snipdedup.search.masses import ABSORBED, BESIDE, Hubs, Placed
+from snipdedup.search.model import Model
+
+
+def task_rows(rows: int) -> int:
+    """Return the rows of an encode task: many tasks for small sets, few files for large ones."""
+    return 1 << 15 if rows < 1 << 25 else 1 << 18
+
+
+def encode_folders(work: Path, rows: int) -> list[Path]:
+    """Return the folder of each encode task."""
+    tasks = len(plan_blocks(rows, task_rows(rows)))
+    return [work / "encode" / f"{number:06d}" for number in range(tasks)]
+
+
+def encode_all(
+    features: Features,
+    model: Model,
+    work: Path,
+    *,
+    chunk_rows: int,
+    threads: int,
+    frozen: int,
+) -> list[Seen]:
+    """Run the encode tasks that are not done yet; return what all of them saw."""
+    spans = plan_blocks(features.rows, task_rows(features.rows))
+    folders = encode_folders(work, features.rows)
+    with progress.bar(features.rows, "encoding", "rows") as bar:
+
+        def run(task: tuple[Path, tuple[int, int]]) -> int:
+            folder, (begin, end) = task
+            if not store.is_sealed(folder / "done.json", folder):
+                encode_task(
+                    features, model, folder, begin, end, chunk_rows=chunk_rows, frozen=frozen
+                )
+            return end - begin
+
+        for count in in_order(run, zip(folders, spans, strict=True), threads):
+            bar.update(count)
+    return [load_seen(folder) for folder in folders]
+
+
+def encode_task(
+    features: Features,
+    model: Model,
+    folder: Path,
+    begin: int,
+    end: int,
+    *,
+    chunk_rows: int,
+    frozen: int,
+) -> None:
+    """Encode rows ``begin`` to ``end`` and write them sorted by list, rows at home first.
+
+    Where more than half of the rows are frozen, they stay at home and the others come to them.
+    """
+    still = frozen if frozen > features.rows // 2 else 0
+    codes = np.empty((end - begin, model.projection.width), np.int8)
+    slack = np.empty(end - begin, np.float32)
+    visits: list[Visits] = []
+    absorbed: list[Placed] = []
+
+    def encode(first: int, raw: np.ndarray, rows: Directions) -> None:
+        at = slice(first - begin, first - begin + len(raw))
+        codes[at], excess = model.projection.encode_directions(rows)
+        slack[at] = model.projection.slack(excess)
+        placed = model.hubs.place(codes[at], slack[at], raw)
+        far = how_far(placed, model.lists, max(0, still - first), still > 0)
+        found = assign(codes[at], model.lists, far)
+        visits.append(found._replace(row=found.row + np.int32(first - begin)))
+        absorbed.append(placed._replace(row=placed.row + first))
+
+    seen = read_range(features, begin, end, chunk_rows=chunk_rows, visit=encode)
+    row, list_, home = (np.concatenate(column) for column in zip(*visits, strict=True))
+    order = sort_small(2 * list_ + ~home, 2 * model.lists.nlist)
+    row, list_, home = row[order], list_[order], home[order]
+    edges = np.arange(model.lists.nlist + 1)
+    store.save_npy(folder / "codes.npy", np.take(codes, row, axis=0))
+    store.save_npy(folder / "rows.npy", row + np.int64(begin))
+    store.save_npy(folder / "slack.npy", slack[row])
+    store.save_npy(folder / "starts.npy", np.searchsorted(list_, edges))
+    store.save_npy(folder / "homes.npy", np.bincount(list_[home], minlength=len(edges) - 1))
+    store.save_npz(
+        folder / "absorbed.npz",
+        row=np.concatenate([placed.row for placed in absorbed]),
+        hub=np.concatenate([placed.hub for placed in absorbed]),
+        similarity=np.concatenate([placed.similarity for placed in absorbed]),
+    )
+    store.save_npy(folder / "hashes.npy", seen.load_hashes())
+    store.save_npy(folder / "bad.npy", seen.bad)
+    crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
+    names = (
+        "codes.npy", "rows.npy", "slack.npy", "starts.npy", "homes.npy", "absorbed.npz",
+        "hashes.npy", "bad.npy",
+    )  # fmt: skip
+    store.seal(folder / "done.json", [folder / name for name in names], {"crcs": crcs})
+
+
+def how_far(placed: Placed, lists: Lists, still: int, others_come: bool) -> np.ndarray:
+    """Return how far from borders each row of a block visits, (n,) float32.
+
+    Absorbed rows stay at home, and so do the first ``still`` rows; who may pair with a row that
+    stays at home must come to it.
+    """
+    usual = lists.alone if others_come else lists.tau
+    far = np.full(len(placed.reach), usual, np.float32)
+    far[:still] = 0
+    far[placed.reach == BESIDE] = lists.alone
+    far[placed.reach == ABSORBED] = 0
+    return far
+
+
+def sort_small(keys: np.ndarray, count: int) -> np.ndarray:
+    """Return the stable order of keys below ``count``; numpy sorts 16-bit keys by radix."""
+    return np.argsort(keys.astype(np.uint16 if count <= 1 << 16 else np.uint32), kind="stable")
+
+
+def load_seen(folder: Path) -> Seen:
+    """Read back what an encode task saw."""
+    done = store.load_json(folder / "done.json")
+    crcs = [(Piece(*entry[:3]), entry[3], entry[4]) for entry in done["crcs"]]
+    return Seen(crcs, np.load(folder / "bad.npy"), folder / "hashes.npy")
+
+
+def absorbed_edges(
+    folders: list[Path], hubs: Hubs, seen: Scan, skip: np.ndarray
+) -> Iterator[Edges]:
+    """Yield the edges that join the absorbed rows of each encode task with their hubs.
+
+    A hub that turned out to be a copy stands for the row that it copies, as all copies do.
+    """
+    rows = hubs.row.copy()
+    found = np.flatnonzero(np.isin(rows, seen.copies))
+    rows[found] = seen.firsts[np.searchsorted(seen.copies, rows[found])]
+    for folder in folders:
+        with np.load(folder / "absorbed.npz", allow_pickle=False) as file:
+            row, hub, similarity = file["row"], rows[file["hub"]], file["similarity"]
+        use = ~skip[row] & (row != hub)
+        yield make_edges(row[use], hub[use], similarity[use])

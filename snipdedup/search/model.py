@@ -1,0 +1,59 @@
+"""What all tasks of a join share: how rows become codes, and which lists they visit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from snipdedup.errors import InputError, SnipError
+from snipdedup.ground import store
+from snipdedup.ground.formats import load_npz
+from snipdedup.search.lists import Lists
+from snipdedup.search.masses import Hubs
+from snipdedup.search.projection import Projection
+
+
+@dataclass(frozen=True)
+class Model:
+    """What all tasks of a join share: how rows become codes, and which lists they visit."""
+
+    projection: Projection
+    lists: Lists
+    hubs: Hubs
+    threshold: float
+    calibration_pairs: int
+
+    @property
+    def limit(self) -> float:
+        """Product of two codes from which their rows may be a pair."""
+        return self.projection.limit(self.threshold)
+
+    def save(self, path: Path) -> None:
+        """Write the model as one ``.npz``."""
+        store.save_npz(
+            path,
+            **self.projection.arrays(),
+            centroids=self.lists.centroids,
+            hub_row=self.hubs.row,
+            hub_raw=self.hubs.raw,
+            hub_codes=self.hubs.codes,
+            numbers=np.array(
+                [self.lists.tau, self.lists.alone, self.threshold, self.calibration_pairs]
+            ),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Model:
+        """Read a model."""
+        try:
+            file = load_npz(path)
+            projection = Projection(file["matrix"], file["residual"], float(file["scale"]))
+            tau, alone, threshold, pairs = (float(number) for number in file["numbers"])
+            hubs = Hubs(file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, projection)
+            lists = Lists(file["centroids"], tau, alone)
+        except (InputError, LookupError, TypeError, ValueError) as error:
+            # not fitted anew: codes that are there may be those of an earlier run's model
+            raise SnipError(f"{path}: damaged ({error}); start anew with --overwrite") from error
+        return cls(projection, lists, hubs, threshold, int(pairs))
