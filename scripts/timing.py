@@ -69,8 +69,8 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def anonymous(pid: int) -> int:
-    """Return the anonymous resident bytes of a process, 0 if it has ended."""
+def anonymous(pid: int | str) -> int:
+    """Return the anonymous resident bytes of a process (``self``: this one), 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

@@ -7,11 +7,13 @@ union of their forests: parts can be reduced anywhere, in any order, and merged.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 BUFFER_EDGES = 1 << 22  # edges collected before a forest is reduced again
+BLOCK_EDGES = 1 << 16  # edges joined at a time: few enough to stay in the cache
+SPREAD = 8  # rows up to the last one touched for each edge, from which rows get new numbers
 
 
 class Edges(NamedTuple):
@@ -28,8 +30,8 @@ class Edges(NamedTuple):
     b: np.ndarray
     similarity: np.ndarray
 
-    def where(self, mask: np.ndarray) -> Edges:
-        """Return the edges that ``mask`` or an index array selects."""
+    def where(self, mask: Any) -> Edges:
+        """Return the edges that a mask, slice or index array selects."""
         return Edges(self.a[mask], self.b[mask], self.similarity[mask])
 
     def at(self, threshold: float) -> Edges:
@@ -58,29 +60,161 @@ def spanning_forest(edges: Edges) -> Edges:
     The edges are totally ordered, so the result is unique whatever their order and repeats.
     """
     forest = edges.where(forest_places(edges))
-    return forest.where(np.lexsort((forest.b, forest.a)))
+    return forest.where(order_by(forest.a, forest.b))
 
 
 def forest_places(edges: Edges) -> np.ndarray:
     """Return which edges make up the maximum spanning forest, (f,) int64.
 
-    Borůvka's method on whole arrays: in each round every component takes its best edge.
+    Kruskal's method, a block of edges at a time, the best first.
     """
-    order = np.lexsort((edges.b, edges.a, -edges.similarity))
+    order = best_first(edges)
+    nodes, start, end = number_ends(edges)
+    roots, chosen = Roots(nodes), [np.empty(0, np.int64)]
+    for low in range(0, len(order), BLOCK_EDGES):
+        places = order[low : low + BLOCK_EDGES]
+        chosen.append(places[roots.join(start[places], end[places])])
+    return np.concatenate(chosen)
+
+
+def best_first(edges: Edges) -> np.ndarray:
+    """Return the places of edges in their total order, (n,) int64; NaN comes last."""
+    key, largest = worth_key(edges.similarity), edges.b.max(initial=0)
+    if largest >= 1 << 32:
+        return np.lexsort((edges.b, edges.a, key))
+    key <<= np.uint64(32)
+    key |= edges.a.astype(np.uint64)
+    order = np.argsort(key)
+    key = key[order]
+    same = key[1:] == key[:-1]  # equal but for b
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    part = order[tied]
+    order[tied] = part[np.lexsort((edges.b[part], key[tied]))]
+    return order
+
+
+def worth_key(similarity: np.ndarray) -> np.ndarray:
+    """Return numbers that are ordered as similarities are from high to low, (n,) uint64 < 2^32.
+
+    The bits of floats are ordered as they are, but for the sign.
+    """
+    value = np.where(np.isnan(similarity), np.float32(-np.inf), similarity + np.float32(0))
+    bits = value.view(np.uint32)
+    return np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF)).astype(np.uint64)
+
+
+def order_by(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Return the order of pairs of non-negative numbers by ``high``, then ``low``, (n,) int64.
+
+    As one number a pair where they fit: that sorts ten times faster.
+    """
+    if max(high.max(initial=0), low.max(initial=0)) >= 1 << 32:
+        return np.lexsort((low, high))
+    key = high.astype(np.uint64)
+    key <<= np.uint64(32)
+    key |= low.astype(np.uint64)
+    return np.argsort(key)
+
+
+def number_ends(edges: Edges) -> tuple[int, np.ndarray, np.ndarray]:
+    """Return how many numbers the ends of edges get, and those of ``a`` and of ``b``.
+
+    Rows are their own numbers unless they are few among many.
+    """
+    top = int(edges.b.max(initial=-1)) + 1
+    if top <= SPREAD * len(edges.a):
+        return top, edges.a, edges.b
     nodes, ends = np.unique(np.concatenate([edges.a, edges.b]), return_inverse=True)
-    start, end = ends[: len(order)][order], ends[len(order) :][order]
-    u, v, rank = start, end, np.arange(len(order))
-    label = np.arange(len(nodes))
-    chosen = [np.empty(0, np.int64)]
+    return len(nodes), ends[: len(edges.a)], ends[len(edges.a) :]
+
+
+class Roots:
+    """Which rows are joined: each points to a smaller one of its component, the smallest to itself.
+
+    Attributes
+    ----------
+    parent : (rows,) uint32, or int64 where there are more
+        All that is held of a row.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.parent = np.arange(rows, dtype=np.uint32 if rows <= 1 << 32 else np.int64)
+
+    def find(self, rows: np.ndarray) -> np.ndarray:
+        """Return the smallest row joined with each row, in ``parent``'s type."""
+        root = self.parent[rows]
+        open_ = np.flatnonzero(self.parent[root] != root)
+        while len(open_):
+            root[open_] = self.parent[root[open_]]
+            part = root[open_]
+            open_ = open_[self.parent[part] != part]
+        self.parent[rows] = root  # the way is shorter the next time
+        return root
+
+    def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Join the rows of edges given best first; return the places of those in the forest."""
+        u, v = self.find(a), self.find(b)
+        places = np.flatnonzero(u != v)
+        ends = np.concatenate([u[places], v[places]])
+        number = self._number(ends)
+        label = np.arange(len(ends))
+        picks = boruvka(number[: len(places)], number[len(places) :], label)
+        self._settle(ends, label[number])
+        return places[picks]
+
+    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Join rows where it does not matter by which edges."""
+        ends = np.concatenate([self.find(a), self.find(b)])
+        number = self._number(ends)
+        label = np.arange(len(ends))
+        link_smaller(label, number[: len(a)], number[len(a) :])
+        self._settle(ends, label[number])
+
+    def _number(self, ends: np.ndarray) -> np.ndarray:
+        """Return numbers below ``len(ends)``, one a distinct root; `_settle` must follow.
+
+        The places of roots hold them for the time being: so no memory grows with the rows.
+        """
+        self.parent[ends] = np.arange(len(ends))
+        return self.parent[ends].astype(np.int64)
+
+    def _settle(self, ends: np.ndarray, label: np.ndarray) -> None:
+        """Let all roots of a component point to its smallest."""
+        smallest = np.full(len(ends), ends.max(initial=0))
+        np.minimum.at(smallest, label, ends)
+        self.parent[ends] = smallest[label]
+
+    def labels(self) -> np.ndarray:
+        """Return the smallest row of each row's component: ``parent`` itself, all ways walked."""
+        for start in range(0, len(self.parent), BLOCK_EDGES):
+            part = slice(start, start + BLOCK_EDGES)
+            self.parent[part] = self.find(self.parent[part])
+        return self.parent
+
+
+def boruvka(u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return the places of the forest's edges among edges given best first.
+
+    In each round every component takes its best edge.
+
+    Parameters
+    ----------
+    u, v : (n,) int64
+        The ends.
+    label : (nodes,) int64
+        Each node's own number; becomes the smallest of its component.
+    """
+    start, end, rank = u, v, np.arange(len(u))
+    chosen = np.zeros(len(u), bool)
     while len(u):
-        best = best_edge(u, v, rank, len(nodes))
-        picks = np.unique(best[best < len(order)])
-        chosen.append(picks)
+        best = best_edge(u, v, rank, len(label))
+        picks = best[best < len(start)]
+        chosen[picks] = True
         link_smaller(label, label[start[picks]], label[end[picks]])
         u, v = label[u], label[v]
         open_ = u != v
         u, v, rank = u[open_], v[open_], rank[open_]
-    return order[np.concatenate(chosen)]
+    return np.flatnonzero(chosen)
 
 
 def best_edge(u: np.ndarray, v: np.ndarray, rank: np.ndarray, nodes: int) -> np.ndarray:
@@ -132,7 +266,8 @@ class ForestBuilder:
 
     def forest(self) -> Edges:
         """Return the maximum spanning forest of all edges taken so far."""
-        forest = spanning_forest(join_edges(self.parts))
+        edges, self.parts = join_edges(self.parts), []  # not held twice
+        forest = spanning_forest(edges)
         self.parts = [forest]
         self.held = self.forest_size = len(forest.a)
         return forest
@@ -140,7 +275,16 @@ class ForestBuilder:
 
 def components(edges: Edges) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows that edges touch, ascending, and the smallest row of each one's group."""
-    nodes, ends = np.unique(np.concatenate([edges.a, edges.b]), return_inverse=True)
-    label = np.arange(len(nodes))
-    link_smaller(label, ends[: len(edges.a)], ends[len(edges.a) :])
-    return nodes, nodes[label]
+    top = int(edges.b.max(initial=-1)) + 1
+    if top > SPREAD * len(edges.a):
+        nodes, ends = np.unique(np.concatenate([edges.a, edges.b]), return_inverse=True)
+        label = np.arange(len(nodes))
+        link_smaller(label, ends[: len(edges.a)], ends[len(edges.a) :])
+        return nodes, nodes[label]
+    roots, touched = Roots(top), np.zeros(top, bool)
+    for low in range(0, len(edges.a), BLOCK_EDGES):
+        part = edges.where(slice(low, low + BLOCK_EDGES))
+        roots.unite(part.a, part.b)
+        touched[part.a] = touched[part.b] = True
+    nodes = np.flatnonzero(touched)
+    return nodes, roots.labels()[nodes].astype(np.int64)
