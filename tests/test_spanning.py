@@ -10,9 +10,10 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup import forest, spanning
-from snipdedup.forest import Edges, Roots, components, make_edges, spanning_forest
-from snipdedup.spanning import EdgeFile, ForestFile
+import snipdedup
+from snipdedup.search import forest, spanning
+from snipdedup.search.forest import Edges, Roots, components, make_edges, spanning_forest
+from snipdedup.search.spanning import EdgeFile, ForestFile
 
 ROWS = 40
 PAIRS = st.lists(
@@ -107,6 +108,17 @@ def test_what_a_stopped_run_left_is_not_taken_for_edges(tmp_path):
     with tiny(20), mock.patch.object(forest, "BUFFER_EDGES", 20):
         found = by_files(tmp_path / "work", edges, 300, 100)
     assert listed(found) == listed(spanning_forest(edges))
+
+
+def test_a_join_whose_forest_does_not_fit_finds_the_same():
+    x = truth.clustered(3000, 16, 6, copies=0.1)
+    expected = snipdedup.dedup(x, threshold=0.9)
+    assert len(expected.found.forest.a) > 500
+    with tiny(40, 16), mock.patch.object(forest, "BUFFER_EDGES", 10):
+        found = snipdedup.dedup(x, threshold=0.9)
+    assert isinstance(found.found.forest.a, np.memmap)
+    assert found.forest.equals(expected.forest)
+    assert found.groups.equals(expected.groups)
 
 
 @given(PAIRS, st.integers(1, 9))

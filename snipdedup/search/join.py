@@ -27,6 +27,7 @@ from snipdedup.search.kernels import pick_kernel
 from snipdedup.search.model import Model
 from snipdedup.search.partitions import Partition, load_partition, plan_partitions
 from snipdedup.search.projection import has_bfloat16
+from snipdedup.search.spanning import ForestFile
 from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE, Codes, TilePairs, compare
 from snipdedup.search.verify import GATHER_PAIRS, verify_pairs
 
@@ -159,7 +160,7 @@ def join_all(
             found = forest, proposed
         return *found, int(visits[low:high].sum())
 
-    builder, proposed = ForestBuilder(), 0
+    builder, proposed = ForestFile(work / "forest", features.rows), 0
     for edges in known:
         builder.add(edges)
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.forest import (
+from snipdedup.ground.store import explained, writing_npy
+from snipdedup.search.forest import (
     BLOCK_EDGES,
     Edges,
     ForestBuilder,
@@ -21,7 +22,6 @@ from snipdedup.forest import (
     order_by,
     worth_key,
 )
-from snipdedup.store import explained, writing_npy
 
 HELD_EDGES = 1 << 22  # edges of a forest in memory; more go to files
 PARTS = 64  # files into which too large a file is split
