@@ -106,6 +106,7 @@ COMMANDS = (
     ),
 )  # fmt: skip
 BY_NAME = {command.name: command for command in COMMANDS}
+GO_ON = ("train", "compress", "index", "dedup", "filter", "download", "demo")  # when run again
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,7 +129,7 @@ def run(words: list[str]) -> int:
     except SnipError as error:
         return complain(error, FAILED)
     except KeyboardInterrupt:
-        return complain("interrupted", INTERRUPTED)
+        return complain(interrupted(words), INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
@@ -151,6 +152,13 @@ def answer(words: list[str]) -> str | None:
     if {"--help", "-h"} & set(words[1:]):
         return command_help(command)
     return command.run(parse(command, words[1:]))
+
+
+def interrupted(words: list[str]) -> str:
+    """Say what is left of a command that was interrupted."""
+    if words[:1] and words[0] in GO_ON:
+        return "interrupted; the same command goes on from what is complete"
+    return "interrupted; what it had not finished is not kept"
 
 
 def complain(what: object, status: int) -> int:

@@ -126,8 +126,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
             return load_result(out, inputs, options, metadata) if load else None, said
     try:
         found = found or search(inputs, options, out / store.WORK, clock)
-        for source in filter(None, (inputs.features, inputs.text)):
-            source.refuse_changed()
+        inputs.refuse_changed()
     except InputError:
         store.release(out)
         raise
@@ -140,6 +139,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     with clock.stage("write"):
         clear_earlier(out)
         outputs = write_tables(result, out, metadata, key, options)
+        refuse_changed(inputs, metadata, out)
     body = {
         "request": request,
         "settings": saved_settings(options, method_of(options)),
@@ -150,6 +150,18 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     if not options.keep_work:
         store.end_work(out)
     return result, summary(result, out, body)
+
+
+def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path) -> None:
+    """Refuse inputs that changed while OUT was made of them; nothing of it is left."""
+    try:
+        inputs.refuse_changed()
+        if metadata is not None:
+            metadata.refuse_changed()
+    except InputError:
+        clear_earlier(out)
+        store.release(out)
+        raise
 
 
 def decide_by(

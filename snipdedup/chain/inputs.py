@@ -34,6 +34,13 @@ class Inputs(NamedTuple):
             return None
         return Also(self.text.gather, options.text_threshold, self.text.dim)
 
+    def refuse_changed(self) -> None:
+        """Refuse what changed since it was opened; see `shards.refuse_changed`."""
+        references = None if self.references is None else self.references.features
+        for source in (self.features, self.text, references):
+            if source is not None:
+                source.refuse_changed()
+
     def paths(self) -> list[Path]:
         """Return the files and folders that are read."""
         return [path for source in self if source is not None for path in source.inputs()]

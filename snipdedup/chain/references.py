@@ -317,6 +317,8 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
     """
     now = request_of(features)
     accept_dates(now, features, manifest)
+    if len(manifest["shards"]) != len(manifest["request"]["features"]):
+        raise SnipError(f"{folder / store.MANIFEST}: damaged: it names other shards in two places")
     names = [[shard["name"] for shard in found["features"]] for found in (now, manifest["request"])]
     if names[0] != names[1]:
         changed = sorted(set(names[0]) ^ set(names[1])) or ["their order"]

@@ -308,7 +308,7 @@ def land_each(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
                 if not about:
                     sent = next(arriving)
                     about = {**sent, **land(item, plan, work, row), "first_row": row}
-                    store.save_json(work / RAW / f"{item.table.name}.json", about)
+                    seal_landed(item, about, plan, work)
                     settle(item, plan, work)
                 yield about
                 row += about["rows"]
@@ -317,11 +317,31 @@ def land_each(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
 def landed_before(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
     """Return what a stopped run noted of a file that it completed, nothing of any other."""
     note = work / RAW / f"{item.table.name}.json"
-    about = store.load_json(note) if note.is_file() else {}
-    if about:
-        settle(item, plan, work)  # it may have been stopped before or within that
-    whole = about and all(path.is_file() for path in targets(about, work))
-    return dict(about) if whole else {}
+    if not note.is_file():
+        return {}
+    settle(item, plan, work)  # it may have been stopped before or within that
+    if not store.is_sealed(note, work / FILES):
+        return {}
+    return {key: said for key, said in store.load_json(note).items() if key not in ("files", "seal")}
+
+
+def seal_landed(item: Item, about: dict[str, Any], plan: Plan, work: Path) -> None:
+    """Note that a file is complete: what the manifest says of it, and what its bytes are."""
+    there = targets(about, work)
+    here = there
+    if plan.mask is None:  # they are put in their places after the note
+        here = [path for path, _ in raws(item, work)]
+    names = [path.relative_to(work / FILES).as_posix() for path in there]
+    lying = dict(zip(names, here, strict=True))
+    store.seal(work / RAW / f"{item.table.name}.json", lying, about)
+
+
+def raws(item: Item, work: Path) -> list[tuple[Path, Remote]]:
+    """Return where a file and its features land, and what they are."""
+    found = [(work / RAW / item.table.name, item.table)]
+    if item.features is not None:
+        found.append((work / RAW / IMAGES / item.features.name, item.features))
+    return found
 
 
 def targets(about: dict[str, Any], work: Path) -> list[Path]:
@@ -334,16 +354,15 @@ def targets(about: dict[str, Any], work: Path) -> list[Path]:
 
 def bring(item: Item, work: Path, watch: Watch) -> dict[str, Any]:
     """Fetch what is not here yet of one file and its features."""
-    wanted = [(item.table, work / RAW / item.table.name)]
-    if item.features is not None:
-        wanted.append((item.features, work / RAW / IMAGES / item.features.name))
     told = []
-    for remote, raw in wanted:
-        if raw.is_file():  # whole, and not yet filtered when the run was stopped
+    for raw, remote in raws(item, work):
+        whole = raw.with_name(f"{raw.name}.whole.json")
+        if store.is_sealed(whole, raw.parent):  # and not yet filtered when the run was stopped
             watch.at(raw, raw.stat().st_size)
             told.append({"size": raw.stat().st_size, "etag": None})
         else:
             told.append(landing.save(remote, raw, watch))
+            store.seal(whole, [raw], {})
     return told[0]
 
 
@@ -388,11 +407,10 @@ def check_features(item: Item, rows: int, work: Path) -> dict[str, Any]:
 
 def settle(item: Item, plan: Plan, work: Path) -> None:
     """Put what is not filtered in its place; remove what was."""
-    raws, names = [work / RAW / item.table.name], {"name": item.table.name}
+    names = {"name": item.table.name}
     if item.features is not None:
-        raws.append(work / RAW / IMAGES / item.features.name)
         names["features"] = item.features.name
-    for raw, target in zip(raws, targets(names, work), strict=True):
+    for (raw, _), target in zip(raws(item, work), targets(names, work), strict=True):
         if plan.mask is not None:
             raw.unlink(missing_ok=True)
         elif raw.is_file():

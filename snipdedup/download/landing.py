@@ -13,7 +13,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -105,10 +105,13 @@ class Part:
         with store.explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
-        with file:
+        try:
             if not locks.lock(file):
                 raise SnipError(f"{self.target} is being fetched by another run; wait for it")
             yield file
+        finally:
+            with suppress(OSError):  # what could not be written cannot be flushed either: said
+                file.close()
 
     def finish(self) -> None:
         """Put the file in its place."""

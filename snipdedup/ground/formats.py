@@ -108,6 +108,7 @@ class NpyShard(Shard):
         self.plain_file = begin == 0 and size is None
         super().__init__(path, shape, dtype)
         need = self.rows * self.dim * dtype.itemsize
+        self.end = self.data + need
         have = (path.stat().st_size - begin if size is None else size) - self.header
         if have != need:
             raise InputError(
@@ -133,13 +134,19 @@ class NpyShard(Shard):
             file.seek(self.data + start * self.dim * self.stored.itemsize)
             left = rows.reshape(-1).view(np.uint8).data
             while left.nbytes:
-                count = file.readinto(left)
+                count = self._read(file, left)
                 if not count:
                     raise InputError(
                         f"{self.path}: expected rows {start} to {start + len(rows)}, the file "
                         "ended early; it changed while it was read"
                     )
                 left = left[count:]
+
+    def _read(self, file: IO[bytes], out: memoryview) -> int:
+        try:
+            return file.readinto(out)  # type: ignore[attr-defined]
+        except OSError as error:  # of a read, unlike of opening, it does not name the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """See `Shard.take`."""
@@ -157,6 +164,8 @@ class NpyShard(Shard):
 
     def _mapped(self) -> np.ndarray:
         stamp = self.path.stat()
+        if stamp.st_size < self.end:  # to touch what is not there any more ends the process
+            raise InputError(f"{self.path}: became shorter while it was read; run it again")
         shape = (self.rows, self.dim)
         return _map(self.path, self.stored, self.data, shape, stamp.st_mtime_ns, stamp.st_size)
 

@@ -89,7 +89,7 @@ class Features:
                     f"{self.dim}; shards of one set have one width"
                 )
         self.dtype = np.result_type(*(shard.dtype for shard in filled))
-        self.opened = self._files()
+        self.opened = identities(self.paths())
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return global rows ``start`` to ``stop`` (exclusive): (n, dim) `dtype`."""
@@ -177,21 +177,9 @@ class Features:
             for shard in self.shards
         ]
 
-    def _files(self) -> list[tuple[int, int, int]]:
-        found = [path.stat() for path in self.paths()]
-        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
-
     def refuse_changed(self) -> None:
-        """Refuse files that changed since they were opened: what was read is a mixture.
-
-        Raises
-        ------
-        InputError
-            Names the first.
-        """
-        for path, before, now in zip(self.paths(), self.opened, self._files(), strict=True):
-            if before != now:
-                raise InputError(f"{path}: changed while it was read; run it again")
+        """Refuse files that changed since they were opened; see `refuse_changed`."""
+        refuse_changed(self.paths(), self.opened)
 
     def stamps(self) -> list[int]:
         """Return what tells each shard from another of its name, size and shape.
@@ -199,6 +187,25 @@ class Features:
         When a file was last changed, ns; of an array the CRC32.
         """
         return [_stamp(shard) for shard in self.shards]
+
+
+def identities(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
+    """Return what tells files from what they are when they were changed or replaced."""
+    found = [path.stat() for path in paths]
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
+
+
+def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]) -> None:
+    """Refuse files that changed since they were opened: what was read is a mixture.
+
+    Raises
+    ------
+    InputError
+        Names the first.
+    """
+    for path, before in zip(paths, opened, strict=True):
+        if not path.is_file() or identities([path]) != [before]:
+            raise InputError(f"{path}: changed while it was read; run it again")
 
 
 def request_of(features: Features) -> dict[str, Any]:

@@ -33,6 +33,7 @@ WORK = "work"  # what an unfinished run needs to go on; removed at the end
 REQUEST = "request.json"
 LOCK = "run.lock"  # in the work: one run at a time
 SHORT = 80  # characters of a value shown in a message
+SHORT_WRITE = " written"  # numpy's has no number: "512 requested and 128 written"
 CRC_CHUNK = 1 << 22  # bytes
 UMASK = os.umask(0)  # read once: to read it is to set it, for all threads
 os.umask(UMASK)
@@ -80,15 +81,17 @@ def explained(path: Path) -> Iterator[None]:
 
 def cannot_write(path: Path, error: OSError) -> SnipError:
     """Return the refusal of a file that cannot be written."""
-    return SnipError(f"cannot write {path}: {error.strerror or error}")
+    why = error.strerror or str(error)
+    if why.endswith(SHORT_WRITE):
+        why = f"{why.rstrip('.')}: no space left, or a limit on the size of files"
+    return SnipError(f"cannot write {path}: {why}")
 
 
 def is_of_writing(error: OSError, part: Path) -> bool:
     """Tell whether an error comes from writing ``part``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT) or error.filename in (part, str(part)):
         return True
-    # A short write of numpy's has no number: "512 requested and 128 written".
-    return error.errno is None and str(error).endswith(" written")
+    return error.errno is None and str(error).endswith(SHORT_WRITE)
 
 
 def save_npy(path: Path, array: np.ndarray) -> None:
@@ -160,9 +163,13 @@ def file_crc(path: Path) -> tuple[int, int]:
     return crc, size
 
 
-def seal(note: Path, files: Iterable[Path], body: dict[str, Any]) -> None:
-    """Write the note that a task is done: ``body``, the CRC32 of its files, and of all this."""
-    said = {**body, "files": {path.name: file_crc(path)[0] for path in files}}
+def seal(note: Path, files: Iterable[Path] | dict[str, Path], body: dict[str, Any]) -> None:
+    """Write the note that a task is done: ``body``, the CRC32 of its files, and of all this.
+
+    ``files`` may be named otherwise than they lie now, with ``/`` for folders.
+    """
+    named = files if isinstance(files, dict) else {path.name: path for path in files}
+    said = {**body, "files": {name: file_crc(path)[0] for name, path in named.items()}}
     save_json(note, {**said, "seal": fingerprint(said)})
 
 

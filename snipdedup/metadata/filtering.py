@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.errors import SnipError, UsageError
+from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.ground import locks, progress, store
 from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.metadata.bykey import ByKey, plan_join
@@ -32,6 +32,7 @@ from snipdedup.settings import EXPORTS, Filter, named_kinds
 KIND = "filter"
 BLOCK_ROWS = 16_384  # rows of features copied at a time
 RESERVED = ("metadata", FOLDER)
+NOTES = "whole"  # in the work: which of its files are
 
 
 class Chosen(NamedTuple):
@@ -79,6 +80,13 @@ def run(options: Filter) -> str:
     if "mask" in kinds:
         lists.append(write_mask(work / FILES / FOLDER / "is_dup.npy", is_dup))
     body["files"], written = write_rows(chosen, is_dup, work / FILES)
+    try:
+        others = [join.source.metadata] if join else []
+        for source in (chosen.metadata, *chosen.features.values(), mask, *others):
+            source.refuse_changed()
+    except InputError:
+        store.release(out)
+        raise
     store.clear(out, keep_work=True)
     store.publish(out, KIND, body, [*written, *lists])
     return "\n".join([f"{out}: {counted(body['files'])}", *said])
@@ -188,7 +196,7 @@ def write_rows(
     """
     files = chosen.metadata.files
     inner = folder / "metadata" if chosen.features else folder
-    parts = write_kept(chosen.metadata, is_dup, inner, resume=True)
+    parts = write_kept(chosen.metadata, is_dup, inner, notes=folder.parent / NOTES / "metadata")
     first = chosen.number
     described = [
         {
@@ -200,7 +208,7 @@ def write_rows(
         for place, (part, file) in enumerate(zip(parts, files, strict=True))
     ]
     for name, features in chosen.features.items():
-        parts += write_features(features, is_dup, folder / name)
+        parts += write_features(features, is_dup, folder / name, folder.parent / NOTES / name)
     shards = {len(found.shards) for found in chosen.features.values()}
     if shards == {len(files)}:
         empty = {place for place, file in enumerate(described) if not file["kept"]}
@@ -208,14 +216,20 @@ def write_rows(
     return described, parts
 
 
-def write_features(features: Features, is_dup: np.ndarray, folder: Path) -> list[Path]:
-    """Write the rows of each shard that stay as ``.npy`` of the same name and type."""
+def write_features(
+    features: Features, is_dup: np.ndarray, folder: Path, notes: Path
+) -> list[Path]:
+    """Write the rows of each shard that stay as ``.npy`` of the same name and type.
+
+    ``notes`` say which files of a stopped run are whole.
+    """
     paths = []
     with progress.bar(features.rows, folder.name, "rows") as bar:
         for shard, first in zip(features.shards, features.offsets, strict=False):
             paths.append(folder / f"{shard.path.stem}.npy")
             goes = is_dup[first : first + shard.rows]
-            if paths[-1].is_file():  # of a stopped run
+            note = notes / f"{paths[-1].name}.json"
+            if store.is_sealed(note, folder):
                 bar.update(shard.rows)
                 continue
             shape = (count_staying(goes), features.dim)
@@ -223,6 +237,7 @@ def write_features(features: Features, is_dup: np.ndarray, folder: Path) -> list
                 for start, stop in plan_blocks(shard.rows, BLOCK_ROWS):
                     shard.read(start, stop)[~np.asarray(goes[start:stop])].tofile(file)
                     bar.update(stop - start)
+            store.seal(note, [paths[-1]], {})
     return paths
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.ground import progress
+from snipdedup.ground import progress, store
+from snipdedup.ground.shards import plan_blocks
 from snipdedup.metadata.files import Table, open_table
 from snipdedup.metadata.keys import classes, fingerprints, part_of
 from snipdedup.metadata.spill import Spill, parts_for, spilling
@@ -22,6 +23,7 @@ from snipdedup.metadata.table import Metadata
 
 STAYS, GOES, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")
+ZEROS = 1 << 22  # bytes written at a time
 SHOWN_ROWS = 3  # rows of each kind that a message names
 
 
@@ -173,8 +175,12 @@ def join_decisions(
 
 def empty_mask(path: Path, rows: int) -> np.ndarray:
     """Return a mask on disk, (rows,) bool, that says False."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return np.memmap(path, np.bool_, "w+", shape=(rows,)) if rows else np.zeros(0, bool)
+    with store.explained(path):  # in full: a hole in a map that the disk cannot fill ends a process
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for start, stop in plan_blocks(rows, ZEROS):
+                file.write(bytes(stop - start))
+    return np.memmap(path, np.bool_, "r+", shape=(rows,)) if rows else np.zeros(0, bool)
 
 
 def put(spill: Spill, rows: Keyed, **more: np.ndarray) -> None:

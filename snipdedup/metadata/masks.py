@@ -46,11 +46,16 @@ class Mask:
     path: Path
     is_dup: np.ndarray
     sizes: np.ndarray | None
+    opened: Sequence[tuple[int, int, int]] = ()
 
     @property
     def rows(self) -> int:
         """Rows of the whole set."""
         return len(self.is_dup)
+
+    def refuse_changed(self) -> None:
+        """Refuse a mask that changed since it was opened; see `shards.refuse_changed`."""
+        refuse_changed([self.path][: len(self.opened)], self.opened)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
     if path.is_dir():
         store.read_manifest(path, "dedup")
         path = path / MASK
+    opened = identities([path]) if path.is_file() else ()
     is_dup = load_mask(path)
     with store.as_written(path.parent):
         sizes = manifest_sizes(path, len(is_dup))
@@ -96,7 +102,7 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
                 "files; leave out --cumulative_sizes, or move the mask away from that manifest"
             )
         sizes = totals
-    return Mask(path, is_dup, sizes)
+    return Mask(path, is_dup, sizes, opened)
 
 
 def load_npy(path: Path, what: str) -> np.ndarray:

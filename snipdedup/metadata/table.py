@@ -18,7 +18,13 @@ import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
 from snipdedup.ground import progress, store
-from snipdedup.ground.shards import Features, is_shard_name, natural_sort
+from snipdedup.ground.shards import (
+    Features,
+    identities,
+    is_shard_name,
+    natural_sort,
+    refuse_changed,
+)
 from snipdedup.metadata.files import SUFFIXES, CsvTable, Table, agree, open_table
 
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
@@ -46,6 +52,7 @@ class Metadata:
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         self.rows = int(self.offsets[-1])
         self.schema = files[0].schema
+        self.opened = identities(self.paths())
         for file in files[1:]:
             refuse_other_columns(files[0], file)
 
@@ -61,6 +68,10 @@ class Metadata:
     def inputs(self) -> list[Path]:
         """Return the folders that were named as input, and the files."""
         return [*self.folders, *self.paths()]
+
+    def refuse_changed(self) -> None:
+        """Refuse files that changed since they were opened; see `shards.refuse_changed`."""
+        refuse_changed(self.paths(), self.opened)
 
     def column(self, asked: str | None = None, wanted: Sequence[str] = KEY_COLUMNS) -> str | None:
         """Return the name of a column, found in any case.
@@ -282,7 +293,7 @@ def write_kept(
     added: Sequence[Added] = (),
     *,
     offset: int = 0,
-    resume: bool = False,
+    notes: Path | None = None,
 ) -> list[Path]:
     """Write the rows of each file that stay, as parquet of the same name and schema.
 
@@ -297,8 +308,9 @@ def write_kept(
         Columns that come after the files' own.
     offset : int
         The place in ``is_dup`` of row 0 of ``metadata``.
-    resume : bool
-        Leave files that are there already.
+    notes : Path, optional
+        Folder of notes on files that are whole; those that a stopped run left are not written
+        again.
 
     Returns
     -------
@@ -319,11 +331,14 @@ def write_kept(
     targets = [folder / name for name in names]
     with progress.bar(metadata.rows, "metadata", "rows") as bar:
         for file, path, first in zip(metadata.files, targets, metadata.offsets, strict=False):
-            if resume and path.is_file():
+            note = notes and notes / f"{path.name}.json"
+            if note and store.is_sealed(note, folder):
                 bar.update(file.rows)
                 continue
             for rows in write_file(file, path, is_dup[offset:], int(first), added):
                 bar.update(rows)
+            if note:
+                store.seal(note, [path], {})
     return targets
 
 

@@ -294,8 +294,8 @@ def write_quantiser(path: Path, quantiser: Quantiser) -> None:
     """Write a quantiser as an empty IVFPQ that plain faiss reads."""
     import faiss
 
-    with store.replacing(path) as part:
-        faiss.write_index(quantiser.ivfpq, str(part))
+    with store.replacing(path) as part:  # faiss' own writer does not tell a full disk from a fault
+        part.write_bytes(faiss.serialize_index(quantiser.ivfpq).data)
 
 
 def read_quantiser(path: Path) -> Quantiser:

@@ -63,6 +63,9 @@ def judge(folder: Path, options: Audit) -> str:
         pairs = sample_pairs(folder, manifest, features, texts, options)
         write_sheet(sheet, pairs)
         verdict.say("sheet", f"{len(pairs):,} removed pairs to judge in {sheet}; then --judged")
+    for source in (features, texts.metadata):
+        if source is not None:
+            source.refuse_changed()
     if not verdict.passed:
         raise VerdictError(verdict.text(str(folder)))
     return verdict.text(str(folder))

@@ -87,6 +87,9 @@ def run(options: settings.Eval) -> str:
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
         body = evaluate(features, texts, options)
+        for source in (features, texts):
+            if source is not None:
+                source.refuse_changed()
         store.clear(out, keep_work=True)
         files = write(out, body, options.picture)
         store.write_manifest(out, "eval", {"command": "eval", "request": request}, files)
