@@ -9,6 +9,10 @@ class InputError(SnipError):
     """Rows that cannot be used, found while reading; there is nothing to resume."""
 
 
+class WriteError(SnipError):
+    """A file that cannot be written; what is complete stays, to go on from when it can."""
+
+
 class VerdictError(SnipError):
     """A check that came out badly: the text is its result, printed as results are."""
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import sys
+from functools import partial
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from snipdedup import cli
 from snipdedup.chain import deduplicate
+from snipdedup.errors import InputError
 from snipdedup.ground import formats, store
+from snipdedup.ground.shards import open_features
 from snipdedup.index import building as index
+from snipdedup.metadata import filtering
 from snipdedup.train import encoder
 from snipdedup.train.encoder import Encoder, Network
+from snipdedup.trust import audit, evaluate
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]
@@ -155,8 +164,133 @@ def test_a_disk_that_is_full(inputs, monkeypatch, capsys, command):
     assert run(*COMMANDS[command]) == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission(inputs, capsys):
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_a_read_error_as_the_system_says_it_names_the_file(inputs, monkeypatch, capsys, command):
+    """/proc/self/mem has no page 0; reading it is an input/output error."""
+    opened = formats.NpyShard.__init__
+
+    def open_broken(self, path, *given):
+        opened(self, path, *given)
+        if path.name == "b.npy":
+            self.data, self._read = 0, partial(read_broken, self, self._read)
+
+    def read_broken(self, read, file, out):
+        with open("/proc/self/mem", "rb", buffering=0) as broken:  # noqa: PTH123
+            return read(broken, out)
+
+    monkeypatch.setattr(formats.NpyShard, "__init__", open_broken)
+    assert run(*COMMANDS[command]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "snip: img/b.npy: Input/output error"
+    assert not (inputs / "out" / store.MANIFEST).exists()
+
+
+def test_rows_of_a_file_that_became_shorter_are_not_touched(inputs):
+    """They are mapped: to touch them would end the process."""
+    features = open_features("img")
+    some = np.array([0, 1800, 2999])
+    assert np.array_equal(features.gather(some), ROWS[some])
+    with (inputs / "img" / "b.npy").open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(InputError, match=r"b\.npy: became shorter while it was read"):
+        features.gather(some)
+    with pytest.raises(InputError, match=r"b\.npy: expected rows .*the file ended early"):
+        features.read(0, 3000)
+
+
+def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch, capsys):
+    decide = deduplicate.decide_by
+
+    def cut(*given):
+        os.truncate(inputs / "img" / "b.npy", 4096)
+        return decide(*given)
+
+    monkeypatch.setattr(deduplicate, "decide_by", cut)
+    assert run(*COMMANDS["dedup"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("snip: img/b.npy: ")
+    assert said.endswith(" while it was read; run it again")
+    assert not (inputs / "out" / store.MANIFEST).exists()
+
+
+# What is read, how it is changed while the command runs, and where in it that happens.
+CHANGES = {
+    "dedup: metadata": ("dedup img --metadata meta --out out", "meta/b.parquet",
+                        deduplicate, "write_tables"),
+    "dedup: reference": ("dedup img --reference other --out out", "other/c.npy",
+                         deduplicate, "write_tables"),
+    "dedup: captions": ("dedup img --text_features txt --out out", "txt/d.npy",
+                        deduplicate, "write_tables"),
+    "filter: metadata": ("filter meta --is_dup clean --out out", "meta/a.parquet",
+                         filtering, "write_rows"),
+    "filter: features": ("filter meta --is_dup clean --embeddings img --out out", "img/a.npy",
+                         filtering, "write_rows"),
+    "filter: mask": ("filter meta --is_dup clean/is_dup.npy --out out", "clean/is_dup.npy",
+                     filtering, "write_rows"),
+    "filter: keys": ("filter meta --is_dup clean --on uid --keys keys --out out", "keys/a.parquet",
+                     filtering, "write_rows"),
+    "eval": ("eval img --queries 50 --out out", "img/b.npy", evaluate, "evaluate"),
+    "audit": ("audit clean img", "img/b.npy", audit, "audit"),
+    "audit: metadata": ("audit clean img", "meta/b.parquet", audit, "audit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CHANGES))
+def test_inputs_that_change_while_they_are_read(inputs, monkeypatch, capsys, case):
+    words, name, module, function = CHANGES[case]
+    (inputs / "other").mkdir()
+    (inputs / "txt").mkdir()
+    np.save(inputs / "other" / "c.npy", ROWS[100:200])
+    np.save(inputs / "txt" / "d.npy", ROWS)
+    for folder in ("meta", "keys"):
+        (inputs / folder).mkdir()
+        for file, rows in (("a", range(1700)), ("b", range(1700, 3000))):
+            table = pa.table({"uid": [f"u{row}" for row in rows]})
+            pq.write_table(table, inputs / folder / f"{file}.parquet")
+    assert run("dedup", "img", "--metadata", "meta", "--out", "clean") == 0
+    capsys.readouterr()
+    original = getattr(module, function)
+
+    def change(*given, **named):
+        found = {} if function == "evaluate" else original(*given, **named)
+        data = (inputs / name).read_bytes()
+        (inputs / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        os.utime(inputs / name, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(module, function, change)
+    assert run(*words.split()) == 1
+    shown = capsys.readouterr()
+    said = shown.err.strip().splitlines()[-1]
+    assert said.startswith("snip: ")
+    assert said.endswith(f"{name}: changed while it was read; run it again")
+    assert shown.out == ""
+    assert not (inputs / "out").exists()
+
+
+def without_rights():
+    """Let root read and write only what its files' modes allow (CAP_DAC_OVERRIDE, _READ_SEARCH)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in (1, 2):
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP: gone at the next exec
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="capabilities are Linux's")
+def test_no_permission(inputs, snip):
+    """In processes of their own, as anyone but root."""
     (inputs / "closed").mkdir(mode=0o555)
-    assert run("dedup", "img", "--out", "closed/out") == 1
-    assert "cannot write closed/out" in capsys.readouterr().err
+    (inputs / "meta.csv").write_text("uid\n" + "x\n" * 3000)
+    (inputs / "meta.csv").chmod(0)
+    for words, said in (
+        ("dedup img --out closed/out", "cannot write closed/out"),
+        ("compress img --encoder enc --out closed/out", "cannot write closed/out"),
+        ("dedup img --metadata meta.csv --out out", "meta.csv"),
+    ):
+        done = snip(*words.split(), status=1, cwd=inputs, preexec_fn=without_rights)
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert said in done.stderr
+        assert "ermission denied" in done.stderr
+    (inputs / "img" / "b.npy").chmod(0)
+    done = snip("dedup", "img", "--out", "out", status=1, cwd=inputs, preexec_fn=without_rights)
+    assert done.stderr == "snip: img/b.npy: Permission denied\n"
+    assert not (inputs / "out").exists()

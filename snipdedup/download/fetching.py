@@ -322,7 +322,9 @@ def landed_before(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
     settle(item, plan, work)  # it may have been stopped before or within that
     if not store.is_sealed(note, work / FILES):
         return {}
-    return {key: said for key, said in store.load_json(note).items() if key not in ("files", "seal")}
+    return {
+        key: said for key, said in store.load_json(note).items() if key not in ("files", "seal")
+    }
 
 
 def seal_landed(item: Item, about: dict[str, Any], plan: Plan, work: Path) -> None:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 ATTEMPTS = 6  # in a row that bring no byte
 BACKOFF_S = 1.0  # doubled each time
 MAX_WAIT_S = 600.0
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoppedError(SnipError):

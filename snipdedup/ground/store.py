@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup import __version__
-from snipdedup.errors import SnipError
+from snipdedup.errors import SnipError, WriteError
 from snipdedup.ground import locks
 from snipdedup.settings import Dedup, mistyped
 
@@ -79,17 +79,17 @@ def explained(path: Path) -> Iterator[None]:
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> SnipError:
+def cannot_write(path: Path, error: OSError) -> WriteError:
     """Return the refusal of a file that cannot be written."""
     why = error.strerror or str(error)
     if why.endswith(SHORT_WRITE):
         why = f"{why.rstrip('.')}: no space left, or a limit on the size of files"
-    return SnipError(f"cannot write {path}: {why}")
+    return WriteError(f"cannot write {path}: {why}")
 
 
 def is_of_writing(error: OSError, part: Path) -> bool:
     """Tell whether an error comes from writing ``part``."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or error.filename in (part, str(part)):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename in (part, str(part)):
         return True
     return error.errno is None and str(error).endswith(SHORT_WRITE)
 

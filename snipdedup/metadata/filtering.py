@@ -52,11 +52,11 @@ def run(options: Filter) -> str:
     """Apply a mask to metadata files, and to features that match them: ``snip filter``."""
     out = Path(options.out).expanduser()
     metadata = open_metadata(options.metadata)
-    features = open_embeddings(options.embeddings, metadata)
-    store.refuse_output_inside(out, list_inputs(options, metadata, features))
+    found = open_embeddings(options.embeddings, metadata)
+    store.refuse_output_inside(out, list_inputs(options, metadata, found))
     mask = open_mask(options.is_dup, options.cumulative_sizes)
     join = plan_join(options, metadata, mask) if options.on else None
-    chosen = Chosen(metadata, features) if join else choose(metadata, features, mask, options)
+    chosen = Chosen(metadata, found) if join else choose(metadata, found, mask, options)
     kept_names(chosen.metadata.files)  # refused before anything is written
     kinds = named_kinds("export", options.export, EXPORTS)
     columns = list_columns(kinds, chosen.metadata, options.key)
@@ -81,9 +81,11 @@ def run(options: Filter) -> str:
         lists.append(write_mask(work / FILES / FOLDER / "is_dup.npy", is_dup))
     body["files"], written = write_rows(chosen, is_dup, work / FILES)
     try:
-        others = [join.source.metadata] if join else []
-        for source in (chosen.metadata, *chosen.features.values(), mask, *others):
-            source.refuse_changed()
+        mask.refuse_changed()
+        for table in (chosen.metadata, *([join.source.metadata] if join else [])):
+            table.refuse_changed()
+        for features in chosen.features.values():
+            features.refuse_changed()
     except InputError:
         store.release(out)
         raise
@@ -216,9 +218,7 @@ def write_rows(
     return described, parts
 
 
-def write_features(
-    features: Features, is_dup: np.ndarray, folder: Path, notes: Path
-) -> list[Path]:
+def write_features(features: Features, is_dup: np.ndarray, folder: Path, notes: Path) -> list[Path]:
     """Write the rows of each shard that stay as ``.npy`` of the same name and type.
 
     ``notes`` say which files of a stopped run are whole.

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from snipdedup.errors import SnipError
 from snipdedup.ground import store
 from snipdedup.ground.formats import map_npy
+from snipdedup.ground.shards import identities, refuse_changed
 from snipdedup.metadata.table import Metadata
 
 MASK = "is_dup.npy"

@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 from snipdedup import settings
-from snipdedup.errors import SnipError
+from snipdedup.errors import SnipError, WriteError
 from snipdedup.ground import locks, progress, store
 from snipdedup.ground.compute import cores, library_threads, pick_device
 from snipdedup.ground.cosine import unit_rows
 from snipdedup.ground.scan import refuse_bad, row_hashes
 from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
-from snipdedup.train.encoder import BROKEN_PICKLE, Encoder, Network, first_line
+from snipdedup.train.encoder import BROKEN_PICKLE, Encoder, Network
 from snipdedup.train.losses import MseLoss, SnipLoss, TextLoss, start_network
 
 K = 10  # neighbours whose recall is reported
@@ -117,6 +117,8 @@ def run(options: settings.Train) -> str:
         encoder, history = fit(features, texts, options, out / store.WORK / CHECKPOINT)
         for source in filter(None, (features, texts)):
             source.refuse_changed()
+    except WriteError:
+        raise
     except SnipError:
         store.release(out)  # refused: nothing to go on from; what stood there before, stands
         raise
@@ -246,8 +248,8 @@ def fit(
     device = pick_device(options.device)
     with library_threads(cores(options.threads)):
         training = Training(features, texts, options, device)
-        if checkpoint is not None and checkpoint.is_file():
-            training.resume(checkpoint)
+        if checkpoint is not None and checkpoint.is_file() and not training.resume(checkpoint):
+            training = Training(features, texts, options, device)
         training.train(checkpoint)
         rotate(training.network, training.sample)
     return Encoder(training.network, device), training.history
@@ -461,14 +463,8 @@ class Training:
         with store.replacing(path) as part:
             part.write_bytes(buffer.getvalue())
 
-    def resume(self, path: Path) -> None:
-        """Go on from what `save` wrote.
-
-        Raises
-        ------
-        SnipError
-            If the file is damaged.
-        """
+    def resume(self, path: Path) -> bool:
+        """Go on from what `save` wrote; False, and this is of no use, where that is damaged."""
         try:
             with zipfile.ZipFile(path) as archive:  # torch itself does not look at checksums
                 if archive.testzip() is not None:
@@ -480,10 +476,9 @@ class Training:
             self.best, self.losses = state["best"], state["losses"]
             self.history.curve.extend(state["curve"])
             self.done = state["done"]
-        except (OSError, UnpicklingError, zipfile.BadZipFile, *BROKEN_PICKLE) as error:
-            raise SnipError(
-                f"{path}: damaged ({first_line(error)}); start anew with --overwrite"
-            ) from error
+        except (OSError, UnpicklingError, zipfile.BadZipFile, *BROKEN_PICKLE):
+            return False
+        return True
 
 
 def load_distinct(features: Features, texts: Features | None, picked: np.ndarray) -> Rows:
