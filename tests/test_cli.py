@@ -336,7 +336,8 @@ def test_defaults_are_those_of_the_settings(command, calls):
         (SnipError("a.npy: row 3 is NaN"), 1, "snip: a.npy: row 3 is NaN\n"),
         (UsageError("--out is missing"), 2, "snip: --out is missing\n"),
         (
-            KeyboardInterrupt(), 130,
+            KeyboardInterrupt(),
+            130,
             "snip: interrupted; the same command goes on from what is complete\n",
         ),
         (OSError(28, "No space left on device", "o/x"), 1, "snip: o/x: No space left on device\n"),

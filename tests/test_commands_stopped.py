@@ -132,7 +132,9 @@ def small_disk(size):
     """Yield a folder on a disk of so many bytes, and a function that makes it large."""
     place = Path(tempfile.mkdtemp(prefix="disk-"))
     mount = ["mount", "-t", "tmpfs", "-o"]
-    done = subprocess.run([*mount, f"size={size}", "tmpfs", place], capture_output=True, check=False)
+    done = subprocess.run(
+        [*mount, f"size={size}", "tmpfs", place], capture_output=True, check=False
+    )
     if done.returncode:
         place.rmdir()
         pytest.skip(f"no small disk can be mounted here: {done.stderr.decode().strip()}")

@@ -303,6 +303,13 @@ def test_a_shard_whose_name_is_none(ours, name):
         dedup(str(ours / "out"), threshold=0.97, out=str(ours / "new"))
 
 
+@pytest.mark.parametrize("shards", [[], [{"name": "a.npy", "rows": 96}] * 2])
+def test_a_manifest_with_other_shards_than_were_asked_for(ours, shards):
+    edit(ours / "out", lambda body: body.update(shards=shards))
+    with pytest.raises(SnipError, match="damaged|as snip wrote"):
+        dedup(str(ours / "out"), threshold=0.97, out=str(ours / "new"))
+
+
 def test_json_that_is_deep(tmp_path):
     (tmp_path / store.MANIFEST).write_text("[" * 100_000)
     with pytest.raises(SnipError, match="expected JSON"):

@@ -89,7 +89,10 @@ def cannot_write(path: Path, error: OSError) -> WriteError:
 
 def is_of_writing(error: OSError, part: Path) -> bool:
     """Tell whether an error comes from writing ``part``."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename in (part, str(part)):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename in (
+        part,
+        str(part),
+    ):
         return True
     return error.errno is None and str(error).endswith(SHORT_WRITE)
 
