@@ -25,7 +25,7 @@ DIM_IN, HIDDEN, DIM = 24, 40, 8
 
 
 def random_network() -> Network:
-    network = Network(DIM_IN, HIDDEN, DIM)
+    network = Network(DIM_IN, HIDDEN, DIM, [4])
     generator = torch.Generator().manual_seed(5)
     for weights in network.parameters():
         weights.data.normal_(generator=generator)
@@ -56,12 +56,16 @@ def single(tmp_path):
     return tmp_path / "single"
 
 
-def formula(network: Network, rows: np.ndarray) -> np.ndarray:
+def formula(network: Network, rows: np.ndarray, output: int = 0) -> np.ndarray:
     weights = {k: v.double().numpy() for k, v in network.state_dict().items()}
     x = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     z = x @ weights["inner.weight"].T + weights["inner.bias"]
     gelu = z * (1 + np.vectorize(math.erf)(z / math.sqrt(2))) / 2
-    y = x @ weights["linear.weight"].T + weights["linear.bias"] + gelu @ weights["outer.weight"].T
+    linear, bias, outer = (
+        weights[f"outputs.{output}.{name}"]
+        for name in ("linear.weight", "linear.bias", "outer.weight")
+    )
+    y = x @ linear.T + bias + gelu @ outer.T
     return y / np.linalg.norm(y, axis=1, keepdims=True)
 
 
@@ -72,6 +76,17 @@ def test_encode_is_the_formula(dtype):
     found = Encoder(network).encode(rows)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, formula(network, rows), atol=2e-6)
+    head = Encoder(network).of_width(4).encode(rows)
+    np.testing.assert_allclose(head, formula(network, rows, 1), atol=2e-6)
+
+
+def test_a_code_takes_the_narrowest_output_with_two_bits_a_dimension():
+    encoder = Encoder(Network(24, 8, 16, [8, 4]))
+    assert [encoder.for_codes(m).dim for m in (1, 2, 4, 8)] == [4, 8, 16, 16]
+    assert [encoder.for_codes(m, 4).dim for m in (1, 2, 4, 8)] == [4, 4, 8, 16]
+    assert encoder.for_codes(3).dim == 16  # divides none: the index refuses it
+    assert encoder.of_width(8).dim == 8
+    assert encoder.of_width(5).dim == 16
 
 
 def test_descriptors_do_not_depend_on_chunks_or_threads():
@@ -107,7 +122,7 @@ def test_a_rotation_keeps_every_product():
     rows = np.random.default_rng(0).normal(size=(50, DIM_IN))
     before = Encoder(network).encode(rows)
     rotation = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64))[0].float()
-    network.rotate(rotation)
+    network.outputs[0].rotate(rotation)
     after = Encoder(network).encode(rows)
     np.testing.assert_allclose(after, before @ rotation.numpy().T, atol=1e-5)
     np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-5)
@@ -169,8 +184,8 @@ def test_a_pickled_file_as_upstream_published_is_refused(tmp_path, shards):
     [
         (lambda m: m["encoder"].update(dim=9), "layers do not fit snip.json"),
         (lambda m: m["encoder"].update(dim="9"), "expected the widths"),
-        (lambda m: m["encoder"].update(layout=2), "expected an encoder of layout 1, found 2"),
-        (lambda m: m.pop("encoder"), "expected an encoder of layout 1, found None"),
+        (lambda m: m["encoder"].update(layout=1), "expected an encoder of layout 2, found 1"),
+        (lambda m: m.pop("encoder"), "expected an encoder of layout 2, found None"),
         (lambda m: m.pop("outputs"), "names no weights.pt"),
         (lambda m: m.update(kind="index"), "expected a manifest of kind 'encoder', found 'index'"),
         (lambda m: m.update(format=99), "written by a newer snipdedup"),

@@ -197,8 +197,8 @@ def edit(folder, change):
     (folder / store.MANIFEST).write_text(json.dumps(body))
 
 
-@pytest.mark.parametrize("name", ["dim_in", "hidden", "dim", "head"])
-@pytest.mark.parametrize("value", [2**31, 2**70, -1, "16", [], True, None])
+@pytest.mark.parametrize("name", ["dim_in", "hidden", "dim", "heads"])
+@pytest.mark.parametrize("value", [2**31, 2**70, -1, "16", [[]], True, None, [2**70], [4, -1]])
 def test_an_encoder_that_says_other_widths(ours, memory, name, value):
     edit(ours / "encoder", lambda body: body["encoder"].update({name: value}))
     with pytest.raises(SnipError, match=r"expected the widths|do not fit"):

@@ -69,7 +69,9 @@ def test_snip_loss_is_the_divergence_worked_by_hand():
         total += float((p * np.log(p / q)).sum())
     assert float(losses.SnipLoss(t)(x, y)) == pytest.approx(total / 3, rel=1e-5)
     assert total > 0.1
-    assert float(losses.SnipLoss(0.02)(x, x)) == 0
+    assert float(losses.SnipLoss(0.02)(x, x)) == pytest.approx(0, abs=1e-6)
+    both = losses.SnipLoss(t)(x, y, x)
+    assert float(both) == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_snip_loss_has_finite_gradients():
@@ -79,15 +81,12 @@ def test_snip_loss_has_finite_gradients():
     assert torch.isfinite(y.grad).all()
 
 
-def test_mse_loss_starts_as_pca_gives_rows_back():
-    rows = clustered(300, 12)
-    x = unit(rows).float()
-    directions = torch.from_numpy(pca(rows, 5)).float()
-    loss = losses.MseLoss(directions, 16, torch.Generator().manual_seed(0))
-    y = torch.nn.functional.normalize(x @ directions.T)
-    back = (y @ directions).numpy()
-    expected = ((x.numpy() - back / np.linalg.norm(back, axis=1, keepdims=True)) ** 2).sum(1).mean()
-    assert float(loss(x, y).detach()) == pytest.approx(expected, rel=1e-4)
+def test_mse_loss_is_the_squared_error_of_similarities_worked_by_hand():
+    # Cosines of the rows: 0, .6, .8; the descriptors claim .6, 0, .8. Each pair counts both ways.
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    y = x[[0, 2, 1]]
+    assert float(losses.MseLoss()(x, y)) == pytest.approx(2 * (0.6**2 + 0.6**2) / 3, rel=1e-6)
+    assert float(losses.MseLoss()(x, x)) == 0
 
 
 def test_principal_directions_are_those_of_the_svd():
@@ -158,11 +157,11 @@ def test_the_same_seed_gives_the_same_weights():
 def test_opq_is_folded_in_and_changes_no_distance(monkeypatch):
     monkeypatch.setattr(train, "ROTATION_LEAST", 500)
     rows = clustered(600, 24)
-    directions = train.principal_directions(rows, 8)
-    network = losses.start_network(directions, 16, torch.Generator().manual_seed(0), head=4)
-    whole, head = Encoder(network), Encoder(network, narrow=True)
+    directions = train.principal_directions(rows, 16)
+    network = losses.start_network(directions, 16, torch.Generator().manual_seed(0), [8])
+    whole, head = Encoder(network), Encoder(network, output=1)
     before, short = whole.encode(rows), head.encode(rows)
-    np.testing.assert_allclose(short @ short.T, (y := starts(rows, 4)) @ y.T, atol=1e-3)
+    np.testing.assert_allclose(short @ short.T, (y := starts(rows, 8)) @ y.T, atol=1e-3)
     train.rotate(network, rows)
     for encoder, was in ((whole, before), (head, short)):
         now = encoder.encode(rows)
@@ -226,7 +225,7 @@ def test_training_that_stalls_stops_and_keeps_the_best_weights():
     rows = clustered(400, 12)
     encoder, history = train.train(rows, **{**QUICK, "steps": 1000, "learning_rate": 1e-7})
     assert history.steps == train.PATIENCE * 50
-    start = losses.start_network(make(rows).network.linear.weight, 32, torch.Generator())
+    start = losses.start_network(make(rows).network.outputs[0].linear.weight, 32, torch.Generator())
     same = encoder.encode(rows) @ encoder.encode(rows).T
     np.testing.assert_allclose(same, (y := Encoder(start).encode(rows)) @ y.T, atol=1e-3)
 
@@ -295,7 +294,7 @@ def test_what_cannot_be_trained_on_is_refused_before_the_first_step(
 
 def test_a_loss_that_is_no_number_is_refused():
     training = make(clustered(300, 16))
-    training.network.linear.weight.data.fill_(math.nan)
+    training.network.outputs[0].linear.weight.data.fill_(math.nan)
     training.done = 7
     with pytest.raises(SnipError, match=r"not a number at step 7; lower --learning_rate"):
         training.evaluate()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +29,8 @@ from snipdedup.ground.shards import CrcLedger, Features, accept_dates, open_feat
 from snipdedup.train.quantise import BLOCK, in_blocks
 
 WEIGHTS = "weights.pt"
-LAYOUT = 1  # of the network below; a change that old weights do not fit counts it up
+LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up
+BITS_A_DIMENSION = 2  # of a code; more are better spent on a wider descriptor
 READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
 DESCRIPTORS = "descriptors"
 # What torch's reader of pickles, which builds tensors only, says of one that is damaged.
@@ -40,61 +41,58 @@ BROKEN_PICKLE = (
 FILES = "files"  # below the work folder: what is written before all of it is whole
 
 
-class Network(nn.Module):
-    """A linear path plus a two-layer GELU MLP, normalised.
+class Output(nn.Module):
+    """A linear path plus the last layer of an MLP, normalised.
 
     The linear path can start as PCA; the MLP's last layer starts at zero, so that training begins
     at PCA and only adds to it.
-
-    A head, where there is one, makes a shorter descriptor for small codes from the same hidden
-    layer: few bytes say more about few dimensions.
     """
 
-    def __init__(self, dim_in: int, hidden: int, dim: int, head: int = 0) -> None:
+    def __init__(self, dim_in: int, hidden: int, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim_in, dim)
-        self.inner = nn.Linear(dim_in, hidden)
-        self.outer = nn.Linear(hidden, dim, bias=False)
+        self.width = width
+        self.linear = nn.Linear(dim_in, width)
+        self.outer = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.outer.weight)
-        self.head = head
-        if head:
-            self.head_linear = nn.Linear(dim_in, head)
-            self.head_outer = nn.Linear(hidden, head, bias=False)
-            nn.init.zeros_(self.head_outer.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return descriptors of unit rows: (n, dim_in) to (n, dim)."""
-        return self.whole(x, functional.gelu(self.inner(x)))
-
-    def narrow(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the heads of unit rows: (n, dim_in) to (n, head)."""
-        return self.short(x, functional.gelu(self.inner(x)))
-
-    def both(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return descriptors and, if there is a head, heads, for the price of one hidden layer."""
-        hidden = functional.gelu(self.inner(x))
-        return self.whole(x, hidden), self.short(x, hidden) if self.head else None
-
-    def whole(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Return descriptors from rows and their hidden layer."""
+    def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return descriptors, (n, width), from rows and their hidden layer."""
         return functional.normalize(self.linear(x) + self.outer(hidden))
 
-    def short(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Return heads from rows and their hidden layer."""
-        return functional.normalize(self.head_linear(x) + self.head_outer(hidden))
-
     @torch.no_grad()
-    def rotate(self, rotation: torch.Tensor, *, head: bool = False) -> None:
-        """Fold an orthonormal matrix into the last layers of descriptors, or of heads.
+    def rotate(self, rotation: torch.Tensor) -> None:
+        """Fold an orthonormal matrix into the last layers: lengths and distances stay."""
+        self.linear.weight.copy_(rotation @ self.linear.weight)
+        self.linear.bias.copy_(rotation @ self.linear.bias)
+        self.outer.weight.copy_(rotation @ self.outer.weight)
 
-        Lengths and distances stay as they are.
-        """
-        linear, outer = self.linear, self.outer
-        if head:
-            linear, outer = self.head_linear, self.head_outer
-        linear.weight.copy_(rotation @ linear.weight)
-        linear.bias.copy_(rotation @ linear.bias)
-        outer.weight.copy_(rotation @ outer.weight)
+
+class Network(nn.Module):
+    """A two-layer GELU MLP beside a linear path, with one hidden layer for several outputs.
+
+    The first output is the descriptor. Heads, where there are any, make shorter ones for small
+    codes: few bytes say more about few dimensions.
+    """
+
+    def __init__(self, dim_in: int, hidden: int, dim: int, heads: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim_in, hidden)
+        outputs = nn.ModuleList(Output(dim_in, hidden, width) for width in (dim, *heads))
+        self.outputs = cast("Sequence[Output]", outputs)
+
+    @property
+    def widths(self) -> list[int]:
+        """Widths of the outputs: of the descriptor, then of each head."""
+        return [output.width for output in self.outputs]
+
+    def forward(self, x: torch.Tensor, output: int = 0) -> torch.Tensor:
+        """Return one kind of descriptors of unit rows: (n, dim_in) to (n, width)."""
+        return self.outputs[output](x, functional.gelu(self.inner(x)))
+
+    def all(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return all kinds of descriptors, for the price of one hidden layer."""
+        hidden = functional.gelu(self.inner(x))
+        return [output(x, hidden) for output in self.outputs]
 
 
 class Encoder:
@@ -104,31 +102,29 @@ class Encoder:
     ----------
     dim_in, dim : int
         Width of features and of descriptors.
-    head : int
-        Width of the descriptors for small codes; 0 where there is none.
+    output : int
+        Which output of the network makes them: 0, or a head.
     device : str
     """
 
-    def __init__(self, network: Network, device: str = "cpu", *, narrow: bool = False) -> None:
+    def __init__(self, network: Network, device: str = "cpu", output: int = 0) -> None:
         self.network = network.to(device).float().eval().requires_grad_(False)
-        self.device, self.narrow = device, narrow
-        self.dim, self.dim_in = self.network.linear.weight.shape
-        self.head = self.network.head
-        self.dim = self.head if narrow else self.dim
-        self.hidden = self.network.inner.weight.shape[0]
+        self.device, self.output = device, output
+        self.hidden, self.dim_in = self.network.inner.weight.shape
+        self.dim = self.network.widths[output]
 
     def of_width(self, dim: int) -> Encoder:
-        """Return the encoder whose descriptors are ``dim`` wide: this one, or its head."""
-        return Encoder(self.network, self.device, narrow=True) if dim == self.head else self
+        """Return the encoder whose descriptors are ``dim`` wide: a head, or this one."""
+        widths = self.network.widths
+        return Encoder(self.network, self.device, widths.index(dim)) if dim in widths else self
 
     def for_codes(self, m: int, nbits: int = 8) -> Encoder:
         """Return the encoder that a code of ``m`` sub-quantisers keeps most of.
 
-        A code of at most a bit a dimension does better on the head.
+        A code does best on the narrowest output with at most two bits a dimension.
         """
-        if not self.head or m * nbits > self.dim or self.head % m:
-            return self
-        return self.of_width(self.head)
+        fits = [w for w in self.network.widths if m * nbits <= BITS_A_DIMENSION * w and w % m == 0]
+        return self.of_width(min(fits)) if fits else self
 
     def encode(self, rows: np.ndarray, first: int = 0) -> np.ndarray:
         """Return descriptors, in this thread.
@@ -158,7 +154,7 @@ class Encoder:
     def _block(self, block: np.ndarray) -> np.ndarray:
         unit = unit_rows(block)
         x = torch.from_numpy(unit).to(self.device)
-        found = (self.network.narrow(x) if self.narrow else self.network(x)).cpu().numpy()
+        found = self.network(x, self.output).cpu().numpy()
         found[~unit.any(axis=1)] = 0
         return found
 
@@ -176,8 +172,8 @@ class Encoder:
             "layout": LAYOUT,
             "dim_in": self.dim_in,
             "hidden": self.hidden,
-            "dim": self.network.linear.out_features,
-            "head": self.head,
+            "dim": self.network.widths[0],
+            "heads": self.network.widths[1:],
         }
         store.write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
 
@@ -211,8 +207,8 @@ class Encoder:
         return cls(network, pick_device(device))
 
 
-def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Return (dim_in, hidden, dim, head) that a manifest promises."""
+def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, int, list[int]]:
+    """Return (dim_in, hidden, dim, heads) that a manifest promises."""
     described = manifest.get("encoder")
     described = described if isinstance(described, dict) else {}
     if described.get("layout") != LAYOUT:
@@ -220,22 +216,21 @@ def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, i
             f"{folder / store.MANIFEST}: expected an encoder of layout {LAYOUT}, found "
             f"{described.get('layout')!r}; train it with this version of snip"
         )
+    heads = described.get("heads")
+    heads = heads if isinstance(heads, list) else [None]
     shape = tuple(described.get(name) for name in ("dim_in", "hidden", "dim"))
-    head = described.get("head", 0)
-    if not all(type(width) is int and width > 0 for width in shape) or (
-        type(head) is not int or head < 0
-    ):
+    if not all(type(width) is int and width > 0 for width in (*shape, *heads)):
         raise SnipError(
-            f"{folder / store.MANIFEST}: expected the widths dim_in, hidden and dim, found "
-            f"{store.short([*shape, head])}"
+            f"{folder / store.MANIFEST}: expected the widths dim_in, hidden, dim and heads, found "
+            f"{store.short([*shape, described.get('heads')])}"
         )
     dim_in, hidden, dim = cast("tuple[int, int, int]", shape)
-    return dim_in, hidden, dim, head
+    return dim_in, hidden, dim, heads
 
 
-def check_weight(path: Path, dim_in: int, hidden: int, dim: int, head: int) -> None:
+def check_weight(path: Path, dim_in: int, hidden: int, dim: int, heads: list[int]) -> None:
     """Refuse widths that need more bytes than the weights have, before memory is taken."""
-    need = 4 * (dim_in + hidden) * (dim + head) + 4 * dim_in * hidden
+    need = 4 * (dim_in + hidden) * (dim + sum(heads)) + 4 * dim_in * hidden
     have = path.stat().st_size
     if have < need:
         raise SnipError(

@@ -1,6 +1,8 @@
-"""What training makes small: similarities that differ from the features', or badly rebuilt rows."""
+"""What training makes small: similarities that differ from the features'."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,15 +15,15 @@ INNER_SD = 0.3  # of the first layer's weights; inputs have norm 1 (keyframes: 1
 
 
 def start_network(
-    directions: torch.Tensor, hidden: int, generator: torch.Generator, head: int = 0
+    directions: torch.Tensor, hidden: int, generator: torch.Generator, heads: Sequence[int] = ()
 ) -> Network:
     """Return a network that is PCA so far, with an MLP ready to learn."""
     dim, dim_in = directions.shape
-    network = Network(dim_in, hidden, dim, head)
+    network = Network(dim_in, hidden, dim, heads)
     with torch.no_grad():
-        for linear in (network.linear, *((network.head_linear,) if head else ())):
-            linear.weight.copy_(directions[: len(linear.weight)])
-            linear.bias.zero_()
+        for output in network.outputs:
+            output.linear.weight.copy_(directions[: output.width])
+            output.linear.bias.zero_()
         network.inner.weight.normal_(std=INNER_SD, generator=generator)
         network.inner.bias.zero_()
     return network
@@ -38,33 +40,38 @@ class SnipLoss(nn.Module):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the loss of descriptors ``y`` of unit rows ``x``."""
+    def forward(self, x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
+        """Return the loss of descriptors of unit rows ``x``, summed over the kinds given."""
         with torch.no_grad():
-            teacher = self.logits(x)
-        return functional.kl_div(self.logits(y), teacher, reduction="batchmean", log_target=True)
+            teacher = functional.softmax(self.logits(x), dim=1)
+            known = torch.xlogy(teacher, teacher).sum(dim=1)  # minus the entropy
+        total = x.new_zeros(len(x))
+        for y in descriptors:
+            logits = self.logits(y)  # log-probabilities are these less one number a row
+            total = total + known + logits.logsumexp(dim=1) - (teacher * logits).sum(dim=1)
+        return total.mean()
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return log-probabilities of each row's neighbours, itself excluded."""
+        """Return similarities over the temperature, each row itself excluded."""
         similarity = x @ x.T / self.temperature
         itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-        return functional.log_softmax(similarity.masked_fill(itself, SELF), dim=1)
+        return similarity.masked_fill(itself, SELF)
 
 
 class MseLoss(nn.Module):
-    """How badly the features are rebuilt from descriptors, by a decoder that learns as well.
+    """How far the descriptors' similarities are from the features', as squared errors.
 
-    The decoder mirrors the network: a linear path that starts as PCA's, plus a GELU MLP whose
-    last layer starts at zero.
+    The same similarities as in `SnipLoss`, near and far pairs alike. What rebuilds features by a
+    decoder instead loses neighbours as it learns (docs/method.md).
     """
 
-    def __init__(self, directions: torch.Tensor, hidden: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.decoder = start_network(directions.T, hidden, generator)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the mean squared distance of unit rows ``x`` and what ``y`` gives back."""
-        return (x - self.decoder(y)).square().sum(dim=1).mean()
+    def forward(self, x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
+        """Return the loss of descriptors of unit rows ``x``: a sum over kinds and a row's pairs."""
+        similarity = x @ x.T
+        total = x.new_zeros(len(x))
+        for y in descriptors:
+            total = total + (y @ y.T - similarity).square().sum(dim=1)
+        return total.mean()
 
 
 class TextLoss(nn.Module):

@@ -2,7 +2,7 @@
 
 Rows are drawn from all shards into memory, a subset at a time; some are held out and only
 reported on. The ``snip`` loss asks that a batch's similarities between descriptors, as a softmax,
-be those between features; ``mse`` asks that features can be rebuilt from descriptors. Which rows a
+be those between features; ``mse`` asks it of their squared errors. Which rows a
 step sees depends on the seed and the step alone, so a stopped run goes on where it was.
 """
 
@@ -44,9 +44,10 @@ WARMUP = 20  # steps, and the least between evaluations
 CLIP = 1.0  # norm of the gradient
 WEIGHT_DECAY = 0.01
 PAIR = 0x9E3779B97F4A7C15  # odd: folds the hashes of an image and its text into one
+HEADS, HEAD_LEAST = (2, 4), 4  # so many times less wide than --dim, for small codes; the least
 ROTATION_ROWS = 20_000  # that OPQ looks at
 ROTATION_LEAST = 10_000  # fewer do not fill the codebooks of 256 it fits
-ROTATION_PARTS = 16  # bytes of the code it is made for; others gain as well
+ROTATION_PARTS, ROTATION_LEAST_WIDTH = 16, 4  # bytes of the code it is made for, and dimensions
 ROTATION_ROUNDS = 20
 CHECKPOINT, CHECKPOINT_S = "checkpoint.pt", 30.0  # in the work folder; seconds between two
 # Settings that say how training is carried out, not what comes out of it.
@@ -320,17 +321,12 @@ class Training:
         options = self.options
         generator = torch.Generator().manual_seed(options.seed)
         directions = principal_directions(self.rows.images, options.dim, self.rows.texts)
-        head = options.dim // 2 if options.loss == "snip" else 0
-        self.network = start_network(directions, options.hidden, generator, head).to(self.device)
-        self.loss = (
-            SnipLoss(options.temperature)
-            if options.loss == "snip"
-            else MseLoss(directions, options.hidden, generator)
-        ).to(self.device)
+        heads = [options.dim // part for part in HEADS if options.dim // part >= HEAD_LEAST]
+        network = start_network(directions, options.hidden, generator, heads)
+        self.network = network.to(self.device)
+        self.loss = SnipLoss(options.temperature) if options.loss == "snip" else MseLoss()
         self.text_loss = TextLoss(options.text_temperature)
-        self.optimiser = torch.optim.AdamW(
-            [*self.network.parameters(), *self.loss.parameters()], weight_decay=WEIGHT_DECAY
-        )
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), weight_decay=WEIGHT_DECAY)
         self.best = copy.deepcopy(self.network.state_dict())
 
     def draw(self, number: int, wanted: int) -> Rows:
@@ -413,17 +409,15 @@ class Training:
 
     def loss_of(self, x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
         """Return the loss of unit rows and, where given, of the texts that belong to them."""
-        y, head = self.network.both(x)
-        loss = self.loss(x, y)
-        if head is not None:
-            loss = loss + self.loss(x, head)
+        if t is not None and self.options.loss == "mse":
+            x, t = torch.cat([x, t]), None
+        images = self.network.all(x)
+        loss = self.loss(x, *images)
         if t is None:
             return loss
-        u, short = self.network.both(t)
-        if self.options.loss == "mse":
-            return (loss + self.loss(t, u)) / 2
-        loss = loss + self.text_loss(x, t, y, u)
-        return loss if head is None else loss + self.text_loss(x, t, head, short)
+        for y, u in zip(images, self.network.all(t), strict=True):
+            loss = loss + self.text_loss(x, t, y, u)
+        return loss
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -452,7 +446,6 @@ class Training:
         state = {
             "done": self.done,
             "network": self.network.state_dict(),
-            "loss": self.loss.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "best": self.best,
             "curve": self.history.curve,
@@ -471,7 +464,6 @@ class Training:
                     raise ValueError("a checksum is wrong")
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.network.load_state_dict(state["network"])
-            self.loss.load_state_dict(state["loss"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.best, self.losses = state["best"], state["losses"]
             self.history.curve.extend(state["curve"])
@@ -570,20 +562,20 @@ def rotate(network: Network, rows: np.ndarray) -> None:
     """
     if len(rows) < ROTATION_LEAST:
         return
-    x = torch.from_numpy(unit_rows(rows)).to(network.linear.weight.device)
+    x = torch.from_numpy(unit_rows(rows)).to(network.inner.weight.device)
     with torch.no_grad():
-        y, head = network.both(x)
-    network.rotate(best_rotation(y))
-    if head is not None:
-        network.rotate(best_rotation(head), head=True)
+        kinds = network.all(x)
+    for output, y in zip(network.outputs, kinds, strict=True):
+        output.rotate(best_rotation(y))
 
 
 def best_rotation(y: torch.Tensor) -> torch.Tensor:
-    """Return the rotation that splits descriptors best into `ROTATION_PARTS`, (dim, dim)."""
+    """Return the rotation that splits descriptors best into equal parts, (dim, dim)."""
     import faiss
 
     dim = y.shape[1]
-    parts = max(m for m in range(1, ROTATION_PARTS + 1) if dim % m == 0)
+    most = min(ROTATION_PARTS, max(dim // ROTATION_LEAST_WIDTH, 1))
+    parts = max(m for m in range(1, most + 1) if dim % m == 0)
     if parts == 1:
         return torch.eye(dim, device=y.device)
     opq = faiss.OPQMatrix(dim, parts)
