@@ -117,7 +117,7 @@ class Settings:
 class Input(Settings):
     """What commands that read features share."""
 
-    features: Any = argument("folder, glob, file or {part:04d} pattern of features")
+    features: Any = argument("folder, glob, file or {part:04d} pattern of features, or a URL")
     parts: str | None = option(None, "part numbers for a {part:04d} pattern: 0:2, end exclusive")
     array: str | None = option(None, "which array of an .npz file")
     column: str | None = option(None, "which list column of a parquet file")
@@ -222,7 +222,8 @@ class Dedup(Input):
     """Settings of ``snip dedup``."""
 
     features: Any = argument(
-        "folder, glob, file or {part:04d} pattern of features; a finished OUT to re-threshold it",
+        "folder, glob, file or {part:04d} pattern of features, or a URL; a finished OUT to "
+        "re-threshold it",
         None,
     )
     out: str | None = option(None, "folder for the result")

@@ -108,8 +108,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if begin >= total:
                 self.answer(416, b"", Content_Range=f"bytes */{total}")
                 return
-            body = body[begin:]
-            status, headers["Content_Range"] = 206, f"bytes {begin}-{total - 1}/{total}"
+            end = min(int(last) + 1, total) if first and last else total
+            body = body[begin:end]
+            status, headers["Content_Range"] = 206, f"bytes {begin}-{end - 1}/{total}"
         headers.setdefault("Content_Length", str(len(body)))
         self.answer(status, body if sent is None else body[: int(sent * len(body))], **headers)
 

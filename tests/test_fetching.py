@@ -15,9 +15,9 @@ import pytest
 from servers import Server, kill_once_more_came
 
 from snipdedup.download import fetching as download
-from snipdedup.download import landing, remote, web
+from snipdedup.download import landing
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
+from snipdedup.ground import remote, store, web
 from snipdedup.settings import Download
 
 SIZES = [30, 7, 50, 21, 40]

@@ -14,10 +14,10 @@ from servers import Hub, Server, kill_once_more_came
 
 from snipdedup import cli
 from snipdedup.download import fetching as download
-from snipdedup.download import hub, landing, remote
-from snipdedup.download.remote import MissingError
+from snipdedup.download import hub, landing
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
+from snipdedup.ground import remote, store
+from snipdedup.ground.remote import MissingError
 from snipdedup.settings import Download
 
 SIZES = [30, 7, 50, 21, 40]

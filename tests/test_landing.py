@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from servers import Server
 
-from snipdedup.download import landing, remote
+from snipdedup.download import landing
 from snipdedup.download.landing import save
-from snipdedup.download.remote import MissingError, Remote, TemporaryError
 from snipdedup.errors import SnipError
-from snipdedup.ground import locks, store
+from snipdedup.ground import locks, remote, store
+from snipdedup.ground.remote import MissingError, Remote, TemporaryError
 
 BODY = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -304,7 +304,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from snipdedup.download.landing import save
-from snipdedup.download.remote import Remote
+from snipdedup.ground.remote import Remote
 save(Remote(sys.argv[1]), Path(sys.argv[2]))
 """
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.download import buckets, landing, presets, remote, sources
 from snipdedup.download import fetching as download
-from snipdedup.download.remote import MissingError
+from snipdedup.download import landing, presets, sources
 from snipdedup.download.sources import find, find_features
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
+from snipdedup.ground import buckets, remote, store
+from snipdedup.ground.remote import MissingError
 from snipdedup.settings import Download
 
 ROWS = [12, 5, 20, 9]

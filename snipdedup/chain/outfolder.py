@@ -21,6 +21,7 @@ from snipdedup.chain.result import (
 from snipdedup.errors import UsageError
 from snipdedup.ground import store
 from snipdedup.ground.compute import cores, memory_bound
+from snipdedup.ground.objects import absolute
 from snipdedup.ground.shards import request_of
 from snipdedup.grouping.baseline import baselines
 from snipdedup.grouping.groups import Best, Members
@@ -242,13 +243,11 @@ def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
     for name in ("features", "metadata", "index", "encoder", "text_features"):
         value = settings[name]
         is_path = isinstance(value, str | Path)
-        settings[name] = str(Path(value).expanduser().absolute()) if is_path else None
+        settings[name] = absolute(value) if is_path else None
     sources = [] if options.reference is None else references.split(options.reference)
     are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
     settings["epsilon"] = parse_epsilons(options.epsilon)
-    settings["reference"] = (
-        [str(Path(source).expanduser().absolute()) for source in sources] if are_paths else None
-    )
+    settings["reference"] = [absolute(source) for source in sources] if are_paths else None
     return settings
 
 

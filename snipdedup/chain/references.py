@@ -17,6 +17,7 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.ground import store
 from snipdedup.ground.formats import Shard
+from snipdedup.ground.objects import absolute
 from snipdedup.ground.shards import Features, accept_dates, open_features, request_of
 from snipdedup.grouping.groups import Nearest
 from snipdedup.grouping.pairs import pairs_within
@@ -238,7 +239,7 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
         name = f"reference {number}"
         yield Reference(name, FEATURES, None, features, np.arange(features.rows))
         return
-    path = str(Path(source).expanduser().absolute())
+    path = absolute(source)
     if (Path(path) / store.MANIFEST).is_file():
         yield from open_earlier(Path(path), str(source))
         return

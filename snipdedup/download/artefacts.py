@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 from snipdedup.download import landing
 from snipdedup.download.landing import Watch
-from snipdedup.download.remote import MissingError, Remote, is_web
 from snipdedup.download.transfers import fetch_each
 from snipdedup.errors import SnipError
 from snipdedup.ground import progress, store
+from snipdedup.ground.remote import MissingError, Remote, is_web
 
 FETCHED = "artefact"  # below the work folder
 

@@ -20,7 +20,12 @@ from snipdedup.download import artefacts, landing, presets, sources
 from snipdedup.download.hub import SCHEME, HubFolder
 from snipdedup.download.landing import Watch
 from snipdedup.download.placing import place, published_mask
-from snipdedup.download.remote import (
+from snipdedup.download.sources import Found
+from snipdedup.download.transfers import side_by_side
+from snipdedup.errors import SnipError
+from snipdedup.ground import locks, progress, store
+from snipdedup.ground.formats import SUFFIXES as FEATURE_SUFFIXES
+from snipdedup.ground.remote import (
     Folder,
     Remote,
     TemporaryError,
@@ -28,11 +33,6 @@ from snipdedup.download.remote import (
     scheme_of,
     shown,
 )
-from snipdedup.download.sources import Found
-from snipdedup.download.transfers import side_by_side
-from snipdedup.errors import SnipError
-from snipdedup.ground import locks, progress, store
-from snipdedup.ground.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.files import SUFFIXES, open_table
 from snipdedup.metadata.masks import (
     FILES,

@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 from snipdedup import __version__
-from snipdedup.download.remote import (
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.ground.remote import (
     Access,
     Folder,
     MissingError,
@@ -24,8 +25,7 @@ from snipdedup.download.remote import (
     TemporaryError,
     origin_of,
 )
-from snipdedup.download.web import DISABLED, GATED, TEMPORARY, wanted_wait
-from snipdedup.errors import SnipError, UsageError
+from snipdedup.ground.web import DISABLED, GATED, TEMPORARY, wanted_wait
 
 ENDPOINT = "https://huggingface.co"
 SCHEME = "hf"

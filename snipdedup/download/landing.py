@@ -17,10 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from snipdedup.download import buckets, web
-from snipdedup.download.remote import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
 from snipdedup.errors import SnipError
-from snipdedup.ground import locks, store
+from snipdedup.ground import buckets, locks, store, web
+from snipdedup.ground.remote import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
 
 T = TypeVar("T")
 

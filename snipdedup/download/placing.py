@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from snipdedup.download import buckets, landing, sources, web
+from snipdedup.download import landing, sources
 from snipdedup.download.landing import Watch
-from snipdedup.download.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
 from snipdedup.download.sources import Found
 from snipdedup.download.transfers import side_by_side
 from snipdedup.errors import SnipError
-from snipdedup.ground import progress, store
+from snipdedup.ground import buckets, progress, store, web
+from snipdedup.ground.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
 from snipdedup.metadata.files import open_table
 from snipdedup.metadata.masks import HOW_TO_PLACE, MASK, Mask, open_mask, place_metadata
 from snipdedup.metadata.table import open_metadata

@@ -12,9 +12,11 @@ from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
 
-from snipdedup.download.buckets import BucketFolder, LocalFolder
 from snipdedup.download.hub import SCHEME, HubFolder, Repository, parse
-from snipdedup.download.remote import (
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.ground import formats
+from snipdedup.ground.buckets import BucketFolder, LocalFolder
+from snipdedup.ground.remote import (
     Folder,
     MissingError,
     Remote,
@@ -24,8 +26,6 @@ from snipdedup.download.remote import (
     scheme_of,
     shown,
 )
-from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import formats
 from snipdedup.ground.shards import natural_sort
 from snipdedup.ground.store import MANIFEST
 from snipdedup.metadata import files as tables

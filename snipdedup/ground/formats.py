@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from snipdedup.errors import InputError
+from snipdedup.ground.objects import source
 from snipdedup.ground.store import file_crc
 
 SUFFIXES = (".npy", ".npz", ".parquet")
@@ -358,10 +359,10 @@ def open_shard(path: Path, array: str | None = None, column: str | None = None) 
     raise InputError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
 
 
-def open_npz(path: Path, array: str | None) -> Shard:
-    """Open one array of an ``.npz`` archive."""
+def open_npz(path: Path, array: str | None, plain: type[NpyShard] = NpyShard) -> Shard:
+    """Open one array of an ``.npz`` archive; ``plain`` reads a member that is not compressed."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
             name = array or (next(iter(members)) if len(members) == 1 else None)
             if name is None or name not in members:
@@ -372,11 +373,16 @@ def open_npz(path: Path, array: str | None) -> Shard:
             info = members[name]
             check_member(info, path.stat().st_size)
             if info.compress_type != zipfile.ZIP_STORED:
+                if plain is not NpyShard:
+                    raise InputError(
+                        f"{path}: compressed, so its rows cannot be read by ranges: fetch it "
+                        "first, or save it with np.savez"
+                    )
                 return PackedNpzShard(path, info.filename)
             with archive.open(info):  # checks the member's own header
                 pass
             begin = member_begin(path, info)
-        return NpyShard(path, begin, info.file_size)
+        return plain(path, begin, info.file_size)
     except BROKEN_ZIP as error:
         raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
 
@@ -514,7 +520,7 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(source(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: truncated or not a parquet file: {error}") from error
 

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.ground import listing
 from snipdedup.ground.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
+from snipdedup.ground.objects import Elsewhere, is_elsewhere, side_by_side
+from snipdedup.ground.ranged import open_ranged
+from snipdedup.ground.remote import shown
 from snipdedup.ground.store import file_crc
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
@@ -203,6 +208,10 @@ def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]
     InputError
         Names the first.
     """
+    elsewhere = [path for path in paths if isinstance(path, Elsewhere)]
+    for item in elsewhere:
+        item.forget()
+    side_by_side(Elsewhere.is_file, elsewhere)
     for path, before in zip(paths, opened, strict=True):
         if not path.is_file() or identities([path]) != [before]:
             raise InputError(f"{path}: changed while it was read; run it again")
@@ -282,7 +291,8 @@ def open_features(
     Parameters
     ----------
     source : (n, d) array, path, or a sequence of either
-        A path is a folder (not recursive), a glob, a file, or a ``{part:04d}`` pattern.
+        A path is a folder (not recursive), a glob, a file, or a ``{part:04d}`` pattern; or a URL
+        of one of these, see `snipdedup.ground.listing`.
     parts : str, optional
         Part numbers for a pattern, ``"0:2"``, end exclusive.
     array, column : str, optional
@@ -302,6 +312,10 @@ def open_features(
     for number, item in enumerate([source] if isinstance(source, str | Path) else source):
         if isinstance(item, np.ndarray):
             shards.append(ArrayShard(item, f"array {number}"))
+        elif is_elsewhere(item):
+            found = find_elsewhere(str(item), parts, SUFFIXES, "no shard found")
+            refuse_mixture(found, shown(str(item)))
+            shards += side_by_side(partial(open_ranged, array=array, column=column), found)
         else:
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
@@ -319,10 +333,6 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
         If ``--parts`` and the pattern do not go together.
     """
     text = str(spec)
-    if "://" in text:
-        raise SnipError(
-            f"{text}: features are read from local paths; fetch them first with: snip download"
-        )
     if "{part" in text:
         return part_paths(text, parts)
     if parts is not None:
@@ -339,6 +349,17 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
         raise SnipError(f"no shard found: nothing matches {text}")
     refuse_mixture(found, text)
     return found
+
+
+def find_elsewhere(url: str, parts: str | None, suffixes: Sequence[str], none: str) -> list[Path]:
+    """Return the files that a URL means, in order; see `listing.find`."""
+    if "{part" in url:
+        return listing.find(url, parse_parts(parts, shown(url)), suffixes, none)
+    if parts is not None:
+        raise UsageError(
+            f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {shown(url)}"
+        )
+    return natural_sort(listing.find(url, None, suffixes, none))
 
 
 def folder_shards(folder: Path) -> list[Path]:
@@ -364,6 +385,8 @@ def is_shard_name(path: Path, suffix: str) -> bool:
 
 def implied_metadata(spec: str | Path) -> Path | None:
     """Return the ``metadata/`` beside ``img_emb/`` where a folder stands for both."""
+    if is_elsewhere(spec):
+        return listing.beside(str(spec), SUFFIXES)
     folder = Path(spec).expanduser()
     if not folder.is_dir() or not (folder / "img_emb").is_dir():
         return None

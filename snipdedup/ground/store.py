@@ -25,6 +25,7 @@ import numpy as np
 from snipdedup import __version__
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.ground import locks
+from snipdedup.ground.remote import shown
 from snipdedup.settings import Dedup, mistyped
 
 MANIFEST = "snip.json"
@@ -219,12 +220,24 @@ def write_manifest(folder: Path, kind: str, body: dict[str, Any], outputs: Itera
             "format": FORMAT,
             "versions": versions(),
             **body,
+            **{name: without_secrets(body[name]) for name in ("settings",) if name in body},
             "outputs": {
                 name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
                 for name in names
             },
         },
     )
+
+
+def without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without what URLs may hide: passwords, signed queries."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
+        return shown(value) if isinstance(value, str) and "://" in value else value
+
+    return {name: clean(value) for name, value in settings.items()}
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from snipdedup.errors import InputError, SnipError
 from snipdedup.ground import locks, progress, store
 from snipdedup.ground.compute import cores, in_order
 from snipdedup.ground.cosine import bad_rows
+from snipdedup.ground.objects import is_elsewhere
+from snipdedup.ground.remote import shown
 from snipdedup.ground.scan import describe_bad
 from snipdedup.ground.shards import CrcLedger, Features, accept_dates, open_features, request_of
 from snipdedup.index.codes import ShardCodes, load_shard, pack, packed_width, save_shard, shard_name
@@ -59,7 +61,7 @@ def run(options: settings.Index) -> str:
     )
     options = expanded(options)
     out = Path(options.out)
-    source = Path(options.features) if isinstance(options.features, str | Path) else None
+    source = options.features if isinstance(options.features, str | Path) else None
     read = [Path(name) for name in (options.base, options.encoder) if name is not None]
     for target in (out, *([Path(options.export_faiss)] if options.export_faiss else [])):
         store.refuse_output_inside(target, [*features.inputs(), *read])
@@ -76,13 +78,15 @@ def expanded(options: settings.Index) -> settings.Index:
     names = ("features", "out", "encoder", "base", "export_faiss")
     given = options.as_dict()
     for name in names:
-        if isinstance(given[name], str | Path):
+        if isinstance(given[name], str | Path) and not is_elsewhere(given[name]):
             given[name] = str(Path(given[name]).expanduser())
     return settings.Index(**given)
 
 
 def located(source: Any) -> str | None:
     """Return where features lie, as a path from anywhere; None for arrays in memory."""
+    if is_elsewhere(source):
+        return shown(str(source))
     return os.path.abspath(source) if isinstance(source, str | Path) else None  # noqa: PTH100
 
 

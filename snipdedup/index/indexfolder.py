@@ -13,6 +13,8 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.ground import store
 from snipdedup.ground.cosine import unit_rows
+from snipdedup.ground.listing import is_folder
+from snipdedup.ground.objects import Elsewhere, is_elsewhere
 from snipdedup.index.codes import Lists, ShardCodes, damaged, load_shard, pack, packed_width, unpack
 from snipdedup.train.quantise import read_quantiser
 
@@ -40,11 +42,16 @@ def same_encoder(given: str | Path, held: Path) -> bool:
     return identity(manifest) == identity(held / store.MANIFEST)
 
 
-def is_descriptors(source: Path | None) -> bool:
+def is_descriptors(source: str | Path | None) -> bool:
     """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
-    if source is None or not (source / store.MANIFEST).is_file():
+    if source is None or (is_elsewhere(source) and not is_folder(str(source))):
         return False
-    return bool(store.load_json(source / store.MANIFEST).get("kind") == "descriptors")
+    manifest = Path(source) / store.MANIFEST
+    if is_elsewhere(source):
+        manifest = Elsewhere(f"{str(source).rstrip('/')}/{store.MANIFEST}")
+    if not manifest.is_file():
+        return False
+    return bool(store.load_json(manifest).get("kind") == "descriptors")
 
 
 @dataclass(frozen=True)

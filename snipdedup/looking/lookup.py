@@ -333,7 +333,7 @@ def raw_features(index: Index, options: settings.Search) -> Raw:
         if options.features is not None:
             raise
         return Raw(None, "", f"the features are not where they were ({error})")
-    of = "descriptors" if is_descriptors(Path(source)) else "features"
+    of = "descriptors" if is_descriptors(source) else "features"
     if options.features is not None:
         refuse_other_rows(index, features, source)
         return Raw(features, of)

@@ -15,6 +15,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import store
+from snipdedup.ground.objects import is_elsewhere
 from snipdedup.ground.shards import implied_metadata
 from snipdedup.metadata.joins import (
     AMBIGUOUS,
@@ -203,8 +204,9 @@ def metadata_used(manifest: dict[str, Any]) -> Metadata | None:
     """Return the metadata that a run of ``snip dedup`` read, None where it is not as it was."""
     settings, described = manifest["settings"], manifest["request"].get("metadata")
     spec = settings["metadata"]
-    if spec is None and settings["features"] is not None and Path(settings["features"]).is_dir():
-        spec = implied_metadata(settings["features"])
+    features = settings["features"]
+    if spec is None and features and (is_elsewhere(features) or Path(features).is_dir()):
+        spec = implied_metadata(features)
     if spec is None or not described:
         return None
     try:

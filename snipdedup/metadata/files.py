@@ -18,6 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
+from snipdedup.ground.objects import source
 
 SUFFIXES = (".parquet", ".csv")
 BATCH_ROWS = 65_536
@@ -180,7 +181,7 @@ def open_parquet(path: Path) -> Any:
     """Return ``pyarrow.parquet.ParquetFile``, buffered, or refuse the file by name."""
     try:
         # pre_buffer would hold the whole row group
-        return pq.ParquetFile(path, buffer_size=STREAM_BYTES, pre_buffer=False)
+        return pq.ParquetFile(source(path), buffer_size=STREAM_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise SnipError(
             f"{path}: truncated or not a parquet file: {error}; fetch or write it again"
@@ -215,7 +216,7 @@ def agree(files: Sequence[CsvTable]) -> None:
 def csv_names(path: Path) -> list[str]:
     """Return the names of a CSV's columns."""
     with refusing_csv(path):
-        names = list(pa.csv.open_csv(path, CSV_READ, CSV_PARSE).schema.names)
+        names = list(pa.csv.open_csv(source(path), CSV_READ, CSV_PARSE).schema.names)
     if len(set(names)) < len(names):
         raise SnipError(f"{path}: several columns have one name: {', '.join(names)}")
     return names
@@ -225,7 +226,7 @@ def csv_texts(path: Path) -> Iterator[Any]:
     """Yield record batches of a CSV with every column as text; line breaks in quotes allowed."""
     texts = pa.csv.ConvertOptions(column_types=dict.fromkeys(csv_names(path), pa.string()))
     with refusing_csv(path):
-        yield from pa.csv.open_csv(path, CSV_READ, CSV_PARSE, texts)
+        yield from pa.csv.open_csv(source(path), CSV_READ, CSV_PARSE, texts)
 
 
 @contextmanager

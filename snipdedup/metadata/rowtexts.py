@@ -115,5 +115,8 @@ def named_in(manifest: dict[str, Any]) -> list[str]:
     if settings.get("metadata"):
         return [settings["metadata"]]
     features = settings.get("features")
-    implied = None if features is None else implied_metadata(features)
+    try:
+        implied = None if features is None else implied_metadata(features)
+    except SnipError:  # a store that cannot be asked just now
+        implied = None
     return [] if implied is None else [str(implied)]

@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
 from snipdedup.ground import progress, store
+from snipdedup.ground.objects import Elsewhere, is_elsewhere, side_by_side
 from snipdedup.ground.shards import (
     Features,
+    find_elsewhere,
     identities,
     is_shard_name,
     natural_sort,
@@ -217,13 +219,16 @@ def open_metadata(spec: str | Path) -> Metadata:
     Parameters
     ----------
     spec : str or Path
-        A folder (its ``*.parquet``, else its ``*.csv``; not recursive), a glob, or a file.
+        A folder (its ``*.parquet``, else its ``*.csv``; not recursive), a glob, or a file; or a URL
+        of one of these.
 
     Raises
     ------
     SnipError
         If there is none, a file is damaged, or the files differ in their columns.
     """
+    if is_elsewhere(spec):
+        return metadata_of(side_by_side(open_table, find_metadata(spec)))
     folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
     return metadata_of([open_table(path) for path in find_metadata(spec)], folders)
 
@@ -237,6 +242,9 @@ def metadata_of(files: Sequence[Table], folders: Sequence[Path] = ()) -> Metadat
 def find_metadata(spec: str | Path) -> list[Path]:
     """Return the files that a META argument means, in natural order."""
     text = str(spec)
+    if is_elsewhere(spec):
+        url = spec.url if isinstance(spec, Elsewhere) else text
+        return find_elsewhere(url, None, SUFFIXES, "no metadata found")
     path = Path(text).expanduser()
     if path.is_file():
         return [path]

@@ -18,11 +18,9 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from snipdedup import __version__
-from snipdedup.download.remote import (
+from snipdedup.errors import SnipError
+from snipdedup.ground.remote import (
     CHUNK,
     Access,
     MissingError,
@@ -34,7 +32,6 @@ from snipdedup.download.remote import (
     origin_of,
     shown,
 )
-from snipdedup.errors import SnipError
 
 TIMEOUT_S = 30
 ASCII = "%:/?#[]@!$&'()*+,;=~"  # what a URL may hold as it is (RFC 3986, 2.2), and what is quoted
@@ -237,6 +234,9 @@ def parquet_rows(remote: Remote) -> int | None:
     int or None
         None where the server does not send ranges: then the whole file is needed.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     tail = read_tail(remote, TAIL)
     if tail is None:
         return None

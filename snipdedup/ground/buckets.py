@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from snipdedup.download.remote import (
+from snipdedup.errors import SnipError
+from snipdedup.ground.remote import (
     CHUNK,
     Folder,
     MissingError,
@@ -19,7 +20,6 @@ from snipdedup.download.remote import (
     TemporaryError,
     scheme_of,
 )
-from snipdedup.errors import SnipError
 
 AGAIN = "run again later: what is complete is kept"
 
