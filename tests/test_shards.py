@@ -307,8 +307,6 @@ def test_no_shard_found(tmp_path):
         find_shards(tmp_path / "*.npy")
     with pytest.raises(SnipError, match=r"no such file or folder: .*gone"):
         find_shards(tmp_path / "gone")
-    with pytest.raises(SnipError, match="features are read from local paths"):
-        find_shards("https://host/img_emb_0.npy")
 
 
 MIXTURES = [
