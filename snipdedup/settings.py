@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -332,6 +333,20 @@ class Dedup(Input):
         "join: where products of codes are computed",
         choices=("auto", "cpu", "cuda"),
     )
+    runner: str = option(
+        "local",
+        "join: who does the tasks, threads of this process or Ray workers (RAY_ADDRESS names a "
+        "cluster)",
+        choices=("local", "ray"),
+    )
+    num_tasks: int | None = option(
+        None,
+        "join: so many processes run this command at once, or as they come; they share --out",
+        usual="that of a Slurm array",
+    )
+    task_index: int | None = option(
+        None, "join: which of them this is, from 0", usual="that of a Slurm array"
+    )
     threads: int = option(0, "CPU threads, 0 for all")
     seed: int | None = option(None, "seed of every random choice", usual="0")
     overwrite: bool = option(False, "replace a finished OUT")
@@ -350,6 +365,7 @@ class Dedup(Input):
         if self.keep is not None and self.method != "semdedup":
             keep_rules(self.keep)
         self.check_methods()
+        self.check_runners()
         named_kinds("export", self.export, EXPORTS)
         if self.weights and self.merge_captions is not None:
             raise UsageError("--weights keeps all rows with their captions: nothing is to merge")
@@ -397,6 +413,28 @@ class Dedup(Input):
             raise UsageError("--pairs needs FEATURES and --method join, exact or adc")
         if self.keep_fraction is not None and self.features is None:
             raise UsageError("--keep_fraction needs FEATURES: unverified pairs have no cosines")
+
+    def check_runners(self) -> None:
+        """Raise UsageError for ways to run that do not go together."""
+        self.between("num_tasks", 1, 10**6)
+        self.between("task_index", 0, (self.num_tasks or 10**6 + 1) - 1)
+        shared = self.num_tasks is not None or self.task_index is not None
+        if not shared and self.runner == "local":
+            return
+        flag = "--num_tasks" if shared else f"--runner {self.runner}"
+        if self.method not in (None, "join") or self.index:
+            raise UsageError(f"{flag} goes with --method join, not {self.method or 'adc'}")
+        if shared and self.runner != "local":
+            raise UsageError("--num_tasks and --runner ray are two ways to share work: give one")
+        if shared and self.overwrite:
+            raise UsageError(
+                "--num_tasks does not go with --overwrite: each process would remove what the "
+                "others did; remove the folder first"
+            )
+        if self.runner == "ray" and self.device == "cuda":
+            raise UsageError("--runner ray computes on CPUs: leave --device cuda out")
+        if self.runner == "ray" and not isinstance(self.features, str | Path):
+            raise UsageError("--runner ray reads features from files: give their folder")
 
     def filled(self) -> Dedup:
         """Return the settings with defaults for what a re-threshold would take over."""

@@ -53,3 +53,21 @@ def browser():
 
     with launched() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Start `snip` in a process that has all imported already, see `processes.nursery`."""
+    from processes import nursery
+
+    with nursery() as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data, processes, tmp_path_factory) -> Path:
+    """What a run over keyframes writes that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = processes("dedup", data / "keyframes", "--out", "out", cwd=folder)
+    assert run.wait() == 0, run.said()
+    return folder / "out"

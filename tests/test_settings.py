@@ -65,6 +65,8 @@ RANGES = [
     ("Dedup", "nprobe", 1, 2**24),
     ("Dedup", "chunk_rows", 1, 10**9),
     ("Dedup", "threads", 0, 4096),
+    ("Dedup", "num_tasks", 1, 10**6),
+    ("Dedup", "task_index", 0, 10**6),
     ("Download", "jobs", 1, 256),
     ("Demo", "pictures", 50, 100_000),
     ("Train", "text_temperature", 1e-4, 10),

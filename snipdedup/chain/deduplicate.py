@@ -40,12 +40,14 @@ from snipdedup.ground.shards import (
 )
 from snipdedup.grouping.keep import rank_by
 from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.search.crew import Crew, Written, place_of
+from snipdedup.search.runners import Runner, open_runner
 from snipdedup.settings import Dedup, keep_rules, parse_epsilons
 
 # Settings that say how a result is computed, not what it is.
 HOW = {
     "out", "overwrite", "chunk_rows", "threads", "max_memory", "device", "features", "metadata",
-    "max_pairs", "keep_work",
+    "max_pairs", "keep_work", "runner", "num_tasks", "task_index",
 }  # fmt: skip
 
 
@@ -76,6 +78,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     options = Dedup(features=features, **settings)
     if options.out is not None:
         return execute(options, load=True)[0]
+    place_of(options, {})  # refused, since nothing would be shared
     options = options.filled()
     if options.device != "auto":
         pick_device(options.device)
@@ -83,8 +86,11 @@ def dedup(features: Any, **settings: Any) -> Result:
     by_column = options.method != "semdedup" and keep_rules(str(options.keep))[0]
     metadata = open_table(options, inputs.features) if by_column else None
     check_order(options, metadata)  # refused now, not after the search
-    with tempfile.TemporaryDirectory(prefix="snip-") as work:
-        found = search(inputs, options, Path(work), Clock())
+    with (
+        tempfile.TemporaryDirectory(prefix="snip-") as work,
+        open_runner(options, None, None) as runner,
+    ):
+        found = search(inputs, options, Path(work), Clock(), runner)
     return decide_by(found, inputs.features, metadata, options)
 
 
@@ -105,6 +111,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     if options.device != "auto":
         pick_device(options.device)
     earlier = finished_run(options.features)
+    place = None if earlier else place_of(options)
     if earlier is not None:
         with store.as_written(earlier):
             options = inherit(options, earlier)
@@ -119,19 +126,58 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     found = None if earlier is None else reuse(earlier, inputs, options)
     if features is not None and (out / store.MANIFEST).is_file():
         accept_dates(request, features, store.read_manifest(out, KIND))
-    state = store.claim(out, KIND, request, overwrite=options.overwrite, late=True)
-    if state == "done":
-        said = f"{out} is finished already with these settings; --overwrite makes it anew"
-        with store.as_written(out):
-            return load_result(out, inputs, options, metadata) if load else None, said
+    state = store.claim(
+        out, KIND, request, overwrite=options.overwrite, late=True, shared=place is not None
+    )
+    said = f"{out} is finished already with these settings; --overwrite makes it anew"
+    if state != "done":
+        try:
+            with open_runner(options, out, place) as runner:
+                found = find(inputs, options, out, clock, runner, found)
+                return conclude(found, out, inputs, metadata, key, request, options, clock)
+        except Written as other:
+            said = str(other)
+            if not options.keep_work:
+                store.end_work(out)
+    with store.as_written(out):
+        return load_result(out, inputs, options, metadata) if load else None, said
+
+
+def find(
+    inputs: Inputs,
+    options: Dedup,
+    out: Path,
+    clock: Clock,
+    runner: Runner,
+    reused: Found | None,
+) -> Found:
+    """Search, unless it is done; give OUT up where the input is refused: a mended one may come.
+
+    One of several processes leaves it as it is for the others, who say the same.
+    """
     try:
-        found = found or search(inputs, options, out / store.WORK, clock)
+        found = reused or search(inputs, options, out / store.WORK, clock, runner)
         inputs.refuse_changed()
     except InputError:
-        store.release(out)
+        if not isinstance(runner, Crew):
+            store.release(out)
         raise
+    return found
+
+
+def conclude(
+    found: Found,
+    out: Path,
+    inputs: Inputs,
+    metadata: Metadata | None,
+    key: str | None,
+    request: dict[str, Any],
+    options: Dedup,
+    clock: Clock,
+) -> tuple[Result, str]:
+    """Decide, and write OUT, the manifest last; return the result and its summary."""
     with clock.stage("group"):
-        result = decide_by(found, features, metadata, options)
+        result = decide_by(found, inputs.features, metadata, options)
     options = dataclasses.replace(options, threshold=result.threshold)
     if options.pairs:
         with clock.stage("pairs"):
@@ -253,6 +299,11 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
     """Return settings for a re-threshold: the input and the search of the finished run."""
     manifest = store.read_manifest(earlier, KIND)
     searched = manifest["settings"]
+    if options.runner != "local" or options.num_tasks is not None:
+        raise UsageError(
+            "--runner and --num_tasks share a search, and a finished folder needs none: leave them "
+            "out"
+        )
     gone = [name for name, flag in SOURCES.items() if manifest.get(name) and not searched[flag]]
     if searched["features"] is None or gone:
         what = gone[0] if gone else "features"

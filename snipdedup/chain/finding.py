@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from snipdedup.grouping.pairs import all_pairs
 from snipdedup.search.exact import exact_edges
 from snipdedup.search.forest import Edges, ForestBuilder, join_edges
 from snipdedup.search.join import join, needed_memory
+from snipdedup.search.runners import Local, Runner
+from snipdedup.search.tasks import Tasks
 from snipdedup.settings import Dedup
 
 
@@ -35,20 +38,25 @@ def method_of(options: Dedup) -> str:
     return "adc" if options.index is not None else "join"
 
 
-def search(inputs: Inputs, options: Dedup, work: Path, clock: Clock) -> Found:
-    """Find all pairs by the method asked for.
+def search(
+    inputs: Inputs, options: Dedup, work: Path, clock: Clock, runner: Runner | None = None
+) -> Found:
+    """Find all pairs by the method asked for; ``runner`` does the tasks of a join.
 
     Raises
     ------
     SnipError
         If there are bad rows and they are not to be kept.
+    crew.Written
+        If another process finished the run.
     """
     features, method = inputs.features, method_of(options)
     if method == "adc" or features is None:
         return search_adc(features, options, work, clock.stage)
     if method == "semdedup":
         return find_semdedup(features, options, work, clock)
-    compare = search_join if method == "join" else search_exact
+    joined = functools.partial(search_join, runner=runner)
+    compare = joined if method == "join" else search_exact
     if inputs.references is None:
         found = make_found(features, options, *compare(features, 0, options, work, clock))
     else:
@@ -63,24 +71,28 @@ def search(inputs: Inputs, options: Dedup, work: Path, clock: Clock) -> Found:
 
 
 def search_join(
-    features: Features, frozen: int, options: Dedup, work: Path, clock: Clock
+    features: Features,
+    frozen: int,
+    options: Dedup,
+    work: Path,
+    clock: Clock,
+    runner: Runner | None = None,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
     """Find pairs by the join; pairs among the first ``frozen`` rows are not wanted."""
-    threads = cores(options.threads)
-    return join(
+    runner = runner or Local(cores(options.threads))
+    tasks = Tasks(
         features,
+        work,
         threshold=options.threshold,
         recall=options.recall,
         seed=options.seed or 0,
         keep_bad=options.bad_rows == "keep",
         chunk_rows=options.chunk_rows,
-        threads=threads,
-        memory=memory_bound(options.max_memory, needed_memory(features, threads)),
-        device=pick_device(options.device),
-        work=work,
-        stage=clock.stage,
+        device="cpu" if options.runner == "ray" else pick_device(options.device),
         frozen=frozen,
     )
+    memory = memory_bound(options.max_memory, needed_memory(features, runner.here))
+    return join(tasks, runner, memory=memory, stage=clock.stage)
 
 
 def search_exact(
@@ -121,12 +133,13 @@ def find_beside(
 ) -> Found:
     """Search over reference rows and features, and cut down what is found to the features."""
     rows, frozen = references.before(features), references.rows
-    model = kept_model(references, features.rows, options) if compare is search_join else None
+    joins = method_of(options) == "join"
+    model = kept_model(references, features.rows, options) if joins else None
     if model is not None and not (work / "model.npz").is_file():
         with store.replacing(work / "model.npz") as part:
             shutil.copyfile(model, part)
     seen, forest, notes = compare(rows, frozen, options, work, clock)
-    if compare is search_join:
+    if joins:
         notes = {**notes, "model": "fitted" if model is None else "kept"}
     with clock.stage("refer"):
         settled = settle(

@@ -26,14 +26,17 @@ class Held(threading.local):
 _held = Held()
 
 
-def lock(file: IO[bytes]) -> bool:
-    """Lock an open file until it is closed; False where another run has it."""
+def lock(file: IO[bytes], shared: bool = False) -> bool:
+    """Lock an open file until it is closed; False where another run has it.
+
+    ``shared`` locks keep out only those that are not.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
@@ -41,7 +44,7 @@ def lock(file: IO[bytes]) -> bool:
     return True
 
 
-def take(path: Path) -> str | None:
+def take(path: Path, shared: bool = False) -> str | None:
     """Take the lock that a file stands for, and make the file where it is missing.
 
     Taking a lock that this thread has already is no harm.
@@ -63,7 +66,7 @@ def take(path: Path) -> str | None:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         except FileNotFoundError:  # the run that ends just now removed the folder
             continue
-        if not lock(file):
+        if not lock(file, shared):
             with file:
                 return file.read(200).decode(errors="replace") or "another process"
         if is_same(file, path):

@@ -30,6 +30,11 @@ def bar(total: int, desc: str, unit: str) -> Any:
     return PlainBar(total, desc, unit)
 
 
+def say(text: str) -> None:
+    """Print a line about what goes on, above a bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
 def track(items: Iterable[T], desc: str, unit: str, total: int) -> Iterator[T]:
     """Yield from ``items`` while a bar counts them."""
     with bar(total, desc, unit) as progress:

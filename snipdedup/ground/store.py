@@ -323,7 +323,13 @@ def versions() -> dict[str, str]:
 
 
 def claim(
-    out: Path, kind: str, request: dict[str, Any], *, overwrite: bool, late: bool = False
+    out: Path,
+    kind: str,
+    request: dict[str, Any],
+    *,
+    overwrite: bool,
+    late: bool = False,
+    shared: bool = False,
 ) -> str:
     """Take ``out`` for a run, or find that it is taken.
 
@@ -340,6 +346,8 @@ def claim(
     late : bool
         Leave an earlier result in place for now, so that a refused input costs nothing: the caller
         calls `clear` with ``keep_work`` when the new one is ready to be written.
+    shared : bool
+        Other processes that say the same may take it too.
 
     Returns
     -------
@@ -358,11 +366,11 @@ def claim(
     The folder is locked for this thread until the work is gone, or `locks.given_up` ends.
     """
     if (out / WORK / LOCK).is_file() and (overwrite or not (out / MANIFEST).is_file()):
-        refuse_company(out)  # said first: what another run is at just now is no one's fault
+        refuse_company(out, shared)  # said first: what another run is at just now is no one's fault
     state = standing(out, kind, request, overwrite=overwrite)
     if state == "done" and not overwrite:
         return state
-    refuse_company(out)
+    refuse_company(out, shared)
     state = standing(out, kind, request, overwrite=overwrite)  # as the lock found it
     note = out / WORK / REQUEST
     if overwrite and state != "new":
@@ -397,8 +405,8 @@ def standing(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) 
     return state
 
 
-def refuse_company(out: Path) -> None:
-    """Lock ``out`` for this thread.
+def refuse_company(out: Path, shared: bool = False) -> None:
+    """Lock ``out`` for this thread, or for all that share the run.
 
     Raises
     ------
@@ -407,7 +415,7 @@ def refuse_company(out: Path) -> None:
     """
     path = out / WORK / LOCK
     with explained(path):
-        other = locks.take(path)
+        other = locks.take(path, shared)
     if other is not None:
         raise SnipError(
             f"--out {out} is being written by another run ({other}); wait for it, or choose "

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.ground import progress, store
-from snipdedup.ground.compute import in_order
+from snipdedup.ground import store
 from snipdedup.ground.cosine import Directions
 from snipdedup.ground.scan import Scan, Seen, read_range
 from snipdedup.ground.shards import Features, Piece, plan_blocks
@@ -26,37 +25,9 @@ def task_rows(rows: int) -> int:
     return 1 << 15 if rows < 1 << 25 else 1 << 18
 
 
-def encode_folders(work: Path, rows: int) -> list[Path]:
-    """Return the folder of each encode task."""
-    tasks = len(plan_blocks(rows, task_rows(rows)))
-    return [work / "encode" / f"{number:06d}" for number in range(tasks)]
-
-
-def encode_all(
-    features: Features,
-    model: Model,
-    work: Path,
-    *,
-    chunk_rows: int,
-    threads: int,
-    frozen: int,
-) -> list[Seen]:
-    """Run the encode tasks that are not done yet; return what all of them saw."""
-    spans = plan_blocks(features.rows, task_rows(features.rows))
-    folders = encode_folders(work, features.rows)
-    with progress.bar(features.rows, "encoding", "rows") as bar:
-
-        def run(task: tuple[Path, tuple[int, int]]) -> int:
-            folder, (begin, end) = task
-            if not store.is_sealed(folder / "done.json", folder):
-                encode_task(
-                    features, model, folder, begin, end, chunk_rows=chunk_rows, frozen=frozen
-                )
-            return end - begin
-
-        for count in in_order(run, zip(folders, spans, strict=True), threads):
-            bar.update(count)
-    return [load_seen(folder) for folder in folders]
+def encode_spans(rows: int) -> list[tuple[int, int]]:
+    """Return the rows of each encode task."""
+    return plan_blocks(rows, task_rows(rows))
 
 
 def encode_task(
