@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from processes import many_lists, results, until
 
 from snipdedup.chain import deduplicate
@@ -213,3 +219,38 @@ def test_a_plain_run_keeps_out_of_a_shared_one(small, processes, tmp_path):
     assert "is being written by another run" in plain.said()
     assert shared.wait() == 0, shared.said()
     assert results(tmp_path / "out") == results(small / "alone")
+
+
+def test_the_script_for_slurm(tmp_path):
+    """The page's sbatch example, with its paths, in an array of three of which two come."""
+    page = (ROOT / "docs" / "cluster.md").read_text("utf-8")
+    script = next(b for b in re.findall(r"```bash\n(.*?)```", page, re.S) if "#SBATCH" in b)
+    script = script.replace("/data/", f"{tmp_path}/").replace("24GB", "2GB")
+    snip = tmp_path / "bin" / "snip"
+    snip.parent.mkdir()
+    snip.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snipdedup "$@"\n')
+    snip.chmod(0o755)
+    features = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float32)
+    features[400:] = features[:100]
+    for name in ("img_emb", "metadata"):
+        (tmp_path / name).mkdir()
+    np.save(tmp_path / "img_emb" / "0.npy", features)
+    pq.write_table(pa.table({"key": range(500)}), tmp_path / "metadata" / "0.parquet")
+    path = f"{snip.parent}{os.pathsep}{os.environ['PATH']}"
+    array = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
+    runs = [
+        subprocess.Popen(
+            ["bash", "-c", script],
+            env={**os.environ, **array, "PATH": path, "SLURM_ARRAY_TASK_ID": str(number)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in (3, 1)
+    ]
+    said = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sum("is finished" in text for text in said) == 1, said
+    assert np.load(tmp_path / "clean" / "is_dup.npy").sum() == 100
+    settings = store.read_manifest(tmp_path / "clean", "dedup")["settings"]
+    assert settings["num_tasks"] is None  # said by Slurm, not by the user
+    assert not (tmp_path / "clean" / "work").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,18 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
                 return conclude(found, out, inputs, metadata, key, request, options, clock)
         except Written as other:
             said = str(other)
-            if not options.keep_work:
-                store.end_work(out)
     with store.as_written(out):
+        remove_left(out)
         return load_result(out, inputs, options, metadata) if load else None, said
+
+
+def remove_left(out: Path) -> None:
+    """Remove the work of a finished run that was killed just then, or of its last helpers."""
+    kept = store.read_manifest(out, KIND)["settings"].get("keep_work")
+    lock = out / store.WORK / store.LOCK  # without it a folder of that name is someone's own
+    with suppress(OSError):  # OUT may be read-only by now
+        if not kept and lock.is_file() and locks.take(lock) is None:
+            store.end_work(out)
 
 
 def find(

@@ -1,0 +1,169 @@
+"""Killed at any instant and started again, a run ends as one does that nothing disturbs."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from processes import many_lists, results, until
+
+KILLED, DONE = -9, 0
+# What stands when a stage begins; of the files of OUT the first and the last.
+STAGES = {
+    "fit": "work/request.json",
+    "encode": "work/model.npz",
+    "scan": "work/encode/000001/done.json",
+    "join": "work/plan.json",
+    "merge": "work/join/*.npz",
+    "write": "is_dup.npy",
+    "end": "snip.json",
+}
+
+
+def files(out):
+    """Return all files of OUT that are whole, but the lock, by their inodes."""
+    found = {}
+    for path in out.rglob("*"):
+        if not path.name.startswith(".") and path.suffix not in (".lock", ".part"):
+            try:
+                found[path] = path.stat().st_ino if path.is_file() else None
+            except FileNotFoundError:  # it was there a moment ago
+                continue
+    return {path: inode for path, inode in found.items() if inode is not None}
+
+
+def refuse_redone(before, after):
+    """Fail where a task was done again: what it left is another file now."""
+    for path, inode in before.items():
+        kept = "encode" in path.parts or "join" in path.parts or path.name == "model.npz"
+        assert not kept or path not in after or after[path] == inode, path
+
+
+class Life:
+    """An OUT whose runs are killed until one of them ends."""
+
+    def __init__(self, start, folder, name, *words):
+        self.start, self.folder, self.words = start, folder, (*words, "--out", name)
+        self.out, self.kills, self.held = folder / name, 0, {}
+
+    def once(self, instant):
+        """Run until ``instant(run)`` returns, then kill; tell whether the run was faster."""
+        run = self.start("dedup", *self.words, cwd=self.folder)
+        instant(run)
+        status = run.kill()
+        assert status in (KILLED, DONE), run.said()
+        self.kills += status == KILLED
+        now = files(self.out)
+        refuse_redone(self.held, now)
+        self.held = now
+        return status == DONE
+
+    def to_the_end(self):
+        run = self.start("dedup", *self.words, cwd=self.folder)
+        assert run.wait() == DONE, run.said()
+
+
+def stands(out, pattern):
+    return any(out.glob(pattern))
+
+
+def stage_seconds(start, folder, *words):
+    """Return how long each stage of an undisturbed run takes, in order."""
+    out = folder / "timed"
+    run = start("dedup", *words, "--out", "timed", cwd=folder)
+    begun = {"start": time.monotonic()}
+    while len(begun) <= len(STAGES):
+        for stage, pattern in STAGES.items():
+            if stage not in begun and stands(out, pattern):
+                begun[stage] = time.monotonic()
+        assert run.runs() or stands(out, STAGES["end"])
+    assert run.wait() == DONE
+    ends = [*list(begun.values())[1:], begun["end"] + 0.05]
+    return {
+        stage: max(0.0, end - start)
+        for (stage, start), end in zip(begun.items(), ends, strict=True)
+    }
+
+
+def live_through(life, seconds, rng):
+    """Kill once in each stage, at a random instant of it."""
+    for stage, usual in seconds.items():
+
+        def instant(run, stage=stage, usual=usual):
+            if stage in STAGES:
+                until(lambda: not run.runs() or stands(life.out, STAGES[stage]))
+            time.sleep(rng.uniform(0, usual))
+
+        if life.once(instant):
+            break
+    life.to_the_end()
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_of_all_stages(data, undisturbed, processes, tmp_path):
+    rng, kills, turn = np.random.default_rng(), 0, 0
+    seconds = stage_seconds(processes, tmp_path, data / "keyframes")
+    while kills < 30:
+        life = Life(processes, tmp_path, f"out-{turn}", data / "keyframes")
+        live_through(life, seconds, rng)
+        assert results(life.out) == results(undisturbed)
+        kills, turn = kills + life.kills, turn + 1
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_with_many_tasks(processes, tmp_path):
+    rng, kills, turn = np.random.default_rng(), 0, 0
+    many_lists(tmp_path / "img")
+    seconds = stage_seconds(processes, tmp_path, "img")
+    while kills < 25:
+        life = Life(processes, tmp_path, f"out-{turn}", "img")
+        for _ in range(5):  # anywhere: most of it is fitting and joining
+            life.once(lambda run: time.sleep(rng.uniform(0, sum(seconds.values()) / 2)))
+        live_through(life, seconds, rng)
+        assert results(life.out) == results(tmp_path / "timed")
+        kills, turn = kills + life.kills, turn + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["keyframes", "many"])
+def test_killed_as_each_file_appears(data, processes, tmp_path, which):
+    source = data / "keyframes" if which == "keyframes" else many_lists(tmp_path / "img")
+    alone = Life(processes, tmp_path, "alone", source)
+    alone.to_the_end()
+    life = Life(processes, tmp_path, "out", source)
+
+    def new_file(run):
+        until(lambda: not run.runs() or set(files(life.out)) - set(life.held))
+
+    while not life.once(new_file):
+        assert life.kills < 300
+    assert life.kills >= 20
+    life.to_the_end()
+    assert results(life.out) == results(alone.out)
+
+
+def test_killed_after_marks(data, undisturbed, processes, tmp_path):
+    life = Life(processes, tmp_path, "out", data / "keyframes")
+    for mark in ("encode", "scan", "merge", "write", "end"):
+        life.once(
+            lambda run, mark=mark: until(lambda: not run.runs() or stands(life.out, STAGES[mark]))
+        )
+    life.to_the_end()
+    assert life.kills >= 3
+    assert results(life.out) == results(undisturbed)
+
+
+def test_a_run_killed_just_after_its_end_leaves_nothing(processes, tmp_path):
+    """The manifest stands, the work is still there: the next run removes it."""
+    many_lists(tmp_path / "img", 1000)
+    words = ("dedup", "img", "--out", "out")
+    assert processes(*words, "--keep_work", cwd=tmp_path).wait() == DONE
+    assert processes(*words, cwd=tmp_path).wait() == DONE
+    assert (tmp_path / "out" / "work" / "model.npz").is_file()  # as was asked
+    manifest = tmp_path / "out" / "snip.json"
+    manifest.write_text(manifest.read_text().replace('"keep_work": true', '"keep_work": false'))
+    again = processes(*words, cwd=tmp_path)
+    assert again.wait() == DONE
+    assert "is finished already" in again.said()
+    assert not (tmp_path / "out" / "work").exists()
