@@ -108,6 +108,8 @@ def results(folder: Path) -> dict[str, bytes | dict]:
     del manifest["seconds"]
     for name in ("out", "runner", "num_tasks", "task_index", "threads", "max_memory"):
         del manifest["settings"][name]
+    for name in ("kernel", "candidates"):  # the fastest at the moment; one may propose more pairs
+        del manifest["method"][name]
     return {**found, store.MANIFEST: manifest}
 
 
