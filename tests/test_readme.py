@@ -180,7 +180,8 @@ def test_flags_exist(page):
     known = FOREIGN | flags | {f"no{name}" for name in flags}  # a switch turned off
     for script in ROOT.glob("scripts/*.py"):
         known |= set(re.findall(r"\"--(\w+)\"", script.read_text("utf-8")))
-    text = re.sub(r"^(?:img2dataset|#SBATCH) .*$", "", page.read_text("utf-8"), flags=re.M)  # not ours
+    foreign = r"^(?:img2dataset|#SBATCH) .*$"
+    text = re.sub(foreign, "", page.read_text("utf-8"), flags=re.M)
     named = set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", text))
     named -= {"with_underscores", "with-dashes", "flag", "noSWITCH"}
     assert named <= known, named - known
