@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.search.kernels import Kernel, candidates, fastest, pick_kernel, product_hits, trial
+from snipdedup.search.kernels import (
+    Kernel,
+    all_close,
+    candidates,
+    fastest,
+    hit_places,
+    pick_kernel,
+    product_hits,
+    trial,
+)
 
 KERNELS = {kernel.name: kernel for kernel in candidates("cpu")}
 WORKING = {name: kernel for name, kernel in KERNELS.items() if trial(kernel, 256) is not None}
@@ -124,7 +133,7 @@ def test_picked_kernels_are_right_and_exact_where_asked():
 @given(
     seed=st.integers(0, 2**31),
     m=st.integers(1, 20),
-    n=st.integers(1, 20),
+    n=st.one_of(st.integers(0, 20), st.integers(60, 200)),
     dtype=st.sampled_from([torch.int32, torch.float32]),
     fraction=st.sampled_from([0.0, 0.25, 0.5, 0.999]),
 )
@@ -134,7 +143,13 @@ def test_hits_are_the_products_that_reach_their_rows_limit(seed, m, n, dtype, fr
     limits = rng.integers(-45, 45, m) + fraction  # whole ones are reached, not passed
     limits[rng.random(m) < 0.2] = -1e6  # rows outside the sample
     limits[rng.random(m) < 0.2] = 1e6
-    i, j = product_hits(torch.from_numpy(table).to(dtype), limits)
-    expected = np.nonzero(table >= limits[:, None])
-    assert i.tolist() == expected[0].tolist()
-    assert j.tolist() == expected[1].tolist()
+    products = torch.from_numpy(table).to(dtype)
+    expected = table >= limits[:, None]
+    hits = product_hits(products, limits, 1.0)
+    for i, j in (hits.places(), hit_places(products, limits)):
+        places = sorted(zip(i.tolist(), j.tolist(), strict=True))
+        assert places == list(zip(*map(np.ndarray.tolist, np.nonzero(expected)), strict=True))
+        assert i.tolist() == sorted(i.tolist())
+    assert hits.total == expected.sum()
+    assert (product_hits(products, limits, 0.0) is None) == expected.any()
+    np.testing.assert_array_equal(all_close(products, limits), expected)

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from snipdedup.search.lists import Lists, assign, calibrate_tau, nearest, train_centroids
+from snipdedup.search.forest import make_edges
+from snipdedup.search.lists import (
+    Lists,
+    assign,
+    calibrate_tau,
+    edge_weights,
+    nearest,
+    train_centroids,
+)
 
 WIDTH = 32
 
@@ -152,13 +162,23 @@ def pairs_within(codes, reach):
     return np.nonzero(np.triu(norms[:, None] + norms - 2 * products <= reach**2, 1))
 
 
+def edges_of(codes, a, b):
+    """Pairs as edges; what are distances of codes become similarities between .5 and 1."""
+    length = np.linalg.norm(codes[a].astype(float) - codes[b], axis=1)
+    return make_edges(a, b, 1 - (length / length.max(initial=1)) ** 4 / 2)
+
+
 def share_that_meets(codes, centroids, tau, a, b):
-    """Share of pairs of which one row visits the other's list; each row counts once."""
+    """Of the rows that pairs join with others, the share that meeting pairs join as well."""
     near, home = visited(codes, Lists(centroids, tau, tau))
     meet = near[a, home[b]] | near[b, home[a]]
-    degree = np.bincount(np.concatenate([a, b]), minlength=len(codes))
-    weight = 1 / degree[a] + 1 / degree[b]
-    return (weight * meet).sum() / weight.sum()
+    return joined(len(codes), a[meet], b[meet]) / joined(len(codes), a, b)
+
+
+def joined(rows, a, b):
+    """Rows less their components."""
+    graph = coo_array((np.ones(len(a)), (a, b)), shape=(rows, rows))
+    return rows - connected_components(graph, directed=False)[0]
 
 
 def test_tau_grows_with_the_wanted_recall_and_brings_that_share_together():
@@ -166,25 +186,39 @@ def test_tau_grows_with_the_wanted_recall_and_brings_that_share_together():
     centroids = train_centroids(codes, 30, 0, 1)
     a, b = pairs_within(codes, 60)
     assert len(a) > 10_000
+    pairs, asked = edges_of(codes, a, b), {"threshold": 0.5, "sampled": 1.0, "reach": 1e4}
     taus = []
     for recall in (0.7, 0.95, 0.999):
-        tau, alone = calibrate_tau(codes, centroids, (a, b), recall=recall, reach=1e4, threads=1)
-        assert share_that_meets(codes, centroids, tau, a, b) >= recall - 1e-3
+        tau, alone = calibrate_tau(codes, centroids, pairs, recall=recall, threads=1, **asked)
+        assert share_that_meets(codes, centroids, tau, a, b) >= recall
+        for cut in (0.5, 2 / 3, 5 / 6):  # also where the result is cut later
+            some = pairs.at(cut)
+            assert share_that_meets(codes, centroids, tau, some.a, some.b) >= recall
         near, home = visited(codes, Lists(centroids, alone, alone))
-        share = [np.mean(near[x, home[y]]) for x, y in ((a, b), (b, a))]
-        assert np.mean(share) >= recall - 0.02  # here each pair counts once
-        assert alone > tau
+        one_way = near[a, home[b]]
+        assert joined(len(codes), a[one_way], b[one_way]) / joined(len(codes), a, b) >= recall
+        assert alone > tau or recall < 0.9
         taus.append(tau)
     assert taus == sorted(taus)
     assert taus[0] < taus[2] < 60
 
 
+def test_a_pair_of_two_rows_stands_for_more_than_an_edge_of_a_large_group():
+    chain = np.arange(100)
+    forest = make_edges(np.append(chain, 500), np.append(chain + 1, 501), np.ones(101))
+    weight = edge_weights(forest, 0.1)
+    assert weight.tolist() == [1.0] * 100 + [10.0]  # in the sample: a tenth, and a hundredth
+    assert edge_weights(forest, 1.0).tolist() == [1.0] * 101
+    assert len(edge_weights(make_edges(chain[:0], chain[:0], np.ones(0)), 0.1)) == 0
+
+
 def test_full_recall_means_half_the_largest_distance_and_no_more_is_ever_used():
     codes = codes_of(500, 4)
     centroids = train_centroids(codes, 30, 0, 1)
-    pairs = pairs_within(codes, 150)
-    assert calibrate_tau(codes, centroids, pairs, recall=1, reach=150, threads=1) == (75, 150)
-    both, one = calibrate_tau(codes, centroids, pairs, recall=0.9999, reach=3, threads=1)
+    pairs, asked = edges_of(codes, *pairs_within(codes, 150)), {"threshold": 0.5, "sampled": 1.0}
+    full = calibrate_tau(codes, centroids, pairs, recall=1, reach=150, threads=1, **asked)
+    assert full == (75, 150)
+    both, one = calibrate_tau(codes, centroids, pairs, recall=0.9999, reach=3, threads=1, **asked)
     assert both <= 1.5
     assert one <= 3
 
@@ -194,8 +228,9 @@ def test_with_too_few_pairs_to_tell_real_ones_still_meet(pairs):
     """Rows that have no pair in the sample; then others, each with one at the full distance."""
     codes = codes_of(3000, 4, spread=20)
     centroids = train_centroids(codes, 30, 0, 1)
-    few = tuple(side[:pairs] for side in pairs_within(codes, 100))
-    tau, _ = calibrate_tau(codes, centroids, few, recall=0.99, reach=60, threads=1)
+    few = edges_of(codes, *(side[:pairs] for side in pairs_within(codes, 100)))
+    asked = {"threshold": 0.5, "recall": 0.99, "sampled": 0.01, "reach": 60}
+    tau, _ = calibrate_tau(codes, centroids, few, threads=1, **asked)
     rng = np.random.default_rng(0)
     x = codes_of(2000, 4, spread=20)  # the same centres
     step = rng.standard_normal(x.shape)

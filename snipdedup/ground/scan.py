@@ -22,7 +22,7 @@ from snipdedup.ground.shards import CrcLedger, Features, Piece, plan_blocks
 # results do not depend on chunk sizes.
 BLOCK = 2048
 SORT_ROWS = 1 << 24  # rows sorted by their hashes at a time
-COMPARE_ROWS = 16_384  # rows gathered at a time to compare copies
+COMPARE_ROWS = 4096  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
 
 Visit = Callable[[int, np.ndarray, Directions], None]
@@ -109,7 +109,7 @@ def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -
         for (start, stop), seen in zip(spans, in_order(read, spans, threads), strict=True):
             parts.append(seen)
             bar.update(stop - start)
-    return finish_scan(features, parts, keep_bad)
+    return finish_scan(features, parts, keep_bad, threads)
 
 
 def whole_blocks(rows: int) -> int:
@@ -143,7 +143,7 @@ def read_range(
     return Seen(crcs, np.concatenate(bad), np.concatenate(hashes))
 
 
-def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:
+def finish_scan(features: Features, parts: list[Seen], keep_bad: bool, threads: int) -> Scan:
     """Put the parts of a scan together: refuse or list bad rows, find exact copies."""
     bad = np.concatenate([part.bad for part in parts])
     if len(bad) and not keep_bad:
@@ -151,7 +151,7 @@ def finish_scan(features: Features, parts: list[Seen], keep_bad: bool) -> Scan:
     ledger = CrcLedger(len(features.shards))
     for part in parts:
         ledger.add(part.crcs)
-    copies, firsts = find_copies(features, parts)
+    copies, firsts = find_copies(features, parts, threads)
     comparable = ~np.isin(copies, bad)
     crcs = [
         crc if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
@@ -214,7 +214,9 @@ def row_hashes(rows: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", words[:, 0::2], words[:, 1::2])
 
 
-def find_copies(features: Features, parts: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
+def find_copies(
+    features: Features, parts: Sequence[Seen], threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows that equal an earlier row bit for bit, and the first such row of each.
 
     Rows are sorted by hash some at a time, so that memory does not grow with their number.
@@ -235,7 +237,7 @@ def find_copies(features: Features, parts: Sequence[Seen]) -> tuple[np.ndarray, 
             rows.append(start + use)
             keys.append(hashes[use])
             start += len(hashes)
-        found = equal_to_first(features, np.concatenate(rows), np.concatenate(keys))
+        found = equal_to_first(features, np.concatenate(rows), np.concatenate(keys), threads)
         copies.append(found[0])
         firsts.append(found[1])
     copy, first = np.concatenate(copies), np.concatenate(firsts)
@@ -244,7 +246,7 @@ def find_copies(features: Features, parts: Sequence[Seen]) -> tuple[np.ndarray, 
 
 
 def equal_to_first(
-    features: Features, rows: np.ndarray, hashes: np.ndarray
+    features: Features, rows: np.ndarray, hashes: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return those of the ascending rows that equal an earlier one, and the first such row."""
     order = np.argsort(hashes, kind="stable")
@@ -257,18 +259,22 @@ def equal_to_first(
         starts = np.concatenate([[True], hashes[1:] != hashes[:-1]])
         first = rows[starts][np.cumsum(starts) - 1]
         rows, first, hashes = rows[~starts], first[~starts], hashes[~starts]
-        equal = equal_rows(features, rows, first)
+        equal = equal_rows(features, rows, first, threads)
         copies.append(rows[equal])
         firsts.append(first[equal])
         rows, hashes = rows[~equal], hashes[~equal]
     return np.concatenate(copies), np.concatenate(firsts)
 
 
-def equal_rows(features: Features, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def equal_rows(features: Features, x: np.ndarray, y: np.ndarray, threads: int = 1) -> np.ndarray:
     """Return which pairs of rows are equal bit for bit, gathering them in row order."""
     equal = np.zeros(len(x), bool)
     order = np.argsort(x)
-    for start in range(0, len(x), COMPARE_ROWS):
-        part = order[start : start + COMPARE_ROWS]
+
+    def compare(span: tuple[int, int]) -> None:
+        part = order[slice(*span)]
         equal[part] = same_bits(features.gather(x[part]), features.gather(y[part]))
+
+    for _ in in_order(compare, plan_blocks(len(x), COMPARE_ROWS), threads):
+        pass
     return equal

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain, compress
 from typing import NamedTuple
 
 import numpy as np
 
+from snipdedup.ground.compute import in_order
 from snipdedup.ground.cosine import pair_cosine, unit_rows64
 from snipdedup.grouping.star import Gather, star_huge
 from snipdedup.search.forest import Edges, components, make_edges
@@ -16,7 +18,8 @@ Rank = Callable[[np.ndarray], np.ndarray]
 STAR_BLOCK = 1024  # rows of a large group compared at once
 PACKED_GROUP = 32  # groups up to this size are compared many at a time
 FLOAT64_GROUP = 8192  # larger groups are compared by codes first
-PACKED_ROWS = 1 << 14  # rows gathered for one such batch
+STAR_STEP = 64  # of them decided together
+PACKED_ROWS = 1 << 12  # rows gathered for one such batch
 NO_PAIR = np.float32(-2)  # less than any cosine
 
 
@@ -247,16 +250,29 @@ def group_star(
     edge = by_a[np.searchsorted(forest.a, group[two], sorter=by_a)]
     representative[two + 1], similarity[two + 1] = row[two], forest.similarity[edge]
     done(2 * len(two))
-    for places in star_batches(starts, open_):
+
+    def decide(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if places.ndim == 2:
-            chosen, cosine = star_packed(row[places], compare, out[places])
-        elif places.size <= FLOAT64_GROUP or compare.also is not None or out[places].any():
-            chosen, cosine = star_large(row[places], compare, out[places])
-        else:
-            chosen, cosine = star_huge(row[places], compare.gather, compare.threshold)
+            return places, *star_packed(row[places], compare, out[places])
+        if places.size <= FLOAT64_GROUP or compare.also is not None or out[places].any():
+            return places, *star_large(row[places], compare, out[places])
+        return places, *star_huge(row[places], compare.gather, compare.threshold)
+
+    batches = list(star_batches(starts, open_))
+    huge = [p.ndim == 1 and p.size > FLOAT64_GROUP for p in batches]  # on all threads, one by one
+    alone, beside = (list(compress(batches, which)) for which in (huge, np.logical_not(huge)))
+    decided = chain(map(decide, alone), in_order(decide, beside, torch_threads()))
+    for places, chosen, cosine in decided:
         representative[places], similarity[places] = chosen, cosine
         done(places.size)
     return ordered(Members(row, group, representative, similarity, out | (representative != row)))
+
+
+def torch_threads() -> int:
+    """Return how many threads torch has been given."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def star_batches(starts: np.ndarray, open_: np.ndarray) -> Iterator[np.ndarray]:
@@ -328,11 +344,14 @@ def star_large(
         for block in kept:
             open_ = np.flatnonzero(~covered)
             covered[open_] = (compare.table(unit[open_], block) >= limit).any(axis=1)
-        match = compare.table(unit, unit) >= limit
-        for place in np.flatnonzero(~covered):
-            if not covered[place]:
-                stays[start + place] = True
-                covered |= match[place]
+        open_ = np.flatnonzero(~covered)
+        while len(open_):  # a few at a time: what they cover needs no more comparison
+            head, open_ = open_[:STAR_STEP], open_[STAR_STEP:]
+            match = compare.table(unit[head], unit[head]) >= limit
+            for place in range(len(head)):
+                stays[start + head[place]] = not match[place][stays[start + head]].any()
+            last = unit[head[stays[start + head]]]
+            open_ = open_[~(compare.table(unit[open_], last) >= limit).any(axis=1)]
         if stays[start : start + len(unit)].any():
             kept.append(unit[stays[start : start + len(unit)]])
     return nearest_staying(rows, stays, kept, compare)

@@ -14,7 +14,7 @@ import numpy as np
 
 from snipdedup.ground.cosine import PROPOSAL_ERROR, directions, unit_rows
 from snipdedup.ground.shards import plan_blocks
-from snipdedup.search.kernels import pick_kernel, product_hits
+from snipdedup.search.kernels import hit_places, pick_kernel
 from snipdedup.search.projection import WIDTHS, fit_projection
 from snipdedup.search.verify import pair_products, proved_cosines
 
@@ -50,7 +50,7 @@ class Coded(NamedTuple):
         columns = kernel.prepare(torch.from_numpy(self.codes[y]))
         products = kernel.multiply(torch.from_numpy(self.codes[x]), columns)
         lowest = self.limit - kernel.rounding * abs(self.limit) - self.slack[y].max(initial=0)
-        i, j = product_hits(products, lowest - self.slack[x])
+        i, j = hit_places(products, lowest - self.slack[x])
         return x[i], y[j]
 
 

@@ -10,18 +10,21 @@ from snipdedup.ground.compute import in_order, library_threads
 from snipdedup.ground.cosine import bad_rows
 from snipdedup.ground.scan import BLOCK, row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.search.forest import Edges, make_edges
 from snipdedup.search.lists import Lists, calibrate_tau, sample_pairs, train_centroids
-from snipdedup.search.masses import ABSORBED, find_hubs
+from snipdedup.search.masses import ABSORBED, Hubs, find_hubs
 from snipdedup.search.model import Model
 from snipdedup.search.projection import WIDTHS, Projection, fit_projections
 from snipdedup.search.verify import proved_cosines
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
+CHOICE_ROWS = 1 << 13  # rows among whose pairs the width of codes is chosen
 CALIBRATION_ROWS = 1 << 15  # rows among whose pairs τ is calibrated
-CALIBRATION_PAIRS = 1 << 15
+CALIBRATION_PAIRS = 1 << 16
 PROPOSALS_A_ROW = 2.0  # more pairs than this to prove for each row are dearer than wider codes
 CROWDED_DEGREE = 8  # pairs of a row of the sample that count
+LISTS_A_ROOT = 0.6  # lists for each root of the rows
 ROWS_A_CENTROID = 48  # rows of the sample for each centroid
 
 
@@ -37,9 +40,11 @@ def load_or_fit(
 def fit(features: Features, threshold: float, recall: float, seed: int, threads: int) -> Model:
     """Fit directions, centroids, hubs and τ to a sample of distinct rows."""
     nlist = list_count(features.rows)
-    rows, sample = sample_distinct(features, max(CALIBRATION_ROWS, ROWS_A_CENTROID * nlist), seed)
+    rows, sample = sample_distinct(
+        features, max(CALIBRATION_ROWS, ROWS_A_CENTROID * nlist), seed, threads
+    )
     with library_threads(1):  # float arithmetic, whose last bits depend on the threads
-        projection, pairs = choose_projection(sample, threshold, seed, features.rows, threads)
+        projection = choose_projection(sample, threshold, seed, features.rows, threads)
     codes = encode_sample(projection, sample, threads)
     hubs = find_hubs(
         rows, sample, codes, projection, threshold=threshold, total=features.rows, threads=threads
@@ -50,40 +55,63 @@ def fit(features: Features, threshold: float, recall: float, seed: int, threads:
     if nlist == 1:
         return Model(projection, Lists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
     centroids = train_centroids(codes, nlist, seed, threads)
-    a, b = (side[:: max(1, len(side) // CALIBRATION_PAIRS)] for side in pairs)
-    true = proved_cosines(sample, sample, a, b) >= np.float32(threshold)
-    near = codes[:CALIBRATION_ROWS]
-    absorbed = hubs.place(near, np.zeros(len(near)), sample[: len(near)]).reach == ABSORBED
-    true &= ~(absorbed[a] & absorbed[b])  # met at their hub
+    near, raw = codes[:CALIBRATION_ROWS], sample[:CALIBRATION_ROWS]
+    pairs = true_pairs(near, raw, projection, hubs, threshold, threads)
     tau, alone = calibrate_tau(
         near,
         centroids,
-        (a[true], b[true]),
+        pairs,
+        threshold=threshold,
         recall=recall,
+        sampled=min(1.0, len(near) / features.rows),
         reach=projection.distance(threshold),
         threads=threads,
     )
-    return Model(projection, Lists(centroids, tau, alone), hubs, threshold, int(true.sum()))
+    return Model(projection, Lists(centroids, tau, alone), hubs, threshold, len(pairs.a))
+
+
+def true_pairs(
+    codes: np.ndarray,
+    raw: np.ndarray,
+    projection: Projection,
+    hubs: Hubs,
+    threshold: float,
+    threads: int,
+) -> Edges:
+    """Return pairs of a sample, as places in it, but those that meet at the hub of a mass."""
+    a, b = sample_pairs(codes, projection.limit(threshold), threads)
+    every = max(1, len(a) // CALIBRATION_PAIRS)
+    a, b = a[::every], b[::every]
+    absorbed = hubs.place(codes, np.zeros(len(codes)), raw).reach == ABSORBED
+    apart = ~(absorbed[a] & absorbed[b])
+    a, b = a[apart], b[apart]
+
+    def prove(span: tuple[int, int]) -> np.ndarray:
+        return proved_cosines(raw, raw, a[slice(*span)], b[slice(*span)])
+
+    cosines = in_order(prove, plan_blocks(len(a), BLOCK), threads)
+    return make_edges(a, b, np.concatenate([np.empty(0, np.float32), *cosines])).at(threshold)
 
 
 def list_count(rows: int) -> int:
     """Return how many coarse lists a set of ``rows`` rows gets.
 
-    Assigning costs rows × lists and joining rows × rows / lists × lists visited, at about the
-    same price, so both are smallest near the square root of the rows.
+    Assigning costs rows × lists and joining rows × rows / lists × lists visited, so both together
+    are smallest at some multiple of the square root of the rows. Visits cost besides, and grow with
+    the lists.
     """
-    return round(rows**0.5)
+    return round(LISTS_A_ROOT * rows**0.5)
 
 
 def choose_projection(
     sample: np.ndarray, threshold: float, seed: int, rows: int, threads: int
-) -> tuple[Projection, tuple[np.ndarray, np.ndarray]]:
-    """Return the narrowest projection that does not propose too many pairs, and those it does.
+) -> Projection:
+    """Return the narrowest projection that does not propose too many pairs.
 
     How many pairs a row would get in the whole set is extrapolated from the sample. Rows of large
     groups count as others do: their tiles are crowded at any width.
     """
-    part, widths = sample[:CALIBRATION_ROWS], list(WIDTHS)
+    part, widths = sample[:CHOICE_ROWS], list(WIDTHS)
     if rows <= SINGLE_LIST_ROWS:
         part, widths = sample[:0], list(WIDTHS[-1:])
     found = []
@@ -91,11 +119,11 @@ def choose_projection(
         codes = encode_sample(projection, part, threads)
         a, b = sample_pairs(codes, projection.limit(threshold), threads)
         degree = np.minimum(np.bincount(np.concatenate([a, b]), minlength=1), CROWDED_DEGREE)
-        found.append((projection, (a, b), degree.sum() / 2 * rows / max(1, len(part)) ** 2))
-        if found[-1][2] <= PROPOSALS_A_ROW:  # wider codes could not save more than that
+        found.append((projection, degree.sum() / 2 * rows / max(1, len(part)) ** 2))
+        if found[-1][1] <= PROPOSALS_A_ROW:  # wider codes could not save more than that
             break
     narrow, wide = found[0], found[-1]
-    return narrow[:2] if narrow[2] - wide[2] <= PROPOSALS_A_ROW else wide[:2]
+    return narrow[0] if narrow[1] - wide[1] <= PROPOSALS_A_ROW else wide[0]
 
 
 def encode_sample(projection: Projection, sample: np.ndarray, threads: int) -> np.ndarray:
@@ -105,7 +133,9 @@ def encode_sample(projection: Projection, sample: np.ndarray, threads: int) -> n
     return np.concatenate([np.empty((0, projection.width), np.int8), *codes])
 
 
-def sample_distinct(features: Features, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def sample_distinct(
+    features: Features, count: int, seed: int, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return about ``count`` distinct rows that can be compared, in random order.
 
     Returns
@@ -119,9 +149,18 @@ def sample_distinct(features: Features, count: int, seed: int) -> tuple[np.ndarr
     rows = np.unique(rng.integers(0, features.rows, 2 * count))
     rows = np.arange(features.rows) if features.rows <= count else rng.permutation(rows)[:count]
     rows = np.sort(rows)
-    sample = features.gather(rows)
-    use = np.flatnonzero(~bad_rows(sample))
-    use = use[np.unique(row_hashes(sample[use]), return_index=True)[1]]
+    sample = np.empty((len(rows), features.dim), features.dtype)
+    hashes, bad = np.empty(len(rows), np.uint64), np.empty(len(rows), bool)
+
+    def read(span: tuple[int, int]) -> None:
+        part = slice(*span)
+        features.gather_ascending(rows[part], sample[part])
+        hashes[part], bad[part] = row_hashes(sample[part]), bad_rows(sample[part])
+
+    for _ in in_order(read, plan_blocks(len(rows), BLOCK), threads):
+        pass
+    use = np.flatnonzero(~bad)
+    use = use[np.unique(hashes[use], return_index=True)[1]]
     if not len(use):
         return rows[:1], np.ones((1, features.dim), features.dtype)
     use = rng.permutation(use)

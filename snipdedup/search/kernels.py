@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from snipdedup.ground.compute import scratch
 
 TEST_ROWS = 512
 TEST_ROUNDS = 5
+RUN = 64  # columns of products among which a hit is looked for at once
+MOST_RUNS = 1 / 4  # share of runs with a hit from which all products are looked at
 CLEARLY = 1.5  # a kernel that rounds, or was only lucky in one short trial, must win by more
 
 
@@ -96,7 +98,7 @@ def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
     return torch._int_mm(padded, columns)[: len(x), :count]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def pick_kernel(device: str = "cpu", width: int = 256, exact: bool = False) -> Kernel:
     """Return the fastest kernel that passes the self-test.
 
@@ -109,7 +111,15 @@ def pick_kernel(device: str = "cpu", width: int = 256, exact: bool = False) -> K
     exact : bool
         Leave out kernels that round.
     """
-    return fastest([k for k in candidates(device) if not (exact and k.rounding)], width)
+    if exact:
+        usual = pick_kernel(device, width)  # tried already
+        return usual if not usual.rounding else fastest(exact_ones(device), width)
+    return fastest(candidates(device), width)
+
+
+def exact_ones(device: str) -> list[Kernel]:
+    """Return the kernels that do not round."""
+    return [kernel for kernel in candidates(device) if not kernel.rounding]
 
 
 def fastest(kernels: list[Kernel], width: int) -> Kernel:
@@ -153,36 +163,71 @@ def trial(kernel: Kernel, width: int) -> float | None:
     return best
 
 
-def product_hits(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where products reach their row's limit.
+class Hits(NamedTuple):
+    """Where products reach their row's limit, by runs of `RUN` columns.
+
+    Attributes
+    ----------
+    row, column : (r,) int64
+        The row, and the first column, of each run that holds a hit; in row order.
+    hit : (r, RUN) bool
+    """
+
+    row: np.ndarray
+    column: np.ndarray
+    hit: np.ndarray
+
+    @property
+    def total(self) -> int:
+        """Number of hits."""
+        return int(np.count_nonzero(self.hit))
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the row and column of each hit, (hits,) int64."""
+        run, at = np.divmod(np.flatnonzero(self.hit.ravel()), RUN)
+        return self.row[run], self.column[run] + at
+
+
+def product_hits(products: Any, limits: np.ndarray, most: float) -> Hits | None:
+    """Return where products reach their row's limit; most runs of columns hold no hit.
+
+    None where more than a share ``most`` of the runs hold one: `all_close` is cheaper then.
 
     Parameters
     ----------
     products : (m, n) tensor
     limits : (m,) float64
-
-    Returns
-    -------
-    i, j : (hits,) int64
-        In row order.
+    most : float
     """
-    rows, close = close_rows(products, limits)
-    i, j = np.divmod(np.flatnonzero(close.ravel()), max(1, close.shape[1]))
-    return rows[i], j
+    rows, columns = products.shape
+    whole = columns - columns % RUN
+    spans = [(a, b) for a, b in ((0, whole), (whole, columns)) if rows and a < b]
+    cut = [products[:, a:b].unflatten(1, (-1, min(RUN, b - a))) for a, b in spans]
+    # rounded up once, so that integers are compared with integers
+    least = np.ceil(limits).astype(products[:0].cpu().numpy().dtype)
+    found = [np.nonzero(runs.amax(2).cpu().numpy() >= least[:, None]) for runs in cut]
+    if sum(len(row) for row, _ in found) > most * sum(runs[:, :, 0].numel() for runs in cut):
+        return None
+    parts = [Hits(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, RUN), bool))]
+    for (start, _), runs, (row, run) in zip(spans, cut, found, strict=True):
+        hit = np.zeros((len(row), RUN), bool)
+        hit[:, : runs.shape[2]] = runs[row, run].cpu().numpy() >= least[row, None]
+        parts.append(Hits(row, run * RUN + start, hit))
+    row, column, hit = (np.concatenate(side) for side in zip(*parts, strict=True))
+    order = np.argsort(row, kind="stable")
+    return Hits(row[order], column[order], hit[order])
 
 
-def close_rows(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows in which a product reaches the row's limit, and where it does.
+def hit_places(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row and column of each product that reaches its row's limit, in row order."""
+    hits = product_hits(products, limits, MOST_RUNS)
+    if hits is not None:
+        return hits.places()
+    row, column = np.divmod(np.flatnonzero(all_close(products, limits)), products.shape[1])
+    return row, column
 
-    Returns
-    -------
-    rows : (r,) int64
-    close : (r, n) bool
-    """
-    if 0 in products.shape:
-        return np.empty(0, np.int64), np.empty((0, products.shape[1]), bool)
-    rows = np.flatnonzero(products.amax(1).cpu().numpy() >= limits)
-    if len(rows) < len(products):  # most rows have none: look no further at them
-        products = products[rows]
+
+def all_close(products: Any, limits: np.ndarray) -> np.ndarray:
+    """Return for every product whether it reaches its row's limit, (m, n) bool."""
     table = products.cpu().numpy()
-    return rows, table >= np.ceil(limits[rows]).astype(table.dtype)[:, None]
+    return np.asarray(table >= np.ceil(limits).astype(table.dtype)[:, None])

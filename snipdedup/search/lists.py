@@ -14,21 +14,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.compute import in_order, scratch
+from snipdedup.ground.compute import in_order
 from snipdedup.ground.shards import plan_blocks
-from snipdedup.search.kernels import close_rows, pick_kernel
+from snipdedup.search.forest import Edges, components, forest_places
+from snipdedup.search.kernels import all_close, hit_places, pick_kernel
 
 ROUNDS = 8  # of k-means
-ASSIGN_BLOCK = 2048  # codes assigned at a time
+ASSIGN_BLOCK = 2048  # codes assigned at a time: their distances stay in the cache
 TABLE_LISTS = 1 << 12  # of up to so many lists, the distances of all centroids are kept
 PAIR_BLOCK = 1024  # codes of a sample compared at a time
 TILE_PAIRS = 1 << 13  # pairs of a tile of the sample that are kept
-SOME = 100  # pairs whose distances speak for all
-ENOUGH = 10  # pairs that must be missed in the sample for their share to mean something
+CUTS = (1, 2 / 3, 1 / 3)  # shares of 1 - threshold at which the result may be cut later
+SOME = 100  # pairs whose differences speak for all
+ENOUGH = 5  # pairs that must be missed in the sample for their share to mean something
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,32 @@ class Lists:
         """Number of lists."""
         return len(self.centroids)
 
-    def apart(self, homes: np.ndarray) -> np.ndarray:
-        """Return the distances of some lists' centroids from all, (n, nlist) float32.
-
-        A row at home in list 1 visits list j if ‖x−c_j‖² − ‖x−c₁‖² is at most 2τ times that.
-        """
+    @cached_property
+    def widest(self) -> np.ndarray:
+        """Distance of each centroid from the one furthest away, (nlist,) float32."""
         if self.nlist <= TABLE_LISTS:
-            return np.take(self._table, homes, axis=0)
-        distinct, back = np.unique(homes, return_inverse=True)
-        return np.take(self._apart(self.centroids[distinct]), back, axis=0)
+            return self._table.max(1)
+        spans = plan_blocks(self.nlist, ASSIGN_BLOCK)
+        return np.concatenate([self._apart(start, stop).max(1) for start, stop in spans])
+
+    def apart(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return the distances of centroids a from centroids b, (n,) float32."""
+        if self.nlist <= TABLE_LISTS:
+            return self._table[a, b]
+        parts = [np.empty(0, np.float32)]
+        for start, stop in plan_blocks(len(a), ASSIGN_BLOCK):
+            away = self.centroids[a[start:stop]].astype(np.float32) - self.centroids[b[start:stop]]
+            parts.append(np.sqrt(np.einsum("ij,ij->i", away, away)))
+        return np.concatenate(parts)
 
     @cached_property
     def _table(self) -> np.ndarray:
-        return self._apart(self.centroids)
+        return self._apart(0, self.nlist)
 
-    def _apart(self, centroids: np.ndarray) -> np.ndarray:
-        gaps = centroid_gaps(centroids, self.centroids, "apart") + squares(centroids)[:, None]
-        return np.sqrt(np.maximum(gaps, 0)).astype(np.float32)
+    def _apart(self, start: int, stop: int) -> np.ndarray:
+        some = self.centroids[start:stop]
+        gaps = squares(some)[:, None] - nearness(some, self.centroids).numpy()
+        return np.sqrt(gaps.clip(0).astype(np.float32))
 
 
 class Visits(NamedTuple):
@@ -115,29 +126,26 @@ def nearest(
     """Return each code's nearest centroid (ties: the first) and ‖x−c‖² − ‖x‖², int64."""
 
     def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        gaps = centroid_gaps(codes[slice(*span)], centroids)
-        home = gaps.argmin(1)
-        return home, gaps[np.arange(len(home)), home]
+        near = nearness(codes[slice(*span)], centroids).numpy()
+        home = near.argmax(1)
+        return home, -near[np.arange(len(home)), home]
 
     parts = list(in_order(find, plan_blocks(len(codes), ASSIGN_BLOCK), threads))
     home, best = (np.concatenate(side) for side in zip(*parts, strict=True))
     return home, best.astype(np.int64)
 
 
-def centroid_gaps(codes: np.ndarray, centroids: np.ndarray, use: str = "gaps") -> np.ndarray:
-    """Return ‖c‖² − 2 x·c for each code and centroid: (n, nlist) float32, exact below 2^24.
+def nearness(codes: np.ndarray, centroids: np.ndarray) -> Any:
+    """Return 2 x·c − ‖c‖², ‖x‖² − ‖x−c‖², for each code and centroid.
 
-    What is returned stands until the thread's next call with the same ``use``.
+    A (n, nlist) tensor of int32, or of exact float32; it stands until the thread's next call.
     """
     import torch
 
     kernel = pick_kernel("cpu", codes.shape[1], exact=True)
-    columns = kernel.prepare(torch.from_numpy(centroids))
-    products = kernel.multiply(torch.from_numpy(codes), columns)
-    gaps = scratch(use, tuple(products.shape), np.float32)
-    size = torch.from_numpy(squares(centroids)).float()
-    torch.sub(size, products, alpha=2, out=torch.from_numpy(gaps))
-    return gaps
+    products = kernel.multiply(torch.from_numpy(codes), kernel.prepare(torch.from_numpy(centroids)))
+    size = torch.from_numpy(squares(centroids)).to(products.dtype)
+    return torch.add(-size, products, alpha=2, out=products)
 
 
 def squares(codes: np.ndarray) -> np.ndarray:
@@ -153,70 +161,106 @@ def assign(codes: np.ndarray, lists: Lists, far: np.ndarray | None = None) -> Vi
     if lists.nlist == 1:
         row = np.arange(len(codes), dtype=np.int32)
         return Visits(row, np.zeros_like(row), np.ones(len(row), bool))
+    far = np.full(len(codes), lists.tau, np.float32) if far is None else far
+    widest = lists.widest  # now: it takes the memory of what stands until the next product
     parts = []
-    for start in range(0, len(codes), ASSIGN_BLOCK):
-        gaps = centroid_gaps(codes[start : start + ASSIGN_BLOCK], lists.centroids)
-        home = gaps.argmin(1)
-        best = gaps[np.arange(len(home)), home]
-        limit = lists.apart(home)
-        reach = np.float32(lists.tau) if far is None else far[start : start + ASSIGN_BLOCK, None]
-        limit *= 2 * reach
-        limit += best[:, None]
-        near = np.flatnonzero((gaps <= limit).ravel())
-        row, list_ = np.divmod(near.astype(np.int32), np.int32(lists.nlist))
-        parts.append((row + np.int32(start), list_, list_ == home[row]))
+    for start, stop in plan_blocks(len(codes), ASSIGN_BLOCK):
+        near = nearness(codes[start:stop], lists.centroids)
+        table = near.numpy()
+        home = table.argmax(1)
+        best = table[np.arange(len(home)), home]
+        reach = 2.0 * far[start:stop]  # first as if all centroids were as far as the furthest
+        close = np.flatnonzero(all_close(near, best - reach * widest[home]))
+        row, list_ = np.divmod(close.astype(np.int32), np.int32(lists.nlist))
+        own = home[row]
+        visits = best[row] - table[row, list_] <= reach[row] * lists.apart(own, list_)
+        row, list_, own = (side[visits].astype(np.int32) for side in (row, list_, own))
+        parts.append((row + np.int32(start), list_, list_ == own))
     return Visits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def calibrate_tau(
     codes: np.ndarray,
     centroids: np.ndarray,
-    pairs: tuple[np.ndarray, np.ndarray],
+    pairs: Edges,
     *,
+    threshold: float,
     recall: float,
+    sampled: float,
     reach: float,
     threads: int,
 ) -> tuple[float, float]:
-    """Return the τ at which the wanted share of a sample's pairs meets.
+    """Return the τ at which the wanted share of rows is joined with the others of their groups.
 
     Two of them: where both rows of a pair visit, and where only one of the two does.
 
-    Each row counts once, its pairs sharing its weight, so that large groups do not speak for all.
-    Too few pairs to tell are replaced by other rows of the sample, drawn together to the distances
-    of the pairs that there are; or, where there are hardly any, nearest neighbours to the largest
-    distance of a pair. These cross borders more often than real pairs do.
+    What counts is not each pair: a group stays whole by any of its spanning forests. So the pairs
+    of a sample are thinned to the forest that asks for the least τ, at the threshold and at some
+    above it, since the result may be cut there later. A pair of two rows is in a sample far less
+    often than a part of a large group, and counts for as much more.
+
+    Where the groups are too few for the wanted share, rows of the sample are moved by the
+    differences of its pairs, and τ brings that share of them together with where they were; the
+    sample's own pairs speak for as much as they can.
 
     Parameters
     ----------
     codes : (n, w) int8
         A sample of distinct rows.
     centroids : (nlist, w) int8
-    pairs : a, b, each (m,) int64
+    pairs : Edges
         True pairs, as places in the sample.
+    threshold : float
+        Cosine from which two rows are a pair.
     recall : float
-        Share of the pairs that must meet.
+        Share to be joined.
+    sampled : float
+        Which share of the set the sample is.
     reach : float
         Largest distance of two codes whose rows are a pair.
     """
     if recall >= 1:
         return reach / 2, reach
-    a, b = pairs
-    if len(a) < ENOUGH / (1 - recall):
-        toward, lengths = codes[nearest_other(codes, threads)], np.full(1, reach)
-        if len(a) >= SOME:
-            away = codes[a].astype(np.float32) - codes[b]
-            toward, lengths = np.roll(codes, 1, axis=0), np.sqrt((away * away).sum(1))
-        near = draw_together(codes, toward, lengths)
-        a = np.arange(len(codes))
-        codes, b = np.concatenate([codes, near]), a + len(codes)
-    home, best = nearest(codes, centroids, threads)
-    there = needed_tau(codes, centroids, home, best, a, b)
-    back = needed_tau(codes, centroids, home, best, b, a)
-    degree = np.bincount(np.concatenate([a, b]), minlength=len(codes))
-    weight = 1 / degree[a] + 1 / degree[b]
-    both = weighted_quantile(np.minimum(there, back), weight, recall)
-    one = weighted_quantile(np.append(there, back), np.append(weight, weight), recall)
+    recall = 1 - (1 - recall) / 2  # the other half is for what a sample cannot tell
+    need = needed_taus(codes, centroids, pairs.a, pairs.b, threads)
+    cuts = [1 - part * (1 - threshold) for part in CUTS]
+    forests = [easiest(pairs, need.min(1), cut) for cut in cuts]
+    wanted = [(need[places], edge_weights(pairs.where(places), sampled)) for places in forests]
+    told = [min(recall, 1 - ENOUGH / counted(weight)) for _, weight in wanted]
+    if told[0] < recall:
+        thinned, weight = pairs.where(forests[0]), wanted[0][1]
+        drawn = drawn_taus(codes, centroids, thinned, weight, reach, threads)
+        wanted, told = [*wanted, (drawn, np.ones(len(drawn)))], [*told, recall]
+    both, one = 0.0, 0.0
+    for (taus, weight), share in zip(wanted, told, strict=True):
+        if share > 0:
+            both = max(both, weighted_quantile(taus.min(1), weight, share))
+            one = max(one, weighted_quantile(taus.ravel(), np.repeat(weight, 2), share))
     return min(reach / 2, both), min(reach, one)
+
+
+def easiest(pairs: Edges, need: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the places of those pairs at a threshold whose forest asks for the least τ."""
+    places = np.flatnonzero(pairs.similarity >= np.float32(threshold))
+    cost = pairs.where(places)._replace(similarity=-need[places].astype(np.float32))
+    return places[forest_places(cost)]
+
+
+def edge_weights(forest: Edges, sampled: float) -> np.ndarray:
+    """Return for how many edges of the whole set's forest each edge of a sample's stands, (n,).
+
+    Up to a factor: two rows that pair with each other only are both in a sample with the square of
+    its share, rows of a large group are in it with their share.
+    """
+    nodes, labels = components(forest)
+    label = labels[np.searchsorted(nodes, forest.a)]
+    edges = np.bincount(label, minlength=1)[label]
+    return np.maximum(1, 1 / (sampled * edges))
+
+
+def counted(weight: np.ndarray) -> float:
+    """Return to how many draws of equal weight weighted ones amount (Kish, 1965)."""
+    return float(weight.sum() ** 2 / (weight**2).sum()) if len(weight) else 1.0
 
 
 def weighted_quantile(values: np.ndarray, weight: np.ndarray, share: float) -> float:
@@ -225,6 +269,32 @@ def weighted_quantile(values: np.ndarray, weight: np.ndarray, share: float) -> f
     reached = np.cumsum(weight[order]) / weight.sum()
     place = min(int(np.searchsorted(reached, share)), len(values) - 1)
     return float(values[order[place]])
+
+
+def drawn_taus(
+    codes: np.ndarray,
+    centroids: np.ndarray,
+    pairs: Edges,
+    weight: np.ndarray,
+    reach: float,
+    threads: int,
+) -> np.ndarray:
+    """Return the needed τ of codes and what they become when moved as pairs lie, (n, 2) float64.
+
+    With hardly any pairs to learn from, codes are moved towards their nearest neighbours by the
+    largest distance of a pair, which crosses borders more often than real pairs do.
+    """
+    if counted(weight) >= SOME:
+        share = np.cumsum(weight)
+        steps = (np.arange(len(codes)) + 0.5) * share[-1] / len(codes)
+        pairs = pairs.where(np.searchsorted(share, steps))
+        near = codes + (codes[pairs.b].astype(np.int16) - codes[pairs.a])
+        near = near.clip(-127, 127).astype(np.int8)
+    else:
+        near = draw_together(codes, codes[nearest_other(codes, threads)], np.full(1, reach))
+    places = np.arange(len(codes))
+    moved = np.concatenate([codes, near])
+    return needed_taus(moved, centroids, places, places + len(codes), threads)
 
 
 def draw_together(x: np.ndarray, y: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -240,10 +310,10 @@ def nearest_other(codes: np.ndarray, threads: int) -> np.ndarray:
     """Return for each code the place of the other code nearest to it, (n,) int64."""
 
     def find(span: tuple[int, int]) -> np.ndarray:
-        gaps = centroid_gaps(codes[slice(*span)], codes)
-        rows = np.arange(len(gaps))
-        gaps[rows, rows + span[0]] = gaps.max()
-        return gaps.argmin(1)
+        near = nearness(codes[slice(*span)], codes).numpy()
+        rows = np.arange(len(near))
+        near[rows, rows + span[0]] = near.min()
+        return near.argmax(1)
 
     return np.concatenate(list(in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads)))
 
@@ -262,10 +332,9 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
         found = [(np.empty(0, np.int64),) * 2]
         for row in range(0, span[1], PAIR_BLOCK):
             block = torch.from_numpy(codes[row : row + PAIR_BLOCK])
-            near, close = close_rows(kernel.multiply(block, columns), np.full(len(block), limit))
-            every = 1 + np.count_nonzero(close) // TILE_PAIRS
-            i, j = np.nonzero(close[::every])
-            i = near[::every][i]
+            i, j = hit_places(kernel.multiply(block, columns), np.full(len(block), limit))
+            every = 1 + len(i) // TILE_PAIRS
+            i, j = i[::every], j[::every]
             once = i + row < j + span[0]
             found.append((i[once] + row, j[once] + span[0]))
         a, b = (np.concatenate(side) for side in zip(*found, strict=True))
@@ -277,20 +346,20 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
     return a, b
 
 
-def needed_tau(
-    codes: np.ndarray,
-    centroids: np.ndarray,
-    home: np.ndarray,
-    best: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
+def needed_taus(
+    codes: np.ndarray, centroids: np.ndarray, a: np.ndarray, b: np.ndarray, threads: int
 ) -> np.ndarray:
-    """Return the τ from which code x visits code y's list, (n,) float64; 0 in the same list.
+    """Return the τ from which code a visits code b's list, and b that of a, (n, 2) float64.
 
-    ``home`` and ``best`` are what `nearest` says of all codes.
+    0 where both live in one list.
     """
-    other = centroids[home[y]].astype(np.float32)
-    gap = (other * (other - 2 * codes[x].astype(np.float32))).sum(1) - best[x]
-    apart = other - centroids[home[x]]
-    distance = np.sqrt((apart * apart).sum(1)).clip(1e-9)
-    return np.where(home[y] == home[x], 0.0, gap / (2 * distance)).astype(np.float64)
+    home, best = nearest(codes, centroids, threads)
+
+    def one_way(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        other = centroids[home[y]].astype(np.float32)
+        gap = (other * (other - 2 * codes[x].astype(np.float32))).sum(1) - best[x]
+        apart = other - centroids[home[x]]
+        distance = np.sqrt((apart * apart).sum(1)).clip(1e-9)
+        return np.where(home[y] == home[x], 0.0, gap / (2 * distance)).astype(np.float64)
+
+    return np.stack([one_way(a, b), one_way(b, a)], axis=1)

@@ -26,9 +26,7 @@ from snipdedup.search.projection import Projection
 from snipdedup.search.verify import proved_cosines
 
 MASS_ROWS = 1 << 15  # fewer rows around one are compared all with all
-SAMPLE_ROWS = 1 << 14  # among which hubs are looked for
-LARGE_SAMPLE = 1 << 16  # of sets of more than LARGE_SET rows
-LARGE_SET = 10**8
+SAMPLE_ROWS = 1 << 12, 1 << 16  # the least and the most among which hubs are looked for
 SAMPLE_MASS = 64  # rows of the sample around a hub that show a mass
 MOST_HUBS = 64
 BLOCK = 256  # rows of the sample compared at a time
@@ -176,7 +174,7 @@ def find_hubs(
     none = no_hubs(projection, sample.shape[1], threshold)
     if total < MASS_ROWS:
         return none
-    codes = codes[: SAMPLE_ROWS if total <= LARGE_SET else LARGE_SAMPLE]
+    codes = codes[: int(np.clip(SAMPLE_MASS * total / MASS_ROWS, *SAMPLE_ROWS))]
     enough = max(SAMPLE_MASS, MASS_ROWS / total * len(codes))
     limit = projection.limit(none.half)
     crowd = np.flatnonzero(degrees(codes, codes, limit, threads) >= enough)

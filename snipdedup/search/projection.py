@@ -81,9 +81,9 @@ class Projection:
         scaled = self._rotated(rows)
         scaled *= self.scale
         excess = np.zeros(len(scaled), np.float32)
-        low, high = scaled.aminmax(dim=1)
-        wide = torch.maximum(high, -low) > PEAK + 0.5
-        if wide.any():
+        low, high = scaled.aminmax()
+        if max(high, -low) > PEAK + 0.5:  # hardly ever; for all at once it is quickly seen
+            wide = scaled.abs().amax(1) > PEAK + 0.5
             over = scaled[wide] - scaled[wide].round().clamp_(-PEAK, PEAK)
             excess[wide.numpy()] = torch.linalg.vector_norm(over, dim=1).numpy()
         codes = scaled.round_().clamp_(-PEAK, PEAK).to(torch.int8)

@@ -113,7 +113,7 @@ class Tasks:
         if store.is_sealed(self.scanned, folder):
             return
         parts = [load_seen(folder) for folder in self.folders]
-        found = finish_scan(self.features, parts, self.keep_bad)
+        found = finish_scan(self.features, parts, self.keep_bad, self.threads)
         skip = found.skipped(self.features.rows, self.frozen)
         arrays = (found.bad, found.copies, found.firsts, skip)
         for name, array in zip(SCANNED, arrays, strict=True):

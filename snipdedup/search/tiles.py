@@ -15,7 +15,7 @@ from snipdedup.ground.compute import scratch
 from snipdedup.ground.cosine import PROPOSAL_ERROR, directions
 from snipdedup.ground.shards import Features
 from snipdedup.search.forest import Edges, best_edge, join_edges, link_smaller, make_edges
-from snipdedup.search.kernels import close_rows, pick_kernel
+from snipdedup.search.kernels import MOST_RUNS, all_close, pick_kernel, product_hits
 from snipdedup.search.verify import proved_cosines
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
@@ -106,18 +106,27 @@ def compare(
     for start in range(0, len(members.row), ROW_TILE):
         left = members.part(start, start + ROW_TILE)
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), prepared)
-        rows, close = close_rows(products, lowest - left.slack)
-        if first + start < columns:  # each pair once: no row with itself or with a later column
-            close &= np.arange(columns) < rows[:, None] + start
+        limits = lowest - left.slack
+        hits = product_hits(products, limits, MOST_RUNS)
+        late = first + start < columns  # each pair once: no row with itself or a later column
+        if hits is None or hits.total > CROWDED * ROW_TILE * COLUMN_TILE:
+            close = all_close(products, limits)
+            if late:
+                close &= np.arange(columns) < np.arange(start, start + len(close))[:, None]
+            if frozen:
+                close &= ~(old & (left.row[:, None] < frozen))
+            found = int(np.count_nonzero(close))
+            if not found:
+                continue
+            count += found
+            forests.append(crowded(features, left.row, right.row, close, threshold))
+            continue
+        i, j = hits.places()
+        use = (j < i + start) if late else np.ones(len(j), bool)
         if frozen:
-            close &= ~(old & (left.row[rows, None] < frozen))
-        places = np.flatnonzero(close.ravel())
-        count += len(places)
-        if len(places) > CROWDED * ROW_TILE * COLUMN_TILE:
-            forests.append(crowded(features, left.row[rows], right.row, close, threshold))
-        else:
-            i, j = np.divmod(places, max(1, columns))
-            listed.append((left.row[rows[i]], right.row[j]))
+            use &= ~(old[j] & (left.row[i] < frozen))
+        listed.append((left.row[i[use]], right.row[j[use]]))
+        count += len(listed[-1][0])
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
     return TilePairs(a, b, join_edges(forests), count)
 
@@ -145,11 +154,13 @@ def crowded(
     x, y = features.gather(rows), features.gather(columns)
     table = scratch("table", close.shape, np.float32)
     torch.mm(unit_tensor(x, "rows"), unit_tensor(y, "columns").T, out=torch.from_numpy(table))
-    close &= table >= np.float32(threshold - PROPOSAL_ERROR)
-    i, j = np.nonzero(close & (table <= np.float32(threshold + PROPOSAL_ERROR)))
-    close[i, j] = proved_cosines(x, y, i, j) >= np.float32(threshold)
     table += np.float32(2)  # positive, whatever the threshold
     table *= close
+    low, high = threshold + 2 - PROPOSAL_ERROR, threshold + 2 + PROPOSAL_ERROR
+    table *= table >= np.float32(low)
+    unsure = np.flatnonzero(np.ravel((table > 0) & (table <= np.float32(high))))
+    i, j = np.divmod(unsure, len(columns))
+    table[i, j] *= proved_cosines(x, y, i, j) >= np.float32(threshold)
     nodes = np.unique(np.concatenate([rows, columns]))
     i, j = table_forest(
         table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
@@ -180,8 +191,10 @@ def table_forest(
         Node of each row and column; one node may be both.
     nodes : int
     """
+    import torch
+
     turned = scratch("turned", table.T.shape, table.dtype)
-    turned[:] = table.T
+    torch.from_numpy(turned).copy_(torch.from_numpy(table).T)  # several times faster than numpy
     label = np.arange(nodes)
     rows, columns = np.arange(len(left)), np.arange(len(right))
     chosen = [(np.empty(0, np.int64),) * 2]
