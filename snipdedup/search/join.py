@@ -58,7 +58,7 @@ def join(
         model = tasks.model
     with stage("encode"):
         encode_all(tasks, runner)
-        runner.once(tasks.scan, tasks.scanned)
+        runner.once(functools.partial(tasks.scan, runner.here), tasks.scanned)
         seen = tasks.load_scan()
     with stage("join"):
         forest, notes = join_all(tasks, runner, seen, memory)

@@ -107,13 +107,13 @@ class Tasks:
         """The mark of the task that looks at all that was read."""
         return self.work / "scan" / "done.json"
 
-    def scan(self) -> None:
+    def scan(self, threads: int) -> None:
         """Refuse or list bad rows, find exact copies."""
         folder = self.scanned.parent
         if store.is_sealed(self.scanned, folder):
             return
         parts = [load_seen(folder) for folder in self.folders]
-        found = finish_scan(self.features, parts, self.keep_bad, self.threads)
+        found = finish_scan(self.features, parts, self.keep_bad, threads)
         skip = found.skipped(self.features.rows, self.frozen)
         arrays = (found.bad, found.copies, found.firsts, skip)
         for name, array in zip(SCANNED, arrays, strict=True):
