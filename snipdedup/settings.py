@@ -271,7 +271,10 @@ class Dedup(Input):
     )
     max_pairs: int = option(10**9, "refuse to write more pairs than this")
     recall: float = option(0.999, "join: share of the pairs that the lists should bring together")
-    encoder: str | None = option(None, "adc: encoder for an index that is built on the way")
+    encoder: str | None = option(
+        None,
+        "adc: encoder for an index that is built on the way; join: makes its codes",
+    )
     index: str | None = option(None, "adc: a finished index; it is built when not given")
     rule: str = option(
         "difference",
@@ -354,10 +357,10 @@ class Dedup(Input):
     def check(self) -> None:
         """See `Settings.check`."""
         self.seeded()
-        if self.method in ("join", "exact") and (self.index or self.encoder):
-            raise UsageError(f"--index and --encoder go with --method adc, not {self.method}")
-        if self.encoder and not self.index and self.method is None:
-            raise UsageError("--encoder goes with --method adc; the join makes its own codes")
+        if self.method in ("join", "exact") and self.index:
+            raise UsageError(f"--index goes with --method adc, not {self.method}")
+        if self.method == "exact" and self.encoder:
+            raise UsageError("--encoder goes with --method join or adc, not exact")
         if self.features is None and self.rule == "ratio":
             raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
         if self.features is None and (self.index is None or self.method not in (None, "adc")):

@@ -373,3 +373,12 @@ def test_the_forest_does_not_depend_on_threads_or_memory():
     two = dedup(x, threads=2, max_memory="1MB")
     assert listed(one) == listed(two)
     assert np.array_equal(one.is_dup, two.is_dup)
+
+
+@pytest.mark.parametrize(("threshold", "edges"), [(0.95, 15_067), (0.98, 4_569)])
+def test_lists_of_key_frames_lose_no_more_than_promised(data, threshold, edges):
+    """As a larger set would be: cut into lists whose borders many pairs cross."""
+    with mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0):
+        found = dedup(data / "keyframes", threshold=threshold)
+    assert found.found.notes["nlist"] == 146
+    assert len(found.found.forest.a) >= 0.9985 * edges  # of brute force

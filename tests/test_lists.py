@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from snipdedup.search.forest import make_edges
 from snipdedup.search.lists import (
+    Asked,
     Lists,
     assign,
     calibrate_tau,
@@ -186,10 +187,10 @@ def test_tau_grows_with_the_wanted_recall_and_brings_that_share_together():
     centroids = train_centroids(codes, 30, 0, 1)
     a, b = pairs_within(codes, 60)
     assert len(a) > 10_000
-    pairs, asked = edges_of(codes, a, b), {"threshold": 0.5, "sampled": 1.0, "reach": 1e4}
+    pairs = edges_of(codes, a, b)
     taus = []
     for recall in (0.7, 0.95, 0.999):
-        tau, alone = calibrate_tau(codes, centroids, pairs, recall=recall, threads=1, **asked)
+        tau, alone = calibrate_tau(codes, centroids, pairs, Asked(0.5, recall, 1.0, 1), 1e4)
         assert share_that_meets(codes, centroids, tau, a, b) >= recall
         for cut in (0.5, 2 / 3, 5 / 6):  # also where the result is cut later
             some = pairs.at(cut)
@@ -215,10 +216,9 @@ def test_a_pair_of_two_rows_stands_for_more_than_an_edge_of_a_large_group():
 def test_full_recall_means_half_the_largest_distance_and_no_more_is_ever_used():
     codes = codes_of(500, 4)
     centroids = train_centroids(codes, 30, 0, 1)
-    pairs, asked = edges_of(codes, *pairs_within(codes, 150)), {"threshold": 0.5, "sampled": 1.0}
-    full = calibrate_tau(codes, centroids, pairs, recall=1, reach=150, threads=1, **asked)
-    assert full == (75, 150)
-    both, one = calibrate_tau(codes, centroids, pairs, recall=0.9999, reach=3, threads=1, **asked)
+    pairs = edges_of(codes, *pairs_within(codes, 150))
+    assert calibrate_tau(codes, centroids, pairs, Asked(0.5, 1, 1.0, 1), 150) == (75, 150)
+    both, one = calibrate_tau(codes, centroids, pairs, Asked(0.5, 0.9999, 1.0, 1), 3)
     assert both <= 1.5
     assert one <= 3
 
@@ -229,8 +229,7 @@ def test_with_too_few_pairs_to_tell_real_ones_still_meet(pairs):
     codes = codes_of(3000, 4, spread=20)
     centroids = train_centroids(codes, 30, 0, 1)
     few = edges_of(codes, *(side[:pairs] for side in pairs_within(codes, 100)))
-    asked = {"threshold": 0.5, "recall": 0.99, "sampled": 0.01, "reach": 60}
-    tau, _ = calibrate_tau(codes, centroids, few, threads=1, **asked)
+    tau, _ = calibrate_tau(codes, centroids, few, Asked(0.5, 0.99, 0.01, 1), 60)
     rng = np.random.default_rng(0)
     x = codes_of(2000, 4, spread=20)  # the same centres
     step = rng.standard_normal(x.shape)

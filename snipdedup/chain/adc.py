@@ -275,9 +275,11 @@ def check_given(features: Features | None, options: settings.Dedup) -> None:
         if features is not None:
             query_space(index, features, options.encoder)
     elif options.encoder is not None:
-        from snipdedup.train.encoder import Encoder
+        from snipdedup.train.encoder import Encoder, check_width
 
-        Encoder.load(options.encoder, device="cpu")
+        encoder = Encoder.load(options.encoder, device="cpu")
+        if features is not None:
+            check_width(encoder, features, options.encoder)
 
 
 def open_or_build(features: Features | None, options: settings.Dedup, work: Path) -> Index:

@@ -122,7 +122,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     store.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
     key = check_metadata(options, metadata)  # refused now, not after the search
     request = describe_request(options, inputs, metadata)
-    if earlier is None and method_of(options) == "adc":
+    if earlier is None and method_of(options) in ("adc", "join"):
         check_given(features, options)
     found = None if earlier is None else reuse(earlier, inputs, options)
     if features is not None and (out / store.MANIFEST).is_file():

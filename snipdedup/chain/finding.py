@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain.adc import search_adc
+from snipdedup.chain.adc import check_given, search_adc
 from snipdedup.chain.captions import with_captions
 from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.references import References, kept_model, settle
@@ -79,6 +79,7 @@ def search_join(
     runner: Runner | None = None,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
     """Find pairs by the join; pairs among the first ``frozen`` rows are not wanted."""
+    check_given(features, options)
     runner = runner or Local(cores(options.threads))
     tasks = Tasks(
         features,
@@ -90,6 +91,7 @@ def search_join(
         chunk_rows=options.chunk_rows,
         device="cpu" if options.runner == "ray" else pick_device(options.device),
         frozen=frozen,
+        encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
     )
     memory = memory_bound(options.max_memory, needed_memory(features, runner.here))
     return join(tasks, runner, memory=memory, stage=clock.stage)

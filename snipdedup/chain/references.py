@@ -207,7 +207,7 @@ def kept_model(references: References, rows: int, options: Dedup) -> Path | None
     It must be of the same settings and libraries, and of a run over no fewer rows than are added:
     its lists and their reach were fitted to those.
     """
-    names = ("threshold", "recall", "seed")
+    names = ("threshold", "recall", "seed", "encoder")
     for item in references.items:
         if item.kind != EARLIER or item.path is None or item.features.rows < rows:
             continue

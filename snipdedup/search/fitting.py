@@ -11,8 +11,9 @@ from snipdedup.ground.cosine import bad_rows
 from snipdedup.ground.scan import BLOCK, row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, make_edges
-from snipdedup.search.lists import Lists, calibrate_tau, sample_pairs, train_centroids
-from snipdedup.search.masses import ABSORBED, Hubs, find_hubs
+from snipdedup.search.learned import Learned, encode_blocks, learn_codes
+from snipdedup.search.lists import Asked, Lists, calibrate_tau, sample_pairs, train_centroids
+from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, no_hubs
 from snipdedup.search.model import Model
 from snipdedup.search.projection import WIDTHS, Projection, fit_projections
 from snipdedup.search.verify import proved_cosines
@@ -29,45 +30,62 @@ ROWS_A_CENTROID = 48  # rows of the sample for each centroid
 
 
 def load_or_fit(
-    features: Features, threshold: float, recall: float, seed: int, path: Path, threads: int
+    features: Features,
+    threshold: float,
+    recall: float,
+    seed: int,
+    path: Path,
+    threads: int,
+    encoder: Path | None = None,
 ) -> Model:
     """Fit the model, or take the one that a stopped run left."""
     if not path.is_file():
-        fit(features, threshold, recall, seed, threads).save(path)
+        fit(features, threshold, recall, seed, threads, encoder).save(path)
     return Model.load(path)
 
 
-def fit(features: Features, threshold: float, recall: float, seed: int, threads: int) -> Model:
-    """Fit directions, centroids, hubs and τ to a sample of distinct rows."""
-    nlist = list_count(features.rows)
-    rows, sample = sample_distinct(
-        features, max(CALIBRATION_ROWS, ROWS_A_CENTROID * nlist), seed, threads
-    )
+def fit(
+    features: Features,
+    threshold: float,
+    recall: float,
+    seed: int,
+    threads: int,
+    encoder: Path | None = None,
+) -> Model:
+    """Fit directions, centroids, hubs and τ to a sample of distinct rows.
+
+    With an encoder, codes are those of its descriptors, and masses are not looked for: what is near
+    enough to a hub, only a bound could tell.
+    """
+    count = max(CALIBRATION_ROWS, ROWS_A_CENTROID * list_count(features.rows))
+    rows, sample = sample_distinct(features, count, seed, threads)
     with library_threads(1):  # float arithmetic, whose last bits depend on the threads
         projection = choose_projection(sample, threshold, seed, features.rows, threads)
-    codes = encode_sample(projection, sample, threads)
-    hubs = find_hubs(
-        rows, sample, codes, projection, threshold=threshold, total=features.rows, threads=threads
-    )
+    codes = encode_blocks(projection, sample, threads)
+    hubs = no_hubs(projection, features.dim, threshold)
+    if encoder is None:
+        hubs = find_hubs(
+            rows, sample, codes, projection,
+            threshold=threshold, total=features.rows, threads=threads,
+        )  # fmt: skip
+    nlist = min(list_count(features.rows), max(1, len(codes) // 8))
     if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
         nlist = 1
-    nlist = min(nlist, max(1, len(codes) // 8))
-    if nlist == 1:
+    if nlist == 1 and encoder is None:
         return Model(projection, Lists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
-    centroids = train_centroids(codes, nlist, seed, threads)
     near, raw = codes[:CALIBRATION_ROWS], sample[:CALIBRATION_ROWS]
     pairs = true_pairs(near, raw, projection, hubs, threshold, threads)
-    tau, alone = calibrate_tau(
-        near,
-        centroids,
-        pairs,
-        threshold=threshold,
-        recall=recall,
-        sampled=min(1.0, len(near) / features.rows),
-        reach=projection.distance(threshold),
-        threads=threads,
-    )
-    return Model(projection, Lists(centroids, tau, alone), hubs, threshold, len(pairs.a))
+    asked = Asked(threshold, recall, min(1.0, len(near) / features.rows), threads)
+    if encoder is not None:
+        projection = learn_codes(Learned.of(encoder, seed, "cpu"), raw, pairs, asked)
+        codes = encode_blocks(projection, sample, threads)
+        near, hubs = codes[:CALIBRATION_ROWS], no_hubs(projection, features.dim, threshold)
+    lists = Lists(codes[:1], 0.0, 0.0)
+    if nlist > 1:
+        centroids = train_centroids(codes, nlist, seed, threads)
+        reach = projection.distance(threshold)
+        lists = Lists(centroids, *calibrate_tau(near, centroids, pairs, asked, reach))
+    return Model(projection, lists, hubs, threshold, len(pairs.a))
 
 
 def true_pairs(
@@ -116,7 +134,7 @@ def choose_projection(
         part, widths = sample[:0], list(WIDTHS[-1:])
     found = []
     for projection in fit_projections(sample[:DIRECTION_ROWS], widths, seed):
-        codes = encode_sample(projection, part, threads)
+        codes = encode_blocks(projection, part, threads)
         a, b = sample_pairs(codes, projection.limit(threshold), threads)
         degree = np.minimum(np.bincount(np.concatenate([a, b]), minlength=1), CROWDED_DEGREE)
         found.append((projection, degree.sum() / 2 * rows / max(1, len(part)) ** 2))
@@ -124,13 +142,6 @@ def choose_projection(
             break
     narrow, wide = found[0], found[-1]
     return narrow[0] if narrow[1] - wide[1] <= PROPOSALS_A_ROW else wide[0]
-
-
-def encode_sample(projection: Projection, sample: np.ndarray, threads: int) -> np.ndarray:
-    """Return the codes of a sample."""
-    blocks = [sample[start:stop] for start, stop in plan_blocks(len(sample), BLOCK)]
-    codes = [codes for codes, _ in in_order(projection.encode, blocks, threads)]
-    return np.concatenate([np.empty((0, projection.width), np.int8), *codes])
 
 
 def sample_distinct(

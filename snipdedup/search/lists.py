@@ -83,6 +83,31 @@ class Lists:
         return np.sqrt(gaps.clip(0).astype(np.float32))
 
 
+class Asked(NamedTuple):
+    """What a calibration on a sample is to achieve.
+
+    Attributes
+    ----------
+    threshold : float
+        Cosine from which two rows are a pair.
+    recall : float
+        Share of the rows of groups to be joined with the others of theirs.
+    sampled : float
+        Which share of the set the sample is.
+    threads : int
+    """
+
+    threshold: float
+    recall: float
+    sampled: float
+    threads: int
+
+    @property
+    def cautious(self) -> float:
+        """The recall to aim at: half of what may be lost is for what a sample cannot tell."""
+        return 1 - (1 - self.recall) / 2
+
+
 class Visits(NamedTuple):
     """Which rows of a block are in which list.
 
@@ -183,12 +208,8 @@ def calibrate_tau(
     codes: np.ndarray,
     centroids: np.ndarray,
     pairs: Edges,
-    *,
-    threshold: float,
-    recall: float,
-    sampled: float,
+    asked: Asked,
     reach: float,
-    threads: int,
 ) -> tuple[float, float]:
     """Return the τ at which the wanted share of rows is joined with the others of their groups.
 
@@ -210,22 +231,19 @@ def calibrate_tau(
     centroids : (nlist, w) int8
     pairs : Edges
         True pairs, as places in the sample.
-    threshold : float
-        Cosine from which two rows are a pair.
-    recall : float
-        Share to be joined.
-    sampled : float
-        Which share of the set the sample is.
+    asked : Asked
     reach : float
         Largest distance of two codes whose rows are a pair.
     """
-    if recall >= 1:
+    if asked.recall >= 1:
         return reach / 2, reach
-    recall = 1 - (1 - recall) / 2  # the other half is for what a sample cannot tell
+    recall, threads = asked.cautious, asked.threads
     need = needed_taus(codes, centroids, pairs.a, pairs.b, threads)
-    cuts = [1 - part * (1 - threshold) for part in CUTS]
+    cuts = [1 - part * (1 - asked.threshold) for part in CUTS]
     forests = [easiest(pairs, need.min(1), cut) for cut in cuts]
-    wanted = [(need[places], edge_weights(pairs.where(places), sampled)) for places in forests]
+    wanted = [
+        (need[places], edge_weights(pairs.where(places), asked.sampled)) for places in forests
+    ]
     told = [min(recall, 1 - ENOUGH / counted(weight)) for _, weight in wanted]
     if told[0] < recall:
         thinned, weight = pairs.where(forests[0]), wanted[0][1]
@@ -285,9 +303,7 @@ def drawn_taus(
     largest distance of a pair, which crosses borders more often than real pairs do.
     """
     if counted(weight) >= SOME:
-        share = np.cumsum(weight)
-        steps = (np.arange(len(codes)) + 0.5) * share[-1] / len(codes)
-        pairs = pairs.where(np.searchsorted(share, steps))
+        pairs = drawn_pairs(pairs, weight, len(codes))
         near = codes + (codes[pairs.b].astype(np.int16) - codes[pairs.a])
         near = near.clip(-127, 127).astype(np.int8)
     else:
@@ -295,6 +311,12 @@ def drawn_taus(
     places = np.arange(len(codes))
     moved = np.concatenate([codes, near])
     return needed_taus(moved, centroids, places, places + len(codes), threads)
+
+
+def drawn_pairs(pairs: Edges, weight: np.ndarray, count: int) -> Edges:
+    """Return ``count`` of the pairs, each as often as its weight says."""
+    share = np.cumsum(weight)
+    return pairs.where(np.searchsorted(share, (np.arange(count) + 0.5) * share[-1] / count))
 
 
 def draw_together(x: np.ndarray, y: np.ndarray, lengths: np.ndarray) -> np.ndarray:

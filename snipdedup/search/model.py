@@ -10,9 +10,11 @@ import numpy as np
 from snipdedup.errors import InputError, SnipError
 from snipdedup.ground import store
 from snipdedup.ground.formats import load_npz
+from snipdedup.search.learned import Learned
 from snipdedup.search.lists import Lists
 from snipdedup.search.masses import Hubs
 from snipdedup.search.projection import Projection
+from snipdedup.train.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class Model:
         """Read a model."""
         try:
             file = load_npz(path)
-            projection = Projection(file["matrix"], file["residual"], float(file["scale"]))
+            parts = file["matrix"], file["residual"], float(file["scale"])
+            projection = Projection(*parts)
+            if "encoder" in file:
+                place = Path(str(file["encoder"]))
+                lowest = float(file["lowest"])
+                projection = Learned(*parts, Encoder.load(place, "cpu"), place, lowest)
             tau, alone, threshold, pairs = (float(number) for number in file["numbers"])
             hubs = Hubs(file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, projection)
             lists = Lists(file["centroids"], tau, alone)

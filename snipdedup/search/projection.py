@@ -76,18 +76,7 @@ class Projection:
         excess : (n,) float32
             Norm of what int8 could not hold of a code, 0 for nearly all rows.
         """
-        import torch
-
-        scaled = self._rotated(rows)
-        scaled *= self.scale
-        excess = np.zeros(len(scaled), np.float32)
-        low, high = scaled.aminmax()
-        if max(high, -low) > PEAK + 0.5:  # hardly ever; for all at once it is quickly seen
-            wide = scaled.abs().amax(1) > PEAK + 0.5
-            over = scaled[wide] - scaled[wide].round().clamp_(-PEAK, PEAK)
-            excess[wide.numpy()] = torch.linalg.vector_norm(over, dim=1).numpy()
-        codes = scaled.round_().clamp_(-PEAK, PEAK).to(torch.int8)
-        return np.asarray(codes.numpy()), excess
+        return to_codes(self._rotated(rows), self.scale)
 
     def coordinates(self, rows: np.ndarray) -> np.ndarray:
         """Return rotated unit coordinates, (n, w) float32; their products bound cosines."""
@@ -124,6 +113,28 @@ class Projection:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the parts as arrays, to be saved."""
         return {"matrix": self.matrix, "residual": self.residual, "scale": np.array(self.scale)}
+
+
+def to_codes(coordinates: Any, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return coordinates scaled and rounded to int8, and the norm of what that could not hold.
+
+    Parameters
+    ----------
+    coordinates : (n, w) float32 tensor
+        Overwritten.
+    scale : float
+    """
+    import torch
+
+    scaled = coordinates.mul_(scale)
+    excess = np.zeros(len(scaled), np.float32)
+    low, high = scaled.aminmax() if len(scaled) else (0.0, 0.0)
+    if max(high, -low) > PEAK + 0.5:  # hardly ever; for all at once it is quickly seen
+        wide = scaled.abs().amax(1) > PEAK + 0.5
+        over = scaled[wide] - scaled[wide].round().clamp_(-PEAK, PEAK)
+        excess[wide.numpy()] = torch.linalg.vector_norm(over, dim=1).numpy()
+    codes = scaled.round_().clamp_(-PEAK, PEAK).to(torch.int8)
+    return np.asarray(codes.numpy()), excess
 
 
 @cache

@@ -51,6 +51,7 @@ class Tasks:
     chunk_rows: int
     device: str
     frozen: int
+    encoder: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -87,7 +88,10 @@ class Tasks:
 
     def fit(self, threads: int) -> None:
         """Fit the model."""
-        load_or_fit(self.features, self.threshold, self.recall, self.seed, self.fitted, threads)
+        load_or_fit(
+            self.features, self.threshold, self.recall, self.seed, self.fitted, threads,
+            self.encoder,
+        )  # fmt: skip
 
     def encoded(self, number: int) -> Path:
         """Return the mark of an encode task."""

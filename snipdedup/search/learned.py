@@ -1,0 +1,134 @@
+"""Codes of the SNIP encoder's descriptors, in the place of a projection's.
+
+A projection bounds the cosine, so its codes lose no pair. Descriptors of a learned network bound
+nothing: how near they must be is learnt from pairs of a sample, so that the share asked for passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from snipdedup.ground.compute import in_order
+from snipdedup.ground.cosine import Directions, unit_rows
+from snipdedup.ground.scan import BLOCK
+from snipdedup.ground.shards import plan_blocks
+from snipdedup.search.forest import Edges
+from snipdedup.search.lists import (
+    ENOUGH,
+    Asked,
+    counted,
+    drawn_pairs,
+    easiest,
+    edge_weights,
+    weighted_quantile,
+)
+from snipdedup.search.projection import PEAK, Projection, random_rotation, to_codes
+from snipdedup.train.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Learned(Projection):
+    """How rows become codes by an encoder: descriptors, rotated, scaled, and rounded to int8.
+
+    Attributes
+    ----------
+    matrix : (dim, dim) float32
+        A rotation, which makes all coordinates alike in size.
+    residual : (dim,) float32
+        Zeros.
+    scale : float
+    encoder : Encoder
+    path : Path
+        Its folder.
+    lowest : float
+        Product of two codes from which their rows may be a pair.
+    """
+
+    encoder: Encoder
+    path: Path
+    lowest: float = 0.0
+
+    def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
+        """See `Projection.encode_directions`; rows that cannot be compared become zeros."""
+        import torch
+
+        with torch.inference_mode():
+            unit = (rows.values * rows.factor[:, None]).to(self.encoder.device)
+            found = self.encoder.network(unit, self.encoder.output).cpu()
+            turned = found @ torch.from_numpy(self.matrix)
+            turned[torch.from_numpy(rows.bad)] = 0
+            return to_codes(turned, self.scale)
+
+    def limit(self, threshold: float) -> float:
+        """Return the product that was learnt, whatever the threshold: the one it was learnt at."""
+        del threshold
+        return self.lowest
+
+    def distance(self, threshold: float) -> float:
+        """Return the largest distance of the codes of two rows that may be a pair."""
+        del threshold
+        return float(np.sqrt(max(0.0, 2 * (self.norm**2 - self.lowest))))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the parts as arrays, to be saved."""
+        learnt = {"encoder": np.array(str(self.path)), "lowest": np.array(self.lowest)}
+        return {**super().arrays(), **learnt}
+
+    @classmethod
+    def of(cls, path: Path, seed: int, device: str) -> Learned:
+        """Return the codes of a finished encoder, without what pairs must tell."""
+        encoder = Encoder.load(path, device)
+        rotation = random_rotation(encoder.dim, seed).astype(np.float32)
+        # a rotated unit vector has coordinates of about dim^-1/2; six times that is hardly passed
+        scale = PEAK / min(1.0, 6 * encoder.dim**-0.5)
+        nothing = np.zeros(encoder.dim, np.float32)
+        return cls(rotation, nothing, scale, encoder, path.resolve())
+
+
+def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) -> Learned:
+    """Return the codes with the product that joins the wanted share of rows with their groups.
+
+    As for τ (`lists.calibrate_tau`): the forest of a sample's pairs that asks for the least, each
+    pair of two rows for as many as it stands for; and rows of the sample moved as pairs lie.
+
+    Parameters
+    ----------
+    codes : Learned
+    sample : (n, d)
+        Distinct rows.
+    pairs : Edges
+        True pairs among them, as places.
+    asked : Asked
+    """
+    if not len(pairs.a) or asked.recall >= 1:  # nothing to learn from: nothing is ruled out
+        return dataclasses.replace(codes, lowest=-(codes.norm**2))
+    z = encode_blocks(codes, sample, asked.threads)
+    product = row_products(z[pairs.a], z[pairs.b])
+    places = easiest(pairs, -product, asked.threshold)
+    forest = pairs.where(places)
+    weight = edge_weights(forest, asked.sampled)
+    told = 1 - ENOUGH / counted(weight)
+    lowest = -weighted_quantile(-product[places], weight, min(asked.cautious, max(0.0, told)))
+    if told < asked.cautious:
+        unit = unit_rows(sample)
+        drawn = drawn_pairs(forest, weight, len(unit))
+        moved = encode_blocks(codes, unit + (unit[drawn.b] - unit[drawn.a]), asked.threads)
+        found = np.quantile(row_products(z, moved), 1 - asked.cautious, method="lower")
+        lowest = min(lowest, float(found))
+    return dataclasses.replace(codes, lowest=lowest)
+
+
+def row_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the product of each row of codes with the same row of others, (n,) float64."""
+    return np.einsum("ij,ij->i", x, y, dtype=np.int64).astype(np.float64)
+
+
+def encode_blocks(codes: Projection, rows: np.ndarray, threads: int) -> np.ndarray:
+    """Return the codes of rows, (n, w) int8."""
+    blocks = [rows[start:stop] for start, stop in plan_blocks(len(rows), BLOCK)]
+    found = [found for found, _ in in_order(codes.encode, blocks, threads)]
+    return np.concatenate([np.empty((0, codes.width), np.int8), *found])
