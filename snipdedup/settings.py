@@ -696,7 +696,7 @@ class Eval(Input):
     nlist: int = option(0, "coarse lists, 0 to choose by the number of rows")
     queries: int = option(4096, "rows whose neighbours are looked for (at most a quarter of all)")
     train_rows: int = option(65_536, "rows that encoders, PCA and OPQ learn from")
-    steps: int = option(1000, "training steps of each encoder at the most")
+    steps: int = option(400, "training steps of each encoder at the most")
     threshold: float = option(0.95, "cosine at and above which two rows are duplicates")
     flag_nprobe: int = option(4, "lists visited for duplicate flags")
     picture: bool = option(

@@ -343,11 +343,31 @@ def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
     assert "| difference |" in capsys.readouterr().out
     written = json.loads((tmp_path / "x.json").read_text())
     at = {(r["rule"], r["wanted"]): r for r in written["results"]}
-    assert len(at) == 12
+    assert len(at) == 15
     assert at["difference", 0.91]["recall"] > at["ratio", 0.91]["recall"]  # findings: always
+    assert at["both ways", 0.91]["recall"] > at["difference", 0.91]["recall"]
     truth = true_duplicates(open_features(shard), np.arange(len(np.load(shard))), 0.95, 2)
     share = written["duplicates"] / written["judged"]
     assert share == pytest.approx(truth.mean(), abs=0.03)
+
+
+def test_both_ways_is_the_mean_of_two_differences(tmp_path):
+    script = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"))
+    x = unit_rows(np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32))
+    x[7] = x[3]
+    index = make(open_features(x), tmp_path / "index", nlist=4)
+    classes = classes_of(index.lists())
+    searcher = Searcher(index, classes.lists, 4)
+    found = script["both_ways"](index, searcher, classes, open_features(x), 300)
+    lists = index.quantiser.assign(x, 1)[1][:, 0]
+    q = index.quantiser.decode(lists, index.quantiser.encode(x, lists))
+    expected = np.einsum("ijd,ijd->ij", x[:, None] - x, q[:, None] - q)
+    np.fill_diagonal(expected, np.inf)
+    assert np.flatnonzero(classes.shared(300)).tolist() == [3, 7]
+    np.testing.assert_allclose(found, expected.min(axis=1), atol=1e-5)
+    few = script["both_ways"](index, searcher, classes, open_features(x), 4)
+    assert (few >= found - 1e-5).all()  # where one of two names the other, its own counts more
+    assert (few > found + 1e-5).any()
 
 
 def test_the_calibration_script_judges_other_shards(data, tmp_path, capsys):

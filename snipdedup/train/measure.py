@@ -104,7 +104,7 @@ def nearest(
     kept, I = np.full((len(x), k), -np.inf, np.float32), np.full((len(x), k), -1)
     for best, at in in_order(within, plan_blocks(rows, BLOCK_ROWS), threads):
         both, found = np.concatenate([kept, best], axis=1), np.concatenate([I, at], axis=1)
-        order = np.lexsort((found, -both))[:, :k]
+        order = np.argsort(-both, axis=1, kind="stable")[:, :k]
         kept, I = np.take_along_axis(both, order, axis=1), np.take_along_axis(found, order, axis=1)
     I[np.isinf(kept)] = -1
     return Neighbours(queries, I)
@@ -236,6 +236,6 @@ def opq(sample: np.ndarray, m: int, rounds: int) -> Any:
     matrix = faiss.OPQMatrix(dim, m)
     codebooks = faiss.ProductQuantizer(dim, m, 8)
     codebooks.cp.min_points_per_centroid = 1  # no warnings from C++; small sets are meant
-    matrix.niter, matrix.pq = rounds, codebooks
+    matrix.niter, matrix.niter_pq_0, matrix.pq = rounds, 2 * rounds, codebooks
     matrix.train(np.ascontiguousarray(sample))
     return faiss.vector_to_array(matrix.A).reshape(dim, dim)

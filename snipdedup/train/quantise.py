@@ -173,7 +173,14 @@ def draw_sample(
 
 
 def train(
-    sample: np.ndarray, *, nlist: int, m: int, nbits: int, seed: int, threads: int
+    sample: np.ndarray,
+    *,
+    nlist: int,
+    m: int,
+    nbits: int,
+    seed: int,
+    threads: int,
+    centroids: np.ndarray | None = None,
 ) -> Quantiser:
     """Train coarse centroids and residual codebooks.
 
@@ -184,6 +191,8 @@ def train(
         Coarse lists; sub-quantisers; bits of each.
     seed, threads : int
         The result depends on the seed, not on the threads.
+    centroids : (nlist, dim) float32, optional
+        Of an earlier training on the same sample with the same seed, which need not be repeated.
 
     Returns
     -------
@@ -192,8 +201,9 @@ def train(
     import faiss
 
     check_m(m, sample.shape[1])
-    coarse = coarse_index(kmeans(sample, nlist, seed=seed, threads=threads))
-    centroids = coarse.reconstruct_n(0, nlist)
+    if centroids is None:
+        centroids = kmeans(sample, nlist, seed=seed, threads=threads)
+    coarse = coarse_index(centroids)
     rng = np.random.default_rng(seed)
     most = POINTS_A_CODEWORD << nbits
     if len(sample) > most:

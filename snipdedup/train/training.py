@@ -45,10 +45,10 @@ CLIP = 1.0  # norm of the gradient
 WEIGHT_DECAY = 0.01
 PAIR = 0x9E3779B97F4A7C15  # odd: folds the hashes of an image and its text into one
 HEADS, HEAD_LEAST = (2, 4), 4  # so many times less wide than --dim, for small codes; the least
-ROTATION_ROWS = 20_000  # that OPQ looks at
+ROTATION_ROWS = 10_000  # that OPQ looks at
 ROTATION_LEAST = 10_000  # fewer do not fill the codebooks of 256 it fits
 ROTATION_PARTS, ROTATION_LEAST_WIDTH = 16, 4  # bytes of the code it is made for, and dimensions
-ROTATION_ROUNDS = 20
+ROTATION_ROUNDS, ROTATION_START = 5, 10  # more leave errors as they are, and take a minute
 CHECKPOINT, CHECKPOINT_S = "checkpoint.pt", 30.0  # in the work folder; seconds between two
 # Settings that say how training is carried out, not what comes out of it.
 HOW = {"features", "text_features", "out", "overwrite", "device", "threads"}
@@ -579,6 +579,6 @@ def best_rotation(y: torch.Tensor) -> torch.Tensor:
     if parts == 1:
         return torch.eye(dim, device=y.device)
     opq = faiss.OPQMatrix(dim, parts)
-    opq.niter = ROTATION_ROUNDS
+    opq.niter, opq.niter_pq_0 = ROTATION_ROUNDS, ROTATION_START
     opq.train(np.ascontiguousarray(y.cpu().numpy()))
     return torch.from_numpy(faiss.vector_to_array(opq.A).reshape(dim, dim)).to(y.device)

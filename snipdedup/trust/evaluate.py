@@ -36,7 +36,7 @@ from snipdedup.train.measure import (
     sample_rows,
     true_neighbours,
 )
-from snipdedup.train.quantise import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, train
+from snipdedup.train.quantise import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
 from snipdedup.trust.tabulate import eval_page, eval_summary
 
 if TYPE_CHECKING:
@@ -245,9 +245,20 @@ def contenders_of(
         Contender("raw", unit_rows, lambda m: unit_rows),
         Contender("opq", None, rotated),
         Contender("pca", pca, lambda m: pca),
-        Contender("mse", mse.encode, lambda m: mse.for_codes(m).encode),
-        Contender("snip", snip.encode, lambda m: snip.for_codes(m).encode),
+        Contender("mse", mse.encode, by_size(mse)),
+        Contender("snip", snip.encode, by_size(snip)),
     ]
+
+
+def by_size(encoder: Encoder) -> Callable[[int], Vectors]:
+    """Return what makes the vectors for a code size, the same for the same width."""
+    made: dict[int, Vectors] = {}
+
+    def coded(m: int) -> Vectors:
+        fitting = encoder.for_codes(m)
+        return made.setdefault(fitting.dim, fitting.encode)
+
+    return coded
 
 
 class Judge:
@@ -274,6 +285,7 @@ class Judge:
         picked = sample_rows(features.rows, wanted, np.random.default_rng(options.seed))
         self.sample = features.gather(picked)
         self.nlist = options.nlist or default_nlist(features.rows, len(picked))
+        self.fitted: tuple[Vectors, np.ndarray, np.ndarray] | None = None
 
     def contender(self, contender: Contender) -> None:
         """Judge one contender, without codes and at each code size."""
@@ -299,19 +311,29 @@ class Judge:
 
     def coded(self, vectors: Vectors, m: int) -> Codes:
         """Return an index of all rows in memory, its quantisers trained on a sample of them."""
+        sample, centroids = self.fit(vectors)
         codes = Codes(
             train(
-                vectors(self.sample),
+                sample,
                 nlist=self.nlist,
                 m=m,
                 nbits=8,
                 seed=self.options.seed,
                 threads=self.threads,
+                centroids=centroids,
             )
         )
         for x in encoded(self.features, vectors, self.threads):
             codes.add(x)
         return codes
+
+    def fit(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sample's vectors and their coarse centroids, which code sizes share."""
+        if self.fitted is None or self.fitted[0] is not vectors:
+            sample = vectors(self.sample)
+            seed, threads = self.options.seed, self.threads
+            self.fitted = vectors, sample, kmeans(sample, self.nlist, seed=seed, threads=threads)
+        return self.fitted[1:]
 
     def note(self, name: str, m: int | None, nprobe: int | None, found: Neighbours) -> None:
         """Write down the recall of one setting."""
