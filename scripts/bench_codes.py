@@ -5,8 +5,8 @@
 Encoders and PCA learn from two thirds of the rows; the rest are indexed (quantisers trained on
 them) and all queried: recall@10 against exact cosine, the query itself left out; IVF256, nprobe 8.
 ``random``: a random third is kept back; ``shard``: every third shard, so other videos or sites. OPQ
-turns the raw rows that are indexed (autofaiss's recipe). ``PCA head`` is PCA of half the width,
-what SNIP's codes of up to a bit a dimension are made of. A run that is stopped goes on.
+turns the raw rows that are indexed (autofaiss's recipe). ``PCA head`` is PCA of half the width, as
+one of the encoders' heads. A run that is stopped goes on.
 """
 
 from __future__ import annotations
