@@ -29,7 +29,8 @@ SYMMETRIC = "symmetric"  # the rule of an index without features
 # Margins at precision .81, .91, .95 by rule and bytes a code: 58,977 CLIP ViT-B/32 features of key
 # frames, a third of them duplicated at cosine .95, IVF512, nprobe 4. ROWS: as 128 main directions,
 #   python scripts/calibrate_adc.py --features keyframes/img_emb --code_bytes 4 8 16 32
-# DESCRIPTORS: of an encoder trained by 300 steps on the first 8 of 12 shards, margins of these,
+# DESCRIPTORS: 64 wide, of an encoder trained by 300 steps on the first 8 of 12 shards, of which
+# the margins are (codes of up to 8 bytes are 32 wide now; not measured again),
 #   python scripts/calibrate_adc.py --features keyframes/img_emb --encoder encoder --train_shards 8
 # What transfers is the code size: 512-d rows as they are want margins about a quarter smaller at 8
 # and 16 bytes, though their codes' mean error is two to three times as large. A set with fewer
