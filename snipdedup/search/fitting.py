@@ -21,7 +21,8 @@ from snipdedup.search.verify import proved_cosines
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
 CHOICE_ROWS = 1 << 13  # rows among whose pairs the width of codes is chosen
-CALIBRATION_ROWS = 1 << 15  # rows among whose pairs τ is calibrated
+CALIBRATION_ROWS = 1 << 15, 1 << 17  # the least and the most among whose pairs τ is calibrated
+CALIBRATION_SHARE = 1 / 64  # of all rows, in between
 CALIBRATION_PAIRS = 1 << 16
 PROPOSALS_A_ROW = 2.0  # more pairs than this to prove for each row are dearer than wider codes
 CROWDED_DEGREE = 8  # pairs of a row of the sample that count
@@ -57,7 +58,8 @@ def fit(
     With an encoder, codes are those of its descriptors, and masses are not looked for: what is near
     enough to a hub, only a bound could tell.
     """
-    count = max(CALIBRATION_ROWS, ROWS_A_CENTROID * list_count(features.rows))
+    calibration = int(np.clip(CALIBRATION_SHARE * features.rows, *CALIBRATION_ROWS))
+    count = max(calibration, ROWS_A_CENTROID * list_count(features.rows))
     rows, sample = sample_distinct(features, count, seed, threads)
     with library_threads(1):  # float arithmetic, whose last bits depend on the threads
         projection = choose_projection(sample, threshold, seed, features.rows, threads)
@@ -73,13 +75,13 @@ def fit(
         nlist = 1
     if nlist == 1 and encoder is None:
         return Model(projection, Lists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
-    near, raw = codes[:CALIBRATION_ROWS], sample[:CALIBRATION_ROWS]
+    near, raw = codes[:calibration], sample[:calibration]
     pairs = true_pairs(near, raw, projection, hubs, threshold, threads)
     asked = Asked(threshold, recall, min(1.0, len(near) / features.rows), threads)
     if encoder is not None:
         projection = learn_codes(Learned.of(encoder, seed, "cpu"), raw, pairs, asked)
         codes = encode_blocks(projection, sample, threads)
-        near, hubs = codes[:CALIBRATION_ROWS], no_hubs(projection, features.dim, threshold)
+        near, hubs = codes[:calibration], no_hubs(projection, features.dim, threshold)
     lists = Lists(codes[:1], 0.0, 0.0)
     if nlist > 1:
         centroids = train_centroids(codes, nlist, seed, threads)

@@ -29,7 +29,7 @@ TABLE_LISTS = 1 << 12  # of up to so many lists, the distances of all centroids 
 PAIR_BLOCK = 1024  # codes of a sample compared at a time
 TILE_PAIRS = 1 << 13  # pairs of a tile of the sample that are kept
 CUTS = (1, 2 / 3, 1 / 3)  # shares of 1 - threshold at which the result may be cut later
-SOME = 100  # pairs whose differences speak for all
+SOME = 8  # groups whose differences may speak for all
 ENOUGH = 5  # pairs that must be missed in the sample for their share to mean something
 
 
