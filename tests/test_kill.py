@@ -155,6 +155,17 @@ def test_killed_after_marks(data, undisturbed, processes, tmp_path):
     assert results(life.out) == results(undisturbed)
 
 
+def test_what_a_killed_run_had_begun_to_write_goes(data, undisturbed, processes, tmp_path):
+    """A table half-written, in OUT or below it, is no part of the next run's result."""
+    life = Life(processes, tmp_path, "out", data / "keyframes")
+    life.once(lambda run: until(lambda: stands(life.out, STAGES["write"])))
+    for place in (life.out, life.out / "metadata"):
+        place.mkdir(exist_ok=True)
+        (place / ".forest.parquet.x1y2z3.part").write_text("PAR1")
+    life.to_the_end()
+    assert results(life.out) == results(undisturbed)
+
+
 def test_a_run_killed_just_after_its_end_leaves_nothing(processes, tmp_path):
     """The manifest stands, the work is still there: the next run removes it."""
     many_lists(tmp_path / "img", 1000)

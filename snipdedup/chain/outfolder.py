@@ -273,6 +273,8 @@ def clear_earlier(out: Path) -> None:
     Of a finished run what its manifest names; of a stopped one, which has none, every table.
     """
     (out / "report.html").unlink(missing_ok=True)  # it would tell of rows that are no more
+    for folder in (out, out / "metadata", out / EXPORT):
+        store.remove_parts(folder)
     if (out / store.MANIFEST).is_file():
         store.clear(out, keep_work=True)
         return

@@ -71,6 +71,12 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what a killed process had begun to write into a folder; see `replacing`."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Say of any `OSError` in the block that ``path`` cannot be written."""

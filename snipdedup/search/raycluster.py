@@ -33,12 +33,11 @@ class Ray:
             connect(self.ray, threads)
         machines = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
         self.here, self.workers = int(max(machines)), int(sum(machines))
-        self.remote = self.ray.remote(max_retries=RETRIES, retry_exceptions=[OSError])(perform)
 
     def once(self, do: Callable[[], None], mark: Path) -> None:
-        """See `Runner.once`; done here."""
-        del mark
-        do()
+        """See `Runner.once`; by a worker that ends then: what it held is free for the others."""
+        for _ in self.send(lambda _: do(), [mark], lambda path: path, self.here, max_calls=1):
+            pass
 
     def each(
         self,
@@ -47,10 +46,23 @@ class Ray:
         mark: Callable[[T], Path],
         within: int = 1,
     ) -> Iterator[T]:
-        """See `Runner.each`; twice as many tasks as there are workers are under way."""
+        """See `Runner.each`."""
+        return self.send(do, tasks, mark, within)
+
+    def send(
+        self,
+        do: Callable[[T], None],
+        tasks: Sequence[T],
+        mark: Callable[[T], Path],
+        cpus: int,
+        max_calls: int = 0,
+    ) -> Iterator[T]:
+        """Let workers do tasks; twice as many as there are workers are under way."""
         held, todo = [self.ray.put((self.cwd, do))], iter(tasks)
         under_way: dict[Any, T] = {}
-        remote = self.remote.options(num_cpus=within)
+        remote = self.ray.remote(
+            num_cpus=cpus, max_calls=max_calls, max_retries=RETRIES, retry_exceptions=[OSError]
+        )(perform)
         while True:
             for task in islice(todo, 2 * self.workers - len(under_way)):
                 under_way[remote.remote(held, held[0].hex(), task)] = task
