@@ -139,6 +139,15 @@ def test_a_task_that_fails_is_free_for_others(tmp_path):
         assert do_tasks(second, tmp_path, [], 2) == [1, 0]
 
 
+def test_a_task_that_fails_when_all_is_written_does_not_matter(tmp_path):
+    def late(number):
+        (tmp_path / store.MANIFEST).write_text("{}")
+        raise FileNotFoundError("work is gone")
+
+    with Crew(tmp_path, Place(0, 2), 1) as crew, pytest.raises(Written):
+        list(crew.each(late, [1], lambda number: tmp_path / "1.json"))
+
+
 def test_one_writes_and_the_others_see_it(tmp_path):
     with Crew(tmp_path, Place(0, 2), 1) as first, Crew(tmp_path, Place(1, 2), 1) as second:
         first.finish()

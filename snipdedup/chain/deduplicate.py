@@ -138,6 +138,8 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
                 return conclude(found, out, inputs, metadata, key, request, options, clock)
         except Written as other:
             said = str(other)
+            if not options.keep_work:  # what was left by one that was slow to notice
+                store.end_work(out)
     with store.as_written(out):
         remove_left(out)
         return load_result(out, inputs, options, metadata) if load else None, said

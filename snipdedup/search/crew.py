@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from snipdedup.errors import UsageError
+from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import progress, store
 from snipdedup.ground.claims import Claims
 from snipdedup.ground.compute import in_order
@@ -106,6 +106,9 @@ class Crew:
             if not self.is_fresh(mark):  # nor did another one do it just now
                 do(task)
                 os.utime(mark)
+        except (OSError, SnipError):
+            self.refuse_written()  # taken for dead, while the others went on and tidied up
+            raise
         finally:
             self.claims.give_up(name)
         return True
