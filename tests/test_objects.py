@@ -174,7 +174,12 @@ def results(folder):
     return {name: data for name, data in files.items() if not name.endswith((".json", ".md"))}
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
+SLOW = [pytest.mark.slow]  # of a training, on a busy machine
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW if name == "train" else []) for name in COMMANDS]
+)
 def test_commands_write_the_same_bits(memory, local, name):
     words = COMMANDS[name].split()
     if name == "filter":
