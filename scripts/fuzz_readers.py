@@ -473,8 +473,8 @@ def run_batch(name: str, first: int, count: int, corpus: Path) -> list[tuple[int
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 bound = data_size() + MEMORY
                 resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
-                for number in (signal.SIGALRM, signal.SIGPROF):
-                    signal.signal(number, signal.SIG_DFL)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.signal(signal.SIGPROF, signal.SIG_DFL)
                 for seed in range(begin, first + count):
                     os.write(give, (json.dumps(run_case(name, seed, corpus)) + "\n").encode())
                 status = 0

@@ -13,6 +13,10 @@ class WriteError(SnipError):
     """A file that cannot be written; what is complete stays, to go on from when it can."""
 
 
+class DamagedError(SnipError):
+    """What a stopped run left is damaged so that it cannot go on; it begins anew."""
+
+
 class VerdictError(SnipError):
     """A check that came out badly: the text is its result, printed as results are."""
 

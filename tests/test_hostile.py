@@ -278,7 +278,7 @@ def test_a_manifest_of_an_index_with_wrong_types(ours, entry, value):
 SETTINGS = [
     ("threshold", [1]), ("threshold", "x"), ("threshold", None), ("key", {"x": 1}), ("key", 3),
     ("keep", [[]]), ("grouping", 0.5), ("seed", "x"), ("metadata", [None]), ("features", {}),
-    ("recall", True), ("clusters", 0.5), ("epsilon", [[1]]),
+    ("features", [[]]), ("recall", True), ("clusters", 0.5), ("epsilon", [[1]]),
 ]  # fmt: skip
 
 

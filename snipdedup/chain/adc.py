@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ import numpy as np
 
 from snipdedup import settings
 from snipdedup.chain.result import Found
-from snipdedup.errors import UsageError
-from snipdedup.ground import progress
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.ground import progress, store
 from snipdedup.ground.compute import Stage, cores, in_order
 from snipdedup.ground.scan import scan
 from snipdedup.ground.shards import Features, plan_blocks
@@ -294,7 +295,21 @@ def open_or_build(features: Features | None, options: settings.Dedup, work: Path
         seed=options.seed or 0,
         bad_rows=options.bad_rows,
     )
+    drop_damaged(work / "index")
     return build(features, work / "index", asked)[0]
+
+
+def drop_damaged(folder: Path) -> None:
+    """Remove an index that a stopped run finished, if it is not any more as it was written."""
+    if not (folder / store.MANIFEST).is_file():
+        return
+    try:
+        outputs = store.read_manifest(folder, "index")["outputs"]
+        whole = all(store.sha256(folder / name) == held["sha256"] for name, held in outputs.items())
+    except (SnipError, OSError, LookupError, TypeError):
+        whole = False
+    if not whole:
+        shutil.rmtree(folder)
 
 
 def unverified(index: Index, options: settings.Dedup, stage: Stage) -> Found:

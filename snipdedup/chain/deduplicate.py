@@ -29,7 +29,7 @@ from snipdedup.chain.outfolder import (
 from snipdedup.chain.reload import finished_run, load_found, load_result
 from snipdedup.chain.result import Found, Result, check_threshold, decide, decide_fraction
 from snipdedup.chain.summary import summary
-from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
 from snipdedup.ground import locks, store
 from snipdedup.ground.compute import cores, library_threads, pick_device
 from snipdedup.ground.progress import Clock
@@ -172,6 +172,10 @@ def find(
     except InputError:
         if not isinstance(runner, Crew):
             store.release(out)
+        raise
+    except DamagedError:
+        if not isinstance(runner, Crew):
+            store.empty_work(out)  # all of it hangs on what is damaged
         raise
     return found
 

@@ -26,6 +26,7 @@ from snipdedup.grouping.pairs import all_pairs
 from snipdedup.search.exact import exact_edges
 from snipdedup.search.forest import Edges, ForestBuilder, join_edges
 from snipdedup.search.join import join, needed_memory
+from snipdedup.search.model import is_readable
 from snipdedup.search.runners import Local, Runner
 from snipdedup.search.tasks import Tasks
 from snipdedup.settings import Dedup
@@ -137,6 +138,8 @@ def find_beside(
     rows, frozen = references.before(features), references.rows
     joins = method_of(options) == "join"
     model = kept_model(references, features.rows, options) if joins else None
+    if model is not None and not is_readable(model):
+        model = None
     if model is not None and not (work / "model.npz").is_file():
         with store.replacing(work / "model.npz") as part:
             shutil.copyfile(model, part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import glob, has_magic
@@ -307,6 +307,8 @@ def open_features(
         return source
     if isinstance(source, np.ndarray):
         return Features([ArrayShard(source, "array")])
+    if not isinstance(source, str | Path | Iterable):
+        raise UsageError(f"features are an array, a path or several of these, found {source!r}")
     shards: list[Shard] = []
     folders: list[Path] = []
     for number, item in enumerate([source] if isinstance(source, str | Path) else source):

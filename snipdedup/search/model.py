@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.errors import InputError, SnipError
+from snipdedup.errors import DamagedError, InputError
 from snipdedup.ground import store
 from snipdedup.ground.formats import load_npz
 from snipdedup.search.learned import Learned
@@ -62,5 +62,14 @@ class Model:
             lists = Lists(file["centroids"], tau, alone)
         except (InputError, LookupError, TypeError, ValueError) as error:
             # not fitted anew: codes that are there may be those of an earlier run's model
-            raise SnipError(f"{path}: damaged ({error}); start anew with --overwrite") from error
+            raise DamagedError(f"{path}: damaged ({error}); run again, it begins anew") from error
         return cls(projection, lists, hubs, threshold, int(pairs))
+
+
+def is_readable(path: Path) -> bool:
+    """Tell whether a file holds a model."""
+    try:
+        Model.load(path)
+    except DamagedError:
+        return False
+    return True
