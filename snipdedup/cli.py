@@ -101,6 +101,11 @@ COMMANDS = (
         settings.Eval, "snipdedup.trust.evaluate:run", "snip eval img_emb --out eval",
     ),
     Command(
+        "plan", "trying", "time, memory and disk of a run, before it", settings.Plan,
+        "snipdedup.planning.planning:run",
+        "snip plan --rows 2.1e9 --dim 768 --cores 16 --memory 32GB",
+    ),
+    Command(
         "demo", "trying", "the whole chain on pictures that it makes itself", settings.Demo,
         "snipdedup.demo:run", "snip demo",
     ),

@@ -353,10 +353,21 @@ class Dedup(Input):
     threads: int = option(0, "CPU threads, 0 for all")
     seed: int | None = option(None, "seed of every random choice", usual="0")
     overwrite: bool = option(False, "replace a finished OUT")
+    dry_run: bool = option(
+        False, "join: print what the run will cost (see snip plan), and write nothing"
+    )
 
     def check(self) -> None:
         """See `Settings.check`."""
         self.seeded()
+        if self.dry_run and (
+            self.method not in (None, "join")
+            or self.index
+            or self.encoder
+            or self.reference
+            or self.text_features
+        ):
+            raise UsageError("--dry_run plans a join of FEATURES alone")
         if self.method in ("join", "exact") and self.index:
             raise UsageError(f"--index goes with --method adc, not {self.method}")
         if self.method == "exact" and self.encoder:
@@ -815,6 +826,61 @@ def whole_numbers(name: str, text: str, most: int, least: int = 1) -> list[int]:
             f"--{name} must be whole numbers from {least} to {most} such as 4,8,16, found {text!r}"
         )
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Settings):
+    """Settings of ``snip plan``."""
+
+    features: Any = argument("features to plan for, of which a sample is read", None)
+    parts: str | None = option(None, "part numbers for a {part:04d} pattern: 0:2, end exclusive")
+    array: str | None = option(None, "which array of an .npz file")
+    column: str | None = option(None, "which list column of a parquet file")
+    rows: float | None = option(
+        None,
+        "rows: 2.1e9, where there are no features yet, or only some",
+        usual="those of FEATURES",
+    )
+    dim: int = option(768, "without FEATURES: width of the rows; they are float16")
+    duplicates: float | None = option(
+        None,
+        "share of the rows that go",
+        usual="estimated from a sample of FEATURES, .3 where that tells nothing",
+    )
+    cores: int = option(0, "cores of the machine, 0: as this one has")
+    memory: str | None = option(None, "RAM of the machine, 32GB say", usual="as this one has")
+    max_memory: str | None = option(
+        None, "what snip dedup will be given as such", usual="a quarter of the RAM"
+    )
+    nodes: int = option(1, "such machines, over a file system that they share")
+    disk: str | None = option(None, "free space for OUT, 4TB say")
+    disk_speed: str | None = option(
+        None, "bytes a second that a disk reads or writes, 2GB say", usual="all is in RAM already"
+    )
+    probe: bool = option(False, "measure rates now, and write them to the file of --rates")
+    rates: str | None = option(
+        None, "file of rates that an earlier --probe measured", usual="measured now"
+    )
+    threshold: float = option(0.95, "as of snip dedup")
+    recall: float = option(0.999, "as of snip dedup")
+    seed: int = option(0, "seed of the sample")
+    json: bool = option(False, "print JSON")
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        self.seeded()
+        if self.features is None and self.rows is None:
+            raise UsageError("give FEATURES or --rows: snip plan --rows 2.1e9 --dim 768")
+        self.between("rows", 1, 1e13)
+        self.between("dim", 2, 65536)
+        self.between("duplicates", 0, 0.99)
+        self.between("cores", 0, 4096)
+        self.between("nodes", 1, 10**5)
+        self.between("threshold", -1, 1)
+        self.between("recall", 0.5, 1)
+        for name in ("memory", "max_memory", "disk", "disk_speed"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name))
 
 
 def parse_bytes(text: str) -> int:

@@ -91,6 +91,14 @@ RANGES = [
         (kind, "seed", 0, 2**63 - 1)
         for kind in ("Train", "Index", "Dedup", "Demo", "Report", "Audit", "Eval")
     ),
+    ("Plan", "rows", 1, 1e13),
+    ("Plan", "dim", 2, 65536),
+    ("Plan", "duplicates", 0, 0.99),
+    ("Plan", "cores", 0, 4096),
+    ("Plan", "nodes", 1, 10**5),
+    ("Plan", "threshold", -1, 1),
+    ("Plan", "recall", 0.5, 1),
+    ("Plan", "seed", 0, 2**63 - 1),
 ]
 
 

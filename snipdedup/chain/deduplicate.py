@@ -41,6 +41,7 @@ from snipdedup.ground.shards import (
 )
 from snipdedup.grouping.keep import rank_by
 from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.planning.planning import plan_features
 from snipdedup.search.crew import Crew, Written, place_of
 from snipdedup.search.runners import Runner, open_runner
 from snipdedup.settings import Dedup, keep_rules, parse_epsilons
@@ -48,7 +49,7 @@ from snipdedup.settings import Dedup, keep_rules, parse_epsilons
 # Settings that say how a result is computed, not what it is.
 HOW = {
     "out", "overwrite", "chunk_rows", "threads", "max_memory", "device", "features", "metadata",
-    "max_pairs", "keep_work", "runner", "num_tasks", "task_index",
+    "max_pairs", "keep_work", "runner", "num_tasks", "task_index", "dry_run",
 }  # fmt: skip
 
 
@@ -97,9 +98,35 @@ def dedup(features: Any, **settings: Any) -> Result:
 
 def run(options: Dedup) -> str:
     """Run ``snip dedup`` and return its summary."""
+    if options.dry_run:
+        return plan(options)
     if options.out is None:
         raise UsageError("dedup needs --out; for example: snip dedup img_emb --out clean")
     return execute(options)[1]
+
+
+def plan(options: Dedup) -> str:
+    """Return what a run would cost; its inputs are opened and checked as the run would."""
+    if options.features is None or finished_run(options.features) is not None:
+        raise UsageError("--dry_run plans a search of FEATURES")
+    options = options.filled()
+    inputs = open_inputs(options)
+    features, metadata = inputs.features, open_table(options, inputs.features)
+    out = None if options.out is None else Path(str(options.out)).expanduser()
+    if out is not None:
+        store.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
+    check_metadata(options, metadata)
+    if features is None:
+        raise UsageError("--dry_run plans a search of FEATURES")
+    return plan_features(
+        features,
+        out,
+        threshold=options.threshold,
+        recall=options.recall,
+        seed=options.seed or 0,
+        threads=options.threads,
+        max_memory=options.max_memory,
+    )
 
 
 @locks.given_up()

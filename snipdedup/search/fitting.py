@@ -52,6 +52,7 @@ def fit(
     seed: int,
     threads: int,
     encoder: Path | None = None,
+    nlist: int | None = None,
 ) -> Model:
     """Fit directions, centroids, hubs and τ to a sample of distinct rows.
 
@@ -59,7 +60,8 @@ def fit(
     enough to a hub, only a bound could tell.
     """
     calibration = int(np.clip(CALIBRATION_SHARE * features.rows, *CALIBRATION_ROWS))
-    count = max(calibration, ROWS_A_CENTROID * list_count(features.rows))
+    nlist = nlist or list_count(features.rows)
+    count = max(calibration, ROWS_A_CENTROID * nlist)
     rows, sample = sample_distinct(features, count, seed, threads)
     with library_threads(1):  # float arithmetic, whose last bits depend on the threads
         projection = choose_projection(sample, threshold, seed, features.rows, threads)
@@ -70,7 +72,7 @@ def fit(
             rows, sample, codes, projection,
             threshold=threshold, total=features.rows, threads=threads,
         )  # fmt: skip
-    nlist = min(list_count(features.rows), max(1, len(codes) // 8))
+    nlist = min(nlist, max(1, len(codes) // 8))
     if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
         nlist = 1
     if nlist == 1 and encoder is None:
