@@ -482,7 +482,9 @@ def test_overwrite_with_bad_input_leaves_the_old_result(laion, tmp_path):
     assert before == after
 
 
-@pytest.mark.parametrize("words", [("--encoder", "e"), ("--method", "join", "--index", "i")])
+@pytest.mark.parametrize(
+    "words", [("--method", "exact", "--encoder", "e"), ("--method", "join", "--index", "i")]
+)
 def test_flags_that_would_be_ignored_are_refused(laion, tmp_path, words):
     status, *_ = truth.snip("dedup", laion / "img_emb", "--out", tmp_path / "out", *words)
     assert status == 2
