@@ -107,28 +107,37 @@ def compare(
         left = members.part(start, start + ROW_TILE)
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), prepared)
         limits = lowest - left.slack
+        place = start, first + start < columns, left.row < frozen, old
         hits = product_hits(products, limits, MOST_RUNS)
-        late = first + start < columns  # each pair once: no row with itself or a later column
         if hits is None or hits.total > CROWDED * ROW_TILE * COLUMN_TILE:
             close = all_close(products, limits)
-            if late:
-                close &= np.arange(columns) < np.arange(start, start + len(close))[:, None]
-            if frozen:
-                close &= ~(old & (left.row[:, None] < frozen))
+            close &= wanted(np.arange(len(close))[:, None], np.arange(columns), *place)
             found = int(np.count_nonzero(close))
-            if not found:
+            if found > CROWDED * ROW_TILE * COLUMN_TILE:
+                forests.append(crowded(features, left.row, right.row, close, threshold))
+                count += found
                 continue
-            count += found
-            forests.append(crowded(features, left.row, right.row, close, threshold))
-            continue
-        i, j = hits.places()
-        use = (j < i + start) if late else np.ones(len(j), bool)
-        if frozen:
-            use &= ~(old[j] & (left.row[i] < frozen))
-        listed.append((left.row[i[use]], right.row[j[use]]))
-        count += len(listed[-1][0])
+            i, j = np.nonzero(close)
+        else:
+            i, j = hits.places()
+            use = wanted(i, j, *place)
+            i, j = i[use], j[use]
+        listed.append((left.row[i], right.row[j]))
+        count += len(i)
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
     return TilePairs(a, b, join_edges(forests), count)
+
+
+def wanted(
+    i: np.ndarray, j: np.ndarray, start: int, late: bool, old_rows: np.ndarray, old: np.ndarray
+) -> np.ndarray:
+    """Return which pairs of a tile's rows i with its columns j are looked for.
+
+    Each pair once: where rows are columns too (``late``), none with itself or a later column. None
+    of two frozen rows.
+    """
+    once: np.ndarray = (j < i + start) | (not late)
+    return once & ~(old_rows[i] & old[j])
 
 
 def crowded(
