@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,24 @@ from snipdedup.ground.cosine import bad_rows
 from snipdedup.ground.scan import BLOCK, row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, make_edges
-from snipdedup.search.learned import Learned, encode_blocks, learn_codes
+from snipdedup.search.learned import Learned, encode_blocks, learn_codes, row_products
 from snipdedup.search.lists import Asked, Lists, calibrate_tau, sample_pairs, train_centroids
 from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, no_hubs
 from snipdedup.search.model import Model
-from snipdedup.search.projection import WIDTHS, Projection, fit_projections
+from snipdedup.search.projection import WIDTHS, Projection, fit_projection, fit_projections
 from snipdedup.search.verify import proved_cosines
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
 CHOICE_ROWS = 1 << 13  # rows among whose pairs the width of codes is chosen
+# What a coordinate more of all codes costs a row, and a pair to prove, in products of two int8
+# values: measured with two cores on 1,000,000 rows.
+CODE_PRODUCTS = 1 << 12  # to project a row on one more direction, write that and read it again
+VISITING = 1.7  # times the rows of a list: half of those at home, and the visitors
+PROPOSAL_PRODUCTS = 1 << 20
 CALIBRATION_ROWS = 1 << 15, 1 << 17  # the least and the most among whose pairs τ is calibrated
 CALIBRATION_SHARE = 1 / 64  # of all rows, in between
 CALIBRATION_PAIRS = 1 << 16
-PROPOSALS_A_ROW = 2.0  # more pairs than this to prove for each row are dearer than wider codes
 CROWDED_DEGREE = 8  # pairs of a row of the sample that count
 LISTS_A_ROOT = 0.6  # lists for each root of the rows
 ROWS_A_CENTROID = 48  # rows of the sample for each centroid
@@ -128,24 +133,39 @@ def list_count(rows: int) -> int:
 def choose_projection(
     sample: np.ndarray, threshold: float, seed: int, rows: int, threads: int
 ) -> Projection:
-    """Return the narrowest projection that does not propose too many pairs.
+    """Return the projection that costs least: narrow codes are cheap, wide ones propose fewer pairs.
 
     How many pairs a row would get in the whole set is extrapolated from the sample. Rows of large
     groups count as others do: their tiles are crowded at any width.
     """
-    part, widths = sample[:CHOICE_ROWS], list(WIDTHS)
-    if rows <= SINGLE_LIST_ROWS:
-        part, widths = sample[:0], list(WIDTHS[-1:])
+    if rows <= SINGLE_LIST_ROWS:  # products are few
+        return fit_projection(sample[:DIRECTION_ROWS], WIDTHS[-1], seed)
+    projections = fit_projections(sample[:DIRECTION_ROWS], WIDTHS, seed)
+    part = sample[:CHOICE_ROWS]
+    nlist = list_count(rows)
+    coordinate = CODE_PRODUCTS + nlist + VISITING * rows / nlist
+    found = proposals(projections, part, threshold, threads) * rows / max(1, len(part)) ** 2
+    costs = [p.width * coordinate for p in projections] + found * PROPOSAL_PRODUCTS
+    return projections[int(np.argmin(costs))]
+
+
+def proposals(
+    projections: Sequence[Projection], rows: np.ndarray, threshold: float, threads: int
+) -> np.ndarray:
+    """Return how many pairs of some rows each projection leaves to prove, (n,) float64.
+
+    Each row counts for `CROWDED_DEGREE` at most. Pairs that the first, the narrowest, rules out are
+    not looked at by the others.
+    """
+    codes = encode_blocks(projections[0], rows, threads)
+    a, b = sample_pairs(codes, projections[0].limit(threshold), threads)
     found = []
-    for projection in fit_projections(sample[:DIRECTION_ROWS], widths, seed):
-        codes = encode_blocks(projection, part, threads)
-        a, b = sample_pairs(codes, projection.limit(threshold), threads)
-        degree = np.minimum(np.bincount(np.concatenate([a, b]), minlength=1), CROWDED_DEGREE)
-        found.append((projection, degree.sum() / 2 * rows / max(1, len(part)) ** 2))
-        if found[-1][1] <= PROPOSALS_A_ROW:  # wider codes could not save more than that
-            break
-    narrow, wide = found[0], found[-1]
-    return narrow[0] if narrow[1] - wide[1] <= PROPOSALS_A_ROW else wide[0]
+    for projection in projections:
+        codes = encode_blocks(projection, rows, threads)
+        left = row_products(codes, a, b) >= projection.limit(threshold)
+        degree = np.bincount(np.concatenate([a[left], b[left]]), minlength=1)
+        found.append(np.minimum(degree, CROWDED_DEGREE).sum() / 2)
+    return np.array(found)
 
 
 def sample_distinct(

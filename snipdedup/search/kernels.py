@@ -199,23 +199,39 @@ def product_hits(products: Any, limits: np.ndarray, most: float) -> Hits | None:
     limits : (m,) float64
     most : float
     """
+    import torch
+
     rows, columns = products.shape
-    whole = columns - columns % RUN
-    spans = [(a, b) for a, b in ((0, whole), (whole, columns)) if rows and a < b]
-    cut = [products[:, a:b].unflatten(1, (-1, min(RUN, b - a))) for a, b in spans]
     # rounded up once, so that integers are compared with integers
     least = np.ceil(limits).astype(products[:0].cpu().numpy().dtype)
-    found = [np.nonzero(runs.amax(2).cpu().numpy() >= least[:, None]) for runs in cut]
-    if sum(len(row) for row, _ in found) > most * sum(runs[:, :, 0].numel() for runs in cut):
-        return None
-    parts = [Hits(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, RUN), bool))]
-    for (start, _), runs, (row, run) in zip(spans, cut, found, strict=True):
-        hit = np.zeros((len(row), RUN), bool)
-        hit[:, : runs.shape[2]] = runs[row, run].cpu().numpy() >= least[row, None]
+    whole = columns - columns % RUN
+    spans = [(a, b) for a, b in ((0, whole), (whole, columns)) if rows and a < b]
+    most *= rows * -(-columns // RUN)
+    parts = []
+    for start, stop in spans:
+        runs = products[:, start:stop].unflatten(1, (-1, min(RUN, stop - start)))
+        place = np.flatnonzero(runs.amax(2).cpu().numpy() >= least[:, None])
+        most -= len(place)
+        if most < 0:
+            return None
+        row = place // runs.shape[1]
+        run = place - row * runs.shape[1]
+        hit = runs[torch.from_numpy(row), torch.from_numpy(run)].cpu().numpy() >= least[row, None]
         parts.append(Hits(row, run * RUN + start, hit))
-    row, column, hit = (np.concatenate(side) for side in zip(*parts, strict=True))
-    order = np.argsort(row, kind="stable")
-    return Hits(row[order], column[order], hit[order])
+    if len(parts) == 1 and whole:  # the usual case: nothing to put together
+        return parts[0]
+    return join_hits(parts)
+
+
+def join_hits(parts: list[Hits]) -> Hits:
+    """Return the hits of whole runs and of shorter ones behind them as one, in row order."""
+    row, column, hit = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty((0, RUN), bool)]
+    for part in parts:
+        row.append(part.row)
+        column.append(part.column)
+        hit.append(np.pad(part.hit, ((0, 0), (0, RUN - part.hit.shape[1]))))
+    order = np.argsort(np.concatenate(row), kind="stable")
+    return Hits(*(np.concatenate(side)[order] for side in (row, column, hit)))
 
 
 def hit_places(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -228,6 +244,10 @@ def hit_places(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def all_close(products: Any, limits: np.ndarray) -> np.ndarray:
-    """Return for every product whether it reaches its row's limit, (m, n) bool."""
+    """Return for every product whether it reaches its row's limit, (m, n) bool.
+
+    It stands until the thread's next call.
+    """
     table = products.cpu().numpy()
-    return np.asarray(table >= np.ceil(limits).astype(table.dtype)[:, None])
+    least = np.ceil(limits).astype(table.dtype)[:, None]
+    return np.greater_equal(table, least, out=scratch("close", table.shape, np.bool_))

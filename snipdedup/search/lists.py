@@ -66,7 +66,7 @@ class Lists:
     def apart(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return the distances of centroids a from centroids b, (n,) float32."""
         if self.nlist <= TABLE_LISTS:
-            return self._table[a, b]
+            return np.take(self._table.ravel(), a * self.nlist + b)  # quicker than by two indices
         parts = [np.empty(0, np.float32)]
         for start, stop in plan_blocks(len(a), ASSIGN_BLOCK):
             away = self.centroids[a[start:stop]].astype(np.float32) - self.centroids[b[start:stop]]
@@ -194,12 +194,13 @@ def assign(codes: np.ndarray, lists: Lists, far: np.ndarray | None = None) -> Vi
         table = near.numpy()
         home = table.argmax(1)
         best = table[np.arange(len(home)), home]
-        reach = 2.0 * far[start:stop]  # first as if all centroids were as far as the furthest
-        close = np.flatnonzero(all_close(near, best - reach * widest[home]))
-        row, list_ = np.divmod(close.astype(np.int32), np.int32(lists.nlist))
-        own = home[row]
-        visits = best[row] - table[row, list_] <= reach[row] * lists.apart(own, list_)
-        row, list_, own = (side[visits].astype(np.int32) for side in (row, list_, own))
+        reach = 2 * far[start:stop]  # first as if all centroids were as far as the furthest
+        close = np.flatnonzero(all_close(near, best - reach.astype(np.float64) * widest[home]))
+        row = close // lists.nlist
+        list_, own = close - row * lists.nlist, np.take(home, row)
+        gap = np.take(best, row) - np.take(table.ravel(), close)
+        visits = np.flatnonzero(gap <= np.take(reach, row) * lists.apart(own, list_))
+        row, list_, own = (np.take(side, visits).astype(np.int32) for side in (row, list_, own))
         parts.append((row + np.int32(start), list_, list_ == own))
     return Visits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from snipdedup.ground.cosine import Directions, directions, unit_rows
 
-WIDTHS = (128, 256)  # coordinates of a code: fewer are cheaper, more rule out more pairs
+# Coordinates of a code, multiples of 16: fewer are cheaper, more rule out more pairs.
+WIDTHS = (64, 80, 96, 128, 192, 256)
 PEAK = 127  # largest int8
 HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
 # A pair's product is off by more than this times the codes' norms with probability below 1e-9:

@@ -15,7 +15,14 @@ from snipdedup.ground.compute import scratch
 from snipdedup.ground.cosine import PROPOSAL_ERROR, directions
 from snipdedup.ground.shards import Features
 from snipdedup.search.forest import Edges, best_edge, join_edges, link_smaller, make_edges
-from snipdedup.search.kernels import MOST_RUNS, all_close, pick_kernel, product_hits
+from snipdedup.search.kernels import (
+    MOST_RUNS,
+    RUN,
+    Kernel,
+    all_close,
+    pick_kernel,
+    product_hits,
+)
 from snipdedup.search.verify import proved_cosines
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
@@ -100,32 +107,45 @@ def compare(
     old = right.row < frozen
     if frozen and old.all():
         members, first = members.where(members.row >= frozen), columns  # none is a column
-    prepared = kernel.prepare(torch.from_numpy(right.codes).to(device))
+    prepared = prepare_columns(kernel, right.codes)
     lowest = limit - kernel.rounding * abs(limit) - right.slack.max(initial=0)
     listed, forests, count = [(np.empty(0, np.int64),) * 2], [], 0
     for start in range(0, len(members.row), ROW_TILE):
         left = members.part(start, start + ROW_TILE)
-        products = kernel.multiply(torch.from_numpy(left.codes).to(device), prepared)
+        late = first + start < columns
+        reach = min(columns, start + ROW_TILE) if late else columns  # further on, none is wanted
+        some = prepared if reach == columns else prepare_columns(kernel, right.codes[:reach])
+        products = kernel.multiply(torch.from_numpy(left.codes).to(device), some)
         limits = lowest - left.slack
-        place = start, first + start < columns, left.row < frozen, old
+        place = start, late, left.row < frozen, old
         hits = product_hits(products, limits, MOST_RUNS)
         if hits is None or hits.total > CROWDED * ROW_TILE * COLUMN_TILE:
-            close = all_close(products, limits)
-            close &= wanted(np.arange(len(close))[:, None], np.arange(columns), *place)
+            close = all_close(products, limits)[:, :reach]
+            close &= wanted(np.arange(len(close))[:, None], np.arange(reach), *place)
             found = int(np.count_nonzero(close))
             if found > CROWDED * ROW_TILE * COLUMN_TILE:
-                forests.append(crowded(features, left.row, right.row, close, threshold))
+                forests.append(crowded(features, left.row, right.row[:reach], close, threshold))
                 count += found
                 continue
             i, j = np.nonzero(close)
         else:
             i, j = hits.places()
+            i, j = i[j < reach], j[j < reach]
             use = wanted(i, j, *place)
             i, j = i[use], j[use]
         listed.append((left.row[i], right.row[j]))
         count += len(i)
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
     return TilePairs(a, b, join_edges(forests), count)
+
+
+def prepare_columns(kernel: Kernel, codes: np.ndarray) -> Any:
+    """Return codes as a kernel's columns, with zeros after them so that all runs are whole."""
+    import torch
+
+    whole = np.zeros((-(-len(codes) // RUN) * RUN, codes.shape[1]), np.int8)
+    whole[: len(codes)] = codes
+    return kernel.prepare(torch.from_numpy(whole).to(kernel.device))
 
 
 def wanted(
