@@ -6,6 +6,7 @@ after every word has found its place and every value its type, so a mistyped fla
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -116,7 +117,15 @@ GO_ON = ("train", "compress", "index", "dedup", "filter", "download", "demo")  #
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``snip`` and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    if argv is not None:
+        sys.exit(run(list(argv)))
+    status = run(sys.argv[1:])
+    # What a large run holds, and torch, take a third of a second to be taken apart one by one.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, which was dealt with
+            stream.flush()
+    os._exit(status)
 
 
 def run(words: list[str]) -> int:

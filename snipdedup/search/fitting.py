@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.ground.compute import in_order, library_threads
-from snipdedup.ground.cosine import bad_rows
+from snipdedup.ground.cosine import Directions, bad_rows, directions
 from snipdedup.ground.scan import BLOCK, row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, make_edges
@@ -16,12 +16,11 @@ from snipdedup.search.learned import Learned, encode_blocks, learn_codes, row_pr
 from snipdedup.search.lists import Asked, Lists, calibrate_tau, sample_pairs, train_centroids
 from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, no_hubs
 from snipdedup.search.model import Model
-from snipdedup.search.projection import WIDTHS, Projection, fit_projection, fit_projections
+from snipdedup.search.projection import WIDTHS, Projection, fit_projections
 from snipdedup.search.verify import proved_cosines
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
-DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
-CHOICE_ROWS = 1 << 13  # rows among whose pairs the width of codes is chosen
+CHOICE_ROWS = 1 << 13  # rows to find the main directions on, and the width of codes by their pairs
 # What a coordinate more of all codes costs a row, and a pair to prove, in products of two int8
 # values: measured with two cores on 1,000,000 rows.
 CODE_PRODUCTS = 1 << 12  # to project a row on one more direction, write that and read it again
@@ -133,39 +132,40 @@ def list_count(rows: int) -> int:
 def choose_projection(
     sample: np.ndarray, threshold: float, seed: int, rows: int, threads: int
 ) -> Projection:
-    """Return the projection that costs least: narrow codes are cheap, wide ones propose fewer pairs.
+    """Return the projection that costs least: narrow codes are cheap, wide ones leave fewer pairs.
 
     How many pairs a row would get in the whole set is extrapolated from the sample. Rows of large
     groups count as others do: their tiles are crowded at any width.
     """
+    part = directions(sample[:CHOICE_ROWS])
     if rows <= SINGLE_LIST_ROWS:  # products are few
-        return fit_projection(sample[:DIRECTION_ROWS], WIDTHS[-1], seed)
-    projections = fit_projections(sample[:DIRECTION_ROWS], WIDTHS, seed)
-    part = sample[:CHOICE_ROWS]
-    nlist = list_count(rows)
+        return fit_projections(part, WIDTHS[-1:], seed, threads)[0]
+    projections = fit_projections(part, WIDTHS, seed, threads)
+    nlist, count = list_count(rows), len(part.bad)
     coordinate = CODE_PRODUCTS + nlist + VISITING * rows / nlist
-    found = proposals(projections, part, threshold, threads) * rows / max(1, len(part)) ** 2
+    found = proposals(projections, part, threshold, threads) * rows / count**2
     costs = [p.width * coordinate for p in projections] + found * PROPOSAL_PRODUCTS
     return projections[int(np.argmin(costs))]
 
 
 def proposals(
-    projections: Sequence[Projection], rows: np.ndarray, threshold: float, threads: int
+    projections: Sequence[Projection], rows: Directions, threshold: float, threads: int
 ) -> np.ndarray:
     """Return how many pairs of some rows each projection leaves to prove, (n,) float64.
 
     Each row counts for `CROWDED_DEGREE` at most. Pairs that the first, the narrowest, rules out are
     not looked at by the others.
     """
-    codes = encode_blocks(projections[0], rows, threads)
+    codes = projections[0].encode_directions(rows)[0]
     a, b = sample_pairs(codes, projections[0].limit(threshold), threads)
-    found = []
-    for projection in projections:
-        codes = encode_blocks(projection, rows, threads)
-        left = row_products(codes, a, b) >= projection.limit(threshold)
-        degree = np.bincount(np.concatenate([a[left], b[left]]), minlength=1)
-        found.append(np.minimum(degree, CROWDED_DEGREE).sum() / 2)
-    return np.array(found)
+
+    def left(projection: Projection) -> float:
+        codes = projection.encode_directions(rows)[0]
+        found = row_products(codes, a, b) >= projection.limit(threshold)
+        degree = np.bincount(np.concatenate([a[found], b[found]]), minlength=1)
+        return float(np.minimum(degree, CROWDED_DEGREE).sum() / 2)
+
+    return np.array(list(in_order(left, projections, threads)))
 
 
 def sample_distinct(
@@ -184,16 +184,13 @@ def sample_distinct(
     rows = np.unique(rng.integers(0, features.rows, 2 * count))
     rows = np.arange(features.rows) if features.rows <= count else rng.permutation(rows)[:count]
     rows = np.sort(rows)
-    sample = np.empty((len(rows), features.dim), features.dtype)
-    hashes, bad = np.empty(len(rows), np.uint64), np.empty(len(rows), bool)
-
-    def read(span: tuple[int, int]) -> None:
-        part = slice(*span)
-        features.gather_ascending(rows[part], sample[part])
-        hashes[part], bad[part] = row_hashes(sample[part]), bad_rows(sample[part])
-
-    for _ in in_order(read, plan_blocks(len(rows), BLOCK), threads):
-        pass
+    sample = features.gather_ascending(rows)
+    spans = plan_blocks(len(rows), BLOCK)
+    # up to here without torch, which may be on its way
+    hashes = np.concatenate([row_hashes(sample[slice(*span)]) for span in spans])
+    bad = np.concatenate(
+        list(in_order(lambda span: bad_rows(sample[slice(*span)]), spans, threads))
+    )
     use = np.flatnonzero(~bad)
     use = use[np.unique(hashes[use], return_index=True)[1]]
     if not len(use):

@@ -12,7 +12,7 @@ from typing import Any
 
 from snipdedup.errors import SnipError
 from snipdedup.ground import progress
-from snipdedup.ground.compute import Stage
+from snipdedup.ground.compute import Stage, pick_device
 from snipdedup.ground.scan import Scan
 from snipdedup.ground.shards import Features
 from snipdedup.search.encoding import absorbed_edges
@@ -63,7 +63,7 @@ def join(
     with stage("join"):
         forest, notes = join_all(tasks, runner, seen, memory)
     lists = {
-        "kernel": pick_kernel(tasks.device, model.projection.width).name,
+        "kernel": pick_kernel(pick_device(tasks.device), model.projection.width).name,
         "bfloat16": has_bfloat16(),
         "width": model.projection.width,
         "nlist": model.lists.nlist,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +28,9 @@ from snipdedup.search.lists import (
     weighted_quantile,
 )
 from snipdedup.search.projection import PEAK, Projection, random_rotation, to_codes
-from snipdedup.train.encoder import Encoder
+
+if TYPE_CHECKING:
+    from snipdedup.train.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Learned(Projection):
     @classmethod
     def of(cls, path: Path, seed: int, device: str) -> Learned:
         """Return the codes of a finished encoder, without what pairs must tell."""
+        from snipdedup.train.encoder import Encoder
+
         encoder = Encoder.load(path, device)
         rotation = random_rotation(encoder.dim, seed).astype(np.float32)
         # a rotated unit vector has coordinates of about dim^-1/2; six times that is hardly passed

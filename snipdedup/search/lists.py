@@ -184,8 +184,8 @@ def assign(codes: np.ndarray, lists: Lists, far: np.ndarray | None = None) -> Vi
     ``far``, (n,) float32, is how far each code visits, `Lists.tau` if not given.
     """
     if lists.nlist == 1:
-        row = np.arange(len(codes), dtype=np.int32)
-        return Visits(row, np.zeros_like(row), np.ones(len(row), bool))
+        all_ = np.arange(len(codes), dtype=np.int32)
+        return Visits(all_, np.zeros_like(all_), np.ones(len(all_), bool))
     far = np.full(len(codes), lists.tau, np.float32) if far is None else far
     widest = lists.widest  # now: it takes the memory of what stands until the next product
     parts = []
@@ -197,12 +197,14 @@ def assign(codes: np.ndarray, lists: Lists, far: np.ndarray | None = None) -> Vi
         reach = 2 * far[start:stop]  # first as if all centroids were as far as the furthest
         close = np.flatnonzero(all_close(near, best - reach.astype(np.float64) * widest[home]))
         row = close // lists.nlist
-        list_, own = close - row * lists.nlist, np.take(home, row)
+        list_ = close - row * lists.nlist
+        own = np.take(home, row)
         gap = np.take(best, row) - np.take(table.ravel(), close)
         visits = np.flatnonzero(gap <= np.take(reach, row) * lists.apart(own, list_))
-        row, list_, own = (np.take(side, visits).astype(np.int32) for side in (row, list_, own))
-        parts.append((row + np.int32(start), list_, list_ == own))
-    return Visits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        row, list_, own = (np.take(side, visits) for side in (row, list_, own))
+        parts.append((row + start, list_, list_ == own))
+    row, list_, home = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Visits(row.astype(np.int32), list_.astype(np.int32), home)
 
 
 def calibrate_tau(
