@@ -17,7 +17,7 @@ from snipdedup.ground import progress
 from snipdedup.ground.compute import in_order, scratch
 from snipdedup.ground.cosine import Directions, bad_rows, directions, same_bits
 from snipdedup.ground.shards import CrcLedger, Features, Piece, plan_blocks
-from snipdedup.ground.sorting import Columns, Sorter, Spread, pack, row_kind
+from snipdedup.ground.sorting import Columns, Sorter, Spread, among, pack, row_kind
 
 # Rows computed together: few enough to stay in the cache from the file to the code. Fixed, so that
 # results do not depend on chunk sizes.
@@ -278,14 +278,6 @@ def by_hash(rows: int, parts: Sequence[Seen], folder: Path | None) -> Iterator[n
         hashes.add(pack(kind, found, np.arange(start, start + len(found))))
         start += len(found)
     yield from hashes.ascending()
-
-
-def among(known: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return which rows are among some ascending ones, (n,) bool; those may be mapped."""
-    if not len(known):
-        return np.zeros(len(rows), bool)
-    place = np.minimum(np.searchsorted(known, rows), len(known) - 1)
-    return np.asarray(known[place] == rows)
 
 
 def equal_to_first(

@@ -229,7 +229,9 @@ class Columns:
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for name, column in zip(self.kinds, self._taken(), strict=True):
-                with self._file(name).open("ab" if self.written else "wb") as file:
+                if not self.written:  # what was there may be mapped still
+                    self._file(name).unlink(missing_ok=True)
+                with self._file(name).open("ab") as file:
                     np.ascontiguousarray(column).tofile(file)
         self.written = True
 
@@ -251,3 +253,11 @@ def load_column(path: Path) -> np.ndarray:
     """Return the array of a ``.npy``; a long one is mapped."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array if array.size > HELD else np.array(array)
+
+
+def among(known: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return which rows are among some ascending ones, (n,) bool; those may be mapped."""
+    if not len(known):
+        return np.zeros(len(rows), bool)
+    place = np.minimum(np.searchsorted(known, rows), len(known) - 1)
+    return np.asarray(known[place] == rows)
