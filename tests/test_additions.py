@@ -10,7 +10,7 @@ import pytest
 from snipdedup.chain.deduplicate import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import additions, spill
-from snipdedup.metadata.additions import Removed, dup_counts, weights
+from snipdedup.metadata.additions import Removed, Weights, dup_counts
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Dedup
 
@@ -62,13 +62,13 @@ def test_captions_of_a_set_without_removed_rows(tmp_path):
     with additions.merged_captions(metadata, "TEXT", nothing, 3, tmp_path / "w") as column:
         assert values(column, len(captions)) == [[]] * len(captions)
     assert values(dup_counts(nothing), 5) == [0] * 5
-    assert values(weights(nothing), 5) == [1.0] * 5
+    assert values(Weights(nothing), 5) == [1.0] * 5
 
 
 def test_counts_and_weights_worked_by_hand():
     removed = Removed(np.array([1, 4, 5, 6]), np.array([2, 2, 7, 2]))
     assert values(dup_counts(removed), 8, 3) == [0, 0, 3, 0, 0, 0, 0, 1]
-    assert values(weights(removed), 8, 3) == [1, 0.25, 0.25, 1, 0.25, 0.5, 0.25, 0.5]
+    assert values(Weights(removed), 8, 3) == [1, 0.25, 0.25, 1, 0.25, 0.5, 0.25, 0.5]
 
 
 def test_representatives_that_go_themselves_and_rows_of_a_reference():
@@ -77,7 +77,7 @@ def test_representatives_that_go_themselves_and_rows_of_a_reference():
     assert removed.followed().representative.tolist() == [0, 0, 0, ~4, ~4, ~4]
     assert removed.followed().here().row.tolist() == [2, 3, 5]
     assert values(dup_counts(removed), 10) == [1, 0, 1, 1, 0, 0, 0, 1, 0, 0]
-    share = values(weights(removed.followed()), 10)
+    share = values(Weights(removed.followed()), 10)
     assert share == [0.25, 1, 0.25, 0.25, 1, 0.25, 1, 0.25, 0.25, 0.25]
     nothing = Removed(np.empty(0, np.int64), np.empty(0, np.int64))
     assert nothing.followed().here().row.tolist() == []

@@ -8,7 +8,7 @@ import truth
 
 import snipdedup
 from snipdedup import dedup
-from snipdedup.chain.result import levels
+from snipdedup.chain.counts import levels
 from snipdedup.errors import SnipError, UsageError
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from snipdedup.errors import InputError
 from snipdedup.ground import scan as room
-from snipdedup.ground.scan import row_hashes, scan
+from snipdedup.ground import sorting
+from snipdedup.ground.scan import Seen, find_copies, row_hashes, scan
 from snipdedup.ground.shards import open_features
 
 
@@ -55,6 +56,24 @@ def test_copies_are_found_and_nothing_else(rows, dim, seed, dtype, hashing):
         seen = read(x)
     assert listed(seen) == first_equal(x)
     assert seen.copies.tolist() == sorted(seen.copies.tolist())
+
+
+@pytest.mark.parametrize("values", [0, 3])
+def test_copies_are_the_same_whatever_memory_holds(tmp_path, values):
+    x = truth.clustered(3000, 8, 2, copies=0.5, dtype=np.float16)
+    x[7], x[70] = np.nan, np.nan
+    hashes = row_hashes(x) if not values else row_hashes(x) % np.uint64(values)
+    parts = [Seen([], np.empty(0, np.int64), part) for part in np.array_split(hashes, 7)]
+    features, bad = open_features(x), np.array([7, 70])
+    with (
+        mock.patch.object(room, "SORT_ROWS", 200),
+        mock.patch.multiple(sorting, HELD=50, PARTS=3, READ=40),
+    ):
+        copies, firsts = find_copies(features, parts, bad=bad, folder=tmp_path / "w")
+    expected = {copy: first for copy, first in first_equal(x).items() if copy not in bad}
+    assert copies.tolist() == sorted(expected)
+    assert dict(zip(copies.tolist(), firsts.tolist(), strict=True)) == expected
+    assert find_copies(features, parts)[0].tolist() == sorted(first_equal(x))
 
 
 def test_copies_across_shards_of_different_types(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
@@ -11,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snipdedup
+from snipdedup.ground import sorting
+from snipdedup.ground.sorting import Sorter
 from snipdedup.search import forest, spanning
 from snipdedup.search.forest import Edges, Roots, components, make_edges, spanning_forest
-from snipdedup.search.spanning import EdgeFile, ForestFile
+from snipdedup.search.spanning import ForestFile, by_first, edge_kind, edges_of
 
 ROWS = 40
 PAIRS = st.lists(
@@ -47,9 +51,14 @@ def listed(edges: Edges):
     return list(zip(*(column.tolist() for column in edges), strict=True))
 
 
+@contextmanager
 def tiny(held, block=4):
     """Only so many edges fit into memory."""
-    return mock.patch.multiple(spanning, HELD_EDGES=held, PARTS=3, BLOCK_EDGES=block)
+    with (
+        mock.patch.multiple(spanning, HELD_EDGES=held, BLOCK_EDGES=block),
+        mock.patch.multiple(sorting, PARTS=3, READ=5),
+    ):
+        yield
 
 
 def by_files(folder, edges, rows, step):
@@ -67,7 +76,9 @@ def test_the_forest_by_files_is_that_of_kruskal(tmp_path_factory, pairs, step, h
     with tiny(held), mock.patch.object(forest, "BUFFER_EDGES", buffer):
         found = by_files(folder, edges, ROWS, step)
     assert listed(found) == truth.kruskal(listed(edges))
-    assert {path.name for path in folder.glob("*")} <= {"a.npy", "b.npy", "similarity.npy"}
+    assert {path.name for path in folder.glob("*")} <= {
+        "forest.a", "forest.b", "forest.similarity",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("values", [None, [0.95], [0.95, 1]])
@@ -88,11 +99,13 @@ def test_rows_beyond_32_bits_are_split_and_written_in_full(tmp_path):
     apart = 3 << 31  # ends of low rows stay, others go past 2^32
     edges = make_edges(*(np.where(x > 900, x + apart, x) for x in low[:2]), low.similarity)
     expected = spanning_forest(edges)
-    file = EdgeFile(tmp_path / "x", lambda e: e.a.astype(np.uint64), apart + 2000)
-    file.add(edges)
+    kind = edge_kind(apart + 2000)
     with tiny(50):
-        parts = list(file.ascending())
+        file = Sorter(tmp_path / "x", kind, by_first, held=50)
+        file.add(sorting.pack(kind, *edges))
+        parts = [edges_of(part) for part in file.ascending()]
     assert max(len(part.a) for part in parts) <= 50
+    assert all(one.a.max() < other.a.min() for one, other in itertools.pairwise(parts))
     assert sorted(listed(Edges(*map(np.concatenate, zip(*parts, strict=True))))) == sorted(
         listed(edges)
     )
@@ -103,7 +116,8 @@ def test_rows_beyond_32_bits_are_split_and_written_in_full(tmp_path):
 
 def test_what_a_stopped_run_left_is_not_taken_for_edges(tmp_path):
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "edges").write_bytes(b"\1" * 120)
+    (tmp_path / "work" / "edges-000").write_bytes(b"\1" * 120)
+    (tmp_path / "work" / "forest.a").write_bytes(b"\1" * 120)
     edges = random_edges(300, 500, 3)
     with tiny(20), mock.patch.object(forest, "BUFFER_EDGES", 20):
         found = by_files(tmp_path / "work", edges, 300, 100)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup import settings
-from snipdedup.chain.result import Found
+from snipdedup.chain.found import Found
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import progress, store
 from snipdedup.ground.compute import Stage, cores, in_order

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from snipdedup.chain.result import Found
+from snipdedup.chain.found import Found
 from snipdedup.ground.scan import Scan
 from snipdedup.ground.shards import Features
 from snipdedup.grouping.groups import Also

@@ -15,6 +15,7 @@ from typing import Any
 
 from snipdedup.chain.adc import check_given
 from snipdedup.chain.finding import method_of, search
+from snipdedup.chain.found import Found
 from snipdedup.chain.inputs import Inputs, open_inputs
 from snipdedup.chain.outfolder import (
     KIND,
@@ -27,7 +28,7 @@ from snipdedup.chain.outfolder import (
     write_tables,
 )
 from snipdedup.chain.reload import finished_run, load_found, load_result
-from snipdedup.chain.result import Found, Result, check_threshold, decide, decide_fraction
+from snipdedup.chain.result import Result, check_threshold, decide, decide_fraction
 from snipdedup.chain.summary import summary
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
 from snipdedup.ground import locks, store
@@ -93,7 +94,7 @@ def dedup(features: Any, **settings: Any) -> Result:
         open_runner(options, None, None) as runner,
     ):
         found = search(inputs, options, Path(work), Clock(), runner)
-    return decide_by(found, inputs.features, metadata, options)
+        return decide_by(found, inputs.features, metadata, options)
 
 
 def run(options: Dedup) -> str:
@@ -162,7 +163,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
         try:
             with open_runner(options, out, place) as runner:
                 found = find(inputs, options, out, clock, runner, found)
-                return conclude(found, out, inputs, metadata, key, request, options, clock)
+                return conclude(found, out, inputs, metadata, key, request, options, clock, load)
         except Written as other:
             said = str(other)
             if not options.keep_work:  # what was left by one that was slow to notice
@@ -216,10 +217,16 @@ def conclude(
     request: dict[str, Any],
     options: Dedup,
     clock: Clock,
+    load: bool,
 ) -> tuple[Result, str]:
-    """Decide, and write OUT, the manifest last; return the result and its summary."""
+    """Decide, and write OUT, the manifest last; return the result and its summary.
+
+    With ``load`` the result is held in memory, else what is large lies in the work folder, which
+    goes at the end.
+    """
     with clock.stage("group"):
-        result = decide_by(found, inputs.features, metadata, options)
+        work = None if load else out / store.WORK
+        result = decide_by(found, inputs.features, metadata, options, work)
     options = dataclasses.replace(options, threshold=result.threshold)
     if options.pairs:
         with clock.stage("pairs"):
@@ -231,7 +238,7 @@ def conclude(
     body = {
         "request": request,
         "settings": saved_settings(options, method_of(options)),
-        **describe_run(result, inputs, metadata, options),
+        **describe_run(result, out, inputs, metadata, options),
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
     store.write_manifest(out, KIND, body, outputs)
@@ -253,17 +260,21 @@ def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path) -> None
 
 
 def decide_by(
-    found: Found, features: Features | None, metadata: Metadata | None, options: Dedup
+    found: Found,
+    features: Features | None,
+    metadata: Metadata | None,
+    options: Dedup,
+    folder: Path | None = None,
 ) -> Result:
-    """Decide by the settings, which are `Dedup.filled`."""
+    """Decide by the settings, which are `Dedup.filled`; ``folder`` is for what is too large."""
     grouping, keep, seed = str(options.grouping), str(options.keep), options.seed or 0
     rank = None if options.method == "semdedup" else rank_by(keep, seed, metadata)
     with library_threads(cores(options.threads)):
         if options.keep_fraction is None:
-            return decide(found, features, options.threshold, grouping, keep, seed, rank)
+            return decide(found, features, options.threshold, grouping, keep, seed, rank, folder)
 
         def decide_at(threshold: float) -> Result:
-            return decide(found, features, threshold, grouping, keep, seed, rank)
+            return decide(found, features, threshold, grouping, keep, seed, rank, folder)
 
         result = decide_fraction(found, options.keep_fraction, decide_at)
     return dataclasses.replace(result, found=found.at(result.threshold))

@@ -12,9 +12,10 @@ import numpy as np
 
 from snipdedup.chain.adc import check_given, search_adc
 from snipdedup.chain.captions import with_captions
+from snipdedup.chain.found import Found
 from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.references import References, kept_model, settle
-from snipdedup.chain.result import Found, decide
+from snipdedup.chain.result import decide
 from snipdedup.chain.semdedup import search_semdedup
 from snipdedup.ground import store
 from snipdedup.ground.compute import cores, memory_bound

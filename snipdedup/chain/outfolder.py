@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snipdedup.chain import references
+from snipdedup.chain.counts import as_json, levels
+from snipdedup.chain.found import Found
 from snipdedup.chain.inputs import Inputs
-from snipdedup.chain.result import (
-    Found,
-    Result,
-    as_json,
-    forest_table,
-    groups_table,
-    levels,
-    references_table,
-)
+from snipdedup.chain.result import Result
+from snipdedup.chain.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
 from snipdedup.ground import store
 from snipdedup.ground.compute import cores, memory_bound
 from snipdedup.ground.objects import absolute
 from snipdedup.ground.shards import request_of
+from snipdedup.ground.sorting import load_column
 from snipdedup.grouping.baseline import baselines
-from snipdedup.grouping.groups import Best, Members
+from snipdedup.grouping.blocks import cut_groups, slices
+from snipdedup.grouping.groups import Best, no_members
 from snipdedup.grouping.keep import rank_by
 from snipdedup.grouping.pairs import all_pairs, too_many, write_pairs
-from snipdedup.metadata.additions import Removed, added_columns, added_names, caption_column
+from snipdedup.metadata.additions import added_columns, added_names, caption_column
+from snipdedup.metadata.files import Table
+from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.handover import list_columns, write_lists
-from snipdedup.metadata.table import Metadata, kept_names, write_kept
+from snipdedup.metadata.table import Metadata, as_texts, kept_names, write_kept
+from snipdedup.search.forest import Edges, join_edges
 from snipdedup.settings import EXPORTS, Dedup, named_kinds, parse_epsilons
 
 KIND = references.KIND
@@ -69,14 +71,11 @@ def write_tables(
     result: Result, out: Path, metadata: Metadata | None, key: str | None, options: Dedup
 ) -> list[Path]:
     """Write all files of OUT but the manifest; return their paths."""
-    store.save_npy(out / "is_dup.npy", result.is_dup)
-    store.save_parquet(out / "forest.parquet", forest_table(result.found))
-    keys = None
-    if metadata is not None and key is not None:
-        order = np.argsort(result.members.row)
-        back = np.argsort(order)
-        keys = metadata.take(key, result.members.row[order]).take(back)
-    store.save_parquet(out / "groups.parquet", groups_table(result, keys))
+    with store.writing_npy(out / "is_dup.npy", np.dtype(bool), (result.rows,)) as file:
+        for mask in result.mask():
+            mask.tofile(file)
+    write_forest(result.found, out)
+    write_groups(result, out, metadata, key)
     store.save_parquet(out / "histogram.parquet", histogram_table(result))
     outputs = [out / name for name in TABLES]
     if len(result.found.bad):
@@ -97,6 +96,35 @@ def write_tables(
     return outputs
 
 
+def write_forest(found: Found, out: Path) -> None:
+    """Write ``forest.parquet``, some edges at a time."""
+    schema = forest_table(found, join_edges([])).schema
+    with store.writing_parquet(out / "forest.parquet", schema) as write:
+        for edges in found.edges(out / store.WORK):
+            write(forest_table(found, edges))
+
+
+def write_groups(result: Result, out: Path, metadata: Metadata | None, key: str | None) -> None:
+    """Write ``groups.parquet``, some groups at a time."""
+    found, threshold = result.found, result.threshold
+    keys: Iterator[Any] = itertools.repeat(None)
+    if metadata is not None and key is not None:
+        row, group = result.members.row, result.members.group
+        keys = gather_columns(
+            metadata, [key], row, cut_groups(group), texts, out / store.WORK / "keys"
+        )
+    schema = groups_table(found, no_members(), threshold, None).schema
+    with store.writing_parquet(out / "groups.parquet", schema) as write:
+        for members, table in zip(slices(result.members), keys, strict=False):
+            named = None if table is None else table["text"]
+            write(groups_table(found, members, threshold, named))
+
+
+def texts(file: Table, batch: Any) -> dict[str, Any]:
+    """Return the one column of a record batch as texts."""
+    return {"text": as_texts(file, batch.schema.names[0], batch.column(0))}
+
+
 def prepare_pairs(result: Result, work: Path, options: Dedup) -> None:
     """Write ``pairs.parquet`` and ``copies.parquet`` to the work folder, or refuse too many."""
     import pyarrow as pa
@@ -106,8 +134,13 @@ def prepare_pairs(result: Result, work: Path, options: Dedup) -> None:
         raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
     if len(found.forest.a) > options.max_pairs:
         raise too_many(options.max_pairs)
-    pairs = all_pairs(features, found.forest, found.threshold, cores(options.threads), found.also)
-    write_pairs(work / "pairs.parquet", pairs, options.max_pairs)
+    threads, threshold = cores(options.threads), found.threshold
+
+    def pairs() -> Iterator[Edges]:
+        for block in found.blocks(threshold, work):
+            yield from all_pairs(features, block.forest, threshold, threads, found.also)
+
+    write_pairs(work / "pairs.parquet", pairs(), options.max_pairs)
     copies = pa.table({"row": found.copies, "first": found.firsts})
     store.save_parquet(work / "copies.parquet", copies)
 
@@ -115,18 +148,12 @@ def prepare_pairs(result: Result, work: Path, options: Dedup) -> None:
 def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup) -> list[Path]:
     """Write the metadata of the rows that stay, and lists of them for other tools."""
     work, kinds = out / store.WORK, named_kinds("export", options.export, EXPORTS)
-    gone = np.broadcast_to(np.False_, result.rows) if options.weights else result.is_dup
-    with added_columns(options, metadata, removed_rows(result.members), work) as added:
+    is_dup = load_column(out / "is_dup.npy")
+    gone = np.broadcast_to(np.False_, result.rows) if options.weights else is_dup
+    with added_columns(options, metadata, result.gone, work) as added:
         written = write_kept(metadata, gone, out / "metadata", added)
     columns = list_columns(kinds, metadata, options.key)
-    return written + write_lists(columns, metadata, result.is_dup, out / EXPORT, work)
-
-
-def removed_rows(members: Members) -> Removed:
-    """Return the rows that go, ascending, and what stands for them."""
-    order = np.argsort(members.row)
-    order = order[members.is_dup[order]]
-    return Removed(members.row[order], members.representative[order])
+    return written + write_lists(columns, metadata, is_dup, out / EXPORT, work)
 
 
 def bad_table(found: Found) -> Any:
@@ -148,30 +175,22 @@ def histogram_table(result: Result) -> Any:
     """Return how many groups have each size, and how many rows that stay each ``dup_count``."""
     import pyarrow as pa
 
-    _, sizes = np.unique(result.members.group, return_counts=True)
-    rows, named = result.dup_counts()
-    named = named[~result.is_dup[rows]]
-    size, groups = np.unique(sizes, return_counts=True)
-    dup_count, staying = np.unique(named, return_counts=True)
-    of = ["group_size"] * len(size) + ["dup_count"] * (1 + len(dup_count))
-    return pa.table(
-        {
-            "of": pa.array(of, pa.string()),
-            "value": np.concatenate([size, [0], dup_count]).astype(np.int64),
-            "count": np.concatenate([groups, [result.kept - len(named)], staying]).astype(np.int64),
-        }
-    )
+    sizes, named = (sorted(counts.items()) for counts in (result.tally.sizes, result.tally.named))
+    alone = result.kept - sum(result.tally.named.values())
+    value, count = np.array([*sizes, (0, alone), *named], np.int64).T
+    of = ["group_size"] * len(sizes) + ["dup_count"] * (1 + len(named))
+    return pa.table({"of": pa.array(of, pa.string()), "value": value, "count": count})
 
 
 def describe_run(
-    result: Result, inputs: Inputs, metadata: Metadata | None, options: Dedup
+    result: Result, out: Path, inputs: Inputs, metadata: Metadata | None, options: Dedup
 ) -> dict[str, Any]:
     """Return the manifest's entries about what was found and decided."""
     found, features = result.found, inputs.features
     shards = features.describe() if features else []
     for shard, crc in zip(shards, found.crcs, strict=False):
         shard["crc32"] = f"{crc:08x}"
-    _, sizes = np.unique(result.members.group, return_counts=True)
+    work = out / store.WORK
     steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
     forest_tells = found.verified and found.best is None
     table = [t for t in steps if found.threshold <= t <= 1] if forest_tells else []
@@ -186,17 +205,17 @@ def describe_run(
             "rows": result.rows,
             "removed": result.removed,
             "kept": result.kept,
-            "groups": len(sizes),
-            "largest_group": int(sizes.max(initial=1)),
+            "groups": result.tally.groups,
+            "largest_group": result.tally.largest,
             "exact_copies": len(found.copies),
             "bad_rows": len(found.bad),
             "chained": result.chained,
-            "forest_edges": len(found.whole_forest.a),
+            "forest_edges": found.edge_count,
             **more_counts(result),
         },
         **describe_sources(inputs, found),
-        "baselines": baselines(metadata, result.members) if metadata else {},
-        "thresholds": as_json(levels(found, table)),
+        "baselines": baselines(metadata, result.members, work) if metadata else {},
+        "thresholds": as_json(levels(found, table, work)),
         "epsilons": epsilon_table(found.best, options) if found.best else [],
         "method": found.notes,
     }  # fmt: skip
@@ -206,9 +225,8 @@ def more_counts(result: Result) -> dict[str, int]:
     """Return the counts that references add."""
     if result.found.references is None:
         return {}
-    named = result.members.representative[result.members.is_dup]
     counts = {"reference_rows": result.found.references.rows}
-    return counts | {"removed_for_reference": int((named < 0).sum())}
+    return counts | {"removed_for_reference": result.tally.for_reference}
 
 
 def describe_sources(inputs: Inputs, found: Found) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.chain.found import Found
 from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.references import KIND, References, check_searched
-from snipdedup.chain.result import Found, Result, decide
+from snipdedup.chain.result import Result, decide
 from snipdedup.errors import SnipError
 from snipdedup.ground import store
 from snipdedup.ground.scan import equal_rows

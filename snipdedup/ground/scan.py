@@ -6,7 +6,7 @@ compared, so that what follows sees distinct rows only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,12 @@ from snipdedup.ground import progress
 from snipdedup.ground.compute import in_order, scratch
 from snipdedup.ground.cosine import Directions, bad_rows, directions, same_bits
 from snipdedup.ground.shards import CrcLedger, Features, Piece, plan_blocks
+from snipdedup.ground.sorting import Columns, Sorter, Spread, among, pack, row_kind
 
 # Rows computed together: few enough to stay in the cache from the file to the code. Fixed, so that
 # results do not depend on chunk sizes.
 BLOCK = 2048
-SORT_ROWS = 1 << 24  # rows sorted by their hashes at a time
+SORT_ROWS = 1 << 22  # rows sorted by their hashes at a time
 COMPARE_ROWS = 4096  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
 
@@ -54,9 +55,12 @@ class Scan(NamedTuple):
         """
         skip = np.zeros(rows, bool)
         skip[self.bad] = True
-        skip[self.copies] = True
-        beside = (self.copies >= frozen) & (self.firsts < frozen)
-        skip[self.copies[beside][np.unique(self.firsts[beside], return_index=True)[1]]] = False
+        for start, stop in plan_blocks(len(self.copies), SORT_ROWS):
+            skip[self.copies[start:stop]] = True
+        if frozen:
+            beside = (self.copies >= frozen) & (self.firsts < frozen)
+            first = np.unique(self.firsts[beside], return_index=True)[1]
+            skip[self.copies[beside][first]] = False
         return skip
 
 
@@ -143,21 +147,29 @@ def read_range(
     return Seen(crcs, np.concatenate(bad), np.concatenate(hashes))
 
 
-def finish_scan(features: Features, parts: list[Seen], keep_bad: bool, threads: int) -> Scan:
-    """Put the parts of a scan together: refuse or list bad rows, find exact copies."""
+def finish_scan(
+    features: Features,
+    parts: list[Seen],
+    keep_bad: bool,
+    threads: int,
+    folder: Path | None = None,
+) -> Scan:
+    """Put the parts of a scan together: refuse or list bad rows, find exact copies.
+
+    ``folder`` takes what does not fit into memory; see `find_copies`.
+    """
     bad = np.concatenate([part.bad for part in parts])
     if len(bad) and not keep_bad:
         raise InputError(describe_bad(features, bad))
     ledger = CrcLedger(len(features.shards))
     for part in parts:
         ledger.add(part.crcs)
-    copies, firsts = find_copies(features, parts, threads)
-    comparable = ~np.isin(copies, bad)
+    copies, firsts = find_copies(features, parts, threads, bad=bad, folder=folder)
     crcs = [
         crc if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
         for crc, shard in zip(ledger.totals(), features.shards, strict=True)
     ]
-    return Scan(bad, copies[comparable], firsts[comparable], crcs)
+    return Scan(bad, copies, firsts, crcs)
 
 
 def describe_bad(features: Features, bad: np.ndarray) -> str:
@@ -215,45 +227,71 @@ def row_hashes(rows: np.ndarray) -> np.ndarray:
 
 
 def find_copies(
-    features: Features, parts: Sequence[Seen], threads: int = 1
+    features: Features,
+    parts: Sequence[Seen],
+    threads: int = 1,
+    *,
+    bad: np.ndarray | None = None,
+    folder: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows that equal an earlier row bit for bit, and the first such row of each.
-
-    Rows are sorted by hash some at a time, so that memory does not grow with their number.
 
     Parameters
     ----------
     features : Features
     parts : list of Seen
         Of consecutive rows, in row order.
+    bad : (m,) int64, optional
+        Rows that are not to be listed, ascending.
+    folder : Path, optional
+        For hashes and copies that do not fit into memory; the latter stay there, mapped.
     """
-    rounds = -(-features.rows // SORT_ROWS)
-    copies, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for turn in range(rounds):
-        rows, keys, start = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
-        for part in parts:
-            hashes = part.load_hashes()
-            use = np.flatnonzero(hashes % np.uint64(rounds) == turn)
-            rows.append(start + use)
-            keys.append(hashes[use])
-            start += len(hashes)
-        found = equal_to_first(features, np.concatenate(rows), np.concatenate(keys), threads)
-        copies.append(found[0])
-        firsts.append(found[1])
-    copy, first = np.concatenate(copies), np.concatenate(firsts)
-    order = np.argsort(copy)
-    return copy[order], first[order]
+    pair = np.dtype([("row", row_kind(features.rows)), ("first", row_kind(features.rows))])
+    known = Spread(features.rows, 0, features.rows)
+    pairs = Sorter(
+        folder and folder / "pairs", pair, lambda r: r["row"].astype(np.uint64), spread=known
+    )
+    for records in by_hash(features.rows, parts, folder):
+        copies, firsts = equal_to_first(features, records, threads)
+        if bad is not None and len(bad):
+            keep = ~among(bad, copies)
+            copies, firsts = copies[keep], firsts[keep]
+        pairs.add(pack(pair, copies, firsts))
+    listed = Columns(folder and folder / "copies", {"row": "<i8", "first": "<i8"})
+    for records in pairs.ascending():
+        order = np.argsort(records["row"])
+        listed.add(records["row"][order], records["first"][order])
+    copies, firsts = listed.arrays()
+    return copies, firsts
+
+
+def by_hash(rows: int, parts: Sequence[Seen], folder: Path | None) -> Iterator[np.ndarray]:
+    """Yield ``hash`` and ``row`` of all rows, in parts that hold all rows of each hash."""
+    kind = np.dtype([("hash", "<u8"), ("row", row_kind(rows))])
+    even = Spread(rows, 0, (1 << 64) - 1)  # as hashes are
+    hashes = Sorter(
+        folder and folder / "hashes", kind, lambda r: r["hash"], held=SORT_ROWS, spread=even
+    )
+    start = 0
+    for part in parts:
+        found = part.load_hashes()
+        hashes.add(pack(kind, found, np.arange(start, start + len(found))))
+        start += len(found)
+    yield from hashes.ascending()
 
 
 def equal_to_first(
-    features: Features, rows: np.ndarray, hashes: np.ndarray, threads: int
+    features: Features, records: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return those of the ascending rows that equal an earlier one, and the first such row."""
-    order = np.argsort(hashes, kind="stable")
-    rows, hashes = rows[order], hashes[order]
+    """Return those rows that equal an earlier one, and the first such row.
+
+    ``records`` have ``hash`` and ``row``; rows of one hash ascend.
+    """
+    order = np.argsort(records["hash"], kind="stable")
+    hashes = records["hash"][order]
     same = hashes[1:] == hashes[:-1]
-    in_run = np.concatenate([same, [False]]) | np.concatenate([[False], same])
-    rows, hashes = rows[in_run], hashes[in_run]
+    in_run = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    rows, hashes = records["row"][order[in_run]].astype(np.int64), hashes[in_run]
     copies, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     while len(rows):  # more than one round only where different rows share a hash
         starts = np.concatenate([[True], hashes[1:] != hashes[:-1]])

@@ -14,7 +14,7 @@ import platform
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata as packages
 from pathlib import Path
@@ -36,6 +36,7 @@ LOCK = "run.lock"  # in the work: one run at a time
 SHORT = 80  # characters of a value shown in a message
 SHORT_WRITE = " written"  # numpy's has no number: "512 requested and 128 written"
 CRC_CHUNK = 1 << 22  # bytes
+ROW_GROUP = 1 << 20  # rows of a row group of tables that are streamed
 UMASK = os.umask(0)  # read once: to read it is to set it, for all threads
 os.umask(UMASK)
 
@@ -138,6 +139,36 @@ def save_parquet(path: Path, table: Any) -> None:
 
     with replacing(path) as part:
         pq.write_table(table, part)
+
+
+@contextmanager
+def writing_parquet(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
+    """Yield a function that takes one ``pyarrow.Table`` after another of a file.
+
+    Its row groups, and so its bytes, do not depend on how rows are cut into tables.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    waiting, written = [schema.empty_table()], False
+
+    def flush(*, last: bool) -> None:
+        nonlocal written
+        table = pa.concat_tables(waiting).combine_chunks()
+        stop = table.num_rows if last else table.num_rows // ROW_GROUP * ROW_GROUP
+        if stop or (last and not written):
+            file.write_table(table.slice(0, stop), ROW_GROUP)
+            written = True
+        waiting[:] = [table.slice(stop)]
+
+    def take(table: Any) -> None:
+        waiting.append(table)
+        if sum(part.num_rows for part in waiting) >= ROW_GROUP:
+            flush(last=False)
+
+    with replacing(path) as part, pq.ParquetWriter(part, schema) as file:
+        yield take
+        flush(last=True)
 
 
 def save_json(path: Path, value: Any, *, lasting: bool = True) -> None:

@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
+from snipdedup.grouping.blocks import cut_groups, slices
 from snipdedup.grouping.groups import Members
+from snipdedup.metadata.files import Table
+from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.keys import classes, fingerprints
 from snipdedup.metadata.table import Metadata
 
 BASELINE_COLUMNS = ("hash", "md5", "sha256", "url")
 
 
-def baselines(metadata: Metadata, members: Members) -> dict[str, int]:
+def baselines(metadata: Metadata, members: Members, folder: Path) -> dict[str, int]:
     """Return, for each column of hashes or URLs, how many of the removed rows it would catch.
 
     Within each group, rows of one value would be cut down to one; of the rows that are removed
-    those are counted that would go so too. Rows without a value are never equal.
+    those are counted that would go so too. Rows without a value are never equal. What does not fit
+    into memory waits in ``folder``.
     """
     found = (metadata.column(None, [name]) for name in BASELINE_COLUMNS)
-    return {name: caught(metadata, name, members) for name in found if name is not None}
+    return {name: caught(metadata, name, members, folder) for name in found if name is not None}
 
 
-def caught(metadata: Metadata, column: str, members: Members) -> int:
+def caught(metadata: Metadata, column: str, members: Members, folder: Path) -> int:
     """Return how many removed rows go too where one row of each value in a group stays."""
-    order = np.argsort(members.row)
-    marks = np.empty((2, len(order)), np.uint64)
-    known = np.empty(len(order), bool)
-    for file, which, batch in metadata.pick([column], members.row[order]):
-        marks[:, which], known[which] = fingerprints(file, batch)
-    order = order[known]
-    value, group = classes(marks[:, known]), members.group[order]
+    cuts = cut_groups(members.group)
+    tables = gather_columns(metadata, [column], members.row, cuts, marked, folder / "baseline")
+    return sum(
+        caught_within(part, table)
+        for part, table in zip(slices(members), tables, strict=True)
+        if table is not None
+    )
+
+
+def marked(file: Table, batch: Any) -> dict[str, np.ndarray]:
+    """Return fingerprints of a record batch as columns."""
+    marks, known = fingerprints(file, batch)
+    return {"high": marks[0], "low": marks[1], "known": known}
+
+
+def caught_within(members: Members, table: Any) -> int:
+    """Return how many of some whole groups' rows are caught; ``table`` has their fingerprints."""
+    known = table["known"].to_numpy()
+    marks = np.stack([table[name].to_numpy() for name in ("high", "low")])
+    value, group = classes(marks[:, known]), members.group[known]
     by_value = np.lexsort((value, group))
     value, group = value[by_value], group[by_value]
     new = (value[1:] != value[:-1]) | (group[1:] != group[:-1])
     label = np.concatenate([np.zeros(min(len(value), 1), np.int64), np.cumsum(new)])
-    removed = np.bincount(label, weights=members.is_dup[order][by_value])
+    removed = np.bincount(label, weights=members.is_dup[known][by_value])
     return int(np.minimum(removed, np.bincount(label) - 1).sum())

@@ -138,10 +138,13 @@ def group_components(forest: Edges, rank: Rank) -> Members:
     return Members(row, group, keeper, similarity, is_dup)
 
 
-def group_matches(best: Best, threshold: float) -> Members:
-    """Let rows go by SemDeDup's rule; the representative is the match, removed or not."""
-    row, group = components(best.edges(threshold))
-    is_dup = best.removed(threshold)[row]
+def group_matches(matches: Edges, best: Best, threshold: float) -> Members:
+    """Let rows go by SemDeDup's rule; the representative is the match, removed or not.
+
+    ``matches`` are edges of `Best.edges`, whole groups of them.
+    """
+    row, group = components(matches)
+    is_dup = best.similarity[row] > np.float32(threshold)
     representative = np.where(is_dup, best.match[row], row)
     similarity = np.where(is_dup, best.similarity[row], np.float32(1))
     return ordered(Members(row, group, representative, similarity, is_dup))
@@ -233,7 +236,8 @@ def group_star(
         Place in keep order, smaller first.
     compare : Compare
     done : function of int
-        Told how many rows have been decided, for progress.
+        Told how many edges of the forest are settled, for progress: the rows of groups, less one
+        for each group.
     gone : (g,) int64, optional
         Rows that go whatever these rows are to one another: a row outside matches them. Their
         representative is the nearest staying row, with `NO_PAIR` where there is none.
@@ -249,7 +253,7 @@ def group_star(
     by_a = np.argsort(forest.a, kind="stable")  # a group of two has one edge, from its label
     edge = by_a[np.searchsorted(forest.a, group[two], sorter=by_a)]
     representative[two + 1], similarity[two + 1] = row[two], forest.similarity[edge]
-    done(2 * len(two))
+    done(len(two))
 
     def decide(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if places.ndim == 2:
@@ -264,7 +268,7 @@ def group_star(
     decided = chain(map(decide, alone), in_order(decide, beside, torch_threads()))
     for places, chosen, cosine in decided:
         representative[places], similarity[places] = chosen, cosine
-        done(places.size)
+        done(places.size - (len(places) if places.ndim == 2 else 1))
     return ordered(Members(row, group, representative, similarity, out | (representative != row)))
 
 

@@ -5,15 +5,18 @@ Only the columns that the rules name are read, and of those only rows that are i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.ground.sorting import Columns
 from snipdedup.grouping.groups import Rank, keep_rank
+from snipdedup.metadata.files import Table
 from snipdedup.metadata.table import Metadata, named
 from snipdedup.settings import keep_rules
 
@@ -45,19 +48,72 @@ def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
         return partial(keep_rank, keep=last, seed=seed)
     if metadata is None:
         raise UsageError(f"--keep {keep} names columns of the metadata: give --metadata too")
-    columns = [metadata.column(name) or name for _, name in rules]
-    kinds = [common_kind(metadata, column) for column in columns]
-    ways = [way for way, _ in rules]
+    return ColumnRank(metadata, rules, last, seed)
 
-    def rank(rows: np.ndarray) -> np.ndarray:
+
+class ColumnRank:
+    """Keep order by columns of the metadata, then by the place of rows.
+
+    Parameters
+    ----------
+    metadata : Metadata
+    rules : list of (str, str)
+        ``max`` or ``min``, and a column.
+    last, seed
+        As `keep_rank` takes them, for rows that are still even.
+    """
+
+    def __init__(
+        self, metadata: Metadata, rules: list[tuple[str, str]], last: str, seed: int
+    ) -> None:
+        self.metadata, self.last, self.seed = metadata, last, seed
+        self.columns = [metadata.column(name) or name for _, name in rules]
+        self.kinds = [common_kind(metadata, column) for column in self.columns]
+        self.ways = [way for way, _ in rules]
+        self.known: tuple[np.ndarray, ...] | None = None
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Return each row's place among these, (n,) uint64."""
         wanted, back = np.unique(rows, return_inverse=True)
-        keys = read_keys(metadata, columns, kinds, ways, wanted)
-        order = np.lexsort((keep_rank(wanted, last, seed), *reversed(keys)))
+        if self.known is None:
+            keys = self._read(self.metadata.pick(self._names(), wanted), len(wanted))
+        else:
+            keys = [column[wanted] for column in self.known]
+        order = np.lexsort((keep_rank(wanted, self.last, self.seed), *reversed(keys)))
         place = np.empty(len(wanted), np.uint64)
         place[order] = np.arange(len(wanted), dtype=np.uint64)
         return place[back]
 
-    return rank
+    def keep_keys(self, folder: Path) -> None:
+        """Read the columns once for all that will be asked; what is long is mapped."""
+        names = [f"key{number}" for number in range(len(self.columns))]
+        columns = Columns(folder / "keep", dict.fromkeys(names, "<u8"))
+        for file, _, batch in self.metadata.read(self._names()):
+            columns.add(*self._keys(file, batch))
+        self.known = columns.arrays()
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(self.columns))
+
+    def _read(self, found: Iterator[tuple[Table, slice, Any]], count: int) -> list[np.ndarray]:
+        keys = [np.empty(count, np.uint64) for _ in self.columns]
+        for file, which, batch in found:
+            for key, part in zip(keys, self._keys(file, batch), strict=True):
+                key[which] = part
+        return keys
+
+    def _keys(self, file: Table, batch: Any) -> list[np.ndarray]:
+        """Return of each rule a number a row, (n,) uint64, the smallest for the row to keep."""
+        keys = []
+        for column, kind, way in zip(self.columns, self.kinds, self.ways, strict=True):
+            try:
+                values = batch.column(self._names().index(column)).cast(kind, safe=False)
+            except (pa.ArrowException, NotImplementedError) as error:
+                raise SnipError(
+                    f"{file.path}: column {column!r} cannot be compared: {error}"
+                ) from error
+            keys.append(ordered(values, descending=way == "max"))
+        return keys
 
 
 def common_kind(metadata: Metadata, column: str) -> Any:
@@ -93,24 +149,6 @@ def is_number(kind: Any) -> bool:
     return is_whole(kind) or bool(
         kind == pa.uint64() or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     )
-
-
-def read_keys(
-    metadata: Metadata, columns: list[str], kinds: list[Any], ways: list[str], rows: np.ndarray
-) -> list[np.ndarray]:
-    """Return of each rule a number a row, (n,) uint64, the smallest for the row to keep."""
-    keys = [np.empty(len(rows), np.uint64) for _ in columns]
-    names = list(dict.fromkeys(columns))
-    for file, which, batch in metadata.pick(names, rows):
-        for key, column, kind, way in zip(keys, columns, kinds, ways, strict=True):
-            try:
-                values = batch.column(names.index(column)).cast(kind, safe=False)
-            except (pa.ArrowException, NotImplementedError) as error:
-                raise SnipError(
-                    f"{file.path}: column {column!r} cannot be compared: {error}"
-                ) from error
-            key[which] = ordered(values, descending=way == "max")
-    return keys
 
 
 def ordered(values: Any, *, descending: bool) -> np.ndarray:

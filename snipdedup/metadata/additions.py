@@ -1,14 +1,14 @@
-"""Columns that are added to the rows that are written: dup_count, weight, captions of removed rows.
+"""Columns added to the rows that are written: dup_count, weight, captions of removed rows.
 
-What concerns group members only is held in memory; captions are put on disk, in the order in which
-the rows that stay will ask for them.
+What concerns group members is sorted by row, in files where it is long; captions are put on disk,
+in the order in which the rows that stay will ask for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from snipdedup.ground.shards import plan_blocks
+from snipdedup.ground.sorting import READ, Columns, Sorter, among, pack
 from snipdedup.metadata.spill import Spill, spilling
 from snipdedup.metadata.table import Added, Metadata, as_texts
 from snipdedup.settings import Dedup
@@ -25,6 +27,7 @@ WEIGHT = "weight"
 MERGED = "merged_captions"
 CAPTION_COLUMNS = ("caption", "text")
 PART_CAPTIONS = 1 << 18  # captions held in memory at a time
+SIGN = np.uint64(1 << 63)
 
 
 def added_names(options: Dedup) -> list[str]:
@@ -44,10 +47,10 @@ def added_columns(
 ) -> Iterator[list[Added]]:
     """Yield the columns that a run adds, in the order of `added_names`."""
     with ExitStack() as stack:
-        columns: list[Added] = [dup_counts(removed)]
+        columns: list[Added] = [dup_counts(removed, work / "counts")]
         removed = removed.followed()
         if options.weights:
-            columns.append(weights(removed))
+            columns.append(Weights(removed, work / "weights"))
         if options.merge_captions is not None:
             column, most = caption_column(options, metadata), options.merge_captions
             merged = merged_captions(metadata, column, removed.here(), most, work / "captions")
@@ -56,7 +59,7 @@ def added_columns(
 
 
 class Removed(NamedTuple):
-    """The rows that go, ascending, and the row that stands for each; both (n,) int64.
+    """The rows that go, ascending, and the row that stands for each; both (n,) int64, or maps.
 
     A representative below 0 is a row of a reference, which no file of metadata here holds.
     """
@@ -64,8 +67,15 @@ class Removed(NamedTuple):
     row: np.ndarray
     representative: np.ndarray
 
+    def parts(self) -> Iterator[Removed]:
+        """Yield them some at a time; at least once."""
+        for start, stop in plan_blocks(len(self.row), READ) or [(0, 0)]:
+            yield Removed(*(np.asarray(column[start:stop]) for column in self))
+
     def followed(self) -> Removed:
         """Return the same with a representative that stays, where it goes itself (semdedup)."""
+        if not any(among(self.row, part.representative).any() for part in self.parts()):
+            return self
         end = self.representative
         while True:
             place = np.minimum(np.searchsorted(self.row, end), len(self.row) - 1)
@@ -76,11 +86,24 @@ class Removed(NamedTuple):
 
     def here(self) -> Removed:
         """Return those whose representative is no row of a reference."""
+        if not any((part.representative < 0).any() for part in self.parts()):
+            return self
         return Removed(*(column[self.representative >= 0] for column in self))
 
-    def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows that represent others, ascending, and how many each."""
-        return np.unique(self.representative, return_counts=True)
+    def counts(self, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows that represent others, ascending, and how many each.
+
+        Where they do not fit into memory they are mapped from files that begin as ``path``.
+        """
+        kind = np.dtype([("row", "<i8")])
+        sorter = Sorter(path, kind, lambda r: r["row"].view(np.uint64) ^ SIGN)
+        for part in self.parts():
+            sorter.add(pack(kind, part.representative))
+        counts = Columns(path, {"row": "<i8", "count": "<i8"})
+        for records in sorter.ascending():
+            counts.add(*np.unique(records["row"], return_counts=True))
+        row, count = counts.arrays()
+        return row, count
 
 
 class Listed:
@@ -90,7 +113,7 @@ class Listed:
     ----------
     field : pyarrow.Field
     rows : (n,) int64
-        Ascending.
+        Ascending; may be mapped.
     values : (n,) array
     other : scalar
         The value of all rows that are not listed.
@@ -107,20 +130,29 @@ class Listed:
         return pa.array(found, self.field.type)
 
 
-def dup_counts(removed: Removed) -> Listed:
+def dup_counts(removed: Removed, path: Path | None = None) -> Listed:
     """Return the column ``dup_count``: how many removed rows a row stands for."""
-    return Listed(pa.field(DUP_COUNT, pa.int64()), *removed.counts(), 0)
+    return Listed(pa.field(DUP_COUNT, pa.int64()), *removed.counts(path), 0)
 
 
-def weights(removed: Removed) -> Listed:
-    """Return the column ``weight``: a row shares 1 with those that have its representative."""
-    stay, counts = removed.counts()
-    share = 1 / (1 + counts)
-    rows = np.concatenate([stay, removed.row])
-    of = np.searchsorted(stay, removed.representative)
-    order = np.argsort(rows)
-    values = np.concatenate([share, share[of]])
-    return Listed(pa.field(WEIGHT, pa.float64()), rows[order], values[order], 1.0)
+class Weights:
+    """The column ``weight``: a row shares 1 with those that have its representative."""
+
+    field = pa.field(WEIGHT, pa.float64())
+
+    def __init__(self, removed: Removed, path: Path | None = None) -> None:
+        self.removed = removed
+        self.stay, self.counts = removed.counts(path)
+
+    def between(self, start: int, stop: int) -> Any:
+        """See `metadata.Added`."""
+        found = np.ones(stop - start)
+        low, high = np.searchsorted(self.stay, [start, stop])
+        found[self.stay[low:high] - start] = 1 / (1 + self.counts[low:high])
+        low, high = np.searchsorted(self.removed.row, [start, stop])
+        of = np.searchsorted(self.stay, self.removed.representative[low:high])
+        found[self.removed.row[low:high] - start] = 1 / (1 + self.counts[of])
+        return pa.array(found, self.field.type)
 
 
 class MergedCaptions:
@@ -178,20 +210,51 @@ def merged_captions(
     metadata: Metadata, column: str, removed: Removed, most: int, folder: Path
 ) -> Iterator[MergedCaptions]:
     """Yield the column ``merged_captions``; what it puts into ``folder`` is gone afterwards."""
-    stay, counts = removed.counts()
-    total = np.cumsum(counts + 1)
-    bounds = np.arange(PART_CAPTIONS, int(total[-1:].sum()), PART_CAPTIONS)
-    cuts = np.searchsorted(total, bounds)
+    stay, counts = removed.counts(folder.with_name(f"{folder.name}-counts"))
+    cuts = cut_captions(counts)
     with spilling(folder, len(cuts) + 1) as spill:
-        rows = np.concatenate([stay, removed.row])
-        place = np.searchsorted(stay, np.concatenate([stay, removed.representative]))
-        order = np.argsort(rows)
-        rows, place, own = rows[order], place[order], order < len(stay)
-        for file, which, batch in metadata.pick([column], rows):
-            texts = as_texts(file, column, batch.column(0))
-            held = {"place": place[which], "own": own[which], "caption": texts}
-            said = pc.fill_null(pc.not_equal(texts, ""), False)
-            label = np.searchsorted(cuts, place[which], side="right")
-            label = label[said.to_numpy(zero_copy_only=False)]
-            spill.add(label, pa.record_batch(held).filter(said))
+        for start, stop in pairwise(metadata.offsets.tolist()):  # a file at a time
+            rows, place, own = speakers(removed, stay, start, stop)
+            for file, which, batch in metadata.pick([column], rows):
+                texts = as_texts(file, column, batch.column(0))
+                held = {"place": place[which], "own": own[which], "caption": texts}
+                said = pc.fill_null(pc.not_equal(texts, ""), False)
+                label = np.searchsorted(cuts, place[which], side="right")
+                label = label[said.to_numpy(zero_copy_only=False)]
+                spill.add(label, pa.record_batch(held).filter(said))
         yield MergedCaptions(stay, cuts, spill, most)
+
+
+def cut_captions(counts: np.ndarray) -> np.ndarray:
+    """Return where to cut the rows that stay so that each part has some `PART_CAPTIONS` captions.
+
+    A row has its own caption and those of the ``counts`` rows that it stands for.
+    """
+    cuts, before = [np.empty(0, np.int64)], 0
+    for start, stop in plan_blocks(len(counts), READ):
+        total = before + np.cumsum(counts[start:stop] + 1)
+        bounds = np.arange(before // PART_CAPTIONS + 1, int(total[-1]) // PART_CAPTIONS + 1)
+        cuts.append(start + np.searchsorted(total, bounds * PART_CAPTIONS))
+        before = int(total[-1])
+    return np.concatenate(cuts)
+
+
+def speakers(
+    removed: Removed, stay: np.ndarray, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows from ``start`` to ``stop`` whose captions count, ascending.
+
+    Returns
+    -------
+    rows, place : (n,) int64
+        Rows that stand for others, or go; and the place of who stays among those that stay.
+    own : (n,) bool
+        Rows that stand for others.
+    """
+    low, high = np.searchsorted(stay, [start, stop])
+    first, last = np.searchsorted(removed.row, [start, stop])
+    rows = np.concatenate([stay[low:high], removed.row[first:last]])
+    of = np.searchsorted(stay, removed.representative[first:last])
+    place = np.concatenate([np.arange(low, high), of])
+    order = np.argsort(rows)
+    return rows[order], place[order], order < high - low

@@ -250,9 +250,16 @@ def link_smaller(label: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
 
 
 class ForestBuilder:
-    """Takes edges as they are found; holds no more than a forest and a buffer."""
+    """Takes edges as they are found; holds no more than a forest and a buffer.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    buffer : int, optional
+        Edges collected before the forest is made again.
+    """
+
+    def __init__(self, buffer: int | None = None) -> None:
+        self.buffer = BUFFER_EDGES if buffer is None else buffer
         self.parts: list[Edges] = []
         self.held = 0
         self.forest_size = 0
@@ -261,7 +268,7 @@ class ForestBuilder:
         """Take more edges."""
         self.parts.append(edges)
         self.held += len(edges.a)
-        if self.held > BUFFER_EDGES + 2 * self.forest_size:
+        if self.held > self.buffer + 2 * self.forest_size:
             self.forest()
 
     def forest(self) -> Edges:

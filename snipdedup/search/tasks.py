@@ -6,6 +6,7 @@ who did it: a thread, another process, another machine.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -19,6 +20,7 @@ from snipdedup.ground import store
 from snipdedup.ground.compute import pick_device
 from snipdedup.ground.scan import Scan, finish_scan
 from snipdedup.ground.shards import Features
+from snipdedup.ground.sorting import load_column
 from snipdedup.search.encoding import encode_spans, encode_task, load_seen
 from snipdedup.search.fitting import load_or_fit
 from snipdedup.search.forest import Edges
@@ -118,17 +120,19 @@ class Tasks:
         if store.is_sealed(self.scanned, folder):
             return
         parts = [load_seen(folder) for folder in self.folders]
-        found = finish_scan(self.features, parts, self.keep_bad, threads)
+        found = finish_scan(self.features, parts, self.keep_bad, threads, self.work / "copies")
         skip = found.skipped(self.features.rows, self.frozen)
         arrays = (found.bad, found.copies, found.firsts, skip)
         for name, array in zip(SCANNED, arrays, strict=True):
             store.save_npy(folder / name, array, lasting=False)
         store.seal(self.scanned, [folder / name for name in SCANNED], {"crcs": found.crcs})
+        del found, arrays  # maps of files that go now
+        shutil.rmtree(self.work / "copies", ignore_errors=True)
 
     def load_scan(self) -> Scan:
-        """Read back what was scanned."""
+        """Read back what was scanned; long arrays are mapped."""
         folder = self.scanned.parent
-        bad, copies, firsts = (np.load(folder / name) for name in SCANNED[:3])
+        bad, copies, firsts = (load_column(folder / name) for name in SCANNED[:3])
         return Scan(bad, copies, firsts, store.load_json(self.scanned)["crcs"])
 
     @property

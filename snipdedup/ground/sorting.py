@@ -1,0 +1,263 @@
+"""Records beyond what memory holds: sorted by a number each, or kept as columns that are mapped.
+
+A block of records is held; what is more lies in files. What comes out does not depend on how much
+is held, but for where parts are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from snipdedup.errors import SnipError
+from snipdedup.ground.store import explained
+
+HELD = 1 << 20  # records in memory; more go to files
+PARTS = 512  # files into which records are split at the most
+READ = 1 << 18  # records read at a time, to be split
+
+Key = Callable[[np.ndarray], np.ndarray]
+
+
+class Spread(NamedTuple):
+    """What is known of records before they come: how many, and the range of their keys."""
+
+    total: int
+    low: int
+    high: int
+
+
+class RecordFile:
+    """Records of one type one after another in a file, with the range of their keys."""
+
+    def __init__(self, path: Path, kind: np.dtype) -> None:
+        self.path, self.kind = path, kind
+        self.count, self.low, self.high = 0, (1 << 64) - 1, 0
+
+    def add(self, records: np.ndarray, key: np.ndarray) -> None:
+        """Append records that have these keys."""
+        self.low, self.high = min(self.low, int(key.min())), max(self.high, int(key.max()))
+        self.count += len(records)
+        with explained(self.path), self.path.open("ab") as file:
+            records.tofile(file)
+
+    def blocks(self, most: int) -> Iterator[np.ndarray]:
+        """Yield the records as they were added, at most so many at a time; remove the file."""
+        left = self.count
+        with self.path.open("rb") as file:
+            while left:
+                records = np.fromfile(file, self.kind, min(most, left))
+                if not len(records):
+                    raise SnipError(f"{self.path}: cut short while the run went on; start it again")
+                left -= len(records)
+                yield records
+        self.path.unlink()
+
+
+class Sorter:
+    """Takes records in any order, and gives them back by their keys.
+
+    Parameters
+    ----------
+    path : Path or None
+        Where files begin with this name, if they are needed; None: all is held.
+    kind : numpy.dtype
+        Of the records.
+    key : function of (n,) records
+        Returns what they are ordered by, (n,) uint64.
+    held : int, optional
+        Records in memory, instead of `HELD`.
+    spread : Spread, optional
+        Saves a file that is written and read once.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        kind: np.dtype,
+        key: Key,
+        *,
+        held: int | None = None,
+        spread: Spread | None = None,
+    ) -> None:
+        self.path, self.kind, self.key = path, kind, key
+        self.held = HELD if held is None else held
+        self.spread = spread or Spread(0, 0, 0)
+        self.waiting: list[np.ndarray] = []
+        self.inside = self.count = 0
+        self.files: list[RecordFile] = []
+
+    def add(self, records: np.ndarray) -> None:
+        """Take more records."""
+        self.waiting.append(records)
+        self.inside += len(records)
+        self.count += len(records)
+        if self.inside > self.held and self.path is not None:
+            self.spill()
+
+    def spill(self) -> None:
+        """Write what waits in memory."""
+        if self.path is None or not self.inside:
+            return
+        if not self.files:
+            with explained(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.files = self._files(self.path, self.spread.total)
+        self._route(self._taken(), self.files, self.spread)
+
+    def ascending(self) -> Iterator[np.ndarray]:
+        """Yield all records in parts whose keys ascend, no key in two of them.
+
+        A part has at most ``held`` records, unless they have one key; they are in it as they were
+        added, in no order of their keys. Files are gone after it.
+        """
+        if not self.files:
+            yield self._taken()
+            return
+        self.spill()
+        parts, total = [np.empty(0, self.kind)], 0
+        for file in self.files:
+            for part in self._pieces(file):
+                if total and total + len(part) > self.held:
+                    yield np.concatenate(parts)
+                    parts, total = [], 0
+                parts.append(part)
+                total += len(part)
+        yield np.concatenate(parts)
+        self.files, self.count = [], 0
+
+    def _taken(self) -> np.ndarray:
+        """Return what waits in memory, and forget it."""
+        records = np.concatenate([np.empty(0, self.kind), *self.waiting])
+        self.waiting, self.inside = [], 0
+        return records
+
+    def _files(self, path: Path, count: int) -> list[RecordFile]:
+        parts = min(PARTS, 1 + 2 * count // self.held)
+        files = [
+            RecordFile(path.with_name(f"{path.name}-{n:03d}"), self.kind) for n in range(parts)
+        ]
+        for file in files:
+            file.path.unlink(missing_ok=True)  # of a stopped run
+        return files
+
+    def _route(self, records: np.ndarray, files: Sequence[RecordFile], spread: Spread) -> None:
+        """Append records to files of ascending, equally wide ranges of keys."""
+        key = self.key(records)
+        if len(files) == 1:
+            files[0].add(records, key)
+            return
+        width = np.uint64((spread.high - spread.low) // len(files) + 1)
+        part = np.minimum((key - np.uint64(spread.low)) // width, np.uint64(len(files) - 1))
+        order = np.argsort(part.astype(np.uint16), kind="stable")
+        cuts = np.searchsorted(part[order], np.arange(len(files) + 1))
+        records, key = records[order], key[order]
+        for number in np.flatnonzero(np.diff(cuts)).tolist():
+            at = slice(cuts[number], cuts[number + 1])
+            files[number].add(records[at], key[at])
+
+    def _pieces(self, file: RecordFile) -> Iterator[np.ndarray]:
+        """Yield the records of a file in parts that are held, or have one key."""
+        if not file.count:
+            return
+        if file.count <= self.held or file.low == file.high:
+            yield np.concatenate(list(file.blocks(self.held)))
+            return
+        files = self._files(file.path, file.count)
+        for records in file.blocks(READ):
+            self._route(records, files, Spread(file.count, file.low, file.high))
+        for part in files:
+            yield from self._pieces(part)
+
+
+class Columns:
+    """Columns that grow at their end: in memory while they are short, then in files.
+
+    Parameters
+    ----------
+    path : Path or None
+        Where files begin with this name, if they are needed; None: all is held.
+    kinds : dict
+        Name and type of each column.
+    held : int, optional
+        Entries in memory, instead of `HELD`.
+    """
+
+    def __init__(
+        self, path: Path | None, kinds: dict[str, str], *, held: int | None = None
+    ) -> None:
+        self.path, self.held = path, HELD if held is None else held
+        self.kinds = {name: np.dtype(kind) for name, kind in kinds.items()}
+        self.waiting: list[tuple[np.ndarray, ...]] = []
+        self.inside = self.count = 0
+        self.written = False
+
+    def add(self, *columns: np.ndarray) -> None:
+        """Append entries, in the order of the columns."""
+        self.waiting.append(columns)
+        self.inside += len(columns[0])
+        self.count += len(columns[0])
+        if self.inside > self.held and self.path is not None:
+            self._write()
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Return the columns; files are mapped."""
+        if not self.written:
+            return self._taken()
+        self._write()
+        return tuple(np.memmap(self._file(name), kind, "r") for name, kind in self.kinds.items())
+
+    def _taken(self) -> tuple[np.ndarray, ...]:
+        parts = [tuple(np.empty(0, kind) for kind in self.kinds.values()), *self.waiting]
+        self.waiting, self.inside = [], 0
+        return tuple(
+            np.concatenate(column).astype(kind, copy=False)
+            for column, kind in zip(zip(*parts, strict=True), self.kinds.values(), strict=True)
+        )
+
+    def _file(self, name: str) -> Path:
+        if self.path is None:
+            raise ValueError("columns without a path are held")
+        return self.path.with_name(f"{self.path.name}.{name}")
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for name, column in zip(self.kinds, self._taken(), strict=True):
+                if not self.written:  # what was there may be mapped still
+                    self._file(name).unlink(missing_ok=True)
+                with self._file(name).open("ab") as file:
+                    np.ascontiguousarray(column).tofile(file)
+        self.written = True
+
+
+def pack(kind: np.dtype, *columns: np.ndarray) -> np.ndarray:
+    """Return columns as records, in the order of their fields."""
+    records = np.empty(len(columns[0]), kind)
+    for name, column in zip(kind.names or (), columns, strict=True):
+        records[name] = column
+    return records
+
+
+def row_kind(rows: int) -> str:
+    """Return the type of a row number on disk: four bytes up to 2^32 rows."""
+    return "<u4" if rows <= 1 << 32 else "<i8"
+
+
+def load_column(path: Path) -> np.ndarray:
+    """Return the array of a ``.npy``; a long one is mapped."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array if array.size > HELD else np.array(array)
+
+
+def among(known: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return which rows are among some ascending ones, (n,) bool; those may be mapped."""
+    if not len(known):
+        return np.zeros(len(rows), bool)
+    place = np.minimum(np.searchsorted(known, rows), len(known) - 1)
+    return np.asarray(known[place] == rows)
