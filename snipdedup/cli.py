@@ -117,9 +117,9 @@ GO_ON = ("train", "compress", "index", "dedup", "filter", "download", "demo")  #
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``snip`` and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    if argv is not None:
-        sys.exit(run(list(argv)))
-    status = run(sys.argv[1:])
+    status = run(list(sys.argv[1:] if argv is None else argv))
+    if argv is not None or sys.getprofile() or sys.gettrace():  # a caller, who goes on
+        sys.exit(status)
     # What a large run holds, and torch, take a third of a second to be taken apart one by one.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

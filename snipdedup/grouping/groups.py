@@ -11,7 +11,7 @@ import numpy as np
 from snipdedup.ground.compute import in_order
 from snipdedup.ground.cosine import pair_cosine, unit_rows64
 from snipdedup.grouping.star import Gather, star_huge
-from snipdedup.search.forest import Edges, components, make_edges
+from snipdedup.search.forest import Edges, components, make_edges, order_by
 
 Rank = Callable[[np.ndarray], np.ndarray]
 
@@ -517,7 +517,7 @@ def concatenate(*parts: Members) -> Members:
 
 def ordered(members: Members) -> Members:
     """Return members ordered by group, then row."""
-    order = np.lexsort((members.row, members.group))
+    order = order_by(members.group, members.row)
     return Members(*(column[order] for column in members))
 
 
