@@ -12,8 +12,15 @@ from snipdedup.ground.cosine import Directions, bad_rows, directions
 from snipdedup.ground.scan import BLOCK, row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, make_edges
-from snipdedup.search.learned import Learned, encode_blocks, learn_codes, row_products
-from snipdedup.search.lists import Asked, Lists, calibrate_tau, sample_pairs, train_centroids
+from snipdedup.search.learned import Learned, encode_blocks, learn_codes
+from snipdedup.search.lists import (
+    Asked,
+    Lists,
+    calibrate_tau,
+    pair_products,
+    sample_pairs,
+    train_centroids,
+)
 from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, no_hubs
 from snipdedup.search.model import Model
 from snipdedup.search.projection import WIDTHS, Projection, fit_projections
@@ -161,7 +168,7 @@ def proposals(
 
     def left(projection: Projection) -> float:
         codes = projection.encode_directions(rows)[0]
-        found = row_products(codes, a, b) >= projection.limit(threshold)
+        found = pair_products(codes, a, b) >= projection.limit(threshold)
         degree = np.bincount(np.concatenate([a[found], b[found]]), minlength=1)
         return float(np.minimum(degree, CROWDED_DEGREE).sum() / 2)
 

@@ -25,6 +25,8 @@ from snipdedup.search.lists import (
     drawn_pairs,
     easiest,
     edge_weights,
+    pair_products,
+    row_products,
     weighted_quantile,
 )
 from snipdedup.search.projection import PEAK, Projection, random_rotation, to_codes
@@ -112,7 +114,7 @@ def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) 
     if not len(pairs.a) or asked.recall >= 1:  # nothing to learn from: nothing is ruled out
         return dataclasses.replace(codes, lowest=-(codes.norm**2))
     z = encode_blocks(codes, sample, asked.threads)
-    product = row_products(z, pairs.a, pairs.b)
+    product = pair_products(z, pairs.a, pairs.b)
     places = easiest(pairs, -product, asked.threshold)
     forest = pairs.where(places)
     weight = edge_weights(forest, asked.sampled)
@@ -122,21 +124,9 @@ def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) 
         unit = unit_rows(sample)
         drawn = drawn_pairs(forest, weight, len(unit))
         moved = encode_blocks(codes, unit + (unit[drawn.b] - unit[drawn.a]), asked.threads)
-        found = np.quantile(products(z, moved), 1 - asked.cautious, method="lower")
+        found = np.quantile(row_products(z, moved), 1 - asked.cautious, method="lower")
         lowest = min(lowest, float(found))
     return dataclasses.replace(codes, lowest=lowest)
-
-
-def row_products(codes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the product of codes a with codes b, (n,) float64."""
-    spans = plan_blocks(len(a), BLOCK)
-    parts = [products(codes[a[low:high]], codes[b[low:high]]) for low, high in spans]
-    return np.concatenate([np.empty(0), *parts])
-
-
-def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the product of each row of codes with the same row of others, (n,) float64."""
-    return np.einsum("ij,ij->i", x, y, dtype=np.int32).astype(np.float64)
 
 
 def encode_blocks(codes: Projection, rows: np.ndarray, threads: int) -> np.ndarray:

@@ -178,6 +178,18 @@ def squares(codes: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", codes, codes, dtype=np.int32)
 
 
+def pair_products(codes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the product of codes a with codes b, (n,) int64."""
+    spans = plan_blocks(len(a), ASSIGN_BLOCK)
+    parts = [row_products(codes[a[low:high]], codes[b[low:high]]) for low, high in spans]
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def row_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the product of each row of codes with the same row of others, (n,) int64."""
+    return np.einsum("ij,ij->i", x, y, dtype=np.int32).astype(np.int64)
+
+
 def assign(codes: np.ndarray, lists: Lists, far: np.ndarray | None = None) -> Visits:
     """Return the lists that each code lives in or visits, ordered by row.
 
@@ -381,10 +393,9 @@ def needed_taus(
     home, best = nearest(codes, centroids, threads)
 
     def one_way(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        other = centroids[home[y]].astype(np.float32)
-        gap = (other * (other - 2 * codes[x].astype(np.float32))).sum(1) - best[x]
-        apart = other - centroids[home[x]]
-        distance = np.sqrt((apart * apart).sum(1)).clip(1e-9)
-        return np.where(home[y] == home[x], 0.0, gap / (2 * distance)).astype(np.float64)
+        own, other = centroids[home[x]], centroids[home[y]]
+        gap = squares(other) - 2 * row_products(other, codes[x]) - best[x]
+        distance = np.sqrt(squares(own) + squares(other) - 2 * row_products(own, other))
+        return np.where(home[y] == home[x], 0.0, gap / (2 * distance.clip(1e-9)))
 
     return np.stack([one_way(a, b), one_way(b, a)], axis=1)

@@ -40,7 +40,7 @@ def verify_pairs(
         Cosine from which two rows are a pair.
     threads : int
     every : bool
-        Yield every pair; by default only a maximum spanning forest of each block's.
+        Yield every pair; by default a maximum spanning forest of a block's does where it is smaller.
     """
 
     def check(span: tuple[int, int]) -> Edges:
@@ -64,7 +64,9 @@ def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, ev
         likely = np.flatnonzero(products >= np.float32(threshold - PROPOSAL_ERROR))
         i, j = i[likely], j[likely]
     edges = make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j)).at(threshold)
-    return edges if every else spanning_forest(edges)
+    if every or len(edges.a) < len(rows):  # a forest would hardly be smaller
+        return edges
+    return spanning_forest(edges)
 
 
 def pair_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarray:
