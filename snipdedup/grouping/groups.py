@@ -495,7 +495,8 @@ class Copies:
 
     def unfold(self, members: Members) -> Members:
         """Add the folded rows: a copy goes, for its keeper or for what its keeper goes for."""
-        lone = np.setdiff1d(self.keeper, members.row)
+        rows = np.append(np.sort(members.row), np.iinfo(np.int64).max)
+        lone = self.keeper[rows[np.searchsorted(rows, self.keeper)] != self.keeper]
         ones = np.ones(len(lone), np.float32)
         keepers = concatenate(members, Members(lone, lone, lone, ones, np.zeros(len(lone), bool)))
         by_row = np.argsort(keepers.row)

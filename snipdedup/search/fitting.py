@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from snipdedup.ground.compute import in_order, library_threads
-from snipdedup.ground.cosine import Directions, bad_rows, directions
+from snipdedup.ground.cosine import bad_rows, directions
 from snipdedup.ground.scan import BLOCK, row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, make_edges
@@ -23,7 +22,7 @@ from snipdedup.search.lists import (
 )
 from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, no_hubs
 from snipdedup.search.model import Model
-from snipdedup.search.projection import WIDTHS, Projection, fit_projections
+from snipdedup.search.projection import WIDTHS, Projection, main_directions, project
 from snipdedup.search.verify import proved_cosines
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
@@ -141,38 +140,37 @@ def choose_projection(
 ) -> Projection:
     """Return the projection that costs least: narrow codes are cheap, wide ones leave fewer pairs.
 
-    How many pairs a row would get in the whole set is extrapolated from the sample. Rows of large
-    groups count as others do: their tiles are crowded at any width.
+    From the narrowest on, until a wider one saves less than it costs. How many pairs a row would
+    get in the whole set is extrapolated from the sample. Rows of large groups count as others do:
+    their tiles are crowded at any width.
     """
     part = directions(sample[:CHOICE_ROWS])
+    main = main_directions(part.unit(), WIDTHS[-1] - 1, threads)
     if rows <= SINGLE_LIST_ROWS:  # products are few
-        return fit_projections(part, WIDTHS[-1:], seed, threads)[0]
-    projections = fit_projections(part, WIDTHS, seed, threads)
+        return project(main, part, WIDTHS[-1], seed)[0]
     nlist, count = list_count(rows), len(part.bad)
     coordinate = CODE_PRODUCTS + nlist + VISITING * rows / nlist
-    found = proposals(projections, part, threshold, threads) * rows / count**2
-    costs = [p.width * coordinate for p in projections] + found * PROPOSAL_PRODUCTS
-    return projections[int(np.argmin(costs))]
+    best, codes = project(main, part, WIDTHS[0], seed)
+    a, b = sample_pairs(codes, best.limit(threshold), threads)  # wider ones rule out more of them
+
+    def cost(projection: Projection, codes: np.ndarray) -> float:
+        found = proposals(codes, a, b, projection.limit(threshold)) * rows / count**2
+        return projection.width * coordinate + found * PROPOSAL_PRODUCTS
+
+    lowest = cost(best, codes)
+    for width in WIDTHS[1:]:
+        wider, codes = project(main, part, width, seed)
+        if cost(wider, codes) >= lowest:
+            break
+        best, lowest = wider, cost(wider, codes)
+    return best
 
 
-def proposals(
-    projections: Sequence[Projection], rows: Directions, threshold: float, threads: int
-) -> np.ndarray:
-    """Return how many pairs of some rows each projection leaves to prove, (n,) float64.
-
-    Each row counts for `CROWDED_DEGREE` at most. Pairs that the first, the narrowest, rules out are
-    not looked at by the others.
-    """
-    codes = projections[0].encode_directions(rows)[0]
-    a, b = sample_pairs(codes, projections[0].limit(threshold), threads)
-
-    def left(projection: Projection) -> float:
-        codes = projection.encode_directions(rows)[0]
-        found = pair_products(codes, a, b) >= projection.limit(threshold)
-        degree = np.bincount(np.concatenate([a[found], b[found]]), minlength=1)
-        return float(np.minimum(degree, CROWDED_DEGREE).sum() / 2)
-
-    return np.array(list(in_order(left, projections, threads)))
+def proposals(codes: np.ndarray, a: np.ndarray, b: np.ndarray, limit: float) -> float:
+    """Return how many of some pairs of codes reach a limit; each code counts up to a degree."""
+    found = pair_products(codes, a, b) >= limit
+    degree = np.bincount(np.concatenate([a[found], b[found]]), minlength=1)
+    return float(np.minimum(degree, CROWDED_DEGREE).sum() / 2)
 
 
 def sample_distinct(

@@ -9,7 +9,6 @@ rounds them. So rows whose codes' product lies below ``limit`` cannot be a pair.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -153,39 +152,34 @@ def has_bfloat16() -> bool:
 
 
 def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
-    """Fit a projection to a sample of rows; see `fit_projections`."""
-    return fit_projections(directions(sample), (width,), seed)[0]
+    """Fit a projection of a width to a sample of distinct rows, (n, d), that can be compared."""
+    rows = directions(sample)
+    return project(main_directions(rows.unit(), width - 1), rows, width, seed)[0]
 
 
-def fit_projections(
-    sample: Directions, widths: Sequence[int], seed: int, threads: int = 1
-) -> list[Projection]:
-    """Fit projections of several widths to a sample of rows.
+def project(
+    main: np.ndarray, rows: Directions, width: int, seed: int
+) -> tuple[Projection, np.ndarray]:
+    """Return a projection on the last ``width`` - 1 main directions, and the codes of some rows.
 
     Parameters
     ----------
-    sample : Directions
-        Distinct rows that can be compared.
-    widths : sequence of int
+    main : (d, m) float64
+        Orthonormal; see `main_directions`.
+    rows : Directions
+        A sample, from which the scale comes.
+    width : int
         Coordinates of a code.
     seed : int
         Of the rotation.
-    threads : int
-        The result does not depend on them.
     """
-    unit = sample.unit()
-    found = main_directions(unit, min(max(widths) - 1, unit.shape[1]), threads)
-
-    def fit(width: int) -> Projection:
-        main = found[:, -(width - 1) :]
-        rotation = random_rotation(width, seed)
-        count = main.shape[1]
-        matrix = (main @ rotation[:count]).astype(np.float32)
-        projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
-        peak = float(projection.rotated(sample).abs().max())
-        return dataclasses.replace(projection, scale=PEAK / min(1.0, peak * HEADROOM))
-
-    return list(in_order(fit, widths, threads))
+    main, rotation = main[:, -(width - 1) :], random_rotation(width, seed)
+    count = main.shape[1]
+    matrix = (main @ rotation[:count]).astype(np.float32)
+    projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
+    coordinates = projection.rotated(rows)
+    scale = PEAK / min(1.0, float(coordinates.abs().max()) * HEADROOM)
+    return dataclasses.replace(projection, scale=scale), to_codes(coordinates, scale)[0]
 
 
 def random_rotation(width: int, seed: int) -> np.ndarray:
@@ -196,8 +190,11 @@ def random_rotation(width: int, seed: int) -> np.ndarray:
     return np.asarray(torch.linalg.qr(torch.from_numpy(values))[0].numpy())
 
 
-def main_directions(unit: np.ndarray, count: int, threads: int = 1) -> np.ndarray:
-    """Return the main directions of unit rows about the origin, (d, count) float64, orthonormal."""
+def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray:
+    """Return the main directions of unit rows about the origin, orthonormal, the longest last.
+
+    (d, m) float64, m the smaller of d and ``most``.
+    """
     import torch
 
     def moments(span: tuple[int, int]) -> Any:
@@ -205,4 +202,4 @@ def main_directions(unit: np.ndarray, count: int, threads: int = 1) -> np.ndarra
         return (values.T @ values).double()
 
     total: Any = sum(in_order(moments, plan_blocks(len(unit), MOMENT_ROWS), threads))
-    return np.asarray(torch.linalg.eigh(total)[1].numpy()[:, -count:])
+    return np.asarray(torch.linalg.eigh(total)[1].numpy()[:, -min(most, len(total)) :])

@@ -40,7 +40,7 @@ def verify_pairs(
         Cosine from which two rows are a pair.
     threads : int
     every : bool
-        Yield every pair; by default a maximum spanning forest of a block's does where it is smaller.
+        Yield every pair; by default a maximum spanning forest of a block's will do.
     """
 
     def check(span: tuple[int, int]) -> Edges:
