@@ -63,7 +63,7 @@ def join(
     with stage("join"):
         forest, notes = join_all(tasks, runner, seen, memory)
     lists = {
-        "kernel": pick_kernel(pick_device(tasks.device), model.projection.width).name,
+        "kernel": pick_kernel(pick_device(tasks.device)).name,
         "bfloat16": has_bfloat16(),
         "width": model.projection.width,
         "nlist": model.lists.nlist,

@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from snipdedup.ground.compute import scratch
 
-TEST_ROWS = 512
+TEST_ROWS, TEST_WIDTH = 512, 256
 TEST_ROUNDS = 5
 RUN = 64  # columns of products among which a hit is looked for at once
 MOST_RUNS = 1 / 4  # share of runs with a hit from which all products are looked at
@@ -98,23 +98,21 @@ def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
     return torch._int_mm(padded, columns)[: len(x), :count]
 
 
-@lru_cache(maxsize=16)
-def pick_kernel(device: str = "cpu", width: int = 256, exact: bool = False) -> Kernel:
-    """Return the fastest kernel that passes the self-test.
+@cache
+def pick_kernel(device: str = "cpu", exact: bool = False) -> Kernel:
+    """Return the fastest kernel that passes the self-test, the same for codes of all widths.
 
     Parameters
     ----------
     device : str
         ``cpu`` or ``cuda``.
-    width : int
-        Width of the codes.
     exact : bool
         Leave out kernels that round.
     """
     if exact:
-        usual = pick_kernel(device, width)  # tried already
-        return usual if not usual.rounding else fastest(exact_ones(device), width)
-    return fastest(candidates(device), width)
+        usual = pick_kernel(device)  # tried already
+        return usual if not usual.rounding else fastest(exact_ones(device), TEST_WIDTH)
+    return fastest(candidates(device), TEST_WIDTH)
 
 
 def exact_ones(device: str) -> list[Kernel]:

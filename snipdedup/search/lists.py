@@ -167,7 +167,7 @@ def nearness(codes: np.ndarray, centroids: np.ndarray) -> Any:
     """
     import torch
 
-    kernel = pick_kernel("cpu", codes.shape[1], exact=True)
+    kernel = pick_kernel("cpu", exact=True)
     products = kernel.multiply(torch.from_numpy(codes), kernel.prepare(torch.from_numpy(centroids)))
     size = torch.from_numpy(squares(centroids)).to(products.dtype)
     return torch.add(-size, products, alpha=2, out=products)
@@ -362,7 +362,7 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
     """
     import torch
 
-    kernel = pick_kernel("cpu", codes.shape[1], exact=True)
+    kernel = pick_kernel("cpu", exact=True)
 
     def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         columns = kernel.prepare(torch.from_numpy(codes[slice(*span)]))

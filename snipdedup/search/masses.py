@@ -197,7 +197,7 @@ def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndar
     """Return how many products of each code of ``x`` with those of ``y`` reach a limit, (n,)."""
     import torch
 
-    kernel = pick_kernel("cpu", x.shape[1], exact=True)
+    kernel = pick_kernel("cpu", exact=True)
     columns = kernel.prepare(torch.from_numpy(y))
 
     def count(span: tuple[int, int]) -> np.ndarray:

@@ -103,7 +103,7 @@ def compare(
     """
     import torch
 
-    kernel = pick_kernel(device, members.codes.shape[1])
+    kernel = pick_kernel(device)
     right, first = members.part(0, columns), 0
     old = right.row < frozen
     if frozen and old.all():
@@ -235,7 +235,7 @@ def centred_cosines(x: Any, y: Any, table: np.ndarray) -> float:
     """
     import torch
 
-    kernel = pick_kernel("cpu", x.shape[1], exact=True)
+    kernel = pick_kernel("cpu", exact=True)
     if kernel.name != "int8":
         return float("inf")
     centre = y.mean(0)
