@@ -15,8 +15,8 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.ground.store import explained
 
-HELD = 1 << 20  # records in memory; more go to files
-PARTS = 512  # files into which records are split at the most
+HELD = 1 << 19  # records in memory; more go to files
+PARTS = 1024  # files into which records are split at the most
 READ = 1 << 18  # records read at a time, to be split
 SHORT_ROWS = 1 << 32  # rows whose numbers fit four bytes
 
