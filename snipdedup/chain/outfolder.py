@@ -259,7 +259,11 @@ def epsilon_table(best: Best, options: Dedup) -> list[dict[str, Any]]:
 
 def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
     """Return settings as a manifest holds them: paths absolute, so that a later run finds them."""
-    settings = options.as_dict() | {
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in options.as_dict().items()
+    }
+    settings |= {
         "method": method,
         "threads": cores(options.threads),
         "max_memory": memory_bound(options.max_memory),

@@ -15,9 +15,10 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.ground.store import explained
 
-HELD = 1 << 20  # records in memory; more go to files
-PARTS = 512  # files into which records are split at the most
+HELD = 1 << 19  # records in memory; more go to files
+PARTS = 1024  # files into which records are split at the most
 READ = 1 << 18  # records read at a time, to be split
+SHORT_ROWS = 1 << 32  # rows whose numbers fit four bytes
 
 Key = Callable[[np.ndarray], np.ndarray]
 
@@ -245,8 +246,8 @@ def pack(kind: np.dtype, *columns: np.ndarray) -> np.ndarray:
 
 
 def row_kind(rows: int) -> str:
-    """Return the type of a row number on disk: four bytes up to 2^32 rows."""
-    return "<u4" if rows <= 1 << 32 else "<i8"
+    """Return the type of a row number where there are many: four bytes up to 2^32 rows."""
+    return "<u4" if rows <= SHORT_ROWS else "<i8"
 
 
 def load_column(path: Path) -> np.ndarray:

@@ -154,12 +154,13 @@ def writing_parquet(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
 
     def flush(*, last: bool) -> None:
         nonlocal written
-        table = pa.concat_tables(waiting).combine_chunks()
+        table = pa.concat_tables(waiting)
         stop = table.num_rows if last else table.num_rows // ROW_GROUP * ROW_GROUP
         if stop or (last and not written):
-            file.write_table(table.slice(0, stop), ROW_GROUP)
+            file.write_table(table.slice(0, stop).combine_chunks(), ROW_GROUP)
             written = True
-        waiting[:] = [table.slice(stop)]
+        waiting[:] = [table.slice(stop).combine_chunks()]  # lets go of what is written
+        pa.default_memory_pool().release_unused()
 
     def take(table: Any) -> None:
         waiting.append(table)

@@ -62,3 +62,4 @@ def gather_columns(
             if table is not None:
                 table = table.take(pa.array(np.argsort(table["place"].to_numpy())))
             yield table
+            pa.default_memory_pool().release_unused()

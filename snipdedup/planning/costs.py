@@ -15,14 +15,8 @@ from typing import NamedTuple
 
 from snipdedup.ground.scan import SORT_ROWS
 from snipdedup.search.encoding import task_rows
-from snipdedup.search.fitting import (
-    CALIBRATION_ROWS,
-    CALIBRATION_SHARE,
-    ROWS_A_CENTROID,
-    SINGLE_LIST_ROWS,
-    list_count,
-)
-from snipdedup.search.join import PARTITION_BYTES, RUNS_A_WORKER, VISIT_BYTES
+from snipdedup.search.fitting import SINGLE_LIST_ROWS, list_count
+from snipdedup.search.join import PARTITION_BYTES, RUNS_A_WORKER, VISIT_BYTES, sample_size
 from snipdedup.search.lists import ROUNDS
 from snipdedup.search.spanning import HELD_EDGES
 from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE
@@ -224,13 +218,6 @@ class Cost:
     def memory(self) -> float:
         """Peak of anonymous memory of one machine."""
         return max(stage.memory for stage in self.stages)
-
-
-def sample_size(rows: int, lists: int) -> int:
-    """Return the rows of a set to which so many lists are fitted."""
-    low, high = CALIBRATION_ROWS
-    calibration = min(max(low, int(CALIBRATION_SHARE * rows)), high)
-    return min(rows, max(calibration, ROWS_A_CENTROID * lists))
 
 
 def count(job: Job, rates: Rates) -> Counts:

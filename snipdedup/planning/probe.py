@@ -19,10 +19,11 @@ from snipdedup.ground.compute import in_order, library_threads
 from snipdedup.ground.scan import Seen, find_copies, row_hashes
 from snipdedup.ground.shards import Features, open_features, plan_blocks
 from snipdedup.grouping.groups import Compare, group_star, keep_rank
-from snipdedup.planning.costs import TREE, Rates, sample_size
+from snipdedup.planning.costs import TREE, Rates
 from snipdedup.search.encoding import encode_task, task_rows
 from snipdedup.search.fitting import CROWDED_DEGREE, fit, list_count
 from snipdedup.search.forest import make_edges, spanning_forest
+from snipdedup.search.join import sample_size
 from snipdedup.search.learned import encode_blocks
 from snipdedup.search.lists import ROUNDS, Lists, assign, nearest, sample_pairs
 from snipdedup.search.model import Model

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.ground.sorting import row_kind
+
 BUFFER_EDGES = 1 << 22  # edges collected before a forest is reduced again
 BLOCK_EDGES = 1 << 16  # edges joined at a time: few enough to stay in the cache
 SPREAD = 8  # rows up to the last one touched for each edge, from which rows get new numbers
@@ -138,7 +140,7 @@ class Roots:
     """
 
     def __init__(self, rows: int) -> None:
-        self.parent = np.arange(rows, dtype=np.uint32 if rows <= 1 << 32 else np.int64)
+        self.parent = np.arange(rows, dtype=row_kind(rows))
 
     def find(self, rows: np.ndarray) -> np.ndarray:
         """Return the smallest row joined with each row, in ``parent``'s type."""

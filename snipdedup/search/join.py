@@ -10,15 +10,25 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
+
 from snipdedup.errors import SnipError
 from snipdedup.ground import progress
 from snipdedup.ground.compute import Stage, pick_device
-from snipdedup.ground.scan import Scan
+from snipdedup.ground.scan import BLOCK, SORT_ROWS, Scan
 from snipdedup.ground.shards import Features
-from snipdedup.search.encoding import absorbed_edges
+from snipdedup.ground.sorting import row_kind
+from snipdedup.search.encoding import absorbed_edges, task_rows
+from snipdedup.search.fitting import (
+    CALIBRATION_ROWS,
+    CALIBRATION_SHARE,
+    ROWS_A_CENTROID,
+    SINGLE_LIST_ROWS,
+    list_count,
+)
 from snipdedup.search.forest import Edges
 from snipdedup.search.kernels import pick_kernel
-from snipdedup.search.projection import has_bfloat16
+from snipdedup.search.projection import WIDTHS, has_bfloat16
 from snipdedup.search.runners import Runner
 from snipdedup.search.spanning import ForestFile
 from snipdedup.search.tasks import Tasks, fits
@@ -28,7 +38,11 @@ from snipdedup.search.verify import GATHER_PAIRS
 PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes
 VISIT_BYTES = 64  # held for each row of a list while a partition is brought together, codes apart
 TILE_BYTES = 16  # of each product of a tile: int32, float32 and masks
-ROW_BYTES = 100  # held for each row at the peak: sorting hashes, merging forests, groups
+HELD_BYTES = 130_000_000  # by what libraries allocate once they are used, and do not give back
+SORT_BYTES = 60  # of each row whose hashes are sorted
+GROUP_BYTES, GROUPS_BYTES = 200, 450_000_000  # deciding and writing: for a row, and at the most
+USUAL_VISITS = 4  # lists that a row of a large set lives in or visits
+DISTANCE_BYTES = 9  # of each row of a block and list: a distance, what is compared, a mask
 RUNS_A_WORKER = 8  # of lists, so that all workers end at about the same time
 
 
@@ -75,15 +89,49 @@ def join(
 
 
 def needed_memory(features: Features, threads: int) -> int:
-    """Return the least memory that a join of these rows needs, in bytes, libraries apart.
+    """Return the least memory that a run with these rows needs, in bytes, libraries apart.
 
-    Every row costs some bytes (its hash while copies are sought, its share of the forest and of
-    groups), every thread the rows of a block of proofs, of two tiles, and their products.
+    One stage comes after the other. Fitting holds a sample; encoding, for each thread, a task's
+    codes and a block's distances to centroids; joining, for each thread, the rows of a block of
+    proofs, of two tiles, and their products. Listing copies costs a byte a row, forest and groups
+    four (eight above 2^32 rows), and a block of edges or groups.
     """
+    rows, raw = features.rows, features.dim * features.dtype.itemsize
+    roots = rows * np.dtype(row_kind(rows)).itemsize
+    stages = (
+        fitting_bytes(rows, raw),
+        threads * max(encode_bytes(rows), join_bytes(features)),
+        rows + min(rows, SORT_ROWS) * SORT_BYTES,
+        roots + min(GROUP_BYTES * rows, GROUPS_BYTES),
+    )
+    return HELD_BYTES + max(stages)
+
+
+def fitting_bytes(rows: int, raw: int) -> int:
+    """Return what fitting holds: its sample twice, ``raw`` bytes a row, and codes of it."""
+    lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
+    return sample_size(rows, lists) * (2 * raw + 12 * WIDTHS[-1])
+
+
+def encode_bytes(rows: int) -> int:
+    """Return what an encode task holds: codes of rows and visits, distances of a block to lists."""
+    lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
+    width = WIDTHS[-1]
+    task = min(rows, task_rows(rows)) * (2 * width + USUAL_VISITS * (width + 40))
+    return task + BLOCK * lists * DISTANCE_BYTES
+
+
+def join_bytes(features: Features) -> int:
+    """Return what a thread holds that joins: a block of proofs, two tiles, a small partition."""
     raw = features.dim * (features.dtype.itemsize + 4)
     tile = ROW_TILE * COLUMN_TILE * TILE_BYTES + 2 * (ROW_TILE + COLUMN_TILE) * raw
-    thread = 2 * GATHER_PAIRS * raw + tile + PARTITION_BYTES
-    return ROW_BYTES * features.rows + threads * thread
+    return 2 * GATHER_PAIRS * raw + tile + PARTITION_BYTES
+
+
+def sample_size(rows: int, lists: int) -> int:
+    """Return the rows of a set to which so many lists are fitted."""
+    calibration = int(np.clip(CALIBRATION_SHARE * rows, *CALIBRATION_ROWS))
+    return min(rows, max(calibration, ROWS_A_CENTROID * lists))
 
 
 def encode_all(tasks: Tasks, runner: Runner) -> None:
@@ -102,8 +150,8 @@ def join_all(tasks: Tasks, runner: Runner, seen: Scan, memory: int) -> tuple[Edg
     after another on all threads.
     """
     features, model, visits = tasks.features, tasks.model, tasks.visits()
-    spare = (memory - needed_memory(features, runner.here)) // runner.here + PARTITION_BYTES
-    bound = spare // (VISIT_BYTES + 2 * model.projection.width)
+    spare = (memory - HELD_BYTES) // runner.here - join_bytes(features) + PARTITION_BYTES
+    bound = max(PARTITION_BYTES, spare) // (VISIT_BYTES + 2 * model.projection.width)
     most = min(bound, max(1, int(visits.sum()) // (RUNS_A_WORKER * runner.workers)))
     runner.once(functools.partial(tasks.plan, visits, most, bound), tasks.planned)
     runs = tasks.runs()
