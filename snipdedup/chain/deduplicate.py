@@ -161,7 +161,8 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     said = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
         try:
-            with open_runner(options, out, place) as runner:
+            rows = 0 if load or features is None else features.rows  # others' processes stay whole
+            with open_runner(options, out, place, rows=rows) as runner:
                 found = find(inputs, options, out, clock, runner, found)
                 return conclude(found, out, inputs, metadata, key, request, options, clock, load)
         except Written as other:

@@ -1,4 +1,4 @@
-"""Who does the tasks of a join: threads, Ray workers, or processes that share a file system.
+"""Who does the tasks of a join: threads or processes here, Ray workers, or a crew of processes.
 
 A task leaves a mark, its last file. `Runner.each` yields tasks as their marks stand; nothing else
 is said between those who work, so the result is the same whoever they are.
@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from snipdedup.ground.compute import cores, in_order
+from snipdedup.ground.compute import cores, in_order, pick_device
 from snipdedup.search.crew import Crew, Place
+from snipdedup.search.forked import can_fork, in_processes
 from snipdedup.search.raycluster import Ray
 from snipdedup.settings import Dedup
 
 T = TypeVar("T")
+
+FORK_ROWS = 1 << 18  # from here on the work is worth processes of its own
 
 
 class Runner(Protocol):
@@ -53,10 +56,11 @@ class Runner(Protocol):
 
 
 class Local:
-    """Threads of this process."""
+    """Threads of this process; with ``forks`` processes forked from it, unless there is a GPU."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, forks: bool = False, device: str = "auto") -> None:
         self.workers = self.here = threads
+        self.forks, self.device = forks, device
 
     def once(self, do: Callable[[], None], mark: Path) -> None:
         """See `Runner.once`."""
@@ -77,15 +81,22 @@ class Local:
             do(task)
             return task
 
-        yield from in_order(run, tasks, self.here if within == 1 else 1)
+        workers = self.here if within == 1 else 1
+        several = min(workers, len(tasks)) > 1
+        if self.forks and several and pick_device(self.device) == "cpu":
+            yield from in_processes(do, tasks, workers)
+        else:
+            yield from in_order(run, tasks, workers)
 
     def finish(self) -> None:
         """See `Runner.finish`."""
 
 
 @contextmanager
-def open_runner(options: Dedup, out: Path | None, place: Place | None) -> Iterator[Runner]:
-    """Yield who is to do the tasks."""
+def open_runner(
+    options: Dedup, out: Path | None, place: Place | None, *, rows: int = 0
+) -> Iterator[Runner]:
+    """Yield who is to do the tasks; ``rows`` is how large the set is, where forking is allowed."""
     threads = cores(options.threads)
     if place is not None and out is not None:
         with Crew(out, place, threads) as crew:
@@ -97,4 +108,4 @@ def open_runner(options: Dedup, out: Path | None, place: Place | None) -> Iterat
         finally:
             ray.finish()
     else:
-        yield Local(threads)
+        yield Local(threads, forks=rows >= FORK_ROWS and can_fork(), device=options.device)
