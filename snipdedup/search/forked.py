@@ -21,7 +21,6 @@ from snipdedup.ground.compute import set_threads
 
 T = TypeVar("T")
 
-AHEAD = 2  # tasks that a worker has been given: it need not wait for the next
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
@@ -42,34 +41,32 @@ def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> I
     """
     fork, todo = multiprocessing.get_context("fork"), iter(range(len(tasks)))
     crew: dict[Connection, Any] = {}
-    open_: dict[Connection, int] = {}  # tasks that each has been given and has not done
+    busy: set[Connection] = set()
 
     def give(pipe: Connection) -> None:
         number = next(todo, None)
         pipe.send(number)  # None: there is no more
-        open_[pipe] += number is not None
+        (busy.discard if number is None else busy.add)(pipe)
 
     try:
         for _ in range(min(workers, len(tasks))):
             pipe, theirs = fork.Pipe()
-            crew[pipe] = fork.Process(target=work, args=(theirs, do, tasks, os.getpid()))
-            open_[pipe] = 0
-            crew[pipe].start()
+            process = fork.Process(target=work, args=(theirs, do, tasks, os.getpid()))
+            process.start()
+            crew[pipe] = process
             theirs.close()
-            for _ in range(AHEAD):
-                give(pipe)
-        while any(open_.values()):
-            for ready in wait([pipe for pipe, count in open_.items() if count]):
+            give(pipe)
+        while busy:
+            for ready in wait(list(busy)):
                 pipe = cast(Connection, ready)
                 number = receive(pipe, crew[pipe])
-                open_[pipe] -= 1
                 give(pipe)
                 yield tasks[number]
     finally:
         for pipe, process in crew.items():
-            if process.pid is not None:
-                process.kill() if open_[pipe] else None
-                process.join()
+            if pipe in busy:
+                process.kill()
+            process.join()
             pipe.close()
 
 
