@@ -6,9 +6,11 @@ after every word has found its place and every value its type, so a mistyped fla
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
+import gc
 import importlib
 import inspect
 import io
@@ -24,6 +26,7 @@ from snipdedup import __version__, settings
 from snipdedup.errors import SnipError, UsageError, VerdictError
 
 WIDTH = 96
+GC_OBJECTS = 100_000  # new ones between looks for dead ones: those of imports all live on
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -116,7 +119,16 @@ GO_ON = ("train", "compress", "index", "dedup", "filter", "download", "demo")  #
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``snip`` and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    gc.set_threshold(GC_OBJECTS)
+    status = run(list(sys.argv[1:] if argv is None else argv))
+    if argv is not None or sys.getprofile() or sys.gettrace():  # a caller, who goes on
+        sys.exit(status)
+    # What a large run holds, and torch, take a third of a second to be taken apart one by one.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, which was dealt with
+            stream.flush()
+    os._exit(status)
 
 
 def run(words: list[str]) -> int:

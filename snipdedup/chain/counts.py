@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 from snipdedup.chain.found import Found
 from snipdedup.grouping.blocks import slices
 from snipdedup.grouping.groups import Members, group_starts
-from snipdedup.search.forest import components
+from snipdedup.search.forest import Edges, link_smaller, number_ends
 
 
 class Tally(NamedTuple):
@@ -87,17 +87,30 @@ def levels(found: Found, thresholds: list[float], folder: Path | None = None) ->
     if not lines:
         return lines
     for block in found.blocks(found.threshold, folder):
-        whole = block.whole_forest()
-        for number, line in enumerate(lines):
-            edges = whole.at(line.threshold)
-            _, sizes = np.unique(components(edges)[1], return_counts=True)
+        for number, sizes in component_sizes(block.whole_forest(), thresholds):
+            line = lines[number]
             lines[number] = Level(
                 line.threshold,
-                line.removed + len(edges.a),
+                line.removed + int(sizes.sum()) - len(sizes),
                 line.groups + len(sizes),
                 max(line.largest, int(sizes.max(initial=1))),
             )
     return lines
+
+
+def component_sizes(forest: Edges, thresholds: Sequence[float]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the place of each threshold, and the rows of each component of two or more there.
+
+    From the highest threshold to the lowest, so that each edge is looked at once.
+    """
+    count, a, b = number_ends(forest)
+    label, above = np.arange(count), np.float32(np.inf)
+    for number in np.argsort(thresholds)[::-1]:
+        least = np.float32(thresholds[number])
+        new = np.flatnonzero((forest.similarity >= least) & (forest.similarity < above))
+        link_smaller(label, label[a[new]], label[b[new]])
+        sizes, above = np.bincount(label, minlength=1), least
+        yield int(number), sizes[sizes > 1]
 
 
 def as_json(lines: list[Level]) -> list[dict[str, Any]]:

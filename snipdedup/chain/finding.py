@@ -18,7 +18,7 @@ from snipdedup.chain.references import References, kept_model, settle
 from snipdedup.chain.result import decide
 from snipdedup.chain.semdedup import search_semdedup
 from snipdedup.ground import store
-from snipdedup.ground.compute import cores, memory_bound, pick_device
+from snipdedup.ground.compute import cores, memory_bound
 from snipdedup.ground.progress import Clock
 from snipdedup.ground.scan import Scan, scan
 from snipdedup.ground.shards import Features
@@ -91,7 +91,7 @@ def search_join(
         seed=options.seed or 0,
         keep_bad=options.bad_rows == "keep",
         chunk_rows=options.chunk_rows,
-        device="cpu" if options.runner == "ray" else pick_device(options.device),
+        device="cpu" if options.runner == "ray" else options.device,
         frozen=frozen,
         encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
     )

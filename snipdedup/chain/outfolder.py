@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,13 @@ def write_tables(
     with store.writing_npy(out / "is_dup.npy", np.dtype(bool), (result.rows,)) as file:
         for mask in result.mask():
             mask.tofile(file)
-    write_forest(result.found, out)
-    write_groups(result, out, metadata, key)
+    with ThreadPoolExecutor(min(2, cores(options.threads))) as pool:
+        both = (
+            pool.submit(write_forest, result.found, out),
+            pool.submit(write_groups, result, out, metadata, key),
+        )
+    for written in both:
+        written.result()
     store.save_parquet(out / "histogram.parquet", histogram_table(result))
     outputs = [out / name for name in TABLES]
     if len(result.found.bad):

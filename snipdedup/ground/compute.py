@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -77,18 +78,30 @@ def pick_device(name: str) -> str:
 
 @contextmanager
 def library_threads(count: int) -> Iterator[None]:
-    """Let torch and faiss use ``count`` threads inside the block, as before after it."""
-    import faiss
+    """Let torch and faiss use ``count`` threads inside the block, as before after it.
+
+    faiss is left alone where nothing has imported it.
+    """
     import torch
 
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(count)
-    faiss.omp_set_num_threads(count)
+    faiss = sys.modules.get("faiss")
+    before = torch.get_num_threads(), faiss.omp_get_max_threads() if faiss else 0
+    set_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before[0])
-        faiss.omp_set_num_threads(before[1])
+        if faiss:
+            faiss.omp_set_num_threads(before[1])
+
+
+def set_threads(count: int) -> None:
+    """Let torch use ``count`` threads when called from this one, and faiss where it is imported."""
+    import torch
+
+    torch.set_num_threads(count)
+    if "faiss" in sys.modules:
+        sys.modules["faiss"].omp_set_num_threads(count)
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
@@ -119,12 +132,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterat
 
 
 def _single_threaded() -> None:
-    # OpenMP keeps its number of threads by thread: each worker sets its own.
-    import faiss
-    import torch
-
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
+    set_threads(1)  # OpenMP keeps its number of threads by thread: each worker sets its own
 
 
 def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -42,8 +42,11 @@ os.umask(UMASK)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it there only if the block succeeds.
+
+    ``lasting`` waits until the disk has it. What is sealed (`seal`), or proves itself when it is
+    read, is as well made anew after a power cut.
 
     Raises
     ------
@@ -65,8 +68,9 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
         with explained(path):
             part.chmod(0o666 & ~UMASK)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            if lasting:
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -105,9 +109,9 @@ def is_of_writing(error: OSError, part: Path) -> bool:
     return error.errno is None and str(error).endswith(SHORT_WRITE)
 
 
-def save_npy(path: Path, array: np.ndarray) -> None:
+def save_npy(path: Path, array: np.ndarray, *, lasting: bool = True) -> None:
     """Write one array as ``.npy``."""
-    with replacing(path) as part, part.open("wb") as file:
+    with replacing(path, lasting=lasting) as part, part.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
@@ -123,9 +127,9 @@ def writing_npy(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator
             raise SnipError(f"{path}: rows changed while they were written; run it again")
 
 
-def save_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write named arrays as an uncompressed ``.npz``."""
-    with replacing(path) as part, part.open("wb") as file:
+def save_npz(path: Path, *, lasting: bool = True, **arrays: np.ndarray) -> None:
+    """Write named arrays as an uncompressed ``.npz``, which holds the CRC32 of each."""
+    with replacing(path, lasting=lasting) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
@@ -168,9 +172,9 @@ def writing_parquet(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
         flush(last=True)
 
 
-def save_json(path: Path, value: Any) -> None:
+def save_json(path: Path, value: Any, *, lasting: bool = True) -> None:
     """Write JSON a person can read."""
-    with replacing(path) as part:
+    with replacing(path, lasting=lasting) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -212,7 +216,7 @@ def seal(note: Path, files: Iterable[Path] | dict[str, Path], body: dict[str, An
     """
     named = files if isinstance(files, dict) else {path.name: path for path in files}
     said = {**body, "files": {name: file_crc(path)[0] for name, path in named.items()}}
-    save_json(note, {**said, "seal": fingerprint(said)})
+    save_json(note, {**said, "seal": fingerprint(said)}, lasting=False)
 
 
 def is_sealed(note: Path, folder: Path) -> bool:

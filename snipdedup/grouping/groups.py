@@ -11,7 +11,7 @@ import numpy as np
 from snipdedup.ground.compute import in_order
 from snipdedup.ground.cosine import pair_cosine, unit_rows64
 from snipdedup.grouping.star import Gather, star_huge
-from snipdedup.search.forest import Edges, components, make_edges
+from snipdedup.search.forest import Edges, components, make_edges, order_by
 
 Rank = Callable[[np.ndarray], np.ndarray]
 
@@ -495,7 +495,8 @@ class Copies:
 
     def unfold(self, members: Members) -> Members:
         """Add the folded rows: a copy goes, for its keeper or for what its keeper goes for."""
-        lone = np.setdiff1d(self.keeper, members.row)
+        rows = np.append(np.sort(members.row), np.iinfo(np.int64).max)
+        lone = self.keeper[rows[np.searchsorted(rows, self.keeper)] != self.keeper]
         ones = np.ones(len(lone), np.float32)
         keepers = concatenate(members, Members(lone, lone, lone, ones, np.zeros(len(lone), bool)))
         by_row = np.argsort(keepers.row)
@@ -517,7 +518,7 @@ def concatenate(*parts: Members) -> Members:
 
 def ordered(members: Members) -> Members:
     """Return members ordered by group, then row."""
-    order = np.lexsort((members.row, members.group))
+    order = order_by(members.group, members.row)
     return Members(*(column[order] for column in members))
 
 

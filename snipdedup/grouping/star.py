@@ -46,7 +46,7 @@ class Coded(NamedTuple):
         """Return which places x may pair with which places y: two (n,) int64 arrays of places."""
         import torch
 
-        kernel = pick_kernel("cpu", self.codes.shape[1])
+        kernel = pick_kernel("cpu")
         columns = kernel.prepare(torch.from_numpy(self.codes[y]))
         products = kernel.multiply(torch.from_numpy(self.codes[x]), columns)
         lowest = self.limit - kernel.rounding * abs(self.limit) - self.slack[y].max(initial=0)

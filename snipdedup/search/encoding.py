@@ -65,25 +65,26 @@ def encode_task(
     order = sort_small(2 * list_ + ~home, 2 * model.lists.nlist)
     row, list_, home = row[order], list_[order], home[order]
     edges = np.arange(model.lists.nlist + 1)
-    store.save_npy(folder / "codes.npy", np.take(codes, row, axis=0))
-    store.save_npy(folder / "rows.npy", row + np.int64(begin))
-    store.save_npy(folder / "slack.npy", slack[row])
-    store.save_npy(folder / "starts.npy", np.searchsorted(list_, edges))
-    store.save_npy(folder / "homes.npy", np.bincount(list_[home], minlength=len(edges) - 1))
+    arrays = {
+        "codes": np.take(codes, row, axis=0),
+        "rows": row + np.int64(begin),
+        "slack": slack[row],
+        "starts": np.searchsorted(list_, edges),
+        "homes": np.bincount(list_[home], minlength=model.lists.nlist),
+        "hashes": seen.load_hashes(),
+        "bad": seen.bad,
+    }
+    for name, array in arrays.items():
+        store.save_npy(folder / f"{name}.npy", array, lasting=False)
+    names = ("row", "hub", "similarity")
     store.save_npz(
         folder / "absorbed.npz",
-        row=np.concatenate([placed.row for placed in absorbed]),
-        hub=np.concatenate([placed.hub for placed in absorbed]),
-        similarity=np.concatenate([placed.similarity for placed in absorbed]),
+        lasting=False,
+        **{name: np.concatenate([getattr(p, name) for p in absorbed]) for name in names},
     )
-    store.save_npy(folder / "hashes.npy", seen.load_hashes())
-    store.save_npy(folder / "bad.npy", seen.bad)
+    files = [*(folder / f"{name}.npy" for name in arrays), folder / "absorbed.npz"]
     crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
-    names = (
-        "codes.npy", "rows.npy", "slack.npy", "starts.npy", "homes.npy", "absorbed.npz",
-        "hashes.npy", "bad.npy",
-    )  # fmt: skip
-    store.seal(folder / "done.json", [folder / name for name in names], {"crcs": crcs})
+    store.seal(folder / "done.json", files, {"crcs": crcs})
 
 
 def how_far(placed: Placed, lists: Lists, still: int, others_come: bool) -> np.ndarray:

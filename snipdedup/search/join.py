@@ -14,7 +14,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.ground import progress
-from snipdedup.ground.compute import Stage
+from snipdedup.ground.compute import Stage, pick_device
 from snipdedup.ground.scan import BLOCK, SORT_ROWS, Scan
 from snipdedup.ground.shards import Features
 from snipdedup.ground.sorting import row_kind
@@ -77,7 +77,7 @@ def join(
     with stage("join"):
         forest, notes = join_all(tasks, runner, seen, memory)
     lists = {
-        "kernel": pick_kernel(tasks.device, model.projection.width).name,
+        "kernel": pick_kernel(pick_device(tasks.device)).name,
         "bfloat16": has_bfloat16(),
         "width": model.projection.width,
         "nlist": model.lists.nlist,
@@ -116,7 +116,7 @@ def fitting_bytes(rows: int, raw: int) -> int:
 def encode_bytes(rows: int) -> int:
     """Return what an encode task holds: codes of rows and visits, distances of a block to lists."""
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
-    width = WIDTHS[0]
+    width = WIDTHS[-1]
     task = min(rows, task_rows(rows)) * (2 * width + USUAL_VISITS * (width + 40))
     return task + BLOCK * lists * DISTANCE_BYTES
 

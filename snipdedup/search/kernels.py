@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from snipdedup.ground.compute import scratch
 
-TEST_ROWS = 512
+TEST_ROWS, TEST_WIDTH = 512, 256
 TEST_ROUNDS = 5
 RUN = 64  # columns of products among which a hit is looked for at once
 MOST_RUNS = 1 / 4  # share of runs with a hit from which all products are looked at
@@ -98,23 +98,21 @@ def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
     return torch._int_mm(padded, columns)[: len(x), :count]
 
 
-@lru_cache(maxsize=16)
-def pick_kernel(device: str = "cpu", width: int = 256, exact: bool = False) -> Kernel:
-    """Return the fastest kernel that passes the self-test.
+@cache
+def pick_kernel(device: str = "cpu", exact: bool = False) -> Kernel:
+    """Return the fastest kernel that passes the self-test, the same for codes of all widths.
 
     Parameters
     ----------
     device : str
         ``cpu`` or ``cuda``.
-    width : int
-        Width of the codes.
     exact : bool
         Leave out kernels that round.
     """
     if exact:
-        usual = pick_kernel(device, width)  # tried already
-        return usual if not usual.rounding else fastest(exact_ones(device), width)
-    return fastest(candidates(device), width)
+        usual = pick_kernel(device)  # tried already
+        return usual if not usual.rounding else fastest(exact_ones(device), TEST_WIDTH)
+    return fastest(candidates(device), TEST_WIDTH)
 
 
 def exact_ones(device: str) -> list[Kernel]:
@@ -142,7 +140,7 @@ def trial(kernel: Kernel, width: int) -> float | None:
     rng = np.random.default_rng(0)
     x, y = (rng.integers(-127, 128, (TEST_ROWS, width), np.int8) for _ in range(2))
     x[0], y[0] = 127, 127  # the largest product there can be
-    truth = x.astype(np.int64) @ y.T.astype(np.int64)
+    truth = x.astype(np.float64) @ y.T.astype(np.float64)  # exact, and quicker than integers
     try:
         a, b = (torch.from_numpy(side).to(kernel.device) for side in (x, y))
         columns = kernel.prepare(b)
@@ -199,23 +197,39 @@ def product_hits(products: Any, limits: np.ndarray, most: float) -> Hits | None:
     limits : (m,) float64
     most : float
     """
+    import torch
+
     rows, columns = products.shape
-    whole = columns - columns % RUN
-    spans = [(a, b) for a, b in ((0, whole), (whole, columns)) if rows and a < b]
-    cut = [products[:, a:b].unflatten(1, (-1, min(RUN, b - a))) for a, b in spans]
     # rounded up once, so that integers are compared with integers
     least = np.ceil(limits).astype(products[:0].cpu().numpy().dtype)
-    found = [np.nonzero(runs.amax(2).cpu().numpy() >= least[:, None]) for runs in cut]
-    if sum(len(row) for row, _ in found) > most * sum(runs[:, :, 0].numel() for runs in cut):
-        return None
-    parts = [Hits(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, RUN), bool))]
-    for (start, _), runs, (row, run) in zip(spans, cut, found, strict=True):
-        hit = np.zeros((len(row), RUN), bool)
-        hit[:, : runs.shape[2]] = runs[row, run].cpu().numpy() >= least[row, None]
+    whole = columns - columns % RUN
+    spans = [(a, b) for a, b in ((0, whole), (whole, columns)) if rows and a < b]
+    most *= rows * -(-columns // RUN)
+    parts = []
+    for start, stop in spans:
+        runs = products[:, start:stop].unflatten(1, (-1, min(RUN, stop - start)))
+        place = np.flatnonzero(runs.amax(2).cpu().numpy() >= least[:, None])
+        most -= len(place)
+        if most < 0:
+            return None
+        row = place // runs.shape[1]
+        run = place - row * runs.shape[1]
+        hit = runs[torch.from_numpy(row), torch.from_numpy(run)].cpu().numpy() >= least[row, None]
         parts.append(Hits(row, run * RUN + start, hit))
-    row, column, hit = (np.concatenate(side) for side in zip(*parts, strict=True))
-    order = np.argsort(row, kind="stable")
-    return Hits(row[order], column[order], hit[order])
+    if len(parts) == 1 and whole:  # the usual case: nothing to put together
+        return parts[0]
+    return join_hits(parts)
+
+
+def join_hits(parts: list[Hits]) -> Hits:
+    """Return the hits of whole runs and of shorter ones behind them as one, in row order."""
+    row, column, hit = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty((0, RUN), bool)]
+    for part in parts:
+        row.append(part.row)
+        column.append(part.column)
+        hit.append(np.pad(part.hit, ((0, 0), (0, RUN - part.hit.shape[1]))))
+    order = np.argsort(np.concatenate(row), kind="stable")
+    return Hits(*(np.concatenate(side)[order] for side in (row, column, hit)))
 
 
 def hit_places(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -228,6 +242,10 @@ def hit_places(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def all_close(products: Any, limits: np.ndarray) -> np.ndarray:
-    """Return for every product whether it reaches its row's limit, (m, n) bool."""
+    """Return for every product whether it reaches its row's limit, (m, n) bool.
+
+    It stands until the thread's next call.
+    """
     table = products.cpu().numpy()
-    return np.asarray(table >= np.ceil(limits).astype(table.dtype)[:, None])
+    least = np.ceil(limits).astype(table.dtype)[:, None]
+    return np.greater_equal(table, least, out=scratch("close", table.shape, np.bool_))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,10 +25,14 @@ from snipdedup.search.lists import (
     drawn_pairs,
     easiest,
     edge_weights,
+    pair_products,
+    row_products,
     weighted_quantile,
 )
 from snipdedup.search.projection import PEAK, Projection, random_rotation, to_codes
-from snipdedup.train.encoder import Encoder
+
+if TYPE_CHECKING:
+    from snipdedup.train.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Learned(Projection):
     @classmethod
     def of(cls, path: Path, seed: int, device: str) -> Learned:
         """Return the codes of a finished encoder, without what pairs must tell."""
+        from snipdedup.train.encoder import Encoder
+
         encoder = Encoder.load(path, device)
         rotation = random_rotation(encoder.dim, seed).astype(np.float32)
         # a rotated unit vector has coordinates of about dim^-1/2; six times that is hardly passed
@@ -107,7 +114,7 @@ def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) 
     if not len(pairs.a) or asked.recall >= 1:  # nothing to learn from: nothing is ruled out
         return dataclasses.replace(codes, lowest=-(codes.norm**2))
     z = encode_blocks(codes, sample, asked.threads)
-    product = row_products(z[pairs.a], z[pairs.b])
+    product = pair_products(z, pairs.a, pairs.b)
     places = easiest(pairs, -product, asked.threshold)
     forest = pairs.where(places)
     weight = edge_weights(forest, asked.sampled)
@@ -120,11 +127,6 @@ def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) 
         found = np.quantile(row_products(z, moved), 1 - asked.cautious, method="lower")
         lowest = min(lowest, float(found))
     return dataclasses.replace(codes, lowest=lowest)
-
-
-def row_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the product of each row of codes with the same row of others, (n,) float64."""
-    return np.einsum("ij,ij->i", x, y, dtype=np.int64).astype(np.float64)
 
 
 def encode_blocks(codes: Projection, rows: np.ndarray, threads: int) -> np.ndarray:

@@ -66,7 +66,7 @@ class Lists:
     def apart(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return the distances of centroids a from centroids b, (n,) float32."""
         if self.nlist <= TABLE_LISTS:
-            return self._table[a, b]
+            return np.take(self._table.ravel(), a * self.nlist + b)  # quicker than by two indices
         parts = [np.empty(0, np.float32)]
         for start, stop in plan_blocks(len(a), ASSIGN_BLOCK):
             away = self.centroids[a[start:stop]].astype(np.float32) - self.centroids[b[start:stop]]
@@ -167,7 +167,7 @@ def nearness(codes: np.ndarray, centroids: np.ndarray) -> Any:
     """
     import torch
 
-    kernel = pick_kernel("cpu", codes.shape[1], exact=True)
+    kernel = pick_kernel("cpu", exact=True)
     products = kernel.multiply(torch.from_numpy(codes), kernel.prepare(torch.from_numpy(centroids)))
     size = torch.from_numpy(squares(centroids)).to(products.dtype)
     return torch.add(-size, products, alpha=2, out=products)
@@ -178,14 +178,26 @@ def squares(codes: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", codes, codes, dtype=np.int32)
 
 
+def pair_products(codes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the product of codes a with codes b, (n,) int64."""
+    spans = plan_blocks(len(a), ASSIGN_BLOCK)
+    parts = [row_products(codes[a[low:high]], codes[b[low:high]]) for low, high in spans]
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def row_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the product of each row of codes with the same row of others, (n,) int64."""
+    return np.einsum("ij,ij->i", x, y, dtype=np.int32).astype(np.int64)
+
+
 def assign(codes: np.ndarray, lists: Lists, far: np.ndarray | None = None) -> Visits:
     """Return the lists that each code lives in or visits, ordered by row.
 
     ``far``, (n,) float32, is how far each code visits, `Lists.tau` if not given.
     """
     if lists.nlist == 1:
-        row = np.arange(len(codes), dtype=np.int32)
-        return Visits(row, np.zeros_like(row), np.ones(len(row), bool))
+        all_ = np.arange(len(codes), dtype=np.int32)
+        return Visits(all_, np.zeros_like(all_), np.ones(len(all_), bool))
     far = np.full(len(codes), lists.tau, np.float32) if far is None else far
     widest = lists.widest  # now: it takes the memory of what stands until the next product
     parts = []
@@ -194,14 +206,17 @@ def assign(codes: np.ndarray, lists: Lists, far: np.ndarray | None = None) -> Vi
         table = near.numpy()
         home = table.argmax(1)
         best = table[np.arange(len(home)), home]
-        reach = 2.0 * far[start:stop]  # first as if all centroids were as far as the furthest
-        close = np.flatnonzero(all_close(near, best - reach * widest[home]))
-        row, list_ = np.divmod(close.astype(np.int32), np.int32(lists.nlist))
-        own = home[row]
-        visits = best[row] - table[row, list_] <= reach[row] * lists.apart(own, list_)
-        row, list_, own = (side[visits].astype(np.int32) for side in (row, list_, own))
-        parts.append((row + np.int32(start), list_, list_ == own))
-    return Visits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        reach = 2 * far[start:stop]  # first as if all centroids were as far as the furthest
+        close = np.flatnonzero(all_close(near, best - reach.astype(np.float64) * widest[home]))
+        row = close // lists.nlist
+        list_ = close - row * lists.nlist
+        own = np.take(home, row)
+        gap = np.take(best, row) - np.take(table.ravel(), close)
+        visits = np.flatnonzero(gap <= np.take(reach, row) * lists.apart(own, list_))
+        row, list_, own = (np.take(side, visits) for side in (row, list_, own))
+        parts.append((row + start, list_, list_ == own))
+    row, list_, home = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Visits(row.astype(np.int32), list_.astype(np.int32), home)
 
 
 def calibrate_tau(
@@ -347,7 +362,7 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
     """
     import torch
 
-    kernel = pick_kernel("cpu", codes.shape[1], exact=True)
+    kernel = pick_kernel("cpu", exact=True)
 
     def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         columns = kernel.prepare(torch.from_numpy(codes[slice(*span)]))
@@ -378,10 +393,9 @@ def needed_taus(
     home, best = nearest(codes, centroids, threads)
 
     def one_way(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        other = centroids[home[y]].astype(np.float32)
-        gap = (other * (other - 2 * codes[x].astype(np.float32))).sum(1) - best[x]
-        apart = other - centroids[home[x]]
-        distance = np.sqrt((apart * apart).sum(1)).clip(1e-9)
-        return np.where(home[y] == home[x], 0.0, gap / (2 * distance)).astype(np.float64)
+        own, other = centroids[home[x]], centroids[home[y]]
+        gap = squares(other) - 2 * row_products(other, codes[x]) - best[x]
+        distance = np.sqrt(squares(own) + squares(other) - 2 * row_products(own, other))
+        return np.where(home[y] == home[x], 0.0, gap / (2 * distance.clip(1e-9)))
 
     return np.stack([one_way(a, b), one_way(b, a)], axis=1)

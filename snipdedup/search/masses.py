@@ -21,7 +21,7 @@ import numpy as np
 from snipdedup.ground.compute import in_order
 from snipdedup.ground.shards import plan_blocks
 from snipdedup.search.forest import Edges, components, make_edges
-from snipdedup.search.kernels import pick_kernel
+from snipdedup.search.kernels import hit_places, pick_kernel
 from snipdedup.search.projection import Projection
 from snipdedup.search.verify import proved_cosines
 
@@ -197,12 +197,13 @@ def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndar
     """Return how many products of each code of ``x`` with those of ``y`` reach a limit, (n,)."""
     import torch
 
-    kernel = pick_kernel("cpu", x.shape[1], exact=True)
+    kernel = pick_kernel("cpu", exact=True)
     columns = kernel.prepare(torch.from_numpy(y))
 
     def count(span: tuple[int, int]) -> np.ndarray:
         products = kernel.multiply(torch.from_numpy(x[slice(*span)]), columns)
-        return np.count_nonzero(products.numpy() >= limit, axis=1)
+        row, _ = hit_places(products, np.full(len(products), limit))
+        return np.bincount(row, minlength=len(products))
 
     parts = list(in_order(count, plan_blocks(len(x), BLOCK), threads))
     return np.concatenate([np.empty(0, np.int64), *parts])

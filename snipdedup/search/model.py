@@ -14,7 +14,6 @@ from snipdedup.search.learned import Learned
 from snipdedup.search.lists import Lists
 from snipdedup.search.masses import Hubs
 from snipdedup.search.projection import Projection
-from snipdedup.train.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Model:
         """Write the model as one ``.npz``."""
         store.save_npz(
             path,
+            lasting=False,
             **self.projection.arrays(),
             centroids=self.lists.centroids,
             hub_row=self.hubs.row,
@@ -54,6 +54,8 @@ class Model:
             parts = file["matrix"], file["residual"], float(file["scale"])
             projection = Projection(*parts)
             if "encoder" in file:
+                from snipdedup.train.encoder import Encoder
+
                 place = Path(str(file["encoder"]))
                 lowest = float(file["lowest"])
                 projection = Learned(*parts, Encoder.load(place, "cpu"), place, lowest)

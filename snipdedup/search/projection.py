@@ -8,17 +8,21 @@ rounds them. So rows whose codes' product lies below ``limit`` cannot be a pair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from snipdedup.ground.cosine import Directions, directions, unit_rows
+from snipdedup.ground.compute import in_order
+from snipdedup.ground.cosine import Directions, directions
+from snipdedup.ground.shards import plan_blocks
 
-WIDTHS = (128, 256)  # coordinates of a code: fewer are cheaper, more rule out more pairs
+# Coordinates of a code, multiples of 16: fewer are cheaper, more rule out more pairs.
+WIDTHS = (64, 80, 96, 128, 192, 256)
 PEAK = 127  # largest int8
+MOMENT_ROWS = 1 << 11  # whose products are added up at a time, in order
 HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
 # A pair's product is off by more than this times the codes' norms with probability below 1e-9:
 # rounding errors lie within ±1/2 and the rotation makes them independent of the rows, so
@@ -76,13 +80,14 @@ class Projection:
         excess : (n,) float32
             Norm of what int8 could not hold of a code, 0 for nearly all rows.
         """
-        return to_codes(self._rotated(rows), self.scale)
+        return to_codes(self.rotated(rows), self.scale)
 
     def coordinates(self, rows: np.ndarray) -> np.ndarray:
         """Return rotated unit coordinates, (n, w) float32; their products bound cosines."""
-        return np.asarray(self._rotated(directions(rows)).numpy())
+        return np.asarray(self.rotated(directions(rows)).numpy())
 
-    def _rotated(self, rows: Directions) -> Any:
+    def rotated(self, rows: Directions) -> Any:
+        """Return what `coordinates` does, as a tensor."""
         import torch
 
         # scaled to norm 1 after the product, which has fewer columns
@@ -147,35 +152,34 @@ def has_bfloat16() -> bool:
 
 
 def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
-    """Fit a projection to a sample of rows; see `fit_projections`."""
-    return fit_projections(sample, (width,), seed)[0]
+    """Fit a projection of a width to a sample of distinct rows, (n, d), that can be compared."""
+    rows = directions(sample)
+    return project(main_directions(rows.unit(), width - 1), rows, width, seed)[0]
 
 
-def fit_projections(sample: np.ndarray, widths: Sequence[int], seed: int) -> list[Projection]:
-    """Fit projections of several widths to a sample of rows.
+def project(
+    main: np.ndarray, rows: Directions, width: int, seed: int
+) -> tuple[Projection, np.ndarray]:
+    """Return a projection on the last ``width`` - 1 main directions, and the codes of some rows.
 
     Parameters
     ----------
-    sample : (n, d) float16, float32 or float64
-        Distinct rows that can be compared.
-    widths : sequence of int
+    main : (d, m) float64
+        Orthonormal; see `main_directions`.
+    rows : Directions
+        A sample, from which the scale comes.
+    width : int
         Coordinates of a code.
     seed : int
         Of the rotation.
     """
-    unit = unit_rows(sample)
-    directions = main_directions(unit, min(max(widths) - 1, unit.shape[1]))
-    projections = []
-    for width in widths:
-        main = directions[:, -(width - 1) :]
-        rotation = random_rotation(width, seed)
-        count = main.shape[1]
-        matrix = (main @ rotation[:count]).astype(np.float32)
-        projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
-        peak = float(np.abs(projection.coordinates(sample)).max())
-        scale = PEAK / min(1.0, peak * HEADROOM)
-        projections.append(Projection(matrix, projection.residual, scale))
-    return projections
+    main, rotation = main[:, -(width - 1) :], random_rotation(width, seed)
+    count = main.shape[1]
+    matrix = (main @ rotation[:count]).astype(np.float32)
+    projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
+    coordinates = projection.rotated(rows)
+    scale = PEAK / min(1.0, float(coordinates.abs().max()) * HEADROOM)
+    return dataclasses.replace(projection, scale=scale), to_codes(coordinates, scale)[0]
 
 
 def random_rotation(width: int, seed: int) -> np.ndarray:
@@ -186,10 +190,16 @@ def random_rotation(width: int, seed: int) -> np.ndarray:
     return np.asarray(torch.linalg.qr(torch.from_numpy(values))[0].numpy())
 
 
-def main_directions(unit: np.ndarray, count: int) -> np.ndarray:
-    """Return the main directions of unit rows about the origin, (d, count) float64, orthonormal."""
+def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray:
+    """Return the main directions of unit rows about the origin, orthonormal, the longest last.
+
+    (d, m) float64, m the smaller of d and ``most``.
+    """
     import torch
 
-    values = torch.from_numpy(unit)
-    moments: Any = (values.T @ values).double()
-    return np.asarray(torch.linalg.eigh(moments)[1].numpy()[:, -count:])
+    def moments(span: tuple[int, int]) -> Any:
+        values = torch.from_numpy(unit[slice(*span)])
+        return (values.T @ values).double()
+
+    total: Any = sum(in_order(moments, plan_blocks(len(unit), MOMENT_ROWS), threads))
+    return np.asarray(torch.linalg.eigh(total)[1].numpy()[:, -min(most, len(total)) :])

@@ -17,6 +17,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.ground import store
+from snipdedup.ground.compute import pick_device
 from snipdedup.ground.scan import Scan, finish_scan
 from snipdedup.ground.shards import Features
 from snipdedup.ground.sorting import load_column
@@ -123,7 +124,7 @@ class Tasks:
         skip = found.skipped(self.features.rows, self.frozen)
         arrays = (found.bad, found.copies, found.firsts, skip)
         for name, array in zip(SCANNED, arrays, strict=True):
-            store.save_npy(folder / name, array)
+            store.save_npy(folder / name, array, lasting=False)
         store.seal(self.scanned, [folder / name for name in SCANNED], {"crcs": found.crcs})
         del found, arrays  # maps of files that go now
         shutil.rmtree(self.work / "copies", ignore_errors=True)
@@ -175,10 +176,10 @@ class Tasks:
                 partition,
                 threshold=self.threshold,
                 threads=threads,
-                device=self.device,
+                device=pick_device(self.device),
                 frozen=self.frozen,
             )
-            store.save_npz(path, **forest._asdict(), proposed=np.array(proposed))
+            store.save_npz(path, lasting=False, **forest._asdict(), proposed=np.array(proposed))
 
     def found(self, run: Run) -> tuple[Edges, int]:
         """Return the forest of a run of lists, and how many pairs were proposed."""

@@ -1,7 +1,7 @@
 """Proposed pairs are proved on the raw rows; the others are dropped.
 
-Rows are gathered once for many pairs, in row order. A float32 product settles what is clearly no
-pair; what is left is decided in float64.
+Rows are gathered once for many pairs, in row order. Where many are no pairs, a float32 product
+rules them out; what is left is decided in float64.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, make_edges, spanning_forest
 
 GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
+TRIED, MOSTLY = 16, 0.5  # one pair in so many says whether float32 would rule out enough of them
 PRODUCT_PAIRS = 256  # pairs whose rows are laid side by side at a time, to stay in the cache
 
 
@@ -39,7 +40,7 @@ def verify_pairs(
         Cosine from which two rows are a pair.
     threads : int
     every : bool
-        Yield every pair; by default only a maximum spanning forest of each block's.
+        Yield every pair; by default a maximum spanning forest of a block's will do.
     """
 
     def check(span: tuple[int, int]) -> Edges:
@@ -56,11 +57,16 @@ def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, ev
     i, j = places[: len(a)], places[len(a) :]
     shape = (len(rows), features.dim)
     raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
-    wide = directions(raw, torch.from_numpy(scratch("gathered wide", shape, np.float32)))
-    likely = np.flatnonzero(pair_products(wide, i, j) >= np.float32(threshold - PROPOSAL_ERROR))
-    i, j = i[likely], j[likely]
+    few = proved_cosines(raw, raw, i[::TRIED], j[::TRIED]) >= np.float32(threshold)
+    if np.count_nonzero(few) < MOSTLY * len(few):
+        wide = directions(raw, torch.from_numpy(scratch("gathered wide", shape, np.float32)))
+        products = pair_products(wide, i, j)
+        likely = np.flatnonzero(products >= np.float32(threshold - PROPOSAL_ERROR))
+        i, j = i[likely], j[likely]
     edges = make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j)).at(threshold)
-    return edges if every else spanning_forest(edges)
+    if every or len(edges.a) < len(rows):  # a forest would hardly be smaller
+        return edges
+    return spanning_forest(edges)
 
 
 def pair_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarray:
