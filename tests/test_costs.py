@@ -14,7 +14,7 @@ GB = 10**9
 # Every second-rate is 1 of something else, so that sums can be worked by hand.
 RATES = Rates(
     dim=100, itemsize=2, width=128, start=2.0, fit=1.0, fit_row=1e-6, nearest=1e-9, row=1e-6,
-    row_list=1e-9, row_visit=1e-7, copy=1e-7, hash=1e-9, opened=1e-4, visit=1e-7, product=1e-10,
+    row_list=1e-9, row_visit=1e-7, copy=1e-7, spill=1e-6, opened=1e-4, visit=1e-7, product=1e-10,
     tile=1e-5, prove=1e-6, crowd=1e-8, edge=1e-7, member=1e-6, written=1e-7, gain=0.5,
     lists=(500.0, 2000.0), visits=(3.0, 6.0), uneven=1.0, false_pairs=0.0, crowded_pairs=0.0,
     visit_bytes=140.0, edge_bytes=20.0, member_bytes=30.0, base=2e8,
@@ -47,7 +47,7 @@ def test_a_million_rows_worked_by_hand():
     assert stages["encode"].compute == pytest.approx(encode)
     assert stages["encode"].seconds == pytest.approx(encode / 1.5)  # a second core adds half
     assert stages["encode"].moved == pytest.approx(1e6 * 200 + number.visits * 140)
-    assert stages["copies"].seconds == pytest.approx(0.101)
+    assert stages["copies"].seconds == pytest.approx(0.1)
     assert stages["group"].seconds == pytest.approx(0.3 * 1.77)
 
 
@@ -56,11 +56,23 @@ def test_disk_and_memory_worked_by_hand():
     out = 1e6 + 300_000 * 20 + 531_000 * 30
     assert cost.out == pytest.approx(out)
     places = 16 * number.tasks * 1001
-    assert cost.disk == pytest.approx(out + number.visits * 140 + 8e6 + places + 2 * 20 * 300_000)
+    found = 2 * 20 * 300_000 + 29 * 531_000  # pairs of join tasks; members, more than are held
+    assert cost.disk == pytest.approx(out + number.visits * 140 + 8e6 + places + found)
     memory = {stage.name: stage.memory for stage in cost.stages}
     assert memory["start"] == 2e8
+    assert memory["group"] == pytest.approx(2e8 + costs.STAYS + 100 * 531_000)
     assert memory["copies"] == pytest.approx(2e8 + costs.STAYS + 61e6)
     assert cost.memory == max(memory.values())
+
+
+def test_of_many_rows_four_bytes_are_held_and_eight_above_2_32():
+    memory = []
+    for rows in (2_100_000_000, 5_850_000_000):
+        stages = estimate(dataclasses.replace(JOB, rows=rows), RATES).stages
+        memory.append({stage.name: stage.memory for stage in stages})
+    held = [found["group"] - 2e8 - costs.STAYS - costs.GROUPS_BYTES for found in memory]
+    assert held == [4 * 2_100_000_000, 8 * 5_850_000_000]
+    assert memory[0]["copies"] - 2e8 - costs.STAYS < 2_100_000_000 + 3e8
 
 
 @pytest.mark.parametrize("rows", [1000, 50_000, 70_000, 10**6, 4 * 10**6, 10**8, 2 * 10**9, 10**10])

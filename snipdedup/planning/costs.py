@@ -13,10 +13,21 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from snipdedup.ground.scan import SORT_ROWS
+from snipdedup.ground.sorting import HELD, row_kind
 from snipdedup.search.encoding import task_rows
 from snipdedup.search.fitting import SINGLE_LIST_ROWS, list_count
-from snipdedup.search.join import PARTITION_BYTES, RUNS_A_WORKER, VISIT_BYTES, sample_size
+from snipdedup.search.join import (
+    DISTANCE_BYTES,
+    GROUPS_BYTES,
+    PARTITION_BYTES,
+    RUNS_A_WORKER,
+    SORT_BYTES,
+    VISIT_BYTES,
+    sample_size,
+)
 from snipdedup.search.lists import ROUNDS
 from snipdedup.search.spanning import HELD_EDGES
 from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE
@@ -25,7 +36,9 @@ from snipdedup.search.verify import GATHER_PAIRS
 PAGE = 4096  # bytes read from a disk for one row at the least
 ROW_MEMBERS = 1.77  # rows in groups for each row that goes: most groups are of two or three rows
 MET = 2.0  # times that a pair is proposed: it meets where either row lives
-FITTED, STAYS, BLOCKS = 1.3e8, 2.4e8, 6e7  # bytes: blocks of work, whatever the rows
+FITTED, STAYS = 1.3e8, 2.4e8  # bytes: blocks of work, whatever the rows
+HASHED, EDGE, GROUPED, MEMBER = 12, 12, 17, 29  # bytes of records in files
+WRITTEN_SORTS = 4  # rows that go, their counts, the forest, members by row: each sorted once
 TREE = 1.25  # pairs among the rows of groups for each row that goes
 
 
@@ -47,8 +60,8 @@ class Rates:
         Encoding: for each row, each row and list, each visit that is written.
     copy : float
         Looking for exact copies: for each row that is sorted.
-    hash : float
-        The same: for each hash that is looked at, again and again in large sets.
+    spill : float
+        For each record that is sorted in files, since memory does not hold all.
     opened, visit, product, tile : float
         Joining: for each partition and task of encode, each visit read, each product of two codes,
         each tile.
@@ -85,7 +98,7 @@ class Rates:
     row_list: float
     row_visit: float
     copy: float
-    hash: float
+    spill: float
     opened: float
     visit: float
     product: float
@@ -255,11 +268,11 @@ def estimate(job: Job, rates: Rates) -> Cost:
     """Return what a job costs, stage by stage."""
     number, memory = count(job, rates), memories(job, rates)
     rows, row_bytes = job.rows, job.dim * job.itemsize
-    rounds = math.ceil(rows / SORT_ROWS)
     one = 1 + (job.cores - 1) * rates.gain
     all_ = one * job.nodes
     read_back = number.visits * rates.visit_bytes
     proofs = 2 * number.listed * max(PAGE, row_bytes) * (job.disk_speed > 0)
+    sorted_ = spilled(number.edges, HELD)
     k_means = ROUNDS * number.sample * number.lists * rates.nearest
     work = {  # seconds of one core, how many times faster all are, bytes of each machine
         "start": (rates.start, 1.0, 0.0),
@@ -270,11 +283,27 @@ def estimate(job: Job, rates: Rates) -> Cost:
             all_,
             (rows * row_bytes + read_back) / job.nodes,
         ),
-        "copies": (rows * (rates.copy + rounds * rates.hash), 1.0, 8.0 * rows * rounds),
+        "copies": (
+            rows * rates.copy + spilled(rows, SORT_ROWS) * rates.spill,
+            1.0,
+            8.0 * rows + 4 * HASHED * spilled(rows, SORT_ROWS),
+        ),
         "join": (join_seconds(number, rates), all_, (read_back + proofs) / job.nodes),
-        "forest": (MET * number.edges * rates.edge, 1.0, MET * number.edges * rates.edge_bytes),
-        "group": (number.members * rates.member, 1.0, number.members * row_bytes),
-        "write": (number.members * rates.written, 1.0, out_bytes(job, rates)),
+        "forest": (
+            MET * number.edges * rates.edge + 2 * spilled(number.edges, HELD_EDGES) * rates.spill,
+            1.0,
+            EDGE * (2 * MET * number.edges + 8 * spilled(number.edges, HELD_EDGES)),
+        ),
+        "group": (
+            number.members * rates.member + sorted_ * rates.spill,
+            1.0,
+            number.members * max(row_bytes, PAGE * (job.disk_speed > 0)) + 4 * GROUPED * sorted_,
+        ),
+        "write": (
+            number.members * rates.written + WRITTEN_SORTS * sorted_ * rates.spill,
+            1.0,
+            out_bytes(job, rates) + 4 * GROUPED * WRITTEN_SORTS * sorted_,
+        ),
     }
     stages = []
     for name, (compute, faster, moved) in work.items():
@@ -297,30 +326,32 @@ def join_seconds(number: Counts, rates: Rates) -> float:
     )
 
 
+def spilled(count: float, held: int) -> float:
+    """Return how many of so many records go through files: all, where memory holds fewer."""
+    return count if count > held else 0.0
+
+
 def memories(job: Job, rates: Rates) -> dict[str, float]:
     """Return the peak of anonymous memory of each stage, in bytes."""
     number, threads, width = count(job, rates), job.cores, rates.width
-    rows, raw, sort = job.rows, job.dim * job.itemsize, min(job.rows, SORT_ROWS)
-    wide = job.dim * 4
+    rows, raw, wide = job.rows, job.dim * job.itemsize, job.dim * 4
     task = min(rows, task_rows(rows)) * (2 * width + number.visits / rows * (width + 40))
     partition = number.visits / number.partitions * (VISIT_BYTES + 2 * width)
-    starts = 2 * 8.0 * number.tasks * (number.lists + 1)
-    blocks = GATHER_PAIRS * wide
-    skip = 1.0 * rows
-    forest = 100 * min(number.edges, 3.0 * HELD_EDGES)
-    forest += 4.0 * rows if number.edges > HELD_EDGES else 0
+    roots = rows * np.dtype(row_kind(rows)).itemsize
     fit = 2.2 * number.sample * raw + number.sample * (12 * width + 60)
     held = {  # of the first stages, what is not given back stays until the end
         "start": 0.0,
         "fit": FITTED + fit,
         "k-means": FITTED + fit,
-        "encode": STAYS + threads * (task + 9 * 2048 * number.lists),
-        "copies": STAYS + 60.0 * sort + skip,
-        "join": STAYS + skip + starts + threads * (partition + blocks),
-        "forest": STAYS + skip + forest,
-        "group": STAYS + BLOCKS + skip + 100 * number.members + 20 * number.edges,
-        "write": STAYS + BLOCKS + skip + 165 * number.members + 20 * number.edges,
+        "encode": STAYS + threads * (task + DISTANCE_BYTES * 2048 * number.lists),
+        "copies": STAYS + SORT_BYTES * min(rows, SORT_ROWS) + rows,
+        "join": STAYS + threads * (partition + GATHER_PAIRS * wide),
+        "forest": STAYS + 100 * min(number.edges, 3.0 * HELD_EDGES),
+        "group": STAYS + min(100 * number.members, GROUPS_BYTES),
+        "write": STAYS + min(165 * number.members, GROUPS_BYTES),
     }
+    held["forest"] += roots if number.edges > HELD_EDGES else 0
+    held["group"] += roots if number.edges > HELD else 0
     return {name: rates.base + size for name, size in held.items()}
 
 
@@ -328,7 +359,9 @@ def work_bytes(job: Job, rates: Rates) -> float:
     """Return the bytes of the work folder at its largest."""
     number = count(job, rates)
     hashes, places = 8.0 * job.rows, 16.0 * number.tasks * (number.lists + 1)
-    return number.visits * rates.visit_bytes + hashes + places + MET * 20 * number.edges
+    found = 20 * (MET * number.edges + spilled(number.edges, HELD_EDGES))
+    sorted_ = 2 * GROUPED * spilled(number.edges, HELD) + MEMBER * spilled(number.members, HELD)
+    return number.visits * rates.visit_bytes + hashes + places + found + sorted_
 
 
 def out_bytes(job: Job, rates: Rates) -> float:

@@ -18,6 +18,7 @@ from snipdedup.ground import store
 from snipdedup.ground.compute import in_order, library_threads
 from snipdedup.ground.scan import Seen, find_copies, row_hashes
 from snipdedup.ground.shards import Features, open_features, plan_blocks
+from snipdedup.ground.sorting import Sorter, pack
 from snipdedup.grouping.groups import Compare, group_star, keep_rank
 from snipdedup.planning.costs import TREE, Rates
 from snipdedup.search.encoding import encode_task, task_rows
@@ -142,7 +143,7 @@ def probe(
             timed = {
                 **encoded,
                 **time_fit(fitted, codes, source.rows),
-                **time_copies(),
+                **time_copies(Path(folder)),
                 **time_tiles(pool, codes, model),
                 **time_proofs(pool),
                 **time_groups(pool, threshold),
@@ -311,12 +312,24 @@ def time_loading(folders: list[Path], model: Model) -> dict[str, float]:
     }
 
 
-def time_copies() -> dict[str, float]:
-    """Time looking for exact copies where there are none."""
+def time_copies(folder: Path) -> dict[str, float]:
+    """Time looking for exact copies where there are none, and sorting records in files."""
     hashes = np.random.default_rng(0).integers(0, 2**64, HASHES, np.uint64)
     seen, rows = Seen([], np.empty(0, np.int64), hashes), Imagined(HASHES, 8, 0.0, 0)
-    one = seconds(lambda: np.flatnonzero(hashes % np.uint64(3) == 1))
-    return {"copy": seconds(lambda: find_copies(rows, [seen])) / HASHES, "hash": one / HASHES}
+    kind = np.dtype([("hash", "<u8"), ("row", "<u4")])
+    records = pack(kind, hashes, np.arange(HASHES))
+
+    def sort() -> None:
+        sorter = Sorter(folder / "sorted", kind, lambda r: r["hash"], held=HASHES // 8)
+        for start, stop in plan_blocks(HASHES, HASHES // 16):
+            sorter.add(records[start:stop])
+        for part in sorter.ascending():
+            part["hash"].argsort()
+
+    return {
+        "copy": seconds(lambda: find_copies(rows, [seen])) / HASHES,
+        "spill": seconds(sort) / HASHES,
+    }
 
 
 def time_tiles(pool: Features, codes: np.ndarray, model: Model) -> dict[str, float]:
