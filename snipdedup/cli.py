@@ -119,11 +119,11 @@ GO_ON = ("train", "compress", "index", "dedup", "filter", "download", "demo")  #
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``snip`` and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    gc.set_threshold(GC_OBJECTS)
-    status = run(list(sys.argv[1:] if argv is None else argv))
     if argv is not None or sys.getprofile() or sys.gettrace():  # a caller, who goes on
-        sys.exit(status)
-    # What a large run holds, and torch, take a third of a second to be taken apart one by one.
+        sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    gc.set_threshold(GC_OBJECTS)
+    status = run(sys.argv[1:])
+    # To take apart what torch and a large run hold, object by object, takes a third of a second.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe, which was dealt with

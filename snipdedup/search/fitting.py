@@ -189,13 +189,16 @@ def sample_distinct(
     rows = np.unique(rng.integers(0, features.rows, 2 * count))
     rows = np.arange(features.rows) if features.rows <= count else rng.permutation(rows)[:count]
     rows = np.sort(rows)
-    sample = features.gather_ascending(rows)
-    spans = plan_blocks(len(rows), BLOCK)
-    # up to here without torch, which may be on its way
-    hashes = np.concatenate([row_hashes(sample[slice(*span)]) for span in spans])
-    bad = np.concatenate(
-        list(in_order(lambda span: bad_rows(sample[slice(*span)]), spans, threads))
-    )
+    sample = np.empty((len(rows), features.dim), features.dtype)
+    hashes, bad = np.empty(len(rows), np.uint64), np.empty(len(rows), bool)
+
+    def read(span: tuple[int, int]) -> None:
+        part = slice(*span)
+        features.gather_ascending(rows[part], sample[part])
+        hashes[part], bad[part] = row_hashes(sample[part]), bad_rows(sample[part])
+
+    for _ in in_order(read, plan_blocks(len(rows), BLOCK), threads):
+        pass
     use = np.flatnonzero(~bad)
     use = use[np.unique(hashes[use], return_index=True)[1]]
     if not len(use):
