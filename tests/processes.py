@@ -21,6 +21,7 @@ import json, os, sys
 import faiss, torch, pyarrow.parquet
 import snipdedup.chain.deduplicate
 from snipdedup import cli
+from snipdedup.search import runners
 for line in sys.stdin:
     said = json.loads(line)
     if "wait" in said:
@@ -31,6 +32,7 @@ for line in sys.stdin:
         log = os.open(said["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
         os.environ.update(said["env"])
+        runners.FORK_ROWS = int(os.environ.get("FORK_ROWS", runners.FORK_ROWS))
         os.chdir(said["cwd"])
         try:
             cli.main(said["words"])

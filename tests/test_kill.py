@@ -44,13 +44,14 @@ def refuse_redone(before, after):
 class Life:
     """An OUT whose runs are killed until one of them ends."""
 
-    def __init__(self, start, folder, name, *words):
+    def __init__(self, start, folder, name, *words, **env):
         self.start, self.folder, self.words = start, folder, (*words, "--out", name)
+        self.env = env
         self.out, self.kills, self.held = folder / name, 0, {}
 
     def once(self, instant):
         """Run until ``instant(run)`` returns, then kill; tell whether the run was faster."""
-        run = self.start("dedup", *self.words, cwd=self.folder)
+        run = self.start("dedup", *self.words, cwd=self.folder, **self.env)
         instant(run)
         status = run.kill()
         assert status in (KILLED, DONE), run.said()
@@ -61,7 +62,7 @@ class Life:
         return status == DONE
 
     def to_the_end(self):
-        run = self.start("dedup", *self.words, cwd=self.folder)
+        run = self.start("dedup", *self.words, cwd=self.folder, **self.env)
         assert run.wait() == DONE, run.said()
 
 
@@ -112,13 +113,17 @@ def test_killed_at_random_instants_of_all_stages(data, undisturbed, processes, t
         kills, turn = kills + life.kills, turn + 1
 
 
+FORKED = {"FORK_ROWS": "1"}  # as for a large set
+
+
 @pytest.mark.slow
-def test_killed_at_random_instants_with_many_tasks(processes, tmp_path):
+@pytest.mark.parametrize("env", [{}, FORKED], ids=["threads", "processes"])
+def test_killed_at_random_instants_with_many_tasks(processes, tmp_path, env):
     rng, kills, turn = np.random.default_rng(), 0, 0
     many_lists(tmp_path / "img")
     seconds = stage_seconds(processes, tmp_path, "img")
     while kills < 25:
-        life = Life(processes, tmp_path, f"out-{turn}", "img")
+        life = Life(processes, tmp_path, f"out-{turn}", "img", **env)
         for _ in range(5):  # anywhere: most of it is fitting and joining
             life.once(lambda run: time.sleep(rng.uniform(0, sum(seconds.values()) / 2)))
         live_through(life, seconds, rng)
@@ -153,6 +158,20 @@ def test_killed_after_marks(data, undisturbed, processes, tmp_path):
     life.to_the_end()
     assert life.kills >= 3
     assert results(life.out) == results(undisturbed)
+
+
+def test_forked_workers_die_with_the_run_and_leave_its_folder_to_the_next(processes, tmp_path):
+    source = many_lists(tmp_path / "img")
+    alone = Life(processes, tmp_path, "alone", source)
+    alone.to_the_end()
+    life = Life(processes, tmp_path, "out", source, "--threads", "3", **FORKED)
+    for mark in ("encode", "scan", "join", "merge"):
+        life.once(
+            lambda run, mark=mark: until(lambda: not run.runs() or stands(life.out, STAGES[mark]))
+        )
+    life.to_the_end()
+    assert life.kills >= 3
+    assert results(life.out) == results(alone.out)
 
 
 def test_what_a_killed_run_had_begun_to_write_goes(data, undisturbed, processes, tmp_path):
