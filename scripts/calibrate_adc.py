@@ -5,9 +5,9 @@
 
 A row is truly duplicated if any other row has a cosine of at least .95; it is flagged if its best
 neighbour in the index (with another row number) passes. The rules are one global limit on the ADC
-distance, ratio and difference of it and the row's own error, and, for an index without features,
-a limit on the distance between codes. The margins printed are the defaults of
-`snipdedup.search.adaptive`.
+distance, ratio and difference of it and the row's own error, the mean of both rows' differences,
+the mutual rule, and, for an index without features, a limit on the distance between codes. The
+margins printed are the defaults of `snipdedup.search.adaptive`.
 
 With --train_shards N, directions, quantisers and margins come from the first N shards only (give an
 encoder that was trained on those, --parts of snip train), all rows are indexed, and the rows of
@@ -34,13 +34,13 @@ from snipdedup.ground.shards import Features, open_features
 from snipdedup.index.building import build
 from snipdedup.index.codes import Lists
 from snipdedup.index.indexfolder import Index
-from snipdedup.search.adaptive import SYMMETRIC, calibrate, scores, true_duplicates
-from snipdedup.search.classes import Classes, classes_of
+from snipdedup.search import mutual
+from snipdedup.search.adaptive import MUTUAL, SYMMETRIC, calibrate, scores, true_duplicates
+from snipdedup.search.classes import classes_of
 from snipdedup.search.knn import Searcher, feature_queries, neighbours
 
-BOTH = "both ways"
-RULES = ("global", "ratio", "difference", BOTH, SYMMETRIC)
-UNSEEN = 3  # a difference counts so often where the other row does not name this one
+BOTH = "both ways"  # the mutual rule without what common codes tell
+RULES = ("global", "ratio", "difference", BOTH, MUTUAL, SYMMETRIC)
 PRECISIONS = (0.81, 0.91, 0.95)
 
 
@@ -146,11 +146,16 @@ def measure(
     shared = classes.shared(index.rows)
     searcher = Searcher(index, classes.lists, given.nprobe)
     chosen_on = sample < known
-    results = []
+    results, source = [], feature_queries(index, index.space, in_memory(vectors))
+    with tempfile.TemporaryDirectory() as folder:
+        views = mutual.record(searcher, classes, source, given.k, Path(folder), cores())
+        seen = {
+            rule: mutual.best_scores(views, shared, sample, cores(), common=float(rule == MUTUAL))
+            for rule in (BOTH, MUTUAL)
+        }
     for rule in RULES:
-        if rule == BOTH:
-            best = both_ways(index, searcher, classes, in_memory(vectors), given.k)[sample]
-        else:
+        best = seen.get(rule)
+        if best is None:
             best = rule_scores(index, searcher, in_memory(vectors), sample, shared, rule, given.k)
         for precision in PRECISIONS:
             margin, reached = calibrate(best[chosen_on], truth[chosen_on], precision)
@@ -219,40 +224,6 @@ def rule_scores(
         score[(queries.rows[:, None] == I) & ~shared[queries.rows][:, None]] = np.inf
         parts.append(score.min(axis=1))
     return np.concatenate(parts)
-
-
-def both_ways(
-    index: Index, searcher: Searcher, classes: Classes, vectors: Features, k: int
-) -> np.ndarray:
-    """Return the best score of each row, a pair's being the mean of its two differences.
-
-    Errors of the codes cancel: what is left is (x - y) times (q(x) - q(y)). Rows of one code are
-    one row here, as everywhere, and duplicates.
-    """
-    first = np.arange(index.rows)
-    for smallest, row in classes.links():
-        first[row] = smallest
-    source = feature_queries(index, index.space, vectors)
-    found = [
-        (D - queries.own[:, None], I)
-        for queries, D, I in neighbours(searcher, source, k=k, threads=cores())
-    ]
-    score, I = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    own = first[:, None] == I
-    score[own | (I < 0)] = np.inf
-    back = lookup(first[:, None] * index.rows + I, score, I * index.rows + first[:, None])
-    mean = np.where(np.isfinite(back), (score + back) / 2, UNSEEN * np.maximum(score, 0))
-    best = np.where(own | (I < 0), np.inf, mean).min(axis=1)
-    best[classes.shared(index.rows)] = 0
-    return best
-
-
-def lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the smallest value of each wanted key, infinity where there is none."""
-    order = np.lexsort((values.ravel(), keys.ravel()))
-    keys, values = keys.ravel()[order], values.ravel()[order]
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, values[at], np.inf)
 
 
 def table(

@@ -277,9 +277,10 @@ class Dedup(Input):
     )
     index: str | None = option(None, "adc: a finished index; it is built when not given")
     rule: str = option(
-        "difference",
-        "adc: compare d_ADC - self_adc, or d_ADC / self_adc, with a constant",
-        choices=("difference", "ratio"),
+        "mutual",
+        "adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or what both "
+        "rows' distances to the same codes say together",
+        choices=("mutual", "difference", "ratio"),
     )
     margin: float | None = option(None, "adc: the constant of the rule; calibrated when not given")
     precision: float = option(0.91, "adc: wanted share of right flags when calibrating")

@@ -20,7 +20,7 @@ from snipdedup.ground.shards import Features, open_features
 from snipdedup.index.building import build
 from snipdedup.index.export import export_faiss
 from snipdedup.index.indexfolder import Index
-from snipdedup.search import adaptive
+from snipdedup.search import adaptive, mutual
 from snipdedup.search import knn as search
 from snipdedup.search.adaptive import calibrate, default_margin, passes, true_duplicates
 from snipdedup.search.classes import classes_of
@@ -210,6 +210,12 @@ def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small):
     assert linked == {(min(rows), r) for rows in firsts.values() for r in rows if r != min(rows)}
 
 
+def candidates(index: Index, features: Features | None, **given: object) -> chain.Adc:
+    """`adc_candidates`, by the row's own difference unless told otherwise."""
+    options = wanted(**{"rule": "difference", **given})
+    return adc_candidates(index, features, options, index.folder.parent / "work")
+
+
 def collected(adc: chain.Adc) -> np.ndarray:
     blocks = [np.stack(block) for block in adc.pairs()]
     for block in blocks:
@@ -230,9 +236,7 @@ def labels(pairs: np.ndarray, rows: int) -> np.ndarray:
 @pytest.mark.parametrize("features_there", [True, False])
 def test_300_copies_are_joined_with_k_8(small, features_there):
     index, features = small
-    adc = adc_candidates(
-        index, features if features_there else None, wanted(k=8, margin=1e-4, nprobe=2)
-    )
+    adc = candidates(index, features if features_there else None, k=8, margin=1e-4, nprobe=2)
     pairs = collected(adc)
     copies = np.flatnonzero((features.read(0, features.rows) == features.read(5, 6)).all(axis=1))
     assert len(copies) == 301
@@ -250,8 +254,7 @@ def test_a_group_of_many_codes_is_found_whole_with_small_k(tmp_path):
     index = make(features, tmp_path / "x", nlist=2, m=8)
     assert len(classes_of(index.lists()).lists.ids) > 1300
     few, many = (
-        collected(adc_candidates(index, features, wanted(k=k, margin=0.02, nprobe=2)))
-        for k in (2, 1024)
+        collected(candidates(index, features, k=k, margin=0.02, nprobe=2)) for k in (2, 1024)
     )
     np.testing.assert_array_equal(few, many)
     assert np.bincount(few.ravel()).max() > 32  # far more than k
@@ -260,7 +263,7 @@ def test_a_group_of_many_codes_is_found_whole_with_small_k(tmp_path):
 def test_pairs_and_flags_are_those_of_a_plain_loop(small):
     index, features = small
     margin = 0.05
-    adc = adc_candidates(index, features, wanted(margin=margin, nprobe=4, k=1024))
+    adc = candidates(index, features, margin=margin, nprobe=4, k=1024)
     plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
     x = unit_rows(features.read(0, features.rows))
     q = plain.sa_decode(plain.sa_encode(x))
@@ -274,23 +277,27 @@ def test_pairs_and_flags_are_those_of_a_plain_loop(small):
     assert expected <= got <= expected | unsure
 
 
-def test_the_same_pairs_for_any_threads_and_blocks(real, monkeypatch):
+@pytest.mark.parametrize("rule", ["difference", "mutual"])
+def test_the_same_pairs_for_any_threads_and_blocks(real, monkeypatch, rule):
     index, features = real
-    one = adc_candidates(index, features, wanted(calibration_rows=500))
+    one = candidates(index, features, calibration_rows=500, rule=rule)
     first = collected(one), one.flags, one.margin
     monkeypatch.setattr(chain, "QUERY_ROWS", 1024)
     monkeypatch.setattr(search, "QUERY_ROWS", 1024)
-    two = adc_candidates(index, features, wanted(calibration_rows=500, threads=2))
+    monkeypatch.setattr(mutual, "QUERY_ROWS", 1024)
+    monkeypatch.setattr(mutual, "SOLVE_BYTES", 1 << 20)
+    two = candidates(index, features, calibration_rows=500, threads=2, rule=rule)
     second = collected(two), two.flags, two.margin
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    alone = [adc_candidates(index, None, wanted(threads=t)) for t in (1, 2)]
+    alone = [candidates(index, None, threads=t) for t in (1, 2)]
     np.testing.assert_array_equal(collected(alone[0]), collected(alone[1]))
 
 
-def test_the_calibrated_margin_reaches_the_precision_on_other_rows(real):
+@pytest.mark.parametrize("rule", ["difference", "mutual"])
+def test_the_calibrated_margin_reaches_the_precision_on_other_rows(real, rule):
     index, features = real
-    adc = adc_candidates(index, features, wanted(calibration_rows=3000, precision=0.91))
+    adc = candidates(index, features, calibration_rows=3000, precision=0.91, rule=rule)
     assert adc.calibration["source"] == "sample"
     assert adc.calibration["precision"] >= 0.91
     sampled = adaptive.calibration_sample(features.rows, wanted(calibration_rows=3000))
@@ -306,16 +313,17 @@ def test_the_calibrated_margin_reaches_the_precision_on_other_rows(real):
 def test_without_duplicates_the_default_margin_is_used(tmp_path):
     features = open_features(clustered(400, 16))
     index = make(features, tmp_path / "x")
-    adc = adc_candidates(index, features, wanted(threshold=0.9999999))
+    adc = candidates(index, features, threshold=0.9999999)
     assert adc.calibration == {"source": "default"}
 
 
-def test_bad_rows_ask_nothing_and_are_never_found(tmp_path):
+@pytest.mark.parametrize("rule", ["difference", "mutual"])
+def test_bad_rows_ask_nothing_and_are_never_found(tmp_path, rule):
     x = with_copies(1500, 30)
     x[1200], x[1300] = 0, np.nan
     features = open_features(x)
     index = make(features, tmp_path / "x", bad_rows="keep")
-    adc = adc_candidates(index, features, wanted(margin=10.0, nprobe=16, k=1024))
+    adc = candidates(index, features, margin=10.0, nprobe=16, k=200, rule=rule)
     pairs = collected(adc)
     assert not np.isin(pairs, [1200, 1300]).any()
     assert not adc.flags[[1200, 1300]].any()
@@ -325,14 +333,14 @@ def test_features_that_are_not_those_of_the_index_are_refused(small):
     index, features = small
     rows = features.read(0, features.rows)
     with pytest.raises(SnipError, match="holds 2,000 rows of 1 shards, FEATURES are 1,999"):
-        adc_candidates(index, open_features(rows[:-1]), wanted())
+        candidates(index, open_features(rows[:-1]))
     with pytest.raises(SnipError, match=r"rows 16 wide, FEATURES are 8 wide.*--encoder"):
-        adc_candidates(index, open_features(rows[:, :8].copy()), wanted())
+        candidates(index, open_features(rows[:, :8].copy()))
 
 
 def test_a_ratio_needs_features(small):
     with pytest.raises(UsageError, match="--rule ratio needs FEATURES"):
-        adc_candidates(small[0], None, wanted(rule="ratio"))
+        candidates(small[0], None, rule="ratio")
 
 
 def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
@@ -343,31 +351,13 @@ def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
     assert "| difference |" in capsys.readouterr().out
     written = json.loads((tmp_path / "x.json").read_text())
     at = {(r["rule"], r["wanted"]): r for r in written["results"]}
-    assert len(at) == 15
+    assert len(at) == 18
     assert at["difference", 0.91]["recall"] > at["ratio", 0.91]["recall"]  # findings: always
     assert at["both ways", 0.91]["recall"] > at["difference", 0.91]["recall"]
+    assert at["mutual", 0.91]["recall"] >= at["both ways", 0.91]["recall"]
     truth = true_duplicates(open_features(shard), np.arange(len(np.load(shard))), 0.95, 2)
     share = written["duplicates"] / written["judged"]
     assert share == pytest.approx(truth.mean(), abs=0.03)
-
-
-def test_both_ways_is_the_mean_of_two_differences(tmp_path):
-    script = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"))
-    x = unit_rows(np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32))
-    x[7] = x[3]
-    index = make(open_features(x), tmp_path / "index", nlist=4)
-    classes = classes_of(index.lists())
-    searcher = Searcher(index, classes.lists, 4)
-    found = script["both_ways"](index, searcher, classes, open_features(x), 300)
-    lists = index.quantiser.assign(x, 1)[1][:, 0]
-    q = index.quantiser.decode(lists, index.quantiser.encode(x, lists))
-    expected = np.einsum("ijd,ijd->ij", x[:, None] - x, q[:, None] - q)
-    np.fill_diagonal(expected, np.inf)
-    assert np.flatnonzero(classes.shared(300)).tolist() == [3, 7]
-    np.testing.assert_allclose(found, expected.min(axis=1), atol=1e-5)
-    few = script["both_ways"](index, searcher, classes, open_features(x), 4)
-    assert (few >= found - 1e-5).all()  # where one of two names the other, its own counts more
-    assert (few > found + 1e-5).any()
 
 
 def test_the_calibration_script_judges_other_shards(data, tmp_path, capsys):

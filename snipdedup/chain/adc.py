@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -17,8 +18,10 @@ from snipdedup.ground.compute import Stage, cores, in_order
 from snipdedup.ground.scan import scan
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.index.building import build
-from snipdedup.index.indexfolder import Index
+from snipdedup.index.indexfolder import Index, Space
+from snipdedup.search import mutual
 from snipdedup.search.adaptive import (
+    MUTUAL,
     SYMMETRIC,
     best_scores,
     calibrate,
@@ -33,7 +36,6 @@ from snipdedup.search.knn import (
     QUERY_ROWS,
     Queries,
     Searcher,
-    Source,
     code_queries,
     feature_queries,
     query_space,
@@ -82,8 +84,14 @@ def hits(searcher: Searcher, classes: Classes, queries: Queries, rule: Rule) -> 
         pending, k = pending[more], min(2 * k, MOST_NEIGHBOURS)
     x, y = np.concatenate(found, axis=1)
     x, y = x[x != y], y[x != y]
-    pairs = np.unique(np.stack([np.minimum(x, y), np.maximum(x, y)]), axis=1)
-    return Hits(pairs[0], pairs[1], np.unique(x), cut)
+    return Hits(*unique_pairs(x, y), np.unique(x), cut)
+
+
+def unique_pairs(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each pair of different rows once: the smaller rows, and the others."""
+    pairs = np.stack([np.minimum(x, y), np.maximum(x, y)])
+    a, b = np.unique(pairs[:, x != y], axis=1)
+    return a, b
 
 
 class Adc:
@@ -93,8 +101,10 @@ class Adc:
     ----------
     rows : int
     rule : str
-        ``difference``, ``ratio`` or ``symmetric``.
+        ``mutual``, ``difference``, ``ratio`` or ``symmetric``.
     margin : float
+    crowd : float
+        Margin of the own difference, where more than k neighbours pass the mutual rule.
     calibration : dict
         How the margin was come by: ``source`` (``given``, ``sample`` or ``default``) and, of a
         sample, its size, its true duplicates, and the precision and recall reached.
@@ -103,13 +113,17 @@ class Adc:
     """
 
     def __init__(
-        self, index: Index, classes: Classes, source: Source, options: settings.Dedup
+        self, index: Index, features: Features | None, space: Space, options: settings.Dedup
     ) -> None:
-        self.rows, self.classes, self.source = index.rows, classes, source
-        self.searcher = Searcher(index, classes.lists, options.nprobe)
-        self.shared = classes.shared(index.rows)
+        self.rows, self.classes = index.rows, classes_of(index.lists())
+        self.searcher = Searcher(index, self.classes.lists, options.nprobe)
+        self.shared = self.classes.shared(index.rows)
         self.k, self.threads = options.k, cores(options.threads)
-        self.rule, self.margin = options.rule, 0.0
+        self.rule = SYMMETRIC if features is None else options.rule
+        self.asked = None if features is None else partial(feature_queries, index, space, features)
+        self.source = self.asked() if self.asked else code_queries(index, self.classes.lists)
+        self.views: mutual.Views | None = None  # of the mutual rule
+        self.margin = self.crowd = 0.0
         self.calibration: dict[str, Any] = {}
         self.cut = 0
         self._flags: np.ndarray | None = None
@@ -132,14 +146,9 @@ class Adc:
         """
         yield from self.classes.links()
         flags, self.cut = self.shared.copy(), 0
-        most = MOST_NEIGHBOURS if self.rule == SYMMETRIC else self.k
-        rule = Rule(self.rule, self.margin, self.k, most)
-
-        def find(span: tuple[int, int]) -> Hits:
-            return hits(self.searcher, self.classes, self.source.load(span), rule)
-
+        find = self.found if self.views is None else self.judged
         spans = plan_blocks(self.source.total, QUERY_ROWS)
-        with progress.bar(self.source.total, "searching", "rows") as bar:
+        with progress.bar(self.source.total, "matching", "rows") as bar:
             for span, found in zip(spans, in_order(find, spans, self.threads), strict=True):
                 flags[found.rows] = True
                 self.cut += found.cut
@@ -148,8 +157,37 @@ class Adc:
                 bar.update(span[1] - span[0])
         self._flags = flags
 
+    def found(self, span: tuple[int, int]) -> Hits:
+        """Search for some rows."""
+        most = MOST_NEIGHBOURS if self.rule == SYMMETRIC else self.k
+        rule = Rule(self.rule, self.margin, self.k, most)
+        return hits(self.searcher, self.classes, self.source.load(span), rule)
 
-def adc_candidates(index: Index, features: Features | None, options: settings.Dedup) -> Adc:
+    def judged(self, span: tuple[int, int]) -> Hits:
+        """Judge what an earlier search said of some rows and of their neighbours.
+
+        Where all k neighbours pass there may be more: these rows are searched for again, and what
+        comes then is judged by the row's own difference.
+        """
+        views, rows = cast(mutual.Views, self.views), np.arange(*span)
+        pairs = mutual.judge(views, rows, self.margin)
+        passed = np.bincount(pairs.at, minlength=len(rows))
+        near = views.ids[span[0] : span[1], 1 : 1 + self.k]
+        full = (near[:, -1] >= 0) & (passed >= np.count_nonzero(near >= 0, axis=1)) & (passed > 0)
+        hit, y = self.classes.rows(near[pairs.at, pairs.column], self.k)
+        x = rows[pairs.at[hit]]
+        cut = 0
+        if full.any():
+            queries = cast(Any, self.asked)(rows[full]).load((0, int(full.sum())))
+            rule = Rule("difference", self.crowd, 2 * self.k, self.k)
+            more = hits(self.searcher, self.classes, queries, rule)
+            x, y, cut = np.append(x, more.a), np.append(y, more.b), more.cut
+        return Hits(*unique_pairs(x, y), np.unique(rows[pairs.at]), cut)
+
+
+def adc_candidates(
+    index: Index, features: Features | None, options: settings.Dedup, work: Path
+) -> Adc:
     """Set up method ``adc``: load the index, and find the margin.
 
     Parameters
@@ -159,11 +197,13 @@ def adc_candidates(index: Index, features: Features | None, options: settings.De
         The rows that were indexed. Without them the margin is the default one, and nothing that
         is found is verified.
     options : settings.Dedup
+    work : Path
+        Folder for what the mutual rule keeps of its search.
 
     Returns
     -------
     Adc
-        Nothing is searched yet: `Adc.pairs` does.
+        Pairs are not known yet: `Adc.pairs` finds them.
 
     Raises
     ------
@@ -175,40 +215,49 @@ def adc_candidates(index: Index, features: Features | None, options: settings.De
     if features is None and options.rule == "ratio":
         raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
     space = index.space if features is None else query_space(index, features, options.encoder)
-    classes = classes_of(index.lists())
-    source = (
-        code_queries(index, classes.lists)
-        if features is None
-        else feature_queries(index, space, features)
-    )
-    adc = Adc(index, classes, source, options)
-    if features is None:
-        adc.rule = SYMMETRIC
+    adc = Adc(index, features, space, options)
+    if adc.rule == MUTUAL:
+        source, threads = adc.source, adc.threads
+        adc.views = mutual.record(adc.searcher, adc.classes, source, adc.k, work, threads)
+    encoded = bool(index.manifest["request"]["as_stored"]) or space.encoder is not None
+    settle_margin(adc, features, options, partial(usual_margin, index.code_size, encoded, options))
+    return adc
+
+
+def usual_margin(code_size: int, encoded: bool, options: settings.Dedup, rule: str) -> float:
+    """Return the margin of a rule for rows that cannot be sampled."""
+    wanted = {"precision": options.precision, "threshold": options.threshold}
+    return default_margin(rule, code_size, encoded=encoded, **wanted)
+
+
+def settle_margin(
+    adc: Adc, features: Features | None, options: settings.Dedup, usual: Callable[[str], float]
+) -> None:
+    """Take the margin given, or calibrate it on a sample, or take the usual one of the rule."""
+    adc.crowd = usual("difference")
     if options.margin is not None:
         adc.margin, adc.calibration = options.margin, {"source": "given"}
-        return adc
+        return
     if features is not None:
         sample = calibration_sample(features.rows, options)
         truth = true_duplicates(features, sample, options.threshold, adc.threads)
         if truth.any():
-            best = best_scores(
-                adc.searcher,
-                adc.shared,
-                feature_queries(index, space, features, sample),
-                adc.rule,
-                adc.threads,
+            adc.margin, adc.calibration = calibrate(
+                sample_scores(adc, sample), truth, options.precision
             )
-            adc.margin, adc.calibration = calibrate(best, truth, options.precision)
-            return adc
-    adc.margin = default_margin(
-        adc.rule,
-        index.code_size,
-        precision=options.precision,
-        threshold=options.threshold,
-        encoded=bool(index.manifest["request"]["as_stored"]) or space.encoder is not None,
-    )
-    adc.calibration = {"source": "default"}
-    return adc
+            if adc.views is not None:
+                own = mutual.own_differences(adc.views, adc.shared, sample)
+                adc.crowd = calibrate(own, truth, options.precision)[0]
+            return
+    adc.margin, adc.calibration = usual(adc.rule), {"source": "default"}
+
+
+def sample_scores(adc: Adc, sample: np.ndarray) -> np.ndarray:
+    """Return the best score of each sampled row, (n,) float32."""
+    if adc.views is not None:
+        return mutual.best_scores(adc.views, adc.shared, sample, adc.threads)
+    queries = cast(Any, adc.asked)(sample)
+    return best_scores(adc.searcher, adc.shared, queries, adc.rule, adc.threads)
 
 
 def search_adc(
@@ -229,7 +278,7 @@ def search_adc(
     with stage("index"):
         index = open_or_build(features, options, work)
     if features is None:
-        return unverified(index, options, stage)
+        return unverified(index, options, work, stage)
     threads = cores(options.threads)
     with stage("read"):
         seen = scan(
@@ -239,7 +288,7 @@ def search_adc(
             keep_bad=options.bad_rows == "keep",
         )
     with stage("search"):
-        adc = adc_candidates(index, features, options)
+        adc = adc_candidates(index, features, options, work)
         builder = ForestBuilder()
         skip = seen.skipped(features.rows)
         first = np.arange(features.rows)
@@ -312,10 +361,10 @@ def drop_damaged(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def unverified(index: Index, options: settings.Dedup, stage: Stage) -> Found:
+def unverified(index: Index, options: settings.Dedup, work: Path, stage: Stage) -> Found:
     """Group what passes in an index whose rows are not at hand."""
     with stage("search"):
-        adc = adc_candidates(index, None, options)
+        adc = adc_candidates(index, None, options, work)
         pairs, builder = [], ForestBuilder()
         for a, b in adc.pairs():
             edges = make_edges(a, b, np.zeros(len(a), np.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from snipdedup.trust.tabulate import NAMES, shown_nprobe
 
 COLOURS = {"raw": "0.45", "opq": "#c58b00", "pca": "#3b78b5", "mse": "#7a4fa3", "snip": "#c2272d"}
 MARKS = {"raw": "s", "opq": "D", "pca": "o", "mse": "^", "snip": "o"}
+SHADES = ("#e8a33d", "#c2272d", "#5b1a4b", "#3b78b5")  # of flags, by code size
 STAGES = {"recall": "#4d8f52", "probes": "#b9d3ea", "code": "#6fa3d0", "encoder": "#1f4e79"}
 SIZE, DPI = (11, 8), 110
+GAP = 0.7  # between the bars of two contenders
 
 
 def need_matplotlib() -> None:
@@ -45,7 +48,7 @@ def draw(body: dict[str, Any], path: Path) -> None:
 
 def by_bytes(axis: Any, body: dict[str, Any]) -> None:
     """Recall@10 against the size of a code; dotted: without a code."""
-    nprobe = shown_nprobe(body)
+    nprobe, sizes = shown_nprobe(body), body_sizes(body)
     for name in NAMES:
         mine = [e for e in body["neighbours"] if e["contender"] == name]
         coded = [(e["bytes"], e["recall"]["10"]) for e in mine if e["nprobe"] == nprobe]
@@ -54,13 +57,15 @@ def by_bytes(axis: Any, body: dict[str, Any]) -> None:
                       label=NAMES[name], lw=2.4 if name == "snip" else 1.4)  # fmt: skip
         for entry in mine:
             if entry["bytes"] is None and name != "raw":
-                axis.axhline(entry["recall"]["10"], color=COLOURS[name], ls=":", lw=1)
-    sizes = body_sizes(body)
+                height = entry["recall"]["10"]
+                axis.axhline(height, color=COLOURS[name], ls=":", lw=1)
+                axis.text(sizes[0], height, f"{NAMES[name]} uncoded", color=COLOURS[name],
+                          fontsize=7, va="bottom")  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
     axis.set(xlabel="bytes a row", ylabel="recall@10",
-             title=f"Neighbours by code size (nprobe {nprobe}; dotted: uncoded)")  # fmt: skip
+             title=f"Neighbours by code size (nprobe {nprobe})")  # fmt: skip
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -76,25 +81,28 @@ def by_nprobe(axis: Any, body: dict[str, Any]) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), marker=MARKS[name], color=COLOURS[name],
                       lw=2.4 if name == "snip" else 1.4)  # fmt: skip
+    visited = sorted({e["nprobe"] for e in body["neighbours"] if e["nprobe"]})
     axis.set_xscale("log", base=2)
-    axis.set(xlabel=f"lists visited of {body['nlist']:,}", ylabel="recall@10",
+    axis.set_xticks(visited, [f"{n:,}" if n < body["nlist"] else f"all {n:,}" for n in visited])
+    axis.minorticks_off()
+    axis.set(xlabel="lists visited", ylabel="recall@10",
              title=f"Neighbours by lists visited ({size} bytes)")  # fmt: skip
 
 
 def by_flag(axis: Any, body: dict[str, Any]) -> None:
-    """Precision against recall of the SNIP descriptors' duplicate flags, by rule."""
+    """Precision against recall of the SNIP descriptors' duplicate flags, by rule and size."""
     styles = {"difference": "-", "ratio": "--", "global": ":"}
-    sizes = body_sizes(body)
+    colours = dict(zip(body_sizes(body), itertools.cycle(SHADES), strict=False))
     for entry in body["flags"]:
         if entry["contender"] != "snip":
             continue
         points = sorted(
             (p["recall"], p["precision"]) for p in entry["curve"] if p["recall"] and p["precision"]
         )
-        shade = 0.3 + 0.7 * (sizes.index(entry["bytes"]) + 1) / len(sizes)
         if points:
-            axis.plot(*zip(*points, strict=True), styles[entry["rule"]], color=COLOURS["snip"],
-                      alpha=shade, label=f"{entry['rule']}, {entry['bytes']} B")  # fmt: skip
+            axis.plot(*zip(*points, strict=True), styles[entry["rule"]],
+                      color=colours[entry["bytes"]],
+                      label=f"{entry['rule']}, {entry['bytes']} B")  # fmt: skip
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0.49, 1.01),
              title="Duplicate flags of SNIP codes")  # fmt: skip
     axis.legend(frameon=False, fontsize=7, ncols=3, loc="lower left")
@@ -103,14 +111,19 @@ def by_flag(axis: Any, body: dict[str, Any]) -> None:
 def by_stage(axis: Any, body: dict[str, Any]) -> None:
     """Recall@10 left, and what each stage takes."""
     lines = [e for e in body["budget"] if e["contender"] != "opq"]
-    labels = [f"{NAMES[e['contender']].split()[0]}\n{e['bytes']} B" for e in lines]
+    names = list(dict.fromkeys(e["contender"] for e in lines))
+    at = [number + GAP * names.index(e["contender"]) for number, e in enumerate(lines)]
     bottom = [0.0] * len(lines)
     for stage, colour in STAGES.items():
         heights = [max(e[stage], 0) for e in lines]
         name = "kept" if stage == "recall" else f"lost by the {stage}"
-        axis.bar(labels, heights, bottom=bottom, color=colour, label=name, width=0.8)
+        axis.bar(at, heights, bottom=bottom, color=colour, label=name, width=0.85)
         bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
-    axis.tick_params(axis="x", labelsize=7)
+    for place, height in zip(at, (e["recall"] for e in lines), strict=True):
+        axis.text(place, height / 2, f"{height:.2f}", ha="center", va="center", color="white",
+                  fontsize=7)  # fmt: skip
+    axis.set_xticks(at, [f"{NAMES[e['contender']].split()[0]}\n{e['bytes']} B" for e in lines])
+    axis.tick_params(axis="x", labelsize=7, length=0)
     axis.set(ylabel="recall@10", title="Where recall is lost", ylim=(0, 1.25))
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 

@@ -1,0 +1,256 @@
+"""Pairs judged from both sides: what one search says of two rows, put together.
+
+Each row is a query once. With e(x, z) = (‖x‖² − ‖x − z‖²) / 2 the distances of two rows to one
+code z give e(x, z) − e(y, z) = (x − y)·z: what x − y is along z, exactly, though neither row is
+kept. So of two rows that are near the same codes and lists, much of x − y is known, and how large
+that is says more than their own two codes do (docs/method.md, adc).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from snipdedup.ground import progress, store
+from snipdedup.ground.compute import in_order
+from snipdedup.ground.shards import plan_blocks
+from snipdedup.search.classes import Classes
+from snipdedup.search.knn import QUERY_ROWS, Queries, Searcher, Source
+from snipdedup.train.quantise import Quantiser
+
+UNSEEN = 3  # a difference counts so often where the other row does not name this one
+NEAREST = 3  # neighbours of a row that are looked at first: nearly always its best is among them
+RIDGE = 1e-3  # of a code's squared length: directions that codes share more closely say nothing
+COMMON, COMMON_LISTS = 16, 8  # nearest codes and lists that are compared; more cost time only
+NAMES, SOLVE_BYTES = 1 << 22, 1 << 27  # looked up together; of codes solved for together
+
+
+class Views(NamedTuple):
+    """What the search said of each row.
+
+    Attributes
+    ----------
+    ids : (n, 1 + k + nprobe) signed
+        Classes: the row's own, its k nearest; then lists visited, counted on from the classes.
+        -1 where there is none, and for the own class among the nearest.
+    e : (n, 1 + k + nprobe) float32
+        e(x, z) of each, as above.
+    classes : Classes
+    quantiser : Quantiser
+    k : int
+    """
+
+    ids: np.ndarray
+    e: np.ndarray
+    classes: Classes
+    quantiser: Quantiser
+    k: int
+
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        """Return the codes or centroids of ``ids``, (..., dim) float32; zeros for -1."""
+        lists, flat = self.classes.lists, ids.ravel()
+        count = len(lists.ids)
+        found = np.zeros((len(flat), self.quantiser.dim), np.float32)
+        place, coarse = (flat >= 0) & (flat < count), flat >= count
+        of = np.searchsorted(lists.starts, flat[place], side="right") - 1
+        found[place] = self.quantiser.decode(of, lists.codes[flat[place]])
+        found[coarse] = self.quantiser.centroids[flat[coarse] - count]
+        return found.reshape(*ids.shape, -1)
+
+
+def own_classes(classes: Classes, rows: int) -> np.ndarray:
+    """Return the class of each row, (rows,) int64; -1 for rows in no list."""
+    own = np.full(rows, -1)
+    places = np.arange(len(classes.lists.ids))
+    own[classes.lists.rows(slice(None))] = places
+    for first, row in classes.links():
+        own[row] = own[first]
+    return own
+
+
+def record(
+    searcher: Searcher, classes: Classes, source: Source, k: int, folder: Path, threads: int
+) -> Views:
+    """Search for all rows, and keep what is found in ``folder``: 168 bytes a row by default.
+
+    ``source`` gives all rows of the index, in order.
+    """
+    own, width = own_classes(classes, source.total), 1 + k + searcher.nprobe
+    smallest = np.min_scalar_type(-len(classes.lists.ids) - searcher.quantiser.nlist)
+    shape, types = (source.total, width), {"ids": smallest, "e": np.dtype(np.float32)}
+    paths = {name: folder / f"views_{name}.npy" for name in types}
+
+    def view(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        ids, e = view_block(searcher, source.load(span), own[slice(*span)], k)
+        return ids.astype(types["ids"]), e.astype(types["e"])
+
+    spans = plan_blocks(source.total, QUERY_ROWS)
+    with (
+        store.writing_npy(paths["ids"], types["ids"], shape) as ids,
+        store.writing_npy(paths["e"], types["e"], shape) as e,
+        progress.bar(source.total, "searching", "rows") as bar,
+    ):
+        for span, (names, values) in zip(spans, in_order(view, spans, threads), strict=True):
+            ids.write(names.tobytes())
+            e.write(values.tobytes())
+            bar.update(span[1] - span[0])
+    held = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+    return Views(held["ids"], held["e"], classes, searcher.quantiser, k)
+
+
+def view_block(
+    searcher: Searcher, queries: Queries, own: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and e of some rows, as `Views` has them."""
+    Dq, Iq = searcher.probe(queries.x, queries.first)
+    D, I = searcher.places(queries.x, Dq, Iq, k)
+    I[own[:, None] == I] = -1
+    Iq = np.where(Iq < 0, -1, Iq + len(searcher.lists.ids))
+    ids = np.concatenate([own[:, None], I, Iq], axis=1)
+    ids[queries.rows < 0] = -1
+    norm = np.einsum("ij,ij->i", queries.x, queries.x)[:, None]
+    e = (norm - np.concatenate([queries.own[:, None], D, Dq], axis=1)) / 2
+    return ids, np.where(ids < 0, 0, e)
+
+
+class Pairs(NamedTuple):
+    """Rows, and neighbours that they name.
+
+    Attributes
+    ----------
+    at : (p,) int64
+        Place of the row in its block.
+    column : (p,) int64
+        Place of the neighbour among the row's k.
+    score : (p,) float64
+        An estimate of ‖x − y‖², y the smallest row of the neighbour's class.
+    """
+
+    at: np.ndarray
+    column: np.ndarray
+    score: np.ndarray
+
+
+def judge(views: Views, rows: np.ndarray, margin: float) -> Pairs:
+    """Return the neighbours of ``rows``, (b,) int64, whose scores are at most the margin."""
+    ids, e = views.ids[rows], views.e[rows]
+    mean = mean_differences(views, ids, e)
+    pairs = scored(views, ids, e, mean, mean <= margin, 1.0)  # a score is never below its mean
+    return Pairs(*(part[pairs.score <= margin] for part in pairs))
+
+
+def scored(
+    views: Views,
+    ids: np.ndarray,
+    e: np.ndarray,
+    mean: np.ndarray,
+    chosen: np.ndarray,
+    common: float,
+) -> Pairs:
+    """Return the scores of chosen neighbours of rows.
+
+    The mean of a pair's two differences, (x − y)·(q(x) − q(y)), is ‖x − y‖² but for the codes'
+    errors, which cancel where they are alike. To it comes what `common_lengths` knows of it, with
+    a weight of ``common``: 0 leaves the mean alone.
+    """
+    at, column = np.nonzero(chosen)
+    score = mean[at, column]
+    if common:
+        score = score + common * common_lengths(views, ids[at], e[at], ids[at, 1 + column])
+    return Pairs(at, column, score)
+
+
+def mean_differences(views: Views, ids: np.ndarray, e: np.ndarray) -> np.ndarray:
+    """Return the mean of both rows' differences for the k nearest, infinity where there is none.
+
+    Where the other row does not name this one's class, this row's difference counts `UNSEEN`
+    times: it is farther away than k others.
+    """
+    near = slice(1, 1 + views.k)
+    known = (ids[:, near] >= 0) & (ids[:, :1] >= 0)
+    mine = (e[:, :1] - e[:, near]).astype(np.float64)  # half a difference
+    other = views.classes.lists.rows(np.maximum(ids[:, near], 0).ravel())
+    asks, back = np.repeat(ids[:, 0], views.k), np.empty(len(other))
+    for start, stop in plan_blocks(len(other), max(1, NAMES // views.k)):
+        y = other[start:stop]
+        theirs = views.e[y]
+        named = views.ids[y][:, near] == asks[start:stop, None]
+        back[start:stop] = theirs[:, 0] - np.where(named, theirs[:, near], 0).sum(axis=1)
+        back[start:stop][~named.any(axis=1)] = np.nan
+    back = back.reshape(mine.shape)
+    mean = np.where(np.isnan(back), 2 * UNSEEN * np.maximum(mine, 0), mine + back)
+    return np.where(known, mean, np.inf)
+
+
+def own_differences(views: Views, shared: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return each row's smallest difference, as `adaptive.best_scores` does, (n,) float32."""
+    ids, e = views.ids[rows, : 1 + views.k], views.e[rows, : 1 + views.k]
+    mine = np.where((ids[:, 1:] >= 0) & (ids[:, :1] >= 0), 2 * (e[:, :1] - e[:, 1:]), np.inf)
+    return np.where(shared[rows], 0, mine.min(axis=1)).astype(np.float32)
+
+
+def common_lengths(views: Views, ids: np.ndarray, e: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return ‖x − y‖² as far as common codes tell, scaled up, (p,) float64.
+
+    A = vᵀ (Q Qᵀ)⁻¹ v, with v the projections on the r common codes Q, is the squared length of
+    x − y within their span, r of d dimensions. A d / r would be the whole if all dimensions were
+    alike; they are not, and √(d / r) does better on all that was tried.
+    """
+    near = 1 + min(views.k, COMMON)
+    lists = np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
+    used = np.append(np.arange(near), lists)
+    ids, e = ids[:, used], e[:, used]
+    dim, width = views.quantiser.dim, len(used)
+    found = np.empty(len(ids))
+    other = views.classes.lists.rows(classes)
+    for start, stop in plan_blocks(len(ids), max(1, SOLVE_BYTES // (4 * dim * width))):
+        names, y = ids[start:stop], other[start:stop]
+        same = (names[:, :, None] == views.ids[y][:, None, used]) & (names >= 0)[:, :, None]
+        theirs = np.where(same, views.e[y][:, None, used], 0).sum(axis=2)
+        both = same.any(axis=2)
+        v = np.where(both, e[start:stop] - theirs, 0).astype(np.float64)
+        length = spanned(views.vectors(np.where(both, names, -1)), v)
+        found[start:stop] = length * np.sqrt(dim / np.maximum(both.sum(axis=1), 1))
+    return found
+
+
+def spanned(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return the squared lengths of vectors within the span of some directions, (p,) float64.
+
+    Parameters
+    ----------
+    Q : (p, r, d) float32
+        Directions; zeros where there is none.
+    v : (p, r) float64
+        Projections on them.
+    """
+    gram = np.matmul(Q, Q.transpose(0, 2, 1)).astype(np.float64)
+    square = np.trace(gram, axis1=1, axis2=2) / np.maximum(Q.any(axis=2).sum(axis=1), 1)
+    gram += (RIDGE * np.maximum(square, RIDGE))[:, None, None] * np.eye(Q.shape[1])
+    return (v * np.linalg.solve(gram, v[:, :, None])[:, :, 0]).sum(axis=1)
+
+
+def best_scores(
+    views: Views, shared: np.ndarray, rows: np.ndarray, threads: int, common: float = 1.0
+) -> np.ndarray:
+    """Return the best score of each of ``rows``, (n,) float32; infinity where it has none.
+
+    Rows that share their code with another (``shared``) have 0. ``common`` as in `scored`.
+    """
+
+    def best(span: tuple[int, int]) -> np.ndarray:
+        part = rows[slice(*span)]
+        ids, e = views.ids[part], views.e[part]
+        mean, found = mean_differences(views, ids, e), np.full(len(part), np.inf)
+        rank = np.argsort(np.argsort(mean, axis=1, kind="stable"), axis=1, kind="stable")
+        for within in (rank < NEAREST, rank >= NEAREST):
+            # A score is never below its mean: what cannot be the best is not looked at.
+            pairs = scored(views, ids, e, mean, within & (mean < found[:, None]), common)
+            np.minimum.at(found, pairs.at, pairs.score)
+        return np.where(shared[part], 0, found).astype(np.float32)
+
+    parts: Iterator[np.ndarray] = in_order(best, plan_blocks(len(rows), QUERY_ROWS), threads)
+    return np.concatenate(list(parts))

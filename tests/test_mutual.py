@@ -1,0 +1,144 @@
+"""The mutual rule: against what the rows themselves say."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+import pytest
+from test_knn import candidates, collected, labels, make
+
+from snipdedup.ground.cosine import unit_rows
+from snipdedup.ground.shards import open_features
+from snipdedup.index.indexfolder import Index
+from snipdedup.search import mutual
+from snipdedup.search.classes import classes_of
+from snipdedup.search.knn import Searcher, feature_queries
+
+ROWS, LISTS = 300, 4
+
+
+@pytest.fixture(scope="module")
+def rows():
+    x = unit_rows(np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32))
+    x[7] = x[3]
+    x[20:30] = x[10:20] + np.float32(0.02)
+    return x * np.linspace(0.5, 2, ROWS, dtype=np.float32)[:, None]  # norms must cancel out
+
+
+@pytest.fixture(scope="module")
+def index(rows, tmp_path_factory):
+    return make(open_features(rows), tmp_path_factory.mktemp("mutual") / "index", nlist=LISTS)
+
+
+def views_of(index: Index, rows: np.ndarray, folder, k: int, nprobe: int) -> mutual.Views:
+    classes = classes_of(index.lists())
+    searcher = Searcher(index, classes.lists, nprobe)
+    source = feature_queries(index, index.space, open_features(rows))
+    return mutual.record(searcher, classes, source, k, folder, 1)
+
+
+def plain(index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unit rows, their codes decoded by plain faiss, and the centroids."""
+    held = faiss.read_index(str(index.folder / "quantizer.faiss"))
+    x = unit_rows(rows)
+    q = held.sa_decode(held.sa_encode(x))
+    return x.astype(float), q.astype(float), held.quantizer.reconstruct_n(0, LISTS).astype(float)
+
+
+def test_views_are_projections_of_the_rows(index, rows, tmp_path):
+    views = views_of(index, rows, tmp_path, 12, 2)
+    x, q, centroids = plain(index, rows)
+    vectors = np.concatenate([q[views.classes.lists.rows(slice(None))], centroids])
+    assert views.ids.shape == views.e.shape == (ROWS, 15)
+    assert (views.ids[:, 0] >= 0).all()
+    assert (views.ids[:, 1:] != views.ids[:, :1]).all()
+    for a, b in [(0, 1), (10, 20), (200, 299)]:
+        common, at_a, at_b = np.intersect1d(views.ids[a], views.ids[b], return_indices=True)
+        for z, i, j in zip(common, at_a, at_b, strict=True):
+            if z >= 0:
+                along = (x[a] - x[b]) @ vectors[z]
+                assert views.e[a, i] - views.e[b, j] == pytest.approx(along, abs=1e-5)
+
+
+def test_the_mean_of_two_differences_is_that_of_the_rows(index, rows, tmp_path):
+    views = views_of(index, rows, tmp_path, ROWS, LISTS)
+    shared = views.classes.shared(ROWS)
+    assert np.flatnonzero(shared).tolist() == [3, 7]
+    x, q, _ = plain(index, rows)
+    expected = np.einsum("ijd,ijd->ij", x[:, None] - x, q[:, None] - q)
+    np.fill_diagonal(expected, np.inf)
+    everyone = np.arange(ROWS)
+    found = mutual.best_scores(views, shared, everyone, 1, common=0.0)
+    np.testing.assert_allclose(found[~shared], expected.min(axis=1)[~shared], atol=1e-5)
+    few = views_of(index, rows, tmp_path / "few", 4, LISTS)
+    fewer = mutual.best_scores(few, shared, everyone, 1, common=0.0)
+    assert (fewer >= found - 1e-5).all()  # where one of two names the other, its own counts more
+    assert (fewer > found + 1e-5).any()
+
+
+def test_all_common_codes_together_know_the_distance(index, rows, tmp_path, monkeypatch):
+    """Where both rows name everything, nothing of x − y is unknown: r is more than d."""
+    monkeypatch.setattr(mutual, "COMMON", ROWS)
+    views = views_of(index, rows, tmp_path, ROWS, LISTS)
+    a, b = np.arange(10, 20), np.arange(20, 30)
+    names = views.ids[b, 0]
+    found = mutual.common_lengths(views, views.ids[a], views.e[a], names)
+    x, _, _ = plain(index, rows)
+    r = (views.ids[a] >= 0).sum(axis=1)
+    expected = np.square(x[a] - x[b]).sum(axis=1) * np.sqrt(8 / r)
+    np.testing.assert_allclose(found, expected, rtol=0.01)
+
+
+def test_the_score_by_hand(index, rows, tmp_path):
+    """One pair, with few common codes, against least squares by numpy."""
+    views = views_of(index, rows, tmp_path, 6, 2)
+    x, q, centroids = plain(index, rows)
+    vectors = np.concatenate([q[views.classes.lists.rows(slice(None))], centroids])
+    checked = 0
+    for row in range(0, ROWS, 10):
+        pairs = mutual.judge(views, np.array([row]), 1e9)
+        for column, score in zip(pairs.column, pairs.score, strict=True):
+            place = views.ids[row, 1 + column]
+            other = int(views.classes.lists.rows(np.array([place]))[0])
+            if views.ids[row, 0] not in views.ids[other, 1:7]:
+                continue
+            common = np.intersect1d(views.ids[row], views.ids[other])
+            Q = vectors[common[common >= 0]]
+            v = Q @ (x[row] - x[other])
+            ridge = mutual.RIDGE * np.square(Q).sum(axis=1).mean()
+            length = v @ np.linalg.solve(Q @ Q.T + ridge * np.eye(len(Q)), v)
+            mean = (x[row] - x[other]) @ (q[row] - q[other])
+            assert score == pytest.approx(mean + length * np.sqrt(8 / len(Q)), abs=2e-4)
+            checked += 1
+    assert checked > 30
+
+
+def test_a_margin_cuts_what_is_judged(index, rows, tmp_path):
+    views = views_of(index, rows, tmp_path, 6, 2)
+    everyone = np.arange(ROWS)
+    every, few = (mutual.judge(views, everyone, margin) for margin in (1e9, 0.3))
+    assert 0 < len(few.at) < len(every.at)
+    kept = {(a, c) for a, c, s in zip(*every, strict=True) if s <= 0.3}
+    assert kept == {(a, c) for a, c, _ in zip(*few, strict=True)}
+    best = np.full(ROWS, np.inf)
+    np.minimum.at(best, every.at, every.score)
+    shared = views.classes.shared(ROWS)
+    found = mutual.best_scores(views, shared, everyone, 2)
+    np.testing.assert_allclose(found[~shared], best[~shared], rtol=1e-6)
+    assert (found[shared] == 0).all()
+
+
+def test_a_crowd_larger_than_k_is_one_group(tmp_path):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((1500, 16)).astype(np.float32)
+    x[200:500] = x[3] + 0.15 * rng.standard_normal((300, 16))
+    features = open_features(x)
+    index = make(features, tmp_path / "x", nlist=2, m=8)
+    adc = candidates(index, features, k=4, margin=0.5, nprobe=2, rule="mutual")
+    adc.crowd = 0.02
+    pairs = collected(adc)
+    assert np.bincount(pairs.ravel()).max() > 32  # far more than k
+    crowd = np.append(3, np.arange(200, 500))
+    assert adc.flags[crowd].mean() > 0.95
+    sizes = np.bincount(labels(pairs, len(x))[crowd])
+    assert sizes.max() > 0.95 * len(crowd)
