@@ -163,7 +163,9 @@ def join_all(tasks: Tasks, runner: Runner, seen: Scan, memory: int) -> tuple[Edg
     within = 1 if len(runs) >= 2 * runner.workers else runner.here
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:
         join_run = functools.partial(tasks.join, threads=within)
-        for run in runner.each(join_run, runs, tasks.joined, within):
+        work = visits * tasks.homes()  # the most first, so that all workers end at about one time
+        heavy = sorted(runs, key=lambda run: -int(work[run.low : run.high].sum()))
+        for run in runner.each(join_run, heavy, tasks.joined, within):
             bar.update(int(visits[run.low : run.high].sum()))
     runner.finish()
     builder, proposed = ForestFile(tasks.work / "forest", features.rows), 0

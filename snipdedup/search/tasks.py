@@ -147,6 +147,13 @@ class Tasks:
             total += starts
         return np.diff(total)
 
+    def homes(self) -> np.ndarray:
+        """Return how many rows live in each list, (nlist,) int64."""
+        total = np.zeros(self.model.lists.nlist, np.int64)
+        for folder in self.folders:
+            total += np.load(folder / "homes.npy")
+        return total
+
     def plan(self, visits: np.ndarray, most: int, bound: int) -> None:
         """Cut lists into runs of at most ``most`` visits, and note them for all who join them.
 
