@@ -7,6 +7,7 @@ need: an OUT folder that is claimed first and whose manifest is written last.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from snipdedup.chain.outfolder import (
     check_order,
     clear_earlier,
     describe_run,
+    grouping_folder,
     prepare_pairs,
     saved_settings,
     write_tables,
@@ -226,12 +228,12 @@ def conclude(
     goes at the end.
     """
     with clock.stage("group"):
-        work = None if load else out / store.WORK
-        result = decide_by(found, inputs.features, metadata, options, work)
+        folder = None if load else grouping_folder(out)
+        result = decide_by(found, inputs.features, metadata, options, folder)
     options = dataclasses.replace(options, threshold=result.threshold)
     if options.pairs:
         with clock.stage("pairs"):
-            prepare_pairs(result, out / store.WORK, options)
+            prepare_pairs(result, out, options)
     with clock.stage("write"):
         clear_earlier(out)
         outputs = write_tables(result, out, metadata, key, options)
@@ -243,6 +245,7 @@ def conclude(
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
     store.write_manifest(out, KIND, body, outputs)
+    shutil.rmtree(grouping_folder(out), ignore_errors=True)
     if not options.keep_work:
         store.end_work(out)
     return result, summary(result, out, body)

@@ -46,6 +46,11 @@ PAIR_TABLES = ("pairs.parquet", "copies.parquet")
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
 
+def grouping_folder(out: Path) -> Path:
+    """Return where groups wait that do not fit into memory; gone at the end of a run."""
+    return out / store.WORK / "grouping"
+
+
 def check_metadata(options: Dedup, metadata: Metadata | None) -> str | None:
     """Return the column of keys; refuse metadata that lacks what the settings ask of it."""
     check_order(options, metadata)
@@ -106,7 +111,7 @@ def write_forest(found: Found, out: Path) -> None:
     """Write ``forest.parquet``, some edges at a time."""
     schema = forest_table(found, join_edges([])).schema
     with store.writing_parquet(out / "forest.parquet", schema) as write:
-        for edges in found.edges(out / store.WORK):
+        for edges in found.edges(grouping_folder(out)):
             write(forest_table(found, edges))
 
 
@@ -117,7 +122,7 @@ def write_groups(result: Result, out: Path, metadata: Metadata | None, key: str 
     if metadata is not None and key is not None:
         row, group = result.members.row, result.members.group
         keys = gather_columns(
-            metadata, [key], row, cut_groups(group), texts, out / store.WORK / "keys"
+            metadata, [key], row, cut_groups(group), texts, grouping_folder(out) / "keys"
         )
     schema = groups_table(found, no_members(), threshold, None).schema
     with store.writing_parquet(out / "groups.parquet", schema) as write:
@@ -131,7 +136,7 @@ def texts(file: Table, batch: Any) -> dict[str, Any]:
     return {"text": as_texts(file, batch.schema.names[0], batch.column(0))}
 
 
-def prepare_pairs(result: Result, work: Path, options: Dedup) -> None:
+def prepare_pairs(result: Result, out: Path, options: Dedup) -> None:
     """Write ``pairs.parquet`` and ``copies.parquet`` to the work folder, or refuse too many."""
     import pyarrow as pa
 
@@ -140,10 +145,10 @@ def prepare_pairs(result: Result, work: Path, options: Dedup) -> None:
         raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
     if len(found.forest.a) > options.max_pairs:
         raise too_many(options.max_pairs)
-    threads, threshold = cores(options.threads), found.threshold
+    work, threads, threshold = out / store.WORK, cores(options.threads), found.threshold
 
     def pairs() -> Iterator[Edges]:
-        for block in found.blocks(threshold, work):
+        for block in found.blocks(threshold, grouping_folder(out)):
             yield from all_pairs(features, block.forest, threshold, threads, found.also)
 
     write_pairs(work / "pairs.parquet", pairs(), options.max_pairs)
@@ -153,7 +158,7 @@ def prepare_pairs(result: Result, work: Path, options: Dedup) -> None:
 
 def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup) -> list[Path]:
     """Write the metadata of the rows that stay, and lists of them for other tools."""
-    work, kinds = out / store.WORK, named_kinds("export", options.export, EXPORTS)
+    work, kinds = grouping_folder(out), named_kinds("export", options.export, EXPORTS)
     is_dup = load_column(out / "is_dup.npy")
     gone = np.broadcast_to(np.False_, result.rows) if options.weights else is_dup
     with added_columns(options, metadata, result.gone, work) as added:
@@ -196,7 +201,7 @@ def describe_run(
     shards = features.describe() if features else []
     for shard, crc in zip(shards, found.crcs, strict=False):
         shard["crc32"] = f"{crc:08x}"
-    work = out / store.WORK
+    work = grouping_folder(out)
     steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
     forest_tells = found.verified and found.best is None
     table = [t for t in steps if found.threshold <= t <= 1] if forest_tells else []

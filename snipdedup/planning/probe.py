@@ -262,7 +262,8 @@ def time_encoding(
     run(models[0], "first", 1)
     visits = [count_visits(folder / name, len(spans)) / pool.rows for name in ("first", "last")]
     block = np.load(folder / "last" / "0" / "codes.npy")[: 1 << 13]
-    lists = seconds(lambda: assign(block, alone.lists)) / len(block) / alone.lists.nlist
+    with library_threads(1):  # as a task has them: threads that wait for others burn time too
+        lists = seconds(lambda: assign(block, alone.lists)) / len(block) / alone.lists.nlist
     more = spent / pool.rows - base - lists * alone.lists.nlist
     folders = [folder / "last" / str(number) for number in range(len(spans))]
     return {

@@ -14,6 +14,7 @@ from snipdedup.ground import store
 from snipdedup.ground.cosine import Directions
 from snipdedup.ground.scan import Scan, Seen, read_range
 from snipdedup.ground.shards import Features, Piece, plan_blocks
+from snipdedup.ground.sorting import among
 from snipdedup.search.forest import Edges, make_edges
 from snipdedup.search.lists import Lists, Visits, assign
 from snipdedup.search.masses import ABSORBED, BESIDE, Hubs, Placed
@@ -121,7 +122,7 @@ def absorbed_edges(
     A hub that turned out to be a copy stands for the row that it copies, as all copies do.
     """
     rows = hubs.row.copy()
-    found = np.flatnonzero(np.isin(rows, seen.copies))
+    found = np.flatnonzero(among(seen.copies, rows))
     rows[found] = seen.firsts[np.searchsorted(seen.copies, rows[found])]
     for folder in folders:
         with np.load(folder / "absorbed.npz", allow_pickle=False) as file:
