@@ -11,6 +11,7 @@ from snipdedup import settings
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import store
 from snipdedup.ground.shards import open_features
+from snipdedup.search.adaptive import calibrate
 from snipdedup.train import training as train
 from snipdedup.trust import evaluate, tabulate
 
@@ -178,3 +179,17 @@ def test_tables_leave_out_what_was_not_measured():
         "| OPQ on raw | 0.500 |  |",
         "| SNIP | 0.625 | 0.750 |",
     ]
+
+
+def test_points_of_flags_are_those_of_calibration():
+    rng = np.random.default_rng(0)
+    best = np.append(np.round(rng.random(200), 2), [np.inf] * 5).astype(np.float32)
+    right = rng.random(205) < 1 - np.minimum(best, 1)
+    points = evaluate.flag_points(best, right, evaluate.CURVE)
+    assert [p["wanted"] for p in points] == evaluate.CURVE
+    for point in points:
+        margin, reached = calibrate(best, right, point["wanted"])
+        assert (point["margin"], point["precision"]) == (margin, reached["precision"])
+        assert point["recall"] == (reached["recall"] if reached["reached"] else 0)
+    nothing = evaluate.flag_points(np.full(3, np.inf, np.float32), right[:3], [0.9])
+    assert nothing == [{"wanted": 0.9, "margin": 0.0, "precision": None, "recall": 0.0}]

@@ -173,7 +173,8 @@ class Adc:
         pairs = mutual.judge(views, rows, self.margin)
         passed = np.bincount(pairs.at, minlength=len(rows))
         near = views.ids[span[0] : span[1], 1 : 1 + self.k]
-        full = (near[:, -1] >= 0) & (passed >= np.count_nonzero(near >= 0, axis=1)) & (passed > 0)
+        count = np.count_nonzero(near >= 0, axis=1)  # one place may be the row's own class
+        full = (count >= self.k - 1) & (passed == count) & (passed > 0)
         hit, y = self.classes.rows(near[pairs.at, pairs.column], self.k)
         x = rows[pairs.at[hit]]
         cut = 0

@@ -213,22 +213,31 @@ def calibrate(
         ``reached``, whether the precision is as wanted. The margin is chosen on the same sample,
         so a small one flatters: `proportion_interval` knows nothing of the choice.
     """
-    order = np.argsort(best, kind="stable")
-    score, right = best[order], np.cumsum(truth[order])
-    flagged = np.arange(1, len(score) + 1)
-    ends = np.append(score[1:] != score[:-1], True) & np.isfinite(score)
+    score, right, flagged = flag_curve(best, truth)
     told = {"source": "sample", "rows": len(best), "duplicates": int(truth.sum())}
-    if not ends.any():
+    if not len(score):
         nothing = {"precision": None, "precision_interval": [0.0, 1.0], "recall": 0.0}
         return 0.0, {**told, "flagged": 0, **nothing, "reached": False}
-    reached = right / flagged
-    good = np.flatnonzero(ends & (reached >= precision))
-    at = int(good[-1]) if len(good) else int(np.argmax(np.where(ends, reached, -1)))
+    at, good = choose(right / flagged, precision)
     return float(score[at]), {
         **told,
         "flagged": int(flagged[at]),
-        "precision": float(reached[at]),
+        "precision": float(right[at] / flagged[at]),
         "precision_interval": list(proportion_interval(int(right[at]), int(flagged[at]))),
         "recall": float(right[at] / max(truth.sum(), 1)),
-        "reached": bool(len(good)),
+        "reached": good,
     }
+
+
+def flag_curve(best: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each margin that tells rows apart, ascending, and right and all flags at it."""
+    order = np.argsort(best, kind="stable")
+    score, right = best[order], np.cumsum(truth[order])
+    ends = np.append(score[1:] != score[:-1], True) & np.isfinite(score)
+    return score[ends], right[ends], np.flatnonzero(ends) + 1
+
+
+def choose(reached: np.ndarray, precision: float) -> tuple[int, bool]:
+    """Return the last place with a precision as wanted, else the most precise; and which it is."""
+    good = np.flatnonzero(reached >= precision)
+    return (int(good[-1]), True) if len(good) else (int(np.argmax(reached)), False)

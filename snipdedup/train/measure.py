@@ -18,6 +18,7 @@ from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.train.quantise import Quantiser
 
 BLOCK_ROWS = 4096  # rows compared with all queries at a time
+COMPARED_ROWS = 256  # whose neighbours are compared at a time, k x k each
 SPARE = 16  # more candidates than asked for, since float32 may swap the last of them
 SAME = 1e-6  # similarities closer than this are one: copies differ in their last bits
 
@@ -112,10 +113,12 @@ def nearest(
 
 def recall(found: Neighbours, truth: Neighbours, k: int) -> float:
     """Return the share of the ``k`` truly nearest rows that are among the first ``k`` found."""
-    hits, of = 0, 0
-    for mine, right in zip(found.I[:, :k], truth.I[:, :k], strict=True):
-        known = right[right >= 0]
-        hits, of = hits + int(np.isin(known, mine).sum()), of + len(known)
+    hits = 0
+    mine, right = found.I[:, :k], truth.I[:, :k]
+    for start, stop in plan_blocks(len(mine), COMPARED_ROWS):
+        same = right[start:stop, :, None] == mine[start:stop, None, :]
+        hits += int((same.any(axis=2) & (right[start:stop] >= 0)).sum())
+    of = int((right >= 0).sum())
     return hits / of if of else 1.0
 
 

@@ -7,7 +7,7 @@ what is found is compared with the exact neighbours, duplicates and partners in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from snipdedup.ground.cosine import pair_cosine, unit_rows
 from snipdedup.ground.intervals import proportion_interval
 from snipdedup.ground.scan import refuse_bad, row_hashes
 from snipdedup.ground.shards import Features, open_features, request_of
-from snipdedup.search.adaptive import calibrate, scores
+from snipdedup.search.adaptive import choose, flag_curve, scores
 from snipdedup.train.measure import (
     Codes,
     Neighbours,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 RECALL_AT = (1, 10, 100)
 RULES = ("global", "ratio", "difference")
 PRECISIONS = (0.81, 0.91, 0.95)
+CURVE = [percent / 100 for percent in range(50, 100)]  # precisions that the picture shows
 FLAG_K = 16  # neighbours looked at for a flag
 OPQ_ROWS, OPQ_ROUNDS = 16_384, 10  # more rows or rounds do not move recall, and take minutes
 GALLERY = 16_384  # pictures that a text is to find its own among
@@ -360,24 +361,27 @@ class Judge:
                     "bytes": m,
                     "rule": rule,
                     "average_precision": round(average_precision(-best, self.duplicates), 4),
-                    "at": [flag_point(best, self.duplicates, wanted) for wanted in PRECISIONS],
-                    "curve": [
-                        flag_point(best, self.duplicates, wanted)
-                        for wanted in np.arange(50, 100) / 100
-                    ],
+                    "at": flag_points(best, self.duplicates, PRECISIONS),
+                    "curve": flag_points(best, self.duplicates, CURVE),
                 }
             )
 
 
-def flag_point(best: np.ndarray, truth: np.ndarray, wanted: float) -> dict[str, Any]:
-    """Return the margin of highest recall at a wanted precision, and what it reaches."""
-    margin, reached = calibrate(best, truth, float(wanted))
-    return {
-        "wanted": round(float(wanted), 2),
-        "margin": margin,
-        "precision": reached["precision"],
-        "recall": reached["recall"] if reached["reached"] else 0.0,
-    }
+def flag_points(
+    best: np.ndarray, truth: np.ndarray, precisions: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Return the margin of highest recall at each wanted precision, and what it reaches."""
+    margin, right, flagged = flag_curve(best, truth)
+    points = []
+    for wanted in precisions:
+        point = {"wanted": wanted, "margin": 0.0, "precision": None, "recall": 0.0}
+        if len(margin):
+            at, good = choose(right / flagged, wanted)
+            recall_there = float(right[at] / max(truth.sum(), 1))
+            point |= {"margin": float(margin[at]), "precision": float(right[at] / flagged[at])}
+            point["recall"] = recall_there if good else 0.0
+        points.append(point)
+    return points
 
 
 def budget(measured: list[dict[str, Any]], nprobes: list[int]) -> list[dict[str, Any]]:

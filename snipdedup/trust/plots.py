@@ -124,7 +124,8 @@ def by_stage(axis: Any, body: dict[str, Any]) -> None:
                   fontsize=7)  # fmt: skip
     axis.set_xticks(at, [f"{NAMES[e['contender']].split()[0]}\n{e['bytes']} B" for e in lines])
     axis.tick_params(axis="x", labelsize=7, length=0)
-    axis.set(ylabel="recall@10", title="Where recall is lost", ylim=(0, 1.25))
+    axis.set(ylabel="recall@10", title="Where recall is lost", ylim=(0, 1.25),
+             yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])  # fmt: skip
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 
