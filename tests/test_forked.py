@@ -41,6 +41,13 @@ def test_each_task_is_done_once_by_another_process(workers, count, tmp_path):
     pids = {int((tmp_path / task).read_text()) for task in tasks}
     assert os.getpid() not in pids
     assert len(pids) <= workers
+    all_end(pids)
+
+
+def all_end(pids):
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not any(map(alive, pids))
 
 
@@ -87,7 +94,7 @@ def test_workers_end_where_no_more_is_asked_for(tmp_path):
     results = in_processes(do, range(10), 2)
     assert next(results) == 0
     results.close()
-    assert not any(alive(path.name) for path in tmp_path.iterdir())
+    all_end([path.name for path in tmp_path.iterdir()])
 
 
 ORPHANS = """
@@ -108,10 +115,7 @@ def test_workers_end_with_a_parent_that_is_killed():
     assert all(map(alive, pids))
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(map(alive, pids))
+    all_end(pids)
 
 
 def test_processes_and_threads_find_the_same(tmp_path):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from snipdedup.chain.outfolder import (
     grouping_folder,
     prepare_pairs,
     saved_settings,
+    side_by_side,
     write_tables,
 )
 from snipdedup.chain.reload import finished_run, load_found, load_result
@@ -34,7 +36,7 @@ from snipdedup.chain.result import Result, check_threshold, decide, decide_fract
 from snipdedup.chain.summary import summary
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
 from snipdedup.ground import locks, store
-from snipdedup.ground.compute import cores, library_threads, pick_device
+from snipdedup.ground.compute import cores, library_threads, pick_device, together
 from snipdedup.ground.progress import Clock
 from snipdedup.ground.shards import (
     Features,
@@ -236,12 +238,16 @@ def conclude(
             prepare_pairs(result, out, options)
     with clock.stage("write"):
         clear_earlier(out)
-        outputs = write_tables(result, out, metadata, key, options)
+        jobs: tuple[Callable[[], Any], ...] = (
+            partial(write_tables, result, out, metadata, key, options),
+            partial(describe_run, result, out, inputs, metadata, options),
+        )
+        outputs, described = together(jobs, side_by_side(result, options))
         refuse_changed(inputs, metadata, out)
     body = {
         "request": request,
         "settings": saved_settings(options, method_of(options)),
-        **describe_run(result, out, inputs, metadata, options),
+        **described,
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
     store.write_manifest(out, KIND, body, outputs)

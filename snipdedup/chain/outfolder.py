@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from snipdedup.chain.result import Result
 from snipdedup.chain.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
 from snipdedup.ground import store
-from snipdedup.ground.compute import cores, memory_bound
+from snipdedup.ground.compute import cores, memory_bound, together
 from snipdedup.ground.objects import absolute
 from snipdedup.ground.shards import request_of
 from snipdedup.ground.sorting import load_column
@@ -80,13 +80,11 @@ def write_tables(
     with store.writing_npy(out / "is_dup.npy", np.dtype(bool), (result.rows,)) as file:
         for mask in result.mask():
             mask.tofile(file)
-    with ThreadPoolExecutor(min(2, cores(options.threads))) as pool:
-        both = (
-            pool.submit(write_forest, result.found, out),
-            pool.submit(write_groups, result, out, metadata, key),
-        )
-    for written in both:
-        written.result()
+    tables = (
+        partial(write_forest, result.found, out),
+        partial(write_groups, result, out, metadata, key),
+    )
+    together(tables, side_by_side(result, options))
     store.save_parquet(out / "histogram.parquet", histogram_table(result))
     outputs = [out / name for name in TABLES]
     if len(result.found.bad):
@@ -105,6 +103,11 @@ def write_tables(
     if metadata is not None:
         outputs += write_metadata(result, out, metadata, options)
     return outputs
+
+
+def side_by_side(result: Result, options: Dedup) -> int:
+    """Return how many things may be made of a result at once: one where it is held in parts."""
+    return 1 if result.found.is_large(result.threshold) else min(2, cores(options.threads))
 
 
 def write_forest(found: Found, out: Path) -> None:

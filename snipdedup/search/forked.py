@@ -63,10 +63,10 @@ def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> I
                 give(pipe)
                 yield tasks[number]
     finally:
-        for pipe, process in crew.items():
-            if pipe in busy:
-                process.kill()
-            process.join()
+        for pipe in busy:
+            crew[pipe].kill()
+            crew[pipe].join()
+        for pipe in crew:  # those with nothing to do end on their own
             pipe.close()
 
 
