@@ -36,7 +36,7 @@ from snipdedup.settings import Dedup
 DIM = 8
 SHARD = 1_000_000  # rows of a file of metadata
 IN_GROUPS = 0.53  # share of the rows that lie in groups, at 30 % that go
-COPIES = 3  # one of so many edges joins an exact copy
+COPIES = 3  # one of so many edges joins an exact copy, where that is the later row
 
 
 def main() -> None:
@@ -92,8 +92,8 @@ def write_found(folder: Path, rows: int, seed: int, giant: int) -> None:
         row = np.arange(start, stop)
         edge = np.flatnonzero((row > first) & ~lone)
         ends = np.stack([first[edge] * stride % rows, row[edge] * stride % rows]).astype("<i8")
+        copied = (np.arange(len(edge)) % COPIES == 0) & (ends[0] < ends[1])  # of an earlier row
         ends.sort(axis=0)
-        copied = np.arange(len(edge)) % COPIES == 0
         for names, part in ((("a", "b"), ~copied), (("first", "copy"), copied)):
             for name, end in zip(names, ends, strict=True):
                 end[part].tofile(files[name])

@@ -162,7 +162,7 @@ def cut_groups(group: np.ndarray) -> np.ndarray:
         stop = cuts[-1] + most
         begin = int(np.searchsorted(group, group[stop]))
         if begin <= cuts[-1]:
-            begin = int(np.searchsorted(group, group[stop], side="right"))
+            begin = max(stop, int(np.searchsorted(group, group[stop], side="right")))
         cuts.append(begin)
     return np.array(cuts + [len(group)] * (len(group) > cuts[-1] or len(cuts) == 1), np.int64)
 
