@@ -26,7 +26,10 @@ from snipdedup.search.projection import WIDTHS, Projection, main_directions, pro
 from snipdedup.search.verify import proved_cosines
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
-CHOICE_ROWS = 1 << 13  # rows to find the main directions on, and the width of codes by their pairs
+DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
+# Rows by whose pairs the width of codes is chosen, and their share of all rows in between. Of 2e9
+# rows one pair among 8,192 rows would stand for 31 proposals a row: too few rows see nothing.
+CHOICE_ROWS, CHOICE_SHARE = (1 << 13, 1 << 17), 1 / 128
 # What a coordinate more of all codes costs a row, and a pair to prove, in products of two int8
 # values: measured with two cores on 1,000,000 rows.
 CODE_PRODUCTS = 1 << 12  # to project a row on one more direction, write that and read it again
@@ -144,13 +147,20 @@ def choose_projection(
     get in the whole set is extrapolated from the sample. Rows of large groups count as others do:
     their tiles are crowded at any width.
     """
-    part = directions(sample[:CHOICE_ROWS])
+    part = directions(sample[:DIRECTION_ROWS])
     main = main_directions(part.unit(), WIDTHS[-1] - 1, threads)
     if rows <= SINGLE_LIST_ROWS:  # products are few
         return project(main, part, WIDTHS[-1], seed)[0]
-    nlist, count = list_count(rows), len(part.bad)
+    count = min(len(sample), int(np.clip(CHOICE_SHARE * rows, *CHOICE_ROWS)))
+    more = sample[DIRECTION_ROWS:count]
+
+    def projected(width: int) -> tuple[Projection, np.ndarray]:
+        projection, codes = project(main, part, width, seed)
+        return projection, np.concatenate([codes, encode_blocks(projection, more, threads)])
+
+    nlist = list_count(rows)
     coordinate = CODE_PRODUCTS + nlist + VISITING * rows / nlist
-    best, codes = project(main, part, WIDTHS[0], seed)
+    best, codes = projected(WIDTHS[0])
     a, b = sample_pairs(codes, best.limit(threshold), threads)  # wider ones rule out more of them
 
     def cost(projection: Projection, codes: np.ndarray) -> float:
@@ -159,7 +169,7 @@ def choose_projection(
 
     lowest = cost(best, codes)
     for width in WIDTHS[1:]:
-        wider, codes = project(main, part, width, seed)
+        wider, codes = projected(width)
         if cost(wider, codes) >= lowest:
             break
         best, lowest = wider, cost(wider, codes)
