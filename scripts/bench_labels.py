@@ -52,6 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group", default="group", help="column that says which picture it is")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--steps", type=int, help="training steps (the default of snip train)")
+    parser.add_argument("--temperature", type=float, help="of the snip loss (as snip train)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args(argv)
@@ -66,7 +67,9 @@ def contenders(rows: np.ndarray, given: argparse.Namespace) -> dict[str, Vectors
     def pca(block: np.ndarray) -> np.ndarray:
         return unit_rows(unit_rows(block) @ directions.T)
 
-    mse, snip = (train.train(rows, loss=loss, **settings)[0] for loss in ("mse", "snip"))
+    mse = train.train(rows, loss="mse", **settings)[0]
+    settings |= {"temperature": given.temperature} if given.temperature else {}
+    snip = train.train(rows, loss="snip", **settings)[0]
     return dict(zip(NAMES, (unit_rows, pca, mse.encode, snip.encode), strict=True))
 
 
