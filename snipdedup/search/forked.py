@@ -7,6 +7,7 @@ thread at each of them takes longer than many a step; a process has a lock of it
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -48,6 +49,7 @@ def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> I
         pipe.send(number)  # None: there is no more
         (busy.discard if number is None else busy.add)(pipe)
 
+    gc.freeze()  # or the first look for dead objects copies every page that holds some
     try:
         for _ in range(min(workers, len(tasks))):
             pipe, theirs = fork.Pipe()
@@ -56,6 +58,7 @@ def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> I
             crew[pipe] = process
             theirs.close()
             give(pipe)
+        gc.unfreeze()
         while busy:
             for ready in wait(list(busy)):
                 pipe = cast(Connection, ready)
