@@ -11,7 +11,7 @@ import torch
 
 from snipdedup.errors import SnipError
 from snipdedup.ground import progress
-from snipdedup.ground.compute import cores, in_order, library_threads, pick_device
+from snipdedup.ground.compute import cores, in_order, library_threads, pick_device, together
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -86,6 +86,13 @@ def test_libraries_run_single_threaded_inside_and_as_before_afterwards():
     with library_threads(3):
         assert look(0) == (3, 3)
     assert look(0) == before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_several_things_at_once(threads):
+    assert together([lambda: 1, lambda: "two", lambda: None], threads) == [1, "two", None]
+    with pytest.raises(ZeroDivisionError):
+        together([lambda: 1, lambda: 1 / 0], threads)
 
 
 def test_cores(monkeypatch):
