@@ -4,8 +4,9 @@ In a ``console`` block lines that begin with ``$`` are commands and the others w
 ``python`` block may be followed by a ``text`` block with what it prints. All run in one new folder.
 
     python scripts/make_tutorial.py            # writes the page
-    python scripts/make_tutorial.py --check    # exits 1 if it would be another, but for times and
-                                               # decimals from the fifth on, which the processor may change
+    python scripts/make_tutorial.py --check    # exits 1 if it would be another
+
+But for times, and decimals from the fifth on, which another processor may round otherwise.
 """
 
 from __future__ import annotations
