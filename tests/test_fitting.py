@@ -18,7 +18,8 @@ def near_rows(dim, seed=0):
     """A sample of rows at cosine .8, which narrow codes take for .93."""
     rng = np.random.default_rng(seed)
     spread = np.arange(1, dim + 1) ** -0.2
-    return (0.775 * rng.standard_normal(dim) + spread * rng.standard_normal((1500, dim))).astype("f4")
+    rows = 0.775 * rng.standard_normal(dim) + spread * rng.standard_normal((1500, dim))
+    return rows.astype(np.float32)
 
 
 def test_each_code_counts_up_to_a_degree():
