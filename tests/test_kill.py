@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ STAGES = {
 def files(out):
     """Return all files of OUT that are whole, but the lock, by their inodes."""
     found = {}
-    for path in out.rglob("*"):
+    seen = [Path(folder) / name for folder, _, names in os.walk(out) for name in names]
+    for path in seen:  # unlike rglob, walk does not mind a folder that is gone by then
         if not path.name.startswith(".") and path.suffix not in (".lock", ".part"):
             try:
                 found[path] = path.stat().st_ino if path.is_file() else None
