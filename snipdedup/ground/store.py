@@ -378,7 +378,7 @@ def claim(
     Parameters
     ----------
     out : Path
-        The folder to write.
+        The folder to write; locked for this thread until its work is gone (or `locks.given_up`).
     kind : str
         As in `write_manifest`; the finished manifest must hold ``request``.
     request : dict
@@ -402,10 +402,6 @@ def claim(
     SnipError
         If ``out`` belongs to another request, is being written by another run, or holds files that
         are not snip's.
-
-    Notes
-    -----
-    The folder is locked for this thread until the work is gone, or `locks.given_up` ends.
     """
     if (out / WORK / LOCK).is_file() and (overwrite or not (out / MANIFEST).is_file()):
         refuse_company(out, shared)  # said first: what another run is at just now is no one's fault

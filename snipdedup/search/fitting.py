@@ -170,9 +170,10 @@ def choose_projection(
     lowest = cost(best, codes)
     for width in WIDTHS[1:]:
         wider, codes = projected(width)
-        if cost(wider, codes) >= lowest:
+        its_cost = cost(wider, codes)
+        if its_cost >= lowest:
             break
-        best, lowest = wider, cost(wider, codes)
+        best, lowest = wider, its_cost
     return best
 
 

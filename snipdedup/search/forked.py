@@ -49,8 +49,8 @@ def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> I
         pipe.send(number)  # None: there is no more
         (busy.discard if number is None else busy.add)(pipe)
 
-    gc.freeze()  # or the first look for dead objects copies every page that holds some
     try:
+        gc.freeze()  # or the first look for dead objects copies every page that holds some
         for _ in range(min(workers, len(tasks))):
             pipe, theirs = fork.Pipe()
             process = fork.Process(target=work, args=(theirs, do, tasks, os.getpid()))
@@ -58,7 +58,6 @@ def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> I
             crew[pipe] = process
             theirs.close()
             give(pipe)
-        gc.unfreeze()
         while busy:
             for ready in wait(list(busy)):
                 pipe = cast(Connection, ready)
@@ -66,6 +65,7 @@ def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> I
                 give(pipe)
                 yield tasks[number]
     finally:
+        gc.unfreeze()
         for pipe in busy:
             crew[pipe].kill()
             crew[pipe].join()

@@ -35,7 +35,7 @@ class Model:
         """Write the model as one ``.npz``."""
         store.save_npz(
             path,
-            lasting=False,
+            lasting=True,  # all that is encoded hangs on it
             **self.projection.arrays(),
             centroids=self.lists.centroids,
             hub_row=self.hubs.row,

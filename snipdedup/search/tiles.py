@@ -110,34 +110,55 @@ def compare(
         members, first = members.where(members.row >= frozen), columns  # none is a column
     prepared = prepare_columns(kernel, right.codes)
     lowest = limit - kernel.rounding * abs(limit) - right.slack.max(initial=0)
-    listed, forests, count = [(np.empty(0, np.int64),) * 2], [], 0
+    listed: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
+    forests, count = [], 0
     for start in range(0, len(members.row), ROW_TILE):
         left = members.part(start, start + ROW_TILE)
         late = first + start < columns
         reach = min(columns, start + ROW_TILE) if late else columns  # further on, none is wanted
         some = prepared if reach == columns else prepare_columns(kernel, right.codes[:reach])
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), some)
-        limits = lowest - left.slack
         place = start, late, left.row < frozen, old
-        hits = product_hits(products, limits, MOST_RUNS)
-        if hits is None or hits.total > CROWDED * ROW_TILE * COLUMN_TILE:
-            close = all_close(products, limits)[:, :reach]
-            close &= wanted(np.arange(len(close))[:, None], np.arange(reach), *place)
-            found = int(np.count_nonzero(close))
-            if found > CROWDED * ROW_TILE * COLUMN_TILE:
-                forests.append(crowded(features, left.row, right.row[:reach], close, threshold))
-                count += found
-                continue
-            i, j = np.nonzero(close)
-        else:
-            i, j = hits.places()
-            i, j = i[j < reach], j[j < reach]
-            use = wanted(i, j, *place)
-            i, j = i[use], j[use]
+        i, j, close = close_places(products, lowest - left.slack, reach, place)
+        if close is not None:
+            forests.append(crowded(features, left.row, right.row[:reach], close, threshold))
+            count += np.count_nonzero(close)
         listed.append((left.row[i], right.row[j]))
         count += len(i)
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
     return TilePairs(a, b, join_edges(forests), count)
+
+
+def close_places(
+    products: Any,
+    limits: np.ndarray,
+    columns: int,
+    place: tuple[int, bool, np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return the rows and columns of a tile's pairs; of a crowded tile none, but a mask of them.
+
+    Parameters
+    ----------
+    products : (m, n) tensor
+    limits : (m,) float64
+    columns : int
+        How many there are; products after them are of none.
+    place : tuple
+        Where the tile lies, as `wanted` takes it.
+    """
+    many = CROWDED * ROW_TILE * COLUMN_TILE
+    hits = product_hits(products, limits, MOST_RUNS)
+    if hits is not None and hits.total <= many:
+        i, j = hits.places()
+        i, j = i[j < columns], j[j < columns]
+        use = wanted(i, j, *place)
+        return i[use], j[use], None
+    close = all_close(products, limits)[:, :columns]
+    close &= wanted(np.arange(len(close))[:, None], np.arange(columns), *place)
+    if np.count_nonzero(close) > many:
+        return np.empty(0, np.int64), np.empty(0, np.int64), close
+    i, j = np.nonzero(close)
+    return i, j, None
 
 
 def prepare_columns(kernel: Kernel, codes: np.ndarray) -> Any:
