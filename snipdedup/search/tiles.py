@@ -122,7 +122,7 @@ def compare(
         i, j, close = close_places(products, lowest - left.slack, reach, place)
         if close is not None:
             forests.append(crowded(features, left.row, right.row[:reach], close, threshold))
-            count += np.count_nonzero(close)
+            count += int(np.count_nonzero(close))
         listed.append((left.row[i], right.row[j]))
         count += len(i)
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
