@@ -4,7 +4,8 @@ python scripts/check_plan.py --features FOLDER [FOLDER ...] --repeats 3 --out FI
 
 Each repeat asks `snip plan` first, which measures the rates of the machine as it is just now, and
 then runs `snip dedup`. Compared are the medians. ``compute`` is the time of the processor, in all
-threads together: it tells more than ``seconds`` where other work keeps the machine busy.
+threads together: it tells more than ``seconds`` where other work keeps the machine busy. Memory
+that forked workers share counts once: so much the machine needs.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def compare(features: Path, work: Path | None) -> dict[str, dict[str, object]]:
         watcher = threading.Thread(target=watch, args=(out, disk, done))
         watcher.start()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run = timing.run_timed([*snip, "dedup", str(features), "--out", str(out)], log)
+        command = [*snip, "dedup", str(features), "--out", str(out)]
+        run = timing.run_timed(command, log, shared_once=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         done.set()
         watcher.join()

@@ -11,20 +11,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-INTERVAL = 0.05  # seconds between looks at the memory
+INTERVAL, SELDOM = 0.05, 0.3  # seconds between looks at the memory
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("numpy", "torch", "faiss-cpu", "pyarrow", "semhash", "usearch")
 
 
 class Timed(NamedTuple):
-    """Wall time of a process, and its peak of RssAnon in bytes; 0 where /proc cannot say."""
+    """Wall time of a process, and its peak of anonymous memory in bytes; 0 without /proc."""
 
     seconds: float
     peak: int
 
 
-def run_timed(command: list[str], log: Path) -> Timed:
+def run_timed(command: list[str], log: Path, *, shared_once: bool = False) -> Timed:
     """Run a command to its end, its output to ``log``.
+
+    The memory is the sum of RssAnon over all processes; with ``shared_once`` pages that several of
+    them share count once, which is dearer to ask, so asked less often.
 
     Raises
     ------
@@ -39,7 +42,7 @@ def run_timed(command: list[str], log: Path) -> Timed:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, text=True
         )
-        watcher = threading.Thread(target=watch, args=(process, peaks))
+        watcher = threading.Thread(target=watch, args=(process, peaks, shared_once))
         watcher.start()
         status = process.wait()
         seconds = time.perf_counter() - start
@@ -50,11 +53,12 @@ def run_timed(command: list[str], log: Path) -> Timed:
     return Timed(seconds, peaks[0])
 
 
-def watch(process: subprocess.Popen[str], peaks: list[int]) -> None:
+def watch(process: subprocess.Popen[str], peaks: list[int], shared_once: bool) -> None:
     """Raise ``peaks[0]`` to the most anonymous memory seen until the process ends."""
+    held = proportional if shared_once else anonymous
     while process.returncode is None:
-        peaks[0] = max(peaks[0], sum(anonymous(pid) for pid in tree(process.pid)))
-        time.sleep(INTERVAL)
+        peaks[0] = max(peaks[0], sum(held(pid) for pid in tree(process.pid)))
+        time.sleep(SELDOM if shared_once else INTERVAL)
 
 
 def tree(pid: int) -> list[int]:
@@ -71,14 +75,21 @@ def tree(pid: int) -> list[int]:
 
 def anonymous(pid: int | str) -> int:
     """Return the anonymous resident bytes of a process (``self``: this one), 0 if it has ended."""
+    return kilobytes(f"/proc/{pid}/status", "RssAnon:")
+
+
+def proportional(pid: int) -> int:
+    """Return the same, each page divided by the number of processes that share it."""
+    return kilobytes(f"/proc/{pid}/smaps_rollup", "Pss_Anon:")
+
+
+def kilobytes(path: str, name: str) -> int:
+    """Return a number of a file of /proc in bytes, 0 where it is not there."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        lines = Path(path).read_text().splitlines()
     except OSError:
         return 0
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
 
 
 def warm(paths: list[Path]) -> None:

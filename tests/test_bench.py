@@ -273,6 +273,14 @@ def test_memory_is_summed_over_the_process_and_its_children(tmp_path):
     assert timed.seconds > 0.4
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_what_forked_processes_share_may_count_once(tmp_path):
+    held = "import os, time; x = bytearray(100_000_000); c = os.fork(); time.sleep(1.2)"
+    command = [sys.executable, "-c", f"{held}; c and os.wait()"]
+    assert timing.run_timed(command, tmp_path / "log").peak > 200_000_000
+    assert 100_000_000 < timing.run_timed(command, tmp_path / "log", shared_once=True).peak < 150e6
+
+
 def test_a_process_that_fails_ends_the_run(tmp_path):
     with pytest.raises(SystemExit, match=r"exit status 3\nno such thing"):
         timing.run_timed(
