@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import http.server
 import json
+import os
 import re
 import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 PAGE = 3  # entries of a listing that come at a time
@@ -267,7 +269,13 @@ def kill_once_more_came(words, folder, more):
     """Start a command; kill it once ``more`` bytes than now have come."""
 
     def came():
-        return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".part", ".parquet"))
+        total = 0
+        for parent, _, names in os.walk(folder):  # rglob minds a folder that goes meanwhile
+            for name in names:
+                if name.endswith((".part", ".parquet")):
+                    with contextlib.suppress(FileNotFoundError):
+                        total += Path(parent, name).stat().st_size
+        return total
 
     before, limit = came(), time.monotonic() + 60
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as running:

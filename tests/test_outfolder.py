@@ -384,3 +384,19 @@ def test_bad_rows_that_are_kept_stay_unmatched_and_are_listed(rows, tmp_path, me
     again = truth.snip("dedup", tmp_path / "o", "--threshold", 0.96, "--out", tmp_path / "o2")
     assert again[0] == 0
     assert pq.read_table(tmp_path / "o2" / "bad_rows.parquet").equals(listed)
+
+
+def test_what_a_stopped_run_left_is_gone_when_it_ends(laion, tmp_path, monkeypatch):
+    """Not when its memory is freed: by then, files of these names may be a later run's."""
+
+    def stop(path, *given):
+        if path.name.startswith(".groups.parquet"):
+            raise KeyboardInterrupt
+        return replace(path, *given)
+
+    replace, out = type(tmp_path).replace, tmp_path / "out"
+    monkeypatch.setattr(type(tmp_path), "replace", stop)
+    with pytest.raises(KeyboardInterrupt) as held:
+        dedup(laion, out=out, threshold=0.9)
+    assert held.value.__traceback__  # with every frame of the run
+    assert not list((out / "work").rglob("*.arrows"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,17 +122,25 @@ def write_forest(found: Found, out: Path) -> None:
 def write_groups(result: Result, out: Path, metadata: Metadata | None, key: str | None) -> None:
     """Write ``groups.parquet``, some groups at a time."""
     found, threshold = result.found, result.threshold
-    keys: Iterator[Any] = itertools.repeat(None)
-    if metadata is not None and key is not None:
-        row, group = result.members.row, result.members.group
-        keys = gather_columns(
-            metadata, [key], row, cut_groups(group), texts, grouping_folder(out) / "keys"
-        )
     schema = groups_table(found, no_members(), threshold, None).schema
-    with store.writing_parquet(out / "groups.parquet", schema) as write:
+    with (
+        store.writing_parquet(out / "groups.parquet", schema) as write,
+        closing(group_keys(result, out, metadata, key)) as keys,
+    ):
         for members, table in zip(slices(result.members), keys, strict=False):
             named = None if table is None else table["text"]
             write(groups_table(found, members, threshold, named))
+
+
+def group_keys(
+    result: Result, out: Path, metadata: Metadata | None, key: str | None
+) -> Generator[Any, None, None]:
+    """Yield the keys of each slice of the members, None where there are no keys."""
+    if metadata is None or key is None:
+        yield from itertools.repeat(None)
+        return
+    row, cuts = result.members.row, cut_groups(result.members.group)
+    yield from gather_columns(metadata, [key], row, cuts, texts, grouping_folder(out) / "keys")
 
 
 def texts(file: Table, batch: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ def baselines(metadata: Metadata, members: Members, folder: Path) -> dict[str, i
 def caught(metadata: Metadata, column: str, members: Members, folder: Path) -> int:
     """Return how many removed rows go too where one row of each value in a group stays."""
     cuts = cut_groups(members.group)
-    tables = gather_columns(metadata, [column], members.row, cuts, marked, folder / "baseline")
-    return sum(
-        caught_within(part, table)
-        for part, table in zip(slices(members), tables, strict=True)
-        if table is not None
-    )
+    gathered = gather_columns(metadata, [column], members.row, cuts, marked, folder / "baseline")
+    with closing(gathered) as tables:
+        return sum(
+            caught_within(part, table)
+            for part, table in zip(slices(members), tables, strict=True)
+            if table is not None
+        )
 
 
 def marked(file: Table, batch: Any) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ def gather_columns(
     cuts: np.ndarray,
     convert: Convert,
     folder: Path,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yield, for each slice of ``rows``, what columns hold there, as a ``pyarrow.Table``.
 
-    None for a slice of no rows.
+    None for a slice of no rows. Close it: left to itself, a generator that was broken off removes
+    its files when its memory is freed, when they may be those of a later run.
 
     Parameters
     ----------

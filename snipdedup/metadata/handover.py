@@ -6,7 +6,8 @@ of them stays and the other goes, it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,10 @@ def write_lists(
     """
     paths = []
     if DATACOMP in columns:
-        parts = staying_parts(metadata, columns[DATACOMP], uid_numbers, is_dup, work)
-        paths.append(write_uids(out / "datacomp.npy", parts, count_staying(is_dup)))
+        with closing(
+            staying_parts(metadata, columns[DATACOMP], uid_numbers, is_dup, work)
+        ) as parts:
+            paths.append(write_uids(out / "datacomp.npy", parts, count_staying(is_dup)))
     if KEYS in columns:
         for _ in staying_parts(metadata, columns[KEYS], key_numbers, is_dup, work):
             pass  # refused before anything is written
@@ -83,7 +86,7 @@ def count_staying(is_dup: np.ndarray) -> int:
 
 def staying_parts(
     metadata: Metadata, column: str, numbers: Numbers, is_dup: np.ndarray, work: Path
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Yield the names of the rows that stay, (2, n) uint64, in parts that ascend."""
     parts = parts_for(metadata.rows)
     with spilling(work / FOLDER, parts) as spill:
