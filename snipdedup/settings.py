@@ -135,7 +135,11 @@ class Train(Input):
     steps: int = option(1600, "training steps at the most; it stops early when validation stalls")
     batch: int = option(1024, "rows a step")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
-    temperature: float = option(0.02, "softmax temperature of the snip loss, teacher and student")
+    temperature: float | None = option(
+        None,
+        "softmax temperature of the snip loss, teacher and student",
+        usual="fitted to the features",
+    )
     text_features: Any = option(
         None, "text features, row for row: keep the similarities of texts and images, too"
     )

@@ -81,6 +81,39 @@ def test_snip_loss_has_finite_gradients():
     assert torch.isfinite(y.grad).all()
 
 
+@pytest.mark.parametrize(("width", "wanted"), [(4, 5.0), (4, 10.0), (64, 10.0), (64, 40.0)])
+def test_the_fitted_temperature_spreads_rows_over_so_many_others(width, wanted):
+    """Neither the width of the features nor how they crowd around their mean matters."""
+    for shift in (0.0, 3.0):
+        rows = np.random.default_rng(0).normal(size=(300, width)) + shift
+        x = unit(rows)
+        similarity = (x @ x.T).numpy()
+        others = similarity[~np.eye(300, dtype=bool)].reshape(300, 299)
+        p = np.exp((others - 1) / losses.fitting_temperature(x, wanted))
+        p /= p.sum(axis=1, keepdims=True)
+        entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(axis=1).mean()
+        assert math.exp(entropy) == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_temperature_stays_within_sense():
+    low, high = losses.TEMPERATURES
+    assert losses.fitting_temperature(torch.ones(40, 1)) == pytest.approx(low, rel=0.01)
+    assert losses.fitting_temperature(torch.eye(8), 7.0 - 1e-9) == pytest.approx(low, rel=0.01)
+    assert losses.fitting_temperature(torch.eye(8), 8.0) == pytest.approx(high, rel=0.01)
+
+
+def test_the_temperature_is_the_one_given_else_fitted_and_noted():
+    rows = clustered(400, 16)
+    _, history = train.train(rows, **QUICK)
+    x = train.Training(
+        open_features(rows), None, settings.Train(features=rows, out="", **QUICK), "cpu"
+    )
+    assert history.as_dict()["temperature"] == x.loss.temperature
+    assert losses.TEMPERATURES[0] < x.loss.temperature < losses.TEMPERATURES[1]
+    assert train.train(rows, temperature=0.07, **QUICK)[1].temperature == 0.07
+    assert train.train(rows, loss="mse", **QUICK)[1].temperature is None
+
+
 def test_mse_loss_is_the_squared_error_of_similarities_worked_by_hand():
     # Cosines of the rows: 0, .6, .8; the descriptors claim .6, 0, .8. Each pair counts both ways.
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
@@ -118,7 +151,7 @@ def test_snip_beats_pca_on_rows_it_never_saw():
     y = unit(unseen).numpy() @ pca(rows[:2000], 8).T
     start = recall(unseen, y / np.linalg.norm(y, axis=1, keepdims=True))
     assert recall(unseen, encoder.encode(unseen)) > start + 0.03
-    assert history.best["validation_loss"] < 0.8 * history.curve[0]["validation_loss"]
+    assert history.best["validation_loss"] < 0.95 * history.curve[0]["validation_loss"]
     assert history.best["recall"] > history.curve[0]["recall"]
 
 
@@ -211,7 +244,7 @@ def test_a_set_that_fits_is_loaded_once_and_whole():
 def test_the_curve_says_when_to_stop():
     def curve(*losses: float) -> train.History:
         points = [{"step": n, "validation_loss": loss} for n, loss in enumerate(losses)]
-        return train.History(1, 1, 1, points)
+        return train.History(1, 1, 1, curve=points)
 
     assert not curve(5, 4, 3, 2, 1).stalled()
     assert not curve(1, 2, 2, 2, 2).stalled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,10 @@ from torch.nn import functional
 from snipdedup.train.encoder import Network
 
 SELF = -1e4  # logit of a row with itself: no weight after a softmax, and no NaN as -inf gives
+NEIGHBOURS = (
+    10.0  # rows of a batch over which a row's softmax spreads, unless a temperature is given
+)
+TEMPERATURES = (1e-3, 1.0)  # where it is looked for
 INNER_SD = 0.3  # of the first layer's weights; inputs have norm 1 (keyframes: 1 loses .02 recall)
 
 
@@ -27,6 +32,39 @@ def start_network(
         network.inner.weight.normal_(std=INNER_SD, generator=generator)
         network.inner.bias.zero_()
     return network
+
+
+def without_self(similarity: torch.Tensor) -> torch.Tensor:
+    """Return the logits of rows with one another, each row itself excluded."""
+    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return similarity.masked_fill(itself, SELF)
+
+
+@torch.no_grad()
+def fitting_temperature(x: torch.Tensor, neighbours: float = NEIGHBOURS) -> float:
+    """Return the temperature at which the rows' softmaxes spread over so many others.
+
+    Cosines crowd more in one model's space than in another's. The spread is the perplexity, e to
+    the mean entropy, as in t-SNE (van der Maaten and Hinton, 2008, section 2).
+
+    Parameters
+    ----------
+    x : (n, d) float tensor of unit rows
+    neighbours : float
+
+    Returns
+    -------
+    float
+        Within `TEMPERATURES`, to three digits: what sums round does not show.
+    """
+    similarity = without_self(x @ x.T)
+    low, high = TEMPERATURES
+    while high / low > 1.0005:
+        middle = math.sqrt(low * high)
+        teacher = functional.softmax(similarity / middle, dim=1)
+        entropy = -float(torch.xlogy(teacher, teacher).sum(dim=1).mean())
+        low, high = (middle, high) if entropy < math.log(neighbours) else (low, middle)
+    return float(f"{math.sqrt(low * high):.3g}")
 
 
 class SnipLoss(nn.Module):
@@ -53,9 +91,7 @@ class SnipLoss(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return similarities over the temperature, each row itself excluded."""
-        similarity = x @ x.T / self.temperature
-        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-        return similarity.masked_fill(itself, SELF)
+        return without_self(x @ x.T / self.temperature)
 
 
 class MseLoss(nn.Module):

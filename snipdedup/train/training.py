@@ -30,7 +30,13 @@ from snipdedup.ground.cosine import unit_rows
 from snipdedup.ground.scan import refuse_bad, row_hashes
 from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.train.encoder import BROKEN_PICKLE, Encoder, Network
-from snipdedup.train.losses import MseLoss, SnipLoss, TextLoss, start_network
+from snipdedup.train.losses import (
+    MseLoss,
+    SnipLoss,
+    TextLoss,
+    fitting_temperature,
+    start_network,
+)
 
 K = 10  # neighbours whose recall is reported
 LEAST_ROWS = 64  # distinct rows to learn anything from
@@ -64,6 +70,8 @@ class History:
         Distinct rows in the first subset, and rows held out.
     batch : int
         Rows a step, after any shrinking.
+    temperature : float, optional
+        Of the snip loss, as given or as fitted to the first rows.
     curve : list of dict
         ``step``, ``validation_loss``, ``recall`` (of the 10 nearest held-out rows, against exact
         cosine of the features) and ``loss`` (mean since the point before). The first point is
@@ -73,6 +81,7 @@ class History:
     rows: int
     held_out: int
     batch: int
+    temperature: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -312,7 +321,8 @@ class Training:
         self.batch = min(options.batch, len(self.rows.hashes))
         self.subset_steps = SUBSET_PASSES * (len(self.rows.hashes) // self.batch)
         self.validation = Validation(*self.tensors(self.held))
-        self.history = History(len(self.rows.hashes), held, self.batch)
+        temperature = self.pick_temperature() if options.loss == "snip" else None
+        self.history = History(len(self.rows.hashes), held, self.batch, temperature)
         self.losses: list[float] = []
         self.start()
 
@@ -324,10 +334,17 @@ class Training:
         heads = [options.dim // part for part in HEADS if options.dim // part >= HEAD_LEAST]
         network = start_network(directions, options.hidden, generator, heads)
         self.network = network.to(self.device)
-        self.loss = SnipLoss(options.temperature) if options.loss == "snip" else MseLoss()
+        temperature = self.history.temperature
+        self.loss = MseLoss() if temperature is None else SnipLoss(temperature)
         self.text_loss = TextLoss(options.text_temperature)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), weight_decay=WEIGHT_DECAY)
         self.best = copy.deepcopy(self.network.state_dict())
+
+    def pick_temperature(self) -> float:
+        """Return the temperature that was given, else the one that fits the first rows."""
+        if self.options.temperature is not None:
+            return self.options.temperature
+        return fitting_temperature(self.tensors(self.rows.take(slice(self.batch)))[0])
 
     def draw(self, number: int, wanted: int) -> Rows:
         """Return random distinct rows; the same ones for the same number."""
