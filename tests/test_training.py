@@ -492,6 +492,22 @@ def test_one_image_with_several_captions_is_several_pairs():
     assert rows.texts.shape == rows.images.shape
 
 
+def test_an_image_is_held_out_with_all_its_captions():
+    images = np.repeat(clustered(400, 16), 3, axis=0)
+    given = {"validation_rows": 90, "batch": 64, "features": images}
+    options = settings.Train(**{**QUICK, **given}, out="")
+    sources = open_features(images), open_features(clustered(1200, 16, seed=5))
+    training = train.Training(*sources, options, "cpu")
+    held = keys(training.held.images)
+    assert 90 <= len(training.held.hashes) < 93
+    assert len(training.held.hashes) == 3 * len(held)
+    assert training.history.held_out == len(training.held.hashes)
+    assert not held & keys(training.rows.images)
+    # The temperature is not that of images beside copies of themselves.
+    alone = train.Training(open_features(images[::3]), None, options, "cpu")
+    assert training.loss.temperature == pytest.approx(alone.loss.temperature, rel=0.25)
+
+
 def test_texts_are_compressed_like_images(tmp_path, snip):
     images, texts = paired(300, 16)
     for name, rows in (("img_emb", images), ("text_emb", texts)):

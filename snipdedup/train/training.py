@@ -299,6 +299,17 @@ class Rows(NamedTuple):
         texts = None if self.texts is None else self.texts[which]
         return Rows(self.images[which], texts, self.hashes[which])
 
+    def hold_out(self, wanted: int) -> tuple[Rows, Rows]:
+        """Cut off the first ``wanted`` rows, and all others of an image among them."""
+        keys = row_hashes(self.images)
+        first, which = np.unique(keys, return_index=True, return_inverse=True)[1:]
+        held = first[which] <= np.sort(first[which])[wanted - 1]
+        return self.take(held), self.take(~held)
+
+    def without(self, others: Rows) -> Rows:
+        """Return the rows whose image is not among others."""
+        return self.take(~np.isin(row_hashes(self.images), row_hashes(others.images)))
+
 
 class Training:
     """One run: rows in memory, the network, and what it is judged by."""
@@ -309,20 +320,21 @@ class Training:
         self.features, self.texts, self.options = features, texts, options
         self.device, self.done = device, 0
         drawn = self.draw(0, options.subset_rows + options.validation_rows)
-        if len(drawn.hashes) < LEAST_ROWS:
+        distinct = len(np.unique(row_hashes(drawn.images)))
+        if distinct < LEAST_ROWS:
             raise SnipError(
                 f"expected at least {LEAST_ROWS} distinct rows to train on, found "
-                f"{len(drawn.hashes)} among {features.rows:,}; train on more features"
+                f"{distinct} among {features.rows:,}; train on more features"
             )
-        held = min(options.validation_rows, len(drawn.hashes) // 5)
-        self.held, self.rows = drawn.take(slice(held)), drawn.take(slice(held, None))
+        self.held, self.rows = drawn.hold_out(min(options.validation_rows, len(drawn.hashes) // 5))
         self.number, self.order = 0, (-1, -1, np.empty(0, np.int64))
         self.sample = self.rows.images[:ROTATION_ROWS].copy()
         self.batch = min(options.batch, len(self.rows.hashes))
         self.subset_steps = SUBSET_PASSES * (len(self.rows.hashes) // self.batch)
         self.validation = Validation(*self.tensors(self.held))
         temperature = self.pick_temperature() if options.loss == "snip" else None
-        self.history = History(len(self.rows.hashes), held, self.batch, temperature)
+        held_out = len(self.held.hashes)
+        self.history = History(len(self.rows.hashes), held_out, self.batch, temperature)
         self.losses: list[float] = []
         self.start()
 
@@ -344,7 +356,9 @@ class Training:
         """Return the temperature that was given, else the one that fits the first rows."""
         if self.options.temperature is not None:
             return self.options.temperature
-        return fitting_temperature(self.tensors(self.rows.take(slice(self.batch)))[0])
+        # An image with several captions is several rows, and would be its own nearest neighbour.
+        images = np.unique(self.rows.images[: self.batch], axis=0)
+        return fitting_temperature(torch.from_numpy(unit_rows(images)).to(self.device))
 
     def draw(self, number: int, wanted: int) -> Rows:
         """Return random distinct rows; the same ones for the same number."""
@@ -373,7 +387,7 @@ class Training:
             number, at = divmod(at, self.subset_steps)
         if number != self.number:
             rows = self.draw(number, options.subset_rows + options.validation_rows)
-            self.rows, self.number = rows.take(~np.isin(rows.hashes, self.held.hashes)), number
+            self.rows, self.number = rows.without(self.held), number
         count = len(self.rows.hashes)
         passes, place = divmod(at, max(count // self.batch, 1))
         if self.order[:2] != (number, passes):
