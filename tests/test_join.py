@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -382,3 +383,17 @@ def test_lists_of_key_frames_lose_no_more_than_promised(data, threshold, edges):
         found = dedup(data / "keyframes", threshold=threshold)
     assert found.found.notes["nlist"] == 146
     assert len(found.found.forest.a) >= 0.9985 * edges  # of brute force
+
+
+def test_many_tasks_with_few_open_files(rows, brute, tmp_path):
+    """Of a billion rows there are thousands of encode tasks; a process may have 1024 files open."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/dev/fd").iterdir())
+    with mock.patch.object(encoding, "task_rows", return_value=50):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 40, hard))
+        try:
+            found = dedup(rows, method="join", out=tmp_path / "o", threads=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.array_equal(found.is_dup, brute.is_dup)

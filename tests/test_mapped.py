@@ -56,6 +56,19 @@ def test_visited_lists_hold_what_all_lists_hold(index):
         np.testing.assert_array_equal(found.codes[order], all_lists.codes[places])
 
 
+def test_of_very_many_shards_few_stay_mapped(index, parts, monkeypatch):
+    whole = MappedLists(index)
+    monkeypatch.setattr(mapped, "MOST_MAPPED", 1)
+    some = MappedLists(index)
+    assert len(some.held) == 1 < len(whole.held)
+    x = parts[0][5] / np.linalg.norm(parts[0][5])
+    for one, other in zip(
+        whole.nearest(x, nprobe=4, k=9), some.nearest(x, nprobe=4, k=9), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert some.code_of(2000)[0] == whole.code_of(2000)[0]
+
+
 class Watched:
     """An array that notes which rows of it are looked at."""
 
@@ -70,14 +83,14 @@ class Watched:
 
 def test_only_the_visited_lists_are_read(index, parts):
     lists, seen = MappedLists(index), []
-    for number, shard in enumerate(lists.shards):
+    for number, shard in list(lists.held.items()):
         seen.append(set())
         ids, codes = Watched(shard.ids, seen[-1]), Watched(shard.codes, seen[-1])
-        lists.shards[number] = shard._replace(ids=ids, codes=codes)
+        lists.held[number] = shard._replace(ids=ids, codes=codes)
     x = parts[0][5] / np.linalg.norm(parts[0][5])
     lists.nearest(x, nprobe=2, k=5)
     probed = index.quantiser.assign(x[None].astype(np.float32), 2)[1][0]
-    for shard, looked in zip(MappedLists(index).shards, seen, strict=True):
+    for shard, looked in zip(MappedLists(index).held.values(), seen, strict=True):
         of = np.repeat(np.arange(32), shard.sizes)
         assert looked == set(np.flatnonzero(np.isin(of, probed)).tolist())
     assert 0 < sum(map(len, seen)) < 600

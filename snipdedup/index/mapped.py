@@ -15,6 +15,7 @@ from snipdedup.ground.shards import plan_blocks
 from snipdedup.index.codes import ShardCodes, map_shard, pack, unpack
 from snipdedup.index.indexfolder import Index
 
+MOST_MAPPED = 128  # shards that stay mapped
 DECODE_ROWS = 1 << 15  # codes turned into vectors at a time
 
 
@@ -31,13 +32,27 @@ class MappedLists:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self.shards = [index.fitting(n, map_shard(path)) for n, path in enumerate(index.files)]
+        self.held: dict[int, ShardCodes] = {}
+        for number in range(len(index.files)):  # a wrong one is refused now
+            self.shard(number)
+
+    def shard(self, number: int) -> ShardCodes:
+        """Return the codes of a shard; where there are very many, most are mapped when asked for.
+
+        A mapped shard holds four open files, and a process may often have no more than 1024.
+        """
+        if number in self.held:
+            return self.held[number]
+        shard = self.index.fitting(number, map_shard(self.index.files[number]))
+        if len(self.held) < MOST_MAPPED:
+            self.held[number] = shard
+        return shard
 
     def visit(self, lists: np.ndarray) -> Entries:
         """Return the entries of some lists, in the order of shards, in each as asked."""
         parts = [Entries(np.empty(0, np.int64), np.empty(0, np.int64), self._no_codes())]
-        for first, shard in zip(self.index.offsets, self.shards, strict=False):
-            parts += entries_of(shard, int(first), lists)
+        for number in range(len(self.index.files)):
+            parts += entries_of(self.shard(number), int(self.index.offsets[number]), lists)
         return Entries(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def code_of(self, row: int) -> tuple[int, np.ndarray] | None:
@@ -46,7 +61,7 @@ class MappedLists:
         The row numbers of one shard are read.
         """
         number = int(np.searchsorted(self.index.offsets, row, side="right")) - 1
-        shard = self.shards[number]
+        shard = self.shard(number)
         wanted = pack(np.array([row - self.index.offsets[number]]), shard.ids.shape[1])
         places = np.flatnonzero((shard.ids == wanted).all(axis=1))
         if not len(places):

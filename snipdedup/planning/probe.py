@@ -291,14 +291,13 @@ def count_visits(folder: Path, tasks: int) -> int:
 
 def time_loading(folders: list[Path], model: Model) -> dict[str, float]:
     """Time bringing lists together, by visits and by tasks' folders; see how unlike lists are."""
-    starts = [np.load(folder / "starts.npy") for folder in folders]
     homes = np.sum([np.load(folder / "homes.npy") for folder in folders], axis=0)
-    visits = np.diff(np.sum(starts, axis=0))
+    visits = np.diff(np.sum([np.load(folder / "starts.npy") for folder in folders], axis=0))
     skip = np.zeros(POOL, bool)
     width, nlist = model.projection.width, model.lists.nlist
 
     def load(low: int, high: int) -> Any:
-        return load_partition(folders, starts, low, high, skip, width)
+        return load_partition(folders, low, high, skip, width)
 
     opened = seconds(lambda: load(0, 1)) / len(folders)
     whole = seconds(lambda: load(0, nlist))

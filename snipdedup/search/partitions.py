@@ -52,26 +52,21 @@ def plan_partitions(visits: np.ndarray, most: int) -> list[tuple[int, int]]:
 
 
 def load_partition(
-    folders: list[Path],
-    starts: list[np.ndarray],
-    low: int,
-    high: int,
-    skip: np.ndarray,
-    width: int,
+    folders: list[Path], low: int, high: int, skip: np.ndarray, width: int
 ) -> Partition:
-    """Bring the rows of lists ``low`` to ``high`` together from all encode tasks."""
-    parts = [
-        load_part(folder, start[low : high + 1], low, skip)
-        for folder, start in zip(folders, starts, strict=True)
-    ]
+    """Bring the rows of lists ``low`` to ``high`` together from all encode tasks.
+
+    Files are open while they are read only: of two billion rows there are thousands of tasks.
+    """
+    parts = [load_part(folder, low, high, skip) for folder in folders]
     row, slack, key, _ = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = sort_small(key, 2 * (high - low))
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     codes, done = np.empty((len(row), width), np.int8), 0
-    for folder, start, (_, _, _, use) in zip(folders, starts, parts, strict=True):
+    for folder, (_, _, _, use) in zip(folders, parts, strict=True):
         stored = np.load(folder / "codes.npy", mmap_mode="r").view(np.ndarray)
-        codes[place[done : done + len(use)]] = np.take(stored, use + start[low], axis=0)
+        codes[place[done : done + len(use)]] = np.take(stored, use, axis=0)
         done += len(use)
     key = key[order]
     return Partition(
@@ -84,7 +79,7 @@ def load_partition(
 
 
 def load_part(
-    folder: Path, starts: np.ndarray, low: int, skip: np.ndarray
+    folder: Path, low: int, high: int, skip: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Read what an encode task has for a run of lists.
 
@@ -97,12 +92,14 @@ def load_part(
     use : (v,) int64
         Which of the task's rows these are.
     """
+    starts = np.array(np.load(folder / "starts.npy", mmap_mode="r")[low : high + 1])
     part = slice(int(starts[0]), int(starts[-1]))
     row = np.load(folder / "rows.npy", mmap_mode="r")[part]
-    homes = np.load(folder / "homes.npy", mmap_mode="r")[low : low + len(starts) - 1]
+    homes = np.load(folder / "homes.npy", mmap_mode="r")[low:high]
     sizes = np.diff(starts)
     key = np.repeat(2 * np.arange(len(sizes), dtype=np.int32), sizes)
     place = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], sizes)
     key += place >= np.repeat(homes, sizes)
     use = np.flatnonzero(~skip[row])
-    return row[use], np.load(folder / "slack.npy", mmap_mode="r")[part][use], key[use], use
+    slack = np.load(folder / "slack.npy", mmap_mode="r")[part]
+    return row[use], slack[use], key[use], use + part.start

@@ -75,11 +75,6 @@ class Tasks:
         return Model.load(self.fitted)
 
     @cached_property
-    def starts(self) -> list[np.ndarray]:
-        """Where each list begins in each encode task's rows; all together too large for memory."""
-        return [np.load(folder / "starts.npy", mmap_mode="r") for folder in self.folders]
-
-    @cached_property
     def skip(self) -> np.ndarray:
         """Which rows take no part, (rows,) bool, in pages that processes share."""
         return np.load(self.scanned.parent / "skip.npy", mmap_mode="r").view(np.ndarray)
@@ -143,8 +138,8 @@ class Tasks:
     def visits(self) -> np.ndarray:
         """Return how many rows live in or visit each list, (nlist,) int64."""
         total = np.zeros(self.model.lists.nlist + 1, np.int64)
-        for starts in self.starts:
-            total += starts
+        for folder in self.folders:
+            total += np.load(folder / "starts.npy")
         return np.diff(total)
 
     def homes(self) -> np.ndarray:
@@ -174,9 +169,8 @@ class Tasks:
         """Find the pairs of a run of lists, and keep their forest."""
         path = self.joined(run)
         if load_joined(path) is None:
-            partition = load_partition(
-                self.folders, self.starts, *run, self.skip, self.model.projection.width
-            )
+            width = self.model.projection.width
+            partition = load_partition(self.folders, *run, self.skip, width)
             forest, proposed = join_task(
                 self.features,
                 self.model,
