@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import progress
+from snipdedup.ground import compute, progress
 from snipdedup.ground.compute import cores, in_order, library_threads, pick_device, together
 
 
@@ -93,6 +93,48 @@ def test_several_things_at_once(threads):
     assert together([lambda: 1, lambda: "two", lambda: None], threads) == [1, "two", None]
     with pytest.raises(ZeroDivisionError):
         together([lambda: 1, lambda: 1 / 0], threads)
+
+
+def test_what_is_not_begun_is_left_when_one_fails():
+    for threads in (1, 2):
+        begun, gate = [], threading.Event()
+
+        def fail(gate=gate):
+            gate.wait(5)
+            raise ZeroDivisionError
+
+        jobs = [fail, gate.set, *[lambda n=n, begun=begun: begun.append(n) for n in range(40)]]
+        if threads == 1:
+            gate.set()
+        jobs.append(lambda: time.sleep(0.2))
+        with pytest.raises(ZeroDivisionError):
+            together(jobs, threads)
+        assert threads == 2 or not begun
+
+
+def test_jobs_are_waited_for_however_often_one_interrupts(monkeypatch):
+    """They write into folders that are given up next."""
+    begun, ended, stop = threading.Event(), [], [KeyboardInterrupt] * 3
+    shutdown = compute.ThreadPoolExecutor.shutdown
+
+    def interrupted(*given, **named):
+        if stop:
+            raise stop.pop()
+        shutdown(*given, **named)
+
+    def fail():
+        begun.wait(20)
+        raise KeyboardInterrupt
+
+    def slow():
+        begun.set()
+        time.sleep(0.3)
+        ended.append(1)
+
+    monkeypatch.setattr(compute.ThreadPoolExecutor, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        together([fail, slow], 2)
+    assert ended == [1]
 
 
 def test_cores(monkeypatch):

@@ -50,6 +50,16 @@ def test_a_cut_part_is_refused(tmp_path):
             held.read(0)
 
 
+def test_a_part_that_is_gone_is_refused(tmp_path):
+    with spill.spilling(tmp_path / "s", 2) as held:
+        held.add(np.zeros(10, np.int64), pa.record_batch({"n": np.arange(10)}))
+        held.flush()
+        (tmp_path / "s" / "00000.arrows").unlink()
+        assert held.read(1) is None
+        with pytest.raises(SnipError, match=r"00000\.arrows: what was put there cannot be read"):
+            held.read(0)
+
+
 def test_parts_grow_with_the_rows():
     assert spill.parts_for(0) == spill.parts_for(1) == spill.parts_for(spill.PART_ROWS) == 1
     assert spill.parts_for(spill.PART_ROWS + 1) == 2

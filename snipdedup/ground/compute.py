@@ -10,9 +10,9 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -104,7 +104,7 @@ def set_threads(count: int) -> None:
         sys.modules["faiss"].omp_set_num_threads(count)
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
     """Yield ``work(item)`` in the order of ``items``, computed by ``threads`` threads.
 
     Libraries inside ``work`` run single-threaded. Twice as many items as threads are under way or
@@ -132,9 +132,25 @@ def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterat
 
 
 def together(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
-    """Do several things by threads; return what each returns. Libraries keep their threads."""
-    with ThreadPoolExecutor(threads) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
+    """Do several things by threads; return what each returns. Libraries keep their threads.
+
+    When one fails, those not begun are left, those begun are waited for, however often the user
+    interrupts: they write into folders that are given up next.
+    """
+    if threads == 1:
+        return [job() for job in jobs]
+    pool = ThreadPoolExecutor(threads)
+    try:
+        futures = [pool.submit(job) for job in jobs]
+        done = wait(futures, return_when=FIRST_EXCEPTION).done
+        for failed in [future for future in futures if future in done and future.exception()]:
+            failed.result()
+        return [future.result() for future in futures]
+    finally:
+        while True:
+            with suppress(KeyboardInterrupt):
+                pool.shutdown(cancel_futures=True)
+                break
 
 
 def _single_threaded() -> None:

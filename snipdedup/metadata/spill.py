@@ -35,6 +35,7 @@ class Spill:
     def __init__(self, folder: Path, parts: int) -> None:
         self.folder, self.parts = folder, parts
         self.rows = self.bytes = 0
+        self.written: set[int] = set()
         self.labels: list[np.ndarray] = []
         self.batches: list[Any] = []
         shutil.rmtree(folder, ignore_errors=True)  # of a stopped run
@@ -60,6 +61,7 @@ class Spill:
         cuts = np.searchsorted(label[order], np.arange(self.parts + 1))
         for part in np.flatnonzero(np.diff(cuts)):
             path = self._path(int(part))
+            self.written.add(int(part))
             rows = table.slice(cuts[part], cuts[part + 1] - cuts[part])
             with (
                 explained(path),
@@ -70,10 +72,16 @@ class Spill:
         self.labels, self.batches, self.rows, self.bytes = [], [], 0, 0
 
     def read(self, part: int) -> Any:
-        """Return the rows of one part as a ``pyarrow.Table``, None if it has none."""
+        """Return the rows of one part as a ``pyarrow.Table``, None if it has none.
+
+        Raises
+        ------
+        SnipError
+            If what was written is gone or damaged.
+        """
         self.flush()
         path = self._path(part)
-        if not path.is_file():
+        if part not in self.written:
             return None
         tables = []
         try:
