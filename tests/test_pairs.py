@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,6 +123,15 @@ def test_pairs_and_copies_are_written(rows, folder, tmp_path, method):
     }
     assert truth.snip("dedup", folder, "--out", tmp_path / "b", *words[4:], "--threads", 1)[0] == 0
     assert (tmp_path / "b" / "pairs.parquet").read_bytes() == (out / "pairs.parquet").read_bytes()
+
+
+def test_a_refusal_leaves_no_workers_and_no_setting_behind(rows, tmp_path):
+    """Though its traceback is held."""
+    before = torch.get_num_threads(), threading.active_count()
+    with pytest.raises(SnipError, match="at most 3 pairs") as held:
+        dedup(rows, out=tmp_path / "o", threshold=0.9, pairs=True, max_pairs=3, threads=2)
+    assert held.value.__traceback__
+    assert (torch.get_num_threads(), threading.active_count()) == before
 
 
 def test_too_many_pairs_are_refused_and_the_search_is_kept(rows, folder, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -159,11 +159,12 @@ def prepare_pairs(result: Result, out: Path, options: Dedup) -> None:
         raise too_many(options.max_pairs)
     work, threads, threshold = out / store.WORK, cores(options.threads), found.threshold
 
-    def pairs() -> Iterator[Edges]:
+    def pairs() -> Generator[Edges, None, None]:
         for block in found.blocks(threshold, grouping_folder(out)):
             yield from all_pairs(features, block.forest, threshold, threads, found.also)
 
-    write_pairs(work / "pairs.parquet", pairs(), options.max_pairs)
+    with closing(pairs()) as parts:
+        write_pairs(work / "pairs.parquet", parts, options.max_pairs)
     copies = pa.table({"row": found.copies, "first": found.firsts})
     store.save_parquet(work / "copies.parquet", copies)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import chain, compress
 from typing import NamedTuple
 
@@ -265,10 +266,10 @@ def group_star(
     batches = list(star_batches(starts, open_))
     huge = [p.ndim == 1 and p.size > FLOAT64_GROUP for p in batches]  # on all threads, one by one
     alone, beside = (list(compress(batches, which)) for which in (huge, np.logical_not(huge)))
-    decided = chain(map(decide, alone), in_order(decide, beside, torch_threads()))
-    for places, chosen, cosine in decided:
-        representative[places], similarity[places] = chosen, cosine
-        done(places.size - (len(places) if places.ndim == 2 else 1))
+    with closing(in_order(decide, beside, torch_threads())) as others:
+        for places, chosen, cosine in chain(map(decide, alone), others):
+            representative[places], similarity[places] = chosen, cosine
+            done(places.size - (len(places) if places.ndim == 2 else 1))
     return ordered(Members(row, group, representative, similarity, out | (representative != row)))
 
 

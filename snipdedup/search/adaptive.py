@@ -163,8 +163,9 @@ def true_duplicates(
 
     best, at = np.full(len(sample), -np.inf, np.float32), sample.copy()
     spans = plan_blocks(features.rows, TRUTH_ROWS)
-    found = in_order(nearest, spans, threads)
-    for cosine, row in progress.track(found, "calibrating", "blocks", len(spans)):
+    for cosine, row in progress.track(
+        in_order(nearest, spans, threads), "calibrating", "blocks", len(spans)
+    ):
         better = cosine > best
         best[better], at[better] = cosine[better], row[better]
     return (at != sample) & (pair_cosine(raw, features.gather(at)) >= np.float32(threshold))

@@ -176,8 +176,9 @@ def nearest_rows(
 
     best, nearest = np.full(len(sample), -np.inf, np.float32), np.full(len(sample), -1)
     spans = plan_blocks(where.rows, STREAM_ROWS)
-    found = in_order(search, spans, threads)
-    for cosine, row in progress.track(found, "probing", "blocks", len(spans)):
+    for cosine, row in progress.track(
+        in_order(search, spans, threads), "probing", "blocks", len(spans)
+    ):
         better = cosine > best
         best[better], nearest[better] = cosine[better], row[better]
     exact = np.full(len(sample), np.nan, np.float32)
