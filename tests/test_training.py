@@ -508,6 +508,17 @@ def test_an_image_is_held_out_with_all_its_captions():
     assert training.loss.temperature == pytest.approx(alone.loss.temperature, rel=0.25)
 
 
+def test_an_image_with_very_many_captions_is_not_all_that_is_judged():
+    images = np.concatenate([np.repeat(clustered(1, 16), 900, axis=0), clustered(400, 16, seed=3)])
+    options = settings.Train(**{**QUICK, "validation_rows": 100, "features": images}, out="")
+    sources = open_features(images), open_features(clustered(1300, 16, seed=5))
+    training = train.Training(*sources, options, "cpu")
+    counts = np.unique(training.held.images, axis=0, return_counts=True)[1]
+    assert 80 <= counts.sum() <= 107
+    assert counts.max() <= train.CAPTIONS
+    assert not keys(training.held.images) & keys(training.rows.images)
+
+
 def test_texts_are_compressed_like_images(tmp_path, snip):
     images, texts = paired(300, 16)
     for name, rows in (("img_emb", images), ("text_emb", texts)):

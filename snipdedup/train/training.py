@@ -39,6 +39,7 @@ from snipdedup.train.losses import (
 )
 
 K = 10  # neighbours whose recall is reported
+CAPTIONS = 8  # of one image that are held out: else a frequent one would be all that is judged
 LEAST_ROWS = 64  # distinct rows to learn anything from
 QUERIES = 2048  # held-out rows whose neighbours are looked up among all held-out rows
 READ_ROWS = 65_536  # rows gathered at a time
@@ -300,11 +301,21 @@ class Rows(NamedTuple):
         return Rows(self.images[which], texts, self.hashes[which])
 
     def hold_out(self, wanted: int) -> tuple[Rows, Rows]:
-        """Cut off the first ``wanted`` rows, and all others of an image among them."""
-        keys = row_hashes(self.images)
-        first, which = np.unique(keys, return_index=True, return_inverse=True)[1:]
-        held = first[which] <= np.sort(first[which])[wanted - 1]
-        return self.take(held), self.take(~held)
+        """Cut off the first ``wanted`` rows, and others of their images; return both parts.
+
+        Of an image with many captions a few are held out, and the rest is in neither part.
+        """
+        first, which = np.unique(row_hashes(self.images), return_index=True, return_inverse=True)[
+            1:
+        ]
+        order = np.argsort(which, kind="stable")
+        starts = np.searchsorted(which[order], np.arange(len(first)))
+        turn = np.empty(len(which), np.int64)  # of a row among those of its image
+        turn[order] = np.arange(len(which)) - starts[which[order]]
+        few = turn < CAPTIONS
+        last = np.sort(first[which][few])[min(wanted, few.sum() // 5) - 1]
+        held = first[which] <= last
+        return self.take(held & few), self.take(~held)
 
     def without(self, others: Rows) -> Rows:
         """Return the rows whose image is not among others."""
