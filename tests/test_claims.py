@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -136,3 +137,25 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "c").write_text("a file")
     with pytest.raises(SnipError, match="cannot write"), Claims(tmp_path / "c"):
         pass
+
+
+def test_a_suspended_owner_of_this_machine_has_what_it_had(tmp_path, other, monkeypatch):
+    """It may go on at any time, whatever its last sign of life; its number may be another's."""
+    alive = tmp_path / "c" / f"alive-{other.owner}"
+    other.send_signal(signal.SIGSTOP)
+    os.utime(alive, (0, 0))
+    with Claims(tmp_path / "c") as mine:
+        assert not mine.take("x")
+        monkeypatch.setattr(claims, "begun", lambda pid: "another time")
+        assert mine.take("x")
+
+
+def test_who_was_taken_for_dead_sees_that_it_lost(tmp_path, monkeypatch):
+    with Claims(tmp_path / "c") as mine, Claims(tmp_path / "c") as other:
+        monkeypatch.setattr(other, "host", "elsewhere@1")
+        assert mine.take("x")
+        os.utime(mine.alive, (0, 0))
+        assert other.take("x")
+        assert not mine.take("x")
+        other.give_up("x")
+        assert mine.take("x")

@@ -206,9 +206,18 @@ def find(
         if not isinstance(runner, Crew):
             store.release(out)
         raise
-    except DamagedError:
-        if not isinstance(runner, Crew):
-            store.empty_work(out)  # all of it hangs on what is damaged
+    except DamagedError as error:
+        if isinstance(runner, Crew):
+            runner.refuse_written()
+            raise DamagedError(
+                f"{error}; what several processes share none of them empties: end them all, and "
+                f"remove {out / store.WORK} first"
+            ) from error
+        store.empty_work(out)  # all of it hangs on what is damaged
+        raise
+    except (OSError, SnipError):
+        if isinstance(runner, Crew):
+            runner.refuse_written()  # another one finished it, and tidied up
         raise
     return found
 

@@ -1,9 +1,10 @@
 """Who works on what, where processes share nothing but a folder.
 
 A claim is a small file that only one process can make (``O_EXCL``); it holds its owner. Each owner
-has a file of its own that it touches every few seconds. A claim whose owner is gone, or was not
-heard of for a minute, counts for nothing: the next one is made beside it. Claims save work and do
-not protect anything: what two processes make by mistake must be the same, and appear whole.
+has a file of its own that it touches every few seconds. A claim whose owner is gone (on another
+machine: was not heard of for a minute) counts for nothing: the next one is made beside it. Claims
+save work and do not protect anything: what two processes make by mistake must be the same, and
+appear whole.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Claims:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.host = folder, host_name()
-        self.owner = f"{os.getpid()}-{secrets.token_hex(4)}-{self.host}"
+        self.owner = f"{os.getpid()}-{begun(os.getpid())}-{secrets.token_hex(4)}-{self.host}"
         self.alive = folder / f"alive-{self.owner}"
         self.ended = threading.Event()
 
@@ -62,9 +63,10 @@ class Claims:
                 handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
                 owner = read_owner(path)
-                if owner == self.owner:
+                last = not (self.folder / f"{name}.{turn + 1}").exists()
+                if owner == self.owner and last:
                     return True
-                if self.lives(owner, path):
+                if owner != self.owner and self.lives(owner, path):
                     return False
                 turn += 1
                 continue
@@ -105,9 +107,12 @@ class Claims:
                 last = os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return False
-        pid, _, host = owner.split("-", 2) if owner else ("", "", "")
-        if host == self.host and not runs(int(pid)):
-            return False
+        if owner:
+            pid, since, _, host = owner.split("-", 3)
+            if host == self.host and not runs(int(pid)):
+                return False
+            if host == self.host and since:  # suspended, perhaps, and back at any time
+                return begun(int(pid)) == since
         return self.now() - last <= STALE_S
 
     def now(self) -> float:
@@ -128,7 +133,7 @@ def read_owner(path: Path) -> str | None:
 
 def in_words(owner: str) -> str:
     """Return an owner for a message."""
-    pid, _, host = owner.split("-", 2) if owner else ("?", "", "?")
+    pid, _, _, host = owner.split("-", 3) if owner else ("?", "", "", "?")
     return f"process {pid} on {host.partition('@')[0]}"
 
 
@@ -139,6 +144,16 @@ def host_name() -> str:
     except OSError:
         space = ""
     return f"{socket.gethostname().replace('/', '_')}@{space}"
+
+
+def begun(pid: int) -> str:
+    """Return when a process began, as Linux tells it: its number may be another's one day."""
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[19]
+        )
+    except (OSError, IndexError):
+        return ""
 
 
 def runs(pid: int) -> bool:
