@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import SnipError
+from snipdedup.ground.shards import plan_blocks
 from snipdedup.grouping.groups import Members, group_starts, keep_rank
 from snipdedup.metadata.files import open_parquet
 
@@ -178,7 +179,9 @@ def read_curve(path: Path, rows: int, start: float) -> Curve:
         edges += np.bincount(passes, minlength=len(edges))
         for end in (a.to_numpy(), b.to_numpy()):
             np.maximum.at(touched, end, passes.astype(np.uint8))
-    nodes = np.bincount(touched, minlength=len(edges))
+    nodes = np.zeros(len(edges), np.int64)
+    for low, high in plan_blocks(rows, BATCH_ROWS):  # it makes eight bytes of each
+        nodes += np.bincount(touched[low:high], minlength=len(edges))
     removed, members = (np.cumsum(count[::-1])[::-1][1:] for count in (edges, nodes))
     return Curve(thresholds, removed, members - removed)
 
