@@ -231,7 +231,7 @@ class Dedup(Input):
         "re-threshold it",
         None,
     )
-    out: str | None = option(None, "folder for the result")
+    out: str | None = option(None, "folder for the result; needed, but with --dry_run")
     metadata: str | None = option(None, "parquet or CSV files that match the features by position")
     method: str | None = option(
         None,
@@ -274,7 +274,9 @@ class Dedup(Input):
         False, "write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet"
     )
     max_pairs: int = option(10**9, "refuse to write more pairs than this")
-    recall: float = option(0.999, "join: share of the pairs that the lists should bring together")
+    recall: float = option(
+        0.999, "join: share of the rows of groups that the lists should join to theirs"
+    )
     encoder: str | None = option(
         None,
         "adc: encoder for an index that is built on the way; join: makes its codes",
@@ -334,7 +336,9 @@ class Dedup(Input):
     )
     chunk_rows: int = option(8192, "rows read at a time")
     max_memory: str | None = option(
-        None, "bound on what tasks load, 2GB say; without it a quarter of the RAM"
+        None,
+        "bound on memory, libraries apart, 2GB say; a run that needs more is refused",
+        usual="a quarter of the RAM, or what the run needs if that is more",
     )
     device: str = option(
         "auto",
@@ -343,7 +347,7 @@ class Dedup(Input):
     )
     runner: str = option(
         "local",
-        "join: who does the tasks, threads of this process or Ray workers (RAY_ADDRESS names a "
+        "join: who does the tasks, threads and processes here or Ray workers (RAY_ADDRESS names a "
         "cluster)",
         choices=("local", "ray"),
     )
@@ -416,10 +420,6 @@ class Dedup(Input):
                 f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, "
                 f"found {self.keep!r}"
             )
-        if not sem and self.method is not None and (self.clusters or self.epsilon is not None):
-            raise UsageError(
-                f"--clusters and --epsilon go with --method semdedup, not {self.method}"
-            )
         for name in ("grouping", "keep_fraction", "index", "encoder"):
             if sem and getattr(self, name) is not None:
                 raise UsageError(f"--{name} does not apply to --method semdedup")
@@ -456,7 +456,16 @@ class Dedup(Input):
             raise UsageError("--runner ray reads features from files: give their folder")
 
     def filled(self) -> Dedup:
-        """Return the settings with defaults for what a re-threshold would take over."""
+        """Return the settings with defaults for what a re-threshold would take over.
+
+        Raises
+        ------
+        UsageError
+            For flags of SemDeDup's rule with another method, which only now is known.
+        """
+        if self.method != "semdedup" and (self.clusters or self.epsilon is not None):
+            other = f", not {self.method}" if self.method else ""
+            raise UsageError(f"--clusters and --epsilon go with --method semdedup{other}")
         known: dict[str, Any] = {"grouping": "star", "keep": "first", "seed": 0}
         if self.method == "semdedup":
             known = {"keep": "hard", "seed": 0}

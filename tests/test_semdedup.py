@@ -178,3 +178,10 @@ def test_bad_rows_and_tiny_sets():
 def test_what_does_not_go_with_the_rule_is_wrong_usage(how):
     with pytest.raises(UsageError):
         dedup(np.eye(3), **how)
+
+
+@pytest.mark.parametrize("flag", [{"epsilon": 0.1}, {"clusters": 5}])
+@pytest.mark.parametrize("method", [None, "join", "exact"])
+def test_its_flags_are_refused_with_other_methods(flag, method):
+    with pytest.raises(UsageError, match="go with --method semdedup"):
+        dedup(np.eye(20, dtype=np.float32), method=method, **flag)
