@@ -19,7 +19,8 @@ HEAD = """\
 
 Generated from `docs/benchmarks/*.json` by `python scripts/make_benchmarks.py`; do not edit. Each
 file is one run of `scripts/bench_join.py`, or of `scripts/bench_codes.py` where recall of codes is
-measured, and holds every setting, all repeats, and the machine.
+measured, and holds every setting, all repeats, and the machine; `plan.json` and `grouping.json` are
+of `scripts/check_plan.py` and `scripts/bench_grouping.py`, shown in [scale](scale.md).
 
 **Time.** Whole processes, imports included, run in turn on a warm page cache; the median of the
 repeats. *Floor*: the best time of a loop that only reads the rows, converts them to float32 and
@@ -28,7 +29,8 @@ of rows once) is timed on a sample of queries and extrapolated. faiss IVFPQ is t
 of its search: project to 128 dimensions (PCA), train, add, search with k = 16; proving the
 neighbours that it returns comes after the clock, and only true pairs are counted for it. SemDeDup's
 rule: spherical k-means with about 8,700 rows a cluster, a row goes if an earlier row of its cluster
-matches it. semhash takes all rows as float32 in memory.
+matches it. semhash takes all rows as float32 in memory. Peaks of anonymous memory are summed over
+processes: what forked workers share is counted for each.
 
 **Quality.** *Components*: rows beyond one a component found, over those of brute force. *Pairs*:
 share of the true pairs over distinct rows whose two rows are in one component; *by row*: the same,

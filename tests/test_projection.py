@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground.cosine import unit_rows64
+from snipdedup.ground.cosine import directions, unit_rows64
 from snipdedup.search import projection as room
 from snipdedup.search.projection import WIDTHS, fit_projection
 
@@ -94,7 +94,7 @@ def test_what_int8_cannot_hold_is_reported():
     projection = fit_projection(np.eye(300)[:1], WIDTHS[-1], seed=0)
     x = np.concatenate([np.eye(300)[:1], np.random.default_rng(0).standard_normal((500, 300))])
     codes, excess = projection.encode(x)
-    scaled = projection.coordinates(x) * projection.scale
+    scaled = projection.rotated(directions(x)).numpy() * projection.scale
     lost = np.linalg.norm(scaled - np.clip(np.rint(scaled), -127, 127), axis=1)
     clipped = np.abs(scaled).max(1) > 127.5
     assert np.allclose(excess[clipped], lost[clipped], rtol=1e-4)
@@ -109,7 +109,12 @@ def test_what_int8_cannot_hold_is_reported():
 def test_products_bound_cosines_from_above_before_rounding():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((300, 600))  # more directions than a code has
-    z = fit_projection(x[:100], WIDTHS[-1], seed=1).coordinates(x).astype(np.float64)
+    z = (
+        fit_projection(x[:100], WIDTHS[-1], seed=1)
+        .rotated(directions(x))
+        .numpy()
+        .astype(np.float64)
+    )
     unit = unit_rows64(x)
     assert (z @ z.T >= unit @ unit.T - arithmetic_slack()).all()
     assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=arithmetic_slack())
@@ -129,7 +134,7 @@ def test_products_of_sparse_rows_bound_cosines_too():
     projection = fit_projection(
         np.concatenate([x, rng.standard_normal((300, 300))]), WIDTHS[-1], seed=1
     )
-    z, unit = projection.coordinates(x).astype(np.float64), unit_rows64(x)
+    z, unit = projection.rotated(directions(x)).numpy().astype(np.float64), unit_rows64(x)
     pairs = unit @ unit.T > 0.9
     assert (z @ z.T - unit @ unit.T)[pairs].min() >= -arithmetic_slack()
 

@@ -96,10 +96,6 @@ class Result:
             columns.add(records["row"][order], records["representative"][order])
         return Removed(*columns.arrays())
 
-    def dup_counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows that represent others, ascending, and how many each."""
-        return self.gone.here().counts(self.folder and self.folder / "counts")
-
     def mask(self) -> Iterator[np.ndarray]:
         """Yield which rows go, (rows,) bool, some at a time."""
         for start, stop in plan_blocks(self.rows, MASK_ROWS):

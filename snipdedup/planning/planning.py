@@ -19,7 +19,6 @@ from snipdedup.settings import Plan, parse_bytes
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 SPANS = ((86_400, "d"), (3600, "h"), (60, "min"))
-LONG = 100  # of a unit of time: smaller ones are shown in two figures
 
 
 def run(options: Plan) -> str:

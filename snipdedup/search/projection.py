@@ -82,12 +82,8 @@ class Projection:
         """
         return to_codes(self.rotated(rows), self.scale)
 
-    def coordinates(self, rows: np.ndarray) -> np.ndarray:
-        """Return rotated unit coordinates, (n, w) float32; their products bound cosines."""
-        return np.asarray(self.rotated(directions(rows)).numpy())
-
     def rotated(self, rows: Directions) -> Any:
-        """Return what `coordinates` does, as a tensor."""
+        """Return rotated unit coordinates, (n, w) float32 tensor; their products bound cosines."""
         import torch
 
         # scaled to norm 1 after the product, which has fewer columns

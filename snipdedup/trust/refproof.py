@@ -27,15 +27,12 @@ class Held(NamedTuple):
     ----------
     name : str
         What groups.parquet calls it.
-    described : dict
-        What the manifest says of it.
     features : Features
     gone : (rows,) bool
         Its rows that do not stay, of an earlier OUT.
     """
 
     name: str
-    described: dict[str, Any]
     features: Features
     gone: np.ndarray
 
@@ -58,7 +55,7 @@ def open_held(described: dict[str, Any], settings: dict[str, Any]) -> Held:
         gone = load_mask(path)
         if store.sha256(path) != known:
             raise SnipError(f"reference {described['name']}: {path} was made anew since")
-    return Held(described["name"], described, features, gone)
+    return Held(described["name"], features, gone)
 
 
 def check_references(run: Run, held: list[Held], proof: Proof, verdict: Verdict) -> None:
