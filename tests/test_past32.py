@@ -103,9 +103,8 @@ def test_codes_and_joins_keep_rows_past_2_32(far, tmp_path):
     for folder, (begin, end) in zip(folders, spans, strict=True):
         encode_task(features, model, folder, begin, end, chunk_rows=1 << 15, frozen=0)
     skip = np.zeros(end, bool)
-    starts = [np.load(folder / "starts.npy") for folder in folders]
     width, nlist = model.projection.width, model.lists.nlist
-    partition = load_partition(folders, starts, 0, nlist, skip, width)
+    partition = load_partition(folders, 0, nlist, skip, width)
     assert sorted(set(partition.row.tolist())) == row.tolist()
     how = {"threshold": 0.9, "threads": 1, "device": "cpu", "frozen": 0}
     found, _ = join_task(features, model, partition, **how)
