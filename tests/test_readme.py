@@ -261,7 +261,7 @@ def test_readme_output_is_what_the_command_prints(data, snip, tmp_path):
 
     result = snipdedup.dedup(frames, threshold=0.95, grouping="components")
     text = README.read_text("utf-8")
-    assert f"{result.removed:,} rows go, {result.chained:,} of them below .95" in text
+    assert f"{result.removed:,} rows go, {result.chained:,} of them with a cosine below .95" in text
 
 
 @pytest.mark.slow
