@@ -68,7 +68,7 @@ WAYS = [
     {"keep": "max:width,min:score,random", "seed": 3},
     {"keep": "last", "weights": True},
     {"merge_captions": 3, "export": "keys"},
-    {"keep_fraction": 0.8},
+    pytest.param({"keep_fraction": 0.8}, marks=pytest.mark.slow),
 ]
 
 

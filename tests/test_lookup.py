@@ -89,6 +89,7 @@ def test_by_row_with_raw_features_is_brute_force(folder, rows):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_recall_on_key_frames(data, tmp_path):
     out = tmp_path / "index"
     shards = str(data / "keyframes" / "img_emb" / "img_emb_{part:04d}.npy")
