@@ -12,10 +12,8 @@ from torch.nn import functional
 from snipdedup.train.encoder import Network
 
 SELF = -1e4  # logit of a row with itself: no weight after a softmax, and no NaN as -inf gives
-NEIGHBOURS = (
-    10.0  # rows of a batch over which a row's softmax spreads, unless a temperature is given
-)
-TEMPERATURES = (1e-3, 1.0)  # where it is looked for
+NEIGHBOURS = 10.0  # rows over which a row's softmax spreads, unless a temperature is given
+TEMPERATURES = (1e-3, 1.0)  # where the one that does so is looked for
 INNER_SD = 0.3  # of the first layer's weights; inputs have norm 1 (keyframes: 1 loses .02 recall)
 
 

@@ -300,14 +300,23 @@ class Rows(NamedTuple):
         texts = None if self.texts is None else self.texts[which]
         return Rows(self.images[which], texts, self.hashes[which])
 
-    def hold_out(self, wanted: int) -> tuple[Rows, Rows]:
-        """Cut off the first ``wanted`` rows, and others of their images; return both parts.
+    def hold_out(self, wanted: int, among: int) -> tuple[Rows, Rows]:
+        """Cut off the first ``wanted`` rows, a fifth at the most, and others of their images.
 
         Of an image with many captions a few are held out, and the rest is in neither part.
+
+        Raises
+        ------
+        SnipError
+            If there are fewer than `LEAST_ROWS` images (drawn ``among`` so many rows).
         """
-        first, which = np.unique(row_hashes(self.images), return_index=True, return_inverse=True)[
-            1:
-        ]
+        keys = row_hashes(self.images)
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        if len(first) < LEAST_ROWS:
+            raise SnipError(
+                f"expected at least {LEAST_ROWS} distinct rows to train on, found {len(first)} "
+                f"among {among:,}; train on more features"
+            )
         order = np.argsort(which, kind="stable")
         starts = np.searchsorted(which[order], np.arange(len(first)))
         turn = np.empty(len(which), np.int64)  # of a row among those of its image
@@ -331,13 +340,7 @@ class Training:
         self.features, self.texts, self.options = features, texts, options
         self.device, self.done = device, 0
         drawn = self.draw(0, options.subset_rows + options.validation_rows)
-        distinct = len(np.unique(row_hashes(drawn.images)))
-        if distinct < LEAST_ROWS:
-            raise SnipError(
-                f"expected at least {LEAST_ROWS} distinct rows to train on, found "
-                f"{distinct} among {features.rows:,}; train on more features"
-            )
-        self.held, self.rows = drawn.hold_out(min(options.validation_rows, len(drawn.hashes) // 5))
+        self.held, self.rows = drawn.hold_out(options.validation_rows, features.rows)
         self.number, self.order = 0, (-1, -1, np.empty(0, np.int64))
         self.sample = self.rows.images[:ROTATION_ROWS].copy()
         self.batch = min(options.batch, len(self.rows.hashes))
