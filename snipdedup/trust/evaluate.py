@@ -51,6 +51,7 @@ OPQ_ROWS, OPQ_ROUNDS = 16_384, 10  # more rows or rounds do not move recall, and
 GALLERY = 16_384  # pictures that a text is to find its own among
 RESULT, PAGE, PICTURE = "eval.json", "eval.md", "curves.png"
 HOW = {"features", "text_features", "out", "overwrite", "threads"}
+LEAST_LEARNT = 256  # rows to learn from: as many as an 8-bit code has values
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,23 @@ def evaluate(features: Features, texts: Features | None, options: settings.Eval)
 def learnable(
     features: Features, queries: np.ndarray, wanted: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return rows to train on, ascending: no query, and no copy of one."""
+    """Return rows to train on, ascending: no query, and no copy of one.
+
+    Raises
+    ------
+    SnipError
+        If there are fewer than an 8-bit code has values, which faiss would refuse to train on.
+    """
     rows = sample_rows(features.rows, wanted + len(queries), rng)
     rows = rows[~np.isin(rows, queries)]
     taken = row_hashes(features.gather(queries))
     kept = rows[~np.isin(row_hashes(features.gather(rows)), taken)]
+    if len(kept) < LEAST_LEARNT:
+        raise SnipError(
+            f"{len(kept):,} rows are left to learn from, besides {len(queries):,} queries and "
+            f"copies of these; eval needs {LEAST_LEARNT} at least: give more rows, or fewer "
+            "--queries"
+        )
     return kept[np.sort(rng.permutation(len(kept))[:wanted])]
 
 
