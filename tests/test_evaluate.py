@@ -199,7 +199,7 @@ def test_points_of_flags_are_those_of_calibration():
     ("rows", "how", "message"),
     [
         (np.eye(600, dtype=np.float32), {"train_rows": 100}, "--train_rows must lie between 256"),
-        (np.eye(300, dtype=np.float32), {"queries": 60}, "240 rows are left to learn from, besides"),
+        (clustered(300, 16), {"queries": 75}, "rows are left to learn from"),
         (np.ones((900, 16), np.float32), {}, "0 rows are left to learn from"),
     ],
 )

@@ -146,6 +146,12 @@ def evaluate(features: Features, texts: Features | None, options: settings.Eval)
     rng = np.random.default_rng(options.seed)
     queries = sample_rows(features.rows, min(options.queries, features.rows // 4), rng)
     learn = learnable(features, queries, options.train_rows, rng)
+    if len(learn) < LEAST_LEARNT:
+        raise SnipError(
+            f"{len(learn):,} rows are left to learn from, besides {len(queries):,} queries and "
+            f"copies of these; eval needs {LEAST_LEARNT} at least: give more rows, or fewer "
+            "--queries"
+        )
     with clock.stage("train"):
         contenders = make_contenders(features, texts, learn, options)
     with clock.stage("truth"):
@@ -175,23 +181,11 @@ def evaluate(features: Features, texts: Features | None, options: settings.Eval)
 def learnable(
     features: Features, queries: np.ndarray, wanted: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return rows to train on, ascending: no query, and no copy of one.
-
-    Raises
-    ------
-    SnipError
-        If there are fewer than an 8-bit code has values, which faiss would refuse to train on.
-    """
+    """Return rows to train on, ascending: no query, and no copy of one."""
     rows = sample_rows(features.rows, wanted + len(queries), rng)
     rows = rows[~np.isin(rows, queries)]
     taken = row_hashes(features.gather(queries))
     kept = rows[~np.isin(row_hashes(features.gather(rows)), taken)]
-    if len(kept) < LEAST_LEARNT:
-        raise SnipError(
-            f"{len(kept):,} rows are left to learn from, besides {len(queries):,} queries and "
-            f"copies of these; eval needs {LEAST_LEARNT} at least: give more rows, or fewer "
-            "--queries"
-        )
     return kept[np.sort(rng.permutation(len(kept))[:wanted])]
 
 
