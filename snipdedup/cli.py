@@ -15,6 +15,7 @@ import importlib
 import inspect
 import io
 import os
+import select
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from snipdedup.errors import SnipError, UsageError, VerdictError
 WIDTH = 96
 GC_OBJECTS = 100_000  # new ones between looks for dead ones: those of imports all live on
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+CLOSED = 141  # as a shell says that a process ended by SIGPIPE
 
 
 @dataclass(frozen=True)
@@ -134,27 +136,50 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(words: list[str]) -> int:
     """Run one command line and return its exit status."""
     try:
-        said = answer(words)
-        if said:
-            print(said)
-        sys.stdout.flush()
+        try:
+            said, status = answer(words), DONE
+        except VerdictError as verdict:
+            said, status = str(verdict), FAILED
+        return show(said, status)
     except UsageError as error:
         return complain(error, WRONG_USAGE)
-    except VerdictError as verdict:
-        print(verdict)
-        return FAILED
     except SnipError as error:
         return complain(error, FAILED)
     except KeyboardInterrupt:
         return complain(interrupted(words), INTERRUPTED)
-    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except MemoryError as error:
         return complain(f"out of memory: {error}; lower --max_memory or --chunk_rows", FAILED)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():  # of a command that shows steps
+            return hush(CLOSED)
         return complain(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
-    return DONE
+
+
+def show(said: str | None, status: int) -> int:
+    """Print what a command came to; return the status, whether or not anyone reads on."""
+    try:
+        if said:
+            print(said)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        hush(status)
+    return status
+
+
+def nobody_reads() -> bool:
+    """Tell whether stdout is a pipe whose reader is gone."""
+    if not hasattr(select, "poll"):
+        return False
+    asked = select.poll()
+    with contextlib.suppress(OSError, ValueError):  # no file: a test's, say
+        asked.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
+
+
+def hush(status: int) -> int:
+    """Let stdout lead nowhere, so that nothing fails when it is closed; return the status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def answer(words: list[str]) -> str | None:
@@ -179,8 +204,9 @@ def interrupted(words: list[str]) -> str:
 
 
 def complain(what: object, status: int) -> int:
-    """Print one line to stderr; return the status."""
-    print(f"snip: {what}", file=sys.stderr)
+    """Print one line to stderr, if anyone reads it; return the status."""
+    with contextlib.suppress(BrokenPipeError):
+        print(f"snip: {what}", file=sys.stderr, flush=True)
     return status
 
 

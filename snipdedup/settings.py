@@ -737,7 +737,7 @@ class Eval(Input):
         self.between("dim", 2, 4096)
         self.between("nlist", 0, 2**24)
         self.between("queries", 1, 10**6)
-        self.between("train_rows", 64, 10**8)
+        self.between("train_rows", 256, 10**8)  # as evaluate.LEAST_LEARNT
         self.between("steps", 1, 10**7)
         self.between("threshold", -1, 1)
         self.between("flag_nprobe", 1, 2**24)

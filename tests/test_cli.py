@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import truth
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -368,6 +370,65 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines()[1] == "0"
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """Features, a finished run of them, and one that an audit finds wrong."""
+    folder = tmp_path_factory.mktemp("small")
+    np.save(folder / "e.npy", truth.clustered(200, 8, 0))
+    for out in ("good", "bad"):
+        assert truth.snip("dedup", folder / "e.npy", "--out", folder / out)[0] == 0
+    (folder / "bad" / "is_dup.npy").write_bytes((folder / "bad" / "is_dup.npy").read_bytes() + b"x")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "both"),
+    [
+        ("audit bad", 1, False),
+        ("audit bad", 1, True),
+        ("top good", 0, False),
+        ("dedup e.npy --out new", 0, True),
+        ("dedup e.npy --out new2 --threshold 9", 2, True),
+        ("demo --out demo --pictures 50", 141, False),
+    ],
+)
+def test_no_command_fails_on_a_reader_that_is_gone(small_run, words, status, both):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "snipdedup", *words.split()], cwd=small_run, check=False,
+            stdout=pipe, stderr=subprocess.STDOUT if both else subprocess.PIPE,
+        )  # fmt: skip
+    assert done.returncode == status
+    if not both:
+        assert b"Traceback" not in done.stderr
+        assert b"roken" not in done.stderr
+    assert (small_run / "new" / "snip.json").is_file() or "new" not in words.split()
+
+
+def test_progress_that_nobody_reads_does_not_end_the_run():
+    code = (
+        "import sys; from snipdedup.ground import progress; progress.PLAIN_LINES_EVERY_S = 0\n"
+        "done = list(progress.track(range(5), 'steps', 'rows', 5)); progress.say('x')\n"
+        "sys.exit(7 if len(done) == 5 else 1)"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-c", code], stderr=pipe, check=False)
+    assert done.returncode == 7
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+    def break_off(words):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "answer", break_off)
+    assert cli.run(["audit", "x"]) == 1
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 def test_a_closed_pipe():

@@ -193,3 +193,21 @@ def test_points_of_flags_are_those_of_calibration():
         assert point["recall"] == (reached["recall"] if reached["reached"] else 0)
     nothing = evaluate.flag_points(np.full(3, np.inf, np.float32), right[:3], [0.9])
     assert nothing == [{"wanted": 0.9, "margin": 0.0, "precision": None, "recall": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "message"),
+    [
+        (np.eye(600, dtype=np.float32), {"train_rows": 100}, "--train_rows must lie between 256"),
+        (clustered(300, 16), {"queries": 75}, "rows are left to learn from"),
+        (np.ones((900, 16), np.float32), {}, "0 rows are left to learn from"),
+    ],
+)
+def test_too_few_rows_to_learn_from_are_refused_before_the_work(tmp_path, rows, how, message):
+    np.save(tmp_path / "e.npy", rows)
+    how = {**QUICK, "picture": False, **how}
+    with pytest.raises(SnipError, match=message):
+        evaluate.run(
+            settings.Eval(features=str(tmp_path / "e.npy"), out=str(tmp_path / "out"), **how)
+        )
+    assert not (tmp_path / "out").exists()

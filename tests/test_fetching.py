@@ -245,6 +245,19 @@ def test_one_url(server, tmp_path, is_dup):
     assert urls(tmp_path / "four") == staying(is_dup, 2, 3)
 
 
+def test_a_leading_0_of_totals_that_can_mean_two_places_is_refused(server, tmp_path, is_dup):
+    np.save(tmp_path / "mask.npy", np.resize(is_dup, 150))
+    np.save(tmp_path / "totals.npy", np.array([0, 50, 100, 150]))  # m_0002 has 50 rows
+    more = {"is_dup": str(tmp_path / "mask.npy"), "cumulative_sizes": str(tmp_path / "totals.npy")}
+    with pytest.raises(SnipError, match="is that where file 0 begins, or is file 0 empty"):
+        fetch(server.url + "/m_0002.parquet", tmp_path / "out", start=2, **more)
+    assert urls(tmp_path / "out") == []
+    np.save(tmp_path / "totals.npy", np.array([0, 60, 110, 150]))  # file 2 of 0, 60, 50, 40
+    fetch(server.url + "/m_0002.parquet", tmp_path / "two", start=2, **more)
+    removed = np.load(tmp_path / "mask.npy")[60:110]
+    assert urls(tmp_path / "two") == [f"u{37 + n}" for n in range(50) if not removed[n]]
+
+
 def test_what_a_url_hides_is_not_shown(server, tmp_path):
     address = server.url.removeprefix("http://")
     secret = f"http://{address}/m_{{part:04d}}.parquet?token=hush"

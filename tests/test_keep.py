@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,7 @@ def order_of(rule, metadata, rows, seed=0):
     return rows[np.argsort(keep.rank_by(rule, seed, metadata)(rows))].tolist()
 
 
+SIGNS = st.sampled_from([-1, 1])
 NUMBERS = st.one_of(
     st.none(), st.floats(width=64), st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan])
 )
@@ -118,6 +120,42 @@ def test_files_whose_types_differ_are_compared_as_numbers(tmp_path):
     pq.write_table(pa.table({"v": ["x"]}), tmp_path / "m_2.parquet")
     with pytest.raises(SnipError, match="column 'v' is int64 and double and string, expected num"):
         order_of("max:v", open_metadata(tmp_path), range(5))
+
+
+EDGES = st.sampled_from([0, 2**53, 2**53 + 1, 2**62 + 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64])
+NEAR = st.builds(lambda edge, by, sign: sign * edge + by, EDGES, st.integers(-3, 3), SIGNS)
+HELD_BY = {
+    "int64": NEAR.filter(lambda n: -(2**63) <= n < 2**63),
+    "uint64": NEAR.filter(lambda n: 0 <= n < 2**64),
+    "float64": st.one_of(NEAR.map(float), st.floats(allow_nan=False, allow_infinity=False)),
+}
+
+
+@given(st.data(), st.sampled_from(["min", "max"]), st.booleans())
+def test_numbers_of_all_types_are_compared_exactly(tmp_path_factory, data, way, all_three):
+    folder = tmp_path_factory.mktemp("mixed")
+    kinds = sorted(HELD_BY) if all_three else data.draw(st.permutations(sorted(HELD_BY)))[:2]
+    values = []
+    for number, kind in enumerate(kinds):
+        column = data.draw(st.lists(st.none() | HELD_BY[kind], min_size=1, max_size=8))
+        column = pa.array(column, getattr(pa, kind)())
+        pq.write_table(pa.table({"v": column}), folder / f"m_{number}.parquet")
+        values += column.to_pylist()  # Python compares whole numbers and floats exactly
+    sign = 1 if way == "min" else -1
+    rows = range(len(values))
+    expected = sorted(rows, key=lambda r: (values[r] is None, sign * Fraction(values[r] or 0), r))
+    metadata = open_metadata(folder)
+    assert order_of(f"{way}:v", metadata, rows) == expected
+    rank = keep.rank_by(f"{way}:v", 0, metadata)
+    rank.keep_keys(folder)
+    assert np.argsort(rank(np.arange(len(values)))).tolist() == expected
+
+
+def test_minus_1_is_less_than_any_uint64(tmp_path):
+    pq.write_table(pa.table({"q": pa.array([-1, 5], pa.int64())}), tmp_path / "m_0.parquet")
+    pq.write_table(pa.table({"q": pa.array([7, 2**64 - 9], pa.uint64())}), tmp_path / "m_1.parquet")
+    assert order_of("max:q", open_metadata(tmp_path), range(4)) == [3, 2, 1, 0]
+    assert order_of("min:q", open_metadata(tmp_path), range(4)) == [0, 1, 2, 3]
 
 
 def test_only_the_columns_asked_for_are_read(tmp_path, monkeypatch):

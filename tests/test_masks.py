@@ -128,6 +128,52 @@ def test_a_range_with_earlier_files_but_not_the_first_is_refused(a_set):
     assert not (tmp / "out").exists()
 
 
+def totals_file(path, totals):
+    np.save(path, np.array(totals))
+    return {"cumulative_sizes": str(path)}
+
+
+@pytest.mark.parametrize("leading", [True, False])
+def test_a_leading_0_of_totals_is_read_by_the_rows_of_the_files_that_are_there(tmp_path, leading):
+    # [0, 3, 8, 12]: files of 3, 5, 4 rows after a leading 0, or of 0, 3, 5, 4 without one
+    sizes = [3, 5, 4] if leading else [0, 3, 5, 4]
+    meta = small_set(tmp_path / "meta", sizes)
+    is_dup = small_mask(tmp_path / "mask.npy", 12)
+    begin = sum(sizes[:2])
+    expected = [n for n in range(begin, 12) if not is_dup[n]]
+    more = totals_file(tmp_path / "totals.npy", [0, 3, 8, 12])
+    mask, end = tmp_path / "mask.npy", len(sizes)
+    assert filtered(meta, mask, tmp_path / "all", start=2, end=end, **more) == expected
+    for number in (0, 1):
+        (meta / f"m_{number:04d}.parquet").unlink()
+    assert filtered(meta, mask, tmp_path / "some", start=2, end=end, **more) == expected
+    assert filtered(meta, mask, tmp_path / "rest", start=2, **more) == expected
+
+
+def test_a_leading_0_of_totals_that_can_mean_two_places_is_refused(tmp_path):
+    meta = small_set(tmp_path / "meta", [0, 4, 4, 4])
+    is_dup = small_mask(tmp_path / "mask.npy", 12)
+    more = totals_file(tmp_path / "totals.npy", [0, 4, 8, 12])
+    for number in (0, 1, 3):
+        (meta / f"m_{number:04d}.parquet").rename(tmp_path / f"m_{number:04d}.parquet")
+    with pytest.raises(SnipError, match="begin with 0: is that where file 0 begins, or is file 0"):
+        filtered(meta, tmp_path / "mask.npy", tmp_path / "out", start=2, end=3, **more)
+    assert not (tmp_path / "out").exists()
+    totals_file(tmp_path / "totals.npy", [4, 8, 12])  # one meaning only: this is rows 8 to 12
+    found = filtered(meta, tmp_path / "mask.npy", tmp_path / "out", start=2, end=3, **more)
+    assert found == [n - 4 for n in range(8, 12) if not is_dup[n]]
+
+
+def test_a_whole_set_is_still_checked_against_totals_with_a_leading_0(tmp_path):
+    small_mask(tmp_path / "mask.npy", 12)
+    meta = small_set(tmp_path / "meta", [5, 3, 4])
+    more = totals_file(tmp_path / "totals.npy", [0, 3, 8, 12])
+    with pytest.raises(SnipError, match=r"m_0000\.parquet has 5 rows, file 0 .* has 3"):
+        filtered(meta, tmp_path / "mask.npy", tmp_path / "out", **more)
+    with pytest.raises(SnipError, match=r"m_0001\.parquet has 3 rows, file 1 .* has 5"):
+        filtered(meta, tmp_path / "mask.npy", tmp_path / "out", start=1, **more)
+
+
 def test_a_start_without_end_goes_to_the_end_of_the_set(a_set):
     meta, mask, stay, tmp = a_set
     assert filtered(meta, mask, tmp / "out", start=3) == flat(stay[3:])
@@ -372,6 +418,13 @@ def place(names, rows, start, end, *, total=None, sizes=None):
             ["part-00000-5b54c5d5-bbcf.c000.parquet", "part-00001-5b54c5d5-bbcf.c000.parquet"],
             [0, 1],
         ),
+        (["train-00003-of-00010.parquet"], [3]),
+        (["train-00003-of-00010.parquet", "train-00004-of-00010.parquet"], [3, 4]),
+        (["train-00003-of-00010.parquet", "test-00003-of-00010.parquet"], None),
+        (["part-00003-5b54c5d5-0b8e-4e54-a1f0-0123456789ab-c000.snappy.parquet"], [3]),
+        (["part-00003-tid-4937494-5b54c5d5-0b8e-4e54-a1f0-0123456789ab-12-1-c000.parquet"], [3]),
+        (["part-00003.parquet"], [3]),
+        (["part-2024-01-07.parquet"], [7]),
         (["00a1f3.parquet", "01b2c4.parquet"], None),
         (["a_0.parquet", "b_1.parquet"], None),
         (["train.parquet", "val.parquet"], None),
@@ -380,6 +433,17 @@ def place(names, rows, start, end, *, total=None, sizes=None):
 )
 def test_numbers_in_names(names, numbers):
     assert masks.file_numbers([f"/some/2024/{name}" for name in names]) == numbers
+
+
+@pytest.mark.parametrize(
+    "name", ["train-{:05d}-of-00010.parquet", "part-{:05d}-5b54c5d5-0b8e-4e54-c000.parquet"]
+)
+def test_one_file_with_a_name_of_hugging_face_or_spark_is_placed_by_its_own_number(name):
+    sizes = list(range(1, 11))
+    one = ([name.format(3)], sizes[3:4])
+    assert place(*one, 3, 4, total=55, sizes=sizes) == Place(0, 1, 3, 6)
+    with pytest.raises(SnipError, match="has the number 9 in its name"):
+        place(*one, 9, 10, total=55, sizes=sizes)
 
 
 def test_files_without_numbers_count_by_position_if_they_are_the_whole_set():

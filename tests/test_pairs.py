@@ -213,3 +213,15 @@ def test_more_that_stay_already_are_refused_with_their_share(rows, folder, tmp_p
     copies = len(rows) - len(np.unique(rows, axis=0))
     with pytest.raises(SnipError, match="no higher"):
         dedup(rows, threshold=0.99, keep_fraction=1 - copies / len(rows) + 0.001)
+
+
+def test_keep_fraction_tries_1_at_last():
+    """Of two rows at a cosine of .9998 one goes at .9995, of two equal ones at any threshold."""
+    x = np.eye(8, dtype=np.float32)
+    x = np.vstack([x, x[0] + 0.02 * x[1], x[2]])
+    kept = {t: dedup(x, threshold=t).kept for t in (0.9505, 0.9995, 1.0)}
+    assert list(kept.values()) == [8, 8, 9]
+    found = dedup(x, threshold=0.9505, keep_fraction=0.9)
+    assert (found.threshold, found.kept) == (1.0, 9)
+    with pytest.raises(SnipError, match=r"90.0000% of the rows stay at threshold 1, and there is"):
+        dedup(x, threshold=0.9505, keep_fraction=0.91)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import truth
 
 from snipdedup import cli
 
@@ -99,3 +102,50 @@ def test_output_inside_the_input(tmp_path, capsys, command):
     assert cli.run([name, str(folder), "--out", str(folder / "OUT"), *flags]) == 1
     assert "lies in the input folder" in capsys.readouterr().err
     assert sorted(p.name for p in folder.iterdir()) == ["a.npy", "b.npy"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Features, metadata, OUT and an index of them, and a table of rates."""
+    folder = tmp_path_factory.mktemp("finished")
+    truth.save_shards(folder / "emb", truth.clustered(300, 16, 0), [100])
+    table = pa.table({"key": [f"k{i}" for i in range(300)], "caption": ["c"] * 300})
+    (folder / "meta").mkdir()
+    pq.write_table(table, folder / "meta" / "m.parquet")
+    emb, index = folder / "emb", folder / "index"
+    words = ("dedup", emb / "img_emb_[01].npy", "--metadata", folder / "meta")
+    assert truth.snip(*words, "--out", folder / "clean")[0] == 0
+    assert truth.snip("index", emb, "--out", index, "--nlist", 2, "--m", 2)[0] == 0
+    np.save(folder / "query.npy", np.ones((1, 16), np.float32))
+    return folder
+
+
+FILES = ("clean/snip.json", "clean/is_dup.npy", "clean/metadata/m.parquet")
+INPUTS = ("emb/img_emb_0.npy", "meta/m.parquet")
+OUTPUT_FILES = {
+    "report": ("report clean --overwrite --html", (*FILES, *INPUTS)),
+    "top": ("top clean --prompts", (*FILES, *INPUTS, "index/snip.json")),
+    "audit": ("audit clean --sheet", (*FILES, *INPUTS)),
+    "search": (
+        "search query.npy --index index --metadata meta --html",
+        (*FILES, *INPUTS, "index/snip.json", "query.npy"),
+    ),
+    "index": (
+        "index emb --out index --nlist 2 --m 2 --export_faiss",
+        (*FILES, "emb/img_emb_0.npy", "index/snip.json", "index/quantizer.faiss"),
+    ),
+    "plan": ("plan emb --probe --rates", (*FILES, "emb/img_emb_0.npy", "index/snip.json")),
+}
+
+
+@pytest.mark.parametrize("command", OUTPUT_FILES)
+def test_an_output_file_never_replaces_a_file_of_ours_or_an_input(finished, monkeypatch, command):
+    monkeypatch.chdir(finished)
+    words, targets = OUTPUT_FILES[command]
+    before = truth.listing(finished)
+    for target in targets:
+        assert (finished / target).is_file()
+        status, said, complaint = truth.snip(*words.split(), target)
+        assert (status, said) == (1, ""), (command, target)
+        assert target in complaint
+        assert truth.listing(finished) == before

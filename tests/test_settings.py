@@ -82,7 +82,7 @@ RANGES = [
     ("Eval", "dim", 2, 4096),
     ("Eval", "nlist", 0, 2**24),
     ("Eval", "queries", 1, 10**6),
-    ("Eval", "train_rows", 64, 10**8),
+    ("Eval", "train_rows", 256, 10**8),
     ("Eval", "steps", 1, 10**7),
     ("Eval", "threshold", -1, 1),
     ("Eval", "flag_nprobe", 1, 2**24),

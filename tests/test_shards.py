@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snipdedup import dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground.shards import (
     CrcLedger,
@@ -345,3 +347,46 @@ def test_real_folders(data):
         find_shards(small / "shopsphere")
     patents = Features([*open_features(small / "design_patents" / "image_embeddings.npy").shards])
     assert (patents.rows, patents.dim, patents.dtype) == (1000, 512, np.float64)
+
+
+def test_a_tensor_is_read_as_the_array_it_views():
+    rows = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
+    both = [torch.from_numpy(rows), torch.from_numpy(rows.copy()).requires_grad_()]
+    for tensor in (*both, both, both[0].half(), torch.from_numpy(rows.T.copy()).T):
+        found = open_features(tensor).read(0, 60 if tensor is both else 30)
+        like = [rows, rows] if tensor is both else [rows]
+        assert np.array_equal(found, np.concatenate(like).astype(found.dtype))
+    assert np.shares_memory(open_features(both[0]).shards[0].array, rows)
+    assert dedup(both[0]).is_dup.tolist() == dedup(rows).is_dup.tolist()
+
+
+ROWS = np.ones((3, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (ROWS.tolist(), "found list in list; .* give numpy.array"),
+        ((1.0, 2.0), "found float in tuple"),
+        (pa.array(ROWS.tolist()), r"found pyarrow.lib.ListScalar in ListArray"),
+        (pa.table({"a": [1.0]}), "found pyarrow.lib.Table"),
+        ({"img": ROWS}, "found dict"),
+        (b"img_emb", "found bytes"),
+        (7, "found int"),
+        ([ROWS, 7], "found int in list"),
+        (torch.ones(3, 4, dtype=torch.bfloat16), "bfloat16 tensor on cpu is no numpy array"),
+        (torch.ones(3, 4, device="meta"), "float32 tensor on meta is no numpy array"),
+        (np.ma.masked_array(ROWS, ROWS > 0), "found a masked array"),
+    ],
+)
+def test_what_is_neither_array_nor_path_is_wrong_usage(given, message):
+    with pytest.raises(UsageError, match=message):
+        open_features(given)
+    with pytest.raises(UsageError, match=message):
+        dedup(given)
+
+
+@pytest.mark.parametrize("given", [torch.ones(4), torch.ones(3, 4, dtype=torch.int64)])
+def test_a_tensor_that_holds_no_features_is_refused(given):
+    with pytest.raises(SnipError, match="array: expected"):
+        open_features(given)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.errors import SnipError
+from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import store
 
 
@@ -302,6 +302,33 @@ def test_long_values_are_cut_in_messages():
 
 
 # ---- input folders
+
+
+def test_refuse_output_file(tmp_path):
+    out = tmp_path / "out"
+    (out / "metadata").mkdir(parents=True)
+    for name in ("is_dup.npy", "metadata/m.parquet", "report.html"):
+        (out / name).touch()
+    store.write_manifest(out, "dedup", {}, [out / "is_dup.npy", out / "metadata" / "m.parquet"])
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "to_mask.html").symlink_to(out / "is_dup.npy")
+    for name in (
+        "out/is_dup.npy", "out/snip.json", "out/metadata/m.parquet", "link/is_dup.npy",
+        "out/metadata/../snip.json", "link/metadata/m.parquet", "to_mask.html", "new/snip.json",
+    ):  # fmt: skip
+        with pytest.raises(SnipError, match=r"is a file of .*would not be whole without it"):
+            store.refuse_output_file(tmp_path / name)
+    stopped = tmp_path / "stopped"
+    store.save_json(stopped / store.WORK / store.REQUEST, {})
+    with pytest.raises(SnipError, match="is a file of"):
+        store.refuse_output_file(stopped / store.WORK / "codes.npy")
+    with pytest.raises(UsageError, match="is a folder; name a file to write"):
+        store.refuse_output_file(out)
+    (tmp_path / "in.npy").touch()
+    with pytest.raises(SnipError, match="is an input"):
+        store.refuse_output_file(tmp_path / "in.npy", [tmp_path / "in.npy"])
+    for name in ("out/report.html", "out/new.html", "new/page.html", "work/page.html"):
+        store.refuse_output_file(tmp_path / name, [tmp_path / "in.npy"])
 
 
 def test_refuse_output_inside(tmp_path):

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
 from snipdedup.ground.shards import open_features
@@ -190,6 +192,56 @@ def test_csv_columns_are_numbers_only_where_nothing_is_lost(tmp_path):
         "gap": [5, None],
         "empty": ["", ""],
     }
+
+
+LOST = {
+    "0.12345678901234567891": "0.5", "1": "1.0", "0.1": "1e-1", "100000.5": "1e5", "1e-5": "1e-05",
+    "9007199254740993": "0.5", "1e400": "0.5", "1E5": "0.5", "+1": "2", "1.": "2.5", ".5": "2.5",
+    "1e-05": "0.00001", "1000000000000000.0": "1e+15",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "two"), LOST.items())
+@pytest.mark.parametrize("turned", [False, True])
+def test_csv_texts_that_a_number_would_not_give_back_stay_texts(tmp_path, one, two, turned):
+    texts = [two, one] if turned else [one, two]
+    (tmp_path / "a.csv").write_text("\n".join(["v", *texts, ""]))
+    (_, _, batch), *_ = md.open_metadata(tmp_path / "a.csv").read(["v"])
+    assert batch.column(0).to_pylist() == texts
+
+
+FLOATS = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=9)
+WRITERS = {
+    "python": repr,
+    "python, no .0": lambda value: repr(value).removesuffix(".0"),
+    "arrow": lambda value: pa.scalar(value).cast(pa.string()).as_py(),
+}
+
+
+def arrow_with_point(value):
+    text = WRITERS["arrow"](value)
+    return text if set(text) & set(".e") else f"{text}.0"
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@given(FLOATS)
+def test_csv_numbers_of_one_writer_become_numbers(tmp_path_factory, writer, values):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    path.write_text("\n".join(["v", *map(WRITERS[writer], values), ""]))
+    (_, _, batch), *_ = md.open_metadata(path).read(["v"])
+    assert [float(value) for value in batch.column(0).to_pylist()] == values
+
+
+@given(st.lists(st.sampled_from([*LOST, *LOST.values(), "2.5", "7", "7.0", "x", "1e+16"])))
+def test_csv_texts_come_back_whatever_they_are(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    path.write_text("\n".join(["v,w", *(f"{text},x" for text in texts), ""]))
+    found = [v for _, _, batch in md.open_metadata(path).read(["v"]) for v in batch[0].to_pylist()]
+    ways = [str, *WRITERS.values(), arrow_with_point]
+    if not texts or isinstance(found[0], str):
+        assert found == texts
+    else:
+        assert any([way(value) for value in found] == texts for way in ways)
 
 
 def test_csv_files_of_one_set_agree_on_types(tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from snipdedup.chain.references import References, open_references
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.ground.objects import is_elsewhere
+from snipdedup.ground.shards import Features, find_shards, open_features
 from snipdedup.grouping.groups import Also
+from snipdedup.metadata.table import find_metadata
 from snipdedup.settings import Dedup
 
 
@@ -44,6 +48,25 @@ class Inputs(NamedTuple):
     def paths(self) -> list[Path]:
         """Return the files and folders that are read."""
         return [path for source in self if source is not None for path in source.inputs()]
+
+
+def named_files(manifest: dict[str, Any]) -> Iterator[Path]:
+    """Yield the files that a finished run read, as far as they are still where its manifest says.
+
+    No file that is written beside a result may replace them.
+    """
+    settings = manifest.get("settings", {})
+    parts = settings.get("parts")
+    for name in ("features", "text_features", "reference", "metadata"):
+        named = settings.get(name) or []
+        for source in named if isinstance(named, list) else [named]:
+            with suppress(SnipError, OSError):
+                if not isinstance(source, str) or is_elsewhere(source):
+                    continue
+                if name == "metadata":
+                    yield from find_metadata(source)
+                else:
+                    yield from find_shards(source, parts if "{part" in source else None)
 
 
 def open_inputs(options: Dedup) -> Inputs:

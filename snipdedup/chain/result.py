@@ -211,7 +211,7 @@ def decide(
 
 
 def decide_fraction(found: Found, fraction: float, decide_at: Callable[[float], Result]) -> Result:
-    """Decide at the lowest threshold, in steps of .001, at which a share of the rows stays.
+    """Decide at the lowest threshold, in steps of .001 up to 1, at which a share of rows stays.
 
     Raises
     ------
@@ -226,13 +226,12 @@ def decide_fraction(found: Found, fraction: float, decide_at: Callable[[float], 
             "--threshold"
         )
     while result.kept / rows < fraction:
-        threshold = round(result.threshold + STEP, 6)
-        if threshold > 1:
+        if result.threshold >= 1:
             raise SnipError(
                 f"{result.kept / rows:.4%} of the rows stay at threshold {result.threshold:g}, and "
                 f"there is no higher one; expected at least --keep_fraction {fraction:g}"
             )
-        result = decide_at(threshold)
+        result = decide_at(min(1.0, round(result.threshold + STEP, 6)))
     return result
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from snipdedup.download import artefacts, landing, presets, sources
 from snipdedup.download.hub import SCHEME, HubFolder
 from snipdedup.download.landing import Watch
-from snipdedup.download.placing import place, published_mask
+from snipdedup.download.placing import place, published_mask, settled
 from snipdedup.download.sources import Found
 from snipdedup.download.transfers import side_by_side
 from snipdedup.errors import SnipError
@@ -258,6 +258,7 @@ def make_plan(options: Download, source: str, found: Found, out: Path) -> Plan:
         return Plan(items, None, 0)
     work = out / store.WORK
     mask = published_mask(options.is_dup, options.cumulative_sizes, work)
+    mask = settled(mask, found, work, options.jobs)
     begun = pinned(out).get("first_row")
     first_row = place(source, found, mask, work, options.jobs) if begun is None else begun
     remember(out, first_row=first_row)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from snipdedup.download import landing, sources
 from snipdedup.download.landing import Watch
 from snipdedup.download.sources import Found
@@ -16,7 +18,16 @@ from snipdedup.errors import SnipError
 from snipdedup.ground import buckets, progress, store, web
 from snipdedup.ground.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
 from snipdedup.metadata.files import open_table
-from snipdedup.metadata.masks import HOW_TO_PLACE, MASK, Mask, open_mask, place_metadata
+from snipdedup.metadata.masks import (
+    HOW_TO_PLACE,
+    MASK,
+    Held,
+    Mask,
+    by_either,
+    check_sizes,
+    open_mask,
+    place_metadata,
+)
 from snipdedup.metadata.table import open_metadata
 
 TOTALS = "cumulative_sizes.npy"
@@ -64,6 +75,30 @@ def try_manifest(remote: Remote, target: Path) -> None:
         target.unlink(missing_ok=True)
 
 
+def settled(mask: Mask, found: Found, work: Path, jobs: int) -> Mask:
+    """Return a mask whose totals have one meaning: that which the files of a range fit."""
+    first = found.first
+    if mask.other is None or first is None:
+        return mask
+    held = Held([file.shown for file in found.files], counts(found.files, work, jobs))
+
+    def begins(one: Mask) -> int:
+        sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
+        if first + len(held.rows) > len(sizes):
+            raise beyond(first, len(held.rows), len(sizes))
+        check_sizes(held, sizes, first)
+        return int(sizes[:first].sum())
+
+    return by_either(mask, begins)[0]
+
+
+def beyond(first: int, count: int, files: int) -> SnipError:
+    """Return the refusal of file numbers that a mask's set does not have."""
+    return SnipError(
+        f"files {first} to {first + count - 1} are wanted, the mask's set has 0 to {files - 1}"
+    )
+
+
 def place(source: str, found: Found, mask: Mask, work: Path, jobs: int) -> int:
     """Return the row of the set at which the first file begins; check what is known by now.
 
@@ -88,10 +123,7 @@ def place(source: str, found: Found, mask: Mask, work: Path, jobs: int) -> int:
         return 0
     if mask.sizes is not None:
         if first + count > len(mask.sizes):
-            raise SnipError(
-                f"files {first} to {first + count - 1} are wanted, the mask's set has 0 to "
-                f"{len(mask.sizes) - 1}"
-            )
+            raise beyond(first, count, len(mask.sizes))
         return int(mask.sizes[:first].sum())
     if found.before is None:
         raise SnipError(f"at which row {found.files[0].shown} begins is not known; {HOW_TO_PLACE}")
@@ -99,7 +131,12 @@ def place(source: str, found: Found, mask: Mask, work: Path, jobs: int) -> int:
 
 
 def count_rows(files: Sequence[Remote], work: Path, jobs: int) -> int:
-    """Count the rows of files, by their footers where the other side sends parts."""
+    """Count the rows of files; see `counts`."""
+    return sum(counts(files, work, jobs))
+
+
+def counts(files: Sequence[Remote], work: Path, jobs: int) -> list[int]:
+    """Count the rows of each file, by its footer where the other side sends parts."""
 
     def count(file: Remote) -> int:
         try:
@@ -113,7 +150,7 @@ def count_rows(files: Sequence[Remote], work: Path, jobs: int) -> int:
 
     watch = Watch()
     counted = side_by_side(count, files, jobs, watch)
-    return sum(progress.track(counted, "rows of earlier files", "files", len(files)))
+    return list(progress.track(counted, "rows of files", "files", len(files)))
 
 
 def rows_in(file: Remote, work: Path) -> int:

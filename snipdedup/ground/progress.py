@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -31,8 +31,13 @@ def bar(total: int, desc: str, unit: str) -> Any:
 
 
 def say(text: str) -> None:
-    """Print a line about what goes on, above a bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """Print a line about what goes on, above a bar if there is one.
+
+    Where nobody reads stderr any more (``2>&1 | head``), the run goes on all the same.
+    """
+    with suppress(BrokenPipeError):
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def track(items: Iterable[T], desc: str, unit: str, total: int) -> Iterator[T]:
@@ -60,11 +65,9 @@ class PlainBar:
         self.last_line = now
         rate = self.done / (now - self.started)
         left = (self.total - self.done) / rate if rate else float("inf")
-        print(
+        say(
             f"{self.desc}: {self.done:,} of {self.total:,} {self.unit}, "
-            f"{rate:,.0f} {self.unit}/s, {left:,.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            f"{rate:,.0f} {self.unit}/s, {left:,.0f} s left"
         )
 
     def set_postfix_str(self, text: str) -> None:

@@ -7,6 +7,7 @@ files) are pure functions; reading comes after them.
 from __future__ import annotations
 
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -291,8 +292,9 @@ def open_features(
     Parameters
     ----------
     source : (n, d) array, path, or a sequence of either
-        A path is a folder (not recursive), a glob, a file, or a ``{part:04d}`` pattern; or a URL
-        of one of these, see `snipdedup.ground.listing`.
+        An array is numpy's, or what numpy can view as one without a copy, such as a tensor in the
+        CPU's memory. A path is a folder (not recursive), a glob, a file, or a ``{part:04d}``
+        pattern; or a URL of one of these, see `snipdedup.ground.listing`.
     parts : str, optional
         Part numbers for a pattern, ``"0:2"``, end exclusive.
     array, column : str, optional
@@ -302,18 +304,24 @@ def open_features(
     ------
     SnipError
         If there is no shard, or one is not what features look like; the file is named.
+    UsageError
+        If it is neither an array nor a path.
     """
     if isinstance(source, Features):
         return source
-    if isinstance(source, np.ndarray):
-        return Features([ArrayShard(source, "array")])
-    if not isinstance(source, str | Path | Iterable):
-        raise UsageError(f"features are an array, a path or several of these, found {source!r}")
+    whole = as_array(source)
+    if whole is not None:
+        return Features([ArrayShard(whole, "array")])
+    if not isinstance(source, str | Path | Iterable) or isinstance(source, dict | bytes):
+        raise no_features(source)
     shards: list[Shard] = []
     folders: list[Path] = []
     for number, item in enumerate([source] if isinstance(source, str | Path) else source):
-        if isinstance(item, np.ndarray):
-            shards.append(ArrayShard(item, f"array {number}"))
+        part = as_array(item)
+        if part is not None:
+            shards.append(ArrayShard(part, f"array {number}"))
+        elif not isinstance(item, str | Path):
+            raise no_features(source, item)
         elif is_elsewhere(item):
             found = find_elsewhere(str(item), parts, SUFFIXES, "no shard found")
             refuse_mixture(found, shown(str(item)))
@@ -322,6 +330,43 @@ def open_features(
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
     return Features(shards, folders)
+
+
+def as_array(given: Any) -> np.ndarray | None:
+    """Return what numpy can view as an array without a copy, None of anything else.
+
+    Raises
+    ------
+    UsageError
+        If it is a tensor that numpy cannot view: on another device, or bfloat16; or a masked
+        array, whose mask would go unseen.
+    """
+    if isinstance(given, np.ma.MaskedArray):
+        raise UsageError("features have no mask, found a masked array; give its rows that count")
+    if isinstance(given, np.ndarray):
+        return given
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.Tensor):
+        try:
+            return np.asarray(given.detach().numpy())
+        except (RuntimeError, TypeError) as error:
+            raise UsageError(
+                f"a {given.dtype} tensor on {given.device} is no numpy array; give "
+                "tensor.detach().float().cpu()"
+            ) from error
+    return np.asarray(given) if hasattr(given, "__array_interface__") else None
+
+
+def no_features(source: Any, item: Any = None) -> UsageError:
+    """Return the refusal of what is neither an array nor a path, or of an item that is neither."""
+    kind = type(source if item is None else item)
+    what = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    within = "" if item is None else f" in {type(source).__qualname__}"
+    return UsageError(
+        "features are a 2-D array of floats (numpy, or a torch tensor in the CPU's memory), a "
+        f"path, or a sequence of either; found {what}{within}; for rows as lists, a table or an "
+        "Arrow array give numpy.array(rows, numpy.float32)"
+    )
 
 
 def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:

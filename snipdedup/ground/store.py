@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup import __version__
-from snipdedup.errors import SnipError, WriteError
+from snipdedup.errors import SnipError, UsageError, WriteError
 from snipdedup.ground import locks
 from snipdedup.ground.remote import shown
 from snipdedup.settings import Dedup, mistyped
@@ -569,3 +569,42 @@ def refuse_output_inside(out: Path, inputs: Iterable[Path]) -> None:
                 f"--out {out} lies in the input folder {folder}; snip never writes there, "
                 "choose another folder"
             )
+
+
+def refuse_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse to write a file over one that snip wrote or reads; see `refuse_output_inside`.
+
+    Raises
+    ------
+    SnipError
+        If ``path`` is an input, lies in an input folder, or is a file that a folder of ours cannot
+        be without: its manifest, what that vouches for, the work of a stopped run.
+    UsageError
+        If it is a folder.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file to write")
+    refuse_output_inside(path, inputs)
+    place = path.parent.resolve() / path.name  # a link in its place is replaced, not followed
+    for target in {place, path.resolve()}:
+        for folder in target.parents:
+            if is_own(folder, target):
+                raise SnipError(
+                    f"{path} is a file of {folder}, which would not be whole without it; choose "
+                    "another name"
+                )
+
+
+def is_own(folder: Path, path: Path) -> bool:
+    """Tell whether a file below a folder is one that snip wrote there, or is writing."""
+    name = path.relative_to(folder)
+    if name.parts[0] == WORK:
+        return (folder / WORK / LOCK).is_file() or (folder / WORK / REQUEST).is_file()
+    if str(name) == MANIFEST:
+        return True  # by this name alone snip knows its folders
+    try:
+        manifest = load_json(folder / MANIFEST)
+    except SnipError:  # none, or a file of someone else
+        return False
+    outputs = manifest.get("outputs") if isinstance(manifest, dict) else None
+    return isinstance(outputs, dict) and name.as_posix() in outputs

@@ -86,7 +86,7 @@ class ColumnRank:
 
     def keep_keys(self, folder: Path) -> None:
         """Read the columns once for all that will be asked; what is long is mapped."""
-        names = [f"key{number}" for number in range(len(self.columns))]
+        names = [f"key{number}" for number in range(self._width())]
         columns = Columns(folder / "keep", dict.fromkeys(names, "<u8"))
         for file, _, batch in self.metadata.read(self._names()):
             columns.add(*self._keys(file, batch))
@@ -95,39 +95,51 @@ class ColumnRank:
     def _names(self) -> list[str]:
         return list(dict.fromkeys(self.columns))
 
+    def _width(self) -> int:
+        return len(self.kinds) + self.kinds.count(None)
+
     def _read(self, found: Iterator[tuple[Table, slice, Any]], count: int) -> list[np.ndarray]:
-        keys = [np.empty(count, np.uint64) for _ in self.columns]
+        keys = [np.empty(count, np.uint64) for _ in range(self._width())]
         for file, which, batch in found:
             for key, part in zip(keys, self._keys(file, batch), strict=True):
                 key[which] = part
         return keys
 
     def _keys(self, file: Table, batch: Any) -> list[np.ndarray]:
-        """Return of each rule a number a row, (n,) uint64, the smallest for the row to keep."""
+        """Return of each rule a number a row, (n,) uint64, the smallest for the row to keep.
+
+        Of one whose files differ in their types, two: the second decides where the first is equal.
+        """
         keys = []
         for column, kind, way in zip(self.columns, self.kinds, self.ways, strict=True):
             try:
-                values = batch.column(self._names().index(column)).cast(kind, safe=False)
+                values = batch.column(self._names().index(column))
+                wanted = own_kind(values.type) if kind is None else kind
+                values = values.cast(wanted, safe=False)
             except (pa.ArrowException, NotImplementedError) as error:
                 raise SnipError(
                     f"{file.path}: column {column!r} cannot be compared: {error}"
                 ) from error
-            keys.append(ordered(values, descending=way == "max"))
+            keys.append(ordered(values, descending=way == "max", mixed=kind is None))
+            if kind is None:
+                keys.append(ordered(beyond_float(values), descending=way == "max"))
         return keys
 
 
 def common_kind(metadata: Metadata, column: str) -> Any:
     """Return the arrow type in which a column's values are compared, over all files.
 
-    Whole numbers are compared as such, exactly; mixed with fractions, as float64.
+    None where no one type holds the numbers of all files without loss, of int64, uint64 and
+    float64: each file's are then compared as `own_kind`, exactly. Decimals become float64.
     """
     kinds = [file.schema.field(column).type for file in metadata.files]
     kinds = [kind for kind in kinds if not pa.types.is_null(kind)]
     tests: tuple[tuple[Callable[[Any], bool], Any], ...] = (
         (pa.types.is_temporal, pa.timestamp("us")),
         (is_whole, pa.int64()),
-        (lambda kind: is_whole(kind) or kind == pa.uint64(), pa.uint64()),
-        (is_number, pa.float64()),
+        (lambda kind: kind == pa.uint64(), pa.uint64()),
+        (lambda kind: is_number(kind) and own_kind(kind) == pa.float64(), pa.float64()),
+        (is_number, None),
     )
     for fits, common in tests:
         if all(map(fits, kinds)):
@@ -144,6 +156,13 @@ def is_whole(kind: Any) -> bool:
     return bool(pa.types.is_boolean(kind) or (pa.types.is_integer(kind) and kind != pa.uint64()))
 
 
+def own_kind(kind: Any) -> Any:
+    """Return the arrow type, of int64, uint64 and float64, that holds numbers of another type."""
+    if pa.types.is_null(kind) or is_whole(kind):
+        return pa.int64()
+    return pa.uint64() if kind == pa.uint64() else pa.float64()
+
+
 def is_number(kind: Any) -> bool:
     """Tell whether values of an arrow type are numbers."""
     return is_whole(kind) or bool(
@@ -151,7 +170,7 @@ def is_number(kind: Any) -> bool:
     )
 
 
-def ordered(values: Any, *, descending: bool) -> np.ndarray:
+def ordered(values: Any, *, descending: bool, mixed: bool = False) -> np.ndarray:
     """Return numbers that are ordered as an arrow array's values are; null and NaN come last.
 
     Parameters
@@ -159,6 +178,9 @@ def ordered(values: Any, *, descending: bool) -> np.ndarray:
     values : pyarrow.Array of timestamp, int64, uint64 or float64
     descending : bool
         The largest value has the smallest number.
+    mixed : bool
+        Order whole numbers as the float64 next to them, beside others' float64; what that leaves
+        out is `beyond_float`.
 
     Returns
     -------
@@ -167,7 +189,8 @@ def ordered(values: Any, *, descending: bool) -> np.ndarray:
     kind = pa.int64() if pa.types.is_timestamp(values.type) else values.type
     missing = values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
     plain = values.cast(kind).fill_null(0).to_numpy(zero_copy_only=False)
-    if kind == pa.float64():
+    if mixed or kind == pa.float64():
+        plain = plain.astype(np.float64, copy=False)
         bits = (plain + 0.0).view(np.uint64)  # -0 becomes 0
         key = np.where(bits & SIGN, ~bits, bits | SIGN)
     else:
@@ -175,3 +198,29 @@ def ordered(values: Any, *, descending: bool) -> np.ndarray:
     key = np.minimum(~key if descending else key, NULL - np.uint64(1))
     key[missing] = NULL
     return key
+
+
+def beyond_float(values: Any) -> Any:
+    """Return by how much values exceed the float64 next to them; null where they are null.
+
+    Rounding to float64 never turns the order of two numbers, so this decides where it makes them
+    equal.
+
+    Parameters
+    ----------
+    values : pyarrow.Array of int64, uint64 or float64
+
+    Returns
+    -------
+    pyarrow.Array of int64
+    """
+    plain = values.fill_null(0).to_numpy(zero_copy_only=False)
+    rest = np.zeros(len(plain), np.int64)
+    if plain.dtype != np.float64:
+        near = plain.astype(np.float64)
+        inside = np.where(near < 2.0**64, near, 0)  # modulo 2**64, as the difference is
+        whole = inside.clip(min=0).astype(np.uint64) + inside.clip(max=0).astype(np.int64).view(
+            np.uint64
+        )
+        rest = (plain.astype(np.uint64) - whole).view(np.int64)
+    return pa.array(rest, mask=np.asarray(values.is_null()))

@@ -63,11 +63,13 @@ def run(options: settings.Index) -> str:
     out = Path(options.out)
     source = options.features if isinstance(options.features, str | Path) else None
     read = [Path(name) for name in (options.base, options.encoder) if name is not None]
-    for target in (out, *([Path(options.export_faiss)] if options.export_faiss else [])):
-        store.refuse_output_inside(target, [*features.inputs(), *read])
+    store.refuse_output_inside(out, [*features.inputs(), *read])
+    if options.export_faiss is not None:
+        store.refuse_output_file(Path(options.export_faiss), [*features.inputs(), *read])
     index, state = build(features, out, options, as_stored=is_descriptors(source))
     said = describe(index, state)
     if options.export_faiss is not None:
+        store.refuse_output_file(Path(options.export_faiss))  # now that it is known what is in OUT
         size = export_faiss(index, Path(options.export_faiss))
         said += f"\nwrote {options.export_faiss} for plain faiss, {size:,} bytes"
     return said

@@ -134,8 +134,9 @@ def run(options: settings.Search) -> str:
     index = Index.open(options.index)
     if options.html is not None:
         require_jinja()
-        store.refuse_output_inside(Path(options.html).expanduser(), [index.folder])
     metadata = open_table_of(index, options)
+    if options.html is not None:
+        refuse_page(Path(options.html).expanduser(), index, metadata, options)
     found = search(index, options)
     if metadata is not None:
         describe_rows(found, metadata)
@@ -149,6 +150,15 @@ def run(options: settings.Search) -> str:
         text = page(index.folder.name, found.how, told["queries"], found.measure)
         part.write_text(text, encoding="utf-8")
     return said if options.json else f"{said}\nwritten to {path}"
+
+
+def refuse_page(path: Path, index: Index, metadata: Any, options: settings.Search) -> None:
+    """Refuse to write the page over what is read, or what is snip's."""
+    read = [index.folder, *([] if metadata is None else metadata.inputs())]
+    if Path(options.query).suffix.lower() in VECTORS:
+        read.append(Path(options.query).expanduser())
+    features = raw_features(index, options).features
+    store.refuse_output_file(path, [*read, *([] if features is None else features.paths())])
 
 
 def require_jinja() -> None:

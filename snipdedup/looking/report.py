@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from snipdedup.chain.inputs import named_files
 from snipdedup.chain.outfolder import KIND
 from snipdedup.chain.survey import Run, Survey, read_curve, read_keys, read_partners, survey_groups
-from snipdedup.errors import SnipError, UsageError
+from snipdedup.errors import SnipError
 from snipdedup.ground import store
 from snipdedup.looking import thumbnails
 from snipdedup.looking.reportpage import GENERATOR, PICTURED, Notes, Page, Row, render
@@ -47,7 +48,8 @@ def write_report(out: Path, options: Report) -> str:
     manifest = store.read_manifest(out, KIND)
     target = out / NAME if options.html is None else Path(options.html).expanduser()
     texts = open_texts(out, manifest, options.metadata)
-    store.refuse_output_inside(target, inputs_of(texts, options.images))
+    read = inputs_of(texts, options.images)
+    store.refuse_output_file(target, [*read, *named_files(manifest)])
     check_target(target, options.overwrite)
     if options.images is None and options.image_column is None:
         keep_pictures(target, options.overwrite)
@@ -74,8 +76,6 @@ def require_jinja() -> None:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse to replace a file that is not an earlier report."""
-    if target.is_dir():
-        raise UsageError(f"--html {target} is a folder; name a file")
     if not target.is_file() or overwrite:
         return
     with target.open("rb") as file:

@@ -1,7 +1,7 @@
 """One file of metadata: parquet or CSV, opened by its footer, streamed in bounded batches.
 
-A CSV is read as text; a column becomes numbers only where a number says all that its texts say
-(``007`` and ``1.10`` stay texts), so that nothing is lost when it is written as parquet.
+A CSV is read as text; a column becomes numbers only where each of them, written as text again, is
+the text that was there (``007`` and ``1.10`` stay texts), so that nothing is lost in parquet.
 """
 
 from __future__ import annotations
@@ -37,11 +37,17 @@ CODECS = {
     "LZ4_RAW": "lz4",
 }
 
-# Texts that say no more than a number does: no plus, no zeros that could be left out.
-PATTERNS = {
-    pa.int64(): r"^(0|-?[1-9][0-9]{0,17})$",
-    pa.float64(): r"^-?(0|[1-9][0-9]{0,14})(\.(0|[0-9]{0,19}[1-9]))?([eE][-+]?[0-9]{1,2})?$",
-}
+# Ways to write numbers as text, each with one text for one number. Of float64 it is the shortest
+# text that reads as the same value: whole numbers with .0 or without, what is very small or large
+# as arrow writes it (0.00001, 1e-7), or as Python, pandas and numpy do (1e-05, 1e-07).
+WAYS = {
+    "whole": pa.int64(), "arrow": pa.float64(), "arrow .0": pa.float64(),
+    "python": pa.float64(), "python .0": pa.float64(),
+}  # fmt: skip
+WHOLE = r"^(0|-?[1-9][0-9]{0,17})$"
+SHORT_WHOLE = r"^(0|-?[1-9][0-9]{0,14})$"  # float64 and int64 are written alike
+NUMBER = r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
+PLAIN_FLOATS = (1e-4, 1e15)  # between these arrow and Python differ by .0 only
 
 
 class Table:
@@ -114,7 +120,7 @@ class CsvTable(Table):
 
     def __init__(self, path: Path) -> None:
         rows = 0
-        self.possible: dict[str, list[Any] | None] = dict.fromkeys(csv_names(path))
+        self.possible: dict[str, list[str] | None] = dict.fromkeys(csv_names(path))
         for batch in csv_texts(path):
             rows += batch.num_rows
             for name in self.possible:
@@ -123,16 +129,13 @@ class CsvTable(Table):
         agree([self])
 
     def _look(self, name: str, texts: Any) -> None:
-        """Strike the types that do not fit further texts of a column."""
-        kinds = self.possible[name]
-        kinds = list(PATTERNS) if kinds is None else kinds
-        said = texts.filter(pc.not_equal(texts, "")) if kinds else []
+        """Strike the ways in which further texts of a column are not written."""
+        left = self.possible[name]
+        left = list(WAYS) if left is None else left
+        said = texts.filter(pc.not_equal(texts, "")) if left else []
         if len(said):
-            self.possible[name] = [
-                kind
-                for kind in kinds
-                if pc.all(pc.match_substring_regex(said, PATTERNS[kind])).as_py()
-            ]
+            fit = ways_of(said)
+            self.possible[name] = [way for way in left if way in fit]
 
     def batches(
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
@@ -202,15 +205,50 @@ def codec_of(groups: Sequence[Any]) -> str:
 
 
 def agree(files: Sequence[CsvTable]) -> None:
-    """Give CSV files of one set the same types: the narrowest that fit the values of all."""
+    """Give CSV files of one set the same types: the narrowest that fit the values of all.
+
+    Each file may write its numbers in a way of its own: ``1`` in one and ``1.0`` in another.
+    """
     kinds: dict[str, Any] = {}
     for name in {name for file in files for name in file.possible}:
         said = [file.possible.get(name) for file in files]
-        left = [kind for kind in PATTERNS if all(s is None or kind in s for s in said)]
-        filled = any(s is not None for s in said)
+        fit = [{WAYS[way] for way in ways} for ways in said if ways is not None]
+        left = [kind for kind in dict.fromkeys(WAYS.values()) if all(kind in s for s in fit)]
+        filled = bool(fit)
         kinds[name] = left[0] if filled and left else pa.string()
     for file in files:
         file.schema = pa.schema([(name, kinds[name]) for name in file.possible])
+
+
+def ways_of(texts: Any) -> set[str]:
+    """Return in which of `WAYS` all texts, none of them empty, are written as numbers."""
+
+    def every(pattern: str) -> bool:
+        return bool(pc.all(pc.match_substring_regex(texts, pattern)).as_py())
+
+    if not every(NUMBER):
+        return set()
+    if every(SHORT_WHOLE):
+        return {"whole", "arrow", "python"}
+    fit = {"whole"} if every(WHOLE) else set()
+    values = texts.cast(pa.float64())
+    short = values.cast(pa.string())
+    pointed = pc.if_else(
+        pc.match_substring_regex(short, "[.e]"), short, pc.binary_join_element_wise(short, ".0", "")
+    )
+    size = pc.abs(values)
+    low, high = PLAIN_FLOATS
+    odd = pc.or_(pc.greater_equal(size, high), pc.less(size, low))
+    theirs = texts.filter(odd).to_pylist()
+    written = [repr(value) for value in values.filter(odd).to_pylist()]
+    for way, ours in {"": short, " .0": pointed}.items():
+        same = pc.equal(texts, ours)
+        if pc.all(same).as_py():
+            fit.add(f"arrow{way}")
+        shown = written if way else [text.removesuffix(".0") for text in written]
+        if pc.all(pc.or_(same, odd)).as_py() and theirs == shown:
+            fit.add(f"python{way}")
+    return fit
 
 
 def csv_names(path: Path) -> list[str]:

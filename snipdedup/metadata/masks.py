@@ -7,10 +7,10 @@ destroyed in silence. Where a file's place cannot be proved, it is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,9 +21,14 @@ from snipdedup.ground.formats import map_npy
 from snipdedup.ground.shards import identities, refuse_changed
 from snipdedup.metadata.table import Metadata
 
+T = TypeVar("T")
+
 MASK = "is_dup.npy"
 FILES = "files"  # below the work folder: what is written before it is whole
 SCAN_ROWS = 1 << 24
+# Whose names hold more than the file's number: Hugging Face's (the number of files follows it),
+# Spark's (the job's UUID follows it, then the number within the task).
+WRITTEN_BY = re.compile(r"[0-9]+(?=[-_]of[-_][0-9]+$)|(?<=^part-)[0-9]+(?=-(tid-|[0-9a-f]{8}-))")
 HOW_TO_PLACE = (
     "give the totals of the whole set with --cumulative_sizes, keep the snip.json of snip dedup "
     "beside the mask, or name all files from number 0 on; or find rows by what a column says: "
@@ -42,12 +47,16 @@ class Mask:
         Memory-mapped; True = remove.
     sizes : (files,) int64 or None
         Rows of each file of the whole set, where the manifest or ``--cumulative_sizes`` says so.
+    other : (files + 1,) int64 or None
+        What ``sizes`` are if the 0 that running totals begin with is a first file of no rows;
+        see `by_either`.
     """
 
     path: Path
     is_dup: np.ndarray
     sizes: np.ndarray | None
     opened: Sequence[tuple[int, int, int]] = ()
+    other: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -95,14 +104,16 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
     is_dup = load_mask(path)
     with store.as_written(path.parent):
         sizes = manifest_sizes(path, len(is_dup))
-    if cumulative is not None:
-        totals = read_totals(Path(cumulative).expanduser(), len(is_dup))
-        if sizes is not None and not np.array_equal(sizes, totals):
-            raise SnipError(
-                f"{cumulative} and {path.parent / store.MANIFEST} say different row counts of the "
-                "files; leave out --cumulative_sizes, or move the mask away from that manifest"
-            )
-        sizes = totals
+    if cumulative is None:
+        return Mask(path, is_dup, sizes, opened)
+    meanings = read_totals(Path(cumulative).expanduser(), len(is_dup))
+    if sizes is None:
+        return Mask(path, is_dup, meanings[0], opened, *meanings[1:])
+    if not any(np.array_equal(sizes, meant) for meant in meanings):
+        raise SnipError(
+            f"{cumulative} and {path.parent / store.MANIFEST} say different row counts of the "
+            "files; leave out --cumulative_sizes, or move the mask away from that manifest"
+        )
     return Mask(path, is_dup, sizes, opened)
 
 
@@ -154,10 +165,11 @@ def manifest_sizes(path: Path, rows: int) -> np.ndarray | None:
     return sizes
 
 
-def read_totals(path: Path, rows: int) -> np.ndarray:
+def read_totals(path: Path, rows: int) -> list[np.ndarray]:
     """Return the rows of each file, (files,) int64, from a ``.npy`` of running totals.
 
-    A leading 0 is the start of the first file, not a file of no rows.
+    A leading 0 is where the first file begins (upstream's ``cum_sz`` has one), or the total after
+    a first file of no rows: both are returned, the likelier one first.
     """
     totals = load_npy(path, "file of running totals")
     if totals.ndim != 1 or not len(totals) or totals.dtype.kind not in "iuf":
@@ -174,18 +186,50 @@ def read_totals(path: Path, rows: int) -> np.ndarray:
             f"{path} ends at {int(whole[-1]):,} rows, the mask has {rows:,}; they belong to "
             "different sets"
         )
-    return sizes[1:] if whole[0] == 0 and len(whole) > 1 else sizes
+    return [sizes[1:], sizes] if whole[0] == 0 and len(whole) > 1 else [sizes]
+
+
+def by_either(mask: Mask, ask: Callable[[Mask], T]) -> tuple[Mask, T]:
+    """Return what a function says of a mask, and the mask with what its totals mean.
+
+    Where a leading 0 can be read in two ways, the function, which raises `SnipError` where sizes
+    do not fit the files that are there, must say the same of both, or refuse one.
+    """
+    if mask.other is None:
+        return mask, ask(mask)
+    said: list[tuple[Mask, T]] = []
+    refusals: list[SnipError] = []
+    for sizes in (mask.sizes, mask.other):
+        one = replace(mask, sizes=sizes, other=None)
+        try:
+            said.append((one, ask(one)))
+        except SnipError as refusal:
+            refusals.append(refusal)
+    if not said:
+        raise refusals[0]
+    if any(answer != said[0][1] for _, answer in said):
+        raise SnipError(
+            "the totals of --cumulative_sizes begin with 0: is that where file 0 begins, or is "
+            "file 0 empty? The files that are there fit both, at different rows of the mask; if it "
+            "is where file 0 begins, leave this 0 out, else name all files of the set"
+        )
+    return said[0]
 
 
 def file_numbers(names: Sequence[str]) -> list[int] | None:
     """Return the numbers in names that differ by nothing else before it, None where there are none.
 
-    ``part-00003-5b54c5d5.parquet`` is 3; names such as ``00a1f3.parquet`` have no number. Of one
-    name alone it is the last number that no letter follows.
+    ``train-00003-of-00010.parquet`` and ``part-00003-5b54c5d5-c000.parquet`` are 3; names such as
+    ``00a1f3.parquet`` have no number. Of one name alone it is the last number that no letter
+    follows, but for these two kinds of names.
     """
     pattern = re.compile(r"[0-9]+(?![0-9A-Za-z])")
     stems = [Path(name).name.split(".")[0] for name in names]
-    found = [list(pattern.finditer(stem)) for stem in stems]
+    told = [WRITTEN_BY.search(stem) for stem in stems]
+    found = [
+        list(pattern.finditer(stem[: one.end()] if one else stem))
+        for stem, one in zip(stems, told, strict=True)
+    ]
     if not stems or not all(found):
         return None
     for place in [-1] if len(stems) == 1 else range(min(map(len, found))):
@@ -336,9 +380,12 @@ def check_sizes(held: Held, sizes: np.ndarray, start: int) -> None:
 def place_metadata(metadata: Metadata, mask: Mask, start: int | None, end: int | None) -> Place:
     """Place files in a mask: all of them, or a range by `place_range`."""
     held = Held([str(f.path) for f in metadata.files], [f.rows for f in metadata.files])
+    if mask.other is not None and held.total == mask.rows:  # the whole set: its files count
+        sizes = mask.other if len(mask.other) == len(held.rows) else mask.sizes
+        mask = replace(mask, sizes=sizes, other=None)
     if start is None and end is None:
         return place_all(held, mask)
-    return place_range(held, mask, start or 0, end)
+    return by_either(mask, lambda one: place_range(held, one, start or 0, end))[1]
 
 
 def stamp(path: Path) -> dict[str, int]:

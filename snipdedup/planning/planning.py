@@ -104,6 +104,8 @@ def known_rates(
                 "--probe"
             )
     else:
+        if path is not None:
+            store.refuse_output_file(path, [] if features is None else features.inputs())
         rates, duplicates = probe(
             features,
             rows=rows,

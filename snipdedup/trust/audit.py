@@ -55,7 +55,7 @@ def judge(folder: Path, options: Audit) -> str:
     features = open_input(options, manifest)
     if sheet is not None:
         refuse_existing(sheet)
-        store.refuse_output_inside(sheet, [folder, *features.inputs()])
+        store.refuse_output_file(sheet, [folder, *features.inputs()])
     texts = open_texts(folder, manifest, options.metadata)
     verdict = Verdict()
     readable = audit(folder, manifest, features, texts, options, verdict)

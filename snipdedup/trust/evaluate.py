@@ -51,6 +51,7 @@ OPQ_ROWS, OPQ_ROUNDS = 16_384, 10  # more rows or rounds do not move recall, and
 GALLERY = 16_384  # pictures that a text is to find its own among
 RESULT, PAGE, PICTURE = "eval.json", "eval.md", "curves.png"
 HOW = {"features", "text_features", "out", "overwrite", "threads"}
+LEAST_LEARNT = 256  # rows to learn from: as many as an 8-bit code has values
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,12 @@ def evaluate(features: Features, texts: Features | None, options: settings.Eval)
     rng = np.random.default_rng(options.seed)
     queries = sample_rows(features.rows, min(options.queries, features.rows // 4), rng)
     learn = learnable(features, queries, options.train_rows, rng)
+    if len(learn) < LEAST_LEARNT:
+        raise SnipError(
+            f"{len(learn):,} rows are left to learn from, besides {len(queries):,} queries and "
+            f"copies of these; eval needs {LEAST_LEARNT} at least: give more rows, or fewer "
+            "--queries"
+        )
     with clock.stage("train"):
         contenders = make_contenders(features, texts, learn, options)
     with clock.stage("truth"):
