@@ -89,7 +89,6 @@ def run(options: Filter) -> str:
     except InputError:
         store.release(out)
         raise
-    store.clear(out, keep_work=True)
     store.publish(out, KIND, body, [*written, *lists])
     return "\n".join([f"{out}: {counted(body['files'])}", *said])
 
