@@ -31,6 +31,7 @@ from snipdedup.chain.outfolder import (
     side_by_side,
     write_tables,
 )
+from snipdedup.chain.rehearsal import rehearse_end, rehearse_order
 from snipdedup.chain.reload import finished_run, load_found, load_result
 from snipdedup.chain.result import Result, check_threshold, decide, decide_fraction
 from snipdedup.chain.summary import summary
@@ -99,6 +100,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     by_column = options.method != "semdedup" and keep_rules(str(options.keep))[0]
     metadata = open_table(options, inputs.features) if by_column else None
     check_order(options, metadata)  # refused now, not after the search
+    rehearse_order(options, metadata)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
         open_runner(options, None, None) as runner,
@@ -126,7 +128,7 @@ def plan(options: Dedup) -> str:
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
         store.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
-    check_metadata(options, metadata)
+    rehearse_end(options, metadata, check_metadata(options, metadata))
     if features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
     return plan_features(
@@ -159,6 +161,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     features, metadata = inputs.features, open_table(options, inputs.features)
     store.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
     key = check_metadata(options, metadata)  # refused now, not after the search
+    rehearse_end(options, metadata, key)
     request = describe_request(options, inputs, metadata)
     if earlier is None and method_of(options) in ("adc", "join"):
         check_given(features, options)

@@ -620,6 +620,7 @@ def publish(
     work, parts = out / WORK, list(parts)
     folders = {path.relative_to(work).parts[0] for path in parts}
     source = work / (folders.pop() if folders else FILES)
+    parts = [path for path in parts if path != source / MANIFEST]  # of a run stopped just here
     files = [path.relative_to(source).as_posix() for path in parts]
     kept = {path.relative_to(out).as_posix(): path for path in held}
     write_manifest(source, kind, body, parts, kept)

@@ -424,6 +424,7 @@ def finish(out: Path, request: dict[str, Any], options: settings.Index, held: in
     kept = []
     if held:
         kept = [out / name for name in store.load_json(out / store.MANIFEST)["outputs"]]
+    store.remove_parts(work)  # of a run that was killed
     store.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
 
 
