@@ -17,6 +17,10 @@ class DamagedError(SnipError):
     """What a stopped run left is damaged so that it cannot go on; it begins anew."""
 
 
+class TakenError(SnipError):
+    """Another process took this one for dead and went on with its run; it must write no more."""
+
+
 class VerdictError(SnipError):
     """A check that came out badly: the text is its result, printed as results are."""
 

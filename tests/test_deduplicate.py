@@ -168,8 +168,11 @@ def change(laion, what):
         pq.write_table(table.take(pa.array(np.arange(table.num_rows)[::-1])), path)
 
 
-@pytest.mark.parametrize("what", ["features", "one file more", "metadata"])
-@pytest.mark.parametrize("state", ["finished", "stopped"])
+@pytest.mark.parametrize(
+    ("what", "state"),
+    [(what, state) for what in ("features", "one file more") for state in ("finished", "stopped")]
+    + [("metadata", "finished")],
+)
 def test_another_input_is_refused(laion, tmp_path, what, state):
     words = ("dedup", laion, "--out", tmp_path / "o")
     if state == "finished":
@@ -251,12 +254,13 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(rows, laion, tmp_path):
 
 
 def test_overwrite_leaves_nothing_of_a_stopped_run(laion, tmp_path):
-    """Stopped while writing: tables lie in OUT that no manifest names."""
+    """Stopped while writing: until all is whole, nothing lies in OUT itself."""
     out = tmp_path / "o"
     with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip("dedup", laion, "--out", out)[0] == 130
-    assert (out / "metadata").exists()
-    words = ("dedup", laion / "img_emb", "--out", out)
+    assert list(out.glob("work/*/metadata/*.parquet"))
+    assert not (out / "metadata").exists()
+    words = ("dedup", laion / "img_emb", "--threshold", 0.9, "--out", out)
     assert "stopped" in refused(*words)
     assert truth.snip(*words, "--overwrite")[0] == 0
     assert not list(out.glob("metadata/*"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from snipdedup.chain.found import Found
 from snipdedup.chain.inputs import Inputs, open_inputs
 from snipdedup.chain.outfolder import (
     KIND,
+    PAGE,
     check_metadata,
     check_order,
-    clear_earlier,
     describe_run,
     grouping_folder,
     prepare_pairs,
@@ -31,6 +31,7 @@ from snipdedup.chain.outfolder import (
     side_by_side,
     write_tables,
 )
+from snipdedup.chain.rehearsal import rehearse_end, rehearse_order
 from snipdedup.chain.reload import finished_run, load_found, load_result
 from snipdedup.chain.result import Result, check_threshold, decide, decide_fraction
 from snipdedup.chain.summary import summary
@@ -57,6 +58,12 @@ HOW = {
     "max_pairs", "keep_work", "runner", "num_tasks", "task_index", "dry_run",
 }  # fmt: skip
 
+# What is decided and written once the search is done: a stopped run goes on with others of these.
+DECISIONS = {
+    "metadata", "grouping", "keep", "keep_fraction", "pairs", "epsilon", "key", "merge_captions",
+    "caption", "weights", "export",
+}  # fmt: skip
+DRAFT = "draft"  # in the work: OUT before it is whole
 
 SOURCES = {"text": "text_features", "references": "reference"}  # manifest entry: its setting
 
@@ -93,6 +100,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     by_column = options.method != "semdedup" and keep_rules(str(options.keep))[0]
     metadata = open_table(options, inputs.features) if by_column else None
     check_order(options, metadata)  # refused now, not after the search
+    rehearse_order(options, metadata)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
         open_runner(options, None, None) as runner,
@@ -120,7 +128,7 @@ def plan(options: Dedup) -> str:
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
         store.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
-    check_metadata(options, metadata)
+    rehearse_end(options, metadata, check_metadata(options, metadata))
     if features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
     return plan_features(
@@ -153,14 +161,21 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     features, metadata = inputs.features, open_table(options, inputs.features)
     store.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
     key = check_metadata(options, metadata)  # refused now, not after the search
+    rehearse_end(options, metadata, key)
     request = describe_request(options, inputs, metadata)
     if earlier is None and method_of(options) in ("adc", "join"):
         check_given(features, options)
     found = None if earlier is None else reuse(earlier, inputs, options)
-    if features is not None and (out / store.MANIFEST).is_file():
+    if features is not None and store.is_finished(out):
         accept_dates(request, features, store.read_manifest(out, KIND))
     state = store.claim(
-        out, KIND, request, overwrite=options.overwrite, late=True, shared=place is not None
+        out,
+        KIND,
+        request,
+        overwrite=options.overwrite,
+        late=True,
+        shared=place is not None,
+        decisions=decisions_of(options),
     )
     said = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
@@ -168,10 +183,15 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
             rows = 0 if load or features is None else features.rows  # others' processes stay whole
             with open_runner(options, out, place, rows=rows) as runner:
                 found = find(inputs, options, out, clock, runner, found)
-                return conclude(found, out, inputs, metadata, key, request, options, clock, load)
+                with last_word(runner):
+                    return conclude(
+                        found, out, draft_folder(out, runner), inputs, metadata, key, request,
+                        options, clock, load,
+                    )  # fmt: skip
         except Written as other:
             said = str(other)
-            if not options.keep_work:  # what was left by one that was slow to notice
+            # what was left by one that was slow to notice; by now it may be the next run's
+            if not options.keep_work and locks.take(out / store.WORK / store.LOCK) is None:
                 store.end_work(out)
     with store.as_written(out):
         remove_left(out)
@@ -222,9 +242,30 @@ def find(
     return found
 
 
+@contextmanager
+def last_word(runner: Runner) -> Iterator[None]:
+    """Say of a failure at the end that another process wrote it, where that is so."""
+    try:
+        yield
+    except (OSError, SnipError):  # taken for dead: its folder went with the work
+        if isinstance(runner, Crew):
+            runner.refuse_written()
+        raise
+
+
+def draft_folder(out: Path, runner: Runner) -> Path:
+    """Return where this process decides and writes: its own, even if others do so by mistake."""
+    if isinstance(runner, Crew):
+        return out / store.WORK / f"{DRAFT}-{runner.claims.owner}"
+    for path in (out / store.WORK).glob(f"{DRAFT}*"):  # of stopped runs
+        shutil.rmtree(path, ignore_errors=True)
+    return out / store.WORK / DRAFT
+
+
 def conclude(
     found: Found,
     out: Path,
+    draft: Path,
     inputs: Inputs,
     metadata: Metadata | None,
     key: str | None,
@@ -233,49 +274,47 @@ def conclude(
     clock: Clock,
     load: bool,
 ) -> tuple[Result, str]:
-    """Decide, and write OUT, the manifest last; return the result and its summary.
+    """Decide, write all to ``draft``, and put it into OUT; return the result and its summary.
 
-    With ``load`` the result is held in memory, else what is large lies in the work folder, which
-    goes at the end.
+    ``draft`` is laid out as OUT, with a work folder of its own. Whatever fails, the search stays.
+    With ``load`` the result is held in memory, else what is large lies in the draft, which goes at
+    the end.
     """
     with clock.stage("group"):
-        folder = None if load else grouping_folder(out)
+        folder = None if load else grouping_folder(draft)
         result = decide_by(found, inputs.features, metadata, options, folder)
     options = dataclasses.replace(options, threshold=result.threshold)
     if options.pairs:
         with clock.stage("pairs"):
-            prepare_pairs(result, out, options)
+            prepare_pairs(result, draft, options)
     with clock.stage("write"):
-        clear_earlier(out)
         jobs: tuple[Callable[[], Any], ...] = (
-            partial(write_tables, result, out, metadata, key, options),
-            partial(describe_run, result, out, inputs, metadata, options),
+            partial(write_tables, result, draft, metadata, key, options),
+            partial(describe_run, result, draft, inputs, metadata, options),
         )
         outputs, described = together(jobs, side_by_side(result, options))
-        refuse_changed(inputs, metadata, out)
+        refuse_changed(inputs, metadata, out, options)
     body = {
         "request": request,
         "settings": saved_settings(options, method_of(options)),
         **described,
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
-    store.write_manifest(out, KIND, body, outputs)
-    shutil.rmtree(grouping_folder(out), ignore_errors=True)
-    if not options.keep_work:
-        store.end_work(out)
+    # the page would tell of rows that are no more
+    store.publish(out, KIND, body, outputs, gone=[PAGE], keep_work=options.keep_work)
     return result, summary(result, out, body)
 
 
-def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path) -> None:
-    """Refuse inputs that changed while OUT was made of them; nothing of it is left."""
+def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path, options: Dedup) -> None:
+    """Refuse inputs that changed while OUT was made of them; with features the search goes."""
     try:
         inputs.refuse_changed()
-        if metadata is not None:
-            metadata.refuse_changed()
     except InputError:
-        clear_earlier(out)
-        store.release(out)
+        if place_of(options) is None:  # else the others say the same
+            store.release(out)
         raise
+    if metadata is not None:
+        metadata.refuse_changed()
 
 
 def decide_by(
@@ -359,6 +398,11 @@ def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) 
     if metadata is not None:
         table = [describe_file(file.path, file.rows) for file in metadata.files]
     return {**settings, "features": None, **described, "metadata": table}
+
+
+def decisions_of(options: Dedup) -> set[str]:
+    """Return the entries of a request on which the search does not depend."""
+    return DECISIONS - {"keep"} if options.method == "semdedup" else DECISIONS
 
 
 def describe_file(path: Path, rows: int) -> dict[str, Any]:

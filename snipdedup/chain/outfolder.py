@@ -37,12 +37,9 @@ from snipdedup.search.forest import Edges, join_edges
 from snipdedup.settings import EXPORTS, Dedup, named_kinds, parse_epsilons
 
 KIND = references.KIND
+PAGE = "report.html"  # beside the tables, by snip report
 EXPORT = "export"  # the folder of lists for other tools
 TABLES = ("is_dup.npy", "forest.parquet", "groups.parquet", "histogram.parquet")
-OPTIONAL = (
-    "bad_rows.parquet", "flags.npy", "pairs.parquet", "copies.parquet", "references.parquet",
-    "semdedup.parquet", "centroids.npy",
-)  # fmt: skip
 PAIR_TABLES = ("pairs.parquet", "copies.parquet")
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
@@ -311,23 +308,3 @@ def save_best(best: Best, out: Path) -> list[Path]:
     store.save_parquet(out / "semdedup.parquet", pa.table(columns))
     store.save_npy(out / "centroids.npy", best.centroids)
     return [out / "semdedup.parquet", out / "centroids.npy"]
-
-
-def clear_earlier(out: Path) -> None:
-    """Remove an earlier result from OUT, just before a new one is written.
-
-    Of a finished run what its manifest names; of a stopped one, which has none, every table.
-    """
-    (out / "report.html").unlink(missing_ok=True)  # it would tell of rows that are no more
-    for folder in (out, out / "metadata", out / EXPORT):
-        store.remove_parts(folder)
-    if (out / store.MANIFEST).is_file():
-        store.clear(out, keep_work=True)
-        return
-    for name in (*TABLES, *OPTIONAL):
-        (out / name).unlink(missing_ok=True)
-    for path in (*(out / "metadata").glob("*.parquet"), *(out / EXPORT).glob("*")):
-        path.unlink()
-    for folder in (out / "metadata", out / EXPORT):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

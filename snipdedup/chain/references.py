@@ -240,7 +240,7 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
         yield Reference(name, FEATURES, None, features, np.arange(features.rows))
         return
     path = absolute(source)
-    if (Path(path) / store.MANIFEST).is_file():
+    if store.is_finished(Path(path)):
         yield from open_earlier(Path(path), str(source))
         return
     if (Path(path) / store.WORK / store.REQUEST).is_file():

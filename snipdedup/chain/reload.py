@@ -26,7 +26,7 @@ def finished_run(features: Any) -> Path | None:
     """Return FEATURES where it is a finished OUT, to be decided anew."""
     if isinstance(features, str | Path):
         folder = Path(features).expanduser()
-        if (folder / store.MANIFEST).is_file():
+        if store.is_finished(folder):
             manifest = store.load_json(folder / store.MANIFEST)
             if isinstance(manifest, dict) and manifest.get("kind") == KIND:
                 return folder

@@ -101,20 +101,17 @@ def fetch(out: Path, where: Remote, manifest: dict[str, Any], jobs: int) -> str:
     with progress.bar(total, f"fetch {manifest['kind']}", "B") as bar:
         for _ in fetch_each(tasks, jobs, Watch(bar)):
             pass
-    for name in files:
-        if (work / name).is_file():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (work / name).replace(out / name)
-    (out / store.WORK / store.MANIFEST).replace(out / store.MANIFEST)
-    store.end_work(out)
+    work.mkdir(exist_ok=True)  # where all is in its place already
+    (out / store.WORK / store.MANIFEST).replace(work / store.MANIFEST)
+    store.install(out, work, [name for name in files if (work / name).is_file()])
     size = sum(file.size or 0 for file in files.values())
     return f"{out}: {manifest['kind']}, {len(files)} files, {size:,} bytes, each proved by sha256"
 
 
 def here(name: str, file: Remote, work: Path, out: Path) -> bool:
-    """Tell whether a stopped run brought this very file: to the work, or already to its place."""
-    found = next((folder / name for folder in (work, out) if (folder / name).is_file()), None)
-    if found is None or store.sha256(found) == file.sha256:
-        return found is not None
-    found.unlink()  # of an earlier version
-    return False
+    """Tell whether this very file is there: in the work, or in its place since an earlier run."""
+    if (work / name).is_file():
+        if store.sha256(work / name) == file.sha256:
+            return True
+        (work / name).unlink()  # of an earlier version
+    return (out / name).is_file() and store.sha256(out / name) == file.sha256

@@ -87,7 +87,7 @@ def run(options: Download) -> str:
     kind = held.get("kind", KIND)
     if held and not options.overwrite and not is_ours(held, options, source):
         return published_already(options, source, out, kind)
-    state = store.claim(out, kind, request, overwrite=options.overwrite)
+    state = store.claim(out, kind, request, overwrite=options.overwrite, late=True)
     if state == "done":
         return f"{out} is finished already: {said(store.read_manifest(out, KIND)['files'])}"
     try:
@@ -201,8 +201,7 @@ def identity(location: str) -> dict[str, Any]:
 
 def finished(out: Path) -> dict[str, Any]:
     """Return the manifest of the finished folder that is there, nothing without one."""
-    path = out / store.MANIFEST
-    found = store.load_json(path) if path.is_file() else None
+    found = store.load_json(out / store.MANIFEST) if store.is_finished(out) else None
     return found if isinstance(found, dict) else {}
 
 

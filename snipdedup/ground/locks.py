@@ -79,6 +79,32 @@ def take(path: Path, shared: bool = False) -> str | None:
     return None
 
 
+def who_has(path: Path, shared: bool = False) -> str | None:
+    """Return who else has a lock, None where it could be taken; nothing is written."""
+    if holds(path):
+        return None
+    try:
+        with path.open("rb") as file:
+            if lock(file, shared):
+                return None
+            return file.read(200).decode(errors="replace") or "another process"
+    except OSError:
+        return None
+
+
+def share(path: Path) -> None:
+    """Let others have a lock too that this thread has alone."""
+    file = _held.files.get(path.absolute())
+    if file is not None:
+        lock(file, shared=True)
+
+
+def holds(path: Path) -> bool:
+    """Tell whether this thread has the lock that the file at a path stands for now."""
+    path = path.absolute()
+    return is_same(_held.files.get(path), path)
+
+
 def is_same(file: IO[bytes] | None, path: Path) -> bool:
     """Tell whether an open file is the one that lies at a path."""
     try:

@@ -13,8 +13,9 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata as packages
 from pathlib import Path
@@ -23,16 +24,18 @@ from typing import Any
 import numpy as np
 
 from snipdedup import __version__
-from snipdedup.errors import SnipError, UsageError, WriteError
-from snipdedup.ground import locks
+from snipdedup.errors import SnipError, TakenError, UsageError, WriteError
+from snipdedup.ground import locks, swap
 from snipdedup.ground.remote import shown
 from snipdedup.settings import Dedup, mistyped
 
-MANIFEST = "snip.json"
+MANIFEST, WORK = swap.MANIFEST, swap.WORK
 FORMAT = 1
-WORK = "work"  # what an unfinished run needs to go on; removed at the end
+FILES = "files"  # in the work: a result before it is whole
 REQUEST = "request.json"
 LOCK = "run.lock"  # in the work: one run at a time
+DOOR = "door.lock"  # in the work, for moments: who takes OUT, or puts a result there
+DOOR_S = 60.0  # to wait for another one at the door
 SHORT = 80  # characters of a value shown in a message
 SHORT_WRITE = " written"  # numpy's has no number: "512 requested and 128 written"
 CRC_CHUNK = 1 << 22  # bytes
@@ -240,7 +243,13 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_manifest(folder: Path, kind: str, body: dict[str, Any], outputs: Iterable[Path]) -> None:
+def write_manifest(
+    folder: Path,
+    kind: str,
+    body: dict[str, Any],
+    outputs: Iterable[Path],
+    held: dict[str, Path] | None = None,
+) -> None:
     """Write ``snip.json``, last of all, with versions and the SHA-256 of each output.
 
     Parameters
@@ -253,8 +262,10 @@ def write_manifest(folder: Path, kind: str, body: dict[str, Any], outputs: Itera
         The kind's own entries (settings, shards, counts, times).
     outputs : iterable of Path
         Files below ``folder``.
+    held : dict, optional
+        Other files of the result, by their paths below the folder that it is for.
     """
-    names = sorted(str(path.relative_to(folder)) for path in outputs)
+    files = {**(held or {}), **{path.relative_to(folder).as_posix(): path for path in outputs}}
     save_json(
         folder / MANIFEST,
         {
@@ -264,11 +275,12 @@ def write_manifest(folder: Path, kind: str, body: dict[str, Any], outputs: Itera
             **body,
             **{name: without_secrets(body[name]) for name in ("settings",) if name in body},
             "outputs": {
-                name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-                for name in names
+                name: {"size": path.stat().st_size, "sha256": sha256(path)}
+                for name, path in sorted(files.items())
             },
         },
     )
+    swap.sync_folder(folder)
 
 
 def without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +303,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         If there is none, or it is of another kind or of a newer format.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_finished(folder):
         raise SnipError(
             f"{folder}: expected a finished {kind} folder with {MANIFEST}, found none; "
             "was the run that makes it stopped?"
@@ -372,6 +384,7 @@ def claim(
     overwrite: bool,
     late: bool = False,
     shared: bool = False,
+    decisions: Collection[str] = (),
 ) -> str:
     """Take ``out`` for a run, or find that it is taken.
 
@@ -384,12 +397,14 @@ def claim(
     request : dict
         All that the result depends on, by name: settings and inputs.
     overwrite : bool
-        Remove what an earlier run of the same kind left.
+        Replace what an earlier run of the same kind left.
     late : bool
-        Leave an earlier result in place for now, so that a refused input costs nothing: the caller
-        calls `clear` with ``keep_work`` when the new one is ready to be written.
+        Leave an earlier result in place: `publish` puts the new one there when it is whole.
     shared : bool
         Other processes that say the same may take it too.
+    decisions : collection of str
+        Entries of ``request`` on which nothing in the work depends: a stopped run goes on where
+        they are others, unless other processes are at it.
 
     Returns
     -------
@@ -403,38 +418,61 @@ def claim(
         If ``out`` belongs to another request, is being written by another run, or holds files that
         are not snip's.
     """
-    if (out / WORK / LOCK).is_file() and (overwrite or not (out / MANIFEST).is_file()):
-        refuse_company(out, shared)  # said first: what another run is at just now is no one's fault
-    state = standing(out, kind, request, overwrite=overwrite)
-    if state == "done" and not overwrite:
+    swapped = settle(out)
+    try:
+        state = standing(out, kind, request, overwrite, decisions)  # before anything is written
+    except SnipError as error:
+        other = locks.who_has(out / WORK / LOCK, shared)
+        if other is not None:  # said first: what another run is at just now is no one's fault
+            raise in_use(out, other) from error
+        raise
+    same = swapped and not differences(read_manifest(out, kind).get("request", {}), request)
+    if state == "done" and (same or not overwrite):
         return state
-    refuse_company(out, shared)
-    state = standing(out, kind, request, overwrite=overwrite)  # as the lock found it
-    note = out / WORK / REQUEST
-    if overwrite and state != "new":
-        if late and note.is_file() and not differences(load_json(note), request):
-            return "resume"
-        empty_work(out)
-        state = "new"
-    if state == "new":
-        save_json(note, request)  # before the manifest goes: one of them always says whose it is
-        if not late:
-            clear(out, keep_work=True)
+    with door(out):
+        alone = refuse_company(out, shared)
+        state = standing(out, kind, request, overwrite, decisions if alone else ())
+        if overwrite and state != "new":
+            state = reopen(out, request, decisions) if late else "new"
+        note = out / WORK / REQUEST
+        if state == "new":
+            empty_work(out)
+            save_json(note, request)  # before the manifest goes: one of them says whose it is
+            if not late:
+                clear(out, keep_work=True)
+        elif state == "resume" and differences(load_json(note), request):
+            save_json(note, request)
+        if shared:
+            locks.share(out / WORK / LOCK)
     return state
 
 
-def standing(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) -> str:
+def reopen(out: Path, request: dict[str, Any], decisions: Collection[str]) -> str:
+    """Return ``"resume"`` where what stands in the work is of use to a run that overwrites."""
+    note = out / WORK / REQUEST
+    same = note.is_file() and not differences(load_json(note), request, decisions)
+    return "resume" if same else "new"
+
+
+def standing(
+    out: Path,
+    kind: str,
+    request: dict[str, Any],
+    overwrite: bool,
+    decisions: Collection[str] = (),
+) -> str:
     """Return what `claim` does, and raise what it does; nothing is written."""
     note = out / WORK / REQUEST
+    free: Collection[str] = ()
     if (out / MANIFEST).is_file():
         state, earlier = "done", read_manifest(out, kind).get("request", {})
     elif note.is_file():
-        state, earlier = "resume", load_json(note)
+        state, earlier, free = "resume", load_json(note), decisions
     elif out.exists() and not is_free(out):
         raise SnipError(f"--out {out} exists and is not a folder that snip wrote; choose another")
     else:
         state, earlier = "new", request
-    differing = differences(earlier, request)
+    differing = differences(earlier, request, free)
     if differing and not overwrite:
         raise SnipError(
             f"--out {out} holds a {'finished' if state == 'done' else 'stopped'} run with other "
@@ -443,8 +481,8 @@ def standing(out: Path, kind: str, request: dict[str, Any], *, overwrite: bool) 
     return state
 
 
-def refuse_company(out: Path, shared: bool = False) -> None:
-    """Lock ``out`` for this thread, or for all that share the run.
+def refuse_company(out: Path, shared: bool = False) -> bool:
+    """Lock ``out`` for this thread, or for all that share the run; tell whether none else has it.
 
     Raises
     ------
@@ -453,12 +491,62 @@ def refuse_company(out: Path, shared: bool = False) -> None:
     """
     path = out / WORK / LOCK
     with explained(path):
-        other = locks.take(path, shared)
+        other = locks.take(path)
+        alone = other is None
+        if not alone and shared:
+            other = locks.take(path, shared)
     if other is not None:
-        raise SnipError(
-            f"--out {out} is being written by another run ({other}); wait for it, or choose "
-            "another folder"
-        )
+        raise in_use(out, other)
+    return alone
+
+
+def in_use(out: Path, other: str) -> SnipError:
+    """Return the refusal of a folder that another run has."""
+    return SnipError(
+        f"--out {out} is being written by another run ({other}); wait for it, or choose "
+        "another folder"
+    )
+
+
+@contextmanager
+def door(out: Path) -> Iterator[None]:
+    """Be the only one that takes ``out`` or puts a result there, for a moment; wait for others."""
+    path, end = out / WORK / DOOR, time.monotonic() + DOOR_S
+    with explained(path):
+        while (other := locks.take(path)) is not None:
+            if time.monotonic() > end:
+                raise in_use(out, other)
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        locks.remove(path)
+        with suppress(OSError):  # missing, or not empty
+            (out / WORK).rmdir()
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether a folder has its manifest; ends a swap that was interrupted just then."""
+    return (folder / MANIFEST).is_file() or (settle(folder) and (folder / MANIFEST).is_file())
+
+
+def settle(out: Path) -> bool:
+    """End a swap that was interrupted, if there is one; tell whether there was.
+
+    Raises
+    ------
+    SnipError
+        If the process that is at it does not come to its end, or the folder cannot be written.
+    """
+    if not swap.is_begun(out):
+        return False
+    with door(out), explained(out):
+        if swap.is_begun(out):  # else the other one did it
+            keep = swap.finish(out)
+            if not keep and locks.take(out / WORK / LOCK) is None:
+                end_work(out)
+            swap.end(out)
+    return True
 
 
 def is_free(out: Path) -> bool:
@@ -466,7 +554,7 @@ def is_free(out: Path) -> bool:
     if not out.is_dir() or any(path.name != WORK for path in out.iterdir()):
         return False
     work = out / WORK
-    started = (f".{REQUEST}.", LOCK)  # a note that is not whole; else it may be someone's own
+    started = (f".{REQUEST}.", LOCK, DOOR)  # a note that is not whole; else it may be someone's own
     return not work.exists() or (
         work.is_dir() and all(path.name.startswith(started) for path in work.iterdir())
     )
@@ -477,13 +565,14 @@ def empty_work(out: Path) -> None:
     for path in (out / WORK).glob("*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in (REQUEST, LOCK):
+        elif path.name not in (REQUEST, LOCK, DOOR, swap.JOURNAL):
             path.unlink(missing_ok=True)
 
 
 def end_work(out: Path) -> None:
     """Remove the work, and give up the lock last."""
     empty_work(out)
+    swap.end(out)
     (out / WORK / REQUEST).unlink(missing_ok=True)
     locks.remove(out / WORK / LOCK)
     with suppress(OSError):  # missing, or the next run's already
@@ -498,33 +587,120 @@ def release(out: Path) -> None:
 
 
 def publish(
-    out: Path, kind: str, body: dict[str, Any], parts: Iterable[Path], held: Iterable[Path] = ()
+    out: Path,
+    kind: str,
+    body: dict[str, Any],
+    parts: Iterable[Path],
+    held: Iterable[Path] = (),
+    *,
+    gone: Iterable[str] = (),
+    keep_work: bool = False,
 ) -> None:
-    """Move finished files from a folder below the work into ``out``; the manifest comes last.
+    """Put finished files from a folder below the work into ``out``, and end the work.
+
+    An earlier result goes only then: until the new one is whole with its manifest it stands, and a
+    stop from there on leaves what the next run ends (`settle`).
 
     Parameters
     ----------
     out, kind, body
         As in `write_manifest`.
     parts : iterable of Path
-        Files whose place below ``out`` is that below their folder in the work.
+        Files of one folder directly below the work; their place below ``out`` is that below it.
     held : iterable of Path
         Files of ``out`` that stay part of the result.
+    gone, keep_work
+        As `install` takes them.
+
+    Raises
+    ------
+    TakenError
+        As `install`.
     """
-    targets = list(held)
-    for part in parts:
-        target = out / Path(*part.relative_to(out / WORK).parts[1:])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        targets.append(part.replace(target))
-    write_manifest(out, kind, body, targets)
-    end_work(out)
+    work, parts = out / WORK, list(parts)
+    folders = {path.relative_to(work).parts[0] for path in parts}
+    source = work / (folders.pop() if folders else FILES)
+    parts = [path for path in parts if path != source / MANIFEST]  # of a run stopped just here
+    files = [path.relative_to(source).as_posix() for path in parts]
+    kept = {path.relative_to(out).as_posix(): path for path in held}
+    write_manifest(source, kind, body, parts, kept)
+    request = body.get("request")
+    install(out, source, files, request=request, gone=gone, keep_work=keep_work)
 
 
-def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs between two requests, one line each, by name."""
+def install(
+    out: Path,
+    source: Path,
+    files: Iterable[str],
+    *,
+    request: dict[str, Any] | None = None,
+    gone: Iterable[str] = (),
+    keep_work: bool = False,
+) -> None:
+    """Put files and their manifest into ``out`` in the place of an earlier result.
+
+    Parameters
+    ----------
+    out : Path
+    source : Path
+        A folder directly below the work, with the manifest.
+    files : iterable of str
+        Names below it.
+    request : dict, optional
+        What the run was claimed with.
+    gone : iterable of str
+        Files of ``out`` that go besides those that only the earlier manifest names.
+    keep_work : bool
+        Leave the work.
+
+    Raises
+    ------
+    TakenError
+        If the folder is not this run's any more: another process took it for dead, and went on.
+    """
+    with door(out):
+        settled = swap.is_begun(out)
+        with explained(out):
+            if settled:  # of another process of this run that was killed just then
+                swap.finish(out)
+        if settled or not locks.holds(out / WORK / LOCK) or not is_noted(out, request):
+            raise TakenError(
+                f"{out} was taken over by another process while this one did not show that it "
+                "lives; what it wrote stands"
+            )
+        now = load_json(source / MANIFEST)["outputs"]
+        lost = {name for name in earlier_outputs(out) if name not in now}
+        with explained(out):
+            swap.begin(out, source, files, lost | set(gone), keep_work)
+            swap.finish(out)
+        shutil.rmtree(source, ignore_errors=True)
+        if not keep_work:
+            end_work(out)
+        swap.end(out)
+
+
+def is_noted(out: Path, request: dict[str, Any] | None) -> bool:
+    """Tell whether the note in the work, where there is one, is of this request."""
+    note = out / WORK / REQUEST
+    return request is None or not note.is_file() or not differences(load_json(note), request)
+
+
+def earlier_outputs(out: Path) -> list[str]:
+    """Return the files that the manifest in a folder names; refuse names of files elsewhere."""
+    path = out / MANIFEST
+    names = list(load_json(path).get("outputs", {})) if path.is_file() else []
+    for name in names:  # a manifest is a file like any other: anyone may have written it
+        swap.refuse_outside(out, name, path)
+    return names
+
+
+def differences(
+    earlier: dict[str, Any], now: dict[str, Any], free: Collection[str] = ()
+) -> list[str]:
+    """Return what differs between two requests but for ``free`` entries, one line each, by name."""
     return [
         f"{name} ({short(earlier.get(name))}, now {short(now.get(name))})"
-        for name in sorted({*earlier, *now})
+        for name in sorted({*earlier, *now} - set(free))
         if fingerprint(earlier.get(name)) != fingerprint(now.get(name))
     ]
 
@@ -537,13 +713,8 @@ def short(value: Any) -> str:
 
 def clear(out: Path, *, keep_work: bool = False) -> None:
     """Remove a run's files: the manifest first, so that the folder is never taken for whole."""
-    names: list[str] = []
-    if (out / MANIFEST).is_file():
-        names = list(load_json(out / MANIFEST).get("outputs", {}))
-        for name in names:  # a manifest is a file like any other: anyone may have written it
-            if out.resolve() not in (out / name).resolve().parents:
-                raise SnipError(f"{out / MANIFEST} names {name}, which is not in the folder")
-        (out / MANIFEST).unlink()
+    names = earlier_outputs(out)
+    (out / MANIFEST).unlink(missing_ok=True)
     for name in names:
         (out / name).unlink(missing_ok=True)
     if not keep_work:

@@ -13,6 +13,7 @@ from snipdedup.grouping.groups import Members
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.keys import classes, fingerprints
+from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.table import Metadata
 
 BASELINE_COLUMNS = ("hash", "md5", "sha256", "url")
@@ -25,8 +26,19 @@ def baselines(metadata: Metadata, members: Members, folder: Path) -> dict[str, i
     those are counted that would go so too. Rows without a value are never equal. What does not fit
     into memory waits in ``folder``.
     """
+    return {name: caught(metadata, name, members, folder) for name in columns_of(metadata)}
+
+
+def columns_of(metadata: Metadata) -> list[str]:
+    """Return the columns of hashes and URLs."""
     found = (metadata.column(None, [name]) for name in BASELINE_COLUMNS)
-    return {name: caught(metadata, name, members, folder) for name in found if name is not None}
+    return [name for name in found if name is not None]
+
+
+def uses(metadata: Metadata) -> list[Use]:
+    """Return what these columns are read for."""
+    remedy = "a column of this name is compared between copies: rename it, or leave it out of META"
+    return [Use([name], marked, remedy) for name in columns_of(metadata)]
 
 
 def caught(metadata: Metadata, column: str, members: Members, folder: Path) -> int:

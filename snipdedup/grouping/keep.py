@@ -17,6 +17,7 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground.sorting import Columns
 from snipdedup.grouping.groups import Rank, keep_rank
 from snipdedup.metadata.files import Table
+from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.table import Metadata, named
 from snipdedup.settings import keep_rules
 
@@ -84,6 +85,11 @@ class ColumnRank:
         place[order] = np.arange(len(wanted), dtype=np.uint64)
         return place[back]
 
+    def use(self) -> Use:
+        """Return what the columns are read for."""
+        remedy = "name columns of numbers or dates with --keep, or keep the first or last row"
+        return Use(self._names(), self._keys, remedy)
+
     def keep_keys(self, folder: Path) -> None:
         """Read the columns once for all that will be asked; what is long is mapped."""
         names = [f"key{number}" for number in range(self._width())]
@@ -118,7 +124,8 @@ class ColumnRank:
                 values = values.cast(wanted, safe=False)
             except (pa.ArrowException, NotImplementedError) as error:
                 raise SnipError(
-                    f"{file.path}: column {column!r} cannot be compared: {error}"
+                    f"{file.path}: column {column!r} is {batch.column(column).type}, expected "
+                    f"numbers, dates or times of day with dates, to keep rows by: {error}"
                 ) from error
             keys.append(ordered(values, descending=way == "max", mixed=kind is None))
             if kind is None:

@@ -216,7 +216,7 @@ def claim(
     out: Path, request: dict[str, Any], features: Features, options: settings.Index
 ) -> tuple[str, dict[str, Any]]:
     """Take ``out`` as `store.claim` does; with ``--append``, go on where it has fewer shards."""
-    if (out / store.MANIFEST).is_file():
+    if store.is_finished(out):
         manifest = store.read_manifest(out, "index")
         accept_dates(request, features, manifest)
         if not options.overwrite:
@@ -265,13 +265,6 @@ def merged_request(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> d
             "own quantisers and encoder: leave these flags away"
         )
     return kept
-
-
-def remove_files(out: Path) -> None:
-    """Remove an index's files that no manifest names, of a run stopped at its last step."""
-    for path in (*out.glob("lists_*.npz"), out / QUANTISER):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(out / ENCODER, ignore_errors=True)
 
 
 def open_base(base: str | None) -> Path | None:
@@ -433,9 +426,7 @@ def finish(out: Path, request: dict[str, Any], options: settings.Index, held: in
     kept = []
     if held:
         kept = [out / name for name in store.load_json(out / store.MANIFEST)["outputs"]]
-    else:
-        store.clear(out, keep_work=True)
-        remove_files(out)
+    store.remove_parts(work)  # of a run that was killed
     store.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
 
 

@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 
 from snipdedup.ground.shards import plan_blocks
 from snipdedup.ground.sorting import READ, Columns, Sorter, among, pack
+from snipdedup.metadata.files import Table
+from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.spill import Spill, spilling
 from snipdedup.metadata.table import Added, Metadata, as_texts
 from snipdedup.settings import Dedup
@@ -39,6 +41,14 @@ def added_names(options: Dedup) -> list[str]:
 def caption_column(options: Dedup, metadata: Metadata) -> str:
     """Return the column that captions are taken from, or refuse metadata without one."""
     return metadata.needed(options.caption, CAPTION_COLUMNS, "--caption")
+
+
+def uses(options: Dedup, metadata: Metadata) -> list[Use]:
+    """Return what columns are read for to make those that a run adds."""
+    if options.merge_captions is None:
+        return []
+    remedy = "name a column of texts with --caption"
+    return [Use([caption_column(options, metadata)], captions, remedy)]
 
 
 @contextmanager
@@ -216,13 +226,18 @@ def merged_captions(
         for start, stop in pairwise(metadata.offsets.tolist()):  # a file at a time
             rows, place, own = speakers(removed, stay, start, stop)
             for file, which, batch in metadata.pick([column], rows):
-                texts = as_texts(file, column, batch.column(0))
+                texts, said = captions(file, batch)
                 held = {"place": place[which], "own": own[which], "caption": texts}
-                said = pc.fill_null(pc.not_equal(texts, ""), False)
                 label = np.searchsorted(cuts, place[which], side="right")
                 label = label[said.to_numpy(zero_copy_only=False)]
                 spill.add(label, pa.record_batch(held).filter(said))
         yield MergedCaptions(stay, cuts, spill, most)
+
+
+def captions(file: Table, batch: Any) -> tuple[Any, Any]:
+    """Return the captions of a record batch's one column, and which of them say something."""
+    texts = as_texts(file, batch.schema.names[0], batch.column(0))
+    return texts, pc.fill_null(pc.not_equal(texts, ""), False)
 
 
 def cut_captions(counts: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import store
 from snipdedup.ground.objects import is_elsewhere
 from snipdedup.ground.shards import implied_metadata
+from snipdedup.metadata.files import Table
 from snipdedup.metadata.joins import (
     AMBIGUOUS,
     CONTRADICTED,
@@ -26,9 +27,12 @@ from snipdedup.metadata.joins import (
     Joined,
     decided_rows,
     join_decisions,
+    keyed,
     published_rows,
+    wanted,
 )
 from snipdedup.metadata.masks import Held, Mask, place_all
+from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.table import Metadata, named, open_metadata
 from snipdedup.settings import Filter
 
@@ -74,6 +78,14 @@ class ByKey:
     witness: tuple[str, str] | None
     removing: Sequence[int]
     decided: Sequence[int]
+
+    def mine(self) -> list[Use]:
+        """Return what columns of the metadata to filter are read for."""
+        return [key_use(self.columns, self.witness and self.witness[0])]
+
+    def others(self) -> list[Use]:
+        """Return what columns of the source are read for."""
+        return [key_use(self.theirs, self.witness and self.witness[1])]
 
     def run(self, metadata: Metadata, mask: Mask, work: Path) -> Joined:
         """Decide the rows of metadata by key.
@@ -135,6 +147,15 @@ class ByKey:
                 lines.append(f"  {STATES[state]:<23}{joined.counts[state]:>12,}  {reason}{more}")
         lines.append(f"  {'repeated':<23}{joined.repeated:>12,}  share their key with another row")
         return "\n".join(lines)
+
+
+def key_use(columns: Sequence[str], witness: str | None) -> Use:
+    """Return what the columns of a key, and of what should agree too, are read for."""
+
+    def marks(file: Table, batch: Any) -> None:
+        keyed(file, batch, columns, witness)
+
+    return Use(wanted(columns, witness), marks, "find rows by another column with --on")
 
 
 def plan_join(options: Filter, metadata: Metadata, mask: Mask) -> ByKey:

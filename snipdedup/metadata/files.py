@@ -37,6 +37,8 @@ CODECS = {
     "LZ4_RAW": "lz4",
 }
 
+# Types that pyarrow reads, but neither filters nor takes: read as the types beside them.
+VIEWS = {"string_view": pa.string(), "binary_view": pa.binary()}
 # Ways to write numbers as text, each with one text for one number. Of float64 it is the shortest
 # text that reads as the same value: whole numbers with .0 or without, what is very small or large
 # as arrow writes it (0.00001, 1e-7), or as Python, pandas and numpy do (1e-05, 1e-07).
@@ -91,7 +93,8 @@ class ParquetTable(Table):
         file = open_parquet(path)
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
-        super().__init__(path, file.metadata.num_rows, file.schema_arrow, codec_of(groups))
+        schema = without_views(file.schema_arrow)
+        super().__init__(path, file.metadata.num_rows, schema, codec_of(groups))
 
     def batches(
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
@@ -106,13 +109,40 @@ class ParquetTable(Table):
                     fit = max(1, min(BATCH_ROWS, BATCH_BYTES * count // max(size, 1)))
                     at = first
                     for batch in file.iter_batches(fit, row_groups=[number], columns=columns):
-                        yield at, batch
+                        yield at, self._plain(batch)
                         at += batch.num_rows
                 first += count
         except (pa.ArrowException, OSError) as error:
             raise SnipError(
                 f"{self.path}: damaged: its rows cannot be read: {error}; fetch or write it again"
             ) from error
+
+    def _plain(self, batch: Any) -> Any:
+        """Return a batch in the types of the schema."""
+        fields = [self.schema.field(name) for name in batch.schema.names]
+        if [field.type for field in fields] == batch.schema.types:
+            return batch
+        arrays = [
+            values if values.type == field.type else values.cast(field.type)
+            for values, field in zip(batch.columns, fields, strict=True)
+        ]
+        return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def without_views(schema: Any) -> Any:
+    """Return a schema with plain types for `VIEWS`, in lists and structs too."""
+    fields = [field.with_type(plain(field.type)) for field in schema]
+    return pa.schema(fields, schema.metadata)
+
+
+def plain(kind: Any) -> Any:
+    """Return the type that values of an arrow type are read as."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(plain(field.type)) for field in kind])
+    for fits, made in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if fits(kind):
+            return made(kind.value_field.with_type(plain(kind.value_type)))
+    return VIEWS.get(str(kind), kind)
 
 
 class CsvTable(Table):

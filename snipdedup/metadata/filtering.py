@@ -15,7 +15,7 @@ from snipdedup.ground import locks, progress, store
 from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.metadata.bykey import ByKey, plan_join
 from snipdedup.metadata.byplace import check_keys
-from snipdedup.metadata.handover import FOLDER, count_staying, list_columns, write_lists
+from snipdedup.metadata.handover import FOLDER, count_staying, list_columns, uses, write_lists
 from snipdedup.metadata.masks import (
     FILES,
     SCAN_ROWS,
@@ -26,7 +26,14 @@ from snipdedup.metadata.masks import (
     stamp,
 )
 from snipdedup.metadata.masks import summary as counted
-from snipdedup.metadata.table import Metadata, kept_names, open_metadata, write_kept
+from snipdedup.metadata.rehearsal import Use, rehearse
+from snipdedup.metadata.table import (
+    Metadata,
+    kept_names,
+    open_metadata,
+    try_writing,
+    write_kept,
+)
 from snipdedup.settings import EXPORTS, Filter, named_kinds
 
 KIND = "filter"
@@ -60,6 +67,7 @@ def run(options: Filter) -> str:
     kept_names(chosen.metadata.files)  # refused before anything is written
     kinds = named_kinds("export", options.export, EXPORTS)
     columns = list_columns(kinds, chosen.metadata, options.key)
+    rehearse_uses(chosen.metadata, columns, join)
     request = describe_request(options, chosen, mask, join)
     if store.claim(out, KIND, request, overwrite=options.overwrite, late=True) == "done":
         return f"{out} is finished already: {counted(store.read_manifest(out, KIND)['files'])}"
@@ -89,9 +97,16 @@ def run(options: Filter) -> str:
     except InputError:
         store.release(out)
         raise
-    store.clear(out, keep_work=True)
     store.publish(out, KIND, body, [*written, *lists])
     return "\n".join([f"{out}: {counted(body['files'])}", *said])
+
+
+def rehearse_uses(metadata: Metadata, columns: dict[str, str], join: ByKey | None) -> None:
+    """Refuse columns of which lists, keys or files could not be made once the work is done."""
+    write = Use(None, try_writing, "leave it out of the metadata", by_schema=True)
+    rehearse(metadata, [*uses(columns, metadata), *(join.mine() if join else []), write])
+    if join is not None:
+        rehearse(join.source.metadata, join.others())
 
 
 def list_inputs(options: Filter, metadata: Metadata, features: dict[str, Features]) -> list[Path]:

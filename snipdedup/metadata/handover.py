@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import store
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.keys import classes, fingerprints, part_of, text_bytes
+from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.spill import parts_for, spilling
 from snipdedup.metadata.table import KEY_COLUMNS, Metadata, as_texts
 
@@ -44,6 +46,27 @@ def list_columns(kinds: list[str], metadata: Metadata | None, key: str | None) -
     if KEYS in kinds:
         columns[KEYS] = metadata.needed(key, KEY_COLUMNS, "--key")
     return columns
+
+
+def uses(columns: dict[str, str], metadata: Metadata) -> list[Use]:
+    """Return what columns are read for, as `list_columns` has them."""
+    first = {
+        file.path: int(row) for file, row in zip(metadata.files, metadata.offsets, strict=False)
+    }
+
+    def numbers(of: Numbers, file: Table, batch: Any) -> None:
+        goes = np.ones(batch.num_rows, bool)  # which rows need a key is not known yet
+        of(metadata, file, first[file.path], batch, goes)
+
+    def key_texts(file: Table, batch: Any) -> None:
+        numbers(key_numbers, file, batch)
+        as_texts(file, batch.schema.names[0], batch.column(0))
+
+    wanted: dict[str, tuple[Callable[[Table, Any], None], str]] = {
+        DATACOMP: (partial(numbers, uid_numbers), "leave datacomp out of --export"),
+        KEYS: (key_texts, "name another column with --key, or leave keys out of --export"),
+    }
+    return [Use([column], *wanted[kind]) for kind, column in columns.items()]
 
 
 def write_lists(

@@ -149,7 +149,7 @@ def load_mask(path: Path) -> np.ndarray:
 def manifest_sizes(path: Path, rows: int) -> np.ndarray | None:
     """Return the rows of each shard from the manifest beside a mask of ours, None without one."""
     beside = path.parent / store.MANIFEST
-    if not beside.is_file():
+    if not store.is_finished(path.parent):
         return None
     manifest = store.load_json(beside)
     if not isinstance(manifest, dict) or manifest.get("kind") != "dedup":

@@ -384,9 +384,30 @@ def write_file(
             begin, end = first + at, first + at + batch.num_rows
             stay = pa.array(~np.asarray(is_dup[begin:end]))
             columns = [*batch.columns, *(column.between(begin, end) for column in added)]
-            kept = [values.filter(stay) for values in columns]
-            write(pa.RecordBatch.from_arrays(kept, schema=schema))
+            write(staying(columns, stay, schema))
             yield batch.num_rows
+
+
+def staying(columns: Sequence[Any], stay: Any, schema: Any) -> Any:
+    """Return the rows of some columns that stay, as a record batch."""
+    return pa.RecordBatch.from_arrays([values.filter(stay) for values in columns], schema=schema)
+
+
+def try_writing(file: Table, batch: Any) -> None:
+    """Write rows of a file to nowhere as `write_file` does, or refuse the column that it cannot."""
+    stay = pa.array(np.arange(batch.num_rows) % 2 == 0)
+    for name, values in zip(batch.schema.names, batch.columns, strict=True):
+        schema = pa.schema([file.schema.field(name)])
+        try:
+            with pq.ParquetWriter(
+                pa.BufferOutputStream(), schema, compression=file.codec
+            ) as writer:
+                writer.write_table(pa.Table.from_batches([staying([values], stay, schema)]))
+        except (pa.ArrowException, NotImplementedError, OSError) as error:
+            raise SnipError(
+                f"{file.path}: column {name!r} is {values.type}, expected a type of which rows can "
+                f"be written as parquet: {error}"
+            ) from error
 
 
 @contextmanager

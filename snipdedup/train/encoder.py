@@ -307,7 +307,6 @@ def run(options: settings.Compress) -> str:
         "counts": {"rows": features.rows, "dim": encoder.dim},
         "seconds": {"all": round(seconds, 3)},
     }
-    store.clear(out, keep_work=True)
     store.publish(out, DESCRIPTORS, body, [out / store.WORK / FILES / name for name in names])
     size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
     return (
@@ -352,17 +351,10 @@ def descriptor_names(features: Features) -> list[str]:
 
 
 def claim(out: Path, request: dict[str, Any], features: Features, overwrite: bool) -> str:
-    """Take ``out`` as `store.claim` does; a new run finds no descriptors of a stopped one."""
-    note = out / store.WORK / store.REQUEST
-    stopped = store.load_json(note) if overwrite and note.is_file() else {}
-    finished = (out / store.MANIFEST).is_file()
-    if finished:
+    """Take ``out`` as `store.claim` does; other dates of the same rows are no matter."""
+    if store.is_finished(out):
         accept_dates(request, features, store.read_manifest(out, DESCRIPTORS))
-    state = store.claim(out, DESCRIPTORS, request, overwrite=overwrite, late=True)
-    if state == "new" and not finished:  # a run stopped at its last step had them in place
-        for shard in stopped.get("features", []):
-            (out / f"{Path(shard['name']).stem}.npy").unlink(missing_ok=True)
-    return state
+    return store.claim(out, DESCRIPTORS, request, overwrite=overwrite, late=True)
 
 
 def write_shards(

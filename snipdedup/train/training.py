@@ -29,7 +29,7 @@ from snipdedup.ground.compute import cores, library_threads, pick_device
 from snipdedup.ground.cosine import unit_rows
 from snipdedup.ground.scan import refuse_bad, row_hashes
 from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
-from snipdedup.train.encoder import BROKEN_PICKLE, Encoder, Network
+from snipdedup.train.encoder import BROKEN_PICKLE, WEIGHTS, Encoder, Network
 from snipdedup.train.losses import (
     MseLoss,
     SnipLoss,
@@ -148,9 +148,9 @@ def run(options: settings.Train) -> str:
         "threads": cores(options.threads),
         "seconds": {"all": round(seconds, 3)},
     }
-    store.clear(out, keep_work=True)
-    encoder.save(out, body)
-    store.release(out)
+    whole = out / store.WORK / store.FILES
+    encoder.save(whole, body)
+    store.install(out, whole, [WEIGHTS], request=request)
     return summary(history, encoder, features, options, seconds)
 
 

@@ -92,9 +92,8 @@ def run(options: settings.Eval) -> str:
         for source in (features, texts):
             if source is not None:
                 source.refuse_changed()
-        store.clear(out, keep_work=True)
-        files = write(out, body, options.picture)
-        store.write_manifest(out, "eval", {"command": "eval", "request": request}, files)
+        files = write(out / store.WORK / store.FILES, body, options.picture)
+        store.publish(out, "eval", {"command": "eval", "request": request}, files)
     finally:
         store.release(out)
     return f"{eval_summary(body)}\nwritten to {options.out}"
