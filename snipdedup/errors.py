@@ -17,6 +17,10 @@ class DamagedError(SnipError):
     """What a stopped run left is damaged so that it cannot go on; it begins anew."""
 
 
+class InternalError(SnipError):
+    """A result that contradicts the input, by a fault of this package; nothing is written."""
+
+
 class VerdictError(SnipError):
     """A check that came out badly: the text is its result, printed as results are."""
 

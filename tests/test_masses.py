@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from unittest import mock
 
@@ -10,6 +11,8 @@ import pytest
 import truth
 
 from snipdedup.chain.deduplicate import dedup
+from snipdedup.errors import DamagedError
+from snipdedup.ground.shards import open_features
 from snipdedup.search import encoding, fitting, masses
 from snipdedup.search.masses import find_hubs
 from snipdedup.search.projection import fit_projection
@@ -115,6 +118,48 @@ def test_a_low_threshold_has_no_masses():
                 threshold=threshold, total=len(x), threads=1,
             )  # fmt: skip
             assert bool(len(found.row)) == some
+
+
+@pytest.mark.usefixtures("small_masses")
+@pytest.mark.parametrize("kinds", [(np.float32, np.float32), (np.float16, np.float32)])
+def test_hubs_of_a_kept_model_are_rows_of_the_set(rows, tmp_path, kinds):
+    """The earlier run counts its rows from 0, this one the earlier run's that stay, then others."""
+    few = rows[:8000]
+    for cut, seed in ((5500, 0), (4500, 2)):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        np.save(folder / "a.npy", few[:cut].astype(kinds[0]))
+        np.save(folder / "b.npy", few[cut:].astype(kinds[1]))
+        how = {"recall": 1, "seed": seed}
+        first = dedup(folder / "a.npy", out=folder / "out", keep_work=True, **how)
+        assert first.found.notes["masses"] >= 3
+        found = dedup(folder / "b.npy", reference=folder / "out", **how)
+        assert found.found.notes["model"] == "kept"
+        assert found.found.notes["masses"] >= 1
+        brute = dedup(folder / "b.npy", reference=folder / "out", method="exact", seed=seed)
+        assert found.groups.equals(brute.groups)
+        linked = zip(found.found.forest.a, found.found.forest.b, strict=True)
+        label = truth.components(len(few) - cut, linked)
+        linked = zip(brute.found.forest.a, brute.found.forest.b, strict=True)
+        assert np.array_equal(label, truth.components(len(few) - cut, linked))
+
+
+@pytest.mark.usefixtures("small_masses")
+@pytest.mark.parametrize("shift", [1, 10**9, -(10**9)])
+def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
+    fitted = fitting.fit(open_features(rows), 0.95, 1, 0, 1)
+    moved = dataclasses.replace(fitted.hubs, row=fitted.hubs.row + shift)
+    fitted.hubs.check(open_features(rows))
+    with pytest.raises(DamagedError, match="is not that row of the features"):
+        moved.check(open_features(rows))
+    with pytest.raises(DamagedError, match="is not that row of the features"):
+        fitted.hubs.check(open_features(rows.astype(np.float64)))
+    with (
+        mock.patch.object(fitting, "fit", return_value=dataclasses.replace(fitted, hubs=moved)),
+        pytest.raises(DamagedError, match=r"model\.npz: hub .* run again, it begins anew"),
+    ):
+        dedup(rows, out=tmp_path / "out")
+    assert dedup(rows, out=tmp_path / "out").found.notes["masses"] >= 3
 
 
 @pytest.mark.slow
