@@ -11,6 +11,7 @@ import pytest
 import truth
 
 from snipdedup.chain.deduplicate import dedup
+from snipdedup.chain.references import open_references
 from snipdedup.errors import DamagedError
 from snipdedup.ground.shards import open_features
 from snipdedup.search import encoding, fitting, masses
@@ -122,26 +123,29 @@ def test_a_low_threshold_has_no_masses():
 
 @pytest.mark.usefixtures("small_masses")
 @pytest.mark.parametrize("kinds", [(np.float32, np.float32), (np.float16, np.float32)])
-def test_hubs_of_a_kept_model_are_rows_of_the_set(rows, tmp_path, kinds):
+def test_hubs_of_a_kept_model_are_rows_of_the_set(tmp_path, kinds):
     """The earlier run counts its rows from 0, this one the earlier run's that stay, then others."""
-    few = rows[:8000]
-    for cut, seed in ((5500, 0), (4500, 2)):
-        folder = tmp_path / str(cut)
-        folder.mkdir()
-        np.save(folder / "a.npy", few[:cut].astype(kinds[0]))
-        np.save(folder / "b.npy", few[cut:].astype(kinds[1]))
-        how = {"recall": 1, "seed": seed}
-        first = dedup(folder / "a.npy", out=folder / "out", keep_work=True, **how)
-        assert first.found.notes["masses"] >= 3
-        found = dedup(folder / "b.npy", reference=folder / "out", **how)
-        assert found.found.notes["model"] == "kept"
-        assert found.found.notes["masses"] >= 1
-        brute = dedup(folder / "b.npy", reference=folder / "out", method="exact", seed=seed)
+    rng = np.random.default_rng(3)
+    one, two = (v / np.linalg.norm(v) for v in rng.standard_normal((2, 24)))
+    parts = [ball(rng, 3000, one, 0.1), ball(rng, 2500, two, 0.1), truth.clustered(500, 24, 5)]
+    x = rng.permutation(np.concatenate(parts))
+    np.save(tmp_path / "a.npy", x[:3600].astype(kinds[0]))
+    np.save(tmp_path / "b.npy", x[3600:].astype(kinds[1]))
+    for seed in (0, 2):
+        how, first, second = (
+            {"recall": 1, "seed": seed},
+            tmp_path / f"{seed}",
+            tmp_path / f"{seed}b",
+        )
+        assert dedup(tmp_path / "a.npy", out=first, keep_work=True, **how).removed > 3000
+        how["reference"] = first
+        found = dedup(tmp_path / "b.npy", out=second, keep_work=True, **how)
+        assert (found.found.notes["model"], found.found.notes["masses"]) == ("kept", 2)
+        brute = dedup(tmp_path / "b.npy", method="exact", seed=seed, reference=first)
         assert found.groups.equals(brute.groups)
-        linked = zip(found.found.forest.a, found.found.forest.b, strict=True)
-        label = truth.components(len(few) - cut, linked)
-        linked = zip(brute.found.forest.a, brute.found.forest.b, strict=True)
-        assert np.array_equal(label, truth.components(len(few) - cut, linked))
+        all_ = open_references(first).before(open_features(tmp_path / "b.npy"))
+        with np.load(second / "work" / "model.npz") as file:
+            assert np.array_equal(all_.gather(file["hub_row"]), file["hub_raw"])
 
 
 @pytest.mark.usefixtures("small_masses")
