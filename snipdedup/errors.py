@@ -21,6 +21,10 @@ class TakenError(SnipError):
     """Another process took this one for dead and went on with its run; it must write no more."""
 
 
+class InternalError(SnipError):
+    """A result that contradicts the input, by a fault of this package; nothing is written."""
+
+
 class VerdictError(SnipError):
     """A check that came out badly: the text is its result, printed as results are."""
 

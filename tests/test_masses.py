@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from unittest import mock
 
@@ -10,6 +11,9 @@ import pytest
 import truth
 
 from snipdedup.chain.deduplicate import dedup
+from snipdedup.chain.references import open_references
+from snipdedup.errors import DamagedError
+from snipdedup.ground.shards import open_features
 from snipdedup.search import encoding, fitting, masses
 from snipdedup.search.masses import find_hubs
 from snipdedup.search.projection import fit_projection
@@ -115,6 +119,51 @@ def test_a_low_threshold_has_no_masses():
                 threshold=threshold, total=len(x), threads=1,
             )  # fmt: skip
             assert bool(len(found.row)) == some
+
+
+@pytest.mark.usefixtures("small_masses")
+@pytest.mark.parametrize("kinds", [(np.float32, np.float32), (np.float16, np.float32)])
+def test_hubs_of_a_kept_model_are_rows_of_the_set(tmp_path, kinds):
+    """The earlier run counts its rows from 0, this one the earlier run's that stay, then others."""
+    rng = np.random.default_rng(3)
+    one, two = (v / np.linalg.norm(v) for v in rng.standard_normal((2, 24)))
+    parts = [ball(rng, 3000, one, 0.1), ball(rng, 2500, two, 0.1), truth.clustered(500, 24, 5)]
+    x = rng.permutation(np.concatenate(parts))
+    np.save(tmp_path / "a.npy", x[:3600].astype(kinds[0]))
+    np.save(tmp_path / "b.npy", x[3600:].astype(kinds[1]))
+    for seed in (0, 2):
+        how, first, second = (
+            {"recall": 1, "seed": seed},
+            tmp_path / f"{seed}",
+            tmp_path / f"{seed}b",
+        )
+        assert dedup(tmp_path / "a.npy", out=first, keep_work=True, **how).removed > 3000
+        how["reference"] = first
+        found = dedup(tmp_path / "b.npy", out=second, keep_work=True, **how)
+        assert (found.found.notes["model"], found.found.notes["masses"]) == ("kept", 2)
+        brute = dedup(tmp_path / "b.npy", method="exact", seed=seed, reference=first)
+        assert found.groups.equals(brute.groups)
+        all_ = open_references(first).before(open_features(tmp_path / "b.npy"))
+        with np.load(second / "work" / "model.npz") as file:
+            assert np.array_equal(all_.gather(file["hub_row"]), file["hub_raw"])
+
+
+@pytest.mark.usefixtures("small_masses")
+@pytest.mark.parametrize("shift", [1, 10**9, -(10**9)])
+def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
+    fitted = fitting.fit(open_features(rows), 0.95, 1, 0, 1)
+    moved = dataclasses.replace(fitted.hubs, row=fitted.hubs.row + shift)
+    fitted.hubs.check(open_features(rows))
+    with pytest.raises(DamagedError, match="is not that row of the features"):
+        moved.check(open_features(rows))
+    with pytest.raises(DamagedError, match="is not that row of the features"):
+        fitted.hubs.check(open_features(rows.astype(np.float64)))
+    with (
+        mock.patch.object(fitting, "fit", return_value=dataclasses.replace(fitted, hubs=moved)),
+        pytest.raises(DamagedError, match=r"model\.npz: hub .* run again, it begins anew"),
+    ):
+        dedup(rows, out=tmp_path / "out")
+    assert dedup(rows, out=tmp_path / "out").found.notes["masses"] >= 3
 
 
 @pytest.mark.slow

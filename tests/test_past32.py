@@ -134,7 +134,7 @@ def test_groups_and_masks_past_2_32(far, grouping):
         expected = row[getattr(near.members, name)]
         assert getattr(result.members, name).tolist() == expected.tolist()
     assert np.array_equal(result.members.is_dup, near.members.is_dup)
-    table = groups_table(found, result.members, 0.9, None).to_pydict()
+    table = groups_table(found, result.members, None).to_pydict()
     assert set(table["shard"]) == {"part 1", "part 3"}
     assert max(table["shard_row"]) < 2500
     assert levels(found, [0.9, 0.95]) == levels(near.found, [0.9, 0.95])

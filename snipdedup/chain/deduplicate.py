@@ -33,7 +33,7 @@ from snipdedup.chain.outfolder import (
 )
 from snipdedup.chain.rehearsal import rehearse_end, rehearse_order
 from snipdedup.chain.reload import finished_run, load_found, load_result
-from snipdedup.chain.result import Result, check_threshold, decide, decide_fraction
+from snipdedup.chain.result import Result, check_threshold, choose, decide, decide_fraction, proved
 from snipdedup.chain.summary import summary
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
 from snipdedup.ground import locks, store
@@ -332,9 +332,9 @@ def decide_by(
             return decide(found, features, options.threshold, grouping, keep, seed, rank, folder)
 
         def decide_at(threshold: float) -> Result:
-            return decide(found, features, threshold, grouping, keep, seed, rank, folder)
+            return choose(found, features, threshold, grouping, keep, seed, rank, folder)
 
-        result = decide_fraction(found, options.keep_fraction, decide_at)
+        result = proved(decide_fraction(found, options.keep_fraction, decide_at))
     return dataclasses.replace(result, found=found.at(result.threshold))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from snipdedup.chain.captions import with_captions
 from snipdedup.chain.found import Found
 from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.references import References, kept_model, settle
-from snipdedup.chain.result import decide
+from snipdedup.chain.result import choose
 from snipdedup.chain.semdedup import search_semdedup
-from snipdedup.ground import store
 from snipdedup.ground.compute import cores, memory_bound
 from snipdedup.ground.progress import Clock
 from snipdedup.ground.scan import Scan, scan
@@ -79,8 +77,12 @@ def search_join(
     work: Path,
     clock: Clock,
     runner: Runner | None = None,
+    kept: Path | None = None,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
-    """Find pairs by the join; pairs among the first ``frozen`` rows are not wanted."""
+    """Find pairs by the join, by the model ``kept`` if there is one.
+
+    Pairs among the first ``frozen`` rows are not wanted.
+    """
     check_given(features, options)
     runner = runner or Local(cores(options.threads))
     tasks = Tasks(
@@ -94,6 +96,7 @@ def search_join(
         device="cpu" if options.runner == "ray" else options.device,
         frozen=frozen,
         encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
+        kept=kept,
     )
     memory = memory_bound(options.max_memory, needed_memory(features, runner.here))
     return join(tasks, runner, memory=memory, stage=clock.stage)
@@ -141,9 +144,8 @@ def find_beside(
     model = kept_model(references, features.rows, options) if joins else None
     if model is not None and not is_readable(model):
         model = None
-    if model is not None and not (work / "model.npz").is_file():
-        with store.replacing(work / "model.npz") as part:
-            shutil.copyfile(model, part)
+    if model is not None:
+        compare = functools.partial(compare, kept=model)
     seen, forest, notes = compare(rows, frozen, options, work, clock)
     if joins:
         notes = {**notes, "model": "fitted" if model is None else "kept"}
@@ -204,7 +206,7 @@ def border_cost(features: Features, best: Best, options: Dedup, work: Path) -> d
         pairs += len(edges.a)
         across += int((best.cluster[edges.a] != best.cluster[edges.b]).sum())
         beside[edges.b[~gone[edges.a] & ~gone[edges.b]]] = True
-    star = decide(found, features, options.threshold, "star", "first", 0).is_dup
+    star = choose(found, features, options.threshold, "star", "first", 0).is_dup
     return {
         "pairs": pairs,
         "across": across,

@@ -118,15 +118,17 @@ def write_forest(found: Found, out: Path) -> None:
 
 def write_groups(result: Result, out: Path, metadata: Metadata | None, key: str | None) -> None:
     """Write ``groups.parquet``, some groups at a time."""
-    found, threshold = result.found, result.threshold
-    schema = groups_table(found, no_members(), threshold, None).schema
+    found, at = result.found, 0
+    schema = groups_table(found, no_members(), None).schema
     with (
         store.writing_parquet(out / "groups.parquet", schema) as write,
         closing(group_keys(result, out, metadata, key)) as keys,
     ):
         for members, table in zip(slices(result.members), keys, strict=False):
             named = None if table is None else table["text"]
-            write(groups_table(found, members, threshold, named))
+            near = None if result.near is None else result.near[at : at + len(members.row)]
+            write(groups_table(found, members, named, near))
+            at += len(members.row)
 
 
 def group_keys(

@@ -6,6 +6,7 @@ forest, the copies and the members.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +17,10 @@ import numpy as np
 
 from snipdedup.chain.counts import Tally, count
 from snipdedup.chain.found import Found
-from snipdedup.chain.references import References
+from snipdedup.chain.proving import prove
 from snipdedup.chain.tables import forest_table, groups_table
 from snipdedup.errors import SnipError
 from snipdedup.ground import progress
-from snipdedup.ground.cosine import pair_cosine
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.ground.sorting import Columns, Sorter, Spread, pack, row_kind
 from snipdedup.grouping.blocks import Block, collect, slices
@@ -41,7 +41,6 @@ from snipdedup.metadata.additions import Removed
 from snipdedup.search.forest import components
 from snipdedup.settings import Dedup
 
-GATHER_PAIRS = 16_384  # pairs whose rows are laid side by side at a time
 MASK_ROWS = 1 << 24  # of the mask, made at a time
 STEP = 0.001  # between thresholds that --keep_fraction tries
 
@@ -63,6 +62,8 @@ class Result:
         Their place in keep order.
     folder : Path, optional
         Where what does not fit into memory lies; None: all is held.
+    near : (members,) float32, optional
+        Cosine of each member with its nearest reference row; NaN where none matches.
     """
 
     found: Found
@@ -74,6 +75,7 @@ class Result:
     seed: int
     rank: Rank
     folder: Path | None = None
+    near: np.ndarray | None = None
 
     @cached_property
     def tally(self) -> Tally:
@@ -137,7 +139,7 @@ class Result:
     @property
     def groups(self) -> Any:
         """The members as a ``pyarrow.Table``, see ``docs/formats.md``."""
-        return groups_table(self.found, self.members, self.threshold, None)
+        return groups_table(self.found, self.members, None, self.near)
 
     @property
     def chained(self) -> int:
@@ -178,7 +180,7 @@ def decide(
     rank: Rank | None = None,
     folder: Path | None = None,
 ) -> Result:
-    """Group what was found and choose which rows stay, a block of groups at a time.
+    """Group what was found, choose which rows stay, and prove that the others go rightly.
 
     Parameters
     ----------
@@ -194,7 +196,32 @@ def decide(
     SnipError
         If the threshold is below the one searched for, or pairs are unverified and another
         threshold is asked for.
+    InternalError
+        If a row would go without a reason.
     """
+    return proved(choose(found, features, threshold, grouping, keep, seed, rank, folder))
+
+
+def proved(result: Result) -> Result:
+    """Return a result with its cosines, each computed from the raw rows; see `proving.prove`."""
+    members, near = prove(
+        result.found, result.features, result.members, result.threshold, result.grouping,
+        result.folder,
+    )  # fmt: skip
+    return dataclasses.replace(result, members=members, near=near)
+
+
+def choose(
+    found: Found,
+    features: Features | None,
+    threshold: float,
+    grouping: str,
+    keep: str,
+    seed: int,
+    rank: Rank | None = None,
+    folder: Path | None = None,
+) -> Result:
+    """Choose which rows stay as `decide` does, a block of groups at a time; nothing is proved."""
     check_threshold(found, threshold)
     rank = rank or rank_by("first" if found.best else keep, seed, None)
     if folder is not None and isinstance(rank, ColumnRank) and found.is_large(threshold):
@@ -263,8 +290,7 @@ def decide_block(
         return group_matches(block.forest, found.best, threshold)
     if block.pairs is None:
         compare = None if features is None else Compare(features.gather, threshold, found.also)
-        members = decide_verified(block, compare, grouping, rank, done)
-        return members if features is None else with_similarity(members, features, found.references)
+        return decide_verified(block, compare, grouping, rank, done)
     copies = Copies(block.copies, block.firsts, rank)
     if grouping == "components":
         return copies.unfold(group_components(block.forest, rank))
@@ -291,22 +317,3 @@ def decide_verified(
         raise SnipError("star grouping compares raw rows: give the features, or use components")
     members = group_star(forest, rank, compare, done, nearest.row if nearest else None)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
-
-
-def with_similarity(members: Members, features: Features, references: References | None) -> Members:
-    """Fill in cosines that are not known yet, in row order."""
-    open_ = np.flatnonzero(np.isnan(members.similarity))
-    open_ = open_[np.argsort(members.row[open_], kind="stable")]
-    similarity = members.similarity.copy()
-    for start in range(0, len(open_), GATHER_PAIRS):
-        at = open_[start : start + GATHER_PAIRS]
-        named = members.representative[at]
-        other = named < 0
-        for part, source, rows_of in (
-            (at[~other], features, named[~other]),
-            (at[other], references.features if references else features, ~named[other]),
-        ):
-            x, y = features.gather(members.row[part]), source.gather(rows_of)
-            dtype = np.result_type(x.dtype, y.dtype)
-            similarity[part] = pair_cosine(x.astype(dtype), y.astype(dtype))
-    return members._replace(similarity=similarity)

@@ -229,5 +229,5 @@ def tile_best(
         dense = products(unit_rows64(x[row[tied]]), unit_rows64(y))
         dense[~near[row[tied]]] = -2
         place[tied] = dense.argmax(1)
-        cosine[tied] = dense.max(1)
+        cosine[tied] = pair_cosine(x[row[tied]], y[place[tied]])
     return row, place, cosine

@@ -21,16 +21,16 @@ def forest_table(found: Found, forest: Edges) -> Any:
     return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
 
 
-def groups_table(found: Found, members: Members, threshold: float, keys: Any) -> Any:
+def groups_table(found: Found, members: Members, keys: Any, near: np.ndarray | None = None) -> Any:
     """Return members with their places and keys as a ``pyarrow.Table``.
 
     Parameters
     ----------
     found, members
-    threshold : float
-        What was decided by.
     keys : pyarrow.Array of string, or None
         Key of each member.
+    near : (n,) float32, optional
+        Cosine of each with its nearest reference row, NaN where none matches; NaN without it.
     """
     import pyarrow as pa
 
@@ -48,10 +48,10 @@ def groups_table(found: Found, members: Members, threshold: float, keys: Any) ->
         "similarity": pa.array(members.similarity, mask=unknown),
         "is_dup": members.is_dup,
     }
-    return pa.table(columns | reference_columns(found, members, threshold))
+    return pa.table(columns | reference_columns(found, members, near))
 
 
-def reference_columns(found: Found, members: Members, threshold: float) -> dict[str, Any]:
+def reference_columns(found: Found, members: Members, near: np.ndarray | None) -> dict[str, Any]:
     """Return what ``--reference`` adds to the members, and the representatives as rows there.
 
     ``reference`` names the input that the representative is a row of, null for FEATURES;
@@ -66,15 +66,11 @@ def reference_columns(found: Found, members: Members, threshold: float) -> dict[
     representative, name = members.representative.copy(), np.full(len(members.row), -1)
     representative[outside], name[outside] = row, item
     names = pa.array([item.name for item in found.references.items], pa.string())
-    first = found.first_of(members.row)
-    near = found.nearest.at(threshold)
-    similarity = np.full(len(members.row), np.nan, np.float32)
-    matched = np.flatnonzero(np.isin(first, near.row))
-    similarity[matched] = near.similarity[np.searchsorted(near.row, first[matched])]
+    near = np.full(len(members.row), np.nan, np.float32) if near is None else near
     return {
         "representative": representative,
         "reference": names.take(pa.array(name, mask=name < 0)),
-        "reference_similarity": pa.array(similarity, mask=np.isnan(similarity)),
+        "reference_similarity": pa.array(near, mask=np.isnan(near)),
     }
 
 

@@ -34,7 +34,8 @@ class Members(NamedTuple):
     representative : (n,) int64
         For a removed row the staying row that stands for it; else the row itself.
     similarity : (n,) float32
-        Cosine with the representative, 1 for the row itself; NaN where it was never computed.
+        Cosine with the representative, 1 for the row itself. While rows are chosen, what rules
+        compare by, often NaN: a result's are computed once all is decided.
     is_dup : (n,) bool
         True: the row is removed.
     """
@@ -123,11 +124,7 @@ def keep_rank(rows: np.ndarray, keep: str, seed: int) -> np.ndarray:
 
 
 def group_components(forest: Edges, rank: Rank) -> Members:
-    """Let one row a component stay, the first in keep order.
-
-    ``similarity`` is left NaN for removed rows: a row's cosine with its representative is in no
-    forest.
-    """
+    """Let one row a component stay, the first in keep order."""
     row, group = components(forest)
     order = np.lexsort((row, group))
     row, group = row[order], group[order]
@@ -147,7 +144,7 @@ def group_matches(matches: Edges, best: Best, threshold: float) -> Members:
     row, group = components(matches)
     is_dup = best.similarity[row] > np.float32(threshold)
     representative = np.where(is_dup, best.match[row], row)
-    similarity = np.where(is_dup, best.similarity[row], np.float32(1))
+    similarity = np.where(is_dup, np.float32(np.nan), np.float32(1))
     return ordered(Members(row, group, representative, similarity, is_dup))
 
 
@@ -251,9 +248,7 @@ def group_star(
     out = np.zeros(len(row), bool) if gone is None else np.isin(row, gone)
     open_ = (np.diff(starts) > 2) | np.logical_or.reduceat(out, starts[:-1]) if len(row) else out
     two = starts[:-1][~open_]
-    by_a = np.argsort(forest.a, kind="stable")  # a group of two has one edge, from its label
-    edge = by_a[np.searchsorted(forest.a, group[two], sorter=by_a)]
-    representative[two + 1], similarity[two + 1] = row[two], forest.similarity[edge]
+    representative[two + 1], similarity[two + 1] = row[two], np.nan
     done(len(two))
 
     def decide(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -400,8 +395,7 @@ def refer_star(members: Members, nearest: Nearest) -> Members:
 def refer_components(members: Members, nearest: Nearest) -> Members:
     """Let all rows of a group go that a reference row is chained to.
 
-    A row goes for the reference row that it matches, else for the first one of its group, with an
-    unknown cosine (NaN).
+    A row goes for the reference row that it matches, else for the first one of its group.
     """
     members, at = with_lone(members, nearest)
     group, place = np.unique(members.group[at], return_inverse=True)
@@ -506,7 +500,7 @@ class Copies:
             self.row,
             keepers.group[at],
             keepers.representative[at],
-            keepers.similarity[at],  # 1 where the keeper stays
+            keepers.similarity[at],
             np.ones(len(at), bool),
         )
         return relabel(concatenate(keepers, copies))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from snipdedup.search.lists import (
     sample_pairs,
     train_centroids,
 )
-from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, no_hubs
+from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, hub_sample, no_hubs
 from snipdedup.search.model import Model
 from snipdedup.search.projection import WIDTHS, Projection, main_directions, project
 from snipdedup.search.verify import proved_cosines
@@ -51,11 +52,35 @@ def load_or_fit(
     path: Path,
     threads: int,
     encoder: Path | None = None,
+    kept: Path | None = None,
 ) -> Model:
-    """Fit the model, or take the one that a stopped run left."""
+    """Fit the model, or take the one that a stopped run left, or what an earlier run ``kept``."""
     if not path.is_file():
-        fit(features, threshold, recall, seed, threads, encoder).save(path)
+        if kept is None:
+            model = fit(features, threshold, recall, seed, threads, encoder)
+        else:
+            model = with_own_hubs(Model.load(kept), features, seed, threads)
+        model.save(path)
     return Model.load(path)
+
+
+def with_own_hubs(model: Model, features: Features, seed: int, threads: int) -> Model:
+    """Return the model of other rows with the hubs of these.
+
+    Codes and lists suit any rows of one width. A hub is a row of the set: its number and features
+    are those of the run that found it, and it may not even be among these rows.
+    """
+    projection, threshold = model.projection, model.threshold
+    hubs = no_hubs(projection, features.dim, threshold)
+    if not isinstance(projection, Learned):
+        count = hub_sample(features.rows)
+        rows, sample = sample_distinct(features, count, seed, threads)
+        codes = encode_blocks(projection, sample, threads)
+        hubs = find_hubs(
+            rows, sample, codes, projection,
+            threshold=threshold, total=features.rows, threads=threads,
+        )  # fmt: skip
+    return dataclasses.replace(model, hubs=hubs)
 
 
 def fit(

@@ -18,8 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from snipdedup.errors import DamagedError
 from snipdedup.ground.compute import in_order
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.ground.cosine import same_bits
+from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, components, make_edges
 from snipdedup.search.kernels import hit_places, pick_kernel
 from snipdedup.search.projection import Projection
@@ -77,6 +79,23 @@ class Hubs:
     codes: np.ndarray
     threshold: float
     projection: Projection
+
+    def check(self, features: Features) -> None:
+        """Refuse hubs that are not, bit for bit, the rows of these features that they claim to be.
+
+        What `place` proves on ``raw`` is then proved for these rows.
+
+        Raises
+        ------
+        DamagedError
+            Names the first row.
+        """
+        known = (self.row >= 0) & (self.row < features.rows) & (self.raw.dtype == features.dtype)
+        known[known] = same_bits(
+            features.gather(self.row[known]), self.raw[known].astype(features.dtype)
+        )
+        if not known.all():
+            raise DamagedError(f"hub {self.row[~known][0]:,} is not that row of the features")
 
     @property
     def half(self) -> float:
@@ -146,6 +165,11 @@ def no_hubs(projection: Projection, dim: int, threshold: float) -> Hubs:
     return Hubs(np.empty(0, np.int64), np.empty((0, dim)), codes, threshold, projection)
 
 
+def hub_sample(total: int) -> int:
+    """Return among how many rows the hubs of a set of ``total`` rows are looked for."""
+    return int(np.clip(SAMPLE_MASS * total / MASS_ROWS, *SAMPLE_ROWS)) if total >= MASS_ROWS else 1
+
+
 def find_hubs(
     rows: np.ndarray,
     sample: np.ndarray,
@@ -174,7 +198,7 @@ def find_hubs(
     none = no_hubs(projection, sample.shape[1], threshold)
     if total < MASS_ROWS:
         return none
-    codes = codes[: int(np.clip(SAMPLE_MASS * total / MASS_ROWS, *SAMPLE_ROWS))]
+    codes = codes[: hub_sample(total)]
     enough = max(SAMPLE_MASS, MASS_ROWS / total * len(codes))
     limit = projection.limit(none.half)
     crowd = np.flatnonzero(degrees(codes, codes, limit, threads) >= enough)

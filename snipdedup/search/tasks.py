@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.errors import SnipError
+from snipdedup.errors import DamagedError, SnipError
 from snipdedup.ground import store
 from snipdedup.ground.compute import pick_device
 from snipdedup.ground.scan import Scan, finish_scan
@@ -55,6 +55,7 @@ class Tasks:
     device: str
     frozen: int
     encoder: Path | None = None
+    kept: Path | None = None  # the model of an earlier run
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -71,8 +72,13 @@ class Tasks:
 
     @cached_property
     def model(self) -> Model:
-        """What the first task fitted."""
-        return Model.load(self.fitted)
+        """What the first task fitted; its hubs are rows of these features."""
+        model = Model.load(self.fitted)
+        try:
+            model.hubs.check(self.features)
+        except DamagedError as error:
+            raise DamagedError(f"{self.fitted}: {error}; run again, it begins anew") from error
+        return model
 
     @cached_property
     def skip(self) -> np.ndarray:
@@ -88,7 +94,7 @@ class Tasks:
         """Fit the model."""
         load_or_fit(
             self.features, self.threshold, self.recall, self.seed, self.fitted, threads,
-            self.encoder,
+            self.encoder, self.kept,
         )  # fmt: skip
 
     def encoded(self, number: int) -> Path:
