@@ -80,7 +80,10 @@ def search_join(
     clock: Clock,
     runner: Runner | None = None,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
-    """Find pairs by the join; pairs among the first ``frozen`` rows are not wanted."""
+    """Find pairs by the join; pairs among the first ``frozen`` rows are not wanted.
+
+    What is returned as forest, and which pairs else are not wanted: see `join`.
+    """
     check_given(features, options)
     runner = runner or Local(cores(options.threads))
     tasks = Tasks(
@@ -93,9 +96,10 @@ def search_join(
         chunk_rows=options.chunk_rows,
         device="cpu" if options.runner == "ray" else options.device,
         frozen=frozen,
+        across=options.references_only and frozen > 0,
         encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
     )
-    memory = memory_bound(options.max_memory, needed_memory(features, runner.here))
+    memory = memory_bound(options.max_memory, needed_memory(features, runner.here, frozen))
     return join(tasks, runner, memory=memory, stage=clock.stage)
 
 
@@ -109,10 +113,11 @@ def search_exact(
         seen = read_all(features, options)
     with clock.stage("compare"):
         rows = np.flatnonzero(~seen.skipped(features.rows, frozen))
-        builder = ForestBuilder()
+        builder = ForestBuilder(frozen=frozen)
         for edges in exact_edges(
-            features, rows, options.threshold, threads=threads, memory=memory, frozen=frozen
-        ):
+            features, rows, options.threshold, threads=threads, memory=memory, frozen=frozen,
+            across=options.references_only and frozen > 0,
+        ):  # fmt: skip
             builder.add(edges)
     return seen, builder.forest(), {}
 
@@ -155,6 +160,8 @@ def find_beside(
             (seen.copies, seen.firsts),
             options.threshold,
             cores(options.threads),
+            across=options.references_only,
+            folder=work / "refer",
         )
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= frozen] - frozen

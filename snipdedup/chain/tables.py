@@ -8,6 +8,7 @@ import numpy as np
 
 from snipdedup.chain.found import Found
 from snipdedup.errors import SnipError
+from snipdedup.ground.sorting import among
 from snipdedup.grouping.groups import Members
 from snipdedup.search.forest import Edges
 
@@ -67,10 +68,10 @@ def reference_columns(found: Found, members: Members, threshold: float) -> dict[
     representative[outside], name[outside] = row, item
     names = pa.array([item.name for item in found.references.items], pa.string())
     first = found.first_of(members.row)
-    near = found.nearest.at(threshold)
     similarity = np.full(len(members.row), np.nan, np.float32)
-    matched = np.flatnonzero(np.isin(first, near.row))
-    similarity[matched] = near.similarity[np.searchsorted(near.row, first[matched])]
+    matched = np.flatnonzero(among(found.nearest.row, first))
+    near = found.nearest.similarity[np.searchsorted(found.nearest.row, first[matched])]
+    similarity[matched] = np.where(near >= np.float32(threshold), near, np.float32(np.nan))
     return {
         "representative": representative,
         "reference": names.take(pa.array(name, mask=name < 0)),

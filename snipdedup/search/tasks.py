@@ -54,6 +54,7 @@ class Tasks:
     chunk_rows: int
     device: str
     frozen: int
+    across: bool = False
     encoder: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,6 +180,7 @@ class Tasks:
                 threads=threads,
                 device=pick_device(self.device),
                 frozen=self.frozen,
+                across=self.across,
             )
             store.save_npz(path, lasting=False, **forest._asdict(), proposed=np.array(proposed))
 
