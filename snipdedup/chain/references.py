@@ -27,7 +27,7 @@ from snipdedup.ground.shards import (
     plan_blocks,
     request_of,
 )
-from snipdedup.ground.sorting import Columns
+from snipdedup.ground.sorting import Columns, among
 from snipdedup.grouping.groups import Nearest
 from snipdedup.grouping.nearest import nearest_within, with_copies
 from snipdedup.search.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
@@ -161,12 +161,31 @@ class References:
             row[at] = self.items[which].live[numbers[at] - self.starts[which]]
         return item, row
 
-    def find(self, names: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the numbers of rows by the names of their inputs: what `locate` undoes."""
-        numbers = np.empty(len(rows), np.int64)
-        for which, item in enumerate(self.items):
-            at = names == item.name
+    def find(self, called: Sequence[str], names: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers of rows by the names of their inputs: what `locate` undoes.
+
+        Parameters
+        ----------
+        called : sequence of str
+            What each input was called then, in their order.
+        names, rows : (n,)
+
+        Raises
+        ------
+        SnipError
+            If a row is none that stays in one of these inputs.
+        """
+        numbers = np.full(len(rows), -1)
+        for which, (name, item) in enumerate(zip(called, self.items, strict=False)):
+            at = np.flatnonzero(names == name)
+            at = at[among(item.live, rows[at])]
             numbers[at] = np.searchsorted(item.live, rows[at]) + self.starts[which]
+        wrong = np.flatnonzero(numbers < 0)
+        if len(wrong):
+            raise SnipError(
+                f"row {rows[wrong[0]]:,} of {names[wrong[0]]} is no row of a --reference that "
+                "stays there; search again"
+            )
         return numbers
 
     def inputs(self) -> list[Path]:
