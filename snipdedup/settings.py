@@ -267,6 +267,9 @@ class Dedup(Input):
         "rows that come first and never go: features, or what an earlier dedup wrote (its rows "
         "that stay, and its own references); several by comma",
     )
+    references_only: bool = option(
+        False, "compare rows with those of --reference only, not with one another"
+    )
     keep_work: bool = option(
         False, "leave the model and the codes in OUT/work: --reference OUT then needs no new model"
     )
@@ -426,6 +429,8 @@ class Dedup(Input):
         for name in ("text_features", "reference"):
             if getattr(self, name) is not None and (not compared or self.index):
                 raise UsageError(f"--{name} goes with --method join or exact")
+        if self.references_only and self.reference is None:
+            raise UsageError("--references_only compares with --reference: give that too")
         if self.text_features is not None and self.reference is not None:
             raise UsageError("--text_features and --reference do not go together yet")
         if self.pairs and (sem or self.features is None):

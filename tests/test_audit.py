@@ -744,6 +744,29 @@ def test_rows_that_go_for_a_reference_are_proved_on_it(referred):
     assert "0 of them match a row of" in said
 
 
+def test_rows_that_go_for_references_only_are_proved(referred, tmp_path):
+    _, features, reference = referred
+    out = tmp_path / "only"
+    words = ("--reference", reference, "--references_only", "--grouping", "components")
+    words = (*words, "--threshold", THRESHOLD, "--out", out)
+    assert truth.snip("dedup", features, *words)[0] == 0
+    status, said = audit(out, features, "--probe_rows", ROWS)
+    assert status == 0
+    removed = np.flatnonzero(np.load(out / "is_dup.npy"))
+    assert f"{len(removed)} of {len(removed)} removed rows reach 0.9" in said
+    assert f"0 of {ROWS - 250 - len(removed)} rows that stay match a row of {reference}" in said
+    assert "match another one" not in said  # their own duplicates stay
+    reference_row, similarity = columns_of(out, "representative", "similarity")
+    names = groups_of(out)["reference"].to_pylist()
+    forged = {"representative": reference_row.copy(), "reference": names, "similarity": similarity}
+    forged["representative"][3], forged["reference"][3] = removed[3], None
+    edit_groups(out, **forged)
+    forge(out)
+    status, said = audit(out, features)
+    assert status == 1
+    assert any("it goes for a row of FEATURES" in line for line in wrong(said))
+
+
 def test_a_reference_may_have_more_rows_than_the_set(rows, tmp_path):
     truth.save_shards(tmp_path / "ref", rows[: ROWS - 100], [])
     truth.save_shards(tmp_path / "new", rows[ROWS - 100 :], [])

@@ -180,20 +180,27 @@ def test_a_lone_row_has_no_nearest():
     tile=st.integers(1, 12),
     panel=st.integers(1, 4),
     seed=st.integers(0, 2**31),
+    across=st.booleans(),
 )
-def test_pairs_among_the_first_rows_are_left_out_and_no_others(rows, frozen, tile, panel, seed):
+def test_pairs_among_the_first_rows_are_left_out_and_no_others(
+    rows, frozen, tile, panel, seed, across
+):
     x = truth.clustered(rows, 5, seed, noise=0.6)
     features = open_features(x)
     every = {pair: cosine for pair, cosine in loop(x, 0.8).items() if pair[1] >= frozen}
     size = mock.patch.object(exact, "panel_rows", return_value=panel * tile)
-    builder = ForestBuilder()
+    builder = ForestBuilder(frozen=frozen)
     with mock.patch.object(exact, "TILE", tile), size:
         for edges in exact_edges(
-            features, np.arange(rows), 0.8, threads=1, memory=1, frozen=frozen
+            features, np.arange(rows), 0.8, threads=1, memory=1, frozen=frozen, across=across
         ):
             assert (edges.b >= frozen).all()
             builder.add(edges)
-    label = truth.components(rows, every)
     found = builder.forest()
-    assert set(listed(found)) <= set(every)
-    assert truth.components(rows, listed(found)).tolist() == label.tolist()
+    for own in (False, True):  # each has a forest of its own
+        wanted = {pair for pair in every if (pair[0] >= frozen) == own and not (own and across)}
+        part = listed(found.where((found.a >= frozen) == own))
+        assert set(part) <= wanted
+        label = truth.components(rows, wanted)
+        assert truth.components(rows, part).tolist() == label.tolist()
+        assert len(part) == rows - len(set(label.tolist()))

@@ -177,3 +177,17 @@ def test_two_hundred_thousand_rows_within_99_hundredths():
     assert found.found.notes["masses"] == 1
     assert found.found.notes["visits"] < 10 * len(x)
     assert dedup(x, threshold=0.9).removed == 199_999
+
+
+@pytest.mark.usefixtures("small_masses")
+@pytest.mark.parametrize("frozen", [700, 9000])
+@pytest.mark.parametrize("how", [{}, {"references_only": True}, {"grouping": "components"}])
+def test_reference_rows_in_masses_are_found_as_by_brute_force(rows, frozen, how):
+    """A hub may be a reference row or another; absorbed rows of both kinds visit no list."""
+    given = {"reference": rows[:frozen], **how}
+    brute = dedup(rows[frozen:], method="exact", **given)
+    found = dedup(rows[frozen:], recall=1, **given)
+    assert found.found.notes["masses"] >= 3
+    for name in brute.members._fields:
+        assert np.array_equal(getattr(found.members, name), getattr(brute.members, name)), name
+    assert (brute.members.representative < 0).sum() > 1000

@@ -15,9 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup import dedup
-from snipdedup.chain.references import open_references, own_copies
+from snipdedup.chain.references import open_references, own_copies, settle
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import store
+from snipdedup.ground.formats import ArrayShard
+from snipdedup.ground.shards import Features
+from snipdedup.grouping import nearest
+from snipdedup.search import tiles
+from snipdedup.search.forest import make_edges
 
 
 def table_of(x):
@@ -127,6 +132,85 @@ def test_large_groups_and_many_reference_rows_are_tiled():
     named = found.members.representative
     expected = representative[found.members.row + 1200]
     assert np.where(named < 0, ~named, named + 1200).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("method", ["exact", "join"])
+@settings(max_examples=40)
+@given(
+    both=two_sets(),
+    late=st.sampled_from([0.8, 0.95]),
+    grouping=st.sampled_from(["star", "components"]),
+    tile=st.sampled_from([1, 7, 1024]),
+)
+def test_with_references_only_exactly_the_rows_that_match_one_go(
+    method, both, late, grouping, tile
+):
+    """Each for its nearest reference row, copies of one another too; no others are grouped."""
+    x, frozen = both
+    with mock.patch.multiple(nearest, LISTED=tile, TILE=tile):
+        found = dedup(
+            x[frozen:], reference=x[:frozen], threshold=0.8, method=method, references_only=True,
+            grouping=grouping,
+        ).at(late)  # fmt: skip
+    across = table_of(x)[frozen:, :frozen]
+    best, rows = across.max(1), np.flatnonzero(across.max(1) >= np.float32(late))
+    assert np.flatnonzero(found.is_dup).tolist() == rows.tolist()
+    groups = found.groups.to_pydict()
+    assert groups["row"] == groups["group"] == rows.tolist()
+    assert groups["representative"] == across.argmax(1)[rows].tolist()
+    assert groups["similarity"] == groups["reference_similarity"] == best[rows].tolist()
+    assert set(groups["reference"]) <= {"reference 0"}
+    assert found.forest.num_rows == 0
+
+
+@pytest.mark.parametrize("crowded", [0.0, 1 / 64])
+def test_the_forest_of_a_crowd_with_reference_rows_is_that_of_the_others(crowded):
+    """Whether its tiles are listed or give forests, and whoever the reference rows are."""
+    x = truth.clustered(700, 12, 9, clusters=2, noise=0.8, copies=0.05)
+    small = {"CROWDED": crowded, "ROW_TILE": 64, "COLUMN_TILE": 128}
+    with mock.patch.multiple(tiles, **small):
+        found = dedup(x[300:], reference=x[:300], threshold=0.9)
+    table = table_of(x)
+    _, stays = plain_star(table, 300, 0.9, range(300, 700))
+    assert found.is_dup.tolist() == (~stays[300:]).tolist()
+    own = table[300:, 300:]
+    expected = truth.kruskal([(a, b, own[a, b]) for a, b in truth.pairs_of(own, 0.9)])
+    edges = found.forest.to_pydict()
+    linked = list(zip(edges["a"], edges["b"], strict=True))
+    label = truth.components(400, linked)
+    assert label.tolist() == truth.components(400, [pair[:2] for pair in expected]).tolist()
+    assert len(linked) == len(expected)
+    worth = np.array([pair[2] for pair in expected])
+    # a crowded tile may take one of two pairs that are nearly as near
+    assert np.abs(np.sort(edges["similarity"]) - np.sort(worth)).max() < 1e-4
+
+
+class Counted(Features):
+    """Features that count the rows that are gathered."""
+
+    gathered = 0
+
+    def gather_ascending(self, rows, out=None):
+        """See `Features.gather_ascending`."""
+        self.gathered += len(rows)
+        return super().gather_ascending(rows, out)
+
+
+@pytest.mark.parametrize("references", [1, 40])
+def test_a_crowd_is_compared_with_its_reference_rows_only(references):
+    rng = np.random.default_rng(4)
+    x = (rng.standard_normal(16) + 0.05 * rng.standard_normal((6000, 16))).astype(np.float32)
+    features = Counted([ArrayShard(x, "x")])
+    chain = np.arange(1, 6000)
+    forest = make_edges(chain - 1, chain, np.ones(5999))
+    none = np.empty(0, np.int64)
+    found = settle(features, references, forest, (none, none), 0.9, 2)
+    assert features.gathered <= 1.5 * 6000  # a table of all pairs gathers each row six times
+    across = truth.cosine_table(x)[references:, :references]
+    assert np.array_equal(found.nearest.row, np.arange(6000 - references))
+    assert np.array_equal(found.nearest.reference, across.argmax(1))
+    assert np.array_equal(found.nearest.similarity, across.max(1))
+    assert np.array_equal(found.forest.a, np.arange(5999 - references))
 
 
 def test_copies_are_told_apart_by_the_side_they_lie_on():
@@ -350,11 +434,92 @@ def test_key_frames_added_later_leave_next_to_nothing(data, tmp_path, snip, meth
     assert removed.sum() > 10_000
 
 
-def test_a_reference_that_holds_the_features_is_refused(sets, tmp_path):
+@pytest.fixture
+def cleaned(sets, tmp_path, monkeypatch):
+    """A folder of shards, named by a relative path, and the OUT made of it; others beside them."""
     _, folders = sets
-    line = refused("dedup", folders[0], "--reference", folders[0], "--out", tmp_path / "o")
-    assert str(folders[0] / "img_emb_0.npy") in line
-    assert not (tmp_path / "o").exists()
+    monkeypatch.chdir(tmp_path)
+    assert truth.snip("dedup", "set0", "--out", "out")[0] == 0
+    assert truth.snip("dedup", "set1", "--reference", "out", "--out", "later")[0] == 0
+    for name in ("file", "hard", "copy"):
+        (tmp_path / name).mkdir()
+    shard = folders[0] / "img_emb_1.npy"
+    (tmp_path / "link").symlink_to("set0")
+    (tmp_path / "file" / "x_3.npy").symlink_to(shard)
+    (tmp_path / "hard" / "x_3.npy").hardlink_to(shard)
+    shutil.copy(shard, tmp_path / "copy" / "x_3.npy")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("features", "reference", "shard", "other"),
+    [
+        ("set0", "set0", "set0/img_emb_0.npy", "set0/img_emb_0.npy"),
+        ("set0", "out", "set0/img_emb_0.npy", "set0/img_emb_0.npy"),
+        ("set0", "{here}/set0", "set0/img_emb_0.npy", "{here}/set0/img_emb_0.npy"),
+        ("set0", "set1,./link", "set0/img_emb_0.npy", "link/img_emb_0.npy"),
+        ("link", "out", "link/img_emb_0.npy", "set0/img_emb_0.npy"),
+        ("set0", "file", "set0/img_emb_1.npy", "file/x_3.npy"),
+        ("file", "out", "file/x_3.npy", "set0/img_emb_1.npy"),
+        ("hard", "out", "hard/x_3.npy", "set0/img_emb_1.npy"),
+        ("copy", "out", "copy/x_3.npy", "set0/img_emb_1.npy"),
+        ("set0/img_emb_1.npy", "out", "set0/img_emb_1.npy", "set0/img_emb_1.npy"),
+        ("set0/img_emb_1.npy", "later", "set0/img_emb_1.npy", "set0/img_emb_1.npy"),
+        ("copy", "later", "copy/x_3.npy", "set0/img_emb_1.npy"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("--references_only",)])
+def test_a_reference_that_holds_a_shard_of_the_features_is_refused(
+    cleaned, features, reference, shard, other, flags
+):
+    reference, other = (text.format(here=cleaned) for text in (reference, other))
+    line = refused("dedup", features, "--reference", reference, "--out", "o", *flags)
+    assert f"{shard} of FEATURES" in line
+    assert f"{other} of --reference" in line
+    assert "all its rows would go" in line
+    assert not (cleaned / "o").exists()
+
+
+def test_other_parts_of_a_set_and_the_same_command_again_are_not_refused(cleaned):
+    words = ("dedup", "set0/img_emb_{part}.npy", "--parts")
+    assert truth.snip(*words, "0:1", "--out", "first")[0] == 0
+    words = (*words, "1:2", "--reference", "first", "--out", "second")
+    assert truth.snip(*words)[0] == 0
+    assert "finished already" in truth.snip(*words)[1]
+
+
+def test_an_array_that_is_a_reference_too_is_refused(sets):
+    x, folders = sets
+    for array, reference in (
+        (x, x), (x[:500], x[400:]), (x[:500], x[:500].copy()), (x[:166], folders[0]),
+    ):  # fmt: skip
+        with pytest.raises(SnipError, match="all its rows would go"):
+            dedup(array, reference=reference)
+    assert dedup(x[::2], reference=x[1::2], method="exact").removed > 0
+
+
+def test_references_only_needs_references(sets, tmp_path):
+    _, folders = sets
+    words = ("dedup", folders[0], "--references_only", "--out", tmp_path / "o")
+    assert "--reference" in refused(*words, status=2)
+    out = tmp_path / "plain"
+    assert truth.snip("dedup", folders[0], "--reference", folders[1], "--out", out)[0] == 0
+    again = ("dedup", out, "--threshold", 0.97, "--reference", folders[1], "--references_only")
+    assert "references_only" in refused(*again, "--out", tmp_path / "o", status=2)
+
+
+def test_a_new_threshold_knows_references_by_whatever_name_they_had(sets, tmp_path, monkeypatch):
+    x, _ = sets
+    monkeypatch.chdir(tmp_path)
+    words = ("--threshold", 0.9, "--reference", "set2,set1", "--references_only")
+    assert truth.snip("dedup", "set0", *words, "--out", "one")[0] == 0
+    assert truth.snip("dedup", "one", "--threshold", 0.95, "--out", "two")[0] == 0
+    across = table_of(x)[:500, [*range(700, 900), *range(500, 700)]]
+    expected = np.flatnonzero(across.max(1) >= np.float32(0.95))
+    assert np.flatnonzero(np.load(tmp_path / "two" / "is_dup.npy")).tolist() == expected.tolist()
+    first = {str(tmp_path / "set2"): 0, str(tmp_path / "set1"): 200}
+    for row in groups_of(tmp_path / "two"):
+        assert row["representative"] + first[row["reference"]] == across[row["row"]].argmax()
 
 
 def test_other_references_are_other_settings(sets, tmp_path):
@@ -394,7 +559,12 @@ def test_one_input_named_twice_counts_once(sets):
     item, row = twice.locate(np.array([0, 499, 500, 699]))
     assert (item.tolist(), row.tolist()) == ([0, 0, 1, 1], [0, 499, 0, 199])
     names = np.array([twice.items[which].name for which in item])
-    assert twice.find(names, row).tolist() == [0, 499, 500, 699]
+    called = [item.name for item in twice.items]
+    assert twice.find(called, names, row).tolist() == [0, 499, 500, 699]
+    assert twice.find(["a", "b"], np.array(["b"]), np.array([7])).tolist() == [507]
+    for name, which in (("c", 7), ("b", 200)):
+        with pytest.raises(SnipError, match=f"row {which} of {name} is no row"):
+            twice.find(["a", "b"], np.array(["b", name]), np.array([7, which]))
 
 
 def test_bad_rows_of_an_earlier_run_are_no_references(tmp_path):

@@ -61,11 +61,22 @@ def tiny(held, block=4):
         yield
 
 
-def by_files(folder, edges, rows, step):
-    builder = ForestFile(folder, rows)
+def by_files(folder, edges, rows, step, frozen=0):
+    builder = ForestFile(folder, rows, frozen)
     for start in range(0, len(edges.a), step):
         builder.add(edges.where(slice(start, start + step)))
     return builder.forest()
+
+
+@given(PAIRS, st.integers(1, 50), st.integers(2, 30), st.integers(1, ROWS))
+@settings(deadline=None, max_examples=30)
+def test_rows_from_one_on_have_a_forest_of_their_own(tmp_path_factory, pairs, step, held, frozen):
+    edges = some_edges(pairs)
+    with tiny(held), mock.patch.object(forest, "BUFFER_EDGES", 3):
+        found = by_files(tmp_path_factory.mktemp("f"), edges, ROWS, step, frozen)
+    below = edges.a < frozen
+    parts = [truth.kruskal(listed(edges.where(part))) for part in (below, ~below)]
+    assert listed(found) == [*parts[0], *parts[1]]
 
 
 @given(PAIRS, st.integers(1, 50), st.integers(2, 30), st.integers(0, 9))

@@ -118,12 +118,14 @@ def test_pairs_that_quick_cosines_leave_in_doubt_are_decided_exactly():
 
 @pytest.mark.parametrize("crowded", [0.0, 2.0])
 @pytest.mark.parametrize("frozen", [0, 1, 130, 256, 700, 1500])
-def test_frozen_rows_are_not_compared_with_one_another(frozen, crowded):
+@pytest.mark.parametrize("across", [False, True])
+def test_frozen_rows_are_not_compared_with_one_another(frozen, crowded, across):
+    """Those of the others have a forest of their own, and with ``across`` are not looked for."""
     rng = np.random.default_rng(frozen)
     x = (rng.standard_normal(12) + 0.25 * rng.standard_normal((1500, 12))).astype(np.float32)
     features, projection = open_features(x), fit_projection(x, 128, 0)
     members = tiles.Codes(np.arange(1500), projection.encode(x)[0], np.zeros(1500))
-    builder, seen = ForestBuilder(), 0
+    builder, seen = ForestBuilder(frozen=frozen), 0
     with (
         mock.patch.object(tiles, "CROWDED", crowded),
         mock.patch.object(tiles, "ROW_TILE", 128),
@@ -133,16 +135,19 @@ def test_frozen_rows_are_not_compared_with_one_another(frozen, crowded):
             rest = members.part(start, 1500)
             found = tiles.compare(
                 features, rest, min(256, 1500 - start),
-                limit=projection.limit(0.9), threshold=0.9, frozen=frozen,
+                limit=projection.limit(0.9), threshold=0.9, frozen=frozen, across=across,
             )  # fmt: skip
             seen += len(found.a)
             builder.add(found.edges)
-            for edges in verify_pairs(features, found.a, found.b, 0.9, 1):
+            for edges in verify_pairs(features, found.a, found.b, 0.9, 1, frozen=frozen):
                 builder.add(edges)
     table = truth.cosine_table(x)
-    pairs = [(a, b) for a, b in truth.pairs_of(table, 0.9) if max(a, b) >= frozen]
+    pairs = truth.pairs_of(table, 0.9)
     forest = builder.forest()
-    assert (np.maximum(forest.a, forest.b) >= frozen).all()
-    one = truth.components(1500, pairs)
-    assert np.array_equal(truth.components(1500, zip(forest.a, forest.b, strict=True)), one)
-    assert len(set(one)) == 1500 - len(forest.a)
+    assert (forest.b >= frozen).all()
+    for own in (False, True):
+        part = forest.where((forest.a >= frozen) == own)
+        wanted = [(a, b) for a, b in pairs if b >= frozen and (a >= frozen) == own]
+        one = truth.components(1500, [] if own and across else wanted)
+        assert np.array_equal(truth.components(1500, zip(part.a, part.b, strict=True)), one)
+        assert len(set(one)) == 1500 - len(part.a)

@@ -433,7 +433,7 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
     kept = (
         "features", "parts", "array", "column", "method", "index", "encoder", "bad_rows",
         "recall", "rule", "margin", "precision", "calibration_rows", "k", "nprobe",
-        "text_features", "text_threshold", "reference", "clusters", "borders",
+        "text_features", "text_threshold", "reference", "references_only", "clusters", "borders",
     )  # fmt: skip
     refuse_search_flags(options, searched, kept[1:], earlier)
     metadata = options.metadata or searched["metadata"]

@@ -81,7 +81,8 @@ def search_join(
 ) -> tuple[Scan, Edges, dict[str, Any]]:
     """Find pairs by the join, by the model ``kept`` if there is one.
 
-    Pairs among the first ``frozen`` rows are not wanted.
+    Pairs among the first ``frozen`` rows are not wanted. What is returned as forest, and which
+    pairs else are not wanted: see `join`.
     """
     check_given(features, options)
     runner = runner or Local(cores(options.threads))
@@ -95,10 +96,11 @@ def search_join(
         chunk_rows=options.chunk_rows,
         device="cpu" if options.runner == "ray" else options.device,
         frozen=frozen,
+        across=options.references_only and frozen > 0,
         encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
         kept=kept,
     )
-    memory = memory_bound(options.max_memory, needed_memory(features, runner.here))
+    memory = memory_bound(options.max_memory, needed_memory(features, runner.here, frozen))
     return join(tasks, runner, memory=memory, stage=clock.stage)
 
 
@@ -112,10 +114,11 @@ def search_exact(
         seen = read_all(features, options)
     with clock.stage("compare"):
         rows = np.flatnonzero(~seen.skipped(features.rows, frozen))
-        builder = ForestBuilder()
+        builder = ForestBuilder(frozen=frozen)
         for edges in exact_edges(
-            features, rows, options.threshold, threads=threads, memory=memory, frozen=frozen
-        ):
+            features, rows, options.threshold, threads=threads, memory=memory, frozen=frozen,
+            across=options.references_only and frozen > 0,
+        ):  # fmt: skip
             builder.add(edges)
     return seen, builder.forest(), {}
 
@@ -157,6 +160,8 @@ def find_beside(
             (seen.copies, seen.firsts),
             options.threshold,
             cores(options.threads),
+            across=options.references_only,
+            folder=work / "refer",
         )
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= frozen] - frozen

@@ -87,7 +87,8 @@ def open_inputs(options: Dedup) -> Inputs:
         check_captions(features, text)
     if options.reference is not None:
         references = open_references(options.reference, array=array, column=column)
-        references.before(features)  # refused now, not after the search
+        references.refuse_shared(features)  # now, not after the search
+        references.before(features)
     return Inputs(features, text, references)
 
 

@@ -215,7 +215,7 @@ def describe_run(
         shard["crc32"] = f"{crc:08x}"
     work = grouping_folder(out)
     steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
-    forest_tells = found.verified and found.best is None
+    forest_tells = found.verified and found.best is None and not options.references_only
     table = [t for t in steps if found.threshold <= t <= 1] if forest_tells else []
     return {
         "command": KIND,

@@ -7,6 +7,7 @@ to FEATURES, of which each row keeps its nearest reference row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,19 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.ground import store
 from snipdedup.ground.formats import Shard
-from snipdedup.ground.objects import absolute
-from snipdedup.ground.shards import Features, accept_dates, open_features, request_of
+from snipdedup.ground.objects import absolute, is_elsewhere
+from snipdedup.ground.same import find_shared
+from snipdedup.ground.shards import (
+    Features,
+    accept_dates,
+    open_features,
+    plan_blocks,
+    request_of,
+)
+from snipdedup.ground.sorting import Columns, among
 from snipdedup.grouping.groups import Nearest
-from snipdedup.grouping.pairs import pairs_within
-from snipdedup.search.forest import Edges, ForestBuilder, components, join_edges, make_edges
+from snipdedup.grouping.nearest import nearest_within, with_copies
+from snipdedup.search.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
 from snipdedup.settings import Dedup
 
 KIND = "dedup"  # of the manifest of an OUT
@@ -118,14 +127,24 @@ class References:
         """How many reference rows there are."""
         return int(self.starts[-1])
 
+    def refuse_shared(self, features: Features) -> None:
+        """Refuse features of which a shard is one of a reference's, or a copy: all of it would go.
+
+        Those of the references that earlier runs had count too, and shards of which no row stays.
+        """
+        held = [(item.name, shard) for item in self.items for shard in item.features.shards]
+        shared = find_shared(features.shards, [shard for _, shard in held])
+        if shared is None:
+            return
+        name, other = held[shared.other]
+        said = "equals" if shared.copied else "is"
+        raise SnipError(
+            f"{features.shards[shared.own].path} of FEATURES {said} {other.path} of --reference "
+            f"{name}, so all its rows would go; name as FEATURES what the reference does not hold"
+        )
+
     def before(self, features: Features) -> Features:
         """Return the reference rows and then these as one list of rows."""
-        shared = set(self.features.paths()) & set(features.paths())
-        if shared:
-            raise SnipError(
-                f"{min(shared)} is of FEATURES and of a --reference too, so all its rows would go; "
-                "name as FEATURES what the reference does not hold"
-            )
         if features.dim != self.features.dim:
             raise SnipError(
                 f"--reference {self.items[0].name}: its rows are {self.features.dim} wide, those "
@@ -142,12 +161,31 @@ class References:
             row[at] = self.items[which].live[numbers[at] - self.starts[which]]
         return item, row
 
-    def find(self, names: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the numbers of rows by the names of their inputs: what `locate` undoes."""
-        numbers = np.empty(len(rows), np.int64)
-        for which, item in enumerate(self.items):
-            at = names == item.name
+    def find(self, called: Sequence[str], names: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers of rows by the names of their inputs: what `locate` undoes.
+
+        Parameters
+        ----------
+        called : sequence of str
+            What each input was called then, in their order.
+        names, rows : (n,)
+
+        Raises
+        ------
+        SnipError
+            If a row is none that stays in one of these inputs.
+        """
+        numbers = np.full(len(rows), -1)
+        for which, (name, item) in enumerate(zip(called, self.items, strict=False)):
+            at = np.flatnonzero(names == name)
+            at = at[among(item.live, rows[at])]
             numbers[at] = np.searchsorted(item.live, rows[at]) + self.starts[which]
+        wrong = np.flatnonzero(numbers < 0)
+        if len(wrong):
+            raise SnipError(
+                f"row {rows[wrong[0]]:,} of {names[wrong[0]]} is no row of a --reference that "
+                "stays there; search again"
+            )
         return numbers
 
     def inputs(self) -> list[Path]:
@@ -229,7 +267,11 @@ def split(given: Any) -> list[Any]:
 
 def same(one: Reference, other: Reference) -> bool:
     """Tell whether two references are one input."""
-    return one.path is not None and (one.path, one.kind) == (other.path, other.kind)
+    if one.path is None or other.path is None or one.kind != other.kind:
+        return False
+    if is_elsewhere(one.path) or is_elsewhere(other.path):
+        return one.path == other.path
+    return os.path.realpath(one.path) == os.path.realpath(other.path)
 
 
 def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Reference]:
@@ -343,11 +385,11 @@ class Settled(NamedTuple):
     Attributes
     ----------
     forest : Edges
-        Maximum spanning forest of the pairs among their distinct rows.
+        Maximum spanning forest of the pairs that were found among their distinct rows.
     copies, firsts : (c,) int64
         Exact copies among them.
     nearest : Nearest
-        Of each distinct row that matches a reference row.
+        Of each distinct row that matches a reference row; of each row where there are no copies.
     """
 
     forest: Edges
@@ -363,11 +405,14 @@ def settle(
     copies: tuple[np.ndarray, np.ndarray],
     threshold: float,
     threads: int,
+    *,
+    across: bool = False,
+    folder: Path | None = None,
 ) -> Settled:
     """Cut down what was found over all rows to those after the first ``frozen``.
 
-    A forest over all rows does not hold the forest of some: where a group has reference rows, its
-    other rows are compared again, with one another and with these.
+    Where a group has reference rows, its other rows are compared with all of these: the search
+    may have found a pair with another one only.
 
     Parameters
     ----------
@@ -376,32 +421,39 @@ def settle(
     frozen : int
         How many are reference rows.
     forest : Edges
-        Over distinct rows. Pairs of two reference rows may be in it or not.
+        Over distinct rows, with a forest of its own for pairs of two that are no reference rows,
+        see `forest.spanning_forest`. Pairs of two reference rows may be in it or not.
     copies : two (c,) int64
         Exact copies, and the first row of each.
     threshold, threads
+    across : bool
+        Leave out what the rows are to one another: no forest, no copies.
+    folder : Path, optional
+        For what does not fit into memory; None: all is held.
     """
     copy, first, twins = own_copies(*copies, frozen)
-    row, group = components(join_edges([forest, twins]))
-    order = np.lexsort((row, group))
-    row, group = row[order], group[order]
-    mixed = np.isin(group, group[row < frozen])
-    alone = ~np.isin(forest.a, row[mixed])
-    builder, nearest = ForestBuilder(), NearestBuilder()
-    builder.add(forest.where(alone))
-    nearest.add(twins)
-    some = pairs_within(features, row[mixed], group[mixed], threshold, threads, frozen=frozen)
-    for edges in some:
-        across = edges.a < frozen
-        builder.add(edges.where(~across))
-        nearest.add(edges.where(across))
-    found = builder.forest()
-    return Settled(
-        Edges(found.a - frozen, found.b - frozen, found.similarity),
-        copy - frozen,
-        first - frozen,
-        nearest.result(frozen),
-    )
+    roots, rows = Roots(features.rows), features.rows - frozen
+    for edges in (forest, twins):
+        for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
+            roots.unite(edges.a[start:stop], edges.b[start:stop])
+    nearest = nearest_within(features, roots.labels(), frozen, threshold, threads, folder)
+    copy, first = copy - frozen, first - frozen
+    if across:
+        none = np.empty(0, np.int64)
+        every = with_copies(nearest, copy, first, rows, folder and folder / "every")
+        return Settled(join_edges([]), none, none, every)
+    return Settled(own_forest(forest, frozen, folder), copy, first, nearest)
+
+
+def own_forest(forest: Edges, frozen: int, folder: Path | None) -> Edges:
+    """Return the edges of rows from ``frozen`` on, numbered from there; many are mapped."""
+    kinds = {"a": "<i8", "b": "<i8", "similarity": "<f4"}
+    columns = Columns(folder and folder / "forest", kinds)
+    begin = int(np.searchsorted(forest.a, frozen))  # ascending
+    for start, stop in plan_blocks(len(forest.a) - begin, BLOCK_EDGES):
+        part = forest.where(slice(begin + start, begin + stop))
+        columns.add(part.a - frozen, part.b - frozen, part.similarity)
+    return Edges(*columns.arrays())
 
 
 def own_copies(
@@ -420,21 +472,3 @@ def own_copies(
     firsts[outside] = own[np.searchsorted(reference, firsts[outside])]
     rest = copies != firsts
     return copies[rest], firsts[rest], make_edges(reference, own, np.ones(len(own)))
-
-
-class NearestBuilder:
-    """Takes edges from reference rows (a) to others (b); keeps the best of each b."""
-
-    def __init__(self) -> None:
-        self.best = join_edges([])
-
-    def add(self, edges: Edges) -> None:
-        """Take more edges; of equally near reference rows the first is kept."""
-        if len(edges.a):
-            edges = join_edges([self.best, edges])
-            order = np.lexsort((edges.a, -edges.similarity, edges.b))
-            self.best = edges.where(order[np.unique(edges.b[order], return_index=True)[1]])
-
-    def result(self, frozen: int) -> Nearest:
-        """Return the nearest reference row of each row, numbered from ``frozen``."""
-        return Nearest(self.best.b - frozen, self.best.a, self.best.similarity)

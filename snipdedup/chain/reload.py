@@ -77,7 +77,7 @@ def load_found(folder: Path, inputs: Inputs, options: Dedup) -> Found:
         also=inputs.also(options),
         best=best,
         references=inputs.references,
-        nearest=load_nearest(folder, inputs.references),
+        nearest=load_nearest(folder, manifest, inputs.references),
         text_crcs=known_crcs([manifest["text"]] if inputs.text else []),
         reference_crcs=known_crcs(manifest.get("references", [])),
     )
@@ -110,7 +110,9 @@ def load_forest(
     return edges.where(distinct), edges.b[order], edges.a[order]
 
 
-def load_nearest(folder: Path, references: References | None) -> Nearest | None:
+def load_nearest(
+    folder: Path, manifest: dict[str, Any], references: References | None
+) -> Nearest | None:
     """Read back each row's nearest reference row."""
     import pyarrow.parquet as pq
 
@@ -118,7 +120,8 @@ def load_nearest(folder: Path, references: References | None) -> Nearest | None:
         return None
     table = pq.read_table(folder / "references.parquet")
     names = table["reference"].to_numpy(zero_copy_only=False)
-    numbers = references.find(names, table["reference_row"].to_numpy())
+    called = [held["name"] for held in manifest["references"]]
+    numbers = references.find(called, names, table["reference_row"].to_numpy())
     return Nearest(table["row"].to_numpy(), numbers, table["similarity"].to_numpy())
 
 

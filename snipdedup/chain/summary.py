@@ -23,6 +23,8 @@ def summary(result: Result, out: Path, body: dict[str, Any]) -> str:
             f"  for others  {counts['removed_for_reference']:>12,}  go for one of "
             f"{counts['reference_rows']:,} reference rows"
         )
+    if body["settings"].get("references_only"):
+        lines.append("  note: rows were compared with the references only, not with one another")
     if "model" in body["method"]:
         kept = body["method"]["model"] == "kept"
         how = (

@@ -55,7 +55,6 @@ def pairs_within(
     threshold: float,
     threads: int,
     also: Also | None = None,
-    frozen: int = 0,
 ) -> Iterator[Edges]:
     """Yield all pairs of rows that share a group, each once.
 
@@ -65,8 +64,6 @@ def pairs_within(
     ----------
     row, group : (n,) int64
         Rows, ordered by group, then row.
-    frozen : int
-        Pairs of two rows below this are left out.
     """
 
     def find(task: tuple[int, int, int, int]) -> Edges:
@@ -81,18 +78,9 @@ def pairs_within(
             if j != i:
                 right = load_panel(features, row[begin + j : min(begin + j + TILE, end)])
             edges = tile_pairs(left, right, 0, 0, threshold)
-        if frozen:
-            edges = edges.where(edges.b >= frozen)
         return edges if also is None else edges.where(also.holds(edges.a, edges.b))
 
-    tasks = plan_groups(np.diff(group_starts(group)))
-    if frozen:  # rows ascend in a group: where a tile's last one is frozen, all are
-        tasks = (
-            (begin, end, i, j)
-            for begin, end, i, j in tasks
-            if j < 0 or row[min(begin + j + TILE, end) - 1] >= frozen
-        )
-    yield from in_order(find, tasks, threads)
+    yield from in_order(find, plan_groups(np.diff(group_starts(group))), threads)
 
 
 def plan_groups(sizes: np.ndarray) -> Iterator[tuple[int, int, int, int]]:

@@ -35,6 +35,7 @@ def exact_edges(
     threads: int,
     memory: int,
     frozen: int = 0,
+    across: bool = False,
 ) -> Iterator[Edges]:
     """Yield the spanning forest of each tile's pairs, from all pairs of ``rows``.
 
@@ -49,17 +50,25 @@ def exact_edges(
     memory : int
         Bytes for two panels of rows; a smaller bound reads the features more often.
     frozen : int
-        Pairs of two rows below this are left out.
+        Pairs of two rows below this are left out, and those of two others have a forest of their
+        own, see `forest.spanning_forest`.
+    across : bool
+        Leave out pairs of two others, too.
     """
     size = panel_rows(features, memory)
     starts = range(0, len(rows), size)
     early = int(np.searchsorted(rows, frozen))
     plans = {
-        (i, j): tile_plan(len(rows), size, i, j, early) for i in starts for j in starts if j >= i
+        (i, j): tile_plan(len(rows), size, i, j, early, across)
+        for i in starts
+        for j in starts
+        if j >= i
     }
     tiles = sum(map(len, plans.values()))
     with progress.bar(tiles, "comparing", "tiles") as bar:
         for i in starts:
+            if not any(plans[i, j] for j in range(i, len(rows), size)):
+                continue
             left = load_panel(features, rows[i : i + size])
             for j in range(i, len(rows), size):
                 plan = plans[i, j]
@@ -71,7 +80,11 @@ def exact_edges(
                     tile: tuple[int, int], left: Panel = left, right: Panel = right
                 ) -> Edges:
                     edges = tile_pairs(left, right, *tile, threshold)
-                    return spanning_forest(edges.where(edges.b >= frozen) if frozen else edges)
+                    if frozen:
+                        edges = edges.where(edges.b >= frozen)
+                    if across:
+                        edges = edges.where(edges.a < frozen)
+                    return spanning_forest(edges, frozen)
 
                 for edges in in_order(compare, plan, threads):
                     bar.update(1)
@@ -84,12 +97,14 @@ def panel_rows(features: Features, memory: int) -> int:
     return max(TILE, memory // (2 * row_bytes) // TILE * TILE)
 
 
-def tile_plan(rows: int, size: int, i: int, j: int, early: int = 0) -> list[tuple[int, int]]:
+def tile_plan(
+    rows: int, size: int, i: int, j: int, early: int = 0, across: bool = False
+) -> list[tuple[int, int]]:
     """Return the tiles (left start, right start) of panels at rows i and j, each pair once.
 
-    Tiles of two rows below ``early`` are left out.
+    Tiles of two rows below ``early`` are left out; with ``across`` those of two others, too.
     """
-    left = range(0, min(size, rows - i), TILE)
+    left = [a for a in range(0, min(size, rows - i), TILE) if not across or i + a < early]
     right = [b for b in range(0, min(size, rows - j), TILE) if min(j + b + TILE, rows) > early]
     return [(a, b) for a in left for b in right if i != j or b >= a]
 

@@ -56,11 +56,16 @@ def join_edges(parts: list[Edges]) -> Edges:
     )
 
 
-def spanning_forest(edges: Edges) -> Edges:
+def spanning_forest(edges: Edges, frozen: int = 0) -> Edges:
     """Return the maximum spanning forest, its edges ordered by (a, b).
 
-    The edges are totally ordered, so the result is unique whatever their order and repeats.
+    The edges are totally ordered, so the result is unique whatever their order and repeats. With
+    ``frozen`` it is two forests one after the other: that of the edges with a row below it, and
+    that of the edges of two rows from it on.
     """
+    if frozen:
+        below = edges.a < frozen
+        return join_edges([spanning_forest(edges.where(part)) for part in (below, ~below)])
     forest = edges.where(forest_places(edges))
     return forest.where(order_by(forest.a, forest.b))
 
@@ -258,10 +263,13 @@ class ForestBuilder:
     ----------
     buffer : int, optional
         Edges collected before the forest is made again.
+    frozen : int, optional
+        As `spanning_forest` takes it.
     """
 
-    def __init__(self, buffer: int | None = None) -> None:
+    def __init__(self, buffer: int | None = None, frozen: int = 0) -> None:
         self.buffer = BUFFER_EDGES if buffer is None else buffer
+        self.frozen = frozen
         self.parts: list[Edges] = []
         self.held = 0
         self.forest_size = 0
@@ -276,7 +284,7 @@ class ForestBuilder:
     def forest(self) -> Edges:
         """Return the maximum spanning forest of all edges taken so far."""
         edges, self.parts = join_edges(self.parts), []  # not held twice
-        forest = spanning_forest(edges)
+        forest = spanning_forest(edges, self.frozen)
         self.parts = [forest]
         self.held = self.forest_size = len(forest.a)
         return forest

@@ -51,14 +51,16 @@ def join(
 ) -> tuple[Scan, Edges, dict[str, Any]]:
     """Find the near-duplicates of a set.
 
-    Pairs among the first ``frozen`` rows are not looked for; absorbed rows may still bring some.
+    Pairs among the first ``frozen`` rows are not looked for, nor, with ``across``, pairs among the
+    others; absorbed rows may still bring some.
 
     Returns
     -------
     scan : Scan
         Bad rows, exact copies, checksums.
     forest : Edges
-        Maximum spanning forest of the pairs found among distinct rows, each proved by its cosine.
+        Maximum spanning forest of the pairs found among distinct rows, each proved by its cosine;
+        with ``frozen`` two of them, see `forest.spanning_forest`.
     notes : dict
         What was chosen and how much was compared, for the manifest.
 
@@ -88,16 +90,16 @@ def join(
     return seen, forest, {**lists, **calibrated, **notes}
 
 
-def needed_memory(features: Features, threads: int) -> int:
+def needed_memory(features: Features, threads: int, frozen: int = 0) -> int:
     """Return the least memory that a run with these rows needs, in bytes, libraries apart.
 
     One stage comes after the other. Fitting holds a sample; encoding, for each thread, a task's
     codes and a block's distances to centroids; joining, for each thread, the rows of a block of
     proofs, of two tiles, and their products. Listing copies costs a byte a row, forest and groups
-    four (eight above 2^32 rows), and a block of edges or groups.
+    four (eight above 2^32 rows, twice that for two forests), and a block of edges or groups.
     """
     rows, raw = features.rows, features.dim * features.dtype.itemsize
-    roots = rows * np.dtype(row_kind(rows)).itemsize
+    roots = rows * np.dtype(row_kind(rows)).itemsize * (2 if frozen else 1)
     stages = (
         fitting_bytes(rows, raw),
         threads * max(encode_bytes(rows), join_bytes(features)),
@@ -168,7 +170,7 @@ def join_all(tasks: Tasks, runner: Runner, seen: Scan, memory: int) -> tuple[Edg
         for run in runner.each(join_run, heavy, tasks.joined, within):
             bar.update(int(visits[run.low : run.high].sum()))
     runner.finish()
-    builder, proposed = ForestFile(tasks.work / "forest", features.rows), 0
+    builder, proposed = ForestFile(tasks.work / "forest", features.rows, tasks.frozen), 0
     for edges in absorbed_edges(tasks.folders, model.hubs, seen, tasks.skip):
         builder.add(edges)
     for run in runs:

@@ -38,8 +38,13 @@ def join_task(
     threads: int,
     device: str,
     frozen: int,
+    across: bool = False,
 ) -> tuple[Edges, int]:
-    """Find and verify the pairs of a partition; return their forest and the candidates' number."""
+    """Find and verify the pairs of a partition; return their forest and the candidates' number.
+
+    Pairs of two rows from ``frozen`` on have a forest of their own, see `forest.spanning_forest`;
+    with ``across`` they are not looked for.
+    """
     columns = [
         (number, column)
         for number, homes in enumerate(partition.homes)
@@ -59,15 +64,16 @@ def join_task(
             threshold=threshold,
             device=device,
             frozen=frozen,
+            across=across,
         )
 
-    builder, candidates = ForestBuilder(), 0
+    builder, candidates = ForestBuilder(frozen=frozen), 0
     open_ = [(np.empty(0, np.int64),) * 2]
     for found in in_order(propose, columns, threads):
         candidates += found.proposed
         builder.add(found.edges)
         open_.append((found.a, found.b))
     a, b = (np.concatenate(side) for side in zip(*open_, strict=True))
-    for edges in verify_pairs(features, a, b, threshold, threads):
+    for edges in verify_pairs(features, a, b, threshold, threads, frozen=frozen):
         builder.add(edges)
     return builder.forest(), candidates

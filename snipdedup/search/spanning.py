@@ -49,11 +49,14 @@ class ForestFile:
         For what does not fit into memory; emptied first. The forest stays there.
     rows : int
         Rows that there are.
+    frozen : int, optional
+        As `spanning_forest` takes it; twice the bytes a row are held then.
     """
 
-    def __init__(self, folder: Path, rows: int) -> None:
+    def __init__(self, folder: Path, rows: int, frozen: int = 0) -> None:
         self.folder, self.rows, self.kind = folder, rows, edge_kind(rows)
-        self.builder = ForestBuilder(HELD_EDGES)
+        self.frozen = frozen
+        self.builder = ForestBuilder(HELD_EDGES, frozen)
         self.waiting = Sorter(folder / "edges", self.kind, self._worth, held=HELD_EDGES)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -74,7 +77,7 @@ class ForestFile:
     def _spill(self) -> None:
         self.waiting.add(pack(self.kind, *self.builder.forest()))
         self.waiting.spill()
-        self.builder = ForestBuilder(HELD_EDGES)
+        self.builder = ForestBuilder(HELD_EDGES, self.frozen)
 
     def forest(self) -> Edges:
         """Return the maximum spanning forest of all edges taken; more than fit are on disk."""
@@ -82,14 +85,15 @@ class ForestFile:
             return self.builder.forest()
         self._spill()
         chosen = Sorter(self.folder / "chosen", self.kind, by_first, held=HELD_EDGES)
-        roots = Roots(self.rows)
+        roots = [Roots(self.rows) for _ in range(2 if self.frozen else 1)]
         for records in self.waiting.ascending():
             edges = edges_of(records)
             order = best_first(edges)
             for start in range(0, len(order), BLOCK_EDGES):
                 places = order[start : start + BLOCK_EDGES]
-                joined = places[roots.join(edges.a[places], edges.b[places])]
-                chosen.add(records[joined])
+                below = edges.a[places] < self.frozen
+                for root, part in zip(roots, (places[~below], places[below]), strict=False):
+                    chosen.add(records[part[root.join(edges.a[part], edges.b[part])]])
         del roots
         forest = Columns(
             self.folder / "forest",

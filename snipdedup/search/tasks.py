@@ -54,6 +54,7 @@ class Tasks:
     chunk_rows: int
     device: str
     frozen: int
+    across: bool = False
     encoder: Path | None = None
     kept: Path | None = None  # the model of an earlier run
 
@@ -185,6 +186,7 @@ class Tasks:
                 threads=threads,
                 device=pick_device(self.device),
                 frozen=self.frozen,
+                across=self.across,
             )
             store.save_npz(path, lasting=False, **forest._asdict(), proposed=np.array(proposed))
 

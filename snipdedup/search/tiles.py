@@ -7,6 +7,7 @@ tile gives a spanning forest of its pairs instead, proved at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +84,7 @@ def compare(
     threshold: float,
     device: str = "cpu",
     frozen: int = 0,
+    across: bool = False,
 ) -> TilePairs:
     """Compare the first ``columns`` rows with one another and with all rows after them.
 
@@ -100,6 +102,8 @@ def compare(
         Where products are computed: ``cpu`` or ``cuda``.
     frozen : int
         Global rows below are not compared with one another.
+    across : bool
+        Nor are the others: only with these.
     """
     import torch
 
@@ -108,6 +112,8 @@ def compare(
     old = right.row < frozen
     if frozen and old.all():
         members, first = members.where(members.row >= frozen), columns  # none is a column
+    if across and not old.any():
+        members, first = members.where(members.row < frozen), columns
     prepared = prepare_columns(kernel, right.codes)
     lowest = limit - kernel.rounding * abs(limit) - right.slack.max(initial=0)
     listed: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
@@ -118,11 +124,14 @@ def compare(
         reach = min(columns, start + ROW_TILE) if late else columns  # further on, none is wanted
         some = prepared if reach == columns else prepare_columns(kernel, right.codes[:reach])
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), some)
-        place = start, late, left.row < frozen, old
+        place = start, late, left.row < frozen, old, across
         i, j, close = close_places(products, lowest - left.slack, reach, place)
         if close is not None:
-            forests.append(crowded(features, left.row, right.row[:reach], close, threshold))
+            for i, j in sides(left.row < frozen, old[:reach]):
+                part = left.row[i], right.row[j], close[np.ix_(i, j)]
+                forests.append(crowded(features, *part, threshold))
             count += int(np.count_nonzero(close))
+            continue
         listed.append((left.row[i], right.row[j]))
         count += len(i)
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
@@ -133,7 +142,7 @@ def close_places(
     products: Any,
     limits: np.ndarray,
     columns: int,
-    place: tuple[int, bool, np.ndarray, np.ndarray],
+    place: tuple[int, bool, np.ndarray, np.ndarray, bool],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the rows and columns of a tile's pairs; of a crowded tile none, but a mask of them.
 
@@ -171,15 +180,31 @@ def prepare_columns(kernel: Kernel, codes: np.ndarray) -> Any:
 
 
 def wanted(
-    i: np.ndarray, j: np.ndarray, start: int, late: bool, old_rows: np.ndarray, old: np.ndarray
+    i: np.ndarray,
+    j: np.ndarray,
+    start: int,
+    late: bool,
+    old_rows: np.ndarray,
+    old: np.ndarray,
+    across: bool,
 ) -> np.ndarray:
     """Return which pairs of a tile's rows i with its columns j are looked for.
 
     Each pair once: where rows are columns too (``late``), none with itself or a later column. None
-    of two frozen rows.
+    of two frozen rows; where only pairs ``across`` are looked for, none of two others either.
     """
     once: np.ndarray = (j < i + start) | (not late)
-    return once & ~(old_rows[i] & old[j])
+    return once & (old_rows[i] != old[j] if across else ~(old_rows[i] & old[j]))
+
+
+def sides(old_rows: np.ndarray, old: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rows and columns of a tile whose pairs get a forest of their own, as places.
+
+    Those that are not frozen with one another; frozen ones with others, which are two parts.
+    """
+    for rows, columns in ((~old_rows, ~old), (old_rows, ~old), (~old_rows, old)):
+        if rows.any() and columns.any():
+            yield np.flatnonzero(rows), np.flatnonzero(columns)
 
 
 def crowded(
@@ -200,6 +225,8 @@ def crowded(
     threshold : float
     """
     left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
+    if not len(left):
+        return join_edges([])
     if len(left) * len(right) < close.size:
         rows, columns = rows[left], columns[right]
         close = np.take(np.take(close, left, axis=0), right, axis=1)

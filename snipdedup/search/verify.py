@@ -28,6 +28,7 @@ def verify_pairs(
     threads: int,
     *,
     every: bool = False,
+    frozen: int = 0,
 ) -> Iterator[Edges]:
     """Yield the edges among the proposed pairs, a block of pairs at a time.
 
@@ -41,15 +42,24 @@ def verify_pairs(
     threads : int
     every : bool
         Yield every pair; by default a maximum spanning forest of a block's will do.
+    frozen : int
+        As `forest.spanning_forest` takes it.
     """
 
     def check(span: tuple[int, int]) -> Edges:
-        return prove(features, a[slice(*span)], b[slice(*span)], threshold, every)
+        return prove(features, a[slice(*span)], b[slice(*span)], threshold, every, frozen)
 
     yield from in_order(check, plan_blocks(len(a), GATHER_PAIRS), threads)
 
 
-def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, every: bool) -> Edges:
+def prove(
+    features: Features,
+    a: np.ndarray,
+    b: np.ndarray,
+    threshold: float,
+    every: bool,
+    frozen: int = 0,
+) -> Edges:
     """Return the edges among one block of pairs; see `verify_pairs`."""
     import torch
 
@@ -66,7 +76,7 @@ def prove(features: Features, a: np.ndarray, b: np.ndarray, threshold: float, ev
     edges = make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j)).at(threshold)
     if every or len(edges.a) < len(rows):  # a forest would hardly be smaller
         return edges
-    return spanning_forest(edges)
+    return spanning_forest(edges, frozen)
 
 
 def pair_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarray:

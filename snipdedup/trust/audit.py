@@ -294,27 +294,32 @@ def estimate_missed(
     threads: int,
     verdict: Verdict,
 ) -> None:
-    """Estimate how many rows that stay match another that stays, by brute force on a sample."""
+    """Estimate how many rows that stay match another that stays, by brute force on a sample.
+
+    Where rows were compared with references only, another is a row of these.
+    """
     stay = run.rows - int(np.count_nonzero(run.is_dup))
     ordinals = pick_ordinals(stay, options.probe_rows, options.seed)
     sample = staying(run.is_dup, ordinals)
     sample = sample[~bad_rows(features.gather(sample))]
-    nearest, cosine = nearest_rows(features, sample, run.is_dup, threads=threads)
-    missed = np.flatnonzero(cosine >= np.float32(run.threshold))
-    verdict.say("missed", missed_text(len(missed), len(sample), len(ordinals) < stay))
-    if len(missed):
-        worst = missed[np.argmax(cosine[missed])]
-        verdict.say(
-            "missed",
-            f"such as {run.place(int(sample[worst]))} and {run.place(int(nearest[worst]))}: "
-            f"cosine {cosine[worst]:.6f}",
-        )
+    if not run.references_only:
+        nearest, cosine = nearest_rows(features, sample, run.is_dup, threads=threads)
+        missed = np.flatnonzero(cosine >= np.float32(run.threshold))
+        verdict.say("missed", missed_text(len(missed), len(sample), len(ordinals) < stay))
+        if len(missed):
+            worst = missed[np.argmax(cosine[missed])]
+            verdict.say(
+                "missed",
+                f"such as {run.place(int(sample[worst]))} and {run.place(int(nearest[worst]))}: "
+                f"cosine {cosine[worst]:.6f}",
+            )
+    of = f"{len(sample):,} rows that stay" if run.references_only else "them"
     for reference in held:
         _, cosine = nearest_rows(
             features, sample, reference.gone, threads=threads, among=reference.features
         )
         missed = np.flatnonzero(cosine >= np.float32(run.threshold))
-        verdict.say("missed", f"{len(missed):,} of them match a row of {reference.name}")
+        verdict.say("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
 
 
 def missed_text(missed: int, rows: int, sampled: bool) -> str:

@@ -75,7 +75,13 @@ class Run:
         settings = self.manifest["settings"]
         if settings["method"] == "semdedup":
             return "semdedup"
-        return "components" if settings["grouping"] == "components" else None
+        chains = settings["grouping"] == "components" and not self.references_only
+        return "components" if chains else None
+
+    @property
+    def references_only(self) -> bool:
+        """Whether rows go for rows of references only."""
+        return bool(self.manifest["settings"].get("references_only"))
 
     def place(self, row: int) -> str:
         """Return a row as a message names it, with its file; < 0: the complement of another's."""
@@ -207,6 +213,12 @@ class Proof:
             right &= ~members.is_dup[at] & ~self.run.is_dup[own]
         right = np.where(members.is_dup, right, members.representative == members.row)
         right |= members.is_dup & (members.representative < 0)  # of a reference
+        if self.run.references_only:
+            self.verdict.fail_each(
+                "representative",
+                members.row[members.is_dup & (members.representative >= 0)],
+                partial(self._of_row, "it goes for a row of FEATURES, expected one of a reference"),
+            )
         # a mask that disagrees is named already
         right |= ~members.is_dup & self.run.is_dup[members.row]
         self.verdict.fail_each(

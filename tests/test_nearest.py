@@ -1,0 +1,92 @@
+"""The nearest reference row inside a group, against a table of all cosines."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from unittest import mock
+
+import numpy as np
+import pytest
+import truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snipdedup.ground import sorting
+from snipdedup.ground.cosine import pair_cosine, unit_rows64
+from snipdedup.ground.shards import open_features
+from snipdedup.grouping import nearest
+from snipdedup.grouping.groups import Nearest
+
+
+def plain_nearest(table, labels, frozen, threshold):
+    """Row by row: [(row, reference row, cosine)] of those that match one of their group."""
+    found = []
+    for row in range(frozen, len(labels)):
+        inside = np.flatnonzero(labels[:frozen] == labels[row])
+        if len(inside) and table[row, inside].max() >= np.float32(threshold):
+            best = inside[table[row, inside].argmax()]
+            found.append((row - frozen, int(best), float(table[row, best])))
+    return found
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@settings(max_examples=40)
+@given(
+    rows=st.integers(2, 60),
+    groups=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    noise=st.sampled_from([1e-5, 0.1, 0.6]),
+    tile=st.sampled_from([1, 5, 1024]),
+    share=st.floats(0, 1),
+)
+def test_each_row_gets_the_nearest_of_its_group(
+    tmp_path_factory, on_disk, rows, groups, seed, noise, tile, share
+):
+    """Whatever is listed, tiled, or waits in files; noise of 1e-5 makes many equal cosines."""
+    rng = np.random.default_rng(seed)
+    x = truth.clustered(rows, 6, seed, clusters=3, noise=noise, copies=0.2)
+    frozen = 1 + int(share * (rows - 2))
+    of = rng.integers(0, groups, rows)
+    labels = np.array([np.flatnonzero(of == group)[0] for group in of])
+    table = truth.cosine_table(x)
+    table[(x[:, None] == x).all(2)] = 1
+    few = mock.patch.multiple(sorting, HELD=3, PARTS=3, READ=5) if on_disk else nullcontext()
+    folder = tmp_path_factory.mktemp("f") if on_disk else None
+    with few, mock.patch.multiple(nearest, LISTED=tile, TILE=tile, GATHER_PAIRS=7, READ=9):
+        found = nearest.nearest_within(open_features(x), labels, frozen, 0.9, 2, folder)
+    listed = list(zip(*(column.tolist() for column in found), strict=True))
+    assert listed == plain_nearest(table, labels, frozen, 0.9)
+
+
+@pytest.mark.parametrize("dim", [3, 768])
+def test_products_decide_as_the_cosine_does(dim):
+    """Near ties: cosines that differ in the last bits only; the few in doubt are proved."""
+    rng = np.random.default_rng(dim)
+    centre = rng.standard_normal(dim)
+    x, y = ((centre + 1e-4 * rng.standard_normal((n, dim))).astype(np.float32) for n in (300, 200))
+    proved = []
+
+    def counted(*given):
+        proved.append(len(given[2]))
+        return proved_cosines(*given)
+
+    proved_cosines = nearest.proved_cosines
+    with mock.patch.object(nearest, "proved_cosines", counted):
+        found = nearest.likely_cosines(x, unit_rows64(x), y, np.full(300, -1, np.float32))
+    i, j = np.divmod(np.arange(300 * 200), 200)
+    exact = pair_cosine(x[i], y[j]).reshape(300, 200)
+    assert np.array_equal(found.max(1), exact.max(1))
+    assert np.array_equal(found.argmax(1), exact.argmax(1))
+    assert sum(proved) < 0.01 * exact.size
+
+
+def test_copies_get_what_their_first_row_has(tmp_path):
+    known = Nearest(np.array([1, 4]), np.array([7, 3]), np.array([0.9, 1], np.float32))
+    copies, firsts = np.array([2, 3, 5, 9]), np.array([0, 1, 4, 1])
+    for path in (None, tmp_path / "copies"):
+        found = nearest.with_copies(known, copies, firsts, 10, path)
+        assert found.row.tolist() == [1, 3, 4, 5, 9]
+        assert found.reference.tolist() == [7, 7, 3, 3, 7]
+        assert found.similarity.tolist() == known.similarity[[0, 0, 1, 1, 0]].tolist()
+    none = Nearest(*(column[:0] for column in known))
+    assert len(nearest.with_copies(none, copies, firsts, 10, None).row) == 0
