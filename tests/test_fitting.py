@@ -1,4 +1,4 @@
-"""What a join fits to a sample: codes as wide as is cheapest, the same by any threads."""
+"""What a join fits to samples: codes as wide as is cheapest, τ on rows that trained no centroid."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from snipdedup.ground.shards import open_features
 from snipdedup.search import fitting
-from snipdedup.search.fitting import choose_projection, proposals
+from snipdedup.search.fitting import (
+    choose_projection,
+    distinct_places,
+    draw_rows,
+    proposals,
+    sample_distinct,
+)
+from snipdedup.search.learned import encode_blocks
+from snipdedup.search.lists import needed_taus
 from snipdedup.search.projection import WIDTHS
 
 ROWS = 1 << 20  # of the set that a sample stands for
@@ -65,3 +74,84 @@ def test_threads_change_nothing(least):
     assert one.width == two.width
     for name, array in one.arrays().items():
         assert np.array_equal(array, two.arrays()[name])
+
+
+def planted(seed, rows, dim, pairs):
+    """Random rows, and the places of pairs: one in ten at cosine .952, the others at .995."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, dim))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    a, b = rng.permutation(rows)[: 2 * pairs].reshape(2, -1)
+    noise = rng.standard_normal((pairs, dim))
+    noise -= (noise * x[a]).sum(1, keepdims=True) * x[a]
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    cosine = np.where(np.arange(pairs) % 10, 0.995, 0.952)[:, None]
+    x[b] = cosine * x[a] + np.sqrt(1 - cosine**2) * noise
+    return x.astype(np.float32), a, b
+
+
+@pytest.mark.parametrize("rows", [3000, 12_000])
+def test_centroids_are_trained_on_other_rows_than_tau_is_calibrated_on(rows, monkeypatch):
+    """Where the sample is all of the set too: then some rows leave it."""
+    used = {}
+
+    def spy(name):
+        real = getattr(fitting, name)
+
+        def record(codes, *given):
+            used[name] = {code.tobytes() for code in codes}
+            return real(codes, *given)
+
+        monkeypatch.setattr(fitting, name, record)
+
+    spy("train_centroids")
+    spy("calibrate_tau")
+    monkeypatch.setattr(fitting, "SINGLE_LIST_ROWS", 0)
+    monkeypatch.setattr(fitting, "CALIBRATION_ROWS", (4000, 4000))
+    x = planted(0, rows, 40, 100)[0]
+    model = fitting.fit(open_features(x), 0.95, 0.999, 0, 2, nlist=30)
+    assert model.lists.nlist == 30
+    assert not used["train_centroids"] & used["calibrate_tau"]
+    assert len(used["train_centroids"]) == min(48 * 30, rows // 2)
+    assert len(used["calibrate_tau"]) == min(4000, rows - 48 * 30)
+
+
+def test_the_promise_is_kept_where_a_sample_holds_few_pairs(monkeypatch):
+    """Some 25 of 2,500, of which one in ten is hard: often the sample holds none of these."""
+    monkeypatch.setattr(fitting, "SINGLE_LIST_ROWS", 0)
+    monkeypatch.setattr(fitting, "CALIBRATION_ROWS", (2000, 2000))
+    met = []
+    for seed in range(8):
+        x, a, b = planted(seed, 20_000, 32, 2500)
+        model = fitting.fit(open_features(x), 0.95, 0.999, seed, 2)
+        assert model.lists.nlist > 80
+        codes = encode_blocks(model.projection, np.concatenate([x[a], x[b]]), 2)
+        places = np.arange(len(a))
+        need = needed_taus(codes, model.lists.centroids, places, places + len(a), 2).min(1)
+        met.append(np.mean(need <= model.lists.tau))
+    assert np.mean(met) >= 0.999
+    assert min(met) >= 0.998
+
+
+def test_rows_are_drawn_from_those_not_taken():
+    rng = np.random.default_rng(0)
+    taken = np.arange(0, 1000, 3)
+    some = draw_rows(1000, 100, rng, taken)
+    assert len(some) == 100
+    assert (np.diff(some) > 0).all()
+    assert (some % 3 > 0).all()
+    assert (
+        draw_rows(1000, 900, rng, taken).tolist() == np.setdiff1d(np.arange(1000), taken).tolist()
+    )
+    assert draw_rows(7, 7, rng).tolist() == list(range(7))
+
+
+def test_rows_of_one_hash_are_compared(monkeypatch):
+    """Different rows stay, of equal ones the first."""
+    monkeypatch.setattr(fitting, "row_hashes", lambda rows: np.full(len(rows), 5, np.uint64))
+    rows = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [np.nan, 1]], np.float32)
+    numbers, sample = sample_distinct(open_features(rows), 100, 0, 2)
+    assert sorted(numbers.tolist()) == [0, 1, 3]
+    assert np.array_equal(sample, rows[numbers])
+    hashes = np.array([1, 1, 1, 2, 2], np.uint64)
+    assert distinct_places(rows, hashes, np.array([4, 1, 0, 3, 2])).tolist() == [0, 1, 2, 3]

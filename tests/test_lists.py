@@ -8,13 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.stats import binom
 
 from snipdedup.search.forest import make_edges
 from snipdedup.search.lists import (
+    ENOUGH,
     Asked,
     Lists,
     assign,
     calibrate_tau,
+    counted,
+    drawn_pairs,
     edge_weights,
     nearest,
     train_centroids,
@@ -211,6 +215,39 @@ def test_a_pair_of_two_rows_stands_for_more_than_an_edge_of_a_large_group():
     assert weight.tolist() == [1.0] * 100 + [10.0]  # in the sample: a tenth, and a hundredth
     assert edge_weights(forest, 1.0).tolist() == [1.0] * 101
     assert len(edge_weights(make_edges(chain[:0], chain[:0], np.ones(0)), 0.1)) == 0
+
+
+def test_groups_are_counted_as_groups_of_two_rows():
+    """Eight pairs are eight; a group of 101 sampled rows, at a tenth, is as sure as ten of them."""
+    edges = np.arange(16).reshape(8, 2)
+    pairs = make_edges(*edges.T, np.ones(8))
+    assert counted(edge_weights(pairs, 0.1), 0.1) == pytest.approx(8)
+    chain = make_edges(np.arange(100), np.arange(100) + 1, np.ones(100))
+    assert counted(edge_weights(chain, 0.1), 0.1) == pytest.approx(10)
+
+
+def test_fewer_than_enough_may_be_missing_with_95_percent_confidence():
+    """At the bound, so few or fewer are seen in 5 % of all samples, whatever their size."""
+    for seen in range(ENOUGH + 1):
+        for size in (50, 1000, 10**6):
+            assert binom.cdf(seen, size, (seen + ENOUGH) / size) <= 0.05
+
+
+def test_pairs_are_drawn_by_weight_and_some_are_moved_to_the_threshold():
+    edges = np.arange(48).reshape(24, 2)
+    similarity = np.resize([0.98, 0.95], 24).astype(np.float32)
+    pairs = make_edges(*edges.T, similarity)
+    weight = np.resize([3.0, 1.0], 24)  # 48 in all; a fourth of the set is the sample: 12 groups
+    drawn, times = drawn_pairs(pairs, weight, 1000, Asked(0.95, 0.999, 0.25, 1))
+    assert len(drawn.a) == len(times) == 1000
+    easy = drawn.similarity == np.float32(0.98)
+    assert abs(easy.mean() - 0.75) < 0.01
+    assert abs(easy[:500].mean() - 0.75) < 0.01  # of those left open: 6 of 12
+    assert np.allclose(times[:500][easy[:500]], (0.05 / 0.02) ** 0.5, rtol=1e-4)
+    assert np.allclose(times[:500][~easy[:500]], 1, rtol=1e-4)
+    assert (times[500:] == 1).all()
+    all_ = drawn_pairs(pairs, weight, 1000, Asked(0.95, 0.999, 0.01, 1))[1]
+    assert abs(np.mean(all_ > 1.5) - 0.75) < 0.01
 
 
 def test_full_recall_means_half_the_largest_distance_and_no_more_is_ever_used():

@@ -18,15 +18,20 @@ import numpy as np
 from snipdedup.ground.scan import SORT_ROWS
 from snipdedup.ground.sorting import HELD, row_kind
 from snipdedup.search.encoding import task_rows
-from snipdedup.search.fitting import SINGLE_LIST_ROWS, list_count
+from snipdedup.search.fitting import (
+    SINGLE_LIST_ROWS,
+    calibration_rows,
+    list_count,
+    training_rows,
+)
 from snipdedup.search.join import (
     DISTANCE_BYTES,
     GROUPS_BYTES,
     PARTITION_BYTES,
     RUNS_A_WORKER,
     SORT_BYTES,
+    TRAINING_CODES,
     VISIT_BYTES,
-    sample_size,
 )
 from snipdedup.search.lists import ROUNDS
 from snipdedup.search.spanning import HELD_EDGES
@@ -163,6 +168,7 @@ class Counts(NamedTuple):
 
     lists: int
     sample: int
+    trained: int
     visits: float
     products: float
     tiles: float
@@ -251,7 +257,8 @@ def count(job: Job, rates: Rates) -> Counts:
     )
     return Counts(
         lists=lists,
-        sample=sample_size(rows, lists),
+        sample=calibration_rows(rows),
+        trained=training_rows(rows, lists),
         visits=visits,
         products=products,
         tiles=tiles,
@@ -273,10 +280,11 @@ def estimate(job: Job, rates: Rates) -> Cost:
     read_back = number.visits * rates.visit_bytes
     proofs = 2 * number.listed * max(PAGE, row_bytes) * (job.disk_speed > 0)
     sorted_ = spilled(number.edges, HELD)
-    k_means = ROUNDS * number.sample * number.lists * rates.nearest
+    fitted = number.sample + number.trained
+    k_means = ROUNDS * number.trained * number.lists * rates.nearest
     work = {  # seconds of one core, how many times faster all are, bytes of each machine
         "start": (rates.start, 1.0, 0.0),
-        "fit": (rates.fit + rates.fit_row * number.sample, 1.0, number.sample * row_bytes),
+        "fit": (rates.fit + rates.fit_row * fitted, 1.0, fitted * row_bytes),
         "k-means": (k_means, one, 0.0),
         "encode": (
             rows * (rates.row + rates.row_list * number.lists) + number.visits * rates.row_visit,
@@ -339,6 +347,7 @@ def memories(job: Job, rates: Rates) -> dict[str, float]:
     partition = number.visits / number.partitions * (VISIT_BYTES + 2 * width)
     roots = rows * np.dtype(row_kind(rows)).itemsize
     fit = 2.2 * number.sample * raw + number.sample * (12 * width + 60)
+    fit += TRAINING_CODES * width * number.trained
     held = {  # of the first stages, what is not given back stays until the end
         "start": 0.0,
         "fit": FITTED + fit,

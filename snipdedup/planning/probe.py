@@ -22,9 +22,14 @@ from snipdedup.ground.sorting import Sorter, pack
 from snipdedup.grouping.groups import Compare, group_star, keep_rank
 from snipdedup.planning.costs import TREE, Rates
 from snipdedup.search.encoding import encode_task, task_rows
-from snipdedup.search.fitting import CROWDED_DEGREE, fit, list_count
+from snipdedup.search.fitting import (
+    CROWDED_DEGREE,
+    calibration_rows,
+    fit,
+    list_count,
+    training_rows,
+)
 from snipdedup.search.forest import make_edges, spanning_forest
-from snipdedup.search.join import sample_size
 from snipdedup.search.learned import encode_blocks
 from snipdedup.search.lists import ROUNDS, Lists, assign, nearest, sample_pairs
 from snipdedup.search.model import Model
@@ -194,7 +199,7 @@ def fit_models(
     fitted = []
     for nlist in (max(2, most // APART), most):
         if isinstance(source, Imagined):
-            source.sample = sample_size(source.rows, nlist)
+            source.sample = calibration_rows(source.rows)
         start = time.process_time()
         model = fit(source, threshold, recall, seed, 1, nlist=nlist)
         fitted.append((model, time.process_time() - start))
@@ -230,14 +235,15 @@ def time_fit(fitted: list[tuple[Model, float]], codes: np.ndarray, rows: int) ->
     part = codes[: 1 << 13]
     one = seconds(lambda: nearest(part, model.lists.centroids, 1))
     each = one / len(part) / model.lists.nlist
-    samples = [sample_size(rows, model.lists.nlist) for model, _ in fitted]
+    trained = [training_rows(rows, model.lists.nlist) for model, _ in fitted]
     rest = [
-        spent - ROUNDS * sample * model.lists.nlist * each
-        for (model, spent), sample in zip(fitted, samples, strict=True)
+        spent - ROUNDS * count * model.lists.nlist * each
+        for (model, spent), count in zip(fitted, trained, strict=True)
     ]
-    more = samples[-1] - samples[0]
+    more = trained[-1] - trained[0]
     per_row = max(0.0, (rest[-1] - rest[0]) / more) if more else 0.0
-    return {"nearest": each, "fit_row": per_row, "fit": max(0.0, rest[-1] - per_row * samples[-1])}
+    read = calibration_rows(rows) + trained[-1]
+    return {"nearest": each, "fit_row": per_row, "fit": max(0.0, rest[-1] - per_row * read)}
 
 
 def time_encoding(

@@ -1,4 +1,8 @@
-"""Fitting a join's model to a sample of distinct rows: directions, centroids, hubs, τ."""
+"""Fitting a join's model to two samples: directions, hubs and τ to one, centroids to the other.
+
+τ says how far from a border rows are still compared across it. Centroids lie nearer to the rows
+that they were trained on than to others, so τ is calibrated on rows that had no part in that.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.ground.compute import in_order, library_threads
-from snipdedup.ground.cosine import bad_rows, directions
+from snipdedup.ground.cosine import bad_rows, directions, same_bits
 from snipdedup.ground.scan import BLOCK, row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, make_edges
@@ -41,7 +45,7 @@ CALIBRATION_SHARE = 1 / 64  # of all rows, in between
 CALIBRATION_PAIRS = 1 << 16
 CROWDED_DEGREE = 8  # pairs of a row of the sample that count
 LISTS_A_ROOT = 0.6  # lists for each root of the rows
-ROWS_A_CENTROID = 48  # rows of the sample for each centroid
+ROWS_A_CENTROID = 48  # rows that train each centroid
 
 
 def load_or_fit(
@@ -92,15 +96,13 @@ def fit(
     encoder: Path | None = None,
     nlist: int | None = None,
 ) -> Model:
-    """Fit directions, centroids, hubs and τ to a sample of distinct rows.
+    """Fit directions, hubs and τ to a sample of distinct rows, and centroids to other rows.
 
     With an encoder, codes are those of its descriptors, and masses are not looked for: what is near
     enough to a hub, only a bound could tell.
     """
-    calibration = int(np.clip(CALIBRATION_SHARE * features.rows, *CALIBRATION_ROWS))
     nlist = nlist or list_count(features.rows)
-    count = max(calibration, ROWS_A_CENTROID * nlist)
-    rows, sample = sample_distinct(features, count, seed, threads)
+    rows, sample = sample_distinct(features, calibration_rows(features.rows), seed, threads)
     with library_threads(1):  # float arithmetic, whose last bits depend on the threads
         projection = choose_projection(sample, threshold, seed, features.rows, threads)
     codes = encode_blocks(projection, sample, threads)
@@ -115,19 +117,35 @@ def fit(
         nlist = 1
     if nlist == 1 and encoder is None:
         return Model(projection, Lists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
-    near, raw = codes[:calibration], sample[:calibration]
+    # of a small set the sample is all of it: some rows then leave it, for the centroids
+    wanted = training_rows(features.rows, nlist)
+    kept = max(1, len(rows) - max(0, wanted - (features.rows - len(rows))))
+    rows, raw, near = rows[:kept], sample[:kept], codes[:kept]
     pairs = true_pairs(near, raw, projection, hubs, threshold, threads)
     asked = Asked(threshold, recall, min(1.0, len(near) / features.rows), threads)
     if encoder is not None:
         projection = learn_codes(Learned.of(encoder, seed, "cpu"), raw, pairs, asked)
-        codes = encode_blocks(projection, sample, threads)
-        near, hubs = codes[:calibration], no_hubs(projection, features.dim, threshold)
-    lists = Lists(codes[:1], 0.0, 0.0)
+        near = encode_blocks(projection, raw, threads)
+        hubs = no_hubs(projection, features.dim, threshold)
+    lists = Lists(near[:1], 0.0, 0.0)
     if nlist > 1:
-        centroids = train_centroids(codes, nlist, seed, threads)
+        trained = training_codes(features, projection, rows, wanted, seed, threads)
+        nlist = min(nlist, max(1, len(trained)))
+    if nlist > 1:
+        centroids = train_centroids(trained, nlist, seed, threads)
         reach = projection.distance(threshold)
         lists = Lists(centroids, *calibrate_tau(near, centroids, pairs, asked, reach))
     return Model(projection, lists, hubs, threshold, len(pairs.a))
+
+
+def calibration_rows(rows: int) -> int:
+    """Return how many of a set's rows are sampled to find directions and hubs and calibrate τ."""
+    return min(rows, int(np.clip(CALIBRATION_SHARE * rows, *CALIBRATION_ROWS)))
+
+
+def training_rows(rows: int, lists: int) -> int:
+    """Return how many other rows of a set train the centroids of so many lists."""
+    return min(ROWS_A_CENTROID * lists, rows // 2) if lists > 1 else 0
 
 
 def true_pairs(
@@ -222,9 +240,7 @@ def sample_distinct(
         Their features; one row of ones where no row can be compared.
     """
     rng = np.random.default_rng(seed)
-    rows = np.unique(rng.integers(0, features.rows, 2 * count))
-    rows = np.arange(features.rows) if features.rows <= count else rng.permutation(rows)[:count]
-    rows = np.sort(rows)
+    rows = draw_rows(features.rows, count, rng)
     sample = np.empty((len(rows), features.dim), features.dtype)
     hashes, bad = np.empty(len(rows), np.uint64), np.empty(len(rows), bool)
 
@@ -236,8 +252,63 @@ def sample_distinct(
     for _ in in_order(read, plan_blocks(len(rows), BLOCK), threads):
         pass
     use = np.flatnonzero(~bad)
-    use = use[np.unique(hashes[use], return_index=True)[1]]
+    use = use[distinct_places(sample, hashes, use)]
     if not len(use):
         return rows[:1], np.ones((1, features.dim), features.dtype)
     use = rng.permutation(use)
     return rows[use], sample[use]
+
+
+def training_codes(
+    features: Features,
+    projection: Projection,
+    taken: np.ndarray,
+    count: int,
+    seed: int,
+    threads: int,
+) -> np.ndarray:
+    """Return codes of about ``count`` rows, none of them among those ``taken``; each code once.
+
+    Rows are let go as soon as they are codes, so that many centroids need little memory.
+    """
+    rng = np.random.default_rng([seed, 1])
+    rows = draw_rows(features.rows, count, rng, taken)
+
+    def encode(span: tuple[int, int]) -> np.ndarray:
+        block = features.gather_ascending(rows[slice(*span)])
+        return encode_blocks(projection, block[~bad_rows(block)], 1)
+
+    parts = in_order(encode, plan_blocks(len(rows), BLOCK), threads)
+    codes = np.concatenate([np.empty((0, projection.width), np.int8), *parts])
+    return codes[distinct_places(codes, row_hashes(codes), np.arange(len(codes)))]
+
+
+def draw_rows(
+    rows: int, count: int, rng: np.random.Generator, taken: np.ndarray | None = None
+) -> np.ndarray:
+    """Return about ``count`` of all rows but those taken, ascending; all of them if so few."""
+    taken = np.empty(0, np.int64) if taken is None else taken
+    if rows <= count + len(taken):
+        return np.setdiff1d(np.arange(rows), taken)
+    drawn = np.setdiff1d(rng.integers(0, rows, 2 * (count + len(taken))), taken)
+    return np.sort(rng.permutation(drawn)[:count])
+
+
+def distinct_places(rows: np.ndarray, hashes: np.ndarray, use: np.ndarray) -> np.ndarray:
+    """Return the places in ``use`` of rows that equal none of an earlier place bit for bit.
+
+    Rows of one hash are compared; where they differ, both stay.
+    """
+    keep, left = np.ones(len(use), bool), np.arange(len(use))
+    while len(left):  # more than one round only where different rows share a hash
+        _, first, same = np.unique(hashes[use[left]], return_index=True, return_inverse=True)
+        first = left[first[same]]
+        later = first != left
+        left, first = left[later], first[later]
+        equal = np.zeros(len(left), bool)
+        for start, stop in plan_blocks(len(left), BLOCK):
+            part = slice(start, stop)
+            equal[part] = same_bits(rows[use[left[part]]], rows[use[first[part]]])
+        keep[left[equal]] = False
+        left = left[~equal]
+    return np.flatnonzero(keep)

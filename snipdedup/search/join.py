@@ -20,11 +20,10 @@ from snipdedup.ground.shards import Features
 from snipdedup.ground.sorting import row_kind
 from snipdedup.search.encoding import absorbed_edges, task_rows
 from snipdedup.search.fitting import (
-    CALIBRATION_ROWS,
-    CALIBRATION_SHARE,
-    ROWS_A_CENTROID,
     SINGLE_LIST_ROWS,
+    calibration_rows,
     list_count,
+    training_rows,
 )
 from snipdedup.search.forest import Edges
 from snipdedup.search.kernels import pick_kernel
@@ -39,6 +38,7 @@ PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes
 VISIT_BYTES = 64  # held for each row of a list while a partition is brought together, codes apart
 TILE_BYTES = 16  # of each product of a tile: int32, float32 and masks
 HELD_BYTES = 130_000_000  # by what libraries allocate once they are used, and do not give back
+TRAINING_CODES = 4  # times the codes of the rows that train centroids: gathered, distinct, sorted
 SORT_BYTES = 60  # of each row whose hashes are sorted
 GROUP_BYTES, GROUPS_BYTES = 200, 450_000_000  # deciding and writing: for a row, and at the most
 USUAL_VISITS = 4  # lists that a row of a large set lives in or visits
@@ -110,9 +110,10 @@ def needed_memory(features: Features, threads: int, frozen: int = 0) -> int:
 
 
 def fitting_bytes(rows: int, raw: int) -> int:
-    """Return what fitting holds: its sample twice, ``raw`` bytes a row, and codes of it."""
+    """Return what fitting holds: its sample twice, ``raw`` bytes a row, codes of it and others."""
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
-    return sample_size(rows, lists) * (2 * raw + 12 * WIDTHS[-1])
+    codes = calibration_rows(rows) * 12 + training_rows(rows, lists) * TRAINING_CODES
+    return calibration_rows(rows) * 2 * raw + codes * WIDTHS[-1]
 
 
 def encode_bytes(rows: int) -> int:
@@ -128,12 +129,6 @@ def join_bytes(features: Features) -> int:
     raw = features.dim * (features.dtype.itemsize + 4)
     tile = ROW_TILE * COLUMN_TILE * TILE_BYTES + 2 * (ROW_TILE + COLUMN_TILE) * raw
     return 2 * GATHER_PAIRS * raw + tile + PARTITION_BYTES
-
-
-def sample_size(rows: int, lists: int) -> int:
-    """Return the rows of a set to which so many lists are fitted."""
-    calibration = int(np.clip(CALIBRATION_SHARE * rows, *CALIBRATION_ROWS))
-    return min(rows, max(calibration, ROWS_A_CENTROID * lists))
 
 
 def encode_all(tasks: Tasks, runner: Runner) -> None:

@@ -100,7 +100,8 @@ def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) 
     """Return the codes with the product that joins the wanted share of rows with their groups.
 
     As for τ (`lists.calibrate_tau`): the forest of a sample's pairs that asks for the least, each
-    pair of two rows for as many as it stands for; and rows of the sample moved as pairs lie.
+    pair of two rows for as many as it stands for; and rows of the sample moved as pairs lie, some
+    of them by the largest distance of a pair.
 
     Parameters
     ----------
@@ -118,12 +119,13 @@ def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) 
     places = easiest(pairs, -product, asked.threshold)
     forest = pairs.where(places)
     weight = edge_weights(forest, asked.sampled)
-    told = 1 - ENOUGH / counted(weight)
+    told = 1 - ENOUGH / counted(weight, asked.sampled)
     lowest = -weighted_quantile(-product[places], weight, min(asked.cautious, max(0.0, told)))
     if told < asked.cautious:
         unit = unit_rows(sample)
-        drawn = drawn_pairs(forest, weight, len(unit))
-        moved = encode_blocks(codes, unit + (unit[drawn.b] - unit[drawn.a]), asked.threads)
+        drawn, times = drawn_pairs(forest, weight, len(unit), asked)
+        step = (unit[drawn.b] - unit[drawn.a]) * times[:, None]
+        moved = encode_blocks(codes, unit + step, asked.threads)
         found = np.quantile(row_products(z, moved), 1 - asked.cautious, method="lower")
         lowest = min(lowest, float(found))
     return dataclasses.replace(codes, lowest=lowest)

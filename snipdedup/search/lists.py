@@ -12,6 +12,7 @@ it is computed with.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,7 +31,10 @@ PAIR_BLOCK = 1024  # codes of a sample compared at a time
 TILE_PAIRS = 1 << 13  # pairs of a tile of the sample that are kept
 CUTS = (1, 2 / 3, 1 / 3)  # shares of 1 - threshold at which the result may be cut later
 SOME = 8  # groups whose differences may speak for all
-ENOUGH = 5  # pairs that must be missed in the sample for their share to mean something
+# By so many groups the number of those of a kind that a sample holds may fall short of what is
+# expected, with 95 % confidence, where up to so many are seen (Clopper and Pearson, 1934).
+ENOUGH = 6
+DRAWN_ROWS = 1 << 16  # rows of a sample that are moved, at the most
 
 
 @dataclass(frozen=True)
@@ -235,9 +239,9 @@ def calibrate_tau(
     above it, since the result may be cut there later. A pair of two rows is in a sample far less
     often than a part of a large group, and counts for as much more.
 
-    Where the groups are too few for the wanted share, rows of the sample are moved by the
-    differences of its pairs, and τ brings that share of them together with where they were; the
-    sample's own pairs speak for as much as they can.
+    Where the groups are too few for the wanted share, the sample's own pairs speak for as much as
+    they can, and rows of the sample are moved besides as pairs lie: τ brings the wanted share of
+    them together with where they were.
 
     Parameters
     ----------
@@ -259,10 +263,14 @@ def calibrate_tau(
     wanted = [
         (need[places], edge_weights(pairs.where(places), asked.sampled)) for places in forests
     ]
-    told = [min(recall, 1 - ENOUGH / counted(weight)) for _, weight in wanted]
+    groups = [counted(weight, asked.sampled) for _, weight in wanted]
+    told = [min(recall, 1 - ENOUGH / max(1, count)) for count in groups]
     if told[0] < recall:
         thinned, weight = pairs.where(forests[0]), wanted[0][1]
-        drawn = drawn_taus(codes, centroids, thinned, weight, reach, threads)
+        near = moved_codes(codes, thinned, weight, asked, reach)
+        places = np.arange(len(near))
+        moved = np.concatenate([codes[: len(near)], near])
+        drawn = needed_taus(moved, centroids, places, places + len(near), threads)
         wanted, told = [*wanted, (drawn, np.ones(len(drawn)))], [*told, recall]
     both, one = 0.0, 0.0
     for (taus, weight), share in zip(wanted, told, strict=True):
@@ -291,9 +299,12 @@ def edge_weights(forest: Edges, sampled: float) -> np.ndarray:
     return np.maximum(1, 1 / (sampled * edges))
 
 
-def counted(weight: np.ndarray) -> float:
-    """Return to how many draws of equal weight weighted ones amount (Kish, 1965)."""
-    return float(weight.sum() ** 2 / (weight**2).sum()) if len(weight) else 1.0
+def counted(weight: np.ndarray, sampled: float) -> float:
+    """Return how many groups of two rows would be seen, had a sample's edges been in such ones.
+
+    As many as it has groups of few rows; a large group counts for more.
+    """
+    return float(weight.sum() * sampled)
 
 
 def weighted_quantile(values: np.ndarray, weight: np.ndarray, share: float) -> float:
@@ -304,47 +315,51 @@ def weighted_quantile(values: np.ndarray, weight: np.ndarray, share: float) -> f
     return float(values[order[place]])
 
 
-def drawn_taus(
-    codes: np.ndarray,
-    centroids: np.ndarray,
-    pairs: Edges,
-    weight: np.ndarray,
-    reach: float,
-    threads: int,
+def moved_codes(
+    codes: np.ndarray, pairs: Edges, weight: np.ndarray, asked: Asked, reach: float
 ) -> np.ndarray:
-    """Return the needed τ of codes and what they become when moved as pairs lie, (n, 2) float64.
+    """Return what codes of a sample become when moved as pairs lie, (n, w) int8.
 
     With hardly any pairs to learn from, codes are moved towards their nearest neighbours by the
     largest distance of a pair, which crosses borders more often than real pairs do.
     """
-    if counted(weight) >= SOME:
-        pairs = drawn_pairs(pairs, weight, len(codes))
-        near = codes + (codes[pairs.b].astype(np.int16) - codes[pairs.a])
-        near = near.clip(-127, 127).astype(np.int8)
-    else:
-        near = draw_together(codes, codes[nearest_other(codes, threads)], np.full(1, reach))
-    places = np.arange(len(codes))
-    moved = np.concatenate([codes, near])
-    return needed_taus(moved, centroids, places, places + len(codes), threads)
+    count = min(len(codes), DRAWN_ROWS)
+    if counted(weight, asked.sampled) < SOME:
+        other = nearest_other(codes, count, asked.threads)
+        return draw_together(codes[:count], codes[other], reach)
+    pairs, times = drawn_pairs(pairs, weight, count, asked)
+    step = codes[pairs.b].astype(np.float32) - codes[pairs.a]
+    step *= np.minimum(times, reach / np.linalg.norm(step, axis=1).clip(1e-9)).clip(1)[:, None]
+    return np.rint(codes[:count] + step).clip(-127, 127).astype(np.int8)
 
 
-def drawn_pairs(pairs: Edges, weight: np.ndarray, count: int) -> Edges:
-    """Return ``count`` of the pairs, each as often as its weight says."""
+def drawn_pairs(
+    pairs: Edges, weight: np.ndarray, count: int, asked: Asked
+) -> tuple[Edges, np.ndarray]:
+    """Return ``count`` of a sample's pairs, each as often as its weight says, and factors.
+
+    A rare kind of pair may be missing in a sample, or be in it less often than among all. So many
+    pairs as the sample leaves open come first, with the factors, (count,), by which they have to
+    grow to be as long as two rows at the threshold are apart; the factor of the others is 1.
+    """
+    far = math.ceil(count * min(1.0, ENOUGH / counted(weight, asked.sampled)))
     share = np.cumsum(weight)
-    return pairs.where(np.searchsorted(share, (np.arange(count) + 0.5) * share[-1] / count))
+    steps = [(np.arange(part) + 0.5) / max(1, part) for part in (far, count - far)]
+    pairs = pairs.where(np.searchsorted(share, np.concatenate(steps) * share[-1]))
+    times = np.sqrt((1 - asked.threshold) / (1 - pairs.similarity.astype(float)).clip(1e-9)).clip(1)
+    times[far:] = 1
+    return pairs, times
 
 
-def draw_together(x: np.ndarray, y: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return codes on the way from x to y, at most the given lengths, in turn, from x."""
+def draw_together(x: np.ndarray, y: np.ndarray, most: float) -> np.ndarray:
+    """Return codes on the way from x to y, at most a length from x."""
     way = y.astype(np.float64) - x
     length = np.sqrt(np.einsum("ij,ij->i", way, way)).clip(1e-9)
-    return np.rint(x + way * np.minimum(1, np.resize(lengths, len(x)) / length)[:, None]).astype(
-        np.int8
-    )
+    return np.rint(x + way * np.minimum(1, most / length)[:, None]).astype(np.int8)
 
 
-def nearest_other(codes: np.ndarray, threads: int) -> np.ndarray:
-    """Return for each code the place of the other code nearest to it, (n,) int64."""
+def nearest_other(codes: np.ndarray, count: int, threads: int) -> np.ndarray:
+    """Return for each of the first codes the place of the other code nearest to it, (count,)."""
 
     def find(span: tuple[int, int]) -> np.ndarray:
         near = nearness(codes[slice(*span)], codes).numpy()
@@ -352,7 +367,8 @@ def nearest_other(codes: np.ndarray, threads: int) -> np.ndarray:
         near[rows, rows + span[0]] = near.min()
         return near.argmax(1)
 
-    return np.concatenate(list(in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads)))
+    parts = in_order(find, plan_blocks(count, PAIR_BLOCK), threads)
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndarray, np.ndarray]:
