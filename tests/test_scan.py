@@ -101,6 +101,41 @@ def test_hashes_see_every_bit_and_every_place(dim, dtype):
     assert not (row_hashes(bits) == row_hashes(x)).any()
 
 
+def zeros_and_ones(rng):
+    return (rng.random((100_000, 64)) < 0.5).astype(np.float64)
+
+
+def halves_as_doubles(rng):
+    return rng.standard_normal((100_000, 8)).astype(np.float16).astype(np.float64)
+
+
+def whole_numbers(rng):
+    return rng.integers(-9, 10, (100_000, 12)).astype(np.float64)
+
+
+def powers_of_two(rng):
+    return np.exp2(rng.integers(-20, 20, (100_000, 16))).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [zeros_and_ones, halves_as_doubles, whole_numbers, powers_of_two],
+    ids=lambda f: f.__name__,
+)
+def test_rows_of_small_values_have_hashes_of_their_own(make):
+    """Most bits of such words are zeros; each row is compared with its own first copy only."""
+    rng = np.random.default_rng(0)
+    x = np.unique(make(rng), axis=0)
+    copies = rng.choice(len(x), 1000, replace=False)
+    assert len(np.unique(row_hashes(x))) == len(x)
+    both = np.concatenate([x, x[copies]])
+    assert np.array_equal(row_hashes(both)[len(x) :], row_hashes(x)[copies])
+    with mock.patch.object(room, "equal_rows", wraps=room.equal_rows) as compared:
+        seen = read(both, keep_bad=True)
+    assert sum(len(call.args[1]) for call in compared.call_args_list) == len(copies)
+    assert seen.copies.tolist() == list(range(len(x), len(both)))
+
+
 def test_rows_that_differ_in_the_sign_of_a_zero_are_no_copies():
     x = np.array([[1, 0.0], [1, -0.0], [1, 0.0], [1, -0.0]], np.float32)
     assert listed(read(x)) == {2: 0, 3: 1}

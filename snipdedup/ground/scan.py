@@ -25,6 +25,9 @@ BLOCK = 2048
 SORT_ROWS = 1 << 22  # rows sorted by their hashes at a time
 COMPARE_ROWS = 4096  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
+HASH_BYTES = 1 << 18  # of rows hashed at a time: they stay in the cache while they are mixed
+ODD, HALF = np.uint64(1), np.uint64(32)
+MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
 
 Visit = Callable[[int, np.ndarray, Directions], None]
 
@@ -213,17 +216,34 @@ def bad_places(features: Features, bad: np.ndarray) -> str:
 def row_hashes(rows: np.ndarray) -> np.ndarray:
     """Return a 64-bit hash of each row's bytes, (n,) uint64.
 
-    Sums of products of two words, each offset by a random constant (NH, Black et al., UMAC,
-    1999). Equal hashes are a reason to compare, not a proof.
+    Each word of 64 bits is mixed, so that its low bits hang on all that it holds: those of small
+    numbers in float64 are zeros. The hash is the sum of the mixed words, each times a random odd
+    constant of its place (multilinear hashing, Carter and Wegman, 1979). Equal hashes are a reason
+    to compare, not a proof.
     """
     data = np.ascontiguousarray(rows).view(np.uint8)
-    padding = -data.shape[1] % 16
+    padding = -data.shape[1] % 8
     if padding:
         data = np.pad(data, ((0, 0), (0, padding)))
     words = data.view(np.uint64)
-    offsets = np.random.default_rng(0x5E1F).integers(0, 2**64, words.shape[1], np.uint64)
-    words = words + offsets
-    return np.einsum("ij,ij->i", words[:, 0::2], words[:, 1::2])
+    factors = np.random.default_rng(0x5E1F).integers(0, 2**64, words.shape[1], np.uint64) | ODD
+    hashes = np.empty(len(words), np.uint64)
+    for start, stop in plan_blocks(len(words), max(1, HASH_BYTES // max(1, words[:1].nbytes))):
+        np.einsum("ij,j->i", mixed(words[start:stop]), factors, out=hashes[start:stop])
+    return hashes
+
+
+def mixed(words: np.ndarray) -> np.ndarray:
+    """Return words mixed one by one, different ones differently, (n, m) uint64.
+
+    It stands until the thread's next call.
+    """
+    found, moved = (scratch(use, words.shape, np.uint64) for use in ("mixed", "moved"))
+    np.right_shift(words, HALF, out=moved)
+    np.bitwise_xor(words, moved, out=found)
+    np.multiply(found, MIXER, out=found)
+    np.right_shift(found, HALF, out=moved)
+    return np.bitwise_xor(found, moved, out=found)
 
 
 def find_copies(
