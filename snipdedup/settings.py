@@ -19,19 +19,31 @@ INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of e
 EXPORTS = ("datacomp", "keys", "mask")
 BYTE_UNITS = ("", "k", "m", "g", "t")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
+WRITTEN, FOLDER, FILE = "written", "folder", "file"  # what a local path is
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
 
 
-def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a positional argument."""
-    return dataclasses.field(default=default, metadata={"help": help, "positional": True})
+def argument(help: str, default: Any = dataclasses.MISSING, *, local: str = "") -> Any:
+    """Declare a positional argument; ``local`` as in `option`."""
+    said = {"help": help, "positional": True, "local": local}
+    return dataclasses.field(default=default, metadata=said)
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), usual: str = "") -> Any:
-    """Declare a flag; ``choices``, where given, are the values it may have.
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), usual: str = "", local: str = ""
+) -> Any:
+    """Declare a flag.
 
-    ``usual`` says what is done where the default alone, None or True, does not.
+    Parameters
+    ----------
+    choices : tuple of str
+        The values it may have, where not any.
+    usual : str
+        What is done where the default alone, None or True, does not say it.
+    local : str
+        `WRITTEN`, `FOLDER` or `FILE` where it is a path of this machine, so that a URL is refused.
     """
-    said = {"help": help, "choices": choices, "usual": usual}
+    said = {"help": help, "choices": choices, "usual": usual, "local": local}
     return dataclasses.field(default=default, metadata=said)
 
 
@@ -42,9 +54,9 @@ def usual_value(field: dataclasses.Field[Any]) -> str:
     return usual if usual or none else str(field.default)
 
 
-def required(help: str) -> Any:
-    """Declare a flag without a default."""
-    return dataclasses.field(metadata={"help": help})
+def required(help: str, *, local: str = "") -> Any:
+    """Declare a flag without a default; ``local`` as in `option`."""
+    return dataclasses.field(metadata={"help": help, "local": local})
 
 
 SAVED = {  # what JSON gives back for a declared type: 1 may have been said for 1.0 or for True
@@ -74,6 +86,20 @@ def mistyped(kind: type[Settings], saved: dict[str, Any]) -> str | None:
     return None
 
 
+def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a URL where a local path is meant: it would be a folder that is called ``s3:``."""
+    if not isinstance(value, str | Path) or not URL.match(str(value)):
+        return
+    name = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
+    url = re.sub(r"(:/+)[^/]*@", r"\1", str(value)).partition("?")[0]  # without secrets
+    todo = "fetch it first"
+    if field.metadata["local"] == WRITTEN:
+        todo = "snip writes to this machine only: give a path, and copy what is there afterwards"
+    elif field.metadata["local"] == FOLDER and not Path(url).suffix:
+        todo += f": snip download {url} FOLDER"
+    raise UsageError(f"{name} {url}: expected a local path, found a URL; {todo}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base of all: checks choices, then each class its own ranges."""
@@ -86,6 +112,8 @@ class Settings:
                 raise UsageError(
                     f"--{field.name} must be one of {', '.join(choices)}, found {value!r}"
                 )
+            if field.metadata.get("local"):
+                refuse_url(field, value)
         self.check()
 
     def check(self) -> None:
@@ -128,7 +156,7 @@ class Input(Settings):
 class Train(Input):
     """Settings of ``snip train``."""
 
-    out: str = required("folder for the encoder")
+    out: str = required("folder for the encoder", local=WRITTEN)
     loss: str = option("snip", "training loss", choices=("snip", "mse"))
     dim: int = option(128, "width of the descriptor")
     hidden: int = option(1024, "width of the hidden layer")
@@ -170,8 +198,8 @@ class Train(Input):
 class Compress(Input):
     """Settings of ``snip compress``."""
 
-    encoder: str = required("folder of a trained encoder")
-    out: str = required("folder for the descriptors, one .npy a shard")
+    encoder: str = required("folder of a trained encoder", local=FOLDER)
+    out: str = required("folder for the descriptors, one .npy a shard", local=WRITTEN)
     dtype: str = option("float16", "type of the descriptors", choices=("float16", "float32"))
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads, 0 for all")
@@ -186,10 +214,14 @@ class Compress(Input):
 class Index(Input):
     """Settings of ``snip index``."""
 
-    out: str = required("folder for the index; an unfinished one is continued")
-    encoder: str | None = option(None, "encode with this first; without it, rows as they are")
+    out: str = required("folder for the index; an unfinished one is continued", local=WRITTEN)
+    encoder: str | None = option(
+        None, "encode with this first; without it, rows as they are", local=FOLDER
+    )
     base: str | None = option(
-        None, "take the trained quantisers of this index (ours, or a faiss IVFPQ file)"
+        None,
+        "take the trained quantisers of this index (ours, or a faiss IVFPQ file)",
+        local=FOLDER,
     )
     nlist: int = option(0, "coarse lists, 0 to choose by the number of rows")
     m: int | None = option(
@@ -198,7 +230,9 @@ class Index(Input):
     )
     nbits: int | None = option(None, "bits a sub-quantiser", usual="8")
     train_rows: int = option(0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)")
-    export_faiss: str | None = option(None, "also write one file that plain faiss reads")
+    export_faiss: str | None = option(
+        None, "also write one file that plain faiss reads", local=WRITTEN
+    )
     model: str | None = option(
         None, "CLIP model of the features, ARCHITECTURE/WEIGHTS, noted for snip search by text"
     )
@@ -231,7 +265,9 @@ class Dedup(Input):
         "re-threshold it",
         None,
     )
-    out: str | None = option(None, "folder for the result; needed, but with --dry_run")
+    out: str | None = option(
+        None, "folder for the result; needed, but with --dry_run", local=WRITTEN
+    )
     metadata: str | None = option(None, "parquet or CSV files that match the features by position")
     method: str | None = option(
         None,
@@ -283,8 +319,11 @@ class Dedup(Input):
     encoder: str | None = option(
         None,
         "adc: encoder for an index that is built on the way; join: makes its codes",
+        local=FOLDER,
     )
-    index: str | None = option(None, "adc: a finished index; it is built when not given")
+    index: str | None = option(
+        None, "adc: a finished index; it is built when not given", local=FOLDER
+    )
     rule: str = option(
         "mutual",
         "adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or what both "
@@ -485,12 +524,14 @@ class Filter(Settings):
     """Settings of ``snip filter``."""
 
     metadata: Any = argument("folder, glob or file of parquet or CSV metadata")
-    is_dup: str = required("mask: is_dup.npy, or a folder that snip dedup wrote")
-    out: str = required("folder for the rows that stay")
+    is_dup: str = required("mask: is_dup.npy, or a folder that snip dedup wrote", local=FOLDER)
+    out: str = required("folder for the rows that stay", local=WRITTEN)
     start: int | None = option(None, "first file number, counted from 0 in the whole set")
     end: int | None = option(None, "file number to stop before")
     cumulative_sizes: str | None = option(
-        None, ".npy of running row totals a file, as upstream publishes beside its mask"
+        None,
+        ".npy of running row totals a file, as upstream publishes beside its mask",
+        local=FILE,
     )
     on: str | None = option(
         None, "find rows by this column, not by position: url, uid, key, hash; several by comma"
@@ -546,7 +587,7 @@ class Download(Settings):
         "file; datacomp_small, datacomp_1b, relaion2B-en-research-safe; or a folder published with "
         "its snip.json (encoder, index, OUT)"
     )
-    out: str | None = argument("folder for the files", None)
+    out: str | None = argument("folder for the files", None, local=WRITTEN)
     start: int | None = option(None, "first file number")
     end: int | None = option(None, "file number to stop before")
     is_dup: str | None = option(None, "mask (file or URL): write only the rows that stay")
@@ -581,7 +622,7 @@ class Download(Settings):
 class Audit(Settings):
     """Settings of ``snip audit``."""
 
-    out: str = argument("folder that snip dedup wrote")
+    out: str = argument("folder that snip dedup wrote", local=FOLDER)
     features: Any = argument("the features it was made from; without them those it names", None)
     parts: str | None = option(None, "part numbers for a {part:04d} pattern: 0:2, end exclusive")
     array: str | None = option(None, "which array of an .npz file")
@@ -591,11 +632,14 @@ class Audit(Settings):
     probe_rows: int = option(
         1000, "rows that stay, compared with all others to estimate missed matches; 0 for none"
     )
-    sheet: str | None = option(None, "also write random removed pairs as CSV, for you to judge")
+    sheet: str | None = option(
+        None, "also write random removed pairs as CSV, for you to judge", local=WRITTEN
+    )
     n: int = option(200, "pairs of --sheet")
     judged: str | None = option(
         None,
         "read a sheet whose verdicts you filled in (yes, no) and print the precision; no audit",
+        local=FILE,
     )
     max_memory: str | None = option(
         None, "bound on the rows held at a time, 2GB say; without it a quarter of the RAM"
@@ -620,12 +664,14 @@ class Audit(Settings):
 class Top(Settings):
     """Settings of ``snip top``."""
 
-    out: str = argument("folder that snip dedup wrote")
+    out: str = argument("folder that snip dedup wrote", local=FOLDER)
     n: int = option(100, "rows shown")
     metadata: str | None = option(None, "the table that was filtered, if it is not where it was")
     json: bool = option(False, "print JSON")
     prompts: str | None = option(
-        None, "also write their most frequent captions, one a line, to feed a generator"
+        None,
+        "also write their most frequent captions, one a line, to feed a generator",
+        local=WRITTEN,
     )
 
     def check(self) -> None:
@@ -637,8 +683,8 @@ class Top(Settings):
 class Diff(Settings):
     """Settings of ``snip diff``."""
 
-    out1: str = argument("folder that snip dedup wrote")
-    out2: str = argument("another one, over the same rows")
+    out1: str = argument("folder that snip dedup wrote", local=FOLDER)
+    out2: str = argument("another one, over the same rows", local=FOLDER)
     n: int = option(5, "examples of each kind")
     json: bool = option(False, "print JSON")
 
@@ -651,10 +697,12 @@ class Diff(Settings):
 class Report(Settings):
     """Settings of ``snip report``."""
 
-    out: str = argument("folder that snip dedup wrote")
-    html: str | None = option(None, "the page to write", usual="report.html in OUT")
+    out: str = argument("folder that snip dedup wrote", local=FOLDER)
+    html: str | None = option(None, "the page to write", usual="report.html in OUT", local=WRITTEN)
     images: str | None = option(
-        None, "pictures by key: a folder of files or of tar shards, a tar, or a glob of tars"
+        None,
+        "pictures by key: a folder of files or of tar shards, a tar, or a glob of tars",
+        local=FILE,
     )
     image_column: str | None = option(
         None, "metadata column of local picture files; with --images, below that folder only"
@@ -682,7 +730,7 @@ class Search(Settings):
     """Settings of ``snip search``."""
 
     query: str = argument("row number, .npy or .npz of vectors, or a text")
-    index: str = required("folder that snip index wrote")
+    index: str = required("folder that snip index wrote", local=FOLDER)
     k: int = option(10, "neighbours to show")
     nprobe: int = option(64, "lists visited")
     rerank: int = option(2000, "nearest codes that are compared by raw features; 0 for none")
@@ -693,29 +741,35 @@ class Search(Settings):
     array: str | None = option(None, "which array of an .npz, of QUERY or --features")
     column: str | None = option(None, "of --features: which list column of a parquet file")
     metadata: str | None = option(None, "files with key, url, caption of the rows, by position")
-    encoder: str | None = option(None, "for vectors and texts, where the index holds descriptors")
+    encoder: str | None = option(
+        None, "for vectors and texts, where the index holds descriptors", local=FOLDER
+    )
     text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
     model: str | None = option(
         None, "CLIP model for texts, as open_clip names it: ARCHITECTURE/WEIGHTS or /FILE"
     )
     download: bool = option(False, "fetch the model's weights where they are not cached")
     json: bool = option(False, "print JSON")
-    html: str | None = option(None, "also write a page of the neighbours")
+    html: str | None = option(None, "also write a page of the neighbours", local=WRITTEN)
 
     def check(self) -> None:
         """See `Settings.check`."""
         self.between("k", 1, 10**6)
         self.between("nprobe", 1, 2**24)
         self.between("rerank", 0, 10**6)
+        if not self.text and URL.match(self.query) and self.query.endswith((".npy", ".npz")):
+            raise UsageError("QUERY is a URL of vectors: fetch the file first, or say --text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(Input):
     """Settings of ``snip eval``."""
 
-    out: str = required("folder for table, JSON and picture")
+    out: str = required("folder for table, JSON and picture", local=WRITTEN)
     encoder: str | None = option(
-        None, "judge this SNIP encoder; without it one is trained, the queries kept from it"
+        None,
+        "judge this SNIP encoder; without it one is trained, the queries kept from it",
+        local=FOLDER,
     )
     text_features: Any = option(
         None, "text features, row for row: judge how texts find their images, too"
@@ -763,7 +817,7 @@ class Eval(Input):
 class Demo(Settings):
     """Settings of ``snip demo``."""
 
-    out: str = option("snip_demo", "folder for everything the demo makes")
+    out: str = option("snip_demo", "folder for everything the demo makes", local=WRITTEN)
     pictures: int = option(1500, "pictures to draw before copies are made")
     seed: int = option(0, "seed of every random choice")
     overwrite: bool = option(False, "replace a finished demo")
@@ -878,7 +932,10 @@ class Plan(Settings):
     )
     probe: bool = option(False, "measure rates now, and write them to the file of --rates")
     rates: str | None = option(
-        None, "file of rates that an earlier --probe measured", usual="measured now"
+        None,
+        "file of rates that an earlier --probe measured",
+        usual="measured now",
+        local=WRITTEN,
     )
     threshold: float = option(0.95, "as of snip dedup")
     recall: float = option(0.999, "as of snip dedup")

@@ -142,3 +142,13 @@ def test_a_crowd_larger_than_k_is_one_group(tmp_path):
     assert adc.flags[crowd].mean() > 0.95
     sizes = np.bincount(labels(pairs, len(x))[crowd])
     assert sizes.max() > 0.95 * len(crowd)
+
+
+def test_elimination_solves_as_lapack_does():
+    rng = np.random.default_rng(3)
+    Q = rng.normal(size=(700, 25, 32))
+    gram, v = Q @ Q.transpose(0, 2, 1) + 1e-2 * np.eye(25), rng.normal(size=(700, 25))
+    gram[5, 3:], gram[5, :, 3:], v[5, 3:] = 0, 0, 0  # directions that are not there
+    gram[5] += 1e-6 * np.eye(25)
+    expected = [a @ np.linalg.solve(G, a) for G, a in zip(gram, v, strict=True)]
+    assert mutual.eliminated(gram, v) == pytest.approx(expected, rel=1e-9)

@@ -437,3 +437,18 @@ def test_without_the_store_s_own_package(monkeypatch, capsys):
 def test_nothing_is_written_over_an_input(memory):
     with pytest.raises(UsageError):
         open_features(f"{memory}/set/img_emb/img_emb_{{part}}.npy")
+
+
+def test_an_out_in_a_store(memory, capsys, tmp_path):
+    system = fsspec.filesystem("memory")
+    for name in ("snip.json", "is_dup.npy"):
+        system.pipe_file(f"/bucket/clean/{name}", b"{}")
+    for words in (
+        ["dedup", f"{memory}/clean"],
+        ["dedup", "kinds/a.npz", "--reference", f"{memory}/clean"],
+    ):
+        assert run(*words, "--out", "out") == 2
+        assert f"what snip dedup wrote; fetch it first: snip download {memory}/clean" in said(
+            capsys
+        )
+    assert not (tmp_path / "out").exists()

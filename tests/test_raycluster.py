@@ -117,3 +117,30 @@ def test_what_does_not_go_together(settings, said):
 def test_arrays_are_not_sent(tmp_path):
     with pytest.raises(UsageError, match="files"):
         Dedup(features=np.zeros((3, 4)), runner="ray")
+
+
+class Refusing:
+    """A Ray that cannot connect, as far as `connect` uses one; it says why as C++ does."""
+
+    def __init__(self, said):
+        self.said, self.exceptions = said, self
+        self.RayError = self.AuthenticationError = type("AuthenticationError", (Exception,), {})
+
+    def init(self, **_):
+        os.write(2, self.said)
+        raise ConnectionError("Failed to connect") if self.said else self.RayError("No token")
+
+
+@pytest.mark.parametrize("said", [b"RPC error: Unauthenticated: InvalidAuthToken", b""])
+def test_a_cluster_that_refuses_the_token(monkeypatch, said):
+    monkeypatch.setenv("RAY_ADDRESS", "host:6379")
+    with pytest.raises(SnipError, match=r"host:6379: .*refuses the token.*RAY_AUTH_MODE=token"):
+        raycluster.connect(Refusing(said), 1)
+
+
+def test_no_cluster_there(monkeypatch, capfd):
+    monkeypatch.setenv("RAY_ADDRESS", "host:6379")
+    with pytest.raises(SnipError, match="host:6379: no Ray cluster answers there: Failed to con"):
+        raycluster.connect(Refusing(b"anything"), 1)
+    os.write(2, b"stderr is as before")
+    assert capfd.readouterr().err == "stderr is as before"

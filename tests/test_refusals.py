@@ -149,3 +149,40 @@ def test_an_output_file_never_replaces_a_file_of_ours_or_an_input(finished, monk
         assert (status, said) == (1, ""), (command, target)
         assert target in complaint
         assert truth.listing(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "dedup in --out s3://b/out",
+            "--out s3://b/out: expected a local path, found a URL; snip w",
+        ),
+        ("dedup in --out OUT --index s3://b/x", "fetch it first: snip download s3://b/x FOLDER"),
+        ("filter in --out OUT --is_dup https://h/is_dup.npy", "is_dup.npy: expected a local path"),
+        ("download in s3://b/out", "OUT s3://b/out: expected a local path, found a URL; snip w"),
+        ("report s3://b/clean", "fetch it first: snip download s3://b/clean FOLDER"),
+    ],
+)
+def test_a_url_where_a_local_path_is_meant(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    two(ROWS, ROWS)(tmp_path / "in")
+    assert cli.run(words.split()) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_faiss_file_as_an_index(tmp_path, capsys):
+    (tmp_path / "x.faiss").write_bytes(b"IwPQ")
+    np.save(tmp_path / "a.npy", ROWS)
+    words = [
+        "dedup",
+        tmp_path / "a.npy",
+        "--out",
+        tmp_path / "OUT",
+        "--index",
+        tmp_path / "x.faiss",
+    ]
+    assert cli.run([str(word) for word in words]) == 1
+    assert f"snip index FEATURES --base {tmp_path / 'x.faiss'} --out" in capsys.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -208,3 +210,38 @@ def test_a_default_is_shown_in_one_form():
     }
     assert (by_name["seed"], by_name["threshold"], by_name["grouping"]) == ("0", "0.95", "star")
     assert (by_name["out"], by_name["overwrite"]) == ("", "")
+
+
+LOCAL = (
+    "out", "out1", "out2", "index", "encoder", "base", "html", "sheet", "judged", "images",
+    "prompts", "rates", "export_faiss", "cumulative_sizes", "is_dup",
+)  # fmt: skip
+ELSEWHERE = {("Download", "cumulative_sizes"), ("Download", "is_dup")}  # files or URLs
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_a_url_where_a_local_path_is_meant(kind):
+    for field in dataclasses.fields(kind):
+        if field.name not in LOCAL or (kind.__name__, field.name) in ELSEWHERE:
+            assert not field.metadata.get("local")
+            continue
+        flag = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
+        for url, shown in (
+            ("s3://bucket/a", "s3://bucket/a"),
+            ("s3://me:hush@bucket/a?token=hush", "s3://bucket/a"),
+            (Path("gs://bucket/a"), "gs:/bucket/a"),
+            ("FILE:///a/b", "FILE:///a/b"),
+        ):
+            said = f"^{flag} {re.escape(shown)}: expected a local path, found a URL; "
+            with pytest.raises(UsageError, match=said) as refused:
+                make(kind, **{field.name: url})
+            assert "hush" not in str(refused.value)
+        for path in ("s3/bucket", "a:b", "./s3://b", Path("x/y"), "C:/x"):
+            make(kind, **{field.name: path})
+
+
+def test_a_url_as_a_query_is_vectors_by_its_name_only():
+    with pytest.raises(UsageError, match="QUERY is a URL of vectors: fetch the file first"):
+        settings.Search(query="https://host/a.npy", index="x")
+    settings.Search(query="https://host/a.npy", index="x", text=True)
+    settings.Search(query="what is at https://host", index="x")

@@ -120,6 +120,15 @@ def test_what_is_saved_is_read_back(tmp_path):
     with np.load(tmp_path / "x.npz") as arrays:
         assert sorted(arrays) == ["a", "b"]
         assert np.array_equal(arrays["b"], np.arange(3))
+    store.save_npz(tmp_path / "x.npz", file=mask, allow_pickle=np.float32(3))  # names as any other
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert {name: arrays[name].tolist() for name in arrays} == {
+            "file": [True, False, True],
+            "allow_pickle": 3,
+        }
+    with pytest.raises(ValueError, match="allow_pickle"):
+        store.save_npz(tmp_path / "o.npz", a=np.array([{}]))
+    assert not (tmp_path / "o.npz").exists()
     table = pa.table({"row": np.arange(4), "key": ["ü", None, "", "b"]})
     store.save_parquet(tmp_path / "x.parquet", table)
     assert pq.read_table(tmp_path / "x.parquet").equals(table)

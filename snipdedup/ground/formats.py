@@ -249,7 +249,7 @@ class ParquetShard(Shard):
             raise InputError(
                 f"{path}: column {self.column!r} is {field.type}, not a list of floats"
             )
-        dtype = np.dtype(value_type.to_pandas_dtype())
+        dtype = np.dtype(f"f{value_type.bit_width // 8}")
         dim = getattr(field.type, "list_size", None)
         if dim is None:
             dim = first_length(path, file, self.column) if rows else 0

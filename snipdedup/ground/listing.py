@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import buckets
+from snipdedup.ground import buckets, store
 from snipdedup.ground.objects import Elsewhere, insistently, side_by_side
 from snipdedup.ground.remote import is_web, shown
 
 INNER, BESIDE = "img_emb", "metadata"  # a folder that has no shard itself may hold these
+MASK = "is_dup.npy"  # with a manifest: an OUT
 
 
 def find(url: str, span: tuple[int, int] | None, suffixes: Sequence[str], none: str) -> list[Path]:
@@ -45,7 +46,7 @@ def find(url: str, span: tuple[int, int] | None, suffixes: Sequence[str], none: 
         if has_magic(shown(url)) or not Path(shown(url)).suffix:
             raise UsageError(
                 f"{shown(url)}: a web server does not list its files; name one, or use a "
-                "{part:04d} pattern with --parts"
+                "{part:04d} pattern with --parts (a folder that snip wrote: snip download it first)"
             )
         return [Elsewhere(url)]
     found = matching(url) if has_magic(url) else inside(url, suffixes)
@@ -83,6 +84,11 @@ def inside(url: str, suffixes: Sequence[str]) -> list[Path]:
     if entries is None:
         return [Elsewhere(url)]
     files = [entry for entry in entries if is_plain(entry)]
+    if {store.MANIFEST, MASK} <= {name_of(entry) for entry in files}:
+        raise UsageError(
+            f"{shown(url)}: expected features or metadata, found what snip dedup wrote; fetch it "
+            f"first: snip download {shown(url)} FOLDER"
+        )
     system, _ = buckets.filesystem(url)
     for suffix in suffixes:
         found = [entry for entry in files if name_of(entry).lower().endswith(suffix)]

@@ -14,6 +14,7 @@ import platform
 import shutil
 import tempfile
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -131,9 +132,14 @@ def writing_npy(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator
 
 
 def save_npz(path: Path, *, lasting: bool = True, **arrays: np.ndarray) -> None:
-    """Write named arrays as an uncompressed ``.npz``, which holds the CRC32 of each."""
-    with replacing(path, lasting=lasting) as part, part.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    """Write named arrays as an uncompressed ``.npz``, which holds the CRC32 of each.
+
+    ``np.savez`` can refuse objects from numpy 2.2 on only; before, ``allow_pickle`` is an array.
+    """
+    with replacing(path, lasting=lasting) as part, zipfile.ZipFile(part, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
 
 def save_parquet(path: Path, table: Any) -> None:
@@ -303,6 +309,12 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         If there is none, or it is of another kind or of a newer format.
     """
     path = folder / MANIFEST
+    if folder.is_file():
+        todo = f"; for one of faiss: snip index FEATURES --base {folder} --out INDEX"
+        raise SnipError(
+            f"{folder}: expected a folder of kind {kind} that snip wrote, found a file"
+            + (todo if kind == "index" else "")
+        )
     if not is_finished(folder):
         raise SnipError(
             f"{folder}: expected a finished {kind} folder with {MANIFEST}, found none; "

@@ -26,6 +26,7 @@ NEAREST = 3  # neighbours of a row that are looked at first: nearly always its b
 RIDGE = 1e-3  # of a code's squared length: directions that codes share more closely say nothing
 COMMON, COMMON_LISTS = 16, 8  # nearest codes and lists that are compared; more cost time only
 NAMES, SOLVE_BYTES = 1 << 22, 1 << 27  # looked up together; of codes solved for together
+ELIMINATED = 256  # systems of equations done side by side: they stay in the cache
 
 
 class Views(NamedTuple):
@@ -230,7 +231,31 @@ def spanned(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
     gram = np.matmul(Q, Q.transpose(0, 2, 1)).astype(np.float64)
     square = np.trace(gram, axis1=1, axis2=2) / np.maximum(Q.any(axis=2).sum(axis=1), 1)
     gram += (RIDGE * np.maximum(square, RIDGE))[:, None, None] * np.eye(Q.shape[1])
-    return (v * np.linalg.solve(gram, v[:, :, None])[:, :, 0]).sum(axis=1)
+    found = np.empty(len(v))
+    for start, stop in plan_blocks(len(v), ELIMINATED):
+        found[start:stop] = eliminated(gram[start:stop], v[start:stop])
+    return found
+
+
+def eliminated(gram: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return vᵀ G⁻¹ v of symmetric positive definite matrices G, (p,) float64.
+
+    Of [G v; vᵀ 0] symmetric elimination of all columns but the last leaves −vᵀ G⁻¹ v. The p
+    systems are done side by side, in one order of sums on each machine: LAPACK's solver is called
+    for each of them, and some builds start threads for each.
+
+    Parameters
+    ----------
+    gram : (p, r, r) float64
+    v : (p, r) float64
+    """
+    r = v.shape[1]
+    left = np.zeros((r + 1, r + 1, len(v)))
+    left[:r, :r], left[r, :r], left[:r, r] = gram.transpose(1, 2, 0), v.T, v.T
+    for j in range(r):
+        row = left[j, j + 1 :]
+        left[j + 1 :, j + 1 :] -= (row / left[j, j])[:, None] * row
+    return -left[r, r]
 
 
 def best_scores(

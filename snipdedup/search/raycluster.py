@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from snipdedup.errors import SnipError
 from snipdedup.ground.compute import library_threads
@@ -139,13 +142,13 @@ def connect(ray: Any, threads: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if address:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            what = str(error).strip().splitlines()[0]
-            raise SnipError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers there: {what}"
-            ) from error
+        with tempfile.TemporaryFile() as said:
+            try:
+                with stderr_to(said):
+                    ray.init(address=address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                said.seek(0)
+                raise refused(address, error, said.read().decode(errors="replace")) from error
         return
     ray.init(
         address="local",
@@ -154,3 +157,34 @@ def connect(ray: Any, threads: int) -> None:
         object_store_memory=STORE_BYTES,
         **quiet,
     )
+
+
+@contextmanager
+def stderr_to(file: IO[bytes]) -> Iterator[None]:
+    """Send to ``file`` what the process writes to stderr, what Ray's C++ writes included."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def refused(address: str, error: Exception, said: str) -> SnipError:
+    """Return why there is no connection; of a wrong token only stderr tells, for a client of Ray.
+
+    Parameters
+    ----------
+    said : str
+        What was written to stderr meanwhile.
+    """
+    if type(error).__name__ == "AuthenticationError" or "Unauthenticated" in said:
+        return SnipError(
+            f"RAY_ADDRESS={address}: the Ray cluster refuses the token that it is given; set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as on the cluster"
+        )
+    what = str(error).strip().splitlines()[0]
+    return SnipError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {what}")
