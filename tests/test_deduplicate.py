@@ -16,8 +16,10 @@ import truth
 from test_outfolder import write_laion
 
 from snipdedup import dedup
+from snipdedup.chain import deduplicate
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import store
+from snipdedup.search import tasks
 
 
 @pytest.fixture(scope="module")
@@ -517,3 +519,120 @@ def test_metadata_that_cannot_be_written_is_refused_before_the_search(laion, tmp
     assert status == 1
     assert "dup_count" in said
     assert not (tmp_path / "out").exists()
+
+
+# a search that is done
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Counts the tasks of joins that are done anew."""
+    done, join_task = [], tasks.join_task
+
+    def counted(*given, **named):
+        done.append(1)
+        return join_task(*given, **named)
+
+    monkeypatch.setattr(tasks, "join_task", counted)
+    return done
+
+
+def stop_while_writing(*words):
+    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+        assert truth.snip(*words)[0] == 130
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("--key", "uid"),
+        ("--export", "keys,mask", "--key", "uid"),
+        ("--weights",),
+        ("--merge_captions", 2, "--caption", "uid"),
+        ("--keep", "max:n"),
+        ("--grouping", "components"),
+        ("--keep_fraction", 0.6),
+        ("--pairs",),
+    ],
+)
+def test_a_stopped_run_goes_on_with_another_decision(laion, tmp_path, searches, other):
+    words = ("dedup", laion, "--threshold", 0.9, "--out")
+    assert truth.snip(*words, tmp_path / "plain", *other)[0] == 0
+    stop_while_writing(*words, tmp_path / "o")
+    searches.clear()
+    status, _, line = truth.snip(*words, tmp_path / "o", *other)
+    assert status == 0, line
+    assert searches == []
+    assert same_files(tmp_path / "o", tmp_path / "plain")
+    assert "finished run with other" in refused(*words, tmp_path / "o")
+
+
+@pytest.mark.parametrize("other", [("--threshold", 0.91), ("--seed", 1), ("--recall", 0.9)])
+def test_a_stopped_run_of_another_search_is_refused(laion, tmp_path, other):
+    words = ("dedup", laion, "--out", tmp_path / "o")
+    stop_while_writing(*words)
+    assert f"stopped run with other {other[0].strip('-')}" in refused(*words, *other)
+
+
+def same_files(one, other):
+    """Tell whether two folders hold the same, but for manifests."""
+    found = [
+        {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        for out in (one, other)
+    ]
+    for files in found:
+        del files[Path(store.MANIFEST)]
+    return found[0] == found[1]
+
+
+def test_a_search_outlives_a_late_refusal(laion, tmp_path, searches):
+    """The key of a later row group is no text; the rerun decides at once, by another one."""
+    path = laion / "metadata" / "metadata_2.parquet"
+    table = pq.read_table(path)
+    hashes = pa.array([b"a"] * 100 + [b"\xff"] * (len(table) - 100), pa.binary())
+    whole = table.append_column("hash", hashes)
+    pq.write_table(whole, path, row_group_size=100)
+    for number in range(2):
+        first = laion / "metadata" / f"metadata_{number}.parquet"
+        table = pq.read_table(first)
+        same = pa.array([b"a"] * len(table), pa.binary())
+        pq.write_table(table.append_column("hash", same), first)
+    words = ("dedup", laion, "--threshold", 0.9, "--out", tmp_path / "o")
+    assert "metadata_2.parquet: column 'hash'" in refused(*words, "--key", "hash")
+    assert searches
+    searches.clear()
+    status, _, line = truth.snip(*words, "--key", "uid")
+    assert status == 0, line
+    assert searches == []
+
+
+def test_a_search_outlives_metadata_that_changes(laion, tmp_path, searches, monkeypatch):
+    changed, write_tables = laion / "metadata" / "metadata_0.parquet", deduplicate.write_tables
+
+    def write(*given):
+        written = write_tables(*given)
+        pq.write_table(pq.read_table(changed), changed, compression="none")
+        return written
+
+    words = ("dedup", laion, "--threshold", 0.9, "--out", tmp_path / "o")
+    with monkeypatch.context() as patch:
+        patch.setattr(deduplicate, "write_tables", write)
+        assert "changed while it was read" in refused(*words)
+    searches.clear()
+    assert truth.snip(*words)[0] == 0
+    assert searches == []
+
+
+def test_the_earlier_result_stands_until_the_new_one_is_whole(laion, tmp_path):
+    out = tmp_path / "o"
+    assert truth.snip("dedup", laion, "--out", out)[0] == 0
+    (out / "report.html").write_text("<html>")
+    before = truth.listing(out)
+    stop_while_writing("dedup", laion, "--threshold", 0.9, "--out", out, "--overwrite")
+    after = {k: v for k, v in truth.listing(out).items() if not k.startswith("work")}
+    assert after == before
+    words = ("dedup", laion, "--threshold", 0.9, "--out", out, "--overwrite")
+    assert truth.snip(*words)[0] == 0
+    assert not (out / "report.html").exists()
+    assert not (out / "work").exists()
+    assert store.read_manifest(out, "dedup")["settings"]["threshold"] == 0.9

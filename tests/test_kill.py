@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import many_lists, results, until
+
+from snipdedup.ground import store
 
 KILLED, DONE = -9, 0
 # What stands when a stage begins; of the files of OUT the first and the last.
@@ -18,7 +21,7 @@ STAGES = {
     "scan": "work/encode/000001/done.json",
     "join": "work/plan.json",
     "merge": "work/join/*.npz",
-    "write": "is_dup.npy",
+    "write": "**/is_dup.npy",
     "end": "snip.json",
 }
 
@@ -153,6 +156,46 @@ def test_killed_as_each_file_appears(data, processes, tmp_path, which):
     assert life.kills >= 20
     life.to_the_end()
     assert results(life.out) == results(alone.out)
+
+
+def whole(out, results_of):
+    """Tell which of some results a copy of OUT holds, as a reader that comes now finds it."""
+    manifest = store.read_manifest(out, "dedup")
+    for name, said in manifest["outputs"].items():
+        assert store.sha256(out / name) == said["sha256"], name
+    found = {name: data for name, data in results(out).items() if not name.startswith("work/")}
+    return [name for name, expected in results_of.items() if found == expected]
+
+
+@pytest.mark.slow
+def test_killed_as_each_file_appears_while_it_overwrites(processes, tmp_path):
+    """The earlier result is whole until the new one is, for readers at any time in between."""
+    many_lists(tmp_path / "img", 900)
+    said = {"earlier": ("img", "--threshold", 0.9), "later": ("img", "--pairs", "--export", "mask")}
+    held = {}
+    for name, words in said.items():
+        run = processes("dedup", *words, "--out", name, cwd=tmp_path)
+        assert run.wait() == DONE, run.said()
+        held[name] = results(tmp_path / name)
+    shutil.copytree(tmp_path / "earlier", tmp_path / "out")
+    life = Life(processes, tmp_path, "out", *said["later"], "--overwrite")
+    seen, known = [], set(files(life.out))
+
+    def new_file(run):
+        until(lambda: not run.runs() or set(files(life.out)) - known)
+        known.update(files(life.out))
+
+    for _ in range(100):
+        done = life.once(new_file)
+        shutil.copytree(life.out, tmp_path / f"copy-{len(seen)}")
+        seen += whole(tmp_path / f"copy-{len(seen)}", held)
+        assert len(seen) == life.kills + done
+        if seen[-1] == "later":
+            break
+    assert seen == ["earlier"] * (len(seen) - 1) + ["later"]
+    assert len(seen) > 4
+    life.to_the_end()
+    assert results(life.out) == held["later"]
 
 
 def test_killed_after_marks(data, undisturbed, processes, tmp_path):

@@ -9,14 +9,16 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
+from snipdedup.errors import SnipError, TakenError, UsageError
+from snipdedup.ground import locks, store
 
 
 def everything_below(folder):
@@ -286,6 +288,197 @@ def test_an_overwrite_that_is_stopped_can_be_overwritten(tmp_path, monkeypatch, 
                 store.claim(out, "dedup", other, overwrite=True)
     assert store.claim(out, "dedup", other, overwrite=True) == "new"
     assert everything_below(out) == ["work", "work/request.json", "work/run.lock"]
+
+
+class Stops:
+    """Raises KeyboardInterrupt before the n-th time that a name is changed or goes."""
+
+    def __init__(self, patch, after):
+        self.left = after
+        for name in ("replace", "unlink", "rmdir"):
+            patch.setattr(Path, name, self.stopping(getattr(Path, name)))
+
+    def stopping(self, original):
+        def stop(*given, **named):
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+            return original(*given, **named)
+
+        return stop
+
+
+def write_result(out, request, names, overwrite=False):
+    """Write a folder of files that hold the request, as a command does."""
+    if store.claim(out, "dedup", request, overwrite=overwrite, late=True) == "done":
+        return "done"
+    made = [out / "work" / "files" / name for name in names]
+    for path in made:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(request))
+    store.publish(out, "dedup", {"request": request}, made)
+    return "new"
+
+
+def held(out):
+    """Return what a reader finds: the request of the manifest, which all its files hold."""
+    manifest = store.read_manifest(out, "dedup")
+    for name, said in manifest["outputs"].items():
+        assert store.sha256(out / name) == said["sha256"], name
+        assert json.loads((out / name).read_text()) == manifest["request"]
+    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    found = {name for name in found if not name.startswith("work/")}
+    assert found == {*manifest["outputs"], "snip.json", "notes.txt"}
+    return manifest["request"]
+
+
+@pytest.mark.parametrize("next_one", ["reader", "same", "other"])
+def test_an_overwrite_stopped_at_any_instant(tmp_path, monkeypatch, next_one):
+    """A reader, or any run, finds the earlier result whole, or the new one; never a mixture."""
+    earlier, later = REQUEST, REQUEST | {"threshold": 0.9}
+    names = {"earlier": ["a.npy", "metadata/x.parquet", "metadata/y.parquet"],
+             "later": ["a.npy", "b.npy", "metadata/x.parquet"]}  # fmt: skip
+    seen = []
+    for after in range(100):
+        out = tmp_path / str(after)
+        write_result(out, earlier, names["earlier"])
+        (out / "notes.txt").write_text("mine")
+        with monkeypatch.context() as patch, locks.given_up():
+            stops = Stops(patch, after)
+            try:
+                write_result(out, later, names["later"], overwrite=True)
+            except KeyboardInterrupt:
+                seen.append(after)
+        if next_one == "same":
+            with locks.given_up():
+                write_result(out, later, names["later"], overwrite=True)
+            assert held(out) == later
+        elif next_one == "other":
+            with locks.given_up():
+                write_result(out, {"threshold": 0.8}, ["c.npy"], overwrite=True)
+            assert held(out) == {"threshold": 0.8}
+        else:
+            seen[-1:] = [held(out)] if stops.left < 0 else seen[-1:]
+        if next_one != "reader":
+            assert not (out / "work").exists()
+        if stops.left >= 0:
+            break
+    assert 10 < len(seen) < 99
+    if next_one == "reader":
+        first = seen.index(later)
+        assert first > 2
+        assert seen[:first] == [earlier] * first
+        assert seen[first:] == [later] * (len(seen) - first)
+
+
+def test_a_swap_that_is_under_way_is_waited_for_or_refused(tmp_path, monkeypatch):
+    for after in range(20):  # until it is stopped where neither manifest stands
+        out = tmp_path / str(after)
+        write_result(out, REQUEST, ["a.npy"])
+        (out / "notes.txt").write_text("mine")
+        with monkeypatch.context() as patch, locks.given_up():
+            Stops(patch, after)
+            with pytest.raises(KeyboardInterrupt):
+                write_result(out, REQUEST | {"threshold": 0.9}, ["a.npy", "b.npy"], overwrite=True)
+        if not (out / "snip.json").is_file():
+            break
+    assert (out / "work" / "swap.json").is_file()
+    monkeypatch.setattr(store, "DOOR_S", 0.05)
+    with (out / "work" / "door.lock").open("w") as other:
+        assert locks.lock(other)
+        with pytest.raises(SnipError, match="is being written by another run"):
+            store.read_manifest(out, "dedup")
+    assert held(out) == REQUEST | {"threshold": 0.9}
+
+
+@pytest.mark.parametrize("name", ["../precious", "/etc/hostname", "a/../../precious"])
+def test_a_journal_moves_nothing_outside_the_folder(tmp_path, name):
+    out = tmp_path / "out"
+    (tmp_path / "precious").write_text("x")
+    for entry in ("files", "gone", "from"):
+        said = {"from": "files", "files": [], "gone": [], "keep_work": False}
+        store.save_json(
+            out / "work" / "swap.json", said | {entry: name if entry == "from" else [name]}
+        )
+        (out / "work" / "files").mkdir(exist_ok=True)
+        (out / "work" / "files" / "snip.json").write_text("{}")
+        with pytest.raises(SnipError, match=r"swap\.json: damaged"):
+            store.read_manifest(out, "dedup")
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_who_was_taken_for_dead_replaces_nothing(tmp_path):
+    """Another process went on, and ended the run; the first one wakes before it writes the end."""
+    out = tmp_path / "out"
+
+    def wakes():
+        with locks.given_up():
+            store.claim(out, "dedup", REQUEST, overwrite=False, late=True, shared=True)
+            other = threading.Thread(target=ends)
+            other.start()
+            other.join()
+            part = out / "work" / "mine" / "a.npy"
+            part.parent.mkdir(parents=True)
+            part.write_text("other times")
+            with pytest.raises(TakenError):
+                store.publish(out, "dedup", {"request": REQUEST}, [part])
+
+    def ends():
+        store.claim(out, "dedup", REQUEST, overwrite=False, late=True, shared=True)
+        made = out / "work" / "files" / "a.npy"
+        made.parent.mkdir(parents=True)
+        made.write_text(json.dumps(REQUEST))
+        store.publish(out, "dedup", {"request": REQUEST}, [made])
+
+    thread = threading.Thread(target=wakes)
+    thread.start()
+    thread.join()
+    (out / "notes.txt").write_text("mine")
+    assert held(out) == REQUEST
+
+
+DECIDED = REQUEST | {"key": None}
+
+
+def test_a_stopped_run_goes_on_with_other_decisions(tmp_path):
+    out, how = tmp_path / "out", {"overwrite": False, "late": True, "decisions": {"key"}}
+    assert store.claim(out, "dedup", DECIDED, **how) == "new"
+    other = DECIDED | {"key": "url"}
+    assert store.claim(out, "dedup", other, **how) == "resume"
+    assert store.load_json(out / "work" / "request.json") == other
+    with pytest.raises(SnipError, match="stopped run with other threshold"):
+        store.claim(out, "dedup", other | {"threshold": 0.9}, **how)
+    assert store.claim(out, "dedup", DECIDED, **{**how, "overwrite": True}) == "resume"
+    part = out / "work" / "files" / "a.npy"
+    part.parent.mkdir()
+    part.write_text("x")
+    store.publish(out, "dedup", {"request": DECIDED}, [part])
+    with pytest.raises(SnipError, match="finished run with other key"):
+        store.claim(out, "dedup", other, **how)
+
+
+def test_those_who_share_a_run_agree_on_what_is_decided(tmp_path):
+    out = tmp_path / "out"
+    how = {"overwrite": False, "late": True, "decisions": {"key"}, "shared": True}
+    said = []
+
+    def join(request):
+        with locks.given_up():
+            try:
+                said.append(store.claim(out, "dedup", request, **how))
+            except SnipError as error:
+                said.append(str(error))
+
+    with locks.given_up():
+        assert store.claim(out, "dedup", DECIDED, **how) == "new"
+        for request in (DECIDED, DECIDED | {"key": "url"}):
+            thread = threading.Thread(target=join, args=(request,))
+            thread.start()
+            thread.join()
+    assert said[0] == "resume"
+    assert "stopped run with other key" in said[1]
+    join(DECIDED | {"key": "url"})  # nobody is there now
+    assert said[2] == "resume"
 
 
 def test_a_claim_stopped_at_once_leaves_a_free_folder(tmp_path):

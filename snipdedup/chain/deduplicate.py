@@ -20,6 +20,7 @@ from snipdedup.chain.finding import method_of, search
 from snipdedup.chain.found import Found
 from snipdedup.chain.inputs import Inputs, open_inputs
 from snipdedup.chain.outfolder import (
+    EXPORT,
     KIND,
     PAGE,
     check_metadata,
@@ -300,6 +301,8 @@ def conclude(
         **described,
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
+    for folder in (out, out / "metadata", out / EXPORT):
+        store.remove_parts(folder)  # of what was killed there
     # the page would tell of rows that are no more
     store.publish(out, KIND, body, outputs, gone=[PAGE], keep_work=options.keep_work)
     return result, summary(result, out, body)
