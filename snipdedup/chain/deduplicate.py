@@ -169,6 +169,10 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
             with open_runner(options, out, place, rows=rows) as runner:
                 found = find(inputs, options, out, clock, runner, found)
                 return conclude(found, out, inputs, metadata, key, request, options, clock, load)
+        except SnipError:
+            if place is None:
+                store.release_unbegun(out)
+            raise
         except Written as other:
             said = str(other)
             if not options.keep_work:  # what was left by one that was slow to notice
