@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import truth
 from test_outfolder import write_laion
 
@@ -636,3 +637,48 @@ def test_the_earlier_result_stands_until_the_new_one_is_whole(laion, tmp_path):
     assert not (out / "report.html").exists()
     assert not (out / "work").exists()
     assert store.read_manifest(out, "dedup")["settings"]["threshold"] == 0.9
+
+
+REFUSED = {"--max_memory 2": "this run needs", "--device cuda": "torch sees no CUDA device"}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+@pytest.mark.parametrize("how", ["join", "semdedup", "beside"])
+def test_a_refused_run_leaves_nothing_and_what_was_there_stands(tmp_path, monkeypatch, flags, how):
+    """``beside``: rows that come first, by a run whose model is kept."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    np.save(tmp_path / "e.npy", truth.clustered(300, 16, 0))
+    np.save(tmp_path / "r.npy", truth.clustered(300, 16, 1))
+    words = ["dedup", tmp_path / "e.npy", "--out", tmp_path / "out"]
+    if how == "beside":
+        first = ("dedup", tmp_path / "r.npy", "--out", tmp_path / "r", "--keep_work")
+        assert truth.snip(*first)[0] == 0
+        words += ["--reference", tmp_path / "r"]
+    else:
+        words += ["--method", how]
+    status, _, said = truth.snip(*words, *flags.split())
+    assert status == 1
+    assert REFUSED[flags] in said
+    assert not (tmp_path / "out").exists()
+    assert truth.snip(*words)[0] == 0
+    before = truth.listing(tmp_path / "out")
+    assert truth.snip(*words, *flags.split(), "--overwrite")[0] == 1
+    assert truth.listing(tmp_path / "out") == before
+
+
+def test_a_stopped_run_survives_a_refusal(tmp_path, monkeypatch):
+    np.save(tmp_path / "e.npy", truth.clustered(300, 16, 0))
+    words = ["dedup", tmp_path / "e.npy", "--out", tmp_path / "out"]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("snipdedup.chain.deduplicate.conclude", stop)
+        assert truth.snip(*words)[0] == 130
+    before = truth.listing(tmp_path / "out" / "work")
+    before.pop("run.lock")
+    assert len(before) > 2
+    assert truth.snip(*words, "--max_memory", 2)[0] == 1
+    assert before.items() <= truth.listing(tmp_path / "out" / "work").items()
+    assert truth.snip(*words)[0] == 0

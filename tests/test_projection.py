@@ -166,3 +166,35 @@ def test_the_same_seed_gives_the_same_codes_and_saving_keeps_them():
     arrays = one.arrays()
     loaded = type(one)(arrays["matrix"], arrays["residual"], float(arrays["scale"]))
     assert np.array_equal(one.encode(x)[0], loaded.encode(x)[0])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_limit_allows_for_errors_that_two_rows_share(width):
+    """Uniform errors, whatever those of one row have to do with the other's: by a union bound."""
+    norm = room.PEAK + 0.5 * width**0.5  # of the least scale there is
+    allowed = norm * np.sqrt(2) * np.sqrt(np.log(2 / room.MISS_PROBABILITY) / 2)
+    s = (allowed - width / 4) / 2
+    assert 2 * np.exp(-6 * (s / norm) ** 2) < room.MISS_PROBABILITY
+
+
+@pytest.mark.parametrize("away", [0, 1e-9, 1e-7, 1e-5, 1e-3])
+@pytest.mark.parametrize("width", [WIDTHS[0], WIDTHS[-1]])
+def test_rows_that_round_alike_are_not_lost(width, away):
+    """Twice the variance of independent errors, norm² / 3, and no product below the limit."""
+    rng = np.random.default_rng(width)
+    x = unit_rows64(rng.standard_normal((20_000, 40)))
+    side = rng.standard_normal(x.shape)
+    side = unit_rows64(side - (side * x).sum(1, keepdims=True) * x)
+    y = (1 - away) * x + np.sqrt(1 - (1 - away) ** 2) * side
+    projection = fit_projection(x[:2000], width, seed=0)
+    (a, below), (b, under) = projection.encode(x), projection.encode(y)
+    product = (a.astype(np.float64) * b).sum(1)
+    cosine = (x * unit_rows64(y)).sum(1)
+    off = (product - projection.scale**2 * cosine) / projection.norm
+    if away <= 1e-7:
+        assert 0.5 < off.std() < 0.65  # independent ones: .41
+    for threshold in (0.95, 0.999, 1 - away):
+        pair = cosine.astype(np.float32) >= np.float32(threshold)
+        least = projection.limit(threshold) - projection.slack(below) - projection.slack(under)
+        assert pair.sum() > 5000 or threshold > 0.999
+        assert (product >= least)[pair].all()

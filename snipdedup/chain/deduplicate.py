@@ -189,6 +189,10 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
                         found, out, draft_folder(out, runner), inputs, metadata, key, request,
                         options, clock, load,
                     )  # fmt: skip
+        except SnipError:
+            if place is None:
+                store.release_unbegun(out)
+            raise
         except Written as other:
             said = str(other)
             # what was left by one that was slow to notice; by now it may be the next run's

@@ -57,6 +57,10 @@ def search(
         return find_semdedup(features, options, work, clock)
     joined = functools.partial(search_join, runner=runner)
     compare = joined if method == "join" else search_exact
+    if method == "join":  # refused before anything is written
+        every = inputs.references.before(features) if inputs.references else features
+        here = cores(options.threads) if runner is None else runner.here
+        memory_bound(options.max_memory, needed_memory(every, here))
     if inputs.references is None:
         found = make_found(features, options, *compare(features, 0, options, work, clock))
     else:

@@ -598,6 +598,13 @@ def release(out: Path) -> None:
         out.rmdir()
 
 
+def release_unbegun(out: Path) -> None:
+    """Give up a claim where the work says whose it is and no more: there is nothing to resume."""
+    work = out / WORK
+    if work.is_dir() and all(path.name in (REQUEST, LOCK) for path in work.iterdir()):
+        release(out)
+
+
 def publish(
     out: Path,
     kind: str,

@@ -24,9 +24,15 @@ WIDTHS = (64, 80, 96, 128, 192, 256)
 PEAK = 127  # largest int8
 MOMENT_ROWS = 1 << 11  # whose products are added up at a time, in order
 HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
-# A pair's product is off by more than this times the codes' norms with probability below 1e-9:
-# rounding errors lie within ±1/2 and the rotation makes them independent of the rows, so
-# Hoeffding's inequality gives exp(-2 k²) for k times the norm.
+# Codes are a = x + e and b = y + f, so a·b = x·y + x·f + y·e + e·f. Assumed, of a random rotation
+# that spreads coordinates over many integers: the errors of a row are uniform in ±1/2, independent
+# of one another and of the weights x and y. Not assumed: that e is independent of f. Rows nearly
+# equal round alike, and x·f + y·e has twice the variance that it has elsewhere.
+# For u uniform in ±1/2, E exp(tu) <= exp(t²/24). So x·f < -s has probability at most
+# exp(-6 s²/norm²), y·e < -s too, and e·f >= -w/4. `Projection.limit` allows 2 s + w/4 = 4.63 norm;
+# with w <= 256 and scale >= 127, hence norm >= 135, the two together are below 2e-11, whatever e
+# and f have to do with each other. (That errors are bounded, Hoeffding's inequality, would alone
+# prove 2e-5 for equal rows.)
 MISS_PROBABILITY = 1e-9
 FLOAT_SLACK = 1e-5  # float32 arithmetic in projecting
 # bfloat16 keeps 8 bits: rounding rows, directions and coordinates moves products of dense rows by
