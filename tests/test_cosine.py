@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from unittest import mock
 
 import mpmath
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from snipdedup.ground import cosine
 from snipdedup.ground.cosine import (
     PROPOSAL_ERROR,
     bad_rows,
     pair_cosine,
+    quotients,
     rescaled64,
+    row_dots,
+    row_sums,
     same_bits,
     unit_rows,
     unit_rows64,
+    unsettled,
 )
 
 ONE = np.float32(1)
@@ -175,3 +182,50 @@ def test_inputs_are_left_as_they_were():
         assert np.array_equal(x, before, equal_nan=True)
     pair_cosine(x, x)
     assert np.array_equal(x, before, equal_nan=True)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**31), shape=st.tuples(st.integers(0, 4), st.integers(1, 70)))
+def test_sums_of_rows_are_sums_and_do_not_hang_on_other_rows(seed, shape):
+    values = np.random.default_rng(seed).standard_normal((*shape, 3)).transpose(2, 0, 1)
+    found = row_sums(values.copy())
+    assert np.allclose(found, values.sum(-1), atol=1e-12)
+    for which in range(3):
+        assert np.array_equal(row_sums(values[which].copy()), found[which])
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    assert np.array_equal(row_sums(tensor).numpy(), found)
+
+
+def reordered(shuffle):
+    """`row_dots` that adds in another order, as another processor does."""
+    return lambda a, b: row_dots(*(np.ascontiguousarray(side[:, shuffle]) for side in (a, b)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_order_of_adding_never_shows(dtype):
+    """Among cosines that lie at the border of two float32, some hang on the order; not for us."""
+    rng = np.random.default_rng(3)
+    dim, quick = 60, []
+    x, y = (rng.integers(-8, 9, (200_000, dim)).astype(dtype) / dtype(8) for _ in range(2))
+    y[:, :8] = x[:, :8]  # cosines up to one
+    expected = pair_cosine(x, y)
+    for _ in range(3):
+        shuffled = reordered(rng.permutation(dim))
+        a, b = rescaled64(x), rescaled64(y)
+        quick.append(quotients(shuffled(a, b), shuffled(a, a), shuffled(b, b)))
+        with mock.patch.object(cosine, "row_dots", shuffled):
+            assert np.array_equal(pair_cosine(x, y), expected)
+    apart = np.ptp(quick, axis=0)
+    assert apart.max() <= 2 * (2 * dim + 16) * 2.0**-53
+
+
+def test_cosines_at_the_border_of_two_roundings_are_unsettled():
+    below, border = (
+        np.float32(0.95),
+        (np.float64(np.float32(0.95)) + np.nextafter(np.float32(0.95), ONE)) / 2,
+    )
+    values = np.array(
+        [below, border - 1e-11, border - 1e-15, border, border + 1e-15, border + 1e-11]
+    )
+    assert unsettled(values, 64).tolist() == [False, False, True, True, True, False]
+    assert not unsettled(np.array([np.nan, np.inf, -np.inf, 1.0, -1.0]), 64).any()

@@ -1,6 +1,10 @@
 """The number that decides: the cosine of two rows in float64, and what rows may be compared.
 
 Everything faster only proposes pairs. What is kept, removed or reported rests on `pair_cosine`.
+
+Libraries add up a product in an order of the processor's, so its last bits are the processor's.
+What is rounded here does not show them: sums are made in one order (`row_sums`), or lie so far from
+where their rounding would change that no order could change it (`unsettled`).
 """
 
 from __future__ import annotations
@@ -10,11 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.ground.compute import scratch
+
 # float32 unit rows give dot products this close to the cosine, at any width up to 65,536.
 PROPOSAL_ERROR = 1e-5
 PLAIN_NORM = 1e15  # norms up to here, and from its inverse on, are safe in float32
 FEW_ROWS = 4096  # whose conversion is not worth a second for torch to be imported
 SAFE_PEAK = 1e100  # squares of larger (or inversely smaller) float64 values could overflow
+NORM_ROWS = 2048  # rows whose squares are laid out at a time, to stay in the cache
+FEW_COLUMNS = 8  # added up one by one
+HALF_ULP = 2.0**-53  # relative error of one operation in float64
 
 
 class Directions(NamedTuple):
@@ -38,23 +47,23 @@ class Directions(NamedTuple):
         return np.asarray((self.values * self.factor[:, None]).numpy())
 
 
-def directions(rows: np.ndarray, scratch: Any = None) -> Directions:
+def directions(rows: np.ndarray, wide: Any = None) -> Directions:
     """Return the directions of rows, accurate to float32 whatever their norms are.
 
     Parameters
     ----------
     rows : (n, d) float16, float32 or float64
-    scratch : (>= n, d) float32 tensor, optional
+    wide : (>= n, d) float32 tensor, optional
         Memory for the values of float16 rows; without it they get their own.
     """
     import torch
 
     raw = torch.from_numpy(np.ascontiguousarray(rows))
     if rows.dtype == np.float16:  # torch converts float16 several times faster than numpy
-        values = raw.float() if scratch is None else scratch[: len(rows)].copy_(raw)
+        values = raw.float() if wide is None else wide[: len(rows)].copy_(raw)
     else:
         values = raw.float()
-    norms = torch.linalg.vector_norm(values, dim=1)
+    norms = plain_norms(values)
     factor, bad = 1 / norms, np.zeros(len(rows), bool)
     odd = ~((norms > 1 / PLAIN_NORM) & (norms < PLAIN_NORM)).numpy()
     if odd.any():  # NaN is odd too
@@ -63,6 +72,39 @@ def directions(rows: np.ndarray, scratch: Any = None) -> Directions:
         values[odd], factor[odd] = unit, 1.0
         bad[odd] = ~unit.any(1).numpy()
     return Directions(values, factor, bad)
+
+
+def plain_norms(values: Any) -> Any:
+    """Return the norm of each row of an (n, d) float32 tensor, (n,) float32: no other last bits."""
+    import torch
+
+    parts = [torch.empty(0)]
+    squares = torch.from_numpy(scratch("squares", (NORM_ROWS, values.shape[1]), np.float32))
+    for part in values.split(NORM_ROWS):
+        parts.append(row_sums(torch.mul(part, part, out=squares[: len(part)])).sqrt_())
+    return torch.cat(parts)
+
+
+def row_sums(terms: Any) -> Any:
+    """Return the sums over the last axis, always added in the same order; spoils ``terms``.
+
+    The second half is added to the first, until few columns are left: only sums of whole columns,
+    which every processor rounds alike.
+
+    Parameters
+    ----------
+    terms : (..., d) array or tensor of floats
+    """
+    width = terms.shape[-1]
+    while width > FEW_COLUMNS:
+        half = width // 2
+        part = terms[..., :half]
+        part += terms[..., width - half : width]
+        width -= half
+    total = 0 * terms[..., 0] if not width else terms[..., 0] + 0
+    for column in range(1, width):
+        total += terms[..., column]
+    return total
 
 
 def bad_rows(rows: np.ndarray) -> np.ndarray:
@@ -90,7 +132,8 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 def unit_rows64(rows: np.ndarray) -> np.ndarray:
     """Return rows scaled to norm 1 in float64; bad rows become zeros."""
     values = rescaled64(rows)
-    norms = np.sqrt(np.einsum("ij,ij->i", values, values))
+    with np.errstate(invalid="ignore", over="ignore"):
+        norms = np.sqrt(row_sums(values * values))
     norms[~np.isfinite(norms) | (norms == 0)] = np.inf
     values[np.isinf(norms)] = 0
     values /= norms[:, None]
@@ -101,7 +144,7 @@ def pair_cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the cosine of each row of ``x`` with the same row of ``y``.
 
     A float64 dot product over float64 norms of the rows as stored, rounded to float32; rows that
-    are equal bit for bit have exactly 1.
+    are equal bit for bit have exactly 1. The same on every processor.
 
     Parameters
     ----------
@@ -112,11 +155,36 @@ def pair_cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     (n,) float32
     """
     a, b = rescaled64(x), rescaled64(y)
-    norms = np.sqrt(row_dots(a, a)) * np.sqrt(row_dots(b, b))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = (row_dots(a, b) / norms).astype(np.float32)
+    quick = quotients(row_dots(a, b), row_dots(a, a), row_dots(b, b))
+    cosine = quick.astype(np.float32)
+    again = np.flatnonzero(unsettled(quick, a.shape[1]))
+    if len(again):
+        a, b = a[again], b[again]
+        sums = [row_sums(left * right) for left, right in ((a, b), (a, a), (b, b))]
+        cosine[again] = quotients(*sums).astype(np.float32)
     cosine[same_bits(x, y)] = 1
     return np.minimum(cosine, np.float32(1))
+
+
+def quotients(dots: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return cosines from dot products and squared norms, (n,) float64."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(dots / (np.sqrt(x) * np.sqrt(y)))
+
+
+def unsettled(cosine: np.ndarray, dim: int) -> np.ndarray:
+    """Return which cosines another order of adding could round to another float32, bool.
+
+    Parameters
+    ----------
+    cosine : float64
+        Of rows or unit rows; a dot product of d terms is off by at most d half ulps of the product
+        of the norms, in whatever order (Higham, 2002, section 3.1), and so are squared norms.
+    dim : int
+    """
+    error = 2 * (2 * dim + 16) * HALF_ULP
+    low, high = (cosine - error).astype(np.float32), (cosine + error).astype(np.float32)
+    return np.asarray((low != high) & np.isfinite(cosine))
 
 
 def row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:

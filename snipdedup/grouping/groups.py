@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.ground.compute import in_order
-from snipdedup.ground.cosine import pair_cosine, unit_rows64
+from snipdedup.ground.cosine import pair_cosine, row_sums, unit_rows64, unsettled
 from snipdedup.grouping.star import Gather, star_huge
 from snipdedup.search.forest import Edges, components, make_edges, order_by
 
@@ -22,6 +22,7 @@ FLOAT64_GROUP = 8192  # larger groups are compared by codes first
 STAR_STEP = 64  # of them decided together
 PACKED_ROWS = 1 << 12  # rows gathered for one such batch
 NO_PAIR = np.float32(-2)  # less than any cosine
+NO_COSINE = 1e-5  # cosines nearer to 0 are rounded as the processor adds them up; none is a pair
 
 
 class Members(NamedTuple):
@@ -321,10 +322,19 @@ def star_packed(
 
 
 def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the cosines of float64 unit rows, (..., m, n) float32, on the threads torch has."""
+    """Return the cosines of float64 unit rows, (..., m, n) float32, on the threads torch has.
+
+    The same on every processor, but for those below `NO_COSINE` in size.
+    """
     import torch
 
-    return np.asarray((torch.from_numpy(x) @ torch.from_numpy(y).mT).float().numpy())
+    quick = (torch.from_numpy(x) @ torch.from_numpy(y).mT).numpy()
+    cosine = quick.astype(np.float32)
+    again = unsettled(quick, x.shape[-1])
+    again &= np.abs(quick) > NO_COSINE
+    *group, i, j = np.nonzero(again)
+    cosine[again] = row_sums(x[*group, i] * y[*group, j])
+    return np.asarray(cosine)
 
 
 def star_large(

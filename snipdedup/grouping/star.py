@@ -49,7 +49,7 @@ class Coded(NamedTuple):
         kernel = pick_kernel("cpu")
         columns = kernel.prepare(torch.from_numpy(self.codes[y]))
         products = kernel.multiply(torch.from_numpy(self.codes[x]), columns)
-        lowest = self.limit - kernel.rounding * abs(self.limit) - self.slack[y].max(initial=0)
+        lowest = self.limit - self.slack[y].max(initial=0)
         i, j = hit_places(products, lowest - self.slack[x])
         return x[i], y[j]
 

@@ -9,7 +9,14 @@ import numpy as np
 
 from snipdedup.ground import progress
 from snipdedup.ground.compute import in_order
-from snipdedup.ground.cosine import PROPOSAL_ERROR, bad_rows, pair_cosine, unit_rows, unit_rows64
+from snipdedup.ground.cosine import (
+    PROPOSAL_ERROR,
+    bad_rows,
+    pair_cosine,
+    unit_rows,
+    unit_rows64,
+    unsettled,
+)
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, make_edges, spanning_forest
 
@@ -128,18 +135,22 @@ def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> E
         a, b = a[a < b], b[a < b]
     if len(a) > DENSE * product.size:
         dense = unit_rows64(left.raw[i : i + TILE]) @ unit_rows64(right.raw[j : j + TILE]).T
-        cosine = np.minimum(dense.astype(np.float32)[a, b], np.float32(1))
+        quick = dense[a, b]
+        cosine = np.minimum(quick.astype(np.float32), np.float32(1))
+        again = np.flatnonzero(unsettled(quick, left.raw.shape[1]))
+        cosine[again] = listed_cosines(left.raw, right.raw, i + a[again], j + b[again])
     else:
-        cosine = np.concatenate([
-            np.empty(0, np.float32),
-            *(
-                pair_cosine(left.raw[i + a[s : s + VERIFY_PAIRS]],
-                            right.raw[j + b[s : s + VERIFY_PAIRS]])
-                for s in range(0, len(a), VERIFY_PAIRS)
-            ),
-        ])  # fmt: skip
+        cosine = listed_cosines(left.raw, right.raw, i + a, j + b)
     edges = make_edges(left.rows[i + a], right.rows[j + b], cosine)
     return edges.at(threshold)
+
+
+def listed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
+    parts = [np.empty(0, np.float32)]
+    for start, stop in plan_blocks(len(i), VERIFY_PAIRS):
+        parts.append(pair_cosine(x[i[start:stop]], y[j[start:stop]]))
+    return np.concatenate(parts)
 
 
 def nearest_rows(

@@ -27,7 +27,7 @@ from snipdedup.search.fitting import (
 )
 from snipdedup.search.forest import Edges
 from snipdedup.search.kernels import pick_kernel
-from snipdedup.search.projection import WIDTHS, has_bfloat16
+from snipdedup.search.projection import WIDTHS
 from snipdedup.search.runners import Runner
 from snipdedup.search.spanning import ForestFile
 from snipdedup.search.tasks import Tasks, fits
@@ -80,7 +80,6 @@ def join(
         forest, notes = join_all(tasks, runner, seen, memory)
     lists = {
         "kernel": pick_kernel(pick_device(tasks.device)).name,
-        "bfloat16": has_bfloat16(),
         "width": model.projection.width,
         "nlist": model.lists.nlist,
         "tau": model.lists.tau / model.projection.scale,

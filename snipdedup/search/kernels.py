@@ -1,7 +1,8 @@
 """Products of int8 codes, by the fastest way that this processor has and computes right.
 
-All kernels take the same codes. A short self-test at the first use checks each against numpy's
-integers and times it; one that lies is never used, one that only rounds says by how much.
+All kernels take the same codes and give the same integers, so nothing hangs on which one is taken.
+A short self-test at the first use checks each against exact products and times it; one that lies or
+rounds is never used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ TEST_ROWS, TEST_WIDTH = 512, 256
 TEST_ROUNDS = 15
 RUN = 64  # columns of products among which a hit is looked for at once
 MOST_RUNS = 1 / 4  # share of runs with a hit from which all products are looked at
-CLEARLY = 1.5  # a kernel that rounds, or was only lucky in one short trial, must win by more
+CLEARLY = 1.5  # a kernel that was only lucky in one short trial must win by more
 
 
 _testing = threading.RLock()
@@ -41,40 +42,24 @@ class Kernel:
     multiply : function of (m, w) int8 tensor, prepared columns
         Returns (m, n) products as a tensor, int32 or float32, which stands until the thread's
         next call.
-    rounding : float
-        Largest error of a product, as a share of its size; 0 where products are exact.
     """
 
     name: str
     device: str
     prepare: Callable[[Any], Any]
     multiply: Callable[[Any, Any], Any]
-    rounding: float = 0.0
 
 
 def candidates(device: str) -> list[Kernel]:
     """Return the kernels to try on a device, float32 last: it works everywhere."""
-    import torch
-
-    def bfloat16(codes: Any) -> Any:
-        return codes.to(torch.bfloat16)
-
     int8 = Kernel("int8", device, lambda y: y.T.contiguous(), cpu_int8)
     if device != "cpu":
         int8 = Kernel("int8", device, cuda_columns, cuda_int8)
-    # bfloat16 holds codes exactly; the sum is rounded once, to 8 bits
-    half = Kernel(
-        "bfloat16",
-        device,
-        lambda y: bfloat16(y).T.contiguous(),
-        lambda x, y: (bfloat16(x) @ y).float(),
-        rounding=2.0**-8,
-    )
     # sums of products of codes stay below 2^24, so float32 is exact
     single = Kernel(
         "float32", device, lambda y: y.float().T.contiguous(), lambda x, y: x.float() @ y
     )
-    return [int8, half, single]
+    return [int8, single]
 
 
 def cpu_int8(x: Any, columns: Any) -> Any:
@@ -102,43 +87,39 @@ def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
     return torch._int_mm(padded, columns)[: len(x), :count]
 
 
-def pick_kernel(device: str = "cpu", exact: bool = False) -> Kernel:
+def pick_kernel(device: str = "cpu") -> Kernel:
     """Return the fastest kernel that passes the self-test, the same for codes of all widths.
 
     Parameters
     ----------
     device : str
         ``cpu`` or ``cuda``.
-    exact : bool
-        Leave out kernels that round.
     """
     with _testing:  # two threads that test at once would time each other
-        return _picked(device, exact)
+        return _picked(device)
 
 
 @cache
-def _picked(device: str, exact: bool) -> Kernel:
-    if exact:
-        usual = _picked(device, False)  # tried already
-        return usual if not usual.rounding else fastest(exact_ones(device), TEST_WIDTH)
-    return fastest(candidates(device), TEST_WIDTH)
+def _picked(device: str) -> Kernel:
+    kernels = candidates(device)
+    return fastest(kernels, [trial(kernel, TEST_WIDTH) for kernel in kernels])
 
 
-def exact_ones(device: str) -> list[Kernel]:
-    """Return the kernels that do not round."""
-    return [kernel for kernel in candidates(device) if not kernel.rounding]
-
-
-def fastest(kernels: list[Kernel], width: int) -> Kernel:
+def fastest(kernels: list[Kernel], seconds: list[float | None]) -> Kernel:
     """Return the first of the kernels that compute right, unless a later one is clearly faster.
 
     The last one if none does.
+
+    Parameters
+    ----------
+    kernels : list of Kernel
+    seconds : list of float or None
+        What the `trial` of each says.
     """
     best, best_time = kernels[-1], float("inf")
-    for kernel in kernels:
-        seconds = trial(kernel, width)
-        if seconds is not None and seconds * CLEARLY < best_time:
-            best, best_time = kernel, seconds
+    for kernel, time_ in zip(kernels, seconds, strict=True):
+        if time_ is not None and time_ * CLEARLY < best_time:
+            best, best_time = kernel, time_
     return best
 
 
@@ -157,7 +138,7 @@ def trial(kernel: Kernel, width: int) -> float | None:
         found = kernel.multiply(a, columns).double().cpu().numpy()
         if found.shape != truth.shape:
             return None
-        if not np.all(np.abs(found - truth) <= kernel.rounding * np.abs(truth)):  # NaN is wrong
+        if not np.array_equal(found, truth):  # NaN is wrong
             return None
         best = float("inf")
         for _ in range(TEST_ROUNDS):

@@ -2,6 +2,7 @@
 
 A projection bounds the cosine, so its codes lose no pair. Descriptors of a learned network bound
 nothing: how near they must be is learnt from pairs of a sample, so that the share asked for passes.
+They are float32 arithmetic of a network: another processor may round a coordinate otherwise.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from snipdedup.search.projection import PEAK, Projection, random_rotation, to_co
 if TYPE_CHECKING:
     from snipdedup.train.encoder import Encoder
 
+LEARNED = "float32 1"  # what such a code is, as `projection.ARITHMETIC` for others
+
 
 @dataclass(frozen=True)
 class Learned(Projection):
@@ -46,6 +49,8 @@ class Learned(Projection):
     residual : (dim,) float32
         Zeros.
     scale : float
+    unit : float
+        1.
     encoder : Encoder
     path : Path
         Its folder.
@@ -56,6 +61,11 @@ class Learned(Projection):
     encoder: Encoder
     path: Path
     lowest: float = 0.0
+
+    @property
+    def length(self) -> float:
+        """What the norm of a descriptor is."""
+        return 1.0
 
     def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
         """See `Projection.encode_directions`; rows that cannot be compared become zeros."""
@@ -81,7 +91,7 @@ class Learned(Projection):
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the parts as arrays, to be saved."""
         learnt = {"encoder": np.array(str(self.path)), "lowest": np.array(self.lowest)}
-        return {**super().arrays(), **learnt}
+        return {**super().arrays(), **learnt, "arithmetic": np.array(LEARNED)}
 
     @classmethod
     def of(cls, path: Path, seed: int, device: str) -> Learned:
@@ -93,7 +103,7 @@ class Learned(Projection):
         # a rotated unit vector has coordinates of about dim^-1/2; six times that is hardly passed
         scale = PEAK / min(1.0, 6 * encoder.dim**-0.5)
         nothing = np.zeros(encoder.dim, np.float32)
-        return cls(rotation, nothing, scale, encoder, path.resolve())
+        return cls(rotation, nothing, scale, 1.0, encoder, path.resolve())
 
 
 def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) -> Learned:

@@ -142,10 +142,10 @@ def train_centroids(codes: np.ndarray, nlist: int, seed: int, threads: int) -> n
         order = np.argsort(home, kind="stable")
         starts = np.searchsorted(home[order], np.arange(nlist))
         used = np.flatnonzero(np.diff(np.append(starts, len(home))))
-        sums = np.add.reduceat(codes[order], starts[used], axis=0, dtype=np.int64).astype(float)
-        sums *= norm / np.linalg.norm(sums, axis=1, keepdims=True).clip(1)
+        sums = np.add.reduceat(codes[order], starts[used], axis=0, dtype=np.int64)
+        length = np.sqrt(np.einsum("ij,ij->i", sums, sums).astype(float)).clip(1)
         centroids = codes[rng.choice(len(codes), nlist)]
-        centroids[used] = np.rint(sums).clip(-127, 127)
+        centroids[used] = np.rint(sums * (norm / length)[:, None]).clip(-127, 127)
     return centroids
 
 
@@ -167,11 +167,11 @@ def nearest(
 def nearness(codes: np.ndarray, centroids: np.ndarray) -> Any:
     """Return 2 x·c − ‖c‖², ‖x‖² − ‖x−c‖², for each code and centroid.
 
-    A (n, nlist) tensor of int32, or of exact float32; it stands until the thread's next call.
+    A (n, nlist) tensor of int32, or of whole float32; it stands until the thread's next call.
     """
     import torch
 
-    kernel = pick_kernel("cpu", exact=True)
+    kernel = pick_kernel("cpu")
     products = kernel.multiply(torch.from_numpy(codes), kernel.prepare(torch.from_numpy(centroids)))
     size = torch.from_numpy(squares(centroids)).to(products.dtype)
     return torch.add(-size, products, alpha=2, out=products)
@@ -378,7 +378,7 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
     """
     import torch
 
-    kernel = pick_kernel("cpu", exact=True)
+    kernel = pick_kernel("cpu")
 
     def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         columns = kernel.prepare(torch.from_numpy(codes[slice(*span)]))

@@ -105,7 +105,7 @@ class Hubs:
     @property
     def border(self) -> float:
         """Cosine of one and a half times that angle."""
-        return float(np.cos(1.5 * np.arccos(np.clip(self.threshold, -1, 1))))
+        return self.half * (4 * self.half**2 - 3)  # cos 3φ = 4 cos³φ - 3 cos φ
 
     def edges(self) -> Edges:
         """Return the pairs among the hubs."""
@@ -221,7 +221,7 @@ def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndar
     """Return how many products of each code of ``x`` with those of ``y`` reach a limit, (n,)."""
     import torch
 
-    kernel = pick_kernel("cpu", exact=True)
+    kernel = pick_kernel("cpu")
     columns = kernel.prepare(torch.from_numpy(y))
 
     def count(span: tuple[int, int]) -> np.ndarray:

@@ -10,10 +10,10 @@ import numpy as np
 from snipdedup.errors import DamagedError, InputError
 from snipdedup.ground import store
 from snipdedup.ground.formats import load_npz
-from snipdedup.search.learned import Learned
+from snipdedup.search.learned import LEARNED, Learned
 from snipdedup.search.lists import Lists
 from snipdedup.search.masses import Hubs
-from snipdedup.search.projection import Projection
+from snipdedup.search.projection import ARITHMETIC, Projection
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Model:
         """Read a model."""
         try:
             file = load_npz(path)
-            parts = file["matrix"], file["residual"], float(file["scale"])
+            check_arithmetic(str(file["arithmetic"]), "encoder" in file)
+            parts = file["matrix"], file["residual"], float(file["scale"]), float(file["unit"])
             projection = Projection(*parts)
             if "encoder" in file:
                 from snipdedup.train.encoder import Encoder
@@ -66,6 +67,13 @@ class Model:
             # not fitted anew: codes that are there may be those of an earlier run's model
             raise DamagedError(f"{path}: damaged ({error}); run again, it begins anew") from error
         return cls(projection, lists, hubs, threshold, int(pairs))
+
+
+def check_arithmetic(name: str, learned: bool) -> None:
+    """Refuse a model whose codes this version does not make: its rows would have others."""
+    ours = LEARNED if learned else ARITHMETIC
+    if name != ours:
+        raise ValueError(f"its codes are made by '{name}', this version makes them by '{ours}'")
 
 
 def is_readable(path: Path) -> bool:

@@ -261,7 +261,9 @@ def eliminated(gram: np.ndarray, v: np.ndarray) -> np.ndarray:
 def best_scores(
     views: Views, shared: np.ndarray, rows: np.ndarray, threads: int, common: float = 1.0
 ) -> np.ndarray:
-    """Return the best score of each of ``rows``, (n,) float32; infinity where it has none.
+    """Return the best score of each of ``rows``, (n,) float64; infinity where it has none.
+
+    Not rounded: a margin is one of these, and `judge` compares scores with it.
 
     Rows that share their code with another (``shared``) have 0. ``common`` as in `scored`.
     """
@@ -275,7 +277,7 @@ def best_scores(
             # A score is never below its mean: what cannot be the best is not looked at.
             pairs = scored(views, ids, e, mean, within & (mean < found[:, None]), common)
             np.minimum.at(found, pairs.at, pairs.score)
-        return np.where(shared[part], 0, found).astype(np.float32)
+        return np.where(shared[part], 0, found)
 
     parts: Iterator[np.ndarray] = in_order(best, plan_blocks(len(rows), QUERY_ROWS), threads)
     return np.concatenate(list(parts))

@@ -1,28 +1,37 @@
 """Short int8 codes of rows whose products bound the cosine from above.
 
-A unit row x is projected on the main directions P of a sample, and the norm of what is left,
-r = ‖x − PᵀPx‖, becomes one more coordinate: z = (Px, r) has norm 1, and by Cauchy and Schwarz
-z·z' = Px·Px' + r r' ≥ x·x'. A fixed rotation then makes all coordinates alike in size, and int8
-rounds them. So rows whose codes' product lies below ``limit`` cannot be a pair.
+A unit row x is projected by a matrix P that lengthens nothing, the main directions of a sample as
+nearly as small integers say them; the norm of what is left, r = √(1 - ‖Px‖²), becomes one more
+coordinate. z = (Px, r) has norm 1, and by Cauchy and Schwarz z·z' = Px·Px' + r r' ≥ x·x'. A fixed
+rotation then makes all coordinates alike in size, and int8 rounds them. So rows whose codes'
+product lies below ``limit`` cannot be a pair.
+
+Rows are made integers first, and P is one. Its products and all sums of them fit the 24 bits of a
+float32, so they are exact in whatever order and by whatever instructions; what follows is done
+coordinate by coordinate in float32. So a row has the same code on every processor.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from snipdedup.ground.compute import in_order
-from snipdedup.ground.cosine import Directions, directions
+from snipdedup.ground.compute import in_order, scratch
+from snipdedup.ground.cosine import Directions, directions, row_sums
 from snipdedup.ground.shards import plan_blocks
+from snipdedup.search.kernels import pick_kernel
+
+ARITHMETIC = "integers 1"  # what a code is: another name, another code of the same row
 
 # Coordinates of a code, multiples of 16: fewer are cheaper, more rule out more pairs.
 WIDTHS = (64, 80, 96, 128, 192, 256)
 PEAK = 127  # largest int8
-MOMENT_ROWS = 1 << 11  # whose products are added up at a time, in order
+DIGIT = 256  # a row's integers are two int8 digits
+LENGTH = PEAK * DIGIT  # the norm of a row's integers is at most this
+COLUMN = (1 << 24) // LENGTH  # the norm of a column of P's: their product is below 2^24
 HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
 # Codes are a = x + e and b = y + f, so a·b = x·y + x·f + y·e + e·f. Assumed, of a random rotation
 # that spreads coordinates over many integers: the errors of a row are uniform in ±1/2, independent
@@ -34,10 +43,13 @@ HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
 # and f have to do with each other. (That errors are bounded, Hoeffding's inequality, would alone
 # prove 2e-5 for equal rows.)
 MISS_PROBABILITY = 1e-9
-FLOAT_SLACK = 1e-5  # float32 arithmetic in projecting
-# bfloat16 keeps 8 bits: rounding rows, directions and coordinates moves products of dense rows by
-# about 1e-4; rows of two nonzero values, the worst case known, by .0032.
-BFLOAT16_SLACK = 4e-3
+MISS_NORMS = 3.2724  # √(ln(2 / MISS_PROBABILITY) / 2), rounded up
+FLOAT_SLACK = 1e-5  # float32 arithmetic on coordinates
+MOMENT_ROWS = 1 << 10  # whose products are added up at a time: of int8, below 2^24 in all
+STEPS = (1, 2, 2)  # of the search for main directions, before each time they are made orthonormal
+MOMENT_LENGTH = 360  # of a row: of 2^15 rows, sums of squares are below 2^33
+DEPENDENT = 1e-12  # what is left of a direction, measured by its length before, is rounding
+SQUARINGS = 12
 
 
 @dataclass(frozen=True)
@@ -46,17 +58,20 @@ class Projection:
 
     Attributes
     ----------
-    matrix : (d, w) float32
+    matrix : (d, w) int8
         Main directions, rotated.
     residual : (w,) float32
         The rotated axis of the residual norm.
     scale : float
         Codes are coordinates times this, rounded.
+    unit : float
+        What the product of a row's integers with the matrix's is worth as a coordinate.
     """
 
     matrix: np.ndarray
     residual: np.ndarray
     scale: float
+    unit: float
 
     @property
     def width(self) -> int:
@@ -64,9 +79,14 @@ class Projection:
         return len(self.residual)
 
     @property
+    def length(self) -> float:
+        """What the norm of a row is at most once it is rounded to integers, 1 or a little more."""
+        return 1 + rounding_error(len(self.matrix))
+
+    @property
     def norm(self) -> float:
         """What the norm of a code is at most."""
-        return float(self.scale + 0.5 * self.width**0.5)
+        return float(self.scale * self.length + 0.5 * self.width**0.5)
 
     def encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the codes of a block of rows; see `encode_directions`.
@@ -89,25 +109,23 @@ class Projection:
         return to_codes(self.rotated(rows), self.scale)
 
     def rotated(self, rows: Directions) -> Any:
-        """Return rotated unit coordinates, (n, w) float32 tensor; their products bound cosines."""
+        """Return rotated coordinates, (n, w) float32 tensor; their products bound cosines.
+
+        Only sums of whole columns and single operations: no processor rounds them otherwise.
+        """
         import torch
 
-        # scaled to norm 1 after the product, which has fewer columns
-        matrix = torch.from_numpy(self.matrix)
-        if has_bfloat16():
-            coordinates = (rows.values.bfloat16() @ matrix.bfloat16()).float()
-        else:
-            coordinates = rows.values @ matrix
-        coordinates *= rows.factor[:, None]
-        inside = torch.linalg.vector_norm(coordinates, dim=1)
-        rest = (1 - inside * inside).clamp_(min=0).sqrt_()
-        return coordinates.addr_(rest, torch.from_numpy(self.residual))
+        axis = torch.from_numpy(self.residual)
+        coordinates = exact_products(whole_rows(rows), self.matrix).mul_(self.unit)
+        inside = row_sums(coordinates * coordinates)
+        along = row_sums(coordinates * axis)  # nearly 0, since P is rounded; the residual's now
+        rest = (self.length**2 - (inside - along * along)).clamp_(min=0).sqrt_()
+        return coordinates.add_((rest - along)[:, None] * axis)
 
     def limit(self, threshold: float) -> float:
         """Return the product of two codes from which their rows may be a pair."""
-        rounding = self.norm * np.sqrt(2) * np.sqrt(np.log(2 / MISS_PROBABILITY) / 2)
-        slack = BFLOAT16_SLACK if has_bfloat16() else FLOAT_SLACK
-        return float(self.scale**2 * (np.float32(threshold) - slack) - rounding)
+        rounding = self.norm * np.sqrt(2) * MISS_NORMS
+        return float(self.scale**2 * (np.float32(threshold) - self._lost) - rounding)
 
     def slack(self, excess: np.ndarray) -> np.ndarray:
         """Return by how much a row's limit falls for what its code could not hold."""
@@ -115,11 +133,69 @@ class Projection:
 
     def distance(self, threshold: float) -> float:
         """Return the largest distance of the codes of two rows that are a pair."""
-        return float(self.scale * np.sqrt(max(0.0, 2 - 2 * threshold)) + self.width**0.5)
+        away = 2 * self.length**2 - 2 * (threshold - self._lost)
+        return float(self.scale * np.sqrt(max(0.0, away)) + self.width**0.5)
+
+    @property
+    def _lost(self) -> float:
+        """By how much two rows' product may fall when both are rounded to integers."""
+        error = rounding_error(len(self.matrix))
+        return 2 * error * self.length + error**2 + FLOAT_SLACK
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the parts as arrays, to be saved."""
-        return {"matrix": self.matrix, "residual": self.residual, "scale": np.array(self.scale)}
+        numbers = {"scale": np.array(self.scale), "unit": np.array(self.unit)}
+        name = {"arithmetic": np.array(ARITHMETIC)}
+        return {"matrix": self.matrix, "residual": self.residual, **numbers, **name}
+
+
+def longest(dim: int) -> int:
+    """Return the norm, in units, that rows are scaled to before they are rounded to integers.
+
+    Rounding lengthens a row by half a unit a coordinate at most; one more is for float32.
+    """
+    return LENGTH - 1 - int(np.ceil(dim**0.5 / 2))
+
+
+def rounding_error(dim: int) -> float:
+    """Return the largest distance between a unit row and its integers, in units of the row's."""
+    return (dim**0.5 / 2 + 1) / longest(dim)
+
+
+def whole_rows(rows: Directions) -> Any:
+    """Return rows as integers of norm `longest`, (n, d) float32 tensor in memory used again."""
+    import torch
+
+    found = torch.from_numpy(scratch("whole rows", tuple(rows.values.shape), np.float32))
+    factor = rows.factor * longest(found.shape[1])
+    return torch.mul(rows.values, factor[:, None], out=found).round_()
+
+
+def exact_products(whole: Any, matrix: np.ndarray) -> Any:
+    """Return the products of rows of integers with a matrix's, (n, w) float32 tensor.
+
+    By two products of int8 digits where the processor is quick at these; spoils ``whole``.
+
+    Parameters
+    ----------
+    whole : (n, d) float32 tensor
+        See `whole_rows`.
+    matrix : (d, w) int8
+        No column's norm is above `COLUMN`.
+    """
+    import torch
+
+    kernel = pick_kernel("cpu")
+    columns = kernel.prepare(torch.from_numpy(matrix).T)
+    if kernel.name != "int8":
+        return kernel.multiply(whole, columns)
+    digits = torch.from_numpy(scratch("digits", tuple(whole.shape), np.int8))
+    high = torch.from_numpy(scratch("high digits", tuple(whole.shape), np.float32))
+    # a little more, so that halves go up and the low digit is below 128: exact, few bits are used
+    torch.add(torch.tensor(2.0**-10), whole, alpha=1 / DIGIT, out=high).round_()
+    products = kernel.multiply(digits.copy_(high), columns).float().mul_(DIGIT)
+    low = whole.sub_(high.mul_(DIGIT))
+    return products.add_(kernel.multiply(digits.copy_(low), columns))
 
 
 def to_codes(coordinates: Any, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -142,15 +218,6 @@ def to_codes(coordinates: Any, scale: float) -> tuple[np.ndarray, np.ndarray]:
         excess[wide.numpy()] = torch.linalg.vector_norm(over, dim=1).numpy()
     codes = scaled.round_().clamp_(-PEAK, PEAK).to(torch.int8)
     return np.asarray(codes.numpy()), excess
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Tell whether this processor multiplies bfloat16 itself; asked, not timed, so always alike."""
-    import torch
-
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
 
 
 def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
@@ -177,31 +244,129 @@ def project(
     """
     main, rotation = main[:, -(width - 1) :], random_rotation(width, seed)
     count = main.shape[1]
-    matrix = (main @ rotation[:count]).astype(np.float32)
-    projection = Projection(matrix, rotation[count].astype(np.float32), 1.0)
+    matrix = small_integers(exact_product(main, rotation[:count]))
+    unit = 1 / (longest(len(main)) * largest_singular(matrix))
+    projection = Projection(matrix, rotation[count].astype(np.float32), 1.0, unit)
     coordinates = projection.rotated(rows)
     scale = PEAK / min(1.0, float(coordinates.abs().max()) * HEADROOM)
     return dataclasses.replace(projection, scale=scale), to_codes(coordinates, scale)[0]
 
 
+def small_integers(matrix: np.ndarray) -> np.ndarray:
+    """Return a matrix of columns no longer than 1 as int8, in the largest unit that fits.
+
+    No column becomes longer than `COLUMN`.
+    """
+    room = max(1, COLUMN - int(np.ceil(len(matrix) ** 0.5 / 2)))
+    largest = float(np.abs(matrix).max(initial=0))
+    return np.rint(matrix * min(room, PEAK / max(largest, 1e-9))).astype(np.int8)
+
+
 def random_rotation(width: int, seed: int) -> np.ndarray:
     """Return a random orthonormal matrix, (width, width) float64."""
-    import torch
-
     values = np.random.default_rng(seed).standard_normal((width, width))
-    return np.asarray(torch.linalg.qr(torch.from_numpy(values))[0].numpy())
+    return orthonormal(in_steps(values, 1 << 10))
 
 
 def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray:
     """Return the main directions of unit rows about the origin, orthonormal, the longest last.
 
-    (d, m) float64, m the smaller of d and ``most``.
+    (d, m) float64, m the smaller of d and ``most``. By simultaneous iteration (Rutishauser, 1969)
+    on integers: a library's eigenvectors differ between processors, and few steps take nearly as
+    much of the rows' length. Directions in which no row lies are zeros.
+
+    Parameters
+    ----------
+    unit : (n, d) float32
+        At most 2^15 rows.
+    most : int
+    threads : int, optional
+    """
+    total = moments(unit, threads)
+    count = min(most, len(total))
+    found = np.random.default_rng(0).integers(-1000, 1001, (len(total), count)).astype(float)
+    for steps in STEPS:
+        for _ in range(steps):
+            found = exact_product(total, found, whole=True)
+        found = orthonormal(found)
+    return np.ascontiguousarray(found[:, ::-1])
+
+
+def moments(unit: np.ndarray, threads: int) -> np.ndarray:
+    """Return the products of all columns of unit rows as integers of up to `PEAK`, (d, d)."""
+    import torch
+
+    kernel = pick_kernel("cpu")
+    scale = min(MOMENT_LENGTH, PEAK / max(1e-9, float(np.abs(unit).max(initial=0))))
+
+    def part(span: tuple[int, int]) -> Any:
+        digits = torch.from_numpy(np.rint(unit[slice(*span)] * scale).astype(np.int8).T.copy())
+        return kernel.multiply(digits, kernel.prepare(digits)).double()
+
+    total: Any = sum(in_order(part, plan_blocks(len(unit), MOMENT_ROWS), threads))
+    return np.asarray(total.numpy())
+
+
+def exact_product(x: np.ndarray, y: np.ndarray, whole: bool = False) -> np.ndarray:
+    """Return x @ y in float64, rounded before and not after: sums are exact in any order.
+
+    Parameters
+    ----------
+    x : (m, n)
+        Rows no longer than 1, taken in steps of 2^-26; if ``whole``, integers, rows below 2^33.
+    y : (n, k)
+        Taken in steps of a power of two, of which the length of a column has 2^26; 2^20 if
+        ``whole``.
     """
     import torch
 
-    def moments(span: tuple[int, int]) -> Any:
-        values = torch.from_numpy(unit[slice(*span)])
-        return (values.T @ values).double()
+    size = np.sqrt(row_sums((y * y).T.copy()))
+    right = in_steps(y, 2.0 ** ((20 if whole else 26) - np.frexp(size)[1]))
+    left = x if whole else in_steps(x, 2.0**26)
+    return np.asarray((torch.from_numpy(left) @ torch.from_numpy(right)).numpy())
 
-    total: Any = sum(in_order(moments, plan_blocks(len(unit), MOMENT_ROWS), threads))
-    return np.asarray(torch.linalg.eigh(total)[1].numpy()[:, -min(most, len(total)) :])
+
+def in_steps(values: np.ndarray, unit: Any) -> np.ndarray:
+    """Return values rounded to multiples of 1 / ``unit``, a power of two or one a column."""
+    return np.asarray(np.rint(values * unit) / unit)
+
+
+def orthonormal(columns: np.ndarray) -> np.ndarray:
+    """Return columns made orthonormal in their order, (d, m) float64; zeros for dependent ones.
+
+    The method of Gram and Schmidt, each sum in one order.
+    """
+    rows = np.array(columns.T, order="C")
+    work = np.empty_like(rows)
+    least = DEPENDENT * np.sqrt(row_sums(rows * rows))
+    for number in range(len(rows)):
+        row = rows[number]
+        size = np.sqrt(row_sums(row * row))
+        if size <= least[number]:
+            row[:] = 0
+            continue
+        row /= size
+        later, terms = rows[number + 1 :], work[number + 1 :]
+        along = row_sums(np.multiply(later, row, out=terms))
+        later -= np.multiply(along[:, None], row, out=terms)
+    return np.ascontiguousarray(rows.T)
+
+
+def largest_singular(matrix: np.ndarray) -> float:
+    """Return a bound of the largest singular value of integers, (d, w) int8, a hair above it.
+
+    The largest eigenvalue of a positive matrix is at most its trace; of its square, the root of
+    that one's, and so on. Of the 2^`SQUARINGS`th power that leaves the root of as many of w.
+    """
+    values = matrix.astype(np.float64)
+    power = exact_product(np.ascontiguousarray(values.T), values, whole=True)
+    traces = [float(row_sums(np.diagonal(power).copy()))]
+    for _ in range(SQUARINGS):
+        power = in_steps(power / max(traces[-1], 1e-300), 2.0**26)
+        power = exact_product(power, power)
+        traces.append(float(row_sums(np.diagonal(power).copy())))
+    bound = 1.0
+    for trace in reversed(traces[1:]):
+        bound = float(np.sqrt(trace * bound))
+    rounding = 1 + matrix.shape[1] ** 2 / 2**25
+    return float(np.sqrt(max(1.0, traces[0] * bound * rounding)))

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.ground.compute import scratch
-from snipdedup.ground.cosine import PROPOSAL_ERROR, directions
-from snipdedup.ground.shards import Features
+from snipdedup.ground.cosine import PROPOSAL_ERROR, directions, plain_norms, row_sums
+from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.search.forest import Edges, best_edge, join_edges, link_smaller, make_edges
 from snipdedup.search.kernels import (
     MOST_RUNS,
@@ -28,6 +28,8 @@ from snipdedup.search.verify import proved_cosines
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
 CROWDED = 1 / 64  # share of a tile's pairs from which they are not listed
+EXACT_COLUMNS = 1 << 10  # int8 products of so many values are below 2^24: exact in float32
+PLAIN_COLUMNS = 1 << 8  # of float64 products held at a time
 MOST_ERROR = 2e-3  # of quick products in a crowded tile: more would leave too many pairs unsure
 
 
@@ -115,7 +117,7 @@ def compare(
     if across and not old.any():
         members, first = members.where(members.row < frozen), columns
     prepared = prepare_columns(kernel, right.codes)
-    lowest = limit - kernel.rounding * abs(limit) - right.slack.max(initial=0)
+    lowest = limit - right.slack.max(initial=0)
     listed: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
     forests, count = [], 0
     for start in range(0, len(members.row), ROW_TILE):
@@ -213,7 +215,8 @@ def crowded(
     """Return the forest of a crowded tile's pairs, by one product of the raw rows.
 
     What lies too close to the threshold for that product is decided one by one. Which of two edges
-    within its error of each other is taken, the product settles.
+    within its error of each other is taken, the product settles: by exact products of integers and
+    single operations, so that every processor takes the same.
 
     Parameters
     ----------
@@ -261,10 +264,14 @@ def unit_tensor(rows: np.ndarray, use: str) -> Any:
 
 
 def plain_cosines(x: Any, y: Any, table: np.ndarray) -> float:
-    """Write the products of unit rows to ``table``; return by how much they may be wrong."""
-    import torch
+    """Write the products of unit rows to ``table``; return by how much they may be wrong.
 
-    torch.mm(x, y.T, out=torch.from_numpy(table))
+    Rows become integers of norm 2^25, whose products are exact in float64.
+    """
+    left = x.mul(2.0**25).round_().double()
+    for start, stop in plan_blocks(len(y), PLAIN_COLUMNS):
+        right = y[start:stop].mul(2.0**25).round_().double()
+        table[:, start:stop] = (left @ right.T).mul_(2.0**-50).numpy()
     return PROPOSAL_ERROR
 
 
@@ -279,25 +286,36 @@ def centred_cosines(x: Any, y: Any, table: np.ndarray) -> float:
     -------
     float
         By how much a cosine may be wrong at most (Cauchy and Schwarz); infinity, and an untouched
-        table, where that is more than `MOST_ERROR`, or the processor has no quick int8 products.
+        table, where that is more than `MOST_ERROR`.
     """
-    import torch
-
-    kernel = pick_kernel("cpu", exact=True)
-    if kernel.name != "int8":
-        return float("inf")
-    centre = y.mean(0)
+    centre = row_sums(y.T.contiguous()) / len(y)
     a, b = (short_codes(side - centre) for side in (x, y))
     error = float(a.lost.max() * b.norm.max() + a.norm.max() * b.lost.max())
     error += float(a.lost.max() * b.lost.max()) + PROPOSAL_ERROR
     if error > MOST_ERROR:
         return float("inf")
-    torch.from_numpy(table).copy_(kernel.multiply(a.codes, kernel.prepare(b.codes)))
+    code_products(a.codes, b.codes, table)
     table *= a.scale[:, None]
     table *= b.scale
     table += 1 - a.norm[:, None] ** 2 / 2
     table -= b.norm**2 / 2
     return error
+
+
+def code_products(x: Any, y: Any, table: np.ndarray) -> None:
+    """Write the exact products of int8 codes of any width to ``table``, rounded to float32."""
+    import torch
+
+    kernel, out = pick_kernel("cpu"), torch.from_numpy(table)
+    spans = plan_blocks(x.shape[1], EXACT_COLUMNS)
+    parts = ((x[:, low:high].contiguous(), y[:, low:high]) for low, high in spans)
+    if len(spans) == 1:
+        out.copy_(kernel.multiply(x, kernel.prepare(y)))
+        return
+    total = torch.zeros(table.shape, dtype=torch.int64)
+    for left, right in parts:
+        total += kernel.multiply(left, kernel.prepare(right)).to(torch.int64)
+    out.copy_(total)
 
 
 class ShortCodes(NamedTuple):
@@ -322,11 +340,11 @@ def short_codes(rows: Any) -> ShortCodes:
     """Round float32 rows to int8; overwrites them."""
     import torch
 
-    norm = torch.linalg.vector_norm(rows, dim=1)
+    norm = plain_norms(rows)
     scale = torch.maximum(rows.amax(1), -rows.amin(1)).clamp_(min=1e-30) / 127
     rows /= scale[:, None]
     codes = rows.round()
-    lost = torch.linalg.vector_norm(rows.sub_(codes), dim=1) * scale
+    lost = plain_norms(rows.sub_(codes)) * scale
     return ShortCodes(codes.to(torch.int8), *(side.numpy() for side in (scale, norm, lost)))
 
 
