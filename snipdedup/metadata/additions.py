@@ -221,7 +221,7 @@ def merged_captions(
                 said = pc.fill_null(pc.not_equal(texts, ""), False)
                 label = np.searchsorted(cuts, place[which], side="right")
                 label = label[said.to_numpy(zero_copy_only=False)]
-                spill.add(label, pa.record_batch(held).filter(said))
+                spill.add(label, pa.RecordBatch.from_pydict(held).filter(said))
         yield MergedCaptions(stay, cuts, spill, most)
 
 
