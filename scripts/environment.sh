@@ -1,6 +1,7 @@
-# Makes .venv in the project's folder, or finds that it stands already; sourced by the scripts
-# beside it. What pip is told by its own variables and configuration (indexes, wheels, certificates)
-# holds, so a machine's usual way to the CPU or the CUDA build of torch works here too.
+# Makes .venv in the project's folder, or finds that it stands already (.venv-lowest for the lowest
+# versions); sourced by the scripts beside it. What pip is told by its own variables and
+# configuration (indexes, wheels, certificates) holds, so a machine's usual way to the CPU or the
+# CUDA build of torch works here too.
 
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -44,4 +45,28 @@ make_environment() {
   echo "installing snipdedup into $venv; torch is large, the first time takes minutes" >&2
   (cd "$root" && "$venv/bin/python" -m pip install --quiet -c constraints.txt -e "$1") >&2
   wanted >"$stamp$1"
+}
+
+# make_lowest: install ".[test]" into .venv-lowest, each direct dependency in the lowest version
+# that pyproject.toml allows. uv finds the versions, pip installs them: it knows this machine's
+# builds.
+make_lowest() {
+  venv="$root/.venv-lowest"
+  if wanted | cmp -s - "$venv/installed"; then
+    return
+  fi
+  local python
+  python=$(PYTHON="${PYTHON:-python3.11}" find_python) # a newer one lacks wheels of the lowest
+  echo "making $venv with $("$python" --version); PyPI's torch 2.4 brings gigabytes of CUDA" >&2
+  "$python" -m venv --clear "$venv"
+  (
+    cd "$root"
+    "$venv/bin/python" -m pip install --quiet uv
+    # What torch needs besides depends on the build that pip finds.
+    "$venv/bin/uv" pip compile --quiet --no-header --no-annotate --python "$venv/bin/python" \
+      --resolution lowest-direct --extra test pyproject.toml |
+      grep -vE '^(nvidia-|triton)' >"$venv/lowest.txt"
+    "$venv/bin/python" -m pip install --quiet -r "$venv/lowest.txt" -e ".[test]"
+  ) >&2
+  wanted >"$venv/installed"
 }

@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
 # Makes the environment where it is missing; runs lint, types, the docs check and the tests.
-# usage: bash scripts/test.sh [--all] [arguments of pytest]
-#   --all   the slow tests too (minutes)
+# usage: bash scripts/test.sh [--lowest] [--all] [arguments of pytest]
+#   --lowest   the tests alone, with the lowest versions that pyproject.toml allows (.venv-lowest)
+#   --all      the slow tests too (minutes)
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-make_environment ".[test]"
 cd "$root"
 
+lowest=
+if [ "${1-}" = "--lowest" ]; then
+  lowest=1
+  shift
+fi
 select=(-m "not slow")
 if [ "${1-}" = "--all" ]; then
   select=()
   shift
 fi
+if [ -n "$lowest" ]; then
+  make_lowest
+  exec "$venv/bin/python" -m pytest -q ${select[@]+"${select[@]}"} "$@"
+fi
 
+make_environment ".[test]"
 failed=()
 check() {
   echo "== $*"

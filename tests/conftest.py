@@ -29,17 +29,25 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def snip():
-    """Run the command line in a process of its own; return the finished process."""
+def snip(processes, tmp_path_factory):
+    """Run the command line in a process of its own; return the finished process.
 
-    def run(*words: object, status: int = 0, **options: object) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, "-m", "snipdedup", *map(str, words)],
-            capture_output=True,
-            text=True,
-            check=False,
-            **options,
-        )
+    It has imported all already, unless ``options`` of `subprocess.run` are given.
+    """
+    logs = tmp_path_factory.mktemp("snip")
+
+    def run(
+        *words: object, status: int = 0, cwd: Path | None = None, **options: object
+    ) -> subprocess.CompletedProcess:
+        if options:
+            command = [sys.executable, "-m", "snipdedup", *map(str, words)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, cwd=cwd, **options
+            )
+        else:
+            at = processes(*words, cwd=Path.cwd() if cwd is None else cwd, logs=logs)
+            code = at.wait()
+            done = subprocess.CompletedProcess(words, code, at.out.read_text(), at.err.read_text())
         assert done.returncode == status, f"{words}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -17,11 +17,12 @@ import numpy as np
 from snipdedup.ground import store
 
 NURSERY = """
-import json, os, sys
+import atexit, importlib, json, os, sys, traceback
 import faiss, torch, pyarrow.parquet
-import snipdedup.chain.deduplicate
 from snipdedup import cli
 from snipdedup.search import runners
+for command in cli.COMMANDS:
+    importlib.import_module(command.target.partition(":")[0])
 for line in sys.stdin:
     said = json.loads(line)
     if "wait" in said:
@@ -29,17 +30,23 @@ for line in sys.stdin:
         continue
     child = os.fork()
     if child == 0:
-        log = os.open(said["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        os.environ.update(said["env"])
-        runners.FORK_ROWS = int(os.environ.get("FORK_ROWS", runners.FORK_ROWS))
-        os.chdir(said["cwd"])
+        status = 99
         try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for number, name in ((1, said["out"]), (2, said["err"])):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            os.environ.clear()
+            os.environ.update(said["env"])
+            runners.FORK_ROWS = int(os.environ.get("FORK_ROWS", runners.FORK_ROWS))
+            os.chdir(said["cwd"])
             cli.main(said["words"])
         except SystemExit as left:
-            sys.stdout.flush()
-            os._exit(left.code or 0)
-        os._exit(99)
+            status = left.code or 0
+        except BaseException:
+            traceback.print_exc()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(status)
     print(child, flush=True)
 """
 
@@ -47,8 +54,8 @@ for line in sys.stdin:
 class Run:
     """A process that was started."""
 
-    def __init__(self, ask: Callable[[dict], int], pid: int, log: Path) -> None:
-        self.ask, self.pid, self.log = ask, pid, log
+    def __init__(self, ask: Callable[[dict], int], pid: int, out: Path, err: Path) -> None:
+        self.ask, self.pid, self.out, self.err = ask, pid, out, err
         self.status: int | None = None
 
     def wait(self) -> int:
@@ -68,12 +75,12 @@ class Run:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
     def said(self) -> str:
-        return self.log.read_text()
+        return self.err.read_text()
 
 
 @contextmanager
 def nursery() -> Iterator[Callable[..., Run]]:
-    """Yield ``start(*words, cwd, **env)``; what still runs at the end is killed."""
+    """Yield ``start(*words, cwd, logs, **env)``; what still runs at the end is killed."""
     parent = subprocess.Popen(
         [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -84,10 +91,16 @@ def nursery() -> Iterator[Callable[..., Run]]:
         parent.stdin.flush()
         return int(parent.stdout.readline())
 
-    def start(*words: object, cwd: Path, **env: str) -> Run:
-        log = cwd / f"log-{len(runs)}"
-        said = {"words": [str(w) for w in words], "cwd": str(cwd), "log": str(log), "env": env}
-        runs.append(Run(ask, ask(said), log))
+    def start(*words: object, cwd: Path, logs: Path | None = None, **env: str) -> Run:
+        out = err = cwd / f"log-{len(runs)}"
+        if logs is not None:  # apart from each other
+            out, err = logs / f"{len(runs)}.out", logs / f"{len(runs)}.err"
+        said = {
+            "words": [str(word) for word in words],
+            "cwd": str(cwd),
+            "env": {**os.environ, **env},
+        }
+        runs.append(Run(ask, ask({**said, "out": str(out), "err": str(err)}), out, err))
         return runs[-1]
 
     try:

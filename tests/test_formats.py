@@ -305,7 +305,7 @@ def test_objects_are_never_unpickled(tmp_path, save):
     path = tmp_path / ("x.npy" if save is np.save else "x.npz")
     array = np.empty((2, 2), object)
     array[:] = Trap(tmp_path / "touched")
-    save(path, array, allow_pickle=True)
+    save(path, array)
     with pytest.raises(SnipError, match=rf"{path.name}: .*found object"):
         open_shard(path)
     assert not (tmp_path / "touched").exists()

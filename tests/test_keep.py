@@ -94,6 +94,15 @@ def test_some_rows_are_ordered_as_among_all(tmp_path):
     assert order_of("max:a,min:b", meta, some) == [row for row in whole if row in some]
 
 
+def casts_halves():
+    """Tell whether this pyarrow can cast float16; early ones cannot."""
+    try:
+        pa.array(np.zeros(1, np.float16)).cast(pa.float64())
+    except pa.ArrowNotImplementedError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -102,7 +111,10 @@ def test_some_rows_are_ordered_as_among_all(tmp_path):
         [True, False, None, True],
         pa.array([2**64 - 3, 5, None, 2**64 - 2], pa.uint64()),
         pa.array(["1.5", "-2", None, "10"]).cast(pa.decimal128(9, 2)),
-        pa.array([1.5, -2, None, 10], pa.float16()),
+        pytest.param(
+            pa.array(np.array([1.5, -2, 0, 10], np.float16), mask=np.arange(4) == 2),
+            marks=pytest.mark.skipif(not casts_halves(), reason="pyarrow cannot cast float16"),
+        ),
     ],
 )
 def test_columns_of_every_kind_that_has_an_order(tmp_path, values):

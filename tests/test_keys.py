@@ -17,7 +17,7 @@ FILE = SimpleNamespace(path="m.parquet")
 
 
 def marks_of(**columns):
-    return keys.fingerprints(FILE, pa.record_batch(columns))
+    return keys.fingerprints(FILE, pa.RecordBatch.from_pydict(columns))
 
 
 def as_pairs(marks):

@@ -20,7 +20,9 @@ def test_each_part_keeps_the_order_of_its_rows(tmp_path, monkeypatch, flush):
     with spill.spilling(tmp_path / "s", 5) as held:
         for start in range(0, 1000, 70):
             cut = slice(start, start + 70)
-            batch = pa.record_batch({"n": np.arange(1000)[cut], "t": pa.array(texts[cut])})
+            batch = pa.RecordBatch.from_pydict(
+                {"n": np.arange(1000)[cut], "t": pa.array(texts[cut])}
+            )
             held.add(label[cut], batch)
         for part in range(5):
             want = np.flatnonzero(label == part)
@@ -42,7 +44,7 @@ def test_what_a_stopped_run_left_is_gone(tmp_path):
 
 def test_a_cut_part_is_refused(tmp_path):
     with spill.spilling(tmp_path / "s", 1) as held:
-        held.add(np.zeros(1000, np.int64), pa.record_batch({"n": np.arange(1000)}))
+        held.add(np.zeros(1000, np.int64), pa.RecordBatch.from_pydict({"n": np.arange(1000)}))
         held.flush()
         path = tmp_path / "s" / "00000.arrows"
         path.write_bytes(path.read_bytes()[:-3000])
@@ -52,7 +54,7 @@ def test_a_cut_part_is_refused(tmp_path):
 
 def test_a_part_that_is_gone_is_refused(tmp_path):
     with spill.spilling(tmp_path / "s", 2) as held:
-        held.add(np.zeros(10, np.int64), pa.record_batch({"n": np.arange(10)}))
+        held.add(np.zeros(10, np.int64), pa.RecordBatch.from_pydict({"n": np.arange(10)}))
         held.flush()
         (tmp_path / "s" / "00000.arrows").unlink()
         assert held.read(1) is None

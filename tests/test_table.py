@@ -38,7 +38,9 @@ def awkward(rows):
             "URL": pa.array([None if i % 7 == 3 else f"http://x/{i}" for i in number]),
             "required": pa.array(number, pa.int32()),
             "tags": pa.array([None if i % 5 == 0 else ["a"] * (i % 3) for i in number]),
-            "feature": pa.array([[i, i + 0.5] for i in number], pa.list_(pa.float16(), 2)),
+            "feature": pa.array(
+                [list(np.float16([i, i + 0.5])) for i in number], pa.list_(pa.float16(), 2)
+            ),
             "box": pa.array([None if i % 4 == 1 else {"x": i, "y": str(i)} for i in number]),
             "seen": pa.array(number, pa.timestamp("ns", "Europe/Zurich")),
             "licence": pa.array(["by", "cc0", None] * rows)[:rows].dictionary_encode(),

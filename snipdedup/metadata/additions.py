@@ -230,7 +230,7 @@ def merged_captions(
                 held = {"place": place[which], "own": own[which], "caption": texts}
                 label = np.searchsorted(cuts, place[which], side="right")
                 label = label[said.to_numpy(zero_copy_only=False)]
-                spill.add(label, pa.record_batch(held).filter(said))
+                spill.add(label, pa.RecordBatch.from_pydict(held).filter(said))
         yield MergedCaptions(stay, cuts, spill, most)
 
 

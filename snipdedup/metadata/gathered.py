@@ -56,7 +56,7 @@ def gather_columns(
             row, place = (records[name][order].astype(np.int64) for name in ("row", "place"))
             for file, which, batch in metadata.pick(columns, row):
                 at = place[which]
-                held = pa.record_batch({"place": at, **convert(file, batch)})
+                held = pa.RecordBatch.from_pydict({"place": at, **convert(file, batch)})
                 spill.add(np.searchsorted(cuts, at, side="right") - 1, held)
         for number in range(len(cuts) - 1):
             table = spill.read(number)

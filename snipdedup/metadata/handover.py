@@ -118,7 +118,7 @@ def staying_parts(
             goes = np.asarray(is_dup[first : first + batch.num_rows])
             marks = numbers(metadata, file, first, batch, goes)
             held = {"high": marks[0], "low": marks[1], "row": rows, "goes": goes}
-            spill.add(part_of(marks, parts), pa.record_batch(held))
+            spill.add(part_of(marks, parts), pa.RecordBatch.from_pydict(held))
         for part in range(parts):
             table = spill.read(part)
             if table is not None:

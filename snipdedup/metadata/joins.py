@@ -186,7 +186,9 @@ def empty_mask(path: Path, rows: int) -> np.ndarray:
 def put(spill: Spill, rows: Keyed, **more: np.ndarray) -> None:
     """Spill the rows that have a key, with one more column."""
     columns = {"high": rows.marks[0], "low": rows.marks[1], "witness": rows.witness, **more}
-    held = pa.record_batch({name: values[rows.known] for name, values in columns.items()})
+    held = pa.RecordBatch.from_pydict(
+        {name: values[rows.known] for name, values in columns.items()}
+    )
     spill.add(part_of(rows.marks[:, rows.known], spill.parts), held)
 
 
