@@ -143,6 +143,14 @@ def test_a_row_that_goes_stands_for_none(grouping):
         dedup(x, grouping=grouping, method="exact")
 
 
+def test_a_row_that_cannot_be_compared_is_in_no_group():
+    x = np.repeat(np.eye(3, dtype=np.float32), 3, axis=0)
+    found = dedup(x, method="exact")
+    wrong = dataclasses.replace(found.found, bad=np.array([4]))
+    with pytest.raises(InternalError, match="cannot be compared, and is in a group with"):
+        result.proved(dataclasses.replace(found, found=wrong))
+
+
 def test_unverified_pairs_have_no_cosines_but_are_rows(rows, tmp_path):
     folder = truth.save_shards(tmp_path / "img", rows, [300])
     assert truth.snip("index", folder, "--out", tmp_path / "index", "--nlist", 4, "--m", 4)[0] == 0

@@ -16,13 +16,14 @@ from snipdedup.chain.found import Found
 from snipdedup.errors import InternalError
 from snipdedup.ground import progress
 from snipdedup.ground.compute import in_order, scratch
+from snipdedup.ground.cosine import pair_cosine, same_bits
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.ground.sorting import Columns, among
 from snipdedup.grouping.blocks import slices
 from snipdedup.grouping.groups import Members, Nearest, torch_threads
-from snipdedup.search.verify import proved_cosines
+from snipdedup.search.verify import PRODUCT_PAIRS
 
-GATHER_PAIRS = 1 << 12  # pairs whose rows are gathered together
+GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
 
 
 class Decided(NamedTuple):
@@ -86,17 +87,19 @@ def prove(
     columns = Columns(folder and folder / "proved", {"similarity": "<f4", "near": "<f4"})
     with progress.bar(len(members.row), "proving", "rows") as bar:
         for part in slices(members):
-            check_rows(decided, part)
-            columns.add(*prove_part(decided, part))
+            order = np.argsort(part.row, kind="stable")
+            check_rows(decided, part, order)
+            columns.add(*prove_part(decided, part, order))
             bar.update(len(part.row))
     similarity, near = columns.arrays()
     return members._replace(similarity=similarity), None if nearest is None else near
 
 
-def check_rows(decided: Decided, members: Members) -> None:
+def check_rows(decided: Decided, members: Members, order: np.ndarray) -> None:
     """Refuse members that are no rows of the set, twice there, or go for a row that does not stay.
 
-    By SemDeDup's rule rows may go for rows that go.
+    By SemDeDup's rule rows may go for rows that go. ``order``, (n,) int64, are the places of the
+    members by row.
     """
     found, rows = decided.found, decided.found.rows
     outside = 0 if found.references is None else found.references.rows
@@ -110,7 +113,7 @@ def check_rows(decided: Decided, members: Members) -> None:
     refuse((row < 0) | (row >= rows), f"is none of the {rows:,} rows, and goes for")
     refuse((named < -outside) | (named >= rows), f"of {rows:,} goes for one that is not there,")
     refuse(~gone & (named != row), "stays, and has another that stands for it,")
-    order = np.argsort(row, kind="stable")
+    refuse(among(found.bad, row), "cannot be compared, and is in a group with")
     again = np.zeros(len(row), bool)
     again[order[1:]] = row[order[1:]] == row[order[:-1]]
     refuse(again, "is twice among the rows of groups, once for")
@@ -124,13 +127,14 @@ def check_rows(decided: Decided, members: Members) -> None:
         refuse(own & gone[at], "goes for a row that goes too,")
 
 
-def prove_part(decided: Decided, members: Members) -> tuple[np.ndarray, np.ndarray]:
+def prove_part(
+    decided: Decided, members: Members, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the similarity and the cosine with the nearest reference row of whole groups."""
     similarity = np.where(members.is_dup, np.float32(np.nan), np.float32(1))
     near = np.full(len(members.row), np.nan, np.float32)
     if decided.features is None:
         return similarity, near
-    order = np.argsort(members.row, kind="stable")
     gone = order[members.is_dup[order]]
     named = members.representative[gone]
     matched, reference = nearest_of(decided, members.row[order])
@@ -207,12 +211,25 @@ def pair_cosines(x: Features, row: np.ndarray, y: Features, other: np.ndarray) -
         if x is y:
             rows, place = np.unique(np.concatenate([left, right]), return_inverse=True)
             raw = gather(x, rows, "gathered")
-            return proved_cosines(raw, raw, place[: len(left)], place[len(left) :])
+            return copies_aside(raw, raw, place[: len(left)], place[len(left) :])
         (rows, i), (others, j) = (np.unique(side, return_inverse=True) for side in (left, right))
-        return proved_cosines(gather(x, rows, "gathered"), gather(y, others, "beside"), i, j)
+        return copies_aside(gather(x, rows, "gathered"), gather(y, others, "beside"), i, j)
 
     spans = plan_blocks(len(row), GATHER_PAIRS)
     return np.concatenate([np.empty(0, np.float32), *in_order(compare, spans, torch_threads())])
+
+
+def copies_aside(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the cosines of rows i of x with rows j of y, (n,) float32: 1 at once for copies."""
+    cosine = np.ones(len(i), np.float32)
+    for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
+        left, right = np.take(x, i[start:stop], axis=0), np.take(y, j[start:stop], axis=0)
+        other = np.flatnonzero(~same_bits(left, right))
+        if 0 < len(other) < len(left):
+            left, right = left[other], right[other]
+        if len(other):
+            cosine[start + other] = pair_cosine(left, right)
+    return cosine
 
 
 def describe(decided: Decided, number: int) -> str:
