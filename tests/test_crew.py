@@ -263,3 +263,29 @@ def test_the_script_for_slurm(tmp_path):
     settings = store.read_manifest(tmp_path / "clean", "dedup")["settings"]
     assert settings["num_tasks"] is None  # said by Slurm, not by the user
     assert not (tmp_path / "clean" / "work").exists()
+
+
+def test_a_process_that_wakes_does_not_replace_the_result(small, processes, tmp_path, monkeypatch):
+    """One is at the end and taken for dead; another writes OUT; then the first one goes on."""
+    out, slept = tmp_path / "out", []
+    words = {"features": str(small / "img"), "num_tasks": 2}
+    write_tables = deduplicate.write_tables
+
+    def sleeps(result, draft, *rest):
+        written = write_tables(result, draft, *rest)
+        alive = next((out / "work" / "claims").glob(f"alive-{os.getpid()}-*"))
+        alive.unlink()  # as if it had not been heard of for long
+        other = processes(
+            "dedup", small / "img", "--out", "out", "--num_tasks", 2, "--task_index", 1,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert other.wait() == 0, other.said()
+        assert "rows, threshold 0.95" in other.said()
+        slept.append({p: p.stat().st_mtime_ns for p in out.rglob("*")})
+        return written
+
+    monkeypatch.setattr(deduplicate, "write_tables", sleeps)
+    said = deduplicate.run(Dedup(out=str(out), task_index=0, **words))
+    assert "another of the 2 processes wrote it" in said
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == slept[0]
+    assert results(out) == results(small / "alone")

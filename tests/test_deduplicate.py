@@ -575,6 +575,38 @@ def test_a_stopped_run_of_another_search_is_refused(laion, tmp_path, other):
     assert f"stopped run with other {other[0].strip('-')}" in refused(*words, *other)
 
 
+REFERENCE = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--method", "exact"),
+        ("--method", "exact", "--reference", "reference.npy"),
+        ("--method", "semdedup", "--clusters", 9),
+        ("--method", "adc"),
+        ("--index", "index"),
+    ],
+    ids=lambda how: " ".join(map(str, how)),
+)
+def test_what_other_methods_found_is_kept_too(laion, rows, tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    np.save("reference.npy", np.concatenate([rows[30:40], REFERENCE]))
+    source = [laion, "--metadata", laion / "metadata"]
+    if "index" in how:
+        assert truth.snip("index", laion, "--m", 4, "--nlist", 4, "--out", "index")[0] == 0
+        source = source[1:]
+        how = (*how, "--method", "adc")
+    words = ("dedup", *source, *how, "--threshold", 0.9, "--out")
+    assert truth.snip(*words, "plain", "--key", "uid")[0] == 0
+    with mock.patch.object(deduplicate, "write_tables", side_effect=KeyboardInterrupt):
+        assert truth.snip(*words, "o")[0] == 130
+    with mock.patch.object(deduplicate, "search", side_effect=AssertionError):
+        status, _, line = truth.snip(*words, "o", "--key", "uid")
+    assert status == 0, line
+    assert same_files(tmp_path / "o", tmp_path / "plain")
+
+
 def same_files(one, other):
     """Tell whether two folders hold the same, but for manifests."""
     found = [

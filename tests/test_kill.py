@@ -171,14 +171,17 @@ def whole(out, results_of):
 def test_killed_as_each_file_appears_while_it_overwrites(processes, tmp_path):
     """The earlier result is whole until the new one is, for readers at any time in between."""
     many_lists(tmp_path / "img", 900)
-    said = {"earlier": ("img", "--threshold", 0.9), "later": ("img", "--pairs", "--export", "mask")}
+    said = {
+        "earlier": ("img", "--threshold", 0.9),
+        "later": ("img", "--pairs", "--export", "mask", "--overwrite"),
+    }
     held = {}
     for name, words in said.items():
         run = processes("dedup", *words, "--out", name, cwd=tmp_path)
         assert run.wait() == DONE, run.said()
         held[name] = results(tmp_path / name)
     shutil.copytree(tmp_path / "earlier", tmp_path / "out")
-    life = Life(processes, tmp_path, "out", *said["later"], "--overwrite")
+    life = Life(processes, tmp_path, "out", *said["later"])
     seen, known = [], set(files(life.out))
 
     def new_file(run):

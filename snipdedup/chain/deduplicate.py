@@ -18,6 +18,7 @@ from typing import Any
 from snipdedup.chain.adc import check_given
 from snipdedup.chain.finding import method_of, search
 from snipdedup.chain.found import Found
+from snipdedup.chain.foundfile import load_found_kept, save_found
 from snipdedup.chain.inputs import Inputs, open_inputs
 from snipdedup.chain.outfolder import (
     EXPORT,
@@ -212,6 +213,17 @@ def remove_left(out: Path) -> None:
             store.end_work(out)
 
 
+def search_once(inputs: Inputs, options: Dedup, work: Path, clock: Clock, runner: Runner) -> Found:
+    """Search, or read back what this run had found when it was stopped."""
+    if method_of(options) == "join":  # whose tasks leave what they found
+        return search(inputs, options, work, clock, runner)
+    found = load_found_kept(work, inputs, options)
+    if found is None:
+        found = search(inputs, options, work, clock, runner)
+        save_found(found, work)
+    return found
+
+
 def find(
     inputs: Inputs,
     options: Dedup,
@@ -225,7 +237,7 @@ def find(
     One of several processes leaves it as it is for the others, who say the same.
     """
     try:
-        found = reused or search(inputs, options, out / store.WORK, clock, runner)
+        found = reused or search_once(inputs, options, out / store.WORK, clock, runner)
         inputs.refuse_changed()
     except InputError:
         if not isinstance(runner, Crew):

@@ -1,0 +1,55 @@
+"""What a search found, kept in the work until OUT is whole, where no task of it left a file.
+
+A run that is stopped or refused while it decides goes on from here. (The join needs none: what its
+tasks left is brought together again.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup.chain.found import Found
+from snipdedup.chain.inputs import Inputs
+from snipdedup.ground import store
+from snipdedup.grouping.groups import Best, Nearest
+from snipdedup.search.forest import Edges
+from snipdedup.settings import Dedup
+
+ARRAYS, NOTE = "found.npz", "found.json"
+PLAIN = ("offsets", "copies", "firsts", "bad", "flags")
+PARTS: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
+SAID = ("names", "threshold", "crcs", "notes", "text_crcs", "reference_crcs")
+
+
+def save_found(found: Found, work: Path) -> None:
+    """Write what was found, with checksums."""
+    arrays = {name: getattr(found, name) for name in PLAIN}
+    for name, kind in PARTS.items():
+        part = getattr(found, name)
+        if part is not None:
+            arrays |= {f"{name}_{field}": getattr(part, field) for field in kind._fields}
+    held = {name: array for name, array in arrays.items() if array is not None}
+    store.save_npz(work / ARRAYS, lasting=False, **held)
+    store.seal(work / NOTE, [work / ARRAYS], {name: getattr(found, name) for name in SAID})
+
+
+def load_found_kept(work: Path, inputs: Inputs, options: Dedup) -> Found | None:
+    """Read back what `save_found` wrote; None where there is nothing, or it is damaged."""
+    if not store.is_sealed(work / NOTE, work):
+        return None
+    said = store.load_json(work / NOTE)
+    with np.load(work / ARRAYS) as file:
+        arrays = dict(file)
+    parts: dict[str, Any] = {name: arrays.get(name) for name in PLAIN}
+    for name, kind in PARTS.items():
+        fields = [arrays.get(f"{name}_{field}") for field in kind._fields]
+        parts[name] = None if fields[0] is None else kind(*fields)
+    return Found(
+        **{name: said[name] for name in SAID},
+        **parts,
+        also=inputs.also(options),
+        references=inputs.references,
+    )
