@@ -249,6 +249,9 @@ class World:
                 spoil(rng, self.text)
             self.text_threshold = draw_threshold(rng, cosines(self.text))
 
+        everything = [*self.parts, *([] if self.text is None else [self.text])]
+        self.keeps_bad |= any((np.diag(cosines(part)) < 0).any() for part in everything)
+
     def how(self, number):
         """Settings of the run over one part."""
         rng = self.rng
@@ -368,16 +371,20 @@ class World:
             match &= np.float32(text) >= low
             match &= (text > -2) & (table > -2)
         order = self.order(how["keep"], len(own)) + frozen
-        apart = found.found.notes.get("masses", 0) and found.threshold > self.threshold
-        if apart or (self.recall < 1 and "recall" in how):  # masses may fall apart further up
+        error = forest_error(found)
+        apart = error > 0 and found.threshold > self.threshold
+        if apart and not np.array_equal(found_labels(found), labels(match[frozen:, frozen:])):
+            self.kinds["apart"] += 1
+        else:
+            apart = False
+        if apart or (self.recall < 1 and "recall" in how):
             check_sound(found, cosine, match, frozen, how)
             return True
         rule = plain_star if how["grouping"] == "star" else plain_components
         named, stays = rule(cosine, match, frozen, order)
         assert found.is_dup.tolist() == (~stays[frozen:]).tolist()
         check_members(found, table, cosine, match, frozen, named)
-        masses_ = found.found.notes.get("masses", 0) > 0
-        check_forest(found, table, cosine, match[frozen:, frozen:], frozen, most=not masses_)
+        check_forest(found, table, cosine, match[frozen:, frozen:], frozen, error)
         return True
 
 
@@ -423,20 +430,41 @@ def check_members(found, table, cosine, match, frozen, named):
         assert (same | is_hazy(table[row, at])).all()
 
 
-def check_forest(found, table, cosine, match, frozen, most):
-    """The forest joins what pairs join, by their cosines; the ``most`` that there are."""
-    own = cosine[frozen:, frozen:]
+def forest_error(found):
+    """By how much the edges of a search may be below those of a maximum spanning forest.
+
+    A crowded tile's are chosen by a quick product. A mass has edges to its hub and within lists,
+    and may fall apart at a higher threshold.
+    """
+    if found.found.notes.get("masses", 0):
+        return np.inf
+    return tiles.MOST_ERROR if "candidates" in found.found.notes else 0.0
+
+
+def edges_at(found):
+    """The forest of a result at its threshold: (a, b, similarity)."""
     edges = found.forest.to_pydict()
     a, b, similarity = (np.array(edges[name]) for name in ("a", "b", "similarity"))
     near = similarity >= np.float32(found.threshold)
-    a, b, similarity = a[near].astype(int), b[near].astype(int), similarity[near]
+    return a[near].astype(int), b[near].astype(int), similarity[near]
+
+
+def found_labels(found):
+    """The smallest row of each row's group, by the forest."""
+    a, b, _ = edges_at(found)
+    return truth.components(found.rows, zip(a, b, strict=True))
+
+
+def check_forest(found, table, cosine, match, frozen, error):
+    """The forest joins what pairs join, by their cosines; at most ``error`` below Kruskal's."""
+    own = cosine[frozen:, frozen:]
+    a, b, similarity = edges_at(found)
     assert match[a, b].all()
-    assert labels(match).tolist() == truth.components(len(match), zip(a, b, strict=True)).tolist()
+    assert labels(match).tolist() == found_labels(found).tolist()
     exactly = (similarity == own[a, b]) | is_hazy(table[a + frozen, b + frozen])
     assert exactly.all()
-    if not most:  # inside a mass rows are joined to the hub
-        return
-    assert np.abs(np.sort(similarity) - heaviest(own, match)).max(initial=0) < 2e-7
+    below = heaviest(own, match) - np.sort(similarity)
+    assert np.abs(below).max(initial=0) <= max(error, 2e-7), np.abs(below).max()
 
 
 def check_sound(found, cosine, match, frozen, how):
@@ -449,10 +477,8 @@ def check_sound(found, cosine, match, frozen, how):
     assert not found.is_dup[other[own] - frozen].any()
     if how["grouping"] == "star":
         assert match[row, other].all()
-    edges = found.forest.to_pydict()
-    assert match[np.array(edges["a"], int) + frozen, np.array(edges["b"], int) + frozen].all() or (
-        found.threshold > found.found.threshold
-    )
+    a, b, _ = edges_at(found)
+    assert match[a + frozen, b + frozen].all()
     assert (np.abs(members.similarity[gone] - cosine[row, other]) < 1e-7).all()
 
 
@@ -468,7 +494,7 @@ def live_in(seed, folder):
 
 
 def test_small_worlds(tmp_path: Path) -> None:
-    for seed in range(30):
+    for seed in range(12):
         live_in(seed, tmp_path / str(seed))
 
 
