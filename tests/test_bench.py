@@ -18,9 +18,9 @@ from snipdedup.ground.shards import open_features
 
 SCRIPTS = ROOT / "scripts"
 sys.path.append(str(SCRIPTS))
-bench_join, make_benchmarks, peers, quality, timing = (
+bench_join, bench_recall, make_benchmarks, peers, quality, timing = (
     importlib.import_module(name)
-    for name in ("bench_join", "make_benchmarks", "peers", "quality", "timing")
+    for name in ("bench_join", "bench_recall", "make_benchmarks", "peers", "quality", "timing")
 )
 PEERS = ("brute", "faiss-pq16-nprobe4", "semdedup")
 THRESHOLD = 0.95
@@ -341,3 +341,19 @@ def test_code_splits_share_no_row():
             learn, held = bench_codes.split_rows(features, split, seed)
             assert sorted([*learn, *held]) == list(range(100))
     assert bench_codes.split_rows(features, "shard", 1)[1].tolist() == list(range(40, 70))
+
+
+def test_planted_pairs_lie_at_their_cosines_and_copies_beside_their_rows():
+    x, a, b = bench_recall.planted(500, 24, 100, 0)
+    assert len(np.unique(np.append(a, b))) == 200
+    cosine = (x[a] * x[b]).sum(1)
+    assert np.allclose(cosine[:10], 0.952, atol=1e-5)
+    assert np.allclose(cosine[10:], 0.995, atol=1e-5)
+    assert bench_recall.planted_run(500, 24, 100, 0)["recall"] == 1
+    rows = np.random.default_rng(0).standard_normal((200, 24)).astype("f4")
+    copies = bench_recall.with_copies(rows, 3, 0).astype("f4")
+    assert len(copies) == 600
+    best = np.sort(copies @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T)[:, -1]
+    assert np.count_nonzero(best > 0.9995) == 200
+    assert 100 < np.count_nonzero(np.isclose(best, 0.985, atol=2e-3)) < 300
+    assert best.min() > 0.895

@@ -226,11 +226,19 @@ def test_groups_are_counted_as_groups_of_two_rows():
     assert counted(edge_weights(chain, 0.1), 0.1) == pytest.approx(10)
 
 
-def test_fewer_than_enough_may_be_missing_with_95_percent_confidence():
-    """At the bound, so few or fewer are seen in 5 % of all samples, whatever their size."""
+def test_a_sample_is_trusted_with_95_percent_confidence():
+    """Were more missed of all than may be, the sample would show it in 95 % of all cases."""
     for seen in range(ENOUGH + 1):
         for size in (50, 1000, 10**6):
             assert binom.cdf(seen, size, (seen + ENOUGH) / size) <= 0.05
+    for recall in (0.9, 0.99, 0.999):
+        asked = Asked(0.95, recall, 1.0, 1)
+        for groups in (1, 30, 700, 4000, 9000, 20_000, 10**6):
+            missed = round(groups * (1 - asked.sure(groups)), 6)
+            assert missed <= groups * (1 - recall) / 2 + 1e-6
+            if missed:
+                assert binom.cdf(int(missed), groups, 1 - recall) <= 0.05
+            assert asked.few(groups) == (missed < ENOUGH)
 
 
 def test_pairs_are_drawn_by_weight_and_some_are_moved_to_the_threshold():

@@ -20,7 +20,6 @@ from snipdedup.ground.scan import BLOCK
 from snipdedup.ground.shards import plan_blocks
 from snipdedup.search.forest import Edges
 from snipdedup.search.lists import (
-    ENOUGH,
     Asked,
     counted,
     drawn_pairs,
@@ -129,9 +128,9 @@ def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) 
     places = easiest(pairs, -product, asked.threshold)
     forest = pairs.where(places)
     weight = edge_weights(forest, asked.sampled)
-    told = 1 - ENOUGH / counted(weight, asked.sampled)
-    lowest = -weighted_quantile(-product[places], weight, min(asked.cautious, max(0.0, told)))
-    if told < asked.cautious:
+    groups = counted(weight, asked.sampled)
+    lowest = -weighted_quantile(-product[places], weight, asked.sure(groups))
+    if asked.few(groups):
         unit = unit_rows(sample)
         drawn, times = drawn_pairs(forest, weight, len(unit), asked)
         step = (unit[drawn.b] - unit[drawn.a]) * times[:, None]

@@ -31,8 +31,9 @@ PAIR_BLOCK = 1024  # codes of a sample compared at a time
 TILE_PAIRS = 1 << 13  # pairs of a tile of the sample that are kept
 CUTS = (1, 2 / 3, 1 / 3)  # shares of 1 - threshold at which the result may be cut later
 SOME = 8  # groups whose differences may speak for all
-# By so many groups the number of those of a kind that a sample holds may fall short of what is
-# expected, with 95 % confidence, where up to so many are seen (Clopper and Pearson, 1934).
+# With 95 % confidence a sample falls short of its share of what is rare by so many at the most, if
+# it holds up to so many of it, and by no more than it holds if these are more (Clopper and Pearson,
+# 1934).
 ENOUGH = 6
 DRAWN_ROWS = 1 << 16  # rows of a sample that are moved, at the most
 
@@ -110,6 +111,18 @@ class Asked(NamedTuple):
     def cautious(self) -> float:
         """The recall to aim at: half of what may be lost is for what a sample cannot tell."""
         return 1 - (1 - self.recall) / 2
+
+    def few(self, groups: float) -> bool:
+        """Tell whether so many groups are too few to speak for all."""
+        return groups * (1 - self.recall) < 2 * ENOUGH
+
+    def sure(self, groups: float) -> float:
+        """Return which share of so many groups to join, so that the recall is kept for all groups.
+
+        With 95 % confidence, where there are enough groups; all of them where there are not.
+        """
+        most = groups * (1 - self.recall)  # k missed: at most the larger of k + ENOUGH and 2 k
+        return 1 - max(0.0, min(most - ENOUGH, most / 2)) / max(1.0, groups)
 
 
 class Visits(NamedTuple):
@@ -239,8 +252,8 @@ def calibrate_tau(
     above it, since the result may be cut there later. A pair of two rows is in a sample far less
     often than a part of a large group, and counts for as much more.
 
-    Where the groups are too few for the wanted share, the sample's own pairs speak for as much as
-    they can, and rows of the sample are moved besides as pairs lie: τ brings the wanted share of
+    Of the sample's groups fewer may be missed than of all, since it may hold the easier ones. Where
+    it has too few to tell, rows of it are moved besides as pairs lie: τ brings the wanted share of
     them together with where they were.
 
     Parameters
@@ -256,25 +269,19 @@ def calibrate_tau(
     """
     if asked.recall >= 1:
         return reach / 2, reach
-    recall, threads = asked.cautious, asked.threads
-    need = needed_taus(codes, centroids, pairs.a, pairs.b, threads)
+    need = needed_taus(codes, centroids, pairs.a, pairs.b, asked.threads)
     cuts = [1 - part * (1 - asked.threshold) for part in CUTS]
-    forests = [easiest(pairs, need.min(1), cut) for cut in cuts]
-    wanted = [
-        (need[places], edge_weights(pairs.where(places), asked.sampled)) for places in forests
-    ]
-    groups = [counted(weight, asked.sampled) for _, weight in wanted]
-    told = [min(recall, 1 - ENOUGH / max(1, count)) for count in groups]
-    if told[0] < recall:
-        thinned, weight = pairs.where(forests[0]), wanted[0][1]
-        near = moved_codes(codes, thinned, weight, asked, reach)
-        places = np.arange(len(near))
-        moved = np.concatenate([codes[: len(near)], near])
-        drawn = needed_taus(moved, centroids, places, places + len(near), threads)
-        wanted, told = [*wanted, (drawn, np.ones(len(drawn)))], [*told, recall]
+    told = []
+    for places in (easiest(pairs, need.min(1), cut) for cut in cuts):
+        forest = pairs.where(places)
+        weight = edge_weights(forest, asked.sampled)
+        told.append((need[places], weight, asked.sure(counted(weight, asked.sampled))))
+        if len(told) == 1 and asked.few(counted(weight, asked.sampled)):
+            drawn = drawn_taus(codes, centroids, forest, weight, asked, reach)
+            told.append((drawn, np.ones(len(drawn)), asked.cautious))
     both, one = 0.0, 0.0
-    for (taus, weight), share in zip(wanted, told, strict=True):
-        if share > 0:
+    for taus, weight, share in told:
+        if len(taus):
             both = max(both, weighted_quantile(taus.min(1), weight, share))
             one = max(one, weighted_quantile(taus.ravel(), np.repeat(weight, 2), share))
     return min(reach / 2, both), min(reach, one)
@@ -313,6 +320,21 @@ def weighted_quantile(values: np.ndarray, weight: np.ndarray, share: float) -> f
     reached = np.cumsum(weight[order]) / weight.sum()
     place = min(int(np.searchsorted(reached, share)), len(values) - 1)
     return float(values[order[place]])
+
+
+def drawn_taus(
+    codes: np.ndarray,
+    centroids: np.ndarray,
+    pairs: Edges,
+    weight: np.ndarray,
+    asked: Asked,
+    reach: float,
+) -> np.ndarray:
+    """Return the needed τ of codes and what they become when moved, (n, 2) float64."""
+    near = moved_codes(codes, pairs, weight, asked, reach)
+    places = np.arange(len(near))
+    both = np.concatenate([codes[: len(near)], near])
+    return needed_taus(both, centroids, places, places + len(near), asked.threads)
 
 
 def moved_codes(
