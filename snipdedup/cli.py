@@ -149,6 +149,10 @@ def run(words: list[str]) -> int:
         return complain(interrupted(words), INTERRUPTED)
     except MemoryError as error:
         return complain(f"out of memory: {error}; lower --max_memory or --chunk_rows", FAILED)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib's, of ~SOMEONE
+            raise
+        return complain(f"a path begins with ~ and a name that no user here has: {error}", FAILED)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():  # of a command that shows steps
             return hush(CLOSED)

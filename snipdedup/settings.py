@@ -17,6 +17,7 @@ from snipdedup.errors import UsageError
 
 INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
+MOST_FILES = 10**6  # of a set, by their numbers
 BYTE_UNITS = ("", "k", "m", "g", "t")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
 WRITTEN, FOLDER, FILE = "written", "folder", "file"  # what a local path is
@@ -136,6 +137,8 @@ class Settings:
                 "--start and --end are file numbers from 0, the end exclusive; found "
                 f"--start {start or 0} --end {end}"
             )
+        if max(start or 0, end or 0) > MOST_FILES:
+            raise UsageError(f"--start and --end are file numbers up to {MOST_FILES:,}, not rows")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values, for manifests."""

@@ -408,6 +408,12 @@ def test_progress_that_nobody_reads_does_not_end_the_run():
     assert done.returncode == 7
 
 
+def test_the_home_of_nobody(small_run, capsys):
+    words = ["dedup", str(small_run / "e.npy"), "--out", "~nobody-of-this-name/x"]
+    assert cli.run(words) == 1
+    assert "begins with ~ and a name that no user here has" in capsys.readouterr().err
+
+
 def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
     def break_off(words):
         raise BrokenPipeError(32, "Broken pipe")

@@ -121,6 +121,10 @@ def test_by_vectors(folder, rows, tmp_path):
     assert [found(answer) for answer in two] == [nearest(rows, v, 10) for v in x]
     (one,) = ask(tmp_path / "one.npy", *given)["queries"]
     assert found(one) == found(two[0])
+    for number, other in enumerate((x.astype(">f4"), np.asfortranarray(x), x.astype(">f8"))):
+        np.save(tmp_path / f"other_{number}.npy", other)
+        again = ask(tmp_path / f"other_{number}.npy", *given)["queries"]
+        assert [found(answer) for answer in again] == [found(answer) for answer in two]
     assert one["row"] is None
     named = ask(tmp_path / "named.npz", *given, "--array", "x")["queries"]
     assert [found(a) for a in named] == [found(a) for a in two]

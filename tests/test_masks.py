@@ -478,3 +478,13 @@ def test_a_gap_in_the_names_is_refused():
         place(["m_0", "m_2", "m_3"], [1, 1, 1], 0, 2)
     with pytest.raises(SnipError, match="is file 2 m_2 or m_3"):
         place(["m_0", "m_2", "m_3"], [1, 1, 1], 2, 3)
+
+
+def test_a_range_far_beyond_the_files_is_refused_at_once(a_set):
+    meta, mask, _, tmp = a_set
+    with pytest.raises(UsageError, match="file numbers up to 1,000,000, not rows"):
+        filtered(meta, mask, tmp / "out", end=10**9)
+    with pytest.raises(SnipError, match="has the number 5 in its name"):
+        place([f"m_{i}" for i in range(5)], SIZES, 3, 10**12)
+    with pytest.raises(SnipError, match="is not certain"):
+        place(["a", "b"], [1, 2], 0, 10**12)

@@ -25,6 +25,7 @@ from snipdedup.ground.objects import Elsewhere, is_elsewhere, side_by_side
 from snipdedup.ground.ranged import open_ranged
 from snipdedup.ground.remote import shown
 from snipdedup.ground.store import file_crc
+from snipdedup.settings import MOST_FILES
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -465,6 +466,8 @@ def parse_parts(parts: str | None, pattern: str = "{part}") -> tuple[int, int]:
     match = re.fullmatch(r"(\d+):(\d+)", parts or "")
     if not match or int(match[1]) >= int(match[2]):
         raise UsageError(f"{pattern} needs --parts START:END, end exclusive, found {parts!r}")
+    if int(match[2]) > MOST_FILES:
+        raise UsageError(f"--parts {parts}: numbers of files go up to {MOST_FILES:,}")
     return int(match[1]), int(match[2])
 
 

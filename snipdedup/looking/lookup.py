@@ -261,7 +261,8 @@ def read_vectors(path: Path, array: str | None) -> np.ndarray:
         raise SnipError(f"{path}: cannot be read as vectors: {error}") from error
     if len(found) != 1:
         raise SnipError(f"{path} holds {', '.join(found) or 'none'}; choose one with --array")
-    (vectors,) = (np.array(held) for held in found.values())
+    (held,) = found.values()
+    vectors = np.array(held, held.dtype.newbyteorder("="), order="C")
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not len(vectors) or vectors.dtype.kind != "f":
         raise SnipError(

@@ -334,7 +334,7 @@ def choose_files(
     By position the files are the set from number 0 on, or the range alone. The numbers in the
     names, where there are any, must say the same; where they do not, known row counts decide.
     """
-    wanted = list(range(start, end))
+    wanted = range(start, end)  # may be far more than there are files
     choices = set()
     if len(held.rows) >= end:
         choices.add(start)
@@ -342,12 +342,13 @@ def choose_files(
         choices.add(0)
     if numbers is not None:
         by_name = numbers.index(start) if start in numbers else None
-        if by_name is None or numbers[by_name : by_name + len(wanted)] != wanted:
-            lacking = [number for number in wanted if number not in numbers]
+        named = [] if by_name is None else numbers[by_name : by_name + len(wanted)]
+        if len(named) < len(wanted) or named != list(wanted):
+            there = set(numbers)
+            lacking = next((number for number in wanted if number not in there), start)
             raise SnipError(
                 f"files {start} to {end - 1} are wanted, but none of {held.names[0]} to "
-                f"{held.names[-1]} has the number {(lacking or wanted)[0]} in its name (files "
-                "are counted from 0)"
+                f"{held.names[-1]} has the number {lacking} in its name (files are counted from 0)"
             )
         choices.add(by_name)
     if len(choices) > 1 and sizes is not None:
