@@ -17,6 +17,10 @@ if [ "${1-}" = "--all" ]; then
   select=()
   shift
 fi
+# Two processes, a file of tests each at a time: much of a test's time is spent waiting.
+if [ $# -eq 0 ]; then
+  select+=(-n 2 --dist loadfile)
+fi
 if [ -n "$lowest" ]; then
   make_lowest
   exec "$venv/bin/python" -m pytest -q ${select[@]+"${select[@]}"} "$@"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +18,13 @@ PACKAGES = ("chromium", "fonts-dejavu-core")
 
 def find_chromium() -> str:
     """The path of Chromium; where apt can, it is installed, else the test is skipped."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found:
-        return found
+    with Path(tempfile.gettempdir(), "snip-tests-chromium.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in another process want it, too
+        return next(filter(None, map(shutil.which, NAMES)), None) or install_chromium()
+
+
+def install_chromium() -> str:
+    """Install Debian's; return its path."""
     if shutil.which("apt-get") is None:
         pytest.skip("no Chromium, and no apt-get to install it with")
     if os.geteuid() != 0:

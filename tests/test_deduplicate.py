@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
+import tempfile
 from unittest import mock
 
 import numpy as np
@@ -66,13 +66,14 @@ def test_arrays_lists_and_paths_are_one(rows, laion):
     assert dedup(pattern, parts="1:2").rows == 250
 
 
-def test_without_out_nothing_is_written(rows, laion, tmp_path, monkeypatch):
+def test_without_out_nothing_is_written(rows, laion, tmp_path, tmp_path_factory, monkeypatch):
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.chdir(tmp_path)
     before = truth.listing(tmp_path)
-    temporary = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("snip-*"))
     dedup(laion)
     assert truth.listing(tmp_path) == before
-    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("snip-*")) <= temporary
+    assert list(temporary.iterdir()) == []
 
 
 def test_with_out_the_library_writes_what_the_command_writes(rows, laion, tmp_path):

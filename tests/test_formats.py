@@ -239,7 +239,11 @@ def test_a_null_row_is_named(tmp_path, row, kind):
     lists[row] = None
     path = tmp_path / "x.parquet"
     type_ = pa.list_(pa.float32(), DIM) if kind == "fixed" else pa.list_(pa.float32())
-    pq.write_table(pa.table({"emb": pa.array(lists, type_)}), path, row_group_size=4)
+    try:
+        pq.write_table(pa.table({"emb": pa.array(lists, type_)}), path, row_group_size=4)
+        pq.read_table(path)
+    except pa.ArrowException as error:  # of fixed lists, in early versions
+        pytest.skip(f"this pyarrow writes no null lists: {error}")
     with pytest.raises(SnipError, match=rf"x.parquet: row {row} of column 'emb' is null"):
         open_shard(path).read(0, ROWS)
 
