@@ -341,8 +341,8 @@ def choose_files(
     elif len(held.rows) == len(wanted):
         choices.add(0)
     if numbers is not None:
-        by_name = numbers.index(start) if start in numbers else None
-        named = [] if by_name is None else numbers[by_name : by_name + len(wanted)]
+        by_name = numbers.index(start) if start in numbers else len(numbers)
+        named = numbers[by_name : by_name + len(wanted)]
         if len(named) < len(wanted) or named != list(wanted):
             there = set(numbers)
             lacking = next((number for number in wanted if number not in there), start)
