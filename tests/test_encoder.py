@@ -301,7 +301,8 @@ def test_overwriting_a_stopped_run_leaves_nothing_of_it(
         patch.setattr(store, "write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compress(shards[0], folder, out)
-    assert (out / "img_emb_3.npy").is_file()
+    assert (out / "work" / "files" / "img_emb_3.npy").is_file()
+    assert not (out / "img_emb_3.npy").exists()
     np.save(single / "other.npy", shards[1][:5])
     compress(single / "other.npy", folder, out, overwrite=True)
     assert {p.name for p in out.iterdir()} == {"other.npy", "snip.json"}
