@@ -343,7 +343,7 @@ def choose_files(
     if numbers is not None:
         by_name = numbers.index(start) if start in numbers else None
         named = [] if by_name is None else numbers[by_name : by_name + len(wanted)]
-        if len(named) < len(wanted) or named != list(wanted):
+        if by_name is None or len(named) < len(wanted) or named != list(wanted):
             there = set(numbers)
             lacking = next((number for number in wanted if number not in there), start)
             raise SnipError(
