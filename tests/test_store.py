@@ -526,6 +526,10 @@ def test_refuse_output_file(tmp_path):
         store.refuse_output_file(stopped / store.WORK / "codes.npy")
     with pytest.raises(UsageError, match="is a folder; name a file to write"):
         store.refuse_output_file(out)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "/dev/null"):  # a file would be put in its place
+        with pytest.raises(UsageError, match="is a device or a pipe"):
+            store.refuse_output_file(tmp_path / name)
     (tmp_path / "in.npy").touch()
     with pytest.raises(SnipError, match="is an input"):
         store.refuse_output_file(tmp_path / "in.npy", [tmp_path / "in.npy"])

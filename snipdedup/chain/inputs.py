@@ -50,10 +50,10 @@ class Inputs(NamedTuple):
         return [path for source in self if source is not None for path in source.inputs()]
 
 
-def named_files(manifest: dict[str, Any]) -> Iterator[Path]:
-    """Yield the files that a finished run read, as far as they are still where its manifest says.
+def named_paths(manifest: dict[str, Any]) -> Iterator[Path]:
+    """Yield the folders and files that a finished run read, where they still are.
 
-    No file that is written beside a result may replace them.
+    Nothing is to be written there; see `store.refuse_output_file`.
     """
     settings = manifest.get("settings", {})
     parts = settings.get("parts")
@@ -63,6 +63,8 @@ def named_files(manifest: dict[str, Any]) -> Iterator[Path]:
             with suppress(SnipError, OSError):
                 if not isinstance(source, str) or is_elsewhere(source):
                     continue
+                if Path(source).is_dir():
+                    yield Path(source)
                 if name == "metadata":
                     yield from find_metadata(source)
                 else:

@@ -770,10 +770,12 @@ def refuse_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:
         If ``path`` is an input, lies in an input folder, or is a file that a folder of ours cannot
         be without: its manifest, what that vouches for, the work of a stopped run.
     UsageError
-        If it is a folder.
+        If it is a folder, or something else that is no file: it would be replaced by one.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file to write")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a device or a pipe; name a file to write")
     refuse_output_inside(path, inputs)
     place = path.parent.resolve() / path.name  # a link in its place is replaced, not followed
     for target in {place, path.resolve()}:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from snipdedup.chain.inputs import named_files
+from snipdedup.chain.inputs import named_paths
 from snipdedup.chain.outfolder import KIND
 from snipdedup.chain.survey import Run, Survey, read_curve, read_keys, read_partners, survey_groups
 from snipdedup.errors import SnipError
@@ -49,7 +49,7 @@ def write_report(out: Path, options: Report) -> str:
     target = out / NAME if options.html is None else Path(options.html).expanduser()
     texts = open_texts(out, manifest, options.metadata)
     read = inputs_of(texts, options.images)
-    store.refuse_output_file(target, [*read, *named_files(manifest)])
+    store.refuse_output_file(target, [*read, *named_paths(manifest)])
     check_target(target, options.overwrite)
     if options.images is None and options.image_column is None:
         keep_pictures(target, options.overwrite)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.chain.inputs import named_files
+from snipdedup.chain.inputs import named_paths
 from snipdedup.chain.survey import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.ground import store
@@ -79,7 +79,7 @@ def rank(folder: Path, options: Top) -> str:
                 f"{' or '.join(CAPTIONS)} is known for {folder}; name it with --metadata"
             )
         known = [] if texts.metadata is None else texts.metadata.inputs()
-        store.refuse_output_file(target, [folder, *known, *named_files(manifest)])
+        store.refuse_output_file(target, [folder, *known, *named_paths(manifest)])
     ranking = rank_rows(folder / "groups.parquet", options.n, manifest["settings"]["threshold"])
     entries = describe(ranking, folder, manifest, texts)
     if target is not None:
