@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -500,8 +501,6 @@ def test_small_worlds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_worlds_for_a_while(tmp_path: Path) -> None:
-    import shutil
-
     start, kinds, seed = time.monotonic(), Counter(), SEED
     while time.monotonic() - start < SECONDS:
         kinds += live_in(seed, tmp_path / str(seed))
@@ -509,4 +508,4 @@ def test_worlds_for_a_while(tmp_path: Path) -> None:
         seed += 1
     spent = time.monotonic() - start
     print(f"\n{seed - SEED:,} worlds, {(seed - SEED) / spent:.1f} a second: {dict(kinds)}")
-    assert kinds["kept_masses"] or spent < 60
+    assert kinds["removed"]

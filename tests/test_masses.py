@@ -65,6 +65,21 @@ def test_components_are_those_of_brute_force(rows):
 
 
 @pytest.mark.usefixtures("small_masses")
+def test_masses_whose_hubs_are_a_pair_are_one_group():
+    """Rows of one do not visit the other's lists: the edge between the hubs joins them."""
+    rng = np.random.default_rng(1)
+    one, across = np.linalg.qr(rng.standard_normal((24, 2)))[0].T
+    beside = np.cos(0.32) * one + np.sin(0.32) * across  # 18 degrees away, as far as a pair
+    masses_ = [ball(rng, 2000, centre, 0.05) for centre in (one, beside)]
+    parts = [*masses_, truth.clustered(4000, 24, 5)]
+    x = rng.permutation(np.concatenate(parts)).astype(np.float32)
+    brute = dedup(x, method="exact", grouping="components")
+    found = dedup(x, grouping="components", recall=1)
+    assert found.found.notes["masses"] >= 2
+    assert np.array_equal(found.members.group, brute.members.group)
+
+
+@pytest.mark.usefixtures("small_masses")
 def test_without_masses_nothing_changes(rows):
     few = rows[:3000]
     with mock.patch.object(masses, "MASS_ROWS", 10**6):

@@ -5,6 +5,7 @@ Each task reads its rows once and leaves one folder that is complete or absent.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,13 +118,15 @@ def load_seen(folder: Path) -> Seen:
 def absorbed_edges(
     folders: list[Path], hubs: Hubs, seen: Scan, skip: np.ndarray
 ) -> Iterator[Edges]:
-    """Yield the edges that join the absorbed rows of each encode task with their hubs.
+    """Yield the pairs of hubs, and what joins the absorbed rows of each encode task with theirs.
 
-    A hub that turned out to be a copy stands for the row that it copies, as all copies do.
+    Rows of masses whose hubs are a pair do not visit one another's lists. A hub that turned out to
+    be a copy stands for the row that it copies, as all copies do.
     """
     rows = hubs.row.copy()
     found = np.flatnonzero(among(seen.copies, rows))
     rows[found] = seen.firsts[np.searchsorted(seen.copies, rows[found])]
+    yield dataclasses.replace(hubs, row=rows).edges()
     for folder in folders:
         with np.load(folder / "absorbed.npz", allow_pickle=False) as file:
             row, hub, similarity = file["row"], rows[file["hub"]], file["similarity"]
