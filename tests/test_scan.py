@@ -117,9 +117,17 @@ def powers_of_two(rng):
     return np.exp2(rng.integers(-20, 20, (100_000, 16))).astype(np.float32)
 
 
+def float32_ones(rng):
+    return zeros_and_ones(rng).astype(np.float32)
+
+
+def float16_ones(rng):
+    return zeros_and_ones(rng).astype(np.float16)
+
+
 @pytest.mark.parametrize(
     "make",
-    [zeros_and_ones, halves_as_doubles, whole_numbers, powers_of_two],
+    [zeros_and_ones, float32_ones, float16_ones, halves_as_doubles, whole_numbers, powers_of_two],
     ids=lambda f: f.__name__,
 )
 def test_rows_of_small_values_have_hashes_of_their_own(make):

@@ -43,6 +43,7 @@ SORT_BYTES = 60  # of each row whose hashes are sorted
 GROUP_BYTES, GROUPS_BYTES = 200, 450_000_000  # deciding and writing: for a row, and at the most
 USUAL_VISITS = 4  # lists that a row of a large set lives in or visits
 DISTANCE_BYTES = 9  # of each row of a block and list: a distance, what is compared, a mask
+VALUE_BYTES = 11  # of each value of a block: its square, as an integer of two lengths, a digit
 RUNS_A_WORKER = 8  # of lists, so that all workers end at about the same time
 
 
@@ -101,7 +102,7 @@ def needed_memory(features: Features, threads: int, frozen: int = 0) -> int:
     roots = rows * np.dtype(row_kind(rows)).itemsize * (2 if frozen else 1)
     stages = (
         fitting_bytes(rows, raw),
-        threads * max(encode_bytes(rows), join_bytes(features)),
+        threads * max(encode_bytes(rows, features.dim), join_bytes(features)),
         rows + min(rows, SORT_ROWS) * SORT_BYTES,
         roots + min(GROUP_BYTES * rows, GROUPS_BYTES),
     )
@@ -115,12 +116,12 @@ def fitting_bytes(rows: int, raw: int) -> int:
     return calibration_rows(rows) * 2 * raw + codes * WIDTHS[-1]
 
 
-def encode_bytes(rows: int) -> int:
-    """Return what an encode task holds: codes of rows and visits, distances of a block to lists."""
+def encode_bytes(rows: int, dim: int) -> int:
+    """Return what an encode task holds: codes of rows and visits; a block's values, distances."""
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     width = WIDTHS[-1]
     task = min(rows, task_rows(rows)) * (2 * width + USUAL_VISITS * (width + 40))
-    return task + BLOCK * lists * DISTANCE_BYTES
+    return task + BLOCK * (lists * DISTANCE_BYTES + dim * VALUE_BYTES)
 
 
 def join_bytes(features: Features) -> int:

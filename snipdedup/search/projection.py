@@ -46,7 +46,7 @@ MISS_PROBABILITY = 1e-9
 MISS_NORMS = 3.2724  # √(ln(2 / MISS_PROBABILITY) / 2), rounded up
 FLOAT_SLACK = 1e-5  # float32 arithmetic on coordinates
 MOMENT_ROWS = 1 << 10  # whose products are added up at a time: of int8, below 2^24 in all
-STEPS = (1, 2, 2)  # of the search for main directions, before each time they are made orthonormal
+STEPS = (2, 2)  # of the search for main directions, before each time they are made orthonormal
 MOMENT_LENGTH = 360  # of a row: of 2^15 rows, sums of squares are below 2^33
 DEPENDENT = 1e-12  # what is left of a direction, measured by its length before, is rounding
 SQUARINGS = 12
@@ -59,9 +59,9 @@ class Projection:
     Attributes
     ----------
     matrix : (d, w) int8
-        Main directions, rotated.
+        Main directions, rotated; each row's sum is 0, so all are at right angles to ``residual``.
     residual : (w,) float32
-        The rotated axis of the residual norm.
+        The rotated axis of the residual norm: alike in all coordinates.
     scale : float
         Codes are coordinates times this, rounded.
     unit : float
@@ -113,14 +113,10 @@ class Projection:
 
         Only sums of whole columns and single operations: no processor rounds them otherwise.
         """
-        import torch
-
-        axis = torch.from_numpy(self.residual)
         coordinates = exact_products(whole_rows(rows), self.matrix).mul_(self.unit)
         inside = row_sums(coordinates * coordinates)
-        along = row_sums(coordinates * axis)  # nearly 0, since P is rounded; the residual's now
-        rest = (self.length**2 - (inside - along * along)).clamp_(min=0).sqrt_()
-        return coordinates.add_((rest - along)[:, None] * axis)
+        rest = (self.length**2 - inside).clamp_(min=0).sqrt_()
+        return coordinates.add_(rest.mul_(float(self.residual[0]))[:, None])
 
     def limit(self, threshold: float) -> float:
         """Return the product of two codes from which their rows may be a pair."""
@@ -174,7 +170,7 @@ def whole_rows(rows: Directions) -> Any:
 def exact_products(whole: Any, matrix: np.ndarray) -> Any:
     """Return the products of rows of integers with a matrix's, (n, w) float32 tensor.
 
-    By two products of int8 digits where the processor is quick at these; spoils ``whole``.
+    By two products of int8 digits where the processor is quick at these.
 
     Parameters
     ----------
@@ -189,13 +185,11 @@ def exact_products(whole: Any, matrix: np.ndarray) -> Any:
     columns = kernel.prepare(torch.from_numpy(matrix).T)
     if kernel.name != "int8":
         return kernel.multiply(whole, columns)
-    digits = torch.from_numpy(scratch("digits", tuple(whole.shape), np.int8))
-    high = torch.from_numpy(scratch("high digits", tuple(whole.shape), np.float32))
-    # a little more, so that halves go up and the low digit is below 128: exact, few bits are used
-    torch.add(torch.tensor(2.0**-10), whole, alpha=1 / DIGIT, out=high).round_()
-    products = kernel.multiply(digits.copy_(high), columns).float().mul_(DIGIT)
-    low = whole.sub_(high.mul_(DIGIT))
-    return products.add_(kernel.multiply(digits.copy_(low), columns))
+    both = torch.from_numpy(scratch("both digits", tuple(whole.shape), np.int16)).copy_(whole)
+    digits = torch.from_numpy(scratch("digits", tuple(whole.shape), np.int8)).copy_(both)
+    products = kernel.multiply(digits, columns).float()  # of low digits, -128 to 127
+    digits.copy_(both.add_(DIGIT // 2).bitwise_right_shift_(8))
+    return products.add_(kernel.multiply(digits, columns), alpha=DIGIT)
 
 
 def to_codes(coordinates: Any, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -244,9 +238,9 @@ def project(
     """
     main, rotation = main[:, -(width - 1) :], random_rotation(width, seed)
     count = main.shape[1]
-    matrix = small_integers(exact_product(main, rotation[:count]))
+    matrix = small_integers(exact_product(main, rotation[1 : count + 1]))
     unit = 1 / (longest(len(main)) * largest_singular(matrix))
-    projection = Projection(matrix, rotation[count].astype(np.float32), 1.0, unit)
+    projection = Projection(matrix, rotation[0].astype(np.float32), 1.0, unit)
     coordinates = projection.rotated(rows)
     scale = PEAK / min(1.0, float(coordinates.abs().max()) * HEADROOM)
     return dataclasses.replace(projection, scale=scale), to_codes(coordinates, scale)[0]
@@ -255,17 +249,25 @@ def project(
 def small_integers(matrix: np.ndarray) -> np.ndarray:
     """Return a matrix of columns no longer than 1 as int8, in the largest unit that fits.
 
-    No column becomes longer than `COLUMN`.
+    No column becomes longer than `COLUMN`. Sums of rows, nearly 0, become 0: what was rounded up
+    most is one less, or the other way round.
     """
-    room = max(1, COLUMN - int(np.ceil(len(matrix) ** 0.5 / 2)))
+    room = max(1, COLUMN - int(np.ceil(1.5 * len(matrix) ** 0.5)))
     largest = float(np.abs(matrix).max(initial=0))
-    return np.rint(matrix * min(room, PEAK / max(largest, 1e-9))).astype(np.int8)
+    exact = matrix * min(room, (PEAK - 1) / max(largest, 1e-9))
+    whole = np.rint(exact)
+    over = whole.sum(axis=1, keepdims=True)
+    sign = np.sign(over)
+    order = np.argsort(-sign * (whole - exact), axis=1, kind="stable")
+    rank = np.argsort(order, axis=1, kind="stable")
+    return (whole - sign * (rank < np.abs(over))).astype(np.int8)
 
 
 def random_rotation(width: int, seed: int) -> np.ndarray:
-    """Return a random orthonormal matrix, (width, width) float64."""
+    """Return a random orthonormal matrix, (width, width) float64; its first row is alike."""
     values = np.random.default_rng(seed).standard_normal((width, width))
-    return orthonormal(in_steps(values, 1 << 10))
+    values[:, 0] = 1
+    return np.ascontiguousarray(orthonormal(in_steps(values, 1 << 10)).T)
 
 
 def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray:
