@@ -42,6 +42,18 @@ def install_chromium() -> str:
     return str(shutil.which("chromium"))
 
 
+def wait_until(page, expression):
+    """Wait until an expression is true in a page, also in one whose policy forbids ``eval``.
+
+    Playwright's own ``wait_for_function`` runs ``eval`` inside the page when it must ask again.
+    """
+    for _ in range(600):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    pytest.fail(f"never true in the page: {expression}")
+
+
 class Browser:
     """Opens pages, each in a profile of its own."""
 

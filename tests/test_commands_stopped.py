@@ -39,7 +39,7 @@ COMMANDS = {
     "adc, its own index": ("dedup img --method adc --out", ""),
     "semdedup": ("dedup img --method semdedup --clusters 5 --out", ""),
     "re-threshold": ("dedup clean --threshold .97 --out", ""),
-    "reference": ("dedup img --reference clean --out", ""),
+    "reference": ("dedup img --reference clean_old --out", ""),
     "train": ("train img --dim 4 --hidden 8 --steps 8 --batch 64 --threads 1 --out", ""),
     "compress": ("compress img --encoder enc --out", ""),
     "index": ("index img --m 4 --nlist 8 --out", ""),
@@ -66,6 +66,7 @@ def write_rows(folder: Path) -> None:
         texts = {"uid": [f"u{uid}" for uid in uids[part]], "caption": [f"{uid % 500} words"
                  for uid in uids[part]]}  # fmt: skip
         pq.write_table(pa.table(texts), folder / "meta" / f"{name}.parquet")
+    np.save(folder / "old.npy", 2 * ROWS[::3])  # the same pictures, other rows
     Encoder(Network(16, 8, 4)).save(folder / "enc", {})
 
 
@@ -76,6 +77,7 @@ def inputs(tmp_path_factory):
     os.chdir(folder)
     write_rows(folder)
     assert run("dedup", "img", "--metadata", "meta", "--out", "clean") == 0
+    assert run("dedup", "old.npy", "--out", "clean_old") == 0
     assert run("index", "img", "--m", "4", "--nlist", "8", "--out", "idx") == 0
     yield folder
     os.chdir(before)

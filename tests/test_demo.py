@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from browser import wait_until
 
 import snipdedup
 from snipdedup import demo, pictures
@@ -220,7 +221,7 @@ def test_the_report_shows_those_pictures(finished, browser):
     result = snipdedup.dedup(features, threshold=threshold)
     with browser.open(path.as_uri()) as page:
         page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-        page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth)")
+        wait_until(page, "[...document.images].every(i => i.complete && i.naturalWidth)")
         tiles = page.locator(".tile").count()
         images = page.locator(".tile img")
         assert images.count() == tiles > 100

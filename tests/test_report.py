@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import truth
+from browser import wait_until
 
 import snipdedup
 from snipdedup import pictures
@@ -255,7 +256,7 @@ def test_a_remote_picture_comes_on_a_click_only_blurred_and_without_referrer(
             page.keyboard.press("Enter")
             picture = button.locator("img")
             picture.wait_for()
-            page.wait_for_function("document.querySelector('.fetch img').naturalWidth === 40")
+            wait_until(page, "document.querySelector('.fetch img').naturalWidth === 40")
             assert page.asked == [f"{place}/a.png"]
             assert len(headers) == 1
             assert not {"referer", "origin"} & {name.lower() for name in headers[0]}
@@ -322,7 +323,7 @@ def test_pictures_are_in_the_page_and_are_those_of_their_rows(browser, pictured,
     assert status == 0
     with browser.open(html.as_uri()) as page:
         page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-        page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth)")
+        wait_until(page, "[...document.images].every(i => i.complete && i.naturalWidth)")
         tiles = page.query_selector_all(".tile")
         seen = set()
         for tile in tiles:
