@@ -215,7 +215,6 @@ def test_codes_are_those_of_exact_integers_by_either_kernel():
     whole = room.whole_rows(directions(x)).numpy().astype(np.int64)
     assert np.linalg.norm(whole, axis=1).max() <= room.LENGTH
     assert np.linalg.norm(projection.matrix.astype(float), axis=0).max() <= room.COLUMN
-    assert not projection.matrix.sum(axis=1, dtype=int).any()
     expected = whole @ projection.matrix.astype(np.int64)
     for kernel in WORKING:
         with mock.patch.object(room, "pick_kernel", return_value=kernel):
@@ -227,10 +226,7 @@ def test_codes_are_those_of_exact_integers_by_either_kernel():
 @pytest.mark.parametrize("dim", [1, 7, 1000, 5000])
 def test_the_largest_integers_there_can_be_are_multiplied_exactly(dim):
     """A row along a column, both as long as they may be; and the values at the ends of digits."""
-    column = np.full((dim, 2), dim**-0.5) * [1, -1]
-    column = room.small_integers(column)
-    assert np.abs(column).max() > 0
-    assert not column.sum(axis=1, dtype=int).any()
+    column = room.small_integers(np.full((dim, 1), dim**-0.5))
     whole = np.rint(np.full((3, dim), room.longest(dim) * dim**-0.5))
     whole[1] = -whole[1]
     whole[2, : min(dim, 4)] = [-32_000, 128, -128, 127][: min(dim, 4)]
@@ -273,10 +269,9 @@ def test_the_largest_singular_value_is_bounded_closely(shape):
     assert room.largest_singular(np.zeros(shape, np.int8)) >= 1
 
 
-@pytest.mark.parametrize("width", [1, 2, 64, 256])
+@pytest.mark.parametrize("width", [2, 64, 256])
 def test_a_rotation_is_orthonormal_and_of_its_seed(width):
     found = room.random_rotation(width, 3)
     assert np.allclose(found @ found.T, np.eye(width), atol=1e-12)
-    assert np.ptp(found[0]) == 0
     assert np.array_equal(found, room.random_rotation(width, 3))
     assert not np.array_equal(found, room.random_rotation(width, 4))

@@ -59,9 +59,9 @@ class Projection:
     Attributes
     ----------
     matrix : (d, w) int8
-        Main directions, rotated; each row's sum is 0, so all are at right angles to ``residual``.
+        Main directions, rotated.
     residual : (w,) float32
-        The rotated axis of the residual norm: alike in all coordinates.
+        The rotated axis of the residual norm.
     scale : float
         Codes are coordinates times this, rounded.
     unit : float
@@ -113,10 +113,14 @@ class Projection:
 
         Only sums of whole columns and single operations: no processor rounds them otherwise.
         """
+        import torch
+
+        axis = torch.from_numpy(self.residual)
         coordinates = exact_products(whole_rows(rows), self.matrix).mul_(self.unit)
         inside = row_sums(coordinates * coordinates)
-        rest = (self.length**2 - inside).clamp_(min=0).sqrt_()
-        return coordinates.add_(rest.mul_(float(self.residual[0]))[:, None])
+        along = row_sums(coordinates * axis)  # nearly 0, since P is rounded; the residual's now
+        rest = (self.length**2 - (inside - along * along)).clamp_(min=0).sqrt_()
+        return coordinates.add_((rest - along)[:, None] * axis)
 
     def limit(self, threshold: float) -> float:
         """Return the product of two codes from which their rows may be a pair."""
@@ -238,9 +242,9 @@ def project(
     """
     main, rotation = main[:, -(width - 1) :], random_rotation(width, seed)
     count = main.shape[1]
-    matrix = small_integers(exact_product(main, rotation[1 : count + 1]))
+    matrix = small_integers(exact_product(main, rotation[:count]))
     unit = 1 / (longest(len(main)) * largest_singular(matrix))
-    projection = Projection(matrix, rotation[0].astype(np.float32), 1.0, unit)
+    projection = Projection(matrix, rotation[count].astype(np.float32), 1.0, unit)
     coordinates = projection.rotated(rows)
     scale = PEAK / min(1.0, float(coordinates.abs().max()) * HEADROOM)
     return dataclasses.replace(projection, scale=scale), to_codes(coordinates, scale)[0]
@@ -249,25 +253,17 @@ def project(
 def small_integers(matrix: np.ndarray) -> np.ndarray:
     """Return a matrix of columns no longer than 1 as int8, in the largest unit that fits.
 
-    No column becomes longer than `COLUMN`. Sums of rows, nearly 0, become 0: what was rounded up
-    most is one less, or the other way round.
+    No column becomes longer than `COLUMN`.
     """
-    room = max(1, COLUMN - int(np.ceil(1.5 * len(matrix) ** 0.5)))
+    room = max(1, COLUMN - int(np.ceil(len(matrix) ** 0.5 / 2)))
     largest = float(np.abs(matrix).max(initial=0))
-    exact = matrix * min(room, (PEAK - 1) / max(largest, 1e-9))
-    whole = np.rint(exact)
-    over = whole.sum(axis=1, keepdims=True)
-    sign = np.sign(over)
-    order = np.argsort(-sign * (whole - exact), axis=1, kind="stable")
-    rank = np.argsort(order, axis=1, kind="stable")
-    return (whole - sign * (rank < np.abs(over))).astype(np.int8)
+    return np.rint(matrix * min(room, PEAK / max(largest, 1e-9))).astype(np.int8)
 
 
 def random_rotation(width: int, seed: int) -> np.ndarray:
-    """Return a random orthonormal matrix, (width, width) float64; its first row is alike."""
+    """Return a random orthonormal matrix, (width, width) float64."""
     values = np.random.default_rng(seed).standard_normal((width, width))
-    values[:, 0] = 1
-    return np.ascontiguousarray(orthonormal(in_steps(values, 1 << 10)).T)
+    return orthonormal(in_steps(values, 1 << 10))
 
 
 def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray:
