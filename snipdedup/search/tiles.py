@@ -30,7 +30,7 @@ ROW_TILE, COLUMN_TILE = 1024, 2048
 CROWDED = 1 / 64  # share of a tile's pairs from which they are not listed
 EXACT_COLUMNS = 1 << 10  # int8 products of so many values are below 2^24: exact in float32
 PLAIN_COLUMNS = 1 << 8  # of float64 products held at a time
-MOST_ERROR = 3.5e-3  # of quick products in a crowded tile: more would leave too many pairs unsure
+MOST_ERROR = 2e-3  # of quick products in a crowded tile: more would leave too many pairs unsure
 
 
 class Codes(NamedTuple):
@@ -327,7 +327,7 @@ class ShortCodes(NamedTuple):
     scale : (n,) float32
         What a unit of a code is worth.
     norm, lost : (n,) float32
-        Norm of the row, and at most that of what its code does not hold.
+        Norm of the row, and of what its code does not hold.
     """
 
     codes: Any
@@ -342,8 +342,9 @@ def short_codes(rows: Any) -> ShortCodes:
 
     norm = plain_norms(rows)
     scale = torch.maximum(rows.amax(1), -rows.amin(1)).clamp_(min=1e-30) / 127
-    codes = rows.div_(scale[:, None]).round_().to(torch.int8)
-    lost = scale * (0.501 * rows.shape[1] ** 0.5)  # half a unit a value; of float32's rounding more
+    rows /= scale[:, None]
+    codes = rows.round().to(torch.int8)
+    lost = plain_norms(rows.sub_(codes)) * scale
     return ShortCodes(codes, *(side.numpy() for side in (scale, norm, lost)))
 
 
