@@ -25,7 +25,7 @@ from snipdedup.search.lists import (
     sample_pairs,
     train_centroids,
 )
-from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, hub_sample, no_hubs
+from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, no_hubs
 from snipdedup.search.model import Model
 from snipdedup.search.projection import WIDTHS, Projection, main_directions, project
 from snipdedup.search.verify import proved_cosines
@@ -57,34 +57,22 @@ def load_or_fit(
     threads: int,
     encoder: Path | None = None,
     kept: Path | None = None,
+    masses: bool = True,
 ) -> Model:
-    """Fit the model, or take the one that a stopped run left, or what an earlier run ``kept``."""
+    """Fit the model, or take the one that a stopped run left, or what an earlier run ``kept``.
+
+    Codes and lists of an earlier run suit any rows of one width. Its hubs are rows of its own set,
+    so they are left out.
+    """
     if not path.is_file():
         if kept is None:
-            model = fit(features, threshold, recall, seed, threads, encoder)
+            model = fit(features, threshold, recall, seed, threads, encoder, masses=masses)
         else:
-            model = with_own_hubs(Model.load(kept), features, seed, threads)
+            model = Model.load(kept)
+            hubs = no_hubs(model.projection, features.dim, model.threshold)
+            model = dataclasses.replace(model, hubs=hubs)
         model.save(path)
     return Model.load(path)
-
-
-def with_own_hubs(model: Model, features: Features, seed: int, threads: int) -> Model:
-    """Return the model of other rows with the hubs of these.
-
-    Codes and lists suit any rows of one width. A hub is a row of the set: its number and features
-    are those of the run that found it, and it may not even be among these rows.
-    """
-    projection, threshold = model.projection, model.threshold
-    hubs = no_hubs(projection, features.dim, threshold)
-    if not isinstance(projection, Learned):
-        count = hub_sample(features.rows)
-        rows, sample = sample_distinct(features, count, seed, threads)
-        codes = encode_blocks(projection, sample, threads)
-        hubs = find_hubs(
-            rows, sample, codes, projection,
-            threshold=threshold, total=features.rows, threads=threads,
-        )  # fmt: skip
-    return dataclasses.replace(model, hubs=hubs)
 
 
 def fit(
@@ -95,11 +83,12 @@ def fit(
     threads: int,
     encoder: Path | None = None,
     nlist: int | None = None,
+    masses: bool = True,
 ) -> Model:
     """Fit directions, hubs and τ to a sample of distinct rows, and centroids to other rows.
 
     With an encoder, codes are those of its descriptors, and masses are not looked for: what is near
-    enough to a hub, only a bound could tell.
+    enough to a hub, only a bound could tell. Without ``masses`` they are not looked for either.
     """
     nlist = nlist or list_count(features.rows)
     rows, sample = sample_distinct(features, calibration_rows(features.rows), seed, threads)
@@ -107,7 +96,7 @@ def fit(
         projection = choose_projection(sample, threshold, seed, features.rows, threads)
     codes = encode_blocks(projection, sample, threads)
     hubs = no_hubs(projection, features.dim, threshold)
-    if encoder is None:
+    if encoder is None and masses:
         hubs = find_hubs(
             rows, sample, codes, projection,
             threshold=threshold, total=features.rows, threads=threads,

@@ -165,11 +165,6 @@ def no_hubs(projection: Projection, dim: int, threshold: float) -> Hubs:
     return Hubs(np.empty(0, np.int64), np.empty((0, dim)), codes, threshold, projection)
 
 
-def hub_sample(total: int) -> int:
-    """Return among how many rows the hubs of a set of ``total`` rows are looked for."""
-    return int(np.clip(SAMPLE_MASS * total / MASS_ROWS, *SAMPLE_ROWS)) if total >= MASS_ROWS else 1
-
-
 def find_hubs(
     rows: np.ndarray,
     sample: np.ndarray,
@@ -198,7 +193,7 @@ def find_hubs(
     none = no_hubs(projection, sample.shape[1], threshold)
     if total < MASS_ROWS:
         return none
-    codes = codes[: hub_sample(total)]
+    codes = codes[: int(np.clip(SAMPLE_MASS * total / MASS_ROWS, *SAMPLE_ROWS))]
     enough = max(SAMPLE_MASS, MASS_ROWS / total * len(codes))
     limit = projection.limit(none.half)
     crowd = np.flatnonzero(degrees(codes, codes, limit, threads) >= enough)

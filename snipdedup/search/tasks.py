@@ -92,10 +92,14 @@ class Tasks:
         return self.work / "model.npz"
 
     def fit(self, threads: int) -> None:
-        """Fit the model."""
+        """Fit the model.
+
+        Beside references there are no hubs: a row that must meet a reference row may not be left
+        to one that stands for it, and pairs among FEATURES may not hang on a reference row.
+        """
         load_or_fit(
             self.features, self.threshold, self.recall, self.seed, self.fitted, threads,
-            self.encoder, self.kept,
+            self.encoder, self.kept, masses=not self.frozen,
         )  # fmt: skip
 
     def encoded(self, number: int) -> Path:
