@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.intervals import proportion_interval
 from snipdedup.ground.shards import open_features
+from snipdedup.statistics import proportion_interval
 from snipdedup.train import training as train
 from snipdedup.train.measure import Vectors, partner_ranks
 

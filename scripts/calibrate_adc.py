@@ -26,18 +26,18 @@ from typing import Any
 import numpy as np
 
 from snipdedup import settings
-from snipdedup.ground.compute import cores
 from snipdedup.ground.cosine import unit_rows
 from snipdedup.ground.formats import ArrayShard
-from snipdedup.ground.intervals import proportion_interval
 from snipdedup.ground.shards import Features, open_features
 from snipdedup.index.building import build
 from snipdedup.index.codes import Lists
 from snipdedup.index.indexfolder import Index
+from snipdedup.parallel import cores
 from snipdedup.search import mutual
 from snipdedup.search.adaptive import MUTUAL, SYMMETRIC, calibrate, scores, true_duplicates
 from snipdedup.search.classes import classes_of
 from snipdedup.search.knn import Searcher, feature_queries, neighbours
+from snipdedup.statistics import proportion_interval
 
 BOTH = "both ways"  # the mutual rule without what common codes tell
 RULES = ("global", "ratio", "difference", BOTH, MUTUAL, SYMMETRIC)

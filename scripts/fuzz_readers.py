@@ -39,7 +39,6 @@ import pyarrow.parquet as pq
 
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.shards import open_features
 from snipdedup.index.indexfolder import QUANTISER, Index
 from snipdedup.index.mapped import MappedLists
@@ -48,6 +47,7 @@ from snipdedup.looking.lookup import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Diff, Top
+from snipdedup.storage import store
 from snipdedup.train.encoder import Encoder, Network
 from snipdedup.train.quantise import read_quantiser
 

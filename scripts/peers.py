@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.progress import Clock
 from snipdedup.ground.shards import Features, open_features, plan_blocks
+from snipdedup.progress import Clock
 
 FAISS = re.compile(r"faiss-pq(\d+)-nprobe(\d+)")
 FAISS_NAMES = tuple(f"faiss-pq{m}-nprobe{nprobe}" for m in (4, 16) for nprobe in (1, 4))

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.ground.compute import cores, in_order
 from snipdedup.ground.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
 from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.parallel import cores, in_order
 from snipdedup.search.forest import link_smaller
 
 BLOCK = 8192  # rows compared with a tile of queries at a time

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import cli, pictures
+from snipdedup import cli, pictures, progress
 from snipdedup.errors import SnipError
-from snipdedup.ground import locks, progress, store
 from snipdedup.settings import Demo
+from snipdedup.storage import locks, store
 
 KIND = "demo"
 SHARD_ROWS = 800

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.ground import store
+from snipdedup.storage import store
 
 NURSERY = """
 import atexit, importlib, json, os, sys, traceback

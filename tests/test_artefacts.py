@@ -17,8 +17,8 @@ from snipdedup import cli
 from snipdedup.download import fetching as download
 from snipdedup.download import landing
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.settings import Download
+from snipdedup.storage import store
 
 
 def snip(*words):

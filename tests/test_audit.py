@@ -18,8 +18,8 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground.intervals import proportion_interval
 from snipdedup.ground.shards import open_features
+from snipdedup.statistics import proportion_interval
 from snipdedup.trust import proof
 from snipdedup.trust.proof import raw_cosines
 from snipdedup.trust.verdict import SHOWN, Verdict, pick_ordinals

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from snipdedup.chain import result as room
 from snipdedup.chain.deduplicate import run
-from snipdedup.ground import sorting
 from snipdedup.grouping.blocks import Block, blocks_of_groups, cut_groups, slices
 from snipdedup.grouping.groups import Members, Nearest
 from snipdedup.search import spanning
 from snipdedup.search.forest import join_edges, make_edges, spanning_forest
 from snipdedup.settings import Dedup
+from snipdedup.storage import external_sort
 
 CUTS = [400, 1500]
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 def narrow():
     """Let memory hold next to nothing."""
     return (
-        mock.patch.multiple(sorting, HELD=60, PARTS=5, READ=37),
+        mock.patch.multiple(external_sort, HELD=60, PARTS=5, READ=37),
         mock.patch.object(spanning, "HELD_EDGES", 60),
         mock.patch.object(room, "MASK_ROWS", 333),
     )
@@ -135,7 +135,7 @@ def test_blocks_hold_whole_groups_and_lose_nothing(tmp_path_factory, pairs, held
         *zip(firsts, known.copies, strict=True),
     ]
     label = truth.components(70, [tuple(map(int, pair)) for pair in linked])
-    with mock.patch.multiple(sorting, HELD=held, PARTS=3, READ=5):
+    with mock.patch.multiple(external_sort, HELD=held, PARTS=3, READ=5):
         found = list(blocks_of_groups(known, 0.95, 70, tmp_path_factory.mktemp("b")))
     seen = set()
     for block in found:
@@ -159,7 +159,7 @@ def test_blocks_hold_whole_groups_and_lose_nothing(tmp_path_factory, pairs, held
 def test_slices_cut_no_group(sizes, held):
     group = np.repeat(np.arange(len(sizes)) * 3, sizes)
     members = Members(np.arange(len(group)), group, group, group * 1.0, group > 3)
-    with mock.patch.object(sorting, "HELD", held):
+    with mock.patch.object(external_sort, "HELD", held):
         cuts, parts = cut_groups(group), list(slices(members))
     assert (cuts[0], cuts[-1]) == (0, len(group))
     assert np.concatenate([part.row for part in parts]).tolist() == list(range(len(group)))

@@ -16,12 +16,12 @@ from test_quantise import clustered
 
 from snipdedup import settings
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground import store
 from snipdedup.ground.cosine import unit_rows
 from snipdedup.ground.shards import open_features
 from snipdedup.index.building import build, run
 from snipdedup.index.codes import pack, packed_width, unpack
 from snipdedup.index.indexfolder import Index
+from snipdedup.storage import store
 from snipdedup.train.quantise import read_quantiser
 
 CUTS = (0, 700, 701, 1500, 1500, 2600)  # one of one row, one of none, none at a block's edge

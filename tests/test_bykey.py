@@ -9,9 +9,9 @@ import pytest
 
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.store import read_manifest
 from snipdedup.metadata import filtering
 from snipdedup.settings import Filter
+from snipdedup.storage.store import read_manifest
 
 ROWS = 40  # rows 20 .. 39 are copies of rows 0 .. 19
 

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import claims
-from snipdedup.ground.claims import Claims
+from snipdedup.runners import claims
+from snipdedup.runners.claims import Claims
 
 TAKE = """
 import sys, time

@@ -25,7 +25,7 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.chain import deduplicate
-from snipdedup.ground import store
+from snipdedup.storage import store
 from snipdedup.train.encoder import Encoder, Network
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)

@@ -9,9 +9,9 @@ import faiss
 import pytest
 import torch
 
+from snipdedup import parallel, progress
 from snipdedup.errors import SnipError
-from snipdedup.ground import compute, progress
-from snipdedup.ground.compute import cores, in_order, library_threads, pick_device, together
+from snipdedup.parallel import cores, in_order, library_threads, pick_device, together
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -115,7 +115,7 @@ def test_what_is_not_begun_is_left_when_one_fails():
 def test_jobs_are_waited_for_however_often_one_interrupts(monkeypatch):
     """They write into folders that are given up next."""
     begun, ended, stop = threading.Event(), [], [KeyboardInterrupt] * 3
-    shutdown = compute.ThreadPoolExecutor.shutdown
+    shutdown = parallel.ThreadPoolExecutor.shutdown
 
     def interrupted(*given, **named):
         if stop:
@@ -131,7 +131,7 @@ def test_jobs_are_waited_for_however_often_one_interrupts(monkeypatch):
         time.sleep(0.3)
         ended.append(1)
 
-    monkeypatch.setattr(compute.ThreadPoolExecutor, "shutdown", interrupted)
+    monkeypatch.setattr(parallel.ThreadPoolExecutor, "shutdown", interrupted)
     with pytest.raises(KeyboardInterrupt):
         together([fail, slow], 2)
     assert ended == [1]

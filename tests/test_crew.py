@@ -17,9 +17,9 @@ from processes import many_lists, results, until
 
 from snipdedup.chain import deduplicate
 from snipdedup.errors import UsageError
-from snipdedup.ground import store
 from snipdedup.search.crew import Crew, Place, Written, own_first, place_of
 from snipdedup.settings import Dedup
+from snipdedup.storage import store
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}
 

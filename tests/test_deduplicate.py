@@ -20,8 +20,8 @@ from test_outfolder import write_laion
 from snipdedup import dedup
 from snipdedup.chain import deduplicate
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
 from snipdedup.search import tasks
+from snipdedup.storage import store
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import truth
 
 from snipdedup import dedup
 from snipdedup.chain import proving
-from snipdedup.ground import scan, sorting
+from snipdedup.ground import scan
 from snipdedup.grouping import groups, pairs, star
 from snipdedup.search import (
     encoding,
@@ -37,6 +37,7 @@ from snipdedup.search import (
     tiles,
     verify,
 )  # fmt: skip
+from snipdedup.storage import external_sort
 
 SECONDS = float(os.environ.get("SNIP_FUZZ_SECONDS", "75"))
 SEED = int(os.environ.get("SNIP_FUZZ_SEED", "1000"))
@@ -58,7 +59,7 @@ SIZES = [
     ((groups,), {"FLOAT64_GROUP": [2, 10], "PACKED_ROWS": [5, 40]}),
     ((star,), {"BLOCK": [3, 16], "VERIFY_PAIRS": [2, 40]}),
     ((pairs,), {"LISTED_GROUP": [1, 5], "LISTED_PAIRS": [4, 90]}),
-    ((sorting,), {"HELD": [5, 50], "PARTS": [2, 8], "READ": [3, 40]}),
+    ((external_sort,), {"HELD": [5, 50], "PARTS": [2, 8], "READ": [3, 40]}),
     ((spanning,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30]}),
     ((forest,), {"BUFFER_EDGES": [4, 40]}),
     ((proving,), {"GATHER_PAIRS": [1, 30]}),

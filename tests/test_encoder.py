@@ -17,7 +17,7 @@ import torch
 
 from snipdedup import settings
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground import store
+from snipdedup.storage import store
 from snipdedup.train import encoder as room
 from snipdedup.train.encoder import Encoder, Network
 

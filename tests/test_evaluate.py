@@ -9,9 +9,9 @@ import pytest
 
 from snipdedup import settings
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
 from snipdedup.ground.shards import open_features
 from snipdedup.search.adaptive import calibrate
+from snipdedup.storage import store
 from snipdedup.train import training as train
 from snipdedup.trust import evaluate, tabulate
 

@@ -11,8 +11,8 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground.compute import in_order
 from snipdedup.ground.shards import open_features
+from snipdedup.parallel import in_order
 from snipdedup.search import exact
 from snipdedup.search.exact import (
     exact_edges,

@@ -16,10 +16,11 @@ import pytest
 from snipdedup import cli
 from snipdedup.chain import deduplicate
 from snipdedup.errors import InputError
-from snipdedup.ground import formats, store
+from snipdedup.ground import formats
 from snipdedup.ground.shards import open_features
 from snipdedup.index import building as index
 from snipdedup.metadata import filtering
+from snipdedup.storage import store
 from snipdedup.train import encoder
 from snipdedup.train.encoder import Encoder, Network
 from snipdedup.trust import audit, evaluate

@@ -17,8 +17,8 @@ from servers import Server, kill_once_more_came
 from snipdedup.download import fetching as download
 from snipdedup.download import landing
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import remote, store, web
 from snipdedup.settings import Download
+from snipdedup.storage import remote, store, web
 
 SIZES = [30, 7, 50, 21, 40]
 STARTS = [0, 30, 37, 87, 108]

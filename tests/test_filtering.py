@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
 from snipdedup.metadata import filtering
 from snipdedup.settings import Filter
+from snipdedup.storage import store
 
 SIZES = [30, 7, 25, 0, 18]
 ROWS = sum(SIZES)

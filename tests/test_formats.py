@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
 from snipdedup.ground.formats import crc32_combine, open_shard
-from snipdedup.ground.store import file_crc
+from snipdedup.storage.store import file_crc
 
 ROWS, DIM = 11, 3
 FLOATS = ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"]

@@ -24,7 +24,6 @@ from conftest import ROOT
 from snipdedup import cli
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground import store
 from snipdedup.ground.shards import open_features
 from snipdedup.index.codes import load_shard, map_shard
 from snipdedup.index.indexfolder import QUANTISER, Index
@@ -33,6 +32,7 @@ from snipdedup.looking.lookup import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Top
+from snipdedup.storage import store
 from snipdedup.train.encoder import WEIGHTS, Encoder, Network
 from snipdedup.train.quantise import read_quantiser
 

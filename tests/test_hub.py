@@ -16,9 +16,9 @@ from snipdedup import cli
 from snipdedup.download import fetching as download
 from snipdedup.download import hub, landing
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import remote, store
-from snipdedup.ground.remote import MissingError
 from snipdedup.settings import Download
+from snipdedup.storage import remote, store
+from snipdedup.storage.remote import MissingError
 
 SIZES = [30, 7, 50, 21, 40]
 STARTS = np.cumsum([0, *SIZES])

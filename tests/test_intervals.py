@@ -7,7 +7,7 @@ from math import comb
 
 import pytest
 
-from snipdedup.ground.intervals import incomplete_beta, proportion_interval
+from snipdedup.statistics import incomplete_beta, proportion_interval
 
 
 def at_most(k, n, p):

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from snipdedup.chain import finding
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.shards import open_features
 from snipdedup.search import encoding, fitting
 from snipdedup.search import join as room
 from snipdedup.search.join import needed_memory
 from snipdedup.search.partitions import plan_partitions
+from snipdedup.storage import store
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from processes import many_lists, results, until
 
-from snipdedup.ground import store
+from snipdedup.storage import store
 
 KILLED, DONE = -9, 0
 # What stands when a stage begins; of the files of OUT the first and the last.

@@ -18,8 +18,8 @@ from servers import Server
 from snipdedup.download import landing
 from snipdedup.download.landing import save
 from snipdedup.errors import SnipError
-from snipdedup.ground import locks, remote, store
-from snipdedup.ground.remote import MissingError, Remote, TemporaryError
+from snipdedup.storage import locks, remote, store
+from snipdedup.storage.remote import MissingError, Remote, TemporaryError
 
 BODY = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 SHA = hashlib.sha256(BODY).hexdigest()

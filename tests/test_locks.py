@@ -14,7 +14,7 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.errors import SnipError
-from snipdedup.ground import locks, store
+from snipdedup.storage import locks, store
 from snipdedup.train.encoder import Encoder, Network
 
 ROWS = np.random.default_rng(0).standard_normal((400, 16)).astype(np.float32)

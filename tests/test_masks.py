@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
 from snipdedup.metadata import filtering, masks
 from snipdedup.metadata.masks import Held, Mask, Place
 from snipdedup.settings import Filter
+from snipdedup.storage import store
 
 SIZES = [3, 5, 0, 4, 5]  # rows of the files of a small set; uneven on purpose
 

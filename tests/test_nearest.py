@@ -11,11 +11,11 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground import sorting
 from snipdedup.ground.cosine import pair_cosine, unit_rows64
 from snipdedup.ground.shards import open_features
 from snipdedup.grouping import nearest
 from snipdedup.grouping.groups import Nearest
+from snipdedup.storage import external_sort
 
 
 def plain_nearest(table, labels, frozen, threshold):
@@ -50,7 +50,7 @@ def test_each_row_gets_the_nearest_of_its_group(
     labels = np.array([np.flatnonzero(of == group)[0] for group in of])
     table = truth.cosine_table(x)
     table[(x[:, None] == x).all(2)] = 1
-    few = mock.patch.multiple(sorting, HELD=3, PARTS=3, READ=5) if on_disk else nullcontext()
+    few = mock.patch.multiple(external_sort, HELD=3, PARTS=3, READ=5) if on_disk else nullcontext()
     folder = tmp_path_factory.mktemp("f") if on_disk else None
     with few, mock.patch.multiple(nearest, LISTED=tile, TILE=tile, GATHER_PAIRS=7, READ=9):
         found = nearest.nearest_within(open_features(x), labels, frozen, 0.9, 2, folder)

@@ -13,11 +13,12 @@ from servers import Server
 
 from snipdedup import cli
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.ground import objects, ranged, shards, store
-from snipdedup.ground.objects import Elsewhere
-from snipdedup.ground.remote import TemporaryError
+from snipdedup.ground import ranged, shards
 from snipdedup.ground.shards import open_features
 from snipdedup.metadata.table import open_metadata
+from snipdedup.storage import objects, store
+from snipdedup.storage.objects import Elsewhere
+from snipdedup.storage.remote import TemporaryError
 
 fsspec = pytest.importorskip("fsspec")
 

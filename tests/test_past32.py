@@ -17,7 +17,6 @@ from snipdedup.chain.counts import levels
 from snipdedup.chain.found import Found
 from snipdedup.chain.result import decide
 from snipdedup.chain.tables import groups_table
-from snipdedup.ground import sorting
 from snipdedup.ground.formats import ArrayShard, NpyShard
 from snipdedup.ground.shards import Features, open_features, plan_pieces
 from snipdedup.metadata import filtering
@@ -28,6 +27,7 @@ from snipdedup.search.forest import make_edges
 from snipdedup.search.joining import join_task
 from snipdedup.search.partitions import load_partition
 from snipdedup.settings import Filter
+from snipdedup.storage import external_sort
 
 LAION_5B = 5_850_000_000
 SHARD = 1_000_000
@@ -152,7 +152,7 @@ def test_all_is_the_same_in_eight_bytes_a_row(tmp_path):
     x = truth.clustered(3000, 16, 6, copies=0.1)
     expected = dedup(x, threshold=0.9)
     with (
-        mock.patch.multiple(sorting, SHORT_ROWS=100, HELD=50),
+        mock.patch.multiple(external_sort, SHORT_ROWS=100, HELD=50),
         mock.patch.multiple(spanning, HELD_EDGES=50),
     ):
         found = dedup(x, threshold=0.9, out=tmp_path / "out")

@@ -13,9 +13,9 @@ import truth
 from snipdedup import dedup
 from snipdedup.chain import finding, proving, result
 from snipdedup.errors import InternalError
-from snipdedup.ground import sorting
 from snipdedup.grouping.groups import NO_PAIR
 from snipdedup.search.forest import join_edges, make_edges
+from snipdedup.storage import external_sort
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_cosines_are_those_of_the_rows_as_stored_whatever_the_blocks(rows, kind,
     one = dedup(x[200:], reference=x[:200].astype(np.float64), threshold=0.9, keep="last")
     with (
         mock.patch.object(proving, "GATHER_PAIRS", 3),
-        mock.patch.object(sorting, "HELD", 40),
+        mock.patch.object(external_sort, "HELD", 40),
     ):
         out = dedup(x[200:], reference=x[:200].astype(np.float64), threshold=0.9, keep="last",
                     out=tmp_path / "out")  # fmt: skip

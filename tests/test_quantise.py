@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.compute import library_threads
 from snipdedup.ground.shards import open_features
+from snipdedup.parallel import library_threads
 from snipdedup.train.quantise import (
     BLOCK,
     check_m,

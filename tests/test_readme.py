@@ -21,7 +21,7 @@ from conftest import ROOT
 
 from snipdedup import cli
 from snipdedup.cli import COMMANDS
-from snipdedup.ground import store
+from snipdedup.storage import store
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from snipdedup import dedup
 from snipdedup.chain.references import open_references, own_copies, settle
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
 from snipdedup.ground.formats import ArrayShard
 from snipdedup.ground.shards import Features
 from snipdedup.grouping import nearest
 from snipdedup.search import tiles
 from snipdedup.search.forest import make_edges
+from snipdedup.storage import store
 
 
 def table_of(x):

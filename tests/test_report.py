@@ -22,9 +22,9 @@ from browser import wait_until
 import snipdedup
 from snipdedup import pictures
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.looking import report
 from snipdedup.looking.reportpage import GENERATOR, PICTURED
+from snipdedup.storage import store
 
 ROWS, THRESHOLD = 400, 0.9
 CHAIN = 12  # of the rows

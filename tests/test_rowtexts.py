@@ -11,8 +11,8 @@ import pytest
 import truth
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, open_texts, removed_before
+from snipdedup.storage import store
 
 ROWS = 200
 ASKED = np.array([199, 3, 50, 3, 120])

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup import cli
-from snipdedup.ground import objects, store
 from snipdedup.ground.shards import open_features
+from snipdedup.storage import objects, store
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")

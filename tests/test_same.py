@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from snipdedup.ground import same
-from snipdedup.ground.objects import Elsewhere
 from snipdedup.ground.same import Shared, find_shared
 from snipdedup.ground.shards import open_features
+from snipdedup.storage.objects import Elsewhere
 
 
 def shards(*paths):

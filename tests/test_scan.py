@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from snipdedup.errors import InputError
 from snipdedup.ground import scan as room
-from snipdedup.ground import sorting
 from snipdedup.ground.scan import Seen, find_copies, row_hashes, scan
 from snipdedup.ground.shards import open_features
+from snipdedup.storage import external_sort
 
 
 def read(features, keep_bad=False, chunk_rows=65_536, threads=1):
@@ -67,7 +67,7 @@ def test_copies_are_the_same_whatever_memory_holds(tmp_path, values):
     features, bad = open_features(x), np.array([7, 70])
     with (
         mock.patch.object(room, "SORT_ROWS", 200),
-        mock.patch.multiple(sorting, HELD=50, PARTS=3, READ=40),
+        mock.patch.multiple(external_sort, HELD=50, PARTS=3, READ=40),
     ):
         copies, firsts = find_copies(features, parts, bad=bad, folder=tmp_path / "w")
     expected = {copy: first for copy, first in first_equal(x).items() if copy not in bad}

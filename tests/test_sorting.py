@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import sorting
-from snipdedup.ground.sorting import Columns, Sorter, Spread, row_kind
+from snipdedup.storage import external_sort
+from snipdedup.storage.external_sort import Columns, Sorter, Spread, row_kind
 
 KIND = np.dtype([("key", "<u8"), ("place", "<u4")])
 LARGEST = (1 << 64) - 1
@@ -39,7 +39,7 @@ def by_key(records):
 def test_records_come_back_by_their_keys(tmp_path_factory, keys, step, held, parts, known):
     folder = tmp_path_factory.mktemp("s")
     spread = Spread(len(keys), min(keys), max(keys)) if known and keys else None
-    with mock.patch.multiple(sorting, PARTS=parts, READ=7):
+    with mock.patch.multiple(external_sort, PARTS=parts, READ=7):
         sorter = Sorter(folder / "x", KIND, by_key, held=held, spread=spread)
         for start in range(0, len(keys), step):
             sorter.add(records_of(keys)[start : start + step])

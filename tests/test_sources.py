@@ -15,9 +15,9 @@ from snipdedup.download import fetching as download
 from snipdedup.download import landing, presets, sources
 from snipdedup.download.sources import find, find_features
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import buckets, remote, store
-from snipdedup.ground.remote import MissingError
 from snipdedup.settings import Download
+from snipdedup.storage import buckets, remote, store
+from snipdedup.storage.remote import MissingError
 
 ROWS = [12, 5, 20, 9]
 

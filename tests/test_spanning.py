@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snipdedup
-from snipdedup.ground import sorting
-from snipdedup.ground.sorting import Sorter
 from snipdedup.search import forest, spanning
 from snipdedup.search.forest import Edges, Roots, components, make_edges, spanning_forest
 from snipdedup.search.spanning import ForestFile, by_first, edge_kind, edges_of
+from snipdedup.storage import external_sort
+from snipdedup.storage.external_sort import Sorter
 
 ROWS = 40
 PAIRS = st.lists(
@@ -56,7 +56,7 @@ def tiny(held, block=4):
     """Only so many edges fit into memory."""
     with (
         mock.patch.multiple(spanning, HELD_EDGES=held, BLOCK_EDGES=block),
-        mock.patch.multiple(sorting, PARTS=3, READ=5),
+        mock.patch.multiple(external_sort, PARTS=3, READ=5),
     ):
         yield
 
@@ -113,7 +113,7 @@ def test_rows_beyond_32_bits_are_split_and_written_in_full(tmp_path):
     kind = edge_kind(apart + 2000)
     with tiny(50):
         file = Sorter(tmp_path / "x", kind, by_first, held=50)
-        file.add(sorting.pack(kind, *edges))
+        file.add(external_sort.pack(kind, *edges))
         parts = [edges_of(part) for part in file.ascending()]
     assert max(len(part.a) for part in parts) <= 50
     assert all(one.a.max() < other.a.min() for one, other in itertools.pairwise(parts))

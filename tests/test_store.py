@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.errors import SnipError, TakenError, UsageError
-from snipdedup.ground import locks, store
+from snipdedup.storage import locks, store
 
 
 def everything_below(folder):

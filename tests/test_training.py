@@ -14,8 +14,8 @@ import torch
 
 from snipdedup import settings
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.shards import open_features
+from snipdedup.storage import store
 from snipdedup.train import losses
 from snipdedup.train import training as train
 from snipdedup.train.encoder import Encoder

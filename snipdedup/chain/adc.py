@@ -10,15 +10,14 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from snipdedup import settings
+from snipdedup import progress, settings
 from snipdedup.chain.found import Found
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import progress, store
-from snipdedup.ground.compute import Stage, cores, in_order
 from snipdedup.ground.scan import scan
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.index.building import build
 from snipdedup.index.indexfolder import Index, Space
+from snipdedup.parallel import Stage, cores, in_order
 from snipdedup.search import mutual
 from snipdedup.search.adaptive import (
     MUTUAL,
@@ -41,6 +40,7 @@ from snipdedup.search.knn import (
     query_space,
 )
 from snipdedup.search.verify import verify_pairs
+from snipdedup.storage import store
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
 

@@ -38,9 +38,6 @@ from snipdedup.chain.reload import finished_run, load_found, load_result
 from snipdedup.chain.result import Result, check_threshold, choose, decide, decide_fraction, proved
 from snipdedup.chain.summary import summary
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
-from snipdedup.ground import locks, store
-from snipdedup.ground.compute import cores, library_threads, pick_device, together
-from snipdedup.ground.progress import Clock
 from snipdedup.ground.shards import (
     Features,
     accept_dates,
@@ -49,10 +46,13 @@ from snipdedup.ground.shards import (
 )
 from snipdedup.grouping.keep import rank_by
 from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.parallel import cores, library_threads, pick_device, together
 from snipdedup.planning.planning import plan_features
+from snipdedup.progress import Clock
 from snipdedup.search.crew import Crew, Written, place_of
 from snipdedup.search.runners import Runner, open_runner
 from snipdedup.settings import Dedup, keep_rules, parse_epsilons
+from snipdedup.storage import locks, store
 
 # Settings that say how a result is computed, not what it is.
 HOW = {

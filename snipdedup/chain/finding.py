@@ -16,12 +16,12 @@ from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.references import References, kept_model, settle
 from snipdedup.chain.result import choose
 from snipdedup.chain.semdedup import search_semdedup
-from snipdedup.ground.compute import cores, memory_bound
-from snipdedup.ground.progress import Clock
 from snipdedup.ground.scan import Scan, scan
 from snipdedup.ground.shards import Features
 from snipdedup.grouping.groups import Best
 from snipdedup.grouping.pairs import all_pairs
+from snipdedup.parallel import cores, memory_bound
+from snipdedup.progress import Clock
 from snipdedup.search.exact import exact_edges
 from snipdedup.search.forest import Edges, ForestBuilder, join_edges
 from snipdedup.search.join import join, needed_memory

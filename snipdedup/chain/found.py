@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from snipdedup.chain.references import References
-from snipdedup.ground import sorting
-from snipdedup.ground.sorting import Sorter, Spread, pack
 from snipdedup.grouping.blocks import COPY, EDGE, Block, blocks_of_groups
 from snipdedup.grouping.groups import Also, Best, Nearest
 from snipdedup.search.forest import Edges, join_edges, order_by
 from snipdedup.search.spanning import by_first, edge_kind, edges_of
+from snipdedup.storage import external_sort
+from snipdedup.storage.external_sort import Sorter, Spread, pack
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Found:
 
     def is_large(self, threshold: float) -> bool:
         """Tell whether it is decided in more than one block, where there is a folder."""
-        return self.known(threshold).size() > sorting.HELD
+        return self.known(threshold).size() > external_sort.HELD
 
     def blocks(self, threshold: float, folder: Path | None = None) -> Iterator[Block]:
         """Yield whole groups at a threshold, see `blocks_of_groups`."""

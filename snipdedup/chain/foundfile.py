@@ -13,10 +13,10 @@ import numpy as np
 
 from snipdedup.chain.found import Found
 from snipdedup.chain.inputs import Inputs
-from snipdedup.ground import store
 from snipdedup.grouping.groups import Best, Nearest
 from snipdedup.search.forest import Edges
 from snipdedup.settings import Dedup
+from snipdedup.storage import store
 
 ARRAYS, NOTE = "found.npz", "found.json"
 PLAIN = ("offsets", "copies", "firsts", "bad", "flags")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from snipdedup.chain.references import References, open_references
 from snipdedup.errors import SnipError
-from snipdedup.ground.objects import is_elsewhere
 from snipdedup.ground.shards import Features, find_shards, open_features
 from snipdedup.grouping.groups import Also
 from snipdedup.metadata.table import find_metadata
 from snipdedup.settings import Dedup
+from snipdedup.storage.objects import is_elsewhere
 
 
 class Inputs(NamedTuple):

@@ -18,11 +18,7 @@ from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.result import Result
 from snipdedup.chain.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
-from snipdedup.ground import store
-from snipdedup.ground.compute import cores, memory_bound, together
-from snipdedup.ground.objects import absolute
 from snipdedup.ground.shards import request_of
-from snipdedup.ground.sorting import load_column
 from snipdedup.grouping.baseline import baselines
 from snipdedup.grouping.blocks import cut_groups, slices
 from snipdedup.grouping.groups import Best, no_members
@@ -33,8 +29,12 @@ from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.handover import list_columns, write_lists
 from snipdedup.metadata.table import Metadata, as_texts, kept_names, write_kept
+from snipdedup.parallel import cores, memory_bound, together
 from snipdedup.search.forest import Edges, join_edges
 from snipdedup.settings import EXPORTS, Dedup, named_kinds, parse_epsilons
+from snipdedup.storage import store
+from snipdedup.storage.external_sort import load_column
+from snipdedup.storage.objects import absolute
 
 KIND = references.KIND
 PAGE = "report.html"  # beside the tables, by snip report

@@ -12,16 +12,16 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from snipdedup import progress
 from snipdedup.chain.found import Found
 from snipdedup.errors import InternalError
-from snipdedup.ground import progress
-from snipdedup.ground.compute import in_order, scratch
 from snipdedup.ground.cosine import pair_cosine, same_bits
 from snipdedup.ground.shards import Features, plan_blocks
-from snipdedup.ground.sorting import Columns, among
 from snipdedup.grouping.blocks import slices
 from snipdedup.grouping.groups import Members, Nearest, torch_threads
+from snipdedup.parallel import in_order, scratch
 from snipdedup.search.verify import PRODUCT_PAIRS
+from snipdedup.storage.external_sort import Columns, among
 
 GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
 

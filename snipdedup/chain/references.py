@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.formats import Shard
-from snipdedup.ground.objects import absolute, is_elsewhere
 from snipdedup.ground.same import find_shared
 from snipdedup.ground.shards import (
     Features,
@@ -27,11 +25,13 @@ from snipdedup.ground.shards import (
     plan_blocks,
     request_of,
 )
-from snipdedup.ground.sorting import Columns, among
 from snipdedup.grouping.groups import Nearest
 from snipdedup.grouping.nearest import nearest_within, with_copies
 from snipdedup.search.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
 from snipdedup.settings import Dedup
+from snipdedup.storage import store
+from snipdedup.storage.external_sort import Columns, among
+from snipdedup.storage.objects import absolute, is_elsewhere
 
 KIND = "dedup"  # of the manifest of an OUT
 FEATURES, EARLIER = "features", "dedup"

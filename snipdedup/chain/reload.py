@@ -12,7 +12,6 @@ from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.references import KIND, References, check_searched
 from snipdedup.chain.result import Result, decide
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.scan import equal_rows
 from snipdedup.ground.shards import Features
 from snipdedup.grouping.groups import Best, Nearest
@@ -20,6 +19,7 @@ from snipdedup.grouping.keep import rank_by
 from snipdedup.metadata.table import Metadata
 from snipdedup.search.forest import Edges
 from snipdedup.settings import Dedup
+from snipdedup.storage import store
 
 
 def finished_run(features: Any) -> Path | None:

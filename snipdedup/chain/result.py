@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup import progress
 from snipdedup.chain.counts import Tally, count
 from snipdedup.chain.found import Found
 from snipdedup.chain.proving import prove
 from snipdedup.chain.tables import forest_table, groups_table
 from snipdedup.errors import SnipError
-from snipdedup.ground import progress
 from snipdedup.ground.shards import Features, plan_blocks
-from snipdedup.ground.sorting import Columns, Sorter, Spread, pack, row_kind
 from snipdedup.grouping.blocks import Block, collect, slices
 from snipdedup.grouping.groups import (
     Compare,
@@ -40,6 +39,7 @@ from snipdedup.grouping.keep import ColumnRank, rank_by
 from snipdedup.metadata.additions import Removed
 from snipdedup.search.forest import components
 from snipdedup.settings import Dedup
+from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 MASK_ROWS = 1 << 24  # of the mask, made at a time
 STEP = 0.001  # between thresholds that --keep_fraction tries

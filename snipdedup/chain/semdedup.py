@@ -12,12 +12,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from snipdedup.ground import progress
-from snipdedup.ground.compute import Stage, in_order
+from snipdedup import progress
 from snipdedup.ground.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, unit_rows64
 from snipdedup.ground.scan import Scan
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.grouping.groups import Best, group_starts, keep_rank, products
+from snipdedup.parallel import Stage, in_order
 from snipdedup.train.quantise import draw_sample
 
 CLUSTER_ROWS = 8700  # the paper's mean: 440 million rows in 50,000 clusters

@@ -10,12 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from snipdedup import progress
 from snipdedup.download import landing
 from snipdedup.download.landing import Watch
 from snipdedup.download.transfers import fetch_each
 from snipdedup.errors import SnipError
-from snipdedup.ground import progress, store
-from snipdedup.ground.remote import MissingError, Remote, is_web
+from snipdedup.storage import store
+from snipdedup.storage.remote import MissingError, Remote, is_web
 
 FETCHED = "artefact"  # below the work folder
 

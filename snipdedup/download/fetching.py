@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup import progress
 from snipdedup.download import artefacts, landing, presets, sources
 from snipdedup.download.hub import SCHEME, HubFolder
 from snipdedup.download.landing import Watch
@@ -23,16 +24,7 @@ from snipdedup.download.placing import place, published_mask, settled
 from snipdedup.download.sources import Found
 from snipdedup.download.transfers import side_by_side
 from snipdedup.errors import SnipError
-from snipdedup.ground import locks, progress, store
 from snipdedup.ground.formats import SUFFIXES as FEATURE_SUFFIXES
-from snipdedup.ground.remote import (
-    Folder,
-    Remote,
-    TemporaryError,
-    is_web,
-    scheme_of,
-    shown,
-)
 from snipdedup.metadata.files import SUFFIXES, open_table
 from snipdedup.metadata.masks import (
     FILES,
@@ -46,6 +38,15 @@ from snipdedup.metadata.masks import (
 from snipdedup.metadata.staying import feature_rows, write_staying
 from snipdedup.metadata.table import Metadata, write_kept
 from snipdedup.settings import Download
+from snipdedup.storage import locks, store
+from snipdedup.storage.remote import (
+    Folder,
+    Remote,
+    TemporaryError,
+    is_web,
+    scheme_of,
+    shown,
+)
 
 KIND = "download"
 RAW = "raw"  # below the work folder: what is fetched and not yet filtered

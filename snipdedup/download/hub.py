@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from snipdedup import __version__
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.remote import (
+from snipdedup.storage.remote import (
     Access,
     Folder,
     MissingError,
@@ -25,7 +25,7 @@ from snipdedup.ground.remote import (
     TemporaryError,
     origin_of,
 )
-from snipdedup.ground.web import DISABLED, GATED, TEMPORARY, wanted_wait
+from snipdedup.storage.web import DISABLED, GATED, TEMPORARY, wanted_wait
 
 ENDPOINT = "https://huggingface.co"
 SCHEME = "hf"

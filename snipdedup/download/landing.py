@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import buckets, locks, store, web
-from snipdedup.ground.remote import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
+from snipdedup.storage import buckets, locks, store, web
+from snipdedup.storage.remote import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
 
 T = TypeVar("T")
 

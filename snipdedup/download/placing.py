@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from snipdedup import progress
 from snipdedup.download import landing, sources
 from snipdedup.download.landing import Watch
 from snipdedup.download.sources import Found
 from snipdedup.download.transfers import side_by_side
 from snipdedup.errors import SnipError
-from snipdedup.ground import buckets, progress, store, web
-from snipdedup.ground.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
 from snipdedup.metadata.files import open_table
 from snipdedup.metadata.masks import (
     HOW_TO_PLACE,
@@ -29,6 +28,8 @@ from snipdedup.metadata.masks import (
     place_metadata,
 )
 from snipdedup.metadata.table import open_metadata
+from snipdedup.storage import buckets, store, web
+from snipdedup.storage.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
 
 TOTALS = "cumulative_sizes.npy"
 PUBLISHED = "published"  # below the work folder: mask, totals, and the manifest beside the mask

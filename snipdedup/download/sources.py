@@ -15,8 +15,12 @@ from typing import NamedTuple
 from snipdedup.download.hub import SCHEME, HubFolder, Repository, parse
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.ground import formats
-from snipdedup.ground.buckets import BucketFolder, LocalFolder
-from snipdedup.ground.remote import (
+from snipdedup.ground.shards import natural_sort
+from snipdedup.metadata import files as tables
+from snipdedup.metadata.masks import Held, choose_files, file_numbers
+from snipdedup.metadata.table import find_metadata
+from snipdedup.storage.buckets import BucketFolder, LocalFolder
+from snipdedup.storage.remote import (
     Folder,
     MissingError,
     Remote,
@@ -26,11 +30,7 @@ from snipdedup.ground.remote import (
     scheme_of,
     shown,
 )
-from snipdedup.ground.shards import natural_sort
-from snipdedup.ground.store import MANIFEST
-from snipdedup.metadata import files as tables
-from snipdedup.metadata.masks import Held, choose_files, file_numbers
-from snipdedup.metadata.table import find_metadata
+from snipdedup.storage.store import MANIFEST
 
 PART = "{part"
 FEATURES = ("img_emb", "metadata")  # folders side by side: features, and the table

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from snipdedup.download import landing
 from snipdedup.download.landing import Watch
-from snipdedup.ground.remote import Remote
+from snipdedup.storage.remote import Remote
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.compute import scratch
+from snipdedup.parallel import scratch
 
 # float32 unit rows give dot products this close to the cosine, at any width up to 65,536.
 PROPOSAL_ERROR = 1e-5

@@ -19,8 +19,8 @@ from typing import IO, Any
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.ground.objects import source
-from snipdedup.ground.store import file_crc
+from snipdedup.storage.objects import source
+from snipdedup.storage.store import file_crc
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200

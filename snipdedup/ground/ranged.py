@@ -8,7 +8,7 @@ import numpy as np
 
 from snipdedup.errors import InputError
 from snipdedup.ground import formats
-from snipdedup.ground.objects import PART, Elsewhere
+from snipdedup.storage.objects import PART, Elsewhere
 
 GAP = 1 << 15  # bytes between wanted rows that cost less than another request
 

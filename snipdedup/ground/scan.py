@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from snipdedup import progress
 from snipdedup.errors import InputError
-from snipdedup.ground import progress
-from snipdedup.ground.compute import in_order, scratch
 from snipdedup.ground.cosine import Directions, bad_rows, directions, same_bits
 from snipdedup.ground.shards import CrcLedger, Features, Piece, plan_blocks
-from snipdedup.ground.sorting import Columns, Sorter, Spread, among, pack, row_kind
+from snipdedup.parallel import in_order, scratch
+from snipdedup.storage.external_sort import Columns, Sorter, Spread, among, pack, row_kind
 
 # Rows computed together: few enough to stay in the cache from the file to the code. Fixed, so that
 # results do not depend on chunk sizes.

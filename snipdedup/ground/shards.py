@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.ground import listing
 from snipdedup.ground.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
-from snipdedup.ground.objects import Elsewhere, is_elsewhere, side_by_side
 from snipdedup.ground.ranged import open_ranged
-from snipdedup.ground.remote import shown
-from snipdedup.ground.store import file_crc
 from snipdedup.settings import MOST_FILES
+from snipdedup.storage import listing
+from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side
+from snipdedup.storage.remote import shown
+from snipdedup.storage.store import file_crc
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -295,7 +295,7 @@ def open_features(
     source : (n, d) array, path, or a sequence of either
         An array is numpy's, or what numpy can view as one without a copy, such as a tensor in the
         CPU's memory. A path is a folder (not recursive), a glob, a file, or a ``{part:04d}``
-        pattern; or a URL of one of these, see `snipdedup.ground.listing`.
+        pattern; or a URL of one of these, see `snipdedup.storage.listing`.
     parts : str, optional
         Part numbers for a pattern, ``"0:2"``, end exclusive.
     array, column : str, optional

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.ground import sorting
 from snipdedup.ground.shards import plan_blocks
-from snipdedup.ground.sorting import Columns, Sorter, Spread, pack, row_kind
 from snipdedup.grouping.groups import Members, Nearest
 from snipdedup.search.forest import BLOCK_EDGES, Edges, Roots, join_edges, order_by
+from snipdedup.storage import external_sort
+from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 EDGE, COPY, NEAREST, PAIR = range(4)  # what a record in a file is
 KINDS = {
@@ -99,7 +99,7 @@ def blocks_of_groups(
     folder : Path or None
         For what does not fit into memory; None: all is one block.
     """
-    if folder is None or known.size() <= sorting.HELD:
+    if folder is None or known.size() <= external_sort.HELD:
         yield known.at(threshold)
         return
     row, other = row_kind(rows), "<i8" if known.nearest is not None else row_kind(rows)
@@ -157,7 +157,7 @@ def cut_groups(group: np.ndarray) -> np.ndarray:
 
     Between two cuts lie at most `sorting.HELD` members, or one group.
     """
-    cuts, most = [0], sorting.HELD
+    cuts, most = [0], external_sort.HELD
     while cuts[-1] + most < len(group):
         stop = cuts[-1] + most
         begin = int(np.searchsorted(group, group[stop]))

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.sorting import Columns
 from snipdedup.grouping.groups import Rank, keep_rank
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.table import Metadata, named
 from snipdedup.settings import keep_rules
+from snipdedup.storage.external_sort import Columns
 
 NULL = np.uint64(2**64 - 1)  # after all values, ascending or descending
 SIGN = np.uint64(1 << 63)

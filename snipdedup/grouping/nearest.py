@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.compute import in_order
 from snipdedup.ground.cosine import unit_rows64
 from snipdedup.ground.shards import Features, plan_blocks
-from snipdedup.ground.sorting import Columns, Sorter, Spread, pack, row_kind
 from snipdedup.grouping.groups import Nearest, group_starts
+from snipdedup.parallel import in_order
 from snipdedup.search.forest import BLOCK_EDGES, order_by
 from snipdedup.search.verify import GATHER_PAIRS, prove, proved_cosines
+from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 LISTED = 1 << 12  # pairs of a group up to which they are listed one by one
 TILE = 1024  # rows of a larger group, and reference rows, compared at once

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
-from snipdedup.ground.compute import in_order
 from snipdedup.ground.shards import Features
 from snipdedup.grouping.groups import Also, group_starts
+from snipdedup.parallel import in_order
 from snipdedup.search.exact import load_panel, tile_pairs
 from snipdedup.search.forest import Edges, components, join_edges
 from snipdedup.search.verify import prove
+from snipdedup.storage import store
 
 LISTED_GROUP = 64  # groups up to this size are listed pair by pair
 LISTED_PAIRS = 1 << 15  # pairs listed at a time

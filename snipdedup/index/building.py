@@ -14,13 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import settings
+from snipdedup import progress, settings
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground import locks, progress, store
-from snipdedup.ground.compute import cores, in_order
 from snipdedup.ground.cosine import bad_rows
-from snipdedup.ground.objects import is_elsewhere
-from snipdedup.ground.remote import shown
 from snipdedup.ground.scan import describe_bad
 from snipdedup.ground.shards import CrcLedger, Features, accept_dates, open_features, request_of
 from snipdedup.index.codes import ShardCodes, load_shard, pack, packed_width, save_shard, shard_name
@@ -35,6 +31,10 @@ from snipdedup.index.indexfolder import (
     is_descriptors,
     same_encoder,
 )
+from snipdedup.parallel import cores, in_order
+from snipdedup.storage import locks, store
+from snipdedup.storage.objects import is_elsewhere
+from snipdedup.storage.remote import shown
 from snipdedup.train.quantise import (
     BLOCK,
     LEAST_SAMPLE,

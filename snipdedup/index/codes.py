@@ -16,7 +16,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground import store
 from snipdedup.ground.formats import (
     BROKEN_ZIP,
     check_member,
@@ -24,6 +23,7 @@ from snipdedup.ground.formats import (
     load_npz,
     parse_npy_header,
 )
+from snipdedup.storage import store
 
 ZIP_NAME_LENGTH = 26  # where a zip's header of a file holds the length of its name
 WALK_ROWS = 1 << 20  # entries of the lists looked at together

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.index.indexfolder import QUANTISER, Index
+from snipdedup.storage import store
 from snipdedup.train.quantise import read_quantiser
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.listing import is_folder
-from snipdedup.ground.objects import Elsewhere, is_elsewhere
 from snipdedup.index.codes import Lists, ShardCodes, damaged, load_shard, pack, packed_width, unpack
+from snipdedup.storage import store
+from snipdedup.storage.listing import is_folder
+from snipdedup.storage.objects import Elsewhere, is_elsewhere
 from snipdedup.train.quantise import read_quantiser
 
 if TYPE_CHECKING:

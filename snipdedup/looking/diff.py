@@ -11,10 +11,10 @@ import numpy as np
 from snipdedup.chain.deduplicate import HOW
 from snipdedup.chain.survey import read_keys, whole_groups
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.grouping.groups import group_starts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.settings import Diff
+from snipdedup.storage import store
 
 KIND = "dedup"
 BLOCK = 1 << 24  # rows of the masks compared at once

@@ -17,13 +17,13 @@ import numpy as np
 
 from snipdedup import settings
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.ground import store
 from snipdedup.ground.cosine import pair_cosine, unit_rows64
 from snipdedup.ground.formats import load_npz, map_npy
 from snipdedup.ground.shards import Features, implied_metadata, open_features, request_of
 from snipdedup.index.indexfolder import Index, Space, held_encoder, is_descriptors
 from snipdedup.index.mapped import MappedLists
 from snipdedup.looking.clip import text_vector
+from snipdedup.storage import store
 
 VECTORS = (".npy", ".npz")
 COSINE, ADC = "cosine", "adc_distance"

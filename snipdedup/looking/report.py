@@ -20,12 +20,12 @@ from snipdedup.chain.inputs import named_paths
 from snipdedup.chain.outfolder import KIND
 from snipdedup.chain.survey import Run, Survey, read_curve, read_keys, read_partners, survey_groups
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.looking import thumbnails
 from snipdedup.looking.reportpage import GENERATOR, PICTURED, Notes, Page, Row, render
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.settings import Report, whole_numbers
+from snipdedup.storage import store
 
 NAME = "report.html"
 HEAD = 2048  # bytes in which a report says that it is one

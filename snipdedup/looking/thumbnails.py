@@ -16,8 +16,8 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from snipdedup import progress
 from snipdedup.errors import SnipError
-from snipdedup.ground import progress
 from snipdedup.ground.shards import natural_sort
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")

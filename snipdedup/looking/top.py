@@ -17,10 +17,10 @@ import numpy as np
 from snipdedup.chain.inputs import named_paths
 from snipdedup.chain.survey import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.grouping.groups import Members, group_starts, no_members
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.settings import Top
+from snipdedup.storage import store
 
 KIND = "dedup"
 CAPTION_ROWS = 10_000  # rows of one entry whose captions are counted

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snipdedup.ground.shards import plan_blocks
-from snipdedup.ground.sorting import READ, Columns, Sorter, among, pack
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.spill import Spill, spilling
 from snipdedup.metadata.table import Added, Metadata, as_texts
 from snipdedup.settings import Dedup
+from snipdedup.storage.external_sort import READ, Columns, Sorter, among, pack
 
 DUP_COUNT = "dup_count"
 WEIGHT = "weight"

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
-from snipdedup.ground.objects import is_elsewhere
 from snipdedup.ground.shards import implied_metadata
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.joins import (
@@ -35,6 +33,8 @@ from snipdedup.metadata.masks import Held, Mask, place_all
 from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.table import Metadata, named, open_metadata
 from snipdedup.settings import Filter
+from snipdedup.storage import store
+from snipdedup.storage.objects import is_elsewhere
 
 CONTENT_COLUMNS = ("url", "uid", "hash", "md5", "sha256")  # what a row is, not its number
 MOST = 0.5  # share of the rows that may be in doubt without a word from the user

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.metadata.files import BATCH_ROWS, Table, open_table
 from snipdedup.metadata.keys import fingerprints, is_bytes
 from snipdedup.metadata.masks import MASK, Mask
 from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.storage import store
 
 BLOCK = BATCH_ROWS  # rows summed up together
 # Odd constants with mixed bits, of splitmix64.

@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.objects import source
+from snipdedup.storage.objects import source
 
 SUFFIXES = (".parquet", ".csv")
 BATCH_ROWS = 65_536

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup import progress
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.ground import locks, progress, store
 from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.metadata.bykey import ByKey, plan_join
 from snipdedup.metadata.byplace import check_keys
@@ -35,6 +35,7 @@ from snipdedup.metadata.table import (
     write_kept,
 )
 from snipdedup.settings import EXPORTS, Filter, named_kinds
+from snipdedup.storage import locks, store
 
 KIND = "filter"
 BLOCK_ROWS = 16_384  # rows of features copied at a time

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.ground.shards import plan_blocks
-from snipdedup.ground.sorting import READ, Sorter, Spread, pack, row_kind
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.spill import spilling
 from snipdedup.metadata.table import Metadata
+from snipdedup.storage.external_sort import READ, Sorter, Spread, pack, row_kind
 
 Convert = Callable[[Table, Any], dict[str, Any]]
 

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.ground import progress, store
+from snipdedup import progress
 from snipdedup.ground.shards import plan_blocks
 from snipdedup.metadata.files import Table, open_table
 from snipdedup.metadata.keys import classes, fingerprints, part_of
 from snipdedup.metadata.spill import Spill, parts_for, spilling
 from snipdedup.metadata.table import Metadata
+from snipdedup.storage import store
 
 STAYS, GOES, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")

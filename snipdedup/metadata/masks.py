@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.formats import map_npy
 from snipdedup.ground.shards import identities, refuse_changed
 from snipdedup.metadata.table import Metadata
+from snipdedup.storage import store
 
 T = TypeVar("T")
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.objects import side_by_side
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.table import Metadata
+from snipdedup.storage.objects import side_by_side
 
 
 class Use(NamedTuple):

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.formats import Shard, open_shard
 from snipdedup.ground.shards import plan_blocks
 from snipdedup.metadata.files import open_table
 from snipdedup.metadata.table import Metadata, write_kept
+from snipdedup.storage import store
 
 BLOCK_ROWS = 16_384  # held in memory at a time
 

@@ -16,9 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from snipdedup import progress
 from snipdedup.errors import SnipError
-from snipdedup.ground import progress, store
-from snipdedup.ground.objects import Elsewhere, is_elsewhere, side_by_side
 from snipdedup.ground.shards import (
     Features,
     find_elsewhere,
@@ -28,6 +27,8 @@ from snipdedup.ground.shards import (
     refuse_changed,
 )
 from snipdedup.metadata.files import SUFFIXES, CsvTable, Table, agree, open_table
+from snipdedup.storage import store
+from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side
 
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
 FLUSH_ROWS = 131_072  # a row group of what is written: enough to compress well

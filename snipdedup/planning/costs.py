@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.ground.scan import SORT_ROWS
-from snipdedup.ground.sorting import HELD, row_kind
 from snipdedup.search.encoding import task_rows
 from snipdedup.search.fitting import (
     SINGLE_LIST_ROWS,
@@ -37,6 +36,7 @@ from snipdedup.search.lists import ROUNDS
 from snipdedup.search.spanning import HELD_EDGES
 from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE
 from snipdedup.search.verify import GATHER_PAIRS
+from snipdedup.storage.external_sort import HELD, row_kind
 
 PAGE = 4096  # bytes read from a disk for one row at the least
 ROW_MEMBERS = 1.77  # rows in groups for each row that goes: most groups are of two or three rows

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import store
-from snipdedup.ground.compute import cores
 from snipdedup.ground.shards import Features, open_features
+from snipdedup.parallel import cores
 from snipdedup.planning.costs import Cost, Job, Rates, estimate
 from snipdedup.planning.probe import probe
 from snipdedup.settings import Plan, parse_bytes
+from snipdedup.storage import store
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 SPANS = ((86_400, "d"), (3600, "h"), (60, "min"))

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground import store
-from snipdedup.ground.compute import in_order, library_threads
 from snipdedup.ground.scan import Seen, find_copies, row_hashes
 from snipdedup.ground.shards import Features, open_features, plan_blocks
-from snipdedup.ground.sorting import Sorter, pack
 from snipdedup.grouping.groups import Compare, group_star, keep_rank
+from snipdedup.parallel import in_order, library_threads
 from snipdedup.planning.costs import TREE, Rates
 from snipdedup.search.encoding import encode_task, task_rows
 from snipdedup.search.fitting import (
@@ -36,6 +34,8 @@ from snipdedup.search.model import Model
 from snipdedup.search.partitions import load_partition
 from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
 from snipdedup.search.verify import GATHER_PAIRS, proved_cosines, verify_pairs
+from snipdedup.storage import store
+from snipdedup.storage.external_sort import Sorter, pack
 
 TASKS = 2  # encode tasks that are run
 POOL = TASKS << 15  # rows they encode

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import settings
-from snipdedup.ground import progress
-from snipdedup.ground.compute import in_order
+from snipdedup import progress, settings
 from snipdedup.ground.cosine import pair_cosine, unit_rows
-from snipdedup.ground.intervals import proportion_interval
 from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.parallel import in_order
 from snipdedup.search.knn import Searcher, Source, neighbours
+from snipdedup.statistics import proportion_interval
 
 TRUTH_ROWS = 4096  # rows compared with the calibration sample at a time; fixed, as it sets bits
 LEAST_ERROR = 1e-12  # a self distance below is taken for this: rows may equal their code

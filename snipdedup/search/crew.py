@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from snipdedup import progress
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import progress, store
-from snipdedup.ground.claims import Claims
-from snipdedup.ground.compute import in_order
+from snipdedup.parallel import in_order
+from snipdedup.runners.claims import Claims
 from snipdedup.settings import Dedup
+from snipdedup.storage import store
 
 T = TypeVar("T")
 

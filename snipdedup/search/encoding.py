@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.ground import store
 from snipdedup.ground.cosine import Directions
 from snipdedup.ground.scan import Scan, Seen, read_range
 from snipdedup.ground.shards import Features, Piece, plan_blocks
-from snipdedup.ground.sorting import among
 from snipdedup.search.forest import Edges, make_edges
 from snipdedup.search.lists import Lists, Visits, assign
 from snipdedup.search.masses import ABSORBED, BESIDE, Hubs, Placed
 from snipdedup.search.model import Model
+from snipdedup.storage import store
+from snipdedup.storage.external_sort import among
 
 
 def task_rows(rows: int) -> int:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.ground import progress
-from snipdedup.ground.compute import in_order
+from snipdedup import progress
 from snipdedup.ground.cosine import (
     PROPOSAL_ERROR,
     bad_rows,
@@ -18,6 +17,7 @@ from snipdedup.ground.cosine import (
     unsettled,
 )
 from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges, make_edges, spanning_forest
 
 TILE = 2048  # rows of a tile's sides

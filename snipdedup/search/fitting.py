@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.ground.compute import in_order, library_threads
 from snipdedup.ground.cosine import bad_rows, directions, same_bits
 from snipdedup.ground.scan import BLOCK, row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.parallel import in_order, library_threads
 from snipdedup.search.forest import Edges, make_edges
 from snipdedup.search.learned import Learned, encode_blocks, learn_codes
 from snipdedup.search.lists import (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.sorting import row_kind
+from snipdedup.storage.external_sort import row_kind
 
 BUFFER_EDGES = 1 << 22  # edges collected before a forest is reduced again
 BLOCK_EDGES = 1 << 16  # edges joined at a time: few enough to stay in the cache

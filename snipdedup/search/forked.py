@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.compute import set_threads
+from snipdedup.parallel import set_threads
 
 T = TypeVar("T")
 

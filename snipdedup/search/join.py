@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup import progress
 from snipdedup.errors import SnipError
-from snipdedup.ground import progress
-from snipdedup.ground.compute import Stage, pick_device
 from snipdedup.ground.scan import BLOCK, SORT_ROWS, Scan
 from snipdedup.ground.shards import Features
-from snipdedup.ground.sorting import row_kind
+from snipdedup.parallel import Stage, pick_device
 from snipdedup.search.encoding import absorbed_edges, task_rows
 from snipdedup.search.fitting import (
     SINGLE_LIST_ROWS,
@@ -33,6 +32,7 @@ from snipdedup.search.spanning import ForestFile
 from snipdedup.search.tasks import Tasks, fits
 from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE
 from snipdedup.search.verify import GATHER_PAIRS
+from snipdedup.storage.external_sort import row_kind
 
 PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes
 VISIT_BYTES = 64  # held for each row of a list while a partition is brought together, codes apart

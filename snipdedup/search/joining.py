@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.ground.compute import in_order
 from snipdedup.ground.formats import load_npz
 from snipdedup.ground.shards import Features
+from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges, ForestBuilder
 from snipdedup.search.model import Model
 from snipdedup.search.partitions import Partition

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.compute import scratch
+from snipdedup.parallel import scratch
 
 TEST_ROWS, TEST_WIDTH = 512, 256
 TEST_ROUNDS = 15

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.compute import in_order
 from snipdedup.ground.cosine import bad_rows
 from snipdedup.ground.shards import Features, plan_blocks
 from snipdedup.index.codes import Lists
 from snipdedup.index.indexfolder import ENCODER, Index, Space, same_encoder
+from snipdedup.parallel import in_order
 from snipdedup.train.quantise import BLOCK, in_blocks
 
 QUERY_ROWS = 4 * BLOCK  # rows searched by one thread at a time

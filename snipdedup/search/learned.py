@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from snipdedup.ground.compute import in_order
 from snipdedup.ground.cosine import Directions, unit_rows
 from snipdedup.ground.scan import BLOCK
 from snipdedup.ground.shards import plan_blocks
+from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges
 from snipdedup.search.lists import (
     Asked,

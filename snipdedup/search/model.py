@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import DamagedError, InputError
-from snipdedup.ground import store
 from snipdedup.ground.formats import load_npz
 from snipdedup.search.learned import LEARNED, Learned
 from snipdedup.search.lists import Lists
 from snipdedup.search.masses import Hubs
 from snipdedup.search.projection import ARITHMETIC, Projection
+from snipdedup.storage import store
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.ground import progress, store
-from snipdedup.ground.compute import in_order
+from snipdedup import progress
 from snipdedup.ground.shards import plan_blocks
+from snipdedup.parallel import in_order
 from snipdedup.search.classes import Classes
 from snipdedup.search.knn import QUERY_ROWS, Queries, Searcher, Source
+from snipdedup.storage import store
 from snipdedup.train.quantise import Quantiser
 
 UNSEEN = 3  # a difference counts so often where the other row does not name this one

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.ground.compute import in_order, scratch
 from snipdedup.ground.cosine import Directions, directions, row_sums
 from snipdedup.ground.shards import plan_blocks
+from snipdedup.parallel import in_order, scratch
 from snipdedup.search.kernels import pick_kernel
 
 ARITHMETIC = "integers 1"  # what a code is: another name, another code of the same row

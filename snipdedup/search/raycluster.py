@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.compute import library_threads
+from snipdedup.parallel import library_threads
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from snipdedup.ground.compute import cores, in_order, pick_device
+from snipdedup.parallel import cores, in_order, pick_device
 from snipdedup.search.crew import Crew, Place
 from snipdedup.search.forked import can_fork, in_processes
 from snipdedup.search.raycluster import Ray

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.ground.sorting import Columns, Sorter, pack, row_kind
 from snipdedup.search.forest import (
     BLOCK_EDGES,
     Edges,
@@ -20,6 +19,7 @@ from snipdedup.search.forest import (
     order_by,
     worth_key,
 )
+from snipdedup.storage.external_sort import Columns, Sorter, pack, row_kind
 
 HELD_EDGES = 1 << 20  # edges of a forest in memory; more go to files
 

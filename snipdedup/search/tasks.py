@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.errors import DamagedError, SnipError
-from snipdedup.ground import store
-from snipdedup.ground.compute import pick_device
 from snipdedup.ground.scan import Scan, finish_scan
 from snipdedup.ground.shards import Features
-from snipdedup.ground.sorting import load_column
+from snipdedup.parallel import pick_device
 from snipdedup.search.encoding import encode_spans, encode_task, load_seen
 from snipdedup.search.fitting import load_or_fit
 from snipdedup.search.forest import Edges
 from snipdedup.search.joining import join_task, load_joined
 from snipdedup.search.model import Model
 from snipdedup.search.partitions import load_partition, plan_partitions
+from snipdedup.storage import store
+from snipdedup.storage.external_sort import load_column
 
 SCANNED = ("bad.npy", "copies.npy", "firsts.npy", "skip.npy")
 

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from snipdedup import settings
+from snipdedup import progress, settings
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground import locks, progress, store
-from snipdedup.ground.compute import cores, in_order, library_threads, pick_device
 from snipdedup.ground.cosine import unit_rows
 from snipdedup.ground.scan import refuse_bad
 from snipdedup.ground.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.parallel import cores, in_order, library_threads, pick_device
+from snipdedup.storage import locks, store
 from snipdedup.train.quantise import BLOCK, in_blocks
 
 WEIGHTS = "weights.pt"

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.compute import in_order
 from snipdedup.ground.cosine import pair_cosine, unit_rows
 from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.parallel import in_order
 from snipdedup.train.quantise import Quantiser
 
 BLOCK_ROWS = 4096  # rows compared with all queries at a time

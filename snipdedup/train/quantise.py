@@ -16,11 +16,11 @@ from typing import Any, cast
 import numpy as np
 
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground import store
-from snipdedup.ground.compute import in_order, library_threads
 from snipdedup.ground.cosine import bad_rows
 from snipdedup.ground.scan import row_hashes
 from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.parallel import in_order, library_threads
+from snipdedup.storage import store
 
 BLOCK = 1024  # rows computed together, aligned to global rows
 ITERATIONS = 8  # of the coarse k-means; more hardly move the lists (findings of many peers)

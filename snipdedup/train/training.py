@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from snipdedup import settings
+from snipdedup import progress, settings
 from snipdedup.errors import SnipError, WriteError
-from snipdedup.ground import locks, progress, store
-from snipdedup.ground.compute import cores, library_threads, pick_device
 from snipdedup.ground.cosine import unit_rows
 from snipdedup.ground.scan import refuse_bad, row_hashes
 from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.parallel import cores, library_threads, pick_device
+from snipdedup.storage import locks, store
 from snipdedup.train.encoder import BROKEN_PICKLE, WEIGHTS, Encoder, Network
 from snipdedup.train.losses import (
     MseLoss,

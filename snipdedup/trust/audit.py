@@ -10,20 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from snipdedup import progress
 from snipdedup.chain.survey import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
-from snipdedup.ground import progress, store
-from snipdedup.ground.compute import cores, in_order, memory_bound
 from snipdedup.ground.cosine import bad_rows
-from snipdedup.ground.intervals import proportion_interval
 from snipdedup.ground.shards import Features, open_features
 from snipdedup.grouping.groups import Members, concatenate, no_members
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.metadata.table import KEY_COLUMNS
+from snipdedup.parallel import cores, in_order, memory_bound
 from snipdedup.search.exact import nearest_rows
 from snipdedup.settings import Audit
+from snipdedup.statistics import proportion_interval
+from snipdedup.storage import store
 from snipdedup.trust.agreement import check_kept
 from snipdedup.trust.proof import Captions, Proof, Run, raw_cosines
 from snipdedup.trust.refproof import Held, check_references, open_held

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from snipdedup import settings
+from snipdedup import progress, settings
 from snipdedup.errors import SnipError
-from snipdedup.ground import locks, progress, store
-from snipdedup.ground.compute import cores, library_threads
 from snipdedup.ground.cosine import pair_cosine, unit_rows
-from snipdedup.ground.intervals import proportion_interval
 from snipdedup.ground.scan import refuse_bad, row_hashes
 from snipdedup.ground.shards import Features, open_features, request_of
+from snipdedup.parallel import cores, library_threads
 from snipdedup.search.adaptive import choose, flag_curve, scores
+from snipdedup.statistics import proportion_interval
+from snipdedup.storage import locks, store
 from snipdedup.train.measure import (
     Codes,
     Neighbours,

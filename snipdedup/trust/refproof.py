@@ -10,10 +10,10 @@ import numpy as np
 
 from snipdedup.chain.survey import BATCH_ROWS
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
 from snipdedup.ground.shards import Features, open_features
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
+from snipdedup.storage import store
 from snipdedup.trust.proof import Proof, Run
 from snipdedup.trust.verdict import Verdict
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground import store
-from snipdedup.ground.intervals import proportion_interval
+from snipdedup.statistics import proportion_interval
+from snipdedup.storage import store
 
 COLUMNS = (
     "row", "representative", "cosine", "verdict",

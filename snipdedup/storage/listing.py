@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import buckets, store
-from snipdedup.ground.objects import Elsewhere, insistently, side_by_side
-from snipdedup.ground.remote import is_web, shown
+from snipdedup.storage import buckets, store
+from snipdedup.storage.objects import Elsewhere, insistently, side_by_side
+from snipdedup.storage.remote import is_web, shown
 
 INNER, BESIDE = "img_emb", "metadata"  # a folder that has no shard itself may hold these
 MASK = "is_dup.npy"  # with a manifest: an OUT

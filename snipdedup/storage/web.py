@@ -20,7 +20,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from snipdedup import __version__
 from snipdedup.errors import SnipError
-from snipdedup.ground.remote import (
+from snipdedup.storage.remote import (
     CHUNK,
     Access,
     MissingError,

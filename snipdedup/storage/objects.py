@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground.remote import (
+from snipdedup.storage.remote import (
     MissingError,
     RangeError,
     TemporaryError,
@@ -273,7 +273,7 @@ def look(url: str) -> Known:
 
 def look_web(url: str) -> Known:
     """Ask a web server, by the first byte of a file."""
-    from snipdedup.ground import web
+    from snipdedup.storage import web
 
     try:
         response = web.get(url, "0-0")
@@ -293,7 +293,7 @@ def web_version(response: Any) -> str:
 
 def look_store(url: str) -> Known:
     """Ask a store that fsspec knows."""
-    from snipdedup.ground import buckets
+    from snipdedup.storage import buckets
 
     with buckets.explained(url):
         system, path = buckets.filesystem(url)
@@ -317,7 +317,7 @@ def ask(url: str, begin: int, end: int, known: Known) -> bytes:
 
 def ask_web(url: str, begin: int, end: int, known: Known) -> bytes:
     """Ask a web server."""
-    from snipdedup.ground import web
+    from snipdedup.storage import web
 
     response = web.get(url, f"{begin}-{end - 1}")
     if response.status != 206:
@@ -335,7 +335,7 @@ def ask_web(url: str, begin: int, end: int, known: Known) -> bytes:
 
 def ask_store(url: str, begin: int, end: int) -> bytes:
     """Ask a store that fsspec knows; it was there, so what fails now may be well again soon."""
-    from snipdedup.ground import buckets
+    from snipdedup.storage import buckets
 
     with buckets.explained(url):
         system, path = buckets.filesystem(url)

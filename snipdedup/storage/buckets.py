@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.remote import (
+from snipdedup.storage.remote import (
     CHUNK,
     Folder,
     MissingError,

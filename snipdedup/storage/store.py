@@ -26,9 +26,9 @@ import numpy as np
 
 from snipdedup import __version__
 from snipdedup.errors import SnipError, TakenError, UsageError, WriteError
-from snipdedup.ground import locks, swap
-from snipdedup.ground.remote import shown
 from snipdedup.settings import Dedup, mistyped
+from snipdedup.storage import locks, swap
+from snipdedup.storage.remote import shown
 
 MANIFEST, WORK = swap.MANIFEST, swap.WORK
 FORMAT = 1
