@@ -21,8 +21,8 @@ import numpy as np
 from make_benchmarks import CODE_NAMES, code_table
 from timing import machine
 
-from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.shards import Features, open_features
 from snipdedup.parallel import cores
 from snipdedup.train import training as train
 from snipdedup.train.measure import (

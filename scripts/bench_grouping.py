@@ -27,7 +27,7 @@ from snipdedup.chain.counts import levels
 from snipdedup.chain.found import Found
 from snipdedup.chain.outfolder import write_tables
 from snipdedup.chain.result import decide
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.grouping.baseline import baselines
 from snipdedup.metadata.table import Metadata, open_metadata
 from snipdedup.search.forest import Edges

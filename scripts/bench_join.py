@@ -28,7 +28,7 @@ from peers import FAISS_NAMES, NAMES, default_settings, unit
 from quality import Truth, find_truth, judge
 from timing import ROOT, machine, run_timed, warm
 
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.features.shards import Features, open_features
 
 Answer = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 

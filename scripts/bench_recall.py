@@ -34,7 +34,7 @@ from synthetic import unit
 from timing import machine
 
 import snipdedup
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.search import fitting
 
 HEADER = "| threshold | lists | recall | overlap | visits a row | candidates a row | seconds |"

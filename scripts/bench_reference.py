@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from timing import machine, run_timed, warm
 
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.features.shards import Features, open_features
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.shards import open_features
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.shards import open_features
 from snipdedup.statistics import proportion_interval
 from snipdedup.train import training as train
 from snipdedup.train.measure import Vectors, partner_ranks

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from snipdedup import settings
-from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.formats import ArrayShard
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.formats import ArrayShard
+from snipdedup.features.shards import Features, open_features
 from snipdedup.index.building import build
 from snipdedup.index.codes import Lists
 from snipdedup.index.indexfolder import Index

@@ -39,7 +39,7 @@ import pyarrow.parquet as pq
 
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.index.indexfolder import QUANTISER, Index
 from snipdedup.index.mapped import MappedLists
 from snipdedup.looking import diff, top

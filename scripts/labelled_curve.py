@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 import snipdedup
-from snipdedup.ground.cosine import unit_rows64
-from snipdedup.ground.shards import Features, open_features, plan_blocks
+from snipdedup.features.cosine import unit_rows64
+from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.metadata.table import open_metadata
 
 THRESHOLDS = (0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.shards import Features, open_features, plan_blocks
+from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.progress import Clock
 
 FAISS = re.compile(r"faiss-pq(\d+)-nprobe(\d+)")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.ground.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import cores, in_order
 from snipdedup.search.forest import link_smaller
 

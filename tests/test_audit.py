@@ -18,7 +18,7 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.statistics import proportion_interval
 from snipdedup.trust import proof
 from snipdedup.trust.proof import raw_cosines

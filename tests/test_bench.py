@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from truth import components, cosine_table, pairs_of, save_shards, star
 
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 
 SCRIPTS = ROOT / "scripts"
 sys.path.append(str(SCRIPTS))

@@ -16,8 +16,8 @@ from test_quantise import clustered
 
 from snipdedup import settings
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.shards import open_features
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.shards import open_features
 from snipdedup.index.building import build, run
 from snipdedup.index.codes import pack, packed_width, unpack
 from snipdedup.index.indexfolder import Index

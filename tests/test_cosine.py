@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from snipdedup.ground import cosine
-from snipdedup.ground.cosine import (
+from snipdedup.features import cosine
+from snipdedup.features.cosine import (
     PROPOSAL_ERROR,
     bad_rows,
     pair_cosine,

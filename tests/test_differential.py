@@ -22,7 +22,7 @@ import truth
 
 from snipdedup import dedup
 from snipdedup.chain import proving
-from snipdedup.ground import scan
+from snipdedup.features import scan
 from snipdedup.grouping import groups, pairs, star
 from snipdedup.search import (
     encoding,

@@ -9,7 +9,7 @@ import pytest
 
 from snipdedup import settings
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.search.adaptive import calibrate
 from snipdedup.storage import store
 from snipdedup.train import training as train

@@ -11,7 +11,7 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.parallel import in_order
 from snipdedup.search import exact
 from snipdedup.search.exact import (

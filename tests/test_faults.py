@@ -16,8 +16,8 @@ import pytest
 from snipdedup import cli
 from snipdedup.chain import deduplicate
 from snipdedup.errors import InputError
-from snipdedup.ground import formats
-from snipdedup.ground.shards import open_features
+from snipdedup.features import formats
+from snipdedup.features.shards import open_features
 from snipdedup.index import building as index
 from snipdedup.metadata import filtering
 from snipdedup.storage import store

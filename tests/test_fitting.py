@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.search import fitting
 from snipdedup.search.fitting import (
     choose_projection,

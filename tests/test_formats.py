@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.formats import crc32_combine, open_shard
+from snipdedup.features.formats import crc32_combine, open_shard
 from snipdedup.storage.store import file_crc
 
 ROWS, DIM = 11, 3

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup.chain.deduplicate import dedup
-from snipdedup.ground.cosine import pair_cosine
+from snipdedup.features.cosine import pair_cosine
 from snipdedup.grouping import groups
 from snipdedup.grouping.groups import (
     Compare,

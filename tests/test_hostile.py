@@ -24,7 +24,7 @@ from conftest import ROOT
 from snipdedup import cli
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.index.codes import load_shard, map_shard
 from snipdedup.index.indexfolder import QUANTISER, Index
 from snipdedup.looking import top

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from snipdedup.chain import finding
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.search import encoding, fitting
 from snipdedup.search import join as room
 from snipdedup.search.join import needed_memory

@@ -15,8 +15,8 @@ from snipdedup import settings
 from snipdedup.chain import adc as chain
 from snipdedup.chain.adc import adc_candidates
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.shards import Features, open_features
 from snipdedup.index.building import build
 from snipdedup.index.export import export_faiss
 from snipdedup.index.indexfolder import Index

@@ -9,7 +9,7 @@ import truth
 from snipdedup import settings
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.cosine import directions
+from snipdedup.features.cosine import directions
 from snipdedup.search import fitting
 from snipdedup.search.forest import make_edges
 from snipdedup.search.learned import Learned, learn_codes
@@ -81,7 +81,7 @@ def test_what_is_learnt_lets_the_wanted_share_of_pairs_pass(rows, encoder):
 
 
 def test_a_saved_model_is_the_same_again(rows, encoder, tmp_path):
-    from snipdedup.ground.shards import open_features
+    from snipdedup.features.shards import open_features
 
     model = fitting.fit(open_features(rows), 0.95, 0.999, 0, 1, encoder)
     model.save(tmp_path / "model.npz")

@@ -12,7 +12,7 @@ from truth import clustered
 
 from snipdedup import settings
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.index import mapped
 from snipdedup.index.building import build
 from snipdedup.index.codes import load_shard, map_shard

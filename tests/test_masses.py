@@ -12,7 +12,7 @@ import truth
 
 from snipdedup.chain.deduplicate import dedup
 from snipdedup.errors import DamagedError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.search import encoding, fitting, masses
 from snipdedup.search.masses import find_hubs
 from snipdedup.search.projection import fit_projection

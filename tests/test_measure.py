@@ -6,8 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from snipdedup.ground.cosine import unit_rows, unit_rows64
-from snipdedup.ground.shards import open_features
+from snipdedup.features.cosine import unit_rows, unit_rows64
+from snipdedup.features.shards import open_features
 from snipdedup.train import measure
 from snipdedup.train.quantise import train
 

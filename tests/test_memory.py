@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.search.join import needed_memory
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_knn import candidates, collected, labels, make
 
-from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.shards import open_features
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.shards import open_features
 from snipdedup.index.indexfolder import Index
 from snipdedup.search import mutual
 from snipdedup.search.classes import classes_of

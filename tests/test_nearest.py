@@ -11,8 +11,8 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground.cosine import pair_cosine, unit_rows64
-from snipdedup.ground.shards import open_features
+from snipdedup.features.cosine import pair_cosine, unit_rows64
+from snipdedup.features.shards import open_features
 from snipdedup.grouping import nearest
 from snipdedup.grouping.groups import Nearest
 from snipdedup.storage import external_sort

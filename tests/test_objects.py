@@ -13,8 +13,8 @@ from servers import Server
 
 from snipdedup import cli
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.ground import ranged, shards
-from snipdedup.ground.shards import open_features
+from snipdedup.features import ranged, shards
+from snipdedup.features.shards import open_features
 from snipdedup.metadata.table import open_metadata
 from snipdedup.storage import objects, store
 from snipdedup.storage.objects import Elsewhere

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from snipdedup import dedup
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.grouping import pairs
 from snipdedup.grouping.pairs import all_pairs, listed_pairs, pairs_within, plan_groups
 

@@ -17,8 +17,8 @@ from snipdedup.chain.counts import levels
 from snipdedup.chain.found import Found
 from snipdedup.chain.result import decide
 from snipdedup.chain.tables import groups_table
-from snipdedup.ground.formats import ArrayShard, NpyShard
-from snipdedup.ground.shards import Features, open_features, plan_pieces
+from snipdedup.features.formats import ArrayShard, NpyShard
+from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.metadata import filtering
 from snipdedup.search import spanning
 from snipdedup.search.encoding import encode_spans, encode_task

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground.cosine import directions, unit_rows64
+from snipdedup.features.cosine import directions, unit_rows64
 from snipdedup.search import projection as room
 from snipdedup.search.kernels import candidates, trial
 from snipdedup.search.projection import WIDTHS, fit_projection

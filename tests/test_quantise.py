@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.parallel import library_threads
 from snipdedup.train.quantise import (
     BLOCK,

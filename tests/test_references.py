@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from snipdedup import dedup
 from snipdedup.chain.references import open_references, own_copies, settle
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.formats import ArrayShard
-from snipdedup.ground.shards import Features
+from snipdedup.features.formats import ArrayShard
+from snipdedup.features.shards import Features
 from snipdedup.grouping import nearest
 from snipdedup.search import tiles
 from snipdedup.search.forest import make_edges

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup import cli
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.storage import objects, store
 
 pytest.importorskip("s3fs")

@@ -8,9 +8,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from snipdedup.ground import same
-from snipdedup.ground.same import Shared, find_shared
-from snipdedup.ground.shards import open_features
+from snipdedup.features import same
+from snipdedup.features.same import Shared, find_shared
+from snipdedup.features.shards import open_features
 from snipdedup.storage.objects import Elsewhere
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup.errors import InputError
-from snipdedup.ground import scan as room
-from snipdedup.ground.scan import Seen, find_copies, row_hashes, scan
-from snipdedup.ground.shards import open_features
+from snipdedup.features import scan as room
+from snipdedup.features.scan import Seen, find_copies, row_hashes, scan
+from snipdedup.features.shards import open_features
 from snipdedup.storage import external_sort
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from snipdedup import dedup
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.shards import (
+from snipdedup.features.shards import (
     CrcLedger,
     Features,
     Piece,

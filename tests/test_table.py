@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.metadata import files as tables
 from snipdedup.metadata import table as md
 from snipdedup.metadata.additions import Listed, Removed, dup_counts

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup.chain.deduplicate import dedup
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.search import tiles
 from snipdedup.search.forest import ForestBuilder
 from snipdedup.search.projection import fit_projection

@@ -14,7 +14,7 @@ import torch
 
 from snipdedup import settings
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.storage import store
 from snipdedup.train import losses
 from snipdedup.train import training as train

@@ -10,7 +10,7 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.ground.shards import open_features
+from snipdedup.features.shards import open_features
 from snipdedup.search import verify
 from snipdedup.search.forest import join_edges, spanning_forest
 from snipdedup.search.verify import verify_pairs

@@ -13,8 +13,8 @@ import numpy as np
 from snipdedup import progress, settings
 from snipdedup.chain.found import Found
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.scan import scan
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.scan import scan
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.building import build
 from snipdedup.index.indexfolder import Index, Space
 from snipdedup.parallel import Stage, cores, in_order

@@ -11,8 +11,8 @@ import dataclasses
 import numpy as np
 
 from snipdedup.chain.found import Found
-from snipdedup.ground.scan import Scan
-from snipdedup.ground.shards import Features
+from snipdedup.features.scan import Scan
+from snipdedup.features.shards import Features
 from snipdedup.grouping.groups import Also
 from snipdedup.grouping.pairs import pairs_within
 from snipdedup.search.forest import ForestBuilder, components

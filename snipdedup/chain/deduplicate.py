@@ -38,7 +38,7 @@ from snipdedup.chain.reload import finished_run, load_found, load_result
 from snipdedup.chain.result import Result, check_threshold, choose, decide, decide_fraction, proved
 from snipdedup.chain.summary import summary
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
-from snipdedup.ground.shards import (
+from snipdedup.features.shards import (
     Features,
     accept_dates,
     implied_metadata,
@@ -76,7 +76,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     Parameters
     ----------
     features : (n, d) float array, path, or a sequence of either
-        As `snipdedup.ground.shards.open_features` takes them.
+        As `snipdedup.features.shards.open_features` takes them.
     **settings
         Any setting of ``snip dedup``: ``threshold``, ``method``, ``grouping``, ``keep``, ...
         With ``out`` the result is also written there.

@@ -16,8 +16,8 @@ from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.references import References, kept_model, settle
 from snipdedup.chain.result import choose
 from snipdedup.chain.semdedup import search_semdedup
-from snipdedup.ground.scan import Scan, scan
-from snipdedup.ground.shards import Features
+from snipdedup.features.scan import Scan, scan
+from snipdedup.features.shards import Features
 from snipdedup.grouping.groups import Best
 from snipdedup.grouping.pairs import all_pairs
 from snipdedup.parallel import cores, memory_bound

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from snipdedup.chain.references import References, open_references
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import Features, find_shards, open_features
+from snipdedup.features.shards import Features, find_shards, open_features
 from snipdedup.grouping.groups import Also
 from snipdedup.metadata.table import find_metadata
 from snipdedup.settings import Dedup

@@ -18,7 +18,7 @@ from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.result import Result
 from snipdedup.chain.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
-from snipdedup.ground.shards import request_of
+from snipdedup.features.shards import request_of
 from snipdedup.grouping.baseline import baselines
 from snipdedup.grouping.blocks import cut_groups, slices
 from snipdedup.grouping.groups import Best, no_members

@@ -15,8 +15,8 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.chain.found import Found
 from snipdedup.errors import InternalError
-from snipdedup.ground.cosine import pair_cosine, same_bits
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import pair_cosine, same_bits
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.grouping.blocks import slices
 from snipdedup.grouping.groups import Members, Nearest, torch_threads
 from snipdedup.parallel import in_order, scratch

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.formats import Shard
-from snipdedup.ground.same import find_shared
-from snipdedup.ground.shards import (
+from snipdedup.features.formats import Shard
+from snipdedup.features.same import find_shared
+from snipdedup.features.shards import (
     Features,
     accept_dates,
     open_features,

@@ -12,8 +12,8 @@ from snipdedup.chain.inputs import Inputs
 from snipdedup.chain.references import KIND, References, check_searched
 from snipdedup.chain.result import Result, decide
 from snipdedup.errors import SnipError
-from snipdedup.ground.scan import equal_rows
-from snipdedup.ground.shards import Features
+from snipdedup.features.scan import equal_rows
+from snipdedup.features.shards import Features
 from snipdedup.grouping.groups import Best, Nearest
 from snipdedup.grouping.keep import rank_by
 from snipdedup.metadata.table import Metadata

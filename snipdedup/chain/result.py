@@ -21,7 +21,7 @@ from snipdedup.chain.found import Found
 from snipdedup.chain.proving import prove
 from snipdedup.chain.tables import forest_table, groups_table
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.grouping.blocks import Block, collect, slices
 from snipdedup.grouping.groups import (
     Compare,

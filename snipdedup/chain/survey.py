@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.grouping.groups import Members, group_starts, keep_rank
 from snipdedup.metadata.files import open_parquet
 

@@ -24,7 +24,7 @@ from snipdedup.download.placing import place, published_mask, settled
 from snipdedup.download.sources import Found
 from snipdedup.download.transfers import side_by_side
 from snipdedup.errors import SnipError
-from snipdedup.ground.formats import SUFFIXES as FEATURE_SUFFIXES
+from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.files import SUFFIXES, open_table
 from snipdedup.metadata.masks import (
     FILES,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from snipdedup.download.hub import SCHEME, HubFolder, Repository, parse
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground import formats
-from snipdedup.ground.shards import natural_sort
+from snipdedup.features import formats
+from snipdedup.features.shards import natural_sort
 from snipdedup.metadata import files as tables
 from snipdedup.metadata.masks import Held, choose_files, file_numbers
 from snipdedup.metadata.table import find_metadata

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.cosine import unit_rows64
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import unit_rows64
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.grouping.groups import Nearest, group_starts
 from snipdedup.parallel import in_order
 from snipdedup.search.forest import BLOCK_EDGES, order_by

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import Features
+from snipdedup.features.shards import Features
 from snipdedup.grouping.groups import Also, group_starts
 from snipdedup.parallel import in_order
 from snipdedup.search.exact import load_panel, tile_pairs

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.cosine import PROPOSAL_ERROR, directions, unit_rows
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.cosine import PROPOSAL_ERROR, directions, unit_rows
+from snipdedup.features.shards import plan_blocks
 from snipdedup.search.kernels import hit_places, pick_kernel
 from snipdedup.search.projection import WIDTHS, fit_projection
 from snipdedup.search.verify import pair_products, proved_cosines

@@ -16,9 +16,9 @@ import numpy as np
 
 from snipdedup import progress, settings
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground.cosine import bad_rows
-from snipdedup.ground.scan import describe_bad
-from snipdedup.ground.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.features.cosine import bad_rows
+from snipdedup.features.scan import describe_bad
+from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
 from snipdedup.index.codes import ShardCodes, load_shard, pack, packed_width, save_shard, shard_name
 from snipdedup.index.export import export_faiss
 from snipdedup.index.indexfolder import (

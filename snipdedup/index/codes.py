@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground.formats import (
+from snipdedup.features.formats import (
     BROKEN_ZIP,
     check_member,
     check_size,

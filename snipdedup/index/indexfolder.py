@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.cosine import unit_rows
+from snipdedup.features.cosine import unit_rows
 from snipdedup.index.codes import Lists, ShardCodes, damaged, load_shard, pack, packed_width, unpack
 from snipdedup.storage import store
 from snipdedup.storage.listing import is_folder

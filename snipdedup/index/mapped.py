@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.index.codes import ShardCodes, map_shard, pack, unpack
 from snipdedup.index.indexfolder import Index
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from snipdedup import progress
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import natural_sort
+from snipdedup.features.shards import natural_sort
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # none that runs other programs, as EPS does

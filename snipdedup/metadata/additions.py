@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.spill import Spill, spilling

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.shards import implied_metadata
+from snipdedup.features.shards import implied_metadata
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.joins import (
     AMBIGUOUS,

@@ -12,7 +12,7 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.metadata.bykey import ByKey, plan_join
 from snipdedup.metadata.byplace import check_keys
 from snipdedup.metadata.handover import FOLDER, count_staying, list_columns, uses, write_lists

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.spill import spilling
 from snipdedup.metadata.table import Metadata

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup import progress
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import Table, open_table
 from snipdedup.metadata.keys import classes, fingerprints, part_of
 from snipdedup.metadata.spill import Spill, parts_for, spilling

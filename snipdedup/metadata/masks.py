@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.formats import map_npy
-from snipdedup.ground.shards import identities, refuse_changed
+from snipdedup.features.formats import map_npy
+from snipdedup.features.shards import identities, refuse_changed
 from snipdedup.metadata.table import Metadata
 from snipdedup.storage import store
 

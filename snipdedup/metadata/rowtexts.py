@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import implied_metadata
+from snipdedup.features.shards import implied_metadata
 from snipdedup.metadata.table import Metadata, open_metadata
 
 CAPTIONS, URLS = ("caption", "text"), ("url", "image_url")

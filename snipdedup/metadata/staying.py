@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.formats import Shard, open_shard
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.formats import Shard, open_shard
+from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import open_table
 from snipdedup.metadata.table import Metadata, write_kept
 from snipdedup.storage import store

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from snipdedup import progress
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import (
+from snipdedup.features.shards import (
     Features,
     find_elsewhere,
     identities,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.scan import SORT_ROWS
+from snipdedup.features.scan import SORT_ROWS
 from snipdedup.search.encoding import task_rows
 from snipdedup.search.fitting import (
     SINGLE_LIST_ROWS,

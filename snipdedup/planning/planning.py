@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.features.shards import Features, open_features
 from snipdedup.parallel import cores
 from snipdedup.planning.costs import Cost, Job, Rates, estimate
 from snipdedup.planning.probe import probe

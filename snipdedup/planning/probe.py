@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.scan import Seen, find_copies, row_hashes
-from snipdedup.ground.shards import Features, open_features, plan_blocks
+from snipdedup.features.scan import Seen, find_copies, row_hashes
+from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.grouping.groups import Compare, group_star, keep_rank
 from snipdedup.parallel import in_order, library_threads
 from snipdedup.planning.costs import TREE, Rates

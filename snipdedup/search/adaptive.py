@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from snipdedup import progress, settings
-from snipdedup.ground.cosine import pair_cosine, unit_rows
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import pair_cosine, unit_rows
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_order
 from snipdedup.search.knn import Searcher, Source, neighbours
 from snipdedup.statistics import proportion_interval

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.index.codes import WALK_ROWS, Lists, unpack
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.ground.cosine import Directions
-from snipdedup.ground.scan import Scan, Seen, read_range
-from snipdedup.ground.shards import Features, Piece, plan_blocks
+from snipdedup.features.cosine import Directions
+from snipdedup.features.scan import Scan, Seen, read_range
+from snipdedup.features.shards import Features, Piece, plan_blocks
 from snipdedup.search.forest import Edges, make_edges
 from snipdedup.search.lists import Lists, Visits, assign
 from snipdedup.search.masses import ABSORBED, BESIDE, Hubs, Placed

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.ground.cosine import (
+from snipdedup.features.cosine import (
     PROPOSAL_ERROR,
     bad_rows,
     pair_cosine,
@@ -16,7 +16,7 @@ from snipdedup.ground.cosine import (
     unit_rows64,
     unsettled,
 )
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges, make_edges, spanning_forest
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.ground.cosine import bad_rows, directions, same_bits
-from snipdedup.ground.scan import BLOCK, row_hashes
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import bad_rows, directions, same_bits
+from snipdedup.features.scan import BLOCK, row_hashes
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_order, library_threads
 from snipdedup.search.forest import Edges, make_edges
 from snipdedup.search.learned import Learned, encode_blocks, learn_codes

@@ -14,8 +14,8 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.errors import SnipError
-from snipdedup.ground.scan import BLOCK, SORT_ROWS, Scan
-from snipdedup.ground.shards import Features
+from snipdedup.features.scan import BLOCK, SORT_ROWS, Scan
+from snipdedup.features.shards import Features
 from snipdedup.parallel import Stage, pick_device
 from snipdedup.search.encoding import absorbed_edges, task_rows
 from snipdedup.search.fitting import (

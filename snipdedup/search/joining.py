@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.ground.formats import load_npz
-from snipdedup.ground.shards import Features
+from snipdedup.features.formats import load_npz
+from snipdedup.features.shards import Features
 from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges, ForestBuilder
 from snipdedup.search.model import Model

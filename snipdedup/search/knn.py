@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.cosine import bad_rows
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import bad_rows
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.codes import Lists
 from snipdedup.index.indexfolder import ENCODER, Index, Space, same_encoder
 from snipdedup.parallel import in_order

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from snipdedup.ground.cosine import Directions, unit_rows
-from snipdedup.ground.scan import BLOCK
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.cosine import Directions, unit_rows
+from snipdedup.features.scan import BLOCK
+from snipdedup.features.shards import plan_blocks
 from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges
 from snipdedup.search.lists import (

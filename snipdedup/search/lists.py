@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges, components, forest_places
 from snipdedup.search.kernels import all_close, hit_places, pick_kernel

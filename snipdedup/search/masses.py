@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.errors import DamagedError
-from snipdedup.ground.cosine import same_bits
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import same_bits
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges, components, make_edges
 from snipdedup.search.kernels import hit_places, pick_kernel

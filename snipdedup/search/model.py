@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import DamagedError, InputError
-from snipdedup.ground.formats import load_npz
+from snipdedup.features.formats import load_npz
 from snipdedup.search.learned import LEARNED, Learned
 from snipdedup.search.lists import Lists
 from snipdedup.search.masses import Hubs

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.parallel import in_order
 from snipdedup.search.classes import Classes
 from snipdedup.search.knn import QUERY_ROWS, Queries, Searcher, Source

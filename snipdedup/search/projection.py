@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.ground.cosine import Directions, directions, row_sums
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.cosine import Directions, directions, row_sums
+from snipdedup.features.shards import plan_blocks
 from snipdedup.parallel import in_order, scratch
 from snipdedup.search.kernels import pick_kernel
 

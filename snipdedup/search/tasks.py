@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.errors import DamagedError, SnipError
-from snipdedup.ground.scan import Scan, finish_scan
-from snipdedup.ground.shards import Features
+from snipdedup.features.scan import Scan, finish_scan
+from snipdedup.features.shards import Features
 from snipdedup.parallel import pick_device
 from snipdedup.search.encoding import encode_spans, encode_task, load_seen
 from snipdedup.search.fitting import load_or_fit

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.cosine import PROPOSAL_ERROR, directions, plain_norms, row_sums
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import PROPOSAL_ERROR, directions, plain_norms, row_sums
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import scratch
 from snipdedup.search.forest import Edges, best_edge, join_edges, link_smaller, make_edges
 from snipdedup.search.kernels import (

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from snipdedup.ground.cosine import PROPOSAL_ERROR, Directions, directions, pair_cosine
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import PROPOSAL_ERROR, Directions, directions, pair_cosine
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_order, scratch
 from snipdedup.search.forest import Edges, make_edges, spanning_forest
 

@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from snipdedup import progress, settings
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.scan import refuse_bad
-from snipdedup.ground.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.scan import refuse_bad
+from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
 from snipdedup.parallel import cores, in_order, library_threads, pick_device
 from snipdedup.storage import locks, store
 from snipdedup.train.quantise import BLOCK, in_blocks

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.ground.cosine import pair_cosine, unit_rows
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import pair_cosine, unit_rows
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_order
 from snipdedup.train.quantise import Quantiser
 

@@ -16,9 +16,9 @@ from typing import Any, cast
 import numpy as np
 
 from snipdedup.errors import InputError, SnipError
-from snipdedup.ground.cosine import bad_rows
-from snipdedup.ground.scan import row_hashes
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import bad_rows
+from snipdedup.features.scan import row_hashes
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_order, library_threads
 from snipdedup.storage import store
 

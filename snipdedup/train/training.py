@@ -24,9 +24,9 @@ from torch import nn
 
 from snipdedup import progress, settings
 from snipdedup.errors import SnipError, WriteError
-from snipdedup.ground.cosine import unit_rows
-from snipdedup.ground.scan import refuse_bad, row_hashes
-from snipdedup.ground.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.parallel import cores, library_threads, pick_device
 from snipdedup.storage import locks, store
 from snipdedup.train.encoder import BROKEN_PICKLE, WEIGHTS, Encoder, Network
@@ -225,7 +225,7 @@ def train(features: Any, **given: Any) -> tuple[Encoder, History]:
     Parameters
     ----------
     features : (n, d) float array, path, or a sequence of either
-        As `snipdedup.ground.shards.open_features` takes them.
+        As `snipdedup.features.shards.open_features` takes them.
     **given
         Any setting of ``snip train`` but ``out``: ``loss``, ``dim``, ``steps``, ``seed``, ...
 

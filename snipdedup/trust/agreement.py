@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import plan_blocks
+from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import BATCH_ROWS, Table, open_table
 from snipdedup.metadata.table import Metadata
 from snipdedup.trust.proof import Run

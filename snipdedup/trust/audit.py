@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from snipdedup import progress
 from snipdedup.chain.survey import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
-from snipdedup.ground.cosine import bad_rows
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.features.cosine import bad_rows
+from snipdedup.features.shards import Features, open_features
 from snipdedup.grouping.groups import Members, concatenate, no_members
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask

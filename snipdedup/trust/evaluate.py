@@ -16,9 +16,9 @@ import numpy as np
 
 from snipdedup import progress, settings
 from snipdedup.errors import SnipError
-from snipdedup.ground.cosine import pair_cosine, unit_rows
-from snipdedup.ground.scan import refuse_bad, row_hashes
-from snipdedup.ground.shards import Features, open_features, request_of
+from snipdedup.features.cosine import pair_cosine, unit_rows
+from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.shards import Features, open_features, request_of
 from snipdedup.parallel import cores, library_threads
 from snipdedup.search.adaptive import choose, flag_curve, scores
 from snipdedup.statistics import proportion_interval

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from snipdedup.chain.survey import pick
-from snipdedup.ground.cosine import bad_rows, pair_cosine
-from snipdedup.ground.shards import Features, plan_blocks
+from snipdedup.features.cosine import bad_rows, pair_cosine
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.grouping.groups import Members, group_starts
 from snipdedup.parallel import in_order
 from snipdedup.trust.verdict import Verdict

@@ -10,7 +10,7 @@ import numpy as np
 
 from snipdedup.chain.survey import BATCH_ROWS
 from snipdedup.errors import SnipError
-from snipdedup.ground.shards import Features, open_features
+from snipdedup.features.shards import Features, open_features
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.storage import store

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.ground import formats
+from snipdedup.features import formats
 from snipdedup.storage.objects import PART, Elsewhere
 
 GAP = 1 << 15  # bytes between wanted rows that cost less than another request

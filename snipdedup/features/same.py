@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from snipdedup.ground.formats import ArrayShard, Shard
+from snipdedup.features.formats import ArrayShard, Shard
 from snipdedup.storage.objects import Elsewhere, side_by_side
 
 SAMPLE_BYTES = 4096  # read in the middle and at the end of what may be a copy

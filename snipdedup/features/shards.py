@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.ground.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
-from snipdedup.ground.ranged import open_ranged
+from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
+from snipdedup.features.ranged import open_ranged
 from snipdedup.settings import MOST_FILES
 from snipdedup.storage import listing
 from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side

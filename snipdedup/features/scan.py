@@ -14,8 +14,8 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.errors import InputError
-from snipdedup.ground.cosine import Directions, bad_rows, directions, same_bits
-from snipdedup.ground.shards import CrcLedger, Features, Piece, plan_blocks
+from snipdedup.features.cosine import Directions, bad_rows, directions, same_bits
+from snipdedup.features.shards import CrcLedger, Features, Piece, plan_blocks
 from snipdedup.parallel import in_order, scratch
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, among, pack, row_kind
 

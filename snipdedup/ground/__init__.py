@@ -1,1 +1,0 @@
-"""The rows, the shards, files that appear whole."""
