@@ -23,10 +23,10 @@ import timing
 
 sys.path.insert(0, str(timing.ROOT))
 
-from snipdedup.chain.counts import levels
-from snipdedup.chain.found import Found
-from snipdedup.chain.outfolder import write_tables
-from snipdedup.chain.result import decide
+from snipdedup.deduplication.counts import levels
+from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.outputs import write_tables
+from snipdedup.deduplication.result import decide
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.grouping.baseline import baselines
 from snipdedup.metadata.table import Metadata, open_metadata

@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from snipdedup.chain.deduplicate import dedup
+from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index.indexfolder import QUANTISER, Index

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from snipdedup.errors import SnipError
 
 if TYPE_CHECKING:
-    from snipdedup.chain.deduplicate import dedup
-    from snipdedup.chain.result import Result
+    from snipdedup.deduplication.result import Result
+    from snipdedup.deduplication.run import dedup
 
 __version__ = "0.1.0"
 __all__ = ["Result", "SnipError", "__version__", "dedup"]
@@ -22,11 +22,11 @@ __all__ = ["Result", "SnipError", "__version__", "dedup"]
 def __getattr__(name: str) -> Any:
     # Late, so that `import snipdedup` and `snip --help` load neither torch nor faiss.
     if name == "dedup":
-        from snipdedup.chain.deduplicate import dedup
+        from snipdedup.deduplication.run import dedup
 
         return dedup
     if name == "Result":
-        from snipdedup.chain.result import Result
+        from snipdedup.deduplication.result import Result
 
         return Result
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -69,7 +69,7 @@ COMMANDS = (
     ),
     Command(
         "dedup", "the chain", "find duplicates, prove them, write the rows that stay",
-        settings.Dedup, "snipdedup.chain.deduplicate:run",
+        settings.Dedup, "snipdedup.deduplication.run:run",
         "snip dedup img_emb --metadata metadata --out clean",
     ),
     Command(

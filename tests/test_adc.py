@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup.chain.adc import unique_edges
+from snipdedup.deduplication.adc_method import unique_edges
 from snipdedup.search.forest import make_edges
 
 ROWS = 5130

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.chain.deduplicate import dedup, run
+from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import additions, spill
 from snipdedup.metadata.additions import Removed, Weights, dup_counts

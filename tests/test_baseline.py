@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.chain.deduplicate import run
+from snipdedup.deduplication.run import run
 from snipdedup.grouping.baseline import baselines
 from snipdedup.grouping.groups import Members
 from snipdedup.metadata.table import open_metadata

@@ -12,8 +12,8 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.chain import result as room
-from snipdedup.chain.deduplicate import run
+from snipdedup.deduplication import result as room
+from snipdedup.deduplication.run import run
 from snipdedup.grouping.blocks import Block, blocks_of_groups, cut_groups, slices
 from snipdedup.grouping.groups import Members, Nearest
 from snipdedup.search import spanning

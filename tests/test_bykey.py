@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.chain.deduplicate import dedup
+from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filtering
 from snipdedup.settings import Filter

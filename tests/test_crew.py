@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from processes import many_lists, results, until
 
-from snipdedup.chain import deduplicate
+from snipdedup.deduplication import run
 from snipdedup.errors import UsageError
 from snipdedup.search.crew import Crew, Place, Written, own_first, place_of
 from snipdedup.settings import Dedup
@@ -166,7 +166,7 @@ def small(tmp_path_factory):
     """Features with lists, and what a run alone makes of them."""
     folder = tmp_path_factory.mktemp("small")
     many_lists(folder / "img")
-    deduplicate.run(Dedup(features=str(folder / "img"), out=str(folder / "alone")))
+    run.run(Dedup(features=str(folder / "img"), out=str(folder / "alone")))
     return folder
 
 
@@ -269,7 +269,7 @@ def test_a_process_that_wakes_does_not_replace_the_result(small, processes, tmp_
     """One is at the end and taken for dead; another writes OUT; then the first one goes on."""
     out, slept = tmp_path / "out", []
     words = {"features": str(small / "img"), "num_tasks": 2}
-    write_tables = deduplicate.write_tables
+    write_tables = run.write_tables
 
     def sleeps(result, draft, *rest):
         written = write_tables(result, draft, *rest)
@@ -284,8 +284,8 @@ def test_a_process_that_wakes_does_not_replace_the_result(small, processes, tmp_
         slept.append({p: p.stat().st_mtime_ns for p in out.rglob("*")})
         return written
 
-    monkeypatch.setattr(deduplicate, "write_tables", sleeps)
-    said = deduplicate.run(Dedup(out=str(out), task_index=0, **words))
+    monkeypatch.setattr(run, "write_tables", sleeps)
+    said = run.run(Dedup(out=str(out), task_index=0, **words))
     assert "another of the 2 processes wrote it" in said
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == slept[0]
     assert results(out) == results(small / "alone")

@@ -18,7 +18,7 @@ import truth
 from test_outfolder import write_laion
 
 from snipdedup import dedup
-from snipdedup.chain import deduplicate
+from snipdedup.deduplication import run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.search import tasks
 from snipdedup.storage import store
@@ -601,9 +601,9 @@ def test_what_other_methods_found_is_kept_too(laion, rows, tmp_path, monkeypatch
         how = (*how, "--method", "adc")
     words = ("dedup", *source, *how, "--threshold", 0.9, "--out")
     assert truth.snip(*words, "plain", "--key", "uid")[0] == 0
-    with mock.patch.object(deduplicate, "write_tables", side_effect=KeyboardInterrupt):
+    with mock.patch.object(run, "write_tables", side_effect=KeyboardInterrupt):
         assert truth.snip(*words, "o")[0] == 130
-    with mock.patch.object(deduplicate, "search", side_effect=AssertionError):
+    with mock.patch.object(run, "search", side_effect=AssertionError):
         status, _, line = truth.snip(*words, "o", "--key", "uid")
     assert status == 0, line
     assert same_files(tmp_path / "o", tmp_path / "plain")
@@ -642,7 +642,7 @@ def test_a_search_outlives_a_late_refusal(laion, tmp_path, searches):
 
 
 def test_a_search_outlives_metadata_that_changes(laion, tmp_path, searches, monkeypatch):
-    changed, write_tables = laion / "metadata" / "metadata_0.parquet", deduplicate.write_tables
+    changed, write_tables = laion / "metadata" / "metadata_0.parquet", run.write_tables
 
     def write(*given):
         written = write_tables(*given)
@@ -651,7 +651,7 @@ def test_a_search_outlives_metadata_that_changes(laion, tmp_path, searches, monk
 
     words = ("dedup", laion, "--threshold", 0.9, "--out", tmp_path / "o")
     with monkeypatch.context() as patch:
-        patch.setattr(deduplicate, "write_tables", write)
+        patch.setattr(run, "write_tables", write)
         assert "changed while it was read" in refused(*words)
     searches.clear()
     assert truth.snip(*words)[0] == 0
@@ -708,7 +708,7 @@ def test_a_stopped_run_survives_a_refusal(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("snipdedup.chain.deduplicate.conclude", stop)
+        patch.setattr("snipdedup.deduplication.run.conclude", stop)
         assert truth.snip(*words)[0] == 130
     before = truth.listing(tmp_path / "out" / "work")
     before.pop("run.lock")

@@ -21,7 +21,7 @@ import pytest
 import truth
 
 from snipdedup import dedup
-from snipdedup.chain import proving
+from snipdedup.deduplication import final_check
 from snipdedup.features import scan
 from snipdedup.grouping import groups, pairs, star
 from snipdedup.search import (
@@ -62,7 +62,7 @@ SIZES = [
     ((external_sort,), {"HELD": [5, 50], "PARTS": [2, 8], "READ": [3, 40]}),
     ((spanning,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30]}),
     ((forest,), {"BUFFER_EDGES": [4, 40]}),
-    ((proving,), {"GATHER_PAIRS": [1, 30]}),
+    ((final_check,), {"GATHER_PAIRS": [1, 30]}),
     ((scan,), {"COMPARE_ROWS": [3, 20], "SORT_ROWS": [20, 200]}),
 ]  # fmt: skip
 

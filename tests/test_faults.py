@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup import cli
-from snipdedup.chain import deduplicate
+from snipdedup.deduplication import run
 from snipdedup.errors import InputError
 from snipdedup.features import formats
 from snipdedup.features.shards import open_features
@@ -84,7 +84,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, command):
     module, name = {
-        "dedup": (deduplicate, "search"),
+        "dedup": (run, "search"),
         "compress": (encoder, "write_shards"),
         "index": (index, "write_shards"),
     }[command]
@@ -108,7 +108,7 @@ def interrupted(monkeypatch, command):
         raise KeyboardInterrupt
 
     module, name = {
-        "dedup": (deduplicate, "decide_by"),
+        "dedup": (run, "decide_by"),
         "compress": (store, "publish"),
         "index": (index, "finish"),
     }[command]
@@ -200,13 +200,13 @@ def test_rows_of_a_file_that_became_shorter_are_not_touched(inputs):
 
 
 def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch, capsys):
-    decide = deduplicate.decide_by
+    decide = run.decide_by
 
     def cut(*given):
         os.truncate(inputs / "img" / "b.npy", 4096)
         return decide(*given)
 
-    monkeypatch.setattr(deduplicate, "decide_by", cut)
+    monkeypatch.setattr(run, "decide_by", cut)
     assert run(*COMMANDS["dedup"]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("snip: img/b.npy: ")
@@ -217,11 +217,11 @@ def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch,
 # What is read, how it is changed while the command runs, and where in it that happens.
 CHANGES = {
     "dedup: metadata": ("dedup img --metadata meta --out out", "meta/b.parquet",
-                        deduplicate, "write_tables"),
+                        run, "write_tables"),
     "dedup: reference": ("dedup img --reference other --out out", "other/c.npy",
-                         deduplicate, "write_tables"),
+                         run, "write_tables"),
     "dedup: captions": ("dedup img --text_features txt --out out", "txt/d.npy",
-                        deduplicate, "write_tables"),
+                        run, "write_tables"),
     "filter: metadata": ("filter meta --is_dup clean --out out", "meta/a.parquet",
                          filtering, "write_rows"),
     "filter: features": ("filter meta --is_dup clean --embeddings img --out out", "img/a.npy",

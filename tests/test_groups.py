@@ -10,7 +10,7 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.chain.deduplicate import dedup
+from snipdedup.deduplication.run import dedup
 from snipdedup.features.cosine import pair_cosine
 from snipdedup.grouping import groups
 from snipdedup.grouping.groups import (

@@ -22,7 +22,7 @@ import pytest
 from conftest import ROOT
 
 from snipdedup import cli
-from snipdedup.chain.deduplicate import dedup
+from snipdedup.deduplication.run import dedup
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index.codes import load_shard, map_shard

@@ -13,8 +13,8 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.chain import finding
-from snipdedup.chain.deduplicate import dedup
+from snipdedup.deduplication import methods
+from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.search import encoding, fitting
@@ -47,7 +47,7 @@ def many_lists():
         mock.patch.object(encoding, "task_rows", return_value=8192),
         mock.patch.object(room, "PARTITION_BYTES", 1 << 14),
         mock.patch.object(room, "needed_memory", return_value=0),
-        mock.patch.object(finding, "needed_memory", return_value=0),
+        mock.patch.object(methods, "needed_memory", return_value=0),
     ):
         yield
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snipdedup.chain.deduplicate import dedup, run
+from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.grouping import keep
 from snipdedup.metadata.table import open_metadata

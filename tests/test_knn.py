@@ -12,8 +12,8 @@ import pytest
 from test_quantise import clustered
 
 from snipdedup import settings
-from snipdedup.chain import adc as chain
-from snipdedup.chain.adc import adc_candidates
+from snipdedup.deduplication import adc_method as chain
+from snipdedup.deduplication.adc_method import adc_candidates
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features

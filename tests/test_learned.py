@@ -7,7 +7,7 @@ import pytest
 import truth
 
 from snipdedup import settings
-from snipdedup.chain.deduplicate import dedup
+from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import directions
 from snipdedup.search import fitting

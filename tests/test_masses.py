@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import truth
 
-from snipdedup.chain.deduplicate import dedup
+from snipdedup.deduplication.run import dedup
 from snipdedup.errors import DamagedError
 from snipdedup.features.shards import open_features
 from snipdedup.search import encoding, fitting, masses

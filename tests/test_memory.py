@@ -18,7 +18,7 @@ import timing
 
 IDLE = """
 import faiss, torch, pyarrow.parquet, {more}
-import snipdedup.chain.deduplicate
+import snipdedup.deduplication.run
 torch.zeros(9) @ torch.zeros(9)
 input()
 """

@@ -13,10 +13,10 @@ import pytest
 import truth
 
 from snipdedup import dedup
-from snipdedup.chain.counts import levels
-from snipdedup.chain.found import Found
-from snipdedup.chain.result import decide
-from snipdedup.chain.tables import groups_table
+from snipdedup.deduplication.counts import levels
+from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.result import decide
+from snipdedup.deduplication.tables import groups_table
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.metadata import filtering

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup import dedup
-from snipdedup.chain.references import open_references, own_copies, settle
+from snipdedup.deduplication.references import open_references, own_copies, settle
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features

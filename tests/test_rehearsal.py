@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup.chain import deduplicate
+from snipdedup.deduplication import run
 
 ROWS = 12  # of two files; those of the second are copies of the first's
 HALF = ROWS // 2
@@ -94,8 +94,8 @@ def attempt(folder, out, *words):
         searched.append(1)
         return found(*given)
 
-    found = deduplicate.search
-    with mock.patch.object(deduplicate, "search", search):
+    found = run.search
+    with mock.patch.object(run, "search", search):
         status, _, line = truth.snip("dedup", folder, "--out", out, *words)
     return status, line, bool(searched)
 

@@ -8,7 +8,7 @@ import truth
 
 import snipdedup
 from snipdedup import dedup
-from snipdedup.chain.counts import levels
+from snipdedup.deduplication.counts import levels
 from snipdedup.errors import SnipError, UsageError
 
 

@@ -82,9 +82,9 @@ def test_the_same_bits_as_from_a_disk(bucket, tmp_path, capsys):
 
 
 def test_an_object_that_is_replaced(bucket, tmp_path, capsys, monkeypatch):
-    from snipdedup.chain import deduplicate
+    from snipdedup.deduplication import run
 
-    original = deduplicate.write_tables
+    original = run.write_tables
 
     def change(*given, **named):
         found = original(*given, **named)
@@ -92,7 +92,7 @@ def test_an_object_that_is_replaced(bucket, tmp_path, capsys, monkeypatch):
         bucket.put("other.npy", f"{BUCKET}/set/img_emb/img_emb_10.npy")
         return found
 
-    monkeypatch.setattr(deduplicate, "write_tables", change)
+    monkeypatch.setattr(run, "write_tables", change)
     assert run("dedup", f"{BUCKET}/set", "--out", "out") == 1
     assert "img_emb_10.npy: changed while it was read; run it again" in said(capsys)
 

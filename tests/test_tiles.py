@@ -11,7 +11,7 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.chain.deduplicate import dedup
+from snipdedup.deduplication.run import dedup
 from snipdedup.features.shards import open_features
 from snipdedup.search import tiles
 from snipdedup.search.forest import ForestBuilder

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.chain.deduplicate import HOW
-from snipdedup.chain.survey import read_keys, whole_groups
+from snipdedup.deduplication.out_reader import read_keys, whole_groups
+from snipdedup.deduplication.run import HOW
 from snipdedup.errors import SnipError
 from snipdedup.grouping.groups import group_starts
 from snipdedup.metadata.masks import load_mask

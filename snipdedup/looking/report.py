@@ -16,9 +16,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from snipdedup.chain.inputs import named_paths
-from snipdedup.chain.outfolder import KIND
-from snipdedup.chain.survey import Run, Survey, read_curve, read_keys, read_partners, survey_groups
+from snipdedup.deduplication.inputs import named_paths
+from snipdedup.deduplication.out_reader import (
+    Run,
+    Survey,
+    read_curve,
+    read_keys,
+    read_partners,
+    survey_groups,
+)
+from snipdedup.deduplication.outputs import KIND
 from snipdedup.errors import SnipError
 from snipdedup.looking import thumbnails
 from snipdedup.looking.reportpage import GENERATOR, PICTURED, Notes, Page, Row, render

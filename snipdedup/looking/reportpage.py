@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain.survey import KEEPS, Band, Curve, Group, Survey
+from snipdedup.deduplication.out_reader import KEEPS, Band, Curve, Group, Survey
 from snipdedup.grouping.groups import Members
 from snipdedup.looking import charts
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.chain.inputs import named_paths
-from snipdedup.chain.survey import pick, read_keys, whole_groups
+from snipdedup.deduplication.inputs import named_paths
+from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.grouping.groups import Members, group_starts, no_members
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts

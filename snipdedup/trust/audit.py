@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snipdedup import progress
-from snipdedup.chain.survey import pick, read_keys, whole_groups
+from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, open_features

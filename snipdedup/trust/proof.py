@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain.survey import pick
+from snipdedup.deduplication.out_reader import pick
 from snipdedup.features.cosine import bad_rows, pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.grouping.groups import Members, group_starts

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.chain.survey import BATCH_ROWS
+from snipdedup.deduplication.out_reader import BATCH_ROWS
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, open_features
 from snipdedup.metadata.files import open_parquet

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain.references import References
+from snipdedup.deduplication.references import References
 from snipdedup.grouping.blocks import COPY, EDGE, Block, blocks_of_groups
 from snipdedup.grouping.groups import Also, Best, Nearest
 from snipdedup.search.forest import Edges, join_edges, order_by

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.chain.found import Found
+from snipdedup.deduplication.found import Found
 from snipdedup.grouping.blocks import slices
 from snipdedup.grouping.groups import Members, group_starts
 from snipdedup.search.forest import Edges, link_smaller, number_ends

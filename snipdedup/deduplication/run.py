@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from snipdedup.chain.adc import check_given
-from snipdedup.chain.finding import method_of, search
-from snipdedup.chain.found import Found
-from snipdedup.chain.foundfile import load_found_kept, save_found
-from snipdedup.chain.inputs import Inputs, open_inputs
-from snipdedup.chain.outfolder import (
+from snipdedup.deduplication.adc_method import check_given
+from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.foundfile import load_found_kept, save_found
+from snipdedup.deduplication.inputs import Inputs, open_inputs
+from snipdedup.deduplication.methods import method_of, search
+from snipdedup.deduplication.outputs import (
     EXPORT,
     KIND,
     PAGE,
@@ -33,10 +33,17 @@ from snipdedup.chain.outfolder import (
     side_by_side,
     write_tables,
 )
-from snipdedup.chain.rehearsal import rehearse_end, rehearse_order
-from snipdedup.chain.reload import finished_run, load_found, load_result
-from snipdedup.chain.result import Result, check_threshold, choose, decide, decide_fraction, proved
-from snipdedup.chain.summary import summary
+from snipdedup.deduplication.precheck import rehearse_end, rehearse_order
+from snipdedup.deduplication.result import (
+    Result,
+    check_threshold,
+    choose,
+    decide,
+    decide_fraction,
+    proved,
+)
+from snipdedup.deduplication.rethreshold import finished_run, load_found, load_result
+from snipdedup.deduplication.summary import summary
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
 from snipdedup.features.shards import (
     Features,

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain.found import Found
-from snipdedup.chain.inputs import Inputs
-from snipdedup.chain.references import KIND, References, check_searched
-from snipdedup.chain.result import Result, decide
+from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.references import KIND, References, check_searched
+from snipdedup.deduplication.result import Result, decide
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import equal_rows
 from snipdedup.features.shards import Features

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain.found import Found
+from snipdedup.deduplication.found import Found
 from snipdedup.errors import SnipError
 from snipdedup.grouping.groups import Members
 from snipdedup.search.forest import Edges

@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.chain.found import Found
+from snipdedup.deduplication.found import Found
 from snipdedup.errors import InternalError
 from snipdedup.features.cosine import pair_cosine, same_bits
 from snipdedup.features.shards import Features, plan_blocks

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from snipdedup.chain.found import Found
+from snipdedup.deduplication.found import Found
 from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features
 from snipdedup.grouping.groups import Also

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain import references
-from snipdedup.chain.counts import as_json, levels
-from snipdedup.chain.found import Found
-from snipdedup.chain.inputs import Inputs
-from snipdedup.chain.result import Result
-from snipdedup.chain.tables import forest_table, groups_table, references_table
+from snipdedup.deduplication import references
+from snipdedup.deduplication.counts import as_json, levels
+from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.result import Result
+from snipdedup.deduplication.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
 from snipdedup.features.shards import request_of
 from snipdedup.grouping.baseline import baselines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from snipdedup.chain.result import Result
+from snipdedup.deduplication.result import Result
 
 
 def summary(result: Result, out: Path, body: dict[str, Any]) -> str:

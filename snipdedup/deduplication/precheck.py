@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snipdedup.chain.outfolder import texts
+from snipdedup.deduplication.outputs import texts
 from snipdedup.grouping import baseline
 from snipdedup.grouping.keep import ColumnRank, rank_by
 from snipdedup.metadata import additions, handover

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.chain.counts import Tally, count
-from snipdedup.chain.found import Found
-from snipdedup.chain.proving import prove
-from snipdedup.chain.tables import forest_table, groups_table
+from snipdedup.deduplication.counts import Tally, count
+from snipdedup.deduplication.final_check import prove
+from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.tables import forest_table, groups_table
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.grouping.blocks import Block, collect, slices

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.chain.references import References, open_references
+from snipdedup.deduplication.references import References, open_references
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, find_shards, open_features
 from snipdedup.grouping.groups import Also

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from snipdedup import progress, settings
-from snipdedup.chain.found import Found
+from snipdedup.deduplication.found import Found
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.scan import scan
 from snipdedup.features.shards import Features, plan_blocks

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain.found import Found
-from snipdedup.chain.inputs import Inputs
+from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.inputs import Inputs
 from snipdedup.grouping.groups import Best, Nearest
 from snipdedup.search.forest import Edges
 from snipdedup.settings import Dedup

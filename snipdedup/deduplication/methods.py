@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.chain.adc import check_given, search_adc
-from snipdedup.chain.captions import with_captions
-from snipdedup.chain.found import Found
-from snipdedup.chain.inputs import Inputs
-from snipdedup.chain.references import References, kept_model, settle
-from snipdedup.chain.result import choose
-from snipdedup.chain.semdedup import search_semdedup
+from snipdedup.deduplication.adc_method import check_given, search_adc
+from snipdedup.deduplication.captions import with_captions
+from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.references import References, kept_model, settle
+from snipdedup.deduplication.result import choose
+from snipdedup.deduplication.semdedup import search_semdedup
 from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
 from snipdedup.grouping.groups import Best

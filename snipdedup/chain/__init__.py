@@ -1,1 +1,0 @@
-"""``snip dedup``: inputs, search, decision, files."""
