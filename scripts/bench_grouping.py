@@ -28,7 +28,7 @@ from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.outputs import write_tables
 from snipdedup.deduplication.result import decide
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.grouping.baseline import baselines
+from snipdedup.groups.url_baseline import baselines
 from snipdedup.metadata.table import Metadata, open_metadata
 from snipdedup.search.forest import Edges
 from snipdedup.settings import Dedup

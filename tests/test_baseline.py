@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.deduplication.run import run
-from snipdedup.grouping.baseline import baselines
-from snipdedup.grouping.groups import Members
+from snipdedup.groups.star import Members
+from snipdedup.groups.url_baseline import baselines
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Dedup
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from snipdedup.deduplication import result as room
 from snipdedup.deduplication.run import run
-from snipdedup.grouping.blocks import Block, blocks_of_groups, cut_groups, slices
-from snipdedup.grouping.groups import Members, Nearest
+from snipdedup.groups.blocks import Block, blocks_of_groups, cut_groups, slices
+from snipdedup.groups.star import Members, Nearest
 from snipdedup.search import spanning
 from snipdedup.search.forest import join_edges, make_edges, spanning_forest
 from snipdedup.settings import Dedup

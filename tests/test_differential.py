@@ -23,7 +23,7 @@ import truth
 from snipdedup import dedup
 from snipdedup.deduplication import final_check
 from snipdedup.features import scan
-from snipdedup.grouping import groups, pairs, star
+from snipdedup.groups import huge_star, pairs, star
 from snipdedup.search import (
     encoding,
     exact,
@@ -55,9 +55,9 @@ SIZES = [
     ((exact, pairs), {"TILE": [4, 20, 32]}),  # pairs lays tiles of its size on those of exact
     ((exact,), {"DENSE": [0.0, 2.0]}),
     ((lists,), {"ASSIGN_BLOCK": [5, 64], "PAIR_BLOCK": [9, 64], "TABLE_LISTS": [0, 4]}),
-    ((groups,), {"STAR_BLOCK": [3, 20], "PACKED_GROUP": [1, 4], "STAR_STEP": [1, 5]}),
-    ((groups,), {"FLOAT64_GROUP": [2, 10], "PACKED_ROWS": [5, 40]}),
-    ((star,), {"BLOCK": [3, 16], "VERIFY_PAIRS": [2, 40]}),
+    ((star,), {"STAR_BLOCK": [3, 20], "PACKED_GROUP": [1, 4], "STAR_STEP": [1, 5]}),
+    ((star,), {"FLOAT64_GROUP": [2, 10], "PACKED_ROWS": [5, 40]}),
+    ((huge_star,), {"BLOCK": [3, 16], "VERIFY_PAIRS": [2, 40]}),
     ((pairs,), {"LISTED_GROUP": [1, 5], "LISTED_PAIRS": [4, 90]}),
     ((external_sort,), {"HELD": [5, 50], "PARTS": [2, 8], "READ": [3, 40]}),
     ((spanning,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30]}),

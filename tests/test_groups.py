@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from snipdedup.deduplication.run import dedup
 from snipdedup.features.cosine import pair_cosine
-from snipdedup.grouping import groups
-from snipdedup.grouping.groups import (
+from snipdedup.groups import star
+from snipdedup.groups.star import (
     Compare,
     Copies,
     group_components,
@@ -66,7 +66,7 @@ def table_of(x):
     x=rows_with_pairs(), keep=KEEPS, threshold=st.sampled_from([0.8, 0.95]), seed=st.integers(0, 9)
 )
 def test_star_is_the_rule_of_the_terms(way, x, keep, threshold, seed):
-    with mock.patch.multiple(groups, **WAYS[way]):
+    with mock.patch.multiple(star, **WAYS[way]):
         found = dedup(x, method="exact", threshold=threshold, keep=keep, seed=seed, threads=1)
     table = table_of(x)
     representative, stays = truth.star(table, threshold, keep_order(len(x), keep, seed))
@@ -137,7 +137,7 @@ def test_the_three_ways_to_compare_a_group_agree_on_a_larger_one():
     representative, stays = truth.star(table, 0.9, np.arange(len(x))[::-1])
     assert 30 < stays.sum() < 650
     for way in WAYS:
-        with mock.patch.multiple(groups, **way):
+        with mock.patch.multiple(star, **way):
             found = dedup(x, method="exact", threshold=0.9, keep="last", threads=1)
         assert found.is_dup.tolist() == (~stays).tolist()
         assert found.members.representative.tolist() == representative[found.members.row].tolist()
@@ -147,7 +147,7 @@ def test_among_equally_near_staying_rows_the_smaller_represents():
     # 0 and 2 lie on either side of 1, at the same cosine, and are no pair
     x = np.array([[1, 1, 0], [1, 0, 0], [1, -1, 0], [1, 0, 0]], np.float32)
     for way in WAYS:
-        with mock.patch.multiple(groups, **way):
+        with mock.patch.multiple(star, **way):
             found = dedup(x, method="exact", threshold=0.7)
         assert found.is_dup.tolist() == [False, True, False, True]
         assert found.members.representative.tolist() == [0, 0, 2, 0]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.grouping import keep
+from snipdedup.groups import keep
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Dedup
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.shards import open_features
-from snipdedup.grouping import nearest
-from snipdedup.grouping.groups import Nearest
+from snipdedup.groups import nearest_reference
+from snipdedup.groups.star import Nearest
 from snipdedup.storage import external_sort
 
 
@@ -52,8 +52,11 @@ def test_each_row_gets_the_nearest_of_its_group(
     table[(x[:, None] == x).all(2)] = 1
     few = mock.patch.multiple(external_sort, HELD=3, PARTS=3, READ=5) if on_disk else nullcontext()
     folder = tmp_path_factory.mktemp("f") if on_disk else None
-    with few, mock.patch.multiple(nearest, LISTED=tile, TILE=tile, GATHER_PAIRS=7, READ=9):
-        found = nearest.nearest_within(open_features(x), labels, frozen, 0.9, 2, folder)
+    with (
+        few,
+        mock.patch.multiple(nearest_reference, LISTED=tile, TILE=tile, GATHER_PAIRS=7, READ=9),
+    ):
+        found = nearest_reference.nearest_within(open_features(x), labels, frozen, 0.9, 2, folder)
     listed = list(zip(*(column.tolist() for column in found), strict=True))
     assert listed == plain_nearest(table, labels, frozen, 0.9)
 
@@ -70,9 +73,9 @@ def test_products_decide_as_the_cosine_does(dim):
         proved.append(len(given[2]))
         return proved_cosines(*given)
 
-    proved_cosines = nearest.proved_cosines
-    with mock.patch.object(nearest, "proved_cosines", counted):
-        found = nearest.likely_cosines(x, unit_rows64(x), y, np.full(300, -1, np.float32))
+    proved_cosines = nearest_reference.proved_cosines
+    with mock.patch.object(nearest_reference, "proved_cosines", counted):
+        found = nearest_reference.likely_cosines(x, unit_rows64(x), y, np.full(300, -1, np.float32))
     i, j = np.divmod(np.arange(300 * 200), 200)
     exact = pair_cosine(x[i], y[j]).reshape(300, 200)
     assert np.array_equal(found.max(1), exact.max(1))
@@ -84,9 +87,9 @@ def test_copies_get_what_their_first_row_has(tmp_path):
     known = Nearest(np.array([1, 4]), np.array([7, 3]), np.array([0.9, 1], np.float32))
     copies, firsts = np.array([2, 3, 5, 9]), np.array([0, 1, 4, 1])
     for path in (None, tmp_path / "copies"):
-        found = nearest.with_copies(known, copies, firsts, 10, path)
+        found = nearest_reference.with_copies(known, copies, firsts, 10, path)
         assert found.row.tolist() == [1, 3, 4, 5, 9]
         assert found.reference.tolist() == [7, 7, 3, 3, 7]
         assert found.similarity.tolist() == known.similarity[[0, 0, 1, 1, 0]].tolist()
     none = Nearest(*(column[:0] for column in known))
-    assert len(nearest.with_copies(none, copies, firsts, 10, None).row) == 0
+    assert len(nearest_reference.with_copies(none, copies, firsts, 10, None).row) == 0

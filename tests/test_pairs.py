@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from snipdedup import dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import open_features
-from snipdedup.grouping import pairs
-from snipdedup.grouping.pairs import all_pairs, listed_pairs, pairs_within, plan_groups
+from snipdedup.groups import pairs
+from snipdedup.groups.pairs import all_pairs, listed_pairs, pairs_within, plan_groups
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12))

@@ -13,7 +13,7 @@ import truth
 from snipdedup import dedup
 from snipdedup.deduplication import final_check, methods, result
 from snipdedup.errors import InternalError
-from snipdedup.grouping.groups import NO_PAIR
+from snipdedup.groups.star import NO_PAIR
 from snipdedup.search.forest import join_edges, make_edges
 from snipdedup.storage import external_sort
 
@@ -77,7 +77,7 @@ def test_what_was_there_stays_when_a_result_is_refused(rows, tmp_path):
 
     with (
         mock.patch("snipdedup.deduplication.run.search", wrong),
-        mock.patch("snipdedup.grouping.groups.star_packed", all_for_the_first),
+        mock.patch("snipdedup.groups.star.star_packed", all_for_the_first),
         pytest.raises(InternalError),
     ):
         dedup(rows, out=out, overwrite=True)

@@ -19,7 +19,7 @@ from snipdedup.deduplication.references import open_references, own_copies, sett
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features
-from snipdedup.grouping import nearest
+from snipdedup.groups import nearest_reference
 from snipdedup.search import tiles
 from snipdedup.search.forest import make_edges
 from snipdedup.storage import store
@@ -147,7 +147,7 @@ def test_with_references_only_exactly_the_rows_that_match_one_go(
 ):
     """Each for its nearest reference row, copies of one another too; no others are grouped."""
     x, frozen = both
-    with mock.patch.multiple(nearest, LISTED=tile, TILE=tile):
+    with mock.patch.multiple(nearest_reference, LISTED=tile, TILE=tile):
         found = dedup(
             x[frozen:], reference=x[:frozen], threshold=0.8, method=method, references_only=True,
             grouping=grouping,

@@ -12,7 +12,7 @@ import pytest
 import truth
 
 from snipdedup.deduplication import out_reader
-from snipdedup.grouping.groups import Members, no_members
+from snipdedup.groups.star import Members, no_members
 from snipdedup.looking import top
 from snipdedup.looking.top import one_line, rank_groups, rank_rows
 

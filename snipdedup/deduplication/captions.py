@@ -13,8 +13,8 @@ import numpy as np
 from snipdedup.deduplication.found import Found
 from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features
-from snipdedup.grouping.groups import Also
-from snipdedup.grouping.pairs import pairs_within
+from snipdedup.groups.pairs import pairs_within
+from snipdedup.groups.star import Also
 from snipdedup.search.forest import ForestBuilder, components
 
 

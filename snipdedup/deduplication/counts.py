@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.deduplication.found import Found
-from snipdedup.grouping.blocks import slices
-from snipdedup.grouping.groups import Members, group_starts
+from snipdedup.groups.blocks import slices
+from snipdedup.groups.star import Members, group_starts
 from snipdedup.search.forest import Edges, link_smaller, number_ends
 
 

@@ -17,8 +17,8 @@ from snipdedup.deduplication.found import Found
 from snipdedup.errors import InternalError
 from snipdedup.features.cosine import pair_cosine, same_bits
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.grouping.blocks import slices
-from snipdedup.grouping.groups import Members, Nearest, torch_threads
+from snipdedup.groups.blocks import slices
+from snipdedup.groups.star import Members, Nearest, torch_threads
 from snipdedup.parallel import in_order, scratch
 from snipdedup.search.verify import PRODUCT_PAIRS
 from snipdedup.storage.external_sort import Columns, among

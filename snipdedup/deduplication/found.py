@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from snipdedup.deduplication.references import References
-from snipdedup.grouping.blocks import COPY, EDGE, Block, blocks_of_groups
-from snipdedup.grouping.groups import Also, Best, Nearest
+from snipdedup.groups.blocks import COPY, EDGE, Block, blocks_of_groups
+from snipdedup.groups.star import Also, Best, Nearest
 from snipdedup.search.forest import Edges, join_edges, order_by
 from snipdedup.search.spanning import by_first, edge_kind, edges_of
 from snipdedup.storage import external_sort

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from snipdedup.deduplication.references import References, open_references
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, find_shards, open_features
-from snipdedup.grouping.groups import Also
+from snipdedup.groups.star import Also
 from snipdedup.metadata.table import find_metadata
 from snipdedup.settings import Dedup
 from snipdedup.storage.objects import is_elsewhere

@@ -18,8 +18,8 @@ from snipdedup.deduplication.result import choose
 from snipdedup.deduplication.semdedup import search_semdedup
 from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
-from snipdedup.grouping.groups import Best
-from snipdedup.grouping.pairs import all_pairs
+from snipdedup.groups.pairs import all_pairs
+from snipdedup.groups.star import Best
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.progress import Clock
 from snipdedup.search.exact import exact_edges

@@ -19,11 +19,11 @@ from snipdedup.deduplication.result import Result
 from snipdedup.deduplication.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
 from snipdedup.features.shards import request_of
-from snipdedup.grouping.baseline import baselines
-from snipdedup.grouping.blocks import cut_groups, slices
-from snipdedup.grouping.groups import Best, no_members
-from snipdedup.grouping.keep import rank_by
-from snipdedup.grouping.pairs import all_pairs, too_many, write_pairs
+from snipdedup.groups.blocks import cut_groups, slices
+from snipdedup.groups.keep import rank_by
+from snipdedup.groups.pairs import all_pairs, too_many, write_pairs
+from snipdedup.groups.star import Best, no_members
+from snipdedup.groups.url_baseline import baselines
 from snipdedup.metadata.additions import added_columns, added_names, caption_column
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns

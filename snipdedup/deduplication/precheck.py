@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from snipdedup.deduplication.outputs import texts
-from snipdedup.grouping import baseline
-from snipdedup.grouping.keep import ColumnRank, rank_by
+from snipdedup.groups import url_baseline
+from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.metadata import additions, handover
 from snipdedup.metadata.rehearsal import Use, rehearse
 from snipdedup.metadata.table import Metadata, try_writing
@@ -37,7 +37,7 @@ def rehearse_end(options: Dedup, metadata: Metadata | None, key: str | None) -> 
         [
             *order_uses(options, metadata),
             *([Use([key], texts, named)] if key else []),
-            *baseline.uses(metadata),
+            *url_baseline.uses(metadata),
             *additions.uses(options, metadata),
             *handover.uses(lists, metadata),
             Use(None, try_writing, "leave it out of META", by_schema=True),

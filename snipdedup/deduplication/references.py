@@ -25,8 +25,8 @@ from snipdedup.features.shards import (
     plan_blocks,
     request_of,
 )
-from snipdedup.grouping.groups import Nearest
-from snipdedup.grouping.nearest import nearest_within, with_copies
+from snipdedup.groups.nearest_reference import nearest_within, with_copies
+from snipdedup.groups.star import Nearest
 from snipdedup.search.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
 from snipdedup.settings import Dedup
 from snipdedup.storage import store

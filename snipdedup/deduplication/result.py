@@ -22,8 +22,9 @@ from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.tables import forest_table, groups_table
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.grouping.blocks import Block, collect, slices
-from snipdedup.grouping.groups import (
+from snipdedup.groups.blocks import Block, collect, slices
+from snipdedup.groups.keep import ColumnRank, rank_by
+from snipdedup.groups.star import (
     Compare,
     Copies,
     Members,
@@ -35,7 +36,6 @@ from snipdedup.grouping.groups import (
     refer_star,
     star_from_pairs,
 )
-from snipdedup.grouping.keep import ColumnRank, rank_by
 from snipdedup.metadata.additions import Removed
 from snipdedup.search.forest import components
 from snipdedup.settings import Dedup

@@ -14,8 +14,8 @@ from snipdedup.deduplication.result import Result, decide
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import equal_rows
 from snipdedup.features.shards import Features
-from snipdedup.grouping.groups import Best, Nearest
-from snipdedup.grouping.keep import rank_by
+from snipdedup.groups.keep import rank_by
+from snipdedup.groups.star import Best, Nearest
 from snipdedup.metadata.table import Metadata
 from snipdedup.search.forest import Edges
 from snipdedup.settings import Dedup

@@ -51,7 +51,7 @@ from snipdedup.features.shards import (
     implied_metadata,
     request_of,
 )
-from snipdedup.grouping.keep import rank_by
+from snipdedup.groups.keep import rank_by
 from snipdedup.metadata.table import Metadata, open_metadata
 from snipdedup.parallel import cores, library_threads, pick_device, together
 from snipdedup.planning.planning import plan_features

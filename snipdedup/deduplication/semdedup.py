@@ -16,7 +16,7 @@ from snipdedup import progress
 from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, unit_rows64
 from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.grouping.groups import Best, group_starts, keep_rank, products
+from snipdedup.groups.star import Best, group_starts, keep_rank, products
 from snipdedup.parallel import Stage, in_order
 from snipdedup.train.quantise import draw_sample
 

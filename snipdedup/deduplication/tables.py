@@ -8,7 +8,7 @@ import numpy as np
 
 from snipdedup.deduplication.found import Found
 from snipdedup.errors import SnipError
-from snipdedup.grouping.groups import Members
+from snipdedup.groups.star import Members
 from snipdedup.search.forest import Edges
 
 

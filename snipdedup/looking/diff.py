@@ -11,7 +11,7 @@ import numpy as np
 from snipdedup.deduplication.out_reader import read_keys, whole_groups
 from snipdedup.deduplication.run import HOW
 from snipdedup.errors import SnipError
-from snipdedup.grouping.groups import group_starts
+from snipdedup.groups.star import group_starts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.settings import Diff
 from snipdedup.storage import store

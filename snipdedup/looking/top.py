@@ -17,7 +17,7 @@ import numpy as np
 from snipdedup.deduplication.inputs import named_paths
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
-from snipdedup.grouping.groups import Members, group_starts, no_members
+from snipdedup.groups.star import Members, group_starts, no_members
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.settings import Top
 from snipdedup.storage import store

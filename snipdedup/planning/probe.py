@@ -16,7 +16,7 @@ import numpy as np
 
 from snipdedup.features.scan import Seen, find_copies, row_hashes
 from snipdedup.features.shards import Features, open_features, plan_blocks
-from snipdedup.grouping.groups import Compare, group_star, keep_rank
+from snipdedup.groups.star import Compare, group_star, keep_rank
 from snipdedup.parallel import in_order, library_threads
 from snipdedup.planning.costs import TREE, Rates
 from snipdedup.search.encoding import encode_task, task_rows

@@ -15,7 +15,7 @@ from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, open_features
-from snipdedup.grouping.groups import Members, concatenate, no_members
+from snipdedup.groups.star import Members, concatenate, no_members
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts

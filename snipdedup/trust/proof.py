@@ -16,7 +16,7 @@ import numpy as np
 from snipdedup.deduplication.out_reader import pick
 from snipdedup.features.cosine import bad_rows, pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.grouping.groups import Members, group_starts
+from snipdedup.groups.star import Members, group_starts
 from snipdedup.parallel import in_order
 from snipdedup.trust.verdict import Verdict
 

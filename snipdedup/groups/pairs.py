@@ -14,7 +14,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
-from snipdedup.grouping.groups import Also, group_starts
+from snipdedup.groups.star import Also, group_starts
 from snipdedup.parallel import in_order
 from snipdedup.search.exact import load_panel, tile_pairs
 from snipdedup.search.forest import Edges, components, join_edges

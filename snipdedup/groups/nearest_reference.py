@@ -15,7 +15,7 @@ import numpy as np
 
 from snipdedup.features.cosine import unit_rows64
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.grouping.groups import Nearest, group_starts
+from snipdedup.groups.star import Nearest, group_starts
 from snipdedup.parallel import in_order
 from snipdedup.search.forest import BLOCK_EDGES, order_by
 from snipdedup.search.verify import GATHER_PAIRS, prove, proved_cosines

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.grouping.groups import Rank, keep_rank
+from snipdedup.groups.star import Rank, keep_rank
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.rehearsal import Use
 from snipdedup.metadata.table import Metadata, named

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.features.cosine import pair_cosine, row_sums, unit_rows64, unsettled
-from snipdedup.grouping.star import Gather, star_huge
+from snipdedup.groups.huge_star import Gather, star_huge
 from snipdedup.parallel import in_order
 from snipdedup.search.forest import Edges, components, make_edges, order_by
 

@@ -1,1 +1,0 @@
-"""Who stays among the rows of a group."""
