@@ -23,8 +23,8 @@ import timing
 
 sys.path.insert(0, str(timing.ROOT))
 
-from snipdedup.search.forest import components, make_edges
-from snipdedup.search.spanning import ForestFile
+from snipdedup.join.external_forest import ForestFile
+from snipdedup.join.forest import components, make_edges
 
 BLOCK = 1_000_000  # rows whose groups are made together
 TAIL = 1.2  # exponent of the sizes of groups

@@ -29,8 +29,8 @@ from snipdedup.deduplication.outputs import write_tables
 from snipdedup.deduplication.result import decide
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.url_baseline import baselines
+from snipdedup.join.forest import Edges
 from snipdedup.metadata.table import Metadata, open_metadata
-from snipdedup.search.forest import Edges
 from snipdedup.settings import Dedup
 
 DIM = 8

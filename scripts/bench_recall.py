@@ -35,7 +35,7 @@ from timing import machine
 
 import snipdedup
 from snipdedup.features.shards import open_features
-from snipdedup.search import fitting
+from snipdedup.join import fitting
 
 HEADER = "| threshold | lists | recall | overlap | visits a row | candidates a row | seconds |"
 EASY, HARD, HARD_SHARE = 0.995, 0.952, 0.1  # cosines of planted pairs, and how many are hard

@@ -7,7 +7,7 @@ A row is truly duplicated if any other row has a cosine of at least .95; it is f
 neighbour in the index (with another row number) passes. The rules are one global limit on the ADC
 distance, ratio and difference of it and the row's own error, the mean of both rows' differences,
 the mutual rule, and, for an index without features, a limit on the distance between codes. The
-margins printed are the defaults of `snipdedup.search.adaptive`.
+margins printed are the defaults of `snipdedup.adc.threshold`.
 
 With --train_shards N, directions, quantisers and margins come from the first N shards only (give an
 encoder that was trained on those, --parts of snip train), all rows are indexed, and the rows of
@@ -26,17 +26,17 @@ from typing import Any
 import numpy as np
 
 from snipdedup import settings
+from snipdedup.adc import two_sided
+from snipdedup.adc.threshold import MUTUAL, SYMMETRIC, calibrate, scores, true_duplicates
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.building import build
+from snipdedup.index.classes import classes_of
 from snipdedup.index.codes import Lists
 from snipdedup.index.indexfolder import Index
+from snipdedup.index.search import Searcher, feature_queries, neighbours
 from snipdedup.parallel import cores
-from snipdedup.search import mutual
-from snipdedup.search.adaptive import MUTUAL, SYMMETRIC, calibrate, scores, true_duplicates
-from snipdedup.search.classes import classes_of
-from snipdedup.search.knn import Searcher, feature_queries, neighbours
 from snipdedup.statistics import proportion_interval
 
 BOTH = "both ways"  # the mutual rule without what common codes tell
@@ -148,9 +148,11 @@ def measure(
     chosen_on = sample < known
     results, source = [], feature_queries(index, index.space, in_memory(vectors))
     with tempfile.TemporaryDirectory() as folder:
-        views = mutual.record(searcher, classes, source, given.k, Path(folder), cores())
+        views = two_sided.record(searcher, classes, source, given.k, Path(folder), cores())
         seen = {
-            rule: mutual.best_scores(views, shared, sample, cores(), common=float(rule == MUTUAL))
+            rule: two_sided.best_scores(
+                views, shared, sample, cores(), common=float(rule == MUTUAL)
+            )
             for rule in (BOTH, MUTUAL)
         }
     for rule in RULES:

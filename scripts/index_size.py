@@ -25,7 +25,7 @@ from typing import Any
 
 from snipdedup.index.codes import load_shard, packed_width
 from snipdedup.index.indexfolder import QUANTISER, Index
-from snipdedup.search.knn import Searcher
+from snipdedup.index.search import Searcher
 from snipdedup.train.quantise import BLOCK, MOST_LISTS
 
 START_BYTES = 8  # of a list's beginning, in memory

@@ -14,8 +14,8 @@ import numpy as np
 
 from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.join.forest import link_smaller
 from snipdedup.parallel import cores, in_order
-from snipdedup.search.forest import link_smaller
 
 BLOCK = 8192  # rows compared with a tile of queries at a time
 QUERY_TILE = 2048

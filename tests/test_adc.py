@@ -12,7 +12,7 @@ import pytest
 import truth
 
 from snipdedup.deduplication.adc_method import unique_edges
-from snipdedup.search.forest import make_edges
+from snipdedup.join.forest import make_edges
 
 ROWS = 5130
 

@@ -17,7 +17,7 @@ from processes import many_lists, results, until
 
 from snipdedup.deduplication import run
 from snipdedup.errors import UsageError
-from snipdedup.search.crew import Crew, Place, Written, own_first, place_of
+from snipdedup.runners.slurm import Crew, Place, Written, own_first, place_of
 from snipdedup.settings import Dedup
 from snipdedup.storage import store
 

@@ -20,7 +20,7 @@ from test_outfolder import write_laion
 from snipdedup import dedup
 from snipdedup.deduplication import run
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.search import tasks
+from snipdedup.join import tasks
 from snipdedup.storage import store
 
 

@@ -24,19 +24,19 @@ from snipdedup import dedup
 from snipdedup.deduplication import final_check
 from snipdedup.features import scan
 from snipdedup.groups import huge_star, pairs, star
-from snipdedup.search import (
+from snipdedup.join import (
+    brute_force,
     encoding,
-    exact,
+    external_forest,
     fitting,
     forest,
+    hubs,
     joining,
     lists,
-    masses,
     partitions,
-    spanning,
     tiles,
-    verify,
-)  # fmt: skip
+    verify,  # fmt: skip
+)
 from snipdedup.storage import external_sort
 
 SECONDS = float(os.environ.get("SNIP_FUZZ_SECONDS", "75"))
@@ -48,19 +48,19 @@ SIZES = [
     ((fitting,), {"SINGLE_LIST_ROWS": [0]}),
     ((fitting,), {"LISTS_A_ROOT": [0.6, 2.0], "ROWS_A_CENTROID": [2, 48]}),
     ((fitting,), {"DIRECTION_ROWS": [16, 100], "CALIBRATION_ROWS": [(20, 60)]}),
-    ((masses,), {"MASS_ROWS": [4, 20, 60], "SAMPLE_MASS": [2, 5], "SAMPLE_ROWS": [(30, 300)]}),
+    ((hubs,), {"MASS_ROWS": [4, 20, 60], "SAMPLE_MASS": [2, 5], "SAMPLE_ROWS": [(30, 300)]}),
     ((tiles,), {"ROW_TILE": [8, 32], "CROWDED": [1 / 64, 0.3, 2.0]}),
     ((tiles, joining, partitions), {"COLUMN_TILE": [16, 64]}),
     ((verify,), {"GATHER_PAIRS": [3, 50], "PRODUCT_PAIRS": [1, 7], "TRIED": [1, 3]}),
-    ((exact, pairs), {"TILE": [4, 20, 32]}),  # pairs lays tiles of its size on those of exact
-    ((exact,), {"DENSE": [0.0, 2.0]}),
+    ((brute_force, pairs), {"TILE": [4, 20, 32]}),  # pairs lays tiles of its size on those of exact
+    ((brute_force,), {"DENSE": [0.0, 2.0]}),
     ((lists,), {"ASSIGN_BLOCK": [5, 64], "PAIR_BLOCK": [9, 64], "TABLE_LISTS": [0, 4]}),
     ((star,), {"STAR_BLOCK": [3, 20], "PACKED_GROUP": [1, 4], "STAR_STEP": [1, 5]}),
     ((star,), {"FLOAT64_GROUP": [2, 10], "PACKED_ROWS": [5, 40]}),
     ((huge_star,), {"BLOCK": [3, 16], "VERIFY_PAIRS": [2, 40]}),
     ((pairs,), {"LISTED_GROUP": [1, 5], "LISTED_PAIRS": [4, 90]}),
     ((external_sort,), {"HELD": [5, 50], "PARTS": [2, 8], "READ": [3, 40]}),
-    ((spanning,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30]}),
+    ((external_forest,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30]}),
     ((forest,), {"BUFFER_EDGES": [4, 40]}),
     ((final_check,), {"GATHER_PAIRS": [1, 30]}),
     ((scan,), {"COMPARE_ROWS": [3, 20], "SORT_ROWS": [20, 200]}),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from snipdedup import settings
+from snipdedup.adc.threshold import calibrate
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import open_features
-from snipdedup.search.adaptive import calibrate
 from snipdedup.storage import store
 from snipdedup.train import training as train
 from snipdedup.trust import evaluate, tabulate

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup.features.shards import open_features
-from snipdedup.parallel import in_order
-from snipdedup.search import exact
-from snipdedup.search.exact import (
+from snipdedup.join import brute_force
+from snipdedup.join.brute_force import (
     exact_edges,
     load_panel,
     nearest_rows,
@@ -22,7 +21,8 @@ from snipdedup.search.exact import (
     tile_pairs,
     tile_plan,
 )
-from snipdedup.search.forest import ForestBuilder, join_edges, spanning_forest
+from snipdedup.join.forest import ForestBuilder, join_edges, spanning_forest
+from snipdedup.parallel import in_order
 
 
 def all_pairs(features, threshold, *, threads):
@@ -75,7 +75,7 @@ def listed(edges):
 )
 def test_all_pairs_are_those_of_a_double_loop(rows, dim, seed, threshold, dtype, tile):
     x = truth.clustered(rows, dim, seed, dtype=dtype)
-    with mock.patch.object(exact, "TILE", tile):
+    with mock.patch.object(brute_force, "TILE", tile):
         found = all_pairs(open_features(x), threshold, threads=1)
     assert listed(found) == pytest.approx(loop(x, threshold), abs=1e-7)
 
@@ -87,7 +87,7 @@ def test_both_sides_of_the_threshold(threshold, dense):
     x = near(threshold, gaps, 64, 1)
     for dtype in (np.float64, np.float32):
         stored = x.astype(dtype)
-        with mock.patch.object(exact, "DENSE", dense):  # all at once, and pair by pair
+        with mock.patch.object(brute_force, "DENSE", dense):  # all at once, and pair by pair
             found = all_pairs(open_features(stored), threshold, threads=2)
         expected = loop(stored, threshold)
         assert set(listed(found)) == set(expected)
@@ -109,7 +109,7 @@ def test_memory_for_one_tile_gives_the_same_forest(tmp_path):
     assert len(features.shards) == 6
     assert min(shard.rows for shard in features.shards) == 0
     expected = spanning_forest(all_pairs(open_features(x), 0.9, threads=1))
-    with mock.patch.object(exact, "TILE", 32):
+    with mock.patch.object(brute_force, "TILE", 32):
         assert panel_rows(features, 1) == 32
         for memory, threads in [(1, 1), (1, 2), (10_000, 2), (10**9, 1)]:
             builder = ForestBuilder()
@@ -155,7 +155,7 @@ def test_the_nearest_row_is_that_of_the_table(threads):
         table = truth.cosine_table(x)[sample]
     table[:, skip | np.isin(np.arange(300), [40, 41])] = -2
     table[np.arange(len(sample)), sample] = -2
-    with mock.patch.object(exact, "STREAM_ROWS", 64):
+    with mock.patch.object(brute_force, "STREAM_ROWS", 64):
         nearest, cosine = nearest_rows(
             open_features([x[:77], x[77:]]), sample, skip, threads=threads
         )
@@ -188,9 +188,9 @@ def test_pairs_among_the_first_rows_are_left_out_and_no_others(
     x = truth.clustered(rows, 5, seed, noise=0.6)
     features = open_features(x)
     every = {pair: cosine for pair, cosine in loop(x, 0.8).items() if pair[1] >= frozen}
-    size = mock.patch.object(exact, "panel_rows", return_value=panel * tile)
+    size = mock.patch.object(brute_force, "panel_rows", return_value=panel * tile)
     builder = ForestBuilder(frozen=frozen)
-    with mock.patch.object(exact, "TILE", tile), size:
+    with mock.patch.object(brute_force, "TILE", tile), size:
         for edges in exact_edges(
             features, np.arange(rows), 0.8, threads=1, memory=1, frozen=frozen, across=across
         ):

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from snipdedup.features.shards import open_features
-from snipdedup.search import fitting
-from snipdedup.search.fitting import (
+from snipdedup.join import fitting
+from snipdedup.join.fitting import (
     choose_projection,
     distinct_places,
     draw_rows,
     proposals,
     sample_distinct,
 )
-from snipdedup.search.learned import encode_blocks
-from snipdedup.search.lists import needed_taus
-from snipdedup.search.projection import WIDTHS
+from snipdedup.join.learned import encode_blocks
+from snipdedup.join.lists import needed_taus
+from snipdedup.join.projection import WIDTHS
 
 ROWS = 1 << 20  # of the set that a sample stands for
 

@@ -10,8 +10,8 @@ import truth
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snipdedup.search import forest
-from snipdedup.search.forest import (
+from snipdedup.join import forest
+from snipdedup.join.forest import (
     Edges,
     ForestBuilder,
     components,

@@ -15,8 +15,9 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.errors import InputError, SnipError
-from snipdedup.search import fitting, forked, runners
-from snipdedup.search.forked import in_processes
+from snipdedup.join import fitting
+from snipdedup.runners import forked, local
+from snipdedup.runners.forked import in_processes
 
 pytestmark = pytest.mark.skipif(not forked.can_fork(), reason="processes are forked on Linux only")
 
@@ -131,8 +132,8 @@ def test_processes_and_threads_find_the_same(tmp_path):
 
     for out, least in zip(outs, (1 << 40, 1), strict=True):
         with (
-            mock.patch.object(runners, "FORK_ROWS", least),
-            mock.patch.object(runners, "in_processes", counted),
+            mock.patch.object(local, "FORK_ROWS", least),
+            mock.patch.object(local, "in_processes", counted),
             mock.patch.object(fitting, "SINGLE_LIST_ROWS", 100),
         ):
             words = ["dedup", str(tmp_path / "img_emb_0.npy"), "--out", str(out), "--threads", "2"]

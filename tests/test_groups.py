@@ -21,7 +21,7 @@ from snipdedup.groups.star import (
     keep_rank,
     star_from_pairs,
 )
-from snipdedup.search.forest import components, make_edges, spanning_forest
+from snipdedup.join.forest import components, make_edges, spanning_forest
 
 KEEPS = st.sampled_from(["first", "last", "random"])
 # how groups are compared: many at once, one by one in tiny blocks, and as shipped

@@ -17,10 +17,10 @@ from snipdedup.deduplication import methods
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.search import encoding, fitting
-from snipdedup.search import join as room
-from snipdedup.search.join import needed_memory
-from snipdedup.search.partitions import plan_partitions
+from snipdedup.join import encoding, fitting
+from snipdedup.join import pipeline as room
+from snipdedup.join.partitions import plan_partitions
+from snipdedup.join.pipeline import needed_memory
 from snipdedup.storage import store
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.search.kernels import (
+from snipdedup.join.kernels import (
     Kernel,
     all_close,
     candidates,

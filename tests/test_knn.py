@@ -12,19 +12,19 @@ import pytest
 from test_quantise import clustered
 
 from snipdedup import settings
+from snipdedup.adc import threshold, two_sided
+from snipdedup.adc.threshold import calibrate, default_margin, passes, true_duplicates
 from snipdedup.deduplication import adc_method as chain
 from snipdedup.deduplication.adc_method import adc_candidates
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
+from snipdedup.index import search
 from snipdedup.index.building import build
+from snipdedup.index.classes import classes_of
 from snipdedup.index.export import export_faiss
 from snipdedup.index.indexfolder import Index
-from snipdedup.search import adaptive, mutual
-from snipdedup.search import knn as search
-from snipdedup.search.adaptive import calibrate, default_margin, passes, true_duplicates
-from snipdedup.search.classes import classes_of
-from snipdedup.search.knn import (
+from snipdedup.index.search import (
     Searcher,
     copied_lists,
     feature_queries,
@@ -163,16 +163,16 @@ def test_calibration_takes_the_highest_recall_at_the_wanted_precision():
 
 
 def test_default_margins_follow_size_precision_and_threshold():
-    at = adaptive.ROWS["difference"]
+    at = threshold.ROWS["difference"]
     assert default_margin("difference", 8, precision=0.91, threshold=0.95) == at[8][1]
     assert default_margin("difference", 64, precision=0.99, threshold=0.95) == at[32][2]
     half = default_margin("difference", 16, precision=0.81, threshold=0.975)
     assert half == pytest.approx(at[16][0] / 2)
     between = default_margin("ratio", 6, precision=0.91, threshold=0.95)
-    assert adaptive.ROWS["ratio"][4][1] < between < adaptive.ROWS["ratio"][8][1]
+    assert threshold.ROWS["ratio"][4][1] < between < threshold.ROWS["ratio"][8][1]
     assert default_margin("ratio", 8, precision=0.91, threshold=1.0) == 1
     encoded = default_margin("symmetric", 4, precision=0.91, threshold=0.95, encoded=True)
-    assert encoded == adaptive.DESCRIPTORS["symmetric"][4][1]
+    assert encoded == threshold.DESCRIPTORS["symmetric"][4][1]
 
 
 def test_truth_is_that_of_brute_force(real, monkeypatch):
@@ -186,7 +186,7 @@ def test_truth_is_that_of_brute_force(real, monkeypatch):
     truth = true_duplicates(features, sample, 0.95, 2)
     clear = np.abs(best - 0.95) > 1e-5
     np.testing.assert_array_equal(truth[clear], best[clear] >= 0.95)
-    monkeypatch.setattr(adaptive, "TRUTH_ROWS", 100)
+    monkeypatch.setattr(threshold, "TRUTH_ROWS", 100)
     np.testing.assert_array_equal(true_duplicates(features, sample, 0.95, 1), truth)
 
 
@@ -284,8 +284,8 @@ def test_the_same_pairs_for_any_threads_and_blocks(real, monkeypatch, rule):
     first = collected(one), one.flags, one.margin
     monkeypatch.setattr(chain, "QUERY_ROWS", 1024)
     monkeypatch.setattr(search, "QUERY_ROWS", 1024)
-    monkeypatch.setattr(mutual, "QUERY_ROWS", 1024)
-    monkeypatch.setattr(mutual, "SOLVE_BYTES", 1 << 20)
+    monkeypatch.setattr(two_sided, "QUERY_ROWS", 1024)
+    monkeypatch.setattr(two_sided, "SOLVE_BYTES", 1 << 20)
     two = candidates(index, features, calibration_rows=500, threads=2, rule=rule)
     second = collected(two), two.flags, two.margin
     for a, b in zip(first, second, strict=True):
@@ -300,7 +300,7 @@ def test_the_calibrated_margin_reaches_the_precision_on_other_rows(real, rule):
     adc = candidates(index, features, calibration_rows=3000, precision=0.91, rule=rule)
     assert adc.calibration["source"] == "sample"
     assert adc.calibration["precision"] >= 0.91
-    sampled = adaptive.calibration_sample(features.rows, wanted(calibration_rows=3000))
+    sampled = threshold.calibration_sample(features.rows, wanted(calibration_rows=3000))
     others = np.setdiff1d(np.arange(features.rows), sampled)
     truth = true_duplicates(features, others, 0.95, 2)
     flags = adc.flags[others]

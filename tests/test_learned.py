@@ -10,11 +10,11 @@ from snipdedup import settings
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import directions
-from snipdedup.search import fitting
-from snipdedup.search.forest import make_edges
-from snipdedup.search.learned import Learned, learn_codes
-from snipdedup.search.lists import Asked
-from snipdedup.search.model import Model
+from snipdedup.join import fitting
+from snipdedup.join.forest import make_edges
+from snipdedup.join.learned import Learned, learn_codes
+from snipdedup.join.lists import Asked
+from snipdedup.join.model import Model
 from snipdedup.train import training
 
 WIDTH = 48

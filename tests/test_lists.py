@@ -10,8 +10,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import binom
 
-from snipdedup.search.forest import make_edges
-from snipdedup.search.lists import (
+from snipdedup.join.forest import make_edges
+from snipdedup.join.lists import (
     ENOUGH,
     Asked,
     Lists,

@@ -13,9 +13,9 @@ import truth
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import DamagedError
 from snipdedup.features.shards import open_features
-from snipdedup.search import encoding, fitting, masses
-from snipdedup.search.masses import find_hubs
-from snipdedup.search.projection import fit_projection
+from snipdedup.join import encoding, fitting, hubs
+from snipdedup.join.hubs import find_hubs
+from snipdedup.join.projection import fit_projection
 
 
 def ball(rng, rows, centre, radius):
@@ -42,7 +42,7 @@ def rows():
 def small_masses():
     """Masses and lists at sizes that a test can afford."""
     with (
-        mock.patch.object(masses, "MASS_ROWS", 500),
+        mock.patch.object(hubs, "MASS_ROWS", 500),
         mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
         mock.patch.object(encoding, "task_rows", return_value=2048),
     ):
@@ -81,7 +81,7 @@ def test_masses_whose_hubs_are_a_pair_are_one_group():
 @pytest.mark.usefixtures("small_masses")
 def test_without_masses_nothing_changes(rows):
     few = rows[:3000]
-    with mock.patch.object(masses, "MASS_ROWS", 10**6):
+    with mock.patch.object(hubs, "MASS_ROWS", 10**6):
         without = dedup(few)
     assert without.found.notes["masses"] == 0
 
@@ -98,7 +98,7 @@ def test_a_hub_may_be_a_copy(rows):
 
 
 def test_where_rows_are_placed(rows):
-    with mock.patch.object(masses, "MASS_ROWS", 500):
+    with mock.patch.object(hubs, "MASS_ROWS", 500):
         projection = fit_projection(rows, 128, 0)
         codes, _ = projection.encode(rows)
         hubs = find_hubs(
@@ -113,11 +113,11 @@ def test_where_rows_are_placed(rows):
     assert np.array_equal(cosine[inside].argmax(1), placed.hub)
     assert np.array_equal(best[inside], placed.similarity)
     beside = ~inside & (best >= hubs.border)
-    assert (placed.reach[beside] == masses.BESIDE).all()
+    assert (placed.reach[beside] == hubs.BESIDE).all()
     assert beside.sum() > 300
     # rows of two hubs that are no pair, near enough to one another's
-    assert set(placed.reach[inside]) <= {masses.ABSORBED, masses.BESIDE}
-    assert not inside[placed.reach == masses.APART].any()
+    assert set(placed.reach[inside]) <= {hubs.ABSORBED, hubs.BESIDE}
+    assert not inside[placed.reach == hubs.APART].any()
 
 
 def test_a_low_threshold_has_no_masses():
@@ -125,7 +125,7 @@ def test_a_low_threshold_has_no_masses():
     rng = np.random.default_rng(0)
     x = np.concatenate([ball(rng, 1000, np.eye(1, 24)[0], 0.05), rng.standard_normal((9000, 24))])
     x = rng.permutation(x).astype(np.float32)
-    with mock.patch.object(masses, "MASS_ROWS", 500):
+    with mock.patch.object(hubs, "MASS_ROWS", 500):
         projection = fit_projection(x, 128, 0)
         for threshold, some in ((0.95, True), (0.1, False)):
             found = find_hubs(

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from test_knn import candidates, collected, labels, make
 
+from snipdedup.adc import two_sided
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
+from snipdedup.index.classes import classes_of
 from snipdedup.index.indexfolder import Index
-from snipdedup.search import mutual
-from snipdedup.search.classes import classes_of
-from snipdedup.search.knn import Searcher, feature_queries
+from snipdedup.index.search import Searcher, feature_queries
 
 ROWS, LISTS = 300, 4
 
@@ -30,11 +30,11 @@ def index(rows, tmp_path_factory):
     return make(open_features(rows), tmp_path_factory.mktemp("mutual") / "index", nlist=LISTS)
 
 
-def views_of(index: Index, rows: np.ndarray, folder, k: int, nprobe: int) -> mutual.Views:
+def views_of(index: Index, rows: np.ndarray, folder, k: int, nprobe: int) -> two_sided.Views:
     classes = classes_of(index.lists())
     searcher = Searcher(index, classes.lists, nprobe)
     source = feature_queries(index, index.space, open_features(rows))
-    return mutual.record(searcher, classes, source, k, folder, 1)
+    return two_sided.record(searcher, classes, source, k, folder, 1)
 
 
 def plain(index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,21 +68,21 @@ def test_the_mean_of_two_differences_is_that_of_the_rows(index, rows, tmp_path):
     expected = np.einsum("ijd,ijd->ij", x[:, None] - x, q[:, None] - q)
     np.fill_diagonal(expected, np.inf)
     everyone = np.arange(ROWS)
-    found = mutual.best_scores(views, shared, everyone, 1, common=0.0)
+    found = two_sided.best_scores(views, shared, everyone, 1, common=0.0)
     np.testing.assert_allclose(found[~shared], expected.min(axis=1)[~shared], atol=1e-5)
     few = views_of(index, rows, tmp_path / "few", 4, LISTS)
-    fewer = mutual.best_scores(few, shared, everyone, 1, common=0.0)
+    fewer = two_sided.best_scores(few, shared, everyone, 1, common=0.0)
     assert (fewer >= found - 1e-5).all()  # where one of two names the other, its own counts more
     assert (fewer > found + 1e-5).any()
 
 
 def test_all_common_codes_together_know_the_distance(index, rows, tmp_path, monkeypatch):
     """Where both rows name everything, nothing of x − y is unknown: r is more than d."""
-    monkeypatch.setattr(mutual, "COMMON", ROWS)
+    monkeypatch.setattr(two_sided, "COMMON", ROWS)
     views = views_of(index, rows, tmp_path, ROWS, LISTS)
     a, b = np.arange(10, 20), np.arange(20, 30)
     names = views.ids[b, 0]
-    found = mutual.common_lengths(views, views.ids[a], views.e[a], names)
+    found = two_sided.common_lengths(views, views.ids[a], views.e[a], names)
     x, _, _ = plain(index, rows)
     r = (views.ids[a] >= 0).sum(axis=1)
     expected = np.square(x[a] - x[b]).sum(axis=1) * np.sqrt(8 / r)
@@ -96,7 +96,7 @@ def test_the_score_by_hand(index, rows, tmp_path):
     vectors = np.concatenate([q[views.classes.lists.rows(slice(None))], centroids])
     checked = 0
     for row in range(0, ROWS, 10):
-        pairs = mutual.judge(views, np.array([row]), 1e9)
+        pairs = two_sided.judge(views, np.array([row]), 1e9)
         for column, score in zip(pairs.column, pairs.score, strict=True):
             place = views.ids[row, 1 + column]
             other = int(views.classes.lists.rows(np.array([place]))[0])
@@ -105,7 +105,7 @@ def test_the_score_by_hand(index, rows, tmp_path):
             common = np.intersect1d(views.ids[row], views.ids[other])
             Q = vectors[common[common >= 0]]
             v = Q @ (x[row] - x[other])
-            ridge = mutual.RIDGE * np.square(Q).sum(axis=1).mean()
+            ridge = two_sided.RIDGE * np.square(Q).sum(axis=1).mean()
             length = v @ np.linalg.solve(Q @ Q.T + ridge * np.eye(len(Q)), v)
             mean = (x[row] - x[other]) @ (q[row] - q[other])
             assert score == pytest.approx(mean + length * np.sqrt(8 / len(Q)), abs=2e-4)
@@ -116,14 +116,14 @@ def test_the_score_by_hand(index, rows, tmp_path):
 def test_a_margin_cuts_what_is_judged(index, rows, tmp_path):
     views = views_of(index, rows, tmp_path, 6, 2)
     everyone = np.arange(ROWS)
-    every, few = (mutual.judge(views, everyone, margin) for margin in (1e9, 0.3))
+    every, few = (two_sided.judge(views, everyone, margin) for margin in (1e9, 0.3))
     assert 0 < len(few.at) < len(every.at)
     kept = {(a, c) for a, c, s in zip(*every, strict=True) if s <= 0.3}
     assert kept == {(a, c) for a, c, _ in zip(*few, strict=True)}
     best = np.full(ROWS, np.inf)
     np.minimum.at(best, every.at, every.score)
     shared = views.classes.shared(ROWS)
-    found = mutual.best_scores(views, shared, everyone, 2)
+    found = two_sided.best_scores(views, shared, everyone, 2)
     np.testing.assert_allclose(found[~shared], best[~shared], rtol=1e-6)
     assert (found[shared] == 0).all()
 
@@ -151,4 +151,4 @@ def test_elimination_solves_as_lapack_does():
     gram[5, 3:], gram[5, :, 3:], v[5, 3:] = 0, 0, 0  # directions that are not there
     gram[5] += 1e-6 * np.eye(25)
     expected = [a @ np.linalg.solve(G, a) for G, a in zip(gram, v, strict=True)]
-    assert mutual.eliminated(gram, v) == pytest.approx(expected, rel=1e-9)
+    assert two_sided.eliminated(gram, v) == pytest.approx(expected, rel=1e-9)

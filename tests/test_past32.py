@@ -19,13 +19,13 @@ from snipdedup.deduplication.result import decide
 from snipdedup.deduplication.tables import groups_table
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
+from snipdedup.join import external_forest
+from snipdedup.join.encoding import encode_spans, encode_task
+from snipdedup.join.fitting import fit
+from snipdedup.join.forest import make_edges
+from snipdedup.join.joining import join_task
+from snipdedup.join.partitions import load_partition
 from snipdedup.metadata import filtering
-from snipdedup.search import spanning
-from snipdedup.search.encoding import encode_spans, encode_task
-from snipdedup.search.fitting import fit
-from snipdedup.search.forest import make_edges
-from snipdedup.search.joining import join_task
-from snipdedup.search.partitions import load_partition
 from snipdedup.settings import Filter
 from snipdedup.storage import external_sort
 
@@ -153,10 +153,10 @@ def test_all_is_the_same_in_eight_bytes_a_row(tmp_path):
     expected = dedup(x, threshold=0.9)
     with (
         mock.patch.multiple(external_sort, SHORT_ROWS=100, HELD=50),
-        mock.patch.multiple(spanning, HELD_EDGES=50),
+        mock.patch.multiple(external_forest, HELD_EDGES=50),
     ):
         found = dedup(x, threshold=0.9, out=tmp_path / "out")
-        assert spanning.edge_kind(3000).itemsize == 20
+        assert external_forest.edge_kind(3000).itemsize == 20
     assert found.forest.equals(expected.forest)
     assert pq.read_table(tmp_path / "out" / "groups.parquet").equals(expected.groups)
     assert np.array_equal(np.load(tmp_path / "out" / "is_dup.npy"), expected.is_dup)

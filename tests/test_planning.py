@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import truth
 
+from snipdedup.join import fitting
 from snipdedup.planning import planning, probe
 from snipdedup.planning.costs import Rates
 from snipdedup.planning.planning import amount, load_rates, span
-from snipdedup.search import fitting
 
 
 @pytest.fixture

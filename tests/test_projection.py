@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup.features.cosine import directions, unit_rows64
-from snipdedup.search import projection as room
-from snipdedup.search.kernels import candidates, trial
-from snipdedup.search.projection import WIDTHS, fit_projection
+from snipdedup.join import projection as room
+from snipdedup.join.kernels import candidates, trial
+from snipdedup.join.projection import WIDTHS, fit_projection
 
 WORKING = [kernel for kernel in candidates("cpu") if trial(kernel, 256) is not None]
 THRESHOLDS = (0.5, 0.8, 0.95, 0.99, 1.0)

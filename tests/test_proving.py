@@ -14,7 +14,7 @@ from snipdedup import dedup
 from snipdedup.deduplication import final_check, methods, result
 from snipdedup.errors import InternalError
 from snipdedup.groups.star import NO_PAIR
-from snipdedup.search.forest import join_edges, make_edges
+from snipdedup.join.forest import join_edges, make_edges
 from snipdedup.storage import external_sort
 
 

@@ -13,7 +13,7 @@ import pytest
 from processes import many_lists, results, until
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.search import raycluster
+from snipdedup.runners import ray
 from snipdedup.settings import Dedup
 
 
@@ -99,7 +99,7 @@ def test_workers_that_are_killed_again_and_again(processes, tmp_path):
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SnipError, match=r"pip install 'snipdedup-toolkit\[ray\]'"):
-        raycluster.import_ray()
+        ray.import_ray()
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ class Refusing:
 def test_a_cluster_that_refuses_the_token(monkeypatch, said):
     monkeypatch.setenv("RAY_ADDRESS", "host:6379")
     with pytest.raises(SnipError, match=r"host:6379: .*refuses the token.*RAY_AUTH_MODE=token"):
-        raycluster.connect(Refusing(said), 1)
+        ray.connect(Refusing(said), 1)
 
 
 def test_no_cluster_there(monkeypatch, capfd):
     monkeypatch.setenv("RAY_ADDRESS", "host:6379")
     with pytest.raises(SnipError, match="host:6379: no Ray cluster answers there: Failed to con"):
-        raycluster.connect(Refusing(b"anything"), 1)
+        ray.connect(Refusing(b"anything"), 1)
     os.write(2, b"stderr is as before")
     assert capfd.readouterr().err == "stderr is as before"

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snipdedup
-from snipdedup.search import forest, spanning
-from snipdedup.search.forest import Edges, Roots, components, make_edges, spanning_forest
-from snipdedup.search.spanning import ForestFile, by_first, edge_kind, edges_of
+from snipdedup.join import external_forest, forest
+from snipdedup.join.external_forest import ForestFile, by_first, edge_kind, edges_of
+from snipdedup.join.forest import Edges, Roots, components, make_edges, spanning_forest
 from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Sorter
 
@@ -55,7 +55,7 @@ def listed(edges: Edges):
 def tiny(held, block=4):
     """Only so many edges fit into memory."""
     with (
-        mock.patch.multiple(spanning, HELD_EDGES=held, BLOCK_EDGES=block),
+        mock.patch.multiple(external_forest, HELD_EDGES=held, BLOCK_EDGES=block),
         mock.patch.multiple(external_sort, PARTS=3, READ=5),
     ):
         yield

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from snipdedup.deduplication.run import dedup
 from snipdedup.features.shards import open_features
-from snipdedup.search import tiles
-from snipdedup.search.forest import ForestBuilder
-from snipdedup.search.projection import fit_projection
-from snipdedup.search.tiles import table_forest
-from snipdedup.search.verify import verify_pairs
+from snipdedup.join import tiles
+from snipdedup.join.forest import ForestBuilder
+from snipdedup.join.projection import fit_projection
+from snipdedup.join.tiles import table_forest
+from snipdedup.join.verify import verify_pairs
 
 
 @settings(max_examples=150)

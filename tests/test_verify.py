@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup.features.shards import open_features
-from snipdedup.search import verify
-from snipdedup.search.forest import join_edges, spanning_forest
-from snipdedup.search.verify import verify_pairs
+from snipdedup.join import verify
+from snipdedup.join.forest import join_edges, spanning_forest
+from snipdedup.join.verify import verify_pairs
 
 
 def proved(x, a, b, threshold, threads=1, **how):

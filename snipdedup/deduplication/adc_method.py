@@ -11,15 +11,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from snipdedup import progress, settings
-from snipdedup.deduplication.found import Found
-from snipdedup.errors import SnipError, UsageError
-from snipdedup.features.scan import scan
-from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.index.building import build
-from snipdedup.index.indexfolder import Index, Space
-from snipdedup.parallel import Stage, cores, in_order
-from snipdedup.search import mutual
-from snipdedup.search.adaptive import (
+from snipdedup.adc import two_sided
+from snipdedup.adc.threshold import (
     MUTUAL,
     SYMMETRIC,
     best_scores,
@@ -29,9 +22,14 @@ from snipdedup.search.adaptive import (
     passes,
     true_duplicates,
 )
-from snipdedup.search.classes import Classes, classes_of
-from snipdedup.search.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
-from snipdedup.search.knn import (
+from snipdedup.deduplication.found import Found
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.features.scan import scan
+from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.index.building import build
+from snipdedup.index.classes import Classes, classes_of
+from snipdedup.index.indexfolder import Index, Space
+from snipdedup.index.search import (
     QUERY_ROWS,
     Queries,
     Searcher,
@@ -39,7 +37,9 @@ from snipdedup.search.knn import (
     feature_queries,
     query_space,
 )
-from snipdedup.search.verify import verify_pairs
+from snipdedup.join.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
+from snipdedup.join.verify import verify_pairs
+from snipdedup.parallel import Stage, cores, in_order
 from snipdedup.storage import store
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
@@ -122,7 +122,7 @@ class Adc:
         self.rule = SYMMETRIC if features is None else options.rule
         self.asked = None if features is None else partial(feature_queries, index, space, features)
         self.source = self.asked() if self.asked else code_queries(index, self.classes.lists)
-        self.views: mutual.Views | None = None  # of the mutual rule
+        self.views: two_sided.Views | None = None  # of the mutual rule
         self.margin = self.crowd = 0.0
         self.calibration: dict[str, Any] = {}
         self.cut = 0
@@ -169,8 +169,8 @@ class Adc:
         Where all k neighbours pass there may be more: these rows are searched for again, and what
         comes then is judged by the row's own difference.
         """
-        views, rows = cast(mutual.Views, self.views), np.arange(*span)
-        pairs = mutual.judge(views, rows, self.margin)
+        views, rows = cast(two_sided.Views, self.views), np.arange(*span)
+        pairs = two_sided.judge(views, rows, self.margin)
         passed = np.bincount(pairs.at, minlength=len(rows))
         near = views.ids[span[0] : span[1], 1 : 1 + self.k]
         count = np.count_nonzero(near >= 0, axis=1)  # one place may be the row's own class
@@ -219,7 +219,7 @@ def adc_candidates(
     adc = Adc(index, features, space, options)
     if adc.rule == MUTUAL:
         source, threads = adc.source, adc.threads
-        adc.views = mutual.record(adc.searcher, adc.classes, source, adc.k, work, threads)
+        adc.views = two_sided.record(adc.searcher, adc.classes, source, adc.k, work, threads)
     encoded = bool(index.manifest["request"]["as_stored"]) or space.encoder is not None
     settle_margin(adc, features, options, partial(usual_margin, index.code_size, encoded, options))
     return adc
@@ -247,7 +247,7 @@ def settle_margin(
                 sample_scores(adc, sample), truth, options.precision
             )
             if adc.views is not None:
-                own = mutual.own_differences(adc.views, adc.shared, sample)
+                own = two_sided.own_differences(adc.views, adc.shared, sample)
                 adc.crowd = calibrate(own, truth, options.precision)[0]
             return
     adc.margin, adc.calibration = usual(adc.rule), {"source": "default"}
@@ -256,7 +256,7 @@ def settle_margin(
 def sample_scores(adc: Adc, sample: np.ndarray) -> np.ndarray:
     """Return the best score of each sampled row, (n,) float32."""
     if adc.views is not None:
-        return mutual.best_scores(adc.views, adc.shared, sample, adc.threads)
+        return two_sided.best_scores(adc.views, adc.shared, sample, adc.threads)
     queries = cast(Any, adc.asked)(sample)
     return best_scores(adc.searcher, adc.shared, queries, adc.rule, adc.threads)
 

@@ -15,7 +15,7 @@ from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features
 from snipdedup.groups.pairs import pairs_within
 from snipdedup.groups.star import Also
-from snipdedup.search.forest import ForestBuilder, components
+from snipdedup.join.forest import ForestBuilder, components
 
 
 def with_captions(found: Found, features: Features, seen: Scan, also: Also, threads: int) -> Found:

@@ -14,7 +14,7 @@ import numpy as np
 from snipdedup.deduplication.found import Found
 from snipdedup.groups.blocks import slices
 from snipdedup.groups.star import Members, group_starts
-from snipdedup.search.forest import Edges, link_smaller, number_ends
+from snipdedup.join.forest import Edges, link_smaller, number_ends
 
 
 class Tally(NamedTuple):

@@ -19,8 +19,8 @@ from snipdedup.features.cosine import pair_cosine, same_bits
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.blocks import slices
 from snipdedup.groups.star import Members, Nearest, torch_threads
+from snipdedup.join.verify import PRODUCT_PAIRS
 from snipdedup.parallel import in_order, scratch
-from snipdedup.search.verify import PRODUCT_PAIRS
 from snipdedup.storage.external_sort import Columns, among
 
 GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together

@@ -14,7 +14,7 @@ import numpy as np
 from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.groups.star import Best, Nearest
-from snipdedup.search.forest import Edges
+from snipdedup.join.forest import Edges
 from snipdedup.settings import Dedup
 from snipdedup.storage import store
 

@@ -20,14 +20,14 @@ from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
 from snipdedup.groups.pairs import all_pairs
 from snipdedup.groups.star import Best
+from snipdedup.join.brute_force import exact_edges
+from snipdedup.join.forest import Edges, ForestBuilder, join_edges
+from snipdedup.join.model import is_readable
+from snipdedup.join.pipeline import join, needed_memory
+from snipdedup.join.tasks import Tasks
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.progress import Clock
-from snipdedup.search.exact import exact_edges
-from snipdedup.search.forest import Edges, ForestBuilder, join_edges
-from snipdedup.search.join import join, needed_memory
-from snipdedup.search.model import is_readable
-from snipdedup.search.runners import Local, Runner
-from snipdedup.search.tasks import Tasks
+from snipdedup.runners.local import Local, Runner
 from snipdedup.settings import Dedup
 
 

@@ -27,7 +27,7 @@ from snipdedup.features.shards import (
 )
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
 from snipdedup.groups.star import Nearest
-from snipdedup.search.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
+from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
 from snipdedup.settings import Dedup
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Columns, among

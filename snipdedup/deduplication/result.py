@@ -36,8 +36,8 @@ from snipdedup.groups.star import (
     refer_star,
     star_from_pairs,
 )
+from snipdedup.join.forest import components
 from snipdedup.metadata.additions import Removed
-from snipdedup.search.forest import components
 from snipdedup.settings import Dedup
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 

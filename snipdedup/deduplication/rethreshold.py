@@ -16,8 +16,8 @@ from snipdedup.features.scan import equal_rows
 from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
 from snipdedup.groups.star import Best, Nearest
+from snipdedup.join.forest import Edges
 from snipdedup.metadata.table import Metadata
-from snipdedup.search.forest import Edges
 from snipdedup.settings import Dedup
 from snipdedup.storage import store
 

@@ -56,8 +56,8 @@ from snipdedup.metadata.table import Metadata, open_metadata
 from snipdedup.parallel import cores, library_threads, pick_device, together
 from snipdedup.planning.planning import plan_features
 from snipdedup.progress import Clock
-from snipdedup.search.crew import Crew, Written, place_of
-from snipdedup.search.runners import Runner, open_runner
+from snipdedup.runners.local import Runner, open_runner
+from snipdedup.runners.slurm import Crew, Written, place_of
 from snipdedup.settings import Dedup, keep_rules, parse_epsilons
 from snipdedup.storage import locks, store
 

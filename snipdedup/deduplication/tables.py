@@ -9,7 +9,7 @@ import numpy as np
 from snipdedup.deduplication.found import Found
 from snipdedup.errors import SnipError
 from snipdedup.groups.star import Members
-from snipdedup.search.forest import Edges
+from snipdedup.join.forest import Edges
 
 
 def forest_table(found: Found, forest: Edges) -> Any:

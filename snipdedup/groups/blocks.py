@@ -16,7 +16,7 @@ import numpy as np
 
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.star import Members, Nearest
-from snipdedup.search.forest import BLOCK_EDGES, Edges, Roots, join_edges, order_by
+from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, order_by
 from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from snipdedup.features.cosine import PROPOSAL_ERROR, directions, unit_rows
 from snipdedup.features.shards import plan_blocks
-from snipdedup.search.kernels import hit_places, pick_kernel
-from snipdedup.search.projection import WIDTHS, fit_projection
-from snipdedup.search.verify import pair_products, proved_cosines
+from snipdedup.join.kernels import hit_places, pick_kernel
+from snipdedup.join.projection import WIDTHS, fit_projection
+from snipdedup.join.verify import pair_products, proved_cosines
 
 BLOCK = 2048  # rows decided, or staying rows compared with, at a time
 FIT_ROWS = 1 << 14

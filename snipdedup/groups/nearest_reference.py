@@ -16,9 +16,9 @@ import numpy as np
 from snipdedup.features.cosine import unit_rows64
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.star import Nearest, group_starts
+from snipdedup.join.forest import BLOCK_EDGES, order_by
+from snipdedup.join.verify import GATHER_PAIRS, prove, proved_cosines
 from snipdedup.parallel import in_order
-from snipdedup.search.forest import BLOCK_EDGES, order_by
-from snipdedup.search.verify import GATHER_PAIRS, prove, proved_cosines
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 LISTED = 1 << 12  # pairs of a group up to which they are listed one by one

@@ -15,10 +15,10 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.star import Also, group_starts
+from snipdedup.join.brute_force import load_panel, tile_pairs
+from snipdedup.join.forest import Edges, components, join_edges
+from snipdedup.join.verify import prove
 from snipdedup.parallel import in_order
-from snipdedup.search.exact import load_panel, tile_pairs
-from snipdedup.search.forest import Edges, components, join_edges
-from snipdedup.search.verify import prove
 from snipdedup.storage import store
 
 LISTED_GROUP = 64  # groups up to this size are listed pair by pair

@@ -11,8 +11,8 @@ import numpy as np
 
 from snipdedup.features.cosine import pair_cosine, row_sums, unit_rows64, unsettled
 from snipdedup.groups.huge_star import Gather, star_huge
+from snipdedup.join.forest import Edges, components, make_edges, order_by
 from snipdedup.parallel import in_order
-from snipdedup.search.forest import Edges, components, make_edges, order_by
 
 Rank = Callable[[np.ndarray], np.ndarray]
 

@@ -16,14 +16,16 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.features.scan import SORT_ROWS
-from snipdedup.search.encoding import task_rows
-from snipdedup.search.fitting import (
+from snipdedup.join.encoding import task_rows
+from snipdedup.join.external_forest import HELD_EDGES
+from snipdedup.join.fitting import (
     SINGLE_LIST_ROWS,
     calibration_rows,
     list_count,
     training_rows,
 )
-from snipdedup.search.join import (
+from snipdedup.join.lists import ROUNDS
+from snipdedup.join.pipeline import (
     DISTANCE_BYTES,
     GROUPS_BYTES,
     PARTITION_BYTES,
@@ -32,10 +34,8 @@ from snipdedup.search.join import (
     TRAINING_CODES,
     VISIT_BYTES,
 )
-from snipdedup.search.lists import ROUNDS
-from snipdedup.search.spanning import HELD_EDGES
-from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE
-from snipdedup.search.verify import GATHER_PAIRS
+from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE
+from snipdedup.join.verify import GATHER_PAIRS
 from snipdedup.storage.external_sort import HELD, row_kind
 
 PAGE = 4096  # bytes read from a disk for one row at the least

@@ -17,23 +17,23 @@ import numpy as np
 from snipdedup.features.scan import Seen, find_copies, row_hashes
 from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.groups.star import Compare, group_star, keep_rank
-from snipdedup.parallel import in_order, library_threads
-from snipdedup.planning.costs import TREE, Rates
-from snipdedup.search.encoding import encode_task, task_rows
-from snipdedup.search.fitting import (
+from snipdedup.join.encoding import encode_task, task_rows
+from snipdedup.join.fitting import (
     CROWDED_DEGREE,
     calibration_rows,
     fit,
     list_count,
     training_rows,
 )
-from snipdedup.search.forest import make_edges, spanning_forest
-from snipdedup.search.learned import encode_blocks
-from snipdedup.search.lists import ROUNDS, Lists, assign, nearest, sample_pairs
-from snipdedup.search.model import Model
-from snipdedup.search.partitions import load_partition
-from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
-from snipdedup.search.verify import GATHER_PAIRS, proved_cosines, verify_pairs
+from snipdedup.join.forest import make_edges, spanning_forest
+from snipdedup.join.learned import encode_blocks
+from snipdedup.join.lists import ROUNDS, Lists, assign, nearest, sample_pairs
+from snipdedup.join.model import Model
+from snipdedup.join.partitions import load_partition
+from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
+from snipdedup.join.verify import GATHER_PAIRS, proved_cosines, verify_pairs
+from snipdedup.parallel import in_order, library_threads
+from snipdedup.planning.costs import TREE, Rates
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Sorter, pack
 

@@ -16,12 +16,12 @@ from snipdedup.errors import SnipError, VerdictError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, open_features
 from snipdedup.groups.star import Members, concatenate, no_members
+from snipdedup.join.brute_force import nearest_rows
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.metadata.table import KEY_COLUMNS
 from snipdedup.parallel import cores, in_order, memory_bound
-from snipdedup.search.exact import nearest_rows
 from snipdedup.settings import Audit
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import store

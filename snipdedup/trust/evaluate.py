@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from snipdedup import progress, settings
+from snipdedup.adc.threshold import choose, flag_curve, scores
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.scan import refuse_bad, row_hashes
 from snipdedup.features.shards import Features, open_features, request_of
 from snipdedup.parallel import cores, library_threads
-from snipdedup.search.adaptive import choose, flag_curve, scores
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import locks, store
 from snipdedup.train.measure import (

@@ -16,22 +16,22 @@ from snipdedup import progress
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import BLOCK, SORT_ROWS, Scan
 from snipdedup.features.shards import Features
-from snipdedup.parallel import Stage, pick_device
-from snipdedup.search.encoding import absorbed_edges, task_rows
-from snipdedup.search.fitting import (
+from snipdedup.join.encoding import absorbed_edges, task_rows
+from snipdedup.join.external_forest import ForestFile
+from snipdedup.join.fitting import (
     SINGLE_LIST_ROWS,
     calibration_rows,
     list_count,
     training_rows,
 )
-from snipdedup.search.forest import Edges
-from snipdedup.search.kernels import pick_kernel
-from snipdedup.search.projection import WIDTHS
-from snipdedup.search.runners import Runner
-from snipdedup.search.spanning import ForestFile
-from snipdedup.search.tasks import Tasks, fits
-from snipdedup.search.tiles import COLUMN_TILE, ROW_TILE
-from snipdedup.search.verify import GATHER_PAIRS
+from snipdedup.join.forest import Edges
+from snipdedup.join.kernels import pick_kernel
+from snipdedup.join.projection import WIDTHS
+from snipdedup.join.tasks import Tasks, fits
+from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE
+from snipdedup.join.verify import GATHER_PAIRS
+from snipdedup.parallel import Stage, pick_device
+from snipdedup.runners.local import Runner
 from snipdedup.storage.external_sort import row_kind
 
 PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes

@@ -9,10 +9,10 @@ import numpy as np
 
 from snipdedup.errors import DamagedError, InputError
 from snipdedup.features.formats import load_npz
-from snipdedup.search.learned import LEARNED, Learned
-from snipdedup.search.lists import Lists
-from snipdedup.search.masses import Hubs
-from snipdedup.search.projection import ARITHMETIC, Projection
+from snipdedup.join.hubs import Hubs
+from snipdedup.join.learned import LEARNED, Learned
+from snipdedup.join.lists import Lists
+from snipdedup.join.projection import ARITHMETIC, Projection
 from snipdedup.storage import store
 
 

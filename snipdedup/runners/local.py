@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from snipdedup.parallel import cores, in_order, pick_device
-from snipdedup.search.crew import Crew, Place
-from snipdedup.search.forked import can_fork, in_processes
-from snipdedup.search.raycluster import Ray
+from snipdedup.runners.forked import can_fork, in_processes
+from snipdedup.runners.ray import Ray
+from snipdedup.runners.slurm import Crew, Place
 from snipdedup.settings import Dedup
 
 T = TypeVar("T")

@@ -21,8 +21,8 @@ import numpy as np
 
 from snipdedup.features.cosine import Directions, directions, row_sums
 from snipdedup.features.shards import plan_blocks
+from snipdedup.join.kernels import pick_kernel
 from snipdedup.parallel import in_order, scratch
-from snipdedup.search.kernels import pick_kernel
 
 ARITHMETIC = "integers 1"  # what a code is: another name, another code of the same row
 

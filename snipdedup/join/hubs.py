@@ -21,11 +21,11 @@ import numpy as np
 from snipdedup.errors import DamagedError
 from snipdedup.features.cosine import same_bits
 from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.join.forest import Edges, components, make_edges
+from snipdedup.join.kernels import hit_places, pick_kernel
+from snipdedup.join.projection import Projection
+from snipdedup.join.verify import proved_cosines
 from snipdedup.parallel import in_order
-from snipdedup.search.forest import Edges, components, make_edges
-from snipdedup.search.kernels import hit_places, pick_kernel
-from snipdedup.search.projection import Projection
-from snipdedup.search.verify import proved_cosines
 
 MASS_ROWS = 1 << 15  # fewer rows around one are compared all with all
 SAMPLE_ROWS = 1 << 12, 1 << 16  # the least and the most among which hubs are looked for

@@ -17,8 +17,8 @@ import numpy as np
 from snipdedup import progress, settings
 from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.index.search import Searcher, Source, neighbours
 from snipdedup.parallel import in_order
-from snipdedup.search.knn import Searcher, Source, neighbours
 from snipdedup.statistics import proportion_interval
 
 TRUTH_ROWS = 4096  # rows compared with the calibration sample at a time; fixed, as it sets bits

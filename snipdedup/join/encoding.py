@@ -14,10 +14,10 @@ import numpy as np
 from snipdedup.features.cosine import Directions
 from snipdedup.features.scan import Scan, Seen, read_range
 from snipdedup.features.shards import Features, Piece, plan_blocks
-from snipdedup.search.forest import Edges, make_edges
-from snipdedup.search.lists import Lists, Visits, assign
-from snipdedup.search.masses import ABSORBED, BESIDE, Hubs, Placed
-from snipdedup.search.model import Model
+from snipdedup.join.forest import Edges, make_edges
+from snipdedup.join.hubs import ABSORBED, BESIDE, Hubs, Placed
+from snipdedup.join.lists import Lists, Visits, assign
+from snipdedup.join.model import Model
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import among
 

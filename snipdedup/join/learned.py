@@ -17,9 +17,8 @@ import numpy as np
 from snipdedup.features.cosine import Directions, unit_rows
 from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import plan_blocks
-from snipdedup.parallel import in_order
-from snipdedup.search.forest import Edges
-from snipdedup.search.lists import (
+from snipdedup.join.forest import Edges
+from snipdedup.join.lists import (
     Asked,
     counted,
     drawn_pairs,
@@ -29,7 +28,8 @@ from snipdedup.search.lists import (
     row_products,
     weighted_quantile,
 )
-from snipdedup.search.projection import PEAK, Projection, random_rotation, to_codes
+from snipdedup.join.projection import PEAK, Projection, random_rotation, to_codes
+from snipdedup.parallel import in_order
 
 if TYPE_CHECKING:
     from snipdedup.train.encoder import Encoder

@@ -14,10 +14,10 @@ import numpy as np
 from snipdedup.features.cosine import bad_rows, directions, same_bits
 from snipdedup.features.scan import BLOCK, row_hashes
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.parallel import in_order, library_threads
-from snipdedup.search.forest import Edges, make_edges
-from snipdedup.search.learned import Learned, encode_blocks, learn_codes
-from snipdedup.search.lists import (
+from snipdedup.join.forest import Edges, make_edges
+from snipdedup.join.hubs import ABSORBED, Hubs, find_hubs, no_hubs
+from snipdedup.join.learned import Learned, encode_blocks, learn_codes
+from snipdedup.join.lists import (
     Asked,
     Lists,
     calibrate_tau,
@@ -25,10 +25,10 @@ from snipdedup.search.lists import (
     sample_pairs,
     train_centroids,
 )
-from snipdedup.search.masses import ABSORBED, Hubs, find_hubs, no_hubs
-from snipdedup.search.model import Model
-from snipdedup.search.projection import WIDTHS, Projection, main_directions, project
-from snipdedup.search.verify import proved_cosines
+from snipdedup.join.model import Model
+from snipdedup.join.projection import WIDTHS, Projection, main_directions, project
+from snipdedup.join.verify import proved_cosines
+from snipdedup.parallel import in_order, library_threads
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on

@@ -17,8 +17,8 @@ from snipdedup.features.cosine import (
     unsettled,
 )
 from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.join.forest import Edges, make_edges, spanning_forest
 from snipdedup.parallel import in_order
-from snipdedup.search.forest import Edges, make_edges, spanning_forest
 
 TILE = 2048  # rows of a tile's sides
 STREAM_ROWS = 4096  # rows that a sample is compared with at once

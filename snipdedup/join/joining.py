@@ -12,12 +12,12 @@ import numpy as np
 from snipdedup.errors import InputError
 from snipdedup.features.formats import load_npz
 from snipdedup.features.shards import Features
+from snipdedup.join.forest import Edges, ForestBuilder
+from snipdedup.join.model import Model
+from snipdedup.join.partitions import Partition
+from snipdedup.join.tiles import COLUMN_TILE, Codes, TilePairs, compare
+from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import in_order
-from snipdedup.search.forest import Edges, ForestBuilder
-from snipdedup.search.model import Model
-from snipdedup.search.partitions import Partition
-from snipdedup.search.tiles import COLUMN_TILE, Codes, TilePairs, compare
-from snipdedup.search.verify import verify_pairs
 
 
 def load_joined(path: Path) -> tuple[Edges, int] | None:

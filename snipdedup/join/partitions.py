@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.search.encoding import sort_small
-from snipdedup.search.tiles import COLUMN_TILE
+from snipdedup.join.encoding import sort_small
+from snipdedup.join.tiles import COLUMN_TILE
 
 
 class Partition(NamedTuple):

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.features.shards import plan_blocks
+from snipdedup.join.forest import Edges, components, forest_places
+from snipdedup.join.kernels import all_close, hit_places, pick_kernel
 from snipdedup.parallel import in_order
-from snipdedup.search.forest import Edges, components, forest_places
-from snipdedup.search.kernels import all_close, hit_places, pick_kernel
 
 ROUNDS = 8  # of k-means
 ASSIGN_BLOCK = 2048  # codes assigned at a time: their distances stay in the cache

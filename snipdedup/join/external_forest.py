@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.search.forest import (
+from snipdedup.join.forest import (
     BLOCK_EDGES,
     Edges,
     ForestBuilder,

@@ -12,8 +12,8 @@ import numpy as np
 
 from snipdedup.features.cosine import PROPOSAL_ERROR, Directions, directions, pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.join.forest import Edges, make_edges, spanning_forest
 from snipdedup.parallel import in_order, scratch
-from snipdedup.search.forest import Edges, make_edges, spanning_forest
 
 GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
 TRIED, MOSTLY = 16, 0.5  # one pair in so many says whether float32 would rule out enough of them

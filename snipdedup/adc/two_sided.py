@@ -16,9 +16,9 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.features.shards import plan_blocks
+from snipdedup.index.classes import Classes
+from snipdedup.index.search import QUERY_ROWS, Queries, Searcher, Source
 from snipdedup.parallel import in_order
-from snipdedup.search.classes import Classes
-from snipdedup.search.knn import QUERY_ROWS, Queries, Searcher, Source
 from snipdedup.storage import store
 from snipdedup.train.quantise import Quantiser
 

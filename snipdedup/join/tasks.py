@@ -18,13 +18,13 @@ import numpy as np
 from snipdedup.errors import DamagedError, SnipError
 from snipdedup.features.scan import Scan, finish_scan
 from snipdedup.features.shards import Features
+from snipdedup.join.encoding import encode_spans, encode_task, load_seen
+from snipdedup.join.fitting import load_or_fit
+from snipdedup.join.forest import Edges
+from snipdedup.join.joining import join_task, load_joined
+from snipdedup.join.model import Model
+from snipdedup.join.partitions import load_partition, plan_partitions
 from snipdedup.parallel import pick_device
-from snipdedup.search.encoding import encode_spans, encode_task, load_seen
-from snipdedup.search.fitting import load_or_fit
-from snipdedup.search.forest import Edges
-from snipdedup.search.joining import join_task, load_joined
-from snipdedup.search.model import Model
-from snipdedup.search.partitions import load_partition, plan_partitions
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import load_column
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from snipdedup.features.cosine import PROPOSAL_ERROR, directions, plain_norms, row_sums
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.parallel import scratch
-from snipdedup.search.forest import Edges, best_edge, join_edges, link_smaller, make_edges
-from snipdedup.search.kernels import (
+from snipdedup.join.forest import Edges, best_edge, join_edges, link_smaller, make_edges
+from snipdedup.join.kernels import (
     MOST_RUNS,
     RUN,
     Kernel,
@@ -24,7 +23,8 @@ from snipdedup.search.kernels import (
     pick_kernel,
     product_hits,
 )
-from snipdedup.search.verify import proved_cosines
+from snipdedup.join.verify import proved_cosines
+from snipdedup.parallel import scratch
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
 CROWDED = 1 / 64  # share of a tile's pairs from which they are not listed

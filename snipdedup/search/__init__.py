@@ -1,1 +1,0 @@
-"""Near pairs: the join, brute force, kNN on an index."""
