@@ -23,6 +23,7 @@ from timing import machine
 
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
+from snipdedup.index.quantizer import train as train_quantiser
 from snipdedup.parallel import cores
 from snipdedup.train import training as train
 from snipdedup.train.measure import (
@@ -34,7 +35,6 @@ from snipdedup.train.measure import (
     recall,
     true_neighbours,
 )
-from snipdedup.train.quantise import train as train_quantiser
 
 K, NLIST, NPROBE, OPQ_ROUNDS = 10, 256, 8, 20
 QUICK = {"steps": 300}

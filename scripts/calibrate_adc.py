@@ -31,10 +31,10 @@ from snipdedup.adc.threshold import MUTUAL, SYMMETRIC, calibrate, scores, true_d
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features, open_features
-from snipdedup.index.building import build
+from snipdedup.index.build import build
 from snipdedup.index.classes import classes_of
 from snipdedup.index.codes import Lists
-from snipdedup.index.indexfolder import Index
+from snipdedup.index.folder import Index
 from snipdedup.index.search import Searcher, feature_queries, neighbours
 from snipdedup.parallel import cores
 from snipdedup.statistics import proportion_interval

@@ -40,8 +40,9 @@ import pyarrow.parquet as pq
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.index.indexfolder import QUANTISER, Index
+from snipdedup.index.folder import QUANTISER, Index
 from snipdedup.index.mapped import MappedLists
+from snipdedup.index.quantizer import read_quantiser
 from snipdedup.looking import diff, top
 from snipdedup.looking.lookup import read_vectors
 from snipdedup.metadata.masks import open_mask
@@ -49,7 +50,6 @@ from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Diff, Top
 from snipdedup.storage import store
 from snipdedup.train.encoder import Encoder, Network
-from snipdedup.train.quantise import read_quantiser
 
 MEMORY = 1 << 29  # bytes
 SECONDS = 20  # of processor time: a busy machine is no fault of a file

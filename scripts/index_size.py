@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.index.codes import load_shard, packed_width
-from snipdedup.index.indexfolder import QUANTISER, Index
+from snipdedup.index.folder import QUANTISER, Index
+from snipdedup.index.quantizer import BLOCK, MOST_LISTS
 from snipdedup.index.search import Searcher
-from snipdedup.train.quantise import BLOCK, MOST_LISTS
 
 START_BYTES = 8  # of a list's beginning, in memory
 SIZE_BYTES = 2  # of a list's length in a shard's file, where one may be longer than 255

@@ -65,7 +65,7 @@ COMMANDS = (
     ),
     Command(
         "index", "the chain", "build a sharded IVFPQ index", settings.Index,
-        "snipdedup.index.building:run", "snip index img_emb --encoder encoder --out index",
+        "snipdedup.index.build:run", "snip index img_emb --encoder encoder --out index",
     ),
     Command(
         "dedup", "the chain", "find duplicates, prove them, write the rows that stay",

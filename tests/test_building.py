@@ -18,11 +18,11 @@ from snipdedup import settings
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
-from snipdedup.index.building import build, run
+from snipdedup.index.build import build, run
 from snipdedup.index.codes import pack, packed_width, unpack
-from snipdedup.index.indexfolder import Index
+from snipdedup.index.folder import Index
+from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import store
-from snipdedup.train.quantise import read_quantiser
 
 CUTS = (0, 700, 701, 1500, 1500, 2600)  # one of one row, one of none, none at a block's edge
 
@@ -108,7 +108,7 @@ def test_a_second_run_finds_it_done(index, shards):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(index, shards, tmp_path, monkeypatch):
-    from snipdedup.index import building as module
+    from snipdedup.index import build as module
 
     real, calls = module.save_shard, []
 

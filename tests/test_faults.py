@@ -18,7 +18,7 @@ from snipdedup.deduplication import run
 from snipdedup.errors import InputError
 from snipdedup.features import formats
 from snipdedup.features.shards import open_features
-from snipdedup.index import building as index
+from snipdedup.index import build as index
 from snipdedup.metadata import filtering
 from snipdedup.storage import store
 from snipdedup.train import encoder

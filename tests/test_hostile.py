@@ -26,7 +26,8 @@ from snipdedup.deduplication.run import dedup
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index.codes import load_shard, map_shard
-from snipdedup.index.indexfolder import QUANTISER, Index
+from snipdedup.index.folder import QUANTISER, Index
+from snipdedup.index.quantizer import read_quantiser
 from snipdedup.looking import top
 from snipdedup.looking.lookup import read_vectors
 from snipdedup.metadata.masks import open_mask
@@ -34,7 +35,6 @@ from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Top
 from snipdedup.storage import store
 from snipdedup.train.encoder import WEIGHTS, Encoder, Network
-from snipdedup.train.quantise import read_quantiser
 
 sys.path.append(str(ROOT / "scripts"))
 fuzz_readers = importlib.import_module("fuzz_readers")

@@ -20,10 +20,10 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index import search
-from snipdedup.index.building import build
+from snipdedup.index.build import build
 from snipdedup.index.classes import classes_of
 from snipdedup.index.export import export_faiss
-from snipdedup.index.indexfolder import Index
+from snipdedup.index.folder import Index
 from snipdedup.index.search import (
     Searcher,
     copied_lists,

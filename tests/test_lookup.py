@@ -19,7 +19,7 @@ import pytest
 import truth
 
 from snipdedup import settings
-from snipdedup.index.indexfolder import Index
+from snipdedup.index.folder import Index
 from snipdedup.looking.lookup import run, search
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202etxt" + "x" * 10_000

@@ -14,10 +14,10 @@ from snipdedup import settings
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index import mapped
-from snipdedup.index.building import build
+from snipdedup.index.build import build
 from snipdedup.index.codes import load_shard, map_shard
 from snipdedup.index.export import export_faiss
-from snipdedup.index.indexfolder import Index
+from snipdedup.index.folder import Index
 from snipdedup.index.mapped import MappedLists
 
 

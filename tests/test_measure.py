@@ -8,8 +8,8 @@ import pytest
 
 from snipdedup.features.cosine import unit_rows, unit_rows64
 from snipdedup.features.shards import open_features
+from snipdedup.index.quantizer import train
 from snipdedup.train import measure
-from snipdedup.train.quantise import train
 
 
 def rows_of(rows: int, dim: int, seed: int = 0) -> np.ndarray:

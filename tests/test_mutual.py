@@ -11,7 +11,7 @@ from snipdedup.adc import two_sided
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.classes import classes_of
-from snipdedup.index.indexfolder import Index
+from snipdedup.index.folder import Index
 from snipdedup.index.search import Searcher, feature_queries
 
 ROWS, LISTS = 300, 4

@@ -8,8 +8,7 @@ import pytest
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.parallel import library_threads
-from snipdedup.train.quantise import (
+from snipdedup.index.quantizer import (
     BLOCK,
     check_m,
     default_m,
@@ -21,6 +20,7 @@ from snipdedup.train.quantise import (
     train,
     write_quantiser,
 )
+from snipdedup.parallel import library_threads
 
 
 def clustered(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -168,13 +168,13 @@ def test_files_that_are_no_index_are_refused(tmp_path, content):
 
 
 def test_many_lists_are_found_by_a_graph_that_nearly_always_agrees(monkeypatch, tmp_path):
-    from snipdedup.train import quantise
+    from snipdedup.index import quantizer
 
     x = clustered(2000, 16)
-    exact = quantise.train(x, nlist=64, m=4, nbits=4, seed=0, threads=1)
-    monkeypatch.setattr(quantise, "GRAPH_LISTS", 64)
+    exact = quantizer.train(x, nlist=64, m=4, nbits=4, seed=0, threads=1)
+    monkeypatch.setattr(quantizer, "GRAPH_LISTS", 64)
     one, two = (
-        quantise.train(x, nlist=64, m=4, nbits=4, seed=0, threads=threads) for threads in (1, 2)
+        quantizer.train(x, nlist=64, m=4, nbits=4, seed=0, threads=threads) for threads in (1, 2)
     )
     assert one.graph
     assert not exact.graph
@@ -188,7 +188,7 @@ def test_many_lists_are_found_by_a_graph_that_nearly_always_agrees(monkeypatch, 
     assert (I[:, 0] == squares.argmin(1)).mean() > 0.99
     assert one.assign(x[:5], 60)[1].min() >= 0  # more lists than a narrow search would find
     path = tmp_path / "quantizer.faiss"
-    quantise.write_quantiser(path, one)
+    quantizer.write_quantiser(path, one)
     again = read_quantiser(path)
     assert again.graph
     np.testing.assert_array_equal(again.assign(x, 8)[1], I)

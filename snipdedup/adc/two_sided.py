@@ -17,10 +17,10 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.features.shards import plan_blocks
 from snipdedup.index.classes import Classes
+from snipdedup.index.quantizer import Quantiser
 from snipdedup.index.search import QUERY_ROWS, Queries, Searcher, Source
 from snipdedup.parallel import in_order
 from snipdedup.storage import store
-from snipdedup.train.quantise import Quantiser
 
 UNSEEN = 3  # a difference counts so often where the other row does not name this one
 NEAREST = 3  # neighbours of a row that are looked at first: nearly always its best is among them

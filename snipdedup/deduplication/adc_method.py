@@ -26,9 +26,9 @@ from snipdedup.deduplication.found import Found
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.scan import scan
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.index.building import build
+from snipdedup.index.build import build
 from snipdedup.index.classes import Classes, classes_of
-from snipdedup.index.indexfolder import Index, Space
+from snipdedup.index.folder import Index, Space
 from snipdedup.index.search import (
     QUERY_ROWS,
     Queries,

@@ -17,8 +17,8 @@ from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, un
 from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.star import Best, group_starts, keep_rank, products
+from snipdedup.index.quantizer import draw_sample
 from snipdedup.parallel import Stage, in_order
-from snipdedup.train.quantise import draw_sample
 
 CLUSTER_ROWS = 8700  # the paper's mean: 440 million rows in 50,000 clusters
 POINTS_A_CENTROID = 256

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.index.indexfolder import QUANTISER, Index
+from snipdedup.index.folder import QUANTISER, Index
+from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import store
-from snipdedup.train.quantise import read_quantiser
 
 
 def export_faiss(index: Index, path: Path) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.index.codes import ShardCodes, map_shard, pack, unpack
-from snipdedup.index.indexfolder import Index
+from snipdedup.index.folder import Index
 
 MOST_MAPPED = 128  # shards that stay mapped
 DECODE_ROWS = 1 << 15  # codes turned into vectors at a time

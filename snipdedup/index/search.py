@@ -12,9 +12,9 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.codes import Lists
-from snipdedup.index.indexfolder import ENCODER, Index, Space, same_encoder
+from snipdedup.index.folder import ENCODER, Index, Space, same_encoder
+from snipdedup.index.quantizer import BLOCK, in_blocks
 from snipdedup.parallel import in_order
-from snipdedup.train.quantise import BLOCK, in_blocks
 
 QUERY_ROWS = 4 * BLOCK  # rows searched by one thread at a time
 

@@ -20,7 +20,7 @@ from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
-from snipdedup.index.indexfolder import Index, Space, held_encoder, is_descriptors
+from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
 from snipdedup.index.mapped import MappedLists
 from snipdedup.looking.clip import text_vector
 from snipdedup.storage import store

@@ -24,9 +24,9 @@ from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.index.quantizer import BLOCK, in_blocks
 from snipdedup.parallel import cores, in_order, library_threads, pick_device
 from snipdedup.storage import locks, store
-from snipdedup.train.quantise import BLOCK, in_blocks
 
 WEIGHTS = "weights.pt"
 LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up

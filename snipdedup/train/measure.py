@@ -14,8 +14,8 @@ import numpy as np
 
 from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.index.quantizer import Quantiser
 from snipdedup.parallel import in_order
-from snipdedup.train.quantise import Quantiser
 
 BLOCK_ROWS = 4096  # rows compared with all queries at a time
 COMPARED_ROWS = 256  # whose neighbours are compared at a time, k x k each

@@ -20,6 +20,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.scan import refuse_bad, row_hashes
 from snipdedup.features.shards import Features, open_features, request_of
+from snipdedup.index.quantizer import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
 from snipdedup.parallel import cores, library_threads
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import locks, store
@@ -36,7 +37,6 @@ from snipdedup.train.measure import (
     sample_rows,
     true_neighbours,
 )
-from snipdedup.train.quantise import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
 from snipdedup.trust.tabulate import eval_page, eval_summary
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from snipdedup.features.scan import describe_bad
 from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
 from snipdedup.index.codes import ShardCodes, load_shard, pack, packed_width, save_shard, shard_name
 from snipdedup.index.export import export_faiss
-from snipdedup.index.indexfolder import (
+from snipdedup.index.folder import (
     ENCODER,
     QUANTISER,
     Index,
@@ -31,11 +31,7 @@ from snipdedup.index.indexfolder import (
     is_descriptors,
     same_encoder,
 )
-from snipdedup.parallel import cores, in_order
-from snipdedup.storage import locks, store
-from snipdedup.storage.objects import is_elsewhere
-from snipdedup.storage.remote import shown
-from snipdedup.train.quantise import (
+from snipdedup.index.quantizer import (
     BLOCK,
     LEAST_SAMPLE,
     POINTS_A_LIST,
@@ -49,6 +45,10 @@ from snipdedup.train.quantise import (
     train,
     write_quantiser,
 )
+from snipdedup.parallel import cores, in_order
+from snipdedup.storage import locks, store
+from snipdedup.storage.objects import is_elsewhere
+from snipdedup.storage.remote import shown
 
 FILES = "files"  # below the work folder: what is written before all of it is whole
 READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time

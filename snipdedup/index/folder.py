@@ -13,10 +13,10 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.index.codes import Lists, ShardCodes, damaged, load_shard, pack, packed_width, unpack
+from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import store
 from snipdedup.storage.listing import is_folder
 from snipdedup.storage.objects import Elsewhere, is_elsewhere
-from snipdedup.train.quantise import read_quantiser
 
 if TYPE_CHECKING:
     from snipdedup.train.encoder import Encoder
