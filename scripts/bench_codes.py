@@ -21,12 +21,8 @@ import numpy as np
 from make_benchmarks import CODE_NAMES, code_table
 from timing import machine
 
-from snipdedup.features.cosine import unit_rows
-from snipdedup.features.shards import Features, open_features
-from snipdedup.index.quantizer import train as train_quantiser
-from snipdedup.parallel import cores
-from snipdedup.train import training as train
-from snipdedup.train.measure import (
+from snipdedup.encoder import training as train
+from snipdedup.evaluation.neighbours import (
     Codes,
     Neighbours,
     Vectors,
@@ -35,6 +31,10 @@ from snipdedup.train.measure import (
     recall,
     true_neighbours,
 )
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.shards import Features, open_features
+from snipdedup.index.quantizer import train as train_quantiser
+from snipdedup.parallel import cores
 
 K, NLIST, NPROBE, OPQ_ROUNDS = 10, 256, 8, 20
 QUICK = {"steps": 300}

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from labelled_curve import read_labels
 
+from snipdedup.encoder import training as train
+from snipdedup.evaluation.neighbours import Vectors, average_precision
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
-from snipdedup.train import training as train
-from snipdedup.train.measure import Vectors, average_precision
 
 NAMES = ("raw", "PCA", "MSE", "SNIP")
 

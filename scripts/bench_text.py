@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.encoder import training as train
+from snipdedup.evaluation.neighbours import Vectors, partner_ranks
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.statistics import proportion_interval
-from snipdedup.train import training as train
-from snipdedup.train.measure import Vectors, partner_ranks
 
 NAMES = ("raw", "PCA of images", "PCA", "MSE", "SNIP without texts", "SNIP")
 KS = (1, 10)

@@ -98,7 +98,7 @@ def describe(features: Features, given: argparse.Namespace, known: int, m: int) 
     Codes of few bytes take the encoder's head, as in ``snip index``.
     """
     if given.encoder:
-        from snipdedup.train.encoder import Encoder
+        from snipdedup.encoder.network import Encoder
 
         encoder = Encoder.load(given.encoder, device="cpu").for_codes(m)
         return np.concatenate(

@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from snipdedup.deduplication.run import dedup
+from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index.folder import QUANTISER, Index
@@ -49,7 +50,6 @@ from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Diff, Top
 from snipdedup.storage import store
-from snipdedup.train.encoder import Encoder, Network
 
 MEMORY = 1 << 29  # bytes
 SECONDS = 20  # of processor time: a busy machine is no fault of a file

@@ -57,11 +57,11 @@ class Command:
 COMMANDS = (
     Command(
         "train", "the chain", "train the SNIP encoder on features", settings.Train,
-        "snipdedup.train.training:run", "snip train img_emb --out encoder",
+        "snipdedup.encoder.training:run", "snip train img_emb --out encoder",
     ),
     Command(
         "compress", "the chain", "write descriptors, shard for shard", settings.Compress,
-        "snipdedup.train.encoder:run", "snip compress img_emb --encoder encoder --out descriptors",
+        "snipdedup.encoder.network:run", "snip compress img_emb --encoder encoder --out descriptors",
     ),
     Command(
         "index", "the chain", "build a sharded IVFPQ index", settings.Index,
@@ -103,11 +103,11 @@ COMMANDS = (
     ),
     Command(
         "eval", "trust", "measure what descriptors and codes keep, against brute force",
-        settings.Eval, "snipdedup.trust.evaluate:run", "snip eval img_emb --out eval",
+        settings.Eval, "snipdedup.evaluation.evaluate:run", "snip eval img_emb --out eval",
     ),
     Command(
         "plan", "trying", "time, memory and disk of a run, before it", settings.Plan,
-        "snipdedup.planning.planning:run",
+        "snipdedup.evaluation.plan:run",
         "snip plan --rows 2.1e9 --dim 768 --cores 16 --memory 32GB",
     ),
     Command(

@@ -277,7 +277,7 @@ def whole(folder: Path) -> dict[Path, bytes]:
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     index, shards, tmp_path, monkeypatch, given, says
 ):
-    from snipdedup.train.encoder import Encoder, Network
+    from snipdedup.encoder.network import Encoder, Network
 
     monkeypatch.chdir(tmp_path)
     Encoder(Network(12, 8, 8)).save(tmp_path / "narrow", {})
@@ -366,7 +366,7 @@ def test_append_compares_the_shards_that_are_held(shards, tmp_path):
 
 
 def test_the_export_overwrites_neither_base_nor_encoder(index, shards, tmp_path):
-    from snipdedup.train.encoder import Encoder, Network
+    from snipdedup.encoder.network import Encoder, Network
 
     Encoder(Network(16, 8, 8)).save(tmp_path / "encoder", {})
     (tmp_path / "base").mkdir()
@@ -385,7 +385,7 @@ def test_the_export_overwrites_neither_base_nor_encoder(index, shards, tmp_path)
 
 
 def test_a_home_folder_in_any_path(index, shards, tmp_path, monkeypatch):
-    from snipdedup.train.encoder import Encoder, Network
+    from snipdedup.encoder.network import Encoder, Network
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -409,7 +409,7 @@ def test_another_folder_is_not_taken(shards, tmp_path):
 
 
 def test_an_index_with_an_encoder_holds_all_that_a_search_needs(shards, rows, tmp_path):
-    from snipdedup.train.encoder import Encoder, Network
+    from snipdedup.encoder.network import Encoder, Network
 
     Encoder(Network(16, 8, 8)).save(tmp_path / "encoder", {})
     run(options(tmp_path / "x", shards, encoder=str(tmp_path / "encoder")))

@@ -25,8 +25,8 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.deduplication import run
+from snipdedup.encoder.network import Encoder, Network
 from snipdedup.storage import store
-from snipdedup.train.encoder import Encoder, Network
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]
@@ -325,7 +325,7 @@ def test_files_that_a_stopped_run_left_are_proved_before_they_are_used(
 
 @pytest.mark.parametrize("how", ["flipped", "truncated"])
 def test_a_damaged_checkpoint_of_training(inputs, undisturbed, tmp_path, monkeypatch, how):
-    from snipdedup.train import training
+    from snipdedup.encoder import training
 
     def stop(*_, **__):
         raise KeyboardInterrupt

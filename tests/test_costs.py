@@ -7,9 +7,9 @@ import math
 
 import pytest
 
+from snipdedup.evaluation import costs
+from snipdedup.evaluation.costs import Job, Rates, count, estimate
 from snipdedup.join.fitting import CALIBRATION_ROWS
-from snipdedup.planning import costs
-from snipdedup.planning.costs import Job, Rates, count, estimate
 
 GB = 10**9
 # Every second-rate is 1 of something else, so that sums can be worked by hand.

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from snipdedup import settings
+from snipdedup.encoder import network as room
+from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import InputError, SnipError
 from snipdedup.storage import store
-from snipdedup.train import encoder as room
-from snipdedup.train.encoder import Encoder, Network
 
 DIM_IN, HIDDEN, DIM = 24, 40, 8
 

@@ -9,11 +9,11 @@ import pytest
 
 from snipdedup import settings
 from snipdedup.adc.threshold import calibrate
+from snipdedup.encoder import training as train
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.evaluation import evaluate, tables
 from snipdedup.features.shards import open_features
 from snipdedup.storage import store
-from snipdedup.train import training as train
-from snipdedup.trust import evaluate, tabulate
 
 QUICK = {
     "dim": 8,
@@ -151,7 +151,7 @@ def test_code_sizes_are_whole_numbers(text):
 
 
 def test_the_picture_is_drawn_from_the_result(done, tmp_path):
-    plots = pytest.importorskip("snipdedup.trust.plots")
+    plots = pytest.importorskip("snipdedup.evaluation.plots")
     pytest.importorskip("matplotlib")
     body = json.loads((done[0] / "out" / "eval.json").read_text())
     for name in ("a.png", "b.png"):
@@ -175,7 +175,7 @@ def test_tables_leave_out_what_was_not_measured():
         {"contender": "snip", "bytes": None, "nprobe": None, "recall": {"10": 0.75}},
         {"contender": "snip", "bytes": 4, "nprobe": 8, "recall": {"10": 0.625}},
     ]
-    assert tabulate.recall_table({"neighbours": measured}, "10", 8)[2:] == [
+    assert tables.recall_table({"neighbours": measured}, "10", 8)[2:] == [
         "| OPQ on raw | 0.500 |  |",
         "| SNIP | 0.625 | 0.750 |",
     ]

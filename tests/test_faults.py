@@ -15,15 +15,16 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.deduplication import run
+from snipdedup.encoder import network
+from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import InputError
+from snipdedup.evaluation import evaluate
 from snipdedup.features import formats
 from snipdedup.features.shards import open_features
 from snipdedup.index import build as index
 from snipdedup.metadata import filtering
 from snipdedup.storage import store
-from snipdedup.train import encoder
-from snipdedup.train.encoder import Encoder, Network
-from snipdedup.trust import audit, evaluate
+from snipdedup.trust import audit
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]
@@ -85,7 +86,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
 def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, command):
     module, name = {
         "dedup": (run, "search"),
-        "compress": (encoder, "write_shards"),
+        "compress": (network, "write_shards"),
         "index": (index, "write_shards"),
     }[command]
     original = getattr(module, name)

@@ -23,6 +23,7 @@ from conftest import ROOT
 
 from snipdedup import cli
 from snipdedup.deduplication.run import dedup
+from snipdedup.encoder.network import WEIGHTS, Encoder, Network
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index.codes import load_shard, map_shard
@@ -34,7 +35,6 @@ from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Top
 from snipdedup.storage import store
-from snipdedup.train.encoder import WEIGHTS, Encoder, Network
 
 sys.path.append(str(ROOT / "scripts"))
 fuzz_readers = importlib.import_module("fuzz_readers")

@@ -361,7 +361,7 @@ def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
 
 
 def test_the_calibration_script_judges_other_shards(data, tmp_path, capsys):
-    from snipdedup.train.encoder import Encoder, Network
+    from snipdedup.encoder.network import Encoder, Network
 
     script = Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"
     x = np.concatenate(
@@ -384,7 +384,7 @@ def test_the_calibration_script_judges_other_shards(data, tmp_path, capsys):
 
 
 def test_an_encoder_that_is_not_the_index_s_own_is_refused(tmp_path):
-    from snipdedup.train.encoder import Encoder, Network
+    from snipdedup.encoder.network import Encoder, Network
 
     for name in ("own", "other"):
         Encoder(Network(16, 8, 8)).save(tmp_path / name, {})

@@ -8,6 +8,7 @@ import truth
 
 from snipdedup import settings
 from snipdedup.deduplication.run import dedup
+from snipdedup.encoder import training
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import directions
 from snipdedup.join import fitting
@@ -15,7 +16,6 @@ from snipdedup.join.forest import make_edges
 from snipdedup.join.learned import Learned, learn_codes
 from snipdedup.join.lists import Asked
 from snipdedup.join.model import Model
-from snipdedup.train import training
 
 WIDTH = 48
 

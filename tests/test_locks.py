@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup import cli
+from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import SnipError
 from snipdedup.storage import locks, store
-from snipdedup.train.encoder import Encoder, Network
 
 ROWS = np.random.default_rng(0).standard_normal((400, 16)).astype(np.float32)
 HOLD = """

@@ -156,7 +156,7 @@ def test_without_features_codes_are_compared_and_it_says_so(folder, tmp_path):
 
 
 def test_an_index_with_an_encoder_takes_features_and_descriptors(folder, rows, tmp_path):
-    from snipdedup.train.encoder import Encoder, Network
+    from snipdedup.encoder.network import Encoder, Network
 
     Encoder(Network(24, 8, 16)).save(tmp_path / "encoder", {})
     words = ["--out", tmp_path / "i", "--nlist", 4, "--encoder", tmp_path / "encoder"]

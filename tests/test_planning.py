@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import truth
 
+from snipdedup.evaluation import plan, probe
+from snipdedup.evaluation.costs import Rates
+from snipdedup.evaluation.plan import amount, load_rates, span
 from snipdedup.join import fitting
-from snipdedup.planning import planning, probe
-from snipdedup.planning.costs import Rates
-from snipdedup.planning.planning import amount, load_rates, span
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_the_share_that_goes_is_estimated_from_pairs_in_the_sample(quick):
     x[copy] = x[of]
     x[copy[:5000]] += (0.03 * rng.standard_normal((5000, 24))).astype(np.float16)
     _, share = probe.probe(
-        planning.open_features(x), rows=40_000, dim=24, duplicates=None, threshold=0.95,
+        plan.open_features(x), rows=40_000, dim=24, duplicates=None, threshold=0.95,
         recall=0.999, seed=0, threads=1,
     )  # fmt: skip
     assert share == pytest.approx(0.25, rel=0.2)

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from snipdedup import settings
+from snipdedup.encoder import losses
+from snipdedup.encoder import training as train
+from snipdedup.encoder.network import Encoder
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.storage import store
-from snipdedup.train import losses
-from snipdedup.train import training as train
-from snipdedup.train.encoder import Encoder
 
 QUICK = {"dim": 8, "hidden": 32, "steps": 40, "batch": 128, "threads": 1, "device": "cpu"}
 

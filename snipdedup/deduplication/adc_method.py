@@ -326,7 +326,7 @@ def check_given(features: Features | None, options: settings.Dedup) -> None:
         if features is not None:
             query_space(index, features, options.encoder)
     elif options.encoder is not None:
-        from snipdedup.train.encoder import Encoder, check_width
+        from snipdedup.encoder.network import Encoder, check_width
 
         encoder = Encoder.load(options.encoder, device="cpu")
         if features is not None:

@@ -45,6 +45,7 @@ from snipdedup.deduplication.result import (
 from snipdedup.deduplication.rethreshold import finished_run, load_found, load_result
 from snipdedup.deduplication.summary import summary
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
+from snipdedup.evaluation.plan import plan_features
 from snipdedup.features.shards import (
     Features,
     accept_dates,
@@ -54,7 +55,6 @@ from snipdedup.features.shards import (
 from snipdedup.groups.keep import rank_by
 from snipdedup.metadata.table import Metadata, open_metadata
 from snipdedup.parallel import cores, library_threads, pick_device, together
-from snipdedup.planning.planning import plan_features
 from snipdedup.progress import Clock
 from snipdedup.runners.local import Runner, open_runner
 from snipdedup.runners.slurm import Crew, Written, place_of

@@ -19,7 +19,7 @@ from snipdedup.storage.listing import is_folder
 from snipdedup.storage.objects import Elsewhere, is_elsewhere
 
 if TYPE_CHECKING:
-    from snipdedup.train.encoder import Encoder
+    from snipdedup.encoder.network import Encoder
 
 QUANTISER, ENCODER = "quantizer.faiss", "encoder"
 
@@ -78,7 +78,7 @@ class Space:
     @classmethod
     def encoded(cls, folder: str | Path) -> Space:
         """Return the space of an encoder, for rows as wide as it expects."""
-        from snipdedup.train.encoder import Encoder
+        from snipdedup.encoder.network import Encoder
 
         encoder = Encoder.load(folder, device="cpu")
         return cls(encoder, False, encoder.dim_in, encoder.dim)

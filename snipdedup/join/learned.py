@@ -32,7 +32,7 @@ from snipdedup.join.projection import PEAK, Projection, random_rotation, to_code
 from snipdedup.parallel import in_order
 
 if TYPE_CHECKING:
-    from snipdedup.train.encoder import Encoder
+    from snipdedup.encoder.network import Encoder
 
 LEARNED = "float32 1"  # what such a code is, as `projection.ARITHMETIC` for others
 
@@ -95,7 +95,7 @@ class Learned(Projection):
     @classmethod
     def of(cls, path: Path, seed: int, device: str) -> Learned:
         """Return the codes of a finished encoder, without what pairs must tell."""
-        from snipdedup.train.encoder import Encoder
+        from snipdedup.encoder.network import Encoder
 
         encoder = Encoder.load(path, device)
         rotation = random_rotation(encoder.dim, seed).astype(np.float32)

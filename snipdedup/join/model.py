@@ -55,7 +55,7 @@ class Model:
             parts = file["matrix"], file["residual"], float(file["scale"]), float(file["unit"])
             projection = Projection(*parts)
             if "encoder" in file:
-                from snipdedup.train.encoder import Encoder
+                from snipdedup.encoder.network import Encoder
 
                 place = Path(str(file["encoder"]))
                 lowest = float(file["lowest"])

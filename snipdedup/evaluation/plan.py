@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.evaluation.costs import Cost, Job, Rates, estimate
+from snipdedup.evaluation.probe import probe
 from snipdedup.features.shards import Features, open_features
 from snipdedup.parallel import cores
-from snipdedup.planning.costs import Cost, Job, Rates, estimate
-from snipdedup.planning.probe import probe
 from snipdedup.settings import Plan, parse_bytes
 from snipdedup.storage import store
 

@@ -17,14 +17,7 @@ import numpy as np
 from snipdedup import progress, settings
 from snipdedup.adc.threshold import choose, flag_curve, scores
 from snipdedup.errors import SnipError
-from snipdedup.features.cosine import pair_cosine, unit_rows
-from snipdedup.features.scan import refuse_bad, row_hashes
-from snipdedup.features.shards import Features, open_features, request_of
-from snipdedup.index.quantizer import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
-from snipdedup.parallel import cores, library_threads
-from snipdedup.statistics import proportion_interval
-from snipdedup.storage import locks, store
-from snipdedup.train.measure import (
+from snipdedup.evaluation.neighbours import (
     Codes,
     Neighbours,
     Vectors,
@@ -37,10 +30,17 @@ from snipdedup.train.measure import (
     sample_rows,
     true_neighbours,
 )
-from snipdedup.trust.tabulate import eval_page, eval_summary
+from snipdedup.evaluation.tables import eval_page, eval_summary
+from snipdedup.features.cosine import pair_cosine, unit_rows
+from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.shards import Features, open_features, request_of
+from snipdedup.index.quantizer import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
+from snipdedup.parallel import cores, library_threads
+from snipdedup.statistics import proportion_interval
+from snipdedup.storage import locks, store
 
 if TYPE_CHECKING:
-    from snipdedup.train.encoder import Encoder
+    from snipdedup.encoder.network import Encoder
 
 RECALL_AT = (1, 10, 100)
 RULES = ("global", "ratio", "difference")
@@ -76,7 +76,7 @@ class Contender:
 def run(options: settings.Eval) -> str:
     """Measure, write the table, the JSON and the picture; return the summary."""
     if options.picture:
-        from snipdedup.trust.plots import need_matplotlib
+        from snipdedup.evaluation.plots import need_matplotlib
 
         need_matplotlib()
     features, texts = open_inputs(options)
@@ -106,7 +106,7 @@ def write(out: Path, body: dict[str, Any], picture: bool) -> list[Path]:
     with store.replacing(files[1]) as part:
         part.write_text(eval_page(body), encoding="utf-8")
     if picture:
-        from snipdedup.trust.plots import draw
+        from snipdedup.evaluation.plots import draw
 
         files.append(out / PICTURE)
         with store.replacing(files[-1]) as part:
@@ -125,7 +125,7 @@ def open_inputs(options: settings.Eval) -> tuple[Features, Features | None]:
         )
     if options.text_features is None:
         return features, None
-    from snipdedup.train.training import open_texts
+    from snipdedup.encoder.training import open_texts
 
     return features, open_texts(options.text_features, features)
 
@@ -192,7 +192,7 @@ def make_contenders(
     features: Features, texts: Features | None, learn: np.ndarray, options: settings.Eval
 ) -> list[Contender]:
     """Return raw features, PCA, MSE, SNIP, and OPQ of raw features."""
-    from snipdedup.train.encoder import Encoder
+    from snipdedup.encoder.network import Encoder
 
     raw = features.gather(learn)
     refuse_bad(features, learn, raw)
@@ -216,7 +216,7 @@ def learnt(
     raw: np.ndarray, texts: np.ndarray | None, options: settings.Eval, loss: str, dim: int = 0
 ) -> Any:
     """Return an encoder trained with the defaults of ``snip train``."""
-    from snipdedup.train import training
+    from snipdedup.encoder import training
 
     return training.train(
         raw,
@@ -233,7 +233,7 @@ def contenders_of(
     raw: np.ndarray, texts: np.ndarray | None, snip: Encoder, mse: Encoder, seed: int
 ) -> list[Contender]:
     """Return the five contenders from rows to learn from and two encoders."""
-    from snipdedup.train.training import principal_directions
+    from snipdedup.encoder.training import principal_directions
 
     directions = principal_directions(raw, snip.dim, texts).numpy()
     few = np.random.default_rng(seed).permutation(len(raw))[:OPQ_ROWS]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError
-from snipdedup.trust.tabulate import NAMES, shown_nprobe
+from snipdedup.evaluation.tables import NAMES, shown_nprobe
 
 COLOURS = {"raw": "0.45", "opq": "#c58b00", "pca": "#3b78b5", "mse": "#7a4fa3", "snip": "#c2272d"}
 MARKS = {"raw": "s", "opq": "D", "pca": "o", "mse": "^", "snip": "o"}

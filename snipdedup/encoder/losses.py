@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from snipdedup.train.encoder import Network
+from snipdedup.encoder.network import Network
 
 SELF = -1e4  # logit of a row with itself: no weight after a softmax, and no NaN as -inf gives
 NEIGHBOURS = 10.0  # rows over which a row's softmax spreads, unless a temperature is given

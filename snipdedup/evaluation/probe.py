@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.evaluation.costs import TREE, Rates
 from snipdedup.features.scan import Seen, find_copies, row_hashes
 from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.groups.star import Compare, group_star, keep_rank
@@ -33,7 +34,6 @@ from snipdedup.join.partitions import load_partition
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
 from snipdedup.join.verify import GATHER_PAIRS, proved_cosines, verify_pairs
 from snipdedup.parallel import in_order, library_threads
-from snipdedup.planning.costs import TREE, Rates
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Sorter, pack
 

@@ -23,20 +23,20 @@ import torch
 from torch import nn
 
 from snipdedup import progress, settings
-from snipdedup.errors import SnipError, WriteError
-from snipdedup.features.cosine import unit_rows
-from snipdedup.features.scan import refuse_bad, row_hashes
-from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
-from snipdedup.parallel import cores, library_threads, pick_device
-from snipdedup.storage import locks, store
-from snipdedup.train.encoder import BROKEN_PICKLE, WEIGHTS, Encoder, Network
-from snipdedup.train.losses import (
+from snipdedup.encoder.losses import (
     MseLoss,
     SnipLoss,
     TextLoss,
     fitting_temperature,
     start_network,
 )
+from snipdedup.encoder.network import BROKEN_PICKLE, WEIGHTS, Encoder, Network
+from snipdedup.errors import SnipError, WriteError
+from snipdedup.features.cosine import unit_rows
+from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.parallel import cores, library_threads, pick_device
+from snipdedup.storage import locks, store
 
 K = 10  # neighbours whose recall is reported
 CAPTIONS = 8  # of one image that are held out: else a frequent one would be all that is judged

@@ -1,1 +1,0 @@
-"""The SNIP encoder: learnt, kept, measured."""
