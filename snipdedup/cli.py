@@ -95,7 +95,7 @@ COMMANDS = (
     ),
     Command(
         "audit", "trust", "prove a finished run against the raw features", settings.Audit,
-        "snipdedup.trust.audit:run", "snip audit clean img_emb",
+        "snipdedup.auditing.audit:run", "snip audit clean img_emb",
     ),
     Command(
         "search", "looking", "find the nearest rows to a row, a vector or a text", settings.Search,

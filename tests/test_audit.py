@@ -18,11 +18,11 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snipdedup.auditing import proof
+from snipdedup.auditing.proof import raw_cosines
+from snipdedup.auditing.verdict import SHOWN, Verdict, pick_ordinals
 from snipdedup.features.shards import open_features
 from snipdedup.statistics import proportion_interval
-from snipdedup.trust import proof
-from snipdedup.trust.proof import raw_cosines
-from snipdedup.trust.verdict import SHOWN, Verdict, pick_ordinals
 
 ROWS, CUTS, THRESHOLD = 700, (200, 200, 450), 0.9
 

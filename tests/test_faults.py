@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup import cli
+from snipdedup.auditing import audit
 from snipdedup.deduplication import run
 from snipdedup.encoder import network
 from snipdedup.encoder.network import Encoder, Network
@@ -24,7 +25,6 @@ from snipdedup.features.shards import open_features
 from snipdedup.index import build as index
 from snipdedup.metadata import filtering
 from snipdedup.storage import store
-from snipdedup.trust import audit
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]

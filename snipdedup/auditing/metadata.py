@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from snipdedup.auditing.proof import Run
+from snipdedup.auditing.verdict import Verdict
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import BATCH_ROWS, Table, open_table
 from snipdedup.metadata.table import Metadata
-from snipdedup.trust.proof import Run
-from snipdedup.trust.verdict import Verdict
 
 DUP_COUNT = "dup_count"
 

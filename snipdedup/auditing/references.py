@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.auditing.proof import Proof, Run
+from snipdedup.auditing.verdict import Verdict
 from snipdedup.deduplication.out_reader import BATCH_ROWS
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, open_features
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.storage import store
-from snipdedup.trust.proof import Proof, Run
-from snipdedup.trust.verdict import Verdict
 
 COLUMNS = ["row", "reference", "representative", "similarity"]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.auditing.verdict import Verdict
 from snipdedup.deduplication.out_reader import pick
 from snipdedup.features.cosine import bad_rows, pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.star import Members, group_starts
 from snipdedup.parallel import in_order
-from snipdedup.trust.verdict import Verdict
 
 PAIRS = 4096  # whose cosines one thread computes at a time
 ROUNDING = 1e-6  # a stored cosine may be off by this: sums in another order, rounded to float32

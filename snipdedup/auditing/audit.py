@@ -11,6 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snipdedup import progress
+from snipdedup.auditing.metadata import check_kept
+from snipdedup.auditing.proof import Captions, Proof, Run, raw_cosines
+from snipdedup.auditing.references import Held, check_references, open_held
+from snipdedup.auditing.sheet import precision_text, read_verdicts, refuse_existing, write_sheet
+from snipdedup.auditing.verdict import Verdict, pick_ordinals
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
 from snipdedup.features.cosine import bad_rows
@@ -25,11 +30,6 @@ from snipdedup.parallel import cores, in_order, memory_bound
 from snipdedup.settings import Audit
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import store
-from snipdedup.trust.agreement import check_kept
-from snipdedup.trust.proof import Captions, Proof, Run, raw_cosines
-from snipdedup.trust.refproof import Held, check_references, open_held
-from snipdedup.trust.sheet import precision_text, read_verdicts, refuse_existing, write_sheet
-from snipdedup.trust.verdict import Verdict, pick_ordinals
 
 KIND = "dedup"
 

@@ -1,1 +1,0 @@
-"""What was found, proved; what was lost, measured."""
