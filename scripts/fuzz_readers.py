@@ -44,8 +44,8 @@ from snipdedup.features.shards import open_features
 from snipdedup.index.folder import QUANTISER, Index
 from snipdedup.index.mapped import MappedLists
 from snipdedup.index.quantizer import read_quantiser
-from snipdedup.looking import diff, top
-from snipdedup.looking.lookup import read_vectors
+from snipdedup.inspection import diff, top
+from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Diff, Top

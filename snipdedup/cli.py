@@ -83,15 +83,15 @@ COMMANDS = (
     ),
     Command(
         "report", "looking", "one page to look at what goes, with pictures where there are some",
-        settings.Report, "snipdedup.looking.report:run", "snip report clean --images images",
+        settings.Report, "snipdedup.inspection.report:run", "snip report clean --images images",
     ),
     Command(
         "top", "looking", "the rows that stand for most others", settings.Top,
-        "snipdedup.looking.top:run", "snip top clean -n 20",
+        "snipdedup.inspection.top:run", "snip top clean -n 20",
     ),
     Command(
         "diff", "looking", "what changed between two runs over the same rows", settings.Diff,
-        "snipdedup.looking.diff:run", "snip diff clean stricter",
+        "snipdedup.inspection.diff:run", "snip diff clean stricter",
     ),
     Command(
         "audit", "trust", "prove a finished run against the raw features", settings.Audit,
@@ -99,7 +99,7 @@ COMMANDS = (
     ),
     Command(
         "search", "looking", "find the nearest rows to a row, a vector or a text", settings.Search,
-        "snipdedup.looking.lookup:run", "snip search 123 --index index --metadata metadata",
+        "snipdedup.inspection.search:run", "snip search 123 --index index --metadata metadata",
     ),
     Command(
         "eval", "trust", "measure what descriptors and codes keep, against brute force",

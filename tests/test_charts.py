@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from snipdedup.looking import charts
+from snipdedup.inspection import charts
 
 
 def parsed(svg):

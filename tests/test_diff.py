@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup.looking.diff import Groups, changed, other_representatives, regrouped
+from snipdedup.inspection.diff import Groups, changed, other_representatives, regrouped
 
 ROWS = 900
 

@@ -29,8 +29,8 @@ from snipdedup.features.shards import open_features
 from snipdedup.index.codes import load_shard, map_shard
 from snipdedup.index.folder import QUANTISER, Index
 from snipdedup.index.quantizer import read_quantiser
-from snipdedup.looking import top
-from snipdedup.looking.lookup import read_vectors
+from snipdedup.inspection import top
+from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.table import open_metadata
 from snipdedup.settings import Top

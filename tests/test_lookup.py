@@ -20,7 +20,7 @@ import truth
 
 from snipdedup import settings
 from snipdedup.index.folder import Index
-from snipdedup.looking.lookup import run, search
+from snipdedup.inspection.search import run, search
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202etxt" + "x" * 10_000
 ROWS = 900

@@ -22,8 +22,8 @@ from browser import wait_until
 import snipdedup
 from snipdedup import pictures
 from snipdedup.errors import SnipError
-from snipdedup.looking import report
-from snipdedup.looking.reportpage import GENERATOR, PICTURED
+from snipdedup.inspection import report
+from snipdedup.inspection.report_page import GENERATOR, PICTURED
 from snipdedup.storage import store
 
 ROWS, THRESHOLD = 400, 0.9

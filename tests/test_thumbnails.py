@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from snipdedup.errors import SnipError
-from snipdedup.looking import thumbnails
+from snipdedup.inspection import thumbnails
 
 
 def picture(shade, size=(300, 200), kind="PNG", mode="RGB"):

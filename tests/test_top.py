@@ -13,8 +13,8 @@ import truth
 
 from snipdedup.deduplication import out_reader
 from snipdedup.groups.star import Members, no_members
-from snipdedup.looking import top
-from snipdedup.looking.top import one_line, rank_groups, rank_rows
+from snipdedup.inspection import top
+from snipdedup.inspection.top import one_line, rank_groups, rank_rows
 
 ROWS, THRESHOLD = 900, 0.9
 CAPTIONS = ["a red car", "a blue car\nat sea", None, "", "\x1b[31m\u202edanger"]

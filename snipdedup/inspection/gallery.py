@@ -6,8 +6,8 @@ import base64
 import hashlib
 from typing import Any
 
-from snipdedup.looking.report import cut, safe_link
-from snipdedup.looking.reportpage import TEMPLATES, environment
+from snipdedup.inspection.report import cut, safe_link
+from snipdedup.inspection.report_page import TEMPLATES, environment
 
 KEY, CAPTION, QUERY = 120, 600, 200  # characters shown
 

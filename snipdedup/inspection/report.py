@@ -27,8 +27,8 @@ from snipdedup.deduplication.out_reader import (
 )
 from snipdedup.deduplication.outputs import KIND
 from snipdedup.errors import SnipError
-from snipdedup.looking import thumbnails
-from snipdedup.looking.reportpage import GENERATOR, PICTURED, Notes, Page, Row, render
+from snipdedup.inspection import thumbnails
+from snipdedup.inspection.report_page import GENERATOR, PICTURED, Notes, Page, Row, render
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.settings import Report, whole_numbers

@@ -22,7 +22,7 @@ from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
 from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
 from snipdedup.index.mapped import MappedLists
-from snipdedup.looking.clip import text_vector
+from snipdedup.inspection.clip import text_vector
 from snipdedup.storage import store
 
 VECTORS = (".npy", ".npz")
@@ -143,7 +143,7 @@ def run(options: settings.Search) -> str:
     said = json.dumps(found.as_dict(), indent=2) if options.json else table(found)
     if options.html is None:
         return said
-    from snipdedup.looking.gallery import page
+    from snipdedup.inspection.gallery import page
 
     path, told = Path(options.html).expanduser(), found.as_dict()
     with store.replacing(path) as part:

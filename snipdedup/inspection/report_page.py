@@ -13,7 +13,7 @@ import numpy as np
 
 from snipdedup.deduplication.out_reader import KEEPS, Band, Curve, Group, Survey
 from snipdedup.groups.star import Members
-from snipdedup.looking import charts
+from snipdedup.inspection import charts
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = '<meta name="generator" content="snip report">'

@@ -1,1 +1,0 @@
-"""A finished OUT and an index, looked at."""
