@@ -30,7 +30,7 @@ from snipdedup.deduplication.result import decide
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.url_baseline import baselines
 from snipdedup.join.forest import Edges
-from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.metadata.tables import Metadata, open_metadata
 from snipdedup.settings import Dedup
 
 DIM = 8

@@ -47,7 +47,7 @@ from snipdedup.index.quantizer import read_quantiser
 from snipdedup.inspection import diff, top
 from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.settings import Diff, Top
 from snipdedup.storage import store
 

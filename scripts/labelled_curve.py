@@ -20,7 +20,7 @@ import numpy as np
 import snipdedup
 from snipdedup.features.cosine import unit_rows64
 from snipdedup.features.shards import Features, open_features, plan_blocks
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata.tables import open_metadata
 
 THRESHOLDS = (0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
 GRID = np.arange(1, 1001) / 1000  # where the best F1 is looked for

@@ -74,7 +74,7 @@ COMMANDS = (
     ),
     Command(
         "filter", "the chain", "apply a mask to metadata and features", settings.Filter,
-        "snipdedup.metadata.filtering:run", "snip filter metadata --is_dup clean --out kept",
+        "snipdedup.metadata.filter:run", "snip filter metadata --is_dup clean --out kept",
     ),
     Command(
         "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",

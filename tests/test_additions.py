@@ -11,7 +11,7 @@ from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import additions, spill
 from snipdedup.metadata.additions import Removed, Weights, dup_counts
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.settings import Dedup
 
 

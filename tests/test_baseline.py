@@ -10,7 +10,7 @@ import pytest
 from snipdedup.deduplication.run import run
 from snipdedup.groups.star import Members
 from snipdedup.groups.url_baseline import baselines
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.settings import Dedup
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import filtering
+from snipdedup.metadata import filter
 from snipdedup.settings import Filter
 from snipdedup.storage.store import read_manifest
 
@@ -52,7 +52,7 @@ def copy_of(out, rows, **changed):
 
 def filtered(meta, out, on="url", **more):
     to = out.parent / "kept"
-    said = filtering.run(
+    said = filter.run(
         Filter(
             metadata=str(meta), is_dup=str(out), out=str(to), on=on, **{"overwrite": True, **more}
         )

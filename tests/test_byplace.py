@@ -10,7 +10,7 @@ import pytest
 import truth
 from test_outfolder import write_laion
 
-from snipdedup.metadata import byplace
+from snipdedup.metadata import filter_by_row
 
 CUTS = (200, 450)
 
@@ -25,9 +25,9 @@ def made(tmp_path_factory):
     return folder, tmp / "out", np.load(tmp / "out" / "is_dup.npy")
 
 
-@pytest.fixture(params=[7, byplace.BLOCK])
+@pytest.fixture(params=[7, filter_by_row.BLOCK])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(byplace, "BLOCK", request.param)
+    monkeypatch.setattr(filter_by_row, "BLOCK", request.param)
 
 
 def copy_of(made, folder, order):
@@ -141,11 +141,11 @@ def test_rows_that_go_for_a_reference_are_compared_too(made, tmp_path):
 
 
 def test_a_null_and_an_empty_key_are_one():
-    one, two = (byplace.marked(np.arange(3), None, pa.array(keys))
+    one, two = (filter_by_row.marked(np.arange(3), None, pa.array(keys))
                 for keys in (["a", None, "b"], ["a", "", "b"]))  # fmt: skip
-    sums = [byplace.summed(iter([part]), 0, 3)[0] for part in (one, two)]
+    sums = [filter_by_row.summed(iter([part]), 0, 3)[0] for part in (one, two)]
     assert np.array_equal(*sums)
-    backwards = byplace.Marked(one.row[::-1], one.mark[::-1], one.table, one.keys)
-    assert np.array_equal(byplace.summed(iter([backwards]), 0, 3)[0], sums[0])
-    other = byplace.Marked(one.row, one.mark[::-1], one.table, one.keys)
-    assert not np.array_equal(byplace.summed(iter([other]), 0, 3)[0], sums[0])
+    backwards = filter_by_row.Marked(one.row[::-1], one.mark[::-1], one.table, one.keys)
+    assert np.array_equal(filter_by_row.summed(iter([backwards]), 0, 3)[0], sums[0])
+    other = filter_by_row.Marked(one.row, one.mark[::-1], one.table, one.keys)
+    assert not np.array_equal(filter_by_row.summed(iter([other]), 0, 3)[0], sums[0])

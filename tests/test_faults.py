@@ -23,7 +23,7 @@ from snipdedup.evaluation import evaluate
 from snipdedup.features import formats
 from snipdedup.features.shards import open_features
 from snipdedup.index import build as index
-from snipdedup.metadata import filtering
+from snipdedup.metadata import filter
 from snipdedup.storage import store
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
@@ -224,13 +224,13 @@ CHANGES = {
     "dedup: captions": ("dedup img --text_features txt --out out", "txt/d.npy",
                         run, "write_tables"),
     "filter: metadata": ("filter meta --is_dup clean --out out", "meta/a.parquet",
-                         filtering, "write_rows"),
+                         filter, "write_rows"),
     "filter: features": ("filter meta --is_dup clean --embeddings img --out out", "img/a.npy",
-                         filtering, "write_rows"),
+                         filter, "write_rows"),
     "filter: mask": ("filter meta --is_dup clean/is_dup.npy --out out", "clean/is_dup.npy",
-                     filtering, "write_rows"),
+                     filter, "write_rows"),
     "filter: keys": ("filter meta --is_dup clean --on uid --keys keys --out out", "keys/a.parquet",
-                     filtering, "write_rows"),
+                     filter, "write_rows"),
     "eval": ("eval img --queries 50 --out out", "img/b.npy", evaluate, "evaluate"),
     "audit": ("audit clean img", "img/b.npy", audit, "audit"),
     "audit: metadata": ("audit clean img", "meta/b.parquet", audit, "audit"),

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import filtering
+from snipdedup.metadata import filter
 from snipdedup.settings import Filter
 from snipdedup.storage import store
 
@@ -65,7 +65,7 @@ def keys_in(folder):
 def test_features_and_metadata_stay_together(a_set, part):
     folders = f"{a_set.tmp}/set/img_emb,{a_set.tmp}/set/text_emb"
     start, end = part or (None, None)
-    filtering.run(settings(a_set, embeddings=folders, start=start, end=end))
+    filter.run(settings(a_set, embeddings=folders, start=start, end=end))
     begins = np.cumsum([0, *SIZES])
     inside = np.zeros(ROWS, bool)
     inside[begins[start or 0] : begins[end or 5]] = True
@@ -90,7 +90,7 @@ def test_one_file_of_metadata_beside_many_shards(a_set):
     meta = a_set.tmp / "meta.parquet"
     pq.write_table(pa.table({"key": [f"{n:09d}" for n in range(ROWS)]}), meta)
     folder = str(a_set.tmp / "set" / "img_emb")
-    filtering.run(settings(a_set, metadata=str(meta), embeddings=folder))
+    filter.run(settings(a_set, metadata=str(meta), embeddings=folder))
     out = a_set.tmp / "out"
     np.testing.assert_array_equal(read_back(out / "img_emb"), a_set.image[~a_set.is_dup])
     assert len(list((out / "img_emb").iterdir())) == 5
@@ -105,9 +105,7 @@ def test_features_found_by_key_follow_their_metadata(a_set):
     pq.write_table(pa.table({"key": [f"{n:09d}" for n in order]}), copy / "all.parquet")
     more = {"on": "key", "keys": str(a_set.tmp / "set" / "metadata"), "export": "mask,keys"}
     embeddings = str(copy / "img_emb")
-    filtering.run(
-        settings(a_set, metadata=str(copy / "all.parquet"), embeddings=embeddings, **more)
-    )
+    filter.run(settings(a_set, metadata=str(copy / "all.parquet"), embeddings=embeddings, **more))
     stay = [n for n in order if not a_set.is_dup[n]]
     out = a_set.tmp / "out"
     np.testing.assert_array_equal(read_back(out / "img_emb"), a_set.image[stay])
@@ -119,7 +117,7 @@ def test_features_found_by_key_follow_their_metadata(a_set):
 
 
 def test_lists_of_a_range_are_of_its_rows_only(a_set):
-    filtering.run(settings(a_set, start=2, end=4, export="keys, mask"))
+    filter.run(settings(a_set, start=2, end=4, export="keys, mask"))
     out = a_set.tmp / "out"
     want = [f"{n:09d}" for n in range(37, 62) if not a_set.is_dup[n]]
     assert keys_in(out) == want
@@ -131,24 +129,24 @@ def test_a_refused_list_writes_nothing(a_set):
     meta = a_set.tmp / "meta.parquet"
     pq.write_table(pa.table({"key": ["same"] * ROWS}), meta)
     with pytest.raises(SnipError, match="share their key with a row that is decided otherwise"):
-        filtering.run(settings(a_set, metadata=str(meta), export="keys"))
+        filter.run(settings(a_set, metadata=str(meta), export="keys"))
     assert not (a_set.tmp / "out").exists()
 
 
 @pytest.mark.parametrize("stop", ["write_features", "publish"])
 def test_a_stopped_run_goes_on(a_set, monkeypatch, stop):
     options = settings(a_set, embeddings=str(a_set.tmp / "set" / "img_emb"), export="mask")
-    place = store if stop == "publish" else filtering
+    place = store if stop == "publish" else filter
     monkeypatch.setattr(place, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        filtering.run(options)
+        filter.run(options)
     assert not (a_set.tmp / "out" / "snip.json").exists()
     monkeypatch.undo()
-    filtering.run(options)
+    filter.run(options)
     out = a_set.tmp / "out"
     np.testing.assert_array_equal(read_back(out / "img_emb"), a_set.image[~a_set.is_dup])
     assert not (out / "work").exists()
-    assert "finished already" in filtering.run(options)
+    assert "finished already" in filter.run(options)
 
 
 def test_features_that_do_not_match_are_refused(a_set, snip):
@@ -168,16 +166,16 @@ def test_names_that_readers_would_pair_otherwise_are_refused():
     files = SimpleNamespace(files=[SimpleNamespace(path=SimpleNamespace(stem=f"m_{n:02d}"))
                                    for n in (2, 10)])  # fmt: skip
     with pytest.raises(SnipError, match="in alphabetical order, in which embedding-reader pairs"):
-        filtering.refuse_names("img_emb", ["img_emb_2", "img_emb_10"], files)
-    filtering.refuse_names("img_emb", ["img_emb_02", "img_emb_10"], files)
+        filter.refuse_names("img_emb", ["img_emb_2", "img_emb_10"], files)
+    filter.refuse_names("img_emb", ["img_emb_02", "img_emb_10"], files)
     with pytest.raises(SnipError, match="two shards have one name"):
-        filtering.refuse_names("img_emb", ["a", "a"], files)
+        filter.refuse_names("img_emb", ["a", "a"], files)
 
 
 def test_two_inputs_of_one_folder_name_are_wrong_usage(a_set):
     folder = a_set.tmp / "set" / "img_emb"
     with pytest.raises(UsageError, match="would be written to img_emb/, which something else is"):
-        filtering.run(settings(a_set, embeddings=f"{folder},{folder}"))
+        filter.run(settings(a_set, embeddings=f"{folder},{folder}"))
     assert not (a_set.tmp / "out").exists()
 
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import handover, spill
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata import export, spill
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.settings import Dedup, Filter
 
 
@@ -36,8 +36,8 @@ def by_datacomps_rule(uids):
 
 
 def written(kind, metadata, is_dup, folder, key=None):
-    columns = handover.list_columns([kind], metadata, key)
-    (path,) = handover.write_lists(columns, metadata, np.asarray(is_dup), folder, folder / "work")
+    columns = export.list_columns([kind], metadata, key)
+    (path,) = export.write_lists(columns, metadata, np.asarray(is_dup), folder, folder / "work")
     assert not any((folder / "work").rglob("*.arrows"))
     return path
 
@@ -120,13 +120,13 @@ def test_keys_that_cannot_be_lines_are_refused(tmp_path):
 def test_columns_that_lack_are_named(tmp_path):
     metadata = write(tmp_path / "m", url=["a"])
     with pytest.raises(SnipError, match=r"no column is called uid; name one with .*columns: url"):
-        handover.list_columns(["datacomp"], metadata, None)
+        export.list_columns(["datacomp"], metadata, None)
     with pytest.raises(SnipError, match="no column is called key or uid or sample_id or hash;"):
-        handover.list_columns(["keys"], metadata, None)
-    assert handover.list_columns(["keys"], metadata, "URL") == {"keys": "url"}
+        export.list_columns(["keys"], metadata, None)
+    assert export.list_columns(["keys"], metadata, "URL") == {"keys": "url"}
     with pytest.raises(UsageError, match="give --metadata too"):
-        handover.list_columns(["keys"], None, None)
-    assert handover.list_columns(["mask"], None, None) == {}
+        export.list_columns(["keys"], None, None)
+    assert export.list_columns(["mask"], None, None) == {}
 
 
 @pytest.mark.parametrize("what", [Dedup, Filter])

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.metadata import joins, spill
-from snipdedup.metadata.joins import AMBIGUOUS, CONTRADICTED, GOES, STAYS, UNMATCHED
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata import join_by_key, spill
+from snipdedup.metadata.join_by_key import AMBIGUOUS, CONTRADICTED, GOES, STAYS, UNMATCHED
+from snipdedup.metadata.tables import open_metadata
 
 
 def write(path, **columns):
@@ -44,8 +44,8 @@ def test_a_join_equals_a_dictionary(tmp_path, monkeypatch, part_rows, removing):
     is_dup = rng.random(700) < 0.4
     known = write(tmp_path / "known.parquet", url=pa.array(theirs), n=np.arange(700))
     rows = write(tmp_path / "rows.parquet", m=np.arange(600), URL=mine)
-    joined = joins.join_decisions(
-        joins.decided_rows(known, is_dup, ["url"], None),
+    joined = join_by_key.join_decisions(
+        join_by_key.decided_rows(known, is_dup, ["url"], None),
         700, rows, ["URL"], None, removing, tmp_path / "work",
     )  # fmt: skip
     state = by_dictionary(theirs, is_dup, mine)
@@ -62,8 +62,8 @@ def test_several_columns_are_one_key_in_any_order_of_the_files(tmp_path):
     known = write(tmp_path / "a.parquet", url=["u", "u", "v"], text=["a", "b", "a"])
     rows = write(tmp_path / "b.parquet", TEXT=["b", "a", "a", "c"], url=["u", "u", "v", "u"])
     is_dup = np.array([False, True, True])
-    joined = joins.join_decisions(
-        joins.decided_rows(known, is_dup, ["url", "text"], None),
+    joined = join_by_key.join_decisions(
+        join_by_key.decided_rows(known, is_dup, ["url", "text"], None),
         3, rows, ["url", "TEXT"], None, [GOES], tmp_path / "work",
     )  # fmt: skip
     assert joined.is_dup.tolist() == [True, False, True, False]
@@ -75,8 +75,8 @@ def test_a_row_whose_witness_says_otherwise_is_contradicted(tmp_path):
         tmp_path / "a.parquet", key=["1", "2", "3", "4", "4"], url=["x", "y", None, "w", "z"]
     )
     rows = write(tmp_path / "b.parquet", key=["1", "2", "3", "4"], url=["x", "Y", "q", "z"])
-    joined = joins.join_decisions(
-        joins.decided_rows(known, np.ones(5, bool), ["key"], "url"),
+    joined = join_by_key.join_decisions(
+        join_by_key.decided_rows(known, np.ones(5, bool), ["key"], "url"),
         5, rows, ["key"], "url", [GOES], tmp_path / "work",
     )  # fmt: skip
     # row 1 has another url; of key 3 the url is not known; of key 4 it could be either row's
@@ -90,8 +90,8 @@ def test_an_out_without_its_metadata_decides_by_what_stays_and_the_keys_of_what_
     groups = {"key": ["a", "b", "c", "e"], "is_dup": [False, True, False, True]}
     pq.write_table(pa.table(groups), tmp_path / "groups.parquet")
     rows = write(tmp_path / "b.parquet", uid=["e", "d", "c", "b", "a", "z"])
-    joined = joins.join_decisions(
-        joins.published_rows(staying, "uid", tmp_path / "groups.parquet"),
+    joined = join_by_key.join_decisions(
+        join_by_key.published_rows(staying, "uid", tmp_path / "groups.parquet"),
         5, rows, ["uid"], None, [GOES], tmp_path / "work",
     )  # fmt: skip
     assert joined.is_dup.tolist() == [True, False, False, True, False, False]
@@ -101,8 +101,8 @@ def test_an_out_without_its_metadata_decides_by_what_stays_and_the_keys_of_what_
 def test_no_rows_at_all(tmp_path):
     known = write(tmp_path / "a.parquet", url=["u"])
     rows = write(tmp_path / "b.parquet", url=pa.array([], pa.string()))
-    joined = joins.join_decisions(
-        joins.decided_rows(known, np.ones(1, bool), ["url"], None),
+    joined = join_by_key.join_decisions(
+        join_by_key.decided_rows(known, np.ones(1, bool), ["url"], None),
         1, rows, ["url"], None, [GOES], tmp_path / "work",
     )  # fmt: skip
     assert joined.is_dup.tolist() == []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.groups import keep
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.settings import Dedup
 
 

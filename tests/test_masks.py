@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import filtering, masks
+from snipdedup.metadata import filter, masks
 from snipdedup.metadata.masks import Held, Mask, Place
 from snipdedup.settings import Filter
 from snipdedup.storage import store
@@ -56,7 +56,7 @@ def flat(lists):
 
 
 def filtered(meta, mask, out, **more):
-    filtering.run(Filter(metadata=str(meta), is_dup=str(mask), out=str(out), **more))
+    filter.run(Filter(metadata=str(meta), is_dup=str(mask), out=str(out), **more))
     return rows_in(out)
 
 

@@ -15,7 +15,7 @@ from snipdedup import cli
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features import ranged, shards
 from snipdedup.features.shards import open_features
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import objects, store
 from snipdedup.storage.objects import Elsewhere
 from snipdedup.storage.remote import TemporaryError

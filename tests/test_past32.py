@@ -25,7 +25,7 @@ from snipdedup.join.fitting import fit
 from snipdedup.join.forest import make_edges
 from snipdedup.join.joining import join_task
 from snipdedup.join.partitions import load_partition
-from snipdedup.metadata import filtering
+from snipdedup.metadata import filter
 from snipdedup.settings import Filter
 from snipdedup.storage import external_sort
 
@@ -179,6 +179,6 @@ def test_a_mask_of_more_than_2_32_rows_filters_the_right_ones(tmp_path):
     pq.write_table(table, tmp_path / "m" / "part_2.parquet")
     asked = {"metadata": str(tmp_path / "m"), "is_dup": str(path), "start": 2, "end": 3}
     asked |= {"cumulative_sizes": str(tmp_path / "totals.npy"), "out": str(tmp_path / "kept")}
-    filtering.run(Filter(**asked))
+    filter.run(Filter(**asked))
     kept = pq.read_table(next((tmp_path / "kept").rglob("part_2.parquet")))["n"].to_pylist()
     assert kept == [n for n in range(2000) if n not in (0, 2)]

@@ -11,7 +11,7 @@ import pytest
 import truth
 
 from snipdedup.errors import SnipError
-from snipdedup.metadata.rowtexts import CAPTIONS, URLS, open_texts, removed_before
+from snipdedup.metadata.texts import CAPTIONS, URLS, open_texts, removed_before
 from snipdedup.storage import store
 
 ROWS = 200

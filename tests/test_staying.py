@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.errors import SnipError
-from snipdedup.metadata import staying
-from snipdedup.metadata.staying import feature_rows, write_staying
+from snipdedup.metadata import kept_features
+from snipdedup.metadata.kept_features import feature_rows, write_staying
 
 RNG = np.random.default_rng(0)
 STAY = RNG.random(75) < 0.6
@@ -17,7 +17,7 @@ STAY = RNG.random(75) < 0.6
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(staying, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(kept_features, "BLOCK_ROWS", 10)
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])

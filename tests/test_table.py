@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.metadata import files as tables
-from snipdedup.metadata import table as md
+from snipdedup.metadata import tables as md
 from snipdedup.metadata.additions import Listed, Removed, dup_counts
 
 # Of 12 rows 1, 4, 5 and 11 go, for 0, 0, 6 and 10.

@@ -24,8 +24,8 @@ from snipdedup.groups.star import Members, concatenate, no_members
 from snipdedup.join.brute_force import nearest_rows
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
-from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
-from snipdedup.metadata.table import KEY_COLUMNS
+from snipdedup.metadata.tables import KEY_COLUMNS
+from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.parallel import cores, in_order, memory_bound
 from snipdedup.settings import Audit
 from snipdedup.statistics import proportion_interval

@@ -18,7 +18,7 @@ from snipdedup.auditing.verdict import Verdict
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import BATCH_ROWS, Table, open_table
-from snipdedup.metadata.table import Metadata
+from snipdedup.metadata.tables import Metadata
 
 DUP_COUNT = "dup_count"
 

@@ -11,7 +11,7 @@ from snipdedup.deduplication.references import References, open_references
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, find_shards, open_features
 from snipdedup.groups.star import Also
-from snipdedup.metadata.table import find_metadata
+from snipdedup.metadata.tables import find_metadata
 from snipdedup.settings import Dedup
 from snipdedup.storage.objects import is_elsewhere
 

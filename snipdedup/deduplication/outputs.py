@@ -26,10 +26,10 @@ from snipdedup.groups.star import Best, no_members
 from snipdedup.groups.url_baseline import baselines
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata.additions import added_columns, added_names, caption_column
+from snipdedup.metadata.export import list_columns, write_lists
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns
-from snipdedup.metadata.handover import list_columns, write_lists
-from snipdedup.metadata.table import Metadata, as_texts, kept_names, write_kept
+from snipdedup.metadata.tables import Metadata, as_texts, kept_names, write_kept
 from snipdedup.parallel import cores, memory_bound, together
 from snipdedup.settings import EXPORTS, Dedup, named_kinds, parse_epsilons
 from snipdedup.storage import store

@@ -5,9 +5,9 @@ from __future__ import annotations
 from snipdedup.deduplication.outputs import texts
 from snipdedup.groups import url_baseline
 from snipdedup.groups.keep import ColumnRank, rank_by
-from snipdedup.metadata import additions, handover
-from snipdedup.metadata.rehearsal import Use, rehearse
-from snipdedup.metadata.table import Metadata, try_writing
+from snipdedup.metadata import additions, export
+from snipdedup.metadata.precheck import Use, rehearse
+from snipdedup.metadata.tables import Metadata, try_writing
 from snipdedup.settings import EXPORTS, Dedup, named_kinds
 
 
@@ -30,7 +30,7 @@ def rehearse_end(options: Dedup, metadata: Metadata | None, key: str | None) -> 
     if metadata is None:
         return
     kinds = named_kinds("export", options.export, EXPORTS)
-    lists = handover.list_columns(kinds, metadata, options.key)
+    lists = export.list_columns(kinds, metadata, options.key)
     named = "name a column of texts or numbers with --key"
     rehearse(
         metadata,
@@ -39,7 +39,7 @@ def rehearse_end(options: Dedup, metadata: Metadata | None, key: str | None) -> 
             *([Use([key], texts, named)] if key else []),
             *url_baseline.uses(metadata),
             *additions.uses(options, metadata),
-            *handover.uses(lists, metadata),
+            *export.uses(lists, metadata),
             Use(None, try_writing, "leave it out of META", by_schema=True),
         ],
     )

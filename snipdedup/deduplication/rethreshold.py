@@ -17,7 +17,7 @@ from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
 from snipdedup.groups.star import Best, Nearest
 from snipdedup.join.forest import Edges
-from snipdedup.metadata.table import Metadata
+from snipdedup.metadata.tables import Metadata
 from snipdedup.settings import Dedup
 from snipdedup.storage import store
 

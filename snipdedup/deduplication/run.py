@@ -53,7 +53,7 @@ from snipdedup.features.shards import (
     request_of,
 )
 from snipdedup.groups.keep import rank_by
-from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.metadata.tables import Metadata, open_metadata
 from snipdedup.parallel import cores, library_threads, pick_device, together
 from snipdedup.progress import Clock
 from snipdedup.runners.local import Runner, open_runner

@@ -26,6 +26,7 @@ from snipdedup.download.transfers import side_by_side
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.files import SUFFIXES, open_table
+from snipdedup.metadata.kept_features import feature_rows, write_staying
 from snipdedup.metadata.masks import (
     FILES,
     Held,
@@ -35,8 +36,7 @@ from snipdedup.metadata.masks import (
     stamp,
     summary,
 )
-from snipdedup.metadata.staying import feature_rows, write_staying
-from snipdedup.metadata.table import Metadata, write_kept
+from snipdedup.metadata.tables import Metadata, write_kept
 from snipdedup.settings import Download
 from snipdedup.storage import locks, store
 from snipdedup.storage.remote import (

@@ -27,7 +27,7 @@ from snipdedup.metadata.masks import (
     open_mask,
     place_metadata,
 )
-from snipdedup.metadata.table import open_metadata
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import buckets, store, web
 from snipdedup.storage.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
 

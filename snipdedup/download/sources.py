@@ -18,7 +18,7 @@ from snipdedup.features import formats
 from snipdedup.features.shards import natural_sort
 from snipdedup.metadata import files as tables
 from snipdedup.metadata.masks import Held, choose_files, file_numbers
-from snipdedup.metadata.table import find_metadata
+from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.buckets import BucketFolder, LocalFolder
 from snipdedup.storage.remote import (
     Folder,

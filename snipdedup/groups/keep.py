@@ -16,8 +16,8 @@ import pyarrow as pa
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.groups.star import Rank, keep_rank
 from snipdedup.metadata.files import Table
-from snipdedup.metadata.rehearsal import Use
-from snipdedup.metadata.table import Metadata, named
+from snipdedup.metadata.precheck import Use
+from snipdedup.metadata.tables import Metadata, named
 from snipdedup.settings import keep_rules
 from snipdedup.storage.external_sort import Columns
 

@@ -13,8 +13,8 @@ from snipdedup.groups.star import Members
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.keys import classes, fingerprints
-from snipdedup.metadata.rehearsal import Use
-from snipdedup.metadata.table import Metadata
+from snipdedup.metadata.precheck import Use
+from snipdedup.metadata.tables import Metadata
 
 BASELINE_COLUMNS = ("hash", "md5", "sha256", "url")
 

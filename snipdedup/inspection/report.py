@@ -30,7 +30,7 @@ from snipdedup.errors import SnipError
 from snipdedup.inspection import thumbnails
 from snipdedup.inspection.report_page import GENERATOR, PICTURED, Notes, Page, Row, render
 from snipdedup.metadata.files import open_parquet
-from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts, open_texts
+from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.settings import Report, whole_numbers
 from snipdedup.storage import store
 

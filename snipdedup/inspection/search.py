@@ -380,7 +380,7 @@ def open_table_of(index: Index, options: settings.Search) -> Any:
         source = implied_metadata(beside) if beside is not None else None
     if source is None:
         return None
-    from snipdedup.metadata.table import open_metadata  # pyarrow takes a while too
+    from snipdedup.metadata.tables import open_metadata  # pyarrow takes a while too
 
     metadata = open_metadata(source)
     shards = index.manifest["shards"]
@@ -390,8 +390,8 @@ def open_table_of(index: Index, options: settings.Search) -> Any:
 
 def describe_rows(found: Answers, metadata: Any) -> None:
     """Fill in key, url and caption of every row shown."""
-    from snipdedup.metadata.rowtexts import CAPTIONS, URLS, RowTexts
-    from snipdedup.metadata.table import KEY_COLUMNS
+    from snipdedup.metadata.tables import KEY_COLUMNS
+    from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts
 
     texts = RowTexts(metadata)
     shown = [n for a in found.answers for n in (*a.neighbours, *([a.row] if a.row else []))]

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import Table
-from snipdedup.metadata.rehearsal import Use
+from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.spill import Spill, spilling
-from snipdedup.metadata.table import Added, Metadata, as_texts
+from snipdedup.metadata.tables import Added, Metadata, as_texts
 from snipdedup.settings import Dedup
 from snipdedup.storage.external_sort import READ, Columns, Sorter, among, pack
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.spill import spilling
-from snipdedup.metadata.table import Metadata
+from snipdedup.metadata.tables import Metadata
 from snipdedup.storage.external_sort import READ, Sorter, Spread, pack, row_kind
 
 Convert = Callable[[Table, Any], dict[str, Any]]

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import map_npy
 from snipdedup.features.shards import identities, refuse_changed
-from snipdedup.metadata.table import Metadata
+from snipdedup.metadata.tables import Metadata
 from snipdedup.storage import store
 
 T = TypeVar("T")

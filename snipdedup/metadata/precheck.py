@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from snipdedup.errors import SnipError
 from snipdedup.metadata.files import Table
-from snipdedup.metadata.table import Metadata
+from snipdedup.metadata.tables import Metadata
 from snipdedup.storage.objects import side_by_side
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
-from snipdedup.metadata.bykey import ByKey, plan_join
-from snipdedup.metadata.byplace import check_keys
-from snipdedup.metadata.handover import FOLDER, count_staying, list_columns, uses, write_lists
+from snipdedup.metadata.export import FOLDER, count_staying, list_columns, uses, write_lists
+from snipdedup.metadata.filter_by_key import ByKey, plan_join
+from snipdedup.metadata.filter_by_row import check_keys
 from snipdedup.metadata.masks import (
     FILES,
     SCAN_ROWS,
@@ -26,8 +26,8 @@ from snipdedup.metadata.masks import (
     stamp,
 )
 from snipdedup.metadata.masks import summary as counted
-from snipdedup.metadata.rehearsal import Use, rehearse
-from snipdedup.metadata.table import (
+from snipdedup.metadata.precheck import Use, rehearse
+from snipdedup.metadata.tables import (
     Metadata,
     kept_names,
     open_metadata,

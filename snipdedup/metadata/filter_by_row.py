@@ -18,7 +18,7 @@ from snipdedup.errors import SnipError
 from snipdedup.metadata.files import BATCH_ROWS, Table, open_table
 from snipdedup.metadata.keys import fingerprints, is_bytes
 from snipdedup.metadata.masks import MASK, Mask
-from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.metadata.tables import Metadata, open_metadata
 from snipdedup.storage import store
 
 BLOCK = BATCH_ROWS  # rows summed up together

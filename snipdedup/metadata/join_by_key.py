@@ -19,7 +19,7 @@ from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import Table, open_table
 from snipdedup.metadata.keys import classes, fingerprints, part_of
 from snipdedup.metadata.spill import Spill, parts_for, spilling
-from snipdedup.metadata.table import Metadata
+from snipdedup.metadata.tables import Metadata
 from snipdedup.storage import store
 
 STAYS, GOES, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)

@@ -16,7 +16,7 @@ import numpy as np
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import implied_metadata
 from snipdedup.metadata.files import Table
-from snipdedup.metadata.joins import (
+from snipdedup.metadata.join_by_key import (
     AMBIGUOUS,
     CONTRADICTED,
     GOES,
@@ -30,8 +30,8 @@ from snipdedup.metadata.joins import (
     wanted,
 )
 from snipdedup.metadata.masks import Held, Mask, place_all
-from snipdedup.metadata.rehearsal import Use
-from snipdedup.metadata.table import Metadata, named, open_metadata
+from snipdedup.metadata.precheck import Use
+from snipdedup.metadata.tables import Metadata, named, open_metadata
 from snipdedup.settings import Filter
 from snipdedup.storage import store
 from snipdedup.storage.objects import is_elsewhere

@@ -12,7 +12,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.formats import Shard, open_shard
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import open_table
-from snipdedup.metadata.table import Metadata, write_kept
+from snipdedup.metadata.tables import Metadata, write_kept
 from snipdedup.storage import store
 
 BLOCK_ROWS = 16_384  # held in memory at a time

@@ -18,9 +18,9 @@ import pyarrow as pa
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.keys import classes, fingerprints, part_of, text_bytes
-from snipdedup.metadata.rehearsal import Use
+from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.spill import parts_for, spilling
-from snipdedup.metadata.table import KEY_COLUMNS, Metadata, as_texts
+from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, as_texts
 from snipdedup.storage import store
 
 FOLDER = "export"

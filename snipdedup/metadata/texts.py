@@ -15,7 +15,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import implied_metadata
-from snipdedup.metadata.table import Metadata, open_metadata
+from snipdedup.metadata.tables import Metadata, open_metadata
 
 CAPTIONS, URLS = ("caption", "text"), ("url", "image_url")
 
