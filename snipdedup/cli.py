@@ -78,7 +78,7 @@ COMMANDS = (
     ),
     Command(
         "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",
-        settings.Download, "snipdedup.download.fetching:run",
+        settings.Download, "snipdedup.downloading.run:run",
         "snip download 'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
     ),
     Command(

@@ -14,8 +14,8 @@ import pytest
 from servers import Hub, Server, kill_once_more_came
 
 from snipdedup import cli
-from snipdedup.download import fetching as download
-from snipdedup.download import landing
+from snipdedup.downloading import run as download
+from snipdedup.downloading import transfer
 from snipdedup.errors import SnipError
 from snipdedup.settings import Download
 from snipdedup.storage import store
@@ -44,7 +44,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def server(made, monkeypatch):
-    monkeypatch.setattr(landing, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 0.0)
     with Server() as running:
         for path in made.rglob("*"):
             if path.is_file():

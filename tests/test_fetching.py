@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from servers import Server, kill_once_more_came
 
-from snipdedup.download import fetching as download
-from snipdedup.download import landing
+from snipdedup.downloading import run as download
+from snipdedup.downloading import transfer
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.settings import Download
 from snipdedup.storage import remote, store, web
@@ -41,7 +41,7 @@ def server(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(landing, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 0.0)
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_a_filtered_range_is_part_of_the_filtered_whole(server, tmp_path, is_dup
 def test_files_come_side_by_side(server, tmp_path):
     server.pause = 0.1
     seen = []
-    real = landing.receive
+    real = transfer.receive
 
     def watched(*words):
         seen.append(1)
@@ -419,7 +419,7 @@ def test_files_come_side_by_side(server, tmp_path):
             seen.append(-1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(landing, "receive", watched)
+        patch.setattr(transfer, "receive", watched)
         fetch(template(server), tmp_path / "out", end=5, jobs=3)
     assert max(np.cumsum(seen)) == 3
     assert urls(tmp_path / "out") == [f"u{row}" for row in range(148)]

@@ -13,8 +13,8 @@ import pytest
 from servers import Hub, Server, kill_once_more_came
 
 from snipdedup import cli
-from snipdedup.download import fetching as download
-from snipdedup.download import hub, landing
+from snipdedup.downloading import hub, transfer
+from snipdedup.downloading import run as download
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.settings import Download
 from snipdedup.storage import remote, store
@@ -45,7 +45,7 @@ def set_files(folder="", begin=0):
 @pytest.fixture
 def running(monkeypatch, tmp_path):
     """The hub, and beside it the server that its files are on."""
-    monkeypatch.setattr(landing, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 0.0)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with Server() as files, Hub(files) as api:
@@ -282,7 +282,7 @@ def test_a_token_stays_behind_where_a_redirect_leaves(running):
     running.store.files["a.bin"] = b"there"
     with Server() as elsewhere:
         elsewhere.faults["a.bin"] = (302, {"Location": f"{running.store.url}/a.bin"})
-        stream = landing.web.open_at(remote.Remote(f"{elsewhere.url}/a.bin", access=access))
+        stream = transfer.web.open_at(remote.Remote(f"{elsewhere.url}/a.bin", access=access))
         assert b"".join(stream.chunks) == b"there"
         assert "Authorization" not in elsewhere.asked[0][1]
     assert "Authorization" not in running.store.asked[0][1]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from servers import Server
 
-from snipdedup.download import landing
-from snipdedup.download.landing import save
+from snipdedup.downloading import transfer
+from snipdedup.downloading.transfer import save
 from snipdedup.errors import SnipError
 from snipdedup.storage import locks, remote, store
 from snipdedup.storage.remote import MissingError, Remote, TemporaryError
@@ -37,7 +37,7 @@ def server():
 def waits(monkeypatch):
     """Wait for nothing; return what would have been waited."""
     waited = []
-    monkeypatch.setattr(landing.Watch, "pause", lambda self, seconds, why: waited.append(seconds))
+    monkeypatch.setattr(transfer.Watch, "pause", lambda self, seconds, why: waited.append(seconds))
     return waited
 
 
@@ -83,7 +83,7 @@ def test_without_a_version_nothing_is_pieced_together(server, tmp_path):
 def test_a_file_that_was_replaced_meanwhile_begins_anew(server, tmp_path, deaf):
     server.faults[NAME] = ["cut", "cut"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(landing, "ATTEMPTS", 1)
+        patch.setattr(transfer, "ATTEMPTS", 1)
         with pytest.raises(TemporaryError, match="150,000 came"):
             save(file(server), tmp_path / NAME)
     assert alone(tmp_path) == [f".{NAME}.part", f".{NAME}.part.json"]
@@ -117,10 +117,10 @@ def test_who_asks_for_too_long_a_wait_is_not_waited_for(server, tmp_path):
 
 
 def test_only_faults_without_progress_count(server, tmp_path):
-    server.faults[NAME] = ["cut"] * (landing.ATTEMPTS + 4)
+    server.faults[NAME] = ["cut"] * (transfer.ATTEMPTS + 4)
     save(file(server), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY
-    server.faults[NAME] = [500] * landing.ATTEMPTS
+    server.faults[NAME] = [500] * transfer.ATTEMPTS
     with pytest.raises(TemporaryError, match="500"):
         save(file(server), tmp_path / "two")
     assert alone(tmp_path) == [NAME]
@@ -137,7 +137,7 @@ def test_a_wrong_checksum_ends_the_run(server, tmp_path):
 def test_pieces_with_a_wrong_checksum_are_fetched_once_more(server, tmp_path):
     server.faults[NAME] = ["cut"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(landing, "ATTEMPTS", 1)
+        patch.setattr(transfer, "ATTEMPTS", 1)
         with pytest.raises(TemporaryError):
             save(file(server, sha256=SHA), tmp_path / NAME)
     part = tmp_path / f".{NAME}.part"
@@ -232,25 +232,25 @@ def test_what_does_not_pass_is_not_tried_again(server, tmp_path, fault, kind, me
 def test_a_full_disk_is_seen_before_and_while_writing(server, tmp_path, monkeypatch):
     disk = type("Usage", (), {"free": 299_999})
     with monkeypatch.context() as patch:
-        patch.setattr(landing.shutil, "disk_usage", lambda path: disk)
+        patch.setattr(transfer.shutil, "disk_usage", lambda path: disk)
         with pytest.raises(
             SnipError, match=r"disk is full: .*needs 300,000 more .*299,999 are free"
         ):
             save(file(server), tmp_path / NAME)
     assert alone(tmp_path) == []
 
-    real = landing.Part.open
+    real = transfer.Part.open
 
     @contextmanager
     def full(part):
         with real(part) as file:
             yield FullDisk(file)
 
-    monkeypatch.setattr(landing.Part, "open", full)
+    monkeypatch.setattr(transfer.Part, "open", full)
     with pytest.raises(SnipError, match=r"disk is full: cannot write .*make room and run again"):
         save(file(server), tmp_path / NAME)
     assert alone(tmp_path) == [f".{NAME}.part", f".{NAME}.part.json"]
-    monkeypatch.setattr(landing.Part, "open", real)
+    monkeypatch.setattr(transfer.Part, "open", real)
     save(file(server), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snipdedup.download import fetching as download
-from snipdedup.download import landing, presets, sources
-from snipdedup.download.sources import find, find_features
+from snipdedup.downloading import presets, sources, transfer
+from snipdedup.downloading import run as download
+from snipdedup.downloading.sources import find, find_features
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.settings import Download
 from snipdedup.storage import buckets, remote, store
@@ -114,7 +114,7 @@ def test_a_stop_between_a_table_and_its_features(laion, tmp_path, filtered):
         raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(landing, "save", note)
+        patch.setattr(transfer, "save", note)
         with pytest.raises(SystemExit):
             fetch(laion / "metadata", out, jobs=1, **more)
     assert "metadata_1.parquet" not in calls  # it is here, whatever became of its features
@@ -227,7 +227,7 @@ def test_a_file_of_a_store_that_changed_is_another_input(laion, tmp_path):
 
 def test_faults_of_a_store_are_tried_again(laion, tmp_path, monkeypatch):
     base = stored(laion)
-    monkeypatch.setattr(landing, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 0.0)
     faults = [OSError("reset"), TimeoutError("slow")]
     real = buckets.open_file
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.download import artefacts, landing, presets, sources
-from snipdedup.download.hub import SCHEME, HubFolder
-from snipdedup.download.landing import Watch
-from snipdedup.download.placing import place, published_mask, settled
-from snipdedup.download.sources import Found
-from snipdedup.download.transfers import side_by_side
+from snipdedup.downloading import presets, published, sources, transfer
+from snipdedup.downloading.hub import SCHEME, HubFolder
+from snipdedup.downloading.parallel import side_by_side
+from snipdedup.downloading.placing import place, published_mask, settled
+from snipdedup.downloading.sources import Found
+from snipdedup.downloading.transfer import Watch
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.files import SUFFIXES, open_table
@@ -94,7 +94,7 @@ def run(options: Download) -> str:
     try:
         meant = meant or look(options, source, pinned(out).get("revision"))
         if isinstance(meant, Remote):
-            published = artefacts.read(meant, out / store.WORK / store.MANIFEST)
+            published = published.read(meant, out / store.WORK / store.MANIFEST)
         else:
             remember(out, revision=commit_of(meant.folder))
             plan = make_plan(options, source, meant, out)
@@ -105,7 +105,7 @@ def run(options: Download) -> str:
             store.release(out)
         raise
     if isinstance(meant, Remote):
-        return artefacts.fetch(out, meant, published, options.jobs)
+        return published.fetch(out, meant, published, options.jobs)
     return fetch_set(options, request, plan, out)
 
 
@@ -114,7 +114,7 @@ def look(options: Download, source: str, commit: str | None = None) -> Found | R
 
     def ask() -> Found | Remote:
         if is_folder(source) and wants_all(options):
-            return artefacts.manifest_at(source)
+            return published.manifest_at(source)
         opened = None if is_web(source) else sources.open_folder(source, commit)
         if opened is not None and opened.names is None and wants_all(options):
             manifest = opened.folder.files.get(store.MANIFEST)
@@ -122,7 +122,7 @@ def look(options: Download, source: str, commit: str | None = None) -> Found | R
                 return manifest
         return sources.find(source, options.start, options.end, opened)
 
-    meant = landing.patiently(ask)
+    meant = transfer.patiently(ask)
     if isinstance(meant, Found):
         check_names(meant.files, SUFFIXES)
     return meant
@@ -218,7 +218,7 @@ def published_already(options: Download, source: str, out: Path, kind: str) -> s
     with tempfile.TemporaryDirectory() as scratch:
         meant = look(options, source)
         copy = Path(scratch) / store.MANIFEST
-        if isinstance(meant, Remote) and artefacts.holds(out, artefacts.read(meant, copy), copy):
+        if isinstance(meant, Remote) and published.holds(out, published.read(meant, copy), copy):
             return f"{out} is finished already: {kind}, as {shown(source)}"
     raise SnipError(
         f"{out} holds a finished {kind}, not what {shown(source)} is now; choose another folder, "
@@ -364,7 +364,7 @@ def bring(item: Item, work: Path, watch: Watch) -> dict[str, Any]:
             watch.at(raw, raw.stat().st_size)
             told.append({"size": raw.stat().st_size, "etag": None})
         else:
-            told.append(landing.save(remote, raw, watch))
+            told.append(transfer.save(remote, raw, watch))
             store.seal(whole, [raw], {})
     return told[0]
 

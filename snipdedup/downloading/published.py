@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 from snipdedup import progress
-from snipdedup.download import landing
-from snipdedup.download.landing import Watch
-from snipdedup.download.transfers import fetch_each
+from snipdedup.downloading import transfer
+from snipdedup.downloading.parallel import fetch_each
+from snipdedup.downloading.transfer import Watch
 from snipdedup.errors import SnipError
 from snipdedup.storage import store
 from snipdedup.storage.remote import MissingError, Remote, is_web
@@ -30,7 +30,7 @@ def manifest_at(folder: str) -> Remote:
 def read(manifest: Remote, target: Path) -> dict[str, Any]:
     """Fetch a manifest to ``target``, check that it is one, return it."""
     try:
-        landing.save(manifest, target)
+        transfer.save(manifest, target)
     except MissingError:
         raise MissingError(
             f"{manifest.shown}: there is none; expected a template with {{part:04d}}, a metadata "

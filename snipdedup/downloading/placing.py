@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.download import landing, sources
-from snipdedup.download.landing import Watch
-from snipdedup.download.sources import Found
-from snipdedup.download.transfers import side_by_side
+from snipdedup.downloading import sources, transfer
+from snipdedup.downloading.parallel import side_by_side
+from snipdedup.downloading.sources import Found
+from snipdedup.downloading.transfer import Watch
 from snipdedup.errors import SnipError
 from snipdedup.metadata.files import open_table
 from snipdedup.metadata.masks import (
@@ -51,7 +51,7 @@ def published_mask(spec: str, totals: str | None, work: Path) -> Mask:
 
 def look_up(location: str, name: str) -> tuple[Remote, Remote | None]:
     """Return a file, or ``name`` in a folder, and the manifest beside it; see `sources.file_in`."""
-    return landing.patiently(lambda: sources.file_in(location, name))
+    return transfer.patiently(lambda: sources.file_in(location, name))
 
 
 def local_copy(remote: Remote, folder: Path) -> Path:
@@ -59,14 +59,14 @@ def local_copy(remote: Remote, folder: Path) -> Path:
     target = folder / remote.name
     if not target.is_file():
         with progress.bar(remote.size or 0, remote.name, "B") as bar:
-            landing.save(remote, target, Watch(bar))
+            transfer.save(remote, target, Watch(bar))
     return target
 
 
 def try_manifest(remote: Remote, target: Path) -> None:
     """Fetch the manifest beside a mask, where there is one."""
     try:
-        landing.save(remote, target)
+        transfer.save(remote, target)
         store.load_json(target)
     except MissingError:
         return
@@ -141,7 +141,7 @@ def counts(files: Sequence[Remote], work: Path, jobs: int) -> list[int]:
 
     def count(file: Remote) -> int:
         try:
-            return landing.patiently(lambda: rows_in(file, work), watch)
+            return transfer.patiently(lambda: rows_in(file, work), watch)
         except TemporaryError:
             raise
         except SnipError as error:
@@ -163,7 +163,7 @@ def rows_in(file: Remote, work: Path) -> int:
         rows = web.parquet_rows(file) if is_web(file.url) else buckets.parquet_rows(file)
     if rows is None:
         copy = work / "counted" / file.name
-        landing.save(file, copy)
+        transfer.save(file, copy)
         rows = open_table(copy).rows
         copy.unlink()
     return rows

@@ -12,7 +12,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
 
-from snipdedup.download.hub import SCHEME, HubFolder, Repository, parse
+from snipdedup.downloading.hub import SCHEME, HubFolder, Repository, parse
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features import formats
 from snipdedup.features.shards import natural_sort

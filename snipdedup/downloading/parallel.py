@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from snipdedup.download import landing
-from snipdedup.download.landing import Watch
+from snipdedup.downloading import transfer
+from snipdedup.downloading.transfer import Watch
 from snipdedup.storage.remote import Remote
 
 T = TypeVar("T")
@@ -45,6 +45,6 @@ def fetch_each(
     """Bring files to their places; yield what `landing.save` says of each, in order."""
 
     def fetch(task: tuple[Remote, Path]) -> dict[str, Any]:
-        return landing.save(*task, watch)
+        return transfer.save(*task, watch)
 
     return side_by_side(fetch, tasks, jobs, watch)

@@ -1,1 +1,0 @@
-"""Sets, parts of sets and finished folders, fetched."""
