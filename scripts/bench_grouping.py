@@ -23,6 +23,7 @@ import timing
 
 sys.path.insert(0, str(timing.ROOT))
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication.counts import levels
 from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.outputs import write_tables
@@ -31,7 +32,6 @@ from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.url_baseline import baselines
 from snipdedup.join.forest import Edges
 from snipdedup.metadata.tables import Metadata, open_metadata
-from snipdedup.settings import Dedup
 
 DIM = 8
 SHARD = 1_000_000  # rows of a file of metadata

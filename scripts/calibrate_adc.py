@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.adc import two_sided
 from snipdedup.adc.threshold import MUTUAL, SYMMETRIC, calibrate, scores, true_duplicates
 from snipdedup.features.cosine import unit_rows
@@ -123,11 +123,11 @@ def build_index(
     options = {"m": m, "nlist": given.nlist, "seed": given.seed}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "known"
-        settled = settings.Index(features=None, out=str(base), **options)
+        settled = config.Index(features=None, out=str(base), **options)
         index, _ = build(in_memory(vectors[:known]), base, settled, as_stored=True)
         if known < len(vectors):
             out = Path(folder) / "all"
-            settled = settings.Index(features=None, out=str(out), base=str(base))
+            settled = config.Index(features=None, out=str(out), base=str(base))
             index, _ = build(in_memory(vectors), out, settled, as_stored=True)
         return index, index.lists()
 

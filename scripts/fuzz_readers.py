@@ -37,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from snipdedup.config import Diff, Top
 from snipdedup.deduplication.run import dedup
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import SnipError
@@ -48,7 +49,6 @@ from snipdedup.inspection import diff, top
 from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.settings import Diff, Top
 from snipdedup.storage import store
 
 MEMORY = 1 << 29  # bytes

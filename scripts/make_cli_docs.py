@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from snipdedup.cli import COMMANDS, Command, bare_type, is_required
-from snipdedup.settings import usual_value
+from snipdedup.config import usual_value
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 KINDS = {bool: "switch", int: "integer", float: "number", str: "text"}

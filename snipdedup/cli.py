@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-from snipdedup import __version__, settings
+from snipdedup import __version__, config
 from snipdedup.errors import SnipError, UsageError, VerdictError
 
 WIDTH = 96
@@ -39,7 +39,7 @@ class Command:
     name: str
     group: str
     does: str
-    options: type[settings.Settings]
+    options: type[config.Settings]
     target: str
     example: str
 
@@ -48,7 +48,7 @@ class Command:
         fields = dataclasses.fields(self.options)
         return [f for f in fields if bool(f.metadata.get("positional")) == positional]
 
-    def run(self, options: settings.Settings) -> str | None:
+    def run(self, options: config.Settings) -> str | None:
         """Import the room that does the work, do it, return what to print."""
         module, _, name = self.target.partition(":")
         return getattr(importlib.import_module(module), name)(options)
@@ -56,62 +56,62 @@ class Command:
 
 COMMANDS = (
     Command(
-        "train", "the chain", "train the SNIP encoder on features", settings.Train,
+        "train", "the chain", "train the SNIP encoder on features", config.Train,
         "snipdedup.encoder.training:run", "snip train img_emb --out encoder",
     ),
     Command(
-        "compress", "the chain", "write descriptors, shard for shard", settings.Compress,
+        "compress", "the chain", "write descriptors, shard for shard", config.Compress,
         "snipdedup.encoder.network:run", "snip compress img_emb --encoder encoder --out descriptors",
     ),
     Command(
-        "index", "the chain", "build a sharded IVFPQ index", settings.Index,
+        "index", "the chain", "build a sharded IVFPQ index", config.Index,
         "snipdedup.index.build:run", "snip index img_emb --encoder encoder --out index",
     ),
     Command(
         "dedup", "the chain", "find duplicates, prove them, write the rows that stay",
-        settings.Dedup, "snipdedup.deduplication.run:run",
+        config.Dedup, "snipdedup.deduplication.run:run",
         "snip dedup img_emb --metadata metadata --out clean",
     ),
     Command(
-        "filter", "the chain", "apply a mask to metadata and features", settings.Filter,
+        "filter", "the chain", "apply a mask to metadata and features", config.Filter,
         "snipdedup.metadata.filter:run", "snip filter metadata --is_dup clean --out kept",
     ),
     Command(
         "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",
-        settings.Download, "snipdedup.downloading.run:run",
+        config.Download, "snipdedup.downloading.run:run",
         "snip download 'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
     ),
     Command(
         "report", "looking", "one page to look at what goes, with pictures where there are some",
-        settings.Report, "snipdedup.inspection.report:run", "snip report clean --images images",
+        config.Report, "snipdedup.inspection.report:run", "snip report clean --images images",
     ),
     Command(
-        "top", "looking", "the rows that stand for most others", settings.Top,
+        "top", "looking", "the rows that stand for most others", config.Top,
         "snipdedup.inspection.top:run", "snip top clean -n 20",
     ),
     Command(
-        "diff", "looking", "what changed between two runs over the same rows", settings.Diff,
+        "diff", "looking", "what changed between two runs over the same rows", config.Diff,
         "snipdedup.inspection.diff:run", "snip diff clean stricter",
     ),
     Command(
-        "audit", "trust", "prove a finished run against the raw features", settings.Audit,
+        "audit", "trust", "prove a finished run against the raw features", config.Audit,
         "snipdedup.auditing.audit:run", "snip audit clean img_emb",
     ),
     Command(
-        "search", "looking", "find the nearest rows to a row, a vector or a text", settings.Search,
+        "search", "looking", "find the nearest rows to a row, a vector or a text", config.Search,
         "snipdedup.inspection.search:run", "snip search 123 --index index --metadata metadata",
     ),
     Command(
         "eval", "trust", "measure what descriptors and codes keep, against brute force",
-        settings.Eval, "snipdedup.evaluation.evaluate:run", "snip eval img_emb --out eval",
+        config.Eval, "snipdedup.evaluation.evaluate:run", "snip eval img_emb --out eval",
     ),
     Command(
-        "plan", "trying", "time, memory and disk of a run, before it", settings.Plan,
+        "plan", "trying", "time, memory and disk of a run, before it", config.Plan,
         "snipdedup.evaluation.plan:run",
         "snip plan --rows 2.1e9 --dim 768 --cores 16 --memory 32GB",
     ),
     Command(
-        "demo", "trying", "the whole chain on pictures that it makes itself", settings.Demo,
+        "demo", "trying", "the whole chain on pictures that it makes itself", config.Demo,
         "snipdedup.demo:run", "snip demo",
     ),
 )  # fmt: skip
@@ -223,7 +223,7 @@ def find_command(words: list[str]) -> Command:
     return BY_NAME[name]
 
 
-def parse(command: Command, words: list[str]) -> settings.Settings:
+def parse(command: Command, words: list[str]) -> config.Settings:
     """Turn the words after a command's name into its settings, by way of fire.
 
     Raises
@@ -455,7 +455,7 @@ def flag_help(field: dataclasses.Field) -> str:
         text += f": {' | '.join(choices)}"
     if is_required(field):
         return f"{text} [needed]"
-    usual = settings.usual_value(field)
+    usual = config.usual_value(field)
     return f"{text} [{usual}]" if usual else text
 
 

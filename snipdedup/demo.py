@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import cli, pictures, progress
+from snipdedup import cli, demo_pictures, progress
+from snipdedup.config import Demo
 from snipdedup.errors import SnipError
-from snipdedup.settings import Demo
 from snipdedup.storage import locks, store
 
 KIND = "demo"
@@ -152,23 +152,25 @@ def plant(count: int, seed: int) -> Planted:
     """
     rng = np.random.default_rng(seed)
     drawn = [
-        pictures.stored(pictures.draw(rng))
+        demo_pictures.stored(demo_pictures.draw(rng))
         for _ in progress.track(range(count), "drawing", "pictures", count)
     ]
     rows = [(number, "", drawn[number]) for number in range(count)]
-    for name, edit in pictures.EDITS.items():
+    for name, edit in demo_pictures.EDITS.items():
         for number in rng.choice(count, max(count // COPIES, 1), replace=False):
-            rows.append((int(number), name, pictures.stored(edit(drawn[number], rng))))
+            rows.append((int(number), name, demo_pictures.stored(edit(drawn[number], rng))))
     sheet = np.concatenate(
         [
-            np.concatenate([p, *(pictures.stored(e(p, rng)) for e in pictures.EDITS.values())], 1)
+            np.concatenate(
+                [p, *(demo_pictures.stored(e(p, rng)) for e in demo_pictures.EDITS.values())], 1
+            )
             for p in drawn[:SHEET]
         ]
     )
     rows = [rows[i] for i in rng.permutation(len(rows))]
-    described = np.stack([pictures.describe(picture) for _, _, picture in rows])
+    described = np.stack([demo_pictures.describe(picture) for _, _, picture in rows])
     return Planted(
-        features=pictures.features_of(described),
+        features=demo_pictures.features_of(described),
         picture=np.array([number for number, _, _ in rows], np.int64),
         edit=np.array([name for _, name, _ in rows]),
         pixels=np.stack([np.round(picture * 255).astype(np.uint8) for _, _, picture in rows]),
@@ -210,14 +212,14 @@ def write(planted: Planted, out: Path) -> None:
             out / "images" / f"{part:05d}.tar", keys, planted.pixels[start : start + SHARD_ROWS]
         )
     with store.replacing(out / "pictures.png") as temporary:
-        temporary.write_bytes(pictures.png(planted.sheet))
+        temporary.write_bytes(demo_pictures.png(planted.sheet))
 
 
 def save_tar(path: Path, keys: list[str], pixels: np.ndarray) -> None:
     """Write pictures as a tar shard, named by their keys as img2dataset names them."""
     with store.replacing(path) as part, tarfile.open(part, "w") as tar:
         for key, picture in zip(keys, pixels, strict=True):
-            data = pictures.png(picture.astype(np.float32) / 255)
+            data = demo_pictures.png(picture.astype(np.float32) / 255)
             entry = tarfile.TarInfo(f"{key}.png")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
@@ -247,7 +249,7 @@ def describe(planted: Planted, out: Path) -> str:
     """Return what was found against what was planted, read from the files that were written."""
     join, adc = Judged(planted, out / "clean"), Judged(planted, out / "adc")
     lines = ["", "planted, and found by             join      adc (the index)"]
-    for name in pictures.EDITS:
+    for name in demo_pictures.EDITS:
         copies = np.flatnonzero(planted.edit == name)
         shares = [f"{100 * judged.found(copies):7.1f} %" for judged in (join, adc)]
         lines.append(f"  {len(copies):>6,} copies, {name:<12} {'   '.join(shares)}")

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from snipdedup.config import parse_bytes
 from snipdedup.errors import SnipError
-from snipdedup.settings import parse_bytes
 
 T = TypeVar("T")
 R = TypeVar("R")

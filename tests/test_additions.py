@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import additions, spill
 from snipdedup.metadata.additions import Removed, Weights, dup_counts
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.settings import Dedup
 
 
 def random_set(folder, rows=500, seed=0):

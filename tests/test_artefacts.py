@@ -14,10 +14,10 @@ import pytest
 from servers import Hub, Server, kill_once_more_came
 
 from snipdedup import cli
+from snipdedup.config import Download
 from snipdedup.downloading import run as download
 from snipdedup.downloading import transfer
 from snipdedup.errors import SnipError
-from snipdedup.settings import Download
 from snipdedup.storage import store
 
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication.run import run
 from snipdedup.groups.star import Members
 from snipdedup.groups.url_baseline import baselines
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.settings import Dedup
 
 
 def members(row, group, is_dup):

@@ -12,13 +12,13 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication import result as room
 from snipdedup.deduplication.run import run
 from snipdedup.groups.blocks import Block, blocks_of_groups, cut_groups, slices
 from snipdedup.groups.star import Members, Nearest
 from snipdedup.join import external_forest
 from snipdedup.join.forest import join_edges, make_edges, spanning_forest
-from snipdedup.settings import Dedup
 from snipdedup.storage import external_sort
 
 CUTS = [400, 1500]

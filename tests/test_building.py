@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_quantise import clustered
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
@@ -42,9 +42,9 @@ def shards(rows, tmp_path_factory) -> Path:
     return folder
 
 
-def options(out: Path, features: object = None, **given: object) -> settings.Index:
+def options(out: Path, features: object = None, **given: object) -> config.Index:
     given = {"nlist": 16, "m": 4, "nbits": 4, "threads": 1, **given}
-    return settings.Index(features=features, out=str(out), **given)
+    return config.Index(features=features, out=str(out), **given)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_append_equals_one_go(shards, tmp_path):
     before = bits(tmp_path / "grown")
     with pytest.raises(SnipError, match=r"first 2 of 5 shards; .*--append"):
         run(options(tmp_path / "grown", shards))
-    said = run(settings.Index(features=str(shards), out=str(tmp_path / "grown"), append=True))
+    said = run(config.Index(features=str(shards), out=str(tmp_path / "grown"), append=True))
     assert said.startswith("added to")
     after = bits(tmp_path / "grown")
     assert before.items() <= after.items()
@@ -247,7 +247,7 @@ def test_damaged_files_are_refused(shards, tmp_path, where):
 
 def test_size_and_defaults_of_a_tiny_set(tmp_path, data):
     nine = data / "small" / "clip_retrieval_out"
-    said = run(settings.Index(features=str(nine), out=str(tmp_path / "x")))
+    said = run(config.Index(features=str(nine), out=str(tmp_path / "x")))
     assert "9 rows of 1 shards in 1 lists, codes of 16 x 8 bits" in said
     index = Index.open(tmp_path / "x")
     lists = index.lists()
@@ -312,7 +312,7 @@ def test_bad_rows_leave_an_older_index_alone(shards, tmp_path):
                   options(tmp_path / "y"))[0].folder  # fmt: skip
     before = whole(first)
     with pytest.raises(InputError, match=r"img_emb_4\.npy row 0 \(zeros only\)"):
-        run(settings.Index(features=str(folder), out=str(first), append=True))
+        run(config.Index(features=str(folder), out=str(first), append=True))
     assert whole(first) == before
 
 
@@ -356,12 +356,12 @@ def test_append_compares_the_shards_that_are_held(shards, tmp_path):
     build(open_features(first), out, options(out))
     os.utime(first[0], ns=(0, 1))
     shutil.copytree(out, tmp_path / "y")
-    run(settings.Index(features=str(folder), out=str(out), append=True))
+    run(config.Index(features=str(folder), out=str(out), append=True))
     assert Index.open(out).rows == 2600
     assert all("crc32" in shard for shard in Index.open(out).manifest["shards"])
     np.save(first[0], 2 * np.load(first[0]))
     with pytest.raises(SnipError, match=r"other features.*features_changed"):
-        run(settings.Index(features=str(folder), out=str(tmp_path / "y"), append=True))
+        run(config.Index(features=str(folder), out=str(tmp_path / "y"), append=True))
     assert Index.open(tmp_path / "y").rows == 701
 
 

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from snipdedup.config import Filter
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filter
-from snipdedup.settings import Filter
 from snipdedup.storage.store import read_manifest
 
 ROWS = 40  # rows 20 .. 39 are copies of rows 0 .. 19

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from snipdedup import __version__, cli, settings
+from snipdedup import __version__, cli, config
 from snipdedup.cli import COMMANDS
 from snipdedup.errors import SnipError, UsageError
 
@@ -26,7 +26,7 @@ HEAVY = ("torch", "faiss", "numpy", "pyarrow", "fire")
 @pytest.fixture
 def calls(monkeypatch):
     """Note the settings with which a command would run, and run nothing."""
-    noted: list[settings.Settings] = []
+    noted: list[config.Settings] = []
     monkeypatch.setattr(cli.Command, "run", lambda self, options: noted.append(options))
     return noted
 

@@ -15,10 +15,10 @@ import pytest
 from conftest import ROOT
 from processes import many_lists, results, until
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication import run
 from snipdedup.errors import UsageError
 from snipdedup.runners.slurm import Crew, Place, Written, own_first, place_of
-from snipdedup.settings import Dedup
 from snipdedup.storage import store
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}

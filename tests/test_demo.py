@@ -15,9 +15,9 @@ import pytest
 from browser import wait_until
 
 import snipdedup
-from snipdedup import demo, pictures
+from snipdedup import demo, demo_pictures
+from snipdedup.config import Demo
 from snipdedup.errors import SnipError
-from snipdedup.settings import Demo
 
 DRAWN = 300
 TEXTS = ("key", "planted_copy_of", "edit")
@@ -26,7 +26,7 @@ TEXTS = ("key", "planted_copy_of", "edit")
 @pytest.fixture(scope="module")
 def drawn():
     rng = np.random.default_rng(7)
-    return [pictures.stored(pictures.draw(rng)) for _ in range(40)]
+    return [demo_pictures.stored(demo_pictures.draw(rng)) for _ in range(40)]
 
 
 # ---- pictures
@@ -45,31 +45,34 @@ def test_pictures_differ_and_are_what_a_file_would_hold(drawn):
 
 
 def test_the_dct_is_orthonormal():
-    basis = pictures.cosine_basis(8, 8)
+    basis = demo_pictures.cosine_basis(8, 8)
     assert np.abs(basis @ basis.T - np.eye(8)).max() < 1e-6
     assert np.allclose(basis[0], np.sqrt(1 / 8))
     assert np.allclose(basis[1, 0], 0.5 * np.cos(np.pi / 16))  # ITU-T T.81, A.3.3
 
 
 def test_resampling_by_hand():
-    assert np.allclose(pictures.resampling(4, 0, 4, 4), np.eye(4))
-    assert np.allclose(pictures.resampling(4, 1, 3, 2), np.eye(4)[1:3])
-    halved = pictures.resampling(4, 0, 4, 2) @ np.array([0, 1, 2, 3])
+    assert np.allclose(demo_pictures.resampling(4, 0, 4, 4), np.eye(4))
+    assert np.allclose(demo_pictures.resampling(4, 1, 3, 2), np.eye(4)[1:3])
+    halved = demo_pictures.resampling(4, 0, 4, 2) @ np.array([0, 1, 2, 3])
     # weights 3/4, 3/4, 1/4 of values 0, 1, 2; the fourth would lie beyond the border
     assert np.allclose(halved, [1.25 / 1.75, 3 - 1.25 / 1.75])
-    for matrix in (pictures.resampling(64, 2.3, 61.7, 64), pictures.resampling(64, 0, 64, 30)):
+    for matrix in (
+        demo_pictures.resampling(64, 2.3, 61.7, 64),
+        demo_pictures.resampling(64, 0, 64, 30),
+    ):
         assert np.allclose(matrix.sum(axis=1), 1)
         assert (matrix >= 0).all()
         middle = matrix @ np.arange(64)
         assert (np.diff(middle) > 0).all()
 
 
-@pytest.mark.parametrize("name", pictures.EDITS)
+@pytest.mark.parametrize("name", demo_pictures.EDITS)
 def test_edits_change_a_little(drawn, name):
     rng = np.random.default_rng(1)
     for picture in drawn:
         before = picture.copy()
-        edited = pictures.stored(pictures.EDITS[name](picture, rng))
+        edited = demo_pictures.stored(demo_pictures.EDITS[name](picture, rng))
         assert edited.shape == picture.shape
         assert np.array_equal(picture, before)
         assert np.array_equal(edited, picture) == (name == "exact")
@@ -86,7 +89,7 @@ def test_jpeg_loses_more_at_lower_quality(drawn):
             return self.value
 
     losses = [
-        np.mean([np.abs(pictures.jpeg(p, Quality(q)) - p).mean() for p in drawn])
+        np.mean([np.abs(demo_pictures.jpeg(p, Quality(q)) - p).mean() for p in drawn])
         for q in (5_000, 50, 15, 5)
     ]
     assert losses[0] < 0.002
@@ -94,25 +97,25 @@ def test_jpeg_loses_more_at_lower_quality(drawn):
 
 
 def test_descriptors_have_three_parts_of_norm_one(drawn):
-    found = pictures.describe(drawn[0])
+    found = demo_pictures.describe(drawn[0])
     assert found.shape == (128 + 63 + 48,)
     norms = [np.linalg.norm(part) for part in np.split(found, [128, 191])]
     assert np.allclose(norms, 1)
-    assert np.array_equal(found, pictures.describe(drawn[0].copy()))
-    assert np.isfinite(pictures.describe(np.zeros((64, 64, 3), np.float32))).all()
+    assert np.array_equal(found, demo_pictures.describe(drawn[0].copy()))
+    assert np.isfinite(demo_pictures.describe(np.zeros((64, 64, 3), np.float32))).all()
 
 
 def test_gradients_know_their_direction():
     ramp = np.repeat(np.linspace(0, 1, 64, dtype=np.float32)[None, :, None], 64, 0).repeat(3, 2)
-    across = pictures.describe(ramp)[:128].reshape(8, 16)
-    down = pictures.describe(ramp.transpose(1, 0, 2))[:128].reshape(8, 16)
+    across = demo_pictures.describe(ramp)[:128].reshape(8, 16)
+    down = demo_pictures.describe(ramp.transpose(1, 0, 2))[:128].reshape(8, 16)
     assert np.allclose(across[0], 0.25)  # 16 places alike, one direction
     assert np.allclose(across[1:], 0)
     assert np.allclose(down[4], 0.25)
 
 
 def test_png_can_be_read_back(drawn):
-    data = pictures.png(np.concatenate(drawn[:2], axis=1))
+    data = demo_pictures.png(np.concatenate(drawn[:2], axis=1))
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     at, chunks = 8, {}
     while at < len(data):
@@ -137,7 +140,7 @@ def test_copies_are_closer_than_strangers():
     strangers = demo.most_alike(planted.features[planted.originals])
     cosines = rows[planted.originals] @ rows[planted.originals].T
     assert strangers == pytest.approx(cosines[~np.eye(200, dtype=bool)].max(), abs=1e-6)
-    for name in pictures.EDITS:
+    for name in demo_pictures.EDITS:
         copies = np.flatnonzero(planted.edit == name)
         assert len(copies) == 40
         originals = planted.originals[planted.picture[copies]]
@@ -262,7 +265,7 @@ def test_the_report_is_true(finished):
     percent = f"{100 * right / removed:.1f} %"
     assert f"join: {removed:,} rows removed, {right:,} of them ({percent})" in done.stdout
     row_of = {row["key"]: number for number, row in enumerate(table)}
-    for edit in pictures.EDITS:
+    for edit in demo_pictures.EDITS:
         copies = [n for n, row in enumerate(table) if row["edit"] == edit]
         together = [
             n in group and group[n] == group.get(row_of[table[n]["planted_copy_of"]])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.encoder import network as room
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import InputError, SnipError
@@ -207,7 +207,7 @@ def test_missing_files_are_refused(folder, tmp_path):
 
 def compress(features, folder, out, **given) -> str:
     return room.run(
-        settings.Compress(features=str(features), encoder=str(folder), out=str(out), **given)
+        config.Compress(features=str(features), encoder=str(folder), out=str(out), **given)
     )
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.adc.threshold import calibrate
 from snipdedup.encoder import training as train
 from snipdedup.errors import SnipError, UsageError
@@ -45,7 +45,7 @@ def done(tmp_path_factory):
         (folder / name).mkdir()
         np.save(folder / name / f"{name}_0.npy", part[:500])
         np.save(folder / name / f"{name}_1.npy", part[500:])
-    options = settings.Eval(
+    options = config.Eval(
         features=str(folder / "img_emb"),
         text_features=str(folder / "text_emb"),
         out=str(folder / "out"),
@@ -114,16 +114,14 @@ def test_no_query_and_no_copy_of_one_is_learnt_from():
 def test_a_given_encoder_is_judged_and_must_fit(done):
     folder, options, _, rows = done
     small = {"hidden": 16, "steps": 5, "threads": 1, "dim": 6}
-    train.run(settings.Train(features=rows[:300], out=str(folder / "encoder"), **small))
+    train.run(config.Train(features=rows[:300], out=str(folder / "encoder"), **small))
     given = {**options.as_dict(), "encoder": str(folder / "encoder"), "text_features": None}
-    evaluate.run(settings.Eval(**{**given, "out": str(folder / "judged"), "code_bytes": "2,4"}))
+    evaluate.run(config.Eval(**{**given, "out": str(folder / "judged"), "code_bytes": "2,4"}))
     body = json.loads((folder / "judged" / "eval.json").read_text())
     sizes = {e["bytes"] for e in body["neighbours"] if e["contender"] == "snip"}
     assert sizes == {None, 2}  # 4 does not divide the width of 6
     with pytest.raises(SnipError, match=r"expects rows 16 wide, the features are 12 wide"):
-        evaluate.run(
-            settings.Eval(**{**given, "features": rows[:, :12], "out": str(folder / "bad")})
-        )
+        evaluate.run(config.Eval(**{**given, "features": rows[:, :12], "out": str(folder / "bad")}))
     assert not (folder / "bad").exists()
 
 
@@ -131,7 +129,7 @@ def test_texts_that_do_not_match_are_refused(done):
     folder, options, _, rows = done
     given = {**options.as_dict(), "out": str(folder / "bad"), "text_features": rows[:-1]}
     with pytest.raises(SnipError, match=r"--text_features are 899 rows, FEATURES are 900 rows"):
-        evaluate.run(settings.Eval(**given))
+        evaluate.run(config.Eval(**given))
     assert not (folder / "bad").exists()
 
 
@@ -139,15 +137,15 @@ def test_more_lists_than_rows_are_refused(done):
     folder, options, *_ = done
     given = {**options.as_dict(), "out": str(folder / "bad"), "nlist": 901}
     with pytest.raises(SnipError, match=r"--nlist 901: there are only 900 rows"):
-        evaluate.run(settings.Eval(**given))
+        evaluate.run(config.Eval(**given))
     assert not (folder / "bad").exists()
 
 
 @pytest.mark.parametrize("text", ["4,x", "", "0,4", "300", "4;8"])
 def test_code_sizes_are_whole_numbers(text):
     with pytest.raises(UsageError, match="--code_bytes must be whole numbers from 1 to 256"):
-        settings.Eval(features="x", out="y", code_bytes=text)
-    assert settings.Eval(features="x", out="y", code_bytes="8,4,8").sizes() == [4, 8]
+        config.Eval(features="x", out="y", code_bytes=text)
+    assert config.Eval(features="x", out="y", code_bytes="8,4,8").sizes() == [4, 8]
 
 
 def test_the_picture_is_drawn_from_the_result(done, tmp_path):
@@ -165,7 +163,7 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(done, monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     given = {**options.as_dict(), "picture": True, "out": str(folder / "bad")}
     with pytest.raises(SnipError, match=r"snipdedup-toolkit\[plot\].* --nopicture"):
-        evaluate.run(settings.Eval(**given))
+        evaluate.run(config.Eval(**given))
     assert not (folder / "bad").exists()
 
 
@@ -208,6 +206,6 @@ def test_too_few_rows_to_learn_from_are_refused_before_the_work(tmp_path, rows, 
     how = {**QUICK, "picture": False, **how}
     with pytest.raises(SnipError, match=message):
         evaluate.run(
-            settings.Eval(features=str(tmp_path / "e.npy"), out=str(tmp_path / "out"), **how)
+            config.Eval(features=str(tmp_path / "e.npy"), out=str(tmp_path / "out"), **how)
         )
     assert not (tmp_path / "out").exists()

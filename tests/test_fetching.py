@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from servers import Server, kill_once_more_came
 
+from snipdedup.config import Download
 from snipdedup.downloading import run as download
 from snipdedup.downloading import transfer
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.settings import Download
 from snipdedup.storage import remote, store, web
 
 SIZES = [30, 7, 50, 21, 40]

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from snipdedup.config import Filter
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filter
-from snipdedup.settings import Filter
 from snipdedup.storage import store
 
 SIZES = [30, 7, 25, 0, 18]

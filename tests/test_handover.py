@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from snipdedup.config import Dedup, Filter
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import export, spill
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.settings import Dedup, Filter
 
 
 def uids_of(count, seed=0):

@@ -22,6 +22,7 @@ import pytest
 from conftest import ROOT
 
 from snipdedup import cli
+from snipdedup.config import Top
 from snipdedup.deduplication.run import dedup
 from snipdedup.encoder.network import WEIGHTS, Encoder, Network
 from snipdedup.errors import InputError, SnipError
@@ -33,7 +34,6 @@ from snipdedup.inspection import top
 from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.settings import Top
 from snipdedup.storage import store
 
 sys.path.append(str(ROOT / "scripts"))

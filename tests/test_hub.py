@@ -13,10 +13,10 @@ import pytest
 from servers import Hub, Server, kill_once_more_came
 
 from snipdedup import cli
+from snipdedup.config import Download
 from snipdedup.downloading import hub, transfer
 from snipdedup.downloading import run as download
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.settings import Download
 from snipdedup.storage import remote, store
 from snipdedup.storage.remote import MissingError
 

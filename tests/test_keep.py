@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.groups import keep
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.settings import Dedup
 
 
 def write(folder, table, cuts=(3,)):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_quantise import clustered
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.adc import threshold, two_sided
 from snipdedup.adc.threshold import calibrate, default_margin, passes, true_duplicates
 from snipdedup.deduplication import adc_method as chain
@@ -35,11 +35,11 @@ from snipdedup.index.search import (
 
 def make(features: Features, out: Path, **given: object) -> Index:
     given = {"nlist": 16, "m": 4, "nbits": 8, "threads": 1, **given}
-    return build(features, out, settings.Index(features="x", out=str(out), **given))[0]
+    return build(features, out, config.Index(features="x", out=str(out), **given))[0]
 
 
-def wanted(**given: object) -> settings.Dedup:
-    return settings.Dedup(**{"features": "x", "index": "x", "method": "adc", "threads": 1, **given})
+def wanted(**given: object) -> config.Dedup:
+    return config.Dedup(**{"features": "x", "index": "x", "method": "adc", "threads": 1, **given})
 
 
 def with_copies(rows: int = 2000, copies: int = 300) -> np.ndarray:

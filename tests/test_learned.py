@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import truth
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.deduplication.run import dedup
 from snipdedup.encoder import training
 from snipdedup.errors import SnipError, UsageError
@@ -31,7 +31,7 @@ def encoder(rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("learned") / "encoder"
     np.save(folder.parent / "rows.npy", rows)
     training.run(
-        settings.Train(
+        config.Train(
             features=str(folder.parent / "rows.npy"), out=str(folder), dim=24, steps=60, threads=1
         )
     )
@@ -96,6 +96,6 @@ def test_what_does_not_fit_is_refused(encoder, tmp_path):
     with pytest.raises(SnipError, match=f"rows are 5 wide, --encoder .* expects {WIDTH}"):
         dedup(np.eye(5, dtype=np.float32), encoder=str(encoder))
     with pytest.raises(UsageError, match="--encoder goes with --method join or adc, not exact"):
-        settings.Dedup(features="x", out="o", method="exact", encoder=str(encoder)).check()
+        config.Dedup(features="x", out="o", method="exact", encoder=str(encoder)).check()
     with pytest.raises(SnipError, match="nowhere"):
         dedup(np.eye(5, dtype=np.float32), encoder=str(tmp_path / "nowhere"))

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.index.folder import Index
 from snipdedup.inspection.search import run, search
 
@@ -102,7 +102,7 @@ def test_recall_on_key_frames(data, tmp_path):
     queries = np.random.default_rng(0).choice(len(x), 100, replace=False)
     hits = 0
     for row in queries.tolist():
-        options = settings.Search(query=str(row), index=str(out))
+        options = config.Search(query=str(row), index=str(out))
         (answer,) = search(index, options).answers
         cosine = x @ x[row]
         cosine[row] = -1
@@ -326,4 +326,4 @@ def test_the_page_is_not_written_into_the_index(folder):
     pytest.importorskip("jinja2")
     words = {"query": "3", "index": str(folder / "index"), "html": str(folder / "index" / "p.html")}
     with pytest.raises(Exception, match="snip never writes there"):
-        run(settings.Search(**words))
+        run(config.Search(**words))

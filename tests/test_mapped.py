@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from truth import clustered
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index import mapped
@@ -23,7 +23,7 @@ from snipdedup.index.mapped import MappedLists
 
 def make(out: Path, rows: list[np.ndarray], **given: object) -> Index:
     given = {"nlist": 32, "m": 4, "threads": 1, **given}
-    options = settings.Index(features="x", out=str(out), **given)
+    options = config.Index(features="x", out=str(out), **given)
     return build(open_features(rows), out, options)[0]
 
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from snipdedup.config import Filter
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filter, masks
 from snipdedup.metadata.masks import Held, Mask, Place
-from snipdedup.settings import Filter
 from snipdedup.storage import store
 
 SIZES = [3, 5, 0, 4, 5]  # rows of the files of a small set; uneven on purpose

@@ -13,6 +13,7 @@ import pytest
 import truth
 
 from snipdedup import dedup
+from snipdedup.config import Filter
 from snipdedup.deduplication.counts import levels
 from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.result import decide
@@ -26,7 +27,6 @@ from snipdedup.join.forest import make_edges
 from snipdedup.join.joining import join_task
 from snipdedup.join.partitions import load_partition
 from snipdedup.metadata import filter
-from snipdedup.settings import Filter
 from snipdedup.storage import external_sort
 
 LAION_5B = 5_850_000_000

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from processes import many_lists, results, until
 
+from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners import ray
-from snipdedup.settings import Dedup
 
 
 def start(*words, cwd):

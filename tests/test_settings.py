@@ -10,10 +10,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.cli import COMMANDS, bare_type, is_required
+from snipdedup.config import parse_bytes
 from snipdedup.errors import UsageError
-from snipdedup.settings import parse_bytes
 
 CLASSES = [command.options for command in COMMANDS]
 
@@ -109,7 +109,7 @@ NO_RANGE = ("margin", "start", "end")
 
 @pytest.mark.parametrize(("kind", "name", "low", "high"), RANGES)
 def test_both_ends_are_allowed_and_what_lies_outside_is_refused(kind, name, low, high):
-    kind = getattr(settings, kind)
+    kind = getattr(config, kind)
     assert getattr(make(kind, **{name: low}), name) == low
     assert getattr(make(kind, **{name: high}), name) == high
     whole = isinstance(low, int) and get_type_hints(kind)[name] is int
@@ -153,7 +153,7 @@ def test_choices(kind):
     ],
 )
 def test_keep_rules(text, rules):
-    assert settings.keep_rules(text) == rules
+    assert config.keep_rules(text) == rules
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
@@ -193,21 +193,19 @@ def test_texts_that_are_no_amount(text):
     with pytest.raises(UsageError, match="expected an amount of memory such as 2GB or 500MB"):
         parse_bytes(text)
     with pytest.raises(UsageError, match="expected an amount of memory"):
-        make(settings.Dedup, max_memory=text)
+        make(config.Dedup, max_memory=text)
 
 
 def test_a_default_is_shown_in_one_form():
-    for options in (settings.Dedup, settings.Eval, settings.Report, settings.Filter):
+    for options in (config.Dedup, config.Eval, config.Report, config.Filter):
         for field in dataclasses.fields(options):
             text = field.metadata["help"]
             assert "default" not in text, field.name
-            assert not text.endswith(f"({settings.usual_value(field)})"), field.name
+            assert not text.endswith(f"({config.usual_value(field)})"), field.name
             if field.default is True:
                 assert f"--no{field.name}" in text
-                assert settings.usual_value(field) == "on"
-    by_name = {
-        field.name: settings.usual_value(field) for field in dataclasses.fields(settings.Dedup)
-    }
+                assert config.usual_value(field) == "on"
+    by_name = {field.name: config.usual_value(field) for field in dataclasses.fields(config.Dedup)}
     assert (by_name["seed"], by_name["threshold"], by_name["grouping"]) == ("0", "0.95", "star")
     assert (by_name["out"], by_name["overwrite"]) == ("", "")
 
@@ -242,6 +240,6 @@ def test_a_url_where_a_local_path_is_meant(kind):
 
 def test_a_url_as_a_query_is_vectors_by_its_name_only():
     with pytest.raises(UsageError, match="QUERY is a URL of vectors: fetch the file first"):
-        settings.Search(query="https://host/a.npy", index="x")
-    settings.Search(query="https://host/a.npy", index="x", text=True)
-    settings.Search(query="what is at https://host", index="x")
+        config.Search(query="https://host/a.npy", index="x")
+    config.Search(query="https://host/a.npy", index="x", text=True)
+    config.Search(query="what is at https://host", index="x")

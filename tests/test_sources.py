@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from snipdedup.config import Download
 from snipdedup.downloading import presets, sources, transfer
 from snipdedup.downloading import run as download
 from snipdedup.downloading.sources import find, find_features
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.settings import Download
 from snipdedup.storage import buckets, remote, store
 from snipdedup.storage.remote import MissingError
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.encoder import losses
 from snipdedup.encoder import training as train
 from snipdedup.encoder.network import Encoder
@@ -106,7 +106,7 @@ def test_the_temperature_is_the_one_given_else_fitted_and_noted():
     rows = clustered(400, 16)
     _, history = train.train(rows, **QUICK)
     x = train.Training(
-        open_features(rows), None, settings.Train(features=rows, out="", **QUICK), "cpu"
+        open_features(rows), None, config.Train(features=rows, out="", **QUICK), "cpu"
     )
     assert history.as_dict()["temperature"] == x.loss.temperature
     assert losses.TEMPERATURES[0] < x.loss.temperature < losses.TEMPERATURES[1]
@@ -203,7 +203,7 @@ def test_opq_is_folded_in_and_changes_no_distance(monkeypatch):
 
 
 def make(rows, **given) -> train.Training:
-    options = settings.Train(features=rows, out="", **{**QUICK, **given})
+    options = config.Train(features=rows, out="", **{**QUICK, **given})
     return train.Training(open_features(rows), None, options, "cpu")
 
 
@@ -264,7 +264,7 @@ def test_training_that_stalls_stops_and_keeps_the_best_weights():
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
-    options = settings.Train(features="", out="", steps=200, learning_rate=0.1)
+    options = config.Train(features="", out="", steps=200, learning_rate=0.1)
     rates = [train.learning_rate(step, options) for step in range(1, 201)]
     assert np.argmax(rates) == train.WARMUP - 1
     assert rates[0] == pytest.approx(0.1 / train.WARMUP)
@@ -286,7 +286,7 @@ def test_few_rows_train_and_say_so(tmp_path, snip):
     assert manifest["shards"][0]["name"] == "few.npy"
     assert manifest["settings"]["steps"] == 20
     assert sorted(p.name for p in out.iterdir()) == ["snip.json", "weights.pt"]
-    options = settings.Train(**manifest["settings"])
+    options = config.Train(**manifest["settings"])
     assert "finished already" in train.run(options)
     snip(
         "compress", tmp_path / "in", "--encoder", out, "--out", tmp_path / "d", "--dtype", "float32"
@@ -317,7 +317,7 @@ def test_what_cannot_be_trained_on_is_refused_before_the_first_step(
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "a.npy", rows)
     monkeypatch.setattr(train.Training, "step", None)
-    options = settings.Train(
+    options = config.Train(
         features=str(tmp_path / "in"), out=str(tmp_path / "out"), **{**QUICK, **given}
     )
     with pytest.raises(SnipError, match=message):
@@ -337,13 +337,13 @@ def test_shards_of_other_widths_and_other_settings_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "a.npy", clustered(100, 16))
     given = {"features": str(tmp_path / "in"), "out": str(tmp_path / "out"), **QUICK, "steps": 2}
-    train.run(settings.Train(**given))
+    train.run(config.Train(**given))
     with pytest.raises(SnipError, match=r"finished run with other seed"):
-        train.run(settings.Train(**given, seed=1))
-    assert "validation recall" in train.run(settings.Train(**given, seed=1, overwrite=True))
+        train.run(config.Train(**given, seed=1))
+    assert "validation recall" in train.run(config.Train(**given, seed=1, overwrite=True))
     np.save(tmp_path / "in" / "b.npy", clustered(100, 17))
     with pytest.raises(SnipError, match=r"b.npy: rows are 17 wide"):
-        train.run(settings.Train(**given, overwrite=True))
+        train.run(config.Train(**given, overwrite=True))
     assert store.read_manifest(tmp_path / "out", "encoder")["settings"]["seed"] == 1
 
 
@@ -352,11 +352,11 @@ def test_rewritten_shards_are_another_input(tmp_path):
     path = tmp_path / "in" / "a.npy"
     np.save(path, clustered(100, 16))
     given = {"features": str(tmp_path / "in"), "out": str(tmp_path / "out"), **QUICK, "steps": 2}
-    train.run(settings.Train(**given))
+    train.run(config.Train(**given))
     np.save(path, clustered(100, 16) * 2)
     os.utime(path, ns=(0, 1))
     with pytest.raises(SnipError, match="finished run with other features_changed"):
-        train.run(settings.Train(**given))
+        train.run(config.Train(**given))
 
 
 @contextmanager
@@ -382,8 +382,8 @@ def test_a_killed_training_resumes_to_the_same_weights_and_curve(tmp_path, monke
     np.save(tmp_path / "in" / "a.npy", clustered(700, 16))
     asked = {**QUICK, "subset_rows": 200, "validation_rows": 100, "steps": 45, "loss": loss}
     asked["features"] = str(tmp_path / "in")
-    train.run(settings.Train(**asked, out=str(tmp_path / "straight")))
-    again = settings.Train(**asked, out=str(tmp_path / "killed"))
+    train.run(config.Train(**asked, out=str(tmp_path / "straight")))
+    again = config.Train(**asked, out=str(tmp_path / "killed"))
     for after in (17, 31):
         with stopped(monkeypatch, after):
             train.run(again)
@@ -404,12 +404,12 @@ def test_a_stopped_run_is_not_taken_for_one_with_other_settings(tmp_path, monkey
     np.save(tmp_path / "a.npy", clustered(300, 16))
     given = {**QUICK, "features": str(tmp_path / "a.npy"), "out": str(tmp_path / "out")}
     with stopped(monkeypatch, 5):
-        train.run(settings.Train(**given))
+        train.run(config.Train(**given))
     with pytest.raises(SnipError, match=r"stopped run with other seed"):
-        train.run(settings.Train(**given, seed=1))
+        train.run(config.Train(**given, seed=1))
     (tmp_path / "out" / "work" / "checkpoint.pt").write_bytes(b"half a file")
-    train.run(settings.Train(**given))  # from the beginning
-    train.run(settings.Train(**{**given, "out": str(tmp_path / "straight")}))
+    train.run(config.Train(**given))  # from the beginning
+    train.run(config.Train(**{**given, "out": str(tmp_path / "straight")}))
     files = [tmp_path / name / "weights.pt" for name in ("straight", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -424,10 +424,10 @@ def test_a_run_stopped_at_its_manifest_resumes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(store, "write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
-            train.run(settings.Train(**given))
+            train.run(config.Train(**given))
     assert not (tmp_path / "out" / "snip.json").exists()
     monkeypatch.setattr(train.Training, "step", None)  # all steps were done
-    assert "validation recall" in train.run(settings.Train(**given))
+    assert "validation recall" in train.run(config.Train(**given))
 
 
 def paired(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -478,7 +478,7 @@ def test_texts_that_do_not_fit_are_refused(tmp_path, monkeypatch, texts, message
     monkeypatch.setattr(train.Training, "step", None)
     given = {"features": str(tmp_path / "a.npy"), "text_features": str(tmp_path / "t.npy")}
     with pytest.raises(SnipError, match=message):
-        train.run(settings.Train(**QUICK, **given, out=str(tmp_path / "out")))
+        train.run(config.Train(**QUICK, **given, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -495,7 +495,7 @@ def test_one_image_with_several_captions_is_several_pairs():
 def test_an_image_is_held_out_with_all_its_captions():
     images = np.repeat(clustered(400, 16), 3, axis=0)
     given = {"validation_rows": 90, "batch": 64, "features": images}
-    options = settings.Train(**{**QUICK, **given}, out="")
+    options = config.Train(**{**QUICK, **given}, out="")
     sources = open_features(images), open_features(clustered(1200, 16, seed=5))
     training = train.Training(*sources, options, "cpu")
     held = keys(training.held.images)
@@ -510,7 +510,7 @@ def test_an_image_is_held_out_with_all_its_captions():
 
 def test_an_image_with_very_many_captions_is_not_all_that_is_judged():
     images = np.concatenate([np.repeat(clustered(1, 16), 900, axis=0), clustered(400, 16, seed=3)])
-    options = settings.Train(**{**QUICK, "validation_rows": 100, "features": images}, out="")
+    options = config.Train(**{**QUICK, "validation_rows": 100, "features": images}, out="")
     sources = open_features(images), open_features(clustered(1300, 16, seed=5))
     training = train.Training(*sources, options, "cpu")
     counts = np.unique(training.held.images, axis=0, return_counts=True)[1]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import progress, settings
+from snipdedup import config, progress
 from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.search import Searcher, Source, neighbours
@@ -133,7 +133,7 @@ def default_margin(
     return same + (margin - same) * scale
 
 
-def calibration_sample(rows: int, options: settings.Dedup) -> np.ndarray:
+def calibration_sample(rows: int, options: config.Dedup) -> np.ndarray:
     """Return the rows that the margin is calibrated on, ascending int64."""
     rng = np.random.default_rng(options.seed or 0)
     count = min(rows, options.calibration_rows)

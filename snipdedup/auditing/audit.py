@@ -16,6 +16,7 @@ from snipdedup.auditing.proof import Captions, Proof, Run, raw_cosines
 from snipdedup.auditing.references import Held, check_references, open_held
 from snipdedup.auditing.sheet import precision_text, read_verdicts, refuse_existing, write_sheet
 from snipdedup.auditing.verdict import Verdict, pick_ordinals
+from snipdedup.config import Audit
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
 from snipdedup.features.cosine import bad_rows
@@ -27,7 +28,6 @@ from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import KEY_COLUMNS
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.parallel import cores, in_order, memory_bound
-from snipdedup.settings import Audit
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import store
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from snipdedup import progress, settings
+from snipdedup import config, progress
 from snipdedup.adc import two_sided
 from snipdedup.adc.threshold import (
     MUTUAL,
@@ -113,7 +113,7 @@ class Adc:
     """
 
     def __init__(
-        self, index: Index, features: Features | None, space: Space, options: settings.Dedup
+        self, index: Index, features: Features | None, space: Space, options: config.Dedup
     ) -> None:
         self.rows, self.classes = index.rows, classes_of(index.lists())
         self.searcher = Searcher(index, self.classes.lists, options.nprobe)
@@ -187,7 +187,7 @@ class Adc:
 
 
 def adc_candidates(
-    index: Index, features: Features | None, options: settings.Dedup, work: Path
+    index: Index, features: Features | None, options: config.Dedup, work: Path
 ) -> Adc:
     """Set up method ``adc``: load the index, and find the margin.
 
@@ -225,14 +225,14 @@ def adc_candidates(
     return adc
 
 
-def usual_margin(code_size: int, encoded: bool, options: settings.Dedup, rule: str) -> float:
+def usual_margin(code_size: int, encoded: bool, options: config.Dedup, rule: str) -> float:
     """Return the margin of a rule for rows that cannot be sampled."""
     wanted = {"precision": options.precision, "threshold": options.threshold}
     return default_margin(rule, code_size, encoded=encoded, **wanted)
 
 
 def settle_margin(
-    adc: Adc, features: Features | None, options: settings.Dedup, usual: Callable[[str], float]
+    adc: Adc, features: Features | None, options: config.Dedup, usual: Callable[[str], float]
 ) -> None:
     """Take the margin given, or calibrate it on a sample, or take the usual one of the rule."""
     adc.crowd = usual("difference")
@@ -261,9 +261,7 @@ def sample_scores(adc: Adc, sample: np.ndarray) -> np.ndarray:
     return best_scores(adc.searcher, adc.shared, queries, adc.rule, adc.threads)
 
 
-def search_adc(
-    features: Features | None, options: settings.Dedup, work: Path, stage: Stage
-) -> Found:
+def search_adc(features: Features | None, options: config.Dedup, work: Path, stage: Stage) -> Found:
     """Find pairs by the adaptive threshold on the ADC distance.
 
     Parameters
@@ -313,7 +311,7 @@ def search_adc(
     )
 
 
-def check_given(features: Features | None, options: settings.Dedup) -> None:
+def check_given(features: Features | None, options: config.Dedup) -> None:
     """Refuse an index or encoder that cannot be used, before any work.
 
     Raises
@@ -333,11 +331,11 @@ def check_given(features: Features | None, options: settings.Dedup) -> None:
             check_width(encoder, features, options.encoder)
 
 
-def open_or_build(features: Features | None, options: settings.Dedup, work: Path) -> Index:
+def open_or_build(features: Features | None, options: config.Dedup, work: Path) -> Index:
     """Open the index given, or build one of the features."""
     if options.index is not None or features is None:
         return Index.open(str(options.index))
-    asked = settings.Index(
+    asked = config.Index(
         features=options.features,
         out=str(work / "index"),
         encoder=options.encoder,
@@ -362,7 +360,7 @@ def drop_damaged(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def unverified(index: Index, options: settings.Dedup, work: Path, stage: Stage) -> Found:
+def unverified(index: Index, options: config.Dedup, work: Path, stage: Stage) -> Found:
     """Group what passes in an index whose rows are not at hand."""
     with stage("search"):
         adc = adc_candidates(index, None, options, work)

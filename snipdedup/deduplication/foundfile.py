@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.groups.star import Best, Nearest
 from snipdedup.join.forest import Edges
-from snipdedup.settings import Dedup
 from snipdedup.storage import store
 
 ARRAYS, NOTE = "found.npz", "found.json"

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication.references import References, open_references
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, find_shards, open_features
 from snipdedup.groups.star import Also
 from snipdedup.metadata.tables import find_metadata
-from snipdedup.settings import Dedup
 from snipdedup.storage.objects import is_elsewhere
 
 

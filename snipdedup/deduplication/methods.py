@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication.adc_method import check_given, search_adc
 from snipdedup.deduplication.captions import with_captions
 from snipdedup.deduplication.found import Found
@@ -28,7 +29,6 @@ from snipdedup.join.tasks import Tasks
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.progress import Clock
 from snipdedup.runners.local import Local, Runner
-from snipdedup.settings import Dedup
 
 
 def method_of(options: Dedup) -> str:

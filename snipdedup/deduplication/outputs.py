@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.config import EXPORTS, Dedup, named_kinds, parse_epsilons
 from snipdedup.deduplication import references
 from snipdedup.deduplication.counts import as_json, levels
 from snipdedup.deduplication.found import Found
@@ -31,7 +32,6 @@ from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.tables import Metadata, as_texts, kept_names, write_kept
 from snipdedup.parallel import cores, memory_bound, together
-from snipdedup.settings import EXPORTS, Dedup, named_kinds, parse_epsilons
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import load_column
 from snipdedup.storage.objects import absolute

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from snipdedup.config import EXPORTS, Dedup, named_kinds
 from snipdedup.deduplication.outputs import texts
 from snipdedup.groups import url_baseline
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.metadata import additions, export
 from snipdedup.metadata.precheck import Use, rehearse
 from snipdedup.metadata.tables import Metadata, try_writing
-from snipdedup.settings import EXPORTS, Dedup, named_kinds
 
 
 def rehearse_order(options: Dedup, metadata: Metadata | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.config import Dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import Shard
 from snipdedup.features.same import find_shared
@@ -28,7 +29,6 @@ from snipdedup.features.shards import (
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
 from snipdedup.groups.star import Nearest
 from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
-from snipdedup.settings import Dedup
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Columns, among
 from snipdedup.storage.objects import absolute, is_elsewhere

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup import progress
+from snipdedup.config import Dedup
 from snipdedup.deduplication.counts import Tally, count
 from snipdedup.deduplication.final_check import prove
 from snipdedup.deduplication.found import Found
@@ -38,7 +39,6 @@ from snipdedup.groups.star import (
 )
 from snipdedup.join.forest import components
 from snipdedup.metadata.additions import Removed
-from snipdedup.settings import Dedup
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 MASK_ROWS = 1 << 24  # of the mask, made at a time

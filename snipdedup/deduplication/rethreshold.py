@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.config import Dedup
 from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.references import KIND, References, check_searched
@@ -18,7 +19,6 @@ from snipdedup.groups.keep import rank_by
 from snipdedup.groups.star import Best, Nearest
 from snipdedup.join.forest import Edges
 from snipdedup.metadata.tables import Metadata
-from snipdedup.settings import Dedup
 from snipdedup.storage import store
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from snipdedup.config import Dedup, keep_rules, parse_epsilons
 from snipdedup.deduplication.adc_method import check_given
 from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.foundfile import load_found_kept, save_found
@@ -58,7 +59,6 @@ from snipdedup.parallel import cores, library_threads, pick_device, together
 from snipdedup.progress import Clock
 from snipdedup.runners.local import Runner, open_runner
 from snipdedup.runners.slurm import Crew, Written, place_of
-from snipdedup.settings import Dedup, keep_rules, parse_epsilons
 from snipdedup.storage import locks, store
 
 # Settings that say how a result is computed, not what it is.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup import progress
+from snipdedup.config import Download
 from snipdedup.downloading import presets, published, sources, transfer
 from snipdedup.downloading.hub import SCHEME, HubFolder
 from snipdedup.downloading.parallel import side_by_side
@@ -37,7 +38,6 @@ from snipdedup.metadata.masks import (
     summary,
 )
 from snipdedup.metadata.tables import Metadata, write_kept
-from snipdedup.settings import Download
 from snipdedup.storage import locks, store
 from snipdedup.storage.remote import (
     Folder,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from snipdedup import progress, settings
+from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.scan import refuse_bad
@@ -274,7 +274,7 @@ def first_line(error: Exception) -> str:
 
 
 @locks.given_up()
-def run(options: settings.Compress) -> str:
+def run(options: config.Compress) -> str:
     """Write descriptors, shard for shard; return the summary."""
     started = time.monotonic()
     features = open_features(
@@ -315,7 +315,7 @@ def run(options: settings.Compress) -> str:
     )
 
 
-def describe_request(options: settings.Compress, features: Features) -> dict[str, Any]:
+def describe_request(options: config.Compress, features: Features) -> dict[str, Any]:
     """Return what the descriptors depend on, by name."""
     folder = Path(options.encoder).expanduser()
     return {
@@ -358,7 +358,7 @@ def claim(out: Path, request: dict[str, Any], features: Features, overwrite: boo
 
 
 def write_shards(
-    features: Features, encoder: Encoder, work: Path, names: list[str], options: settings.Compress
+    features: Features, encoder: Encoder, work: Path, names: list[str], options: config.Compress
 ) -> list[int]:
     """Write the shards that are not there yet; return the CRC32 of each input shard."""
     threads = cores(options.threads) if encoder.device == "cpu" else 1

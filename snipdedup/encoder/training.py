@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from snipdedup import progress, settings
+from snipdedup import config, progress
 from snipdedup.encoder.losses import (
     MseLoss,
     SnipLoss,
@@ -115,7 +115,7 @@ class History:
 
 
 @locks.given_up()
-def run(options: settings.Train) -> str:
+def run(options: config.Train) -> str:
     """Train an encoder and write it; return the summary."""
     started = time.monotonic()
     features, texts = open_inputs(options)
@@ -155,7 +155,7 @@ def run(options: settings.Train) -> str:
 
 
 def describe_request(
-    features: Features, texts: Features | None, options: settings.Train
+    features: Features, texts: Features | None, options: config.Train
 ) -> dict[str, Any]:
     """Return all that the weights depend on, by name."""
     kept = {k: v for k, v in options.as_dict().items() if k not in HOW}
@@ -163,7 +163,7 @@ def describe_request(
     return {**kept, **request_of(features), **beside}
 
 
-def open_inputs(options: settings.Train) -> tuple[Features, Features | None]:
+def open_inputs(options: config.Train) -> tuple[Features, Features | None]:
     """Open the features that the settings name, and the texts beside them.
 
     Raises
@@ -198,7 +198,7 @@ def summary(
     history: History,
     encoder: Encoder,
     features: Features,
-    options: settings.Train,
+    options: config.Train,
     seconds: float,
 ) -> str:
     """Say what was trained, on what, and how good it is."""
@@ -235,14 +235,14 @@ def train(features: Any, **given: Any) -> tuple[Encoder, History]:
         Before the first step, if there are too few rows, rows that cannot be compared, or a
         descriptor wider than the features.
     """
-    options = settings.Train(features=features, out="", **given)
+    options = config.Train(features=features, out="", **given)
     return fit(*open_inputs(options), options)
 
 
 def fit(
     features: Features,
     texts: Features | None,
-    options: settings.Train,
+    options: config.Train,
     checkpoint: Path | None = None,
 ) -> tuple[Encoder, History]:
     """Train on opened features; the threads are fixed, since sums depend on their number.
@@ -335,7 +335,7 @@ class Training:
     """One run: rows in memory, the network, and what it is judged by."""
 
     def __init__(
-        self, features: Features, texts: Features | None, options: settings.Train, device: str
+        self, features: Features, texts: Features | None, options: config.Train, device: str
     ) -> None:
         self.features, self.texts, self.options = features, texts, options
         self.device, self.done = device, 0
@@ -593,7 +593,7 @@ def nearest(x: torch.Tensor) -> torch.Tensor:
     return similarity.topk(min(K, len(x) - 1), dim=1).indices
 
 
-def learning_rate(step: int, options: settings.Train) -> float:
+def learning_rate(step: int, options: config.Train) -> float:
     """Return the rate of a step, counted from 1: a short rise, then half a cosine down to 0."""
     rise = min(1.0, step / min(WARMUP, options.steps))
     return options.learning_rate * rise * (1 + math.cos(math.pi * (step - 1) / options.steps)) / 2

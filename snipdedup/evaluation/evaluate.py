@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from snipdedup import progress, settings
+from snipdedup import config, progress
 from snipdedup.adc.threshold import choose, flag_curve, scores
 from snipdedup.errors import SnipError
 from snipdedup.evaluation.neighbours import (
@@ -73,7 +73,7 @@ class Contender:
 
 
 @locks.given_up()
-def run(options: settings.Eval) -> str:
+def run(options: config.Eval) -> str:
     """Measure, write the table, the JSON and the picture; return the summary."""
     if options.picture:
         from snipdedup.evaluation.plots import need_matplotlib
@@ -114,7 +114,7 @@ def write(out: Path, body: dict[str, Any], picture: bool) -> list[Path]:
     return files
 
 
-def open_inputs(options: settings.Eval) -> tuple[Features, Features | None]:
+def open_inputs(options: config.Eval) -> tuple[Features, Features | None]:
     """Open features and texts, which must match row for row."""
     kinds = {"parts": options.parts, "array": options.array, "column": options.column}
     features = open_features(options.features, **kinds)
@@ -130,7 +130,7 @@ def open_inputs(options: settings.Eval) -> tuple[Features, Features | None]:
     return features, open_texts(options.text_features, features)
 
 
-def evaluate(features: Features, texts: Features | None, options: settings.Eval) -> dict[str, Any]:
+def evaluate(features: Features, texts: Features | None, options: config.Eval) -> dict[str, Any]:
     """Return everything that was measured, as JSON values.
 
     Parameters
@@ -189,7 +189,7 @@ def learnable(
 
 
 def make_contenders(
-    features: Features, texts: Features | None, learn: np.ndarray, options: settings.Eval
+    features: Features, texts: Features | None, learn: np.ndarray, options: config.Eval
 ) -> list[Contender]:
     """Return raw features, PCA, MSE, SNIP, and OPQ of raw features."""
     from snipdedup.encoder.network import Encoder
@@ -213,7 +213,7 @@ def make_contenders(
 
 
 def learnt(
-    raw: np.ndarray, texts: np.ndarray | None, options: settings.Eval, loss: str, dim: int = 0
+    raw: np.ndarray, texts: np.ndarray | None, options: config.Eval, loss: str, dim: int = 0
 ) -> Any:
     """Return an encoder trained with the defaults of ``snip train``."""
     from snipdedup.encoder import training
@@ -280,7 +280,7 @@ class Judge:
     nlist : int
     """
 
-    def __init__(self, features: Features, truth: Neighbours, options: settings.Eval) -> None:
+    def __init__(self, features: Features, truth: Neighbours, options: config.Eval) -> None:
         self.features, self.truth, self.options = features, truth, options
         self.threads = cores(options.threads)
         self.neighbours: list[dict[str, Any]] = []

@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from snipdedup.config import Plan, parse_bytes
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.evaluation.costs import Cost, Job, Rates, estimate
 from snipdedup.evaluation.probe import probe
 from snipdedup.features.shards import Features, open_features
 from snipdedup.parallel import cores
-from snipdedup.settings import Plan, parse_bytes
 from snipdedup.storage import store
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -65,7 +65,7 @@ def plan_features(
     out : Path, optional
         Where the result would go: its disk must have room.
     threshold, recall, seed, threads, max_memory
-        As `snipdedup.settings.Dedup` has them.
+        As `snipdedup.config.Dedup` has them.
     """
     rates, duplicates = probe(
         features,

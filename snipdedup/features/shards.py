@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.config import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
 from snipdedup.features.ranged import open_ranged
-from snipdedup.settings import MOST_FILES
 from snipdedup.storage import listing
 from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side
 from snipdedup.storage.remote import shown

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from snipdedup.config import keep_rules
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.groups.star import Rank, keep_rank
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.tables import Metadata, named
-from snipdedup.settings import keep_rules
 from snipdedup.storage.external_sort import Columns
 
 NULL = np.uint64(2**64 - 1)  # after all values, ascending or descending

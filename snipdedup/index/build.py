@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import progress, settings
+from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.scan import describe_bad
@@ -54,7 +54,7 @@ FILES = "files"  # below the work folder: what is written before all of it is wh
 READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
 
 
-def run(options: settings.Index) -> str:
+def run(options: config.Index) -> str:
     """Build, continue or grow an index; see `build`."""
     features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
@@ -75,14 +75,14 @@ def run(options: settings.Index) -> str:
     return said
 
 
-def expanded(options: settings.Index) -> settings.Index:
+def expanded(options: config.Index) -> config.Index:
     """Return settings with ``~`` replaced in every path."""
     names = ("features", "out", "encoder", "base", "export_faiss")
     given = options.as_dict()
     for name in names:
         if isinstance(given[name], str | Path) and not is_elsewhere(given[name]):
             given[name] = str(Path(given[name]).expanduser())
-    return settings.Index(**given)
+    return config.Index(**given)
 
 
 def located(source: Any) -> str | None:
@@ -94,7 +94,7 @@ def located(source: Any) -> str | None:
 
 @locks.given_up()
 def build(
-    features: Features, out: Path, options: settings.Index, *, as_stored: bool = False
+    features: Features, out: Path, options: config.Index, *, as_stored: bool = False
 ) -> tuple[Index, str]:
     """Train quantisers, or take those of ``--base``, and write the codes of each shard.
 
@@ -155,19 +155,17 @@ def build(
     return Index.open(out), state
 
 
-def code_space(space: Space, base: Path | None, options: settings.Index) -> Space:
+def code_space(space: Space, base: Path | None, options: config.Index) -> Space:
     """Return the space that codes are made in: a short code keeps more of an encoder's head."""
     if space.encoder is None:
         return space
     if base is not None:
         return space.of_width(read_quantiser(base).dim)
-    m = options.m or default_m(space.dim, settings.INDEX_M)
-    return space.of_width(space.encoder.for_codes(m, options.nbits or settings.INDEX_NBITS).dim)
+    m = options.m or default_m(space.dim, config.INDEX_M)
+    return space.of_width(space.encoder.for_codes(m, options.nbits or config.INDEX_NBITS).dim)
 
 
-def check_shape(
-    features: Features, space: Space, base: Path | None, options: settings.Index
-) -> None:
+def check_shape(features: Features, space: Space, base: Path | None, options: config.Index) -> None:
     """Refuse settings that do not fit the width or the rows, before anything is written."""
     if options.nlist > features.rows:
         raise SnipError(
@@ -186,7 +184,7 @@ def write_shards(
     space: Space,
     quantiser: Quantiser,
     work: Path,
-    options: settings.Index,
+    options: config.Index,
 ) -> None:
     """Write the codes of shards from number ``held`` on that are not there yet.
 
@@ -213,7 +211,7 @@ def crc_note(path: Path) -> Path:
 
 
 def claim(
-    out: Path, request: dict[str, Any], features: Features, options: settings.Index
+    out: Path, request: dict[str, Any], features: Features, options: config.Index
 ) -> tuple[str, dict[str, Any]]:
     """Take ``out`` as `store.claim` does; with ``--append``, go on where it has fewer shards."""
     if store.is_finished(out):
@@ -304,12 +302,12 @@ def copy_encoder(source: Path, target: Path) -> None:
 
 
 def make_quantiser(
-    features: Features, space: Space, base: Path | None, options: settings.Index
+    features: Features, space: Space, base: Path | None, options: config.Index
 ) -> Quantiser:
     """Return the base's quantisers, or train new ones on a sample."""
     if base is not None:
         return read_quantiser(base)
-    m = options.m or default_m(space.dim, settings.INDEX_M)
+    m = options.m or default_m(space.dim, config.INDEX_M)
     lists = options.nlist or default_nlist(features.rows, features.rows)
     wanted = options.train_rows or max(POINTS_A_LIST * lists, LEAST_SAMPLE)
     threads = cores(options.threads)
@@ -318,13 +316,13 @@ def make_quantiser(
         sample,
         nlist=options.nlist or default_nlist(features.rows, len(sample)),
         m=m,
-        nbits=options.nbits or settings.INDEX_NBITS,
+        nbits=options.nbits or config.INDEX_NBITS,
         seed=options.seed,
         threads=threads,
     )
 
 
-def check_base(path: Path, quantiser: Quantiser, dim: int, options: settings.Index) -> None:
+def check_base(path: Path, quantiser: Quantiser, dim: int, options: config.Index) -> None:
     """Refuse a base of another width, or flags that contradict it."""
     if quantiser.dim != dim:
         raise SnipError(
@@ -392,7 +390,7 @@ def refuse_bad(features: Features, number: int, bad: np.ndarray, mode: str) -> N
         raise InputError(describe_bad(features, bad + features.offsets[number]))
 
 
-def finish(out: Path, request: dict[str, Any], options: settings.Index, held: int) -> None:
+def finish(out: Path, request: dict[str, Any], options: config.Index, held: int) -> None:
     """Put everything in place, and write the manifest, which makes the folder an index.
 
     The first ``held`` shards, the quantisers and the encoder are there where shards were added.

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.config import Diff
 from snipdedup.deduplication.out_reader import read_keys, whole_groups
 from snipdedup.deduplication.run import HOW
 from snipdedup.errors import SnipError
 from snipdedup.groups.star import group_starts
 from snipdedup.metadata.masks import load_mask
-from snipdedup.settings import Diff
 from snipdedup.storage import store
 
 KIND = "dedup"

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from snipdedup.config import Report, whole_numbers
 from snipdedup.deduplication.inputs import named_paths
 from snipdedup.deduplication.out_reader import (
     Run,
@@ -31,7 +32,6 @@ from snipdedup.inspection import thumbnails
 from snipdedup.inspection.report_page import GENERATOR, PICTURED, Notes, Page, Row, render
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
-from snipdedup.settings import Report, whole_numbers
 from snipdedup.storage import store
 
 NAME = "report.html"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import settings
+from snipdedup import config
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
@@ -129,7 +129,7 @@ class Query:
     raw: np.ndarray | None
 
 
-def run(options: settings.Search) -> str:
+def run(options: config.Search) -> str:
     """Find the nearest rows; return a table, or JSON."""
     index = Index.open(options.index)
     if options.html is not None:
@@ -152,7 +152,7 @@ def run(options: settings.Search) -> str:
     return said if options.json else f"{said}\nwritten to {path}"
 
 
-def refuse_page(path: Path, index: Index, metadata: Any, options: settings.Search) -> None:
+def refuse_page(path: Path, index: Index, metadata: Any, options: config.Search) -> None:
     """Refuse to write the page over what is read, or what is snip's."""
     read = [index.folder, *([] if metadata is None else metadata.inputs())]
     if Path(options.query).suffix.lower() in VECTORS:
@@ -169,7 +169,7 @@ def require_jinja() -> None:
         raise SnipError("--html needs jinja2: pip install 'snipdedup-toolkit[report]'") from None
 
 
-def search(index: Index, options: settings.Search) -> Answers:
+def search(index: Index, options: config.Search) -> Answers:
     """Answer the query, or each vector of a file."""
     lists, raw = MappedLists(index), raw_features(index, options)
     queries = parse_query(index, lists, raw, options)
@@ -206,9 +206,7 @@ def rerank(features: Features, x: np.ndarray, rows: np.ndarray) -> tuple[np.ndar
     return cosine[order], rows[order]
 
 
-def parse_query(
-    index: Index, lists: MappedLists, raw: Raw, options: settings.Search
-) -> list[Query]:
+def parse_query(index: Index, lists: MappedLists, raw: Raw, options: config.Search) -> list[Query]:
     """Return what is asked: a row number, the vectors of a file, or a text.
 
     Raises
@@ -305,7 +303,7 @@ def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | 
     return vectors.astype(np.float32) if held else plain_vectors(index, vectors)
 
 
-def model_of(index: Index, options: settings.Search) -> str:
+def model_of(index: Index, options: config.Search) -> str:
     """Return the CLIP model to make a text's vector with: the flag's, or a manifest's."""
     held = held_encoder(index.folder)
     manifests = [index.manifest, store.read_manifest(held, "encoder") if held else {}]
@@ -319,7 +317,7 @@ def model_of(index: Index, options: settings.Search) -> str:
     return str(model)
 
 
-def raw_features(index: Index, options: settings.Search) -> Raw:
+def raw_features(index: Index, options: config.Search) -> Raw:
     """Return the features that were indexed: those given, or where the manifest says they lie.
 
     Raises
@@ -372,7 +370,7 @@ def place(index: Index, row: int, score: float | None = None) -> Neighbour:
     return Neighbour(row, str(shard["name"]), int(row - index.offsets[number]), score)
 
 
-def open_table_of(index: Index, options: settings.Search) -> Any:
+def open_table_of(index: Index, options: config.Search) -> Any:
     """Return the metadata: given, or beside a folder of features; None if there is none."""
     source: Any = options.metadata
     if source is None:

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from snipdedup.config import Dedup
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.spill import Spill, spilling
 from snipdedup.metadata.tables import Added, Metadata, as_texts
-from snipdedup.settings import Dedup
 from snipdedup.storage.external_sort import READ, Columns, Sorter, among, pack
 
 DUP_COUNT = "dup_count"

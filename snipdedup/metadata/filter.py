@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup import progress
+from snipdedup.config import EXPORTS, Filter, named_kinds
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.metadata.export import FOLDER, count_staying, list_columns, uses, write_lists
@@ -34,7 +35,6 @@ from snipdedup.metadata.tables import (
     try_writing,
     write_kept,
 )
-from snipdedup.settings import EXPORTS, Filter, named_kinds
 from snipdedup.storage import locks, store
 
 KIND = "filter"

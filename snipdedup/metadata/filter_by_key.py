@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.config import Filter
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import implied_metadata
 from snipdedup.metadata.files import Table
@@ -32,7 +33,6 @@ from snipdedup.metadata.join_by_key import (
 from snipdedup.metadata.masks import Held, Mask, place_all
 from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.tables import Metadata, named, open_metadata
-from snipdedup.settings import Filter
 from snipdedup.storage import store
 from snipdedup.storage.objects import is_elsewhere
 

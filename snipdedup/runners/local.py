@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from snipdedup.config import Dedup
 from snipdedup.parallel import cores, in_order, pick_device
 from snipdedup.runners.forked import can_fork, in_processes
 from snipdedup.runners.ray import Ray
 from snipdedup.runners.slurm import Crew, Place
-from snipdedup.settings import Dedup
 
 T = TypeVar("T")
 

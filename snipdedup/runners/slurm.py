@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from snipdedup import progress
+from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.parallel import in_order
 from snipdedup.runners.claims import Claims
-from snipdedup.settings import Dedup
 from snipdedup.storage import store
 
 T = TypeVar("T")

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from snipdedup import __version__
+from snipdedup.config import Dedup, mistyped
 from snipdedup.errors import SnipError, TakenError, UsageError, WriteError
-from snipdedup.settings import Dedup, mistyped
 from snipdedup.storage import locks, swap
 from snipdedup.storage.remote import shown
 
