@@ -16,7 +16,7 @@ KINDS = {bool: "switch", int: "integer", float: "number", str: "text"}
 HEAD = """\
 # The command line
 
-Generated from `snipdedup/settings.py` by `python scripts/make_cli_docs.py`; do not edit.
+Generated from `snipdedup/config.py` by `python scripts/make_cli_docs.py`; do not edit.
 
 `snip COMMAND --help` prints the same. Flags are written `--with_underscores` or `--with-dashes`,
 and `--flag value` or `--flag=value`. A switch takes no value; `--noSWITCH` turns it off.

@@ -61,7 +61,8 @@ COMMANDS = (
     ),
     Command(
         "compress", "the chain", "write descriptors, shard for shard", config.Compress,
-        "snipdedup.encoder.network:run", "snip compress img_emb --encoder encoder --out descriptors",
+        "snipdedup.encoder.network:run",
+        "snip compress img_emb --encoder encoder --out descriptors",
     ),
     Command(
         "index", "the chain", "build a sharded IVFPQ index", config.Index,

@@ -397,7 +397,7 @@ def test_no_command_fails_on_a_reader_that_is_gone(small_run, words, status, bot
 
 def test_progress_that_nobody_reads_does_not_end_the_run():
     code = (
-        "import sys; from snipdedup.ground import progress; progress.PLAIN_LINES_EVERY_S = 0\n"
+        "import sys; from snipdedup import progress; progress.PLAIN_LINES_EVERY_S = 0\n"
         "done = list(progress.track(range(5), 'steps', 'rows', 5)); progress.say('x')\n"
         "sys.exit(7 if len(done) == 5 else 1)"
     )

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup import cli
-from snipdedup.deduplication import run
+from snipdedup.deduplication import run as dedup_run
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.storage import store
 
@@ -297,7 +297,7 @@ def test_files_that_a_stopped_run_left_are_proved_before_they_are_used(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(store, "publish", stop)
-        patch.setattr(run, "write_tables", stop)
+        patch.setattr(dedup_run, "write_tables", stop)
         assert run(*words_of(name, out)) == 130
     held = {path: path.read_bytes() for path in (out / "work").rglob("*") if path.is_file()}
     damaged = [path for path in held if path.name not in (store.REQUEST, store.LOCK)

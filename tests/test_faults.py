@@ -15,7 +15,7 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.auditing import audit
-from snipdedup.deduplication import run
+from snipdedup.deduplication import run as dedup_run
 from snipdedup.encoder import network
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import InputError
@@ -85,7 +85,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, command):
     module, name = {
-        "dedup": (run, "search"),
+        "dedup": (dedup_run, "search"),
         "compress": (network, "write_shards"),
         "index": (index, "write_shards"),
     }[command]
@@ -109,7 +109,7 @@ def interrupted(monkeypatch, command):
         raise KeyboardInterrupt
 
     module, name = {
-        "dedup": (run, "decide_by"),
+        "dedup": (dedup_run, "decide_by"),
         "compress": (store, "publish"),
         "index": (index, "finish"),
     }[command]
@@ -201,13 +201,13 @@ def test_rows_of_a_file_that_became_shorter_are_not_touched(inputs):
 
 
 def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch, capsys):
-    decide = run.decide_by
+    decide = dedup_run.decide_by
 
     def cut(*given):
         os.truncate(inputs / "img" / "b.npy", 4096)
         return decide(*given)
 
-    monkeypatch.setattr(run, "decide_by", cut)
+    monkeypatch.setattr(dedup_run, "decide_by", cut)
     assert run(*COMMANDS["dedup"]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("snip: img/b.npy: ")
@@ -218,11 +218,11 @@ def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch,
 # What is read, how it is changed while the command runs, and where in it that happens.
 CHANGES = {
     "dedup: metadata": ("dedup img --metadata meta --out out", "meta/b.parquet",
-                        run, "write_tables"),
+                        dedup_run, "write_tables"),
     "dedup: reference": ("dedup img --reference other --out out", "other/c.npy",
-                         run, "write_tables"),
+                         dedup_run, "write_tables"),
     "dedup: captions": ("dedup img --text_features txt --out out", "txt/d.npy",
-                        run, "write_tables"),
+                        dedup_run, "write_tables"),
     "filter: metadata": ("filter meta --is_dup clean --out out", "meta/a.parquet",
                          filter, "write_rows"),
     "filter: features": ("filter meta --is_dup clean --embeddings img --out out", "img/a.npy",

@@ -27,15 +27,15 @@ RUN = """
 import sys
 from unittest import mock
 import numpy as np
-from snipdedup.chain.deduplicate import dedup
-from snipdedup.search import encoding, fitting, kernels, masses, tiles
+from snipdedup.deduplication.run import dedup
+from snipdedup.join import encoding, fitting, hubs, kernels, tiles
 
 features, out, device, small = sys.argv[1:]
 if device == "float32":  # as where int8 products are slow or wrong
     single = kernels.candidates("cpu")[-1]
     kernels.candidates = lambda device: [single]
 if small == "small":  # lists, masses and crowds at sizes that a test can afford
-    masses.MASS_ROWS, fitting.SINGLE_LIST_ROWS, tiles.CROWDED = 500, 0, 1 / 512
+    hubs.MASS_ROWS, fitting.SINGLE_LIST_ROWS, tiles.CROWDED = 500, 0, 1 / 512
     tiles.ROW_TILE, tiles.COLUMN_TILE = 128, 256
     encoding.task_rows = lambda rows: 2048
 dedup(features, out=out, keep_work=True, threshold=0.9)

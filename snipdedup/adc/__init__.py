@@ -1,1 +1,1 @@
-"""."""
+"""The paper's way: the adaptive threshold on distances of an IVFPQ index."""

@@ -1,1 +1,1 @@
-"""."""
+"""snip audit: a finished OUT proved against raw features and metadata."""

@@ -1,1 +1,1 @@
-"""."""
+"""snip dedup: inputs, search, decision, the files of OUT."""

@@ -1,1 +1,1 @@
-"""."""
+"""snip download: metadata, feature sets and published results, fetched and filtered."""

@@ -94,7 +94,7 @@ def run(options: Download) -> str:
     try:
         meant = meant or look(options, source, pinned(out).get("revision"))
         if isinstance(meant, Remote):
-            published = published.read(meant, out / store.WORK / store.MANIFEST)
+            files = published.read(meant, out / store.WORK / store.MANIFEST)
         else:
             remember(out, revision=commit_of(meant.folder))
             plan = make_plan(options, source, meant, out)
@@ -105,7 +105,7 @@ def run(options: Download) -> str:
             store.release(out)
         raise
     if isinstance(meant, Remote):
-        return published.fetch(out, meant, published, options.jobs)
+        return published.fetch(out, meant, files, options.jobs)
     return fetch_set(options, request, plan, out)
 
 

@@ -1,1 +1,1 @@
-"""."""
+"""The SNIP encoder: network, losses, training."""

@@ -1,1 +1,1 @@
-"""."""
+"""Groups of near-duplicates, and which of their rows are kept."""

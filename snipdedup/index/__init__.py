@@ -1,1 +1,1 @@
-"""IVFPQ indexes: built, kept, exported."""
+"""IVFPQ indexes: quantisers, building, searching, export."""

@@ -1,1 +1,1 @@
-"""."""
+"""A finished OUT or index, shown: report, search, top, diff."""

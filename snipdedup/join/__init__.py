@@ -1,1 +1,1 @@
-"""."""
+"""The join: all near-duplicate pairs of a set, each proved on the raw rows."""

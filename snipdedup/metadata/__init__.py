@@ -1,1 +1,1 @@
-"""The tables beside the features: filtered, joined, handed over."""
+"""Tables beside the features: filter, join, export."""

@@ -1,1 +1,1 @@
-"""."""
+"""Files of this machine and of others: written whole, locked, sorted, read by ranges."""

@@ -21,7 +21,7 @@ ROWS = np.random.default_rng(0).standard_normal((400, 16)).astype(np.float32)
 HOLD = """
 import sys, time
 from pathlib import Path
-from snipdedup.ground import store
+from snipdedup.storage import store
 store.claim(Path(sys.argv[1]), sys.argv[2], {"mine": 1}, overwrite=False)
 print("held", flush=True)
 time.sleep(60)

@@ -62,7 +62,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
 
 
 def test_permissions_follow_the_umask(tmp_path):
-    script = "import sys\nfrom snipdedup.ground.store import *\nsave_json(Path(sys.argv[1]), {})"
+    script = "import sys\nfrom snipdedup.storage.store import *\nsave_json(Path(sys.argv[1]), {})"
     path = tmp_path / "x.json"
     subprocess.run([sys.executable, "-c", script, path], check=True, umask=0o027)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import truth
-from test_outfolder import write_laion
+from samples import write_laion
 
 from snipdedup import dedup
 from snipdedup.deduplication import run

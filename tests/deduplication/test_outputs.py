@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import itertools
 import json
 import shutil
 import zlib
@@ -14,33 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import truth
+from samples import CUTS, write_laion
 
 from snipdedup import dedup
-
-CUTS = [300, 300, 900]  # one shard is empty
-
-
-def metadata(rows, begin, columns):
-    number = np.arange(begin, begin + rows)
-    every = {
-        "Key": pa.array([f"k{i:06d}" for i in number]),
-        "uid": pa.array([f"u{i}" for i in number]),
-        "n": pa.array(number, pa.int16()),
-        "tags": pa.array([[str(i)] * (i % 3) for i in number], pa.list_(pa.string())),
-    }
-    table = pa.table({name: every[name] for name in columns})
-    return table.replace_schema_metadata({"origin": "a crawl"})
-
-
-def write_laion(folder, x, cuts=tuple(CUTS), columns=("n", "Key", "uid", "tags")):
-    """A folder in the LAION layout: img_emb/ and metadata/, file for file."""
-    truth.save_shards(folder / "img_emb", x, list(cuts))
-    (folder / "metadata").mkdir()
-    starts = [0, *cuts, len(x)]
-    for part, (low, high) in enumerate(itertools.pairwise(starts)):
-        table = metadata(high - low, low, columns)
-        pq.write_table(table, folder / "metadata" / f"metadata_{part}.parquet", row_group_size=99)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -314,7 +314,7 @@ def test_generated_images_that_copy_training_images_are_named(tmp_path):
 
 
 def test_metadata_counts_only_rows_of_its_own(sets, tmp_path):
-    from test_outfolder import write_laion
+    from samples import write_laion
 
     x, folders = sets
     laion = write_laion(tmp_path / "laion", x[500:], cuts=(100,))

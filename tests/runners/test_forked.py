@@ -100,7 +100,7 @@ def test_workers_end_where_no_more_is_asked_for(tmp_path):
 
 ORPHANS = """
 import os, sys, time
-from snipdedup.search.forked import in_processes
+from snipdedup.runners.forked import in_processes
 
 def do(task):
     os.write(1, b"%d\\n" % os.getpid())  # at once, whoever else writes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import faiss
 import numpy as np
 import pytest
-from test_knn import candidates, collected, labels, make
+from samples import candidates, collected, labels, make
 
 from snipdedup.adc import two_sided
 from snipdedup.features.cosine import unit_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faiss
 import numpy as np
 import pytest
+from samples import clustered
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
@@ -21,13 +22,6 @@ from snipdedup.index.quantizer import (
     write_quantiser,
 )
 from snipdedup.parallel import library_threads
-
-
-def clustered(rows: int, dim: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((20, dim))
-    x = centres[rng.integers(0, 20, rows)] + 0.3 * rng.standard_normal((rows, dim))
-    return x.astype(np.float32)
 
 
 def test_a_block_sees_each_row_at_its_place_whatever_is_around_it():

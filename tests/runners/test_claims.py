@@ -18,7 +18,7 @@ from snipdedup.runners.claims import Claims
 TAKE = """
 import sys, time
 from pathlib import Path
-from snipdedup.ground.claims import Claims
+from snipdedup.runners.claims import Claims
 with Claims(Path(sys.argv[1])) as mine:
     print(mine.take("x"), mine.owner, flush=True)
     sys.stdin.read()

@@ -8,7 +8,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import truth
-from test_outfolder import write_laion
+from samples import write_laion
 
 from snipdedup.metadata import filter_by_row
 

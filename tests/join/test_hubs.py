@@ -101,18 +101,20 @@ def test_where_rows_are_placed(rows):
     with mock.patch.object(hubs, "MASS_ROWS", 500):
         projection = fit_projection(rows, 128, 0)
         codes, _ = projection.encode(rows)
-        hubs = find_hubs(
+        table = find_hubs(
             np.arange(len(rows)), rows, codes, projection,
             threshold=0.95, total=len(rows), threads=1,
         )  # fmt: skip
-    placed = hubs.place(codes, np.zeros(len(rows)), rows)
-    cosine = truth.cosine_table(np.concatenate([hubs.raw, rows]))[len(hubs.row) :, : len(hubs.row)]
+    placed = table.place(codes, np.zeros(len(rows)), rows)
+    cosine = truth.cosine_table(np.concatenate([table.raw, rows]))[
+        len(table.row) :, : len(table.row)
+    ]
     best = cosine.max(1)
-    inside = best >= np.float32(hubs.half)
+    inside = best >= np.float32(table.half)
     assert np.array_equal(np.flatnonzero(inside), placed.row)
     assert np.array_equal(cosine[inside].argmax(1), placed.hub)
     assert np.array_equal(best[inside], placed.similarity)
-    beside = ~inside & (best >= hubs.border)
+    beside = ~inside & (best >= table.border)
     assert (placed.reach[beside] == hubs.BESIDE).all()
     assert beside.sum() > 300
     # rows of two hubs that are no pair, near enough to one another's

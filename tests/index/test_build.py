@@ -12,7 +12,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from test_quantise import clustered
+from samples import clustered
 
 from snipdedup import config
 from snipdedup.errors import InputError, SnipError
@@ -455,7 +455,7 @@ def test_the_size_script_says_what_a_row_costs(index, capsys, tmp_path):
 
     if not Path("/proc/self/status").is_file():
         pytest.skip("RssAnon is what Linux tells")
-    script = Path(__file__).parent.parent / "scripts" / "index_size.py"
+    script = Path(__file__).parents[2] / "scripts" / "index_size.py"
     words = [str(index.folder), "--json", str(tmp_path / "x.json")]
     runpy.run_path(str(script))["main"](words)
     said, told = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())

@@ -303,8 +303,8 @@ def test_local_files_and_other_stores(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from snipdedup.download.landing import save
-from snipdedup.ground.remote import Remote
+from snipdedup.downloading.transfer import save
+from snipdedup.storage.remote import Remote
 save(Remote(sys.argv[1]), Path(sys.argv[2]))
 """
 

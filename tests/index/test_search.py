@@ -9,18 +9,15 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from test_quantise import clustered
+from samples import candidates, clustered, collected, labels, make, wanted
 
-from snipdedup import config
 from snipdedup.adc import threshold, two_sided
 from snipdedup.adc.threshold import calibrate, default_margin, passes, true_duplicates
 from snipdedup.deduplication import adc_method as chain
-from snipdedup.deduplication.adc_method import adc_candidates
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index import search
-from snipdedup.index.build import build
 from snipdedup.index.classes import classes_of
 from snipdedup.index.export import export_faiss
 from snipdedup.index.folder import Index
@@ -31,15 +28,6 @@ from snipdedup.index.search import (
     neighbours,
     self_adc,
 )
-
-
-def make(features: Features, out: Path, **given: object) -> Index:
-    given = {"nlist": 16, "m": 4, "nbits": 8, "threads": 1, **given}
-    return build(features, out, config.Index(features="x", out=str(out), **given))[0]
-
-
-def wanted(**given: object) -> config.Dedup:
-    return config.Dedup(**{"features": "x", "index": "x", "method": "adc", "threads": 1, **given})
 
 
 def with_copies(rows: int = 2000, copies: int = 300) -> np.ndarray:
@@ -210,29 +198,6 @@ def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small):
     assert linked == {(min(rows), r) for rows in firsts.values() for r in rows if r != min(rows)}
 
 
-def candidates(index: Index, features: Features | None, **given: object) -> chain.Adc:
-    """`adc_candidates`, by the row's own difference unless told otherwise."""
-    options = wanted(**{"rule": "difference", **given})
-    return adc_candidates(index, features, options, index.folder.parent / "work")
-
-
-def collected(adc: chain.Adc) -> np.ndarray:
-    blocks = [np.stack(block) for block in adc.pairs()]
-    for block in blocks:
-        assert (block[0] < block[1]).all()
-        assert len(np.unique(block, axis=1).T) == block.shape[1]
-    return np.unique(np.concatenate(blocks, axis=1), axis=1)
-
-
-def labels(pairs: np.ndarray, rows: int) -> np.ndarray:
-    label = np.arange(rows)
-    while (label[pairs[0]] != label[pairs[1]]).any():
-        low = np.minimum(label[pairs[0]], label[pairs[1]])
-        np.minimum.at(label, pairs[0], low)
-        np.minimum.at(label, pairs[1], low)
-    return label
-
-
 @pytest.mark.parametrize("features_there", [True, False])
 def test_300_copies_are_joined_with_k_8(small, features_there):
     index, features = small
@@ -344,7 +309,7 @@ def test_a_ratio_needs_features(small):
 
 
 def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
-    script = Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"
+    script = Path(__file__).parents[2] / "scripts" / "calibrate_adc.py"
     shard = data / "keyframes" / "img_emb" / "img_emb_0000.npy"
     words = ["--features", shard, "--code_bytes", 8, "--nlist", 16, "--dim", 32, "--sample", 1500]
     runpy.run_path(str(script))["main"]([*map(str, words), "--json", str(tmp_path / "x.json")])
@@ -363,7 +328,7 @@ def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
 def test_the_calibration_script_judges_other_shards(data, tmp_path, capsys):
     from snipdedup.encoder.network import Encoder, Network
 
-    script = Path(__file__).parent.parent / "scripts" / "calibrate_adc.py"
+    script = Path(__file__).parents[2] / "scripts" / "calibrate_adc.py"
     x = np.concatenate(
         [np.load(data / "keyframes" / "img_emb" / f"img_emb_000{n}.npy")[:1200] for n in (0, 1)]
     )
