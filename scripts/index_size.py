@@ -25,8 +25,9 @@ from typing import Any
 
 from snipdedup.index.codes import load_shard, packed_width
 from snipdedup.index.folder import QUANTISER, Index
-from snipdedup.index.quantizer import BLOCK, MOST_LISTS
+from snipdedup.index.quantizer import MOST_LISTS
 from snipdedup.index.search import Searcher
+from snipdedup.parallel import ALIGNED_ROWS
 
 START_BYTES = 8  # of a list's beginning, in memory
 SIZE_BYTES = 2  # of a list's length in a shard's file, where one may be longer than 255
@@ -75,7 +76,7 @@ def on_disk(folder: Path) -> dict[str, float]:
 def in_memory(folder: Path) -> dict[str, float]:
     """Return bytes of the lists' arrays, and what loading and searching add to anonymous memory."""
     index = Index.open(folder)
-    x = index.quantiser.centroids[: 4 * BLOCK].copy()
+    x = index.quantiser.centroids[: 4 * ALIGNED_ROWS].copy()
     index.quantiser.assign(x[:8], 1)  # libraries set themselves up at the first call
     before = anonymous()
     lists = index.lists()

@@ -20,6 +20,8 @@ import numpy as np
 from snipdedup.config import parse_bytes
 from snipdedup.errors import SnipError
 
+ALIGNED_ROWS = 1024  # rows computed together, aligned to global rows
+
 T = TypeVar("T")
 R = TypeVar("R")
 Stage = Callable[[str], AbstractContextManager[None]]  # times a stage of a run by its name
@@ -173,3 +175,32 @@ def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if use not in pool or pool[use].nbytes < need:
         pool[use] = np.empty(need, np.uint8)
     return pool[use][:need].view(dtype).reshape(shape)
+
+
+def in_aligned_blocks(
+    work: Callable[[np.ndarray], tuple[np.ndarray, ...]], rows: np.ndarray, first: int
+) -> tuple[np.ndarray, ...]:
+    """Apply ``work`` to whole blocks, each row at its place, padded with zeros.
+
+    Matrix products change in their last bits with their shape. In a block of full size, aligned to
+    global rows, what comes out for a row does not depend on which other rows are at hand.
+
+    Parameters
+    ----------
+    work : function of (ALIGNED_ROWS, d) returning arrays of ALIGNED_ROWS rows
+    rows : (n, d)
+    first : int
+        Global row of ``rows[0]``; it decides the place in the block.
+
+    Returns
+    -------
+    tuple of arrays of n rows
+    """
+    parts = []
+    stop = first + len(rows)
+    for begin in range(first - first % ALIGNED_ROWS, stop, ALIGNED_ROWS):
+        low, high = max(begin, first), min(begin + ALIGNED_ROWS, stop)
+        block = np.zeros((ALIGNED_ROWS, rows.shape[1]), rows.dtype)
+        block[low - begin : high - begin] = rows[low - first : high - first]
+        parts.append([array[low - begin : high - begin] for array in work(block)])
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))

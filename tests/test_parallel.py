@@ -6,6 +6,7 @@ import threading
 import time
 
 import faiss
+import numpy as np
 import pytest
 import torch
 
@@ -167,3 +168,18 @@ def test_short_work_prints_nothing_and_long_work_now_and_then(capsys, monkeypatc
     assert lines[0] == "reading [loss 0.1]: 10 of 40 rows, 1 rows/s, 30 s left"
     assert list(progress.track("abc", "reading", "rows", 3)) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_block_sees_each_row_at_its_place_whatever_is_around_it():
+    seen = []
+
+    def work(block):
+        seen.append(block)
+        return (block[:, 0] * 10, np.arange(parallel.ALIGNED_ROWS))
+
+    rows = np.arange(1, 2001, dtype=np.float32)[:, None]
+    value, place = parallel.in_aligned_blocks(work, rows, parallel.ALIGNED_ROWS - 3)
+    assert [block.shape for block in seen] == [(parallel.ALIGNED_ROWS, 1)] * 3
+    np.testing.assert_array_equal(value, rows[:, 0] * 10)
+    np.testing.assert_array_equal(place, (np.arange(2000) - 3) % parallel.ALIGNED_ROWS)
+    assert (seen[0][: parallel.ALIGNED_ROWS - 3] == 0).all()

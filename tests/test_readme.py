@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import http.server
 import importlib.util
 import os
@@ -194,45 +195,44 @@ def test_help_and_readme_show_the_same_commands():
     assert next(c.example for c in COMMANDS if c.name == "dedup") in examples
 
 
+PACKAGE = ROOT / "snipdedup"
+
+
 def rooms() -> list[str]:
-    """Return the modules in the order of CONTRIBUTING's map, top first, as ``folder/module``."""
+    """Return folders and single modules in the order of CONTRIBUTING's map, top first."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     house = text.partition("```text\n")[2].partition("```")[0]
-    found, folder = [], ""
-    for line in house.splitlines():
-        if line[:1] not in ("", " "):
-            folder = line.split()[0] if line.split()[0].endswith("/") else ""
-        names = line[:34] if line.startswith(" ") or not folder else ""
-        found += [folder + name for name in names.split()]
-    return found
+    return [line.split()[0].rstrip("/") for line in house.splitlines()]
 
 
 def test_the_map_has_every_room_once():
-    package = ROOT / "snipdedup"
-    modules = [path.relative_to(package).with_suffix("") for path in package.rglob("[a-z]*.py")]
-    assert sorted(rooms()) == sorted(map(str, modules))
+    there = [p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    assert sorted(rooms()) == sorted(set(there) - {"__init__", "__main__"})
 
 
-def imported(node: ast.ImportFrom) -> set[str]:
-    """Return what is imported of the package, as ``folder/module``."""
-    place = (node.module or "").split(".")
-    if place[0] != "snipdedup":
-        return set()
-    inside = "/".join(place[1:])
-    if (ROOT / "snipdedup" / f"{inside}.py").is_file():
-        return {inside}
-    return {f"{inside}/{alias.name}".lstrip("/") for alias in node.names}
+def imports_of(module: Path) -> set[str]:
+    """Return the modules of the package that a file imports, as ``room/module`` or ``module``."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("snipdedup") for alias in node.names), node.lineno
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "snipdedup":
+            inside = "/".join((node.module or "").split(".")[1:])
+            names = {f"{inside}/{alias.name}".lstrip("/") for alias in node.names}
+            found |= {name for name in {inside, *names} if (PACKAGE / f"{name}.py").is_file()}
+    return found
 
 
-@pytest.mark.parametrize("module", rooms())
-def test_imports_run_downwards(module):
-    tree = ast.parse((ROOT / "snipdedup" / f"{module}.py").read_text("utf-8"))
-    above = set(rooms()[: rooms().index(module)])
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert not imported(node) & above, f"line {node.lineno}"
-        elif isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("snipdedup") for alias in node.names)
+@pytest.mark.parametrize("room", rooms())
+def test_imports_run_downwards(room):
+    below = {*rooms()[rooms().index(room) :]}
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else []
+    inside = {}
+    for path in [*files, *(PACKAGE / room).glob("*.py")]:
+        imported = imports_of(path)
+        assert {name.split("/")[0] for name in imported} <= below, path.name
+        inside[f"{room}/{path.stem}"] = {name for name in imported if name.startswith(f"{room}/")}
+    graphlib.TopologicalSorter(inside).prepare()  # a cycle raises CycleError and names it
 
 
 def test_labelled_curve_of_a_set_worked_by_hand(tmp_path, capsys):

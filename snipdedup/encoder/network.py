@@ -24,14 +24,20 @@ from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
-from snipdedup.index.quantizer import BLOCK, in_blocks
-from snipdedup.parallel import cores, in_order, library_threads, pick_device
+from snipdedup.parallel import (
+    ALIGNED_ROWS,
+    cores,
+    in_aligned_blocks,
+    in_order,
+    library_threads,
+    pick_device,
+)
 from snipdedup.storage import locks, store
 
 WEIGHTS = "weights.pt"
 LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up
 BITS_A_DIMENSION = 2  # of a code; more are better spent on a wider descriptor
-READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
+READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
 DESCRIPTORS = "descriptors"
 # What torch's reader of pickles, which builds tensors only, says of one that is damaged.
 BROKEN_PICKLE = (
@@ -148,7 +154,7 @@ class Encoder:
         if not len(rows):
             return np.empty((0, self.dim), np.float32)
         with library_threads(1):
-            return in_blocks(lambda block: (self._block(block),), rows, first)[0]
+            return in_aligned_blocks(lambda block: (self._block(block),), rows, first)[0]
 
     @torch.inference_mode()
     def _block(self, block: np.ndarray) -> np.ndarray:

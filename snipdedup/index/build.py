@@ -32,7 +32,6 @@ from snipdedup.index.folder import (
     same_encoder,
 )
 from snipdedup.index.quantizer import (
-    BLOCK,
     LEAST_SAMPLE,
     POINTS_A_LIST,
     Quantiser,
@@ -40,18 +39,17 @@ from snipdedup.index.quantizer import (
     default_m,
     default_nlist,
     draw_sample,
-    in_blocks,
     read_quantiser,
     train,
     write_quantiser,
 )
-from snipdedup.parallel import cores, in_order
+from snipdedup.parallel import ALIGNED_ROWS, cores, in_aligned_blocks, in_order
 from snipdedup.storage import locks, store
 from snipdedup.storage.objects import is_elsewhere
 from snipdedup.storage.remote import shown
 
 FILES = "files"  # below the work folder: what is written before all of it is whole
-READ_ROWS = 8 * BLOCK  # rows read and encoded by one thread at a time
+READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
 
 
 def run(options: config.Index) -> str:
@@ -351,7 +349,7 @@ def encode_shard(
         bad = bad_rows(rows)
         if bad.any():  # a copy: rows may be the caller's own array
             rows = np.where(bad[:, None], 0, rows)
-        return *in_blocks(lambda b: encode_block(b, space, quantiser), rows, span[0]), bad
+        return *in_aligned_blocks(lambda b: encode_block(b, space, quantiser), rows, span[0]), bad
 
     parts = [empty_block(quantiser), *in_order(encode, spans, threads)]
     lists, codes, errors, bad = (np.concatenate(c) for c in zip(*parts, strict=True))

@@ -19,10 +19,9 @@ from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.scan import row_hashes
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.parallel import in_order, library_threads
+from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, in_order, library_threads
 from snipdedup.storage import store
 
-BLOCK = 1024  # rows computed together, aligned to global rows
 ITERATIONS = 8  # of the coarse k-means; more hardly move the lists (findings of many peers)
 POINTS_A_CODEWORD = 256  # more training points do not improve a codebook (faiss' own limit)
 LEAST_POINTS = 39  # training points a list below which faiss warns, and lists get arbitrary
@@ -34,32 +33,6 @@ POINTS_A_LIST, LEAST_SAMPLE = 64, 1 << 16
 OVERDRAW = 2  # rows drawn per row wanted, since half may be copies
 
 Vectors = Callable[[np.ndarray], np.ndarray]
-
-
-def in_blocks(
-    work: Callable[[np.ndarray], tuple[np.ndarray, ...]], rows: np.ndarray, first: int
-) -> tuple[np.ndarray, ...]:
-    """Apply ``work`` to whole blocks, each row at its place, padded with zeros.
-
-    Parameters
-    ----------
-    work : function of (BLOCK, d) returning arrays of BLOCK rows
-    rows : (n, d)
-    first : int
-        Global row of ``rows[0]``; it decides the place in the block.
-
-    Returns
-    -------
-    tuple of arrays of n rows
-    """
-    parts = []
-    stop = first + len(rows)
-    for begin in range(first - first % BLOCK, stop, BLOCK):
-        low, high = max(begin, first), min(begin + BLOCK, stop)
-        block = np.zeros((BLOCK, rows.shape[1]), rows.dtype)
-        block[low - begin : high - begin] = rows[low - first : high - first]
-        parts.append([array[low - begin : high - begin] for array in work(block)])
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 class Quantiser:
@@ -150,7 +123,7 @@ def draw_sample(
     count = min(features.rows, OVERDRAW * wanted)
     rows = np.sort(rng.choice(features.rows, count, replace=False, shuffle=False))
     seen, kept = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for start, stop in plan_blocks(count, 8 * BLOCK):
+    for start, stop in plan_blocks(count, 8 * ALIGNED_ROWS):
         block = features.gather(rows[start:stop])
         good = ~bad_rows(block)
         seen.append(row_hashes(block[good]))
@@ -166,9 +139,9 @@ def draw_sample(
 
     def convert(span: tuple[int, int]) -> np.ndarray:
         rows = features.gather(distinct[slice(*span)])
-        return in_blocks(lambda block: (vectors(block),), rows, span[0])[0]
+        return in_aligned_blocks(lambda block: (vectors(block),), rows, span[0])[0]
 
-    spans = plan_blocks(len(distinct), 8 * BLOCK)
+    spans = plan_blocks(len(distinct), 8 * ALIGNED_ROWS)
     return np.concatenate(list(in_order(convert, spans, threads)))
 
 
@@ -249,7 +222,7 @@ def kmeans(x: np.ndarray, k: int, *, seed: int, threads: int) -> np.ndarray:
         labels = assign_all(coarse_index(centroids), x, threads)
         sums = torch.zeros((k, x.shape[1]), dtype=torch.float64)
         with library_threads(1):
-            for start, stop in plan_blocks(len(x), 8 * BLOCK):
+            for start, stop in plan_blocks(len(x), 8 * ALIGNED_ROWS):
                 part = torch.from_numpy(x[start:stop]).double()
                 sums.index_add_(0, torch.from_numpy(labels[start:stop]), part)
         counts = np.bincount(labels, minlength=k)
@@ -273,9 +246,9 @@ def assign_all(coarse: Any, x: np.ndarray, threads: int) -> np.ndarray:
 
     def nearest(span: tuple[int, int]) -> np.ndarray:
         block = x[slice(*span)]
-        return in_blocks(lambda b: (coarse.search(b, 1)[1][:, 0],), block, span[0])[0]
+        return in_aligned_blocks(lambda b: (coarse.search(b, 1)[1][:, 0],), block, span[0])[0]
 
-    return np.concatenate(list(in_order(nearest, plan_blocks(len(x), BLOCK), threads)))
+    return np.concatenate(list(in_order(nearest, plan_blocks(len(x), ALIGNED_ROWS), threads)))
 
 
 def train_codebooks(

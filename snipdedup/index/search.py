@@ -13,10 +13,9 @@ from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.codes import Lists
 from snipdedup.index.folder import ENCODER, Index, Space, same_encoder
-from snipdedup.index.quantizer import BLOCK, in_blocks
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, in_order
 
-QUERY_ROWS = 4 * BLOCK  # rows searched by one thread at a time
+QUERY_ROWS = 4 * ALIGNED_ROWS  # rows searched by one thread at a time
 
 
 class Searcher:
@@ -47,7 +46,9 @@ class Searcher:
 
         ``first`` is the place of ``x[0]`` among all queries: it fixes the blocks.
         """
-        Dq, Iq = in_blocks(lambda block: self.quantiser.assign(block, self.nprobe), x, first)
+        Dq, Iq = in_aligned_blocks(
+            lambda block: self.quantiser.assign(block, self.nprobe), x, first
+        )
         return Dq, Iq
 
     def places(
@@ -137,7 +138,7 @@ def self_adc(index: Index, x: np.ndarray, first: int = 0) -> np.ndarray:
         off = block - index.quantiser.decode(lists, index.quantiser.encode(block, lists))
         return (np.einsum("ij,ij->i", off, off),)
 
-    return in_blocks(errors, x, first)[0]
+    return in_aligned_blocks(errors, x, first)[0]
 
 
 class Queries(NamedTuple):
@@ -179,7 +180,7 @@ def feature_queries(
             rows, block = sample[slice(*span)], features.gather(sample[slice(*span)])
         bad = bad_rows(block)
         block[bad] = 0
-        x = in_blocks(lambda b: (space.vectors(b),), block, span[0])[0]
+        x = in_aligned_blocks(lambda b: (space.vectors(b),), block, span[0])[0]
         return Queries(span[0], np.where(bad, -1, rows), x, self_adc(index, x, span[0]))
 
     return Source(features.rows if sample is None else len(sample), load)

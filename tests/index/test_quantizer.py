@@ -10,33 +10,16 @@ from samples import clustered
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index.quantizer import (
-    BLOCK,
     check_m,
     default_m,
     default_nlist,
     draw_sample,
-    in_blocks,
     kmeans,
     read_quantiser,
     train,
     write_quantiser,
 )
 from snipdedup.parallel import library_threads
-
-
-def test_a_block_sees_each_row_at_its_place_whatever_is_around_it():
-    seen = []
-
-    def work(block):
-        seen.append(block)
-        return (block[:, 0] * 10, np.arange(BLOCK))
-
-    rows = np.arange(1, 2001, dtype=np.float32)[:, None]
-    value, place = in_blocks(work, rows, BLOCK - 3)
-    assert [block.shape for block in seen] == [(BLOCK, 1)] * 3
-    np.testing.assert_array_equal(value, rows[:, 0] * 10)
-    np.testing.assert_array_equal(place, (np.arange(2000) + BLOCK - 3) % BLOCK)
-    assert (seen[0][: BLOCK - 3] == 0).all()
 
 
 @pytest.mark.parametrize(
