@@ -27,7 +27,7 @@ from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import KEY_COLUMNS
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
-from snipdedup.parallel import cores, in_order, memory_bound
+from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import store
 
@@ -185,7 +185,7 @@ def check_shards(
         verdict.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
         return False
     same_rows = True
-    crcs = in_order(shard_crc(features), range(len(found)), threads)
+    crcs = ordered_map(shard_crc(features), range(len(found)), threads)
     agree = 0
     for number, crc in enumerate(progress.track(crcs, "checksums", "shards", len(found))):
         known, now = listed[number], {**found[number], "crc32": f"{crc:08x}"}

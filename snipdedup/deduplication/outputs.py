@@ -31,7 +31,7 @@ from snipdedup.metadata.export import list_columns, write_lists
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.tables import Metadata, as_texts, kept_names, write_kept
-from snipdedup.parallel import cores, memory_bound, together
+from snipdedup.parallel import cores, memory_bound, run_all
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import load_column
 from snipdedup.storage.objects import absolute
@@ -82,7 +82,7 @@ def write_tables(
         partial(write_forest, result.found, out),
         partial(write_groups, result, out, metadata, key),
     )
-    together(tables, side_by_side(result, options))
+    run_all(tables, side_by_side(result, options))
     store.save_parquet(out / "histogram.parquet", histogram_table(result))
     outputs = [out / name for name in TABLES]
     if len(result.found.bad):

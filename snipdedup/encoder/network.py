@@ -28,8 +28,8 @@ from snipdedup.parallel import (
     ALIGNED_ROWS,
     cores,
     in_aligned_blocks,
-    in_order,
     library_threads,
+    ordered_map,
     pick_device,
 )
 from snipdedup.storage import locks, store
@@ -414,4 +414,4 @@ def encoded_spans(
         refuse_bad(features, np.arange(*span), rows)
         return encoder.encode(rows, span[0]), crcs
 
-    return in_order(work, spans, threads)
+    return ordered_map(work, spans, threads)

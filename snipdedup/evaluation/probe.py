@@ -33,7 +33,7 @@ from snipdedup.join.model import Model
 from snipdedup.join.partitions import load_partition
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
 from snipdedup.join.verify import GATHER_PAIRS, proved_cosines, verify_pairs
-from snipdedup.parallel import in_order, library_threads
+from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Sorter, pack
 
@@ -260,7 +260,7 @@ def time_encoding(
             at, (begin, end) = folder / name / str(number), spans[number]
             encode_task(pool, model, at, begin, end, chunk_rows=CHUNK, frozen=0)
 
-        return seconds(lambda: list(in_order(task, range(len(spans)), beside)))
+        return seconds(lambda: list(ordered_map(task, range(len(spans)), beside)))
 
     base = run(plain, "plain", 1) / pool.rows
     spent = run(alone, "last", 1)

@@ -16,7 +16,7 @@ from snipdedup import progress
 from snipdedup.errors import InputError
 from snipdedup.features.cosine import Directions, bad_rows, directions, same_bits
 from snipdedup.features.shards import CrcLedger, Features, Piece, plan_blocks
-from snipdedup.parallel import in_order, scratch
+from snipdedup.parallel import ordered_map, scratch
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, among, pack, row_kind
 
 # Rows computed together: few enough to stay in the cache from the file to the code. Fixed, so that
@@ -113,7 +113,7 @@ def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -
 
     parts = []
     with progress.bar(features.rows, "reading", "rows") as bar:
-        for (start, stop), seen in zip(spans, in_order(read, spans, threads), strict=True):
+        for (start, stop), seen in zip(spans, ordered_map(read, spans, threads), strict=True):
             parts.append(seen)
             bar.update(stop - start)
     return finish_scan(features, parts, keep_bad, threads)
@@ -343,6 +343,6 @@ def equal_rows(features: Features, x: np.ndarray, y: np.ndarray, threads: int = 
         part = order[slice(*span)]
         equal[part] = same_bits(features.gather(x[part]), features.gather(y[part]))
 
-    for _ in in_order(compare, plan_blocks(len(x), COMPARE_ROWS), threads):
+    for _ in ordered_map(compare, plan_blocks(len(x), COMPARE_ROWS), threads):
         pass
     return equal

@@ -43,7 +43,7 @@ from snipdedup.index.quantizer import (
     train,
     write_quantiser,
 )
-from snipdedup.parallel import ALIGNED_ROWS, cores, in_aligned_blocks, in_order
+from snipdedup.parallel import ALIGNED_ROWS, cores, in_aligned_blocks, ordered_map
 from snipdedup.storage import locks, store
 from snipdedup.storage.objects import is_elsewhere
 from snipdedup.storage.remote import shown
@@ -351,7 +351,7 @@ def encode_shard(
             rows = np.where(bad[:, None], 0, rows)
         return *in_aligned_blocks(lambda b: encode_block(b, space, quantiser), rows, span[0]), bad
 
-    parts = [empty_block(quantiser), *in_order(encode, spans, threads)]
+    parts = [empty_block(quantiser), *ordered_map(encode, spans, threads)]
     lists, codes, errors, bad = (np.concatenate(c) for c in zip(*parts, strict=True))
     good = np.flatnonzero(~bad)
     order = good[np.argsort(lists[good], kind="stable")]

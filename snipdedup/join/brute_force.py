@@ -18,7 +18,7 @@ from snipdedup.features.cosine import (
 )
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 TILE = 2048  # rows of a tile's sides
 STREAM_ROWS = 4096  # rows that a sample is compared with at once
@@ -93,7 +93,7 @@ def exact_edges(
                         edges = edges.where(edges.a < frozen)
                     return spanning_forest(edges, frozen)
 
-                for edges in in_order(compare, plan, threads):
+                for edges in ordered_map(compare, plan, threads):
                     bar.update(1)
                     yield edges
 
@@ -203,7 +203,7 @@ def nearest_rows(
     best, nearest = np.full(len(sample), -np.inf, np.float32), np.full(len(sample), -1)
     spans = plan_blocks(where.rows, STREAM_ROWS)
     for cosine, row in progress.track(
-        in_order(search, spans, threads), "probing", "blocks", len(spans)
+        ordered_map(search, spans, threads), "probing", "blocks", len(spans)
     ):
         better = cosine > best
         best[better], nearest[better] = cosine[better], row[better]

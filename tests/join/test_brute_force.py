@@ -22,14 +22,14 @@ from snipdedup.join.brute_force import (
     tile_plan,
 )
 from snipdedup.join.forest import ForestBuilder, join_edges, spanning_forest
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 
 def all_pairs(features, threshold, *, threads):
     """Every pair of a small set, distinct or not, by the tiles of brute force."""
     panel = load_panel(features, np.arange(features.rows))
     plan = tile_plan(features.rows, max(features.rows, 1), 0, 0)
-    tiles = in_order(lambda tile: tile_pairs(panel, panel, *tile, threshold), plan, threads)
+    tiles = ordered_map(lambda tile: tile_pairs(panel, panel, *tile, threshold), plan, threads)
     return join_edges(list(tiles))
 
 
