@@ -14,6 +14,7 @@ from servers import Server
 from snipdedup import cli
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features import ranged, shards
+from snipdedup.features.hashing import shard_checksum
 from snipdedup.features.shards import open_features
 from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import objects, store
@@ -110,14 +111,7 @@ def test_rows_of_every_format(memory, server, monkeypatch, where, name):
     for size in (1, 5, 40):
         rows = rng.integers(0, here.rows, size)
         assert np.array_equal(there.gather(rows), here.gather(rows))
-    ledgers = []
-    for features in (here, there):
-        crcs = [crc for start in (0, 50) for crc in features.read_with_crc(
-            start, 50 if start == 0 else features.rows)[1]]  # fmt: skip
-        ledger = shards.CrcLedger(1)
-        ledger.add(crcs)
-        ledgers.append(ledger.totals())
-    assert ledgers[0] == ledgers[1]
+    assert shard_checksum(there.shards[0]) == shard_checksum(here.shards[0])
 
 
 def test_ranges_join_neighbours_and_no_more():
