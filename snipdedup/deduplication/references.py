@@ -31,7 +31,7 @@ from snipdedup.groups.star import Nearest
 from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Columns, among
-from snipdedup.storage.objects import absolute, is_elsewhere
+from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT
 FEATURES, EARLIER = "features", "dedup"
@@ -269,7 +269,7 @@ def same(one: Reference, other: Reference) -> bool:
     """Tell whether two references are one input."""
     if one.path is None or other.path is None or one.kind != other.kind:
         return False
-    if is_elsewhere(one.path) or is_elsewhere(other.path):
+    if is_remote(one.path) or is_remote(other.path):
         return one.path == other.path
     return os.path.realpath(one.path) == os.path.realpath(other.path)
 
@@ -281,7 +281,7 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
         name = f"reference {number}"
         yield Reference(name, FEATURES, None, features, np.arange(features.rows))
         return
-    path = absolute(source)
+    path = absolute_location(source)
     if store.is_finished(Path(path)):
         yield from open_earlier(Path(path), str(source))
         return
