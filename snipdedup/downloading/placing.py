@@ -118,8 +118,8 @@ def place(source: str, found: Found, mask: Mask, work: Path, jobs: int) -> int:
         if rows != mask.rows:  # one URL is compared as it lands
             raise SnipError(
                 f"{redacted(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; "
-                "they must be the same set (for some of its files, say which with --start and --end;"
-                " to find rows by what a column says, download all and snip filter --on COLUMN)"
+                "they must be the same set (for some files, say which with --start and --end; "
+                "to find rows by what a column says, download all and snip filter --on COLUMN)"
             )
         return 0
     if mask.sizes is not None:
