@@ -35,7 +35,7 @@ from snipdedup.metadata.tables import Metadata, as_texts, kept_names, write_kept
 from snipdedup.parallel import cores, memory_bound, run_all
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import load_column
-from snipdedup.storage.objects import absolute
+from snipdedup.storage.remote import absolute_location
 
 KIND = references.KIND
 PAGE = "report.html"  # beside the tables, by snip report
@@ -289,11 +289,11 @@ def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
     for name in ("features", "metadata", "index", "encoder", "text_features"):
         value = settings[name]
         is_path = isinstance(value, str | Path)
-        settings[name] = absolute(value) if is_path else None
+        settings[name] = absolute_location(value) if is_path else None
     sources = [] if options.reference is None else references.split(options.reference)
     are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
     settings["epsilon"] = parse_epsilons(options.epsilon)
-    settings["reference"] = [absolute(source) for source in sources] if are_paths else None
+    settings["reference"] = [absolute_location(source) for source in sources] if are_paths else None
     return settings
 
 

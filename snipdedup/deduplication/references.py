@@ -32,7 +32,7 @@ from snipdedup.groups.star import Nearest
 from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Columns, among
-from snipdedup.storage.objects import absolute, is_elsewhere
+from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT
 FEATURES, EARLIER = "features", "dedup"
@@ -190,7 +190,7 @@ class References:
         return folders + [path for item in self.items for path in item.features.inputs()]
 
     def describe(self, checksums: Sequence[int]) -> list[dict[str, Any]]:
-        """Return what a manifest says of each input, by the checksums of all shards that were read."""
+        """Return what a manifest says of each input; ``checksums`` are of all shards read."""
         found, described = iter(checksums), []
         for item, start in zip(self.items, self.starts, strict=False):
             read = [
@@ -268,7 +268,7 @@ def same(one: Reference, other: Reference) -> bool:
     """Tell whether two references are one input."""
     if one.path is None or other.path is None or one.kind != other.kind:
         return False
-    if is_elsewhere(one.path) or is_elsewhere(other.path):
+    if is_remote(one.path) or is_remote(other.path):
         return one.path == other.path
     return os.path.realpath(one.path) == os.path.realpath(other.path)
 
@@ -280,7 +280,7 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
         name = f"reference {number}"
         yield Reference(name, FEATURES, None, features, np.arange(features.rows))
         return
-    path = absolute(source)
+    path = absolute_location(source)
     if store.is_finished(Path(path)):
         yield from open_earlier(Path(path), str(source))
         return

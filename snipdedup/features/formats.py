@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.storage.objects import source
+from snipdedup.storage.remote import arrow_source
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
@@ -493,7 +493,7 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(source(path))
+        return pq.ParquetFile(arrow_source(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: truncated or not a parquet file: {error}") from error
 

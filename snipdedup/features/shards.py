@@ -22,10 +22,10 @@ from snipdedup.config import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, open_shard
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
-from snipdedup.features.ranged import open_ranged
+from snipdedup.features.ranged import open_remote_shard
 from snipdedup.storage import listing
-from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side
-from snipdedup.storage.remote import shown
+from snipdedup.storage.remote import RemotePath, is_remote, map_requests
+from snipdedup.storage.urls import redacted
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -210,10 +210,10 @@ def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]
     InputError
         Names the first.
     """
-    elsewhere = [path for path in paths if isinstance(path, Elsewhere)]
+    elsewhere = [path for path in paths if isinstance(path, RemotePath)]
     for item in elsewhere:
         item.forget()
-    side_by_side(Elsewhere.is_file, elsewhere)
+    map_requests(RemotePath.is_file, elsewhere)
     for path, before in zip(paths, opened, strict=True):
         if not path.is_file() or identities([path]) != [before]:
             raise InputError(f"{path}: changed while it was read; run it again")
@@ -301,10 +301,10 @@ def open_features(
             shards.append(ArrayShard(part, f"array {number}"))
         elif not isinstance(item, str | Path):
             raise no_features(source, item)
-        elif is_elsewhere(item):
-            found = find_elsewhere(str(item), parts, SUFFIXES, "no shard found")
-            refuse_mixture(found, shown(str(item)))
-            shards += side_by_side(partial(open_ranged, array=array, column=column), found)
+        elif is_remote(item):
+            found = find_remote(str(item), parts, SUFFIXES, "no shard found")
+            refuse_mixture(found, redacted(str(item)))
+            shards += map_requests(partial(open_remote_shard, array=array, column=column), found)
         else:
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
@@ -377,13 +377,13 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
     return found
 
 
-def find_elsewhere(url: str, parts: str | None, suffixes: Sequence[str], none: str) -> list[Path]:
+def find_remote(url: str, parts: str | None, suffixes: Sequence[str], none: str) -> list[Path]:
     """Return the files that a URL means, in order; see `listing.find`."""
     if "{part" in url:
-        return listing.find(url, parse_parts(parts, shown(url)), suffixes, none)
+        return listing.find(url, parse_parts(parts, redacted(url)), suffixes, none)
     if parts is not None:
         raise UsageError(
-            f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {shown(url)}"
+            f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {redacted(url)}"
         )
     return natural_sort(listing.find(url, None, suffixes, none))
 
@@ -411,7 +411,7 @@ def is_shard_name(path: Path, suffix: str) -> bool:
 
 def implied_metadata(spec: str | Path) -> Path | None:
     """Return the ``metadata/`` beside ``img_emb/`` where a folder stands for both."""
-    if is_elsewhere(spec):
+    if is_remote(spec):
         return listing.beside(str(spec), SUFFIXES)
     folder = Path(spec).expanduser()
     if not folder.is_dir() or not (folder / "img_emb").is_dir():

@@ -46,8 +46,8 @@ from snipdedup.index.quantizer import (
 )
 from snipdedup.parallel import ALIGNED_ROWS, cores, in_aligned_blocks, ordered_map
 from snipdedup.storage import locks, store
-from snipdedup.storage.objects import is_elsewhere
-from snipdedup.storage.remote import shown
+from snipdedup.storage.remote import is_remote
+from snipdedup.storage.urls import redacted
 
 FILES = "files"  # below the work folder: what is written before all of it is whole
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
@@ -79,15 +79,15 @@ def expanded(options: config.Index) -> config.Index:
     names = ("features", "out", "encoder", "base", "export_faiss")
     given = options.as_dict()
     for name in names:
-        if isinstance(given[name], str | Path) and not is_elsewhere(given[name]):
+        if isinstance(given[name], str | Path) and not is_remote(given[name]):
             given[name] = str(Path(given[name]).expanduser())
     return config.Index(**given)
 
 
 def located(source: Any) -> str | None:
     """Return where features lie, as a path from anywhere; None for arrays in memory."""
-    if is_elsewhere(source):
-        return shown(str(source))
+    if is_remote(source):
+        return redacted(str(source))
     return os.path.abspath(source) if isinstance(source, str | Path) else None  # noqa: PTH100
 
 

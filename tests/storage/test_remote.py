@@ -17,9 +17,9 @@ from snipdedup.features import ranged, shards
 from snipdedup.features.hashing import shard_checksum
 from snipdedup.features.shards import open_features
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.storage import objects, store
-from snipdedup.storage.objects import Elsewhere
-from snipdedup.storage.remote import TemporaryError
+from snipdedup.storage import remote, store
+from snipdedup.storage.remote import RemotePath
+from snipdedup.storage.urls import TemporaryError
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -30,7 +30,7 @@ UIDS = np.arange(len(ROWS))
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
-    monkeypatch.setattr(objects, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def places(memory, server):
 def test_rows_of_every_format(memory, server, monkeypatch, where, name):
     """Small ranges, so that blocks and gathers take many."""
     part = 20_000
-    monkeypatch.setattr(objects, "PART", part)
+    monkeypatch.setattr(remote, "PART", part)
     monkeypatch.setattr(ranged, "PART", part)
     monkeypatch.setattr(ranged, "GAP", 2000)
     here = open_features(f"kinds/{name}")
@@ -139,14 +139,14 @@ def test_what_a_url_means(memory, monkeypatch):
 
 
 def test_a_path_elsewhere_is_a_path(memory):
-    path = Elsewhere(f"{memory}/set/img_emb/img_emb_2.npy")
+    path = RemotePath(f"{memory}/set/img_emb/img_emb_2.npy")
     assert (path.name, path.stem, path.suffix) == ("img_emb_2.npy", "img_emb_2", ".npy")
     assert str(path) == f"{memory}/set/img_emb/img_emb_2.npy"
     assert str(path.parent) == f"{memory}/set/img_emb"
     assert path == pickle.loads(pickle.dumps(path))
     assert path.resolve() == path.absolute() == path.expanduser() == path
-    assert path != Elsewhere(f"{memory}/set/img_emb/img_emb_10.npy")
-    secret = Elsewhere("https://me:word@host/a.npy?sig=abc")
+    assert path != RemotePath(f"{memory}/set/img_emb/img_emb_10.npy")
+    secret = RemotePath("https://me:word@host/a.npy?sig=abc")
     assert (str(secret), secret.name) == ("https://host/a.npy", "a.npy")
     assert "word" not in repr(secret)
     assert "abc" not in repr(secret)
@@ -240,7 +240,7 @@ def test_over_http(server, local, capsys):
 
 def failing(monkeypatch, times, error):
     """Let every fetch of rows fail so many times."""
-    whole, left = objects.ask, {}
+    whole, left = remote.ask, {}
 
     def ask(url, begin, end, known):
         left[url, begin] = left.get((url, begin), times) - 1
@@ -248,7 +248,7 @@ def failing(monkeypatch, times, error):
             raise error
         return whole(url, begin, end, known)
 
-    monkeypatch.setattr(objects, "ask", ask)
+    monkeypatch.setattr(remote, "ask", ask)
 
 
 def test_a_connection_that_is_lost_for_a_while(memory, local, monkeypatch):
