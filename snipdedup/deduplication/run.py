@@ -59,7 +59,8 @@ from snipdedup.parallel import cores, library_threads, pick_device, run_all
 from snipdedup.progress import Clock
 from snipdedup.runners.local import Runner, open_runner
 from snipdedup.runners.slurm import Crew, Written, place_of
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
 
 # Settings that say how a result is computed, not what it is.
 HOW = {
@@ -136,7 +137,7 @@ def plan(options: Dedup) -> str:
     features, metadata = inputs.features, open_table(options, inputs.features)
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
-        store.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
+        out_folder.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
     rehearse_end(options, metadata, check_metadata(options, metadata))
     if features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
@@ -151,7 +152,7 @@ def plan(options: Dedup) -> str:
     )
 
 
-@locks.given_up()
+@locks.released()
 def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     """Claim OUT, search, decide, write; return the result and its summary.
 
@@ -163,26 +164,25 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     earlier = finished_run(options.features)
     place = None if earlier else place_of(options)
     if earlier is not None:
-        with store.as_written(earlier):
+        with as_written(earlier):
             options = inherit(options, earlier)
     options = options.filled()
     inputs = open_inputs(options)
     features, metadata = inputs.features, open_table(options, inputs.features)
-    store.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
+    out_folder.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
     key = check_metadata(options, metadata)  # refused now, not after the search
     rehearse_end(options, metadata, key)
     request = describe_request(options, inputs, metadata)
     if earlier is None and method_of(options) in ("adc", "join"):
         check_given(features, options)
     found = None if earlier is None else reuse(earlier, inputs, options)
-    if features is not None and store.is_finished(out):
-        accept_dates(request, features, store.read_manifest(out, KIND))
-    state = store.claim(
+    if features is not None and is_finished(out):
+        accept_dates(request, features, read_manifest(out, KIND))
+    state = out_folder.claim(
         out,
         KIND,
         request,
         overwrite=options.overwrite,
-        late=True,
         shared=place is not None,
         decisions=decisions_of(options),
     )
@@ -199,25 +199,25 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
                     )  # fmt: skip
         except SnipError:
             if place is None:
-                store.release_unbegun(out)
+                out_folder.release_unbegun(out)
             raise
         except Written as other:
             said = str(other)
             # what was left by one that was slow to notice; by now it may be the next run's
-            if not options.keep_work and locks.take(out / store.WORK / store.LOCK) is None:
-                store.end_work(out)
-    with store.as_written(out):
+            if not options.keep_work and locks.acquire(out / locks.WORK / locks.LOCK) is None:
+                locks.end_work(out)
+    with as_written(out):
         remove_left(out)
         return load_result(out, inputs, options, metadata) if load else None, said
 
 
 def remove_left(out: Path) -> None:
     """Remove the work of a finished run that was killed just then, or of its last helpers."""
-    kept = store.read_manifest(out, KIND)["settings"].get("keep_work")
-    lock = out / store.WORK / store.LOCK  # without it a folder of that name is someone's own
+    kept = read_manifest(out, KIND)["settings"].get("keep_work")
+    lock = out / locks.WORK / locks.LOCK  # without it a folder of that name is someone's own
     with suppress(OSError):  # OUT may be read-only by now
-        if not kept and lock.is_file() and locks.take(lock) is None:
-            store.end_work(out)
+        if not kept and lock.is_file() and locks.acquire(lock) is None:
+            locks.end_work(out)
 
 
 def search_once(inputs: Inputs, options: Dedup, work: Path, clock: Clock, runner: Runner) -> Found:
@@ -244,20 +244,20 @@ def find(
     One of several processes leaves it as it is for the others, who say the same.
     """
     try:
-        found = reused or search_once(inputs, options, out / store.WORK, clock, runner)
+        found = reused or search_once(inputs, options, out / locks.WORK, clock, runner)
         inputs.refuse_changed()
     except InputError:
         if not isinstance(runner, Crew):
-            store.release(out)
+            out_folder.release(out)
         raise
     except DamagedError as error:
         if isinstance(runner, Crew):
             runner.refuse_written()
             raise DamagedError(
                 f"{error}; what several processes share none of them empties: end them all, and "
-                f"remove {out / store.WORK} first"
+                f"remove {out / locks.WORK} first"
             ) from error
-        store.empty_work(out)  # all of it hangs on what is damaged
+        locks.empty_work(out)  # all of it hangs on what is damaged
         raise
     except (OSError, SnipError):
         if isinstance(runner, Crew):
@@ -280,10 +280,10 @@ def last_word(runner: Runner) -> Iterator[None]:
 def draft_folder(out: Path, runner: Runner) -> Path:
     """Return where this process decides and writes: its own, even if others do so by mistake."""
     if isinstance(runner, Crew):
-        return out / store.WORK / f"{DRAFT}-{runner.claims.owner}"
-    for path in (out / store.WORK).glob(f"{DRAFT}*"):  # of stopped runs
+        return out / locks.WORK / f"{DRAFT}-{runner.claims.owner}"
+    for path in (out / locks.WORK).glob(f"{DRAFT}*"):  # of stopped runs
         shutil.rmtree(path, ignore_errors=True)
-    return out / store.WORK / DRAFT
+    return out / locks.WORK / DRAFT
 
 
 def conclude(
@@ -325,9 +325,9 @@ def conclude(
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
     for folder in (out, out / "metadata", out / EXPORT):
-        store.remove_parts(folder)  # of what was killed there
+        atomic.remove_parts(folder)  # of what was killed there
     # the page would tell of rows that are no more
-    store.publish(out, KIND, body, outputs, gone=[PAGE], keep_work=options.keep_work)
+    out_folder.publish(out, KIND, body, outputs, removed=[PAGE], keep_work=options.keep_work)
     return result, summary(result, out, body)
 
 
@@ -337,7 +337,7 @@ def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path, options
         inputs.refuse_changed()
     except InputError:
         if place_of(options) is None:  # else the others say the same
-            store.release(out)
+            out_folder.release(out)
         raise
     if metadata is not None:
         metadata.refuse_changed()
@@ -366,7 +366,7 @@ def decide_by(
 
 def reuse(earlier: Path, inputs: Inputs, options: Dedup) -> Found:
     """Return what a finished run found, as if it had searched at this threshold."""
-    with store.as_written(earlier):
+    with as_written(earlier):
         found = load_found(earlier, inputs, options)
     if options.keep_fraction is not None:  # looks from the searched threshold on
         return found
@@ -401,7 +401,7 @@ def open_table(options: Dedup, features: Features | None) -> Metadata | None:
     if features is not None:
         metadata.check_matches(features)
     else:
-        held = store.read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
+        held = read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
         metadata.check_rows([(shard["name"], shard["rows"]) for shard in held])
     return metadata
 
@@ -417,8 +417,8 @@ def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) 
     settings["method"] = method_of(options)
     for name in ("index", "encoder"):  # what they are, not where
         if settings[name] is not None:
-            manifest = Path(settings[name]).expanduser() / store.MANIFEST
-            settings[name] = store.sha256(manifest) if manifest.is_file() else settings[name]
+            manifest = Path(settings[name]).expanduser() / MANIFEST
+            settings[name] = atomic.sha256(manifest) if manifest.is_file() else settings[name]
     described = request_of(inputs.features) if inputs.features else {}
     table = None
     if metadata is not None:
@@ -439,7 +439,7 @@ def describe_file(path: Path, rows: int) -> dict[str, Any]:
 
 def inherit(options: Dedup, earlier: Path) -> Dedup:
     """Return settings for a re-threshold: the input and the search of the finished run."""
-    manifest = store.read_manifest(earlier, KIND)
+    manifest = read_manifest(earlier, KIND)
     searched = manifest["settings"]
     if options.runner != "local" or options.num_tasks is not None:
         raise UsageError(

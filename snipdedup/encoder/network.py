@@ -33,7 +33,14 @@ from snipdedup.parallel import (
     ordered_map,
     pick_device,
 )
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import (
+    MANIFEST,
+    is_finished,
+    read_manifest,
+    short_json,
+    write_manifest,
+)
 
 WEIGHTS = "weights.pt"
 LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up
@@ -173,7 +180,7 @@ class Encoder:
 
     def save(self, folder: Path, body: dict[str, Any]) -> None:
         """Write weights, then the manifest with ``body`` (settings, shards, curves)."""
-        with store.replacing(folder / WEIGHTS) as part:
+        with atomic.replacing(folder / WEIGHTS) as part:
             part.write_bytes(self.weights())
         described = {
             "layout": LAYOUT,
@@ -182,7 +189,7 @@ class Encoder:
             "dim": self.network.widths[0],
             "heads": self.network.widths[1:],
         }
-        store.write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
+        write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Encoder:
@@ -200,7 +207,7 @@ class Encoder:
                 "modules, as upstream published, are not read: unpickling runs any code they hold. "
                 "Train one with: snip train FEATURES --out encoder"
             )
-        manifest = store.read_manifest(path, "encoder")
+        manifest = read_manifest(path, "encoder")
         shape, state = described_shape(path, manifest), read_weights(path, manifest)
         check_weight(path / WEIGHTS, *shape)
         network = Network(*shape)
@@ -208,7 +215,7 @@ class Encoder:
             network.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise SnipError(
-                f"{path / WEIGHTS}: its layers do not fit {store.MANIFEST}: {first_line(error)}; "
+                f"{path / WEIGHTS}: its layers do not fit {MANIFEST}: {first_line(error)}; "
                 "train the encoder again"
             ) from error
         return cls(network, pick_device(device))
@@ -220,7 +227,7 @@ def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, i
     described = described if isinstance(described, dict) else {}
     if described.get("layout") != LAYOUT:
         raise SnipError(
-            f"{folder / store.MANIFEST}: expected an encoder of layout {LAYOUT}, found "
+            f"{folder / MANIFEST}: expected an encoder of layout {LAYOUT}, found "
             f"{described.get('layout')!r}; train it with this version of snip"
         )
     heads = described.get("heads")
@@ -228,8 +235,8 @@ def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, i
     shape = tuple(described.get(name) for name in ("dim_in", "hidden", "dim"))
     if not all(type(width) is int and width > 0 for width in (*shape, *heads)):
         raise SnipError(
-            f"{folder / store.MANIFEST}: expected the widths dim_in, hidden, dim and heads, found "
-            f"{store.short([*shape, described.get('heads')])}"
+            f"{folder / MANIFEST}: expected the widths dim_in, hidden, dim and heads, found "
+            f"{short_json([*shape, described.get('heads')])}"
         )
     dim_in, hidden, dim = cast("tuple[int, int, int]", shape)
     return dim_in, hidden, dim, heads
@@ -241,7 +248,7 @@ def check_weight(path: Path, dim_in: int, hidden: int, dim: int, heads: list[int
     have = path.stat().st_size
     if have < need:
         raise SnipError(
-            f"{path}: its layers do not fit {store.MANIFEST}: {have} bytes, which promises {need}; "
+            f"{path}: its layers do not fit {MANIFEST}: {have} bytes, which promises {need}; "
             "train the encoder again"
         )
 
@@ -252,9 +259,9 @@ def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tens
     expected = weights_sha256(folder, manifest)
     if not path.is_file():
         raise SnipError(f"no such file: {path}; copy the whole encoder folder, or train it again")
-    if store.sha256(path) != expected:
+    if atomic.sha256(path) != expected:
         raise SnipError(
-            f"{path}: changed since {store.MANIFEST} was written (its SHA-256 differs); copy the "
+            f"{path}: changed since {MANIFEST} was written (its SHA-256 differs); copy the "
             "encoder folder again, or train it again"
         )
     try:
@@ -271,7 +278,7 @@ def weights_sha256(folder: Path, manifest: dict[str, Any]) -> str:
     try:
         return str(manifest["outputs"][WEIGHTS]["sha256"])
     except (KeyError, TypeError):
-        raise SnipError(f"{folder / store.MANIFEST}: names no {WEIGHTS}; train it again") from None
+        raise SnipError(f"{folder / MANIFEST}: names no {WEIGHTS}; train it again") from None
 
 
 def first_line(error: Exception) -> str:
@@ -280,7 +287,7 @@ def first_line(error: Exception) -> str:
     return lines[1] if len(lines) > 1 else str(error)
 
 
-@locks.given_up()
+@locks.released()
 def run(options: config.Compress) -> str:
     """Write descriptors, shard for shard; return the summary."""
     started = time.monotonic()
@@ -291,15 +298,15 @@ def run(options: config.Compress) -> str:
     check_width(encoder, features, options.encoder)
     names = descriptor_names(features)
     out = Path(options.out).expanduser()
-    store.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
+    out_folder.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
     request = describe_request(options, features)
     if claim(out, request, features, options.overwrite) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
-        checksums = write_shards(features, encoder, out / store.WORK, names, options)
+        checksums = write_shards(features, encoder, out / locks.WORK, names, options)
         features.refuse_changed()
     except InputError:
-        store.release(out)  # what stood there before, stands
+        out_folder.release(out)  # what stood there before, stands
         raise
     shards = [
         {**shard, "checksum": checksum_text(checksum)}
@@ -315,7 +322,7 @@ def run(options: config.Compress) -> str:
         "counts": {"rows": features.rows, "dim": encoder.dim},
         "seconds": {"all": round(seconds, 3)},
     }
-    store.publish(out, DESCRIPTORS, body, [out / store.WORK / FILES / name for name in names])
+    out_folder.publish(out, DESCRIPTORS, body, [out / locks.WORK / FILES / name for name in names])
     size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
     return (
         f"{features.rows:,} rows in {len(names)} shards: {encoder.dim_in} wide to {encoder.dim} "
@@ -327,7 +334,7 @@ def describe_request(options: config.Compress, features: Features) -> dict[str, 
     """Return what the descriptors depend on, by name."""
     folder = Path(options.encoder).expanduser()
     return {
-        "encoder": weights_sha256(folder, store.read_manifest(folder, "encoder")),
+        "encoder": weights_sha256(folder, read_manifest(folder, "encoder")),
         "dtype": options.dtype,
         "array": options.array,
         "column": options.column,
@@ -359,10 +366,10 @@ def descriptor_names(features: Features) -> list[str]:
 
 
 def claim(out: Path, request: dict[str, Any], features: Features, overwrite: bool) -> str:
-    """Take ``out`` as `store.claim` does; other dates of the same rows are no matter."""
-    if store.is_finished(out):
-        accept_dates(request, features, store.read_manifest(out, DESCRIPTORS))
-    return store.claim(out, DESCRIPTORS, request, overwrite=overwrite, late=True)
+    """Take ``out`` as `out_folder.claim` does; other dates of the same rows are no matter."""
+    if is_finished(out):
+        accept_dates(request, features, read_manifest(out, DESCRIPTORS))
+    return out_folder.claim(out, DESCRIPTORS, request, overwrite=overwrite)
 
 
 def write_shards(
@@ -374,10 +381,10 @@ def write_shards(
     with progress.bar(features.rows, "compressing", "rows") as bar:
         for number, name in enumerate(names):
             path, done = work / FILES / name, work / f"{name}.json"
-            if not store.is_sealed(done, path.parent):
+            if not atomic.is_done(done, path.parent):
                 checksum = write_shard(features, number, encoder, path, options.dtype, threads)
-                store.seal(done, [path], {"checksum": checksum})  # after the shard
-            checksums.append(int(store.load_json(done)["checksum"]))
+                atomic.write_done_file(done, [path], {"checksum": checksum})  # after the shard
+            checksums.append(int(atomic.load_json(done)["checksum"]))
             bar.update(features.shards[number].rows)
     return checksums
 
@@ -394,7 +401,7 @@ def write_shard(
     """
     rows, checksums = features.shards[number].rows, []
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, encoder.dim)}
-    with store.replacing(path) as part, part.open("wb") as file:
+    with atomic.replacing(path) as part, part.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for block, read in encoded_spans(features, number, encoder, threads):
             block.astype(dtype).tofile(file)

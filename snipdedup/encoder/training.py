@@ -30,14 +30,15 @@ from snipdedup.encoder.losses import (
     fitting_temperature,
     start_network,
 )
-from snipdedup.encoder.network import BROKEN_PICKLE, WEIGHTS, Encoder, Network
+from snipdedup.encoder.network import BROKEN_PICKLE, Encoder, Network
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.parallel import cores, library_threads, pick_device
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import put_in_place
 
 K = 10  # neighbours whose recall is reported
 CAPTIONS = 8  # of one image that are held out: else a frequent one would be all that is judged
@@ -115,24 +116,24 @@ class History:
         }
 
 
-@locks.given_up()
+@locks.released()
 def run(options: config.Train) -> str:
     """Train an encoder and write it; return the summary."""
     started = time.monotonic()
     features, texts = open_inputs(options)
     out = Path(options.out).expanduser()
-    store.refuse_output_inside(out, [*features.inputs(), *(texts.inputs() if texts else [])])
+    out_folder.refuse_output_inside(out, [*features.inputs(), *(texts.inputs() if texts else [])])
     request = describe_request(features, texts, options)
-    if store.claim(out, "encoder", request, overwrite=options.overwrite, late=True) == "done":
+    if out_folder.claim(out, "encoder", request, overwrite=options.overwrite) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
-        encoder, history = fit(features, texts, options, out / store.WORK / CHECKPOINT)
+        encoder, history = fit(features, texts, options, out / locks.WORK / CHECKPOINT)
         for source in filter(None, (features, texts)):
             source.refuse_changed()
     except WriteError:
         raise
     except SnipError:
-        store.release(out)  # refused: nothing to go on from; what stood there before, stands
+        out_folder.release(out)  # refused: nothing to go on from; what stood there before, stands
         raise
     seconds = time.monotonic() - started
     named = None if options.text_features is None else str(options.text_features)
@@ -149,9 +150,9 @@ def run(options: config.Train) -> str:
         "threads": cores(options.threads),
         "seconds": {"all": round(seconds, 3)},
     }
-    whole = out / store.WORK / store.FILES
+    whole = out / locks.WORK / out_folder.FILES
     encoder.save(whole, body)
-    store.install(out, whole, [WEIGHTS], request=request)
+    put_in_place(out, whole)
     return summary(history, encoder, features, options, seconds)
 
 
@@ -499,7 +500,7 @@ class Training:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        with store.replacing(path) as part:
+        with atomic.replacing(path) as part:
             part.write_bytes(buffer.getvalue())
 
     def resume(self, path: Path) -> bool:

@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from snipdedup.storage.store import explained
+from snipdedup.storage.atomic import explained
 
 BEAT_S = 5.0  # an owner shows that often that it lives
 STALE_S = 60.0  # who was not heard of for so long is gone

@@ -17,7 +17,8 @@ from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.parallel import ordered_map
 from snipdedup.runners.claims import Claims
-from snipdedup.storage import store
+from snipdedup.storage import locks
+from snipdedup.storage.manifest import MANIFEST
 
 T = TypeVar("T")
 
@@ -51,8 +52,8 @@ class Crew:
     """
 
     def __init__(self, out: Path, place: Place, threads: int) -> None:
-        self.out, self.manifest, self.place = out, out / store.MANIFEST, place
-        self.claims = Claims(out / store.WORK / "claims")
+        self.out, self.manifest, self.place = out, out / MANIFEST, place
+        self.claims = Claims(out / locks.WORK / "claims")
         self.here, self.workers = threads, threads * place.of
         self.since = 0.0
 

@@ -137,20 +137,20 @@ def check_entries(path: Path, manifest: dict[str, Any]) -> None:
     """Refuse a manifest whose entries are not of the types that snip writes."""
     for name, kind in ENTRIES.items():
         if name in manifest and not isinstance(manifest[name], kind):
-            raise SnipError(f"{path}: damaged: its entry {name!r} is {short(manifest[name])}")
+            raise SnipError(f"{path}: damaged: its entry {name!r} is {short_json(manifest[name])}")
     for number, shard in enumerate(manifest.get("shards", [])):
         known = shard if isinstance(shard, dict) else {}
         rows, name = known.get("rows"), known.get("name", "")
         if type(rows) is not int or not 0 <= rows < 1 << 48 or not isinstance(name, str):
-            raise SnipError(f"{path}: damaged: shard {number} is {short(shard)}")
+            raise SnipError(f"{path}: damaged: shard {number} is {short_json(shard)}")
     if manifest.get("kind") == "dedup":
         saved = manifest.get("settings", {})
         wrong = mistyped(Dedup, {k: v for k, v in saved.items() if k != "max_memory"})  # in bytes
         if wrong is not None:
-            raise SnipError(f"{path}: damaged: its setting {wrong!r} is {short(saved[wrong])}")
+            raise SnipError(f"{path}: damaged: its setting {wrong!r} is {short_json(saved[wrong])}")
 
 
-def short(value: Any) -> str:
+def short_json(value: Any) -> str:
     """Return a value as JSON, cut to what fits into a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= SHORT else text[:SHORT] + "..."
@@ -250,9 +250,9 @@ def move_result(out: Path) -> bool:
     for name in named_outputs(out, earlier):
         if name not in names:
             (out / name).unlink(missing_ok=True)
-            for folder in PurePosixPath(name).parents[:-1]:
+            for above in PurePosixPath(name).parents[:-1]:
                 with suppress(OSError):  # not empty, or missing
-                    (out / folder).rmdir()
+                    (out / above).rmdir()
     for name in names:
         if (new / name).is_file():
             (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from snipdedup.storage.manifest import (
     put_in_place,
     read_manifest,
     recover,
-    short,
+    short_json,
     write_manifest,
 )
 
@@ -125,7 +125,7 @@ def differences(
 ) -> list[str]:
     """Return how two requests differ but for ``free`` entries: a text each, ordered by name."""
     return [
-        f"{name} ({short(earlier.get(name))}, now {short(now.get(name))})"
+        f"{name} ({short_json(earlier.get(name))}, now {short_json(now.get(name))})"
         for name in sorted({*earlier, *now} - set(free))
         if fingerprint(earlier.get(name)) != fingerprint(now.get(name))
     ]

@@ -19,7 +19,8 @@ from snipdedup.config import Dedup
 from snipdedup.deduplication import run
 from snipdedup.errors import UsageError
 from snipdedup.runners.slurm import Crew, Place, Written, own_first, place_of
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}
 
@@ -93,7 +94,7 @@ def test_own_tasks_come_first():
 def do_tasks(crew, folder, done, count=12):
     def do(number):
         done.append(number)
-        store.save_json(folder / f"{number}.json", number)
+        atomic.save_json(folder / f"{number}.json", number)
 
     return list(crew.each(do, range(count), lambda number: folder / f"{number}.json"))
 
@@ -141,7 +142,7 @@ def test_a_task_that_fails_is_free_for_others(tmp_path):
 
 def test_a_task_that_fails_when_all_is_written_does_not_matter(tmp_path):
     def late(number):
-        (tmp_path / store.MANIFEST).write_text("{}")
+        (tmp_path / MANIFEST).write_text("{}")
         raise FileNotFoundError("work is gone")
 
     with Crew(tmp_path, Place(0, 2), 1) as crew, pytest.raises(Written):
@@ -151,7 +152,7 @@ def test_a_task_that_fails_when_all_is_written_does_not_matter(tmp_path):
 def test_one_writes_and_the_others_see_it(tmp_path):
     with Crew(tmp_path, Place(0, 2), 1) as first, Crew(tmp_path, Place(1, 2), 1) as second:
         first.finish()
-        threading.Timer(0.2, lambda: (tmp_path / store.MANIFEST).write_text("{}")).start()
+        threading.Timer(0.2, lambda: (tmp_path / MANIFEST).write_text("{}")).start()
         with pytest.raises(Written, match="another of the 2 processes wrote it"):
             second.finish()
         with pytest.raises(Written):
@@ -260,7 +261,7 @@ def test_the_script_for_slurm(tmp_path):
     assert [run.returncode for run in runs] == [0, 0]
     assert sum("is finished" in text for text in said) == 1, said
     assert np.load(tmp_path / "clean" / "is_dup.npy").sum() == 100
-    settings = store.read_manifest(tmp_path / "clean", "dedup")["settings"]
+    settings = read_manifest(tmp_path / "clean", "dedup")["settings"]
     assert settings["num_tasks"] is None  # said by Slurm, not by the user
     assert not (tmp_path / "clean" / "work").exists()
 
