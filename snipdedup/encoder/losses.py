@@ -96,7 +96,7 @@ class MseLoss(nn.Module):
     """How far the descriptors' similarities are from the features', as squared errors.
 
     The same similarities as in `SnipLoss`, near and far pairs alike. What rebuilds features by a
-    decoder instead loses neighbours as it learns (docs/method.md).
+    decoder instead loses neighbours as it learns (docs/internals/codes.md).
     """
 
     def forward(self, x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
