@@ -106,7 +106,9 @@ def set_threads(count: int) -> None:
         sys.modules["faiss"].omp_set_num_threads(count)
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+def ordered_map(
+    work: Callable[[T], R], items: Iterable[T], threads: int
+) -> Generator[R, None, None]:
     """Yield ``work(item)`` in the order of ``items``, computed by ``threads`` threads.
 
     Libraries inside ``work`` run single-threaded. Twice as many items as threads are under way or
@@ -133,7 +135,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Genera
                 future.cancel()
 
 
-def together(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
+def run_all(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
     """Do several things by threads; return what each returns. Libraries keep their threads.
 
     When one fails, those not begun are left, those begun are waited for, however often the user
