@@ -20,9 +20,9 @@ from snipdedup.config import Audit
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
 from snipdedup.features.cosine import bad_rows
+from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features
 from snipdedup.groups.star import Members, concatenate, no_members
-from snipdedup.join.brute_force import nearest_rows
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import KEY_COLUMNS
@@ -302,24 +302,25 @@ def estimate_missed(
     stay = run.rows - int(np.count_nonzero(run.is_dup))
     ordinals = pick_ordinals(stay, options.probe_rows, options.seed)
     sample = staying(run.is_dup, ordinals)
-    sample = sample[~bad_rows(features.gather(sample))]
+    raw = features.gather(sample)
+    good = ~bad_rows(raw)
+    sample, raw = sample[good], raw[good]
     if not run.references_only:
-        nearest, cosine = nearest_rows(features, sample, run.is_dup, threads=threads)
+        D, I = nearest(raw, features, 1, threads, own=sample, skip=run.is_dup)
+        cosine = D[:, 0]
         missed = np.flatnonzero(cosine >= np.float32(run.threshold))
         verdict.say("missed", missed_text(len(missed), len(sample), len(ordinals) < stay))
         if len(missed):
             worst = missed[np.argmax(cosine[missed])]
             verdict.say(
                 "missed",
-                f"such as {run.place(int(sample[worst]))} and {run.place(int(nearest[worst]))}: "
+                f"such as {run.place(int(sample[worst]))} and {run.place(int(I[worst, 0]))}: "
                 f"cosine {cosine[worst]:.6f}",
             )
     of = f"{len(sample):,} rows that stay" if run.references_only else "them"
     for reference in held:
-        _, cosine = nearest_rows(
-            features, sample, reference.gone, threads=threads, among=reference.features
-        )
-        missed = np.flatnonzero(cosine >= np.float32(run.threshold))
+        D, _ = nearest(raw, reference.features, 1, threads, skip=reference.gone)
+        missed = np.flatnonzero(D[:, 0] >= np.float32(run.threshold))
         verdict.say("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
 
 
