@@ -7,12 +7,11 @@ their temperature are in `losses`, the choice of rows in `sampling`.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import math
 import time
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ class History:
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values for the manifest."""
         return {
-            **dataclasses.asdict(self),
+            **asdict(self),
             "steps": self.steps,
             "best_step": self.best["step"],
             "recall": self.best["recall"],
@@ -113,7 +112,9 @@ def run(options: config.Train) -> Encoder:
     }
     if store.claim(out, "encoder", request, overwrite=options.overwrite, late=True) == "done":
         encoder = Encoder.load(out, options.device)
-        encoder.summary = f"{out} is finished already with these settings; --overwrite makes it anew"
+        encoder.summary = (
+            f"{out} is finished already with these settings; --overwrite makes it anew"
+        )
         return encoder
     try:
         encoder, history = fit(features, texts, options, out / store.WORK / CHECKPOINT)
@@ -136,9 +137,9 @@ def run(options: config.Train) -> Encoder:
         "threads": cores(options.threads),
         "seconds": {"all": round(seconds, 3)},
     }
-    finished = out / store.WORK / store.FILES
-    encoder.save(finished, body)
-    store.install(out, finished, [WEIGHTS], request=request)
+    files = out / store.WORK / store.FILES
+    encoder.save(files, body)
+    store.install(out, files, [WEIGHTS], request=request)
     encoder.manifest = store.read_manifest(out, "encoder")
     encoder.summary = train_summary(history, encoder, features.rows, options, seconds)
     return encoder
@@ -216,19 +217,17 @@ def fit(
         descriptor wider than the features; later, if the loss is no longer a number.
     """
     check_trainable(features, options.dim)
-    device, steps = pick_device(options.device), options.steps
+    device = pick_device(options.device)
     with library_threads(cores(options.threads)):
         # Data: distinct rows in memory, some of them held out.
         batches = Batches(
             features, texts, subset_rows=options.subset_rows,
             validation_rows=options.validation_rows, batch=options.batch, seed=options.seed,
         )  # fmt: skip
-        first_images, first_texts, hashes = batches.rows
-        rotation_rows = first_images[:ROTATION_ROWS].copy()
-        history = History(len(hashes), len(batches.held_out.hashes), batches.batch)
+        rotation_rows = batches.rows.images[:ROTATION_ROWS].copy()
 
         # Model: PCA at first, then what an MLP adds to it.
-        directions = principal_directions(first_images, options.dim, first_texts)
+        directions = principal_directions(batches.rows.images, options.dim, batches.rows.texts)
         heads = [options.dim // part for part in HEADS if options.dim // part >= HEAD_LEAST]
         network = pca_network(directions, options.hidden, heads, options.seed).to(device)
 
@@ -236,58 +235,76 @@ def fit(
         temperature = options.temperature if options.loss == "snip" else None
         if options.loss == "snip" and temperature is None:
             # An image with several captions is several rows, and would be its own neighbour.
-            images = np.unique(first_images[: batches.batch], axis=0)
+            images = np.unique(batches.rows.images[: batches.batch], axis=0)
             temperature = fitting_temperature(torch.from_numpy(unit_rows(images)).to(device))
         loss_of = TrainingLoss(temperature, options.text_temperature)
         optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+
+        # The loop keeps the best weights; a rotation lets short codes keep more of them.
         validation = Validation(*batches.held_out.tensors(device), loss_of, batches.batch)
-        del first_images, first_texts, hashes  # other rows may take their place in memory
-
-        # Where a stopped run was, or the start.
-        history = dataclasses.replace(history, temperature=temperature)
-        best, losses, done = copy.deepcopy(network.state_dict()), [], 0
-        state = None if checkpoint is None else load_checkpoint(checkpoint, device)
-        if state is not None:
-            network.load_state_dict(state["network"])
-            optimiser.load_state_dict(state["optimiser"])
-            best, losses, done = state["best"], state["losses"], state["done"]
-            history.curve.extend(state["curve"])
-        else:
-            history.curve.append(validation.point(network, 0, losses))
-
-        # The loop.
-        every, saved = max(WARMUP, steps // EVALUATIONS), time.monotonic()
-        with progress.bar(steps, "training", "steps") as bar:
-            bar.update(done)
-            while done < steps and not history.stalled():
-                rate = learning_rate(done + 1, steps, options.learning_rate)
-                x, t = batches.of_step(done + 1).tensors(device)
-                losses.append(take_step(network, optimiser, loss_of(network, x, t), rate))
-                done += 1
-                bar.update(1)
-                if done % every == 0 or done == steps:
-                    point = validation.point(network, done, losses)
-                    history.curve.append(point)
-                    losses = []
-                    bar.set_postfix_str(
-                        f"loss {point['loss']:.3f}, recall@{K} {point['recall']:.3f}"
-                    )
-                    if history.best is point:
-                        best = copy.deepcopy(network.state_dict())
-                elif time.monotonic() - saved < CHECKPOINT_S:
-                    continue
-                if checkpoint is not None:
-                    save_checkpoint(
-                        checkpoint, done=done, network=network.state_dict(),
-                        optimiser=optimiser.state_dict(), best=best, curve=history.curve,
-                        losses=losses,
-                    )  # fmt: skip
-                saved = time.monotonic()
-
-        # The best weights, rotated so that short codes keep more of them.
-        network.load_state_dict(best)
+        sizes = len(batches.rows.hashes), len(batches.held_out.hashes), batches.batch
+        history = History(*sizes, temperature)
+        train_loop(
+            network, optimiser, loss_of, batches, validation, history,
+            steps=options.steps, peak_rate=options.learning_rate, checkpoint=checkpoint,
+        )  # fmt: skip
         rotate_for_codes(network, rotation_rows)
     return Encoder(network, device), history
+
+
+def train_loop(
+    network: Network,
+    optimiser: torch.optim.Optimizer,
+    loss_of: TrainingLoss,
+    batches: Batches,
+    validation: Validation,
+    history: History,
+    *,
+    steps: int,
+    peak_rate: float,
+    checkpoint: Path | None,
+) -> None:
+    """Train until ``steps`` or a stall; the network is left with the best validation loss."""
+    device = str(network.inner.weight.device)
+    best, losses, done = copy.deepcopy(network.state_dict()), [], 0
+    state = None if checkpoint is None else load_checkpoint(checkpoint, device)
+    if state is not None:
+        network.load_state_dict(state["network"])
+        optimiser.load_state_dict(state["optimiser"])
+        best, losses, done = state["best"], state["losses"], state["done"]
+        history.curve.extend(state["curve"])
+    else:
+        history.curve.append(validation.point(network, 0, losses))
+    every, saved = max(WARMUP, steps // EVALUATIONS), time.monotonic()
+    with progress.bar(steps, "training", "steps") as bar:
+        bar.update(done)
+        while done < steps and not history.stalled():
+            x, t = batches.of_step(done + 1).tensors(device)
+            optimiser.param_groups[0]["lr"] = learning_rate(done + 1, steps, peak_rate)
+            loss = loss_of(network, x, t)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+            optimiser.step()
+            losses.append(float(loss.detach()))
+            done += 1
+            bar.update(1)
+            if done % every == 0 or done == steps:
+                point = validation.point(network, done, losses)
+                history.curve.append(point)
+                losses = []
+                bar.set_postfix_str(f"loss {point['loss']:.3f}, recall@{K} {point['recall']:.3f}")
+                if history.best is point:
+                    best = copy.deepcopy(network.state_dict())
+            elif time.monotonic() - saved < CHECKPOINT_S:
+                continue
+            if checkpoint is not None:
+                save_checkpoint(
+                    checkpoint, done=done, network=network.state_dict(), best=best,
+                    optimiser=optimiser.state_dict(), curve=history.curve, losses=losses,
+                )  # fmt: skip
+            saved = time.monotonic()
+    network.load_state_dict(best)
 
 
 def check_trainable(features: Features, dim: int) -> None:
@@ -308,18 +325,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     """Return the rate of a step, counted from 1: a short rise, then half a cosine down to 0."""
     rise = min(1.0, step / min(WARMUP, steps))
     return peak * rise * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-
-
-def take_step(
-    network: Network, optimiser: torch.optim.Optimizer, loss: torch.Tensor, rate: float
-) -> float:
-    """Take one step of the optimiser at a learning rate; return the loss."""
-    optimiser.param_groups[0]["lr"] = rate
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-    optimiser.step()
-    return float(loss.detach())
 
 
 class Validation:
