@@ -305,7 +305,7 @@ def search_adc(features: Features | None, options: config.Dedup, work: Path, sta
         copies=seen.copies,
         firsts=seen.firsts,
         bad=seen.bad,
-        crcs=seen.crcs,
+        checksums=seen.checksums,
         flags=adc.flags,
         notes=describe(adc),
     )

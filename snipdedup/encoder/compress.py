@@ -12,8 +12,9 @@ import numpy as np
 from snipdedup import config, progress
 from snipdedup.encoder.network import WEIGHTS, Encoder
 from snipdedup.errors import InputError, SnipError
+from snipdedup.features.hashing import Checksums, checksum_text, sum_checksums
 from snipdedup.features.scan import refuse_bad
-from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.features.shards import Features, accept_dates, open_features, request_of
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, ordered_map
 from snipdedup.storage import locks, store
 
@@ -72,13 +73,14 @@ def run(options: config.Compress) -> Descriptors:
         return Descriptors(out, files, features.rows, encoder.dim, summary)
     try:
         work, threads = out / store.WORK, cores(options.threads) if encoder.device == "cpu" else 1
-        crcs = compress_shards(features, encoder, work, names, options.dtype, threads)
+        checksums = compress_shards(features, encoder, work, names, options.dtype, threads)
         features.refuse_changed()
     except InputError:
         store.release(out)  # an earlier result there stays as it was
         raise
     shards = [
-        {**d, "crc32": f"{crc:08x}"} for d, crc in zip(features.describe(), crcs, strict=True)
+        {**shard, "checksum": checksum_text(checksum)}
+        for shard, checksum in zip(features.describe(), checksums, strict=True)
     ]
     seconds = time.monotonic() - started
     body = {
@@ -116,47 +118,46 @@ def descriptor_names(features: Features) -> list[str]:
 def compress_shards(
     features: Features, encoder: Encoder, work: Path, names: list[str], dtype: str, threads: int
 ) -> list[int]:
-    """Write the shards that are not there yet; return the CRC32 of each input shard."""
-    crcs = []
+    """Write the shards that are not there yet; return the checksum of each input shard."""
+    checksums = []
     with progress.bar(features.rows, "compressing", "rows") as bar:
         for number, name in enumerate(names):
             path, done_file = work / store.FILES / name, work / f"{name}.json"
             if not store.is_sealed(done_file, path.parent):
-                crc = compress_shard(features, number, encoder, path, dtype, threads)
-                store.seal(done_file, [path], {"crc32": crc})
-            crcs.append(int(store.load_json(done_file)["crc32"]))
+                checksum = compress_shard(features, number, encoder, path, dtype, threads)
+                store.seal(done_file, [path], {"checksum": checksum})
+            checksums.append(int(store.load_json(done_file)["checksum"]))
             bar.update(features.shards[number].rows)
-    return crcs
+    return checksums
 
 
 def compress_shard(
     features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
 ) -> int:
-    """Write one shard's descriptors as they are made; return the CRC32 of the input shard.
+    """Write one shard's descriptors as they are made; return the checksum of the input shard.
 
     Raises
     ------
     InputError
         If a row cannot be compared: file and row; nothing is written then.
     """
-    ledger, shard = CrcLedger(len(features.shards)), features.shards[number]
-    shape = (shard.rows, encoder.dim)
+    checksums, shape = [], (features.shards[number].rows, encoder.dim)
     with store.writing_npy(path, np.dtype(dtype), shape) as file:
-        for block, crcs in encoded_blocks(features, number, encoder, threads):
+        for block, read in encoded_blocks(features, number, encoder, threads):
             block.astype(dtype).tofile(file)
-            ledger.add(crcs)
-    return ledger.totals()[number] if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
+            checksums.append(read)
+    return sum_checksums(checksums, len(features.shards))[number]
 
 
 def encoded_blocks(
     features: Features, number: int, encoder: Encoder, threads: int
-) -> Iterator[tuple[np.ndarray, list]]:
-    """Yield one shard's descriptors in row order, with the CRCs of what was read."""
+) -> Iterator[tuple[np.ndarray, Checksums]]:
+    """Yield one shard's descriptors in row order, with the checksums of what was read."""
 
-    def encode(span: tuple[int, int]) -> tuple[np.ndarray, list]:
-        rows, crcs = features.read_with_crc(*span)
+    def encode(span: tuple[int, int]) -> tuple[np.ndarray, Checksums]:
+        rows = features.read(*span)
         refuse_bad(features, np.arange(*span), rows)
-        return encoder.encode(rows, span[0]), crcs
+        return encoder.encode(rows, span[0]), features.checksums(span[0], rows)
 
     first, stop = (int(row) for row in features.offsets[number : number + 2])
     return ordered_map(encode, aligned_spans(first, stop, READ_ROWS), threads)

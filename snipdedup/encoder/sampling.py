@@ -13,7 +13,8 @@ import torch
 
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, plan_blocks
 
 LEAST_ROWS = 64  # distinct rows to learn anything from
