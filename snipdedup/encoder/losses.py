@@ -49,7 +49,8 @@ class SnipLoss(nn.Module):
 class MseLoss(nn.Module):
     """Squared errors of similarities within a batch, near and far pairs alike.
 
-    A loss that rebuilds the features by a decoder loses neighbours as it learns (docs/internals/codes.md).
+    A loss that rebuilds the features by a decoder loses neighbours as it learns
+    (docs/internals/codes.md).
     """
 
     def forward(self, x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
