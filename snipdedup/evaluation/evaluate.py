@@ -219,7 +219,7 @@ def learnt(
     """Return an encoder trained with the defaults of ``snip train``."""
     from snipdedup.encoder import training
 
-    return training.train(
+    return training.train_encoder(
         raw,
         text_features=texts,
         loss=loss,
@@ -234,7 +234,7 @@ def contenders_of(
     raw: np.ndarray, texts: np.ndarray | None, snip: Encoder, mse: Encoder, seed: int
 ) -> list[Contender]:
     """Return the five contenders from rows to learn from and two encoders."""
-    from snipdedup.encoder.training import principal_directions
+    from snipdedup.encoder.directions import principal_directions
 
     directions = principal_directions(raw, snip.dim, texts).numpy()
     few = np.random.default_rng(seed).permutation(len(raw))[:OPQ_ROWS]

@@ -162,12 +162,13 @@ class Tasks:
             total += np.load(folder / "homes.npy")
         return total
 
-    def plan(self, visits: np.ndarray, most: int, bound: int) -> None:
+    def plan(self, visits: np.ndarray, most: int, bound: int | None) -> None:
         """Cut lists into runs of at most ``most`` visits, and note them for all who join them.
 
-        A plan that is there holds, unless it has runs beyond ``bound`` visits.
+        A plan that is there holds, unless it has runs beyond ``bound`` visits, where that is given.
         """
-        if not atomic.is_done(self.planned, self.work) or not fits(self.runs(), visits, bound):
+        whole = atomic.is_done(self.planned, self.work)
+        if not whole or (bound is not None and not fits(self.runs(), visits, bound)):
             atomic.write_done_file(self.planned, [], {"runs": plan_partitions(visits, most)})
 
     def runs(self) -> list[Run]:
