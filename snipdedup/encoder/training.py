@@ -140,7 +140,7 @@ def run(options: config.Train) -> Encoder:
     }
     files = out / locks.WORK / out_folder.FILES
     encoder.save(files, body)
-    put_in_place(out, files, [WEIGHTS], request=request)
+    put_in_place(out, out / locks.WORK / out_folder.FILES)
     encoder.manifest = read_manifest(out, "encoder")
     encoder.summary = train_summary(history, encoder, features.rows, options, seconds)
     return encoder
