@@ -7,6 +7,8 @@ from os import PathLike
 from typing import Any, Literal
 
 from snipdedup.deduplication.result import Result as Result
+from snipdedup.encoder.compress import Descriptors as Descriptors
+from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
 
@@ -152,7 +154,7 @@ def compress(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> Descriptors:
     """Write descriptors, shard for shard: ``snip compress``.
 
     Parameters
@@ -334,10 +336,10 @@ def dedup(
         join: who does the tasks, threads and processes here or Ray workers (RAY_ADDRESS
         names a cluster) (default: local)
     num_tasks
-        join: so many processes run this command at once, or as they come; they share --out
+        join: number of processes that run this command at the same time with the same --out
         (default: that of a Slurm array)
     task_index
-        join: which of them this is, from 0 (default: that of a Slurm array)
+        join: rank of this process among them, from 0 (default: that of a Slurm array)
     threads
         CPU threads, 0 for all (default: 0)
     seed
@@ -772,7 +774,7 @@ def train(
     threads: int = 0,
     seed: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> Encoder:
     """Train the SNIP encoder on features: ``snip train``.
 
     Parameters

@@ -22,9 +22,6 @@ from snipdedup.storage import store
 PAGE = (ROOT / "docs" / "python.md").read_text("utf-8")
 QUICK = "steps=40, threads=1)"  # training by default takes what a shared machine leaves
 SHORTER = {'out="encoder"))': f'out="encoder", {QUICK})', "dim=64)": f"dim=64, {QUICK}"}
-    'out="encoder"))\n': 'out="encoder", steps=40, threads=1))\n',
-    "dim=64)": "dim=64, steps=40, threads=1)",
-}
 
 
 def test_each_function_is_listed_and_found():
