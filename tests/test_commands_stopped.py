@@ -55,7 +55,7 @@ COMMANDS = {
     "search": ("search 5 --index idx --html", "/page.html"),
     "audit": ("audit clean --sheet", "/sheet.csv"),
 }  # fmt: skip
-GO_ON = [name for name, (words, _) in COMMANDS.items() if words.split()[0] in cli.GO_ON]
+GO_ON = [name for name, (words, _) in COMMANDS.items() if words.split()[0] in cli.RESUMED]
 
 
 def write_rows(folder: Path) -> None:
