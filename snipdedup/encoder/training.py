@@ -22,7 +22,7 @@ from torch import nn
 from snipdedup import config, progress
 from snipdedup.encoder.directions import pca_network, principal_directions, rotate_for_codes
 from snipdedup.encoder.losses import TrainingLoss, fitting_temperature
-from snipdedup.encoder.network import BROKEN_PICKLE, WEIGHTS, Encoder, Network
+from snipdedup.encoder.network import BROKEN_PICKLE, Encoder, Network
 from snipdedup.encoder.sampling import LEAST_ROWS, Batches
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.features.cosine import unit_rows
@@ -140,7 +140,7 @@ def run(options: config.Train) -> Encoder:
     }
     files = out / locks.WORK / out_folder.FILES
     encoder.save(files, body)
-    put_in_place(out, out / locks.WORK / out_folder.FILES)
+    put_in_place(out, files)
     encoder.manifest = read_manifest(out, "encoder")
     encoder.summary = train_summary(history, encoder, features.rows, options, seconds)
     return encoder
