@@ -7,11 +7,10 @@ looked at is never read.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,9 +18,9 @@ from snipdedup.errors import InputError, SnipError
 from snipdedup.features.formats import (
     BROKEN_ZIP,
     check_member,
-    check_size,
     load_npz,
-    parse_npy_header,
+    map_npy,
+    member_begin,
 )
 from snipdedup.storage import atomic
 
@@ -128,29 +127,21 @@ def map_shard(path: Path) -> ShardCodes:
         If the file is missing, truncated or of another layout.
     """
     try:
-        with zipfile.ZipFile(path) as members, path.open("rb") as file:
-            shard = ShardCodes(*(map_member(file, members, n) for n in ShardCodes._fields))
+        with zipfile.ZipFile(path) as members:
+            shard = ShardCodes(*(map_member(path, members, n) for n in ShardCodes._fields))
     except (InputError, KeyError, *BROKEN_ZIP) as error:
         raise damaged(path, str(error)) from error
     check_shard(path, shard)
     return shard
 
 
-def map_member(file: BinaryIO, members: zipfile.ZipFile, name: str) -> np.ndarray:
+def map_member(path: Path, members: zipfile.ZipFile, name: str) -> np.ndarray:
     """Return one array of an ``.npz`` without reading it."""
     member = members.getinfo(f"{name}.npy")
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
-    file.seek(member.header_offset + ZIP_NAME_LENGTH)
-    lengths = np.frombuffer(file.read(4), "<u2")  # of the name and of what extra follows it
-    file.seek(int(lengths.sum()), os.SEEK_CUR)
-    begin, path = file.tell(), Path(file.name)
     check_member(member, path.stat().st_size)
-    shape, _, dtype = parse_npy_header(file, path)
-    check_size(shape, dtype, member.file_size - (file.tell() - begin), f"array {name}")
-    if 0 in shape:  # nothing to map
-        return np.empty(shape, dtype)
-    return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
+    return map_npy(path, member_begin(path, member), member.file_size)
 
 
 class Lists:
