@@ -67,23 +67,23 @@ def read_search(folder: Path, inputs: Inputs) -> SearchResult:
         copies=copies,
         originals=originals,
         bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
-        crcs=known_crcs(manifest),
+        checksums=known_checksums(manifest),
         notes=manifest["method"],
         also=inputs.also,
         best=best,
         references=inputs.references,
         nearest=read_nearest(folder, manifest, inputs),
-        text_crcs=known_crcs(manifest["text"]) if inputs.text else [],
-        reference_crcs=[
-            crc for entry in manifest.get("references", []) for crc in known_crcs(entry)
+        text_checksums=known_checksums(manifest["text"]) if inputs.text else [],
+        reference_checksums=[
+            value for entry in manifest.get("references", []) for value in known_checksums(entry)
         ],
         references_only=bool(settings.get("references_only")),
     )
 
 
-def known_crcs(entry: dict[str, Any]) -> list[int]:
-    """Return the CRC32 of the shards of a manifest, or of one of its inputs."""
-    return [int(shard["crc32"], 16) for shard in entry["shards"]]
+def known_checksums(entry: dict[str, Any]) -> list[int]:
+    """Return the Checksum of the shards of a manifest, or of one of its inputs."""
+    return [int(shard["checksum"], 16) for shard in entry["shards"]]
 
 
 def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.ndarray]:

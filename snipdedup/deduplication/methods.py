@@ -97,7 +97,7 @@ def search_features(
     with stage("captions"):
         texts = settings.scan(inputs.text)
         search = match_captions(search, features, texts, inputs.also, settings.threads)
-    return dataclasses.replace(search, text_crcs=texts.crcs)
+    return dataclasses.replace(search, text_checksums=texts.checksums)
 
 
 def find_pairs(
@@ -180,11 +180,11 @@ def find_beside(
         )  # fmt: skip
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= first] - first
-    own_scan = Scan(bad, own.copies, own.originals, seen.crcs[shards:])
+    own_scan = Scan(bad, own.copies, own.originals, seen.checksums[shards:])
     return dataclasses.replace(
         SearchResult.of(features, settings.threshold, own_scan, own.forest, notes),
         references=references,
-        reference_crcs=seen.crcs[:shards],
+        reference_checksums=seen.checksums[:shards],
         references_only=settings.references_only,
         nearest=own.nearest,
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import Shard
+from snipdedup.features.hashing import checksum_text
 from snipdedup.features.same import find_shared
 from snipdedup.features.shards import (
     Features,
@@ -30,7 +31,7 @@ from snipdedup.groups.star import Nearest
 from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Columns, among
-from snipdedup.storage.objects import absolute, is_elsewhere
+from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT
 FEATURES, EARLIER = "features", "dedup"
@@ -51,11 +52,6 @@ class SelectedShard(Shard):
         """See `Shard.take`."""
         return self.shard.take(self.selected[rows])
 
-    def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
-        """Return nothing: the file's checksum is in the manifest of the run that made the mask."""
-        del start, block
-        return 0, 0
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -75,8 +71,8 @@ class Reference:
         Those of its rows that are reference rows.
     mask : str or None
         SHA-256 of the mask of an earlier OUT.
-    crcs : list of str, optional
-        CRC32 of each shard, where an earlier run computed them.
+    checksums : list of str, optional
+        Checksum of each shard, where an earlier run computed them.
     """
 
     name: str
@@ -85,7 +81,7 @@ class Reference:
     features: Features
     kept: np.ndarray
     mask: str | None = None
-    crcs: list[str] | None = None
+    checksums: list[str] | None = None
 
     def shards(self) -> list[Shard]:
         """Return its shards, cut down to the reference rows."""
@@ -106,7 +102,7 @@ class Reference:
         """Tell whether another reference is the same input."""
         if self.path is None or other.path is None or self.kind != other.kind:
             return False
-        if is_elsewhere(self.path) or is_elsewhere(other.path):
+        if is_remote(self.path) or is_remote(other.path):
             return self.path == other.path
         return os.path.realpath(self.path) == os.path.realpath(other.path)
 
@@ -192,14 +188,14 @@ class References:
         folders = [Path(item.path) for item in self.items if item.kind == EARLIER and item.path]
         return folders + [path for item in self.items for path in item.features.inputs()]
 
-    def describe(self, crcs: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the manifest's entry of each input; ``crcs`` of all shards, as they were read."""
-        read, entries = iter(f"{crc:08x}" for crc in crcs), []
+    def describe(self, checksums: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the manifest's entry of each input; ``checksums`` of all shards, as they were read."""
+        read, entries = map(checksum_text, checksums), []
         for item, start in zip(self.items, self.starts, strict=False):
             shards = item.features.describe()
-            own = [crc for _, crc in zip(shards, read, strict=False)]
-            for shard, crc in zip(shards, item.crcs or own, strict=True):
-                shard["crc32"] = crc
+            own = [text for _, text in zip(shards, read, strict=False)]
+            for shard, checksum in zip(shards, item.checksums or own, strict=True):
+                shard["checksum"] = checksum
             entries.append({
                 "name": item.name,
                 "kind": item.kind,
@@ -267,7 +263,7 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
     """Yield the references of one input: its own first, where it is an earlier OUT."""
     name, path = f"reference {number}", None
     if isinstance(source, str | Path):
-        name, path = str(source), absolute(source)
+        name, path = str(source), absolute_location(source)
         if store.is_finished(Path(path)):
             yield from open_earlier(Path(path), name)
             return
@@ -296,8 +292,8 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
         kept = ~np.load(folder / "is_dup.npy")
         if (folder / "bad_rows.parquet").is_file():
             kept[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
-    crcs = [shard["crc32"] for shard in manifest["shards"]]
-    yield Reference(name, EARLIER, str(folder), features, np.flatnonzero(kept), mask, crcs)
+    checksums = [shard["checksum"] for shard in manifest["shards"]]
+    yield Reference(name, EARLIER, str(folder), features, np.flatnonzero(kept), mask, checksums)
 
 
 def open_listed(folder: Path, entry: dict[str, Any], how: dict[str, Any]) -> Reference:
@@ -309,8 +305,8 @@ def open_listed(folder: Path, entry: dict[str, Any], how: dict[str, Any]) -> Ref
         *_, item = open_earlier(Path(path), path)
     else:
         features = open_searched(folder, path, entry, {**how, "parts": None})
-        crcs = [shard["crc32"] for shard in entry["shards"]]
-        item = Reference(path, FEATURES, path, features, np.arange(features.rows), None, crcs)
+        checksums = [shard["checksum"] for shard in entry["shards"]]
+        item = Reference(path, FEATURES, path, features, np.arange(features.rows), None, checksums)
     if item.mask != entry["request"]["mask"]:
         raise SnipError(f"{folder}: its reference {path} was made anew since; make it anew too")
     return item

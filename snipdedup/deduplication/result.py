@@ -21,7 +21,7 @@ from snipdedup.deduplication.counts import Counts, count_members, levels, summar
 from snipdedup.deduplication.final_check import fill_similarity
 from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import Block, collect, slices
 from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.star import (
@@ -40,7 +40,6 @@ from snipdedup.join.forest import Edges, components
 from snipdedup.metadata.additions import Removed
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
-MASK_ROWS = 1 << 24  # of the mask, made at a time
 STEP = 0.001  # between thresholds that --keep_fraction tries
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
@@ -106,18 +105,13 @@ class Result:
             columns.add(records["row"][order], records["representative"][order])
         return Removed(*columns.arrays())
 
-    def mask(self) -> Iterator[np.ndarray]:
-        """Yield `is_dup` some rows at a time."""
-        for start, stop in plan_blocks(self.rows, MASK_ROWS):
-            low, high = np.searchsorted(self.removed_rows.row, [start, stop])
-            mask = np.zeros(stop - start, bool)
-            mask[self.removed_rows.row[low:high] - start] = True
-            yield mask
-
     @cached_property
     def is_dup(self) -> np.ndarray:
         """True for each row to remove, (rows,) bool."""
-        return np.concatenate([np.empty(0, bool), *self.mask()])
+        is_dup = np.zeros(self.rows, bool)
+        for part in slices(self.members):
+            is_dup[part.row[part.is_dup]] = True
+        return is_dup
 
     @property
     def rows(self) -> int:

@@ -11,13 +11,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.config import Dedup, keep_rules
+from snipdedup.config import EXPORTS, Dedup, keep_rules, named_kinds, parse_epsilons
 from snipdedup.deduplication.adc_method import check_given, search_adc
 from snipdedup.deduplication.finished import finished_run, read_result, read_search
 from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
@@ -25,11 +24,9 @@ from snipdedup.deduplication.methods import SearchSettings, search_features
 from snipdedup.deduplication.outputs import (
     EXPORT,
     PAGE,
-    OutputSettings,
-    check_metadata,
-    describe_run,
+    MetadataPlan,
     grouping_folder,
-    threads_for,
+    plan_metadata,
     write_files,
     write_pair_files,
 )
@@ -46,7 +43,6 @@ from snipdedup.deduplication.settings import (
     decision_names,
     describe_request,
     inherit,
-    output_settings,
     saved_settings,
     search_settings,
 )
@@ -55,9 +51,10 @@ from snipdedup.evaluation.plan import plan_features
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.star import Rank
+from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.precheck import rehearse
 from snipdedup.metadata.tables import Metadata
-from snipdedup.parallel import library_threads, pick_device, run_all
+from snipdedup.parallel import library_threads, pick_device
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner, open_runner
 from snipdedup.runners.slurm import Share, ShareDone, share_of
@@ -67,16 +64,15 @@ from snipdedup.storage import locks, store
 class Job(NamedTuple):
     """One run: its settings, resolved, and its inputs, opened and checked.
 
-    ``rank`` is the keep order, ``key`` the column of keys.
+    ``rank`` is the keep order.
     """
 
     options: Dedup
     search: SearchSettings
-    outputs: OutputSettings
     inputs: Inputs
     metadata: Metadata | None
     rank: Rank
-    key: str | None
+    plan: MetadataPlan | None
 
 
 def dedup(features: Any, **settings: Any) -> Result:
@@ -230,7 +226,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     if options.device != "auto":
         pick_device(options.device)
     options = options.filled()
-    settings, outputs = search_settings(options), output_settings(options)
+    settings = search_settings(options)
     inputs = open_inputs(
         options.features,
         parts=options.parts,
@@ -241,15 +237,17 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
         reference=options.reference,
     )
     keep = "first" if settings.method == "semdedup" else settings.keep  # it has its own order
-    metadata, key = None, None
+    metadata, plan = None, None
     if writes or keep_rules(keep)[0]:
         metadata = open_table(options.metadata, options.features, inputs.features, options.index)
     rank = rank_by(keep, settings.seed, metadata)
     if writes:
-        key = check_metadata(metadata, rank, outputs)
+        columns = ColumnSettings(options.merge_captions, options.caption, options.weights)
+        kinds = named_kinds("export", options.export, EXPORTS)
+        plan = plan_metadata(metadata, rank, options.key, columns, kinds)
     elif metadata is not None and isinstance(rank, ColumnRank):
         rehearse(metadata, [rank.use()])
-    return Job(options, settings, outputs, inputs, metadata, rank, key)
+    return Job(options, settings, inputs, metadata, rank, plan)
 
 
 def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
@@ -303,14 +301,13 @@ def search_and_write(
         outputs: list[Path] = []
         if options.pairs:
             with clock.stage("pairs"):
-                outputs = write_pair_files(result, draft, job.outputs)
+                most, threads = options.max_pairs, job.search.threads
+                outputs = write_pair_files(result, draft, most, threads)
         with clock.stage("write"):
-            jobs: tuple[Callable[[], Any], ...] = (
-                partial(write_files, result, draft, job.metadata, job.key, job.outputs),
-                partial(describe_run, result, draft, job.inputs, job.metadata,
-                        job.outputs.epsilons),
-            )  # fmt: skip
-            written, described = run_all(jobs, threads_for(result, job.outputs.threads))
+            epsilons = parse_epsilons(options.epsilon) or ()
+            written, described = write_files(
+                result, draft, job.inputs, job.plan, epsilons, job.search.threads
+            )
             with releasing(out, share):
                 job.inputs.refuse_changed()
             if job.metadata is not None:

@@ -28,7 +28,7 @@ from snipdedup.storage.external_sort import Sorter, Spread, pack
 ARRAY_FILE, DONE_FILE = "search.npz", "search.json"
 ARRAYS = ("offsets", "copies", "originals", "bad", "flags")
 TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
-VALUES = ("names", "threshold", "crcs", "notes", "text_crcs", "reference_crcs", "references_only")
+VALUES = ("names", "threshold", "checksums", "notes", "text_checksums", "reference_checksums", "references_only")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class SearchResult:
         Rows equal bit for bit to an earlier row, ascending, and the first such row of each.
     bad : (m,) int64
         Rows that cannot be compared.
-    crcs, text_crcs, reference_crcs : list of int
-        CRC32 of each shard that was read.
+    checksums, text_checksums, reference_checksums : list of int
+        Checksum of each shard that was read.
     pairs : Edges, optional
         All pairs, where there were no features to verify them.
     flags : (rows,) bool, optional
@@ -72,7 +72,7 @@ class SearchResult:
     copies: np.ndarray
     originals: np.ndarray
     bad: np.ndarray
-    crcs: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
     pairs: Edges | None = None
     flags: np.ndarray | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -80,8 +80,8 @@ class SearchResult:
     best: Best | None = None
     references: References | None = None
     nearest: Nearest | None = None
-    text_crcs: list[int] = field(default_factory=list)
-    reference_crcs: list[int] = field(default_factory=list)
+    text_checksums: list[int] = field(default_factory=list)
+    reference_checksums: list[int] = field(default_factory=list)
     references_only: bool = False
 
     @classmethod
@@ -91,7 +91,7 @@ class SearchResult:
         """Put together what a scan and a search of features found."""
         return cls(
             [shard.path.name for shard in features.shards], features.offsets, threshold, forest,
-            scan.copies, scan.firsts, scan.bad, scan.crcs, notes=notes,
+            scan.copies, scan.firsts, scan.bad, scan.checksums, notes=notes,
         )  # fmt: skip
 
     @property

@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snipdedup.config import EXPORTS, Dedup, named_kinds, parse_epsilons
+from snipdedup.config import Dedup, parse_epsilons
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.methods import SearchSettings
-from snipdedup.deduplication.outputs import OutputSettings
 from snipdedup.deduplication.references import KIND, split_sources
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import request_of
-from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.storage import store
-from snipdedup.storage.objects import absolute
+from snipdedup.storage.remote import absolute_location
 
 # How a result is computed and where it goes; the result does not depend on them.
 HOW = {
@@ -67,19 +65,6 @@ def search_settings(options: Dedup) -> SearchSettings:
         threads=cores(options.threads),
         max_memory=options.max_memory,
         device="cpu" if options.runner == "ray" else options.device,
-    )
-
-
-def output_settings(options: Dedup) -> OutputSettings:
-    """Return which files and columns are asked for."""
-    return OutputSettings(
-        key=options.key,
-        pairs=options.pairs,
-        max_pairs=options.max_pairs,
-        columns=ColumnSettings(options.merge_captions, options.caption, options.weights),
-        export=named_kinds("export", options.export, EXPORTS),
-        epsilons=parse_epsilons(options.epsilon) or (),
-        threads=cores(options.threads),
     )
 
 
@@ -131,10 +116,10 @@ def saved_settings(options: Dedup, threshold: float) -> dict[str, Any]:
     }
     for name in ("features", "metadata", "index", "encoder", "text_features"):
         value = settings[name]
-        settings[name] = absolute(value) if isinstance(value, str | Path) else None
+        settings[name] = absolute_location(value) if isinstance(value, str | Path) else None
     sources = [] if options.reference is None else split_sources(options.reference)
     are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
-    settings["reference"] = [absolute(source) for source in sources] if are_paths else None
+    settings["reference"] = [absolute_location(source) for source in sources] if are_paths else None
     return settings
 
 

@@ -22,8 +22,9 @@ from torch.nn import functional
 from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
+from snipdedup.features.hashing import Checksums, checksum_text, sum_checksums
 from snipdedup.features.scan import refuse_bad
-from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.features.shards import Features, accept_dates, open_features, request_of
 from snipdedup.parallel import (
     ALIGNED_ROWS,
     cores,
@@ -295,13 +296,14 @@ def run(options: config.Compress) -> str:
     if claim(out, request, features, options.overwrite) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
-        crcs = write_shards(features, encoder, out / store.WORK, names, options)
+        checksums = write_shards(features, encoder, out / store.WORK, names, options)
         features.refuse_changed()
     except InputError:
         store.release(out)  # what stood there before, stands
         raise
     shards = [
-        {**d, "crc32": f"{crc:08x}"} for d, crc in zip(features.describe(), crcs, strict=True)
+        {**shard, "checksum": checksum_text(checksum)}
+        for shard, checksum in zip(features.describe(), checksums, strict=True)
     ]
     seconds = time.monotonic() - started
     body = {
@@ -366,52 +368,51 @@ def claim(out: Path, request: dict[str, Any], features: Features, overwrite: boo
 def write_shards(
     features: Features, encoder: Encoder, work: Path, names: list[str], options: config.Compress
 ) -> list[int]:
-    """Write the shards that are not there yet; return the CRC32 of each input shard."""
+    """Write the shards that are not there yet; return the checksum of each input shard."""
     threads = cores(options.threads) if encoder.device == "cpu" else 1
-    crcs = []
+    checksums = []
     with progress.bar(features.rows, "compressing", "rows") as bar:
         for number, name in enumerate(names):
             path, done = work / FILES / name, work / f"{name}.json"
             if not store.is_sealed(done, path.parent):
-                crc = write_shard(features, number, encoder, path, options.dtype, threads)
-                store.seal(done, [path], {"crc32": crc})  # after the shard
-            crcs.append(int(store.load_json(done)["crc32"]))
+                checksum = write_shard(features, number, encoder, path, options.dtype, threads)
+                store.seal(done, [path], {"checksum": checksum})  # after the shard
+            checksums.append(int(store.load_json(done)["checksum"]))
             bar.update(features.shards[number].rows)
-    return crcs
+    return checksums
 
 
 def write_shard(
     features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
 ) -> int:
-    """Write one shard's descriptors as they are made; return the CRC32 of the input shard.
+    """Write one shard's descriptors as they are made; return the checksum of the input shard.
 
     Raises
     ------
     InputError
         If a row cannot be compared: file and row; nothing is written then.
     """
-    ledger, shard = CrcLedger(len(features.shards)), features.shards[number]
-    rows = shard.rows
+    rows, checksums = features.shards[number].rows, []
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, encoder.dim)}
     with store.replacing(path) as part, part.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for block, crcs in encoded_spans(features, number, encoder, threads):
+        for block, read in encoded_spans(features, number, encoder, threads):
             block.astype(dtype).tofile(file)
-            ledger.add(crcs)
-    return ledger.totals()[number] if rows else shard.crc_piece(0, shard.read(0, 0))[0]
+            checksums.append(read)
+    return sum_checksums(checksums, len(features.shards))[number]
 
 
 def encoded_spans(
     features: Features, number: int, encoder: Encoder, threads: int
-) -> Iterator[tuple[np.ndarray, list]]:
-    """Yield one shard's descriptors in row order, with the CRCs of what was read."""
+) -> Iterator[tuple[np.ndarray, Checksums]]:
+    """Yield one shard's descriptors in row order, with the checksums of what was read."""
     first, stop = (int(row) for row in features.offsets[number : number + 2])
     cuts = range(first - first % READ_ROWS, stop, READ_ROWS)
     spans = [(max(cut, first), min(cut + READ_ROWS, stop)) for cut in cuts]
 
-    def work(span: tuple[int, int]) -> tuple[np.ndarray, list]:
-        rows, crcs = features.read_with_crc(*span)
+    def work(span: tuple[int, int]) -> tuple[np.ndarray, Checksums]:
+        rows = features.read(*span)
         refuse_bad(features, np.arange(*span), rows)
-        return encoder.encode(rows, span[0]), crcs
+        return encoder.encode(rows, span[0]), features.checksums(span[0], rows)
 
     return ordered_map(work, spans, threads)

@@ -33,7 +33,8 @@ from snipdedup.encoder.losses import (
 from snipdedup.encoder.network import BROKEN_PICKLE, WEIGHTS, Encoder, Network
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.parallel import cores, library_threads, pick_device
 from snipdedup.storage import locks, store

@@ -32,7 +32,8 @@ from snipdedup.evaluation.neighbours import (
 )
 from snipdedup.evaluation.tables import eval_page, eval_summary
 from snipdedup.features.cosine import pair_cosine, unit_rows
-from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, open_features, request_of
 from snipdedup.index.quantizer import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
 from snipdedup.parallel import cores, library_threads

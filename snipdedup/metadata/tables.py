@@ -20,7 +20,7 @@ from snipdedup import progress
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import (
     Features,
-    find_elsewhere,
+    find_remote,
     identities,
     is_shard_name,
     natural_sort,
@@ -28,7 +28,7 @@ from snipdedup.features.shards import (
 )
 from snipdedup.metadata.files import SUFFIXES, CsvTable, Table, agree, open_table
 from snipdedup.storage import store
-from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side
+from snipdedup.storage.remote import RemotePath, is_remote, map_requests
 
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
 FLUSH_ROWS = 131_072  # a row group of what is written: enough to compress well
@@ -228,8 +228,8 @@ def open_metadata(spec: str | Path) -> Metadata:
     SnipError
         If there is none, a file is damaged, or the files differ in their columns.
     """
-    if is_elsewhere(spec):
-        return metadata_of(side_by_side(open_table, find_metadata(spec)))
+    if is_remote(spec):
+        return metadata_of(map_requests(open_table, find_metadata(spec)))
     folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
     return metadata_of([open_table(path) for path in find_metadata(spec)], folders)
 
@@ -243,9 +243,9 @@ def metadata_of(files: Sequence[Table], folders: Sequence[Path] = ()) -> Metadat
 def find_metadata(spec: str | Path) -> list[Path]:
     """Return the files that a META argument means, in natural order."""
     text = str(spec)
-    if is_elsewhere(spec):
-        url = spec.url if isinstance(spec, Elsewhere) else text
-        return find_elsewhere(url, None, SUFFIXES, "no metadata found")
+    if is_remote(spec):
+        url = spec.url if isinstance(spec, RemotePath) else text
+        return find_remote(url, None, SUFFIXES, "no metadata found")
     path = Path(text).expanduser()
     if path.is_file():
         return [path]
