@@ -157,8 +157,10 @@ class FinalCheck:
         may_chain : bool
             Whether a cosine may be below the threshold.
         """
+        if self.every is None:
+            return np.full(len(row), np.nan, np.float32)
         other = np.where(named < 0, ~named, named + self.reference_rows)
-        cosine = self.pair_cosines(row + self.reference_rows, other)
+        cosine = pair_cosines(self.every, row + self.reference_rows, other)
         if may_chain:
             low = np.isnan(cosine)
         elif self.search.best is not None:  # SemDeDup's rule
@@ -172,30 +174,6 @@ class FinalCheck:
                 name = self.describe(named[place])
                 self.stop(row[place], f"is removed for {name}, but their captions do not match")
         return cosine
-
-    def pair_cosines(self, row: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Return the cosine of each row with another, (n,) float32."""
-        every = self.every
-
-        def compare(span: tuple[int, int]) -> np.ndarray:
-            both = np.concatenate([row[slice(*span)], other[slice(*span)]])
-            rows, place = np.unique(both, return_inverse=True)
-            shape = (len(rows), every.dim)
-            raw = every.gather_ascending(rows, scratch("gathered", shape, every.dtype))
-            i, j = np.split(place, 2)
-            cosine = np.ones(len(i), np.float32)  # of copies
-            for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
-                x, y = np.take(raw, i[start:stop], axis=0), np.take(raw, j[start:stop], axis=0)
-                differ = np.flatnonzero(~same_bits(x, y))
-                if len(differ):
-                    cosine[start + differ] = pair_cosine(x[differ], y[differ])
-            return cosine
-
-        if every is None:
-            return np.full(len(row), np.nan, np.float32)
-        spans = plan_blocks(len(row), GATHER_PAIRS)
-        parts = ordered_map(compare, spans, torch_threads())
-        return np.concatenate([np.empty(0, np.float32), *parts])
 
     def describe(self, number: int) -> str:
         """Return a row or, below 0, a reference row, in words."""
@@ -223,3 +201,24 @@ class FinalCheck:
         raise InternalError(
             f"internal error: row {row:,}{where} {what}; nothing was written: please report this"
         )
+
+
+def pair_cosines(features: Features, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine of each row a with row b, (n,) float32; copies are found at once."""
+
+    def compare(span: tuple[int, int]) -> np.ndarray:
+        both = np.concatenate([a[slice(*span)], b[slice(*span)]])
+        rows, place = np.unique(both, return_inverse=True)
+        shape = (len(rows), features.dim)
+        raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
+        i, j = np.split(place, 2)
+        cosine = np.ones(len(i), np.float32)
+        for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
+            x, y = np.take(raw, i[start:stop], axis=0), np.take(raw, j[start:stop], axis=0)
+            differ = np.flatnonzero(~same_bits(x, y))
+            if len(differ):
+                cosine[start + differ] = pair_cosine(x[differ], y[differ])
+        return cosine
+
+    parts = ordered_map(compare, plan_blocks(len(a), GATHER_PAIRS), torch_threads())
+    return np.concatenate([np.empty(0, np.float32), *parts])

@@ -128,9 +128,7 @@ def read_best(folder: Path, rows: int) -> Best:
     path = folder / "semdedup.parquet"
     table = pq.read_table(path)
     if table.num_rows != rows:
-        raise SnipError(
-            f"{path}: expected {rows:,} rows, found {table.num_rows:,}; search again"
-        )
+        raise SnipError(f"{path}: expected {rows:,} rows, found {table.num_rows:,}; search again")
     missing = {"cluster": -1, "nearness": np.nan, "match": -1, "similarity": np.nan}
     columns = {name: np.asarray(pc.fill_null(table[name], fill)) for name, fill in missing.items()}
     return Best(**columns, centroids=np.load(folder / "centroids.npy"))

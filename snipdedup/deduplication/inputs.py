@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snipdedup.deduplication.references import References, open_references
-from snipdedup.errors import SnipError, UsageError
+from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, find_shards, implied_metadata, open_features
 from snipdedup.groups.star import Also
 from snipdedup.metadata.tables import Metadata, find_metadata, open_metadata

@@ -30,7 +30,8 @@ from snipdedup.join.pipeline import join, needed_memory
 from snipdedup.join.tasks import Tasks
 from snipdedup.parallel import Stage, memory_bound
 from snipdedup.progress import Clock
-from snipdedup.runners.local import Local, Runner
+from snipdedup.runners.base import Runner
+from snipdedup.runners.local import Local
 
 
 @dataclass(frozen=True)

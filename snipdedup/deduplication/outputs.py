@@ -186,9 +186,7 @@ def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> list[P
     return [path]
 
 
-def group_keys(
-    result: Result, out: Path, plan: MetadataPlan | None
-) -> Generator[Any, None, None]:
+def group_keys(result: Result, out: Path, plan: MetadataPlan | None) -> Generator[Any, None, None]:
     """Yield the keys of each slice of the members, None where there are no keys."""
     if plan is None or plan.key is None:
         yield from itertools.repeat(None)

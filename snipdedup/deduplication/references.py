@@ -189,7 +189,7 @@ class References:
         return folders + [path for item in self.items for path in item.features.inputs()]
 
     def describe(self, checksums: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the manifest's entry of each input; ``checksums`` of all shards, as they were read."""
+        """Return the manifest's entry of each input; ``checksums`` are those of all shards."""
         read, entries = map(checksum_text, checksums), []
         for item, start in zip(self.items, self.starts, strict=False):
             shards = item.features.describe()

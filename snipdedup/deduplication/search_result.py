@@ -28,7 +28,10 @@ from snipdedup.storage.external_sort import Sorter, Spread, pack
 ARRAY_FILE, DONE_FILE = "search.npz", "search.json"
 ARRAYS = ("offsets", "copies", "originals", "bad", "flags")
 TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
-VALUES = ("names", "threshold", "checksums", "notes", "text_checksums", "reference_checksums", "references_only")
+VALUES = (
+    "names", "threshold", "checksums", "notes", "text_checksums", "reference_checksums",
+    "references_only",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
