@@ -16,15 +16,16 @@ from snipdedup.errors import SnipError
 from snipdedup.features.scan import equal_rows
 from snipdedup.groups.star import Best, Nearest, Rank
 from snipdedup.join.forest import Edges
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
 
 
 def finished_run(features: Any) -> Path | None:
     """Return FEATURES where it is a finished OUT, to be decided again."""
     if isinstance(features, str | Path):
         folder = Path(features).expanduser()
-        if store.is_finished(folder):
-            manifest = store.load_json(folder / store.MANIFEST)
+        if is_finished(folder):
+            manifest = atomic.load_json(folder / MANIFEST)
             if isinstance(manifest, dict) and manifest.get("kind") == KIND:
                 return folder
     return None
@@ -32,7 +33,7 @@ def finished_run(features: Any) -> Path | None:
 
 def read_result(folder: Path, inputs: Inputs, rank: Rank) -> Result:
     """Read back a finished run and decide as it did; ``rank`` is its keep order."""
-    manifest = store.read_manifest(folder, KIND)
+    manifest = read_manifest(folder, KIND)
     settings = manifest["settings"]
     search = read_search(folder, inputs)
     grouping, keep = str(settings["grouping"]), settings["keep"]
@@ -50,7 +51,7 @@ def read_search(folder: Path, inputs: Inputs) -> SearchResult:
     """
     import pyarrow.parquet as pq
 
-    manifest, features = store.read_manifest(folder, KIND), inputs.features
+    manifest, features = read_manifest(folder, KIND), inputs.features
     if not manifest["verified"] or features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
     check_searched(folder, features, manifest)

@@ -16,7 +16,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, find_shards, implied_metadata, open_features
 from snipdedup.groups.star import Also
 from snipdedup.metadata.tables import Metadata, find_metadata, open_metadata
-from snipdedup.storage import store
+from snipdedup.storage.manifest import read_manifest
 from snipdedup.storage.remote import is_remote
 
 
@@ -107,7 +107,7 @@ def open_table(
     if features is not None:
         table.check_matches(features)
     else:
-        shards = store.read_manifest(Path(str(index)).expanduser(), "index")["shards"]
+        shards = read_manifest(Path(str(index)).expanduser(), "index")["shards"]
         table.check_rows([(shard["name"], shard["rows"]) for shard in shards])
     return table
 

@@ -29,7 +29,7 @@ from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.precheck import Use, rehearse
 from snipdedup.metadata.tables import Metadata, as_texts, kept_names, try_writing, write_kept
 from snipdedup.parallel import run_all
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
 EXPORT = "export"  # the folder of lists for other tools
@@ -103,7 +103,7 @@ def texts(file: Table, batch: Any) -> dict[str, Any]:
 
 def grouping_folder(out: Path) -> Path:
     """Return the folder, in the work, of what does not fit into memory."""
-    return out / store.WORK / "grouping"
+    return out / locks.WORK / "grouping"
 
 
 def write_files(
@@ -156,16 +156,16 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
     if search.references is not None:
         tables["references.parquet"] = references_table(search)
     for name, array in arrays.items():
-        store.save_npy(out / name, array)
+        atomic.save_npy(out / name, array)
     for name, table in tables.items():
-        store.save_parquet(out / name, table)
+        atomic.save_parquet(out / name, table)
     return [out / name for name in (*arrays, *tables)]
 
 
 def write_forest(search: SearchResult, out: Path) -> list[Path]:
     """Write ``forest.parquet``, some edges at a time."""
     path = out / "forest.parquet"
-    with store.writing_parquet(path, forest_table(search, join_edges([])).schema) as write:
+    with atomic.writing_parquet(path, forest_table(search, join_edges([])).schema) as write:
         for edges in search.edges(grouping_folder(out)):
             write(forest_table(search, edges))
     return [path]
@@ -175,7 +175,7 @@ def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> list[P
     """Write ``groups.parquet``, some groups at a time."""
     search, path, at = result.search, out / "groups.parquet", 0
     with (
-        store.writing_parquet(path, groups_table(search, no_members(), None).schema) as write,
+        atomic.writing_parquet(path, groups_table(search, no_members(), None).schema) as write,
         closing(group_keys(result, out, plan)) as keys,
     ):
         for members, table in zip(slices(result.members), keys, strict=False):
@@ -213,7 +213,7 @@ def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list
     with closing(pairs()) as parts:
         write_pairs(out / "pairs.parquet", parts, most)
     copies = pa.table({"row": search.copies, "first": search.originals})
-    store.save_parquet(out / "copies.parquet", copies)
+    atomic.save_parquet(out / "copies.parquet", copies)
     return [out / "pairs.parquet", out / "copies.parquet"]
 
 

@@ -29,8 +29,9 @@ from snipdedup.features.shards import (
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
 from snipdedup.groups.star import Nearest
 from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import Columns, among
+from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest, versions
 from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT
@@ -218,10 +219,10 @@ class References:
         for item in self.items:
             if item.kind != EARLIER or item.path is None or item.features.rows < rows:
                 continue
-            manifest = store.read_manifest(Path(item.path), KIND)
-            path = Path(item.path) / store.WORK / "model.npz"
+            manifest = read_manifest(Path(item.path), KIND)
+            path = Path(item.path) / locks.WORK / "model.npz"
             same = all(manifest["settings"][name] == settings[name] for name in settings)
-            if same and manifest["versions"] == store.versions() and path.is_file():
+            if same and manifest["versions"] == versions() and path.is_file():
                 return path
         return None
 
@@ -264,10 +265,10 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
     name, path = f"reference {number}", None
     if isinstance(source, str | Path):
         name, path = str(source), absolute_location(source)
-        if store.is_finished(Path(path)):
+        if is_finished(Path(path)):
             yield from open_earlier(Path(path), name)
             return
-        if (Path(path) / store.WORK / store.REQUEST).is_file():
+        if (Path(path) / locks.WORK / locks.REQUEST).is_file():
             raise SnipError(f"--reference {name} is of a run that was stopped; finish it first")
     features = open_features(source, **how)
     yield Reference(name, FEATURES, path, features, np.arange(features.rows))
@@ -277,7 +278,7 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
     """Yield the references of a finished run, then its kept rows."""
     import pyarrow.parquet as pq
 
-    manifest = store.read_manifest(folder, KIND)
+    manifest = read_manifest(folder, KIND)
     settings = manifest["settings"]
     if settings["features"] is None or not manifest["verified"]:
         raise SnipError(f"{folder} names no features on disk, so it cannot be a --reference")
@@ -285,10 +286,10 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
     for entry in manifest.get("references", []):
         yield open_listed(folder, entry, how)
     features = open_searched(folder, settings["features"], manifest, how)
-    mask = store.sha256(folder / "is_dup.npy")
+    mask = atomic.sha256(folder / "is_dup.npy")
     if mask != manifest["outputs"]["is_dup.npy"]["sha256"]:
         raise SnipError(f"{folder / 'is_dup.npy'} is not what the run wrote; make it anew")
-    with store.as_written(folder):
+    with as_written(folder):
         kept = ~np.load(folder / "is_dup.npy")
         if (folder / "bad_rows.parquet").is_file():
             kept[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
@@ -334,7 +335,7 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
     now, then = request_of(features), manifest["request"]
     accept_dates(now, features, manifest)
     if len(manifest["shards"]) != len(then["features"]):
-        raise SnipError(f"{folder / store.MANIFEST}: damaged: it names other shards in two places")
+        raise SnipError(f"{folder / MANIFEST}: damaged: it names other shards in two places")
     names, before = ([shard["name"] for shard in side["features"]] for side in (now, then))
     if names != before:
         changed = sorted(set(names) ^ set(before)) or ["their order"]

@@ -145,7 +145,7 @@ class Result:
 
     @property
     def groups(self) -> Any:
-        """The members as a ``pyarrow.Table``, see ``docs/formats.md``."""
+        """The members as a ``pyarrow.Table``, see ``docs/files.md``."""
         return groups_table(self.search, self.members, None, self.near)
 
     def at(self, threshold: float, grouping: str | None = None) -> Result:

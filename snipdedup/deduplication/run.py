@@ -58,7 +58,8 @@ from snipdedup.parallel import library_threads, pick_device
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner, open_runner
 from snipdedup.runners.slurm import Share, ShareDone, share_of
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import as_written, is_finished, read_manifest
 
 
 class Job(NamedTuple):
@@ -135,8 +136,8 @@ def open_result(out: str | Path) -> Result:
         If OUT is not finished, its pairs are unverified, or its features are missing or changed.
     """
     folder = Path(out).expanduser()
-    with store.as_written(folder):
-        threshold = store.read_manifest(folder, KIND)["settings"]["threshold"]
+    with as_written(folder):
+        threshold = read_manifest(folder, KIND)["settings"]["threshold"]
         job = prepare(inherit(Dedup(features=str(folder), threshold=threshold), folder))
         return read_result(folder, job.inputs, job.rank)
 
@@ -148,7 +149,7 @@ def plan(options: Dedup) -> str:
     job = prepare(options)
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
-        store.refuse_output_inside(out, read_paths(job))
+        out_folder.refuse_output_inside(out, read_paths(job))
     if job.inputs.features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
     return plan_features(
@@ -162,7 +163,7 @@ def plan(options: Dedup) -> str:
     )
 
 
-@locks.given_up()
+@locks.released()
 def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
     """Claim OUT, search, decide, check and write; return the result.
 
@@ -174,24 +175,23 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
     earlier = finished_run(options.features)
     share = None if earlier else share_of(options)
     if earlier is not None:
-        with store.as_written(earlier):
+        with as_written(earlier):
             options = inherit(options, earlier)
     job = prepare(options)
-    store.refuse_output_inside(out, read_paths(job, earlier))
+    out_folder.refuse_output_inside(out, read_paths(job, earlier))
     request = describe_request(job.options, job.inputs, job.metadata)
     found = None
     if earlier is not None:
         found = search_of(earlier, job)
     else:
         check_given(job.inputs.features, job.options)
-    if job.inputs.features is not None and store.is_finished(out):
-        accept_dates(request, job.inputs.features, store.read_manifest(out, KIND))
-    state = store.claim(
+    if job.inputs.features is not None and is_finished(out):
+        accept_dates(request, job.inputs.features, read_manifest(out, KIND))
+    state = out_folder.claim(
         out,
         KIND,
         request,
         overwrite=options.overwrite,
-        late=True,
         shared=share is not None,
         decisions=decision_names(job.search.method),
     )
@@ -201,19 +201,19 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
             return search_and_write(job, found, out, request, clock, share, in_memory)
         except ShareDone as done:
             message = str(done)
-            while in_memory and not store.is_finished(out):
+            while in_memory and not is_finished(out):
                 time.sleep(1)
         except (OSError, SnipError) as error:
             if share is None and isinstance(error, SnipError):
-                store.release_unbegun(out)
-            if share is None or not store.is_finished(out):
+                out_folder.release_unbegun(out)
+            if share is None or not is_finished(out):
                 raise
             message = f"{out} is finished; another process wrote it"  # while this one slept
-        if not store.is_finished(out):
+        if not is_finished(out):
             return message
-        if not options.keep_work and locks.take(out / store.WORK / store.LOCK) is None:
-            store.end_work(out)  # of a process that slept while others finished the run
-    with store.as_written(out):
+        if not options.keep_work and locks.acquire(out / locks.WORK / locks.LOCK) is None:
+            locks.end_work(out)  # of a process that slept while others finished the run
+    with as_written(out):
         remove_left_work(out)
         return read_result(out, job.inputs, job.rank) if in_memory else message
 
@@ -264,7 +264,7 @@ def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
 
 def search_of(earlier: Path, job: Job) -> SearchResult:
     """Return what a finished run found, as if it had searched at this threshold."""
-    with store.as_written(earlier):
+    with as_written(earlier):
         found = read_search(earlier, job.inputs)
     if job.options.keep_fraction is not None:  # looks from the searched threshold on
         return found
@@ -291,11 +291,11 @@ def search_and_write(
         options.runner, job.search.threads, options.device, rows=rows, share=share, out=out
     ) as runner:
         with releasing(out, share):
-            found = found or search_or_resume(job, out / store.WORK, clock, runner)
+            found = found or search_or_resume(job, out / locks.WORK, clock, runner)
             job.inputs.refuse_changed()
-        for old in (out / store.WORK).glob("draft-*"):  # of stopped runs
+        for old in (out / locks.WORK).glob("draft-*"):  # of stopped runs
             shutil.rmtree(old, ignore_errors=True)
-        draft = out / store.WORK / f"draft-{secrets.token_hex(4)}"  # laid out as OUT
+        draft = out / locks.WORK / f"draft-{secrets.token_hex(4)}"  # laid out as OUT
         with clock.stage("group"):
             result = decide_job(job, found, None if in_memory else grouping_folder(draft))
         outputs: list[Path] = []
@@ -320,10 +320,10 @@ def search_and_write(
             "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
         }
         for folder in (out, out / "metadata", out / EXPORT):
-            store.remove_parts(folder)  # of what was killed there
+            atomic.remove_parts(folder)  # of what was killed there
         # the page would show rows that are no more
         outputs += written
-        store.publish(out, KIND, manifest, outputs, gone=[PAGE], keep_work=options.keep_work)
+        out_folder.publish(out, KIND, manifest, outputs, removed=[PAGE], keep_work=options.keep_work)
     return dataclasses.replace(result, manifest=manifest, out=out)
 
 
@@ -337,14 +337,14 @@ def releasing(out: Path, share: Share | None) -> Iterator[None]:
         yield
     except InputError:
         if share is None:
-            store.release(out)
+            out_folder.release(out)
         raise
     except DamagedError as error:
         if share is None:
-            store.empty_work(out)  # all of it depends on what is damaged
+            locks.empty_work(out)  # all of it depends on what is damaged
             raise
         raise DamagedError(
-            f"{error}; stop all processes that write {out}, remove {out / store.WORK}, and start "
+            f"{error}; stop all processes that write {out}, remove {out / locks.WORK}, and start "
             "them again"
         ) from error
 
@@ -385,8 +385,8 @@ def decide_job(job: Job, found: SearchResult, folder: Path | None) -> Result:
 
 def remove_left_work(out: Path) -> None:
     """Remove the work of a finished run that was killed while it removed it."""
-    kept = store.read_manifest(out, KIND)["settings"].get("keep_work")
-    lock = out / store.WORK / store.LOCK  # without it a folder of that name is someone's own
+    kept = read_manifest(out, KIND)["settings"].get("keep_work")
+    lock = out / locks.WORK / locks.LOCK  # without it a folder of that name is someone's own
     with suppress(OSError):  # OUT may be read-only by now
-        if not kept and lock.is_file() and locks.take(lock) is None:
-            store.end_work(out)
+        if not kept and lock.is_file() and locks.acquire(lock) is None:
+            locks.end_work(out)

@@ -22,7 +22,7 @@ from snipdedup.groups.blocks import COPY, EDGE, Block, blocks_of_groups
 from snipdedup.groups.star import Also, Best, Nearest
 from snipdedup.join.external_forest import by_first, edge_kind, edges_of
 from snipdedup.join.forest import Edges, join_edges, order_by
-from snipdedup.storage import external_sort, store
+from snipdedup.storage import atomic, external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
 
 ARRAY_FILE, DONE_FILE = "search.npz", "search.json"
@@ -168,16 +168,16 @@ def save_search(search: SearchResult, work: Path) -> None:
         if part is not None:
             arrays |= {f"{name}_{column}": value for column, value in part._asdict().items()}
     known = {name: array for name, array in arrays.items() if array is not None}
-    store.save_npz(work / ARRAY_FILE, lasting=False, **known)
+    atomic.save_npz(work / ARRAY_FILE, lasting=False, **known)
     values = {name: getattr(search, name) for name in VALUES}
-    store.seal(work / DONE_FILE, [work / ARRAY_FILE], values)
+    atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], values)
 
 
 def load_search(work: Path, inputs: Inputs) -> SearchResult | None:
     """Read back what `save_search` wrote; None where there is nothing, or it is damaged."""
-    if not store.is_sealed(work / DONE_FILE, work):
+    if not atomic.is_done(work / DONE_FILE, work):
         return None
-    values = store.load_json(work / DONE_FILE)
+    values = atomic.load_json(work / DONE_FILE)
     with np.load(work / ARRAY_FILE) as file:
         arrays = dict(file)
     parts: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}

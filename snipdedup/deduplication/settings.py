@@ -19,7 +19,8 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import request_of
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import cores, memory_bound
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 from snipdedup.storage.remote import absolute_location
 
 # How a result is computed and where it goes; the result does not depend on them.
@@ -83,8 +84,8 @@ def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) 
         request["reference"] = [item.request() for item in inputs.references.items]
     for name in ("index", "encoder"):  # what they are, not where
         if request[name] is not None:
-            manifest = Path(request[name]).expanduser() / store.MANIFEST
-            request[name] = store.sha256(manifest) if manifest.is_file() else request[name]
+            manifest = Path(request[name]).expanduser() / MANIFEST
+            request[name] = atomic.sha256(manifest) if manifest.is_file() else request[name]
     request["features"] = request["metadata"] = None
     if inputs.features is not None:
         request |= request_of(inputs.features)
@@ -125,7 +126,7 @@ def saved_settings(options: Dedup, threshold: float) -> dict[str, Any]:
 
 def inherit(options: Dedup, earlier: Path) -> Dedup:
     """Return settings for a re-threshold: the input and the search of the finished run."""
-    manifest = store.read_manifest(earlier, KIND)
+    manifest = read_manifest(earlier, KIND)
     searched = manifest["settings"]
     if options.runner != "local" or options.num_tasks is not None:
         raise UsageError(
