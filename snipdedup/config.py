@@ -398,11 +398,11 @@ class Dedup(Input):
     )
     num_tasks: int | None = option(
         None,
-        "join: so many processes run this command at once, or as they come; they share --out",
+        "join: number of processes that run this command at the same time with the same --out",
         usual="that of a Slurm array",
     )
     task_index: int | None = option(
-        None, "join: which of them this is, from 0", usual="that of a Slurm array"
+        None, "join: rank of this process among them, from 0", usual="that of a Slurm array"
     )
     threads: int = option(0, "CPU threads, 0 for all")
     seed: int | None = option(None, "seed of every random choice", usual="0")

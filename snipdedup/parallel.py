@@ -190,6 +190,12 @@ def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return pool[use][:need].view(dtype).reshape(shape)
 
 
+def aligned_spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``start`` to ``stop`` at the multiples of ``size``."""
+    cuts = range(start - start % size, stop, size)
+    return [(max(cut, start), min(cut + size, stop)) for cut in cuts]
+
+
 def in_aligned_blocks(
     work: Callable[[np.ndarray], tuple[np.ndarray, ...]], rows: np.ndarray, first: int
 ) -> tuple[np.ndarray, ...]:

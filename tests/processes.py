@@ -20,7 +20,7 @@ NURSERY = """
 import atexit, importlib, json, os, sys, traceback
 import faiss, torch, pyarrow.parquet
 from snipdedup import cli
-from snipdedup.runners import local as runners
+from snipdedup.runners import base as runners
 for command in cli.COMMANDS:
     importlib.import_module(command.target.partition(":")[0])
 for line in sys.stdin:

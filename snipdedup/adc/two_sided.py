@@ -3,7 +3,7 @@
 Each row is a query once. With e(x, z) = (‖x‖² − ‖x − z‖²) / 2 the distances of two rows to one
 code z give e(x, z) − e(y, z) = (x − y)·z: what x − y is along z, exactly, though neither row is
 kept. So of two rows that are near the same codes and lists, much of x − y is known, and how large
-that is says more than their own two codes do (docs/method.md, adc).
+that is says more than their own two codes do (docs/internals/codes.md).
 """
 
 from __future__ import annotations

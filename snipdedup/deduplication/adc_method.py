@@ -305,7 +305,7 @@ def search_adc(features: Features | None, options: config.Dedup, work: Path, sta
         copies=seen.copies,
         firsts=seen.firsts,
         bad=seen.bad,
-        crcs=seen.crcs,
+        checksums=seen.checksums,
         flags=adc.flags,
         notes=describe(adc),
     )
@@ -324,11 +324,11 @@ def check_given(features: Features | None, options: config.Dedup) -> None:
         if features is not None:
             query_space(index, features, options.encoder)
     elif options.encoder is not None:
-        from snipdedup.encoder.network import Encoder, check_width
+        from snipdedup.encoder.network import Encoder
 
         encoder = Encoder.load(options.encoder, device="cpu")
         if features is not None:
-            check_width(encoder, features, options.encoder)
+            encoder.check_width(features, options.encoder)
 
 
 def open_or_build(features: Features | None, options: config.Dedup, work: Path) -> Index:

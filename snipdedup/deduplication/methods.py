@@ -28,7 +28,8 @@ from snipdedup.join.pipeline import join, needed_memory
 from snipdedup.join.tasks import Tasks
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.progress import Clock
-from snipdedup.runners.local import Local, Runner
+from snipdedup.runners.base import Runner
+from snipdedup.runners.local import Local
 
 
 def method_of(options: Dedup) -> str:
@@ -47,8 +48,8 @@ def search(
     ------
     SnipError
         If there are bad rows and they are not to be kept.
-    crew.Written
-        If another process finished the run.
+    slurm.ShareDone
+        If this is not the process that writes the result.
     """
     features, method = inputs.features, method_of(options)
     if method == "adc" or features is None:
@@ -71,7 +72,7 @@ def search(
     with clock.stage("captions"):
         seen = read_all(inputs.text, options)
         found = with_captions(found, features, seen, also, cores(options.threads))
-    return dataclasses.replace(found, text_crcs=seen.crcs)
+    return dataclasses.replace(found, text_checksums=seen.checksums)
 
 
 def search_join(
@@ -169,11 +170,11 @@ def find_beside(
         )
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= frozen] - frozen
-    own = Scan(bad, settled.copies, settled.firsts, seen.crcs[shards:])
+    own = Scan(bad, settled.copies, settled.firsts, seen.checksums[shards:])
     return dataclasses.replace(
         make_found(features, options, own, settled.forest, notes),
         references=references,
-        reference_crcs=seen.crcs[:shards],
+        reference_checksums=seen.checksums[:shards],
         nearest=settled.nearest,
     )
 
@@ -237,6 +238,6 @@ def make_found(
         copies=seen.copies,
         firsts=seen.firsts,
         bad=seen.bad,
-        crcs=seen.crcs,
+        checksums=seen.checksums,
         notes=notes,
     )

@@ -19,6 +19,7 @@ from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.result import Result
 from snipdedup.deduplication.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
+from snipdedup.features.hashing import checksum_text
 from snipdedup.features.shards import request_of
 from snipdedup.groups.blocks import cut_groups, slices
 from snipdedup.groups.keep import rank_by
@@ -211,8 +212,8 @@ def describe_run(
     """Return the manifest's entries about what was found and decided."""
     found, features = result.found, inputs.features
     shards = features.describe() if features else []
-    for shard, crc in zip(shards, found.crcs, strict=False):
-        shard["crc32"] = f"{crc:08x}"
+    for shard, checksum in zip(shards, found.checksums, strict=False):
+        shard["checksum"] = checksum_text(checksum)
     work = grouping_folder(out)
     steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
     forest_tells = found.verified and found.best is None and not options.references_only
@@ -257,11 +258,11 @@ def describe_sources(inputs: Inputs, found: Found) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     if inputs.text is not None:
         shards = inputs.text.describe()
-        for shard, crc in zip(shards, found.text_crcs, strict=True):
-            shard["crc32"] = f"{crc:08x}"
+        for shard, checksum in zip(shards, found.text_checksums, strict=True):
+            shard["checksum"] = checksum_text(checksum)
         entries["text"] = {"request": request_of(inputs.text), "shards": shards}
     if inputs.references is not None:
-        entries["references"] = inputs.references.describe(found.reference_crcs)
+        entries["references"] = inputs.references.describe(found.reference_checksums)
     return entries
 
 

@@ -7,10 +7,12 @@ need: an OUT folder that is claimed first and whose manifest is written last.
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,8 @@ from snipdedup.groups.keep import rank_by
 from snipdedup.metadata.tables import Metadata, open_metadata
 from snipdedup.parallel import cores, library_threads, pick_device, run_all
 from snipdedup.progress import Clock
-from snipdedup.runners.local import Runner, open_runner
-from snipdedup.runners.slurm import Crew, Written, place_of
+from snipdedup.runners.base import Runner, open_runner
+from snipdedup.runners.slurm import ShareDone, Slurm, share_of
 from snipdedup.storage import locks, store
 
 # Settings that say how a result is computed, not what it is.
@@ -101,7 +103,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     options = Dedup(features=features, **settings)
     if options.out is not None:
         return execute(options, load=True)[0]
-    place_of(options, {})  # refused, since nothing would be shared
+    share_of(options, {})  # refused, since nothing would be shared
     options = options.filled()
     if options.device != "auto":
         pick_device(options.device)
@@ -112,7 +114,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     rehearse_order(options, metadata)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
-        open_runner(options, None, None) as runner,
+        open_runner(options.runner, cores(options.threads), options.device) as runner,
     ):
         found = search(inputs, options, Path(work), Clock(), runner)
         return decide_by(found, inputs.features, metadata, options)
@@ -161,7 +163,7 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     if options.device != "auto":
         pick_device(options.device)
     earlier = finished_run(options.features)
-    place = None if earlier else place_of(options)
+    share = None if earlier else share_of(options)
     if earlier is not None:
         with store.as_written(earlier):
             options = inherit(options, earlier)
@@ -183,29 +185,37 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
         request,
         overwrite=options.overwrite,
         late=True,
-        shared=place is not None,
+        shared=share is not None,
         decisions=decisions_of(options),
     )
     said = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
         try:
             rows = 0 if load or features is None else features.rows  # others' processes stay whole
-            with open_runner(options, out, place, rows=rows) as runner:
+            with open_runner(
+                options.runner, cores(options.threads), options.device, rows=rows, share=share,
+                out=out,
+            ) as runner:  # fmt: skip
                 found = find(inputs, options, out, clock, runner, found)
-                with last_word(runner):
-                    return conclude(
-                        found, out, draft_folder(out, runner), inputs, metadata, key, request,
-                        options, clock, load,
-                    )  # fmt: skip
-        except SnipError:
-            if place is None:
+                return conclude(
+                    found, out, draft_folder(out), inputs, metadata, key, request, options, clock,
+                    load,
+                )  # fmt: skip
+        except ShareDone as done:
+            said = str(done)
+            while load and not store.is_finished(out):
+                time.sleep(1)
+        except (OSError, SnipError) as error:
+            if share is None and isinstance(error, SnipError):
                 store.release_unbegun(out)
-            raise
-        except Written as other:
-            said = str(other)
-            # what was left by one that was slow to notice; by now it may be the next run's
-            if not options.keep_work and locks.take(out / store.WORK / store.LOCK) is None:
-                store.end_work(out)
+            if share is None or not store.is_finished(out):
+                raise
+            said = f"{out} is finished; another process wrote it"  # this one slept meanwhile
+        if not store.is_finished(out):
+            return None, said
+        # a task that a sleeping process had begun leaves its files
+        if not options.keep_work and locks.take(out / store.WORK / store.LOCK) is None:
+            store.end_work(out)
     with store.as_written(out):
         remove_left(out)
         return load_result(out, inputs, options, metadata) if load else None, said
@@ -247,43 +257,25 @@ def find(
         found = reused or search_once(inputs, options, out / store.WORK, clock, runner)
         inputs.refuse_changed()
     except InputError:
-        if not isinstance(runner, Crew):
+        if not isinstance(runner, Slurm):
             store.release(out)
         raise
     except DamagedError as error:
-        if isinstance(runner, Crew):
-            runner.refuse_written()
+        if isinstance(runner, Slurm):
+            work = out / store.WORK
             raise DamagedError(
-                f"{error}; what several processes share none of them empties: end them all, and "
-                f"remove {out / store.WORK} first"
+                f"{error}; stop all processes that write {out}, remove {work}, and start them again"
             ) from error
         store.empty_work(out)  # all of it hangs on what is damaged
-        raise
-    except (OSError, SnipError):
-        if isinstance(runner, Crew):
-            runner.refuse_written()  # another one finished it, and tidied up
         raise
     return found
 
 
-@contextmanager
-def last_word(runner: Runner) -> Iterator[None]:
-    """Say of a failure at the end that another process wrote it, where that is so."""
-    try:
-        yield
-    except (OSError, SnipError):  # taken for dead: its folder went with the work
-        if isinstance(runner, Crew):
-            runner.refuse_written()
-        raise
-
-
-def draft_folder(out: Path, runner: Runner) -> Path:
-    """Return where this process decides and writes: its own, even if others do so by mistake."""
-    if isinstance(runner, Crew):
-        return out / store.WORK / f"{DRAFT}-{runner.claims.owner}"
-    for path in (out / store.WORK).glob(f"{DRAFT}*"):  # of stopped runs
+def draft_folder(out: Path) -> Path:
+    """Return a new folder to decide and write in; remove those of stopped runs."""
+    for path in (out / store.WORK).glob(f"{DRAFT}-*"):
         shutil.rmtree(path, ignore_errors=True)
-    return out / store.WORK / DRAFT
+    return out / store.WORK / f"{DRAFT}-{secrets.token_hex(4)}"
 
 
 def conclude(
@@ -336,7 +328,7 @@ def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path, options
     try:
         inputs.refuse_changed()
     except InputError:
-        if place_of(options) is None:  # else the others say the same
+        if share_of(options) is None:  # else the others say the same
             store.release(out)
         raise
     if metadata is not None:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.evaluation.costs import TREE, Rates
-from snipdedup.features.scan import Seen, find_copies, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import Seen, find_copies
 from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.groups.star import Compare, group_star, keep_rank
 from snipdedup.join.encoding import encode_task, task_rows

@@ -17,7 +17,7 @@ import numpy as np
 
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
-from snipdedup.features.scan import row_hashes
+from snipdedup.features.hashing import row_hashes
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, library_threads, ordered_map
 from snipdedup.storage import store

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.features.cosine import bad_rows, directions, same_bits
-from snipdedup.features.scan import BLOCK, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, Hubs, find_hubs, no_hubs

@@ -131,7 +131,9 @@ class Tasks:
         arrays = (found.bad, found.copies, found.firsts, skip)
         for name, array in zip(SCANNED, arrays, strict=True):
             store.save_npy(folder / name, array, lasting=False)
-        store.seal(self.scanned, [folder / name for name in SCANNED], {"crcs": found.crcs})
+        store.seal(
+            self.scanned, [folder / name for name in SCANNED], {"checksums": found.checksums}
+        )
         del found, arrays  # maps of files that go now
         shutil.rmtree(self.work / "copies", ignore_errors=True)
 
@@ -139,7 +141,7 @@ class Tasks:
         """Read back what was scanned; long arrays are mapped."""
         folder = self.scanned.parent
         bad, copies, firsts = (load_column(folder / name) for name in SCANNED[:3])
-        return Scan(bad, copies, firsts, store.load_json(self.scanned)["crcs"])
+        return Scan(bad, copies, firsts, store.load_json(self.scanned)["checksums"])
 
     @property
     def planned(self) -> Path:
@@ -160,12 +162,13 @@ class Tasks:
             total += np.load(folder / "homes.npy")
         return total
 
-    def plan(self, visits: np.ndarray, most: int, bound: int) -> None:
+    def plan(self, visits: np.ndarray, most: int, bound: int | None) -> None:
         """Cut lists into runs of at most ``most`` visits, and note them for all who join them.
 
-        A plan that is there holds, unless it has runs beyond ``bound`` visits.
+        A plan that is there holds, unless it has runs beyond ``bound`` visits, where that is given.
         """
-        if not store.is_sealed(self.planned, self.work) or not fits(self.runs(), visits, bound):
+        whole = store.is_sealed(self.planned, self.work)
+        if not whole or (bound is not None and not fits(self.runs(), visits, bound)):
             store.seal(self.planned, [], {"runs": plan_partitions(visits, most)})
 
     def runs(self) -> list[Run]:
