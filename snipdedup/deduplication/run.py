@@ -61,7 +61,8 @@ from snipdedup.parallel import cores, library_threads, pick_device, run_all
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner, open_runner
 from snipdedup.runners.slurm import ShareDone, Slurm, share_of
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
 
 # Settings that say how a result is computed, not what it is.
 HOW = {
@@ -138,7 +139,7 @@ def plan(options: Dedup) -> str:
     features, metadata = inputs.features, open_table(options, inputs.features)
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
-        store.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
+        out_folder.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
     rehearse_end(options, metadata, check_metadata(options, metadata))
     if features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
@@ -153,7 +154,7 @@ def plan(options: Dedup) -> str:
     )
 
 
-@locks.given_up()
+@locks.released()
 def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     """Claim OUT, search, decide, write; return the result and its summary.
 
@@ -165,26 +166,25 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     earlier = finished_run(options.features)
     share = None if earlier else share_of(options)
     if earlier is not None:
-        with store.as_written(earlier):
+        with as_written(earlier):
             options = inherit(options, earlier)
     options = options.filled()
     inputs = open_inputs(options)
     features, metadata = inputs.features, open_table(options, inputs.features)
-    store.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
+    out_folder.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
     key = check_metadata(options, metadata)  # refused now, not after the search
     rehearse_end(options, metadata, key)
     request = describe_request(options, inputs, metadata)
     if earlier is None and method_of(options) in ("adc", "join"):
         check_given(features, options)
     found = None if earlier is None else reuse(earlier, inputs, options)
-    if features is not None and store.is_finished(out):
-        accept_dates(request, features, store.read_manifest(out, KIND))
-    state = store.claim(
+    if features is not None and is_finished(out):
+        accept_dates(request, features, read_manifest(out, KIND))
+    state = out_folder.claim(
         out,
         KIND,
         request,
         overwrite=options.overwrite,
-        late=True,
         shared=share is not None,
         decisions=decisions_of(options),
     )
@@ -203,31 +203,31 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
                 )  # fmt: skip
         except ShareDone as done:
             said = str(done)
-            while load and not store.is_finished(out):
+            while load and not is_finished(out):
                 time.sleep(1)
         except (OSError, SnipError) as error:
             if share is None and isinstance(error, SnipError):
-                store.release_unbegun(out)
-            if share is None or not store.is_finished(out):
+                out_folder.release_unbegun(out)
+            if share is None or not is_finished(out):
                 raise
             said = f"{out} is finished; another process wrote it"  # this one slept meanwhile
-        if not store.is_finished(out):
+        if not is_finished(out):
             return None, said
         # a task that a sleeping process had begun leaves its files
-        if not options.keep_work and locks.take(out / store.WORK / store.LOCK) is None:
-            store.end_work(out)
-    with store.as_written(out):
+        if not options.keep_work and locks.acquire(out / locks.WORK / locks.LOCK) is None:
+            locks.end_work(out)
+    with as_written(out):
         remove_left(out)
         return load_result(out, inputs, options, metadata) if load else None, said
 
 
 def remove_left(out: Path) -> None:
     """Remove the work of a finished run that was killed just then, or of its last helpers."""
-    kept = store.read_manifest(out, KIND)["settings"].get("keep_work")
-    lock = out / store.WORK / store.LOCK  # without it a folder of that name is someone's own
+    kept = read_manifest(out, KIND)["settings"].get("keep_work")
+    lock = out / locks.WORK / locks.LOCK  # without it a folder of that name is someone's own
     with suppress(OSError):  # OUT may be read-only by now
-        if not kept and lock.is_file() and locks.take(lock) is None:
-            store.end_work(out)
+        if not kept and lock.is_file() and locks.acquire(lock) is None:
+            locks.end_work(out)
 
 
 def search_once(inputs: Inputs, options: Dedup, work: Path, clock: Clock, runner: Runner) -> Found:
@@ -254,28 +254,28 @@ def find(
     One of several processes leaves it as it is for the others, who say the same.
     """
     try:
-        found = reused or search_once(inputs, options, out / store.WORK, clock, runner)
+        found = reused or search_once(inputs, options, out / locks.WORK, clock, runner)
         inputs.refuse_changed()
     except InputError:
         if not isinstance(runner, Slurm):
-            store.release(out)
+            out_folder.release(out)
         raise
     except DamagedError as error:
         if isinstance(runner, Slurm):
-            work = out / store.WORK
+            work = out / locks.WORK
             raise DamagedError(
                 f"{error}; stop all processes that write {out}, remove {work}, and start them again"
             ) from error
-        store.empty_work(out)  # all of it hangs on what is damaged
+        locks.empty_work(out)  # all of it hangs on what is damaged
         raise
     return found
 
 
 def draft_folder(out: Path) -> Path:
     """Return a new folder to decide and write in; remove those of stopped runs."""
-    for path in (out / store.WORK).glob(f"{DRAFT}-*"):
+    for path in (out / locks.WORK).glob(f"{DRAFT}-*"):
         shutil.rmtree(path, ignore_errors=True)
-    return out / store.WORK / f"{DRAFT}-{secrets.token_hex(4)}"
+    return out / locks.WORK / f"{DRAFT}-{secrets.token_hex(4)}"
 
 
 def conclude(
@@ -317,9 +317,9 @@ def conclude(
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
     for folder in (out, out / "metadata", out / EXPORT):
-        store.remove_parts(folder)  # of what was killed there
+        atomic.remove_parts(folder)  # of what was killed there
     # the page would tell of rows that are no more
-    store.publish(out, KIND, body, outputs, gone=[PAGE], keep_work=options.keep_work)
+    out_folder.publish(out, KIND, body, outputs, removed=[PAGE], keep_work=options.keep_work)
     return result, summary(result, out, body)
 
 
@@ -329,7 +329,7 @@ def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path, options
         inputs.refuse_changed()
     except InputError:
         if share_of(options) is None:  # else the others say the same
-            store.release(out)
+            out_folder.release(out)
         raise
     if metadata is not None:
         metadata.refuse_changed()
@@ -358,7 +358,7 @@ def decide_by(
 
 def reuse(earlier: Path, inputs: Inputs, options: Dedup) -> Found:
     """Return what a finished run found, as if it had searched at this threshold."""
-    with store.as_written(earlier):
+    with as_written(earlier):
         found = load_found(earlier, inputs, options)
     if options.keep_fraction is not None:  # looks from the searched threshold on
         return found
@@ -393,7 +393,7 @@ def open_table(options: Dedup, features: Features | None) -> Metadata | None:
     if features is not None:
         metadata.check_matches(features)
     else:
-        held = store.read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
+        held = read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
         metadata.check_rows([(shard["name"], shard["rows"]) for shard in held])
     return metadata
 
@@ -409,8 +409,8 @@ def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) 
     settings["method"] = method_of(options)
     for name in ("index", "encoder"):  # what they are, not where
         if settings[name] is not None:
-            manifest = Path(settings[name]).expanduser() / store.MANIFEST
-            settings[name] = store.sha256(manifest) if manifest.is_file() else settings[name]
+            manifest = Path(settings[name]).expanduser() / MANIFEST
+            settings[name] = atomic.sha256(manifest) if manifest.is_file() else settings[name]
     described = request_of(inputs.features) if inputs.features else {}
     table = None
     if metadata is not None:
@@ -431,7 +431,7 @@ def describe_file(path: Path, rows: int) -> dict[str, Any]:
 
 def inherit(options: Dedup, earlier: Path) -> Dedup:
     """Return settings for a re-threshold: the input and the search of the finished run."""
-    manifest = store.read_manifest(earlier, KIND)
+    manifest = read_manifest(earlier, KIND)
     searched = manifest["settings"]
     if options.runner != "local" or options.num_tasks is not None:
         raise UsageError(

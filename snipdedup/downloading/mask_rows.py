@@ -26,7 +26,8 @@ from snipdedup.metadata.masks import (
     place_metadata,
 )
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.remote import NoRangesError, RemotePath, with_retries
 from snipdedup.storage.urls import PART, is_web, redacted, scheme_of
 
@@ -40,7 +41,7 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
         file, manifest = with_retries(lambda: find_mask(spec, MASK))
         mask = fetch_once(file, work / "published" / "mask")
         if manifest is not None:
-            try_manifest(manifest, mask.with_name(store.MANIFEST))
+            try_manifest(manifest, mask.with_name(MANIFEST))
     if totals is not None and scheme_of(totals):
         url = totals
         file, _ = with_retries(lambda: find_mask(url, TOTALS))
@@ -61,7 +62,7 @@ def try_manifest(file: SourceFile, target: Path) -> None:
     """Fetch the manifest beside a mask, if there is one."""
     try:
         fetch_file(file, target)
-        store.load_json(target)
+        atomic.load_json(target)
     except MissingError:
         return
     except TemporaryError:

@@ -13,7 +13,8 @@ from urllib.parse import quote
 from snipdedup import progress
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import MissingError, SnipError
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks
+from snipdedup.storage.manifest import FORMAT, MANIFEST, put_in_place
 from snipdedup.storage.urls import is_web
 
 FETCHED = "result"  # below the work folder
@@ -22,7 +23,7 @@ FETCHED = "result"  # below the work folder
 def manifest_in(folder: str) -> SourceFile:
     """Return the manifest of an http(s) folder; whether there is one is not known yet."""
     head, mark, query = folder.partition("?")
-    return SourceFile(f"{head.rstrip('/')}/{store.MANIFEST}{mark}{query}")
+    return SourceFile(f"{head.rstrip('/')}/{MANIFEST}{mark}{query}")
 
 
 def fetch_manifest(manifest: SourceFile, target: Path) -> dict[str, Any]:
@@ -34,10 +35,10 @@ def fetch_manifest(manifest: SourceFile, target: Path) -> dict[str, Any]:
             f"{manifest.shown}: there is none; expected a pattern with {{part:04d}}, a metadata "
             "file, or a folder that snip wrote"
         ) from None
-    found = store.load_json(target)
+    found = atomic.load_json(target)
     if not isinstance(found, dict) or "kind" not in found or "outputs" not in found:
         raise SnipError(f"{manifest.shown}: expected a manifest of snip, found other JSON")
-    if found.get("format", 0) > store.FORMAT:
+    if found.get("format", 0) > FORMAT:
         raise SnipError(
             f"{manifest.shown}: written by a newer snipdedup; upgrade with: pip install -U "
             "snipdedup-toolkit"
@@ -65,7 +66,7 @@ def output_files(manifest: dict[str, Any], source: SourceFile) -> dict[str, Sour
             raise SnipError(f"{source.shown}: expected size and sha256 of {name!r}, found {output}")
         path = quote(name) if web else name
         files[name] = SourceFile(
-            f"{base.removesuffix(store.MANIFEST)}{path}{mark}{query}",
+            f"{base.removesuffix(MANIFEST)}{path}{mark}{query}",
             size=int(output["size"]),
             sha256=str(output["sha256"]),
             token=source.token,
@@ -75,7 +76,7 @@ def output_files(manifest: dict[str, Any], source: SourceFile) -> dict[str, Sour
 
 def is_complete_copy(out: Path, manifest: dict[str, Any], copy: Path) -> bool:
     """Tell whether a folder is the published one, whose manifest is ``copy``, and complete."""
-    if (out / store.MANIFEST).read_bytes() != copy.read_bytes():
+    if (out / MANIFEST).read_bytes() != copy.read_bytes():
         return False
     return all(
         (out / name).is_file() and (out / name).stat().st_size == output["size"]
@@ -91,7 +92,7 @@ def fetch_result(out: Path, source: SourceFile, manifest: dict[str, Any], jobs: 
     str
         The summary.
     """
-    work = out / store.WORK / FETCHED
+    work = out / locks.WORK / FETCHED
     files = output_files(manifest, source)
     wanted = [(file, work / name) for name, file in files.items() if not is_here(name, file, out)]
     total = sum(file.size or 0 for file, _ in wanted)
@@ -100,17 +101,17 @@ def fetch_result(out: Path, source: SourceFile, manifest: dict[str, Any], jobs: 
         for _ in monitor.map(lambda task: fetch_file(*task, monitor), wanted, jobs):
             pass
     work.mkdir(exist_ok=True)  # if all files were here already
-    (out / store.WORK / store.MANIFEST).replace(work / store.MANIFEST)
-    store.install(out, work, [name for name in files if (work / name).is_file()])
+    (out / locks.WORK / MANIFEST).replace(work / MANIFEST)
+    put_in_place(out, work)
     size = sum(file.size or 0 for file in files.values())
     return f"{out}: {manifest['kind']}, {len(files)} files, {size:,} bytes, each proved by sha256"
 
 
 def is_here(name: str, file: SourceFile, out: Path) -> bool:
     """Tell whether this very file is in the work, or in its place since an earlier run."""
-    fetched = out / store.WORK / FETCHED / name
+    fetched = out / locks.WORK / FETCHED / name
     if fetched.is_file():
-        if store.sha256(fetched) == file.sha256:
+        if atomic.sha256(fetched) == file.sha256:
             return True
         fetched.unlink()  # of an earlier version
-    return (out / name).is_file() and store.sha256(out / name) == file.sha256
+    return (out / name).is_file() and atomic.sha256(out / name) == file.sha256

@@ -35,8 +35,9 @@ from snipdedup.metadata.masks import (
     summary,
 )
 from snipdedup.metadata.tables import Metadata, write_kept
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.listing import FEATURES, METADATA
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import with_retries
 from snipdedup.storage.urls import PART, is_web, redacted, scheme_of
 
@@ -106,7 +107,7 @@ class Plan:
         return [path for _, path in item.place(work / FILES, suffix)]
 
 
-@locks.given_up()
+@locks.released()
 def run(options: Download) -> DownloadResult:
     """Fetch a range of metadata files, or a published folder."""
     if options.out is None:
@@ -119,25 +120,25 @@ def run(options: Download) -> DownloadResult:
     found = None if is_late else find_source(options, source)
     refuse_overlap(options, source, out, found)
     request = request_of(options, source, found)
-    earlier = store.load_json(out / store.MANIFEST) if store.is_finished(out) else None
+    earlier = atomic.load_json(out / MANIFEST) if is_finished(out) else None
     kind = earlier.get("kind", KIND) if isinstance(earlier, dict) else KIND
     if earlier and not options.overwrite and not is_own_download(earlier, options, source):
         return confirm_published(options, source, out, kind)
-    state = store.claim(out, kind, request, overwrite=options.overwrite, late=True)
+    state = out_folder.claim(out, kind, request, overwrite=options.overwrite)
     if state == "done":
-        return describe(out, store.read_manifest(out, KIND)["files"], " is finished already")
+        return describe(out, read_manifest(out, KIND)["files"], " is finished already")
     try:
         if found is None:
             found = find_source(options, pin_source(source, out, "revision"))
         if isinstance(found, SourceFile):
-            manifest = published.fetch_manifest(found, out / store.WORK / store.MANIFEST)
+            manifest = published.fetch_manifest(found, out / locks.WORK / MANIFEST)
         else:
             plan = make_plan(options, source, found, out)
     except TemporaryError:
         raise  # what came stays
     except SnipError:
         if state == "new":
-            store.release(out)
+            out_folder.release(out)
         raise
     if isinstance(found, SourceFile):
         text = published.fetch_result(out, found, manifest, options.jobs)
@@ -155,8 +156,8 @@ def find_source(options: Download, source: str) -> SourceFiles | SourceFile:
                 return published.manifest_in(source)
             url, names = ("", "") if is_web(source) else sources.split_source(source)
             folder = sources.open_folder(url) if names is None else None
-            if folder is not None and store.MANIFEST in folder.files:
-                return folder.files[store.MANIFEST]
+            if folder is not None and MANIFEST in folder.files:
+                return folder.files[MANIFEST]
         return sources.find_files(source, options.start, options.end, folder)
 
     found = with_retries(find)
@@ -184,7 +185,7 @@ def refuse_overlap(
     named = [source, options.is_dup, options.cumulative_sizes, options.embeddings_source]
     named += [file.url for file in found.files] if isinstance(found, SourceFiles) else []
     local = [Path(name).expanduser() for name in named if name and not scheme_of(name)]
-    store.refuse_output_inside(out, [path for path in local if path.exists()])
+    out_folder.refuse_output_inside(out, [path for path in local if path.exists()])
 
 
 def check_names(files: Sequence[SourceFile], suffixes: Sequence[str]) -> None:
@@ -240,7 +241,7 @@ def identity(location: str) -> dict[str, Any]:
     path = open_mask(path).path if path.is_dir() else path
     if not path.is_file():
         raise SnipError(f"no such file: {path}")
-    return {"sha256": store.sha256(path)}
+    return {"sha256": atomic.sha256(path)}
 
 
 def is_own_download(earlier: dict[str, Any], options: Download, source: str) -> bool:
@@ -255,7 +256,7 @@ def confirm_published(options: Download, source: str, out: Path, kind: str) -> D
     pinned = hub.pin(source) if scheme_of(source) == hub.SCHEME else source
     found = find_source(options, pinned)
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / store.MANIFEST
+        copy = Path(scratch) / MANIFEST
         if isinstance(found, SourceFile):
             manifest = published.fetch_manifest(found, copy)
             if published.is_complete_copy(out, manifest, copy):
@@ -269,13 +270,13 @@ def confirm_published(options: Download, source: str, out: Path, kind: str) -> D
 
 def read_pins(out: Path) -> dict[str, Any]:
     """Return what a stopped run began with: commits, the first row."""
-    path = out / store.WORK / PINNED
-    return dict(store.load_json(path)) if path.is_file() else {}
+    path = out / locks.WORK / PINNED
+    return dict(atomic.load_json(path)) if path.is_file() else {}
 
 
 def add_pin(out: Path, name: str, value: Any) -> None:
     """Note what a stopped run has to continue with."""
-    store.save_json(out / store.WORK / PINNED, {**read_pins(out), name: value})
+    atomic.save_json(out / locks.WORK / PINNED, {**read_pins(out), name: value})
 
 
 def pin_source(source: str, out: Path, name: str) -> str:
@@ -303,7 +304,7 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
     items = list(map(Item, found.files, numbers, features))
     if options.is_dup is None:
         return Plan(items, None, 0)
-    work = out / store.WORK
+    work = out / locks.WORK
     mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
     mask = resolve_totals(mask, found, work, options.jobs)
     first_row = read_pins(out).get("first_row")
@@ -315,7 +316,7 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
 
 def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path) -> DownloadResult:
     """Fetch and filter the files of a plan; write the manifest."""
-    work, pins = out / store.WORK, read_pins(out)
+    work, pins = out / locks.WORK, read_pins(out)
     described = list(fetch_items(plan, work, options.jobs))
     hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
     given = {name: getattr(options, name) for name in hidden}
@@ -325,12 +326,12 @@ def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path)
         "request": request,
         "revision": pins.get("revision"),
         "features_revision": pins.get("features_revision"),
-        "mask": plan.mask and {"rows": plan.mask.rows, "sha256": store.sha256(plan.mask.path)},
+        "mask": plan.mask and {"rows": plan.mask.rows, "sha256": atomic.sha256(plan.mask.path)},
         "first_row": plan.first_row if plan.mask else None,
         "files": described,
     }
     outputs = [path for item in plan.items for path in plan.outputs(item, work)]
-    store.publish(out, KIND, body, outputs)
+    out_folder.publish(out, KIND, body, outputs)
     return describe(out, described)
 
 
@@ -364,7 +365,7 @@ def fetch_items(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
                         about |= filter_item(item, paths, plan, work, row)
                     outputs = plan.outputs(item, work)
                     named = {path.relative_to(work / FILES).as_posix(): path for path in outputs}
-                    store.seal(done_note(item, work), named, about)
+                    atomic.write_done_file(done_note(item, work), named, about)
                     for path in set(paths) - set(outputs):
                         path.unlink()
                 yield about
@@ -381,11 +382,11 @@ def read_done(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
     note = done_note(item, work)
     if not note.is_file():
         return {}
-    if not store.is_sealed(note, work / FILES):  # damaged since then
+    if not atomic.is_done(note, work / FILES):  # damaged since then
         for path in plan.outputs(item, work):
             path.unlink(missing_ok=True)
         return {}
-    about = store.load_json(note)
+    about = atomic.load_json(note)
     return {name: value for name, value in about.items() if name not in ("files", "seal")}
 
 

@@ -20,7 +20,7 @@ from snipdedup.metadata import files as tables
 from snipdedup.metadata.masks import Held, choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.listing import FEATURES, METADATA, list_folder
-from snipdedup.storage.store import MANIFEST
+from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.urls import (
     PART,
     expand_parts,

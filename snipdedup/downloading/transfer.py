@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from snipdedup.errors import RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
-from snipdedup.storage import remote, store
+from snipdedup.storage import atomic, remote
 from snipdedup.storage.http import CHUNK, Token
 from snipdedup.storage.remote import Stream, with_retries
 from snipdedup.storage.urls import name_of, redacted
@@ -144,7 +144,7 @@ class PartFile:
     def read_note(self) -> dict[str, Any]:
         """Return the note, empty if it cannot be read."""
         try:
-            return dict(store.load_json(self.note))
+            return dict(atomic.load_json(self.note))
         except (SnipError, TypeError, ValueError):
             return {}
 
@@ -186,7 +186,7 @@ def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -
             part.remove()
             if not joined:  # pieces of several requests are fetched once more, in one
                 raise
-    with store.explained(target):
+    with atomic.explained(target):
         part.path.replace(target)
         part.note.unlink(missing_ok=True)
     return about
@@ -223,7 +223,7 @@ def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any
     if not stream.begin:
         part.remove()
         about = {"etag": stream.version or None, "total": total}
-        store.save_json(part.note, {**file.identity(), **about})
+        atomic.save_json(part.note, {**file.identity(), **about})
     append(stream, part, monitor)
     return {"size": part.size(), "etag": stream.version or None}
 
@@ -234,13 +234,13 @@ def append(stream: Stream, part: PartFile, monitor: Monitor) -> None:
     monitor.report(part.target, position)
     with part.path.open("ab", buffering=0) as file:
         for chunk in stream.chunks:
-            with store.explained(part.target):
+            with atomic.explained(part.target):
                 left = memoryview(chunk)
                 while left:
                     left = left[file.write(left) :]
             position += len(chunk)
             monitor.report(part.target, position)
-        with store.explained(part.target):
+        with atomic.explained(part.target):
             os.fsync(file.fileno())
 
 
@@ -261,7 +261,7 @@ def check_bytes(file: SourceFile, part: PartFile, size: int) -> None:
         kind = TemporaryError if size < file.size else ChecksumError
         raise kind(f"{file.shown}: expected {file.size:,} bytes, {size:,} came; run again")
     for name, expected, digest in (
-        ("sha256", file.sha256, store.sha256),
+        ("sha256", file.sha256, atomic.sha256),
         ("git_sha1", file.git_sha1, git_sha1),
     ):
         if expected is not None and digest(part.path) != expected:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import store
+from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.remote import (
     RemotePath,
     filesystem,
@@ -111,7 +111,7 @@ def find_in_folder(url: str, suffixes: Sequence[str]) -> list[Path]:
     listing = list_folder(url)
     if listing is None:
         return [RemotePath(url)]
-    if {store.MANIFEST, MASK} <= set(listing.files):
+    if {MANIFEST, MASK} <= set(listing.files):
         raise UsageError(
             f"{redacted(url)}: expected features or metadata, found what snip dedup wrote; fetch "
             f"it first: snip download {redacted(url)} FOLDER"
