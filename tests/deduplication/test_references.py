@@ -560,11 +560,11 @@ def test_one_input_named_twice_counts_once(sets):
     assert (item.tolist(), row.tolist()) == ([0, 0, 1, 1], [0, 499, 0, 199])
     names = np.array([twice.items[which].name for which in item])
     called = [item.name for item in twice.items]
-    assert twice.find(called, names, row).tolist() == [0, 499, 500, 699]
-    assert twice.find(["a", "b"], np.array(["b"]), np.array([7])).tolist() == [507]
+    assert twice.numbers_of(called, names, row).tolist() == [0, 499, 500, 699]
+    assert twice.numbers_of(["a", "b"], np.array(["b"]), np.array([7])).tolist() == [507]
     for name, which in (("c", 7), ("b", 200)):
-        with pytest.raises(SnipError, match=f"row {which} of {name} is no row"):
-            twice.find(["a", "b"], np.array(["b", name]), np.array([7, which]))
+        with pytest.raises(SnipError, match=f"row {which} of {name} is not a kept row"):
+            twice.numbers_of(["a", "b"], np.array(["b", name]), np.array([7, which]))
 
 
 def test_bad_rows_of_an_earlier_run_are_no_references(tmp_path):
