@@ -321,8 +321,8 @@ def search_and_write(
         }
         for folder in (out, out / "metadata", out / EXPORT):
             atomic.remove_parts(folder)  # of what was killed there
-        outputs, old = outputs + written, [PAGE]  # a page would show an earlier result
-        out_folder.publish(out, KIND, manifest, outputs, removed=old, keep_work=options.keep_work)
+        outputs, stale = outputs + written, [PAGE]  # it shows an earlier result
+        out_folder.publish(out, KIND, manifest, outputs, removed=stale, keep_work=options.keep_work)
     return dataclasses.replace(result, manifest=manifest, out=out)
 
 
