@@ -87,7 +87,7 @@ def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, comm
     module, name = {
         "dedup": (dedup_run, "search"),
         "compress": (compress, "compress_shards"),
-        "index": (index, "write_shards"),
+        "index": (index, "write_codes"),
     }[command]
     original = getattr(module, name)
 
