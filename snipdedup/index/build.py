@@ -48,7 +48,8 @@ from snipdedup.index.quantizer import (
     write_quantiser,
 )
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, in_aligned_blocks, ordered_map
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import is_remote
 from snipdedup.storage.urls import redacted
 
@@ -66,19 +67,19 @@ def run(options: config.Index) -> Index:
     options = config.Index(**given | {n: str(Path(given[n]).expanduser()) for n in local})
     source = options.features if isinstance(options.features, str | Path) else None
     read = [Path(name) for name in (options.base, options.encoder) if name is not None]
-    store.refuse_output_inside(Path(options.out), [*features.inputs(), *read])
+    out_folder.refuse_output_inside(Path(options.out), [*features.inputs(), *read])
     export = None if options.export_faiss is None else Path(options.export_faiss)
     if export is not None:
-        store.refuse_output_file(export, [*features.inputs(), *read])
+        out_folder.refuse_output_file(export, [*features.inputs(), *read])
     index = build(features, Path(options.out), options, as_stored=is_descriptors(source))
     if export is not None:
-        store.refuse_output_file(export)  # now that it is known what is in OUT
+        out_folder.refuse_output_file(export)  # now that it is known what is in OUT
         size = export_faiss(index, export)
         index.summary += f"\nwrote {export} for plain faiss, {size:,} bytes"
     return index
 
 
-@locks.given_up()
+@locks.released()
 def build(
     features: Features, out: Path, options: config.Index, *, as_stored: bool = False
 ) -> Index:
@@ -105,8 +106,8 @@ def build(
     request = {
         **request_of(features),
         "as_stored": as_stored,
-        "encoder": store.sha256(encoder / store.MANIFEST) if encoder else None,
-        "base": store.sha256(base) if base else None,
+        "encoder": atomic.sha256(encoder / MANIFEST) if encoder else None,
+        "base": atomic.sha256(base) if base else None,
         **{n: getattr(options, n) for n in ("nlist", "m", "nbits", "train_rows", "seed")},
     }
     known = None if base is None else read_quantiser(base)
@@ -123,27 +124,27 @@ def build(
     state, request = claim_index(out, request, features, options.append, options.overwrite)
     if state == "done":
         return described(Index(out), "already indexed")
-    held = len(store.read_manifest(out, "index")["shards"]) if state == "append" else 0
-    work = out / store.WORK / store.FILES
+    held = len(read_manifest(out, "index")["shards"]) if state == "append" else 0
+    work = out / locks.WORK / out_folder.FILES
     done_file = work.parent / f"{QUANTISER}.json"
     try:
         if held:  # new rows are encoded as those before them were
             quantiser = read_quantiser(out / QUANTISER)
             space = Space.of(held_encoder(out), features.dim, bool(request["as_stored"]))
             space = space.of_width(quantiser.dim)
-        elif not store.is_sealed(done_file, work):
+        elif not atomic.is_done(done_file, work):
             quantiser = known or train_on_sample(
                 features, space, nlist=options.nlist, m=m, nbits=nbits,
                 train_rows=options.train_rows, seed=options.seed, threads=threads,
             )  # fmt: skip
             write_quantiser(work / QUANTISER, quantiser)
-            store.seal(done_file, [work / QUANTISER], {})
+            atomic.write_done_file(done_file, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
         keep_bad = options.bad_rows == "keep"
         write_codes(features, held, space, quantiser, work, threads, keep_bad=keep_bad)
         features.refuse_changed()
     except InputError:
-        store.release(out)  # an earlier index there stays as it was
+        out_folder.release(out)  # an earlier index there stays as it was
         raise
     if encoder is not None and not held:
         copy_encoder(encoder, work / ENCODER)
@@ -158,7 +159,7 @@ def find_base(base: str | None) -> Path | None:
         return None
     path = Path(base).expanduser()
     if path.is_dir():
-        store.read_manifest(path, "index")
+        read_manifest(path, "index")
         path = path / QUANTISER
     if not path.is_file():
         raise SnipError(f"--base: no such file or index folder: {base}")
@@ -170,7 +171,7 @@ def find_encoder(given: str | None, base: Path | None) -> Path | None:
     of_base = base.parent / ENCODER if base is not None and base.name == QUANTISER else None
     if of_base is None or not of_base.is_dir():
         if given is not None:
-            store.read_manifest(Path(given).expanduser(), "encoder")
+            read_manifest(Path(given).expanduser(), "encoder")
         return Path(given).expanduser() if given is not None else None
     if given is not None and not same_encoder(given, of_base):
         raise SnipError(
@@ -205,12 +206,12 @@ def check_base(base: Quantiser, dim: int, wanted: dict[str, int | None]) -> None
 def claim_index(
     out: Path, request: dict[str, Any], features: Features, append: bool, overwrite: bool
 ) -> tuple[str, dict[str, Any]]:
-    """Take ``out`` as `store.claim` does; with ``append``, go on where it has fewer shards.
+    """Take ``out`` as `out_folder.claim` does; with ``append``, go on where it has fewer shards.
 
     Returns the state, which may be ``append``, and the request of the index that is to be.
     """
-    if store.is_finished(out):
-        manifest = store.read_manifest(out, "index")
+    if is_finished(out):
+        manifest = read_manifest(out, "index")
         accept_dates(request, features, manifest)
         earlier = manifest["request"]
         held, now = len(earlier["features"]), len(request["features"])
@@ -225,20 +226,20 @@ def claim_index(
         if append and not overwrite:
             request = merged_request(out, earlier, request)
             if longer:
-                store.refuse_company(out)
-                note = out / store.WORK / store.REQUEST
-                if not note.is_file() or store.load_json(note) != request:
-                    store.empty_work(out)  # else the same stopped run added what is there
-                    store.save_json(note, request)
+                locks.lock_run(out)
+                note = out / locks.WORK / locks.REQUEST
+                if not note.is_file() or atomic.load_json(note) != request:
+                    locks.empty_work(out)  # else the same stopped run added what is there
+                    atomic.save_json(note, request)
                 return "append", request
-    return store.claim(out, "index", request, overwrite=overwrite, late=True), request
+    return out_folder.claim(out, "index", request, overwrite=overwrite), request
 
 
 def merged_request(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return the finished request with more shards; settings left at their default are kept."""
     kept = {**earlier, **{name: now[name] for name in ("features", "features_changed")}}
     given = {name: value for name, value in now.items() if value not in (None, 0, False)}
-    differing = store.differences({n: kept.get(n) for n in given}, given)
+    differing = out_folder.differences({n: kept.get(n) for n in given}, given)
     if differing:
         raise SnipError(
             f"--out {out} was built with other {'; '.join(differing)}; --append goes on with its "
@@ -280,14 +281,14 @@ def write_codes(
     with progress.bar(features.rows, "indexing", "rows") as bar:
         for number, shard in enumerate(features.shards):
             path = work / shard_name(number)
-            if number >= held and not store.is_sealed(shard_done_file(path), work):
+            if number >= held and not atomic.is_done(shard_done_file(path), work):
                 codes, checksum = encode_shard(features, number, space, quantiser, threads)
                 if len(codes.bad) and not keep_bad:
                     bad = codes.bad + features.offsets[number]
                     raise InputError(describe_bad(features, bad))
-                store.save_npz(path, **codes._asdict())
+                atomic.save_npz(path, **codes._asdict())
                 body = {"checksum": checksum_text(checksum)}
-                store.seal(shard_done_file(path), [path], body)
+                atomic.write_done_file(shard_done_file(path), [path], body)
             bar.update(shard.rows)
 
 
@@ -333,9 +334,9 @@ def encode_shard(
 
 def copy_encoder(source: Path, target: Path) -> None:
     """Put the encoder into the index, so that the folder is all that a search needs."""
-    manifest = store.read_manifest(source, "encoder")
-    for name in (*manifest["outputs"], store.MANIFEST):  # the manifest last, as everywhere
-        with store.replacing(target / name) as part:
+    manifest = read_manifest(source, "encoder")
+    for name in (*manifest["outputs"], MANIFEST):  # the manifest last, as everywhere
+        with atomic.replacing(target / name) as part:
             shutil.copyfile(source / name, part)
 
 
@@ -357,8 +358,8 @@ def finish_index(
 
     The first ``held`` shards, the quantisers and the encoder are there where shards were added.
     """
-    work = out / store.WORK / store.FILES
-    earlier = store.load_json(out / store.MANIFEST) if held else {}
+    work = out / locks.WORK / out_folder.FILES
+    earlier = atomic.load_json(out / MANIFEST) if held else {}
     quantiser_file = (out if held else work) / QUANTISER
     quantiser = read_quantiser(quantiser_file)
     shards, stored, errors, bad, row_bytes = [], 0, 0.0, 0, 0
@@ -368,7 +369,7 @@ def finish_index(
         stored, bad = stored + len(codes.ids), bad + len(codes.bad)
         errors, row_bytes = errors + float(codes.self_adc), row_bytes + path.stat().st_size
         done_file = shard_done_file(path)
-        read = earlier["shards"][number] if number < held else store.load_json(done_file)
+        read = earlier["shards"][number] if number < held else atomic.load_json(done_file)
         checksum = {name: read[name] for name in ("checksum",) if name in read}
         named = {"file": path.name, "stored": len(codes.ids)}
         shards.append({**described_shard, **checksum, **named})
@@ -387,8 +388,8 @@ def finish_index(
         "quantiser_bytes": quantiser_file.stat().st_size,
     }
     kept = [out / name for name in earlier.get("outputs", [])]
-    store.remove_parts(work)  # of a run that was killed
-    store.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
+    atomic.remove_parts(work)  # of a run that was killed
+    out_folder.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
 
 
 def described(index: Index, did: str) -> Index:

@@ -27,8 +27,9 @@ from snipdedup.features.formats import (
     parse_npy_header,
 )
 from snipdedup.index.quantizer import read_quantiser
-from snipdedup.storage import store
-from snipdedup.storage.listing import is_folder
+from snipdedup.storage import atomic
+from snipdedup.storage.listing import is_remote_folder
+from snipdedup.storage.manifest import MANIFEST, as_written, read_manifest
 from snipdedup.storage.remote import RemotePath, is_remote
 
 if TYPE_CHECKING:
@@ -174,24 +175,24 @@ def damaged_shard(path: Path, why: str) -> SnipError:
 
 def held_encoder(folder: Path) -> Path | None:
     """Return the encoder's folder in an index, None where it holds none."""
-    return folder / ENCODER if (folder / ENCODER / store.MANIFEST).is_file() else None
+    return folder / ENCODER if (folder / ENCODER / MANIFEST).is_file() else None
 
 
 def same_encoder(given: str | Path, held: Path) -> bool:
     """Tell whether a folder that was given holds the same encoder as another one."""
     folder = Path(given).expanduser()
-    store.read_manifest(folder, "encoder")
-    return store.sha256(folder / store.MANIFEST) == store.sha256(held / store.MANIFEST)
+    read_manifest(folder, "encoder")
+    return atomic.sha256(folder / MANIFEST) == atomic.sha256(held / MANIFEST)
 
 
 def is_descriptors(source: str | Path | None) -> bool:
     """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
-    if source is None or (is_remote(source) and not is_folder(str(source))):
+    if source is None or (is_remote(source) and not is_remote_folder(str(source))):
         return False
-    manifest = Path(source) / store.MANIFEST
+    manifest = Path(source) / MANIFEST
     if is_remote(source):
-        manifest = RemotePath(f"{str(source).rstrip('/')}/{store.MANIFEST}")
-    return manifest.is_file() and store.load_json(manifest).get("kind") == "descriptors"
+        manifest = RemotePath(f"{str(source).rstrip('/')}/{MANIFEST}")
+    return manifest.is_file() and atomic.load_json(manifest).get("kind") == "descriptors"
 
 
 @dataclass(frozen=True)
@@ -264,11 +265,11 @@ class Index:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
-        self.manifest = store.read_manifest(self.folder, "index")
+        self.manifest = read_manifest(self.folder, "index")
         self.quantiser = read_quantiser(self.folder / QUANTISER)
         self.nlist = self.quantiser.nlist
         self.dim, self.code_size = self.quantiser.dim, self.quantiser.code_size
-        with store.as_written(self.folder):
+        with as_written(self.folder):
             self.rows = int(self.manifest["rows"])
             sizes = [shard["rows"] for shard in self.manifest["shards"]]
             self.files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
@@ -276,7 +277,7 @@ class Index:
         self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         if self.rows != self.offsets[-1]:
             raise SnipError(
-                f"{self.folder / store.MANIFEST}: damaged: {self.rows:,} rows, its shards have "
+                f"{self.folder / MANIFEST}: damaged: {self.rows:,} rows, its shards have "
                 f"{self.offsets[-1]:,}"
             )
         self.summary = f"{self.folder}: {self.rows:,} rows in {self.nlist:,} lists"

@@ -18,7 +18,7 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.index.kmeans import coarse_index, kmeans, nearest_centroids
 from snipdedup.parallel import ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 ITERATIONS = 8  # of the coarse k-means; more hardly move the lists
 POINTS_A_CODEWORD = 256  # more training points do not improve a codebook (faiss' own limit)
@@ -170,7 +170,7 @@ def write_quantiser(path: Path, quantiser: Quantiser) -> None:
     """Write a quantiser as an empty IVFPQ that plain faiss reads."""
     import faiss
 
-    with store.replacing(path) as part:  # faiss' own writer does not tell a full disk from a fault
+    with atomic.replacing(path) as part:  # faiss' own writer does not tell a full disk from a fault
         part.write_bytes(faiss.serialize_index(quantiser.ivfpq).data)
 
 
