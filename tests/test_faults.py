@@ -112,7 +112,7 @@ def interrupted(monkeypatch, command):
     module, name = {
         "dedup": (dedup_run, "decide_by"),
         "compress": (out_folder, "publish"),
-        "index": (index, "finish"),
+        "index": (index, "finish_index"),
     }[command]
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
