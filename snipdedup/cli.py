@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 from snipdedup import __version__, config
 from snipdedup.commands import BY_NAME, COMMANDS, Command, bare_type, is_required, nearest_name
-from snipdedup.errors import SnipError, UsageError, VerdictError
+from snipdedup.errors import SnipError, UsageError
 
 WIDTH = 96
 GC_OBJECTS = 100_000  # new objects between collections: imports make many that all live on
@@ -44,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(words: list[str]) -> int:
     """Run one command line and return its exit status."""
     try:
-        return print_result(answer(words), DONE)
-    except VerdictError as verdict:
-        return print_result(str(verdict), FAILED)
+        result = answer(words)
+        return print_result(result, DONE if getattr(result, "passed", True) else FAILED)
     except UsageError as error:
         return print_error(error, WRONG_USAGE)
     except SnipError as error:
