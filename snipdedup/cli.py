@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import gc
 import os
 import select
@@ -18,6 +17,7 @@ from typing import Any, get_type_hints
 
 from snipdedup import __version__, config
 from snipdedup.commands import BY_NAME, COMMANDS, Command, bare_type, is_required, nearest_name
+from snipdedup.config import setting_name
 from snipdedup.errors import SnipError, UsageError
 
 WIDTH = 96
@@ -202,11 +202,6 @@ def did_you_mean(word: str, names: Iterable[str], mark: str = "") -> str:
     """Return ``, did you mean X?``, or nothing where no name is close."""
     close = nearest_name(word.lstrip("-").replace("-", "_"), names)
     return f", did you mean {mark}{close}?" if close else ""
-
-
-def setting_name(field: dataclasses.Field) -> str:
-    """Return a setting as it is typed: ``FEATURES`` or ``--out``."""
-    return field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
 
 
 def coerce(name: str, text: str, kind: Any) -> Any:
