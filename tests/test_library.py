@@ -17,7 +17,7 @@ from conftest import ROOT
 import snipdedup
 from snipdedup.commands import BY_FUNCTION, LATE
 from snipdedup.errors import UsageError
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 PAGE = (ROOT / "docs" / "python.md").read_text("utf-8")
 QUICK = "steps=40, threads=1)"  # training by default takes what a shared machine leaves
@@ -69,9 +69,9 @@ def folder(tmp_path_factory):
     rows, start = truth.clustered(400, 160, 7, copies=0.1, dtype=np.float16), 0
     for part, size in enumerate((160, 140, 100)):
         block = rows[start : start + size]
-        store.save_npy(place / f"img_emb/img_emb_{part:04d}.npy", block)
+        atomic.save_npy(place / f"img_emb/img_emb_{part:04d}.npy", block)
         table = pa.table({"key": [f"{row:09d}" for row in range(start, start + size)]})
-        store.save_parquet(place / f"metadata/metadata_{part:04d}.parquet", table)
+        atomic.save_parquet(place / f"metadata/metadata_{part:04d}.parquet", table)
         start += size
     return place
 

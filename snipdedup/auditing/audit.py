@@ -32,7 +32,9 @@ from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.texts import RowTexts, open_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
-from snipdedup.storage import store
+from snipdedup.storage.atomic import sha256
+from snipdedup.storage.manifest import as_written, read_manifest
+from snipdedup.storage.out_folder import refuse_output_file
 
 KIND = "dedup"
 MASK_ROWS = 1 << 24  # of the mask, looked at together
@@ -41,8 +43,8 @@ MASK_ROWS = 1 << 24  # of the mask, looked at together
 def run(options: Audit) -> AuditResult:
     """Run ``snip audit``; the result says whether OUT passed, and what is wrong."""
     folder = Path(options.out).expanduser()
-    with store.as_written(folder):
-        manifest = store.read_manifest(folder, KIND)
+    with as_written(folder):
+        manifest = read_manifest(folder, KIND)
         if options.judged is not None:
             precision = human_precision(folder, Path(options.judged).expanduser())
             return AuditResult(folder, precision=precision)
@@ -50,7 +52,7 @@ def run(options: Audit) -> AuditResult:
         sheet = None if options.sheet is None else Path(options.sheet).expanduser()
         if sheet is not None:
             refuse_existing(sheet)
-            store.refuse_output_file(sheet, [folder, *features.inputs()])
+            refuse_output_file(sheet, [folder, *features.inputs()])
         texts = open_texts(folder, manifest, options.metadata)
         threads, memory = cores(options.threads), memory_bound(options.max_memory)
         result = AuditResult(folder)
@@ -138,7 +140,7 @@ def check_outputs(outputs: dict[str, Any], result: AuditResult) -> None:
         path = result.folder / name
         if not path.is_file():
             result.fail("outputs", f"{name} is missing")
-        elif path.stat().st_size != known["size"] or store.sha256(path) != known["sha256"]:
+        elif path.stat().st_size != known["size"] or sha256(path) != known["sha256"]:
             result.fail("outputs", f"{name} is not the file that was written: other SHA-256")
         else:
             agree += 1
@@ -206,7 +208,7 @@ def open_references(manifest: dict[str, Any], threads: int, result: AuditResult)
             if mask is not None:  # an earlier OUT: its removed rows are no reference rows
                 path = Path(described["path"]) / "is_dup.npy"
                 is_dup = load_mask(path)
-                if store.sha256(path) != mask:
+                if sha256(path) != mask:
                     raise SnipError(f"reference {name}: {path} was made anew since")
         except (SnipError, OSError) as error:
             result.fail("references", str(error))

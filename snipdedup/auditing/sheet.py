@@ -17,7 +17,7 @@ from snipdedup.groups.star import concatenate, no_members
 from snipdedup.metadata.tables import KEY_COLUMNS
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts
 from snipdedup.statistics import proportion_interval
-from snipdedup.storage import store
+from snipdedup.storage.atomic import replacing
 
 COLUMNS = (
     "row", "representative", "cosine", "verdict",
@@ -103,7 +103,7 @@ def write_sheet(path: Path, pairs: list[dict[str, Any]]) -> None:
                 for name, value in pair.items()
             }
         )
-    with store.replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(text.getvalue(), encoding="utf-8-sig")  # else Excel guesses wrong
 
 
