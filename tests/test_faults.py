@@ -88,7 +88,7 @@ def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, comm
     module, name = {
         "dedup": (dedup_run, "search"),
         "compress": (compress, "compress_shards"),
-        "index": (index, "write_shards"),
+        "index": (index, "write_codes"),
     }[command]
     original = getattr(module, name)
 
@@ -112,7 +112,7 @@ def interrupted(monkeypatch, command):
     module, name = {
         "dedup": (dedup_run, "decide_job"),
         "compress": (out_folder, "publish"),
-        "index": (index, "finish"),
+        "index": (index, "finish_index"),
     }[command]
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
