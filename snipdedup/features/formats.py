@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.storage.remote import arrow_source
+from snipdedup.storage.remote import RemotePath, arrow_source
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 PACKED_FREELY = 1 << 26  # bytes that a member may unpack to whatever its size
@@ -137,6 +137,10 @@ class NpyShard(Shard):
     def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
         """See `Shard.take_into`."""
         if not len(rows):
+            return
+        if isinstance(self.path, RemotePath):
+            found = self.path.read_rows(self.data, self.dim * self.stored.itemsize, rows)
+            out[:] = found.view(self.stored)
             return
         stamp = stamp_of(self.path)
         if stamp[1] < self.end:  # touching mapped rows that are gone would end the process
@@ -315,8 +319,8 @@ def open_shard(path: Path, array: str | None = None, column: str | None = None) 
     raise InputError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
 
 
-def open_npz(path: Path, array: str | None, plain: type[NpyShard] = NpyShard) -> Shard:
-    """Open one array of an ``.npz`` archive; ``plain`` reads a member that is not compressed."""
+def open_npz(path: Path, array: str | None) -> Shard:
+    """Open one array of an ``.npz`` archive."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
@@ -330,8 +334,8 @@ def open_npz(path: Path, array: str | None, plain: type[NpyShard] = NpyShard) ->
             check_member(member, path.stat().st_size)
             if member.compress_type == zipfile.ZIP_STORED:
                 with archive.open(member):  # checks the member's own header
-                    return plain(path, member_begin(path, member), member.file_size)
-            if plain is not NpyShard:
+                    return NpyShard(path, member_begin(path, member), member.file_size)
+            if isinstance(path, RemotePath):
                 raise InputError(
                     f"{path}: compressed, so its rows cannot be read by ranges: fetch it "
                     "first, or save it with np.savez"
