@@ -248,7 +248,7 @@ def test_adding_shards_leaves_no_pair_and_changes_nothing(sets, tmp_path):
         "dedup", folders[2], "--out", outs[2], "--reference", outs[1], *how
     )
     assert status == 0
-    assert "go for one of" in said
+    assert "removed for one of" in said
     assert truth.listing(outs[0]) == before
     removed = np.concatenate([np.load(out / "is_dup.npy") for out in outs])
     table = table_of(x)
