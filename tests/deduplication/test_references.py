@@ -468,12 +468,11 @@ def cleaned(sets, tmp_path, monkeypatch):
         ("copy", "later", "copy/x_3.npy", "set0/img_emb_1.npy"),
     ],
 )
-@pytest.mark.parametrize("flags", [(), ("--references_only",)])
 def test_a_reference_that_holds_a_shard_of_the_features_is_refused(
-    cleaned, features, reference, shard, other, flags
+    cleaned, features, reference, shard, other
 ):
     reference, other = (text.format(here=cleaned) for text in (reference, other))
-    line = refused("dedup", features, "--reference", reference, "--out", "o", *flags)
+    line = refused("dedup", features, "--reference", reference, "--out", "o")
     assert f"{shard} of FEATURES" in line
     assert f"{other} of --reference" in line
     assert "all its rows would be removed" in line
