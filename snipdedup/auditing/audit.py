@@ -23,7 +23,7 @@ from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, open_features
 from snipdedup.groups.star import Members, concatenate, no_members
 from snipdedup.join.brute_force import nearest_rows
-from snipdedup.metadata.files import open_parquet
+from snipdedup.metadata.tables import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import KEY_COLUMNS
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts

@@ -28,9 +28,9 @@ from snipdedup.groups.url_baseline import baselines
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata.additions import added_columns, added_names, caption_column
 from snipdedup.metadata.export import list_columns, write_lists
-from snipdedup.metadata.files import Table
-from snipdedup.metadata.gathered import gather_columns
-from snipdedup.metadata.tables import Metadata, as_texts, kept_names, write_kept
+from snipdedup.metadata.gather import gather_columns
+from snipdedup.metadata.kept_rows import kept_names, write_kept
+from snipdedup.metadata.tables import Metadata, Table, as_texts
 from snipdedup.parallel import cores, memory_bound, together
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import load_column

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from snipdedup.config import EXPORTS, Dedup, named_kinds
 from snipdedup.deduplication.outputs import texts
-from snipdedup.groups import url_baseline
 from snipdedup.groups.keep import ColumnRank, rank_by
-from snipdedup.metadata import additions, export
-from snipdedup.metadata.precheck import Use, rehearse
-from snipdedup.metadata.tables import Metadata, try_writing
+from snipdedup.groups.url_baseline import baseline_uses
+from snipdedup.metadata.additions import caption_uses
+from snipdedup.metadata.export import list_columns, list_uses
+from snipdedup.metadata.kept_rows import try_writing
+from snipdedup.metadata.precheck import ColumnUse, try_column_uses
+from snipdedup.metadata.tables import Metadata
 
 
 def rehearse_order(options: Dedup, metadata: Metadata | None) -> None:
     """Refuse metadata by whose columns rows cannot be ordered as ``--keep`` asks."""
     if metadata is not None:
-        rehearse(metadata, order_uses(options, metadata))
+        try_column_uses(metadata, order_uses(options, metadata))
 
 
 def rehearse_end(options: Dedup, metadata: Metadata | None, key: str | None) -> None:
@@ -30,22 +32,22 @@ def rehearse_end(options: Dedup, metadata: Metadata | None, key: str | None) -> 
     if metadata is None:
         return
     kinds = named_kinds("export", options.export, EXPORTS)
-    lists = export.list_columns(kinds, metadata, options.key)
+    lists = list_columns(kinds, metadata, options.key)
     named = "name a column of texts or numbers with --key"
-    rehearse(
+    try_column_uses(
         metadata,
         [
             *order_uses(options, metadata),
-            *([Use([key], texts, named)] if key else []),
-            *url_baseline.uses(metadata),
-            *additions.uses(options, metadata),
-            *export.uses(lists, metadata),
-            Use(None, try_writing, "leave it out of META", by_schema=True),
+            *([ColumnUse([key], texts, named)] if key else []),
+            *baseline_uses(metadata),
+            *caption_uses(options, metadata),
+            *list_uses(lists, metadata),
+            ColumnUse(None, try_writing, "leave it out of META", by_schema=True),
         ],
     )
 
 
-def order_uses(options: Dedup, metadata: Metadata) -> list[Use]:
+def order_uses(options: Dedup, metadata: Metadata) -> list[ColumnUse]:
     """Return what ``--keep`` reads."""
     rank = None if options.method == "semdedup" else rank_by(str(options.keep), 0, metadata)
     return [rank.use()] if isinstance(rank, ColumnRank) else []

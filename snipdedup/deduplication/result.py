@@ -38,7 +38,7 @@ from snipdedup.groups.star import (
     star_from_pairs,
 )
 from snipdedup.join.forest import components
-from snipdedup.metadata.additions import Removed
+from snipdedup.metadata.additions import RemovedRows
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 MASK_ROWS = 1 << 24  # of the mask, made at a time
@@ -83,7 +83,7 @@ class Result:
         return count(self.members, self.threshold)
 
     @cached_property
-    def gone(self) -> Removed:
+    def gone(self) -> RemovedRows:
         """The rows that go, ascending, and what stands for each; many are mapped."""
         kind = np.dtype([("row", row_kind(self.rows)), ("representative", "<i8")])
         spread = Spread(self.removed, 0, self.rows)
@@ -96,7 +96,7 @@ class Result:
         for records in by_row.ascending():
             order = np.argsort(records["row"])
             columns.add(records["row"][order], records["representative"][order])
-        return Removed(*columns.arrays())
+        return RemovedRows(*columns.arrays())
 
     def mask(self) -> Iterator[np.ndarray]:
         """Yield which rows go, (rows,) bool, some at a time."""
@@ -225,7 +225,7 @@ def choose(
     check_threshold(found, threshold)
     rank = rank or rank_by("first" if found.best else keep, seed, None)
     if folder is not None and isinstance(rank, ColumnRank) and found.is_large(threshold):
-        rank.keep_keys(folder)
+        rank.read_all(folder)
 
     def parts() -> Iterator[Members]:
         with progress.bar(len(found.forest.a), "grouping", "edges") as bar:

@@ -16,18 +16,17 @@ from snipdedup.downloading.parallel import side_by_side
 from snipdedup.downloading.sources import Found
 from snipdedup.downloading.transfer import Watch
 from snipdedup.errors import SnipError
-from snipdedup.metadata.files import open_table
 from snipdedup.metadata.masks import (
     HOW_TO_PLACE,
     MASK,
-    Held,
+    FileSizes,
     Mask,
-    by_either,
     check_sizes,
     open_mask,
     place_metadata,
+    resolve_sizes,
 )
-from snipdedup.metadata.tables import open_metadata
+from snipdedup.metadata.tables import open_metadata, open_table
 from snipdedup.storage import buckets, store, web
 from snipdedup.storage.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
 
@@ -79,9 +78,9 @@ def try_manifest(remote: Remote, target: Path) -> None:
 def settled(mask: Mask, found: Found, work: Path, jobs: int) -> Mask:
     """Return a mask whose totals have one meaning: that which the files of a range fit."""
     first = found.first
-    if mask.other is None or first is None:
+    if mask.other_sizes is None or first is None:
         return mask
-    held = Held([file.shown for file in found.files], counts(found.files, work, jobs))
+    held = FileSizes([file.shown for file in found.files], counts(found.files, work, jobs))
 
     def begins(one: Mask) -> int:
         sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
@@ -90,7 +89,7 @@ def settled(mask: Mask, found: Found, work: Path, jobs: int) -> Mask:
         check_sizes(held, sizes, first)
         return int(sizes[:first].sum())
 
-    return by_either(mask, begins)[0]
+    return resolve_sizes(mask, begins)[0]
 
 
 def beyond(first: int, count: int, files: int) -> SnipError:

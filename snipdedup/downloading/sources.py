@@ -16,8 +16,8 @@ from snipdedup.downloading.hub import SCHEME, HubFolder, Repository, parse
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features import formats
 from snipdedup.features.shards import natural_sort
-from snipdedup.metadata import files as tables
-from snipdedup.metadata.masks import Held, choose_files, file_numbers
+from snipdedup.metadata import tables
+from snipdedup.metadata.masks import FileSizes, choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.buckets import BucketFolder, LocalFolder
 from snipdedup.storage.remote import (
@@ -195,7 +195,7 @@ def choose(
     end = end or (max(numbers) + 1 if numbers else len(files))
     if start >= end:
         raise SnipError(f"file {start} is wanted, {shown(source)} ends at {end - 1}")
-    first = choose_files(Held(names, [0] * len(names)), numbers, None, start, end)
+    first = choose_files(FileSizes(names, [0] * len(names)), numbers, None, start, end)
     chosen = files[first : first + end - start]
     before = files[:first] if first == start else None
     return Found(chosen, start, before, folder)
