@@ -70,10 +70,10 @@ class Reader(NamedTuple):
 
 
 def read_features(folder: Path, *names: str) -> None:
-    """Read rows as dedup does: in order with CRCs, and some again."""
+    """Read rows as dedup does: in order with checksums, and some again."""
     for name in names:
         features = open_features(str(folder / name))
-        features.read_with_crc(0, min(features.rows, 1 << 16))
+        features.checksums(0, features.read(0, min(features.rows, 1 << 16)))
         features.gather(np.array([0, features.rows // 2, features.rows - 1]))
 
 

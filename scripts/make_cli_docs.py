@@ -79,7 +79,7 @@ def row(field: dataclasses.Field[object], kind: type) -> str:
 
 def escaped(text: str) -> str:
     """Keep a text inside its table cell."""
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("][", "]\\[")  # else Markdown takes it for a link
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import link_smaller
-from snipdedup.parallel import cores, in_order
+from snipdedup.parallel import cores, ordered_map
 
 BLOCK = 8192  # rows compared with a tile of queries at a time
 QUERY_TILE = 2048
@@ -148,7 +148,7 @@ def proved(features: Features, a: np.ndarray, b: np.ndarray, threshold: float) -
         return pair_cosine(features.gather(a[part]), features.gather(b[part])) >= limit
 
     spans = plan_blocks(len(a), PROOF_PAIRS)
-    for span, result in zip(spans, in_order(prove, spans, cores()), strict=True):
+    for span, result in zip(spans, ordered_map(prove, spans, cores()), strict=True):
         true[order[slice(*span)]] = result
     return true
 

@@ -61,7 +61,7 @@ COMMANDS = (
     ),
     Command(
         "compress", "the chain", "write descriptors, shard for shard", config.Compress,
-        "snipdedup.encoder.network:run",
+        "snipdedup.encoder.compress:run",
         "snip compress img_emb --encoder encoder --out descriptors",
     ),
     Command(

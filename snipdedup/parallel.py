@@ -106,7 +106,9 @@ def set_threads(count: int) -> None:
         sys.modules["faiss"].omp_set_num_threads(count)
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+def ordered_map(
+    work: Callable[[T], R], items: Iterable[T], threads: int
+) -> Generator[R, None, None]:
     """Yield ``work(item)`` in the order of ``items``, computed by ``threads`` threads.
 
     Libraries inside ``work`` run single-threaded. Twice as many items as threads are under way or
@@ -133,7 +135,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Genera
                 future.cancel()
 
 
-def together(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
+def run_all(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
     """Do several things by threads; return what each returns. Libraries keep their threads.
 
     When one fails, those not begun are left, those begun are waited for, however often the user
@@ -175,6 +177,12 @@ def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if use not in pool or pool[use].nbytes < need:
         pool[use] = np.empty(need, np.uint8)
     return pool[use][:need].view(dtype).reshape(shape)
+
+
+def aligned_spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``start`` to ``stop`` at the multiples of ``size``."""
+    cuts = range(start - start % size, stop, size)
+    return [(max(cut, start), min(cut + size, stop)) for cut in cuts]
 
 
 def in_aligned_blocks(

@@ -16,7 +16,7 @@ import pytest
 from snipdedup import cli
 from snipdedup.auditing import audit
 from snipdedup.deduplication import run as dedup_run
-from snipdedup.encoder import network
+from snipdedup.encoder import compress
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import InputError
 from snipdedup.evaluation import evaluate
@@ -86,7 +86,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
 def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, command):
     module, name = {
         "dedup": (dedup_run, "search"),
-        "compress": (network, "write_shards"),
+        "compress": (compress, "compress_shards"),
         "index": (index, "write_shards"),
     }[command]
     original = getattr(module, name)

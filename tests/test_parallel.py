@@ -12,7 +12,7 @@ import torch
 
 from snipdedup import parallel, progress
 from snipdedup.errors import SnipError
-from snipdedup.parallel import cores, in_order, library_threads, pick_device, together
+from snipdedup.parallel import cores, library_threads, ordered_map, pick_device, run_all
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -21,11 +21,11 @@ def test_results_come_in_the_order_of_the_items(threads):
         time.sleep(0.003 * (item % 3))
         return item * item
 
-    assert list(in_order(work, range(20), threads)) == [i * i for i in range(20)]
+    assert list(ordered_map(work, range(20), threads)) == [i * i for i in range(20)]
 
 
 def test_no_items():
-    assert list(in_order(lambda item: item, [], 2)) == []
+    assert list(ordered_map(lambda item: item, [], 2)) == []
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -37,7 +37,7 @@ def test_items_are_taken_only_as_fast_as_results_are(threads):
             taken.append(item)
             yield item
 
-    results = in_order(lambda item: item, items(), threads)
+    results = ordered_map(lambda item: item, items(), threads)
     for done in range(10):
         assert next(results) == done
         assert len(taken) <= done + 2 * threads
@@ -57,7 +57,7 @@ def test_no_more_than_that_many_run_at_once():
         with lock:
             running -= 1
 
-    list(in_order(work, range(12), 3))
+    list(ordered_map(work, range(12), 3))
     assert most <= 3
 
 
@@ -70,7 +70,7 @@ def test_an_error_in_the_work_comes_out_and_stops_the_rest():
             raise SnipError("row 3 is bad")
         return item
 
-    results = in_order(work, range(1000), 2)
+    results = ordered_map(work, range(1000), 2)
     with pytest.raises(SnipError, match="row 3 is bad"):
         list(results)
     assert len(seen) < 20
@@ -82,7 +82,7 @@ def test_libraries_run_single_threaded_inside_and_as_before_afterwards():
     def look(_):
         return torch.get_num_threads(), faiss.omp_get_max_threads()
 
-    assert set(in_order(look, range(6), 2)) == {(1, 1)}
+    assert set(ordered_map(look, range(6), 2)) == {(1, 1)}
     assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == before
     with library_threads(3):
         assert look(0) == (3, 3)
@@ -91,9 +91,9 @@ def test_libraries_run_single_threaded_inside_and_as_before_afterwards():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_several_things_at_once(threads):
-    assert together([lambda: 1, lambda: "two", lambda: None], threads) == [1, "two", None]
+    assert run_all([lambda: 1, lambda: "two", lambda: None], threads) == [1, "two", None]
     with pytest.raises(ZeroDivisionError):
-        together([lambda: 1, lambda: 1 / 0], threads)
+        run_all([lambda: 1, lambda: 1 / 0], threads)
 
 
 def test_what_is_not_begun_is_left_when_one_fails():
@@ -109,7 +109,7 @@ def test_what_is_not_begun_is_left_when_one_fails():
             gate.set()
         jobs.append(lambda: time.sleep(0.2))
         with pytest.raises(ZeroDivisionError):
-            together(jobs, threads)
+            run_all(jobs, threads)
         assert threads == 2 or not begun
 
 
@@ -134,7 +134,7 @@ def test_jobs_are_waited_for_however_often_one_interrupts(monkeypatch):
 
     monkeypatch.setattr(parallel.ThreadPoolExecutor, "shutdown", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        together([fail, slow], 2)
+        run_all([fail, slow], 2)
     assert ended == [1]
 
 

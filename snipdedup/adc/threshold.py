@@ -18,7 +18,7 @@ from snipdedup import config, progress
 from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.search import Searcher, Source, neighbours
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 from snipdedup.statistics import proportion_interval
 
 TRUTH_ROWS = 4096  # rows compared with the calibration sample at a time; fixed, as it sets bits
@@ -163,7 +163,7 @@ def true_duplicates(
     best, at = np.full(len(sample), -np.inf, np.float32), sample.copy()
     spans = plan_blocks(features.rows, TRUTH_ROWS)
     for cosine, row in progress.track(
-        in_order(nearest, spans, threads), "calibrating", "blocks", len(spans)
+        ordered_map(nearest, spans, threads), "calibrating", "blocks", len(spans)
     ):
         better = cosine > best
         best[better], at[better] = cosine[better], row[better]

@@ -3,7 +3,7 @@
 Each row is a query once. With e(x, z) = (‖x‖² − ‖x − z‖²) / 2 the distances of two rows to one
 code z give e(x, z) − e(y, z) = (x − y)·z: what x − y is along z, exactly, though neither row is
 kept. So of two rows that are near the same codes and lists, much of x − y is known, and how large
-that is says more than their own two codes do (docs/method.md, adc).
+that is says more than their own two codes do (docs/internals/codes.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from snipdedup.features.shards import plan_blocks
 from snipdedup.index.classes import Classes
 from snipdedup.index.quantizer import Quantiser
 from snipdedup.index.search import QUERY_ROWS, Queries, Searcher, Source
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 from snipdedup.storage import store
 
 UNSEEN = 3  # a difference counts so often where the other row does not name this one
@@ -95,7 +95,7 @@ def record(
         store.writing_npy(paths["e"], types["e"], shape) as e,
         progress.bar(source.total, "searching", "rows") as bar,
     ):
-        for span, (names, values) in zip(spans, in_order(view, spans, threads), strict=True):
+        for span, (names, values) in zip(spans, ordered_map(view, spans, threads), strict=True):
             ids.write(names.tobytes())
             e.write(values.tobytes())
             bar.update(span[1] - span[0])
@@ -280,5 +280,5 @@ def best_scores(
             np.minimum.at(found, pairs.at, pairs.score)
         return np.where(shared[part], 0, found)
 
-    parts: Iterator[np.ndarray] = in_order(best, plan_blocks(len(rows), QUERY_ROWS), threads)
+    parts: Iterator[np.ndarray] = ordered_map(best, plan_blocks(len(rows), QUERY_ROWS), threads)
     return np.concatenate(list(parts))

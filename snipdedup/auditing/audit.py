@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from snipdedup.config import Audit
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
 from snipdedup.features.cosine import bad_rows
+from snipdedup.features.hashing import checksum_text, shard_checksum
+from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features
 from snipdedup.groups.star import Members, concatenate, no_members
-from snipdedup.join.brute_force import nearest_rows
-from snipdedup.metadata.tables import open_parquet
 from snipdedup.metadata.masks import load_mask
-from snipdedup.metadata.tables import KEY_COLUMNS
+from snipdedup.metadata.tables import KEY_COLUMNS, open_parquet
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
-from snipdedup.parallel import cores, in_order, memory_bound
+from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import store
 
@@ -179,20 +178,20 @@ def check_outputs(folder: Path, manifest: dict[str, Any], verdict: Verdict) -> N
 def check_shards(
     what: str, listed: list[dict[str, Any]], features: Features, threads: int, verdict: Verdict
 ) -> bool:
-    """Compare shards with rows, sizes and CRC32 in the manifest; tell if rows are the same."""
+    """Compare shards with rows, sizes and checksums in the manifest; tell if rows are the same."""
     found = features.describe()
     if len(listed) != len(found):
         verdict.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
         return False
     same_rows = True
-    crcs = in_order(shard_crc(features), range(len(found)), threads)
+    checksums = ordered_map(shard_checksum, features.shards, threads)
     agree = 0
-    for number, crc in enumerate(progress.track(crcs, "checksums", "shards", len(found))):
-        known, now = listed[number], {**found[number], "crc32": f"{crc:08x}"}
+    for number, own in enumerate(progress.track(checksums, "checksums", "shards", len(found))):
+        known, now = listed[number], {**found[number], "checksum": checksum_text(own)}
         same_rows &= known["rows"] == now["rows"]
         differing = [
             f"{name} {known[name]}, found {now[name]}"
-            for name in ("rows", "size", "dtype", "crc32")
+            for name in ("rows", "size", "dtype", "checksum")
             if name in known and known[name] != now[name]
         ]
         if differing:
@@ -200,23 +199,9 @@ def check_shards(
             verdict.fail("shards", f"{path} is not what was searched: {'; '.join(differing)}")
         else:
             agree += 1
-    kept = "size and CRC32" if "crc32" in listed[0] else "rows; no CRC32 was taken"
+    kept = "size and checksum" if "checksum" in listed[0] else "rows; no checksum was taken"
     verdict.say(what, f"{agree:,} of {len(found):,} agree with their {kept}")
     return same_rows
-
-
-def shard_crc(features: Features) -> Callable[[int], int]:
-    """Return a function that gives a shard's CRC32 by its number."""
-    stamps = features.stamps()
-    files = set(features.paths())
-
-    def crc(number: int) -> int:
-        path = features.shards[number].path
-        if path not in files:
-            return stamps[number]  # an array's is its CRC32
-        return store.file_crc(path)[0]
-
-    return crc
 
 
 def open_run(folder: Path, manifest: dict[str, Any], verdict: Verdict) -> Run | None:
@@ -302,24 +287,25 @@ def estimate_missed(
     stay = run.rows - int(np.count_nonzero(run.is_dup))
     ordinals = pick_ordinals(stay, options.probe_rows, options.seed)
     sample = staying(run.is_dup, ordinals)
-    sample = sample[~bad_rows(features.gather(sample))]
+    raw = features.gather(sample)
+    good = ~bad_rows(raw)
+    sample, raw = sample[good], raw[good]
     if not run.references_only:
-        nearest, cosine = nearest_rows(features, sample, run.is_dup, threads=threads)
+        D, I = nearest(raw, features, 1, threads, own=sample, skip=run.is_dup)
+        cosine = D[:, 0]
         missed = np.flatnonzero(cosine >= np.float32(run.threshold))
         verdict.say("missed", missed_text(len(missed), len(sample), len(ordinals) < stay))
         if len(missed):
             worst = missed[np.argmax(cosine[missed])]
             verdict.say(
                 "missed",
-                f"such as {run.place(int(sample[worst]))} and {run.place(int(nearest[worst]))}: "
+                f"such as {run.place(int(sample[worst]))} and {run.place(int(I[worst, 0]))}: "
                 f"cosine {cosine[worst]:.6f}",
             )
     of = f"{len(sample):,} rows that stay" if run.references_only else "them"
     for reference in held:
-        _, cosine = nearest_rows(
-            features, sample, reference.gone, threads=threads, among=reference.features
-        )
-        missed = np.flatnonzero(cosine >= np.float32(run.threshold))
+        D, _ = nearest(raw, reference.features, 1, threads, skip=reference.gone)
+        missed = np.flatnonzero(D[:, 0] >= np.float32(run.threshold))
         verdict.say("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
 
 

@@ -18,7 +18,7 @@ from snipdedup.deduplication.out_reader import pick
 from snipdedup.features.cosine import bad_rows, pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.star import Members, group_starts
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 PAIRS = 4096  # whose cosines one thread computes at a time
 ROUNDING = 1e-6  # a stored cosine may be off by this: sums in another order, rounded to float32
@@ -372,4 +372,4 @@ def pair_cosines(
     def compute(span: tuple[int, int]) -> np.ndarray:
         return pair_cosine(x[i[slice(*span)]], y[j[slice(*span)]])
 
-    return np.concatenate(list(in_order(compute, plan_blocks(len(i), PAIRS), threads)))
+    return np.concatenate(list(ordered_map(compute, plan_blocks(len(i), PAIRS), threads)))

@@ -13,8 +13,8 @@ from snipdedup.auditing.verdict import Verdict
 from snipdedup.deduplication.out_reader import BATCH_ROWS
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, open_features
-from snipdedup.metadata.tables import open_parquet
 from snipdedup.metadata.masks import load_mask
+from snipdedup.metadata.tables import open_parquet
 from snipdedup.storage import store
 
 COLUMNS = ["row", "reference", "representative", "similarity"]

@@ -39,7 +39,7 @@ from snipdedup.index.search import (
 )
 from snipdedup.join.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
 from snipdedup.join.verify import verify_pairs
-from snipdedup.parallel import Stage, cores, in_order
+from snipdedup.parallel import Stage, cores, ordered_map
 from snipdedup.storage import store
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
@@ -149,7 +149,7 @@ class Adc:
         find = self.found if self.views is None else self.judged
         spans = plan_blocks(self.source.total, QUERY_ROWS)
         with progress.bar(self.source.total, "matching", "rows") as bar:
-            for span, found in zip(spans, in_order(find, spans, self.threads), strict=True):
+            for span, found in zip(spans, ordered_map(find, spans, self.threads), strict=True):
                 flags[found.rows] = True
                 self.cut += found.cut
                 if len(found.a):
@@ -305,7 +305,7 @@ def search_adc(features: Features | None, options: config.Dedup, work: Path, sta
         copies=seen.copies,
         firsts=seen.firsts,
         bad=seen.bad,
-        crcs=seen.crcs,
+        checksums=seen.checksums,
         flags=adc.flags,
         notes=describe(adc),
     )
@@ -324,11 +324,11 @@ def check_given(features: Features | None, options: config.Dedup) -> None:
         if features is not None:
             query_space(index, features, options.encoder)
     elif options.encoder is not None:
-        from snipdedup.encoder.network import Encoder, check_width
+        from snipdedup.encoder.network import Encoder
 
         encoder = Encoder.load(options.encoder, device="cpu")
         if features is not None:
-            check_width(encoder, features, options.encoder)
+            encoder.check_width(features, options.encoder)
 
 
 def open_or_build(features: Features | None, options: config.Dedup, work: Path) -> Index:

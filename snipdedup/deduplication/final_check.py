@@ -20,7 +20,7 @@ from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.blocks import slices
 from snipdedup.groups.star import Members, Nearest, torch_threads
 from snipdedup.join.verify import PRODUCT_PAIRS
-from snipdedup.parallel import in_order, scratch
+from snipdedup.parallel import ordered_map, scratch
 from snipdedup.storage.external_sort import Columns, among
 
 GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
@@ -216,7 +216,7 @@ def pair_cosines(x: Features, row: np.ndarray, y: Features, other: np.ndarray) -
         return copies_aside(gather(x, rows, "gathered"), gather(y, others, "beside"), i, j)
 
     spans = plan_blocks(len(row), GATHER_PAIRS)
-    return np.concatenate([np.empty(0, np.float32), *in_order(compare, spans, torch_threads())])
+    return np.concatenate([np.empty(0, np.float32), *ordered_map(compare, spans, torch_threads())])
 
 
 def copies_aside(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from snipdedup.storage import store
 ARRAYS, NOTE = "found.npz", "found.json"
 PLAIN = ("offsets", "copies", "firsts", "bad", "flags")
 PARTS: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
-SAID = ("names", "threshold", "crcs", "notes", "text_crcs", "reference_crcs")
+SAID = ("names", "threshold", "checksums", "notes", "text_checksums", "reference_checksums")
 
 
 def save_found(found: Found, work: Path) -> None:

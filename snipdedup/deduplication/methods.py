@@ -71,7 +71,7 @@ def search(
     with clock.stage("captions"):
         seen = read_all(inputs.text, options)
         found = with_captions(found, features, seen, also, cores(options.threads))
-    return dataclasses.replace(found, text_crcs=seen.crcs)
+    return dataclasses.replace(found, text_checksums=seen.checksums)
 
 
 def search_join(
@@ -169,11 +169,11 @@ def find_beside(
         )
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= frozen] - frozen
-    own = Scan(bad, settled.copies, settled.firsts, seen.crcs[shards:])
+    own = Scan(bad, settled.copies, settled.firsts, seen.checksums[shards:])
     return dataclasses.replace(
         make_found(features, options, own, settled.forest, notes),
         references=references,
-        reference_crcs=seen.crcs[:shards],
+        reference_checksums=seen.checksums[:shards],
         nearest=settled.nearest,
     )
 
@@ -237,6 +237,6 @@ def make_found(
         copies=seen.copies,
         firsts=seen.firsts,
         bad=seen.bad,
-        crcs=seen.crcs,
+        checksums=seen.checksums,
         notes=notes,
     )

@@ -19,6 +19,7 @@ from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.result import Result
 from snipdedup.deduplication.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
+from snipdedup.features.hashing import checksum_text
 from snipdedup.features.shards import request_of
 from snipdedup.groups.blocks import cut_groups, slices
 from snipdedup.groups.keep import rank_by
@@ -31,10 +32,10 @@ from snipdedup.metadata.export import list_columns, write_lists
 from snipdedup.metadata.gather import gather_columns
 from snipdedup.metadata.kept_rows import kept_names, write_kept
 from snipdedup.metadata.tables import Metadata, Table, as_texts
-from snipdedup.parallel import cores, memory_bound, together
+from snipdedup.parallel import cores, memory_bound, run_all
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import load_column
-from snipdedup.storage.objects import absolute
+from snipdedup.storage.remote import absolute_location
 
 KIND = references.KIND
 PAGE = "report.html"  # beside the tables, by snip report
@@ -82,7 +83,7 @@ def write_tables(
         partial(write_forest, result.found, out),
         partial(write_groups, result, out, metadata, key),
     )
-    together(tables, side_by_side(result, options))
+    run_all(tables, side_by_side(result, options))
     store.save_parquet(out / "histogram.parquet", histogram_table(result))
     outputs = [out / name for name in TABLES]
     if len(result.found.bad):
@@ -211,8 +212,8 @@ def describe_run(
     """Return the manifest's entries about what was found and decided."""
     found, features = result.found, inputs.features
     shards = features.describe() if features else []
-    for shard, crc in zip(shards, found.crcs, strict=False):
-        shard["crc32"] = f"{crc:08x}"
+    for shard, checksum in zip(shards, found.checksums, strict=False):
+        shard["checksum"] = checksum_text(checksum)
     work = grouping_folder(out)
     steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
     forest_tells = found.verified and found.best is None and not options.references_only
@@ -257,11 +258,11 @@ def describe_sources(inputs: Inputs, found: Found) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     if inputs.text is not None:
         shards = inputs.text.describe()
-        for shard, crc in zip(shards, found.text_crcs, strict=True):
-            shard["crc32"] = f"{crc:08x}"
+        for shard, checksum in zip(shards, found.text_checksums, strict=True):
+            shard["checksum"] = checksum_text(checksum)
         entries["text"] = {"request": request_of(inputs.text), "shards": shards}
     if inputs.references is not None:
-        entries["references"] = inputs.references.describe(found.reference_crcs)
+        entries["references"] = inputs.references.describe(found.reference_checksums)
     return entries
 
 
@@ -288,11 +289,11 @@ def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
     for name in ("features", "metadata", "index", "encoder", "text_features"):
         value = settings[name]
         is_path = isinstance(value, str | Path)
-        settings[name] = absolute(value) if is_path else None
+        settings[name] = absolute_location(value) if is_path else None
     sources = [] if options.reference is None else references.split(options.reference)
     are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
     settings["epsilon"] = parse_epsilons(options.epsilon)
-    settings["reference"] = [absolute(source) for source in sources] if are_paths else None
+    settings["reference"] = [absolute_location(source) for source in sources] if are_paths else None
     return settings
 
 

@@ -138,7 +138,7 @@ class Result:
 
     @property
     def groups(self) -> Any:
-        """The members as a ``pyarrow.Table``, see ``docs/formats.md``."""
+        """The members as a ``pyarrow.Table``, see ``docs/files.md``."""
         return groups_table(self.found, self.members, None, self.near)
 
     @property

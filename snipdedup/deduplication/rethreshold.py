@@ -72,20 +72,20 @@ def load_found(folder: Path, inputs: Inputs, options: Dedup) -> Found:
         copies=copies,
         firsts=firsts,
         bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
-        crcs=known_crcs([manifest]),
+        checksums=known_checksums([manifest]),
         notes=manifest["method"],
         also=inputs.also(options),
         best=best,
         references=inputs.references,
         nearest=load_nearest(folder, manifest, inputs.references),
-        text_crcs=known_crcs([manifest["text"]] if inputs.text else []),
-        reference_crcs=known_crcs(manifest.get("references", [])),
+        text_checksums=known_checksums([manifest["text"]] if inputs.text else []),
+        reference_checksums=known_checksums(manifest.get("references", [])),
     )
 
 
-def known_crcs(described: list[dict[str, Any]]) -> list[int]:
-    """Return the CRC32 of the shards of some entries of a manifest."""
-    return [int(shard["crc32"], 16) for entry in described for shard in entry["shards"]]
+def known_checksums(described: list[dict[str, Any]]) -> list[int]:
+    """Return the Checksum of the shards of some entries of a manifest."""
+    return [int(shard["checksum"], 16) for entry in described for shard in entry["shards"]]
 
 
 def load_forest(

@@ -55,7 +55,7 @@ from snipdedup.features.shards import (
 )
 from snipdedup.groups.keep import rank_by
 from snipdedup.metadata.tables import Metadata, open_metadata
-from snipdedup.parallel import cores, library_threads, pick_device, together
+from snipdedup.parallel import cores, library_threads, pick_device, run_all
 from snipdedup.progress import Clock
 from snipdedup.runners.local import Runner, open_runner
 from snipdedup.runners.slurm import Crew, Written, place_of
@@ -316,7 +316,7 @@ def conclude(
             partial(write_tables, result, draft, metadata, key, options),
             partial(describe_run, result, draft, inputs, metadata, options),
         )
-        outputs, described = together(jobs, side_by_side(result, options))
+        outputs, described = run_all(jobs, side_by_side(result, options))
         refuse_changed(inputs, metadata, out, options)
     body = {
         "request": request,

@@ -18,7 +18,7 @@ from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.star import Best, group_starts, keep_rank, products
 from snipdedup.index.quantizer import draw_sample
-from snipdedup.parallel import Stage, in_order
+from snipdedup.parallel import Stage, ordered_map
 
 CLUSTER_ROWS = 8700  # the paper's mean: 440 million rows in 50,000 clusters
 POINTS_A_CENTROID = 256
@@ -81,7 +81,7 @@ def spherical_kmeans(x: np.ndarray, count: int, seed: int, threads: int) -> np.n
         def nearest(span: tuple[int, int], fixed: np.ndarray = fixed) -> np.ndarray:
             return cosines(x[slice(*span)], fixed).argmax(1)
 
-        label = np.concatenate(list(in_order(nearest, spans, threads)))
+        label = np.concatenate(list(ordered_map(nearest, spans, threads)))
         order = np.argsort(label, kind="stable")
         starts = np.searchsorted(label[order], np.arange(count))
         used = np.flatnonzero(np.diff(np.append(starts, len(x))))
@@ -115,7 +115,7 @@ def assign(
 
     spans, parts = plan_blocks(features.rows, BLOCK), []
     with progress.bar(features.rows, "clustering", "rows") as bar:
-        for part in in_order(find, spans, threads):
+        for part in ordered_map(find, spans, threads):
             parts.append(part)
             bar.update(len(part[0]))
     label, nearness = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -172,7 +172,7 @@ def best_earlier(
         return nearest_earlier(features, order, *task)
 
     with progress.bar(len(order), "comparing", "rows") as bar:
-        for (_, low, high), found in zip(tasks, in_order(find, tasks, threads), strict=True):
+        for (_, low, high), found in zip(tasks, ordered_map(find, tasks, threads), strict=True):
             match[order[low:high]], similarity[order[low:high]] = found
             bar.update(high - low)
     return match, similarity

@@ -17,7 +17,8 @@ from urllib.parse import quote
 
 from snipdedup import __version__
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage.remote import (
+from snipdedup.storage.http import DISABLED, GATED, TEMPORARY, wanted_wait
+from snipdedup.storage.urls import (
     Access,
     Folder,
     MissingError,
@@ -25,7 +26,6 @@ from snipdedup.storage.remote import (
     TemporaryError,
     origin_of,
 )
-from snipdedup.storage.web import DISABLED, GATED, TEMPORARY, wanted_wait
 
 ENDPOINT = "https://huggingface.co"
 SCHEME = "hf"

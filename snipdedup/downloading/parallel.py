@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from snipdedup.downloading import transfer
 from snipdedup.downloading.transfer import Watch
-from snipdedup.storage.remote import Remote
+from snipdedup.storage.urls import Remote
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -27,8 +27,8 @@ from snipdedup.metadata.masks import (
     resolve_sizes,
 )
 from snipdedup.metadata.tables import open_metadata, open_table
-from snipdedup.storage import buckets, store, web
-from snipdedup.storage.remote import MissingError, Remote, TemporaryError, is_web, scheme_of, shown
+from snipdedup.storage import buckets, http, store
+from snipdedup.storage.urls import MissingError, Remote, TemporaryError, is_web, redacted, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
 PUBLISHED = "published"  # below the work folder: mask, totals, and the manifest beside the mask
@@ -116,9 +116,9 @@ def place(source: str, found: Found, mask: Mask, work: Path, jobs: int) -> int:
         rows = mask.rows if is_web(source) else count_rows(found.files, work, jobs)
         if rows != mask.rows:  # one URL is compared as it lands
             raise SnipError(
-                f"{shown(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; they "
-                "must be the same set (for some files of it, say which with --start and --end; to "
-                "find rows by what a column says, download all and snip filter --on COLUMN)"
+                f"{redacted(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; "
+                "they must be the same set (for some files, say which with --start and --end; "
+                "to find rows by what a column says, download all and snip filter --on COLUMN)"
             )
         return 0
     if mask.sizes is not None:
@@ -159,7 +159,7 @@ def rows_in(file: Remote, work: Path) -> int:
     if not scheme_of(file.url):
         return open_table(Path(file.url)).rows
     if Path(file.name).suffix.lower() == ".parquet":
-        rows = web.parquet_rows(file) if is_web(file.url) else buckets.parquet_rows(file)
+        rows = http.parquet_rows(file) if is_web(file.url) else buckets.parquet_rows(file)
     if rows is None:
         copy = work / "counted" / file.name
         transfer.save(file, copy)

@@ -16,7 +16,7 @@ from snipdedup.downloading.parallel import fetch_each
 from snipdedup.downloading.transfer import Watch
 from snipdedup.errors import SnipError
 from snipdedup.storage import store
-from snipdedup.storage.remote import MissingError, Remote, is_web
+from snipdedup.storage.urls import MissingError, Remote, is_web
 
 FETCHED = "artefact"  # below the work folder
 

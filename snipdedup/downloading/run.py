@@ -26,26 +26,24 @@ from snipdedup.downloading.sources import Found
 from snipdedup.downloading.transfer import Watch
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
-from snipdedup.metadata.files import SUFFIXES, open_table
-from snipdedup.metadata.kept_features import feature_rows, write_staying
+from snipdedup.metadata.kept_rows import FILES, feature_rows, write_kept, write_kept_features
 from snipdedup.metadata.masks import (
-    FILES,
-    Held,
+    FileSizes,
     Mask,
     check_sizes,
+    describe_kept,
+    file_version,
     open_mask,
-    stamp,
-    summary,
 )
-from snipdedup.metadata.tables import Metadata, write_kept
+from snipdedup.metadata.tables import SUFFIXES, Metadata, open_table
 from snipdedup.storage import locks, store
-from snipdedup.storage.remote import (
+from snipdedup.storage.urls import (
     Folder,
     Remote,
     TemporaryError,
     is_web,
+    redacted,
     scheme_of,
-    shown,
 )
 
 KIND = "download"
@@ -130,7 +128,7 @@ def look(options: Download, source: str, commit: str | None = None) -> Found | R
 
 def is_folder(source: str) -> bool:
     """Tell an http(s) folder, which must be a published one, from a file or a template."""
-    last = shown(source).rpartition("/")[2]
+    last = redacted(source).rpartition("/")[2]
     return is_web(source) and sources.PART not in source and not sources.names_files(last)
 
 
@@ -172,11 +170,11 @@ def asked(options: Download, source: str, meant: Found | Remote | None) -> dict[
         stamps = [version_of(file) for file in meant.files]
     elsewhere = options.embeddings_source
     return {
-        "source": shown(source),
+        "source": redacted(source),
         "start": options.start,
         "end": options.end,
         "embeddings": options.embeddings or elsewhere is not None,
-        "embeddings_source": elsewhere and shown(elsewhere),
+        "embeddings_source": elsewhere and redacted(elsewhere),
         "mask": options.is_dup and identity(options.is_dup),
         "cumulative_sizes": options.cumulative_sizes and identity(options.cumulative_sizes),
         "files": stamps,
@@ -185,14 +183,14 @@ def asked(options: Download, source: str, meant: Found | Remote | None) -> dict[
 
 def version_of(file: Remote) -> dict[str, Any]:
     """Return what tells a file from a later one of its name."""
-    local = {} if scheme_of(file.url) else stamp(Path(file.url))
+    local = {} if scheme_of(file.url) else file_version(Path(file.url))
     return {"source": file.shown, "size": file.size, **local}
 
 
 def identity(location: str) -> dict[str, Any]:
     """Return what a request says of a mask or of totals: of a local one what it holds."""
     if scheme_of(location):
-        return {"source": shown(location)}
+        return {"source": redacted(location)}
     path = Path(location).expanduser()
     path = open_mask(path).path if path.is_dir() else path
     if not path.is_file():
@@ -210,7 +208,7 @@ def is_ours(held: dict[str, Any], options: Download, source: str) -> bool:
     """Tell a folder that this command made from one that it fetched as it was published."""
     if held.get("kind") != KIND:
         return False
-    return not wants_all(options) or held.get("request", {}).get("source") == shown(source)
+    return not wants_all(options) or held.get("request", {}).get("source") == redacted(source)
 
 
 def published_already(options: Download, source: str, out: Path, kind: str) -> str:
@@ -219,10 +217,10 @@ def published_already(options: Download, source: str, out: Path, kind: str) -> s
         meant = look(options, source)
         copy = Path(scratch) / store.MANIFEST
         if isinstance(meant, Remote) and published.holds(out, published.read(meant, copy), copy):
-            return f"{out} is finished already: {kind}, as {shown(source)}"
+            return f"{out} is finished already: {kind}, as {redacted(source)}"
     raise SnipError(
-        f"{out} holds a finished {kind}, not what {shown(source)} is now; choose another folder, "
-        "or replace it with --overwrite"
+        f"{out} holds a finished {kind}, not what {redacted(source)} is now; choose another "
+        "folder, or replace it with --overwrite"
     )
 
 
@@ -271,7 +269,7 @@ def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path)
     parts = [part for about in described for part in targets(about, out / store.WORK)]
     hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
     given = {name: getattr(options, name) for name in hidden}
-    shows = {name: value and shown(value) for name, value in given.items()}
+    shows = {name: value and redacted(value) for name, value in given.items()}
     body = {
         "settings": {**options.as_dict(), **shows},
         "request": request,
@@ -288,7 +286,7 @@ def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path)
 def said(files: Sequence[dict[str, Any]]) -> str:
     """Say in one line what came."""
     features = sum("features" in file for file in files)
-    return summary(files) + (f", with features of {features} files" if features else "")
+    return describe_kept(files) + (f", with features of {features} files" if features else "")
 
 
 def land_each(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
@@ -386,7 +384,7 @@ def land(item: Item, plan: Plan, work: Path, row: int) -> dict[str, Any]:
     tables, *features = targets(about, work)
     write_kept(Metadata([table]), ~stay, tables.parent)
     for target in features:
-        write_staying(work / RAW / IMAGES / target.name, target, stay)
+        write_kept_features(work / RAW / IMAGES / target.name, target, ~stay)
     return {**about, "kept": int(np.count_nonzero(stay))}
 
 
@@ -427,7 +425,7 @@ def staying(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
     if mask is None:
         return np.ones(rows, bool)
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
-        check_sizes(Held([file.shown], [rows]), mask.sizes, item.number)
+        check_sizes(FileSizes([file.shown], [rows]), mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and rows != mask.rows:
         raise SnipError(
             f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}; they must be the same set "

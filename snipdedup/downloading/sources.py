@@ -20,17 +20,17 @@ from snipdedup.metadata import tables
 from snipdedup.metadata.masks import FileSizes, choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.buckets import BucketFolder, LocalFolder
-from snipdedup.storage.remote import (
+from snipdedup.storage.store import MANIFEST
+from snipdedup.storage.urls import (
     Folder,
     MissingError,
     Remote,
     beside,
     is_web,
     name_of,
+    redacted,
     scheme_of,
-    shown,
 )
-from snipdedup.storage.store import MANIFEST
 
 PART = "{part"
 FEATURES = ("img_emb", "metadata")  # folders side by side: features, and the table
@@ -96,7 +96,7 @@ def refuse_unclear(source: str, end: int | None) -> None:
     if PART in source:
         expand(source, 0)
         if end is None:
-            raise UsageError(f"{shown(source)} needs file numbers: --start 0 --end 10, say")
+            raise UsageError(f"{redacted(source)} needs file numbers: --start 0 --end 10, say")
     if scheme_of(source) == SCHEME:
         parse(source)
 
@@ -158,7 +158,7 @@ def find_parts(source: str, first: int, end: int, opened: Opened | None) -> Foun
         folder = LocalFolder(Path(locations[first]).parent)
     elif folder is not None:
         if PART in source.rpartition("/")[0]:
-            raise UsageError(f"{shown(source)}: {{part}} may be in the file's name only")
+            raise UsageError(f"{redacted(source)}: {{part}} may be in the file's name only")
         files = [folder.files.get(file.name, file) for file in files]
         refuse_missing(folder, files[first:])
         before = [place for place in before if name_of(place) in folder.files]
@@ -177,7 +177,7 @@ def find_one(source: str, start: int | None, end: int | None) -> Found:
     """Return the one file of an http(s) URL."""
     if end is not None and end != (start or 0) + 1:
         raise UsageError(
-            f"{shown(source)} is one file; for several put {{part:04d}} where the number is"
+            f"{redacted(source)} is one file; for several put {{part:04d}} where the number is"
         )
     first = start if start is not None else end and end - 1
     return Found([Remote(source)], first, [] if first == 0 else None, None)
@@ -194,7 +194,7 @@ def choose(
     start = start or 0
     end = end or (max(numbers) + 1 if numbers else len(files))
     if start >= end:
-        raise SnipError(f"file {start} is wanted, {shown(source)} ends at {end - 1}")
+        raise SnipError(f"file {start} is wanted, {redacted(source)} ends at {end - 1}")
     first = choose_files(FileSizes(names, [0] * len(names)), numbers, None, start, end)
     chosen = files[first : first + end - start]
     before = files[:first] if first == start else None
@@ -207,7 +207,7 @@ def expand(template: str, number: int) -> str:
         location = template.format(part=number)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise UsageError(
-            f"{shown(template)}: expected a template such as metadata_{{part:04d}}.parquet"
+            f"{redacted(template)}: expected a template such as metadata_{{part:04d}}.parquet"
         ) from error
     return location if scheme_of(location) else str(Path(location).expanduser())
 
@@ -277,7 +277,7 @@ def find_features(
     if opened is None:
         if len(found.files) > 1:
             raise UsageError(
-                f"{shown(elsewhere)} is one file; put {{part:04d}} where the number is"
+                f"{redacted(elsewhere)} is one file; put {{part:04d}} where the number is"
             )
         return [Remote(elsewhere)], None
     return match(found, pick(opened.folder.files, opened.names, formats.SUFFIXES), opened.folder)

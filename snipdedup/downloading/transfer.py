@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from snipdedup.errors import SnipError
-from snipdedup.storage import buckets, locks, store, web
-from snipdedup.storage.remote import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
+from snipdedup.storage import buckets, http, locks, store
+from snipdedup.storage.urls import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
 
 T = TypeVar("T")
 
@@ -191,7 +191,7 @@ def receive(remote: Remote, part: Part, watch: Watch) -> dict[str, Any]:
     if begin == whole and part.path.is_file():  # stopped just before it was renamed
         watch.at(part.target, begin)
         return {"size": begin, "etag": version.get("etag")}
-    opener = web.open_at if is_web(remote.url) else buckets.open_at
+    opener = http.open_at if is_web(remote.url) else buckets.open_at
     stream = opener(remote, begin, None if is_proved(remote) else version.get("etag"))
     total = stream.total if stream.total is not None else remote.size
     refuse_other(remote, version, stream, total)

@@ -32,7 +32,8 @@ from snipdedup.evaluation.neighbours import (
 )
 from snipdedup.evaluation.tables import eval_page, eval_summary
 from snipdedup.features.cosine import pair_cosine, unit_rows
-from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, open_features, request_of
 from snipdedup.index.quantizer import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
 from snipdedup.parallel import cores, library_threads
@@ -218,7 +219,7 @@ def learnt(
     """Return an encoder trained with the defaults of ``snip train``."""
     from snipdedup.encoder import training
 
-    return training.train(
+    return training.train_encoder(
         raw,
         text_features=texts,
         loss=loss,
@@ -233,7 +234,7 @@ def contenders_of(
     raw: np.ndarray, texts: np.ndarray | None, snip: Encoder, mse: Encoder, seed: int
 ) -> list[Contender]:
     """Return the five contenders from rows to learn from and two encoders."""
-    from snipdedup.encoder.training import principal_directions
+    from snipdedup.encoder.directions import principal_directions
 
     directions = principal_directions(raw, snip.dim, texts).numpy()
     few = np.random.default_rng(seed).permutation(len(raw))[:OPQ_ROWS]

@@ -15,7 +15,7 @@ import numpy as np
 from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.quantizer import Quantiser
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 BLOCK_ROWS = 4096  # rows compared with all queries at a time
 COMPARED_ROWS = 256  # whose neighbours are compared at a time, k x k each
@@ -103,7 +103,7 @@ def nearest(
         return best.numpy(), at.numpy() + span[0]
 
     kept, I = np.full((len(x), k), -np.inf, np.float32), np.full((len(x), k), -1)
-    for best, at in in_order(within, plan_blocks(rows, BLOCK_ROWS), threads):
+    for best, at in ordered_map(within, plan_blocks(rows, BLOCK_ROWS), threads):
         both, found = np.concatenate([kept, best], axis=1), np.concatenate([I, at], axis=1)
         order = np.argsort(-both, axis=1, kind="stable")[:, :k]
         kept, I = np.take_along_axis(both, order, axis=1), np.take_along_axis(found, order, axis=1)
@@ -177,7 +177,7 @@ def others(I: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 def encoded(features: Features, vectors: Vectors, threads: int) -> Iterator[np.ndarray]:
     """Yield the vectors of all rows, in order."""
-    return in_order(
+    return ordered_map(
         lambda span: vectors(features.read(*span)),
         plan_blocks(features.rows, BLOCK_ROWS),
         threads,

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.evaluation.costs import TREE, Rates
-from snipdedup.features.scan import Seen, find_copies, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import Seen, find_copies
 from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.groups.star import Compare, group_star, keep_rank
 from snipdedup.join.encoding import encode_task, task_rows
@@ -33,7 +34,7 @@ from snipdedup.join.model import Model
 from snipdedup.join.partitions import load_partition
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
 from snipdedup.join.verify import GATHER_PAIRS, proved_cosines, verify_pairs
-from snipdedup.parallel import in_order, library_threads
+from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Sorter, pack
 
@@ -260,7 +261,7 @@ def time_encoding(
             at, (begin, end) = folder / name / str(number), spans[number]
             encode_task(pool, model, at, begin, end, chunk_rows=CHUNK, frozen=0)
 
-        return seconds(lambda: list(in_order(task, range(len(spans)), beside)))
+        return seconds(lambda: list(ordered_map(task, range(len(spans)), beside)))
 
     base = run(plain, "plain", 1) / pool.rows
     spent = run(alone, "last", 1)

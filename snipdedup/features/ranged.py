@@ -8,20 +8,20 @@ import numpy as np
 
 from snipdedup.errors import InputError
 from snipdedup.features import formats
-from snipdedup.storage.objects import PART, Elsewhere
+from snipdedup.storage.remote import PART, RemotePath
 
 GAP = 1 << 15  # bytes between wanted rows that cost less than another request
 
 
-class RangedShard(formats.NpyShard):
+class RemoteNpyShard(formats.NpyShard):
     """A remote ``.npy``, or a member of an uncompressed ``.npz``."""
 
-    path: Elsewhere
+    path: RemotePath
 
     def _fill(self, start: int, rows: np.ndarray) -> None:
         begin = self.data + start * self._row_bytes()
         flat = rows.reshape(-1).view(np.uint8)
-        flat[:] = np.frombuffer(self.path.read_span(begin, begin + flat.nbytes), np.uint8)
+        flat[:] = np.frombuffer(self.path.read_range(begin, begin + flat.nbytes), np.uint8)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """See `Shard.take`."""
@@ -46,7 +46,7 @@ class RangedShard(formats.NpyShard):
             (self.data + int(rows[low]) * size, self.data + (int(rows[high - 1]) + 1) * size)
             for low, high in cuts
         ]
-        for (low, high), data in zip(cuts, self.path.read_spans(spans), strict=True):
+        for (low, high), data in zip(cuts, self.path.read_ranges(spans), strict=True):
             block = np.frombuffer(data, self.stored).reshape(-1, self.dim)
             out[low:high] = block[rows[low:high] - rows[low]]
 
@@ -72,7 +72,7 @@ def plan_ranges(rows: np.ndarray, row_bytes: int) -> Iterator[tuple[int, int]]:
             low = cut
 
 
-def open_ranged(path: Elsewhere, array: str | None, column: str | None) -> formats.Shard:
+def open_remote_shard(path: RemotePath, array: str | None, column: str | None) -> formats.Shard:
     """Open one remote file of rows; see `formats.open_shard`.
 
     Raises
@@ -86,9 +86,9 @@ def open_ranged(path: Elsewhere, array: str | None, column: str | None) -> forma
         raise InputError(f"{path}: empty file, expected rows of features; write it again")
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        return RangedShard(path)
+        return RemoteNpyShard(path)
     if suffix == ".npz":
-        return formats.open_npz(path, array, RangedShard)
+        return formats.open_npz(path, array, RemoteNpyShard)
     if suffix == ".parquet":
         return formats.ParquetShard(path, column)
     raise InputError(f"{path}: expected a file of type {', '.join(formats.SUFFIXES)}")

@@ -31,8 +31,8 @@ def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
     Parameters
     ----------
     keep : str
-        As ``--keep``: ``max:COLUMN``, ``min:COLUMN``, several in order by comma; last, for rows that
-        are still equal, ``first`` (the default), ``last`` or ``random``.
+        As ``--keep``: ``max:COLUMN``, ``min:COLUMN``, several in order by comma; last, for rows
+        that are still equal, ``first`` (the default), ``last`` or ``random``.
     seed : int
     metadata : Metadata or None
         Needed where ``keep`` names columns.

@@ -18,7 +18,7 @@ from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.star import Nearest, group_starts
 from snipdedup.join.forest import BLOCK_EDGES, order_by
 from snipdedup.join.verify import GATHER_PAIRS, prove, proved_cosines
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 LISTED = 1 << 12  # pairs of a group up to which they are listed one by one
@@ -70,7 +70,7 @@ def nearest_within(
 
     def parts() -> Iterator[Nearest]:
         for mixed in mixed_groups(labels, frozen, folder):
-            for found in in_order(
+            for found in ordered_map(
                 lambda task: nearest_of(features, *task, threshold), plan(mixed), threads
             ):
                 yield found._replace(row=found.row - frozen)

@@ -18,7 +18,7 @@ from snipdedup.groups.star import Also, group_starts
 from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import Edges, components, join_edges
 from snipdedup.join.verify import prove
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 from snipdedup.storage import store
 
 LISTED_GROUP = 64  # groups up to this size are listed pair by pair
@@ -80,7 +80,7 @@ def pairs_within(
             edges = tile_pairs(left, right, 0, 0, threshold)
         return edges if also is None else edges.where(also.holds(edges.a, edges.b))
 
-    yield from in_order(find, plan_groups(np.diff(group_starts(group))), threads)
+    yield from ordered_map(find, plan_groups(np.diff(group_starts(group))), threads)
 
 
 def plan_groups(sizes: np.ndarray) -> Iterator[tuple[int, int, int, int]]:

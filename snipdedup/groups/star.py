@@ -12,7 +12,7 @@ import numpy as np
 from snipdedup.features.cosine import pair_cosine, row_sums, unit_rows64, unsettled
 from snipdedup.groups.huge_star import Gather, star_huge
 from snipdedup.join.forest import Edges, components, make_edges, order_by
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 Rank = Callable[[np.ndarray], np.ndarray]
 
@@ -262,7 +262,7 @@ def group_star(
     batches = list(star_batches(starts, open_))
     huge = [p.ndim == 1 and p.size > FLOAT64_GROUP for p in batches]  # on all threads, one by one
     alone, beside = (list(compress(batches, which)) for which in (huge, np.logical_not(huge)))
-    with closing(in_order(decide, beside, torch_threads())) as others:
+    with closing(ordered_map(decide, beside, torch_threads())) as others:
         for places, chosen, cosine in chain(map(decide, alone), others):
             representative[places], similarity[places] = chosen, cosine
             done(places.size - (len(places) if places.ndim == 2 else 1))

@@ -17,8 +17,9 @@ import numpy as np
 from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
+from snipdedup.features.hashing import checksum_text, sum_checksums
 from snipdedup.features.scan import describe_bad
-from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.features.shards import Features, accept_dates, open_features, request_of
 from snipdedup.index.codes import ShardCodes, load_shard, pack, packed_width, save_shard, shard_name
 from snipdedup.index.export import export_faiss
 from snipdedup.index.folder import (
@@ -43,10 +44,10 @@ from snipdedup.index.quantizer import (
     train,
     write_quantiser,
 )
-from snipdedup.parallel import ALIGNED_ROWS, cores, in_aligned_blocks, in_order
+from snipdedup.parallel import ALIGNED_ROWS, cores, in_aligned_blocks, ordered_map
 from snipdedup.storage import locks, store
-from snipdedup.storage.objects import is_elsewhere
-from snipdedup.storage.remote import shown
+from snipdedup.storage.remote import is_remote
+from snipdedup.storage.urls import redacted
 
 FILES = "files"  # below the work folder: what is written before all of it is whole
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
@@ -78,15 +79,15 @@ def expanded(options: config.Index) -> config.Index:
     names = ("features", "out", "encoder", "base", "export_faiss")
     given = options.as_dict()
     for name in names:
-        if isinstance(given[name], str | Path) and not is_elsewhere(given[name]):
+        if isinstance(given[name], str | Path) and not is_remote(given[name]):
             given[name] = str(Path(given[name]).expanduser())
     return config.Index(**given)
 
 
 def located(source: Any) -> str | None:
     """Return where features lie, as a path from anywhere; None for arrays in memory."""
-    if is_elsewhere(source):
-        return shown(str(source))
+    if is_remote(source):
+        return redacted(str(source))
     return os.path.abspath(source) if isinstance(source, str | Path) else None  # noqa: PTH100
 
 
@@ -195,16 +196,16 @@ def write_shards(
     with progress.bar(features.rows, "indexing", "rows") as bar:
         for number, shard in enumerate(features.shards):
             path = work / shard_name(number)
-            if number >= held and not store.is_sealed(crc_note(path), work):
-                codes, crc = encode_shard(features, number, space, quantiser, threads)
+            if number >= held and not store.is_sealed(checksum_note(path), work):
+                codes, checksum = encode_shard(features, number, space, quantiser, threads)
                 refuse_bad(features, number, codes.bad, options.bad_rows)
                 save_shard(path, codes)
-                store.seal(crc_note(path), [path], {"crc32": f"{crc:08x}"})
+                store.seal(checksum_note(path), [path], {"checksum": checksum_text(checksum)})
             bar.update(shard.rows)
 
 
-def crc_note(path: Path) -> Path:
-    """Return where the CRC32 of a shard of features is noted until the manifest holds it."""
+def checksum_note(path: Path) -> Path:
+    """Return where the checksum of a shard of features is noted until the manifest holds it."""
     return path.parent.parent / f"{path.name}.json"
 
 
@@ -336,35 +337,33 @@ def check_base(path: Path, quantiser: Quantiser, dim: int, options: config.Index
 def encode_shard(
     features: Features, number: int, space: Space, quantiser: Quantiser, threads: int
 ) -> tuple[ShardCodes, int]:
-    """Encode the rows of one shard, wherever it lies among the others; return its CRC32 too."""
+    """Encode the rows of one shard, wherever it lies among the others; return its checksum too."""
     first, stop = (int(n) for n in features.offsets[number : number + 2])
     cuts = range(first - first % READ_ROWS, stop, READ_ROWS)
     spans = [(max(cut, first), min(cut + READ_ROWS, stop)) for cut in cuts]
 
-    ledger = CrcLedger(len(features.shards))
+    checksums = []
 
     def encode(span: tuple[int, int]) -> tuple[np.ndarray, ...]:
-        rows, crcs = features.read_with_crc(*span)
-        ledger.add(crcs)
+        rows = features.read(*span)
+        checksums.append(features.checksums(span[0], rows))
         bad = bad_rows(rows)
         if bad.any():  # a copy: rows may be the caller's own array
             rows = np.where(bad[:, None], 0, rows)
         return *in_aligned_blocks(lambda b: encode_block(b, space, quantiser), rows, span[0]), bad
 
-    parts = [empty_block(quantiser), *in_order(encode, spans, threads)]
+    parts = [empty_block(quantiser), *ordered_map(encode, spans, threads)]
     lists, codes, errors, bad = (np.concatenate(c) for c in zip(*parts, strict=True))
     good = np.flatnonzero(~bad)
     order = good[np.argsort(lists[good], kind="stable")]
     sizes = np.bincount(lists[good], minlength=quantiser.nlist)
-    shard = features.shards[number]
-    crc = ledger.totals()[number] if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
     return ShardCodes(
         codes[order],
         pack(order, packed_width(stop - first)),
         sizes.astype(np.min_scalar_type(int(sizes.max(initial=0)))),
         np.flatnonzero(bad),
         np.array(errors[good].sum(dtype=np.float64)),
-    ), crc
+    ), sum_checksums(checksums, len(features.shards))[number]
 
 
 def encode_block(block: np.ndarray, space: Space, quantiser: Quantiser) -> tuple[np.ndarray, ...]:
@@ -402,9 +401,9 @@ def finish(out: Path, request: dict[str, Any], options: config.Index, held: int)
         shard = load_shard(path)
         stored, bad = stored + len(shard.ids), bad + len(shard.bad)
         errors, row_bytes = errors + float(shard.self_adc), row_bytes + path.stat().st_size
-        crc = earlier[number] if number < held else store.load_json(crc_note(path))
-        crc = {name: crc[name] for name in ("crc32",) if name in crc}
-        shards.append({**described, **crc, "file": path.name, "stored": len(shard.ids)})
+        read = earlier[number] if number < held else store.load_json(checksum_note(path))
+        read = {name: read[name] for name in ("checksum",) if name in read}
+        shards.append({**described, **read, "file": path.name, "stored": len(shard.ids)})
     body = {
         "command": "index",
         "settings": {**options.as_dict(), "features": str(options.features)},

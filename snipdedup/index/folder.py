@@ -16,7 +16,7 @@ from snipdedup.index.codes import Lists, ShardCodes, damaged, load_shard, pack, 
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import store
 from snipdedup.storage.listing import is_folder
-from snipdedup.storage.objects import Elsewhere, is_elsewhere
+from snipdedup.storage.remote import RemotePath, is_remote
 
 if TYPE_CHECKING:
     from snipdedup.encoder.network import Encoder
@@ -44,11 +44,11 @@ def same_encoder(given: str | Path, held: Path) -> bool:
 
 def is_descriptors(source: str | Path | None) -> bool:
     """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
-    if source is None or (is_elsewhere(source) and not is_folder(str(source))):
+    if source is None or (is_remote(source) and not is_folder(str(source))):
         return False
     manifest = Path(source) / store.MANIFEST
-    if is_elsewhere(source):
-        manifest = Elsewhere(f"{str(source).rstrip('/')}/{store.MANIFEST}")
+    if is_remote(source):
+        manifest = RemotePath(f"{str(source).rstrip('/')}/{store.MANIFEST}")
     if not manifest.is_file():
         return False
     return bool(store.load_json(manifest).get("kind") == "descriptors")

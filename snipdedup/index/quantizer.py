@@ -17,9 +17,9 @@ import numpy as np
 
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
-from snipdedup.features.scan import row_hashes
+from snipdedup.features.hashing import row_hashes
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, in_order, library_threads
+from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, library_threads, ordered_map
 from snipdedup.storage import store
 
 ITERATIONS = 8  # of the coarse k-means; more hardly move the lists (findings of many peers)
@@ -142,7 +142,7 @@ def draw_sample(
         return in_aligned_blocks(lambda block: (vectors(block),), rows, span[0])[0]
 
     spans = plan_blocks(len(distinct), 8 * ALIGNED_ROWS)
-    return np.concatenate(list(in_order(convert, spans, threads)))
+    return np.concatenate(list(ordered_map(convert, spans, threads)))
 
 
 def train(
@@ -248,7 +248,7 @@ def assign_all(coarse: Any, x: np.ndarray, threads: int) -> np.ndarray:
         block = x[slice(*span)]
         return in_aligned_blocks(lambda b: (coarse.search(b, 1)[1][:, 0],), block, span[0])[0]
 
-    return np.concatenate(list(in_order(nearest, plan_blocks(len(x), ALIGNED_ROWS), threads)))
+    return np.concatenate(list(ordered_map(nearest, plan_blocks(len(x), ALIGNED_ROWS), threads)))
 
 
 def train_codebooks(
@@ -270,7 +270,7 @@ def train_codebooks(
         clustering.train(part, search)
         return faiss.vector_to_array(clustering.centroids).reshape(words, width)
 
-    return np.stack(list(in_order(one, range(m), threads)))
+    return np.stack(list(ordered_map(one, range(m), threads)))
 
 
 def write_quantiser(path: Path, quantiser: Quantiser) -> None:

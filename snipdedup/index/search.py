@@ -13,7 +13,7 @@ from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.codes import Lists
 from snipdedup.index.folder import ENCODER, Index, Space, same_encoder
-from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, in_order
+from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, ordered_map
 
 QUERY_ROWS = 4 * ALIGNED_ROWS  # rows searched by one thread at a time
 
@@ -205,7 +205,7 @@ def neighbours(
         queries = source.load(span)
         return queries, *searcher.search(queries.x, *searcher.probe(queries.x, queries.first), k)
 
-    return in_order(find, plan_blocks(source.total, QUERY_ROWS), threads)
+    return ordered_map(find, plan_blocks(source.total, QUERY_ROWS), threads)
 
 
 def query_space(index: Index, features: Features, encoder: str | None) -> Space:

@@ -76,7 +76,7 @@ def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> N
     Raises
     ------
     SnipError
-        If their shards differ in number, rows or CRC32; names the first that does.
+        If their shards differ in number, rows or checksum; names the first that does.
     """
     shards = [manifest["shards"] for manifest in manifests]
     told = f"{folders[0]} and {folders[1]} are not runs over the same rows"
@@ -85,7 +85,7 @@ def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> N
             f"{told}: {len(shards[0]):,} shards of features, {len(shards[1]):,} in the other"
         )
     for one, other in zip(*shards, strict=True):
-        for name in ("rows", "crc32"):  # without features no CRC32 was taken
+        for name in ("rows", "checksum"):  # without features none was taken
             if name in one and name in other and one[name] != other[name]:
                 raise SnipError(
                     f"{told}: {one['name']} has {name} {one[name]}, {other['name']} {other[name]}"

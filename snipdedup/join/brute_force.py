@@ -10,7 +10,6 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.features.cosine import (
     PROPOSAL_ERROR,
-    bad_rows,
     pair_cosine,
     unit_rows,
     unit_rows64,
@@ -18,10 +17,9 @@ from snipdedup.features.cosine import (
 )
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 TILE = 2048  # rows of a tile's sides
-STREAM_ROWS = 4096  # rows that a sample is compared with at once
 VERIFY_PAIRS = 8192  # pairs whose rows are laid side by side at a time
 DENSE = 1 / 64  # share of a tile from which its cosines are computed all at once
 
@@ -93,7 +91,7 @@ def exact_edges(
                         edges = edges.where(edges.a < frozen)
                     return spanning_forest(edges, frozen)
 
-                for edges in in_order(compare, plan, threads):
+                for edges in ordered_map(compare, plan, threads):
                     bar.update(1)
                     yield edges
 
@@ -151,65 +149,3 @@ def listed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -
     for start, stop in plan_blocks(len(i), VERIFY_PAIRS):
         parts.append(pair_cosine(x[i[start:stop]], y[j[start:stop]]))
     return np.concatenate(parts)
-
-
-def nearest_rows(
-    features: Features,
-    sample: np.ndarray,
-    skip: np.ndarray,
-    *,
-    threads: int,
-    among: Features | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each sampled row the nearest other row, and their cosine, by brute force.
-
-    All rows are streamed past the sample. The nearest is proposed in float32, so of rows within
-    1e-5 of one another any may be named; its cosine is exact.
-
-    Parameters
-    ----------
-    features : Features
-    sample : (n,) int64
-        Ascending rows that can be compared.
-    skip : (rows,) bool
-        Rows that do not count.
-    threads : int
-    among : Features, optional
-        Look here for the nearest row, of which ``skip`` speaks then.
-
-    Returns
-    -------
-    nearest : (n,) int64
-        -1 where there is no other.
-    cosine : (n,) float32
-        NaN where there is no other.
-    """
-    import torch
-
-    raw, where = features.gather(sample), among or features
-    x = torch.from_numpy(unit_rows(raw))
-
-    def search(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        block = where.read(*span)
-        cosine = x @ torch.from_numpy(unit_rows(block)).T
-        out = np.asarray(skip[slice(*span)]) | bad_rows(block)
-        cosine[:, torch.from_numpy(out)] = -torch.inf
-        if among is None:
-            low, high = np.searchsorted(sample, span)
-            cosine[np.arange(low, high), sample[low:high] - span[0]] = -torch.inf  # the row itself
-        best, at = cosine.max(dim=1)
-        return best.numpy(), at.numpy() + span[0]
-
-    best, nearest = np.full(len(sample), -np.inf, np.float32), np.full(len(sample), -1)
-    spans = plan_blocks(where.rows, STREAM_ROWS)
-    for cosine, row in progress.track(
-        in_order(search, spans, threads), "probing", "blocks", len(spans)
-    ):
-        better = cosine > best
-        best[better], nearest[better] = cosine[better], row[better]
-    exact = np.full(len(sample), np.nan, np.float32)
-    some = np.flatnonzero(nearest >= 0)
-    found_rows = where.gather(nearest[some])
-    common = np.result_type(raw, found_rows)
-    exact[some] = pair_cosine(raw[some].astype(common), found_rows.astype(common))
-    return nearest, exact

@@ -13,7 +13,7 @@ import numpy as np
 
 from snipdedup.features.cosine import Directions
 from snipdedup.features.scan import Scan, Seen, read_range
-from snipdedup.features.shards import Features, Piece, plan_blocks
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, BESIDE, Hubs, Placed
 from snipdedup.join.lists import Lists, Visits, assign
@@ -85,8 +85,7 @@ def encode_task(
         **{name: np.concatenate([getattr(p, name) for p in absorbed]) for name in names},
     )
     files = [*(folder / f"{name}.npy" for name in arrays), folder / "absorbed.npz"]
-    crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
-    store.seal(folder / "done.json", files, {"crcs": crcs})
+    store.seal(folder / "done.json", files, {"checksums": seen.checksums})
 
 
 def how_far(placed: Placed, lists: Lists, still: int, others_come: bool) -> np.ndarray:
@@ -111,8 +110,7 @@ def sort_small(keys: np.ndarray, count: int) -> np.ndarray:
 def load_seen(folder: Path) -> Seen:
     """Read back what an encode task saw."""
     done = store.load_json(folder / "done.json")
-    crcs = [(Piece(*entry[:3]), entry[3], entry[4]) for entry in done["crcs"]]
-    return Seen(crcs, np.load(folder / "bad.npy"), folder / "hashes.npy")
+    return Seen(done["checksums"], np.load(folder / "bad.npy"), folder / "hashes.npy")
 
 
 def absorbed_edges(

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.features.cosine import bad_rows, directions, same_bits
-from snipdedup.features.scan import BLOCK, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, Hubs, find_hubs, no_hubs
@@ -28,7 +29,7 @@ from snipdedup.join.lists import (
 from snipdedup.join.model import Model
 from snipdedup.join.projection import WIDTHS, Projection, main_directions, project
 from snipdedup.join.verify import proved_cosines
-from snipdedup.parallel import in_order, library_threads
+from snipdedup.parallel import library_threads, ordered_map
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
@@ -156,7 +157,7 @@ def true_pairs(
     def prove(span: tuple[int, int]) -> np.ndarray:
         return proved_cosines(raw, raw, a[slice(*span)], b[slice(*span)])
 
-    cosines = in_order(prove, plan_blocks(len(a), BLOCK), threads)
+    cosines = ordered_map(prove, plan_blocks(len(a), BLOCK), threads)
     return make_edges(a, b, np.concatenate([np.empty(0, np.float32), *cosines])).at(threshold)
 
 
@@ -238,7 +239,7 @@ def sample_distinct(
         features.gather_ascending(rows[part], sample[part])
         hashes[part], bad[part] = row_hashes(sample[part]), bad_rows(sample[part])
 
-    for _ in in_order(read, plan_blocks(len(rows), BLOCK), threads):
+    for _ in ordered_map(read, plan_blocks(len(rows), BLOCK), threads):
         pass
     use = np.flatnonzero(~bad)
     use = use[distinct_places(sample, hashes, use)]
@@ -267,7 +268,7 @@ def training_codes(
         block = features.gather_ascending(rows[slice(*span)])
         return encode_blocks(projection, block[~bad_rows(block)], 1)
 
-    parts = in_order(encode, plan_blocks(len(rows), BLOCK), threads)
+    parts = ordered_map(encode, plan_blocks(len(rows), BLOCK), threads)
     codes = np.concatenate([np.empty((0, projection.width), np.int8), *parts])
     return codes[distinct_places(codes, row_hashes(codes), np.arange(len(codes)))]
 

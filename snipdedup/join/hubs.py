@@ -25,7 +25,7 @@ from snipdedup.join.forest import Edges, components, make_edges
 from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.projection import Projection
 from snipdedup.join.verify import proved_cosines
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 MASS_ROWS = 1 << 15  # fewer rows around one are compared all with all
 SAMPLE_ROWS = 1 << 12, 1 << 16  # the least and the most among which hubs are looked for
@@ -224,5 +224,5 @@ def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndar
         row, _ = hit_places(products, np.full(len(products), limit))
         return np.bincount(row, minlength=len(products))
 
-    parts = list(in_order(count, plan_blocks(len(x), BLOCK), threads))
+    parts = list(ordered_map(count, plan_blocks(len(x), BLOCK), threads))
     return np.concatenate([np.empty(0, np.int64), *parts])

@@ -17,7 +17,7 @@ from snipdedup.join.model import Model
 from snipdedup.join.partitions import Partition
 from snipdedup.join.tiles import COLUMN_TILE, Codes, TilePairs, compare
 from snipdedup.join.verify import verify_pairs
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 
 def load_joined(path: Path) -> tuple[Edges, int] | None:
@@ -69,7 +69,7 @@ def join_task(
 
     builder, candidates = ForestBuilder(frozen=frozen), 0
     open_ = [(np.empty(0, np.int64),) * 2]
-    for found in in_order(propose, columns, threads):
+    for found in ordered_map(propose, columns, threads):
         candidates += found.proposed
         builder.add(found.edges)
         open_.append((found.a, found.b))

@@ -29,7 +29,7 @@ from snipdedup.join.lists import (
     weighted_quantile,
 )
 from snipdedup.join.projection import PEAK, Projection, random_rotation, to_codes
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 if TYPE_CHECKING:
     from snipdedup.encoder.network import Encoder
@@ -143,5 +143,5 @@ def learn_codes(codes: Learned, sample: np.ndarray, pairs: Edges, asked: Asked) 
 def encode_blocks(codes: Projection, rows: np.ndarray, threads: int) -> np.ndarray:
     """Return the codes of rows, (n, w) int8."""
     blocks = [rows[start:stop] for start, stop in plan_blocks(len(rows), BLOCK)]
-    found = [found for found, _ in in_order(codes.encode, blocks, threads)]
+    found = [found for found, _ in ordered_map(codes.encode, blocks, threads)]
     return np.concatenate([np.empty((0, codes.width), np.int8), *found])

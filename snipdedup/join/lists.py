@@ -22,7 +22,7 @@ import numpy as np
 from snipdedup.features.shards import plan_blocks
 from snipdedup.join.forest import Edges, components, forest_places
 from snipdedup.join.kernels import all_close, hit_places, pick_kernel
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 ROUNDS = 8  # of k-means
 ASSIGN_BLOCK = 2048  # codes assigned at a time: their distances stay in the cache
@@ -172,7 +172,7 @@ def nearest(
         home = near.argmax(1)
         return home, -near[np.arange(len(home)), home]
 
-    parts = list(in_order(find, plan_blocks(len(codes), ASSIGN_BLOCK), threads))
+    parts = list(ordered_map(find, plan_blocks(len(codes), ASSIGN_BLOCK), threads))
     home, best = (np.concatenate(side) for side in zip(*parts, strict=True))
     return home, best.astype(np.int64)
 
@@ -389,7 +389,7 @@ def nearest_other(codes: np.ndarray, count: int, threads: int) -> np.ndarray:
         near[rows, rows + span[0]] = near.min()
         return near.argmax(1)
 
-    parts = in_order(find, plan_blocks(count, PAIR_BLOCK), threads)
+    parts = ordered_map(find, plan_blocks(count, PAIR_BLOCK), threads)
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
@@ -416,7 +416,7 @@ def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndar
         return a, b
 
     parts = [(np.empty(0, np.int64),) * 2]
-    parts += in_order(find, plan_blocks(len(codes), PAIR_BLOCK), threads)
+    parts += ordered_map(find, plan_blocks(len(codes), PAIR_BLOCK), threads)
     a, b = (np.concatenate(side) for side in zip(*parts, strict=True))
     return a, b
 

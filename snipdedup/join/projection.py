@@ -22,7 +22,7 @@ import numpy as np
 from snipdedup.features.cosine import Directions, directions, row_sums
 from snipdedup.features.shards import plan_blocks
 from snipdedup.join.kernels import pick_kernel
-from snipdedup.parallel import in_order, scratch
+from snipdedup.parallel import ordered_map, scratch
 
 ARITHMETIC = "integers 1"  # what a code is: another name, another code of the same row
 
@@ -301,7 +301,7 @@ def moments(unit: np.ndarray, threads: int) -> np.ndarray:
         digits = torch.from_numpy(np.rint(unit[slice(*span)] * scale).astype(np.int8).T.copy())
         return kernel.multiply(digits, kernel.prepare(digits)).double()
 
-    total: Any = sum(in_order(part, plan_blocks(len(unit), MOMENT_ROWS), threads))
+    total: Any = sum(ordered_map(part, plan_blocks(len(unit), MOMENT_ROWS), threads))
     return np.asarray(total.numpy())
 
 

@@ -131,7 +131,9 @@ class Tasks:
         arrays = (found.bad, found.copies, found.firsts, skip)
         for name, array in zip(SCANNED, arrays, strict=True):
             store.save_npy(folder / name, array, lasting=False)
-        store.seal(self.scanned, [folder / name for name in SCANNED], {"crcs": found.crcs})
+        store.seal(
+            self.scanned, [folder / name for name in SCANNED], {"checksums": found.checksums}
+        )
         del found, arrays  # maps of files that go now
         shutil.rmtree(self.work / "copies", ignore_errors=True)
 
@@ -139,7 +141,7 @@ class Tasks:
         """Read back what was scanned; long arrays are mapped."""
         folder = self.scanned.parent
         bad, copies, firsts = (load_column(folder / name) for name in SCANNED[:3])
-        return Scan(bad, copies, firsts, store.load_json(self.scanned)["crcs"])
+        return Scan(bad, copies, firsts, store.load_json(self.scanned)["checksums"])
 
     @property
     def planned(self) -> Path:

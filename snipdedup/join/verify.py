@@ -13,7 +13,7 @@ import numpy as np
 from snipdedup.features.cosine import PROPOSAL_ERROR, Directions, directions, pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
-from snipdedup.parallel import in_order, scratch
+from snipdedup.parallel import ordered_map, scratch
 
 GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
 TRIED, MOSTLY = 16, 0.5  # one pair in so many says whether float32 would rule out enough of them
@@ -49,7 +49,7 @@ def verify_pairs(
     def check(span: tuple[int, int]) -> Edges:
         return prove(features, a[slice(*span)], b[slice(*span)], threshold, every, frozen)
 
-    yield from in_order(check, plan_blocks(len(a), GATHER_PAIRS), threads)
+    yield from ordered_map(check, plan_blocks(len(a), GATHER_PAIRS), threads)
 
 
 def prove(

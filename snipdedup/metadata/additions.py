@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from snipdedup.config import Dedup
 from snipdedup.features.shards import plan_blocks
@@ -220,8 +219,8 @@ def _caption_rows(removed: RemovedRows, path: Path) -> tuple[np.ndarray, np.ndar
         sorter.add(pack(kind, own, own))
     columns, cuts = Columns(path, {"representative": "<i8", "row": "<i8"}), [0]
     for records in sorter.ascending():
-        records = np.unique(records)  # a representative may have been added several times
-        columns.add(records["representative"], records["row"])
+        distinct = np.unique(records)  # a representative may have been added several times
+        columns.add(distinct["representative"], distinct["row"])
         cuts.append(columns.count)
     representative, row = columns.arrays()
     return representative, row, np.array(cuts, np.int64)

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata.keys import as_bytes, fingerprints, flat_bytes, number_equal
 from snipdedup.metadata.kept_rows import count_kept
+from snipdedup.metadata.keys import as_bytes, fingerprints, flat_bytes, number_equal
 from snipdedup.metadata.precheck import ColumnUse
 from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, Table, as_texts
 from snipdedup.storage import store

@@ -19,7 +19,13 @@ from snipdedup.features.shards import Features, open_features, plan_blocks, requ
 from snipdedup.metadata.check_order import check_removed_keys
 from snipdedup.metadata.export import FOLDER, list_columns, list_uses, write_lists
 from snipdedup.metadata.join_by_key import KeyJoin, plan_key_join
-from snipdedup.metadata.kept_rows import kept_names, try_writing, write_kept, write_kept_npy
+from snipdedup.metadata.kept_rows import (
+    FILES,
+    kept_names,
+    try_writing,
+    write_kept,
+    write_kept_npy,
+)
 from snipdedup.metadata.masks import (
     SCAN_ROWS,
     Mask,
@@ -34,7 +40,6 @@ from snipdedup.storage import locks, store
 
 KIND = "filter"
 RESERVED = ("metadata", FOLDER)
-FILES = "files"  # below the work folder: what is written before all of it is whole
 DONE = "whole"  # below the work folder: which of these files are
 
 
@@ -46,7 +51,7 @@ class FilterResult:
     ----------
     out : Path
     files : list of dict
-        Each file's ``name``, ``number`` in the whole set (None where not known), ``rows``, ``kept``.
+        Each file's ``name``, ``number`` in the whole set (None where unknown), ``rows``, ``kept``.
     join : dict or None
         With ``--on``: rows by how they were found, as the manifest has them.
     notes : sequence of str
@@ -152,8 +157,10 @@ def filter_rows(
     body["files"], written = write_rows(chosen, is_dup, work)
     try:
         mask.refuse_changed()
-        for source in (metadata, *([join.known] if join else []), *chosen.features.values()):
-            source.refuse_changed()
+        for table in (metadata, *([join.known] if join else [])):
+            table.refuse_changed()
+        for features in chosen.features.values():
+            features.refuse_changed()
     except InputError:
         store.release(out)
         raise
@@ -228,9 +235,9 @@ def choose_files_of_range(
                 f"metadata, {len(metadata.files)}, found {len(features.shards)}"
             )
     cut = slice(found.first, found.last)
-    features = {n: Features(f.shards[cut], f.folders) for n, f in inputs.features.items()}
+    shards = {n: Features(f.shards[cut], f.folders) for n, f in inputs.features.items()}
     part = Metadata(metadata.files[cut], metadata.folders)
-    return FilterInputs(part, features, found.number, row)
+    return FilterInputs(part, shards, found.number, row)
 
 
 def describe_request(

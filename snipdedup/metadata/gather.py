@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class TableSlices:
         order = np.argsort(number, kind="stable")
         table = pa.Table.from_batches(self.batches).take(pa.array(order)).combine_chunks()
         cuts = np.flatnonzero(np.diff(number[order], prepend=-1, append=-1))
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in pairwise(cuts):
             path, rows = self._path(int(number[order[start]])), table.slice(start, stop - start)
             with explained(path):
                 path.parent.mkdir(parents=True, exist_ok=True)

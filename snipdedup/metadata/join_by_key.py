@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from snipdedup import progress
 from snipdedup.errors import SnipError, UsageError
@@ -216,11 +215,10 @@ class KeyJoin:
             CONTRADICTED: f"another {self.columns.content}, so no match",
         }
         for state, reason in reasons.items():
-            if counts[state]:
-                where = ", ".join(metadata.place(row) for row in result.examples[state])
-                reason += f"; they {'go' if state in self.removing else 'stay'}: {where}"
+            where = ", ".join(metadata.place(row) for row in result.examples[state])
+            fate = f"; they {'go' if state in self.removing else 'stay'}: {where}" if where else ""
             if counts[state] or state != CONTRADICTED:
-                lines.append(f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}")
+                lines.append(f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}{fate}")
         lines.append(f"  {'repeated':<23}{result.repeated:>12,}  share their key with another row")
         return "\n".join(lines)
 
@@ -261,9 +259,7 @@ def plan_key_join(
     )
 
 
-def _find_known(
-    mask: Mask, keys: str | None, asked: Sequence[str]
-) -> tuple[Metadata, Path | None]:
+def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Metadata, Path | None]:
     """Return ``known`` and ``groups`` of `KeyJoin`: from --keys, from OUT's settings, or OUT."""
     if keys is not None:
         return _whole_set(open_metadata(keys), mask), None

@@ -19,6 +19,7 @@ from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.tables import Metadata, Table, open_table
 from snipdedup.storage import store
 
+FILES = "files"  # below a work folder: what is written before all of it is whole
 FLUSH_ROWS = 131_072  # a row group of what is written: enough to compress well
 FLUSH_BYTES = 64 << 20
 FEATURE_ROWS = 16_384  # rows of features in memory at a time

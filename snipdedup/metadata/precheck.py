@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from snipdedup.errors import SnipError
 from snipdedup.metadata.tables import Metadata, Table
-from snipdedup.storage.objects import side_by_side
+from snipdedup.storage.remote import map_requests
 
 
 class ColumnUse(NamedTuple):
@@ -53,7 +53,7 @@ def try_column_uses(metadata: Metadata, uses: Sequence[ColumnUse]) -> None:
         schema = str(file.schema)
         tasks.append((file, [use for use in uses if schema not in seen or not use.by_schema]))
         seen.add(schema)
-    side_by_side(lambda task: _try_file(*task), [task for task in tasks if task[1]])
+    map_requests(lambda task: _try_file(*task), [task for task in tasks if task[1]])
 
 
 def _try_file(file: Table, uses: Sequence[ColumnUse]) -> None:

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import (
     Features,
-    find_elsewhere,
+    find_remote,
     identities,
     is_shard_name,
     natural_sort,
     refuse_changed,
 )
-from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side, source
+from snipdedup.storage.remote import RemotePath, arrow_source, is_remote, map_requests
 
 SUFFIXES = (".parquet", ".csv")
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
@@ -140,7 +140,7 @@ class CsvTable(Table):
 
     def __init__(self, path: Path) -> None:
         with _explain_csv(path):
-            names = pa.csv.open_csv(source(path), CSV_READ, CSV_PARSE).schema.names
+            names = pa.csv.open_csv(arrow_source(path), CSV_READ, CSV_PARSE).schema.names
         super().__init__(path, 0, pa.schema([(name, pa.string()) for name in names]), DEFAULT_CODEC)
         self.rows = sum(batch.num_rows for batch in self._blocks())
 
@@ -161,7 +161,7 @@ class CsvTable(Table):
     def _blocks(self) -> Iterator[Any]:
         texts = pa.csv.ConvertOptions(column_types=self.schema)
         with _explain_csv(self.path):
-            yield from pa.csv.open_csv(source(self.path), CSV_READ, CSV_PARSE, texts)
+            yield from pa.csv.open_csv(arrow_source(self.path), CSV_READ, CSV_PARSE, texts)
 
 
 def open_table(path: Path) -> Table:
@@ -186,7 +186,7 @@ def open_parquet(path: Path) -> Any:
     """Return a buffered ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
     try:
         # pre_buffer would hold the whole row group
-        return pq.ParquetFile(source(path), buffer_size=STREAM_BYTES, pre_buffer=False)
+        return pq.ParquetFile(arrow_source(path), buffer_size=STREAM_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise SnipError(
             f"{path}: truncated or not a parquet file: {error}; fetch or write it again"
@@ -423,8 +423,8 @@ def open_metadata(spec: str | Path) -> Metadata:
     SnipError
         If there is none, a file is damaged, or the files differ in their columns.
     """
-    if is_elsewhere(spec):
-        return Metadata(side_by_side(open_table, find_metadata(spec)))
+    if is_remote(spec):
+        return Metadata(map_requests(open_table, find_metadata(spec)))
     folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
     return Metadata([open_table(path) for path in find_metadata(spec)], folders)
 
@@ -432,9 +432,9 @@ def open_metadata(spec: str | Path) -> Metadata:
 def find_metadata(spec: str | Path) -> list[Path]:
     """Return the files that a META argument means, in natural order."""
     text = str(spec)
-    if is_elsewhere(spec):
-        url = spec.url if isinstance(spec, Elsewhere) else text
-        return find_elsewhere(url, None, SUFFIXES, "no metadata found")
+    if is_remote(spec):
+        url = spec.url if isinstance(spec, RemotePath) else text
+        return find_remote(url, None, SUFFIXES, "no metadata found")
     path = Path(text).expanduser()
     if path.is_file():
         return [path]

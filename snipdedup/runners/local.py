@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from snipdedup.config import Dedup
-from snipdedup.parallel import cores, in_order, pick_device
+from snipdedup.parallel import cores, ordered_map, pick_device
 from snipdedup.runners.forked import can_fork, in_processes
 from snipdedup.runners.ray import Ray
 from snipdedup.runners.slurm import Crew, Place
@@ -86,7 +86,7 @@ class Local:
         if self.forks and several and pick_device(self.device) == "cpu":
             yield from in_processes(do, tasks, workers)
         else:
-            yield from in_order(run, tasks, workers)
+            yield from ordered_map(run, tasks, workers)
 
     def finish(self) -> None:
         """See `Runner.finish`."""

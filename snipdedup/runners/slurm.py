@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 from snipdedup import progress
 from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 from snipdedup.runners.claims import Claims
 from snipdedup.storage import store
 
@@ -87,7 +87,7 @@ class Crew:
         while left:
             self.refuse_written()
             still = []
-            for task, done in in_order(help_with, left, self.here if within == 1 else 1):
+            for task, done in ordered_map(help_with, left, self.here if within == 1 else 1):
                 if done:
                     yield task
                 else:

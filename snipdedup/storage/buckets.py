@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from snipdedup.errors import SnipError
-from snipdedup.storage.remote import (
+from snipdedup.storage.urls import (
     CHUNK,
     Folder,
     MissingError,

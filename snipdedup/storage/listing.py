@@ -13,8 +13,8 @@ from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.storage import buckets, store
-from snipdedup.storage.objects import Elsewhere, insistently, side_by_side
-from snipdedup.storage.remote import is_web, shown
+from snipdedup.storage.remote import RemotePath, map_requests, with_retries
+from snipdedup.storage.urls import is_web, redacted
 
 INNER, BESIDE = "img_emb", "metadata"  # a folder that has no shard itself may hold these
 MASK = "is_dup.npy"  # with a manifest: an OUT
@@ -43,27 +43,27 @@ def find(url: str, span: tuple[int, int] | None, suffixes: Sequence[str], none: 
     if span is not None:
         return numbered(url, span, none)
     if is_web(url):
-        if has_magic(shown(url)) or not Path(shown(url)).suffix:
+        if has_magic(redacted(url)) or not Path(redacted(url)).suffix:
             raise UsageError(
-                f"{shown(url)}: a web server does not list its files; name one, or use a "
+                f"{redacted(url)}: a web server does not list its files; name one, or use a "
                 "{part:04d} pattern with --parts (a folder that snip wrote: snip download it first)"
             )
-        return [Elsewhere(url)]
+        return [RemotePath(url)]
     found = matching(url) if has_magic(url) else inside(url, suffixes)
     if not found:
-        raise SnipError(f"{none}: nothing matches {shown(url)}")
+        raise SnipError(f"{none}: nothing matches {redacted(url)}")
     return found
 
 
 def numbered(pattern: str, span: tuple[int, int], none: str) -> list[Path]:
     """Expand a ``{part:04d}`` pattern."""
     try:
-        paths = [Elsewhere(pattern.format(part=part)) for part in range(*span)]
+        paths = [RemotePath(pattern.format(part=part)) for part in range(*span)]
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise UsageError(
-            f"{shown(pattern)}: expected a pattern such as img_emb_{{part:04d}}.npy"
+            f"{redacted(pattern)}: expected a pattern such as img_emb_{{part:04d}}.npy"
         ) from error
-    there = side_by_side(Elsewhere.is_file, paths)
+    there = map_requests(RemotePath.is_file, paths)
     missing = [path for path, is_there in zip(paths, there, strict=True) if not is_there]
     if missing:
         raise SnipError(f"{none}: {missing[0]} ({len(missing)} of {len(paths)} are missing)")
@@ -80,14 +80,14 @@ def matching(url: str) -> list[Path]:
 
 def inside(url: str, suffixes: Sequence[str]) -> list[Path]:
     """Return a file, or the files of a folder, or of its ``img_emb/`` where it has none itself."""
-    entries = insistently(lambda: entries_of(url))
+    entries = with_retries(lambda: entries_of(url))
     if entries is None:
-        return [Elsewhere(url)]
+        return [RemotePath(url)]
     files = [entry for entry in entries if is_plain(entry)]
     if {store.MANIFEST, MASK} <= {name_of(entry) for entry in files}:
         raise UsageError(
-            f"{shown(url)}: expected features or metadata, found what snip dedup wrote; fetch it "
-            f"first: snip download {shown(url)} FOLDER"
+            f"{redacted(url)}: expected features or metadata, found what snip dedup wrote; fetch "
+            f"it first: snip download {redacted(url)} FOLDER"
         )
     system, _ = buckets.filesystem(url)
     for suffix in suffixes:
@@ -97,8 +97,8 @@ def inside(url: str, suffixes: Sequence[str]) -> list[Path]:
     if INNER in folders(entries) and ".npy" in suffixes:
         return inside(f"{url.rstrip('/')}/{INNER}", suffixes)
     raise SnipError(
-        f"nothing to read in {shown(url)}: expected {' or '.join('*' + s for s in suffixes)} (the "
-        "folder is not searched recursively)"
+        f"nothing to read in {redacted(url)}: expected {' or '.join('*' + s for s in suffixes)} "
+        "(the folder is not searched recursively)"
     )
 
 
@@ -112,7 +112,7 @@ def beside(url: str, suffixes: Sequence[str]) -> Path | None:
         return None
     if not {INNER, BESIDE} <= folders(entries):
         return None
-    return Elsewhere(f"{url.rstrip('/')}/{BESIDE}")
+    return RemotePath(f"{url.rstrip('/')}/{BESIDE}")
 
 
 def is_folder(url: str) -> bool:
@@ -146,6 +146,6 @@ def name_of(entry: dict[str, Any]) -> str:
     return str(entry["name"]).rstrip("/").rpartition("/")[2]
 
 
-def place(system: Any, entry: dict[str, Any]) -> Elsewhere:
+def place(system: Any, entry: dict[str, Any]) -> RemotePath:
     """Return an entry as a file elsewhere."""
-    return Elsewhere(system.unstrip_protocol(entry["name"]))
+    return RemotePath(system.unstrip_protocol(entry["name"]))

@@ -28,7 +28,7 @@ from snipdedup import __version__
 from snipdedup.config import Dedup, mistyped
 from snipdedup.errors import SnipError, TakenError, UsageError, WriteError
 from snipdedup.storage import locks, swap
-from snipdedup.storage.remote import shown
+from snipdedup.storage.urls import redacted
 
 MANIFEST, WORK = swap.MANIFEST, swap.WORK
 FORMAT = 1
@@ -295,7 +295,7 @@ def without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
     def clean(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [clean(item) for item in value]
-        return shown(value) if isinstance(value, str) and "://" in value else value
+        return redacted(value) if isinstance(value, str) and "://" in value else value
 
     return {name: clean(value) for name, value in settings.items()}
 

@@ -265,11 +265,11 @@ def test_adding_shards_leaves_no_pair_and_changes_nothing(sets, tmp_path):
     assert [held["first"] for held in manifest["references"]] == [0, (~removed[:500]).sum()]
     assert manifest["counts"]["reference_rows"] == (~removed[:700]).sum()
     for held, folder in zip(manifest["references"], folders[:2], strict=True):
-        crcs = [shard["crc32"] for shard in held["shards"]]
+        checksums = [shard["checksum"] for shard in held["shards"]]
         own = tmp_path / "own" / folder.name
         assert truth.snip("dedup", folder, "--out", own)[0] == 0
         known = json.loads((own / "snip.json").read_text())["shards"]
-        assert crcs == [shard["crc32"] for shard in known]
+        assert checksums == [shard["checksum"] for shard in known]
 
 
 def test_decontamination_removes_what_is_in_a_test_set(sets, tmp_path):

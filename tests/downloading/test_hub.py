@@ -17,8 +17,9 @@ from snipdedup.config import Download
 from snipdedup.downloading import hub, transfer
 from snipdedup.downloading import run as download
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import remote, store
-from snipdedup.storage.remote import MissingError
+from snipdedup.storage import store
+from snipdedup.storage import urls as remote_urls
+from snipdedup.storage.urls import MissingError
 
 SIZES = [30, 7, 50, 21, 40]
 STARTS = np.cumsum([0, *SIZES])
@@ -278,11 +279,11 @@ def test_the_token_goes_to_the_hub_alone_and_stays_unsaid(running, tmp_path, sni
 
 
 def test_a_token_stays_behind_where_a_redirect_leaves(running):
-    access = remote.Access(remote.origin_of(running.url), TOKEN)
+    access = remote_urls.Access(remote_urls.origin_of(running.url), TOKEN)
     running.store.files["a.bin"] = b"there"
     with Server() as elsewhere:
         elsewhere.faults["a.bin"] = (302, {"Location": f"{running.store.url}/a.bin"})
-        stream = transfer.web.open_at(remote.Remote(f"{elsewhere.url}/a.bin", access=access))
+        stream = transfer.http.open_at(remote_urls.Remote(f"{elsewhere.url}/a.bin", access=access))
         assert b"".join(stream.chunks) == b"there"
         assert "Authorization" not in elsewhere.asked[0][1]
     assert "Authorization" not in running.store.asked[0][1]

@@ -18,7 +18,8 @@ from snipdedup.config import Download
 from snipdedup.downloading import run as download
 from snipdedup.downloading import transfer
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import remote, store, web
+from snipdedup.storage import http, store
+from snipdedup.storage import urls as remote_urls
 
 SIZES = [30, 7, 50, 21, 40]
 STARTS = [0, 30, 37, 87, 108]
@@ -215,20 +216,20 @@ def test_redirects_are_followed(server, tmp_path, is_dup):
 
 
 def test_a_footer_longer_than_the_first_request(server, tmp_path, monkeypatch):
-    two, three = (remote.Remote(f"{server.url}/m_000{number}.parquet") for number in (2, 3))
-    monkeypatch.setattr(web, "TAIL", 16)
-    assert web.parquet_rows(two) == 50
+    two, three = (remote_urls.Remote(f"{server.url}/m_000{number}.parquet") for number in (2, 3))
+    monkeypatch.setattr(http, "TAIL", 16)
+    assert http.parquet_rows(two) == 50
     assert len(server.asked) == 2
-    monkeypatch.setattr(web, "TAIL", 1 << 20)
-    assert web.parquet_rows(three) == 21
-    sized = remote.Remote(three.url, size=len(server.files["m_0003.parquet"]))
-    assert web.parquet_rows(sized) == 21
+    monkeypatch.setattr(http, "TAIL", 1 << 20)
+    assert http.parquet_rows(three) == 21
+    sized = remote_urls.Remote(three.url, size=len(server.files["m_0003.parquet"]))
+    assert http.parquet_rows(sized) == 21
     server.files["m_0003.parquet"] = b"PAR1 but not at the end"
     with pytest.raises(SnipError, match="truncated or not a parquet file"):
-        web.parquet_rows(three)
+        http.parquet_rows(three)
     server.files["m_0003.parquet"] = b"PAR1" + b"\xff" * 7 + b"\x00PAR1"
     with pytest.raises(SnipError, match="footer is longer than the file"):
-        web.parquet_rows(three)
+        http.parquet_rows(three)
 
 
 def test_one_url(server, tmp_path, is_dup):

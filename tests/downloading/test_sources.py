@@ -16,8 +16,8 @@ from snipdedup.downloading import presets, sources, transfer
 from snipdedup.downloading import run as download
 from snipdedup.downloading.sources import find, find_features
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import buckets, remote, store
-from snipdedup.storage.remote import MissingError
+from snipdedup.storage import buckets, store, urls
+from snipdedup.storage.urls import MissingError
 
 ROWS = [12, 5, 20, 9]
 
@@ -64,7 +64,7 @@ def stored(folder, scheme="memory"):
 
 
 def look(source, start, end):
-    opened = None if remote.is_web(source) else sources.open_folder(source)
+    opened = None if urls.is_web(source) else sources.open_folder(source)
     return find(source, start, end, opened)
 
 

@@ -18,8 +18,8 @@ from servers import Server
 from snipdedup.downloading import transfer
 from snipdedup.downloading.transfer import save
 from snipdedup.errors import SnipError
-from snipdedup.storage import locks, remote, store
-from snipdedup.storage.remote import MissingError, Remote, TemporaryError
+from snipdedup.storage import locks, store, urls
+from snipdedup.storage.urls import MissingError, Remote, TemporaryError
 
 BODY = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -304,7 +304,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from snipdedup.downloading.transfer import save
-from snipdedup.storage.remote import Remote
+from snipdedup.storage.urls import Remote
 save(Remote(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -337,12 +337,12 @@ def wait_for_more(part, held):
 
 
 def test_names_and_what_they_hide():
-    assert remote.shown("https://me:hush@host/a?b=hush#c") == "https://host/a"
-    assert remote.shown("ftp://me:hush@host/a") == "ftp://host/a"
-    assert remote.shown("/a/b?c") == "/a/b?c"
-    assert remote.name_of("https://host/a/b%20c.parquet?x=/d") == "b c.parquet"
-    assert remote.name_of("s3://bucket/a/b%20c.parquet") == "b%20c.parquet"
-    assert remote.beside("https://host/a/b.npy?sig=1", "snip.json") == "https://host/a/snip.json"
+    assert urls.redacted("https://me:hush@host/a?b=hush#c") == "https://host/a"
+    assert urls.redacted("ftp://me:hush@host/a") == "ftp://host/a"
+    assert urls.redacted("/a/b?c") == "/a/b?c"
+    assert urls.name_of("https://host/a/b%20c.parquet?x=/d") == "b c.parquet"
+    assert urls.name_of("s3://bucket/a/b%20c.parquet") == "b%20c.parquet"
+    assert urls.beside("https://host/a/b.npy?sig=1", "snip.json") == "https://host/a/snip.json"
     for wrong in ("https://host/", "https://host/a/..%2fb", "https://host/.hidden"):
         with pytest.raises(SnipError, match="expected a file name at its end"):
-            remote.name_of(wrong)
+            urls.name_of(wrong)

@@ -16,20 +16,19 @@ from snipdedup.join import brute_force
 from snipdedup.join.brute_force import (
     exact_edges,
     load_panel,
-    nearest_rows,
     panel_rows,
     tile_pairs,
     tile_plan,
 )
 from snipdedup.join.forest import ForestBuilder, join_edges, spanning_forest
-from snipdedup.parallel import in_order
+from snipdedup.parallel import ordered_map
 
 
 def all_pairs(features, threshold, *, threads):
     """Every pair of a small set, distinct or not, by the tiles of brute force."""
     panel = load_panel(features, np.arange(features.rows))
     plan = tile_plan(features.rows, max(features.rows, 1), 0, 0)
-    tiles = in_order(lambda tile: tile_pairs(panel, panel, *tile, threshold), plan, threads)
+    tiles = ordered_map(lambda tile: tile_pairs(panel, panel, *tile, threshold), plan, threads)
     return join_edges(list(tiles))
 
 
@@ -142,35 +141,6 @@ def test_the_forest_filtered_is_a_fresh_search(seed, threshold):
     once = spanning_forest(all_pairs(features, 0.9, threads=1)).at(threshold)
     again = spanning_forest(all_pairs(features, threshold, threads=1))
     assert listed(once) == listed(again)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_nearest_row_is_that_of_the_table(threads):
-    x = truth.clustered(300, 9, 2, noise=0.8)
-    x[40], x[41] = np.nan, 0
-    skip = np.zeros(300, bool)
-    skip[50:200:3] = True
-    sample = np.setdiff1d(np.arange(0, 300, 7), [40, 41])
-    with np.errstate(invalid="ignore"):
-        table = truth.cosine_table(x)[sample]
-    table[:, skip | np.isin(np.arange(300), [40, 41])] = -2
-    table[np.arange(len(sample)), sample] = -2
-    with mock.patch.object(brute_force, "STREAM_ROWS", 64):
-        nearest, cosine = nearest_rows(
-            open_features([x[:77], x[77:]]), sample, skip, threads=threads
-        )
-    assert np.array_equal(nearest, table.argmax(1))
-    np.testing.assert_allclose(cosine, table.max(1), atol=1e-7)
-
-
-def test_a_lone_row_has_no_nearest():
-    x = np.eye(4, dtype=np.float32)
-    nearest, cosine = nearest_rows(
-        open_features(x), np.array([1, 3]), np.array([1, 0, 1, 1], bool), threads=1
-    )
-    assert nearest.tolist() == [-1, 1]
-    assert np.isnan(cosine[0])
-    assert cosine[1] == 0
 
 
 @settings(max_examples=40)

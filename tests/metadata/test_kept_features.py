@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from snipdedup.metadata.kept_features import feature_rows, write_staying
 
 from snipdedup.errors import SnipError
 from snipdedup.metadata import kept_features
-from snipdedup.metadata.kept_features import feature_rows, write_staying
 
 RNG = np.random.default_rng(0)
 STAY = RNG.random(75) < 0.6

@@ -9,7 +9,7 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.features.shards import open_features
-from snipdedup.storage import objects, store
+from snipdedup.storage import remote, store
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -37,7 +37,7 @@ def bucket(address, tmp_path, monkeypatch):
     for name, value in (("ENDPOINT_URL", address), ("ACCESS_KEY_ID", "x"),
                         ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):  # fmt: skip
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr(objects, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
     s3fs.S3FileSystem.clear_instance_cache()
     for name in ("set/img_emb", "set/metadata"):
         (tmp_path / name).mkdir(parents=True)

@@ -20,7 +20,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from snipdedup import __version__
 from snipdedup.errors import SnipError
-from snipdedup.storage.remote import (
+from snipdedup.storage.urls import (
     CHUNK,
     Access,
     MissingError,
@@ -30,7 +30,7 @@ from snipdedup.storage.remote import (
     TemporaryError,
     is_web,
     origin_of,
-    shown,
+    redacted,
 )
 
 TIMEOUT_S = 30
@@ -69,7 +69,7 @@ class Redirects(HTTPRedirectHandler):
     ) -> Request | None:
         """See `HTTPRedirectHandler.redirect_request`."""
         if not is_web(newurl) or (is_web(req.full_url) and _less_safe(req.full_url, newurl)):
-            raise HTTPError(req.full_url, code, f"redirects to {shown(newurl)}", headers, fp)
+            raise HTTPError(req.full_url, code, f"redirects to {redacted(newurl)}", headers, fp)
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None and origin_of(newurl) != origin_of(req.full_url):
             request.remove_header("Authorization")
@@ -125,14 +125,14 @@ def get(
         raise unreachable(url, error) from error
     if response.status not in (200, 206) or (response.status == 206 and not span):
         response.close()
-        raise SnipError(f"{shown(url)}: expected status 200, found {response.status}")
+        raise SnipError(f"{redacted(url)}: expected status 200, found {response.status}")
     return response
 
 
 def unreachable(url: str, error: Exception) -> SnipError:
     """Return what to say of a server that gives no answer."""
     reason = error.reason if isinstance(error, URLError) else error
-    text = f"{shown(url)}: the server cannot be reached: {reason}"
+    text = f"{redacted(url)}: the server cannot be reached: {reason}"
     if isinstance(reason, ValueError) or getattr(reason, "errno", None) == socket.EAI_NONAME:
         return SnipError(f"{text}; check the URL")
     return TemporaryError(f"{text}; {AGAIN}")
@@ -141,11 +141,11 @@ def unreachable(url: str, error: Exception) -> SnipError:
 def refusal(url: str, error: HTTPError) -> SnipError:
     """Return what a status of 300 and above means, and what to do."""
     headers = error.headers
-    text = f"{shown(url)}: {error.code} {error.reason}"
+    text = f"{redacted(url)}: {error.code} {error.reason}"
     if 300 <= error.code < 400:
         return SnipError(f"{text.splitlines()[0]}; {MOVED}")
     if headers.get("X-Error-Code") == "GatedRepo":
-        return SnipError(f"{text}; {GATED.format(page=shown(url).partition('/resolve/')[0])}")
+        return SnipError(f"{text}; {GATED.format(page=redacted(url).partition('/resolve/')[0])}")
     if "disabled" in headers.get("X-Error-Message", ""):
         return SnipError(f"{text}; {DISABLED}")
     if error.code == 416:
@@ -200,7 +200,7 @@ def content_range(response: HTTPResponse, url: str) -> tuple[int, int, int]:
     span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", told)
     if not span:
         response.close()
-        raise RangeError(f"{shown(url)}: expected a Content-Range, found {told!r}")
+        raise RangeError(f"{redacted(url)}: expected a Content-Range, found {told!r}")
     return int(span[1]), int(span[2]), int(span[3])
 
 
@@ -214,7 +214,7 @@ def chunks(response: HTTPResponse, url: str) -> Iterator[bytes]:
                 chunk = response.read1(CHUNK)  # what is there: a kill loses no more
             except (OSError, HTTPException) as error:
                 raise TemporaryError(
-                    f"{shown(url)}: the connection broke after {found:,} bytes: {error}; {AGAIN}"
+                    f"{redacted(url)}: the connection broke after {found:,} bytes: {error}; {AGAIN}"
                 ) from error
             if not chunk:
                 break
@@ -222,7 +222,8 @@ def chunks(response: HTTPResponse, url: str) -> Iterator[bytes]:
             yield chunk
     if told.isdecimal() and int(told) != found:
         raise TemporaryError(
-            f"{shown(url)}: truncated: {int(told):,} bytes were announced, {found:,} came; {AGAIN}"
+            f"{redacted(url)}: truncated: {int(told):,} bytes were announced, {found:,} came; "
+            f"{AGAIN}"
         )
 
 
@@ -271,5 +272,5 @@ def read_tail(remote: Remote, size: int) -> bytes | None:
 def footer_size(tail: bytes, url: str) -> int:
     """Return how many bytes at the end of a parquet file its footer takes."""
     if len(tail) < PARQUET_END + len(MAGIC) or tail[-4:] != MAGIC:
-        raise SnipError(f"{shown(url)}: truncated or not a parquet file")
+        raise SnipError(f"{redacted(url)}: truncated or not a parquet file")
     return int.from_bytes(tail[-PARQUET_END:-4], "little") + PARQUET_END
