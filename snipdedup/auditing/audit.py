@@ -28,7 +28,8 @@ from snipdedup.metadata.tables import KEY_COLUMNS, open_parquet
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
+from snipdedup.storage.manifest import as_written, read_manifest
 
 KIND = "dedup"
 
@@ -42,20 +43,20 @@ def run(options: Audit) -> str:
         If anything is wrong with OUT.
     """
     folder = Path(options.out).expanduser()
-    with store.as_written(folder):
+    with as_written(folder):
         return judge(folder, options)
 
 
 def judge(folder: Path, options: Audit) -> str:
     """Return the verdict of a finished OUT, or raise it."""
-    manifest = store.read_manifest(folder, KIND)
+    manifest = read_manifest(folder, KIND)
     if options.judged is not None:
         return human_precision(folder, Path(options.judged).expanduser())
     sheet = None if options.sheet is None else Path(options.sheet).expanduser()
     features = open_input(options, manifest)
     if sheet is not None:
         refuse_existing(sheet)
-        store.refuse_output_file(sheet, [folder, *features.inputs()])
+        out_folder.refuse_output_file(sheet, [folder, *features.inputs()])
     texts = open_texts(folder, manifest, options.metadata)
     verdict = Verdict()
     readable = audit(folder, manifest, features, texts, options, verdict)
@@ -168,7 +169,7 @@ def check_outputs(folder: Path, manifest: dict[str, Any], verdict: Verdict) -> N
         path = folder / name
         if not path.is_file():
             verdict.fail("outputs", f"{name} is missing")
-        elif path.stat().st_size != known["size"] or store.sha256(path) != known["sha256"]:
+        elif path.stat().st_size != known["size"] or atomic.sha256(path) != known["sha256"]:
             verdict.fail("outputs", f"{name} is not the file that was written: other SHA-256")
         else:
             agree += 1

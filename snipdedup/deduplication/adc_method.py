@@ -40,7 +40,8 @@ from snipdedup.index.search import (
 from snipdedup.join.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, cores, ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
 
@@ -349,11 +350,13 @@ def open_or_build(features: Features | None, options: config.Dedup, work: Path) 
 
 def drop_damaged(folder: Path) -> None:
     """Remove an index that a stopped run finished, if it is not any more as it was written."""
-    if not (folder / store.MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         return
     try:
-        outputs = store.read_manifest(folder, "index")["outputs"]
-        whole = all(store.sha256(folder / name) == held["sha256"] for name, held in outputs.items())
+        outputs = read_manifest(folder, "index")["outputs"]
+        whole = all(
+            atomic.sha256(folder / name) == held["sha256"] for name, held in outputs.items()
+        )
     except (SnipError, OSError, LookupError, TypeError):
         whole = False
     if not whole:

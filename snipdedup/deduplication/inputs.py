@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
 def named_paths(manifest: dict[str, Any]) -> Iterator[Path]:
     """Yield the folders and files that a finished run read, where they still are.
 
-    Nothing is to be written there; see `store.refuse_output_file`.
+    Nothing is to be written there; see `out_folder.refuse_output_file`.
     """
     settings = manifest.get("settings", {})
     parts = settings.get("parts")

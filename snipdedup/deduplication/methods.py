@@ -28,7 +28,8 @@ from snipdedup.join.pipeline import join, needed_memory
 from snipdedup.join.tasks import Tasks
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.progress import Clock
-from snipdedup.runners.local import Local, Runner
+from snipdedup.runners.base import Runner
+from snipdedup.runners.local import Local
 
 
 def method_of(options: Dedup) -> str:
@@ -47,8 +48,8 @@ def search(
     ------
     SnipError
         If there are bad rows and they are not to be kept.
-    crew.Written
-        If another process finished the run.
+    slurm.ShareDone
+        If this is not the process that writes the result.
     """
     features, method = inputs.features, method_of(options)
     if method == "adc" or features is None:

@@ -33,7 +33,7 @@ from snipdedup.metadata.gather import gather_columns
 from snipdedup.metadata.kept_rows import kept_names, write_kept
 from snipdedup.metadata.tables import Metadata, Table, as_texts
 from snipdedup.parallel import cores, memory_bound, run_all
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import load_column
 from snipdedup.storage.remote import absolute_location
 
@@ -47,7 +47,7 @@ TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched thresho
 
 def grouping_folder(out: Path) -> Path:
     """Return where groups wait that do not fit into memory; gone at the end of a run."""
-    return out / store.WORK / "grouping"
+    return out / locks.WORK / "grouping"
 
 
 def check_metadata(options: Dedup, metadata: Metadata | None) -> str | None:
@@ -76,7 +76,7 @@ def write_tables(
     result: Result, out: Path, metadata: Metadata | None, key: str | None, options: Dedup
 ) -> list[Path]:
     """Write all files of OUT but the manifest; return their paths."""
-    with store.writing_npy(out / "is_dup.npy", np.dtype(bool), (result.rows,)) as file:
+    with atomic.writing_npy(out / "is_dup.npy", np.dtype(bool), (result.rows,)) as file:
         for mask in result.mask():
             mask.tofile(file)
     tables = (
@@ -84,21 +84,21 @@ def write_tables(
         partial(write_groups, result, out, metadata, key),
     )
     run_all(tables, side_by_side(result, options))
-    store.save_parquet(out / "histogram.parquet", histogram_table(result))
+    atomic.save_parquet(out / "histogram.parquet", histogram_table(result))
     outputs = [out / name for name in TABLES]
     if len(result.found.bad):
-        store.save_parquet(out / "bad_rows.parquet", bad_table(result.found))
+        atomic.save_parquet(out / "bad_rows.parquet", bad_table(result.found))
         outputs.append(out / "bad_rows.parquet")
     if result.found.flags is not None:
-        store.save_npy(out / "flags.npy", result.found.flags)
+        atomic.save_npy(out / "flags.npy", result.found.flags)
         outputs.append(out / "flags.npy")
     if result.found.best is not None:
         outputs += save_best(result.found.best, out)
     if result.found.references is not None:
-        store.save_parquet(out / "references.parquet", references_table(result.found))
+        atomic.save_parquet(out / "references.parquet", references_table(result.found))
         outputs.append(out / "references.parquet")
     if options.pairs:
-        outputs += [(out / store.WORK / name).replace(out / name) for name in PAIR_TABLES]
+        outputs += [(out / locks.WORK / name).replace(out / name) for name in PAIR_TABLES]
     if metadata is not None:
         outputs += write_metadata(result, out, metadata, options)
     return outputs
@@ -112,7 +112,7 @@ def side_by_side(result: Result, options: Dedup) -> int:
 def write_forest(found: Found, out: Path) -> None:
     """Write ``forest.parquet``, some edges at a time."""
     schema = forest_table(found, join_edges([])).schema
-    with store.writing_parquet(out / "forest.parquet", schema) as write:
+    with atomic.writing_parquet(out / "forest.parquet", schema) as write:
         for edges in found.edges(grouping_folder(out)):
             write(forest_table(found, edges))
 
@@ -122,7 +122,7 @@ def write_groups(result: Result, out: Path, metadata: Metadata | None, key: str 
     found, at = result.found, 0
     schema = groups_table(found, no_members(), None).schema
     with (
-        store.writing_parquet(out / "groups.parquet", schema) as write,
+        atomic.writing_parquet(out / "groups.parquet", schema) as write,
         closing(group_keys(result, out, metadata, key)) as keys,
     ):
         for members, table in zip(slices(result.members), keys, strict=False):
@@ -157,7 +157,7 @@ def prepare_pairs(result: Result, out: Path, options: Dedup) -> None:
         raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
     if len(found.forest.a) > options.max_pairs:
         raise too_many(options.max_pairs)
-    work, threads, threshold = out / store.WORK, cores(options.threads), found.threshold
+    work, threads, threshold = out / locks.WORK, cores(options.threads), found.threshold
 
     def pairs() -> Generator[Edges, None, None]:
         for block in found.blocks(threshold, grouping_folder(out)):
@@ -166,7 +166,7 @@ def prepare_pairs(result: Result, out: Path, options: Dedup) -> None:
     with closing(pairs()) as parts:
         write_pairs(work / "pairs.parquet", parts, options.max_pairs)
     copies = pa.table({"row": found.copies, "first": found.firsts})
-    store.save_parquet(work / "copies.parquet", copies)
+    atomic.save_parquet(work / "copies.parquet", copies)
 
 
 def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup) -> list[Path]:
@@ -308,6 +308,6 @@ def save_best(best: Best, out: Path) -> list[Path]:
         "match": pa.array(best.match, mask=lone),
         "similarity": pa.array(best.similarity, mask=lone),
     }
-    store.save_parquet(out / "semdedup.parquet", pa.table(columns))
-    store.save_npy(out / "centroids.npy", best.centroids)
+    atomic.save_parquet(out / "semdedup.parquet", pa.table(columns))
+    atomic.save_npy(out / "centroids.npy", best.centroids)
     return [out / "semdedup.parquet", out / "centroids.npy"]

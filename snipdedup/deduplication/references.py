@@ -30,8 +30,9 @@ from snipdedup.features.shards import (
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
 from snipdedup.groups.star import Nearest
 from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import Columns, among
+from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest, versions
 from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT
@@ -248,10 +249,10 @@ def kept_model(references: References, rows: int, options: Dedup) -> Path | None
     for item in references.items:
         if item.kind != EARLIER or item.path is None or item.features.rows < rows:
             continue
-        manifest = store.read_manifest(Path(item.path), KIND)
-        settings, path = manifest["settings"], Path(item.path) / store.WORK / "model.npz"
+        manifest = read_manifest(Path(item.path), KIND)
+        settings, path = manifest["settings"], Path(item.path) / locks.WORK / "model.npz"
         same = all(settings[name] == getattr(options, name) for name in names)
-        if same and manifest["versions"] == store.versions() and path.is_file():
+        if same and manifest["versions"] == versions() and path.is_file():
             return path
     return None
 
@@ -281,10 +282,10 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
         yield Reference(name, FEATURES, None, features, np.arange(features.rows))
         return
     path = absolute_location(source)
-    if store.is_finished(Path(path)):
+    if is_finished(Path(path)):
         yield from open_earlier(Path(path), str(source))
         return
-    if (Path(path) / store.WORK / store.REQUEST).is_file():
+    if (Path(path) / locks.WORK / locks.REQUEST).is_file():
         raise SnipError(f"--reference {source} is of a run that was stopped; finish it first")
     features = open_features(source, **how)
     yield Reference(str(source), FEATURES, path, features, np.arange(features.rows))
@@ -294,7 +295,7 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
     """Yield the references of a finished run, then its rows that stay."""
     import pyarrow.parquet as pq
 
-    manifest = store.read_manifest(folder, KIND)
+    manifest = read_manifest(folder, KIND)
     settings = manifest["settings"]
     if settings["features"] is None or not manifest["verified"]:
         raise SnipError(f"{folder} names no features on disk, so it cannot be a --reference")
@@ -303,10 +304,10 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
         yield from open_held(folder, held, how)
     features = open_searched(folder, settings["features"], how)
     check_searched(folder, features, manifest)
-    mask = store.sha256(folder / "is_dup.npy")
+    mask = atomic.sha256(folder / "is_dup.npy")
     if mask != manifest["outputs"]["is_dup.npy"]["sha256"]:
         raise SnipError(f"{folder / 'is_dup.npy'} is not what the run wrote; make it anew")
-    with store.as_written(folder):
+    with as_written(folder):
         live = ~np.load(folder / "is_dup.npy")
         if (folder / "bad_rows.parquet").is_file():
             live[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
@@ -360,7 +361,7 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
     now = request_of(features)
     accept_dates(now, features, manifest)
     if len(manifest["shards"]) != len(manifest["request"]["features"]):
-        raise SnipError(f"{folder / store.MANIFEST}: damaged: it names other shards in two places")
+        raise SnipError(f"{folder / MANIFEST}: damaged: it names other shards in two places")
     names = [[shard["name"] for shard in found["features"]] for found in (now, manifest["request"])]
     if names[0] != names[1]:
         changed = sorted(set(names[0]) ^ set(names[1])) or ["their order"]

@@ -27,7 +27,8 @@ from snipdedup.metadata.masks import (
     resolve_sizes,
 )
 from snipdedup.metadata.tables import open_metadata, open_table
-from snipdedup.storage import buckets, http, store
+from snipdedup.storage import atomic, buckets, http
+from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.urls import MissingError, Remote, TemporaryError, is_web, redacted, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
@@ -41,7 +42,7 @@ def published_mask(spec: str, totals: str | None, work: Path) -> Mask:
         remote, manifest = look_up(spec, MASK)
         mask = local_copy(remote, folder / "mask")
         if manifest is not None:
-            try_manifest(manifest, folder / "mask" / store.MANIFEST)
+            try_manifest(manifest, folder / "mask" / MANIFEST)
     if totals is not None and scheme_of(totals):
         remote, _ = look_up(totals, TOTALS)
         totals = str(local_copy(remote, folder / "totals"))
@@ -66,7 +67,7 @@ def try_manifest(remote: Remote, target: Path) -> None:
     """Fetch the manifest beside a mask, where there is one."""
     try:
         transfer.save(remote, target)
-        store.load_json(target)
+        atomic.load_json(target)
     except MissingError:
         return
     except TemporaryError:

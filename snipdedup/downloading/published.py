@@ -15,7 +15,8 @@ from snipdedup.downloading import transfer
 from snipdedup.downloading.parallel import fetch_each
 from snipdedup.downloading.transfer import Watch
 from snipdedup.errors import SnipError
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks
+from snipdedup.storage.manifest import FORMAT, MANIFEST, put_in_place
 from snipdedup.storage.urls import MissingError, Remote, is_web
 
 FETCHED = "artefact"  # below the work folder
@@ -24,7 +25,7 @@ FETCHED = "artefact"  # below the work folder
 def manifest_at(folder: str) -> Remote:
     """Return where the manifest of an http(s) folder is, if it is a published one."""
     head, mark, query = folder.partition("?")
-    return Remote(f"{head.rstrip('/')}/{store.MANIFEST}{mark}{query}")
+    return Remote(f"{head.rstrip('/')}/{MANIFEST}{mark}{query}")
 
 
 def read(manifest: Remote, target: Path) -> dict[str, Any]:
@@ -36,10 +37,10 @@ def read(manifest: Remote, target: Path) -> dict[str, Any]:
             f"{manifest.shown}: there is none; expected a template with {{part:04d}}, a metadata "
             "file, or a folder that snip wrote"
         ) from None
-    found = store.load_json(target)
+    found = atomic.load_json(target)
     if not isinstance(found, dict) or "kind" not in found or "outputs" not in found:
         raise SnipError(f"{manifest.shown}: expected a manifest of snip, found other JSON")
-    if found.get("format", 0) > store.FORMAT:
+    if found.get("format", 0) > FORMAT:
         raise SnipError(
             f"{manifest.shown}: written by a newer snipdedup; upgrade with: pip install -U "
             "snipdedup-toolkit"
@@ -57,7 +58,7 @@ def output_files(manifest: dict[str, Any], where: Remote) -> dict[str, Remote]:
         If a path leads out of the folder: anyone may have written a manifest.
     """
     base, _, query = where.url.partition("?") if is_web(where.url) else (where.url, "", "")
-    base = base.removesuffix(store.MANIFEST)
+    base = base.removesuffix(MANIFEST)
     files = {}
     for name, output in manifest["outputs"].items():
         parts = PurePosixPath(name).parts
@@ -77,7 +78,7 @@ def output_files(manifest: dict[str, Any], where: Remote) -> dict[str, Remote]:
 
 def holds(out: Path, manifest: dict[str, Any], copy: Path) -> bool:
     """Tell whether a folder is the published one, whose manifest is ``copy``, and whole."""
-    if (out / store.MANIFEST).read_bytes() != copy.read_bytes():
+    if (out / MANIFEST).read_bytes() != copy.read_bytes():
         return False
     outputs = manifest["outputs"].items()
     return all(
@@ -94,7 +95,7 @@ def fetch(out: Path, where: Remote, manifest: dict[str, Any], jobs: int) -> str:
     str
         What to say.
     """
-    work = out / store.WORK / FETCHED
+    work = out / locks.WORK / FETCHED
     files = output_files(manifest, where)
     wanted = {name: file for name, file in files.items() if not here(name, file, work, out)}
     total = sum(file.size or 0 for file in wanted.values())
@@ -103,8 +104,8 @@ def fetch(out: Path, where: Remote, manifest: dict[str, Any], jobs: int) -> str:
         for _ in fetch_each(tasks, jobs, Watch(bar)):
             pass
     work.mkdir(exist_ok=True)  # where all is in its place already
-    (out / store.WORK / store.MANIFEST).replace(work / store.MANIFEST)
-    store.install(out, work, [name for name in files if (work / name).is_file()])
+    (out / locks.WORK / MANIFEST).replace(work / MANIFEST)
+    put_in_place(out, work)
     size = sum(file.size or 0 for file in files.values())
     return f"{out}: {manifest['kind']}, {len(files)} files, {size:,} bytes, each proved by sha256"
 
@@ -112,7 +113,7 @@ def fetch(out: Path, where: Remote, manifest: dict[str, Any], jobs: int) -> str:
 def here(name: str, file: Remote, work: Path, out: Path) -> bool:
     """Tell whether this very file is there: in the work, or in its place since an earlier run."""
     if (work / name).is_file():
-        if store.sha256(work / name) == file.sha256:
+        if atomic.sha256(work / name) == file.sha256:
             return True
         (work / name).unlink()  # of an earlier version
-    return (out / name).is_file() and store.sha256(out / name) == file.sha256
+    return (out / name).is_file() and atomic.sha256(out / name) == file.sha256

@@ -36,7 +36,8 @@ from snipdedup.metadata.masks import (
     open_mask,
 )
 from snipdedup.metadata.tables import SUFFIXES, Metadata, open_table
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.urls import (
     Folder,
     Remote,
@@ -70,7 +71,7 @@ class Plan:
     first_row: int
 
 
-@locks.given_up()
+@locks.released()
 def run(options: Download) -> str:
     """Fetch a range of metadata files, or a published folder: ``snip download``."""
     if options.out is None:
@@ -86,13 +87,13 @@ def run(options: Download) -> str:
     kind = held.get("kind", KIND)
     if held and not options.overwrite and not is_ours(held, options, source):
         return published_already(options, source, out, kind)
-    state = store.claim(out, kind, request, overwrite=options.overwrite, late=True)
+    state = out_folder.claim(out, kind, request, overwrite=options.overwrite)
     if state == "done":
-        return f"{out} is finished already: {said(store.read_manifest(out, KIND)['files'])}"
+        return f"{out} is finished already: {said(read_manifest(out, KIND)['files'])}"
     try:
         meant = meant or look(options, source, pinned(out).get("revision"))
         if isinstance(meant, Remote):
-            files = published.read(meant, out / store.WORK / store.MANIFEST)
+            files = published.read(meant, out / locks.WORK / MANIFEST)
         else:
             remember(out, revision=commit_of(meant.folder))
             plan = make_plan(options, source, meant, out)
@@ -100,7 +101,7 @@ def run(options: Download) -> str:
         raise  # what came stays
     except SnipError:
         if state == "new":
-            store.release(out)
+            out_folder.release(out)
         raise
     if isinstance(meant, Remote):
         return published.fetch(out, meant, files, options.jobs)
@@ -115,7 +116,7 @@ def look(options: Download, source: str, commit: str | None = None) -> Found | R
             return published.manifest_at(source)
         opened = None if is_web(source) else sources.open_folder(source, commit)
         if opened is not None and opened.names is None and wants_all(options):
-            manifest = opened.folder.files.get(store.MANIFEST)
+            manifest = opened.folder.files.get(MANIFEST)
             if manifest is not None:
                 return manifest
         return sources.find(source, options.start, options.end, opened)
@@ -143,7 +144,7 @@ def refuse_overlap(options: Download, source: str, out: Path, meant: Found | Rem
     named = [source, options.is_dup, options.cumulative_sizes, options.embeddings_source]
     named += [file.url for file in meant.files] if isinstance(meant, Found) else []
     local = [Path(name).expanduser() for name in named if name and not scheme_of(name)]
-    store.refuse_output_inside(out, [path for path in local if path.exists()])
+    out_folder.refuse_output_inside(out, [path for path in local if path.exists()])
 
 
 def check_names(files: Sequence[Remote], suffixes: Sequence[str]) -> None:
@@ -195,12 +196,12 @@ def identity(location: str) -> dict[str, Any]:
     path = open_mask(path).path if path.is_dir() else path
     if not path.is_file():
         raise SnipError(f"no such file: {path}")
-    return {"sha256": store.sha256(path)}
+    return {"sha256": atomic.sha256(path)}
 
 
 def finished(out: Path) -> dict[str, Any]:
     """Return the manifest of the finished folder that is there, nothing without one."""
-    found = store.load_json(out / store.MANIFEST) if store.is_finished(out) else None
+    found = atomic.load_json(out / MANIFEST) if is_finished(out) else None
     return found if isinstance(found, dict) else {}
 
 
@@ -215,7 +216,7 @@ def published_already(options: Download, source: str, out: Path, kind: str) -> s
     """Say that a published folder was fetched before; refuse a folder that is another one."""
     with tempfile.TemporaryDirectory() as scratch:
         meant = look(options, source)
-        copy = Path(scratch) / store.MANIFEST
+        copy = Path(scratch) / MANIFEST
         if isinstance(meant, Remote) and published.holds(out, published.read(meant, copy), copy):
             return f"{out} is finished already: {kind}, as {redacted(source)}"
     raise SnipError(
@@ -226,13 +227,13 @@ def published_already(options: Download, source: str, out: Path, kind: str) -> s
 
 def pinned(out: Path) -> dict[str, Any]:
     """Return what a stopped run began with."""
-    path = out / store.WORK / PINNED
-    return dict(store.load_json(path)) if path.is_file() else {}
+    path = out / locks.WORK / PINNED
+    return dict(atomic.load_json(path)) if path.is_file() else {}
 
 
 def remember(out: Path, **facts: Any) -> None:
     """Add to what a stopped run goes on with."""
-    store.save_json(out / store.WORK / PINNED, {**pinned(out), **facts})
+    atomic.save_json(out / locks.WORK / PINNED, {**pinned(out), **facts})
 
 
 def commit_of(folder: Folder | None) -> str | None:
@@ -254,7 +255,7 @@ def make_plan(options: Download, source: str, found: Found, out: Path) -> Plan:
     items = list(map(Item, found.files, numbers, features))
     if options.is_dup is None:
         return Plan(items, None, 0)
-    work = out / store.WORK
+    work = out / locks.WORK
     mask = published_mask(options.is_dup, options.cumulative_sizes, work)
     mask = settled(mask, found, work, options.jobs)
     begun = pinned(out).get("first_row")
@@ -265,8 +266,8 @@ def make_plan(options: Download, source: str, found: Found, out: Path) -> Plan:
 
 def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path) -> str:
     """Fetch and filter the files of a plan; write the manifest."""
-    described = list(land_each(plan, out / store.WORK, options.jobs))
-    parts = [part for about in described for part in targets(about, out / store.WORK)]
+    described = list(land_each(plan, out / locks.WORK, options.jobs))
+    parts = [part for about in described for part in targets(about, out / locks.WORK)]
     hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
     given = {name: getattr(options, name) for name in hidden}
     shows = {name: value and redacted(value) for name, value in given.items()}
@@ -275,11 +276,11 @@ def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path)
         "request": request,
         "revision": pinned(out).get("revision"),
         "features_revision": pinned(out).get("features_revision"),
-        "mask": plan.mask and {"rows": plan.mask.rows, "sha256": store.sha256(plan.mask.path)},
+        "mask": plan.mask and {"rows": plan.mask.rows, "sha256": atomic.sha256(plan.mask.path)},
         "first_row": plan.first_row if plan.mask else None,
         "files": described,
     }
-    store.publish(out, KIND, body, parts)
+    out_folder.publish(out, KIND, body, parts)
     return f"{out}: {said(described)}"
 
 
@@ -319,10 +320,10 @@ def landed_before(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
     if not note.is_file():
         return {}
     settle(item, plan, work)  # it may have been stopped before or within that
-    if not store.is_sealed(note, work / FILES):
+    if not atomic.is_done(note, work / FILES):
         return {}
     return {
-        key: said for key, said in store.load_json(note).items() if key not in ("files", "seal")
+        key: said for key, said in atomic.load_json(note).items() if key not in ("files", "seal")
     }
 
 
@@ -334,7 +335,7 @@ def seal_landed(item: Item, about: dict[str, Any], plan: Plan, work: Path) -> No
         here = [path for path, _ in raws(item, work)]
     names = [path.relative_to(work / FILES).as_posix() for path in there]
     lying = dict(zip(names, here, strict=True))
-    store.seal(work / RAW / f"{item.table.name}.json", lying, about)
+    atomic.write_done_file(work / RAW / f"{item.table.name}.json", lying, about)
 
 
 def raws(item: Item, work: Path) -> list[tuple[Path, Remote]]:
@@ -358,12 +359,12 @@ def bring(item: Item, work: Path, watch: Watch) -> dict[str, Any]:
     told = []
     for raw, remote in raws(item, work):
         whole = raw.with_name(f"{raw.name}.whole.json")
-        if store.is_sealed(whole, raw.parent):  # and not yet filtered when the run was stopped
+        if atomic.is_done(whole, raw.parent):  # and not yet filtered when the run was stopped
             watch.at(raw, raw.stat().st_size)
             told.append({"size": raw.stat().st_size, "etag": None})
         else:
             told.append(transfer.save(remote, raw, watch))
-            store.seal(whole, [raw], {})
+            atomic.write_done_file(whole, [raw], {})
     return told[0]
 
 

@@ -20,7 +20,7 @@ from snipdedup.metadata import tables
 from snipdedup.metadata.masks import FileSizes, choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.buckets import BucketFolder, LocalFolder
-from snipdedup.storage.store import MANIFEST
+from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.urls import (
     Folder,
     MissingError,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from snipdedup.errors import SnipError
-from snipdedup.storage import buckets, http, locks, store
+from snipdedup.storage import atomic, buckets, http, locks
 from snipdedup.storage.urls import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Part:
     def version(self) -> dict[str, Any]:
         """Return what the note says; nothing where it cannot be read."""
         try:
-            return dict(store.load_json(self.note))
+            return dict(atomic.load_json(self.note))
         except (SnipError, TypeError, ValueError):
             return {}
 
@@ -101,7 +101,7 @@ class Part:
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """Yield the file to write to; one process at a time may."""
-        with store.explained(self.path):
+        with atomic.explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
         try:
@@ -114,7 +114,7 @@ class Part:
 
     def finish(self) -> None:
         """Put the file in its place."""
-        with store.explained(self.target):
+        with atomic.explained(self.target):
             self.path.replace(self.target)
             self.note.unlink(missing_ok=True)
 
@@ -201,7 +201,7 @@ def receive(remote: Remote, part: Part, watch: Watch) -> dict[str, Any]:
     with part.open() as file:
         if not stream.begin:
             file.truncate(0)
-            store.save_json(part.note, {**named(remote), "etag": stream.validator, "total": total})
+            atomic.save_json(part.note, {**named(remote), "etag": stream.validator, "total": total})
         watch.at(part.target, stream.begin)
         write(stream.chunks, file, part, watch)
     return {"size": part.size(), "etag": stream.validator}
@@ -280,7 +280,7 @@ def cannot_write(part: Part, error: OSError) -> SnipError:
             f"the disk is full: cannot write {part.target}; make room and run again: what is "
             "complete is kept"
         )
-    return store.cannot_write(part.target, error)
+    return atomic.cannot_write(part.target, error)
 
 
 def check(remote: Remote, part: Part, size: int) -> None:
@@ -291,7 +291,7 @@ def check(remote: Remote, part: Part, size: int) -> None:
     for name, wanted in (("sha256", remote.sha256), ("git_sha1", remote.git_sha1)):
         if wanted is None:
             continue
-        found = store.sha256(part.path) if name == "sha256" else git_sha1(part.path)
+        found = atomic.sha256(part.path) if name == "sha256" else git_sha1(part.path)
         if found != wanted:
             raise ChecksumError(
                 f"{remote.shown}: wrong checksum: {name} {wanted} was promised, {found} came; it "

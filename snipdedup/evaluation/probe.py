@@ -35,7 +35,7 @@ from snipdedup.join.partitions import load_partition
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
 from snipdedup.join.verify import GATHER_PAIRS, proved_cosines, verify_pairs
 from snipdedup.parallel import library_threads, ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, pack
 
 TASKS = 2  # encode tasks that are run
@@ -178,7 +178,7 @@ def make_pool(source: Features, path: Path, seed: int) -> Features:
     else:
         count = min(POOL, source.rows)
         rows = source.gather(np.sort(rng.choice(source.rows, count, replace=False)))
-    store.save_npy(path, rows)
+    atomic.save_npy(path, rows)
     return open_features(path)
 
 
@@ -423,8 +423,8 @@ def time_writing(folder: Path) -> dict[str, float]:
     def write() -> None:
         sizes.clear()
         for path, table in ((folder / "forest", forest), (folder / "groups", groups)):
-            store.save_parquet(path, table)
-            store.sha256(path)
+            atomic.save_parquet(path, table)
+            atomic.sha256(path)
             sizes.append(path.stat().st_size)
 
     return {

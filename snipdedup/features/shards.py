@@ -220,7 +220,7 @@ def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]
 
 
 def request_of(features: Features) -> dict[str, Any]:
-    """Return what tells features from others, as the entries of a request (`store.claim`)."""
+    """Return what tells features from others, as the entries of a request (`out_folder.claim`)."""
     return {"features": features.describe(), "features_changed": features.stamps()}
 
 

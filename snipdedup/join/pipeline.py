@@ -31,7 +31,7 @@ from snipdedup.join.tasks import Tasks, fits
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE
 from snipdedup.join.verify import GATHER_PAIRS
 from snipdedup.parallel import Stage, pick_device
-from snipdedup.runners.local import Runner
+from snipdedup.runners.base import Runner
 from snipdedup.storage.external_sort import row_kind
 
 PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes
@@ -67,8 +67,8 @@ def join(
 
     Raises
     ------
-    crew.Written
-        If another process finished the run.
+    slurm.ShareDone
+        If this is not the process that merges what all have found.
     """
     with stage("fit"):
         runner.once(functools.partial(tasks.fit, runner.here), tasks.fitted)
@@ -150,21 +150,21 @@ def join_all(tasks: Tasks, runner: Runner, seen: Scan, memory: int) -> tuple[Edg
     spare = (memory - HELD_BYTES) // runner.here - join_bytes(features) + PARTITION_BYTES
     bound = max(PARTITION_BYTES, spare) // (VISIT_BYTES + 2 * model.projection.width)
     most = min(bound, max(1, int(visits.sum()) // (RUNS_A_WORKER * runner.workers)))
-    runner.once(functools.partial(tasks.plan, visits, most, bound), tasks.planned)
+    replan = bound if runner.world_size == 1 else None  # else other processes may join by it
+    runner.once(functools.partial(tasks.plan, visits, most, replan), tasks.planned)
     runs = tasks.runs()
     if not fits(runs, visits, bound):
         raise SnipError(
-            f"{tasks.planned}: planned by a process with more memory than this one; give all of "
-            "them the same --max_memory, or start anew in another folder"
+            f"{tasks.planned}: planned for more memory than this process has; give all processes "
+            "the same --max_memory, or remove this file while none of them runs"
         )
     within = 1 if len(runs) >= 2 * runner.workers else runner.here
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:
         join_run = functools.partial(tasks.join, threads=within)
         work = visits * tasks.homes()  # the most first, so that all workers end at about one time
         heavy = sorted(runs, key=lambda run: -int(work[run.low : run.high].sum()))
-        for run in runner.each(join_run, heavy, tasks.joined, within):
+        for run in runner.each(join_run, heavy, tasks.joined, within, last=True):
             bar.update(int(visits[run.low : run.high].sum()))
-    runner.finish()
     builder, proposed = ForestFile(tasks.work / "forest", features.rows, tasks.frozen), 0
     for edges in absorbed_edges(tasks.folders, model.hubs, seen, tasks.skip):
         builder.add(edges)

@@ -16,8 +16,9 @@ from snipdedup.errors import SnipError
 from snipdedup.metadata.keys import fingerprints, is_binary
 from snipdedup.metadata.masks import MASK, Mask
 from snipdedup.metadata.tables import Metadata, open_metadata, open_table
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, pack
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 RECORD = np.dtype([("row", "<i8"), ("key", "<u8")])
 
@@ -79,10 +80,10 @@ def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -
 def _key_column(groups: Path, mask: Mask, metadata: Metadata) -> str | None:
     """Return the metadata's column that OUT holds as ``key``, None where none can be compared."""
     out = groups.parent
-    if mask.sizes is None or not groups.is_file() or not (out / store.MANIFEST).is_file():
+    if mask.sizes is None or not groups.is_file() or not (out / MANIFEST).is_file():
         return None
-    manifest = store.read_manifest(out, "dedup")
-    if manifest["outputs"].get(MASK, {}).get("sha256") != store.sha256(mask.path):
+    manifest = read_manifest(out, "dedup")
+    if manifest["outputs"].get(MASK, {}).get("sha256") != atomic.sha256(mask.path):
         return None  # not the mask that the run wrote
     asked = manifest["settings"].get("key")
     if asked is None and (out / "metadata").is_dir():

@@ -19,7 +19,7 @@ from snipdedup.metadata.kept_rows import count_kept
 from snipdedup.metadata.keys import as_bytes, fingerprints, flat_bytes, number_equal
 from snipdedup.metadata.precheck import ColumnUse
 from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, Table, as_texts
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
 
 FOLDER = "export"
@@ -83,7 +83,7 @@ def write_lists(
     if DATACOMP in columns:
         parts = _kept_names(metadata, columns[DATACOMP], uid_numbers, is_dup, work)
         paths.append(out / "datacomp.npy")
-        with store.writing_npy(paths[-1], UID, (count_kept(is_dup),)) as file:
+        with atomic.writing_npy(paths[-1], UID, (count_kept(is_dup),)) as file:
             for names in parts:
                 uids = pack(UID, names["high"], names["low"])
                 uids.sort()
@@ -165,7 +165,7 @@ def key_numbers(
 
 def _write_keys(path: Path, metadata: Metadata, column: str, is_dup: np.ndarray) -> None:
     """Write the keys of the kept rows, one a line, in row order."""
-    with store.replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic.replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         for table, first, batch in metadata.read([column]):
             keep = pa.array(~np.asarray(is_dup[first : first + batch.num_rows]))
             keys = as_texts(table, column, batch.column(0).filter(keep)).to_pylist()

@@ -36,7 +36,8 @@ from snipdedup.metadata.masks import (
 )
 from snipdedup.metadata.precheck import ColumnUse, try_column_uses
 from snipdedup.metadata.tables import Metadata, open_metadata
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import read_manifest
 
 KIND = "filter"
 RESERVED = ("metadata", FOLDER)
@@ -96,7 +97,7 @@ class FilterInputs:
     row: int = 0
 
 
-@locks.given_up()
+@locks.released()
 def run(options: Filter) -> FilterResult:
     """Apply a mask to metadata files, and to features that match them: ``snip filter``."""
     out = Path(options.out).expanduser()
@@ -105,7 +106,7 @@ def run(options: Filter) -> FilterResult:
     files = (options.is_dup, options.cumulative_sizes, options.keys)
     inputs = [*metadata.inputs(), *(path for f in features.values() for path in f.inputs())]
     inputs += [Path(name).expanduser() for name in files if name]
-    store.refuse_output_inside(out, inputs)
+    out_folder.refuse_output_inside(out, inputs)
     mask = open_mask(options.is_dup, options.cumulative_sizes)
     chosen, join = FilterInputs(metadata, features), None
     if options.on is not None:
@@ -121,8 +122,8 @@ def run(options: Filter) -> FilterResult:
     names = ("on", "unmatched", "ambiguous", "export", "key")
     flags = {name: getattr(options, name) for name in names}
     request = describe_request(chosen, mask, join, flags)
-    if store.claim(out, KIND, request, overwrite=options.overwrite, late=True) == "done":
-        return FilterResult(out, store.read_manifest(out, KIND)["files"], was_finished=True)
+    if out_folder.claim(out, KIND, request, overwrite=options.overwrite) == "done":
+        return FilterResult(out, read_manifest(out, KIND)["files"], was_finished=True)
     body = {"settings": options.as_dict(), "request": request}
     return filter_rows(out, chosen, mask, join, columns, "mask" in kinds, body)
 
@@ -137,7 +138,7 @@ def filter_rows(
     body: dict[str, Any],
 ) -> FilterResult:
     """Decide the rows, write those that are kept, and publish them with the manifest's ``body``."""
-    work, metadata, notes = out / store.WORK, chosen.metadata, []
+    work, metadata, notes = out / locks.WORK, chosen.metadata, []
     lists_folder = work / FILES / FOLDER
     try:
         if join is not None:
@@ -150,7 +151,7 @@ def filter_rows(
             notes += [checked] if checked else []
         lists = write_lists(columns, metadata, is_dup, lists_folder, work)
     except SnipError:
-        store.release(out)  # an earlier result there is left as it is
+        out_folder.release(out)  # an earlier result there is left as it is
         raise
     if export_mask:
         lists.append(write_mask(lists_folder / "is_dup.npy", is_dup))
@@ -162,9 +163,9 @@ def filter_rows(
         for features in chosen.features.values():
             features.refuse_changed()
     except InputError:
-        store.release(out)
+        out_folder.release(out)
         raise
-    store.publish(out, KIND, body, [*written, *lists])
+    out_folder.publish(out, KIND, body, [*written, *lists])
     return FilterResult(out, body["files"], body.get("join"), tuple(notes))
 
 
@@ -251,7 +252,7 @@ def describe_request(
 
     request: dict[str, Any] = {
         "files": describe(chosen.metadata),
-        "mask": {"rows": mask.rows, "sha256": store.sha256(mask.path)},
+        "mask": {"rows": mask.rows, "sha256": atomic.sha256(mask.path)},
         "first_row": chosen.row,
         "embeddings": {name: request_of(found) for name, found in chosen.features.items()},
         **flags,
@@ -298,9 +299,9 @@ def write_features(features: Features, is_dup: np.ndarray, folder: Path, done: P
         for shard, first in zip(features.shards, features.offsets, strict=False):
             path = folder / f"{shard.path.stem}.npy"
             done_file = done / f"{path.name}.json"
-            if not store.is_sealed(done_file, folder):
+            if not atomic.is_done(done_file, folder):
                 write_kept_npy(shard, path, is_dup[first : first + shard.rows])
-                store.seal(done_file, [path], {})
+                atomic.write_done_file(done_file, [path], {})
             bar.update(shard.rows)
             paths.append(path)
     return paths
@@ -308,7 +309,7 @@ def write_features(features: Features, is_dup: np.ndarray, folder: Path, done: P
 
 def write_mask(path: Path, is_dup: np.ndarray) -> Path:
     """Write the mask of the rows at hand, block by block."""
-    with store.writing_npy(path, np.dtype(bool), (len(is_dup),)) as file:
+    with atomic.writing_npy(path, np.dtype(bool), (len(is_dup),)) as file:
         for start, stop in plan_blocks(len(is_dup), SCAN_ROWS):
             np.ascontiguousarray(is_dup[start:stop]).tofile(file)
     return path

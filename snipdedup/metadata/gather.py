@@ -14,8 +14,8 @@ import pyarrow as pa
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.tables import Metadata, Table
+from snipdedup.storage.atomic import explained
 from snipdedup.storage.external_sort import READ, Sorter, Spread, pack, row_kind
-from snipdedup.storage.store import explained
 
 FLUSH_ROWS = 1 << 20
 FLUSH_BYTES = 64 << 20

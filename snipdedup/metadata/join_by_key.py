@@ -24,8 +24,9 @@ from snipdedup.metadata.masks import Mask, place_all, sizes_of
 from snipdedup.metadata.precheck import ColumnUse
 from snipdedup.metadata.tables import Metadata, Table, open_metadata, open_table
 from snipdedup.metadata.texts import find_run_metadata
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
+from snipdedup.storage.manifest import read_manifest
 
 KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them
@@ -269,7 +270,7 @@ def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Met
             f"{mask.path} is a mask alone and names no rows; give the metadata that it matches by "
             "position with --keys"
         )
-    manifest = store.read_manifest(folder, "dedup")
+    manifest = read_manifest(folder, "dedup")
     used = find_run_metadata(manifest) if manifest["request"].get("metadata") else None
     if used is not None:
         return _whole_set(used, mask), None
@@ -299,7 +300,9 @@ def _whole_set(metadata: Metadata, mask: Mask) -> Metadata:
 
 def _empty_mask(path: Path, rows: int) -> np.ndarray:
     """Return a mask on disk, (rows,) bool, of False."""
-    with store.explained(path):  # in full: a hole in a map that the disk cannot fill ends a process
+    with atomic.explained(
+        path
+    ):  # in full: a hole in a map that the disk cannot fill ends a process
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             for start, stop in plan_blocks(rows, ZEROS):

@@ -17,7 +17,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.formats import Shard, open_shard
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.tables import Metadata, Table, open_table
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 FILES = "files"  # below a work folder: what is written before all of it is whole
 FLUSH_ROWS = 131_072  # a row group of what is written: enough to compress well
@@ -77,13 +77,13 @@ def write_kept(
     with progress.bar(metadata.rows, "metadata", "rows") as bar:
         for file, path, first in zip(metadata.files, targets, metadata.offsets, strict=False):
             done_file = done and done / f"{path.name}.json"
-            if done_file and store.is_sealed(done_file, folder):
+            if done_file and atomic.is_done(done_file, folder):
                 bar.update(file.rows)
                 continue
             for rows in _write_kept_file(file, path, is_dup, int(first), added):
                 bar.update(rows)
             if done_file:
-                store.seal(done_file, [path], {})
+                atomic.write_done_file(done_file, [path], {})
     return targets
 
 
@@ -164,7 +164,10 @@ def _parquet_writer(path: Path, schema: Any, codec: str) -> Iterator[Any]:
         ):
             flush()
 
-    with store.replacing(path) as part, pq.ParquetWriter(part, schema, compression=codec) as writer:
+    with (
+        atomic.replacing(path) as part,
+        pq.ParquetWriter(part, schema, compression=codec) as writer,
+    ):
         yield write
         flush()
 
@@ -191,7 +194,7 @@ def write_kept_features(path: Path, target: Path, is_dup: np.ndarray) -> None:
         write_kept_npy(open_shard(path), target, is_dup)
     elif suffix == ".npz":
         kept = count_kept(is_dup)
-        with store.replacing(target) as part, zipfile.ZipFile(part, "w") as archive:
+        with atomic.replacing(target) as part, zipfile.ZipFile(part, "w") as archive:
             for name in _array_names(path):
                 shard = open_shard(path, name)
                 header = {"descr": shard.dtype.str, "fortran_order": False}
@@ -206,7 +209,7 @@ def write_kept_features(path: Path, target: Path, is_dup: np.ndarray) -> None:
 
 def write_kept_npy(shard: Shard, path: Path, is_dup: np.ndarray) -> None:
     """Write the kept rows of a shard as ``.npy``."""
-    with store.writing_npy(path, shard.dtype, (count_kept(is_dup), shard.dim)) as file:
+    with atomic.writing_npy(path, shard.dtype, (count_kept(is_dup), shard.dim)) as file:
         file.writelines(_kept_blocks(shard, is_dup))
 
 

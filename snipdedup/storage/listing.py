@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import buckets, store
+from snipdedup.storage import buckets
+from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.remote import RemotePath, map_requests, with_retries
 from snipdedup.storage.urls import is_web, redacted
 
@@ -84,7 +85,7 @@ def inside(url: str, suffixes: Sequence[str]) -> list[Path]:
     if entries is None:
         return [RemotePath(url)]
     files = [entry for entry in entries if is_plain(entry)]
-    if {store.MANIFEST, MASK} <= {name_of(entry) for entry in files}:
+    if {MANIFEST, MASK} <= {name_of(entry) for entry in files}:
         raise UsageError(
             f"{redacted(url)}: expected features or metadata, found what snip dedup wrote; fetch "
             f"it first: snip download {redacted(url)} FOLDER"

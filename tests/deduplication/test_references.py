@@ -22,7 +22,7 @@ from snipdedup.features.shards import Features
 from snipdedup.groups import nearest_reference
 from snipdedup.join import tiles
 from snipdedup.join.forest import make_edges
-from snipdedup.storage import store
+from snipdedup.storage import out_folder
 
 
 def table_of(x):
@@ -383,7 +383,7 @@ def test_a_new_date_on_the_same_reference_is_no_change(earlier):
 
 def test_a_stopped_run_is_no_reference(sets, tmp_path):
     _, folders = sets
-    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+    with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip("dedup", folders[0], "--out", tmp_path / "out")[0] == 130
     line = refused("dedup", folders[1], "--reference", tmp_path / "out", "--out", tmp_path / "o")
     assert "stopped" in line

@@ -17,8 +17,9 @@ from snipdedup.config import Download
 from snipdedup.downloading import hub, transfer
 from snipdedup.downloading import run as download
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage import urls as remote_urls
+from snipdedup.storage.manifest import read_manifest
 from snipdedup.storage.urls import MissingError
 
 SIZES = [30, 7, 50, 21, 40]
@@ -96,7 +97,7 @@ def test_a_set_is_listed_pinned_and_proved(running, tmp_path, folder):
     assert "148 of 148 rows stay in 5 files" in said
     for path, body in set_files(folder).items():
         assert (tmp_path / "out" / path.rpartition("/")[2]).read_bytes() == body
-    manifest = store.read_manifest(tmp_path / "out", "download")
+    manifest = read_manifest(tmp_path / "out", "download")
     assert manifest["revision"] == "a" * 40
     assert [file["number"] for file in manifest["files"]] == [None] * 5
     assert f"/resolve/{'a' * 40}/" in manifest["files"][0]["source"]
@@ -153,7 +154,7 @@ def test_a_stopped_run_keeps_its_commit(running, tmp_path):
     running.push("b" * 40, set_files(begin=1000))
     fetch(SOURCE, tmp_path / "out")
     assert urls(tmp_path / "out") == [f"u{row}" for row in range(STARTS[-1])]
-    assert store.read_manifest(tmp_path / "out", "download")["revision"] == "a" * 40
+    assert read_manifest(tmp_path / "out", "download")["revision"] == "a" * 40
     fetch(SOURCE, tmp_path / "out", overwrite=True)
     assert urls(tmp_path / "out") == [f"u{row}" for row in range(1000, 1000 + STARTS[-1])]
     fetch(f"{SOURCE}@{'a' * 40}", tmp_path / "old", end=1)
@@ -324,9 +325,9 @@ def test_datacomp_from_the_hub_to_its_own_list_of_uids(running, tmp_path):
         rows[name] = pictures[rng.integers(0, 60, size)] + 0.01 * rng.standard_normal((size, 24))
         texts = [f"a picture {row}" for row in range(size)]
         table = pa.table({"uid": uids[name], "url": uids[name], "text": texts})
-        store.save_parquet(tmp_path / "a.parquet", table)
+        atomic.save_parquet(tmp_path / "a.parquet", table)
         arrays = {"b32_img": rng.standard_normal((size, 8)), "l14_img": rows[name]}
-        store.save_npz(tmp_path / "a.npz", **{k: v.astype(np.float16) for k, v in arrays.items()})
+        atomic.save_npz(tmp_path / "a.npz", **{k: v.astype(np.float16) for k, v in arrays.items()})
         running.tree[f"{name}.parquet"] = (tmp_path / "a.parquet").read_bytes()
         running.tree[f"{name}.npz"] = (tmp_path / "a.npz").read_bytes()
     pool, clean = tmp_path / "pool", tmp_path / "clean"

@@ -18,8 +18,9 @@ from snipdedup.config import Download
 from snipdedup.downloading import run as download
 from snipdedup.downloading import transfer
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import http, store
+from snipdedup.storage import http
 from snipdedup.storage import urls as remote_urls
+from snipdedup.storage.manifest import read_manifest, write_manifest
 
 SIZES = [30, 7, 50, 21, 40]
 STARTS = [0, 30, 37, 87, 108]
@@ -77,7 +78,7 @@ def test_files_arrive_byte_for_byte(server, tmp_path, snip):
         assert (tmp_path / "out" / name).read_bytes() == server.files[name]
     assert sorted(p.name for p in (tmp_path / "out").iterdir())[-1] == "snip.json"
     assert len(list((tmp_path / "out").iterdir())) == 4
-    file = store.read_manifest(tmp_path / "out", "download")["files"][0]
+    file = read_manifest(tmp_path / "out", "download")["files"][0]
     assert (file["size"], file["rows"]) == (len(server.files["m_0001.parquet"]), 7)
     assert re.fullmatch('"[0-9a-f]{32}"', file["etag"])
     asked = len(server.asked)
@@ -140,7 +141,7 @@ def test_a_manifest_beside_a_mask_on_the_web_places_it(server, tmp_path, is_dup)
     published.mkdir()
     np.save(published / "is_dup.npy", is_dup)
     shards = [{"name": f"e{i}", "rows": rows} for i, rows in enumerate(SIZES)]
-    store.write_manifest(published, "dedup", {"shards": shards}, [published / "is_dup.npy"])
+    write_manifest(published, "dedup", {"shards": shards}, [published / "is_dup.npy"])
     for path in published.iterdir():
         server.files[f"v1/{path.name}"] = path.read_bytes()
     more = {"start": 2, "end": 3, "is_dup": f"{server.url}/v1/is_dup.npy"}

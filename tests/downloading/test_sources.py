@@ -16,7 +16,8 @@ from snipdedup.downloading import presets, sources, transfer
 from snipdedup.downloading import run as download
 from snipdedup.downloading.sources import find, find_features
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import buckets, store, urls
+from snipdedup.storage import atomic, buckets, urls
+from snipdedup.storage.manifest import read_manifest
 from snipdedup.storage.urls import MissingError
 
 ROWS = [12, 5, 20, 9]
@@ -29,10 +30,10 @@ def laion(tmp_path):
     folder = tmp_path / "laion"
     for number, rows in enumerate(ROWS):
         keys = [f"{number}-{row}" for row in range(rows)]
-        store.save_parquet(folder / f"metadata/metadata_{number}.parquet", pa.table({"key": keys}))
+        atomic.save_parquet(folder / f"metadata/metadata_{number}.parquet", pa.table({"key": keys}))
         images, texts = rng.standard_normal((2, rows, 8)).astype(np.float16)
-        store.save_npy(folder / f"img_emb/img_emb_{number}.npy", images)
-        store.save_npy(folder / f"text_emb/text_emb_{number}.npy", texts)
+        atomic.save_npy(folder / f"img_emb/img_emb_{number}.npy", images)
+        atomic.save_npy(folder / f"text_emb/text_emb_{number}.npy", texts)
     return folder
 
 
@@ -44,9 +45,9 @@ def datacomp(tmp_path):
     for rows in ROWS:
         name = rng.bytes(16).hex()
         uids = [rng.bytes(16).hex() for _ in range(rows)]
-        store.save_parquet(folder / f"{name}.parquet", pa.table({"uid": uids}))
+        atomic.save_parquet(folder / f"{name}.parquet", pa.table({"uid": uids}))
         arrays = {k: rng.standard_normal((rows, d)) for k, d in (("b32_img", 6), ("l14_img", 8))}
-        store.save_npz(folder / f"{name}.npz", **arrays)
+        atomic.save_npz(folder / f"{name}.npz", **arrays)
     return folder
 
 
@@ -87,7 +88,7 @@ def test_features_beside_the_metadata(laion, tmp_path, kind, form):
         for name in (f"metadata/metadata_{number}.parquet", f"img_emb/img_emb_{number}.npy"):
             assert (tmp_path / "out" / name).read_bytes() == (laion / name).read_bytes()
     assert len(list((tmp_path / "out").rglob("*"))) == 7
-    manifest = store.read_manifest(tmp_path / "out", "download")
+    manifest = read_manifest(tmp_path / "out", "download")
     assert [file["features"] for file in manifest["files"]] == ["img_emb_1.npy", "img_emb_2.npy"]
 
 
@@ -168,7 +169,7 @@ def test_features_of_datacomp(datacomp, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["path", "store"])
 def test_damaged_features_are_refused(laion, tmp_path, kind):
-    store.save_npy(laion / "img_emb/img_emb_1.npy", np.zeros((4, 8), np.float32))
+    atomic.save_npy(laion / "img_emb/img_emb_1.npy", np.zeros((4, 8), np.float32))
     base = str(laion) if kind == "path" else stored(laion)
     with pytest.raises(SnipError, match=r"img_emb_1\.npy has 4 rows, its metadata .* 5"):
         fetch(base + "/metadata", tmp_path / "out", embeddings=True)
@@ -219,7 +220,7 @@ def test_what_a_store_does_not_have(laion, tmp_path, monkeypatch):
 def test_a_file_of_a_store_that_changed_is_another_input(laion, tmp_path):
     base = stored(laion)
     fetch(base, tmp_path / "out")
-    store.save_parquet(laion / "metadata/metadata_1.parquet", pa.table({"key": ["new"]}))
+    atomic.save_parquet(laion / "metadata/metadata_1.parquet", pa.table({"key": ["new"]}))
     base = stored(laion)
     with pytest.raises(SnipError, match="run with other files"):
         fetch(base, tmp_path / "out")
@@ -273,7 +274,7 @@ def test_where_the_features_of_a_template_should_be(source, features):
 def test_natural_order_and_places(tmp_path):
     folder = tmp_path / "many"
     for number in range(12):
-        store.save_parquet(folder / f"part-{number}.parquet", pa.table({"n": [number]}))
+        atomic.save_parquet(folder / f"part-{number}.parquet", pa.table({"n": [number]}))
     found = look(stored(folder), 2, 11)
     assert names(found.files) == [f"part-{number}.parquet" for number in range(2, 11)]
     assert names(found.before) == ["part-0.parquet", "part-1.parquet"]

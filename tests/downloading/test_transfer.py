@@ -18,7 +18,7 @@ from servers import Server
 from snipdedup.downloading import transfer
 from snipdedup.downloading.transfer import save
 from snipdedup.errors import SnipError
-from snipdedup.storage import locks, store, urls
+from snipdedup.storage import atomic, locks, urls
 from snipdedup.storage.urls import MissingError, Remote, TemporaryError
 
 BODY = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
@@ -169,7 +169,7 @@ def test_a_whole_part_is_only_renamed(server, tmp_path):
     save(file(server), tmp_path / NAME)
     (tmp_path / NAME).rename(tmp_path / f".{NAME}.part")
     note = {"source": file(server).shown, "sha256": None, "git_sha1": None}
-    store.save_json(tmp_path / f".{NAME}.part.json", {**note, "etag": '"e"', "total": len(BODY)})
+    atomic.save_json(tmp_path / f".{NAME}.part.json", {**note, "etag": '"e"', "total": len(BODY)})
     server.asked.clear()
     save(file(server), tmp_path / NAME)
     assert server.asked == []
@@ -193,7 +193,7 @@ def test_names_that_must_be_quoted(server, tmp_path):
 def test_a_part_of_another_source_is_not_gone_on_with(server, tmp_path):
     server.files["other"] = BODY[::-1]
     (tmp_path / f".{NAME}.part").write_bytes(BODY[:100])
-    store.save_json(tmp_path / f".{NAME}.part.json", {"source": "elsewhere", "etag": '"e"'})
+    atomic.save_json(tmp_path / f".{NAME}.part.json", {"source": "elsewhere", "etag": '"e"'})
     save(Remote(f"{server.url}/other"), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY[::-1]
     (tmp_path / f".{NAME}.part.json").write_text("not JSON")

@@ -21,7 +21,7 @@ from snipdedup.join import encoding, fitting
 from snipdedup.join import pipeline as room
 from snipdedup.join.partitions import plan_partitions
 from snipdedup.join.pipeline import needed_memory
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_threads_chunks_shards_and_a_second_run_change_nothing(rows, tmp_path):
 
 def stopping(name, below, after):
     """Patch a writer of files so that it fails at a task's file, after some of them."""
-    whole, count = getattr(store, name), [0]
+    whole, count = getattr(atomic, name), [0]
 
     def write(path, *args, **arrays):
         if below in path.parts:
@@ -152,19 +152,19 @@ def stopping(name, below, after):
                 raise KeyboardInterrupt
         return whole(path, *args, **arrays)
 
-    return mock.patch.object(store, name, write)
+    return mock.patch.object(atomic, name, write)
 
 
 def written(name, below):
     """Count the files that a writer writes below a folder."""
-    whole, paths = getattr(store, name), []
+    whole, paths = getattr(atomic, name), []
 
     def write(path, *args, **arrays):
         if below in path.parts:
             paths.append(path)
         return whole(path, *args, **arrays)
 
-    return mock.patch.object(store, name, write), paths
+    return mock.patch.object(atomic, name, write), paths
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_stopped_run_may_go_on_with_other_threads_and_memory(rows, tmp_path, b
 def test_a_run_stopped_while_writing_goes_on(rows, tmp_path):
     folder, out = truth.save_shards(tmp_path / "f", rows[:2000], []), tmp_path / "out"
     with (
-        mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt),
+        mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         dedup(folder, out=str(out))

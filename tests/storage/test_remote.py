@@ -17,7 +17,8 @@ from snipdedup.features import ranged, shards
 from snipdedup.features.hashing import shard_checksum
 from snipdedup.features.shards import open_features
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.storage import remote, store
+from snipdedup.storage import remote
+from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.remote import RemotePath
 from snipdedup.storage.urls import TemporaryError
 
@@ -182,16 +183,14 @@ def test_commands_write_the_same_bits(memory, local, name):
     for root, out in ((".", "here"), (memory, "there")):
         known = {"set": f"{root}/set", "kinds": f"{root}/kinds", "out": out}
         assert run(*(word.format(**known) for word in words)) == 0
-        made = (local / out / store.MANIFEST).stat().st_mtime_ns
+        made = (local / out / MANIFEST).stat().st_mtime_ns
         assert run(*(word.format(**known) for word in words)) == 0  # finished already
-        assert (local / out / store.MANIFEST).stat().st_mtime_ns == made
+        assert (local / out / MANIFEST).stat().st_mtime_ns == made
     here, there = results(local / "here"), results(local / "there")
     if name == "reference":  # the tables name it as it was given
         here, there = ({"is_dup.npy": found["is_dup.npy"]} for found in (here, there))
     assert here == there
-    manifests = [
-        json.loads((local / out / store.MANIFEST).read_text()) for out in ("here", "there")
-    ]
+    manifests = [json.loads((local / out / MANIFEST).read_text()) for out in ("here", "there")]
     assert manifests[0].get("shards") == manifests[1].get("shards")  # name, size, rows, CRC32
 
 
@@ -205,7 +204,7 @@ def test_a_finished_run_over_urls_is_looked_at(memory, local, capsys):
         capsys.readouterr()
         assert run(*words.format(memory).split()) == 0
     assert "reach" in (run("audit", "out"), capsys.readouterr().out)[1]
-    manifest = json.loads((local / "out" / store.MANIFEST).read_text())
+    manifest = json.loads((local / "out" / MANIFEST).read_text())
     assert manifest["settings"]["features"] == f"{memory}/set"
     # descriptors elsewhere are known as such
     assert run("train", "set", "--dim", "4", "--steps", "8", "--threads", "1", "--out", "enc") == 0
@@ -230,9 +229,9 @@ def test_over_http(server, local, capsys):
     url = f"{server.url}/set/img_emb/img_emb_2.npy?signature=secret"
     meta = f"{server.url}/set/metadata/metadata_2.parquet?signature=secret"
     assert run("dedup", url, "--metadata", meta, "--out", "signed") == 0
-    assert b"secret" not in (local / "signed" / store.MANIFEST).read_bytes()
+    assert b"secret" not in (local / "signed" / MANIFEST).read_bytes()
     assert run("index", url, "--m", "4", "--nlist", "8", "--out", "idx") == 0
-    assert b"secret" not in (local / "idx" / store.MANIFEST).read_bytes()
+    assert b"secret" not in (local / "idx" / MANIFEST).read_bytes()
 
 
 # ---- faults
@@ -273,7 +272,7 @@ def test_a_connection_that_is_lost_for_good(memory, local, monkeypatch, capsys):
     last = said(capsys)
     assert "img_emb_2.npy: cannot be read: reset by peer" in last
     assert "(tried 6 times)" in last
-    assert not (local / "out" / store.MANIFEST).exists()
+    assert not (local / "out" / MANIFEST).exists()
     assert run("dedup", f"{memory}/set", "--out", "out") == 0
     assert run("dedup", "set", "--out", "here") == 0
     assert results(local / "here") == results(local / "out")
