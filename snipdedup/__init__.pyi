@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from snipdedup.deduplication.result import Result as Result
+from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
@@ -389,7 +390,7 @@ def download(
     jobs: int = 4,
     overwrite: bool = False,
     dl_dedup_set: str | None = None,
-) -> str:
+) -> DownloadResult:
     """Fetch a range of metadata files, filtered by a mask if given: ``snip download``.
 
     Parameters

@@ -16,9 +16,8 @@ from servers import Hub, Server, kill_once_more_came
 from snipdedup import cli
 from snipdedup.config import Download
 from snipdedup.downloading import run as download
-from snipdedup.downloading import transfer
 from snipdedup.errors import SnipError
-from snipdedup.storage import atomic
+from snipdedup.storage import atomic, remote
 
 
 def snip(*words):
@@ -44,7 +43,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def server(made, monkeypatch):
-    monkeypatch.setattr(transfer, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
     with Server() as running:
         for path in made.rglob("*"):
             if path.is_file():
@@ -53,7 +52,7 @@ def server(made, monkeypatch):
 
 
 def fetch(source, out, **more):
-    return download.run(Download(source=str(source), out=str(out), **more))
+    return str(download.run(Download(source=str(source), out=str(out), **more)))
 
 
 def same(one, two):
@@ -135,7 +134,7 @@ def table(rows):
 def test_a_damaged_or_lacking_file_is_refused(server, tmp_path):
     name = "v1/index/quantizer.faiss"
     server.faults[name] = "damage"
-    with pytest.raises(SnipError, match="wrong checksum: sha256"):
+    with pytest.raises(SnipError, match="wrong checksum: expected sha256"):
         fetch(f"{server.url}/v1/index", tmp_path / "out")
     assert not (tmp_path / "out" / "snip.json").exists()
     server.faults.clear()
@@ -176,7 +175,7 @@ def test_a_manifest_may_not_lead_out_of_the_folder(server, tmp_path, name):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (None, "there is none; expected a template"),
+        (None, "there is none; expected a pattern"),
         (b"<html>", "expected JSON"),
         (b"[1]", "found other JSON"),
         (b'{"kind": "encoder", "outputs": {}, "format": 99}', "written by a newer snipdedup"),

@@ -12,7 +12,7 @@ import pytest
 from servers import Server
 
 from snipdedup import cli
-from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.errors import InputError, SnipError, TemporaryError, UsageError
 from snipdedup.features import ranged, shards
 from snipdedup.features.hashing import shard_checksum
 from snipdedup.features.shards import open_features
@@ -20,7 +20,6 @@ from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import remote
 from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.remote import RemotePath
-from snipdedup.storage.urls import TemporaryError
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -100,9 +99,9 @@ def places(memory, server):
 def test_rows_of_every_format(memory, server, monkeypatch, where, name):
     """Small ranges, so that blocks and gathers take many."""
     part = 20_000
-    monkeypatch.setattr(remote, "PART", part)
-    monkeypatch.setattr(ranged, "PART", part)
-    monkeypatch.setattr(ranged, "GAP", 2000)
+    monkeypatch.setattr(remote, "RANGE_BYTES", part)
+    monkeypatch.setattr(ranged, "RANGE_BYTES", part)
+    monkeypatch.setattr(ranged, "GAP_BYTES", 2000)
     here = open_features(f"kinds/{name}")
     there = open_features(f"{places(memory, server)[where]}/kinds/{name}")
     assert (there.rows, there.dim, there.dtype) == (here.rows, here.dim, here.dtype)
@@ -116,13 +115,15 @@ def test_rows_of_every_format(memory, server, monkeypatch, where, name):
 
 
 def test_ranges_join_neighbours_and_no_more():
-    rows = np.array([0, 1, 5, 6, 100, 101, 103, 500])
-    assert list(ranged.plan_ranges(rows, ranged.GAP // 4)) == [(0, 4), (4, 7), (7, 8)]
-    assert list(ranged.plan_ranges(rows, ranged.GAP // 3)) == [(0, 4), (4, 7), (7, 8)]
-    assert list(ranged.plan_ranges(rows, ranged.GAP // 2)) == [(0, 2), (2, 4), (4, 7), (7, 8)]
-    assert list(ranged.plan_ranges(np.arange(10), ranged.PART // 4)) == [(0, 4), (4, 8), (8, 10)]
-    assert list(ranged.plan_ranges(np.arange(3), 2 * ranged.PART)) == [(0, 1), (1, 2), (2, 3)]
-    assert list(ranged.plan_ranges(np.empty(0, np.int64), 64)) == []
+    def cuts(rows, row_bytes):
+        return list(ranged.plan_ranges(np.array(rows, np.int64), row_bytes))
+
+    rows, gap, most = [0, 1, 5, 6, 100, 101, 103, 500], ranged.GAP_BYTES, ranged.RANGE_BYTES
+    assert cuts(rows, gap // 4) == cuts(rows, gap // 3) == [(0, 4), (4, 7), (7, 8)]
+    assert cuts(rows, gap // 2) == [(0, 2), (2, 4), (4, 7), (7, 8)]
+    assert cuts(range(10), most // 4) == [(0, 4), (4, 8), (8, 10)]
+    assert cuts(range(3), 2 * most) == [(0, 1), (1, 2), (2, 3)]
+    assert cuts([], 64) == []
 
 
 def test_what_a_url_means(memory, monkeypatch):
@@ -239,15 +240,15 @@ def test_over_http(server, local, capsys):
 
 def failing(monkeypatch, times, error):
     """Let every fetch of rows fail so many times."""
-    whole, left = remote.ask, {}
+    whole, left = remote.request_range, {}
 
-    def ask(url, begin, end, known):
+    def ask(url, begin, *rest):
         left[url, begin] = left.get((url, begin), times) - 1
         if left[url, begin] >= 0:
             raise error
-        return whole(url, begin, end, known)
+        return whole(url, begin, *rest)
 
-    monkeypatch.setattr(remote, "ask", ask)
+    monkeypatch.setattr(remote, "request_range", ask)
 
 
 def test_a_connection_that_is_lost_for_a_while(memory, local, monkeypatch):
@@ -412,12 +413,6 @@ def test_another_version_on_a_web_server(server):
     server.files["kinds/c.npy"] = bytes(data)
     with pytest.raises(InputError, match=r"c\.npy: changed while it was read"):
         features.read(0, 200)
-
-
-def test_without_fsspec(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
-    assert run("dedup", "s3://bucket/set", "--out", "out") == 1
-    assert said(capsys) == ("snip: s3:// needs fsspec: pip install 'snipdedup-toolkit[hub]'")
 
 
 def test_without_the_store_s_own_package(monkeypatch, capsys):
