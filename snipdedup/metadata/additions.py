@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.config import Dedup
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.gather import gather_columns
 from snipdedup.metadata.kept_rows import AddedColumn
@@ -27,37 +26,46 @@ PART_CAPTIONS = 1 << 18  # captions in memory at a time
 SIGN = np.uint64(1 << 63)
 
 
-def added_names(options: Dedup) -> list[str]:
+class ColumnSettings(NamedTuple):
+    """Which columns a run adds: up to so many merged captions of a column, weights."""
+
+    merge_captions: int | None = None
+    caption: str | None = None
+    weights: bool = False
+
+
+def added_names(settings: ColumnSettings) -> list[str]:
     """Return the names of the columns that a run adds."""
-    names = {DUP_COUNT: True, WEIGHT: options.weights, MERGED: options.merge_captions is not None}
+    merges = settings.merge_captions is not None
+    names = {DUP_COUNT: True, WEIGHT: settings.weights, MERGED: merges}
     return [name for name, wanted in names.items() if wanted]
 
 
-def caption_column(options: Dedup, metadata: Metadata) -> str:
+def caption_column(settings: ColumnSettings, metadata: Metadata) -> str:
     """Return the column that captions are taken from, or refuse metadata without one."""
-    return metadata.require_column(options.caption, CAPTION_COLUMNS, "--caption")
+    return metadata.require_column(settings.caption, CAPTION_COLUMNS, "--caption")
 
 
-def caption_uses(options: Dedup, metadata: Metadata) -> list[ColumnUse]:
+def caption_uses(settings: ColumnSettings, metadata: Metadata) -> list[ColumnUse]:
     """Return what columns are read for to make those that a run adds."""
-    if options.merge_captions is None:
+    if settings.merge_captions is None:
         return []
     remedy = "name a column of texts with --caption"
-    return [ColumnUse([caption_column(options, metadata)], _captions, remedy)]
+    return [ColumnUse([caption_column(settings, metadata)], _captions, remedy)]
 
 
 @contextmanager
 def added_columns(
-    options: Dedup, metadata: Metadata, removed: RemovedRows, work: Path
+    settings: ColumnSettings, metadata: Metadata, removed: RemovedRows, work: Path
 ) -> Iterator[list[AddedColumn]]:
     """Yield the columns that a run adds, in the order of `added_names`."""
     with ExitStack() as stack:
         columns: list[AddedColumn] = [dup_counts(removed, work / "counts")]
         removed = removed.followed()
-        if options.weights:
+        if settings.weights:
             columns.append(Weights(removed, work / "weights"))
-        if options.merge_captions is not None:
-            column, most = caption_column(options, metadata), options.merge_captions
+        if settings.merge_captions is not None:
+            column, most = caption_column(settings, metadata), settings.merge_captions
             merged = MergedCaptions(metadata, column, removed, most, work / "captions")
             columns.append(stack.enter_context(closing(merged)))
         yield columns
