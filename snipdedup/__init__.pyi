@@ -12,6 +12,7 @@ from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.metadata.filter import FilterResult as FilterResult
 
 __version__: str
 
@@ -516,7 +517,7 @@ def filter(
     export: str | None = None,
     key: str | None = None,
     overwrite: bool = False,
-) -> str:
+) -> FilterResult:
     """Apply a mask to metadata and features: ``snip filter``.
 
     Parameters

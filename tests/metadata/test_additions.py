@@ -94,7 +94,7 @@ def photos(data, tmp_path):
 def test_real_photos_keep_their_five_captions(photos):
     features, meta, out = photos
     known = {"features": str(features), "metadata": str(meta)}
-    said = run(Dedup(**known, out=str(out), merge_captions=10))
+    said = str(run(Dedup(**known, out=str(out), merge_captions=10)))
     assert "removed              400" in said
     assert "stay                 100" in said
     before = open_metadata(meta)
