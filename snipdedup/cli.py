@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import gc
 import inspect
 import io
@@ -21,7 +20,8 @@ from typing import Any, get_type_hints
 
 from snipdedup import __version__, config
 from snipdedup.commands import BY_NAME, COMMANDS, Command, bare_type, is_required, nearest_name
-from snipdedup.errors import SnipError, UsageError, VerdictError
+from snipdedup.config import setting_name
+from snipdedup.errors import SnipError, UsageError
 
 WIDTH = 96
 GC_OBJECTS = 100_000  # new objects between collections: imports make many that all live on
@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(words: list[str]) -> int:
     """Run one command line and return its exit status."""
     try:
-        return print_result(answer(words), DONE)
-    except VerdictError as verdict:
-        return print_result(str(verdict), FAILED)
+        result = answer(words)
+        return print_result(result, DONE if getattr(result, "passed", True) else FAILED)
     except UsageError as error:
         return print_error(error, WRONG_USAGE)
     except SnipError as error:
@@ -231,11 +230,6 @@ def did_you_mean(word: str, names: Iterable[str], mark: str = "") -> str:
     """Return ``, did you mean X?``, or nothing where no name is close."""
     close = nearest_name(word.lstrip("-").replace("-", "_"), names)
     return f", did you mean {mark}{close}?" if close else ""
-
-
-def setting_name(field: dataclasses.Field) -> str:
-    """Return a setting as it is typed: ``FEATURES`` or ``--out``."""
-    return field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
 
 
 def coerce(name: str, text: str, kind: Any) -> Any:
