@@ -36,17 +36,9 @@ EXPORT = "export"  # the folder of lists for other tools
 
 
 class MetadataPlan(NamedTuple):
-    """What is made of the metadata.
+    """What is made of the metadata: keys of groups, added columns, lists for other tools.
 
-    Attributes
-    ----------
-    table : Metadata
-    key : str or None
-        The column of keys.
-    columns : additions.ColumnSettings
-        Columns that are added.
-    lists : dict of str to str
-        Lists for other tools, each by the column that names its rows.
+    ``lists`` has for each list the column that names its rows.
     """
 
     table: Metadata
@@ -62,19 +54,10 @@ def plan_metadata(
     columns: additions.ColumnSettings,
     kinds: list[str],
 ) -> MetadataPlan | None:
-    """Check that the metadata has what a run reads of it at its end.
+    """Check that the metadata has what a run reads of it at its end; ``kinds`` are lists.
 
     Columns are converted on the first rows of each file, so that wrong types are refused before
     the search.
-
-    Parameters
-    ----------
-    rank : Rank
-        The keep order.
-    key : str or None
-        Column of keys as asked for.
-    kinds : list of str
-        Lists for other tools.
     """
     lists = export.list_columns(kinds, table, key)
     if table is None:
@@ -116,14 +99,7 @@ def write_files(
     epsilons: Sequence[float],
     threads: int,
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Write all files of OUT but the manifest.
-
-    Returns
-    -------
-    outputs : list of Path
-    entries : dict
-        The manifest's entries about the inputs and the decision.
-    """
+    """Write all files of OUT but the manifest; return their paths, and `describe_run`."""
     entries: dict[str, Any] = {}
 
     def describe() -> list[Path]:
@@ -131,10 +107,10 @@ def write_files(
         return []
 
     jobs: list[Callable[[], list[Path]]] = [
+        partial(write_small_files, result, out),
         partial(write_forest, result.search, out),
         partial(write_groups, result, out, plan),
         describe,
-        partial(write_small_files, result, out),
     ]
     if plan is not None:
         jobs.append(partial(write_metadata, result, out, plan))
