@@ -292,7 +292,7 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
     work = out / locks.WORK
     mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
     first_row = read_pins(out).get("first_row")
-    if first_row is None or mask.other is not None:
+    if first_row is None or mask.other_sizes is not None:
         mask, first_row = place_mask(source, found, mask, work, options.jobs)
         add_pin(out, "first_row", first_row)
     return Plan(items, mask, first_row)
