@@ -37,7 +37,7 @@ from snipdedup.groups.star import (
     star_from_pairs,
 )
 from snipdedup.join.forest import Edges, components
-from snipdedup.metadata.additions import Removed
+from snipdedup.metadata.additions import RemovedRows
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
@@ -91,7 +91,7 @@ class Result:
         return count_members(self.members, self.threshold)
 
     @cached_property
-    def removed_rows(self) -> Removed:
+    def removed_rows(self) -> RemovedRows:
         """The removed rows, ascending, and the representative of each; many are mapped."""
         kind = np.dtype([("row", row_kind(self.rows)), ("representative", "<i8")])
         spread = Spread(self.removed, 0, self.rows)
@@ -103,7 +103,7 @@ class Result:
         for records in by_row.ascending():
             order = np.argsort(records["row"])
             columns.add(records["row"][order], records["representative"][order])
-        return Removed(*columns.arrays())
+        return RemovedRows(*columns.arrays())
 
     @cached_property
     def is_dup(self) -> np.ndarray:
@@ -236,7 +236,7 @@ def choose(
     """
     check_threshold(search, threshold)
     if folder is not None and isinstance(rank, ColumnRank) and search.is_large(threshold):
-        rank.keep_keys(folder)
+        rank.read_all(folder)
 
     def parts() -> Iterator[Members]:
         with progress.bar(len(search.forest.a), "grouping", "edges") as bar:

@@ -57,7 +57,7 @@ from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.star import Rank
 from snipdedup.metadata.additions import ColumnSettings
-from snipdedup.metadata.precheck import rehearse
+from snipdedup.metadata.precheck import try_column_uses
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import library_threads, pick_device
 from snipdedup.progress import Clock
@@ -261,7 +261,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
         kinds = named_kinds("export", options.export, EXPORTS)
         plan = plan_metadata(metadata, rank, options.key, columns, kinds)
     elif metadata is not None and isinstance(rank, ColumnRank):
-        rehearse(metadata, [rank.use()])
+        try_column_uses(metadata, [rank.use()])
     return Job(options, settings, inputs, metadata, rank, plan)
 
 
