@@ -14,6 +14,7 @@ from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
 from snipdedup.index.folder import Index as Index
+from snipdedup.metadata.filter import FilterResult as FilterResult
 
 __version__: str
 
@@ -513,7 +514,7 @@ def filter(
     export: str | None = None,
     key: str | None = None,
     overwrite: bool = False,
-) -> str:
+) -> FilterResult:
     """Apply a mask to metadata and features: ``snip filter``.
 
     Parameters
