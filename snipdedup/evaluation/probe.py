@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.evaluation.costs import TREE, Rates
+from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import Seen, find_copies
 from snipdedup.features.shards import Features, open_features, plan_blocks
@@ -33,7 +34,7 @@ from snipdedup.join.lists import ROUNDS, Lists, assign, nearest, sample_pairs
 from snipdedup.join.model import Model
 from snipdedup.join.partitions import load_partition
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
-from snipdedup.join.verify import GATHER_PAIRS, proved_cosines, verify_pairs
+from snipdedup.join.verify import GATHER_PAIRS, verify_pairs
 from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, pack
@@ -220,7 +221,7 @@ def look_at_pairs(
     degree = np.bincount(np.concatenate([a, b]), minlength=len(first))
     large = np.maximum(degree[a], degree[b]) >= CROWDED_DEGREE
     i, j = first[a[~large]], first[b[~large]]
-    true = int((proved_cosines(raw, raw, i, j) >= np.float32(model.threshold)).sum())
+    true = int((indexed_cosines(raw, raw, i, j) >= np.float32(model.threshold)).sum())
     held = true + len(raw) - len(first)
     share = (true / TREE + len(raw) - len(first)) * rows / len(raw) ** 2
     return Found(
