@@ -17,10 +17,9 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import SnipError
-from snipdedup.metadata.files import open_table
-from snipdedup.metadata.kept_features import feature_rows, write_staying
-from snipdedup.metadata.masks import FILES, Held, Mask, check_sizes
-from snipdedup.metadata.tables import Metadata, write_kept
+from snipdedup.metadata.kept_rows import FILES, feature_rows, write_kept, write_kept_features
+from snipdedup.metadata.masks import FileSizes, Mask, check_sizes
+from snipdedup.metadata.tables import Metadata, open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 
@@ -152,7 +151,7 @@ def filter_item(
     outputs = plan.outputs(item, work)
     write_kept(Metadata([table]), ~keep, outputs[0].parent)
     for path, output in zip(paths[1:], outputs[1:], strict=True):
-        write_staying(path, output, keep)
+        write_kept_features(path, output, ~keep)
     return {"name": outputs[0].name, "kept": int(np.count_nonzero(keep))}
 
 
@@ -162,7 +161,7 @@ def kept_rows(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
     if mask is None:
         return np.ones(rows, bool)
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
-        check_sizes(Held([file.shown], [rows]), mask.sizes, item.number)
+        check_sizes(FileSizes([file.shown], [rows]), mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and rows != mask.rows:
         raise SnipError(
             f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}; they must be the same set "

@@ -19,12 +19,8 @@ from snipdedup.downloading.sources import SourceFiles
 from snipdedup.downloading.transfer import SourceFile
 from snipdedup.errors import SnipError, TemporaryError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
-from snipdedup.metadata.files import SUFFIXES
-from snipdedup.metadata.masks import (
-    open_mask,
-    stamp,
-    summary,
-)
+from snipdedup.metadata.masks import describe_kept, file_version, open_mask
+from snipdedup.metadata.tables import SUFFIXES
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import with_retries
@@ -155,7 +151,7 @@ def request_of(
             {
                 "source": file.shown,
                 "size": file.size,
-                **({} if scheme_of(file.url) else stamp(Path(file.url))),
+                **({} if scheme_of(file.url) else file_version(Path(file.url))),
             }
             for file in found.files
         ]
@@ -237,7 +233,7 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
     work = out / locks.WORK
     mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
     first_row = read_pins(out).get("first_row")
-    if first_row is None or mask.other is not None:
+    if first_row is None or mask.other_sizes is not None:
         mask, first_row = place_mask(source, found, mask, work, options.jobs)
         add_pin(out, "first_row", first_row)
     return Plan(items, mask, first_row)
@@ -268,6 +264,6 @@ def describe(out: Path, files: Sequence[dict[str, Any]], note: str = "") -> Down
     """Return the result of a download from what its manifest says of the files."""
     rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
     features = sum("features" in file for file in files)
-    text = f"{out}{note}: {summary(files)}"
+    text = f"{out}{note}: {describe_kept(files)}"
     text += f", with features of {features} files" if features else ""
     return DownloadResult(out, KIND, len(files), rows, kept, text)
