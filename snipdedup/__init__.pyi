@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from snipdedup.auditing.result import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
+from snipdedup.deduplication.run import open_result as open_result
 from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
