@@ -142,14 +142,16 @@ def plan(options: Dedup) -> str:
     rehearse_end(options, metadata, check_metadata(options, metadata))
     if features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
-    return plan_features(
-        features,
-        out,
-        threshold=options.threshold,
-        recall=options.recall,
-        seed=options.seed or 0,
-        threads=options.threads,
-        max_memory=options.max_memory,
+    return str(
+        plan_features(
+            features,
+            out,
+            threshold=options.threshold,
+            recall=options.recall,
+            seed=options.seed or 0,
+            threads=options.threads,
+            max_memory=options.max_memory,
+        )
     )
 
 
