@@ -22,7 +22,8 @@ from conftest import ROOT
 
 from snipdedup import cli
 from snipdedup.cli import COMMANDS
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import read_manifest
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
@@ -74,15 +75,15 @@ def make_sample(folder: Path) -> np.ndarray:
     start = 0
     for number, size in enumerate(SIZES):
         part = slice(start, start + size)
-        store.save_npy(folder / f"img_emb/img_emb_{number:04d}.npy", rows[part])
+        atomic.save_npy(folder / f"img_emb/img_emb_{number:04d}.npy", rows[part])
         keys = [f"{row:09d}" for row in range(*part.indices(len(rows)))]
         urls = [f"https://example.org/{key}.jpg" for key in keys]
         table = pa.table({"key": keys, "url": urls, "picture": picture[part]})
-        store.save_parquet(folder / f"metadata/metadata_{number:04d}.parquet", table)
+        atomic.save_parquet(folder / f"metadata/metadata_{number:04d}.parquet", table)
         start += size
     for number, name in enumerate(("new_emb", "test_emb", "made_emb")):
         near = rows[10 * number : 10 * number + 30] + np.float16(0.01)
-        store.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
+        atomic.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
     return rows
 
 
@@ -144,8 +145,8 @@ def test_first_command_keeps_its_promise(ran, sample):
     part = [row for row in stays if row >= SIZES[0]]
     kept = pa.concat_tables(map(pq.read_table, sorted(folder.glob("part/*.parquet"))))
     assert kept["key"].to_pylist() == [f"{row:09d}" for row in part]
-    assert store.read_manifest(folder / "clean_adc", "dedup")["verified"] is True
-    assert store.read_manifest(folder / "clean_codes", "dedup")["verified"] is False
+    assert read_manifest(folder / "clean_adc", "dedup")["verified"] is True
+    assert read_manifest(folder / "clean_codes", "dedup")["verified"] is False
 
 
 @pytest.mark.parametrize("block", blocks("python"))

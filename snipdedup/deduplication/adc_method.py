@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +23,7 @@ from snipdedup.adc.threshold import (
     passes,
     true_duplicates,
 )
-from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.scan import scan
 from snipdedup.features.shards import Features, plan_blocks
@@ -40,7 +41,8 @@ from snipdedup.index.search import (
 from snipdedup.join.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, cores, ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
 
@@ -261,7 +263,9 @@ def sample_scores(adc: Adc, sample: np.ndarray) -> np.ndarray:
     return best_scores(adc.searcher, adc.shared, queries, adc.rule, adc.threads)
 
 
-def search_adc(features: Features | None, options: config.Dedup, work: Path, stage: Stage) -> Found:
+def search_adc(
+    features: Features | None, options: config.Dedup, work: Path, stage: Stage
+) -> SearchResult:
     """Find pairs by the adaptive threshold on the ADC distance.
 
     Parameters
@@ -297,18 +301,9 @@ def search_adc(features: Features | None, options: config.Dedup, work: Path, sta
             open_ = (a != b) & ~skip[a] & ~skip[b]
             for edges in verify_pairs(features, a[open_], b[open_], options.threshold, threads):
                 builder.add(edges)
-    return Found(
-        names=[shard.path.name for shard in features.shards],
-        offsets=features.offsets,
-        threshold=options.threshold,
-        forest=builder.forest(),
-        copies=seen.copies,
-        firsts=seen.firsts,
-        bad=seen.bad,
-        checksums=seen.checksums,
-        flags=adc.flags,
-        notes=describe(adc),
-    )
+    flags = adc.flags
+    found = SearchResult.of(features, options.threshold, seen, builder.forest(), describe(adc))
+    return dataclasses.replace(found, flags=flags)
 
 
 def check_given(features: Features | None, options: config.Dedup) -> None:
@@ -349,18 +344,20 @@ def open_or_build(features: Features | None, options: config.Dedup, work: Path) 
 
 def drop_damaged(folder: Path) -> None:
     """Remove an index that a stopped run finished, if it is not any more as it was written."""
-    if not (folder / store.MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         return
     try:
-        outputs = store.read_manifest(folder, "index")["outputs"]
-        whole = all(store.sha256(folder / name) == held["sha256"] for name, held in outputs.items())
+        outputs = read_manifest(folder, "index")["outputs"]
+        whole = all(
+            atomic.sha256(folder / name) == held["sha256"] for name, held in outputs.items()
+        )
     except (SnipError, OSError, LookupError, TypeError):
         whole = False
     if not whole:
         shutil.rmtree(folder)
 
 
-def unverified(index: Index, options: config.Dedup, work: Path, stage: Stage) -> Found:
+def unverified(index: Index, options: config.Dedup, work: Path, stage: Stage) -> SearchResult:
     """Group what passes in an index whose rows are not at hand."""
     with stage("search"):
         adc = adc_candidates(index, None, options, work)
@@ -370,13 +367,13 @@ def unverified(index: Index, options: config.Dedup, work: Path, stage: Stage) ->
             pairs.append(edges)
             builder.add(spanning_forest(edges))
     nothing = np.empty(0, np.int64)
-    return Found(
+    return SearchResult(
         names=[str(shard["name"]) for shard in index.manifest["shards"]],
         offsets=index.offsets,
         threshold=options.threshold,
         forest=builder.forest(),
         copies=nothing,
-        firsts=nothing,
+        originals=nothing,
         bad=index.bad_rows(),
         pairs=unique_edges(join_edges(pairs)),
         flags=adc.flags,

@@ -16,7 +16,8 @@ from snipdedup.features.hashing import Checksums, checksum_text, sum_checksums
 from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, accept_dates, open_features, request_of
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, ordered_map
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import is_finished, read_manifest
 
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
 DESCRIPTORS = "descriptors"  # what a manifest calls such a folder
@@ -45,7 +46,7 @@ class Descriptors:
         return self.summary
 
 
-@locks.given_up()
+@locks.released()
 def run(options: config.Compress) -> Descriptors:
     """Write the descriptors of all shards; what a stopped run finished is not made again."""
     started = time.monotonic()
@@ -56,7 +57,7 @@ def run(options: config.Compress) -> Descriptors:
     encoder.check_width(features, options.encoder)
     names = descriptor_names(features)
     out = Path(options.out).expanduser()
-    store.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
+    out_folder.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
     request = {
         "encoder": encoder.manifest["outputs"][WEIGHTS]["sha256"],
         "dtype": options.dtype,
@@ -64,19 +65,19 @@ def run(options: config.Compress) -> Descriptors:
         "column": options.column,
         **request_of(features),
     }
-    if store.is_finished(out):  # other dates of the same rows are the same input
-        accept_dates(request, features, store.read_manifest(out, DESCRIPTORS))
-    state = store.claim(out, DESCRIPTORS, request, overwrite=options.overwrite, late=True)
+    if is_finished(out):  # other dates of the same rows are the same input
+        accept_dates(request, features, read_manifest(out, DESCRIPTORS))
+    state = out_folder.claim(out, DESCRIPTORS, request, overwrite=options.overwrite)
     files = [out / name for name in names]
     if state == "done":
         summary = f"{out} is finished already with these settings; --overwrite makes it anew"
         return Descriptors(out, files, features.rows, encoder.dim, summary)
     try:
-        work, threads = out / store.WORK, cores(options.threads) if encoder.device == "cpu" else 1
+        work, threads = out / locks.WORK, cores(options.threads) if encoder.device == "cpu" else 1
         checksums = compress_shards(features, encoder, work, names, options.dtype, threads)
         features.refuse_changed()
     except InputError:
-        store.release(out)  # an earlier result there stays as it was
+        out_folder.release(out)  # an earlier result there stays as it was
         raise
     shards = [
         {**shard, "checksum": checksum_text(checksum)}
@@ -92,7 +93,7 @@ def run(options: config.Compress) -> Descriptors:
         "counts": {"rows": features.rows, "dim": encoder.dim},
         "seconds": {"all": round(seconds, 3)},
     }
-    store.publish(out, DESCRIPTORS, body, [work / store.FILES / name for name in names])
+    out_folder.publish(out, DESCRIPTORS, body, [work / out_folder.FILES / name for name in names])
     size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
     summary = (
         f"{features.rows:,} rows in {len(names)} shards: {encoder.dim_in} wide to {encoder.dim} "
@@ -122,11 +123,11 @@ def compress_shards(
     checksums = []
     with progress.bar(features.rows, "compressing", "rows") as bar:
         for number, name in enumerate(names):
-            path, done_file = work / store.FILES / name, work / f"{name}.json"
-            if not store.is_sealed(done_file, path.parent):
+            path, done_file = work / out_folder.FILES / name, work / f"{name}.json"
+            if not atomic.is_done(done_file, path.parent):
                 checksum = compress_shard(features, number, encoder, path, dtype, threads)
-                store.seal(done_file, [path], {"checksum": checksum})
-            checksums.append(int(store.load_json(done_file)["checksum"]))
+                atomic.write_done_file(done_file, [path], {"checksum": checksum})
+            checksums.append(int(atomic.load_json(done_file)["checksum"]))
             bar.update(features.shards[number].rows)
     return checksums
 
@@ -142,7 +143,7 @@ def compress_shard(
         If a row cannot be compared: file and row; nothing is written then.
     """
     checksums, shape = [], (features.shards[number].rows, encoder.dim)
-    with store.writing_npy(path, np.dtype(dtype), shape) as file:
+    with atomic.writing_npy(path, np.dtype(dtype), shape) as file:
         for block, read in encoded_blocks(features, number, encoder, threads):
             block.astype(dtype).tofile(file)
             checksums.append(read)

@@ -22,7 +22,8 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features
 from snipdedup.parallel import in_aligned_blocks, library_threads, pick_device
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, read_manifest, short_json, write_manifest
 
 WEIGHTS = "weights.pt"
 LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up
@@ -170,7 +171,7 @@ class Encoder:
 
     def save(self, folder: Path, body: dict[str, Any]) -> None:
         """Write weights, then the manifest with ``body`` (settings, shards, curves)."""
-        with store.replacing(folder / WEIGHTS) as part:
+        with atomic.replacing(folder / WEIGHTS) as part:
             part.write_bytes(self.weights())
         described = {
             "layout": LAYOUT,
@@ -179,7 +180,7 @@ class Encoder:
             "dim": self.network.widths[0],
             "heads": self.network.widths[1:],
         }
-        store.write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
+        write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Encoder:
@@ -197,8 +198,8 @@ class Encoder:
                 "modules, as upstream published, are not read: unpickling runs any code they hold. "
                 "Train one with: snip train FEATURES --out encoder"
             )
-        manifest = store.read_manifest(path, "encoder")
-        dim_in, hidden, dim, heads = read_widths(path / store.MANIFEST, manifest)
+        manifest = read_manifest(path, "encoder")
+        dim_in, hidden, dim, heads = read_widths(path / MANIFEST, manifest)
         state = read_weights(path / WEIGHTS, manifest)
         need = 4 * ((dim_in + hidden) * (dim + sum(heads)) + dim_in * hidden)
         have = (path / WEIGHTS).stat().st_size
@@ -208,7 +209,7 @@ class Encoder:
         try:
             network.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
-            why = f"its layers do not fit {store.MANIFEST}"
+            why = f"its layers do not fit {MANIFEST}"
             raise damaged_weights(path / WEIGHTS, why) from error
         encoder = cls(network, pick_device(device))
         encoder.manifest = manifest
@@ -228,7 +229,7 @@ def read_widths(path: Path, manifest: dict[str, Any]) -> tuple[int, int, int, li
     if not all(type(width) is int and width > 0 for width in widths):
         raise SnipError(
             f"{path}: expected the widths dim_in, hidden, dim and heads, found "
-            f"{store.short([dim_in, hidden, dim, heads])}; copy the encoder again, or train it anew"
+            f"{short_json([dim_in, hidden, dim, heads])}; copy the encoder again, or train it anew"
         )
     return dim_in, hidden, dim, heads
 
@@ -238,11 +239,11 @@ def read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor
     try:
         expected = manifest["outputs"][WEIGHTS]["sha256"]
     except (KeyError, TypeError):
-        raise damaged_weights(path, f"{store.MANIFEST} names no {WEIGHTS}") from None
+        raise damaged_weights(path, f"{MANIFEST} names no {WEIGHTS}") from None
     if not path.is_file():
         raise damaged_weights(path, "no such file")
-    if store.sha256(path) != expected:
-        raise damaged_weights(path, f"changed since {store.MANIFEST} was written (SHA-256 differs)")
+    if atomic.sha256(path) != expected:
+        raise damaged_weights(path, f"changed since {MANIFEST} was written (SHA-256 differs)")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN_PICKLE as error:

@@ -22,13 +22,14 @@ from torch import nn
 from snipdedup import config, progress
 from snipdedup.encoder.directions import pca_network, principal_directions, rotate_for_codes
 from snipdedup.encoder.losses import TrainingLoss, fitting_temperature
-from snipdedup.encoder.network import BROKEN_PICKLE, WEIGHTS, Encoder, Network
+from snipdedup.encoder.network import BROKEN_PICKLE, Encoder, Network
 from snipdedup.encoder.sampling import LEAST_ROWS, Batches
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.parallel import cores, library_threads, pick_device
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import put_in_place, read_manifest
 
 K = 10  # neighbours whose recall is reported
 QUERIES = 2048  # held-out rows whose neighbours are looked up among all held-out rows
@@ -98,32 +99,32 @@ class History:
         }
 
 
-@locks.given_up()
+@locks.released()
 def run(options: config.Train) -> Encoder:
     """Train an encoder and write it; a stopped run goes on from its checkpoint."""
     started = time.monotonic()
     features, texts = open_pair(options)
     out = Path(options.out).expanduser()
-    store.refuse_output_inside(out, [*features.inputs(), *(texts.inputs() if texts else [])])
+    out_folder.refuse_output_inside(out, [*features.inputs(), *(texts.inputs() if texts else [])])
     request = {
         **{k: v for k, v in options.as_dict().items() if k not in NOT_IN_REQUEST},
         **request_of(features),
         **({f"text_{k}": v for k, v in request_of(texts).items()} if texts else {}),
     }
-    if store.claim(out, "encoder", request, overwrite=options.overwrite, late=True) == "done":
+    if out_folder.claim(out, "encoder", request, overwrite=options.overwrite) == "done":
         encoder = Encoder.load(out, options.device)
         encoder.summary = (
             f"{out} is finished already with these settings; --overwrite makes it anew"
         )
         return encoder
     try:
-        encoder, history = fit(features, texts, options, out / store.WORK / CHECKPOINT)
+        encoder, history = fit(features, texts, options, out / locks.WORK / CHECKPOINT)
         for source in filter(None, (features, texts)):
             source.refuse_changed()
     except WriteError:
         raise
     except SnipError:  # refused: there is nothing to go on from
-        store.release(out)
+        out_folder.release(out)
         raise
     seconds = time.monotonic() - started
     text_name = None if options.text_features is None else str(options.text_features)
@@ -137,10 +138,10 @@ def run(options: config.Train) -> Encoder:
         "threads": cores(options.threads),
         "seconds": {"all": round(seconds, 3)},
     }
-    files = out / store.WORK / store.FILES
+    files = out / locks.WORK / out_folder.FILES
     encoder.save(files, body)
-    store.install(out, files, [WEIGHTS], request=request)
-    encoder.manifest = store.read_manifest(out, "encoder")
+    put_in_place(out, files)
+    encoder.manifest = read_manifest(out, "encoder")
     encoder.summary = train_summary(history, encoder, features.rows, options, seconds)
     return encoder
 
@@ -366,7 +367,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
     """Write all that the next step depends on."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with store.replacing(path) as part:
+    with atomic.replacing(path) as part:
         part.write_bytes(buffer.getvalue())
 
 

@@ -52,7 +52,7 @@ from snipdedup.join.pipeline import (
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
 from snipdedup.join.verify import proved_cosines, verify_pairs
 from snipdedup.parallel import cores, library_threads
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
 
 # The sample.
 SAMPLE_ROWS = SINGLE_LIST_ROWS + (1 << 13)  # enough to get lists
@@ -77,7 +77,7 @@ MET = 2.0  # a pair is proposed where either of its rows lives
 PAIRS_A_DUPLICATE = 1.25  # pairs, and rows in groups, for each row that is removed
 MEMBERS_A_DUPLICATE = 1.77
 LIBRARY_BYTES = 1.6e8
-EDGE_BYTES, MEMBER_BYTES, PAIR_BYTES, HASH_BYTES = 18, 30, 40, 8  # in OUT, and in its work folder
+EDGE_BYTES, MEMBER_BYTES, PAIR_BYTES, HASH_BYTES = 18, 20, 40, 8  # in OUT, and in its work folder
 PAGE = 4096  # bytes that a disk reads for one row at the least
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -198,10 +198,10 @@ def run(options: Plan) -> RunPlan:
         rates = load_rates(path, dim)
     else:
         if path is not None:
-            store.refuse_output_file(path, [] if features is None else features.inputs())
+            out_folder.refuse_output_file(path, [] if features is None else features.inputs())
         rates = probe(features, rows, dim, options.threshold, options.recall, options.seed)
         if path is not None:
-            store.save_json(path, {"kind": "rates", **dataclasses.asdict(rates)})
+            atomic.save_json(path, {"kind": "rates", **dataclasses.asdict(rates)})
     if options.duplicates is not None:
         rates = dataclasses.replace(rates, duplicates=options.duplicates)
     return estimate(
@@ -241,7 +241,7 @@ def plan_features(
 
 def load_rates(path: Path, dim: int) -> Rates:
     """Read the rates of an earlier probe; refuse a file that is none, or of rows of other width."""
-    found = store.load_json(path)
+    found = atomic.load_json(path)
     names = [field.name for field in dataclasses.fields(Rates)]
     values: dict[str, Any] = {}
     if isinstance(found, dict):

@@ -22,10 +22,9 @@ from snipdedup.config import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, open_shard
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
-from snipdedup.features.ranged import open_remote_shard
 from snipdedup.storage import listing
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
-from snipdedup.storage.urls import redacted
+from snipdedup.storage.urls import expand_parts, redacted
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -212,7 +211,7 @@ def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]
     """
     elsewhere = [path for path in paths if isinstance(path, RemotePath)]
     for item in elsewhere:
-        item.forget()
+        item.forget_version()
     map_requests(RemotePath.is_file, elsewhere)
     for path, before in zip(paths, opened, strict=True):
         if not path.is_file() or identities([path]) != [before]:
@@ -220,7 +219,7 @@ def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]
 
 
 def request_of(features: Features) -> dict[str, Any]:
-    """Return what tells features from others, as the entries of a request (`store.claim`)."""
+    """Return what tells features from others, as the entries of a request (`out_folder.claim`)."""
     return {"features": features.describe(), "features_changed": features.stamps()}
 
 
@@ -304,7 +303,7 @@ def open_features(
         elif is_remote(item):
             found = find_remote(str(item), parts, SUFFIXES, "no shard found")
             refuse_mixture(found, redacted(str(item)))
-            shards += map_requests(partial(open_remote_shard, array=array, column=column), found)
+            shards += map_requests(partial(open_shard, array=array, column=column), found)
         else:
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
@@ -378,14 +377,15 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
 
 
 def find_remote(url: str, parts: str | None, suffixes: Sequence[str], none: str) -> list[Path]:
-    """Return the files that a URL means, in order; see `listing.find`."""
+    """Return the files that a URL means, in order; see `listing.find_remote_files`."""
     if "{part" in url:
-        return listing.find(url, parse_parts(parts, redacted(url)), suffixes, none)
+        numbers = parse_parts(parts, redacted(url))
+        return listing.find_remote_files(url, numbers, suffixes, none)
     if parts is not None:
         raise UsageError(
             f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {redacted(url)}"
         )
-    return natural_sort(listing.find(url, None, suffixes, none))
+    return natural_sort(listing.find_remote_files(url, None, suffixes, none))
 
 
 def folder_shards(folder: Path) -> list[Path]:
@@ -412,7 +412,7 @@ def is_shard_name(path: Path, suffix: str) -> bool:
 def implied_metadata(spec: str | Path) -> Path | None:
     """Return the ``metadata/`` beside ``img_emb/`` where a folder stands for both."""
     if is_remote(spec):
-        return listing.beside(str(spec), SUFFIXES)
+        return listing.metadata_beside(str(spec), SUFFIXES)
     folder = Path(spec).expanduser()
     if not folder.is_dir() or not (folder / "img_emb").is_dir():
         return None
@@ -424,13 +424,8 @@ def implied_metadata(spec: str | Path) -> Path | None:
 
 def part_paths(pattern: str, parts: str | None) -> list[Path]:
     """Expand a ``{part:04d}`` pattern over ``--parts start:end``."""
-    start, end = parse_parts(parts, pattern)
-    try:
-        paths = [Path(pattern.format(part=part)).expanduser() for part in range(start, end)]
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{pattern}: expected a pattern such as img_emb_{{part:04d}}.npy"
-        ) from error
+    numbers = range(*parse_parts(parts, pattern))
+    paths = [Path(location).expanduser() for location in expand_parts(pattern, numbers)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise SnipError(

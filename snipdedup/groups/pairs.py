@@ -19,7 +19,7 @@ from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import Edges, components, join_edges
 from snipdedup.join.verify import prove
 from snipdedup.parallel import ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 LISTED_GROUP = 64  # groups up to this size are listed pair by pair
 LISTED_PAIRS = 1 << 15  # pairs listed at a time
@@ -132,7 +132,7 @@ def write_pairs(path: Path, parts: Iterator[Edges], most: int) -> int:
 
     types = [("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32())]
     count, held, waiting = 0, 0, [join_edges([])]
-    with store.replacing(path) as part, pq.ParquetWriter(part, pa.schema(types)) as file:
+    with atomic.replacing(path) as part, pq.ParquetWriter(part, pa.schema(types)) as file:
         for edges in parts:
             count += len(edges.a)
             if count > most:

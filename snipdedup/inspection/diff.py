@@ -10,11 +10,11 @@ import numpy as np
 
 from snipdedup.config import Diff
 from snipdedup.deduplication.out_reader import read_keys, whole_groups
-from snipdedup.deduplication.run import HOW
+from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
 from snipdedup.groups.star import group_starts
 from snipdedup.metadata.masks import load_mask
-from snipdedup.storage import store
+from snipdedup.storage.manifest import as_written, read_manifest
 
 KIND = "dedup"
 BLOCK = 1 << 24  # rows of the masks compared at once
@@ -56,13 +56,13 @@ class Groups(NamedTuple):
 def run(options: Diff) -> str:
     """Run ``snip diff`` and return what it found."""
     folders = [Path(out).expanduser() for out in (options.out1, options.out2)]
-    with store.as_written(folders[0]), store.as_written(folders[1]):
+    with as_written(folders[0]), as_written(folders[1]):
         return differ(folders, options)
 
 
 def differ(folders: list[Path], options: Diff) -> str:
     """Compare two finished OUTs."""
-    manifests = [store.read_manifest(folder, KIND) for folder in folders]
+    manifests = [read_manifest(folder, KIND) for folder in folders]
     refuse_other_rows(folders, manifests)
     found = compare(folders, manifests, options.n)
     if options.json:

@@ -18,7 +18,7 @@ from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, BESIDE, Hubs, Placed
 from snipdedup.join.lists import Lists, Visits, assign
 from snipdedup.join.model import Model
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import among
 
 
@@ -77,15 +77,15 @@ def encode_task(
         "bad": seen.bad,
     }
     for name, array in arrays.items():
-        store.save_npy(folder / f"{name}.npy", array, lasting=False)
+        atomic.save_npy(folder / f"{name}.npy", array, lasting=False)
     names = ("row", "hub", "similarity")
-    store.save_npz(
+    atomic.save_npz(
         folder / "absorbed.npz",
         lasting=False,
         **{name: np.concatenate([getattr(p, name) for p in absorbed]) for name in names},
     )
     files = [*(folder / f"{name}.npy" for name in arrays), folder / "absorbed.npz"]
-    store.seal(folder / "done.json", files, {"checksums": seen.checksums})
+    atomic.write_done_file(folder / "done.json", files, {"checksums": seen.checksums})
 
 
 def how_far(placed: Placed, lists: Lists, still: int, others_come: bool) -> np.ndarray:
@@ -109,7 +109,7 @@ def sort_small(keys: np.ndarray, count: int) -> np.ndarray:
 
 def load_seen(folder: Path) -> Seen:
     """Read back what an encode task saw."""
-    done = store.load_json(folder / "done.json")
+    done = atomic.load_json(folder / "done.json")
     return Seen(done["checksums"], np.load(folder / "bad.npy"), folder / "hashes.npy")
 
 

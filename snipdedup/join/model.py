@@ -13,7 +13,7 @@ from snipdedup.join.hubs import Hubs
 from snipdedup.join.learned import LEARNED, Learned
 from snipdedup.join.lists import Lists
 from snipdedup.join.projection import ARITHMETIC, Projection
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Model:
 
     def save(self, path: Path) -> None:
         """Write the model as one ``.npz``."""
-        store.save_npz(
+        atomic.save_npz(
             path,
             lasting=True,  # all that is encoded hangs on it
             **self.projection.arrays(),

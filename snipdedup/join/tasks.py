@@ -25,7 +25,7 @@ from snipdedup.join.joining import join_task, load_joined
 from snipdedup.join.model import Model
 from snipdedup.join.partitions import load_partition, plan_partitions
 from snipdedup.parallel import pick_device
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import load_column
 
 SCANNED = ("bad.npy", "copies.npy", "firsts.npy", "skip.npy")
@@ -109,7 +109,7 @@ class Tasks:
     def encode(self, number: int) -> None:
         """Turn a range of rows into codes."""
         folder, (begin, end) = self.folders[number], self.spans[number]
-        if not store.is_sealed(self.encoded(number), folder):
+        if not atomic.is_done(self.encoded(number), folder):
             encode_task(
                 self.features, self.model, folder, begin, end,
                 chunk_rows=self.chunk_rows, frozen=self.frozen,
@@ -123,15 +123,15 @@ class Tasks:
     def scan(self, threads: int) -> None:
         """Refuse or list bad rows, find exact copies."""
         folder = self.scanned.parent
-        if store.is_sealed(self.scanned, folder):
+        if atomic.is_done(self.scanned, folder):
             return
         parts = [load_seen(folder) for folder in self.folders]
         found = finish_scan(self.features, parts, self.keep_bad, threads, self.work / "copies")
         skip = found.skipped(self.features.rows, self.frozen)
         arrays = (found.bad, found.copies, found.firsts, skip)
         for name, array in zip(SCANNED, arrays, strict=True):
-            store.save_npy(folder / name, array, lasting=False)
-        store.seal(
+            atomic.save_npy(folder / name, array, lasting=False)
+        atomic.write_done_file(
             self.scanned, [folder / name for name in SCANNED], {"checksums": found.checksums}
         )
         del found, arrays  # maps of files that go now
@@ -141,7 +141,7 @@ class Tasks:
         """Read back what was scanned; long arrays are mapped."""
         folder = self.scanned.parent
         bad, copies, firsts = (load_column(folder / name) for name in SCANNED[:3])
-        return Scan(bad, copies, firsts, store.load_json(self.scanned)["checksums"])
+        return Scan(bad, copies, firsts, atomic.load_json(self.scanned)["checksums"])
 
     @property
     def planned(self) -> Path:
@@ -167,13 +167,13 @@ class Tasks:
 
         A plan that is there holds, unless it has runs beyond ``bound`` visits, where that is given.
         """
-        whole = store.is_sealed(self.planned, self.work)
+        whole = atomic.is_done(self.planned, self.work)
         if not whole or (bound is not None and not fits(self.runs(), visits, bound)):
-            store.seal(self.planned, [], {"runs": plan_partitions(visits, most)})
+            atomic.write_done_file(self.planned, [], {"runs": plan_partitions(visits, most)})
 
     def runs(self) -> list[Run]:
         """Read the plan."""
-        return [Run(*run) for run in store.load_json(self.planned)["runs"]]
+        return [Run(*run) for run in atomic.load_json(self.planned)["runs"]]
 
     def joined(self, run: Run) -> Path:
         """Return the mark of a join task: what it found."""
@@ -195,7 +195,7 @@ class Tasks:
                 frozen=self.frozen,
                 across=self.across,
             )
-            store.save_npz(path, lasting=False, **forest._asdict(), proposed=np.array(proposed))
+            atomic.save_npz(path, lasting=False, **forest._asdict(), proposed=np.array(proposed))
 
     def found(self, run: Run) -> tuple[Edges, int]:
         """Return the forest of a run of lists, and how many pairs were proposed."""

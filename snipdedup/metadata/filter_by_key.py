@@ -33,7 +33,7 @@ from snipdedup.metadata.join_by_key import (
 from snipdedup.metadata.masks import Held, Mask, place_all
 from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.tables import Metadata, named, open_metadata
-from snipdedup.storage import store
+from snipdedup.storage.manifest import read_manifest
 from snipdedup.storage.remote import is_remote
 
 CONTENT_COLUMNS = ("url", "uid", "hash", "md5", "sha256")  # what a row is, not its number
@@ -193,7 +193,7 @@ def find_source(options: Filter, mask: Mask, asked: Sequence[str]) -> Source:
             f"{mask.path} is a mask alone and names no rows; give the metadata that it matches by "
             "position with --keys"
         )
-    manifest = store.read_manifest(folder, "dedup")
+    manifest = read_manifest(folder, "dedup")
     used = metadata_used(manifest)
     if used is not None:
         return Source(whole_set(used, mask))

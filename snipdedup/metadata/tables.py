@@ -27,7 +27,7 @@ from snipdedup.features.shards import (
     refuse_changed,
 )
 from snipdedup.metadata.files import SUFFIXES, CsvTable, Table, agree, open_table
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
 
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
@@ -341,13 +341,13 @@ def write_kept(
     with progress.bar(metadata.rows, "metadata", "rows") as bar:
         for file, path, first in zip(metadata.files, targets, metadata.offsets, strict=False):
             note = notes and notes / f"{path.name}.json"
-            if note and store.is_sealed(note, folder):
+            if note and atomic.is_done(note, folder):
                 bar.update(file.rows)
                 continue
             for rows in write_file(file, path, is_dup[offset:], int(first), added):
                 bar.update(rows)
             if note:
-                store.seal(note, [path], {})
+                atomic.write_done_file(note, [path], {})
     return targets
 
 
@@ -430,6 +430,9 @@ def writing(path: Path, schema: Any, codec: str) -> Iterator[Any]:
         ):
             flush()
 
-    with store.replacing(path) as part, pq.ParquetWriter(part, schema, compression=codec) as writer:
+    with (
+        atomic.replacing(path) as part,
+        pq.ParquetWriter(part, schema, compression=codec) as writer,
+    ):
         yield write
         flush()

@@ -17,7 +17,8 @@ from snipdedup import progress
 from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners.local import Local
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks
+from snipdedup.storage.manifest import MANIFEST
 
 T = TypeVar("T")
 
@@ -57,9 +58,9 @@ class Slurm:
         self.out, self.local = out, local
         self.rank, self.world_size = share
         self.here, self.workers = local.here, local.here * share.world_size
-        lock = out / store.WORK / f"rank-{self.rank:04d}.lock"
-        with store.explained(lock):
-            other = locks.take(lock)
+        lock = out / locks.WORK / f"rank-{self.rank:04d}.lock"
+        with atomic.explained(lock):
+            other = locks.acquire(lock)
             if other is not None:
                 raise SnipError(
                     f"--task_index {self.rank}: {other} writes {out} with the same index; give "
@@ -130,7 +131,7 @@ class Slurm:
 
     def refuse_finished(self) -> None:
         """Raise `ShareDone` if OUT is finished: its work folder must not come back."""
-        if (self.out / store.MANIFEST).is_file():
+        if (self.out / MANIFEST).is_file():
             raise ShareDone(f"{self.out} is finished; another process wrote it")
 
 

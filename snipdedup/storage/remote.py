@@ -1,7 +1,8 @@
-"""A file elsewhere that is read in place: ranges of bytes, many in flight, each asked for again.
+"""Remote files: size and version, reads by ranges of bytes with retries, streams from a position.
 
-An `RemotePath` stands where paths stand, so that what names, sorts and describes files need not
-know. Its size and what names its version are asked for once; a range of another one is refused.
+http(s) URLs are read by `snipdedup.storage.http`, all others by fsspec (``s3://``, ``gs://``,
+``hf://``, ``memory://``; paths of this machine too). A range of another version than the one that
+was seen first is refused.
 """
 
 from __future__ import annotations
@@ -13,56 +14,94 @@ import os
 import random
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-from snipdedup.errors import InputError, SnipError
-from snipdedup.storage.urls import (
-    MissingError,
-    RangeError,
-    TemporaryError,
-    is_web,
-    name_of,
-    redacted,
-    scheme_of,
-)
+import numpy as np
+
+from snipdedup.errors import InputError, MissingError, RangeError, SnipError, TemporaryError
+from snipdedup.parallel import ordered_results
+from snipdedup.storage import http
+from snipdedup.storage.http import AGAIN, CHUNK, Token
+from snipdedup.storage.urls import is_web, name_of, redacted, scheme_of
 
 T = TypeVar("T")
+R = TypeVar("R")
 
-PART = 4 << 20  # bytes of one request
-FLIGHTS = 16  # requests in flight: they wait for the network, not for a core
-ATTEMPTS = 6  # of one request
-BACKOFF_S = 0.5  # doubled each time
-BUFFER = 1 << 16  # read at once where headers and footers are read
-NO_RANGES = "the server sends whole files only: fetch it first with snip download, or by hand"
+RANGE_BYTES = 4 << 20  # of one request
+REQUESTS = 16  # at a time: they wait for the network, not for a core
+GAP_BYTES = 1 << 15  # between wanted rows: fewer cost less than another request
+BUFFER_BYTES = 1 << 16  # read at a time where headers and footers are read
+ATTEMPTS = 6  # in a row without progress
+BACKOFF_S = 1.0  # before the second attempt; doubled each time
+MAX_WAIT_S = 600.0
 # What stores call the version of a file; the first that is there is taken.
-VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified",
-            "last_modified", "updated", "modified", "created")  # fmt: skip
-BASE: Any = type(Path())
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation", "mtime",
+                "LastModified", "last_modified", "updated", "modified", "created")  # fmt: skip
+PATH: Any = type(Path())
 
 
-class Known(NamedTuple):
+class NoRangesError(SnipError):
+    """A web server sends whole files only."""
+
+
+class FileVersion(NamedTuple):
     """Size of a file, and a text that changes when the file does; empty where nothing tells."""
 
     size: int
     version: str
 
 
-class RemotePath(BASE):
-    """A URL as a path. What a URL may hide (a password, a signed query) is in ``url`` only."""
+class Stream(NamedTuple):
+    """The bytes of a file from ``begin`` on. A version can be resumed only if it is not empty."""
 
-    def __new__(cls, url: str) -> RemotePath:
-        """Make a path of what messages may show."""
+    begin: int
+    total: int | None
+    version: str
+    chunks: Iterator[bytes]
+
+
+def with_retries(
+    work: Callable[[], T],
+    pause: Callable[[float, str], object] = lambda seconds, reason: time.sleep(seconds),
+    progress: Callable[[], int] = lambda: 0,
+) -> T:
+    """Return ``work()``; after a `TemporaryError` wait, and try again.
+
+    ``pause`` waits some seconds for a reason. ``progress`` returns how many bytes are done: the
+    last error is raised after `ATTEMPTS` in a row that brought none, or if the server asks to wait
+    longer than `MAX_WAIT_S`.
+    """
+    failures = 0
+    while True:
+        before = progress()
+        try:
+            return work()
+        except TemporaryError as error:
+            failures = 1 if progress() > before else failures + 1
+            wait = error.wait
+            if wait is None:
+                wait = BACKOFF_S * 2 ** (failures - 1) * (0.5 + random.random())
+            if failures >= ATTEMPTS or wait > MAX_WAIT_S:
+                raise TemporaryError(f"{error} (tried {failures} times)", error.wait) from error
+            pause(wait, str(error))
+
+
+class RemotePath(PATH):
+    """The URL of a file as a path: its text is the redacted URL, all of it is in ``url`` only."""
+
+    def __new__(cls, url: str, token: Token | None = None) -> RemotePath:  # noqa: D102
+        del token
         return super().__new__(cls, redacted(url))
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: Token | None = None) -> None:
         if sys.version_info >= (3, 12):
             super().__init__(redacted(url))
-        self.url = url
-        self._known: Known | None = None
+        self.url, self._token = url, token
+        self._version: FileVersion | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url,)
@@ -87,100 +126,120 @@ class RemotePath(BASE):
     @property
     def parent(self) -> RemotePath:
         """The folder that it lies in."""
-        head, _, _ = redacted(self.url).rpartition("/")
-        return RemotePath(head)
-
-    def resolve(self, strict: bool = False) -> RemotePath:
-        """Return this: it is the same from anywhere."""
-        del strict
-        return self
+        return RemotePath(redacted(self.url).rpartition("/")[0])
 
     def absolute(self) -> RemotePath:
-        """Return this."""
+        """Return this path: a URL is the same from anywhere."""
         return self
 
-    def expanduser(self) -> RemotePath:
-        """Return this."""
-        return self
+    resolve = expanduser = absolute
 
     def is_dir(self) -> bool:
-        """Return False: only files are made of URLs."""
+        """Return False: remote paths are files."""
         return False
 
     def is_file(self) -> bool:
-        """Tell whether it is there; what hinders to know is raised."""
+        """Tell whether the file exists; other faults than a missing file are raised."""
         try:
-            return self.known() is not None
+            return self.version() is not None
         except MissingError:
             return False
 
     exists = is_file
 
-    def known(self) -> Known:
-        """Return size and version as they were when it was looked at first."""
-        if self._known is None:
-            self._known = with_retries(lambda: look(self.url))
-        return self._known
+    def version(self) -> FileVersion:
+        """Return size and version as they were at the first request."""
+        if self._version is None:
+            self._version = with_retries(lambda: read_version(self.url, self._token))
+        return self._version
 
-    def forget(self) -> None:
-        """Look again when it is asked next."""
-        self._known = None
+    def forget_version(self) -> None:
+        """Request size and version again when they are needed next."""
+        self._version = None
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
-        """Return the entries of a stat that tell a file from another."""
+        """Return a stat whose size, inode and time of change tell this version from others."""
         del follow_symlinks
-        size, version = self.known()
+        size, version = self.version()
         stamp = int.from_bytes(hashlib.sha256(version.encode()).digest()[:7], "big")
         return os.stat_result((0, stamp, 0, 0, 0, 0, size, 0, 0, 0), {"st_mtime_ns": stamp})
 
-    def open(self, *given: Any, **named: Any) -> IO[bytes]:
-        """Open it for reading at any place."""
-        del given, named
-        return io.BufferedReader(Reader(self), BUFFER)
+    def open(self, mode: str = "rb", buffering: int = -1, **more: Any) -> IO[bytes]:
+        """Open it for reading bytes at any position, whatever the mode."""
+        del mode, more
+        reader: Any = RangeReader(self)
+        return io.BufferedReader(reader, BUFFER_BYTES) if buffering else reader
 
-    def fetch(self, begin: int, end: int) -> bytes:
-        """Return the bytes ``begin`` to ``end`` (exclusive), in one request.
+    def read_range(self, begin: int, end: int) -> bytes:
+        """Return the bytes ``begin`` to ``end`` (exclusive), long ranges by several requests."""
+        cuts = range(begin, end, RANGE_BYTES)
+        return b"".join(self.read_ranges((cut, min(cut + RANGE_BYTES, end)) for cut in cuts))
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """Yield the bytes of each (begin, end) in order, one request each, `REQUESTS` at a time.
 
         Raises
         ------
         InputError
-            If the file is another one by now.
+            If the file has another version by now.
         TemporaryError
-            If it failed `ATTEMPTS` times.
+            After `ATTEMPTS` of one request.
         """
-        if begin >= end:
-            return b""
-        known = self.known()
-        return with_retries(lambda: ask(self.url, begin, end, known))
+        expected = self.version()
 
-    def read_range(self, begin: int, end: int) -> bytes:
-        """Return the bytes ``begin`` to ``end``, in as many requests as are worth it."""
-        if end - begin <= PART:
-            return self.fetch(begin, end)
-        spans = [(at, min(at + PART, end)) for at in range(begin, end, PART)]
-        return b"".join(self.read_ranges(spans))
+        def read(ends: tuple[int, int]) -> bytes:
+            return with_retries(lambda: request_range(self.url, *ends, expected, self._token))
 
-    def read_ranges(self, spans: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-        """Yield the bytes of each (begin, end), in order, several requests under way."""
-        waiting: deque[Future[bytes]] = deque()
-        pool = flights(os.getpid())
-        try:
-            for begin, end in spans:
-                waiting.append(pool.submit(self.fetch, begin, end))
-                if len(waiting) >= 2 * FLIGHTS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        return ordered_results(read, ranges, request_pool(os.getpid()), 2 * REQUESTS)
+
+    def read_rows(self, begin: int, row_bytes: int, rows: np.ndarray) -> np.ndarray:
+        """Return rows of ``row_bytes`` each that follow one another from byte ``begin`` on.
+
+        Parameters
+        ----------
+        begin, row_bytes : int
+        rows : (n,) int64
+            Ascending.
+
+        Returns
+        -------
+        (n, row_bytes) uint8
+        """
+        found = np.empty((len(rows), row_bytes), np.uint8)
+        cuts = plan_ranges(rows, row_bytes)
+        ranges = [
+            (begin + int(rows[low]) * row_bytes, begin + (int(rows[high - 1]) + 1) * row_bytes)
+            for low, high in cuts
+        ]
+        for (low, high), data in zip(cuts, self.read_ranges(ranges), strict=True):
+            block = np.frombuffer(data, np.uint8).reshape(-1, row_bytes)
+            found[low:high] = block[rows[low:high] - rows[low]]
+        return found
 
 
-class Reader(io.RawIOBase):
-    """An `RemotePath` as an open file."""
+def plan_ranges(rows: np.ndarray, row_bytes: int) -> list[tuple[int, int]]:
+    """Cut ascending rows, (n,) int64, where the gap is wide, or the range would be long.
+
+    Returns positions in ``rows``, (low, high) with ``high`` exclusive.
+    """
+    if not len(rows):
+        return []
+    wide = np.flatnonzero((np.diff(rows) - 1) * row_bytes > GAP_BYTES) + 1
+    most = max(1, RANGE_BYTES // row_bytes)  # rows that one request spans
+    cuts, low = [], 0
+    for high in [*wide.tolist(), len(rows)]:
+        while low < high:
+            cut = low + int(np.searchsorted(rows[low:high], rows[low] + most))
+            cuts.append((low, cut))
+            low = cut
+    return cuts
+
+
+class RangeReader(io.RawIOBase):
+    """A `RemotePath` as an open file."""
 
     def __init__(self, path: RemotePath) -> None:
-        self.path, self.at, self.size = path, 0, path.known().size
+        self.path, self.position, self.size = path, 0, path.version().size
 
     def readable(self) -> bool:
         """Return True."""
@@ -191,51 +250,29 @@ class Reader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place."""
-        self.at = max(0, offset + (0, self.at, self.size)[whence])
-        return self.at
-
-    def tell(self) -> int:
-        """Return the place."""
-        return self.at
+        """Move to a position; return it."""
+        self.position = max(0, offset + (0, self.position, self.size)[whence])
+        return self.position
 
     def readinto(self, out: Any) -> int:
-        """Fill ``out`` with what comes at the place; short at the end only."""
-        data = self.path.read_range(self.at, min(self.at + len(out), self.size))
+        """Fill ``out`` from the position on; short at the end of the file only."""
+        data = self.path.read_range(self.position, min(self.position + len(out), self.size))
         out[: len(data)] = data
-        self.at += len(data)
+        self.position += len(data)
         return len(data)
 
 
 @functools.cache
-def flights(process: int) -> ThreadPoolExecutor:
-    """Return the threads that ask, by process: a forked one has none of its parent's."""
+def request_pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads that request ranges, by process id: a forked process needs its own."""
     del process
-    return ThreadPoolExecutor(FLIGHTS, thread_name_prefix="snip-range")
+    return ThreadPoolExecutor(REQUESTS, thread_name_prefix="snip-range")
 
 
-def with_retries(work: Callable[[], T]) -> T:
-    """Return ``work()``, tried again, with longer and longer waits, after temporary faults."""
-    for attempt in range(1, ATTEMPTS):
-        try:
-            return work()
-        except RangeError:
-            raise
-        except TemporaryError as error:
-            wait = BACKOFF_S * 2 ** (attempt - 1) * (0.5 + random.random())
-            time.sleep(wait if error.wait is None else min(error.wait, 60.0))
-    try:
-        return work()
-    except RangeError:
-        raise
-    except TemporaryError as error:
-        raise TemporaryError(f"{error} (tried {ATTEMPTS} times)") from error
-
-
-def map_requests(work: Callable[[Any], T], paths: Iterable[Any]) -> list[T]:
-    """Return ``work(path)`` of each, in order, asked for at the same time."""
-    with ThreadPoolExecutor(FLIGHTS) as pool:  # its own: the work may wait for `flights`
-        return list(pool.map(work, paths))
+def map_requests(work: Callable[[Any], R], items: Iterable[Any]) -> list[R]:
+    """Return ``work(item)`` of each, in order; `REQUESTS` at a time."""
+    with ThreadPoolExecutor(REQUESTS) as pool:  # not `request_pool`: the work may wait for that one
+        return list(pool.map(work, items))
 
 
 def is_remote(location: object) -> bool:
@@ -246,106 +283,148 @@ def is_remote(location: object) -> bool:
 
 
 def absolute_location(location: str | Path) -> str:
-    """Return a path as it is from anywhere, a URL as manifests may show it."""
+    """Return an absolute path, or a URL as manifests may show it."""
     if is_remote(location):
         return redacted(str(location))
     return str(Path(location).expanduser().absolute())
 
 
 def arrow_source(path: Path) -> Any:
-    """Return what pyarrow reads: a path as it is, of an `RemotePath` an open file."""
+    """Return what pyarrow reads: a local path as it is, a remote one as an open file."""
     return path.open("rb") if isinstance(path, RemotePath) else path
 
 
-# ---- what servers and stores are asked
+# ---- requests
 
 
-def look(url: str) -> Known:
-    """Ask for size and version; refuse what cannot be read by ranges.
-
-    Raises
-    ------
-    MissingError, TemporaryError, SnipError
-        If it is not there, cannot be reached, or must not be read.
-    """
-    return look_web(url) if is_web(url) else look_store(url)
-
-
-def look_web(url: str) -> Known:
-    """Ask a web server, by the first byte of a file."""
-    from snipdedup.storage import http
+def filesystem(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL or local path, and the path in it."""
+    import fsspec
 
     try:
-        response = http.get(url, "0-0")
-    except RangeError as error:
-        raise InputError(f"{redacted(url)}: empty file, or {NO_RANGES}") from error
-    with response:
-        if response.status != 206:
-            raise SnipError(f"{redacted(url)}: cannot be read in parts: {NO_RANGES}")
-        _, _, total = http.content_range(response, url)
-        return Known(total, web_version(response))
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise SnipError(f"{scheme_of(url)}:// needs one more package: {error}") from error
+    except ValueError as error:
+        raise SnipError(
+            f"{redacted(url)}: expected a local path or a URL of http(s), hf or what fsspec "
+            f"knows: {error}"
+        ) from error
 
 
-def web_version(response: Any) -> str:
-    """Return what a response says of the version that it is of."""
-    return str(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+@contextmanager
+def store_errors(url: str, unknown: type[SnipError] = SnipError) -> Iterator[None]:
+    """Turn what fsspec and the stores' own packages raise into our errors."""
+    text = redacted(url)
+    try:
+        yield
+    except SnipError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingError(f"{text}: no such file; check the URL and the file numbers") from error
+    except PermissionError as error:
+        raise SnipError(
+            f"{text}: not permitted: log in with the store's own tool, or ask its owner ({error})"
+        ) from error
+    except OSError as error:
+        raise TemporaryError(f"{text}: cannot be read: {error}; {AGAIN}") from error
+    except Exception as error:  # no login, no such bucket, a broken connection: one class a store
+        raise unknown(f"{text}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def look_store(url: str) -> Known:
-    """Ask a store that fsspec knows."""
-    from snipdedup.storage import buckets
-
-    with buckets.explained(url):
-        system, path = buckets.filesystem(url)
+def read_version(url: str, token: Token | None = None) -> FileVersion:
+    """Request size and version of a file; refuse a web server that sends no ranges."""
+    if is_web(url):
+        try:
+            response = http.get(url, "0-0", token=token)
+        except RangeError as error:
+            raise InputError(f"{redacted(url)}: empty file, expected some bytes") from error
+        with response:
+            refuse_whole_file(response, url)
+            return web_version(response, url)
+    with store_errors(url):
+        system, path = filesystem(url)
         system.invalidate_cache()
         info = system.info(path)
     if info.get("type") == "directory" or info.get("size") is None:
         raise MissingError(f"{redacted(url)}: expected a file, found a folder")
-    named = [f"{info[name]}" for name in VERSIONS if info.get(name)]
-    return Known(int(info["size"]), named[0] if named else "")
+    named = [f"{info[name]}" for name in VERSION_KEYS if info.get(name)]
+    return FileVersion(int(info["size"]), named[0] if named else "")
 
 
-def ask(url: str, begin: int, end: int, known: Known) -> bytes:
-    """Ask once for the bytes ``begin`` to ``end`` of the version that is known."""
-    data = ask_web(url, begin, end, known) if is_web(url) else ask_store(url, begin, end)
-    if len(data) != end - begin:
+def web_version(response: Any, url: str) -> FileVersion:
+    """Return the version of the whole file that a 206 is a range of."""
+    version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+    return FileVersion(http.content_range(response, url)[2], str(version))
+
+
+def refuse_whole_file(response: Any, url: str) -> None:
+    """Refuse a response that is not a range, before the whole file comes."""
+    if response.status != 206:
+        response.close()
+        raise NoRangesError(
+            f"{redacted(url)}: cannot be read in parts: the server sends whole files only: fetch "
+            "it first with snip download, or by hand"
+        )
+
+
+def request_range(
+    url: str, begin: int, end: int, expected: FileVersion, token: Token | None = None
+) -> bytes:
+    """Request the bytes ``begin`` to ``end`` (exclusive) of the expected version, once."""
+    if is_web(url):
+        response = http.get(url, f"{begin}-{end - 1}", token=token)
+        refuse_whole_file(response, url)
+        if web_version(response, url) != expected:
+            response.close()
+            raise InputError(f"{redacted(url)}: changed while it was read; run it again")
+        data = b"".join(http.read_body(response, url))
+        first = http.content_range(response, url)[0]
+    else:
+        with store_errors(url, TemporaryError):  # the file was there: what fails now may pass
+            system, path = filesystem(url)
+            data, first = bytes(system.cat_file(path, start=begin, end=end)), begin
+    if first != begin or len(data) != end - begin:
         raise TemporaryError(
-            f"{redacted(url)}: bytes {begin:,} to {end:,} were asked for, {len(data):,} came"
+            f"{redacted(url)}: bytes {begin:,} to {end:,} were requested, {len(data):,} from "
+            f"{first:,} on came"
         )
     return data
 
 
-def ask_web(url: str, begin: int, end: int, known: Known) -> bytes:
-    """Ask a web server."""
-    from snipdedup.storage import http
+def open_stream(
+    url: str, begin: int = 0, version: str | None = None, token: Token | None = None
+) -> Stream:
+    """Open a file at byte ``begin``; at 0 if that version is gone or the server has no ranges.
 
-    response = http.get(url, f"{begin}-{end - 1}")
-    if response.status != 206:
-        response.close()
-        raise SnipError(f"{redacted(url)}: cannot be read in parts: {NO_RANGES}")
-    first, last, total = http.content_range(response, url)
-    if Known(total, web_version(response)) != known:
-        response.close()
-        raise InputError(f"{redacted(url)}: changed while it was read; run it again")
-    if (first, last) != (begin, end - 1):
-        response.close()
-        raise RangeError(
-            f"{redacted(url)}: bytes {begin}-{end - 1} were asked, {first}-{last} came"
-        )
-    return b"".join(http.chunks(response, url))
+    Of web files the version is a strong ETag: only such a file can be continued by a range.
+    """
+    if not is_web(url):
+        size, now = read_version(url)
+        begin = 0 if begin > size or version not in (None, now) else begin
+        return Stream(begin, size, now, read_store(url, begin, size))
+    byte_range = f"{begin}-" if begin else None
+    response = http.get(url, byte_range, if_range=version, token=token)
+    length = response.headers.get("Content-Length", "")
+    begin, total = 0, int(length) if length.isdecimal() else None
+    if response.status == 206:
+        begin, last, total = http.content_range(response, url)
+        if byte_range != f"{begin}-" or last != total - 1:
+            response.close()
+            raise RangeError(f"{redacted(url)}: bytes {byte_range} requested, {begin}-{last} came")
+    etag = response.headers.get("ETag") or ""
+    strong = etag if etag.startswith('"') else ""  # RFC 9110, 8.8.3: W/ means "similar"
+    return Stream(begin, total, strong, http.read_body(response, url))
 
 
-def ask_store(url: str, begin: int, end: int) -> bytes:
-    """Ask a store that fsspec knows; it was there, so what fails now may be well again soon."""
-    from snipdedup.storage import buckets
-
-    with buckets.explained(url):
-        system, path = buckets.filesystem(url)
-        try:
-            return bytes(system.cat_file(path, start=begin, end=end))
-        except (OSError, SnipError):
-            raise
-        except Exception as error:  # a connection lost has as many names as there are stores
-            raise TemporaryError(
-                f"{redacted(url)}: cannot be read: {type(error).__name__}: {error}"
-            ) from error
+def read_store(url: str, begin: int, size: int) -> Iterator[bytes]:
+    """Yield the bytes of a file that fsspec reads, from ``begin`` to its end."""
+    system, path = filesystem(url)
+    with store_errors(url), system.open(path, "rb") as file:
+        file.seek(begin)
+        while begin < size:
+            chunk = file.read(min(CHUNK, size - begin))
+            if not chunk:
+                raise TemporaryError(f"{redacted(url)}: ends after {begin:,} bytes; {AGAIN}")
+            begin += len(chunk)
+            yield chunk

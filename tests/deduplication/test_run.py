@@ -21,7 +21,8 @@ from snipdedup import dedup
 from snipdedup.deduplication import run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.join import tasks
-from snipdedup.storage import store
+from snipdedup.storage import out_folder
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_another_input_is_refused(laion, tmp_path, what, state):
     if state == "finished":
         assert truth.snip(*words)[0] == 0
     else:
-        with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+        with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
             assert truth.snip(*words)[0] == 130
     before = truth.listing(tmp_path / "o")
     change(laion, what)
@@ -261,7 +262,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(rows, laion, tmp_path):
 def test_overwrite_leaves_nothing_of_a_stopped_run(laion, tmp_path):
     """Stopped while writing: until all is whole, nothing lies in OUT itself."""
     out = tmp_path / "o"
-    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+    with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip("dedup", laion, "--out", out)[0] == 130
     assert list(out.glob("work/*/metadata/*.parquet"))
     assert not (out / "metadata").exists()
@@ -399,7 +400,7 @@ def test_a_missing_input_is_named(tmp_path):
 
 
 def test_an_unfinished_out_is_no_input(laion, tmp_path):
-    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+    with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip("dedup", laion, "--out", tmp_path / "o")[0] == 130
     refused("dedup", tmp_path / "o", "--threshold", 0.97, "--out", tmp_path / "o2")
     assert not (tmp_path / "o2").exists()
@@ -541,7 +542,7 @@ def searches(monkeypatch):
 
 
 def stop_while_writing(*words):
-    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+    with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip(*words)[0] == 130
 
 
@@ -601,7 +602,7 @@ def test_what_other_methods_found_is_kept_too(laion, rows, tmp_path, monkeypatch
         how = (*how, "--method", "adc")
     words = ("dedup", *source, *how, "--threshold", 0.9, "--out")
     assert truth.snip(*words, "plain", "--key", "uid")[0] == 0
-    with mock.patch.object(run, "write_tables", side_effect=KeyboardInterrupt):
+    with mock.patch.object(run, "write_files", side_effect=KeyboardInterrupt):
         assert truth.snip(*words, "o")[0] == 130
     with mock.patch.object(run, "search", side_effect=AssertionError):
         status, _, line = truth.snip(*words, "o", "--key", "uid")
@@ -616,7 +617,7 @@ def same_files(one, other):
         for out in (one, other)
     ]
     for files in found:
-        del files[Path(store.MANIFEST)]
+        del files[Path(MANIFEST)]
     return found[0] == found[1]
 
 
@@ -642,16 +643,16 @@ def test_a_search_outlives_a_late_refusal(laion, tmp_path, searches):
 
 
 def test_a_search_outlives_metadata_that_changes(laion, tmp_path, searches, monkeypatch):
-    changed, write_tables = laion / "metadata" / "metadata_0.parquet", run.write_tables
+    changed, write_files = laion / "metadata" / "metadata_0.parquet", run.write_files
 
     def write(*given):
-        written = write_tables(*given)
+        written = write_files(*given)
         pq.write_table(pq.read_table(changed), changed, compression="none")
         return written
 
     words = ("dedup", laion, "--threshold", 0.9, "--out", tmp_path / "o")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_tables", write)
+        patch.setattr(run, "write_files", write)
         assert "changed while it was read" in refused(*words)
     searches.clear()
     assert truth.snip(*words)[0] == 0
@@ -670,7 +671,7 @@ def test_the_earlier_result_stands_until_the_new_one_is_whole(laion, tmp_path):
     assert truth.snip(*words)[0] == 0
     assert not (out / "report.html").exists()
     assert not (out / "work").exists()
-    assert store.read_manifest(out, "dedup")["settings"]["threshold"] == 0.9
+    assert read_manifest(out, "dedup")["settings"]["threshold"] == 0.9
 
 
 REFUSED = {"--max_memory 2": "this run needs", "--device cuda": "torch sees no CUDA device"}
@@ -708,7 +709,7 @@ def test_a_stopped_run_survives_a_refusal(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("snipdedup.deduplication.run.conclude", stop)
+        patch.setattr("snipdedup.deduplication.run.decide_job", stop)
         assert truth.snip(*words)[0] == 130
     before = truth.listing(tmp_path / "out" / "work")
     before.pop("run.lock")

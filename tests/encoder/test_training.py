@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from snipdedup import config
-from snipdedup.encoder import directions, losses, sampling, training
+from snipdedup.encoder import directions, losses, network, sampling, training
 from snipdedup.encoder.directions import pca_network, principal_directions
 from snipdedup.encoder.network import Encoder
 from snipdedup.encoder.sampling import Batches
 from snipdedup.encoder.training import train_encoder
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.storage import store
+from snipdedup.storage.manifest import read_manifest
 
 QUICK = {"dim": 8, "hidden": 32, "steps": 40, "batch": 128, "threads": 1, "device": "cpu"}
 
@@ -284,7 +284,7 @@ def test_few_rows_train_and_say_so(tmp_path, snip):
     assert "snip loss, 16 wide to 8: 20 steps of 240 rows" in said
     assert "60 of 300 rows, held out" in said
     assert "batches shrank" in said
-    manifest = store.read_manifest(out, "encoder")
+    manifest = read_manifest(out, "encoder")
     assert [p["step"] for p in manifest["history"]["curve"]] == [0, 20]
     assert manifest["shards"][0]["name"] == "few.npy"
     assert manifest["settings"]["steps"] == 20
@@ -345,7 +345,7 @@ def test_shards_of_other_widths_and_other_settings_are_refused(tmp_path):
     np.save(tmp_path / "in" / "b.npy", clustered(100, 17))
     with pytest.raises(SnipError, match=r"b.npy: rows are 17 wide"):
         training.run(config.Train(**given, overwrite=True))
-    assert store.read_manifest(tmp_path / "out", "encoder")["settings"]["seed"] == 1
+    assert read_manifest(tmp_path / "out", "encoder")["settings"]["seed"] == 1
 
 
 def test_rewritten_shards_are_another_input(tmp_path):
@@ -395,7 +395,7 @@ def test_a_killed_training_resumes_to_the_same_weights_and_curve(tmp_path, monke
     assert steps == list(range(32, 46))  # not one step twice
     files = [tmp_path / name / "weights.pt" for name in ("straight", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    curves = [store.read_manifest(f.parent, "encoder")["history"]["curve"] for f in files]
+    curves = [read_manifest(f.parent, "encoder")["history"]["curve"] for f in files]
     assert curves[0] == curves[1]
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["snip.json", "weights.pt"]
 
@@ -422,7 +422,7 @@ def test_a_run_stopped_at_its_manifest_resumes(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_manifest", stop)
+        patch.setattr(network, "write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
             training.run(config.Train(**given))
     assert not (tmp_path / "out" / "snip.json").exists()

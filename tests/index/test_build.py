@@ -23,7 +23,8 @@ from snipdedup.index.build import build, run
 from snipdedup.index.codes import pack, packed_width, unpack
 from snipdedup.index.folder import Index
 from snipdedup.index.quantizer import read_quantiser
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST
 
 CUTS = (0, 700, 701, 1500, 1500, 2600)  # one of one row, one of none, none at a block's edge
 
@@ -57,7 +58,7 @@ def index(shards, tmp_path_factory) -> Index:
 
 def bits(folder: Path) -> dict[str, bytes]:
     """Every file but the manifest, which holds paths."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != store.MANIFEST}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != MANIFEST}
 
 
 def stored(index: Index) -> tuple[np.ndarray, ...]:
@@ -135,8 +136,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(index, shards, tmp_path, monkey
 
 def test_overwrite_leaves_nothing_of_a_stopped_run(index, shards, tmp_path):
     run(options(tmp_path / "x", shards, seed=9))
-    (tmp_path / "x" / store.MANIFEST).unlink()
-    store.save_json(tmp_path / "x" / store.WORK / store.REQUEST, {"nlist": 3})
+    (tmp_path / "x" / MANIFEST).unlink()
+    atomic.save_json(tmp_path / "x" / locks.WORK / locks.REQUEST, {"nlist": 3})
     run(options(tmp_path / "x", shards, overwrite=True))
     assert bits(tmp_path / "x") == bits(index.folder)
 
@@ -344,7 +345,7 @@ def test_a_stopped_run_does_not_go_on_with_rewritten_shards(shards, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "publish", stop)
+        patch.setattr(out_folder, "publish", stop)
         with pytest.raises(KeyboardInterrupt):
             run(options(out, folder))
     np.save(folder / "img_emb_0.npy", 2 * np.load(folder / "img_emb_0.npy"))
@@ -431,7 +432,7 @@ def test_descriptors_are_taken_as_they_are(rows, tmp_path):
     folder = tmp_path / "descriptors"
     folder.mkdir()
     np.save(folder / "a.npy", rows * 2)
-    (folder / store.MANIFEST).write_text(json.dumps({"kind": "descriptors"}))
+    (folder / MANIFEST).write_text(json.dumps({"kind": "descriptors"}))
     run(options(tmp_path / "x", folder))
     index = Index.open(tmp_path / "x")
     np.testing.assert_array_equal(index.space.vectors(rows), rows.astype(np.float32))

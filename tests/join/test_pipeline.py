@@ -21,7 +21,7 @@ from snipdedup.join import encoding, fitting
 from snipdedup.join import pipeline as room
 from snipdedup.join.partitions import plan_partitions
 from snipdedup.join.pipeline import needed_memory
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def listed(result):
 
 def edges(result):
     """Rows beyond one a component."""
-    return len(result.found.whole_forest.a)
+    return len(result.search.whole_forest.a)
 
 
 def assert_agree(found, brute):
@@ -69,7 +69,7 @@ def assert_agree(found, brute):
     for name in ("row", "group", "representative", "similarity", "is_dup"):
         one, other = getattr(found.members, name), getattr(brute.members, name)
         assert np.array_equal(one, other), name
-    one, other = (np.sort(result.found.whole_forest.similarity) for result in (found, brute))
+    one, other = (np.sort(result.search.whole_forest.similarity) for result in (found, brute))
     assert one.shape == other.shape
     assert np.abs(one - other).max(initial=0) < 2e-4
     assert np.abs(one - other).sum() < 1e-5 * len(one) + 1e-5
@@ -78,7 +78,7 @@ def assert_agree(found, brute):
 
 def test_one_list_finds_every_pair(rows, brute):
     found = dedup(rows)
-    assert found.found.notes["nlist"] == 1
+    assert found.search.notes["nlist"] == 1
     assert_agree(found, brute)
     assert brute.removed > 3000
 
@@ -89,17 +89,17 @@ def test_with_full_recall_lists_lose_nothing(rows, threshold):
     found, brute = (
         dedup(rows, threshold=threshold, **how) for how in ({"recall": 1}, {"method": "exact"})
     )
-    assert found.found.notes["nlist"] > 60
+    assert found.search.notes["nlist"] > 60
     assert_agree(found, brute)
 
 
 @pytest.mark.usefixtures("many_lists")
 def test_lists_find_the_share_asked_for_and_invent_nothing(rows, brute):
     found = dedup(rows, seed=3)
-    assert found.found.notes["nlist"] > 60
-    assert found.found.notes["visits"] < 100 * len(rows)
+    assert found.search.notes["nlist"] > 60
+    assert found.search.notes["visits"] < 100 * len(rows)
     assert edges(found) >= 0.999 * edges(brute)
-    forest = found.found.forest
+    forest = found.search.forest
     unit = rows.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosine = (unit[forest.a] * unit[forest.b]).sum(1)
@@ -120,7 +120,7 @@ def test_new_rows_find_the_reference_rows_that_stay_at_home(rows, new):
     likely = dedup(rest, reference=old)
     assert abs(likely.removed - brute.removed) <= 0.002 * brute.removed
     if new == 3000:
-        assert likely.found.notes["visits"] < dedup(rows).found.notes["visits"]
+        assert likely.search.notes["visits"] < dedup(rows).search.notes["visits"]
 
 
 @pytest.mark.usefixtures("many_lists")
@@ -143,7 +143,7 @@ def test_threads_chunks_shards_and_a_second_run_change_nothing(rows, tmp_path):
 
 def stopping(name, below, after):
     """Patch a writer of files so that it fails at a task's file, after some of them."""
-    whole, count = getattr(store, name), [0]
+    whole, count = getattr(atomic, name), [0]
 
     def write(path, *args, **arrays):
         if below in path.parts:
@@ -152,19 +152,19 @@ def stopping(name, below, after):
                 raise KeyboardInterrupt
         return whole(path, *args, **arrays)
 
-    return mock.patch.object(store, name, write)
+    return mock.patch.object(atomic, name, write)
 
 
 def written(name, below):
     """Count the files that a writer writes below a folder."""
-    whole, paths = getattr(store, name), []
+    whole, paths = getattr(atomic, name), []
 
     def write(path, *args, **arrays):
         if below in path.parts:
             paths.append(path)
         return whole(path, *args, **arrays)
 
-    return mock.patch.object(store, name, write), paths
+    return mock.patch.object(atomic, name, write), paths
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_stopped_run_may_go_on_with_other_threads_and_memory(rows, tmp_path, b
 def test_a_run_stopped_while_writing_goes_on(rows, tmp_path):
     folder, out = truth.save_shards(tmp_path / "f", rows[:2000], []), tmp_path / "out"
     with (
-        mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt),
+        mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         dedup(folder, out=str(out))
@@ -258,7 +258,7 @@ def test_a_crowd_that_is_spread_over_lists_is_still_exact():
         mock.patch.object(encoding, "task_rows", return_value=8192),
     ):
         found = dedup(x, recall=1, threshold=0.98)
-    assert found.found.notes["nlist"] > 20
+    assert found.search.notes["nlist"] > 20
     assert_agree(found, brute)
 
 
@@ -381,8 +381,8 @@ def test_lists_of_key_frames_lose_no_more_than_promised(data, threshold, edges):
     """As a larger set would be: cut into lists whose borders many pairs cross."""
     with mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0):
         found = dedup(data / "keyframes", threshold=threshold)
-    assert found.found.notes["nlist"] == 146
-    assert len(found.found.forest.a) >= 0.9985 * edges  # of brute force
+    assert found.search.notes["nlist"] == 146
+    assert len(found.search.forest.a) >= 0.9985 * edges  # of brute force
 
 
 def test_many_tasks_with_few_open_files(rows, brute, tmp_path):

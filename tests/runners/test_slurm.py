@@ -22,7 +22,8 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners import slurm
 from snipdedup.runners.local import Local
 from snipdedup.runners.slurm import Share, ShareDone, Slurm, share_of
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}
 
@@ -94,14 +95,14 @@ def test_what_does_not_go_together(settings, said):
 
 def share_tasks(out, rank, world_size, done, count=12, **more):
     """Do a share of some tasks as a process of its own does; return all that were yielded."""
-    with locks.given_up():
+    with locks.released():
         runner = Slurm(out, Share(rank, world_size), Local(1))
 
         def do(number):
             done.append((rank, number))
             path = out / f"{number}.json"
             if not path.is_file():
-                store.save_json(path, number)
+                atomic.save_json(path, number)
 
         return list(runner.each(do, range(count), lambda n: out / f"{n}.json", **more))
 
@@ -130,7 +131,7 @@ def test_each_rank_does_its_share_and_waits_for_the_others(tmp_path):
 def test_what_was_done_before_a_process_began_is_checked_by_it(tmp_path):
     """So a rank that ended need not come back, and damage is found."""
     for number in range(12):
-        store.save_json(tmp_path / f"{number}.json", number)
+        atomic.save_json(tmp_path / f"{number}.json", number)
         os.utime(tmp_path / f"{number}.json", (0, 1000))
     done = []
     assert sorted(share_tasks(tmp_path, 1, 3, done)) == list(range(12))
@@ -146,7 +147,7 @@ def test_after_the_last_tasks_only_rank_0_goes_on(tmp_path):
 
 
 def test_two_processes_of_one_rank_are_refused(tmp_path):
-    with locks.given_up():
+    with locks.released():
         Slurm(tmp_path, Share(1, 2), Local(1))
         caught = []
 
@@ -166,7 +167,7 @@ def test_who_waits_long_says_for_whom_and_what_to_do(tmp_path, capsys, monkeypat
 
     def late():
         for number in (1, 3):
-            store.save_json(tmp_path / f"{number}.json", 0)
+            atomic.save_json(tmp_path / f"{number}.json", 0)
 
     threading.Timer(0.5, late).start()
     share_tasks(tmp_path, 0, 2, [], 4)
@@ -176,7 +177,7 @@ def test_who_waits_long_says_for_whom_and_what_to_do(tmp_path, capsys, monkeypat
 
 
 def test_who_wakes_after_the_end_does_nothing(tmp_path):
-    (tmp_path / store.MANIFEST).write_text("{}")
+    (tmp_path / MANIFEST).write_text("{}")
     for rank in (0, 1):
         done = []
         with pytest.raises(ShareDone, match="is finished"):
@@ -297,7 +298,7 @@ def test_the_script_for_slurm(tmp_path):
     assert "rank 1 of 2: its share is done" in said[0] or "is finished" in said[0]
     assert "rows, threshold 0.95" in said[1]
     assert np.load(tmp_path / "clean" / "is_dup.npy").sum() == 100
-    settings = store.read_manifest(tmp_path / "clean", "dedup")["settings"]
+    settings = read_manifest(tmp_path / "clean", "dedup")["settings"]
     assert settings["num_tasks"] is None  # said by Slurm, not by the user
     assert not (tmp_path / "clean" / "work").exists()
 

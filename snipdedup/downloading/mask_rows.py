@@ -1,0 +1,141 @@
+"""The mask of a download, and its row at which the first of the wanted files begins.
+
+A mask that is not local is fetched into the work folder, so that a stopped run continues with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from snipdedup import progress
+from snipdedup.downloading.sources import SourceFiles, find_mask
+from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
+from snipdedup.errors import MissingError, SnipError, TemporaryError
+from snipdedup.metadata.files import open_table
+from snipdedup.metadata.masks import (
+    HOW_TO_PLACE,
+    MASK,
+    Held,
+    Mask,
+    by_either,
+    check_sizes,
+    open_mask,
+)
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.remote import NoRangesError, RemotePath, with_retries
+from snipdedup.storage.urls import is_web, redacted, scheme_of
+
+TOTALS = "cumulative_sizes.npy"
+
+
+def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
+    """Open the mask; fetch it, its manifest and the totals if they are not local."""
+    mask = Path(spec)
+    if scheme_of(spec):
+        file, manifest = with_retries(lambda: find_mask(spec, MASK))
+        mask = fetch_once(file, work / "published" / "mask")
+        if manifest is not None:
+            try_manifest(manifest, mask.with_name(MANIFEST))
+    if totals is not None and scheme_of(totals):
+        url = totals
+        file, _ = with_retries(lambda: find_mask(url, TOTALS))
+        totals = str(fetch_once(file, work / "published" / "totals"))
+    return open_mask(mask, totals)
+
+
+def fetch_once(file: SourceFile, folder: Path) -> Path:
+    """Fetch a file into a folder, unless it is there."""
+    target = folder / file.name
+    if not target.is_file():
+        with progress.bar(file.size or 0, file.name, "B") as bar:
+            fetch_file(file, target, Monitor(bar))
+    return target
+
+
+def try_manifest(file: SourceFile, target: Path) -> None:
+    """Fetch the manifest beside a mask, if there is one."""
+    try:
+        fetch_file(file, target)
+        atomic.load_json(target)
+    except MissingError:
+        return
+    except TemporaryError:
+        raise
+    except SnipError:  # some servers answer every name with a page
+        target.unlink(missing_ok=True)
+
+
+def place_mask(
+    source: str, found: SourceFiles, mask: Mask, work: Path, jobs: int
+) -> tuple[Mask, int]:
+    """Return the mask, with the one meaning of its totals, and the row of the first file in it.
+
+    Raises
+    ------
+    SnipError
+        If it is not certain.
+    """
+    first, count = found.first, len(found.files)
+    if first is None:
+        # the rows of a single web file are compared when it has come
+        rows = mask.rows if is_web(source) else sum(count_rows(found.files, work, jobs))
+        if rows != mask.rows:
+            raise SnipError(
+                f"{redacted(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; "
+                "they must be the same set (for some files, say which with --start and --end; "
+                "to find rows by what a column says, download all and snip filter --on COLUMN)"
+            )
+        return mask, 0
+    if mask.sizes is None:
+        if found.before is None:
+            text = f"at which row {found.files[0].shown} begins is not known; {HOW_TO_PLACE}"
+            raise SnipError(text)
+        return mask, sum(count_rows(found.before, work, jobs))
+    names = [file.shown for file in found.files]
+    rows_here = None if mask.other is None else count_rows(found.files, work, jobs)
+
+    def first_row(one: Mask) -> int:
+        sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
+        if first + count > len(sizes):
+            raise SnipError(
+                f"files {first} to {first + count - 1} are wanted, the mask's set has 0 to "
+                f"{len(sizes) - 1}"
+            )
+        if rows_here is not None:
+            check_sizes(Held(names, rows_here), sizes, first)
+        return int(sizes[:first].sum())
+
+    return by_either(mask, first_row)
+
+
+def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
+    """Count the rows of each file, by its footer if the server sends ranges."""
+
+    def count(file: SourceFile) -> int:
+        try:
+            if not scheme_of(file.url):
+                return open_table(Path(file.url)).rows
+            if Path(file.name).suffix.lower() == ".parquet":
+                try:
+                    return open_table(RemotePath(file.url, file.token)).rows
+                except NoRangesError:
+                    pass
+            copy = work / "counted" / file.name
+            fetch_file(file, copy, monitor)
+            rows = open_table(copy).rows
+            copy.unlink()
+            return rows
+        except TemporaryError:
+            raise
+        except SnipError as error:
+            raise SnipError(
+                f"the mask's place needs the rows of {file.name}: {error}; or {HOW_TO_PLACE}"
+            ) from error
+
+    monitor = Monitor()
+    counted = monitor.map(count, files, jobs)
+    return list(progress.track(counted, "rows of files", "files", len(files)))
