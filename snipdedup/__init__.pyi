@@ -13,6 +13,8 @@ from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.index.folder import Index as Index
+from snipdedup.metadata.filter import FilterResult as FilterResult
 
 __version__: str
 
@@ -93,7 +95,7 @@ def build_index(
     threads: int = 0,
     seed: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> Index:
     """Build a sharded IVFPQ index: ``snip index``.
 
     Parameters
@@ -512,7 +514,7 @@ def filter(
     export: str | None = None,
     key: str | None = None,
     overwrite: bool = False,
-) -> str:
+) -> FilterResult:
     """Apply a mask to metadata and features: ``snip filter``.
 
     Parameters

@@ -204,13 +204,13 @@ def test_a_crowd_is_compared_with_its_reference_rows_only(references):
     chain = np.arange(1, 6000)
     forest = make_edges(chain - 1, chain, np.ones(5999))
     none = np.empty(0, np.int64)
-    found = own_pairs(features, references, forest, (none, none), 0.9, 2)
+    found, _, _, nearest = own_pairs(features, references, forest, (none, none), 0.9, 2)
     assert features.gathered <= 1.5 * 6000  # a table of all pairs gathers each row six times
     across = truth.cosine_table(x)[references:, :references]
-    assert np.array_equal(found.nearest.row, np.arange(6000 - references))
-    assert np.array_equal(found.nearest.reference, across.argmax(1))
-    assert np.array_equal(found.nearest.similarity, across.max(1))
-    assert np.array_equal(found.forest.a, np.arange(5999 - references))
+    assert np.array_equal(nearest.row, np.arange(6000 - references))
+    assert np.array_equal(nearest.reference, across.argmax(1))
+    assert np.array_equal(nearest.similarity, across.max(1))
+    assert np.array_equal(found.a, np.arange(5999 - references))
 
 
 def test_copies_are_told_apart_by_the_side_they_lie_on():
