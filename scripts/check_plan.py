@@ -55,9 +55,9 @@ def compare(features: Path, work: Path | None) -> dict[str, dict[str, object]]:
         asked = timing.run_timed([*snip, "plan", str(features), "--json"], log)
         text = log.read_text()
         planned = json.loads(text[text.index("{") : text.rindex("}") + 1])
-        for name in ("seconds", "compute"):
-            planned[f"{name}_of_stages"] = planned[name]
-            planned[name] = sum(planned[name].values())
+        for kind in ("seconds", "compute"):
+            planned[f"{kind}_of_stages"] = planned[kind]
+            planned[kind] = sum(planned[kind].values())
         disk, done = [0], threading.Event()
         watcher = threading.Thread(target=watch, args=(out, disk, done))
         watcher.start()
