@@ -36,7 +36,6 @@ from snipdedup.deduplication.result import (
     checked,
     choose,
     choose_fraction,
-    decide,
 )
 from snipdedup.deduplication.search_result import (
     SearchResult,
@@ -232,8 +231,8 @@ def read_result(folder: Path, job: Job) -> Result:
     settings, features = manifest["settings"], job.inputs.features
     grouping, keep = str(settings["grouping"]), settings["keep"]
     found = read_search(folder, job.inputs)
-    result = decide(found, features, settings["threshold"], grouping, keep, job.rank)
-    return dataclasses.replace(result, manifest=manifest, out=folder)
+    result = choose(found, features, settings["threshold"], grouping, keep, job.rank)
+    return dataclasses.replace(checked(result), manifest=manifest, out=folder)
 
 
 def prepare(options: Dedup, *, writes: bool = True) -> Job:
