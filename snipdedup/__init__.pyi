@@ -14,6 +14,7 @@ from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.evaluation.plan import RunPlan as RunPlan
 from snipdedup.index.folder import Index as Index
 from snipdedup.metadata.filter import FilterResult as FilterResult
 
@@ -579,7 +580,7 @@ def plan(
     threshold: float = 0.95,
     recall: float = 0.999,
     seed: int = 0,
-) -> str:
+) -> RunPlan:
     """Estimate time, memory and disk of a run: ``snip plan``.
 
     Parameters
