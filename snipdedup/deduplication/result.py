@@ -161,7 +161,8 @@ class Result:
         grouping = self.grouping if grouping is None else grouping
         by_rule = self.search.best is not None  # then grouping does not apply
         Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
-        return decide(self.search, self.features, threshold, grouping, self.keep, self.rank)
+        known = (self.keep, self.rank)
+        return checked(choose(self.search, self.features, threshold, grouping, *known))
 
     def entries(self, epsilons: Sequence[float] = (), folder: Path | None = None) -> dict[str, Any]:
         """Return what a manifest holds of the result, as JSON values.
@@ -205,31 +206,14 @@ class Result:
         }
 
 
-def decide(
-    search: SearchResult,
-    features: Features | None,
-    threshold: float,
-    grouping: str,
-    keep: str,
-    rank: Rank,
-    folder: Path | None = None,
-) -> Result:
-    """Choose which rows of the groups are removed, and check each of them on the raw rows.
-
-    The parameters are fields of `Result`.
+def checked(result: Result) -> Result:
+    """Return a result with its cosines, each computed from the raw rows.
 
     Raises
     ------
-    SnipError
-        If the search does not know the pairs at this threshold.
     InternalError
-        If a row would be removed without a reason.
+        If a row would be removed without a reason; see `final_check`.
     """
-    return checked(choose(search, features, threshold, grouping, keep, rank, folder))
-
-
-def checked(result: Result) -> Result:
-    """Return a result with its cosines, each computed from the raw rows; see `final_check`."""
     members, near = fill_similarity(
         result.search, result.features, result.members, result.threshold, result.grouping,
         result.folder,
@@ -246,7 +230,10 @@ def choose(
     rank: Rank,
     folder: Path | None = None,
 ) -> Result:
-    """Choose which rows are removed as `decide` does, a block of groups at a time, unchecked."""
+    """Choose which rows of the groups are removed, a block of groups at a time, unchecked.
+
+    The parameters are fields of `Result`.
+    """
     check_threshold(search, threshold)
     if folder is not None and isinstance(rank, ColumnRank) and search.is_large(threshold):
         rank.read_all(folder)
