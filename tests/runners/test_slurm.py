@@ -21,7 +21,7 @@ from snipdedup.deduplication import run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners import slurm
 from snipdedup.runners.local import Local
-from snipdedup.runners.slurm import Share, ShareDone, Slurm, in_words, share_of
+from snipdedup.runners.slurm import Share, ShareDone, Slurm, share_of
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.manifest import MANIFEST, read_manifest
 
@@ -88,12 +88,6 @@ def test_a_rank_beyond_the_world_size_is_refused():
 def test_what_does_not_go_together(settings, said):
     with pytest.raises(UsageError, match=said):
         asked(**{"num_tasks": 7, "task_index": 0, **settings})
-
-
-def test_ranks_in_words():
-    assert in_words({3}) == "rank 3"
-    assert in_words({2, 0}) == "ranks 0 and 2"
-    assert in_words(set(range(12))) == "ranks 0, 1, 2, 3, 4, 5, 6 and 5 more"
 
 
 # ---- shares of tasks
@@ -178,7 +172,7 @@ def test_who_waits_long_says_for_whom_and_what_to_do(tmp_path, capsys, monkeypat
     threading.Timer(0.5, late).start()
     share_tasks(tmp_path, 0, 2, [], 4)
     said = capsys.readouterr().err
-    assert "waiting for rank 1 of 2, 2 tasks left" in said
+    assert "waiting for ranks 1 of 2, 2 tasks left" in said
     assert "without --task_index" in said
 
 
@@ -312,10 +306,10 @@ def test_the_script_for_slurm(tmp_path):
 def test_a_process_that_wakes_does_not_replace_the_result(small, start, tmp_path, monkeypatch):
     """No locks, as on some file systems: rank 0 sleeps at the end, another rank 0 writes OUT."""
     out, slept = tmp_path / "out", []
-    write_tables = run.write_tables
+    write_files = run.write_files
 
     def sleeps(result, draft, *rest):
-        written = write_tables(result, draft, *rest)
+        written = write_files(result, draft, *rest)
         for path in (out / "work").glob("*.lock"):
             path.unlink()  # so that nobody finds them locked
         others = [start(rank, 2) for rank in (0, 1)]
@@ -325,7 +319,7 @@ def test_a_process_that_wakes_does_not_replace_the_result(small, start, tmp_path
         return written
 
     first = start(1, 2)
-    monkeypatch.setattr(run, "write_tables", sleeps)
+    monkeypatch.setattr(run, "write_files", sleeps)
     said = run.run(
         Dedup(features=str(small / "img"), out=str(out), num_tasks=2, task_index=0, threads=1)
     )

@@ -391,7 +391,7 @@ def test_an_object_that_changes(memory, local, monkeypatch, capsys):
     assert "holds a finished run with other metadata" in said(capsys)
     from snipdedup.deduplication import run as dedup_run
 
-    original = dedup_run.write_tables
+    original = dedup_run.write_files
 
     def change(*given, **named):
         found = original(*given, **named)
@@ -399,7 +399,7 @@ def test_an_object_that_changes(memory, local, monkeypatch, capsys):
         fsspec.filesystem("memory").pipe_file("/bucket/set/img_emb/img_emb_10.npy", data)
         return found
 
-    monkeypatch.setattr(dedup_run, "write_tables", change)
+    monkeypatch.setattr(dedup_run, "write_files", change)
     assert run("dedup", f"{memory}/set", "--out", "new") == 1
     assert "img_emb_10.npy: changed while it was read; run it again" in said(capsys)
     assert not (local / "new").exists()
