@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 from snipdedup.auditing.result import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
+from snipdedup.deduplication.run import open_result as open_result
 from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.evaluation.plan import RunPlan as RunPlan
 from snipdedup.index.folder import Index as Index
 from snipdedup.metadata.filter import FilterResult as FilterResult
 
@@ -212,7 +214,7 @@ def dedup(
     recall: float = 0.999,
     encoder: str | PathLike[str] | None = None,
     index: str | PathLike[str] | None = None,
-    rule: Literal["mutual", "difference", "ratio"] = "mutual",
+    rule: Literal["two_sided", "difference", "ratio", "mutual"] = "two_sided",
     margin: float | None = None,
     precision: float = 0.91,
     calibration_rows: int = 4096,
@@ -289,8 +291,8 @@ def dedup(
     index
         adc: finished index (default: built from the features)
     rule
-        adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or the
-        distances of both rows (default: mutual)
+        adc: what is compared with a constant: the distances of both rows, d_ADC - self_adc,
+        or d_ADC / self_adc; mutual is an older name of two_sided (default: two_sided)
     margin
         adc: the constant of the rule (default: calibrated)
     precision
@@ -578,7 +580,7 @@ def plan(
     threshold: float = 0.95,
     recall: float = 0.999,
     seed: int = 0,
-) -> str:
+) -> RunPlan:
     """Estimate time, memory and disk of a run: ``snip plan``.
 
     Parameters
