@@ -13,10 +13,12 @@ from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.index.folder import Index as Index
 from snipdedup.inspection.diff import DiffResult as DiffResult
 from snipdedup.inspection.report import ReportResult as ReportResult
 from snipdedup.inspection.search import SearchResult as SearchResult
 from snipdedup.inspection.top import TopResult as TopResult
+from snipdedup.metadata.filter import FilterResult as FilterResult
 
 __version__: str
 
@@ -97,7 +99,7 @@ def build_index(
     threads: int = 0,
     seed: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> Index:
     """Build a sharded IVFPQ index: ``snip index``.
 
     Parameters
@@ -516,7 +518,7 @@ def filter(
     export: str | None = None,
     key: str | None = None,
     overwrite: bool = False,
-) -> str:
+) -> FilterResult:
     """Apply a mask to metadata and features: ``snip filter``.
 
     Parameters

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import sys
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -88,7 +88,7 @@ def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, comm
     module, name = {
         "dedup": (dedup_run, "search"),
         "compress": (compress, "compress_shards"),
-        "index": (index, "write_shards"),
+        "index": (index, "write_codes"),
     }[command]
     original = getattr(module, name)
 
@@ -110,9 +110,9 @@ def interrupted(monkeypatch, command):
         raise KeyboardInterrupt
 
     module, name = {
-        "dedup": (dedup_run, "decide_by"),
+        "dedup": (dedup_run, "decide_job"),
         "compress": (out_folder, "publish"),
-        "index": (index, "finish"),
+        "index": (index, "finish_index"),
     }[command]
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
@@ -170,18 +170,17 @@ def test_a_disk_that_is_full(inputs, monkeypatch, capsys, command):
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_read_error_as_the_system_says_it_names_the_file(inputs, monkeypatch, capsys, command):
     """/proc/self/mem has no page 0; reading it is an input/output error."""
-    opened = formats.NpyShard.__init__
+    opened, fill = Path.open, formats.NpyShard._fill
 
-    def open_broken(self, path, *given):
-        opened(self, path, *given)
-        if path.name == "b.npy":
-            self.data, self._read = 0, partial(read_broken, self, self._read)
+    def fill_broken(self, start, rows):
+        if self.path.name != "b.npy":
+            return fill(self, start, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "data", -start * self.dim * self.stored.itemsize)
+            patch.setattr(Path, "open", lambda path, *how: opened(Path("/proc/self/mem"), *how))
+            return fill(self, start, rows)
 
-    def read_broken(self, read, file, out):
-        with open("/proc/self/mem", "rb", buffering=0) as broken:  # noqa: PTH123
-            return read(broken, out)
-
-    monkeypatch.setattr(formats.NpyShard, "__init__", open_broken)
+    monkeypatch.setattr(formats.NpyShard, "_fill", fill_broken)
     assert run(*COMMANDS[command]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == "snip: img/b.npy: Input/output error"
@@ -202,13 +201,13 @@ def test_rows_of_a_file_that_became_shorter_are_not_touched(inputs):
 
 
 def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch, capsys):
-    decide = dedup_run.decide_by
+    decide = dedup_run.decide_job
 
     def cut(*given):
         os.truncate(inputs / "img" / "b.npy", 4096)
         return decide(*given)
 
-    monkeypatch.setattr(dedup_run, "decide_by", cut)
+    monkeypatch.setattr(dedup_run, "decide_job", cut)
     assert run(*COMMANDS["dedup"]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("snip: img/b.npy: ")
@@ -219,11 +218,11 @@ def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch,
 # What is read, how it is changed while the command runs, and where in it that happens.
 CHANGES = {
     "dedup: metadata": ("dedup img --metadata meta --out out", "meta/b.parquet",
-                        dedup_run, "write_tables"),
+                        dedup_run, "write_files"),
     "dedup: reference": ("dedup img --reference other --out out", "other/c.npy",
-                         dedup_run, "write_tables"),
+                         dedup_run, "write_files"),
     "dedup: captions": ("dedup img --text_features txt --out out", "txt/d.npy",
-                        dedup_run, "write_tables"),
+                        dedup_run, "write_files"),
     "filter: metadata": ("filter meta --is_dup clean --out out", "meta/a.parquet",
                          filter, "write_rows"),
     "filter: features": ("filter meta --is_dup clean --embeddings img --out out", "img/a.npy",

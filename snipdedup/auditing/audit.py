@@ -22,13 +22,14 @@ from snipdedup.auditing.sheet import (
 )
 from snipdedup.config import Audit
 from snipdedup.deduplication.out_reader import whole_groups
+from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features
-from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
+from snipdedup.metadata.tables import open_parquet
 from snipdedup.metadata.texts import RowTexts, open_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
@@ -36,7 +37,6 @@ from snipdedup.storage.atomic import sha256
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
 
-KIND = "dedup"
 MASK_ROWS = 1 << 24  # of the mask, looked at together
 
 

@@ -28,10 +28,10 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.scan import scan
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.build import build
-from snipdedup.index.classes import Classes, classes_of
 from snipdedup.index.folder import Index, Space
 from snipdedup.index.search import (
     QUERY_ROWS,
+    Classes,
     Queries,
     Searcher,
     code_queries,
@@ -117,7 +117,7 @@ class Adc:
     def __init__(
         self, index: Index, features: Features | None, space: Space, options: config.Dedup
     ) -> None:
-        self.rows, self.classes = index.rows, classes_of(index.lists())
+        self.rows, self.classes = index.rows, Classes.of(index.lists())
         self.searcher = Searcher(index, self.classes.lists, options.nprobe)
         self.shared = self.classes.shared(index.rows)
         self.k, self.threads = options.k, cores(options.threads)
@@ -315,7 +315,7 @@ def check_given(features: Features | None, options: config.Dedup) -> None:
         If it is not there, or is of other features.
     """
     if options.index is not None:
-        index = Index.open(options.index)
+        index = Index(options.index)
         if features is not None:
             query_space(index, features, options.encoder)
     elif options.encoder is not None:
@@ -329,7 +329,7 @@ def check_given(features: Features | None, options: config.Dedup) -> None:
 def open_or_build(features: Features | None, options: config.Dedup, work: Path) -> Index:
     """Open the index given, or build one of the features."""
     if options.index is not None or features is None:
-        return Index.open(str(options.index))
+        return Index(str(options.index))
     asked = config.Index(
         features=options.features,
         out=str(work / "index"),
@@ -339,7 +339,7 @@ def open_or_build(features: Features | None, options: config.Dedup, work: Path) 
         bad_rows=options.bad_rows,
     )
     drop_damaged(work / "index")
-    return build(features, work / "index", asked)[0]
+    return build(features, work / "index", asked)
 
 
 def drop_damaged(folder: Path) -> None:

@@ -36,10 +36,7 @@ def fill_similarity(
 ) -> tuple[Members, np.ndarray | None]:
     """Compute the cosines of members with their representatives, some whole groups at a time.
 
-    Parameters
-    ----------
-    search, features, members, threshold, grouping, folder
-        As `result.Result` has them; the similarity that ``members`` hold is not used.
+    The parameters are fields of `result.Result`; the similarity that ``members`` hold is not used.
 
     Returns
     -------
@@ -48,11 +45,6 @@ def fill_similarity(
         verified.
     near : (n,) float32, or None without references
         Cosine of each member with its nearest reference row; NaN where none matches.
-
-    Raises
-    ------
-    InternalError
-        If a row would be removed without a reason, or is none of the rows that were searched.
     """
     check = FinalCheck(search, features if search.verified else None, threshold, grouping)
     columns = Columns(folder and folder / "checked", {"similarity": "<f4", "near": "<f4"})
@@ -67,17 +59,9 @@ def fill_similarity(
 
 
 class FinalCheck:
-    """Checks members of whole groups against the search and the raw rows.
+    """Checks members of whole groups; without features, their row numbers alone.
 
-    Rows are numbered as in ``every``: reference rows come before the rows of the set.
-
-    Parameters
-    ----------
-    search : SearchResult
-    features : Features or None
-        Without them row numbers alone are checked.
-    threshold, grouping
-        Of the decision.
+    In ``every``, reference rows come before the rows of the set.
     """
 
     def __init__(
@@ -95,8 +79,7 @@ class FinalCheck:
     def rows(self, members: Members, order: np.ndarray) -> None:
         """Refuse members that are no rows, twice there, or have a wrong representative.
 
-        By SemDeDup's rule a representative may be removed. ``order``, (n,) int64, are the places of
-        the members by row.
+        By SemDeDup's rule a representative may be removed. ``order`` sorts the members by row.
         """
         search, rows = self.search, self.search.rows
         row, named, removed = members.row, members.representative, members.is_dup
@@ -150,12 +133,8 @@ class FinalCheck:
     def verified(self, row: np.ndarray, named: np.ndarray, may_chain: bool) -> np.ndarray:
         """Return the cosines of ascending rows with their representatives, (n,) float32.
 
-        Parameters
-        ----------
-        named : (n,) int64
-            A number r < 0 is the reference row ~r.
-        may_chain : bool
-            Whether a cosine may be below the threshold.
+        A representative r < 0 is the reference row ~r. With ``may_chain`` a cosine may be below
+        the threshold.
         """
         if self.every is None:
             return np.full(len(row), np.nan, np.float32)

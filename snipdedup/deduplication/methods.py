@@ -69,23 +69,8 @@ def search_features(
 ) -> SearchResult:  # fmt: skip
     """Find all pairs by the join or by brute force, or all matches by SemDeDup's rule.
 
-    Parameters
-    ----------
-    inputs : Inputs
-        With captions or references, where there are any.
-    features : Features
-    settings : SearchSettings
-    work : Path
-        Folder for the files of the join.
-    runner : Runner or None
-        Does the tasks of the join; None: threads of this process.
-    stage : function of str
-        Times a stage.
-
-    Raises
-    ------
-    SnipError
-        If there are bad rows and they are not to be kept.
+    The tasks of the join leave their files in ``work``; ``runner`` does them, or threads of this
+    process. ``stage`` times a stage by its name.
     """
     if settings.method == "semdedup":
         return find_matches(features, settings, work, stage)
@@ -113,13 +98,7 @@ def find_pairs(
 ) -> tuple[Scan, Edges, dict[str, Any]]:
     """Find the pairs of some rows; those among the first ``reference_rows`` are not wanted.
 
-    Returns
-    -------
-    scan : Scan
-    forest : Edges
-        See `forest.spanning_forest`.
-    notes : dict
-        The method's figures, for the manifest.
+    Return the scan, the forest (see `forest.spanning_forest`), and figures for the manifest.
     """
     across = settings.references_only and reference_rows > 0
     if settings.method != "exact":
@@ -175,19 +154,19 @@ def find_beside(
     if joins:
         notes = {**notes, "model": "fitted" if model is None else "kept"}
     with stage("refer"):
-        own = own_pairs(
+        own, copies, originals, nearest = own_pairs(
             rows, first, forest, (seen.copies, seen.firsts), settings.threshold, settings.threads,
             references_only=settings.references_only, folder=work / "refer",
         )  # fmt: skip
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= first] - first
-    own_scan = Scan(bad, own.copies, own.originals, seen.checksums[shards:])
+    own_scan = Scan(bad, copies, originals, seen.checksums[shards:])
     return dataclasses.replace(
-        SearchResult.of(features, settings.threshold, own_scan, own.forest, notes),
+        SearchResult.of(features, settings.threshold, own_scan, own, notes),
         references=references,
         reference_checksums=seen.checksums[:shards],
         references_only=settings.references_only,
-        nearest=own.nearest,
+        nearest=nearest,
     )
 
 
@@ -197,11 +176,7 @@ def match_captions(
     """Return a search of images cut down to pairs whose captions match as well.
 
     Each group of images is compared again, exact copies included: their captions may differ.
-
-    Parameters
-    ----------
-    texts : Scan
-        Of the captions' features: bad rows match nothing, copies must be copies here too.
+    ``texts`` is the scan of the captions: bad rows match nothing, copies must be copies there too.
     """
     bad = np.union1d(search.bad, texts.bad)
     copies, originals = common_copies(search, texts)

@@ -24,10 +24,10 @@ from snipdedup.groups.pairs import all_pairs, too_many, write_pairs
 from snipdedup.groups.star import Best, Rank, no_members
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata import additions, export
-from snipdedup.metadata.files import Table
-from snipdedup.metadata.gathered import gather_columns
-from snipdedup.metadata.precheck import Use, rehearse
-from snipdedup.metadata.tables import Metadata, as_texts, kept_names, try_writing, write_kept
+from snipdedup.metadata.gather import gather_columns
+from snipdedup.metadata.kept_rows import kept_names, try_writing, write_kept
+from snipdedup.metadata.precheck import ColumnUse, try_column_uses
+from snipdedup.metadata.tables import Metadata, Table, as_texts
 from snipdedup.parallel import run_all
 from snipdedup.storage import atomic, locks
 
@@ -36,17 +36,9 @@ EXPORT = "export"  # the folder of lists for other tools
 
 
 class MetadataPlan(NamedTuple):
-    """What is made of the metadata.
+    """What is made of the metadata: keys of groups, added columns, lists for other tools.
 
-    Attributes
-    ----------
-    table : Metadata
-    key : str or None
-        The column of keys.
-    columns : additions.ColumnSettings
-        Columns that are added.
-    lists : dict of str to str
-        Lists for other tools, each by the column that names its rows.
+    ``lists`` has for each list the column that names its rows.
     """
 
     table: Metadata
@@ -62,19 +54,10 @@ def plan_metadata(
     columns: additions.ColumnSettings,
     kinds: list[str],
 ) -> MetadataPlan | None:
-    """Check that the metadata has what a run reads of it at its end.
+    """Check that the metadata has what a run reads of it at its end; ``kinds`` are lists.
 
     Columns are converted on the first rows of each file, so that wrong types are refused before
     the search.
-
-    Parameters
-    ----------
-    rank : Rank
-        The keep order.
-    key : str or None
-        Column of keys as asked for.
-    kinds : list of str
-        Lists for other tools.
     """
     lists = export.list_columns(kinds, table, key)
     if table is None:
@@ -85,14 +68,16 @@ def plan_metadata(
         if key is not None:
             raise UsageError("--key names a column of the metadata: give --metadata too")
         return None
-    added = additions.uses(columns, table)
+    added = additions.caption_uses(columns, table)
     kept_names(table.files, additions.added_names(columns))
     key = table.column(key)
     uses = [rank.use()] if isinstance(rank, ColumnRank) else []
     if key is not None:
-        uses.append(Use([key], texts, "name a column of texts or numbers with --key"))
-    uses += [*url_baseline.uses(table), *added, *export.uses(lists, table)]
-    rehearse(table, [*uses, Use(None, try_writing, "leave it out of META", by_schema=True)])
+        uses.append(ColumnUse([key], texts, "name a column of texts or numbers with --key"))
+    uses += [*url_baseline.baseline_uses(table), *added, *export.list_uses(lists, table)]
+    try_column_uses(
+        table, [*uses, ColumnUse(None, try_writing, "leave it out of META", by_schema=True)]
+    )
     return MetadataPlan(table, key, columns, lists)
 
 
@@ -114,14 +99,7 @@ def write_files(
     epsilons: Sequence[float],
     threads: int,
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Write all files of OUT but the manifest.
-
-    Returns
-    -------
-    outputs : list of Path
-    entries : dict
-        The manifest's entries about the inputs and the decision.
-    """
+    """Write all files of OUT but the manifest; return their paths, and `describe_run`."""
     entries: dict[str, Any] = {}
 
     def describe() -> list[Path]:
@@ -129,10 +107,10 @@ def write_files(
         return []
 
     jobs: list[Callable[[], list[Path]]] = [
+        partial(write_small_files, result, out),
         partial(write_forest, result.search, out),
         partial(write_groups, result, out, plan),
         describe,
-        partial(write_small_files, result, out),
     ]
     if plan is not None:
         jobs.append(partial(write_metadata, result, out, plan))

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +35,6 @@ from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_m
 from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT
-FEATURES, EARLIER = "features", "dedup"
 
 
 class SelectedShard(Shard):
@@ -45,25 +44,23 @@ class SelectedShard(Shard):
         super().__init__(shard.path, (len(rows), shard.dim), shard.dtype)
         self.shard, self.selected = shard, rows
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """See `Shard.read`."""
-        return self.shard.take(self.selected[start:stop])
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """See `Shard.read_into`."""
+        self.shard.take_into(self.selected[start:stop], out)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """See `Shard.take`."""
-        return self.shard.take(self.selected[rows])
+    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """See `Shard.take_into`."""
+        self.shard.take_into(self.selected[rows], out)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One input of reference rows.
+    """One input of reference rows: features, or the features of an earlier OUT.
 
     Attributes
     ----------
     name : str
         As it was given; the name in tables.
-    kind : str
-        ``features``, or ``dedup`` for an earlier OUT.
     path : str or None
         None for an array.
     features : Features
@@ -71,13 +68,12 @@ class Reference:
     kept : (n,) int64
         Those of its rows that are reference rows.
     mask : str or None
-        SHA-256 of the mask of an earlier OUT.
+        SHA-256 of the mask of an earlier OUT; None for features.
     checksums : list of str, optional
         Checksum of each shard, where an earlier run computed them.
     """
 
     name: str
-    kind: str
     path: str | None
     features: Features
     kept: np.ndarray
@@ -101,7 +97,8 @@ class Reference:
 
     def is_same(self, other: Reference) -> bool:
         """Tell whether another reference is the same input."""
-        if self.path is None or other.path is None or self.kind != other.kind:
+        is_out = self.mask is None, other.mask is None
+        if self.path is None or other.path is None or is_out[0] != is_out[1]:
             return False
         if is_remote(self.path) or is_remote(other.path):
             return self.path == other.path
@@ -186,7 +183,7 @@ class References:
 
     def inputs(self) -> list[Path]:
         """Return the folders and files that are read."""
-        folders = [Path(item.path) for item in self.items if item.kind == EARLIER and item.path]
+        folders = [Path(item.path) for item in self.items if item.mask and item.path]
         return folders + [path for item in self.items for path in item.features.inputs()]
 
     def describe(self, checksums: Sequence[int]) -> list[dict[str, Any]]:
@@ -199,7 +196,7 @@ class References:
                 shard["checksum"] = checksum
             entries.append({
                 "name": item.name,
-                "kind": item.kind,
+                "kind": "features" if item.mask is None else KIND,
                 "path": item.path,
                 "files": [str(path.absolute()) for path in item.features.paths()],
                 "rows": item.features.rows,
@@ -217,7 +214,7 @@ class References:
         lists were fitted to them.
         """
         for item in self.items:
-            if item.kind != EARLIER or item.path is None or item.features.rows < rows:
+            if item.mask is None or item.path is None or item.features.rows < rows:
                 continue
             manifest = read_manifest(Path(item.path), KIND)
             path = Path(item.path) / locks.WORK / "model.npz"
@@ -232,17 +229,8 @@ def open_references(
 ) -> References:
     """Open what ``--reference`` names, and the references of earlier runs among it.
 
-    Parameters
-    ----------
-    given : str, path, array, or a list of them
-        Features, or folders that ``snip dedup`` wrote; in a str several by comma.
-    array, column : str, optional
-        As `shards.open_features` takes them.
-
-    Raises
-    ------
-    SnipError
-        If features cannot be read, or those of an earlier run are missing or changed.
+    ``given`` is a path, an array, or a list of them: features, or folders that ``snip dedup``
+    wrote; in a str several by comma. ``array`` and ``column`` are as in `shards.open_features`.
     """
     items: list[Reference] = []
     for number, source in enumerate(split_sources(given)):
@@ -271,7 +259,7 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
         if (Path(path) / locks.WORK / locks.REQUEST).is_file():
             raise SnipError(f"--reference {name} is of a run that was stopped; finish it first")
     features = open_features(source, **how)
-    yield Reference(name, FEATURES, path, features, np.arange(features.rows))
+    yield Reference(name, path, features, np.arange(features.rows))
 
 
 def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
@@ -294,7 +282,7 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
         if (folder / "bad_rows.parquet").is_file():
             kept[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
     checksums = [shard["checksum"] for shard in manifest["shards"]]
-    yield Reference(name, EARLIER, str(folder), features, np.flatnonzero(kept), mask, checksums)
+    yield Reference(name, str(folder), features, np.flatnonzero(kept), mask, checksums)
 
 
 def open_listed(folder: Path, entry: dict[str, Any], how: dict[str, Any]) -> Reference:
@@ -302,12 +290,12 @@ def open_listed(folder: Path, entry: dict[str, Any], how: dict[str, Any]) -> Ref
     path = entry["path"]
     if path is None:
         raise SnipError(f"{folder}: its reference was an array, which no later run can read")
-    if entry["kind"] == EARLIER:
+    if entry["kind"] == KIND:
         *_, item = open_earlier(Path(path), path)
     else:
         features = open_searched(folder, path, entry, {**how, "parts": None})
         checksums = [shard["checksum"] for shard in entry["shards"]]
-        item = Reference(path, FEATURES, path, features, np.arange(features.rows), None, checksums)
+        item = Reference(path, path, features, np.arange(features.rows), None, checksums)
     if item.mask != entry["request"]["mask"]:
         raise SnipError(f"{folder}: its reference {path} was made anew since; make it anew too")
     return item
@@ -352,25 +340,6 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
         )
 
 
-class OwnPairs(NamedTuple):
-    """A search over reference rows and FEATURES, as far as FEATURES are concerned.
-
-    Attributes
-    ----------
-    forest : Edges
-        Maximum spanning forest of the pairs among their distinct rows.
-    copies, originals : (c,) int64
-        Exact copies among them.
-    nearest : Nearest
-        Of each distinct row that matches a reference row; of each row where there are no copies.
-    """
-
-    forest: Edges
-    copies: np.ndarray
-    originals: np.ndarray
-    nearest: Nearest
-
-
 def own_pairs(
     features: Features,
     reference_rows: int,
@@ -381,7 +350,7 @@ def own_pairs(
     *,
     references_only: bool = False,
     folder: Path | None = None,
-) -> OwnPairs:
+) -> tuple[Edges, np.ndarray, np.ndarray, Nearest]:
     """Cut a search over all rows down to those after the first ``reference_rows``.
 
     Where a group has reference rows, its other rows are compared with all of these: the search
@@ -400,6 +369,13 @@ def own_pairs(
         Leave out pairs and copies among the rows themselves.
     folder : Path, optional
         For what does not fit into memory; None: all is held.
+
+    Returns
+    -------
+    forest, copies, originals
+        The same among the rows after the reference rows, numbered from there.
+    nearest : Nearest
+        Of each distinct row that matches a reference row; of each row where there are no copies.
     """
     copy, original, twins = own_copies(*copies, reference_rows)
     roots, rows = Roots(features.rows), features.rows - reference_rows
@@ -411,14 +387,14 @@ def own_pairs(
     if references_only:
         none = np.empty(0, np.int64)
         every = with_copies(nearest, copy, original, rows, folder and folder / "every")
-        return OwnPairs(join_edges([]), none, none, every)
+        return join_edges([]), none, none, every
     kinds = {"a": "<i8", "b": "<i8", "similarity": "<f4"}
     columns = Columns(folder and folder / "forest", kinds)
     begin = int(np.searchsorted(forest.a, reference_rows))  # ascending
     for start, stop in plan_blocks(len(forest.a) - begin, BLOCK_EDGES):
         part = forest.where(slice(begin + start, begin + stop))
         columns.add(part.a - reference_rows, part.b - reference_rows, part.similarity)
-    return OwnPairs(Edges(*columns.arrays()), copy, original, nearest)
+    return Edges(*columns.arrays()), copy, original, nearest
 
 
 def own_copies(

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from snipdedup.config import EXPORTS, Dedup, keep_rules, named_kinds, parse_epsilons
 from snipdedup.deduplication.adc_method import check_given, search_adc
-from snipdedup.deduplication.finished import finished_run, read_result, read_search
 from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
 from snipdedup.deduplication.methods import SearchSettings, search_features
 from snipdedup.deduplication.outputs import (
@@ -38,10 +37,16 @@ from snipdedup.deduplication.result import (
     choose,
     choose_fraction,
 )
-from snipdedup.deduplication.search_result import SearchResult, load_search, save_search
+from snipdedup.deduplication.search_result import (
+    SearchResult,
+    load_search,
+    read_search,
+    save_search,
+)
 from snipdedup.deduplication.settings import (
     decision_names,
     describe_request,
+    finished_run,
     inherit,
     saved_settings,
     search_settings,
@@ -52,7 +57,7 @@ from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.star import Rank
 from snipdedup.metadata.additions import ColumnSettings
-from snipdedup.metadata.precheck import rehearse
+from snipdedup.metadata.precheck import try_column_uses
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import library_threads, pick_device
 from snipdedup.progress import Clock
@@ -139,7 +144,7 @@ def open_result(out: str | Path) -> Result:
     with as_written(folder):
         threshold = read_manifest(folder, KIND)["settings"]["threshold"]
         job = prepare(inherit(Dedup(features=str(folder), threshold=threshold), folder))
-        return read_result(folder, job.inputs, job.rank)
+        return read_result(folder, job)
 
 
 def plan(options: Dedup) -> str:
@@ -215,7 +220,17 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
             locks.end_work(out)  # of a process that slept while others finished the run
     with as_written(out):
         remove_left_work(out)
-        return read_result(out, job.inputs, job.rank) if in_memory else message
+        return read_result(out, job) if in_memory else message
+
+
+def read_result(folder: Path, job: Job) -> Result:
+    """Read back a finished run and decide as it did."""
+    manifest = read_manifest(folder, KIND)
+    settings, features = manifest["settings"], job.inputs.features
+    grouping, keep = str(settings["grouping"]), settings["keep"]
+    found = read_search(folder, job.inputs)
+    result = choose(found, features, settings["threshold"], grouping, keep, job.rank)
+    return dataclasses.replace(checked(result), manifest=manifest, out=folder)
 
 
 def prepare(options: Dedup, *, writes: bool = True) -> Job:
@@ -246,7 +261,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
         kinds = named_kinds("export", options.export, EXPORTS)
         plan = plan_metadata(metadata, rank, options.key, columns, kinds)
     elif metadata is not None and isinstance(rank, ColumnRank):
-        rehearse(metadata, [rank.use()])
+        try_column_uses(metadata, [rank.use()])
     return Job(options, settings, inputs, metadata, rank, plan)
 
 

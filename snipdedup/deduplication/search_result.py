@@ -1,6 +1,7 @@
-"""What a search found, before anything is decided; kept in the work folder for a run that resumes.
+"""What a search found, before anything is decided: in memory, and read back from files.
 
-The join keeps its own task files; what the other methods found is written here.
+In the work folder it is kept for a run that resumes (the join keeps its own task files instead). In
+a finished OUT it is kept for good.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from snipdedup.deduplication.inputs import Inputs
-from snipdedup.deduplication.references import References
-from snipdedup.features.scan import Scan
+from snipdedup.deduplication.references import KIND, References, check_searched
+from snipdedup.errors import SnipError
+from snipdedup.features.scan import Scan, equal_rows
 from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import COPY, EDGE, Block, blocks_of_groups
 from snipdedup.groups.star import Also, Best, Nearest
@@ -24,6 +26,7 @@ from snipdedup.join.external_forest import by_first, edge_kind, edges_of
 from snipdedup.join.forest import Edges, join_edges, order_by
 from snipdedup.storage import atomic, external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
+from snipdedup.storage.manifest import read_manifest
 
 ARRAY_FILE, DONE_FILE = "search.npz", "search.json"
 ARRAYS = ("offsets", "copies", "originals", "bad", "flags")
@@ -186,3 +189,91 @@ def load_search(work: Path, inputs: Inputs) -> SearchResult | None:
         parts[name] = None if columns[0] is None else kind(*columns)
     parts |= {name: values[name] for name in VALUES}
     return SearchResult(**parts, also=inputs.also, references=inputs.references)
+
+
+def read_search(folder: Path, inputs: Inputs) -> SearchResult:
+    """Read back what a finished run found; its features must be the same, its pairs verified."""
+    import pyarrow.parquet as pq
+
+    manifest, features = read_manifest(folder, KIND), inputs.features
+    if not manifest["verified"] or features is None:
+        raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
+    check_searched(folder, features, manifest)
+    if inputs.text is not None:
+        check_searched(folder, inputs.text, manifest["text"])
+    forest, copies, originals = read_forest(folder, inputs)
+    settings, bad = manifest["settings"], folder / "bad_rows.parquet"
+    best = read_best(folder, features.rows) if settings["method"] == "semdedup" else None
+    return SearchResult(
+        names=[shard["name"] for shard in manifest["shards"]],
+        offsets=features.offsets,
+        threshold=settings["threshold"],
+        forest=forest,
+        copies=copies,
+        originals=originals,
+        bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
+        checksums=known_checksums(manifest),
+        notes=manifest["method"],
+        also=inputs.also,
+        best=best,
+        references=inputs.references,
+        nearest=read_nearest(folder, manifest, inputs),
+        text_checksums=known_checksums(manifest["text"]) if inputs.text else [],
+        reference_checksums=[
+            value for entry in manifest.get("references", []) for value in known_checksums(entry)
+        ],
+        references_only=bool(settings.get("references_only")),
+    )
+
+
+def known_checksums(entry: dict[str, Any]) -> list[int]:
+    """Return the Checksum of the shards of a manifest, or of one of its inputs."""
+    return [int(shard["checksum"], 16) for shard in entry["shards"]]
+
+
+def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.ndarray]:
+    """Read back the forest of distinct rows, and exact copies with the original of each."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "forest.parquet")
+    edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
+    rows = 0 if inputs.features is None else inputs.features.rows
+    if [column.dtype.kind for column in edges] != ["i", "i", "f"] or not all(
+        len(ends) == 0 or 0 <= ends.min() <= ends.max() < rows for ends in edges[:2]
+    ):
+        raise SnipError(f"{folder / 'forest.parquet'}: damaged: not a forest of these rows")
+    one = np.flatnonzero(edges.similarity == 1)
+    for source in (inputs.features, inputs.text):
+        if source is not None:
+            one = one[equal_rows(source, edges.b[one], edges.a[one])]
+    distinct = np.ones(len(edges.a), bool)
+    distinct[one] = False
+    order = one[np.argsort(edges.b[one])]
+    return edges.where(distinct), edges.b[order], edges.a[order]
+
+
+def read_nearest(folder: Path, manifest: dict[str, Any], inputs: Inputs) -> Nearest | None:
+    """Read back each row's nearest reference row."""
+    import pyarrow.parquet as pq
+
+    if inputs.references is None:
+        return None
+    table = pq.read_table(folder / "references.parquet")
+    names = table["reference"].to_numpy(zero_copy_only=False)
+    called = [entry["name"] for entry in manifest["references"]]
+    numbers = inputs.references.numbers_of(called, names, table["reference_row"].to_numpy())
+    return Nearest(table["row"].to_numpy(), numbers, table["similarity"].to_numpy())
+
+
+def read_best(folder: Path, rows: int) -> Best:
+    """Read back what SemDeDup's rule decides by."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    path = folder / "semdedup.parquet"
+    table = pq.read_table(path)
+    if table.num_rows != rows:
+        raise SnipError(f"{path}: expected {rows:,} rows, found {table.num_rows:,}; search again")
+    missing = {"cluster": -1, "nearness": np.nan, "match": -1, "similarity": np.nan}
+    columns = {name: np.asarray(pc.fill_null(table[name], fill)) for name, fill in missing.items()}
+    return Best(**columns, centroids=np.load(folder / "centroids.npy"))

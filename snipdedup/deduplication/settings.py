@@ -20,7 +20,7 @@ from snipdedup.features.shards import request_of
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
 
 # How a result is computed and where it goes; the result does not depend on them.
@@ -40,6 +40,17 @@ SEARCHED = (
     "text_features", "text_threshold", "reference", "references_only", "clusters", "borders",
 )  # fmt: skip
 SOURCES = {"text": "text_features", "references": "reference"}  # entry of a manifest: its setting
+
+
+def finished_run(features: Any) -> Path | None:
+    """Return FEATURES where it is a finished OUT, to be decided again."""
+    if isinstance(features, str | Path):
+        folder = Path(features).expanduser()
+        if is_finished(folder):
+            manifest = atomic.load_json(folder / MANIFEST)
+            if isinstance(manifest, dict) and manifest.get("kind") == KIND:
+                return folder
+    return None
 
 
 def method_of(options: Dedup) -> str:

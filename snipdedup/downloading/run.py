@@ -18,23 +18,21 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.config import Download
 from snipdedup.downloading import hub, published, sources
-from snipdedup.downloading.mask_rows import find_first_row, open_published_mask, resolve_totals
+from snipdedup.downloading.mask_rows import open_published_mask, place_mask
 from snipdedup.downloading.sources import SourceFiles
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import SnipError, TemporaryError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
-from snipdedup.metadata.files import SUFFIXES, open_table
-from snipdedup.metadata.kept_features import feature_rows, write_staying
+from snipdedup.metadata.kept_rows import FILES, feature_rows, write_kept, write_kept_features
 from snipdedup.metadata.masks import (
-    FILES,
-    Held,
+    FileSizes,
     Mask,
     check_sizes,
+    describe_kept,
+    file_version,
     open_mask,
-    stamp,
-    summary,
 )
-from snipdedup.metadata.tables import Metadata, write_kept
+from snipdedup.metadata.tables import SUFFIXES, Metadata, open_table
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
@@ -49,27 +47,14 @@ PINNED = "pinned.json"  # in the work folder: what a stopped run began with
 
 @dataclass(frozen=True)
 class DownloadResult:
-    """What ``snip download`` wrote to ``out``.
-
-    Attributes
-    ----------
-    out : Path
-    kind : str
-        ``download``, or the kind of a published result: ``index``, ``encoder``, ``dedup`` ...
-    files : int
-        Files of metadata, or all files of a published result.
-    rows, kept : int
-        Rows of these files before and after the mask; 0 for a published result.
-    text : str
-        The summary that the command prints.
-    """
+    """What ``snip download`` wrote."""
 
     out: Path
-    kind: str
-    files: int
-    rows: int
+    kind: str  # "download", or that of a published result: "index", "encoder", "dedup"
+    files: int  # of metadata, or of the published result
+    rows: int  # of these files before and after the mask; 0 for a published result
     kept: int
-    text: str
+    text: str  # the summary that the command prints
 
     def __str__(self) -> str:
         """Return the summary."""
@@ -216,7 +201,7 @@ def request_of(
             {
                 "source": file.shown,
                 "size": file.size,
-                **({} if scheme_of(file.url) else stamp(Path(file.url))),
+                **({} if scheme_of(file.url) else file_version(Path(file.url))),
             }
             for file in found.files
         ]
@@ -306,10 +291,9 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
         return Plan(items, None, 0)
     work = out / locks.WORK
     mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
-    mask = resolve_totals(mask, found, work, options.jobs)
     first_row = read_pins(out).get("first_row")
-    if first_row is None:
-        first_row = find_first_row(source, found, mask, work, options.jobs)
+    if first_row is None or mask.other_sizes is not None:
+        mask, first_row = place_mask(source, found, mask, work, options.jobs)
         add_pin(out, "first_row", first_row)
     return Plan(items, mask, first_row)
 
@@ -339,7 +323,7 @@ def describe(out: Path, files: Sequence[dict[str, Any]], note: str = "") -> Down
     """Return the result of a download from what its manifest says of the files."""
     rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
     features = sum("features" in file for file in files)
-    text = f"{out}{note}: {summary(files)}"
+    text = f"{out}{note}: {describe_kept(files)}"
     text += f", with features of {features} files" if features else ""
     return DownloadResult(out, KIND, len(files), rows, kept, text)
 
@@ -437,7 +421,7 @@ def filter_item(
     outputs = plan.outputs(item, work)
     write_kept(Metadata([table]), ~keep, outputs[0].parent)
     for path, output in zip(paths[1:], outputs[1:], strict=True):
-        write_staying(path, output, keep)
+        write_kept_features(path, output, ~keep)
     return {"name": outputs[0].name, "kept": int(np.count_nonzero(keep))}
 
 
@@ -447,7 +431,7 @@ def kept_rows(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
     if mask is None:
         return np.ones(rows, bool)
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
-        check_sizes(Held([file.shown], [rows]), mask.sizes, item.number)
+        check_sizes(FileSizes([file.shown], [rows]), mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and rows != mask.rows:
         raise SnipError(
             f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}; they must be the same set "

@@ -11,6 +11,7 @@ import numpy as np
 
 from snipdedup.config import Diff
 from snipdedup.deduplication.out_reader import read_keys, whole_groups
+from snipdedup.deduplication.references import KIND
 from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
 from snipdedup.groups.star import group_starts
@@ -18,7 +19,6 @@ from snipdedup.inspection.display import place_of, shard_offsets
 from snipdedup.metadata.masks import load_mask
 from snipdedup.storage.manifest import as_written, read_manifest
 
-KIND = "dedup"
 BLOCK = 1 << 24  # rows of the masks compared at once
 ROW_KINDS = {
     "newly_removed": "rows kept in 1 and removed in 2",

@@ -26,6 +26,7 @@ from snipdedup.deduplication.out_reader import (
     read_partners,
     survey_groups,
 )
+from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.inspection import thumbnails
 from snipdedup.inspection.display import page_text, place_of, safe_link, shard_offsets
@@ -38,13 +39,12 @@ from snipdedup.inspection.report_page import (
     render,
     require_jinja,
 )
-from snipdedup.metadata.files import open_parquet
+from snipdedup.metadata.tables import open_parquet
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
 
-KIND = "dedup"
 NAME = "report.html"
 HEAD = 2048  # bytes in which a report says that it is one
 CAPTION, KEY = 240, 80  # characters shown

@@ -19,7 +19,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import pair_cosine
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
 from snipdedup.index.folder import Index, is_descriptors
-from snipdedup.index.mapped import MappedLists
+from snipdedup.index.search import MappedLists
 from snipdedup.inspection.display import page_text, place_of, safe_link, terminal_text
 from snipdedup.inspection.report_page import TEMPLATES, content_hash, render_template, require_jinja
 from snipdedup.inspection.search_query import VECTORS, parse_query
@@ -132,7 +132,7 @@ class SearchResult:
 
 def run(options: Search) -> SearchResult:
     """Run ``snip search``."""
-    index = Index.open(options.index)
+    index = Index(options.index)
     if options.html is not None:
         require_jinja("--html")
     metadata = open_table_of(index, options)

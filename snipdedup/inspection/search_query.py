@@ -19,7 +19,7 @@ from snipdedup.features.cosine import unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features
 from snipdedup.index.folder import Index, Space, held_encoder
-from snipdedup.index.mapped import MappedLists
+from snipdedup.index.search import MappedLists
 from snipdedup.storage.manifest import read_manifest
 
 VECTORS = (".npy", ".npz")

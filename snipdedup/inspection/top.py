@@ -17,6 +17,7 @@ import numpy as np
 from snipdedup.config import Top
 from snipdedup.deduplication.inputs import named_paths
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
+from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.groups.star import Members, group_starts, no_members
 from snipdedup.inspection.display import place_of, shard_offsets, terminal_text
@@ -25,7 +26,6 @@ from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
 
-KIND = "dedup"
 CAPTION_ROWS = 10_000  # rows of one entry whose captions are counted
 READ_ROWS = 1 << 18  # captions held at a time
 SHOWN_CAPTIONS, SHOWN_URLS = 5, 3
