@@ -4,6 +4,7 @@ Generated from `snipdedup/config.py` by `python scripts/make_cli_docs.py`; do no
 """
 
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from snipdedup.auditing.result import AuditResult as AuditResult
@@ -560,6 +561,22 @@ def filter(
     ------
     snipdedup.SnipError
         If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def open_result(
+    out: str | Path,
+) -> Result:
+    """Read back a finished OUT; its features must still be where they were.
+
+    Returns
+    -------
+    Result
+        The same that `dedup` returned, decided again from the forest.
+
+    Raises
+    ------
+    SnipError
+        If OUT is not finished, its pairs are unverified, or its features are missing or changed.
     """
 
 def plan(

@@ -78,7 +78,8 @@ def folder(tmp_path_factory):
 
 def test_the_examples_of_the_page_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    assert re.findall(r"^## (\w+)$", PAGE, re.M) == list(BY_FUNCTION)
+    headings = re.findall(r"^## (\w+)$", PAGE, re.M)
+    assert [name for name in headings if name != "open_result"] == list(BY_FUNCTION)
     names: dict[str, object] = {}
     for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S):
         code = block
