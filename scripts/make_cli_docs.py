@@ -44,7 +44,6 @@ Generated from `snipdedup/config.py` by `python scripts/make_cli_docs.py`; do no
 """
 
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 '''
 
@@ -89,26 +88,22 @@ def escaped(text: str) -> str:
 
 def stub() -> str:
     """Return snipdedup/__init__.pyi: each function with its types, defaults and docstring."""
-    late = [load(target) for target in LATE.values()]
-    functions = [getattr(snipdedup, name) for name in BY_FUNCTION]
-    functions += [found for found in late if not isinstance(found, type)]
-    functions.sort(key=lambda function: function.__name__)
-    named = {snipdedup.SnipError, snipdedup.UsageError}
-    named |= {found for found in late if isinstance(found, type)}
-    for function in functions:
-        named |= classes_in(returned_type(function))
+    functions = [stub_function(name) for name in sorted(BY_FUNCTION)]
+    late = set(map(load, LATE.values()))
+    named = {snipdedup.SnipError, snipdedup.UsageError, *late}
+    for name in BY_FUNCTION:
+        named |= classes_in(returned_type(name))
     lines = [STUB_HEAD]
     for kind in sorted(named, key=lambda kind: (kind.__module__, kind.__name__)):
-        if isinstance(kind, type) and kind.__module__ != "builtins":
+        if (isinstance(kind, type) or kind in late) and kind.__module__ != "builtins":
             lines.append(f"from {kind.__module__} import {kind.__name__} as {kind.__name__}")
     lines += ["", "__version__: str", ""]
-    return "\n".join([*lines, "\n".join(map(stub_function, functions))])
+    return "\n".join([*lines, "\n".join(functions)])
 
 
-def returned_type(function: Any) -> Any:
+def returned_type(function: str) -> Any:
     """Return the class of a function's result, by the annotation of what does the work."""
-    target = getattr(function, "target", None)
-    return get_type_hints(load(target) if target else function)["return"]
+    return get_type_hints(load(getattr(snipdedup, function).target))["return"]
 
 
 def classes_in(kind: Any) -> set[Any]:
@@ -117,18 +112,19 @@ def classes_in(kind: Any) -> set[Any]:
     return set().union(*map(classes_in, parts)) if parts else {kind}
 
 
-def stub_function(function: Any) -> str:
+def stub_function(name: str) -> str:
     """Return one function of the stub."""
-    lines, keywords = [f"def {function.__name__}("], False
-    hints = {} if hasattr(function, "target") else get_type_hints(function)
-    for name, parameter in inspect.signature(function).parameters.items():
+    function = getattr(snipdedup, name)
+    lines, keywords = [f"def {name}("], False
+    for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keywords:
             lines, keywords = [*lines, "    *,"], True
         default = f" = {parameter.default!r}".replace("'", '"')
         default = "" if parameter.default is inspect.Parameter.empty else default
-        lines.append(f"    {name}: {type_text(hints.get(name, parameter.annotation))}{default},")
-    lines.append(f") -> {type_text(returned_type(function))}:")
-    body = textwrap.indent(f'"""{inspect.getdoc(function)}\n"""', "    ")
+        lines.append(f"    {parameter.name}: {type_text(parameter.annotation)}{default},")
+    lines.append(f") -> {type_text(returned_type(name))}:")
+    first, _, rest = function.__doc__.partition("\n")
+    body = textwrap.indent(f'"""{first}\n{rest}\n"""', "    ")
     return "\n".join([*lines, body, ""])
 
 

@@ -4,16 +4,17 @@ Generated from `snipdedup/config.py` by `python scripts/make_cli_docs.py`; do no
 """
 
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 from snipdedup.auditing.result import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
+from snipdedup.deduplication.run import open_result as open_result
 from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.evaluation.plan import RunPlan as RunPlan
 from snipdedup.index.folder import Index as Index
 from snipdedup.inspection.diff import DiffResult as DiffResult
 from snipdedup.inspection.report import ReportResult as ReportResult
@@ -563,22 +564,6 @@ def filter(
         If it cannot be done: says what was expected, what was found and what to do.
     """
 
-def open_result(
-    out: str | Path,
-) -> Result:
-    """Read back a finished OUT; its features must still be where they were.
-
-    Returns
-    -------
-    Result
-        The same that `dedup` returned, decided again from the forest.
-
-    Raises
-    ------
-    SnipError
-        If OUT is not finished, its pairs are unverified, or its features are missing or changed.
-    """
-
 def plan(
     features: Any = None,
     *,
@@ -599,7 +584,7 @@ def plan(
     threshold: float = 0.95,
     recall: float = 0.999,
     seed: int = 0,
-) -> str:
+) -> RunPlan:
     """Estimate time, memory and disk of a run: ``snip plan``.
 
     Parameters

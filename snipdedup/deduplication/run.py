@@ -157,14 +157,16 @@ def plan(options: Dedup) -> str:
         out_folder.refuse_output_inside(out, read_paths(job))
     if job.inputs.features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
-    return plan_features(
-        job.inputs.features,
-        out,
-        threshold=job.search.threshold,
-        recall=job.search.recall,
-        seed=job.search.seed,
-        threads=options.threads,
-        max_memory=options.max_memory,
+    return str(
+        plan_features(
+            job.inputs.features,
+            out,
+            threshold=job.search.threshold,
+            recall=job.search.recall,
+            seed=job.search.seed,
+            threads=options.threads,
+            max_memory=options.max_memory,
+        )
     )
 
 

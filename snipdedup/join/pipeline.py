@@ -31,7 +31,7 @@ from snipdedup.join.tasks import Tasks, fits
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE
 from snipdedup.join.verify import GATHER_PAIRS
 from snipdedup.parallel import Stage, pick_device
-from snipdedup.runners.base import Runner
+from snipdedup.runners.base import Runner, run_once
 from snipdedup.storage.external_sort import row_kind
 
 PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes
@@ -71,11 +71,11 @@ def join(
         If this is not the process that merges what all have found.
     """
     with stage("fit"):
-        runner.once(functools.partial(tasks.fit, runner.here), tasks.fitted)
+        run_once(runner, functools.partial(tasks.fit, runner.here), tasks.fitted)
         model = tasks.model
     with stage("encode"):
         encode_all(tasks, runner)
-        runner.once(functools.partial(tasks.scan, runner.here), tasks.scanned)
+        run_once(runner, functools.partial(tasks.scan, runner.here), tasks.scanned)
         seen = tasks.load_scan()
     with stage("join"):
         forest, notes = join_all(tasks, runner, seen, memory)
@@ -151,7 +151,7 @@ def join_all(tasks: Tasks, runner: Runner, seen: Scan, memory: int) -> tuple[Edg
     bound = max(PARTITION_BYTES, spare) // (VISIT_BYTES + 2 * model.projection.width)
     most = min(bound, max(1, int(visits.sum()) // (RUNS_A_WORKER * runner.workers)))
     replan = bound if runner.world_size == 1 else None  # else other processes may join by it
-    runner.once(functools.partial(tasks.plan, visits, most, replan), tasks.planned)
+    run_once(runner, functools.partial(tasks.plan, visits, most, replan), tasks.planned)
     runs = tasks.runs()
     if not fits(runs, visits, bound):
         raise SnipError(
