@@ -218,7 +218,7 @@ def dedup(
     recall: float = 0.999,
     encoder: str | PathLike[str] | None = None,
     index: str | PathLike[str] | None = None,
-    rule: Literal["mutual", "difference", "ratio"] = "mutual",
+    rule: Literal["two_sided", "difference", "ratio", "mutual"] = "two_sided",
     margin: float | None = None,
     precision: float = 0.91,
     calibration_rows: int = 4096,
@@ -295,8 +295,8 @@ def dedup(
     index
         adc: finished index (default: built from the features)
     rule
-        adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or the
-        distances of both rows (default: mutual)
+        adc: what is compared with a constant: the distances of both rows, d_ADC - self_adc,
+        or d_ADC / self_adc; mutual is an older name of two_sided (default: two_sided)
     margin
         adc: the constant of the rule (default: calibrated)
     precision

@@ -312,10 +312,10 @@ class Dedup(Input):
         None, "adc: finished index", path=FOLDER, usual="built from the features"
     )
     rule: str = option(
-        "mutual",
-        "adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or the "
-        "distances of both rows",
-        choices=("mutual", "difference", "ratio"),
+        "two_sided",
+        "adc: what is compared with a constant: the distances of both rows, d_ADC - self_adc, or "
+        "d_ADC / self_adc; mutual is an older name of two_sided",
+        choices=("two_sided", "difference", "ratio", "mutual"),
     )
     margin: float | None = option(
         None, "adc: the constant of the rule", low=-1e30, high=1e30, usual="calibrated"
