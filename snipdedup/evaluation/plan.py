@@ -51,7 +51,7 @@ from snipdedup.join.pipeline import (
     needed_memory,
 )
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
-from snipdedup.join.verify import indexed_cosines, verify_pairs
+from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import cores, library_threads
 from snipdedup.storage import atomic, out_folder
 
