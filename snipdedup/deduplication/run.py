@@ -44,7 +44,7 @@ from snipdedup.deduplication.search_result import (
     save_search,
 )
 from snipdedup.deduplication.settings import (
-    decision_names,
+    DECISIONS,
     describe_request,
     finished_run,
     inherit,
@@ -200,7 +200,7 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
         request,
         overwrite=options.overwrite,
         shared=share is not None,
-        decisions=decision_names(job.search.method),
+        decisions=DECISIONS - ({"keep"} if job.search.method == "semdedup" else set()),
     )
     message = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
