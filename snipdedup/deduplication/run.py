@@ -82,25 +82,9 @@ class Job(NamedTuple):
 
 
 def dedup(features: Any, **settings: Any) -> Result:
-    """Find near-duplicates among features.
+    """Find near-duplicates among features: an (n, d) array, a path, or a sequence of either.
 
-    Parameters
-    ----------
-    features : (n, d) float array, path, or a sequence of either
-        As `snipdedup.features.shards.open_features` takes them.
-    **settings
-        Any setting of ``snip dedup``: ``threshold``, ``method``, ``grouping``, ``keep``, ...
-        With ``out`` the result is also written there.
-
-    Returns
-    -------
-    Result
-        ``is_dup`` (n,) bool, ``groups`` and ``forest`` tables, ``at(threshold)``.
-
-    Raises
-    ------
-    SnipError
-        If the input cannot be used; says what was found, where, and what to do.
+    ``settings`` are those of ``snip dedup``; with ``out`` the result is also written there.
     """
     options = Dedup(features=features, **settings)
     if options.out is not None:
@@ -128,17 +112,10 @@ def run(options: Dedup) -> Result | str:
 
 
 def open_result(out: str | Path) -> Result:
-    """Read back a finished OUT; its features must still be where they were.
+    """Read back a finished OUT: the same result that `dedup` returned.
 
-    Returns
-    -------
-    Result
-        The same that `dedup` returned, decided again from the forest.
-
-    Raises
-    ------
-    SnipError
-        If OUT is not finished, its pairs are unverified, or its features are missing or changed.
+    Its features are read again. It is a `SnipError` if they are missing or changed, or if the pairs
+    of OUT are unverified.
     """
     folder = Path(out).expanduser()
     with as_written(folder):

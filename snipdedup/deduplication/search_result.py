@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.references import KIND, References, check_searched
@@ -145,6 +148,12 @@ class SearchResult:
         place = np.minimum(np.searchsorted(self.copies, rows), len(self.copies) - 1)
         return np.where(self.copies[place] == rows, self.originals[place], rows)
 
+    def places(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return the shard's name and the row in it of each row, as columns."""
+        shard = np.searchsorted(self.offsets, rows, side="right") - 1
+        names = pa.array(self.names, pa.string()).take(pa.array(shard))
+        return {"shard": names, "shard_row": rows - self.offsets[shard]}
+
     def edges(self, folder: Path | None = None) -> Iterator[Edges]:
         """Yield the forest with exact copies, ordered by (a, b), some at a time."""
         block, kind = self.whole_block(self.threshold), edge_kind(self.rows)
@@ -193,8 +202,6 @@ def load_search(work: Path, inputs: Inputs) -> SearchResult | None:
 
 def read_search(folder: Path, inputs: Inputs) -> SearchResult:
     """Read back what a finished run found; its features must be the same, its pairs verified."""
-    import pyarrow.parquet as pq
-
     manifest, features = read_manifest(folder, KIND), inputs.features
     if not manifest["verified"] or features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
@@ -233,8 +240,6 @@ def known_checksums(entry: dict[str, Any]) -> list[int]:
 
 def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.ndarray]:
     """Read back the forest of distinct rows, and exact copies with the original of each."""
-    import pyarrow.parquet as pq
-
     table = pq.read_table(folder / "forest.parquet")
     edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
     rows = 0 if inputs.features is None else inputs.features.rows
@@ -254,8 +259,6 @@ def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.nda
 
 def read_nearest(folder: Path, manifest: dict[str, Any], inputs: Inputs) -> Nearest | None:
     """Read back each row's nearest reference row."""
-    import pyarrow.parquet as pq
-
     if inputs.references is None:
         return None
     table = pq.read_table(folder / "references.parquet")
@@ -267,9 +270,6 @@ def read_nearest(folder: Path, manifest: dict[str, Any], inputs: Inputs) -> Near
 
 def read_best(folder: Path, rows: int) -> Best:
     """Read back what SemDeDup's rule decides by."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     path = folder / "semdedup.parquet"
     table = pq.read_table(path)
     if table.num_rows != rows:
