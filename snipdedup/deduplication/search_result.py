@@ -31,13 +31,8 @@ from snipdedup.storage import atomic, external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
 from snipdedup.storage.manifest import read_manifest
 
-ARRAY_FILE, DONE_FILE = "search.npz", "search.json"
-ARRAYS = ("offsets", "copies", "originals", "bad", "flags")
+ARRAY_FILE, DONE_FILE = "search.npz", "search.json"  # in the work folder
 TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
-VALUES = (
-    "names", "threshold", "checksums", "notes", "text_checksums", "reference_checksums",
-    "references_only",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,31 +168,32 @@ class SearchResult:
 
 
 def save_search(search: SearchResult, work: Path) -> None:
-    """Write what a search found to the work folder, with checksums."""
-    arrays = {name: getattr(search, name) for name in ARRAYS}
-    for name in TUPLES:
-        part = getattr(search, name)
-        if part is not None:
-            arrays |= {f"{name}_{column}": value for column, value in part._asdict().items()}
-    known = {name: array for name, array in arrays.items() if array is not None}
-    atomic.save_npz(work / ARRAY_FILE, lasting=False, **known)
-    values = {name: getattr(search, name) for name in VALUES}
-    atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], values)
+    """Write what a search found, but its inputs, to the work folder, with checksums."""
+    arrays: dict[str, np.ndarray] = {}
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(search):
+        name, value = entry.name, getattr(search, entry.name)
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+        elif name in TUPLES and value is not None:
+            arrays |= {f"{name}_{column}": part for column, part in value._asdict().items()}
+        elif name not in (*TUPLES, "also", "references"):
+            values[name] = value
+    atomic.save_npz(work / ARRAY_FILE, lasting=False, **arrays)
+    atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], {"values": values})
 
 
 def load_search(work: Path, inputs: Inputs) -> SearchResult | None:
     """Read back what `save_search` wrote; None where there is nothing, or it is damaged."""
     if not atomic.is_done(work / DONE_FILE, work):
         return None
-    values = atomic.load_json(work / DONE_FILE)
+    values = atomic.load_json(work / DONE_FILE)["values"]
     with np.load(work / ARRAY_FILE) as file:
-        arrays = dict(file)
-    parts: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
+        values |= dict(file)
     for name, kind in TUPLES.items():
-        columns = [arrays.get(f"{name}_{column}") for column in kind._fields]
-        parts[name] = None if columns[0] is None else kind(*columns)
-    parts |= {name: values[name] for name in VALUES}
-    return SearchResult(**parts, also=inputs.also, references=inputs.references)
+        columns = [values.pop(f"{name}_{column}", None) for column in kind._fields]
+        values[name] = None if columns[0] is None else kind(*columns)
+    return SearchResult(**values, also=inputs.also, references=inputs.references)
 
 
 def read_search(folder: Path, inputs: Inputs) -> SearchResult:
