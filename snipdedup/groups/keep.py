@@ -28,21 +28,8 @@ SIGN = np.uint64(1 << 63)
 def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
     """Return a function of rows (n,) that returns the rank of each among these, (n,) uint64.
 
-    Parameters
-    ----------
-    keep : str
-        As ``--keep``: ``max:COLUMN``, ``min:COLUMN``, several in order by comma; last, for rows
-        that are still equal, ``first`` (the default), ``last`` or ``random``.
-    seed : int
-    metadata : Metadata or None
-        Needed where ``keep`` names columns.
-
-    Raises
-    ------
-    UsageError
-        If columns are named and there is no metadata.
-    SnipError
-        If a column does not exist or has no order.
+    ``keep`` is ``--keep``: ``max:COLUMN``, ``min:COLUMN``, several in order by comma; last, for
+    rows that are still equal, ``first`` (the default), ``last`` or ``random``.
     """
     rules, last = keep_rules(keep)
     if not rules:
@@ -53,15 +40,10 @@ def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
 
 
 class ColumnRank:
-    """Ranks by columns of the metadata, then by row number; only these columns are read.
+    """Ranks by columns of the metadata; only these are read.
 
-    Parameters
-    ----------
-    metadata : Metadata
-    rules : list of (str, str)
-        ``max`` or ``min``, and a column.
-    last, seed
-        As `keep_rank` takes them, for rows that are still equal.
+    ``rules`` are pairs of ``max`` or ``min`` and a column; rows that are still equal are ranked by
+    `keep_rank`.
     """
 
     def __init__(
@@ -188,19 +170,10 @@ def _own_type(kind: Any) -> Any:
 
 
 def ordered_numbers(values: Any, descending: bool, as_float: bool = False) -> np.ndarray:
-    """Return numbers that are ordered as an arrow array's values are; null and NaN come last.
+    """Return numbers (n,) uint64 in the order of timestamps, int64, uint64 or float64 values.
 
-    Parameters
-    ----------
-    values : pyarrow.Array of timestamp, int64, uint64 or float64
-    descending : bool
-        The largest value has the smallest number.
-    as_float : bool
-        Order whole numbers as the float64 next to them; `_beyond_float` has what that leaves out.
-
-    Returns
-    -------
-    (n,) uint64
+    ``descending``: the largest value has the smallest number. Null and NaN come last in any case.
+    ``as_float``: whole numbers count as the float64 next to them; `_beyond_float` has the rest.
     """
     kind = pa.int64() if pa.types.is_timestamp(values.type) else values.type
     missing = values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)

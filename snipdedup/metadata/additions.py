@@ -209,14 +209,10 @@ def _captions(file: Table, batch: Any) -> dict[str, Any]:
 
 
 def _caption_rows(removed: RemovedRows, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows whose captions are needed, by representative, then row.
+    """Return the rows whose captions are needed, sorted by representative, then row.
 
-    Returns
-    -------
-    representative, row : (n,) int64
-        Removed rows, and their representatives themselves; without those of reference rows.
-    cuts : (parts + 1,) int64
-        Where to cut these into parts of whole representatives, of `PART_CAPTIONS` rows or so.
+    Representatives (n,), rows (n,) int64 (removed rows, and representatives themselves; none of
+    references), and where to cut them into parts of some `PART_CAPTIONS`, (parts + 1,) int64.
     """
     kind = np.dtype([("representative", "<i8"), ("row", "<i8")])
     sorter = Sorter(path, kind, lambda r: r["representative"].view(np.uint64), held=PART_CAPTIONS)

@@ -72,12 +72,8 @@ def write_lists(
 ) -> list[Path]:
     """Write the lists of `list_columns` into the folder ``out``; return their paths.
 
+    Refused: invalid uids, kept rows without a key, a name of both a kept and a removed row.
     ``work`` is for temporary files.
-
-    Raises
-    ------
-    SnipError
-        If a uid is invalid, a kept row has no key, or a uid or key names a kept and a removed row.
     """
     paths = []
     if DATACOMP in columns:

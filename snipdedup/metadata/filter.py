@@ -16,7 +16,6 @@ from snipdedup import progress
 from snipdedup.config import EXPORTS, Filter, named_kinds
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
-from snipdedup.metadata.check_order import check_removed_keys
 from snipdedup.metadata.export import FOLDER, list_columns, list_uses, write_lists
 from snipdedup.metadata.join_by_key import KeyJoin, plan_key_join
 from snipdedup.metadata.kept_rows import (
@@ -29,6 +28,7 @@ from snipdedup.metadata.kept_rows import (
 from snipdedup.metadata.masks import (
     SCAN_ROWS,
     Mask,
+    check_removed_keys,
     describe_kept,
     file_version,
     open_mask,
@@ -179,15 +179,7 @@ def try_uses(metadata: Metadata, lists: list[ColumnUse], join: KeyJoin | None) -
 
 
 def open_embeddings(specs: str | None, metadata: Metadata) -> dict[str, Features]:
-    """Return the features of ``--embeddings``, by the name of the folder to write.
-
-    Raises
-    ------
-    SnipError
-        If their rows are not those of the metadata.
-    UsageError
-        If two of them would be written to one folder.
-    """
+    """Return the features of ``--embeddings``, by the name of the folder to write."""
     found: dict[str, Features] = {}
     for spec in [spec.strip() for spec in (specs or "").split(",") if spec.strip()]:
         features = open_features(spec)

@@ -31,23 +31,18 @@ def gather_columns(
     convert: Convert,
     folder: Path,
 ) -> Generator[Any, None, None]:
-    """Yield, for each slice of ``rows``, what columns hold there, as a ``pyarrow.Table``.
+    """Yield a ``pyarrow.Table`` of each slice of ``rows``, None for a slice of no rows.
 
-    None for a slice of no rows. Close the generator: it removes its files when it ends.
+    Close the generator: it removes the temporary files in ``folder`` when it ends.
 
     Parameters
     ----------
-    metadata : Metadata
-    columns : sequence of str
-        Exact names, from `Metadata.column`.
     rows : (n,) int64
         Global rows in any order, each once; may be mapped.
     cuts : (slices + 1,) int64
         Where each slice begins, then where the last one ends.
-    convert : function of (Table, record batch)
-        Returns named columns, of the same types for all files.
-    folder : Path
-        For temporary files.
+    convert : function of (Table, record batch of the columns)
+        Returns the columns of the tables, of the same types for all files.
     """
     kind = np.dtype([("row", row_kind(metadata.rows)), ("place", row_kind(len(rows)))])
     spread = Spread(len(rows), 0, metadata.rows)

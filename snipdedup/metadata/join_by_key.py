@@ -69,18 +69,10 @@ class KeyColumns(NamedTuple):
 
 @dataclass
 class JoinResult:
-    """How the rows of a table were decided.
+    """How the rows of a table were decided: ``is_dup`` (rows,) bool, on disk, True = remove.
 
-    Attributes
-    ----------
-    is_dup : (rows,) bool
-        On disk; True = remove.
-    counts : (5,) int64
-        Rows by state.
-    examples : list of list of int
-        By state its first rows, a few of them.
-    repeated : int
-        Rows that share their key with another row of the table.
+    ``counts`` (5,) int64 are rows by state, ``examples`` the first rows of each state, ``repeated``
+    the rows that share their key with another row of the table.
     """
 
     is_dup: np.ndarray
@@ -104,15 +96,12 @@ class KeyJoin:
     Attributes
     ----------
     known : Metadata
-        Of all rows of the mask's set, in its order; with ``groups`` of the kept rows only.
-    groups : Path or None
-        The ``groups.parquet`` with the keys of the removed rows.
+        Of all rows of the mask's set, in its order; or of the kept rows only, where ``groups``
+        (``groups.parquet``) has the keys of the removed rows.
     known_columns, columns : KeyColumns
         In ``known``, and in the metadata to filter.
-    removing : sequence of int
-        States whose rows are removed.
-    asked : sequence of int
-        States about which the user has decided, however many rows there are.
+    removing, asked : sequence of int
+        States whose rows are removed; states that the user allows for any number of rows.
     """
 
     known: Metadata
@@ -232,13 +221,7 @@ def plan_key_join(
     unmatched: str | None,
     ambiguous: str | None,
 ) -> KeyJoin:
-    """Find the columns of ``--on`` on both sides; the other arguments are flags of that name.
-
-    Raises
-    ------
-    SnipError
-        If a column does not exist, or the keys of the mask's rows are not known.
-    """
+    """Find the columns of ``--on`` on both sides; the other arguments are flags of that name."""
     asked = [name.strip() for name in on.split(",") if name.strip()]
     if not asked:
         raise UsageError(f"--on names columns, by comma, found {on!r}")

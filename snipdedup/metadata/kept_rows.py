@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,29 +43,11 @@ def write_kept(
     *,
     done: Path | None = None,
 ) -> list[Path]:
-    """Write the kept rows of each file, as parquet of the same name and schema.
+    """Write the kept rows of each file, as parquet of the same name and schema; return the paths.
 
-    Parameters
-    ----------
-    metadata : Metadata
-    is_dup : (rows,) bool
-        True = remove; may be memory-mapped.
-    folder : Path
-        For the files. A file of which no row is kept is written with no rows.
-    added : sequence of AddedColumn
-        Columns that come after the files' own.
-    done : Path, optional
-        Folder of done files; a file that a stopped run finished is not written again.
-
-    Returns
-    -------
-    list of Path
-        The files, in order.
-
-    Raises
-    ------
-    SnipError
-        If the mask has another number of rows, two files would have one name, or a file is damaged.
+    ``is_dup`` is (rows,) bool, True = remove. Columns ``added`` come after the files' own. A file
+    of which no row is kept is written with no rows. ``done`` is a folder of done files: what a
+    stopped run finished is not written again.
     """
     if len(is_dup) != metadata.rows:
         raise SnipError(
@@ -126,50 +107,32 @@ def try_writing(file: Table, batch: Any) -> None:
 def _write_kept_file(
     file: Table, path: Path, is_dup: np.ndarray, first: int, added: Sequence[AddedColumn]
 ) -> Iterator[int]:
-    """Write the kept rows of one file, yielding how many rows were read each time.
+    """Write the kept rows of a file that begins at row ``first``; yield how many are read.
 
-    ``first`` is the global row of the file's row 0.
+    Batches are gathered: of each only a few rows may be kept, and row groups would be tiny.
     """
-    schema = file.schema
+    schema, waiting = file.schema, []
     for column in added:
         schema = schema.append(column.field)
-    with _parquet_writer(path, schema, file.codec) as write:
+    with (
+        atomic.replacing(path) as part,
+        pq.ParquetWriter(part, schema, compression=file.codec) as writer,
+    ):
         for at, batch in file.batches():
             begin, end = first + at, first + at + batch.num_rows
             keep = pa.array(~np.asarray(is_dup[begin:end]))
             columns = [*batch.columns, *(column.between(begin, end) for column in added)]
-            kept = [values.filter(keep) for values in columns]
-            write(pa.RecordBatch.from_arrays(kept, schema=schema))
+            arrays = [values.filter(keep) for values in columns]
+            kept = pa.RecordBatch.from_arrays(arrays, schema=schema)
+            if kept.num_rows:
+                waiting.append(kept)
+            rows, size = sum(b.num_rows for b in waiting), sum(b.nbytes for b in waiting)
+            if rows >= FLUSH_ROWS or size >= FLUSH_BYTES:
+                writer.write_table(pa.Table.from_batches(waiting))
+                waiting.clear()
             yield batch.num_rows
-
-
-@contextmanager
-def _parquet_writer(path: Path, schema: Any, codec: str) -> Iterator[Any]:
-    """Yield a function that takes record batches; the file appears when the block ends.
-
-    Batches are gathered: of each only a few rows may be kept, and row groups would be tiny.
-    """
-    waiting: list[Any] = []
-
-    def flush() -> None:
         if waiting:
-            writer.write_table(pa.Table.from_batches(waiting, schema))
-            waiting.clear()
-
-    def write(batch: Any) -> None:
-        if batch.num_rows:
-            waiting.append(batch)
-        if sum(b.num_rows for b in waiting) >= FLUSH_ROWS or (
-            sum(b.nbytes for b in waiting) >= FLUSH_BYTES
-        ):
-            flush()
-
-    with (
-        atomic.replacing(path) as part,
-        pq.ParquetWriter(part, schema, compression=codec) as writer,
-    ):
-        yield write
-        flush()
+            writer.write_table(pa.Table.from_batches(waiting))
 
 
 def feature_rows(path: Path) -> int:

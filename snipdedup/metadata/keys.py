@@ -22,14 +22,9 @@ LAST_WORD = np.array([(1 << 8 * left) - 1 for left in range(WORD)], np.uint64)  
 
 
 def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the fingerprint of each row of a record batch, all its columns together.
+    """Return the fingerprint of each row of a table's record batch, all its columns together.
 
-    Parameters
-    ----------
-    table : Table
-        The file that the batch is from, for messages.
-    batch : pyarrow.RecordBatch
-        Columns of texts, bytes or numbers; a number counts as its text.
+    Columns are texts, bytes or numbers; a number counts as its text.
 
     Returns
     -------

@@ -8,50 +8,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import map_npy
 from snipdedup.features.shards import identities, refuse_changed
-from snipdedup.metadata.tables import Metadata
+from snipdedup.metadata.keys import fingerprints, is_binary
+from snipdedup.metadata.tables import Metadata, open_metadata, open_table
 from snipdedup.storage import atomic
+from snipdedup.storage.external_sort import Sorter, pack
 from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
 
 T = TypeVar("T")
 
 MASK = "is_dup.npy"
 SCAN_ROWS = 1 << 24
+ROW_KEY = np.dtype([("row", "<i8"), ("key", "<u8")])
 # Names that hold more than the file's number: Hugging Face's (the number of files follows it),
 # Spark's (the job's UUID follows it, then the number within the task).
 WRITER_NAMES = re.compile(r"[0-9]+(?=[-_]of[-_][0-9]+$)|(?<=^part-)[0-9]+(?=-(tid-|[0-9a-f]{8}-))")
 NUMBER = re.compile(r"[0-9]+(?![0-9A-Za-z])")
+BY_KEY = "to find rows by what a column says: snip filter --on COLUMN"
 HOW_TO_PLACE = (
     "give the totals of the whole set with --cumulative_sizes, keep the snip.json of snip dedup "
-    "beside the mask, or name all files from number 0 on; or find rows by what a column says: "
-    "snip filter --on COLUMN"
+    f"beside the mask, or name all files from number 0 on; {BY_KEY}"
 )
 
 
-@dataclass(frozen=True)
-class Mask:
-    """A mask as published.
+class Mask(NamedTuple):
+    """A mask as published: ``is_dup`` (rows,) bool, memory-mapped, True = remove.
 
-    Attributes
-    ----------
-    path : Path
-    is_dup : (rows,) bool
-        Memory-mapped; True = remove.
-    sizes : (files,) int64 or None
-        Rows of each file of the whole set, from the manifest or ``--cumulative_sizes``.
-    opened : sequence of (int, int, int)
-        What tells whether the file has changed since it was opened.
-    other_sizes : (files + 1,) int64 or None
-        What ``sizes`` are if the 0 that running totals begin with stands for an empty first file;
-        see `resolve_sizes`.
+    ``sizes``, (files,) int64, are the rows of each file of the whole set, where the manifest or
+    ``--cumulative_sizes`` has them; ``other_sizes`` are these if the 0 that running totals begin
+    with stands for an empty first file (see `resolve_sizes`).
     """
 
     path: Path
@@ -96,19 +90,10 @@ class FileRange(NamedTuple):
 
 
 def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
-    """Open a mask.
+    """Open a ``.npy`` mask, or that of a folder that ``snip dedup`` wrote.
 
-    Parameters
-    ----------
-    spec : str or Path
-        A ``.npy`` file, ours or a published one, or a folder that ``snip dedup`` wrote.
-    cumulative : str or Path, optional
-        A ``.npy`` of running totals of rows a file.
-
-    Raises
-    ------
-    SnipError
-        If it is no 1-D mask, or the sizes of its files contradict its length.
+    ``cumulative`` is a ``.npy`` of running totals of rows a file. What is no 1-D mask, or
+    contradicts its length, is refused.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -212,7 +197,7 @@ def resolve_sizes(mask: Mask, place: Callable[[Mask], T]) -> tuple[Mask, T]:
     accepted: list[tuple[Mask, T]] = []
     refusals: list[SnipError] = []
     for sizes in (mask.sizes, mask.other_sizes):
-        one = replace(mask, sizes=sizes, other_sizes=None)
+        one = mask._replace(sizes=sizes, other_sizes=None)
         try:
             accepted.append((one, place(one)))
         except SnipError as refusal:
@@ -222,8 +207,8 @@ def resolve_sizes(mask: Mask, place: Callable[[Mask], T]) -> tuple[Mask, T]:
     if any(answer != accepted[0][1] for _, answer in accepted):
         raise SnipError(
             "the totals of --cumulative_sizes begin with 0: is that where file 0 begins, or is "
-            "file 0 empty? The files that are there fit both, at different rows of the mask; if it "
-            "is where file 0 begins, leave this 0 out, else name all files of the set"
+            "file 0 empty? The files fit both; if file 0 begins there, leave this 0 out, else name "
+            "all files of the set"
         )
     return accepted[0]
 
@@ -233,7 +218,7 @@ def place_metadata(metadata: Metadata, mask: Mask, start: int | None, end: int |
     files = sizes_of(metadata)
     if mask.other_sizes is not None and files.total == mask.rows:  # the whole set: its files count
         sizes = mask.other_sizes if len(mask.other_sizes) == len(files.rows) else mask.sizes
-        mask = replace(mask, sizes=sizes, other_sizes=None)
+        mask = mask._replace(sizes=sizes, other_sizes=None)
     if start is None and end is None:
         return place_all(files, mask)
     return resolve_sizes(mask, lambda one: place_range(files, one, start or 0, end))[1]
@@ -249,8 +234,8 @@ def place_all(files: FileSizes, mask: Mask) -> FileRange:
     if files.total != mask.rows:
         raise SnipError(
             f"the metadata has {files.total:,} rows in {len(files.rows)} files, the mask "
-            f"{mask.path} has {mask.rows:,}; they must belong to the same set (for some files of "
-            "it, say which with --start and --end; to find rows by what a column says, --on COLUMN)"
+            f"{mask.path} has {mask.rows:,}; they must belong to the same set (for some of its "
+            f"files: --start and --end; {BY_KEY})"
         )
     if mask.sizes is not None and len(mask.sizes) == len(files.rows):
         check_sizes(files, mask.sizes, 0)
@@ -258,14 +243,10 @@ def place_all(files: FileSizes, mask: Mask) -> FileRange:
 
 
 def place_range(files: FileSizes, mask: Mask, start: int, end: int | None) -> FileRange:
-    """Place files ``start`` to ``end`` (exclusive, None: the last) of a set.
+    """Place files ``start`` to ``end`` (exclusive, None: the last) of a set, numbered from 0.
 
-    These are numbers in the whole set, from 0; the files at hand may be a part of it.
-
-    Raises
-    ------
-    SnipError
-        If it is not certain which files are meant, or at which row the first one begins.
+    The files at hand may be a part of the set. It is refused if it is not certain which files are
+    meant, or at which row the first one begins.
     """
     sizes = mask.sizes
     if sizes is not None and files.total == mask.rows and len(files.rows) != len(sizes):
@@ -283,33 +264,24 @@ def place_range(files: FileSizes, mask: Mask, start: int, end: int | None) -> Fi
     if sizes is not None:
         check_sizes(part, sizes, start)
         begin = int(sizes[:start].sum())
-    else:
-        begin = _rows_before(files, numbers, mask.rows, first, start)
-    if begin + part.total > mask.rows:
-        raise SnipError(
-            f"files {start} to {end - 1} are rows {begin:,} to {begin + part.total:,} of their "
-            f"set, the mask {mask.path} has {mask.rows:,}; they do not belong to the same set; to "
-            "find rows by what a column says: --on COLUMN"
-        )
-    return FileRange(first, last, start, begin - sum(files.rows[:first]))
-
-
-def _rows_before(
-    files: FileSizes, numbers: list[int] | None, mask_rows: int, first: int, start: int
-) -> int:
-    """Return the set's row at which file ``start`` begins, from the files before it."""
-    if first != start:
+    elif first != start:
         raise SnipError(
             f"at which row of the set {files.names[first]} begins is not known: files 0 to "
             f"{start - 1} are not there; {HOW_TO_PLACE}"
         )
-    if numbers is None and files.total != mask_rows:
+    elif numbers is None and files.total != mask.rows:
         raise SnipError(
             f"whether {files.names[0]} is file 0 of the set is not known: its name has no number, "
-            f"and the {len(files.rows)} files have {files.total:,} rows, not the mask's "
-            f"{mask_rows:,}; {HOW_TO_PLACE}"
+            f"and the files have {files.total:,} rows, the mask {mask.rows:,}; {HOW_TO_PLACE}"
         )
-    return sum(files.rows[:start])
+    else:
+        begin = sum(files.rows[:start])
+    if begin + part.total > mask.rows:
+        raise SnipError(
+            f"files {start} to {end - 1} are rows {begin:,} to {begin + part.total:,} of their "
+            f"set, the mask {mask.path} has {mask.rows:,}: it is of another set; {BY_KEY}"
+        )
+    return FileRange(first, last, start, begin - sum(files.rows[:first]))
 
 
 def file_numbers(names: Sequence[str]) -> list[int] | None:
@@ -382,9 +354,66 @@ def check_sizes(files: FileSizes, sizes: np.ndarray, start: int) -> None:
         if count != sizes[number]:
             raise SnipError(
                 f"{name} has {count:,} rows, file {number} of the mask's set has "
-                f"{int(sizes[number]):,}; this is another file, or rows were removed from it; to "
-                "find rows by what a column says: --on COLUMN"
+                f"{sizes[number]:,}: it is another file, or rows were removed from it; {BY_KEY}"
             )
+
+
+def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -> str | None:
+    """Compare the keys of removed rows with those in OUT, the mask's folder; refuse others.
+
+    Row 0 of the metadata is the mask's row ``first``; ``work`` is for temporary files. Returns what
+    to print, None where OUT has no keys of these rows.
+    """
+    groups = mask.path.parent / "groups.parquet"
+    column = _key_column(groups, mask, metadata)
+    if column is None:
+        return None
+    sorter = Sorter(work / "removed_keys", ROW_KEY, lambda records: records["row"].view(np.uint64))
+    table = open_table(groups)
+    for _, batch in table.batches(["row", "key", "is_dup"]):
+        row = batch.column("row").to_numpy() - first
+        inside = batch.column("is_dup").to_numpy(zero_copy_only=False)
+        inside = inside & (row >= 0) & (row < metadata.rows)
+        prints, _ = fingerprints(table, batch.select(["key"]))
+        sorter.add(pack(ROW_KEY, row[inside], prints[0, inside]))
+    count = sorter.count
+    # groups.parquet of some methods does not list all removed rows: it proves nothing then.
+    if not count or count != np.count_nonzero(mask.is_dup[first : first + metadata.rows]):
+        return None
+    for records in sorter.ascending():
+        records.sort(order="row")
+        for file, which, batch in metadata.pick([column], records["row"]):
+            prints, _ = fingerprints(file, batch)
+            wrong = np.flatnonzero(prints[0] != records["key"][which])
+            if len(wrong):
+                row = int(records["row"][which][wrong[0]])
+                there = pq.read_table(groups, columns=["key"], filters=[("row", "=", row + first)])
+                raise SnipError(
+                    f"{metadata.place(row)} has the {column} {batch[0][int(wrong[0])].as_py()!r}, "
+                    f"the row that {groups.parent} removed there {there['key'][0].as_py()!r}: "
+                    f"these rows are in another order, or are others; find them by --on {column}"
+                )
+    return f"  checked: the {column} of {count:,} rows that go is that in {groups}"
+
+
+def _key_column(groups: Path, mask: Mask, metadata: Metadata) -> str | None:
+    """Return the metadata's column that OUT holds as ``key``, None where none can be compared."""
+    out = groups.parent
+    if mask.sizes is None or not groups.is_file() or not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out, "dedup")
+    if manifest["outputs"].get(MASK, {}).get("sha256") != atomic.sha256(mask.path):
+        return None  # not the mask that the run wrote
+    asked = manifest["settings"].get("key")
+    if asked is None and (out / "metadata").is_dir():
+        asked = open_metadata(out / "metadata").column()
+    same = [name for name in metadata.columns if asked and name.lower() == asked.lower()]
+    if len(same) != 1:
+        return None
+    # Of these types a value has one text, whatever file it is in.
+    tests = pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, is_binary
+    kinds = [file.schema.field(same[0]).type for file in metadata.files]
+    return same[0] if all(any(test(kind) for test in tests) for kind in kinds) else None
 
 
 def file_version(path: Path) -> dict[str, int]:

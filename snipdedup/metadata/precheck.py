@@ -19,18 +19,11 @@ from snipdedup.storage.remote import map_requests
 
 
 class ColumnUse(NamedTuple):
-    """What a run will do with columns.
+    """What a run will do with columns (None: all of a file).
 
-    Attributes
-    ----------
-    columns : sequence of str, optional
-        In the order that ``convert`` takes them; None: all of a file.
-    convert : function of (Table, record batch)
-        Raises `SnipError` where it cannot take the columns.
-    remedy : str
-        What the user can do then.
-    by_schema : bool
-        True if only types can make it fail, so that one file of each schema is enough.
+    ``convert`` raises `SnipError` where it cannot take a record batch of them; ``remedy`` is what
+    the user can do then. ``by_schema``: only types can make it fail, so that one file of each
+    schema is enough.
     """
 
     columns: Sequence[str] | None
@@ -40,13 +33,7 @@ class ColumnUse(NamedTuple):
 
 
 def try_column_uses(metadata: Metadata, uses: Sequence[ColumnUse]) -> None:
-    """Convert the first row of each file in all ways that are to come.
-
-    Raises
-    ------
-    SnipError
-        Names the file, the column, what was found and expected, and what to do.
-    """
+    """Convert the first rows of each file in all ways that are to come."""
     seen: set[str] = set()
     tasks = []
     for file in metadata.files:

@@ -36,31 +36,15 @@ STREAM_BYTES = 1 << 20
 CSV_READ = pa.csv.ReadOptions(block_size=16 << 20)
 CSV_PARSE = pa.csv.ParseOptions(newlines_in_values=True)
 DEFAULT_CODEC = "snappy"
-CODECS = {
-    "UNCOMPRESSED": "none",
-    "GZIP": "gzip",
-    "BROTLI": "brotli",
-    "ZSTD": "zstd",
-    "LZ4": "lz4",
-    "LZ4_RAW": "lz4",
-}
+CODECS = {"UNCOMPRESSED": "none", "LZ4_RAW": "lz4"}  # that pyarrow's writer names otherwise
 # pyarrow reads these types but cannot filter them: they are read as the plain types.
 VIEWS = {"string_view": pa.string(), "binary_view": pa.binary()}
 
 
 class Table:
-    """One metadata file.
+    """One metadata file: its rows, its arrow schema, and the codec to write its rows with.
 
-    Attributes
-    ----------
-    path : Path
-    rows : int
-    schema : pyarrow.Schema
-        Types, nullability and metadata of the columns, as the file has them.
-    codec : str
-        Compression to write its rows with.
-    is_text : bool
-        True for CSV: numbers are written as text.
+    ``is_text`` is True for CSV: numbers are texts.
     """
 
     is_text = False
@@ -78,12 +62,7 @@ class Table:
     ) -> Iterator[tuple[int, Any]]:
         """Yield (first row, record batch) in row order.
 
-        Parameters
-        ----------
-        columns : list of str, optional
-            Only these.
-        rows : (n,) int64, optional
-            The rows needed, ascending; parts of the file without any of them may be skipped.
+        Parts of the file without any of ``rows``, (n,) int64, ascending, may be skipped.
         """
         raise NotImplementedError
 
@@ -103,7 +82,7 @@ class ParquetTable(Table):
     def batches(
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """See `Table.batches`; row groups without a needed row are not read."""
+        """Yield batches; row groups without a needed row are not read."""
         file = open_parquet(self.path)
         first = 0
         try:
@@ -147,7 +126,7 @@ class CsvTable(Table):
     def batches(
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """See `Table.batches`; a CSV is read from its beginning."""
+        """Yield batches; a CSV is read from its beginning."""
         at = 0
         for block in self._blocks():
             if rows is not None and (not len(rows) or at > rows[-1]):
@@ -165,13 +144,7 @@ class CsvTable(Table):
 
 
 def open_table(path: Path) -> Table:
-    """Open one metadata file.
-
-    Raises
-    ------
-    SnipError
-        If it is missing, empty, truncated, or neither parquet nor CSV.
-    """
+    """Open one metadata file; refuse what is missing, empty, truncated, or of another type."""
     if not path.is_file():
         raise SnipError(f"no such file: {path}")
     if not path.stat().st_size:
@@ -226,7 +199,8 @@ def _largest_codec(group: Any) -> str:
     sizes: dict[str, int] = {}
     for chunk in map(group.column, range(group.num_columns)):
         sizes[chunk.compression] = sizes.get(chunk.compression, 0) + chunk.total_compressed_size
-    return CODECS.get(max(sizes, key=lambda name: sizes[name], default=""), DEFAULT_CODEC)
+    largest = max(sizes, key=lambda name: sizes[name], default=DEFAULT_CODEC)
+    return CODECS.get(largest, largest.lower())
 
 
 @contextmanager
@@ -239,16 +213,10 @@ def _explain_csv(path: Path) -> Iterator[None]:
 
 
 class Metadata:
-    """The rows of one or more metadata files.
+    """The rows of one or more metadata files with the same columns, in any order and type.
 
-    Attributes
-    ----------
-    files : tuple of Table
-    offsets : (files + 1,) int64
-        Row of each file's first row, then the number of rows.
-    rows : int
-    schema : pyarrow.Schema
-        That of the first file; the others have the same columns, in any order and type.
+    ``offsets`` (files + 1,) int64 are the rows at which files begin, and the number of all rows;
+    ``schema`` is the first file's.
     """
 
     def __init__(self, files: Sequence[Table], folders: Sequence[Path] = ()) -> None:
@@ -285,17 +253,8 @@ class Metadata:
     def column(self, asked: str | None = None, wanted: Sequence[str] = KEY_COLUMNS) -> str | None:
         """Return the exact name of a column; names are found in any case.
 
-        Parameters
-        ----------
-        asked : str, optional
-            The column that the user named.
-        wanted : sequence of str
-            Without ``asked``: the first of these that exists, None if none does.
-
-        Raises
-        ------
-        SnipError
-            If ``asked`` does not exist, or could be either of two columns.
+        That is the one that the user ``asked`` for, which is refused if it does not exist or could
+        be either of two columns; else the first of ``wanted`` that exists, or None.
         """
         if asked is None:
             found = (self._find(name) for name in wanted)
@@ -370,14 +329,9 @@ class Metadata:
                 yield file, int(self.offsets[number]) + at, batch.select(columns)
 
     def pick(self, columns: Sequence[str], rows: np.ndarray) -> Iterator[tuple[Table, slice, Any]]:
-        """Yield (file, which of ``rows``, record batch of their values), in row order.
+        """Yield (file, which of ``rows``, record batch of these columns), in row order.
 
-        Parameters
-        ----------
-        columns : sequence of str
-            Exact names, from `column`; they come in the order asked.
-        rows : (n,) int64
-            Ascending global rows. Row groups without any of them are not read.
+        ``rows``, (n,) int64, are global and ascending; row groups without any of them are not read.
         """
         cuts = np.searchsorted(rows, self.offsets)
         for number in np.flatnonzero(np.diff(cuts)):
@@ -397,13 +351,7 @@ class Metadata:
         return f"{self.files[number].path} row {row - int(self.offsets[number]):,}"
 
     def take(self, column: str, rows: np.ndarray) -> Any:
-        """Return one column's values at ascending global rows, as text.
-
-        Returns
-        -------
-        pyarrow.ChunkedArray of string
-            (n,); null where the file has null.
-        """
+        """Return a column's values at ascending global rows, as a chunked array of strings."""
         picked = self.pick([column], rows)
         parts = [as_texts(file, column, batch.column(0)) for file, _, batch in picked]
         return pa.chunked_array(parts, pa.string())
@@ -412,16 +360,8 @@ class Metadata:
 def open_metadata(spec: str | Path) -> Metadata:
     """Open metadata; of parquet files only the footers are read, CSV files are counted.
 
-    Parameters
-    ----------
-    spec : str or Path
-        A folder (its ``*.parquet``, else its ``*.csv``; not recursive), a glob, or a file; or a URL
-        of one of these.
-
-    Raises
-    ------
-    SnipError
-        If there is none, a file is damaged, or the files differ in their columns.
+    ``spec`` is a folder (its ``*.parquet``, else its ``*.csv``; not recursive), a glob, a file, or
+    a URL of one of these.
     """
     if is_remote(spec):
         return Metadata(map_requests(open_table, find_metadata(spec)))
