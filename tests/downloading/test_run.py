@@ -73,7 +73,7 @@ def template(server):
 
 def test_files_arrive_byte_for_byte(server, tmp_path, snip):
     words = ("download", template(server), tmp_path / "out", "--start", 1, "--end", 4)
-    assert "78 of 78 rows stay in 3 files" in snip(*words).stdout
+    assert "78 of 78 rows kept in 3 files" in snip(*words).stdout
     for number in (1, 2, 3):
         name = f"m_{number:04d}.parquet"
         assert (tmp_path / "out" / name).read_bytes() == server.files[name]
