@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import PROPOSAL_ERROR, directions, unit_rows
+from snipdedup.features.cosine import PROPOSAL_ERROR, directions, indexed_cosines, unit_rows
 from snipdedup.features.shards import plan_blocks
 from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.projection import WIDTHS, fit_projection
-from snipdedup.join.verify import pair_products, proved_cosines
+from snipdedup.join.verify import pair_products
 
 BLOCK = 2048  # rows decided, or staying rows compared with, at a time
 FIT_ROWS = 1 << 14
@@ -127,7 +127,7 @@ def first_staying(raw: np.ndarray, threshold: float) -> np.ndarray:
     unit = torch.from_numpy(unit_rows(raw))
     table = (unit @ unit.T).numpy()
     i, j = np.nonzero(np.abs(table - np.float32(threshold)) <= PROPOSAL_ERROR)
-    table[i, j] = proved_cosines(raw, raw, i, j)
+    table[i, j] = indexed_cosines(raw, raw, i, j)
     match = table >= np.float32(threshold)
     covered, stays = np.zeros(len(raw), bool), np.zeros(len(raw), bool)
     for place in range(len(raw)):
@@ -146,7 +146,7 @@ def is_pair(
     for raw, i, j in gathered(rows, gather, x, y):
         product = pair_products(directions(raw), i, j)
         close = np.flatnonzero(np.abs(product - limit) <= PROPOSAL_ERROR)
-        product[close] = proved_cosines(raw, raw, i[close], j[close])
+        product[close] = indexed_cosines(raw, raw, i[close], j[close])
         parts.append(product >= limit)
     return np.concatenate(parts)
 
@@ -173,7 +173,7 @@ def nearest(
     cosine = np.concatenate([
         np.empty(0, np.float32),
         *(
-            proved_cosines(raw, raw, i, j)
+            indexed_cosines(raw, raw, i, j)
             for raw, i, j in gathered(rows, gather, x[close], y[close])
         ),
     ])  # fmt: skip

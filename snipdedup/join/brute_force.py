@@ -10,17 +10,16 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.features.cosine import (
     PROPOSAL_ERROR,
-    pair_cosine,
+    indexed_cosines,
     unit_rows,
     unit_rows64,
     unsettled,
 )
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
 from snipdedup.parallel import ordered_map
 
 TILE = 2048  # rows of a tile's sides
-VERIFY_PAIRS = 8192  # pairs whose rows are laid side by side at a time
 DENSE = 1 / 64  # share of a tile from which its cosines are computed all at once
 
 
@@ -136,16 +135,8 @@ def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> E
         quick = dense[a, b]
         cosine = np.minimum(quick.astype(np.float32), np.float32(1))
         again = np.flatnonzero(unsettled(quick, left.raw.shape[1]))
-        cosine[again] = listed_cosines(left.raw, right.raw, i + a[again], j + b[again])
+        cosine[again] = indexed_cosines(left.raw, right.raw, i + a[again], j + b[again])
     else:
-        cosine = listed_cosines(left.raw, right.raw, i + a, j + b)
+        cosine = indexed_cosines(left.raw, right.raw, i + a, j + b)
     edges = make_edges(left.rows[i + a], right.rows[j + b], cosine)
     return edges.at(threshold)
-
-
-def listed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
-    parts = [np.empty(0, np.float32)]
-    for start, stop in plan_blocks(len(i), VERIFY_PAIRS):
-        parts.append(pair_cosine(x[i[start:stop]], y[j[start:stop]]))
-    return np.concatenate(parts)

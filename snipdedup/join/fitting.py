@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.features.cosine import bad_rows, directions, same_bits
+from snipdedup.features.cosine import bad_rows, directions, indexed_cosines, same_bits
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import Features, plan_blocks
@@ -28,7 +28,6 @@ from snipdedup.join.lists import (
 )
 from snipdedup.join.model import Model
 from snipdedup.join.projection import WIDTHS, Projection, main_directions, project
-from snipdedup.join.verify import proved_cosines
 from snipdedup.parallel import library_threads, ordered_map
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
@@ -154,7 +153,7 @@ def true_pairs(
     a, b = a[apart], b[apart]
 
     def prove(span: tuple[int, int]) -> np.ndarray:
-        return proved_cosines(raw, raw, a[slice(*span)], b[slice(*span)])
+        return indexed_cosines(raw, raw, a[slice(*span)], b[slice(*span)])
 
     cosines = ordered_map(prove, plan_blocks(len(a), BLOCK), threads)
     return make_edges(a, b, np.concatenate([np.empty(0, np.float32), *cosines])).at(threshold)

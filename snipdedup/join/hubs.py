@@ -19,12 +19,11 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.errors import DamagedError
-from snipdedup.features.cosine import same_bits
+from snipdedup.features.cosine import indexed_cosines, same_bits
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, components, make_edges
 from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.projection import Projection
-from snipdedup.join.verify import proved_cosines
 from snipdedup.parallel import ordered_map
 
 MASS_ROWS = 1 << 15  # fewer rows around one are compared all with all
@@ -110,13 +109,13 @@ class Hubs:
     def edges(self) -> Edges:
         """Return the pairs among the hubs."""
         i, j = np.triu_indices(len(self.row), 1)
-        cosine = proved_cosines(self.raw, self.raw, i, j)
+        cosine = indexed_cosines(self.raw, self.raw, i, j)
         return make_edges(self.row[i], self.row[j], cosine).at(self.threshold)
 
     def classes(self) -> np.ndarray:
         """Return for each hub the smallest place of a hub that pairs join it with, (h,) int64."""
         i, j = np.triu_indices(len(self.row), 1)
-        cosine = proved_cosines(self.raw, self.raw, i, j)
+        cosine = indexed_cosines(self.raw, self.raw, i, j)
         label = np.arange(len(self.row))
         nodes, groups = components(make_edges(i, j, cosine).at(self.threshold))
         label[nodes] = groups
@@ -138,7 +137,7 @@ class Hubs:
             return Placed(reach, none, none, np.empty(0, np.float32))
         products = hub_products(codes, self.codes)
         i, j = np.nonzero(products >= self.projection.limit(self.half))
-        cosine = proved_cosines(raw, self.raw, i, j)
+        cosine = indexed_cosines(raw, self.raw, i, j)
         inside = cosine >= np.float32(self.half)
         i, j, cosine = i[inside], j[inside], cosine[inside]
         order = np.lexsort((j, -cosine, i))  # the nearest hub; of several the first

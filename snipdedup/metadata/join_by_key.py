@@ -205,14 +205,12 @@ class KeyJoin:
             CONTRADICTED: f"another {self.columns.content}, so no match",
         }
         for state, reason in reasons.items():
-            where = ", ".join(metadata.place(row) for row in result.examples[state])
-            fate = (
-                f"; they are {'removed' if state in self.removing else 'kept'}: {where}"
-                if where
-                else ""
-            )
+            line = f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}"
+            if counts[state]:
+                where = ", ".join(metadata.place(row) for row in result.examples[state])
+                line += f"; they are {'removed' if state in self.removing else 'kept'}: {where}"
             if counts[state] or state != CONTRADICTED:
-                lines.append(f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}{fate}")
+                lines.append(line)
         lines.append(f"  {'repeated':<23}{result.repeated:>12,}  share their key with another row")
         return "\n".join(lines)
 
