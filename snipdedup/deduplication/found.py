@@ -14,8 +14,7 @@ import numpy as np
 from snipdedup.deduplication.references import References
 from snipdedup.groups.blocks import COPY, EDGE, Block, blocks_of_groups
 from snipdedup.groups.star import Also, Best, Nearest
-from snipdedup.join.external_forest import by_first, edge_kind, edges_of
-from snipdedup.join.forest import Edges, join_edges, order_by
+from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
 from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
 

@@ -23,9 +23,10 @@ from snipdedup.groups.pairs import all_pairs
 from snipdedup.groups.star import Best
 from snipdedup.join.brute_force import exact_edges
 from snipdedup.join.forest import Edges, ForestBuilder, join_edges
+from snipdedup.join.memory import needed_memory
 from snipdedup.join.model import is_readable
-from snipdedup.join.pipeline import join, needed_memory
-from snipdedup.join.tasks import Tasks
+from snipdedup.join.pipeline import join
+from snipdedup.join.tasks import JoinSettings
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.progress import Clock
 from snipdedup.runners.local import Local, Runner
@@ -90,22 +91,20 @@ def search_join(
     """
     check_given(features, options)
     runner = runner or Local(cores(options.threads))
-    tasks = Tasks(
-        features,
-        work,
+    settings = JoinSettings(
         threshold=options.threshold,
         recall=options.recall,
         seed=options.seed or 0,
         keep_bad=options.bad_rows == "keep",
         chunk_rows=options.chunk_rows,
         device="cpu" if options.runner == "ray" else options.device,
-        frozen=frozen,
-        across=options.references_only and frozen > 0,
+        reference_rows=frozen,
+        references_only=options.references_only and frozen > 0,
         encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
-        kept=kept,
+        kept_model=kept,
     )
     memory = memory_bound(options.max_memory, needed_memory(features, runner.here, frozen))
-    return join(tasks, runner, memory=memory, stage=clock.stage)
+    return join(features, settings, work, runner, memory=memory, stage=clock.stage)
 
 
 def search_exact(
@@ -118,10 +117,10 @@ def search_exact(
         seen = read_all(features, options)
     with clock.stage("compare"):
         rows = np.flatnonzero(~seen.skipped(features.rows, frozen))
-        builder = ForestBuilder(frozen=frozen)
+        builder = ForestBuilder(frozen)
         for edges in exact_edges(
-            features, rows, options.threshold, threads=threads, memory=memory, frozen=frozen,
-            across=options.references_only and frozen > 0,
+            features, rows, options.threshold, threads=threads, memory=memory,
+            reference_rows=frozen, references_only=options.references_only and frozen > 0,
         ):  # fmt: skip
             builder.add(edges)
     return seen, builder.forest(), {}

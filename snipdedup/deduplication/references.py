@@ -28,7 +28,7 @@ from snipdedup.features.shards import (
 )
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
 from snipdedup.groups.star import Nearest
-from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
+from snipdedup.join.forest import BLOCK_EDGES, Edges, UnionFind, join_edges, make_edges
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Columns, among
 from snipdedup.storage.objects import absolute, is_elsewhere
@@ -432,11 +432,11 @@ def settle(
         For what does not fit into memory; None: all is held.
     """
     copy, first, twins = own_copies(*copies, frozen)
-    roots, rows = Roots(features.rows), features.rows - frozen
+    sets, rows = UnionFind(features.rows), features.rows - frozen
     for edges in (forest, twins):
         for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
-            roots.unite(edges.a[start:stop], edges.b[start:stop])
-    nearest = nearest_within(features, roots.labels(), frozen, threshold, threads, folder)
+            sets.unite(edges.a[start:stop], edges.b[start:stop])
+    nearest = nearest_within(features, sets.labels(), frozen, threshold, threads, folder)
     copy, first = copy - frozen, first - frozen
     if across:
         none = np.empty(0, np.int64)

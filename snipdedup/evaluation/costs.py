@@ -17,23 +17,23 @@ import numpy as np
 
 from snipdedup.features.scan import SORT_ROWS
 from snipdedup.join.encoding import task_rows
-from snipdedup.join.external_forest import HELD_EDGES
-from snipdedup.join.fitting import (
+from snipdedup.join.forest import HELD_EDGES
+from snipdedup.join.lists import ROUNDS
+from snipdedup.join.memory import (
+    DISTANCE_BYTES,
+    GROUPS_BYTES,
+    PARTITION_BYTES,
+    SORT_BYTES,
+    TRAINING_CODES,
+    VISIT_BYTES,
+)
+from snipdedup.join.model import (
     SINGLE_LIST_ROWS,
     calibration_rows,
     list_count,
     training_rows,
 )
-from snipdedup.join.lists import ROUNDS
-from snipdedup.join.pipeline import (
-    DISTANCE_BYTES,
-    GROUPS_BYTES,
-    PARTITION_BYTES,
-    RUNS_A_WORKER,
-    SORT_BYTES,
-    TRAINING_CODES,
-    VISIT_BYTES,
-)
+from snipdedup.join.pipeline import PARTITIONS_A_WORKER
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE
 from snipdedup.join.verify import GATHER_PAIRS
 from snipdedup.storage.external_sort import HELD, row_kind
@@ -252,7 +252,7 @@ def count(job: Job, rates: Rates) -> Counts:
         1.0,
         min(
             (job.bound / job.cores + PARTITION_BYTES) / (VISIT_BYTES + 2 * rates.width),
-            visits / (RUNS_A_WORKER * threads),
+            visits / (PARTITIONS_A_WORKER * threads),
         ),
     )
     return Counts(

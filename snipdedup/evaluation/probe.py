@@ -18,21 +18,28 @@ from snipdedup.evaluation.costs import TREE, Rates
 from snipdedup.features.scan import Seen, find_copies, row_hashes
 from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.groups.star import Compare, group_star, keep_rank
+from snipdedup.join.calibration import sample_pairs
 from snipdedup.join.encoding import encode_task, task_rows
-from snipdedup.join.fitting import (
+from snipdedup.join.forest import make_edges, spanning_forest
+from snipdedup.join.lists import ROUNDS, Lists, assign_lists, nearest_centroids
+from snipdedup.join.model import (
     CROWDED_DEGREE,
+    Model,
     calibration_rows,
     fit,
     list_count,
     training_rows,
 )
-from snipdedup.join.forest import make_edges, spanning_forest
-from snipdedup.join.learned import encode_blocks
-from snipdedup.join.lists import ROUNDS, Lists, assign, nearest, sample_pairs
-from snipdedup.join.model import Model
-from snipdedup.join.partitions import load_partition
-from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
-from snipdedup.join.verify import GATHER_PAIRS, proved_cosines, verify_pairs
+from snipdedup.join.projection import encode_rows
+from snipdedup.join.tasks import Partition, load_partition
+from snipdedup.join.tiles import (
+    COLUMN_TILE,
+    ROW_TILE,
+    CodedRows,
+    compare_tiles,
+    crowded_forest,
+)
+from snipdedup.join.verify import GATHER_PAIRS, listed_cosines, verify_pairs
 from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import store
 from snipdedup.storage.external_sort import Sorter, pack
@@ -141,7 +148,7 @@ def probe(
         pool = make_pool(source, Path(folder) / "pool.npy", seed)
         fitted = fit_models(source, list_count(rows), threshold, recall, seed)
         model = fitted[-1][0]
-        codes = encode_blocks(model.projection, pool.read(0, pool.rows), threads)
+        codes = encode_rows(model.projection, pool.read(0, pool.rows), threads)
         found = look_at_pairs(pool, codes, model, source.rows, threads)
         encoded = time_encoding(pool, [model for model, _ in fitted], Path(folder), threads)
         with library_threads(1):
@@ -219,7 +226,7 @@ def look_at_pairs(
     degree = np.bincount(np.concatenate([a, b]), minlength=len(first))
     large = np.maximum(degree[a], degree[b]) >= CROWDED_DEGREE
     i, j = first[a[~large]], first[b[~large]]
-    true = int((proved_cosines(raw, raw, i, j) >= np.float32(model.threshold)).sum())
+    true = int((listed_cosines(raw, raw, i, j) >= np.float32(model.threshold)).sum())
     held = true + len(raw) - len(first)
     share = (true / TREE + len(raw) - len(first)) * rows / len(raw) ** 2
     return Found(
@@ -233,7 +240,7 @@ def time_fit(fitted: list[tuple[Model, float]], codes: np.ndarray, rows: int) ->
     """Time fitting: k-means by rows and lists, the rest by the rows of the sample."""
     model = fitted[-1][0]
     part = codes[: 1 << 13]
-    one = seconds(lambda: nearest(part, model.lists.centroids, 1))
+    one = seconds(lambda: nearest_centroids(part, model.lists.centroids, 1))
     each = one / len(part) / model.lists.nlist
     trained = [training_rows(rows, model.lists.nlist) for model, _ in fitted]
     rest = [
@@ -258,7 +265,7 @@ def time_encoding(
     def run(model: Model, name: str, beside: int) -> float:
         def task(number: int) -> None:
             at, (begin, end) = folder / name / str(number), spans[number]
-            encode_task(pool, model, at, begin, end, chunk_rows=CHUNK, frozen=0)
+            encode_task(pool, model, at, begin, end, chunk_rows=CHUNK)
 
         return seconds(lambda: list(ordered_map(task, range(len(spans)), beside)))
 
@@ -269,7 +276,7 @@ def time_encoding(
     visits = [count_visits(folder / name, len(spans)) / pool.rows for name in ("first", "last")]
     block = np.load(folder / "last" / "0" / "codes.npy")[: 1 << 13]
     with library_threads(1):  # as a task has them: threads that wait for others burn time too
-        lists = seconds(lambda: assign(block, alone.lists)) / len(block) / alone.lists.nlist
+        lists = seconds(lambda: assign_lists(block, alone.lists)) / len(block) / alone.lists.nlist
     more = spent / pool.rows - base - lists * alone.lists.nlist
     folders = [folder / "last" / str(number) for number in range(len(spans))]
     return {
@@ -303,7 +310,7 @@ def time_loading(folders: list[Path], model: Model) -> dict[str, float]:
     width, nlist = model.projection.width, model.lists.nlist
 
     def load(low: int, high: int) -> Any:
-        return load_partition(folders, low, high, skip, width)
+        return load_partition(folders, Partition(low, high), skip, width)
 
     opened = seconds(lambda: load(0, 1)) / len(folders)
     whole = seconds(lambda: load(0, nlist))
@@ -342,11 +349,11 @@ def time_tiles(pool: Features, codes: np.ndarray, model: Model) -> dict[str, flo
     """Time tiles of wide and of narrow columns: by products, and by tiles."""
     first = np.unique(row_hashes(pool.read(0, min(PAIR_ROWS, pool.rows))), return_index=True)[1]
     first = np.sort(first)[: 8 * ROW_TILE]
-    members = Codes(first, codes[first], np.zeros(len(first)))
+    members = CodedRows(first, codes[first], np.zeros(len(first)))
     how: dict[str, Any] = {"limit": model.limit, "threshold": model.threshold}
 
     def multiply(columns: int) -> float:
-        return seconds(lambda: compare(pool, members, columns, **how))
+        return seconds(lambda: compare_tiles(pool, members, columns, **how))
 
     columns = min(COLUMN_TILE, len(first))
     wide, narrow = multiply(columns), multiply(NARROW)
@@ -355,7 +362,7 @@ def time_tiles(pool: Features, codes: np.ndarray, model: Model) -> dict[str, flo
     left, right = np.arange(ROW_TILE), np.arange(COLUMN_TILE) + ROW_TILE
 
     def crowd() -> Any:
-        return crowded(pool, left, right, np.ones((ROW_TILE, COLUMN_TILE), bool), -1.0)
+        return crowded_forest(pool, left, right, np.ones((ROW_TILE, COLUMN_TILE), bool), -1.0)
 
     return {
         "product": product,

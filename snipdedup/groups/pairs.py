@@ -17,7 +17,7 @@ from snipdedup.features.shards import Features
 from snipdedup.groups.star import Also, group_starts
 from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import Edges, components, join_edges
-from snipdedup.join.verify import prove
+from snipdedup.join.verify import verify_block
 from snipdedup.parallel import ordered_map
 from snipdedup.storage import store
 
@@ -71,7 +71,7 @@ def pairs_within(
         if i < 0:
             a, b = listed_pairs(np.diff(group_starts(group[begin:end])))
             part = row[begin:end]
-            edges = prove(features, part[a], part[b], threshold, every=True)
+            edges = verify_block(features, part[a], part[b], threshold, every=True)
         else:
             left = load_panel(features, row[begin + i : min(begin + i + TILE, end)])
             right = left

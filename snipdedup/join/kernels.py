@@ -1,8 +1,8 @@
 """Products of int8 codes, by the fastest way that this processor has and computes right.
 
-All kernels take the same codes and give the same integers, so nothing hangs on which one is taken.
-A short self-test at the first use checks each against exact products and times it; one that lies or
-rounds is never used.
+All kernels take the same codes and give the same integers, so no result depends on which one is
+used. A short self-test at the first use checks each against exact products and times it; one that
+is wrong or rounds is never used.
 """
 
 from __future__ import annotations
@@ -88,13 +88,7 @@ def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
 
 
 def pick_kernel(device: str = "cpu") -> Kernel:
-    """Return the fastest kernel that passes the self-test, the same for codes of all widths.
-
-    Parameters
-    ----------
-    device : str
-        ``cpu`` or ``cuda``.
-    """
+    """Return the fastest kernel of a device (``cpu``, ``cuda``) that passes the self-test."""
     with _testing:  # two threads that test at once would time each other
         return _picked(device)
 
@@ -106,15 +100,9 @@ def _picked(device: str) -> Kernel:
 
 
 def fastest(kernels: list[Kernel], seconds: list[float | None]) -> Kernel:
-    """Return the first of the kernels that compute right, unless a later one is clearly faster.
+    """Return the first of the kernels that are right, unless a later one is clearly faster.
 
-    The last one if none does.
-
-    Parameters
-    ----------
-    kernels : list of Kernel
-    seconds : list of float or None
-        What the `trial` of each says.
+    The last one if none is. ``seconds`` are those of each one's `trial`.
     """
     best, best_time = kernels[-1], float("inf")
     for kernel, time_ in zip(kernels, seconds, strict=True):
@@ -207,13 +195,8 @@ def product_hits(products: Any, limits: np.ndarray, most: float) -> Hits | None:
         run = place - row * runs.shape[1]
         hit = runs[torch.from_numpy(row), torch.from_numpy(run)].cpu().numpy() >= least[row, None]
         parts.append(Hits(row, run * RUN + start, hit))
-    if len(parts) == 1 and whole:  # the usual case: nothing to put together
+    if len(parts) == 1 and whole:  # the usual case
         return parts[0]
-    return join_hits(parts)
-
-
-def join_hits(parts: list[Hits]) -> Hits:
-    """Return the hits of whole runs and of shorter ones behind them as one, in row order."""
     row, column, hit = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty((0, RUN), bool)]
     for part in parts:
         row.append(part.row)

@@ -1,13 +1,12 @@
 """Tiles: products of the codes of two blocks of rows, and the pairs they do not rule out.
 
-Most tiles hold few close pairs, which are listed and proved later. Where very many are close
+Most tiles hold few close pairs, which are listed and verified later. Where very many are close
 (thousands of copies of one picture), listing them would cost the square of their number: such a
-tile gives a spanning forest of its pairs instead, proved at once.
+crowded tile gives a spanning forest of its pairs instead, verified at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from snipdedup.join.kernels import (
     pick_kernel,
     product_hits,
 )
-from snipdedup.join.verify import proved_cosines
+from snipdedup.join.verify import listed_cosines
 from snipdedup.parallel import scratch
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
@@ -33,7 +32,7 @@ PLAIN_COLUMNS = 1 << 8  # of float64 products held at a time
 MOST_ERROR = 2e-3  # of quick products in a crowded tile: more would leave too many pairs unsure
 
 
-class Codes(NamedTuple):
+class CodedRows(NamedTuple):
     """Rows with their codes.
 
     Attributes
@@ -41,21 +40,17 @@ class Codes(NamedTuple):
     row : (n,) int64
         Global rows.
     codes : (n, w) int8
-    slack : (n,) float64
+    corrections : (n,) float64
         By how much each row's limit falls.
     """
 
     row: np.ndarray
     codes: np.ndarray
-    slack: np.ndarray
+    corrections: np.ndarray
 
-    def part(self, start: int, stop: int) -> Codes:
-        """Return some of the rows."""
-        return self.where(slice(start, stop))
-
-    def where(self, places: Any) -> Codes:
+    def where(self, places: Any) -> CodedRows:
         """Return the rows that a slice, mask or index array selects."""
-        return Codes(self.row[places], self.codes[places], self.slack[places])
+        return CodedRows(*(column[places] for column in self))
 
 
 class TilePairs(NamedTuple):
@@ -64,87 +59,115 @@ class TilePairs(NamedTuple):
     Attributes
     ----------
     a, b : (n,) int64
-        Pairs that remain to be proved.
+        Candidate pairs that remain to be verified.
     edges : Edges
-        Forests of crowded tiles, proved.
-    proposed : int
+        Forests of crowded tiles, verified.
+    candidates : int
         Pairs that the codes could not rule out.
     """
 
     a: np.ndarray
     b: np.ndarray
     edges: Edges
-    proposed: int
+    candidates: int
 
 
-def compare(
+class Wanted(NamedTuple):
+    """Which pairs of a tile's rows and columns are looked for, each pair once.
+
+    Attributes
+    ----------
+    start : int
+        Where the tile's rows begin among the columns, if rows are columns too.
+    overlaps : bool
+        Whether they are: then none pairs with itself or a later column.
+    old_rows, old_columns : (m,), (n,) bool
+        Which rows and columns are reference rows: these do not pair with one another.
+    references_only : bool
+        Nor do the others.
+    """
+
+    start: int
+    overlaps: bool
+    old_rows: np.ndarray
+    old_columns: np.ndarray
+    references_only: bool
+
+    def pairs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """Return which pairs of rows i with columns j are looked for."""
+        once: np.ndarray = (j < i + self.start) | (not self.overlaps)
+        if self.references_only:
+            return once & (self.old_rows[i] != self.old_columns[j])
+        return once & ~(self.old_rows[i] & self.old_columns[j])
+
+
+def compare_tiles(
     features: Features,
-    members: Codes,
+    members: CodedRows,
     columns: int,
     *,
     limit: float,
     threshold: float,
     device: str = "cpu",
-    frozen: int = 0,
-    across: bool = False,
+    reference_rows: int = 0,
+    references_only: bool = False,
 ) -> TilePairs:
     """Compare the first ``columns`` rows with one another and with all rows after them.
 
     Parameters
     ----------
-    features : Features
-    members : Codes
     columns : int
         At most `COLUMN_TILE`.
     limit : float
-        Product from which two codes without slack may be a pair.
+        Product from which two codes may be a pair, before corrections.
     threshold : float
         Cosine from which two rows are a pair.
     device : str
         Where products are computed: ``cpu`` or ``cuda``.
-    frozen : int
+    reference_rows : int
         Global rows below are not compared with one another.
-    across : bool
+    references_only : bool
         Nor are the others: only with these.
     """
     import torch
 
     kernel = pick_kernel(device)
-    right, first = members.part(0, columns), 0
-    old = right.row < frozen
-    if frozen and old.all():
-        members, first = members.where(members.row >= frozen), columns  # none is a column
-    if across and not old.any():
-        members, first = members.where(members.row < frozen), columns
+    right, first = members.where(slice(columns)), 0
+    old = right.row < reference_rows
+    if reference_rows and old.all():
+        members, first = members.where(members.row >= reference_rows), columns  # none is a column
+    if references_only and not old.any():
+        members, first = members.where(members.row < reference_rows), columns
     prepared = prepare_columns(kernel, right.codes)
-    lowest = limit - right.slack.max(initial=0)
+    lowest = limit - right.corrections.max(initial=0)
     listed: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
     forests, count = [], 0
     for start in range(0, len(members.row), ROW_TILE):
-        left = members.part(start, start + ROW_TILE)
-        late = first + start < columns
-        reach = min(columns, start + ROW_TILE) if late else columns  # further on, none is wanted
+        left = members.where(slice(start, start + ROW_TILE))
+        overlaps = first + start < columns
+        reach = min(columns, start + ROW_TILE) if overlaps else columns  # no later column is wanted
         some = prepared if reach == columns else prepare_columns(kernel, right.codes[:reach])
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), some)
-        place = start, late, left.row < frozen, old, across
-        i, j, close = close_places(products, lowest - left.slack, reach, place)
-        if close is not None:
-            for i, j in sides(left.row < frozen, old[:reach]):
-                part = left.row[i], right.row[j], close[np.ix_(i, j)]
-                forests.append(crowded(features, *part, threshold))
-            count += int(np.count_nonzero(close))
+        old_rows, old_columns = left.row < reference_rows, old[:reach]
+        wanted = Wanted(start, overlaps, old_rows, old_columns, references_only)
+        i, j, close = close_places(products, lowest - left.corrections, reach, wanted)
+        if close is None:
+            listed.append((left.row[i], right.row[j]))
+            count += len(i)
             continue
-        listed.append((left.row[i], right.row[j]))
-        count += len(i)
+        count += int(np.count_nonzero(close))
+        # a forest of pairs of two others, and of each kind of pairs with a reference row
+        kinds = ((~old_rows, ~old_columns), (old_rows, ~old_columns), (~old_rows, old_columns))
+        for i, j in (map(np.flatnonzero, kind) for kind in kinds):
+            if len(i) and len(j):
+                part = left.row[i], right.row[j], close[np.ix_(i, j)]
+                forests.append(crowded_forest(features, *part, threshold))
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
     return TilePairs(a, b, join_edges(forests), count)
 
 
 def close_places(
-    products: Any,
-    limits: np.ndarray,
-    columns: int,
-    place: tuple[int, bool, np.ndarray, np.ndarray, bool],
+    products: Any, limits: np.ndarray, columns: int, wanted: Wanted
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the rows and columns of a tile's pairs; of a crowded tile none, but a mask of them.
 
@@ -153,19 +176,17 @@ def close_places(
     products : (m, n) tensor
     limits : (m,) float64
     columns : int
-        How many there are; products after them are of none.
-    place : tuple
-        Where the tile lies, as `wanted` takes it.
+        Products after so many columns are of no row.
     """
     many = CROWDED * ROW_TILE * COLUMN_TILE
     hits = product_hits(products, limits, MOST_RUNS)
     if hits is not None and hits.total <= many:
         i, j = hits.places()
         i, j = i[j < columns], j[j < columns]
-        use = wanted(i, j, *place)
+        use = wanted.pairs(i, j)
         return i[use], j[use], None
     close = all_close(products, limits)[:, :columns]
-    close &= wanted(np.arange(len(close))[:, None], np.arange(columns), *place)
+    close &= wanted.pairs(np.arange(len(close))[:, None], np.arange(columns))
     if np.count_nonzero(close) > many:
         return np.empty(0, np.int64), np.empty(0, np.int64), close
     i, j = np.nonzero(close)
@@ -181,35 +202,7 @@ def prepare_columns(kernel: Kernel, codes: np.ndarray) -> Any:
     return kernel.prepare(torch.from_numpy(whole).to(kernel.device))
 
 
-def wanted(
-    i: np.ndarray,
-    j: np.ndarray,
-    start: int,
-    late: bool,
-    old_rows: np.ndarray,
-    old: np.ndarray,
-    across: bool,
-) -> np.ndarray:
-    """Return which pairs of a tile's rows i with its columns j are looked for.
-
-    Each pair once: where rows are columns too (``late``), none with itself or a later column. None
-    of two frozen rows; where only pairs ``across`` are looked for, none of two others either.
-    """
-    once: np.ndarray = (j < i + start) | (not late)
-    return once & (old_rows[i] != old[j] if across else ~(old_rows[i] & old[j]))
-
-
-def sides(old_rows: np.ndarray, old: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield rows and columns of a tile whose pairs get a forest of their own, as places.
-
-    Those that are not frozen with one another; frozen ones with others, which are two parts.
-    """
-    for rows, columns in ((~old_rows, ~old), (old_rows, ~old), (~old_rows, old)):
-        if rows.any() and columns.any():
-            yield np.flatnonzero(rows), np.flatnonzero(columns)
-
-
-def crowded(
+def crowded_forest(
     features: Features, rows: np.ndarray, columns: np.ndarray, close: np.ndarray, threshold: float
 ) -> Edges:
     """Return the forest of a crowded tile's pairs, by one product of the raw rows.
@@ -220,12 +213,10 @@ def crowded(
 
     Parameters
     ----------
-    features : Features
     rows, columns : (m,), (n,) int64
         Global rows.
     close : (m, n) bool
         Which pairs may be.
-    threshold : float
     """
     left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
     if not len(left):
@@ -247,12 +238,12 @@ def crowded(
         if np.count_nonzero(unsure) <= CROWDED * table.size:
             break
     i, j = np.divmod(np.flatnonzero(unsure.ravel()), len(columns))
-    table[i, j] *= proved_cosines(x, y, i, j) >= np.float32(threshold)
+    table[i, j] *= listed_cosines(x, y, i, j) >= np.float32(threshold)
     nodes = np.unique(np.concatenate([rows, columns]))
     i, j = table_forest(
         table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
     )
-    return make_edges(rows[i], columns[j], proved_cosines(x, y, i, j))
+    return make_edges(rows[i], columns[j], listed_cosines(x, y, i, j))
 
 
 def unit_tensor(rows: np.ndarray, use: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from snipdedup.evaluation import costs
 from snipdedup.evaluation.costs import Job, Rates, count, estimate
-from snipdedup.join.fitting import CALIBRATION_ROWS
+from snipdedup.join.model import CALIBRATION_ROWS
 
 GB = 10**9
 # Every second-rate is 1 of something else, so that sums can be worked by hand.

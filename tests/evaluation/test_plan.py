@@ -12,7 +12,7 @@ import truth
 from snipdedup.evaluation import plan, probe
 from snipdedup.evaluation.costs import Rates
 from snipdedup.evaluation.plan import amount, load_rates, span
-from snipdedup.join import fitting
+from snipdedup.join import model
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(probe, "PROOFS", 1 << 9)
     monkeypatch.setattr(probe, "POOL", 1 << 13)
     monkeypatch.setattr(probe, "PAIR_ROWS", 1 << 13)
-    monkeypatch.setattr(fitting, "CALIBRATION_ROWS", (1 << 12, 1 << 12))
+    monkeypatch.setattr(model, "CALIBRATION_ROWS", (1 << 12, 1 << 12))
     monkeypatch.setattr(probe, "MOST_LISTS", 1 << 6)
 
 
 def test_a_plan_of_two_billion_rows(rates):
     said = told("plan", "--rows", "2.1e9", "--cores", "16", "--memory", "32GB", "--rates", rates)
     assert said.startswith("2,100,000,000 rows × 768, 25% of them go; 16 cores, 32 GB")
-    assert f"lists {fitting.list_count(2_100_000_000):,}, each row in" in said
+    assert f"lists {model.list_count(2_100_000_000):,}, each row in" in said
     assert said.endswith("it fits\n")
     large = told("plan", "--rows", "5.85e9", "--cores", "16", "--memory", "32GB", "--rates", rates)
     assert "memory: " in large  # eight bytes a row

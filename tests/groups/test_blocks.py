@@ -17,7 +17,7 @@ from snipdedup.deduplication import result as room
 from snipdedup.deduplication.run import run
 from snipdedup.groups.blocks import Block, blocks_of_groups, cut_groups, slices
 from snipdedup.groups.star import Members, Nearest
-from snipdedup.join import external_forest
+from snipdedup.join import forest as forests
 from snipdedup.join.forest import join_edges, make_edges, spanning_forest
 from snipdedup.storage import external_sort
 
@@ -49,7 +49,7 @@ def narrow():
     """Let memory hold next to nothing."""
     return (
         mock.patch.multiple(external_sort, HELD=60, PARTS=5, READ=37),
-        mock.patch.object(external_forest, "HELD_EDGES", 60),
+        mock.patch.object(forests, "HELD_EDGES", 60),
         mock.patch.object(room, "MASK_ROWS", 333),
     )
 
