@@ -21,7 +21,8 @@ import numpy as np
 from make_benchmarks import CODE_NAMES, code_table
 from timing import machine
 
-from snipdedup.encoder import training as train
+from snipdedup.encoder.directions import principal_directions
+from snipdedup.encoder.training import train_encoder
 from snipdedup.evaluation.neighbours import (
     Codes,
     Neighbours,
@@ -137,7 +138,7 @@ def contender(
         return None, turned, {}
     if name.startswith("PCA"):
         dim = given.dim // 2 if name == "PCA head" else given.dim
-        directions = train.principal_directions(rows, dim).numpy()
+        directions = principal_directions(rows, dim).numpy()
 
         def pca(block: np.ndarray) -> np.ndarray:
             return unit_rows(unit_rows(block) @ directions.T)
@@ -145,7 +146,7 @@ def contender(
         return pca, lambda m: pca, {"dim": dim}
     steps = QUICK if given.quick else {"steps": given.steps} if given.steps else {}
     loss = name.lower()
-    encoder, history = train.train(rows, loss=loss, dim=given.dim, seed=seed, **steps)
+    encoder, history = train_encoder(rows, loss=loss, dim=given.dim, seed=seed, **steps)
     said = {"steps": history.steps, "validation_recall": history.best["recall"]}
     return encoder.encode, lambda m: encoder.for_codes(m).encode, said
 

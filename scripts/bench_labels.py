@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from labelled_curve import read_labels
 
-from snipdedup.encoder import training as train
+from snipdedup.encoder.directions import principal_directions
+from snipdedup.encoder.training import train_encoder
 from snipdedup.evaluation.neighbours import Vectors, average_precision
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
@@ -62,14 +63,14 @@ def contenders(rows: np.ndarray, given: argparse.Namespace) -> dict[str, Vectors
     """Return how each contender makes vectors, learnt from these rows."""
     settings = {"dim": given.dim, "seed": given.seed}
     settings |= {"steps": given.steps} if given.steps else {}
-    directions = train.principal_directions(rows, given.dim).numpy()
+    directions = principal_directions(rows, given.dim).numpy()
 
     def pca(block: np.ndarray) -> np.ndarray:
         return unit_rows(unit_rows(block) @ directions.T)
 
-    mse = train.train(rows, loss="mse", **settings)[0]
+    mse = train_encoder(rows, loss="mse", **settings)[0]
     settings |= {"temperature": given.temperature} if given.temperature else {}
-    snip = train.train(rows, loss="snip", **settings)[0]
+    snip = train_encoder(rows, loss="snip", **settings)[0]
     return dict(zip(NAMES, (unit_rows, pca, mse.encode, snip.encode), strict=True))
 
 

@@ -174,7 +174,7 @@ def planted_run(rows: int, dim: int, pairs: int, seed: int) -> dict[str, Any]:
 
 
 def planted_line(body: dict[str, Any]) -> str:
-    """Return a line of the table in docs/method.md."""
+    """Return a line of the table in docs/internals/calibration.md."""
     recalls = [run["recall"] for run in body["runs"]]
     kept = sum(recall >= PROMISE for recall in recalls)
     seen = [run["calibration_pairs"] for run in body["runs"]]

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.encoder import training as train
+from snipdedup.encoder.directions import principal_directions
+from snipdedup.encoder.training import train_encoder
 from snipdedup.evaluation.neighbours import Vectors, partner_ranks
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
@@ -100,11 +101,11 @@ def contenders(
     settings = {"dim": given.dim, "steps": given.steps, "seed": given.seed}
 
     def pca(beside: np.ndarray | None) -> Vectors:
-        directions = train.principal_directions(images, given.dim, beside).numpy()
+        directions = principal_directions(images, given.dim, beside).numpy()
         return lambda rows: unit_rows(unit_rows(rows) @ directions.T)
 
     def learnt(loss: str, beside: np.ndarray | None) -> Vectors:
-        return train.train(images, text_features=beside, loss=loss, **settings)[0].encode
+        return train_encoder(images, text_features=beside, loss=loss, **settings)[0].encode
 
     made = (unit_rows, pca(None), pca(texts), learnt("mse", texts), learnt("snip", None),
             learnt("snip", texts))  # fmt: skip

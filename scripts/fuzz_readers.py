@@ -49,7 +49,8 @@ from snipdedup.inspection import diff, top
 from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST
 
 MEMORY = 1 << 29  # bytes
 SECONDS = 20  # of processor time: a busy machine is no fault of a file
@@ -70,10 +71,10 @@ class Reader(NamedTuple):
 
 
 def read_features(folder: Path, *names: str) -> None:
-    """Read rows as dedup does: in order with CRCs, and some again."""
+    """Read rows as dedup does: in order with checksums, and some again."""
     for name in names:
         features = open_features(str(folder / name))
-        features.read_with_crc(0, min(features.rows, 1 << 16))
+        features.checksums(0, features.read(0, min(features.rows, 1 << 16)))
         features.gather(np.array([0, features.rows // 2, features.rows - 1]))
 
 
@@ -180,7 +181,7 @@ def change(path: Path, rng: np.random.Generator) -> None:
         by_kind(path, rng)
     else:
         path.write_bytes(change_bytes(path.read_bytes(), rng))
-    manifest = path.parent / store.MANIFEST
+    manifest = path.parent / MANIFEST
     if manifest.is_file() and path != manifest and rng.random() < 0.8:
         vouch(manifest, path)
 
@@ -188,7 +189,7 @@ def change(path: Path, rng: np.random.Generator) -> None:
 def vouch(manifest: Path, path: Path) -> None:
     """Set the manifest's checksum of a file right."""
     body = json.loads(manifest.read_text())
-    entry = {"size": path.stat().st_size, "sha256": store.sha256(path)}
+    entry = {"size": path.stat().st_size, "sha256": atomic.sha256(path)}
     body["outputs"][path.name] = entry
     manifest.write_text(json.dumps(body))
 
@@ -559,7 +560,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = broken(found)
     print("\n".join(lines))
     if given.json:
-        store.save_json(given.json, {name: dict(Counter(s for _, s in said))
+        atomic.save_json(given.json, {name: dict(Counter(s for _, s in said))
                                      for name, said in found.items()})  # fmt: skip
     return 1 if lines else 0
 

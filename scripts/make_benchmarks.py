@@ -22,7 +22,7 @@ file is one run of `scripts/bench_join.py`, or of `scripts/bench_codes.py` where
 measured, and holds every setting, all repeats, and the machine; `plan.json`, `grouping.json` and
 `components.json` (of `check_plan.py`, `bench_grouping.py`, `bench_components.py`) are shown in
 [scale](scale.md), `recall_300k.json` and `recall_400k.json` (of `bench_recall.py`) in
-[how it works](method.md).
+[Calibration](internals/calibration.md).
 
 **Time.** Whole processes, imports included, run in turn on a warm page cache; the median of the
 repeats. *Floor*: the best time of a loop that only reads the rows, converts them to float32 and

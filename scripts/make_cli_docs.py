@@ -1,16 +1,23 @@
-"""Write docs/cli.md from the table of commands; with --check, say whether it is up to date."""
+"""Write docs/cli.md and snipdedup/__init__.pyi from the table of commands; --check compares."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
+import textwrap
 from pathlib import Path
-from typing import get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from snipdedup.cli import COMMANDS, Command, bare_type, is_required
+import snipdedup
+from snipdedup.cli import setting_name, usage_words
+from snipdedup.commands import BY_FUNCTION, COMMANDS, LATE, Command, bare_type, is_required, load
 from snipdedup.config import usual_value
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "cli.md"
+STUB = ROOT / "snipdedup" / "__init__.pyi"
 KINDS = {bool: "switch", int: "integer", float: "number", str: "text"}
 
 HEAD = """\
@@ -30,30 +37,28 @@ and `--flag value` or `--flag=value`. A switch takes no value; `--noSWITCH` turn
 
 Results go to stdout, progress and errors to stderr.
 """
+STUB_HEAD = '''\
+"""Types of the library's functions.
+
+Generated from `snipdedup/config.py` by `python scripts/make_cli_docs.py`; do not edit.
+"""
+
+from os import PathLike
+from typing import Any, Literal
+'''
 
 
 def page() -> str:
-    """Return the whole document."""
-    return "\n".join([HEAD, contents(), *(section(command) for command in COMMANDS)])
-
-
-def contents() -> str:
-    """Return the list of commands, by group as in ``snip --help``."""
-    lines = ["| command | does |", "|---|---|"]
-    lines += [f"| [`snip {c.name}`](#snip-{c.name}) | {escaped(c.does)} |" for c in COMMANDS]
-    return "\n".join([*lines, ""])
+    """Return docs/cli.md."""
+    contents = ["| command | does |", "|---|---|"]
+    contents += [f"| [`snip {c.name}`](#snip-{c.name}) | {escaped(c.does)} |" for c in COMMANDS]
+    return "\n".join([HEAD, *contents, "", *(section(command) for command in COMMANDS)])
 
 
 def section(command: Command) -> str:
     """Return the section of one command."""
-    words = "".join(
-        f" {f.name.upper()}" if is_required(f) else f" [{f.name.upper()}]"
-        for f in command.fields(positional=True)
-    )
-    needed = [f for f in command.fields(positional=False) if is_required(f)]
-    words += "".join(f" --{f.name} {f.name.upper()}" for f in needed)
     lines = [f"## snip {command.name}", "", f"{command.does[0].upper()}{command.does[1:]}.", ""]
-    lines += ["```sh", f"snip {command.name}{words} [flags]", command.example, "```", ""]
+    lines += ["```sh", f"{' '.join(usage_words(command))} [flags]", command.example, "```", ""]
     lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
     kinds = get_type_hints(command.options)
     for positional in (True, False):
@@ -64,8 +69,6 @@ def section(command: Command) -> str:
 
 def row(field: dataclasses.Field[object], kind: type) -> str:
     """Return the table row of one setting."""
-    positional = field.metadata.get("positional")
-    name = field.name.upper() if positional else f"--{field.name}"
     meaning = field.metadata["help"]
     if field.metadata.get("choices"):
         choices = field.metadata["choices"]
@@ -73,25 +76,82 @@ def row(field: dataclasses.Field[object], kind: type) -> str:
     default = "needed" if is_required(field) else usual_value(field)
     if default and not is_required(field) and " " not in default:
         default = f"`{default}`"
-    kind_name = "text" if positional else KINDS.get(kind, "text")  # Any: the library takes more
-    return f"| `{name}` | {kind_name} | {default} | {escaped(meaning)} |"
+    # Any: the library takes more than a text
+    kind_name = "text" if field.metadata.get("positional") else KINDS.get(kind, "text")
+    return f"| `{setting_name(field)}` | {kind_name} | {default} | {escaped(meaning)} |"
 
 
 def escaped(text: str) -> str:
     """Keep a text inside its table cell."""
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("][", "]\\[")  # else Markdown takes it for a link
+
+
+def stub() -> str:
+    """Return snipdedup/__init__.pyi: each function with its types, defaults and docstring."""
+    functions = [stub_function(name) for name in sorted(BY_FUNCTION)]
+    named = {snipdedup.SnipError, snipdedup.UsageError, *map(load, LATE.values())}
+    for name in BY_FUNCTION:
+        named |= classes_in(returned_type(name))
+    lines = [STUB_HEAD]
+    for kind in sorted(named, key=lambda kind: (kind.__module__, kind.__name__)):
+        if isinstance(kind, type) and kind.__module__ != "builtins":
+            lines.append(f"from {kind.__module__} import {kind.__name__} as {kind.__name__}")
+    lines += ["", "__version__: str", ""]
+    return "\n".join([*lines, "\n".join(functions)])
+
+
+def returned_type(function: str) -> Any:
+    """Return the class of a function's result, by the annotation of what does the work."""
+    return get_type_hints(load(getattr(snipdedup, function).target))["return"]
+
+
+def classes_in(kind: Any) -> set[Any]:
+    """Return the classes that a type names."""
+    parts = get_args(kind)
+    return set().union(*map(classes_in, parts)) if parts else {kind}
+
+
+def stub_function(name: str) -> str:
+    """Return one function of the stub."""
+    function = getattr(snipdedup, name)
+    lines, keywords = [f"def {name}("], False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keywords:
+            lines, keywords = [*lines, "    *,"], True
+        default = f" = {parameter.default!r}".replace("'", '"')
+        default = "" if parameter.default is inspect.Parameter.empty else default
+        lines.append(f"    {parameter.name}: {type_text(parameter.annotation)}{default},")
+    lines.append(f") -> {type_text(returned_type(name))}:")
+    first, _, rest = function.__doc__.partition("\n")
+    body = textwrap.indent(f'"""{first}\n{rest}\n"""', "    ")
+    return "\n".join([*lines, body, ""])
+
+
+def type_text(kind: Any) -> str:
+    """Return a type as a stub spells it."""
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return " | ".join(type_text(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return "Literal[" + ", ".join(f'"{choice}"' for choice in get_args(kind)) + "]"
+    if get_args(kind):
+        return f"{get_origin(kind).__name__}[{', '.join(map(type_text, get_args(kind)))}]"
+    return "None" if kind is NoneType else str(kind.__name__)
 
 
 def main() -> int:
-    """Write the page, or compare it; return the exit status."""
-    made = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(made, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == made:
-        return 0
-    print(f"{PAGE} is out of date; run: python scripts/make_cli_docs.py", file=sys.stderr)
-    return 1
+    """Write both files, or compare them; return the exit status."""
+    stale = []
+    for path, made in ((PAGE, page()), (STUB, stub())):
+        if "--check" not in sys.argv[1:]:
+            path.write_text(made, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != made:
+            stale.append(str(path))
+    if stale:
+        print(
+            f"{' and '.join(stale)}: out of date; run: python scripts/make_cli_docs.py",
+            file=sys.stderr,
+        )
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

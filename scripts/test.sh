@@ -38,6 +38,7 @@ check -m ruff check .
 check -m ruff format --check .
 check -m mypy
 check scripts/make_cli_docs.py --check
+check -m zensical build --strict --clean
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2
 fi

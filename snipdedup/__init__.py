@@ -1,32 +1,35 @@
-"""snipdedup: find near-duplicate image features, prove each one, write the cleaned metadata.
+"""snipdedup: find near-duplicate image features, verify each one, write the cleaned metadata.
 
 >>> import snipdedup
 >>> result = snipdedup.dedup(features, threshold=0.95)  # array or path  # doctest: +SKIP
 >>> features[~result.is_dup]  # doctest: +SKIP
+
+Each function does what a command of ``snip`` does; ``help(snipdedup.dedup)`` lists its settings.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from snipdedup.errors import SnipError
-
-if TYPE_CHECKING:
-    from snipdedup.deduplication.result import Result
-    from snipdedup.deduplication.run import dedup
+from snipdedup.errors import SnipError, UsageError
 
 __version__ = "0.1.0"
-__all__ = ["Result", "SnipError", "__version__", "dedup"]
+__all__ = [
+    "Result", "SnipError", "UsageError", "__version__", "audit", "build_index", "compress", "dedup",
+    "diff", "download", "evaluate", "filter", "plan", "report", "search", "top", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import snipdedup` and `snip --help` load neither torch nor faiss.
-    if name == "dedup":
-        from snipdedup.deduplication.run import dedup
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from snipdedup.commands import LATE, library_function, load
 
-        return dedup
-    if name == "Result":
-        from snipdedup.deduplication.result import Result
+    found = load(LATE[name]) if name in LATE else library_function(name)
+    globals()[name] = found
+    return found
 
-        return Result
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,6 @@
-"""The table of commands. The only file that prints an error or sets an exit status.
+"""The command line: words to settings, results to stdout, errors to one line and an exit status.
 
-Fire matches words to parameters; the table hands it functions that only note the call. It runs
-after every word has found its place and every value its type, so a mistyped flag costs nothing.
+All words are checked before a command runs, so a mistyped flag costs nothing.
 """
 
 from __future__ import annotations
@@ -9,127 +8,35 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import difflib
 import gc
-import importlib
-import inspect
-import io
 import os
 import select
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from collections.abc import Iterable, Sequence
+from typing import Any, get_type_hints
 
 from snipdedup import __version__, config
+from snipdedup.commands import BY_NAME, COMMANDS, Command, bare_type, is_required, nearest_name
 from snipdedup.errors import SnipError, UsageError, VerdictError
 
 WIDTH = 96
-GC_OBJECTS = 100_000  # new ones between looks for dead ones: those of imports all live on
+GC_OBJECTS = 100_000  # new objects between collections: imports make many that all live on
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 CLOSED = 141  # as a shell says that a process ended by SIGPIPE
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: where its settings are declared and which function runs it."""
-
-    name: str
-    group: str
-    does: str
-    options: type[config.Settings]
-    target: str
-    example: str
-
-    def fields(self, positional: bool) -> list[dataclasses.Field]:
-        """Return the positional arguments, or the flags."""
-        fields = dataclasses.fields(self.options)
-        return [f for f in fields if bool(f.metadata.get("positional")) == positional]
-
-    def run(self, options: config.Settings) -> str | None:
-        """Import the room that does the work, do it, return what to print."""
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)(options)
-
-
-COMMANDS = (
-    Command(
-        "train", "the chain", "train the SNIP encoder on features", config.Train,
-        "snipdedup.encoder.training:run", "snip train img_emb --out encoder",
-    ),
-    Command(
-        "compress", "the chain", "write descriptors, shard for shard", config.Compress,
-        "snipdedup.encoder.network:run",
-        "snip compress img_emb --encoder encoder --out descriptors",
-    ),
-    Command(
-        "index", "the chain", "build a sharded IVFPQ index", config.Index,
-        "snipdedup.index.build:run", "snip index img_emb --encoder encoder --out index",
-    ),
-    Command(
-        "dedup", "the chain", "find duplicates, prove them, write the rows that stay",
-        config.Dedup, "snipdedup.deduplication.run:run",
-        "snip dedup img_emb --metadata metadata --out clean",
-    ),
-    Command(
-        "filter", "the chain", "apply a mask to metadata and features", config.Filter,
-        "snipdedup.metadata.filter:run", "snip filter metadata --is_dup clean --out kept",
-    ),
-    Command(
-        "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",
-        config.Download, "snipdedup.downloading.run:run",
-        "snip download 'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
-    ),
-    Command(
-        "report", "looking", "one page to look at what goes, with pictures where there are some",
-        config.Report, "snipdedup.inspection.report:run", "snip report clean --images images",
-    ),
-    Command(
-        "top", "looking", "the rows that stand for most others", config.Top,
-        "snipdedup.inspection.top:run", "snip top clean -n 20",
-    ),
-    Command(
-        "diff", "looking", "what changed between two runs over the same rows", config.Diff,
-        "snipdedup.inspection.diff:run", "snip diff clean stricter",
-    ),
-    Command(
-        "audit", "trust", "prove a finished run against the raw features", config.Audit,
-        "snipdedup.auditing.audit:run", "snip audit clean img_emb",
-    ),
-    Command(
-        "search", "looking", "find the nearest rows to a row, a vector or a text", config.Search,
-        "snipdedup.inspection.search:run", "snip search 123 --index index --metadata metadata",
-    ),
-    Command(
-        "eval", "trust", "measure what descriptors and codes keep, against brute force",
-        config.Eval, "snipdedup.evaluation.evaluate:run", "snip eval img_emb --out eval",
-    ),
-    Command(
-        "plan", "trying", "time, memory and disk of a run, before it", config.Plan,
-        "snipdedup.evaluation.plan:run",
-        "snip plan --rows 2.1e9 --dim 768 --cores 16 --memory 32GB",
-    ),
-    Command(
-        "demo", "trying", "the whole chain on pictures that it makes itself", config.Demo,
-        "snipdedup.demo:run", "snip demo",
-    ),
-)  # fmt: skip
-BY_NAME = {command.name: command for command in COMMANDS}
-GO_ON = ("train", "compress", "index", "dedup", "filter", "download", "demo")  # when run again
+RESUMED = ("train", "compress", "index", "dedup", "filter", "download", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``snip`` and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    if argv is not None or sys.getprofile() or sys.gettrace():  # a caller, who goes on
+    if argv is not None or sys.getprofile() or sys.gettrace():  # called from Python
         sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
     gc.set_threshold(GC_OBJECTS)
     status = run(sys.argv[1:])
-    # To take apart what torch and a large run hold, object by object, takes a third of a second.
+    # Freeing what torch and a large run hold, object by object, takes a third of a second.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe, which was dealt with
+        with contextlib.suppress(OSError, ValueError):  # a pipe that was closed
             stream.flush()
     os._exit(status)
 
@@ -137,57 +44,67 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(words: list[str]) -> int:
     """Run one command line and return its exit status."""
     try:
-        try:
-            said, status = answer(words), DONE
-        except VerdictError as verdict:
-            said, status = str(verdict), FAILED
-        return show(said, status)
+        return print_result(answer(words), DONE)
+    except VerdictError as verdict:
+        return print_result(str(verdict), FAILED)
     except UsageError as error:
-        return complain(error, WRONG_USAGE)
+        return print_error(error, WRONG_USAGE)
     except SnipError as error:
-        return complain(error, FAILED)
+        return print_error(error, FAILED)
     except KeyboardInterrupt:
-        return complain(interrupted(words), INTERRUPTED)
+        what = "unfinished work is not kept"
+        if words and words[0] in RESUMED:
+            what = "the same command continues from what is complete"
+        return print_error(f"interrupted; {what}", INTERRUPTED)
     except MemoryError as error:
-        return complain(f"out of memory: {error}; lower --max_memory or --chunk_rows", FAILED)
+        return print_error(f"out of memory: {error}; lower --max_memory or --chunk_rows", FAILED)
     except RuntimeError as error:
         if "home directory" not in str(error):  # pathlib's, of ~SOMEONE
             raise
-        return complain(f"a path begins with ~ and a name that no user here has: {error}", FAILED)
+        return print_error(f"a path begins with ~ and an unknown user name: {error}", FAILED)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():  # of a command that shows steps
-            return hush(CLOSED)
-        return complain(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
+            return discard_stdout(CLOSED)
+        what = f"{error.filename or 'input/output'}: {error.strerror or error}"
+        return print_error(what, FAILED)
 
 
-def show(said: str | None, status: int) -> int:
-    """Print what a command came to; return the status, whether or not anyone reads on."""
+def print_result(result: object, status: int) -> int:
+    """Print a command's result; return the status, whether or not anyone reads on."""
+    text = str(result)
     try:
-        if said:
-            print(said)
+        if text:
+            print(text)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
-        hush(status)
+        discard_stdout(status)
     return status
 
 
-def nobody_reads() -> bool:
-    """Tell whether stdout is a pipe whose reader is gone."""
+def print_error(what: object, status: int) -> int:
+    """Print one line to stderr, if anyone reads it; return the status."""
+    with contextlib.suppress(BrokenPipeError):
+        print(f"snip: {what}", file=sys.stderr, flush=True)
+    return status
+
+
+def stdout_is_closed() -> bool:
+    """Tell whether stdout is a pipe that nobody reads any more."""
     if not hasattr(select, "poll"):
         return False
-    asked = select.poll()
-    with contextlib.suppress(OSError, ValueError):  # no file: a test's, say
-        asked.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in asked.poll(0))
+    poll = select.poll()
+    with contextlib.suppress(OSError, ValueError):  # stdout is no file, in a test for example
+        poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def hush(status: int) -> int:
-    """Let stdout lead nowhere, so that nothing fails when it is closed; return the status."""
+def discard_stdout(status: int) -> int:
+    """Let stdout lead nowhere, so that closing it does not fail; return the status."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
-def answer(words: list[str]) -> str | None:
+def answer(words: list[str]) -> object:
     """Do what a command line asks for; return what to print."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
@@ -195,37 +112,18 @@ def answer(words: list[str]) -> str | None:
         return overview()
     if words == ["--version"]:
         return f"snip {__version__}"
-    command = find_command(words)
+    name = words[0]
+    if name not in BY_NAME:
+        what = "flag" if name.startswith("-") else "command"
+        raise UsageError(f"no {what} {name!r}{did_you_mean(name, BY_NAME)}; see: snip --help")
+    command = BY_NAME[name]
     if {"--help", "-h"} & set(words[1:]):
         return command_help(command)
     return command.run(parse(command, words[1:]))
 
 
-def interrupted(words: list[str]) -> str:
-    """Say what is left of a command that was interrupted."""
-    if words[:1] and words[0] in GO_ON:
-        return "interrupted; the same command goes on from what is complete"
-    return "interrupted; what it had not finished is not kept"
-
-
-def complain(what: object, status: int) -> int:
-    """Print one line to stderr, if anyone reads it; return the status."""
-    with contextlib.suppress(BrokenPipeError):
-        print(f"snip: {what}", file=sys.stderr, flush=True)
-    return status
-
-
-def find_command(words: list[str]) -> Command:
-    """Return the command that the first word names."""
-    name = words[0]
-    if name not in BY_NAME:
-        what = "flag" if name.startswith("-") else "command"
-        raise UsageError(f"no {what} {name!r}{nearest(name, BY_NAME)}; see: snip --help")
-    return BY_NAME[name]
-
-
 def parse(command: Command, words: list[str]) -> config.Settings:
-    """Turn the words after a command's name into its settings, by way of fire.
+    """Turn the words after a command's name into its settings.
 
     Raises
     ------
@@ -233,104 +131,67 @@ def parse(command: Command, words: list[str]) -> config.Settings:
         For an unknown flag, a stray or missing word, or a value of the wrong type.
     """
     kinds = get_type_hints(command.options)
-    words = [spell_out(word, kinds) for word in words]
-    check_flags(command, words)
-    texts = bind(command, words)
+    places, texts = match_words(command, words, kinds)
+    names = [field.name for field in command.fields(positional=True)]
+    stray = places[len(names) :]
+    if stray:
+        hint = did_you_mean(stray[0], kinds, "--")
+        if stray[0].lower() in ("true", "false"):
+            hint = " (a switch takes no value)"
+        raise UsageError(f"unexpected word {stray[0]!r}{hint}; see: snip {command.name} --help")
+    for name, text in zip(names, places, strict=False):
+        if name in texts:
+            raise UsageError(f"{name.upper()} is given more than once")
+        texts[name] = text
+    missing = [
+        setting_name(field)
+        for positional in (True, False)
+        for field in command.fields(positional)
+        if is_required(field) and field.name not in texts
+    ]
+    if missing:
+        raise UsageError(
+            f"{command.name} needs {', '.join(missing)}; for example: {command.example}"
+        )
     values = {name: coerce(name, text, kinds[name]) for name, text in texts.items()}
     return command.options(**values)
 
 
-def bind(command: Command, words: list[str]) -> dict[str, str]:
-    """Let fire match words to parameters; return the texts given, by parameter."""
-    import fire
-
-    calls: list[dict[str, str]] = []
-    table = {command.name: recorder(command, calls)}
-    noise = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(noise), contextlib.redirect_stdout(noise):
-            fire.Fire(table, [command.name, *words], name="snip", serialize=lambda _: "")
-    except fire.core.FireExit:
-        raise UsageError(explain(command, words, bool(calls))) from None
-    return calls[-1]
-
-
-class Noted:
-    """What a recorded call returns to fire: nothing that further words could reach into."""
-
-    __slots__ = ()
-
-    def __dir__(self) -> list[str]:
-        return []
-
-
-def recorder(command: Command, calls: list[dict[str, str]]) -> Callable[..., Noted]:
-    """Return a function with the command's signature that notes its arguments as texts."""
-    import fire
-
-    def call(**given: str) -> Noted:
-        calls.append({name: text for name, text in given.items() if text is not None})
-        return Noted()
-
-    def positional(*given: str, **flags: str) -> Noted:
-        names = [field.name for field in command.fields(positional=True)]
-        return call(**dict(zip(names, given, strict=False)), **flags)
-
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = [
-        inspect.Parameter(
-            field.name, kind, default=inspect.Parameter.empty if is_required(field) else None
-        )
-        for kind, is_positional in zip(kinds, (True, False), strict=True)
-        for field in command.fields(is_positional)
-    ]
-    positional.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return fire.decorators.SetParseFn(str)(positional)  # 2024_01 stays a text
-
-
-def is_required(field: dataclasses.Field) -> bool:
-    """Tell whether a setting has no default."""
-    return field.default is dataclasses.MISSING
-
-
-def spell_out(word: str, kinds: dict[str, Any]) -> str:
-    """Give a switch its value, so that fire does not take the next word for it."""
-    name = flag_name(word)
-    if not is_flag(word) or "=" in word:
-        return word
-    if kinds.get(name) is bool:
-        return f"--{name}=true"
-    switch = name.removeprefix("no").lstrip("_")
-    return f"--{switch}=false" if kinds.get(switch) is bool else word
-
-
-def check_flags(command: Command, words: list[str]) -> None:
-    """Refuse unknown flags, and flags that lack their value."""
-    kinds = get_type_hints(command.options)
-    for place, word in enumerate(words):
+def match_words(
+    command: Command, words: list[str], kinds: dict[str, Any]
+) -> tuple[list[str], dict[str, str]]:
+    """Tell words in places from flags; return the former, and the text of each flag."""
+    see = f"see: snip {command.name} --help"
+    places: list[str] = []
+    texts: dict[str, str] = {}
+    rest = list(reversed(words))
+    while rest:
+        word = rest.pop()
         if word in ("--", "-"):
-            raise UsageError(f"unexpected {word!r}; see: snip {command.name} --help")
+            raise UsageError(f"unexpected {word!r}; {see}")
         if not is_flag(word):
+            places.append(word)
             continue
-        flag, equals, _ = word.partition("=")
-        name = flag_name(word)
-        if name not in kinds or (not flag.startswith("--") and len(name) > 1):
+        flag, equals, text = word.partition("=")
+        name = flag.removeprefix("--" if flag.startswith("--") else "-").replace("-", "_")
+        switch = name.removeprefix("no").lstrip("_")
+        if not equals and kinds.get(name) is bool:
+            text = "true"
+        elif not equals and name not in kinds and kinds.get(switch) is bool:
+            name, text = switch, "false"
+        elif name not in kinds or (not flag.startswith("--") and len(name) > 1):
             raise UsageError(
-                f"{command.name} has no flag {flag}{nearest(name, kinds, '--')}; "
-                f"see: snip {command.name} --help"
+                f"{command.name} has no flag {flag}{did_you_mean(name, kinds, '--')}; {see}"
             )
-        follows = words[place + 1] if place + 1 < len(words) else None
-        if not equals and (follows is None or is_flag(follows)):
-            hint = f" (one that begins with a dash: {flag}={follows})" if follows else ""
-            raise UsageError(f"{flag} needs a value{hint}; see: snip {command.name} --help")
-        if sum(is_flag(other) and flag_name(other) == name for other in words) > 1:
-            raise UsageError(f"{flag} is given more than once")
-
-
-def flag_name(word: str) -> str:
-    """Return the setting that a flag names: ``--with-dashes=3`` is ``with_dashes``."""
-    flag = word.partition("=")[0]
-    return flag.removeprefix("--" if flag.startswith("--") else "-").replace("-", "_")
+        elif not equals:
+            if not rest or is_flag(rest[-1]):
+                hint = f" (one that begins with a dash: {flag}={rest[-1]})" if rest else ""
+                raise UsageError(f"{flag} needs a value{hint}; {see}")
+            text = rest.pop()
+        if name in texts:
+            raise UsageError(f"--{name} is given more than once")
+        texts[name] = text
+    return places, texts
 
 
 def is_flag(word: str) -> bool:
@@ -338,39 +199,15 @@ def is_flag(word: str) -> bool:
     return word.startswith("--") or (len(word) > 1 and word[0] == "-" and word[1].isalpha())
 
 
-def explain(command: Command, words: list[str], was_called: bool) -> str:
-    """Say which word fire could not place."""
-    kinds = get_type_hints(command.options)
-    values, skip = [], False
-    for word in words:
-        if is_flag(word):
-            skip = "=" not in word
-        elif skip:
-            skip = False
-        else:
-            values.append(word)
-    stray = values[len(command.fields(positional=True)) :]
-    if was_called and stray:
-        close = nearest(stray[0], kinds, "--")
-        if stray[0].lower() in ("true", "false"):
-            close = " (a switch takes no value)"
-        return f"unexpected word {stray[0]!r}{close}; see: snip {command.name} --help"
-    given = {flag_name(word) for word in words if is_flag(word)}
-    names = [f.name for f in command.fields(positional=True)][: len(values)]
-    if given & set(names):
-        return f"{min(given & set(names)).upper()} is given more than once"
-    missing = [
-        f.name.upper() if f.metadata.get("positional") else f"--{f.name}"
-        for f in (*command.fields(positional=True), *command.fields(positional=False))
-        if is_required(f) and f.name not in given and f.name not in names
-    ]
-    return f"{command.name} needs {', '.join(missing)}; for example: {command.example}"
-
-
-def nearest(word: str, names: Any, mark: str = "") -> str:
+def did_you_mean(word: str, names: Iterable[str], mark: str = "") -> str:
     """Return ``, did you mean X?``, or nothing where no name is close."""
-    found = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), list(names), 1, 0.6)
-    return f", did you mean {mark}{found[0]}?" if found else ""
+    close = nearest_name(word.lstrip("-").replace("-", "_"), names)
+    return f", did you mean {mark}{close}?" if close else ""
+
+
+def setting_name(field: dataclasses.Field) -> str:
+    """Return a setting as it is typed: ``FEATURES`` or ``--out``."""
+    return field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
 
 
 def coerce(name: str, text: str, kind: Any) -> Any:
@@ -402,13 +239,6 @@ def coerce(name: str, text: str, kind: Any) -> Any:
     return text
 
 
-def bare_type(kind: Any) -> Any:
-    """Return ``T`` of ``T | None``."""
-    if isinstance(kind, UnionType):
-        return next(k for k in get_args(kind) if k is not NoneType)
-    return kind
-
-
 def overview() -> str:
     """Return what ``snip`` and ``snip --help`` print."""
     lines = [
@@ -430,34 +260,32 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def usage_words(command: Command) -> list[str]:
+    """Return ``snip COMMAND PLACES --needed NEEDED``."""
+    places = [
+        f.name.upper() if is_required(f) else f"[{f.name.upper()}]"
+        for f in command.fields(positional=True)
+    ]
+    needed = [f for f in command.fields(positional=False) if is_required(f)]
+    return ["snip", command.name, *places, *(f"--{f.name} {f.name.upper()}" for f in needed)]
+
+
 def command_help(command: Command) -> str:
     """Return what ``snip COMMAND --help`` prints."""
-    places = command.fields(positional=True)
-    usage = ["snip", command.name]
-    usage += [f.name.upper() if is_required(f) else f"[{f.name.upper()}]" for f in places]
-    needed = [f for f in command.fields(positional=False) if is_required(f)]
-    usage += [*(f"--{f.name} {f.name.upper()}" for f in needed), "..."]
-    lines = [f"snip {command.name}: {command.does}", "", f"usage: {' '.join(usage)}"]
+    places, flags = command.fields(positional=True), command.fields(positional=False)
+    lines = [f"snip {command.name}: {command.does}", ""]
+    lines += [f"usage: {' '.join(usage_words(command))} ..."]
     lines += ["", "arguments"] if places else []
     for field in places:
         lines += described(field.name.upper(), field.metadata["help"])
     lines += ["", "flags"]
-    for field in (*needed, *(f for f in command.fields(positional=False) if not is_required(f))):
-        lines += described(f"--{field.name}", flag_help(field))
+    for field in sorted(flags, key=is_required, reverse=True):
+        choices = " | ".join(field.metadata.get("choices") or ())
+        text = field.metadata["help"] + (f": {choices}" if choices else "")
+        default = "needed" if is_required(field) else config.usual_value(field)
+        lines += described(f"--{field.name}", f"{text} [{default}]" if default else text)
     lines += ["", "example", f"  {command.example}"]
     return "\n".join(lines)
-
-
-def flag_help(field: dataclasses.Field) -> str:
-    """Return a flag's meaning, its choices and its default."""
-    text = field.metadata["help"]
-    choices = field.metadata.get("choices")
-    if choices:
-        text += f": {' | '.join(choices)}"
-    if is_required(field):
-        return f"{text} [needed]"
-    usual = config.usual_value(field)
-    return f"{text} [{usual}]" if usual else text
 
 
 def described(name: str, text: str) -> list[str]:

@@ -20,18 +20,25 @@ EXPORTS = ("datacomp", "keys", "mask")
 MOST_FILES = 10**6  # of a set, by their numbers
 BYTE_UNITS = ("", "k", "m", "g", "t")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
-WRITTEN, FOLDER, FILE = "written", "folder", "file"  # what a local path is
+WRITTEN, FOLDER, FILE = "written", "folder", "file"  # a path of this machine: a URL is refused
+ANYWHERE = "anywhere"  # a path or a URL
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
 
 
-def argument(help: str, default: Any = dataclasses.MISSING, *, local: str = "") -> Any:
-    """Declare a positional argument; ``local`` as in `option`."""
-    said = {"help": help, "positional": True, "local": local}
+def argument(help: str, default: Any = dataclasses.MISSING, *, path: str = "") -> Any:
+    """Declare a positional argument; ``path`` as in `option`."""
+    said = {"help": help, "positional": True, "path": path}
     return dataclasses.field(default=default, metadata=said)
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), usual: str = "", local: str = ""
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    usual: str = "",
+    path: str = "",
+    command_only: bool = False,
 ) -> Any:
     """Declare a flag.
 
@@ -41,10 +48,18 @@ def option(
         The values it may have, where not any.
     usual : str
         What is done where the default alone, None or True, does not say it.
-    local : str
-        `WRITTEN`, `FOLDER` or `FILE` where it is a path of this machine, so that a URL is refused.
+    path : str
+        `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE` where it is a path.
+    command_only : bool
+        It is no setting of the library function.
     """
-    said = {"help": help, "choices": choices, "usual": usual, "local": local}
+    said = {
+        "help": help,
+        "choices": choices,
+        "usual": usual,
+        "path": path,
+        "command_only": command_only,
+    }
     return dataclasses.field(default=default, metadata=said)
 
 
@@ -55,9 +70,9 @@ def usual_value(field: dataclasses.Field[Any]) -> str:
     return usual if usual or none else str(field.default)
 
 
-def required(help: str, *, local: str = "") -> Any:
-    """Declare a flag without a default; ``local`` as in `option`."""
-    return dataclasses.field(metadata={"help": help, "local": local})
+def required(help: str, *, path: str = "") -> Any:
+    """Declare a flag without a default; ``path`` as in `option`."""
+    return dataclasses.field(metadata={"help": help, "path": path})
 
 
 SAVED = {  # what JSON gives back for a declared type: 1 may have been said for 1.0 or for True
@@ -94,9 +109,9 @@ def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:
     name = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
     url = re.sub(r"(:/+)[^/]*@", r"\1", str(value)).partition("?")[0]  # without secrets
     todo = "fetch it first"
-    if field.metadata["local"] == WRITTEN:
+    if field.metadata["path"] == WRITTEN:
         todo = "snip writes to this machine only: give a path, and copy what is there afterwards"
-    elif field.metadata["local"] == FOLDER and not Path(url).suffix:
+    elif field.metadata["path"] == FOLDER and not Path(url).suffix:
         todo += f": snip download {url} FOLDER"
     raise UsageError(f"{name} {url}: expected a local path, found a URL; {todo}")
 
@@ -113,7 +128,7 @@ class Settings:
                 raise UsageError(
                     f"--{field.name} must be one of {', '.join(choices)}, found {value!r}"
                 )
-            if field.metadata.get("local"):
+            if field.metadata.get("path") not in (None, "", ANYWHERE):
                 refuse_url(field, value)
         self.check()
 
@@ -159,7 +174,7 @@ class Input(Settings):
 class Train(Input):
     """Settings of ``snip train``."""
 
-    out: str = required("folder for the encoder", local=WRITTEN)
+    out: str = required("folder for the encoder", path=WRITTEN)
     loss: str = option("snip", "training loss", choices=("snip", "mse"))
     dim: int = option(128, "width of the descriptor")
     hidden: int = option(1024, "width of the hidden layer")
@@ -201,8 +216,8 @@ class Train(Input):
 class Compress(Input):
     """Settings of ``snip compress``."""
 
-    encoder: str = required("folder of a trained encoder", local=FOLDER)
-    out: str = required("folder for the descriptors, one .npy a shard", local=WRITTEN)
+    encoder: str = required("folder of a trained encoder", path=FOLDER)
+    out: str = required("folder for the descriptors, one .npy a shard", path=WRITTEN)
     dtype: str = option("float16", "type of the descriptors", choices=("float16", "float32"))
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads, 0 for all")
@@ -217,14 +232,14 @@ class Compress(Input):
 class Index(Input):
     """Settings of ``snip index``."""
 
-    out: str = required("folder for the index; an unfinished one is continued", local=WRITTEN)
+    out: str = required("folder for the index; an unfinished one is continued", path=WRITTEN)
     encoder: str | None = option(
-        None, "encode with this first; without it, rows as they are", local=FOLDER
+        None, "encode with this first; without it, rows as they are", path=FOLDER
     )
     base: str | None = option(
         None,
         "take the trained quantisers of this index (ours, or a faiss IVFPQ file)",
-        local=FOLDER,
+        path=FOLDER,
     )
     nlist: int = option(0, "coarse lists, 0 to choose by the number of rows")
     m: int | None = option(
@@ -234,7 +249,7 @@ class Index(Input):
     nbits: int | None = option(None, "bits a sub-quantiser", usual="8")
     train_rows: int = option(0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)")
     export_faiss: str | None = option(
-        None, "also write one file that plain faiss reads", local=WRITTEN
+        None, "also write one file that plain faiss reads", path=WRITTEN
     )
     model: str | None = option(
         None, "CLIP model of the features, ARCHITECTURE/WEIGHTS, noted for snip search by text"
@@ -269,9 +284,11 @@ class Dedup(Input):
         None,
     )
     out: str | None = option(
-        None, "folder for the result; needed, but with --dry_run", local=WRITTEN
+        None, "folder for the result; needed, but with --dry_run", path=WRITTEN
     )
-    metadata: str | None = option(None, "parquet or CSV files that match the features by position")
+    metadata: str | None = option(
+        None, "parquet or CSV files that match the features by position", path=ANYWHERE
+    )
     method: str | None = option(
         None,
         "how duplicates are found",
@@ -322,10 +339,10 @@ class Dedup(Input):
     encoder: str | None = option(
         None,
         "adc: encoder for an index that is built on the way; join: makes its codes",
-        local=FOLDER,
+        path=FOLDER,
     )
     index: str | None = option(
-        None, "adc: a finished index; it is built when not given", local=FOLDER
+        None, "adc: a finished index; it is built when not given", path=FOLDER
     )
     rule: str = option(
         "mutual",
@@ -398,17 +415,19 @@ class Dedup(Input):
     )
     num_tasks: int | None = option(
         None,
-        "join: so many processes run this command at once, or as they come; they share --out",
+        "join: number of processes that run this command at the same time with the same --out",
         usual="that of a Slurm array",
     )
     task_index: int | None = option(
-        None, "join: which of them this is, from 0", usual="that of a Slurm array"
+        None, "join: rank of this process among them, from 0", usual="that of a Slurm array"
     )
     threads: int = option(0, "CPU threads, 0 for all")
     seed: int | None = option(None, "seed of every random choice", usual="0")
     overwrite: bool = option(False, "replace a finished OUT")
     dry_run: bool = option(
-        False, "join: print what the run will cost (see snip plan), and write nothing"
+        False,
+        "join: print what the run will cost (see snip plan), and write nothing",
+        command_only=True,
     )
 
     def check(self) -> None:
@@ -527,20 +546,22 @@ class Filter(Settings):
     """Settings of ``snip filter``."""
 
     metadata: Any = argument("folder, glob or file of parquet or CSV metadata")
-    is_dup: str = required("mask: is_dup.npy, or a folder that snip dedup wrote", local=FOLDER)
-    out: str = required("folder for the rows that stay", local=WRITTEN)
+    is_dup: str = required("mask: is_dup.npy, or a folder that snip dedup wrote", path=FOLDER)
+    out: str = required("folder for the rows that stay", path=WRITTEN)
     start: int | None = option(None, "first file number, counted from 0 in the whole set")
     end: int | None = option(None, "file number to stop before")
     cumulative_sizes: str | None = option(
         None,
         ".npy of running row totals a file, as upstream publishes beside its mask",
-        local=FILE,
+        path=FILE,
     )
     on: str | None = option(
         None, "find rows by this column, not by position: url, uid, key, hash; several by comma"
     )
     keys: str | None = option(
-        None, "with --on: metadata that matches the mask by position; without it, what OUT names"
+        None,
+        "with --on: metadata that matches the mask by position; without it, what OUT names",
+        path=ANYWHERE,
     )
     unmatched: str | None = option(
         None,
@@ -558,6 +579,7 @@ class Filter(Settings):
         None,
         "features that match the metadata by position (several folders by comma): write theirs "
         "too, beside metadata/",
+        path=ANYWHERE,
     )
     export: str | None = option(
         None,
@@ -588,20 +610,27 @@ class Download(Settings):
     source: str = argument(
         "hf://datasets/OWNER/NAME[/folder][@revision], a URL or path with {part:04d}, a folder or "
         "file; datacomp_small, datacomp_1b, relaion2B-en-research-safe; or a folder published with "
-        "its snip.json (encoder, index, OUT)"
+        "its snip.json (encoder, index, OUT)",
+        path=ANYWHERE,
     )
-    out: str | None = argument("folder for the files", None, local=WRITTEN)
+    out: str | None = argument("folder for the files", None, path=WRITTEN)
     start: int | None = option(None, "first file number")
     end: int | None = option(None, "file number to stop before")
-    is_dup: str | None = option(None, "mask (file or URL): write only the rows that stay")
+    is_dup: str | None = option(
+        None, "mask (file or URL): write only the rows that stay", path=ANYWHERE
+    )
     cumulative_sizes: str | None = option(
-        None, ".npy (file or URL) of running row totals a file, if the files before --start lack"
+        None,
+        ".npy (file or URL) of running row totals a file, if the files before --start lack",
+        path=ANYWHERE,
     )
     embeddings: bool = option(
         False, "also the features of these files: img_emb/ and metadata/ in OUT"
     )
     embeddings_source: str | None = option(
-        None, "where the features are, if not beside the metadata: folder or {part:04d} template"
+        None,
+        "where the features are, if not beside the metadata: folder or {part:04d} template",
+        path=ANYWHERE,
     )
     jobs: int = option(4, "files fetched at a time")
     overwrite: bool = option(False, "replace a finished folder")
@@ -625,24 +654,26 @@ class Download(Settings):
 class Audit(Settings):
     """Settings of ``snip audit``."""
 
-    out: str = argument("folder that snip dedup wrote", local=FOLDER)
+    out: str = argument("folder that snip dedup wrote", path=FOLDER)
     features: Any = argument("the features it was made from; without them those it names", None)
     parts: str | None = option(None, "part numbers for a {part:04d} pattern: 0:2, end exclusive")
     array: str | None = option(None, "which array of an .npz file")
     column: str | None = option(None, "which list column of a parquet file")
-    metadata: str | None = option(None, "the table that was filtered, if it is not where it was")
+    metadata: str | None = option(
+        None, "the table that was filtered, if it is not where it was", path=ANYWHERE
+    )
     sample: int = option(0, "prove so many removed rows, chosen at random; 0 for all")
     probe_rows: int = option(
         1000, "rows that stay, compared with all others to estimate missed matches; 0 for none"
     )
     sheet: str | None = option(
-        None, "also write random removed pairs as CSV, for you to judge", local=WRITTEN
+        None, "also write random removed pairs as CSV, for you to judge", path=WRITTEN
     )
     n: int = option(200, "pairs of --sheet")
     judged: str | None = option(
         None,
         "read a sheet whose verdicts you filled in (yes, no) and print the precision; no audit",
-        local=FILE,
+        path=FILE,
     )
     max_memory: str | None = option(
         None, "bound on the rows held at a time, 2GB say; without it a quarter of the RAM"
@@ -667,14 +698,16 @@ class Audit(Settings):
 class Top(Settings):
     """Settings of ``snip top``."""
 
-    out: str = argument("folder that snip dedup wrote", local=FOLDER)
+    out: str = argument("folder that snip dedup wrote", path=FOLDER)
     n: int = option(100, "rows shown")
-    metadata: str | None = option(None, "the table that was filtered, if it is not where it was")
-    json: bool = option(False, "print JSON")
+    metadata: str | None = option(
+        None, "the table that was filtered, if it is not where it was", path=ANYWHERE
+    )
+    json: bool = option(False, "print JSON", command_only=True)
     prompts: str | None = option(
         None,
         "also write their most frequent captions, one a line, to feed a generator",
-        local=WRITTEN,
+        path=WRITTEN,
     )
 
     def check(self) -> None:
@@ -686,10 +719,10 @@ class Top(Settings):
 class Diff(Settings):
     """Settings of ``snip diff``."""
 
-    out1: str = argument("folder that snip dedup wrote", local=FOLDER)
-    out2: str = argument("another one, over the same rows", local=FOLDER)
+    out1: str = argument("folder that snip dedup wrote", path=FOLDER)
+    out2: str = argument("another one, over the same rows", path=FOLDER)
     n: int = option(5, "examples of each kind")
-    json: bool = option(False, "print JSON")
+    json: bool = option(False, "print JSON", command_only=True)
 
     def check(self) -> None:
         """See `Settings.check`."""
@@ -700,18 +733,18 @@ class Diff(Settings):
 class Report(Settings):
     """Settings of ``snip report``."""
 
-    out: str = argument("folder that snip dedup wrote", local=FOLDER)
-    html: str | None = option(None, "the page to write", usual="report.html in OUT", local=WRITTEN)
+    out: str = argument("folder that snip dedup wrote", path=FOLDER)
+    html: str | None = option(None, "the page to write", usual="report.html in OUT", path=WRITTEN)
     images: str | None = option(
         None,
         "pictures by key: a folder of files or of tar shards, a tar, or a glob of tars",
-        local=FILE,
+        path=FILE,
     )
     image_column: str | None = option(
         None, "metadata column of local picture files; with --images, below that folder only"
     )
     metadata: str | None = option(
-        None, "metadata for captions and urls, if it is not where the run found it"
+        None, "metadata for captions and urls, if it is not where the run found it", path=ANYWHERE
     )
     rows: str | None = option(
         None, "also show these rows (numbers from 0, by comma), each beside the row that stays"
@@ -733,27 +766,31 @@ class Search(Settings):
     """Settings of ``snip search``."""
 
     query: str = argument("row number, .npy or .npz of vectors, or a text")
-    index: str = required("folder that snip index wrote", local=FOLDER)
+    index: str = required("folder that snip index wrote", path=FOLDER)
     k: int = option(10, "neighbours to show")
     nprobe: int = option(64, "lists visited")
     rerank: int = option(2000, "nearest codes that are compared by raw features; 0 for none")
     features: str | None = option(
-        None, "the rows that were indexed, where they lie elsewhere or changed their date"
+        None,
+        "the rows that were indexed, where they lie elsewhere or changed their date",
+        path=ANYWHERE,
     )
     parts: str | None = option(None, "of --features: numbers for a {part:04d} pattern")
     array: str | None = option(None, "which array of an .npz, of QUERY or --features")
     column: str | None = option(None, "of --features: which list column of a parquet file")
-    metadata: str | None = option(None, "files with key, url, caption of the rows, by position")
+    metadata: str | None = option(
+        None, "files with key, url, caption of the rows, by position", path=ANYWHERE
+    )
     encoder: str | None = option(
-        None, "for vectors and texts, where the index holds descriptors", local=FOLDER
+        None, "for vectors and texts, where the index holds descriptors", path=FOLDER
     )
     text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
     model: str | None = option(
         None, "CLIP model for texts, as open_clip names it: ARCHITECTURE/WEIGHTS or /FILE"
     )
     download: bool = option(False, "fetch the model's weights where they are not cached")
-    json: bool = option(False, "print JSON")
-    html: str | None = option(None, "also write a page of the neighbours", local=WRITTEN)
+    json: bool = option(False, "print JSON", command_only=True)
+    html: str | None = option(None, "also write a page of the neighbours", path=WRITTEN)
 
     def check(self) -> None:
         """See `Settings.check`."""
@@ -768,11 +805,11 @@ class Search(Settings):
 class Eval(Input):
     """Settings of ``snip eval``."""
 
-    out: str = required("folder for table, JSON and picture", local=WRITTEN)
+    out: str = required("folder for table, JSON and picture", path=WRITTEN)
     encoder: str | None = option(
         None,
         "judge this SNIP encoder; without it one is trained, the queries kept from it",
-        local=FOLDER,
+        path=FOLDER,
     )
     text_features: Any = option(
         None, "text features, row for row: judge how texts find their images, too"
@@ -820,7 +857,7 @@ class Eval(Input):
 class Demo(Settings):
     """Settings of ``snip demo``."""
 
-    out: str = option("snip_demo", "folder for everything the demo makes", local=WRITTEN)
+    out: str = option("snip_demo", "folder for everything the demo makes", path=WRITTEN)
     pictures: int = option(1500, "pictures to draw before copies are made")
     seed: int = option(0, "seed of every random choice")
     overwrite: bool = option(False, "replace a finished demo")
@@ -938,12 +975,12 @@ class Plan(Settings):
         None,
         "file of rates that an earlier --probe measured",
         usual="measured now",
-        local=WRITTEN,
+        path=WRITTEN,
     )
     threshold: float = option(0.95, "as of snip dedup")
     recall: float = option(0.999, "as of snip dedup")
     seed: int = option(0, "seed of the sample")
-    json: bool = option(False, "print JSON")
+    json: bool = option(False, "print JSON", command_only=True)
 
     def check(self) -> None:
         """See `Settings.check`."""

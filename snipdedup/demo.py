@@ -21,7 +21,8 @@ import numpy as np
 from snipdedup import cli, demo_pictures, progress
 from snipdedup.config import Demo
 from snipdedup.errors import SnipError
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST, read_manifest, write_manifest
 
 KIND = "demo"
 SHARD_ROWS = 800
@@ -60,15 +61,16 @@ class Planted:
         return rows[np.argsort(self.picture[rows])]
 
 
-@locks.given_up()
+@locks.released()
 def run(options: Demo) -> str:
     """Run ``snip demo`` and return what it found."""
     out = Path(options.out).expanduser()
     request = {"pictures": options.pictures, "seed": options.seed}
-    if store.claim(out, KIND, request, overwrite=options.overwrite) == "done":
-        report = store.read_manifest(out, KIND)["report"]
+    if out_folder.claim(out, KIND, request, overwrite=options.overwrite) == "done":
+        report = read_manifest(out, KIND)["report"]
         return f"{report}\n\n{out} is finished already; --overwrite makes it anew"
     if options.overwrite:
+        (out / MANIFEST).unlink(missing_ok=True)
         for name in PARTS:
             shutil.rmtree(out / name, ignore_errors=True)
     say(f"drawing {options.pictures:,} pictures and their copies")
@@ -87,10 +89,10 @@ def run(options: Demo) -> str:
     for words in commands(out, threshold, options.seed):
         command(words)
     report = describe(planted, out)
-    files = [path for path in out.rglob("*") if path.is_file() and store.WORK not in path.parts]
+    files = [path for path in out.rglob("*") if path.is_file() and locks.WORK not in path.parts]
     body = {"request": request, "threshold": threshold, "report": report}
-    store.write_manifest(out, KIND, body, files)
-    store.end_work(out)
+    write_manifest(out, KIND, body, files)
+    locks.end_work(out)
     return report
 
 
@@ -202,22 +204,22 @@ def write(planted: Planted, out: Path) -> None:
         features = planted.features[start : start + SHARD_ROWS]
         path = out / "img_emb" / f"img_emb_{part:04d}.npy"
         if not (path.is_file() and np.array_equal(np.load(path), features)):
-            store.save_npy(path, features)
+            atomic.save_npy(path, features)
         rows = table.slice(start, SHARD_ROWS)
         path = out / "metadata" / f"metadata_{part:04d}.parquet"
         if not (path.is_file() and pq.read_table(path).equals(rows)):
-            store.save_parquet(path, rows)
+            atomic.save_parquet(path, rows)
         keys = rows["key"].to_pylist()
         save_tar(
             out / "images" / f"{part:05d}.tar", keys, planted.pixels[start : start + SHARD_ROWS]
         )
-    with store.replacing(out / "pictures.png") as temporary:
+    with atomic.replacing(out / "pictures.png") as temporary:
         temporary.write_bytes(demo_pictures.png(planted.sheet))
 
 
 def save_tar(path: Path, keys: list[str], pixels: np.ndarray) -> None:
     """Write pictures as a tar shard, named by their keys as img2dataset names them."""
-    with store.replacing(path) as part, tarfile.open(part, "w") as tar:
+    with atomic.replacing(path) as part, tarfile.open(part, "w") as tar:
         for key, picture in zip(keys, pixels, strict=True):
             data = demo_pictures.png(picture.astype(np.float32) / 255)
             entry = tarfile.TarInfo(f"{key}.png")

@@ -9,6 +9,22 @@ class InputError(SnipError):
     """Rows that cannot be used, found while reading; there is nothing to resume."""
 
 
+class MissingError(SnipError):
+    """A remote file, or another file that was asked for by name, is not there."""
+
+
+class TemporaryError(SnipError):
+    """A fault of a connection or server that may pass; ``wait``: the seconds that it asks for."""
+
+    def __init__(self, text: str, wait: float | None = None) -> None:
+        super().__init__(text)
+        self.wait = wait
+
+
+class RangeError(SnipError):
+    """A server has no such range of bytes, or sent the range of another version of the file."""
+
+
 class WriteError(SnipError):
     """A file that cannot be written; what is complete stays, to go on from when it can."""
 

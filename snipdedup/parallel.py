@@ -122,17 +122,28 @@ def ordered_map(
         library_threads(1),
         ThreadPoolExecutor(threads, initializer=_single_threaded) as pool,
     ):
-        waiting: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) >= 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+        yield from ordered_results(work, items, pool, 2 * threads)
+
+
+def ordered_results(
+    work: Callable[[T], R], items: Iterable[T], pool: ThreadPoolExecutor, window: int
+) -> Generator[R, None, None]:
+    """Yield ``work(item)`` in the order of ``items``, done by a pool of threads.
+
+    At most ``window`` items are under way or finished and not yet taken. When the caller stops
+    early or an item fails, those not begun are cancelled.
+    """
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= window:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def run_all(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
@@ -177,6 +188,12 @@ def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if use not in pool or pool[use].nbytes < need:
         pool[use] = np.empty(need, np.uint8)
     return pool[use][:need].view(dtype).reshape(shape)
+
+
+def aligned_spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``start`` to ``stop`` at the multiples of ``size``."""
+    cuts = range(start - start % size, stop, size)
+    return [(max(cut, start), min(cut + size, stop)) for cut in cuts]
 
 
 def in_aligned_blocks(

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.storage import store
+from snipdedup.storage.manifest import MANIFEST
 
 NURSERY = """
 import atexit, importlib, json, os, sys, traceback
 import faiss, torch, pyarrow.parquet
 from snipdedup import cli
-from snipdedup.runners import local as runners
+from snipdedup.runners import base as runners
 for command in cli.COMMANDS:
     importlib.import_module(command.target.partition(":")[0])
 for line in sys.stdin:
@@ -119,13 +119,13 @@ def results(folder: Path) -> dict[str, bytes | dict]:
     found: dict[str, bytes | dict] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         found[str(path.relative_to(folder))] = path.read_bytes()
-    manifest = json.loads(found.pop(store.MANIFEST))
+    manifest = json.loads(found.pop(MANIFEST))
     del manifest["seconds"]
     for name in ("out", "runner", "num_tasks", "task_index", "threads", "max_memory"):
         del manifest["settings"][name]
     for name in ("kernel", "candidates"):  # the fastest at the moment; one may propose more pairs
         del manifest["method"][name]
-    return {**found, store.MANIFEST: manifest}
+    return {**found, MANIFEST: manifest}
 
 
 def many_lists(folder: Path, rows: int = 70_000) -> Path:

@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from snipdedup import __version__, cli, config
-from snipdedup.cli import COMMANDS
+from snipdedup import __version__, cli, commands, config
+from snipdedup.commands import COMMANDS, is_required
 from snipdedup.errors import SnipError, UsageError
 
-HEAVY = ("torch", "faiss", "numpy", "pyarrow", "fire")
+HEAVY = ("torch", "faiss", "numpy", "pyarrow")
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Note the settings with which a command would run, and run nothing."""
     noted: list[config.Settings] = []
-    monkeypatch.setattr(cli.Command, "run", lambda self, options: noted.append(options))
+    monkeypatch.setattr(commands.Command, "run", lambda self, options: noted.append(options))
     return noted
 
 
@@ -55,7 +55,7 @@ def words_for(command, **given):
     for field in command.fields(positional=True):
         words.append(given.pop(field.name, "x"))
     for field in command.fields(positional=False):
-        if field.name in given or cli.is_required(field):
+        if field.name in given or is_required(field):
             words.append(f"--{field.name}={given.pop(field.name, 'x')}")
     return words
 
@@ -196,7 +196,7 @@ MISTAKES = {
     "needed word": ("train --out o", "train needs FEATURES; for example: snip train img_emb"),
     "all needed": ("compress", "compress needs FEATURES, --encoder, --out; for example:"),
     "separator": ("dedup x --out o - upper", "unexpected '-'"),
-    "flags for fire": ("dedup x --out o -- --trace", "unexpected '--'"),
+    "two dashes": ("dedup x --out o -- --trace", "unexpected '--'"),
     "attribute of the result": ("dedup x --out o __class__", "unexpected word '__class__'"),
 }
 
@@ -311,7 +311,7 @@ def test_a_word_in_place_may_be_named(calls):
 def test_defaults_are_those_of_the_settings(command, calls):
     assert cli.run(words_for(command)) == 0
     for field in dataclasses.fields(command.options):
-        if not (cli.is_required(field) or field.metadata.get("positional")):
+        if not (is_required(field) or field.metadata.get("positional")):
             assert getattr(calls[0], field.name) == field.default
 
 
@@ -326,7 +326,7 @@ def test_defaults_are_those_of_the_settings(command, calls):
         (
             KeyboardInterrupt(),
             130,
-            "snip: interrupted; the same command goes on from what is complete\n",
+            "snip: interrupted; the same command continues from what is complete\n",
         ),
         (OSError(28, "No space left on device", "o/x"), 1, "snip: o/x: No space left on device\n"),
         (MemoryError("3 GB"), 1, "snip: out of memory: 3 GB; lower --max_memory or --chunk_rows\n"),
@@ -336,14 +336,14 @@ def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status,
     def fail(self, options):
         raise error
 
-    monkeypatch.setattr(cli.Command, "run", fail)
+    monkeypatch.setattr(commands.Command, "run", fail)
     assert cli.run(["dedup", "x", "--out", "o"]) == status
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", said)
 
 
 def test_results_go_to_stdout(monkeypatch, capsys):
-    monkeypatch.setattr(cli.Command, "run", lambda self, options: "12 rows")
+    monkeypatch.setattr(commands.Command, "run", lambda self, options: "12 rows")
     assert cli.run(["dedup", "x", "--out", "o"]) == 0
     assert capsys.readouterr().out == "12 rows\n"
     with pytest.raises(SystemExit) as ended:
@@ -411,7 +411,7 @@ def test_progress_that_nobody_reads_does_not_end_the_run():
 def test_the_home_of_nobody(small_run, capsys):
     words = ["dedup", str(small_run / "e.npy"), "--out", "~nobody-of-this-name/x"]
     assert cli.run(words) == 1
-    assert "begins with ~ and a name that no user here has" in capsys.readouterr().err
+    assert "begins with ~ and an unknown user name" in capsys.readouterr().err
 
 
 def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):

@@ -25,8 +25,10 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.deduplication import run as dedup_run
+from snipdedup.encoder import network
 from snipdedup.encoder.network import Encoder, Network
-from snipdedup.storage import store
+from snipdedup.storage import locks, out_folder
+from snipdedup.storage.manifest import MANIFEST
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]
@@ -53,7 +55,7 @@ COMMANDS = {
     "search": ("search 5 --index idx --html", "/page.html"),
     "audit": ("audit clean --sheet", "/sheet.csv"),
 }  # fmt: skip
-GO_ON = [name for name, (words, _) in COMMANDS.items() if words.split()[0] in cli.GO_ON]
+GO_ON = [name for name, (words, _) in COMMANDS.items() if words.split()[0] in cli.RESUMED]
 
 
 def write_rows(folder: Path) -> None:
@@ -107,7 +109,7 @@ def words_of(name, out):
 
 def results(folder):
     """Return the files of a folder but manifests, which hold times, and this folder's name."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != store.MANIFEST]
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
     return {
         str(p.relative_to(folder)): p.read_bytes().replace(os.fsencode(folder), b"OUT")
         for p in files
@@ -129,7 +131,7 @@ def refused(name, out, said):
     assert str(out) in said or name == "filter --on", said
     assert any(why in said for why in ("No space left", "disk is full", "no space left",
                                        "File too large", "limit on the size")), said  # fmt: skip
-    assert not (out / store.MANIFEST).exists()
+    assert not (out / MANIFEST).exists()
 
 
 @contextmanager
@@ -249,7 +251,7 @@ def test_ctrl_c_before_each_file_is_in_its_place(
         assert code == 130
         last = one_line(capsys)
         assert ("goes on" in last) == (name in GO_ON)
-        assert not (out / store.MANIFEST).exists()
+        assert not (out / MANIFEST).exists()
     else:
         assert run(*words_of(name, out)) == 0
     assert results(out) == undisturbed[name]
@@ -296,11 +298,11 @@ def test_files_that_a_stopped_run_left_are_proved_before_they_are_used(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(store, "publish", stop)
+        patch.setattr(out_folder, "publish", stop)
         patch.setattr(dedup_run, "write_tables", stop)
         assert run(*words_of(name, out)) == 130
     held = {path: path.read_bytes() for path in (out / "work").rglob("*") if path.is_file()}
-    damaged = [path for path in held if path.name not in (store.REQUEST, store.LOCK)
+    damaged = [path for path in held if path.name not in (locks.REQUEST, locks.LOCK)
                and held[path]]  # fmt: skip
     assert len(damaged) > 4
     for path in damaged:
@@ -333,7 +335,7 @@ def test_a_damaged_checkpoint_of_training(inputs, undisturbed, tmp_path, monkeyp
     out = tmp_path / "out"
     monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_manifest", stop)
+        patch.setattr(network, "write_manifest", stop)
         assert run(*words_of("train", out)) == 130
     path = out / "work" / training.CHECKPOINT
     data = bytearray(path.read_bytes())

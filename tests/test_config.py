@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from snipdedup import config
-from snipdedup.cli import COMMANDS, bare_type, is_required
+from snipdedup.commands import COMMANDS, bare_type, is_required
 from snipdedup.config import parse_bytes
 from snipdedup.errors import UsageError
 
@@ -221,7 +221,7 @@ ELSEWHERE = {("Download", "cumulative_sizes"), ("Download", "is_dup")}  # files 
 def test_a_url_where_a_local_path_is_meant(kind):
     for field in dataclasses.fields(kind):
         if field.name not in LOCAL or (kind.__name__, field.name) in ELSEWHERE:
-            assert not field.metadata.get("local")
+            assert field.metadata.get("path") in (None, "", config.ANYWHERE)
             continue
         flag = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
         for url, shown in (

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from snipdedup.cli import COMMANDS
+from snipdedup.commands import COMMANDS
 
 SCRIPT = ROOT / "scripts" / "make_cli_docs.py"
 
@@ -31,6 +31,7 @@ def test_cli_page_is_up_to_date(maker):
 def test_check_notices_a_stale_page(maker, tmp_path, monkeypatch, capsys):
     page = tmp_path / "cli.md"
     monkeypatch.setattr(maker, "PAGE", page)
+    monkeypatch.setattr(maker, "STUB", tmp_path / "stub.pyi")
     monkeypatch.setattr(sys, "argv", ["make_cli_docs.py", "--check"])
     assert maker.main() == 1
     assert "out of date" in capsys.readouterr().err
@@ -40,6 +41,11 @@ def test_check_notices_a_stale_page(maker, tmp_path, monkeypatch, capsys):
     assert maker.main() == 0
     monkeypatch.setattr(sys, "argv", ["make_cli_docs.py", "--check"])
     assert maker.main() == 0
+
+
+def test_the_stub_is_up_to_date(maker):
+    written = (ROOT / "snipdedup" / "__init__.pyi").read_text(encoding="utf-8")
+    assert written == maker.stub(), "run: python scripts/make_cli_docs.py"
 
 
 def test_check_runs_as_a_script():

@@ -16,7 +16,7 @@ import pytest
 from snipdedup import cli
 from snipdedup.auditing import audit
 from snipdedup.deduplication import run as dedup_run
-from snipdedup.encoder import network
+from snipdedup.encoder import compress
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import InputError
 from snipdedup.evaluation import evaluate
@@ -24,7 +24,8 @@ from snipdedup.features import formats
 from snipdedup.features.shards import open_features
 from snipdedup.index import build as index
 from snipdedup.metadata import filter
-from snipdedup.storage import store
+from snipdedup.storage import locks, out_folder
+from snipdedup.storage.manifest import MANIFEST
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]
@@ -57,7 +58,7 @@ COMMANDS = {
 
 def results(folder):
     """Return the files of a finished OUT but its manifest, which holds times."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != store.MANIFEST]
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
@@ -76,7 +77,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "b.npy" in said
     assert "Input/output error" in said
-    assert not (inputs / "out" / store.MANIFEST).exists()
+    assert not (inputs / "out" / MANIFEST).exists()
     assert run(*COMMANDS[command]) == 0
     assert run(*COMMANDS[command][:-1], "alone") == 0
     assert results(inputs / "out") == results(inputs / "alone")
@@ -86,7 +87,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
 def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, command):
     module, name = {
         "dedup": (dedup_run, "search"),
-        "compress": (network, "write_shards"),
+        "compress": (compress, "compress_shards"),
         "index": (index, "write_shards"),
     }[command]
     original = getattr(module, name)
@@ -110,7 +111,7 @@ def interrupted(monkeypatch, command):
 
     module, name = {
         "dedup": (dedup_run, "decide_by"),
-        "compress": (store, "publish"),
+        "compress": (out_folder, "publish"),
         "index": (index, "finish"),
     }[command]
     with monkeypatch.context() as patch:
@@ -129,7 +130,7 @@ def test_intermediates_that_are_damaged(inputs, monkeypatch, capsys, command, ho
     damaged = [p for p in held if p.suffix in kinds and p.parent.name != "enc"]
     assert damaged
     for path in damaged:
-        if path.name == store.REQUEST:
+        if path.name == locks.REQUEST:
             continue
         for other, data in held.items():
             other.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ def test_intermediates_that_are_damaged(inputs, monkeypatch, capsys, command, ho
         else:
             assert "damaged" in said, (path, said)
             assert path.name == "model.npz", said
-        (inputs / "out" / store.MANIFEST).unlink(missing_ok=True)
+        (inputs / "out" / MANIFEST).unlink(missing_ok=True)
         for name in results(inputs / "out"):
             (inputs / "out" / name).unlink()
 
@@ -184,7 +185,7 @@ def test_a_read_error_as_the_system_says_it_names_the_file(inputs, monkeypatch, 
     assert run(*COMMANDS[command]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == "snip: img/b.npy: Input/output error"
-    assert not (inputs / "out" / store.MANIFEST).exists()
+    assert not (inputs / "out" / MANIFEST).exists()
 
 
 def test_rows_of_a_file_that_became_shorter_are_not_touched(inputs):
@@ -212,7 +213,7 @@ def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch,
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("snip: img/b.npy: ")
     assert said.endswith(" while it was read; run it again")
-    assert not (inputs / "out" / store.MANIFEST).exists()
+    assert not (inputs / "out" / MANIFEST).exists()
 
 
 # What is read, how it is changed while the command runs, and where in it that happens.

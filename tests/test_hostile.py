@@ -34,7 +34,7 @@ from snipdedup.inspection import top
 from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.storage import store
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 sys.path.append(str(ROOT / "scripts"))
 fuzz_readers = importlib.import_module("fuzz_readers")
@@ -192,9 +192,9 @@ def ours(corpus, tmp_path):
 
 
 def edit(folder, change):
-    body = json.loads((folder / store.MANIFEST).read_text())
+    body = json.loads((folder / MANIFEST).read_text())
     change(body)
-    (folder / store.MANIFEST).write_text(json.dumps(body))
+    (folder / MANIFEST).write_text(json.dumps(body))
 
 
 @pytest.mark.parametrize("name", ["dim_in", "hidden", "dim", "heads"])
@@ -212,7 +212,7 @@ def test_weights_that_are_pickles_or_damaged(tmp_path, monkeypatch, memory, seed
     Encoder(Network(16, 8, 4)).save(tmp_path / "encoder", {})
     path = tmp_path / "encoder" / WEIGHTS
     fuzz_readers.change_weights(path, np.random.default_rng(seed))
-    fuzz_readers.vouch(path.parent / store.MANIFEST, path)
+    fuzz_readers.vouch(path.parent / MANIFEST, path)
     try:
         Encoder.load(path.parent, "cpu")
     except SnipError as error:
@@ -311,9 +311,9 @@ def test_a_manifest_with_other_shards_than_were_asked_for(ours, shards):
 
 
 def test_json_that_is_deep(tmp_path):
-    (tmp_path / store.MANIFEST).write_text("[" * 100_000)
+    (tmp_path / MANIFEST).write_text("[" * 100_000)
     with pytest.raises(SnipError, match="expected JSON"):
-        store.read_manifest(tmp_path, "dedup")
+        read_manifest(tmp_path, "dedup")
 
 
 TABLES = {

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from processes import many_lists, results, until
 
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import read_manifest
 
 KILLED, DONE = -9, 0
 # What stands when a stage begins; of the files of OUT the first and the last.
@@ -160,9 +161,9 @@ def test_killed_as_each_file_appears(data, processes, tmp_path, which):
 
 def whole(out, results_of):
     """Tell which of some results a copy of OUT holds, as a reader that comes now finds it."""
-    manifest = store.read_manifest(out, "dedup")
+    manifest = read_manifest(out, "dedup")
     for name, said in manifest["outputs"].items():
-        assert store.sha256(out / name) == said["sha256"], name
+        assert atomic.sha256(out / name) == said["sha256"], name
     found = {name: data for name, data in results(out).items() if not name.startswith("work/")}
     return [name for name, expected in results_of.items() if found == expected]
 

@@ -22,10 +22,18 @@ from conftest import ROOT
 
 from snipdedup import cli
 from snipdedup.cli import COMMANDS
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import read_manifest
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+# Pages whose commands run, in this order, in one folder: later ones use what earlier ones wrote.
+HOWTO = [
+    *(DOCS / "howto" / f"{name}.md" for name in ("deduplicate", "check", "references")),
+    DOCS / "threshold.md",
+    *(DOCS / "howto" / f"{name}.md" for name in ("codes", "filter")),
+]
 SIZES = (160, 140, 100)  # rows a shard
 WIDTH = 160  # wider than a descriptor
 THRESHOLD = np.float32(0.95)
@@ -36,13 +44,15 @@ DISTANT = "https://example.org"  # served from the sample's metadata/
 
 
 def blocks(kind: str) -> list[str]:
-    """Return the README's fenced blocks of a language."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+    """Return the fenced blocks of a language, of the README and the pages that show commands."""
+    pages = "\n".join(page.read_text("utf-8") for page in (README, *HOWTO))
+    return re.findall(rf"^```{kind}\n(.*?)^```", pages, re.M | re.S)
 
 
 def commands(*, setup: bool) -> list[str]:
+    """Return their command lines in order, each once."""
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
-    return [line for line in lines if line.startswith(SETUP) == setup]
+    return list(dict.fromkeys(line for line in lines if line.startswith(SETUP) == setup))
 
 
 def load_script(name: str):
@@ -65,15 +75,15 @@ def make_sample(folder: Path) -> np.ndarray:
     start = 0
     for number, size in enumerate(SIZES):
         part = slice(start, start + size)
-        store.save_npy(folder / f"img_emb/img_emb_{number:04d}.npy", rows[part])
+        atomic.save_npy(folder / f"img_emb/img_emb_{number:04d}.npy", rows[part])
         keys = [f"{row:09d}" for row in range(*part.indices(len(rows)))]
         urls = [f"https://example.org/{key}.jpg" for key in keys]
         table = pa.table({"key": keys, "url": urls, "picture": picture[part]})
-        store.save_parquet(folder / f"metadata/metadata_{number:04d}.parquet", table)
+        atomic.save_parquet(folder / f"metadata/metadata_{number:04d}.parquet", table)
         start += size
     for number, name in enumerate(("new_emb", "test_emb", "made_emb")):
         near = rows[10 * number : 10 * number + 30] + np.float16(0.01)
-        store.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
+        atomic.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
     return rows
 
 
@@ -133,10 +143,10 @@ def test_first_command_keeps_its_promise(ran, sample):
     assert kept["key"].to_pylist() == [f"{row:09d}" for row in stays]
     assert kept.schema.names == ["key", "url", "picture", "dup_count"]
     part = [row for row in stays if row >= SIZES[0]]
-    kept = pa.concat_tables(map(pq.read_table, sorted(folder.glob("kept/*.parquet"))))
+    kept = pa.concat_tables(map(pq.read_table, sorted(folder.glob("part/*.parquet"))))
     assert kept["key"].to_pylist() == [f"{row:09d}" for row in part]
-    assert store.read_manifest(folder / "clean_adc", "dedup")["verified"] is True
-    assert store.read_manifest(folder / "clean_codes", "dedup")["verified"] is False
+    assert read_manifest(folder / "clean_adc", "dedup")["verified"] is True
+    assert read_manifest(folder / "clean_codes", "dedup")["verified"] is False
 
 
 @pytest.mark.parametrize("block", blocks("python"))
@@ -181,7 +191,7 @@ def test_flags_exist(page):
     known = FOREIGN | flags | {f"no{name}" for name in flags}  # a switch turned off
     for script in ROOT.glob("scripts/*.py"):
         known |= set(re.findall(r"\"--(\w+)\"", script.read_text("utf-8")))
-    foreign = r"^(?:img2dataset|#SBATCH) .*$"
+    foreign = r"^(?:img2dataset|#SBATCH|pip install|export) .*$"
     text = re.sub(foreign, "", page.read_text("utf-8"), flags=re.M)
     named = set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", text))
     named -= {"with_underscores", "with-dashes", "flag", "noSWITCH"}
@@ -260,8 +270,8 @@ def test_readme_output_is_what_the_command_prints(data, snip, tmp_path):
     import snipdedup
 
     result = snipdedup.dedup(frames, threshold=0.95, grouping="components")
-    text = README.read_text("utf-8")
-    assert f"{result.removed:,} rows go, {result.chained:,} of them with a cosine below .95" in text
+    text = " ".join((DOCS / "howto" / "deduplicate.md").read_text("utf-8").split())
+    assert f"{result.removed:,} rows instead of 13,066, and {result.chained:,} of these" in text
 
 
 @pytest.mark.slow
@@ -269,9 +279,7 @@ def test_curve_of_method_page_is_what_the_script_prints(data, capsys):
     copies = data / "copies"
     words = ["--features", str(copies / "features.npy"), "--labels", str(copies / "labels.parquet")]
     load_script("labelled_curve").main(words)
-    text = (ROOT / "docs" / "method.md").read_text("utf-8")
+    text = (DOCS / "threshold.md").read_text("utf-8")
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     for line in lines:
         assert line in text, line
-    best = re.search(r"best F1 over pairs: 0(\.\d+) at 0(\.\d+)", lines[-1])
-    assert f"F1 over pairs is {best[1]} at cosine {best[2]}" in README.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The recipes of docs/formats.md, each run as it stands there, with the tool that it is for.
+"""The recipes of docs/howto/tools.md, each run as it stands there, with the tool that it is for.
 
 Tools that come with the test extra are used here; heavier ones in an environment of their own.
 """
@@ -33,8 +33,8 @@ UIDS = [np.random.default_rng(n).bytes(16).hex() for n in range(COUNT)]
 
 def recipe(title: str, kind: str) -> str:
     """Return the fenced block of a language under a heading of the recipes."""
-    text = (ROOT / "docs" / "formats.md").read_text("utf-8").partition("\n## Recipes\n")[2]
-    section = text.partition(f"\n### {title}\n")[2].partition("\n### ")[0]
+    text = (ROOT / "docs" / "howto" / "tools.md").read_text("utf-8")
+    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     (block,) = re.findall(rf"^```{kind}\n(.*?)^```", section, re.M | re.S)
     return block
 

@@ -3,7 +3,7 @@
 Each row is a query once. With e(x, z) = (‖x‖² − ‖x − z‖²) / 2 the distances of two rows to one
 code z give e(x, z) − e(y, z) = (x − y)·z: what x − y is along z, exactly, though neither row is
 kept. So of two rows that are near the same codes and lists, much of x − y is known, and how large
-that is says more than their own two codes do (docs/method.md, adc).
+that is says more than their own two codes do (docs/internals/codes.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from snipdedup.index.classes import Classes
 from snipdedup.index.quantizer import Quantiser
 from snipdedup.index.search import QUERY_ROWS, Queries, Searcher, Source
 from snipdedup.parallel import ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 UNSEEN = 3  # a difference counts so often where the other row does not name this one
 NEAREST = 3  # neighbours of a row that are looked at first: nearly always its best is among them
@@ -91,8 +91,8 @@ def record(
 
     spans = plan_blocks(source.total, QUERY_ROWS)
     with (
-        store.writing_npy(paths["ids"], types["ids"], shape) as ids,
-        store.writing_npy(paths["e"], types["e"], shape) as e,
+        atomic.writing_npy(paths["ids"], types["ids"], shape) as ids,
+        atomic.writing_npy(paths["e"], types["e"], shape) as e,
         progress.bar(source.total, "searching", "rows") as bar,
     ):
         for span, (names, values) in zip(spans, ordered_map(view, spans, threads), strict=True):

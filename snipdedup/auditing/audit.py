@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,18 @@ from snipdedup.config import Audit
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError, VerdictError
 from snipdedup.features.cosine import bad_rows
+from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features
-from snipdedup.groups.star import Members, concatenate, no_members
+from snipdedup.groups.members import Members, concatenate, no_members
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import KEY_COLUMNS
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
+from snipdedup.storage.manifest import as_written, read_manifest
 
 KIND = "dedup"
 
@@ -43,20 +44,20 @@ def run(options: Audit) -> str:
         If anything is wrong with OUT.
     """
     folder = Path(options.out).expanduser()
-    with store.as_written(folder):
+    with as_written(folder):
         return judge(folder, options)
 
 
 def judge(folder: Path, options: Audit) -> str:
     """Return the verdict of a finished OUT, or raise it."""
-    manifest = store.read_manifest(folder, KIND)
+    manifest = read_manifest(folder, KIND)
     if options.judged is not None:
         return human_precision(folder, Path(options.judged).expanduser())
     sheet = None if options.sheet is None else Path(options.sheet).expanduser()
     features = open_input(options, manifest)
     if sheet is not None:
         refuse_existing(sheet)
-        store.refuse_output_file(sheet, [folder, *features.inputs()])
+        out_folder.refuse_output_file(sheet, [folder, *features.inputs()])
     texts = open_texts(folder, manifest, options.metadata)
     verdict = Verdict()
     readable = audit(folder, manifest, features, texts, options, verdict)
@@ -169,7 +170,7 @@ def check_outputs(folder: Path, manifest: dict[str, Any], verdict: Verdict) -> N
         path = folder / name
         if not path.is_file():
             verdict.fail("outputs", f"{name} is missing")
-        elif path.stat().st_size != known["size"] or store.sha256(path) != known["sha256"]:
+        elif path.stat().st_size != known["size"] or atomic.sha256(path) != known["sha256"]:
             verdict.fail("outputs", f"{name} is not the file that was written: other SHA-256")
         else:
             agree += 1
@@ -179,20 +180,20 @@ def check_outputs(folder: Path, manifest: dict[str, Any], verdict: Verdict) -> N
 def check_shards(
     what: str, listed: list[dict[str, Any]], features: Features, threads: int, verdict: Verdict
 ) -> bool:
-    """Compare shards with rows, sizes and CRC32 in the manifest; tell if rows are the same."""
+    """Compare shards with rows, sizes and checksums in the manifest; tell if rows are the same."""
     found = features.describe()
     if len(listed) != len(found):
         verdict.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
         return False
     same_rows = True
-    crcs = ordered_map(shard_crc(features), range(len(found)), threads)
+    checksums = ordered_map(shard_checksum, features.shards, threads)
     agree = 0
-    for number, crc in enumerate(progress.track(crcs, "checksums", "shards", len(found))):
-        known, now = listed[number], {**found[number], "crc32": f"{crc:08x}"}
+    for number, own in enumerate(progress.track(checksums, "checksums", "shards", len(found))):
+        known, now = listed[number], {**found[number], "checksum": checksum_text(own)}
         same_rows &= known["rows"] == now["rows"]
         differing = [
             f"{name} {known[name]}, found {now[name]}"
-            for name in ("rows", "size", "dtype", "crc32")
+            for name in ("rows", "size", "dtype", "checksum")
             if name in known and known[name] != now[name]
         ]
         if differing:
@@ -200,23 +201,9 @@ def check_shards(
             verdict.fail("shards", f"{path} is not what was searched: {'; '.join(differing)}")
         else:
             agree += 1
-    kept = "size and CRC32" if "crc32" in listed[0] else "rows; no CRC32 was taken"
+    kept = "size and checksum" if "checksum" in listed[0] else "rows; no checksum was taken"
     verdict.say(what, f"{agree:,} of {len(found):,} agree with their {kept}")
     return same_rows
-
-
-def shard_crc(features: Features) -> Callable[[int], int]:
-    """Return a function that gives a shard's CRC32 by its number."""
-    stamps = features.stamps()
-    files = set(features.paths())
-
-    def crc(number: int) -> int:
-        path = features.shards[number].path
-        if path not in files:
-            return stamps[number]  # an array's is its CRC32
-        return store.file_crc(path)[0]
-
-    return crc
 
 
 def open_run(folder: Path, manifest: dict[str, Any], verdict: Verdict) -> Run | None:

@@ -17,7 +17,7 @@ from snipdedup.auditing.verdict import Verdict
 from snipdedup.deduplication.out_reader import pick
 from snipdedup.features.cosine import bad_rows, pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.star import Members, group_starts
+from snipdedup.groups.members import Members, group_starts
 from snipdedup.parallel import ordered_map
 
 PAIRS = 4096  # whose cosines one thread computes at a time

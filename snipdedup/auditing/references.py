@@ -15,7 +15,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, open_features
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.masks import load_mask
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 COLUMNS = ["row", "reference", "representative", "similarity"]
 
@@ -53,7 +53,7 @@ def open_held(described: dict[str, Any], settings: dict[str, Any]) -> Held:
     if known is not None:
         path = Path(described["path"]) / "is_dup.npy"
         gone = load_mask(path)
-        if store.sha256(path) != known:
+        if atomic.sha256(path) != known:
             raise SnipError(f"reference {described['name']}: {path} was made anew since")
     return Held(described["name"], features, gone)
 

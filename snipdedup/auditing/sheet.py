@@ -11,7 +11,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.statistics import proportion_interval
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 COLUMNS = (
     "row", "representative", "cosine", "verdict",
@@ -38,7 +38,7 @@ def write_sheet(path: Path, pairs: list[dict[str, Any]]) -> None:
     writer.writeheader()
     for pair in pairs:
         writer.writerow({name: defused(value) for name, value in pair.items()})
-    with store.replacing(path) as part:
+    with atomic.replacing(path) as part:
         part.write_text(text.getvalue(), encoding="utf-8-sig")  # else Excel guesses wrong
 
 

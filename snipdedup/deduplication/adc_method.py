@@ -40,7 +40,8 @@ from snipdedup.index.search import (
 from snipdedup.join.forest import Edges, ForestBuilder, join_edges, make_edges, spanning_forest
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, cores, ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
 
@@ -305,7 +306,7 @@ def search_adc(features: Features | None, options: config.Dedup, work: Path, sta
         copies=seen.copies,
         firsts=seen.firsts,
         bad=seen.bad,
-        crcs=seen.crcs,
+        checksums=seen.checksums,
         flags=adc.flags,
         notes=describe(adc),
     )
@@ -324,11 +325,11 @@ def check_given(features: Features | None, options: config.Dedup) -> None:
         if features is not None:
             query_space(index, features, options.encoder)
     elif options.encoder is not None:
-        from snipdedup.encoder.network import Encoder, check_width
+        from snipdedup.encoder.network import Encoder
 
         encoder = Encoder.load(options.encoder, device="cpu")
         if features is not None:
-            check_width(encoder, features, options.encoder)
+            encoder.check_width(features, options.encoder)
 
 
 def open_or_build(features: Features | None, options: config.Dedup, work: Path) -> Index:
@@ -349,11 +350,13 @@ def open_or_build(features: Features | None, options: config.Dedup, work: Path) 
 
 def drop_damaged(folder: Path) -> None:
     """Remove an index that a stopped run finished, if it is not any more as it was written."""
-    if not (folder / store.MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         return
     try:
-        outputs = store.read_manifest(folder, "index")["outputs"]
-        whole = all(store.sha256(folder / name) == held["sha256"] for name, held in outputs.items())
+        outputs = read_manifest(folder, "index")["outputs"]
+        whole = all(
+            atomic.sha256(folder / name) == held["sha256"] for name, held in outputs.items()
+        )
     except (SnipError, OSError, LookupError, TypeError):
         whole = False
     if not whole:

@@ -13,7 +13,7 @@ import numpy as np
 
 from snipdedup.deduplication.found import Found
 from snipdedup.groups.blocks import slices
-from snipdedup.groups.star import Members, group_starts
+from snipdedup.groups.members import Members, group_starts
 from snipdedup.join.forest import Edges, link_smaller, number_ends
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from snipdedup.deduplication.references import References
 from snipdedup.groups.blocks import COPY, EDGE, Block, blocks_of_groups
-from snipdedup.groups.star import Also, Best, Nearest
+from snipdedup.groups.members import Best, Nearest
+from snipdedup.groups.star import Also
 from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
 from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
@@ -35,8 +36,8 @@ class Found:
         Rows equal bit for bit to an earlier row, and the first such row.
     bad : (m,) int64
         Rows that cannot be compared.
-    crcs : list of int
-        CRC32 of each shard; empty where no features were read.
+    checksums : list of int
+        Checksum of each shard; empty where no features were read.
     pairs : Edges, optional
         All pairs, where they could not be verified for lack of features.
     flags : (rows,) bool, optional
@@ -49,8 +50,8 @@ class Found:
         What SemDeDup's rule looks at; its pairs are rows with their matches.
     references, nearest : References, Nearest, optional
         Rows that come first, and of each distinct row that matches one the nearest.
-    text_crcs, reference_crcs : list of int
-        CRC32 of each shard of these, where this run read them.
+    text_checksums, reference_checksums : list of int
+        Checksum of each shard of these, where this run read them.
     """
 
     names: list[str]
@@ -60,7 +61,7 @@ class Found:
     copies: np.ndarray
     firsts: np.ndarray
     bad: np.ndarray
-    crcs: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
     pairs: Edges | None = None
     flags: np.ndarray | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -68,8 +69,8 @@ class Found:
     best: Best | None = None
     references: References | None = None
     nearest: Nearest | None = None
-    text_crcs: list[int] = field(default_factory=list)
-    reference_crcs: list[int] = field(default_factory=list)
+    text_checksums: list[int] = field(default_factory=list)
+    reference_checksums: list[int] = field(default_factory=list)
 
     @property
     def rows(self) -> int:

@@ -14,14 +14,14 @@ import numpy as np
 from snipdedup.config import Dedup
 from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.inputs import Inputs
-from snipdedup.groups.star import Best, Nearest
+from snipdedup.groups.members import Best, Nearest
 from snipdedup.join.forest import Edges
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 ARRAYS, NOTE = "found.npz", "found.json"
 PLAIN = ("offsets", "copies", "firsts", "bad", "flags")
 PARTS: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
-SAID = ("names", "threshold", "crcs", "notes", "text_crcs", "reference_crcs")
+SAID = ("names", "threshold", "checksums", "notes", "text_checksums", "reference_checksums")
 
 
 def save_found(found: Found, work: Path) -> None:
@@ -32,15 +32,17 @@ def save_found(found: Found, work: Path) -> None:
         if part is not None:
             arrays |= {f"{name}_{field}": getattr(part, field) for field in kind._fields}
     held = {name: array for name, array in arrays.items() if array is not None}
-    store.save_npz(work / ARRAYS, lasting=False, **held)
-    store.seal(work / NOTE, [work / ARRAYS], {name: getattr(found, name) for name in SAID})
+    atomic.save_npz(work / ARRAYS, lasting=False, **held)
+    atomic.write_done_file(
+        work / NOTE, [work / ARRAYS], {name: getattr(found, name) for name in SAID}
+    )
 
 
 def load_found_kept(work: Path, inputs: Inputs, options: Dedup) -> Found | None:
     """Read back what `save_found` wrote; None where there is nothing, or it is damaged."""
-    if not store.is_sealed(work / NOTE, work):
+    if not atomic.is_done(work / NOTE, work):
         return None
-    said = store.load_json(work / NOTE)
+    said = atomic.load_json(work / NOTE)
     with np.load(work / ARRAYS) as file:
         arrays = dict(file)
     parts: dict[str, Any] = {name: arrays.get(name) for name in PLAIN}

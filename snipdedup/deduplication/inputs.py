@@ -13,7 +13,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, find_shards, open_features
 from snipdedup.groups.star import Also
 from snipdedup.metadata.tables import find_metadata
-from snipdedup.storage.objects import is_elsewhere
+from snipdedup.storage.remote import is_remote
 
 
 class Inputs(NamedTuple):
@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
 def named_paths(manifest: dict[str, Any]) -> Iterator[Path]:
     """Yield the folders and files that a finished run read, where they still are.
 
-    Nothing is to be written there; see `store.refuse_output_file`.
+    Nothing is to be written there; see `out_folder.refuse_output_file`.
     """
     settings = manifest.get("settings", {})
     parts = settings.get("parts")
@@ -61,7 +61,7 @@ def named_paths(manifest: dict[str, Any]) -> Iterator[Path]:
         named = settings.get(name) or []
         for source in named if isinstance(named, list) else [named]:
             with suppress(SnipError, OSError):
-                if not isinstance(source, str) or is_elsewhere(source):
+                if not isinstance(source, str) or is_remote(source):
                     continue
                 if Path(source).is_dir():
                     yield Path(source)

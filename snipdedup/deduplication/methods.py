@@ -19,8 +19,8 @@ from snipdedup.deduplication.result import choose
 from snipdedup.deduplication.semdedup import search_semdedup
 from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
+from snipdedup.groups.members import Best
 from snipdedup.groups.pairs import all_pairs
-from snipdedup.groups.star import Best
 from snipdedup.join.brute_force import exact_edges
 from snipdedup.join.forest import Edges, ForestBuilder, join_edges
 from snipdedup.join.memory import needed_memory
@@ -29,7 +29,8 @@ from snipdedup.join.pipeline import join
 from snipdedup.join.tasks import JoinSettings
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.progress import Clock
-from snipdedup.runners.local import Local, Runner
+from snipdedup.runners.base import Runner
+from snipdedup.runners.local import Local
 
 
 def method_of(options: Dedup) -> str:
@@ -48,8 +49,8 @@ def search(
     ------
     SnipError
         If there are bad rows and they are not to be kept.
-    crew.Written
-        If another process finished the run.
+    slurm.ShareDone
+        If this is not the process that writes the result.
     """
     features, method = inputs.features, method_of(options)
     if method == "adc" or features is None:
@@ -72,7 +73,7 @@ def search(
     with clock.stage("captions"):
         seen = read_all(inputs.text, options)
         found = with_captions(found, features, seen, also, cores(options.threads))
-    return dataclasses.replace(found, text_crcs=seen.crcs)
+    return dataclasses.replace(found, text_checksums=seen.checksums)
 
 
 def search_join(
@@ -168,11 +169,11 @@ def find_beside(
         )
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= frozen] - frozen
-    own = Scan(bad, settled.copies, settled.firsts, seen.crcs[shards:])
+    own = Scan(bad, settled.copies, settled.firsts, seen.checksums[shards:])
     return dataclasses.replace(
         make_found(features, options, own, settled.forest, notes),
         references=references,
-        reference_crcs=seen.crcs[:shards],
+        reference_checksums=seen.checksums[:shards],
         nearest=settled.nearest,
     )
 
@@ -236,6 +237,6 @@ def make_found(
         copies=seen.copies,
         firsts=seen.firsts,
         bad=seen.bad,
-        crcs=seen.crcs,
+        checksums=seen.checksums,
         notes=notes,
     )

@@ -19,11 +19,12 @@ from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.result import Result
 from snipdedup.deduplication.tables import forest_table, groups_table, references_table
 from snipdedup.errors import UsageError
+from snipdedup.features.hashing import checksum_text
 from snipdedup.features.shards import request_of
 from snipdedup.groups.blocks import cut_groups, slices
 from snipdedup.groups.keep import rank_by
+from snipdedup.groups.members import Best, no_members
 from snipdedup.groups.pairs import all_pairs, too_many, write_pairs
-from snipdedup.groups.star import Best, no_members
 from snipdedup.groups.url_baseline import baselines
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata.additions import added_columns, added_names, caption_column
@@ -32,9 +33,9 @@ from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.tables import Metadata, as_texts, kept_names, write_kept
 from snipdedup.parallel import cores, memory_bound, run_all
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import load_column
-from snipdedup.storage.objects import absolute
+from snipdedup.storage.remote import absolute_location
 
 KIND = references.KIND
 PAGE = "report.html"  # beside the tables, by snip report
@@ -46,7 +47,7 @@ TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched thresho
 
 def grouping_folder(out: Path) -> Path:
     """Return where groups wait that do not fit into memory; gone at the end of a run."""
-    return out / store.WORK / "grouping"
+    return out / locks.WORK / "grouping"
 
 
 def check_metadata(options: Dedup, metadata: Metadata | None) -> str | None:
@@ -75,7 +76,7 @@ def write_tables(
     result: Result, out: Path, metadata: Metadata | None, key: str | None, options: Dedup
 ) -> list[Path]:
     """Write all files of OUT but the manifest; return their paths."""
-    with store.writing_npy(out / "is_dup.npy", np.dtype(bool), (result.rows,)) as file:
+    with atomic.writing_npy(out / "is_dup.npy", np.dtype(bool), (result.rows,)) as file:
         for mask in result.mask():
             mask.tofile(file)
     tables = (
@@ -83,21 +84,21 @@ def write_tables(
         partial(write_groups, result, out, metadata, key),
     )
     run_all(tables, side_by_side(result, options))
-    store.save_parquet(out / "histogram.parquet", histogram_table(result))
+    atomic.save_parquet(out / "histogram.parquet", histogram_table(result))
     outputs = [out / name for name in TABLES]
     if len(result.found.bad):
-        store.save_parquet(out / "bad_rows.parquet", bad_table(result.found))
+        atomic.save_parquet(out / "bad_rows.parquet", bad_table(result.found))
         outputs.append(out / "bad_rows.parquet")
     if result.found.flags is not None:
-        store.save_npy(out / "flags.npy", result.found.flags)
+        atomic.save_npy(out / "flags.npy", result.found.flags)
         outputs.append(out / "flags.npy")
     if result.found.best is not None:
         outputs += save_best(result.found.best, out)
     if result.found.references is not None:
-        store.save_parquet(out / "references.parquet", references_table(result.found))
+        atomic.save_parquet(out / "references.parquet", references_table(result.found))
         outputs.append(out / "references.parquet")
     if options.pairs:
-        outputs += [(out / store.WORK / name).replace(out / name) for name in PAIR_TABLES]
+        outputs += [(out / locks.WORK / name).replace(out / name) for name in PAIR_TABLES]
     if metadata is not None:
         outputs += write_metadata(result, out, metadata, options)
     return outputs
@@ -111,7 +112,7 @@ def side_by_side(result: Result, options: Dedup) -> int:
 def write_forest(found: Found, out: Path) -> None:
     """Write ``forest.parquet``, some edges at a time."""
     schema = forest_table(found, join_edges([])).schema
-    with store.writing_parquet(out / "forest.parquet", schema) as write:
+    with atomic.writing_parquet(out / "forest.parquet", schema) as write:
         for edges in found.edges(grouping_folder(out)):
             write(forest_table(found, edges))
 
@@ -121,7 +122,7 @@ def write_groups(result: Result, out: Path, metadata: Metadata | None, key: str 
     found, at = result.found, 0
     schema = groups_table(found, no_members(), None).schema
     with (
-        store.writing_parquet(out / "groups.parquet", schema) as write,
+        atomic.writing_parquet(out / "groups.parquet", schema) as write,
         closing(group_keys(result, out, metadata, key)) as keys,
     ):
         for members, table in zip(slices(result.members), keys, strict=False):
@@ -156,7 +157,7 @@ def prepare_pairs(result: Result, out: Path, options: Dedup) -> None:
         raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
     if len(found.forest.a) > options.max_pairs:
         raise too_many(options.max_pairs)
-    work, threads, threshold = out / store.WORK, cores(options.threads), found.threshold
+    work, threads, threshold = out / locks.WORK, cores(options.threads), found.threshold
 
     def pairs() -> Generator[Edges, None, None]:
         for block in found.blocks(threshold, grouping_folder(out)):
@@ -165,7 +166,7 @@ def prepare_pairs(result: Result, out: Path, options: Dedup) -> None:
     with closing(pairs()) as parts:
         write_pairs(work / "pairs.parquet", parts, options.max_pairs)
     copies = pa.table({"row": found.copies, "first": found.firsts})
-    store.save_parquet(work / "copies.parquet", copies)
+    atomic.save_parquet(work / "copies.parquet", copies)
 
 
 def write_metadata(result: Result, out: Path, metadata: Metadata, options: Dedup) -> list[Path]:
@@ -211,8 +212,8 @@ def describe_run(
     """Return the manifest's entries about what was found and decided."""
     found, features = result.found, inputs.features
     shards = features.describe() if features else []
-    for shard, crc in zip(shards, found.crcs, strict=False):
-        shard["crc32"] = f"{crc:08x}"
+    for shard, checksum in zip(shards, found.checksums, strict=False):
+        shard["checksum"] = checksum_text(checksum)
     work = grouping_folder(out)
     steps = [round(found.threshold + step, 6) for step in TABLE_STEPS]
     forest_tells = found.verified and found.best is None and not options.references_only
@@ -257,11 +258,11 @@ def describe_sources(inputs: Inputs, found: Found) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     if inputs.text is not None:
         shards = inputs.text.describe()
-        for shard, crc in zip(shards, found.text_crcs, strict=True):
-            shard["crc32"] = f"{crc:08x}"
+        for shard, checksum in zip(shards, found.text_checksums, strict=True):
+            shard["checksum"] = checksum_text(checksum)
         entries["text"] = {"request": request_of(inputs.text), "shards": shards}
     if inputs.references is not None:
-        entries["references"] = inputs.references.describe(found.reference_crcs)
+        entries["references"] = inputs.references.describe(found.reference_checksums)
     return entries
 
 
@@ -288,11 +289,11 @@ def saved_settings(options: Dedup, method: str) -> dict[str, Any]:
     for name in ("features", "metadata", "index", "encoder", "text_features"):
         value = settings[name]
         is_path = isinstance(value, str | Path)
-        settings[name] = absolute(value) if is_path else None
+        settings[name] = absolute_location(value) if is_path else None
     sources = [] if options.reference is None else references.split(options.reference)
     are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
     settings["epsilon"] = parse_epsilons(options.epsilon)
-    settings["reference"] = [absolute(source) for source in sources] if are_paths else None
+    settings["reference"] = [absolute_location(source) for source in sources] if are_paths else None
     return settings
 
 
@@ -307,6 +308,6 @@ def save_best(best: Best, out: Path) -> list[Path]:
         "match": pa.array(best.match, mask=lone),
         "similarity": pa.array(best.similarity, mask=lone),
     }
-    store.save_parquet(out / "semdedup.parquet", pa.table(columns))
-    store.save_npy(out / "centroids.npy", best.centroids)
+    atomic.save_parquet(out / "semdedup.parquet", pa.table(columns))
+    atomic.save_npy(out / "centroids.npy", best.centroids)
     return [out / "semdedup.parquet", out / "centroids.npy"]

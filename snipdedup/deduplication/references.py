@@ -18,6 +18,7 @@ import numpy as np
 from snipdedup.config import Dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import Shard
+from snipdedup.features.hashing import checksum_text
 from snipdedup.features.same import find_shared
 from snipdedup.features.shards import (
     Features,
@@ -26,12 +27,13 @@ from snipdedup.features.shards import (
     plan_blocks,
     request_of,
 )
+from snipdedup.groups.members import Nearest
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
-from snipdedup.groups.star import Nearest
 from snipdedup.join.forest import BLOCK_EDGES, Edges, UnionFind, join_edges, make_edges
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import Columns, among
-from snipdedup.storage.objects import absolute, is_elsewhere
+from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest, versions
+from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT
 FEATURES, EARLIER = "features", "dedup"
@@ -52,11 +54,6 @@ class SelectedShard(Shard):
         """See `Shard.take`."""
         return self.shard.take(self.selected[rows])
 
-    def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
-        """See `Shard.crc_piece`; the file's checksum is that of the run that made the choice."""
-        del start, block
-        return 0, 0
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -76,8 +73,8 @@ class Reference:
         The rows of it that stay.
     mask : str or None
         Of an earlier OUT, the SHA-256 of its mask.
-    crcs : list of str, optional
-        CRC32 of each shard, where an earlier run took them.
+    checksums : list of str, optional
+        Checksum of each shard, where an earlier run took them.
     """
 
     name: str
@@ -86,7 +83,7 @@ class Reference:
     features: Features
     live: np.ndarray
     mask: str | None = None
-    crcs: list[str] | None = None
+    checksums: list[str] | None = None
 
     def shards(self) -> list[Shard]:
         """Return its shards, cut down to the rows that stay."""
@@ -193,14 +190,17 @@ class References:
         folders = [Path(item.path) for item in self.items if item.kind == EARLIER and item.path]
         return folders + [path for item in self.items for path in item.features.inputs()]
 
-    def describe(self, crcs: Sequence[int]) -> list[dict[str, Any]]:
-        """Return what a manifest says of each input; ``crcs`` of all shards, as they were read."""
-        found, described = iter(crcs), []
+    def describe(self, checksums: Sequence[int]) -> list[dict[str, Any]]:
+        """Return what a manifest says of each input; ``checksums`` are of all shards read."""
+        found, described = iter(checksums), []
         for item, start in zip(self.items, self.starts, strict=False):
-            read = [f"{crc:08x}" for _, crc in zip(item.features.shards, found, strict=False)]
+            read = [
+                checksum_text(checksum)
+                for _, checksum in zip(item.features.shards, found, strict=False)
+            ]
             shards = item.features.describe()
-            for shard, crc in zip(shards, item.crcs or read, strict=True):
-                shard["crc32"] = crc
+            for shard, checksum in zip(shards, item.checksums or read, strict=True):
+                shard["checksum"] = checksum
             described.append({
                 "name": item.name,
                 "kind": item.kind,
@@ -249,10 +249,10 @@ def kept_model(references: References, rows: int, options: Dedup) -> Path | None
     for item in references.items:
         if item.kind != EARLIER or item.path is None or item.features.rows < rows:
             continue
-        manifest = store.read_manifest(Path(item.path), KIND)
-        settings, path = manifest["settings"], Path(item.path) / store.WORK / "model.npz"
+        manifest = read_manifest(Path(item.path), KIND)
+        settings, path = manifest["settings"], Path(item.path) / locks.WORK / "model.npz"
         same = all(settings[name] == getattr(options, name) for name in names)
-        if same and manifest["versions"] == store.versions() and path.is_file():
+        if same and manifest["versions"] == versions() and path.is_file():
             return path
     return None
 
@@ -269,7 +269,7 @@ def same(one: Reference, other: Reference) -> bool:
     """Tell whether two references are one input."""
     if one.path is None or other.path is None or one.kind != other.kind:
         return False
-    if is_elsewhere(one.path) or is_elsewhere(other.path):
+    if is_remote(one.path) or is_remote(other.path):
         return one.path == other.path
     return os.path.realpath(one.path) == os.path.realpath(other.path)
 
@@ -281,11 +281,11 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
         name = f"reference {number}"
         yield Reference(name, FEATURES, None, features, np.arange(features.rows))
         return
-    path = absolute(source)
-    if store.is_finished(Path(path)):
+    path = absolute_location(source)
+    if is_finished(Path(path)):
         yield from open_earlier(Path(path), str(source))
         return
-    if (Path(path) / store.WORK / store.REQUEST).is_file():
+    if (Path(path) / locks.WORK / locks.REQUEST).is_file():
         raise SnipError(f"--reference {source} is of a run that was stopped; finish it first")
     features = open_features(source, **how)
     yield Reference(str(source), FEATURES, path, features, np.arange(features.rows))
@@ -295,7 +295,7 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
     """Yield the references of a finished run, then its rows that stay."""
     import pyarrow.parquet as pq
 
-    manifest = store.read_manifest(folder, KIND)
+    manifest = read_manifest(folder, KIND)
     settings = manifest["settings"]
     if settings["features"] is None or not manifest["verified"]:
         raise SnipError(f"{folder} names no features on disk, so it cannot be a --reference")
@@ -304,15 +304,15 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
         yield from open_held(folder, held, how)
     features = open_searched(folder, settings["features"], how)
     check_searched(folder, features, manifest)
-    mask = store.sha256(folder / "is_dup.npy")
+    mask = atomic.sha256(folder / "is_dup.npy")
     if mask != manifest["outputs"]["is_dup.npy"]["sha256"]:
         raise SnipError(f"{folder / 'is_dup.npy'} is not what the run wrote; make it anew")
-    with store.as_written(folder):
+    with as_written(folder):
         live = ~np.load(folder / "is_dup.npy")
         if (folder / "bad_rows.parquet").is_file():
             live[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
-    crcs = [shard["crc32"] for shard in manifest["shards"]]
-    yield Reference(name, EARLIER, str(folder), features, np.flatnonzero(live), mask, crcs)
+    checksums = [shard["checksum"] for shard in manifest["shards"]]
+    yield Reference(name, EARLIER, str(folder), features, np.flatnonzero(live), mask, checksums)
 
 
 def open_held(folder: Path, held: dict[str, Any], how: dict[str, Any]) -> Iterator[Reference]:
@@ -325,9 +325,9 @@ def open_held(folder: Path, held: dict[str, Any], how: dict[str, Any]) -> Iterat
         how = {**how, "parts": None}
         features = open_searched(folder, held["path"], how)
         check_searched(folder, features, held)
-        crcs = [shard["crc32"] for shard in held["shards"]]
+        checksums = [shard["checksum"] for shard in held["shards"]]
         rows = np.arange(features.rows)
-        item = Reference(held["path"], FEATURES, held["path"], features, rows, None, crcs)
+        item = Reference(held["path"], FEATURES, held["path"], features, rows, None, checksums)
     if item.mask != held["request"]["mask"]:
         raise SnipError(
             f"{folder}: its reference {held['path']} was made anew since; so must it be"
@@ -361,7 +361,7 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
     now = request_of(features)
     accept_dates(now, features, manifest)
     if len(manifest["shards"]) != len(manifest["request"]["features"]):
-        raise SnipError(f"{folder / store.MANIFEST}: damaged: it names other shards in two places")
+        raise SnipError(f"{folder / MANIFEST}: damaged: it names other shards in two places")
     names = [[shard["name"] for shard in found["features"]] for found in (now, manifest["request"])]
     if names[0] != names[1]:
         changed = sorted(set(names[0]) ^ set(names[1])) or ["their order"]

@@ -25,11 +25,9 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.blocks import Block, collect, slices
 from snipdedup.groups.keep import ColumnRank, rank_by
+from snipdedup.groups.members import Copies, Members, Rank
 from snipdedup.groups.star import (
     Compare,
-    Copies,
-    Members,
-    Rank,
     group_components,
     group_matches,
     group_star,
@@ -138,7 +136,7 @@ class Result:
 
     @property
     def groups(self) -> Any:
-        """The members as a ``pyarrow.Table``, see ``docs/formats.md``."""
+        """The members as a ``pyarrow.Table``, see ``docs/files.md``."""
         return groups_table(self.found, self.members, None, self.near)
 
     @property

@@ -16,18 +16,19 @@ from snipdedup.errors import SnipError
 from snipdedup.features.scan import equal_rows
 from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
-from snipdedup.groups.star import Best, Nearest
+from snipdedup.groups.members import Best, Nearest
 from snipdedup.join.forest import Edges
 from snipdedup.metadata.tables import Metadata
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
 
 
 def finished_run(features: Any) -> Path | None:
     """Return FEATURES where it is a finished OUT, to be decided anew."""
     if isinstance(features, str | Path):
         folder = Path(features).expanduser()
-        if store.is_finished(folder):
-            manifest = store.load_json(folder / store.MANIFEST)
+        if is_finished(folder):
+            manifest = atomic.load_json(folder / MANIFEST)
             if isinstance(manifest, dict) and manifest.get("kind") == KIND:
                 return folder
     return None
@@ -37,7 +38,7 @@ def load_result(
     folder: Path, inputs: Inputs, options: Dedup, metadata: Metadata | None = None
 ) -> Result:
     """Read back a finished run's decision; by metadata too, where its keep rules name columns."""
-    settings = store.read_manifest(folder, KIND)["settings"]
+    settings = read_manifest(folder, KIND)["settings"]
     found = load_found(folder, inputs, options)
     names = ("threshold", "grouping", "keep", "seed")
     threshold, grouping, keep, seed = (settings[name] for name in names)
@@ -55,7 +56,7 @@ def load_found(folder: Path, inputs: Inputs, options: Dedup) -> Found:
     """
     import pyarrow.parquet as pq
 
-    manifest, features = store.read_manifest(folder, KIND), inputs.features
+    manifest, features = read_manifest(folder, KIND), inputs.features
     if not manifest["verified"] or features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
     check_searched(folder, features, manifest)
@@ -72,20 +73,20 @@ def load_found(folder: Path, inputs: Inputs, options: Dedup) -> Found:
         copies=copies,
         firsts=firsts,
         bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
-        crcs=known_crcs([manifest]),
+        checksums=known_checksums([manifest]),
         notes=manifest["method"],
         also=inputs.also(options),
         best=best,
         references=inputs.references,
         nearest=load_nearest(folder, manifest, inputs.references),
-        text_crcs=known_crcs([manifest["text"]] if inputs.text else []),
-        reference_crcs=known_crcs(manifest.get("references", [])),
+        text_checksums=known_checksums([manifest["text"]] if inputs.text else []),
+        reference_checksums=known_checksums(manifest.get("references", [])),
     )
 
 
-def known_crcs(described: list[dict[str, Any]]) -> list[int]:
-    """Return the CRC32 of the shards of some entries of a manifest."""
-    return [int(shard["crc32"], 16) for entry in described for shard in entry["shards"]]
+def known_checksums(described: list[dict[str, Any]]) -> list[int]:
+    """Return the Checksum of the shards of some entries of a manifest."""
+    return [int(shard["checksum"], 16) for entry in described for shard in entry["shards"]]
 
 
 def load_forest(

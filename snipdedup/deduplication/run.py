@@ -7,10 +7,12 @@ need: an OUT folder that is claimed first and whose manifest is written last.
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,9 +59,10 @@ from snipdedup.groups.keep import rank_by
 from snipdedup.metadata.tables import Metadata, open_metadata
 from snipdedup.parallel import cores, library_threads, pick_device, run_all
 from snipdedup.progress import Clock
-from snipdedup.runners.local import Runner, open_runner
-from snipdedup.runners.slurm import Crew, Written, place_of
-from snipdedup.storage import locks, store
+from snipdedup.runners.base import Runner, open_runner
+from snipdedup.runners.slurm import ShareDone, Slurm, share_of
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
 
 # Settings that say how a result is computed, not what it is.
 HOW = {
@@ -101,7 +104,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     options = Dedup(features=features, **settings)
     if options.out is not None:
         return execute(options, load=True)[0]
-    place_of(options, {})  # refused, since nothing would be shared
+    share_of(options, {})  # refused, since nothing would be shared
     options = options.filled()
     if options.device != "auto":
         pick_device(options.device)
@@ -112,7 +115,7 @@ def dedup(features: Any, **settings: Any) -> Result:
     rehearse_order(options, metadata)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
-        open_runner(options, None, None) as runner,
+        open_runner(options.runner, cores(options.threads), options.device) as runner,
     ):
         found = search(inputs, options, Path(work), Clock(), runner)
         return decide_by(found, inputs.features, metadata, options)
@@ -136,7 +139,7 @@ def plan(options: Dedup) -> str:
     features, metadata = inputs.features, open_table(options, inputs.features)
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
-        store.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
+        out_folder.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
     rehearse_end(options, metadata, check_metadata(options, metadata))
     if features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
@@ -151,7 +154,7 @@ def plan(options: Dedup) -> str:
     )
 
 
-@locks.given_up()
+@locks.released()
 def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     """Claim OUT, search, decide, write; return the result and its summary.
 
@@ -161,63 +164,70 @@ def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
     if options.device != "auto":
         pick_device(options.device)
     earlier = finished_run(options.features)
-    place = None if earlier else place_of(options)
+    share = None if earlier else share_of(options)
     if earlier is not None:
-        with store.as_written(earlier):
+        with as_written(earlier):
             options = inherit(options, earlier)
     options = options.filled()
     inputs = open_inputs(options)
     features, metadata = inputs.features, open_table(options, inputs.features)
-    store.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
+    out_folder.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
     key = check_metadata(options, metadata)  # refused now, not after the search
     rehearse_end(options, metadata, key)
     request = describe_request(options, inputs, metadata)
     if earlier is None and method_of(options) in ("adc", "join"):
         check_given(features, options)
     found = None if earlier is None else reuse(earlier, inputs, options)
-    if features is not None and store.is_finished(out):
-        accept_dates(request, features, store.read_manifest(out, KIND))
-    state = store.claim(
+    if features is not None and is_finished(out):
+        accept_dates(request, features, read_manifest(out, KIND))
+    state = out_folder.claim(
         out,
         KIND,
         request,
         overwrite=options.overwrite,
-        late=True,
-        shared=place is not None,
+        shared=share is not None,
         decisions=decisions_of(options),
     )
     said = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
         try:
             rows = 0 if load or features is None else features.rows  # others' processes stay whole
-            with open_runner(options, out, place, rows=rows) as runner:
+            with open_runner(
+                options.runner, cores(options.threads), options.device, rows=rows, share=share,
+                out=out,
+            ) as runner:  # fmt: skip
                 found = find(inputs, options, out, clock, runner, found)
-                with last_word(runner):
-                    return conclude(
-                        found, out, draft_folder(out, runner), inputs, metadata, key, request,
-                        options, clock, load,
-                    )  # fmt: skip
-        except SnipError:
-            if place is None:
-                store.release_unbegun(out)
-            raise
-        except Written as other:
-            said = str(other)
-            # what was left by one that was slow to notice; by now it may be the next run's
-            if not options.keep_work and locks.take(out / store.WORK / store.LOCK) is None:
-                store.end_work(out)
-    with store.as_written(out):
+                return conclude(
+                    found, out, draft_folder(out), inputs, metadata, key, request, options, clock,
+                    load,
+                )  # fmt: skip
+        except ShareDone as done:
+            said = str(done)
+            while load and not is_finished(out):
+                time.sleep(1)
+        except (OSError, SnipError) as error:
+            if share is None and isinstance(error, SnipError):
+                out_folder.release_unbegun(out)
+            if share is None or not is_finished(out):
+                raise
+            said = f"{out} is finished; another process wrote it"  # this one slept meanwhile
+        if not is_finished(out):
+            return None, said
+        # a task that a sleeping process had begun leaves its files
+        if not options.keep_work and locks.acquire(out / locks.WORK / locks.LOCK) is None:
+            locks.end_work(out)
+    with as_written(out):
         remove_left(out)
         return load_result(out, inputs, options, metadata) if load else None, said
 
 
 def remove_left(out: Path) -> None:
     """Remove the work of a finished run that was killed just then, or of its last helpers."""
-    kept = store.read_manifest(out, KIND)["settings"].get("keep_work")
-    lock = out / store.WORK / store.LOCK  # without it a folder of that name is someone's own
+    kept = read_manifest(out, KIND)["settings"].get("keep_work")
+    lock = out / locks.WORK / locks.LOCK  # without it a folder of that name is someone's own
     with suppress(OSError):  # OUT may be read-only by now
-        if not kept and lock.is_file() and locks.take(lock) is None:
-            store.end_work(out)
+        if not kept and lock.is_file() and locks.acquire(lock) is None:
+            locks.end_work(out)
 
 
 def search_once(inputs: Inputs, options: Dedup, work: Path, clock: Clock, runner: Runner) -> Found:
@@ -244,46 +254,28 @@ def find(
     One of several processes leaves it as it is for the others, who say the same.
     """
     try:
-        found = reused or search_once(inputs, options, out / store.WORK, clock, runner)
+        found = reused or search_once(inputs, options, out / locks.WORK, clock, runner)
         inputs.refuse_changed()
     except InputError:
-        if not isinstance(runner, Crew):
-            store.release(out)
+        if not isinstance(runner, Slurm):
+            out_folder.release(out)
         raise
     except DamagedError as error:
-        if isinstance(runner, Crew):
-            runner.refuse_written()
+        if isinstance(runner, Slurm):
+            work = out / locks.WORK
             raise DamagedError(
-                f"{error}; what several processes share none of them empties: end them all, and "
-                f"remove {out / store.WORK} first"
+                f"{error}; stop all processes that write {out}, remove {work}, and start them again"
             ) from error
-        store.empty_work(out)  # all of it hangs on what is damaged
-        raise
-    except (OSError, SnipError):
-        if isinstance(runner, Crew):
-            runner.refuse_written()  # another one finished it, and tidied up
+        locks.empty_work(out)  # all of it hangs on what is damaged
         raise
     return found
 
 
-@contextmanager
-def last_word(runner: Runner) -> Iterator[None]:
-    """Say of a failure at the end that another process wrote it, where that is so."""
-    try:
-        yield
-    except (OSError, SnipError):  # taken for dead: its folder went with the work
-        if isinstance(runner, Crew):
-            runner.refuse_written()
-        raise
-
-
-def draft_folder(out: Path, runner: Runner) -> Path:
-    """Return where this process decides and writes: its own, even if others do so by mistake."""
-    if isinstance(runner, Crew):
-        return out / store.WORK / f"{DRAFT}-{runner.claims.owner}"
-    for path in (out / store.WORK).glob(f"{DRAFT}*"):  # of stopped runs
+def draft_folder(out: Path) -> Path:
+    """Return a new folder to decide and write in; remove those of stopped runs."""
+    for path in (out / locks.WORK).glob(f"{DRAFT}-*"):
         shutil.rmtree(path, ignore_errors=True)
-    return out / store.WORK / DRAFT
+    return out / locks.WORK / f"{DRAFT}-{secrets.token_hex(4)}"
 
 
 def conclude(
@@ -325,9 +317,9 @@ def conclude(
         "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
     }
     for folder in (out, out / "metadata", out / EXPORT):
-        store.remove_parts(folder)  # of what was killed there
+        atomic.remove_parts(folder)  # of what was killed there
     # the page would tell of rows that are no more
-    store.publish(out, KIND, body, outputs, gone=[PAGE], keep_work=options.keep_work)
+    out_folder.publish(out, KIND, body, outputs, removed=[PAGE], keep_work=options.keep_work)
     return result, summary(result, out, body)
 
 
@@ -336,8 +328,8 @@ def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path, options
     try:
         inputs.refuse_changed()
     except InputError:
-        if place_of(options) is None:  # else the others say the same
-            store.release(out)
+        if share_of(options) is None:  # else the others say the same
+            out_folder.release(out)
         raise
     if metadata is not None:
         metadata.refuse_changed()
@@ -366,7 +358,7 @@ def decide_by(
 
 def reuse(earlier: Path, inputs: Inputs, options: Dedup) -> Found:
     """Return what a finished run found, as if it had searched at this threshold."""
-    with store.as_written(earlier):
+    with as_written(earlier):
         found = load_found(earlier, inputs, options)
     if options.keep_fraction is not None:  # looks from the searched threshold on
         return found
@@ -401,7 +393,7 @@ def open_table(options: Dedup, features: Features | None) -> Metadata | None:
     if features is not None:
         metadata.check_matches(features)
     else:
-        held = store.read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
+        held = read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
         metadata.check_rows([(shard["name"], shard["rows"]) for shard in held])
     return metadata
 
@@ -417,8 +409,8 @@ def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) 
     settings["method"] = method_of(options)
     for name in ("index", "encoder"):  # what they are, not where
         if settings[name] is not None:
-            manifest = Path(settings[name]).expanduser() / store.MANIFEST
-            settings[name] = store.sha256(manifest) if manifest.is_file() else settings[name]
+            manifest = Path(settings[name]).expanduser() / MANIFEST
+            settings[name] = atomic.sha256(manifest) if manifest.is_file() else settings[name]
     described = request_of(inputs.features) if inputs.features else {}
     table = None
     if metadata is not None:
@@ -439,7 +431,7 @@ def describe_file(path: Path, rows: int) -> dict[str, Any]:
 
 def inherit(options: Dedup, earlier: Path) -> Dedup:
     """Return settings for a re-threshold: the input and the search of the finished run."""
-    manifest = store.read_manifest(earlier, KIND)
+    manifest = read_manifest(earlier, KIND)
     searched = manifest["settings"]
     if options.runner != "local" or options.num_tasks is not None:
         raise UsageError(

@@ -8,7 +8,7 @@ import numpy as np
 
 from snipdedup.deduplication.found import Found
 from snipdedup.errors import SnipError
-from snipdedup.groups.star import Members
+from snipdedup.groups.members import Members
 from snipdedup.join.forest import Edges
 
 

@@ -1,7 +1,7 @@
-"""Repositories of the Hugging Face hub: what is in them, at which commit, and who may have it.
+"""Repositories of the Hugging Face hub: their files at one commit, and why one cannot be fetched.
 
-The hub's client lists, and knows the token; `web` fetches, since the client does not go on with
-part of a file in a later run. A listing is of one commit, whatever is pushed meanwhile.
+The hub's client lists, and knows the token; `transfer` fetches, since the client does not continue
+part of a file in a later run.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
 from snipdedup import __version__
-from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage.remote import (
-    Access,
-    Folder,
-    MissingError,
-    Remote,
-    TemporaryError,
+from snipdedup.downloading.transfer import SourceFile
+from snipdedup.errors import MissingError, SnipError, TemporaryError, UsageError
+from snipdedup.storage.http import (
+    AGAIN,
+    DISABLED,
+    GATED,
+    TEMPORARY,
+    Token,
     origin_of,
+    temporary_error,
 )
-from snipdedup.storage.web import DISABLED, GATED, TEMPORARY, wanted_wait
 
-ENDPOINT = "https://huggingface.co"
 SCHEME = "hf"
-AGAIN = "run again later: what is complete is kept"
 ADDRESS = re.compile(
     r"hf://(?:(?P<kind>datasets|models)/)?(?!(?:datasets|models|spaces)/)(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)"
     r"(?:@(?P<early>refs/(?:pr|convert)/[^/@]+|[^/@]+))?"
@@ -38,20 +36,27 @@ ADDRESS = re.compile(
 
 
 @dataclass(frozen=True)
-class Place:
-    """What an ``hf://`` address names."""
+class HubAddress:
+    """What an ``hf://`` URL names."""
 
-    kind: str
+    kind: str  # dataset, model
     repo: str
     path: str
     revision: str | None
 
     def __str__(self) -> str:
-        """Return the address."""
-        return "/".join(filter(None, (f"hf://{self.kind}s/{self.repo}", self.path)))
+        """Return the URL."""
+        at = f"@{self.revision}" if self.revision else ""
+        return f"hf://{self.kind}s/{self.repo}{at}/{self.path}".rstrip("/")
+
+    @property
+    def page(self) -> str:
+        """The page of the repository."""
+        part = "datasets/" if self.kind == "dataset" else ""
+        return f"{endpoint()}/{part}{self.repo}"
 
 
-def parse(address: str) -> Place:
+def parse(address: str) -> HubAddress:
     """Parse ``hf://datasets/OWNER/NAME[/folder][@revision]``; without ``datasets/`` a model.
 
     Raises
@@ -65,141 +70,92 @@ def parse(address: str) -> Place:
             f"{address}: expected hf://datasets/OWNER/NAME[/folder][@revision], or "
             "hf://OWNER/NAME of a model"
         )
-    kind = (found["kind"] or "models").removesuffix("s")
-    return Place(
-        kind,
+    return HubAddress(
+        (found["kind"] or "models").removesuffix("s"),
         f"{found['owner']}/{found['name']}",
         found["path"].strip("/"),
         found["early"] or found["late"],
     )
 
 
-def own_token() -> str | None:
-    """Return the token that the hub's own tools keep, None where there is none or none is wanted.
+def endpoint() -> str:
+    """Return the hub's address; the client reads this variable only once, at its import."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
-    It is read again each time and stays in memory.
-    """
+
+def own_token() -> str | None:
+    """Return the token that the hub's own tools keep, None if there is none or none is wanted."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
         return None
     try:
         return get_token()
-    except Exception as error:  # a login that ran out, say
+    except Exception as error:  # for example a login that has expired
         raise SnipError(
             f"the hub's client cannot use its token ({first_line(error)}): log in again with: hf "
             "auth login"
         ) from error
 
 
-class Repository:
-    """One repository at one commit.
+def client() -> Any:
+    """Return the hub's client."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise SnipError(
+            "hf:// needs huggingface_hub: pip install 'snipdedup-toolkit[hub]'"
+        ) from None
+    return huggingface_hub.HfApi(
+        endpoint=endpoint(),
+        token=own_token() or False,
+        library_name="snipdedup",
+        library_version=__version__,
+    )
 
-    Parameters
-    ----------
-    place : Place
-    commit : str, optional
-        Instead of the revision that ``place`` names.
-    """
 
-    def __init__(self, place: Place, commit: str | None = None) -> None:
-        try:
-            import huggingface_hub
-        except ImportError:
-            raise SnipError(
-                "hf:// needs huggingface_hub: pip install 'snipdedup-toolkit[hub]'"
-            ) from None
-        self.place = place
-        # the client reads its environment once, at import
-        self.endpoint = os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
-        self.token = own_token()
-        self.client = huggingface_hub.HfApi(
-            endpoint=self.endpoint,
-            token=self.token or False,
-            library_name="snipdedup",
-            library_version=__version__,
+def pin(address: str, commit: str | None = None) -> str:
+    """Return an address with the commit that its revision is now, or with a given one."""
+    place = parse(address)
+    if commit is not None:
+        return str(replace(place, revision=commit))
+    with client_errors(place):
+        info = client().repo_info(place.repo, repo_type=place.kind, revision=place.revision)
+    if info.id.lower() != place.repo.lower():
+        raise SnipError(f"{address}: has moved to {info.id}: give hf://{place.kind}s/{info.id}")
+    return str(replace(place, revision=str(info.sha)))
+
+
+def list_folder(address: str) -> tuple[dict[str, SourceFile], list[str]]:
+    """Return the files of a folder by name, and the names of its folders, at a pinned commit."""
+    place, files, folders = parse(address), {}, []
+    with client_errors(place):
+        entries = list(
+            client().list_repo_tree(
+                place.repo, place.path or None, repo_type=place.kind, revision=place.revision
+            )
         )
-        self.asked = commit or place.revision
-
-    @property
-    def page(self) -> str:
-        """Where a person reads about it."""
-        part = "datasets/" if self.place.kind == "dataset" else ""
-        return f"{self.endpoint}/{part}{self.place.repo}"
-
-    @property
-    def access(self) -> Access | None:
-        """The token, for the hub alone."""
-        return Access(origin_of(self.endpoint), self.token) if self.token else None
-
-    @cached_property
-    def commit(self) -> str:
-        """The commit that the asked revision is now."""
-        with explained(self):
-            info = self.client.repo_info(
-                self.place.repo, repo_type=self.place.kind, revision=self.asked
-            )
-        if info.id.lower() != self.place.repo.lower():
-            raise SnipError(
-                f"{self.place} has moved to {info.id}: give hf://{self.place.kind}s/{info.id}"
-            )
-        return str(info.sha)
-
-    def listing(self, path: str) -> tuple[dict[str, Remote], list[str]]:
-        """Return the files of a folder by name, with size and checksum, and its folders' names."""
-        with explained(self, path):
-            entries = list(
-                self.client.list_repo_tree(
-                    self.place.repo, path or None, repo_type=self.place.kind, revision=self.commit
-                )
-            )
-        files, folders = {}, []
-        for entry in entries:
-            name = entry.path.rpartition("/")[2]
-            if hasattr(entry, "tree_id"):
-                folders.append(name)
-            else:
-                files[name] = self.remote(entry)
-        return files, folders
-
-    def remote(self, entry: Any) -> Remote:
-        """Return one file of a listing."""
-        large = entry.lfs is not None
-        return Remote(
-            f"{self.page}/resolve/{self.commit}/{quote(entry.path)}",
+    text = own_token()
+    token = Token(origin_of(endpoint()), text) if text else None
+    for entry in entries:
+        name = entry.path.rpartition("/")[2]
+        if hasattr(entry, "tree_id"):
+            folders.append(name)
+            continue
+        sha256 = entry.lfs.sha256 if entry.lfs is not None else None
+        files[name] = SourceFile(
+            f"{place.page}/resolve/{place.revision}/{quote(entry.path)}",
             size=entry.size,
-            sha256=entry.lfs.sha256 if large else None,
-            git_sha1=None if large else entry.blob_id,
-            access=self.access,
+            sha256=sha256,
+            git_sha1=None if sha256 else entry.blob_id,
+            token=token,
         )
-
-
-class HubFolder(Folder):
-    """A folder of a repository."""
-
-    def __init__(self, repository: Repository, path: str) -> None:
-        self.repository, self.path = repository, path
-        place = repository.place
-        self.shown = str(Place(place.kind, place.repo, path, None))
-
-    def list(self) -> tuple[dict[str, Remote], list[str]]:
-        """See `Folder.list`."""
-        return self.repository.listing(self.path)
-
-    def child(self, name: str) -> HubFolder:
-        """See `Folder.child`."""
-        return HubFolder(self.repository, f"{self.path}/{name}".lstrip("/"))
-
-    def parent(self) -> HubFolder | None:
-        """See `Folder.parent`."""
-        if not self.path:
-            return None
-        return HubFolder(self.repository, self.path.rpartition("/")[0])
+    return files, folders
 
 
 @contextmanager
-def explained(repository: Repository, path: str = "") -> Iterator[None]:
-    """Turn the client's errors into ours: what is the matter, and what to do."""
+def client_errors(place: HubAddress) -> Iterator[None]:
+    """Turn the client's errors into ours, which say what to do."""
     try:
         yield
     except SnipError:
@@ -209,51 +165,46 @@ def explained(repository: Repository, path: str = "") -> Iterator[None]:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__) is not None:
             chain.append(cause)
-        raise refusal(repository, path, chain) from error
+        raise hub_error(place, chain) from error
 
 
-def refusal(repository: Repository, path: str, chain: list[BaseException]) -> SnipError:
-    """Return what a chain of the client's errors means."""
+def hub_error(place: HubAddress, chain: list[BaseException]) -> SnipError:
+    """Return what an error of the client, with its causes, means."""
     from huggingface_hub import errors
 
-    place, page = repository.place, repository.page
-
-    def any_of(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(error, kinds) for error in chain)
-
-    if any_of(errors.DisabledRepoError):
-        return SnipError(f"{place}: {DISABLED}")
-    if any_of(errors.GatedRepoError):  # a kind of RepositoryNotFoundError: first
-        waiting = "; or your account still waits to be let in" if repository.token else ""
-        return SnipError(f"{place}: {GATED.format(page=page)}{waiting}")
-    if any_of(errors.RepositoryNotFoundError):
-        login = "" if repository.token else ", or it is private: log in with: hf auth login"
-        return MissingError(f"{place}: the hub has no such {place.kind}; check the name{login}")
-    if any_of(errors.RevisionNotFoundError):
-        return MissingError(
-            f"{place}: has no revision {repository.asked!r}; see {page}/tree/main for those it has "
-            "(a run that began with another: --overwrite begins anew)"
+    login = "" if own_token() else ", or it is private: log in with: hf auth login"
+    tree = f"{place.page}/tree/{place.revision or 'main'}"
+    meanings: list[tuple[type[Exception], type[SnipError], str]] = [
+        (errors.DisabledRepoError, SnipError, DISABLED),
+        # a kind of RepositoryNotFoundError, so it comes first
+        (errors.GatedRepoError, SnipError, GATED.format(page=place.page)),
+        (
+            errors.RepositoryNotFoundError,
+            MissingError,
+            f"the hub has no such {place.kind}; check the name{login}",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            MissingError,
+            f"has no revision {place.revision!r}; see {place.page}/tree/main for those it has (to "
+            "restart a run that began with another: --overwrite)",
+        ),
+        (errors.EntryNotFoundError, MissingError, f"has no {place.path!r}; see {tree}"),
+        (errors.OfflineModeIsEnabled, SnipError, "HF_HUB_OFFLINE is set; unset it"),
+        (errors.HFValidationError, UsageError, first_line(chain[0])),
+    ]
+    for kind, ours, text in meanings:
+        if any(isinstance(error, kind) for error in chain):
+            return ours(f"{place}: {text}")
+    responses = [error.response for error in chain if isinstance(error, errors.HfHubHTTPError)]
+    if not responses:
+        return TemporaryError(
+            f"{place}: the hub cannot be reached: {first_line(chain[-1])}; {AGAIN}"
         )
-    if any_of(errors.EntryNotFoundError):
-        return MissingError(f"{place}: has no {path!r}; see {page}/tree/{repository.commit}")
-    if any_of(errors.OfflineModeIsEnabled):
-        return SnipError(f"{place}: HF_HUB_OFFLINE is set, so the hub may not be asked; unset it")
-    if any_of(errors.HFValidationError):
-        return UsageError(f"{place}: {first_line(chain[0])}")
-    responses = [e.response for e in chain if isinstance(e, errors.HfHubHTTPError)]
-    if responses:
-        return status_refusal(place, responses[0])
-    return TemporaryError(f"{place}: the hub cannot be reached: {first_line(chain[-1])}; {AGAIN}")
-
-
-def status_refusal(place: Place, response: Any) -> SnipError:
-    """Return what any other status of the hub means."""
-    status = response.status_code
-    if status not in TEMPORARY:
-        return SnipError(f"{place}: the hub says {status} {response.reason_phrase}")
-    wait = wanted_wait(response.headers)
-    text = f"{place}: the hub says {status}; {AGAIN}"
-    return TemporaryError(text + (f" (it asks to wait {wait:,.0f} s)" if wait else ""), wait)
+    status = responses[0].status_code
+    if status in TEMPORARY:
+        return temporary_error(f"{place}: the hub says {status}; {AGAIN}", responses[0].headers)
+    return SnipError(f"{place}: the hub says {status} {responses[0].reason_phrase}")
 
 
 def first_line(error: BaseException) -> str:

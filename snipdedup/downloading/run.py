@@ -1,8 +1,7 @@
-"""``snip download``: fetch files of metadata, and features, and filter them as they land.
+"""``snip download``: metadata files and features, filtered by a mask as they arrive.
 
-A file's place in the mask is its place in the unfiltered set, whatever part of it is fetched.
-What is asked is claimed before anything is fetched; a stopped run goes on with the commit, the
-mask and the row counts that it began with.
+A file's place in the mask is its place in the unfiltered set, whatever part of it is fetched. A
+stopped run continues with the commit, the mask and the first row that it began with.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.config import Download
-from snipdedup.downloading import presets, published, sources, transfer
-from snipdedup.downloading.hub import SCHEME, HubFolder
-from snipdedup.downloading.parallel import side_by_side
-from snipdedup.downloading.placing import place, published_mask, settled
-from snipdedup.downloading.sources import Found
-from snipdedup.downloading.transfer import Watch
-from snipdedup.errors import SnipError
+from snipdedup.downloading import hub, published, sources
+from snipdedup.downloading.mask_rows import find_first_row, open_published_mask, resolve_totals
+from snipdedup.downloading.sources import SourceFiles
+from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
+from snipdedup.errors import SnipError, TemporaryError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.files import SUFFIXES, open_table
 from snipdedup.metadata.kept_features import feature_rows, write_staying
@@ -38,29 +35,62 @@ from snipdedup.metadata.masks import (
     summary,
 )
 from snipdedup.metadata.tables import Metadata, write_kept
-from snipdedup.storage import locks, store
-from snipdedup.storage.remote import (
-    Folder,
-    Remote,
-    TemporaryError,
-    is_web,
-    scheme_of,
-    shown,
-)
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.listing import FEATURES, METADATA
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
+from snipdedup.storage.remote import with_retries
+from snipdedup.storage.urls import PART, is_web, redacted, scheme_of
 
 KIND = "download"
-RAW = "raw"  # below the work folder: what is fetched and not yet filtered
+ARRIVED = "arrived"  # below the work folder: fetched, not yet filtered
+DONE = "done"  # below the work folder: one note for each file that is complete
 PINNED = "pinned.json"  # in the work folder: what a stopped run began with
-IMAGES, TABLES = sources.FEATURES
+
+
+@dataclass(frozen=True)
+class DownloadResult:
+    """What ``snip download`` wrote to ``out``.
+
+    Attributes
+    ----------
+    out : Path
+    kind : str
+        ``download``, or the kind of a published result: ``index``, ``encoder``, ``dedup`` ...
+    files : int
+        Files of metadata, or all files of a published result.
+    rows, kept : int
+        Rows of these files before and after the mask; 0 for a published result.
+    text : str
+        The summary that the command prints.
+    """
+
+    out: Path
+    kind: str
+    files: int
+    rows: int
+    kept: int
+    text: str
+
+    def __str__(self) -> str:
+        """Return the summary."""
+        return self.text
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file of metadata to fetch, its number in the set where known, and its features."""
+    """One file of metadata to fetch, its number in the set if known, and its features."""
 
-    table: Remote
+    table: SourceFile
     number: int | None
-    features: Remote | None = None
+    features: SourceFile | None = None
+
+    def place(self, folder: Path, suffix: str | None = None) -> list[tuple[SourceFile, Path]]:
+        """Return its files, and where they lie in a folder that is laid out as OUT is."""
+        name = self.table.name if suffix is None else Path(self.table.name).stem + suffix
+        if self.features is None:
+            return [(self.table, folder / name)]
+        features = folder / FEATURES / self.features.name
+        return [(self.table, folder / METADATA / name), (self.features, features)]
 
 
 @dataclass(frozen=True)
@@ -71,67 +101,75 @@ class Plan:
     mask: Mask | None
     first_row: int
 
+    def outputs(self, item: Item, work: Path) -> list[Path]:
+        """Return where the files of an item lie when they are complete."""
+        suffix = None if self.mask is None else ".parquet"
+        return [path for _, path in item.place(work / FILES, suffix)]
 
-@locks.given_up()
-def run(options: Download) -> str:
-    """Fetch a range of metadata files, or a published folder: ``snip download``."""
+
+@locks.released()
+def run(options: Download) -> DownloadResult:
+    """Fetch a range of metadata files, or a published folder."""
     if options.out is None:
-        raise SnipError(presets.LAION)
-    source = presets.resolve(options.source)
-    sources.refuse_unclear(source, options.end)
+        raise SnipError(sources.NO_LAION)
+    source = sources.resolve_name(options.source)
+    sources.check_source(source, options.end)
     out = Path(options.out).expanduser()
-    # A hub is asked once the folder is claimed, and then for the commit that the run began with.
-    meant = None if scheme_of(source) == SCHEME or is_folder(source) else look(options, source)
-    refuse_overlap(options, source, out, meant)
-    request = asked(options, source, meant)
-    held = finished(out)
-    kind = held.get("kind", KIND)
-    if held and not options.overwrite and not is_ours(held, options, source):
-        return published_already(options, source, out, kind)
-    state = store.claim(out, kind, request, overwrite=options.overwrite, late=True)
+    # Hubs and published folders are asked once OUT is claimed: a stopped run has its own commit.
+    is_late = scheme_of(source) == hub.SCHEME or is_web_folder(source)
+    found = None if is_late else find_source(options, source)
+    refuse_overlap(options, source, out, found)
+    request = request_of(options, source, found)
+    earlier = atomic.load_json(out / MANIFEST) if is_finished(out) else None
+    kind = earlier.get("kind", KIND) if isinstance(earlier, dict) else KIND
+    if earlier and not options.overwrite and not is_own_download(earlier, options, source):
+        return confirm_published(options, source, out, kind)
+    state = out_folder.claim(out, kind, request, overwrite=options.overwrite)
     if state == "done":
-        return f"{out} is finished already: {said(store.read_manifest(out, KIND)['files'])}"
+        return describe(out, read_manifest(out, KIND)["files"], " is finished already")
     try:
-        meant = meant or look(options, source, pinned(out).get("revision"))
-        if isinstance(meant, Remote):
-            files = published.read(meant, out / store.WORK / store.MANIFEST)
+        if found is None:
+            found = find_source(options, pin_source(source, out, "revision"))
+        if isinstance(found, SourceFile):
+            manifest = published.fetch_manifest(found, out / locks.WORK / MANIFEST)
         else:
-            remember(out, revision=commit_of(meant.folder))
-            plan = make_plan(options, source, meant, out)
+            plan = make_plan(options, source, found, out)
     except TemporaryError:
         raise  # what came stays
     except SnipError:
         if state == "new":
-            store.release(out)
+            out_folder.release(out)
         raise
-    if isinstance(meant, Remote):
-        return published.fetch(out, meant, files, options.jobs)
+    if isinstance(found, SourceFile):
+        text = published.fetch_result(out, found, manifest, options.jobs)
+        return DownloadResult(out, manifest["kind"], len(manifest["outputs"]), 0, 0, text)
     return fetch_set(options, request, plan, out)
 
 
-def look(options: Download, source: str, commit: str | None = None) -> Found | Remote:
-    """Return the files that are meant, or the manifest where it is a whole published folder."""
+def find_source(options: Download, source: str) -> SourceFiles | SourceFile:
+    """Return the files of metadata that are meant, or the manifest of a whole published folder."""
 
-    def ask() -> Found | Remote:
-        if is_folder(source) and wants_all(options):
-            return published.manifest_at(source)
-        opened = None if is_web(source) else sources.open_folder(source, commit)
-        if opened is not None and opened.names is None and wants_all(options):
-            manifest = opened.folder.files.get(store.MANIFEST)
-            if manifest is not None:
-                return manifest
-        return sources.find(source, options.start, options.end, opened)
+    def find() -> SourceFiles | SourceFile:
+        folder = None
+        if wants_all(options):
+            if is_web_folder(source):
+                return published.manifest_in(source)
+            url, names = ("", "") if is_web(source) else sources.split_source(source)
+            folder = sources.open_folder(url) if names is None else None
+            if folder is not None and MANIFEST in folder.files:
+                return folder.files[MANIFEST]
+        return sources.find_files(source, options.start, options.end, folder)
 
-    meant = transfer.patiently(ask)
-    if isinstance(meant, Found):
-        check_names(meant.files, SUFFIXES)
-    return meant
+    found = with_retries(find)
+    if isinstance(found, SourceFiles):
+        check_names(found.files, SUFFIXES)
+    return found
 
 
-def is_folder(source: str) -> bool:
-    """Tell an http(s) folder, which must be a published one, from a file or a template."""
-    last = shown(source).rpartition("/")[2]
-    return is_web(source) and sources.PART not in source and not sources.names_files(last)
+def is_web_folder(source: str) -> bool:
+    """Tell an http(s) folder, which must be a published one, from a file or a pattern."""
+    last = redacted(source).rpartition("/")[2]
+    return is_web(source) and PART not in source and not sources.names_files(last)
 
 
 def wants_all(options: Download) -> bool:
@@ -140,17 +178,19 @@ def wants_all(options: Download) -> bool:
     return not options.embeddings and all(value is None for value in asked)
 
 
-def refuse_overlap(options: Download, source: str, out: Path, meant: Found | Remote | None) -> None:
+def refuse_overlap(
+    options: Download, source: str, out: Path, found: SourceFiles | SourceFile | None
+) -> None:
     """Refuse to write into an input."""
     named = [source, options.is_dup, options.cumulative_sizes, options.embeddings_source]
-    named += [file.url for file in meant.files] if isinstance(meant, Found) else []
+    named += [file.url for file in found.files] if isinstance(found, SourceFiles) else []
     local = [Path(name).expanduser() for name in named if name and not scheme_of(name)]
-    store.refuse_output_inside(out, [path for path in local if path.exists()])
+    out_folder.refuse_output_inside(out, [path for path in local if path.exists()])
 
 
-def check_names(files: Sequence[Remote], suffixes: Sequence[str]) -> None:
-    """Refuse files that would have one name, or cannot be what is wanted by their names."""
-    seen: dict[str, Remote] = {}
+def check_names(files: Sequence[SourceFile], suffixes: Sequence[str]) -> None:
+    """Refuse files that would have one name, or whose names are not those of such files."""
+    seen: dict[str, SourceFile] = {}
     for file in files:
         name = Path(file.name)
         if name.suffix.lower() not in suffixes:
@@ -162,267 +202,247 @@ def check_names(files: Sequence[Remote], suffixes: Sequence[str]) -> None:
         seen[name.stem] = file
 
 
-def asked(options: Download, source: str, meant: Found | Remote | None) -> dict[str, Any]:
+def request_of(
+    options: Download, source: str, found: SourceFiles | SourceFile | None
+) -> dict[str, Any]:
     """Return what the result depends on, as far as it is known before anything is fetched.
 
-    Files that can be looked at must not have changed; what a hub holds is pinned by its commit.
+    Listed files must not have changed when a run continues; what a hub holds is pinned by its
+    commit.
     """
-    stamps = None
-    if isinstance(meant, Found) and not is_web(source):
-        stamps = [version_of(file) for file in meant.files]
-    elsewhere = options.embeddings_source
+    files = None
+    if isinstance(found, SourceFiles) and not is_web(source):
+        files = [
+            {
+                "source": file.shown,
+                "size": file.size,
+                **({} if scheme_of(file.url) else stamp(Path(file.url))),
+            }
+            for file in found.files
+        ]
+    features = options.embeddings_source
     return {
-        "source": shown(source),
+        "source": redacted(source),
         "start": options.start,
         "end": options.end,
-        "embeddings": options.embeddings or elsewhere is not None,
-        "embeddings_source": elsewhere and shown(elsewhere),
+        "embeddings": options.embeddings or features is not None,
+        "embeddings_source": features and redacted(features),
         "mask": options.is_dup and identity(options.is_dup),
         "cumulative_sizes": options.cumulative_sizes and identity(options.cumulative_sizes),
-        "files": stamps,
+        "files": files,
     }
 
 
-def version_of(file: Remote) -> dict[str, Any]:
-    """Return what tells a file from a later one of its name."""
-    local = {} if scheme_of(file.url) else stamp(Path(file.url))
-    return {"source": file.shown, "size": file.size, **local}
-
-
 def identity(location: str) -> dict[str, Any]:
-    """Return what a request says of a mask or of totals: of a local one what it holds."""
+    """Return what a request holds of a mask or of totals: of a local file its checksum."""
     if scheme_of(location):
-        return {"source": shown(location)}
+        return {"source": redacted(location)}
     path = Path(location).expanduser()
     path = open_mask(path).path if path.is_dir() else path
     if not path.is_file():
         raise SnipError(f"no such file: {path}")
-    return {"sha256": store.sha256(path)}
+    return {"sha256": atomic.sha256(path)}
 
 
-def finished(out: Path) -> dict[str, Any]:
-    """Return the manifest of the finished folder that is there, nothing without one."""
-    found = store.load_json(out / store.MANIFEST) if store.is_finished(out) else None
-    return found if isinstance(found, dict) else {}
-
-
-def is_ours(held: dict[str, Any], options: Download, source: str) -> bool:
+def is_own_download(earlier: dict[str, Any], options: Download, source: str) -> bool:
     """Tell a folder that this command made from one that it fetched as it was published."""
-    if held.get("kind") != KIND:
+    if earlier.get("kind") != KIND:
         return False
-    return not wants_all(options) or held.get("request", {}).get("source") == shown(source)
+    return not wants_all(options) or earlier.get("request", {}).get("source") == redacted(source)
 
 
-def published_already(options: Download, source: str, out: Path, kind: str) -> str:
-    """Say that a published folder was fetched before; refuse a folder that is another one."""
+def confirm_published(options: Download, source: str, out: Path, kind: str) -> DownloadResult:
+    """Return that a published folder was fetched before; refuse a folder that is another one."""
+    pinned = hub.pin(source) if scheme_of(source) == hub.SCHEME else source
+    found = find_source(options, pinned)
     with tempfile.TemporaryDirectory() as scratch:
-        meant = look(options, source)
-        copy = Path(scratch) / store.MANIFEST
-        if isinstance(meant, Remote) and published.holds(out, published.read(meant, copy), copy):
-            return f"{out} is finished already: {kind}, as {shown(source)}"
+        copy = Path(scratch) / MANIFEST
+        if isinstance(found, SourceFile):
+            manifest = published.fetch_manifest(found, copy)
+            if published.is_complete_copy(out, manifest, copy):
+                text = f"{out} is finished already: {kind}, as {redacted(source)}"
+                return DownloadResult(out, kind, len(manifest["outputs"]), 0, 0, text)
     raise SnipError(
-        f"{out} holds a finished {kind}, not what {shown(source)} is now; choose another folder, "
-        "or replace it with --overwrite"
+        f"{out} holds a finished {kind}, not what {redacted(source)} is now; choose another "
+        "folder, or replace it with --overwrite"
     )
 
 
-def pinned(out: Path) -> dict[str, Any]:
-    """Return what a stopped run began with."""
-    path = out / store.WORK / PINNED
-    return dict(store.load_json(path)) if path.is_file() else {}
+def read_pins(out: Path) -> dict[str, Any]:
+    """Return what a stopped run began with: commits, the first row."""
+    path = out / locks.WORK / PINNED
+    return dict(atomic.load_json(path)) if path.is_file() else {}
 
 
-def remember(out: Path, **facts: Any) -> None:
-    """Add to what a stopped run goes on with."""
-    store.save_json(out / store.WORK / PINNED, {**pinned(out), **facts})
+def add_pin(out: Path, name: str, value: Any) -> None:
+    """Note what a stopped run has to continue with."""
+    atomic.save_json(out / locks.WORK / PINNED, {**read_pins(out), name: value})
 
 
-def commit_of(folder: Folder | None) -> str | None:
-    """Return the commit that a listing is of, None where there is no such thing."""
-    return folder.repository.commit if isinstance(folder, HubFolder) else None
+def pin_source(source: str, out: Path, name: str) -> str:
+    """Return a hub's address at the commit that the run began with; other locations as they are."""
+    if scheme_of(source) != hub.SCHEME:
+        return source
+    source = with_retries(lambda: hub.pin(source, read_pins(out).get(name)))
+    add_pin(out, name, hub.parse(source).revision)
+    return source
 
 
-def make_plan(options: Download, source: str, found: Found, out: Path) -> Plan:
-    """Return what to fetch; the mask is here after it, and where it begins is certain."""
+def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> Plan:
+    """Return what to fetch; the mask is here after it, and it is certain where it begins."""
     numbers = [None if found.first is None else found.first + i for i in range(len(found.files))]
-    features: Sequence[Remote | None] = [None] * len(found.files)
+    features: Sequence[SourceFile | None] = [None] * len(found.files)
     if options.embeddings or options.embeddings_source:
-        commit = pinned(out).get("features_revision")
         elsewhere = options.embeddings_source
-        wanted, folder = sources.find_features(source, found, elsewhere, commit)
-        remember(out, features_revision=commit_of(folder))
+        if elsewhere is not None:
+            elsewhere = pin_source(elsewhere, out, "features_revision")
+        elif "revision" in read_pins(out):
+            add_pin(out, "features_revision", read_pins(out)["revision"])
+        wanted = with_retries(lambda: sources.find_features(source, found, elsewhere))
         check_names(wanted, FEATURE_SUFFIXES)
         features = wanted
     items = list(map(Item, found.files, numbers, features))
     if options.is_dup is None:
         return Plan(items, None, 0)
-    work = out / store.WORK
-    mask = published_mask(options.is_dup, options.cumulative_sizes, work)
-    mask = settled(mask, found, work, options.jobs)
-    begun = pinned(out).get("first_row")
-    first_row = place(source, found, mask, work, options.jobs) if begun is None else begun
-    remember(out, first_row=first_row)
+    work = out / locks.WORK
+    mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
+    mask = resolve_totals(mask, found, work, options.jobs)
+    first_row = read_pins(out).get("first_row")
+    if first_row is None:
+        first_row = find_first_row(source, found, mask, work, options.jobs)
+        add_pin(out, "first_row", first_row)
     return Plan(items, mask, first_row)
 
 
-def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path) -> str:
+def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path) -> DownloadResult:
     """Fetch and filter the files of a plan; write the manifest."""
-    described = list(land_each(plan, out / store.WORK, options.jobs))
-    parts = [part for about in described for part in targets(about, out / store.WORK)]
+    work, pins = out / locks.WORK, read_pins(out)
+    described = list(fetch_items(plan, work, options.jobs))
     hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
     given = {name: getattr(options, name) for name in hidden}
-    shows = {name: value and shown(value) for name, value in given.items()}
+    shown = {name: value and redacted(value) for name, value in given.items()}
     body = {
-        "settings": {**options.as_dict(), **shows},
+        "settings": {**options.as_dict(), **shown},
         "request": request,
-        "revision": pinned(out).get("revision"),
-        "features_revision": pinned(out).get("features_revision"),
-        "mask": plan.mask and {"rows": plan.mask.rows, "sha256": store.sha256(plan.mask.path)},
+        "revision": pins.get("revision"),
+        "features_revision": pins.get("features_revision"),
+        "mask": plan.mask and {"rows": plan.mask.rows, "sha256": atomic.sha256(plan.mask.path)},
         "first_row": plan.first_row if plan.mask else None,
         "files": described,
     }
-    store.publish(out, KIND, body, parts)
-    return f"{out}: {said(described)}"
+    outputs = [path for item in plan.items for path in plan.outputs(item, work)]
+    out_folder.publish(out, KIND, body, outputs)
+    return describe(out, described)
 
 
-def said(files: Sequence[dict[str, Any]]) -> str:
-    """Say in one line what came."""
+def describe(out: Path, files: Sequence[dict[str, Any]], note: str = "") -> DownloadResult:
+    """Return the result of a download from what its manifest says of the files."""
+    rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
     features = sum("features" in file for file in files)
-    return summary(files) + (f", with features of {features} files" if features else "")
+    text = f"{out}{note}: {summary(files)}"
+    text += f", with features of {features} files" if features else ""
+    return DownloadResult(out, KIND, len(files), rows, kept, text)
 
 
-def land_each(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
-    """Fetch files side by side, filter them in order; yield what the manifest says of each.
-
-    What a stopped run completed, its notes in the work folder say.
-    """
-    landed = {item.table.name: landed_before(item, plan, work) for item in plan.items}
-    pending = [item for item in plan.items if not landed[item.table.name]]
-    coming = [remote for item in pending for remote in (item.table, item.features) if remote]
+def fetch_items(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
+    """Fetch files several at a time, filter them in order; yield their entries of the manifest."""
+    done = {item.table.name: read_done(item, plan, work) for item in plan.items}
+    pending = [item for item in plan.items if not done[item.table.name]]
+    arrived = work / (FILES if plan.mask is None else ARRIVED)
+    total = sum(file.size or 0 for item in pending for file, _ in item.place(arrived))
     row = plan.first_row
-    with progress.bar(sum(file.size or 0 for file in coming), "download", "B") as bar:
-        watch = Watch(bar)
-        arriving = side_by_side(lambda item: bring(item, work, watch), pending, jobs, watch)
-        with closing(arriving):
+    with progress.bar(total, "download", "B") as bar:
+        monitor = Monitor(bar)
+        fetched = monitor.map(lambda item: fetch_item(item, arrived, monitor), pending, jobs)
+        with closing(fetched):
             for item in plan.items:
-                about = landed[item.table.name]
+                about = done[item.table.name]
                 if not about:
-                    sent = next(arriving)
-                    about = {**sent, **land(item, plan, work, row), "first_row": row}
-                    seal_landed(item, about, plan, work)
-                    settle(item, plan, work)
+                    sizes = next(fetched)
+                    paths = [path for _, path in item.place(arrived)]
+                    about = {**sizes, **check_item(item, paths), "first_row": row}
+                    if plan.mask is not None:
+                        about |= filter_item(item, paths, plan, work, row)
+                    outputs = plan.outputs(item, work)
+                    named = {path.relative_to(work / FILES).as_posix(): path for path in outputs}
+                    atomic.write_done_file(done_note(item, work), named, about)
+                    for path in set(paths) - set(outputs):
+                        path.unlink()
                 yield about
                 row += about["rows"]
 
 
-def landed_before(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
-    """Return what a stopped run noted of a file that it completed, nothing of any other."""
-    note = work / RAW / f"{item.table.name}.json"
+def done_note(item: Item, work: Path) -> Path:
+    """Return where it is noted that the files of an item are complete."""
+    return work / DONE / f"{item.table.name}.json"
+
+
+def read_done(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
+    """Return the entry of a file that a stopped run completed, else nothing."""
+    note = done_note(item, work)
     if not note.is_file():
         return {}
-    settle(item, plan, work)  # it may have been stopped before or within that
-    if not store.is_sealed(note, work / FILES):
+    if not atomic.is_done(note, work / FILES):  # damaged since then
+        for path in plan.outputs(item, work):
+            path.unlink(missing_ok=True)
         return {}
-    return {
-        key: said for key, said in store.load_json(note).items() if key not in ("files", "seal")
-    }
+    about = atomic.load_json(note)
+    return {name: value for name, value in about.items() if name not in ("files", "seal")}
 
 
-def seal_landed(item: Item, about: dict[str, Any], plan: Plan, work: Path) -> None:
-    """Note that a file is complete: what the manifest says of it, and what its bytes are."""
-    there = targets(about, work)
-    here = there
-    if plan.mask is None:  # they are put in their places after the note
-        here = [path for path, _ in raws(item, work)]
-    names = [path.relative_to(work / FILES).as_posix() for path in there]
-    lying = dict(zip(names, here, strict=True))
-    store.seal(work / RAW / f"{item.table.name}.json", lying, about)
-
-
-def raws(item: Item, work: Path) -> list[tuple[Path, Remote]]:
-    """Return where a file and its features land, and what they are."""
-    found = [(work / RAW / item.table.name, item.table)]
-    if item.features is not None:
-        found.append((work / RAW / IMAGES / item.features.name, item.features))
-    return found
-
-
-def targets(about: dict[str, Any], work: Path) -> list[Path]:
-    """Return where a file of metadata, and its features, lie once they are complete."""
-    folder = work / FILES
-    if "features" not in about:
-        return [folder / about["name"]]
-    return [folder / TABLES / about["name"], folder / IMAGES / about["features"]]
-
-
-def bring(item: Item, work: Path, watch: Watch) -> dict[str, Any]:
-    """Fetch what is not here yet of one file and its features."""
-    told = []
-    for raw, remote in raws(item, work):
-        whole = raw.with_name(f"{raw.name}.whole.json")
-        if store.is_sealed(whole, raw.parent):  # and not yet filtered when the run was stopped
-            watch.at(raw, raw.stat().st_size)
-            told.append({"size": raw.stat().st_size, "etag": None})
+def fetch_item(item: Item, folder: Path, monitor: Monitor) -> dict[str, Any]:
+    """Fetch what is missing of one file and its features; return size and version of the file."""
+    described = []
+    for file, path in item.place(folder):
+        if path.is_file():  # complete when the run was stopped
+            monitor.report(path, path.stat().st_size)
+            described.append({"size": path.stat().st_size, "etag": None})
         else:
-            told.append(transfer.save(remote, raw, watch))
-            store.seal(whole, [raw], {})
-    return told[0]
+            described.append(fetch_file(file, path, monitor))
+    return described[0]
 
 
-def land(item: Item, plan: Plan, work: Path, row: int) -> dict[str, Any]:
-    """Check one file whose first row is ``row`` of the set, and its features; filter them."""
-    raw = work / RAW / item.table.name
-    try:
-        table = open_table(raw)
-    except SnipError as error:
-        raw.unlink(missing_ok=True)
-        raise SnipError(f"{item.table.shown}: what came is no metadata: {error}") from error
-    about = {"name": raw.name, "source": item.table.shown, "number": item.number}
-    about |= {"rows": table.rows, "kept": table.rows, **check_features(item, table.rows, work)}
-    if plan.mask is None:
-        return about
-    about["name"] = f"{raw.stem}.parquet"
-    stay = staying(item, table.rows, plan, row)
-    tables, *features = targets(about, work)
-    write_kept(Metadata([table]), ~stay, tables.parent)
-    for target in features:
-        write_staying(work / RAW / IMAGES / target.name, target, stay)
-    return {**about, "kept": int(np.count_nonzero(stay))}
-
-
-def check_features(item: Item, rows: int, work: Path) -> dict[str, Any]:
-    """Return what the manifest says of a file's features; refuse any that are not its own."""
+def check_item(item: Item, paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the manifest's entry of one file and its features; refuse what is not such files."""
+    table, *features = paths
+    rows = count_arrived(item.table, table, "metadata")
+    about = {"name": table.name, "source": item.table.shown, "number": item.number}
+    about |= {"rows": rows, "kept": rows}
     if item.features is None:
-        return {}
-    raw = work / RAW / IMAGES / item.features.name
-    try:
-        found = feature_rows(raw)
-    except SnipError as error:
-        raw.unlink(missing_ok=True)
-        raise SnipError(f"{item.features.shown}: what came is no features: {error}") from error
+        return about
+    found = count_arrived(item.features, features[0], "features")
     if found != rows:
         raise SnipError(
             f"{item.features.shown} has {found:,} rows, its metadata {item.table.shown} {rows:,}; "
             "they do not belong together"
         )
-    return {"features": raw.name, "features_source": item.features.shown}
+    return {**about, "features": features[0].name, "features_source": item.features.shown}
 
 
-def settle(item: Item, plan: Plan, work: Path) -> None:
-    """Put what is not filtered in its place; remove what was."""
-    names = {"name": item.table.name}
-    if item.features is not None:
-        names["features"] = item.features.name
-    for (raw, _), target in zip(raws(item, work), targets(names, work), strict=True):
-        if plan.mask is not None:
-            raw.unlink(missing_ok=True)
-        elif raw.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            raw.replace(target)
+def count_arrived(file: SourceFile, path: Path, what: str) -> int:
+    """Return the rows of a file that was fetched; remove one that is not what it should be."""
+    try:
+        return open_table(path).rows if what == "metadata" else feature_rows(path)
+    except SnipError as error:
+        path.unlink(missing_ok=True)
+        raise SnipError(f"{file.shown}: expected {what}, found another file: {error}") from error
 
 
-def staying(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
-    """Return which rows of a file stay, (rows,) bool; refuse a file that is not the mask's."""
+def filter_item(
+    item: Item, paths: Sequence[Path], plan: Plan, work: Path, row: int
+) -> dict[str, Any]:
+    """Write the kept rows of one file, whose first row is ``row`` of the set, and its features."""
+    table = open_table(paths[0])
+    keep = kept_rows(item, table.rows, plan, row)
+    outputs = plan.outputs(item, work)
+    write_kept(Metadata([table]), ~keep, outputs[0].parent)
+    for path, output in zip(paths[1:], outputs[1:], strict=True):
+        write_staying(path, output, keep)
+    return {"name": outputs[0].name, "kept": int(np.count_nonzero(keep))}
+
+
+def kept_rows(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
+    """Return which rows of a file are kept, (rows,) bool; refuse a file that is not the mask's."""
     file, mask = item.table, plan.mask
     if mask is None:
         return np.ones(rows, bool)

@@ -1,4 +1,4 @@
-"""What SOURCE means: which files, in which order, under which numbers, and their features.
+"""What SOURCE means: which files, in which order, with which numbers, and their features.
 
 A file's number is its place in the whole set. Where names hold numbers, the two must agree.
 """
@@ -6,233 +6,243 @@ A file's number is its place in the whole set. Where names hold numbers, the two
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
-from typing import NamedTuple
 
-from snipdedup.downloading.hub import SCHEME, HubFolder, Repository, parse
-from snipdedup.errors import SnipError, UsageError
+from snipdedup.downloading import hub
+from snipdedup.downloading.transfer import SourceFile
+from snipdedup.errors import MissingError, SnipError, UsageError
 from snipdedup.features import formats
 from snipdedup.features.shards import natural_sort
 from snipdedup.metadata import files as tables
 from snipdedup.metadata.masks import Held, choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
-from snipdedup.storage.buckets import BucketFolder, LocalFolder
-from snipdedup.storage.remote import (
-    Folder,
-    MissingError,
-    Remote,
-    beside,
+from snipdedup.storage.listing import FEATURES, METADATA, list_folder
+from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.urls import (
+    PART,
+    expand_parts,
     is_web,
-    name_of,
+    redacted,
     scheme_of,
-    shown,
+    sibling,
 )
-from snipdedup.storage.store import MANIFEST
 
-PART = "{part"
-FEATURES = ("img_emb", "metadata")  # folders side by side: features, and the table
 NAME_FEATURES = "say where they are with --embeddings_source"
+SETS = {
+    "datacomp_small": "hf://datasets/mlfoundations/datacomp_small",
+    "datacomp_1b": "hf://datasets/mlfoundations/datacomp_1b",
+    "relaion2B-en-research-safe": "hf://datasets/laion/relaion2B-en-research-safe",
+}
+LAION = ("laion2b-en", "laion2b-en-vit-h-14-embeddings")
+NO_LAION = (
+    "laion2B-en and its embeddings are disabled on the hub and cannot be fetched any more. Open, "
+    "with CLIP features: snip download datacomp_small OUT --embeddings (12.8 M rows), or "
+    "datacomp_1b; gated by a form: relaion2B-en-research-safe (2.1 G rows, without features). If "
+    "you hold a copy of the metadata of laion2b-en-vit-h-14-embeddings, upstream's published mask "
+    "works on it by position: fetch https://huggingface.co/datasets/fraisdufour/snip-dedup/resolve/"
+    "main/is_dup_mlp_1024_128_gelu_snn_2layer_notext.npy, then snip filter METADATA --is_dup "
+    "is_dup_mlp_1024_128_gelu_snn_2layer_notext.npy --out OUT [--start 0 --end 10]. It does not "
+    "fit Re-LAION by position: join by url, snip filter RELAION --is_dup MASK --on url --keys "
+    "METADATA"
+)
 
 
 @dataclass(frozen=True)
-class Found:
+class Folder:
+    """A folder that can be listed: its URL, its files by name, the names of its folders."""
+
+    url: str
+    files: dict[str, SourceFile]
+    folders: list[str]
+
+    def child(self, name: str) -> Folder:
+        """Return a folder in it."""
+        return open_folder(f"{self.url}/{name}")
+
+    def parent(self) -> Folder | None:
+        """Return the folder that it lies in, None at the top."""
+        if scheme_of(self.url) == hub.SCHEME and not hub.parse(self.url).path:
+            return None
+        head = self.url.rpartition("/")[0]
+        return None if not head or head[-1] in "/:" else open_folder(head)
+
+
+@dataclass(frozen=True)
+class SourceFiles:
     """The metadata files that are meant.
 
     Attributes
     ----------
-    files : list of Remote
+    files : list of SourceFile
     first : int or None
-        Number of the first one in the whole set; None where it is not known.
-    before : list of Remote or None
-        Files 0 to ``first`` of the set, None where they are not known.
+        Number of the first one in the whole set, None if unknown.
+    before : list of SourceFile or None
+        Files 0 to ``first`` of the set, None if unknown.
     folder : Folder or None
-        Where they lie, where that can be listed.
+        Where they lie, if that can be listed.
     """
 
-    files: list[Remote]
+    files: list[SourceFile]
     first: int | None
-    before: list[Remote] | None
+    before: list[SourceFile] | None
     folder: Folder | None
 
 
-class Opened(NamedTuple):
-    """The folder of a source, and which files of it are meant: a name, glob or template."""
-
-    folder: Folder
-    names: str | None
-
-
-def open_folder(source: str, commit: str | None = None) -> Opened:
-    """Return the folder of a source that can be listed."""
-    if scheme_of(source) == SCHEME:
-        place = parse(source)
-        head, _, last = place.path.rpartition("/")
-        repository = Repository(place, commit)
-        if names_files(last):
-            return Opened(HubFolder(repository, head), last)
-        return Opened(HubFolder(repository, place.path), None)
-    if scheme_of(source):
-        head, _, last = source.rstrip("/").rpartition("/")
-        if names_files(last):
-            return Opened(BucketFolder(head), last)
-        return Opened(BucketFolder(source), None)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return Opened(LocalFolder(path), None)
-    return Opened(LocalFolder(path.parent), path.name)
-
-
-def names_files(last: str) -> bool:
-    """Tell whether the last part of a location is a file, a glob or a template, not a folder."""
-    suffixes = (*tables.SUFFIXES, *formats.SUFFIXES)
-    return PART in last or has_magic(last) or last.lower().endswith(suffixes)
-
-
-def refuse_unclear(source: str, end: int | None) -> None:
-    """Raise UsageError for a source that cannot be understood; nothing is asked of anyone."""
-    if PART in source:
-        expand(source, 0)
-        if end is None:
-            raise UsageError(f"{shown(source)} needs file numbers: --start 0 --end 10, say")
-    if scheme_of(source) == SCHEME:
-        parse(source)
-
-
-def find(source: str, start: int | None, end: int | None, opened: Opened | None) -> Found:
-    """Return the metadata files that SOURCE and a range of file numbers mean, in order.
-
-    ``opened`` is its folder; None of an http(s) source, which cannot be listed.
+def resolve_name(source: str) -> str:
+    """Return the URL of a set that is known by name; any other source as it is.
 
     Raises
     ------
     SnipError
-        If a file is not there, or it is not certain which ones are meant.
+        If the set cannot be fetched any more.
+    """
+    if Path(source).expanduser().exists():  # a folder of that name is what is meant
+        return source
+    name = source.removeprefix("hf://datasets/laion/").lower()
+    if name in LAION:
+        raise SnipError(NO_LAION)
+    return next((url for known, url in SETS.items() if known.lower() == name), source)
+
+
+def check_source(source: str, end: int | None) -> None:
+    """Raise UsageError for a source that cannot be understood; nothing is requested."""
+    if PART in source:
+        expand_parts(source, [0])
+        if end is None:
+            raise UsageError(f"{redacted(source)} needs file numbers: --start 0 --end 10, say")
+    if scheme_of(source) == hub.SCHEME:
+        hub.parse(source)
+
+
+def open_folder(url: str) -> Folder:
+    """List a folder of a hub (at a pinned commit), of a store, or of this machine."""
+    url = url.rstrip("/")
+    if scheme_of(url) == hub.SCHEME:
+        return Folder(url, *hub.list_folder(url))
+    if not scheme_of(url):
+        url = str(Path(url).expanduser().absolute())
+    listing = list_folder(url)
+    if listing is None or not (listing.files or listing.folders):
+        raise MissingError(f"{redacted(url)}: no such folder, or it is empty; check the URL")
+    files = {name: SourceFile(f"{url}/{name}", size) for name, size in listing.files.items()}
+    return Folder(url, files, listing.folders)
+
+
+def names_files(last: str) -> bool:
+    """Tell whether the last part of a location is a file, a glob or a pattern, not a folder."""
+    suffixes = (*tables.SUFFIXES, *formats.SUFFIXES)
+    return PART in last or has_magic(last) or last.lower().endswith(suffixes)
+
+
+def split_source(source: str) -> tuple[str, str | None]:
+    """Return the folder of a source that can be listed, and the file, glob or pattern in it."""
+    if scheme_of(source) == hub.SCHEME:
+        place = hub.parse(source)
+        head, _, last = place.path.rpartition("/")
+        return (str(replace(place, path=head)), last) if names_files(last) else (source, None)
+    if scheme_of(source):
+        head, _, last = source.rstrip("/").rpartition("/")
+        return (head, last) if names_files(last) else (source, None)
+    path = Path(source).expanduser().absolute()
+    return (str(path), None) if path.is_dir() else (str(path.parent), path.name)
+
+
+def find_files(
+    source: str, start: int | None, end: int | None, folder: Folder | None = None
+) -> SourceFiles:
+    """Return the metadata files that SOURCE and a range of file numbers mean, in order.
+
+    ``folder`` is that of a source that means a whole folder, if it has been listed.
+
+    Raises
+    ------
+    SnipError
+        If a file is missing, or it is not certain which ones are meant.
     """
     if PART in source and end is not None:
-        return find_parts(source, start or 0, end, opened)
-    if opened is None:
-        return find_one(source, start, end)
-    folder, names = opened
-    if isinstance(folder, LocalFolder):
-        files = [Remote(str(path), size=path.stat().st_size) for path in find_metadata(source)]
+        return find_parts(source, start or 0, end)
+    if is_web(source):
+        if end is not None and end != (start or 0) + 1:
+            raise UsageError(
+                f"{redacted(source)} is one file; for several put {{part:04d}} in the number's "
+                "place"
+            )
+        first = start if start is not None else end and end - 1
+        return SourceFiles([SourceFile(source)], first, [] if first == 0 else None, None)
+    if scheme_of(source):
+        url, pattern = split_source(source)
+        folder, files = find_listed(folder or open_folder(url), pattern)
     else:
-        folder, files = metadata_files(folder, names)
-    return choose(files, start, end, folder, source)
-
-
-def file_in(location: str, name: str) -> tuple[Remote, Remote | None]:
-    """Return the ``.npy`` that a location names, or the file ``name`` of the folder it names.
-
-    Returns
-    -------
-    file : Remote
-    manifest : Remote or None
-        That beside it, if there is one; of http(s) and other stores it may be missing.
-    """
-    if scheme_of(location) != SCHEME:
-        bare = location.partition("?")[0].rstrip("/")
-        file = Remote(location if bare.endswith(".npy") else f"{bare}/{name}")
-        return file, Remote(beside(file.url, MANIFEST))
-    place = parse(location)
-    head, _, last = place.path.rpartition("/")
-    head, last = (head, last) if last.endswith(".npy") else (place.path, name)
-    folder = HubFolder(Repository(place), head)
-    if last not in folder.files:
-        raise MissingError(f"{folder.shown} has no {last}")
-    return folder.files[last], folder.files.get(MANIFEST)
-
-
-def find_parts(source: str, first: int, end: int, opened: Opened | None) -> Found:
-    """Return the files of a template."""
-    locations = [expand(source, number) for number in range(end)]
-    before = locations[:first]
-    files = [Remote(location) for location in locations]
-    folder = opened.folder if opened else None
-    if isinstance(folder, LocalFolder):
-        missing = [file.url for file in files[first:] if not Path(file.url).is_file()]
-        if missing:
-            raise SnipError(f"no such file: {missing[0]}")
-        folder = LocalFolder(Path(locations[first]).parent)
-    elif folder is not None:
-        if PART in source.rpartition("/")[0]:
-            raise UsageError(f"{shown(source)}: {{part}} may be in the file's name only")
-        files = [folder.files.get(file.name, file) for file in files]
-        refuse_missing(folder, files[first:])
-        before = [place for place in before if name_of(place) in folder.files]
-    known = len(before) == first
-    return Found(files[first:], first, files[:first] if known else None, folder)
-
-
-def refuse_missing(folder: Folder, files: Sequence[Remote]) -> None:
-    """Refuse files that a listing does not have."""
-    for file in files:
-        if file.name not in folder.files:
-            raise MissingError(f"{folder.shown} has no {file.name}; check the file numbers")
-
-
-def find_one(source: str, start: int | None, end: int | None) -> Found:
-    """Return the one file of an http(s) URL."""
-    if end is not None and end != (start or 0) + 1:
-        raise UsageError(
-            f"{shown(source)} is one file; for several put {{part:04d}} where the number is"
-        )
-    first = start if start is not None else end and end - 1
-    return Found([Remote(source)], first, [] if first == 0 else None, None)
-
-
-def choose(
-    files: list[Remote], start: int | None, end: int | None, folder: Folder, source: str
-) -> Found:
-    """Return a range of the files of a listing; all of them without one."""
+        paths = find_metadata(source)
+        files = [SourceFile(str(path), path.stat().st_size) for path in paths]
+        folder = folder or open_folder(str(paths[0].parent))
     if start is None and end is None:
-        return Found(files, None, [], folder)
+        return SourceFiles(files, None, [], folder)
     names = [file.name for file in files]
     numbers = file_numbers(names)
-    start = start or 0
-    end = end or (max(numbers) + 1 if numbers else len(files))
+    start, end = start or 0, end or (max(numbers) + 1 if numbers else len(files))
     if start >= end:
-        raise SnipError(f"file {start} is wanted, {shown(source)} ends at {end - 1}")
+        raise SnipError(f"file {start} is wanted, {redacted(source)} ends at {end - 1}")
     first = choose_files(Held(names, [0] * len(names)), numbers, None, start, end)
-    chosen = files[first : first + end - start]
     before = files[:first] if first == start else None
-    return Found(chosen, start, before, folder)
+    return SourceFiles(files[first : first + end - start], start, before, folder)
 
 
-def expand(template: str, number: int) -> str:
-    """Put a file number into a template."""
-    try:
-        location = template.format(part=number)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{shown(template)}: expected a template such as metadata_{{part:04d}}.parquet"
-        ) from error
-    return location if scheme_of(location) else str(Path(location).expanduser())
+def find_parts(pattern: str, first: int, end: int) -> SourceFiles:
+    """Return the files of a ``{part:04d}`` pattern."""
+    if is_web(pattern):
+        files = [SourceFile(location) for location in expand_parts(pattern, range(end))]
+        return SourceFiles(files[first:], first, files[:first], None)
+    head, names = split_source(pattern)
+    if PART not in head:
+        folder = open_folder(head)
+        files = [
+            folder.files.get(name, SourceFile(f"{folder.url}/{name}"))
+            for name in expand_parts(names or "", range(end))
+        ]
+        known = {file.url for file in files if file.name in folder.files}
+    elif not scheme_of(pattern):  # the files lie in several folders
+        paths = [Path(path).expanduser() for path in expand_parts(pattern, range(end))]
+        folder = open_folder(str(paths[first].parent))
+        files = [SourceFile(str(path)) for path in paths]
+        known = {str(path) for path in paths if path.is_file()}
+    else:
+        raise UsageError(f"{redacted(pattern)}: {{part}} may be in the file's name only")
+    for file in files[first:]:
+        if file.url not in known:
+            raise MissingError(f"{redacted(folder.url)} has no {file.name}; check the file numbers")
+    before = files[:first] if all(file.url in known for file in files[:first]) else None
+    return SourceFiles(files[first:], first, before, folder)
 
 
-def metadata_files(folder: Folder, names: str | None) -> tuple[Folder, list[Remote]]:
+def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceFile]]:
     """Return the metadata files of a folder, or of the one folder in it that has such files."""
-    files, folders = folder.files, folder.folders
-    found = pick(files, names, tables.SUFFIXES)
-    if found or names is not None:
-        if not found:
-            raise MissingError(f"{folder.shown}: has no file {names}")
+    found = pick(folder.files, names, tables.SUFFIXES)
+    if found:
         return folder, found
-    inner = ["metadata"] if "metadata" in folders else folders
-    choices = {name: pick(folder.child(name).files, None, tables.SUFFIXES) for name in inner}
-    choices = {name: chosen for name, chosen in choices.items() if chosen}
-    if len(choices) != 1:
-        where = f"several folders with such: {', '.join(choices)}" if choices else "none"
-        raise SnipError(
-            f"{folder.shown}: expected metadata (*.parquet, *.csv), found {where}; name the folder"
-        )
-    name, found = choices.popitem()
-    return folder.child(name), found
+    if names is not None:
+        raise MissingError(f"{redacted(folder.url)}: has no file {names}")
+    inner = [METADATA] if METADATA in folder.folders else folder.folders
+    choices = [
+        (child, files)
+        for child in map(folder.child, inner)
+        if (files := pick(child.files, None, tables.SUFFIXES))
+    ]
+    if len(choices) == 1:
+        return choices[0]
+    several = ", ".join(child.url.rpartition("/")[2] for child, _ in choices)
+    raise SnipError(
+        f"{redacted(folder.url)}: expected metadata (*.parquet, *.csv), found "
+        + (f"several folders with such: {several}; name the folder" if several else "none")
+    )
 
 
-def pick(files: dict[str, Remote], names: str | None, suffixes: Sequence[str]) -> list[Remote]:
+def pick(
+    files: dict[str, SourceFile], names: str | None, suffixes: Sequence[str]
+) -> list[SourceFile]:
     """Return the files that a name or glob means, else those of the first type that occurs."""
     for suffix in suffixes:
         chosen = [
@@ -247,79 +257,94 @@ def pick(files: dict[str, Remote], names: str | None, suffixes: Sequence[str]) -
     return []
 
 
-def find_features(
-    source: str, found: Found, elsewhere: str | None, commit: str | None
-) -> tuple[list[Remote], Folder | None]:
-    """Return the features of each metadata file, and their folder where that can be listed.
+def find_mask(location: str, name: str) -> tuple[SourceFile, SourceFile | None]:
+    """Return the ``.npy`` that a URL names, or the file ``name`` of the folder that it names.
+
+    Returns
+    -------
+    file : SourceFile
+    manifest : SourceFile or None
+        The one beside it; of other stores than a hub it may not exist.
+    """
+    if scheme_of(location) != hub.SCHEME:
+        bare = location.partition("?")[0].rstrip("/")
+        file = SourceFile(location if bare.endswith(".npy") else f"{bare}/{name}")
+        return file, SourceFile(sibling(file.url, MANIFEST))
+    url, last = split_source(hub.pin(location))
+    folder = open_folder(url)
+    if (last or name) not in folder.files:
+        raise MissingError(f"{redacted(folder.url)} has no {last or name}")
+    return folder.files[last or name], folder.files.get(MANIFEST)
+
+
+def find_features(source: str, found: SourceFiles, elsewhere: str | None) -> list[SourceFile]:
+    """Return the features of each metadata file.
 
     Parameters
     ----------
     source : str
         Where the metadata came from.
-    found : Found
+    found : SourceFiles
     elsewhere : str, optional
-        Folder or template of the features; without it they are looked for where LAION,
+        Folder or pattern of the features; without it they are looked for where LAION,
         clip-retrieval and DataComp put them: ``img_emb/`` beside ``metadata/``, or files of the
         same name beside the metadata.
-    commit : str, optional
-        Of ``elsewhere``, if that is a hub.
     """
     if elsewhere is None and found.folder is not None:
         return features_beside(found, found.folder)
-    elsewhere = elsewhere or guess_template(source)
-    opened = None if is_web(elsewhere) else open_folder(elsewhere, commit)
+    elsewhere = elsewhere or guess_features(source)
     if PART in elsewhere:
         if found.first is None:
             raise UsageError("--embeddings_source with {part} needs --start and --end")
-        end = found.first + len(found.files)
-        parts = find_parts(elsewhere, found.first, end, opened)
-        return parts.files, parts.folder
-    if opened is None:
+        return find_parts(elsewhere, found.first, found.first + len(found.files)).files
+    if is_web(elsewhere):
         if len(found.files) > 1:
             raise UsageError(
-                f"{shown(elsewhere)} is one file; put {{part:04d}} where the number is"
+                f"{redacted(elsewhere)} is one file; put {{part:04d}} in the number's place"
             )
-        return [Remote(elsewhere)], None
-    return match(found, pick(opened.folder.files, opened.names, formats.SUFFIXES), opened.folder)
+        return [SourceFile(elsewhere)]
+    url, names = split_source(elsewhere)
+    folder = open_folder(url)
+    return match_features(found, pick(folder.files, names, formats.SUFFIXES), folder.url)
 
 
-def guess_template(source: str) -> str:
+def guess_features(source: str) -> str:
     """Return where the features of an http(s) source should be, by LAION's or DataComp's names."""
     head, slash, query = source.partition("?")
     stem = head.rpartition(".")[0]
-    guess = stem.replace("metadata", "img_emb") + ".npy" if "metadata" in stem else stem + ".npz"
+    guess = stem.replace(METADATA, FEATURES) + ".npy" if METADATA in stem else stem + ".npz"
     return guess + slash + query
 
 
-def features_beside(found: Found, folder: Folder) -> tuple[list[Remote], Folder]:
-    """Return the features that lie beside listed metadata, and their folder."""
+def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
+    """Return the features that lie beside listed metadata."""
     for suffix in (".npz", ".npy"):
         same = {file.name: Path(file.name).stem + suffix for file in found.files}
         lacking = [name for name, other in same.items() if other not in folder.files]
         if not lacking:
-            return [folder.files[other] for other in same.values()], folder
+            return [folder.files[other] for other in same.values()]
         if len(lacking) < len(same):
             raise MissingError(
-                f"{folder.shown}: {lacking[0]} has no features beside it; {NAME_FEATURES}"
+                f"{redacted(folder.url)}: {lacking[0]} has no features beside it; {NAME_FEATURES}"
             )
     for place in (folder, folder.parent()):
-        if place is not None and FEATURES[0] in place.folders:
-            inner = place.child(FEATURES[0])
-            return match(found, pick(inner.files, None, formats.SUFFIXES), inner)
-    raise SnipError(f"{folder.shown}: no features beside the metadata; {NAME_FEATURES}")
+        if place is not None and FEATURES in place.folders:
+            inner = place.child(FEATURES)
+            return match_features(found, pick(inner.files, None, formats.SUFFIXES), inner.url)
+    raise SnipError(f"{redacted(folder.url)}: no features beside the metadata; {NAME_FEATURES}")
 
 
-def match(found: Found, features: list[Remote], folder: Folder) -> tuple[list[Remote], Folder]:
+def match_features(found: SourceFiles, features: list[SourceFile], where: str) -> list[SourceFile]:
     """Return the features of each metadata file, by the numbers in the names or by position."""
     names = [file.name for file in found.files]
     ours, theirs = file_numbers(names), file_numbers([file.name for file in features])
     if ours is not None and theirs is not None:
         by_number = dict(zip(theirs, features, strict=True))
         if all(number in by_number for number in ours):
-            return [by_number[number] for number in ours], folder
+            return [by_number[number] for number in ours]
     elif len(features) == len(names):
-        return features, folder
+        return features
     raise MissingError(
-        f"{folder.shown}: which of its {len(features)} files of features belong to {names[0]} .. "
-        f"{names[-1]} is not certain; {NAME_FEATURES}"
+        f"{redacted(where)}: which of its {len(features)} files of features belong to {names[0]} "
+        f".. {names[-1]} is not certain; {NAME_FEATURES}"
     )

@@ -1,307 +1,279 @@
-"""Bringing one remote file to the disk: in pieces if need be, across runs, proved, then renamed.
+"""Fetch one file: continued after breaks and across runs, checked, then renamed at once.
 
-What came of a file that is not whole yet lies beside its place as ``.NAME.part``, with a note of
-the version it belongs to. A run that is killed at any byte goes on from there.
+What came of an incomplete file lies beside its target as ``.NAME.part``, with a note of the version
+that it is part of. A run that is killed at any byte continues from there.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
-from snipdedup.errors import SnipError
-from snipdedup.storage import buckets, locks, store, web
-from snipdedup.storage.remote import CHUNK, RangeError, Remote, Stream, TemporaryError, is_web
+from snipdedup.errors import RangeError, SnipError, TemporaryError
+from snipdedup.parallel import ordered_results
+from snipdedup.storage import atomic, remote
+from snipdedup.storage.http import CHUNK, Token
+from snipdedup.storage.remote import Stream, with_retries
+from snipdedup.storage.urls import name_of, redacted
 
 T = TypeVar("T")
-
-ATTEMPTS = 6  # in a row that bring no byte
-BACKOFF_S = 1.0  # doubled each time
-MAX_WAIT_S = 600.0
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+R = TypeVar("R")
 
 
 class StoppedError(SnipError):
-    """Another transfer of the same run failed, so this one was given up."""
+    """Another transfer of the same run failed, so this one was stopped."""
 
 
 class ChecksumError(SnipError):
-    """The bytes are not those that were promised."""
+    """The bytes are not those that the source promised."""
 
 
-class Watch:
-    """What transfers share: one bar of bytes, and word to stop."""
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to fetch.
+
+    Attributes
+    ----------
+    url : str
+        A URL or a local path.
+    size : int, optional
+    sha256, git_sha1 : str, optional
+        Of its bytes, in hex; ``git_sha1`` as git names a blob.
+    token : Token, optional
+    """
+
+    url: str
+    size: int | None = None
+    sha256: str | None = None
+    git_sha1: str | None = None
+    token: Token | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return name_of(self.url)
+
+    @property
+    def shown(self) -> str:
+        """The location as messages and manifests may show it."""
+        return redacted(self.url)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be equal for a part to be continued."""
+        return {"source": self.shown, "sha256": self.sha256, "git_sha1": self.git_sha1}
+
+
+class Monitor:
+    """What the transfers of a run share: one progress bar of bytes, and an event that stops them.
+
+    Parameters
+    ----------
+    bar : optional
+        See `progress.bar`.
+    """
 
     def __init__(self, bar: Any = None) -> None:
         self.bar, self.lock, self.stop = bar, threading.Lock(), threading.Event()
-        self.places: dict[Path, int] = {}
+        self.positions: dict[Path, int] = {}
+        self.sizes: dict[Path, int] = {}
 
-    def expect(self, size: int) -> None:
-        """Count ``size`` more bytes to come."""
+    def expect(self, path: Path, size: int) -> None:
+        """Add the size of a file to the bar, once it is known."""
         with self.lock:
             if self.bar is not None:
-                self.bar.total += size
+                self.bar.total += size - self.sizes.get(path, 0)
+            self.sizes[path] = size
 
-    def at(self, path: Path, place: int) -> None:
-        """Note that the first ``place`` bytes of a file are here; may fall where it begins anew."""
+    def report(self, path: Path, position: int) -> None:
+        """Note that the first bytes of a file are here; fewer than before if it begins anew."""
         if self.stop.is_set():
             raise StoppedError("stopped")
         with self.lock:
-            moved = place - self.places.get(path, 0)
-            self.places[path] = place
+            moved = position - self.positions.get(path, 0)
+            self.positions[path] = position
             if self.bar is not None and moved:
                 self.bar.update(moved)
 
-    def pause(self, seconds: float, why: str) -> None:
-        """Wait, and say so."""
-        self.say(f"waiting {seconds:.0f} s: {why}")
+    def pause(self, seconds: float, reason: str) -> None:
+        """Wait, and show why."""
+        self._show(f"waiting {seconds:.0f} s: {reason}")
         if self.stop.wait(seconds):
             raise StoppedError("stopped")
-        self.say("")
+        self._show("")
 
-    def say(self, text: str) -> None:
-        """Show a text at the bar."""
+    def _show(self, text: str) -> None:
         with self.lock:
             if self.bar is not None:
                 self.bar.set_postfix_str(text)
 
+    def map(
+        self, work: Callable[[T], R], items: Iterable[T], jobs: int
+    ) -> Generator[R, None, None]:
+        """Yield ``work(item)`` in order, ``jobs`` at a time.
 
-class Part:
-    """What has come of a file so far, and the version that it is a part of."""
+        At the first failure the other transfers stop; what came of their files stays. At most twice
+        as many items as ``jobs`` are under way or not yet taken, so a slow caller fills no disk.
+        """
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                yield from ordered_results(work, items, pool, 2 * jobs)
+            finally:
+                self.stop.set()
+
+
+class PartFile:
+    """What has come of a file, and a note of the version that it is part of."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self.path = target.with_name(f".{target.name}.part")
         self.note = target.with_name(f".{target.name}.part.json")
+        self.joined = False  # whether it was continued: its bytes came by several requests
 
     def size(self) -> int:
         """Return how many bytes are here."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
-    def version(self) -> dict[str, Any]:
-        """Return what the note says; nothing where it cannot be read."""
+    def read_note(self) -> dict[str, Any]:
+        """Return the note, empty if it cannot be read."""
         try:
-            return dict(store.load_json(self.note))
+            return dict(atomic.load_json(self.note))
         except (SnipError, TypeError, ValueError):
             return {}
 
-    def drop(self) -> None:
-        """Forget what came."""
+    def remove(self) -> None:
+        """Remove part and note."""
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
-
-    @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """Yield the file to write to; one process at a time may."""
-        with store.explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("ab")
-        try:
-            if not locks.lock(file):
-                raise SnipError(f"{self.target} is being fetched by another run; wait for it")
-            yield file
-        finally:
-            with suppress(OSError):  # what could not be written cannot be flushed either: said
-                file.close()
-
-    def finish(self) -> None:
-        """Put the file in its place."""
-        with store.explained(self.target):
-            self.path.replace(self.target)
-            self.note.unlink(missing_ok=True)
+        self.joined = False
 
 
-def save(remote: Remote, path: Path, watch: Watch | None = None) -> dict[str, Any]:
-    """Bring a file to ``path``: whole and proved, or not at all.
-
-    Parameters
-    ----------
-    remote : Remote
-        Its size and checksum are checked where they are known.
-    path : Path
-    watch : Watch, optional
+def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -> dict[str, Any]:
+    """Fetch a file to ``target``: complete and checked, or not at all.
 
     Returns
     -------
     dict
-        ``size``, ``etag`` (what names the version, where there is such a thing).
+        ``size`` and ``etag``: what names the version, None where nothing does.
 
     Raises
     ------
     TemporaryError
-        If it failed `ATTEMPTS` times in a row without bringing a byte; what came stays.
+        After several attempts in a row that brought no byte; what came stays.
     SnipError
-        If trying again is of no use.
+        If another attempt is of no use.
     """
-    watch = watch or Watch()
-    part = Part(path)
-    failures = 0
+    monitor, part = monitor or Monitor(), PartFile(target)
+
+    def attempt() -> dict[str, Any]:
+        about = receive(file, part, monitor)
+        check_bytes(file, part, about["size"])
+        return about
+
     while True:
-        had = part.size()
         try:
-            told = receive(remote, part, watch)
-            check(remote, part, told["size"])
+            about = with_retries(attempt, monitor.pause, part.size)
             break
-        except ChecksumError:  # of pieces: once more, from the beginning
-            part.drop()
-            if not had:
+        except (ChecksumError, RangeError):
+            joined = part.joined
+            part.remove()
+            if not joined:  # pieces of several requests are fetched once more, in one
                 raise
-        except TemporaryError as error:
-            failures = 1 if part.size() > had else failures + 1
-            if isinstance(error, RangeError):  # what stands here does not fit what is there now
-                part.drop()
-            wait_for(error, failures, watch)
-    part.finish()
-    return told
+    with atomic.explained(target):
+        part.path.replace(target)
+        part.note.unlink(missing_ok=True)
+    return about
 
 
-def patiently(work: Callable[[], T], watch: Watch | None = None) -> T:
-    """Return ``work()``, tried again after temporary faults."""
-    watch, failures = watch or Watch(), 0
-    while True:
-        try:
-            return work()
-        except TemporaryError as error:
-            failures += 1
-            wait_for(error, failures, watch)
+def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any]:
+    """Fetch the missing bytes of a file.
 
-
-def wait_for(error: TemporaryError, failures: int, watch: Watch) -> None:
-    """Wait before another try; raise the error where it failed often enough, or for too long."""
-    wait = error.wait
-    if wait is None:  # longer each time, never the same twice
-        wait = BACKOFF_S * 2.0 ** (failures - 1) * (0.5 + random.random())
-    if failures >= ATTEMPTS or wait > MAX_WAIT_S:
-        raise error
-    watch.pause(wait, str(error))
-
-
-def receive(remote: Remote, part: Part, watch: Watch) -> dict[str, Any]:
-    """Fetch what is missing of a file."""
-    begin, version = continued(remote, part)
-    whole = remote.size if remote.size is not None else version.get("total")
-    if begin == whole and part.path.is_file():  # stopped just before it was renamed
-        watch.at(part.target, begin)
-        return {"size": begin, "etag": version.get("etag")}
-    opener = web.open_at if is_web(remote.url) else buckets.open_at
-    stream = opener(remote, begin, None if is_proved(remote) else version.get("etag"))
-    total = stream.total if stream.total is not None else remote.size
-    refuse_other(remote, version, stream, total)
-    if whole is None and total is not None:
-        watch.expect(total)
-    refuse_full_disk(part, (total or 0) - stream.begin)
-    with part.open() as file:
-        if not stream.begin:
-            file.truncate(0)
-            store.save_json(part.note, {**named(remote), "etag": stream.validator, "total": total})
-        watch.at(part.target, stream.begin)
-        write(stream.chunks, file, part, watch)
-    return {"size": part.size(), "etag": stream.validator}
-
-
-def refuse_other(
-    remote: Remote, version: dict[str, Any], stream: Stream, total: int | None
-) -> None:
-    """Refuse a file that is not the one that was listed, or not the one that was begun."""
-    if remote.size is not None and total != remote.size:
+    A part is continued only if a checksum will prove it at the end, or if it has a version by name
+    that the source still has.
+    """
+    checked = bool(file.sha256 or file.git_sha1)
+    note = part.read_note()
+    same = all(note.get(name) == value for name, value in file.identity().items())
+    begin = part.size() if same and (checked or note.get("etag")) else 0
+    part.joined |= begin > 0
+    version = note.get("etag") if begin else None
+    whole = file.size if file.size is not None else note.get("total")
+    if begin and begin == whole:  # stopped just before it was renamed
+        monitor.report(part.target, begin)
+        return {"size": begin, "etag": version}
+    stream = remote.open_stream(file.url, begin, None if checked else version, file.token)
+    total = stream.total if stream.total is not None else file.size
+    if file.size is not None and total != file.size:
         raise SnipError(
-            f"{remote.shown}: expected {remote.size:,} bytes, the other side has {total:,}; it was "
+            f"{file.shown}: expected {file.size:,} bytes, the source has {total:,}; it was "
             "replaced, or its list of files is wrong: ask who publishes it"
         )
-    if stream.begin and not is_proved(remote):
-        found = {"etag": stream.validator, "total": total}
-        if found != {name: version.get(name) for name in found}:  # an If-Range that was not heard
-            raise RangeError(f"{remote.shown} was replaced while it was fetched")
+    if stream.begin and not checked and (stream.version, total) != (version, note.get("total")):
+        raise RangeError(f"{file.shown} was replaced while it was fetched")
+    if file.size is None and total is not None:
+        monitor.expect(part.target, total)
+    refuse_full_disk(part.target, (total or 0) - stream.begin)
+    if not stream.begin:
+        part.remove()
+        about = {"etag": stream.version or None, "total": total}
+        atomic.save_json(part.note, {**file.identity(), **about})
+    append(stream, part, monitor)
+    return {"size": part.size(), "etag": stream.version or None}
 
 
-def is_proved(remote: Remote) -> bool:
-    """Tell whether a checksum will prove the file, whatever pieces it came in."""
-    return bool(remote.sha256 or remote.git_sha1)
+def append(stream: Stream, part: PartFile, monitor: Monitor) -> None:
+    """Write the bytes of a stream behind those that are here."""
+    position = stream.begin
+    monitor.report(part.target, position)
+    with part.path.open("ab", buffering=0) as file:
+        for chunk in stream.chunks:
+            with atomic.explained(part.target):
+                left = memoryview(chunk)
+                while left:
+                    left = left[file.write(left) :]
+            position += len(chunk)
+            monitor.report(part.target, position)
+        with atomic.explained(part.target):
+            os.fsync(file.fileno())
 
 
-def named(remote: Remote) -> dict[str, Any]:
-    """Return what must be the same for a part to be gone on with."""
-    return {"source": remote.shown, "sha256": remote.sha256, "git_sha1": remote.git_sha1}
-
-
-def continued(remote: Remote, part: Part) -> tuple[int, dict[str, Any]]:
-    """Return from which byte to go on, and the version that the bytes before it belong to.
-
-    Only what can be proved to be of one version is gone on with: by a checksum at the end, or by
-    the name of the version that the other side gave.
-    """
-    version = part.version()
-    if {name: version.get(name) for name in named(remote)} != named(remote):
-        return 0, {}
-    known = is_proved(remote) or bool(version.get("etag"))
-    return (part.size(), version) if known else (0, {})
-
-
-def write(chunks: Iterator[bytes], file: IO[bytes], part: Part, watch: Watch) -> None:
-    """Append what comes."""
-    place = file.tell()
-    for chunk in chunks:  # what fails there is of reading, and says so itself
-        try:
-            file.write(chunk)
-        except OSError as error:
-            raise cannot_write(part, error) from error
-        place += len(chunk)
-        watch.at(part.target, place)
-    try:
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(part, error) from error
-
-
-def refuse_full_disk(part: Part, need: int) -> None:
-    """Refuse to begin what cannot end."""
-    part.path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(part.path.parent).free
+def refuse_full_disk(target: Path, need: int) -> None:
+    """Refuse to begin a file that does not fit."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
     if need > free:
         raise SnipError(
-            f"the disk is full: {part.target} needs {need:,} more bytes, {free:,} are free; make "
-            "room and run again: what is complete is kept"
+            f"the disk is full: {target} needs {need:,} more bytes, {free:,} are free; make room "
+            "and run again: complete files are kept"
         )
 
 
-def cannot_write(part: Part, error: OSError) -> SnipError:
-    """Return the refusal of a write."""
-    if error.errno in FULL:
-        return SnipError(
-            f"the disk is full: cannot write {part.target}; make room and run again: what is "
-            "complete is kept"
-        )
-    return store.cannot_write(part.target, error)
-
-
-def check(remote: Remote, part: Part, size: int) -> None:
-    """Compare what came with what was promised."""
-    if remote.size is not None and size != remote.size:
-        kind = TemporaryError if size < remote.size else ChecksumError
-        raise kind(f"{remote.shown}: expected {remote.size:,} bytes, {size:,} came; run again")
-    for name, wanted in (("sha256", remote.sha256), ("git_sha1", remote.git_sha1)):
-        if wanted is None:
-            continue
-        found = store.sha256(part.path) if name == "sha256" else git_sha1(part.path)
-        if found != wanted:
+def check_bytes(file: SourceFile, part: PartFile, size: int) -> None:
+    """Compare size and checksum with those that the source promised."""
+    if file.size is not None and size != file.size:
+        kind = TemporaryError if size < file.size else ChecksumError
+        raise kind(f"{file.shown}: expected {file.size:,} bytes, {size:,} came; run again")
+    for name, expected, digest in (
+        ("sha256", file.sha256, atomic.sha256),
+        ("git_sha1", file.git_sha1, git_sha1),
+    ):
+        if expected is not None and digest(part.path) != expected:
             raise ChecksumError(
-                f"{remote.shown}: wrong checksum: {name} {wanted} was promised, {found} came; it "
-                "was damaged on the way or replaced: run again, and if it stays ask who publishes "
-                "it"
+                f"{file.shown}: wrong checksum: expected {name} {expected}, found "
+                f"{digest(part.path)}; it was damaged on the way or replaced: run again, and if it "
+                "stays ask who publishes it"
             )
 
 
 def git_sha1(path: Path) -> str:
-    """Return a file's name as a git blob."""
+    """Return the SHA-1 by which git names a file's contents."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,32 +18,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from snipdedup import config, progress
-from snipdedup.errors import InputError, SnipError
+from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.features.scan import refuse_bad
-from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
-from snipdedup.parallel import (
-    ALIGNED_ROWS,
-    cores,
-    in_aligned_blocks,
-    library_threads,
-    ordered_map,
-    pick_device,
-)
-from snipdedup.storage import locks, store
+from snipdedup.features.shards import Features
+from snipdedup.parallel import in_aligned_blocks, library_threads, pick_device
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, read_manifest, short_json, write_manifest
 
 WEIGHTS = "weights.pt"
 LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up
 BITS_A_DIMENSION = 2  # of a code; more are better spent on a wider descriptor
-READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
-DESCRIPTORS = "descriptors"
-# What torch's reader of pickles, which builds tensors only, says of one that is damaged.
+# What torch's reader of pickles, which builds tensors only, raises for one that is damaged.
 BROKEN_PICKLE = (
-    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError,
-    ArithmeticError, AssertionError,
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
+    AttributeError, MemoryError, ArithmeticError, AssertionError,
 )  # fmt: skip
-FILES = "files"  # below the work folder: what is written before all of it is whole
 
 
 class Output(nn.Module):
@@ -95,14 +83,14 @@ class Network(nn.Module):
         """Return one kind of descriptors of unit rows: (n, dim_in) to (n, width)."""
         return self.outputs[output](x, functional.gelu(self.inner(x)))
 
-    def all(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def all_outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return all kinds of descriptors, for the price of one hidden layer."""
         hidden = functional.gelu(self.inner(x))
         return [output(x, hidden) for output in self.outputs]
 
 
 class Encoder:
-    """A trained network, ready to use.
+    """A trained network, ready to use; `str` of it is what ``snip train`` prints.
 
     Attributes
     ----------
@@ -111,6 +99,8 @@ class Encoder:
     output : int
         Which output of the network makes them: 0, or a head.
     device : str
+    manifest : dict
+        Of the folder it was read from (``history``, ``settings``, ...); empty where there is none.
     """
 
     def __init__(self, network: Network, device: str = "cpu", output: int = 0) -> None:
@@ -118,6 +108,11 @@ class Encoder:
         self.device, self.output = device, output
         self.hidden, self.dim_in = self.network.inner.weight.shape
         self.dim = self.network.widths[output]
+        self.manifest: dict[str, Any] = {}
+        self.summary = f"an encoder of features {self.dim_in} wide to descriptors {self.dim} wide"
+
+    def __str__(self) -> str:
+        return self.summary
 
     def of_width(self, dim: int) -> Encoder:
         """Return the encoder whose descriptors are ``dim`` wide: a head, or this one."""
@@ -132,8 +127,16 @@ class Encoder:
         fits = [w for w in self.network.widths if m * nbits <= BITS_A_DIMENSION * w and w % m == 0]
         return self.of_width(min(fits)) if fits else self
 
+    def check_width(self, features: Features, folder: str) -> None:
+        """Refuse features of another width than the encoder of ``folder`` expects."""
+        if self.dim_in != features.dim:
+            raise SnipError(
+                f"{features.place(0)[0]}: rows are {features.dim} wide, --encoder {folder} expects "
+                f"{self.dim_in}; use features of the model that it was trained on"
+            )
+
     def encode(self, rows: np.ndarray, first: int = 0) -> np.ndarray:
-        """Return descriptors, in this thread.
+        """Return descriptors of length 1, (n, dim) float32, computed in this thread.
 
         Parameters
         ----------
@@ -141,10 +144,6 @@ class Encoder:
             Any norm. A row that cannot be compared (`cosine.bad_rows`) gets zeros.
         first : int
             Global row of ``rows[0]``: the last bits depend on a row's place in its block.
-
-        Returns
-        -------
-        (n, dim) float32, of length 1
         """
         if rows.ndim != 2 or rows.shape[1] != self.dim_in:
             raise SnipError(
@@ -159,10 +158,10 @@ class Encoder:
     @torch.inference_mode()
     def _block(self, block: np.ndarray) -> np.ndarray:
         unit = unit_rows(block)
-        x = torch.from_numpy(unit).to(self.device)
-        found = self.network(x, self.output).cpu().numpy()
-        found[~unit.any(axis=1)] = 0
-        return found
+        descriptors = self.network(torch.from_numpy(unit).to(self.device), self.output)
+        y = descriptors.cpu().numpy()
+        y[~unit.any(axis=1)] = 0
+        return y
 
     def weights(self) -> bytes:
         """Return the state dict as bytes, the same for the same weights."""
@@ -172,7 +171,7 @@ class Encoder:
 
     def save(self, folder: Path, body: dict[str, Any]) -> None:
         """Write weights, then the manifest with ``body`` (settings, shards, curves)."""
-        with store.replacing(folder / WEIGHTS) as part:
+        with atomic.replacing(folder / WEIGHTS) as part:
             part.write_bytes(self.weights())
         described = {
             "layout": LAYOUT,
@@ -181,7 +180,7 @@ class Encoder:
             "dim": self.network.widths[0],
             "heads": self.network.widths[1:],
         }
-        store.write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
+        write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Encoder:
@@ -199,219 +198,61 @@ class Encoder:
                 "modules, as upstream published, are not read: unpickling runs any code they hold. "
                 "Train one with: snip train FEATURES --out encoder"
             )
-        manifest = store.read_manifest(path, "encoder")
-        shape, state = described_shape(path, manifest), read_weights(path, manifest)
-        check_weight(path / WEIGHTS, *shape)
-        network = Network(*shape)
+        manifest = read_manifest(path, "encoder")
+        dim_in, hidden, dim, heads = read_widths(path / MANIFEST, manifest)
+        state = read_weights(path / WEIGHTS, manifest)
+        need = 4 * ((dim_in + hidden) * (dim + sum(heads)) + dim_in * hidden)
+        have = (path / WEIGHTS).stat().st_size
+        if have < need:  # before memory is taken
+            raise damaged_weights(path / WEIGHTS, f"{have} bytes do not fit {need} of its layers")
+        network = Network(dim_in, hidden, dim, heads)
         try:
             network.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise SnipError(
-                f"{path / WEIGHTS}: its layers do not fit {store.MANIFEST}: {first_line(error)}; "
-                "train the encoder again"
-            ) from error
-        return cls(network, pick_device(device))
+            why = f"its layers do not fit {MANIFEST}"
+            raise damaged_weights(path / WEIGHTS, why) from error
+        encoder = cls(network, pick_device(device))
+        encoder.manifest = manifest
+        return encoder
 
 
-def described_shape(folder: Path, manifest: dict[str, Any]) -> tuple[int, int, int, list[int]]:
-    """Return (dim_in, hidden, dim, heads) that a manifest promises."""
-    described = manifest.get("encoder")
-    described = described if isinstance(described, dict) else {}
+def read_widths(path: Path, manifest: dict[str, Any]) -> tuple[int, int, int, list[int]]:
+    """Return (dim_in, hidden, dim, heads) of a manifest, or refuse it."""
+    described = manifest.get("encoder", {})
     if described.get("layout") != LAYOUT:
         raise SnipError(
-            f"{folder / store.MANIFEST}: expected an encoder of layout {LAYOUT}, found "
+            f"{path}: expected an encoder of layout {LAYOUT}, found "
             f"{described.get('layout')!r}; train it with this version of snip"
         )
-    heads = described.get("heads")
-    heads = heads if isinstance(heads, list) else [None]
-    shape = tuple(described.get(name) for name in ("dim_in", "hidden", "dim"))
-    if not all(type(width) is int and width > 0 for width in (*shape, *heads)):
+    dim_in, hidden, dim, heads = (described.get(n) for n in ("dim_in", "hidden", "dim", "heads"))
+    widths = (dim_in, hidden, dim, *(heads if isinstance(heads, list) else [None]))
+    if not all(type(width) is int and width > 0 for width in widths):
         raise SnipError(
-            f"{folder / store.MANIFEST}: expected the widths dim_in, hidden, dim and heads, found "
-            f"{store.short([*shape, described.get('heads')])}"
+            f"{path}: expected the widths dim_in, hidden, dim and heads, found "
+            f"{short_json([dim_in, hidden, dim, heads])}; copy the encoder again, or train it anew"
         )
-    dim_in, hidden, dim = cast("tuple[int, int, int]", shape)
     return dim_in, hidden, dim, heads
 
 
-def check_weight(path: Path, dim_in: int, hidden: int, dim: int, heads: list[int]) -> None:
-    """Refuse widths that need more bytes than the weights have, before memory is taken."""
-    need = 4 * (dim_in + hidden) * (dim + sum(heads)) + 4 * dim_in * hidden
-    have = path.stat().st_size
-    if have < need:
-        raise SnipError(
-            f"{path}: its layers do not fit {store.MANIFEST}: {have} bytes, which promises {need}; "
-            "train the encoder again"
-        )
-
-
-def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the state dict, if it is the file that the manifest vouches for."""
-    path = folder / WEIGHTS
-    expected = weights_sha256(folder, manifest)
+    try:
+        expected = manifest["outputs"][WEIGHTS]["sha256"]
+    except (KeyError, TypeError):
+        raise damaged_weights(path, f"{MANIFEST} names no {WEIGHTS}") from None
     if not path.is_file():
-        raise SnipError(f"no such file: {path}; copy the whole encoder folder, or train it again")
-    if store.sha256(path) != expected:
-        raise SnipError(
-            f"{path}: changed since {store.MANIFEST} was written (its SHA-256 differs); copy the "
-            "encoder folder again, or train it again"
-        )
+        raise damaged_weights(path, "no such file")
+    if atomic.sha256(path) != expected:
+        raise damaged_weights(path, f"changed since {MANIFEST} was written (SHA-256 differs)")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *BROKEN_PICKLE) as error:
+    except BROKEN_PICKLE as error:
         raise SnipError(
             f"{path}: expected a plain state dict of tensors, found something else; pickled "
             "modules are not read, since unpickling runs any code they hold"
         ) from error
 
 
-def weights_sha256(folder: Path, manifest: dict[str, Any]) -> str:
-    """Return the SHA-256 of the weights as the manifest holds it."""
-    try:
-        return str(manifest["outputs"][WEIGHTS]["sha256"])
-    except (KeyError, TypeError):
-        raise SnipError(f"{folder / store.MANIFEST}: names no {WEIGHTS}; train it again") from None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[1] if len(lines) > 1 else str(error)
-
-
-@locks.given_up()
-def run(options: config.Compress) -> str:
-    """Write descriptors, shard for shard; return the summary."""
-    started = time.monotonic()
-    features = open_features(
-        options.features, parts=options.parts, array=options.array, column=options.column
-    )
-    encoder = Encoder.load(options.encoder, options.device)
-    check_width(encoder, features, options.encoder)
-    names = descriptor_names(features)
-    out = Path(options.out).expanduser()
-    store.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
-    request = describe_request(options, features)
-    if claim(out, request, features, options.overwrite) == "done":
-        return f"{out} is finished already with these settings; --overwrite makes it anew"
-    try:
-        crcs = write_shards(features, encoder, out / store.WORK, names, options)
-        features.refuse_changed()
-    except InputError:
-        store.release(out)  # what stood there before, stands
-        raise
-    shards = [
-        {**d, "crc32": f"{crc:08x}"} for d, crc in zip(features.describe(), crcs, strict=True)
-    ]
-    seconds = time.monotonic() - started
-    body = {
-        "command": "compress",
-        "settings": options.as_dict(),
-        "request": request,
-        "encoder_sha256": request["encoder"],
-        "shards": shards,
-        "counts": {"rows": features.rows, "dim": encoder.dim},
-        "seconds": {"all": round(seconds, 3)},
-    }
-    store.publish(out, DESCRIPTORS, body, [out / store.WORK / FILES / name for name in names])
-    size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
-    return (
-        f"{features.rows:,} rows in {len(names)} shards: {encoder.dim_in} wide to {encoder.dim} "
-        f"({size / 1e6:,.1f} MB {options.dtype}) in {seconds:.1f} s, in {out}"
-    )
-
-
-def describe_request(options: config.Compress, features: Features) -> dict[str, Any]:
-    """Return what the descriptors depend on, by name."""
-    folder = Path(options.encoder).expanduser()
-    return {
-        "encoder": weights_sha256(folder, store.read_manifest(folder, "encoder")),
-        "dtype": options.dtype,
-        "array": options.array,
-        "column": options.column,
-        **request_of(features),
-    }
-
-
-def check_width(encoder: Encoder, features: Features, name: str) -> None:
-    """Refuse features of another width, naming the file."""
-    if encoder.dim_in != features.dim:
-        raise SnipError(
-            f"{features.place(0)[0]}: rows are {features.dim} wide, --encoder {name} expects "
-            f"{encoder.dim_in}; use features of the model that it was trained on"
-        )
-
-
-def descriptor_names(features: Features) -> list[str]:
-    """Return the file name of each shard's descriptors; refuse two shards of one name."""
-    names: dict[str, Path] = {}
-    for shard in features.shards:
-        name = f"{shard.path.stem}.npy"
-        if name in names:
-            raise SnipError(
-                f"{names[name]} and {shard.path} would both be written as {name}; compress them "
-                "into two folders"
-            )
-        names[name] = shard.path
-    return list(names)
-
-
-def claim(out: Path, request: dict[str, Any], features: Features, overwrite: bool) -> str:
-    """Take ``out`` as `store.claim` does; other dates of the same rows are no matter."""
-    if store.is_finished(out):
-        accept_dates(request, features, store.read_manifest(out, DESCRIPTORS))
-    return store.claim(out, DESCRIPTORS, request, overwrite=overwrite, late=True)
-
-
-def write_shards(
-    features: Features, encoder: Encoder, work: Path, names: list[str], options: config.Compress
-) -> list[int]:
-    """Write the shards that are not there yet; return the CRC32 of each input shard."""
-    threads = cores(options.threads) if encoder.device == "cpu" else 1
-    crcs = []
-    with progress.bar(features.rows, "compressing", "rows") as bar:
-        for number, name in enumerate(names):
-            path, done = work / FILES / name, work / f"{name}.json"
-            if not store.is_sealed(done, path.parent):
-                crc = write_shard(features, number, encoder, path, options.dtype, threads)
-                store.seal(done, [path], {"crc32": crc})  # after the shard
-            crcs.append(int(store.load_json(done)["crc32"]))
-            bar.update(features.shards[number].rows)
-    return crcs
-
-
-def write_shard(
-    features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
-) -> int:
-    """Write one shard's descriptors as they are made; return the CRC32 of the input shard.
-
-    Raises
-    ------
-    InputError
-        If a row cannot be compared: file and row; nothing is written then.
-    """
-    ledger, shard = CrcLedger(len(features.shards)), features.shards[number]
-    rows = shard.rows
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, encoder.dim)}
-    with store.replacing(path) as part, part.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for block, crcs in encoded_spans(features, number, encoder, threads):
-            block.astype(dtype).tofile(file)
-            ledger.add(crcs)
-    return ledger.totals()[number] if rows else shard.crc_piece(0, shard.read(0, 0))[0]
-
-
-def encoded_spans(
-    features: Features, number: int, encoder: Encoder, threads: int
-) -> Iterator[tuple[np.ndarray, list]]:
-    """Yield one shard's descriptors in row order, with the CRCs of what was read."""
-    first, stop = (int(row) for row in features.offsets[number : number + 2])
-    cuts = range(first - first % READ_ROWS, stop, READ_ROWS)
-    spans = [(max(cut, first), min(cut + READ_ROWS, stop)) for cut in cuts]
-
-    def work(span: tuple[int, int]) -> tuple[np.ndarray, list]:
-        rows, crcs = features.read_with_crc(*span)
-        refuse_bad(features, np.arange(*span), rows)
-        return encoder.encode(rows, span[0]), crcs
-
-    return ordered_map(work, spans, threads)
+def damaged_weights(path: Path, why: str) -> SnipError:
+    """Return the refusal of an encoder's weights."""
+    return SnipError(f"{path}: {why}; copy the whole encoder folder again, or train it again")

@@ -32,12 +32,13 @@ from snipdedup.evaluation.neighbours import (
 )
 from snipdedup.evaluation.tables import eval_page, eval_summary
 from snipdedup.features.cosine import pair_cosine, unit_rows
-from snipdedup.features.scan import refuse_bad, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, open_features, request_of
 from snipdedup.index.quantizer import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
 from snipdedup.parallel import cores, library_threads
 from snipdedup.statistics import proportion_interval
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
 
 if TYPE_CHECKING:
     from snipdedup.encoder.network import Encoder
@@ -72,7 +73,7 @@ class Contender:
     coded: Callable[[int], Vectors]
 
 
-@locks.given_up()
+@locks.released()
 def run(options: config.Eval) -> str:
     """Measure, write the table, the JSON and the picture; return the summary."""
     if options.picture:
@@ -82,34 +83,34 @@ def run(options: config.Eval) -> str:
     features, texts = open_inputs(options)
     out = Path(options.out).expanduser()
     given = [*features.inputs(), *(texts.inputs() if texts else [])]
-    store.refuse_output_inside(out, given)
+    out_folder.refuse_output_inside(out, given)
     kept = {k: v for k, v in options.as_dict().items() if k not in HOW}
     request = {**kept, **request_of(features), "texts": request_of(texts) if texts else None}
-    if store.claim(out, "eval", request, overwrite=options.overwrite, late=True) == "done":
+    if out_folder.claim(out, "eval", request, overwrite=options.overwrite) == "done":
         return f"{out} is finished already with these settings; --overwrite makes it anew"
     try:
         body = evaluate(features, texts, options)
         for source in (features, texts):
             if source is not None:
                 source.refuse_changed()
-        files = write(out / store.WORK / store.FILES, body, options.picture)
-        store.publish(out, "eval", {"command": "eval", "request": request}, files)
+        files = write(out / locks.WORK / out_folder.FILES, body, options.picture)
+        out_folder.publish(out, "eval", {"command": "eval", "request": request}, files)
     finally:
-        store.release(out)
+        out_folder.release(out)
     return f"{eval_summary(body)}\nwritten to {options.out}"
 
 
 def write(out: Path, body: dict[str, Any], picture: bool) -> list[Path]:
     """Write the result in its forms; return the files."""
     files = [out / RESULT, out / PAGE]
-    store.save_json(files[0], body)
-    with store.replacing(files[1]) as part:
+    atomic.save_json(files[0], body)
+    with atomic.replacing(files[1]) as part:
         part.write_text(eval_page(body), encoding="utf-8")
     if picture:
         from snipdedup.evaluation.plots import draw
 
         files.append(out / PICTURE)
-        with store.replacing(files[-1]) as part:
+        with atomic.replacing(files[-1]) as part:
             draw(body, part)
     return files
 
@@ -218,7 +219,7 @@ def learnt(
     """Return an encoder trained with the defaults of ``snip train``."""
     from snipdedup.encoder import training
 
-    return training.train(
+    return training.train_encoder(
         raw,
         text_features=texts,
         loss=loss,
@@ -233,7 +234,7 @@ def contenders_of(
     raw: np.ndarray, texts: np.ndarray | None, snip: Encoder, mse: Encoder, seed: int
 ) -> list[Contender]:
     """Return the five contenders from rows to learn from and two encoders."""
-    from snipdedup.encoder.training import principal_directions
+    from snipdedup.encoder.directions import principal_directions
 
     directions = principal_directions(raw, snip.dim, texts).numpy()
     few = np.random.default_rng(seed).permutation(len(raw))[:OPQ_ROWS]

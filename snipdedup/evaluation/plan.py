@@ -15,7 +15,7 @@ from snipdedup.evaluation.costs import Cost, Job, Rates, estimate
 from snipdedup.evaluation.probe import probe
 from snipdedup.features.shards import Features, open_features
 from snipdedup.parallel import cores
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 SPANS = ((86_400, "d"), (3600, "h"), (60, "min"))
@@ -105,7 +105,7 @@ def known_rates(
             )
     else:
         if path is not None:
-            store.refuse_output_file(path, [] if features is None else features.inputs())
+            out_folder.refuse_output_file(path, [] if features is None else features.inputs())
         rates, duplicates = probe(
             features,
             rows=rows,
@@ -118,7 +118,7 @@ def known_rates(
         )
         if path is not None:
             body = {"kind": "rates", "duplicates": duplicates, **dataclasses.asdict(rates)}
-            store.save_json(path, body)
+            atomic.save_json(path, body)
     return rates, duplicates if options.duplicates is None else options.duplicates
 
 
@@ -130,7 +130,7 @@ def load_rates(path: Path) -> tuple[Rates, float]:
     SnipError
         If the file is not what a probe writes; says what is wrong.
     """
-    found = store.load_json(path)
+    found = atomic.load_json(path)
     names = {field.name: field.type for field in dataclasses.fields(Rates)}
     lacking = [name for name in ("duplicates", *names) if name not in found] if found else ["all"]
     if not isinstance(found, dict) or lacking:

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.evaluation.costs import TREE, Rates
-from snipdedup.features.scan import Seen, find_copies, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import Seen, find_copies
 from snipdedup.features.shards import Features, open_features, plan_blocks
-from snipdedup.groups.star import Compare, group_star, keep_rank
+from snipdedup.groups.members import keep_rank
+from snipdedup.groups.star import Compare, group_star
 from snipdedup.join.calibration import sample_pairs
 from snipdedup.join.encoding import encode_task, task_rows
 from snipdedup.join.forest import make_edges, spanning_forest
@@ -41,7 +43,7 @@ from snipdedup.join.tiles import (
 )
 from snipdedup.join.verify import GATHER_PAIRS, listed_cosines, verify_pairs
 from snipdedup.parallel import library_threads, ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, pack
 
 TASKS = 2  # encode tasks that are run
@@ -184,7 +186,7 @@ def make_pool(source: Features, path: Path, seed: int) -> Features:
     else:
         count = min(POOL, source.rows)
         rows = source.gather(np.sort(rng.choice(source.rows, count, replace=False)))
-    store.save_npy(path, rows)
+    atomic.save_npy(path, rows)
     return open_features(path)
 
 
@@ -429,8 +431,8 @@ def time_writing(folder: Path) -> dict[str, float]:
     def write() -> None:
         sizes.clear()
         for path, table in ((folder / "forest", forest), (folder / "groups", groups)):
-            store.save_parquet(path, table)
-            store.sha256(path)
+            atomic.save_parquet(path, table)
+            atomic.sha256(path)
             sizes.append(path.stat().st_size)
 
     return {

@@ -19,8 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.storage.objects import source
-from snipdedup.storage.store import file_crc
+from snipdedup.storage.remote import arrow_source
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
@@ -65,15 +64,6 @@ class Shard:
         """Write the given rows of the file, ascending, to ``out``, whose dtype may be wider."""
         out[:] = self.take(rows)
 
-    def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
-        """Return CRC32 and byte count of the part of the file that ``block`` stands for.
-
-        The parts of a shard, in row order, cover the file. Where rows are not stored plainly,
-        the part of row 0 is the whole file and the others are empty.
-        """
-        del block
-        return file_crc(self.path) if start == 0 else (0, 0)
-
 
 class ArrayShard(Shard):
     """Rows that are in memory already."""
@@ -90,11 +80,6 @@ class ArrayShard(Shard):
         """See `Shard.take`."""
         return np.ascontiguousarray(self.array[rows], dtype=self.dtype)
 
-    def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
-        """See `Shard.crc_piece`; an array has no header."""
-        del start
-        return zlib.crc32(block.data), block.nbytes
-
 
 class NpyShard(Shard):
     """A ``.npy`` file, or a member of an uncompressed ``.npz``: rows lie plainly in the file."""
@@ -104,13 +89,11 @@ class NpyShard(Shard):
             file.seek(begin)
             shape, dtype = read_npy_header(file, path)
             self.data = file.tell()
-        self.header = self.data - begin
         self.stored = dtype
-        self.plain_file = begin == 0 and size is None
         super().__init__(path, shape, dtype)
         need = self.rows * self.dim * dtype.itemsize
         self.end = self.data + need
-        have = (path.stat().st_size - begin if size is None else size) - self.header
+        have = (path.stat().st_size - begin if size is None else size) - (self.data - begin)
         if have != need:
             raise InputError(
                 f"{path}: truncated or damaged: its header promises {self.rows} x {self.dim} "
@@ -169,16 +152,6 @@ class NpyShard(Shard):
             raise InputError(f"{self.path}: became shorter while it was read; run it again")
         shape = (self.rows, self.dim)
         return _map(self.path, self.stored, self.data, shape, stamp.st_mtime_ns, stamp.st_size)
-
-    def crc_piece(self, start: int, block: np.ndarray) -> tuple[int, int]:
-        """See `Shard.crc_piece`; the header belongs to the part of row 0."""
-        if not self.plain_file or self.stored != self.dtype:
-            return super().crc_piece(start, block)
-        head = b""
-        if start == 0:
-            with self.path.open("rb") as file:
-                head = file.read(self.header)
-        return zlib.crc32(block.data, zlib.crc32(head)), len(head) + block.nbytes
 
 
 # Mapping anew, and touching pages anew, is dear; a mapping holds a file open.
@@ -520,7 +493,7 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(source(path))
+        return pq.ParquetFile(arrow_source(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: truncated or not a parquet file: {error}") from error
 
@@ -558,29 +531,3 @@ def only_list_column(path: Path, schema: Any) -> str:
             f"{path}: expected one list column of floats, found {found}; name it with --column"
         )
     return str(names[0])
-
-
-def crc32_combine(first: int, second: int, second_size: int) -> int:
-    """Return the CRC32 of two byte strings one after another from the CRC32 of each.
-
-    Appending n bytes multiplies the first CRC by x^(8n) modulo the CRC's polynomial, in GF(2)
-    (the idea of zlib's function of the same name).
-    """
-    power, square = 1 << 31, 1 << 30  # x^0 and x^1, highest power in the lowest bit
-    bits = 8 * second_size
-    while bits:
-        if bits & 1:
-            power = _gf2_multiply(power, square)
-        square = _gf2_multiply(square, square)
-        bits >>= 1
-    return _gf2_multiply(power, first) ^ second
-
-
-def _gf2_multiply(a: int, b: int) -> int:
-    """Multiply two polynomials over GF(2) modulo the reflected CRC32 polynomial."""
-    product = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            product ^= b
-        b = (b >> 1) ^ 0xEDB88320 if b & 1 else b >> 1
-    return product

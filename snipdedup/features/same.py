@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from snipdedup.features.formats import ArrayShard, Shard
-from snipdedup.storage.objects import Elsewhere, side_by_side
+from snipdedup.storage.remote import RemotePath, map_requests
 
 SAMPLE_BYTES = 4096  # read in the middle and at the end of what may be a copy
 CHUNK_BYTES = 1 << 22  # of two files compared at a time
@@ -57,7 +57,7 @@ def names_of(shard: Shard) -> Iterator[Hashable]:
     """Yield what tells a shard's file from all others; nothing for an array."""
     if isinstance(shard, ArrayShard):
         return
-    if isinstance(shard.path, Elsewhere):
+    if isinstance(shard.path, RemotePath):
         parts = urlsplit(shard.path.url)
         yield parts.scheme.lower(), parts.netloc.rpartition("@")[2].lower(), parts.path, parts.query
         return
@@ -99,7 +99,7 @@ def find_copied(own: Sequence[Shard], others: Sequence[Shard]) -> Shared | None:
     common = set(shapes[0]) & set(shapes[1]) - {None}
     places = [[number for number, shape in enumerate(side) if shape in common] for side in shapes]
     marks = [
-        side_by_side(partial(sample_of, rows=rows), [side[number] for number in which])
+        map_requests(partial(sample_of, rows=rows), [side[number] for number in which])
         for side, which in zip((own, others), places, strict=True)
     ]
     known: dict[Hashable, list[int]] = {}
@@ -152,8 +152,8 @@ def chunks(path: Path) -> Iterator[bytes]:
 
 def read_bytes(path: Path, begin: int, end: int) -> bytes:
     """Return the bytes ``begin`` to ``end`` (exclusive) of a file."""
-    if isinstance(path, Elsewhere):
-        return path.read_span(begin, end)
+    if isinstance(path, RemotePath):
+        return path.read_range(begin, end)
     with path.open("rb") as file:
         file.seek(begin)
         return file.read(end - begin)

@@ -15,7 +15,8 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.errors import InputError
 from snipdedup.features.cosine import Directions, bad_rows, directions, same_bits
-from snipdedup.features.shards import CrcLedger, Features, Piece, plan_blocks
+from snipdedup.features.hashing import Checksums, row_hashes, sum_checksums
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import ordered_map, scratch
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, among, pack, row_kind
 
@@ -25,9 +26,6 @@ BLOCK = 2048
 SORT_ROWS = 1 << 22  # rows sorted by their hashes at a time
 COMPARE_ROWS = 4096  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
-HASH_BYTES = 1 << 18  # of rows hashed at a time: they stay in the cache while they are mixed
-HALF = np.uint64(32)
-MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
 
 Visit = Callable[[int, np.ndarray, Directions], None]
 
@@ -41,14 +39,14 @@ class Scan(NamedTuple):
         Rows with NaN, infinity or zeros only, ascending.
     copies, firsts : (c,) int64
         Rows that equal an earlier row bit for bit, ascending, and the first such row.
-    crcs : list of int
-        CRC32 of each shard.
+    checksums : list of int
+        Of each shard.
     """
 
     bad: np.ndarray
     copies: np.ndarray
     firsts: np.ndarray
-    crcs: list[int]
+    checksums: list[int]
 
     def skipped(self, rows: int, frozen: int = 0) -> np.ndarray:
         """Return which rows take no part in a search, (rows,) bool.
@@ -72,15 +70,15 @@ class Seen(NamedTuple):
 
     Attributes
     ----------
-    crcs : list of (Piece, int, int)
-        CRC32 and size of the parts of shards.
+    checksums : sequence of (int, int)
+        Number of each shard of which rows were read, and the checksum of these rows.
     bad : (m,) int64
         Rows that cannot be compared.
     hashes : (n,) uint64, or Path
         A hash of each row, or the ``.npy`` that holds them.
     """
 
-    crcs: list[tuple[Piece, int, int]]
+    checksums: Checksums
     bad: np.ndarray
     hashes: np.ndarray | Path
 
@@ -133,13 +131,14 @@ def read_range(
     """
     import torch
 
-    hashes, bad, crcs = [], [], []
+    hashes: list[np.ndarray] = []
+    bad, checksums = [], []
     chunk = min(whole_blocks(chunk_rows), whole_blocks(end - begin))
     buffer = scratch("rows read", (chunk, features.dim), features.dtype)
     wide = torch.from_numpy(scratch("rows wide", (BLOCK, features.dim), np.float32))
     for start, stop in plan_blocks(end - begin, chunk):
-        rows, part = features.read_with_crc(begin + start, begin + stop, buffer)
-        crcs += part
+        rows = features.read(begin + start, begin + stop, buffer)
+        known = len(hashes)
         for low, high in plan_blocks(len(rows), BLOCK):
             first, block = begin + start + low, rows[low:high]
             found = directions(block, wide)
@@ -147,7 +146,8 @@ def read_range(
             hashes.append(row_hashes(block))
             if visit is not None:
                 visit(first, block, found)
-    return Seen(crcs, np.concatenate(bad), np.concatenate(hashes))
+        checksums += features.checksums(begin + start, rows, np.concatenate(hashes[known:]))
+    return Seen(checksums, np.concatenate(bad), np.concatenate(hashes))
 
 
 def finish_scan(
@@ -164,15 +164,9 @@ def finish_scan(
     bad = np.concatenate([part.bad for part in parts])
     if len(bad) and not keep_bad:
         raise InputError(describe_bad(features, bad))
-    ledger = CrcLedger(len(features.shards))
-    for part in parts:
-        ledger.add(part.crcs)
     copies, firsts = find_copies(features, parts, threads, bad=bad, folder=folder)
-    crcs = [
-        crc if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
-        for crc, shard in zip(ledger.totals(), features.shards, strict=True)
-    ]
-    return Scan(bad, copies, firsts, crcs)
+    checksums = sum_checksums((part.checksums for part in parts), len(features.shards))
+    return Scan(bad, copies, firsts, checksums)
 
 
 def describe_bad(features: Features, bad: np.ndarray) -> str:
@@ -211,46 +205,6 @@ def bad_places(features: Features, bad: np.ndarray) -> str:
         what = "NaN" if np.isnan(values).any() else "infinity" if values.any() else "zeros only"
         places.append(f"{path} row {place} ({what})")
     return ", ".join(places) + (", ..." if len(bad) > SHOWN_ROWS else "")
-
-
-def row_hashes(rows: np.ndarray) -> np.ndarray:
-    """Return a 64-bit hash of each row's bytes, (n,) uint64.
-
-    Sums of products of two words, each offset by a random constant (NH, Black et al., UMAC,
-    1999). Low bits that all words lack, all hashes lack; of small numbers in float64 that would be
-    most, so these words are mixed first. Equal hashes are a reason to compare, not a proof.
-    """
-    data = np.ascontiguousarray(rows).view(np.uint8)
-    padding = -data.shape[1] % 16
-    if padding:
-        data = np.pad(data, ((0, 0), (0, padding)))
-    words = data.view(np.uint64)
-    offsets = np.random.default_rng(0x5E1F).integers(0, 2**64, words.shape[1], np.uint64)
-    if rows.dtype.itemsize < words.itemsize:
-        return offset_products(words, offsets)
-    hashes = np.empty(len(words), np.uint64)
-    for start, stop in plan_blocks(len(words), max(1, HASH_BYTES // max(1, words[:1].nbytes))):
-        hashes[start:stop] = offset_products(mixed(words[start:stop]), offsets)
-    return hashes
-
-
-def offset_products(words: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return the sum of products of each row's words, two and two, each with its offset, (n,)."""
-    words = words + offsets
-    return np.einsum("ij,ij->i", words[:, 0::2], words[:, 1::2])
-
-
-def mixed(words: np.ndarray) -> np.ndarray:
-    """Return words mixed one by one, different ones differently, (n, m) uint64.
-
-    It stands until the thread's next call.
-    """
-    found, moved = (scratch(use, words.shape, np.uint64) for use in ("mixed", "moved"))
-    np.right_shift(words, HALF, out=moved)
-    np.bitwise_xor(words, moved, out=found)
-    np.multiply(found, MIXER, out=found)
-    np.right_shift(found, HALF, out=moved)
-    return np.bitwise_xor(found, moved, out=found)
 
 
 def find_copies(

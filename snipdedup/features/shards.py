@@ -20,12 +20,12 @@ import numpy as np
 
 from snipdedup.config import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, crc32_combine, open_shard
-from snipdedup.features.ranged import open_ranged
+from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, open_shard
+from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
+from snipdedup.features.ranged import open_remote_shard
 from snipdedup.storage import listing
-from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side
-from snipdedup.storage.remote import shown
-from snipdedup.storage.store import file_crc
+from snipdedup.storage.remote import RemotePath, is_remote, map_requests
+from snipdedup.storage.urls import expand_parts, redacted
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -98,36 +98,36 @@ class Features:
         self.dtype = np.result_type(*(shard.dtype for shard in filled))
         self.opened = identities(self.paths())
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return global rows ``start`` to ``stop`` (exclusive): (n, dim) `dtype`."""
-        pieces = plan_pieces(self.offsets, start, stop)
-        blocks = [self.shards[p.shard].read(p.start, p.stop) for p in pieces]
-        if len(blocks) == 1:
-            return blocks[0].astype(self.dtype, copy=False)
-        return np.concatenate([np.empty((0, self.dim), self.dtype), *blocks]).astype(
-            self.dtype, copy=False
-        )
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Return global rows ``start`` to ``stop`` (exclusive): (n, dim) `dtype`.
 
-    def read_with_crc(
-        self, start: int, stop: int, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, list[tuple[Piece, int, int]]]:
-        """Return rows as `read` does, and of each piece (piece, CRC32, bytes of the file).
-
-        ``out``, (>= stop - start, dim) of `dtype`, is memory for the rows; else they get their own.
+        ``out``, (>= n, dim) of `dtype`, is memory for them; else they get their own.
         """
+        stop = min(stop, self.rows)
         rows = np.empty((stop - start, self.dim), self.dtype) if out is None else out
-        rows, crcs = rows[: stop - start], []
+        rows = rows[: stop - start]
         for piece in plan_pieces(self.offsets, start, stop):
-            shard, first = self.shards[piece.shard], int(self.offsets[piece.shard]) - start
+            first = int(self.offsets[piece.shard]) - start
             part = rows[first + piece.start : first + piece.stop]
-            stored = part
-            if shard.dtype == self.dtype:
-                shard.read_into(piece.start, piece.stop, part)
-            else:
-                stored = shard.read(piece.start, piece.stop)
-                part[:] = stored
-            crcs.append((piece, *shard.crc_piece(piece.start, stored)))
-        return rows, crcs
+            self.shards[piece.shard].read_into(piece.start, piece.stop, part)
+        return rows
+
+    def checksums(
+        self, start: int, rows: np.ndarray, hashes: np.ndarray | None = None
+    ) -> list[tuple[int, int]]:
+        """Return the checksum of each shard's part of the rows from global row ``start`` on.
+
+        ``hashes`` saves making them; see `hashing.sum_checksums`.
+        """
+        found = []
+        for piece in plan_pieces(self.offsets, start, start + len(rows)):
+            shard, first = self.shards[piece.shard], int(self.offsets[piece.shard]) - start
+            part = slice(first + piece.start, first + piece.stop)
+            own = hashes[part] if hashes is not None and shard.dtype == self.dtype else None
+            if own is None:  # those of the rows as the shard stores them, whatever the others do
+                own = row_hashes(rows[part].astype(shard.dtype, copy=False))
+            found.append((piece.shard, rows_checksum(own, piece.start)))
+        return found
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Return the given global rows, in the order asked, read in row order.
@@ -210,17 +210,17 @@ def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]
     InputError
         Names the first.
     """
-    elsewhere = [path for path in paths if isinstance(path, Elsewhere)]
+    elsewhere = [path for path in paths if isinstance(path, RemotePath)]
     for item in elsewhere:
-        item.forget()
-    side_by_side(Elsewhere.is_file, elsewhere)
+        item.forget_version()
+    map_requests(RemotePath.is_file, elsewhere)
     for path, before in zip(paths, opened, strict=True):
         if not path.is_file() or identities([path]) != [before]:
             raise InputError(f"{path}: changed while it was read; run it again")
 
 
 def request_of(features: Features) -> dict[str, Any]:
-    """Return what tells features from others, as the entries of a request (`store.claim`)."""
+    """Return what tells features from others, as the entries of a request (`out_folder.claim`)."""
     return {"features": features.describe(), "features_changed": features.stamps()}
 
 
@@ -234,17 +234,17 @@ def accept_dates(request: dict[str, Any], features: Features, finished: dict[str
     features : Features
         May have more shards than the finished run had.
     finished : dict
-        Its manifest. A shard without ``crc32`` there is never taken for the same.
+        Its manifest. A shard without ``checksum`` there is never taken for the same.
     """
     stamps, dates = request["features_changed"], finished["request"].get("features_changed", [])
     earlier = zip(dates, finished["request"].get("features", []), finished["shards"], strict=False)
     for number, (date, described, shard) in enumerate(earlier):
-        if number >= len(stamps) or stamps[number] == date or "crc32" not in shard:
+        if number >= len(stamps) or stamps[number] == date or "checksum" not in shard:
             continue
-        path = features.shards[number].path
-        if request["features"][number] == described and path.is_file():
-            crc, _ = file_crc(path)
-            stamps[number] = date if f"{crc:08x}" == shard["crc32"] else stamps[number]
+        own = features.shards[number]
+        if request["features"][number] == described and not isinstance(own, ArrayShard):
+            same = checksum_text(shard_checksum(own)) == shard["checksum"]
+            stamps[number] = date if same else stamps[number]
 
 
 def _ascending(rows: np.ndarray) -> bool:
@@ -261,28 +261,6 @@ def _stamp(shard: Shard) -> int:
     if isinstance(shard, ArrayShard):
         return zlib.crc32(np.ascontiguousarray(shard.array).view(np.uint8).data)
     return shard.path.stat().st_mtime_ns
-
-
-class CrcLedger:
-    """Collects the CRC32 of pieces in any order; gives that of each whole file."""
-
-    def __init__(self, shards: int) -> None:
-        self.pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(shards)]
-
-    def add(self, crcs: Sequence[tuple[Piece, int, int]]) -> None:
-        """Take what `Features.read_with_crc` returned."""
-        for piece, crc, size in crcs:
-            self.pieces[piece.shard].append((piece.start, crc, size))
-
-    def totals(self) -> list[int]:
-        """Return the CRC32 of each shard, 0 for a shard of which nothing was read."""
-        result = []
-        for pieces in self.pieces:
-            total = 0
-            for _, crc, size in sorted(pieces):
-                total = crc32_combine(total, crc, size)
-            result.append(total)
-        return result
 
 
 def open_features(
@@ -323,10 +301,10 @@ def open_features(
             shards.append(ArrayShard(part, f"array {number}"))
         elif not isinstance(item, str | Path):
             raise no_features(source, item)
-        elif is_elsewhere(item):
-            found = find_elsewhere(str(item), parts, SUFFIXES, "no shard found")
-            refuse_mixture(found, shown(str(item)))
-            shards += side_by_side(partial(open_ranged, array=array, column=column), found)
+        elif is_remote(item):
+            found = find_remote(str(item), parts, SUFFIXES, "no shard found")
+            refuse_mixture(found, redacted(str(item)))
+            shards += map_requests(partial(open_remote_shard, array=array, column=column), found)
         else:
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
@@ -399,15 +377,16 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
     return found
 
 
-def find_elsewhere(url: str, parts: str | None, suffixes: Sequence[str], none: str) -> list[Path]:
-    """Return the files that a URL means, in order; see `listing.find`."""
+def find_remote(url: str, parts: str | None, suffixes: Sequence[str], none: str) -> list[Path]:
+    """Return the files that a URL means, in order; see `listing.find_remote_files`."""
     if "{part" in url:
-        return listing.find(url, parse_parts(parts, shown(url)), suffixes, none)
+        numbers = parse_parts(parts, redacted(url))
+        return listing.find_remote_files(url, numbers, suffixes, none)
     if parts is not None:
         raise UsageError(
-            f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {shown(url)}"
+            f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {redacted(url)}"
         )
-    return natural_sort(listing.find(url, None, suffixes, none))
+    return natural_sort(listing.find_remote_files(url, None, suffixes, none))
 
 
 def folder_shards(folder: Path) -> list[Path]:
@@ -433,8 +412,8 @@ def is_shard_name(path: Path, suffix: str) -> bool:
 
 def implied_metadata(spec: str | Path) -> Path | None:
     """Return the ``metadata/`` beside ``img_emb/`` where a folder stands for both."""
-    if is_elsewhere(spec):
-        return listing.beside(str(spec), SUFFIXES)
+    if is_remote(spec):
+        return listing.metadata_beside(str(spec), SUFFIXES)
     folder = Path(spec).expanduser()
     if not folder.is_dir() or not (folder / "img_emb").is_dir():
         return None
@@ -446,13 +425,8 @@ def implied_metadata(spec: str | Path) -> Path | None:
 
 def part_paths(pattern: str, parts: str | None) -> list[Path]:
     """Expand a ``{part:04d}`` pattern over ``--parts start:end``."""
-    start, end = parse_parts(parts, pattern)
-    try:
-        paths = [Path(pattern.format(part=part)).expanduser() for part in range(start, end)]
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{pattern}: expected a pattern such as img_emb_{{part:04d}}.npy"
-        ) from error
+    numbers = range(*parse_parts(parts, pattern))
+    paths = [Path(location).expanduser() for location in expand_parts(pattern, numbers)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise SnipError(

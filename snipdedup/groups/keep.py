@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from snipdedup.config import keep_rules
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.groups.star import Rank, keep_rank
+from snipdedup.groups.members import Rank, keep_rank
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.tables import Metadata, named

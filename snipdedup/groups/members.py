@@ -24,7 +24,7 @@ class Members(NamedTuple):
 
     row: np.ndarray  # (n,) int64
     group: np.ndarray  # (n,) int64: the smallest row of its group
-    representative: np.ndarray  # (n,) int64: the kept row that a removed row duplicates; else itself
+    representative: np.ndarray  # (n,) int64: the row that a removed row duplicates; else itself
     similarity: np.ndarray  # (n,) float32: cosine with the representative, 1 for the row itself
     is_dup: np.ndarray  # (n,) bool: removed
 
@@ -47,7 +47,7 @@ class Best(NamedTuple):
 
     cluster: np.ndarray  # (rows,) int32; -1 for rows that cannot be compared
     nearness: np.ndarray  # (rows,) float32: cosine with the cluster's centroid
-    match: np.ndarray  # (rows,) int64: the nearest earlier row of the cluster, removed or not; or -1
+    match: np.ndarray  # (rows,) int64: the nearest earlier row of the cluster, or -1
     similarity: np.ndarray  # (rows,) float32: their cosine; NaN without a match
     centroids: np.ndarray  # (clusters, d) float32, of norm 1
 

@@ -62,7 +62,7 @@ class Compare(NamedTuple):
     also: Also | None = None
 
     def load(self, rows: np.ndarray) -> np.ndarray:
-        """Return what `table` compares of rows: float64 unit rows, those of ``also`` beside them."""
+        """Return float64 unit rows for `table`, those of ``also`` beside them."""
         unit = unit_rows64(self.gather(rows))
         if self.also is None:
             return unit

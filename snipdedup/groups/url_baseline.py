@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup.groups.blocks import cut_groups, slices
-from snipdedup.groups.star import Members
+from snipdedup.groups.members import Members
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.gathered import gather_columns
 from snipdedup.metadata.keys import classes, fingerprints

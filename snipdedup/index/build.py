@@ -17,8 +17,9 @@ import numpy as np
 from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
+from snipdedup.features.hashing import checksum_text, sum_checksums
 from snipdedup.features.scan import describe_bad
-from snipdedup.features.shards import CrcLedger, Features, accept_dates, open_features, request_of
+from snipdedup.features.shards import Features, accept_dates, open_features, request_of
 from snipdedup.index.codes import ShardCodes, load_shard, pack, packed_width, save_shard, shard_name
 from snipdedup.index.export import export_faiss
 from snipdedup.index.folder import (
@@ -44,9 +45,10 @@ from snipdedup.index.quantizer import (
     write_quantiser,
 )
 from snipdedup.parallel import ALIGNED_ROWS, cores, in_aligned_blocks, ordered_map
-from snipdedup.storage import locks, store
-from snipdedup.storage.objects import is_elsewhere
-from snipdedup.storage.remote import shown
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
+from snipdedup.storage.remote import is_remote
+from snipdedup.storage.urls import redacted
 
 FILES = "files"  # below the work folder: what is written before all of it is whole
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
@@ -61,13 +63,13 @@ def run(options: config.Index) -> str:
     out = Path(options.out)
     source = options.features if isinstance(options.features, str | Path) else None
     read = [Path(name) for name in (options.base, options.encoder) if name is not None]
-    store.refuse_output_inside(out, [*features.inputs(), *read])
+    out_folder.refuse_output_inside(out, [*features.inputs(), *read])
     if options.export_faiss is not None:
-        store.refuse_output_file(Path(options.export_faiss), [*features.inputs(), *read])
+        out_folder.refuse_output_file(Path(options.export_faiss), [*features.inputs(), *read])
     index, state = build(features, out, options, as_stored=is_descriptors(source))
     said = describe(index, state)
     if options.export_faiss is not None:
-        store.refuse_output_file(Path(options.export_faiss))  # now that it is known what is in OUT
+        out_folder.refuse_output_file(Path(options.export_faiss))  # now OUT's files are known
         size = export_faiss(index, Path(options.export_faiss))
         said += f"\nwrote {options.export_faiss} for plain faiss, {size:,} bytes"
     return said
@@ -78,19 +80,19 @@ def expanded(options: config.Index) -> config.Index:
     names = ("features", "out", "encoder", "base", "export_faiss")
     given = options.as_dict()
     for name in names:
-        if isinstance(given[name], str | Path) and not is_elsewhere(given[name]):
+        if isinstance(given[name], str | Path) and not is_remote(given[name]):
             given[name] = str(Path(given[name]).expanduser())
     return config.Index(**given)
 
 
 def located(source: Any) -> str | None:
     """Return where features lie, as a path from anywhere; None for arrays in memory."""
-    if is_elsewhere(source):
-        return shown(str(source))
+    if is_remote(source):
+        return redacted(str(source))
     return os.path.abspath(source) if isinstance(source, str | Path) else None  # noqa: PTH100
 
 
-@locks.given_up()
+@locks.released()
 def build(
     features: Features, out: Path, options: config.Index, *, as_stored: bool = False
 ) -> tuple[Index, str]:
@@ -122,7 +124,7 @@ def build(
     request = {
         **request_of(features),
         "as_stored": as_stored,
-        "encoder": identity(encoder / store.MANIFEST) if encoder else None,
+        "encoder": identity(encoder / MANIFEST) if encoder else None,
         "base": identity(base) if base else None,
         **{n: getattr(options, n) for n in ("nlist", "m", "nbits", "train_rows", "seed")},
     }
@@ -131,21 +133,21 @@ def build(
     state, request = claim(out, request, features, options)
     if state == "done":
         return Index.open(out), state
-    held = len(store.read_manifest(out, "index")["shards"]) if state == "append" else 0
+    held = len(read_manifest(out, "index")["shards"]) if state == "append" else 0
     if held:
         space = Space.of(held_encoder(out), features.dim, bool(request["as_stored"]))
         space = space.of_width(read_quantiser(out / QUANTISER).dim)
-    work = out / store.WORK / FILES
+    work = out / locks.WORK / FILES
     try:
         note = work.parent / f"{QUANTISER}.json"
-        if not held and not store.is_sealed(note, work):
+        if not held and not atomic.is_done(note, work):
             write_quantiser(work / QUANTISER, make_quantiser(features, space, base, options))
-            store.seal(note, [work / QUANTISER], {})
+            atomic.write_done_file(note, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
         write_shards(features, held, space, quantiser, work, options)
         features.refuse_changed()
     except InputError:
-        store.release(out)  # what stood there before, stands
+        out_folder.release(out)  # what stood there before, stands
         raise
     if encoder is not None and not held:
         copy_encoder(encoder, work / ENCODER)
@@ -195,25 +197,27 @@ def write_shards(
     with progress.bar(features.rows, "indexing", "rows") as bar:
         for number, shard in enumerate(features.shards):
             path = work / shard_name(number)
-            if number >= held and not store.is_sealed(crc_note(path), work):
-                codes, crc = encode_shard(features, number, space, quantiser, threads)
+            if number >= held and not atomic.is_done(checksum_note(path), work):
+                codes, checksum = encode_shard(features, number, space, quantiser, threads)
                 refuse_bad(features, number, codes.bad, options.bad_rows)
                 save_shard(path, codes)
-                store.seal(crc_note(path), [path], {"crc32": f"{crc:08x}"})
+                atomic.write_done_file(
+                    checksum_note(path), [path], {"checksum": checksum_text(checksum)}
+                )
             bar.update(shard.rows)
 
 
-def crc_note(path: Path) -> Path:
-    """Return where the CRC32 of a shard of features is noted until the manifest holds it."""
+def checksum_note(path: Path) -> Path:
+    """Return where the checksum of a shard of features is noted until the manifest holds it."""
     return path.parent.parent / f"{path.name}.json"
 
 
 def claim(
     out: Path, request: dict[str, Any], features: Features, options: config.Index
 ) -> tuple[str, dict[str, Any]]:
-    """Take ``out`` as `store.claim` does; with ``--append``, go on where it has fewer shards."""
-    if store.is_finished(out):
-        manifest = store.read_manifest(out, "index")
+    """Claim ``out`` (`out_folder.claim`); with ``--append``, go on where it has fewer shards."""
+    if is_finished(out):
+        manifest = read_manifest(out, "index")
         accept_dates(request, features, manifest)
         if not options.overwrite:
             earlier = manifest["request"]
@@ -224,11 +228,11 @@ def claim(
                         f"--out {out} holds an index of the first {held} of {now} shards; add the "
                         "others with --append, or replace it with --overwrite"
                     )
-                store.refuse_company(out)
+                locks.lock_run(out)
                 return "append", grow(out, earlier, request)
             if options.append:
                 request = merged_request(out, earlier, request)
-    state = store.claim(out, "index", request, overwrite=options.overwrite, late=True)
+    state = out_folder.claim(out, "index", request, overwrite=options.overwrite)
     return state, request
 
 
@@ -243,10 +247,10 @@ def is_longer(request: dict[str, Any], earlier: dict[str, Any]) -> bool:
 def grow(out: Path, earlier: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     """Note that shards are being added; keep those that the same stopped run added."""
     request = merged_request(out, earlier, request)
-    note = out / store.WORK / store.REQUEST
-    if not note.is_file() or store.load_json(note) != request:
-        store.empty_work(out)
-        store.save_json(note, request)
+    note = out / locks.WORK / locks.REQUEST
+    if not note.is_file() or atomic.load_json(note) != request:
+        locks.empty_work(out)
+        atomic.save_json(note, request)
     return request
 
 
@@ -254,7 +258,7 @@ def merged_request(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> d
     """Return the finished request with more shards; settings left at their default are kept."""
     kept = {**earlier, **{name: now[name] for name in ("features", "features_changed")}}
     given = {name: value for name, value in now.items() if value not in (None, 0, False)}
-    differing = store.differences({n: kept.get(n) for n in given}, given)
+    differing = out_folder.differences({n: kept.get(n) for n in given}, given)
     if differing:
         raise SnipError(
             f"--out {out} was built with other {'; '.join(differing)}; --append goes on with its "
@@ -269,7 +273,7 @@ def open_base(base: str | None) -> Path | None:
         return None
     path = Path(base).expanduser()
     if path.is_dir():
-        store.read_manifest(path, "index")
+        read_manifest(path, "index")
         path = path / QUANTISER
     if not path.is_file():
         raise SnipError(f"--base: no such file or index folder: {base}")
@@ -281,7 +285,7 @@ def choose_encoder(given: str | None, base: Path | None) -> Path | None:
     of_base = base.parent / ENCODER if base is not None and base.name == QUANTISER else None
     if of_base is None or not of_base.is_dir():
         if given is not None:
-            store.read_manifest(Path(given).expanduser(), "encoder")
+            read_manifest(Path(given).expanduser(), "encoder")
         return Path(given).expanduser() if given is not None else None
     if given is not None and not same_encoder(given, of_base):
         raise SnipError(
@@ -293,9 +297,9 @@ def choose_encoder(given: str | None, base: Path | None) -> Path | None:
 
 def copy_encoder(source: Path, target: Path) -> None:
     """Put the encoder into the index, so that the folder is all that a search needs."""
-    manifest = store.read_manifest(source, "encoder")
-    for name in (*manifest["outputs"], store.MANIFEST):  # the manifest last, as everywhere
-        with store.replacing(target / name) as part:
+    manifest = read_manifest(source, "encoder")
+    for name in (*manifest["outputs"], MANIFEST):  # the manifest last, as everywhere
+        with atomic.replacing(target / name) as part:
             shutil.copyfile(source / name, part)
 
 
@@ -336,16 +340,16 @@ def check_base(path: Path, quantiser: Quantiser, dim: int, options: config.Index
 def encode_shard(
     features: Features, number: int, space: Space, quantiser: Quantiser, threads: int
 ) -> tuple[ShardCodes, int]:
-    """Encode the rows of one shard, wherever it lies among the others; return its CRC32 too."""
+    """Encode the rows of one shard, wherever it lies among the others; return its checksum too."""
     first, stop = (int(n) for n in features.offsets[number : number + 2])
     cuts = range(first - first % READ_ROWS, stop, READ_ROWS)
     spans = [(max(cut, first), min(cut + READ_ROWS, stop)) for cut in cuts]
 
-    ledger = CrcLedger(len(features.shards))
+    checksums = []
 
     def encode(span: tuple[int, int]) -> tuple[np.ndarray, ...]:
-        rows, crcs = features.read_with_crc(*span)
-        ledger.add(crcs)
+        rows = features.read(*span)
+        checksums.append(features.checksums(span[0], rows))
         bad = bad_rows(rows)
         if bad.any():  # a copy: rows may be the caller's own array
             rows = np.where(bad[:, None], 0, rows)
@@ -356,15 +360,13 @@ def encode_shard(
     good = np.flatnonzero(~bad)
     order = good[np.argsort(lists[good], kind="stable")]
     sizes = np.bincount(lists[good], minlength=quantiser.nlist)
-    shard = features.shards[number]
-    crc = ledger.totals()[number] if shard.rows else shard.crc_piece(0, shard.read(0, 0))[0]
     return ShardCodes(
         codes[order],
         pack(order, packed_width(stop - first)),
         sizes.astype(np.min_scalar_type(int(sizes.max(initial=0)))),
         np.flatnonzero(bad),
         np.array(errors[good].sum(dtype=np.float64)),
-    ), crc
+    ), sum_checksums(checksums, len(features.shards))[number]
 
 
 def encode_block(block: np.ndarray, space: Space, quantiser: Quantiser) -> tuple[np.ndarray, ...]:
@@ -393,8 +395,8 @@ def finish(out: Path, request: dict[str, Any], options: config.Index, held: int)
 
     The first ``held`` shards, the quantisers and the encoder are there where shards were added.
     """
-    work = out / store.WORK / FILES
-    earlier = store.read_manifest(out, "index")["shards"] if held else []
+    work = out / locks.WORK / FILES
+    earlier = read_manifest(out, "index")["shards"] if held else []
     quantiser = read_quantiser((out if held else work) / QUANTISER)
     shards, stored, errors, bad, row_bytes = [], 0, 0.0, 0, 0
     for number, described in enumerate(request["features"]):
@@ -402,9 +404,9 @@ def finish(out: Path, request: dict[str, Any], options: config.Index, held: int)
         shard = load_shard(path)
         stored, bad = stored + len(shard.ids), bad + len(shard.bad)
         errors, row_bytes = errors + float(shard.self_adc), row_bytes + path.stat().st_size
-        crc = earlier[number] if number < held else store.load_json(crc_note(path))
-        crc = {name: crc[name] for name in ("crc32",) if name in crc}
-        shards.append({**described, **crc, "file": path.name, "stored": len(shard.ids)})
+        read = earlier[number] if number < held else atomic.load_json(checksum_note(path))
+        read = {name: read[name] for name in ("checksum",) if name in read}
+        shards.append({**described, **read, "file": path.name, "stored": len(shard.ids)})
     body = {
         "command": "index",
         "settings": {**options.as_dict(), "features": str(options.features)},
@@ -421,9 +423,9 @@ def finish(out: Path, request: dict[str, Any], options: config.Index, held: int)
     }
     kept = []
     if held:
-        kept = [out / name for name in store.load_json(out / store.MANIFEST)["outputs"]]
-    store.remove_parts(work)  # of a run that was killed
-    store.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
+        kept = [out / name for name in atomic.load_json(out / MANIFEST)["outputs"]]
+    atomic.remove_parts(work)  # of a run that was killed
+    out_folder.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
 
 
 def describe(index: Index, state: str) -> str:

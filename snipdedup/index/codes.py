@@ -23,7 +23,7 @@ from snipdedup.features.formats import (
     load_npz,
     parse_npy_header,
 )
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 ZIP_NAME_LENGTH = 26  # where a zip's header of a file holds the length of its name
 WALK_ROWS = 1 << 20  # entries of the lists looked at together
@@ -77,7 +77,7 @@ def shard_name(number: int) -> str:
 
 def save_shard(path: Path, shard: ShardCodes) -> None:
     """Write one shard."""
-    store.save_npz(path, **shard._asdict())
+    atomic.save_npz(path, **shard._asdict())
 
 
 def load_shard(path: Path) -> ShardCodes:

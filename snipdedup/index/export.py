@@ -10,7 +10,7 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.index.folder import QUANTISER, Index
 from snipdedup.index.quantizer import read_quantiser
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 
 def export_faiss(index: Index, path: Path) -> int:
@@ -35,7 +35,7 @@ def export_faiss(index: Index, path: Path) -> int:
     if not head.endswith(empty):
         raise SnipError(f"this faiss ({faiss.__version__}) writes indexes in an unknown layout")
     sizes = np.diff(lists.starts).astype("<u8")
-    with store.replacing(path) as part, part.open("wb") as file:
+    with atomic.replacing(path) as part, part.open("wb") as file:
         file.write(head.removesuffix(empty))
         file.write(array_lists_header(index.nlist, index.code_size, b"full", sizes))
         for low, high in pairwise(lists.starts.tolist()):

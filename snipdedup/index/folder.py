@@ -14,9 +14,10 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.index.codes import Lists, ShardCodes, damaged, load_shard, pack, packed_width, unpack
 from snipdedup.index.quantizer import read_quantiser
-from snipdedup.storage import store
-from snipdedup.storage.listing import is_folder
-from snipdedup.storage.objects import Elsewhere, is_elsewhere
+from snipdedup.storage import atomic
+from snipdedup.storage.listing import is_remote_folder
+from snipdedup.storage.manifest import MANIFEST, as_written, read_manifest
+from snipdedup.storage.remote import RemotePath, is_remote
 
 if TYPE_CHECKING:
     from snipdedup.encoder.network import Encoder
@@ -28,30 +29,30 @@ def identity(path: Path) -> str:
     """Return what tells one encoder or base from another: the file's SHA-256."""
     if not path.is_file():
         raise SnipError(f"no such file: {path}")
-    return store.sha256(path)
+    return atomic.sha256(path)
 
 
 def held_encoder(folder: Path) -> Path | None:
     """Return the encoder's folder in an index, None where it holds none."""
-    return folder / ENCODER if (folder / ENCODER / store.MANIFEST).is_file() else None
+    return folder / ENCODER if (folder / ENCODER / MANIFEST).is_file() else None
 
 
 def same_encoder(given: str | Path, held: Path) -> bool:
     """Tell whether a folder that was given holds the encoder of another one."""
-    manifest = Path(given).expanduser() / store.MANIFEST
-    return identity(manifest) == identity(held / store.MANIFEST)
+    manifest = Path(given).expanduser() / MANIFEST
+    return identity(manifest) == identity(held / MANIFEST)
 
 
 def is_descriptors(source: str | Path | None) -> bool:
     """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
-    if source is None or (is_elsewhere(source) and not is_folder(str(source))):
+    if source is None or (is_remote(source) and not is_remote_folder(str(source))):
         return False
-    manifest = Path(source) / store.MANIFEST
-    if is_elsewhere(source):
-        manifest = Elsewhere(f"{str(source).rstrip('/')}/{store.MANIFEST}")
+    manifest = Path(source) / MANIFEST
+    if is_remote(source):
+        manifest = RemotePath(f"{str(source).rstrip('/')}/{MANIFEST}")
     if not manifest.is_file():
         return False
-    return bool(store.load_json(manifest).get("kind") == "descriptors")
+    return bool(atomic.load_json(manifest).get("kind") == "descriptors")
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = store.read_manifest(folder, "index")
+        self.manifest = read_manifest(folder, "index")
         self.quantiser = read_quantiser(folder / QUANTISER)
         self.nlist = self.quantiser.nlist
         self.dim, self.code_size = self.quantiser.dim, self.quantiser.code_size
-        with store.as_written(folder):
+        with as_written(folder):
             self.rows = int(self.manifest["rows"])
             sizes = [shard["rows"] for shard in self.manifest["shards"]]
             self.files = [folder / shard["file"] for shard in self.manifest["shards"]]
@@ -124,7 +125,7 @@ class Index:
         self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         if self.rows != self.offsets[-1]:
             raise SnipError(
-                f"{folder / store.MANIFEST}: damaged: {self.rows:,} rows, its shards have "
+                f"{folder / MANIFEST}: damaged: {self.rows:,} rows, its shards have "
                 f"{self.offsets[-1]:,}"
             )
 

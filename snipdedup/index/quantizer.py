@@ -17,10 +17,10 @@ import numpy as np
 
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
-from snipdedup.features.scan import row_hashes
+from snipdedup.features.hashing import row_hashes
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, library_threads, ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 ITERATIONS = 8  # of the coarse k-means; more hardly move the lists (findings of many peers)
 POINTS_A_CODEWORD = 256  # more training points do not improve a codebook (faiss' own limit)
@@ -277,7 +277,7 @@ def write_quantiser(path: Path, quantiser: Quantiser) -> None:
     """Write a quantiser as an empty IVFPQ that plain faiss reads."""
     import faiss
 
-    with store.replacing(path) as part:  # faiss' own writer does not tell a full disk from a fault
+    with atomic.replacing(path) as part:  # faiss' own writer does not tell a full disk from a fault
         part.write_bytes(faiss.serialize_index(quantiser.ivfpq).data)
 
 

@@ -12,9 +12,9 @@ from snipdedup.config import Diff
 from snipdedup.deduplication.out_reader import read_keys, whole_groups
 from snipdedup.deduplication.run import HOW
 from snipdedup.errors import SnipError
-from snipdedup.groups.star import group_starts
+from snipdedup.groups.members import group_starts
 from snipdedup.metadata.masks import load_mask
-from snipdedup.storage import store
+from snipdedup.storage.manifest import as_written, read_manifest
 
 KIND = "dedup"
 BLOCK = 1 << 24  # rows of the masks compared at once
@@ -56,13 +56,13 @@ class Groups(NamedTuple):
 def run(options: Diff) -> str:
     """Run ``snip diff`` and return what it found."""
     folders = [Path(out).expanduser() for out in (options.out1, options.out2)]
-    with store.as_written(folders[0]), store.as_written(folders[1]):
+    with as_written(folders[0]), as_written(folders[1]):
         return differ(folders, options)
 
 
 def differ(folders: list[Path], options: Diff) -> str:
     """Compare two finished OUTs."""
-    manifests = [store.read_manifest(folder, KIND) for folder in folders]
+    manifests = [read_manifest(folder, KIND) for folder in folders]
     refuse_other_rows(folders, manifests)
     found = compare(folders, manifests, options.n)
     if options.json:
@@ -76,7 +76,7 @@ def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> N
     Raises
     ------
     SnipError
-        If their shards differ in number, rows or CRC32; names the first that does.
+        If their shards differ in number, rows or checksum; names the first that does.
     """
     shards = [manifest["shards"] for manifest in manifests]
     told = f"{folders[0]} and {folders[1]} are not runs over the same rows"
@@ -85,7 +85,7 @@ def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> N
             f"{told}: {len(shards[0]):,} shards of features, {len(shards[1]):,} in the other"
         )
     for one, other in zip(*shards, strict=True):
-        for name in ("rows", "crc32"):  # without features no CRC32 was taken
+        for name in ("rows", "checksum"):  # without features none was taken
             if name in one and name in other and one[name] != other[name]:
                 raise SnipError(
                     f"{told}: {one['name']} has {name} {one[name]}, {other['name']} {other[name]}"

@@ -32,7 +32,8 @@ from snipdedup.inspection import thumbnails
 from snipdedup.inspection.report_page import GENERATOR, PICTURED, Notes, Page, Row, render
 from snipdedup.metadata.files import open_parquet
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
+from snipdedup.storage.manifest import as_written, read_manifest
 
 NAME = "report.html"
 HEAD = 2048  # bytes in which a report says that it is one
@@ -46,23 +47,23 @@ def run(options: Report) -> str:
     if options.images is not None or options.image_column is not None:
         thumbnails.require_pillow()
     out = Path(options.out).expanduser()
-    with store.as_written(out):
+    with as_written(out):
         return write_report(out, options)
 
 
 def write_report(out: Path, options: Report) -> str:
     """Write the page of a finished OUT; return where it is."""
-    manifest = store.read_manifest(out, KIND)
+    manifest = read_manifest(out, KIND)
     target = out / NAME if options.html is None else Path(options.html).expanduser()
     texts = open_texts(out, manifest, options.metadata)
     read = inputs_of(texts, options.images)
-    store.refuse_output_file(target, [*read, *named_paths(manifest)])
+    out_folder.refuse_output_file(target, [*read, *named_paths(manifest)])
     check_target(target, options.overwrite)
     if options.images is None and options.image_column is None:
         keep_pictures(target, options.overwrite)
     page = survey_out(out, manifest, texts, options)
     text = render(page)
-    with store.replacing(target) as part:
+    with atomic.replacing(target) as part:
         part.write_text(text, encoding="utf-8")
     return summary(page, target, len(text.encode()))
 

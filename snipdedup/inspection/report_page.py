@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup.deduplication.out_reader import KEEPS, Band, Curve, Group, Survey
-from snipdedup.groups.star import Members
+from snipdedup.groups.members import Members
 from snipdedup.inspection import charts
 
 TEMPLATES = Path(__file__).parent / "templates"

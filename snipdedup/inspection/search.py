@@ -23,7 +23,8 @@ from snipdedup.features.shards import Features, implied_metadata, open_features,
 from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
 from snipdedup.index.mapped import MappedLists
 from snipdedup.inspection.clip import text_vector
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
+from snipdedup.storage.manifest import read_manifest
 
 VECTORS = (".npy", ".npz")
 COSINE, ADC = "cosine", "adc_distance"
@@ -146,7 +147,7 @@ def run(options: config.Search) -> str:
     from snipdedup.inspection.gallery import page
 
     path, told = Path(options.html).expanduser(), found.as_dict()
-    with store.replacing(path) as part:
+    with atomic.replacing(path) as part:
         text = page(index.folder.name, found.how, told["queries"], found.measure)
         part.write_text(text, encoding="utf-8")
     return said if options.json else f"{said}\nwritten to {path}"
@@ -158,7 +159,7 @@ def refuse_page(path: Path, index: Index, metadata: Any, options: config.Search)
     if Path(options.query).suffix.lower() in VECTORS:
         read.append(Path(options.query).expanduser())
     features = raw_features(index, options).features
-    store.refuse_output_file(path, [*read, *([] if features is None else features.paths())])
+    out_folder.refuse_output_file(path, [*read, *([] if features is None else features.paths())])
 
 
 def require_jinja() -> None:
@@ -287,14 +288,14 @@ def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | 
     """Return what the lists are searched with: descriptors where the index holds such."""
     held, width = held_encoder(index.folder), vectors.shape[1]
     given = held or (Path(encoder).expanduser() if encoder is not None else None)
-    if given is not None and width == store.read_manifest(given, "encoder")["encoder"]["dim_in"]:
+    if given is not None and width == read_manifest(given, "encoder")["encoder"]["dim_in"]:
         space = Space.encoded(given).of_width(index.dim)
         if space.dim == index.dim:
             return space.vectors(vectors)
     if width != index.dim:
         expected = f"{index.dim} wide"
         if given is not None:
-            expected += f", or {store.read_manifest(given, 'encoder')['encoder']['dim_in']} for "
+            expected += f", or {read_manifest(given, 'encoder')['encoder']['dim_in']} for "
             expected += f"the encoder {given}"
         raise SnipError(
             f"{name}: vectors {width} wide, {index.folder} expects {expected}; use features of the "
@@ -306,7 +307,7 @@ def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | 
 def model_of(index: Index, options: config.Search) -> str:
     """Return the CLIP model to make a text's vector with: the flag's, or a manifest's."""
     held = held_encoder(index.folder)
-    manifests = [index.manifest, store.read_manifest(held, "encoder") if held else {}]
+    manifests = [index.manifest, read_manifest(held, "encoder") if held else {}]
     named = [manifest.get("settings", {}).get("model") for manifest in manifests]
     model = options.model or next((name for name in named if name), None)
     if model is None:

@@ -18,9 +18,10 @@ from snipdedup.config import Top
 from snipdedup.deduplication.inputs import named_paths
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
-from snipdedup.groups.star import Members, group_starts, no_members
+from snipdedup.groups.members import Members, group_starts, no_members
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
+from snipdedup.storage.manifest import as_written, read_manifest
 
 KIND = "dedup"
 CAPTION_ROWS = 10_000  # rows of one entry whose captions are counted
@@ -63,13 +64,13 @@ class Ranking(NamedTuple):
 def run(options: Top) -> str:
     """Run ``snip top`` and return its table."""
     folder = Path(options.out).expanduser()
-    with store.as_written(folder):
+    with as_written(folder):
         return rank(folder, options)
 
 
 def rank(folder: Path, options: Top) -> str:
     """Return the table of a finished OUT, and write what else is asked for."""
-    manifest = store.read_manifest(folder, KIND)
+    manifest = read_manifest(folder, KIND)
     texts = open_texts(folder, manifest, options.metadata)
     target = None if options.prompts is None else Path(options.prompts).expanduser()
     if target is not None:
@@ -79,7 +80,7 @@ def rank(folder: Path, options: Top) -> str:
                 f"{' or '.join(CAPTIONS)} is known for {folder}; name it with --metadata"
             )
         known = [] if texts.metadata is None else texts.metadata.inputs()
-        store.refuse_output_file(target, [folder, *known, *named_paths(manifest)])
+        out_folder.refuse_output_file(target, [folder, *known, *named_paths(manifest)])
     ranking = rank_rows(folder / "groups.parquet", options.n, manifest["settings"]["threshold"])
     entries = describe(ranking, folder, manifest, texts)
     if target is not None:
@@ -202,7 +203,7 @@ def count_texts(
 def write_prompts(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write the most frequent caption of each entry that has one, a line each."""
     captions = [one_line(e["captions"][0]["caption"]) for e in entries if e["captions"]]
-    with store.replacing(path) as part:
+    with atomic.replacing(path) as part:
         part.write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
 
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from snipdedup.features.cosine import Directions
 from snipdedup.features.scan import Scan, Seen, read_range
-from snipdedup.features.shards import Features, Piece, plan_blocks
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, BESIDE, Hubs, Placed
 from snipdedup.join.lists import Lists, Visits, assign_lists
 from snipdedup.join.model import Model
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import among
 
 
@@ -75,16 +75,15 @@ def encode_task(
         "bad": seen.bad,
     }
     for name, array in arrays.items():
-        store.save_npy(folder / f"{name}.npy", array, lasting=False)
+        atomic.save_npy(folder / f"{name}.npy", array, lasting=False)
     names = ("row", "hub", "similarity")
-    store.save_npz(
+    atomic.save_npz(
         folder / "absorbed.npz",
         lasting=False,
         **{name: np.concatenate([getattr(p, name) for p in absorbed]) for name in names},
     )
     files = [*(folder / f"{name}.npy" for name in arrays), folder / "absorbed.npz"]
-    crcs = [[p.shard, p.start, p.stop, crc, size] for p, crc, size in seen.crcs]
-    store.seal(folder / "done.json", files, {"crcs": crcs})
+    atomic.write_done_file(folder / "done.json", files, {"checksums": seen.checksums})
 
 
 def visit_radius(placed: Placed, lists: Lists, staying: int, *, one_sided: bool) -> np.ndarray:
@@ -107,9 +106,8 @@ def sort_small(keys: np.ndarray, count: int) -> np.ndarray:
 
 def load_seen(folder: Path) -> Seen:
     """Read what an encode task saw of its rows."""
-    done = store.load_json(folder / "done.json")
-    crcs = [(Piece(*entry[:3]), entry[3], entry[4]) for entry in done["crcs"]]
-    return Seen(crcs, np.load(folder / "bad.npy"), folder / "hashes.npy")
+    done = atomic.load_json(folder / "done.json")
+    return Seen(done["checksums"], np.load(folder / "bad.npy"), folder / "hashes.npy")
 
 
 def absorbed_edges(

@@ -16,7 +16,8 @@ import numpy as np
 from snipdedup.errors import DamagedError, InputError
 from snipdedup.features.cosine import bad_rows, directions, same_bits
 from snipdedup.features.formats import load_npz
-from snipdedup.features.scan import BLOCK, row_hashes
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.calibration import (
     Target,
@@ -38,7 +39,7 @@ from snipdedup.join.projection import (
 )
 from snipdedup.join.verify import listed_cosines
 from snipdedup.parallel import library_threads, ordered_map
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
@@ -76,7 +77,7 @@ class Model:
     def save(self, path: Path) -> None:
         """Write the model as one ``.npz``."""
         numbers = self.lists.tau, self.lists.one_sided_tau, self.threshold, self.calibration_pairs
-        store.save_npz(
+        atomic.save_npz(
             path,
             lasting=True,  # all codes depend on it
             **self.projection.arrays(),

@@ -21,7 +21,7 @@ from snipdedup.join.kernels import pick_kernel
 from snipdedup.join.memory import most_visits
 from snipdedup.join.tasks import JoinSettings, JoinTasks, Partition
 from snipdedup.parallel import Stage, pick_device
-from snipdedup.runners.local import Runner
+from snipdedup.runners.base import Runner
 
 PARTITIONS_A_WORKER = 8  # so that all workers end at about the same time
 
@@ -58,8 +58,8 @@ def join(
 
     Raises
     ------
-    crew.Written
-        If another process finished the run.
+    slurm.ShareDone
+        If this is not the process that merges what all have found.
     """
     tasks = JoinTasks(features, settings, work)
     with stage("fit"):
@@ -72,7 +72,6 @@ def join(
     with stage("join"):
         partitions = plan_partitions(tasks, runner, memory)
         join_partitions(tasks, runner, partitions)
-        runner.finish()
         forest, candidates = collect_forest(tasks, partitions, scan)
     notes = {
         "kernel": pick_kernel(pick_device(settings.device)).name,
@@ -100,11 +99,12 @@ def plan_partitions(tasks: JoinTasks, runner: Runner, memory: int) -> list[Parti
     visits, width = int(tasks.visits.sum()), tasks.model.projection.width
     bound = most_visits(tasks.features, width, runner.here, memory)
     most = min(bound, max(1, visits // (PARTITIONS_A_WORKER * runner.workers)))
-    runner.once(functools.partial(tasks.plan, most, bound), tasks.plan_file)
+    replan = bound if runner.world_size == 1 else None  # else other processes may join by it
+    runner.once(functools.partial(tasks.plan, most, replan), tasks.plan_file)
     if not tasks.fits(bound):
         raise SnipError(
-            f"{tasks.plan_file}: planned by a process with more memory than this one; give all of "
-            "them the same --max_memory, or start anew in another folder"
+            f"{tasks.plan_file}: planned for more memory than this process has; give all processes "
+            "the same --max_memory, or remove this file while none of them runs"
         )
     return tasks.partitions()
 
@@ -121,7 +121,7 @@ def join_partitions(tasks: JoinTasks, runner: Runner, partitions: list[Partition
     heavy = sorted(partitions, key=lambda part: -int(products[part.low : part.high].sum()))
     join_one = functools.partial(tasks.join, threads=within)
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:
-        for part in runner.each(join_one, heavy, tasks.join_file, within):
+        for part in runner.each(join_one, heavy, tasks.join_file, within, last=True):
             bar.update(int(visits[part.low : part.high].sum()))
 
 

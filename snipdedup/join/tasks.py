@@ -26,7 +26,7 @@ from snipdedup.join.model import Model, fit
 from snipdedup.join.tiles import COLUMN_TILE, CodedRows, TilePairs, compare_tiles
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import ordered_map, pick_device
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import load_column
 
 SCANNED = ("bad.npy", "copies.npy", "firsts.npy", "skip.npy")
@@ -149,7 +149,7 @@ class JoinTasks:
     def encode(self, number: int) -> None:
         """Turn a range of rows into sorted codes."""
         folder = self.folders[number]
-        if not store.is_sealed(self.encode_file(number), folder):
+        if not atomic.is_done(self.encode_file(number), folder):
             encode_task(
                 self.features, self.model, folder, *self.spans[number],
                 chunk_rows=self.settings.chunk_rows, reference_rows=self.settings.reference_rows,
@@ -165,15 +165,16 @@ class JoinTasks:
     def scan(self, threads: int) -> None:
         """Refuse or list bad rows, and find exact copies, by what the encode tasks saw."""
         folder = self.scan_file.parent
-        if store.is_sealed(self.scan_file, folder):
+        if atomic.is_done(self.scan_file, folder):
             return
         parts, copies = [load_seen(folder) for folder in self.folders], self.work / "copies"
         found = finish_scan(self.features, parts, self.settings.keep_bad, threads, copies)
         skip = found.skipped(self.features.rows, self.settings.reference_rows)
         arrays = (found.bad, found.copies, found.firsts, skip)
         for name, array in zip(SCANNED, arrays, strict=True):
-            store.save_npy(folder / name, array, lasting=False)
-        store.seal(self.scan_file, [folder / name for name in SCANNED], {"crcs": found.crcs})
+            atomic.save_npy(folder / name, array, lasting=False)
+        files = [folder / name for name in SCANNED]
+        atomic.write_done_file(self.scan_file, files, {"checksums": found.checksums})
         del found, arrays  # they map files that are removed now
         shutil.rmtree(copies, ignore_errors=True)
 
@@ -181,7 +182,7 @@ class JoinTasks:
         """Read what `scan` found; long arrays are mapped."""
         folder = self.scan_file.parent
         bad, copies, firsts = (load_column(folder / name) for name in SCANNED[:3])
-        return Scan(bad, copies, firsts, store.load_json(self.scan_file)["crcs"])
+        return Scan(bad, copies, firsts, atomic.load_json(self.scan_file)["checksums"])
 
     @cached_property
     def skip(self) -> np.ndarray:
@@ -205,18 +206,18 @@ class JoinTasks:
         """How many rows live in each list, (nlist,) int64."""
         return np.asarray(sum(np.load(folder / "homes.npy") for folder in self.folders))
 
-    def plan(self, most: int, bound: int) -> None:
+    def plan(self, most: int, bound: int | None) -> None:
         """Cut the lists into partitions of at most ``most`` visits, and write them down.
 
-        A plan that is there holds, unless it has partitions beyond ``bound`` visits.
+        A plan that is there holds, unless it has partitions beyond ``bound`` visits, if given.
         """
-        is_there = store.is_sealed(self.plan_file, self.work)
-        if not is_there or not self.fits(bound):
-            store.seal(self.plan_file, [], {"partitions": cut_lists(self.visits, most)})
+        is_there = atomic.is_done(self.plan_file, self.work)
+        if not is_there or (bound is not None and not self.fits(bound)):
+            atomic.write_done_file(self.plan_file, [], {"partitions": cut_lists(self.visits, most)})
 
     def partitions(self) -> list[Partition]:
         """Read the plan."""
-        return [Partition(*part) for part in store.load_json(self.plan_file)["partitions"]]
+        return [Partition(*part) for part in atomic.load_json(self.plan_file)["partitions"]]
 
     def fits(self, bound: int) -> bool:
         """Tell whether all partitions of more than one list have at most ``bound`` visits."""
@@ -239,7 +240,7 @@ class JoinTasks:
             forest, count = join_partition(
                 self.features, self.model, rows, self.settings, threads, device
             )
-            store.save_npz(path, lasting=False, **forest._asdict(), candidates=np.array(count))
+            atomic.save_npz(path, lasting=False, **forest._asdict(), candidates=np.array(count))
 
     def load_joined(self, partition: Partition) -> tuple[Edges, int]:
         """Return the forest of a partition, and its number of candidate pairs."""

@@ -21,7 +21,7 @@ from snipdedup.metadata.keys import classes, fingerprints, part_of, text_bytes
 from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.spill import parts_for, spilling
 from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, as_texts
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 FOLDER = "export"
 DATACOMP, KEYS = "datacomp", "keys"
@@ -184,7 +184,7 @@ def key_numbers(
 
 def write_uids(path: Path, parts: Iterator[np.ndarray], count: int) -> Path:
     """Write uids, in parts that ascend, as one sorted ``.npy``."""
-    with store.writing_npy(path, UID, (count,)) as file:
+    with atomic.writing_npy(path, UID, (count,)) as file:
         for marks in parts:
             high, low = marks
             order = np.lexsort((low, high))
@@ -196,7 +196,7 @@ def write_uids(path: Path, parts: Iterator[np.ndarray], count: int) -> Path:
 
 def write_keys(path: Path, metadata: Metadata, column: str, is_dup: np.ndarray) -> Path:
     """Write the keys of the rows that stay, one a line, in row order."""
-    with store.replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic.replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         for table, first, batch in metadata.read([column]):
             stay = pa.array(~np.asarray(is_dup[first : first + batch.num_rows]))
             keys = as_texts(table, column, batch.column(0).filter(stay)).to_pylist()

@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
-from snipdedup.storage.objects import source
+from snipdedup.storage.remote import arrow_source
 
 SUFFIXES = (".parquet", ".csv")
 BATCH_ROWS = 65_536
@@ -214,7 +214,7 @@ def open_parquet(path: Path) -> Any:
     """Return ``pyarrow.parquet.ParquetFile``, buffered, or refuse the file by name."""
     try:
         # pre_buffer would hold the whole row group
-        return pq.ParquetFile(source(path), buffer_size=STREAM_BYTES, pre_buffer=False)
+        return pq.ParquetFile(arrow_source(path), buffer_size=STREAM_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise SnipError(
             f"{path}: truncated or not a parquet file: {error}; fetch or write it again"
@@ -284,7 +284,7 @@ def ways_of(texts: Any) -> set[str]:
 def csv_names(path: Path) -> list[str]:
     """Return the names of a CSV's columns."""
     with refusing_csv(path):
-        names = list(pa.csv.open_csv(source(path), CSV_READ, CSV_PARSE).schema.names)
+        names = list(pa.csv.open_csv(arrow_source(path), CSV_READ, CSV_PARSE).schema.names)
     if len(set(names)) < len(names):
         raise SnipError(f"{path}: several columns have one name: {', '.join(names)}")
     return names
@@ -294,7 +294,7 @@ def csv_texts(path: Path) -> Iterator[Any]:
     """Yield record batches of a CSV with every column as text; line breaks in quotes allowed."""
     texts = pa.csv.ConvertOptions(column_types=dict.fromkeys(csv_names(path), pa.string()))
     with refusing_csv(path):
-        yield from pa.csv.open_csv(source(path), CSV_READ, CSV_PARSE, texts)
+        yield from pa.csv.open_csv(arrow_source(path), CSV_READ, CSV_PARSE, texts)
 
 
 @contextmanager

@@ -35,7 +35,8 @@ from snipdedup.metadata.tables import (
     try_writing,
     write_kept,
 )
-from snipdedup.storage import locks, store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import read_manifest
 
 KIND = "filter"
 BLOCK_ROWS = 16_384  # rows of features copied at a time
@@ -55,13 +56,13 @@ class Chosen(NamedTuple):
     row: int = 0
 
 
-@locks.given_up()
+@locks.released()
 def run(options: Filter) -> str:
     """Apply a mask to metadata files, and to features that match them: ``snip filter``."""
     out = Path(options.out).expanduser()
     metadata = open_metadata(options.metadata)
     found = open_embeddings(options.embeddings, metadata)
-    store.refuse_output_inside(out, list_inputs(options, metadata, found))
+    out_folder.refuse_output_inside(out, list_inputs(options, metadata, found))
     mask = open_mask(options.is_dup, options.cumulative_sizes)
     join = plan_join(options, metadata, mask) if options.on else None
     chosen = Chosen(metadata, found) if join else choose(metadata, found, mask, options)
@@ -70,9 +71,9 @@ def run(options: Filter) -> str:
     columns = list_columns(kinds, chosen.metadata, options.key)
     rehearse_uses(chosen.metadata, columns, join)
     request = describe_request(options, chosen, mask, join)
-    if store.claim(out, KIND, request, overwrite=options.overwrite, late=True) == "done":
-        return f"{out} is finished already: {counted(store.read_manifest(out, KIND)['files'])}"
-    work = out / store.WORK
+    if out_folder.claim(out, KIND, request, overwrite=options.overwrite) == "done":
+        return f"{out} is finished already: {counted(read_manifest(out, KIND)['files'])}"
+    work = out / locks.WORK
     body: dict[str, Any] = {"settings": options.as_dict(), "request": request}
     try:
         is_dup, said = mask.is_dup[chosen.row : chosen.row + chosen.metadata.rows], []
@@ -84,7 +85,7 @@ def run(options: Filter) -> str:
             said = [checked]
         lists = write_lists(columns, chosen.metadata, is_dup, work / FILES / FOLDER, work)
     except SnipError:
-        store.release(out)  # what stood there before, stands
+        out_folder.release(out)  # what stood there before, stands
         raise
     if "mask" in kinds:
         lists.append(write_mask(work / FILES / FOLDER / "is_dup.npy", is_dup))
@@ -96,9 +97,9 @@ def run(options: Filter) -> str:
         for features in chosen.features.values():
             features.refuse_changed()
     except InputError:
-        store.release(out)
+        out_folder.release(out)
         raise
-    store.publish(out, KIND, body, [*written, *lists])
+    out_folder.publish(out, KIND, body, [*written, *lists])
     return "\n".join([f"{out}: {counted(body['files'])}", *said])
 
 
@@ -187,7 +188,7 @@ def describe_request(
     """Return all that the result depends on, by name."""
     request: dict[str, Any] = {
         "files": describe_files(chosen.metadata),
-        "mask": {"rows": mask.rows, "sha256": store.sha256(mask.path)},
+        "mask": {"rows": mask.rows, "sha256": atomic.sha256(mask.path)},
         "first_row": chosen.row,
         "embeddings": {name: request_of(found) for name, found in chosen.features.items()},
         **{name: getattr(options, name) for name in ("on", "unmatched", "ambiguous", "export")},
@@ -245,21 +246,21 @@ def write_features(features: Features, is_dup: np.ndarray, folder: Path, notes: 
             paths.append(folder / f"{shard.path.stem}.npy")
             goes = is_dup[first : first + shard.rows]
             note = notes / f"{paths[-1].name}.json"
-            if store.is_sealed(note, folder):
+            if atomic.is_done(note, folder):
                 bar.update(shard.rows)
                 continue
             shape = (count_staying(goes), features.dim)
-            with store.writing_npy(paths[-1], shard.dtype, shape) as file:
+            with atomic.writing_npy(paths[-1], shard.dtype, shape) as file:
                 for start, stop in plan_blocks(shard.rows, BLOCK_ROWS):
                     shard.read(start, stop)[~np.asarray(goes[start:stop])].tofile(file)
                     bar.update(stop - start)
-            store.seal(note, [paths[-1]], {})
+            atomic.write_done_file(note, [paths[-1]], {})
     return paths
 
 
 def write_mask(path: Path, is_dup: np.ndarray) -> Path:
     """Write the mask of the rows at hand, block by block."""
-    with store.writing_npy(path, np.dtype(bool), (len(is_dup),)) as file:
+    with atomic.writing_npy(path, np.dtype(bool), (len(is_dup),)) as file:
         for start, stop in plan_blocks(len(is_dup), SCAN_ROWS):
             np.ascontiguousarray(is_dup[start:stop]).tofile(file)
     return path

@@ -33,8 +33,8 @@ from snipdedup.metadata.join_by_key import (
 from snipdedup.metadata.masks import Held, Mask, place_all
 from snipdedup.metadata.precheck import Use
 from snipdedup.metadata.tables import Metadata, named, open_metadata
-from snipdedup.storage import store
-from snipdedup.storage.objects import is_elsewhere
+from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.remote import is_remote
 
 CONTENT_COLUMNS = ("url", "uid", "hash", "md5", "sha256")  # what a row is, not its number
 MOST = 0.5  # share of the rows that may be in doubt without a word from the user
@@ -193,7 +193,7 @@ def find_source(options: Filter, mask: Mask, asked: Sequence[str]) -> Source:
             f"{mask.path} is a mask alone and names no rows; give the metadata that it matches by "
             "position with --keys"
         )
-    manifest = store.read_manifest(folder, "dedup")
+    manifest = read_manifest(folder, "dedup")
     used = metadata_used(manifest)
     if used is not None:
         return Source(whole_set(used, mask))
@@ -226,7 +226,7 @@ def metadata_used(manifest: dict[str, Any]) -> Metadata | None:
     settings, described = manifest["settings"], manifest["request"].get("metadata")
     spec = settings["metadata"]
     features = settings["features"]
-    if spec is None and features and (is_elsewhere(features) or Path(features).is_dir()):
+    if spec is None and features and (is_remote(features) or Path(features).is_dir()):
         spec = implied_metadata(features)
     if spec is None or not described:
         return None

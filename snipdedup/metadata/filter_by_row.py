@@ -19,7 +19,8 @@ from snipdedup.metadata.files import BATCH_ROWS, Table, open_table
 from snipdedup.metadata.keys import fingerprints, is_bytes
 from snipdedup.metadata.masks import MASK, Mask
 from snipdedup.metadata.tables import Metadata, open_metadata
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 BLOCK = BATCH_ROWS  # rows summed up together
 # Odd constants with mixed bits, of splitmix64.
@@ -76,15 +77,15 @@ def groups_of(mask: Mask) -> Path | None:
     """Return the ``groups.parquet`` beside a mask that is as the run wrote it, None without one."""
     folder = mask.path.parent
     groups = folder / "groups.parquet"
-    if mask.sizes is None or not groups.is_file() or not (folder / store.MANIFEST).is_file():
+    if mask.sizes is None or not groups.is_file() or not (folder / MANIFEST).is_file():
         return None
-    written = store.read_manifest(folder, "dedup")["outputs"].get(MASK, {}).get("sha256")
-    return groups if written == store.sha256(mask.path) else None
+    written = read_manifest(folder, "dedup")["outputs"].get(MASK, {}).get("sha256")
+    return groups if written == atomic.sha256(mask.path) else None
 
 
 def column_of(folder: Path, metadata: Metadata) -> str | None:
     """Return the metadata's column that OUT holds as ``key``, None where there is none."""
-    asked = store.read_manifest(folder, "dedup")["settings"].get("key")
+    asked = read_manifest(folder, "dedup")["settings"].get("key")
     if asked is None and (folder / "metadata").is_dir():
         asked = open_metadata(folder / "metadata").column()
     same = [name for name in metadata.columns if asked and name.lower() == asked.lower()]

@@ -20,7 +20,7 @@ from snipdedup.metadata.files import Table, open_table
 from snipdedup.metadata.keys import classes, fingerprints, part_of
 from snipdedup.metadata.spill import Spill, parts_for, spilling
 from snipdedup.metadata.tables import Metadata
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 STAYS, GOES, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")
@@ -176,7 +176,7 @@ def join_decisions(
 
 def empty_mask(path: Path, rows: int) -> np.ndarray:
     """Return a mask on disk, (rows,) bool, that says False."""
-    with store.explained(path):  # in full: a hole in a map that the disk cannot fill ends a process
+    with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             for start, stop in plan_blocks(rows, ZEROS):

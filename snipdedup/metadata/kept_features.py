@@ -13,7 +13,7 @@ from snipdedup.features.formats import Shard, open_shard
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import open_table
 from snipdedup.metadata.tables import Metadata, write_kept
-from snipdedup.storage import store
+from snipdedup.storage import atomic
 
 BLOCK_ROWS = 16_384  # held in memory at a time
 
@@ -52,10 +52,10 @@ def write_staying(path: Path, target: Path, stay: np.ndarray) -> None:
     suffix = path.suffix.lower()
     if suffix == ".npy":
         shard = open_shard(path)
-        with store.writing_npy(target, shard.dtype, (kept, shard.dim)) as file:
+        with atomic.writing_npy(target, shard.dtype, (kept, shard.dim)) as file:
             file.writelines(staying_blocks(shard, stay))
     elif suffix == ".npz":
-        with store.replacing(target) as part, zipfile.ZipFile(part, "w") as archive:
+        with atomic.replacing(target) as part, zipfile.ZipFile(part, "w") as archive:
             for name in array_names(path):
                 shard = open_shard(path, name)
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:

@@ -19,7 +19,8 @@ from snipdedup.errors import SnipError
 from snipdedup.features.formats import map_npy
 from snipdedup.features.shards import identities, refuse_changed
 from snipdedup.metadata.tables import Metadata
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
 
 T = TypeVar("T")
 
@@ -98,11 +99,11 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        store.read_manifest(path, "dedup")
+        read_manifest(path, "dedup")
         path = path / MASK
     opened = identities([path]) if path.is_file() else ()
     is_dup = load_mask(path)
-    with store.as_written(path.parent):
+    with as_written(path.parent):
         sizes = manifest_sizes(path, len(is_dup))
     if cumulative is None:
         return Mask(path, is_dup, sizes, opened)
@@ -111,7 +112,7 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
         return Mask(path, is_dup, meanings[0], opened, *meanings[1:])
     if not any(np.array_equal(sizes, meant) for meant in meanings):
         raise SnipError(
-            f"{cumulative} and {path.parent / store.MANIFEST} say different row counts of the "
+            f"{cumulative} and {path.parent / MANIFEST} say different row counts of the "
             "files; leave out --cumulative_sizes, or move the mask away from that manifest"
         )
     return Mask(path, is_dup, sizes, opened)
@@ -148,10 +149,10 @@ def load_mask(path: Path) -> np.ndarray:
 
 def manifest_sizes(path: Path, rows: int) -> np.ndarray | None:
     """Return the rows of each shard from the manifest beside a mask of ours, None without one."""
-    beside = path.parent / store.MANIFEST
-    if not store.is_finished(path.parent):
+    beside = path.parent / MANIFEST
+    if not is_finished(path.parent):
         return None
-    manifest = store.load_json(beside)
+    manifest = atomic.load_json(beside)
     if not isinstance(manifest, dict) or manifest.get("kind") != "dedup":
         return None
     if path.name not in manifest.get("outputs", {}):

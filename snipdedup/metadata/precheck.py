@@ -15,7 +15,7 @@ import pyarrow as pa
 from snipdedup.errors import SnipError
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.tables import Metadata
-from snipdedup.storage.objects import side_by_side
+from snipdedup.storage.remote import map_requests
 
 
 class Use(NamedTuple):
@@ -57,7 +57,7 @@ def rehearse(metadata: Metadata, uses: Sequence[Use]) -> None:
 
     tasks = [(file, [use for use in uses if fresh or not use.by_schema])
              for file, fresh in [(file, new(file)) for file in metadata.files]]  # fmt: skip
-    side_by_side(lambda task: try_file(*task), [task for task in tasks if task[1]])
+    map_requests(lambda task: try_file(*task), [task for task in tasks if task[1]])
 
 
 def try_file(file: Table, uses: Sequence[Use]) -> None:

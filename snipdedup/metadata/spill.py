@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError
-from snipdedup.storage.store import explained
+from snipdedup.storage.atomic import explained
 
 PART_ROWS = 1 << 22  # rows of a part that a step may hold in memory
 MOST_PARTS = 1024

@@ -20,15 +20,15 @@ from snipdedup import progress
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import (
     Features,
-    find_elsewhere,
+    find_remote,
     identities,
     is_shard_name,
     natural_sort,
     refuse_changed,
 )
 from snipdedup.metadata.files import SUFFIXES, CsvTable, Table, agree, open_table
-from snipdedup.storage import store
-from snipdedup.storage.objects import Elsewhere, is_elsewhere, side_by_side
+from snipdedup.storage import atomic
+from snipdedup.storage.remote import RemotePath, is_remote, map_requests
 
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
 FLUSH_ROWS = 131_072  # a row group of what is written: enough to compress well
@@ -228,8 +228,8 @@ def open_metadata(spec: str | Path) -> Metadata:
     SnipError
         If there is none, a file is damaged, or the files differ in their columns.
     """
-    if is_elsewhere(spec):
-        return metadata_of(side_by_side(open_table, find_metadata(spec)))
+    if is_remote(spec):
+        return metadata_of(map_requests(open_table, find_metadata(spec)))
     folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
     return metadata_of([open_table(path) for path in find_metadata(spec)], folders)
 
@@ -243,9 +243,9 @@ def metadata_of(files: Sequence[Table], folders: Sequence[Path] = ()) -> Metadat
 def find_metadata(spec: str | Path) -> list[Path]:
     """Return the files that a META argument means, in natural order."""
     text = str(spec)
-    if is_elsewhere(spec):
-        url = spec.url if isinstance(spec, Elsewhere) else text
-        return find_elsewhere(url, None, SUFFIXES, "no metadata found")
+    if is_remote(spec):
+        url = spec.url if isinstance(spec, RemotePath) else text
+        return find_remote(url, None, SUFFIXES, "no metadata found")
     path = Path(text).expanduser()
     if path.is_file():
         return [path]
@@ -341,13 +341,13 @@ def write_kept(
     with progress.bar(metadata.rows, "metadata", "rows") as bar:
         for file, path, first in zip(metadata.files, targets, metadata.offsets, strict=False):
             note = notes and notes / f"{path.name}.json"
-            if note and store.is_sealed(note, folder):
+            if note and atomic.is_done(note, folder):
                 bar.update(file.rows)
                 continue
             for rows in write_file(file, path, is_dup[offset:], int(first), added):
                 bar.update(rows)
             if note:
-                store.seal(note, [path], {})
+                atomic.write_done_file(note, [path], {})
     return targets
 
 
@@ -430,6 +430,9 @@ def writing(path: Path, schema: Any, codec: str) -> Iterator[Any]:
         ):
             flush()
 
-    with store.replacing(path) as part, pq.ParquetWriter(part, schema, compression=codec) as writer:
+    with (
+        atomic.replacing(path) as part,
+        pq.ParquetWriter(part, schema, compression=codec) as writer,
+    ):
         yield write
         flush()

@@ -1,111 +1,122 @@
-"""Who does the tasks of a join: threads or processes here, Ray workers, or a crew of processes.
+"""Tasks on this machine: by threads, or by processes forked from this one.
 
-A task leaves a mark, its last file. `Runner.each` yields tasks as their marks stand; nothing else
-is said between those who work, so the result is the same whoever they are.
+Threads take turns at Python's lock, and a task is thousands of short steps, so forked processes are
+faster for large sets. They share this process's memory as long as they only read it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
-from snipdedup.config import Dedup
-from snipdedup.parallel import cores, ordered_map, pick_device
-from snipdedup.runners.forked import can_fork, in_processes
-from snipdedup.runners.ray import Ray
-from snipdedup.runners.slurm import Crew, Place
+from snipdedup.errors import SnipError
+from snipdedup.parallel import ordered_map, pick_device, set_threads
 
 T = TypeVar("T")
 
-FORK_ROWS = 1 << 18  # from here on the work is worth processes of its own
-
-
-class Runner(Protocol):
-    """Who does the tasks.
-
-    Attributes
-    ----------
-    workers : int
-        Tasks that run side by side, all in all.
-    here : int
-        Of these, those that share the memory of this machine.
-    """
-
-    workers: int
-    here: int
-
-    def once(self, do: Callable[[], None], mark: Path) -> None:
-        """Do what all others wait for."""
-
-    def each(
-        self,
-        do: Callable[[T], None],
-        tasks: Sequence[T],
-        mark: Callable[[T], Path],
-        within: int = 1,
-    ) -> Iterator[T]:
-        """Do tasks in any order, each on ``within`` threads; yield each one that is done.
-
-        ``do`` does nothing where the task is done already and its files are whole.
-        """
-
-    def finish(self) -> None:
-        """End what is shared: the rest is done by one process."""
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+_worker: list[Any] = []  # in a forked process: the function and its tasks
 
 
 class Local:
-    """Threads of this process; with ``forks`` processes forked from it, unless there is a GPU."""
+    """Threads of this process; with ``forks``, forked processes where products need no GPU."""
+
+    world_size = 1
 
     def __init__(self, threads: int, *, forks: bool = False, device: str = "auto") -> None:
         self.workers = self.here = threads
         self.forks, self.device = forks, device
 
-    def once(self, do: Callable[[], None], mark: Path) -> None:
-        """See `Runner.once`."""
-        del mark
+    def once(self, do: Callable[[], None], done_file: Path) -> None:
+        """See `base.Runner.once`."""
+        del done_file
         do()
 
     def each(
         self,
         do: Callable[[T], None],
         tasks: Sequence[T],
-        mark: Callable[[T], Path],
+        done_file: Callable[[T], Path],
         within: int = 1,
+        *,
+        last: bool = False,
     ) -> Iterator[T]:
-        """See `Runner.each`."""
-        del mark
+        """See `base.Runner.each`."""
+        del done_file, last
 
-        def run(task: T) -> T:
+        def perform(task: T) -> T:
             do(task)
             return task
 
-        workers = self.here if within == 1 else 1
-        several = min(workers, len(tasks)) > 1
-        if self.forks and several and pick_device(self.device) == "cpu":
+        workers = min(self.here, len(tasks)) if within == 1 else 1
+        if self.forks and workers > 1 and pick_device(self.device) == "cpu":
             yield from in_processes(do, tasks, workers)
         else:
-            yield from ordered_map(run, tasks, workers)
-
-    def finish(self) -> None:
-        """See `Runner.finish`."""
+            yield from ordered_map(perform, tasks, max(1, workers))
 
 
-@contextmanager
-def open_runner(
-    options: Dedup, out: Path | None, place: Place | None, *, rows: int = 0
-) -> Iterator[Runner]:
-    """Yield who is to do the tasks; ``rows`` is how large the set is, where forking is allowed."""
-    threads = cores(options.threads)
-    if place is not None and out is not None:
-        with Crew(out, place, threads) as crew:
-            yield crew
-    elif options.runner == "ray":
-        ray = Ray(threads)
-        try:
-            yield ray
-        finally:
-            ray.finish()
-    else:
-        yield Local(threads, forks=rows >= FORK_ROWS and can_fork(), device=options.device)
+def can_fork() -> bool:
+    """Tell whether a process with threads can be forked here, and forks end with their parent."""
+    return sys.platform == "linux"
+
+
+def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> Iterator[T]:
+    """Do tasks by forked processes; yield each that is done.
+
+    Raises
+    ------
+    SnipError
+        If a worker ended before its task did: killed, as a rule for want of memory.
+    Exception
+        What a task raised.
+    """
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("fork"),
+        initializer=start_worker,
+        initargs=(do, tasks, os.getpid()),  # passed by the fork: nothing is pickled
+    )
+    processes: list[Any] = []
+    gc.freeze()  # else a worker's first garbage collection copies every page that holds an object
+    try:
+        numbers = {pool.submit(do_numbered, number): number for number in range(len(tasks))}
+        processes = list((pool._processes or {}).values())
+        for future in as_completed(numbers):
+            future.result()
+            yield tasks[numbers.pop(future)]
+        processes = []
+    except BrokenProcessPool as error:
+        raise SnipError(
+            "a worker process ended early, perhaps for want of memory; what is done is kept: run "
+            "it again, with a lower --max_memory or fewer --threads"
+        ) from error
+    finally:
+        gc.unfreeze()
+        for process in processes:  # still at work on tasks that nobody waits for
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(do: Callable[[Any], None], tasks: Sequence[Any], parent: int) -> None:
+    """Prepare a forked process, which must not outlive its parent: it keeps OUT locked."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # the parent was killed before that
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and kills this one
+    set_threads(1)
+    _worker[:] = do, tasks
+
+
+def do_numbered(number: int) -> None:
+    """Do a task in a forked process."""
+    do, tasks = _worker
+    do(tasks[number])

@@ -1,15 +1,12 @@
-"""Workers of a Ray cluster do the tasks of a join; what they are sent is small, and never rows."""
+"""Workers of a Ray cluster do the tasks of a join; they are sent paths and numbers, never rows."""
 
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from snipdedup.errors import SnipError
 from snipdedup.parallel import library_threads
@@ -18,6 +15,7 @@ T = TypeVar("T")
 
 STORE_BYTES = 100 << 20
 RETRIES = 3  # of a task whose worker died, or could not read or write
+_functions: dict[str, Any] = {}  # in a worker: what `perform` calls, with all that it has read
 
 
 class Ray:
@@ -29,6 +27,8 @@ class Ray:
         Workers to start here; a cluster (``RAY_ADDRESS``, or an open connection) has its own.
     """
 
+    world_size = 1
+
     def __init__(self, threads: int) -> None:
         self.ray, self.cwd = import_ray(), Path.cwd()
         self.started = not self.ray.is_initialized()
@@ -37,52 +37,56 @@ class Ray:
         machines = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
         self.here, self.workers = int(max(machines)), int(sum(machines))
 
-    def once(self, do: Callable[[], None], mark: Path) -> None:
-        """See `Runner.once`; by a worker that ends then: what it held is free for the others."""
-        for _ in self.send(lambda _: do(), [mark], lambda path: path, self.here, max_calls=1):
+    def once(self, do: Callable[[], None], done_file: Path) -> None:
+        """See `base.Runner.once`; by a worker that ends then, which frees its memory."""
+        for _ in self.send(lambda _: do(), [done_file], lambda path: path, self.here, max_calls=1):
             pass
 
     def each(
         self,
         do: Callable[[T], None],
         tasks: Sequence[T],
-        mark: Callable[[T], Path],
+        done_file: Callable[[T], Path],
         within: int = 1,
+        *,
+        last: bool = False,
     ) -> Iterator[T]:
-        """See `Runner.each`."""
-        return self.send(do, tasks, mark, within)
+        """See `base.Runner.each`; after the last tasks workers would only hold memory."""
+        yield from self.send(do, tasks, done_file, within)
+        if last:
+            self.close()
 
     def send(
         self,
         do: Callable[[T], None],
         tasks: Sequence[T],
-        mark: Callable[[T], Path],
+        done_file: Callable[[T], Path],
         cpus: int,
         max_calls: int = 0,
     ) -> Iterator[T]:
-        """Let workers do tasks; twice as many as there are workers are under way."""
-        held, todo = [self.ray.put((self.cwd, do))], iter(tasks)
-        under_way: dict[Any, T] = {}
+        """Let workers do tasks; twice as many tasks as workers are submitted at a time."""
+        function, todo = [self.ray.put((self.cwd, do))], iter(tasks)
+        submitted: dict[Any, T] = {}
         remote = self.ray.remote(
             num_cpus=cpus, max_calls=max_calls, max_retries=RETRIES, retry_exceptions=[OSError]
         )(perform)
         while True:
-            for task in islice(todo, 2 * self.workers - len(under_way)):
-                under_way[remote.remote(held, held[0].hex(), task)] = task
-            if not under_way:
+            for task in islice(todo, 2 * self.workers - len(submitted)):
+                submitted[remote.remote(function, function[0].hex(), task)] = task
+            if not submitted:
                 return
-            ready, _ = self.ray.wait(list(under_way), num_returns=1)
-            task = under_way.pop(ready[0])
-            self.take(ready[0])
-            if not mark(task).is_file():
+            ready, _ = self.ray.wait(list(submitted), num_returns=1)
+            task = submitted.pop(ready[0])
+            self.check(ready[0])
+            if not done_file(task).is_file():
                 raise SnipError(
-                    f"{mark(task)}: a Ray worker wrote it, but it is not seen here; --out must lie "
-                    "on a file system that all nodes share, under the same path"
+                    f"{done_file(task)}: a Ray worker wrote it, but it is not seen here; --out "
+                    "must lie on a file system that all nodes share, under the same path"
                 )
             yield task
 
-    def take(self, result: Any) -> None:
-        """Wait for a task; raise what it raised."""
+    def check(self, result: Any) -> None:
+        """Raise what a task raised."""
         errors = self.ray.exceptions
         try:
             self.ray.get(result)
@@ -91,42 +95,32 @@ class Ray:
                 raise error.cause from error
             raise
         except errors.RayError as error:
-            what = str(error).strip().splitlines()[0]
             raise SnipError(
-                f"a Ray worker failed {RETRIES + 1} times at the same task ({what}); what is done "
-                "is kept: mend the cause and run it again"
+                f"a Ray worker failed {RETRIES + 1} times at the same task "
+                f"({first_line(error)}); what is done is kept: remove the cause and run it again"
             ) from error
 
-    def finish(self) -> None:
-        """See `Runner.finish`; workers would only hold memory."""
+    def close(self) -> None:
+        """End the connection, or the Ray that was started here."""
         if self.started:
             self.ray.shutdown()
             self.started = False
 
 
-_held: dict[str, Any] = {}
-
-
-def perform(held: list[Any], name: str, task: Any) -> None:
+def perform(function: list[Any], name: str, task: Any) -> None:
     """Do a task in a Ray worker, which keeps what it read of the files that all tasks need."""
     import ray
 
-    if name not in _held:
-        _held.clear()
-        cwd, _held[name] = ray.get(held[0])
+    if name not in _functions:
+        _functions.clear()
+        cwd, _functions[name] = ray.get(function[0])
         os.chdir(cwd)  # paths may be relative
     with library_threads(1):
-        _held[name](task)
+        _functions[name](task)
 
 
 def import_ray() -> Any:
-    """Return the library.
-
-    Raises
-    ------
-    SnipError
-        If it is not installed.
-    """
+    """Return the library; raise SnipError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -141,50 +135,25 @@ def connect(ray: Any, threads: int) -> None:
     """Connect to the cluster that ``RAY_ADDRESS`` names, or start Ray on this machine."""
     address = os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
-    if address:
-        with tempfile.TemporaryFile() as said:
-            try:
-                with stderr_to(said):
-                    ray.init(address=address, **quiet)
-            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                said.seek(0)
-                raise refused(address, error, said.read().decode(errors="replace")) from error
-        return
-    ray.init(
-        address="local",
-        num_cpus=threads,
-        include_dashboard=False,
-        object_store_memory=STORE_BYTES,
-        **quiet,
-    )
-
-
-@contextmanager
-def stderr_to(file: IO[bytes]) -> Iterator[None]:
-    """Send to ``file`` what the process writes to stderr, what Ray's C++ writes included."""
-    sys.stderr.flush()
-    before = os.dup(2)
-    os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(before, 2)
-        os.close(before)
-
-
-def refused(address: str, error: Exception, said: str) -> SnipError:
-    """Return why there is no connection; of a wrong token only stderr tells, for a client of Ray.
-
-    Parameters
-    ----------
-    said : str
-        What was written to stderr meanwhile.
-    """
-    if type(error).__name__ == "AuthenticationError" or "Unauthenticated" in said:
-        return SnipError(
-            f"RAY_ADDRESS={address}: the Ray cluster refuses the token that it is given; set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as on the cluster"
+    if not address:
+        ray.init(
+            address="local",
+            num_cpus=threads,
+            include_dashboard=False,
+            object_store_memory=STORE_BYTES,
+            **quiet,
         )
-    what = str(error).strip().splitlines()[0]
-    return SnipError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {what}")
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise SnipError(
+            f"RAY_ADDRESS={address}: cannot connect to a Ray cluster there: {first_line(error)}; "
+            "if it refuses the token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+            "RAY_AUTH_TOKEN_PATH) as on the cluster"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return str(error).strip().splitlines()[0]

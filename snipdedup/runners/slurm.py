@@ -1,7 +1,8 @@
-"""Several processes that share OUT, and nothing else: they know of each other by claims.
+"""One of several processes that run the same line with the same OUT, as in a Slurm array.
 
-They may run at once or one after another, be killed, and start again; whoever is there goes on with
-what is left.
+Of each stage, rank r of W does the tasks whose number is r modulo W, then waits for the done files
+of the others. Nothing but files passes between the processes, and no file is ever changed: each
+appears whole, and is the same whoever writes it. Only rank 0 writes the result.
 """
 
 from __future__ import annotations
@@ -15,200 +16,194 @@ from typing import NamedTuple, TypeVar
 from snipdedup import progress
 from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.parallel import ordered_map
-from snipdedup.runners.claims import Claims
-from snipdedup.storage import store
+from snipdedup.runners.local import Local
+from snipdedup.storage import atomic, locks
+from snipdedup.storage.manifest import MANIFEST
 
 T = TypeVar("T")
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.02, 1.0
-SAID_EVERY_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
+PATIENCE_S = 120.0  # without a new done file, before the missing ranks are named
+SHOWN = 8  # ranks that a message names
 
 
-class Written(Exception):  # noqa: N818 - not an error
-    """Another process finished the run."""
+class Share(NamedTuple):
+    """Which of how many processes this is; the rank counts from 0."""
+
+    rank: int
+    world_size: int
 
 
-class Place(NamedTuple):
-    """Which of how many processes this is."""
-
-    number: int
-    of: int
+class ShareDone(Exception):  # noqa: N818 - not an error
+    """Nothing is left to do for this process; the text says what the others do."""
 
 
-class Crew:
-    """One of several processes that share OUT and know of each other by claims only.
-
-    Each begins with its own share of the tasks and goes on with what is left. Marks count from the
-    start of the session on, which ends when no process is left: older ones are looked at again.
+class Slurm:
+    """A process that does its share of the tasks, by the threads or forks of ``local``.
 
     Parameters
     ----------
     out : Path
-        The folder that all processes write.
-    place : Place
-    threads : int
+        The folder that all processes write; this one has claimed it.
+    share : Share
+    local : Local
+
+    Raises
+    ------
+    SnipError
+        If another process has the same rank.
     """
 
-    def __init__(self, out: Path, place: Place, threads: int) -> None:
-        self.out, self.manifest, self.place = out, out / store.MANIFEST, place
-        self.claims = Claims(out / store.WORK / "claims")
-        self.here, self.workers = threads, threads * place.of
-        self.since = 0.0
+    def __init__(self, out: Path, share: Share, local: Local) -> None:
+        self.out, self.local = out, local
+        self.rank, self.world_size = share
+        self.here, self.workers = local.here, local.here * share.world_size
+        lock = out / locks.WORK / f"rank-{self.rank:04d}.lock"
+        with atomic.explained(lock):
+            other = locks.acquire(lock)
+            if other is not None:
+                raise SnipError(
+                    f"--task_index {self.rank}: {other} writes {out} with the same index; give "
+                    "each process its own, from 0 on"
+                )
+            os.utime(lock)
+            self.began = lock.stat().st_mtime  # by the clock of the file system
 
-    def __enter__(self) -> Crew:
-        self.claims.__enter__()
-        self.claims.take("session")
-        begun = self.claims.holder("session")
-        self.since = begun[1] if begun else float("inf")
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.claims.__exit__(*exc)
-
-    def once(self, do: Callable[[], None], mark: Path) -> None:
-        """See `Runner.once`."""
-        for _ in self.each(lambda _: do(), [mark], lambda path: path, self.here):
-            pass
+    def once(self, do: Callable[[], None], done_file: Path) -> None:
+        """See `base.Runner.once`: rank 0 does it."""
+        if self.rank == 0:
+            do()
+        else:
+            for _ in self.wait({0: done_file}, lambda path: path):
+                pass
 
     def each(
         self,
         do: Callable[[T], None],
         tasks: Sequence[T],
-        mark: Callable[[T], Path],
+        done_file: Callable[[T], Path],
         within: int = 1,
+        *,
+        last: bool = False,
     ) -> Iterator[T]:
-        """See `Runner.each`."""
-
-        def help_with(task: T) -> tuple[T, bool]:
-            return task, self.is_fresh(mark(task)) or self.do_claimed(do, task, mark(task))
-
-        left, waiting = own_first(tasks, self.place), Waiting()
-        while left:
-            self.refuse_written()
-            still = []
-            for task, done in ordered_map(help_with, left, self.here if within == 1 else 1):
-                if done:
-                    yield task
-                else:
-                    still.append(task)
-            if len(still) == len(left):
-                waiting.more(self.describe(mark(still[0])))
+        """See `base.Runner.each`; tasks done before this process began are checked by it, too."""
+        own, others = [], {}
+        ends = last and self.rank > 0
+        for number, task in enumerate(tasks):
+            is_own = number % self.world_size == self.rank
+            if is_own or (not ends and self.is_older(done_file(task))):
+                own.append(task)
             else:
-                waiting = Waiting()
-            left = still
+                others[number] = task
 
-    def do_claimed(self, do: Callable[[T], None], task: T, mark: Path) -> bool:
-        """Do a task unless another process is at it; tell whether it is done."""
-        name = "-".join(mark.parts[-3:])
-        if not self.claims.take(name):
-            return False
-        try:
-            if not self.is_fresh(mark):  # nor did another one do it just now
-                do(task)
-                os.utime(mark)
-        except (OSError, SnipError):
-            self.refuse_written()  # taken for dead, while the others went on and tidied up
-            raise
-        finally:
-            self.claims.give_up(name)
-        return True
+        def do_if_open(task: T) -> None:
+            self.refuse_finished()  # if this process slept meanwhile
+            do(task)
 
-    def is_fresh(self, mark: Path) -> bool:
-        """Tell whether a task was done, or found done and whole, since the session began."""
+        yield from self.local.each(do_if_open, own, done_file, within)
+        if ends:
+            raise ShareDone(
+                f"rank {self.rank} of {self.world_size}: its share is done; rank 0 waits for all, "
+                f"and writes {self.out}"
+            )
+        yield from self.wait(others, done_file)
+
+    def wait(self, missing: dict[int, T], done_file: Callable[[T], Path]) -> Iterator[T]:
+        """Wait for tasks of other ranks, by their numbers; yield each whose done file is there."""
+        pause, latest = FIRST_PAUSE_S, time.monotonic()
+        with progress.bar(len(missing), "waiting", "tasks") as bar:
+            while missing:
+                self.refuse_finished()
+                done = [number for number in missing if done_file(missing[number]).is_file()]
+                for number in done:
+                    yield missing.pop(number)
+                bar.update(len(done))
+                if done:
+                    pause, latest = FIRST_PAUSE_S, time.monotonic()
+                    continue
+                ranks = in_words({number % self.world_size for number in missing})
+                bar.set_postfix_str(f"for {ranks}")
+                if time.monotonic() - latest > PATIENCE_S:
+                    latest = time.monotonic()
+                    progress.say(
+                        f"waiting for {ranks} of {self.world_size}, {len(missing):,} tasks left; "
+                        f"none was done in {PATIENCE_S:.0f} s. Start again what does not run, by "
+                        "the same line; or stop all, and run it without --task_index and "
+                        "--num_tasks: it does what is missing"
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def is_older(self, done_file: Path) -> bool:
+        """Tell whether a task was done before this process began."""
         try:
-            return mark.stat().st_mtime >= self.since
+            return done_file.stat().st_mtime < self.began
         except FileNotFoundError:
             return False
 
-    def finish(self) -> None:
-        """Wait until the run is written, or nobody else is at writing it.
-
-        Raises
-        ------
-        Written
-            If another process wrote it.
-        """
-        waiting = Waiting()
-        while not self.manifest.is_file():
-            if self.claims.take("finish"):
-                return
-            waiting.more(self.describe(Path("finish")))
-        self.refuse_written()
-
-    def refuse_written(self) -> None:
-        """Raise `Written` where the run is finished."""
-        if self.manifest.is_file():
-            raise Written(
-                f"{self.out} is finished; another of the {self.place.of} processes wrote it"
-            )
-
-    def describe(self, mark: Path) -> str:
-        """Say what is waited for."""
-        held = self.claims.holder("-".join(mark.parts[-3:]))
-        return f"{mark}" + (f", which {held[0]} is at" if held else "")
+    def refuse_finished(self) -> None:
+        """Raise `ShareDone` if OUT is finished: its work folder must not come back."""
+        if (self.out / MANIFEST).is_file():
+            raise ShareDone(f"{self.out} is finished; another process wrote it")
 
 
-class Waiting:
-    """Sleeps longer each time, and says now and then what for."""
-
-    def __init__(self) -> None:
-        self.pause, self.said = FIRST_WAIT_S, time.monotonic()
-
-    def more(self, what: str) -> None:
-        """Sleep once."""
-        if time.monotonic() - self.said >= SAID_EVERY_S:
-            self.said = time.monotonic()
-            progress.say(f"waiting for {what}")
-        time.sleep(self.pause)
-        self.pause = min(2 * self.pause, LONGEST_WAIT_S)
+def in_words(ranks: set[int]) -> str:
+    """Return ranks as text: ``rank 3``, ``ranks 0, 4, 5 and 9 more``."""
+    names = [str(rank) for rank in sorted(ranks)]
+    if len(names) > SHOWN:
+        names[SHOWN - 1 :] = [f"{len(names) - SHOWN + 1} more"]
+    start = ", ".join(names[:-1])
+    return f"ranks {start} and {names[-1]}" if start else f"rank {names[-1]}"
 
 
-def own_first(tasks: Sequence[T], place: Place) -> list[T]:
-    """Return tasks in the order in which one of several processes takes them.
-
-    Every ``count``-th is its own; then come those of the next process, and so on.
-    """
-    order = sorted(range(len(tasks)), key=lambda n: ((n - place.number) % place.of, n))
-    return [tasks[number] for number in order]
-
-
-def place_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Place | None:
-    """Return which of how many processes this is: by flags, or in a Slurm array; None if alone.
+def share_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Share | None:
+    """Return this process's share: by flags, or in a Slurm array; None if it runs alone.
 
     Raises
     ------
     UsageError
-        If half of it is said.
+        If one of the two flags is missing, or the ranks are not 0 to N - 1.
     """
-    array = slurm_place(environ)
-    asked = options.num_tasks is not None or options.task_index is not None
-    if not asked:
+    count, index = options.num_tasks, options.task_index
+    if count is None and index is None:
         alone = options.method not in (None, "join") or options.index or options.runner != "local"
-        return None if alone or options.overwrite else array
+        return None if alone or options.overwrite else slurm_share(environ)
     if options.out is None:
         raise UsageError("--num_tasks needs --out, the folder that all processes share")
-    count = options.num_tasks if options.num_tasks is not None else array and array.of
-    index = options.task_index if options.task_index is not None else array and array.number
     if count is None or index is None:
-        missing = "--num_tasks" if count is None else "--task_index"
-        raise UsageError(
-            f"--task_index I and --num_tasks N go together, I from 0; give {missing} too (a Slurm "
-            "array sets both)"
-        )
-    return Place(index % count, count)
+        array = slurm_share(environ)
+        if array is None:
+            missing = "--num_tasks" if count is None else "--task_index"
+            raise UsageError(
+                f"--task_index I and --num_tasks N go together, I from 0; give {missing} too (a "
+                "Slurm array sets both)"
+            )
+        count = array.world_size if count is None else count
+        index = array.rank if index is None else index
+    if index >= count:
+        raise UsageError(f"--task_index must lie between 0 and {count - 1}, found {index}")
+    return Share(index, count)
 
 
-def slurm_place(environ: Mapping[str, str]) -> Place | None:
-    """Return the place in a Slurm array, or None.
+def slurm_share(environ: Mapping[str, str]) -> Share | None:
+    """Return the share of a task of a Slurm array; None outside one.
 
-    Indices may begin anywhere and have steps or gaps: any number does, since a process that is done
-    with its own tasks helps with others.
+    Raises
+    ------
+    UsageError
+        If the indices of the array have gaps, so that some ranks would be missing.
     """
     try:
         count = int(environ["SLURM_ARRAY_TASK_COUNT"])
-        index = int(environ["SLURM_ARRAY_TASK_ID"]) - int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
+        least = int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
         step = int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
-        return Place(index // step % count, count)
+        rank = (int(environ["SLURM_ARRAY_TASK_ID"]) - least) // step
+        most = int(environ.get("SLURM_ARRAY_TASK_MAX", least + (count - 1) * step))
     except (LookupError, ValueError, ZeroDivisionError):
         return None
+    if rank >= count or (most - least) // step != count - 1:
+        raise UsageError(
+            f"expected a Slurm array without gaps, such as --array=0-{count - 1}; found {count} "
+            f"tasks with indices from {least} to {most}"
+        )
+    return Share(rank, count)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.errors import SnipError
-from snipdedup.storage.store import explained
+from snipdedup.storage.atomic import explained
 
 HELD = 1 << 19  # records in memory; more go to files
 PARTS = 1024  # files into which records are split at the most

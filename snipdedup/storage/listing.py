@@ -1,151 +1,144 @@
 """Which files a URL means: a file, a folder (not recursive), a glob, or a ``{part:04d}`` pattern.
 
-Web servers have no listings that all agree on: there, a file or a pattern.
+Web servers have no common way to list files: there, a file or a pattern.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import buckets, store
-from snipdedup.storage.objects import Elsewhere, insistently, side_by_side
-from snipdedup.storage.remote import is_web, shown
+from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.remote import (
+    RemotePath,
+    filesystem,
+    map_requests,
+    store_errors,
+    with_retries,
+)
+from snipdedup.storage.urls import PART, expand_parts, is_web, redacted
 
-INNER, BESIDE = "img_emb", "metadata"  # a folder that has no shard itself may hold these
-MASK = "is_dup.npy"  # with a manifest: an OUT
+FEATURES, METADATA = "img_emb", "metadata"  # folders that lie side by side in LAION's layout
+MASK = "is_dup.npy"  # with a manifest: a result of snip dedup
 
 
-def find(url: str, span: tuple[int, int] | None, suffixes: Sequence[str], none: str) -> list[Path]:
-    """Return the files that a URL means; of a pattern in its order, else in any.
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds: sizes of files by name (None if unknown), and the names of folders."""
+
+    files: dict[str, int | None]
+    folders: list[str]
+
+
+def list_folder(url: str) -> Listing | None:
+    """List a folder of a store or of this machine, hidden files left out; None if it is a file."""
+
+    def ask() -> list[dict[str, Any]] | None:
+        with store_errors(url):
+            system, path = filesystem(url)
+            system.invalidate_cache()
+            if system.info(path)["type"] != "directory":
+                return None
+            return list(system.ls(path, detail=True))
+
+    entries = with_retries(ask)
+    if entries is None:
+        return None
+    named = [(str(entry["name"]).rstrip("/").rpartition("/")[2], entry) for entry in entries]
+    return Listing(
+        {
+            name: entry.get("size")
+            for name, entry in named
+            if name and not name.startswith(".") and entry["type"] == "file"
+        },
+        [name for name, entry in named if entry["type"] == "directory"],
+    )
+
+
+def find_remote_files(
+    url: str, numbers: tuple[int, int] | None, suffixes: Sequence[str], none: str
+) -> list[Path]:
+    """Return the files that a URL means; those of a pattern in its order, else in any.
 
     Parameters
     ----------
     url : str
-    span : (int, int), optional
+    numbers : (int, int), optional
         Part numbers of a pattern, end exclusive.
     suffixes : sequence of str
-        Of a folder, the files with the first of these that any has.
+        Of a folder, the files with the first of these that any file has.
     none : str
-        What to say where there is nothing.
+        Begins the error if there is no such file.
 
     Raises
     ------
     SnipError
-        If nothing matches, or the store cannot be asked.
+        If nothing matches, or the store cannot be reached.
     UsageError
-        If a web server is to be listed.
+        If a web server would have to list its files.
     """
-    if span is not None:
-        return numbered(url, span, none)
+    if numbers is not None:
+        paths = [RemotePath(location) for location in expand_parts(url, range(*numbers))]
+        exist = map_requests(RemotePath.is_file, paths)
+        missing = [path for path, exists in zip(paths, exist, strict=True) if not exists]
+        if missing:
+            raise SnipError(f"{none}: {missing[0]} ({len(missing)} of {len(paths)} are missing)")
+        return list(paths)
     if is_web(url):
-        if has_magic(shown(url)) or not Path(shown(url)).suffix:
+        if has_magic(redacted(url)) or not Path(redacted(url)).suffix:
             raise UsageError(
-                f"{shown(url)}: a web server does not list its files; name one, or use a "
+                f"{redacted(url)}: a web server does not list its files; name one, or use a "
                 "{part:04d} pattern with --parts (a folder that snip wrote: snip download it first)"
             )
-        return [Elsewhere(url)]
-    found = matching(url) if has_magic(url) else inside(url, suffixes)
-    if not found:
-        raise SnipError(f"{none}: nothing matches {shown(url)}")
-    return found
+        return [RemotePath(url)]
+    if not has_magic(url):
+        return find_in_folder(url, suffixes)
+    with store_errors(url):
+        system, path = filesystem(url)
+        found = system.glob(path, detail=True)
+    names = [name for name, entry in found.items() if entry["type"] == "file"]
+    if not names:
+        raise SnipError(f"{none}: nothing matches {redacted(url)}")
+    return [RemotePath(system.unstrip_protocol(name)) for name in names]
 
 
-def numbered(pattern: str, span: tuple[int, int], none: str) -> list[Path]:
-    """Expand a ``{part:04d}`` pattern."""
-    try:
-        paths = [Elsewhere(pattern.format(part=part)) for part in range(*span)]
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+def find_in_folder(url: str, suffixes: Sequence[str]) -> list[Path]:
+    """Return a file, or the files of a folder, or of its ``img_emb/`` if it has none itself."""
+    listing = list_folder(url)
+    if listing is None:
+        return [RemotePath(url)]
+    if {MANIFEST, MASK} <= set(listing.files):
         raise UsageError(
-            f"{shown(pattern)}: expected a pattern such as img_emb_{{part:04d}}.npy"
-        ) from error
-    there = side_by_side(Elsewhere.is_file, paths)
-    missing = [path for path, is_there in zip(paths, there, strict=True) if not is_there]
-    if missing:
-        raise SnipError(f"{none}: {missing[0]} ({len(missing)} of {len(paths)} are missing)")
-    return list(paths)
-
-
-def matching(url: str) -> list[Path]:
-    """Return the files that a glob names."""
-    with buckets.explained(url):
-        system, path = buckets.filesystem(url)
-        entries = system.glob(path, detail=True).values()
-    return [place(system, entry) for entry in entries if is_plain(entry)]
-
-
-def inside(url: str, suffixes: Sequence[str]) -> list[Path]:
-    """Return a file, or the files of a folder, or of its ``img_emb/`` where it has none itself."""
-    entries = insistently(lambda: entries_of(url))
-    if entries is None:
-        return [Elsewhere(url)]
-    files = [entry for entry in entries if is_plain(entry)]
-    if {store.MANIFEST, MASK} <= {name_of(entry) for entry in files}:
-        raise UsageError(
-            f"{shown(url)}: expected features or metadata, found what snip dedup wrote; fetch it "
-            f"first: snip download {shown(url)} FOLDER"
+            f"{redacted(url)}: expected features or metadata, found what snip dedup wrote; fetch "
+            f"it first: snip download {redacted(url)} FOLDER"
         )
-    system, _ = buckets.filesystem(url)
     for suffix in suffixes:
-        found = [entry for entry in files if name_of(entry).lower().endswith(suffix)]
+        found = [name for name in listing.files if name.lower().endswith(suffix)]
         if found:
-            return [place(system, entry) for entry in found]
-    if INNER in folders(entries) and ".npy" in suffixes:
-        return inside(f"{url.rstrip('/')}/{INNER}", suffixes)
+            return [RemotePath(f"{url.rstrip('/')}/{name}") for name in found]
+    if FEATURES in listing.folders and ".npy" in suffixes:
+        return find_in_folder(f"{url.rstrip('/')}/{FEATURES}", suffixes)
     raise SnipError(
-        f"nothing to read in {shown(url)}: expected {' or '.join('*' + s for s in suffixes)} (the "
-        "folder is not searched recursively)"
+        f"nothing to read in {redacted(url)}: expected {' or '.join('*' + s for s in suffixes)} "
+        "(the folder is not searched recursively)"
     )
 
 
-def beside(url: str, suffixes: Sequence[str]) -> Path | None:
-    """Return the ``metadata/`` beside ``img_emb/`` where a folder stands for both."""
-    if "{part" in url or has_magic(url) or is_web(url):
+def metadata_beside(url: str, suffixes: Sequence[str]) -> Path | None:
+    """Return ``metadata/`` of a folder that holds it and ``img_emb/``, and no features itself."""
+    listing = None if PART in url or has_magic(url) or is_web(url) else list_folder(url)
+    if listing is None or not {FEATURES, METADATA} <= set(listing.folders):
         return None
-    entries = entries_of(url) or []
-    own = [entry for entry in entries if is_plain(entry)]
-    if any(name_of(entry).lower().endswith(tuple(suffixes)) for entry in own):
+    if any(name.lower().endswith(tuple(suffixes)) for name in listing.files):
         return None
-    if not {INNER, BESIDE} <= folders(entries):
-        return None
-    return Elsewhere(f"{url.rstrip('/')}/{BESIDE}")
+    return RemotePath(f"{url.rstrip('/')}/{METADATA}")
 
 
-def is_folder(url: str) -> bool:
-    """Tell a folder from what names files; a web server has none."""
-    plain = "{part" not in url and not has_magic(url) and not is_web(url)
-    return plain and entries_of(url) is not None
-
-
-def entries_of(url: str) -> list[dict[str, Any]] | None:
-    """Return what is in a folder, None of a file."""
-    with buckets.explained(url):
-        system, path = buckets.filesystem(url)
-        system.invalidate_cache()
-        if system.info(path)["type"] != "directory":
-            return None
-        return list(system.ls(path, detail=True))
-
-
-def is_plain(entry: dict[str, Any]) -> bool:
-    """Tell a file that is not hidden."""
-    return entry["type"] == "file" and not re.match(r"\.|$", name_of(entry))
-
-
-def folders(entries: Sequence[dict[str, Any]]) -> set[str]:
-    """Return the names of the folders among the entries."""
-    return {name_of(entry) for entry in entries if entry["type"] == "directory"}
-
-
-def name_of(entry: dict[str, Any]) -> str:
-    """Return an entry's own name."""
-    return str(entry["name"]).rstrip("/").rpartition("/")[2]
-
-
-def place(system: Any, entry: dict[str, Any]) -> Elsewhere:
-    """Return an entry as a file elsewhere."""
-    return Elsewhere(system.unstrip_protocol(entry["name"]))
+def is_remote_folder(url: str) -> bool:
+    """Tell a folder from what names files; web servers have no folders."""
+    names_files = PART in url or has_magic(url) or is_web(url)
+    return not names_files and list_folder(url) is not None

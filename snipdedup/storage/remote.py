@@ -1,64 +1,134 @@
-"""A file somewhere else: what is known of it before it comes, and the ways it can fail to come.
+"""Remote files: size and version, reads by ranges of bytes with retries, streams from a position.
 
-Nothing is fetched here: `web` and `buckets` open such files, `landing` brings them to the disk.
+http(s) URLs are read by `snipdedup.storage.http`, all others by fsspec (``s3://``, ``gs://``,
+``hf://``, ``memory://``; paths of this machine too). A range of another version than the one that
+was seen first is refused.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from urllib.parse import unquote, urlsplit, urlunsplit
+import functools
+import hashlib
+import io
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
 
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError, MissingError, RangeError, SnipError, TemporaryError
+from snipdedup.parallel import ordered_results
+from snipdedup.storage import http
+from snipdedup.storage.http import AGAIN, CHUNK, Token
+from snipdedup.storage.urls import is_web, name_of, redacted, scheme_of
 
-CHUNK = 1 << 20
+T = TypeVar("T")
+R = TypeVar("R")
 
-
-class MissingError(SnipError):
-    """There is no such file."""
-
-
-class TemporaryError(SnipError):
-    """A fault that may be gone soon; ``wait`` is how many seconds the other side asks for."""
-
-    def __init__(self, text: str, wait: float | None = None) -> None:
-        super().__init__(text)
-        self.wait = wait
-
-
-class RangeError(TemporaryError):
-    """The part that was asked for is not there: what stands here is of another file."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """A token, and the only origin (scheme, host, port) that it may be sent to."""
-
-    origin: str
-    token: str = field(repr=False)
+RANGE_BYTES = 4 << 20  # of one request
+REQUESTS = 16  # at a time: they wait for the network, not for a core
+BUFFER_BYTES = 1 << 16  # read at a time where headers and footers are read
+ATTEMPTS = 6  # in a row without progress
+BACKOFF_S = 1.0  # before the second attempt; doubled each time
+MAX_WAIT_S = 600.0
+# What stores call the version of a file; the first that is there is taken.
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation", "mtime",
+                "LastModified", "last_modified", "updated", "modified", "created")  # fmt: skip
+PATH: Any = type(Path())
 
 
-@dataclass(frozen=True)
-class Remote:
-    """One file.
+class NoRangesError(SnipError):
+    """A web server sends whole files only."""
 
-    Attributes
+
+class FileVersion(NamedTuple):
+    """Size of a file, and a text that changes when the file does; empty where nothing tells."""
+
+    size: int
+    version: str
+
+
+class Stream(NamedTuple):
+    """The bytes of a file from ``begin`` on. A version can be resumed only if it is not empty."""
+
+    begin: int
+    total: int | None
+    version: str
+    chunks: Iterator[bytes]
+
+
+def with_retries(
+    work: Callable[[], T],
+    pause: Callable[[float, str], object] = lambda seconds, reason: time.sleep(seconds),
+    progress: Callable[[], int] = lambda: 0,
+) -> T:
+    """Return ``work()``; after a `TemporaryError` wait, and try again.
+
+    Parameters
     ----------
-    url : str
-        An http(s) URL, another URL that fsspec knows, or a local path.
-    size : int, optional
-    sha256, git_sha1 : str, optional
-        Of its bytes, in hex; ``git_sha1`` as git names a blob.
-    access : Access, optional
+    work : callable
+    pause : callable
+        Waits some seconds for a reason.
+    progress : callable
+        Bytes that are done. Attempts that brought some are not counted.
+
+    Raises
+    ------
+    TemporaryError
+        After `ATTEMPTS` in a row without progress, or if the server asks for more than
+        `MAX_WAIT_S`.
+    """
+    failures = 0
+    while True:
+        before = progress()
+        try:
+            return work()
+        except TemporaryError as error:
+            failures = 1 if progress() > before else failures + 1
+            wait = error.wait
+            if wait is None:
+                wait = BACKOFF_S * 2 ** (failures - 1) * (0.5 + random.random())
+            if failures >= ATTEMPTS or wait > MAX_WAIT_S:
+                raise TemporaryError(f"{error} (tried {failures} times)", error.wait) from error
+            pause(wait, str(error))
+
+
+class RemotePath(PATH):
+    """A URL as a path, so that code which names, sorts and describes files takes both.
+
+    The text of the path is the redacted URL; the whole URL is in ``url`` only. Size and version are
+    requested once.
     """
 
-    url: str
-    size: int | None = None
-    sha256: str | None = None
-    git_sha1: str | None = None
-    access: Access | None = field(default=None, repr=False, compare=False)
+    def __new__(cls, url: str, token: Token | None = None) -> RemotePath:
+        """Make a path of what messages may show."""
+        del token
+        return super().__new__(cls, redacted(url))
+
+    def __init__(self, url: str, token: Token | None = None) -> None:
+        if sys.version_info >= (3, 12):
+            super().__init__(redacted(url))
+        self.url, self._token = url, token
+        self._version: FileVersion | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
+
+    def __str__(self) -> str:
+        return redacted(self.url)
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and self.url == other.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
 
     @property
     def name(self) -> str:
@@ -66,95 +136,275 @@ class Remote:
         return name_of(self.url)
 
     @property
-    def shown(self) -> str:
-        """The location, as messages and manifests may show it."""
-        return shown(self.url)
+    def parent(self) -> RemotePath:
+        """The folder that it lies in."""
+        return RemotePath(redacted(self.url).rpartition("/")[0])
+
+    def resolve(self, strict: bool = False) -> RemotePath:
+        """Return this path: a URL is the same from anywhere."""
+        del strict
+        return self
+
+    def absolute(self) -> RemotePath:
+        """Return this path."""
+        return self
+
+    expanduser = absolute
+
+    def is_dir(self) -> bool:
+        """Return False: remote paths are files."""
+        return False
+
+    def is_file(self) -> bool:
+        """Tell whether the file exists; other faults than a missing file are raised."""
+        try:
+            return self.version() is not None
+        except MissingError:
+            return False
+
+    exists = is_file
+
+    def version(self) -> FileVersion:
+        """Return size and version as they were at the first request."""
+        if self._version is None:
+            self._version = with_retries(lambda: read_version(self.url, self._token))
+        return self._version
+
+    def forget_version(self) -> None:
+        """Request size and version again when they are needed next."""
+        self._version = None
+
+    def stat(self, *, follow_symlinks: bool = True) -> Any:
+        """Return a stat whose size, inode and time of change tell this version from others."""
+        del follow_symlinks
+        size, version = self.version()
+        stamp = int.from_bytes(hashlib.sha256(version.encode()).digest()[:7], "big")
+        return os.stat_result((0, stamp, 0, 0, 0, 0, size, 0, 0, 0), {"st_mtime_ns": stamp})
+
+    def open(self, *args: Any, **kwargs: Any) -> IO[bytes]:
+        """Open it for reading bytes at any position; the mode is ignored."""
+        del args, kwargs
+        return io.BufferedReader(RangeReader(self), BUFFER_BYTES)
+
+    def read_range(self, begin: int, end: int) -> bytes:
+        """Return the bytes ``begin`` to ``end`` (exclusive), long ranges by several requests."""
+        cuts = range(begin, end, RANGE_BYTES)
+        return b"".join(self.read_ranges((cut, min(cut + RANGE_BYTES, end)) for cut in cuts))
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """Yield the bytes of each (begin, end) in order, one request each, `REQUESTS` at a time.
+
+        Raises
+        ------
+        InputError
+            If the file has another version by now.
+        TemporaryError
+            After `ATTEMPTS` of one request.
+        """
+        expected = self.version()
+
+        def read(ends: tuple[int, int]) -> bytes:
+            return with_retries(lambda: request_range(self.url, *ends, expected, self._token))
+
+        return ordered_results(read, ranges, request_pool(os.getpid()), 2 * REQUESTS)
 
 
-@dataclass
-class Stream:
-    """The bytes of a file from ``begin`` on; ``validator`` changes when the file does."""
+class RangeReader(io.RawIOBase):
+    """A `RemotePath` as an open file."""
 
-    begin: int
-    total: int | None
-    validator: str | None
-    chunks: Iterator[bytes]
+    def __init__(self, path: RemotePath) -> None:
+        self.path, self.position, self.size = path, 0, path.version().size
 
+    def readable(self) -> bool:
+        """Return True."""
+        return True
 
-class Folder:
-    """A folder of remote files that can be listed; it is asked once."""
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
 
-    shown: str
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position; return it."""
+        self.position = max(0, offset + (0, self.position, self.size)[whence])
+        return self.position
 
-    @cached_property
-    def listing(self) -> tuple[dict[str, Remote], list[str]]:
-        """Its files by name, and the names of the folders in it."""
-        return self.list()
-
-    @property
-    def files(self) -> dict[str, Remote]:
-        """Its files by name."""
-        return self.listing[0]
-
-    @property
-    def folders(self) -> list[str]:
-        """The names of the folders in it."""
-        return self.listing[1]
-
-    def list(self) -> tuple[dict[str, Remote], list[str]]:
-        """Ask for `listing`."""
-        raise NotImplementedError
-
-    def child(self, name: str) -> Folder:
-        """Return a folder in it."""
-        raise NotImplementedError
-
-    def parent(self) -> Folder | None:
-        """Return the folder that it lies in, None at the top."""
-        raise NotImplementedError
+    def readinto(self, out: Any) -> int:
+        """Fill ``out`` from the position on; short at the end of the file only."""
+        data = self.path.read_range(self.position, min(self.position + len(out), self.size))
+        out[: len(data)] = data
+        self.position += len(data)
+        return len(data)
 
 
-def scheme_of(location: str) -> str:
-    """Return ``http`` of ``HTTP://...``, nothing for a path."""
-    scheme, mark, _ = location.partition("://")
-    return scheme.lower() if mark else ""
+@functools.cache
+def request_pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads that request ranges, by process id: a forked process needs its own."""
+    del process
+    return ThreadPoolExecutor(REQUESTS, thread_name_prefix="snip-range")
 
 
-def origin_of(url: str) -> str:
-    """Return scheme, host and port of a URL."""
-    parts = urlsplit(url)
-    return f"{parts.scheme.lower()}://{parts.netloc.rpartition('@')[2].lower()}"
+def map_requests(work: Callable[[Any], R], items: Iterable[Any]) -> list[R]:
+    """Return ``work(item)`` of each, in order; `REQUESTS` at a time."""
+    with ThreadPoolExecutor(REQUESTS) as pool:  # not `request_pool`: the work may wait for that one
+        return list(pool.map(work, items))
 
 
-def is_web(location: str) -> bool:
-    """Tell whether a location is an http(s) URL."""
-    return scheme_of(location) in ("http", "https")
+def is_remote(location: object) -> bool:
+    """Tell a URL from a path."""
+    return isinstance(location, RemotePath) or (
+        isinstance(location, str) and bool(scheme_of(location))
+    )
 
 
-def shown(location: str) -> str:
-    """Return a URL without user, password, query and fragment; a path as it is."""
-    if is_web(location):
-        parts = urlsplit(location)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return re.sub(r"://[^/]*@", "://", location)
+def absolute_location(location: str | Path) -> str:
+    """Return an absolute path, or a URL as manifests may show it."""
+    if is_remote(location):
+        return redacted(str(location))
+    return str(Path(location).expanduser().absolute())
 
 
-def name_of(location: str) -> str:
-    """Return the file name at the end of a location."""
-    path = urlsplit(location).path if is_web(location) else location
-    last = path.rpartition("/")[2]
-    name = unquote(last) if is_web(location) else last
-    if not name or name.startswith(".") or re.search(r"[/\\\0]", name):
-        raise SnipError(f"{shown(location)}: expected a file name at its end")
-    return name
+def arrow_source(path: Path) -> Any:
+    """Return what pyarrow reads: a local path as it is, a remote one as an open file."""
+    return path.open("rb") if isinstance(path, RemotePath) else path
 
 
-def beside(location: str, name: str) -> str:
-    """Return the location of a file in the same folder as another, without its query."""
-    if is_web(location):
-        parts = urlsplit(location)
-        return urlunsplit(
-            (parts.scheme, parts.netloc, f"{parts.path.rpartition('/')[0]}/{name}", "", "")
+# ---- requests
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL or local path, and the path in it."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise SnipError(f"{scheme_of(url)}:// needs one more package: {error}") from error
+    except ValueError as error:
+        raise SnipError(
+            f"{redacted(url)}: expected a local path or a URL of http(s), hf or what fsspec "
+            f"knows: {error}"
+        ) from error
+
+
+@contextmanager
+def store_errors(url: str, unknown: type[SnipError] = SnipError) -> Iterator[None]:
+    """Turn what fsspec and the stores' own packages raise into our errors."""
+    text = redacted(url)
+    try:
+        yield
+    except SnipError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingError(f"{text}: no such file; check the URL and the file numbers") from error
+    except PermissionError as error:
+        raise SnipError(
+            f"{text}: not permitted: log in with the store's own tool, or ask its owner ({error})"
+        ) from error
+    except OSError as error:
+        raise TemporaryError(f"{text}: cannot be read: {error}; {AGAIN}") from error
+    except Exception as error:  # no login, no such bucket, a broken connection: one class a store
+        raise unknown(f"{text}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def read_version(url: str, token: Token | None = None) -> FileVersion:
+    """Request size and version of a file.
+
+    Raises
+    ------
+    MissingError, TemporaryError, NoRangesError, SnipError
+        If it is missing, cannot be reached, is not sent in ranges, or may not be read.
+    """
+    if is_web(url):
+        try:
+            response = http.get(url, "0-0", token=token)
+        except RangeError as error:
+            raise InputError(f"{redacted(url)}: empty file, expected some bytes") from error
+        with response:
+            refuse_whole_file(response, url)
+            return web_version(response, url)
+    with store_errors(url):
+        system, path = filesystem(url)
+        system.invalidate_cache()
+        info = system.info(path)
+    if info.get("type") == "directory" or info.get("size") is None:
+        raise MissingError(f"{redacted(url)}: expected a file, found a folder")
+    named = [f"{info[name]}" for name in VERSION_KEYS if info.get(name)]
+    return FileVersion(int(info["size"]), named[0] if named else "")
+
+
+def web_version(response: Any, url: str) -> FileVersion:
+    """Return the version of the whole file that a 206 is a range of."""
+    version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+    return FileVersion(http.content_range(response, url)[2], str(version))
+
+
+def refuse_whole_file(response: Any, url: str) -> None:
+    """Refuse a response that is not a range, before the whole file comes."""
+    if response.status != 206:
+        response.close()
+        raise NoRangesError(
+            f"{redacted(url)}: cannot be read in parts: the server sends whole files only: fetch "
+            "it first with snip download, or by hand"
         )
-    head, slash, _ = location.rpartition("/")
-    return head + slash + name
+
+
+def request_range(
+    url: str, begin: int, end: int, expected: FileVersion, token: Token | None = None
+) -> bytes:
+    """Request the bytes ``begin`` to ``end`` (exclusive) of the expected version, once."""
+    if is_web(url):
+        response = http.get(url, f"{begin}-{end - 1}", token=token)
+        refuse_whole_file(response, url)
+        if web_version(response, url) != expected:
+            response.close()
+            raise InputError(f"{redacted(url)}: changed while it was read; run it again")
+        data = b"".join(http.read_body(response, url))
+        first = http.content_range(response, url)[0]
+    else:
+        with store_errors(url, TemporaryError):  # the file was there: what fails now may pass
+            system, path = filesystem(url)
+            data, first = bytes(system.cat_file(path, start=begin, end=end)), begin
+    if first != begin or len(data) != end - begin:
+        raise TemporaryError(
+            f"{redacted(url)}: bytes {begin:,} to {end:,} were requested, {len(data):,} from "
+            f"{first:,} on came"
+        )
+    return data
+
+
+def open_stream(
+    url: str, begin: int = 0, version: str | None = None, token: Token | None = None
+) -> Stream:
+    """Open a file at byte ``begin``; at 0 if that version is gone or the server has no ranges.
+
+    Of web files the version is a strong ETag: only such a file can be continued by a range.
+    """
+    if not is_web(url):
+        size, now = read_version(url)
+        begin = 0 if begin > size or version not in (None, now) else begin
+        return Stream(begin, size, now, read_store(url, begin, size))
+    byte_range = f"{begin}-" if begin else None
+    response = http.get(url, byte_range, if_range=version, token=token)
+    length = response.headers.get("Content-Length", "")
+    begin, total = 0, int(length) if length.isdecimal() else None
+    if response.status == 206:
+        begin, last, total = http.content_range(response, url)
+        if byte_range != f"{begin}-" or last != total - 1:
+            response.close()
+            raise RangeError(f"{redacted(url)}: bytes {byte_range} requested, {begin}-{last} came")
+    etag = response.headers.get("ETag") or ""
+    strong = etag if etag.startswith('"') else ""  # RFC 9110, 8.8.3: W/ means "similar"
+    return Stream(begin, total, strong, http.read_body(response, url))
+
+
+def read_store(url: str, begin: int, size: int) -> Iterator[bytes]:
+    """Yield the bytes of a file that fsspec reads, from ``begin`` to its end."""
+    system, path = filesystem(url)
+    with store_errors(url), system.open(path, "rb") as file:
+        file.seek(begin)
+        while begin < size:
+            chunk = file.read(min(CHUNK, size - begin))
+            if not chunk:
+                raise TemporaryError(f"{redacted(url)}: ends after {begin:,} bytes; {AGAIN}")
+            begin += len(chunk)
+            yield chunk

@@ -148,7 +148,7 @@ def test_what_is_true_passes(laion, rows, tmp_path, method, keep):
     kept = (~mask).sum()
     assert f"{mask.sum()} of 700 rows go" in said
     assert f"{mask.sum()} of {mask.sum()} removed rows reach 0.9 with their representative" in said
-    assert "4 of 4 agree with their size and CRC32" in said
+    assert "4 of 4 agree with their size and checksum" in said
     assert f"{kept} rows in 4 files, compared with what was filtered" in said
     near = truth.cosine_table(rows)[~mask][:, ~mask] >= np.float32(THRESHOLD)
     missed = (near.sum(1) > 1).sum()
@@ -466,7 +466,7 @@ def test_a_changed_feature_file_is_named_and_so_is_its_row(finished, rows, laion
     status, said = audit(finished, own)
     assert status == 1
     path = own / "img_emb" / "img_emb_3.npy"
-    assert wrong(said)[0].startswith(f"{path} is not what was searched: crc32 ")
+    assert wrong(said)[0].startswith(f"{path} is not what was searched: checksum ")
     assert len(wrong(said)) == 2
     assert wrong(said)[1].startswith(f"{where(450 + row)}: its cosine with its representative")
 
@@ -865,7 +865,9 @@ def test_captions_must_match_too(laion, rows, tmp_path):
     assert len(wrong(said)) == 1
     assert wrong(said)[0].startswith(f"{where(row[is_dup][lowest])}: the cosine of its caption")
     np.save(tmp_path / "text.npy", -text)
-    assert "text.npy is not what was searched: crc32" in wrong(audit(tmp_path / "o", laion)[1])[0]
+    assert (
+        "text.npy is not what was searched: checksum" in wrong(audit(tmp_path / "o", laion)[1])[0]
+    )
 
 
 def test_all_rows_with_weights_are_compared(laion, tmp_path):

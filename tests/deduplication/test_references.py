@@ -22,7 +22,7 @@ from snipdedup.features.shards import Features
 from snipdedup.groups import nearest_reference
 from snipdedup.join import tiles
 from snipdedup.join.forest import make_edges
-from snipdedup.storage import store
+from snipdedup.storage import out_folder
 
 
 def table_of(x):
@@ -265,11 +265,11 @@ def test_adding_shards_leaves_no_pair_and_changes_nothing(sets, tmp_path):
     assert [held["first"] for held in manifest["references"]] == [0, (~removed[:500]).sum()]
     assert manifest["counts"]["reference_rows"] == (~removed[:700]).sum()
     for held, folder in zip(manifest["references"], folders[:2], strict=True):
-        crcs = [shard["crc32"] for shard in held["shards"]]
+        checksums = [shard["checksum"] for shard in held["shards"]]
         own = tmp_path / "own" / folder.name
         assert truth.snip("dedup", folder, "--out", own)[0] == 0
         known = json.loads((own / "snip.json").read_text())["shards"]
-        assert crcs == [shard["crc32"] for shard in known]
+        assert checksums == [shard["checksum"] for shard in known]
 
 
 def test_decontamination_removes_what_is_in_a_test_set(sets, tmp_path):
@@ -383,7 +383,7 @@ def test_a_new_date_on_the_same_reference_is_no_change(earlier):
 
 def test_a_stopped_run_is_no_reference(sets, tmp_path):
     _, folders = sets
-    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+    with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip("dedup", folders[0], "--out", tmp_path / "out")[0] == 130
     line = refused("dedup", folders[1], "--reference", tmp_path / "out", "--out", tmp_path / "o")
     assert "stopped" in line

@@ -21,7 +21,8 @@ from snipdedup import dedup
 from snipdedup.deduplication import run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.join import tasks
-from snipdedup.storage import store
+from snipdedup.storage import out_folder
+from snipdedup.storage.manifest import MANIFEST, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_another_input_is_refused(laion, tmp_path, what, state):
     if state == "finished":
         assert truth.snip(*words)[0] == 0
     else:
-        with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+        with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
             assert truth.snip(*words)[0] == 130
     before = truth.listing(tmp_path / "o")
     change(laion, what)
@@ -261,7 +262,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(rows, laion, tmp_path):
 def test_overwrite_leaves_nothing_of_a_stopped_run(laion, tmp_path):
     """Stopped while writing: until all is whole, nothing lies in OUT itself."""
     out = tmp_path / "o"
-    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+    with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip("dedup", laion, "--out", out)[0] == 130
     assert list(out.glob("work/*/metadata/*.parquet"))
     assert not (out / "metadata").exists()
@@ -399,7 +400,7 @@ def test_a_missing_input_is_named(tmp_path):
 
 
 def test_an_unfinished_out_is_no_input(laion, tmp_path):
-    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+    with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip("dedup", laion, "--out", tmp_path / "o")[0] == 130
     refused("dedup", tmp_path / "o", "--threshold", 0.97, "--out", tmp_path / "o2")
     assert not (tmp_path / "o2").exists()
@@ -541,7 +542,7 @@ def searches(monkeypatch):
 
 
 def stop_while_writing(*words):
-    with mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt):
+    with mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt):
         assert truth.snip(*words)[0] == 130
 
 
@@ -616,7 +617,7 @@ def same_files(one, other):
         for out in (one, other)
     ]
     for files in found:
-        del files[Path(store.MANIFEST)]
+        del files[Path(MANIFEST)]
     return found[0] == found[1]
 
 
@@ -670,7 +671,7 @@ def test_the_earlier_result_stands_until_the_new_one_is_whole(laion, tmp_path):
     assert truth.snip(*words)[0] == 0
     assert not (out / "report.html").exists()
     assert not (out / "work").exists()
-    assert store.read_manifest(out, "dedup")["settings"]["threshold"] == 0.9
+    assert read_manifest(out, "dedup")["settings"]["threshold"] == 0.9
 
 
 REFUSED = {"--max_memory 2": "this run needs", "--device cuda": "torch sees no CUDA device"}

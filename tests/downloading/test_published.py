@@ -16,9 +16,8 @@ from servers import Hub, Server, kill_once_more_came
 from snipdedup import cli
 from snipdedup.config import Download
 from snipdedup.downloading import run as download
-from snipdedup.downloading import transfer
 from snipdedup.errors import SnipError
-from snipdedup.storage import store
+from snipdedup.storage import atomic, remote
 
 
 def snip(*words):
@@ -32,7 +31,7 @@ def made(tmp_path_factory):
     rng = np.random.default_rng(5)
     rows = rng.standard_normal((700, 40)).astype(np.float32)
     rows[400:] = rows[rng.permutation(400)[:300]] + 0.1 * rng.standard_normal((300, 40))
-    store.save_npy(folder / "features" / "img_emb_0.npy", rows)
+    atomic.save_npy(folder / "features" / "img_emb_0.npy", rows)
     features = folder / "features"
     few = ("--steps", 20, "--batch", 64, "--hidden", 16, "--threads", 1)
     snip("train", features, "--out", folder / "encoder", "--dim", 16, *few)
@@ -44,7 +43,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def server(made, monkeypatch):
-    monkeypatch.setattr(transfer, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
     with Server() as running:
         for path in made.rglob("*"):
             if path.is_file():
@@ -53,7 +52,7 @@ def server(made, monkeypatch):
 
 
 def fetch(source, out, **more):
-    return download.run(Download(source=str(source), out=str(out), **more))
+    return str(download.run(Download(source=str(source), out=str(out), **more)))
 
 
 def same(one, two):
@@ -89,7 +88,7 @@ def test_a_published_folder_comes_as_its_author_made_it(
         assert "each proved by sha256" in fetch(source, out)
         assert same(out, made / name)
         assert "finished already" in fetch(source, out)
-        (out / next(iter(store.load_json(out / "snip.json")["outputs"]))).unlink()
+        (out / next(iter(atomic.load_json(out / "snip.json")["outputs"]))).unlink()
         with pytest.raises(SnipError, match=r"holds a finished .* choose another folder"):
             fetch(source, out)
         fetch(source, out, overwrite=True)
@@ -116,7 +115,7 @@ def test_what_was_fetched_works(server, made, tmp_path):
 
 
 def test_a_mask_is_found_in_a_published_out(server, made, tmp_path):
-    store.save_parquet(tmp_path / "meta_0.parquet", table(700))
+    atomic.save_parquet(tmp_path / "meta_0.parquet", table(700))
     server.files["meta_0.parquet"] = (tmp_path / "meta_0.parquet").read_bytes()
     fetch(f"{server.url}/meta_0.parquet", tmp_path / "out", is_dup=f"{server.url}/v1/clean")
     is_dup = np.load(made / "clean" / "is_dup.npy")
@@ -135,7 +134,7 @@ def table(rows):
 def test_a_damaged_or_lacking_file_is_refused(server, tmp_path):
     name = "v1/index/quantizer.faiss"
     server.faults[name] = "damage"
-    with pytest.raises(SnipError, match="wrong checksum: sha256"):
+    with pytest.raises(SnipError, match="wrong checksum: expected sha256"):
         fetch(f"{server.url}/v1/index", tmp_path / "out")
     assert not (tmp_path / "out" / "snip.json").exists()
     server.faults.clear()
@@ -176,7 +175,7 @@ def test_a_manifest_may_not_lead_out_of_the_folder(server, tmp_path, name):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (None, "there is none; expected a template"),
+        (None, "there is none; expected a pattern"),
         (b"<html>", "expected JSON"),
         (b"[1]", "found other JSON"),
         (b'{"kind": "encoder", "outputs": {}, "format": 99}', "written by a newer snipdedup"),
@@ -212,7 +211,7 @@ def test_a_folder_of_one_is_not_replaced_by_another(server, made, tmp_path):
 
 
 def test_a_published_download_is_known_again(server, made, tmp_path):
-    store.save_parquet(tmp_path / "meta_0.parquet", table(10))
+    atomic.save_parquet(tmp_path / "meta_0.parquet", table(10))
     server.files["meta_0.parquet"] = (tmp_path / "meta_0.parquet").read_bytes()
     fetch(f"{server.url}/meta_0.parquet", tmp_path / "mine")
     for path in (tmp_path / "mine").iterdir():

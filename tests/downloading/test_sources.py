@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -12,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.config import Download
-from snipdedup.downloading import presets, sources, transfer
 from snipdedup.downloading import run as download
-from snipdedup.downloading.sources import find, find_features
-from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage import buckets, remote, store
-from snipdedup.storage.remote import MissingError
+from snipdedup.downloading import sources
+from snipdedup.downloading.sources import find_features, find_files
+from snipdedup.downloading.transfer import fetch_file
+from snipdedup.errors import MissingError, SnipError, UsageError
+from snipdedup.storage import atomic, remote
+from snipdedup.storage.manifest import read_manifest
 
 ROWS = [12, 5, 20, 9]
 
@@ -29,10 +29,10 @@ def laion(tmp_path):
     folder = tmp_path / "laion"
     for number, rows in enumerate(ROWS):
         keys = [f"{number}-{row}" for row in range(rows)]
-        store.save_parquet(folder / f"metadata/metadata_{number}.parquet", pa.table({"key": keys}))
+        atomic.save_parquet(folder / f"metadata/metadata_{number}.parquet", pa.table({"key": keys}))
         images, texts = rng.standard_normal((2, rows, 8)).astype(np.float16)
-        store.save_npy(folder / f"img_emb/img_emb_{number}.npy", images)
-        store.save_npy(folder / f"text_emb/text_emb_{number}.npy", texts)
+        atomic.save_npy(folder / f"img_emb/img_emb_{number}.npy", images)
+        atomic.save_npy(folder / f"text_emb/text_emb_{number}.npy", texts)
     return folder
 
 
@@ -44,9 +44,9 @@ def datacomp(tmp_path):
     for rows in ROWS:
         name = rng.bytes(16).hex()
         uids = [rng.bytes(16).hex() for _ in range(rows)]
-        store.save_parquet(folder / f"{name}.parquet", pa.table({"uid": uids}))
+        atomic.save_parquet(folder / f"{name}.parquet", pa.table({"uid": uids}))
         arrays = {k: rng.standard_normal((rows, d)) for k, d in (("b32_img", 6), ("l14_img", 8))}
-        store.save_npz(folder / f"{name}.npz", **arrays)
+        atomic.save_npz(folder / f"{name}.npz", **arrays)
     return folder
 
 
@@ -63,17 +63,12 @@ def stored(folder, scheme="memory"):
     return f"{scheme}://{folder.name}"
 
 
-def look(source, start, end):
-    opened = None if remote.is_web(source) else sources.open_folder(source)
-    return find(source, start, end, opened)
-
-
 def names(files):
     return [file.name for file in files]
 
 
 def fetch(source, out, **more):
-    return download.run(Download(source=str(source), out=str(out), **more))
+    return str(download.run(Download(source=str(source), out=str(out), **more)))
 
 
 @pytest.mark.parametrize("kind", ["path", "store"])
@@ -87,7 +82,7 @@ def test_features_beside_the_metadata(laion, tmp_path, kind, form):
         for name in (f"metadata/metadata_{number}.parquet", f"img_emb/img_emb_{number}.npy"):
             assert (tmp_path / "out" / name).read_bytes() == (laion / name).read_bytes()
     assert len(list((tmp_path / "out").rglob("*"))) == 7
-    manifest = store.read_manifest(tmp_path / "out", "download")
+    manifest = read_manifest(tmp_path / "out", "download")
     assert [file["features"] for file in manifest["files"]] == ["img_emb_1.npy", "img_emb_2.npy"]
 
 
@@ -96,28 +91,21 @@ def test_a_stop_between_a_table_and_its_features(laion, tmp_path, filtered):
     np.save(tmp_path / "mask.npy", np.arange(sum(ROWS)) % 3 == 0)
     more = {"embeddings": True} | ({"is_dup": str(tmp_path / "mask.npy")} if filtered else {})
     fetch(laion / "metadata", tmp_path / "whole", **more)
-    real, calls = Path.unlink if filtered else Path.replace, []
+    out, asked = tmp_path / "out", []
 
-    def stop(path, *words, **named):
-        if path.name == "img_emb_1.npy":
+    def stop(file, *rest):
+        asked.append(file.name)
+        if file.name == "img_emb_1.npy":
             raise SystemExit
-        return real(path, *words, **named)
+        return fetch_file(file, *rest)
 
-    out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "unlink" if filtered else "replace", stop)
-        with pytest.raises(SystemExit):
-            fetch(laion / "metadata", out, jobs=1, **more)
-
-    def note(remote, *_):
-        calls.append(remote.name)
-        raise SystemExit
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "save", note)
-        with pytest.raises(SystemExit):
-            fetch(laion / "metadata", out, jobs=1, **more)
-    assert "metadata_1.parquet" not in calls  # it is here, whatever became of its features
+    for _ in range(2):
+        asked.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(download, "fetch_file", stop)
+            with pytest.raises(SystemExit):
+                fetch(laion / "metadata", out, jobs=1, **more)
+    assert "metadata_1.parquet" not in asked  # it is here, whatever became of its features
     fetch(laion / "metadata", out, **more)
     for path in (tmp_path / "whole").rglob("*_emb_*"):
         assert (out / "img_emb" / path.name).read_bytes() == path.read_bytes()
@@ -168,14 +156,14 @@ def test_features_of_datacomp(datacomp, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["path", "store"])
 def test_damaged_features_are_refused(laion, tmp_path, kind):
-    store.save_npy(laion / "img_emb/img_emb_1.npy", np.zeros((4, 8), np.float32))
+    atomic.save_npy(laion / "img_emb/img_emb_1.npy", np.zeros((4, 8), np.float32))
     base = str(laion) if kind == "path" else stored(laion)
     with pytest.raises(SnipError, match=r"img_emb_1\.npy has 4 rows, its metadata .* 5"):
         fetch(base + "/metadata", tmp_path / "out", embeddings=True)
     body = (laion / "img_emb/img_emb_1.npy").read_bytes()
     (laion / "img_emb/img_emb_1.npy").write_bytes(body[:-9])
     base = str(laion) if kind == "path" else stored(laion)
-    with pytest.raises(SnipError, match="what came is no features"):
+    with pytest.raises(SnipError, match="expected features, found another file"):
         fetch(base + "/metadata", tmp_path / "two", embeddings=True)
     assert not list(tmp_path.glob("two/*.json"))
 
@@ -219,7 +207,7 @@ def test_what_a_store_does_not_have(laion, tmp_path, monkeypatch):
 def test_a_file_of_a_store_that_changed_is_another_input(laion, tmp_path):
     base = stored(laion)
     fetch(base, tmp_path / "out")
-    store.save_parquet(laion / "metadata/metadata_1.parquet", pa.table({"key": ["new"]}))
+    atomic.save_parquet(laion / "metadata/metadata_1.parquet", pa.table({"key": ["new"]}))
     base = stored(laion)
     with pytest.raises(SnipError, match="run with other files"):
         fetch(base, tmp_path / "out")
@@ -227,30 +215,23 @@ def test_a_file_of_a_store_that_changed_is_another_input(laion, tmp_path):
 
 def test_faults_of_a_store_are_tried_again(laion, tmp_path, monkeypatch):
     base = stored(laion)
-    monkeypatch.setattr(transfer, "BACKOFF_S", 0.0)
-    faults = [OSError("reset"), TimeoutError("slow")]
-    real = buckets.open_file
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
+    system = type(fsspec.filesystem("memory"))
+    real, faults = system.open, [OSError("reset"), TimeoutError("slow")]
 
-    def flaky(url):
+    def flaky(self, *given, **named):
         if faults:
             raise faults.pop()
-        return real(url)
+        return real(self, *given, **named)
 
-    monkeypatch.setattr(buckets, "open_file", flaky)
+    monkeypatch.setattr(system, "open", flaky)
     fetch(base, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 4
-
-    def refuse(url):
-        raise PermissionError("denied")
-
-    monkeypatch.setattr(buckets, "open_file", refuse)
+    assert faults == []
+    faults += [PermissionError("denied")]
     with pytest.raises(SnipError, match="not permitted: log in"):
         fetch(base, tmp_path / "two")
-
-    def broken(url):
-        raise KeyError("NoCredentials")
-
-    monkeypatch.setattr(buckets, "open_file", broken)
+    faults += [KeyError("NoCredentials")]
     with pytest.raises(SnipError, match="cannot be read: KeyError"):
         fetch(base, tmp_path / "two")
 
@@ -263,9 +244,9 @@ def test_faults_of_a_store_are_tried_again(laion, tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_where_the_features_of_a_template_should_be(source, features):
-    assert sources.guess_template(source) == features
-    found = look(source, 3, 5)
-    assert [f.url for f in find_features(source, found, None, None)[0]] == [
+    assert sources.guess_features(source) == features
+    found = find_files(source, 3, 5)
+    assert [f.url for f in find_features(source, found, None)] == [
         features.format(part=number) for number in (3, 4)
     ]
 
@@ -273,25 +254,25 @@ def test_where_the_features_of_a_template_should_be(source, features):
 def test_natural_order_and_places(tmp_path):
     folder = tmp_path / "many"
     for number in range(12):
-        store.save_parquet(folder / f"part-{number}.parquet", pa.table({"n": [number]}))
-    found = look(stored(folder), 2, 11)
+        atomic.save_parquet(folder / f"part-{number}.parquet", pa.table({"n": [number]}))
+    found = find_files(stored(folder), 2, 11)
     assert names(found.files) == [f"part-{number}.parquet" for number in range(2, 11)]
     assert names(found.before) == ["part-0.parquet", "part-1.parquet"]
     (folder / "part-4.parquet").unlink()
     with pytest.raises(SnipError, match="has the number 4 in its name"):
-        look(stored(folder), 2, 11)
+        find_files(stored(folder), 2, 11)
     with pytest.raises(SnipError, match="By position and by name it is not the same"):
-        look(stored(folder), 5, 7)
+        find_files(stored(folder), 5, 7)
 
 
 def test_sets_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert presets.resolve("datacomp_small") == "hf://datasets/mlfoundations/datacomp_small"
-    assert presets.resolve("RELAION2B-en-research-safe").endswith(
+    assert sources.resolve_name("datacomp_small") == "hf://datasets/mlfoundations/datacomp_small"
+    assert sources.resolve_name("RELAION2B-en-research-safe").endswith(
         "laion/relaion2B-en-research-safe"
     )
     for closed in ("laion2B-en", "hf://datasets/laion/laion2b-en-vit-h-14-embeddings"):
         with pytest.raises(SnipError, match="are disabled on the hub"):
-            presets.resolve(closed)
+            sources.resolve_name(closed)
     (tmp_path / "datacomp_small").mkdir()
-    assert presets.resolve("datacomp_small") == "datacomp_small"
+    assert sources.resolve_name("datacomp_small") == "datacomp_small"

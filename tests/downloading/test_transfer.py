@@ -9,17 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from servers import Server
 
 from snipdedup.downloading import transfer
-from snipdedup.downloading.transfer import save
-from snipdedup.errors import SnipError
-from snipdedup.storage import locks, remote, store
-from snipdedup.storage.remote import MissingError, Remote, TemporaryError
+from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
+from snipdedup.errors import MissingError, SnipError, TemporaryError
+from snipdedup.storage import atomic, remote, urls
 
 BODY = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -37,12 +36,12 @@ def server():
 def waits(monkeypatch):
     """Wait for nothing; return what would have been waited."""
     waited = []
-    monkeypatch.setattr(transfer.Watch, "pause", lambda self, seconds, why: waited.append(seconds))
+    monkeypatch.setattr(Monitor, "pause", lambda self, seconds, why: waited.append(seconds))
     return waited
 
 
 def file(server, **known):
-    return Remote(f"{server.url}/{NAME}", **known)
+    return SourceFile(f"{server.url}/{NAME}", **known)
 
 
 def alone(tmp_path):
@@ -58,7 +57,7 @@ def alone(tmp_path):
 )
 def test_a_file_arrives_whatever_happens(server, tmp_path, known, ranges, etags, faults):
     server.ranges, server.etags, server.faults[NAME] = ranges, etags, list(faults)
-    told = save(file(server, **known), tmp_path / NAME)
+    told = fetch_file(file(server, **known), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY
     assert told["size"] == len(BODY)
     assert alone(tmp_path) == [NAME]
@@ -67,7 +66,7 @@ def test_a_file_arrives_whatever_happens(server, tmp_path, known, ranges, etags,
 
 def test_what_came_is_not_asked_for_again(server, tmp_path):
     server.faults[NAME] = ["cut", "cut"]
-    save(file(server), tmp_path / NAME)
+    fetch_file(file(server), tmp_path / NAME)
     assert server.spans(NAME) == [None, "bytes=150000-", "bytes=225000-"]
     etag = server.asked[1][1]["If-Range"]
     assert etag == f'"{hashlib.md5(BODY).hexdigest()}"'
@@ -75,7 +74,7 @@ def test_what_came_is_not_asked_for_again(server, tmp_path):
 
 def test_without_a_version_nothing_is_pieced_together(server, tmp_path):
     server.etags, server.faults[NAME] = False, ["cut"]
-    save(file(server), tmp_path / NAME)
+    fetch_file(file(server), tmp_path / NAME)
     assert server.spans(NAME) == [None, None]
 
 
@@ -83,13 +82,13 @@ def test_without_a_version_nothing_is_pieced_together(server, tmp_path):
 def test_a_file_that_was_replaced_meanwhile_begins_anew(server, tmp_path, deaf):
     server.faults[NAME] = ["cut", "cut"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "ATTEMPTS", 1)
+        patch.setattr(remote, "ATTEMPTS", 1)
         with pytest.raises(TemporaryError, match="150,000 came"):
-            save(file(server), tmp_path / NAME)
+            fetch_file(file(server), tmp_path / NAME)
     assert alone(tmp_path) == [f".{NAME}.part", f".{NAME}.part.json"]
     server.files[NAME] = other = BODY[::-1]
     server.faults[NAME] = ["deaf"] if deaf else []
-    save(file(server), tmp_path / NAME)
+    fetch_file(file(server), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == other
     assert alone(tmp_path) == [NAME]
 
@@ -102,7 +101,7 @@ def test_retry_after_is_honoured(server, tmp_path, waits):
         (429, {"RateLimit": '"resolvers";r=0;t=19'}),
         500,
     ]
-    save(file(server), tmp_path / NAME)
+    fetch_file(file(server), tmp_path / NAME)
     assert waits[0] == 7
     assert 35 < waits[1] <= 40
     assert waits[2] == 19
@@ -112,24 +111,24 @@ def test_retry_after_is_honoured(server, tmp_path, waits):
 def test_who_asks_for_too_long_a_wait_is_not_waited_for(server, tmp_path):
     server.faults[NAME] = (429, {"Retry-After": "7200"})
     with pytest.raises(TemporaryError, match=r"429 .*fewer requests.*\(it asks to wait 7,200 s\)"):
-        save(file(server), tmp_path / NAME)
+        fetch_file(file(server), tmp_path / NAME)
     assert len(server.asked) == 1
 
 
 def test_only_faults_without_progress_count(server, tmp_path):
-    server.faults[NAME] = ["cut"] * (transfer.ATTEMPTS + 4)
-    save(file(server), tmp_path / NAME)
+    server.faults[NAME] = ["cut"] * (remote.ATTEMPTS + 4)
+    fetch_file(file(server), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY
-    server.faults[NAME] = [500] * transfer.ATTEMPTS
+    server.faults[NAME] = [500] * remote.ATTEMPTS
     with pytest.raises(TemporaryError, match="500"):
-        save(file(server), tmp_path / "two")
+        fetch_file(file(server), tmp_path / "two")
     assert alone(tmp_path) == [NAME]
 
 
 def test_a_wrong_checksum_ends_the_run(server, tmp_path):
     server.faults[NAME] = "damage"
-    with pytest.raises(SnipError, match=f"wrong checksum: sha256 {SHA} was promised"):
-        save(file(server, sha256=SHA), tmp_path / NAME)
+    with pytest.raises(SnipError, match=f"wrong checksum: expected sha256 {SHA}"):
+        fetch_file(file(server, sha256=SHA), tmp_path / NAME)
     assert len(server.asked) == 1
     assert alone(tmp_path) == []
 
@@ -137,12 +136,12 @@ def test_a_wrong_checksum_ends_the_run(server, tmp_path):
 def test_pieces_with_a_wrong_checksum_are_fetched_once_more(server, tmp_path):
     server.faults[NAME] = ["cut"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "ATTEMPTS", 1)
+        patch.setattr(remote, "ATTEMPTS", 1)
         with pytest.raises(TemporaryError):
-            save(file(server, sha256=SHA), tmp_path / NAME)
+            fetch_file(file(server, sha256=SHA), tmp_path / NAME)
     part = tmp_path / f".{NAME}.part"
     part.write_bytes(b"\0" * 100_000)  # a machine that lost its power, say
-    save(file(server, sha256=SHA), tmp_path / NAME)
+    fetch_file(file(server, sha256=SHA), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY
     assert server.spans(NAME)[1:] == ["bytes=100000-", None]
 
@@ -151,27 +150,27 @@ def test_git_blobs_are_proved_too(server, tmp_path):
     blob = subprocess.run(
         ["git", "hash-object", "--stdin"], input=BODY, capture_output=True, check=True
     ).stdout.decode()
-    save(file(server, git_sha1=blob.strip()), tmp_path / NAME)
-    with pytest.raises(SnipError, match="wrong checksum: git_sha1"):
-        save(file(server, git_sha1="0" * 40), tmp_path / "two")
+    fetch_file(file(server, git_sha1=blob.strip()), tmp_path / NAME)
+    with pytest.raises(SnipError, match="wrong checksum: expected git_sha1"):
+        fetch_file(file(server, git_sha1="0" * 40), tmp_path / "two")
 
 
 @pytest.mark.parametrize("fault", [None, "short", "no_length"])
 def test_another_length_than_was_listed(server, tmp_path, fault):
     server.faults[NAME] = fault
     size = len(BODY) + (0 if fault else 1)
-    with pytest.raises(SnipError, match=r"expected 300,00. bytes, (the other side has )?\d+,000"):
-        save(file(server, size=size), tmp_path / NAME)
+    with pytest.raises(SnipError, match=r"expected 300,00. bytes, (the source has )?\d+,000"):
+        fetch_file(file(server, size=size), tmp_path / NAME)
     assert NAME not in alone(tmp_path)
 
 
 def test_a_whole_part_is_only_renamed(server, tmp_path):
-    save(file(server), tmp_path / NAME)
+    fetch_file(file(server), tmp_path / NAME)
     (tmp_path / NAME).rename(tmp_path / f".{NAME}.part")
     note = {"source": file(server).shown, "sha256": None, "git_sha1": None}
-    store.save_json(tmp_path / f".{NAME}.part.json", {**note, "etag": '"e"', "total": len(BODY)})
+    atomic.save_json(tmp_path / f".{NAME}.part.json", {**note, "etag": '"e"', "total": len(BODY)})
     server.asked.clear()
-    save(file(server), tmp_path / NAME)
+    fetch_file(file(server), tmp_path / NAME)
     assert server.asked == []
     assert alone(tmp_path) == [NAME]
 
@@ -179,26 +178,26 @@ def test_a_whole_part_is_only_renamed(server, tmp_path):
 @pytest.mark.parametrize("known", [{}, {"size": 0, "sha256": hashlib.sha256().hexdigest()}])
 def test_an_empty_file(server, tmp_path, known):
     server.files[NAME] = b""
-    assert save(file(server, **known), tmp_path / NAME)["size"] == 0
+    assert fetch_file(file(server, **known), tmp_path / NAME)["size"] == 0
     assert (tmp_path / NAME).read_bytes() == b""
 
 
 def test_names_that_must_be_quoted(server, tmp_path):
     server.files["a b/\u00e9.bin"] = BODY
     for url in ("a b/\u00e9.bin", "a%20b/%C3%A9.bin"):
-        save(Remote(f"{server.url}/{url}"), tmp_path / NAME)
+        fetch_file(SourceFile(f"{server.url}/{url}"), tmp_path / NAME)
         assert (tmp_path / NAME).read_bytes() == BODY
 
 
 def test_a_part_of_another_source_is_not_gone_on_with(server, tmp_path):
     server.files["other"] = BODY[::-1]
     (tmp_path / f".{NAME}.part").write_bytes(BODY[:100])
-    store.save_json(tmp_path / f".{NAME}.part.json", {"source": "elsewhere", "etag": '"e"'})
-    save(Remote(f"{server.url}/other"), tmp_path / NAME)
+    atomic.save_json(tmp_path / f".{NAME}.part.json", {"source": "elsewhere", "etag": '"e"'})
+    fetch_file(SourceFile(f"{server.url}/other"), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY[::-1]
     (tmp_path / f".{NAME}.part.json").write_text("not JSON")
     (tmp_path / f".{NAME}.part").write_bytes(BODY[:100])
-    save(file(server), tmp_path / NAME)
+    fetch_file(file(server), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY
 
 
@@ -211,7 +210,7 @@ def test_a_part_of_another_source_is_not_gone_on_with(server, tmp_path):
         ((403, {"X-Error-Message": "this is disabled."}), SnipError, "disabled by its owner"),
         (404, MissingError, "404 .*check the URL"),
         (410, MissingError, "410 .*check the URL"),
-        (451, SnipError, "451 .*where you are"),
+        (451, SnipError, "451 .*your country"),
         (418, SnipError, "418"),
         (204, SnipError, "expected status 200, found 204"),
         ("loop", SnipError, "302 .*it has moved"),
@@ -222,7 +221,7 @@ def test_a_part_of_another_source_is_not_gone_on_with(server, tmp_path):
 def test_what_does_not_pass_is_not_tried_again(server, tmp_path, fault, kind, message):
     server.faults[NAME] = fault
     with pytest.raises(kind, match=message) as caught:
-        save(file(server), tmp_path / NAME)
+        fetch_file(file(server), tmp_path / NAME)
     assert not isinstance(caught.value, TemporaryError)
     assert "\n" not in str(caught.value)
     assert len(server.asked) == 1 or fault == "loop"
@@ -236,50 +235,24 @@ def test_a_full_disk_is_seen_before_and_while_writing(server, tmp_path, monkeypa
         with pytest.raises(
             SnipError, match=r"disk is full: .*needs 300,000 more .*299,999 are free"
         ):
-            save(file(server), tmp_path / NAME)
+            fetch_file(file(server), tmp_path / NAME)
     assert alone(tmp_path) == []
 
-    real = transfer.Part.open
+    def fsync(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    @contextmanager
-    def full(part):
-        with real(part) as file:
-            yield FullDisk(file)
-
-    monkeypatch.setattr(transfer.Part, "open", full)
-    with pytest.raises(SnipError, match=r"disk is full: cannot write .*make room and run again"):
-        save(file(server), tmp_path / NAME)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "os", SimpleNamespace(fsync=fsync))
+        with pytest.raises(SnipError, match=r"cannot write .*m\.bin: No space left on device"):
+            fetch_file(file(server), tmp_path / NAME)
     assert alone(tmp_path) == [f".{NAME}.part", f".{NAME}.part.json"]
-    monkeypatch.setattr(transfer.Part, "open", real)
-    save(file(server), tmp_path / NAME)
+    fetch_file(file(server), tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == BODY
-
-
-class FullDisk:
-    """A file that takes 100,000 bytes."""
-
-    def __init__(self, file):
-        self.file = file
-        self.truncate, self.tell = file.truncate, file.tell
-
-    def write(self, chunk):
-        if self.file.tell() + len(chunk) > 100_000:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        self.file.write(chunk)
-
-
-def test_one_run_at_a_time(server, tmp_path):
-    part = tmp_path / f".{NAME}.part"
-    with part.open("ab") as held:
-        locks.lock(held)
-        with pytest.raises(SnipError, match="being fetched by another run"):
-            save(file(server), tmp_path / NAME)
-    save(file(server), tmp_path / NAME)
 
 
 def test_a_host_that_does_not_exist_is_not_waited_for(tmp_path, waits):
     with pytest.raises(SnipError, match=r"cannot be reached.*check the URL"):
-        save(Remote("http://no-such-host.invalid/m.bin"), tmp_path / NAME)
+        fetch_file(SourceFile("http://no-such-host.invalid/m.bin"), tmp_path / NAME)
     assert waits == []
 
 
@@ -288,24 +261,23 @@ def test_local_files_and_other_stores(tmp_path):
 
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / NAME).write_bytes(BODY)
-    save(Remote(str(tmp_path / "from" / NAME), size=len(BODY)), tmp_path / "one" / NAME)
+    fetch_file(SourceFile(str(tmp_path / "from" / NAME), size=len(BODY)), tmp_path / "one" / NAME)
     assert (tmp_path / "one" / NAME).read_bytes() == BODY
     with fsspec.open("memory://store/m.bin", "wb") as target:
         target.write(BODY)
-    save(Remote("memory://store/m.bin"), tmp_path / "two" / NAME)
+    fetch_file(SourceFile("memory://store/m.bin"), tmp_path / "two" / NAME)
     assert (tmp_path / "two" / NAME).read_bytes() == BODY
     with pytest.raises(MissingError, match="no such file"):
-        save(Remote("memory://store/none.bin"), tmp_path / "three")
+        fetch_file(SourceFile("memory://store/none.bin"), tmp_path / "three")
     with pytest.raises(SnipError, match="expected a local path or a URL"):
-        save(Remote("what://store/m.bin"), tmp_path / "three")
+        fetch_file(SourceFile("what://store/m.bin"), tmp_path / "three")
 
 
 CHILD = """
 import sys
 from pathlib import Path
-from snipdedup.downloading.transfer import save
-from snipdedup.storage.remote import Remote
-save(Remote(sys.argv[1]), Path(sys.argv[2]))
+from snipdedup.downloading.transfer import SourceFile, fetch_file
+fetch_file(SourceFile(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -337,12 +309,12 @@ def wait_for_more(part, held):
 
 
 def test_names_and_what_they_hide():
-    assert remote.shown("https://me:hush@host/a?b=hush#c") == "https://host/a"
-    assert remote.shown("ftp://me:hush@host/a") == "ftp://host/a"
-    assert remote.shown("/a/b?c") == "/a/b?c"
-    assert remote.name_of("https://host/a/b%20c.parquet?x=/d") == "b c.parquet"
-    assert remote.name_of("s3://bucket/a/b%20c.parquet") == "b%20c.parquet"
-    assert remote.beside("https://host/a/b.npy?sig=1", "snip.json") == "https://host/a/snip.json"
+    assert urls.redacted("https://me:hush@host/a?b=hush#c") == "https://host/a"
+    assert urls.redacted("ftp://me:hush@host/a") == "ftp://host/a"
+    assert urls.redacted("/a/b?c") == "/a/b?c"
+    assert urls.name_of("https://host/a/b%20c.parquet?x=/d") == "b c.parquet"
+    assert urls.name_of("s3://bucket/a/b%20c.parquet") == "b%20c.parquet"
+    assert urls.sibling("https://host/a/b.npy?sig=1", "snip.json") == "https://host/a/snip.json"
     for wrong in ("https://host/", "https://host/a/..%2fb", "https://host/.hidden"):
         with pytest.raises(SnipError, match="expected a file name at its end"):
-            remote.name_of(wrong)
+            urls.name_of(wrong)

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from snipdedup import config
-from snipdedup.encoder import losses
-from snipdedup.encoder import training as train
+from snipdedup.encoder import directions, losses, network, sampling, training
+from snipdedup.encoder.directions import pca_network, principal_directions
 from snipdedup.encoder.network import Encoder
+from snipdedup.encoder.sampling import Batches
+from snipdedup.encoder.training import train_encoder
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.storage import store
+from snipdedup.storage.manifest import read_manifest
 
 QUICK = {"dim": 8, "hidden": 32, "steps": 40, "batch": 128, "threads": 1, "device": "cpu"}
 
@@ -104,14 +106,13 @@ def test_a_temperature_stays_within_sense():
 
 def test_the_temperature_is_the_one_given_else_fitted_and_noted():
     rows = clustered(400, 16)
-    _, history = train.train(rows, **QUICK)
-    x = train.Training(
-        open_features(rows), None, config.Train(features=rows, out="", **QUICK), "cpu"
-    )
-    assert history.as_dict()["temperature"] == x.loss.temperature
-    assert losses.TEMPERATURES[0] < x.loss.temperature < losses.TEMPERATURES[1]
-    assert train.train(rows, temperature=0.07, **QUICK)[1].temperature == 0.07
-    assert train.train(rows, loss="mse", **QUICK)[1].temperature is None
+    _, history = train_encoder(rows, **QUICK)
+    first = make(rows).rows.images[: QUICK["batch"]]
+    fitted = losses.fitting_temperature(unit(first))
+    assert history.as_dict()["temperature"] == pytest.approx(fitted, rel=0.02)
+    assert losses.TEMPERATURES[0] < fitted < losses.TEMPERATURES[1]
+    assert train_encoder(rows, temperature=0.07, **QUICK)[1].temperature == 0.07
+    assert train_encoder(rows, loss="mse", **QUICK)[1].temperature is None
 
 
 def test_mse_loss_is_the_squared_error_of_similarities_worked_by_hand():
@@ -124,7 +125,7 @@ def test_mse_loss_is_the_squared_error_of_similarities_worked_by_hand():
 
 def test_principal_directions_are_those_of_the_svd():
     rows = clustered(400, 16)
-    found = train.principal_directions(rows, 4).numpy()
+    found = principal_directions(rows, 4).numpy()
     expected = pca(rows, 4)
     np.testing.assert_allclose(found.T @ found, expected.T @ expected, atol=1e-3)
     np.testing.assert_allclose(found @ found.T, np.eye(4), atol=1e-5)
@@ -138,7 +139,7 @@ def starts(rows: np.ndarray, dim: int) -> np.ndarray:
 
 def test_the_network_starts_as_pca():
     rows = clustered(400, 16)
-    network = losses.start_network(train.principal_directions(rows, 4), 8, torch.Generator())
+    network = pca_network(principal_directions(rows, 4), 8)
     y = starts(rows, 4)
     found = Encoder(network).encode(rows)
     np.testing.assert_allclose(found @ found.T, y @ y.T, atol=1e-3)
@@ -146,7 +147,7 @@ def test_the_network_starts_as_pca():
 
 def test_snip_beats_pca_on_rows_it_never_saw():
     rows = clustered(3000, 64)
-    encoder, history = train.train(rows[:2000], **{**QUICK, "steps": 120})
+    encoder, history = train_encoder(rows[:2000], **{**QUICK, "steps": 120})
     unseen = rows[2000:]
     y = unit(unseen).numpy() @ pca(rows[:2000], 8).T
     start = recall(unseen, y / np.linalg.norm(y, axis=1, keepdims=True))
@@ -162,7 +163,7 @@ def test_both_losses_learn_on_real_features(data, loss):
     order = np.random.default_rng(0).permutation(len(rows))
     seen, unseen = rows[order[:8500]], rows[order[8500:]]
     given = {"dim": 32, "hidden": 256, "steps": 60, "batch": 512, "threads": 1}
-    encoder, history = train.train(seen, **given, loss=loss)
+    encoder, history = train_encoder(seen, **given, loss=loss)
     y = unit(unseen.astype(np.float32)).numpy() @ pca(seen.astype(np.float32), 32).T
     start = recall(unseen, y / np.linalg.norm(y, axis=1, keepdims=True))
     gain = recall(unseen, encoder.encode(unseen)) - start
@@ -174,43 +175,46 @@ def test_the_validation_recall_is_that_of_plain_numpy():
     rows = clustered(500, 16)
     y = unit(rows).numpy()[:, :5]
     y = y / np.linalg.norm(y, axis=1, keepdims=True)
-    found = train.Validation(unit(rows)).recall(torch.from_numpy(y))
+    validation = training.Validation(unit(rows), None, losses.TrainingLoss(None, 1.0), 500)
+    found = validation.recall(torch.from_numpy(y))
     assert found == pytest.approx(recall(rows, y), abs=1e-3)
 
 
 def test_the_same_seed_gives_the_same_weights():
     rows = clustered(600, 24).astype(np.float16)
     weights = [
-        train.train(rows, **{**QUICK, "steps": 12, "seed": seed, "threads": threads})[0].weights()
+        train_encoder(rows, **{**QUICK, "steps": 12, "seed": seed, "threads": threads})[0].weights()
         for seed, threads in ((3, 2), (3, 2), (4, 2))
     ]
     assert weights[0] == weights[1] != weights[2]
 
 
 def test_opq_is_folded_in_and_changes_no_distance(monkeypatch):
-    monkeypatch.setattr(train, "ROTATION_LEAST", 500)
+    monkeypatch.setattr(directions, "ROTATION_LEAST", 500)
     rows = clustered(600, 24)
-    directions = train.principal_directions(rows, 16)
-    network = losses.start_network(directions, 16, torch.Generator().manual_seed(0), [8])
+    network = pca_network(principal_directions(rows, 16), 16, [8])
     whole, head = Encoder(network), Encoder(network, output=1)
     before, short = whole.encode(rows), head.encode(rows)
     np.testing.assert_allclose(short @ short.T, (y := starts(rows, 8)) @ y.T, atol=1e-3)
-    train.rotate(network, rows)
+    directions.rotate_for_codes(network, rows)
     for encoder, was in ((whole, before), (head, short)):
         now = encoder.encode(rows)
         assert np.abs(now - was).max() > 0.01
         np.testing.assert_allclose(now @ now.T, was @ was.T, atol=1e-5)
 
 
-def make(rows, **given) -> train.Training:
-    options = config.Train(features=rows, out="", **{**QUICK, **given})
-    return train.Training(open_features(rows), None, options, "cpu")
+def make(rows, texts=None, validation_rows=4096, subset_rows=262_144, batch=128) -> Batches:
+    beside = None if texts is None else open_features(texts)
+    return Batches(
+        open_features(rows), beside, subset_rows=subset_rows, validation_rows=validation_rows,
+        batch=batch, seed=0,
+    )  # fmt: skip
 
 
-def batches(training: train.Training, steps: int) -> Iterator[np.ndarray]:
+def seen_by(batches: Batches, steps: int) -> Iterator[np.ndarray]:
     """Yield the unit rows that the first steps see."""
     for step in range(1, steps + 1):
-        yield training.tensors(training.batch_of(step))[0].numpy()
+        yield batches.of_step(step).tensors("cpu")[0].numpy()
 
 
 def keys(rows: np.ndarray) -> set[bytes]:
@@ -219,12 +223,12 @@ def keys(rows: np.ndarray) -> set[bytes]:
 
 def test_held_out_rows_and_their_copies_are_never_trained_on():
     rows = np.repeat(clustered(400, 8).astype(np.float16), 3, axis=0)
-    training = make(rows, validation_rows=50, subset_rows=300, batch=100)
-    held = keys(training.validation.rows.numpy())
+    batches = make(rows, validation_rows=50, subset_rows=300, batch=100)
+    held = keys(batches.held_out.tensors("cpu")[0].numpy())
     assert len(held) == 50
     seen, loads = set(), []
-    for x in batches(training, 60):
-        loads.append(training.number)
+    for x in seen_by(batches, 60):
+        loads.append(batches.subset)
         seen |= keys(x)
         assert len(keys(x)) == len(x)
     assert not held & seen
@@ -234,17 +238,17 @@ def test_held_out_rows_and_their_copies_are_never_trained_on():
 
 def test_a_set_that_fits_is_loaded_once_and_whole():
     rows = clustered(500, 8)
-    training = make(rows, validation_rows=100, subset_rows=400, batch=128)
-    subset = training.rows
-    seen = set().union(*(keys(x) for x in batches(training, 40)))
-    assert training.rows is subset
+    batches = make(rows, validation_rows=100, subset_rows=400, batch=128)
+    subset = batches.rows
+    seen = set().union(*(keys(x) for x in seen_by(batches, 40)))
+    assert batches.rows is subset
     assert len(seen) == 400
 
 
 def test_the_curve_says_when_to_stop():
-    def curve(*losses: float) -> train.History:
+    def curve(*losses: float) -> training.History:
         points = [{"step": n, "validation_loss": loss} for n, loss in enumerate(losses)]
-        return train.History(1, 1, 1, curve=points)
+        return training.History(1, 1, 1, curve=points)
 
     assert not curve(5, 4, 3, 2, 1).stalled()
     assert not curve(1, 2, 2, 2, 2).stalled()
@@ -256,21 +260,20 @@ def test_the_curve_says_when_to_stop():
 
 def test_training_that_stalls_stops_and_keeps_the_best_weights():
     rows = clustered(400, 12)
-    encoder, history = train.train(rows, **{**QUICK, "steps": 1000, "learning_rate": 1e-7})
-    assert history.steps == train.PATIENCE * 50
-    start = losses.start_network(make(rows).network.outputs[0].linear.weight, 32, torch.Generator())
+    encoder, history = train_encoder(rows, **{**QUICK, "steps": 1000, "learning_rate": 1e-7})
+    assert history.steps == training.PATIENCE * 50
+    start = pca_network(principal_directions(make(rows).rows.images, 8), 32)
     same = encoder.encode(rows) @ encoder.encode(rows).T
     np.testing.assert_allclose(same, (y := Encoder(start).encode(rows)) @ y.T, atol=1e-3)
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
-    options = config.Train(features="", out="", steps=200, learning_rate=0.1)
-    rates = [train.learning_rate(step, options) for step in range(1, 201)]
-    assert np.argmax(rates) == train.WARMUP - 1
-    assert rates[0] == pytest.approx(0.1 / train.WARMUP)
+    rates = [training.learning_rate(step, 200, 0.1) for step in range(1, 201)]
+    assert np.argmax(rates) == training.WARMUP - 1
+    assert rates[0] == pytest.approx(0.1 / training.WARMUP)
     assert max(rates) <= 0.1
     assert 0 < rates[-1] < 1e-4
-    assert all(a > b for a, b in itertools.pairwise(rates[train.WARMUP :]))
+    assert all(a > b for a, b in itertools.pairwise(rates[training.WARMUP :]))
 
 
 def test_few_rows_train_and_say_so(tmp_path, snip):
@@ -281,13 +284,13 @@ def test_few_rows_train_and_say_so(tmp_path, snip):
     assert "snip loss, 16 wide to 8: 20 steps of 240 rows" in said
     assert "60 of 300 rows, held out" in said
     assert "batches shrank" in said
-    manifest = store.read_manifest(out, "encoder")
+    manifest = read_manifest(out, "encoder")
     assert [p["step"] for p in manifest["history"]["curve"]] == [0, 20]
     assert manifest["shards"][0]["name"] == "few.npy"
     assert manifest["settings"]["steps"] == 20
     assert sorted(p.name for p in out.iterdir()) == ["snip.json", "weights.pt"]
     options = config.Train(**manifest["settings"])
-    assert "finished already" in train.run(options)
+    assert "finished already" in str(training.run(options))
     snip(
         "compress", tmp_path / "in", "--encoder", out, "--out", tmp_path / "d", "--dtype", "float32"
     )
@@ -316,35 +319,33 @@ def test_what_cannot_be_trained_on_is_refused_before_the_first_step(
 ):
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "a.npy", rows)
-    monkeypatch.setattr(train.Training, "step", None)
+    monkeypatch.setattr(training, "learning_rate", None)
     options = config.Train(
         features=str(tmp_path / "in"), out=str(tmp_path / "out"), **{**QUICK, **given}
     )
     with pytest.raises(SnipError, match=message):
-        train.run(options)
+        training.run(options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_no_number_is_refused():
-    training = make(clustered(300, 16))
-    training.network.outputs[0].linear.weight.data.fill_(math.nan)
-    training.done = 7
-    with pytest.raises(SnipError, match=r"not a number at step 7; lower --learning_rate"):
-        training.evaluate()
+def test_a_loss_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setattr(training, "learning_rate", lambda *_: math.nan)
+    with pytest.raises(SnipError, match=r"not a number at step 20; lower --learning_rate"):
+        train_encoder(clustered(300, 16), **QUICK)
 
 
 def test_shards_of_other_widths_and_other_settings_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "a.npy", clustered(100, 16))
     given = {"features": str(tmp_path / "in"), "out": str(tmp_path / "out"), **QUICK, "steps": 2}
-    train.run(config.Train(**given))
+    training.run(config.Train(**given))
     with pytest.raises(SnipError, match=r"finished run with other seed"):
-        train.run(config.Train(**given, seed=1))
-    assert "validation recall" in train.run(config.Train(**given, seed=1, overwrite=True))
+        training.run(config.Train(**given, seed=1))
+    assert "validation recall" in str(training.run(config.Train(**given, seed=1, overwrite=True)))
     np.save(tmp_path / "in" / "b.npy", clustered(100, 17))
     with pytest.raises(SnipError, match=r"b.npy: rows are 17 wide"):
-        train.run(config.Train(**given, overwrite=True))
-    assert store.read_manifest(tmp_path / "out", "encoder")["settings"]["seed"] == 1
+        training.run(config.Train(**given, overwrite=True))
+    assert read_manifest(tmp_path / "out", "encoder")["settings"]["seed"] == 1
 
 
 def test_rewritten_shards_are_another_input(tmp_path):
@@ -352,26 +353,26 @@ def test_rewritten_shards_are_another_input(tmp_path):
     path = tmp_path / "in" / "a.npy"
     np.save(path, clustered(100, 16))
     given = {"features": str(tmp_path / "in"), "out": str(tmp_path / "out"), **QUICK, "steps": 2}
-    train.run(config.Train(**given))
+    training.run(config.Train(**given))
     np.save(path, clustered(100, 16) * 2)
     os.utime(path, ns=(0, 1))
     with pytest.raises(SnipError, match="finished run with other features_changed"):
-        train.run(config.Train(**given))
+        training.run(config.Train(**given))
 
 
 @contextmanager
 def stopped(monkeypatch, after: int) -> Iterator[None]:
     """Interrupt training in the step after so many, checkpoints at each."""
-    step = train.Training.step
+    real = training.learning_rate
 
-    def stop(self, *words):
-        if self.done == after:
+    def stop(step, *words):
+        if step > after:
             raise KeyboardInterrupt
-        return step(self, *words)
+        return real(step, *words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_S", 0.0)
-        patch.setattr(train.Training, "step", stop)
+        patch.setattr(training, "CHECKPOINT_S", 0.0)
+        patch.setattr(training, "learning_rate", stop)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -382,20 +383,19 @@ def test_a_killed_training_resumes_to_the_same_weights_and_curve(tmp_path, monke
     np.save(tmp_path / "in" / "a.npy", clustered(700, 16))
     asked = {**QUICK, "subset_rows": 200, "validation_rows": 100, "steps": 45, "loss": loss}
     asked["features"] = str(tmp_path / "in")
-    train.run(config.Train(**asked, out=str(tmp_path / "straight")))
+    training.run(config.Train(**asked, out=str(tmp_path / "straight")))
     again = config.Train(**asked, out=str(tmp_path / "killed"))
     for after in (17, 31):
         with stopped(monkeypatch, after):
-            train.run(again)
+            training.run(again)
         assert [p.name for p in (tmp_path / "killed").iterdir()] == ["work"]
-    done = []
-    step = train.Training.step
-    monkeypatch.setattr(train.Training, "step", lambda *a: (done.append(a[0].done), step(*a))[1])
-    train.run(again)
-    assert done == list(range(31, 45))  # not one step twice
+    steps, real = [], training.learning_rate
+    monkeypatch.setattr(training, "learning_rate", lambda s, *a: (steps.append(s), real(s, *a))[1])
+    training.run(again)
+    assert steps == list(range(32, 46))  # not one step twice
     files = [tmp_path / name / "weights.pt" for name in ("straight", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    curves = [store.read_manifest(f.parent, "encoder")["history"]["curve"] for f in files]
+    curves = [read_manifest(f.parent, "encoder")["history"]["curve"] for f in files]
     assert curves[0] == curves[1]
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["snip.json", "weights.pt"]
 
@@ -404,12 +404,12 @@ def test_a_stopped_run_is_not_taken_for_one_with_other_settings(tmp_path, monkey
     np.save(tmp_path / "a.npy", clustered(300, 16))
     given = {**QUICK, "features": str(tmp_path / "a.npy"), "out": str(tmp_path / "out")}
     with stopped(monkeypatch, 5):
-        train.run(config.Train(**given))
+        training.run(config.Train(**given))
     with pytest.raises(SnipError, match=r"stopped run with other seed"):
-        train.run(config.Train(**given, seed=1))
+        training.run(config.Train(**given, seed=1))
     (tmp_path / "out" / "work" / "checkpoint.pt").write_bytes(b"half a file")
-    train.run(config.Train(**given))  # from the beginning
-    train.run(config.Train(**{**given, "out": str(tmp_path / "straight")}))
+    training.run(config.Train(**given))  # from the beginning
+    training.run(config.Train(**{**given, "out": str(tmp_path / "straight")}))
     files = [tmp_path / name / "weights.pt" for name in ("straight", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -422,12 +422,12 @@ def test_a_run_stopped_at_its_manifest_resumes(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_manifest", stop)
+        patch.setattr(network, "write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config.Train(**given))
+            training.run(config.Train(**given))
     assert not (tmp_path / "out" / "snip.json").exists()
-    monkeypatch.setattr(train.Training, "step", None)  # all steps were done
-    assert "validation recall" in train.run(config.Train(**given))
+    monkeypatch.setattr(training, "learning_rate", None)  # all steps were done
+    assert "validation recall" in str(training.run(config.Train(**given)))
 
 
 def paired(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -459,7 +459,7 @@ def test_texts_keep_finding_their_images():
     given = {**QUICK, "steps": 120, "dim": 6}
     kept = []
     for beside in (None, texts[:1500]):
-        encoder, _ = train.train(images[:1500], **given, text_features=beside)
+        encoder, _ = train_encoder(images[:1500], **given, text_features=beside)
         kept.append(found_at_1(encoder.encode(images[1500:]), encoder.encode(texts[1500:])))
     assert kept[1] > kept[0] + 0.02
 
@@ -475,10 +475,10 @@ def test_texts_keep_finding_their_images():
 def test_texts_that_do_not_fit_are_refused(tmp_path, monkeypatch, texts, message):
     np.save(tmp_path / "a.npy", clustered(300, 16))
     np.save(tmp_path / "t.npy", texts)
-    monkeypatch.setattr(train.Training, "step", None)
+    monkeypatch.setattr(training, "learning_rate", None)
     given = {"features": str(tmp_path / "a.npy"), "text_features": str(tmp_path / "t.npy")}
     with pytest.raises(SnipError, match=message):
-        train.run(config.Train(**QUICK, **given, out=str(tmp_path / "out")))
+        training.run(config.Train(**QUICK, **given, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -486,37 +486,34 @@ def test_one_image_with_several_captions_is_several_pairs():
     images, texts = paired(100, 16)
     images, texts = np.repeat(images, 3, axis=0), np.concatenate([texts, texts, texts[::-1]])
     texts[::3] = texts[0]
-    rows = train.load_distinct(open_features(images), open_features(texts), np.arange(300))
+    rows = sampling.load_distinct(open_features(images), open_features(texts), np.arange(300))
     pairs = {image.tobytes() + text.tobytes() for image, text in zip(images, texts, strict=True)}
     assert len(rows.hashes) == len(pairs)
     assert rows.texts.shape == rows.images.shape
 
 
 def test_an_image_is_held_out_with_all_its_captions():
-    images = np.repeat(clustered(400, 16), 3, axis=0)
-    given = {"validation_rows": 90, "batch": 64, "features": images}
-    options = config.Train(**{**QUICK, **given}, out="")
-    sources = open_features(images), open_features(clustered(1200, 16, seed=5))
-    training = train.Training(*sources, options, "cpu")
-    held = keys(training.held.images)
-    assert 90 <= len(training.held.hashes) < 93
-    assert len(training.held.hashes) == 3 * len(held)
-    assert training.history.held_out == len(training.held.hashes)
-    assert not held & keys(training.rows.images)
+    images, texts = np.repeat(clustered(400, 16), 3, axis=0), clustered(1200, 16, seed=5)
+    batches = make(images, texts, validation_rows=90, batch=64)
+    held = keys(batches.held_out.images)
+    assert 90 <= len(batches.held_out.hashes) < 93
+    assert len(batches.held_out.hashes) == 3 * len(held)
+    assert not held & keys(batches.rows.images)
     # The temperature is not that of images beside copies of themselves.
-    alone = train.Training(open_features(images[::3]), None, options, "cpu")
-    assert training.loss.temperature == pytest.approx(alone.loss.temperature, rel=0.25)
+    settings = {**QUICK, "validation_rows": 90, "batch": 64, "steps": 1}
+    beside = train_encoder(images, text_features=texts, **settings)[1]
+    alone = train_encoder(images[::3], **settings)[1]
+    assert beside.held_out == len(batches.held_out.hashes)
+    assert beside.temperature == pytest.approx(alone.temperature, rel=0.25)
 
 
 def test_an_image_with_very_many_captions_is_not_all_that_is_judged():
     images = np.concatenate([np.repeat(clustered(1, 16), 900, axis=0), clustered(400, 16, seed=3)])
-    options = config.Train(**{**QUICK, "validation_rows": 100, "features": images}, out="")
-    sources = open_features(images), open_features(clustered(1300, 16, seed=5))
-    training = train.Training(*sources, options, "cpu")
-    counts = np.unique(training.held.images, axis=0, return_counts=True)[1]
-    assert 81 <= counts.sum() < 81 + train.CAPTIONS  # a fifth of 8 + 400, then whole images
-    assert counts.max() <= train.CAPTIONS
-    assert not keys(training.held.images) & keys(training.rows.images)
+    batches = make(images, clustered(1300, 16, seed=5), validation_rows=100)
+    counts = np.unique(batches.held_out.images, axis=0, return_counts=True)[1]
+    assert 81 <= counts.sum() < 81 + sampling.CAPTIONS  # a fifth of 8 + 400, then whole images
+    assert counts.max() <= sampling.CAPTIONS
+    assert not keys(batches.held_out.images) & keys(batches.rows.images)
 
 
 def test_texts_are_compressed_like_images(tmp_path, snip):

@@ -13,7 +13,7 @@ from snipdedup.encoder import training as train
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.evaluation import evaluate, tables
 from snipdedup.features.shards import open_features
-from snipdedup.storage import store
+from snipdedup.storage.manifest import read_manifest
 
 QUICK = {
     "dim": 8,
@@ -71,7 +71,7 @@ def test_the_result_holds_every_measurement(done):
     page = (folder / "out" / "eval.md").read_text()
     assert "| SNIP |" in page
     assert "SNIP" in said
-    assert sorted(store.read_manifest(folder / "out", "eval")["outputs"]) == [
+    assert sorted(read_manifest(folder / "out", "eval")["outputs"]) == [
         "eval.json",
         "eval.md",
     ]

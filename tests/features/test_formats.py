@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
-from snipdedup.features.formats import crc32_combine, open_shard
-from snipdedup.storage.store import file_crc
+from snipdedup.features.formats import open_shard
 
 ROWS, DIM = 11, 3
 FLOATS = ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"]
@@ -103,18 +100,6 @@ def test_take_is_numpy_indexing(written, picked):
     assert np.array_equal(found, array[rows])
 
 
-def test_parts_crc_to_the_whole_file(written):
-    array = rows_of()
-    path = written(array)
-    shard = open_shard(path)
-    for cuts in ([0, ROWS], [0, 1, 5, ROWS], list(range(ROWS + 1))):
-        total = size = 0
-        for start, stop in pairwise(cuts):
-            crc, count = shard.crc_piece(start, shard.read(start, stop))
-            total, size = crc32_combine(total, crc, count), size + count
-        assert (total, size) == (zlib.crc32(path.read_bytes()), path.stat().st_size)
-
-
 @pytest.mark.parametrize("name", ["x.npy", "stored.npz", "packed.npz"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_byte_order_is_made_native(tmp_path, name, dtype):
@@ -126,8 +111,6 @@ def test_byte_order_is_made_native(tmp_path, name, dtype):
     assert shard.dtype.isnative
     assert np.array_equal(shard.read(2, 7), array[2:7])
     assert np.array_equal(shard.take(np.array([1, 8])), array[[1, 8]])
-    crc, size = shard.crc_piece(0, shard.read(0, ROWS))
-    assert (crc, size) == file_crc(path)
 
 
 def test_newer_npy_headers(tmp_path):
@@ -420,9 +403,3 @@ def test_other_types_and_missing_files(tmp_path):
         open_shard(tmp_path / "x.pt")
     with pytest.raises(SnipError, match=r"no such file: .*gone.npy"):
         open_shard(tmp_path / "gone.npy")
-
-
-@given(st.binary(max_size=300), st.binary(max_size=300))
-def test_crc_of_two_strings(first, second):
-    combined = crc32_combine(zlib.crc32(first), zlib.crc32(second), len(second))
-    assert combined == zlib.crc32(first + second)

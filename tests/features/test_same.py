@@ -11,7 +11,7 @@ import pytest
 from snipdedup.features import same
 from snipdedup.features.same import Shared, find_shared
 from snipdedup.features.shards import open_features
-from snipdedup.storage.objects import Elsewhere
+from snipdedup.storage.remote import RemotePath
 
 
 def shards(*paths):
@@ -103,7 +103,7 @@ def test_arrays_are_one_where_they_share_memory_or_rows(files):
 
 def test_urls_are_told_apart_by_what_they_name():
     def found(one, other):
-        pair = [[SimpleNamespace(path=Elsewhere(url))] for url in (one, other)]
+        pair = [[SimpleNamespace(path=RemotePath(url))] for url in (one, other)]
         return same.find_named(*pair)
 
     url = "https://host.org/set/img_emb_0.npy"

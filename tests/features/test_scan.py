@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from unittest import mock
 
 import numpy as np
@@ -13,7 +12,9 @@ from hypothesis import strategies as st
 
 from snipdedup.errors import InputError
 from snipdedup.features import scan as room
-from snipdedup.features.scan import Seen, find_copies, row_hashes, scan
+from snipdedup.features.formats import open_shard
+from snipdedup.features.hashing import row_hashes, shard_checksum
+from snipdedup.features.scan import Seen, find_copies, scan
 from snipdedup.features.shards import open_features
 from snipdedup.storage import external_sort
 
@@ -200,12 +201,40 @@ def test_chunks_threads_and_shards_change_nothing(tmp_path):
             assert np.array_equal(one, other)
 
 
-def test_checksums_are_those_of_the_files(tmp_path):
-    x = truth.clustered(20_000, 6, 1, dtype=np.float16)
-    folder = truth.save_shards(tmp_path / "f", x, [1, 9000, 9000])
-    seen = read(folder, chunk_rows=1, threads=2)
-    files = [(folder / f"img_emb_{number}.npy").read_bytes() for number in range(4)]
-    rows = [1, 8999, 0, 11_000]
-    expected = [zlib.crc32(data) for data in files]
-    filled = [number for number in range(4) if rows[number]]
-    assert [seen.crcs[n] for n in filled] == [expected[n] for n in filled]
+def plain_checksum(rows):
+    """By the definition, with Python's integers."""
+    words = rows.view(np.uint64).tolist()
+    offsets = np.random.default_rng(0x5E1F).integers(0, 2**64, rows.nbytes // len(rows) // 8,
+                                                     np.uint64).tolist()  # fmt: skip
+    odd, total = 0x9E3779B97F4A7C15, 0
+    for place, row in enumerate(words):
+        pairs = [(row[n] + offsets[n]) * (row[n + 1] + offsets[n + 1]) for n in range(0, 4, 2)]
+        word = (sum((a % 2**64) for a in pairs) + place * odd) % 2**64
+        word = (word ^ word >> 32) * odd % 2**64
+        total += word ^ word >> 32
+    return total % 2**64
+
+
+def test_a_checksum_is_that_of_a_shard_however_it_is_read(tmp_path):
+    x = truth.clustered(20_000, 16, 1, dtype=np.float16)
+    cuts = [1, 9000, 9000]
+    folder = truth.save_shards(tmp_path / "f", x, cuts)
+    np.save(folder / "img_emb_4.npy", x[:3].astype(np.float64))  # all are read as float64 then
+    expected = [plain_checksum(part) if len(part) else 0 for part in np.split(x, cuts)]
+    for chunk, threads in ((1, 2), (10**6, 1)):
+        assert read(folder, chunk_rows=chunk, threads=threads).checksums[:4] == expected
+    for number in range(4):
+        assert shard_checksum(open_shard(folder / f"img_emb_{number}.npy")) == expected[number]
+
+
+@pytest.mark.parametrize("change", ["bit", "order", "end"])
+def test_a_checksum_tells_a_changed_shard(change):
+    x = truth.clustered(500, 16, 1, dtype=np.float16)
+    other = x.copy()
+    if change == "bit":
+        other.view(np.uint8)[250, 0] ^= 1
+    elif change == "order":
+        other[[10, 490]] = x[[490, 10]]
+    else:
+        other = x[:-1]
+    assert read(x).checksums != read(other).checksums

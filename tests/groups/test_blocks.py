@@ -16,7 +16,7 @@ from snipdedup.config import Dedup
 from snipdedup.deduplication import result as room
 from snipdedup.deduplication.run import run
 from snipdedup.groups.blocks import Block, blocks_of_groups, cut_groups, slices
-from snipdedup.groups.star import Members, Nearest
+from snipdedup.groups.members import Members, Nearest
 from snipdedup.join import forest as forests
 from snipdedup.join.forest import join_edges, make_edges, spanning_forest
 from snipdedup.storage import external_sort

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.shards import open_features
 from snipdedup.groups import nearest_reference
-from snipdedup.groups.star import Nearest
+from snipdedup.groups.members import Nearest
 from snipdedup.storage import external_sort
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,12 +16,15 @@ from samples import clustered
 from snipdedup import config
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
+from snipdedup.features.formats import open_shard
+from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.shards import open_features
 from snipdedup.index.build import build, run
 from snipdedup.index.codes import pack, packed_width, unpack
 from snipdedup.index.folder import Index
 from snipdedup.index.quantizer import read_quantiser
-from snipdedup.storage import store
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import MANIFEST
 
 CUTS = (0, 700, 701, 1500, 1500, 2600)  # one of one row, one of none, none at a block's edge
 
@@ -56,7 +58,7 @@ def index(shards, tmp_path_factory) -> Index:
 
 def bits(folder: Path) -> dict[str, bytes]:
     """Every file but the manifest, which holds paths."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != store.MANIFEST}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != MANIFEST}
 
 
 def stored(index: Index) -> tuple[np.ndarray, ...]:
@@ -134,8 +136,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(index, shards, tmp_path, monkey
 
 def test_overwrite_leaves_nothing_of_a_stopped_run(index, shards, tmp_path):
     run(options(tmp_path / "x", shards, seed=9))
-    (tmp_path / "x" / store.MANIFEST).unlink()
-    store.save_json(tmp_path / "x" / store.WORK / store.REQUEST, {"nlist": 3})
+    (tmp_path / "x" / MANIFEST).unlink()
+    atomic.save_json(tmp_path / "x" / locks.WORK / locks.REQUEST, {"nlist": 3})
     run(options(tmp_path / "x", shards, overwrite=True))
     assert bits(tmp_path / "x") == bits(index.folder)
 
@@ -327,7 +329,8 @@ def test_rewritten_shards_are_another_input_but_a_new_date_is_not(shards, tmp_pa
     run(options(out, folder))
     held = Index.open(out).manifest["shards"]
     for shard in held:
-        assert shard["crc32"] == f"{zlib.crc32((folder / shard['name']).read_bytes()):08x}"
+        read = shard_checksum(open_shard(folder / shard["name"]))
+        assert shard["checksum"] == checksum_text(read)
         os.utime(folder / shard["name"], ns=(0, 1))
     assert run(options(out, folder)).startswith("already indexed")
     np.save(folder / "img_emb_0.npy", 2 * np.load(folder / "img_emb_0.npy"))
@@ -342,7 +345,7 @@ def test_a_stopped_run_does_not_go_on_with_rewritten_shards(shards, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "publish", stop)
+        patch.setattr(out_folder, "publish", stop)
         with pytest.raises(KeyboardInterrupt):
             run(options(out, folder))
     np.save(folder / "img_emb_0.npy", 2 * np.load(folder / "img_emb_0.npy"))
@@ -358,7 +361,7 @@ def test_append_compares_the_shards_that_are_held(shards, tmp_path):
     shutil.copytree(out, tmp_path / "y")
     run(config.Index(features=str(folder), out=str(out), append=True))
     assert Index.open(out).rows == 2600
-    assert all("crc32" in shard for shard in Index.open(out).manifest["shards"])
+    assert all("checksum" in shard for shard in Index.open(out).manifest["shards"])
     np.save(first[0], 2 * np.load(first[0]))
     with pytest.raises(SnipError, match=r"other features.*features_changed"):
         run(config.Index(features=str(folder), out=str(tmp_path / "y"), append=True))
@@ -429,7 +432,7 @@ def test_descriptors_are_taken_as_they_are(rows, tmp_path):
     folder = tmp_path / "descriptors"
     folder.mkdir()
     np.save(folder / "a.npy", rows * 2)
-    (folder / store.MANIFEST).write_text(json.dumps({"kind": "descriptors"}))
+    (folder / MANIFEST).write_text(json.dumps({"kind": "descriptors"}))
     run(options(tmp_path / "x", folder))
     index = Index.open(tmp_path / "x")
     np.testing.assert_array_equal(index.space.vectors(rows), rows.astype(np.float32))

@@ -161,7 +161,7 @@ def test_runs_over_other_rows_are_refused(runs, tmp_path, change):
     status, said, complaint = truth.snip("diff", outs["loose"], tmp_path / "o")
     assert (status, said) == (1, "")
     assert "are not runs over the same rows" in complaint
-    what = {"rows": "img_emb_1.npy has rows 400", "values": "has crc32", "shards": "2 shards"}
+    what = {"rows": "img_emb_1.npy has rows 400", "values": "has checksum", "shards": "2 shards"}
     assert what[change] in complaint
 
 

@@ -24,7 +24,8 @@ from snipdedup import demo_pictures
 from snipdedup.errors import SnipError
 from snipdedup.inspection import report
 from snipdedup.inspection.report_page import GENERATOR, PICTURED
-from snipdedup.storage import store
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import read_manifest, write_manifest
 
 ROWS, THRESHOLD = 400, 0.9
 CHAIN = 12  # of the rows
@@ -410,7 +411,7 @@ def test_the_command_has_the_path_as_given_and_keeps_the_grouping(tmp_path, monk
     assert said == ["snip", "dedup", out, "--threshold", str(THRESHOLD), "--out", "stricter"]
     assert ("grouped by star as this run" in text) == (grouping == "star")
     assert truth.snip(*said[1:])[0] == 0
-    assert store.read_manifest(tmp_path / "stricter", "dedup")["settings"]["grouping"] == grouping
+    assert read_manifest(tmp_path / "stricter", "dedup")["settings"]["grouping"] == grouping
 
 
 def test_rows_that_are_asked_for_are_shown_beside_what_stays(browser, hostile, tmp_path):
@@ -547,8 +548,8 @@ def test_texts_are_cut_to_one_line():
 
 def test_a_finished_out_is_left_as_it_was(hostile, page_path):
     out = hostile[0] / "out<b>"
-    for name, output in store.read_manifest(out, "dedup")["outputs"].items():
-        assert store.sha256(out / name) == output["sha256"]
+    for name, output in read_manifest(out, "dedup")["outputs"].items():
+        assert atomic.sha256(out / name) == output["sha256"]
     with pytest.raises(SnipError, match="exists and is not a report"):
         report.check_target(out / "snip.json", overwrite=False)
 
@@ -605,15 +606,15 @@ def write_large(out, rows):
         "shard_row": members, "key": pa.array([f"{row:09d}" for row in members.tolist()]),
         "group": group, "representative": group, "similarity": similarity, "is_dup": gone,
     }  # fmt: skip
-    store.save_parquet(out / "groups.parquet", pa.table(columns))
+    atomic.save_parquet(out / "groups.parquet", pa.table(columns))
     edges = {"a": group[gone], "b": members[gone], "similarity": similarity[gone]}
-    store.save_parquet(out / "forest.parquet", pa.table(edges))
+    atomic.save_parquet(out / "forest.parquet", pa.table(edges))
     is_dup = np.zeros(rows, bool)
     is_dup[members[gone]] = True
-    store.save_npy(out / "is_dup.npy", is_dup)
+    atomic.save_npy(out / "is_dup.npy", is_dup)
     value, count = np.unique(sizes, return_counts=True)
     table = {"of": ["group_size"] * len(value), "value": value, "count": count}
-    store.save_parquet(out / "histogram.parquet", pa.table(table))
+    atomic.save_parquet(out / "histogram.parquet", pa.table(table))
     removed = int(gone.sum())
     body = {
         "verified": True, "shards": shards, "thresholds": [], "request": {"metadata": None},
@@ -626,7 +627,7 @@ def write_large(out, rows):
             "largest_group": int(sizes.max()), "exact_copies": 0, "bad_rows": 0, "chained": 0,
         },
     }  # fmt: skip
-    store.write_manifest(out, "dedup", body, [])
+    write_manifest(out, "dedup", body, [])
     return removed
 
 

@@ -20,7 +20,7 @@ from snipdedup.features.shards import open_features
 from snipdedup.join import encoding, memory, model
 from snipdedup.join.memory import needed_memory
 from snipdedup.join.tasks import cut_lists
-from snipdedup.storage import store
+from snipdedup.storage import atomic, out_folder
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_threads_chunks_shards_and_a_second_run_change_nothing(rows, tmp_path):
 
 def stopping(name, below, after):
     """Patch a writer of files so that it fails at a task's file, after some of them."""
-    whole, count = getattr(store, name), [0]
+    whole, count = getattr(atomic, name), [0]
 
     def write(path, *args, **arrays):
         if below in path.parts:
@@ -150,19 +150,19 @@ def stopping(name, below, after):
                 raise KeyboardInterrupt
         return whole(path, *args, **arrays)
 
-    return mock.patch.object(store, name, write)
+    return mock.patch.object(atomic, name, write)
 
 
 def written(name, below):
     """Count the files that a writer writes below a folder."""
-    whole, paths = getattr(store, name), []
+    whole, paths = getattr(atomic, name), []
 
     def write(path, *args, **arrays):
         if below in path.parts:
             paths.append(path)
         return whole(path, *args, **arrays)
 
-    return mock.patch.object(store, name, write), paths
+    return mock.patch.object(atomic, name, write), paths
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_stopped_run_may_go_on_with_other_threads_and_memory(rows, tmp_path, b
 def test_a_run_stopped_while_writing_goes_on(rows, tmp_path):
     folder, out = truth.save_shards(tmp_path / "f", rows[:2000], []), tmp_path / "out"
     with (
-        mock.patch.object(store, "write_manifest", side_effect=KeyboardInterrupt),
+        mock.patch.object(out_folder, "write_manifest", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         dedup(folder, out=str(out))

@@ -13,7 +13,8 @@ import pytest
 from snipdedup.config import Filter
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filter
-from snipdedup.storage import store
+from snipdedup.storage import out_folder
+from snipdedup.storage.manifest import read_manifest
 
 SIZES = [30, 7, 25, 0, 18]
 ROWS = sum(SIZES)
@@ -81,7 +82,7 @@ def test_features_and_metadata_stay_together(a_set, part):
     assert sorted(p.stem for p in (out / "metadata").iterdir()) == [f"metadata_{n}" for n in left]
     rows = [len(np.load(path)) for path in sorted((out / "img_emb").iterdir())]
     assert rows == [pq.read_metadata(p).num_rows for p in sorted((out / "metadata").iterdir())]
-    manifest = store.read_manifest(out, "filter")
+    manifest = read_manifest(out, "filter")
     assert len(manifest["files"]) == (end or 5) - (start or 0)
     assert len(manifest["outputs"]) == 3 * len(left)
 
@@ -136,7 +137,7 @@ def test_a_refused_list_writes_nothing(a_set):
 @pytest.mark.parametrize("stop", ["write_features", "publish"])
 def test_a_stopped_run_goes_on(a_set, monkeypatch, stop):
     options = settings(a_set, embeddings=str(a_set.tmp / "set" / "img_emb"), export="mask")
-    place = store if stop == "publish" else filter
+    place = out_folder if stop == "publish" else filter
     monkeypatch.setattr(place, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         filter.run(options)

@@ -15,7 +15,7 @@ from snipdedup.config import Filter
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filter, masks
 from snipdedup.metadata.masks import Held, Mask, Place
-from snipdedup.storage import store
+from snipdedup.storage import out_folder
 
 SIZES = [3, 5, 0, 4, 5]  # rows of the files of a small set; uneven on purpose
 
@@ -324,7 +324,7 @@ def test_a_finished_folder_says_so_and_is_replaced_only_when_told(a_set, snip):
 
 def test_a_stopped_run_goes_on(a_set, monkeypatch):
     meta, mask, stay, tmp = a_set
-    monkeypatch.setattr(store, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(out_folder, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         filtered(meta, mask, tmp / "out")
     assert not (tmp / "out" / "snip.json").exists()

@@ -15,14 +15,15 @@ import pytest
 from snipdedup import cli
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import SnipError
-from snipdedup.storage import locks, store
+from snipdedup.storage import locks, out_folder
+from snipdedup.storage.manifest import read_manifest
 
 ROWS = np.random.default_rng(0).standard_normal((400, 16)).astype(np.float32)
 HOLD = """
 import sys, time
 from pathlib import Path
-from snipdedup.storage import store
-store.claim(Path(sys.argv[1]), sys.argv[2], {"mine": 1}, overwrite=False)
+from snipdedup.storage import out_folder
+out_folder.claim(Path(sys.argv[1]), sys.argv[2], {"mine": 1}, overwrite=False)
 print("held", flush=True)
 time.sleep(60)
 """
@@ -100,7 +101,7 @@ def test_a_killed_run_locks_nothing(inputs, holder, monkeypatch, capsys):
     child = holder("dedup")
     child.kill()
     child.wait()
-    assert (inputs / "out" / "work" / store.LOCK).is_file()
+    assert (inputs / "out" / "work" / locks.LOCK).is_file()
     assert status_of(["dedup", "img", "--out", "out", "--overwrite"]) == 0
     assert not (inputs / "out" / "work").exists()
     assert status_of(["dedup", "img", "--out", "out"]) == 0
@@ -120,7 +121,7 @@ def test_runs_started_together(inputs, snip):
     assert set(codes) <= {0, 1}
     for code, text in zip(codes, said, strict=True):
         assert code == 0 or "is being written by another run" in text, text
-    store.read_manifest(inputs / "out", "dedup")
+    read_manifest(inputs / "out", "dedup")
     snip("dedup", "img", "--out", "alone", cwd=inputs)
     for name in ("is_dup.npy", "forest.parquet", "groups.parquet"):
         assert (inputs / "out" / name).read_bytes() == (inputs / "alone" / name).read_bytes()
@@ -131,9 +132,9 @@ def test_runs_started_together(inputs, snip):
 
 def test_another_thread_is_another_run(tmp_path):
     found = []
-    assert locks.take(tmp_path / "x" / "lock") is None
-    assert locks.take(tmp_path / "x" / "lock") is None  # the same one again
-    thread = threading.Thread(target=lambda: found.append(locks.take(tmp_path / "x" / "lock")))
+    assert locks.acquire(tmp_path / "x" / "lock") is None
+    assert locks.acquire(tmp_path / "x" / "lock") is None  # the same one again
+    thread = threading.Thread(target=lambda: found.append(locks.acquire(tmp_path / "x" / "lock")))
     thread.start()
     thread.join()
     assert found[0].startswith("process ")
@@ -142,14 +143,14 @@ def test_another_thread_is_another_run(tmp_path):
 
 
 def test_a_run_that_fails_gives_up_its_locks(tmp_path):
-    @locks.given_up()
+    @locks.released()
     def run():
-        store.claim(tmp_path / "out", "dedup", {}, overwrite=False)
+        out_folder.claim(tmp_path / "out", "dedup", {}, overwrite=False)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run()
-    with (tmp_path / "out" / "work" / store.LOCK).open("ab") as file:
+    with (tmp_path / "out" / "work" / locks.LOCK).open("ab") as file:
         assert locks.lock(file)
 
 
@@ -160,7 +161,7 @@ def test_a_lock_removed_while_it_was_awaited_is_taken_anew(tmp_path):
     def work():
         done = 0
         while done < 20:
-            if locks.take(path) is None:
+            if locks.acquire(path) is None:
                 inside.append(1)
                 worst.append(len(inside))
                 time.sleep(0.0005)
@@ -180,10 +181,10 @@ def test_a_lock_removed_while_it_was_awaited_is_taken_anew(tmp_path):
 
 def test_without_locks_in_the_system_a_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    assert store.claim(tmp_path / "out", "dedup", {}, overwrite=False) == "new"
+    assert out_folder.claim(tmp_path / "out", "dedup", {}, overwrite=False) == "new"
 
 
 def test_a_lock_that_cannot_be_written(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(SnipError, match="cannot write"):
-        store.refuse_company(tmp_path / "out")
+        locks.lock_run(tmp_path / "out")

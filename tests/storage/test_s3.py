@@ -9,7 +9,8 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.features.shards import open_features
-from snipdedup.storage import objects, store
+from snipdedup.storage import atomic, remote
+from snipdedup.storage.manifest import MANIFEST
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -37,7 +38,7 @@ def bucket(address, tmp_path, monkeypatch):
     for name, value in (("ENDPOINT_URL", address), ("ACCESS_KEY_ID", "x"),
                         ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):  # fmt: skip
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr(objects, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
     s3fs.S3FileSystem.clear_instance_cache()
     for name in ("set/img_emb", "set/metadata"):
         (tmp_path / name).mkdir(parents=True)
@@ -69,7 +70,7 @@ def test_the_same_bits_as_from_a_disk(bucket, tmp_path, capsys):
     assert run("dedup", f"{BUCKET}/set", "--out", "there") == 0
     for name in ("is_dup.npy", "groups.parquet", "forest.parquet", "metadata/metadata_2.parquet"):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
-    here, there = (store.load_json(tmp_path / out / store.MANIFEST) for out in ("here", "there"))
+    here, there = (atomic.load_json(tmp_path / out / MANIFEST) for out in ("here", "there"))
     assert here["shards"] == there["shards"]
     capsys.readouterr()
     assert run("dedup", f"{BUCKET}/set", "--out", "there") == 0

@@ -12,13 +12,14 @@ import pytest
 from servers import Server
 
 from snipdedup import cli
-from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.errors import InputError, SnipError, TemporaryError, UsageError
 from snipdedup.features import ranged, shards
+from snipdedup.features.hashing import shard_checksum
 from snipdedup.features.shards import open_features
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.storage import objects, store
-from snipdedup.storage.objects import Elsewhere
-from snipdedup.storage.remote import TemporaryError
+from snipdedup.storage import remote
+from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.remote import RemotePath
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -29,7 +30,7 @@ UIDS = np.arange(len(ROWS))
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
-    monkeypatch.setattr(objects, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
 
 
 @pytest.fixture
@@ -98,9 +99,9 @@ def places(memory, server):
 def test_rows_of_every_format(memory, server, monkeypatch, where, name):
     """Small ranges, so that blocks and gathers take many."""
     part = 20_000
-    monkeypatch.setattr(objects, "PART", part)
-    monkeypatch.setattr(ranged, "PART", part)
-    monkeypatch.setattr(ranged, "GAP", 2000)
+    monkeypatch.setattr(remote, "RANGE_BYTES", part)
+    monkeypatch.setattr(ranged, "RANGE_BYTES", part)
+    monkeypatch.setattr(ranged, "GAP_BYTES", 2000)
     here = open_features(f"kinds/{name}")
     there = open_features(f"{places(memory, server)[where]}/kinds/{name}")
     assert (there.rows, there.dim, there.dtype) == (here.rows, here.dim, here.dtype)
@@ -110,24 +111,19 @@ def test_rows_of_every_format(memory, server, monkeypatch, where, name):
     for size in (1, 5, 40):
         rows = rng.integers(0, here.rows, size)
         assert np.array_equal(there.gather(rows), here.gather(rows))
-    ledgers = []
-    for features in (here, there):
-        crcs = [crc for start in (0, 50) for crc in features.read_with_crc(
-            start, 50 if start == 0 else features.rows)[1]]  # fmt: skip
-        ledger = shards.CrcLedger(1)
-        ledger.add(crcs)
-        ledgers.append(ledger.totals())
-    assert ledgers[0] == ledgers[1]
+    assert shard_checksum(there.shards[0]) == shard_checksum(here.shards[0])
 
 
 def test_ranges_join_neighbours_and_no_more():
-    rows = np.array([0, 1, 5, 6, 100, 101, 103, 500])
-    assert list(ranged.plan_ranges(rows, ranged.GAP // 4)) == [(0, 4), (4, 7), (7, 8)]
-    assert list(ranged.plan_ranges(rows, ranged.GAP // 3)) == [(0, 4), (4, 7), (7, 8)]
-    assert list(ranged.plan_ranges(rows, ranged.GAP // 2)) == [(0, 2), (2, 4), (4, 7), (7, 8)]
-    assert list(ranged.plan_ranges(np.arange(10), ranged.PART // 4)) == [(0, 4), (4, 8), (8, 10)]
-    assert list(ranged.plan_ranges(np.arange(3), 2 * ranged.PART)) == [(0, 1), (1, 2), (2, 3)]
-    assert list(ranged.plan_ranges(np.empty(0, np.int64), 64)) == []
+    def cuts(rows, row_bytes):
+        return list(ranged.plan_ranges(np.array(rows, np.int64), row_bytes))
+
+    rows, gap, most = [0, 1, 5, 6, 100, 101, 103, 500], ranged.GAP_BYTES, ranged.RANGE_BYTES
+    assert cuts(rows, gap // 4) == cuts(rows, gap // 3) == [(0, 4), (4, 7), (7, 8)]
+    assert cuts(rows, gap // 2) == [(0, 2), (2, 4), (4, 7), (7, 8)]
+    assert cuts(range(10), most // 4) == [(0, 4), (4, 8), (8, 10)]
+    assert cuts(range(3), 2 * most) == [(0, 1), (1, 2), (2, 3)]
+    assert cuts([], 64) == []
 
 
 def test_what_a_url_means(memory, monkeypatch):
@@ -145,14 +141,14 @@ def test_what_a_url_means(memory, monkeypatch):
 
 
 def test_a_path_elsewhere_is_a_path(memory):
-    path = Elsewhere(f"{memory}/set/img_emb/img_emb_2.npy")
+    path = RemotePath(f"{memory}/set/img_emb/img_emb_2.npy")
     assert (path.name, path.stem, path.suffix) == ("img_emb_2.npy", "img_emb_2", ".npy")
     assert str(path) == f"{memory}/set/img_emb/img_emb_2.npy"
     assert str(path.parent) == f"{memory}/set/img_emb"
     assert path == pickle.loads(pickle.dumps(path))
     assert path.resolve() == path.absolute() == path.expanduser() == path
-    assert path != Elsewhere(f"{memory}/set/img_emb/img_emb_10.npy")
-    secret = Elsewhere("https://me:word@host/a.npy?sig=abc")
+    assert path != RemotePath(f"{memory}/set/img_emb/img_emb_10.npy")
+    secret = RemotePath("https://me:word@host/a.npy?sig=abc")
     assert (str(secret), secret.name) == ("https://host/a.npy", "a.npy")
     assert "word" not in repr(secret)
     assert "abc" not in repr(secret)
@@ -188,16 +184,14 @@ def test_commands_write_the_same_bits(memory, local, name):
     for root, out in ((".", "here"), (memory, "there")):
         known = {"set": f"{root}/set", "kinds": f"{root}/kinds", "out": out}
         assert run(*(word.format(**known) for word in words)) == 0
-        made = (local / out / store.MANIFEST).stat().st_mtime_ns
+        made = (local / out / MANIFEST).stat().st_mtime_ns
         assert run(*(word.format(**known) for word in words)) == 0  # finished already
-        assert (local / out / store.MANIFEST).stat().st_mtime_ns == made
+        assert (local / out / MANIFEST).stat().st_mtime_ns == made
     here, there = results(local / "here"), results(local / "there")
     if name == "reference":  # the tables name it as it was given
         here, there = ({"is_dup.npy": found["is_dup.npy"]} for found in (here, there))
     assert here == there
-    manifests = [
-        json.loads((local / out / store.MANIFEST).read_text()) for out in ("here", "there")
-    ]
+    manifests = [json.loads((local / out / MANIFEST).read_text()) for out in ("here", "there")]
     assert manifests[0].get("shards") == manifests[1].get("shards")  # name, size, rows, CRC32
 
 
@@ -211,7 +205,7 @@ def test_a_finished_run_over_urls_is_looked_at(memory, local, capsys):
         capsys.readouterr()
         assert run(*words.format(memory).split()) == 0
     assert "reach" in (run("audit", "out"), capsys.readouterr().out)[1]
-    manifest = json.loads((local / "out" / store.MANIFEST).read_text())
+    manifest = json.loads((local / "out" / MANIFEST).read_text())
     assert manifest["settings"]["features"] == f"{memory}/set"
     # descriptors elsewhere are known as such
     assert run("train", "set", "--dim", "4", "--steps", "8", "--threads", "1", "--out", "enc") == 0
@@ -236,9 +230,9 @@ def test_over_http(server, local, capsys):
     url = f"{server.url}/set/img_emb/img_emb_2.npy?signature=secret"
     meta = f"{server.url}/set/metadata/metadata_2.parquet?signature=secret"
     assert run("dedup", url, "--metadata", meta, "--out", "signed") == 0
-    assert b"secret" not in (local / "signed" / store.MANIFEST).read_bytes()
+    assert b"secret" not in (local / "signed" / MANIFEST).read_bytes()
     assert run("index", url, "--m", "4", "--nlist", "8", "--out", "idx") == 0
-    assert b"secret" not in (local / "idx" / store.MANIFEST).read_bytes()
+    assert b"secret" not in (local / "idx" / MANIFEST).read_bytes()
 
 
 # ---- faults
@@ -246,15 +240,15 @@ def test_over_http(server, local, capsys):
 
 def failing(monkeypatch, times, error):
     """Let every fetch of rows fail so many times."""
-    whole, left = objects.ask, {}
+    whole, left = remote.request_range, {}
 
-    def ask(url, begin, end, known):
+    def ask(url, begin, *rest):
         left[url, begin] = left.get((url, begin), times) - 1
         if left[url, begin] >= 0:
             raise error
-        return whole(url, begin, end, known)
+        return whole(url, begin, *rest)
 
-    monkeypatch.setattr(objects, "ask", ask)
+    monkeypatch.setattr(remote, "request_range", ask)
 
 
 def test_a_connection_that_is_lost_for_a_while(memory, local, monkeypatch):
@@ -279,7 +273,7 @@ def test_a_connection_that_is_lost_for_good(memory, local, monkeypatch, capsys):
     last = said(capsys)
     assert "img_emb_2.npy: cannot be read: reset by peer" in last
     assert "(tried 6 times)" in last
-    assert not (local / "out" / store.MANIFEST).exists()
+    assert not (local / "out" / MANIFEST).exists()
     assert run("dedup", f"{memory}/set", "--out", "out") == 0
     assert run("dedup", "set", "--out", "here") == 0
     assert results(local / "here") == results(local / "out")
@@ -419,12 +413,6 @@ def test_another_version_on_a_web_server(server):
     server.files["kinds/c.npy"] = bytes(data)
     with pytest.raises(InputError, match=r"c\.npy: changed while it was read"):
         features.read(0, 200)
-
-
-def test_without_fsspec(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
-    assert run("dedup", "s3://bucket/set", "--out", "out") == 1
-    assert said(capsys) == ("snip: s3:// needs fsspec: pip install 'snipdedup-toolkit[hub]'")
 
 
 def test_without_the_store_s_own_package(monkeypatch, capsys):

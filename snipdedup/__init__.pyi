@@ -1,0 +1,829 @@
+"""Types of the library's functions.
+
+Generated from `snipdedup/config.py` by `python scripts/make_cli_docs.py`; do not edit.
+"""
+
+from os import PathLike
+from typing import Any, Literal
+
+from snipdedup.deduplication.result import Result as Result
+from snipdedup.downloading.run import DownloadResult as DownloadResult
+from snipdedup.encoder.compress import Descriptors as Descriptors
+from snipdedup.encoder.network import Encoder as Encoder
+from snipdedup.errors import SnipError as SnipError
+from snipdedup.errors import UsageError as UsageError
+
+__version__: str
+
+def audit(
+    out: str | PathLike[str],
+    features: Any = None,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    metadata: str | PathLike[str] | None = None,
+    sample: int = 0,
+    probe_rows: int = 1000,
+    sheet: str | PathLike[str] | None = None,
+    n: int = 200,
+    judged: str | PathLike[str] | None = None,
+    max_memory: str | None = None,
+    threads: int = 0,
+    seed: int = 0,
+) -> str:
+    """Check a finished run against the raw features: ``snip audit``.
+
+    Parameters
+    ----------
+    out
+        folder that snip dedup wrote
+    features
+        the features it was made from; without them those it names
+    parts
+        part numbers for a {part:04d} pattern: 0:2, end exclusive
+    array
+        which array of an .npz file
+    column
+        which list column of a parquet file
+    metadata
+        the table that was filtered, if it is not where it was
+    sample
+        prove so many removed rows, chosen at random; 0 for all (default: 0)
+    probe_rows
+        rows that stay, compared with all others to estimate missed matches; 0 for none
+        (default: 1000)
+    sheet
+        also write random removed pairs as CSV, for you to judge
+    n
+        pairs of --sheet (default: 200)
+    judged
+        read a sheet whose verdicts you filled in (yes, no) and print the precision; no
+        audit
+    max_memory
+        bound on the rows held at a time, 2GB say; without it a quarter of the RAM
+    threads
+        CPU threads, 0 for all (default: 0)
+    seed
+        seed of every random choice (default: 0)
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def build_index(
+    features: Any,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    out: str | PathLike[str],
+    encoder: str | PathLike[str] | None = None,
+    base: str | PathLike[str] | None = None,
+    nlist: int = 0,
+    m: int | None = None,
+    nbits: int | None = None,
+    train_rows: int = 0,
+    export_faiss: str | PathLike[str] | None = None,
+    model: str | None = None,
+    append: bool = False,
+    bad_rows: Literal["refuse", "keep"] = "refuse",
+    threads: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> str:
+    """Build a sharded IVFPQ index: ``snip index``.
+
+    Parameters
+    ----------
+    features
+        folder, glob, file or {part:04d} pattern of features, or a URL
+    parts
+        part numbers for a {part:04d} pattern: 0:2, end exclusive
+    array
+        which array of an .npz file
+    column
+        which list column of a parquet file
+    out
+        folder for the index; an unfinished one is continued
+    encoder
+        encode with this first; without it, rows as they are
+    base
+        take the trained quantisers of this index (ours, or a faiss IVFPQ file)
+    nlist
+        coarse lists, 0 to choose by the number of rows (default: 0)
+    m
+        sub-quantisers of the PQ, a byte each at 8 bits; without it the most, up to 16, that
+        fit
+    nbits
+        bits a sub-quantiser (default: 8)
+    train_rows
+        rows to train quantisers on, 0 for 64 a list (at least 65,536) (default: 0)
+    export_faiss
+        also write one file that plain faiss reads
+    model
+        CLIP model of the features, ARCHITECTURE/WEIGHTS, noted for snip search by text
+    append
+        add the shards that a finished index does not hold yet
+    bad_rows
+        NaN, infinity and zero rows: refuse the input, or leave them out, never returned
+        (default: refuse)
+    threads
+        CPU threads, 0 for all (default: 0)
+    seed
+        seed of every random choice (default: 0)
+    overwrite
+        replace a finished index
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def compress(
+    features: Any,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    encoder: str | PathLike[str],
+    out: str | PathLike[str],
+    dtype: Literal["float16", "float32"] = "float16",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 0,
+    overwrite: bool = False,
+) -> Descriptors:
+    """Write descriptors, shard for shard: ``snip compress``.
+
+    Parameters
+    ----------
+    features
+        folder, glob, file or {part:04d} pattern of features, or a URL
+    parts
+        part numbers for a {part:04d} pattern: 0:2, end exclusive
+    array
+        which array of an .npz file
+    column
+        which list column of a parquet file
+    encoder
+        folder of a trained encoder
+    out
+        folder for the descriptors, one .npy a shard
+    dtype
+        type of the descriptors (default: float16)
+    device
+        where to compute (default: auto)
+    threads
+        CPU threads, 0 for all (default: 0)
+    overwrite
+        replace finished descriptors
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def dedup(
+    features: Any = None,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    out: str | PathLike[str] | None = None,
+    metadata: str | PathLike[str] | None = None,
+    method: Literal["join", "exact", "adc", "semdedup"] | None = None,
+    threshold: float = 0.95,
+    keep_fraction: float | None = None,
+    grouping: Literal["star", "components"] | None = None,
+    keep: str | None = None,
+    text_features: Any = None,
+    text_threshold: float = 0.9,
+    reference: Any = None,
+    references_only: bool = False,
+    keep_work: bool = False,
+    pairs: bool = False,
+    max_pairs: int = 1000000000,
+    recall: float = 0.999,
+    encoder: str | PathLike[str] | None = None,
+    index: str | PathLike[str] | None = None,
+    rule: Literal["mutual", "difference", "ratio"] = "mutual",
+    margin: float | None = None,
+    precision: float = 0.91,
+    calibration_rows: int = 4096,
+    k: int = 16,
+    nprobe: int = 4,
+    clusters: int = 0,
+    epsilon: Any = None,
+    borders: bool = True,
+    key: str | None = None,
+    merge_captions: int | None = None,
+    caption: str | None = None,
+    weights: bool = False,
+    export: str | None = None,
+    bad_rows: Literal["refuse", "keep"] = "refuse",
+    chunk_rows: int = 8192,
+    max_memory: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    runner: Literal["local", "ray"] = "local",
+    num_tasks: int | None = None,
+    task_index: int | None = None,
+    threads: int = 0,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Find duplicates, verify them, write the rows that are kept: ``snip dedup``.
+
+    Parameters
+    ----------
+    features
+        folder, glob, file or {part:04d} pattern of features, or a URL; a finished OUT to
+        re-threshold it
+    parts
+        part numbers for a {part:04d} pattern: 0:2, end exclusive
+    array
+        which array of an .npz file
+    column
+        which list column of a parquet file
+    out
+        folder for the result; needed, but with --dry_run
+    metadata
+        parquet or CSV files that match the features by position
+    method
+        how duplicates are found (default: join, with --index adc)
+    threshold
+        cosine at and above which two rows are duplicates (default: 0.95)
+    keep_fraction
+        raise the threshold in steps of .001, from the searched one, until at least this
+        share of the rows stays
+    grouping
+        which rows of a group stay: by star each removed row has a direct match that stays,
+        by components one row stays (default: star)
+    keep
+        which copy stays: first, last, random, max:COLUMN or min:COLUMN of the metadata;
+        several in order: max:width,max:similarity,first; semdedup: hard, random or easy
+        (default: first; semdedup: hard)
+    text_features
+        features of the captions, row for row: a pair must match in these too
+    text_threshold
+        cosine at and above which two captions match (default: 0.9)
+    reference
+        rows that come first and never go: features, or what an earlier dedup wrote (its
+        rows that stay, and its own references); several by comma
+    references_only
+        compare rows with those of --reference only, not with one another
+    keep_work
+        leave the model and the codes in OUT/work: --reference OUT then needs no new model
+    pairs
+        write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet
+    max_pairs
+        refuse to write more pairs than this (default: 1000000000)
+    recall
+        join: share of the rows of groups that the lists should join to theirs (default:
+        0.999)
+    encoder
+        adc: encoder for an index that is built on the way; join: makes its codes
+    index
+        adc: a finished index; it is built when not given
+    rule
+        adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or what
+        both rows' distances to the same codes say together (default: mutual)
+    margin
+        adc: the constant of the rule; calibrated when not given
+    precision
+        adc: wanted share of right flags when calibrating (default: 0.91)
+    calibration_rows
+        adc: rows whose true matches set the margin (default: 4096)
+    k
+        adc: neighbours a row; more are asked for where all of them pass (default: 16)
+    nprobe
+        adc: lists visited a row (default: 4)
+    clusters
+        semdedup: clusters of the k-means, 0: one for every 8,700 rows (default: 0)
+    epsilon
+        semdedup: a row goes if its cosine with an earlier row of its cluster is above 1 -
+        epsilon; several by comma: the first decides, all are tabulated (default: 1 -
+        threshold)
+    borders
+        semdedup: also search by join, and say what borders between clusters cost;
+        --noborders leaves it out (default: on)
+    key
+        metadata column for groups.parquet (default: the first of key, uid, sample_id, hash)
+    merge_captions
+        add a column merged_captions: up to so many distinct captions of the rows that go,
+        at the row that stays
+    caption
+        metadata column of captions (default: the first of caption, text)
+    weights
+        write all rows to metadata/, with a column weight that copies share; is_dup stays as
+        it is
+    export
+        lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset),
+        mask (is_dup.npy, always written)
+    bad_rows
+        NaN, infinity and zero rows: refuse the input, or keep them, never matched (default:
+        refuse)
+    chunk_rows
+        rows read at a time (default: 8192)
+    max_memory
+        bound on memory, libraries apart, 2GB say; a run that needs more is refused
+        (default: a quarter of the RAM, or what the run needs if that is more)
+    device
+        join: where products of codes are computed (default: auto)
+    runner
+        join: who does the tasks, threads and processes here or Ray workers (RAY_ADDRESS
+        names a cluster) (default: local)
+    num_tasks
+        join: number of processes that run this command at the same time with the same --out
+        (default: that of a Slurm array)
+    task_index
+        join: rank of this process among them, from 0 (default: that of a Slurm array)
+    threads
+        CPU threads, 0 for all (default: 0)
+    seed
+        seed of every random choice (default: 0)
+    overwrite
+        replace a finished OUT
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def diff(
+    out1: str | PathLike[str],
+    out2: str | PathLike[str],
+    *,
+    n: int = 5,
+) -> str:
+    """Compare two runs over the same rows: ``snip diff``.
+
+    Parameters
+    ----------
+    out1
+        folder that snip dedup wrote
+    out2
+        another one, over the same rows
+    n
+        examples of each kind (default: 5)
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def download(
+    source: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    start: int | None = None,
+    end: int | None = None,
+    is_dup: str | PathLike[str] | None = None,
+    cumulative_sizes: str | PathLike[str] | None = None,
+    embeddings: bool = False,
+    embeddings_source: str | PathLike[str] | None = None,
+    jobs: int = 4,
+    overwrite: bool = False,
+    dl_dedup_set: str | None = None,
+) -> DownloadResult:
+    """Fetch a range of metadata files, filtered by a mask if given: ``snip download``.
+
+    Parameters
+    ----------
+    source
+        hf://datasets/OWNER/NAME[/folder][@revision], a URL or path with {part:04d}, a
+        folder or file; datacomp_small, datacomp_1b, relaion2B-en-research-safe; or a folder
+        published with its snip.json (encoder, index, OUT)
+    out
+        folder for the files
+    start
+        first file number
+    end
+        file number to stop before
+    is_dup
+        mask (file or URL): write only the rows that stay
+    cumulative_sizes
+        .npy (file or URL) of running row totals a file, if the files before --start lack
+    embeddings
+        also the features of these files: img_emb/ and metadata/ in OUT
+    embeddings_source
+        where the features are, if not beside the metadata: folder or {part:04d} template
+    jobs
+        files fetched at a time (default: 4)
+    overwrite
+        replace a finished folder
+    dl_dedup_set
+        upstream's flag, with OUT alone: says what became of its set
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def evaluate(
+    features: Any,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    out: str | PathLike[str],
+    encoder: str | PathLike[str] | None = None,
+    text_features: Any = None,
+    dim: int = 128,
+    code_bytes: str = "4,8,16",
+    nprobe: str = "1,4,8,16",
+    nlist: int = 0,
+    queries: int = 4096,
+    train_rows: int = 65536,
+    steps: int = 400,
+    threshold: float = 0.95,
+    flag_nprobe: int = 4,
+    picture: bool = True,
+    threads: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> str:
+    """Measure what descriptors and codes keep, against brute force: ``snip eval``.
+
+    Parameters
+    ----------
+    features
+        folder, glob, file or {part:04d} pattern of features, or a URL
+    parts
+        part numbers for a {part:04d} pattern: 0:2, end exclusive
+    array
+        which array of an .npz file
+    column
+        which list column of a parquet file
+    out
+        folder for table, JSON and picture
+    encoder
+        judge this SNIP encoder; without it one is trained, the queries kept from it
+    text_features
+        text features, row for row: judge how texts find their images, too
+    dim
+        width of the descriptors (default: 128)
+    code_bytes
+        bytes of a code, separated by commas (default: 4,8,16)
+    nprobe
+        lists visited, separated by commas; all lists come besides (default: 1,4,8,16)
+    nlist
+        coarse lists, 0 to choose by the number of rows (default: 0)
+    queries
+        rows whose neighbours are looked for (at most a quarter of all) (default: 4096)
+    train_rows
+        rows that encoders, PCA and OPQ learn from (default: 65536)
+    steps
+        training steps of each encoder at the most (default: 400)
+    threshold
+        cosine at and above which two rows are duplicates (default: 0.95)
+    flag_nprobe
+        lists visited for duplicate flags (default: 4)
+    picture
+        draw the curves, by the extra plot; --nopicture turns it off (default: on)
+    threads
+        CPU threads, 0 for all (default: 0)
+    seed
+        seed of every random choice (default: 0)
+    overwrite
+        replace a finished folder
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def filter(
+    metadata: Any,
+    *,
+    is_dup: str | PathLike[str],
+    out: str | PathLike[str],
+    start: int | None = None,
+    end: int | None = None,
+    cumulative_sizes: str | PathLike[str] | None = None,
+    on: str | None = None,
+    keys: str | PathLike[str] | None = None,
+    unmatched: Literal["keep", "remove"] | None = None,
+    ambiguous: Literal["keep", "remove"] | None = None,
+    embeddings: str | PathLike[str] | None = None,
+    export: str | None = None,
+    key: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Apply a mask to metadata and features: ``snip filter``.
+
+    Parameters
+    ----------
+    metadata
+        folder, glob or file of parquet or CSV metadata
+    is_dup
+        mask: is_dup.npy, or a folder that snip dedup wrote
+    out
+        folder for the rows that stay
+    start
+        first file number, counted from 0 in the whole set
+    end
+        file number to stop before
+    cumulative_sizes
+        .npy of running row totals a file, as upstream publishes beside its mask
+    on
+        find rows by this column, not by position: url, uid, key, hash; several by comma
+    keys
+        with --on: metadata that matches the mask by position; without it, what OUT names
+    unmatched
+        with --on: what becomes of rows that the mask's set does not hold; without it they
+        stay, if they are fewer than half
+    ambiguous
+        with --on: what becomes of rows whose key both stays and goes; without it they stay,
+        if they are fewer than half
+    embeddings
+        features that match the metadata by position (several folders by comma): write
+        theirs too, beside metadata/
+    export
+        lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset),
+        mask (of these rows)
+    key
+        column for --export keys (default: the first of key, uid, sample_id, hash)
+    overwrite
+        replace a finished folder
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def plan(
+    features: Any = None,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    rows: float | None = None,
+    dim: int = 768,
+    duplicates: float | None = None,
+    cores: int = 0,
+    memory: str | None = None,
+    max_memory: str | None = None,
+    nodes: int = 1,
+    disk: str | None = None,
+    disk_speed: str | None = None,
+    probe: bool = False,
+    rates: str | PathLike[str] | None = None,
+    threshold: float = 0.95,
+    recall: float = 0.999,
+    seed: int = 0,
+) -> str:
+    """Estimate time, memory and disk of a run: ``snip plan``.
+
+    Parameters
+    ----------
+    features
+        features to plan for, of which a sample is read
+    parts
+        part numbers for a {part:04d} pattern: 0:2, end exclusive
+    array
+        which array of an .npz file
+    column
+        which list column of a parquet file
+    rows
+        rows: 2.1e9, where there are no features yet, or only some (default: those of
+        FEATURES)
+    dim
+        without FEATURES: width of the rows; they are float16 (default: 768)
+    duplicates
+        share of the rows that go (default: estimated from a sample of FEATURES, .3 where
+        that tells nothing)
+    cores
+        cores of the machine, 0: as this one has (default: 0)
+    memory
+        RAM of the machine, 32GB say (default: as this one has)
+    max_memory
+        what snip dedup will be given as such (default: a quarter of the RAM)
+    nodes
+        such machines, over a file system that they share (default: 1)
+    disk
+        free space for OUT, 4TB say
+    disk_speed
+        bytes a second that a disk reads or writes, 2GB say (default: all is in RAM already)
+    probe
+        measure rates now, and write them to the file of --rates
+    rates
+        file of rates that an earlier --probe measured (default: measured now)
+    threshold
+        as of snip dedup (default: 0.95)
+    recall
+        as of snip dedup (default: 0.999)
+    seed
+        seed of the sample (default: 0)
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def report(
+    out: str | PathLike[str],
+    *,
+    html: str | PathLike[str] | None = None,
+    images: str | PathLike[str] | None = None,
+    image_column: str | None = None,
+    metadata: str | PathLike[str] | None = None,
+    rows: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> str:
+    """Write a page that shows what is removed, with pictures if given: ``snip report``.
+
+    Parameters
+    ----------
+    out
+        folder that snip dedup wrote
+    html
+        the page to write (default: report.html in OUT)
+    images
+        pictures by key: a folder of files or of tar shards, a tar, or a glob of tars
+    image_column
+        metadata column of local picture files; with --images, below that folder only
+    metadata
+        metadata for captions and urls, if it is not where the run found it
+    rows
+        also show these rows (numbers from 0, by comma), each beside the row that stays
+    seed
+        seed of the samples that are shown (default: 0)
+    overwrite
+        replace a file that is no report, or a page with pictures by one without
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def search(
+    query: str,
+    *,
+    index: str | PathLike[str],
+    k: int = 10,
+    nprobe: int = 64,
+    rerank: int = 2000,
+    features: str | PathLike[str] | None = None,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    metadata: str | PathLike[str] | None = None,
+    encoder: str | PathLike[str] | None = None,
+    text: bool = False,
+    model: str | None = None,
+    download: bool = False,
+    html: str | PathLike[str] | None = None,
+) -> str:
+    """Find the nearest rows to a row, a vector or a text: ``snip search``.
+
+    Parameters
+    ----------
+    query
+        row number, .npy or .npz of vectors, or a text
+    index
+        folder that snip index wrote
+    k
+        neighbours to show (default: 10)
+    nprobe
+        lists visited (default: 64)
+    rerank
+        nearest codes that are compared by raw features; 0 for none (default: 2000)
+    features
+        the rows that were indexed, where they lie elsewhere or changed their date
+    parts
+        of --features: numbers for a {part:04d} pattern
+    array
+        which array of an .npz, of QUERY or --features
+    column
+        of --features: which list column of a parquet file
+    metadata
+        files with key, url, caption of the rows, by position
+    encoder
+        for vectors and texts, where the index holds descriptors
+    text
+        QUERY is a text, though it looks like a row or a file
+    model
+        CLIP model for texts, as open_clip names it: ARCHITECTURE/WEIGHTS or /FILE
+    download
+        fetch the model's weights where they are not cached
+    html
+        also write a page of the neighbours
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def top(
+    out: str | PathLike[str],
+    *,
+    n: int = 100,
+    metadata: str | PathLike[str] | None = None,
+    prompts: str | PathLike[str] | None = None,
+) -> str:
+    """List the rows with the most duplicates: ``snip top``.
+
+    Parameters
+    ----------
+    out
+        folder that snip dedup wrote
+    n
+        rows shown (default: 100)
+    metadata
+        the table that was filtered, if it is not where it was
+    prompts
+        also write their most frequent captions, one a line, to feed a generator
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def train(
+    features: Any,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    out: str | PathLike[str],
+    loss: Literal["snip", "mse"] = "snip",
+    dim: int = 128,
+    hidden: int = 1024,
+    steps: int = 1600,
+    batch: int = 1024,
+    learning_rate: float = 0.001,
+    temperature: float | None = None,
+    text_features: Any = None,
+    text_temperature: float = 0.01,
+    subset_rows: int = 262144,
+    validation_rows: int = 4096,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Encoder:
+    """Train the SNIP encoder on features: ``snip train``.
+
+    Parameters
+    ----------
+    features
+        folder, glob, file or {part:04d} pattern of features, or a URL
+    parts
+        part numbers for a {part:04d} pattern: 0:2, end exclusive
+    array
+        which array of an .npz file
+    column
+        which list column of a parquet file
+    out
+        folder for the encoder
+    loss
+        training loss (default: snip)
+    dim
+        width of the descriptor (default: 128)
+    hidden
+        width of the hidden layer (default: 1024)
+    steps
+        training steps at the most; it stops early when validation stalls (default: 1600)
+    batch
+        rows a step (default: 1024)
+    learning_rate
+        peak learning rate of AdamW (default: 0.001)
+    temperature
+        softmax temperature of the snip loss, teacher and student (default: fitted to the
+        features)
+    text_features
+        text features, row for row: keep the similarities of texts and images, too
+    text_temperature
+        softmax temperature between texts and images (default: 0.01)
+    subset_rows
+        rows held in memory at a time (default: 262144)
+    validation_rows
+        rows held out and reported on (at most a fifth of all) (default: 4096)
+    device
+        where to compute (default: auto)
+    threads
+        CPU threads, 0 for all (default: 0)
+    seed
+        seed of every random choice (default: 0)
+    overwrite
+        replace a finished encoder
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """

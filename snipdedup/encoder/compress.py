@@ -1,0 +1,164 @@
+"""``snip compress``: the descriptors of features, shard for shard, as ``.npy``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from snipdedup import config, progress
+from snipdedup.encoder.network import WEIGHTS, Encoder
+from snipdedup.errors import InputError, SnipError
+from snipdedup.features.hashing import Checksums, checksum_text, sum_checksums
+from snipdedup.features.scan import refuse_bad
+from snipdedup.features.shards import Features, accept_dates, open_features, request_of
+from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, ordered_map
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.manifest import is_finished, read_manifest
+
+READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
+DESCRIPTORS = "descriptors"  # what a manifest calls such a folder
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """What ``snip compress`` wrote; `str` of it is the summary.
+
+    Attributes
+    ----------
+    folder : Path
+    files : list of Path
+        One ``.npy`` a shard of the features, (rows, dim), in their order.
+    rows, dim : int
+    summary : str
+    """
+
+    folder: Path
+    files: list[Path]
+    rows: int
+    dim: int
+    summary: str
+
+    def __str__(self) -> str:
+        return self.summary
+
+
+@locks.released()
+def run(options: config.Compress) -> Descriptors:
+    """Write the descriptors of all shards; what a stopped run finished is not made again."""
+    started = time.monotonic()
+    features = open_features(
+        options.features, parts=options.parts, array=options.array, column=options.column
+    )
+    encoder = Encoder.load(options.encoder, options.device)
+    encoder.check_width(features, options.encoder)
+    names = descriptor_names(features)
+    out = Path(options.out).expanduser()
+    out_folder.refuse_output_inside(out, [*features.inputs(), Path(options.encoder).expanduser()])
+    request = {
+        "encoder": encoder.manifest["outputs"][WEIGHTS]["sha256"],
+        "dtype": options.dtype,
+        "array": options.array,
+        "column": options.column,
+        **request_of(features),
+    }
+    if is_finished(out):  # other dates of the same rows are the same input
+        accept_dates(request, features, read_manifest(out, DESCRIPTORS))
+    state = out_folder.claim(out, DESCRIPTORS, request, overwrite=options.overwrite)
+    files = [out / name for name in names]
+    if state == "done":
+        summary = f"{out} is finished already with these settings; --overwrite makes it anew"
+        return Descriptors(out, files, features.rows, encoder.dim, summary)
+    try:
+        work, threads = out / locks.WORK, cores(options.threads) if encoder.device == "cpu" else 1
+        checksums = compress_shards(features, encoder, work, names, options.dtype, threads)
+        features.refuse_changed()
+    except InputError:
+        out_folder.release(out)  # an earlier result there stays as it was
+        raise
+    shards = [
+        {**shard, "checksum": checksum_text(checksum)}
+        for shard, checksum in zip(features.describe(), checksums, strict=True)
+    ]
+    seconds = time.monotonic() - started
+    body = {
+        "command": "compress",
+        "settings": options.as_dict(),
+        "request": request,
+        "encoder_sha256": request["encoder"],
+        "shards": shards,
+        "counts": {"rows": features.rows, "dim": encoder.dim},
+        "seconds": {"all": round(seconds, 3)},
+    }
+    out_folder.publish(out, DESCRIPTORS, body, [work / out_folder.FILES / name for name in names])
+    size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
+    summary = (
+        f"{features.rows:,} rows in {len(names)} shards: {encoder.dim_in} wide to {encoder.dim} "
+        f"({size / 1e6:,.1f} MB {options.dtype}) in {seconds:.1f} s, in {out}"
+    )
+    return Descriptors(out, files, features.rows, encoder.dim, summary)
+
+
+def descriptor_names(features: Features) -> list[str]:
+    """Return the file name of each shard's descriptors; refuse two shards of one name."""
+    names: dict[str, Path] = {}
+    for shard in features.shards:
+        name = f"{shard.path.stem}.npy"
+        if name in names:
+            raise SnipError(
+                f"{names[name]} and {shard.path} would both be written as {name}; compress them "
+                "into two folders"
+            )
+        names[name] = shard.path
+    return list(names)
+
+
+def compress_shards(
+    features: Features, encoder: Encoder, work: Path, names: list[str], dtype: str, threads: int
+) -> list[int]:
+    """Write the shards that are not there yet; return the checksum of each input shard."""
+    checksums = []
+    with progress.bar(features.rows, "compressing", "rows") as bar:
+        for number, name in enumerate(names):
+            path, done_file = work / out_folder.FILES / name, work / f"{name}.json"
+            if not atomic.is_done(done_file, path.parent):
+                checksum = compress_shard(features, number, encoder, path, dtype, threads)
+                atomic.write_done_file(done_file, [path], {"checksum": checksum})
+            checksums.append(int(atomic.load_json(done_file)["checksum"]))
+            bar.update(features.shards[number].rows)
+    return checksums
+
+
+def compress_shard(
+    features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
+) -> int:
+    """Write one shard's descriptors as they are made; return the checksum of the input shard.
+
+    Raises
+    ------
+    InputError
+        If a row cannot be compared: file and row; nothing is written then.
+    """
+    checksums, shape = [], (features.shards[number].rows, encoder.dim)
+    with atomic.writing_npy(path, np.dtype(dtype), shape) as file:
+        for block, read in encoded_blocks(features, number, encoder, threads):
+            block.astype(dtype).tofile(file)
+            checksums.append(read)
+    return sum_checksums(checksums, len(features.shards))[number]
+
+
+def encoded_blocks(
+    features: Features, number: int, encoder: Encoder, threads: int
+) -> Iterator[tuple[np.ndarray, Checksums]]:
+    """Yield one shard's descriptors in row order, with the checksums of what was read."""
+
+    def encode(span: tuple[int, int]) -> tuple[np.ndarray, Checksums]:
+        rows = features.read(*span)
+        refuse_bad(features, np.arange(*span), rows)
+        return encoder.encode(rows, span[0]), features.checksums(span[0], rows)
+
+    first, stop = (int(row) for row in features.offsets[number : number + 2])
+    return ordered_map(encode, aligned_spans(first, stop, READ_ROWS), threads)

@@ -1,0 +1,197 @@
+"""GET requests to web servers: byte ranges, redirects, tokens, and errors that say what to do.
+
+Every status, length and range is checked before it is believed. Users, passwords and signed queries
+of URLs are left out of messages. A token is sent to its own origin only, also after redirects.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPMessage, HTTPResponse
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from snipdedup import __version__
+from snipdedup.errors import MissingError, RangeError, SnipError, TemporaryError
+from snipdedup.storage.urls import is_web, redacted, scheme_of
+
+TIMEOUT_S = 30
+CHUNK = 1 << 20
+URL_CHARACTERS = "%:/?#[]@!$&'()*+,;=~"  # what a URL may hold unquoted (RFC 3986, 2.2)
+AGAIN = "run again later: complete files are kept"
+GATED = (
+    "it is gated: open {page} in a browser, accept its terms, log in with: hf auth login, and run "
+    "again; or fetch it with the host's own tool, then give the local folder"
+)
+DISABLED = "it was disabled by its owner or the host and cannot be fetched; choose another source"
+PRIVATE = (
+    "it is gated or private: fetch it with the host's own tool, then give the local folder; a "
+    "hub's token is used with hf:// sources only"
+)
+NOT_THERE = "check the URL and the file numbers"
+ADVICE = {
+    401: PRIVATE,
+    403: PRIVATE,
+    404: NOT_THERE,
+    410: NOT_THERE,
+    416: "the file has no such range of bytes",
+    429: f"the server asks for fewer requests: {AGAIN}",
+    451: "the host may not send it to your country",
+}
+TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token, and the only origin (scheme, host, port) that it may be sent to."""
+
+    origin: str
+    text: str = field(repr=False)
+
+
+def origin_of(url: str) -> str:
+    """Return scheme, host and port of a URL."""
+    parts = urlsplit(url)
+    return f"{parts.scheme.lower()}://{parts.netloc.rpartition('@')[2].lower()}"
+
+
+class SafeRedirects(HTTPRedirectHandler):
+    """Follows redirects between web servers, not from https to http; no token leaves its origin."""
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        """See `HTTPRedirectHandler.redirect_request`."""
+        downgraded = scheme_of(req.full_url) == "https" and scheme_of(newurl) != "https"
+        if downgraded or not is_web(newurl):
+            raise HTTPError(req.full_url, code, f"redirects to {redacted(newurl)}", headers, fp)
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None and origin_of(newurl) != origin_of(req.full_url):
+            request.remove_header("Authorization")
+        return request
+
+
+OPENER = build_opener(SafeRedirects)
+
+
+def get(
+    url: str,
+    byte_range: str | None = None,
+    *,
+    if_range: str | None = None,
+    token: Token | None = None,
+) -> HTTPResponse:
+    """Request a URL, or a range of its bytes.
+
+    Parameters
+    ----------
+    url : str
+    byte_range : str, optional
+        ``"100-"`` or ``"100-199"`` (RFC 9110, 14.2). A server without ranges sends the whole file,
+        with status 200.
+    if_range : str, optional
+        A strong ETag; if the file has another one by now, all of it is sent (RFC 9110, 13.1.5).
+    token : Token, optional
+
+    Raises
+    ------
+    TemporaryError
+        If it is worth another try: broken connections, 429, 5xx.
+    MissingError, RangeError, SnipError
+        If the server answers anything but 200 or 206: 404 or 410, 416, others.
+    """
+    url = quote(url, safe=URL_CHARACTERS)
+    headers = {"User-Agent": f"snipdedup/{__version__}", "Accept-Encoding": "identity"}
+    if byte_range:
+        headers["Range"] = f"bytes={byte_range}"
+        headers |= {"If-Range": if_range} if if_range else {}
+    if token is not None and origin_of(url) == token.origin:
+        headers["Authorization"] = f"Bearer {token.text}"
+    try:
+        response: HTTPResponse = OPENER.open(Request(url, headers=headers), timeout=TIMEOUT_S)
+    except HTTPError as error:
+        error.close()
+        raise status_error(url, error) from error
+    except (OSError, HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, URLError) else error
+        text = f"{redacted(url)}: the server cannot be reached: {reason}"
+        if isinstance(reason, ValueError) or getattr(reason, "errno", None) == socket.EAI_NONAME:
+            raise SnipError(f"{text}; check the URL") from error
+        raise TemporaryError(f"{text}; {AGAIN}") from error
+    if response.status not in (200, 206) or (response.status == 206 and not byte_range):
+        response.close()
+        raise SnipError(f"{redacted(url)}: expected status 200, found {response.status}")
+    return response
+
+
+def status_error(url: str, error: HTTPError) -> SnipError:
+    """Return the error for a status of 300 and above."""
+    headers, code = error.headers, error.code
+    advice = ADVICE.get(code, "")
+    if 300 <= code < 400:
+        advice = "it has moved, but not to a URL that can be followed: give its new URL"
+    elif headers.get("X-Error-Code") == "GatedRepo":  # this header and the next one are the hub's
+        advice = GATED.format(page=redacted(url).partition("/resolve/")[0])
+    elif "disabled" in headers.get("X-Error-Message", ""):
+        advice = DISABLED
+    elif code >= 500:
+        advice = f"the server has a fault: {AGAIN}"
+    reason = str(error.reason).partition("\n")[0]
+    text = f"{redacted(url)}: {code} {reason}" + (f"; {advice}" if advice else "")
+    if code in TEMPORARY:
+        return temporary_error(text, headers)
+    kinds: dict[int, type[SnipError]] = {404: MissingError, 410: MissingError, 416: RangeError}
+    return kinds.get(code, SnipError)(text)
+
+
+def temporary_error(text: str, headers: Any) -> TemporaryError:
+    """Return an error with the wait that a server asks for: Retry-After, or the hub's RateLimit."""
+    asked, wait = str(headers.get("Retry-After") or "").strip(), None
+    if asked.isdecimal():
+        wait = float(asked)
+    else:
+        try:
+            wait = max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+        except ValueError:  # not a date
+            limit = re.search(r"\br=0\b.*\bt=(\d+)", str(headers.get("RateLimit") or ""))
+            wait = float(limit[1]) if limit else None
+    return TemporaryError(text + (f" (it asks to wait {wait:,.0f} s)" if wait else ""), wait)
+
+
+def content_range(response: HTTPResponse, url: str) -> tuple[int, int, int]:
+    """Return first byte, last byte and length of the whole file from the headers of a 206."""
+    header = response.headers.get("Content-Range", "")
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", header)
+    if not found:
+        response.close()
+        raise RangeError(f"{redacted(url)}: expected a Content-Range, found {header!r}")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def read_body(response: HTTPResponse, url: str) -> Iterator[bytes]:
+    """Yield the body as it comes; refuse one that ends before its announced length."""
+    length = response.headers.get("Content-Length", "")
+    found = 0
+    with response:
+        while True:
+            try:
+                chunk = response.read1(CHUNK)  # what is there, so that a kill loses little
+            except (OSError, HTTPException) as error:
+                raise TemporaryError(
+                    f"{redacted(url)}: the connection broke after {found:,} bytes: {error}; {AGAIN}"
+                ) from error
+            if not chunk:
+                break
+            found += len(chunk)
+            yield chunk
+    if length.isdecimal() and int(length) != found:
+        raise TemporaryError(
+            f"{redacted(url)}: truncated: {int(length):,} bytes announced, {found:,} came; {AGAIN}"
+        )
