@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -21,7 +22,6 @@ from snipdedup.deduplication.tables import groups_table
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.join import forest
-from snipdedup.join.encoding import encode_spans
 from snipdedup.join.forest import make_edges
 from snipdedup.join.model import fit
 from snipdedup.join.tasks import JoinSettings, JoinTasks, Partition
@@ -59,7 +59,8 @@ def test_places_and_pieces_of_a_fake_table_of_shards(laion):
     assert np.array_equal(found, np.repeat(wanted[:, None], 4, axis=1))
     cut = ((1 << 32) // SHARD + 1) * SHARD  # rows of two shards, past 2^32
     assert laion.read(cut - 2, cut + 2)[:, 0].tolist() == [4294, 4294, 4295, 4295]
-    spans = encode_spans(laion.rows)
+    settings = JoinSettings(0.9, 0.999, 0, keep_bad=False, chunk_rows=1 << 15, device="cpu")
+    spans = JoinTasks(laion, settings, Path("work")).spans
     assert spans[0] == (0, 1 << 18)
     assert spans[-1][1] == LAION_5B
     assert all(one[1] == other[0] for one, other in pairwise(spans))

@@ -70,14 +70,8 @@ def blocks_of_groups(
 ) -> Iterator[Block]:
     """Yield whole groups at a threshold, by their smallest rows ascending.
 
-    Parameters
-    ----------
-    known : Block
-        All groups, at a threshold no higher.
-    rows : int
-        Rows of the set; of each, four bytes are held for a while (eight above 2^32).
-    folder : Path or None
-        For what does not fit into memory; None: all is one block.
+    ``known`` are all groups, at a threshold no higher; ``rows`` is how many the set has. What does
+    not fit into memory goes to ``folder``; without one, all is one block.
     """
     if folder is None or known.size() <= external_sort.HELD:
         yield known.at(threshold)

@@ -68,14 +68,7 @@ class CodedGroup(NamedTuple):
 
 
 def star_huge(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Decide one huge group, (n,) rows in keep order.
-
-    Returns
-    -------
-    representative : (n,) int64
-        For a removed row the kept row with the highest cosine (ties: the smaller row).
-    similarity : (n,) float32
-    """
+    """Decide one huge group, (n,) rows in keep order; return as `star.star_packed` does, (n,)."""
     coded = encode_group(rows, gather, threshold)
     is_kept = kept_rows(coded)
     representative, similarity = rows.copy(), np.ones(len(rows), np.float32)

@@ -45,16 +45,9 @@ def nearest_within(
 ) -> Nearest:
     """Return the nearest reference row of each row whose group has one that matches it.
 
-    Parameters
-    ----------
-    features : Features
-        All rows, reference rows first. The others are numbered from 0 in what is returned.
-    labels : (rows,) unsigned int or int64
-        The smallest row of each row's group.
-    reference_rows : int
-        How many rows are reference rows.
-    folder : Path or None
-        For what does not fit into memory; None: all is held.
+    Reference rows come first in ``features``; the others are numbered from 0 in what is returned.
+    ``labels`` is the smallest row of each row's group. What does not fit into memory goes to
+    ``folder``; without one, all is held.
     """
 
     def parts() -> Iterator[Nearest]:
@@ -164,14 +157,8 @@ def likely_cosines(
 ) -> np.ndarray:
     """Return cosines of rows with others, (m, n) float32: right where they may be a row's highest.
 
-    Elsewhere, and where they are below ``best``, they may be one float32 step too low.
-
-    Parameters
-    ----------
-    raw, unit, others : (m, d), (m, d) float64, (n, d)
-        Rows, the same as unit rows, and others.
-    best : (m,) float32
-        The highest cosine known of each row.
+    Elsewhere, and where they are below the highest that is known of each row, ``best``, they may be
+    one float32 step too low. ``unit`` are the rows as float64 unit rows.
     """
     import torch
 

@@ -269,13 +269,8 @@ def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs:
     """Apply the star rule to a list of pairs, where no features are at hand.
 
     The representative is the kept row, first in keep order, that pairs with the removed one.
-
-    Parameters
-    ----------
-    row, group, rank : (n,) int64, int64, uint64
-        Members in ascending row order, the label of each one's group, its place in keep order.
-    pairs : Edges
-        All pairs among the members.
+    Members ``row`` ascend; ``group`` and ``rank`` are their groups and places in keep order;
+    ``pairs`` are all pairs among them.
     """
     u, v = np.searchsorted(row, pairs.a), np.searchsorted(row, pairs.b)
     source, target = np.concatenate([u, v]), np.concatenate([v, u])

@@ -37,22 +37,11 @@ DRAWN_ROWS = 1 << 16  # rows of a sample that are moved, at the most
 
 
 class Target(NamedTuple):
-    """What a calibration on a sample is to achieve.
+    """What a calibration on a sample is to achieve."""
 
-    Attributes
-    ----------
-    threshold : float
-        Cosine from which two rows are a pair.
-    recall : float
-        Share of the rows of groups to be joined with the others of theirs.
-    sample_share : float
-        Which share of the set the sample is.
-    threads : int
-    """
-
-    threshold: float
-    recall: float
-    sample_share: float
+    threshold: float  # cosine from which two rows are a pair
+    recall: float  # share of the rows of groups to be joined with the others of theirs
+    sample_share: float  # which share of the set the sample is
     threads: int
 
     @property
@@ -82,28 +71,20 @@ def calibrate_tau(
 ) -> tuple[float, float]:
     """Return τ where both rows of a pair visit, and where only one of the two does.
 
-    Parameters
-    ----------
-    codes : (n, w) int8
-        A sample of distinct rows.
-    centroids : (nlist, w) int8
-    pairs : Edges
-        True pairs, as places in the sample.
-    pair_distance : float
-        Largest distance of two codes whose rows are a pair.
+    ``codes`` are of a sample of distinct rows, ``pairs`` its true pairs, as places in it;
+    ``pair_distance`` is the largest distance of two codes whose rows are a pair.
     """
     if target.recall >= 1:
         return pair_distance / 2, pair_distance
     need = needed_taus(codes, centroids, pairs.a, pairs.b, target.threads)
     wanted = []  # needed τ of some edges or moved rows, weights, share of the weight to join
     for cut in CUTS:
-        places = easiest_forest(pairs, need.min(1), 1 - cut * (1 - target.threshold))
-        forest = pairs.where(places)
-        weight = edge_weights(forest, target.sample_share)
+        threshold = 1 - cut * (1 - target.threshold)
+        places, weight = easiest_forest(pairs, need.min(1), threshold, target.sample_share)
         groups = count_groups(weight, target.sample_share)
         wanted.append((need[places], weight, target.share_to_join(groups)))
         if len(wanted) == 1 and target.is_few(groups):
-            near = moved_codes(codes, forest, weight, target, pair_distance)
+            near = moved_codes(codes, pairs.where(places), weight, target, pair_distance)
             a = np.arange(len(near))
             both = np.concatenate([codes[: len(near)], near])
             drawn = needed_taus(both, centroids, a, a + len(near), target.threads)
@@ -122,27 +103,18 @@ def calibrate_limit(
 ) -> float:
     """Return the product of two codes that joins the wanted share of rows with their groups.
 
-    Parameters
-    ----------
-    projection : Projection
-        Of an encoder: its codes bound no cosine.
-    sample : (n, d)
-        Distinct rows.
-    pairs : Edges
-        True pairs among them, as places.
+    ``sample``, (n, d), are distinct rows, ``pairs`` the true pairs among them, as places.
     """
     if not len(pairs.a) or target.recall >= 1:  # nothing to learn from: nothing is ruled out
         return -(projection.norm**2)
     codes = encode_rows(projection, sample, target.threads)
     product = paired_products(codes, pairs.a, pairs.b)
-    places = easiest_forest(pairs, -product, target.threshold)
-    forest = pairs.where(places)
-    weight = edge_weights(forest, target.sample_share)
+    places, weight = easiest_forest(pairs, -product, target.threshold, target.sample_share)
     groups = count_groups(weight, target.sample_share)
     limit = -weighted_quantile(-product[places], weight, target.share_to_join(groups))
     if target.is_few(groups):
         unit = unit_rows(sample)
-        drawn, times = drawn_pairs(forest, weight, len(unit), target)
+        drawn, times = drawn_pairs(pairs.where(places), weight, len(unit), target)
         step = (unit[drawn.b] - unit[drawn.a]) * times[:, None]
         moved = encode_rows(projection, unit + step, target.threads)
         product = row_products(codes, moved)
@@ -150,18 +122,24 @@ def calibrate_limit(
     return limit
 
 
-def easiest_forest(pairs: Edges, need: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the places of those pairs at a threshold whose forest asks for the least ``need``."""
+def easiest_forest(
+    pairs: Edges, need: np.ndarray, threshold: float, sample_share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs at a threshold whose forest asks for the least ``need``, and their weights.
+
+    As places among the pairs; see `edge_weights`.
+    """
     places = np.flatnonzero(pairs.similarity >= np.float32(threshold))
     cost = pairs.where(places)._replace(similarity=-need[places].astype(np.float32))
-    return places[forest_places(cost)]
+    places = places[forest_places(cost)]
+    return places, edge_weights(pairs.where(places), sample_share)
 
 
 def edge_weights(forest: Edges, sample_share: float) -> np.ndarray:
-    """Return for how many edges of the whole set's forest each edge of a sample's stands, (n,).
+    """Return for how many edges of the set's forest each edge of a sample's stands, but a factor.
 
-    Up to a factor: two rows that pair with each other only are both in a sample with the square of
-    its share, rows of a large group are in it with their share.
+    Two rows that pair with each other only are both in a sample with the square of its share, rows
+    of a large group with its share.
     """
     nodes, labels = components(forest)
     label = labels[np.searchsorted(nodes, forest.a)]

@@ -12,7 +12,7 @@ import numpy as np
 
 from snipdedup.features.cosine import Directions
 from snipdedup.features.scan import Scan, Seen, read_range
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, BESIDE, Hubs, Placed
 from snipdedup.join.lists import Lists, Visits, assign_lists
@@ -24,11 +24,6 @@ from snipdedup.storage.external_sort import among
 def task_rows(rows: int) -> int:
     """Return the rows of an encode task: many tasks for small sets, few files for large ones."""
     return 1 << 15 if rows < 1 << 25 else 1 << 18
-
-
-def encode_spans(rows: int) -> list[tuple[int, int]]:
-    """Return the rows (begin, end) of each encode task."""
-    return plan_blocks(rows, task_rows(rows))
 
 
 def encode_task(

@@ -25,18 +25,11 @@ SPREAD = 8  # rows up to the last one touched for each edge, from which rows get
 
 
 class Edges(NamedTuple):
-    """Pairs of rows with their cosines.
+    """Pairs of rows with their cosines."""
 
-    Attributes
-    ----------
-    a, b : (n,) int64
-        Rows, a < b.
-    similarity : (n,) float32
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    similarity: np.ndarray
+    a: np.ndarray  # (n,) int64
+    b: np.ndarray  # (n,) int64, the larger row
+    similarity: np.ndarray  # (n,) float32
 
     def where(self, mask: Any) -> Edges:
         """Return the edges that a mask, slice or index array selects."""
@@ -129,7 +122,7 @@ def order_by(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 def number_ends(edges: Edges) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return how many numbers the ends of edges get, and those of ``a`` and of ``b``.
+    """Return how many nodes edges may touch, and the numbers of ``a`` and ``b`` as nodes.
 
     Rows are their own numbers unless they are few among many.
     """
@@ -141,15 +134,10 @@ def number_ends(edges: Edges) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 class UnionFind:
-    """Which rows are connected: each points to a smaller one, the smallest to itself.
-
-    Attributes
-    ----------
-    parent : (rows,) uint32, or int64 above 2^32 rows
-    """
+    """Which rows are connected: each points to a smaller one, the smallest to itself."""
 
     def __init__(self, rows: int) -> None:
-        self.parent = np.arange(rows, dtype=row_kind(rows))
+        self.parent = np.arange(rows, dtype=row_kind(rows))  # four bytes a row up to 2^32 rows
 
     def find(self, rows: np.ndarray) -> np.ndarray:
         """Return the smallest row connected with each row, in ``parent``'s type."""
@@ -204,16 +192,10 @@ class UnionFind:
 
 
 def boruvka(u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return the places of the forest's edges among edges given best first.
+    """Return the places of the forest's edges among edges (u, v) given best first.
 
-    In each round every component takes its best edge.
-
-    Parameters
-    ----------
-    u, v : (n,) int64
-        The ends.
-    label : (nodes,) int64
-        Each node's own number; becomes the smallest of its component.
+    In each round every component takes its best edge. ``label``, (nodes,) int64, is each node's own
+    number, and becomes the smallest of its component.
     """
     start, end, rank = u, v, np.arange(len(u))
     chosen = np.zeros(len(u), bool)
@@ -229,13 +211,12 @@ def boruvka(u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def best_edge(u: np.ndarray, v: np.ndarray, rank: np.ndarray, nodes: int) -> np.ndarray:
-    """Return for each node the smallest rank of an edge at it; ``rank`` is ascending.
+    """Return for each node the smallest rank of an edge at it, else the largest int64.
 
-    A node without an edge gets the largest int64. Assignments are made from the worst edge to the
-    best, and the last one to a node holds.
+    ``rank`` is ascending.
     """
     best = np.full(nodes, np.iinfo(np.int64).max)
-    best[u[::-1]] = rank[::-1]
+    best[u[::-1]] = rank[::-1]  # from the worst edge to the best: the last assignment holds
     other = np.full(nodes, np.iinfo(np.int64).max)
     other[v[::-1]] = rank[::-1]
     return np.minimum(best, other)
@@ -261,14 +242,7 @@ def link_smaller(label: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
 
 
 class ForestBuilder:
-    """The forest of edges that come in parts; holds a forest and a buffer of edges.
-
-    Parameters
-    ----------
-    reference_rows : int, optional
-    buffer : int, optional
-        Edges collected before the forest is reduced again, instead of `BUFFER_EDGES`.
-    """
+    """The forest of edges that come in parts; holds a forest and a ``buffer`` of edges."""
 
     def __init__(self, reference_rows: int = 0, buffer: int | None = None) -> None:
         self.buffer = BUFFER_EDGES if buffer is None else buffer
@@ -295,15 +269,8 @@ class ForestBuilder:
 class ExternalForest:
     """The forest of more edges than fit into memory: they wait in files and come back best first.
 
-    Of each row four bytes are held (eight above 2^32 rows; twice that beside reference rows).
-
-    Parameters
-    ----------
-    folder : Path
-        For what does not fit into memory; emptied first. The forest stays there.
-    rows : int
-        Number of rows of the set.
-    reference_rows : int, optional
+    Of each of the set's rows a `UnionFind` holds four bytes (twice that beside reference rows). The
+    folder is emptied first; the forest stays there.
     """
 
     def __init__(self, folder: Path, rows: int, reference_rows: int = 0) -> None:
@@ -314,10 +281,7 @@ class ExternalForest:
         shutil.rmtree(folder, ignore_errors=True)
 
     def _key(self, records: np.ndarray) -> np.ndarray:
-        """Order by similarity, then by the top bits of ``a``.
-
-        Up to 2^32 rows, only edges of one row can share a key.
-        """
+        """Order by similarity, then by the top 32 bits of ``a``."""
         spare = max(0, (self.rows - 1).bit_length() - 32)
         key = similarity_key(records["similarity"].astype(np.float32)) << np.uint64(32)
         return np.asarray(key | records["a"].astype(np.uint64) >> np.uint64(spare))

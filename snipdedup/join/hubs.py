@@ -37,52 +37,28 @@ ABSORBED, APART, BESIDE = range(3)
 
 
 class Placed(NamedTuple):
-    """Where rows lie to the hubs.
+    """Where rows lie to the hubs."""
 
-    Attributes
-    ----------
-    zone : (n,) int8
-        `ABSORBED`, `BESIDE` a hub, or `APART` from all.
-    row, hub : (a,) int64
-        The absorbed rows' places, and which hub absorbs each.
-    similarity : (a,) float32
-        Cosine of the two.
-    """
-
-    zone: np.ndarray
-    row: np.ndarray
-    hub: np.ndarray
-    similarity: np.ndarray
+    zone: np.ndarray  # (n,) int8: `ABSORBED`, `BESIDE` a hub, or `APART` from all
+    row: np.ndarray  # (a,) int64: the absorbed rows' places,
+    hub: np.ndarray  # (a,) int64: which hub absorbs each,
+    similarity: np.ndarray  # (a,) float32: and the cosine of the two
 
 
 @dataclass(frozen=True)
 class Hubs:
-    """The hubs of a set; often there are none.
+    """The hubs of a set; often there are none."""
 
-    Attributes
-    ----------
-    row, raw, codes : (h,) int64, (h, d), (h, w) int8
-        Global rows, their features and codes.
-    threshold : float
-        Cosine from which two rows are a pair.
-    projection : Projection
-    """
-
-    row: np.ndarray
-    raw: np.ndarray
-    codes: np.ndarray
+    row: np.ndarray  # (h,) int64: global rows
+    raw: np.ndarray  # (h, d): their features
+    codes: np.ndarray  # (h, w) int8
     threshold: float
     projection: Projection
 
     def check(self, features: Features) -> None:
-        """Refuse hubs that are not, bit for bit, the rows of these features that they claim to be.
+        """Raise DamagedError unless hubs are, bit for bit, the rows of these features.
 
         Edges that `place` proves on ``raw`` are then proved for these rows.
-
-        Raises
-        ------
-        DamagedError
-            Names the first row.
         """
         known = (self.row >= 0) & (self.row < features.rows) & (self.raw.dtype == features.dtype)
         known[known] = same_bits(
@@ -109,10 +85,7 @@ class Hubs:
     def place(self, codes: np.ndarray, corrections: np.ndarray, raw: np.ndarray) -> Placed:
         """Return which rows are absorbed, proved on the features, and which lie beside a hub.
 
-        Parameters
-        ----------
-        codes, corrections, raw : (n, w) int8, (n,) float64, (n, d)
-            Codes of rows, their limit corrections, and the rows.
+        Of the rows ``codes``, (n, w) int8, limit ``corrections``, (n,), and ``raw``, (n, d).
         """
         zone = np.full(len(codes), APART, np.int8)
         none = np.empty(0, np.int64)
@@ -161,14 +134,8 @@ def find_hubs(
 ) -> Hubs:
     """Find hubs in a sample: greedily the row with the most rows around it.
 
-    Parameters
-    ----------
-    rows, sample, codes : (n,) int64, (n, d), (n, w) int8
-        Global rows of the sample, distinct, in random order; their features and codes.
-    threshold : float
-        Cosine from which two rows are a pair.
-    total : int
-        Rows of the set.
+    ``rows``, (n,) int64, are distinct and in random order; ``sample`` and ``codes`` are their
+    features and codes; ``total`` is how many rows the set has.
     """
     none = no_hubs(projection, sample.shape[1], threshold)
     if total < HUB_ROWS:

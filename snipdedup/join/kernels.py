@@ -30,18 +30,11 @@ _testing = threading.RLock()
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute all products of two blocks of codes.
+    """One way to compute all products of two blocks of codes on a device, as torch names it.
 
-    Attributes
-    ----------
-    name : str
-    device : str
-        Where it runs, as torch names it.
-    prepare : function of (n, w) int8 tensor
-        Brings the columns' codes into the form that ``multiply`` wants; done once a block.
-    multiply : function of (m, w) int8 tensor, prepared columns
-        Returns (m, n) products as a tensor, int32 or float32, which stands until the thread's
-        next call.
+    ``prepare`` brings the columns' codes, an (n, w) int8 tensor, into the form that ``multiply``
+    wants, once a block. ``multiply`` takes an (m, w) int8 tensor and these, and returns (m, n)
+    products as a tensor, int32 or float32, which stands until the thread's next call.
     """
 
     name: str
@@ -95,19 +88,11 @@ def pick_kernel(device: str = "cpu") -> Kernel:
 
 @cache
 def _picked(device: str) -> Kernel:
-    kernels = candidates(device)
-    return fastest(kernels, [trial(kernel, TEST_WIDTH) for kernel in kernels])
-
-
-def fastest(kernels: list[Kernel], seconds: list[float | None]) -> Kernel:
-    """Return the first of the kernels that are right, unless a later one is clearly faster.
-
-    The last one if none is. ``seconds`` are those of each one's `trial`.
-    """
-    best, best_time = kernels[-1], float("inf")
-    for kernel, time_ in zip(kernels, seconds, strict=True):
-        if time_ is not None and time_ * CLEARLY < best_time:
-            best, best_time = kernel, time_
+    best, least = candidates(device)[-1], float("inf")
+    for kernel in candidates(device):  # the first that is right, unless one is clearly faster
+        seconds = trial(kernel, TEST_WIDTH)
+        if seconds is not None and seconds * CLEARLY < least:
+            best, least = kernel, seconds
     return best
 
 
@@ -141,18 +126,11 @@ def trial(kernel: Kernel, width: int) -> float | None:
 
 
 class Hits(NamedTuple):
-    """Where products reach their row's limit, by runs of `RUN` columns.
+    """Where products reach their row's limit, by runs of `RUN` columns, in row order."""
 
-    Attributes
-    ----------
-    row, column : (r,) int64
-        The row, and the first column, of each run that holds a hit; in row order.
-    hit : (r, RUN) bool
-    """
-
-    row: np.ndarray
-    column: np.ndarray
-    hit: np.ndarray
+    row: np.ndarray  # (r,) int64: the row of each run that holds a hit,
+    column: np.ndarray  # (r,) int64: its first column,
+    hit: np.ndarray  # (r, RUN) bool: and where
 
     @property
     def total(self) -> int:
@@ -166,15 +144,10 @@ class Hits(NamedTuple):
 
 
 def product_hits(products: Any, limits: np.ndarray, most: float) -> Hits | None:
-    """Return where products reach their row's limit; most runs of columns hold no hit.
+    """Return where (m, n) products reach their row's limit, (m,) float64.
 
-    None where more than a share ``most`` of the runs hold one: `all_close` is cheaper then.
-
-    Parameters
-    ----------
-    products : (m, n) tensor
-    limits : (m,) float64
-    most : float
+    Most runs of columns hold no hit. None where more than a share ``most`` of them do: `all_close`
+    is cheaper then.
     """
     import torch
 

@@ -30,20 +30,11 @@ TABLE_LISTS = 1 << 12  # of up to so many lists, the distances of all centroids 
 
 @dataclass(frozen=True)
 class Lists:
-    """Centroids, and the visit radius.
+    """Centroids, and the visit radius in units of codes."""
 
-    Attributes
-    ----------
-    centroids : (nlist, w) int8
-    tau : float
-        The visit radius in units of codes, where both rows of a pair visit.
-    one_sided_tau : float
-        The same where one of the two rows stays in its list, so that the other must come.
-    """
-
-    centroids: np.ndarray
-    tau: float
-    one_sided_tau: float
+    centroids: np.ndarray  # (nlist, w) int8
+    tau: float  # where both rows of a pair visit
+    one_sided_tau: float  # where one of the two stays in its list, so that the other must come
 
     @property
     def nlist(self) -> int:
@@ -79,19 +70,11 @@ class Lists:
 
 
 class Visits(NamedTuple):
-    """Which rows of a block are in which list.
+    """Which rows of a block are in which list."""
 
-    Attributes
-    ----------
-    row, list_ : (v,) int32
-        A row of the block and a list it lives in or visits.
-    home : (v,) bool
-        True where it lives there; once for each row.
-    """
-
-    row: np.ndarray
-    list_: np.ndarray
-    home: np.ndarray
+    row: np.ndarray  # (v,) int32: a row of the block
+    list_: np.ndarray  # (v,) int32: a list that it lives in or visits
+    home: np.ndarray  # (v,) bool: True where it lives there, once for each row
 
 
 def train_centroids(codes: np.ndarray, nlist: int, seed: int, threads: int) -> np.ndarray:

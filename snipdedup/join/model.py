@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import DamagedError, InputError
-from snipdedup.features.cosine import bad_rows, directions, same_bits
+from snipdedup.features.cosine import bad_rows, directions
 from snipdedup.features.formats import load_npz
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import BLOCK
@@ -92,11 +92,8 @@ class Model:
     def load(cls, path: Path) -> Model:
         """Read a model.
 
-        Raises
-        ------
-        DamagedError
-            If the file is damaged or its codes are made by other arithmetic. It is not fitted anew:
-            codes that are there may be those of an earlier run's model.
+        Raises DamagedError if it is damaged or its codes are made by other arithmetic. It is not
+        fitted anew: codes that are there may be those of an earlier run's model.
         """
         try:
             file = load_npz(path)
@@ -256,14 +253,9 @@ def choose_projection(
 def sample_distinct(
     features: Features, count: int, seed: int, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return about ``count`` distinct rows that can be compared, in random order.
+    """Return about ``count`` distinct rows that can be compared, in random order, (n,) int64.
 
-    Returns
-    -------
-    rows : (n,) int64
-        Global rows.
-    sample : (n, d)
-        Their features; one row of ones where no row can be compared.
+    And their features, (n, d); one row of ones where no row can be compared.
     """
     rng = np.random.default_rng(seed)
     rows = draw_rows(features.rows, count, rng)
@@ -278,7 +270,7 @@ def sample_distinct(
     for _ in ordered_map(read, plan_blocks(len(rows), BLOCK), threads):
         pass
     use = np.flatnonzero(~bad)
-    use = use[distinct_places(sample, hashes, use)]
+    use = use[first_places(hashes[use])]
     if not len(use):
         return rows[:1], np.ones((1, features.dim), features.dtype)
     use = rng.permutation(use)
@@ -306,7 +298,7 @@ def training_codes(
 
     parts = ordered_map(encode, plan_blocks(len(rows), BLOCK), threads)
     codes = np.concatenate([np.empty((0, projection.width), np.int8), *parts])
-    return codes[distinct_places(codes, row_hashes(codes), np.arange(len(codes)))]
+    return codes[first_places(row_hashes(codes))]
 
 
 def draw_rows(
@@ -320,21 +312,6 @@ def draw_rows(
     return np.sort(rng.permutation(drawn)[:count])
 
 
-def distinct_places(rows: np.ndarray, hashes: np.ndarray, use: np.ndarray) -> np.ndarray:
-    """Return the places in ``use`` of rows that equal none of an earlier place bit for bit.
-
-    Rows of one hash are compared; where they differ, both are distinct.
-    """
-    keep, left = np.ones(len(use), bool), np.arange(len(use))
-    while len(left):  # more than one round only where different rows share a hash
-        _, first, same = np.unique(hashes[use[left]], return_index=True, return_inverse=True)
-        first = left[first[same]]
-        later = first != left
-        left, first = left[later], first[later]
-        equal = np.zeros(len(left), bool)
-        for start, stop in plan_blocks(len(left), BLOCK):
-            part = slice(start, stop)
-            equal[part] = same_bits(rows[use[left[part]]], rows[use[first[part]]])
-        keep[left[equal]] = False
-        left = left[~equal]
-    return np.flatnonzero(keep)
+def first_places(hashes: np.ndarray) -> np.ndarray:
+    """Return the first place of each hash, ascending. A sample may lose a row by a collision."""
+    return np.sort(np.unique(hashes, return_index=True)[1])

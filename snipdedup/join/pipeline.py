@@ -35,16 +35,10 @@ def join(
     memory: int,
     stage: Stage,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
-    """Find the near-duplicates of a set.
+    """Find the near-duplicates of a set; a stopped run goes on with what is in ``work``.
 
-    Parameters
-    ----------
-    work : Path
-        The folder in which tasks meet; a stopped run goes on with what is there.
-    memory : int
-        Bytes that the tasks of this machine may hold together, see `memory.needed_memory`.
-    stage : function of a name
-        Times a stage of the run.
+    ``memory`` is how many bytes the tasks of this machine may hold together, at least
+    `memory.needed_memory`; ``stage`` times a stage of the run.
 
     Returns
     -------
@@ -132,7 +126,10 @@ def collect_forest(tasks: JoinTasks, partitions: list[Partition], scan: Scan) ->
     for edges in absorbed_edges(tasks.folders, tasks.model.hubs, scan, tasks.skip):
         forest.add(edges)
     for part in partitions:
-        edges, count = tasks.load_joined(part)
-        forest.add(edges)
-        candidates += count
+        joined = tasks.load_joined(part)
+        if joined is None:
+            path = tasks.join_file(part)
+            raise SnipError(f"{path}: damaged while the run went on; start it again")
+        forest.add(joined[0])
+        candidates += joined[1]
     return forest.forest(), candidates

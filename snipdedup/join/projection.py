@@ -58,26 +58,14 @@ SQUARINGS = 12
 
 @dataclass(frozen=True)
 class Projection:
-    """How rows become codes.
-
-    Attributes
-    ----------
-    matrix : (d, w) int8
-        Main directions, rotated.
-    residual : (w,) float32
-        The rotated axis of the residual norm.
-    scale : float
-        Codes are coordinates times this, rounded.
-    unit : float
-        What the product of a row's integers with the matrix's is worth as a coordinate.
-    """
+    """How rows become codes."""
 
     arithmetic: ClassVar[str] = "integers 1"  # with another name, a row has another code
 
-    matrix: np.ndarray
-    residual: np.ndarray
-    scale: float
-    unit: float
+    matrix: np.ndarray  # (d, w) int8: main directions, rotated
+    residual: np.ndarray  # (w,) float32: the rotated axis of the residual norm
+    scale: float  # codes are coordinates times this, rounded
+    unit: float  # of a product of a row's integers with the matrix's, as a coordinate
 
     @property
     def width(self) -> int:
@@ -99,13 +87,9 @@ class Projection:
         return self.encode_directions(directions(rows))
 
     def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
-        """Return the codes of a block of rows.
+        """Return the codes of a block of rows, (n, w) int8, and the excess of each, (n,) float32.
 
-        Returns
-        -------
-        codes : (n, w) int8
-        excess : (n,) float32
-            Norm of what int8 could not hold of a code, 0 for nearly all rows.
+        The excess is the norm of what int8 could not hold, 0 for nearly all rows.
         """
         return to_codes(self.rotated(rows), self.scale)
 
@@ -153,10 +137,7 @@ class Projection:
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], **more: Any) -> Self:
         """Return the projection that `arrays` were made of; a subclass gives what it has besides.
 
-        Raises
-        ------
-        ValueError
-            If other arithmetic makes its codes: this version would make others of the same rows.
+        Raises ValueError if they name other arithmetic: it would make other codes of the same rows.
         """
         name = str(arrays["arithmetic"])
         if name != cls.arithmetic:
@@ -175,22 +156,14 @@ class EncoderProjection(Projection):
     pairs of a sample (`calibration.calibrate_limit`), so that the share asked for passes. They are
     float32 arithmetic of a network: another processor may round a coordinate otherwise.
 
-    Attributes
-    ----------
-    matrix : (dim, dim) float32
-        A rotation, which makes all coordinates alike in size; residual is 0, unit is 1.
-    encoder : Encoder
-    path : Path
-        Its folder.
-    lowest : float
-        Product of two codes from which their rows may be a pair, whatever the threshold.
+    ``matrix``, (dim, dim) float32, is a rotation; ``residual`` is 0 and ``unit`` is 1.
     """
 
     arithmetic: ClassVar[str] = "float32 1"
 
     encoder: Encoder
-    path: Path
-    lowest: float = 0.0
+    path: Path  # its folder
+    lowest: float = 0.0  # product of two codes from which their rows may be a pair
 
     @classmethod
     def of(cls, path: Path, seed: int, device: str) -> EncoderProjection:
@@ -322,8 +295,7 @@ def project(
 ) -> tuple[Projection, np.ndarray]:
     """Return a projection on the last ``width`` - 1 main directions, and the codes of some rows.
 
-    ``main`` is (d, m) float64, see `main_directions`; the rows are a sample that gives the scale;
-    the seed is that of the rotation.
+    ``main`` is of `main_directions`; the rows are a sample that gives the scale.
     """
     main, rotation = main[:, -(width - 1) :], random_rotation(width, seed)
     count = main.shape[1]
@@ -387,13 +359,9 @@ def moments(unit: np.ndarray, threads: int) -> np.ndarray:
 def exact_product(x: np.ndarray, y: np.ndarray, whole: bool = False) -> np.ndarray:
     """Return x @ y in float64, rounded before and not after: sums are exact in any order.
 
-    Parameters
-    ----------
-    x : (m, n)
-        Rows no longer than 1, taken in steps of 2^-26; if ``whole``, integers, rows below 2^33.
-    y : (n, k)
-        Taken in steps of a power of two, of which the length of a column has 2^26; 2^20 if
-        ``whole``.
+    Rows of x are no longer than 1, taken in steps of 2^-26; if ``whole``, they are integers below
+    2^33. y is taken in steps of a power of two, of which the length of a column has 2^26 (2^20
+    if ``whole``).
     """
     import torch
 

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.errors import DamagedError, InputError, SnipError
+from snipdedup.errors import DamagedError, InputError
 from snipdedup.features.formats import load_npz
 from snipdedup.features.scan import Scan, finish_scan
-from snipdedup.features.shards import Features
-from snipdedup.join.encoding import encode_spans, encode_task, load_seen, sort_small
+from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.join import encoding
+from snipdedup.join.encoding import encode_task, load_seen, sort_small
 from snipdedup.join.forest import Edges, ForestBuilder
 from snipdedup.join.hubs import no_hubs
 from snipdedup.join.model import Model, fit
@@ -34,41 +35,18 @@ SCANNED = ("bad.npy", "copies.npy", "firsts.npy", "skip.npy")
 
 @dataclass(frozen=True)
 class JoinSettings:
-    """What a join is asked for.
+    """What a join is asked for."""
 
-    Attributes
-    ----------
-    threshold : float
-        Cosine from which two rows are a pair.
-    recall : float
-        Target recall: the share of duplicate rows that must be found.
-    seed : int
-    keep_bad : bool
-        Leave out rows that cannot be compared, instead of refusing them.
-    chunk_rows : int
-        Rows read at a time.
-    device : str
-        ``auto``, ``cpu`` or ``cuda``.
-    reference_rows : int
-        The first rows are reference rows: pairs among them are not looked for.
-    references_only : bool
-        Nor are pairs among the others.
-    encoder : Path, optional
-        Its descriptors become the codes.
-    kept_model : Path, optional
-        The model of an earlier run, to be used instead of a new one.
-    """
-
-    threshold: float
-    recall: float
+    threshold: float  # cosine from which two rows are a pair
+    recall: float  # target recall: the share of duplicate rows that must be found
     seed: int
-    keep_bad: bool
-    chunk_rows: int
-    device: str
-    reference_rows: int = 0
-    references_only: bool = False
-    encoder: Path | None = None
-    kept_model: Path | None = None
+    keep_bad: bool  # leave out rows that cannot be compared, instead of refusing them
+    chunk_rows: int  # rows read at a time
+    device: str  # auto, cpu or cuda
+    reference_rows: int = 0  # the first rows are these; pairs among them are not looked for
+    references_only: bool = False  # nor are pairs among the others
+    encoder: Path | None = None  # its descriptors become the codes
+    kept_model: Path | None = None  # of an earlier run, to be used instead of a new one
 
 
 class Partition(NamedTuple):
@@ -135,7 +113,7 @@ class JoinTasks:
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """The rows (begin, end) of each encode task."""
-        return encode_spans(self.features.rows)
+        return plan_blocks(self.features.rows, encoding.task_rows(self.features.rows))
 
     @cached_property
     def folders(self) -> list[Path]:
@@ -233,22 +211,25 @@ class JoinTasks:
 
     def join(self, partition: Partition, threads: int = 1) -> None:
         """Find the pairs of a partition, and write their forest."""
-        path = self.join_file(partition)
-        if load_pairs(path) is None:
+        if self.load_joined(partition) is None:
             rows = load_partition(self.folders, partition, self.skip, self.model.projection.width)
             device = pick_device(self.settings.device)
             forest, count = join_partition(
                 self.features, self.model, rows, self.settings, threads, device
             )
-            atomic.save_npz(path, lasting=False, **forest._asdict(), candidates=np.array(count))
+            arrays = {**forest._asdict(), "candidates": np.array(count)}
+            atomic.save_npz(self.join_file(partition), lasting=False, **arrays)
 
-    def load_joined(self, partition: Partition) -> tuple[Edges, int]:
-        """Return the forest of a partition, and its number of candidate pairs."""
-        found = load_pairs(self.join_file(partition))
-        if found is None:
-            path = self.join_file(partition)
-            raise SnipError(f"{path}: damaged while the run went on; start it again")
-        return found
+    def load_joined(self, partition: Partition) -> tuple[Edges, int] | None:
+        """Return the forest of a partition and its number of candidate pairs.
+
+        None where it is not joined, or its file is damaged.
+        """
+        try:
+            file = load_npz(self.join_file(partition), [*Edges._fields, "candidates"])
+            return Edges(*(file[name] for name in Edges._fields)), int(file["candidates"])
+        except InputError:
+            return None
 
 
 def cut_lists(visits: np.ndarray, most: int) -> list[tuple[int, int]]:
@@ -263,18 +244,11 @@ def cut_lists(visits: np.ndarray, most: int) -> list[tuple[int, int]]:
 
 
 class PartitionRows(NamedTuple):
-    """The rows of a partition, sorted by list, rows at home before visitors.
-
-    Attributes
-    ----------
-    members : CodedRows
-    starts, homes : (lists + 1,), (lists,) int64
-        Where each list begins, and how many of its rows live there.
-    """
+    """The rows of a partition, sorted by list, rows at home before visitors."""
 
     members: CodedRows
-    starts: np.ndarray
-    homes: np.ndarray
+    starts: np.ndarray  # (lists + 1,) int64: where each list begins
+    homes: np.ndarray  # (lists,) int64: how many of its rows live there
 
 
 def load_partition(
@@ -306,16 +280,10 @@ def load_partition(
 def load_part(
     folder: Path, partition: Partition, skip: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Read what an encode task has for a partition.
+    """Read what an encode task has for a partition: four arrays, one entry a row that takes part.
 
-    Returns
-    -------
-    row, corrections : (v,) int64, float32
-        Global rows that take part, and their limit corrections.
-    key : (v,) int32
-        Twice the list, counted from the first; one more for a visitor.
-    use : (v,) int64
-        Which of the task's rows these are.
+    The global row; its limit correction; a key: twice the list, counted from the first, and one
+    more for a visitor; and the row's place among those of the task.
     """
     low, high = partition
     starts = np.array(np.load(folder / "starts.npy", mmap_mode="r")[low : high + 1])
@@ -375,12 +343,3 @@ def join_partition(
     ):
         builder.add(edges)
     return builder.forest(), count
-
-
-def load_pairs(path: Path) -> tuple[Edges, int] | None:
-    """Read what a join task found; None where there is nothing, or it is damaged."""
-    try:
-        file = load_npz(path, [*Edges._fields, "candidates"])
-        return Edges(*(file[name] for name in Edges._fields)), int(file["candidates"])
-    except InputError:
-        return None

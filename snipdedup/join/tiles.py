@@ -33,20 +33,11 @@ MOST_ERROR = 2e-3  # of quick products in a crowded tile: more would leave too m
 
 
 class CodedRows(NamedTuple):
-    """Rows with their codes.
+    """Rows with their codes."""
 
-    Attributes
-    ----------
-    row : (n,) int64
-        Global rows.
-    codes : (n, w) int8
-    corrections : (n,) float64
-        By how much each row's limit falls.
-    """
-
-    row: np.ndarray
-    codes: np.ndarray
-    corrections: np.ndarray
+    row: np.ndarray  # (n,) int64: global rows
+    codes: np.ndarray  # (n, w) int8
+    corrections: np.ndarray  # (n,) float64: by how much each row's limit falls
 
     def where(self, places: Any) -> CodedRows:
         """Return the rows that a slice, mask or index array selects."""
@@ -54,44 +45,22 @@ class CodedRows(NamedTuple):
 
 
 class TilePairs(NamedTuple):
-    """What a column of tiles leaves.
+    """What a column of tiles leaves."""
 
-    Attributes
-    ----------
-    a, b : (n,) int64
-        Candidate pairs that remain to be verified.
-    edges : Edges
-        Forests of crowded tiles, verified.
-    candidates : int
-        Pairs that the codes could not rule out.
-    """
-
-    a: np.ndarray
+    a: np.ndarray  # (n,) int64: candidate pairs that remain to be verified
     b: np.ndarray
-    edges: Edges
-    candidates: int
+    edges: Edges  # forests of crowded tiles, verified
+    candidates: int  # pairs that the codes could not rule out
 
 
 class Wanted(NamedTuple):
-    """Which pairs of a tile's rows and columns are looked for, each pair once.
+    """Which pairs of a tile's rows and columns are looked for, each pair once."""
 
-    Attributes
-    ----------
-    start : int
-        Where the tile's rows begin among the columns, if rows are columns too.
-    overlaps : bool
-        Whether they are: then none pairs with itself or a later column.
-    old_rows, old_columns : (m,), (n,) bool
-        Which rows and columns are reference rows: these do not pair with one another.
-    references_only : bool
-        Nor do the others.
-    """
-
-    start: int
-    overlaps: bool
-    old_rows: np.ndarray
-    old_columns: np.ndarray
-    references_only: bool
+    start: int  # where the tile's rows begin among the columns, if rows are columns too
+    overlaps: bool  # whether they are: then none pairs with itself or a later column
+    old_rows: np.ndarray  # (m,) bool: which rows are reference rows: these do not pair with
+    old_columns: np.ndarray  # (n,) bool: columns that are
+    references_only: bool  # nor do the others with others
 
     def pairs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Return which pairs of rows i with columns j are looked for."""
@@ -112,22 +81,18 @@ def compare_tiles(
     reference_rows: int = 0,
     references_only: bool = False,
 ) -> TilePairs:
-    """Compare the first ``columns`` rows with one another and with all rows after them.
+    """Compare the first ``columns`` rows, at most `COLUMN_TILE`, with themselves and all others.
 
     Parameters
     ----------
-    columns : int
-        At most `COLUMN_TILE`.
     limit : float
         Product from which two codes may be a pair, before corrections.
-    threshold : float
-        Cosine from which two rows are a pair.
     device : str
         Where products are computed: ``cpu`` or ``cuda``.
     reference_rows : int
         Global rows below are not compared with one another.
     references_only : bool
-        Nor are the others: only with these.
+        Nor are the others.
     """
     import torch
 
@@ -171,12 +136,7 @@ def close_places(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the rows and columns of a tile's pairs; of a crowded tile none, but a mask of them.
 
-    Parameters
-    ----------
-    products : (m, n) tensor
-    limits : (m,) float64
-    columns : int
-        Products after so many columns are of no row.
+    Products, an (m, n) tensor, are of no row after so many columns.
     """
     many = CROWDED * ROW_TILE * COLUMN_TILE
     hits = product_hits(products, limits, MOST_RUNS)
@@ -207,16 +167,10 @@ def crowded_forest(
 ) -> Edges:
     """Return the forest of a crowded tile's pairs, by one product of the raw rows.
 
-    What lies too close to the threshold for that product is decided one by one. Which of two edges
-    within its error of each other is taken, the product settles: by exact products of integers and
-    single operations, so that every processor takes the same.
-
-    Parameters
-    ----------
-    rows, columns : (m,), (n,) int64
-        Global rows.
-    close : (m, n) bool
-        Which pairs may be.
+    Pairs too close to the threshold for that product are decided one by one. Of two edges within
+    its error of each other it decides which is taken: it is made of exact products of integers and
+    single operations, so that every processor takes the same. ``close``, (m, n) bool, are the
+    candidate pairs of the global rows and columns.
     """
     left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
     if not len(left):
@@ -271,13 +225,8 @@ def centred_cosines(x: Any, y: Any, table: np.ndarray) -> float:
 
     x·y = 1 - (‖a‖² + ‖b‖²) / 2 + a·b, where a and b are what is left of x and y without the mean
     of y. Where rows are near, these are short, and int8 holds them well: it is wrong by some 1e-5,
-    at several times the speed of float32.
-
-    Returns
-    -------
-    float
-        By how much a cosine may be wrong at most (Cauchy and Schwarz); infinity, and an untouched
-        table, where that is more than `MOST_ERROR`.
+    at several times the speed of float32. Returns by how much a cosine may be wrong at most (Cauchy
+    and Schwarz); infinity, and an untouched table, where that is more than `MOST_ERROR`.
     """
     centre = row_sums(y.clone().T) / len(y)
     a, b = (short_codes(side - centre) for side in (x, y))
@@ -298,33 +247,22 @@ def code_products(x: Any, y: Any, table: np.ndarray) -> None:
     import torch
 
     kernel, out = pick_kernel("cpu"), torch.from_numpy(table)
-    spans = plan_blocks(x.shape[1], EXACT_COLUMNS)
-    parts = ((x[:, low:high].contiguous(), y[:, low:high]) for low, high in spans)
-    if len(spans) == 1:
+    if x.shape[1] <= EXACT_COLUMNS:
         out.copy_(kernel.multiply(x, kernel.prepare(y)))
         return
     total = torch.zeros(table.shape, dtype=torch.int64)
-    for left, right in parts:
-        total += kernel.multiply(left, kernel.prepare(right)).to(torch.int64)
+    for left, right in zip(x.split(EXACT_COLUMNS, 1), y.split(EXACT_COLUMNS, 1), strict=True):
+        total += kernel.multiply(left.contiguous(), kernel.prepare(right)).to(torch.int64)
     out.copy_(total)
 
 
 class ShortCodes(NamedTuple):
-    """Rows as int8, each with its own scale.
+    """Rows as int8, each with its own scale."""
 
-    Attributes
-    ----------
-    codes : (n, d) int8 tensor
-    scale : (n,) float32
-        What a unit of a code is worth.
-    norm, lost : (n,) float32
-        Norm of the row, and of what its code does not hold.
-    """
-
-    codes: Any
-    scale: np.ndarray
-    norm: np.ndarray
-    lost: np.ndarray
+    codes: Any  # (n, d) int8 tensor
+    scale: np.ndarray  # (n,) float32: what a unit of a code is worth
+    norm: np.ndarray  # (n,) float32: norm of the row
+    lost: np.ndarray  # (n,) float32: norm of what its code does not hold
 
 
 def short_codes(rows: Any) -> ShortCodes:
@@ -345,14 +283,8 @@ def table_forest(
     """Return a maximum spanning forest of a table's positive entries, as places (i, j).
 
     Borůvka's method: in each round every component takes its best entry, which is the best of its
-    rows' and columns' best ones. Spoils ``table``.
-
-    Parameters
-    ----------
-    table : (m, n) int32 or float32
-    left, right : (m,), (n,) int64
-        Node of each row and column; one node may be both.
-    nodes : int
+    rows' and columns' best ones. ``left`` and ``right`` are the node of each row and column; one
+    node may be both. Overwrites ``table``, (m, n) int32 or float32.
     """
     import torch
 

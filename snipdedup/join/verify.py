@@ -30,16 +30,10 @@ def verify_pairs(
     every: bool = False,
     reference_rows: int = 0,
 ) -> Iterator[Edges]:
-    """Yield the edges among candidate pairs, a block of pairs at a time.
+    """Yield the edges among candidate pairs (a, b) in any order, a block of pairs at a time.
 
-    Parameters
-    ----------
-    a, b : (n,) int64
-        Rows; either may be the smaller. Pairs that lie together should share rows.
-    every : bool
-        Yield every pair; by default a maximum spanning forest of a block's pairs will do.
-    reference_rows : int
-        As `forest.spanning_forest` takes it.
+    Pairs that lie together should share rows. With ``every`` all pairs are returned; by default a
+    maximum spanning forest of a block's pairs will do.
     """
 
     def verify(span: tuple[int, int]) -> Edges:
