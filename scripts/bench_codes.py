@@ -34,7 +34,7 @@ from snipdedup.evaluation.neighbours import (
 )
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
-from snipdedup.index.quantizer import train as train_quantiser
+from snipdedup.index.quantizer import train_quantiser
 from snipdedup.parallel import cores
 
 K, NLIST, NPROBE, OPQ_ROUNDS = 10, 256, 8, 20

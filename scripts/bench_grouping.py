@@ -23,15 +23,15 @@ import timing
 
 sys.path.insert(0, str(timing.ROOT))
 
-from snipdedup.config import Dedup
-from snipdedup.deduplication.counts import levels
-from snipdedup.deduplication.found import Found
-from snipdedup.deduplication.outputs import write_tables
+from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.outputs import MetadataPlan, write_files
 from snipdedup.deduplication.result import decide
+from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.url_baseline import baselines
+from snipdedup.groups.keep import rank_by
 from snipdedup.join.forest import Edges
-from snipdedup.metadata.tables import Metadata, open_metadata
+from snipdedup.metadata.additions import ColumnSettings
+from snipdedup.metadata.tables import open_metadata
 
 DIM = 8
 SHARD = 1_000_000  # rows of a file of metadata
@@ -134,7 +134,7 @@ def measure(folder: Path, rows: int) -> dict[str, object]:
     import torch
 
     del faiss, torch
-    found = load_found(folder, rows)
+    search = load_search(folder, rows)
     metadata = open_metadata(folder / "metadata") if (folder / "metadata").is_dir() else None
     peaks, done = [0], threading.Event()
     threading.Thread(target=bench_components.watch, args=(peaks, done), daemon=True).start()
@@ -148,32 +148,24 @@ def measure(folder: Path, rows: int) -> dict[str, object]:
         held[name], peaks[0] = peaks[0] - before, 0
         marks = time.perf_counter()
 
-    result = decide(found, Alike(rows), 0.95, "star", "first", 0, folder=out / "work")
+    rank = rank_by("first", 0, None)
+    result = decide(search, Alike(rows), 0.95, "star", "first", rank, folder=out / "work")
     mark("group")
-    write(result, out, metadata)
+    plan = None if metadata is None else MetadataPlan(metadata, "key", ColumnSettings(), {})
+    write_files(result, out, Inputs(None), plan, (), 1)
     mark("write")
-    levels(found, [0.95, 0.96], out / "work")
-    if metadata is not None:
-        baselines(metadata, result.members, out / "work")
-    mark("count")
     done.set()
     sizes = {path.name: path.stat().st_size for path in out.rglob("*") if path.is_file()}
     return {
-        "rows": rows, "edges": found.edge_count, "members": len(result.members.row),
-        "removed": result.removed, "groups": result.tally.groups, "largest": result.tally.largest,
+        "rows": rows, "edges": search.edge_count, "members": len(result.members.row),
+        "removed": result.removed, "groups": result.counts.groups, "largest": result.counts.largest,
         "seconds": spent, "peak": held, "before": before,
         "bytes_a_row": {name: round(size / rows, 2) for name, size in held.items()},
         "disk": sum(sizes.values()),
     }  # fmt: skip
 
 
-def write(result: object, out: Path, metadata: Metadata | None) -> None:
-    """Write OUT as ``snip dedup`` does."""
-    key = None if metadata is None else "key"
-    write_tables(result, out, metadata, key, Dedup(features="").filled())  # type: ignore[arg-type]
-
-
-def load_found(folder: Path, rows: int) -> Found:
+def load_search(folder: Path, rows: int) -> SearchResult:
     """Return what was written, mapped."""
     a, b, copy, first = (
         np.memmap(folder / name, "<i8", "r") for name in ("a", "b", "copy", "first")
@@ -185,13 +177,13 @@ def load_found(folder: Path, rows: int) -> Found:
     del order
     copies, firsts = (np.load(path, mmap_mode="r") for path in listed)
     similarity = np.broadcast_to(np.float32(0.97), len(a))
-    return Found(
+    return SearchResult(
         names=["imagined.npy"],
         offsets=np.array([0, rows]),
         threshold=0.95,
         forest=Edges(a, b, similarity),
         copies=copies,
-        firsts=firsts,
+        originals=firsts,
         bad=np.empty(0, np.int64),
     )
 

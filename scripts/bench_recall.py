@@ -87,9 +87,9 @@ def line(
         start = time.perf_counter()
         found = snipdedup.dedup(features, threshold=threshold, **settings)
         seconds = time.perf_counter() - start
-    recall = len(found.found.forest.a) / max(1, len(truth.found.forest.a))
+    recall = len(found.search.forest.a) / max(1, len(truth.search.forest.a))
     overlap = (found.is_dup & truth.is_dup).sum() / max(1, truth.is_dup.sum())
-    rows, notes = len(found.is_dup), found.found.notes
+    rows, notes = len(found.is_dup), found.search.notes
     return (
         f"| {threshold} | {lists} | {recall:.5f} | {overlap:.5f} | {notes['visits'] / rows:.2f} | "
         f"{notes['candidates'] / rows:.1f} | {seconds:.1f} |"
@@ -104,9 +104,9 @@ def bench_copies(given: argparse.Namespace) -> None:
         truth = snipdedup.dedup(rows, recall=1.0)
         for seed in range(given.seeds):
             found = snipdedup.dedup(rows, seed=seed)
-            recall = len(found.found.forest.a) / len(truth.found.forest.a)
+            recall = len(found.search.forest.a) / len(truth.search.forest.a)
             overlap = (found.is_dup & truth.is_dup).sum() / truth.is_dup.sum()
-            visits = found.found.notes["visits"] / len(rows)
+            visits = found.search.notes["visits"] / len(rows)
             shown = f"| {len(rows):,} | {seed} | {recall:.5f} | {overlap:.5f} | {visits:.2f} |"
             print(shown, flush=True)
 
@@ -155,9 +155,9 @@ def planted_run(rows: int, dim: int, pairs: int, seed: int) -> dict[str, Any]:
     features, a, b = planted(rows, dim, pairs, seed)
     every = None
     if seed == 0:
-        every = len(snipdedup.dedup(features, recall=1.0, threshold=THRESHOLD).found.forest.a)
+        every = len(snipdedup.dedup(features, recall=1.0, threshold=THRESHOLD).search.forest.a)
     start = time.perf_counter()
-    found = snipdedup.dedup(features, seed=seed, threshold=THRESHOLD).found
+    found = snipdedup.dedup(features, seed=seed, threshold=THRESHOLD).search
     seconds = time.perf_counter() - start
     met = np.isin(
         np.minimum(a, b) * rows + np.maximum(a, b), found.forest.a * rows + found.forest.b

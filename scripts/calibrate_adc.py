@@ -32,10 +32,8 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.build import build
-from snipdedup.index.classes import classes_of
-from snipdedup.index.codes import Lists
-from snipdedup.index.folder import Index
-from snipdedup.index.search import Searcher, feature_queries, neighbours
+from snipdedup.index.folder import Index, Lists
+from snipdedup.index.search import Classes, Searcher, feature_queries
 from snipdedup.parallel import cores
 from snipdedup.statistics import proportion_interval
 
@@ -124,11 +122,11 @@ def build_index(
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "known"
         settled = config.Index(features=None, out=str(base), **options)
-        index, _ = build(in_memory(vectors[:known]), base, settled, as_stored=True)
+        index = build(in_memory(vectors[:known]), base, settled, as_stored=True)
         if known < len(vectors):
             out = Path(folder) / "all"
             settled = config.Index(features=None, out=str(out), base=str(base))
-            index, _ = build(in_memory(vectors), out, settled, as_stored=True)
+            index = build(in_memory(vectors), out, settled, as_stored=True)
         return index, index.lists()
 
 
@@ -142,7 +140,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return margin, precision and recall of each rule at each precision, for one code size."""
     index, lists = build_index(vectors, known, m, given)
-    classes = classes_of(lists)
+    classes = Classes.of(lists)
     shared = classes.shared(index.rows)
     searcher = Searcher(index, classes.lists, given.nprobe)
     chosen_on = sample < known
@@ -219,7 +217,7 @@ def rule_scores(
 
         source = source._replace(load=load)
     parts = []
-    for queries, D, I in neighbours(searcher, source, k=k, threads=cores()):
+    for queries, D, I in searcher.search(source, k, cores()):
         own = np.zeros_like(queries.own) if rule == "global" else queries.own
         score = scores(D, own, "ratio" if rule == "ratio" else "difference")
         # Rows of one code are one entry: it is a neighbour even if it bears the row's own number.

@@ -43,8 +43,8 @@ from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index.folder import QUANTISER, Index
-from snipdedup.index.mapped import MappedLists
 from snipdedup.index.quantizer import read_quantiser
+from snipdedup.index.search import MappedLists
 from snipdedup.inspection import diff, top
 from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
@@ -88,7 +88,7 @@ def read_table(folder: Path, name: str) -> None:
 
 def read_index(folder: Path) -> None:
     """Read an index as dedup and search do."""
-    index = Index.open(folder / "index")
+    index = Index(folder / "index")
     lists = index.lists()
     index.decode(lists, 0, min(len(lists.ids), 32))
     index.bad_rows()

@@ -23,8 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snipdedup.index.codes import load_shard, packed_width
-from snipdedup.index.folder import QUANTISER, Index
+from snipdedup.index.folder import QUANTISER, Index, load_shard, packed_width
 from snipdedup.index.quantizer import MOST_LISTS
 from snipdedup.index.search import Searcher
 from snipdedup.parallel import ALIGNED_ROWS
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [sys.executable, __file__, str(given.index), "--measure"]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     disk, memory = on_disk(given.index), json.loads(done.stdout)
-    code = Index.open(given.index).code_size
+    code = Index(given.index).code_size
     reckoned = reckon(int(given.rows), given.shard_rows, code)
     print(table(disk, memory, reckoned, int(given.rows)))
     if given.json:
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def on_disk(folder: Path) -> dict[str, float]:
     """Return rows, and bytes a row of the shards' files, of which codes, ids and list lengths."""
-    index = Index.open(folder)
+    index = Index(folder)
     rows = int(index.manifest["stored_rows"])
     parts = {"codes": 0, "ids": 0, "sizes": 0}
     size = 0
@@ -75,14 +74,14 @@ def on_disk(folder: Path) -> dict[str, float]:
 
 def in_memory(folder: Path) -> dict[str, float]:
     """Return bytes of the lists' arrays, and what loading and searching add to anonymous memory."""
-    index = Index.open(folder)
+    index = Index(folder)
     x = index.quantiser.centroids[: 4 * ALIGNED_ROWS].copy()
     index.quantiser.assign(x[:8], 1)  # libraries set themselves up at the first call
     before = anonymous()
     lists = index.lists()
     loaded = anonymous()
     searcher = Searcher(index, lists, 4)
-    searcher.search(x, *searcher.probe(x, 0), 16)
+    searcher.places(x, *searcher.probe(x, 0), 16)
     return {
         "arrays": lists.codes.nbytes + lists.ids.nbytes + lists.starts.nbytes,
         "starts": lists.starts.nbytes,

@@ -11,9 +11,9 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import snipdedup
-from snipdedup.cli import setting_name, usage_words
+from snipdedup.cli import usage_words
 from snipdedup.commands import BY_FUNCTION, COMMANDS, LATE, Command, bare_type, is_required, load
-from snipdedup.config import usual_value
+from snipdedup.config import setting_name, usual_value
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "cli.md"

@@ -6,12 +6,14 @@ Generated from `snipdedup/config.py` by `python scripts/make_cli_docs.py`; do no
 from os import PathLike
 from typing import Any, Literal
 
+from snipdedup.auditing.result import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
 from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.index.folder import Index as Index
 
 __version__: str
 
@@ -31,7 +33,7 @@ def audit(
     max_memory: str | None = None,
     threads: int = 0,
     seed: int = 0,
-) -> str:
+) -> AuditResult:
     """Check a finished run against the raw features: ``snip audit``.
 
     Parameters
@@ -41,27 +43,26 @@ def audit(
     features
         the features it was made from; without them those it names
     parts
-        part numbers for a {part:04d} pattern: 0:2, end exclusive
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
-        which array of an .npz file
+        array of an .npz file
     column
-        which list column of a parquet file
+        list column of a parquet file
     metadata
-        the table that was filtered, if it is not where it was
+        input table, if it is not where it was
     sample
-        prove so many removed rows, chosen at random; 0 for all (default: 0)
+        removed rows to check, chosen at random; 0 for all (default: 0)
     probe_rows
-        rows that stay, compared with all others to estimate missed matches; 0 for none
+        kept rows to compare with all others, to estimate missed matches; 0 for none
         (default: 1000)
     sheet
         also write random removed pairs as CSV, for you to judge
     n
         pairs of --sheet (default: 200)
     judged
-        read a sheet whose verdicts you filled in (yes, no) and print the precision; no
-        audit
+        read a sheet with your verdicts (yes, no) and print the precision; no audit
     max_memory
-        bound on the rows held at a time, 2GB say; without it a quarter of the RAM
+        limit of the rows held at a time, such as 2GB (default: a quarter of the RAM)
     threads
         CPU threads, 0 for all (default: 0)
     seed
@@ -93,7 +94,7 @@ def build_index(
     threads: int = 0,
     seed: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> Index:
     """Build a sharded IVFPQ index: ``snip index``.
 
     Parameters
@@ -101,34 +102,34 @@ def build_index(
     features
         folder, glob, file or {part:04d} pattern of features, or a URL
     parts
-        part numbers for a {part:04d} pattern: 0:2, end exclusive
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
-        which array of an .npz file
+        array of an .npz file
     column
-        which list column of a parquet file
+        list column of a parquet file
     out
         folder for the index; an unfinished one is continued
     encoder
-        encode with this first; without it, rows as they are
+        encoder to apply first; without it, rows are indexed as they are
     base
-        take the trained quantisers of this index (ours, or a faiss IVFPQ file)
+        index whose trained quantisers are used (ours, or a faiss IVFPQ file)
     nlist
         coarse lists, 0 to choose by the number of rows (default: 0)
     m
-        sub-quantisers of the PQ, a byte each at 8 bits; without it the most, up to 16, that
-        fit
+        sub-quantisers of the PQ, a byte each at 8 bits (default: the most that fit, up to
+        16)
     nbits
-        bits a sub-quantiser (default: 8)
+        bits of a sub-quantiser (default: 8)
     train_rows
         rows to train quantisers on, 0 for 64 a list (at least 65,536) (default: 0)
     export_faiss
         also write one file that plain faiss reads
     model
-        CLIP model of the features, ARCHITECTURE/WEIGHTS, noted for snip search by text
+        CLIP model of the features, ARCHITECTURE/WEIGHTS: snip search by text needs it
     append
-        add the shards that a finished index does not hold yet
+        add the shards that a finished index does not have yet
     bad_rows
-        NaN, infinity and zero rows: refuse the input, or leave them out, never returned
+        NaN, infinity and zero rows: refuse the input, or keep them, never returned
         (default: refuse)
     threads
         CPU threads, 0 for all (default: 0)
@@ -163,11 +164,11 @@ def compress(
     features
         folder, glob, file or {part:04d} pattern of features, or a URL
     parts
-        part numbers for a {part:04d} pattern: 0:2, end exclusive
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
-        which array of an .npz file
+        array of an .npz file
     column
-        which list column of a parquet file
+        list column of a parquet file
     encoder
         folder of a trained encoder
     out
@@ -240,14 +241,14 @@ def dedup(
     Parameters
     ----------
     features
-        folder, glob, file or {part:04d} pattern of features, or a URL; a finished OUT to
-        re-threshold it
+        folder, glob, file or {part:04d} pattern of features, or a URL; or a finished OUT,
+        for another threshold
     parts
-        part numbers for a {part:04d} pattern: 0:2, end exclusive
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
-        which array of an .npz file
+        array of an .npz file
     column
-        which list column of a parquet file
+        list column of a parquet file
     out
         folder for the result; needed, but with --dry_run
     metadata
@@ -257,85 +258,81 @@ def dedup(
     threshold
         cosine at and above which two rows are duplicates (default: 0.95)
     keep_fraction
-        raise the threshold in steps of .001, from the searched one, until at least this
-        share of the rows stays
+        raise the threshold in steps of .001 until at least this share of the rows is kept
     grouping
-        which rows of a group stay: by star each removed row has a direct match that stays,
-        by components one row stays (default: star)
+        which rows of a group are kept. star: each removed row is a duplicate of a kept row;
+        components: one row is kept (default: star)
     keep
-        which copy stays: first, last, random, max:COLUMN or min:COLUMN of the metadata;
-        several in order: max:width,max:similarity,first; semdedup: hard, random or easy
+        which copy is kept: first, last, random, max:COLUMN or min:COLUMN of the metadata;
+        or several in order: max:width,max:similarity,first; semdedup: hard, random or easy
         (default: first; semdedup: hard)
     text_features
         features of the captions, row for row: a pair must match in these too
     text_threshold
         cosine at and above which two captions match (default: 0.9)
     reference
-        rows that come first and never go: features, or what an earlier dedup wrote (its
-        rows that stay, and its own references); several by comma
+        rows to compare with that are never removed: features, or an earlier OUT (its kept
+        rows and its own references); several by comma
     references_only
         compare rows with those of --reference only, not with one another
     keep_work
-        leave the model and the codes in OUT/work: --reference OUT then needs no new model
+        keep the model and the codes in OUT/work, for a later --reference OUT
     pairs
         write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet
     max_pairs
         refuse to write more pairs than this (default: 1000000000)
     recall
-        join: share of the rows of groups that the lists should join to theirs (default:
-        0.999)
+        join: target recall, the share of duplicate rows that must be found (default: 0.999)
     encoder
-        adc: encoder for an index that is built on the way; join: makes its codes
+        adc: encoder for the index that it builds; join: encoder that makes its codes
     index
-        adc: a finished index; it is built when not given
+        adc: finished index (default: built from the features)
     rule
-        adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or what
-        both rows' distances to the same codes say together (default: mutual)
+        adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or the
+        distances of both rows (default: mutual)
     margin
-        adc: the constant of the rule; calibrated when not given
+        adc: the constant of the rule (default: calibrated)
     precision
-        adc: wanted share of right flags when calibrating (default: 0.91)
+        adc: share of right flags to calibrate the margin for (default: 0.91)
     calibration_rows
-        adc: rows whose true matches set the margin (default: 4096)
+        adc: rows whose true duplicates set the margin (default: 4096)
     k
-        adc: neighbours a row; more are asked for where all of them pass (default: 16)
+        adc: neighbours of a row; more where all of them pass (default: 16)
     nprobe
-        adc: lists visited a row (default: 4)
+        adc: lists visited for a row (default: 4)
     clusters
-        semdedup: clusters of the k-means, 0: one for every 8,700 rows (default: 0)
+        semdedup: clusters of the k-means, 0 for one in 8,700 rows (default: 0)
     epsilon
-        semdedup: a row goes if its cosine with an earlier row of its cluster is above 1 -
-        epsilon; several by comma: the first decides, all are tabulated (default: 1 -
+        semdedup: a row is removed if its cosine with an earlier row of its cluster is above
+        1 - epsilon; several by comma: the first decides, all are tabulated (default: 1 -
         threshold)
     borders
-        semdedup: also search by join, and say what borders between clusters cost;
-        --noborders leaves it out (default: on)
+        semdedup: also search by join, and count the duplicates in different clusters;
+        --noborders turns it off (default: on)
     key
         metadata column for groups.parquet (default: the first of key, uid, sample_id, hash)
     merge_captions
-        add a column merged_captions: up to so many distinct captions of the rows that go,
-        at the row that stays
+        add a column merged_captions: at most so many captions of the removed duplicates
     caption
         metadata column of captions (default: the first of caption, text)
     weights
-        write all rows to metadata/, with a column weight that copies share; is_dup stays as
-        it is
+        write all rows to metadata/, with a column weight that duplicates share
     export
-        lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset),
-        mask (is_dup.npy, always written)
+        lists for other tools, by comma: datacomp (uids that are kept), keys (for
+        webdataset), mask (is_dup.npy, always written)
     bad_rows
         NaN, infinity and zero rows: refuse the input, or keep them, never matched (default:
         refuse)
     chunk_rows
         rows read at a time (default: 8192)
     max_memory
-        bound on memory, libraries apart, 2GB say; a run that needs more is refused
+        limit of memory, libraries apart, such as 2GB; a run that needs more is refused
         (default: a quarter of the RAM, or what the run needs if that is more)
     device
         join: where products of codes are computed (default: auto)
     runner
-        join: who does the tasks, threads and processes here or Ray workers (RAY_ADDRESS
-        names a cluster) (default: local)
+        join: what runs the tasks: this machine, or Ray workers (RAY_ADDRESS names a
+        cluster) (default: local)
     num_tasks
         join: number of processes that run this command at the same time with the same --out
         (default: that of a Slurm array)
@@ -406,13 +403,13 @@ def download(
     end
         file number to stop before
     is_dup
-        mask (file or URL): write only the rows that stay
+        mask (file or URL): write only the kept rows
     cumulative_sizes
         .npy (file or URL) of running row totals a file, if the files before --start lack
     embeddings
         also the features of these files: img_emb/ and metadata/ in OUT
     embeddings_source
-        where the features are, if not beside the metadata: folder or {part:04d} template
+        folder or {part:04d} template of the features (default: beside the metadata)
     jobs
         files fetched at a time (default: 4)
     overwrite
@@ -456,23 +453,23 @@ def evaluate(
     features
         folder, glob, file or {part:04d} pattern of features, or a URL
     parts
-        part numbers for a {part:04d} pattern: 0:2, end exclusive
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
-        which array of an .npz file
+        array of an .npz file
     column
-        which list column of a parquet file
+        list column of a parquet file
     out
         folder for table, JSON and picture
     encoder
-        judge this SNIP encoder; without it one is trained, the queries kept from it
+        SNIP encoder to judge (default: one is trained, without the queries)
     text_features
-        text features, row for row: judge how texts find their images, too
+        text features, row for row: also judge how texts find their images
     dim
         width of the descriptors (default: 128)
     code_bytes
-        bytes of a code, separated by commas (default: 4,8,16)
+        bytes of a code, by comma (default: 4,8,16)
     nprobe
-        lists visited, separated by commas; all lists come besides (default: 1,4,8,16)
+        lists visited, by comma; all lists are added (default: 1,4,8,16)
     nlist
         coarse lists, 0 to choose by the number of rows (default: 0)
     queries
@@ -480,7 +477,7 @@ def evaluate(
     train_rows
         rows that encoders, PCA and OPQ learn from (default: 65536)
     steps
-        training steps of each encoder at the most (default: 400)
+        most training steps of each encoder (default: 400)
     threshold
         cosine at and above which two rows are duplicates (default: 0.95)
     flag_nprobe
@@ -526,7 +523,7 @@ def filter(
     is_dup
         mask: is_dup.npy, or a folder that snip dedup wrote
     out
-        folder for the rows that stay
+        folder for the kept rows
     start
         first file number, counted from 0 in the whole set
     end
@@ -536,19 +533,19 @@ def filter(
     on
         find rows by this column, not by position: url, uid, key, hash; several by comma
     keys
-        with --on: metadata that matches the mask by position; without it, what OUT names
+        with --on: metadata that matches the mask by position (default: what OUT names)
     unmatched
-        with --on: what becomes of rows that the mask's set does not hold; without it they
-        stay, if they are fewer than half
+        with --on: what becomes of rows that the mask's set does not have (default: they are
+        kept, if they are fewer than half)
     ambiguous
-        with --on: what becomes of rows whose key both stays and goes; without it they stay,
-        if they are fewer than half
+        with --on: what becomes of rows whose key is both kept and removed (default: they
+        are kept, if they are fewer than half)
     embeddings
-        features that match the metadata by position (several folders by comma): write
-        theirs too, beside metadata/
+        features that match the metadata by position (several folders by comma): write their
+        kept rows too, beside metadata/
     export
-        lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset),
-        mask (of these rows)
+        lists for other tools, by comma: datacomp (uids that are kept), keys (for
+        webdataset), mask (of these rows)
     key
         column for --export keys (default: the first of key, uid, sample_id, hash)
     overwrite
@@ -588,31 +585,32 @@ def plan(
     features
         features to plan for, of which a sample is read
     parts
-        part numbers for a {part:04d} pattern: 0:2, end exclusive
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
-        which array of an .npz file
+        array of an .npz file
     column
-        which list column of a parquet file
+        list column of a parquet file
     rows
-        rows: 2.1e9, where there are no features yet, or only some (default: those of
-        FEATURES)
+        rows, such as 2.1e9, where there are no features yet, or only some (default: those
+        of FEATURES)
     dim
         without FEATURES: width of the rows; they are float16 (default: 768)
     duplicates
-        share of the rows that go (default: estimated from a sample of FEATURES, .3 where
-        that tells nothing)
+        share of the rows that are removed (default: estimated from a sample of FEATURES,
+        else .3)
     cores
         cores of the machine, 0: as this one has (default: 0)
     memory
-        RAM of the machine, 32GB say (default: as this one has)
+        RAM of the machine, such as 32GB (default: as this one has)
     max_memory
-        what snip dedup will be given as such (default: a quarter of the RAM)
+        --max_memory of snip dedup (default: a quarter of the RAM)
     nodes
         such machines, over a file system that they share (default: 1)
     disk
-        free space for OUT, 4TB say
+        free space for OUT, such as 4TB
     disk_speed
-        bytes a second that a disk reads or writes, 2GB say (default: all is in RAM already)
+        bytes a second that a disk reads or writes, such as 2GB (default: all is in RAM
+        already)
     probe
         measure rates now, and write them to the file of --rates
     rates
@@ -654,9 +652,9 @@ def report(
     image_column
         metadata column of local picture files; with --images, below that folder only
     metadata
-        metadata for captions and urls, if it is not where the run found it
+        table of captions and urls, if it is not where the run found it
     rows
-        also show these rows (numbers from 0, by comma), each beside the row that stays
+        also show these rows (numbers from 0, by comma), each beside its kept row
     seed
         seed of the samples that are shown (default: 0)
     overwrite
@@ -701,23 +699,23 @@ def search(
     rerank
         nearest codes that are compared by raw features; 0 for none (default: 2000)
     features
-        the rows that were indexed, where they lie elsewhere or changed their date
+        the rows that were indexed, if they moved or changed their date
     parts
-        of --features: numbers for a {part:04d} pattern
+        of --features: numbers of a {part:04d} pattern
     array
-        which array of an .npz, of QUERY or --features
+        array of an .npz, of QUERY or --features
     column
-        of --features: which list column of a parquet file
+        of --features: list column of a parquet file
     metadata
         files with key, url, caption of the rows, by position
     encoder
-        for vectors and texts, where the index holds descriptors
+        for vectors and texts, where the index has descriptors
     text
         QUERY is a text, though it looks like a row or a file
     model
         CLIP model for texts, as open_clip names it: ARCHITECTURE/WEIGHTS or /FILE
     download
-        fetch the model's weights where they are not cached
+        fetch the model's weights if they are not cached
     html
         also write a page of the neighbours
 
@@ -743,9 +741,9 @@ def top(
     n
         rows shown (default: 100)
     metadata
-        the table that was filtered, if it is not where it was
+        input table, if it is not where it was
     prompts
-        also write their most frequent captions, one a line, to feed a generator
+        also write their captions, one a line, as prompts for a generator
 
     Raises
     ------
@@ -783,11 +781,11 @@ def train(
     features
         folder, glob, file or {part:04d} pattern of features, or a URL
     parts
-        part numbers for a {part:04d} pattern: 0:2, end exclusive
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
-        which array of an .npz file
+        array of an .npz file
     column
-        which list column of a parquet file
+        list column of a parquet file
     out
         folder for the encoder
     loss
@@ -797,7 +795,7 @@ def train(
     hidden
         width of the hidden layer (default: 1024)
     steps
-        training steps at the most; it stops early when validation stalls (default: 1600)
+        most training steps; it stops early when validation stalls (default: 1600)
     batch
         rows a step (default: 1024)
     learning_rate
@@ -806,13 +804,13 @@ def train(
         softmax temperature of the snip loss, teacher and student (default: fitted to the
         features)
     text_features
-        text features, row for row: keep the similarities of texts and images, too
+        text features, row for row: keep the similarities of texts and images too
     text_temperature
         softmax temperature between texts and images (default: 0.01)
     subset_rows
         rows held in memory at a time (default: 262144)
     validation_rows
-        rows held out and reported on (at most a fifth of all) (default: 4096)
+        rows for validation, never trained on (at most a fifth of all) (default: 4096)
     device
         where to compute (default: auto)
     threads

@@ -1,14 +1,16 @@
 """The command line: words to settings, results to stdout, errors to one line and an exit status.
 
-All words are checked before a command runs, so a mistyped flag costs nothing.
+Fire matches words to a command's parameters. Words that it would not refuse, or not in one line,
+are refused before, so a mistyped flag costs nothing.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import gc
+import inspect
+import io
 import os
 import select
 import sys
@@ -18,7 +20,8 @@ from typing import Any, get_type_hints
 
 from snipdedup import __version__, config
 from snipdedup.commands import BY_NAME, COMMANDS, Command, bare_type, is_required, nearest_name
-from snipdedup.errors import SnipError, UsageError, VerdictError
+from snipdedup.config import setting_name
+from snipdedup.errors import SnipError, UsageError
 
 WIDTH = 96
 GC_OBJECTS = 100_000  # new objects between collections: imports make many that all live on
@@ -44,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(words: list[str]) -> int:
     """Run one command line and return its exit status."""
     try:
-        return print_result(answer(words), DONE)
-    except VerdictError as verdict:
-        return print_result(str(verdict), FAILED)
+        result = answer(words)
+        return print_result(result, DONE if getattr(result, "passed", True) else FAILED)
     except UsageError as error:
         return print_error(error, WRONG_USAGE)
     except SnipError as error:
@@ -139,22 +141,47 @@ def parse(command: Command, words: list[str]) -> config.Settings:
         if stray[0].lower() in ("true", "false"):
             hint = " (a switch takes no value)"
         raise UsageError(f"unexpected word {stray[0]!r}{hint}; see: snip {command.name} --help")
-    for name, text in zip(names, places, strict=False):
-        if name in texts:
-            raise UsageError(f"{name.upper()} is given more than once")
-        texts[name] = text
+    twice = next((name for name in names[: len(places)] if name in texts), None)
+    if twice is not None:
+        raise UsageError(f"{twice.upper()} is given more than once")
     missing = [
         setting_name(field)
         for positional in (True, False)
         for field in command.fields(positional)
-        if is_required(field) and field.name not in texts
+        if is_required(field) and field.name not in {*names[: len(places)], *texts}
     ]
     if missing:
         raise UsageError(
             f"{command.name} needs {', '.join(missing)}; for example: {command.example}"
         )
-    values = {name: coerce(name, text, kinds[name]) for name, text in texts.items()}
+    flags = [f"--{name}={text}" for name, text in texts.items()]
+    given = bind(command, [*places, *flags])
+    values = {name: coerce(name, text, kinds[name]) for name, text in given.items()}
     return command.options(**values)
+
+
+def bind(command: Command, words: list[str]) -> dict[str, str]:
+    """Let fire match words to a function with the command's parameters; return the text of each."""
+    import fire
+
+    given: dict[str, str] = {}
+
+    def note(*places: str, **flags: str) -> None:
+        given.update(zip((f.name for f in command.fields(True)), places, strict=False))
+        given.update(flags)
+
+    kinds = {True: inspect.Parameter.POSITIONAL_OR_KEYWORD, False: inspect.Parameter.KEYWORD_ONLY}
+    note.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(field.name, kinds[positional], default=None)
+            for positional in (True, False)
+            for field in command.fields(positional)
+        ]
+    )
+    noise = io.StringIO()  # fire prints what a function returns
+    with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+        fire.Fire(fire.decorators.SetParseFn(str)(note), words, name="snip", serialize=str)
+    return {name: text for name, text in given.items() if text is not None}
 
 
 def match_words(
@@ -203,11 +230,6 @@ def did_you_mean(word: str, names: Iterable[str], mark: str = "") -> str:
     """Return ``, did you mean X?``, or nothing where no name is close."""
     close = nearest_name(word.lstrip("-").replace("-", "_"), names)
     return f", did you mean {mark}{close}?" if close else ""
-
-
-def setting_name(field: dataclasses.Field) -> str:
-    """Return a setting as it is typed: ``FEATURES`` or ``--out``."""
-    return field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
 
 
 def coerce(name: str, text: str, kind: Any) -> Any:

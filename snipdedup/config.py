@@ -18,49 +18,42 @@ from snipdedup.errors import UsageError
 INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
 MOST_FILES = 10**6  # of a set, by their numbers
+MAX_SEED = 2**63 - 1  # the largest that every library takes
 BYTE_UNITS = ("", "k", "m", "g", "t")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
-WRITTEN, FOLDER, FILE = "written", "folder", "file"  # a path of this machine: a URL is refused
-ANYWHERE = "anywhere"  # a path or a URL
+DEVICES = ("auto", "cpu", "cuda")
+THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
+# What a path may be: on this machine (a file to write, a folder, a file to read) or anywhere.
+WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
 
 
 def argument(help: str, default: Any = dataclasses.MISSING, *, path: str = "") -> Any:
     """Declare a positional argument; ``path`` as in `option`."""
-    said = {"help": help, "positional": True, "path": path}
-    return dataclasses.field(default=default, metadata=said)
+    return dataclasses.field(
+        default=default, metadata={"help": help, "positional": True, "path": path}
+    )
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    usual: str = "",
-    path: str = "",
-    command_only: bool = False,
-) -> Any:
+def required(help: str, *, path: str = "") -> Any:
+    """Declare a flag without a default; ``path`` as in `option`."""
+    return dataclasses.field(metadata={"help": help, "path": path})
+
+
+def option(default: Any, help: str, **about: Any) -> Any:
     """Declare a flag.
 
     Parameters
     ----------
-    choices : tuple of str
-        The values it may have, where not any.
-    usual : str
-        What is done where the default alone, None or True, does not say it.
-    path : str
-        `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE` where it is a path.
-    command_only : bool
-        It is no setting of the library function.
+    default : Any
+    help : str
+    **about
+        ``low``, ``high``: the range of a number. ``choices``: the allowed values. ``usual``: what
+        happens by default, where None or True does not say it. ``path``: `WRITTEN`, `FOLDER`,
+        `FILE` or `ANYWHERE`. ``amount``: it is read by `parse_bytes`. ``command_only``: the
+        library function does not have it.
     """
-    said = {
-        "help": help,
-        "choices": choices,
-        "usual": usual,
-        "path": path,
-        "command_only": command_only,
-    }
-    return dataclasses.field(default=default, metadata=said)
+    return dataclasses.field(default=default, metadata={"help": help, **about})
 
 
 def usual_value(field: dataclasses.Field[Any]) -> str:
@@ -70,12 +63,12 @@ def usual_value(field: dataclasses.Field[Any]) -> str:
     return usual if usual or none else str(field.default)
 
 
-def required(help: str, *, path: str = "") -> Any:
-    """Declare a flag without a default; ``path`` as in `option`."""
-    return dataclasses.field(metadata={"help": help, "path": path})
+def setting_name(field: dataclasses.Field[Any]) -> str:
+    """Return a setting as it is typed: ``FEATURES`` or ``--out``."""
+    return field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
 
 
-SAVED = {  # what JSON gives back for a declared type: 1 may have been said for 1.0 or for True
+SAVED = {  # what JSON gives back for a declared type: 1 may stand for 1.0 or for True
     bool: (bool, int),
     int: (int,),
     float: (float, int),
@@ -94,7 +87,7 @@ def mistyped(kind: type[Settings], saved: dict[str, Any]) -> str | None:
         if name not in saved:
             continue
         kinds = (str, float, NoneType) if Any in bare else bare
-        types = [saved_as for said in kinds for saved_as in SAVED[said]]
+        types = [saved_as for known in kinds for saved_as in SAVED[known]]
         for plain in value if Any in bare and isinstance(value, list) else [value]:
             whole = isinstance(plain, float) and plain.is_integer() and int in types
             if type(plain) not in types and not whole:
@@ -103,49 +96,46 @@ def mistyped(kind: type[Settings], saved: dict[str, Any]) -> str | None:
 
 
 def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a URL where a local path is meant: it would be a folder that is called ``s3:``."""
+    """Refuse a URL where a local path is meant: it would become a folder named ``s3:``."""
     if not isinstance(value, str | Path) or not URL.match(str(value)):
         return
-    name = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
     url = re.sub(r"(:/+)[^/]*@", r"\1", str(value)).partition("?")[0]  # without secrets
     todo = "fetch it first"
     if field.metadata["path"] == WRITTEN:
         todo = "snip writes to this machine only: give a path, and copy what is there afterwards"
     elif field.metadata["path"] == FOLDER and not Path(url).suffix:
         todo += f": snip download {url} FOLDER"
-    raise UsageError(f"{name} {url}: expected a local path, found a URL; {todo}")
+    raise UsageError(f"{setting_name(field)} {url}: expected a local path, found a URL; {todo}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of all: checks choices, then each class its own ranges."""
+    """Base of all: checks choices, ranges and paths, then what each class checks itself."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            choices = field.metadata.get("choices")
-            value = getattr(self, field.name)
-            if choices and value is not None and value not in choices:
+            value, about = getattr(self, field.name), field.metadata
+            if value is None:
+                continue
+            if about.get("choices") and value not in about["choices"]:
                 raise UsageError(
-                    f"--{field.name} must be one of {', '.join(choices)}, found {value!r}"
+                    f"--{field.name} must be one of {', '.join(about['choices'])}, found {value!r}"
                 )
-            if field.metadata.get("path") not in (None, "", ANYWHERE):
+            if "low" in about and not about["low"] <= value <= about["high"]:
+                raise UsageError(
+                    f"--{field.name} must lie between {about['low']:g} and {about['high']:g}, "
+                    f"found {value}"
+                )
+            if about.get("path") in (WRITTEN, FOLDER, FILE):
                 refuse_url(field, value)
+            if about.get("amount"):
+                parse_bytes(value)
         self.check()
 
     def check(self) -> None:
-        """Raise UsageError where a value is out of its range."""
+        """Raise UsageError for settings that do not go together."""
 
-    def between(self, name: str, low: float, high: float) -> None:
-        """Check that a setting lies in ``low .. high``, both allowed."""
-        value = getattr(self, name)
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"--{name} must lie between {low:g} and {high:g}, found {value}")
-
-    def seeded(self) -> None:
-        """Check that the seed is one that every library takes."""
-        self.between("seed", 0, 2**63 - 1)
-
-    def file_range(self, start: int | None, end: int | None) -> None:
+    def check_file_range(self, start: int | None, end: int | None) -> None:
         """Check that ``--start`` and ``--end`` are a range of file numbers."""
         if (start or 0) < 0 or (end is not None and end <= (start or 0)):
             raise UsageError(
@@ -165,9 +155,9 @@ class Input(Settings):
     """What commands that read features share."""
 
     features: Any = argument("folder, glob, file or {part:04d} pattern of features, or a URL")
-    parts: str | None = option(None, "part numbers for a {part:04d} pattern: 0:2, end exclusive")
-    array: str | None = option(None, "which array of an .npz file")
-    column: str | None = option(None, "which list column of a parquet file")
+    parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
+    array: str | None = option(None, "array of an .npz file")
+    column: str | None = option(None, "list column of a parquet file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,40 +166,31 @@ class Train(Input):
 
     out: str = required("folder for the encoder", path=WRITTEN)
     loss: str = option("snip", "training loss", choices=("snip", "mse"))
-    dim: int = option(128, "width of the descriptor")
-    hidden: int = option(1024, "width of the hidden layer")
-    steps: int = option(1600, "training steps at the most; it stops early when validation stalls")
-    batch: int = option(1024, "rows a step")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    dim: int = option(128, "width of the descriptor", low=2, high=4096)
+    hidden: int = option(1024, "width of the hidden layer", low=1, high=10**5)
+    steps: int = option(
+        1600, "most training steps; it stops early when validation stalls", low=1, high=10**7
+    )
+    batch: int = option(1024, "rows a step", low=16, high=10**6)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", low=1e-9, high=1)
     temperature: float | None = option(
-        None,
-        "softmax temperature of the snip loss, teacher and student",
+        None, "softmax temperature of the snip loss, teacher and student", low=1e-4, high=10,
         usual="fitted to the features",
-    )
+    )  # fmt: skip
     text_features: Any = option(
-        None, "text features, row for row: keep the similarities of texts and images, too"
+        None, "text features, row for row: keep the similarities of texts and images too"
     )
-    text_temperature: float = option(0.01, "softmax temperature between texts and images")
-    subset_rows: int = option(262_144, "rows held in memory at a time")
-    validation_rows: int = option(4096, "rows held out and reported on (at most a fifth of all)")
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    threads: int = option(0, "CPU threads, 0 for all")
-    seed: int = option(0, "seed of every random choice")
+    text_temperature: float = option(
+        0.01, "softmax temperature between texts and images", low=1e-4, high=10
+    )
+    subset_rows: int = option(262_144, "rows held in memory at a time", low=64, high=10**9)
+    validation_rows: int = option(
+        4096, "rows for validation, never trained on (at most a fifth of all)", low=16, high=10**6
+    )
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
+    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
     overwrite: bool = option(False, "replace a finished encoder")
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.seeded()
-        self.between("dim", 2, 4096)
-        self.between("steps", 1, 10**7)
-        self.between("batch", 16, 10**6)
-        self.between("hidden", 1, 10**5)
-        self.between("learning_rate", 1e-9, 1)
-        self.between("temperature", 1e-4, 10)
-        self.between("text_temperature", 1e-4, 10)
-        self.between("subset_rows", 64, 10**9)
-        self.between("validation_rows", 16, 10**6)
-        self.between("threads", 0, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +200,9 @@ class Compress(Input):
     encoder: str = required("folder of a trained encoder", path=FOLDER)
     out: str = required("folder for the descriptors, one .npy a shard", path=WRITTEN)
     dtype: str = option("float16", "type of the descriptors", choices=("float16", "float32"))
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    threads: int = option(0, "CPU threads, 0 for all")
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
     overwrite: bool = option(False, "replace finished descriptors")
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.between("threads", 0, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,44 +211,34 @@ class Index(Input):
 
     out: str = required("folder for the index; an unfinished one is continued", path=WRITTEN)
     encoder: str | None = option(
-        None, "encode with this first; without it, rows as they are", path=FOLDER
+        None, "encoder to apply first; without it, rows are indexed as they are", path=FOLDER
     )
     base: str | None = option(
-        None,
-        "take the trained quantisers of this index (ours, or a faiss IVFPQ file)",
-        path=FOLDER,
+        None, "index whose trained quantisers are used (ours, or a faiss IVFPQ file)", path=FOLDER
     )
-    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows")
+    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", low=0, high=2**24)
     m: int | None = option(
-        None,
-        "sub-quantisers of the PQ, a byte each at 8 bits; without it the most, up to 16, that fit",
+        None, "sub-quantisers of the PQ, a byte each at 8 bits", low=1, high=256,
+        usual="the most that fit, up to 16",
+    )  # fmt: skip
+    nbits: int | None = option(None, "bits of a sub-quantiser", low=4, high=8, usual="8")
+    train_rows: int = option(
+        0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)", low=0, high=10**9
     )
-    nbits: int | None = option(None, "bits a sub-quantiser", usual="8")
-    train_rows: int = option(0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)")
     export_faiss: str | None = option(
         None, "also write one file that plain faiss reads", path=WRITTEN
     )
     model: str | None = option(
-        None, "CLIP model of the features, ARCHITECTURE/WEIGHTS, noted for snip search by text"
+        None, "CLIP model of the features, ARCHITECTURE/WEIGHTS: snip search by text needs it"
     )
-    append: bool = option(False, "add the shards that a finished index does not hold yet")
+    append: bool = option(False, "add the shards that a finished index does not have yet")
     bad_rows: str = option(
-        "refuse",
-        "NaN, infinity and zero rows: refuse the input, or leave them out, never returned",
+        "refuse", "NaN, infinity and zero rows: refuse the input, or keep them, never returned",
         choices=("refuse", "keep"),
-    )
-    threads: int = option(0, "CPU threads, 0 for all")
-    seed: int = option(0, "seed of every random choice")
+    )  # fmt: skip
+    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
+    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
     overwrite: bool = option(False, "replace a finished index")
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.seeded()
-        self.between("nlist", 0, 2**24)
-        self.between("m", 1, 256)
-        self.between("nbits", 4, 8)
-        self.between("train_rows", 0, 10**9)
-        self.between("threads", 0, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +246,8 @@ class Dedup(Input):
     """Settings of ``snip dedup``."""
 
     features: Any = argument(
-        "folder, glob, file or {part:04d} pattern of features, or a URL; a finished OUT to "
-        "re-threshold it",
+        "folder, glob, file or {part:04d} pattern of features, or a URL; or a finished OUT, for "
+        "another threshold",
         None,
     )
     out: str | None = option(
@@ -290,149 +257,145 @@ class Dedup(Input):
         None, "parquet or CSV files that match the features by position", path=ANYWHERE
     )
     method: str | None = option(
-        None,
-        "how duplicates are found",
-        choices=("join", "exact", "adc", "semdedup"),
+        None, "how duplicates are found", choices=("join", "exact", "adc", "semdedup"),
         usual="join, with --index adc",
+    )  # fmt: skip
+    threshold: float = option(
+        THRESHOLD, "cosine at and above which two rows are duplicates", low=-1, high=1
     )
-    threshold: float = option(0.95, "cosine at and above which two rows are duplicates")
     keep_fraction: float | None = option(
-        None,
-        "raise the threshold in steps of .001, from the searched one, until at least this share "
-        "of the rows stays",
-    )
+        None, "raise the threshold in steps of .001 until at least this share of the rows is kept",
+        low=0, high=1,
+    )  # fmt: skip
     grouping: str | None = option(
         None,
-        "which rows of a group stay: by star each removed row has a direct match that stays, by "
-        "components one row stays",
-        choices=("star", "components"),
-        usual="star",
-    )
+        "which rows of a group are kept. star: each removed row is a duplicate of a kept row; "
+        "components: one row is kept",
+        choices=("star", "components"), usual="star",
+    )  # fmt: skip
     keep: str | None = option(
         None,
-        "which copy stays: first, last, random, max:COLUMN or min:COLUMN of the metadata; several "
-        "in order: max:width,max:similarity,first; semdedup: hard, random or easy",
+        "which copy is kept: first, last, random, max:COLUMN or min:COLUMN of the metadata; or "
+        "several in order: max:width,max:similarity,first; semdedup: hard, random or easy",
         usual="first; semdedup: hard",
     )
     text_features: Any = option(
         None, "features of the captions, row for row: a pair must match in these too"
     )
-    text_threshold: float = option(0.9, "cosine at and above which two captions match")
+    text_threshold: float = option(
+        0.9, "cosine at and above which two captions match", low=-1, high=1
+    )
     reference: Any = option(
         None,
-        "rows that come first and never go: features, or what an earlier dedup wrote (its rows "
-        "that stay, and its own references); several by comma",
+        "rows to compare with that are never removed: features, or an earlier OUT (its kept rows "
+        "and its own references); several by comma",
     )
     references_only: bool = option(
         False, "compare rows with those of --reference only, not with one another"
     )
     keep_work: bool = option(
-        False, "leave the model and the codes in OUT/work: --reference OUT then needs no new model"
+        False, "keep the model and the codes in OUT/work, for a later --reference OUT"
     )
     pairs: bool = option(
         False, "write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet"
     )
-    max_pairs: int = option(10**9, "refuse to write more pairs than this")
+    max_pairs: int = option(10**9, "refuse to write more pairs than this", low=0, high=2**62)
     recall: float = option(
-        0.999, "join: share of the rows of groups that the lists should join to theirs"
-    )
+        0.999, "join: target recall, the share of duplicate rows that must be found",
+        low=0.5, high=1,
+    )  # fmt: skip
     encoder: str | None = option(
-        None,
-        "adc: encoder for an index that is built on the way; join: makes its codes",
+        None, "adc: encoder for the index that it builds; join: encoder that makes its codes",
         path=FOLDER,
-    )
+    )  # fmt: skip
     index: str | None = option(
-        None, "adc: a finished index; it is built when not given", path=FOLDER
+        None, "adc: finished index", path=FOLDER, usual="built from the features"
     )
     rule: str = option(
         "mutual",
-        "adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or what both "
-        "rows' distances to the same codes say together",
+        "adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or the "
+        "distances of both rows",
         choices=("mutual", "difference", "ratio"),
     )
-    margin: float | None = option(None, "adc: the constant of the rule; calibrated when not given")
-    precision: float = option(0.91, "adc: wanted share of right flags when calibrating")
-    calibration_rows: int = option(4096, "adc: rows whose true matches set the margin")
-    k: int = option(16, "adc: neighbours a row; more are asked for where all of them pass")
-    nprobe: int = option(4, "adc: lists visited a row")
-    clusters: int = option(0, "semdedup: clusters of the k-means, 0: one for every 8,700 rows")
+    margin: float | None = option(
+        None, "adc: the constant of the rule", low=-1e30, high=1e30, usual="calibrated"
+    )
+    precision: float = option(
+        0.91, "adc: share of right flags to calibrate the margin for", low=0, high=1
+    )
+    calibration_rows: int = option(
+        4096, "adc: rows whose true duplicates set the margin", low=1, high=10**6
+    )
+    k: int = option(16, "adc: neighbours of a row; more where all of them pass", low=1, high=1024)
+    nprobe: int = option(4, "adc: lists visited for a row", low=1, high=2**24)
+    clusters: int = option(
+        0, "semdedup: clusters of the k-means, 0 for one in 8,700 rows", low=0, high=2**24
+    )
     epsilon: Any = option(
         None,
-        "semdedup: a row goes if its cosine with an earlier row of its cluster is above 1 - "
+        "semdedup: a row is removed if its cosine with an earlier row of its cluster is above 1 - "
         "epsilon; several by comma: the first decides, all are tabulated",
         usual="1 - threshold",
     )
     borders: bool = option(
         True,
-        "semdedup: also search by join, and say what borders between clusters cost; --noborders "
-        "leaves it out",
+        "semdedup: also search by join, and count the duplicates in different clusters; "
+        "--noborders turns it off",
         usual="on",
     )
     key: str | None = option(
-        None,
-        "metadata column for groups.parquet",
-        usual="the first of key, uid, sample_id, hash",
+        None, "metadata column for groups.parquet", usual="the first of key, uid, sample_id, hash"
     )
     merge_captions: int | None = option(
-        None,
-        "add a column merged_captions: up to so many distinct captions of the rows that go, at "
-        "the row that stays",
-    )
+        None, "add a column merged_captions: at most so many captions of the removed duplicates",
+        low=1, high=10**6,
+    )  # fmt: skip
     caption: str | None = option(
         None, "metadata column of captions", usual="the first of caption, text"
     )
     weights: bool = option(
-        False,
-        "write all rows to metadata/, with a column weight that copies share; is_dup stays as it "
-        "is",
+        False, "write all rows to metadata/, with a column weight that duplicates share"
     )
     export: str | None = option(
         None,
-        "lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset), mask "
-        "(is_dup.npy, always written)",
+        "lists for other tools, by comma: datacomp (uids that are kept), keys (for webdataset), "
+        "mask (is_dup.npy, always written)",
     )
     bad_rows: str = option(
-        "refuse",
-        "NaN, infinity and zero rows: refuse the input, or keep them, never matched",
+        "refuse", "NaN, infinity and zero rows: refuse the input, or keep them, never matched",
         choices=("refuse", "keep"),
-    )
-    chunk_rows: int = option(8192, "rows read at a time")
+    )  # fmt: skip
+    chunk_rows: int = option(8192, "rows read at a time", low=1, high=10**9)
     max_memory: str | None = option(
         None,
-        "bound on memory, libraries apart, 2GB say; a run that needs more is refused",
-        usual="a quarter of the RAM, or what the run needs if that is more",
-    )
-    device: str = option(
-        "auto",
-        "join: where products of codes are computed",
-        choices=("auto", "cpu", "cuda"),
-    )
+        "limit of memory, libraries apart, such as 2GB; a run that needs more is refused",
+        usual="a quarter of the RAM, or what the run needs if that is more", amount=True,
+    )  # fmt: skip
+    device: str = option("auto", "join: where products of codes are computed", choices=DEVICES)
     runner: str = option(
         "local",
-        "join: who does the tasks, threads and processes here or Ray workers (RAY_ADDRESS names a "
-        "cluster)",
+        "join: what runs the tasks: this machine, or Ray workers (RAY_ADDRESS names a cluster)",
         choices=("local", "ray"),
     )
     num_tasks: int | None = option(
         None,
         "join: number of processes that run this command at the same time with the same --out",
-        usual="that of a Slurm array",
-    )
+        low=1, high=10**6, usual="that of a Slurm array",
+    )  # fmt: skip
     task_index: int | None = option(
-        None, "join: rank of this process among them, from 0", usual="that of a Slurm array"
-    )
-    threads: int = option(0, "CPU threads, 0 for all")
-    seed: int | None = option(None, "seed of every random choice", usual="0")
+        None, "join: rank of this process among them, from 0", low=0, high=10**6,
+        usual="that of a Slurm array",
+    )  # fmt: skip
+    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
+    seed: int | None = option(None, "seed of every random choice", low=0, high=MAX_SEED, usual="0")
     overwrite: bool = option(False, "replace a finished OUT")
     dry_run: bool = option(
-        False,
-        "join: print what the run will cost (see snip plan), and write nothing",
+        False, "join: print the cost of the run (see snip plan), and write nothing",
         command_only=True,
-    )
+    )  # fmt: skip
 
     def check(self) -> None:
         """See `Settings.check`."""
-        self.seeded()
         if self.dry_run and (
             self.method not in (None, "join")
             or self.index
@@ -458,26 +421,10 @@ class Dedup(Input):
             raise UsageError("--weights keeps all rows with their captions: nothing is to merge")
         if self.caption is not None and self.merge_captions is None:
             raise UsageError("--caption names the column for --merge_captions: give that too")
-        self.between("merge_captions", 1, 10**6)
-        self.between("threshold", -1, 1)
-        self.between("text_threshold", -1, 1)
-        self.between("keep_fraction", 0, 1)
-        self.between("max_pairs", 0, 2**62)
-        self.between("clusters", 0, 2**24)
         parse_epsilons(self.epsilon)
-        self.between("recall", 0.5, 1)
-        self.between("precision", 0, 1)
-        self.between("k", 1, 1024)
-        self.between("calibration_rows", 1, 10**6)
-        self.between("nprobe", 1, 2**24)
-        self.between("margin", -1e30, 1e30)
-        self.between("chunk_rows", 1, 10**9)
-        self.between("threads", 0, 4096)
-        if self.max_memory is not None:
-            parse_bytes(self.max_memory)
 
     def check_methods(self) -> None:
-        """Raise UsageError for flags that the method does not know."""
+        """Raise UsageError for flags that the method does not have."""
         sem, compared = self.method == "semdedup", self.method in (None, "join", "exact")
         if sem and self.keep not in (None, *SEMDEDUP_KEEPS):
             raise UsageError(
@@ -501,8 +448,10 @@ class Dedup(Input):
 
     def check_runners(self) -> None:
         """Raise UsageError for ways to run that do not go together."""
-        self.between("num_tasks", 1, 10**6)
-        self.between("task_index", 0, (self.num_tasks or 10**6 + 1) - 1)
+        if self.num_tasks is not None and not (self.task_index or 0) < self.num_tasks:
+            raise UsageError(
+                f"--task_index must lie between 0 and {self.num_tasks - 1}, found {self.task_index}"
+            )
         shared = self.num_tasks is not None or self.task_index is not None
         if not shared and self.runner == "local":
             return
@@ -513,8 +462,8 @@ class Dedup(Input):
             raise UsageError("--num_tasks and --runner ray are two ways to share work: give one")
         if shared and self.overwrite:
             raise UsageError(
-                "--num_tasks does not go with --overwrite: each process would remove what the "
-                "others did; remove the folder first"
+                "--num_tasks does not go with --overwrite: each process would remove the work of "
+                "the others; remove the folder first"
             )
         if self.runner == "ray" and self.device == "cuda":
             raise UsageError("--runner ray computes on CPUs: leave --device cuda out")
@@ -547,44 +496,37 @@ class Filter(Settings):
 
     metadata: Any = argument("folder, glob or file of parquet or CSV metadata")
     is_dup: str = required("mask: is_dup.npy, or a folder that snip dedup wrote", path=FOLDER)
-    out: str = required("folder for the rows that stay", path=WRITTEN)
+    out: str = required("folder for the kept rows", path=WRITTEN)
     start: int | None = option(None, "first file number, counted from 0 in the whole set")
     end: int | None = option(None, "file number to stop before")
     cumulative_sizes: str | None = option(
-        None,
-        ".npy of running row totals a file, as upstream publishes beside its mask",
-        path=FILE,
+        None, ".npy of running row totals a file, as upstream publishes beside its mask", path=FILE
     )
     on: str | None = option(
         None, "find rows by this column, not by position: url, uid, key, hash; several by comma"
     )
     keys: str | None = option(
-        None,
-        "with --on: metadata that matches the mask by position; without it, what OUT names",
-        path=ANYWHERE,
-    )
+        None, "with --on: metadata that matches the mask by position", path=ANYWHERE,
+        usual="what OUT names",
+    )  # fmt: skip
     unmatched: str | None = option(
-        None,
-        "with --on: what becomes of rows that the mask's set does not hold; without it they stay, "
-        "if they are fewer than half",
-        choices=("keep", "remove"),
-    )
+        None, "with --on: what becomes of rows that the mask's set does not have",
+        choices=("keep", "remove"), usual="they are kept, if they are fewer than half",
+    )  # fmt: skip
     ambiguous: str | None = option(
-        None,
-        "with --on: what becomes of rows whose key both stays and goes; without it they stay, if "
-        "they are fewer than half",
-        choices=("keep", "remove"),
-    )
+        None, "with --on: what becomes of rows whose key is both kept and removed",
+        choices=("keep", "remove"), usual="they are kept, if they are fewer than half",
+    )  # fmt: skip
     embeddings: str | None = option(
         None,
-        "features that match the metadata by position (several folders by comma): write theirs "
-        "too, beside metadata/",
+        "features that match the metadata by position (several folders by comma): write their kept "
+        "rows too, beside metadata/",
         path=ANYWHERE,
     )
     export: str | None = option(
         None,
-        "lists for other tools, by comma: datacomp (uids that stay), keys (for webdataset), mask "
-        "(of these rows)",
+        "lists for other tools, by comma: datacomp (uids that are kept), keys (for webdataset), "
+        "mask (of these rows)",
     )
     key: str | None = option(
         None, "column for --export keys", usual="the first of key, uid, sample_id, hash"
@@ -593,7 +535,7 @@ class Filter(Settings):
 
     def check(self) -> None:
         """See `Settings.check`."""
-        self.file_range(self.start, self.end)
+        self.check_file_range(self.start, self.end)
         named_kinds("export", self.export, EXPORTS)
         places = (self.start, self.end, self.cumulative_sizes)
         if self.on is not None and any(place is not None for place in places):
@@ -616,23 +558,19 @@ class Download(Settings):
     out: str | None = argument("folder for the files", None, path=WRITTEN)
     start: int | None = option(None, "first file number")
     end: int | None = option(None, "file number to stop before")
-    is_dup: str | None = option(
-        None, "mask (file or URL): write only the rows that stay", path=ANYWHERE
-    )
+    is_dup: str | None = option(None, "mask (file or URL): write only the kept rows", path=ANYWHERE)
     cumulative_sizes: str | None = option(
-        None,
-        ".npy (file or URL) of running row totals a file, if the files before --start lack",
+        None, ".npy (file or URL) of running row totals a file, if the files before --start lack",
         path=ANYWHERE,
-    )
+    )  # fmt: skip
     embeddings: bool = option(
         False, "also the features of these files: img_emb/ and metadata/ in OUT"
     )
     embeddings_source: str | None = option(
-        None,
-        "where the features are, if not beside the metadata: folder or {part:04d} template",
-        path=ANYWHERE,
-    )
-    jobs: int = option(4, "files fetched at a time")
+        None, "folder or {part:04d} template of the features", path=ANYWHERE,
+        usual="beside the metadata",
+    )  # fmt: skip
+    jobs: int = option(4, "files fetched at a time", low=1, high=256)
     overwrite: bool = option(False, "replace a finished folder")
     dl_dedup_set: str | None = option(
         None, "upstream's flag, with OUT alone: says what became of its set"
@@ -644,8 +582,7 @@ class Download(Settings):
             raise UsageError("download needs SOURCE and OUT; see: snip download --help")
         if self.out is not None and self.dl_dedup_set is not None:
             raise UsageError("--dl_dedup_set is upstream's flag: name a mask with --is_dup instead")
-        self.file_range(self.start, self.end)
-        self.between("jobs", 1, 256)
+        self.check_file_range(self.start, self.end)
         if self.cumulative_sizes is not None and self.is_dup is None:
             raise UsageError("--cumulative_sizes places a mask: give --is_dup too")
 
@@ -656,42 +593,34 @@ class Audit(Settings):
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
     features: Any = argument("the features it was made from; without them those it names", None)
-    parts: str | None = option(None, "part numbers for a {part:04d} pattern: 0:2, end exclusive")
-    array: str | None = option(None, "which array of an .npz file")
-    column: str | None = option(None, "which list column of a parquet file")
-    metadata: str | None = option(
-        None, "the table that was filtered, if it is not where it was", path=ANYWHERE
-    )
-    sample: int = option(0, "prove so many removed rows, chosen at random; 0 for all")
+    parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
+    array: str | None = option(None, "array of an .npz file")
+    column: str | None = option(None, "list column of a parquet file")
+    metadata: str | None = option(None, "input table, if it is not where it was", path=ANYWHERE)
+    sample: int = option(0, "removed rows to check, chosen at random; 0 for all", low=0, high=2**40)
     probe_rows: int = option(
-        1000, "rows that stay, compared with all others to estimate missed matches; 0 for none"
-    )
+        1000, "kept rows to compare with all others, to estimate missed matches; 0 for none",
+        low=0, high=10**6,
+    )  # fmt: skip
     sheet: str | None = option(
         None, "also write random removed pairs as CSV, for you to judge", path=WRITTEN
     )
-    n: int = option(200, "pairs of --sheet")
+    n: int = option(200, "pairs of --sheet", low=1, high=10**6)
     judged: str | None = option(
-        None,
-        "read a sheet whose verdicts you filled in (yes, no) and print the precision; no audit",
+        None, "read a sheet with your verdicts (yes, no) and print the precision; no audit",
         path=FILE,
-    )
+    )  # fmt: skip
     max_memory: str | None = option(
-        None, "bound on the rows held at a time, 2GB say; without it a quarter of the RAM"
-    )
-    threads: int = option(0, "CPU threads, 0 for all")
-    seed: int = option(0, "seed of every random choice")
+        None, "limit of the rows held at a time, such as 2GB", usual="a quarter of the RAM",
+        amount=True,
+    )  # fmt: skip
+    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
+    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
 
     def check(self) -> None:
         """See `Settings.check`."""
-        self.seeded()
-        self.between("sample", 0, 2**40)
-        self.between("probe_rows", 0, 10**6)
-        self.between("n", 1, 10**6)
-        self.between("threads", 0, 4096)
         if self.sheet is not None and self.judged is not None:
             raise UsageError("--sheet writes a sheet, --judged reads one: give one of them")
-        if self.max_memory is not None:
-            parse_bytes(self.max_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -699,20 +628,12 @@ class Top(Settings):
     """Settings of ``snip top``."""
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
-    n: int = option(100, "rows shown")
-    metadata: str | None = option(
-        None, "the table that was filtered, if it is not where it was", path=ANYWHERE
-    )
+    n: int = option(100, "rows shown", low=1, high=10**7)
+    metadata: str | None = option(None, "input table, if it is not where it was", path=ANYWHERE)
     json: bool = option(False, "print JSON", command_only=True)
     prompts: str | None = option(
-        None,
-        "also write their most frequent captions, one a line, to feed a generator",
-        path=WRITTEN,
+        None, "also write their captions, one a line, as prompts for a generator", path=WRITTEN
     )
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.between("n", 1, 10**7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -721,12 +642,8 @@ class Diff(Settings):
 
     out1: str = argument("folder that snip dedup wrote", path=FOLDER)
     out2: str = argument("another one, over the same rows", path=FOLDER)
-    n: int = option(5, "examples of each kind")
+    n: int = option(5, "examples of each kind", low=0, high=10**6)
     json: bool = option(False, "print JSON", command_only=True)
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.between("n", 0, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -736,27 +653,25 @@ class Report(Settings):
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
     html: str | None = option(None, "the page to write", usual="report.html in OUT", path=WRITTEN)
     images: str | None = option(
-        None,
-        "pictures by key: a folder of files or of tar shards, a tar, or a glob of tars",
+        None, "pictures by key: a folder of files or of tar shards, a tar, or a glob of tars",
         path=FILE,
-    )
+    )  # fmt: skip
     image_column: str | None = option(
         None, "metadata column of local picture files; with --images, below that folder only"
     )
     metadata: str | None = option(
-        None, "metadata for captions and urls, if it is not where the run found it", path=ANYWHERE
+        None, "table of captions and urls, if it is not where the run found it", path=ANYWHERE
     )
     rows: str | None = option(
-        None, "also show these rows (numbers from 0, by comma), each beside the row that stays"
+        None, "also show these rows (numbers from 0, by comma), each beside its kept row"
     )
-    seed: int = option(0, "seed of the samples that are shown")
+    seed: int = option(0, "seed of the samples that are shown", low=0, high=MAX_SEED)
     overwrite: bool = option(
         False, "replace a file that is no report, or a page with pictures by one without"
     )
 
     def check(self) -> None:
         """See `Settings.check`."""
-        self.seeded()
         if self.rows is not None:
             whole_numbers("rows", self.rows, 2**48, least=0)
 
@@ -767,36 +682,33 @@ class Search(Settings):
 
     query: str = argument("row number, .npy or .npz of vectors, or a text")
     index: str = required("folder that snip index wrote", path=FOLDER)
-    k: int = option(10, "neighbours to show")
-    nprobe: int = option(64, "lists visited")
-    rerank: int = option(2000, "nearest codes that are compared by raw features; 0 for none")
-    features: str | None = option(
-        None,
-        "the rows that were indexed, where they lie elsewhere or changed their date",
-        path=ANYWHERE,
+    k: int = option(10, "neighbours to show", low=1, high=10**6)
+    nprobe: int = option(64, "lists visited", low=1, high=2**24)
+    rerank: int = option(
+        2000, "nearest codes that are compared by raw features; 0 for none", low=0, high=10**6
     )
-    parts: str | None = option(None, "of --features: numbers for a {part:04d} pattern")
-    array: str | None = option(None, "which array of an .npz, of QUERY or --features")
-    column: str | None = option(None, "of --features: which list column of a parquet file")
+    features: str | None = option(
+        None, "the rows that were indexed, if they moved or changed their date", path=ANYWHERE
+    )
+    parts: str | None = option(None, "of --features: numbers of a {part:04d} pattern")
+    array: str | None = option(None, "array of an .npz, of QUERY or --features")
+    column: str | None = option(None, "of --features: list column of a parquet file")
     metadata: str | None = option(
         None, "files with key, url, caption of the rows, by position", path=ANYWHERE
     )
     encoder: str | None = option(
-        None, "for vectors and texts, where the index holds descriptors", path=FOLDER
+        None, "for vectors and texts, where the index has descriptors", path=FOLDER
     )
     text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
     model: str | None = option(
         None, "CLIP model for texts, as open_clip names it: ARCHITECTURE/WEIGHTS or /FILE"
     )
-    download: bool = option(False, "fetch the model's weights where they are not cached")
+    download: bool = option(False, "fetch the model's weights if they are not cached")
     json: bool = option(False, "print JSON", command_only=True)
     html: str | None = option(None, "also write a page of the neighbours", path=WRITTEN)
 
     def check(self) -> None:
         """See `Settings.check`."""
-        self.between("k", 1, 10**6)
-        self.between("nprobe", 1, 2**24)
-        self.between("rerank", 0, 10**6)
         if not self.text and URL.match(self.query) and self.query.endswith((".npy", ".npz")):
             raise UsageError("QUERY is a URL of vectors: fetch the file first, or say --text")
 
@@ -807,40 +719,35 @@ class Eval(Input):
 
     out: str = required("folder for table, JSON and picture", path=WRITTEN)
     encoder: str | None = option(
-        None,
-        "judge this SNIP encoder; without it one is trained, the queries kept from it",
-        path=FOLDER,
+        None, "SNIP encoder to judge", path=FOLDER, usual="one is trained, without the queries"
     )
     text_features: Any = option(
-        None, "text features, row for row: judge how texts find their images, too"
+        None, "text features, row for row: also judge how texts find their images"
     )
-    dim: int = option(128, "width of the descriptors")
-    code_bytes: str = option("4,8,16", "bytes of a code, separated by commas")
-    nprobe: str = option("1,4,8,16", "lists visited, separated by commas; all lists come besides")
-    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows")
-    queries: int = option(4096, "rows whose neighbours are looked for (at most a quarter of all)")
-    train_rows: int = option(65_536, "rows that encoders, PCA and OPQ learn from")
-    steps: int = option(400, "training steps of each encoder at the most")
-    threshold: float = option(0.95, "cosine at and above which two rows are duplicates")
-    flag_nprobe: int = option(4, "lists visited for duplicate flags")
+    dim: int = option(128, "width of the descriptors", low=2, high=4096)
+    code_bytes: str = option("4,8,16", "bytes of a code, by comma")
+    nprobe: str = option("1,4,8,16", "lists visited, by comma; all lists are added")
+    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", low=0, high=2**24)
+    queries: int = option(
+        4096, "rows whose neighbours are looked for (at most a quarter of all)", low=1, high=10**6
+    )
+    train_rows: int = option(  # at least evaluate.LEAST_LEARNT
+        65_536, "rows that encoders, PCA and OPQ learn from", low=256, high=10**8
+    )
+    steps: int = option(400, "most training steps of each encoder", low=1, high=10**7)
+    threshold: float = option(
+        THRESHOLD, "cosine at and above which two rows are duplicates", low=-1, high=1
+    )
+    flag_nprobe: int = option(4, "lists visited for duplicate flags", low=1, high=2**24)
     picture: bool = option(
         True, "draw the curves, by the extra plot; --nopicture turns it off", usual="on"
     )
-    threads: int = option(0, "CPU threads, 0 for all")
-    seed: int = option(0, "seed of every random choice")
+    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
+    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
     overwrite: bool = option(False, "replace a finished folder")
 
     def check(self) -> None:
         """See `Settings.check`."""
-        self.seeded()
-        self.between("dim", 2, 4096)
-        self.between("nlist", 0, 2**24)
-        self.between("queries", 1, 10**6)
-        self.between("train_rows", 256, 10**8)  # as evaluate.LEAST_LEARNT
-        self.between("steps", 1, 10**7)
-        self.between("threshold", -1, 1)
-        self.between("flag_nprobe", 1, 2**24)
-        self.between("threads", 0, 4096)
         self.sizes()
         self.nprobes()
 
@@ -854,18 +761,60 @@ class Eval(Input):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan(Settings):
+    """Settings of ``snip plan``."""
+
+    features: Any = argument("features to plan for, of which a sample is read", None)
+    parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
+    array: str | None = option(None, "array of an .npz file")
+    column: str | None = option(None, "list column of a parquet file")
+    rows: float | None = option(
+        None, "rows, such as 2.1e9, where there are no features yet, or only some", low=1,
+        high=1e13, usual="those of FEATURES",
+    )  # fmt: skip
+    dim: int = option(
+        768, "without FEATURES: width of the rows; they are float16", low=2, high=65536
+    )
+    duplicates: float | None = option(
+        None, "share of the rows that are removed", low=0, high=0.99,
+        usual="estimated from a sample of FEATURES, else .3",
+    )  # fmt: skip
+    cores: int = option(0, "cores of the machine, 0: as this one has", low=0, high=4096)
+    memory: str | None = option(
+        None, "RAM of the machine, such as 32GB", usual="as this one has", amount=True
+    )
+    max_memory: str | None = option(
+        None, "--max_memory of snip dedup", usual="a quarter of the RAM", amount=True
+    )
+    nodes: int = option(1, "such machines, over a file system that they share", low=1, high=10**5)
+    disk: str | None = option(None, "free space for OUT, such as 4TB", amount=True)
+    disk_speed: str | None = option(
+        None, "bytes a second that a disk reads or writes, such as 2GB", amount=True,
+        usual="all is in RAM already",
+    )  # fmt: skip
+    probe: bool = option(False, "measure rates now, and write them to the file of --rates")
+    rates: str | None = option(
+        None, "file of rates that an earlier --probe measured", usual="measured now", path=WRITTEN
+    )
+    threshold: float = option(THRESHOLD, "as of snip dedup", low=-1, high=1)
+    recall: float = option(0.999, "as of snip dedup", low=0.5, high=1)
+    seed: int = option(0, "seed of the sample", low=0, high=MAX_SEED)
+    json: bool = option(False, "print JSON", command_only=True)
+
+    def check(self) -> None:
+        """See `Settings.check`."""
+        if self.features is None and self.rows is None:
+            raise UsageError("give FEATURES or --rows: snip plan --rows 2.1e9 --dim 768")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo(Settings):
     """Settings of ``snip demo``."""
 
     out: str = option("snip_demo", "folder for everything the demo makes", path=WRITTEN)
-    pictures: int = option(1500, "pictures to draw before copies are made")
-    seed: int = option(0, "seed of every random choice")
+    pictures: int = option(1500, "pictures to draw before copies are made", low=50, high=100_000)
+    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
     overwrite: bool = option(False, "replace a finished demo")
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.seeded()
-        self.between("pictures", 50, 100_000)
 
 
 def parse_epsilons(value: Any) -> list[float]:
@@ -879,12 +828,12 @@ def parse_epsilons(value: Any) -> list[float]:
     items = value.split(",") if isinstance(value, str) else value
     items = [] if items is None else items if isinstance(items, list | tuple) else [items]
     try:
-        found = [float(item) for item in items]
+        numbers = [float(item) for item in items]
     except (TypeError, ValueError):
-        found = [-1.0]
-    if not all(0 <= number <= 2 for number in found):
+        numbers = [-1.0]
+    if not all(0 <= number <= 2 for number in numbers):
         raise UsageError(f"--epsilon must be numbers from 0 to 2, by comma, found {value!r}")
-    return found
+    return numbers
 
 
 def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
@@ -931,72 +880,14 @@ def whole_numbers(name: str, text: str, most: int, least: int = 1) -> list[int]:
         If it is anything else.
     """
     try:
-        found = sorted({int(word) for word in str(text).split(",")})
+        numbers = sorted({int(word) for word in str(text).split(",")})
     except ValueError:
-        found = []
-    if not found or not least <= found[0] <= found[-1] <= most:
+        numbers = []
+    if not numbers or not least <= numbers[0] <= numbers[-1] <= most:
         raise UsageError(
             f"--{name} must be whole numbers from {least} to {most} such as 4,8,16, found {text!r}"
         )
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan(Settings):
-    """Settings of ``snip plan``."""
-
-    features: Any = argument("features to plan for, of which a sample is read", None)
-    parts: str | None = option(None, "part numbers for a {part:04d} pattern: 0:2, end exclusive")
-    array: str | None = option(None, "which array of an .npz file")
-    column: str | None = option(None, "which list column of a parquet file")
-    rows: float | None = option(
-        None,
-        "rows: 2.1e9, where there are no features yet, or only some",
-        usual="those of FEATURES",
-    )
-    dim: int = option(768, "without FEATURES: width of the rows; they are float16")
-    duplicates: float | None = option(
-        None,
-        "share of the rows that go",
-        usual="estimated from a sample of FEATURES, .3 where that tells nothing",
-    )
-    cores: int = option(0, "cores of the machine, 0: as this one has")
-    memory: str | None = option(None, "RAM of the machine, 32GB say", usual="as this one has")
-    max_memory: str | None = option(
-        None, "what snip dedup will be given as such", usual="a quarter of the RAM"
-    )
-    nodes: int = option(1, "such machines, over a file system that they share")
-    disk: str | None = option(None, "free space for OUT, 4TB say")
-    disk_speed: str | None = option(
-        None, "bytes a second that a disk reads or writes, 2GB say", usual="all is in RAM already"
-    )
-    probe: bool = option(False, "measure rates now, and write them to the file of --rates")
-    rates: str | None = option(
-        None,
-        "file of rates that an earlier --probe measured",
-        usual="measured now",
-        path=WRITTEN,
-    )
-    threshold: float = option(0.95, "as of snip dedup")
-    recall: float = option(0.999, "as of snip dedup")
-    seed: int = option(0, "seed of the sample")
-    json: bool = option(False, "print JSON", command_only=True)
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.seeded()
-        if self.features is None and self.rows is None:
-            raise UsageError("give FEATURES or --rows: snip plan --rows 2.1e9 --dim 768")
-        self.between("rows", 1, 1e13)
-        self.between("dim", 2, 65536)
-        self.between("duplicates", 0, 0.99)
-        self.between("cores", 0, 4096)
-        self.between("nodes", 1, 10**5)
-        self.between("threshold", -1, 1)
-        self.between("recall", 0.5, 1)
-        for name in ("memory", "max_memory", "disk", "disk_speed"):
-            if getattr(self, name) is not None:
-                parse_bytes(getattr(self, name))
+    return numbers
 
 
 def parse_bytes(text: str) -> int:

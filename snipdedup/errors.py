@@ -41,9 +41,5 @@ class InternalError(SnipError):
     """A result that contradicts the input, by a fault of this package; nothing is written."""
 
 
-class VerdictError(SnipError):
-    """A check that came out badly: the text is its result, printed as results are."""
-
-
 class UsageError(SnipError):
     """A call that cannot be understood; raised before any work starts (exit status 2)."""

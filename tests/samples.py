@@ -52,7 +52,7 @@ def clustered(rows: int, dim: int, seed: int = 0) -> np.ndarray:
 
 def make(features: Features, out: Path, **given: object) -> Index:
     given = {"nlist": 16, "m": 4, "nbits": 8, "threads": 1, **given}
-    return build(features, out, config.Index(features="x", out=str(out), **given))[0]
+    return build(features, out, config.Index(features="x", out=str(out), **given))
 
 
 def wanted(**given: object) -> config.Dedup:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fire
 import numpy as np
 import pytest
 import truth
@@ -432,3 +433,14 @@ def test_a_closed_pipe():
             stdout=pipe, stderr=subprocess.PIPE, check=True,
         )  # fmt: skip
     assert done.stderr == b""
+
+
+def test_fire_matches_the_words(monkeypatch):
+    """Words in places, flags with and without dashes, switches, a value that looks like a flag."""
+    calls, original = [], fire.Fire
+    monkeypatch.setattr(fire, "Fire", lambda *a, **k: (calls.append(a[1]), original(*a, **k)))
+    words = ["-5", "--index", "x", "--k", "3", "--html=--y", "--json"]
+    options = cli.parse(cli.BY_NAME["search"], words)
+    assert (options.query, options.index, options.k) == ("-5", "x", 3)
+    assert (options.html, options.json) == ("--y", True)
+    assert calls == [["-5", "--index=x", "--k=3", "--html=--y", "--json=true"]]

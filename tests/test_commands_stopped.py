@@ -299,7 +299,7 @@ def test_files_that_a_stopped_run_left_are_proved_before_they_are_used(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(out_folder, "publish", stop)
-        patch.setattr(dedup_run, "write_tables", stop)
+        patch.setattr(dedup_run, "write_files", stop)
         assert run(*words_of(name, out)) == 130
     held = {path: path.read_bytes() for path in (out / "work").rglob("*") if path.is_file()}
     damaged = [path for path in held if path.name not in (locks.REQUEST, locks.LOCK)

@@ -346,7 +346,7 @@ class World:
 
     def count(self, found, how):
         """Count what kinds of world there were."""
-        notes = found.found.notes
+        notes = found.search.notes
         self.kinds.update(
             runs=1, **{how["method"]: 1, how["grouping"]: 1},
             lists=notes.get("nlist", 1) > 1, masses=notes.get("masses", 0) > 0,
@@ -438,9 +438,9 @@ def forest_error(found):
     A crowded tile's are chosen by a quick product. A mass has edges to its hub and within lists,
     and may fall apart at a higher threshold.
     """
-    if found.found.notes.get("masses", 0):
+    if found.search.notes.get("masses", 0):
         return np.inf
-    return tiles.MOST_ERROR if "candidates" in found.found.notes else 0.0
+    return tiles.MOST_ERROR if "candidates" in found.search.notes else 0.0
 
 
 def edges_at(found):

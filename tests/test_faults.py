@@ -88,7 +88,7 @@ def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, comm
     module, name = {
         "dedup": (dedup_run, "search"),
         "compress": (compress, "compress_shards"),
-        "index": (index, "write_shards"),
+        "index": (index, "write_codes"),
     }[command]
     original = getattr(module, name)
 
@@ -110,9 +110,9 @@ def interrupted(monkeypatch, command):
         raise KeyboardInterrupt
 
     module, name = {
-        "dedup": (dedup_run, "decide_by"),
+        "dedup": (dedup_run, "decide_job"),
         "compress": (out_folder, "publish"),
-        "index": (index, "finish"),
+        "index": (index, "finish_index"),
     }[command]
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
@@ -202,13 +202,13 @@ def test_rows_of_a_file_that_became_shorter_are_not_touched(inputs):
 
 
 def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch, capsys):
-    decide = dedup_run.decide_by
+    decide = dedup_run.decide_job
 
     def cut(*given):
         os.truncate(inputs / "img" / "b.npy", 4096)
         return decide(*given)
 
-    monkeypatch.setattr(dedup_run, "decide_by", cut)
+    monkeypatch.setattr(dedup_run, "decide_job", cut)
     assert run(*COMMANDS["dedup"]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("snip: img/b.npy: ")
@@ -219,11 +219,11 @@ def test_a_shard_that_is_cut_between_the_scan_and_the_proof(inputs, monkeypatch,
 # What is read, how it is changed while the command runs, and where in it that happens.
 CHANGES = {
     "dedup: metadata": ("dedup img --metadata meta --out out", "meta/b.parquet",
-                        dedup_run, "write_tables"),
+                        dedup_run, "write_files"),
     "dedup: reference": ("dedup img --reference other --out out", "other/c.npy",
-                         dedup_run, "write_tables"),
+                         dedup_run, "write_files"),
     "dedup: captions": ("dedup img --text_features txt --out out", "txt/d.npy",
-                        dedup_run, "write_tables"),
+                        dedup_run, "write_files"),
     "filter: metadata": ("filter meta --is_dup clean --out out", "meta/a.parquet",
                          filter, "write_rows"),
     "filter: features": ("filter meta --is_dup clean --embeddings img --out out", "img/a.npy",

@@ -27,8 +27,7 @@ from snipdedup.deduplication.run import dedup
 from snipdedup.encoder.network import WEIGHTS, Encoder, Network
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.index.codes import load_shard, map_shard
-from snipdedup.index.folder import QUANTISER, Index
+from snipdedup.index.folder import QUANTISER, Index, load_shard
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.inspection import top
 from snipdedup.inspection.search import read_vectors
@@ -246,20 +245,20 @@ def test_an_index_with_other_arrays(ours, name, change):
     else:
         arrays[name] = change(arrays[name])
     np.savez(path, **arrays)
-    index = Index.open(ours / "index")
+    index = Index(ours / "index")
     with pytest.raises(SnipError, match=r"lists_00000\.npz"):
-        list(index.shards())
+        index.lists()
     with pytest.raises(SnipError, match=r"lists_00000\.npz"):
-        index.fitting(0, map_shard(path))
+        index.shard(0, mapped=True)
 
 
 def test_an_index_of_objects_runs_nothing(ours, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = ours / "index" / "lists_00000.npz"
     np.savez(path, codes=np.array([fuzz_readers.Evil()], object))
-    for read in (load_shard, map_shard):
+    for mapped in (False, True):
         with pytest.raises(SnipError, match=r"lists_00000\.npz"):
-            read(path)
+            load_shard(path, mapped=mapped)
     assert not (tmp_path / "EXECUTED").exists()
 
 
@@ -268,7 +267,7 @@ def test_an_index_of_objects_runs_nothing(ours, tmp_path, monkeypatch):
 def test_a_manifest_of_an_index_with_wrong_types(ours, entry, value):
     edit(ours / "index", lambda body: body.update({entry: value}))
     try:
-        Index.open(ours / "index")
+        Index(ours / "index")
     except SnipError as error:
         assert str(ours / "index") in str(error)  # noqa: PT017
     else:

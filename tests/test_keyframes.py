@@ -220,7 +220,7 @@ def test_audit_passes(data, outs, snip):
     said = snip("audit", outs("join", "star"), data / "keyframes").stdout
     removed = counts(outs("join", "star"))["removed"]
     assert f"{removed:,} of {removed:,} removed rows reach 0.95" in said
-    assert "compared with what was filtered" in said
+    assert "compared with the input" in said
 
 
 @pytest.mark.parametrize(("method", "grouping"), [("join", "star"), ("join", "components")])

@@ -16,11 +16,11 @@ import truth
 from snipdedup import dedup
 from snipdedup.config import Filter
 from snipdedup.deduplication.counts import levels
-from snipdedup.deduplication.found import Found
-from snipdedup.deduplication.result import decide
-from snipdedup.deduplication.tables import groups_table
+from snipdedup.deduplication.result import decide, groups_table
+from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
+from snipdedup.groups.keep import rank_by
 from snipdedup.join import forest
 from snipdedup.join.forest import make_edges
 from snipdedup.join.model import fit
@@ -109,7 +109,7 @@ def test_codes_and_joins_keep_rows_past_2_32(far, tmp_path):
     every = Partition(0, tasks.model.lists.nlist)
     tasks.join(every)
     found, _ = tasks.load_joined(every)
-    brute = dedup(x, threshold=0.9, method="exact").found.forest
+    brute = dedup(x, threshold=0.9, method="exact").search.forest
     assert found.a.tolist() == row[brute.a].tolist()
     assert found.b.tolist() == row[brute.b].tolist()
     assert (found.a < 1 << 31).any()
@@ -120,17 +120,17 @@ def test_codes_and_joins_keep_rows_past_2_32(far, tmp_path):
 def test_groups_and_masks_past_2_32(far, grouping):
     x, features, row = far
     near = dedup(x, threshold=0.9, method="exact", grouping=grouping)
-    forest = near.found.forest
-    found = Found(
+    forest = near.search.forest
+    found = SearchResult(
         names=[f"part {number}" for number in range(5)],
         offsets=features.offsets,
         threshold=0.9,
         forest=make_edges(row[forest.a], row[forest.b], forest.similarity),
-        copies=row[near.found.copies],
-        firsts=row[near.found.firsts],
+        copies=row[near.search.copies],
+        originals=row[near.search.originals],
         bad=np.empty(0, np.int64),
     )
-    result = decide(found, features, 0.9, grouping, "first", 0)
+    result = decide(found, features, 0.9, grouping, "first", rank_by("first", 0, None))
     for name in ("row", "group", "representative"):
         expected = row[getattr(near.members, name)]
         assert getattr(result.members, name).tolist() == expected.tolist()
@@ -138,14 +138,11 @@ def test_groups_and_masks_past_2_32(far, grouping):
     table = groups_table(found, result.members, None).to_pydict()
     assert set(table["shard"]) == {"part 1", "part 3"}
     assert max(table["shard_row"]) < 2500
-    assert levels(found, [0.9, 0.95]) == levels(near.found, [0.9, 0.95])
-    gone, rows = 0, 0
-    for mask in result.mask():
-        part = row[(row >= rows) & (row < rows + len(mask))] - rows
-        expected = near.is_dup[np.searchsorted(row, part + rows)]
-        assert np.array_equal(mask[part], expected)
-        gone, rows = gone + int(np.count_nonzero(mask)), rows + len(mask)
-    assert (gone, rows) == (near.removed, LAION_5B)
+    assert levels(found, [0.9, 0.95]) == levels(near.search, [0.9, 0.95])
+    assert len(result.is_dup) == LAION_5B
+    assert np.array_equal(result.is_dup[row], near.is_dup)
+    assert (result.removed, result.rows) == (near.removed, LAION_5B)
+    assert result.removed_rows.row.tolist() == row[near.is_dup].tolist()
 
 
 def test_all_is_the_same_in_eight_bytes_a_row(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 from snipdedup import config, progress
 from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.index.search import Searcher, Source, neighbours
+from snipdedup.index.search import Searcher, Source
 from snipdedup.parallel import ordered_map
 from snipdedup.statistics import proportion_interval
 
@@ -180,7 +180,7 @@ def best_scores(
     same = np.float32(rule == "ratio")
     parts = []
     # Two places are enough: rows that share a code are one entry, so the row itself takes one.
-    for queries, D, I in neighbours(searcher, source, k=2, threads=threads):
+    for queries, D, I in searcher.search(source, 2, threads):
         score = scores(D, queries.own, rule)
         score[(I < 0) | (queries.rows[:, None] == I)] = np.inf
         best = score.min(axis=1)

@@ -16,9 +16,8 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.features.shards import plan_blocks
-from snipdedup.index.classes import Classes
 from snipdedup.index.quantizer import Quantiser
-from snipdedup.index.search import QUERY_ROWS, Queries, Searcher, Source
+from snipdedup.index.search import QUERY_ROWS, Classes, Queries, Searcher, Source
 from snipdedup.parallel import ordered_map
 from snipdedup.storage import atomic
 

@@ -9,9 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.auditing.proof import raw_cosines
+from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
+from snipdedup.features.shards import Features
+from snipdedup.groups.members import concatenate, no_members
+from snipdedup.metadata.tables import KEY_COLUMNS
+from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts
 from snipdedup.statistics import proportion_interval
-from snipdedup.storage import atomic
+from snipdedup.storage.atomic import replacing
 
 COLUMNS = (
     "row", "representative", "cosine", "verdict",
@@ -23,106 +29,145 @@ NO = {"no", "n", "0", "false", "different", "other"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute, or worse
 
 
-def write_sheet(path: Path, pairs: list[dict[str, Any]]) -> None:
-    """Write pairs as CSV with an empty column ``verdict``.
+def pick_ordinals(total: int, wanted: int, seed: int) -> np.ndarray:
+    """Return ``wanted`` (or all, if fewer) of the numbers below ``total`` at random, ascending."""
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(total, min(total, wanted), replace=False, shuffle=False))
 
-    Parameters
-    ----------
-    path : Path
-        Must not exist: it may hold a person's verdicts.
-    pairs : list of dict
-        By the names of `COLUMNS`.
+
+def sample_pairs(
+    folder: Path,
+    manifest: dict[str, Any],
+    features: Features,
+    texts: RowTexts,
+    *,
+    n: int,
+    seed: int,
+    threads: int,
+    memory: int,
+) -> list[dict[str, Any]]:
+    """Return random removed pairs as `COLUMNS` has them, in random order.
+
+    Rows that are removed for a reference are left out: captions of references are not known.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for pair in pairs:
-        writer.writerow({name: defused(value) for name, value in pair.items()})
-    with atomic.replacing(path) as part:
-        part.write_text(text.getvalue(), encoding="utf-8-sig")  # else Excel guesses wrong
+    counts = manifest["counts"]
+    chosen = pick_ordinals(counts["removed"] - counts.get("removed_for_reference", 0), n, seed)
+    parts, before = [], 0
+    for members in whole_groups(folder / "groups.parquet", marked=True):
+        own = pick(members, members.is_dup & (members.representative >= 0))
+        low, high = np.searchsorted(chosen, [before, before + len(own.row)])
+        parts.append(pick(own, chosen[low:high] - before))
+        before += len(own.row)
+    removed = concatenate(no_members(), *parts)
+    order = np.random.default_rng(seed).permutation(len(removed.row))
+    a, b = removed.row[order], removed.representative[order]
+    cosine = raw_cosines(features, a, b, threads=threads, memory=memory)
+    rows = np.concatenate([a, b])
+    known = {
+        name: texts.read(texts.find(None, columns), rows)
+        for name, columns in (("url", URLS), ("caption", CAPTIONS), ("key", KEY_COLUMNS))
+    }
+    known["key"] |= read_keys(folder / "groups.parquet", rows)
+    pairs = []
+    for x, y, value in zip(a.tolist(), b.tolist(), cosine.tolist(), strict=True):
+        pair = {"row": x, "representative": y, "cosine": f"{value:.6f}"}
+        for prefix, row in (("", x), ("representative_", y)):
+            path, place = features.place(row)
+            pair |= {prefix + name: values.get(row, "") for name, values in known.items()}
+            pair[prefix + "place"] = f"{path.name} row {place}"
+        pairs.append(pair)
+    return pairs
 
 
 def refuse_existing(path: Path) -> None:
     """Refuse to write over a sheet, which may be judged already."""
     if path.exists():
         raise SnipError(
-            f"{path} exists and may hold verdicts; give it back with --judged, or choose another "
-            "name for --sheet"
+            f"{path} exists and may hold verdicts; read it with --judged, or choose another name "
+            "for --sheet"
         )
 
 
-def defused(value: Any) -> Any:
-    """Return a text that no spreadsheet takes for a formula; captions are anyone's."""
-    if isinstance(value, str) and value.startswith(FORMULA):
-        return "'" + value
-    return value
+def write_sheet(path: Path, pairs: list[dict[str, Any]]) -> None:
+    """Write pairs as CSV with an empty column ``verdict``.
+
+    A text that a spreadsheet would take for a formula gets a quote in front.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for pair in pairs:
+        writer.writerow(
+            {
+                name: f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+                for name, value in pair.items()
+            }
+        )
+    with replacing(path) as part:
+        part.write_text(text.getvalue(), encoding="utf-8-sig")  # else Excel guesses wrong
 
 
-def read_verdicts(path: Path) -> tuple[np.ndarray, np.ndarray, list[bool | None]]:
-    """Read a sheet that was judged.
-
-    Returns
-    -------
-    rows, representatives : (n,) int64
-    verdicts : list of bool or None
-        Whether the person found the two to be the same; None where nothing was written.
+def human_precision(folder: Path, path: Path) -> str:
+    """Return the precision that a person found in a sheet of this OUT.
 
     Raises
     ------
     SnipError
-        If it is no such sheet, or a verdict is neither yes nor no: names the line.
+        If the sheet is of another run, or nothing was judged.
+    """
+    judged = read_verdicts(path)
+    rows = np.array([row for row, _, _ in judged], np.int64)
+    known: dict[int, int] = {}
+    for members in whole_groups(folder / "groups.parquet"):
+        found = pick(members, members.is_dup & np.isin(members.row, rows))
+        known |= zip(found.row.tolist(), found.representative.tolist(), strict=True)
+    for row, representative, _ in judged:
+        if known.get(row) != representative:
+            raise SnipError(
+                f"{path}: row {row:,} is not removed for row {representative:,} in {folder}; the "
+                "sheet is of another run"
+            )
+    verdicts = [verdict for _, _, verdict in judged if verdict is not None]
+    if not verdicts:
+        raise SnipError("no verdict in the sheet: write yes or no into its column verdict")
+    right, total = sum(verdicts), len(verdicts)
+    low, high = proportion_interval(right, total)
+    text = (
+        f"human precision {100 * right / total:.1f} % ({right:,} of {total:,} judged pairs are "
+        f"duplicates; 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    )
+    if total < len(judged):
+        text += f"\n{len(judged) - total:,} pairs of the sheet have no verdict yet"
+    return text
+
+
+def read_verdicts(path: Path) -> list[tuple[int, int, bool | None]]:
+    """Read a sheet that was judged: row, representative, verdict (None where it is empty).
+
+    Raises
+    ------
+    SnipError
+        If it is no such sheet, or a verdict is neither yes nor no; names the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SnipError(f"{path}: expected a sheet of --sheet as UTF-8 CSV: {error}") from error
     head = text.partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)  # what spreadsheets of other countries save
+    delimiter = max(",;\t", key=head.count)  # spreadsheets of some countries save others
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     missing = {"row", "representative", "verdict"} - set(reader.fieldnames or ())
     if missing:
-        raise SnipError(
-            f"{path}: expected a sheet of --sheet, its column {min(missing)} is not there"
-        )
-    found: list[tuple[int, int, bool | None]] = []
+        raise SnipError(f"{path}: expected a sheet of --sheet, it has no column {min(missing)}")
+    judged: list[tuple[int, int, bool | None]] = []
     for line in reader:
         where = f"{path} line {reader.line_num}"
         try:
-            pair = int(line["row"]), int(line["representative"])
+            row, representative = int(line["row"]), int(line["representative"])
         except (TypeError, ValueError):
             raise SnipError(f"{where}: expected row numbers, found {line['row']!r}") from None
-        found.append((*pair, verdict_of(line["verdict"], where)))
-    rows, representatives = (np.array([f[i] for f in found], np.int64) for i in (0, 1))
-    return rows, representatives, [judged for *_, judged in found]
-
-
-def verdict_of(text: str | None, where: str) -> bool | None:
-    """Return what a person wrote: True for yes, False for no, None for nothing."""
-    word = (text or "").strip().lower()
-    if not word:
-        return None
-    if word not in YES | NO:
-        raise SnipError(f"{where}: expected yes or no as verdict, found {text!r}")
-    return word in YES
-
-
-def precision_text(verdicts: list[bool | None]) -> str:
-    """Return the human precision with its interval.
-
-    Raises
-    ------
-    SnipError
-        If nothing was judged.
-    """
-    judged = [verdict for verdict in verdicts if verdict is not None]
-    if not judged:
-        raise SnipError("no verdict in the sheet: write yes or no into its column verdict")
-    right, total = sum(judged), len(judged)
-    low, high = proportion_interval(right, total)
-    lines = [
-        f"human precision {100 * right / total:.1f} % ({right:,} of {total:,} judged pairs are "
-        f"duplicates; 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-    ]
-    if total < len(verdicts):
-        lines.append(f"{len(verdicts) - total:,} pairs of the sheet have no verdict yet")
-    return "\n".join(lines)
+        word = (line["verdict"] or "").strip().lower()
+        if word not in {"", *YES, *NO}:
+            raise SnipError(f"{where}: expected yes or no as verdict, found {line['verdict']!r}")
+        judged.append((row, representative, word in YES if word else None))
+    return judged

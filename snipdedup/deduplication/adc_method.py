@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,15 +23,15 @@ from snipdedup.adc.threshold import (
     passes,
     true_duplicates,
 )
-from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.scan import scan
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.build import build
-from snipdedup.index.classes import Classes, classes_of
 from snipdedup.index.folder import Index, Space
 from snipdedup.index.search import (
     QUERY_ROWS,
+    Classes,
     Queries,
     Searcher,
     code_queries,
@@ -116,7 +117,7 @@ class Adc:
     def __init__(
         self, index: Index, features: Features | None, space: Space, options: config.Dedup
     ) -> None:
-        self.rows, self.classes = index.rows, classes_of(index.lists())
+        self.rows, self.classes = index.rows, Classes.of(index.lists())
         self.searcher = Searcher(index, self.classes.lists, options.nprobe)
         self.shared = self.classes.shared(index.rows)
         self.k, self.threads = options.k, cores(options.threads)
@@ -262,7 +263,9 @@ def sample_scores(adc: Adc, sample: np.ndarray) -> np.ndarray:
     return best_scores(adc.searcher, adc.shared, queries, adc.rule, adc.threads)
 
 
-def search_adc(features: Features | None, options: config.Dedup, work: Path, stage: Stage) -> Found:
+def search_adc(
+    features: Features | None, options: config.Dedup, work: Path, stage: Stage
+) -> SearchResult:
     """Find pairs by the adaptive threshold on the ADC distance.
 
     Parameters
@@ -298,18 +301,9 @@ def search_adc(features: Features | None, options: config.Dedup, work: Path, sta
             open_ = (a != b) & ~skip[a] & ~skip[b]
             for edges in verify_pairs(features, a[open_], b[open_], options.threshold, threads):
                 builder.add(edges)
-    return Found(
-        names=[shard.path.name for shard in features.shards],
-        offsets=features.offsets,
-        threshold=options.threshold,
-        forest=builder.forest(),
-        copies=seen.copies,
-        firsts=seen.firsts,
-        bad=seen.bad,
-        checksums=seen.checksums,
-        flags=adc.flags,
-        notes=describe(adc),
-    )
+    flags = adc.flags
+    found = SearchResult.of(features, options.threshold, seen, builder.forest(), describe(adc))
+    return dataclasses.replace(found, flags=flags)
 
 
 def check_given(features: Features | None, options: config.Dedup) -> None:
@@ -321,7 +315,7 @@ def check_given(features: Features | None, options: config.Dedup) -> None:
         If it is not there, or is of other features.
     """
     if options.index is not None:
-        index = Index.open(options.index)
+        index = Index(options.index)
         if features is not None:
             query_space(index, features, options.encoder)
     elif options.encoder is not None:
@@ -335,7 +329,7 @@ def check_given(features: Features | None, options: config.Dedup) -> None:
 def open_or_build(features: Features | None, options: config.Dedup, work: Path) -> Index:
     """Open the index given, or build one of the features."""
     if options.index is not None or features is None:
-        return Index.open(str(options.index))
+        return Index(str(options.index))
     asked = config.Index(
         features=options.features,
         out=str(work / "index"),
@@ -345,7 +339,7 @@ def open_or_build(features: Features | None, options: config.Dedup, work: Path) 
         bad_rows=options.bad_rows,
     )
     drop_damaged(work / "index")
-    return build(features, work / "index", asked)[0]
+    return build(features, work / "index", asked)
 
 
 def drop_damaged(folder: Path) -> None:
@@ -363,7 +357,7 @@ def drop_damaged(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def unverified(index: Index, options: config.Dedup, work: Path, stage: Stage) -> Found:
+def unverified(index: Index, options: config.Dedup, work: Path, stage: Stage) -> SearchResult:
     """Group what passes in an index whose rows are not at hand."""
     with stage("search"):
         adc = adc_candidates(index, None, options, work)
@@ -373,13 +367,13 @@ def unverified(index: Index, options: config.Dedup, work: Path, stage: Stage) ->
             pairs.append(edges)
             builder.add(spanning_forest(edges))
     nothing = np.empty(0, np.int64)
-    return Found(
+    return SearchResult(
         names=[str(shard["name"]) for shard in index.manifest["shards"]],
         offsets=index.offsets,
         threshold=options.threshold,
         forest=builder.forest(),
         copies=nothing,
-        firsts=nothing,
+        originals=nothing,
         bad=index.bad_rows(),
         pairs=unique_edges(join_edges(pairs)),
         flags=adc.flags,

@@ -1,8 +1,7 @@
-"""What there is to count: over the members of groups, and over the forest at other thresholds."""
+"""The numbers of a result: counts, the table of thresholds, and the summary that is printed."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,32 +10,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.deduplication.found import Found
+from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.groups.blocks import slices
 from snipdedup.groups.members import Members, group_starts
 from snipdedup.join.forest import Edges, link_smaller, number_ends
 
 
-class Tally(NamedTuple):
-    """What members amount to.
+class Counts(NamedTuple):
+    """Numbers of rows and groups.
 
     Attributes
     ----------
     removed, chained : int
-        Rows that go; of these, those below the threshold to what stands for them.
+        Removed rows; of these, those below the threshold to their representative.
     for_reference : int
-        Rows that go for a row of a reference.
+        Rows removed for a reference row.
     sizes : mapping of int to int
         How many groups have each size.
-    named : mapping of int to int
-        How many rows that stay stand for each number of others.
+    represented : mapping of int to int
+        How many kept rows represent each number of others.
     """
 
     removed: int
     chained: int
     for_reference: int
     sizes: Mapping[int, int]
-    named: Mapping[int, int]
+    represented: Mapping[int, int]
 
     @property
     def groups(self) -> int:
@@ -49,26 +48,20 @@ class Tally(NamedTuple):
         return max(self.sizes, default=1)
 
 
-def count(members: Members, threshold: float) -> Tally:
+def count_members(members: Members, threshold: float) -> Counts:
     """Count members; a representative that is a row of the set lies in its group."""
     removed = chained = for_reference = 0
     sizes: Counter[int] = Counter()
-    named: Counter[int] = Counter()
+    represented: Counter[int] = Counter()
     for part in slices(members):
-        gone = part.representative[part.is_dup]
-        removed += len(gone)
+        named = part.representative[part.is_dup]
+        removed += len(named)
         chained += int((part.similarity[part.is_dup] < np.float32(threshold)).sum())
-        for_reference += int((gone < 0).sum())
-        sizes.update(counted(np.diff(group_starts(part.group))))
-        row, stands_for = np.unique(gone[gone >= 0], return_counts=True)
-        named.update(counted(stands_for[~np.isin(row, part.row[part.is_dup])]))
-    return Tally(removed, chained, for_reference, sizes, named)
-
-
-def counted(values: np.ndarray) -> dict[int, int]:
-    """Return how often each value occurs."""
-    found, counts = np.unique(values, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+        for_reference += int((named < 0).sum())
+        sizes.update(np.diff(group_starts(part.group)).tolist())
+        row, count = np.unique(named[named >= 0], return_counts=True)
+        represented.update(count[~np.isin(row, part.row[part.is_dup])].tolist())
+    return Counts(removed, chained, for_reference, sizes, represented)
 
 
 @dataclass(frozen=True)
@@ -81,12 +74,14 @@ class Level:
     largest: int
 
 
-def levels(found: Found, thresholds: list[float], folder: Path | None = None) -> list[Level]:
-    """Return, for each threshold, what the components of the forest amount to."""
+def levels(
+    search: SearchResult, thresholds: list[float], folder: Path | None = None
+) -> list[Level]:
+    """Return, for each threshold, what components of the forest would remove."""
     lines = [Level(threshold, 0, 0, 1) for threshold in thresholds]
     if not lines:
         return lines
-    for block in found.blocks(found.threshold, folder):
+    for block in search.blocks(search.threshold, folder):
         for number, sizes in component_sizes(block.whole_forest(), thresholds):
             line = lines[number]
             lines[number] = Level(
@@ -113,6 +108,83 @@ def component_sizes(forest: Edges, thresholds: Sequence[float]) -> Iterator[tupl
         yield int(number), sizes[sizes > 1]
 
 
-def as_json(lines: list[Level]) -> list[dict[str, Any]]:
-    """Return a threshold table as JSON values."""
-    return [dataclasses.asdict(line) for line in lines]
+def summarize(entries: dict[str, Any]) -> str:
+    """Return the lines that a run ends with, from its manifest or `Result.entries`."""
+    counts, settings, method = entries["counts"], entries["settings"], entries["method"]
+    rows, removed = counts["rows"], counts["removed"]
+    how = f"threshold {settings['threshold']:g}, grouping {settings['grouping']}"
+    if entries.get("epsilons"):
+        epsilon = 1 - settings["threshold"]
+        how = f"SemDeDup with {method['clusters']:,} clusters, epsilon {epsilon:g}"
+    lines = [
+        f"{rows:,} rows, {how}, keep {settings['keep']}",
+        f"  removed     {removed:>12,}  ({100 * (removed / rows):.2f} %)",
+        f"  stay        {counts['kept']:>12,}",
+        f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
+        f"  exact copies{counts['exact_copies']:>12,}",
+    ]
+    if "reference_rows" in counts:
+        lines.append(
+            f"  for others  {counts['removed_for_reference']:>12,}  go for one of "
+            f"{counts['reference_rows']:,} reference rows"
+        )
+    if settings.get("references_only"):
+        lines.append("  note: rows were compared with the references only, not with one another")
+    if "model" in method:
+        how = (
+            "by the model that its run kept"
+            if method["model"] == "kept"
+            else "by a new model; --keep_work in the run it refers to would save that time"
+        )
+        lines.append(f"  note: the reference rows were encoded again, {how}")
+    for column, caught in entries.get("baselines", {}).items():
+        lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
+    if counts["bad_rows"]:
+        lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (stay; see bad_rows.parquet)")
+    if counts["chained"]:
+        lines.append(
+            f"  chained     {counts['chained']:>12,}  removed rows are below the threshold to the "
+            "row that stays; --grouping star avoids that"
+        )
+    if not entries["verified"]:
+        lines.append("  unverified: no features were given, so no pair was proved")
+    lines += table_lines(entries["thresholds"])
+    lines += epsilon_lines(entries.get("epsilons", []), rows, method)
+    if "seconds" in entries:
+        spent = [f"{stage} {seconds:.1f}" for stage, seconds in entries["seconds"].items()]
+        lines.append(f"seconds: {', '.join(spent)}")
+    return "\n".join(lines)
+
+
+def table_lines(table: list[dict[str, Any]]) -> list[str]:
+    """Lay out the table of thresholds."""
+    if not table:
+        return []
+    lines = ["", "  components at threshold   rows that go        groups  largest group"]
+    for level in table:
+        lines.append(
+            f"  {level['threshold']:>23.3f}   {level['removed']:>12,}  {level['groups']:>12,}  "
+            f"{level['largest']:>13,}"
+        )
+    return [*lines, ""]
+
+
+def epsilon_lines(table: list[dict[str, Any]], rows: int, method: dict[str, Any]) -> list[str]:
+    """Lay out what each epsilon removes, and what borders of clusters cost the first."""
+    if not table:
+        return []
+    lines = ["", "     epsilon   rows that go"]
+    for level in table:
+        share = 100 * level["removed"] / rows
+        lines.append(f"  {level['epsilon']:>10g}   {level['removed']:>12,}  ({share:.2f} %)")
+    if "borders" in method:
+        cost = method["borders"]
+        share = 100 * cost["across"] / max(1, cost["pairs"])
+        lines += [
+            "",
+            f"  borders: {cost['across']:,} of {cost['pairs']:,} pairs ({share:.2f} %) lie in two "
+            "clusters, so they are not compared;",
+            f"  {cost['beside']:,} rows stay beside a match that join finds (join with star: "
+            f"{cost['star']:,} rows go, {cost['both']:,} of them here too)",
+        ]
+    return [*lines, ""]

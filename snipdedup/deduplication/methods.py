@@ -1,242 +1,262 @@
-"""The search: what there is to compare, and which pairs the method asked for finds."""
+"""The search methods: which pairs of rows each of them finds.
+
+The join and brute force find pairs, with references and captions; SemDeDup's rule finds matches
+inside clusters. Method ``adc`` is in `adc_method`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from snipdedup.config import Dedup
-from snipdedup.deduplication.adc_method import check_given, search_adc
-from snipdedup.deduplication.captions import with_captions
-from snipdedup.deduplication.found import Found
 from snipdedup.deduplication.inputs import Inputs
-from snipdedup.deduplication.references import References, kept_model, settle
+from snipdedup.deduplication.references import References, own_pairs
 from snipdedup.deduplication.result import choose
+from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.deduplication.semdedup import search_semdedup
 from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
+from snipdedup.groups.keep import rank_by
 from snipdedup.groups.members import Best
-from snipdedup.groups.pairs import all_pairs
+from snipdedup.groups.pairs import all_pairs, pairs_within
+from snipdedup.groups.star import Also
 from snipdedup.join.brute_force import exact_edges
-from snipdedup.join.forest import Edges, ForestBuilder, join_edges
+from snipdedup.join.forest import Edges, ForestBuilder, components, join_edges
 from snipdedup.join.memory import needed_memory
 from snipdedup.join.model import is_readable
 from snipdedup.join.pipeline import join
 from snipdedup.join.tasks import JoinSettings
-from snipdedup.parallel import cores, memory_bound
+from snipdedup.parallel import Stage, memory_bound
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner
 from snipdedup.runners.local import Local
 
 
-def method_of(options: Dedup) -> str:
-    """Return the method asked for; an index without one means ``adc``."""
-    if options.method is not None:
-        return options.method
-    return "adc" if options.index is not None else "join"
+@dataclass(frozen=True)
+class SearchSettings:
+    """What a search is asked for, and how it may compute.
 
-
-def search(
-    inputs: Inputs, options: Dedup, work: Path, clock: Clock, runner: Runner | None = None
-) -> Found:
-    """Find all pairs by the method asked for; ``runner`` does the tasks of a join.
-
-    Raises
-    ------
-    SnipError
-        If there are bad rows and they are not to be kept.
-    slurm.ShareDone
-        If this is not the process that writes the result.
+    ``clusters``, ``keep`` and ``borders`` are for SemDeDup's rule.
     """
-    features, method = inputs.features, method_of(options)
-    if method == "adc" or features is None:
-        return search_adc(features, options, work, clock.stage)
-    if method == "semdedup":
-        return find_semdedup(features, options, work, clock)
-    joined = functools.partial(search_join, runner=runner)
-    compare = joined if method == "join" else search_exact
-    if method == "join":  # refused before anything is written
-        every = inputs.references.before(features) if inputs.references else features
-        here = cores(options.threads) if runner is None else runner.here
-        memory_bound(options.max_memory, needed_memory(every, here))
-    if inputs.references is None:
-        found = make_found(features, options, *compare(features, 0, options, work, clock))
-    else:
-        found = find_beside(inputs.references, features, options, work, clock, compare)
-    also = inputs.also(options)
-    if inputs.text is None or also is None:
-        return found
-    with clock.stage("captions"):
-        seen = read_all(inputs.text, options)
-        found = with_captions(found, features, seen, also, cores(options.threads))
-    return dataclasses.replace(found, text_checksums=seen.checksums)
+
+    method: str
+    threshold: float
+    recall: float
+    seed: int
+    keep_bad: bool
+    references_only: bool
+    encoder: Path | None
+    clusters: int
+    keep: str
+    borders: bool
+    chunk_rows: int
+    threads: int
+    max_memory: str | None
+    device: str
+
+    def scan(self, features: Features) -> Scan:
+        """Read all rows once."""
+        return scan(
+            features, chunk_rows=self.chunk_rows, threads=self.threads, keep_bad=self.keep_bad
+        )
 
 
-def search_join(
+def search_features(
+    inputs: Inputs, features: Features, settings: SearchSettings, work: Path, runner: Runner | None,
+    stage: Stage,
+) -> SearchResult:  # fmt: skip
+    """Find all pairs by the join or by brute force, or all matches by SemDeDup's rule.
+
+    The tasks of the join leave their files in ``work``; ``runner`` does them, or threads of this
+    process. ``stage`` times a stage by its name.
+    """
+    if settings.method == "semdedup":
+        return find_matches(features, settings, work, stage)
+    if inputs.references is not None:
+        return find_beside(inputs.references, features, settings, work, runner, stage)
+    found = find_pairs(features, settings, work, runner, stage)
+    search = SearchResult.of(features, settings.threshold, *found)
+    if inputs.text is None or inputs.also is None:
+        return search
+    with stage("captions"):
+        texts = settings.scan(inputs.text)
+        search = match_captions(search, features, texts, inputs.also, settings.threads)
+    return dataclasses.replace(search, text_checksums=texts.checksums)
+
+
+def find_pairs(
     features: Features,
-    frozen: int,
-    options: Dedup,
+    settings: SearchSettings,
     work: Path,
-    clock: Clock,
-    runner: Runner | None = None,
-    kept: Path | None = None,
+    runner: Runner | None,
+    stage: Stage,
+    *,
+    reference_rows: int = 0,
+    model: Path | None = None,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
-    """Find pairs by the join, by the model ``kept`` if there is one.
+    """Find the pairs of some rows; those among the first ``reference_rows`` are not wanted.
 
-    Pairs among the first ``frozen`` rows are not wanted. What is returned as forest, and which
-    pairs else are not wanted: see `join`.
+    Return the scan, the forest (see `forest.spanning_forest`), and figures for the manifest.
     """
-    check_given(features, options)
-    runner = runner or Local(cores(options.threads))
-    settings = JoinSettings(
-        threshold=options.threshold,
-        recall=options.recall,
-        seed=options.seed or 0,
-        keep_bad=options.bad_rows == "keep",
-        chunk_rows=options.chunk_rows,
-        device="cpu" if options.runner == "ray" else options.device,
-        reference_rows=frozen,
-        references_only=options.references_only and frozen > 0,
-        encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
-        kept_model=kept,
-    )
-    memory = memory_bound(options.max_memory, needed_memory(features, runner.here, frozen))
-    return join(features, settings, work, runner, memory=memory, stage=clock.stage)
-
-
-def search_exact(
-    features: Features, frozen: int, options: Dedup, work: Path, clock: Clock
-) -> tuple[Scan, Edges, dict[str, Any]]:
-    """Find all pairs by brute force, but those among the first ``frozen`` rows."""
-    del work
-    threads, memory = cores(options.threads), memory_bound(options.max_memory)
-    with clock.stage("read"):
-        seen = read_all(features, options)
-    with clock.stage("compare"):
-        rows = np.flatnonzero(~seen.skipped(features.rows, frozen))
-        builder = ForestBuilder(frozen)
+    references_only = settings.references_only and reference_rows > 0
+    if settings.method != "exact":
+        runner = runner or Local(settings.threads)
+        asked = JoinSettings(
+            threshold=settings.threshold,
+            recall=settings.recall,
+            seed=settings.seed,
+            keep_bad=settings.keep_bad,
+            chunk_rows=settings.chunk_rows,
+            device=settings.device,
+            reference_rows=reference_rows,
+            references_only=references_only,
+            encoder=settings.encoder,
+            kept_model=model,
+        )
+        need = needed_memory(features, runner.here, reference_rows)
+        memory = memory_bound(settings.max_memory, need)
+        return join(features, asked, work, runner, memory=memory, stage=stage)
+    with stage("read"):
+        seen = settings.scan(features)
+    with stage("compare"):
+        rows = np.flatnonzero(~seen.skipped(features.rows, reference_rows))
+        builder = ForestBuilder(reference_rows)
         for edges in exact_edges(
-            features, rows, options.threshold, threads=threads, memory=memory,
-            reference_rows=frozen, references_only=options.references_only and frozen > 0,
+            features, rows, settings.threshold, threads=settings.threads,
+            memory=memory_bound(settings.max_memory), reference_rows=reference_rows,
+            references_only=references_only,
         ):  # fmt: skip
             builder.add(edges)
     return seen, builder.forest(), {}
 
 
-def read_all(features: Features, options: Dedup) -> Scan:
-    """Read all rows once."""
-    return scan(
-        features,
-        chunk_rows=options.chunk_rows,
-        threads=cores(options.threads),
-        keep_bad=options.bad_rows == "keep",
-    )
-
-
 def find_beside(
-    references: References,
-    features: Features,
-    options: Dedup,
-    work: Path,
-    clock: Clock,
-    compare: Any,
-) -> Found:
-    """Search over reference rows and features, and cut down what is found to the features."""
-    rows, frozen = references.before(features), references.rows
-    joins = method_of(options) == "join"
-    model = kept_model(references, features.rows, options) if joins else None
-    if model is not None and not is_readable(model):
-        model = None
-    if model is not None:
-        compare = functools.partial(compare, kept=model)
-    seen, forest, notes = compare(rows, frozen, options, work, clock)
+    references: References, features: Features, settings: SearchSettings, work: Path,
+    runner: Runner | None, stage: Stage,
+) -> SearchResult:  # fmt: skip
+    """Search over reference rows and features; return what concerns the features."""
+    rows, first, model = references.before(features), references.rows, None
+    joins = settings.method == "join"
+    if joins:
+        model = references.kept_model(
+            features.rows,
+            threshold=settings.threshold,
+            recall=settings.recall,
+            seed=settings.seed,
+            encoder=None if settings.encoder is None else str(settings.encoder),
+        )
+        model = model if model is not None and is_readable(model) else None
+    seen, forest, notes = find_pairs(
+        rows, settings, work, runner, stage, reference_rows=first, model=model
+    )
     if joins:
         notes = {**notes, "model": "fitted" if model is None else "kept"}
-    with clock.stage("refer"):
-        settled = settle(
-            rows,
-            frozen,
-            forest,
-            (seen.copies, seen.firsts),
-            options.threshold,
-            cores(options.threads),
-            across=options.references_only,
-            folder=work / "refer",
-        )
+    with stage("refer"):
+        own, copies, originals, nearest = own_pairs(
+            rows, first, forest, (seen.copies, seen.firsts), settings.threshold, settings.threads,
+            references_only=settings.references_only, folder=work / "refer",
+        )  # fmt: skip
     shards = len(references.features.shards)
-    bad = seen.bad[seen.bad >= frozen] - frozen
-    own = Scan(bad, settled.copies, settled.firsts, seen.checksums[shards:])
+    bad = seen.bad[seen.bad >= first] - first
+    own_scan = Scan(bad, copies, originals, seen.checksums[shards:])
     return dataclasses.replace(
-        make_found(features, options, own, settled.forest, notes),
+        SearchResult.of(features, settings.threshold, own_scan, own, notes),
         references=references,
         reference_checksums=seen.checksums[:shards],
-        nearest=settled.nearest,
+        references_only=settings.references_only,
+        nearest=nearest,
     )
 
 
-def find_semdedup(features: Features, options: Dedup, work: Path, clock: Clock) -> Found:
-    """Find by SemDeDup's rule, and what the borders of its clusters cost."""
-    with clock.stage("read"):
-        seen = read_all(features, options)
+def match_captions(
+    search: SearchResult, features: Features, texts: Scan, also: Also, threads: int
+) -> SearchResult:
+    """Return a search of images cut down to pairs whose captions match as well.
+
+    Each group of images is compared again, exact copies included: their captions may differ.
+    ``texts`` is the scan of the captions: bad rows match nothing, copies must be copies there too.
+    """
+    bad = np.union1d(search.bad, texts.bad)
+    copies, originals = common_copies(search, texts)
+    row, group = components(search.whole_forest)
+    use = ~np.isin(row, bad) & ~np.isin(row, copies)
+    row, group = row[use], group[use]
+    order = np.lexsort((row, group))
+    builder = ForestBuilder()
+    for edges in pairs_within(features, row[order], group[order], search.threshold, threads, also):
+        builder.add(edges)
+    return dataclasses.replace(
+        search, forest=builder.forest(), copies=copies, originals=originals, bad=bad, also=also
+    )
+
+
+def common_copies(search: SearchResult, texts: Scan) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that are copies in image and caption, ascending, and each one's original."""
+    row = np.union1d(search.copies, search.originals)
+    image = search.original_of(row)
+    text = row.copy()
+    at = np.flatnonzero(np.isin(row, texts.copies))
+    text[at] = texts.firsts[np.searchsorted(texts.copies, row[at])]
+    order = np.lexsort((row, text, image))
+    row, image, text = row[order], image[order], text[order]
+    new = np.ones(len(row), bool)
+    new[1:] = (image[1:] != image[:-1]) | (text[1:] != text[:-1])
+    original = row[new][np.cumsum(new) - 1] if len(row) else row
+    order = np.argsort(row[~new])
+    return row[~new][order], original[~new][order]
+
+
+def find_matches(
+    features: Features, settings: SearchSettings, work: Path, stage: Stage
+) -> SearchResult:
+    """Find by SemDeDup's rule, and count what the borders of its clusters cost."""
+    with stage("read"):
+        seen = settings.scan(features)
     best = search_semdedup(
         features,
         seen,
-        clusters=options.clusters,
-        keep=str(options.keep),
-        seed=options.seed or 0,
-        threads=cores(options.threads),
-        stage=clock.stage,
+        clusters=settings.clusters,
+        keep=settings.keep,
+        seed=settings.seed,
+        threads=settings.threads,
+        stage=stage,
     )
     notes: dict[str, Any] = {"clusters": len(best.centroids)}
-    if options.borders:
-        with clock.stage("borders"):
-            notes["borders"] = border_cost(features, best, options, work)
-    found = make_found(features, options, seen, join_edges([]), notes)
-    return dataclasses.replace(found, best=best)
+    if settings.borders:
+        with stage("borders"):
+            notes["borders"] = border_cost(features, best, settings, work)
+    search = SearchResult.of(features, settings.threshold, seen, join_edges([]), notes)
+    return dataclasses.replace(search, best=best)
 
 
-def border_cost(features: Features, best: Best, options: Dedup, work: Path) -> dict[str, int]:
-    """Return what the join finds that lies across borders of clusters.
+def border_cost(
+    features: Features, best: Best, settings: SearchSettings, work: Path
+) -> dict[str, int]:
+    """Return what the join finds across borders of clusters.
 
-    ``pairs`` and ``across`` count pairs of distinct rows; ``beside`` the rows that stay although an
-    earlier row that stays is their pair; ``star`` what star would remove, ``both`` what both do.
+    ``pairs`` and ``across`` count pairs of distinct rows; ``beside`` the rows that are kept
+    although an earlier kept row is their pair; ``star`` what star would remove, ``both`` what both
+    remove.
     """
-    clock = Clock()
-    found = make_found(features, options, *search_join(features, 0, options, work, clock))
-    gone = best.removed(options.threshold)
+    found = find_pairs(features, settings, work, None, Clock().stage)
+    search = SearchResult.of(features, settings.threshold, *found)
+    removed = best.removed(settings.threshold)
     pairs, across = 0, 0
     beside = np.zeros(features.rows, bool)
-    threads = cores(options.threads)
-    for edges in all_pairs(features, found.forest, options.threshold, threads):
+    for edges in all_pairs(features, search.forest, settings.threshold, settings.threads):
         pairs += len(edges.a)
         across += int((best.cluster[edges.a] != best.cluster[edges.b]).sum())
-        beside[edges.b[~gone[edges.a] & ~gone[edges.b]]] = True
-    star = choose(found, features, options.threshold, "star", "first", 0).is_dup
+        beside[edges.b[~removed[edges.a] & ~removed[edges.b]]] = True
+    rank = rank_by("first", 0, None)
+    star = choose(search, features, settings.threshold, "star", "first", rank).is_dup
     return {
         "pairs": pairs,
         "across": across,
         "beside": int(beside.sum()),
         "star": int(star.sum()),
-        "both": int((star & gone).sum()),
+        "both": int((star & removed).sum()),
     }
-
-
-def make_found(
-    features: Features, options: Dedup, seen: Scan, forest: Edges, notes: dict[str, Any]
-) -> Found:
-    """Put together what a scan and a search found."""
-    return Found(
-        names=[shard.path.name for shard in features.shards],
-        offsets=features.offsets,
-        threshold=options.threshold,
-        forest=forest,
-        copies=seen.copies,
-        firsts=seen.firsts,
-        bad=seen.bad,
-        checksums=seen.checksums,
-        notes=notes,
-    )

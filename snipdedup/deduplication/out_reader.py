@@ -1,6 +1,6 @@
-"""What there is to see in OUT: curves, histograms, and samples that a seed draws.
+"""Read the tables of a finished OUT in a stream: whole groups, keys, and figures for a report.
 
-Tables are streamed, whole groups at a time, and what is held is what will be shown.
+Memory holds one batch, and what will be shown.
 """
 
 from __future__ import annotations
@@ -33,16 +33,7 @@ KEEPS = ("first", "last", "random")
 
 @dataclass(frozen=True)
 class Run:
-    """What a survey has to know of the run.
-
-    Attributes
-    ----------
-    threshold : float
-    keep, seed
-        What decided which row stays.
-    offsets : (shards + 1,) int64
-        First row of each shard, then the number of rows.
-    """
+    """The settings of a finished run; ``offsets`` are the first row of each shard, and the end."""
 
     threshold: float
     keep: str
@@ -52,13 +43,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Curve:
-    """What ``--grouping components`` would do at each stop, (s,) each.
+    """What components would remove at each threshold, and how many groups, (s,) int64 each.
 
-    Attributes
-    ----------
-    thresholds : list of str
-        As typed after ``--threshold``; ascending, the searched one first.
-    removed, groups : (s,) int64
+    Thresholds are as typed after ``--threshold``, ascending, the searched one first.
     """
 
     thresholds: list[str]
@@ -68,15 +55,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Group:
-    """One group, and some of its members.
-
-    Attributes
-    ----------
-    size, removed : int
-    lowest : float
-        The smallest cosine of a removed row with its representative.
-    shown : Members
-    """
+    """One group and some of its members; ``lowest`` is the smallest similarity in it."""
 
     size: int
     removed: int
@@ -86,16 +65,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Band:
-    """Removed rows whose cosine with their representative lies in a range; some of them.
+    """Removed rows whose similarity lies in [low, high), both 1 for exactly 1; some are shown.
 
-    Attributes
-    ----------
-    low, high : float
-        The range, ``high`` exclusive; both 1 for rows with a cosine of exactly 1.
-    rows : int
-        Removed rows in it.
-    shown : Members
-        A representative below 0 is the complement of a reference's row.
+    A representative below 0 is the complement of a reference row.
     """
 
     low: float
@@ -106,20 +78,18 @@ class Band:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over ``groups.parquet`` found.
+    """Figures and samples of ``groups.parquet``.
 
     Attributes
     ----------
     edges, similarities : (n,) float64, (n,) int64
-        Lower ends of bins, and removed rows by cosine with their representative; the last bin
-        holds those of exactly 1.
-    bands : list of Band
-    largest : list of Group
+        Lower ends of bins, and removed rows by similarity; the last bin holds exactly 1.
+    bands, largest : list of Band, list of Group
     copied, copies : (k,) int64
         The rows that represent most others, and how many.
     spared, spared_by, spared_rows : Members, (m,) int64, int
-        Rows that stay although one row of their group would do for components, that row, and how
-        many there are.
+        Kept rows that components would remove, the row that they would be removed for, and how many
+        there are.
     below : Band
         Removed rows below the threshold to their representative.
     foreign : (shards,) int64
@@ -157,7 +127,7 @@ def bin_width(start: float) -> Decimal:
 def read_curve(path: Path, rows: int, start: float) -> Curve:
     """Read the forest into what components would do at each stop.
 
-    At any threshold the forest's edges span the components: each edge is a row that goes, and the
+    At any threshold the forest's edges span the components: each edge is a removed row, and the
     rows that edges touch, less the edges, are the groups.
 
     Parameters
@@ -165,7 +135,7 @@ def read_curve(path: Path, rows: int, start: float) -> Curve:
     path : Path
         ``forest.parquet``.
     rows : int
-        Of the whole set; a byte of memory for each.
+        Of the whole set; each needs a byte of memory.
     start : float
         The threshold of the run.
     """
@@ -187,138 +157,110 @@ def read_curve(path: Path, rows: int, start: float) -> Curve:
 
 
 class Reservoir:
-    """Keeps a random sample: of all members offered, those with the smallest hash.
+    """A random sample: of all members offered, those with the smallest hash of seed and row.
 
-    So the sample depends on seed and rows, not on the order or on batches.
+    So it does not depend on the order or on batches.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.offered = size, seed, 0
-        self.held: list[np.ndarray] = []
+        kinds = (np.int64, np.int64, np.int64, np.float32, bool, np.int64)
+        self.columns = [np.empty(0, kind) for kind in kinds]
 
-    def offer(self, *columns: np.ndarray) -> None:
-        """Take columns of equal length; the first holds rows."""
-        self.offered += len(columns[0])
-        if self.held:
-            columns = tuple(map(np.concatenate, zip(self.held, columns, strict=True)))
+    def offer(self, members: Members, more: np.ndarray | None = None) -> None:
+        """Take members, with one number more each if there is one."""
+        self.offered += len(members.row)
+        more = np.zeros(len(members.row), np.int64) if more is None else more
+        new = zip(self.columns, (*members, more), strict=True)
+        columns = [np.concatenate(both) for both in new]
         rank = keep_rank(columns[0], "random", self.seed)
-        best = np.arange(len(rank))
-        if len(rank) > self.size:
-            best = np.argpartition(rank, self.size)[: self.size]
-        best = best[np.argsort(rank[best])]
-        self.held = [column[best] for column in columns]
+        best = np.argsort(rank, kind="stable")[: self.size]
+        self.columns = [column[best] for column in columns]
 
     def members(self) -> Members:
-        """Return the sample, for what was offered as the columns of `Members`."""
-        empty = [np.empty(0, kind) for kind in (np.int64, np.int64, np.int64, np.float32, bool)]
-        return Members(*(self.held or empty)[:5])
+        """Return the sample."""
+        return Members(*self.columns[:5])
 
 
-class Surveyor:
-    """Takes whole groups, a few at a time, and holds what a `Survey` needs."""
-
-    def __init__(self, run: Run, seed: int) -> None:
-        threshold = run.threshold
-        self.run, self.seed, self.threshold = run, seed, np.float32(threshold)
-        width = max(float(bin_width(threshold)), NARROWEST)
-        steps = math.ceil(2 / width)
-        self.bins = (1 - width * np.arange(steps, -1, -1)).astype(np.float32)  # from about -1 to 1
-        self.similarities = np.zeros(steps + 1, np.int64)
-        cuts = [round(threshold + (1 - threshold) * low, 4) for low, _, _ in BANDS]
-        self.cuts = np.array([threshold, *cuts[1:], 1], np.float64)
-        sizes = [*(size for _, _, size in BANDS), EXACT]
-        self.bands = [Reservoir(size, seed) for size in sizes]
-        self.spared, self.below = Reservoir(CHAINED, seed), Reservoir(CHAINED, seed)
-        self.largest: list[Group] = []
-        self.copied = self.copies = np.empty(0, np.int64)
-        self.foreign = np.zeros(len(run.offsets) - 1, np.int64)
-
-    def add(self, members: Members) -> None:
-        """Take the members of whole groups, ordered by group."""
-        gone = pick(members, members.is_dup)
-        self._similarities(gone)
-        gone = pick(gone, gone.representative >= 0)  # others go because of a reference
-        self._copied(gone)
-        self._shards(gone)
-        starts = group_starts(members.group)
-        self._spared(members)
-        self._largest(members, starts)
-
-    def _similarities(self, gone: Members) -> None:
-        known = gone.similarity[~np.isnan(gone.similarity)]
-        bins = np.clip(np.searchsorted(self.bins, known, "right") - 1, 0, None)
-        self.similarities += np.bincount(bins, minlength=len(self.similarities))
-        band = np.searchsorted(self.cuts.astype(np.float32), gone.similarity, "right") - 1
-        band[np.isnan(gone.similarity)] = 0
-        for number, reservoir in enumerate(self.bands):
-            reservoir.offer(*pick(gone, band == number))
-        self.below.offer(*pick(gone, gone.similarity < self.threshold))
-
-    def _copied(self, gone: Members) -> None:
-        """A representative lies in its group, so its count is whole."""
-        rows, counts = np.unique(gone.representative, return_counts=True)
-        rows, counts = np.append(self.copied, rows), np.append(self.copies, counts)
+def survey_groups(path: Path, run: Run, seed: int) -> Survey:
+    """Read ``groups.parquet`` once; ``seed`` draws the samples."""
+    threshold = np.float32(run.threshold)
+    width = max(float(bin_width(run.threshold)), NARROWEST)
+    steps = math.ceil(2 / width)
+    bins = (1 - width * np.arange(steps, -1, -1)).astype(np.float32)  # from about -1 to 1
+    similarities = np.zeros(steps + 1, np.int64)
+    low = [round(run.threshold + (1 - run.threshold) * share, 4) for share, _, _ in BANDS]
+    cuts = np.array([run.threshold, *low[1:], 1], np.float64)
+    bands = [Reservoir(size, seed) for size in (*(size for _, _, size in BANDS), EXACT)]
+    spared, below = Reservoir(CHAINED, seed), Reservoir(CHAINED, seed)
+    foreign = np.zeros(len(run.offsets) - 1, np.int64)
+    largest: list[Group] = []
+    copied = copies = np.empty(0, np.int64)
+    for members in whole_groups(path, marked=True):
+        removed = pick(members, members.is_dup)
+        known = removed.similarity[~np.isnan(removed.similarity)]
+        place = np.clip(np.searchsorted(bins, known, "right") - 1, 0, None)
+        similarities += np.bincount(place, minlength=len(similarities))
+        band = np.searchsorted(cuts.astype(np.float32), removed.similarity, "right") - 1
+        band[np.isnan(removed.similarity)] = 0
+        for number, sample in enumerate(bands):
+            sample.offer(pick(removed, band == number))
+        below.offer(pick(removed, removed.similarity < threshold))
+        removed = pick(removed, removed.representative >= 0)  # not those of a reference row
+        rows, counts = np.unique(removed.representative, return_counts=True)
+        rows, counts = np.append(copied, rows), np.append(copies, counts)  # no group is cut
         best = np.lexsort((rows, -counts))[:COPIED]
-        self.copied, self.copies = rows[best], counts[best]
-
-    def _shards(self, gone: Members) -> None:
+        copied, copies = rows[best], counts[best]
         own, other = (
-            np.searchsorted(self.run.offsets, rows, "right") - 1
-            for rows in (gone.row, gone.representative)
+            np.searchsorted(run.offsets, side, "right") - 1
+            for side in (removed.row, removed.representative)
         )
-        self.foreign += np.bincount(own[own != other], minlength=len(self.foreign))
+        foreign += np.bincount(own[own != other], minlength=len(foreign))
+        spared.offer(*spared_members(members, run))
+        largest = largest_groups(largest, members, seed)
+    filled = np.flatnonzero(similarities)
+    lowest = int(np.searchsorted(bins, threshold, "right")) - 1
+    begin = min(lowest, *filled[:1].tolist(), len(similarities) - 2)
+    ends = zip(cuts.tolist(), [*cuts[1:].tolist(), 1.0], bands, strict=True)
+    return Survey(
+        edges=bins[begin:].astype(np.float64),
+        similarities=similarities[begin:],
+        bands=[Band(low, high, some.offered, ordered(some.members())) for low, high, some in ends],
+        largest=largest,
+        copied=copied,
+        copies=copies,
+        spared=spared.members(),
+        spared_by=spared.columns[5],
+        spared_rows=spared.offered,
+        below=Band(-1, float(threshold), below.offered, below.members()),
+        foreign=foreign,
+    )
 
-    def _spared(self, members: Members) -> None:
-        stays = pick(members, ~members.is_dup)
-        keep = self.run.keep if self.run.keep in KEEPS else "first"  # others need the metadata
-        rank = keep_rank(stays.row, keep, self.run.seed)
-        order = np.lexsort((rank, stays.group))
-        stays = pick(stays, order)
-        starts = group_starts(stays.group)
-        keeper = np.repeat(stays.row[starts[:-1]], np.diff(starts))
-        spared = stays.row != keeper
-        self.spared.offer(*pick(stays, spared), keeper[spared])
 
-    def _largest(self, members: Members, starts: np.ndarray) -> None:
-        sizes = np.diff(starts)
-        for number in np.argsort(-sizes, kind="stable")[:GROUPS]:
-            group = pick(members, slice(starts[number], starts[number + 1]))
-            removed = int(group.is_dup.sum())
-            lowest = float(group.similarity.min())
-            self.largest.append(Group(len(group.row), removed, lowest, self._shown(group)))
-        self.largest.sort(key=lambda group: (-group.size, int(group.shown.group[0])))
-        del self.largest[GROUPS:]
+def spared_members(members: Members, run: Run) -> tuple[Members, np.ndarray]:
+    """Return kept rows that components would remove, and the row that each is removed for."""
+    kept = pick(members, ~members.is_dup)
+    keep = run.keep if run.keep in KEEPS else "first"  # others need the metadata
+    kept = pick(kept, np.lexsort((keep_rank(kept.row, keep, run.seed), kept.group)))
+    starts = group_starts(kept.group)
+    keeper = np.repeat(kept.row[starts[:-1]], np.diff(starts))
+    spared = kept.row != keeper
+    return pick(kept, spared), keeper[spared]
 
-    def _shown(self, group: Members) -> Members:
-        """Return the row that stands for most others, and some of the rest."""
+
+def largest_groups(known: list[Group], members: Members, seed: int) -> list[Group]:
+    """Return the largest of some groups and of these members', with some rows of each."""
+    starts = group_starts(members.group)
+    groups = list(known)
+    for number in np.argsort(-np.diff(starts), kind="stable")[:GROUPS]:
+        group = pick(members, slice(starts[number], starts[number + 1]))
         named = group.representative[group.is_dup & (group.representative >= 0)]
         rows, counts = np.unique(named, return_counts=True)
         first = group.row == (rows[counts.argmax()] if len(rows) else group.row[0])
-        rank = keep_rank(group.row, "random", self.seed)
-        return pick(group, np.lexsort((rank, ~first))[:MEMBERS])
-
-    def survey(self) -> Survey:
-        """Return what was found."""
-        filled = np.flatnonzero(self.similarities)
-        lowest = int(np.searchsorted(self.bins, self.threshold, "right")) - 1
-        begin = min(lowest, *filled[:1].tolist(), len(self.similarities) - 2)
-        cuts = self.cuts.tolist()
-        return Survey(
-            edges=self.bins[begin:].astype(np.float64),
-            similarities=self.similarities[begin:],
-            bands=[
-                Band(low, high, sample.offered, ordered(sample.members()))
-                for low, high, sample in zip(cuts, [*cuts[1:], 1.0], self.bands, strict=True)
-            ],
-            largest=self.largest,
-            copied=self.copied,
-            copies=self.copies,
-            spared=self.spared.members(),
-            spared_by=self.spared.held[5] if self.spared.held else np.empty(0, np.int64),
-            spared_rows=self.spared.offered,
-            below=Band(-1, float(self.threshold), self.below.offered, self.below.members()),
-            foreign=self.foreign,
-        )
+        shown = np.lexsort((keep_rank(group.row, "random", seed), ~first))[:MEMBERS]
+        lowest = float(group.similarity.min())
+        groups.append(Group(len(group.row), int(group.is_dup.sum()), lowest, pick(group, shown)))
+    return sorted(groups, key=lambda group: (-group.size, int(group.shown.group[0])))[:GROUPS]
 
 
 def pick(members: Members, which: Any) -> Members:
@@ -407,11 +349,3 @@ def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
             other = other if line.get("reference") is None else ~other
             partners[line["row"]] = (other, np.nan if similarity is None else similarity)
     return partners
-
-
-def survey_groups(path: Path, run: Run, seed: int) -> Survey:
-    """Read ``groups.parquet`` once; ``seed`` draws the samples."""
-    surveyor = Surveyor(run, seed)
-    for members in whole_groups(path, marked=True):
-        surveyor.add(members)
-    return surveyor.survey()

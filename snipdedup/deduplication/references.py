@@ -1,8 +1,8 @@
-"""Rows that come first: references, which FEATURES are compared with and which never go.
+"""Reference rows: rows that FEATURES are compared with, and that are never removed.
 
-A reference is other features, or an earlier OUT: its rows that stay, and before them its own
-references. The search runs over one list of rows, reference rows first; what it found is cut down
-to FEATURES, of which each row keeps its nearest reference row.
+A reference is other features, or an earlier OUT: its kept rows, and before them its own references.
+The search runs over reference rows and then FEATURES; `own_pairs` cuts what it found down to
+FEATURES and the nearest reference row of each row.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from snipdedup.config import Dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import Shard
 from snipdedup.features.hashing import checksum_text
@@ -36,7 +35,6 @@ from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_m
 from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT
-FEATURES, EARLIER = "features", "dedup"
 
 
 class SelectedShard(Shard):
@@ -57,40 +55,37 @@ class SelectedShard(Shard):
 
 @dataclass(frozen=True)
 class Reference:
-    """One input of reference rows.
+    """One input of reference rows: features, or the features of an earlier OUT.
 
     Attributes
     ----------
     name : str
-        As it was given; what tables call it.
-    kind : str
-        ``features``, or ``dedup`` for an earlier OUT.
+        As it was given; the name in tables.
     path : str or None
-        Where it lies; None for an array.
+        None for an array.
     features : Features
         All its rows.
-    live : (n,) int64
-        The rows of it that stay.
+    kept : (n,) int64
+        Those of its rows that are reference rows.
     mask : str or None
-        Of an earlier OUT, the SHA-256 of its mask.
+        SHA-256 of the mask of an earlier OUT; None for features.
     checksums : list of str, optional
-        Checksum of each shard, where an earlier run took them.
+        Checksum of each shard, where an earlier run computed them.
     """
 
     name: str
-    kind: str
     path: str | None
     features: Features
-    live: np.ndarray
+    kept: np.ndarray
     mask: str | None = None
     checksums: list[str] | None = None
 
     def shards(self) -> list[Shard]:
-        """Return its shards, cut down to the rows that stay."""
+        """Return its shards, cut down to the reference rows."""
         offsets = self.features.offsets
-        cuts = np.searchsorted(self.live, offsets)
+        cuts = np.searchsorted(self.kept, offsets)
         return [
-            shard if high - low == shard.rows else SelectedShard(shard, self.live[low:high] - first)
+            shard if high - low == shard.rows else SelectedShard(shard, self.kept[low:high] - first)
             for shard, low, high, first in zip(
                 self.features.shards, cuts[:-1], cuts[1:], offsets[:-1], strict=True
             )
@@ -99,6 +94,15 @@ class Reference:
     def request(self) -> dict[str, Any]:
         """Return what tells it from another input."""
         return {**request_of(self.features), "mask": self.mask}
+
+    def is_same(self, other: Reference) -> bool:
+        """Tell whether another reference is the same input."""
+        is_out = self.mask is None, other.mask is None
+        if self.path is None or other.path is None or is_out[0] != is_out[1]:
+            return False
+        if is_remote(self.path) or is_remote(other.path):
+            return self.path == other.path
+        return os.path.realpath(self.path) == os.path.realpath(other.path)
 
 
 class References:
@@ -109,35 +113,32 @@ class References:
     items : list of Reference
     starts : (items + 1,) int64
         Number of each input's first row, then how many there are.
+    rows : int
     features : Features
         These rows.
     """
 
     def __init__(self, items: Sequence[Reference]) -> None:
         self.items = list(items)
-        sizes = [len(item.live) for item in self.items]
+        sizes = [len(item.kept) for item in self.items]
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.rows = int(self.starts[-1])
         self.features = Features([shard for item in self.items for shard in item.shards()])
 
-    @property
-    def rows(self) -> int:
-        """How many reference rows there are."""
-        return int(self.starts[-1])
-
     def refuse_shared(self, features: Features) -> None:
-        """Refuse features of which a shard is one of a reference's, or a copy: all of it would go.
+        """Refuse features that share a shard with a reference: all its rows would be removed.
 
-        Those of the references that earlier runs had count too, and shards of which no row stays.
+        References of earlier runs count too, and shards without a reference row.
         """
-        held = [(item.name, shard) for item in self.items for shard in item.features.shards]
-        shared = find_shared(features.shards, [shard for _, shard in held])
+        known = [(item.name, shard) for item in self.items for shard in item.features.shards]
+        shared = find_shared(features.shards, [shard for _, shard in known])
         if shared is None:
             return
-        name, other = held[shared.other]
-        said = "equals" if shared.copied else "is"
+        name, other = known[shared.other]
         raise SnipError(
-            f"{features.shards[shared.own].path} of FEATURES {said} {other.path} of --reference "
-            f"{name}, so all its rows would go; name as FEATURES what the reference does not hold"
+            f"{features.shards[shared.own].path} of FEATURES "
+            f"{'equals' if shared.copied else 'is'} {other.path} of --reference {name}, so all its "
+            "rows would be removed; name as FEATURES what the reference does not hold"
         )
 
     def before(self, features: Features) -> Features:
@@ -150,69 +151,77 @@ class References:
         return Features([*self.features.shards, *features.shards])
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which input each reference row is of, and its row there."""
+        """Return the input of each reference row, and its row there."""
         item = np.searchsorted(self.starts, numbers, side="right") - 1
         row = np.empty(len(numbers), np.int64)
         for which in np.unique(item):
             at = item == which
-            row[at] = self.items[which].live[numbers[at] - self.starts[which]]
+            row[at] = self.items[which].kept[numbers[at] - self.starts[which]]
         return item, row
 
-    def find(self, called: Sequence[str], names: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the numbers of rows by the names of their inputs: what `locate` undoes.
+    def numbers_of(self, called: Sequence[str], names: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers of rows by the names of their inputs, the reverse of `locate`.
 
         Parameters
         ----------
         called : sequence of str
             What each input was called then, in their order.
         names, rows : (n,)
-
-        Raises
-        ------
-        SnipError
-            If a row is none that stays in one of these inputs.
         """
         numbers = np.full(len(rows), -1)
         for which, (name, item) in enumerate(zip(called, self.items, strict=False)):
             at = np.flatnonzero(names == name)
-            at = at[among(item.live, rows[at])]
-            numbers[at] = np.searchsorted(item.live, rows[at]) + self.starts[which]
+            at = at[among(item.kept, rows[at])]
+            numbers[at] = np.searchsorted(item.kept, rows[at]) + self.starts[which]
         wrong = np.flatnonzero(numbers < 0)
         if len(wrong):
             raise SnipError(
-                f"row {rows[wrong[0]]:,} of {names[wrong[0]]} is no row of a --reference that "
-                "stays there; search again"
+                f"row {rows[wrong[0]]:,} of {names[wrong[0]]} is not a kept row of a --reference; "
+                "search again"
             )
         return numbers
 
     def inputs(self) -> list[Path]:
         """Return the folders and files that are read."""
-        folders = [Path(item.path) for item in self.items if item.kind == EARLIER and item.path]
+        folders = [Path(item.path) for item in self.items if item.mask and item.path]
         return folders + [path for item in self.items for path in item.features.inputs()]
 
     def describe(self, checksums: Sequence[int]) -> list[dict[str, Any]]:
-        """Return what a manifest says of each input; ``checksums`` are of all shards read."""
-        found, described = iter(checksums), []
+        """Return the manifest's entry of each input; ``checksums`` are those of all shards."""
+        read, entries = map(checksum_text, checksums), []
         for item, start in zip(self.items, self.starts, strict=False):
-            read = [
-                checksum_text(checksum)
-                for _, checksum in zip(item.features.shards, found, strict=False)
-            ]
             shards = item.features.describe()
-            for shard, checksum in zip(shards, item.checksums or read, strict=True):
+            own = [text for _, text in zip(shards, read, strict=False)]
+            for shard, checksum in zip(shards, item.checksums or own, strict=True):
                 shard["checksum"] = checksum
-            described.append({
+            entries.append({
                 "name": item.name,
-                "kind": item.kind,
+                "kind": "features" if item.mask is None else KIND,
                 "path": item.path,
                 "files": [str(path.absolute()) for path in item.features.paths()],
                 "rows": item.features.rows,
-                "staying": len(item.live),
+                "staying": len(item.kept),
                 "first": int(start),
                 "request": item.request(),
                 "shards": shards,
             })  # fmt: skip
-        return described
+        return entries
+
+    def kept_model(self, rows: int, **settings: Any) -> Path | None:
+        """Return the model of the join that an earlier run kept, where it suits this one.
+
+        That run must have had the same settings and libraries, and no fewer than ``rows`` rows: its
+        lists were fitted to them.
+        """
+        for item in self.items:
+            if item.mask is None or item.path is None or item.features.rows < rows:
+                continue
+            manifest = read_manifest(Path(item.path), KIND)
+            path = Path(item.path) / locks.WORK / "model.npz"
+            same = all(manifest["settings"][name] == settings[name] for name in settings)
+            if same and manifest["versions"] == versions() and path.is_file():
+                return path
+        return None
 
 
 def open_references(
@@ -220,44 +229,18 @@ def open_references(
 ) -> References:
     """Open what ``--reference`` names, and the references of earlier runs among it.
 
-    Parameters
-    ----------
-    given : str, path, array, or a list of them
-        Features, or folders that ``snip dedup`` wrote; in a str several by comma.
-    array, column : str, optional
-        As `shards.open_features` takes them.
-
-    Raises
-    ------
-    SnipError
-        If features cannot be read, or those of an earlier run are gone or changed.
+    ``given`` is a path, an array, or a list of them: features, or folders that ``snip dedup``
+    wrote; in a str several by comma. ``array`` and ``column`` are as in `shards.open_features`.
     """
     items: list[Reference] = []
-    for number, source in enumerate(split(given)):
-        found = open_one(source, number, {"array": array, "column": column})
-        items += [item for item in found if not any(same(item, other) for other in items)]
+    for number, source in enumerate(split_sources(given)):
+        for item in open_one(source, number, {"array": array, "column": column}):
+            if not any(item.is_same(other) for other in items):
+                items.append(item)
     return References(items)
 
 
-def kept_model(references: References, rows: int, options: Dedup) -> Path | None:
-    """Return the model of the join that an earlier run kept, where it suits this one.
-
-    It must be of the same settings and libraries, and of a run over no fewer rows than are added:
-    its lists and their reach were fitted to those.
-    """
-    names = ("threshold", "recall", "seed", "encoder")
-    for item in references.items:
-        if item.kind != EARLIER or item.path is None or item.features.rows < rows:
-            continue
-        manifest = read_manifest(Path(item.path), KIND)
-        settings, path = manifest["settings"], Path(item.path) / locks.WORK / "model.npz"
-        same = all(settings[name] == getattr(options, name) for name in names)
-        if same and manifest["versions"] == versions() and path.is_file():
-            return path
-    return None
-
-
-def split(given: Any) -> list[Any]:
+def split_sources(given: Any) -> list[Any]:
     """Return the inputs that ``--reference`` names."""
     if isinstance(given, str):
         parts = [part.strip() for part in given.split(",") if part.strip()]
@@ -265,34 +248,22 @@ def split(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def same(one: Reference, other: Reference) -> bool:
-    """Tell whether two references are one input."""
-    if one.path is None or other.path is None or one.kind != other.kind:
-        return False
-    if is_remote(one.path) or is_remote(other.path):
-        return one.path == other.path
-    return os.path.realpath(one.path) == os.path.realpath(other.path)
-
-
 def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Reference]:
     """Yield the references of one input: its own first, where it is an earlier OUT."""
-    if not isinstance(source, str | Path):
-        features = open_features(source, **how)
-        name = f"reference {number}"
-        yield Reference(name, FEATURES, None, features, np.arange(features.rows))
-        return
-    path = absolute_location(source)
-    if is_finished(Path(path)):
-        yield from open_earlier(Path(path), str(source))
-        return
-    if (Path(path) / locks.WORK / locks.REQUEST).is_file():
-        raise SnipError(f"--reference {source} is of a run that was stopped; finish it first")
+    name, path = f"reference {number}", None
+    if isinstance(source, str | Path):
+        name, path = str(source), absolute_location(source)
+        if is_finished(Path(path)):
+            yield from open_earlier(Path(path), name)
+            return
+        if (Path(path) / locks.WORK / locks.REQUEST).is_file():
+            raise SnipError(f"--reference {name} is of a run that was stopped; finish it first")
     features = open_features(source, **how)
-    yield Reference(str(source), FEATURES, path, features, np.arange(features.rows))
+    yield Reference(name, path, features, np.arange(features.rows))
 
 
 def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
-    """Yield the references of a finished run, then its rows that stay."""
+    """Yield the references of a finished run, then its kept rows."""
     import pyarrow.parquet as pq
 
     manifest = read_manifest(folder, KIND)
@@ -300,77 +271,67 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
     if settings["features"] is None or not manifest["verified"]:
         raise SnipError(f"{folder} names no features on disk, so it cannot be a --reference")
     how = {key: settings[key] for key in ("parts", "array", "column")}
-    for held in manifest.get("references", []):
-        yield from open_held(folder, held, how)
-    features = open_searched(folder, settings["features"], how)
-    check_searched(folder, features, manifest)
+    for entry in manifest.get("references", []):
+        yield open_listed(folder, entry, how)
+    features = open_searched(folder, settings["features"], manifest, how)
     mask = atomic.sha256(folder / "is_dup.npy")
     if mask != manifest["outputs"]["is_dup.npy"]["sha256"]:
         raise SnipError(f"{folder / 'is_dup.npy'} is not what the run wrote; make it anew")
     with as_written(folder):
-        live = ~np.load(folder / "is_dup.npy")
+        kept = ~np.load(folder / "is_dup.npy")
         if (folder / "bad_rows.parquet").is_file():
-            live[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
+            kept[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
     checksums = [shard["checksum"] for shard in manifest["shards"]]
-    yield Reference(name, EARLIER, str(folder), features, np.flatnonzero(live), mask, checksums)
+    yield Reference(name, str(folder), features, np.flatnonzero(kept), mask, checksums)
 
 
-def open_held(folder: Path, held: dict[str, Any], how: dict[str, Any]) -> Iterator[Reference]:
-    """Yield a reference that a finished run had, which must be what it was then."""
-    if held["path"] is None:
+def open_listed(folder: Path, entry: dict[str, Any], how: dict[str, Any]) -> Reference:
+    """Return a reference that a finished run lists, which must be what it was then."""
+    path = entry["path"]
+    if path is None:
         raise SnipError(f"{folder}: its reference was an array, which no later run can read")
-    if held["kind"] == EARLIER:
-        *_, item = open_earlier(Path(held["path"]), held["path"])
+    if entry["kind"] == KIND:
+        *_, item = open_earlier(Path(path), path)
     else:
-        how = {**how, "parts": None}
-        features = open_searched(folder, held["path"], how)
-        check_searched(folder, features, held)
-        checksums = [shard["checksum"] for shard in held["shards"]]
-        rows = np.arange(features.rows)
-        item = Reference(held["path"], FEATURES, held["path"], features, rows, None, checksums)
-    if item.mask != held["request"]["mask"]:
-        raise SnipError(
-            f"{folder}: its reference {held['path']} was made anew since; so must it be"
-        )
-    yield item
+        features = open_searched(folder, path, entry, {**how, "parts": None})
+        checksums = [shard["checksum"] for shard in entry["shards"]]
+        item = Reference(path, path, features, np.arange(features.rows), None, checksums)
+    if item.mask != entry["request"]["mask"]:
+        raise SnipError(f"{folder}: its reference {path} was made anew since; make it anew too")
+    return item
 
 
-def open_searched(folder: Path, spec: str, how: dict[str, Any]) -> Features:
-    """Open the features that a finished run read."""
+def open_searched(
+    folder: Path, source: str, manifest: dict[str, Any], how: dict[str, Any]
+) -> Features:
+    """Open the features that a finished run read, unchanged since."""
     try:
-        return open_features(spec, **how)
+        features = open_features(source, **how)
     except SnipError as error:
         raise SnipError(
             f"{folder} was made from features that cannot be read now: {error}"
         ) from error
+    check_searched(folder, features, manifest)
+    return features
 
 
 def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -> None:
     """Refuse features that are not those a finished run searched.
 
-    Parameters
-    ----------
-    manifest : dict
-        With ``request`` and ``shards``: the run's, or what it says of a reference.
-
-    Raises
-    ------
-    SnipError
-        If shards came, went or changed since.
+    ``manifest``, with ``request`` and ``shards``, is the run's, or its entry of a reference.
     """
-    now = request_of(features)
+    now, then = request_of(features), manifest["request"]
     accept_dates(now, features, manifest)
-    if len(manifest["shards"]) != len(manifest["request"]["features"]):
+    if len(manifest["shards"]) != len(then["features"]):
         raise SnipError(f"{folder / MANIFEST}: damaged: it names other shards in two places")
-    names = [[shard["name"] for shard in found["features"]] for found in (now, manifest["request"])]
-    if names[0] != names[1]:
-        changed = sorted(set(names[0]) ^ set(names[1])) or ["their order"]
+    names, before = ([shard["name"] for shard in side["features"]] for side in (now, then))
+    if names != before:
+        changed = sorted(set(names) ^ set(before)) or ["their order"]
     else:
-        known = [(manifest["request"][key], now[key]) for key in now]
         changed = [
             name
-            for number, name in enumerate(names[0])
-            if any(then[number] != found[number] for then, found in known)
+            for number, name in enumerate(names)
+            if any(then[key][number] != now[key][number] for key in now)
         ]
     if changed:
         raise SnipError(
@@ -379,37 +340,18 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
         )
 
 
-class Settled(NamedTuple):
-    """What a search over reference rows and FEATURES says of FEATURES alone.
-
-    Attributes
-    ----------
-    forest : Edges
-        Maximum spanning forest of the pairs that were found among their distinct rows.
-    copies, firsts : (c,) int64
-        Exact copies among them.
-    nearest : Nearest
-        Of each distinct row that matches a reference row; of each row where there are no copies.
-    """
-
-    forest: Edges
-    copies: np.ndarray
-    firsts: np.ndarray
-    nearest: Nearest
-
-
-def settle(
+def own_pairs(
     features: Features,
-    frozen: int,
+    reference_rows: int,
     forest: Edges,
     copies: tuple[np.ndarray, np.ndarray],
     threshold: float,
     threads: int,
     *,
-    across: bool = False,
+    references_only: bool = False,
     folder: Path | None = None,
-) -> Settled:
-    """Cut down what was found over all rows to those after the first ``frozen``.
+) -> tuple[Edges, np.ndarray, np.ndarray, Nearest]:
+    """Cut a search over all rows down to those after the first ``reference_rows``.
 
     Where a group has reference rows, its other rows are compared with all of these: the search
     may have found a pair with another one only.
@@ -418,57 +360,56 @@ def settle(
     ----------
     features : Features
         All rows, reference rows first.
-    frozen : int
-        How many are reference rows.
     forest : Edges
-        Over distinct rows, with a forest of its own for pairs of two that are no reference rows,
-        see `forest.spanning_forest`. Pairs of two reference rows may be in it or not.
+        Over distinct rows, with a forest of its own for pairs of two rows that are no reference
+        rows, see `forest.spanning_forest`. Pairs of two reference rows may be in it or not.
     copies : two (c,) int64
-        Exact copies, and the first row of each.
-    threshold, threads
-    across : bool
-        Leave out what the rows are to one another: no forest, no copies.
+        Exact copies, and the original of each.
+    references_only : bool
+        Leave out pairs and copies among the rows themselves.
     folder : Path, optional
         For what does not fit into memory; None: all is held.
+
+    Returns
+    -------
+    forest, copies, originals
+        The same among the rows after the reference rows, numbered from there.
+    nearest : Nearest
+        Of each distinct row that matches a reference row; of each row where there are no copies.
     """
-    copy, first, twins = own_copies(*copies, frozen)
-    sets, rows = UnionFind(features.rows), features.rows - frozen
+    copy, original, twins = own_copies(*copies, reference_rows)
+    roots, rows = UnionFind(features.rows), features.rows - reference_rows
     for edges in (forest, twins):
         for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
-            sets.unite(edges.a[start:stop], edges.b[start:stop])
-    nearest = nearest_within(features, sets.labels(), frozen, threshold, threads, folder)
-    copy, first = copy - frozen, first - frozen
-    if across:
+            roots.unite(edges.a[start:stop], edges.b[start:stop])
+    nearest = nearest_within(features, roots.labels(), reference_rows, threshold, threads, folder)
+    copy, original = copy - reference_rows, original - reference_rows
+    if references_only:
         none = np.empty(0, np.int64)
-        every = with_copies(nearest, copy, first, rows, folder and folder / "every")
-        return Settled(join_edges([]), none, none, every)
-    return Settled(own_forest(forest, frozen, folder), copy, first, nearest)
-
-
-def own_forest(forest: Edges, frozen: int, folder: Path | None) -> Edges:
-    """Return the edges of rows from ``frozen`` on, numbered from there; many are mapped."""
+        every = with_copies(nearest, copy, original, rows, folder and folder / "every")
+        return join_edges([]), none, none, every
     kinds = {"a": "<i8", "b": "<i8", "similarity": "<f4"}
     columns = Columns(folder and folder / "forest", kinds)
-    begin = int(np.searchsorted(forest.a, frozen))  # ascending
+    begin = int(np.searchsorted(forest.a, reference_rows))  # ascending
     for start, stop in plan_blocks(len(forest.a) - begin, BLOCK_EDGES):
         part = forest.where(slice(begin + start, begin + stop))
-        columns.add(part.a - frozen, part.b - frozen, part.similarity)
-    return Edges(*columns.arrays())
+        columns.add(part.a - reference_rows, part.b - reference_rows, part.similarity)
+    return Edges(*columns.arrays()), copy, original, nearest
 
 
 def own_copies(
-    copies: np.ndarray, firsts: np.ndarray, frozen: int
+    copies: np.ndarray, originals: np.ndarray, reference_rows: int
 ) -> tuple[np.ndarray, np.ndarray, Edges]:
-    """Return copies among the rows from ``frozen`` on, their first rows, and twins.
+    """Return copies among the rows after the reference rows, their originals, and twins.
 
     A twin is the first of these rows that equals a reference row: an edge of cosine 1.
     """
-    late = copies >= frozen
-    copies, firsts = copies[late], firsts[late]
-    outside = firsts < frozen
-    reference, place = np.unique(firsts[outside], return_index=True)
-    own = copies[outside][place]  # copies are ascending: the first of them is the smallest
-    firsts = firsts.copy()
-    firsts[outside] = own[np.searchsorted(reference, firsts[outside])]
-    rest = copies != firsts
-    return copies[rest], firsts[rest], make_edges(reference, own, np.ones(len(own)))
+    own = copies >= reference_rows
+    copies, originals = copies[own], originals[own]
+    outside = originals < reference_rows
+    reference, place = np.unique(originals[outside], return_index=True)
+    first = copies[outside][place]  # copies are ascending: the first of them is the smallest
+    originals = originals.copy()
+    originals[outside] = first[np.searchsorted(reference, originals[outside])]
+    rest = copies != originals
+    return copies[rest], originals[rest], make_edges(reference, first, np.ones(len(first)))

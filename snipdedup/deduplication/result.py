@@ -1,13 +1,13 @@
-"""What was decided: which rows of the groups that were found stay, and another threshold anew.
+"""The decision: which rows of each group are removed, and again at another threshold.
 
-Groups are decided a block at a time. Nothing is computed twice: ratios and tables derive from the
-forest, the copies and the members.
+Groups are decided a block at a time. Counts and tables derive from the forest, the copies and the
+members of groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,13 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.config import Dedup
-from snipdedup.deduplication.counts import Tally, count
-from snipdedup.deduplication.final_check import prove
-from snipdedup.deduplication.found import Found
-from snipdedup.deduplication.tables import forest_table, groups_table
+from snipdedup.deduplication.counts import Counts, count_members, levels, summarize
+from snipdedup.deduplication.final_check import fill_similarity
+from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import Block, collect, slices
-from snipdedup.groups.keep import ColumnRank, rank_by
+from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import Copies, Members, Rank
 from snipdedup.groups.star import (
     Compare,
@@ -35,93 +34,96 @@ from snipdedup.groups.star import (
     refer_star,
     star_from_pairs,
 )
-from snipdedup.join.forest import components
+from snipdedup.join.forest import Edges, components
 from snipdedup.metadata.additions import Removed
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
-MASK_ROWS = 1 << 24  # of the mask, made at a time
 STEP = 0.001  # between thresholds that --keep_fraction tries
+TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
 
 @dataclass(frozen=True)
 class Result:
-    """The decision for each row.
+    """The decision for each row; ``print`` shows the summary.
 
     Attributes
     ----------
-    found : Found
+    search : SearchResult
     features : Features or None
         The rows that were searched.
     members : Members
         The rows of groups of two or more.
-    threshold, grouping, keep, seed
-        What was decided by.
+    threshold, grouping, keep
+        The settings of the decision.
     rank : function of (n,) int64 rows
         Their place in keep order.
     folder : Path, optional
-        Where what does not fit into memory lies; None: all is held.
+        For arrays that do not fit into memory; None: all is held.
     near : (members,) float32, optional
         Cosine of each member with its nearest reference row; NaN where none matches.
+    manifest : dict, optional
+        Of the folder that it was written to.
+    out : Path, optional
+        That folder.
     """
 
-    found: Found
+    search: SearchResult
     features: Features | None
     members: Members
     threshold: float
     grouping: str
     keep: str
-    seed: int
     rank: Rank
     folder: Path | None = None
     near: np.ndarray | None = None
+    manifest: dict[str, Any] | None = None
+    out: Path | None = None
+
+    def __str__(self) -> str:
+        text = summarize(self.entries() if self.manifest is None else self.manifest)
+        return text if self.out is None else f"{text}\nwritten to {self.out}"
 
     @cached_property
-    def tally(self) -> Tally:
-        """What there is to count."""
-        return count(self.members, self.threshold)
+    def counts(self) -> Counts:
+        """Numbers of rows and groups."""
+        return count_members(self.members, self.threshold)
 
     @cached_property
-    def gone(self) -> Removed:
-        """The rows that go, ascending, and what stands for each; many are mapped."""
+    def removed_rows(self) -> Removed:
+        """The removed rows, ascending, and the representative of each; many are mapped."""
         kind = np.dtype([("row", row_kind(self.rows)), ("representative", "<i8")])
         spread = Spread(self.removed, 0, self.rows)
-        path = self.folder and self.folder / "gone"
+        path = self.folder and self.folder / "removed"
         by_row = Sorter(path, kind, lambda r: r["row"].astype(np.uint64), spread=spread)
         for part in slices(self.members):
-            goes = part.is_dup
-            by_row.add(pack(kind, part.row[goes], part.representative[goes]))
+            by_row.add(pack(kind, part.row[part.is_dup], part.representative[part.is_dup]))
         columns = Columns(path, {"row": "<i8", "representative": "<i8"})
         for records in by_row.ascending():
             order = np.argsort(records["row"])
             columns.add(records["row"][order], records["representative"][order])
         return Removed(*columns.arrays())
 
-    def mask(self) -> Iterator[np.ndarray]:
-        """Yield which rows go, (rows,) bool, some at a time."""
-        for start, stop in plan_blocks(self.rows, MASK_ROWS):
-            low, high = np.searchsorted(self.gone.row, [start, stop])
-            mask = np.zeros(stop - start, bool)
-            mask[self.gone.row[low:high] - start] = True
-            yield mask
-
     @cached_property
     def is_dup(self) -> np.ndarray:
         """True for each row to remove, (rows,) bool."""
-        return np.concatenate([np.empty(0, bool), *self.mask()])
+        is_dup = np.zeros(self.rows, bool)
+        for part in slices(self.members):
+            is_dup[part.row[part.is_dup]] = True
+        return is_dup
 
     @property
     def rows(self) -> int:
         """Number of rows of the input."""
-        return self.found.rows
+        return self.search.rows
 
     @property
     def removed(self) -> int:
         """Number of rows to remove."""
-        return self.tally.removed
+        return self.counts.removed
 
     @property
     def kept(self) -> int:
-        """Number of rows that stay."""
+        """Number of rows to keep."""
         return self.rows - self.removed
 
     @property
@@ -130,19 +132,19 @@ class Result:
         return self.removed / self.rows
 
     @property
+    def chained(self) -> int:
+        """Removed rows whose cosine with their representative is below the threshold."""
+        return self.counts.chained
+
+    @property
     def forest(self) -> Any:
         """The forest as a ``pyarrow.Table``: a, b int64, similarity float32."""
-        return forest_table(self.found, self.found.whole_forest)
+        return forest_table(self.search, self.search.whole_forest)
 
     @property
     def groups(self) -> Any:
         """The members as a ``pyarrow.Table``, see ``docs/files.md``."""
-        return groups_table(self.found, self.members, None, self.near)
-
-    @property
-    def chained(self) -> int:
-        """Removed rows whose cosine with their representative is below the threshold."""
-        return self.tally.chained
+        return groups_table(self.search, self.members, None, self.near)
 
     def at(self, threshold: float, grouping: str | None = None) -> Result:
         """Decide again at another threshold, without a search.
@@ -153,129 +155,150 @@ class Result:
             Not below the one searched for.
         grouping : str, optional
             ``star`` reads the raw rows of groups again; ``components`` needs the forest alone.
-
-        Raises
-        ------
-        SnipError
-            If the threshold is below the one searched for.
-        UsageError
-            If there is no such threshold or grouping.
         """
         grouping = self.grouping if grouping is None else grouping
-        by_rule = self.found.best is not None  # then grouping does not apply
+        by_rule = self.search.best is not None  # then grouping does not apply
         Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
-        known = (self.keep, self.seed, self.rank)
-        return decide(self.found, self.features, threshold, grouping, *known)
+        return decide(self.search, self.features, threshold, grouping, self.keep, self.rank)
+
+    def entries(self, epsilons: Sequence[float] = (), folder: Path | None = None) -> dict[str, Any]:
+        """Return what a manifest holds of the result, as JSON values.
+
+        ``epsilons`` are those tabulated by SemDeDup's rule; the result's own without any.
+        """
+        search, references, counts = self.search, self.search.references, self.counts
+        steps = [round(search.threshold + step, 6) for step in TABLE_STEPS]
+        by_forest = search.verified and search.best is None and not search.references_only
+        table = [t for t in steps if search.threshold <= t <= 1] if by_forest else []
+        more = {} if references is None else {
+            "reference_rows": references.rows, "removed_for_reference": counts.for_reference
+        }  # fmt: skip
+        return {
+            "verified": search.verified,
+            "settings": {
+                "threshold": self.threshold,
+                "grouping": self.grouping,
+                "keep": self.keep,
+                "references_only": search.references_only,
+            },
+            "counts": {
+                "rows": self.rows,
+                "removed": self.removed,
+                "kept": self.kept,
+                "groups": counts.groups,
+                "largest_group": counts.largest,
+                "exact_copies": len(search.copies),
+                "bad_rows": len(search.bad),
+                "chained": self.chained,
+                "forest_edges": search.edge_count,
+                **more,
+            },
+            "thresholds": [dataclasses.asdict(line) for line in levels(search, table, folder)],
+            "epsilons": [
+                {"epsilon": epsilon, "removed": int(search.best.removed(1 - epsilon).sum())}
+                for epsilon in epsilons or [round(1 - self.threshold, 9)]
+                if search.best is not None
+            ],
+            "method": search.notes,
+        }
 
 
 def decide(
-    found: Found,
+    search: SearchResult,
     features: Features | None,
     threshold: float,
     grouping: str,
     keep: str,
-    seed: int,
-    rank: Rank | None = None,
+    rank: Rank,
     folder: Path | None = None,
 ) -> Result:
-    """Group what was found, choose which rows stay, and prove that the others go rightly.
+    """Choose which rows of the groups are removed, and check each of them on the raw rows.
 
-    Parameters
-    ----------
-    found, features, threshold, grouping, keep, seed
-        As `Result` has them.
-    rank : function of (n,) int64 rows, optional
-        The keep order; needed where ``keep`` names columns of the metadata.
-    folder : Path, optional
-        For what does not fit into memory; None: all is held.
+    The parameters are fields of `Result`.
 
     Raises
     ------
     SnipError
-        If the threshold is below the one searched for, or pairs are unverified and another
-        threshold is asked for.
+        If the search does not know the pairs at this threshold.
     InternalError
-        If a row would go without a reason.
+        If a row would be removed without a reason.
     """
-    return proved(choose(found, features, threshold, grouping, keep, seed, rank, folder))
+    return checked(choose(search, features, threshold, grouping, keep, rank, folder))
 
 
-def proved(result: Result) -> Result:
-    """Return a result with its cosines, each computed from the raw rows; see `proving.prove`."""
-    members, near = prove(
-        result.found, result.features, result.members, result.threshold, result.grouping,
+def checked(result: Result) -> Result:
+    """Return a result with its cosines, each computed from the raw rows; see `final_check`."""
+    members, near = fill_similarity(
+        result.search, result.features, result.members, result.threshold, result.grouping,
         result.folder,
     )  # fmt: skip
     return dataclasses.replace(result, members=members, near=near)
 
 
 def choose(
-    found: Found,
+    search: SearchResult,
     features: Features | None,
     threshold: float,
     grouping: str,
     keep: str,
-    seed: int,
-    rank: Rank | None = None,
+    rank: Rank,
     folder: Path | None = None,
 ) -> Result:
-    """Choose which rows stay as `decide` does, a block of groups at a time; nothing is proved."""
-    check_threshold(found, threshold)
-    rank = rank or rank_by("first" if found.best else keep, seed, None)
-    if folder is not None and isinstance(rank, ColumnRank) and found.is_large(threshold):
+    """Choose which rows are removed as `decide` does, a block of groups at a time, unchecked."""
+    check_threshold(search, threshold)
+    if folder is not None and isinstance(rank, ColumnRank) and search.is_large(threshold):
         rank.keep_keys(folder)
 
     def parts() -> Iterator[Members]:
-        with progress.bar(len(found.forest.a), "grouping", "edges") as bar:
-            for block in found.blocks(threshold, folder):
-                yield decide_block(found, block, features, threshold, grouping, rank, bar.update)
+        with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
+            for block in search.blocks(threshold, folder):
+                yield decide_block(search, block, features, threshold, grouping, rank, bar.update)
 
-    return Result(
-        found, features, collect(parts(), folder), threshold, grouping, keep, seed, rank, folder
-    )
+    members = collect(parts(), folder)
+    return Result(search, features, members, threshold, grouping, keep, rank, folder)
 
 
-def decide_fraction(found: Found, fraction: float, decide_at: Callable[[float], Result]) -> Result:
-    """Decide at the lowest threshold, in steps of .001 up to 1, at which a share of rows stays.
+def choose_fraction(
+    search: SearchResult, fraction: float, choose_at: Callable[[float], Result]
+) -> Result:
+    """Choose at the lowest threshold, in steps of .001 up to 1, at which a share of rows is kept.
 
-    Raises
-    ------
-    SnipError
-        If more stay at the searched threshold already, or fewer at all thresholds up to 1.
+    It is refused if more are kept at the searched threshold already, or fewer at 1.
     """
-    rows, result = found.rows, decide_at(found.threshold)
-    if result.kept / rows > fraction:
+    result = choose_at(search.threshold)
+    if result.kept / search.rows > fraction:
         raise SnipError(
-            f"{result.kept / rows:.4%} of the rows stay already at threshold "
-            f"{found.threshold:g}, more than --keep_fraction {fraction:g}; search again at a lower "
-            "--threshold"
+            f"{result.kept / search.rows:.4%} of the rows stay already at threshold "
+            f"{search.threshold:g}, more than --keep_fraction {fraction:g}; search again at a "
+            "lower --threshold"
         )
-    while result.kept / rows < fraction:
+    while result.kept / search.rows < fraction:
         if result.threshold >= 1:
             raise SnipError(
-                f"{result.kept / rows:.4%} of the rows stay at threshold {result.threshold:g}, and "
-                f"there is no higher one; expected at least --keep_fraction {fraction:g}"
+                f"{result.kept / search.rows:.4%} of the rows stay at threshold "
+                f"{result.threshold:g}, and there is no higher one; expected at least "
+                f"--keep_fraction {fraction:g}"
             )
-        result = decide_at(min(1.0, round(result.threshold + STEP, 6)))
+        result = choose_at(min(1.0, round(result.threshold + STEP, 6)))
     return result
 
 
-def check_threshold(found: Found, threshold: float) -> None:
+def check_threshold(search: SearchResult, threshold: float) -> None:
     """Refuse a threshold below the one that was searched for; SemDeDup's rule knows all.
 
     Pairs that were never verified have one threshold only.
     """
-    if not found.verified and threshold != found.threshold:
+    if not search.verified and threshold != search.threshold:
         raise SnipError("unverified pairs have no cosines; search with FEATURES to re-threshold")
-    if found.best is None and np.float32(threshold) < np.float32(found.threshold):
+    if search.best is None and np.float32(threshold) < np.float32(search.threshold):
         raise SnipError(
-            f"the search was made at threshold {found.threshold:g}, pairs below it are unknown; "
-            f"expected {found.threshold:g} or more, found {threshold:g}: search again"
+            f"the search was made at threshold {search.threshold:g}, pairs below it are unknown; "
+            f"expected {search.threshold:g} or more, found {threshold:g}: search again"
         )
 
 
 def decide_block(
-    found: Found,
+    search: SearchResult,
     block: Block,
     features: Features | None,
     threshold: float,
@@ -283,35 +306,66 @@ def decide_block(
     rank: Rank,
     done: Callable[[int], None],
 ) -> Members:
-    """Decide whole groups; ``done`` is told how many edges of their forest are settled."""
-    if found.best is not None:
-        return group_matches(block.forest, found.best, threshold)
-    if block.pairs is None:
-        compare = None if features is None else Compare(features.gather, threshold, found.also)
-        return decide_verified(block, compare, grouping, rank, done)
-    copies = Copies(block.copies, block.firsts, rank)
-    if grouping == "components":
-        return copies.unfold(group_components(block.forest, rank))
-    row, group = components(block.forest)
-    return copies.unfold(star_from_pairs(row, group, rank(row), block.pairs))
+    """Decide whole groups; ``done`` takes how many edges of their forest are decided.
 
-
-def decide_verified(
-    block: Block,
-    compare: Compare | None,
-    grouping: str,
-    rank: Rank,
-    done: Callable[[int], None],
-) -> Members:
-    """Group pairs that were proved; exact copies are folded away before and back after."""
-    copies = Copies(block.copies, block.firsts, rank)
+    Exact copies are folded away before and unfolded after.
+    """
+    if search.best is not None:
+        return group_matches(block.forest, search.best, threshold)
+    copies = Copies(block.copies, block.originals, rank)
     forest = copies.fold(block.forest)
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":
         members = group_components(forest, rank)
         done(len(forest.a))
         return copies.unfold(refer_components(members, nearest) if nearest else members)
-    if compare is None:
+    if block.pairs is not None:
+        row, group = components(forest)
+        return copies.unfold(star_from_pairs(row, group, rank(row), block.pairs))
+    if features is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
+    compare = Compare(features.gather, threshold, search.also)
     members = group_star(forest, rank, compare, done, nearest.row if nearest else None)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
+
+
+def forest_table(search: SearchResult, forest: Edges) -> Any:
+    """Return edges of the forest as a ``pyarrow.Table``; unverified pairs have no similarity."""
+    import pyarrow as pa
+
+    similarity = pa.array(forest.similarity, mask=np.full(len(forest.a), not search.verified))
+    return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
+
+
+def groups_table(
+    search: SearchResult, members: Members, keys: Any, near: np.ndarray | None = None
+) -> Any:
+    """Return members with their places and ``keys`` as a ``pyarrow.Table``.
+
+    With references, ``reference`` names the input whose row the representative is, null for
+    FEATURES; ``near`` is as in `Result`.
+    """
+    import pyarrow as pa
+
+    shard = np.searchsorted(search.offsets, members.row, side="right") - 1
+    columns = {
+        "row": members.row,
+        "shard": pa.array(search.names, pa.string()).take(pa.array(shard)),
+        "shard_row": members.row - search.offsets[shard],
+        "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
+        "group": members.group,
+        "representative": members.representative,
+        "similarity": pa.array(members.similarity, mask=np.isnan(members.similarity)),
+        "is_dup": members.is_dup,
+    }
+    if search.references is not None and search.nearest is not None:
+        outside = np.flatnonzero(members.representative < 0)
+        item, row = search.references.locate(~members.representative[outside])
+        representative, name = members.representative.copy(), np.full(len(members.row), -1)
+        representative[outside], name[outside] = row, item
+        names = pa.array([item.name for item in search.references.items], pa.string())
+        near = np.full(len(members.row), np.nan, np.float32) if near is None else near
+        columns["representative"] = representative
+        columns["reference"] = names.take(pa.array(name, mask=name < 0))
+        columns["reference_similarity"] = pa.array(near, mask=np.isnan(near))
+    return pa.table(columns)

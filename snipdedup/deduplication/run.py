@@ -1,7 +1,7 @@
-"""The chain: scan, search, verify, group, write.
+"""``snip dedup``, from its settings to the files of OUT: open, search, decide, check, write.
 
-``dedup`` is the library's function, ``run`` the command. Both do the same; ``run`` adds what paths
-need: an OUT folder that is claimed first and whose manifest is written last.
+`dedup` is the library's function and `run` the command; both do the same. With an OUT, it is
+claimed before the search, and its manifest is written last.
 """
 
 from __future__ import annotations
@@ -11,73 +11,75 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from snipdedup.config import Dedup, keep_rules, parse_epsilons
-from snipdedup.deduplication.adc_method import check_given
-from snipdedup.deduplication.found import Found
-from snipdedup.deduplication.foundfile import load_found_kept, save_found
-from snipdedup.deduplication.inputs import Inputs, open_inputs
-from snipdedup.deduplication.methods import method_of, search
+from snipdedup.config import EXPORTS, Dedup, keep_rules, named_kinds, parse_epsilons
+from snipdedup.deduplication.adc_method import check_given, search_adc
+from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
+from snipdedup.deduplication.methods import SearchSettings, search_features
 from snipdedup.deduplication.outputs import (
     EXPORT,
-    KIND,
     PAGE,
-    check_metadata,
-    check_order,
-    describe_run,
+    MetadataPlan,
     grouping_folder,
-    prepare_pairs,
-    saved_settings,
-    side_by_side,
-    write_tables,
+    plan_metadata,
+    write_files,
+    write_pair_files,
 )
-from snipdedup.deduplication.precheck import rehearse_end, rehearse_order
+from snipdedup.deduplication.references import KIND
 from snipdedup.deduplication.result import (
     Result,
     check_threshold,
+    checked,
     choose,
+    choose_fraction,
     decide,
-    decide_fraction,
-    proved,
 )
-from snipdedup.deduplication.rethreshold import finished_run, load_found, load_result
-from snipdedup.deduplication.summary import summary
+from snipdedup.deduplication.search_result import (
+    SearchResult,
+    load_search,
+    read_search,
+    save_search,
+)
+from snipdedup.deduplication.settings import (
+    decision_names,
+    describe_request,
+    finished_run,
+    inherit,
+    saved_settings,
+    search_settings,
+)
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
 from snipdedup.evaluation.plan import plan_features
-from snipdedup.features.shards import (
-    Features,
-    accept_dates,
-    implied_metadata,
-    request_of,
-)
-from snipdedup.groups.keep import rank_by
-from snipdedup.metadata.tables import Metadata, open_metadata
-from snipdedup.parallel import cores, library_threads, pick_device, run_all
+from snipdedup.features.shards import accept_dates
+from snipdedup.groups.keep import ColumnRank, rank_by
+from snipdedup.groups.members import Rank
+from snipdedup.metadata.additions import ColumnSettings
+from snipdedup.metadata.precheck import rehearse
+from snipdedup.metadata.tables import Metadata
+from snipdedup.parallel import library_threads, pick_device
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner, open_runner
-from snipdedup.runners.slurm import ShareDone, Slurm, share_of
+from snipdedup.runners.slurm import Share, ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
+from snipdedup.storage.manifest import as_written, is_finished, read_manifest
 
-# Settings that say how a result is computed, not what it is.
-HOW = {
-    "out", "overwrite", "chunk_rows", "threads", "max_memory", "device", "features", "metadata",
-    "max_pairs", "keep_work", "runner", "num_tasks", "task_index", "dry_run",
-}  # fmt: skip
 
-# What is decided and written once the search is done: a stopped run goes on with others of these.
-DECISIONS = {
-    "metadata", "grouping", "keep", "keep_fraction", "pairs", "epsilon", "key", "merge_captions",
-    "caption", "weights", "export",
-}  # fmt: skip
-DRAFT = "draft"  # in the work: OUT before it is whole
+class Job(NamedTuple):
+    """One run: its settings, resolved, and its inputs, opened and checked.
 
-SOURCES = {"text": "text_features", "references": "reference"}  # manifest entry: its setting
+    ``rank`` is the keep order.
+    """
+
+    options: Dedup
+    search: SearchSettings
+    inputs: Inputs
+    metadata: Metadata | None
+    rank: Rank
+    plan: MetadataPlan | None
 
 
 def dedup(features: Any, **settings: Any) -> Result:
@@ -103,381 +105,303 @@ def dedup(features: Any, **settings: Any) -> Result:
     """
     options = Dedup(features=features, **settings)
     if options.out is not None:
-        return execute(options, load=True)[0]
+        result = execute(options, in_memory=True)
+        if isinstance(result, str):
+            raise SnipError(result)
+        return result
     share_of(options, {})  # refused, since nothing would be shared
-    options = options.filled()
-    if options.device != "auto":
-        pick_device(options.device)
-    inputs = open_inputs(options)
-    by_column = options.method != "semdedup" and keep_rules(str(options.keep))[0]
-    metadata = open_table(options, inputs.features) if by_column else None
-    check_order(options, metadata)  # refused now, not after the search
-    rehearse_order(options, metadata)
+    job = prepare(options, writes=False)
+    check_given(job.inputs.features, job.options)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
-        open_runner(options.runner, cores(options.threads), options.device) as runner,
+        open_runner(options.runner, job.search.threads, options.device) as runner,
     ):
-        found = search(inputs, options, Path(work), Clock(), runner)
-        return decide_by(found, inputs.features, metadata, options)
+        return decide_job(job, search(job, Path(work), Clock(), runner), None)
 
 
-def run(options: Dedup) -> str:
-    """Run ``snip dedup`` and return its summary."""
+def run(options: Dedup) -> Result | str:
+    """Run ``snip dedup``; return its result, or a line where this process has none."""
     if options.dry_run:
         return plan(options)
     if options.out is None:
         raise UsageError("dedup needs --out; for example: snip dedup img_emb --out clean")
-    return execute(options)[1]
+    return execute(options)
+
+
+def open_result(out: str | Path) -> Result:
+    """Read back a finished OUT; its features must still be where they were.
+
+    Returns
+    -------
+    Result
+        The same that `dedup` returned, decided again from the forest.
+
+    Raises
+    ------
+    SnipError
+        If OUT is not finished, its pairs are unverified, or its features are missing or changed.
+    """
+    folder = Path(out).expanduser()
+    with as_written(folder):
+        threshold = read_manifest(folder, KIND)["settings"]["threshold"]
+        job = prepare(inherit(Dedup(features=str(folder), threshold=threshold), folder))
+        return read_result(folder, job)
 
 
 def plan(options: Dedup) -> str:
     """Return what a run would cost; its inputs are opened and checked as the run would."""
     if options.features is None or finished_run(options.features) is not None:
         raise UsageError("--dry_run plans a search of FEATURES")
-    options = options.filled()
-    inputs = open_inputs(options)
-    features, metadata = inputs.features, open_table(options, inputs.features)
+    job = prepare(options)
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
-        out_folder.refuse_output_inside(out, list_inputs(options, inputs, metadata, None))
-    rehearse_end(options, metadata, check_metadata(options, metadata))
-    if features is None:
+        out_folder.refuse_output_inside(out, read_paths(job))
+    if job.inputs.features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
     return plan_features(
-        features,
+        job.inputs.features,
         out,
-        threshold=options.threshold,
-        recall=options.recall,
-        seed=options.seed or 0,
+        threshold=job.search.threshold,
+        recall=job.search.recall,
+        seed=job.search.seed,
         threads=options.threads,
         max_memory=options.max_memory,
     )
 
 
 @locks.released()
-def execute(options: Dedup, *, load: bool = False) -> tuple[Any, str]:
-    """Claim OUT, search, decide, write; return the result and its summary.
+def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
+    """Claim OUT, search, decide, check and write; return the result.
 
-    Of a run that is finished already the result is read back with ``load``, else None.
+    A result that is not ``in_memory`` has its large arrays in files that no longer have a name. Of
+    a run that is finished already, or that another process finishes, a line is returned, or with
+    ``in_memory`` the result that is read back.
     """
     clock, out = Clock(), Path(str(options.out)).expanduser()
-    if options.device != "auto":
-        pick_device(options.device)
     earlier = finished_run(options.features)
     share = None if earlier else share_of(options)
     if earlier is not None:
         with as_written(earlier):
             options = inherit(options, earlier)
-    options = options.filled()
-    inputs = open_inputs(options)
-    features, metadata = inputs.features, open_table(options, inputs.features)
-    out_folder.refuse_output_inside(out, list_inputs(options, inputs, metadata, earlier))
-    key = check_metadata(options, metadata)  # refused now, not after the search
-    rehearse_end(options, metadata, key)
-    request = describe_request(options, inputs, metadata)
-    if earlier is None and method_of(options) in ("adc", "join"):
-        check_given(features, options)
-    found = None if earlier is None else reuse(earlier, inputs, options)
-    if features is not None and is_finished(out):
-        accept_dates(request, features, read_manifest(out, KIND))
+    job = prepare(options)
+    out_folder.refuse_output_inside(out, read_paths(job, earlier))
+    request = describe_request(job.options, job.inputs, job.metadata)
+    found = None
+    if earlier is not None:
+        found = search_of(earlier, job)
+    else:
+        check_given(job.inputs.features, job.options)
+    if job.inputs.features is not None and is_finished(out):
+        accept_dates(request, job.inputs.features, read_manifest(out, KIND))
     state = out_folder.claim(
         out,
         KIND,
         request,
         overwrite=options.overwrite,
         shared=share is not None,
-        decisions=decisions_of(options),
+        decisions=decision_names(job.search.method),
     )
-    said = f"{out} is finished already with these settings; --overwrite makes it anew"
+    message = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
         try:
-            rows = 0 if load or features is None else features.rows  # others' processes stay whole
-            with open_runner(
-                options.runner, cores(options.threads), options.device, rows=rows, share=share,
-                out=out,
-            ) as runner:  # fmt: skip
-                found = find(inputs, options, out, clock, runner, found)
-                return conclude(
-                    found, out, draft_folder(out), inputs, metadata, key, request, options, clock,
-                    load,
-                )  # fmt: skip
+            return search_and_write(job, found, out, request, clock, share, in_memory)
         except ShareDone as done:
-            said = str(done)
-            while load and not is_finished(out):
+            message = str(done)
+            while in_memory and not is_finished(out):
                 time.sleep(1)
         except (OSError, SnipError) as error:
             if share is None and isinstance(error, SnipError):
                 out_folder.release_unbegun(out)
             if share is None or not is_finished(out):
                 raise
-            said = f"{out} is finished; another process wrote it"  # this one slept meanwhile
+            message = f"{out} is finished; another process wrote it"  # while this one slept
         if not is_finished(out):
-            return None, said
-        # a task that a sleeping process had begun leaves its files
+            return message
         if not options.keep_work and locks.acquire(out / locks.WORK / locks.LOCK) is None:
-            locks.end_work(out)
+            locks.end_work(out)  # of a process that slept while others finished the run
     with as_written(out):
-        remove_left(out)
-        return load_result(out, inputs, options, metadata) if load else None, said
+        remove_left_work(out)
+        return read_result(out, job) if in_memory else message
 
 
-def remove_left(out: Path) -> None:
-    """Remove the work of a finished run that was killed just then, or of its last helpers."""
-    kept = read_manifest(out, KIND)["settings"].get("keep_work")
-    lock = out / locks.WORK / locks.LOCK  # without it a folder of that name is someone's own
-    with suppress(OSError):  # OUT may be read-only by now
-        if not kept and lock.is_file() and locks.acquire(lock) is None:
-            locks.end_work(out)
+def read_result(folder: Path, job: Job) -> Result:
+    """Read back a finished run and decide as it did."""
+    manifest = read_manifest(folder, KIND)
+    settings, features = manifest["settings"], job.inputs.features
+    grouping, keep = str(settings["grouping"]), settings["keep"]
+    found = read_search(folder, job.inputs)
+    result = decide(found, features, settings["threshold"], grouping, keep, job.rank)
+    return dataclasses.replace(result, manifest=manifest, out=folder)
 
 
-def search_once(inputs: Inputs, options: Dedup, work: Path, clock: Clock, runner: Runner) -> Found:
-    """Search, or read back what this run had found when it was stopped."""
-    if method_of(options) == "join":  # whose tasks leave what they found
-        return search(inputs, options, work, clock, runner)
-    found = load_found_kept(work, inputs, options)
-    if found is None:
-        found = search(inputs, options, work, clock, runner)
-        save_found(found, work)
-    return found
+def prepare(options: Dedup, *, writes: bool = True) -> Job:
+    """Resolve the settings, open the inputs and check them.
 
-
-def find(
-    inputs: Inputs,
-    options: Dedup,
-    out: Path,
-    clock: Clock,
-    runner: Runner,
-    reused: Found | None,
-) -> Found:
-    """Search, unless it is done; give OUT up where the input is refused: a mended one may come.
-
-    One of several processes leaves it as it is for the others, who say the same.
+    Metadata must have all columns that a run ``writes``, else those of the keep order alone.
     """
-    try:
-        found = reused or search_once(inputs, options, out / locks.WORK, clock, runner)
-        inputs.refuse_changed()
-    except InputError:
-        if not isinstance(runner, Slurm):
-            out_folder.release(out)
-        raise
-    except DamagedError as error:
-        if isinstance(runner, Slurm):
-            work = out / locks.WORK
-            raise DamagedError(
-                f"{error}; stop all processes that write {out}, remove {work}, and start them again"
-            ) from error
-        locks.empty_work(out)  # all of it hangs on what is damaged
-        raise
-    return found
+    if options.device != "auto":
+        pick_device(options.device)
+    options = options.filled()
+    settings = search_settings(options)
+    inputs = open_inputs(
+        options.features,
+        parts=options.parts,
+        array=options.array,
+        column=options.column,
+        text_features=options.text_features,
+        text_threshold=options.text_threshold,
+        reference=options.reference,
+    )
+    keep = "first" if settings.method == "semdedup" else settings.keep  # it has its own order
+    metadata, plan = None, None
+    if writes or keep_rules(keep)[0]:
+        metadata = open_table(options.metadata, options.features, inputs.features, options.index)
+    rank = rank_by(keep, settings.seed, metadata)
+    if writes:
+        columns = ColumnSettings(options.merge_captions, options.caption, options.weights)
+        kinds = named_kinds("export", options.export, EXPORTS)
+        plan = plan_metadata(metadata, rank, options.key, columns, kinds)
+    elif metadata is not None and isinstance(rank, ColumnRank):
+        rehearse(metadata, [rank.use()])
+    return Job(options, settings, inputs, metadata, rank, plan)
 
 
-def draft_folder(out: Path) -> Path:
-    """Return a new folder to decide and write in; remove those of stopped runs."""
-    for path in (out / locks.WORK).glob(f"{DRAFT}-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    return out / locks.WORK / f"{DRAFT}-{secrets.token_hex(4)}"
-
-
-def conclude(
-    found: Found,
-    out: Path,
-    draft: Path,
-    inputs: Inputs,
-    metadata: Metadata | None,
-    key: str | None,
-    request: dict[str, Any],
-    options: Dedup,
-    clock: Clock,
-    load: bool,
-) -> tuple[Result, str]:
-    """Decide, write all to ``draft``, and put it into OUT; return the result and its summary.
-
-    ``draft`` is laid out as OUT, with a work folder of its own. Whatever fails, the search stays.
-    With ``load`` the result is held in memory, else what is large lies in the draft, which goes at
-    the end.
-    """
-    with clock.stage("group"):
-        folder = None if load else grouping_folder(draft)
-        result = decide_by(found, inputs.features, metadata, options, folder)
-    options = dataclasses.replace(options, threshold=result.threshold)
-    if options.pairs:
-        with clock.stage("pairs"):
-            prepare_pairs(result, draft, options)
-    with clock.stage("write"):
-        jobs: tuple[Callable[[], Any], ...] = (
-            partial(write_tables, result, draft, metadata, key, options),
-            partial(describe_run, result, draft, inputs, metadata, options),
-        )
-        outputs, described = run_all(jobs, side_by_side(result, options))
-        refuse_changed(inputs, metadata, out, options)
-    body = {
-        "request": request,
-        "settings": saved_settings(options, method_of(options)),
-        **described,
-        "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
-    }
-    for folder in (out, out / "metadata", out / EXPORT):
-        atomic.remove_parts(folder)  # of what was killed there
-    # the page would tell of rows that are no more
-    out_folder.publish(out, KIND, body, outputs, removed=[PAGE], keep_work=options.keep_work)
-    return result, summary(result, out, body)
-
-
-def refuse_changed(inputs: Inputs, metadata: Metadata | None, out: Path, options: Dedup) -> None:
-    """Refuse inputs that changed while OUT was made of them; with features the search goes."""
-    try:
-        inputs.refuse_changed()
-    except InputError:
-        if share_of(options) is None:  # else the others say the same
-            out_folder.release(out)
-        raise
-    if metadata is not None:
-        metadata.refuse_changed()
-
-
-def decide_by(
-    found: Found,
-    features: Features | None,
-    metadata: Metadata | None,
-    options: Dedup,
-    folder: Path | None = None,
-) -> Result:
-    """Decide by the settings, which are `Dedup.filled`; ``folder`` is for what is too large."""
-    grouping, keep, seed = str(options.grouping), str(options.keep), options.seed or 0
-    rank = None if options.method == "semdedup" else rank_by(keep, seed, metadata)
-    with library_threads(cores(options.threads)):
-        if options.keep_fraction is None:
-            return decide(found, features, options.threshold, grouping, keep, seed, rank, folder)
-
-        def decide_at(threshold: float) -> Result:
-            return choose(found, features, threshold, grouping, keep, seed, rank, folder)
-
-        result = proved(decide_fraction(found, options.keep_fraction, decide_at))
-    return dataclasses.replace(result, found=found.at(result.threshold))
-
-
-def reuse(earlier: Path, inputs: Inputs, options: Dedup) -> Found:
-    """Return what a finished run found, as if it had searched at this threshold."""
-    with as_written(earlier):
-        found = load_found(earlier, inputs, options)
-    if options.keep_fraction is not None:  # looks from the searched threshold on
-        return found
-    check_threshold(found, options.threshold)
-    return found.at(options.threshold)
-
-
-def list_inputs(
-    options: Dedup, inputs: Inputs, metadata: Metadata | None, earlier: Path | None
-) -> list[Path]:
+def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
     """Return the files and folders that are read, in which OUT must not lie."""
-    folders = [Path(str(name)).expanduser() for name in (options.index, options.encoder) if name]
+    named = (job.options.index, job.options.encoder)
+    folders = [Path(str(name)).expanduser() for name in named if name]
     return [
-        *inputs.paths(),
-        *(metadata.inputs() if metadata else []),
+        *job.inputs.paths(),
+        *(job.metadata.inputs() if job.metadata else []),
         *(folder for folder in folders if folder.is_dir()),
         *([earlier] if earlier else []),
     ]
 
 
-def open_table(options: Dedup, features: Features | None) -> Metadata | None:
-    """Open META where there is one, and check that its rows match the features'."""
-    spec = options.metadata
-    if spec is None and isinstance(options.features, str | Path):
-        implied = implied_metadata(options.features)
-        spec = None if implied is None else str(implied)
-    if spec is None:
-        if options.key is not None:
-            raise UsageError("--key names a column of the metadata: give --metadata too")
-        return None
-    metadata = open_metadata(spec)
-    if features is not None:
-        metadata.check_matches(features)
-    else:
-        held = read_manifest(Path(str(options.index)).expanduser(), "index")["shards"]
-        metadata.check_rows([(shard["name"], shard["rows"]) for shard in held])
-    return metadata
+def search_of(earlier: Path, job: Job) -> SearchResult:
+    """Return what a finished run found, as if it had searched at this threshold."""
+    with as_written(earlier):
+        found = read_search(earlier, job.inputs)
+    if job.options.keep_fraction is not None:  # looks from the searched threshold on
+        return found
+    check_threshold(found, job.search.threshold)
+    return found.at(job.search.threshold)
 
 
-def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
-    """Return what the result depends on, by name."""
-    settings = {k: v for k, v in options.as_dict().items() if k not in HOW}
-    settings["epsilon"] = parse_epsilons(options.epsilon)
-    if inputs.text is not None:
-        settings["text_features"] = request_of(inputs.text)
-    if inputs.references is not None:
-        settings["reference"] = [item.request() for item in inputs.references.items]
-    settings["method"] = method_of(options)
-    for name in ("index", "encoder"):  # what they are, not where
-        if settings[name] is not None:
-            manifest = Path(settings[name]).expanduser() / MANIFEST
-            settings[name] = atomic.sha256(manifest) if manifest.is_file() else settings[name]
-    described = request_of(inputs.features) if inputs.features else {}
-    table = None
-    if metadata is not None:
-        table = [describe_file(file.path, file.rows) for file in metadata.files]
-    return {**settings, "features": None, **described, "metadata": table}
+def search_and_write(
+    job: Job,
+    found: SearchResult | None,
+    out: Path,
+    request: dict[str, Any],
+    clock: Clock,
+    share: Share | None,
+    in_memory: bool,
+) -> Result:
+    """Search, unless it is ``found`` already; decide, write, and put the files into OUT.
+
+    Whatever fails while files are written, the search stays for the next run.
+    """
+    options, features = job.options, job.inputs.features
+    rows = 0 if in_memory or features is None else features.rows  # a caller's process: no forks
+    with open_runner(
+        options.runner, job.search.threads, options.device, rows=rows, share=share, out=out
+    ) as runner:
+        with releasing(out, share):
+            found = found or search_or_resume(job, out / locks.WORK, clock, runner)
+            job.inputs.refuse_changed()
+        for old in (out / locks.WORK).glob("draft-*"):  # of stopped runs
+            shutil.rmtree(old, ignore_errors=True)
+        draft = out / locks.WORK / f"draft-{secrets.token_hex(4)}"  # laid out as OUT
+        with clock.stage("group"):
+            result = decide_job(job, found, None if in_memory else grouping_folder(draft))
+        outputs: list[Path] = []
+        if options.pairs:
+            with clock.stage("pairs"):
+                most, threads = options.max_pairs, job.search.threads
+                outputs = write_pair_files(result, draft, most, threads)
+        with clock.stage("write"):
+            epsilons = parse_epsilons(options.epsilon) or ()
+            written, described = write_files(
+                result, draft, job.inputs, job.plan, epsilons, job.search.threads
+            )
+            with releasing(out, share):
+                job.inputs.refuse_changed()
+            if job.metadata is not None:
+                job.metadata.refuse_changed()
+        manifest = {
+            **described,
+            "request": request,
+            "command": KIND,
+            "settings": saved_settings(options, result.threshold),
+            "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
+        }
+        for folder in (out, out / "metadata", out / EXPORT):
+            atomic.remove_parts(folder)  # of what was killed there
+        outputs, stale = outputs + written, [PAGE]  # it shows an earlier result
+        out_folder.publish(out, KIND, manifest, outputs, removed=stale, keep_work=options.keep_work)
+    return dataclasses.replace(result, manifest=manifest, out=out)
 
 
-def decisions_of(options: Dedup) -> set[str]:
-    """Return the entries of a request on which the search does not depend."""
-    return DECISIONS - {"keep"} if options.method == "semdedup" else DECISIONS
+@contextmanager
+def releasing(out: Path, share: Share | None) -> Iterator[None]:
+    """If the input is refused in the block, release OUT so that a corrected run can use it.
+
+    What several processes share is left as it is: each of them refuses the input.
+    """
+    try:
+        yield
+    except InputError:
+        if share is None:
+            out_folder.release(out)
+        raise
+    except DamagedError as error:
+        if share is None:
+            locks.empty_work(out)  # all of it depends on what is damaged
+            raise
+        raise DamagedError(
+            f"{error}; stop all processes that write {out}, remove {out / locks.WORK}, and start "
+            "them again"
+        ) from error
 
 
-def describe_file(path: Path, rows: int) -> dict[str, Any]:
-    """Return what tells a metadata file from another."""
-    stat = path.stat()
-    return {"name": path.name, "rows": rows, "size": stat.st_size, "changed": stat.st_mtime_ns}
+def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
+    """Search, or read back what this run had found when it was stopped."""
+    if job.search.method == "join":  # its tasks are kept one by one
+        return search(job, work, clock, runner)
+    found = load_search(work, job.inputs)
+    if found is None:
+        found = search(job, work, clock, runner)
+        save_search(found, work)
+    return found
 
 
-def inherit(options: Dedup, earlier: Path) -> Dedup:
-    """Return settings for a re-threshold: the input and the search of the finished run."""
-    manifest = read_manifest(earlier, KIND)
-    searched = manifest["settings"]
-    if options.runner != "local" or options.num_tasks is not None:
-        raise UsageError(
-            "--runner and --num_tasks share a search, and a finished folder needs none: leave them "
-            "out"
-        )
-    gone = [name for name, flag in SOURCES.items() if manifest.get(name) and not searched[flag]]
-    if searched["features"] is None or gone:
-        what = gone[0] if gone else "features"
-        raise SnipError(f"{earlier} names no {what}; use Result.at(threshold), or search again")
-    if options.method not in (None, searched["method"]):
-        raise UsageError(
-            f"{earlier} was searched by {searched['method']}; search again to change it"
-        )
-    if searched["method"] == "semdedup" and options.keep not in (None, searched["keep"]):
-        raise UsageError(f"{earlier} was searched with --keep {searched['keep']}; search again")
-    kept = (
-        "features", "parts", "array", "column", "method", "index", "encoder", "bad_rows",
-        "recall", "rule", "margin", "precision", "calibration_rows", "k", "nprobe",
-        "text_features", "text_threshold", "reference", "references_only", "clusters", "borders",
-    )  # fmt: skip
-    refuse_search_flags(options, searched, kept[1:], earlier)
-    metadata = options.metadata or searched["metadata"]
-    settings = {name: searched[name] for name in kept if name in searched}
-    for name in ("grouping", "keep", "seed", "key"):  # what is not said now stays as it was
-        settings[name] = (
-            searched[name] if getattr(options, name) is None else getattr(options, name)
-        )
-    return Dedup(**{**options.as_dict(), **settings, "metadata": metadata})
+def search(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
+    """Find all pairs by the method asked for; ``runner`` does the tasks of a join."""
+    features = job.inputs.features
+    if job.search.method == "adc" or features is None:
+        return search_adc(features, job.options, work, clock.stage)
+    return search_features(job.inputs, features, job.search, work, runner, clock.stage)
 
 
-def refuse_search_flags(
-    options: Dedup, searched: dict[str, Any], names: Sequence[str], earlier: Path
-) -> None:
-    """Refuse settings of the search that are not those by which the finished run was searched."""
-    plain = {field.name: field.default for field in dataclasses.fields(Dedup)}
-    saved = saved_settings(options, searched["method"])
-    for name in names:
-        given = getattr(options, name)
-        unsaid = given is None or (isinstance(given, str | int | float) and given == plain[name])
-        same = saved[name] is not None and saved[name] == searched.get(name)
-        if unsaid or same or name not in searched:
-            continue
-        was = "without it" if searched[name] is None else f"with {searched[name]}"
-        value = f" {given}" if isinstance(given, str | int | float | Path) else ""
-        raise UsageError(
-            f"--{name}{value} belongs to the search, and {earlier} was searched {was}; search the "
-            "features again to change it"
-        )
+def decide_job(job: Job, found: SearchResult, folder: Path | None) -> Result:
+    """Decide which rows are removed and check each; ``folder`` is for what memory cannot hold."""
+    grouping, fraction = str(job.options.grouping), job.options.keep_fraction
+    features, keep = job.inputs.features, job.search.keep
+
+    def choose_at(threshold: float) -> Result:
+        return choose(found, features, threshold, grouping, keep, job.rank, folder)
+
+    with library_threads(job.search.threads):
+        if fraction is None:
+            return checked(choose_at(job.search.threshold))
+        result = checked(choose_fraction(found, fraction, choose_at))
+    return dataclasses.replace(result, search=found.at(result.threshold))
+
+
+def remove_left_work(out: Path) -> None:
+    """Remove the work of a finished run that was killed while it removed it."""
+    kept = read_manifest(out, KIND)["settings"].get("keep_work")
+    lock = out / locks.WORK / locks.LOCK  # without it a folder of that name is someone's own
+    with suppress(OSError):  # OUT may be read-only by now
+        if not kept and lock.is_file() and locks.acquire(lock) is None:
+            locks.end_work(out)

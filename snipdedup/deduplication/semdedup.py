@@ -18,7 +18,7 @@ from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Best, group_starts, keep_rank
 from snipdedup.groups.star import products
-from snipdedup.index.quantizer import draw_sample
+from snipdedup.index.kmeans import draw_sample, kmeans
 from snipdedup.parallel import Stage, ordered_map
 
 CLUSTER_ROWS = 8700  # the paper's mean: 440 million rows in 50,000 clusters
@@ -56,7 +56,10 @@ def search_semdedup(
     with stage("cluster"):
         clusters = clusters or max(1, round(features.rows / CLUSTER_ROWS))
         sample = draw_sample(features, unit_rows, clusters * POINTS_A_CENTROID, seed, threads)
-        centroids = spherical_kmeans(sample, min(clusters, len(sample)), seed, threads)
+        centroids = kmeans(
+            sample, min(clusters, len(sample)), iterations=ITERATIONS, seed=seed, threads=threads,
+            spherical=True,
+        )  # fmt: skip
         cluster, nearness = assign(features, centroids, threads)
         cluster[seen.bad] = -1
     with stage("compare"):
@@ -69,27 +72,6 @@ def search_semdedup(
         copy = np.flatnonzero(leader != np.arange(features.rows))
         match[copy], similarity[copy] = leader[copy], 1
     return Best(cluster, nearness.astype(np.float32), match, similarity, centroids)
-
-
-def spherical_kmeans(x: np.ndarray, count: int, seed: int, threads: int) -> np.ndarray:
-    """Return centroids of norm 1 of unit rows, (count, d) float32; an empty one takes a row."""
-    rng = np.random.default_rng(seed)
-    centroids = x[np.sort(rng.choice(len(x), count, replace=False))]
-    spans = plan_blocks(len(x), BLOCK)
-    for _ in range(ITERATIONS):
-        fixed = centroids
-
-        def nearest(span: tuple[int, int], fixed: np.ndarray = fixed) -> np.ndarray:
-            return cosines(x[slice(*span)], fixed).argmax(1)
-
-        label = np.concatenate(list(ordered_map(nearest, spans, threads)))
-        order = np.argsort(label, kind="stable")
-        starts = np.searchsorted(label[order], np.arange(count))
-        used = np.flatnonzero(np.diff(np.append(starts, len(x))))
-        sums = np.add.reduceat(x[order], starts[used], axis=0, dtype=np.float64)
-        centroids = x[rng.choice(len(x), count)]
-        centroids[used] = unit_rows64(sums)
-    return centroids
 
 
 def cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,9 +37,9 @@ ADDRESS = re.compile(
 
 @dataclass(frozen=True)
 class HubAddress:
-    """What an ``hf://`` URL names."""
+    """What an ``hf://`` URL names; the kind is ``dataset`` or ``model``."""
 
-    kind: str  # dataset, model
+    kind: str
     repo: str
     path: str
     revision: str | None
@@ -52,18 +52,11 @@ class HubAddress:
     @property
     def page(self) -> str:
         """The page of the repository."""
-        part = "datasets/" if self.kind == "dataset" else ""
-        return f"{endpoint()}/{part}{self.repo}"
+        return f"{endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
 
 
 def parse(address: str) -> HubAddress:
-    """Parse ``hf://datasets/OWNER/NAME[/folder][@revision]``; without ``datasets/`` a model.
-
-    Raises
-    ------
-    UsageError
-        If it is something else.
-    """
+    """Parse ``hf://datasets/OWNER/NAME[/folder][@revision]``; without ``datasets/`` a model."""
     found = ADDRESS.fullmatch(address)
     if not found or (found["early"] and found["late"]):
         raise UsageError(
@@ -85,33 +78,21 @@ def endpoint() -> str:
 
 def own_token() -> str | None:
     """Return the token that the hub's own tools keep, None if there is none or none is wanted."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import build_hf_headers
 
-    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
-        return None
-    try:
-        return get_token()
-    except Exception as error:  # for example a login that has expired
-        raise SnipError(
-            f"the hub's client cannot use its token ({first_line(error)}): log in again with: hf "
-            "auth login"
-        ) from error
+    header = build_hf_headers().get("authorization")
+    return header.removeprefix("Bearer ") if header else None
 
 
 def client() -> Any:
     """Return the hub's client."""
     try:
-        import huggingface_hub
+        from huggingface_hub import HfApi
     except ImportError:
         raise SnipError(
             "hf:// needs huggingface_hub: pip install 'snipdedup-toolkit[hub]'"
         ) from None
-    return huggingface_hub.HfApi(
-        endpoint=endpoint(),
-        token=own_token() or False,
-        library_name="snipdedup",
-        library_version=__version__,
-    )
+    return HfApi(endpoint(), library_name="snipdedup", library_version=__version__)
 
 
 def pin(address: str, commit: str | None = None) -> str:
@@ -130,25 +111,23 @@ def list_folder(address: str) -> tuple[dict[str, SourceFile], list[str]]:
     """Return the files of a folder by name, and the names of its folders, at a pinned commit."""
     place, files, folders = parse(address), {}, []
     with client_errors(place):
+        text = own_token()
         entries = list(
             client().list_repo_tree(
                 place.repo, place.path or None, repo_type=place.kind, revision=place.revision
             )
         )
-    text = own_token()
-    token = Token(origin_of(endpoint()), text) if text else None
     for entry in entries:
         name = entry.path.rpartition("/")[2]
         if hasattr(entry, "tree_id"):
             folders.append(name)
             continue
-        sha256 = entry.lfs.sha256 if entry.lfs is not None else None
         files[name] = SourceFile(
             f"{place.page}/resolve/{place.revision}/{quote(entry.path)}",
             size=entry.size,
-            sha256=sha256,
-            git_sha1=None if sha256 else entry.blob_id,
-            token=token,
+            sha256=entry.lfs.sha256 if entry.lfs else None,
+            git_sha1=None if entry.lfs else entry.blob_id,
+            token=Token(origin_of(endpoint()), text) if text else None,
         )
     return files, folders
 
@@ -168,43 +147,39 @@ def client_errors(place: HubAddress) -> Iterator[None]:
         raise hub_error(place, chain) from error
 
 
-def hub_error(place: HubAddress, chain: list[BaseException]) -> SnipError:
+def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
     """Return what an error of the client, with its causes, means."""
-    from huggingface_hub import errors
-
-    login = "" if own_token() else ", or it is private: log in with: hf auth login"
-    tree = f"{place.page}/tree/{place.revision or 'main'}"
-    meanings: list[tuple[type[Exception], type[SnipError], str]] = [
-        (errors.DisabledRepoError, SnipError, DISABLED),
+    meanings: dict[str, tuple[type[SnipError], str]] = {
+        "DisabledRepoError": (SnipError, DISABLED),
         # a kind of RepositoryNotFoundError, so it comes first
-        (errors.GatedRepoError, SnipError, GATED.format(page=place.page)),
-        (
-            errors.RepositoryNotFoundError,
+        "GatedRepoError": (SnipError, GATED.format(page=place.page)),
+        "RepositoryNotFoundError": (
             MissingError,
-            f"the hub has no such {place.kind}; check the name{login}",
+            f"the hub has no such {place.kind}; check the name, or it is private: log in with: hf "
+            "auth login",
         ),
-        (
-            errors.RevisionNotFoundError,
+        "RevisionNotFoundError": (
             MissingError,
             f"has no revision {place.revision!r}; see {place.page}/tree/main for those it has (to "
             "restart a run that began with another: --overwrite)",
         ),
-        (errors.EntryNotFoundError, MissingError, f"has no {place.path!r}; see {tree}"),
-        (errors.OfflineModeIsEnabled, SnipError, "HF_HUB_OFFLINE is set; unset it"),
-        (errors.HFValidationError, UsageError, first_line(chain[0])),
-    ]
-    for kind, ours, text in meanings:
-        if any(isinstance(error, kind) for error in chain):
-            return ours(f"{place}: {text}")
-    responses = [error.response for error in chain if isinstance(error, errors.HfHubHTTPError)]
-    if not responses:
-        return TemporaryError(
-            f"{place}: the hub cannot be reached: {first_line(chain[-1])}; {AGAIN}"
-        )
-    status = responses[0].status_code
+        "EntryNotFoundError": (MissingError, f"has no {place.path!r}; see {place.page}/tree/main"),
+        "OfflineModeIsEnabled": (SnipError, "HF_HUB_OFFLINE is set; unset it"),
+        "HFValidationError": (UsageError, first_line(chain[0])),
+    }
+    kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
+    for name, (kind, text) in meanings.items():
+        if name in kinds:
+            return kind(f"{place}: {text}")
+    responses = [getattr(error, "response", None) for error in chain]
+    response = next((response for response in responses if response is not None), None)
+    if response is None:
+        text = f"the hub cannot be reached: {first_line(chain[-1])}; {AGAIN}"
+        return TemporaryError(f"{place}: {text}")
+    status = response.status_code
     if status in TEMPORARY:
-        return temporary_error(f"{place}: the hub says {status}; {AGAIN}", responses[0].headers)
-    return SnipError(f"{place}: the hub says {status} {responses[0].reason_phrase}")
+        return temporary_error(f"{place}: the hub says {status}; {AGAIN}", response.headers)
+    return SnipError(f"{place}: the hub says {status} {response.reason_phrase}")
 
 
 def first_line(error: BaseException) -> str:

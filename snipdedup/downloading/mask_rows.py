@@ -23,13 +23,11 @@ from snipdedup.metadata.masks import (
     by_either,
     check_sizes,
     open_mask,
-    place_metadata,
 )
-from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import atomic
 from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.remote import NoRangesError, RemotePath, with_retries
-from snipdedup.storage.urls import PART, is_web, redacted, scheme_of
+from snipdedup.storage.urls import is_web, redacted, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
 
@@ -71,32 +69,10 @@ def try_manifest(file: SourceFile, target: Path) -> None:
         target.unlink(missing_ok=True)
 
 
-def resolve_totals(mask: Mask, found: SourceFiles, work: Path, jobs: int) -> Mask:
-    """Return the mask with the one meaning of its totals that the files of a range fit."""
-    first = found.first
-    if mask.other is None or first is None:
-        return mask
-    held = Held([file.shown for file in found.files], count_rows(found.files, work, jobs))
-
-    def first_row(one: Mask) -> int:
-        sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
-        refuse_beyond(first, len(held.rows), len(sizes))
-        check_sizes(held, sizes, first)
-        return int(sizes[:first].sum())
-
-    return by_either(mask, first_row)[0]
-
-
-def refuse_beyond(first: int, count: int, files: int) -> None:
-    """Refuse file numbers that a mask's set does not have."""
-    if first + count > files:
-        raise SnipError(
-            f"files {first} to {first + count - 1} are wanted, the mask's set has 0 to {files - 1}"
-        )
-
-
-def find_first_row(source: str, found: SourceFiles, mask: Mask, work: Path, jobs: int) -> int:
-    """Return the mask's row at which the first file begins.
+def place_mask(
+    source: str, found: SourceFiles, mask: Mask, work: Path, jobs: int
+) -> tuple[Mask, int]:
+    """Return the mask, with the one meaning of its totals, and the row of the first file in it.
 
     Raises
     ------
@@ -104,10 +80,6 @@ def find_first_row(source: str, found: SourceFiles, mask: Mask, work: Path, jobs
         If it is not certain.
     """
     first, count = found.first, len(found.files)
-    if not scheme_of(source) and PART not in source:
-        metadata = open_metadata(source)
-        placed = place_metadata(metadata, mask, first, None if first is None else first + count)
-        return placed.offset + int(metadata.offsets[placed.first])
     if first is None:
         # the rows of a single web file are compared when it has come
         rows = mask.rows if is_web(source) else sum(count_rows(found.files, work, jobs))
@@ -117,13 +89,27 @@ def find_first_row(source: str, found: SourceFiles, mask: Mask, work: Path, jobs
                 "they must be the same set (for some files, say which with --start and --end; "
                 "to find rows by what a column says, download all and snip filter --on COLUMN)"
             )
-        return 0
-    if mask.sizes is not None:
-        refuse_beyond(first, count, len(mask.sizes))
-        return int(mask.sizes[:first].sum())
-    if found.before is None:
-        raise SnipError(f"at which row {found.files[0].shown} begins is not known; {HOW_TO_PLACE}")
-    return sum(count_rows(found.before, work, jobs))
+        return mask, 0
+    if mask.sizes is None:
+        if found.before is None:
+            text = f"at which row {found.files[0].shown} begins is not known; {HOW_TO_PLACE}"
+            raise SnipError(text)
+        return mask, sum(count_rows(found.before, work, jobs))
+    names = [file.shown for file in found.files]
+    rows_here = None if mask.other is None else count_rows(found.files, work, jobs)
+
+    def first_row(one: Mask) -> int:
+        sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
+        if first + count > len(sizes):
+            raise SnipError(
+                f"files {first} to {first + count - 1} are wanted, the mask's set has 0 to "
+                f"{len(sizes) - 1}"
+            )
+        if rows_here is not None:
+            check_sizes(Held(names, rows_here), sizes, first)
+        return int(sizes[:first].sum())
+
+    return by_either(mask, first_row)
 
 
 def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:

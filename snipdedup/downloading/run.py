@@ -18,7 +18,7 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.config import Download
 from snipdedup.downloading import hub, published, sources
-from snipdedup.downloading.mask_rows import find_first_row, open_published_mask, resolve_totals
+from snipdedup.downloading.mask_rows import open_published_mask, place_mask
 from snipdedup.downloading.sources import SourceFiles
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import SnipError, TemporaryError
@@ -49,27 +49,14 @@ PINNED = "pinned.json"  # in the work folder: what a stopped run began with
 
 @dataclass(frozen=True)
 class DownloadResult:
-    """What ``snip download`` wrote to ``out``.
-
-    Attributes
-    ----------
-    out : Path
-    kind : str
-        ``download``, or the kind of a published result: ``index``, ``encoder``, ``dedup`` ...
-    files : int
-        Files of metadata, or all files of a published result.
-    rows, kept : int
-        Rows of these files before and after the mask; 0 for a published result.
-    text : str
-        The summary that the command prints.
-    """
+    """What ``snip download`` wrote."""
 
     out: Path
-    kind: str
-    files: int
-    rows: int
+    kind: str  # "download", or that of a published result: "index", "encoder", "dedup"
+    files: int  # of metadata, or of the published result
+    rows: int  # of these files before and after the mask; 0 for a published result
     kept: int
-    text: str
+    text: str  # the summary that the command prints
 
     def __str__(self) -> str:
         """Return the summary."""
@@ -306,10 +293,9 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
         return Plan(items, None, 0)
     work = out / locks.WORK
     mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
-    mask = resolve_totals(mask, found, work, options.jobs)
     first_row = read_pins(out).get("first_row")
-    if first_row is None:
-        first_row = find_first_row(source, found, mask, work, options.jobs)
+    if first_row is None or mask.other is not None:
+        mask, first_row = place_mask(source, found, mask, work, options.jobs)
         add_pin(out, "first_row", first_row)
     return Plan(items, mask, first_row)
 

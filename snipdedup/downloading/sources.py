@@ -27,7 +27,6 @@ from snipdedup.storage.urls import (
     is_web,
     redacted,
     scheme_of,
-    sibling,
 )
 
 NAME_FEATURES = "say where they are with --embeddings_source"
@@ -72,33 +71,16 @@ class Folder:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The metadata files that are meant.
-
-    Attributes
-    ----------
-    files : list of SourceFile
-    first : int or None
-        Number of the first one in the whole set, None if unknown.
-    before : list of SourceFile or None
-        Files 0 to ``first`` of the set, None if unknown.
-    folder : Folder or None
-        Where they lie, if that can be listed.
-    """
+    """The metadata files that are meant."""
 
     files: list[SourceFile]
-    first: int | None
-    before: list[SourceFile] | None
-    folder: Folder | None
+    first: int | None  # number of the first one in the whole set, if known
+    before: list[SourceFile] | None  # files 0 to `first` of the set, if known
+    folder: Folder | None  # where they lie, if that can be listed
 
 
 def resolve_name(source: str) -> str:
-    """Return the URL of a set that is known by name; any other source as it is.
-
-    Raises
-    ------
-    SnipError
-        If the set cannot be fetched any more.
-    """
+    """Return the URL of a set that is known by name; any other source as it is."""
     if Path(source).expanduser().exists():  # a folder of that name is what is meant
         return source
     name = source.removeprefix("hf://datasets/laion/").lower()
@@ -155,12 +137,7 @@ def find_files(
 ) -> SourceFiles:
     """Return the metadata files that SOURCE and a range of file numbers mean, in order.
 
-    ``folder`` is that of a source that means a whole folder, if it has been listed.
-
-    Raises
-    ------
-    SnipError
-        If a file is missing, or it is not certain which ones are meant.
+    ``folder`` is the source itself, if it has been listed already.
     """
     if PART in source and end is not None:
         return find_parts(source, start or 0, end)
@@ -197,23 +174,17 @@ def find_parts(pattern: str, first: int, end: int) -> SourceFiles:
         files = [SourceFile(location) for location in expand_parts(pattern, range(end))]
         return SourceFiles(files[first:], first, files[:first], None)
     head, names = split_source(pattern)
-    if PART not in head:
-        folder = open_folder(head)
-        files = [
-            folder.files.get(name, SourceFile(f"{folder.url}/{name}"))
-            for name in expand_parts(names or "", range(end))
-        ]
-        known = {file.url for file in files if file.name in folder.files}
-    elif not scheme_of(pattern):  # the files lie in several folders
-        paths = [Path(path).expanduser() for path in expand_parts(pattern, range(end))]
-        folder = open_folder(str(paths[first].parent))
-        files = [SourceFile(str(path)) for path in paths]
-        known = {str(path) for path in paths if path.is_file()}
-    else:
+    if PART in head:
         raise UsageError(f"{redacted(pattern)}: {{part}} may be in the file's name only")
+    folder = open_folder(head)
+    files = [
+        folder.files.get(name, SourceFile(f"{folder.url}/{name}"))
+        for name in expand_parts(names or "", range(end))
+    ]
+    known = {file.url for file in files if file.name in folder.files}
     for file in files[first:]:
         if file.url not in known:
-            raise MissingError(f"{redacted(folder.url)} has no {file.name}; check the file numbers")
+            raise MissingError(f"{folder.url} has no {file.name}; check the file numbers")
     before = files[:first] if all(file.url in known for file in files[:first]) else None
     return SourceFiles(files[first:], first, before, folder)
 
@@ -224,7 +195,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
     if found:
         return folder, found
     if names is not None:
-        raise MissingError(f"{redacted(folder.url)}: has no file {names}")
+        raise MissingError(f"{folder.url}: has no file {names}")
     inner = [METADATA] if METADATA in folder.folders else folder.folders
     choices = [
         (child, files)
@@ -235,7 +206,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
         return choices[0]
     several = ", ".join(child.url.rpartition("/")[2] for child, _ in choices)
     raise SnipError(
-        f"{redacted(folder.url)}: expected metadata (*.parquet, *.csv), found "
+        f"{folder.url}: expected metadata (*.parquet, *.csv), found "
         + (f"several folders with such: {several}; name the folder" if several else "none")
     )
 
@@ -258,37 +229,26 @@ def pick(
 
 
 def find_mask(location: str, name: str) -> tuple[SourceFile, SourceFile | None]:
-    """Return the ``.npy`` that a URL names, or the file ``name`` of the folder that it names.
+    """Return the ``.npy`` that a URL names, or the file ``name`` of its folder; and the manifest.
 
-    Returns
-    -------
-    file : SourceFile
-    manifest : SourceFile or None
-        The one beside it; of other stores than a hub it may not exist.
+    Of other stores than a hub the manifest may not exist.
     """
     if scheme_of(location) != hub.SCHEME:
         bare = location.partition("?")[0].rstrip("/")
         file = SourceFile(location if bare.endswith(".npy") else f"{bare}/{name}")
-        return file, SourceFile(sibling(file.url, MANIFEST))
+        return file, SourceFile(f"{file.url.partition('?')[0].rpartition('/')[0]}/{MANIFEST}")
     url, last = split_source(hub.pin(location))
     folder = open_folder(url)
     if (last or name) not in folder.files:
-        raise MissingError(f"{redacted(folder.url)} has no {last or name}")
+        raise MissingError(f"{folder.url} has no {last or name}")
     return folder.files[last or name], folder.files.get(MANIFEST)
 
 
 def find_features(source: str, found: SourceFiles, elsewhere: str | None) -> list[SourceFile]:
-    """Return the features of each metadata file.
+    """Return the features of each metadata file, from a folder or pattern ``elsewhere``.
 
-    Parameters
-    ----------
-    source : str
-        Where the metadata came from.
-    found : SourceFiles
-    elsewhere : str, optional
-        Folder or pattern of the features; without it they are looked for where LAION,
-        clip-retrieval and DataComp put them: ``img_emb/`` beside ``metadata/``, or files of the
-        same name beside the metadata.
+    Without it they are where LAION, clip-retrieval and DataComp put them: in ``img_emb/`` beside
+    ``metadata/``, or beside the metadata under the same names.
     """
     if elsewhere is None and found.folder is not None:
         return features_beside(found, found.folder)
@@ -325,13 +285,13 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
             return [folder.files[other] for other in same.values()]
         if len(lacking) < len(same):
             raise MissingError(
-                f"{redacted(folder.url)}: {lacking[0]} has no features beside it; {NAME_FEATURES}"
+                f"{folder.url}: {lacking[0]} has no features beside it; {NAME_FEATURES}"
             )
     for place in (folder, folder.parent()):
         if place is not None and FEATURES in place.folders:
             inner = place.child(FEATURES)
             return match_features(found, pick(inner.files, None, formats.SUFFIXES), inner.url)
-    raise SnipError(f"{redacted(folder.url)}: no features beside the metadata; {NAME_FEATURES}")
+    raise SnipError(f"{folder.url}: no features beside the metadata; {NAME_FEATURES}")
 
 
 def match_features(found: SourceFiles, features: list[SourceFile], where: str) -> list[SourceFile]:
@@ -345,6 +305,6 @@ def match_features(found: SourceFiles, features: list[SourceFile], where: str) -
     elif len(features) == len(names):
         return features
     raise MissingError(
-        f"{redacted(where)}: which of its {len(features)} files of features belong to {names[0]} "
+        f"{where}: which of its {len(features)} files of features belong to {names[0]} "
         f".. {names[-1]} is not certain; {NAME_FEATURES}"
     )

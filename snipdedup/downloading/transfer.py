@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from snipdedup.errors import RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
 from snipdedup.storage import atomic, remote
 from snipdedup.storage.http import CHUNK, Token
-from snipdedup.storage.remote import Stream, with_retries
+from snipdedup.storage.remote import with_retries
 from snipdedup.storage.urls import name_of, redacted
 
 T = TypeVar("T")
@@ -37,16 +36,9 @@ class ChecksumError(SnipError):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to fetch.
+    """A file to fetch: a URL or local path, and what is known of its bytes.
 
-    Attributes
-    ----------
-    url : str
-        A URL or a local path.
-    size : int, optional
-    sha256, git_sha1 : str, optional
-        Of its bytes, in hex; ``git_sha1`` as git names a blob.
-    token : Token, optional
+    Checksums are in hex; ``git_sha1`` is that by which git names the file's contents.
     """
 
     url: str
@@ -71,13 +63,7 @@ class SourceFile:
 
 
 class Monitor:
-    """What the transfers of a run share: one progress bar of bytes, and an event that stops them.
-
-    Parameters
-    ----------
-    bar : optional
-        See `progress.bar`.
-    """
+    """What the transfers of a run share: one bar of bytes (`progress.bar`), an event that stops."""
 
     def __init__(self, bar: Any = None) -> None:
         self.bar, self.lock, self.stop = bar, threading.Lock(), threading.Event()
@@ -156,19 +142,9 @@ class PartFile:
 
 
 def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -> dict[str, Any]:
-    """Fetch a file to ``target``: complete and checked, or not at all.
+    """Fetch a file to ``target``, complete and checked, or not at all; return size and etag.
 
-    Returns
-    -------
-    dict
-        ``size`` and ``etag``: what names the version, None where nothing does.
-
-    Raises
-    ------
-    TemporaryError
-        After several attempts in a row that brought no byte; what came stays.
-    SnipError
-        If another attempt is of no use.
+    What came before a `TemporaryError` stays. The etag is None where nothing names the version.
     """
     monitor, part = monitor or Monitor(), PartFile(target)
 
@@ -195,8 +171,8 @@ def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -
 def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any]:
     """Fetch the missing bytes of a file.
 
-    A part is continued only if a checksum will prove it at the end, or if it has a version by name
-    that the source still has.
+    A part is continued only if a checksum will prove it at the end, or if the source still has the
+    named version that it is part of.
     """
     checked = bool(file.sha256 or file.git_sha1)
     note = part.read_note()
@@ -219,40 +195,20 @@ def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any
         raise RangeError(f"{file.shown} was replaced while it was fetched")
     if file.size is None and total is not None:
         monitor.expect(part.target, total)
-    refuse_full_disk(part.target, (total or 0) - stream.begin)
     if not stream.begin:
         part.remove()
         about = {"etag": stream.version or None, "total": total}
         atomic.save_json(part.note, {**file.identity(), **about})
-    append(stream, part, monitor)
-    return {"size": part.size(), "etag": stream.version or None}
-
-
-def append(stream: Stream, part: PartFile, monitor: Monitor) -> None:
-    """Write the bytes of a stream behind those that are here."""
     position = stream.begin
     monitor.report(part.target, position)
-    with part.path.open("ab", buffering=0) as file:
+    with atomic.explained(part.target), part.path.open("ab") as out:  # reading raises no OSError
         for chunk in stream.chunks:
-            with atomic.explained(part.target):
-                left = memoryview(chunk)
-                while left:
-                    left = left[file.write(left) :]
+            out.write(chunk)
+            out.flush()  # so that a kill loses little
             position += len(chunk)
             monitor.report(part.target, position)
-        with atomic.explained(part.target):
-            os.fsync(file.fileno())
-
-
-def refuse_full_disk(target: Path, need: int) -> None:
-    """Refuse to begin a file that does not fit."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if need > free:
-        raise SnipError(
-            f"the disk is full: {target} needs {need:,} more bytes, {free:,} are free; make room "
-            "and run again: complete files are kept"
-        )
+        os.fsync(out.fileno())
+    return {"size": position, "etag": stream.version or None}
 
 
 def check_bytes(file: SourceFile, part: PartFile, size: int) -> None:

@@ -35,7 +35,14 @@ from snipdedup.features.cosine import pair_cosine, unit_rows
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, open_features, request_of
-from snipdedup.index.quantizer import LEAST_SAMPLE, POINTS_A_LIST, default_nlist, kmeans, train
+from snipdedup.index.kmeans import kmeans
+from snipdedup.index.quantizer import (
+    ITERATIONS,
+    LEAST_SAMPLE,
+    POINTS_A_LIST,
+    default_nlist,
+    train_quantiser,
+)
 from snipdedup.parallel import cores, library_threads
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import atomic, locks, out_folder
@@ -321,7 +328,7 @@ class Judge:
         """Return an index of all rows in memory, its quantisers trained on a sample of them."""
         sample, centroids = self.fit(vectors)
         codes = Codes(
-            train(
+            train_quantiser(
                 sample,
                 nlist=self.nlist,
                 m=m,
@@ -340,7 +347,11 @@ class Judge:
         if self.fitted is None or self.fitted[0] is not vectors:
             sample = vectors(self.sample)
             seed, threads = self.options.seed, self.threads
-            self.fitted = vectors, sample, kmeans(sample, self.nlist, seed=seed, threads=threads)
+            self.fitted = (
+                vectors,
+                sample,
+                kmeans(sample, self.nlist, iterations=ITERATIONS, seed=seed, threads=threads),
+            )
         return self.fitted[1:]
 
     def note(self, name: str, m: int | None, nprobe: int | None, found: Neighbours) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.storage.remote import arrow_source
+from snipdedup.storage.remote import RemotePath, arrow_source
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
@@ -136,11 +136,14 @@ class NpyShard(Shard):
         """See `Shard.take`."""
         if not self.rows or not len(rows):
             return np.empty((0, self.dim), self.dtype)
+        if isinstance(self.path, RemotePath):
+            found = self.path.read_rows(self.data, self.dim * self.stored.itemsize, rows)
+            return found.view(self.stored).astype(self.dtype, copy=False)
         return np.take(self._mapped(), rows, axis=0).astype(self.dtype, copy=False)
 
     def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
         """See `Shard.take_into`."""
-        if not len(rows) or self.stored != out.dtype:
+        if not len(rows) or self.stored != out.dtype or isinstance(self.path, RemotePath):
             super().take_into(rows, out)
             return
         # rows are known to be in range; with mode "raise" numpy would fill a buffer first
@@ -332,8 +335,8 @@ def open_shard(path: Path, array: str | None = None, column: str | None = None) 
     raise InputError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
 
 
-def open_npz(path: Path, array: str | None, plain: type[NpyShard] = NpyShard) -> Shard:
-    """Open one array of an ``.npz`` archive; ``plain`` reads a member that is not compressed."""
+def open_npz(path: Path, array: str | None) -> Shard:
+    """Open one array of an ``.npz`` archive."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
@@ -346,7 +349,7 @@ def open_npz(path: Path, array: str | None, plain: type[NpyShard] = NpyShard) ->
             info = members[name]
             check_member(info, path.stat().st_size)
             if info.compress_type != zipfile.ZIP_STORED:
-                if plain is not NpyShard:
+                if isinstance(path, RemotePath):
                     raise InputError(
                         f"{path}: compressed, so its rows cannot be read by ranges: fetch it "
                         "first, or save it with np.savez"
@@ -355,7 +358,7 @@ def open_npz(path: Path, array: str | None, plain: type[NpyShard] = NpyShard) ->
             with archive.open(info):  # checks the member's own header
                 pass
             begin = member_begin(path, info)
-        return plain(path, begin, info.file_size)
+        return NpyShard(path, begin, info.file_size)
     except BROKEN_ZIP as error:
         raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
 

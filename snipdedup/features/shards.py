@@ -22,7 +22,6 @@ from snipdedup.config import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, open_shard
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
-from snipdedup.features.ranged import open_remote_shard
 from snipdedup.storage import listing
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
 from snipdedup.storage.urls import expand_parts, redacted
@@ -304,7 +303,7 @@ def open_features(
         elif is_remote(item):
             found = find_remote(str(item), parts, SUFFIXES, "no shard found")
             refuse_mixture(found, redacted(str(item)))
-            shards += map_requests(partial(open_remote_shard, array=array, column=column), found)
+            shards += map_requests(partial(open_shard, array=array, column=column), found)
         else:
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]

@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
     forest: Edges  # over distinct rows
     copies: np.ndarray  # (c,) int64, ascending: rows that equal an earlier row bit for bit
-    firsts: np.ndarray  # (c,) int64: the first row that each one equals
+    originals: np.ndarray  # (c,) int64: the first row that each one equals
     nearest: Nearest | None = None  # of each distinct row that matches a reference row
     pairs: Edges | None = None  # all pairs, where they could not be verified
 
@@ -43,7 +43,7 @@ class Block(NamedTuple):
     def whole_forest(self) -> Edges:
         """Return the forest with exact copies, ordered by (a, b)."""
         ones = np.ones(len(self.copies), np.float32)
-        edges = join_edges([self.forest, Edges(self.firsts, self.copies, ones)])
+        edges = join_edges([self.forest, Edges(self.originals, self.copies, ones)])
         return edges.where(order_by(edges.a, edges.b))
 
     def parts(self, threshold: float) -> Iterator[tuple[int, Edges]]:
@@ -53,7 +53,7 @@ class Block(NamedTuple):
             for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
                 yield what, edges.where(slice(start, stop)).at(threshold)
         for start, stop in plan_blocks(len(self.copies), BLOCK_EDGES):
-            ends = self.firsts[start:stop], self.copies[start:stop]
+            ends = self.originals[start:stop], self.copies[start:stop]
             yield COPY, Edges(*ends, np.ones(stop - start, np.float32))
         if self.pairs is not None:
             for start, stop in plan_blocks(len(self.pairs.a), BLOCK_EDGES):

@@ -1,18 +1,31 @@
-"""A finished index folder: its quantisers, how a row becomes a vector, its lists."""
+"""An index folder: one file of codes a shard, the quantisers, and how a row becomes a vector.
+
+Row numbers are implied by the shard's offset and a packed local number, so a row costs its code
+and a few bytes. Files are plain arrays behind a header, so that they can be mapped: what is not
+looked at is never read.
+"""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.index.codes import Lists, ShardCodes, damaged, load_shard, pack, packed_width, unpack
+from snipdedup.features.formats import (
+    BROKEN_ZIP,
+    check_member,
+    check_size,
+    load_npz,
+    member_begin,
+    parse_npy_header,
+)
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import is_remote_folder
@@ -23,13 +36,141 @@ if TYPE_CHECKING:
     from snipdedup.encoder.network import Encoder
 
 QUANTISER, ENCODER = "quantizer.faiss", "encoder"
+WALK_ROWS = 1 << 20  # entries of the lists looked at together
 
 
-def identity(path: Path) -> str:
-    """Return what tells one encoder or base from another: the file's SHA-256."""
-    if not path.is_file():
-        raise SnipError(f"no such file: {path}")
-    return atomic.sha256(path)
+class ShardCodes(NamedTuple):
+    """One shard's rows, sorted by list.
+
+    Attributes
+    ----------
+    codes : (n, code_size) uint8
+    ids : (n, width) uint8
+        Rows of the shard, packed by `pack`; ascending in each list.
+    sizes : (nlist,) unsigned
+        Rows a list.
+    bad : (b,) int64
+        Rows of the shard that are NaN, infinity or zero: in no list.
+    self_adc : () float64
+        Sum of ‖x − q(x)‖² over the rows.
+    """
+
+    codes: np.ndarray
+    ids: np.ndarray
+    sizes: np.ndarray
+    bad: np.ndarray
+    self_adc: np.ndarray
+
+
+class Lists(NamedTuple):
+    """Codes of many rows, sorted by list, with packed row numbers, in memory.
+
+    Attributes
+    ----------
+    codes : (n, code_size) uint8
+    ids : (n, width) uint8
+        Global rows, packed; ascending in each list.
+    starts : (nlist + 1,) int64
+        Where each list begins, then n.
+    """
+
+    codes: np.ndarray
+    ids: np.ndarray
+    starts: np.ndarray
+
+    def rows(self, places: np.ndarray | slice) -> np.ndarray:
+        """Return the global rows at places in the sorted order, (n,) int64."""
+        return unpack(self.ids[places])
+
+    def list_of(self, low: int, high: int) -> np.ndarray:
+        """Return the list of each place from ``low`` to ``high``, (n,) int64."""
+        return np.searchsorted(self.starts, np.arange(low, high), side="right") - 1
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield (low, high) places of whole lists, about `WALK_ROWS` at a time."""
+        low = 0
+        for high in self.starts[1:].tolist():
+            if high - low >= WALK_ROWS:
+                yield low, high
+                low = high
+        if low < len(self.ids):
+            yield low, len(self.ids)
+
+
+def packed_width(rows: int) -> int:
+    """Return the bytes that a row number below ``rows`` needs."""
+    return max(1, (max(rows - 1, 0).bit_length() + 7) // 8)
+
+
+def pack(numbers: np.ndarray, width: int) -> np.ndarray:
+    """Return numbers as their lowest ``width`` bytes, (n, width) uint8."""
+    wide = np.ascontiguousarray(numbers, "<i8").view(np.uint8).reshape(-1, 8)
+    return np.ascontiguousarray(wide[:, :width])
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """Return the numbers that `pack` took, (n,) int64."""
+    wide = np.zeros((len(packed), 8), np.uint8)
+    wide[:, : packed.shape[1]] = packed
+    return wide.view("<i8")[:, 0].astype(np.int64, copy=False)
+
+
+def shard_name(number: int) -> str:
+    """Return the name of a shard's file."""
+    return f"lists_{number:05d}.npz"
+
+
+def load_shard(path: Path, *, mapped: bool = False) -> ShardCodes:
+    """Read one shard; ``mapped``, its arrays are read where they are looked at, unchecked.
+
+    Raises
+    ------
+    SnipError
+        If the file is missing, truncated or of another layout.
+    """
+    try:
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                shard = ShardCodes(*(map_member(path, archive, n) for n in ShardCodes._fields))
+        else:
+            shard = ShardCodes(**load_npz(path, ShardCodes._fields))
+    except (InputError, KeyError, *BROKEN_ZIP) as error:
+        raise damaged_shard(path, str(error)) from error
+    kinds = [(array.ndim, array.dtype.kind) for array in shard]
+    bytes_ = shard.codes.dtype.itemsize * shard.ids.dtype.itemsize
+    if kinds != [(2, "u"), (2, "u"), (1, "u"), (1, "i"), (0, "f")] or bytes_ != 1:
+        raise damaged_shard(path, "its arrays are of other shapes or types")
+    if len(shard.codes) != len(shard.ids) or not 1 <= shard.ids.shape[1] <= 8:
+        raise damaged_shard(path, "as many codes as row numbers expected")
+    if int(shard.sizes.sum(dtype=np.int64)) != len(shard.ids) or shard.sizes.max(initial=0) > len(
+        shard.ids
+    ):
+        raise damaged_shard(path, "its lists do not add up")
+    return shard
+
+
+def map_member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Return one array of an uncompressed ``.npz`` without reading it."""
+    member = archive.getinfo(f"{name}.npy")
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    check_member(member, path.stat().st_size)
+    with path.open("rb") as file:
+        begin = member_begin(path, member)
+        file.seek(begin)
+        shape, _, dtype = parse_npy_header(file, path)
+        offset = file.tell()
+        check_size(shape, dtype, member.file_size - (offset - begin), f"array {name}")
+        if 0 in shape:  # nothing to map
+            return np.empty(shape, dtype)
+        return np.memmap(file, dtype, "r", offset, shape)
+
+
+def damaged_shard(path: Path, why: str) -> SnipError:
+    """Return the refusal of a shard's file."""
+    return SnipError(
+        f"{path}: not a shard of an index, or damaged ({why}); remove it and run snip index again"
+    )
 
 
 def held_encoder(folder: Path) -> Path | None:
@@ -38,9 +179,10 @@ def held_encoder(folder: Path) -> Path | None:
 
 
 def same_encoder(given: str | Path, held: Path) -> bool:
-    """Tell whether a folder that was given holds the encoder of another one."""
-    manifest = Path(given).expanduser() / MANIFEST
-    return identity(manifest) == identity(held / MANIFEST)
+    """Tell whether a folder that was given holds the same encoder as another one."""
+    folder = Path(given).expanduser()
+    read_manifest(folder, "encoder")
+    return atomic.sha256(folder / MANIFEST) == atomic.sha256(held / MANIFEST)
 
 
 def is_descriptors(source: str | Path | None) -> bool:
@@ -50,14 +192,16 @@ def is_descriptors(source: str | Path | None) -> bool:
     manifest = Path(source) / MANIFEST
     if is_remote(source):
         manifest = RemotePath(f"{str(source).rstrip('/')}/{MANIFEST}")
-    if not manifest.is_file():
-        return False
-    return bool(atomic.load_json(manifest).get("kind") == "descriptors")
+    return manifest.is_file() and atomic.load_json(manifest).get("kind") == "descriptors"
 
 
 @dataclass(frozen=True)
 class Space:
-    """How a row becomes the vector that is quantised."""
+    """How a row becomes the vector that is quantised.
+
+    ``dim_in`` and ``dim`` are the widths of rows and vectors; without an encoder rows are scaled
+    to norm 1, or taken ``as_stored``.
+    """
 
     encoder: Encoder | None
     as_stored: bool
@@ -99,40 +243,47 @@ class Space:
 
 
 class Index:
-    """A finished index folder.
+    """A finished index folder; `str` of it is what ``snip index`` prints.
 
     Attributes
     ----------
     folder : Path
     manifest : dict
     quantiser : Quantiser
-    space : Space
     rows, nlist, dim, code_size : int
         ``rows`` counts bad ones too, which are in no list; ``dim`` is the width of the vectors.
+    files : list of Path
+        Of the shards, in order.
+    offsets : (shards + 1,) int64
+        Global row of each shard's first row, then the number of rows.
+
+    Raises
+    ------
+    SnipError
+        If ``folder`` is none that ``snip index`` finished.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder, "index")
-        self.quantiser = read_quantiser(folder / QUANTISER)
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.manifest = read_manifest(self.folder, "index")
+        self.quantiser = read_quantiser(self.folder / QUANTISER)
         self.nlist = self.quantiser.nlist
         self.dim, self.code_size = self.quantiser.dim, self.quantiser.code_size
-        with as_written(folder):
+        with as_written(self.folder):
             self.rows = int(self.manifest["rows"])
             sizes = [shard["rows"] for shard in self.manifest["shards"]]
-            self.files = [folder / shard["file"] for shard in self.manifest["shards"]]
+            self.files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
             self.as_stored = bool(self.manifest["request"]["as_stored"])
         self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         if self.rows != self.offsets[-1]:
             raise SnipError(
-                f"{folder / MANIFEST}: damaged: {self.rows:,} rows, its shards have "
+                f"{self.folder / MANIFEST}: damaged: {self.rows:,} rows, its shards have "
                 f"{self.offsets[-1]:,}"
             )
+        self.summary = f"{self.folder}: {self.rows:,} rows in {self.nlist:,} lists"
 
-    @classmethod
-    def open(cls, folder: str | Path) -> Index:
-        """Open a folder that ``snip index`` finished."""
-        return cls(Path(folder).expanduser())
+    def __str__(self) -> str:
+        return self.summary
 
     @cached_property
     def space(self) -> Space:
@@ -142,29 +293,20 @@ class Index:
             return Space.of(None, self.dim, self.as_stored)
         return Space.encoded(folder).of_width(self.dim)
 
-    @property
-    def encoder(self) -> Encoder | None:
-        """The encoder that rows go through, if any."""
-        return self.space.encoder
-
-    def shards(self) -> Iterator[tuple[int, ShardCodes]]:
-        """Yield (first global row, codes) of each shard, in order."""
-        for number, path in enumerate(self.files):
-            yield int(self.offsets[number]), self.fitting(number, load_shard(path))
-
-    def fitting(self, number: int, shard: ShardCodes) -> ShardCodes:
-        """Return a shard, or refuse one that is not of this index; bytes of codes stay unread."""
+    def shard(self, number: int, *, mapped: bool = False) -> ShardCodes:
+        """Return a shard's codes, or refuse those of another index; see `load_shard`."""
+        shard = load_shard(self.files[number], mapped=mapped)
         rows = int(self.offsets[number + 1] - self.offsets[number])
         fits = len(shard.sizes) == self.nlist and shard.codes.shape[1] == self.code_size
         if not fits or len(shard.ids) + len(shard.bad) != rows:
-            raise damaged(self.files[number], f"not a shard of {rows:,} rows of this index")
+            raise damaged_shard(self.files[number], f"not a shard of {rows:,} rows of this index")
         if len(shard.bad) and not 0 <= shard.bad.min() <= shard.bad.max() < rows:
-            raise damaged(self.files[number], "its bad rows are none of its rows")
+            raise damaged_shard(self.files[number], "its bad rows are none of its rows")
         return shard
 
     def bad_rows(self) -> np.ndarray:
         """Return the rows that are in no list, ascending, (b,) int64."""
-        parts = [shard.bad + first for first, shard in self.shards()]
+        parts = [self.shard(n).bad + self.offsets[n] for n in range(len(self.files))]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def lists(self) -> Lists:
@@ -173,18 +315,19 @@ class Index:
         A row takes its code and as many bytes as its number needs; in a list, rows ascend.
         """
         sizes = np.zeros(self.nlist, np.int64)
-        for _, shard in self.shards():
-            sizes += shard.sizes
+        for number in range(len(self.files)):
+            sizes += self.shard(number).sizes
         starts = np.concatenate([[0], np.cumsum(sizes)])
         codes = np.empty((int(starts[-1]), self.code_size), np.uint8)
         ids = np.empty((int(starts[-1]), packed_width(self.rows)), np.uint8)
         cursor = starts[:-1].copy()
-        for first, shard in self.shards():
+        for number in range(len(self.files)):
+            shard = self.shard(number)
             counts = shard.sizes.astype(np.int64)
             begins = np.cumsum(counts) - counts
             places = np.repeat(cursor - begins, counts) + np.arange(len(shard.ids))
             codes[places] = shard.codes
-            ids[places] = pack(unpack(shard.ids) + first, ids.shape[1])
+            ids[places] = pack(unpack(shard.ids) + self.offsets[number], ids.shape[1])
             cursor += counts
         return Lists(codes, ids, starts)
 

@@ -1,4 +1,4 @@
-"""kNN over the lists of an index in memory, for many rows, in no more memory than they take."""
+"""The nearest codes: for many rows with all codes in memory, for one vector with codes on disk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,89 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.index.codes import Lists
-from snipdedup.index.folder import ENCODER, Index, Space, same_encoder
+from snipdedup.index.folder import (
+    ENCODER,
+    WALK_ROWS,
+    Index,
+    Lists,
+    ShardCodes,
+    Space,
+    pack,
+    same_encoder,
+    unpack,
+)
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, ordered_map
 
 QUERY_ROWS = 4 * ALIGNED_ROWS  # rows searched by one thread at a time
+MOST_MAPPED = 128  # shards that stay mapped
+DECODE_ROWS = 1 << 15  # codes turned into vectors at a time
+
+
+class Classes(NamedTuple):
+    """Rows grouped by list and code; each class is one entry of a search.
+
+    Hundreds of copies would else fill all k places. Rows of a class are duplicates by definition:
+    no code tells them apart, and each is linked to the first of them.
+
+    Attributes
+    ----------
+    lists : Lists
+        One entry a class, with its smallest row.
+    members : (n, width) uint8
+        All rows, packed, class by class in the order of ``lists``, ascending in each.
+    begins : (classes + 1,) int64
+        Where each class begins in ``members``, then n.
+    """
+
+    lists: Lists
+    members: np.ndarray
+    begins: np.ndarray
+
+    @classmethod
+    def of(cls, lists: Lists) -> Classes:
+        """Group the entries of lists by list and code."""
+        kept, members, counts = [np.empty(0, np.int64)], [lists.ids[:0]], [np.zeros(1, np.int64)]
+        for low, high in lists.spans():
+            codes, of = lists.codes[low:high], lists.list_of(low, high)
+            words = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).view(np.uint64)
+            order = np.lexsort((*words.T, of))
+            words, of = words[order], of[order]
+            starts = np.ones(high - low, bool)
+            starts[1:] = (words[1:] != words[:-1]).any(axis=1) | (of[1:] != of[:-1])
+            first = np.empty(high - low, np.int64)  # the first place with the same list and code
+            first[order] = order[starts][np.cumsum(starts) - 1]
+            members.append(lists.ids[low + np.argsort(first, kind="stable")])
+            places, count = np.unique(first, return_counts=True)
+            kept.append(places + low)
+            counts.append(count)
+        entries = np.concatenate(kept)
+        starts = np.searchsorted(entries, lists.starts)
+        one_each = Lists(lists.codes[entries], lists.ids[entries], starts)
+        return cls(one_each, np.concatenate(members), np.cumsum(np.concatenate(counts)))
+
+    def rows(self, classes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return up to ``most`` rows of each class: (place in ``classes``, row), int64 each."""
+        begin = self.begins[classes]
+        counts = np.minimum(self.begins[classes + 1] - begin, most)
+        at = np.repeat(np.arange(len(classes)), counts)
+        within = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return at, unpack(self.members[begin[at] + within])
+
+    def links(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield blocks of (smallest row, row) over all rows that are not the smallest."""
+        for low, high in plan_blocks(len(self.begins) - 1, WALK_ROWS):
+            counts = np.diff(self.begins[low : high + 1])
+            first = np.repeat(self.lists.rows(slice(low, high)), counts)
+            row = unpack(self.members[self.begins[low] : self.begins[high]])
+            if (first != row).any():
+                yield first[first != row], row[first != row]
+
+    def shared(self, rows: int) -> np.ndarray:
+        """Return which of ``rows`` rows share their code with another, (rows,) bool."""
+        shared = np.zeros(rows, bool)
+        for first, row in self.links():
+            shared[first] = shared[row] = True
+        return shared
 
 
 class Searcher:
@@ -32,14 +110,14 @@ class Searcher:
         self.quantiser, self.lists = index.quantiser, lists
         self.nprobe = min(nprobe, index.nlist)
         self.ivfpq = cast(Any, faiss.clone_index(index.quantiser.ivfpq))
-        self.ivfpq.nprobe = self.nprobe
-        self.ivfpq.ntotal = len(lists.ids)
+        self.ivfpq.nprobe, self.ivfpq.ntotal = self.nprobe, len(lists.ids)
         if self.ivfpq.by_residual:
             self.ivfpq.use_precomputed_table = 0
             self.ivfpq.precompute_table()
         self.invlists = borrowed_lists(lists, index.code_size)
         self.ivfpq.replace_invlists(self.invlists, False)
-        weakref.finalize(self, give_back, self.invlists)
+        # Before the lists go, the pointer is taken away: faiss would unmap what it did not map.
+        weakref.finalize(self, setattr, self.invlists, "ptr", None)
 
     def probe(self, x: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Return distances and numbers of the lists to visit, (n, nprobe) each.
@@ -84,13 +162,17 @@ class Searcher:
         return D, I
 
     def search(
-        self, x: np.ndarray, Dq: np.ndarray, Iq: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return D and I as `places` does, with global rows for I."""
-        D, I = self.places(x, Dq, Iq, k)
-        found = I >= 0
-        I[found] = self.lists.rows(I[found])
-        return D, I
+        self, source: Source, k: int, threads: int
+    ) -> Iterator[tuple[Queries, np.ndarray, np.ndarray]]:
+        """Yield (queries, D, I) in order, D and I as `places`, but I with global rows."""
+
+        def find(span: tuple[int, int]) -> tuple[Queries, np.ndarray, np.ndarray]:
+            queries = source.load(span)
+            D, I = self.places(queries.x, *self.probe(queries.x, queries.first), k)
+            I[I >= 0] = self.lists.rows(I[I >= 0])
+            return queries, D, I
+
+        return ordered_map(find, plan_blocks(source.total, QUERY_ROWS), threads)
 
 
 def borrowed_lists(lists: Lists, code_size: int) -> Any:
@@ -98,8 +180,6 @@ def borrowed_lists(lists: Lists, code_size: int) -> Any:
     import faiss
 
     sizes = np.diff(lists.starts)
-    if not hasattr(faiss, "OnDiskInvertedLists"):  # Windows: copied, with ids that are not read
-        return copied_lists(lists, code_size)
     invlists: Any = faiss.OnDiskInvertedLists()
     invlists.nlist, invlists.code_size = len(sizes), code_size
     invlists.read_only, invlists.prefetch_nthread = True, 0
@@ -109,36 +189,6 @@ def borrowed_lists(lists: Lists, code_size: int) -> Any:
     invlists.totsize = lists.codes.nbytes
     invlists.ptr = faiss.swig_ptr(lists.codes)
     return invlists
-
-
-def give_back(invlists: Any) -> None:
-    """Take the pointer away before the lists go: faiss would unmap what it did not map."""
-    if hasattr(invlists, "ptr"):
-        invlists.ptr = None
-
-
-def copied_lists(lists: Lists, code_size: int) -> Any:
-    """Return plain faiss inverted lists: 8 bytes a row more."""
-    import faiss
-
-    invlists: Any = faiss.ArrayInvertedLists(len(lists.starts) - 1, code_size)
-    for number in range(len(lists.starts) - 1):
-        codes = lists.codes[lists.starts[number] : lists.starts[number + 1]]
-        if len(codes):
-            ids = np.arange(len(codes), dtype=np.int64)
-            invlists.add_entries(number, len(codes), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
-    return invlists
-
-
-def self_adc(index: Index, x: np.ndarray, first: int = 0) -> np.ndarray:
-    """Return ‖x − q(x)‖² of vectors, (n,) float32; ``first`` as in `Searcher.probe`."""
-
-    def errors(block: np.ndarray) -> tuple[np.ndarray]:
-        lists = index.quantiser.assign(block, 1)[1][:, 0]
-        off = block - index.quantiser.decode(lists, index.quantiser.encode(block, lists))
-        return (np.einsum("ij,ij->i", off, off),)
-
-    return in_aligned_blocks(errors, x, first)[0]
 
 
 class Queries(NamedTuple):
@@ -152,7 +202,7 @@ class Queries(NamedTuple):
         Global rows; -1 for bad ones, which ask nothing.
     x : (n, dim) float32
     own : (n,) float32
-        `self_adc`.
+        Squared distance of each to its own code.
     """
 
     first: int
@@ -181,7 +231,8 @@ def feature_queries(
         bad = bad_rows(block)
         block[bad] = 0
         x = in_aligned_blocks(lambda b: (space.vectors(b),), block, span[0])[0]
-        return Queries(span[0], np.where(bad, -1, rows), x, self_adc(index, x, span[0]))
+        own = in_aligned_blocks(index.quantiser.own_code, x, span[0])[2]
+        return Queries(span[0], np.where(bad, -1, rows), x, own)
 
     return Source(features.rows if sample is None else len(sample), load)
 
@@ -194,18 +245,6 @@ def code_queries(index: Index, lists: Lists) -> Source:
         return Queries(span[0], lists.rows(slice(*span)), x, np.zeros(len(x), np.float32))
 
     return Source(len(lists.ids), load)
-
-
-def neighbours(
-    searcher: Searcher, source: Source, *, k: int, threads: int
-) -> Iterator[tuple[Queries, np.ndarray, np.ndarray]]:
-    """Yield (queries, D, I) in order, `QUERY_ROWS` queries at a time; see `Searcher.search`."""
-
-    def find(span: tuple[int, int]) -> tuple[Queries, np.ndarray, np.ndarray]:
-        queries = source.load(span)
-        return queries, *searcher.search(queries.x, *searcher.probe(queries.x, queries.first), k)
-
-    return ordered_map(find, plan_blocks(source.total, QUERY_ROWS), threads)
 
 
 def query_space(index: Index, features: Features, encoder: str | None) -> Space:
@@ -233,3 +272,81 @@ def query_space(index: Index, features: Features, encoder: str | None) -> Space:
             "wide; if it holds descriptors, name their encoder with --encoder"
         )
     return space
+
+
+class MappedLists:
+    """The lists of an index, mapped shard by shard: only the visited lists are read.
+
+    A wrong shard is refused when this is made. For many queries `Searcher` is faster.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.mapped: dict[int, ShardCodes] = {}
+        for number in range(len(index.files)):
+            self.shard(number)
+
+    def shard(self, number: int) -> ShardCodes:
+        """Return the codes of a shard; where there are very many, most are mapped when asked for.
+
+        A mapped shard holds four open files, and a process may often have no more than 1024.
+        """
+        if number in self.mapped:
+            return self.mapped[number]
+        shard = self.index.shard(number, mapped=True)
+        if len(self.mapped) < MOST_MAPPED:
+            self.mapped[number] = shard
+        return shard
+
+    def visit(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return row, list and code of the entries of some lists, shard by shard, (n, ...) each."""
+        rows, of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        codes = [np.empty((0, self.index.code_size), np.uint8)]
+        for number, first in enumerate(self.index.offsets[:-1].tolist()):
+            shard = self.shard(number)
+            ends = np.cumsum(shard.sizes, dtype=np.int64)
+            for list_ in lists.tolist():
+                span = slice(ends[list_] - int(shard.sizes[list_]), ends[list_])
+                rows.append(unpack(shard.ids[span]) + first)
+                of.append(np.full(len(rows[-1]), list_))
+                codes.append(np.asarray(shard.codes[span]))
+        return np.concatenate(rows), np.concatenate(of), np.concatenate(codes)
+
+    def vector_of(self, row: int) -> np.ndarray:
+        """Return q(x) of a stored row, (dim,) float32; the row numbers of one shard are read."""
+        number = int(np.searchsorted(self.index.offsets, row, side="right")) - 1
+        shard = self.shard(number)
+        wanted = pack(np.array([row - self.index.offsets[number]]), shard.ids.shape[1])
+        place = np.flatnonzero((shard.ids == wanted).all(axis=1))
+        if not len(place):
+            raise SnipError(
+                f"row {row} is in no list of {self.index.folder}: it was NaN, infinite or zero "
+                "when the index was built"
+            )
+        lists = np.searchsorted(np.cumsum(shard.sizes, dtype=np.int64), place, side="right")
+        return self.index.quantiser.decode(lists, np.array(shard.codes[place]))[0]
+
+    def nearest(self, x: np.ndarray, *, nprobe: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return up to ``k`` nearest entries of the ``nprobe`` lists nearest to a vector.
+
+        Parameters
+        ----------
+        x : (dim,) float32
+            As `Space.vectors` makes them.
+
+        Returns
+        -------
+        D : (n,) float32
+            Squared distances to the codes, ascending.
+        I : (n,) int64
+            Rows; where distances are equal, ascending.
+        """
+        x = np.ascontiguousarray(x, np.float32)
+        lists = self.index.quantiser.assign(x[None], nprobe)[1][0]
+        rows, of, codes = self.visit(lists[lists >= 0])
+        D = np.empty(len(rows), np.float32)
+        for low, high in plan_blocks(len(D), DECODE_ROWS):
+            off = self.index.quantiser.decode(of[low:high], codes[low:high]) - x
+            D[low:high] = np.einsum("ij,ij->i", off, off)
+        order = np.lexsort((rows, D))[:k]
+        return D[order], rows[order]

@@ -10,7 +10,7 @@ import numpy as np
 
 from snipdedup.config import Diff
 from snipdedup.deduplication.out_reader import read_keys, whole_groups
-from snipdedup.deduplication.run import HOW
+from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import group_starts
 from snipdedup.metadata.masks import load_mask

@@ -26,7 +26,7 @@ from snipdedup.deduplication.out_reader import (
     read_partners,
     survey_groups,
 )
-from snipdedup.deduplication.outputs import KIND
+from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.inspection import thumbnails
 from snipdedup.inspection.report_page import GENERATOR, PICTURED, Notes, Page, Row, render

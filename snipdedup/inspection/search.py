@@ -21,7 +21,7 @@ from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
 from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
-from snipdedup.index.mapped import MappedLists
+from snipdedup.index.search import MappedLists
 from snipdedup.inspection.clip import text_vector
 from snipdedup.storage import atomic, out_folder
 from snipdedup.storage.manifest import read_manifest
@@ -132,7 +132,7 @@ class Query:
 
 def run(options: config.Search) -> str:
     """Find the nearest rows; return a table, or JSON."""
-    index = Index.open(options.index)
+    index = Index(options.index)
     if options.html is not None:
         require_jinja()
     metadata = open_table_of(index, options)

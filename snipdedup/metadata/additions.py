@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from snipdedup.config import Dedup
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.files import Table
 from snipdedup.metadata.precheck import Use
@@ -32,37 +31,46 @@ PART_CAPTIONS = 1 << 18  # captions held in memory at a time
 SIGN = np.uint64(1 << 63)
 
 
-def added_names(options: Dedup) -> list[str]:
+class ColumnSettings(NamedTuple):
+    """Which columns a run adds: up to so many merged captions of a column, weights."""
+
+    merge_captions: int | None = None
+    caption: str | None = None
+    weights: bool = False
+
+
+def added_names(settings: ColumnSettings) -> list[str]:
     """Return the names of the columns that a run adds."""
-    names = {DUP_COUNT: True, WEIGHT: options.weights, MERGED: options.merge_captions is not None}
+    merges = settings.merge_captions is not None
+    names = {DUP_COUNT: True, WEIGHT: settings.weights, MERGED: merges}
     return [name for name, wanted in names.items() if wanted]
 
 
-def caption_column(options: Dedup, metadata: Metadata) -> str:
+def caption_column(settings: ColumnSettings, metadata: Metadata) -> str:
     """Return the column that captions are taken from, or refuse metadata without one."""
-    return metadata.needed(options.caption, CAPTION_COLUMNS, "--caption")
+    return metadata.needed(settings.caption, CAPTION_COLUMNS, "--caption")
 
 
-def uses(options: Dedup, metadata: Metadata) -> list[Use]:
+def uses(settings: ColumnSettings, metadata: Metadata) -> list[Use]:
     """Return what columns are read for to make those that a run adds."""
-    if options.merge_captions is None:
+    if settings.merge_captions is None:
         return []
     remedy = "name a column of texts with --caption"
-    return [Use([caption_column(options, metadata)], captions, remedy)]
+    return [Use([caption_column(settings, metadata)], captions, remedy)]
 
 
 @contextmanager
 def added_columns(
-    options: Dedup, metadata: Metadata, removed: Removed, work: Path
+    settings: ColumnSettings, metadata: Metadata, removed: Removed, work: Path
 ) -> Iterator[list[Added]]:
     """Yield the columns that a run adds, in the order of `added_names`."""
     with ExitStack() as stack:
         columns: list[Added] = [dup_counts(removed, work / "counts")]
         removed = removed.followed()
-        if options.weights:
+        if settings.weights:
             columns.append(Weights(removed, work / "weights"))
-        if options.merge_captions is not None:
-            column, most = caption_column(options, metadata), options.merge_captions
+        if settings.merge_captions is not None:
+            column, most = caption_column(settings, metadata), settings.merge_captions
             merged = merged_captions(metadata, column, removed.here(), most, work / "captions")
             columns.append(stack.enter_context(merged))
         yield columns

@@ -1,7 +1,6 @@
 """GET requests to web servers: byte ranges, redirects, tokens, and errors that say what to do.
 
-Every status, length and range is checked before it is believed. Users, passwords and signed queries
-of URLs are left out of messages. A token is sent to its own origin only, also after redirects.
+Status, length and range of every response are checked. A token is sent to its own origin only.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPMessage, HTTPResponse
@@ -35,12 +35,11 @@ PRIVATE = (
     "it is gated or private: fetch it with the host's own tool, then give the local folder; a "
     "hub's token is used with hf:// sources only"
 )
-NOT_THERE = "check the URL and the file numbers"
 ADVICE = {
     401: PRIVATE,
     403: PRIVATE,
-    404: NOT_THERE,
-    410: NOT_THERE,
+    404: "check the URL and the file numbers",
+    410: "it was removed; check the URL",
     416: "the file has no such range of bytes",
     429: f"the server asks for fewer requests: {AGAIN}",
     451: "the host may not send it to your country",
@@ -88,24 +87,17 @@ def get(
     if_range: str | None = None,
     token: Token | None = None,
 ) -> HTTPResponse:
-    """Request a URL, or a range of its bytes.
+    """Request a URL, or a range of its bytes: ``"100-"``, ``"100-199"`` (RFC 9110, 14.2).
 
-    Parameters
-    ----------
-    url : str
-    byte_range : str, optional
-        ``"100-"`` or ``"100-199"`` (RFC 9110, 14.2). A server without ranges sends the whole file,
-        with status 200.
-    if_range : str, optional
-        A strong ETag; if the file has another one by now, all of it is sent (RFC 9110, 13.1.5).
-    token : Token, optional
+    The whole file comes, with status 200, if the server has no ranges, or if ``if_range``, a strong
+    ETag, is not the file's any more (RFC 9110, 13.1.5).
 
     Raises
     ------
     TemporaryError
         If it is worth another try: broken connections, 429, 5xx.
     MissingError, RangeError, SnipError
-        If the server answers anything but 200 or 206: 404 or 410, 416, others.
+        If the server answers 404 or 410, 416, or anything else but 200 or 206.
     """
     url = quote(url, safe=URL_CHARACTERS)
     headers = {"User-Agent": f"snipdedup/{__version__}", "Accept-Encoding": "identity"}
@@ -153,15 +145,14 @@ def status_error(url: str, error: HTTPError) -> SnipError:
 
 def temporary_error(text: str, headers: Any) -> TemporaryError:
     """Return an error with the wait that a server asks for: Retry-After, or the hub's RateLimit."""
-    asked, wait = str(headers.get("Retry-After") or "").strip(), None
+    asked = str(headers.get("Retry-After") or "").strip()
+    limit = re.search(r"\br=0\b.*\bt=(\d+)", str(headers.get("RateLimit") or ""))
+    wait = float(limit[1]) if limit else None
     if asked.isdecimal():
         wait = float(asked)
-    else:
-        try:
+    elif asked:
+        with suppress(ValueError):  # not a date either
             wait = max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
-        except ValueError:  # not a date
-            limit = re.search(r"\br=0\b.*\bt=(\d+)", str(headers.get("RateLimit") or ""))
-            wait = float(limit[1]) if limit else None
     return TemporaryError(text + (f" (it asks to wait {wait:,.0f} s)" if wait else ""), wait)
 
 

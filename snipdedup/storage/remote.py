@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from snipdedup.errors import InputError, MissingError, RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
 from snipdedup.storage import http
@@ -31,6 +33,7 @@ R = TypeVar("R")
 
 RANGE_BYTES = 4 << 20  # of one request
 REQUESTS = 16  # at a time: they wait for the network, not for a core
+GAP_BYTES = 1 << 15  # between wanted rows: fewer cost less than another request
 BUFFER_BYTES = 1 << 16  # read at a time where headers and footers are read
 ATTEMPTS = 6  # in a row without progress
 BACKOFF_S = 1.0  # before the second attempt; doubled each time
@@ -68,19 +71,9 @@ def with_retries(
 ) -> T:
     """Return ``work()``; after a `TemporaryError` wait, and try again.
 
-    Parameters
-    ----------
-    work : callable
-    pause : callable
-        Waits some seconds for a reason.
-    progress : callable
-        Bytes that are done. Attempts that brought some are not counted.
-
-    Raises
-    ------
-    TemporaryError
-        After `ATTEMPTS` in a row without progress, or if the server asks for more than
-        `MAX_WAIT_S`.
+    ``pause`` waits some seconds for a reason. ``progress`` returns how many bytes are done: the
+    last error is raised after `ATTEMPTS` in a row that brought none, or if the server asks to wait
+    longer than `MAX_WAIT_S`.
     """
     failures = 0
     while True:
@@ -98,14 +91,9 @@ def with_retries(
 
 
 class RemotePath(PATH):
-    """A URL as a path, so that code which names, sorts and describes files takes both.
+    """The URL of a file as a path: its text is the redacted URL, all of it is in ``url`` only."""
 
-    The text of the path is the redacted URL; the whole URL is in ``url`` only. Size and version are
-    requested once.
-    """
-
-    def __new__(cls, url: str, token: Token | None = None) -> RemotePath:
-        """Make a path of what messages may show."""
+    def __new__(cls, url: str, token: Token | None = None) -> RemotePath:  # noqa: D102
         del token
         return super().__new__(cls, redacted(url))
 
@@ -140,16 +128,11 @@ class RemotePath(PATH):
         """The folder that it lies in."""
         return RemotePath(redacted(self.url).rpartition("/")[0])
 
-    def resolve(self, strict: bool = False) -> RemotePath:
-        """Return this path: a URL is the same from anywhere."""
-        del strict
-        return self
-
     def absolute(self) -> RemotePath:
-        """Return this path."""
+        """Return this path: a URL is the same from anywhere."""
         return self
 
-    expanduser = absolute
+    resolve = expanduser = absolute
 
     def is_dir(self) -> bool:
         """Return False: remote paths are files."""
@@ -181,10 +164,11 @@ class RemotePath(PATH):
         stamp = int.from_bytes(hashlib.sha256(version.encode()).digest()[:7], "big")
         return os.stat_result((0, stamp, 0, 0, 0, 0, size, 0, 0, 0), {"st_mtime_ns": stamp})
 
-    def open(self, *args: Any, **kwargs: Any) -> IO[bytes]:
-        """Open it for reading bytes at any position; the mode is ignored."""
-        del args, kwargs
-        return io.BufferedReader(RangeReader(self), BUFFER_BYTES)
+    def open(self, mode: str = "rb", buffering: int = -1, **more: Any) -> IO[bytes]:
+        """Open it for reading bytes at any position, whatever the mode."""
+        del mode, more
+        reader: Any = RangeReader(self)
+        return io.BufferedReader(reader, BUFFER_BYTES) if buffering else reader
 
     def read_range(self, begin: int, end: int) -> bytes:
         """Return the bytes ``begin`` to ``end`` (exclusive), long ranges by several requests."""
@@ -207,6 +191,48 @@ class RemotePath(PATH):
             return with_retries(lambda: request_range(self.url, *ends, expected, self._token))
 
         return ordered_results(read, ranges, request_pool(os.getpid()), 2 * REQUESTS)
+
+    def read_rows(self, begin: int, row_bytes: int, rows: np.ndarray) -> np.ndarray:
+        """Return rows of ``row_bytes`` each that follow one another from byte ``begin`` on.
+
+        Parameters
+        ----------
+        begin, row_bytes : int
+        rows : (n,) int64
+            Ascending.
+
+        Returns
+        -------
+        (n, row_bytes) uint8
+        """
+        found = np.empty((len(rows), row_bytes), np.uint8)
+        cuts = plan_ranges(rows, row_bytes)
+        ranges = [
+            (begin + int(rows[low]) * row_bytes, begin + (int(rows[high - 1]) + 1) * row_bytes)
+            for low, high in cuts
+        ]
+        for (low, high), data in zip(cuts, self.read_ranges(ranges), strict=True):
+            block = np.frombuffer(data, np.uint8).reshape(-1, row_bytes)
+            found[low:high] = block[rows[low:high] - rows[low]]
+        return found
+
+
+def plan_ranges(rows: np.ndarray, row_bytes: int) -> list[tuple[int, int]]:
+    """Cut ascending rows, (n,) int64, where the gap is wide, or the range would be long.
+
+    Returns positions in ``rows``, (low, high) with ``high`` exclusive.
+    """
+    if not len(rows):
+        return []
+    wide = np.flatnonzero((np.diff(rows) - 1) * row_bytes > GAP_BYTES) + 1
+    most = max(1, RANGE_BYTES // row_bytes)  # rows that one request spans
+    cuts, low = [], 0
+    for high in [*wide.tolist(), len(rows)]:
+        while low < high:
+            cut = low + int(np.searchsorted(rows[low:high], rows[low] + most))
+            cuts.append((low, cut))
+            low = cut
+    return cuts
 
 
 class RangeReader(io.RawIOBase):
@@ -307,13 +333,7 @@ def store_errors(url: str, unknown: type[SnipError] = SnipError) -> Iterator[Non
 
 
 def read_version(url: str, token: Token | None = None) -> FileVersion:
-    """Request size and version of a file.
-
-    Raises
-    ------
-    MissingError, TemporaryError, NoRangesError, SnipError
-        If it is missing, cannot be reached, is not sent in ranges, or may not be read.
-    """
+    """Request size and version of a file; refuse a web server that sends no ranges."""
     if is_web(url):
         try:
             response = http.get(url, "0-0", token=token)

@@ -23,10 +23,7 @@ def is_web(location: str) -> bool:
 
 
 def redacted(location: str) -> str:
-    """Return a URL without user, password, query and fragment; a path as it is.
-
-    Queries of other than web URLs are part of the name and stay.
-    """
+    """Return a URL without user, password, query and fragment; a path as it is."""
     if is_web(location):
         parts = urlsplit(location)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -34,13 +31,7 @@ def redacted(location: str) -> str:
 
 
 def name_of(location: str) -> str:
-    """Return the file name at the end of a location.
-
-    Raises
-    ------
-    SnipError
-        If it is empty, hidden (``.name``), or holds an escaped slash.
-    """
+    """Return the file name at the end of a location; refuse one that is empty, hidden or a path."""
     path = urlsplit(location).path if is_web(location) else location
     name = path.rpartition("/")[2]
     name = unquote(name) if is_web(location) else name
@@ -49,24 +40,8 @@ def name_of(location: str) -> str:
     return name
 
 
-def sibling(location: str, name: str) -> str:
-    """Return the location of another file of the same folder, without the query."""
-    if is_web(location):
-        parts = urlsplit(location)
-        folder = parts.path.rpartition("/")[0]
-        return urlunsplit((parts.scheme, parts.netloc, f"{folder}/{name}", "", ""))
-    head, slash, _ = location.rpartition("/")
-    return head + slash + name
-
-
 def expand_parts(pattern: str, numbers: Iterable[int]) -> list[str]:
-    """Put file numbers into a ``{part:04d}`` pattern.
-
-    Raises
-    ------
-    UsageError
-        If it is not such a pattern.
-    """
+    """Put file numbers into a ``{part:04d}`` pattern; refuse one with other fields."""
     try:
         return [pattern.format(part=number) for number in numbers]
     except (KeyError, IndexError, ValueError, AttributeError) as error:

@@ -10,9 +10,8 @@ from samples import candidates, collected, labels, make
 from snipdedup.adc import two_sided
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
-from snipdedup.index.classes import classes_of
 from snipdedup.index.folder import Index
-from snipdedup.index.search import Searcher, feature_queries
+from snipdedup.index.search import Classes, Searcher, feature_queries
 
 ROWS, LISTS = 300, 4
 
@@ -31,7 +30,7 @@ def index(rows, tmp_path_factory):
 
 
 def views_of(index: Index, rows: np.ndarray, folder, k: int, nprobe: int) -> two_sided.Views:
-    classes = classes_of(index.lists())
+    classes = Classes.of(index.lists())
     searcher = Searcher(index, classes.lists, nprobe)
     source = feature_queries(index, index.space, open_features(rows))
     return two_sided.record(searcher, classes, source, k, folder, 1)

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 
 from snipdedup.auditing import proof
 from snipdedup.auditing.proof import raw_cosines
-from snipdedup.auditing.verdict import SHOWN, Verdict, pick_ordinals
+from snipdedup.auditing.result import SHOWN, AuditResult
+from snipdedup.auditing.sheet import pick_ordinals
 from snipdedup.features.shards import open_features
 from snipdedup.statistics import proportion_interval
 
@@ -146,13 +148,13 @@ def test_what_is_true_passes(laion, rows, tmp_path, method, keep):
     assert not wrong(said)
     mask = np.load(tmp_path / "o" / "is_dup.npy")
     kept = (~mask).sum()
-    assert f"{mask.sum()} of 700 rows go" in said
+    assert f"{mask.sum()} of 700 rows are removed" in said
     assert f"{mask.sum()} of {mask.sum()} removed rows reach 0.9 with their representative" in said
     assert "4 of 4 agree with their size and checksum" in said
-    assert f"{kept} rows in 4 files, compared with what was filtered" in said
+    assert f"{kept} rows in 4 files, compared with the input" in said
     near = truth.cosine_table(rows)[~mask][:, ~mask] >= np.float32(THRESHOLD)
     missed = (near.sum(1) > 1).sum()
-    assert f"{missed} of all {kept} rows that stay match another one" in said
+    assert f"{missed} of all {kept} kept rows match another kept row" in said
     assert (missed == 0) or method == "adc"
 
 
@@ -183,7 +185,7 @@ def test_bad_rows_that_are_kept_pass(laion, rows, tmp_path):
     status, said = audit(tmp_path / "o", tmp_path / "set", "--probe_rows", ROWS)
     assert status == 0
     kept = json.loads((tmp_path / "o" / "snip.json").read_text())["counts"]["kept"]
-    assert f"0 of all {kept - 3} rows" in said
+    assert f"0 of all {kept - 3} kept rows" in said
 
 
 def test_adc_without_features_says_so_and_fails(laion, tmp_path):
@@ -193,7 +195,7 @@ def test_adc_without_features_says_so_and_fails(laion, tmp_path):
     status, said = audit(tmp_path / "o", laion)
     assert status == 1
     assert wrong(said) == [
-        "snip.json says verified false: adc without FEATURES, no pair was proved when this was made"
+        "snip.json has verified false: adc without FEATURES, no pair was verified by the run"
     ]
     assert re.search(r"(\d+) of (\d+) removed rows reach 0.9", said)
 
@@ -216,8 +218,8 @@ def test_a_flipped_value_of_is_dup_names_the_row(out, laion, forged, value, kind
     status, said = audit(out, laion)
     assert status == 1
     what = {
-        "removed": "is_dup.npy lets it stay, groups.parquet removes it",
-        "staying member": "is_dup.npy removes it, groups.parquet lets it stay",
+        "removed": "is_dup.npy keeps it, groups.parquet removes it",
+        "staying member": "is_dup.npy removes it, groups.parquet keeps it",
         "in no group": "is_dup.npy removes it, groups.parquet does not have it",
     }[kind]
     assert f"{where(row)}: {what}" in wrong(said)
@@ -281,12 +283,12 @@ def test_swapped_representatives_name_the_row(out, rows, laion, same_group, forg
     assert lines
     if same_group:  # still a match that stays, but not the one that the cosine is of
         assert lines == [
-            f"{where(row[i])}: groups.parquet says cosine {similarity[i]:.6f}, with its "
+            f"{where(row[i])}: groups.parquet has cosine {similarity[i]:.6f}, with its "
             f"representative {where(representative[i])} it is "
             f"{truth.cosine_table(rows)[row[i], representative[i]]:.6f}"
         ]
     else:
-        assert any("is not a row of its group that stays" in line for line in lines)
+        assert any("is not a kept row of its group" in line for line in lines)
         assert any("expected 0.9 or more" in line for line in lines)
     assert ("groups.parquet is not the file that was written" in said) != forged
 
@@ -302,7 +304,7 @@ def test_a_representative_that_goes_itself_is_named(out, laion):
     status, said = audit(out, laion)
     assert status == 1
     assert (
-        f"{where(row[i])}: its representative {where(row[j])} is not a row of its group that stays"
+        f"{where(row[i])}: its representative {where(row[j])} is not a kept row of its group"
     ) in wrong(said)
 
 
@@ -376,8 +378,8 @@ def test_a_dropped_metadata_row_is_named_with_its_file(out, laion, forged, place
     status, said = audit(out, laion)
     assert status == 1
     assert (
-        f"metadata/m_2.parquet: {kept.num_rows - 1} rows, is_dup.npy lets {kept.num_rows} of this "
-        f"file stay; {where(row)} is missing or comes too late"
+        f"metadata/m_2.parquet: {kept.num_rows - 1} rows, is_dup.npy keeps {kept.num_rows} of this "
+        f"file; {where(row)} is missing or comes too late"
     ) in wrong(said)
     assert len(wrong(said)) == 2 - forged
 
@@ -420,10 +422,10 @@ def test_metadata_without_its_source_is_counted(rows, laion, tmp_path):
     shutil.rmtree(own / "metadata")
     status, said = audit(tmp_path / "o", own)
     assert status == 0
-    assert "what was filtered is not where it was" in said
+    assert "the input is not where it was" in said
     status, said = audit(tmp_path / "o", own, "--metadata", laion / "metadata")
     assert status == 0
-    assert "compared with what was filtered" in said
+    assert "compared with the input" in said
     (tmp_path / "o" / "metadata" / "m_3.parquet").unlink()
     status, said = audit(tmp_path / "o", own)
     assert status == 1
@@ -439,7 +441,7 @@ def test_metadata_as_csv(laion, rows, tmp_path):
     assert truth.snip("dedup", laion / "img_emb", *words)[0] == 0
     status, said = audit(tmp_path / "o", laion)
     assert status == 0
-    assert "compared with what was filtered" in said
+    assert "compared with the input" in said
     path = tmp_path / "o" / "metadata" / "m_2.parquet"
     kept = pq.read_table(path)
     pq.write_table(kept.slice(1), path)
@@ -520,7 +522,7 @@ def test_groups_out_of_order_or_of_rows_that_are_not(out, laion):
     pq.write_table(groups_of(out).take(turned), out / "groups.parquet")
     status, said = audit(out, laion)
     assert status == 1
-    assert any("is out of place" in line for line in wrong(said))
+    assert any("out of place in groups" in line for line in wrong(said))
     representative[0] = ROWS
     edit_groups(out, representative=representative)
     status, said = audit(out, laion)
@@ -553,13 +555,13 @@ def test_missed_matches_are_counted_and_one_is_named(finished, rows, laion, tmp_
     status, said = audit(out, laion, "--probe_rows", ROWS)
     assert status == 0  # reported, not failed
     assert missed > 0
-    assert f"{missed} of all {len(kept)} rows that stay match another one" in said
+    assert f"{missed} of all {len(kept)} kept rows match another kept row" in said
     a, b = (kept[i] for i in np.unravel_index(table_.argmax(), table_.shape))
     assert f"such as {where(a)} and {where(b)}: cosine {table_.max():.6f}" in said
-    assert "rows that stay match" not in audit(out, laion, "--probe_rows", 0)[1]
+    assert "kept rows match" not in audit(out, laion, "--probe_rows", 0)[1]
     status, said = audit(out, laion, "--probe_rows", 60)
     found, low, high = re.search(
-        r"(\d+) of 60 sampled rows that stay match .*: (\S+) to (\S+) % of them", said
+        r"(\d+) of 60 sampled kept rows match .*: (\S+) to (\S+) % of them", said
     ).groups()
     assert (float(low) / 100, float(high) / 100) == pytest.approx(
         proportion_interval(int(found), 60), abs=1e-4
@@ -668,7 +670,7 @@ def test_sheets_that_cannot_be_read_as_verdicts(finished, laion, tmp_path):
     sheet.write_text(text.replace(f"\n{lines[1]['row']},", f"\n{lines[1]['representative']},"))
     assert "the sheet is of another run" in refused()
     sheet.write_text("row,verdict\n1,yes\n")
-    assert "its column representative is not there" in refused()
+    assert "it has no column representative" in refused()
     sheet.write_text("row,representative,verdict\nx,1,yes\n")
     assert "line 2: expected row numbers, found 'x'" in refused()
     sheet.unlink()
@@ -703,11 +705,11 @@ def test_a_sheet_is_not_written_into_an_input(finished, laion):
 
 
 def test_a_verdict_shows_a_few_of_a_kind():
-    verdict = Verdict()
-    verdict.fail_each("a", np.arange(3), "a{}".format)
-    verdict.fail_each("a", np.arange(3, 2000), "a{}".format)
-    verdict.fail("b", "other")
-    lines = verdict.text("o").splitlines()
+    result = AuditResult(Path("o"))
+    result.fail_each("a", np.arange(3), "a{}".format)
+    result.fail_each("a", np.arange(3, 2000), "a{}".format)
+    result.fail("b", "other")
+    lines = str(result).splitlines()
     assert lines[0] == "audit of o: FAILED, 2,001 violations"
     shown = [f"  ! a{i}" for i in range(SHOWN)]
     assert lines[1:] == [*shown, "  ! and 1,995 more like that", "  ! other"]
@@ -740,7 +742,7 @@ def test_rows_that_go_for_a_reference_are_proved_on_it(referred):
     removed = int(np.load(out / "is_dup.npy").sum())
     assert 20 < outside < removed
     assert f"{removed} of {removed} removed rows reach 0.9" in said
-    assert f"{outside} rows go for rows of 1 reference\n" in said
+    assert f"{outside} rows are removed for rows of 1 reference\n" in said
     assert "0 of them match a row of" in said
 
 
@@ -754,8 +756,8 @@ def test_rows_that_go_for_references_only_are_proved(referred, tmp_path):
     assert status == 0
     removed = np.flatnonzero(np.load(out / "is_dup.npy"))
     assert f"{len(removed)} of {len(removed)} removed rows reach 0.9" in said
-    assert f"0 of {ROWS - 250 - len(removed)} rows that stay match a row of {reference}" in said
-    assert "match another one" not in said  # their own duplicates stay
+    assert f"0 of {ROWS - 250 - len(removed)} kept rows match a row of {reference}" in said
+    assert "match another kept row" not in said  # their own duplicates stay
     reference_row, similarity = columns_of(out, "representative", "similarity")
     names = groups_of(out)["reference"].to_pylist()
     forged = {"representative": reference_row.copy(), "reference": names, "similarity": similarity}
@@ -764,7 +766,7 @@ def test_rows_that_go_for_references_only_are_proved(referred, tmp_path):
     forge(out)
     status, said = audit(out, features)
     assert status == 1
-    assert any("it goes for a row of FEATURES" in line for line in wrong(said))
+    assert any("removed for a row of FEATURES" in line for line in wrong(said))
 
 
 def test_a_reference_may_have_more_rows_than_the_set(rows, tmp_path):
@@ -796,7 +798,7 @@ def test_a_wrong_reference_row_is_named(referred):
     assert len(lines) == 2
     assert any(line.startswith(names[0]) and f"of {reference} (img_emb" in line for line in lines)
     assert (
-        f"{names[1]}: row 250 of {reference}, for which it goes, is none that stays there" in lines
+        f"{names[1]}: its representative, row 250 of {reference}, is not a kept row there" in lines
     )
 
 
@@ -832,8 +834,8 @@ def test_an_earlier_out_as_reference(rows, tmp_path):
     status, said = audit(out, tmp_path / "new")
     assert status == 1
     assert wrong(said) == [
-        f"row {row[at]} (img_emb_0.npy row {row[at]}): row {gone[0]} of {earlier}, for which it "
-        "goes, is none that stays there"
+        f"row {row[at]} (img_emb_0.npy row {row[at]}): its representative, row {gone[0]} of "
+        f"{earlier}, is not a kept row there"
     ]
 
 

@@ -119,7 +119,7 @@ def test_bad_captions_match_nothing_or_are_refused(tmp_path):
         dedup(image, text_features=text)
     found = dedup(image, text_features=text, bad_rows="keep")
     assert found.is_dup.tolist() == [False, False, True, True]
-    assert found.found.bad.tolist() == [1]
+    assert found.search.bad.tolist() == [1]
 
 
 def test_captions_must_be_as_many_as_images(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import truth
 
 from snipdedup import dedup
-from snipdedup.deduplication import final_check, methods, result
+from snipdedup.deduplication import final_check, result, run
 from snipdedup.errors import InternalError
 from snipdedup.groups.star import NO_PAIR
 from snipdedup.join.forest import join_edges, make_edges
@@ -45,12 +45,12 @@ def tampered(change):
         change(members)
         return dataclasses.replace(done, members=members)
 
-    return mock.patch.object(result, "choose", choose)
+    return mock.patch.object(run, "choose", choose)
 
 
 def test_a_pair_that_is_none_ends_the_run_and_names_the_row(tmp_path):
     x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
-    search = methods.search
+    search = run.search
     folder = truth.save_shards(tmp_path / "img", x, [20])
 
     def wrong(*given):
@@ -60,7 +60,7 @@ def test_a_pair_that_is_none_ends_the_run_and_names_the_row(tmp_path):
         status, said, line = truth.snip("dedup", folder, "--out", tmp_path / "out")
     assert (status, said) == (1, "")
     cosine = truth.cosine_table(x)[3, 41]
-    assert "internal error: row 41 (img_emb_1.npy, row 21) goes for row 3, but" in line
+    assert "internal error: row 41 (img_emb_1.npy, row 21) is removed for row 3, but" in line
     assert f"their cosine is {cosine:.7g}, for a threshold of 0.95" in line
     assert "nothing was written" in line
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["work"]
@@ -70,7 +70,7 @@ def test_what_was_there_stays_when_a_result_is_refused(rows, tmp_path):
     out = tmp_path / "out"
     dedup(rows, out=out)
     before = (out / "groups.parquet").read_bytes()
-    search = methods.search
+    search = run.search
 
     def wrong(*given):
         return with_edge(search(*given), *far_pair(rows))
@@ -107,12 +107,12 @@ def test_components_may_chain_and_the_count_is_of_the_cosines_that_are_written(r
         ("row", 600, "row 600 is none of the 600 rows"),
         ("row", -1, "row -1 is none of the 600 rows"),
         ("row", "first", "is twice among the rows of groups"),
-        ("representative", 600, "goes for one that is not there, row 600"),
-        ("representative", -1, "goes for one that is not there, row -1"),
-        ("representative", "own", "goes for itself"),
-        ("representative", "other", "goes for one of another group"),
-        ("is_dup", False, "stays, and has another that stands for it"),
-        ("group", -5, "goes for one of another group"),
+        ("representative", 600, "has a representative that is no row, row 600"),
+        ("representative", -1, "has a representative that is no row, row -1"),
+        ("representative", "own", "is removed for itself"),
+        ("representative", "other", "has a representative of another group"),
+        ("is_dup", False, "is kept, and has another representative"),
+        ("group", -5, "has a representative of another group"),
     ],
 )
 def test_rows_that_are_none_or_go_for_none_end_the_run(rows, grouping, column, value, says):
@@ -138,7 +138,7 @@ def test_a_row_that_goes_stands_for_none(grouping):
 
     with (
         tampered(change),
-        pytest.raises(InternalError, match="goes for a row that goes too, row 1"),
+        pytest.raises(InternalError, match="has a representative that is removed too, row 1"),
     ):
         dedup(x, grouping=grouping, method="exact")
 
@@ -146,9 +146,9 @@ def test_a_row_that_goes_stands_for_none(grouping):
 def test_a_row_that_cannot_be_compared_is_in_no_group():
     x = np.repeat(np.eye(3, dtype=np.float32), 3, axis=0)
     found = dedup(x, method="exact")
-    wrong = dataclasses.replace(found.found, bad=np.array([4]))
+    wrong = dataclasses.replace(found.search, bad=np.array([4]))
     with pytest.raises(InternalError, match="cannot be compared, and is in a group with"):
-        result.proved(dataclasses.replace(found, found=wrong))
+        result.checked(dataclasses.replace(found, search=wrong))
 
 
 def test_unverified_pairs_have_no_cosines_but_are_rows(rows, tmp_path):
@@ -164,20 +164,20 @@ def test_unverified_pairs_have_no_cosines_but_are_rows(rows, tmp_path):
     def change(members):
         members.representative[members.is_dup] = 700
 
-    with tampered(change), pytest.raises(InternalError, match="goes for one that is not there"):
+    with tampered(change), pytest.raises(InternalError, match="that is no row"):
         dedup(None, **how)
 
 
 def test_captions_must_match_too(rows):
     text = np.random.default_rng(1).standard_normal(rows.shape).astype(np.float32)
-    found = dedup(rows, text_features=rows, threshold=0.9).found
+    found = dedup(rows, text_features=rows, threshold=0.9).search
     assert found.also is not None
     wrong = found.also._replace(gather=lambda places: text[places])
     with pytest.raises(InternalError, match="their captions do not match"):
-        result.proved(
+        result.checked(
             dataclasses.replace(
                 dedup(rows, text_features=rows, threshold=0.9),
-                found=dataclasses.replace(found, also=wrong),
+                search=dataclasses.replace(found, also=wrong),
             )
         )
 
@@ -190,11 +190,11 @@ def test_rows_that_go_for_a_reference_row_match_it(rows, grouping):
         members.representative[other] = ~table[200:, :200].argmin(1)
 
     how = {"reference": rows[:200], "threshold": 0.9, "grouping": grouping, "method": "exact"}
-    assert dedup(rows[200:], **how).tally.for_reference > 20
+    assert dedup(rows[200:], **how).counts.for_reference > 20
     if grouping == "star":
         with tampered(change), pytest.raises(InternalError, match="of reference 0, but"):
             dedup(rows[200:], **how)
-    search = methods.search
+    search = run.search
 
     def wrong(*given):
         found = search(*given)
@@ -215,7 +215,7 @@ def test_semdedup_asks_for_more_than_the_threshold():
     found = dedup(x, method="semdedup", threshold=0.9, clusters=1)
     level = float(found.members.similarity[found.members.is_dup].min())
     with pytest.raises(InternalError, match="but their cosine is"):
-        result.proved(dataclasses.replace(found, threshold=level))
+        result.checked(dataclasses.replace(found, threshold=level))
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])

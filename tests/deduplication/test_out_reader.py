@@ -210,8 +210,9 @@ def test_a_sample_is_fair():
     for seed in range(600):
         sample = out_reader.Reservoir(5, seed)
         for start in range(0, 20, 6):
-            sample.offer(np.arange(start, min(start + 6, 20)))
-        counts[sample.held[0]] += 1
+            rows = np.arange(start, min(start + 6, 20))
+            sample.offer(Members(rows, rows, rows, np.ones(len(rows)), rows >= 0))
+        counts[sample.members().row] += 1
     assert counts.sum() == 3000
     assert abs(counts - 150).max() < 5 * np.sqrt(150 * 0.75)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup import dedup
-from snipdedup.deduplication.references import open_references, own_copies, settle
+from snipdedup.deduplication.references import open_references, own_copies, own_pairs
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features
@@ -204,13 +204,13 @@ def test_a_crowd_is_compared_with_its_reference_rows_only(references):
     chain = np.arange(1, 6000)
     forest = make_edges(chain - 1, chain, np.ones(5999))
     none = np.empty(0, np.int64)
-    found = settle(features, references, forest, (none, none), 0.9, 2)
+    found, _, _, nearest = own_pairs(features, references, forest, (none, none), 0.9, 2)
     assert features.gathered <= 1.5 * 6000  # a table of all pairs gathers each row six times
     across = truth.cosine_table(x)[references:, :references]
-    assert np.array_equal(found.nearest.row, np.arange(6000 - references))
-    assert np.array_equal(found.nearest.reference, across.argmax(1))
-    assert np.array_equal(found.nearest.similarity, across.max(1))
-    assert np.array_equal(found.forest.a, np.arange(5999 - references))
+    assert np.array_equal(nearest.row, np.arange(6000 - references))
+    assert np.array_equal(nearest.reference, across.argmax(1))
+    assert np.array_equal(nearest.similarity, across.max(1))
+    assert np.array_equal(found.a, np.arange(5999 - references))
 
 
 def test_copies_are_told_apart_by_the_side_they_lie_on():
@@ -476,7 +476,7 @@ def test_a_reference_that_holds_a_shard_of_the_features_is_refused(
     line = refused("dedup", features, "--reference", reference, "--out", "o", *flags)
     assert f"{shard} of FEATURES" in line
     assert f"{other} of --reference" in line
-    assert "all its rows would go" in line
+    assert "all its rows would be removed" in line
     assert not (cleaned / "o").exists()
 
 
@@ -493,7 +493,7 @@ def test_an_array_that_is_a_reference_too_is_refused(sets):
     for array, reference in (
         (x, x), (x[:500], x[400:]), (x[:500], x[:500].copy()), (x[:166], folders[0]),
     ):  # fmt: skip
-        with pytest.raises(SnipError, match="all its rows would go"):
+        with pytest.raises(SnipError, match="all its rows would be removed"):
             dedup(array, reference=reference)
     assert dedup(x[::2], reference=x[1::2], method="exact").removed > 0
 
@@ -560,11 +560,11 @@ def test_one_input_named_twice_counts_once(sets):
     assert (item.tolist(), row.tolist()) == ([0, 0, 1, 1], [0, 499, 0, 199])
     names = np.array([twice.items[which].name for which in item])
     called = [item.name for item in twice.items]
-    assert twice.find(called, names, row).tolist() == [0, 499, 500, 699]
-    assert twice.find(["a", "b"], np.array(["b"]), np.array([7])).tolist() == [507]
+    assert twice.numbers_of(called, names, row).tolist() == [0, 499, 500, 699]
+    assert twice.numbers_of(["a", "b"], np.array(["b"]), np.array([7])).tolist() == [507]
     for name, which in (("c", 7), ("b", 200)):
-        with pytest.raises(SnipError, match=f"row {which} of {name} is no row"):
-            twice.find(["a", "b"], np.array(["b", name]), np.array([7, which]))
+        with pytest.raises(SnipError, match=f"row {which} of {name} is not a kept row"):
+            twice.numbers_of(["a", "b"], np.array(["b", name]), np.array([7, which]))
 
 
 def test_bad_rows_of_an_earlier_run_are_no_references(tmp_path):
@@ -578,7 +578,7 @@ def test_bad_rows_of_an_earlier_run_are_no_references(tmp_path):
     references = open_references(str(out))
     live = ~np.load(out / "is_dup.npy")
     live[7] = False
-    assert references.items[0].live.tolist() == np.flatnonzero(live).tolist()
+    assert references.items[0].kept.tolist() == np.flatnonzero(live).tolist()
     words = ("dedup", tmp_path / "b.npy", "--reference", out, "--out", tmp_path / "o")
     assert truth.snip(*words)[0] == 0
     assert np.load(tmp_path / "o" / "is_dup.npy").all()

@@ -110,14 +110,14 @@ def test_a_row_names_its_shard(rows, tmp_path):
 
 
 def test_levels_are_what_components_would_remove(found, rows):
-    lines = levels(found.found, [0.9, 0.95, 1.0])
+    lines = levels(found.search, [0.9, 0.95, 1.0])
     for line in lines:
         fresh = dedup(rows, threshold=line.threshold, grouping="components", method="exact")
         sizes = np.bincount(fresh.members.group)
         assert line.removed == fresh.removed
         assert line.groups == (sizes > 0).sum()
         assert line.largest == sizes.max()
-    (line,) = levels(dedup(np.eye(3)).found, [0.95])
+    (line,) = levels(dedup(np.eye(3)).search, [0.95])
     assert (line.removed, line.groups, line.largest) == (0, 0, 1)
 
 

@@ -602,7 +602,7 @@ def test_what_other_methods_found_is_kept_too(laion, rows, tmp_path, monkeypatch
         how = (*how, "--method", "adc")
     words = ("dedup", *source, *how, "--threshold", 0.9, "--out")
     assert truth.snip(*words, "plain", "--key", "uid")[0] == 0
-    with mock.patch.object(run, "write_tables", side_effect=KeyboardInterrupt):
+    with mock.patch.object(run, "write_files", side_effect=KeyboardInterrupt):
         assert truth.snip(*words, "o")[0] == 130
     with mock.patch.object(run, "search", side_effect=AssertionError):
         status, _, line = truth.snip(*words, "o", "--key", "uid")
@@ -643,16 +643,16 @@ def test_a_search_outlives_a_late_refusal(laion, tmp_path, searches):
 
 
 def test_a_search_outlives_metadata_that_changes(laion, tmp_path, searches, monkeypatch):
-    changed, write_tables = laion / "metadata" / "metadata_0.parquet", run.write_tables
+    changed, write_files = laion / "metadata" / "metadata_0.parquet", run.write_files
 
     def write(*given):
-        written = write_tables(*given)
+        written = write_files(*given)
         pq.write_table(pq.read_table(changed), changed, compression="none")
         return written
 
     words = ("dedup", laion, "--threshold", 0.9, "--out", tmp_path / "o")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_tables", write)
+        patch.setattr(run, "write_files", write)
         assert "changed while it was read" in refused(*words)
     searches.clear()
     assert truth.snip(*words)[0] == 0
@@ -709,7 +709,7 @@ def test_a_stopped_run_survives_a_refusal(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("snipdedup.deduplication.run.conclude", stop)
+        patch.setattr("snipdedup.deduplication.run.decide_job", stop)
         assert truth.snip(*words)[0] == 130
     before = truth.listing(tmp_path / "out" / "work")
     before.pop("run.lock")

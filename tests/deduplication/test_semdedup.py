@@ -46,7 +46,7 @@ def rows():
 @pytest.mark.parametrize("clusters", [1, 9])
 def test_the_rule_is_the_plain_one(rows, keep, clusters):
     found = dedup(rows, method="semdedup", clusters=clusters, keep=keep, borders=False)
-    best = found.found.best
+    best = found.search.best
     assert len(best.centroids) == clusters
     assert np.allclose(np.linalg.norm(best.centroids, axis=1), 1, atol=1e-6)
     highest = plain(rows, best.centroids, keep)
@@ -145,8 +145,8 @@ def test_threads_chunks_and_shards_change_nothing(rows, tmp_path):
     cut = truth.save_shards(tmp_path / "f", rows, list(range(100, 3000, 700)))
     for more in ({"threads": 2}, {"threads": 2, "chunk_rows": 100}):
         again = dedup(cut, **how, **more)
-        assert np.array_equal(again.found.best.centroids, whole.found.best.centroids)
-        assert np.array_equal(again.found.best.match, whole.found.best.match)
+        assert np.array_equal(again.search.best.centroids, whole.search.best.centroids)
+        assert np.array_equal(again.search.best.match, whole.search.best.match)
         assert np.array_equal(again.is_dup, whole.is_dup)
 
 
@@ -154,7 +154,7 @@ def test_bad_rows_and_tiny_sets():
     x = np.eye(6, 4, dtype=np.float32)  # two rows of zeros
     found = dedup(x, method="semdedup", bad_rows="keep")
     assert found.removed == 0
-    assert found.found.best.cluster.tolist() == [0, 0, 0, 0, -1, -1]
+    assert found.search.best.cluster.tolist() == [0, 0, 0, 0, -1, -1]
     found = dedup(np.ones((3, 4)), method="semdedup", clusters=50, epsilon=0)
     assert found.removed == 0  # the rule: above 1 - 0, so copies stay
     assert dedup(np.ones((3, 4)), method="semdedup").is_dup.tolist() == [False, True, True]

@@ -9,7 +9,7 @@ import pytest
 from snipdedup.evaluation import neighbours
 from snipdedup.features.cosine import unit_rows, unit_rows64
 from snipdedup.features.shards import open_features
-from snipdedup.index.quantizer import train
+from snipdedup.index.quantizer import train_quantiser
 
 
 def rows_of(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_the_own_row_is_left_out_wherever_it_stands():
 
 def test_codes_find_what_plain_faiss_finds():
     x = unit_rows(rows_of(3000, 16))
-    quantiser = train(x, nlist=8, m=4, nbits=8, seed=0, threads=1)
+    quantiser = train_quantiser(x, nlist=8, m=4, nbits=8, seed=0, threads=1)
     codes = neighbours.Codes(quantiser)
     for part in np.array_split(x, 4):
         codes.add(part)

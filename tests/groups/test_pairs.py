@@ -72,7 +72,7 @@ def test_all_pairs_are_those_of_all_rows(rows, seed, clusters, tile):
     x = np.unique(truth.clustered(rows, 6, seed, clusters=clusters, noise=0.5), axis=0)
     found, table = dedup(x, method="exact", threshold=0.9), truth.cosine_table(x)
     with mock.patch.multiple(pairs, LISTED_GROUP=tile, TILE=tile):
-        parts = list(all_pairs(open_features(x), found.found.forest, 0.9, 1))
+        parts = list(all_pairs(open_features(x), found.search.forest, 0.9, 1))
         row = np.arange(len(x))
         one = list(pairs_within(open_features(x), row, row * 0, 0.9, 2))
     listed = [(a, b) for part in parts for a, b in zip(part.a, part.b, strict=True)]
@@ -180,7 +180,7 @@ def test_keep_fraction_finds_the_lowest_threshold(grouping):
         found = dedup(x, threshold=0.96, grouping=grouping, keep_fraction=fraction)
         assert found.threshold == expected
         assert found.kept / len(x) == kept[expected]
-        assert found.found.threshold == expected
+        assert found.search.threshold == expected
 
 
 def test_keep_fraction_works_on_a_finished_run_without_a_search(rows, folder, tmp_path):

@@ -13,18 +13,17 @@ from truth import clustered
 from snipdedup import config
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.index import mapped
+from snipdedup.index import search
 from snipdedup.index.build import build
-from snipdedup.index.codes import load_shard, map_shard
 from snipdedup.index.export import export_faiss
-from snipdedup.index.folder import Index
-from snipdedup.index.mapped import MappedLists
+from snipdedup.index.folder import Index, load_shard
+from snipdedup.index.search import MappedLists
 
 
 def make(out: Path, rows: list[np.ndarray], **given: object) -> Index:
     given = {"nlist": 32, "m": 4, "threads": 1, **given}
     options = config.Index(features="x", out=str(out), **given)
-    return build(open_features(rows), out, options)[0]
+    return build(open_features(rows), out, options)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def index(parts, tmp_path_factory) -> Index:
 def test_a_mapped_shard_is_the_shard(index):
     for shard in index.manifest["shards"]:
         path = index.folder / shard["file"]
-        for one, other in zip(map_shard(path), load_shard(path), strict=True):
+        for one, other in zip(load_shard(path, mapped=True), load_shard(path), strict=True):
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(one, other)
 
@@ -50,23 +49,24 @@ def test_visited_lists_hold_what_all_lists_hold(index):
     all_lists, lists = index.lists(), MappedLists(index)
     for wanted in ([3], [31, 0, 7], list(range(32))):
         found = lists.visit(np.array(wanted))
-        order = np.lexsort((found.rows, found.lists))
+        rows, of, codes = found
+        order = np.lexsort((rows, of))
         places = np.flatnonzero(np.isin(all_lists.list_of(0, 3000), wanted))
-        np.testing.assert_array_equal(found.rows[order], all_lists.rows(places))
-        np.testing.assert_array_equal(found.codes[order], all_lists.codes[places])
+        np.testing.assert_array_equal(rows[order], all_lists.rows(places))
+        np.testing.assert_array_equal(codes[order], all_lists.codes[places])
 
 
 def test_of_very_many_shards_few_stay_mapped(index, parts, monkeypatch):
     whole = MappedLists(index)
-    monkeypatch.setattr(mapped, "MOST_MAPPED", 1)
+    monkeypatch.setattr(search, "MOST_MAPPED", 1)
     some = MappedLists(index)
-    assert len(some.held) == 1 < len(whole.held)
+    assert len(some.mapped) == 1 < len(whole.mapped)
     x = parts[0][5] / np.linalg.norm(parts[0][5])
     for one, other in zip(
         whole.nearest(x, nprobe=4, k=9), some.nearest(x, nprobe=4, k=9), strict=True
     ):
         np.testing.assert_array_equal(one, other)
-    assert some.code_of(2000)[0] == whole.code_of(2000)[0]
+    np.testing.assert_array_equal(some.vector_of(2000), whole.vector_of(2000))
 
 
 class Watched:
@@ -83,14 +83,14 @@ class Watched:
 
 def test_only_the_visited_lists_are_read(index, parts):
     lists, seen = MappedLists(index), []
-    for number, shard in list(lists.held.items()):
+    for number, shard in list(lists.mapped.items()):
         seen.append(set())
         ids, codes = Watched(shard.ids, seen[-1]), Watched(shard.codes, seen[-1])
-        lists.held[number] = shard._replace(ids=ids, codes=codes)
+        lists.mapped[number] = shard._replace(ids=ids, codes=codes)
     x = parts[0][5] / np.linalg.norm(parts[0][5])
     lists.nearest(x, nprobe=2, k=5)
     probed = index.quantiser.assign(x[None].astype(np.float32), 2)[1][0]
-    for shard, looked in zip(MappedLists(index).held.values(), seen, strict=True):
+    for shard, looked in zip(MappedLists(index).mapped.values(), seen, strict=True):
         of = np.repeat(np.arange(32), shard.sizes)
         assert looked == set(np.flatnonzero(np.isin(of, probed)).tolist())
     assert 0 < sum(map(len, seen)) < 600
@@ -116,7 +116,7 @@ def test_distances_do_not_depend_on_the_block(index, parts, monkeypatch):
     x = parts[3][9].astype(np.float32)
     D, I = MappedLists(index).nearest(x, nprobe=32, k=3000)
     assert sorted(I) == list(range(3000))
-    monkeypatch.setattr(mapped, "DECODE_ROWS", 7)
+    monkeypatch.setattr(search, "DECODE_ROWS", 7)
     again = MappedLists(index).nearest(x, nprobe=32, k=3000)
     np.testing.assert_allclose(again[0], D, atol=1e-6)
 
@@ -127,16 +127,14 @@ def test_a_row_s_code_is_its_own(index, parts):
     of = index.quantiser.assign(unit, 1)[1][:, 0]
     codes = index.quantiser.encode(unit, of)
     for row in (0, 699, 700, 701, 2999):
-        found = lists.code_of(row)
-        assert found[0] == of[row]
-        np.testing.assert_array_equal(found[1], codes[row])
+        expected = index.quantiser.decode(of[row : row + 1], codes[row : row + 1])[0]
+        np.testing.assert_array_equal(lists.vector_of(row), expected)
 
 
 def test_a_bad_row_has_no_code(parts, tmp_path):
     x = parts[0].copy()
     x[17] = np.nan
     index = make(tmp_path / "x", [x], bad_rows="keep")
-    assert MappedLists(index).code_of(17) is None
     with pytest.raises(SnipError, match=r"row 17 is in no list of .*NaN, infinite or zero"):
         MappedLists(index).vector_of(17)
 
@@ -155,4 +153,4 @@ def test_a_damaged_shard_is_refused_by_name(index, tmp_path, harm):
     else:
         np.savez(path, **{**shard, "ids": shard["ids"][1:]})
     with pytest.raises(SnipError, match=r"lists_00003\.npz: not a shard of an index, or damaged"):
-        MappedLists(Index.open(tmp_path / "x"))
+        MappedLists(Index(tmp_path / "x"))

@@ -8,15 +8,15 @@ import pytest
 from samples import clustered
 
 from snipdedup.errors import SnipError
+from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
+from snipdedup.index.kmeans import draw_sample, kmeans
 from snipdedup.index.quantizer import (
     check_m,
     default_m,
     default_nlist,
-    draw_sample,
-    kmeans,
     read_quantiser,
-    train,
+    train_quantiser,
     write_quantiser,
 )
 from snipdedup.parallel import library_threads
@@ -42,9 +42,9 @@ def test_an_m_that_does_not_divide_is_refused_with_those_that_do():
 
 def test_kmeans_is_as_good_as_faiss_and_the_same_on_any_threads():
     x = clustered(5000, 16)
-    ours = kmeans(x, 32, seed=3, threads=1)
-    np.testing.assert_array_equal(ours, kmeans(x, 32, seed=3, threads=2))
-    assert not np.array_equal(ours, kmeans(x, 32, seed=4, threads=2))
+    ours = kmeans(x, 32, iterations=8, seed=3, threads=1)
+    np.testing.assert_array_equal(ours, kmeans(x, 32, iterations=8, seed=3, threads=2))
+    assert not np.array_equal(ours, kmeans(x, 32, iterations=8, seed=4, threads=2))
     theirs = faiss.Kmeans(16, 32, niter=8, seed=3)
     theirs.train(x)
     coarse = faiss.IndexFlatL2(16)
@@ -54,8 +54,19 @@ def test_kmeans_is_as_good_as_faiss_and_the_same_on_any_threads():
 
 def test_kmeans_leaves_no_list_empty_where_rows_suffice():
     x = np.repeat(clustered(64, 4), 50, axis=0)
-    centroids = kmeans(x, 48, seed=0, threads=1)
+    centroids = kmeans(x, 48, iterations=8, seed=0, threads=1)
     assert np.isfinite(centroids).all()
+
+
+def test_spherical_centroids_are_unit_means_and_none_is_empty():
+    x = unit_rows(np.repeat(clustered(64, 4), 50, axis=0))
+    ours = kmeans(x, 48, iterations=20, seed=0, threads=1, spherical=True)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-6)
+    few = kmeans(unit_rows(clustered(500, 8)), 5, iterations=20, seed=0, threads=2, spherical=True)
+    rows = unit_rows(clustered(500, 8))
+    nearest = (rows @ few.T).argmax(1)
+    means = np.stack([rows[nearest == list_].mean(0) for list_ in range(5)])
+    assert (unit_rows(means) * few).sum(1).min() > 0.99
 
 
 def test_the_sample_holds_distinct_good_rows_only():
@@ -80,7 +91,7 @@ def test_no_good_row_to_train_on():
 @pytest.mark.parametrize("nbits", [4, 5, 8])
 def test_codes_are_what_faiss_itself_would_write(tmp_path, nbits):
     x = clustered(2000, 16)
-    quantiser = train(x, nlist=8, m=4, nbits=nbits, seed=0, threads=2)
+    quantiser = train_quantiser(x, nlist=8, m=4, nbits=nbits, seed=0, threads=2)
     write_quantiser(tmp_path / "q.faiss", quantiser)
     plain = faiss.read_index(str(tmp_path / "q.faiss"))
     assert plain.ntotal == 0
@@ -99,7 +110,7 @@ def test_codes_are_what_faiss_itself_would_write(tmp_path, nbits):
 
 def test_fewer_rows_than_codewords_are_coded_exactly():
     x = clustered(9, 8)
-    quantiser = train(x, nlist=1, m=2, nbits=8, seed=0, threads=1)
+    quantiser = train_quantiser(x, nlist=1, m=2, nbits=8, seed=0, threads=1)
     lists = np.zeros(9, np.int64)
     np.testing.assert_allclose(quantiser.decode(lists, quantiser.encode(x, lists)), x, atol=1e-5)
 
@@ -126,7 +137,7 @@ def faiss_file(path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("flat", "IndexFlat"), ("opq", "transform"), ("ip", "another metric"),
+    [("flat", "IndexFlat"), ("opq", "IndexPreTransform"), ("ip", "another metric"),
      ("ivf", "IndexIVFFlat"), ("wide", "9 bits"), ("untrained", "untrained")],
 )  # fmt: skip
 def test_other_faiss_files_are_refused(tmp_path, kind, says):
@@ -145,13 +156,11 @@ def test_files_that_are_no_index_are_refused(tmp_path, content):
 
 
 def test_many_lists_are_found_by_a_graph_that_nearly_always_agrees(monkeypatch, tmp_path):
-    from snipdedup.index import quantizer
-
     x = clustered(2000, 16)
-    exact = quantizer.train(x, nlist=64, m=4, nbits=4, seed=0, threads=1)
-    monkeypatch.setattr(quantizer, "GRAPH_LISTS", 64)
+    exact = train_quantiser(x, nlist=64, m=4, nbits=4, seed=0, threads=1)
+    monkeypatch.setattr("snipdedup.index.kmeans.GRAPH_LISTS", 64)
     one, two = (
-        quantizer.train(x, nlist=64, m=4, nbits=4, seed=0, threads=threads) for threads in (1, 2)
+        train_quantiser(x, nlist=64, m=4, nbits=4, seed=0, threads=threads) for threads in (1, 2)
     )
     assert one.graph
     assert not exact.graph
@@ -165,7 +174,7 @@ def test_many_lists_are_found_by_a_graph_that_nearly_always_agrees(monkeypatch, 
     assert (I[:, 0] == squares.argmin(1)).mean() > 0.99
     assert one.assign(x[:5], 60)[1].min() >= 0  # more lists than a narrow search would find
     path = tmp_path / "quantizer.faiss"
-    quantizer.write_quantiser(path, one)
+    write_quantiser(path, one)
     again = read_quantiser(path)
     assert again.graph
     np.testing.assert_array_equal(again.assign(x, 8)[1], I)

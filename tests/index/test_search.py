@@ -18,16 +18,9 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index import search
-from snipdedup.index.classes import classes_of
 from snipdedup.index.export import export_faiss
 from snipdedup.index.folder import Index
-from snipdedup.index.search import (
-    Searcher,
-    copied_lists,
-    feature_queries,
-    neighbours,
-    self_adc,
-)
+from snipdedup.index.search import Classes, Searcher, feature_queries
 
 
 def with_copies(rows: int = 2000, copies: int = 300) -> np.ndarray:
@@ -55,7 +48,7 @@ def real(data, tmp_path_factory) -> tuple[Index, Features]:
 
 def found(searcher: Searcher, index: Index, features: Features, k: int) -> tuple:
     source = feature_queries(index, index.space, features)
-    parts = list(neighbours(searcher, source, k=k, threads=2))
+    parts = list(searcher.search(source, k, 2))
     return np.concatenate([D for _, D, _ in parts]), np.concatenate([I for _, _, I in parts])
 
 
@@ -74,17 +67,6 @@ def test_neighbours_are_those_of_plain_faiss_on_the_export(real, tmp_path):
     for ids in (I, I0):
         at = np.square(x[differ[0]] - decoded[ids[differ]]).sum(1)
         np.testing.assert_allclose(at, D0[differ], atol=1e-5)
-
-
-def test_lists_without_ids_search_as_copied_lists_do(small):
-    index, features = small
-    one, other = (Searcher(index, index.lists(), 3) for _ in range(2))
-    copied = copied_lists(other.lists, index.code_size)
-    other.ivfpq.replace_invlists(copied, False)
-    for a, b in zip(found(one, index, features, 7), found(other, index, features, 7), strict=True):
-        np.testing.assert_array_equal(a, b)
-    del one, other  # faiss must not free what is ours
-    assert index.lists().codes.any()
 
 
 def test_recall_against_brute_force(real):
@@ -111,8 +93,9 @@ def test_self_adc_is_the_distance_to_the_row_s_own_code(small):
     x = unit_rows(features.read(0, 1500))
     plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
     expected = np.square(x - plain.sa_decode(plain.sa_encode(x))).sum(1)
-    np.testing.assert_allclose(self_adc(index, x), expected, atol=1e-6)
-    np.testing.assert_array_equal(self_adc(index, x[700:], 700), self_adc(index, x)[700:])
+    load = feature_queries(index, index.space, features).load
+    np.testing.assert_allclose(load((0, 1500)).own, expected, atol=1e-6)
+    np.testing.assert_array_equal(load((700, 1500)).own, load((0, 1500)).own[700:])
 
 
 def test_the_rules_by_hand():
@@ -181,7 +164,7 @@ def test_truth_is_that_of_brute_force(real, monkeypatch):
 def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small):
     index = small[0]
     lists = index.lists()
-    classes = classes_of(lists)
+    classes = Classes.of(lists)
     alone = classes.lists
     firsts = {}
     of = lists.list_of(0, len(lists.ids))
@@ -217,7 +200,7 @@ def test_a_group_of_many_codes_is_found_whole_with_small_k(tmp_path):
     x[200:500] = x[3] + 0.15 * rng.standard_normal((300, 16))
     features = open_features(x)
     index = make(features, tmp_path / "x", nlist=2, m=8)
-    assert len(classes_of(index.lists()).lists.ids) > 1300
+    assert len(Classes.of(index.lists()).lists.ids) > 1300
     few, many = (
         collected(candidates(index, features, k=k, margin=0.02, nprobe=2)) for k in (2, 1024)
     )

@@ -95,7 +95,7 @@ def test_recall_on_key_frames(data, tmp_path):
     shards = str(data / "keyframes" / "img_emb" / "img_emb_{part:04d}.npy")
     status, _, line = truth.snip("index", shards, "--parts", "0:6", "--out", out)
     assert status == 0, line
-    index = Index.open(out)
+    index = Index(out)
     names = [data / "keyframes" / "img_emb" / s["name"] for s in index.manifest["shards"]]
     x = np.concatenate([np.load(name) for name in names]).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)

@@ -44,10 +44,10 @@ def test_it_finds_the_share_asked_for_and_invents_nothing(rows, encoder, lists, 
         monkeypatch.setattr(room, "SINGLE_LIST_ROWS", 0)
     found = dedup(rows, encoder=str(encoder))
     brute = dedup(rows, method="exact")
-    assert found.found.notes["width"] == 24
-    assert (found.found.notes["nlist"] > 1) == lists
-    assert len(found.found.forest.a) >= 0.998 * len(brute.found.forest.a)
-    forest = found.found.forest
+    assert found.search.notes["width"] == 24
+    assert (found.search.notes["nlist"] > 1) == lists
+    assert len(found.search.forest.a) >= 0.998 * len(brute.search.forest.a)
+    forest = found.search.forest
     unit = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1)[:, None]
     cosine = (unit[forest.a] * unit[forest.b]).sum(1)
     np.testing.assert_allclose(forest.similarity, cosine, atol=1e-6)
@@ -66,7 +66,7 @@ def test_codes_are_the_rotated_descriptors(rows, encoder):
 
 def test_what_is_learnt_lets_the_wanted_share_of_pairs_pass(rows, encoder):
     codes = EncoderProjection.of(encoder, 0, "cpu")
-    brute = dedup(rows, method="exact").found
+    brute = dedup(rows, method="exact").search
     lowest = [
         calibrate_limit(codes, rows, brute.forest, Target(0.95, recall, 1.0, 1))
         for recall in (0.5, 0.9, 0.99, 1)

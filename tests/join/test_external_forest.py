@@ -147,10 +147,10 @@ def test_what_a_stopped_run_left_is_not_taken_for_edges(tmp_path):
 def test_a_join_whose_forest_does_not_fit_finds_the_same():
     x = truth.clustered(3000, 16, 6, copies=0.1)
     expected = snipdedup.dedup(x, threshold=0.9)
-    assert len(expected.found.forest.a) > 500
+    assert len(expected.search.forest.a) > 500
     with tiny(40, 16), mock.patch.object(forest, "BUFFER_EDGES", 10):
         found = snipdedup.dedup(x, threshold=0.9)
-    assert isinstance(found.found.forest.a, np.memmap)
+    assert isinstance(found.search.forest.a, np.memmap)
     assert found.forest.equals(expected.forest)
     assert found.groups.equals(expected.groups)
 

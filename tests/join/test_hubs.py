@@ -53,11 +53,11 @@ def small_hubs():
 def test_components_are_those_of_brute_force(rows):
     brute = dedup(rows, method="exact", grouping="components")
     found = dedup(rows, grouping="components", recall=1)
-    assert found.found.notes["masses"] >= 3
-    assert found.found.notes["visits"] < 12 * len(rows)
+    assert found.search.notes["masses"] >= 3
+    assert found.search.notes["visits"] < 12 * len(rows)
     assert np.array_equal(found.is_dup, brute.is_dup)
     assert np.array_equal(found.members.group, brute.members.group)
-    forest = found.found.whole_forest
+    forest = found.search.whole_forest
     cosine = truth.cosine_table(rows[np.unique(np.concatenate([forest.a, forest.b]))])
     place = np.searchsorted(np.unique(np.concatenate([forest.a, forest.b])), [forest.a, forest.b])
     assert np.array_equal(forest.similarity, cosine[place[0], place[1]])
@@ -74,7 +74,7 @@ def test_masses_whose_hubs_are_a_pair_are_one_group():
     x = rng.permutation(np.concatenate(parts)).astype(np.float32)
     brute = dedup(x, method="exact", grouping="components")
     found = dedup(x, grouping="components", recall=1)
-    assert found.found.notes["masses"] >= 2
+    assert found.search.notes["masses"] >= 2
     assert np.array_equal(found.members.group, brute.members.group)
 
 
@@ -83,7 +83,7 @@ def test_without_masses_nothing_changes(rows):
     few = rows[:3000]
     with mock.patch.object(hubs, "HUB_ROWS", 10**6):
         without = dedup(few)
-    assert without.found.notes["masses"] == 0
+    assert without.search.notes["masses"] == 0
 
 
 @pytest.mark.usefixtures("small_hubs")
@@ -93,7 +93,7 @@ def test_a_hub_may_be_a_copy(rows):
     brute = dedup(twice, method="exact", grouping="components")
     for seed in range(3):
         found = dedup(twice, grouping="components", recall=1, seed=seed)
-        assert found.found.notes["masses"] >= 3
+        assert found.search.notes["masses"] >= 3
         assert np.array_equal(found.is_dup, brute.is_dup)
 
 
@@ -156,7 +156,7 @@ def test_a_kept_model_brings_no_hubs(tmp_path, kinds):
         assert dedup(tmp_path / "a.npy", out=first, keep_work=True, **how).removed > 3000
         how["reference"] = first
         found = dedup(tmp_path / "b.npy", out=second, keep_work=True, **how)
-        assert (found.found.notes["model"], found.found.notes["masses"]) == ("kept", 0)
+        assert (found.search.notes["model"], found.search.notes["masses"]) == ("kept", 0)
         brute = dedup(tmp_path / "b.npy", method="exact", seed=seed, reference=first)
         assert found.groups.equals(brute.groups)
         with np.load(first / "work" / "model.npz") as file:
@@ -178,7 +178,7 @@ def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
         pytest.raises(DamagedError, match=r"model\.npz: hub .* run again, it begins anew"),
     ):
         dedup(rows, out=tmp_path / "out")
-    assert dedup(rows, out=tmp_path / "out").found.notes["masses"] >= 3
+    assert dedup(rows, out=tmp_path / "out").search.notes["masses"] >= 3
 
 
 @pytest.mark.slow
@@ -189,8 +189,8 @@ def test_two_hundred_thousand_rows_within_99_hundredths():
     found = dedup(x, grouping="components")
     assert time.monotonic() - start < 120
     assert found.removed == 199_999
-    assert found.found.notes["masses"] == 1
-    assert found.found.notes["visits"] < 10 * len(x)
+    assert found.search.notes["masses"] == 1
+    assert found.search.notes["visits"] < 10 * len(x)
     assert dedup(x, threshold=0.9).removed == 199_999
 
 
@@ -202,7 +202,7 @@ def test_reference_rows_in_masses_are_found_as_by_brute_force(rows, first, how):
     given = {"reference": rows[:first], **how}
     brute = dedup(rows[first:], method="exact", **given)
     found = dedup(rows[first:], recall=1, **given)
-    assert found.found.notes["masses"] == 0
+    assert found.search.notes["masses"] == 0
     for name in brute.members._fields:
         assert np.array_equal(getattr(found.members, name), getattr(brute.members, name)), name
     assert (brute.members.representative < 0).sum() > 1000

@@ -56,7 +56,7 @@ def listed(result):
 
 def edges(result):
     """Rows beyond one a component."""
-    return len(result.found.whole_forest.a)
+    return len(result.search.whole_forest.a)
 
 
 def assert_agree(found, brute):
@@ -67,7 +67,7 @@ def assert_agree(found, brute):
     for name in ("row", "group", "representative", "similarity", "is_dup"):
         one, other = getattr(found.members, name), getattr(brute.members, name)
         assert np.array_equal(one, other), name
-    one, other = (np.sort(result.found.whole_forest.similarity) for result in (found, brute))
+    one, other = (np.sort(result.search.whole_forest.similarity) for result in (found, brute))
     assert one.shape == other.shape
     assert np.abs(one - other).max(initial=0) < 2e-4
     assert np.abs(one - other).sum() < 1e-5 * len(one) + 1e-5
@@ -76,7 +76,7 @@ def assert_agree(found, brute):
 
 def test_one_list_finds_every_pair(rows, brute):
     found = dedup(rows)
-    assert found.found.notes["nlist"] == 1
+    assert found.search.notes["nlist"] == 1
     assert_agree(found, brute)
     assert brute.removed > 3000
 
@@ -87,17 +87,17 @@ def test_with_full_recall_lists_lose_nothing(rows, threshold):
     found, brute = (
         dedup(rows, threshold=threshold, **how) for how in ({"recall": 1}, {"method": "exact"})
     )
-    assert found.found.notes["nlist"] > 60
+    assert found.search.notes["nlist"] > 60
     assert_agree(found, brute)
 
 
 @pytest.mark.usefixtures("many_lists")
 def test_lists_find_the_share_asked_for_and_invent_nothing(rows, brute):
     found = dedup(rows, seed=3)
-    assert found.found.notes["nlist"] > 60
-    assert found.found.notes["visits"] < 100 * len(rows)
+    assert found.search.notes["nlist"] > 60
+    assert found.search.notes["visits"] < 100 * len(rows)
     assert edges(found) >= 0.999 * edges(brute)
-    forest = found.found.forest
+    forest = found.search.forest
     unit = rows.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosine = (unit[forest.a] * unit[forest.b]).sum(1)
@@ -118,7 +118,7 @@ def test_new_rows_find_the_reference_rows_that_stay_at_home(rows, new):
     likely = dedup(rest, reference=old)
     assert abs(likely.removed - brute.removed) <= 0.002 * brute.removed
     if new == 3000:
-        assert likely.found.notes["visits"] < dedup(rows).found.notes["visits"]
+        assert likely.search.notes["visits"] < dedup(rows).search.notes["visits"]
 
 
 @pytest.mark.usefixtures("many_lists")
@@ -256,7 +256,7 @@ def test_a_crowd_that_is_spread_over_lists_is_still_exact():
         mock.patch.object(encoding, "task_rows", return_value=8192),
     ):
         found = dedup(x, recall=1, threshold=0.98)
-    assert found.found.notes["nlist"] > 20
+    assert found.search.notes["nlist"] > 20
     assert_agree(found, brute)
 
 
@@ -379,8 +379,8 @@ def test_lists_of_key_frames_lose_no_more_than_promised(data, threshold, edges):
     """As a larger set would be: cut into lists whose borders many pairs cross."""
     with mock.patch.object(model, "SINGLE_LIST_ROWS", 0):
         found = dedup(data / "keyframes", threshold=threshold)
-    assert found.found.notes["nlist"] == 146
-    assert len(found.found.forest.a) >= 0.9985 * edges  # of brute force
+    assert found.search.notes["nlist"] == 146
+    assert len(found.search.forest.a) >= 0.9985 * edges  # of brute force
 
 
 def test_many_tasks_with_few_open_files(rows, brute, tmp_path):

@@ -56,14 +56,14 @@ def test_the_forest_of_a_table_is_a_maximum_one(seed, m, n, shared, share, value
 def test_crowded_or_not_the_forest_is_the_same(threshold, dim):
     rng = np.random.default_rng(dim)
     x = (rng.standard_normal(dim) + 0.25 * rng.standard_normal((1500, dim))).astype(np.float32)
-    brute = dedup(x, method="exact", threshold=threshold).found.forest
+    brute = dedup(x, method="exact", threshold=threshold).search.forest
     for crowded in (0.0, 2.0):  # always, never
         with (
             mock.patch.object(tiles, "CROWDED", crowded),
             mock.patch.object(tiles, "ROW_TILE", 128),
             mock.patch.object(tiles, "COLUMN_TILE", 256),
         ):
-            found = dedup(x, threshold=threshold).found.forest
+            found = dedup(x, threshold=threshold).search.forest
         assert len(found.a) == len(brute.a) > 1000
         # the products of a crowded tile may take one of two pairs that are nearly as near
         apart = np.abs(np.sort(found.similarity) - np.sort(brute.similarity))
@@ -109,9 +109,9 @@ def test_pairs_that_quick_cosines_leave_in_doubt_are_decided_exactly():
     side /= np.linalg.norm(side, axis=1, keepdims=True)
     cosine = 0.99 + rng.choice([-1e-4, -1e-6, 1e-6, 1e-4], 300)
     x[1:, 0], x[1:, 1:] = cosine, np.sqrt(1 - cosine**2)[:, None] * side
-    brute = dedup(x, method="exact", threshold=0.99).found.forest
+    brute = dedup(x, method="exact", threshold=0.99).search.forest
     with mock.patch.object(tiles, "CROWDED", 0.0):
-        found = dedup(x, threshold=0.99).found.forest
+        found = dedup(x, threshold=0.99).search.forest
     assert set(zip(found.a, found.b, strict=True)) == set(zip(brute.a, brute.b, strict=True))
 
 

@@ -312,10 +312,10 @@ def test_the_script_for_slurm(tmp_path):
 def test_a_process_that_wakes_does_not_replace_the_result(small, start, tmp_path, monkeypatch):
     """No locks, as on some file systems: rank 0 sleeps at the end, another rank 0 writes OUT."""
     out, slept = tmp_path / "out", []
-    write_tables = run.write_tables
+    write_files = run.write_files
 
     def sleeps(result, draft, *rest):
-        written = write_tables(result, draft, *rest)
+        written = write_files(result, draft, *rest)
         for path in (out / "work").glob("*.lock"):
             path.unlink()  # so that nobody finds them locked
         others = [start(rank, 2) for rank in (0, 1)]
@@ -325,7 +325,7 @@ def test_a_process_that_wakes_does_not_replace_the_result(small, start, tmp_path
         return written
 
     first = start(1, 2)
-    monkeypatch.setattr(run, "write_tables", sleeps)
+    monkeypatch.setattr(run, "write_files", sleeps)
     said = run.run(
         Dedup(features=str(small / "img"), out=str(out), num_tasks=2, task_index=0, threads=1)
     )

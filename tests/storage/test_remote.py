@@ -13,7 +13,7 @@ from servers import Server
 
 from snipdedup import cli
 from snipdedup.errors import InputError, SnipError, TemporaryError, UsageError
-from snipdedup.features import ranged, shards
+from snipdedup.features import shards
 from snipdedup.features.hashing import shard_checksum
 from snipdedup.features.shards import open_features
 from snipdedup.metadata.tables import open_metadata
@@ -100,8 +100,7 @@ def test_rows_of_every_format(memory, server, monkeypatch, where, name):
     """Small ranges, so that blocks and gathers take many."""
     part = 20_000
     monkeypatch.setattr(remote, "RANGE_BYTES", part)
-    monkeypatch.setattr(ranged, "RANGE_BYTES", part)
-    monkeypatch.setattr(ranged, "GAP_BYTES", 2000)
+    monkeypatch.setattr(remote, "GAP_BYTES", 2000)
     here = open_features(f"kinds/{name}")
     there = open_features(f"{places(memory, server)[where]}/kinds/{name}")
     assert (there.rows, there.dim, there.dtype) == (here.rows, here.dim, here.dtype)
@@ -116,9 +115,9 @@ def test_rows_of_every_format(memory, server, monkeypatch, where, name):
 
 def test_ranges_join_neighbours_and_no_more():
     def cuts(rows, row_bytes):
-        return list(ranged.plan_ranges(np.array(rows, np.int64), row_bytes))
+        return list(remote.plan_ranges(np.array(rows, np.int64), row_bytes))
 
-    rows, gap, most = [0, 1, 5, 6, 100, 101, 103, 500], ranged.GAP_BYTES, ranged.RANGE_BYTES
+    rows, gap, most = [0, 1, 5, 6, 100, 101, 103, 500], remote.GAP_BYTES, remote.RANGE_BYTES
     assert cuts(rows, gap // 4) == cuts(rows, gap // 3) == [(0, 4), (4, 7), (7, 8)]
     assert cuts(rows, gap // 2) == [(0, 2), (2, 4), (4, 7), (7, 8)]
     assert cuts(range(10), most // 4) == [(0, 4), (4, 8), (8, 10)]
@@ -392,7 +391,7 @@ def test_an_object_that_changes(memory, local, monkeypatch, capsys):
     assert "holds a finished run with other metadata" in said(capsys)
     from snipdedup.deduplication import run as dedup_run
 
-    original = dedup_run.write_tables
+    original = dedup_run.write_files
 
     def change(*given, **named):
         found = original(*given, **named)
@@ -400,7 +399,7 @@ def test_an_object_that_changes(memory, local, monkeypatch, capsys):
         fsspec.filesystem("memory").pipe_file("/bucket/set/img_emb/img_emb_10.npy", data)
         return found
 
-    monkeypatch.setattr(dedup_run, "write_tables", change)
+    monkeypatch.setattr(dedup_run, "write_files", change)
     assert run("dedup", f"{memory}/set", "--out", "new") == 1
     assert "img_emb_10.npy: changed while it was read; run it again" in said(capsys)
     assert not (local / "new").exists()

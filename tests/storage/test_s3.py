@@ -85,7 +85,7 @@ def test_the_same_bits_as_from_a_disk(bucket, tmp_path, capsys):
 def test_an_object_that_is_replaced(bucket, tmp_path, capsys, monkeypatch):
     from snipdedup.deduplication import run as dedup_run
 
-    original = dedup_run.write_tables
+    original = dedup_run.write_files
 
     def change(*given, **named):
         found = original(*given, **named)
@@ -93,7 +93,7 @@ def test_an_object_that_is_replaced(bucket, tmp_path, capsys, monkeypatch):
         bucket.put("other.npy", f"{BUCKET}/set/img_emb/img_emb_10.npy")
         return found
 
-    monkeypatch.setattr(dedup_run, "write_tables", change)
+    monkeypatch.setattr(dedup_run, "write_files", change)
     assert run("dedup", f"{BUCKET}/set", "--out", "out") == 1
     assert "img_emb_10.npy: changed while it was read; run it again" in said(capsys)
 

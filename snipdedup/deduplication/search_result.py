@@ -1,0 +1,279 @@
+"""What a search found, before anything is decided: in memory, and read back from files.
+
+In the work folder it is kept for a run that resumes (the join keeps its own task files instead). In
+a finished OUT it is kept for good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.references import KIND, References, check_searched
+from snipdedup.errors import SnipError
+from snipdedup.features.scan import Scan, equal_rows
+from snipdedup.features.shards import Features
+from snipdedup.groups.blocks import COPY, EDGE, Block, blocks_of_groups
+from snipdedup.groups.members import Best, Nearest
+from snipdedup.groups.star import Also
+from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
+from snipdedup.storage import atomic, external_sort
+from snipdedup.storage.external_sort import Sorter, Spread, pack
+from snipdedup.storage.manifest import read_manifest
+
+ARRAY_FILE, DONE_FILE = "search.npz", "search.json"
+ARRAYS = ("offsets", "copies", "originals", "bad", "flags")
+TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
+VALUES = (
+    "names", "threshold", "checksums", "notes", "text_checksums", "reference_checksums",
+    "references_only",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The pairs of a search as a forest, its exact copies and bad rows.
+
+    Attributes
+    ----------
+    names, offsets : list of str, (shards + 1,) int64
+        File name and first row of each shard; the last offset is the number of rows.
+    threshold : float
+        The cosine searched for.
+    forest : Edges
+        Maximum spanning forest of the pairs among distinct rows.
+    copies, originals : (c,) int64
+        Rows equal bit for bit to an earlier row, ascending, and the first such row of each.
+    bad : (m,) int64
+        Rows that cannot be compared.
+    checksums, text_checksums, reference_checksums : list of int
+        Checksum of each shard that was read.
+    pairs : Edges, optional
+        All pairs, where there were no features to verify them.
+    flags : (rows,) bool, optional
+        The flags of method ``adc``.
+    notes : dict
+        The method's own figures, for the manifest.
+    also : Also, optional
+        What each pair had to match in besides.
+    best : Best, optional
+        What SemDeDup's rule decides by; its pairs are rows with their matches.
+    references, nearest : References, Nearest, optional
+        Reference rows, and the nearest one of each distinct row that matches any.
+    references_only : bool
+        Rows were compared with reference rows only.
+    """
+
+    names: list[str]
+    offsets: np.ndarray
+    threshold: float
+    forest: Edges
+    copies: np.ndarray
+    originals: np.ndarray
+    bad: np.ndarray
+    checksums: list[int] = field(default_factory=list)
+    pairs: Edges | None = None
+    flags: np.ndarray | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    also: Also | None = None
+    best: Best | None = None
+    references: References | None = None
+    nearest: Nearest | None = None
+    text_checksums: list[int] = field(default_factory=list)
+    reference_checksums: list[int] = field(default_factory=list)
+    references_only: bool = False
+
+    @classmethod
+    def of(
+        cls, features: Features, threshold: float, scan: Scan, forest: Edges, notes: dict[str, Any]
+    ) -> SearchResult:
+        """Put together what a scan and a search of features found."""
+        return cls(
+            [shard.path.name for shard in features.shards], features.offsets, threshold, forest,
+            scan.copies, scan.firsts, scan.bad, scan.checksums, notes=notes,
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.offsets[-1])
+
+    @property
+    def verified(self) -> bool:
+        """Whether each pair was verified on the raw features."""
+        return self.pairs is None
+
+    def at(self, threshold: float) -> SearchResult:
+        """Return what a search at a higher threshold would have found."""
+        nearest = None if self.nearest is None else self.nearest.at(threshold)
+        forest = self.forest.at(threshold)
+        return dataclasses.replace(self, forest=forest, nearest=nearest, threshold=threshold)
+
+    def whole_block(self, threshold: float) -> Block:
+        """Return all groups at a threshold as one block, which may hold edges below it."""
+        if self.best is None:
+            return Block(self.forest, self.copies, self.originals, self.nearest, self.pairs)
+        none = np.empty(0, np.int64)  # copies are matches as others are
+        return Block(self.best.edges(threshold), none, none)
+
+    def is_large(self, threshold: float) -> bool:
+        """Tell whether it is decided in several blocks, where there is a folder for them."""
+        return self.whole_block(threshold).size() > external_sort.HELD
+
+    def blocks(self, threshold: float, folder: Path | None = None) -> Iterator[Block]:
+        """Yield whole groups at a threshold, see `blocks_of_groups`."""
+        level = threshold if self.verified and self.best is None else -np.inf
+        yield from blocks_of_groups(self.whole_block(threshold), level, self.rows, folder)
+
+    @property
+    def edge_count(self) -> int:
+        """Edges of the forest with exact copies."""
+        block = self.whole_block(self.threshold)
+        return len(block.forest.a) + len(block.copies)
+
+    def original_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return for each row the first that equals it bit for bit, often the row itself."""
+        if not len(self.copies):
+            return rows
+        place = np.minimum(np.searchsorted(self.copies, rows), len(self.copies) - 1)
+        return np.where(self.copies[place] == rows, self.originals[place], rows)
+
+    def edges(self, folder: Path | None = None) -> Iterator[Edges]:
+        """Yield the forest with exact copies, ordered by (a, b), some at a time."""
+        block, kind = self.whole_block(self.threshold), edge_kind(self.rows)
+        spread = Spread(block.size(), 0, self.rows)
+        sorter = Sorter(folder and folder / "edges", kind, by_first, spread=spread)
+        for what, part in block.parts(-np.inf):
+            if what in (EDGE, COPY):
+                sorter.add(pack(kind, *part))
+        for records in sorter.ascending():
+            edges = edges_of(records)
+            yield edges.where(order_by(edges.a, edges.b))
+
+    @cached_property
+    def whole_forest(self) -> Edges:
+        """The forest with exact copies, ordered by (a, b)."""
+        return join_edges(list(self.edges()))
+
+
+def save_search(search: SearchResult, work: Path) -> None:
+    """Write what a search found to the work folder, with checksums."""
+    arrays = {name: getattr(search, name) for name in ARRAYS}
+    for name in TUPLES:
+        part = getattr(search, name)
+        if part is not None:
+            arrays |= {f"{name}_{column}": value for column, value in part._asdict().items()}
+    known = {name: array for name, array in arrays.items() if array is not None}
+    atomic.save_npz(work / ARRAY_FILE, lasting=False, **known)
+    values = {name: getattr(search, name) for name in VALUES}
+    atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], values)
+
+
+def load_search(work: Path, inputs: Inputs) -> SearchResult | None:
+    """Read back what `save_search` wrote; None where there is nothing, or it is damaged."""
+    if not atomic.is_done(work / DONE_FILE, work):
+        return None
+    values = atomic.load_json(work / DONE_FILE)
+    with np.load(work / ARRAY_FILE) as file:
+        arrays = dict(file)
+    parts: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
+    for name, kind in TUPLES.items():
+        columns = [arrays.get(f"{name}_{column}") for column in kind._fields]
+        parts[name] = None if columns[0] is None else kind(*columns)
+    parts |= {name: values[name] for name in VALUES}
+    return SearchResult(**parts, also=inputs.also, references=inputs.references)
+
+
+def read_search(folder: Path, inputs: Inputs) -> SearchResult:
+    """Read back what a finished run found; its features must be the same, its pairs verified."""
+    import pyarrow.parquet as pq
+
+    manifest, features = read_manifest(folder, KIND), inputs.features
+    if not manifest["verified"] or features is None:
+        raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
+    check_searched(folder, features, manifest)
+    if inputs.text is not None:
+        check_searched(folder, inputs.text, manifest["text"])
+    forest, copies, originals = read_forest(folder, inputs)
+    settings, bad = manifest["settings"], folder / "bad_rows.parquet"
+    best = read_best(folder, features.rows) if settings["method"] == "semdedup" else None
+    return SearchResult(
+        names=[shard["name"] for shard in manifest["shards"]],
+        offsets=features.offsets,
+        threshold=settings["threshold"],
+        forest=forest,
+        copies=copies,
+        originals=originals,
+        bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
+        checksums=known_checksums(manifest),
+        notes=manifest["method"],
+        also=inputs.also,
+        best=best,
+        references=inputs.references,
+        nearest=read_nearest(folder, manifest, inputs),
+        text_checksums=known_checksums(manifest["text"]) if inputs.text else [],
+        reference_checksums=[
+            value for entry in manifest.get("references", []) for value in known_checksums(entry)
+        ],
+        references_only=bool(settings.get("references_only")),
+    )
+
+
+def known_checksums(entry: dict[str, Any]) -> list[int]:
+    """Return the Checksum of the shards of a manifest, or of one of its inputs."""
+    return [int(shard["checksum"], 16) for shard in entry["shards"]]
+
+
+def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.ndarray]:
+    """Read back the forest of distinct rows, and exact copies with the original of each."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "forest.parquet")
+    edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
+    rows = 0 if inputs.features is None else inputs.features.rows
+    if [column.dtype.kind for column in edges] != ["i", "i", "f"] or not all(
+        len(ends) == 0 or 0 <= ends.min() <= ends.max() < rows for ends in edges[:2]
+    ):
+        raise SnipError(f"{folder / 'forest.parquet'}: damaged: not a forest of these rows")
+    one = np.flatnonzero(edges.similarity == 1)
+    for source in (inputs.features, inputs.text):
+        if source is not None:
+            one = one[equal_rows(source, edges.b[one], edges.a[one])]
+    distinct = np.ones(len(edges.a), bool)
+    distinct[one] = False
+    order = one[np.argsort(edges.b[one])]
+    return edges.where(distinct), edges.b[order], edges.a[order]
+
+
+def read_nearest(folder: Path, manifest: dict[str, Any], inputs: Inputs) -> Nearest | None:
+    """Read back each row's nearest reference row."""
+    import pyarrow.parquet as pq
+
+    if inputs.references is None:
+        return None
+    table = pq.read_table(folder / "references.parquet")
+    names = table["reference"].to_numpy(zero_copy_only=False)
+    called = [entry["name"] for entry in manifest["references"]]
+    numbers = inputs.references.numbers_of(called, names, table["reference_row"].to_numpy())
+    return Nearest(table["row"].to_numpy(), numbers, table["similarity"].to_numpy())
+
+
+def read_best(folder: Path, rows: int) -> Best:
+    """Read back what SemDeDup's rule decides by."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    path = folder / "semdedup.parquet"
+    table = pq.read_table(path)
+    if table.num_rows != rows:
+        raise SnipError(f"{path}: expected {rows:,} rows, found {table.num_rows:,}; search again")
+    missing = {"cluster": -1, "nearness": np.nan, "match": -1, "similarity": np.nan}
+    columns = {name: np.asarray(pc.fill_null(table[name], fill)) for name, fill in missing.items()}
+    return Best(**columns, centroids=np.load(folder / "centroids.npy"))

@@ -1,0 +1,185 @@
+"""The settings of a run, beside those of others: what its result depends on, what a manifest says.
+
+A stopped run goes on where all is the same that its search depends on. A finished run that is
+decided again lends its search settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from snipdedup.config import Dedup, parse_epsilons
+from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.methods import SearchSettings
+from snipdedup.deduplication.references import KIND, split_sources
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.features.shards import request_of
+from snipdedup.metadata.tables import Metadata
+from snipdedup.parallel import cores, memory_bound
+from snipdedup.storage import atomic
+from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
+from snipdedup.storage.remote import absolute_location
+
+# How a result is computed and where it goes; the result does not depend on them.
+HOW = {
+    "out", "overwrite", "chunk_rows", "threads", "max_memory", "device", "features", "metadata",
+    "max_pairs", "keep_work", "runner", "num_tasks", "task_index", "dry_run",
+}  # fmt: skip
+# What is decided and written after the search: a stopped run goes on with others of these.
+DECISIONS = {
+    "metadata", "grouping", "keep", "keep_fraction", "pairs", "epsilon", "key", "merge_captions",
+    "caption", "weights", "export",
+}  # fmt: skip
+# What a re-threshold takes over from the search; a finished run's features come first.
+SEARCHED = (
+    "features", "parts", "array", "column", "method", "index", "encoder", "bad_rows",
+    "recall", "rule", "margin", "precision", "calibration_rows", "k", "nprobe",
+    "text_features", "text_threshold", "reference", "references_only", "clusters", "borders",
+)  # fmt: skip
+SOURCES = {"text": "text_features", "references": "reference"}  # entry of a manifest: its setting
+
+
+def finished_run(features: Any) -> Path | None:
+    """Return FEATURES where it is a finished OUT, to be decided again."""
+    if isinstance(features, str | Path):
+        folder = Path(features).expanduser()
+        if is_finished(folder):
+            manifest = atomic.load_json(folder / MANIFEST)
+            if isinstance(manifest, dict) and manifest.get("kind") == KIND:
+                return folder
+    return None
+
+
+def method_of(options: Dedup) -> str:
+    """Return the method asked for; an index without one means ``adc``."""
+    if options.method is not None:
+        return options.method
+    return "adc" if options.index is not None else "join"
+
+
+def search_settings(options: Dedup) -> SearchSettings:
+    """Return what the search is asked for, of settings that are `Dedup.filled`."""
+    return SearchSettings(
+        method=method_of(options),
+        threshold=options.threshold,
+        recall=options.recall,
+        seed=options.seed or 0,
+        keep_bad=options.bad_rows == "keep",
+        references_only=options.references_only,
+        encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
+        clusters=options.clusters,
+        keep=str(options.keep),
+        borders=options.borders,
+        chunk_rows=options.chunk_rows,
+        threads=cores(options.threads),
+        max_memory=options.max_memory,
+        device="cpu" if options.runner == "ray" else options.device,
+    )
+
+
+def decision_names(method: str) -> set[str]:
+    """Return the entries of a request on which the search does not depend."""
+    return DECISIONS - {"keep"} if method == "semdedup" else DECISIONS
+
+
+def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
+    """Return what the result depends on, by name."""
+    request = {name: value for name, value in options.as_dict().items() if name not in HOW}
+    request |= {"method": method_of(options), "epsilon": parse_epsilons(options.epsilon)}
+    if inputs.text is not None:
+        request["text_features"] = request_of(inputs.text)
+    if inputs.references is not None:
+        request["reference"] = [item.request() for item in inputs.references.items]
+    for name in ("index", "encoder"):  # what they are, not where
+        if request[name] is not None:
+            manifest = Path(request[name]).expanduser() / MANIFEST
+            request[name] = atomic.sha256(manifest) if manifest.is_file() else request[name]
+    request["features"] = request["metadata"] = None
+    if inputs.features is not None:
+        request |= request_of(inputs.features)
+    if metadata is not None:
+        request["metadata"] = [
+            {
+                "name": file.path.name,
+                "rows": file.rows,
+                "size": file.path.stat().st_size,
+                "changed": file.path.stat().st_mtime_ns,
+            }
+            for file in metadata.files
+        ]
+    return request
+
+
+def saved_settings(options: Dedup, threshold: float) -> dict[str, Any]:
+    """Return settings as a manifest holds them: paths absolute, so that a later run finds them."""
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in options.as_dict().items()
+    }
+    settings |= {
+        "threshold": threshold,
+        "method": method_of(options),
+        "threads": cores(options.threads),
+        "max_memory": memory_bound(options.max_memory),
+        "epsilon": parse_epsilons(options.epsilon),
+    }
+    for name in ("features", "metadata", "index", "encoder", "text_features"):
+        value = settings[name]
+        settings[name] = absolute_location(value) if isinstance(value, str | Path) else None
+    sources = [] if options.reference is None else split_sources(options.reference)
+    are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
+    settings["reference"] = [absolute_location(source) for source in sources] if are_paths else None
+    return settings
+
+
+def inherit(options: Dedup, earlier: Path) -> Dedup:
+    """Return settings for a re-threshold: the input and the search of the finished run."""
+    manifest = read_manifest(earlier, KIND)
+    searched = manifest["settings"]
+    if options.runner != "local" or options.num_tasks is not None:
+        raise UsageError(
+            "--runner and --num_tasks share a search, and a finished folder needs none: leave them "
+            "out"
+        )
+    lost = [name for name, flag in SOURCES.items() if manifest.get(name) and not searched[flag]]
+    if searched["features"] is None or lost:
+        what = lost[0] if lost else "features"
+        raise SnipError(f"{earlier} names no {what}; use Result.at(threshold), or search again")
+    if options.method not in (None, searched["method"]):
+        raise UsageError(
+            f"{earlier} was searched by {searched['method']}; search again to change it"
+        )
+    if searched["method"] == "semdedup" and options.keep not in (None, searched["keep"]):
+        raise UsageError(f"{earlier} was searched with --keep {searched['keep']}; search again")
+    refuse_search_flags(options, searched, SEARCHED[1:], earlier)
+    settings = {name: searched[name] for name in SEARCHED if name in searched}
+    for name in ("grouping", "keep", "seed", "key"):  # those not given stay as they were
+        given = getattr(options, name)
+        settings[name] = searched[name] if given is None else given
+    settings["metadata"] = options.metadata or searched["metadata"]
+    return Dedup(**{**options.as_dict(), **settings})
+
+
+def refuse_search_flags(
+    options: Dedup, searched: dict[str, Any], names: Sequence[str], earlier: Path
+) -> None:
+    """Refuse settings of the search that are not those by which the finished run was searched."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Dedup)}
+    saved = saved_settings(options, options.threshold)
+    saved["method"] = searched["method"]
+    for name in names:
+        given = getattr(options, name)
+        plain = isinstance(given, str | int | float)
+        is_default = given is None or (plain and given == defaults[name])
+        same = saved[name] is not None and saved[name] == searched.get(name)
+        if is_default or same or name not in searched:
+            continue
+        was = "without it" if searched[name] is None else f"with {searched[name]}"
+        value = f" {given}" if plain or isinstance(given, Path) else ""
+        raise UsageError(
+            f"--{name}{value} belongs to the search, and {earlier} was searched {was}; search the "
+            "features again to change it"
+        )
