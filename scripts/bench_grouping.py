@@ -25,7 +25,7 @@ sys.path.insert(0, str(timing.ROOT))
 
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.outputs import MetadataPlan, write_files
-from snipdedup.deduplication.result import decide
+from snipdedup.deduplication.result import checked, choose
 from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.keep import rank_by
@@ -149,7 +149,7 @@ def measure(folder: Path, rows: int) -> dict[str, object]:
         marks = time.perf_counter()
 
     rank = rank_by("first", 0, None)
-    result = decide(search, Alike(rows), 0.95, "star", "first", rank, folder=out / "work")
+    result = checked(choose(search, Alike(rows), 0.95, "star", "first", rank, folder=out / "work"))
     mark("group")
     plan = None if metadata is None else MetadataPlan(metadata, "key", ColumnSettings(), {})
     write_files(result, out, Inputs(None), plan, (), 1)

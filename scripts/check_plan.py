@@ -55,6 +55,9 @@ def compare(features: Path, work: Path | None) -> dict[str, dict[str, object]]:
         asked = timing.run_timed([*snip, "plan", str(features), "--json"], log)
         text = log.read_text()
         planned = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        for kind in ("seconds", "compute"):
+            planned[f"{kind}_of_stages"] = planned[kind]
+            planned[kind] = sum(planned[kind].values())
         disk, done = [0], threading.Event()
         watcher = threading.Thread(target=watch, args=(out, disk, done))
         watcher.start()
@@ -65,17 +68,13 @@ def compare(features: Path, work: Path | None) -> dict[str, dict[str, object]]:
         done.set()
         watcher.join()
         manifest = json.loads((out / "snip.json").read_text(encoding="utf-8"))
-    stages = {name: stage["seconds"] for name, stage in planned["stages"].items()}
     return {
-        "planned": {
-            **{name: planned[name] for name in NAMES}, "stages": stages, "asking": asked.seconds,
-            "counts": planned["counts"], "rates": planned["rates"],
-        },
+        "planned": {**planned, "asking": asked.seconds},
         "measured": {
             "seconds": run.seconds,
             "compute": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
             "load": os.getloadavg()[0], "memory": run.peak, "disk": disk[0],
-            "stages": manifest["seconds"], "method": manifest["method"],
+            "seconds_of_stages": manifest["seconds"], "method": manifest["method"],
             "counts": manifest["counts"],
         },
     }  # fmt: skip

@@ -89,12 +89,13 @@ def escaped(text: str) -> str:
 def stub() -> str:
     """Return snipdedup/__init__.pyi: each function with its types, defaults and docstring."""
     functions = [stub_function(name) for name in sorted(BY_FUNCTION)]
-    named = {snipdedup.SnipError, snipdedup.UsageError, *map(load, LATE.values())}
+    late = set(map(load, LATE.values()))
+    named = {snipdedup.SnipError, snipdedup.UsageError, *late}
     for name in BY_FUNCTION:
         named |= classes_in(returned_type(name))
     lines = [STUB_HEAD]
     for kind in sorted(named, key=lambda kind: (kind.__module__, kind.__name__)):
-        if isinstance(kind, type) and kind.__module__ != "builtins":
+        if (isinstance(kind, type) or kind in late) and kind.__module__ != "builtins":
             lines.append(f"from {kind.__module__} import {kind.__name__} as {kind.__name__}")
     lines += ["", "__version__: str", ""]
     return "\n".join([*lines, "\n".join(functions)])

@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 from snipdedup.auditing.result import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
+from snipdedup.deduplication.run import open_result as open_result
 from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.evaluation.plan import RunPlan as RunPlan
 from snipdedup.index.folder import Index as Index
+from snipdedup.metadata.filter import FilterResult as FilterResult
 
 __version__: str
 
@@ -513,7 +516,7 @@ def filter(
     export: str | None = None,
     key: str | None = None,
     overwrite: bool = False,
-) -> str:
+) -> FilterResult:
     """Apply a mask to metadata and features: ``snip filter``.
 
     Parameters
@@ -577,7 +580,7 @@ def plan(
     threshold: float = 0.95,
     recall: float = 0.999,
     seed: int = 0,
-) -> str:
+) -> RunPlan:
     """Estimate time, memory and disk of a run: ``snip plan``.
 
     Parameters

@@ -133,7 +133,10 @@ COMMANDS = (
 BY_NAME = {command.name: command for command in COMMANDS}
 BY_FUNCTION = {command.function: command for command in COMMANDS if command.function}
 # Names of `snipdedup` that are no commands.
-LATE = {"Result": "snipdedup.deduplication.result:Result"}
+LATE = {
+    "Result": "snipdedup.deduplication.result:Result",
+    "open_result": "snipdedup.deduplication.run:open_result",
+}
 # Functions that take an array, and so return their result in memory.
 IN_MEMORY = {"dedup": "snipdedup.deduplication.run:dedup"}
 

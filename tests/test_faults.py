@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import sys
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -170,18 +170,17 @@ def test_a_disk_that_is_full(inputs, monkeypatch, capsys, command):
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_read_error_as_the_system_says_it_names_the_file(inputs, monkeypatch, capsys, command):
     """/proc/self/mem has no page 0; reading it is an input/output error."""
-    opened = formats.NpyShard.__init__
+    opened, fill = Path.open, formats.NpyShard._fill
 
-    def open_broken(self, path, *given):
-        opened(self, path, *given)
-        if path.name == "b.npy":
-            self.data, self._read = 0, partial(read_broken, self, self._read)
+    def fill_broken(self, start, rows):
+        if self.path.name != "b.npy":
+            return fill(self, start, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "data", -start * self.dim * self.stored.itemsize)
+            patch.setattr(Path, "open", lambda path, *how: opened(Path("/proc/self/mem"), *how))
+            return fill(self, start, rows)
 
-    def read_broken(self, read, file, out):
-        with open("/proc/self/mem", "rb", buffering=0) as broken:  # noqa: PTH123
-            return read(broken, out)
-
-    monkeypatch.setattr(formats.NpyShard, "__init__", open_broken)
+    monkeypatch.setattr(formats.NpyShard, "_fill", fill_broken)
     assert run(*COMMANDS[command]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == "snip: img/b.npy: Input/output error"

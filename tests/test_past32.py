@@ -16,7 +16,7 @@ import truth
 from snipdedup import dedup
 from snipdedup.config import Filter
 from snipdedup.deduplication.counts import levels
-from snipdedup.deduplication.result import decide, groups_table
+from snipdedup.deduplication.result import checked, choose, groups_table
 from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
@@ -130,7 +130,8 @@ def test_groups_and_masks_past_2_32(far, grouping):
         originals=row[near.search.originals],
         bad=np.empty(0, np.int64),
     )
-    result = decide(found, features, 0.9, grouping, "first", rank_by("first", 0, None))
+    rank = rank_by("first", 0, None)
+    result = checked(choose(found, features, 0.9, grouping, "first", rank))
     for name in ("row", "group", "representative"):
         expected = row[getattr(near.members, name)]
         assert getattr(result.members, name).tolist() == expected.tolist()

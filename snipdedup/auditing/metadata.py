@@ -17,8 +17,7 @@ from snipdedup.auditing.proof import AuditedRun
 from snipdedup.auditing.result import AuditResult
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
-from snipdedup.metadata.files import BATCH_ROWS, Table, open_table
-from snipdedup.metadata.tables import Metadata
+from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table, open_table
 
 DUP_COUNT = "dup_count"
 

@@ -19,7 +19,7 @@ from snipdedup.deduplication.out_reader import BATCH_ROWS, pick
 from snipdedup.features.cosine import bad_rows, pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Members, group_starts
-from snipdedup.metadata.files import open_parquet
+from snipdedup.metadata.tables import open_parquet
 from snipdedup.parallel import ordered_map
 
 PAIRS = 4096  # whose cosines one thread computes at a time

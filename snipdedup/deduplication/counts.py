@@ -119,13 +119,13 @@ def summarize(entries: dict[str, Any]) -> str:
     lines = [
         f"{rows:,} rows, {how}, keep {settings['keep']}",
         f"  removed     {removed:>12,}  ({100 * (removed / rows):.2f} %)",
-        f"  stay        {counts['kept']:>12,}",
+        f"  kept        {counts['kept']:>12,}",
         f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
         f"  exact copies{counts['exact_copies']:>12,}",
     ]
     if "reference_rows" in counts:
         lines.append(
-            f"  for others  {counts['removed_for_reference']:>12,}  go for one of "
+            f"  references  {counts['removed_for_reference']:>12,}  removed for one of "
             f"{counts['reference_rows']:,} reference rows"
         )
     if settings.get("references_only"):
@@ -140,14 +140,14 @@ def summarize(entries: dict[str, Any]) -> str:
     for column, caught in entries.get("baselines", {}).items():
         lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
     if counts["bad_rows"]:
-        lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (stay; see bad_rows.parquet)")
+        lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (kept; see bad_rows.parquet)")
     if counts["chained"]:
         lines.append(
-            f"  chained     {counts['chained']:>12,}  removed rows are below the threshold to the "
-            "row that stays; --grouping star avoids that"
+            f"  chained     {counts['chained']:>12,}  removed rows are below the threshold to "
+            "their representative; --grouping star avoids that"
         )
     if not entries["verified"]:
-        lines.append("  unverified: no features were given, so no pair was proved")
+        lines.append("  unverified: no features were given, so no pair was verified")
     lines += table_lines(entries["thresholds"])
     lines += epsilon_lines(entries.get("epsilons", []), rows, method)
     if "seconds" in entries:
@@ -160,7 +160,7 @@ def table_lines(table: list[dict[str, Any]]) -> list[str]:
     """Lay out the table of thresholds."""
     if not table:
         return []
-    lines = ["", "  components at threshold   rows that go        groups  largest group"]
+    lines = ["", "  components at threshold   removed rows        groups  largest group"]
     for level in table:
         lines.append(
             f"  {level['threshold']:>23.3f}   {level['removed']:>12,}  {level['groups']:>12,}  "
@@ -173,7 +173,7 @@ def epsilon_lines(table: list[dict[str, Any]], rows: int, method: dict[str, Any]
     """Lay out what each epsilon removes, and what borders of clusters cost the first."""
     if not table:
         return []
-    lines = ["", "     epsilon   rows that go"]
+    lines = ["", "     epsilon   removed rows"]
     for level in table:
         share = 100 * level["removed"] / rows
         lines.append(f"  {level['epsilon']:>10g}   {level['removed']:>12,}  ({share:.2f} %)")
@@ -184,7 +184,7 @@ def epsilon_lines(table: list[dict[str, Any]], rows: int, method: dict[str, Any]
             "",
             f"  borders: {cost['across']:,} of {cost['pairs']:,} pairs ({share:.2f} %) lie in two "
             "clusters, so they are not compared;",
-            f"  {cost['beside']:,} rows stay beside a match that join finds (join with star: "
-            f"{cost['star']:,} rows go, {cost['both']:,} of them here too)",
+            f"  {cost['beside']:,} rows are kept beside a match that join finds (join with star "
+            f"removes {cost['star']:,} rows, {cost['both']:,} of them are removed here too)",
         ]
     return [*lines, ""]

@@ -17,7 +17,7 @@ import numpy as np
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.members import Members, group_starts, keep_rank
-from snipdedup.metadata.files import open_parquet
+from snipdedup.metadata.tables import open_parquet
 
 BATCH_ROWS = 1 << 19
 STOPS = 128  # of the slider, at the most: a stop's number fits a byte with room to spare

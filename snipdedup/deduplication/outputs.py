@@ -24,10 +24,10 @@ from snipdedup.groups.members import Best, Rank, no_members
 from snipdedup.groups.pairs import all_pairs, too_many, write_pairs
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata import additions, export
-from snipdedup.metadata.files import Table
-from snipdedup.metadata.gathered import gather_columns
-from snipdedup.metadata.precheck import Use, rehearse
-from snipdedup.metadata.tables import Metadata, as_texts, kept_names, try_writing, write_kept
+from snipdedup.metadata.gather import gather_columns
+from snipdedup.metadata.kept_rows import kept_names, try_writing, write_kept
+from snipdedup.metadata.precheck import ColumnUse, try_column_uses
+from snipdedup.metadata.tables import Metadata, Table, as_texts
 from snipdedup.parallel import run_all
 from snipdedup.storage import atomic, locks
 
@@ -68,14 +68,16 @@ def plan_metadata(
         if key is not None:
             raise UsageError("--key names a column of the metadata: give --metadata too")
         return None
-    added = additions.uses(columns, table)
+    added = additions.caption_uses(columns, table)
     kept_names(table.files, additions.added_names(columns))
     key = table.column(key)
     uses = [rank.use()] if isinstance(rank, ColumnRank) else []
     if key is not None:
-        uses.append(Use([key], texts, "name a column of texts or numbers with --key"))
-    uses += [*url_baseline.uses(table), *added, *export.uses(lists, table)]
-    rehearse(table, [*uses, Use(None, try_writing, "leave it out of META", by_schema=True)])
+        uses.append(ColumnUse([key], texts, "name a column of texts or numbers with --key"))
+    uses += [*url_baseline.baseline_uses(table), *added, *export.list_uses(lists, table)]
+    try_column_uses(
+        table, [*uses, ColumnUse(None, try_writing, "leave it out of META", by_schema=True)]
+    )
     return MetadataPlan(table, key, columns, lists)
 
 

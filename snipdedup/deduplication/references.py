@@ -44,13 +44,13 @@ class SelectedShard(Shard):
         super().__init__(shard.path, (len(rows), shard.dim), shard.dtype)
         self.shard, self.selected = shard, rows
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """See `Shard.read`."""
-        return self.shard.take(self.selected[start:stop])
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """See `Shard.read_into`."""
+        self.shard.take_into(self.selected[start:stop], out)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """See `Shard.take`."""
-        return self.shard.take(self.selected[rows])
+    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """See `Shard.take_into`."""
+        self.shard.take_into(self.selected[rows], out)
 
 
 @dataclass(frozen=True)

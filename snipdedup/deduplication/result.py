@@ -35,7 +35,7 @@ from snipdedup.groups.star import (
     star_from_pairs,
 )
 from snipdedup.join.forest import Edges, components
-from snipdedup.metadata.additions import Removed
+from snipdedup.metadata.additions import RemovedRows
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
@@ -89,7 +89,7 @@ class Result:
         return count_members(self.members, self.threshold)
 
     @cached_property
-    def removed_rows(self) -> Removed:
+    def removed_rows(self) -> RemovedRows:
         """The removed rows, ascending, and the representative of each; many are mapped."""
         kind = np.dtype([("row", row_kind(self.rows)), ("representative", "<i8")])
         spread = Spread(self.removed, 0, self.rows)
@@ -101,7 +101,7 @@ class Result:
         for records in by_row.ascending():
             order = np.argsort(records["row"])
             columns.add(records["row"][order], records["representative"][order])
-        return Removed(*columns.arrays())
+        return RemovedRows(*columns.arrays())
 
     @cached_property
     def is_dup(self) -> np.ndarray:
@@ -159,7 +159,8 @@ class Result:
         grouping = self.grouping if grouping is None else grouping
         by_rule = self.search.best is not None  # then grouping does not apply
         Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
-        return decide(self.search, self.features, threshold, grouping, self.keep, self.rank)
+        known = (self.keep, self.rank)
+        return checked(choose(self.search, self.features, threshold, grouping, *known))
 
     def entries(self, epsilons: Sequence[float] = (), folder: Path | None = None) -> dict[str, Any]:
         """Return what a manifest holds of the result, as JSON values.
@@ -203,31 +204,14 @@ class Result:
         }
 
 
-def decide(
-    search: SearchResult,
-    features: Features | None,
-    threshold: float,
-    grouping: str,
-    keep: str,
-    rank: Rank,
-    folder: Path | None = None,
-) -> Result:
-    """Choose which rows of the groups are removed, and check each of them on the raw rows.
-
-    The parameters are fields of `Result`.
+def checked(result: Result) -> Result:
+    """Return a result with its cosines, each computed from the raw rows.
 
     Raises
     ------
-    SnipError
-        If the search does not know the pairs at this threshold.
     InternalError
-        If a row would be removed without a reason.
+        If a row would be removed without a reason; see `final_check`.
     """
-    return checked(choose(search, features, threshold, grouping, keep, rank, folder))
-
-
-def checked(result: Result) -> Result:
-    """Return a result with its cosines, each computed from the raw rows; see `final_check`."""
     members, near = fill_similarity(
         result.search, result.features, result.members, result.threshold, result.grouping,
         result.folder,
@@ -244,10 +228,13 @@ def choose(
     rank: Rank,
     folder: Path | None = None,
 ) -> Result:
-    """Choose which rows are removed as `decide` does, a block of groups at a time, unchecked."""
+    """Choose which rows of the groups are removed, a block of groups at a time, unchecked.
+
+    The parameters are fields of `Result`.
+    """
     check_threshold(search, threshold)
     if folder is not None and isinstance(rank, ColumnRank) and search.is_large(threshold):
-        rank.keep_keys(folder)
+        rank.read_all(folder)
 
     def parts() -> Iterator[Members]:
         with progress.bar(len(search.forest.a), "grouping", "edges") as bar:

@@ -36,7 +36,6 @@ from snipdedup.deduplication.result import (
     checked,
     choose,
     choose_fraction,
-    decide,
 )
 from snipdedup.deduplication.search_result import (
     SearchResult,
@@ -58,7 +57,7 @@ from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.members import Rank
 from snipdedup.metadata.additions import ColumnSettings
-from snipdedup.metadata.precheck import rehearse
+from snipdedup.metadata.precheck import try_column_uses
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import library_threads, pick_device
 from snipdedup.progress import Clock
@@ -158,14 +157,16 @@ def plan(options: Dedup) -> str:
         out_folder.refuse_output_inside(out, read_paths(job))
     if job.inputs.features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
-    return plan_features(
-        job.inputs.features,
-        out,
-        threshold=job.search.threshold,
-        recall=job.search.recall,
-        seed=job.search.seed,
-        threads=options.threads,
-        max_memory=options.max_memory,
+    return str(
+        plan_features(
+            job.inputs.features,
+            out,
+            threshold=job.search.threshold,
+            recall=job.search.recall,
+            seed=job.search.seed,
+            threads=options.threads,
+            max_memory=options.max_memory,
+        )
     )
 
 
@@ -230,8 +231,8 @@ def read_result(folder: Path, job: Job) -> Result:
     settings, features = manifest["settings"], job.inputs.features
     grouping, keep = str(settings["grouping"]), settings["keep"]
     found = read_search(folder, job.inputs)
-    result = decide(found, features, settings["threshold"], grouping, keep, job.rank)
-    return dataclasses.replace(result, manifest=manifest, out=folder)
+    result = choose(found, features, settings["threshold"], grouping, keep, job.rank)
+    return dataclasses.replace(checked(result), manifest=manifest, out=folder)
 
 
 def prepare(options: Dedup, *, writes: bool = True) -> Job:
@@ -262,7 +263,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
         kinds = named_kinds("export", options.export, EXPORTS)
         plan = plan_metadata(metadata, rank, options.key, columns, kinds)
     elif metadata is not None and isinstance(rank, ColumnRank):
-        rehearse(metadata, [rank.use()])
+        try_column_uses(metadata, [rank.use()])
     return Job(options, settings, inputs, metadata, rank, plan)
 
 

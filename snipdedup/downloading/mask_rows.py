@@ -14,16 +14,16 @@ from snipdedup import progress
 from snipdedup.downloading.sources import SourceFiles, find_mask
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import MissingError, SnipError, TemporaryError
-from snipdedup.metadata.files import open_table
 from snipdedup.metadata.masks import (
     HOW_TO_PLACE,
     MASK,
-    Held,
+    FileSizes,
     Mask,
-    by_either,
     check_sizes,
     open_mask,
+    resolve_sizes,
 )
+from snipdedup.metadata.tables import open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.remote import NoRangesError, RemotePath, with_retries
@@ -96,7 +96,7 @@ def place_mask(
             raise SnipError(text)
         return mask, sum(count_rows(found.before, work, jobs))
     names = [file.shown for file in found.files]
-    rows_here = None if mask.other is None else count_rows(found.files, work, jobs)
+    rows_here = None if mask.other_sizes is None else count_rows(found.files, work, jobs)
 
     def first_row(one: Mask) -> int:
         sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
@@ -106,10 +106,10 @@ def place_mask(
                 f"{len(sizes) - 1}"
             )
         if rows_here is not None:
-            check_sizes(Held(names, rows_here), sizes, first)
+            check_sizes(FileSizes(names, rows_here), sizes, first)
         return int(sizes[:first].sum())
 
-    return by_either(mask, first_row)
+    return resolve_sizes(mask, first_row)
 
 
 def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:

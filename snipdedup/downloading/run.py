@@ -23,18 +23,16 @@ from snipdedup.downloading.sources import SourceFiles
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import SnipError, TemporaryError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
-from snipdedup.metadata.files import SUFFIXES, open_table
-from snipdedup.metadata.kept_features import feature_rows, write_staying
+from snipdedup.metadata.kept_rows import FILES, feature_rows, write_kept, write_kept_features
 from snipdedup.metadata.masks import (
-    FILES,
-    Held,
+    FileSizes,
     Mask,
     check_sizes,
+    describe_kept,
+    file_version,
     open_mask,
-    stamp,
-    summary,
 )
-from snipdedup.metadata.tables import Metadata, write_kept
+from snipdedup.metadata.tables import SUFFIXES, Metadata, open_table
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
@@ -203,7 +201,7 @@ def request_of(
             {
                 "source": file.shown,
                 "size": file.size,
-                **({} if scheme_of(file.url) else stamp(Path(file.url))),
+                **({} if scheme_of(file.url) else file_version(Path(file.url))),
             }
             for file in found.files
         ]
@@ -294,7 +292,7 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
     work = out / locks.WORK
     mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
     first_row = read_pins(out).get("first_row")
-    if first_row is None or mask.other is not None:
+    if first_row is None or mask.other_sizes is not None:
         mask, first_row = place_mask(source, found, mask, work, options.jobs)
         add_pin(out, "first_row", first_row)
     return Plan(items, mask, first_row)
@@ -325,7 +323,7 @@ def describe(out: Path, files: Sequence[dict[str, Any]], note: str = "") -> Down
     """Return the result of a download from what its manifest says of the files."""
     rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
     features = sum("features" in file for file in files)
-    text = f"{out}{note}: {summary(files)}"
+    text = f"{out}{note}: {describe_kept(files)}"
     text += f", with features of {features} files" if features else ""
     return DownloadResult(out, KIND, len(files), rows, kept, text)
 
@@ -423,7 +421,7 @@ def filter_item(
     outputs = plan.outputs(item, work)
     write_kept(Metadata([table]), ~keep, outputs[0].parent)
     for path, output in zip(paths[1:], outputs[1:], strict=True):
-        write_staying(path, output, keep)
+        write_kept_features(path, output, ~keep)
     return {"name": outputs[0].name, "kept": int(np.count_nonzero(keep))}
 
 
@@ -433,7 +431,7 @@ def kept_rows(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
     if mask is None:
         return np.ones(rows, bool)
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
-        check_sizes(Held([file.shown], [rows]), mask.sizes, item.number)
+        check_sizes(FileSizes([file.shown], [rows]), mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and rows != mask.rows:
         raise SnipError(
             f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}; they must be the same set "

@@ -1,13 +1,12 @@
-"""One file of rows: what ``.npy``, ``.npz`` and parquet shards look like from inside.
+"""One file of rows: ``.npy``, ``.npz`` and parquet shards, and arrays in memory.
 
-Opening a shard reads its header only and refuses what cannot be features. Reading returns rows in
-the type they are stored in. Files are opened for each read, so thousands of shards cost no
+Opening a shard reads its header only and refuses what cannot be features. Rows are returned in the
+type in which they are stored. Files are opened for each read, so thousands of shards cost no
 descriptors.
 """
 
 from __future__ import annotations
 
-import io
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,11 +21,12 @@ from snipdedup.errors import InputError
 from snipdedup.storage.remote import RemotePath, arrow_source
 
 SUFFIXES = (".npy", ".npz", ".parquet")
-LONGEST_HEADER = 1 << 16  # bytes; numpy's own are below 200
 PACKED_FREELY = 1 << 26  # bytes that a member may unpack to whatever its size
 PACKED_MOST = 100  # times its size beyond that: floats pack by less than 2
 # RuntimeError: encrypted; NotImplementedError, one of those: a packing that Python cannot undo
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, OSError)
+
+Stamp = tuple[int, int]  # when a file was changed (ns), and its size: part of the keys of caches
 
 
 class Shard:
@@ -40,29 +40,46 @@ class Shard:
         Its shape.
     dtype : numpy.dtype
         float16, float32 or float64, as stored.
+
+    Raises
+    ------
+    InputError
+        If the array is not 2-D, of another type, or has rows without values.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        check_type(path, shape, dtype)
+        if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
+            raise InputError(
+                f"{path}: expected float16, float32 or float64 features, found {dtype}"
+                + ("; this looks like a mask" if dtype.kind == "b" else "")
+            )
+        if len(shape) != 2:
+            raise InputError(f"{path}: expected a 2-D array (rows, width), found shape {shape}")
+        if shape[0] and not shape[1]:
+            raise InputError(f"{path}: its {shape[0]} rows have width 0")
         self.path = path
         self.rows, self.dim = int(shape[0]), int(shape[1])
         self.dtype = dtype.newbyteorder("=")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return rows ``start`` to ``stop`` (exclusive) of the file as a fresh array."""
-        raise NotImplementedError
-
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Write rows ``start`` to ``stop`` to ``out``, whose dtype may be wider."""
-        out[:] = self.read(start, stop)
+        rows = np.empty((stop - start, self.dim), self.dtype)
+        self.read_into(start, stop, rows)
+        return rows
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the given rows of the file; ``rows`` is ascending."""
+        found = np.empty((len(rows), self.dim), self.dtype)
+        self.take_into(rows, found)
+        return found
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Write rows ``start`` to ``stop`` to ``out``, whose dtype may be wider."""
         raise NotImplementedError
 
     def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Write the given rows of the file, ascending, to ``out``, whose dtype may be wider."""
-        out[:] = self.take(rows)
+        raise NotImplementedError
 
 
 class ArrayShard(Shard):
@@ -72,138 +89,108 @@ class ArrayShard(Shard):
         super().__init__(Path(name), array.shape, array.dtype)
         self.array = array
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """See `Shard.read`."""
-        return np.array(self.array[start:stop], dtype=self.dtype, order="C")
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """See `Shard.read_into`."""
+        out[:] = self.array[start:stop]
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """See `Shard.take`."""
-        return np.ascontiguousarray(self.array[rows], dtype=self.dtype)
+    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """See `Shard.take_into`."""
+        out[:] = self.array[rows]
 
 
 class NpyShard(Shard):
-    """A ``.npy`` file, or a member of an uncompressed ``.npz``: rows lie plainly in the file."""
+    """A ``.npy`` file, or ``size`` bytes of a file from ``begin`` on that are one."""
 
     def __init__(self, path: Path, begin: int = 0, size: int | None = None) -> None:
         with path.open("rb") as file:
             file.seek(begin)
-            shape, dtype = read_npy_header(file, path)
+            held = path.stat().st_size - begin if size is None else size
+            shape, fortran, self.stored = read_header(file, held, str(path))
             self.data = file.tell()
-        self.stored = dtype
-        super().__init__(path, shape, dtype)
-        need = self.rows * self.dim * dtype.itemsize
-        self.end = self.data + need
-        have = (path.stat().st_size - begin if size is None else size) - (self.data - begin)
-        if have != need:
-            raise InputError(
-                f"{path}: truncated or damaged: its header promises {self.rows} x {self.dim} "
-                f"{dtype} ({need} bytes of rows), the file holds {have}; fetch or write it again"
-            )
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """See `Shard.read`."""
-        rows = np.empty((stop - start, self.dim), self.stored)
-        self._fill(start, rows)
-        return rows.astype(self.dtype, copy=False)
+        refuse_fortran(path, shape, fortran)
+        super().__init__(path, shape, self.stored)
+        self.end = self.data + self.rows * self.dim * self.stored.itemsize
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
         """See `Shard.read_into`."""
         if self.stored == out.dtype and out.flags.c_contiguous:
             self._fill(start, out)
-        else:
-            super().read_into(start, stop, out)
+            return
+        rows = np.empty((stop - start, self.dim), self.stored)
+        self._fill(start, rows)
+        out[:] = rows
 
     def _fill(self, start: int, rows: np.ndarray) -> None:
-        with self.path.open("rb", buffering=0) as file:
+        view = rows.reshape(-1).view(np.uint8).data
+        with self.path.open("rb") as file:
             file.seek(self.data + start * self.dim * self.stored.itemsize)
-            left = rows.reshape(-1).view(np.uint8).data
-            while left.nbytes:
-                count = self._read(file, left)
-                if not count:
-                    raise InputError(
-                        f"{self.path}: expected rows {start} to {start + len(rows)}, the file "
-                        "ended early; it changed while it was read"
-                    )
-                left = left[count:]
-
-    def _read(self, file: IO[bytes], out: memoryview) -> int:
-        try:
-            return file.readinto(out)  # type: ignore[attr-defined]
-        except OSError as error:  # of a read, unlike of opening, it does not name the file
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """See `Shard.take`."""
-        if not self.rows or not len(rows):
-            return np.empty((0, self.dim), self.dtype)
-        if isinstance(self.path, RemotePath):
-            found = self.path.read_rows(self.data, self.dim * self.stored.itemsize, rows)
-            return found.view(self.stored).astype(self.dtype, copy=False)
-        return np.take(self._mapped(), rows, axis=0).astype(self.dtype, copy=False)
+            try:
+                count = file.readinto(view)
+            except OSError as error:  # of a read, unlike of opening, it does not name the file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if count < view.nbytes:
+            raise InputError(
+                f"{self.path}: expected rows {start} to {start + len(rows)}, the file ended early; "
+                "it changed while it was read"
+            )
 
     def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
         """See `Shard.take_into`."""
-        if not len(rows) or self.stored != out.dtype or isinstance(self.path, RemotePath):
-            super().take_into(rows, out)
+        if not len(rows):
             return
-        # rows are known to be in range; with mode "raise" numpy would fill a buffer first
-        np.take(self._mapped(), rows, axis=0, out=out, mode="clip")
-
-    def _mapped(self) -> np.ndarray:
-        stamp = self.path.stat()
-        if stamp.st_size < self.end:  # to touch what is not there any more ends the process
+        if isinstance(self.path, RemotePath):
+            found = self.path.read_rows(self.data, self.dim * self.stored.itemsize, rows)
+            out[:] = found.view(self.stored)
+            return
+        stamp = stamp_of(self.path)
+        if stamp[1] < self.end:  # touching mapped rows that are gone would end the process
             raise InputError(f"{self.path}: became shorter while it was read; run it again")
-        shape = (self.rows, self.dim)
-        return _map(self.path, self.stored, self.data, shape, stamp.st_mtime_ns, stamp.st_size)
+        mapped = _map(self.path, self.stored, self.data, (self.rows, self.dim), stamp)
+        if self.stored == out.dtype:
+            # rows are in range; with mode "raise" numpy would fill a buffer first
+            np.take(mapped, rows, axis=0, out=out, mode="clip")
+        else:
+            out[:] = mapped[rows]
 
 
-# Mapping anew, and touching pages anew, is dear; a mapping holds a file open.
+def stamp_of(path: Path) -> Stamp:
+    """Return what changes when a file is changed, so that caches read it again."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+# Mapping anew, and touching pages anew, takes time; a mapping holds a file open.
 @lru_cache(maxsize=256)
 def _map(
-    path: Path, dtype: np.dtype, begin: int, shape: tuple[int, int], mtime_ns: int, size: int
+    path: Path, dtype: np.dtype, begin: int, shape: tuple[int, int], stamp: Stamp
 ) -> np.ndarray:
-    del mtime_ns, size  # part of the cache's key: a file that changed is mapped again
+    del stamp
     return np.memmap(path, dtype, "r", begin, shape).view(np.ndarray)
 
 
 class PackedNpzShard(Shard):
     """A member of a compressed ``.npz``. The last member read stays unpacked in memory."""
 
-    def __init__(self, path: Path, member: str) -> None:
+    def __init__(self, path: Path, member: zipfile.ZipInfo) -> None:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            shape, dtype = read_npy_header(file, path)
-            header = file.tell()
-            size = archive.getinfo(member).file_size
+            shape, fortran, dtype = read_header(file, member.file_size, str(path))
+        refuse_fortran(path, shape, fortran)
         super().__init__(path, shape, dtype)
-        self.member = member
-        need = self.rows * self.dim * dtype.itemsize
-        if size - header != need:
-            raise InputError(
-                f"{path}: truncated or damaged: array {member} promises {need} bytes of rows, "
-                f"the archive holds {size - header}; fetch or write it again"
-            )
+        self.member = member.filename
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """See `Shard.read`."""
-        return self._unpacked()[start:stop].astype(self.dtype, copy=True)
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """See `Shard.read_into`."""
+        out[:] = _unpack(self.path, self.member, stamp_of(self.path))[start:stop]
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """See `Shard.take`."""
-        return self._unpacked()[rows].astype(self.dtype, copy=False)
-
-    def _unpacked(self) -> np.ndarray:
-        stamp = self.path.stat()
-        return _unpack(self.path, self.member, stamp.st_mtime_ns, stamp.st_size)
+    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """See `Shard.take_into`."""
+        out[:] = _unpack(self.path, self.member, stamp_of(self.path))[rows]
 
 
 @lru_cache(maxsize=2)
-def _unpack(path: Path, member: str, mtime_ns: int, size: int) -> np.ndarray:
-    del mtime_ns, size  # part of the cache's key: a file that changed is read again
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: array {member} cannot be unpacked: {error}") from error
+def _unpack(path: Path, member: str, stamp: Stamp) -> np.ndarray:
+    del stamp
+    return load_npz(path, [member])[member]
 
 
 class ParquetShard(Shard):
@@ -211,96 +198,93 @@ class ParquetShard(Shard):
 
     def __init__(self, path: Path, column: str | None) -> None:
         file = open_parquet(path)
-        self.column = column or only_list_column(path, file.schema_arrow)
-        if self.column not in file.schema_arrow.names:
-            raise InputError(
-                f"{path}: no column {self.column!r}; it has {', '.join(file.schema_arrow.names)}"
-            )
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        self.group_starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        schema = file.schema_arrow
+        self.column = column or only_list_column(path, schema)
+        if self.column not in schema.names:
+            raise InputError(f"{path}: no column {self.column!r}; it has {', '.join(schema.names)}")
+        kind = schema.field(self.column).type
+        values = list_value_type(kind)
+        if values is None:
+            raise InputError(f"{path}: column {self.column!r} is {kind}, not a list of floats")
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self.group_starts = np.cumsum([0, *sizes], dtype=np.int64)
         rows = int(self.group_starts[-1])
-        field = file.schema_arrow.field(self.column)
-        value_type = list_value_type(field.type)
-        if value_type is None:
-            raise InputError(
-                f"{path}: column {self.column!r} is {field.type}, not a list of floats"
-            )
-        dtype = np.dtype(f"f{value_type.bit_width // 8}")
-        dim = getattr(field.type, "list_size", None)
+        dim = getattr(kind, "list_size", None)
         if dim is None:
-            dim = first_length(path, file, self.column) if rows else 0
-        super().__init__(path, (rows, dim), dtype)
+            dim = self._first_length(path, file) if rows else 0
+        super().__init__(path, (rows, dim), np.dtype(f"f{values.bit_width // 8}"))
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """See `Shard.read`."""
-        parts = [
-            values[max(start - first, 0) : stop - first]
-            for first, values in self._groups(start, stop)
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, self.dim), self.dtype)
+    def _first_length(self, path: Path, file: Any) -> int:
+        try:
+            row = next(file.iter_batches(1, columns=[self.column])).column(0)[0].as_py()
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path}: row 0 cannot be read: {error}; fetch it again") from error
+        if row is None:
+            raise InputError(
+                f"{path}: row 0 of column {self.column!r} is null, expected a list of floats"
+            )
+        return len(row)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """See `Shard.take`."""
-        if not len(rows):
-            return np.empty((0, self.dim), self.dtype)
-        parts = []
-        for first, values in self._groups(int(rows[0]), int(rows[-1]) + 1):
-            low, high = np.searchsorted(rows, [first, first + len(values)])
-            parts.append(values[rows[low:high] - first])
-        return np.concatenate(parts)
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """See `Shard.read_into`."""
+        for first, values in self._groups(start, stop):
+            low, high = max(start, first), min(stop, first + len(values))
+            out[low - start : high - start] = values[low - first : high - first]
+
+    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """See `Shard.take_into`."""
+        if len(rows):
+            for first, values in self._groups(int(rows[0]), int(rows[-1]) + 1):
+                low, high = np.searchsorted(rows, [first, first + len(values)])
+                out[low:high] = values[rows[low:high] - first]
 
     def _groups(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) of each row group that overlaps ``start`` to ``stop``."""
-        first_group = int(np.searchsorted(self.group_starts, start, side="right")) - 1
-        stamp = self.path.stat()
-        for group in range(first_group, len(self.group_starts) - 1):
-            first = int(self.group_starts[group])
-            if first >= stop:
-                break
-            yield first, _row_group(self, group, stamp.st_mtime_ns, stamp.st_size)
+        stamp = stamp_of(self.path)
+        low = int(np.searchsorted(self.group_starts, start, side="right")) - 1
+        high = int(np.searchsorted(self.group_starts, stop))
+        for group in range(low, high):
+            yield int(self.group_starts[group]), _row_group(self, group, stamp)
 
     def decode_group(self, group: int) -> np.ndarray:
-        """Return the rows of a row group."""
-        first, end = self.group_starts[group : group + 2]
+        """Return the rows of a row group, (n, dim).
+
+        Raises
+        ------
+        InputError
+            If they cannot be read; or for the first row that is null, holds a null, or has another
+            length.
+        """
+        import pyarrow.compute as pc
+
+        first, end = self.group_starts[group : group + 2].tolist()
         try:
-            table = open_parquet(self.path).read_row_group(group, columns=[self.column])
+            column = open_parquet(self.path).read_row_group(group, columns=[self.column]).column(0)
         except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
             raise InputError(
-                f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or "
-                "write it again"
+                f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or write it "
+                "again"
             ) from error
-        return self._values(table.column(0), int(first))
 
-    def _values(self, column: Any, first: int) -> np.ndarray:
-        """Return a chunked list column as a dense array; ``first`` is for messages."""
-        parts = []
-        for chunk in column.chunks:
-            import pyarrow.compute as pc
+        def refuse(row: int, what: str) -> InputError:
+            return InputError(f"{self.path}: row {first + row} of column {self.column!r} {what}")
 
-            flat = chunk.flatten()
-            lengths = pc.list_value_length(chunk)
-            wrong = np.flatnonzero(lengths.fill_null(-1).to_numpy(zero_copy_only=False) != self.dim)
-            if len(wrong):
-                found = lengths[int(wrong[0])].as_py()
-                what = "null" if found is None else f"a list of {found}"
-                raise InputError(
-                    f"{self.path}: row {first + int(wrong[0])} of column {self.column!r} is "
-                    f"{what}, expected {self.dim} values"
-                )
-            if flat.null_count:
-                at = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0])
-                raise InputError(
-                    f"{self.path}: row {first + at // self.dim} of column {self.column!r} holds "
-                    "a null value"
-                )
-            parts.append(flat.to_numpy(zero_copy_only=False).reshape(-1, self.dim))
-            first += len(chunk)
-        return np.concatenate(parts).astype(self.dtype, copy=False)
+        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy()
+        wrong = np.flatnonzero(lengths != self.dim)
+        if len(wrong):
+            length = lengths[wrong[0]]
+            what = "null" if length < 0 else f"a list of {length}"
+            raise refuse(wrong[0], f"is {what}, expected {self.dim} values")
+        values = pc.list_flatten(column)
+        if values.null_count:
+            at = int(np.flatnonzero(pc.is_null(values).to_numpy())[0])
+            raise refuse(at // self.dim, "holds a null value")
+        return np.asarray(values.to_numpy().reshape(-1, self.dim).astype(self.dtype, copy=False))
 
 
 @lru_cache(maxsize=2)
-def _row_group(shard: ParquetShard, group: int, mtime_ns: int, size: int) -> np.ndarray:
-    del mtime_ns, size  # part of the cache's key: a file that changed is read again
+def _row_group(shard: ParquetShard, group: int, stamp: Stamp) -> np.ndarray:
+    del stamp
     return shard.decode_group(group)
 
 
@@ -346,88 +330,107 @@ def open_npz(path: Path, array: str | None) -> Shard:
                 raise InputError(
                     f"{path}: {asked}; choose one with --array: {', '.join(members) or 'none here'}"
                 )
-            info = members[name]
-            check_member(info, path.stat().st_size)
-            if info.compress_type != zipfile.ZIP_STORED:
-                if isinstance(path, RemotePath):
-                    raise InputError(
-                        f"{path}: compressed, so its rows cannot be read by ranges: fetch it "
-                        "first, or save it with np.savez"
-                    )
-                return PackedNpzShard(path, info.filename)
-            with archive.open(info):  # checks the member's own header
-                pass
-            begin = member_begin(path, info)
-        return NpyShard(path, begin, info.file_size)
+            member = members[name]
+            check_member(member, path.stat().st_size)
+            if member.compress_type == zipfile.ZIP_STORED:
+                with archive.open(member):  # checks the member's own header
+                    return NpyShard(path, member_begin(path, member), member.file_size)
+            if isinstance(path, RemotePath):
+                raise InputError(
+                    f"{path}: compressed, so its rows cannot be read by ranges: fetch it "
+                    "first, or save it with np.savez"
+                )
+            return PackedNpzShard(path, member)
     except BROKEN_ZIP as error:
         raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
 
 
-def member_begin(path: Path, info: zipfile.ZipInfo) -> int:
+def member_begin(path: Path, member: zipfile.ZipInfo) -> int:
     """Return where the bytes of a stored member begin (APPNOTE.TXT, 4.3.7: local file header)."""
     with path.open("rb") as file:
-        file.seek(info.header_offset + 26)
+        file.seek(member.header_offset + 26)
         name, extra = np.frombuffer(file.read(4), "<u2")
-    return info.header_offset + 30 + int(name) + int(extra)
+    return member.header_offset + 30 + int(name) + int(extra)
 
 
-def read_npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and dtype, leaving ``file`` at the first row; refuse Fortran order."""
-    shape, fortran, dtype = parse_npy_header(file, path)
+def check_member(member: zipfile.ZipInfo, size: int) -> None:
+    """Refuse a member of an archive of ``size`` bytes that says it unpacks to far more."""
+    stored = member.compress_type == zipfile.ZIP_STORED
+    if member.compress_size > size or (stored and member.file_size != member.compress_size):
+        raise zipfile.BadZipFile(f"{member.filename} says another size than it has")
+    if member.file_size > max(PACKED_FREELY, PACKED_MOST * member.compress_size):
+        raise zipfile.BadZipFile(
+            f"{member.filename} says that {member.compress_size} bytes unpack to "
+            f"{member.file_size}; floats do not pack like that"
+        )
+
+
+def read_header(file: IO[bytes], held: int, where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the header of a ``.npy``, leaving ``file`` at the first value.
+
+    Parameters
+    ----------
+    file : binary file
+        At the header's first byte.
+    held : int
+        Bytes from there on that belong to the array.
+    where : str
+        What messages call it.
+
+    Returns
+    -------
+    shape, fortran_order, dtype
+
+    Raises
+    ------
+    InputError
+        If it is no such header, or the array is not as long as it says, or holds Python objects.
+    """
+    begin = file.tell()
+    try:
+        plain = np.lib.format.read_magic(file) == (1, 0)
+        formats = np.lib.format
+        read = formats.read_array_header_1_0 if plain else formats.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # the header is Python's text, so its errors are any parser's
+        raise InputError(f"{where}: truncated or not a .npy file: {error}") from error
+    if any(isinstance(n, bool) or n < 0 or n >= 1 << 63 for n in shape):
+        raise InputError(f"{where}: damaged: its header says shape {shape}")
+    if dtype.hasobject or not dtype.itemsize:
+        raise InputError(f"{where}: expected plain numbers, found {dtype}")
+    need, held = dtype.itemsize * prod(shape), held - (file.tell() - begin)
+    if need != held:
+        raise InputError(
+            f"{where}: truncated or damaged: its header promises shape {shape} of {dtype} "
+            f"({need} bytes), found {held}; fetch or write it again"
+        )
+    return shape, fortran, dtype
+
+
+def refuse_fortran(path: Path, shape: tuple[int, ...], fortran: bool) -> None:
+    """Refuse rows whose values do not lie one after another."""
     if fortran and len(shape) == 2 and min(shape) > 1:
         raise InputError(
             f"{path}: Fortran-ordered, expected rows one after another; save it with "
             "np.save(path, np.ascontiguousarray(array))"
         )
-    return shape, dtype
 
 
-def parse_npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, order and dtype that a header says, if they can be those of an array."""
-    try:
-        version = np.lib.format.read_magic(file)
-        size = file.read(2 if version == (1, 0) else 4)
-        length = int.from_bytes(size, "little")
-        if length > LONGEST_HEADER:  # numpy would read it first
-            raise ValueError(f"its header has {length} bytes")
-        text = io.BytesIO(size + file.read(length))
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(text)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(text)
-    except Exception as error:  # the header is Python's text, so its errors are any parser's
-        raise InputError(f"{path}: truncated or not a .npy file: {error}") from error
-    if any(isinstance(n, bool) or n < 0 or n >= 1 << 63 for n in shape):
-        raise InputError(f"{path}: damaged: its header says shape {shape}")
-    return shape, fortran, dtype
-
-
-def map_npy(path: Path) -> np.ndarray:
-    """Memory-map a ``.npy`` file of any shape.
+def map_npy(path: Path, begin: int = 0, size: int | None = None) -> np.ndarray:
+    """Memory-map a ``.npy`` of any shape, or ``size`` bytes of a file that are one.
 
     Raises
     ------
     InputError
-        If it is not one, or is not as long as its header says, or holds Python objects.
+        As `read_header`.
     """
     with path.open("rb") as file:
-        shape, fortran, dtype = parse_npy_header(file, path)
-        begin = file.tell()
-    check_size(shape, dtype, path.stat().st_size - begin, str(path))
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", begin, shape, "F" if fortran else "C")
-
-
-def check_size(shape: tuple[int, ...], dtype: np.dtype, held: int, where: str) -> None:
-    """Refuse an array that is not as long as its header says, or is not of plain values."""
-    if dtype.hasobject or not dtype.itemsize:
-        raise InputError(f"{where}: expected plain numbers, found {dtype}")
-    need = dtype.itemsize * prod(shape)
-    if need != held:
-        raise InputError(
-            f"{where}: truncated or damaged: its header promises {need} bytes, it holds {held}"
-        )
+        file.seek(begin)
+        held = path.stat().st_size - begin if size is None else size
+        shape, fortran, dtype = read_header(file, held, str(path))
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def load_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -444,50 +447,22 @@ def load_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, np.nda
     InputError
         If it is not such an archive, lacks an array, or is not what its headers say.
     """
+    arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
             members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
-            found = list(members) if names is None else names
-            return {name: load_member(archive, members[name], path) for name in found}
+            for name in members if names is None else names:
+                member = members[name.removesuffix(".npy")]
+                check_member(member, path.stat().st_size)
+                with archive.open(member) as file:
+                    read_header(file, member.file_size, f"{path}: array {member.filename}")
+                    file.seek(0)
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
     except KeyError as error:
         raise InputError(f"{path}: holds no array {error}") from error
     except BROKEN_ZIP as error:
         raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
-
-
-def load_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
-    """Read one array of an ``.npz``."""
-    check_member(info, path.stat().st_size)
-    with archive.open(info) as file:
-        shape, _, dtype = parse_npy_header(file, path)
-        check_size(shape, dtype, info.file_size - file.tell(), f"{path}: array {info.filename}")
-    with archive.open(info) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def check_member(info: zipfile.ZipInfo, size: int) -> None:
-    """Refuse a member of an archive of ``size`` bytes that says it unpacks to far more."""
-    stored = info.compress_type == zipfile.ZIP_STORED
-    if info.compress_size > size or (stored and info.file_size != info.compress_size):
-        raise zipfile.BadZipFile(f"{info.filename} says another size than it has")
-    if info.file_size > max(PACKED_FREELY, PACKED_MOST * info.compress_size):
-        raise zipfile.BadZipFile(
-            f"{info.filename} says that {info.compress_size} bytes unpack to {info.file_size}; "
-            "floats do not pack like that"
-        )
-
-
-def check_type(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Refuse what cannot be features: not 2-D, not float16/32/64, zero width."""
-    if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
-        raise InputError(
-            f"{path}: expected float16, float32 or float64 features, found {dtype}"
-            + ("; this looks like a mask" if dtype.kind == "b" else "")
-        )
-    if len(shape) != 2:
-        raise InputError(f"{path}: expected a 2-D array (rows, width), found shape {shape}")
-    if shape[0] and not shape[1]:
-        raise InputError(f"{path}: its {shape[0]} rows have width 0")
+    return arrays
 
 
 def open_parquet(path: Path) -> Any:
@@ -501,28 +476,12 @@ def open_parquet(path: Path) -> Any:
         raise InputError(f"{path}: truncated or not a parquet file: {error}") from error
 
 
-def first_length(path: Path, file: Any, column: str) -> int:
-    """Return the length of a list column's first row."""
-    try:
-        batch = next(file.iter_batches(1, columns=[column]))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: row 0 cannot be read: {error}; fetch it again") from error
-    row = batch.column(0)[0].as_py()
-    if row is None:
-        raise InputError(f"{path}: row 0 of column {column!r} is null, expected a list of floats")
-    return len(row)
-
-
 def list_value_type(kind: Any) -> Any:
     """Return the float type inside an arrow list type, None for any other type."""
-    import pyarrow as pa
+    from pyarrow import types
 
-    is_list = (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-    if is_list and pa.types.is_floating(kind.value_type):
-        return kind.value_type
-    return None
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return kind.value_type if is_list and types.is_floating(kind.value_type) else None
 
 
 def only_list_column(path: Path, schema: Any) -> str:

@@ -1,4 +1,4 @@
-"""The baseline: how many of the duplicates equal hashes or URLs alone would have caught."""
+"""The baseline: how many of the removed rows equal hashes or URLs alone would have caught."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from snipdedup.groups.blocks import cut_groups, slices
 from snipdedup.groups.members import Members
-from snipdedup.metadata.files import Table
-from snipdedup.metadata.gathered import gather_columns
-from snipdedup.metadata.keys import classes, fingerprints
-from snipdedup.metadata.precheck import Use
-from snipdedup.metadata.tables import Metadata
+from snipdedup.metadata.gather import gather_columns
+from snipdedup.metadata.keys import as_bytes
+from snipdedup.metadata.precheck import ColumnUse
+from snipdedup.metadata.tables import Metadata, Table
 
 BASELINE_COLUMNS = ("hash", "md5", "sha256", "url")
 
@@ -22,51 +22,41 @@ BASELINE_COLUMNS = ("hash", "md5", "sha256", "url")
 def baselines(metadata: Metadata, members: Members, folder: Path) -> dict[str, int]:
     """Return, for each column of hashes or URLs, how many of the removed rows it would catch.
 
-    Within each group, rows of one value would be cut down to one; of the rows that are removed
-    those are counted that would go so too. Rows without a value are never equal. What does not fit
-    into memory waits in ``folder``.
+    Within each group, one row of each value would be kept; those of the removed rows are counted
+    that would be removed so, too. Rows without a value are never equal. ``folder`` is for temporary
+    files.
     """
-    return {name: caught(metadata, name, members, folder) for name in columns_of(metadata)}
+    cuts, counts = cut_groups(members.group), {}
+    for name in baseline_columns(metadata):
+        gathered = gather_columns(metadata, [name], members.row, cuts, _values, folder / "baseline")
+        with closing(gathered) as tables:
+            parts = zip(slices(members), tables, strict=True)
+            counts[name] = sum(_caught(part, table) for part, table in parts if table is not None)
+    return counts
 
 
-def columns_of(metadata: Metadata) -> list[str]:
+def baseline_columns(metadata: Metadata) -> list[str]:
     """Return the columns of hashes and URLs."""
     found = (metadata.column(None, [name]) for name in BASELINE_COLUMNS)
     return [name for name in found if name is not None]
 
 
-def uses(metadata: Metadata) -> list[Use]:
+def baseline_uses(metadata: Metadata) -> list[ColumnUse]:
     """Return what these columns are read for."""
     remedy = "a column of this name is compared between copies: rename it, or leave it out of META"
-    return [Use([name], marked, remedy) for name in columns_of(metadata)]
+    return [ColumnUse([name], _values, remedy) for name in baseline_columns(metadata)]
 
 
-def caught(metadata: Metadata, column: str, members: Members, folder: Path) -> int:
-    """Return how many removed rows go too where one row of each value in a group stays."""
-    cuts = cut_groups(members.group)
-    gathered = gather_columns(metadata, [column], members.row, cuts, marked, folder / "baseline")
-    with closing(gathered) as tables:
-        return sum(
-            caught_within(part, table)
-            for part, table in zip(slices(members), tables, strict=True)
-            if table is not None
-        )
+def _values(file: Table, batch: Any) -> dict[str, Any]:
+    return {"value": as_bytes(file, batch.schema.names[0], batch.column(0))}
 
 
-def marked(file: Table, batch: Any) -> dict[str, np.ndarray]:
-    """Return fingerprints of a record batch as columns."""
-    marks, known = fingerprints(file, batch)
-    return {"high": marks[0], "low": marks[1], "known": known}
-
-
-def caught_within(members: Members, table: Any) -> int:
-    """Return how many of some whole groups' rows are caught; ``table`` has their fingerprints."""
-    known = table["known"].to_numpy()
-    marks = np.stack([table[name].to_numpy() for name in ("high", "low")])
-    value, group = classes(marks[:, known]), members.group[known]
-    by_value = np.lexsort((value, group))
-    value, group = value[by_value], group[by_value]
-    new = (value[1:] != value[:-1]) | (group[1:] != group[:-1])
-    label = np.concatenate([np.zeros(min(len(value), 1), np.int64), np.cumsum(new)])
-    removed = np.bincount(label, weights=members.is_dup[known][by_value])
+def _caught(members: Members, table: Any) -> int:
+    """Return how many removed rows of whole groups are caught by their values in ``table``."""
+    values = table["value"].combine_chunks()
+    known = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+    value = values.dictionary_encode().indices.to_numpy()[known].astype(np.int64)
+    _, group = np.unique(members.group[known], return_inverse=True)
+    _, label = np.unique(group * (len(values) + 1) + value, return_inverse=True)
+    removed = np.bincount(label, weights=members.is_dup[known])
     return int(np.minimum(removed, np.bincount(label) - 1).sum())

@@ -21,10 +21,9 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.formats import (
     BROKEN_ZIP,
     check_member,
-    check_size,
     load_npz,
+    map_npy,
     member_begin,
-    parse_npy_header,
 )
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic
@@ -155,15 +154,7 @@ def map_member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     check_member(member, path.stat().st_size)
-    with path.open("rb") as file:
-        begin = member_begin(path, member)
-        file.seek(begin)
-        shape, _, dtype = parse_npy_header(file, path)
-        offset = file.tell()
-        check_size(shape, dtype, member.file_size - (offset - begin), f"array {name}")
-        if 0 in shape:  # nothing to map
-            return np.empty(shape, dtype)
-        return np.memmap(file, dtype, "r", offset, shape)
+    return map_npy(path, member_begin(path, member), member.file_size)
 
 
 def damaged_shard(path: Path, why: str) -> SnipError:

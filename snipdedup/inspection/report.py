@@ -30,7 +30,7 @@ from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.inspection import thumbnails
 from snipdedup.inspection.report_page import GENERATOR, PICTURED, Notes, Page, Row, render
-from snipdedup.metadata.files import open_parquet
+from snipdedup.metadata.tables import open_parquet
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.storage import atomic, out_folder
 from snipdedup.storage.manifest import as_written, read_manifest

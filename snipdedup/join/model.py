@@ -123,18 +123,17 @@ def fit(
     seed: int,
     threads: int,
     encoder: Path | None = None,
-    nlist: int | None = None,
+    total: int | None = None,
     with_hubs: bool = True,
 ) -> Model:
     """Fit directions, hubs and τ to a sample of distinct rows, and centroids to other rows.
 
     With an encoder, codes are those of its descriptors. They bound no cosine, and hubs need a
-    bound, so there are none.
+    bound, so there are none. The width of codes is chosen for a set of ``total`` rows, if given.
     """
-    nlist = nlist or list_count(features.rows)
     rows, sample = sample_distinct(features, calibration_rows(features.rows), seed, threads)
     with library_threads(1):  # float arithmetic, whose last bits depend on the threads
-        projection = choose_projection(sample, threshold, seed, features.rows, threads)
+        projection = choose_projection(sample, threshold, seed, total or features.rows, threads)
     codes = encode_rows(projection, sample, threads)
     hubs = no_hubs(projection, features.dim, threshold)
     if encoder is None and with_hubs:
@@ -142,7 +141,7 @@ def fit(
             rows, sample, codes, projection,
             threshold=threshold, total=features.rows, threads=threads,
         )  # fmt: skip
-    nlist = min(nlist, max(1, len(codes) // 8))
+    nlist = min(list_count(features.rows), max(1, len(codes) // 8))
     if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
         nlist = 1
     if nlist == 1 and encoder is None:

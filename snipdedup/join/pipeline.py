@@ -21,7 +21,7 @@ from snipdedup.join.kernels import pick_kernel
 from snipdedup.join.memory import most_visits
 from snipdedup.join.tasks import JoinSettings, JoinTasks, Partition
 from snipdedup.parallel import Stage, pick_device
-from snipdedup.runners.base import Runner
+from snipdedup.runners.base import Runner, run_once
 
 PARTITIONS_A_WORKER = 8  # so that all workers end at about the same time
 
@@ -57,11 +57,11 @@ def join(
     """
     tasks = JoinTasks(features, settings, work)
     with stage("fit"):
-        runner.once(functools.partial(tasks.fit, runner.here), tasks.model_file)
+        run_once(runner, functools.partial(tasks.fit, runner.here), tasks.model_file)
         model = tasks.model
     with stage("encode"):
         encode_rows(tasks, runner)
-        runner.once(functools.partial(tasks.scan, runner.here), tasks.scan_file)
+        run_once(runner, functools.partial(tasks.scan, runner.here), tasks.scan_file)
         scan = tasks.load_scan()
     with stage("join"):
         partitions = plan_partitions(tasks, runner, memory)
@@ -94,7 +94,7 @@ def plan_partitions(tasks: JoinTasks, runner: Runner, memory: int) -> list[Parti
     bound = most_visits(tasks.features, width, runner.here, memory)
     most = min(bound, max(1, visits // (PARTITIONS_A_WORKER * runner.workers)))
     replan = bound if runner.world_size == 1 else None  # else other processes may join by it
-    runner.once(functools.partial(tasks.plan, most, replan), tasks.plan_file)
+    run_once(runner, functools.partial(tasks.plan, most, replan), tasks.plan_file)
     if not tasks.fits(bound):
         raise SnipError(
             f"{tasks.plan_file}: planned for more memory than this process has; give all processes "

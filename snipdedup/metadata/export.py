@@ -1,13 +1,12 @@
-"""Lists for other tools, of the rows that stay: DataComp's uids, and keys for webdataset.
+"""Lists of the kept rows for other tools: DataComp's uids, and keys for webdataset.
 
-A list that names rows by uid or key cannot say which of two rows of one name is meant: where one
-of them stays and the other goes, it is refused.
+A list that names rows by uid or key cannot tell two rows of one name apart: if one of them is kept
+and the other removed, the list is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,21 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata.files import Table
-from snipdedup.metadata.keys import classes, fingerprints, part_of, text_bytes
-from snipdedup.metadata.precheck import Use
-from snipdedup.metadata.spill import parts_for, spilling
-from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, as_texts
+from snipdedup.metadata.kept_rows import count_kept
+from snipdedup.metadata.keys import as_bytes, fingerprints, flat_bytes, number_equal
+from snipdedup.metadata.precheck import ColumnUse
+from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, Table, as_texts
 from snipdedup.storage import atomic
+from snipdedup.storage.external_sort import Sorter, Spread, pack
 
 FOLDER = "export"
 DATACOMP, KEYS = "datacomp", "keys"
 UID = np.dtype("u8,u8")  # the type that DataComp's resharder reads
 DIGITS = 32  # of a uid
-NIBBLES = np.full(256, 255, np.uint8)  # what each hexadecimal digit is worth
+NIBBLES = np.full(256, 255, np.uint8)  # value of each hexadecimal digit
 NIBBLES[list(b"0123456789abcdef")] = np.arange(16)
 NIBBLES[list(b"ABCDEF")] = np.arange(10, 16)
+RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("row", "<i8"), ("is_dup", "?")])
 
 Numbers = Callable[[Metadata, Table, int, Any, np.ndarray], np.ndarray]
 
@@ -42,117 +42,95 @@ def list_columns(kinds: list[str], metadata: Metadata | None, key: str | None) -
         return {}
     columns = {}
     if DATACOMP in kinds:
-        columns[DATACOMP] = metadata.needed(None, ("uid",), "a column uid")
+        columns[DATACOMP] = metadata.require_column(None, ("uid",), "a column uid")
     if KEYS in kinds:
-        columns[KEYS] = metadata.needed(key, KEY_COLUMNS, "--key")
+        columns[KEYS] = metadata.require_column(key, KEY_COLUMNS, "--key")
     return columns
 
 
-def uses(columns: dict[str, str], metadata: Metadata) -> list[Use]:
-    """Return what columns are read for, as `list_columns` has them."""
-    first = {
-        file.path: int(row) for file, row in zip(metadata.files, metadata.offsets, strict=False)
-    }
+def list_uses(columns: dict[str, str], metadata: Metadata) -> list[ColumnUse]:
+    """Return what columns, from `list_columns`, are read for."""
+    firsts = zip(metadata.files, metadata.offsets, strict=False)
+    first = {file.path: int(row) for file, row in firsts}
 
-    def numbers(of: Numbers, file: Table, batch: Any) -> None:
-        goes = np.ones(batch.num_rows, bool)  # which rows need a key is not known yet
-        of(metadata, file, first[file.path], batch, goes)
+    def convert(numbers: Numbers, file: Table, batch: Any) -> None:
+        removed = np.ones(batch.num_rows, bool)  # which rows need a key is not known yet
+        numbers(metadata, file, first[file.path], batch, removed)
+        if numbers is key_numbers:
+            as_texts(file, batch.schema.names[0], batch.column(0))
 
-    def key_texts(file: Table, batch: Any) -> None:
-        numbers(key_numbers, file, batch)
-        as_texts(file, batch.schema.names[0], batch.column(0))
-
-    wanted: dict[str, tuple[Callable[[Table, Any], None], str]] = {
-        DATACOMP: (partial(numbers, uid_numbers), "leave datacomp out of --export"),
-        KEYS: (key_texts, "name another column with --key, or leave keys out of --export"),
-    }
-    return [Use([column], *wanted[kind]) for kind, column in columns.items()]
+    uses = {
+        DATACOMP: (partial(convert, uid_numbers), "leave datacomp out of --export"),
+        KEYS: (partial(convert, key_numbers),
+               "name another column with --key, or leave keys out of --export"),
+    }  # fmt: skip
+    return [ColumnUse([column], *uses[kind]) for kind, column in columns.items()]
 
 
 def write_lists(
     columns: dict[str, str], metadata: Metadata, is_dup: np.ndarray, out: Path, work: Path
 ) -> list[Path]:
-    """Write the lists into the folder ``out``; return their paths.
+    """Write the lists of `list_columns` into the folder ``out``; return their paths.
 
-    Parameters
-    ----------
-    columns : dict
-        From `list_columns`.
-    metadata : Metadata
-    is_dup : (rows,) bool
-    out, work : Path
-        Where the lists go, and where sorting may spill to.
-
-    Raises
-    ------
-    SnipError
-        If a uid is none, a row that stays has no key, or a uid or key names a row that stays and
-        one that goes.
+    Refused: invalid uids, kept rows without a key, a name of both a kept and a removed row.
+    ``work`` is for temporary files.
     """
     paths = []
     if DATACOMP in columns:
-        with closing(
-            staying_parts(metadata, columns[DATACOMP], uid_numbers, is_dup, work)
-        ) as parts:
-            paths.append(write_uids(out / "datacomp.npy", parts, count_staying(is_dup)))
+        parts = _kept_names(metadata, columns[DATACOMP], uid_numbers, is_dup, work)
+        paths.append(out / "datacomp.npy")
+        with atomic.writing_npy(paths[-1], UID, (count_kept(is_dup),)) as file:
+            for names in parts:
+                uids = pack(UID, names["high"], names["low"])
+                uids.sort()
+                uids.tofile(file)
     if KEYS in columns:
-        for _ in staying_parts(metadata, columns[KEYS], key_numbers, is_dup, work):
+        for _ in _kept_names(metadata, columns[KEYS], key_numbers, is_dup, work):
             pass  # refused before anything is written
-        paths.append(write_keys(out / "keys.txt", metadata, columns[KEYS], is_dup))
+        paths.append(out / "keys.txt")
+        _write_keys(paths[-1], metadata, columns[KEYS], is_dup)
     return paths
 
 
-def count_staying(is_dup: np.ndarray) -> int:
-    """Return how many rows stay."""
-    return len(is_dup) - int(np.count_nonzero(is_dup))
-
-
-def staying_parts(
+def _kept_names(
     metadata: Metadata, column: str, numbers: Numbers, is_dup: np.ndarray, work: Path
-) -> Generator[np.ndarray, None, None]:
-    """Yield the names of the rows that stay, (2, n) uint64, in parts that ascend."""
-    parts = parts_for(metadata.rows)
-    with spilling(work / FOLDER, parts) as spill:
-        for file, first, batch in metadata.read([column]):
-            rows = np.arange(first, first + batch.num_rows)
-            goes = np.asarray(is_dup[first : first + batch.num_rows])
-            marks = numbers(metadata, file, first, batch, goes)
-            held = {"high": marks[0], "low": marks[1], "row": rows, "goes": goes}
-            spill.add(part_of(marks, parts), pa.RecordBatch.from_pydict(held))
-        for part in range(parts):
-            table = spill.read(part)
-            if table is not None:
-                marks = np.stack([table["high"].to_numpy(), table["low"].to_numpy()])
-                goes = table["goes"].to_numpy()
-                refuse_shared(metadata, column, marks, goes, table["row"].to_numpy())
-                yield marks[:, ~goes]
+) -> Iterator[np.ndarray]:
+    """Yield the names of the kept rows as `RECORD`, in parts whose ``high`` ascends."""
+    spread = Spread(metadata.rows, 0, (1 << 64) - 1)
+    sorter = Sorter(work / "names", RECORD, lambda records: records["high"], spread=spread)
+    for file, first, batch in metadata.read([column]):
+        rows = np.arange(first, first + batch.num_rows)
+        removed = np.asarray(is_dup[first : first + batch.num_rows])
+        sorter.add(pack(RECORD, *numbers(metadata, file, first, batch, removed), rows, removed))
+    for records in sorter.ascending():
+        _refuse_shared(metadata, column, records)
+        yield records[~records["is_dup"]]
 
 
-def refuse_shared(
-    metadata: Metadata, column: str, marks: np.ndarray, goes: np.ndarray, rows: np.ndarray
-) -> None:
-    """Refuse a name that a row that stays and one that goes have in common."""
-    label = classes(marks)
-    going, all_ = np.bincount(label, weights=goes), np.bincount(label)
-    mixed = np.flatnonzero(((going > 0) & (going < all_))[label])
-    if len(mixed):
-        same = np.flatnonzero(label == label[mixed[0]])
-        stay, go = int(rows[same[~goes[same]][0]]), int(rows[same[goes[same]][0]])
-        name = metadata.take(column, np.array([stay]))[0].as_py()
+def _refuse_shared(metadata: Metadata, column: str, records: np.ndarray) -> None:
+    """Refuse a name that a kept and a removed row have in common."""
+    name, is_dup = number_equal(records["high"], records["low"]), records["is_dup"]
+    removed, count = np.bincount(name, weights=is_dup), np.bincount(name)
+    shared = np.flatnonzero(((removed > 0) & (removed < count))[name])
+    if len(shared):
+        first = shared[np.argmin(records["row"][shared])]
+        same = records[name == name[first]]
+        kept, gone = (int(same["row"][same["is_dup"] == dup].min()) for dup in (False, True))
+        text = metadata.take(column, np.array([kept]))[0].as_py()
         raise SnipError(
-            f"{len(mixed):,} rows share their {column} with a row that is decided otherwise: "
-            f"{name!r} stays in {metadata.place(stay)} and goes in {metadata.place(go)}. A list "
+            f"{len(shared):,} rows share their {column} with a row that is decided otherwise: "
+            f"{text!r} stays in {metadata.place(kept)} and goes in {metadata.place(gone)}. A list "
             f"by {column} cannot tell them apart; use the files in metadata/, or a column without "
             "repeats"
         )
 
 
 def uid_numbers(
-    metadata: Metadata, file: Table, first: int, batch: Any, goes: np.ndarray
+    metadata: Metadata, file: Table, first: int, batch: Any, is_dup: np.ndarray
 ) -> np.ndarray:
     """Return uids as numbers, (2, n) uint64: the first 16 hexadecimal digits and the last 16."""
-    del goes  # a set with wrong uids is no set of DataComp's, whichever rows stay
-    data, starts = text_bytes(file, batch.schema.names[0], batch.column(0))
+    del is_dup  # wrong uids are not DataComp's, whichever rows are kept
+    data, starts = flat_bytes(as_bytes(file, batch.schema.names[0], batch.column(0)))
     whole = np.diff(starts) == DIGITS
     digits = np.full((batch.num_rows, DIGITS), 255, np.uint8)
     digits[whole] = NIBBLES[data[starts[:-1][whole, None] + np.arange(DIGITS)]]
@@ -168,42 +146,28 @@ def uid_numbers(
 
 
 def key_numbers(
-    metadata: Metadata, file: Table, first: int, batch: Any, goes: np.ndarray
+    metadata: Metadata, file: Table, first: int, batch: Any, is_dup: np.ndarray
 ) -> np.ndarray:
-    """Return keys' fingerprints, (2, n) uint64; refuse rows that stay and have no key."""
-    marks, known = fingerprints(file, batch)
-    nameless = np.flatnonzero(~known & ~goes)
+    """Return keys' fingerprints, (2, n) uint64; refuse kept rows that have no key."""
+    prints, known = fingerprints(file, batch)
+    nameless = np.flatnonzero(~known & ~is_dup)
     if len(nameless):
-        row = first + int(nameless[0])
         raise SnipError(
-            f"{metadata.place(row)}: no {batch.schema.names[0]}, so no list by it can name this "
-            "row; use the files in metadata/, or another column with --key"
+            f"{metadata.place(first + int(nameless[0]))}: no {batch.schema.names[0]}, so no list "
+            "by it can name this row; use the files in metadata/, or another column with --key"
         )
-    return marks
+    return prints
 
 
-def write_uids(path: Path, parts: Iterator[np.ndarray], count: int) -> Path:
-    """Write uids, in parts that ascend, as one sorted ``.npy``."""
-    with atomic.writing_npy(path, UID, (count,)) as file:
-        for marks in parts:
-            high, low = marks
-            order = np.lexsort((low, high))
-            uids = np.empty(len(order), UID)
-            uids["f0"], uids["f1"] = high[order], low[order]
-            uids.tofile(file)
-    return path
-
-
-def write_keys(path: Path, metadata: Metadata, column: str, is_dup: np.ndarray) -> Path:
-    """Write the keys of the rows that stay, one a line, in row order."""
+def _write_keys(path: Path, metadata: Metadata, column: str, is_dup: np.ndarray) -> None:
+    """Write the keys of the kept rows, one a line, in row order."""
     with atomic.replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         for table, first, batch in metadata.read([column]):
-            stay = pa.array(~np.asarray(is_dup[first : first + batch.num_rows]))
-            keys = as_texts(table, column, batch.column(0).filter(stay)).to_pylist()
+            keep = pa.array(~np.asarray(is_dup[first : first + batch.num_rows]))
+            keys = as_texts(table, column, batch.column(0).filter(keep)).to_pylist()
             for key in keys:
                 if len(key.splitlines()) != 1:
                     raise SnipError(
                         f"{table.path}: {column} {key!r} has a line break; a list has one a line"
                     )
             file.writelines(f"{key}\n" for key in keys)
-    return path

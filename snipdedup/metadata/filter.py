@@ -1,53 +1,94 @@
-"""``snip filter``: what a mask leaves of metadata, and of the features beside it.
+"""``snip filter``: what a mask keeps of metadata, and of the features beside it.
 
-The mask's rows are found by position, or by what a column says of them.
+The mask's rows are found by position, or by what columns say (`join_by_key`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from snipdedup import progress
 from snipdedup.config import EXPORTS, Filter, named_kinds
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
-from snipdedup.metadata.export import FOLDER, count_staying, list_columns, uses, write_lists
-from snipdedup.metadata.filter_by_key import ByKey, plan_join
-from snipdedup.metadata.filter_by_row import check_keys
-from snipdedup.metadata.masks import (
+from snipdedup.metadata.export import FOLDER, list_columns, list_uses, write_lists
+from snipdedup.metadata.join_by_key import KeyJoin, plan_key_join
+from snipdedup.metadata.kept_rows import (
     FILES,
-    SCAN_ROWS,
-    Mask,
-    open_mask,
-    place_metadata,
-    rows_of,
-    stamp,
-)
-from snipdedup.metadata.masks import summary as counted
-from snipdedup.metadata.precheck import Use, rehearse
-from snipdedup.metadata.tables import (
-    Metadata,
     kept_names,
-    open_metadata,
     try_writing,
     write_kept,
+    write_kept_npy,
 )
+from snipdedup.metadata.masks import (
+    SCAN_ROWS,
+    Mask,
+    check_removed_keys,
+    describe_kept,
+    file_version,
+    open_mask,
+    place_metadata,
+)
+from snipdedup.metadata.precheck import ColumnUse, try_column_uses
+from snipdedup.metadata.tables import Metadata, open_metadata
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.manifest import read_manifest
 
 KIND = "filter"
-BLOCK_ROWS = 16_384  # rows of features copied at a time
 RESERVED = ("metadata", FOLDER)
-NOTES = "whole"  # in the work: which of its files are
+DONE = "whole"  # below the work folder: which of these files are
 
 
-class Chosen(NamedTuple):
+@dataclass(frozen=True)
+class FilterResult:
+    """What ``snip filter`` did.
+
+    Attributes
+    ----------
+    out : Path
+    files : list of dict
+        Each file's ``name``, ``number`` in the whole set (None where unknown), ``rows``, ``kept``.
+    join : dict or None
+        With ``--on``: rows by how they were found, as the manifest has them.
+    notes : sequence of str
+        Lines for people: how rows were found or checked.
+    was_finished : bool
+        True where a run of the same settings had written all of it before.
+    """
+
+    out: Path
+    files: list[dict[str, Any]]
+    join: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    was_finished: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files before."""
+        return sum(file["rows"] for file in self.files)
+
+    @property
+    def kept(self) -> int:
+        """Rows that were written."""
+        return sum(file["kept"] for file in self.files)
+
+    def __str__(self) -> str:
+        if self.was_finished:
+            return f"{self.out} is finished already: {describe_kept(self.files)}"
+        return "\n".join([f"{self.out}: {describe_kept(self.files)}", *self.notes])
+
+
+@dataclass(frozen=True)
+class FilterInputs:
     """The files that are meant, the features beside them, and their place in the mask's set.
 
-    ``number`` is the first file's in the whole set, None where rows are found by key.
+    ``number`` is the first file's number in the whole set (None: rows are found by key), ``row``
+    the mask's row of the first file's row 0.
     """
 
     metadata: Metadata
@@ -57,42 +98,67 @@ class Chosen(NamedTuple):
 
 
 @locks.released()
-def run(options: Filter) -> str:
+def run(options: Filter) -> FilterResult:
     """Apply a mask to metadata files, and to features that match them: ``snip filter``."""
     out = Path(options.out).expanduser()
     metadata = open_metadata(options.metadata)
-    found = open_embeddings(options.embeddings, metadata)
-    out_folder.refuse_output_inside(out, list_inputs(options, metadata, found))
+    features = open_embeddings(options.embeddings, metadata)
+    files = (options.is_dup, options.cumulative_sizes, options.keys)
+    inputs = [*metadata.inputs(), *(path for f in features.values() for path in f.inputs())]
+    inputs += [Path(name).expanduser() for name in files if name]
+    out_folder.refuse_output_inside(out, inputs)
     mask = open_mask(options.is_dup, options.cumulative_sizes)
-    join = plan_join(options, metadata, mask) if options.on else None
-    chosen = Chosen(metadata, found) if join else choose(metadata, found, mask, options)
-    kept_names(chosen.metadata.files)  # refused before anything is written
+    chosen, join = FilterInputs(metadata, features), None
+    if options.on is not None:
+        policies = options.unmatched, options.ambiguous
+        join = plan_key_join(metadata, mask, options.on, options.keys, *policies)
+    else:
+        chosen = choose_files_of_range(chosen, mask, options.start, options.end)
+    metadata = chosen.metadata
+    kept_names(metadata.files)  # refused before anything is written
     kinds = named_kinds("export", options.export, EXPORTS)
-    columns = list_columns(kinds, chosen.metadata, options.key)
-    rehearse_uses(chosen.metadata, columns, join)
-    request = describe_request(options, chosen, mask, join)
+    columns = list_columns(kinds, metadata, options.key)
+    try_uses(metadata, list_uses(columns, metadata), join)
+    names = ("on", "unmatched", "ambiguous", "export", "key")
+    flags = {name: getattr(options, name) for name in names}
+    request = describe_request(chosen, mask, join, flags)
     if out_folder.claim(out, KIND, request, overwrite=options.overwrite) == "done":
-        return f"{out} is finished already: {counted(read_manifest(out, KIND)['files'])}"
-    work = out / locks.WORK
-    body: dict[str, Any] = {"settings": options.as_dict(), "request": request}
+        return FilterResult(out, read_manifest(out, KIND)["files"], was_finished=True)
+    body = {"settings": options.as_dict(), "request": request}
+    return filter_rows(out, chosen, mask, join, columns, "mask" in kinds, body)
+
+
+def filter_rows(
+    out: Path,
+    chosen: FilterInputs,
+    mask: Mask,
+    join: KeyJoin | None,
+    columns: dict[str, str],
+    export_mask: bool,
+    body: dict[str, Any],
+) -> FilterResult:
+    """Decide the rows, write those that are kept, and publish them with the manifest's ``body``."""
+    work, metadata, notes = out / locks.WORK, chosen.metadata, []
+    lists_folder = work / FILES / FOLDER
     try:
-        is_dup, said = mask.is_dup[chosen.row : chosen.row + chosen.metadata.rows], []
         if join is not None:
-            joined = join.run(chosen.metadata, mask, work)
+            joined = join.run(metadata, mask, work / "join")
             is_dup, body["join"] = joined.is_dup, join.describe(joined)
-            said = [join.report(joined, chosen.metadata)]
-        elif checked := check_keys(chosen.metadata, mask, chosen.row):
-            said = [checked]
-        lists = write_lists(columns, chosen.metadata, is_dup, work / FILES / FOLDER, work)
+            notes.append(join.report(joined, metadata))
+        else:
+            is_dup = mask.is_dup[chosen.row : chosen.row + metadata.rows]
+            checked = check_removed_keys(metadata, mask, chosen.row, work)
+            notes += [checked] if checked else []
+        lists = write_lists(columns, metadata, is_dup, lists_folder, work)
     except SnipError:
-        out_folder.release(out)  # what stood there before, stands
+        out_folder.release(out)  # an earlier result there is left as it is
         raise
-    if "mask" in kinds:
-        lists.append(write_mask(work / FILES / FOLDER / "is_dup.npy", is_dup))
-    body["files"], written = write_rows(chosen, is_dup, work / FILES)
+    if export_mask:
+        lists.append(write_mask(lists_folder / "is_dup.npy", is_dup))
+    body["files"], written = write_rows(chosen, is_dup, work)
     try:
         mask.refuse_changed()
-        for table in (chosen.metadata, *([join.source.metadata] if join else [])):
+        for table in (metadata, *([join.known] if join else [])):
             table.refuse_changed()
         for features in chosen.features.values():
             features.refuse_changed()
@@ -100,37 +166,20 @@ def run(options: Filter) -> str:
         out_folder.release(out)
         raise
     out_folder.publish(out, KIND, body, [*written, *lists])
-    return "\n".join([f"{out}: {counted(body['files'])}", *said])
+    return FilterResult(out, body["files"], body.get("join"), tuple(notes))
 
 
-def rehearse_uses(metadata: Metadata, columns: dict[str, str], join: ByKey | None) -> None:
+def try_uses(metadata: Metadata, lists: list[ColumnUse], join: KeyJoin | None) -> None:
     """Refuse columns of which lists, keys or files could not be made once the work is done."""
-    write = Use(None, try_writing, "leave it out of the metadata", by_schema=True)
-    rehearse(metadata, [*uses(columns, metadata), *(join.mine() if join else []), write])
+    uses = [*lists, *([join.columns.use()] if join else [])]
+    write = ColumnUse(None, try_writing, "leave it out of the metadata", by_schema=True)
+    try_column_uses(metadata, [*uses, write])
     if join is not None:
-        rehearse(join.source.metadata, join.others())
-
-
-def list_inputs(options: Filter, metadata: Metadata, features: dict[str, Features]) -> list[Path]:
-    """Return the files and folders that are read, in which the output must not lie."""
-    named = (options.is_dup, options.cumulative_sizes, options.keys)
-    return [
-        *metadata.inputs(),
-        *(path for found in features.values() for path in found.inputs()),
-        *(Path(name).expanduser() for name in named if name),
-    ]
+        try_column_uses(join.known, [join.known_columns.use()])
 
 
 def open_embeddings(specs: str | None, metadata: Metadata) -> dict[str, Features]:
-    """Return the features of ``--embeddings``, by the name of the folder to write.
-
-    Raises
-    ------
-    SnipError
-        If their rows are not those of the metadata.
-    UsageError
-        If two of them would be written to one folder.
-    """
+    """Return the features of ``--embeddings``, by the name of the folder to write."""
     found: dict[str, Features] = {}
     for spec in [spec.strip() for spec in (specs or "").split(",") if spec.strip()]:
         features = open_features(spec)
@@ -141,120 +190,112 @@ def open_embeddings(specs: str | None, metadata: Metadata) -> dict[str, Features
                 f"--embeddings {spec} would be written to {name}/, which something else is; rename "
                 "its folder"
             )
-        refuse_names(spec, [shard.path.stem for shard in features.shards], metadata)
+        stems = [shard.path.stem for shard in features.shards]
+        refuse_names(spec, stems, [file.path.stem for file in metadata.files])
         found[name] = features
     return found
 
 
-def refuse_names(spec: str, stems: list[str], metadata: Metadata) -> None:
-    """Refuse shards of one name, and names that readers would pair with other files' than ours.
+def refuse_names(spec: str, shards: list[str], tables: list[str]) -> None:
+    """Refuse shards of one name, and names that readers would pair with other tables' than ours.
 
-    embedding-reader and what stands on it take both folders' files in alphabetical order.
+    embedding-reader, and tools built on it, take both folders' files in alphabetical order.
     """
-    if len(set(stems)) < len(stems):
+    if len(set(shards)) < len(shards):
         raise SnipError(f"{spec}: two shards have one name; rename one")
-    names = [file.path.stem for file in metadata.files]
-    by_name = [sorted(range(len(list_)), key=list_.__getitem__) for list_ in (stems, names)]
-    if len(names) == len(stems) and by_name[0] != by_name[1]:
+    order = [sorted(range(len(names)), key=names.__getitem__) for names in (shards, tables)]
+    if len(tables) == len(shards) and order[0] != order[1]:
         raise SnipError(
             f"{spec}: in alphabetical order, in which embedding-reader pairs files, its shards "
-            f"are not beside the metadata that is theirs ({stems[0]} beside {names[0]}, ...); "
+            f"are not beside the metadata that is theirs ({shards[0]} beside {tables[0]}, ...); "
             "number both with as many digits"
         )
 
 
-def choose(
-    metadata: Metadata, features: dict[str, Features], mask: Mask, options: Filter
-) -> Chosen:
+def choose_files_of_range(
+    inputs: FilterInputs, mask: Mask, start: int | None, end: int | None
+) -> FilterInputs:
     """Return the files that ``--start`` and ``--end`` mean, and the shards beside them."""
-    place = place_metadata(metadata, mask, options.start, options.end)
-    row = place.offset + int(metadata.offsets[place.first])
-    if (place.first, place.last) == (0, len(metadata.files)):
-        return Chosen(metadata, features, place.number, row)
-    for name, found in features.items():
-        if len(found.shards) != len(metadata.files):
+    metadata = inputs.metadata
+    found = place_metadata(metadata, mask, start, end)
+    row = found.offset + int(metadata.offsets[found.first])
+    if (found.first, found.last) == (0, len(metadata.files)):
+        return replace(inputs, number=found.number, row=row)
+    for name, features in inputs.features.items():
+        if len(features.shards) != len(metadata.files):
             raise SnipError(
                 f"--start and --end choose files: expected as many shards in {name} as files of "
-                f"metadata, {len(metadata.files)}, found {len(found.shards)}"
+                f"metadata, {len(metadata.files)}, found {len(features.shards)}"
             )
-    cut = slice(place.first, place.last)
-    held = {name: Features(found.shards[cut], found.folders) for name, found in features.items()}
-    return Chosen(Metadata(metadata.files[cut], metadata.folders), held, place.number, row)
+    cut = slice(found.first, found.last)
+    shards = {n: Features(f.shards[cut], f.folders) for n, f in inputs.features.items()}
+    part = Metadata(metadata.files[cut], metadata.folders)
+    return FilterInputs(part, shards, found.number, row)
 
 
 def describe_request(
-    options: Filter, chosen: Chosen, mask: Mask, join: ByKey | None
+    chosen: FilterInputs, mask: Mask, join: KeyJoin | None, flags: dict[str, Any]
 ) -> dict[str, Any]:
     """Return all that the result depends on, by name."""
+
+    def describe(metadata: Metadata) -> list[dict[str, Any]]:
+        files = metadata.files
+        return [{"name": f.path.name, "rows": f.rows, **file_version(f.path)} for f in files]
+
     request: dict[str, Any] = {
-        "files": describe_files(chosen.metadata),
+        "files": describe(chosen.metadata),
         "mask": {"rows": mask.rows, "sha256": atomic.sha256(mask.path)},
         "first_row": chosen.row,
         "embeddings": {name: request_of(found) for name, found in chosen.features.items()},
-        **{name: getattr(options, name) for name in ("on", "unmatched", "ambiguous", "export")},
-        "key": options.key,
+        **flags,
     }
-    if join is not None:
-        request["keys"] = describe_files(join.source.metadata)
-    return request
-
-
-def describe_files(metadata: Metadata) -> list[dict[str, Any]]:
-    """Return what tells files of metadata from others."""
-    return [{"name": f.path.name, "rows": f.rows, **stamp(f.path)} for f in metadata.files]
+    return request if join is None else request | {"keys": describe(join.known)}
 
 
 def write_rows(
-    chosen: Chosen, is_dup: np.ndarray, folder: Path
+    chosen: FilterInputs, is_dup: np.ndarray, work: Path
 ) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Write metadata and features of the rows that stay; return what a manifest says, and paths.
+    """Write metadata and features of the kept rows; return the manifest's entries, and paths.
 
     Metadata alone lies in the folder itself, beside features in ``metadata/``. Where each shard
     has its file of metadata, of a shard without rows neither is left: embedding-reader skips
     features of no rows, but not their metadata, and all rows after them would be wrong.
     """
-    files = chosen.metadata.files
+    files, folder, done = chosen.metadata.files, work / FILES, work / DONE
     inner = folder / "metadata" if chosen.features else folder
-    parts = write_kept(chosen.metadata, is_dup, inner, notes=folder.parent / NOTES / "metadata")
-    first = chosen.number
+    parts = write_kept(chosen.metadata, is_dup, inner, done=done / "metadata")
     described = [
         {
             "name": part.name,
-            "number": None if first is None else first + place,
+            "number": None if chosen.number is None else chosen.number + place,
             "rows": file.rows,
-            "kept": rows_of(part),
+            "kept": int(pq.read_metadata(part).num_rows),
         }
         for place, (part, file) in enumerate(zip(parts, files, strict=True))
     ]
     for name, features in chosen.features.items():
-        parts += write_features(features, is_dup, folder / name, folder.parent / NOTES / name)
-    shards = {len(found.shards) for found in chosen.features.values()}
-    if shards == {len(files)}:
+        parts += write_features(features, is_dup, folder / name, done / name)
+    if {len(features.shards) for features in chosen.features.values()} == {len(files)}:
         empty = {place for place, file in enumerate(described) if not file["kept"]}
         parts = [path for place, path in enumerate(parts) if place % len(files) not in empty]
     return described, parts
 
 
-def write_features(features: Features, is_dup: np.ndarray, folder: Path, notes: Path) -> list[Path]:
-    """Write the rows of each shard that stay as ``.npy`` of the same name and type.
+def write_features(features: Features, is_dup: np.ndarray, folder: Path, done: Path) -> list[Path]:
+    """Write the kept rows of each shard as ``.npy`` of the same name and type.
 
-    ``notes`` say which files of a stopped run are whole.
+    ``done`` is a folder of done files: what a stopped run finished is not written again.
     """
     paths = []
     with progress.bar(features.rows, folder.name, "rows") as bar:
         for shard, first in zip(features.shards, features.offsets, strict=False):
-            paths.append(folder / f"{shard.path.stem}.npy")
-            goes = is_dup[first : first + shard.rows]
-            note = notes / f"{paths[-1].name}.json"
-            if atomic.is_done(note, folder):
-                bar.update(shard.rows)
-                continue
-            shape = (count_staying(goes), features.dim)
-            with atomic.writing_npy(paths[-1], shard.dtype, shape) as file:
-                for start, stop in plan_blocks(shard.rows, BLOCK_ROWS):
-                    shard.read(start, stop)[~np.asarray(goes[start:stop])].tofile(file)
-                    bar.update(stop - start)
-            atomic.write_done_file(note, [paths[-1]], {})
+            path = folder / f"{shard.path.stem}.npy"
+            done_file = done / f"{path.name}.json"
+            if not atomic.is_done(done_file, folder):
+                write_kept_npy(shard, path, is_dup[first : first + shard.rows])
+                atomic.write_done_file(done_file, [path], {})
+            bar.update(shard.rows)
+            paths.append(path)
     return paths
 
 

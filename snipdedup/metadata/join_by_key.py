@@ -1,65 +1,78 @@
-"""Decisions found by key: a join of two tables on disk, in parts that fit into memory.
+"""``snip filter --on``: rows are decided by what columns say, not by position.
 
-One side is the set that a mask was made for, each row with its decision; the other is whatever copy
-of it a user holds, shuffled, cut or mixed with other rows.
+One side is the set that a mask was made for, each row with its decision; the other is any copy of
+it, shuffled, cut or mixed with other rows. Both sides are sorted by fingerprints of their keys, on
+disk where they are long. A wrong column, another set, or running numbers that start anew in each
+download would give a wrong result without an error: so rows in doubt are counted and named, and a
+join with too many of them is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from snipdedup import progress
+from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import plan_blocks
-from snipdedup.metadata.files import Table, open_table
-from snipdedup.metadata.keys import classes, fingerprints, part_of
-from snipdedup.metadata.spill import Spill, parts_for, spilling
-from snipdedup.metadata.tables import Metadata
+from snipdedup.metadata.keys import fingerprints, number_equal
+from snipdedup.metadata.masks import Mask, place_all, sizes_of
+from snipdedup.metadata.precheck import ColumnUse
+from snipdedup.metadata.tables import Metadata, Table, open_metadata, open_table
+from snipdedup.metadata.texts import find_run_metadata
 from snipdedup.storage import atomic
+from snipdedup.storage.external_sort import Sorter, Spread, pack
+from snipdedup.storage.manifest import read_manifest
 
-STAYS, GOES, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
-STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")
+KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
+STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them
+CONTENT_COLUMNS = ("url", "uid", "hash", "md5", "sha256")  # what a row is, not its number
+MOST_IN_DOUBT = 0.5  # share of the rows, unless the user has decided what happens to them
 ZEROS = 1 << 22  # bytes written at a time
-SHOWN_ROWS = 3  # rows of each kind that a message names
+SHOWN_ROWS = 3  # rows of each state that a message names
+# Rows of both sides; ``row`` is below 0 for a decided row.
+RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("content", "u8"), ("row", "<i8")])
+DECIDED = np.array([-1, -2])  # ``row`` of one that is kept, and of one that is removed
 
 
-class Keyed(NamedTuple):
-    """Rows with what they are known by.
+class KeyColumns(NamedTuple):
+    """The columns of a key, and one of content that should agree too where the key is a number."""
 
-    Attributes
-    ----------
-    marks : (2, n) uint64
-        Fingerprints of their keys.
-    known : (n,) bool
-        False where a row has no key.
-    witness : (n,) uint64
-        Fingerprint of a second column that should agree too; 0 where there is none.
-    """
+    key: Sequence[str]
+    content: str | None = None
 
-    marks: np.ndarray
-    known: np.ndarray
-    witness: np.ndarray
+    def records(self, file: Table, batch: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows (n,) of a batch as `RECORD`, and whether each has a key, (n,) bool."""
+        prints, known = fingerprints(file, batch.select(list(self.key)))
+        content = np.zeros(batch.num_rows, np.uint64)  # 0: none
+        if self.content is not None:
+            found, there = fingerprints(file, batch.select([self.content]))
+            content[there] = found[0, there] | np.uint64(1)
+        return pack(RECORD, *prints, content, rows)[known], known
+
+    def needed(self) -> list[str]:
+        """Return the columns to read."""
+        return list(dict.fromkeys([*self.key, *([self.content] if self.content else [])]))
+
+    def use(self) -> ColumnUse:
+        """Return what the columns are read for."""
+        return ColumnUse(
+            self.needed(),
+            lambda file, batch: self.records(file, batch, np.zeros(batch.num_rows, np.int64)),
+            "find rows by another column with --on",
+        )
 
 
 @dataclass
-class Joined:
-    """How the rows of a table were decided.
+class JoinResult:
+    """How the rows of a table were decided: ``is_dup`` (rows,) bool, on disk, True = remove.
 
-    Attributes
-    ----------
-    is_dup : (rows,) bool
-        On disk; True = remove.
-    counts : (5,) int64
-        Rows by state.
-    examples : list of list of int
-        By state its first rows, a few of them.
-    repeated : int
-        Rows that share their key with another row of the table.
+    ``counts`` (5,) int64 are rows by state, ``examples`` the first rows of each state, ``repeated``
+    the rows that share their key with another row of the table.
     """
 
     is_dup: np.ndarray
@@ -67,166 +80,214 @@ class Joined:
     examples: list[list[int]] = field(default_factory=lambda: [[] for _ in STATES])
     repeated: int = 0
 
-    def note(self, rows: np.ndarray, state: np.ndarray) -> None:
-        """Count rows, and keep the first ones of each state."""
+    def add(self, rows: np.ndarray, state: np.ndarray, removing: Sequence[int]) -> None:
+        """Decide rows by their states."""
+        self.is_dup[rows] = np.isin(state, removing)
         self.counts += np.bincount(state, minlength=len(STATES))
         for number in np.unique(state):
             first = np.sort(rows[state == number])[:SHOWN_ROWS].tolist()
             self.examples[number] = sorted([*self.examples[number], *first])[:SHOWN_ROWS]
 
 
-def keyed(file: Table, batch: Any, columns: Sequence[str], witness: str | None) -> Keyed:
-    """Return what the rows of a batch are known by."""
-    marks, known = fingerprints(file, batch.select(list(columns)))
-    second = np.zeros(batch.num_rows, np.uint64)
-    if witness is not None:
-        found, held = fingerprints(file, batch.select([witness]))
-        second[held] = found[0, held] | np.uint64(1)
-    return Keyed(marks, known, second)
+@dataclass(frozen=True)
+class KeyJoin:
+    """A join to be made.
 
-
-def wanted(columns: Sequence[str], witness: str | None) -> list[str]:
-    """Return the columns that `keyed` needs."""
-    return [*columns, *([witness] if witness and witness not in columns else [])]
-
-
-def decided_rows(
-    metadata: Metadata, is_dup: np.ndarray, columns: Sequence[str], witness: str | None
-) -> Iterator[tuple[Keyed, np.ndarray]]:
-    """Yield rows and whether each goes, (n,) bool, of metadata that matches a mask by position."""
-    for file, first, batch in metadata.read(wanted(columns, witness)):
-        goes = np.asarray(is_dup[first : first + batch.num_rows])
-        yield keyed(file, batch, columns, witness), goes
-
-
-def published_rows(
-    staying: Metadata, column: str, groups: Path
-) -> Iterator[tuple[Keyed, np.ndarray]]:
-    """Yield the same of an OUT without its META: what stays has metadata, what goes has keys.
-
-    Parameters
+    Attributes
     ----------
-    staying : Metadata
-        Of the rows that stay.
-    column : str
-        Its column that ``groups.parquet`` holds as ``key``.
-    groups : Path
-        The ``groups.parquet`` of OUT.
+    known : Metadata
+        Of all rows of the mask's set, in its order; or of the kept rows only, where ``groups``
+        (``groups.parquet``) has the keys of the removed rows.
+    known_columns, columns : KeyColumns
+        In ``known``, and in the metadata to filter.
+    removing, asked : sequence of int
+        States whose rows are removed; states that the user allows for any number of rows.
     """
-    for file, _, batch in staying.read([column]):
-        yield keyed(file, batch, [column], None), np.zeros(batch.num_rows, bool)
-    table = open_table(groups)
-    for _, batch in table.batches(["key", "is_dup"]):
-        gone = batch.filter(batch.column("is_dup")).select(["key"])
-        yield keyed(table, gone, ["key"], None), np.ones(gone.num_rows, bool)
+
+    known: Metadata
+    groups: Path | None
+    known_columns: KeyColumns
+    columns: KeyColumns
+    removing: Sequence[int]
+    asked: Sequence[int]
+
+    def run(self, metadata: Metadata, mask: Mask, work: Path) -> JoinResult:
+        """Decide the rows of metadata; refuse a join of which more than half are in doubt.
+
+        A key of several rows that are not decided alike makes its rows ambiguous. A row whose
+        content is not that of the one row of its key is contradicted.
+        """
+        total = mask.rows + metadata.rows
+        spread = Spread(total, 0, (1 << 64) - 1)
+        sorter = Sorter(work / "rows", RECORD, lambda records: records["high"], spread=spread)
+        result = JoinResult(_empty_mask(work / "is_dup.bin", metadata.rows))
+        with progress.bar(total, "keys", "rows") as bar:
+            for records in self._decided(mask):
+                sorter.add(records)
+                bar.update(len(records))
+            for file, first, batch in metadata.read(self.columns.needed()):
+                rows = np.arange(first, first + batch.num_rows)
+                records, known = self.columns.records(file, batch, rows)
+                sorter.add(records)
+                lost = rows[~known]
+                result.add(lost, np.full(len(lost), UNMATCHED), self.removing)
+                bar.update(batch.num_rows)
+        with progress.bar(sorter.count, "join", "rows") as bar:
+            for records in sorter.ascending():
+                self._decide(result, records)
+                bar.update(len(records))
+        for state in (CONTRADICTED, UNMATCHED, AMBIGUOUS):
+            in_doubt = int(result.counts[state])
+            if state not in self.asked and in_doubt > MOST_IN_DOUBT * metadata.rows:
+                raise SnipError(self._refusal(state, result, metadata))
+        return result
+
+    def _decided(self, mask: Mask) -> Iterator[np.ndarray]:
+        """Yield the rows of the mask's set as `RECORD`."""
+        for file, first, batch in self.known.read(self.known_columns.needed()):
+            goes = np.zeros(batch.num_rows, int)
+            if self.groups is None:
+                goes = np.asarray(mask.is_dup[first : first + batch.num_rows]).astype(int)
+            yield self.known_columns.records(file, batch, DECIDED[goes])[0]
+        if self.groups is not None:
+            table = open_table(self.groups)
+            for _, batch in table.batches(["key", "is_dup"]):
+                keys = batch.filter(batch.column("is_dup")).select(["key"])
+                removed = np.full(keys.num_rows, DECIDED[1])
+                yield KeyColumns(["key"]).records(table, keys, removed)[0]
+
+    def _decide(self, result: JoinResult, records: np.ndarray) -> None:
+        """Decide rows; no key is in two of these parts."""
+        key = number_equal(records["high"], records["low"])
+        keys = int(key.max(initial=-1)) + 1
+        decided = records["row"] < 0
+        count = np.bincount(key[decided], minlength=keys)
+        removed = np.bincount(key[records["row"] == DECIDED[1]], minlength=keys)
+        state = np.full(keys, AMBIGUOUS)
+        state[removed == 0] = KEPT
+        state[removed == count] = REMOVED
+        state[count == 0] = UNMATCHED
+        content = np.zeros(keys, np.uint64)
+        content[key[decided]] = records["content"][decided]
+        own, mine = records[~decided], key[~decided]
+        other = np.where(count[mine] == 1, content[mine], 0)
+        contradicted = (own["content"] != other) & (own["content"] > 0) & (other > 0)
+        result.add(own["row"], np.where(contradicted, CONTRADICTED, state[mine]), self.removing)
+        result.repeated += int((np.bincount(mine, minlength=1)[mine] > 1).sum())
+
+    def _refusal(self, state: int, result: JoinResult, metadata: Metadata) -> str:
+        key, known, content = ", ".join(self.columns.key), self.known.describe(), self.columns[1]
+        problem = {
+            UNMATCHED: f"are not in {known} by their {key}: another column or set? If they shall "
+            "stay or go anyhow, say so with --unmatched keep or remove",
+            AMBIGUOUS: f"have a {key} that both stays and goes in {known}: it does not tell rows "
+            "apart; name more columns by comma, or say --ambiguous keep or remove",
+            CONTRADICTED: f"have the {key} of a row of {known} but another {content}: numbers of "
+            f"another download? Join by --on {content}",
+        }
+        examples = ", ".join(metadata.place(row) for row in result.examples[state])
+        count = f"{int(result.counts[state]):,} of {metadata.rows:,} rows"
+        return f"{count} ({examples}, ...) {problem[state]}"
+
+    def describe(self, result: JoinResult) -> dict[str, Any]:
+        """Return the manifest's entry about the join."""
+        counts = dict(zip(STATES, result.counts.tolist(), strict=True))
+        return {"on": list(self.columns.key), **counts, "repeated": result.repeated}
+
+    def report(self, result: JoinResult, metadata: Metadata) -> str:
+        """Return the lines that a run prints about its join."""
+        counts = result.counts
+        matched = int(counts.sum() - counts[[UNMATCHED, CONTRADICTED]].sum())
+        lines = [f"  matched by {', '.join(self.columns.key):<12}{matched:>12,}"]
+        reasons = {
+            UNMATCHED: "not in the mask's set",
+            AMBIGUOUS: "of these: their key both stays and goes there",
+            CONTRADICTED: f"another {self.columns.content}, so no match",
+        }
+        for state, reason in reasons.items():
+            where = ", ".join(metadata.place(row) for row in result.examples[state])
+            fate = f"; they {'go' if state in self.removing else 'stay'}: {where}" if where else ""
+            if counts[state] or state != CONTRADICTED:
+                lines.append(f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}{fate}")
+        lines.append(f"  {'repeated':<23}{result.repeated:>12,}  share their key with another row")
+        return "\n".join(lines)
 
 
-def join_decisions(
-    decided: Iterable[tuple[Keyed, np.ndarray]],
-    decided_count: int,
+def plan_key_join(
     metadata: Metadata,
-    columns: Sequence[str],
-    witness: str | None,
-    removing: Sequence[int],
-    work: Path,
-) -> Joined:
-    """Decide the rows of metadata by the keys of decided rows.
-
-    Parameters
-    ----------
-    decided : iterable of (Keyed, (n,) bool)
-        From `decided_rows` or `published_rows`.
-    decided_count : int
-        How many rows that will be, nearly.
-    metadata : Metadata
-    columns, witness
-        Its columns that are the key, and the one that should agree too.
-    removing : sequence of int
-        The states whose rows are removed: `GOES` and what else the user says.
-    work : Path
-        A folder; the mask stays there.
-
-    Returns
-    -------
-    Joined
-        A key that is decided in two ways makes its rows ambiguous. A row whose witness is not that
-        of the one row of its key is contradicted.
-    """
-    parts = parts_for(decided_count + metadata.rows)
-    joined = Joined(empty_mask(work / "is_dup.bin", metadata.rows))
-    with (
-        spilling(work / "decided", parts) as left,
-        spilling(work / "rows", parts) as right,
-        progress.bar(decided_count + metadata.rows, "keys", "rows") as bar,
-    ):
-        for rows, goes in decided:
-            put(left, rows, goes=goes)
-            bar.update(len(goes))
-        for file, first, batch in metadata.read(wanted(columns, witness)):
-            rows, numbers = keyed(file, batch, columns, witness), np.arange(batch.num_rows) + first
-            put(right, rows, row=numbers)
-            lost = numbers[~rows.known]
-            joined.is_dup[lost] = UNMATCHED in removing
-            joined.note(lost, np.full(len(lost), UNMATCHED))
-            bar.update(batch.num_rows)
-        for part in progress.track(range(parts), "join", "parts", parts):
-            settle(joined, left.read(part), right.read(part), removing)
-    return joined
+    mask: Mask,
+    on: str,
+    keys: str | None,
+    unmatched: str | None,
+    ambiguous: str | None,
+) -> KeyJoin:
+    """Find the columns of ``--on`` on both sides; the other arguments are flags of that name."""
+    asked = [name.strip() for name in on.split(",") if name.strip()]
+    if not asked:
+        raise UsageError(f"--on names columns, by comma, found {on!r}")
+    columns = [str(metadata.column(name)) for name in asked]
+    known, groups = _find_known(mask, keys, asked)
+    known_columns = [str(known.column(name)) for name in asked]
+    content: Sequence[str | None] = (None, None)
+    if groups is None and not any(column.lower() in CONTENT_COLUMNS for column in columns):
+        both = ([m.column(None, [name]) for m in (known, metadata)] for name in CONTENT_COLUMNS)
+        content = next((pair for pair in both if all(pair)), content)
+    policies = {UNMATCHED: unmatched, AMBIGUOUS: ambiguous}
+    return KeyJoin(
+        known,
+        groups,
+        KeyColumns(known_columns, content[0]),
+        KeyColumns(columns, content[1]),
+        [REMOVED, *(state for state, policy in policies.items() if policy == "remove")],
+        [state for state, policy in policies.items() if policy is not None],
+    )
 
 
-def empty_mask(path: Path, rows: int) -> np.ndarray:
-    """Return a mask on disk, (rows,) bool, that says False."""
-    with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
+def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Metadata, Path | None]:
+    """Return ``known`` and ``groups`` of `KeyJoin`: from --keys, from OUT's settings, or OUT."""
+    if keys is not None:
+        return _whole_set(open_metadata(keys), mask), None
+    folder = mask.path.parent
+    if mask.sizes is None:  # no manifest vouches for it
+        raise SnipError(
+            f"{mask.path} is a mask alone and names no rows; give the metadata that it matches by "
+            "position with --keys"
+        )
+    manifest = read_manifest(folder, "dedup")
+    used = find_run_metadata(manifest) if manifest["request"].get("metadata") else None
+    if used is not None:
+        return _whole_set(used, mask), None
+    if (folder / "metadata").is_dir():
+        found = open_metadata(folder / "metadata")
+        if found.rows == mask.rows:
+            return _whole_set(found, mask), None
+        column = found.column(manifest["settings"]["key"])
+        if found.rows == mask.rows - int(np.count_nonzero(mask.is_dup)) and column is not None:
+            if [column.lower()] == [name.lower() for name in asked]:
+                return found, folder / "groups.parquet"
+            raise SnipError(
+                f"{folder} knows the removed rows by their {column} only, and the metadata that "
+                f"it was made from is not there; join --on {column}, or give it with --keys"
+            )
+    raise SnipError(
+        f"{folder} was made without metadata, or it is not there any more; give the metadata that "
+        "matches its features by position with --keys"
+    )
+
+
+def _whole_set(metadata: Metadata, mask: Mask) -> Metadata:
+    """Return metadata whose rows are the mask's; refuse other."""
+    place_all(sizes_of(metadata), mask)
+    return metadata
+
+
+def _empty_mask(path: Path, rows: int) -> np.ndarray:
+    """Return a mask on disk, (rows,) bool, of False."""
+    with atomic.explained(
+        path
+    ):  # in full: a hole in a map that the disk cannot fill ends a process
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             for start, stop in plan_blocks(rows, ZEROS):
                 file.write(bytes(stop - start))
     return np.memmap(path, np.bool_, "r+", shape=(rows,)) if rows else np.zeros(0, bool)
-
-
-def put(spill: Spill, rows: Keyed, **more: np.ndarray) -> None:
-    """Spill the rows that have a key, with one more column."""
-    columns = {"high": rows.marks[0], "low": rows.marks[1], "witness": rows.witness, **more}
-    held = pa.RecordBatch.from_pydict(
-        {name: values[rows.known] for name, values in columns.items()}
-    )
-    spill.add(part_of(rows.marks[:, rows.known], spill.parts), held)
-
-
-def settle(joined: Joined, decided: Any, rows: Any, removing: Sequence[int]) -> None:
-    """Decide the rows of one part; either table may be None."""
-    if rows is None:
-        return
-    number, mine = rows["row"].to_numpy(), table_marks(rows)
-    if decided is None:
-        label = classes(mine)
-        state = np.full(len(number), UNMATCHED)
-    else:
-        known = decided["goes"].to_numpy()
-        both = classes(np.concatenate([table_marks(decided), mine], axis=1))
-        of, label = both[: len(known)], both[len(known) :]
-        state = states(of, known, int(both.max()) + 1)[label]
-        lone = np.bincount(of, minlength=int(both.max()) + 1)[label] == 1
-        theirs = np.zeros(int(both.max()) + 1, np.uint64)
-        theirs[of] = decided["witness"].to_numpy()
-        own, other = rows["witness"].to_numpy(), theirs[label]
-        state[lone & (own != other) & (own > 0) & (other > 0)] = CONTRADICTED
-    joined.is_dup[number] = np.isin(state, removing)
-    joined.note(number, state)
-    joined.repeated += int((np.bincount(label)[label] > 1).sum())
-
-
-def table_marks(table: Any) -> np.ndarray:
-    """Return the fingerprints in a part, (2, n) uint64."""
-    return np.stack([table["high"].to_numpy(), table["low"].to_numpy()])
-
-
-def states(label: np.ndarray, goes: np.ndarray, count: int) -> np.ndarray:
-    """Return the state of each of ``count`` keys, from rows that have them: (count,) int64."""
-    all_ = np.bincount(label, minlength=count)
-    going = np.bincount(label, weights=goes, minlength=count)
-    found = np.full(count, AMBIGUOUS)
-    found[going == 0] = STAYS
-    found[(going == all_) & (all_ > 0)] = GOES
-    found[all_ == 0] = UNMATCHED
-    return found

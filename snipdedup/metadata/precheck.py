@@ -1,36 +1,29 @@
-"""What the end of a run does with columns, tried on each file's first rows before it begins.
+"""Conversions of columns, tried on each file's first rows before hours of work begin.
 
-The very functions of the end are called, so that what passes here is not refused for its type when
-hours of work are done.
+The functions tried are those that the end of a run calls, so a column that passes here is not
+refused for its type later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from snipdedup.errors import SnipError
-from snipdedup.metadata.files import Table
-from snipdedup.metadata.tables import Metadata
+from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage.remote import map_requests
 
 
-class Use(NamedTuple):
-    """What columns are read for.
+class ColumnUse(NamedTuple):
+    """What a run will do with columns (None: all of a file).
 
-    Attributes
-    ----------
-    columns : sequence of str, optional
-        In the order that ``convert`` takes them; None: all of a file.
-    convert : function of (Table, record batch)
-        Raises `SnipError` where it cannot take the columns.
-    remedy : str
-        What to do then.
-    by_schema : bool
-        Whether it can fail by types only, so that one file of each schema is enough.
+    ``convert`` raises `SnipError` where it cannot take a record batch of them; ``remedy`` is what
+    the user can do then. ``by_schema``: only types can make it fail, so that one file of each
+    schema is enough.
     """
 
     columns: Sequence[str] | None
@@ -39,37 +32,26 @@ class Use(NamedTuple):
     by_schema: bool = False
 
 
-def rehearse(metadata: Metadata, uses: Sequence[Use]) -> None:
-    """Convert the first rows of each file in all ways that are to come.
-
-    Raises
-    ------
-    SnipError
-        Names the file, the column, what was found and expected, and what to do.
-    """
+def try_column_uses(metadata: Metadata, uses: Sequence[ColumnUse]) -> None:
+    """Convert the first rows of each file in all ways that are to come."""
     seen: set[str] = set()
-
-    def new(file: Table) -> bool:
+    tasks = []
+    for file in metadata.files:
         schema = str(file.schema)
-        known = schema in seen
+        tasks.append((file, [use for use in uses if schema not in seen or not use.by_schema]))
         seen.add(schema)
-        return not known
-
-    tasks = [(file, [use for use in uses if fresh or not use.by_schema])
-             for file, fresh in [(file, new(file)) for file in metadata.files]]  # fmt: skip
-    map_requests(lambda task: try_file(*task), [task for task in tasks if task[1]])
+    map_requests(lambda task: _try_file(*task), [task for task in tasks if task[1]])
 
 
-def try_file(file: Table, uses: Sequence[Use]) -> None:
-    """Convert the first rows of one file, and none of them: types alone may be refused."""
+def _try_file(file: Table, uses: Sequence[ColumnUse]) -> None:
+    """Convert no rows of a file (types alone may be refused), then its first rows."""
     whole = any(use.columns is None for use in uses)
     names = dict.fromkeys(name for use in uses for name in use.columns or ())
     columns = list(file.schema.names) if whole else list(names)
-    empty = pa.schema([file.schema.field(name) for name in columns]).empty_table()
-    batches = [pa.RecordBatch.from_arrays([c.combine_chunks() for c in empty.columns], columns)]
-    for _, batch in file.batches(columns, np.zeros(min(1, file.rows), np.int64)):
-        batches.append(batch)
-        break
+    schema = pa.schema([file.schema.field(name) for name in columns])
+    batches = [pa.RecordBatch.from_pylist([], schema)]
+    first_row = np.zeros(min(1, file.rows), np.int64)
+    batches += [batch for _, batch in islice(file.batches(columns, first_row), 1)]
     for use in uses:
         for batch in batches:
             try:

@@ -1,7 +1,6 @@
-"""Metadata: the table that lies beside the features, row for row, over one or more files.
+"""Metadata: the table beside the features, row for row, in one or more parquet or CSV files.
 
-Nothing is held in memory but offsets: files are streamed, and what stays of each is written under
-its own name, in its own schema.
+Files are read in bounded batches. Every column of a CSV file is text: no types are guessed.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 
-from snipdedup import progress
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import (
     Features,
@@ -26,38 +25,208 @@ from snipdedup.features.shards import (
     natural_sort,
     refuse_changed,
 )
-from snipdedup.metadata.files import SUFFIXES, CsvTable, Table, agree, open_table
-from snipdedup.storage import atomic
-from snipdedup.storage.remote import RemotePath, is_remote, map_requests
+from snipdedup.storage.remote import RemotePath, arrow_source, is_remote, map_requests
 
+SUFFIXES = (".parquet", ".csv")
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
-FLUSH_ROWS = 131_072  # a row group of what is written: enough to compress well
-FLUSH_BYTES = 64 << 20
+BATCH_ROWS = 65_536
+BATCH_BYTES = 32 << 20
+STREAM_BYTES = 1 << 20
+# A block is also the longest CSV row that can be read; quoted texts may hold line breaks.
+CSV_READ = pa.csv.ReadOptions(block_size=16 << 20)
+CSV_PARSE = pa.csv.ParseOptions(newlines_in_values=True)
+DEFAULT_CODEC = "snappy"
+CODECS = {"UNCOMPRESSED": "none", "LZ4_RAW": "lz4"}  # that pyarrow's writer names otherwise
+# pyarrow reads these types but cannot filter them: they are read as the plain types.
+VIEWS = {"string_view": pa.string(), "binary_view": pa.binary()}
+
+
+class Table:
+    """One metadata file: its rows, its arrow schema, and the codec to write its rows with.
+
+    ``is_text`` is True for CSV: numbers are texts.
+    """
+
+    is_text = False
+
+    def __init__(self, path: Path, rows: int, schema: Any, codec: str) -> None:
+        self.path, self.rows, self.schema, self.codec = path, rows, schema, codec
+        repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
+        if repeated:
+            raise SnipError(
+                f"{path}: several columns are called {', '.join(repeated)}; rename them"
+            )
+
+    def batches(
+        self, columns: list[str] | None = None, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (first row, record batch) in row order.
+
+        Parts of the file without any of ``rows``, (n,) int64, ascending, may be skipped.
+        """
+        raise NotImplementedError
+
+
+class ParquetTable(Table):
+    """A parquet file; row groups are read one at a time, in bounded batches."""
+
+    def __init__(self, path: Path) -> None:
+        file = open_parquet(path)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
+        schema = file.schema_arrow
+        fields = [field.with_type(_without_views(field.type)) for field in schema]
+        codec = _largest_codec(groups[0]) if groups else DEFAULT_CODEC
+        super().__init__(path, file.metadata.num_rows, pa.schema(fields, schema.metadata), codec)
+
+    def batches(
+        self, columns: list[str] | None = None, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield batches; row groups without a needed row are not read."""
+        file = open_parquet(self.path)
+        first = 0
+        try:
+            for number, (count, size) in enumerate(self.groups):
+                if _holds_any(rows, first, first + count):
+                    # One row may be long (a list of features): bound bytes as well as rows.
+                    fit = max(1, min(BATCH_ROWS, BATCH_BYTES * count // max(size, 1)))
+                    at = first
+                    for batch in file.iter_batches(fit, row_groups=[number], columns=columns):
+                        yield at, self._cast(batch)
+                        at += batch.num_rows
+                first += count
+        except (pa.ArrowException, OSError) as error:
+            raise SnipError(
+                f"{self.path}: damaged: its rows cannot be read: {error}; fetch or write it again"
+            ) from error
+
+    def _cast(self, batch: Any) -> Any:
+        """Return a batch in the types of the schema."""
+        schema = pa.schema([self.schema.field(name) for name in batch.schema.names])
+        if schema.types == batch.schema.types:
+            return batch
+        arrays = [
+            values if values.type == kind else values.cast(kind)
+            for values, kind in zip(batch.columns, schema.types, strict=True)
+        ]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+class CsvTable(Table):
+    """A CSV file; it is read once to count its rows when it is opened."""
+
+    is_text = True
+
+    def __init__(self, path: Path) -> None:
+        with _explain_csv(path):
+            names = pa.csv.open_csv(arrow_source(path), CSV_READ, CSV_PARSE).schema.names
+        super().__init__(path, 0, pa.schema([(name, pa.string()) for name in names]), DEFAULT_CODEC)
+        self.rows = sum(batch.num_rows for batch in self._blocks())
+
+    def batches(
+        self, columns: list[str] | None = None, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield batches; a CSV is read from its beginning."""
+        at = 0
+        for block in self._blocks():
+            if rows is not None and (not len(rows) or at > rows[-1]):
+                return
+            if _holds_any(rows, at, at + block.num_rows):
+                chosen = block if columns is None else block.select(columns)
+                for begin in range(0, chosen.num_rows, BATCH_ROWS):
+                    yield at + begin, chosen.slice(begin, BATCH_ROWS)
+            at += block.num_rows
+
+    def _blocks(self) -> Iterator[Any]:
+        texts = pa.csv.ConvertOptions(column_types=self.schema)
+        with _explain_csv(self.path):
+            yield from pa.csv.open_csv(arrow_source(self.path), CSV_READ, CSV_PARSE, texts)
+
+
+def open_table(path: Path) -> Table:
+    """Open one metadata file; refuse what is missing, empty, truncated, or of another type."""
+    if not path.is_file():
+        raise SnipError(f"no such file: {path}")
+    if not path.stat().st_size:
+        raise SnipError(f"{path}: empty file, expected metadata; fetch or write it again")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise SnipError(f"{path}: expected metadata of type {' or '.join(SUFFIXES)}")
+    return ParquetTable(path) if suffix == ".parquet" else CsvTable(path)
+
+
+def open_parquet(path: Path) -> Any:
+    """Return a buffered ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
+    try:
+        # pre_buffer would hold the whole row group
+        return pq.ParquetFile(arrow_source(path), buffer_size=STREAM_BYTES, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise SnipError(
+            f"{path}: truncated or not a parquet file: {error}; fetch or write it again"
+        ) from error
+
+
+def as_texts(file: Table, column: str, values: Any) -> Any:
+    """Return values of a file's column as text."""
+    try:
+        return values.cast(pa.string())
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise SnipError(
+            f"{file.path}: column {column!r} is {values.type}, expected texts or numbers"
+        ) from error
+
+
+def _holds_any(rows: np.ndarray | None, start: int, stop: int) -> bool:
+    """Tell whether any of the ascending ``rows`` (None: all) lies in ``start`` to ``stop``."""
+    if rows is None:
+        return stop > start
+    low, high = np.searchsorted(rows, [start, stop])
+    return bool(high > low)
+
+
+def _without_views(kind: Any) -> Any:
+    """Return an arrow type with the plain types for `VIEWS`, in lists and structs too."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    for is_kind, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_kind(kind):
+            return make(kind.value_field.with_type(_without_views(kind.value_type)))
+    return VIEWS.get(str(kind), kind)
+
+
+def _largest_codec(group: Any) -> str:
+    """Return the codec that holds most bytes of a row group, as pyarrow's writer names it."""
+    sizes: dict[str, int] = {}
+    for chunk in map(group.column, range(group.num_columns)):
+        sizes[chunk.compression] = sizes.get(chunk.compression, 0) + chunk.total_compressed_size
+    largest = max(sizes, key=lambda name: sizes[name], default=DEFAULT_CODEC)
+    return CODECS.get(largest, largest.lower())
+
+
+@contextmanager
+def _explain_csv(path: Path) -> Iterator[None]:
+    """Name the file where pyarrow refuses a CSV."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise SnipError(f"{path}: not a CSV with one kind of row: {error}") from error
 
 
 class Metadata:
-    """The rows of one or more metadata files.
+    """The rows of one or more metadata files with the same columns, in any order and type.
 
-    Attributes
-    ----------
-    files : tuple of Table
-        Each with ``path``, ``rows`` and ``schema``.
-    offsets : (files + 1,) int64
-        Row of each file's first row, then the number of rows.
-    rows : int
-    schema : pyarrow.Schema
-        That of the first file; the others have the same columns.
+    ``offsets`` (files + 1,) int64 are the rows at which files begin, and the number of all rows;
+    ``schema`` is the first file's.
     """
 
     def __init__(self, files: Sequence[Table], folders: Sequence[Path] = ()) -> None:
         self.files, self.folders = tuple(files), tuple(folders)
-        sizes = np.array([file.rows for file in files], np.int64)
-        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        self.offsets = np.cumsum([0, *(file.rows for file in files)], dtype=np.int64)
         self.rows = int(self.offsets[-1])
         self.schema = files[0].schema
         self.opened = identities(self.paths())
         for file in files[1:]:
-            refuse_other_columns(files[0], file)
+            self._refuse_other_columns(file)
 
     @property
     def columns(self) -> list[str]:
@@ -72,29 +241,25 @@ class Metadata:
         """Return the folders that were named as input, and the files."""
         return [*self.folders, *self.paths()]
 
+    def describe(self) -> str:
+        """Return the files as a message names them."""
+        first, more = self.files[0].path, len(self.files) - 1
+        return f"{first} and {more} more" if more else str(first)
+
     def refuse_changed(self) -> None:
         """Refuse files that changed since they were opened; see `shards.refuse_changed`."""
         refuse_changed(self.paths(), self.opened)
 
     def column(self, asked: str | None = None, wanted: Sequence[str] = KEY_COLUMNS) -> str | None:
-        """Return the name of a column, found in any case.
+        """Return the exact name of a column; names are found in any case.
 
-        Parameters
-        ----------
-        asked : str, optional
-            The column that the user named.
-        wanted : sequence of str
-            Without ``asked``: the first of these that exists, None if none does.
-
-        Raises
-        ------
-        SnipError
-            If ``asked`` is not there, or could be either of two columns.
+        That is the one that the user ``asked`` for, which is refused if it does not exist or could
+        be either of two columns; else the first of ``wanted`` that exists, or None.
         """
         if asked is None:
-            found = (self._named(name) for name in wanted)
+            found = (self._find(name) for name in wanted)
             return next((names[0] for names in found if names), None)
-        names = self._named(asked)
+        names = self._find(asked)
         if len(names) == 1:
             return names[0]
         problem = f"could be {' or '.join(names)}" if names else "is not there"
@@ -103,7 +268,7 @@ class Metadata:
             f"{', '.join(self.columns)}"
         )
 
-    def needed(self, asked: str | None, wanted: Sequence[str], flag: str) -> str:
+    def require_column(self, asked: str | None, wanted: Sequence[str], flag: str) -> str:
         """Return the name of a column as `column` does; refuse metadata without one."""
         name = self.column(asked, wanted)
         if name is None:
@@ -113,7 +278,7 @@ class Metadata:
             )
         return name
 
-    def _named(self, name: str) -> list[str]:
+    def _find(self, name: str) -> list[str]:
         if name in self.columns:
             return [name]
         return [column for column in self.columns if column.lower() == name.lower()]
@@ -125,10 +290,7 @@ class Metadata:
     def check_rows(self, shards: Sequence[tuple[str, int]]) -> None:
         """Refuse metadata whose rows are not those of shards, given by name and number of rows.
 
-        Raises
-        ------
-        SnipError
-            If the numbers of rows differ: in all or, with as many files as shards, in one of them.
+        The totals must be equal; with as many files as shards, each file must match its shard.
         """
         if len(self.files) == len(shards):
             for file, (name, rows) in zip(self.files, shards, strict=True):
@@ -142,8 +304,19 @@ class Metadata:
             first, last = shards[0][0], shards[-1][0]
             where = first if first == last else f"{first} .. {last}"
             raise SnipError(
-                f"{named(self.files)}: {self.rows:,} rows of metadata, but {total:,} rows "
+                f"{self.describe()}: {self.rows:,} rows of metadata, but {total:,} rows "
                 f"of features in {where}; expected one for each"
+            )
+
+    def _refuse_other_columns(self, other: Table) -> None:
+        lacking = [name for name in self.columns if name not in other.schema.names]
+        extra = [name for name in other.schema.names if name not in self.columns]
+        if lacking or extra:
+            problems = [f"lacks {', '.join(lacking)}"] * bool(lacking)
+            problems += [f"has also {', '.join(extra)}"] * bool(extra)
+            raise SnipError(
+                f"{other.path} {' and '.join(problems)}, compared with {self.files[0].path}; files "
+                "of one set have the same columns"
             )
 
     def read(self, columns: Sequence[str]) -> Iterator[tuple[Table, int, Any]]:
@@ -156,14 +329,9 @@ class Metadata:
                 yield file, int(self.offsets[number]) + at, batch.select(columns)
 
     def pick(self, columns: Sequence[str], rows: np.ndarray) -> Iterator[tuple[Table, slice, Any]]:
-        """Yield (file, which of ``rows``, record batch of their values), in row order.
+        """Yield (file, which of ``rows``, record batch of these columns), in row order.
 
-        Parameters
-        ----------
-        columns : sequence of str
-            Exact names, from `column`; they come in the order asked.
-        rows : (n,) int64
-            Ascending global rows. Row groups without any are not read.
+        ``rows``, (n,) int64, are global and ascending; row groups without any of them are not read.
         """
         cuts = np.searchsorted(rows, self.offsets)
         for number in np.flatnonzero(np.diff(cuts)):
@@ -183,61 +351,22 @@ class Metadata:
         return f"{self.files[number].path} row {row - int(self.offsets[number]):,}"
 
     def take(self, column: str, rows: np.ndarray) -> Any:
-        """Return one column's values at the given rows, as texts.
-
-        Parameters
-        ----------
-        column : str
-            Its exact name, from `column`.
-        rows : (n,) int64
-            Ascending global rows.
-
-        Returns
-        -------
-        pyarrow.ChunkedArray of string
-            n values; null where the file has null.
-        """
-        parts = [
-            as_texts(file, column, batch.column(0)) for file, _, batch in self.pick([column], rows)
-        ]
+        """Return a column's values at ascending global rows, as a chunked array of strings."""
+        picked = self.pick([column], rows)
+        parts = [as_texts(file, column, batch.column(0)) for file, _, batch in picked]
         return pa.chunked_array(parts, pa.string())
 
 
-class Added(Protocol):
-    """A column that is added to the rows that are written."""
-
-    @property
-    def field(self) -> Any:
-        """Its ``pyarrow.Field``."""
-
-    def between(self, start: int, stop: int) -> Any:
-        """Return its values for global rows ``start`` to ``stop``, asked for in row order."""
-
-
 def open_metadata(spec: str | Path) -> Metadata:
-    """Open metadata; of parquet files the footers only are read, CSV files are counted.
+    """Open metadata; of parquet files only the footers are read, CSV files are counted.
 
-    Parameters
-    ----------
-    spec : str or Path
-        A folder (its ``*.parquet``, else its ``*.csv``; not recursive), a glob, or a file; or a URL
-        of one of these.
-
-    Raises
-    ------
-    SnipError
-        If there is none, a file is damaged, or the files differ in their columns.
+    ``spec`` is a folder (its ``*.parquet``, else its ``*.csv``; not recursive), a glob, a file, or
+    a URL of one of these.
     """
     if is_remote(spec):
-        return metadata_of(map_requests(open_table, find_metadata(spec)))
+        return Metadata(map_requests(open_table, find_metadata(spec)))
     folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
-    return metadata_of([open_table(path) for path in find_metadata(spec)], folders)
-
-
-def metadata_of(files: Sequence[Table], folders: Sequence[Path] = ()) -> Metadata:
-    """Return files as one `Metadata`; CSV files agree on types, as far as their values do."""
-    agree([file for file in files if isinstance(file, CsvTable)])
-    return Metadata(files, folders)
+    return Metadata([open_table(path) for path in find_metadata(spec)], folders)
 
 
 def find_metadata(spec: str | Path) -> list[Path]:
@@ -264,175 +393,3 @@ def find_metadata(spec: str | Path) -> list[Path]:
     if not found:
         raise SnipError(f"no metadata found: nothing matches {text}")
     return found
-
-
-def refuse_other_columns(first: Table, other: Table) -> None:
-    """Refuse a file whose columns are not those of the first file; order and types may differ."""
-    lacking = [name for name in first.schema.names if name not in other.schema.names]
-    more = [name for name in other.schema.names if name not in first.schema.names]
-    if lacking or more:
-        found = [f"lacks {', '.join(lacking)}"] * bool(lacking)
-        found += [f"has {', '.join(more)} besides"] * bool(more)
-        raise SnipError(
-            f"{other.path} {' and '.join(found)}, compared with {first.path}; files of one set "
-            "have the same columns"
-        )
-
-
-def named(files: Sequence[Any]) -> str:
-    """Return files (tables or shards) as a message names them."""
-    first = str(files[0].path)
-    return first if len(files) == 1 else f"{first} and {len(files) - 1} more"
-
-
-def as_texts(file: Table, column: str, values: Any) -> Any:
-    """Return values of a file's column as texts."""
-    try:
-        return values.cast(pa.string())
-    except (pa.ArrowException, NotImplementedError) as error:
-        raise SnipError(
-            f"{file.path}: column {column!r} is {values.type}, expected texts or numbers"
-        ) from error
-
-
-def write_kept(
-    metadata: Metadata,
-    is_dup: np.ndarray,
-    folder: Path,
-    added: Sequence[Added] = (),
-    *,
-    offset: int = 0,
-    notes: Path | None = None,
-) -> list[Path]:
-    """Write the rows of each file that stay, as parquet of the same name and schema.
-
-    Parameters
-    ----------
-    metadata : Metadata
-    is_dup : (n,) bool
-        True = remove; may be memory-mapped.
-    folder : Path
-        Where the files go. A file of which nothing stays is written with no rows.
-    added : sequence of Added
-        Columns that come after the files' own.
-    offset : int
-        The place in ``is_dup`` of row 0 of ``metadata``.
-    notes : Path, optional
-        Folder of notes on files that are whole; those that a stopped run left are not written
-        again.
-
-    Returns
-    -------
-    list of Path
-        The files, in order.
-
-    Raises
-    ------
-    SnipError
-        If rows lie outside the mask, two files would have one name, or a file is damaged.
-    """
-    if offset < 0 or offset + metadata.rows > len(is_dup):
-        raise SnipError(
-            f"{named(metadata.files)}: rows {offset:,} to {offset + metadata.rows:,} of the set "
-            f"are wanted, the mask has {len(is_dup):,}"
-        )
-    names = kept_names(metadata.files, [column.field.name for column in added])
-    targets = [folder / name for name in names]
-    with progress.bar(metadata.rows, "metadata", "rows") as bar:
-        for file, path, first in zip(metadata.files, targets, metadata.offsets, strict=False):
-            note = notes and notes / f"{path.name}.json"
-            if note and atomic.is_done(note, folder):
-                bar.update(file.rows)
-                continue
-            for rows in write_file(file, path, is_dup[offset:], int(first), added):
-                bar.update(rows)
-            if note:
-                atomic.write_done_file(note, [path], {})
-    return targets
-
-
-def kept_names(files: Sequence[Table], added: Sequence[str] = ()) -> list[str]:
-    """Return the names to write files under; refuse names and columns that would clash."""
-    names: dict[str, Path] = {}
-    for file in files:
-        name = file.path.stem + ".parquet"
-        if name in names:
-            raise SnipError(
-                f"{names[name]} and {file.path} would both be written as {name}; rename one"
-            )
-        names[name] = file.path
-        for column in added:
-            if column in file.schema.names:
-                raise SnipError(
-                    f"{file.path} has a column {column} already, which snip writes; drop or "
-                    "rename it first"
-                )
-    return list(names)
-
-
-def write_file(
-    file: Table, path: Path, is_dup: np.ndarray, first: int, added: Sequence[Added]
-) -> Iterator[int]:
-    """Write the rows of one file that stay, yielding how many rows were read each time.
-
-    ``first`` is the global row of the file's row 0.
-    """
-    schema = file.schema
-    for column in added:
-        schema = schema.append(column.field)
-    with writing(path, schema, file.codec) as write:
-        for at, batch in file.batches():
-            begin, end = first + at, first + at + batch.num_rows
-            stay = pa.array(~np.asarray(is_dup[begin:end]))
-            columns = [*batch.columns, *(column.between(begin, end) for column in added)]
-            write(staying(columns, stay, schema))
-            yield batch.num_rows
-
-
-def staying(columns: Sequence[Any], stay: Any, schema: Any) -> Any:
-    """Return the rows of some columns that stay, as a record batch."""
-    return pa.RecordBatch.from_arrays([values.filter(stay) for values in columns], schema=schema)
-
-
-def try_writing(file: Table, batch: Any) -> None:
-    """Write rows of a file to nowhere as `write_file` does, or refuse the column that it cannot."""
-    stay = pa.array(np.arange(batch.num_rows) % 2 == 0)
-    for name, values in zip(batch.schema.names, batch.columns, strict=True):
-        schema = pa.schema([file.schema.field(name)])
-        try:
-            with pq.ParquetWriter(
-                pa.BufferOutputStream(), schema, compression=file.codec
-            ) as writer:
-                writer.write_table(pa.Table.from_batches([staying([values], stay, schema)]))
-        except (pa.ArrowException, NotImplementedError, OSError) as error:
-            raise SnipError(
-                f"{file.path}: column {name!r} is {values.type}, expected a type of which rows can "
-                f"be written as parquet: {error}"
-            ) from error
-
-
-@contextmanager
-def writing(path: Path, schema: Any, codec: str) -> Iterator[Any]:
-    """Yield a function that takes record batches; the file appears when the block ends."""
-    waiting: list[Any] = []
-
-    def flush() -> None:
-        if waiting:
-            writer.write_table(pa.Table.from_batches(waiting, schema))
-            waiting.clear()
-
-    def write(batch: Any) -> None:
-        # Few rows of each batch may stay: gather them, or row groups would be tiny.
-        if batch.num_rows:
-            waiting.append(batch)
-        if sum(b.num_rows for b in waiting) >= FLUSH_ROWS or (
-            sum(b.nbytes for b in waiting) >= FLUSH_BYTES
-        ):
-            flush()
-
-    with (
-        atomic.replacing(path) as part,
-        pq.ParquetWriter(part, schema, compression=codec) as writer,
-    ):
-        yield write
-        flush()

@@ -1,7 +1,7 @@
-"""What metadata says of a few rows of OUT: captions, urls, paths of pictures.
+"""Texts of some rows of a finished OUT: captions, URLs, paths of pictures.
 
-The table that was given to the run is read where it still is what it was; else the rows that stay
-are known from ``OUT/metadata``.
+The metadata that the run read is used if it has not changed; else ``OUT/metadata``, which holds the
+kept rows only.
 """
 
 from __future__ import annotations
@@ -27,32 +27,23 @@ class RowTexts:
     Attributes
     ----------
     metadata : Metadata or None
-        None where nothing is known of any row.
+        None where no metadata is left.
     is_dup : (rows,) bool or None
-        Given where the metadata holds only the rows that stay.
+        Given where the metadata holds the kept rows only.
     """
 
     metadata: Metadata | None
     is_dup: np.ndarray | None = None
 
     def find(self, asked: str | None = None, wanted: tuple[str, ...] = ()) -> str | None:
-        """Return a column's name as `Metadata.column` does, None where there is none."""
+        """Return a column's name as `Metadata.column` does, None without metadata."""
         return None if self.metadata is None else self.metadata.column(asked, wanted)
 
     def read(self, column: str | None, rows: np.ndarray) -> dict[int, str]:
-        """Return a column's texts by row; rows of which it says nothing are left out.
-
-        Parameters
-        ----------
-        column : str or None
-            From `find`.
-        rows : (n,) int64
-            In any order.
-        """
+        """Return a column's texts by row, for rows (n,) in any order; rows without are left out."""
         if self.metadata is None or column is None:
             return {}
-        rows = np.unique(rows)
-        places = rows
+        rows = places = np.unique(rows)
         if self.is_dup is not None:
             rows = rows[~self.is_dup[rows]]
             places = rows - removed_before(self.is_dup, rows)
@@ -64,59 +55,49 @@ def removed_before(is_dup: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return how many rows are removed before each of some ascending rows, (n,) int64."""
     cuts = np.concatenate([[0], rows]).astype(np.int64)
     return np.cumsum(
-        [np.count_nonzero(is_dup[a:b]) for a, b in pairwise(cuts)],
-        dtype=np.int64,
+        [np.count_nonzero(is_dup[start:stop]) for start, stop in pairwise(cuts)], dtype=np.int64
     )
 
 
 def open_texts(out: Path, manifest: dict[str, Any], asked: str | None = None) -> RowTexts:
-    """Open what is known of the rows of a finished run.
+    """Open the metadata of a finished run of ``snip dedup``.
 
     Parameters
     ----------
     out : Path
     manifest : dict
-        Of kind ``dedup``.
     asked : str, optional
-        Metadata that the user named; it must match the rows.
-
-    Raises
-    ------
-    SnipError
-        If ``asked`` cannot be read or does not match.
+        Metadata that the user named; it is refused if it does not match the run's rows.
     """
     shards = [(shard["name"], shard["rows"]) for shard in manifest["shards"]]
     if asked is not None:
         metadata = open_metadata(asked)
         metadata.check_rows(shards)
         return RowTexts(metadata)
-    for spec in named_in(manifest):
-        try:
-            metadata = open_metadata(spec)
-            metadata.check_rows(shards)
-        except SnipError:
-            continue
-        if is_unchanged(metadata, manifest):
-            return RowTexts(metadata)
+    metadata_of_run = find_run_metadata(manifest)
+    if metadata_of_run is not None:
+        return RowTexts(metadata_of_run)
     if (out / "metadata").is_dir():
         return RowTexts(open_metadata(out / "metadata"), np.load(out / "is_dup.npy", mmap_mode="r"))
     return RowTexts(None)
 
 
-def is_unchanged(metadata: Metadata, manifest: dict[str, Any]) -> bool:
-    """Tell whether files have the sizes that the run saw; else they may speak of other rows."""
-    sizes = [file.get("size") for file in manifest["request"].get("metadata") or ()]
-    return not sizes or sizes == [path.stat().st_size for path in metadata.paths()]
+def find_run_metadata(manifest: dict[str, Any]) -> Metadata | None:
+    """Return the metadata of a run of ``snip dedup``, None if it is missing or has changed.
 
-
-def named_in(manifest: dict[str, Any]) -> list[str]:
-    """Return the metadata that a run's settings name, or imply by the features' folder."""
+    It is named by the settings, or implied by the folder of features.
+    """
     settings = manifest["settings"]
-    if settings.get("metadata"):
-        return [settings["metadata"]]
-    features = settings.get("features")
+    known = manifest["request"].get("metadata") or ()
     try:
-        implied = None if features is None else implied_metadata(features)
-    except SnipError:  # a store that cannot be asked just now
-        implied = None
-    return [] if implied is None else [str(implied)]
+        spec = settings.get("metadata")
+        if spec is None and settings.get("features") is not None:
+            spec = implied_metadata(settings["features"])
+        if spec is None:
+            return None
+        metadata = open_metadata(spec)
+        metadata.check_rows([(shard["name"], shard["rows"]) for shard in manifest["shards"]])
+    except SnipError:  # moved, or in a store that cannot be reached now
+        return None
+    sizes = [path.stat().st_size for path in metadata.paths()]
+    return metadata if not known or sizes == [file.get("size") for file in known] else None

@@ -28,28 +28,18 @@ _worker: list[Any] = []  # in a forked process: the function and its tasks
 
 
 class Local:
-    """Threads of this process; with ``forks``, forked processes where products need no GPU."""
+    """Threads of this process; with ``forks``, forked processes, on Linux and without a GPU."""
 
     world_size = 1
 
     def __init__(self, threads: int, *, forks: bool = False, device: str = "auto") -> None:
         self.workers = self.here = threads
-        self.forks, self.device = forks, device
-
-    def once(self, do: Callable[[], None], done_file: Path) -> None:
-        """See `base.Runner.once`."""
-        del done_file
-        do()
+        self.forks, self.device = forks and sys.platform == "linux", device
 
     def each(
-        self,
-        do: Callable[[T], None],
-        tasks: Sequence[T],
-        done_file: Callable[[T], Path],
-        within: int = 1,
-        *,
-        last: bool = False,
-    ) -> Iterator[T]:
+        self, do: Callable[[T], None], tasks: Sequence[T], done_file: Callable[[T], Path],
+        within: int = 1, *, last: bool = False,
+    ) -> Iterator[T]:  # fmt: skip
         """See `base.Runner.each`."""
         del done_file, last
 
@@ -57,27 +47,21 @@ class Local:
             do(task)
             return task
 
-        workers = min(self.here, len(tasks)) if within == 1 else 1
-        if self.forks and workers > 1 and pick_device(self.device) == "cpu":
-            yield from in_processes(do, tasks, workers)
+        if within > 1:
+            yield from map(perform, tasks)
+        elif self.forks and min(self.here, len(tasks)) > 1 and pick_device(self.device) == "cpu":
+            yield from in_processes(do, tasks, min(self.here, len(tasks)))
         else:
-            yield from ordered_map(perform, tasks, max(1, workers))
-
-
-def can_fork() -> bool:
-    """Tell whether a process with threads can be forked here, and forks end with their parent."""
-    return sys.platform == "linux"
+            yield from ordered_map(perform, tasks, self.here)
 
 
 def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> Iterator[T]:
-    """Do tasks by forked processes; yield each that is done.
+    """Do tasks by forked processes; yield each that is done, raise what a task raised.
 
     Raises
     ------
     SnipError
         If a worker ended before its task did: killed, as a rule for want of memory.
-    Exception
-        What a task raised.
     """
     pool = ProcessPoolExecutor(
         workers,

@@ -37,44 +37,25 @@ class Ray:
         machines = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
         self.here, self.workers = int(max(machines)), int(sum(machines))
 
-    def once(self, do: Callable[[], None], done_file: Path) -> None:
-        """See `base.Runner.once`; by a worker that ends then, which frees its memory."""
-        for _ in self.send(lambda _: do(), [done_file], lambda path: path, self.here, max_calls=1):
-            pass
-
     def each(
-        self,
-        do: Callable[[T], None],
-        tasks: Sequence[T],
-        done_file: Callable[[T], Path],
-        within: int = 1,
-        *,
-        last: bool = False,
-    ) -> Iterator[T]:
-        """See `base.Runner.each`; after the last tasks workers would only hold memory."""
-        yield from self.send(do, tasks, done_file, within)
-        if last:
-            self.close()
+        self, do: Callable[[T], None], tasks: Sequence[T], done_file: Callable[[T], Path],
+        within: int = 1, *, last: bool = False,
+    ) -> Iterator[T]:  # fmt: skip
+        """See `base.Runner.each`; twice as many tasks as workers are submitted at a time.
 
-    def send(
-        self,
-        do: Callable[[T], None],
-        tasks: Sequence[T],
-        done_file: Callable[[T], Path],
-        cpus: int,
-        max_calls: int = 0,
-    ) -> Iterator[T]:
-        """Let workers do tasks; twice as many tasks as workers are submitted at a time."""
+        Workers end after tasks that take all threads, and after the last: they hold memory.
+        """
         function, todo = [self.ray.put((self.cwd, do))], iter(tasks)
         submitted: dict[Any, T] = {}
         remote = self.ray.remote(
-            num_cpus=cpus, max_calls=max_calls, max_retries=RETRIES, retry_exceptions=[OSError]
-        )(perform)
+            num_cpus=within, max_calls=int(within > 1),
+            max_retries=RETRIES, retry_exceptions=[OSError],
+        )(perform)  # fmt: skip
         while True:
             for task in islice(todo, 2 * self.workers - len(submitted)):
                 submitted[remote.remote(function, function[0].hex(), task)] = task
             if not submitted:
-                return
+                break
             ready, _ = self.ray.wait(list(submitted), num_returns=1)
             task = submitted.pop(ready[0])
             self.check(ready[0])
@@ -84,6 +65,8 @@ class Ray:
                     "must lie on a file system that all nodes share, under the same path"
                 )
             yield task
+        if last:
+            self.close()
 
     def check(self, result: Any) -> None:
         """Raise what a task raised."""

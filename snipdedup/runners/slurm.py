@@ -69,23 +69,10 @@ class Slurm:
             os.utime(lock)
             self.began = lock.stat().st_mtime  # by the clock of the file system
 
-    def once(self, do: Callable[[], None], done_file: Path) -> None:
-        """See `base.Runner.once`: rank 0 does it."""
-        if self.rank == 0:
-            do()
-        else:
-            for _ in self.wait({0: done_file}, lambda path: path):
-                pass
-
     def each(
-        self,
-        do: Callable[[T], None],
-        tasks: Sequence[T],
-        done_file: Callable[[T], Path],
-        within: int = 1,
-        *,
-        last: bool = False,
-    ) -> Iterator[T]:
+        self, do: Callable[[T], None], tasks: Sequence[T], done_file: Callable[[T], Path],
+        within: int = 1, *, last: bool = False,
+    ) -> Iterator[T]:  # fmt: skip
         """See `base.Runner.each`; tasks done before this process began are checked by it, too."""
         own, others = [], {}
         ends = last and self.rank > 0
@@ -121,12 +108,13 @@ class Slurm:
                 if done:
                     pause, latest = FIRST_PAUSE_S, time.monotonic()
                     continue
-                ranks = in_words({number % self.world_size for number in missing})
-                bar.set_postfix_str(f"for {ranks}")
+                ranks = sorted({number % self.world_size for number in missing})
+                named = f"ranks {str(ranks[:SHOWN])[1:-1]}{', ...' if len(ranks) > SHOWN else ''}"
+                bar.set_postfix_str(f"for {named}")
                 if time.monotonic() - latest > PATIENCE_S:
                     latest = time.monotonic()
                     progress.say(
-                        f"waiting for {ranks} of {self.world_size}, {len(missing):,} tasks left; "
+                        f"waiting for {named} of {self.world_size}, {len(missing):,} tasks left; "
                         f"none was done in {PATIENCE_S:.0f} s. Start again what does not run, by "
                         "the same line; or stop all, and run it without --task_index and "
                         "--num_tasks: it does what is missing"
@@ -147,15 +135,6 @@ class Slurm:
             raise ShareDone(f"{self.out} is finished; another process wrote it")
 
 
-def in_words(ranks: set[int]) -> str:
-    """Return ranks as text: ``rank 3``, ``ranks 0, 4, 5 and 9 more``."""
-    names = [str(rank) for rank in sorted(ranks)]
-    if len(names) > SHOWN:
-        names[SHOWN - 1 :] = [f"{len(names) - SHOWN + 1} more"]
-    start = ", ".join(names[:-1])
-    return f"ranks {start} and {names[-1]}" if start else f"rank {names[-1]}"
-
-
 def share_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Share | None:
     """Return this process's share: by flags, or in a Slurm array; None if it runs alone.
 
@@ -164,25 +143,24 @@ def share_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Share |
     UsageError
         If one of the two flags is missing, or the ranks are not 0 to N - 1.
     """
-    count, index = options.num_tasks, options.task_index
-    if count is None and index is None:
+    count, rank = options.num_tasks, options.task_index
+    if count is None and rank is None:
         alone = options.method not in (None, "join") or options.index or options.runner != "local"
         return None if alone or options.overwrite else slurm_share(environ)
     if options.out is None:
         raise UsageError("--num_tasks needs --out, the folder that all processes share")
-    if count is None or index is None:
-        array = slurm_share(environ)
-        if array is None:
-            missing = "--num_tasks" if count is None else "--task_index"
-            raise UsageError(
-                f"--task_index I and --num_tasks N go together, I from 0; give {missing} too (a "
-                "Slurm array sets both)"
-            )
-        count = array.world_size if count is None else count
-        index = array.rank if index is None else index
-    if index >= count:
-        raise UsageError(f"--task_index must lie between 0 and {count - 1}, found {index}")
-    return Share(index, count)
+    array = slurm_share(environ) if count is None or rank is None else None
+    count = array.world_size if array and count is None else count
+    rank = array.rank if array and rank is None else rank
+    if count is None or rank is None:
+        missing = "--num_tasks" if count is None else "--task_index"
+        raise UsageError(
+            f"--task_index I and --num_tasks N go together, I from 0; give {missing} too (a Slurm "
+            "array sets both)"
+        )
+    if rank >= count:
+        raise UsageError(f"--task_index must lie between 0 and {count - 1}, found {rank}")
+    return Share(rank, count)
 
 
 def slurm_share(environ: Mapping[str, str]) -> Share | None:

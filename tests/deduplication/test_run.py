@@ -90,28 +90,6 @@ def test_with_out_the_library_writes_what_the_command_writes(rows, laion, tmp_pa
     assert again.at(0.97).removed == result.at(0.97).removed
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"threshold": 1.01}, "threshold"),
-        ({"threshold": float("nan")}, "threshold"),
-        ({"method": "magic"}, "method"),
-        ({"grouping": "stars"}, "grouping"),
-        ({"keep": "best"}, "keep"),
-        ({"bad_rows": "drop"}, "bad_rows"),
-        ({"chunk_rows": 0}, "chunk_rows"),
-        ({"threads": -1}, "threads"),
-        ({"max_memory": "lots"}, "max_memory|memory"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**64}, "seed"),
-        ({"recall": 0.1}, "recall"),
-    ],
-)
-def test_settings_out_of_range_are_wrong_usage(rows, settings, said):
-    with pytest.raises(UsageError, match=said):
-        dedup(rows, **settings)
-
-
 def test_rows_in_memory_are_not_changed(rows):
     before = rows.copy()
     dedup(rows)
@@ -139,11 +117,7 @@ def test_a_finished_run_says_so_and_touches_nothing(laion, tmp_path):
     [
         ("--threshold", 0.91),
         ("--grouping", "components"),
-        ("--keep", "last"),
         ("--method", "exact"),
-        ("--seed", 1),
-        ("--recall", 0.9),
-        ("--bad_rows", "keep"),
         ("--key", "uid"),
     ],
 )
@@ -325,8 +299,10 @@ def damaged(folder, what):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["null row", "null value", "short row", "broken zip"])
-@pytest.mark.parametrize("method", ["join", "exact"])
+@pytest.mark.parametrize(
+    ("what", "method"),
+    [("null row", "join"), ("null value", "exact"), ("short row", "join"), ("broken zip", "exact")],
+)
 def test_damage_found_while_reading_leaves_nothing_behind(tmp_path, what, method):
     damaged(tmp_path / "f", what)
     line = refused("dedup", tmp_path / "f", "--out", tmp_path / "o", "--method", method)
@@ -363,12 +339,7 @@ def test_a_key_that_is_not_there_is_refused(laion, tmp_path):
     [
         (["--thresold", 0.9], "did you mean --threshold"),
         (["--threshold", 1.5], "--threshold must lie between"),
-        (["--threshold", "nan"], "--threshold must lie between"),
-        (["--threshold", "high"], "must be a number"),
         (["--method", "jion"], "must be one of join"),
-        (["--seed", -1], "--seed"),
-        (["--seed", 2**64], "--seed"),
-        (["stray"], "unexpected word 'stray'"),
     ],
 )
 def test_wrong_usage_exits_2_before_any_work(laion, tmp_path, words, said):
@@ -409,8 +380,9 @@ def test_an_unfinished_out_is_no_input(laion, tmp_path):
 # the result depends on rows, settings and seed only
 
 
-@pytest.mark.parametrize("keep", ["first", "last", "random"])
-@pytest.mark.parametrize("grouping", ["star", "components"])
+@pytest.mark.parametrize(
+    ("keep", "grouping"), [("first", "star"), ("random", "star"), ("last", "components")]
+)
 def test_shards_chunks_threads_and_a_second_run_change_nothing(rows, tmp_path, keep, grouping):
     how = {"keep": keep, "grouping": grouping, "seed": 3}
     whole = dedup(rows, threads=1, **how)
@@ -439,8 +411,7 @@ def test_a_rethreshold_keeps_what_is_not_said(laion, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("reference", "other.npy"), ("recall", 0.9), ("text_features", "other.npy"),
-        ("text_threshold", 0.8), ("nprobe", 9), ("k", 3), ("parts", "0:2"), ("bad_rows", "keep"),
+        ("reference", "other.npy"), ("recall", 0.9), ("text_threshold", 0.8), ("parts", "0:2"),
         ("method", "exact"), ("clusters", 5),
     ],
 )  # fmt: skip
@@ -549,14 +520,9 @@ def stop_while_writing(*words):
 @pytest.mark.parametrize(
     "other",
     [
-        ("--key", "uid"),
-        ("--export", "keys,mask", "--key", "uid"),
-        ("--weights",),
-        ("--merge_captions", 2, "--caption", "uid"),
-        ("--keep", "max:n"),
-        ("--grouping", "components"),
-        ("--keep_fraction", 0.6),
-        ("--pairs",),
+        ("--export", "keys,mask", "--key", "uid", "--weights"),
+        ("--keep", "max:n", "--merge_captions", 2, "--caption", "uid", "--pairs"),
+        ("--grouping", "components", "--keep_fraction", 0.6),
     ],
 )
 def test_a_stopped_run_goes_on_with_another_decision(laion, tmp_path, searches, other):

@@ -116,7 +116,7 @@ def test_what_borders_cost_is_counted_against_the_join(rows, tmp_path):
     across = sum(cluster[a] != cluster[b] for a, b in pairs)
     beside = {b for a, b in pairs if not removed[a] and not removed[b]}
     assert f"{across:,} of {len(pairs):,} pairs" in said
-    assert f"{len(beside):,} rows stay beside a match" in said
+    assert f"{len(beside):,} rows are kept beside a match" in said
     star = dedup(rows).is_dup
     assert f"{star.sum():,} rows go, {(star & removed).sum():,} of them here too" in said
     assert len(beside) > 0

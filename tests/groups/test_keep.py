@@ -44,7 +44,7 @@ NUMBERS = st.one_of(
 
 @given(st.lists(NUMBERS, min_size=1, max_size=30), st.booleans())
 def test_any_floats_are_ordered_as_python_orders_them(values, descending):
-    rank = keep.ordered(pa.array(values, pa.float64()), descending=descending)
+    rank = keep.ordered_numbers(pa.array(values, pa.float64()), descending=descending)
     missing = [v is None or math.isnan(v) for v in values]
     for i, a in enumerate(values):
         for j, b in enumerate(values):
@@ -56,7 +56,7 @@ def test_any_floats_are_ordered_as_python_orders_them(values, descending):
 
 @given(st.lists(st.integers(-(2**63) + 1, 2**63 - 2), min_size=1, max_size=30), st.booleans())
 def test_whole_numbers_are_exact(values, descending):
-    rank = keep.ordered(pa.array(values, pa.int64()), descending=descending)
+    rank = keep.ordered_numbers(pa.array(values, pa.int64()), descending=descending)
     found = [values[i] for i in np.argsort(rank, kind="stable")]
     assert found == sorted(values, reverse=descending)
 
@@ -159,8 +159,16 @@ def test_numbers_of_all_types_are_compared_exactly(tmp_path_factory, data, way, 
     metadata = open_metadata(folder)
     assert order_of(f"{way}:v", metadata, rows) == expected
     rank = keep.rank_by(f"{way}:v", 0, metadata)
-    rank.keep_keys(folder)
+    rank.read_all(folder)
     assert np.argsort(rank(np.arange(len(values)))).tolist() == expected
+
+
+def test_numbers_of_a_csv_are_texts_that_are_read_as_numbers(tmp_path):
+    (tmp_path / "m_0.csv").write_text("w,k\n10,a\n9.5,b\n,c\n")
+    (tmp_path / "m_1.csv").write_text("w,k\n1e3,d\n-7,e\n")
+    assert order_of("max:w", open_metadata(tmp_path), range(5)) == [3, 0, 1, 4, 2]
+    with pytest.raises(SnipError, match=r"m_0\.csv row 1: column 'k' is 'b', expected a number"):
+        order_of("max:k", open_metadata(tmp_path), [1, 3])
 
 
 def test_minus_1_is_less_than_any_uint64(tmp_path):

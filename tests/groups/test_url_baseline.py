@@ -69,4 +69,4 @@ def test_the_summary_says_so(data, tmp_path):
     (tmp_path / "m.csv").write_text("\n".join([lines[0].replace("image_id", "url"), *lines[1:]]))
     features = str(data / "small" / "chia500" / "image_embeddings.npy")
     options = Dedup(features=features, metadata=str(tmp_path / "m.csv"), out=str(tmp_path / "out"))
-    assert "  equal urls alone would catch 400 of the removed rows\n" in run(options)
+    assert "  equal urls alone would catch 400 of the removed rows\n" in str(run(options))

@@ -96,7 +96,8 @@ def test_centroids_are_trained_on_other_rows_than_tau_is_calibrated_on(rows, mon
     monkeypatch.setattr(room, "SINGLE_LIST_ROWS", 0)
     monkeypatch.setattr(room, "CALIBRATION_ROWS", (4000, 4000))
     x = planted(0, rows, 40, 100)[0]
-    model = room.fit(open_features(x), 0.95, 0.999, 0, 2, nlist=30)
+    monkeypatch.setattr(room, "list_count", lambda rows: 30)
+    model = room.fit(open_features(x), 0.95, 0.999, 0, 2)
     assert model.lists.nlist == 30
     assert not used["train_centroids"] & used["calibrate_tau"]
     assert len(used["train_centroids"]) == min(48 * 30, rows // 2)

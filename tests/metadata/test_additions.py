@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,8 +12,8 @@ import pytest
 from snipdedup.config import Dedup
 from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import additions, spill
-from snipdedup.metadata.additions import Removed, Weights, dup_counts
+from snipdedup.metadata import additions, gather
+from snipdedup.metadata.additions import MergedCaptions, RemovedRows, Weights, dup_counts
 from snipdedup.metadata.tables import open_metadata
 
 
@@ -20,7 +22,7 @@ def random_set(folder, rows=500, seed=0):
     rng = np.random.default_rng(seed)
     gone = np.sort(rng.choice(rows, rows // 2, replace=False))
     stay = np.setdiff1d(np.arange(rows), gone)[: rows // 6]
-    removed = Removed(gone, rng.choice(stay, len(gone)))
+    removed = RemovedRows(gone, rng.choice(stay, len(gone)))
     texts = [None, ""] + [f"caption {n}" for n in range(12)]
     captions = [texts[n] for n in rng.integers(0, len(texts), rows)]
     table = pa.table({"TEXT": captions, "n": np.arange(rows)})
@@ -43,14 +45,14 @@ def test_merged_captions_are_the_distinct_ones_of_the_removed_rows(
     tmp_path, monkeypatch, most, part
 ):
     monkeypatch.setattr(additions, "PART_CAPTIONS", part)
-    monkeypatch.setattr(spill, "FLUSH_ROWS", 50)
+    monkeypatch.setattr(gather, "FLUSH_ROWS", 50)
     metadata, removed, captions = random_set(tmp_path / "m")
     want = [[] for _ in captions]
     for row, representative in zip(*removed, strict=True):
         said, own = captions[row], captions[representative]
         if said and said != own and said not in want[representative]:
             want[representative].append(said)
-    with additions.merged_captions(metadata, "TEXT", removed, most, tmp_path / "w") as column:
+    with closing(MergedCaptions(metadata, "TEXT", removed, most, tmp_path / "w")) as column:
         assert values(column, len(captions)) == [found[:most] for found in want]
     assert not (tmp_path / "w").exists()
     assert max(map(len, want)) > 3
@@ -58,29 +60,28 @@ def test_merged_captions_are_the_distinct_ones_of_the_removed_rows(
 
 def test_captions_of_a_set_without_removed_rows(tmp_path):
     metadata, _, captions = random_set(tmp_path / "m")
-    nothing = Removed(np.empty(0, np.int64), np.empty(0, np.int64))
-    with additions.merged_captions(metadata, "TEXT", nothing, 3, tmp_path / "w") as column:
+    nothing = RemovedRows(np.empty(0, np.int64), np.empty(0, np.int64))
+    with closing(MergedCaptions(metadata, "TEXT", nothing, 3, tmp_path / "w")) as column:
         assert values(column, len(captions)) == [[]] * len(captions)
     assert values(dup_counts(nothing), 5) == [0] * 5
     assert values(Weights(nothing), 5) == [1.0] * 5
 
 
 def test_counts_and_weights_worked_by_hand():
-    removed = Removed(np.array([1, 4, 5, 6]), np.array([2, 2, 7, 2]))
+    removed = RemovedRows(np.array([1, 4, 5, 6]), np.array([2, 2, 7, 2]))
     assert values(dup_counts(removed), 8, 3) == [0, 0, 3, 0, 0, 0, 0, 1]
     assert values(Weights(removed), 8, 3) == [1, 0.25, 0.25, 1, 0.25, 0.5, 0.25, 0.5]
 
 
 def test_representatives_that_go_themselves_and_rows_of_a_reference():
     # 5 goes for 3, 3 for 2, 2 for 0; 7 and 8 go for reference row 4, 9 for 7
-    removed = Removed(np.array([2, 3, 5, 7, 8, 9]), np.array([0, 2, 3, ~4, ~4, 7]))
+    removed = RemovedRows(np.array([2, 3, 5, 7, 8, 9]), np.array([0, 2, 3, ~4, ~4, 7]))
     assert removed.followed().representative.tolist() == [0, 0, 0, ~4, ~4, ~4]
-    assert removed.followed().here().row.tolist() == [2, 3, 5]
     assert values(dup_counts(removed), 10) == [1, 0, 1, 1, 0, 0, 0, 1, 0, 0]
     share = values(Weights(removed.followed()), 10)
     assert share == [0.25, 1, 0.25, 0.25, 1, 0.25, 1, 0.25, 0.25, 0.25]
-    nothing = Removed(np.empty(0, np.int64), np.empty(0, np.int64))
-    assert nothing.followed().here().row.tolist() == []
+    nothing = RemovedRows(np.empty(0, np.int64), np.empty(0, np.int64))
+    assert nothing.followed().row.tolist() == []
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def photos(data, tmp_path):
 def test_real_photos_keep_their_five_captions(photos):
     features, meta, out = photos
     known = {"features": str(features), "metadata": str(meta)}
-    said = run(Dedup(**known, out=str(out), merge_captions=10))
+    said = str(run(Dedup(**known, out=str(out), merge_captions=10)))
     assert "removed              400" in said
     assert "stay                 100" in said
     before = open_metadata(meta)
@@ -175,16 +176,13 @@ def test_flags_that_do_not_go_together(flags, message):
 
 
 def test_captions_that_are_no_texts_are_refused(tmp_path):
-    metadata, removed, _ = random_set(tmp_path / "m")
+    _, removed, _ = random_set(tmp_path / "m")
     pq.write_table(pa.table({"caption": [{"x": 1}] * 500}), tmp_path / "c.parquet")
-    with (
-        pytest.raises(SnipError, match=r"c\.parquet: column 'caption' is struct"),
-        additions.merged_captions(
-            open_metadata(tmp_path / "c.parquet"), "caption", removed, 3, tmp_path / "w"
-        ),
-    ):
-        pass
-    assert metadata.rows == 500
+    metadata = open_metadata(tmp_path / "c.parquet")
+    column = MergedCaptions(metadata, "caption", removed, 3, tmp_path / "w")
+    with pytest.raises(SnipError, match=r"c\.parquet: column 'caption' is struct"):
+        column.between(0, 500)
+    assert not (tmp_path / "w").exists()
 
 
 def test_rows_that_go_for_a_reference_share_its_weight_and_lose_no_other_caption(tmp_path):

@@ -9,8 +9,9 @@ import pytest
 
 from snipdedup.config import Dedup, Filter
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import export, spill
+from snipdedup.metadata import export
 from snipdedup.metadata.tables import open_metadata
+from snipdedup.storage import external_sort
 
 
 def uids_of(count, seed=0):
@@ -38,13 +39,13 @@ def by_datacomps_rule(uids):
 def written(kind, metadata, is_dup, folder, key=None):
     columns = export.list_columns([kind], metadata, key)
     (path,) = export.write_lists(columns, metadata, np.asarray(is_dup), folder, folder / "work")
-    assert not any((folder / "work").rglob("*.arrows"))
+    assert not any((folder / "work").rglob("*-*"))
     return path
 
 
 @pytest.mark.parametrize("part_rows", [25, 10**6])
 def test_uids_that_stay_as_datacomp_wants_them(tmp_path, monkeypatch, part_rows):
-    monkeypatch.setattr(spill, "PART_ROWS", part_rows)
+    monkeypatch.setattr(external_sort, "HELD", part_rows)
     uids = uids_of(350)
     uids[5], uids[6] = "0" * 32, "f" * 32
     uids[7] = uids[8][:16] + uids[7][16:]  # decided by the second half
@@ -90,7 +91,7 @@ def test_keys_of_the_rows_that_stay_one_a_line(tmp_path):
 @pytest.mark.parametrize("kind", ["keys", "datacomp"])
 @pytest.mark.parametrize("part_rows", [25, 10**6])
 def test_a_name_that_both_stays_and_goes_is_refused(tmp_path, monkeypatch, kind, part_rows):
-    monkeypatch.setattr(spill, "PART_ROWS", part_rows)
+    monkeypatch.setattr(external_sort, "HELD", part_rows)
     uids = uids_of(200)
     uids[130] = uids[40]
     metadata, is_dup = write(tmp_path / "m", uid=uids), np.zeros(200, bool)

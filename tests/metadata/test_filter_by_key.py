@@ -52,13 +52,13 @@ def copy_of(out, rows, **changed):
 
 def filtered(meta, out, on="url", **more):
     to = out.parent / "kept"
-    said = filter.run(
+    result = filter.run(
         Filter(
             metadata=str(meta), is_dup=str(out), out=str(to), on=on, **{"overwrite": True, **more}
         )
     )
     (path,) = to.glob("*.parquet")
-    return pq.read_table(path), said, read_manifest(to, "filter")["join"]
+    return pq.read_table(path), str(result), read_manifest(to, "filter")["join"]
 
 
 def test_a_shuffled_copy_of_which_a_tenth_is_gone(out):
@@ -166,7 +166,7 @@ def test_an_out_that_was_moved_away_from_its_metadata_joins_by_its_key(out):
     copy = copy_of(out, [39, 1, 22, 7])
     (out.parent / "set").rename(out.parent / "gone")
     assert filtered(copy, out, on="KEY")[0]["key"].to_pylist() == ["00001", "00007"]
-    with pytest.raises(SnipError, match="knows the rows that go by their key only"):
+    with pytest.raises(SnipError, match="knows the removed rows by their key only"):
         filtered(copy, out, on="url")
 
 
@@ -175,7 +175,7 @@ def test_metadata_that_changed_since_is_not_taken_for_the_set(out):
     first, _ = sorted((out.parent / "set" / "metadata").glob("*.parquet"))
     table = pq.read_table(first)
     pq.write_table(table.set_column(1, "url", pa.array(["y"] * len(table))), first)
-    with pytest.raises(SnipError, match="knows the rows that go by their key only"):
+    with pytest.raises(SnipError, match="knows the removed rows by their key only"):
         filtered(copy, out)
 
 

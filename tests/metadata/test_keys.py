@@ -82,18 +82,10 @@ def test_what_has_no_text_is_refused():
         marks_of(box=pa.array([{"x": 1}]))
 
 
-def test_classes_number_equal_fingerprints_alike():
-    marks = np.array([[1, 1, 2, 1, 2], [5, 6, 5, 5, 5]], np.uint64)
-    label = keys.classes(marks)
-    assert label[0] == label[3]
-    assert label[2] == label[4]
-    assert sorted(np.unique(label)) == [0, 1, 2]
-    assert keys.classes(np.zeros((2, 0), np.uint64)).tolist() == []
-
-
-def test_parts_are_even_and_cover_all_fingerprints():
-    marks, _ = marks_of(a=pa.array([str(i) for i in range(60_000)]))
-    part = keys.part_of(marks, 6)
-    assert np.bincount(part, minlength=6).min() > 9_500
-    top = np.full((2, 1), 2**64 - 1, np.uint64)
-    assert keys.part_of(top, 1024).tolist() == [1023]
+def test_equal_fingerprints_have_one_number():
+    high, low = np.array([[1, 1, 2, 1, 2], [5, 6, 5, 5, 5]], np.uint64)
+    number = keys.number_equal(high, low)
+    assert number[0] == number[3]
+    assert number[2] == number[4]
+    assert sorted(np.unique(number)) == [0, 1, 2]
+    assert keys.number_equal(high[:0], low[:0]).tolist() == []

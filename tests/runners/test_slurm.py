@@ -21,7 +21,7 @@ from snipdedup.deduplication import run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners import slurm
 from snipdedup.runners.local import Local
-from snipdedup.runners.slurm import Share, ShareDone, Slurm, in_words, share_of
+from snipdedup.runners.slurm import Share, ShareDone, Slurm, share_of
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.manifest import MANIFEST, read_manifest
 
@@ -88,12 +88,6 @@ def test_a_rank_beyond_the_world_size_is_refused():
 def test_what_does_not_go_together(settings, said):
     with pytest.raises(UsageError, match=said):
         asked(**{"num_tasks": 7, "task_index": 0, **settings})
-
-
-def test_ranks_in_words():
-    assert in_words({3}) == "rank 3"
-    assert in_words({2, 0}) == "ranks 0 and 2"
-    assert in_words(set(range(12))) == "ranks 0, 1, 2, 3, 4, 5, 6 and 5 more"
 
 
 # ---- shares of tasks
@@ -178,7 +172,7 @@ def test_who_waits_long_says_for_whom_and_what_to_do(tmp_path, capsys, monkeypat
     threading.Timer(0.5, late).start()
     share_tasks(tmp_path, 0, 2, [], 4)
     said = capsys.readouterr().err
-    assert "waiting for rank 1 of 2, 2 tasks left" in said
+    assert "waiting for ranks 1 of 2, 2 tasks left" in said
     assert "without --task_index" in said
 
 

@@ -10,7 +10,7 @@ import pytest
 import truth
 from samples import write_laion
 
-from snipdedup.metadata import filter_by_row
+from snipdedup.storage import external_sort
 
 CUTS = (200, 450)
 
@@ -25,9 +25,10 @@ def made(tmp_path_factory):
     return folder, tmp / "out", np.load(tmp / "out" / "is_dup.npy")
 
 
-@pytest.fixture(params=[7, filter_by_row.BLOCK])
-def blocks(request, monkeypatch):
-    monkeypatch.setattr(filter_by_row, "BLOCK", request.param)
+@pytest.fixture(params=[7, external_sort.HELD])
+def parts(request, monkeypatch):
+    """Keys in memory at a time."""
+    monkeypatch.setattr(external_sort, "HELD", request.param)
 
 
 def copy_of(made, folder, order):
@@ -47,7 +48,7 @@ def filtered(made, meta, out, *more):
     return truth.snip("filter", meta, "--is_dup", made[1], "--out", out, *more)
 
 
-def test_the_same_order_passes_and_says_so(made, tmp_path, blocks):
+def test_the_same_order_passes_and_says_so(made, tmp_path, parts):
     status, said, _ = filtered(made, made[0] / "metadata", tmp_path / "all")
     assert status == 0
     assert f"checked: the Key of {made[2].sum():,} rows that go" in said
@@ -57,7 +58,7 @@ def test_the_same_order_passes_and_says_so(made, tmp_path, blocks):
 
 
 @pytest.mark.parametrize("part", [(), ("--start", 1, "--end", 3)])
-def test_two_rows_exchanged_are_refused_by_the_first(made, tmp_path, blocks, part):
+def test_two_rows_exchanged_are_refused_by_the_first(made, tmp_path, parts, part):
     """One row that goes and one that stays are enough, and the first of them is named."""
     goes = CUTS[0] + 100 + int(np.argmax(made[2][CUTS[0] + 100 :]))
     stays = CUTS[1] + int(np.argmin(made[2][CUTS[1] :]))
@@ -138,14 +139,3 @@ def test_rows_that_go_for_a_reference_are_compared_too(made, tmp_path):
     words = ("--is_dup", tmp_path / "out", "--out", tmp_path / "kept")
     said = truth.snip("filter", made[0] / "metadata", *words)[1]
     assert f"checked: the Key of {goes.sum():,} rows that go" in said
-
-
-def test_a_null_and_an_empty_key_are_one():
-    one, two = (filter_by_row.marked(np.arange(3), None, pa.array(keys))
-                for keys in (["a", None, "b"], ["a", "", "b"]))  # fmt: skip
-    sums = [filter_by_row.summed(iter([part]), 0, 3)[0] for part in (one, two)]
-    assert np.array_equal(*sums)
-    backwards = filter_by_row.Marked(one.row[::-1], one.mark[::-1], one.table, one.keys)
-    assert np.array_equal(filter_by_row.summed(iter([backwards]), 0, 3)[0], sums[0])
-    other = filter_by_row.Marked(one.row, one.mark[::-1], one.table, one.keys)
-    assert not np.array_equal(filter_by_row.summed(iter([other]), 0, 3)[0], sums[0])

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.errors import SnipError
-from snipdedup.metadata import kept_features
-from snipdedup.metadata.kept_features import feature_rows, write_staying
+from snipdedup.metadata import kept_rows
+from snipdedup.metadata.kept_rows import feature_rows, write_kept_features
 
 RNG = np.random.default_rng(0)
 STAY = RNG.random(75) < 0.6
@@ -17,7 +17,7 @@ STAY = RNG.random(75) < 0.6
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kept_features, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(kept_rows, "FEATURE_ROWS", 10)
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
@@ -26,7 +26,7 @@ def test_one_array(tmp_path, dtype, stay):
     rows = RNG.standard_normal((75, 6)).astype(dtype)
     np.save(tmp_path / "a.npy", rows)
     assert feature_rows(tmp_path / "a.npy") == 75
-    write_staying(tmp_path / "a.npy", tmp_path / "kept" / "a.npy", stay)
+    write_kept_features(tmp_path / "a.npy", tmp_path / "kept" / "a.npy", ~stay)
     found = np.load(tmp_path / "kept" / "a.npy")
     np.testing.assert_array_equal(found, rows[stay])
     assert found.dtype == rows.dtype.newbyteorder("=")
@@ -40,7 +40,7 @@ def test_every_array_of_an_archive(tmp_path, save):
     }
     save(tmp_path / "a.npz", **arrays)
     assert feature_rows(tmp_path / "a.npz") == 75
-    write_staying(tmp_path / "a.npz", tmp_path / "b.npz", STAY)
+    write_kept_features(tmp_path / "a.npz", tmp_path / "b.npz", ~STAY)
     with np.load(tmp_path / "b.npz") as found:
         assert sorted(found.files) == sorted(arrays)
         for name, rows in arrays.items():
@@ -52,7 +52,7 @@ def test_every_array_of_an_archive(tmp_path, save):
 def test_parquet(tmp_path):
     rows = RNG.standard_normal((75, 4)).astype(np.float32)
     pq.write_table(pa.table({"e": rows.tolist(), "key": range(75)}), tmp_path / "a.parquet")
-    write_staying(tmp_path / "a.parquet", tmp_path / "kept" / "a.parquet", STAY)
+    write_kept_features(tmp_path / "a.parquet", tmp_path / "kept" / "a.parquet", ~STAY)
     found = pq.read_table(tmp_path / "kept" / "a.parquet")
     assert found["key"].to_pylist() == np.flatnonzero(STAY).tolist()
     assert feature_rows(tmp_path / "kept" / "a.parquet") == np.count_nonzero(STAY)

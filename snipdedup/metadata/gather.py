@@ -1,0 +1,127 @@
+"""Columns of rows in any order, beyond memory: the files are read once, in row order."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from snipdedup.errors import SnipError
+from snipdedup.features.shards import plan_blocks
+from snipdedup.metadata.tables import Metadata, Table
+from snipdedup.storage.atomic import explained
+from snipdedup.storage.external_sort import READ, Sorter, Spread, pack, row_kind
+
+FLUSH_ROWS = 1 << 20
+FLUSH_BYTES = 64 << 20
+
+Convert = Callable[[Table, Any], dict[str, Any]]
+
+
+def gather_columns(
+    metadata: Metadata,
+    columns: Sequence[str],
+    rows: np.ndarray,
+    cuts: np.ndarray,
+    convert: Convert,
+    folder: Path,
+) -> Generator[Any, None, None]:
+    """Yield a ``pyarrow.Table`` of each slice of ``rows``, None for a slice of no rows.
+
+    Close the generator: it removes the temporary files in ``folder`` when it ends.
+
+    Parameters
+    ----------
+    rows : (n,) int64
+        Global rows in any order, each once; may be mapped.
+    cuts : (slices + 1,) int64
+        Where each slice begins, then where the last one ends.
+    convert : function of (Table, record batch of the columns)
+        Returns the columns of the tables, of the same types for all files.
+    """
+    kind = np.dtype([("row", row_kind(metadata.rows)), ("place", row_kind(len(rows)))])
+    spread = Spread(len(rows), 0, metadata.rows)
+    try:
+        slices = TableSlices(folder)
+        by_row = Sorter(folder / "rows", kind, lambda r: r["row"].astype(np.uint64), spread=spread)
+        for start, stop in plan_blocks(len(rows), READ):
+            by_row.add(pack(kind, rows[start:stop], np.arange(start, stop)))
+        for records in by_row.ascending():
+            order = np.argsort(records["row"])
+            row, place = (records[name][order].astype(np.int64) for name in ("row", "place"))
+            for file, which, batch in metadata.pick(columns, row):
+                at = place[which]
+                values = pa.RecordBatch.from_pydict({"place": at, **convert(file, batch)})
+                slices.add(np.searchsorted(cuts, at, side="right") - 1, values)
+        for number in range(len(cuts) - 1):
+            table = slices.read(number)
+            if table is not None:
+                table = table.take(pa.array(np.argsort(table["place"].to_numpy())))
+            yield table
+            pa.default_memory_pool().release_unused()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class TableSlices:
+    """Rows of one schema, split over files by slice number.
+
+    A slice is a file of Arrow streams one after another; files are open only while they are
+    written to, however many slices there are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: set[int] = set()
+        self.numbers: list[np.ndarray] = []
+        self.batches: list[Any] = []
+        self.rows = self.bytes = 0  # of these batches
+        shutil.rmtree(folder, ignore_errors=True)  # files of a stopped run
+
+    def add(self, numbers: np.ndarray, batch: Any) -> None:
+        """Take the rows of a record batch; ``numbers`` (n,) are the slices of its rows."""
+        self.numbers.append(numbers)
+        self.batches.append(batch)
+        self.rows += batch.num_rows
+        self.bytes += batch.nbytes
+        if self.rows >= FLUSH_ROWS or self.bytes >= FLUSH_BYTES:
+            self._flush()
+
+    def read(self, number: int) -> Any:
+        """Return the rows of a slice as a ``pyarrow.Table``, None if it has none."""
+        self._flush()
+        if number not in self.written:
+            return None
+        path, tables = self._path(number), []
+        try:
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                while file.tell() < size:
+                    tables.append(pa.ipc.open_stream(file).read_all())
+        except (pa.ArrowException, OSError) as error:
+            raise SnipError(f"{path}: a temporary file cannot be read back: {error}") from error
+        return pa.concat_tables(tables)
+
+    def _flush(self) -> None:
+        if not self.batches:
+            return
+        number = np.concatenate(self.numbers)
+        order = np.argsort(number, kind="stable")
+        table = pa.Table.from_batches(self.batches).take(pa.array(order)).combine_chunks()
+        cuts = np.flatnonzero(np.diff(number[order], prepend=-1, append=-1))
+        for start, stop in pairwise(cuts):
+            path, rows = self._path(int(number[order[start]])), table.slice(start, stop - start)
+            with explained(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
+                    stream.write_table(rows)
+            self.written.add(int(number[order[start]]))
+        self.numbers, self.batches, self.rows, self.bytes = [], [], 0, 0
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.arrows"
