@@ -6,7 +6,7 @@
 A row is truly duplicated if any other row has a cosine of at least .95; it is flagged if its best
 neighbour in the index (with another row number) passes. The rules are one global limit on the ADC
 distance, ratio and difference of it and the row's own error, the mean of both rows' differences,
-the mutual rule, and, for an index without features, a limit on the distance between codes. The
+the two-sided rule, and, for an index without features, a limit on the distance between codes. The
 margins printed are the defaults of `snipdedup.adc.threshold`.
 
 With --train_shards N, directions, quantisers and margins come from the first N shards only (give an
@@ -27,7 +27,7 @@ import numpy as np
 
 from snipdedup import config
 from snipdedup.adc import two_sided
-from snipdedup.adc.threshold import MUTUAL, SYMMETRIC, calibrate, scores, true_duplicates
+from snipdedup.adc.threshold import SYMMETRIC, TWO_SIDED, calibrate, scores, true_duplicates
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features, open_features
@@ -37,8 +37,8 @@ from snipdedup.index.search import Classes, Searcher, feature_queries
 from snipdedup.parallel import cores
 from snipdedup.statistics import proportion_interval
 
-BOTH = "both ways"  # the mutual rule without what common codes tell
-RULES = ("global", "ratio", "difference", BOTH, MUTUAL, SYMMETRIC)
+BOTH = "both ways"  # the two-sided rule without what common codes tell
+RULES = ("global", "ratio", "difference", BOTH, TWO_SIDED, SYMMETRIC)
 PRECISIONS = (0.81, 0.91, 0.95)
 
 
@@ -146,12 +146,12 @@ def measure(
     chosen_on = sample < known
     results, source = [], feature_queries(index, index.space, in_memory(vectors))
     with tempfile.TemporaryDirectory() as folder:
-        views = two_sided.record(searcher, classes, source, given.k, Path(folder), cores())
+        views = two_sided.record_views(searcher, classes, source, given.k, Path(folder), cores())
         seen = {
-            rule: two_sided.best_scores(
-                views, shared, sample, cores(), common=float(rule == MUTUAL)
+            rule: two_sided.best_view_scores(
+                views, shared, sample, cores(), common=float(rule == TWO_SIDED)
             )
-            for rule in (BOTH, MUTUAL)
+            for rule in (BOTH, TWO_SIDED)
         }
     for rule in RULES:
         best = seen.get(rule)

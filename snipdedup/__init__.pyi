@@ -16,6 +16,10 @@ from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
 from snipdedup.evaluation.plan import RunPlan as RunPlan
 from snipdedup.index.folder import Index as Index
+from snipdedup.inspection.diff import DiffResult as DiffResult
+from snipdedup.inspection.report import ReportResult as ReportResult
+from snipdedup.inspection.search import SearchResult as SearchResult
+from snipdedup.inspection.top import TopResult as TopResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
 
 __version__: str
@@ -214,7 +218,7 @@ def dedup(
     recall: float = 0.999,
     encoder: str | PathLike[str] | None = None,
     index: str | PathLike[str] | None = None,
-    rule: Literal["mutual", "difference", "ratio"] = "mutual",
+    rule: Literal["two_sided", "difference", "ratio", "mutual"] = "two_sided",
     margin: float | None = None,
     precision: float = 0.91,
     calibration_rows: int = 4096,
@@ -291,8 +295,8 @@ def dedup(
     index
         adc: finished index (default: built from the features)
     rule
-        adc: what is compared with a constant: d_ADC - self_adc, d_ADC / self_adc, or the
-        distances of both rows (default: mutual)
+        adc: what is compared with a constant: the distances of both rows, d_ADC - self_adc,
+        or d_ADC / self_adc; mutual is an older name of two_sided (default: two_sided)
     margin
         adc: the constant of the rule (default: calibrated)
     precision
@@ -359,7 +363,7 @@ def diff(
     out2: str | PathLike[str],
     *,
     n: int = 5,
-) -> str:
+) -> DiffResult:
     """Compare two runs over the same rows: ``snip diff``.
 
     Parameters
@@ -641,7 +645,7 @@ def report(
     rows: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> ReportResult:
     """Write a page that shows what is removed, with pictures if given: ``snip report``.
 
     Parameters
@@ -670,7 +674,7 @@ def report(
     """
 
 def search(
-    query: str,
+    query: Any,
     *,
     index: str | PathLike[str],
     k: int = 10,
@@ -686,7 +690,7 @@ def search(
     model: str | None = None,
     download: bool = False,
     html: str | PathLike[str] | None = None,
-) -> str:
+) -> SearchResult:
     """Find the nearest rows to a row, a vector or a text: ``snip search``.
 
     Parameters
@@ -734,7 +738,7 @@ def top(
     n: int = 100,
     metadata: str | PathLike[str] | None = None,
     prompts: str | PathLike[str] | None = None,
-) -> str:
+) -> TopResult:
     """List the rows with the most duplicates: ``snip top``.
 
     Parameters

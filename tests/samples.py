@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,7 @@ import pyarrow.parquet as pq
 import truth
 
 from snipdedup import config
-from snipdedup.deduplication import adc_method as chain
-from snipdedup.deduplication.adc_method import adc_candidates
+from snipdedup.adc.pairs import Rule, candidate_pairs
 from snipdedup.features.shards import Features
 from snipdedup.index.build import build
 from snipdedup.index.folder import Index
@@ -50,27 +50,47 @@ def clustered(rows: int, dim: int, seed: int = 0) -> np.ndarray:
     return x.astype(np.float32)
 
 
+def with_copies(rows: int = 2000, copies: int = 300) -> np.ndarray:
+    """Random directions; `copies` rows equal row 5, and each of rows 10 to 59 has a near copy."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((rows, 16)).astype(np.float32)
+    x[rng.choice(np.arange(1000, rows), copies, replace=False)] = x[5]
+    x[500:550] = x[10:60] + 0.02 * rng.standard_normal((50, 16))
+    return x
+
+
 def make(features: Features, out: Path, **given: object) -> Index:
     given = {"nlist": 16, "m": 4, "nbits": 8, "threads": 1, **given}
     return build(features, out, config.Index(features="x", out=str(out), **given))
 
 
-def wanted(**given: object) -> config.Dedup:
+def adc_settings(**given: object) -> config.Dedup:
     return config.Dedup(**{"features": "x", "index": "x", "method": "adc", "threads": 1, **given})
 
 
-def candidates(index: Index, features: Features | None, **given: object) -> chain.Adc:
-    """`adc_candidates`, by the row's own difference unless told otherwise."""
-    options = wanted(**{"rule": "difference", **given})
-    return adc_candidates(index, features, options, index.folder.parent / "work")
+class Found(NamedTuple):
+    """What `candidate_pairs` finds: its rule, all pairs (2, n), which rows are flagged."""
+
+    rule: Rule
+    pairs: np.ndarray
+    flags: np.ndarray
 
 
-def collected(adc: chain.Adc) -> np.ndarray:
-    blocks = [np.stack(block) for block in adc.pairs()]
-    for block in blocks:
-        assert (block[0] < block[1]).all()
-        assert len(np.unique(block, axis=1).T) == block.shape[1]
-    return np.unique(np.concatenate(blocks, axis=1), axis=1)
+def candidates(index: Index, features: Features | None, **given: object) -> Found:
+    """`candidate_pairs`, by the row's own difference unless another rule is given."""
+    options = adc_settings(**{"rule": "difference", **given})
+    names = ("rule", "margin", "precision", "threshold", "calibration_rows", "k", "nprobe")
+    rule, found = candidate_pairs(
+        index, features, **{name: getattr(options, name) for name in names}, seed=0, encoder=None,
+        work=index.folder.parent / "work", threads=options.threads,
+    )  # fmt: skip
+    flags, blocks = np.zeros(index.rows, bool), [np.empty((2, 0), np.int64)]
+    for block in found:
+        assert (block.a < block.b).all()
+        blocks.append(np.stack([block.a, block.b]))
+        assert len(np.unique(blocks[-1], axis=1).T) == len(block.a)
+        flags[block.flagged] = True
+    return Found(rule, np.unique(np.concatenate(blocks, axis=1), axis=1), flags)
 
 
 def labels(pairs: np.ndarray, rows: int) -> np.ndarray:

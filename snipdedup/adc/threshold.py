@@ -1,8 +1,7 @@
-"""The adaptive ADC threshold: which neighbours are taken for duplicates, and its constant.
+"""The adaptive threshold: which neighbours count as duplicates, and its constant, the margin.
 
 A code is wrong by about as much for a row as for its near-duplicate, so the distance of x to
-another row's code is judged by x's distance to its own: `passes` (arXiv:2303.12733). Row numbers
-are compared, never places in a result: copies tie, and the first neighbour need not be the row.
+another row's code is judged by x's distance to its own (`scores`; arXiv:2303.12733).
 
 Without features the rows themselves are unknown: q(x) stands for x. Its own error is then 0 by
 construction, and what is compared with a constant is ‖q(x) − q(y)‖² (rule ``symmetric``).
@@ -14,17 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup import config, progress
-from snipdedup.features.cosine import pair_cosine, unit_rows
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.nearest import nearest
+from snipdedup.features.shards import Features
 from snipdedup.index.search import Searcher, Source
-from snipdedup.parallel import ordered_map
 from snipdedup.statistics import proportion_interval
 
-TRUTH_ROWS = 4096  # rows compared with the calibration sample at a time; fixed, as it sets bits
 LEAST_ERROR = 1e-12  # a self distance below is taken for this: rows may equal their code
 SYMMETRIC = "symmetric"  # the rule of an index without features
-MUTUAL = "mutual"  # the rule that `mutual` scores by
+TWO_SIDED = "two_sided"  # the rule of the module of that name
 
 # Margins at precision .81, .91, .95 by rule and bytes a code: 58,977 CLIP ViT-B/32 features of key
 # frames, a third of them duplicated at cosine .95, IVF512, nprobe 4. ROWS: as 128 main directions,
@@ -38,7 +34,7 @@ MUTUAL = "mutual"  # the rule that `mutual` scores by
 # duplicates gets less precision from the same margin.
 DEFAULT_THRESHOLD, DEFAULT_PRECISIONS = 0.95, (0.81, 0.91, 0.95)
 ROWS = {
-    "mutual": {
+    "two_sided": {
         4: (0.0529, 0.0368, 0.0304),
         8: (0.0916, 0.0709, 0.0603),
         16: (0.1483, 0.1188, 0.1055),
@@ -64,7 +60,7 @@ ROWS = {
     },
 }
 DESCRIPTORS = {
-    "mutual": {
+    "two_sided": {
         4: (0.0590, 0.0418, 0.0341),
         8: (0.0852, 0.0656, 0.0560),
         16: (0.1667, 0.1390, 0.1245),
@@ -88,33 +84,24 @@ DESCRIPTORS = {
 
 
 def scores(D: np.ndarray, own: np.ndarray, rule: str) -> np.ndarray:
-    """Return what the rule compares with its margin.
+    """Return what the rule compares with its margin, (n, k) float32; at most that passes.
 
     Parameters
     ----------
     D : (n, k) float32
         ADC distances of n rows to k neighbours.
     own : (n,) float32
-        `self_adc` of the rows; zeros for ``symmetric``.
+        Distances of the rows to their own codes; zeros for ``symmetric``.
     rule : str
         ``difference``: D − own; ``ratio``: D / own; ``symmetric``: D.
-
-    Returns
-    -------
-    (n, k) float32
     """
     if rule == "ratio":
         return D / np.maximum(own, LEAST_ERROR)[:, None]
     return D - own[:, None]
 
 
-def passes(D: np.ndarray, own: np.ndarray, rule: str, margin: float) -> np.ndarray:
-    """Return which neighbours are taken for duplicates, (n, k) bool; see `scores`."""
-    return np.asarray(scores(D, own, rule) <= margin)
-
-
 def default_margin(
-    rule: str, code_size: int, *, precision: float, threshold: float, encoded: bool = False
+    rule: str, code_size: int, *, precision: float, threshold: float, encoded: bool
 ) -> float:
     """Return the margin for an index whose rows cannot be sampled, from the tables above.
 
@@ -133,41 +120,18 @@ def default_margin(
     return same + (margin - same) * scale
 
 
-def calibration_sample(rows: int, options: config.Dedup) -> np.ndarray:
+def calibration_sample(rows: int, wanted: int, seed: int) -> np.ndarray:
     """Return the rows that the margin is calibrated on, ascending int64."""
-    rng = np.random.default_rng(options.seed or 0)
-    count = min(rows, options.calibration_rows)
-    return np.sort(rng.choice(rows, count, replace=False, shuffle=False))
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(rows, min(rows, wanted), replace=False, shuffle=False))
 
 
 def true_duplicates(
     features: Features, sample: np.ndarray, threshold: float, threads: int
 ) -> np.ndarray:
-    """Return which sampled rows have another row at or above the threshold, (n,) bool.
-
-    Brute force: the sample against all rows, streamed. The nearest row is proposed in float32
-    and decided by `pair_cosine`.
-    """
-    import torch
-
-    raw = features.gather(sample)
-    x = torch.from_numpy(unit_rows(raw))
-
-    def nearest(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        cosine = x @ torch.from_numpy(unit_rows(features.read(*span))).T
-        low, high = np.searchsorted(sample, span)
-        cosine[np.arange(low, high), sample[low:high] - span[0]] = -torch.inf  # the row itself
-        best, at = cosine.max(dim=1)
-        return best.numpy(), at.numpy() + span[0]
-
-    best, at = np.full(len(sample), -np.inf, np.float32), sample.copy()
-    spans = plan_blocks(features.rows, TRUTH_ROWS)
-    for cosine, row in progress.track(
-        ordered_map(nearest, spans, threads), "calibrating", "blocks", len(spans)
-    ):
-        better = cosine > best
-        best[better], at[better] = cosine[better], row[better]
-    return (at != sample) & (pair_cosine(raw, features.gather(at)) >= np.float32(threshold))
+    """Return which sampled rows have another row at or above the threshold, (n,) bool."""
+    D, _ = nearest(features.gather(sample), features, 1, threads, own=sample)
+    return D[:, 0] >= np.float32(threshold)
 
 
 def best_scores(
@@ -175,18 +139,18 @@ def best_scores(
 ) -> np.ndarray:
     """Return each query's best score among other rows, (n,) float32; infinity for none.
 
-    Rows that share a code with another (``shared``) have the score of an exact match.
+    Rows that share a code with another (``shared``) have the score of an exact match. Row numbers
+    are compared, never places in a result: copies tie, and the first need not be the row itself.
     """
-    same = np.float32(rule == "ratio")
     parts = []
     # Two places are enough: rows that share a code are one entry, so the row itself takes one.
     for queries, D, I in searcher.search(source, 2, threads):
         score = scores(D, queries.own, rule)
         score[(I < 0) | (queries.rows[:, None] == I)] = np.inf
         best = score.min(axis=1)
-        best[queries.rows < 0] = np.inf
         known = queries.rows >= 0
-        best[known & shared[queries.rows]] = same
+        best[~known] = np.inf
+        best[known & shared[queries.rows]] = np.float32(rule == "ratio")
         parts.append(best)
     return np.concatenate(parts)
 
@@ -196,14 +160,16 @@ def calibrate(
 ) -> tuple[float, dict[str, Any]]:
     """Return the margin with the highest recall at a wanted precision, and how it did.
 
+    Where no margin reaches the precision, the most precise one is taken.
+
     Parameters
     ----------
-    best : (n,) float32
-        From `best_scores`.
+    best : (n,) float
+        Each row's best score.
     truth : (n,) bool
         Which of them are duplicates.
     precision : float
-        Wanted share of right flags. Where no margin reaches it, the most precise one is taken.
+        Wanted share of right flags.
 
     Returns
     -------
@@ -214,13 +180,13 @@ def calibrate(
         so a small one flatters: `proportion_interval` knows nothing of the choice.
     """
     score, right, flagged = flag_curve(best, truth)
-    told = {"source": "sample", "rows": len(best), "duplicates": int(truth.sum())}
+    reached = {"source": "sample", "rows": len(best), "duplicates": int(truth.sum())}
     if not len(score):
         nothing = {"precision": None, "precision_interval": [0.0, 1.0], "recall": 0.0}
-        return 0.0, {**told, "flagged": 0, **nothing, "reached": False}
-    at, good = choose(right / flagged, precision)
+        return 0.0, {**reached, "flagged": 0, **nothing, "reached": False}
+    at, good = choose_margin(right / flagged, precision)
     return float(score[at]), {
-        **told,
+        **reached,
         "flagged": int(flagged[at]),
         "precision": float(right[at] / flagged[at]),
         "precision_interval": list(proportion_interval(int(right[at]), int(flagged[at]))),
@@ -237,7 +203,7 @@ def flag_curve(best: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndar
     return score[ends], right[ends], np.flatnonzero(ends) + 1
 
 
-def choose(reached: np.ndarray, precision: float) -> tuple[int, bool]:
+def choose_margin(reached: np.ndarray, precision: float) -> tuple[int, bool]:
     """Return the last place with a precision as wanted, else the most precise; and which it is."""
     good = np.flatnonzero(reached >= precision)
     return (int(good[-1]), True) if len(good) else (int(np.argmax(reached)), False)

@@ -1,4 +1,4 @@
-"""Pairs judged from both sides: what one search says of two rows, put together.
+"""The two-sided rule: pairs scored by what one search found for each of the two rows.
 
 Each row is a query once. With e(x, z) = (‖x‖² − ‖x − z‖²) / 2 the distances of two rows to one
 code z give e(x, z) − e(y, z) = (x − y)·z: what x − y is along z, exactly, though neither row is
@@ -8,7 +8,6 @@ that is says more than their own two codes do (docs/internals/codes.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +25,11 @@ NEAREST = 3  # neighbours of a row that are looked at first: nearly always its b
 RIDGE = 1e-3  # of a code's squared length: directions that codes share more closely say nothing
 COMMON, COMMON_LISTS = 16, 8  # nearest codes and lists that are compared; more cost time only
 NAMES, SOLVE_BYTES = 1 << 22, 1 << 27  # looked up together; of codes solved for together
-ELIMINATED = 256  # systems of equations done side by side: they stay in the cache
+ELIMINATED = 256  # systems of equations solved side by side: they stay in the cache
 
 
 class Views(NamedTuple):
-    """What the search said of each row.
+    """What the search found for each row.
 
     Attributes
     ----------
@@ -54,52 +53,45 @@ class Views(NamedTuple):
         """Return the codes or centroids of ``ids``, (..., dim) float32; zeros for -1."""
         lists, flat = self.classes.lists, ids.ravel()
         count = len(lists.ids)
-        found = np.zeros((len(flat), self.quantiser.dim), np.float32)
+        vectors = np.zeros((len(flat), self.quantiser.dim), np.float32)
         place, coarse = (flat >= 0) & (flat < count), flat >= count
         of = np.searchsorted(lists.starts, flat[place], side="right") - 1
-        found[place] = self.quantiser.decode(of, lists.codes[flat[place]])
-        found[coarse] = self.quantiser.centroids[flat[coarse] - count]
-        return found.reshape(*ids.shape, -1)
+        vectors[place] = self.quantiser.decode(of, lists.codes[flat[place]])
+        vectors[coarse] = self.quantiser.centroids[flat[coarse] - count]
+        return vectors.reshape(*ids.shape, -1)
 
 
-def own_classes(classes: Classes, rows: int) -> np.ndarray:
-    """Return the class of each row, (rows,) int64; -1 for rows in no list."""
-    own = np.full(rows, -1)
-    places = np.arange(len(classes.lists.ids))
-    own[classes.lists.rows(slice(None))] = places
-    for first, row in classes.links():
-        own[row] = own[first]
-    return own
-
-
-def record(
+def record_views(
     searcher: Searcher, classes: Classes, source: Source, k: int, folder: Path, threads: int
 ) -> Views:
     """Search for all rows, and keep what is found in ``folder``: 168 bytes a row by default.
 
     ``source`` gives all rows of the index, in order.
     """
-    own, width = own_classes(classes, source.total), 1 + k + searcher.nprobe
+    own = np.full(source.total, -1)  # class of each row; -1 for rows in no list
+    own[classes.lists.rows(slice(None))] = np.arange(len(classes.lists.ids))
+    for first, row in classes.links():
+        own[row] = own[first]
     smallest = np.min_scalar_type(-len(classes.lists.ids) - searcher.quantiser.nlist)
-    shape, types = (source.total, width), {"ids": smallest, "e": np.dtype(np.float32)}
-    paths = {name: folder / f"views_{name}.npy" for name in types}
+    shape = source.total, 1 + k + searcher.nprobe
+    paths = folder / "views_ids.npy", folder / "views_e.npy"
 
     def view(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         ids, e = view_block(searcher, source.load(span), own[slice(*span)], k)
-        return ids.astype(types["ids"]), e.astype(types["e"])
+        return ids.astype(smallest), e.astype(np.float32)
 
     spans = plan_blocks(source.total, QUERY_ROWS)
     with (
-        atomic.writing_npy(paths["ids"], types["ids"], shape) as ids,
-        atomic.writing_npy(paths["e"], types["e"], shape) as e,
+        atomic.writing_npy(paths[0], smallest, shape) as ids_file,
+        atomic.writing_npy(paths[1], np.dtype(np.float32), shape) as e_file,
         progress.bar(source.total, "searching", "rows") as bar,
     ):
-        for span, (names, values) in zip(spans, ordered_map(view, spans, threads), strict=True):
-            ids.write(names.tobytes())
-            e.write(values.tobytes())
+        for span, (ids, e) in zip(spans, ordered_map(view, spans, threads), strict=True):
+            ids_file.write(ids.tobytes())
+            e_file.write(e.tobytes())
             bar.update(span[1] - span[0])
-    held = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
-    return Views(held["ids"], held["e"], classes, searcher.quantiser, k)
+    ids, e = (np.load(path, mmap_mode="r") for path in paths)
+    return Views(ids, e, classes, searcher.quantiser, k)
 
 
 def view_block(
@@ -117,7 +109,7 @@ def view_block(
     return ids, np.where(ids < 0, 0, e)
 
 
-class Pairs(NamedTuple):
+class NamedPairs(NamedTuple):
     """Rows, and neighbours that they name.
 
     Attributes
@@ -135,33 +127,57 @@ class Pairs(NamedTuple):
     score: np.ndarray
 
 
-def judge(views: Views, rows: np.ndarray, margin: float) -> Pairs:
+def passing_pairs(views: Views, rows: np.ndarray, margin: float) -> NamedPairs:
     """Return the neighbours of ``rows``, (b,) int64, whose scores are at most the margin."""
     ids, e = views.ids[rows], views.e[rows]
     mean = mean_differences(views, ids, e)
-    pairs = scored(views, ids, e, mean, mean <= margin, 1.0)  # a score is never below its mean
-    return Pairs(*(part[pairs.score <= margin] for part in pairs))
+    pairs = score_pairs(views, ids, e, mean, mean <= margin)  # a score is never below its mean
+    return NamedPairs(*(part[pairs.score <= margin] for part in pairs))
 
 
-def scored(
+def best_view_scores(
+    views: Views, shared: np.ndarray, rows: np.ndarray, threads: int, common: float = 1.0
+) -> np.ndarray:
+    """Return the best score of each of ``rows``, (n,) float64; infinity where it has none.
+
+    Not rounded: a margin is one of these, and `passing_pairs` compares scores with it. Rows that
+    share their code with another (``shared``) have 0. ``common`` as in `score_pairs`.
+    """
+
+    def best(span: tuple[int, int]) -> np.ndarray:
+        part = rows[slice(*span)]
+        ids, e = views.ids[part], views.e[part]
+        mean, lowest = mean_differences(views, ids, e), np.full(len(part), np.inf)
+        rank = np.argsort(np.argsort(mean, axis=1, kind="stable"), axis=1, kind="stable")
+        for within in (rank < NEAREST, rank >= NEAREST):
+            # A score is never below its mean: what cannot be the best is not looked at.
+            chosen = within & (mean < lowest[:, None])
+            pairs = score_pairs(views, ids, e, mean, chosen, common)
+            np.minimum.at(lowest, pairs.at, pairs.score)
+        return np.where(shared[part], 0, lowest)
+
+    return np.concatenate(list(ordered_map(best, plan_blocks(len(rows), QUERY_ROWS), threads)))
+
+
+def score_pairs(
     views: Views,
     ids: np.ndarray,
     e: np.ndarray,
     mean: np.ndarray,
     chosen: np.ndarray,
-    common: float,
-) -> Pairs:
+    common: float = 1.0,
+) -> NamedPairs:
     """Return the scores of chosen neighbours of rows.
 
     The mean of a pair's two differences, (x − y)·(q(x) − q(y)), is ‖x − y‖² but for the codes'
-    errors, which cancel where they are alike. To it comes what `common_lengths` knows of it, with
-    a weight of ``common``: 0 leaves the mean alone.
+    errors, which cancel where they are alike. To it is added what `common_lengths` knows of it,
+    with a weight of ``common``: 0 leaves the mean alone.
     """
     at, column = np.nonzero(chosen)
     score = mean[at, column]
     if common:
         score = score + common * common_lengths(views, ids[at], e[at], ids[at, 1 + column])
-    return Pairs(at, column, score)
+    return NamedPairs(at, column, score)
 
 
 def mean_differences(views: Views, ids: np.ndarray, e: np.ndarray) -> np.ndarray:
@@ -187,7 +203,7 @@ def mean_differences(views: Views, ids: np.ndarray, e: np.ndarray) -> np.ndarray
 
 
 def own_differences(views: Views, shared: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return each row's smallest difference, as `adaptive.best_scores` does, (n,) float32."""
+    """Return each row's smallest difference, as `threshold.best_scores` does, (n,) float32."""
     ids, e = views.ids[rows, : 1 + views.k], views.e[rows, : 1 + views.k]
     mine = np.where((ids[:, 1:] >= 0) & (ids[:, :1] >= 0), 2 * (e[:, :1] - e[:, 1:]), np.inf)
     return np.where(shared[rows], 0, mine.min(axis=1)).astype(np.float32)
@@ -205,7 +221,7 @@ def common_lengths(views: Views, ids: np.ndarray, e: np.ndarray, classes: np.nda
     used = np.append(np.arange(near), lists)
     ids, e = ids[:, used], e[:, used]
     dim, width = views.quantiser.dim, len(used)
-    found = np.empty(len(ids))
+    lengths = np.empty(len(ids))
     other = views.classes.lists.rows(classes)
     for start, stop in plan_blocks(len(ids), max(1, SOLVE_BYTES // (4 * dim * width))):
         names, y = ids[start:stop], other[start:stop]
@@ -213,12 +229,12 @@ def common_lengths(views: Views, ids: np.ndarray, e: np.ndarray, classes: np.nda
         theirs = np.where(same, views.e[y][:, None, used], 0).sum(axis=2)
         both = same.any(axis=2)
         v = np.where(both, e[start:stop] - theirs, 0).astype(np.float64)
-        length = spanned(views.vectors(np.where(both, names, -1)), v)
-        found[start:stop] = length * np.sqrt(dim / np.maximum(both.sum(axis=1), 1))
-    return found
+        spanned = spanned_lengths(views.vectors(np.where(both, names, -1)), v)
+        lengths[start:stop] = spanned * np.sqrt(dim / np.maximum(both.sum(axis=1), 1))
+    return lengths
 
 
-def spanned(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
+def spanned_lengths(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Return the squared lengths of vectors within the span of some directions, (p,) float64.
 
     Parameters
@@ -231,23 +247,18 @@ def spanned(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
     gram = np.matmul(Q, Q.transpose(0, 2, 1)).astype(np.float64)
     square = np.trace(gram, axis1=1, axis2=2) / np.maximum(Q.any(axis=2).sum(axis=1), 1)
     gram += (RIDGE * np.maximum(square, RIDGE))[:, None, None] * np.eye(Q.shape[1])
-    found = np.empty(len(v))
+    lengths = np.empty(len(v))
     for start, stop in plan_blocks(len(v), ELIMINATED):
-        found[start:stop] = eliminated(gram[start:stop], v[start:stop])
-    return found
+        lengths[start:stop] = quadratic_forms(gram[start:stop], v[start:stop])
+    return lengths
 
 
-def eliminated(gram: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return vᵀ G⁻¹ v of symmetric positive definite matrices G, (p,) float64.
+def quadratic_forms(gram: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return vᵀ G⁻¹ v, (p,) float64, of positive definite matrices G, (p, r, r), and v, (p, r).
 
     Of [G v; vᵀ 0] symmetric elimination of all columns but the last leaves −vᵀ G⁻¹ v. The p
-    systems are done side by side, in one order of sums on each machine: LAPACK's solver is called
-    for each of them, and some builds start threads for each.
-
-    Parameters
-    ----------
-    gram : (p, r, r) float64
-    v : (p, r) float64
+    systems are solved side by side, in one order of sums on each machine: LAPACK's solver is
+    called for each of them, and some builds start threads for each.
     """
     r = v.shape[1]
     left = np.zeros((r + 1, r + 1, len(v)))
@@ -256,28 +267,3 @@ def eliminated(gram: np.ndarray, v: np.ndarray) -> np.ndarray:
         row = left[j, j + 1 :]
         left[j + 1 :, j + 1 :] -= (row / left[j, j])[:, None] * row
     return -left[r, r]
-
-
-def best_scores(
-    views: Views, shared: np.ndarray, rows: np.ndarray, threads: int, common: float = 1.0
-) -> np.ndarray:
-    """Return the best score of each of ``rows``, (n,) float64; infinity where it has none.
-
-    Not rounded: a margin is one of these, and `judge` compares scores with it.
-
-    Rows that share their code with another (``shared``) have 0. ``common`` as in `scored`.
-    """
-
-    def best(span: tuple[int, int]) -> np.ndarray:
-        part = rows[slice(*span)]
-        ids, e = views.ids[part], views.e[part]
-        mean, found = mean_differences(views, ids, e), np.full(len(part), np.inf)
-        rank = np.argsort(np.argsort(mean, axis=1, kind="stable"), axis=1, kind="stable")
-        for within in (rank < NEAREST, rank >= NEAREST):
-            # A score is never below its mean: what cannot be the best is not looked at.
-            pairs = scored(views, ids, e, mean, within & (mean < found[:, None]), common)
-            np.minimum.at(found, pairs.at, pairs.score)
-        return np.where(shared[part], 0, found)
-
-    parts: Iterator[np.ndarray] = ordered_map(best, plan_blocks(len(rows), QUERY_ROWS), threads)
-    return np.concatenate(list(parts))

@@ -6,6 +6,7 @@ last, byte for byte, so that the folder is what its author made.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -74,10 +75,13 @@ def output_files(manifest: dict[str, Any], source: SourceFile) -> dict[str, Sour
     return files
 
 
-def is_complete_copy(out: Path, manifest: dict[str, Any], copy: Path) -> bool:
-    """Tell whether a folder is the published one, whose manifest is ``copy``, and complete."""
-    if (out / MANIFEST).read_bytes() != copy.read_bytes():
-        return False
+def is_complete_copy(out: Path, source: SourceFile) -> bool:
+    """Tell whether a folder is a complete copy of the published one with this manifest."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / MANIFEST
+        manifest = fetch_manifest(source, copy)
+        if (out / MANIFEST).read_bytes() != copy.read_bytes():
+            return False
     return all(
         (out / name).is_file() and (out / name).stat().st_size == output["size"]
         for name, output in manifest["outputs"].items()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from snipdedup import config, progress
-from snipdedup.adc.threshold import choose, flag_curve, scores
+from snipdedup.adc.threshold import choose_margin, flag_curve, scores
 from snipdedup.errors import SnipError
 from snipdedup.evaluation.neighbours import (
     Codes,
@@ -394,7 +394,7 @@ def flag_points(
     for wanted in precisions:
         point = {"wanted": wanted, "margin": 0.0, "precision": None, "recall": 0.0}
         if len(margin):
-            at, good = choose(right / flagged, wanted)
+            at, good = choose_margin(right / flagged, wanted)
             recall_there = float(right[at] / max(truth.sum(), 1))
             point |= {"margin": float(margin[at]), "precision": float(right[at] / flagged[at])}
             point["recall"] = recall_there if good else 0.0

@@ -27,6 +27,7 @@ import numpy as np
 
 from snipdedup.config import Plan, parse_bytes
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.shards import Features, open_features
 from snipdedup.join.calibration import sample_pairs
@@ -51,7 +52,7 @@ from snipdedup.join.model import (
 from snipdedup.join.pipeline import PARTITIONS_A_WORKER
 from snipdedup.join.projection import encode_rows
 from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, CodedRows, compare_tiles, crowded_forest
-from snipdedup.join.verify import listed_cosines, verify_pairs
+from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import cores, library_threads
 from snipdedup.storage import atomic, out_folder
 
@@ -486,7 +487,7 @@ def count_pairs(
     degree = np.bincount(np.concatenate([a, b]), minlength=len(first))
     large = np.maximum(degree[a], degree[b]) >= CROWDED_DEGREE
     i, j = first[a[~large]], first[b[~large]]
-    true = int((listed_cosines(raw, raw, i, j) >= np.float32(model.threshold)).sum())
+    true = int((indexed_cosines(raw, raw, i, j) >= np.float32(model.threshold)).sum())
     copies, crowd = len(raw) - len(first), int((degree >= CROWDED_DEGREE).sum())
     share = (true / PAIRS_A_DUPLICATE + copies) * rows / len(raw) ** 2 + crowd / len(raw)
     all_pairs = len(first) ** 2 / 2

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import PROPOSAL_ERROR, directions, unit_rows
+from snipdedup.features.cosine import PROPOSAL_ERROR, directions, indexed_cosines, unit_rows
 from snipdedup.features.shards import plan_blocks
 from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.projection import WIDTHS, fit_projection
-from snipdedup.join.verify import listed_cosines, listed_products
+from snipdedup.join.verify import listed_products
 
 BLOCK = 2048  # rows decided, or kept rows compared with, at a time
 FIT_ROWS = 1 << 14
@@ -62,7 +62,7 @@ class CodedGroup(NamedTuple):
         for raw, i, j in self.blocks(x, y):
             product = listed_products(directions(raw), i, j)
             close = np.flatnonzero(np.abs(product - limit) <= PROPOSAL_ERROR)
-            product[close] = listed_cosines(raw, raw, i[close], j[close])
+            product[close] = indexed_cosines(raw, raw, i[close], j[close])
             parts.append(product >= limit)
         return np.concatenate(parts)
 
@@ -124,7 +124,7 @@ def kept_within(raw: np.ndarray, threshold: float) -> np.ndarray:
     unit = torch.from_numpy(unit_rows(raw))
     table = (unit @ unit.T).numpy()
     i, j = np.nonzero(np.abs(table - np.float32(threshold)) <= PROPOSAL_ERROR)
-    table[i, j] = listed_cosines(raw, raw, i, j)
+    table[i, j] = indexed_cosines(raw, raw, i, j)
     match = table >= np.float32(threshold)
     covered, kept = np.zeros(len(raw), bool), np.zeros(len(raw), bool)
     for place in range(len(raw)):
@@ -148,7 +148,7 @@ def nearest_candidates(
     np.maximum.at(best, np.searchsorted(places, x), product)
     close = np.flatnonzero(product >= best[np.searchsorted(places, x)] - PROPOSAL_ERROR)
     x, y = x[close], y[close]
-    parts = [listed_cosines(raw, raw, i, j) for raw, i, j in coded.blocks(x, y)]
+    parts = [indexed_cosines(raw, raw, i, j) for raw, i, j in coded.blocks(x, y)]
     cosine = np.concatenate([none, *parts])
     order = np.lexsort((coded.rows[y], -cosine, x))
     first = order[np.unique(x[order], return_index=True)[1]]

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import unit_rows64
+from snipdedup.features.cosine import indexed_cosines, unit_rows64
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Nearest, group_starts
 from snipdedup.join.forest import BLOCK_EDGES, order_by
-from snipdedup.join.verify import GATHER_PAIRS, listed_cosines, verify_block
+from snipdedup.join.verify import GATHER_PAIRS, verify_block
 from snipdedup.parallel import ordered_map
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
@@ -167,7 +167,7 @@ def likely_cosines(
     low, high = (np.minimum(product + side, 1).astype(np.float32) for side in (-error, error))
     enough = np.maximum(best, low.max(axis=1))
     i, j = np.nonzero((low != high) & (high >= enough[:, None]))
-    low[i, j] = listed_cosines(raw, others, i, j)
+    low[i, j] = indexed_cosines(raw, others, i, j)
     return low
 
 

@@ -9,10 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.features.cosine import PROPOSAL_ERROR, unit_rows, unit_rows64, unsettled
+from snipdedup.features.cosine import (
+    PROPOSAL_ERROR,
+    indexed_cosines,
+    unit_rows,
+    unit_rows64,
+    unsettled,
+)
 from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
-from snipdedup.join.verify import listed_cosines
 from snipdedup.parallel import ordered_map
 
 TILE = 2048  # rows of a tile's sides
@@ -123,7 +128,7 @@ def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> E
         quick = dense[a, b]
         cosine = np.minimum(quick.astype(np.float32), np.float32(1))
         again = np.flatnonzero(unsettled(quick, left.raw.shape[1]))
-        cosine[again] = listed_cosines(left.raw, right.raw, i + a[again], j + b[again])
+        cosine[again] = indexed_cosines(left.raw, right.raw, i + a[again], j + b[again])
     else:
-        cosine = listed_cosines(left.raw, right.raw, i + a, j + b)
+        cosine = indexed_cosines(left.raw, right.raw, i + a, j + b)
     return make_edges(left.rows[i + a], right.rows[j + b], cosine).at(threshold)

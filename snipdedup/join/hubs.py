@@ -19,12 +19,11 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.errors import DamagedError
-from snipdedup.features.cosine import same_bits
+from snipdedup.features.cosine import indexed_cosines, same_bits
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, components, make_edges
 from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.projection import Projection
-from snipdedup.join.verify import listed_cosines
 from snipdedup.parallel import ordered_map
 
 HUB_ROWS = 1 << 15  # fewer near copies are compared all with all
@@ -80,7 +79,7 @@ class Hubs:
     def pairs(self) -> Edges:
         """Return the pairs among the hubs, as places."""
         i, j = np.triu_indices(len(self.row), 1)
-        return make_edges(i, j, listed_cosines(self.raw, self.raw, i, j)).at(self.threshold)
+        return make_edges(i, j, indexed_cosines(self.raw, self.raw, i, j)).at(self.threshold)
 
     def place(self, codes: np.ndarray, corrections: np.ndarray, raw: np.ndarray) -> Placed:
         """Return which rows are absorbed, proved on the features, and which lie beside a hub.
@@ -93,7 +92,7 @@ class Hubs:
             return Placed(zone, none, none, np.empty(0, np.float32))
         products = hub_products(codes, self.codes)
         i, j = np.nonzero(products >= self.projection.limit(self.half))
-        cosine = listed_cosines(raw, self.raw, i, j)
+        cosine = indexed_cosines(raw, self.raw, i, j)
         inside = cosine >= np.float32(self.half)
         i, j, cosine = i[inside], j[inside], cosine[inside]
         order = np.lexsort((j, -cosine, i))  # the nearest hub; of several the first

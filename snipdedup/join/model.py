@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import DamagedError, InputError
-from snipdedup.features.cosine import bad_rows, directions
+from snipdedup.features.cosine import bad_rows, directions, indexed_cosines
 from snipdedup.features.formats import load_npz
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import BLOCK
@@ -37,7 +37,6 @@ from snipdedup.join.projection import (
     main_directions,
     project,
 )
-from snipdedup.join.verify import listed_cosines
 from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import atomic
 
@@ -202,7 +201,7 @@ def true_pairs(codes: np.ndarray, raw: np.ndarray, hubs: Hubs, threads: int) -> 
     a, b = a[apart], b[apart]
 
     def verify(span: tuple[int, int]) -> np.ndarray:
-        return listed_cosines(raw, raw, a[slice(*span)], b[slice(*span)])
+        return indexed_cosines(raw, raw, a[slice(*span)], b[slice(*span)])
 
     cosines = ordered_map(verify, plan_blocks(len(a), BLOCK), threads)
     return make_edges(a, b, np.concatenate([np.empty(0, np.float32), *cosines])).at(hubs.threshold)

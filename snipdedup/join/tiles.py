@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import PROPOSAL_ERROR, directions, plain_norms, row_sums
+from snipdedup.features.cosine import (
+    PROPOSAL_ERROR,
+    directions,
+    indexed_cosines,
+    plain_norms,
+    row_sums,
+)
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, best_edge, join_edges, link_smaller, make_edges
 from snipdedup.join.kernels import (
@@ -22,7 +28,6 @@ from snipdedup.join.kernels import (
     pick_kernel,
     product_hits,
 )
-from snipdedup.join.verify import listed_cosines
 from snipdedup.parallel import scratch
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
@@ -192,12 +197,12 @@ def crowded_forest(
         if np.count_nonzero(unsure) <= CROWDED * table.size:
             break
     i, j = np.divmod(np.flatnonzero(unsure.ravel()), len(columns))
-    table[i, j] *= listed_cosines(x, y, i, j) >= np.float32(threshold)
+    table[i, j] *= indexed_cosines(x, y, i, j) >= np.float32(threshold)
     nodes = np.unique(np.concatenate([rows, columns]))
     i, j = table_forest(
         table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
     )
-    return make_edges(rows[i], columns[j], listed_cosines(x, y, i, j))
+    return make_edges(rows[i], columns[j], indexed_cosines(x, y, i, j))
 
 
 def unit_tensor(rows: np.ndarray, use: str) -> Any:

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from snipdedup.features.cosine import PROPOSAL_ERROR, Directions, directions, pair_cosine
+from snipdedup.features.cosine import (
+    PROPOSAL_ERROR,
+    Directions,
+    directions,
+    indexed_cosines,
+)
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
 from snipdedup.parallel import ordered_map, scratch
@@ -58,13 +63,13 @@ def verify_block(
     i, j = places[: len(a)], places[len(a) :]
     shape = (len(rows), features.dim)
     raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
-    tried = listed_cosines(raw, raw, i[::TRIED], j[::TRIED]) >= np.float32(threshold)
+    tried = indexed_cosines(raw, raw, i[::TRIED], j[::TRIED]) >= np.float32(threshold)
     if np.count_nonzero(tried) < MOSTLY * len(tried):
         wide = directions(raw, torch.from_numpy(scratch("gathered wide", shape, np.float32)))
         products = listed_products(wide, i, j)
         likely = np.flatnonzero(products >= np.float32(threshold - PROPOSAL_ERROR))
         i, j = i[likely], j[likely]
-    edges = make_edges(rows[i], rows[j], listed_cosines(raw, raw, i, j)).at(threshold)
+    edges = make_edges(rows[i], rows[j], indexed_cosines(raw, raw, i, j)).at(threshold)
     if every or len(edges.a) < len(rows):  # a forest would hardly be smaller
         return edges
     return spanning_forest(edges, reference_rows)
@@ -83,13 +88,4 @@ def listed_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarra
         torch.index_select(rows.values, 0, right, out=y[: stop - start])
         product = x[: stop - start].mul_(y[: stop - start]).sum(1)
         parts.append((product * rows.factor[left] * rows.factor[right]).numpy())
-    return np.concatenate(parts)
-
-
-def listed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
-    parts = [np.empty(0, np.float32)]
-    for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
-        left, right = np.take(x, i[start:stop], axis=0), np.take(y, j[start:stop], axis=0)
-        parts.append(pair_cosine(left, right))
     return np.concatenate(parts)

@@ -109,9 +109,6 @@ class RemotePath(PATH):
     def __str__(self) -> str:
         return redacted(self.url)
 
-    def __fspath__(self) -> str:
-        return str(self)
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemotePath) and self.url == other.url
 
@@ -178,12 +175,7 @@ class RemotePath(PATH):
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Yield the bytes of each (begin, end) in order, one request each, `REQUESTS` at a time.
 
-        Raises
-        ------
-        InputError
-            If the file has another version by now.
-        TemporaryError
-            After `ATTEMPTS` of one request.
+        A file that has another version by now is refused.
         """
         expected = self.version()
 
@@ -193,18 +185,7 @@ class RemotePath(PATH):
         return ordered_results(read, ranges, request_pool(os.getpid()), 2 * REQUESTS)
 
     def read_rows(self, begin: int, row_bytes: int, rows: np.ndarray) -> np.ndarray:
-        """Return rows of ``row_bytes`` each that follow one another from byte ``begin`` on.
-
-        Parameters
-        ----------
-        begin, row_bytes : int
-        rows : (n,) int64
-            Ascending.
-
-        Returns
-        -------
-        (n, row_bytes) uint8
-        """
+        """Return ascending rows, (n,) int64, as (n, row_bytes) uint8; row 0 begins at ``begin``."""
         found = np.empty((len(rows), row_bytes), np.uint8)
         cuts = plan_ranges(rows, row_bytes)
         ranges = [

@@ -1,11 +1,11 @@
-"""The mutual rule: against what the rows themselves say."""
+"""The two-sided rule: against what the rows themselves say."""
 
 from __future__ import annotations
 
 import faiss
 import numpy as np
 import pytest
-from samples import candidates, collected, labels, make
+from samples import candidates, labels, make
 
 from snipdedup.adc import two_sided
 from snipdedup.features.cosine import unit_rows
@@ -26,14 +26,14 @@ def rows():
 
 @pytest.fixture(scope="module")
 def index(rows, tmp_path_factory):
-    return make(open_features(rows), tmp_path_factory.mktemp("mutual") / "index", nlist=LISTS)
+    return make(open_features(rows), tmp_path_factory.mktemp("two_sided") / "index", nlist=LISTS)
 
 
 def views_of(index: Index, rows: np.ndarray, folder, k: int, nprobe: int) -> two_sided.Views:
     classes = Classes.of(index.lists())
     searcher = Searcher(index, classes.lists, nprobe)
     source = feature_queries(index, index.space, open_features(rows))
-    return two_sided.record(searcher, classes, source, k, folder, 1)
+    return two_sided.record_views(searcher, classes, source, k, folder, 1)
 
 
 def plain(index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -67,10 +67,10 @@ def test_the_mean_of_two_differences_is_that_of_the_rows(index, rows, tmp_path):
     expected = np.einsum("ijd,ijd->ij", x[:, None] - x, q[:, None] - q)
     np.fill_diagonal(expected, np.inf)
     everyone = np.arange(ROWS)
-    found = two_sided.best_scores(views, shared, everyone, 1, common=0.0)
+    found = two_sided.best_view_scores(views, shared, everyone, 1, common=0.0)
     np.testing.assert_allclose(found[~shared], expected.min(axis=1)[~shared], atol=1e-5)
     few = views_of(index, rows, tmp_path / "few", 4, LISTS)
-    fewer = two_sided.best_scores(few, shared, everyone, 1, common=0.0)
+    fewer = two_sided.best_view_scores(few, shared, everyone, 1, common=0.0)
     assert (fewer >= found - 1e-5).all()  # where one of two names the other, its own counts more
     assert (fewer > found + 1e-5).any()
 
@@ -95,7 +95,7 @@ def test_the_score_by_hand(index, rows, tmp_path):
     vectors = np.concatenate([q[views.classes.lists.rows(slice(None))], centroids])
     checked = 0
     for row in range(0, ROWS, 10):
-        pairs = two_sided.judge(views, np.array([row]), 1e9)
+        pairs = two_sided.passing_pairs(views, np.array([row]), 1e9)
         for column, score in zip(pairs.column, pairs.score, strict=True):
             place = views.ids[row, 1 + column]
             other = int(views.classes.lists.rows(np.array([place]))[0])
@@ -115,30 +115,29 @@ def test_the_score_by_hand(index, rows, tmp_path):
 def test_a_margin_cuts_what_is_judged(index, rows, tmp_path):
     views = views_of(index, rows, tmp_path, 6, 2)
     everyone = np.arange(ROWS)
-    every, few = (two_sided.judge(views, everyone, margin) for margin in (1e9, 0.3))
+    every, few = (two_sided.passing_pairs(views, everyone, margin) for margin in (1e9, 0.3))
     assert 0 < len(few.at) < len(every.at)
     kept = {(a, c) for a, c, s in zip(*every, strict=True) if s <= 0.3}
     assert kept == {(a, c) for a, c, _ in zip(*few, strict=True)}
     best = np.full(ROWS, np.inf)
     np.minimum.at(best, every.at, every.score)
     shared = views.classes.shared(ROWS)
-    found = two_sided.best_scores(views, shared, everyone, 2)
+    found = two_sided.best_view_scores(views, shared, everyone, 2)
     np.testing.assert_allclose(found[~shared], best[~shared], rtol=1e-6)
     assert (found[shared] == 0).all()
 
 
-def test_a_crowd_larger_than_k_is_one_group(tmp_path):
+def test_a_crowd_larger_than_k_is_one_group(tmp_path, monkeypatch):
     rng = np.random.default_rng(3)
     x = rng.standard_normal((1500, 16)).astype(np.float32)
     x[200:500] = x[3] + 0.15 * rng.standard_normal((300, 16))
     features = open_features(x)
     index = make(features, tmp_path / "x", nlist=2, m=8)
-    adc = candidates(index, features, k=4, margin=0.5, nprobe=2, rule="mutual")
-    adc.crowd = 0.02
-    pairs = collected(adc)
+    monkeypatch.setattr("snipdedup.adc.pairs.default_margin", lambda *_, **__: 0.02)
+    _, pairs, flags = candidates(index, features, k=4, margin=0.5, nprobe=2, rule="two_sided")
     assert np.bincount(pairs.ravel()).max() > 32  # far more than k
     crowd = np.append(3, np.arange(200, 500))
-    assert adc.flags[crowd].mean() > 0.95
+    assert flags[crowd].mean() > 0.95
     sizes = np.bincount(labels(pairs, len(x))[crowd])
     assert sizes.max() > 0.95 * len(crowd)
 
@@ -150,4 +149,4 @@ def test_elimination_solves_as_lapack_does():
     gram[5, 3:], gram[5, :, 3:], v[5, 3:] = 0, 0, 0  # directions that are not there
     gram[5] += 1e-6 * np.eye(25)
     expected = [a @ np.linalg.solve(G, a) for G, a in zip(gram, v, strict=True)]
-    assert two_sided.eliminated(gram, v) == pytest.approx(expected, rel=1e-9)
+    assert two_sided.quadratic_forms(gram, v) == pytest.approx(expected, rel=1e-9)

@@ -62,8 +62,9 @@ def same(one, two):
     return files[0] == files[1]
 
 
-@pytest.mark.parametrize("name", ["encoder", "index", "clean"])
-@pytest.mark.parametrize("kind", ["web", "hub", "store", "path"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("web", "encoder"), ("hub", "index"), ("store", "clean"), ("path", "index")]
+)
 def test_a_published_folder_comes_as_its_author_made_it(
     server, made, tmp_path, monkeypatch, name, kind
 ):

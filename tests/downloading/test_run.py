@@ -15,8 +15,8 @@ import pytest
 from servers import Server, kill_once_more_came
 
 from snipdedup.config import Download
+from snipdedup.downloading import fetch_and_filter, transfer
 from snipdedup.downloading import run as download
-from snipdedup.downloading import transfer
 from snipdedup.downloading.mask_rows import count_rows
 from snipdedup.downloading.transfer import SourceFile
 from snipdedup.errors import SnipError, UsageError
@@ -453,7 +453,7 @@ def test_what_came_before_a_stop_is_not_asked_for_again(server, tmp_path, is_dup
 
 def fetch_until(name, source, out, **more):
     """Run a download that ends, as a kill would, when all files are here and ``name`` begins."""
-    real = getattr(download, name)
+    real = getattr(fetch_and_filter, name)
 
     def stop(*words):
         limit = time.monotonic() + 30
@@ -463,8 +463,8 @@ def fetch_until(name, source, out, **more):
         raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, name, stop)
+        patch.setattr(fetch_and_filter, name, stop)
         with pytest.raises(SystemExit):
             fetch(source, out, **more)
-    assert getattr(download, name) is real
+    assert getattr(fetch_and_filter, name) is real
     assert not (out / "snip.json").exists()

@@ -71,10 +71,10 @@ def test_products_decide_as_the_cosine_does(dim):
 
     def counted(*given):
         proved.append(len(given[2]))
-        return listed_cosines(*given)
+        return indexed_cosines(*given)
 
-    listed_cosines = nearest_reference.listed_cosines
-    with mock.patch.object(nearest_reference, "listed_cosines", counted):
+    indexed_cosines = nearest_reference.indexed_cosines
+    with mock.patch.object(nearest_reference, "indexed_cosines", counted):
         found = nearest_reference.likely_cosines(x, unit_rows64(x), y, np.full(300, -1, np.float32))
     i, j = np.divmod(np.arange(300 * 200), 200)
     exact = pair_cosine(x[i], y[j]).reshape(300, 200)

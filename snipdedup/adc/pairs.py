@@ -1,0 +1,258 @@
+"""The candidate pairs of an index: rows with the neighbours that pass the adaptive threshold.
+
+`candidate_pairs` loads the codes, calibrates the margin of the rule on a sample, and searches
+block by block. Nothing is verified here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from snipdedup import progress
+from snipdedup.adc import two_sided
+from snipdedup.adc.threshold import (
+    SYMMETRIC,
+    TWO_SIDED,
+    best_scores,
+    calibrate,
+    calibration_sample,
+    default_margin,
+    scores,
+    true_duplicates,
+)
+from snipdedup.errors import UsageError
+from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.index.folder import Index
+from snipdedup.index.search import (
+    QUERY_ROWS,
+    Classes,
+    Queries,
+    Searcher,
+    Source,
+    code_queries,
+    feature_queries,
+    query_space,
+)
+from snipdedup.parallel import ordered_map
+
+MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
+
+
+class LoadedCodes(NamedTuple):
+    """All codes of an index in memory.
+
+    Attributes
+    ----------
+    classes, searcher : Classes, Searcher
+    shared : (rows,) bool
+        Rows that share their code with another.
+    queries : function of a sample of row numbers, or of nothing for all rows
+    """
+
+    classes: Classes
+    searcher: Searcher
+    shared: np.ndarray
+    queries: Callable[..., Source]
+
+
+class Rule(NamedTuple):
+    """How neighbours are judged.
+
+    Attributes
+    ----------
+    name : str
+        ``two_sided``, ``difference``, ``ratio`` or ``symmetric``.
+    margin : float
+        The largest score that passes.
+    own_margin : float
+        Of the difference of one row alone, where more than k neighbours pass the two-sided rule.
+    calibration : dict
+        Where the margin is from: ``source`` (``given``, ``sample`` or ``default``) and, of a
+        sample, what `threshold.calibrate` says of it.
+    """
+
+    name: str
+    margin: float
+    own_margin: float
+    calibration: dict[str, Any]
+
+
+class Candidates(NamedTuple):
+    """Pairs of rows ``a`` < ``b``, each once; ``flagged`` are the rows with a passing neighbour.
+
+    ``cut`` counts rows that had more than `MOST_NEIGHBOURS` of them.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    flagged: np.ndarray
+    cut: int
+
+
+def candidate_pairs(
+    index: Index,
+    features: Features | None,
+    *,
+    rule: str,
+    margin: float | None,
+    precision: float,
+    threshold: float,
+    calibration_rows: int,
+    seed: int,
+    k: int,
+    nprobe: int,
+    encoder: str | None,
+    work: Path,
+    threads: int,
+) -> tuple[Rule, Iterator[Candidates]]:
+    """Return the rule with its margin, and the candidate pairs block by block.
+
+    A pair is unique in its block and may come again in another. Rows that share a code come
+    as pairs with the smallest of them; as neighbours of others, the k smallest come (1024
+    without features, where no pair is verified and one code is as good as another).
+
+    Parameters
+    ----------
+    index : Index
+    features : Features or None
+        The rows that were indexed. Without them codes are compared with codes (``symmetric``).
+    rule, margin, precision, threshold, calibration_rows, seed, k, nprobe, encoder
+        As the settings of ``snip dedup``.
+    work : Path
+        Folder for what the two-sided rule keeps of its search.
+    threads : int
+
+    Raises
+    ------
+    SnipError
+        If the features are not those of the index.
+    """
+    if features is None and rule == "ratio":
+        raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
+    name = SYMMETRIC if features is None else rule
+    space = index.space if features is None else query_space(index, features, encoder)
+    classes = Classes.of(index.lists())
+    queries: Callable[..., Source] = partial(code_queries, index, classes.lists)
+    if features is not None:
+        queries = partial(feature_queries, index, space, features)
+    searcher, shared = Searcher(index, classes.lists, nprobe), classes.shared(index.rows)
+    codes = LoadedCodes(classes, searcher, shared, queries)
+    views = None
+    if name == TWO_SIDED:
+        views = two_sided.record_views(searcher, classes, queries(), k, work, threads)
+
+    encoded = index.as_stored or space.encoder is not None
+    usual = partial(
+        default_margin, code_size=index.code_size, precision=precision, threshold=threshold,
+        encoded=encoded,
+    )  # fmt: skip
+    found = Rule(name, usual(name), usual("difference"), {"source": "default"})
+    if margin is not None:
+        found = found._replace(margin=margin, calibration={"source": "given"})
+    elif features is not None:
+        sample = calibration_sample(features.rows, calibration_rows, seed)
+        truth = true_duplicates(features, sample, threshold, threads)
+        if truth.any():
+            found = calibrated(found, codes, views, sample, truth, precision, threads)
+    return found, search_candidates(codes, views, found, k, threads)
+
+
+def calibrated(
+    rule: Rule,
+    codes: LoadedCodes,
+    views: two_sided.Views | None,
+    sample: np.ndarray,
+    truth: np.ndarray,
+    precision: float,
+    threads: int,
+) -> Rule:
+    """Return the rule with the margins that suit a sample; ``truth``: which are duplicates."""
+    if views is None:
+        best = best_scores(codes.searcher, codes.shared, codes.queries(sample), rule.name, threads)
+    else:
+        best = two_sided.best_view_scores(views, codes.shared, sample, threads)
+        own = two_sided.own_differences(views, codes.shared, sample)
+        rule = rule._replace(own_margin=calibrate(own, truth, precision)[0])
+    margin, reached = calibrate(best, truth, precision)
+    return rule._replace(margin=margin, calibration=reached)
+
+
+def search_candidates(
+    codes: LoadedCodes, views: two_sided.Views | None, rule: Rule, k: int, threads: int
+) -> Iterator[Candidates]:
+    """Yield the candidate pairs: rows that share a code first, then rows and their neighbours."""
+    for first, row in codes.classes.links():
+        yield Candidates(first, row, np.append(first, row), 0)
+    source, members = codes.queries(), MOST_NEIGHBOURS if rule.name == SYMMETRIC else k
+
+    def search(span: tuple[int, int]) -> Candidates:
+        if views is not None:
+            return judge_views(codes, views, rule, np.arange(*span))
+        return passing_neighbours(codes, source.load(span), rule.name, rule.margin, k, members)
+
+    spans = plan_blocks(source.total, QUERY_ROWS)
+    with progress.bar(source.total, "matching", "rows") as bar:
+        for span, found in zip(spans, ordered_map(search, spans, threads), strict=True):
+            yield found
+            bar.update(span[1] - span[0])
+
+
+def passing_neighbours(
+    codes: LoadedCodes, queries: Queries, rule: str, margin: float, k: int, members: int
+) -> Candidates:
+    """Return all passing neighbours, up to ``members`` rows of one code.
+
+    Where all k pass, more are asked for.
+    """
+    Dq, Iq = codes.searcher.probe(queries.x, queries.first)
+    found = [np.empty((2, 0), np.int64)]
+    pending, cut = np.flatnonzero(queries.rows >= 0), 0
+    while len(pending):
+        D, I = codes.searcher.places(queries.x[pending], Dq[pending], Iq[pending], k)
+        passes = (scores(D, queries.own[pending], rule) <= margin) & (I >= 0)
+        more = np.asarray(passes.all(axis=1))
+        if k >= MOST_NEIGHBOURS:
+            cut, more = int(more.sum()), np.zeros_like(more)
+        at, column = np.nonzero(passes & ~more[:, None])
+        hit, rows = codes.classes.rows(I[at, column], members)
+        found.append(np.stack([queries.rows[pending[at[hit]]], rows]))
+        pending, k = pending[more], min(2 * k, MOST_NEIGHBOURS)
+    x, y = np.concatenate(found, axis=1)
+    return Candidates(*unique_pairs(x, y), np.unique(x[x != y]), cut)
+
+
+def judge_views(
+    codes: LoadedCodes, views: two_sided.Views, rule: Rule, rows: np.ndarray
+) -> Candidates:
+    """Judge some rows and their neighbours by the two-sided rule.
+
+    Where all k neighbours pass there may be more: these rows are searched for again, and what
+    comes then is judged by the row's own difference.
+    """
+    pairs = two_sided.passing_pairs(views, rows, rule.margin)
+    passed = np.bincount(pairs.at, minlength=len(rows))
+    near = views.ids[rows, 1 : 1 + views.k]
+    count = np.count_nonzero(near >= 0, axis=1)  # one place may be the row's own class
+    full = (count >= views.k - 1) & (passed == count) & (passed > 0)
+    hit, y = codes.classes.rows(near[pairs.at, pairs.column], views.k)
+    x = rows[pairs.at[hit]]
+    cut = 0
+    if full.any():
+        queries = codes.queries(rows[full]).load((0, int(full.sum())))
+        more = passing_neighbours(
+            codes, queries, "difference", rule.own_margin, 2 * views.k, views.k
+        )
+        x, y, cut = np.append(x, more.a), np.append(y, more.b), more.cut
+    return Candidates(*unique_pairs(x, y), np.unique(rows[pairs.at]), cut)
+
+
+def unique_pairs(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each pair of different rows once: the smaller rows, and the others."""
+    pairs = np.stack([np.minimum(x, y), np.maximum(x, y)])
+    a, b = np.unique(pairs[:, x != y], axis=1)
+    return a, b
