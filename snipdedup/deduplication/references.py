@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -324,20 +325,15 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
     accept_dates(now, features, manifest)
     if len(manifest["shards"]) != len(then["features"]):
         raise SnipError(f"{folder / MANIFEST}: damaged: it names other shards in two places")
-    names, before = ([shard["name"] for shard in side["features"]] for side in (now, then))
-    if names != before:
-        changed = sorted(set(names) ^ set(before)) or ["their order"]
-    else:
-        changed = [
-            name
-            for number, name in enumerate(names)
-            if any(then[key][number] != now[key][number] for key in now)
-        ]
-    if changed:
-        raise SnipError(
-            f"{folder}: the features are not those that were searched ({changed[0]} differs); "
-            "search again"
-        )
+    shards, before = (
+        zip(side["features"], side["features_changed"], strict=True) for side in (now, then)
+    )
+    for shard, known in zip_longest(shards, before):
+        if shard != known:
+            raise SnipError(
+                f"{folder}: the features are not those that were searched "
+                f"({(shard or known)[0]['name']} differs); search again"
+            )
 
 
 def own_pairs(

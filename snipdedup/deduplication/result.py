@@ -255,14 +255,14 @@ def choose_fraction(
     result = choose_at(search.threshold)
     if result.kept / search.rows > fraction:
         raise SnipError(
-            f"{result.kept / search.rows:.4%} of the rows stay already at threshold "
+            f"{result.kept / search.rows:.4%} of the rows are kept already at threshold "
             f"{search.threshold:g}, more than --keep_fraction {fraction:g}; search again at a "
             "lower --threshold"
         )
     while result.kept / search.rows < fraction:
         if result.threshold >= 1:
             raise SnipError(
-                f"{result.kept / search.rows:.4%} of the rows stay at threshold "
+                f"{result.kept / search.rows:.4%} of the rows are kept at threshold "
                 f"{result.threshold:g}, and there is no higher one; expected at least "
                 f"--keep_fraction {fraction:g}"
             )
