@@ -56,7 +56,7 @@ from snipdedup.evaluation.plan import free_space
 from snipdedup.evaluation.plan import run as plan_run
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
-from snipdedup.groups.star import Rank
+from snipdedup.groups.members import Rank
 from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.precheck import try_column_uses
 from snipdedup.metadata.tables import Metadata

@@ -30,27 +30,22 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.shards import Features, open_features
+from snipdedup.join.calibration import sample_pairs
 from snipdedup.join.encoding import encode_task, task_rows
-from snipdedup.join.fitting import (
+from snipdedup.join.lists import ROUNDS, Lists, assign_lists
+from snipdedup.join.memory import VISIT_BYTES, most_visits, needed_memory
+from snipdedup.join.model import (
     CROWDED_DEGREE,
     SINGLE_LIST_ROWS,
+    Model,
     calibration_rows,
     fit,
     list_count,
     training_rows,
 )
-from snipdedup.join.learned import encode_blocks
-from snipdedup.join.lists import ROUNDS, Lists, assign, sample_pairs
-from snipdedup.join.model import Model
-from snipdedup.join.pipeline import (
-    HELD_BYTES,
-    PARTITION_BYTES,
-    RUNS_A_WORKER,
-    VISIT_BYTES,
-    join_bytes,
-    needed_memory,
-)
-from snipdedup.join.tiles import COLUMN_TILE, Codes, compare
+from snipdedup.join.pipeline import PARTITIONS_A_WORKER
+from snipdedup.join.projection import encode_rows
+from snipdedup.join.tiles import COLUMN_TILE, CodedRows, compare_tiles
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import cores, library_threads, machine_memory
 from snipdedup.storage import atomic, out_folder
@@ -218,13 +213,13 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     listed = MET * (PAIRS_A_DUPLICATE * removed + rates.false_pairs * all_pairs)
 
     size = SizeOnly(rows, rates)
-    needed, fixed = needed_memory(size, cores), join_bytes(size) - PARTITION_BYTES
+    needed = needed_memory(size, cores)
     bound = max_memory or max(memory // 4, needed)
-    a_visit = VISIT_BYTES + 2 * rates.width
-    most = max(PARTITION_BYTES, (bound - HELD_BYTES) / cores - fixed) / a_visit
-    most = max(1.0, min(most, visited / (RUNS_A_WORKER * cores * nodes)))
+    most = most_visits(size, rates.width, cores, bound)
+    most = max(1, min(most, int(visited) // (PARTITIONS_A_WORKER * cores * nodes)))
     partitions = min(lists, math.ceil(visited / most))
-    held = max(needed, HELD_BYTES + cores * (fixed + visited / partitions * a_visit))
+    loaded = cores * most * (VISIT_BYTES + 2 * rates.width)
+    peak = LIBRARY_BYTES + min(needed + loaded, max(bound, needed))
 
     codes, out = visited * (rates.width + 12), rows + removed * EDGE_BYTES + members * MEMBER_BYTES
     work = codes + HASH_BYTES * rows + 16.0 * encode_tasks * (lists + 1) + PAIR_BYTES * removed
@@ -253,7 +248,6 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     seconds = {name: spent / faster.get(name, 1) for name, spent in compute.items()}
     if disk_speed:
         seconds = {name: max(s, moved.get(name, 0) / disk_speed) for name, s in seconds.items()}
-    peak = LIBRARY_BYTES + held
     problems = []
     if max_memory is not None and max_memory < needed:
         problems.append(f"--max_memory: the run needs at least {amount(needed)}")
@@ -296,21 +290,21 @@ def probe(
         nlist = model.lists.nlist
 
         def encode() -> None:
-            encode_task(sample, model, folder, 0, timed, chunk_rows=TIMED_ROWS, frozen=0)
+            encode_task(sample, model, folder, 0, timed, chunk_rows=TIMED_ROWS)
 
         encoding = seconds_of(encode) / timed
         homes = np.load(folder / "homes.npy")
         visits = np.diff(np.load(folder / "starts.npy"))
-        codes = encode_blocks(model.projection, raw[:PAIR_ROWS], 1)
+        codes = encode_rows(model.projection, raw[:PAIR_ROWS], 1)
         pairs = count_pairs(raw[: len(codes)], codes, model, source.rows if source else rows)
 
         some = np.arange(min(len(codes), TIMED_ROWS))
         few, lists = codes[: len(some)], Lists(codes[: 1 << 8], 0.0, 0.0)
-        row_list = seconds_of(lambda: assign(few, lists)) / len(few) / len(lists.centroids)
-        members, columns = Codes(some, few, np.zeros(len(some))), min(COLUMN_TILE, len(some))
+        row_list = seconds_of(lambda: assign_lists(few, lists)) / len(few) / len(lists.centroids)
+        members, columns = CodedRows(some, few, np.zeros(len(some))), min(COLUMN_TILE, len(some))
 
         def multiply() -> Any:
-            return compare(sample, members, columns, limit=model.limit, threshold=threshold)
+            return compare_tiles(sample, members, columns, limit=model.limit, threshold=threshold)
 
         multiplying = seconds_of(multiply)
         other = np.roll(some, len(some) // 2)
