@@ -28,9 +28,9 @@ from snipdedup.features.shards import (
     plan_blocks,
     request_of,
 )
+from snipdedup.groups.members import Nearest
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
-from snipdedup.groups.star import Nearest
-from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
+from snipdedup.join.forest import BLOCK_EDGES, Edges, UnionFind, join_edges, make_edges
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import Columns, among
 from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest, versions
@@ -371,7 +371,7 @@ def own_pairs(
     the nearest reference row of each distinct row that matches one.
     """
     copy, original, twins = own_copies(*copies, reference_rows)
-    roots, rows = Roots(features.rows), features.rows - reference_rows
+    roots, rows = UnionFind(features.rows), features.rows - reference_rows
     for edges in (forest, twins):
         for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
             roots.unite(edges.a[start:stop], edges.b[start:stop])

@@ -25,11 +25,9 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import Block, collect, slices
 from snipdedup.groups.keep import ColumnRank
+from snipdedup.groups.members import Copies, Members, Rank
 from snipdedup.groups.star import (
     Compare,
-    Copies,
-    Members,
-    Rank,
     group_components,
     group_matches,
     group_star,
@@ -302,7 +300,7 @@ def decide_block(
     """
     if search.best is not None:
         return group_matches(block.forest, search.best, threshold)
-    copies = Copies(block.copies, block.firsts, rank)
+    copies = Copies(block.copies, block.originals, rank)
     forest = copies.fold(block.forest)
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":

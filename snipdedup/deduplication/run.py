@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.config import EXPORTS, Dedup, keep_rules, named_kinds, parse_epsilons
+from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, named_kinds, parse_epsilons
 from snipdedup.deduplication.adc_method import check_given, search_adc
 from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
 from snipdedup.deduplication.methods import SearchSettings, search_features
@@ -52,10 +52,11 @@ from snipdedup.deduplication.settings import (
     search_settings,
 )
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
-from snipdedup.evaluation.plan import plan_features
+from snipdedup.evaluation.plan import free_space
+from snipdedup.evaluation.plan import run as plan_run
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
-from snipdedup.groups.star import Rank
+from snipdedup.groups.members import Rank
 from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.precheck import try_column_uses
 from snipdedup.metadata.tables import Metadata
@@ -134,17 +135,13 @@ def plan(options: Dedup) -> str:
         out_folder.refuse_output_inside(out, read_paths(job))
     if job.inputs.features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
-    return str(
-        plan_features(
-            job.inputs.features,
-            out,
-            threshold=job.settings.threshold,
-            recall=job.settings.recall,
-            seed=job.settings.seed,
-            threads=options.threads,
-            max_memory=options.max_memory,
-        )
-    )
+    settings = Plan(
+        features=options.features, parts=options.parts, array=options.array, column=options.column,
+        threshold=job.settings.threshold, recall=job.settings.recall, seed=job.settings.seed,
+        cores=options.threads, max_memory=options.max_memory,
+        disk=None if out is None else str(free_space(out)),
+    )  # fmt: skip
+    return str(plan_run(settings))
 
 
 @locks.released()
