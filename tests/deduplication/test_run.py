@@ -502,13 +502,13 @@ def test_metadata_that_cannot_be_written_is_refused_before_the_search(laion, tmp
 @pytest.fixture
 def searches(monkeypatch):
     """Counts the tasks of joins that are done anew."""
-    done, join_task = [], tasks.join_task
+    done, join_partition = [], tasks.join_partition
 
     def counted(*given, **named):
         done.append(1)
-        return join_task(*given, **named)
+        return join_partition(*given, **named)
 
-    monkeypatch.setattr(tasks, "join_task", counted)
+    monkeypatch.setattr(tasks, "join_partition", counted)
     return done
 
 
