@@ -56,9 +56,14 @@ def memory_bound(text: str | None, need: int = 0) -> int:
                 "give as much, fewer --threads or fewer rows"
             )
         return bound
-    if not hasattr(os, "sysconf"):  # Windows tells only through other libraries
-        return max(2 << 30, need)
-    return max(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4, need)
+    return max(machine_memory() // 4, need)
+
+
+def machine_memory() -> int:
+    """Return the bytes of RAM of this machine; 8 GB where the system does not say."""
+    if not hasattr(os, "sysconf"):  # Windows says it through other libraries only
+        return 8 << 30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def pick_device(name: str) -> str:

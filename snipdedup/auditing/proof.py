@@ -18,7 +18,7 @@ from snipdedup.auditing.result import AuditResult
 from snipdedup.deduplication.out_reader import BATCH_ROWS, pick
 from snipdedup.features.cosine import bad_rows, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.star import Members, group_starts
+from snipdedup.groups.members import Members, group_starts
 from snipdedup.metadata.tables import open_parquet
 from snipdedup.parallel import ordered_map
 

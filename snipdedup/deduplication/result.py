@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from snipdedup import progress
 from snipdedup.config import Dedup
@@ -24,11 +25,9 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import Block, collect, slices
 from snipdedup.groups.keep import ColumnRank
+from snipdedup.groups.members import Copies, Members, Rank
 from snipdedup.groups.star import (
     Compare,
-    Copies,
-    Members,
-    Rank,
     group_components,
     group_matches,
     group_star,
@@ -257,14 +256,14 @@ def choose_fraction(
     result = choose_at(search.threshold)
     if result.kept / search.rows > fraction:
         raise SnipError(
-            f"{result.kept / search.rows:.4%} of the rows stay already at threshold "
+            f"{result.kept / search.rows:.4%} of the rows are kept already at threshold "
             f"{search.threshold:g}, more than --keep_fraction {fraction:g}; search again at a "
             "lower --threshold"
         )
     while result.kept / search.rows < fraction:
         if result.threshold >= 1:
             raise SnipError(
-                f"{result.kept / search.rows:.4%} of the rows stay at threshold "
+                f"{result.kept / search.rows:.4%} of the rows are kept at threshold "
                 f"{result.threshold:g}, and there is no higher one; expected at least "
                 f"--keep_fraction {fraction:g}"
             )
@@ -301,7 +300,7 @@ def decide_block(
     """
     if search.best is not None:
         return group_matches(block.forest, search.best, threshold)
-    copies = Copies(block.copies, block.firsts, rank)
+    copies = Copies(block.copies, block.originals, rank)
     forest = copies.fold(block.forest)
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":
@@ -320,8 +319,6 @@ def decide_block(
 
 def forest_table(search: SearchResult, forest: Edges) -> Any:
     """Return edges of the forest as a ``pyarrow.Table``; unverified pairs have no similarity."""
-    import pyarrow as pa
-
     similarity = pa.array(forest.similarity, mask=np.full(len(forest.a), not search.verified))
     return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
 
@@ -334,13 +331,9 @@ def groups_table(
     With references, ``reference`` names the input whose row the representative is, null for
     FEATURES; ``near`` is as in `Result`.
     """
-    import pyarrow as pa
-
-    shard = np.searchsorted(search.offsets, members.row, side="right") - 1
     columns = {
         "row": members.row,
-        "shard": pa.array(search.names, pa.string()).take(pa.array(shard)),
-        "shard_row": members.row - search.offsets[shard],
+        **search.places(members.row),
         "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
         "group": members.group,
         "representative": members.representative,
