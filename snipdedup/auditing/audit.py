@@ -229,23 +229,8 @@ def open_run(manifest: dict[str, Any], result: AuditResult) -> AuditedRun | None
     if len(is_dup) != offsets[-1]:
         result.fail("mask", f"is_dup.npy: {len(is_dup):,} rows, expected {offsets[-1]:,}")
         return None
-    settings = manifest["settings"]
-    references_only = bool(settings.get("references_only"))
-    by_design = None
-    if settings["method"] == "semdedup":
-        by_design = "semdedup"
-    elif settings["grouping"] == "components" and not references_only:
-        by_design = "components"
-    return AuditedRun(
-        folder=result.folder,
-        manifest=manifest,
-        names=[shard["name"] for shard in manifest["shards"]],
-        offsets=offsets,
-        is_dup=is_dup,
-        threshold=float(settings["threshold"]),
-        references_only=references_only,
-        by_design=by_design,
-    )
+    names = [shard["name"] for shard in manifest["shards"]]
+    return AuditedRun(result.folder, manifest, names, offsets, is_dup)
 
 
 def check_groups(run: AuditedRun, proof: Proof, result: AuditResult) -> bool:

@@ -47,19 +47,11 @@ class AuditedRun:
 
     Attributes
     ----------
-    folder : Path
-    manifest : dict
+    folder, manifest : Path, dict
     names, offsets : list of str, (shards + 1,) int64
         File name and first row of each shard; the last offset is the number of rows.
     is_dup : (rows,) bool
         Memory-mapped.
-    threshold : float
-        Cosine from which two rows are a pair.
-    references_only : bool
-        Rows are removed for rows of references only.
-    by_design : str or None
-        The rule by which a removed row may be far from each kept row: ``semdedup``,
-        ``components`` or None.
     """
 
     folder: Path
@@ -67,9 +59,25 @@ class AuditedRun:
     names: list[str]
     offsets: np.ndarray
     is_dup: np.ndarray
-    threshold: float
-    references_only: bool
-    by_design: str | None
+
+    @property
+    def threshold(self) -> float:
+        """Cosine from which two rows are a pair."""
+        return float(self.manifest["settings"]["threshold"])
+
+    @property
+    def references_only(self) -> bool:
+        """Whether rows are removed for rows of references only."""
+        return bool(self.manifest["settings"].get("references_only"))
+
+    @property
+    def by_design(self) -> str | None:
+        """The rule by which a removed row may be far from each kept row; None for the star rule."""
+        settings = self.manifest["settings"]
+        if settings["method"] == "semdedup":
+            return "semdedup"
+        chains = settings["grouping"] == "components" and not self.references_only
+        return "components" if chains else None
 
     @property
     def rows(self) -> int:
@@ -87,25 +95,15 @@ class AuditedRun:
 class Proof:
     """Takes the members of whole groups, some groups at a time, and notes what is wrong.
 
-    Parameters
-    ----------
-    run : AuditedRun
-    features : Features or None
-        None if they are not those of the run: then no cosine is computed.
-    captions : Captions or None
-    result : AuditResult
-    chosen : (n,) int64 or None
-        Removed rows to prove, by their number among all removed rows, ascending; None for all.
-    threads, memory : int
+    Without ``features`` no cosine is computed. ``chosen`` (n,) int64 are the removed rows to
+    prove, by their number among all removed rows, ascending; None for all.
 
     Attributes
     ----------
     removed, groups, largest, chained : int
         Counts of the members, to be compared with the manifest.
-    proved, reach : int
-        Pairs whose cosine was computed, and those of them that reach the threshold.
-    lowest : float
-        The lowest of these cosines.
+    proved, reach, lowest : int, int, float
+        Pairs whose cosine was computed, those that reach the threshold, and the lowest cosine.
     """
 
     def __init__(
