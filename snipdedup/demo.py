@@ -239,14 +239,14 @@ def describe(planted: Planted, out: Path) -> str:
         share = scores.right / scores.removed if scores.removed else 1.0
         lines.append(
             f"{method}: {scores.removed:,} rows removed, {scores.right:,} of them "
-            f"({100 * share:.1f} %) beside a row of the same picture that stays"
+            f"({100 * share:.1f} %) beside a kept row of the same picture"
         )
     join, clean = found["join"], out / "clean"
     lines += [
-        f"{len(planted.picture) - join.removed:,} rows stay, of {len(planted.originals):,} "
+        f"{len(planted.picture) - join.removed:,} rows are kept, of {len(planted.originals):,} "
         f"pictures drawn: {join.twice:,} more than one a picture, {join.lost:,} pictures lost",
-        f"the rows that stay: {clean / 'metadata'}",
-        f"what went because of what: {clean / 'groups.parquet'}",
+        f"the kept rows: {clean / 'metadata'}",
+        f"which row was removed for which: {clean / 'groups.parquet'}",
     ]
     if can_report():
         lines.append(f"look at it, in a browser: {clean / 'report.html'}")
