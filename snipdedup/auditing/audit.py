@@ -119,7 +119,7 @@ def audit(
         return False
     proved = features if same_rows else None
     chosen = pick_ordinals(int(np.count_nonzero(run.is_dup)), sample, seed) if sample else None
-    proof = Proof(run, proved, captions, result, chosen=chosen, threads=threads, memory=memory)
+    proof = Proof(run, proved, captions, result, chosen, threads, memory)
     references = open_references(manifest, threads, result)
     readable = check_groups(run, proof, result)
     if readable:

@@ -92,6 +92,7 @@ class AuditedRun:
         return f"row {row:,} ({self.names[shard]} row {row - self.offsets[shard]})"
 
 
+@dataclass
 class Proof:
     """Takes the members of whole groups, some groups at a time, and notes what is wrong.
 
@@ -106,23 +107,24 @@ class Proof:
         Pairs whose cosine was computed, those that reach the threshold, and the lowest cosine.
     """
 
-    def __init__(
-        self,
-        run: AuditedRun,
-        features: Features | None,
-        captions: Captions | None,
-        result: AuditResult,
-        *,
-        chosen: np.ndarray | None,
-        threads: int,
-        memory: int,
-    ) -> None:
-        self.run, self.features, self.captions, self.result = run, features, captions, result
-        self.chosen, self.threads, self.memory = chosen, threads, memory
-        self.seen = np.zeros(run.rows, bool)
+    run: AuditedRun
+    features: Features | None
+    captions: Captions | None
+    result: AuditResult
+    chosen: np.ndarray | None
+    threads: int
+    memory: int
+    removed: int = 0
+    groups: int = 0
+    largest: int = 1
+    chained: int = 0
+    proved: int = 0
+    reach: int = 0
+    lowest: float = np.inf
+
+    def __post_init__(self) -> None:
+        self.seen = np.zeros(self.run.rows, bool)
         self.last = (-1, -1)  # group and row
-        self.removed = self.groups = self.chained = self.proved = self.reach = 0
-        self.largest, self.lowest = 1, np.inf
         self.represented = [(np.empty(0, np.int64), np.empty(0, np.int64))]
 
     def add(self, members: Members) -> None:
