@@ -121,7 +121,8 @@ def open_result(out: str | Path) -> Result:
     folder = Path(out).expanduser()
     with as_written(folder):
         threshold = read_manifest(folder, KIND)["settings"]["threshold"]
-        job = prepare(inherit(Dedup(features=str(folder), threshold=threshold), folder))
+        options = inherit(Dedup(features=str(folder), threshold=threshold), folder)
+        job = prepare(options, writes=False)
         return read_result(folder, job)
 
 
