@@ -17,6 +17,10 @@ from snipdedup.errors import UsageError as UsageError
 from snipdedup.evaluation.evaluate import Evaluation as Evaluation
 from snipdedup.evaluation.plan import RunPlan as RunPlan
 from snipdedup.index.folder import Index as Index
+from snipdedup.inspection.diff import DiffResult as DiffResult
+from snipdedup.inspection.report import ReportResult as ReportResult
+from snipdedup.inspection.search import SearchResult as SearchResult
+from snipdedup.inspection.top import TopResult as TopResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
 
 __version__: str
@@ -360,7 +364,7 @@ def diff(
     out2: str | PathLike[str],
     *,
     n: int = 5,
-) -> str:
+) -> DiffResult:
     """Compare two runs over the same rows: ``snip diff``.
 
     Parameters
@@ -642,7 +646,7 @@ def report(
     rows: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> ReportResult:
     """Write a page that shows what is removed, with pictures if given: ``snip report``.
 
     Parameters
@@ -671,7 +675,7 @@ def report(
     """
 
 def search(
-    query: str,
+    query: Any,
     *,
     index: str | PathLike[str],
     k: int = 10,
@@ -687,7 +691,7 @@ def search(
     model: str | None = None,
     download: bool = False,
     html: str | PathLike[str] | None = None,
-) -> str:
+) -> SearchResult:
     """Find the nearest rows to a row, a vector or a text: ``snip search``.
 
     Parameters
@@ -735,7 +739,7 @@ def top(
     n: int = 100,
     metadata: str | PathLike[str] | None = None,
     prompts: str | PathLike[str] | None = None,
-) -> str:
+) -> TopResult:
     """List the rows with the most duplicates: ``snip top``.
 
     Parameters

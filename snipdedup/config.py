@@ -680,7 +680,7 @@ class Report(Settings):
 class Search(Settings):
     """Settings of ``snip search``."""
 
-    query: str = argument("row number, .npy or .npz of vectors, or a text")
+    query: Any = argument("row number, .npy or .npz of vectors, or a text")
     index: str = required("folder that snip index wrote", path=FOLDER)
     k: int = option(10, "neighbours to show", low=1, high=10**6)
     nprobe: int = option(64, "lists visited", low=1, high=2**24)
@@ -709,7 +709,8 @@ class Search(Settings):
 
     def check(self) -> None:
         """See `Settings.check`."""
-        if not self.text and URL.match(self.query) and self.query.endswith((".npy", ".npz")):
+        query = self.query if isinstance(self.query, str) and not self.text else ""
+        if URL.match(query) and query.endswith((".npy", ".npz")):
             raise UsageError("QUERY is a URL of vectors: fetch the file first, or say --text")
 
 

@@ -22,6 +22,7 @@ from snipdedup.auditing.sheet import (
 )
 from snipdedup.config import Audit
 from snipdedup.deduplication.out_reader import whole_groups
+from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
@@ -36,7 +37,6 @@ from snipdedup.storage.atomic import sha256
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
 
-KIND = "dedup"
 MASK_ROWS = 1 << 24  # of the mask, looked at together
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.groups.blocks import slices
-from snipdedup.groups.star import Members, group_starts
+from snipdedup.groups.members import Members, group_starts
 from snipdedup.join.forest import Edges, link_smaller, number_ends
 
 

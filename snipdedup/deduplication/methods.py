@@ -21,13 +21,15 @@ from snipdedup.deduplication.semdedup import search_semdedup
 from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
+from snipdedup.groups.members import Best
 from snipdedup.groups.pairs import all_pairs, pairs_within
-from snipdedup.groups.star import Also, Best
+from snipdedup.groups.star import Also
 from snipdedup.join.brute_force import exact_edges
 from snipdedup.join.forest import Edges, ForestBuilder, components, join_edges
+from snipdedup.join.memory import needed_memory
 from snipdedup.join.model import is_readable
-from snipdedup.join.pipeline import join, needed_memory
-from snipdedup.join.tasks import Tasks
+from snipdedup.join.pipeline import join
+from snipdedup.join.tasks import JoinSettings
 from snipdedup.parallel import Stage, memory_bound
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner
@@ -100,33 +102,33 @@ def find_pairs(
 
     Return the scan, the forest (see `forest.spanning_forest`), and figures for the manifest.
     """
-    across = settings.references_only and reference_rows > 0
+    references_only = settings.references_only and reference_rows > 0
     if settings.method != "exact":
         runner = runner or Local(settings.threads)
-        tasks = Tasks(
-            features,
-            work,
+        asked = JoinSettings(
             threshold=settings.threshold,
             recall=settings.recall,
             seed=settings.seed,
             keep_bad=settings.keep_bad,
             chunk_rows=settings.chunk_rows,
             device=settings.device,
-            frozen=reference_rows,
-            across=across,
+            reference_rows=reference_rows,
+            references_only=references_only,
             encoder=settings.encoder,
-            kept=model,
+            kept_model=model,
         )
         need = needed_memory(features, runner.here, reference_rows)
-        return join(tasks, runner, memory=memory_bound(settings.max_memory, need), stage=stage)
+        memory = memory_bound(settings.max_memory, need)
+        return join(features, asked, work, runner, memory=memory, stage=stage)
     with stage("read"):
         seen = settings.scan(features)
     with stage("compare"):
         rows = np.flatnonzero(~seen.skipped(features.rows, reference_rows))
-        builder = ForestBuilder(frozen=reference_rows)
+        builder = ForestBuilder(reference_rows)
         for edges in exact_edges(
             features, rows, settings.threshold, threads=settings.threads,
-            memory=memory_bound(settings.max_memory), frozen=reference_rows, across=across,
+            memory=memory_bound(settings.max_memory), reference_rows=reference_rows,
+            references_only=references_only,
         ):  # fmt: skip
             builder.add(edges)
     return seen, builder.forest(), {}

@@ -16,7 +16,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
-from snipdedup.groups.star import Members, group_starts, keep_rank
+from snipdedup.groups.members import Members, group_starts, keep_rank
 from snipdedup.metadata.tables import open_parquet
 
 BATCH_ROWS = 1 << 19

@@ -20,8 +20,8 @@ from snipdedup.features.shards import request_of
 from snipdedup.groups import url_baseline
 from snipdedup.groups.blocks import cut_groups, slices
 from snipdedup.groups.keep import ColumnRank
+from snipdedup.groups.members import Best, Rank, no_members
 from snipdedup.groups.pairs import all_pairs, too_many, write_pairs
-from snipdedup.groups.star import Best, Rank, no_members
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata import additions, export
 from snipdedup.metadata.gather import gather_columns

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from snipdedup.features.shards import (
     plan_blocks,
     request_of,
 )
+from snipdedup.groups.members import Nearest
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
-from snipdedup.groups.star import Nearest
-from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
+from snipdedup.join.forest import BLOCK_EDGES, Edges, UnionFind, join_edges, make_edges
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import Columns, among
 from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest, versions
@@ -324,20 +325,15 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
     accept_dates(now, features, manifest)
     if len(manifest["shards"]) != len(then["features"]):
         raise SnipError(f"{folder / MANIFEST}: damaged: it names other shards in two places")
-    names, before = ([shard["name"] for shard in side["features"]] for side in (now, then))
-    if names != before:
-        changed = sorted(set(names) ^ set(before)) or ["their order"]
-    else:
-        changed = [
-            name
-            for number, name in enumerate(names)
-            if any(then[key][number] != now[key][number] for key in now)
-        ]
-    if changed:
-        raise SnipError(
-            f"{folder}: the features are not those that were searched ({changed[0]} differs); "
-            "search again"
-        )
+    shards, before = (
+        zip(side["features"], side["features_changed"], strict=True) for side in (now, then)
+    )
+    for shard, known in zip_longest(shards, before):
+        if shard != known:
+            raise SnipError(
+                f"{folder}: the features are not those that were searched "
+                f"({(shard or known)[0]['name']} differs); search again"
+            )
 
 
 def own_pairs(
@@ -378,7 +374,7 @@ def own_pairs(
         Of each distinct row that matches a reference row; of each row where there are no copies.
     """
     copy, original, twins = own_copies(*copies, reference_rows)
-    roots, rows = Roots(features.rows), features.rows - reference_rows
+    roots, rows = UnionFind(features.rows), features.rows - reference_rows
     for edges in (forest, twins):
         for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
             roots.unite(edges.a[start:stop], edges.b[start:stop])

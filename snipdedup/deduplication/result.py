@@ -24,11 +24,9 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import Block, collect, slices
 from snipdedup.groups.keep import ColumnRank
+from snipdedup.groups.members import Copies, Members, Rank
 from snipdedup.groups.star import (
     Compare,
-    Copies,
-    Members,
-    Rank,
     group_components,
     group_matches,
     group_star,
@@ -257,14 +255,14 @@ def choose_fraction(
     result = choose_at(search.threshold)
     if result.kept / search.rows > fraction:
         raise SnipError(
-            f"{result.kept / search.rows:.4%} of the rows stay already at threshold "
+            f"{result.kept / search.rows:.4%} of the rows are kept already at threshold "
             f"{search.threshold:g}, more than --keep_fraction {fraction:g}; search again at a "
             "lower --threshold"
         )
     while result.kept / search.rows < fraction:
         if result.threshold >= 1:
             raise SnipError(
-                f"{result.kept / search.rows:.4%} of the rows stay at threshold "
+                f"{result.kept / search.rows:.4%} of the rows are kept at threshold "
                 f"{result.threshold:g}, and there is no higher one; expected at least "
                 f"--keep_fraction {fraction:g}"
             )
@@ -301,7 +299,7 @@ def decide_block(
     """
     if search.best is not None:
         return group_matches(block.forest, search.best, threshold)
-    copies = Copies(block.copies, block.firsts, rank)
+    copies = Copies(block.copies, block.originals, rank)
     forest = copies.fold(block.forest)
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":

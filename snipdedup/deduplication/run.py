@@ -44,7 +44,7 @@ from snipdedup.deduplication.search_result import (
     save_search,
 )
 from snipdedup.deduplication.settings import (
-    decision_names,
+    DECISIONS,
     describe_request,
     finished_run,
     inherit,
@@ -55,7 +55,7 @@ from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
 from snipdedup.evaluation.plan import plan_features
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
-from snipdedup.groups.star import Rank
+from snipdedup.groups.members import Rank
 from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.precheck import try_column_uses
 from snipdedup.metadata.tables import Metadata
@@ -74,7 +74,7 @@ class Job(NamedTuple):
     """
 
     options: Dedup
-    search: SearchSettings
+    settings: SearchSettings
     inputs: Inputs
     metadata: Metadata | None
     rank: Rank
@@ -113,9 +113,9 @@ def dedup(features: Any, **settings: Any) -> Result:
     check_given(job.inputs.features, job.options)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
-        open_runner(options.runner, job.search.threads, options.device) as runner,
+        open_runner(options.runner, job.settings.threads, options.device) as runner,
     ):
-        return decide_job(job, search(job, Path(work), Clock(), runner), None)
+        return decide_job(job, run_search(job, Path(work), Clock(), runner), None)
 
 
 def run(options: Dedup) -> Result | str:
@@ -161,9 +161,9 @@ def plan(options: Dedup) -> str:
         plan_features(
             job.inputs.features,
             out,
-            threshold=job.search.threshold,
-            recall=job.search.recall,
-            seed=job.search.seed,
+            threshold=job.settings.threshold,
+            recall=job.settings.recall,
+            seed=job.settings.seed,
             threads=options.threads,
             max_memory=options.max_memory,
         )
@@ -187,9 +187,9 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
     job = prepare(options)
     out_folder.refuse_output_inside(out, read_paths(job, earlier))
     request = describe_request(job.options, job.inputs, job.metadata)
-    found = None
+    search = None
     if earlier is not None:
-        found = search_of(earlier, job)
+        search = search_of(earlier, job)
     else:
         check_given(job.inputs.features, job.options)
     if job.inputs.features is not None and is_finished(out):
@@ -200,12 +200,12 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
         request,
         overwrite=options.overwrite,
         shared=share is not None,
-        decisions=decision_names(job.search.method),
+        decisions=DECISIONS - ({"keep"} if job.settings.method == "semdedup" else set()),
     )
     message = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
         try:
-            return search_and_write(job, found, out, request, clock, share, in_memory)
+            return search_and_write(job, search, out, request, clock, share, in_memory)
         except ShareDone as done:
             message = str(done)
             while in_memory and not is_finished(out):
@@ -230,8 +230,8 @@ def read_result(folder: Path, job: Job) -> Result:
     manifest = read_manifest(folder, KIND)
     settings, features = manifest["settings"], job.inputs.features
     grouping, keep = str(settings["grouping"]), settings["keep"]
-    found = read_search(folder, job.inputs)
-    result = choose(found, features, settings["threshold"], grouping, keep, job.rank)
+    search = read_search(folder, job.inputs)
+    result = choose(search, features, settings["threshold"], grouping, keep, job.rank)
     return dataclasses.replace(checked(result), manifest=manifest, out=folder)
 
 
@@ -282,48 +282,48 @@ def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
 def search_of(earlier: Path, job: Job) -> SearchResult:
     """Return what a finished run found, as if it had searched at this threshold."""
     with as_written(earlier):
-        found = read_search(earlier, job.inputs)
+        search = read_search(earlier, job.inputs)
     if job.options.keep_fraction is not None:  # looks from the searched threshold on
-        return found
-    check_threshold(found, job.search.threshold)
-    return found.at(job.search.threshold)
+        return search
+    check_threshold(search, job.settings.threshold)
+    return search.at(job.settings.threshold)
 
 
 def search_and_write(
     job: Job,
-    found: SearchResult | None,
+    search: SearchResult | None,
     out: Path,
     request: dict[str, Any],
     clock: Clock,
     share: Share | None,
     in_memory: bool,
 ) -> Result:
-    """Search, unless it is ``found`` already; decide, write, and put the files into OUT.
+    """Search, unless it is done already; decide, write, and put the files into OUT.
 
-    Whatever fails while files are written, the search stays for the next run.
+    Whatever fails while files are written, the search is kept for the next run.
     """
     options, features = job.options, job.inputs.features
     rows = 0 if in_memory or features is None else features.rows  # a caller's process: no forks
     with open_runner(
-        options.runner, job.search.threads, options.device, rows=rows, share=share, out=out
+        options.runner, job.settings.threads, options.device, rows=rows, share=share, out=out
     ) as runner:
         with releasing(out, share):
-            found = found or search_or_resume(job, out / locks.WORK, clock, runner)
+            search = search or search_or_resume(job, out / locks.WORK, clock, runner)
             job.inputs.refuse_changed()
         for old in (out / locks.WORK).glob("draft-*"):  # of stopped runs
             shutil.rmtree(old, ignore_errors=True)
         draft = out / locks.WORK / f"draft-{secrets.token_hex(4)}"  # laid out as OUT
         with clock.stage("group"):
-            result = decide_job(job, found, None if in_memory else grouping_folder(draft))
+            result = decide_job(job, search, None if in_memory else grouping_folder(draft))
         outputs: list[Path] = []
         if options.pairs:
             with clock.stage("pairs"):
-                most, threads = options.max_pairs, job.search.threads
+                most, threads = options.max_pairs, job.settings.threads
                 outputs = write_pair_files(result, draft, most, threads)
         with clock.stage("write"):
             epsilons = parse_epsilons(options.epsilon) or ()
             written, described = write_files(
-                result, draft, job.inputs, job.plan, epsilons, job.search.threads
+                result, draft, job.inputs, job.plan, epsilons, job.settings.threads
             )
             with releasing(out, share):
                 job.inputs.refuse_changed()
@@ -367,36 +367,36 @@ def releasing(out: Path, share: Share | None) -> Iterator[None]:
 
 def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
     """Search, or read back what this run had found when it was stopped."""
-    if job.search.method == "join":  # its tasks are kept one by one
-        return search(job, work, clock, runner)
-    found = load_search(work, job.inputs)
-    if found is None:
-        found = search(job, work, clock, runner)
-        save_search(found, work)
-    return found
+    if job.settings.method == "join":  # its tasks are kept one by one
+        return run_search(job, work, clock, runner)
+    search = load_search(work, job.inputs)
+    if search is None:
+        search = run_search(job, work, clock, runner)
+        save_search(search, work)
+    return search
 
 
-def search(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
+def run_search(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
     """Find all pairs by the method asked for; ``runner`` does the tasks of a join."""
     features = job.inputs.features
-    if job.search.method == "adc" or features is None:
+    if job.settings.method == "adc" or features is None:
         return search_adc(features, job.options, work, clock.stage)
-    return search_features(job.inputs, features, job.search, work, runner, clock.stage)
+    return search_features(job.inputs, features, job.settings, work, runner, clock.stage)
 
 
-def decide_job(job: Job, found: SearchResult, folder: Path | None) -> Result:
+def decide_job(job: Job, search: SearchResult, folder: Path | None) -> Result:
     """Decide which rows are removed and check each; ``folder`` is for what memory cannot hold."""
     grouping, fraction = str(job.options.grouping), job.options.keep_fraction
-    features, keep = job.inputs.features, job.search.keep
+    features, keep = job.inputs.features, job.settings.keep
 
     def choose_at(threshold: float) -> Result:
-        return choose(found, features, threshold, grouping, keep, job.rank, folder)
+        return choose(search, features, threshold, grouping, keep, job.rank, folder)
 
-    with library_threads(job.search.threads):
+    with library_threads(job.settings.threads):
         if fraction is None:
-            return checked(choose_at(job.search.threshold))
-        result = checked(choose_fraction(found, fraction, choose_at))
-    return dataclasses.replace(result, search=found.at(result.threshold))
+            return checked(choose_at(job.settings.threshold))
+        result = checked(choose_fraction(search, fraction, choose_at))
+    return dataclasses.replace(result, search=search.at(result.threshold))
 
 
 def remove_left_work(out: Path) -> None:

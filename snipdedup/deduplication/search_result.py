@@ -21,9 +21,9 @@ from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan, equal_rows
 from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import COPY, EDGE, Block, blocks_of_groups
-from snipdedup.groups.star import Also, Best, Nearest
-from snipdedup.join.external_forest import by_first, edge_kind, edges_of
-from snipdedup.join.forest import Edges, join_edges, order_by
+from snipdedup.groups.members import Best, Nearest
+from snipdedup.groups.star import Also
+from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
 from snipdedup.storage import atomic, external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
 from snipdedup.storage.manifest import read_manifest

@@ -27,30 +27,32 @@ import numpy as np
 
 from snipdedup.config import Plan, parse_bytes
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.shards import Features, open_features
+from snipdedup.join.calibration import sample_pairs
 from snipdedup.join.encoding import encode_task, task_rows
-from snipdedup.join.fitting import (
+from snipdedup.join.lists import ROUNDS, Lists, assign_lists
+from snipdedup.join.memory import (
+    HELD_BYTES,
+    PARTITION_BYTES,
+    VISIT_BYTES,
+    join_bytes,
+    needed_memory,
+)
+from snipdedup.join.model import (
     CROWDED_DEGREE,
     SINGLE_LIST_ROWS,
+    Model,
     calibration_rows,
     fit,
     list_count,
     training_rows,
 )
-from snipdedup.join.learned import encode_blocks
-from snipdedup.join.lists import ROUNDS, Lists, assign, sample_pairs
-from snipdedup.join.model import Model
-from snipdedup.join.pipeline import (
-    HELD_BYTES,
-    PARTITION_BYTES,
-    RUNS_A_WORKER,
-    VISIT_BYTES,
-    join_bytes,
-    needed_memory,
-)
-from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, Codes, compare, crowded
-from snipdedup.join.verify import proved_cosines, verify_pairs
+from snipdedup.join.pipeline import PARTITIONS_A_WORKER
+from snipdedup.join.projection import encode_rows
+from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, CodedRows, compare_tiles, crowded_forest
+from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import cores, library_threads
 from snipdedup.storage import atomic, out_folder
 
@@ -297,7 +299,7 @@ def estimate(
     bound = max_memory or max(memory // 4, needed)
     a_visit = VISIT_BYTES + 2 * rates.width
     spare = max(0.0, (bound - HELD_BYTES) / cores - join_bytes(size)) + PARTITION_BYTES
-    most = max(1.0, min(spare / a_visit, visited / (RUNS_A_WORKER * cores * nodes)))
+    most = max(1.0, min(spare / a_visit, visited / (PARTITIONS_A_WORKER * cores * nodes)))
     partitions = min(lists, math.ceil(visited / most))
     joining = HELD_BYTES + cores * (
         join_bytes(size) - PARTITION_BYTES + visited / partitions * a_visit
@@ -387,12 +389,12 @@ def probe(
         fitted = calibration_rows(len(raw)) + training_rows(len(raw), model.lists.nlist)
 
         def encode() -> None:
-            encode_task(sample, model, folder, 0, timed, chunk_rows=TIMED_ROWS, frozen=0)
+            encode_task(sample, model, folder, 0, timed, chunk_rows=TIMED_ROWS)
 
         encoding = seconds_of(encode) / timed
-        codes = encode_blocks(model.projection, raw[:PAIR_ROWS], 1)
+        codes = encode_rows(model.projection, raw[:PAIR_ROWS], 1)
         some, lists = codes[:TIMED_ROWS], Lists(codes[: 1 << 8], 0.0, 0.0)
-        row_list = seconds_of(lambda: assign(some, lists)) / len(some) / len(lists.centroids)
+        row_list = seconds_of(lambda: assign_lists(some, lists)) / len(some) / len(lists.centroids)
         homes = np.load(folder / "homes.npy")
         visits = np.diff(np.load(folder / "starts.npy"))
         by_chance = homes.mean() * (visits.mean() + 1)  # with few rows a list, their numbers vary
@@ -450,20 +452,20 @@ def draw_sample(features: Features | None, rows: int, dim: int, seed: int) -> np
 def time_pairs(sample: Features, codes: np.ndarray, model: Model) -> tuple[float, float, float]:
     """Time products of codes, proofs of pairs, and pairs of a crowded tile."""
     rows = np.arange(min(len(codes), TIMED_ROWS))
-    members = Codes(rows, codes[: len(rows)], np.zeros(len(rows)))
+    members = CodedRows(rows, codes[: len(rows)], np.zeros(len(rows)))
     columns = min(COLUMN_TILE, len(rows))
     other = np.roll(rows, len(rows) // 2)
     left, right = rows[:ROW_TILE], rows[-columns:]
     close = np.ones((len(left), len(right)), bool)
 
     def multiply() -> Any:
-        return compare(sample, members, columns, limit=model.limit, threshold=model.threshold)
+        return compare_tiles(sample, members, columns, limit=model.limit, threshold=model.threshold)
 
     def prove() -> Any:
         return list(verify_pairs(sample, rows, other, -1.0, 1))
 
     def compare_all() -> Any:
-        return crowded(sample, left, right, close, -1.0)
+        return crowded_forest(sample, left, right, close, -1.0)
 
     return (
         seconds_of(multiply) / (columns * (len(rows) - columns / 2)),
@@ -485,7 +487,7 @@ def count_pairs(
     degree = np.bincount(np.concatenate([a, b]), minlength=len(first))
     large = np.maximum(degree[a], degree[b]) >= CROWDED_DEGREE
     i, j = first[a[~large]], first[b[~large]]
-    true = int((proved_cosines(raw, raw, i, j) >= np.float32(model.threshold)).sum())
+    true = int((indexed_cosines(raw, raw, i, j) >= np.float32(model.threshold)).sum())
     copies, crowd = len(raw) - len(first), int((degree >= CROWDED_DEGREE).sum())
     share = (true / PAIRS_A_DUPLICATE + copies) * rows / len(raw) ** 2 + crowd / len(raw)
     all_pairs = len(first) ** 2 / 2

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from snipdedup.config import keep_rules
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.groups.star import Rank, keep_rank
+from snipdedup.groups.members import Rank, keep_rank
 from snipdedup.metadata.precheck import ColumnUse
 from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage.external_sort import Columns

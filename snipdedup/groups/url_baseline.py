@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from snipdedup.groups.blocks import cut_groups, slices
-from snipdedup.groups.star import Members
+from snipdedup.groups.members import Members
 from snipdedup.metadata.gather import gather_columns
 from snipdedup.metadata.keys import as_bytes
 from snipdedup.metadata.precheck import ColumnUse

@@ -65,10 +65,10 @@ def share(part: float) -> str:
     return f"{100 * part:.3f}".rstrip("0").rstrip(".") + "%"
 
 
-def frame(title: str, axis: str, body: Sequence[str]) -> str:
+def frame(words: str, axis: str, body: Sequence[str]) -> str:
     """Return a whole chart: its accessible name, what it shows, and the x axis's name."""
     return (
-        f'<svg class="plot" role="img" aria-label="{escape(title)}" width="100%" '
+        f'<svg class="plot" role="img" aria-label="{escape(words)}" width="100%" '
         f'height="{HEIGHT}">{"".join(body)}'
         f'<line class="axis" x1="0" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>'
         f'<text class="name" x="100%" y="{HEIGHT + 38}" text-anchor="end">{escape(axis)}</text>'
@@ -106,34 +106,32 @@ class Scale:
         return HEIGHT * (1 - (value - self.low) / max(self.high - self.low, 1e-12))
 
 
-def staying_scale(stays: np.ndarray, rows: int) -> Scale:
-    """Return the axis for rows that stay: up to all, cut off below where that shows more."""
-    low = float(stays.min())
+def kept_scale(kept: np.ndarray, rows: int) -> Scale:
+    """Return the axis of kept rows: up to all rows, cut off below where that shows more."""
+    low = float(kept.min())
     low = 0.0 if low < rows / 2 else low - 0.12 * (rows - low)
     return Scale(low, max(float(rows), low + 1))
 
 
-def curve_chart(thresholds: np.ndarray, stays: np.ndarray, rows: int, mark: int, said: str) -> str:
-    """Draw rows that stay against the threshold, with a cursor for the slider.
+def curve_chart(thresholds: np.ndarray, kept: np.ndarray, rows: int, mark: int, words: str) -> str:
+    """Draw kept rows against the threshold, with a cursor for the slider.
 
     Parameters
     ----------
-    thresholds, stays : (s,)
+    thresholds, kept : (s,)
     rows : int
         Of the whole set.
     mark : int
-        Rows that stay in this run, at the first threshold.
-    said : str
+        Kept rows of this run, at the first threshold.
+    words : str
         The chart in words.
     """
-    scale = staying_scale(np.append(stays, mark), rows)
+    scale = kept_scale(np.append(kept, mark), rows)
     start, end = float(thresholds[0]), float(thresholds[-1])
     places = (thresholds - start) / max(end - start, 1e-12)
-    points = " ".join(
-        f"{WIDE * x:.1f},{scale.y(y):.1f}" for x, y in zip(places, stays, strict=True)
-    )
+    points = " ".join(f"{WIDE * x:.1f},{scale.y(y):.1f}" for x, y in zip(places, kept, strict=True))
     ticks = nice_ticks(scale.low, scale.high, 5)
-    y, x = scale.y(float(stays[0])), share(float(places[0]))
+    y, x = scale.y(float(kept[0])), share(float(places[0]))
     axis = [((t - start) / max(end - start, 1e-12), f"{t:.4g}") for t in nice_ticks(start, end, 6)]
     body = [
         f'<svg viewBox="0 0 {WIDE} {HEIGHT}" preserveAspectRatio="none" width="100%" '
@@ -145,10 +143,10 @@ def curve_chart(thresholds: np.ndarray, stays: np.ndarray, rows: int, mark: int,
         f'<circle class="mark" cx="0" cy="{scale.y(mark):.1f}" r="5"/>',
         f'<circle id="dot" class="dot" cx="{x}" cy="{y:.1f}" r="6"/>',
     ]
-    return frame(said, "threshold (cosine)", body)
+    return frame(words, "threshold (cosine)", body)
 
 
-def bar_chart(bars: Bars, axis: str, said: str) -> str:
+def bar_chart(bars: Bars, axis: str, words: str) -> str:
     """Draw a histogram, counts on a logarithmic axis."""
     top = math.ceil(math.log10(max(int(bars.counts.max(initial=1)), 2)) - 1e-9)
     foot = math.log10(0.5)  # so that a single one can be seen
@@ -166,7 +164,7 @@ def bar_chart(bars: Bars, axis: str, said: str) -> str:
             f"{int(bars.counts[number]):,}</title></rect>"
         )
     body.append(below([((x - start) / wide, label) for x, label in bars.ticks]))
-    return frame(said, axis, body)
+    return frame(words, axis, body)
 
 
 def similarity_bars(edges: np.ndarray, counts: np.ndarray, most: int = 128) -> Bars:

@@ -1,8 +1,9 @@
-"""What changed between two runs over the same rows: settings, rows, groups, with examples."""
+"""``snip diff``: what changed between two runs over the same rows, with examples."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,18 +11,19 @@ import numpy as np
 
 from snipdedup.config import Diff
 from snipdedup.deduplication.out_reader import read_keys, whole_groups
+from snipdedup.deduplication.references import KIND
 from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
-from snipdedup.groups.star import group_starts
+from snipdedup.groups.members import group_starts
+from snipdedup.inspection.display import place_of, shard_offsets
 from snipdedup.metadata.masks import load_mask
 from snipdedup.storage.manifest import as_written, read_manifest
 
-KIND = "dedup"
 BLOCK = 1 << 24  # rows of the masks compared at once
 ROW_KINDS = {
-    "newly_removed": "rows stay in 1 and go in 2",
-    "newly_staying": "rows go in 1 and stay in 2",
-    "other_representative": "rows go in both, for another row",
+    "newly_removed": "rows kept in 1 and removed in 2",
+    "newly_staying": "rows removed in 1 and kept in 2",
+    "other_representative": "rows removed in both, for another row",
 }
 GROUP_KINDS = {
     "split": ("groups of 1 are not whole in 2", "is in"),
@@ -53,21 +55,49 @@ class Groups(NamedTuple):
         return int(self.representative[at]), None if np.isnan(similarity) else similarity
 
 
-def run(options: Diff) -> str:
-    """Run ``snip diff`` and return what it found."""
+@dataclass(frozen=True)
+class DiffResult:
+    """What ``snip diff`` found.
+
+    Attributes
+    ----------
+    differences : dict
+        ``runs``, ``settings``, ``counts``: pairs of values. ``newly_removed``, ``newly_staying``,
+        ``other_representative``: rows and examples. ``split``, ``merged``: groups and examples.
+    as_json : bool
+        ``str()`` is JSON, not a text.
+    """
+
+    differences: dict[str, Any]
+    as_json: bool = False
+
+    def __str__(self) -> str:
+        found = self.differences
+        if self.as_json:
+            return json.dumps(found, indent=2, ensure_ascii=False)
+        lines = [f"1: {found['runs'][0]}", f"2: {found['runs'][1]}", ""]
+        for name, pair in {**found["settings"], **found["counts"]}.items():
+            one, other = (f"{value:,}" if isinstance(value, int) else str(value) for value in pair)
+            lines.append(f"  {name:<16}  {one:>14}  {other:>14}")
+        for name, what in ROW_KINDS.items():
+            lines += ["", f"{found[name]['rows']:,} {what}"]
+            lines += [f"  {example_text(entry)}" for entry in found[name]["examples"]]
+        for name, (what, verb) in GROUP_KINDS.items():
+            lines += ["", f"{found[name]['groups']:,} {what}"]
+            lines += [
+                f"  group {entry['group']} ({entry['rows']:,} rows) {verb} {entry['parts']:,} parts"
+                for entry in found[name]["examples"]
+            ]
+        return "\n".join(lines)
+
+
+def run(options: Diff) -> DiffResult:
+    """Run ``snip diff``."""
     folders = [Path(out).expanduser() for out in (options.out1, options.out2)]
     with as_written(folders[0]), as_written(folders[1]):
-        return differ(folders, options)
-
-
-def differ(folders: list[Path], options: Diff) -> str:
-    """Compare two finished OUTs."""
-    manifests = [read_manifest(folder, KIND) for folder in folders]
-    refuse_other_rows(folders, manifests)
-    found = compare(folders, manifests, options.n)
-    if options.json:
-        return json.dumps(found, indent=2, ensure_ascii=False)
-    return describe(found)
+        manifests = [read_manifest(folder, KIND) for folder in folders]
+        refuse_other_rows(folders, manifests)
+        return DiffResult(compare(folders, manifests, options.n), options.json)
 
 
 def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> None:
@@ -79,16 +109,16 @@ def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> N
         If their shards differ in number, rows or checksum; names the first that does.
     """
     shards = [manifest["shards"] for manifest in manifests]
-    told = f"{folders[0]} and {folders[1]} are not runs over the same rows"
+    text = f"{folders[0]} and {folders[1]} are not runs over the same rows"
     if len(shards[0]) != len(shards[1]):
         raise SnipError(
-            f"{told}: {len(shards[0]):,} shards of features, {len(shards[1]):,} in the other"
+            f"{text}: {len(shards[0]):,} shards of features, {len(shards[1]):,} in the other"
         )
     for one, other in zip(*shards, strict=True):
         for name in ("rows", "checksum"):  # without features none was taken
             if name in one and name in other and one[name] != other[name]:
                 raise SnipError(
-                    f"{told}: {one['name']} has {name} {one[name]}, {other['name']} {other[name]}"
+                    f"{text}: {one['name']} has {name} {one[name]}, {other['name']} {other[name]}"
                 )
 
 
@@ -96,23 +126,25 @@ def compare(folders: list[Path], manifests: list[dict[str, Any]], n: int) -> dic
     """Return all differences as JSON values, ``n`` examples of each kind."""
     masks = [load_mask(folder / "is_dup.npy") for folder in folders]
     groups = [load_groups(folder / "groups.parquet") for folder in folders]
-    goes, stays = changed(*masks), changed(*masks[::-1])
+    removed, kept = changed(*masks), changed(*masks[::-1])
     moved = other_representatives(groups[0], groups[1], masks[0] & masks[1])
     split, merged = regrouped(*groups), regrouped(*groups[::-1])
-    shown = np.concatenate([goes[:n], stays[:n], moved[:n]])
+    shown = np.concatenate([removed[:n], kept[:n], moved[:n]])
     keys = read_keys(folders[0] / "groups.parquet", shown)
     keys |= read_keys(folders[1] / "groups.parquet", shown)
 
+    shards, offsets = manifests[0]["shards"], shard_offsets(manifests[0]["shards"])
+
     def rows(found: np.ndarray) -> list[dict[str, Any]]:
-        return [example(int(row), manifests[0], keys, groups) for row in found[:n]]
+        return [example(int(row), shards, offsets, keys, groups) for row in found[:n]]
 
     counts = ("rows", "removed", "kept", "groups", "largest_group", "chained")
     return {
         "runs": [str(folder) for folder in folders],
         "settings": other_settings(*(manifest["settings"] for manifest in manifests)),
         "counts": {name: [m["counts"].get(name) for m in manifests] for name in counts},
-        "newly_removed": {"rows": len(goes), "examples": rows(goes)},
-        "newly_staying": {"rows": len(stays), "examples": rows(stays)},
+        "newly_removed": {"rows": len(removed), "examples": rows(removed)},
+        "newly_staying": {"rows": len(kept), "examples": rows(kept)},
         "other_representative": {"rows": len(moved), "examples": rows(moved)},
         "split": {"groups": len(split), "examples": split[:n]},
         "merged": {"groups": len(merged), "examples": merged[:n]},
@@ -140,7 +172,7 @@ def load_groups(path: Path) -> Groups:
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return the rows that ``after`` removes and ``before`` lets stay, (n,) int64."""
+    """Return the rows that ``after`` removes and ``before`` keeps, (n,) int64."""
     rows = [np.empty(0, np.int64)]
     for start in range(0, len(before), BLOCK):
         part = slice(start, start + BLOCK)
@@ -148,11 +180,11 @@ def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def other_representatives(one: Groups, other: Groups, goes: np.ndarray) -> np.ndarray:
+def other_representatives(one: Groups, other: Groups, removed: np.ndarray) -> np.ndarray:
     """Return the rows that both runs remove, but for different rows, (n,) int64."""
     rows, i, j = np.intersect1d(one.row, other.row, assume_unique=True, return_indices=True)
     moved = one.representative[i] != other.representative[j]
-    return rows[moved & goes[rows]]
+    return rows[moved & removed[rows]]
 
 
 def regrouped(one: Groups, other: Groups) -> list[dict[str, int]]:
@@ -180,59 +212,40 @@ def regrouped(one: Groups, other: Groups) -> list[dict[str, int]]:
 
 
 def example(
-    row: int, manifest: dict[str, Any], keys: dict[int, str], groups: list[Groups]
+    row: int,
+    shards: list[dict[str, Any]],
+    offsets: np.ndarray,
+    keys: dict[int, str],
+    groups: list[Groups],
 ) -> dict[str, Any]:
     """Return a row with its place, its key, and its representative in both runs.
 
     A representative that is a row of a reference is given as ``reference row N``.
     """
     found = [group.find(row) for group in groups]
-    ends = np.cumsum([shard["rows"] for shard in manifest["shards"]])
-    shard = int(np.searchsorted(ends, row, side="right"))
+    representatives = [None if f is None else f[0] for f in found]
     return {
         "row": row,
-        "shard": manifest["shards"][shard]["name"],
-        "shard_row": row - int(ends[shard]) + manifest["shards"][shard]["rows"],
+        **place_of(shards, offsets, row),
         "key": keys.get(row),
-        "representatives": [None if f is None else named(f[0]) for f in found],
+        "representatives": [
+            r if r is None or r >= 0 else f"reference row {~r}" for r in representatives
+        ],
         "similarities": [None if f is None else f[1] for f in found],
     }
 
 
-def named(representative: int) -> int | str:
-    """Return a representative as an example gives it."""
-    return representative if representative >= 0 else f"reference row {~representative}"
-
-
-def describe(found: dict[str, Any]) -> str:
-    """Lay out differences for a person to read."""
-    lines = [f"1: {found['runs'][0]}", f"2: {found['runs'][1]}", ""]
-    for name, pair in {**found["settings"], **found["counts"]}.items():
-        one, other = (f"{value:,}" if isinstance(value, int) else str(value) for value in pair)
-        lines.append(f"  {name:<16}  {one:>14}  {other:>14}")
-    for name, what in ROW_KINDS.items():
-        lines += ["", f"{found[name]['rows']:,} {what}"]
-        lines += [f"  {in_words(entry)}" for entry in found[name]["examples"]]
-    for name, (what, verb) in GROUP_KINDS.items():
-        lines += ["", f"{found[name]['groups']:,} {what}"]
-        lines += [
-            f"  group {entry['group']} ({entry['rows']:,} rows) {verb} {entry['parts']:,} parts"
-            for entry in found[name]["examples"]
-        ]
-    return "\n".join(lines)
-
-
-def in_words(entry: dict[str, Any]) -> str:
+def example_text(entry: dict[str, Any]) -> str:
     """Return an example as a line."""
     decided = []
     both = zip(entry["representatives"], entry["similarities"], strict=True)
     for number, (representative, similarity) in enumerate(both, 1):
         if representative in (None, entry["row"]):
-            decided.append(f"stays in {number}")
+            decided.append(f"kept in {number}")
         else:
             cosine = "" if similarity is None else f" (cosine {similarity:.4f})"
             what = "row " if isinstance(representative, int) else ""
-            decided.append(f"goes in {number} for {what}{representative}{cosine}")
+            decided.append(f"removed in {number} for {what}{representative}{cosine}")
     key = f" {entry['key']}" if entry["key"] else ""
     place = f"{entry['shard']} row {entry['shard_row']}"
     return f"row {entry['row']}{key} ({place}): {', '.join(decided)}"

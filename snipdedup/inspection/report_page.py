@@ -1,4 +1,7 @@
-"""The page of ``snip report``: what it shows of what was found, in the form its template takes."""
+"""The sections of the page of ``snip report``: what each one shows, for the template.
+
+To add a section: its values in `render`, its HTML in ``templates/report.html.j2``.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.deduplication.out_reader import KEEPS, Band, Curve, Group, Survey
-from snipdedup.groups.star import Members
+from snipdedup.deduplication.out_reader import KEEPS, Curve, Survey
+from snipdedup.errors import SnipError
+from snipdedup.groups.members import Members
 from snipdedup.inspection import charts
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -24,28 +28,16 @@ LISTED = 6  # entries of the manifest's lists as shown
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the page shows it.
+    """One row as the page shows it: its texts are cut, and empty where unknown.
 
-    Attributes
-    ----------
-    row, shard, shard_row
-        Where it lies.
-    goes : bool
-        It is removed.
-    key, caption, url : str
-        Cut and without control characters; empty where unknown.
-    caption_length : int
-        Of the whole caption.
-    link, host : str
-        The url where it is one of http or https, and the host it names; else empty.
-    picture : str
-        ``data:`` URL of a thumbnail, or empty.
+    ``caption_length`` is that of the whole caption, ``link`` the url if it is safe to follow,
+    ``host`` what it names, ``picture`` a ``data:`` URL of a thumbnail.
     """
 
     row: int
     shard: str
     shard_row: int
-    goes: bool = False
+    removed: bool = False
     key: str = ""
     caption: str = ""
     caption_length: int = 0
@@ -56,37 +48,35 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Notes:
-    """What was looked for in vain, for the page and the summary."""
+class PictureCounts:
+    """Rows shown, pictures found of them, whether any were wanted, and what could not be used."""
 
-    rows: int = 0
-    pictures: int = 0
-    wanted_pictures: bool = False
+    rows: int
+    found: int = 0
+    wanted: bool = False
     unreadable: int = 0
     ambiguous: int = 0
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that is known of OUT.
+    """What is known of OUT.
 
     Attributes
     ----------
-    title : str
-        Name of the folder.
-    out : str
-        The folder as it was named, to be typed in a shell.
+    title, out : str
+        Name of the folder; the folder as it is typed in a shell.
     manifest : dict
     curve : Curve or None
         None where no cosine is known.
     survey : Survey
     rows : dict of int to Row
         Those that are shown.
-    notes : Notes
+    pictures : PictureCounts
     sizes : dict
         ``group_size`` and ``dup_count``: (values, counts).
-    removed : (shards,) int64
-        Rows that go, by shard.
+    removed : list of int
+        Removed rows, by shard.
     asked : dict of int to (int, float) or None
         Rows that were asked for: representative and cosine, None without a match.
     """
@@ -97,79 +87,85 @@ class Page:
     curve: Curve | None
     survey: Survey
     rows: dict[int, Row]
-    notes: Notes
+    pictures: PictureCounts
     sizes: dict[str, tuple[np.ndarray, np.ndarray]]
-    removed: np.ndarray
+    removed: list[int]
     asked: dict[int, tuple[int, float] | None]
 
-
-def environment() -> Any:
-    """Return where pages find their templates: every value in them is escaped."""
-    import jinja2
-
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters |= {"number": number, "percent": percent, "cosine": cosine}
-    return found
+    def pairs(self, shown: Members) -> list[tuple[Row, Row | int, float]]:
+        """Return rows, each with its representative (a reference's: its number) and the cosine."""
+        members = zip(
+            shown.row.tolist(), shown.representative.tolist(), shown.similarity, strict=True
+        )
+        return [(self.rows[a], self.rows.get(b, ~b), float(cosine)) for a, b, cosine in members]
 
 
 def render(page: Page) -> str:
     """Return the page."""
     styles = (TEMPLATES / "report.css").read_text("utf-8")
     script = (TEMPLATES / "report.js").read_text("utf-8")
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            generator=GENERATOR,
-            pictured=PICTURED,
-            policy=policy(styles, script),
-            styles=styles,
-            script=script,
-            page=page,
-            counts=page.manifest["counts"],
-            settings=page.manifest["settings"],
-            curve=curve_view(page),
-            charts=chart_view(page),
-            bands=[band_view(page, band) for band in page.survey.bands if band.rows],
-            below=band_view(page, page.survey.below),
-            groups=[group_view(page, group) for group in page.survey.largest],
-            copied=[
-                (page.rows[int(row)], int(count))
-                for row, count in zip(page.survey.copied, page.survey.copies, strict=True)
-            ],
-            asked=asked_view(page),
-            spared=spared_view(page),
-            known_keep=page.manifest["settings"]["keep"] in KEEPS,
-            shards=shard_view(page),
-            manifest=json.dumps(shortened(page.manifest), indent=2, ensure_ascii=False),
-        )
+    survey, rows, settings = page.survey, page.rows, page.manifest["settings"]
+    return render_template(
+        "report.html.j2",
+        generator=GENERATOR,
+        pictured=PICTURED,
+        # Pictures may come over http and https when the reader asks for one; none is in the page.
+        policy=f"default-src 'none'; style-src {content_hash(styles)}; "
+        f"script-src {content_hash(script)}; img-src data: https: http:; base-uri 'none'; "
+        "form-action 'none'",
+        styles=styles,
+        script=script,
+        page=page,
+        counts=page.manifest["counts"],
+        settings=settings,
+        curve=None if page.curve is None else curve_section(page.curve, page.manifest["counts"]),
+        charts=histograms(page),
+        bands=[(band, page.pairs(band.shown)) for band in survey.bands if band.rows],
+        below=(survey.below, page.pairs(survey.below.shown)),
+        groups=[(group, page.pairs(group.shown)) for group in survey.largest],
+        copied=[
+            (rows[row], count)
+            for row, count in zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
+        ],
+        asked=asked_section(page),
+        spared=[
+            (rows[row], rows[other])
+            for row, other in zip(
+                survey.spared.row.tolist(), survey.spared_by.tolist(), strict=True
+            )
+        ],
+        known_keep=settings["keep"] in KEEPS,
+        shards=shard_section(page),
+        manifest=json.dumps(shortened(page.manifest), indent=2, ensure_ascii=False),
     )
 
 
-def policy(styles: str, script: str) -> str:
-    """Return the content security policy: this style, this script, and pictures.
+def require_jinja(what: str) -> None:
+    """Refuse where jinja2 is not installed."""
+    try:
+        import jinja2  # noqa: F401
+    except ImportError:
+        raise SnipError(f"{what} needs jinja2: pip install 'snipdedup-toolkit[report]'") from None
 
-    Pictures may come over http and https, since the reader may ask for one; none is in the page.
-    """
-    style, code = (
-        "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-        for text in (styles, script)
+
+def render_template(name: str, **values: Any) -> str:
+    """Return a page from one of the templates; every value in it is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return (
-        f"default-src 'none'; style-src {style}; script-src {code}; "
-        "img-src data: https: http:; base-uri 'none'; form-action 'none'"
-    )
+    environment.filters |= {"number": "{:,}".format, "percent": percent, "cosine": cosine}
+    return environment.get_template(name).render(**values)
 
 
-def number(value: int) -> str:
-    """Return a count for reading."""
-    return f"{value:,}"
+def content_hash(text: str) -> str:
+    """Return the source of a content policy that allows this style or script only."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def percent(part: float, whole: float) -> str:
@@ -184,50 +180,40 @@ def cosine(value: float) -> str:
     return "1" if value == 1 else f"{min(value, 0.9999):.4f}"
 
 
-def curve_view(page: Page) -> dict[str, Any] | None:
+def curve_section(curve: Curve, counts: dict[str, int]) -> dict[str, Any]:
     """Return the slider's figures and chart."""
-    if page.curve is None:
-        return None
-    counts, curve = page.manifest["counts"], page.curve
-    stays = counts["rows"] - curve.removed
+    kept = counts["rows"] - curve.removed
     thresholds = np.array([float(text) for text in curve.thresholds])
-    scale = charts.staying_scale(np.append(stays, counts["kept"]), counts["rows"])
-    said = (
-        f"Rows that stay, by threshold: {stays[0]:,} at {curve.thresholds[0]}, rising to "
-        f"{stays[-1]:,} at {curve.thresholds[-1]}"
+    scale = charts.kept_scale(np.append(kept, counts["kept"]), counts["rows"])
+    words = (
+        f"Rows that stay, by threshold: {kept[0]:,} at {curve.thresholds[0]}, rising to "
+        f"{kept[-1]:,} at {curve.thresholds[-1]}"
     )
+    removed, groups = curve.removed.tolist(), curve.groups.tolist()
     return {
-        "svg": charts.curve_chart(thresholds, stays, counts["rows"], counts["kept"], said),
-        "lines": list(
-            zip(
-                curve.thresholds,
-                curve.removed.tolist(),
-                stays.tolist(),
-                curve.groups.tolist(),
-                strict=True,
-            )
-        ),
+        "svg": charts.curve_chart(thresholds, kept, counts["rows"], counts["kept"], words),
+        "lines": list(zip(curve.thresholds, removed, kept.tolist(), groups, strict=True)),
         "data": {
             "thresholds": curve.thresholds,
-            "removed": curve.removed.tolist(),
-            "groups": curve.groups.tolist(),
+            "removed": removed,
+            "groups": groups,
             "rows": counts["rows"],
-            "y": [round(scale.y(value), 1) for value in stays.tolist()],
+            "y": [round(scale.y(value), 1) for value in kept.tolist()],
         },
     }
 
 
-def chart_view(page: Page) -> dict[str, str]:
-    """Return the histograms."""
+def histograms(page: Page) -> dict[str, str]:
+    """Return the charts of cosines, group sizes and dup_count."""
     survey, (sizes, groups) = page.survey, page.sizes["group_size"]
     copies, rows = page.sizes["dup_count"]
-    known = int(survey.similarities.sum())
     return {
         "similarity": charts.bar_chart(
             charts.similarity_bars(survey.edges, survey.similarities),
             "cosine with the row that stays",
-            f"Removed rows by cosine with the row that stays for them: {known:,} rows, "
-            f"{int(survey.similarities[-1]):,} of them exactly 1",
+            "Removed rows by cosine with the row that stays for them: "
+            f"{int(survey.similarities.sum()):,} rows, {int(survey.similarities[-1]):,} of them "
+            "exactly 1",
         ),
         "sizes": charts.bar_chart(
             charts.size_bars(sizes, groups),
@@ -244,62 +230,23 @@ def chart_view(page: Page) -> dict[str, str]:
     }
 
 
-def band_view(page: Page, band: Band) -> dict[str, Any]:
-    """Return a band of similarities with its pairs: (removed row, row that stays, cosine)."""
-    return {"low": band.low, "high": band.high, "rows": band.rows, "pairs": pairs(page, band.shown)}
-
-
-def pairs(page: Page, shown: Members) -> list[tuple[Row, Row | int, float]]:
-    """Return removed rows, each with its representative (a reference's: its row) and the cosine."""
-    return [
-        (page.rows[int(row)], page.rows.get(int(other), int(~other)), float(similarity))
-        for row, other, similarity in zip(
-            shown.row, shown.representative, shown.similarity, strict=True
-        )
-    ]
-
-
-def asked_view(page: Page) -> list[tuple[Row, Row | int | None, float]]:
-    """Return rows that were asked for, with what stands for them; None where they stay."""
+def asked_section(page: Page) -> list[tuple[Row, Row | int | None, float]]:
+    """Return rows that were asked for, with their representatives; None where they are kept."""
     shown: list[tuple[Row, Row | int | None, float]] = []
     for row, partner in page.asked.items():
         other, similarity = partner or (row, np.nan)
-        gone = page.rows[row].goes
-        known = page.rows.get(other, int(~other)) if gone else None
+        known = page.rows.get(other, int(~other)) if page.rows[row].removed else None
         shown.append((page.rows[row], known, similarity))
     return shown
 
 
-def group_view(page: Page, group: Group) -> dict[str, Any]:
-    """Return a group with the rows that are shown of it, each with its cosine."""
-    shown = group.shown
-    return {
-        "size": group.size,
-        "removed": group.removed,
-        "lowest": group.lowest,
-        "label": int(shown.group[0]),
-        "rows": [
-            (page.rows[int(row)], float(similarity))
-            for row, similarity in zip(shown.row, shown.similarity, strict=True)
-        ],
-    }
-
-
-def spared_view(page: Page) -> list[tuple[Row, Row]]:
-    """Return rows that stay, each with the one row that components would keep of its group."""
-    survey = page.survey
-    return [
-        (page.rows[int(row)], page.rows[int(other)])
-        for row, other in zip(survey.spared.row, survey.spared_by, strict=True)
-    ]
-
-
-def shard_view(page: Page) -> dict[str, Any]:
+def shard_section(page: Page) -> dict[str, Any]:
     """Return a line for each shard; of very many those that lose the largest share."""
+    shards = page.manifest["shards"]
     lines = [
-        (shard["name"], shard["rows"], int(gone), int(foreign))
-        for shard, gone, foreign in zip(
-            page.manifest["shards"], page.removed, page.survey.foreign, strict=True
+        (shard["name"], shard["rows"], removed, foreign)
+        for shard, removed, foreign in zip(
+            shards, page.removed, page.survey.foreign.tolist(), strict=True
         )
     ]
     if len(lines) > SHARDS:

@@ -1,13 +1,13 @@
-"""The rows that stand for most others: candidates for images that a model memorises.
+"""``snip top``: the rows with the most duplicates, which a model is likeliest to memorise.
 
-Groups are read a few at a time, and of each batch only the best rows are held.
+Groups are read some at a time, and of each batch only the best rows are held.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +17,67 @@ import numpy as np
 from snipdedup.config import Top
 from snipdedup.deduplication.inputs import named_paths
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
+from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
-from snipdedup.groups.star import Members, group_starts, no_members
+from snipdedup.groups.members import Members, group_starts, no_members
+from snipdedup.inspection.display import place_of, shard_offsets, terminal_text
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
-from snipdedup.storage import atomic, out_folder
+from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
+from snipdedup.storage.out_folder import refuse_output_file
 
-KIND = "dedup"
 CAPTION_ROWS = 10_000  # rows of one entry whose captions are counted
 READ_ROWS = 1 << 18  # captions held at a time
 SHOWN_CAPTIONS, SHOWN_URLS = 5, 3
 CAPTION_WIDTH, URL_WIDTH = 48, 80
-# White space, and what steers a terminal or the direction of writing.
-STEERING = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+
+
+@dataclass(frozen=True)
+class TopResult:
+    """What ``snip top`` found.
+
+    Attributes
+    ----------
+    entries : list of dict
+        Rows by how many removed rows they represent, most first: ``row``, ``dup_count``,
+        ``similarity_mean``, ``similarity_lowest``, ``chains``, ``group``, ``group_rows``,
+        ``shard``, ``shard_row``, ``key``, ``captions``, ``urls``.
+    prompts : Path or None
+        The file of captions that was written.
+    as_json : bool
+        ``str()`` is JSON, not a table.
+    """
+
+    entries: list[dict[str, Any]]
+    prompts: Path | None = None
+    as_json: bool = False
+
+    def __str__(self) -> str:
+        if self.as_json:
+            return json.dumps(self.entries, indent=2, ensure_ascii=False)
+        if not self.entries:
+            return "no row stands for another one"
+        lines = ["       row  dup_count    mean  lowest  chains  key, most frequent caption, url"]
+        for entry in self.entries:
+            cosines = [
+                "     -" if value is None else f"{value:6.4f}"
+                for value in (entry["similarity_mean"], entry["similarity_lowest"])
+            ]
+            texts = [terminal_text(entry["key"] or f"{entry['shard']} row {entry['shard_row']}")]
+            if entry["captions"]:
+                caption = entry["captions"][0]
+                text = terminal_text(caption["caption"], CAPTION_WIDTH)
+                texts.append(f'"{text}" ({caption["rows"]})')
+            texts += [terminal_text(url, URL_WIDTH) for url in entry["urls"][:1]]
+            lines.append(
+                f"{entry['row']:>10} {entry['dup_count']:>10,}  {cosines[0]}  {cosines[1]}  "
+                f"{'yes' if entry['chains'] else '':<6}  {'  '.join(texts)}"
+            )
+        lines += ["", "mean, lowest: cosine of the removed rows with this one; chains: its group"]
+        lines += ["has rows that this one does not represent, or only below the threshold"]
+        if self.prompts is not None:
+            lines.append(f"captions written to {self.prompts}")
+        return "\n".join(lines)
 
 
 class Ranking(NamedTuple):
@@ -44,7 +92,7 @@ class Ranking(NamedTuple):
     size : int64
         Rows of the group.
     chains : bool
-        The group holds rows that this one does not stand for, or stands for below the threshold.
+        The group has rows that this one does not represent, or represents below the threshold.
     """
 
     row: np.ndarray
@@ -61,33 +109,30 @@ class Ranking(NamedTuple):
         return Ranking(*(column[order] for column in self))
 
 
-def run(options: Top) -> str:
-    """Run ``snip top`` and return its table."""
+def run(options: Top) -> TopResult:
+    """Run ``snip top``."""
     folder = Path(options.out).expanduser()
-    with as_written(folder):
-        return rank(folder, options)
-
-
-def rank(folder: Path, options: Top) -> str:
-    """Return the table of a finished OUT, and write what else is asked for."""
-    manifest = read_manifest(folder, KIND)
-    texts = open_texts(folder, manifest, options.metadata)
     target = None if options.prompts is None else Path(options.prompts).expanduser()
-    if target is not None:
-        if texts.find(None, CAPTIONS) is None:
-            raise SnipError(
-                f"--prompts writes captions, but no metadata with a column "
-                f"{' or '.join(CAPTIONS)} is known for {folder}; name it with --metadata"
-            )
-        known = [] if texts.metadata is None else texts.metadata.inputs()
-        out_folder.refuse_output_file(target, [folder, *known, *named_paths(manifest)])
-    ranking = rank_rows(folder / "groups.parquet", options.n, manifest["settings"]["threshold"])
-    entries = describe(ranking, folder, manifest, texts)
-    if target is not None:
-        write_prompts(target, entries)
-    if options.json:
-        return json.dumps(entries, indent=2, ensure_ascii=False)
-    return table(entries, target)
+    with as_written(folder):
+        manifest = read_manifest(folder, KIND)
+        texts = open_texts(folder, manifest, options.metadata)
+        if target is not None:
+            if texts.find(None, CAPTIONS) is None:
+                raise SnipError(
+                    f"--prompts writes captions, but no metadata with a column "
+                    f"{' or '.join(CAPTIONS)} is known for {folder}; name it with --metadata"
+                )
+            known = [] if texts.metadata is None else texts.metadata.inputs()
+            refuse_output_file(target, [folder, *known, *named_paths(manifest)])
+        threshold = manifest["settings"]["threshold"]
+        ranking = rank_rows(folder / "groups.parquet", options.n, threshold)
+        entries = describe(ranking, folder, manifest["shards"], texts)
+        if target is not None:
+            captions = [e["captions"][0]["caption"] for e in entries if e["captions"]]
+            with replacing(target) as part:
+                text = "".join(f"{terminal_text(caption)}\n" for caption in captions)
+                part.write_text(text, encoding="utf-8")
+    return TopResult(entries, target, options.json)
 
 
 def rank_rows(path: Path, n: int, threshold: float) -> Ranking:
@@ -101,21 +146,21 @@ def rank_rows(path: Path, n: int, threshold: float) -> Ranking:
 
 def rank_groups(members: Members, threshold: float) -> Ranking:
     """Return all rows of whole groups that represent others, in row order."""
-    gone = pick(members, members.is_dup & (members.representative >= 0))
-    order = np.argsort(gone.representative, kind="stable")
-    gone = pick(gone, order)
-    starts = group_starts(gone.representative)
+    removed = pick(members, members.is_dup & (members.representative >= 0))
+    order = np.argsort(removed.representative, kind="stable")
+    removed = pick(removed, order)
+    starts = group_starts(removed.representative)
     first, dup_count = starts[:-1], np.diff(starts)
     lowest = np.empty(0, np.float32)
     if len(first):
-        lowest = np.minimum.reduceat(gone.similarity, first)
-    total = np.add.reduceat(gone.similarity.astype(np.float64), first) if len(first) else lowest
-    group = gone.group[first]
+        lowest = np.minimum.reduceat(removed.similarity, first)
+    total = np.add.reduceat(removed.similarity.astype(np.float64), first) if len(first) else lowest
+    group = removed.group[first]
     edges = group_starts(members.group)
     at = np.searchsorted(members.group[edges[:-1]], group)
     size = np.diff(edges)[at]
     return Ranking(
-        gone.representative[first],
+        removed.representative[first],
         group,
         dup_count,
         total / dup_count,
@@ -126,19 +171,17 @@ def rank_groups(members: Members, threshold: float) -> Ranking:
 
 
 def describe(
-    ranking: Ranking, folder: Path, manifest: dict[str, Any], texts: RowTexts
+    ranking: Ranking, folder: Path, shards: list[dict[str, Any]], texts: RowTexts
 ) -> list[dict[str, Any]]:
     """Return what is known of each row of a ranking, as JSON values."""
-    offsets = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])], dtype=np.int64)
+    offsets = shard_offsets(shards)
     keys = read_keys(folder / "groups.parquet", ranking.row)
     rows = represented(folder / "groups.parquet", ranking.row)
     captions = count_texts(texts, texts.find(None, CAPTIONS), rows)
     urls = count_texts(texts, texts.find(None, URLS), rows)
     entries = []
     for place, row in enumerate(ranking.row.tolist()):
-        shard = int(np.searchsorted(offsets, row, side="right")) - 1
         known = not np.isnan(ranking.lowest[place])
-        own = urls[row]
         entries.append(
             {
                 "row": row,
@@ -148,14 +191,13 @@ def describe(
                 "chains": bool(ranking.chains[place]),
                 "group": int(ranking.group[place]),
                 "group_rows": int(ranking.size[place]),
-                "shard": manifest["shards"][shard]["name"],
-                "shard_row": row - int(offsets[shard]),
+                **place_of(shards, offsets, row),
                 "key": keys.get(row),
                 "captions": [
                     {"caption": text, "rows": count}
                     for text, count in captions[row].most_common(SHOWN_CAPTIONS)
                 ],
-                "urls": list(own)[:SHOWN_URLS],
+                "urls": list(urls[row])[:SHOWN_URLS],
             }
         )
     return entries
@@ -168,11 +210,11 @@ def represented(path: Path, wanted: np.ndarray) -> dict[int, np.ndarray]:
     order = np.sort(wanted)
     found: dict[int, list[np.ndarray]] = {row: [np.array([row])] for row in wanted.tolist()}
     for members in whole_groups(path, marked=True):
-        gone = pick(members, members.is_dup & (members.representative >= 0))
-        place = np.searchsorted(order, gone.representative)
-        here = np.flatnonzero(order[np.minimum(place, len(order) - 1)] == gone.representative)
-        by = np.argsort(gone.representative[here], kind="stable")
-        row, representative = gone.row[here][by], gone.representative[here][by]
+        removed = pick(members, members.is_dup & (members.representative >= 0))
+        place = np.searchsorted(order, removed.representative)
+        here = np.flatnonzero(order[np.minimum(place, len(order) - 1)] == removed.representative)
+        by = np.argsort(removed.representative[here], kind="stable")
+        row, representative = removed.row[here][by], removed.representative[here][by]
         starts = group_starts(representative)
         for low, high in pairwise(starts):
             found[int(representative[low])].append(row[low : min(high, low + CAPTION_ROWS)])
@@ -198,47 +240,3 @@ def count_texts(
             if found.get(row):
                 counts[of][found[row]] += 1
     return counts
-
-
-def write_prompts(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Write the most frequent caption of each entry that has one, a line each."""
-    captions = [one_line(e["captions"][0]["caption"]) for e in entries if e["captions"]]
-    with atomic.replacing(path) as part:
-        part.write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
-
-
-def one_line(text: str) -> str:
-    """Return a text on one line, without what could steer a terminal; captions are anyone's."""
-    return STEERING.sub(" ", text).strip()
-
-
-def table(entries: list[dict[str, Any]], prompts: Path | None) -> str:
-    """Lay out entries for a person to read."""
-    if not entries:
-        return "no row stands for another one"
-    lines = ["       row  dup_count    mean  lowest  chains  key, most frequent caption, url"]
-    for entry in entries:
-        cosines = [
-            "     -" if value is None else f"{value:6.4f}"
-            for value in (entry["similarity_mean"], entry["similarity_lowest"])
-        ]
-        said = [entry["key"] or f"{entry['shard']} row {entry['shard_row']}"]
-        if entry["captions"]:
-            caption = entry["captions"][0]
-            said.append(f'"{short(caption["caption"], CAPTION_WIDTH)}" ({caption["rows"]})')
-        said += [short(url, URL_WIDTH) for url in entry["urls"][:1]]
-        lines.append(
-            f"{entry['row']:>10} {entry['dup_count']:>10,}  {cosines[0]}  {cosines[1]}  "
-            f"{'yes' if entry['chains'] else '':<6}  {'  '.join(map(one_line, said))}"
-        )
-    lines += ["", "mean, lowest: cosine of the removed rows with this one; chains: its group holds"]
-    lines += ["rows that it does not stand for, or only below the threshold"]
-    if prompts is not None:
-        lines.append(f"captions written to {prompts}")
-    return "\n".join(lines)
-
-
-def short(text: str, width: int) -> str:
-    """Return a text cut to a width."""
-    text = one_line(text)
-    return text if len(text) <= width else text[: width - 1] + "…"

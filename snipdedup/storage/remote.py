@@ -324,6 +324,9 @@ def read_version(url: str, token: Token | None = None) -> FileVersion:
             refuse_whole_file(response, url)
             return web_version(response, url)
     with store_errors(url):
+        if not scheme_of(url):
+            stat = Path(url).stat()
+            return FileVersion(stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
         system, path = filesystem(url)
         system.invalidate_cache()
         info = system.info(path)

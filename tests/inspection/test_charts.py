@@ -63,7 +63,7 @@ def test_bars_stand_for_their_counts():
 def test_the_curve_and_its_cursor():
     thresholds, stays = np.array([0.9, 0.95, 1.0]), np.array([600, 800, 990])
     chart = parsed(charts.curve_chart(thresholds, stays, 1000, 700, "said"))
-    scale = charts.staying_scale(stays, 1000)
+    scale = charts.kept_scale(stays, 1000)
     assert scale.y(1000) == 0  # all rows: what hangs from there goes
     line = chart.find("svg/polyline").get("points").split()
     points = [tuple(map(float, point.split(","))) for point in line]
@@ -80,7 +80,7 @@ def test_one_threshold_only():
 
 
 def test_few_rows_that_stay_are_shown_from_nought():
-    assert charts.staying_scale(np.array([10]), 1000).low == 0
+    assert charts.kept_scale(np.array([10]), 1000).low == 0
 
 
 @pytest.mark.parametrize("bins", [1, 5, 127, 128, 400, 4000])

@@ -120,11 +120,11 @@ def test_the_text_says_the_same(runs):
         ["threshold", "0.85", "0.93"],
         ["rows", "900", "900"],
     ]
-    assert f"{diff['newly_staying']['rows']} rows go in 1 and stay in 2" in lines
+    assert f"{diff['newly_staying']['rows']} rows removed in 1 and kept in 2" in lines
     entry = diff["newly_staying"]["examples"][0]
     assert (
-        f"  row {entry['row']} ({entry['shard']} row {entry['shard_row']}): goes in 1 for row "
-        f"{entry['representatives'][0]} (cosine {entry['similarities'][0]:.4f}), stays in 2"
+        f"  row {entry['row']} ({entry['shard']} row {entry['shard_row']}): removed in 1 for row "
+        f"{entry['representatives'][0]} (cosine {entry['similarities'][0]:.4f}), kept in 2"
     ) in lines
     group = diff["split"]["examples"][0]
     assert f"  group {group['group']} ({group['rows']} rows) is in {group['parts']} parts" in lines

@@ -22,7 +22,7 @@ from browser import wait_until
 import snipdedup
 from snipdedup import demo_pictures
 from snipdedup.errors import SnipError
-from snipdedup.inspection import report
+from snipdedup.inspection import display, report
 from snipdedup.inspection.report_page import GENERATOR, PICTURED
 from snipdedup.storage import atomic
 from snipdedup.storage.manifest import read_manifest, write_manifest
@@ -532,18 +532,18 @@ def test_an_unverified_run_says_so(browser, hostile, tmp_path):
 
 def test_links_that_may_be_followed():
     for url in ("https://a.b/c.png?x=1&y=%20", "http://host", "HTTP://host/x", "https://[::1]/a"):
-        assert report.safe_link(url) == url
+        assert display.safe_link(url) == url
     for url in (
         *URLS, "", "//a.b/c", "ftp://a.b/c", "http://", "https://a b/", "http://a\n.b/",
         "http://[bad", "https://a.b/" + "x" * 3000, " https://a.b", "https://a.b\\@c.d/",
     ):  # fmt: skip
-        assert report.safe_link(url) == "", url
+        assert display.safe_link(url) == "", url
 
 
 def test_texts_are_cut_to_one_line():
-    assert report.cut("a\r\n\tb\x7fc", 10) == "a b c"
-    assert report.cut("x" * 300, 240) == "x" * 240 + "…"
-    assert report.cut("  ", 5) == ""
+    assert display.page_text("a\r\n\tb\x7fc", 10) == "a b c"
+    assert display.page_text("x" * 300, 240) == "x" * 240 + "…"
+    assert display.page_text("  ", 5) == ""
 
 
 def test_a_finished_out_is_left_as_it_was(hostile, page_path):
@@ -551,7 +551,7 @@ def test_a_finished_out_is_left_as_it_was(hostile, page_path):
     for name, output in read_manifest(out, "dedup")["outputs"].items():
         assert atomic.sha256(out / name) == output["sha256"]
     with pytest.raises(SnipError, match="exists and is not a report"):
-        report.check_target(out / "snip.json", overwrite=False)
+        report.check_target(out / "snip.json", pictured=False)
 
 
 def test_rows_of_a_reference_are_named_and_not_counted_as_ours(browser, hostile, tmp_path):

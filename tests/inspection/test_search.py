@@ -20,7 +20,7 @@ import truth
 
 from snipdedup import config
 from snipdedup.index.folder import Index
-from snipdedup.inspection.search import run, search
+from snipdedup.inspection.search import run
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202etxt" + "x" * 10_000
 ROWS = 900
@@ -102,8 +102,7 @@ def test_recall_on_key_frames(data, tmp_path):
     queries = np.random.default_rng(0).choice(len(x), 100, replace=False)
     hits = 0
     for row in queries.tolist():
-        options = config.Search(query=str(row), index=str(out))
-        (answer,) = search(index, options).answers
+        (answer,) = run(config.Search(query=str(row), index=str(out))).answers
         cosine = x @ x[row]
         cosine[row] = -1
         tenth = np.sort(cosine)[-10]  # copies tie: any of them will do

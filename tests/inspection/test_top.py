@@ -12,9 +12,10 @@ import pytest
 import truth
 
 from snipdedup.deduplication import out_reader
-from snipdedup.groups.star import Members, no_members
+from snipdedup.groups.members import Members, no_members
 from snipdedup.inspection import top
-from snipdedup.inspection.top import one_line, rank_groups, rank_rows
+from snipdedup.inspection.display import terminal_text
+from snipdedup.inspection.top import rank_groups, rank_rows
 
 ROWS, THRESHOLD = 900, 0.9
 CAPTIONS = ["a red car", "a blue car\nat sea", None, "", "\x1b[31m\u202edanger"]
@@ -160,7 +161,7 @@ def test_prompts_are_the_most_frequent_captions_a_line_each(case, tmp_path):
     assert status == 0
     assert f"captions written to {path}" in said
     entries = found(out, "-n", 30)
-    expected = [one_line(e["captions"][0]["caption"]) for e in entries if e["captions"]]
+    expected = [terminal_text(e["captions"][0]["caption"]) for e in entries if e["captions"]]
     assert path.read_text(encoding="utf-8").splitlines() == expected
     assert "a blue car at sea" in expected
     assert len(expected) > 10
