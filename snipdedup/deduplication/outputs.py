@@ -74,7 +74,8 @@ def plan_metadata(
     key = table.column(key)
     uses = [rank.use()] if isinstance(rank, ColumnRank) else []
     if key is not None:
-        uses.append(ColumnUse([key], texts, "name a column of texts or numbers with --key"))
+        remedy = "name a column of texts or numbers with --key"
+        uses.append(ColumnUse([key], lambda file, _, batch: texts(file, batch), remedy))
     uses += [*url_baseline.baseline_uses(table), *added, *export.list_uses(lists, table)]
     try_column_uses(
         table, [*uses, ColumnUse(None, try_writing, "leave it out of META", by_schema=True)]

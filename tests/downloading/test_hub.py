@@ -203,14 +203,14 @@ def test_other_faults_of_the_api(running, tmp_path):
 
 
 def test_a_cause_that_the_client_hides_is_found(running):
-    from huggingface_hub import errors
+    from huggingface_hub import HfApi, errors
 
     running.state = "disabled"
     place = hub.parse(SOURCE)
 
     def ask():
         try:
-            hub.client().repo_info("someone/pictures", repo_type="dataset")
+            HfApi(running.url).repo_info("someone/pictures", repo_type="dataset")
         except errors.DisabledRepoError as error:
             raise errors.LocalEntryNotFoundError("not in the cache") from error
 
