@@ -259,6 +259,6 @@ def describe_download(out: Path, files: Sequence[dict[str, Any]], note: str = ""
     """Return the result of a download from what its manifest says of the files."""
     rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
     features = sum("features" in file for file in files)
-    text = f"{out}{note}: {describe_kept(files)}"
+    text = f"{out}{note}: {describe_kept(rows, kept, len(files))}"
     text += f", with features of {features} files" if features else ""
     return DownloadResult(out, KIND, len(files), rows, kept, text)
