@@ -23,8 +23,7 @@ import timing
 
 sys.path.insert(0, str(timing.ROOT))
 
-from snipdedup.join.external_forest import ForestFile
-from snipdedup.join.forest import components, make_edges
+from snipdedup.join.forest import ExternalForest, components, make_edges
 
 BLOCK = 1_000_000  # rows whose groups are made together
 TAIL = 1.2  # exponent of the sizes of groups
@@ -120,7 +119,7 @@ def measure(folder: Path, rows: int) -> dict[str, object]:
     threading.Thread(target=watch, args=(peaks, done), daemon=True).start()
     before = timing.anonymous("self")
     start = time.perf_counter()
-    builder = ForestFile(folder / "forest", rows)
+    builder = ExternalForest(folder / "forest", rows)
     for low in range(0, len(columns[0]), STEP):
         builder.add(make_edges(*(np.array(column[low : low + STEP]) for column in columns)))
     taken = time.perf_counter()

@@ -35,7 +35,7 @@ from timing import machine
 
 import snipdedup
 from snipdedup.features.shards import open_features
-from snipdedup.join import fitting
+from snipdedup.join import model
 
 HEADER = "| threshold | lists | recall | overlap | visits a row | candidates a row | seconds |"
 EASY, HARD, HARD_SHARE = 0.995, 0.952, 0.1  # cosines of planted pairs, and how many are hard
@@ -81,8 +81,8 @@ def line(
     """Search with a number of lists; return a row of the table."""
     single = 0 if lists > 1 else 1 << 40
     with (
-        mock.patch.object(fitting, "SINGLE_LIST_ROWS", single),
-        mock.patch.object(fitting, "list_count", return_value=lists),
+        mock.patch.object(model, "SINGLE_LIST_ROWS", single),
+        mock.patch.object(model, "list_count", return_value=lists),
     ):
         start = time.perf_counter()
         found = snipdedup.dedup(features, threshold=threshold, **settings)

@@ -250,7 +250,7 @@ def test_ctrl_c_before_each_file_is_in_its_place(
             break
         assert code == 130
         last = one_line(capsys)
-        assert ("goes on" in last) == (name in GO_ON)
+        assert ("continues" in last) == (name in GO_ON)
         assert not (out / MANIFEST).exists()
     else:
         assert run(*words_of(name, out)) == 0

@@ -26,14 +26,13 @@ from snipdedup.features import scan
 from snipdedup.groups import huge_star, pairs, star
 from snipdedup.join import (
     brute_force,
+    calibration,
     encoding,
-    external_forest,
-    fitting,
     forest,
     hubs,
-    joining,
     lists,
-    partitions,
+    model,
+    tasks,
     tiles,
     verify,  # fmt: skip
 )
@@ -45,23 +44,24 @@ KINDS = (np.float16, np.float32, np.float64)
 HAZY = 1e-12  # so near to where float32 rounds up, float64 may fall on either side
 # Sizes at which the tool changes its ways, and what a world may set them to.
 SIZES = [
-    ((fitting,), {"SINGLE_LIST_ROWS": [0]}),
-    ((fitting,), {"LISTS_A_ROOT": [0.6, 2.0], "ROWS_A_CENTROID": [2, 48]}),
-    ((fitting,), {"DIRECTION_ROWS": [16, 100], "CALIBRATION_ROWS": [(20, 60)]}),
-    ((hubs,), {"MASS_ROWS": [4, 20, 60], "SAMPLE_MASS": [2, 5], "SAMPLE_ROWS": [(30, 300)]}),
+    ((model,), {"SINGLE_LIST_ROWS": [0]}),
+    ((model,), {"LISTS_A_ROOT": [0.6, 2.0], "ROWS_A_CENTROID": [2, 48]}),
+    ((model,), {"DIRECTION_ROWS": [16, 100], "CALIBRATION_ROWS": [(20, 60)]}),
+    ((hubs,), {"HUB_ROWS": [4, 20, 60], "SAMPLE_COPIES": [2, 5], "SAMPLE_ROWS": [(30, 300)]}),
     ((tiles,), {"ROW_TILE": [8, 32], "CROWDED": [1 / 64, 0.3, 2.0]}),
-    ((tiles, joining, partitions), {"COLUMN_TILE": [16, 64]}),
+    ((tiles, tasks), {"COLUMN_TILE": [16, 64]}),
     ((verify,), {"GATHER_PAIRS": [3, 50], "PRODUCT_PAIRS": [1, 7], "TRIED": [1, 3]}),
     ((brute_force, pairs), {"TILE": [4, 20, 32]}),  # pairs lays tiles of its size on those of exact
     ((brute_force,), {"DENSE": [0.0, 2.0]}),
-    ((lists,), {"ASSIGN_BLOCK": [5, 64], "PAIR_BLOCK": [9, 64], "TABLE_LISTS": [0, 4]}),
+    ((lists, calibration), {"ASSIGN_BLOCK": [5, 64]}),
+    ((lists,), {"TABLE_LISTS": [0, 4]}),
+    ((calibration,), {"PAIR_BLOCK": [9, 64]}),
     ((star,), {"STAR_BLOCK": [3, 20], "PACKED_GROUP": [1, 4], "STAR_STEP": [1, 5]}),
     ((star,), {"FLOAT64_GROUP": [2, 10], "PACKED_ROWS": [5, 40]}),
     ((huge_star,), {"BLOCK": [3, 16], "VERIFY_PAIRS": [2, 40]}),
     ((pairs,), {"LISTED_GROUP": [1, 5], "LISTED_PAIRS": [4, 90]}),
     ((external_sort,), {"HELD": [5, 50], "PARTS": [2, 8], "READ": [3, 40]}),
-    ((external_forest,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30]}),
-    ((forest,), {"BUFFER_EDGES": [4, 40]}),
+    ((forest,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30], "BUFFER_EDGES": [4, 40]}),
     ((final_check,), {"GATHER_PAIRS": [1, 30]}),
     ((scan,), {"COMPARE_ROWS": [3, 20], "SORT_ROWS": [20, 200]}),
 ]  # fmt: skip

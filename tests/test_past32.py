@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -15,17 +16,15 @@ import truth
 from snipdedup import dedup
 from snipdedup.config import Filter
 from snipdedup.deduplication.counts import levels
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import checked, choose, groups_table
-from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.groups.keep import rank_by
-from snipdedup.join import external_forest
-from snipdedup.join.encoding import encode_spans, encode_task
-from snipdedup.join.fitting import fit
+from snipdedup.join import forest
 from snipdedup.join.forest import make_edges
-from snipdedup.join.joining import join_task
-from snipdedup.join.partitions import load_partition
+from snipdedup.join.model import fit
+from snipdedup.join.tasks import JoinSettings, JoinTasks, Partition
 from snipdedup.metadata import filter
 from snipdedup.storage import external_sort
 
@@ -60,7 +59,8 @@ def test_places_and_pieces_of_a_fake_table_of_shards(laion):
     assert np.array_equal(found, np.repeat(wanted[:, None], 4, axis=1))
     cut = ((1 << 32) // SHARD + 1) * SHARD  # rows of two shards, past 2^32
     assert laion.read(cut - 2, cut + 2)[:, 0].tolist() == [4294, 4294, 4295, 4295]
-    spans = encode_spans(laion.rows)
+    settings = JoinSettings(0.9, 0.999, 0, keep_bad=False, chunk_rows=1 << 15, device="cpu")
+    spans = JoinTasks(laion, settings, Path("work")).spans
     assert spans[0] == (0, 1 << 18)
     assert spans[-1][1] == LAION_5B
     assert all(one[1] == other[0] for one, other in pairwise(spans))
@@ -97,17 +97,18 @@ def far():
 
 def test_codes_and_joins_keep_rows_past_2_32(far, tmp_path):
     x, features, row = far
-    model = fit(open_features(x), 0.9, 0.999, 0, 1)
-    spans = [(int(row[0]), int(row[2499]) + 1), (int(row[2500]), int(row[-1]) + 1)]
-    folders = [tmp_path / str(number) for number in range(2)]
-    for folder, (begin, end) in zip(folders, spans, strict=True):
-        encode_task(features, model, folder, begin, end, chunk_rows=1 << 15, frozen=0)
-    skip = np.zeros(end, bool)
-    width, nlist = model.projection.width, model.lists.nlist
-    partition = load_partition(folders, 0, nlist, skip, width)
-    assert sorted(set(partition.row.tolist())) == row.tolist()
-    how = {"threshold": 0.9, "threads": 1, "device": "cpu", "frozen": 0}
-    found, _ = join_task(features, model, partition, **how)
+    settings = JoinSettings(0.9, 0.999, 0, keep_bad=False, chunk_rows=1 << 15, device="cpu")
+    tasks = JoinTasks(features, settings, tmp_path)
+    fit(open_features(x), 0.9, 0.999, 0, 1).save(tasks.model_file)
+    tasks.spans = [(int(row[0]), int(row[2499]) + 1), (int(row[2500]), int(row[-1]) + 1)]
+    for number in range(2):
+        tasks.encode(number)
+    encoded = [np.load(folder / "rows.npy") for folder in tasks.folders]
+    assert np.unique(np.concatenate(encoded)).tolist() == row.tolist()
+    tasks.skip = np.zeros(tasks.spans[1][1], bool)
+    every = Partition(0, tasks.model.lists.nlist)
+    tasks.join(every)
+    found, _ = tasks.load_joined(every)
     brute = dedup(x, threshold=0.9, method="exact").search.forest
     assert found.a.tolist() == row[brute.a].tolist()
     assert found.b.tolist() == row[brute.b].tolist()
@@ -120,7 +121,7 @@ def test_groups_and_masks_past_2_32(far, grouping):
     x, features, row = far
     near = dedup(x, threshold=0.9, method="exact", grouping=grouping)
     forest = near.search.forest
-    found = SearchResult(
+    found = PairSearch(
         names=[f"part {number}" for number in range(5)],
         offsets=features.offsets,
         threshold=0.9,
@@ -151,10 +152,10 @@ def test_all_is_the_same_in_eight_bytes_a_row(tmp_path):
     expected = dedup(x, threshold=0.9)
     with (
         mock.patch.multiple(external_sort, SHORT_ROWS=100, HELD=50),
-        mock.patch.multiple(external_forest, HELD_EDGES=50),
+        mock.patch.multiple(forest, HELD_EDGES=50),
     ):
         found = dedup(x, threshold=0.9, out=tmp_path / "out")
-        assert external_forest.edge_kind(3000).itemsize == 20
+        assert forest.edge_kind(3000).itemsize == 20
     assert found.forest.equals(expected.forest)
     assert pq.read_table(tmp_path / "out" / "groups.parquet").equals(expected.groups)
     assert np.array_equal(np.load(tmp_path / "out" / "is_dup.npy"), expected.is_dup)

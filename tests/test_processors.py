@@ -28,14 +28,14 @@ import sys
 from unittest import mock
 import numpy as np
 from snipdedup.deduplication.run import dedup
-from snipdedup.join import encoding, fitting, hubs, kernels, tiles
+from snipdedup.join import encoding, hubs, kernels, model, tiles
 
 features, out, device, small = sys.argv[1:]
 if device == "float32":  # as where int8 products are slow or wrong
     single = kernels.candidates("cpu")[-1]
     kernels.candidates = lambda device: [single]
-if small == "small":  # lists, masses and crowds at sizes that a test can afford
-    hubs.MASS_ROWS, fitting.SINGLE_LIST_ROWS, tiles.CROWDED = 500, 0, 1 / 512
+if small == "small":  # lists, hubs and crowds at sizes that a test can afford
+    hubs.HUB_ROWS, model.SINGLE_LIST_ROWS, tiles.CROWDED = 500, 0, 1 / 512
     tiles.ROW_TILE, tiles.COLUMN_TILE = 128, 256
     encoding.task_rows = lambda rows: 2048
 dedup(features, out=out, keep_work=True, threshold=0.9)
@@ -63,7 +63,7 @@ def written(out: Path) -> dict[str, bytes]:
 
 
 def crowds(rows: int, dim: int) -> np.ndarray:
-    """Masses of near copies, looser crowds, and many small groups whose cosines lie about .9."""
+    """Hubs of near copies, looser crowds, and many small groups whose cosines lie about .9."""
     rng = np.random.default_rng(5)
     noise = np.repeat([0.1, 0.2, 0.3], rows // 8)[:, None]
     dense = np.repeat(rng.standard_normal((3, dim)), rows // 8, axis=0)

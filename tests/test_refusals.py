@@ -47,7 +47,7 @@ WRONG = {
     "1-D": (one(ROWS[0]), "b.npy: expected a 2-D array"),
     "boolean": (one(ROWS > 0), "found bool; this looks like a mask"),
     "integer": (one(ROWS.astype(np.int32)), "b.npy: expected float16, float32 or float64"),
-    "object": (one(ROWS.astype(object)), "b.npy: expected float16, float32 or float64"),
+    "object": (one(ROWS.astype(object)), "b.npy: expected plain numbers, found object"),
     "Fortran": (one(np.asfortranarray(ROWS)), "b.npy: Fortran-ordered"),
     "truncated": (cut(-5), "b.npy: truncated"),
     "longer": (cut(3), "b.npy: truncated or damaged"),

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 
 from snipdedup.auditing.result import AuditResult
 from snipdedup.deduplication.out_reader import BATCH_ROWS, pick
-from snipdedup.features.cosine import bad_rows, pair_cosine
+from snipdedup.features.cosine import bad_rows, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.star import Members, group_starts
+from snipdedup.groups.members import Members, group_starts
 from snipdedup.metadata.tables import open_parquet
 from snipdedup.parallel import ordered_map
 
@@ -386,6 +386,6 @@ def cosines_of_places(
     """Return the cosines of rows i of x with rows j of y, (n,) float32."""
 
     def compute(span: tuple[int, int]) -> np.ndarray:
-        return pair_cosine(x[i[slice(*span)]], y[j[slice(*span)]])
+        return indexed_cosines(x, y, i[slice(*span)], j[slice(*span)])
 
     return np.concatenate(list(ordered_map(compute, plan_blocks(len(i), PAIRS), threads)))

@@ -13,13 +13,13 @@ from typing import NoReturn
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.deduplication.search_result import SearchResult
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import InternalError
-from snipdedup.features.cosine import pair_cosine, same_bits
+from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.blocks import slices
-from snipdedup.groups.star import Members, torch_threads
-from snipdedup.join.verify import PRODUCT_PAIRS
+from snipdedup.groups.members import Members
+from snipdedup.groups.star import torch_threads
 from snipdedup.parallel import ordered_map, scratch
 from snipdedup.storage.external_sort import Columns, among
 
@@ -27,7 +27,7 @@ GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
 
 
 def fill_similarity(
-    search: SearchResult,
+    search: PairSearch,
     features: Features | None,
     members: Members,
     threshold: float,
@@ -65,7 +65,7 @@ class FinalCheck:
     """
 
     def __init__(
-        self, search: SearchResult, features: Features | None, threshold: float, grouping: str
+        self, search: PairSearch, features: Features | None, threshold: float, grouping: str
     ) -> None:
         self.search, self.threshold = search, np.float32(threshold)
         self.may_chain = grouping == "components" and search.best is None
@@ -183,21 +183,14 @@ class FinalCheck:
 
 
 def pair_cosines(features: Features, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine of each row a with row b, (n,) float32; copies are found at once."""
+    """Return the cosine of each row a with row b, (n,) float32."""
 
     def compare(span: tuple[int, int]) -> np.ndarray:
         both = np.concatenate([a[slice(*span)], b[slice(*span)]])
         rows, place = np.unique(both, return_inverse=True)
         shape = (len(rows), features.dim)
         raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
-        i, j = np.split(place, 2)
-        cosine = np.ones(len(i), np.float32)
-        for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
-            x, y = np.take(raw, i[start:stop], axis=0), np.take(raw, j[start:stop], axis=0)
-            differ = np.flatnonzero(~same_bits(x, y))
-            if len(differ):
-                cosine[start + differ] = pair_cosine(x[differ], y[differ])
-        return cosine
+        return indexed_cosines(raw, raw, *np.split(place, 2))
 
     parts = ordered_map(compare, plan_blocks(len(a), GATHER_PAIRS), torch_threads())
     return np.concatenate([np.empty(0, np.float32), *parts])

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import Shard
@@ -26,9 +28,9 @@ from snipdedup.features.shards import (
     plan_blocks,
     request_of,
 )
+from snipdedup.groups.members import Nearest
 from snipdedup.groups.nearest_reference import nearest_within, with_copies
-from snipdedup.groups.star import Nearest
-from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, make_edges
+from snipdedup.join.forest import BLOCK_EDGES, Edges, UnionFind, join_edges, make_edges
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import Columns, among
 from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest, versions
@@ -264,8 +266,6 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
 
 def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
     """Yield the references of a finished run, then its kept rows."""
-    import pyarrow.parquet as pq
-
     manifest = read_manifest(folder, KIND)
     settings = manifest["settings"]
     if settings["features"] is None or not manifest["verified"]:
@@ -324,20 +324,15 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
     accept_dates(now, features, manifest)
     if len(manifest["shards"]) != len(then["features"]):
         raise SnipError(f"{folder / MANIFEST}: damaged: it names other shards in two places")
-    names, before = ([shard["name"] for shard in side["features"]] for side in (now, then))
-    if names != before:
-        changed = sorted(set(names) ^ set(before)) or ["their order"]
-    else:
-        changed = [
-            name
-            for number, name in enumerate(names)
-            if any(then[key][number] != now[key][number] for key in now)
-        ]
-    if changed:
-        raise SnipError(
-            f"{folder}: the features are not those that were searched ({changed[0]} differs); "
-            "search again"
-        )
+    shards, before = (
+        zip(side["features"], side["features_changed"], strict=True) for side in (now, then)
+    )
+    for shard, known in zip_longest(shards, before):
+        if shard != known:
+            raise SnipError(
+                f"{folder}: the features are not those that were searched "
+                f"({(shard or known)[0]['name']} differs); search again"
+            )
 
 
 def own_pairs(
@@ -368,17 +363,15 @@ def own_pairs(
     references_only : bool
         Leave out pairs and copies among the rows themselves.
     folder : Path, optional
-        For what does not fit into memory; None: all is held.
+        For arrays that do not fit into memory.
 
     Returns
     -------
-    forest, copies, originals
-        The same among the rows after the reference rows, numbered from there.
-    nearest : Nearest
-        Of each distinct row that matches a reference row; of each row where there are no copies.
+    The forest, copies and originals of the rows after the reference rows, numbered from there; and
+    the nearest reference row of each distinct row that matches one.
     """
     copy, original, twins = own_copies(*copies, reference_rows)
-    roots, rows = Roots(features.rows), features.rows - reference_rows
+    roots, rows = UnionFind(features.rows), features.rows - reference_rows
     for edges in (forest, twins):
         for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
             roots.unite(edges.a[start:stop], edges.b[start:stop])

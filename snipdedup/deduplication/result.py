@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from snipdedup import progress
 from snipdedup.config import Dedup
 from snipdedup.deduplication.counts import Counts, count_members, levels, summarize
 from snipdedup.deduplication.final_check import fill_similarity
-from snipdedup.deduplication.search_result import SearchResult
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import Block, collect, slices
 from snipdedup.groups.keep import ColumnRank
+from snipdedup.groups.members import Copies, Members, Rank
 from snipdedup.groups.star import (
     Compare,
-    Copies,
-    Members,
-    Rank,
     group_components,
     group_matches,
     group_star,
@@ -50,7 +49,7 @@ class Result:
 
     Attributes
     ----------
-    search : SearchResult
+    search : PairSearch
     features : Features or None
         The rows that were searched.
     members : Members
@@ -69,7 +68,7 @@ class Result:
         That folder.
     """
 
-    search: SearchResult
+    search: PairSearch
     features: Features | None
     members: Members
     threshold: float
@@ -222,7 +221,7 @@ def checked(result: Result) -> Result:
 
 
 def choose(
-    search: SearchResult,
+    search: PairSearch,
     features: Features | None,
     threshold: float,
     grouping: str,
@@ -248,7 +247,7 @@ def choose(
 
 
 def choose_fraction(
-    search: SearchResult, fraction: float, choose_at: Callable[[float], Result]
+    search: PairSearch, fraction: float, choose_at: Callable[[float], Result]
 ) -> Result:
     """Choose at the lowest threshold, in steps of .001 up to 1, at which a share of rows is kept.
 
@@ -257,14 +256,14 @@ def choose_fraction(
     result = choose_at(search.threshold)
     if result.kept / search.rows > fraction:
         raise SnipError(
-            f"{result.kept / search.rows:.4%} of the rows stay already at threshold "
+            f"{result.kept / search.rows:.4%} of the rows are kept already at threshold "
             f"{search.threshold:g}, more than --keep_fraction {fraction:g}; search again at a "
             "lower --threshold"
         )
     while result.kept / search.rows < fraction:
         if result.threshold >= 1:
             raise SnipError(
-                f"{result.kept / search.rows:.4%} of the rows stay at threshold "
+                f"{result.kept / search.rows:.4%} of the rows are kept at threshold "
                 f"{result.threshold:g}, and there is no higher one; expected at least "
                 f"--keep_fraction {fraction:g}"
             )
@@ -272,7 +271,7 @@ def choose_fraction(
     return result
 
 
-def check_threshold(search: SearchResult, threshold: float) -> None:
+def check_threshold(search: PairSearch, threshold: float) -> None:
     """Refuse a threshold below the one that was searched for; SemDeDup's rule knows all.
 
     Pairs that were never verified have one threshold only.
@@ -287,7 +286,7 @@ def check_threshold(search: SearchResult, threshold: float) -> None:
 
 
 def decide_block(
-    search: SearchResult,
+    search: PairSearch,
     block: Block,
     features: Features | None,
     threshold: float,
@@ -301,7 +300,7 @@ def decide_block(
     """
     if search.best is not None:
         return group_matches(block.forest, search.best, threshold)
-    copies = Copies(block.copies, block.firsts, rank)
+    copies = Copies(block.copies, block.originals, rank)
     forest = copies.fold(block.forest)
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":
@@ -318,29 +317,23 @@ def decide_block(
     return copies.unfold(refer_star(members, nearest) if nearest else members)
 
 
-def forest_table(search: SearchResult, forest: Edges) -> Any:
+def forest_table(search: PairSearch, forest: Edges) -> Any:
     """Return edges of the forest as a ``pyarrow.Table``; unverified pairs have no similarity."""
-    import pyarrow as pa
-
     similarity = pa.array(forest.similarity, mask=np.full(len(forest.a), not search.verified))
     return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
 
 
 def groups_table(
-    search: SearchResult, members: Members, keys: Any, near: np.ndarray | None = None
+    search: PairSearch, members: Members, keys: Any, near: np.ndarray | None = None
 ) -> Any:
     """Return members with their places and ``keys`` as a ``pyarrow.Table``.
 
     With references, ``reference`` names the input whose row the representative is, null for
     FEATURES; ``near`` is as in `Result`.
     """
-    import pyarrow as pa
-
-    shard = np.searchsorted(search.offsets, members.row, side="right") - 1
     columns = {
         "row": members.row,
-        "shard": pa.array(search.names, pa.string()).take(pa.array(shard)),
-        "shard_row": members.row - search.offsets[shard],
+        **search.places(members.row),
         "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
         "group": members.group,
         "representative": members.representative,

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.config import EXPORTS, Dedup, keep_rules, named_kinds, parse_epsilons
+from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, named_kinds, parse_epsilons
 from snipdedup.deduplication.adc_method import check_given, search_adc
 from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
 from snipdedup.deduplication.methods import SearchSettings, search_features
@@ -29,6 +29,12 @@ from snipdedup.deduplication.outputs import (
     write_files,
     write_pair_files,
 )
+from snipdedup.deduplication.pair_search import (
+    PairSearch,
+    load_search,
+    read_search,
+    save_search,
+)
 from snipdedup.deduplication.references import KIND
 from snipdedup.deduplication.result import (
     Result,
@@ -37,14 +43,8 @@ from snipdedup.deduplication.result import (
     choose,
     choose_fraction,
 )
-from snipdedup.deduplication.search_result import (
-    SearchResult,
-    load_search,
-    read_search,
-    save_search,
-)
 from snipdedup.deduplication.settings import (
-    decision_names,
+    DECISIONS,
     describe_request,
     finished_run,
     inherit,
@@ -52,10 +52,11 @@ from snipdedup.deduplication.settings import (
     search_settings,
 )
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
-from snipdedup.evaluation.plan import plan_features
+from snipdedup.evaluation.plan import free_space
+from snipdedup.evaluation.plan import run as plan_run
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
-from snipdedup.groups.star import Rank
+from snipdedup.groups.members import Rank
 from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.precheck import try_column_uses
 from snipdedup.metadata.tables import Metadata
@@ -74,7 +75,7 @@ class Job(NamedTuple):
     """
 
     options: Dedup
-    search: SearchSettings
+    settings: SearchSettings
     inputs: Inputs
     metadata: Metadata | None
     rank: Rank
@@ -82,25 +83,9 @@ class Job(NamedTuple):
 
 
 def dedup(features: Any, **settings: Any) -> Result:
-    """Find near-duplicates among features.
+    """Find near-duplicates among features: an (n, d) array, a path, or a sequence of either.
 
-    Parameters
-    ----------
-    features : (n, d) float array, path, or a sequence of either
-        As `snipdedup.features.shards.open_features` takes them.
-    **settings
-        Any setting of ``snip dedup``: ``threshold``, ``method``, ``grouping``, ``keep``, ...
-        With ``out`` the result is also written there.
-
-    Returns
-    -------
-    Result
-        ``is_dup`` (n,) bool, ``groups`` and ``forest`` tables, ``at(threshold)``.
-
-    Raises
-    ------
-    SnipError
-        If the input cannot be used; says what was found, where, and what to do.
+    ``settings`` are those of ``snip dedup``; with ``out`` the result is also written there.
     """
     options = Dedup(features=features, **settings)
     if options.out is not None:
@@ -113,9 +98,9 @@ def dedup(features: Any, **settings: Any) -> Result:
     check_given(job.inputs.features, job.options)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
-        open_runner(options.runner, job.search.threads, options.device) as runner,
+        open_runner(options.runner, job.settings.threads, options.device) as runner,
     ):
-        return decide_job(job, search(job, Path(work), Clock(), runner), None)
+        return decide_job(job, run_search(job, Path(work), Clock(), runner), None)
 
 
 def run(options: Dedup) -> Result | str:
@@ -128,22 +113,16 @@ def run(options: Dedup) -> Result | str:
 
 
 def open_result(out: str | Path) -> Result:
-    """Read back a finished OUT; its features must still be where they were.
+    """Read back a finished OUT: the same result that `dedup` returned.
 
-    Returns
-    -------
-    Result
-        The same that `dedup` returned, decided again from the forest.
-
-    Raises
-    ------
-    SnipError
-        If OUT is not finished, its pairs are unverified, or its features are missing or changed.
+    Its features are read again. It is a `SnipError` if they are missing or changed, or if the pairs
+    of OUT are unverified.
     """
     folder = Path(out).expanduser()
     with as_written(folder):
         threshold = read_manifest(folder, KIND)["settings"]["threshold"]
-        job = prepare(inherit(Dedup(features=str(folder), threshold=threshold), folder))
+        options = inherit(Dedup(features=str(folder), threshold=threshold), folder)
+        job = prepare(options, writes=False)
         return read_result(folder, job)
 
 
@@ -157,17 +136,13 @@ def plan(options: Dedup) -> str:
         out_folder.refuse_output_inside(out, read_paths(job))
     if job.inputs.features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
-    return str(
-        plan_features(
-            job.inputs.features,
-            out,
-            threshold=job.search.threshold,
-            recall=job.search.recall,
-            seed=job.search.seed,
-            threads=options.threads,
-            max_memory=options.max_memory,
-        )
-    )
+    settings = Plan(
+        features=options.features, parts=options.parts, array=options.array, column=options.column,
+        threshold=job.settings.threshold, recall=job.settings.recall, seed=job.settings.seed,
+        cores=options.threads, max_memory=options.max_memory,
+        disk=None if out is None else str(free_space(out)),
+    )  # fmt: skip
+    return str(plan_run(settings))
 
 
 @locks.released()
@@ -187,9 +162,9 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
     job = prepare(options)
     out_folder.refuse_output_inside(out, read_paths(job, earlier))
     request = describe_request(job.options, job.inputs, job.metadata)
-    found = None
+    search = None
     if earlier is not None:
-        found = search_of(earlier, job)
+        search = search_of(earlier, job)
     else:
         check_given(job.inputs.features, job.options)
     if job.inputs.features is not None and is_finished(out):
@@ -200,12 +175,12 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
         request,
         overwrite=options.overwrite,
         shared=share is not None,
-        decisions=decision_names(job.search.method),
+        decisions=DECISIONS - ({"keep"} if job.settings.method == "semdedup" else set()),
     )
     message = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
         try:
-            return search_and_write(job, found, out, request, clock, share, in_memory)
+            return search_and_write(job, search, out, request, clock, share, in_memory)
         except ShareDone as done:
             message = str(done)
             while in_memory and not is_finished(out):
@@ -230,8 +205,8 @@ def read_result(folder: Path, job: Job) -> Result:
     manifest = read_manifest(folder, KIND)
     settings, features = manifest["settings"], job.inputs.features
     grouping, keep = str(settings["grouping"]), settings["keep"]
-    found = read_search(folder, job.inputs)
-    result = choose(found, features, settings["threshold"], grouping, keep, job.rank)
+    search = read_search(folder, job.inputs)
+    result = choose(search, features, settings["threshold"], grouping, keep, job.rank)
     return dataclasses.replace(checked(result), manifest=manifest, out=folder)
 
 
@@ -279,51 +254,51 @@ def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
     ]
 
 
-def search_of(earlier: Path, job: Job) -> SearchResult:
+def search_of(earlier: Path, job: Job) -> PairSearch:
     """Return what a finished run found, as if it had searched at this threshold."""
     with as_written(earlier):
-        found = read_search(earlier, job.inputs)
+        search = read_search(earlier, job.inputs)
     if job.options.keep_fraction is not None:  # looks from the searched threshold on
-        return found
-    check_threshold(found, job.search.threshold)
-    return found.at(job.search.threshold)
+        return search
+    check_threshold(search, job.settings.threshold)
+    return search.at(job.settings.threshold)
 
 
 def search_and_write(
     job: Job,
-    found: SearchResult | None,
+    search: PairSearch | None,
     out: Path,
     request: dict[str, Any],
     clock: Clock,
     share: Share | None,
     in_memory: bool,
 ) -> Result:
-    """Search, unless it is ``found`` already; decide, write, and put the files into OUT.
+    """Search, unless it is done already; decide, write, and put the files into OUT.
 
-    Whatever fails while files are written, the search stays for the next run.
+    Whatever fails while files are written, the search is kept for the next run.
     """
     options, features = job.options, job.inputs.features
     rows = 0 if in_memory or features is None else features.rows  # a caller's process: no forks
     with open_runner(
-        options.runner, job.search.threads, options.device, rows=rows, share=share, out=out
+        options.runner, job.settings.threads, options.device, rows=rows, share=share, out=out
     ) as runner:
         with releasing(out, share):
-            found = found or search_or_resume(job, out / locks.WORK, clock, runner)
+            search = search or search_or_resume(job, out / locks.WORK, clock, runner)
             job.inputs.refuse_changed()
         for old in (out / locks.WORK).glob("draft-*"):  # of stopped runs
             shutil.rmtree(old, ignore_errors=True)
         draft = out / locks.WORK / f"draft-{secrets.token_hex(4)}"  # laid out as OUT
         with clock.stage("group"):
-            result = decide_job(job, found, None if in_memory else grouping_folder(draft))
+            result = decide_job(job, search, None if in_memory else grouping_folder(draft))
         outputs: list[Path] = []
         if options.pairs:
             with clock.stage("pairs"):
-                most, threads = options.max_pairs, job.search.threads
+                most, threads = options.max_pairs, job.settings.threads
                 outputs = write_pair_files(result, draft, most, threads)
         with clock.stage("write"):
             epsilons = parse_epsilons(options.epsilon) or ()
             written, described = write_files(
-                result, draft, job.inputs, job.plan, epsilons, job.search.threads
+                result, draft, job.inputs, job.plan, epsilons, job.settings.threads
             )
             with releasing(out, share):
                 job.inputs.refuse_changed()
@@ -365,38 +340,38 @@ def releasing(out: Path, share: Share | None) -> Iterator[None]:
         ) from error
 
 
-def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
+def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
     """Search, or read back what this run had found when it was stopped."""
-    if job.search.method == "join":  # its tasks are kept one by one
-        return search(job, work, clock, runner)
-    found = load_search(work, job.inputs)
-    if found is None:
-        found = search(job, work, clock, runner)
-        save_search(found, work)
-    return found
+    if job.settings.method == "join":  # its tasks are kept one by one
+        return run_search(job, work, clock, runner)
+    search = load_search(work, job.inputs)
+    if search is None:
+        search = run_search(job, work, clock, runner)
+        save_search(search, work)
+    return search
 
 
-def search(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
+def run_search(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
     """Find all pairs by the method asked for; ``runner`` does the tasks of a join."""
     features = job.inputs.features
-    if job.search.method == "adc" or features is None:
+    if job.settings.method == "adc" or features is None:
         return search_adc(features, job.options, work, clock.stage)
-    return search_features(job.inputs, features, job.search, work, runner, clock.stage)
+    return search_features(job.inputs, features, job.settings, work, runner, clock.stage)
 
 
-def decide_job(job: Job, found: SearchResult, folder: Path | None) -> Result:
+def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
     """Decide which rows are removed and check each; ``folder`` is for what memory cannot hold."""
     grouping, fraction = str(job.options.grouping), job.options.keep_fraction
-    features, keep = job.inputs.features, job.search.keep
+    features, keep = job.inputs.features, job.settings.keep
 
     def choose_at(threshold: float) -> Result:
-        return choose(found, features, threshold, grouping, keep, job.rank, folder)
+        return choose(search, features, threshold, grouping, keep, job.rank, folder)
 
-    with library_threads(job.search.threads):
+    with library_threads(job.settings.threads):
         if fraction is None:
-            return checked(choose_at(job.search.threshold))
-        result = checked(choose_fraction(found, fraction, choose_at))
-    return dataclasses.replace(result, search=found.at(result.threshold))
+            return checked(choose_at(job.settings.threshold))
+        result = checked(choose_fraction(search, fraction, choose_at))
+    return dataclasses.replace(result, search=search.at(result.threshold))
 
 
 def remove_left_work(out: Path) -> None:

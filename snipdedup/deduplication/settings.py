@@ -80,11 +80,6 @@ def search_settings(options: Dedup) -> SearchSettings:
     )
 
 
-def decision_names(method: str) -> set[str]:
-    """Return the entries of a request on which the search does not depend."""
-    return DECISIONS - {"keep"} if method == "semdedup" else DECISIONS
-
-
 def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
     """Return what the result depends on, by name."""
     request = {name: value for name, value in options.as_dict().items() if name not in HOW}

@@ -24,16 +24,20 @@ from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 
 ARRIVED = "arrived"  # below the work folder: fetched, not yet filtered
-DONE = "done"  # below the work folder: a done file for each file of metadata
+DONE_FILES = "done"  # below the work folder: a done file for each file of metadata
 
 
 @dataclass(frozen=True)
-class Item:
+class DownloadItem:
     """One file of metadata to fetch, its number in the set if known, and its features."""
 
     table: SourceFile
     number: int | None
     features: SourceFile | None = None
+
+    def done_file(self, work: Path) -> Path:
+        """Return the done file that is written when the outputs of this item are complete."""
+        return work / DONE_FILES / f"{self.table.name}.json"
 
     def place(self, folder: Path, suffix: str | None = None) -> list[tuple[SourceFile, Path]]:
         """Return its files, and where they lie in a folder that is laid out as OUT is."""
@@ -45,20 +49,20 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DownloadPlan:
     """What a run fetches, and the row of the mask at which it begins."""
 
-    items: list[Item]
+    items: list[DownloadItem]
     mask: Mask | None
     first_row: int
 
-    def outputs(self, item: Item, work: Path) -> list[Path]:
+    def outputs(self, item: DownloadItem, work: Path) -> list[Path]:
         """Return where the files of an item lie when they are complete."""
         suffix = None if self.mask is None else ".parquet"
         return [path for _, path in item.place(work / FILES, suffix)]
 
 
-def fetch_items(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
+def fetch_items(plan: DownloadPlan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
     """Fetch files several at a time, filter them in order; yield their entries of the manifest."""
     done = {item.table.name: read_done(item, plan, work) for item in plan.items}
     pending = [item for item in plan.items if not done[item.table.name]]
@@ -79,32 +83,27 @@ def fetch_items(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
                         about |= filter_item(item, paths, plan, work, row)
                     outputs = plan.outputs(item, work)
                     named = {path.relative_to(work / FILES).as_posix(): path for path in outputs}
-                    atomic.write_done_file(done_note(item, work), named, about)
+                    atomic.write_done_file(item.done_file(work), named, about)
                     for path in set(paths) - set(outputs):
                         path.unlink()
                 yield about
                 row += about["rows"]
 
 
-def done_note(item: Item, work: Path) -> Path:
-    """Return where it is noted that the files of an item are complete."""
-    return work / DONE / f"{item.table.name}.json"
-
-
-def read_done(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
+def read_done(item: DownloadItem, plan: DownloadPlan, work: Path) -> dict[str, Any]:
     """Return the entry of a file that a stopped run completed, else nothing."""
-    note = done_note(item, work)
-    if not note.is_file():
+    done_file = item.done_file(work)
+    if not done_file.is_file():
         return {}
-    if not atomic.is_done(note, work / FILES):  # damaged since then
-        for path in plan.outputs(item, work):
-            path.unlink(missing_ok=True)
-        return {}
-    about = atomic.load_json(note)
-    return {name: value for name, value in about.items() if name not in ("files", "seal")}
+    if atomic.is_done(done_file, work / FILES):
+        about = atomic.load_json(done_file)
+        return {name: value for name, value in about.items() if name not in ("files", "seal")}
+    for path in plan.outputs(item, work):  # damaged since then
+        path.unlink(missing_ok=True)
+    return {}
 
 
-def fetch_item(item: Item, folder: Path, monitor: Monitor) -> dict[str, Any]:
+def fetch_item(item: DownloadItem, folder: Path, monitor: Monitor) -> dict[str, Any]:
     """Fetch what is missing of one file and its features; return size and version of the file."""
     described = []
     for file, path in item.place(folder):
@@ -116,7 +115,7 @@ def fetch_item(item: Item, folder: Path, monitor: Monitor) -> dict[str, Any]:
     return described[0]
 
 
-def check_item(item: Item, paths: Sequence[Path]) -> dict[str, Any]:
+def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
     """Return the manifest's entry of one file and its features; refuse what is not such files."""
     table, *features = paths
     rows = count_arrived(item.table, table, "metadata")
@@ -126,10 +125,8 @@ def check_item(item: Item, paths: Sequence[Path]) -> dict[str, Any]:
         return about
     found = count_arrived(item.features, features[0], "features")
     if found != rows:
-        raise SnipError(
-            f"{item.features.shown} has {found:,} rows, its metadata {item.table.shown} {rows:,}; "
-            "they do not belong together"
-        )
+        where = f"{item.features.shown} has {found:,} rows, its metadata {item.table.shown}"
+        raise SnipError(f"{where} {rows:,}; they do not belong together")
     return {**about, "features": features[0].name, "features_source": item.features.shown}
 
 
@@ -143,11 +140,11 @@ def count_arrived(file: SourceFile, path: Path, what: str) -> int:
 
 
 def filter_item(
-    item: Item, paths: Sequence[Path], plan: Plan, work: Path, row: int
+    item: DownloadItem, paths: Sequence[Path], plan: DownloadPlan, work: Path, row: int
 ) -> dict[str, Any]:
     """Write the kept rows of one file, whose first row is ``row`` of the set, and its features."""
     table = open_table(paths[0])
-    keep = kept_rows(item, table.rows, plan, row)
+    keep = rows_to_keep(item, table.rows, plan, row)
     outputs = plan.outputs(item, work)
     write_kept(Metadata([table]), ~keep, outputs[0].parent)
     for path, output in zip(paths[1:], outputs[1:], strict=True):
@@ -155,7 +152,7 @@ def filter_item(
     return {"name": outputs[0].name, "kept": int(np.count_nonzero(keep))}
 
 
-def kept_rows(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
+def rows_to_keep(item: DownloadItem, rows: int, plan: DownloadPlan, row: int) -> np.ndarray:
     """Return which rows of a file are kept, (rows,) bool; refuse a file that is not the mask's."""
     file, mask = item.table, plan.mask
     if mask is None:
@@ -163,13 +160,9 @@ def kept_rows(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
         check_sizes(FileSizes([file.shown], [rows]), mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and rows != mask.rows:
-        raise SnipError(
-            f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}; they must be the same set "
-            "(for one file of it, say which with --start)"
-        )
+        text = f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}"
+        raise SnipError(f"{text}; for one file of a larger set say which with --start")
     if row + rows > mask.rows:
-        raise SnipError(
-            f"{file.shown} is rows {row:,} to {row + rows:,} of its set, the mask has "
-            f"{mask.rows:,}; they do not belong to the same set"
-        )
+        text = f"{file.shown} is rows {row:,} to {row + rows:,} of its set, the mask has"
+        raise SnipError(f"{text} {mask.rows:,}; they do not belong to the same set")
     return ~np.asarray(mask.is_dup[row : row + rows])

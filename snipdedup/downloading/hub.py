@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from snipdedup import __version__
@@ -26,6 +26,9 @@ from snipdedup.storage.http import (
     origin_of,
     temporary_error,
 )
+from snipdedup.storage.remote import with_retries
+
+T = TypeVar("T")
 
 SCHEME = "hf"
 ADDRESS = re.compile(
@@ -55,14 +58,12 @@ class HubAddress:
         return f"{endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
 
 
-def parse(address: str) -> HubAddress:
+def parse_address(address: str) -> HubAddress:
     """Parse ``hf://datasets/OWNER/NAME[/folder][@revision]``; without ``datasets/`` a model."""
     found = ADDRESS.fullmatch(address)
     if not found or (found["early"] and found["late"]):
-        raise UsageError(
-            f"{address}: expected hf://datasets/OWNER/NAME[/folder][@revision], or "
-            "hf://OWNER/NAME of a model"
-        )
+        expected = "hf://datasets/OWNER/NAME[/folder][@revision], or hf://OWNER/NAME of a model"
+        raise UsageError(f"{address}: expected {expected}")
     return HubAddress(
         (found["kind"] or "models").removesuffix("s"),
         f"{found['owner']}/{found['name']}",
@@ -84,39 +85,48 @@ def own_token() -> str | None:
     return header.removeprefix("Bearer ") if header else None
 
 
-def client() -> Any:
-    """Return the hub's client."""
+def ask_hub(place: HubAddress, work: Callable[[Any], T]) -> T:
+    """Return what ``work`` gets from the hub's client, tried again after temporary faults."""
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise SnipError(
-            "hf:// needs huggingface_hub: pip install 'snipdedup-toolkit[hub]'"
-        ) from None
-    return HfApi(endpoint(), library_name="snipdedup", library_version=__version__)
+        text = "hf:// needs huggingface_hub: pip install 'snipdedup-toolkit[hub]'"
+        raise SnipError(text) from None
+
+    def attempt() -> T:
+        with client_errors(place):
+            client = HfApi(endpoint(), library_name="snipdedup", library_version=__version__)
+            return work(client)
+
+    return with_retries(attempt)
 
 
 def pin(address: str, commit: str | None = None) -> str:
     """Return an address with the commit that its revision is now, or with a given one."""
-    place = parse(address)
+    place = parse_address(address)
     if commit is not None:
         return str(replace(place, revision=commit))
-    with client_errors(place):
-        info = client().repo_info(place.repo, repo_type=place.kind, revision=place.revision)
+    info = ask_hub(
+        place,
+        lambda client: client.repo_info(place.repo, repo_type=place.kind, revision=place.revision),
+    )
     if info.id.lower() != place.repo.lower():
         raise SnipError(f"{address}: has moved to {info.id}: give hf://{place.kind}s/{info.id}")
     return str(replace(place, revision=str(info.sha)))
 
 
-def list_folder(address: str) -> tuple[dict[str, SourceFile], list[str]]:
+def list_repository(address: str) -> tuple[dict[str, SourceFile], list[str]]:
     """Return the files of a folder by name, and the names of its folders, at a pinned commit."""
-    place, files, folders = parse(address), {}, []
-    with client_errors(place):
-        text = own_token()
-        entries = list(
-            client().list_repo_tree(
+    place, files, folders = parse_address(address), {}, []
+    entries = ask_hub(
+        place,
+        lambda client: list(
+            client.list_repo_tree(
                 place.repo, place.path or None, repo_type=place.kind, revision=place.revision
             )
-        )
+        ),
+    )
+    text = own_token()
     for entry in entries:
         name = entry.path.rpartition("/")[2]
         if hasattr(entry, "tree_id"):
@@ -165,7 +175,7 @@ def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
         ),
         "EntryNotFoundError": (MissingError, f"has no {place.path!r}; see {place.page}/tree/main"),
         "OfflineModeIsEnabled": (SnipError, "HF_HUB_OFFLINE is set; unset it"),
-        "HFValidationError": (UsageError, first_line(chain[0])),
+        "HFValidationError": (UsageError, short_reason(chain[0])),
     }
     kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
     for name, (kind, text) in meanings.items():
@@ -174,7 +184,7 @@ def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
     responses = [getattr(error, "response", None) for error in chain]
     response = next((response for response in responses if response is not None), None)
     if response is None:
-        text = f"the hub cannot be reached: {first_line(chain[-1])}; {AGAIN}"
+        text = f"the hub cannot be reached: {short_reason(chain[-1])}; {AGAIN}"
         return TemporaryError(f"{place}: {text}")
     status = response.status_code
     if status in TEMPORARY:
@@ -182,6 +192,6 @@ def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
     return SnipError(f"{place}: the hub says {status} {response.reason_phrase}")
 
 
-def first_line(error: BaseException) -> str:
+def short_reason(error: BaseException) -> str:
     """Return the first line of an error that says something."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -29,6 +29,7 @@ from snipdedup.storage.urls import (
     scheme_of,
 )
 
+USE_PART = "for several put {part:04d} in the number's place"
 NAME_FEATURES = "say where they are with --embeddings_source"
 SETS = {
     "datacomp_small": "hf://datasets/mlfoundations/datacomp_small",
@@ -63,7 +64,7 @@ class Folder:
 
     def parent(self) -> Folder | None:
         """Return the folder that it lies in, None at the top."""
-        if scheme_of(self.url) == hub.SCHEME and not hub.parse(self.url).path:
+        if scheme_of(self.url) == hub.SCHEME and not hub.parse_address(self.url).path:
             return None
         head = self.url.rpartition("/")[0]
         return None if not head or head[-1] in "/:" else open_folder(head)
@@ -96,21 +97,21 @@ def check_source(source: str, end: int | None) -> None:
         if end is None:
             raise UsageError(f"{redacted(source)} needs file numbers: --start 0 --end 10, say")
     if scheme_of(source) == hub.SCHEME:
-        hub.parse(source)
+        hub.parse_address(source)
 
 
 def open_folder(url: str) -> Folder:
     """List a folder of a hub (at a pinned commit), of a store, or of this machine."""
     url = url.rstrip("/")
     if scheme_of(url) == hub.SCHEME:
-        return Folder(url, *hub.list_folder(url))
+        return Folder(url, *hub.list_repository(url))
     if not scheme_of(url):
         url = str(Path(url).expanduser().absolute())
-    listing = list_folder(url)
-    if listing is None or not (listing.files or listing.folders):
+    sizes, folders = list_folder(url) or ({}, [])
+    if not sizes and not folders:
         raise MissingError(f"{redacted(url)}: no such folder, or it is empty; check the URL")
-    files = {name: SourceFile(f"{url}/{name}", size) for name, size in listing.files.items()}
-    return Folder(url, files, listing.folders)
+    files = {name: SourceFile(f"{url}/{name}", size) for name, size in sizes.items()}
+    return Folder(url, files, folders)
 
 
 def names_files(last: str) -> bool:
@@ -122,7 +123,7 @@ def names_files(last: str) -> bool:
 def split_source(source: str) -> tuple[str, str | None]:
     """Return the folder of a source that can be listed, and the file, glob or pattern in it."""
     if scheme_of(source) == hub.SCHEME:
-        place = hub.parse(source)
+        place = hub.parse_address(source)
         head, _, last = place.path.rpartition("/")
         return (str(replace(place, path=head)), last) if names_files(last) else (source, None)
     if scheme_of(source):
@@ -143,10 +144,7 @@ def find_files(
         return find_parts(source, start or 0, end)
     if is_web(source):
         if end is not None and end != (start or 0) + 1:
-            raise UsageError(
-                f"{redacted(source)} is one file; for several put {{part:04d}} in the number's "
-                "place"
-            )
+            raise UsageError(f"{redacted(source)} is one file; {USE_PART}")
         first = start if start is not None else end and end - 1
         return SourceFiles([SourceFile(source)], first, [] if first == 0 else None, None)
     if scheme_of(source):
@@ -191,7 +189,7 @@ def find_parts(pattern: str, first: int, end: int) -> SourceFiles:
 
 def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceFile]]:
     """Return the metadata files of a folder, or of the one folder in it that has such files."""
-    found = pick(folder.files, names, tables.SUFFIXES)
+    found = pick_files(folder.files, names, tables.SUFFIXES)
     if found:
         return folder, found
     if names is not None:
@@ -200,7 +198,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
     choices = [
         (child, files)
         for child in map(folder.child, inner)
-        if (files := pick(child.files, None, tables.SUFFIXES))
+        if (files := pick_files(child.files, None, tables.SUFFIXES))
     ]
     if len(choices) == 1:
         return choices[0]
@@ -211,7 +209,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
     )
 
 
-def pick(
+def pick_files(
     files: dict[str, SourceFile], names: str | None, suffixes: Sequence[str]
 ) -> list[SourceFile]:
     """Return the files that a name or glob means, else those of the first type that occurs."""
@@ -259,13 +257,11 @@ def find_features(source: str, found: SourceFiles, elsewhere: str | None) -> lis
         return find_parts(elsewhere, found.first, found.first + len(found.files)).files
     if is_web(elsewhere):
         if len(found.files) > 1:
-            raise UsageError(
-                f"{redacted(elsewhere)} is one file; put {{part:04d}} in the number's place"
-            )
+            raise UsageError(f"{redacted(elsewhere)} is one file; {USE_PART}")
         return [SourceFile(elsewhere)]
     url, names = split_source(elsewhere)
     folder = open_folder(url)
-    return match_features(found, pick(folder.files, names, formats.SUFFIXES), folder.url)
+    return match_features(found, pick_files(folder.files, names, formats.SUFFIXES), folder.url)
 
 
 def guess_features(source: str) -> str:
@@ -284,13 +280,12 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
         if not lacking:
             return [folder.files[other] for other in same.values()]
         if len(lacking) < len(same):
-            raise MissingError(
-                f"{folder.url}: {lacking[0]} has no features beside it; {NAME_FEATURES}"
-            )
+            text = f"{folder.url}: {lacking[0]} has no features beside it"
+            raise MissingError(f"{text}; {NAME_FEATURES}")
     for place in (folder, folder.parent()):
         if place is not None and FEATURES in place.folders:
             inner = place.child(FEATURES)
-            return match_features(found, pick(inner.files, None, formats.SUFFIXES), inner.url)
+            return match_features(found, pick_files(inner.files, None, formats.SUFFIXES), inner.url)
     raise SnipError(f"{folder.url}: no features beside the metadata; {NAME_FEATURES}")
 
 

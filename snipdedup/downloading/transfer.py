@@ -104,7 +104,7 @@ class Monitor:
     ) -> Generator[R, None, None]:
         """Yield ``work(item)`` in order, ``jobs`` at a time.
 
-        At the first failure the other transfers stop; what came of their files stays. At most twice
+        At the first failure the other transfers stop; what they fetched is kept. At most twice
         as many items as ``jobs`` are under way or not yet taken, so a slow caller fills no disk.
         """
         with ThreadPoolExecutor(jobs) as pool:
@@ -144,7 +144,7 @@ class PartFile:
 def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -> dict[str, Any]:
     """Fetch a file to ``target``, complete and checked, or not at all; return size and etag.
 
-    What came before a `TemporaryError` stays. The etag is None where nothing names the version.
+    What was fetched before a `TemporaryError` is kept. The etag is None where the source has none.
     """
     monitor, part = monitor or Monitor(), PartFile(target)
 
@@ -187,10 +187,8 @@ def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any
     stream = remote.open_stream(file.url, begin, None if checked else version, file.token)
     total = stream.total if stream.total is not None else file.size
     if file.size is not None and total != file.size:
-        raise SnipError(
-            f"{file.shown}: expected {file.size:,} bytes, the source has {total:,}; it was "
-            "replaced, or its list of files is wrong: ask who publishes it"
-        )
+        text = f"{file.shown}: expected {file.size:,} bytes, the source has {total:,}"
+        raise SnipError(f"{text}; it was replaced: run again")
     if stream.begin and not checked and (stream.version, total) != (version, note.get("total")):
         raise RangeError(f"{file.shown} was replaced while it was fetched")
     if file.size is None and total is not None:
@@ -223,8 +221,7 @@ def check_bytes(file: SourceFile, part: PartFile, size: int) -> None:
         if expected is not None and digest(part.path) != expected:
             raise ChecksumError(
                 f"{file.shown}: wrong checksum: expected {name} {expected}, found "
-                f"{digest(part.path)}; it was damaged on the way or replaced: run again, and if it "
-                "stays ask who publishes it"
+                f"{digest(part.path)}; run again, or ask who publishes it"
             )
 
 

@@ -23,6 +23,7 @@ FEW_ROWS = 4096  # whose conversion is not worth a second for torch to be import
 SAFE_PEAK = 1e100  # squares of larger (or inversely smaller) float64 values could overflow
 NORM_ROWS = 2048  # rows whose squares are laid out at a time
 SQUARE_ROWS = 512  # the same in float64
+PAIRS_AT_ONCE = 256  # whose rows are laid side by side, to stay in the cache
 FEW_COLUMNS = 8  # added up one by one
 HALF_ULP = 2.0**-53  # relative error of one operation in float64
 
@@ -168,16 +169,31 @@ def pair_cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     -------
     (n,) float32
     """
+    differ = np.flatnonzero(~same_bits(x, y))
+    cosine = np.ones(len(x), np.float32)
+    if not len(differ):
+        return cosine
+    if len(differ) < len(x):
+        x, y = x[differ], y[differ]
     a, b = rescaled64(x), rescaled64(y)
     quick = quotients(row_dots(a, b), row_dots(a, a), row_dots(b, b))
-    cosine = quick.astype(np.float32)
+    found = quick.astype(np.float32)
     again = np.flatnonzero(unsettled(quick, a.shape[1]))
     if len(again):
         a, b = a[again], b[again]
         sums = [row_sums(left * right) for left, right in ((a, b), (a, a), (b, b))]
-        cosine[again] = quotients(*sums).astype(np.float32)
-    cosine[same_bits(x, y)] = 1
-    return np.minimum(cosine, np.float32(1))
+        found[again] = quotients(*sums).astype(np.float32)
+    cosine[differ] = np.minimum(found, np.float32(1))
+    return cosine
+
+
+def indexed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the cosines of rows i of x with rows j of y, (n,) float32; see `pair_cosine`."""
+    parts = [np.empty(0, np.float32)]
+    for start in range(0, len(i), PAIRS_AT_ONCE):
+        span = slice(start, start + PAIRS_AT_ONCE)
+        parts.append(pair_cosine(np.take(x, i[span], axis=0), np.take(y, j[span], axis=0)))
+    return np.concatenate(parts)
 
 
 def quotients(dots: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

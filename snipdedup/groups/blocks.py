@@ -1,4 +1,4 @@
-"""Groups, some at a time: what was found is cut into blocks of whole groups, and so are members.
+"""Groups in blocks: what was found is cut into blocks of whole groups, and so are members.
 
 Few enough rows are one block. Of more, the group of each row is found first, in four bytes a row;
 edges, copies and all else then wait in files, sorted by group. So whatever is decided within groups
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.features.shards import plan_blocks
-from snipdedup.groups.star import Members, Nearest
-from snipdedup.join.forest import BLOCK_EDGES, Edges, Roots, join_edges, order_by
+from snipdedup.groups.members import Members, Nearest
+from snipdedup.join.forest import BLOCK_EDGES, Edges, UnionFind, join_edges, order_by
 from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
@@ -27,25 +27,13 @@ KINDS = {
 
 
 class Block(NamedTuple):
-    """Whole groups, and what is known of their rows; all groups together are a block too.
+    """Whole groups, and what is known of their rows; all groups together are a block too."""
 
-    Attributes
-    ----------
-    forest : Edges
-        Over distinct rows.
-    copies, firsts : (c,) int64
-        Exact copies, ascending, and the first row of each.
-    nearest : Nearest, optional
-        Of each distinct row that matches a reference row.
-    pairs : Edges, optional
-        All pairs, where they could not be verified.
-    """
-
-    forest: Edges
-    copies: np.ndarray
-    firsts: np.ndarray
-    nearest: Nearest | None = None
-    pairs: Edges | None = None
+    forest: Edges  # over distinct rows
+    copies: np.ndarray  # (c,) int64, ascending: rows that equal an earlier row bit for bit
+    originals: np.ndarray  # (c,) int64: the first row that each one equals
+    nearest: Nearest | None = None  # of each distinct row that matches a reference row
+    pairs: Edges | None = None  # all pairs, where they could not be verified
 
     def at(self, threshold: float) -> Block:
         """Return the edges and nearest rows with a cosine of float32(threshold) or more."""
@@ -55,22 +43,21 @@ class Block(NamedTuple):
     def whole_forest(self) -> Edges:
         """Return the forest with exact copies, ordered by (a, b)."""
         ones = np.ones(len(self.copies), np.float32)
-        edges = join_edges([self.forest, Edges(self.firsts, self.copies, ones)])
+        edges = join_edges([self.forest, Edges(self.originals, self.copies, ones)])
         return edges.where(order_by(edges.a, edges.b))
 
     def parts(self, threshold: float) -> Iterator[tuple[int, Edges]]:
         """Yield what it holds as edges, some at a time, each part with what these are."""
-        for part in parts_of(self.forest):
-            yield EDGE, part.at(threshold)
+        nearest = [] if self.nearest is None else [(NEAREST, Edges(*self.nearest))]
+        for what, edges in [(EDGE, self.forest), *nearest]:
+            for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
+                yield what, edges.where(slice(start, stop)).at(threshold)
         for start, stop in plan_blocks(len(self.copies), BLOCK_EDGES):
-            ends = self.firsts[start:stop], self.copies[start:stop]
+            ends = self.originals[start:stop], self.copies[start:stop]
             yield COPY, Edges(*ends, np.ones(stop - start, np.float32))
-        if self.nearest is not None:
-            for part in parts_of(Edges(*self.nearest)):
-                yield NEAREST, part.at(threshold)
         if self.pairs is not None:
-            for part in parts_of(self.pairs):
-                yield PAIR, part
+            for start, stop in plan_blocks(len(self.pairs.a), BLOCK_EDGES):
+                yield PAIR, self.pairs.where(slice(start, stop))
 
     def size(self) -> int:
         """Return how many edges, copies and other entries it holds."""
@@ -78,26 +65,13 @@ class Block(NamedTuple):
         return len(self.forest.a) + len(self.copies) + others
 
 
-def parts_of(edges: Edges) -> Iterator[Edges]:
-    """Yield edges some at a time, as they lie."""
-    for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
-        yield edges.where(slice(start, stop))
-
-
 def blocks_of_groups(
     known: Block, threshold: float, rows: int, folder: Path | None
 ) -> Iterator[Block]:
     """Yield whole groups at a threshold, by their smallest rows ascending.
 
-    Parameters
-    ----------
-    known : Block
-        All groups, at a threshold no higher.
-    threshold : float
-    rows : int
-        Rows that there are; of each, four bytes are held for a while (eight above 2^32).
-    folder : Path or None
-        For what does not fit into memory; None: all is one block.
+    ``known`` are all groups, at a threshold no higher; ``rows`` is how many the set has. What does
+    not fit into memory goes to ``folder``; without one, all is one block.
     """
     if folder is None or known.size() <= external_sort.HELD:
         yield known.at(threshold)
@@ -107,26 +81,21 @@ def blocks_of_groups(
     kind = np.dtype(list(fields.items()))
     spread = Spread(known.size(), 0, rows)
     waiting = Sorter(folder / "groups", kind, lambda r: r["label"].astype(np.uint64), spread=spread)
-    labels = group_labels(known, threshold, rows)
+    sets = UnionFind(rows)
+    for what, part in known.parts(threshold):
+        if what in (EDGE, COPY):
+            sets.unite(part.a, part.b)
+    labels = sets.labels()  # the smallest row of each row's group
     for what, part in known.parts(threshold):
         whats = np.full(len(part.a), what, np.uint8)
         waiting.add(pack(kind, labels[part.a], whats, *part))
-    del labels
+    del labels, sets
     for records in waiting.ascending():
         yield block_of(records, known)
 
 
-def group_labels(known: Block, threshold: float, rows: int) -> np.ndarray:
-    """Return the smallest row of each row's group, (rows,) uint32, or int64 above 2^32."""
-    roots = Roots(rows)
-    for what, part in known.parts(threshold):
-        if what in (EDGE, COPY):
-            roots.unite(part.a, part.b)
-    return roots.labels()
-
-
 def block_of(records: np.ndarray, known: Block) -> Block:
-    """Return what lay in a file as a block, ordered as all of it is."""
+    """Return records of a file as a block, ordered as all of it is."""
 
     def some(what: int, by: str) -> Edges:
         part = records[records["what"] == what]
@@ -155,7 +124,7 @@ def collect(parts: Iterator[Members], folder: Path | None) -> Members:
 def cut_groups(group: np.ndarray) -> np.ndarray:
     """Return where to cut a sorted array of labels so that no group is cut, ends included.
 
-    Between two cuts lie at most `sorting.HELD` members, or one group.
+    Between two cuts lie at most `external_sort.HELD` members, or one group.
     """
     cuts, most = [0], external_sort.HELD
     while cuts[-1] + most < len(group):

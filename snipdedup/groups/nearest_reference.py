@@ -1,8 +1,8 @@
 """Of each row the nearest reference row of its group, where one matches.
 
 Reference rows come before all others, so a group that has one is named by one. In such a group each
-other row is compared with the reference rows only: pairs of small groups are listed and proved, of
-large ones products of float64 unit rows say which cosines are the highest.
+other row is compared with the reference rows only: pairs of small groups are listed and verified,
+of large ones products of float64 unit rows show which cosines are the highest.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import unit_rows64
+from snipdedup.features.cosine import indexed_cosines, unit_rows64
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.star import Nearest, group_starts
+from snipdedup.groups.members import Nearest, group_starts
 from snipdedup.join.forest import BLOCK_EDGES, order_by
-from snipdedup.join.verify import GATHER_PAIRS, prove, proved_cosines
+from snipdedup.join.verify import GATHER_PAIRS, verify_block
 from snipdedup.parallel import ordered_map
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
@@ -27,74 +27,55 @@ READ = 1 << 20  # rows whose groups are looked at at a time
 
 
 class Mixed(NamedTuple):
-    """Whole groups that have reference rows and others.
+    """Whole groups that have reference rows and others."""
 
-    Attributes
-    ----------
-    row : (n,) int64
-        Their rows, ordered by group, then row: reference rows first in each.
-    begin, middle, end : (groups,) int64
-        Where in ``row`` each group begins, where its other rows begin, and where it ends.
-    """
-
-    row: np.ndarray
-    begin: np.ndarray
-    middle: np.ndarray
-    end: np.ndarray
+    row: np.ndarray  # (n,) int64, ordered by group, then row: reference rows first in each
+    begin: np.ndarray  # (groups,) int64: where in ``row`` each group begins,
+    middle: np.ndarray  # where its other rows begin,
+    end: np.ndarray  # and where it ends
 
 
 def nearest_within(
     features: Features,
     labels: np.ndarray,
-    frozen: int,
+    reference_rows: int,
     threshold: float,
     threads: int,
     folder: Path | None,
 ) -> Nearest:
     """Return the nearest reference row of each row whose group has one that matches it.
 
-    Parameters
-    ----------
-    features : Features
-        All rows, reference rows first.
-    labels : (rows,) unsigned int or int64
-        The smallest row of each row's group.
-    frozen : int
-        How many rows are reference rows; the others are numbered from 0 in what is returned.
-    threshold : float
-        Cosine from which two rows are a pair.
-    threads : int
-    folder : Path or None
-        For what does not fit into memory; None: all is held.
+    Reference rows come first in ``features``; the others are numbered from 0 in what is returned.
+    ``labels`` is the smallest row of each row's group. What does not fit into memory goes to
+    ``folder``; without one, all is held.
     """
 
     def parts() -> Iterator[Nearest]:
-        for mixed in mixed_groups(labels, frozen, folder):
-            for found in ordered_map(
-                lambda task: nearest_of(features, *task, threshold), plan(mixed), threads
-            ):
-                yield found._replace(row=found.row - frozen)
+        for mixed in mixed_groups(labels, reference_rows, folder):
+            tasks = plan_comparisons(mixed)
+            for found in ordered_map(lambda t: compare(features, *t, threshold), tasks, threads):
+                yield found._replace(row=found.row - reference_rows)
 
-    return by_row(parts(), features.rows - frozen, folder and folder / "nearest")
+    return by_row(parts(), features.rows - reference_rows, folder and folder / "nearest")
 
 
-def mixed_groups(labels: np.ndarray, frozen: int, folder: Path | None) -> Iterator[Mixed]:
-    """Yield the groups that have rows on both sides of ``frozen``, some at a time."""
-    has_others, count = np.zeros(frozen, bool), 0
-    for start, stop in plan_blocks(len(labels) - frozen, READ):
-        label = labels[frozen + start : frozen + stop]
-        label = label[label < frozen]
+def mixed_groups(labels: np.ndarray, reference_rows: int, folder: Path | None) -> Iterator[Mixed]:
+    """Yield the groups that have reference rows and others, some at a time."""
+    has_others, count = np.zeros(reference_rows, bool), 0
+    for start, stop in plan_blocks(len(labels) - reference_rows, READ):
+        label = labels[reference_rows + start : reference_rows + stop]
+        label = label[label < reference_rows]
         has_others[label] = True
         count += len(label)
     rows = row_kind(len(labels))
     kind = np.dtype([("label", rows), ("row", rows)])
-    spread = Spread(2 * count, 0, frozen)
+    spread = Spread(2 * count, 0, reference_rows)
     sorter = Sorter(
         folder and folder / "mixed", kind, lambda r: r["label"].astype(np.uint64), spread=spread
     )
     for start, stop in plan_blocks(len(labels), READ):
         label = np.asarray(labels[start:stop])
-        at = np.flatnonzero(label < frozen)
+        at = np.flatnonzero(label < reference_rows)
         at = at[has_others[label[at]]]
         sorter.add(pack(kind, label[at], start + at))
     for records in sorter.ascending():
@@ -103,11 +84,11 @@ def mixed_groups(labels: np.ndarray, frozen: int, folder: Path | None) -> Iterat
         label, row = label[order], row[order]
         starts = group_starts(label)
         begin, end = starts[:-1], starts[1:]
-        references = np.add.reduceat(row < frozen, begin, dtype=np.int64) if len(row) else begin
-        yield Mixed(row, begin, begin + references, end)
+        before = np.concatenate([[0], np.cumsum(row < reference_rows)])
+        yield Mixed(row, begin, begin + before[end] - before[begin], end)
 
 
-def plan(mixed: Mixed) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+def plan_comparisons(mixed: Mixed) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Yield comparisons as (reference rows, other rows, whether these are pairs one by one).
 
     Where they are not, each of the second is compared with all of the first.
@@ -115,27 +96,20 @@ def plan(mixed: Mixed) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     references, others = mixed.middle - mixed.begin, mixed.end - mixed.middle
     pairs = references * others
     small = np.flatnonzero(pairs <= LISTED)
-    for start, stop in cut_sums(pairs[small], GATHER_PAIRS):
-        some = small[start:stop]
-        yield *listed(mixed, some), True
+    ends = np.cumsum(pairs[small])
+    start = 0
+    while start < len(small):  # runs of groups of at most `GATHER_PAIRS`, or one group
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + GATHER_PAIRS, side="right")))
+        yield *listed_references(mixed, small[start:stop]), True
+        start = stop
     for group in np.flatnonzero(pairs > LISTED):
         begin, middle, end = (int(places[group]) for places in mixed[1:])
         for start in range(middle, end, TILE):
             yield mixed.row[begin:middle], mixed.row[start : min(start + TILE, end)], False
 
 
-def cut_sums(sizes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Cut sizes into runs (start, stop) whose sum is at most ``most``, or that are one size."""
-    ends = np.cumsum(sizes)
-    start = 0
-    while start < len(sizes):
-        before = ends[start] - sizes[start]
-        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
-        yield start, stop
-        start = stop
-
-
-def listed(mixed: Mixed, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def listed_references(mixed: Mixed, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return all pairs of a reference row and another of some groups, two (n,) int64."""
     begin, middle, end = (places[groups] for places in mixed[1:])
     references, others = middle - begin, end - middle
@@ -146,13 +120,13 @@ def listed(mixed: Mixed, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mixed.row[reference], mixed.row[np.repeat(other, each)]
 
 
-def nearest_of(
+def compare(
     features: Features, a: np.ndarray, b: np.ndarray, pairs: bool, threshold: float
 ) -> Nearest:
-    """Return the nearest row of ``a`` for each of ``b`` that matches one; see `plan`."""
+    """Return the nearest row of ``a`` for each of ``b`` that matches one; see the plan."""
     if not pairs:
         return nearest_dense(features, a, b).at(threshold)
-    edges = prove(features, a, b, threshold, every=True)
+    edges = verify_block(features, a, b, threshold, every=True)
     order = np.lexsort((edges.a, -edges.similarity, edges.b))
     first = order[np.unique(edges.b[order], return_index=True)[1]]
     return Nearest(edges.b[first], edges.a[first], edges.similarity[first])
@@ -183,15 +157,8 @@ def likely_cosines(
 ) -> np.ndarray:
     """Return cosines of rows with others, (m, n) float32: right where they may be a row's highest.
 
-    Elsewhere, and where they are below ``best``, they may be one float32 step too low.
-
-    Parameters
-    ----------
-    raw, others : (m, d), (n, d)
-    unit : (m, d) float64
-        Of ``raw``.
-    best : (m,) float32
-        The highest cosine known of each row.
+    Elsewhere, and where they are below the highest that is known of each row, ``best``, they may be
+    one float32 step too low. ``unit`` are the rows as float64 unit rows.
     """
     import torch
 
@@ -200,38 +167,36 @@ def likely_cosines(
     low, high = (np.minimum(product + side, 1).astype(np.float32) for side in (-error, error))
     enough = np.maximum(best, low.max(axis=1))
     i, j = np.nonzero((low != high) & (high >= enough[:, None]))
-    low[i, j] = proved_cosines(raw, others, i, j)
+    low[i, j] = indexed_cosines(raw, others, i, j)
     return low
 
 
 def by_row(parts: Iterable[Nearest], rows: int, path: Path | None) -> Nearest:
     """Return the entries of all parts ordered by row, each of another row; many are mapped."""
-    kind = np.dtype([("row", row_kind(rows)), ("reference", "<i8"), ("similarity", "<f4")])
+    kinds = {"row": "<i8", "reference": "<i8", "similarity": "<f4"}
+    kind = np.dtype(list({**kinds, "row": row_kind(rows)}.items()))
     sorter = Sorter(path, kind, lambda r: r["row"].astype(np.uint64), spread=Spread(rows, 0, rows))
     for part in parts:
         sorter.add(pack(kind, *part))
-    columns = Columns(
-        path and path.with_name(f"{path.name}-rows"),
-        {"row": "<i8", "reference": "<i8", "similarity": "<f4"},
-    )
+    columns = Columns(path and path.with_name(f"{path.name}-rows"), kinds)
     for records in sorter.ascending():
         order = np.argsort(records["row"])
-        columns.add(*(records[name][order] for name in kind.names or ()))
+        columns.add(*(records[name][order] for name in kinds))
     return Nearest(*columns.arrays())
 
 
 def with_copies(
-    nearest: Nearest, copies: np.ndarray, firsts: np.ndarray, rows: int, path: Path | None
+    nearest: Nearest, copies: np.ndarray, originals: np.ndarray, rows: int, path: Path | None
 ) -> Nearest:
-    """Return it with the copies of its rows beside these: each has what its first row has."""
+    """Return it with the copies of its rows beside these: each has what its original has."""
 
     def parts() -> Iterator[Nearest]:
         for start, stop in plan_blocks(len(nearest.row), BLOCK_EDGES):
             yield Nearest(*(np.asarray(column[start:stop]) for column in nearest))
         for start, stop in plan_blocks(len(copies) if len(nearest.row) else 0, BLOCK_EDGES):
-            first = firsts[start:stop]
-            place = np.minimum(np.searchsorted(nearest.row, first), len(nearest.row) - 1)
-            at = np.flatnonzero(nearest.row[place] == first)
+            original = originals[start:stop]
+            place = np.minimum(np.searchsorted(nearest.row, original), len(nearest.row) - 1)
+            at = np.flatnonzero(nearest.row[place] == original)
             place = place[at]
             yield Nearest(
                 copies[start:stop][at], nearest.reference[place], nearest.similarity[place]

@@ -1,6 +1,6 @@
 """All pairs inside groups: every one has both ends in one group, so nothing else is compared.
 
-Small groups are listed many at a time and proved like any proposal; the rows of large ones are
+Small groups are listed many at a time and verified like candidate pairs; the rows of large ones are
 compared tile by tile. What is held at once does not grow with a group.
 """
 
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
-from snipdedup.groups.star import Also, group_starts
+from snipdedup.groups.members import group_starts
+from snipdedup.groups.star import Also
 from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import Edges, components, join_edges
-from snipdedup.join.verify import prove
+from snipdedup.join.verify import verify_block
 from snipdedup.parallel import ordered_map
 from snipdedup.storage import atomic
 
@@ -30,19 +30,7 @@ ROW_GROUP = 1 << 20  # pairs of a row group of pairs.parquet
 def all_pairs(
     features: Features, forest: Edges, threshold: float, threads: int, also: Also | None = None
 ) -> Iterator[Edges]:
-    """Yield all pairs among the rows of a forest's groups.
-
-    Parameters
-    ----------
-    features : Features
-    forest : Edges
-        Over distinct rows; defines the groups.
-    threshold : float
-        Cosine from which two rows are a pair.
-    threads : int
-    also : Also, optional
-        What a pair must besides.
-    """
+    """Yield all pairs among the rows of the groups of a forest over distinct rows."""
     row, group = components(forest)
     order = np.lexsort((row, group))
     yield from pairs_within(features, row[order], group[order], threshold, threads, also)
@@ -56,27 +44,21 @@ def pairs_within(
     threads: int,
     also: Also | None = None,
 ) -> Iterator[Edges]:
-    """Yield all pairs of rows that share a group, each once.
+    """Yield all pairs of rows that share a group, each once; ``also`` must hold for them.
 
-    They come by group; inside a large group by tiles of its rows; inside these by (a, b).
-
-    Parameters
-    ----------
-    row, group : (n,) int64
-        Rows, ordered by group, then row.
+    ``row`` and ``group``, (n,) int64, are ordered by group, then row. Pairs come by group; inside a
+    large group by tiles of its rows; inside these by (a, b).
     """
 
     def find(task: tuple[int, int, int, int]) -> Edges:
         begin, end, i, j = task
+        part = row[begin:end]
         if i < 0:
             a, b = listed_pairs(np.diff(group_starts(group[begin:end])))
-            part = row[begin:end]
-            edges = prove(features, part[a], part[b], threshold, every=True)
+            edges = verify_block(features, part[a], part[b], threshold, every=True)
         else:
-            left = load_panel(features, row[begin + i : min(begin + i + TILE, end)])
-            right = left
-            if j != i:
-                right = load_panel(features, row[begin + j : min(begin + j + TILE, end)])
+            left = load_panel(features, part[i : i + TILE])
+            right = left if j == i else load_panel(features, part[j : j + TILE])
             edges = tile_pairs(left, right, 0, 0, threshold)
         return edges if also is None else edges.where(also.holds(edges.a, edges.b))
 
@@ -119,20 +101,14 @@ def listed_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def write_pairs(path: Path, parts: Iterator[Edges], most: int) -> int:
-    """Write ``pairs.parquet`` and return how many pairs there are.
-
-    Raises
-    ------
-    SnipError
-        If there are more than ``most``; nothing is left behind.
-    """
+def write_pairs(path: Path, parts: Iterator[Edges], most: int) -> None:
+    """Write ``pairs.parquet``; leave nothing behind where there are more than ``most`` pairs."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = [("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32())]
+    schema = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32())])
     count, held, waiting = 0, 0, [join_edges([])]
-    with atomic.replacing(path) as part, pq.ParquetWriter(part, pa.schema(types)) as file:
+    with atomic.replacing(path) as part, pq.ParquetWriter(part, schema) as file:
         for edges in parts:
             count += len(edges.a)
             if count > most:
@@ -140,10 +116,9 @@ def write_pairs(path: Path, parts: Iterator[Edges], most: int) -> int:
             held += len(edges.a)
             waiting.append(edges)
             if held >= ROW_GROUP:
-                file.write_table(table_of(join_edges(waiting)), ROW_GROUP)
+                file.write_table(pa.table(join_edges(waiting)._asdict()), ROW_GROUP)
                 held, waiting = 0, [join_edges([])]
-        file.write_table(table_of(join_edges(waiting)), ROW_GROUP)
-    return count
+        file.write_table(pa.table(join_edges(waiting)._asdict()), ROW_GROUP)
 
 
 def too_many(most: int) -> SnipError:
@@ -152,10 +127,3 @@ def too_many(most: int) -> SnipError:
         f"expected at most {most:,} pairs (--max_pairs), found more: raise --max_pairs, which goes "
         "on with what was searched, or give a higher --threshold, or leave out --pairs"
     )
-
-
-def table_of(edges: Edges) -> Any:
-    """Return pairs as a ``pyarrow.Table``."""
-    import pyarrow as pa
-
-    return pa.table(edges._asdict())

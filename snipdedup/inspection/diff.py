@@ -14,7 +14,7 @@ from snipdedup.deduplication.out_reader import read_keys, whole_groups
 from snipdedup.deduplication.references import KIND
 from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
-from snipdedup.groups.star import group_starts
+from snipdedup.groups.members import group_starts
 from snipdedup.inspection.display import place_of, shard_offsets
 from snipdedup.metadata.masks import load_mask
 from snipdedup.storage.manifest import as_written, read_manifest

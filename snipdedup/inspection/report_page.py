@@ -16,7 +16,7 @@ import numpy as np
 
 from snipdedup.deduplication.out_reader import KEEPS, Curve, Survey
 from snipdedup.errors import SnipError
-from snipdedup.groups.star import Members
+from snipdedup.groups.members import Members
 from snipdedup.inspection import charts
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -19,7 +19,7 @@ from snipdedup.deduplication.inputs import named_paths
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
-from snipdedup.groups.star import Members, group_starts, no_members
+from snipdedup.groups.members import Members, group_starts, no_members
 from snipdedup.inspection.display import place_of, shard_offsets, terminal_text
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.storage.atomic import replacing

@@ -1,8 +1,9 @@
-"""Brute force in bounded memory: every pair of rows is looked at. The truth for every test."""
+"""Brute force in bounded memory: every pair of rows is compared. The truth for every test."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,18 +11,17 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.features.cosine import (
     PROPOSAL_ERROR,
-    pair_cosine,
+    indexed_cosines,
     unit_rows,
     unit_rows64,
     unsettled,
 )
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
 from snipdedup.parallel import ordered_map
 
 TILE = 2048  # rows of a tile's sides
-VERIFY_PAIRS = 8192  # pairs whose rows are laid side by side at a time
-DENSE = 1 / 64  # share of a tile from which its cosines are computed all at once
+DENSE = 1 / 64  # share of a tile's pairs from which its cosines are computed all at once
 
 
 class Panel(NamedTuple):
@@ -39,61 +39,43 @@ def exact_edges(
     *,
     threads: int,
     memory: int,
-    frozen: int = 0,
-    across: bool = False,
+    reference_rows: int = 0,
+    references_only: bool = False,
 ) -> Iterator[Edges]:
     """Yield the spanning forest of each tile's pairs, from all pairs of ``rows``.
 
     Parameters
     ----------
-    features : Features
     rows : (n,) int64
         The rows to compare, ascending: distinct ones that can be compared.
-    threshold : float
-        Cosine from which two rows are a pair.
-    threads : int
     memory : int
-        Bytes for two panels of rows; a smaller bound reads the features more often.
-    frozen : int
-        Pairs of two rows below this are left out, and those of two others have a forest of their
-        own, see `forest.spanning_forest`.
-    across : bool
-        Leave out pairs of two others, too.
+        Bytes for two panels of rows; with fewer, the features are read more often.
+    reference_rows : int
+        Rows below are not compared with one another; see `forest.spanning_forest`.
+    references_only : bool
+        Nor are the others compared with one another.
     """
     size = panel_rows(features, memory)
     starts = range(0, len(rows), size)
-    early = int(np.searchsorted(rows, frozen))
+    references = int(np.searchsorted(rows, reference_rows))
     plans = {
-        (i, j): tile_plan(len(rows), size, i, j, early, across)
+        (i, j): tile_plan(len(rows), size, i, j, references, references_only)
         for i in starts
-        for j in starts
-        if j >= i
+        for j in range(i, len(rows), size)
     }
-    tiles = sum(map(len, plans.values()))
-    with progress.bar(tiles, "comparing", "tiles") as bar:
+    with progress.bar(sum(map(len, plans.values())), "comparing", "tiles") as bar:
         for i in starts:
             if not any(plans[i, j] for j in range(i, len(rows), size)):
                 continue
             left = load_panel(features, rows[i : i + size])
             for j in range(i, len(rows), size):
-                plan = plans[i, j]
-                if not plan:
+                if not plans[i, j]:
                     continue
                 right = left if j == i else load_panel(features, rows[j : j + size])
-
-                def compare(
-                    tile: tuple[int, int], left: Panel = left, right: Panel = right
-                ) -> Edges:
-                    edges = tile_pairs(left, right, *tile, threshold)
-                    if frozen:
-                        edges = edges.where(edges.b >= frozen)
-                    if across:
-                        edges = edges.where(edges.a < frozen)
-                    return spanning_forest(edges, frozen)
-
-                for edges in ordered_map(compare, plan, threads):
+                compare = partial(tile_forest, left, right, threshold, reference_rows)
+                for edges in ordered_map(compare, plans[i, j], threads):
                     bar.update(1)
-                    yield edges
+                    yield edges.where(edges.a < reference_rows) if references_only else edges
 
 
 def panel_rows(features: Features, memory: int) -> int:
@@ -103,32 +85,42 @@ def panel_rows(features: Features, memory: int) -> int:
 
 
 def tile_plan(
-    rows: int, size: int, i: int, j: int, early: int = 0, across: bool = False
+    rows: int, size: int, i: int, j: int, references: int = 0, references_only: bool = False
 ) -> list[tuple[int, int]]:
-    """Return the tiles (left start, right start) of panels at rows i and j, each pair once.
+    """Return the tiles (left start, right start) of panels at places i and j, each pair once.
 
-    Tiles of two rows below ``early`` are left out; with ``across`` those of two others, too.
+    Tiles of two reference rows (places below ``references``) are left out; with
+    ``references_only`` those of two others too.
     """
-    left = [a for a in range(0, min(size, rows - i), TILE) if not across or i + a < early]
-    right = [b for b in range(0, min(size, rows - j), TILE) if min(j + b + TILE, rows) > early]
+    left = [
+        a for a in range(0, min(size, rows - i), TILE) if not references_only or i + a < references
+    ]
+    right = [b for b in range(0, min(size, rows - j), TILE) if min(j + b + TILE, rows) > references]
     return [(a, b) for a in left for b in right if i != j or b >= a]
 
 
 def load_panel(features: Features, rows: np.ndarray) -> Panel:
-    """Read a panel."""
+    """Read rows, (n,) int64, as a panel."""
     raw = features.gather(rows)
     return Panel(rows, raw, unit_rows(raw))
 
 
+def tile_forest(
+    left: Panel, right: Panel, threshold: float, reference_rows: int, tile: tuple[int, int]
+) -> Edges:
+    """Return the spanning forest of a tile's pairs, without those of two reference rows."""
+    edges = tile_pairs(left, right, *tile, threshold)
+    return spanning_forest(edges.where(edges.b >= reference_rows), reference_rows)
+
+
 def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> Edges:
-    """Return all pairs between ``TILE`` rows of two panels, by float64 cosine."""
+    """Return all pairs between `TILE` rows of two panels, from places i and j on."""
     import torch
 
     x, y = left.unit[i : i + TILE], right.unit[j : j + TILE]
     product = (torch.from_numpy(x) @ torch.from_numpy(y).T).numpy()
-    limit = np.float32(threshold)
-    found = np.flatnonzero(product.ravel() >= limit - np.float32(PROPOSAL_ERROR))
-    a, b = np.divmod(found, len(y))
+    limit = np.float32(threshold) - np.float32(PROPOSAL_ERROR)
+    a, b = np.divmod(np.flatnonzero(product.ravel() >= limit), len(y))
     if left is right and i == j:
         a, b = a[a < b], b[a < b]
     if len(a) > DENSE * product.size:
@@ -136,16 +128,7 @@ def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> E
         quick = dense[a, b]
         cosine = np.minimum(quick.astype(np.float32), np.float32(1))
         again = np.flatnonzero(unsettled(quick, left.raw.shape[1]))
-        cosine[again] = listed_cosines(left.raw, right.raw, i + a[again], j + b[again])
+        cosine[again] = indexed_cosines(left.raw, right.raw, i + a[again], j + b[again])
     else:
-        cosine = listed_cosines(left.raw, right.raw, i + a, j + b)
-    edges = make_edges(left.rows[i + a], right.rows[j + b], cosine)
-    return edges.at(threshold)
-
-
-def listed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
-    parts = [np.empty(0, np.float32)]
-    for start, stop in plan_blocks(len(i), VERIFY_PAIRS):
-        parts.append(pair_cosine(x[i[start:stop]], y[j[start:stop]]))
-    return np.concatenate(parts)
+        cosine = indexed_cosines(left.raw, right.raw, i + a, j + b)
+    return make_edges(left.rows[i + a], right.rows[j + b], cosine).at(threshold)

@@ -5,7 +5,6 @@ Each task reads its rows once and leaves one folder that is complete or absent.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import numpy as np
 
 from snipdedup.features.cosine import Directions
 from snipdedup.features.scan import Scan, Seen, read_range
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, BESIDE, Hubs, Placed
-from snipdedup.join.lists import Lists, Visits, assign
+from snipdedup.join.lists import Lists, Visits, assign_lists
 from snipdedup.join.model import Model
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import among
@@ -27,11 +26,6 @@ def task_rows(rows: int) -> int:
     return 1 << 15 if rows < 1 << 25 else 1 << 18
 
 
-def encode_spans(rows: int) -> list[tuple[int, int]]:
-    """Return the rows of each encode task."""
-    return plan_blocks(rows, task_rows(rows))
-
-
 def encode_task(
     features: Features,
     model: Model,
@@ -40,25 +34,25 @@ def encode_task(
     end: int,
     *,
     chunk_rows: int,
-    frozen: int,
+    reference_rows: int = 0,
 ) -> None:
     """Encode rows ``begin`` to ``end`` and write them sorted by list, rows at home first.
 
-    Where more than half of the rows are frozen, they stay at home and the others come to them.
+    If most rows are references, these stay in their lists and only the others visit.
     """
-    still = frozen if frozen > features.rows // 2 else 0
+    staying = reference_rows if reference_rows > features.rows // 2 else 0
     codes = np.empty((end - begin, model.projection.width), np.int8)
-    slack = np.empty(end - begin, np.float32)
+    corrections = np.empty(end - begin, np.float32)
     visits: list[Visits] = []
     absorbed: list[Placed] = []
 
     def encode(first: int, raw: np.ndarray, rows: Directions) -> None:
         at = slice(first - begin, first - begin + len(raw))
         codes[at], excess = model.projection.encode_directions(rows)
-        slack[at] = model.projection.slack(excess)
-        placed = model.hubs.place(codes[at], slack[at], raw)
-        far = how_far(placed, model.lists, max(0, still - first), still > 0)
-        found = assign(codes[at], model.lists, far)
+        corrections[at] = model.projection.corrections(excess)
+        placed = model.hubs.place(codes[at], corrections[at], raw)
+        radius = visit_radius(placed, model.lists, staying - first, one_sided=staying > 0)
+        found = assign_lists(codes[at], model.lists, radius)
         visits.append(found._replace(row=found.row + np.int32(first - begin)))
         absorbed.append(placed._replace(row=placed.row + first))
 
@@ -66,12 +60,11 @@ def encode_task(
     row, list_, home = (np.concatenate(column) for column in zip(*visits, strict=True))
     order = sort_small(2 * list_ + ~home, 2 * model.lists.nlist)
     row, list_, home = row[order], list_[order], home[order]
-    edges = np.arange(model.lists.nlist + 1)
     arrays = {
         "codes": np.take(codes, row, axis=0),
         "rows": row + np.int64(begin),
-        "slack": slack[row],
-        "starts": np.searchsorted(list_, edges),
+        "corrections": corrections[row],
+        "starts": np.searchsorted(list_, np.arange(model.lists.nlist + 1)),
         "homes": np.bincount(list_[home], minlength=model.lists.nlist),
         "hashes": seen.load_hashes(),
         "bad": seen.bad,
@@ -88,18 +81,17 @@ def encode_task(
     atomic.write_done_file(folder / "done.json", files, {"checksums": seen.checksums})
 
 
-def how_far(placed: Placed, lists: Lists, still: int, others_come: bool) -> np.ndarray:
-    """Return how far from borders each row of a block visits, (n,) float32.
+def visit_radius(placed: Placed, lists: Lists, staying: int, *, one_sided: bool) -> np.ndarray:
+    """Return the visit radius of each row of a block, (n,) float32.
 
-    Absorbed rows stay at home, and so do the first ``still`` rows; who may pair with a row that
-    stays at home must come to it.
+    Absorbed rows stay in their lists, and so do the first ``staying`` rows of the block. A row that
+    may pair with one that stays must visit that one's list.
     """
-    usual = lists.alone if others_come else lists.tau
-    far = np.full(len(placed.reach), usual, np.float32)
-    far[:still] = 0
-    far[placed.reach == BESIDE] = lists.alone
-    far[placed.reach == ABSORBED] = 0
-    return far
+    radius = np.full(len(placed.zone), lists.one_sided_tau if one_sided else lists.tau, np.float32)
+    radius[: max(0, staying)] = 0
+    radius[placed.zone == BESIDE] = lists.one_sided_tau
+    radius[placed.zone == ABSORBED] = 0
+    return radius
 
 
 def sort_small(keys: np.ndarray, count: int) -> np.ndarray:
@@ -108,23 +100,23 @@ def sort_small(keys: np.ndarray, count: int) -> np.ndarray:
 
 
 def load_seen(folder: Path) -> Seen:
-    """Read back what an encode task saw."""
+    """Read what an encode task saw of its rows."""
     done = atomic.load_json(folder / "done.json")
     return Seen(done["checksums"], np.load(folder / "bad.npy"), folder / "hashes.npy")
 
 
 def absorbed_edges(
-    folders: list[Path], hubs: Hubs, seen: Scan, skip: np.ndarray
+    folders: list[Path], hubs: Hubs, scan: Scan, skip: np.ndarray
 ) -> Iterator[Edges]:
-    """Yield the pairs of hubs, and what joins the absorbed rows of each encode task with theirs.
+    """Yield the pairs of hubs, and the edges of the absorbed rows of each encode task to theirs.
 
-    Rows of masses whose hubs are a pair do not visit one another's lists. A hub that turned out to
-    be a copy stands for the row that it copies, as all copies do.
+    Rows whose hubs are a pair do not visit one another's lists. A hub that is a copy stands for the
+    row that it copies, as all copies do.
     """
-    rows = hubs.row.copy()
-    found = np.flatnonzero(among(seen.copies, rows))
-    rows[found] = seen.firsts[np.searchsorted(seen.copies, rows[found])]
-    yield dataclasses.replace(hubs, row=rows).edges()
+    rows, pairs = hubs.row.copy(), hubs.pairs()
+    copies = np.flatnonzero(among(scan.copies, rows))
+    rows[copies] = scan.firsts[np.searchsorted(scan.copies, rows[copies])]
+    yield make_edges(rows[pairs.a], rows[pairs.b], pairs.similarity)
     for folder in folders:
         with np.load(folder / "absorbed.npz", allow_pickle=False) as file:
             row, hub, similarity = file["row"], rows[file["hub"]], file["similarity"]

@@ -3,34 +3,33 @@
 Edges are ordered totally: higher cosine first, then smaller ``a``, then smaller ``b``. So the
 forest of a set of pairs is unique, and the forest of the union of two sets is the forest of the
 union of their forests: parts can be reduced anywhere, in any order, and merged.
+
+Where an argument is called ``reference_rows``, the rows below it are reference rows. There are then
+two forests: one of the edges with a reference row, and one of the edges between two other rows.
 """
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.storage.external_sort import row_kind
+from snipdedup.storage.external_sort import Columns, Sorter, pack, row_kind
 
 BUFFER_EDGES = 1 << 22  # edges collected before a forest is reduced again
+HELD_EDGES = 1 << 20  # edges of an `ExternalForest` in memory; more go to files
 BLOCK_EDGES = 1 << 16  # edges joined at a time: few enough to stay in the cache
 SPREAD = 8  # rows up to the last one touched for each edge, from which rows get new numbers
 
 
 class Edges(NamedTuple):
-    """Pairs of rows with their cosines.
+    """Pairs of rows with their cosines."""
 
-    Attributes
-    ----------
-    a, b : (n,) int64
-        Rows, a < b.
-    similarity : (n,) float32
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    similarity: np.ndarray
+    a: np.ndarray  # (n,) int64
+    b: np.ndarray  # (n,) int64, the larger row
+    similarity: np.ndarray  # (n,) float32
 
     def where(self, mask: Any) -> Edges:
         """Return the edges that a mask, slice or index array selects."""
@@ -56,15 +55,14 @@ def join_edges(parts: list[Edges]) -> Edges:
     )
 
 
-def spanning_forest(edges: Edges, frozen: int = 0) -> Edges:
+def spanning_forest(edges: Edges, reference_rows: int = 0) -> Edges:
     """Return the maximum spanning forest, its edges ordered by (a, b).
 
-    The edges are totally ordered, so the result is unique whatever their order and repeats. With
-    ``frozen`` it is two forests one after the other: that of the edges with a row below it, and
-    that of the edges of two rows from it on.
+    The edges are totally ordered, so the result is unique whatever their order and repeats. Of two
+    forests the one with reference rows comes first.
     """
-    if frozen:
-        below = edges.a < frozen
+    if reference_rows:
+        below = edges.a < reference_rows
         return join_edges([spanning_forest(edges.where(part)) for part in (below, ~below)])
     forest = edges.where(forest_places(edges))
     return forest.where(order_by(forest.a, forest.b))
@@ -77,16 +75,16 @@ def forest_places(edges: Edges) -> np.ndarray:
     """
     order = best_first(edges)
     nodes, start, end = number_ends(edges)
-    roots, chosen = Roots(nodes), [np.empty(0, np.int64)]
+    sets, chosen = UnionFind(nodes), [np.empty(0, np.int64)]
     for low in range(0, len(order), BLOCK_EDGES):
         places = order[low : low + BLOCK_EDGES]
-        chosen.append(places[roots.join(start[places], end[places])])
+        chosen.append(places[sets.join_best(start[places], end[places])])
     return np.concatenate(chosen)
 
 
 def best_first(edges: Edges) -> np.ndarray:
     """Return the places of edges in their total order, (n,) int64; NaN comes last."""
-    key, largest = worth_key(edges.similarity), edges.b.max(initial=0)
+    key, largest = similarity_key(edges.similarity), edges.b.max(initial=0)
     if largest >= 1 << 32:
         return np.lexsort((edges.b, edges.a, key))
     key <<= np.uint64(32)
@@ -100,7 +98,7 @@ def best_first(edges: Edges) -> np.ndarray:
     return order
 
 
-def worth_key(similarity: np.ndarray) -> np.ndarray:
+def similarity_key(similarity: np.ndarray) -> np.ndarray:
     """Return numbers that are ordered as similarities are from high to low, (n,) uint64 < 2^32.
 
     The bits of floats are ordered as they are, but for the sign.
@@ -124,7 +122,7 @@ def order_by(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 def number_ends(edges: Edges) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return how many numbers the ends of edges get, and those of ``a`` and of ``b``.
+    """Return how many nodes edges may touch, and the numbers of ``a`` and ``b`` as nodes.
 
     Rows are their own numbers unless they are few among many.
     """
@@ -135,64 +133,58 @@ def number_ends(edges: Edges) -> tuple[int, np.ndarray, np.ndarray]:
     return len(nodes), ends[: len(edges.a)], ends[len(edges.a) :]
 
 
-class Roots:
-    """Which rows are joined: each points to a smaller one of its component, the smallest to itself.
-
-    Attributes
-    ----------
-    parent : (rows,) uint32, or int64 where there are more
-        All that is held of a row.
-    """
+class UnionFind:
+    """Which rows are connected: each points to a smaller one, the smallest to itself."""
 
     def __init__(self, rows: int) -> None:
-        self.parent = np.arange(rows, dtype=row_kind(rows))
+        self.parent = np.arange(rows, dtype=row_kind(rows))  # four bytes a row up to 2^32 rows
 
     def find(self, rows: np.ndarray) -> np.ndarray:
-        """Return the smallest row joined with each row, in ``parent``'s type."""
+        """Return the smallest row connected with each row, in ``parent``'s type."""
         root = self.parent[rows]
         open_ = np.flatnonzero(self.parent[root] != root)
         while len(open_):
             root[open_] = self.parent[root[open_]]
             part = root[open_]
             open_ = open_[self.parent[part] != part]
-        self.parent[rows] = root  # the way is shorter the next time
+        self.parent[rows] = root  # a shorter path the next time
         return root
 
-    def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Join the rows of edges given best first; return the places of those in the forest."""
+    def join_best(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Connect the ends of edges given best first; return the places of the forest's edges."""
         u, v = self.find(a), self.find(b)
         places = np.flatnonzero(u != v)
         ends = np.concatenate([u[places], v[places]])
         number = self._number(ends)
         label = np.arange(len(ends))
         picks = boruvka(number[: len(places)], number[len(places) :], label)
-        self._settle(ends, label[number])
+        self._point_to_smallest(ends, label[number])
         return places[picks]
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Join rows where it does not matter by which edges."""
+        """Connect the ends of edges whose order does not matter."""
         ends = np.concatenate([self.find(a), self.find(b)])
         number = self._number(ends)
         label = np.arange(len(ends))
         link_smaller(label, number[: len(a)], number[len(a) :])
-        self._settle(ends, label[number])
+        self._point_to_smallest(ends, label[number])
 
     def _number(self, ends: np.ndarray) -> np.ndarray:
-        """Return numbers below ``len(ends)``, one a distinct root; `_settle` must follow.
+        """Return numbers below ``len(ends)``, one a distinct root.
 
-        The places of roots hold them for the time being: so no memory grows with the rows.
+        ``parent`` holds them until `_point_to_smallest` is called, so no memory grows with rows.
         """
         self.parent[ends] = np.arange(len(ends))
         return self.parent[ends].astype(np.int64)
 
-    def _settle(self, ends: np.ndarray, label: np.ndarray) -> None:
-        """Let all roots of a component point to its smallest."""
+    def _point_to_smallest(self, ends: np.ndarray, label: np.ndarray) -> None:
+        """Let all roots of a component point to the smallest of them."""
         smallest = np.full(len(ends), ends.max(initial=0))
         np.minimum.at(smallest, label, ends)
         self.parent[ends] = smallest[label]
 
     def labels(self) -> np.ndarray:
-        """Return the smallest row of each row's component: ``parent`` itself, all ways walked."""
+        """Return the smallest row of each row's component, (rows,): ``parent`` itself."""
         for start in range(0, len(self.parent), BLOCK_EDGES):
             part = slice(start, start + BLOCK_EDGES)
             self.parent[part] = self.find(self.parent[part])
@@ -200,16 +192,10 @@ class Roots:
 
 
 def boruvka(u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return the places of the forest's edges among edges given best first.
+    """Return the places of the forest's edges among edges (u, v) given best first.
 
-    In each round every component takes its best edge.
-
-    Parameters
-    ----------
-    u, v : (n,) int64
-        The ends.
-    label : (nodes,) int64
-        Each node's own number; becomes the smallest of its component.
+    In each round every component takes its best edge. ``label``, (nodes,) int64, is each node's own
+    number, and becomes the smallest of its component.
     """
     start, end, rank = u, v, np.arange(len(u))
     chosen = np.zeros(len(u), bool)
@@ -225,13 +211,12 @@ def boruvka(u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def best_edge(u: np.ndarray, v: np.ndarray, rank: np.ndarray, nodes: int) -> np.ndarray:
-    """Return for each node the smallest rank of an edge at it; ``rank`` is ascending.
+    """Return for each node the smallest rank of an edge at it, else the largest int64.
 
-    A node without an edge gets the largest int64. Assignments are made from the worst edge to the
-    best, and the last one to a node holds.
+    ``rank`` is ascending.
     """
     best = np.full(nodes, np.iinfo(np.int64).max)
-    best[u[::-1]] = rank[::-1]
+    best[u[::-1]] = rank[::-1]  # from the worst edge to the best: the last assignment holds
     other = np.full(nodes, np.iinfo(np.int64).max)
     other[v[::-1]] = rank[::-1]
     return np.minimum(best, other)
@@ -257,22 +242,13 @@ def link_smaller(label: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
 
 
 class ForestBuilder:
-    """Takes edges as they are found; holds no more than a forest and a buffer.
+    """The forest of edges that come in parts; holds a forest and a ``buffer`` of edges."""
 
-    Parameters
-    ----------
-    buffer : int, optional
-        Edges collected before the forest is made again.
-    frozen : int, optional
-        As `spanning_forest` takes it.
-    """
-
-    def __init__(self, buffer: int | None = None, frozen: int = 0) -> None:
+    def __init__(self, reference_rows: int = 0, buffer: int | None = None) -> None:
         self.buffer = BUFFER_EDGES if buffer is None else buffer
-        self.frozen = frozen
+        self.reference_rows = reference_rows
         self.parts: list[Edges] = []
-        self.held = 0
-        self.forest_size = 0
+        self.held = self.forest_size = 0
 
     def add(self, edges: Edges) -> None:
         """Take more edges."""
@@ -284,10 +260,81 @@ class ForestBuilder:
     def forest(self) -> Edges:
         """Return the maximum spanning forest of all edges taken so far."""
         edges, self.parts = join_edges(self.parts), []  # not held twice
-        forest = spanning_forest(edges, self.frozen)
+        forest = spanning_forest(edges, self.reference_rows)
         self.parts = [forest]
         self.held = self.forest_size = len(forest.a)
         return forest
+
+
+class ExternalForest:
+    """The forest of more edges than fit into memory: they wait in files and come back best first.
+
+    Of each of the set's rows a `UnionFind` holds four bytes (twice that beside reference rows). The
+    folder is emptied first; the forest stays there.
+    """
+
+    def __init__(self, folder: Path, rows: int, reference_rows: int = 0) -> None:
+        self.folder, self.rows, self.kind = folder, rows, edge_kind(rows)
+        self.reference_rows = reference_rows
+        self.builder = ForestBuilder(reference_rows, HELD_EDGES)
+        self.waiting = Sorter(folder / "edges", self.kind, self._key, held=HELD_EDGES)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _key(self, records: np.ndarray) -> np.ndarray:
+        """Order by similarity, then by the top 32 bits of ``a``."""
+        spare = max(0, (self.rows - 1).bit_length() - 32)
+        key = similarity_key(records["similarity"].astype(np.float32)) << np.uint64(32)
+        return np.asarray(key | records["a"].astype(np.uint64) >> np.uint64(spare))
+
+    def add(self, edges: Edges) -> None:
+        """Take more edges."""
+        self.builder.add(edges)
+        if self.builder.forest_size > HELD_EDGES:
+            self._spill()
+
+    def _spill(self) -> None:
+        self.waiting.add(pack(self.kind, *self.builder.forest()))
+        self.waiting.spill()
+        self.builder = ForestBuilder(self.reference_rows, HELD_EDGES)
+
+    def forest(self) -> Edges:
+        """Return the maximum spanning forest of all edges taken; a long one is mapped."""
+        if not self.waiting.count:
+            return self.builder.forest()
+        self._spill()
+        chosen = Sorter(self.folder / "chosen", self.kind, by_first, held=HELD_EDGES)
+        sets = [UnionFind(self.rows) for _ in range(2 if self.reference_rows else 1)]
+        for records in self.waiting.ascending():
+            edges = edges_of(records)
+            order = best_first(edges)
+            for start in range(0, len(order), BLOCK_EDGES):
+                places = order[start : start + BLOCK_EDGES]
+                below = edges.a[places] < self.reference_rows
+                for one, part in zip(sets, (places[~below], places[below]), strict=False):
+                    chosen.add(records[part[one.join_best(edges.a[part], edges.b[part])]])
+        del sets
+        kinds = {"a": "<i8", "b": "<i8", "similarity": "<f4"}
+        forest = Columns(self.folder / "forest", kinds, held=HELD_EDGES)
+        for records in chosen.ascending():
+            edges = edges_of(records)
+            forest.add(*edges.where(order_by(edges.a, edges.b)))
+        return Edges(*forest.arrays())
+
+
+def edge_kind(rows: int) -> np.dtype:
+    """Return the type of an edge between so many rows in files."""
+    return np.dtype([("a", row_kind(rows)), ("b", row_kind(rows)), ("similarity", "<f4")])
+
+
+def edges_of(records: np.ndarray) -> Edges:
+    """Return records of `edge_kind` as edges."""
+    a, b = (records[name].astype(np.int64) for name in ("a", "b"))
+    return Edges(a, b, records["similarity"].astype(np.float32))
+
+
+def by_first(records: np.ndarray) -> np.ndarray:
+    """Return the sort keys of records that are to be ordered by ``a``."""
+    return np.asarray(records["a"].astype(np.uint64))
 
 
 def components(edges: Edges) -> tuple[np.ndarray, np.ndarray]:
@@ -298,10 +345,10 @@ def components(edges: Edges) -> tuple[np.ndarray, np.ndarray]:
         label = np.arange(len(nodes))
         link_smaller(label, ends[: len(edges.a)], ends[len(edges.a) :])
         return nodes, nodes[label]
-    roots, touched = Roots(top), np.zeros(top, bool)
+    sets, touched = UnionFind(top), np.zeros(top, bool)
     for low in range(0, len(edges.a), BLOCK_EDGES):
         part = edges.where(slice(low, low + BLOCK_EDGES))
-        roots.unite(part.a, part.b)
+        sets.unite(part.a, part.b)
         touched[part.a] = touched[part.b] = True
     nodes = np.flatnonzero(touched)
-    return nodes, roots.labels()[nodes].astype(np.int64)
+    return nodes, sets.labels()[nodes].astype(np.int64)

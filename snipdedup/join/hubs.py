@@ -1,14 +1,14 @@
-"""Masses: tens of thousands of rows around one row, which need not all be compared.
+"""Hubs: rows with tens of thousands of near copies, which need not all be compared.
 
 "Image not found" pictures come by the hundred thousand. Every two of them are a pair, so they would
-visit one another's lists and be compared all with all. Instead a row of such a mass, its hub, is
-found in a sample. A row within half the largest angle of a pair from the hub is absorbed: an edge
-to the hub, proved while its features are at hand, joins it with all the others. It lives in its
-list, and is compared there, but visits no other.
+visit one another's lists and be compared all with all. Instead one of them, the hub, is found in a
+sample. A row within half the largest angle of a pair from the hub is absorbed: an edge to the hub,
+verified while its features are at hand, joins it with all the others. It lives in its list, and is
+compared there, but visits no other.
 
-A row beside a mass may pair with an absorbed row whose list it must then find alone, so it visits
-lists from further away. By the triangle inequality of angles such rows lie
-within one and a half times the largest angle of a pair from the hub.
+A row beside a hub may pair with an absorbed row whose list it must then find alone, so its visit
+radius is larger. By the triangle inequality of angles such rows lie within one and a half times the
+largest angle of a pair from the hub.
 """
 
 from __future__ import annotations
@@ -19,76 +19,45 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup.errors import DamagedError
-from snipdedup.features.cosine import same_bits
+from snipdedup.features.cosine import indexed_cosines, same_bits
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, components, make_edges
 from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.projection import Projection
-from snipdedup.join.verify import proved_cosines
 from snipdedup.parallel import ordered_map
 
-MASS_ROWS = 1 << 15  # fewer rows around one are compared all with all
+HUB_ROWS = 1 << 15  # fewer near copies are compared all with all
 SAMPLE_ROWS = 1 << 12, 1 << 16  # the least and the most among which hubs are looked for
-SAMPLE_MASS = 64  # rows of the sample around a hub that show a mass
+SAMPLE_COPIES = 64  # near copies in the sample that show a hub
 MOST_HUBS = 64
 BLOCK = 256  # rows of the sample compared at a time
-
 
 ABSORBED, APART, BESIDE = range(3)
 
 
 class Placed(NamedTuple):
-    """Where rows lie to the hubs.
+    """Where rows lie to the hubs."""
 
-    Attributes
-    ----------
-    reach : (n,) int8
-        `ABSORBED`, `BESIDE` a mass, or `APART` from all.
-    row : (a,) int64
-        The absorbed rows' places.
-    hub : (a,) int64
-        Which hub.
-    similarity : (a,) float32
-        Cosine of the two.
-    """
-
-    reach: np.ndarray
-    row: np.ndarray
-    hub: np.ndarray
-    similarity: np.ndarray
+    zone: np.ndarray  # (n,) int8: `ABSORBED`, `BESIDE` a hub, or `APART` from all
+    row: np.ndarray  # (a,) int64: the absorbed rows' places,
+    hub: np.ndarray  # (a,) int64: which hub absorbs each,
+    similarity: np.ndarray  # (a,) float32: and the cosine of the two
 
 
 @dataclass(frozen=True)
 class Hubs:
-    """The rows around which masses lie; often there are none.
+    """The hubs of a set; often there are none."""
 
-    Attributes
-    ----------
-    row : (h,) int64
-        Global rows.
-    raw : (h, d)
-        Their features.
-    codes : (h, w) int8
-    threshold : float
-        Cosine from which two rows are a pair.
-    projection : Projection
-    """
-
-    row: np.ndarray
-    raw: np.ndarray
-    codes: np.ndarray
+    row: np.ndarray  # (h,) int64: global rows
+    raw: np.ndarray  # (h, d): their features
+    codes: np.ndarray  # (h, w) int8
     threshold: float
     projection: Projection
 
     def check(self, features: Features) -> None:
-        """Refuse hubs that are not, bit for bit, the rows of these features that they claim to be.
+        """Raise DamagedError unless hubs are, bit for bit, the rows of these features.
 
-        What `place` proves on ``raw`` is then proved for these rows.
-
-        Raises
-        ------
-        DamagedError
-            Names the first row.
+        Edges that `place` proves on ``raw`` are then proved for these rows.
         """
         known = (self.row >= 0) & (self.row < features.rows) & (self.raw.dtype == features.dtype)
         known[known] = same_bits(
@@ -107,51 +76,38 @@ class Hubs:
         """Cosine of one and a half times that angle."""
         return self.half * (4 * self.half**2 - 3)  # cos 3φ = 4 cos³φ - 3 cos φ
 
-    def edges(self) -> Edges:
-        """Return the pairs among the hubs."""
+    def pairs(self) -> Edges:
+        """Return the pairs among the hubs, as places."""
         i, j = np.triu_indices(len(self.row), 1)
-        cosine = proved_cosines(self.raw, self.raw, i, j)
-        return make_edges(self.row[i], self.row[j], cosine).at(self.threshold)
+        return make_edges(i, j, indexed_cosines(self.raw, self.raw, i, j)).at(self.threshold)
 
-    def classes(self) -> np.ndarray:
-        """Return for each hub the smallest place of a hub that pairs join it with, (h,) int64."""
-        i, j = np.triu_indices(len(self.row), 1)
-        cosine = proved_cosines(self.raw, self.raw, i, j)
-        label = np.arange(len(self.row))
-        nodes, groups = components(make_edges(i, j, cosine).at(self.threshold))
-        label[nodes] = groups
-        return label
+    def place(self, codes: np.ndarray, corrections: np.ndarray, raw: np.ndarray) -> Placed:
+        """Return which rows are absorbed, proved on the features, and which lie beside a hub.
 
-    def place(self, codes: np.ndarray, slack: np.ndarray, raw: np.ndarray) -> Placed:
-        """Say which rows are absorbed, proved on the features, and which lie beside a mass.
-
-        Parameters
-        ----------
-        codes : (n, w) int8
-        slack : (n,) float64
-            By how much each row's limit falls.
-        raw : (n, d)
+        Of the rows ``codes``, (n, w) int8, limit ``corrections``, (n,), and ``raw``, (n, d).
         """
-        reach = np.full(len(codes), APART, np.int8)
+        zone = np.full(len(codes), APART, np.int8)
         none = np.empty(0, np.int64)
         if not len(self.row):
-            return Placed(reach, none, none, np.empty(0, np.float32))
+            return Placed(zone, none, none, np.empty(0, np.float32))
         products = hub_products(codes, self.codes)
         i, j = np.nonzero(products >= self.projection.limit(self.half))
-        cosine = proved_cosines(raw, self.raw, i, j)
+        cosine = indexed_cosines(raw, self.raw, i, j)
         inside = cosine >= np.float32(self.half)
         i, j, cosine = i[inside], j[inside], cosine[inside]
         order = np.lexsort((j, -cosine, i))  # the nearest hub; of several the first
         first = order[np.unique(i[order], return_index=True)[1]]
         i, j, cosine = i[first], j[first], cosine[first]
-        classes = self.classes()
+        connected = np.arange(len(self.row))  # for each hub the smallest that pairs connect it with
+        nodes, groups = components(self.pairs())
+        connected[nodes] = groups
         own = np.full(len(codes), -1)
-        own[i] = classes[j]
-        beside = products >= self.projection.limit(self.border) - slack[:, None]
-        beside &= own[:, None] != classes
-        reach[i] = ABSORBED
-        reach[beside.any(1)] = BESIDE
-        return Placed(reach, i, j, cosine)
+        own[i] = connected[j]
+        beside = products >= self.projection.limit(self.border) - corrections[:, None]
+        beside &= own[:, None] != connected
+        zone[i] = ABSORBED
+        zone[beside.any(1)] = BESIDE
+        return Placed(zone, i, j, cosine)
 
 
 def hub_products(codes: np.ndarray, hubs: np.ndarray) -> np.ndarray:
@@ -160,7 +116,7 @@ def hub_products(codes: np.ndarray, hubs: np.ndarray) -> np.ndarray:
 
 
 def no_hubs(projection: Projection, dim: int, threshold: float) -> Hubs:
-    """Return hubs of a set without masses."""
+    """Return the hubs of a set without any."""
     codes = np.empty((0, projection.width), np.int8)
     return Hubs(np.empty(0, np.int64), np.empty((0, dim)), codes, threshold, projection)
 
@@ -175,26 +131,16 @@ def find_hubs(
     total: int,
     threads: int,
 ) -> Hubs:
-    """Find the hubs of masses in a sample: greedily the row with the most rows around it.
+    """Find hubs in a sample: greedily the row with the most rows around it.
 
-    Parameters
-    ----------
-    rows : (n,) int64
-        Global rows of the sample, distinct, in random order.
-    sample : (n, d)
-    codes : (n, w) int8
-    projection : Projection
-    threshold : float
-        Cosine from which two rows are a pair.
-    total : int
-        Rows of the set.
-    threads : int
+    ``rows``, (n,) int64, are distinct and in random order; ``sample`` and ``codes`` are their
+    features and codes; ``total`` is how many rows the set has.
     """
     none = no_hubs(projection, sample.shape[1], threshold)
-    if total < MASS_ROWS:
+    if total < HUB_ROWS:
         return none
-    codes = codes[: int(np.clip(SAMPLE_MASS * total / MASS_ROWS, *SAMPLE_ROWS))]
-    enough = max(SAMPLE_MASS, MASS_ROWS / total * len(codes))
+    codes = codes[: int(np.clip(SAMPLE_COPIES * total / HUB_ROWS, *SAMPLE_ROWS))]
+    enough = max(SAMPLE_COPIES, HUB_ROWS / total * len(codes))
     limit = projection.limit(none.half)
     crowd = np.flatnonzero(degrees(codes, codes, limit, threads) >= enough)
     chosen: list[int] = []
@@ -207,9 +153,9 @@ def find_hubs(
         crowd = crowd[(hub_products(codes[crowd], codes[chosen[-1:]]) < limit)[:, 0]]
     places = np.array(chosen, np.int64)
     hubs = Hubs(rows[places], sample[places], codes[places], threshold, projection)
-    reach = hubs.place(codes, np.zeros(len(codes)), sample[: len(codes)]).reach
-    # where more rows lie beside masses than in them (a low threshold), they would cost more
-    return hubs if np.count_nonzero(reach == ABSORBED) > np.count_nonzero(reach == BESIDE) else none
+    zone = hubs.place(codes, np.zeros(len(codes)), sample[: len(codes)]).zone
+    # where more rows lie beside hubs than are absorbed (a low threshold), hubs would cost more
+    return hubs if np.count_nonzero(zone == ABSORBED) > np.count_nonzero(zone == BESIDE) else none
 
 
 def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Products of int8 codes, by the fastest way that this processor has and computes right.
 
-All kernels take the same codes and give the same integers, so nothing hangs on which one is taken.
-A short self-test at the first use checks each against exact products and times it; one that lies or
-rounds is never used.
+All kernels take the same codes and give the same integers, so no result depends on which one is
+used. A short self-test at the first use checks each against exact products and times it; one that
+is wrong or rounds is never used.
 """
 
 from __future__ import annotations
@@ -30,18 +30,11 @@ _testing = threading.RLock()
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute all products of two blocks of codes.
+    """One way to compute all products of two blocks of codes on a device, as torch names it.
 
-    Attributes
-    ----------
-    name : str
-    device : str
-        Where it runs, as torch names it.
-    prepare : function of (n, w) int8 tensor
-        Brings the columns' codes into the form that ``multiply`` wants; done once a block.
-    multiply : function of (m, w) int8 tensor, prepared columns
-        Returns (m, n) products as a tensor, int32 or float32, which stands until the thread's
-        next call.
+    ``prepare`` brings the columns' codes, an (n, w) int8 tensor, into the form that ``multiply``
+    wants, once a block. ``multiply`` takes an (m, w) int8 tensor and these, and returns (m, n)
+    products as a tensor, int32 or float32, which stands until the thread's next call.
     """
 
     name: str
@@ -88,38 +81,18 @@ def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
 
 
 def pick_kernel(device: str = "cpu") -> Kernel:
-    """Return the fastest kernel that passes the self-test, the same for codes of all widths.
-
-    Parameters
-    ----------
-    device : str
-        ``cpu`` or ``cuda``.
-    """
+    """Return the fastest kernel of a device (``cpu``, ``cuda``) that passes the self-test."""
     with _testing:  # two threads that test at once would time each other
         return _picked(device)
 
 
 @cache
 def _picked(device: str) -> Kernel:
-    kernels = candidates(device)
-    return fastest(kernels, [trial(kernel, TEST_WIDTH) for kernel in kernels])
-
-
-def fastest(kernels: list[Kernel], seconds: list[float | None]) -> Kernel:
-    """Return the first of the kernels that compute right, unless a later one is clearly faster.
-
-    The last one if none does.
-
-    Parameters
-    ----------
-    kernels : list of Kernel
-    seconds : list of float or None
-        What the `trial` of each says.
-    """
-    best, best_time = kernels[-1], float("inf")
-    for kernel, time_ in zip(kernels, seconds, strict=True):
-        if time_ is not None and time_ * CLEARLY < best_time:
-            best, best_time = kernel, time_
+    best, least = candidates(device)[-1], float("inf")
+    for kernel in candidates(device):  # the first that is right, unless one is clearly faster
+        seconds = trial(kernel, TEST_WIDTH)
+        if seconds is not None and seconds * CLEARLY < least:
+            best, least = kernel, seconds
     return best
 
 
@@ -153,18 +126,11 @@ def trial(kernel: Kernel, width: int) -> float | None:
 
 
 class Hits(NamedTuple):
-    """Where products reach their row's limit, by runs of `RUN` columns.
+    """Where products reach their row's limit, by runs of `RUN` columns, in row order."""
 
-    Attributes
-    ----------
-    row, column : (r,) int64
-        The row, and the first column, of each run that holds a hit; in row order.
-    hit : (r, RUN) bool
-    """
-
-    row: np.ndarray
-    column: np.ndarray
-    hit: np.ndarray
+    row: np.ndarray  # (r,) int64: the row of each run that holds a hit,
+    column: np.ndarray  # (r,) int64: its first column,
+    hit: np.ndarray  # (r, RUN) bool: and where
 
     @property
     def total(self) -> int:
@@ -178,15 +144,10 @@ class Hits(NamedTuple):
 
 
 def product_hits(products: Any, limits: np.ndarray, most: float) -> Hits | None:
-    """Return where products reach their row's limit; most runs of columns hold no hit.
+    """Return where (m, n) products reach their row's limit, (m,) float64.
 
-    None where more than a share ``most`` of the runs hold one: `all_close` is cheaper then.
-
-    Parameters
-    ----------
-    products : (m, n) tensor
-    limits : (m,) float64
-    most : float
+    Most runs of columns hold no hit. None where more than a share ``most`` of them do: `all_close`
+    is cheaper then.
     """
     import torch
 
@@ -207,13 +168,8 @@ def product_hits(products: Any, limits: np.ndarray, most: float) -> Hits | None:
         run = place - row * runs.shape[1]
         hit = runs[torch.from_numpy(row), torch.from_numpy(run)].cpu().numpy() >= least[row, None]
         parts.append(Hits(row, run * RUN + start, hit))
-    if len(parts) == 1 and whole:  # the usual case: nothing to put together
+    if len(parts) == 1 and whole:  # the usual case
         return parts[0]
-    return join_hits(parts)
-
-
-def join_hits(parts: list[Hits]) -> Hits:
-    """Return the hits of whole runs and of shorter ones behind them as one, in row order."""
     row, column, hit = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty((0, RUN), bool)]
     for part in parts:
         row.append(part.row)

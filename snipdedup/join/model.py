@@ -1,24 +1,66 @@
-"""What all tasks of a join share: how rows become codes, and which lists they visit."""
+"""The model of a join: how rows become codes, and which lists they visit; fitted to samples.
+
+Directions, hubs and the visit radius τ are fitted to one sample, centroids to another: centroids
+lie nearer to the rows that they were trained on than to others, so τ is calibrated on rows that had
+no part in that.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from snipdedup.errors import DamagedError, InputError
+from snipdedup.features.cosine import bad_rows, directions, indexed_cosines
 from snipdedup.features.formats import load_npz
-from snipdedup.join.hubs import Hubs
-from snipdedup.join.learned import LEARNED, Learned
-from snipdedup.join.lists import Lists
-from snipdedup.join.projection import ARITHMETIC, Projection
+from snipdedup.features.hashing import row_hashes
+from snipdedup.features.scan import BLOCK
+from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.join.calibration import (
+    Target,
+    calibrate_limit,
+    calibrate_tau,
+    paired_products,
+    sample_pairs,
+)
+from snipdedup.join.forest import Edges, make_edges
+from snipdedup.join.hubs import ABSORBED, Hubs, find_hubs, no_hubs
+from snipdedup.join.lists import Lists, train_centroids
+from snipdedup.join.projection import (
+    WIDTHS,
+    EncoderProjection,
+    Projection,
+    encode_rows,
+    main_directions,
+    project,
+)
+from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import atomic
+
+SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
+DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
+# Rows by whose pairs the width of codes is chosen, and their share of all rows in between. Of 2e9
+# rows one pair among 8,192 rows would stand for 31 candidates a row: too few rows see nothing.
+CHOICE_ROWS, CHOICE_SHARE = (1 << 13, 1 << 17), 1 / 128
+# What a coordinate more of all codes costs a row, and a pair to verify, in products of two int8
+# values: measured with two cores on 1,000,000 rows.
+CODE_PRODUCTS = 1 << 12  # to project a row on one more direction, write that and read it again
+VISITING = 1.7  # times the rows of a list: half of those at home, and the visitors
+CANDIDATE_PRODUCTS = 1 << 20
+CALIBRATION_ROWS = 1 << 15, 1 << 19  # the least and the most among whose pairs τ is calibrated
+CALIBRATION_SHARE = 1 / 64  # of all rows, in between
+CALIBRATION_PAIRS = 1 << 16
+CROWDED_DEGREE = 8  # pairs of a row of the sample that count
+LISTS_A_ROOT = 0.6  # lists for each root of the rows
+ROWS_A_CENTROID = 48  # rows that train each centroid
 
 
 @dataclass(frozen=True)
 class Model:
-    """What all tasks of a join share: how rows become codes, and which lists they visit."""
+    """What all tasks of a join share."""
 
     projection: Projection
     lists: Lists
@@ -33,53 +75,241 @@ class Model:
 
     def save(self, path: Path) -> None:
         """Write the model as one ``.npz``."""
+        numbers = self.lists.tau, self.lists.one_sided_tau, self.threshold, self.calibration_pairs
         atomic.save_npz(
             path,
-            lasting=True,  # all that is encoded hangs on it
+            lasting=True,  # all codes depend on it
             **self.projection.arrays(),
             centroids=self.lists.centroids,
             hub_row=self.hubs.row,
             hub_raw=self.hubs.raw,
             hub_codes=self.hubs.codes,
-            numbers=np.array(
-                [self.lists.tau, self.lists.alone, self.threshold, self.calibration_pairs]
-            ),
+            numbers=np.array(numbers),
         )
 
     @classmethod
     def load(cls, path: Path) -> Model:
-        """Read a model."""
+        """Read a model.
+
+        Raises DamagedError if it is damaged or its codes are made by other arithmetic. It is not
+        fitted anew: codes that are there may be those of an earlier run's model.
+        """
         try:
             file = load_npz(path)
-            check_arithmetic(str(file["arithmetic"]), "encoder" in file)
-            parts = file["matrix"], file["residual"], float(file["scale"]), float(file["unit"])
-            projection = Projection(*parts)
-            if "encoder" in file:
-                from snipdedup.encoder.network import Encoder
-
-                place = Path(str(file["encoder"]))
-                lowest = float(file["lowest"])
-                projection = Learned(*parts, Encoder.load(place, "cpu"), place, lowest)
-            tau, alone, threshold, pairs = (float(number) for number in file["numbers"])
+            of = EncoderProjection if "encoder" in file else Projection
+            projection = of.from_arrays(file)
+            tau, one_sided_tau, threshold, pairs = (float(number) for number in file["numbers"])
             hubs = Hubs(file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, projection)
-            lists = Lists(file["centroids"], tau, alone)
+            lists = Lists(file["centroids"], tau, one_sided_tau)
         except (InputError, LookupError, TypeError, ValueError) as error:
-            # not fitted anew: codes that are there may be those of an earlier run's model
             raise DamagedError(f"{path}: damaged ({error}); run again, it begins anew") from error
         return cls(projection, lists, hubs, threshold, int(pairs))
 
 
-def check_arithmetic(name: str, learned: bool) -> None:
-    """Refuse a model whose codes this version does not make: its rows would have others."""
-    ours = LEARNED if learned else ARITHMETIC
-    if name != ours:
-        raise ValueError(f"its codes are made by '{name}', this version makes them by '{ours}'")
-
-
 def is_readable(path: Path) -> bool:
-    """Tell whether a file holds a model."""
+    """Tell whether a file holds a model that this version can use."""
     try:
         Model.load(path)
     except DamagedError:
         return False
     return True
+
+
+def fit(
+    features: Features,
+    threshold: float,
+    recall: float,
+    seed: int,
+    threads: int,
+    encoder: Path | None = None,
+    total: int | None = None,
+    with_hubs: bool = True,
+) -> Model:
+    """Fit directions, hubs and τ to a sample of distinct rows, and centroids to other rows.
+
+    With an encoder, codes are those of its descriptors. They bound no cosine, and hubs need a
+    bound, so there are none. The width of codes is chosen for a set of ``total`` rows, if given.
+    """
+    rows, sample = sample_distinct(features, calibration_rows(features.rows), seed, threads)
+    with library_threads(1):  # float arithmetic, whose last bits depend on the threads
+        projection = choose_projection(sample, threshold, seed, total or features.rows, threads)
+    codes = encode_rows(projection, sample, threads)
+    hubs = no_hubs(projection, features.dim, threshold)
+    if encoder is None and with_hubs:
+        hubs = find_hubs(
+            rows, sample, codes, projection,
+            threshold=threshold, total=features.rows, threads=threads,
+        )  # fmt: skip
+    nlist = min(list_count(features.rows), max(1, len(codes) // 8))
+    if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
+        nlist = 1
+    if nlist == 1 and encoder is None:
+        return Model(projection, Lists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
+    # of a small set the sample is all of it: some rows then leave it, for the centroids
+    wanted = training_rows(features.rows, nlist)
+    kept = max(1, len(rows) - max(0, wanted - (features.rows - len(rows))))
+    rows, raw, near = rows[:kept], sample[:kept], codes[:kept]
+    pairs = true_pairs(near, raw, hubs, threads)
+    target = Target(threshold, recall, min(1.0, len(near) / features.rows), threads)
+    if encoder is not None:
+        learned = EncoderProjection.of(encoder, seed, "cpu")
+        limit = calibrate_limit(learned, raw, pairs, target)
+        projection = dataclasses.replace(learned, lowest=limit)
+        near = encode_rows(projection, raw, threads)
+        hubs = no_hubs(projection, features.dim, threshold)
+    lists = Lists(near[:1], 0.0, 0.0)
+    if nlist > 1:
+        trained = training_codes(features, projection, rows, wanted, seed, threads)
+        nlist = min(nlist, max(1, len(trained)))
+    if nlist > 1:
+        centroids = train_centroids(trained, nlist, seed, threads)
+        pair_distance = projection.distance(threshold)
+        lists = Lists(centroids, *calibrate_tau(near, centroids, pairs, target, pair_distance))
+    return Model(projection, lists, hubs, threshold, len(pairs.a))
+
+
+def list_count(rows: int) -> int:
+    """Return how many coarse lists a set of ``rows`` rows gets.
+
+    Assigning costs rows × lists and joining rows × rows / lists × lists visited, so both together
+    are smallest at some multiple of the square root of the rows. Visits cost besides, and grow with
+    the lists.
+    """
+    return round(LISTS_A_ROOT * rows**0.5)
+
+
+def calibration_rows(rows: int) -> int:
+    """Return how many of a set's rows are sampled to find directions and hubs and calibrate τ."""
+    return min(rows, int(np.clip(CALIBRATION_SHARE * rows, *CALIBRATION_ROWS)))
+
+
+def training_rows(rows: int, lists: int) -> int:
+    """Return how many other rows of a set train the centroids of so many lists."""
+    return min(ROWS_A_CENTROID * lists, rows // 2) if lists > 1 else 0
+
+
+def true_pairs(codes: np.ndarray, raw: np.ndarray, hubs: Hubs, threads: int) -> Edges:
+    """Return pairs of a sample, as places in it, but those of two rows that hubs absorb.
+
+    ``codes`` (n, w) int8 and ``raw`` (n, d) are of the sample.
+    """
+    a, b = sample_pairs(codes, hubs.projection.limit(hubs.threshold), threads)
+    every = max(1, len(a) // CALIBRATION_PAIRS)
+    a, b = a[::every], b[::every]
+    absorbed = hubs.place(codes, np.zeros(len(codes)), raw).zone == ABSORBED
+    apart = ~(absorbed[a] & absorbed[b])
+    a, b = a[apart], b[apart]
+
+    def verify(span: tuple[int, int]) -> np.ndarray:
+        return indexed_cosines(raw, raw, a[slice(*span)], b[slice(*span)])
+
+    cosines = ordered_map(verify, plan_blocks(len(a), BLOCK), threads)
+    return make_edges(a, b, np.concatenate([np.empty(0, np.float32), *cosines])).at(hubs.threshold)
+
+
+def choose_projection(
+    sample: np.ndarray, threshold: float, seed: int, rows: int, threads: int
+) -> Projection:
+    """Return the projection that costs least: narrow codes are cheap, wide ones leave fewer pairs.
+
+    From the narrowest on, until a wider one saves less than it costs. How many candidate pairs a
+    row would get in the whole set is extrapolated from the sample. Rows of large groups count as
+    others do: their tiles are crowded at any width.
+    """
+    part = directions(sample[:DIRECTION_ROWS])
+    main = main_directions(part.unit(), WIDTHS[-1] - 1, threads)
+    if rows <= SINGLE_LIST_ROWS:  # products are few
+        return project(main, part, WIDTHS[-1], seed)[0]
+    count = min(len(sample), int(np.clip(CHOICE_SHARE * rows, *CHOICE_ROWS)))
+    more = sample[DIRECTION_ROWS:count]
+
+    def projected(width: int) -> tuple[Projection, np.ndarray]:
+        projection, codes = project(main, part, width, seed)
+        return projection, np.concatenate([codes, encode_rows(projection, more, threads)])
+
+    nlist = list_count(rows)
+    coordinate = CODE_PRODUCTS + nlist + VISITING * rows / nlist
+    best, codes = projected(WIDTHS[0])
+    a, b = sample_pairs(codes, best.limit(threshold), threads)  # wider ones rule out more of them
+
+    def cost(projection: Projection, codes: np.ndarray) -> float:
+        hits = paired_products(codes, a, b) >= projection.limit(threshold)
+        degree = np.bincount(np.concatenate([a[hits], b[hits]]), minlength=1)
+        pairs = float(np.minimum(degree, CROWDED_DEGREE).sum() / 2)
+        return projection.width * coordinate + pairs * rows / count**2 * CANDIDATE_PRODUCTS
+
+    lowest = cost(best, codes)
+    for width in WIDTHS[1:]:
+        wider, codes = projected(width)
+        its_cost = cost(wider, codes)
+        if its_cost >= lowest:
+            break
+        best, lowest = wider, its_cost
+    return best
+
+
+def sample_distinct(
+    features: Features, count: int, seed: int, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return about ``count`` distinct rows that can be compared, in random order, (n,) int64.
+
+    And their features, (n, d); one row of ones where no row can be compared.
+    """
+    rng = np.random.default_rng(seed)
+    rows = draw_rows(features.rows, count, rng)
+    sample = np.empty((len(rows), features.dim), features.dtype)
+    hashes, bad = np.empty(len(rows), np.uint64), np.empty(len(rows), bool)
+
+    def read(span: tuple[int, int]) -> None:
+        part = slice(*span)
+        features.gather_ascending(rows[part], sample[part])
+        hashes[part], bad[part] = row_hashes(sample[part]), bad_rows(sample[part])
+
+    for _ in ordered_map(read, plan_blocks(len(rows), BLOCK), threads):
+        pass
+    use = np.flatnonzero(~bad)
+    use = use[first_places(hashes[use])]
+    if not len(use):
+        return rows[:1], np.ones((1, features.dim), features.dtype)
+    use = rng.permutation(use)
+    return rows[use], sample[use]
+
+
+def training_codes(
+    features: Features,
+    projection: Projection,
+    taken: np.ndarray,
+    count: int,
+    seed: int,
+    threads: int,
+) -> np.ndarray:
+    """Return codes of about ``count`` rows, none of them among those ``taken``; each code once.
+
+    Only the codes of rows are held, so that many centroids need little memory.
+    """
+    rng = np.random.default_rng([seed, 1])
+    rows = draw_rows(features.rows, count, rng, taken)
+
+    def encode(span: tuple[int, int]) -> np.ndarray:
+        block = features.gather_ascending(rows[slice(*span)])
+        return encode_rows(projection, block[~bad_rows(block)], 1)
+
+    parts = ordered_map(encode, plan_blocks(len(rows), BLOCK), threads)
+    codes = np.concatenate([np.empty((0, projection.width), np.int8), *parts])
+    return codes[first_places(row_hashes(codes))]
+
+
+def draw_rows(
+    rows: int, count: int, rng: np.random.Generator, taken: np.ndarray | None = None
+) -> np.ndarray:
+    """Return about ``count`` of all rows but those taken, ascending; all of them if so few."""
+    taken = np.empty(0, np.int64) if taken is None else taken
+    if rows <= count + len(taken):
+        return np.setdiff1d(np.arange(rows), taken)
+    drawn = np.setdiff1d(rng.integers(0, rows, 2 * (count + len(taken))), taken)
+    return np.sort(rng.permutation(drawn)[:count])
+
+
+def first_places(hashes: np.ndarray) -> np.ndarray:
+    """Return the first place of each hash, ascending. A sample may lose a row by a collision."""
+    return np.sort(np.unique(hashes, return_index=True)[1])

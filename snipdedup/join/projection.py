@@ -14,17 +14,21 @@ coordinate by coordinate in float32. So a row has the same code on every process
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from snipdedup.features.cosine import Directions, directions, row_sums
+from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import plan_blocks
 from snipdedup.join.kernels import pick_kernel
 from snipdedup.parallel import ordered_map, scratch
 
-ARITHMETIC = "integers 1"  # what a code is: another name, another code of the same row
+if TYPE_CHECKING:
+    from snipdedup.encoder.network import Encoder
 
 # Coordinates of a code, multiples of 16: fewer are cheaper, more rule out more pairs.
 WIDTHS = (64, 80, 96, 128, 192, 256)
@@ -44,7 +48,7 @@ HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
 # prove 2e-5 for equal rows.)
 MISS_PROBABILITY = 1e-9
 MISS_NORMS = 3.2724  # √(ln(2 / MISS_PROBABILITY) / 2), rounded up
-FLOAT_SLACK = 1e-5  # float32 arithmetic on coordinates
+FLOAT_ERROR = 1e-5  # float32 arithmetic on coordinates
 MOMENT_ROWS = 1 << 10  # whose products are added up at a time: of int8, below 2^24 in all
 STEPS = (2, 2)  # of the search for main directions, before each time they are made orthonormal
 MOMENT_LENGTH = 360  # of a row: of 2^15 rows, sums of squares are below 2^33
@@ -54,24 +58,14 @@ SQUARINGS = 12
 
 @dataclass(frozen=True)
 class Projection:
-    """How rows become codes.
+    """How rows become codes."""
 
-    Attributes
-    ----------
-    matrix : (d, w) int8
-        Main directions, rotated.
-    residual : (w,) float32
-        The rotated axis of the residual norm.
-    scale : float
-        Codes are coordinates times this, rounded.
-    unit : float
-        What the product of a row's integers with the matrix's is worth as a coordinate.
-    """
+    arithmetic: ClassVar[str] = "integers 1"  # with another name, a row has another code
 
-    matrix: np.ndarray
-    residual: np.ndarray
-    scale: float
-    unit: float
+    matrix: np.ndarray  # (d, w) int8: main directions, rotated
+    residual: np.ndarray  # (w,) float32: the rotated axis of the residual norm
+    scale: float  # codes are coordinates times this, rounded
+    unit: float  # of a product of a row's integers with the matrix's, as a coordinate
 
     @property
     def width(self) -> int:
@@ -89,22 +83,13 @@ class Projection:
         return float(self.scale * self.length + 0.5 * self.width**0.5)
 
     def encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the codes of a block of rows; see `encode_directions`.
-
-        Parameters
-        ----------
-        rows : (n, d) float16, float32 or float64
-        """
+        """Return the codes of a block of rows as stored; see `encode_directions`."""
         return self.encode_directions(directions(rows))
 
     def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
-        """Return the codes of a block of rows.
+        """Return the codes of a block of rows, (n, w) int8, and the excess of each, (n,) float32.
 
-        Returns
-        -------
-        codes : (n, w) int8
-        excess : (n,) float32
-            Norm of what int8 could not hold of a code, 0 for nearly all rows.
+        The excess is the norm of what int8 could not hold, 0 for nearly all rows.
         """
         return to_codes(self.rotated(rows), self.scale)
 
@@ -127,8 +112,8 @@ class Projection:
         rounding = self.norm * np.sqrt(2) * MISS_NORMS
         return float(self.scale**2 * (np.float32(threshold) - self._lost) - rounding)
 
-    def slack(self, excess: np.ndarray) -> np.ndarray:
-        """Return by how much a row's limit falls for what its code could not hold."""
+    def corrections(self, excess: np.ndarray) -> np.ndarray:
+        """Return the limit corrections: by how much each row's limit falls for its excess."""
         return np.asarray(excess * self.norm * 2)
 
     def distance(self, threshold: float) -> float:
@@ -140,13 +125,104 @@ class Projection:
     def _lost(self) -> float:
         """By how much two rows' product may fall when both are rounded to integers."""
         error = rounding_error(len(self.matrix))
-        return 2 * error * self.length + error**2 + FLOAT_SLACK
+        return 2 * error * self.length + error**2 + FLOAT_ERROR
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the parts as arrays, to be saved."""
         numbers = {"scale": np.array(self.scale), "unit": np.array(self.unit)}
-        name = {"arithmetic": np.array(ARITHMETIC)}
+        name = {"arithmetic": np.array(self.arithmetic)}
         return {"matrix": self.matrix, "residual": self.residual, **numbers, **name}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], **more: Any) -> Self:
+        """Return the projection that `arrays` were made of; a subclass gives what it has besides.
+
+        Raises ValueError if they name other arithmetic: it would make other codes of the same rows.
+        """
+        name = str(arrays["arithmetic"])
+        if name != cls.arithmetic:
+            raise ValueError(
+                f"its codes are made by '{name}', this version makes them by '{cls.arithmetic}'"
+            )
+        parts = arrays["matrix"], arrays["residual"], float(arrays["scale"]), float(arrays["unit"])
+        return cls(*parts, **more)
+
+
+@dataclass(frozen=True)
+class EncoderProjection(Projection):
+    """Codes of the SNIP encoder's descriptors: rotated, scaled, and rounded to int8.
+
+    Descriptors of a learned network bound no cosine: the limit of their products is calibrated on
+    pairs of a sample (`calibration.calibrate_limit`), so that the share asked for passes. They are
+    float32 arithmetic of a network: another processor may round a coordinate otherwise.
+
+    ``matrix``, (dim, dim) float32, is a rotation; ``residual`` is 0 and ``unit`` is 1.
+    """
+
+    arithmetic: ClassVar[str] = "float32 1"
+
+    encoder: Encoder
+    path: Path  # its folder
+    lowest: float = 0.0  # product of two codes from which their rows may be a pair
+
+    @classmethod
+    def of(cls, path: Path, seed: int, device: str) -> EncoderProjection:
+        """Return the codes of a finished encoder, before their limit is calibrated."""
+        from snipdedup.encoder.network import Encoder
+
+        encoder = Encoder.load(path, device)
+        rotation = random_rotation(encoder.dim, seed).astype(np.float32)
+        # a rotated unit vector has coordinates of about dim^-1/2; hardly any are six times as large
+        scale = PEAK / min(1.0, 6 * encoder.dim**-0.5)
+        nothing = np.zeros(encoder.dim, np.float32)
+        return cls(rotation, nothing, scale, 1.0, encoder, path.resolve())
+
+    @property
+    def length(self) -> float:
+        """What the norm of a descriptor is."""
+        return 1.0
+
+    def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
+        """See `Projection.encode_directions`; rows that cannot be compared become zeros."""
+        import torch
+
+        with torch.inference_mode():
+            unit = (rows.values * rows.factor[:, None]).to(self.encoder.device)
+            descriptors = self.encoder.network(unit, self.encoder.output).cpu()
+            turned = descriptors @ torch.from_numpy(self.matrix)
+            turned[torch.from_numpy(rows.bad)] = 0
+            return to_codes(turned, self.scale)
+
+    def limit(self, threshold: float) -> float:
+        """Return the calibrated product."""
+        del threshold
+        return self.lowest
+
+    def distance(self, threshold: float) -> float:
+        """Return the largest distance of the codes of two rows that may be a pair."""
+        del threshold
+        return float(np.sqrt(max(0.0, 2 * (self.norm**2 - self.lowest))))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the parts as arrays, to be saved."""
+        more = {"encoder": np.array(str(self.path)), "lowest": np.array(self.lowest)}
+        return {**super().arrays(), **more}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], **more: Any) -> Self:
+        """See `Projection.from_arrays`; reads the encoder from its folder."""
+        from snipdedup.encoder.network import Encoder
+
+        path, lowest = Path(str(arrays["encoder"])), float(arrays["lowest"])
+        encoder = Encoder.load(path, "cpu")
+        return super().from_arrays(arrays, encoder=encoder, path=path, lowest=lowest, **more)
+
+
+def encode_rows(projection: Projection, rows: np.ndarray, threads: int) -> np.ndarray:
+    """Return the codes of any number of rows, (n, w) int8."""
+    blocks = [rows[start:stop] for start, stop in plan_blocks(len(rows), BLOCK)]
+    found = [codes for codes, _ in ordered_map(projection.encode, blocks, threads)]
+    return np.concatenate([np.empty((0, projection.width), np.int8), *found])
 
 
 def longest(dim: int) -> int:
@@ -172,16 +248,10 @@ def whole_rows(rows: Directions) -> Any:
 
 
 def exact_products(whole: Any, matrix: np.ndarray) -> Any:
-    """Return the products of rows of integers with a matrix's, (n, w) float32 tensor.
+    """Return the products of `whole_rows` with a (d, w) int8 matrix, (n, w) float32 tensor.
 
-    By two products of int8 digits where the processor is quick at these.
-
-    Parameters
-    ----------
-    whole : (n, d) float32 tensor
-        See `whole_rows`.
-    matrix : (d, w) int8
-        No column's norm is above `COLUMN`.
+    By two products of int8 digits where the processor is quick at these. No column's norm is above
+    `COLUMN`.
     """
     import torch
 
@@ -199,11 +269,7 @@ def exact_products(whole: Any, matrix: np.ndarray) -> Any:
 def to_codes(coordinates: Any, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Return coordinates scaled and rounded to int8, and the norm of what that could not hold.
 
-    Parameters
-    ----------
-    coordinates : (n, w) float32 tensor
-        Overwritten.
-    scale : float
+    ``coordinates``, an (n, w) float32 tensor, is overwritten.
     """
     import torch
 
@@ -229,16 +295,7 @@ def project(
 ) -> tuple[Projection, np.ndarray]:
     """Return a projection on the last ``width`` - 1 main directions, and the codes of some rows.
 
-    Parameters
-    ----------
-    main : (d, m) float64
-        Orthonormal; see `main_directions`.
-    rows : Directions
-        A sample, from which the scale comes.
-    width : int
-        Coordinates of a code.
-    seed : int
-        Of the rotation.
+    ``main`` is of `main_directions`; the rows are a sample that gives the scale.
     """
     main, rotation = main[:, -(width - 1) :], random_rotation(width, seed)
     count = main.shape[1]
@@ -271,14 +328,8 @@ def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray
 
     (d, m) float64, m the smaller of d and ``most``. By simultaneous iteration (Rutishauser, 1969)
     on integers: a library's eigenvectors differ between processors, and few steps take nearly as
-    much of the rows' length. Directions in which no row lies are zeros.
-
-    Parameters
-    ----------
-    unit : (n, d) float32
-        At most 2^15 rows.
-    most : int
-    threads : int, optional
+    much of the rows' length. Directions in which no row lies are zeros. ``unit`` has at most 2^15
+    rows.
     """
     total = moments(unit, threads)
     count = min(most, len(total))
@@ -308,13 +359,9 @@ def moments(unit: np.ndarray, threads: int) -> np.ndarray:
 def exact_product(x: np.ndarray, y: np.ndarray, whole: bool = False) -> np.ndarray:
     """Return x @ y in float64, rounded before and not after: sums are exact in any order.
 
-    Parameters
-    ----------
-    x : (m, n)
-        Rows no longer than 1, taken in steps of 2^-26; if ``whole``, integers, rows below 2^33.
-    y : (n, k)
-        Taken in steps of a power of two, of which the length of a column has 2^26; 2^20 if
-        ``whole``.
+    Rows of x are no longer than 1, taken in steps of 2^-26; if ``whole``, they are integers below
+    2^33. y is taken in steps of a power of two, of which the length of a column has 2^26 (2^20
+    if ``whole``).
     """
     import torch
 

@@ -1,37 +1,55 @@
-"""The tasks of a join. Each reads what the stages before it left and leaves one file or folder.
+"""The tasks of a join: fit, encode, scan, plan, join. Each leaves one file or folder, its own.
 
-A task that is done, and whose files are whole, is not done again. What it leaves does not depend on
-who did it: a thread, another process, another machine.
+A task is done when its done file is there and the files that it names are whole; it is not done
+again. What it leaves does not depend on who does it: a thread, another process, another machine.
+Of one kind, tasks are independent; each kind needs all tasks of the kinds before it.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.errors import DamagedError, SnipError
+from snipdedup.errors import DamagedError, InputError
+from snipdedup.features.formats import load_npz
 from snipdedup.features.scan import Scan, finish_scan
-from snipdedup.features.shards import Features
-from snipdedup.join.encoding import encode_spans, encode_task, load_seen
-from snipdedup.join.fitting import load_or_fit
-from snipdedup.join.forest import Edges
-from snipdedup.join.joining import join_task, load_joined
-from snipdedup.join.model import Model
-from snipdedup.join.partitions import load_partition, plan_partitions
-from snipdedup.parallel import pick_device
+from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.join import encoding
+from snipdedup.join.encoding import encode_task, load_seen, sort_small
+from snipdedup.join.forest import Edges, ForestBuilder
+from snipdedup.join.hubs import no_hubs
+from snipdedup.join.model import Model, fit
+from snipdedup.join.tiles import COLUMN_TILE, CodedRows, TilePairs, compare_tiles
+from snipdedup.join.verify import verify_pairs
+from snipdedup.parallel import ordered_map, pick_device
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import load_column
 
 SCANNED = ("bad.npy", "copies.npy", "firsts.npy", "skip.npy")
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class JoinSettings:
+    """What a join is asked for."""
+
+    threshold: float  # cosine from which two rows are a pair
+    recall: float  # target recall: the share of duplicate rows that must be found
+    seed: int
+    keep_bad: bool  # leave out rows that cannot be compared, instead of refusing them
+    chunk_rows: int  # rows read at a time
+    device: str  # auto, cpu or cuda
+    reference_rows: int = 0  # the first rows are these; pairs among them are not looked for
+    references_only: bool = False  # nor are pairs among the others
+    encoder: Path | None = None  # its descriptors become the codes
+    kept_model: Path | None = None  # of an earlier run, to be used instead of a new one
+
+
+class Partition(NamedTuple):
     """Lists ``low`` to ``high`` (exclusive), joined as one task."""
 
     low: int
@@ -39,173 +57,289 @@ class Run(NamedTuple):
 
 
 @dataclass
-class Tasks:
-    """What every task of a join needs to know, and the folder in which they meet.
+class JoinTasks:
+    """What every task needs to know, and the work folder that holds what they leave.
 
     Small enough to be sent to other machines: what is large is read from files there.
     """
 
     features: Features
+    settings: JoinSettings
     work: Path
-    threshold: float
-    recall: float
-    seed: int
-    keep_bad: bool
-    chunk_rows: int
-    device: str
-    frozen: int
-    across: bool = False
-    encoder: Path | None = None
-    kept: Path | None = None  # the model of an earlier run
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    # fit
+
+    @property
+    def model_file(self) -> Path:
+        """The model; it is the done file of `fit`."""
+        return self.work / "model.npz"
+
+    def fit(self, threads: int) -> None:
+        """Fit the model, or take an earlier run's: its codes and lists suit any rows of one width.
+
+        Hubs of an earlier run are rows of its own set, so they are left out. Beside references
+        there are none: a row that must meet a reference row may not be left to a hub, and pairs
+        among FEATURES may not depend on a reference row.
+        """
+        if self.model_file.is_file():
+            return
+        asked = self.settings
+        if asked.kept_model is not None:
+            model = Model.load(asked.kept_model)
+            hubs = no_hubs(model.projection, self.features.dim, model.threshold)
+            model = replace(model, hubs=hubs)
+        else:
+            model = fit(
+                self.features, asked.threshold, asked.recall, asked.seed, threads, asked.encoder,
+                with_hubs=not asked.reference_rows,
+            )  # fmt: skip
+        model.save(self.model_file)
+
+    @cached_property
+    def model(self) -> Model:
+        """The fitted model; its hubs are rows of these features."""
+        model = Model.load(self.model_file)
+        try:
+            model.hubs.check(self.features)
+        except DamagedError as error:
+            raise DamagedError(f"{self.model_file}: {error}; run again, it begins anew") from error
+        return model
+
+    # encode
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """The rows (begin, end) of each encode task."""
+        return plan_blocks(self.features.rows, encoding.task_rows(self.features.rows))
 
     @cached_property
     def folders(self) -> list[Path]:
         """The folder of each encode task."""
         return [self.work / "encode" / f"{number:06d}" for number in range(len(self.spans))]
 
-    @cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """The rows of each encode task."""
-        return encode_spans(self.features.rows)
+    def encode_file(self, number: int) -> Path:
+        """Return the done file of an encode task."""
+        return self.folders[number] / "done.json"
 
-    @cached_property
-    def model(self) -> Model:
-        """What the first task fitted; its hubs are rows of these features."""
-        model = Model.load(self.fitted)
-        try:
-            model.hubs.check(self.features)
-        except DamagedError as error:
-            raise DamagedError(f"{self.fitted}: {error}; run again, it begins anew") from error
-        return model
+    def encode(self, number: int) -> None:
+        """Turn a range of rows into sorted codes."""
+        folder = self.folders[number]
+        if not atomic.is_done(self.encode_file(number), folder):
+            encode_task(
+                self.features, self.model, folder, *self.spans[number],
+                chunk_rows=self.settings.chunk_rows, reference_rows=self.settings.reference_rows,
+            )  # fmt: skip
+
+    # scan
+
+    @property
+    def scan_file(self) -> Path:
+        """The done file of `scan`."""
+        return self.work / "scan" / "done.json"
+
+    def scan(self, threads: int) -> None:
+        """Refuse or list bad rows, and find exact copies, by what the encode tasks saw."""
+        folder = self.scan_file.parent
+        if atomic.is_done(self.scan_file, folder):
+            return
+        parts, copies = [load_seen(folder) for folder in self.folders], self.work / "copies"
+        found = finish_scan(self.features, parts, self.settings.keep_bad, threads, copies)
+        skip = found.skipped(self.features.rows, self.settings.reference_rows)
+        arrays = (found.bad, found.copies, found.firsts, skip)
+        for name, array in zip(SCANNED, arrays, strict=True):
+            atomic.save_npy(folder / name, array, lasting=False)
+        files = [folder / name for name in SCANNED]
+        atomic.write_done_file(self.scan_file, files, {"checksums": found.checksums})
+        del found, arrays  # they map files that are removed now
+        shutil.rmtree(copies, ignore_errors=True)
+
+    def load_scan(self) -> Scan:
+        """Read what `scan` found; long arrays are mapped."""
+        folder = self.scan_file.parent
+        bad, copies, firsts = (load_column(folder / name) for name in SCANNED[:3])
+        return Scan(bad, copies, firsts, atomic.load_json(self.scan_file)["checksums"])
 
     @cached_property
     def skip(self) -> np.ndarray:
         """Which rows take no part, (rows,) bool, in pages that processes share."""
-        return np.load(self.scanned.parent / "skip.npy", mmap_mode="r").view(np.ndarray)
+        return np.load(self.scan_file.parent / "skip.npy", mmap_mode="r").view(np.ndarray)
+
+    # plan
 
     @property
-    def fitted(self) -> Path:
-        """The mark of the first task."""
-        return self.work / "model.npz"
-
-    def fit(self, threads: int) -> None:
-        """Fit the model.
-
-        Beside references there are no hubs: a row that must meet a reference row may not be left
-        to one that stands for it, and pairs among FEATURES may not hang on a reference row.
-        """
-        load_or_fit(
-            self.features, self.threshold, self.recall, self.seed, self.fitted, threads,
-            self.encoder, self.kept, masses=not self.frozen,
-        )  # fmt: skip
-
-    def encoded(self, number: int) -> Path:
-        """Return the mark of an encode task."""
-        return self.folders[number] / "done.json"
-
-    def encode(self, number: int) -> None:
-        """Turn a range of rows into codes."""
-        folder, (begin, end) = self.folders[number], self.spans[number]
-        if not atomic.is_done(self.encoded(number), folder):
-            encode_task(
-                self.features, self.model, folder, begin, end,
-                chunk_rows=self.chunk_rows, frozen=self.frozen,
-            )  # fmt: skip
-
-    @property
-    def scanned(self) -> Path:
-        """The mark of the task that looks at all that was read."""
-        return self.work / "scan" / "done.json"
-
-    def scan(self, threads: int) -> None:
-        """Refuse or list bad rows, find exact copies."""
-        folder = self.scanned.parent
-        if atomic.is_done(self.scanned, folder):
-            return
-        parts = [load_seen(folder) for folder in self.folders]
-        found = finish_scan(self.features, parts, self.keep_bad, threads, self.work / "copies")
-        skip = found.skipped(self.features.rows, self.frozen)
-        arrays = (found.bad, found.copies, found.firsts, skip)
-        for name, array in zip(SCANNED, arrays, strict=True):
-            atomic.save_npy(folder / name, array, lasting=False)
-        atomic.write_done_file(
-            self.scanned, [folder / name for name in SCANNED], {"checksums": found.checksums}
-        )
-        del found, arrays  # maps of files that go now
-        shutil.rmtree(self.work / "copies", ignore_errors=True)
-
-    def load_scan(self) -> Scan:
-        """Read back what was scanned; long arrays are mapped."""
-        folder = self.scanned.parent
-        bad, copies, firsts = (load_column(folder / name) for name in SCANNED[:3])
-        return Scan(bad, copies, firsts, atomic.load_json(self.scanned)["checksums"])
-
-    @property
-    def planned(self) -> Path:
-        """The mark of the plan: it is the plan."""
+    def plan_file(self) -> Path:
+        """The plan; it is the done file of `plan`."""
         return self.work / "plan.json"
 
+    @cached_property
     def visits(self) -> np.ndarray:
-        """Return how many rows live in or visit each list, (nlist,) int64."""
-        total = np.zeros(self.model.lists.nlist + 1, np.int64)
-        for folder in self.folders:
-            total += np.load(folder / "starts.npy")
-        return np.diff(total)
+        """How many rows live in or visit each list, (nlist,) int64."""
+        return np.diff(sum(np.load(folder / "starts.npy") for folder in self.folders))
 
+    @cached_property
     def homes(self) -> np.ndarray:
-        """Return how many rows live in each list, (nlist,) int64."""
-        total = np.zeros(self.model.lists.nlist, np.int64)
-        for folder in self.folders:
-            total += np.load(folder / "homes.npy")
-        return total
+        """How many rows live in each list, (nlist,) int64."""
+        return np.asarray(sum(np.load(folder / "homes.npy") for folder in self.folders))
 
-    def plan(self, visits: np.ndarray, most: int, bound: int | None) -> None:
-        """Cut lists into runs of at most ``most`` visits, and note them for all who join them.
+    def plan(self, most: int, bound: int | None) -> None:
+        """Cut the lists into partitions of at most ``most`` visits, and write them down.
 
-        A plan that is there holds, unless it has runs beyond ``bound`` visits, where that is given.
+        A plan that is there holds, unless it has partitions beyond ``bound`` visits, if given.
         """
-        whole = atomic.is_done(self.planned, self.work)
-        if not whole or (bound is not None and not fits(self.runs(), visits, bound)):
-            atomic.write_done_file(self.planned, [], {"runs": plan_partitions(visits, most)})
+        is_there = atomic.is_done(self.plan_file, self.work)
+        if not is_there or (bound is not None and not self.fits(bound)):
+            atomic.write_done_file(self.plan_file, [], {"partitions": cut_lists(self.visits, most)})
 
-    def runs(self) -> list[Run]:
+    def partitions(self) -> list[Partition]:
         """Read the plan."""
-        return [Run(*run) for run in atomic.load_json(self.planned)["runs"]]
+        return [Partition(*part) for part in atomic.load_json(self.plan_file)["partitions"]]
 
-    def joined(self, run: Run) -> Path:
-        """Return the mark of a join task: what it found."""
-        return self.work / "join" / f"{run.low:06d}-{run.high:06d}.npz"
+    def fits(self, bound: int) -> bool:
+        """Tell whether all partitions of more than one list have at most ``bound`` visits."""
+        totals = np.concatenate([[0], np.cumsum(self.visits)])
+        parts = self.partitions()
+        return all(totals[high] - totals[low] <= bound for low, high in parts if high - low > 1)
 
-    def join(self, run: Run, threads: int = 1) -> None:
-        """Find the pairs of a run of lists, and keep their forest."""
-        path = self.joined(run)
-        if load_joined(path) is None:
-            width = self.model.projection.width
-            partition = load_partition(self.folders, *run, self.skip, width)
-            forest, proposed = join_task(
-                self.features,
-                self.model,
-                partition,
-                threshold=self.threshold,
-                threads=threads,
-                device=pick_device(self.device),
-                frozen=self.frozen,
-                across=self.across,
+    # join
+
+    def join_file(self, partition: Partition) -> Path:
+        """Return the done file of a join task: the pairs that it found."""
+        return self.work / "join" / f"{partition.low:06d}-{partition.high:06d}.npz"
+
+    def join(self, partition: Partition, threads: int = 1) -> None:
+        """Find the pairs of a partition, and write their forest."""
+        if self.load_joined(partition) is None:
+            rows = load_partition(self.folders, partition, self.skip, self.model.projection.width)
+            device = pick_device(self.settings.device)
+            forest, count = join_partition(
+                self.features, self.model, rows, self.settings, threads, device
             )
-            atomic.save_npz(path, lasting=False, **forest._asdict(), proposed=np.array(proposed))
+            arrays = {**forest._asdict(), "candidates": np.array(count)}
+            atomic.save_npz(self.join_file(partition), lasting=False, **arrays)
 
-    def found(self, run: Run) -> tuple[Edges, int]:
-        """Return the forest of a run of lists, and how many pairs were proposed."""
-        found = load_joined(self.joined(run))
-        if found is None:
-            raise SnipError(f"{self.joined(run)}: damaged while the run went on; start it again")
-        return found
+    def load_joined(self, partition: Partition) -> tuple[Edges, int] | None:
+        """Return the forest of a partition and its number of candidate pairs.
+
+        None where it is not joined, or its file is damaged.
+        """
+        try:
+            file = load_npz(self.join_file(partition), [*Edges._fields, "candidates"])
+            return Edges(*(file[name] for name in Edges._fields)), int(file["candidates"])
+        except InputError:
+            return None
 
 
-def fits(runs: Sequence[Run], visits: np.ndarray, bound: int) -> bool:
-    """Tell whether all runs of more than one list have at most ``bound`` visits."""
-    totals = np.concatenate([[0], np.cumsum(visits)])
-    return all(totals[high] - totals[low] <= bound for low, high in runs if high - low > 1)
+def cut_lists(visits: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """Cut lists into partitions (low, high) of at most ``most`` visits, or one list."""
+    parts, first, total = [], 0, 0
+    for number, count in enumerate(visits):
+        if number > first and total + count > most:
+            parts.append((first, number))
+            first, total = number, 0
+        total += int(count)
+    return [*parts, (first, len(visits))]
+
+
+class PartitionRows(NamedTuple):
+    """The rows of a partition, sorted by list, rows at home before visitors."""
+
+    members: CodedRows
+    starts: np.ndarray  # (lists + 1,) int64: where each list begins
+    homes: np.ndarray  # (lists,) int64: how many of its rows live there
+
+
+def load_partition(
+    folders: list[Path], partition: Partition, skip: np.ndarray, width: int
+) -> PartitionRows:
+    """Bring the rows of a partition together from all encode tasks.
+
+    Files are open while they are read only: of two billion rows there are thousands of tasks.
+    """
+    parts = [load_part(folder, partition, skip) for folder in folders]
+    row, corrections, key, _ = (np.concatenate(column) for column in zip(*parts, strict=True))
+    lists = partition.high - partition.low
+    order = sort_small(key, 2 * lists)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    codes, done = np.empty((len(row), width), np.int8), 0
+    for folder, (_, _, _, use) in zip(folders, parts, strict=True):
+        stored = np.load(folder / "codes.npy", mmap_mode="r").view(np.ndarray)
+        codes[place[done : done + len(use)]] = np.take(stored, use, axis=0)
+        done += len(use)
+    key = key[order]
+    return PartitionRows(
+        CodedRows(row[order], codes, corrections[order].astype(np.float64)),
+        np.searchsorted(key, 2 * np.arange(lists + 1)),
+        np.bincount(key[key % 2 == 0] // 2, minlength=lists),
+    )
+
+
+def load_part(
+    folder: Path, partition: Partition, skip: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Read what an encode task has for a partition: four arrays, one entry a row that takes part.
+
+    The global row; its limit correction; a key: twice the list, counted from the first, and one
+    more for a visitor; and the row's place among those of the task.
+    """
+    low, high = partition
+    starts = np.array(np.load(folder / "starts.npy", mmap_mode="r")[low : high + 1])
+    part = slice(int(starts[0]), int(starts[-1]))
+    row = np.load(folder / "rows.npy", mmap_mode="r")[part]
+    homes = np.load(folder / "homes.npy", mmap_mode="r")[low:high]
+    sizes = np.diff(starts)
+    key = np.repeat(2 * np.arange(len(sizes), dtype=np.int32), sizes)
+    place = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], sizes)
+    key += place >= np.repeat(homes, sizes)
+    use = np.flatnonzero(~skip[row])
+    corrections = np.load(folder / "corrections.npy", mmap_mode="r")[part]
+    return row[use], corrections[use], key[use], use + part.start
+
+
+def join_partition(
+    features: Features,
+    model: Model,
+    rows: PartitionRows,
+    settings: JoinSettings,
+    threads: int,
+    device: str,
+) -> tuple[Edges, int]:
+    """Find and verify the pairs of a partition; return their forest and the candidates' number.
+
+    The columns of a list are its rows at home; they are compared with one another and its visitors.
+    """
+    columns = [
+        (number, column)
+        for number, homes in enumerate(rows.homes)
+        for column in range(0, int(homes), COLUMN_TILE)
+    ]
+
+    def propose(place: tuple[int, int]) -> TilePairs:
+        number, column = place
+        begin, end = int(rows.starts[number]), int(rows.starts[number + 1])
+        return compare_tiles(
+            features,
+            rows.members.where(slice(begin + column, end)),
+            min(COLUMN_TILE, int(rows.homes[number]) - column),
+            limit=model.limit,
+            threshold=settings.threshold,
+            device=device,
+            reference_rows=settings.reference_rows,
+            references_only=settings.references_only,
+        )
+
+    builder, count = ForestBuilder(settings.reference_rows), 0
+    pairs = [(np.empty(0, np.int64),) * 2]
+    for found in ordered_map(propose, columns, threads):
+        count += found.candidates
+        builder.add(found.edges)
+        pairs.append((found.a, found.b))
+    a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    for edges in verify_pairs(
+        features, a, b, settings.threshold, threads, reference_rows=settings.reference_rows
+    ):
+        builder.add(edges)
+    return builder.forest(), count

@@ -1,18 +1,23 @@
 """Tiles: products of the codes of two blocks of rows, and the pairs they do not rule out.
 
-Most tiles hold few close pairs, which are listed and proved later. Where very many are close
+Most tiles hold few close pairs, which are listed and verified later. Where very many are close
 (thousands of copies of one picture), listing them would cost the square of their number: such a
-tile gives a spanning forest of its pairs instead, proved at once.
+crowded tile gives a spanning forest of its pairs instead, verified at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import PROPOSAL_ERROR, directions, plain_norms, row_sums
+from snipdedup.features.cosine import (
+    PROPOSAL_ERROR,
+    directions,
+    indexed_cosines,
+    plain_norms,
+    row_sums,
+)
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, best_edge, join_edges, link_smaller, make_edges
 from snipdedup.join.kernels import (
@@ -23,7 +28,6 @@ from snipdedup.join.kernels import (
     pick_kernel,
     product_hits,
 )
-from snipdedup.join.verify import proved_cosines
 from snipdedup.parallel import scratch
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
@@ -33,139 +37,121 @@ PLAIN_COLUMNS = 1 << 8  # of float64 products held at a time
 MOST_ERROR = 2e-3  # of quick products in a crowded tile: more would leave too many pairs unsure
 
 
-class Codes(NamedTuple):
-    """Rows with their codes.
+class CodedRows(NamedTuple):
+    """Rows with their codes."""
 
-    Attributes
-    ----------
-    row : (n,) int64
-        Global rows.
-    codes : (n, w) int8
-    slack : (n,) float64
-        By how much each row's limit falls.
-    """
+    row: np.ndarray  # (n,) int64: global rows
+    codes: np.ndarray  # (n, w) int8
+    corrections: np.ndarray  # (n,) float64: by how much each row's limit falls
 
-    row: np.ndarray
-    codes: np.ndarray
-    slack: np.ndarray
-
-    def part(self, start: int, stop: int) -> Codes:
-        """Return some of the rows."""
-        return self.where(slice(start, stop))
-
-    def where(self, places: Any) -> Codes:
+    def where(self, places: Any) -> CodedRows:
         """Return the rows that a slice, mask or index array selects."""
-        return Codes(self.row[places], self.codes[places], self.slack[places])
+        return CodedRows(*(column[places] for column in self))
 
 
 class TilePairs(NamedTuple):
-    """What a column of tiles leaves.
+    """What a column of tiles leaves."""
 
-    Attributes
-    ----------
-    a, b : (n,) int64
-        Pairs that remain to be proved.
-    edges : Edges
-        Forests of crowded tiles, proved.
-    proposed : int
-        Pairs that the codes could not rule out.
-    """
-
-    a: np.ndarray
+    a: np.ndarray  # (n,) int64: candidate pairs that remain to be verified
     b: np.ndarray
-    edges: Edges
-    proposed: int
+    edges: Edges  # forests of crowded tiles, verified
+    candidates: int  # pairs that the codes could not rule out
 
 
-def compare(
+class Wanted(NamedTuple):
+    """Which pairs of a tile's rows and columns are looked for, each pair once."""
+
+    start: int  # where the tile's rows begin among the columns, if rows are columns too
+    overlaps: bool  # whether they are: then none pairs with itself or a later column
+    old_rows: np.ndarray  # (m,) bool: which rows are reference rows: these do not pair with
+    old_columns: np.ndarray  # (n,) bool: columns that are
+    references_only: bool  # nor do the others with others
+
+    def pairs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """Return which pairs of rows i with columns j are looked for."""
+        once: np.ndarray = (j < i + self.start) | (not self.overlaps)
+        if self.references_only:
+            return once & (self.old_rows[i] != self.old_columns[j])
+        return once & ~(self.old_rows[i] & self.old_columns[j])
+
+
+def compare_tiles(
     features: Features,
-    members: Codes,
+    members: CodedRows,
     columns: int,
     *,
     limit: float,
     threshold: float,
     device: str = "cpu",
-    frozen: int = 0,
-    across: bool = False,
+    reference_rows: int = 0,
+    references_only: bool = False,
 ) -> TilePairs:
-    """Compare the first ``columns`` rows with one another and with all rows after them.
+    """Compare the first ``columns`` rows, at most `COLUMN_TILE`, with themselves and all others.
 
     Parameters
     ----------
-    features : Features
-    members : Codes
-    columns : int
-        At most `COLUMN_TILE`.
     limit : float
-        Product from which two codes without slack may be a pair.
-    threshold : float
-        Cosine from which two rows are a pair.
+        Product from which two codes may be a pair, before corrections.
     device : str
         Where products are computed: ``cpu`` or ``cuda``.
-    frozen : int
+    reference_rows : int
         Global rows below are not compared with one another.
-    across : bool
-        Nor are the others: only with these.
+    references_only : bool
+        Nor are the others.
     """
     import torch
 
     kernel = pick_kernel(device)
-    right, first = members.part(0, columns), 0
-    old = right.row < frozen
-    if frozen and old.all():
-        members, first = members.where(members.row >= frozen), columns  # none is a column
-    if across and not old.any():
-        members, first = members.where(members.row < frozen), columns
+    right, first = members.where(slice(columns)), 0
+    old = right.row < reference_rows
+    if reference_rows and old.all():
+        members, first = members.where(members.row >= reference_rows), columns  # none is a column
+    if references_only and not old.any():
+        members, first = members.where(members.row < reference_rows), columns
     prepared = prepare_columns(kernel, right.codes)
-    lowest = limit - right.slack.max(initial=0)
+    lowest = limit - right.corrections.max(initial=0)
     listed: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
     forests, count = [], 0
     for start in range(0, len(members.row), ROW_TILE):
-        left = members.part(start, start + ROW_TILE)
-        late = first + start < columns
-        reach = min(columns, start + ROW_TILE) if late else columns  # further on, none is wanted
+        left = members.where(slice(start, start + ROW_TILE))
+        overlaps = first + start < columns
+        reach = min(columns, start + ROW_TILE) if overlaps else columns  # no later column is wanted
         some = prepared if reach == columns else prepare_columns(kernel, right.codes[:reach])
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), some)
-        place = start, late, left.row < frozen, old, across
-        i, j, close = close_places(products, lowest - left.slack, reach, place)
-        if close is not None:
-            for i, j in sides(left.row < frozen, old[:reach]):
-                part = left.row[i], right.row[j], close[np.ix_(i, j)]
-                forests.append(crowded(features, *part, threshold))
-            count += int(np.count_nonzero(close))
+        old_rows, old_columns = left.row < reference_rows, old[:reach]
+        wanted = Wanted(start, overlaps, old_rows, old_columns, references_only)
+        i, j, close = close_places(products, lowest - left.corrections, reach, wanted)
+        if close is None:
+            listed.append((left.row[i], right.row[j]))
+            count += len(i)
             continue
-        listed.append((left.row[i], right.row[j]))
-        count += len(i)
+        count += int(np.count_nonzero(close))
+        # a forest of pairs of two others, and of each kind of pairs with a reference row
+        kinds = ((~old_rows, ~old_columns), (old_rows, ~old_columns), (~old_rows, old_columns))
+        for i, j in (map(np.flatnonzero, kind) for kind in kinds):
+            if len(i) and len(j):
+                part = left.row[i], right.row[j], close[np.ix_(i, j)]
+                forests.append(crowded_forest(features, *part, threshold))
     a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
     return TilePairs(a, b, join_edges(forests), count)
 
 
 def close_places(
-    products: Any,
-    limits: np.ndarray,
-    columns: int,
-    place: tuple[int, bool, np.ndarray, np.ndarray, bool],
+    products: Any, limits: np.ndarray, columns: int, wanted: Wanted
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the rows and columns of a tile's pairs; of a crowded tile none, but a mask of them.
 
-    Parameters
-    ----------
-    products : (m, n) tensor
-    limits : (m,) float64
-    columns : int
-        How many there are; products after them are of none.
-    place : tuple
-        Where the tile lies, as `wanted` takes it.
+    Products, an (m, n) tensor, are of no row after so many columns.
     """
     many = CROWDED * ROW_TILE * COLUMN_TILE
     hits = product_hits(products, limits, MOST_RUNS)
     if hits is not None and hits.total <= many:
         i, j = hits.places()
         i, j = i[j < columns], j[j < columns]
-        use = wanted(i, j, *place)
+        use = wanted.pairs(i, j)
         return i[use], j[use], None
     close = all_close(products, limits)[:, :columns]
-    close &= wanted(np.arange(len(close))[:, None], np.arange(columns), *place)
+    close &= wanted.pairs(np.arange(len(close))[:, None], np.arange(columns))
     if np.count_nonzero(close) > many:
         return np.empty(0, np.int64), np.empty(0, np.int64), close
     i, j = np.nonzero(close)
@@ -181,51 +167,15 @@ def prepare_columns(kernel: Kernel, codes: np.ndarray) -> Any:
     return kernel.prepare(torch.from_numpy(whole).to(kernel.device))
 
 
-def wanted(
-    i: np.ndarray,
-    j: np.ndarray,
-    start: int,
-    late: bool,
-    old_rows: np.ndarray,
-    old: np.ndarray,
-    across: bool,
-) -> np.ndarray:
-    """Return which pairs of a tile's rows i with its columns j are looked for.
-
-    Each pair once: where rows are columns too (``late``), none with itself or a later column. None
-    of two frozen rows; where only pairs ``across`` are looked for, none of two others either.
-    """
-    once: np.ndarray = (j < i + start) | (not late)
-    return once & (old_rows[i] != old[j] if across else ~(old_rows[i] & old[j]))
-
-
-def sides(old_rows: np.ndarray, old: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield rows and columns of a tile whose pairs get a forest of their own, as places.
-
-    Those that are not frozen with one another; frozen ones with others, which are two parts.
-    """
-    for rows, columns in ((~old_rows, ~old), (old_rows, ~old), (~old_rows, old)):
-        if rows.any() and columns.any():
-            yield np.flatnonzero(rows), np.flatnonzero(columns)
-
-
-def crowded(
+def crowded_forest(
     features: Features, rows: np.ndarray, columns: np.ndarray, close: np.ndarray, threshold: float
 ) -> Edges:
     """Return the forest of a crowded tile's pairs, by one product of the raw rows.
 
-    What lies too close to the threshold for that product is decided one by one. Which of two edges
-    within its error of each other is taken, the product settles: by exact products of integers and
-    single operations, so that every processor takes the same.
-
-    Parameters
-    ----------
-    features : Features
-    rows, columns : (m,), (n,) int64
-        Global rows.
-    close : (m, n) bool
-        Which pairs may be.
-    threshold : float
+    Pairs too close to the threshold for that product are decided one by one. Of two edges within
+    its error of each other it decides which is taken: it is made of exact products of integers and
+    single operations, so that every processor takes the same. ``close``, (m, n) bool, are the
+    candidate pairs of the global rows and columns.
     """
     left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
     if not len(left):
@@ -247,12 +197,12 @@ def crowded(
         if np.count_nonzero(unsure) <= CROWDED * table.size:
             break
     i, j = np.divmod(np.flatnonzero(unsure.ravel()), len(columns))
-    table[i, j] *= proved_cosines(x, y, i, j) >= np.float32(threshold)
+    table[i, j] *= indexed_cosines(x, y, i, j) >= np.float32(threshold)
     nodes = np.unique(np.concatenate([rows, columns]))
     i, j = table_forest(
         table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
     )
-    return make_edges(rows[i], columns[j], proved_cosines(x, y, i, j))
+    return make_edges(rows[i], columns[j], indexed_cosines(x, y, i, j))
 
 
 def unit_tensor(rows: np.ndarray, use: str) -> Any:
@@ -280,13 +230,8 @@ def centred_cosines(x: Any, y: Any, table: np.ndarray) -> float:
 
     x·y = 1 - (‖a‖² + ‖b‖²) / 2 + a·b, where a and b are what is left of x and y without the mean
     of y. Where rows are near, these are short, and int8 holds them well: it is wrong by some 1e-5,
-    at several times the speed of float32.
-
-    Returns
-    -------
-    float
-        By how much a cosine may be wrong at most (Cauchy and Schwarz); infinity, and an untouched
-        table, where that is more than `MOST_ERROR`.
+    at several times the speed of float32. Returns by how much a cosine may be wrong at most (Cauchy
+    and Schwarz); infinity, and an untouched table, where that is more than `MOST_ERROR`.
     """
     centre = row_sums(y.clone().T) / len(y)
     a, b = (short_codes(side - centre) for side in (x, y))
@@ -307,33 +252,22 @@ def code_products(x: Any, y: Any, table: np.ndarray) -> None:
     import torch
 
     kernel, out = pick_kernel("cpu"), torch.from_numpy(table)
-    spans = plan_blocks(x.shape[1], EXACT_COLUMNS)
-    parts = ((x[:, low:high].contiguous(), y[:, low:high]) for low, high in spans)
-    if len(spans) == 1:
+    if x.shape[1] <= EXACT_COLUMNS:
         out.copy_(kernel.multiply(x, kernel.prepare(y)))
         return
     total = torch.zeros(table.shape, dtype=torch.int64)
-    for left, right in parts:
-        total += kernel.multiply(left, kernel.prepare(right)).to(torch.int64)
+    for left, right in zip(x.split(EXACT_COLUMNS, 1), y.split(EXACT_COLUMNS, 1), strict=True):
+        total += kernel.multiply(left.contiguous(), kernel.prepare(right)).to(torch.int64)
     out.copy_(total)
 
 
 class ShortCodes(NamedTuple):
-    """Rows as int8, each with its own scale.
+    """Rows as int8, each with its own scale."""
 
-    Attributes
-    ----------
-    codes : (n, d) int8 tensor
-    scale : (n,) float32
-        What a unit of a code is worth.
-    norm, lost : (n,) float32
-        Norm of the row, and of what its code does not hold.
-    """
-
-    codes: Any
-    scale: np.ndarray
-    norm: np.ndarray
-    lost: np.ndarray
+    codes: Any  # (n, d) int8 tensor
+    scale: np.ndarray  # (n,) float32: what a unit of a code is worth
+    norm: np.ndarray  # (n,) float32: norm of the row
+    lost: np.ndarray  # (n,) float32: norm of what its code does not hold
 
 
 def short_codes(rows: Any) -> ShortCodes:
@@ -354,14 +288,8 @@ def table_forest(
     """Return a maximum spanning forest of a table's positive entries, as places (i, j).
 
     Borůvka's method: in each round every component takes its best entry, which is the best of its
-    rows' and columns' best ones. Spoils ``table``.
-
-    Parameters
-    ----------
-    table : (m, n) int32 or float32
-    left, right : (m,), (n,) int64
-        Node of each row and column; one node may be both.
-    nodes : int
+    rows' and columns' best ones. ``left`` and ``right`` are the node of each row and column; one
+    node may be both. Overwrites ``table``, (m, n) int32 or float32.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Proposed pairs are proved on the raw rows; the others are dropped.
+"""Candidate pairs are verified on the raw rows; those below the threshold are dropped.
 
-Rows are gathered once for many pairs, in row order. Where many are no pairs, a float32 product
-rules them out; what is left is decided in float64.
+Rows are gathered once for many pairs, in row order. Where many candidates are no pairs, a float32
+product rules them out; the rest is decided in float64.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from snipdedup.features.cosine import PROPOSAL_ERROR, Directions, directions, pair_cosine
+from snipdedup.features.cosine import (
+    PROPOSAL_ERROR,
+    Directions,
+    directions,
+    indexed_cosines,
+)
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
 from snipdedup.parallel import ordered_map, scratch
 
 GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
-TRIED, MOSTLY = 16, 0.5  # one pair in so many says whether float32 would rule out enough of them
-PRODUCT_PAIRS = 256  # pairs whose rows are laid side by side at a time, to stay in the cache
+TRIED, MOSTLY = 16, 0.5  # one pair in so many is tried: do at least half of these hold?
+PRODUCT_PAIRS = 256  # pairs whose rows are copied side by side at a time, to stay in the cache
 
 
 def verify_pairs(
@@ -28,37 +33,28 @@ def verify_pairs(
     threads: int,
     *,
     every: bool = False,
-    frozen: int = 0,
+    reference_rows: int = 0,
 ) -> Iterator[Edges]:
-    """Yield the edges among the proposed pairs, a block of pairs at a time.
+    """Yield the edges among candidate pairs (a, b) in any order, a block of pairs at a time.
 
-    Parameters
-    ----------
-    features : Features
-    a, b : (n,) int64
-        Rows; either may be the smaller. Pairs that lie together should share rows.
-    threshold : float
-        Cosine from which two rows are a pair.
-    threads : int
-    every : bool
-        Yield every pair; by default a maximum spanning forest of a block's will do.
-    frozen : int
-        As `forest.spanning_forest` takes it.
+    Pairs that lie together should share rows. With ``every`` all pairs are returned; by default a
+    maximum spanning forest of a block's pairs will do.
     """
 
-    def check(span: tuple[int, int]) -> Edges:
-        return prove(features, a[slice(*span)], b[slice(*span)], threshold, every, frozen)
+    def verify(span: tuple[int, int]) -> Edges:
+        part = slice(*span)
+        return verify_block(features, a[part], b[part], threshold, every, reference_rows)
 
-    yield from ordered_map(check, plan_blocks(len(a), GATHER_PAIRS), threads)
+    yield from ordered_map(verify, plan_blocks(len(a), GATHER_PAIRS), threads)
 
 
-def prove(
+def verify_block(
     features: Features,
     a: np.ndarray,
     b: np.ndarray,
     threshold: float,
     every: bool,
-    frozen: int = 0,
+    reference_rows: int = 0,
 ) -> Edges:
     """Return the edges among one block of pairs; see `verify_pairs`."""
     import torch
@@ -67,19 +63,19 @@ def prove(
     i, j = places[: len(a)], places[len(a) :]
     shape = (len(rows), features.dim)
     raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
-    few = proved_cosines(raw, raw, i[::TRIED], j[::TRIED]) >= np.float32(threshold)
-    if np.count_nonzero(few) < MOSTLY * len(few):
+    tried = indexed_cosines(raw, raw, i[::TRIED], j[::TRIED]) >= np.float32(threshold)
+    if np.count_nonzero(tried) < MOSTLY * len(tried):
         wide = directions(raw, torch.from_numpy(scratch("gathered wide", shape, np.float32)))
-        products = pair_products(wide, i, j)
+        products = listed_products(wide, i, j)
         likely = np.flatnonzero(products >= np.float32(threshold - PROPOSAL_ERROR))
         i, j = i[likely], j[likely]
-    edges = make_edges(rows[i], rows[j], proved_cosines(raw, raw, i, j)).at(threshold)
+    edges = make_edges(rows[i], rows[j], indexed_cosines(raw, raw, i, j)).at(threshold)
     if every or len(edges.a) < len(rows):  # a forest would hardly be smaller
         return edges
-    return spanning_forest(edges, frozen)
+    return spanning_forest(edges, reference_rows)
 
 
-def pair_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+def listed_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Return the float32 products of rows i with rows j, scaled to norm 1, (n,) float32."""
     import torch
 
@@ -92,13 +88,4 @@ def pair_products(rows: Directions, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         torch.index_select(rows.values, 0, right, out=y[: stop - start])
         product = x[: stop - start].mul_(y[: stop - start]).sum(1)
         parts.append((product * rows.factor[left] * rows.factor[right]).numpy())
-    return np.concatenate(parts)
-
-
-def proved_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return the cosines of rows i of x with rows j of y, (n,) float32."""
-    parts = [np.empty(0, np.float32)]
-    for start, stop in plan_blocks(len(i), PRODUCT_PAIRS):
-        left, right = np.take(x, i[start:stop], axis=0), np.take(y, j[start:stop], axis=0)
-        parts.append(pair_cosine(left, right))
     return np.concatenate(parts)

@@ -12,7 +12,7 @@ import truth
 
 from snipdedup.deduplication import out_reader
 from snipdedup.deduplication.out_reader import Run
-from snipdedup.groups.star import Members
+from snipdedup.groups.members import Members
 
 ROWS, OFFSETS = 900, np.array([0, 100, 640, 900])
 START = 0.9

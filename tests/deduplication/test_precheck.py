@@ -94,8 +94,8 @@ def attempt(folder, out, *words):
         searched.append(1)
         return found(*given)
 
-    found = run.search
-    with mock.patch.object(run, "search", search):
+    found = run.run_search
+    with mock.patch.object(run, "run_search", search):
         status, _, line = truth.snip("dedup", folder, "--out", out, *words)
     return status, line, bool(searched)
 

@@ -502,13 +502,13 @@ def test_metadata_that_cannot_be_written_is_refused_before_the_search(laion, tmp
 @pytest.fixture
 def searches(monkeypatch):
     """Counts the tasks of joins that are done anew."""
-    done, join_task = [], tasks.join_task
+    done, join_partition = [], tasks.join_partition
 
     def counted(*given, **named):
         done.append(1)
-        return join_task(*given, **named)
+        return join_partition(*given, **named)
 
-    monkeypatch.setattr(tasks, "join_task", counted)
+    monkeypatch.setattr(tasks, "join_partition", counted)
     return done
 
 
@@ -570,7 +570,7 @@ def test_what_other_methods_found_is_kept_too(laion, rows, tmp_path, monkeypatch
     assert truth.snip(*words, "plain", "--key", "uid")[0] == 0
     with mock.patch.object(run, "write_files", side_effect=KeyboardInterrupt):
         assert truth.snip(*words, "o")[0] == 130
-    with mock.patch.object(run, "search", side_effect=AssertionError):
+    with mock.patch.object(run, "run_search", side_effect=AssertionError):
         status, _, line = truth.snip(*words, "o", "--key", "uid")
     assert status == 0, line
     assert same_files(tmp_path / "o", tmp_path / "plain")
@@ -678,7 +678,8 @@ def test_a_stopped_run_survives_a_refusal(tmp_path, monkeypatch):
         patch.setattr("snipdedup.deduplication.run.decide_job", stop)
         assert truth.snip(*words)[0] == 130
     before = truth.listing(tmp_path / "out" / "work")
-    before.pop("run.lock")
+    for name in ("run.lock", "request.json"):  # written again
+        before.pop(name)
     assert len(before) > 2
     assert truth.snip(*words, "--max_memory", 2)[0] == 1
     assert before.items() <= truth.listing(tmp_path / "out" / "work").items()

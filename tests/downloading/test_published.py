@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 
 import fsspec
 import numpy as np
 import pytest
-from servers import Hub, Server, kill_once_more_came
+from servers import Hub, Server
 
 from snipdedup import cli
 from snipdedup.config import Download
@@ -189,17 +187,6 @@ def test_what_is_no_published_folder(server, tmp_path, body, message):
     with pytest.raises(SnipError, match=message):
         fetch(f"{server.url}/v2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_kill_while_a_folder_is_fetched(server, made, tmp_path):
-    server.pause = 0.02
-    out = tmp_path / "out"
-    words = [sys.executable, "-m", "snipdedup", "download", f"{server.url}/v1/index", str(out)]
-    kill_once_more_came([*words, "--jobs", "1"], out, 5_000)
-    assert not (out / "snip.json").exists()
-    server.pause = 0
-    subprocess.run(words, check=True, capture_output=True)
-    assert same(out, made / "index")
 
 
 def test_a_folder_of_one_is_not_replaced_by_another(server, made, tmp_path):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from snipdedup.config import Dedup
 from snipdedup.deduplication.run import run
 from snipdedup.groups.blocks import Block, blocks_of_groups, cut_groups, slices
-from snipdedup.groups.star import Members, Nearest
-from snipdedup.join import external_forest
+from snipdedup.groups.members import Members, Nearest
+from snipdedup.join import forest as forests
 from snipdedup.join.forest import join_edges, make_edges, spanning_forest
 from snipdedup.storage import external_sort
 
@@ -48,7 +48,7 @@ def narrow():
     """Let memory hold next to nothing."""
     return (
         mock.patch.multiple(external_sort, HELD=60, PARTS=5, READ=37),
-        mock.patch.object(external_forest, "HELD_EDGES", 60),
+        mock.patch.object(forests, "HELD_EDGES", 60),
     )
 
 
@@ -137,7 +137,7 @@ def test_blocks_hold_whole_groups_and_lose_nothing(tmp_path_factory, pairs, held
         found = list(blocks_of_groups(known, 0.95, 70, tmp_path_factory.mktemp("b")))
     seen = set()
     for block in found:
-        rows = np.concatenate([*block.forest[:2], block.copies, block.firsts, block.nearest.row])
+        rows = np.concatenate([*block.forest[:2], block.copies, block.originals, block.nearest.row])
         here = set(label[rows].tolist())
         assert not here & seen
         assert not seen or min(here, default=99) > max(seen)
@@ -145,7 +145,7 @@ def test_blocks_hold_whole_groups_and_lose_nothing(tmp_path_factory, pairs, held
     whole = known.at(0.95)
     forest = join_edges([block.forest for block in found])
     assert sorted(zip(*forest, strict=True)) == sorted(zip(*whole.forest, strict=True))
-    for name in ("copies", "firsts"):
+    for name in ("copies", "originals"):
         parts = [getattr(block, name) for block in found]
         order = np.argsort(np.concatenate([block.copies for block in found]))
         assert np.concatenate(parts)[order].tolist() == getattr(known, name).tolist()

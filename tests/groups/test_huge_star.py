@@ -44,14 +44,17 @@ def test_a_row_whose_match_the_codes_missed_still_gets_a_representative():
     compare = Compare(lambda rows: x[rows], 0.95)
     expected = star_large(order, compare, np.zeros(len(x), bool))
 
-    class Blind(huge_star.Coded):
-        def hits(self, x, y):
+    class Blind(huge_star.CodedGroup):
+        def candidates(self, x, y):
             return x[:0], y[:0]
 
     def blind(rows, gather, threshold):
         return Blind(*star_encode(rows, gather, threshold))
 
-    star_encode = huge_star.encode
-    with mock.patch.object(huge_star, "encode", blind), mock.patch.object(huge_star, "BLOCK", 4096):
+    star_encode = huge_star.encode_group
+    with (
+        mock.patch.object(huge_star, "encode_group", blind),
+        mock.patch.object(huge_star, "BLOCK", 4096),
+    ):
         found = star_huge(order, lambda rows: x[rows], 0.95)
     assert np.array_equal(found[0], expected[0])

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.shards import open_features
 from snipdedup.groups import nearest_reference
-from snipdedup.groups.star import Nearest
+from snipdedup.groups.members import Nearest
 from snipdedup.storage import external_sort
 
 
-def plain_nearest(table, labels, frozen, threshold):
+def plain_nearest(table, labels, first, threshold):
     """Row by row: [(row, reference row, cosine)] of those that match one of their group."""
     found = []
-    for row in range(frozen, len(labels)):
-        inside = np.flatnonzero(labels[:frozen] == labels[row])
+    for row in range(first, len(labels)):
+        inside = np.flatnonzero(labels[:first] == labels[row])
         if len(inside) and table[row, inside].max() >= np.float32(threshold):
             best = inside[table[row, inside].argmax()]
-            found.append((row - frozen, int(best), float(table[row, best])))
+            found.append((row - first, int(best), float(table[row, best])))
     return found
 
 
@@ -45,7 +45,7 @@ def test_each_row_gets_the_nearest_of_its_group(
     """Whatever is listed, tiled, or waits in files; noise of 1e-5 makes many equal cosines."""
     rng = np.random.default_rng(seed)
     x = truth.clustered(rows, 6, seed, clusters=3, noise=noise, copies=0.2)
-    frozen = 1 + int(share * (rows - 2))
+    first = 1 + int(share * (rows - 2))
     of = rng.integers(0, groups, rows)
     labels = np.array([np.flatnonzero(of == group)[0] for group in of])
     table = truth.cosine_table(x)
@@ -56,9 +56,9 @@ def test_each_row_gets_the_nearest_of_its_group(
         few,
         mock.patch.multiple(nearest_reference, LISTED=tile, TILE=tile, GATHER_PAIRS=7, READ=9),
     ):
-        found = nearest_reference.nearest_within(open_features(x), labels, frozen, 0.9, 2, folder)
+        found = nearest_reference.nearest_within(open_features(x), labels, first, 0.9, 2, folder)
     listed = list(zip(*(column.tolist() for column in found), strict=True))
-    assert listed == plain_nearest(table, labels, frozen, 0.9)
+    assert listed == plain_nearest(table, labels, first, 0.9)
 
 
 @pytest.mark.parametrize("dim", [3, 768])
@@ -71,10 +71,10 @@ def test_products_decide_as_the_cosine_does(dim):
 
     def counted(*given):
         proved.append(len(given[2]))
-        return proved_cosines(*given)
+        return indexed_cosines(*given)
 
-    proved_cosines = nearest_reference.proved_cosines
-    with mock.patch.object(nearest_reference, "proved_cosines", counted):
+    indexed_cosines = nearest_reference.indexed_cosines
+    with mock.patch.object(nearest_reference, "indexed_cosines", counted):
         found = nearest_reference.likely_cosines(x, unit_rows64(x), y, np.full(300, -1, np.float32))
     i, j = np.divmod(np.arange(300 * 200), 200)
     exact = pair_cosine(x[i], y[j]).reshape(300, 200)

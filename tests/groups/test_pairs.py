@@ -188,7 +188,7 @@ def test_keep_fraction_works_on_a_finished_run_without_a_search(rows, folder, tm
     how = ("--threshold", 0.9, "--grouping", "components")
     assert truth.snip("dedup", folder, "--out", out, *how)[0] == 0
     fresh = dedup(rows, threshold=0.9, grouping="components", keep_fraction=0.7)
-    with mock.patch("snipdedup.deduplication.run.search", side_effect=AssertionError):
+    with mock.patch("snipdedup.deduplication.run.run_search", side_effect=AssertionError):
         words = ("dedup", out, "--keep_fraction", 0.7, "--out", second)
         status, said, _ = truth.snip(*words)
     assert status == 0
@@ -222,5 +222,5 @@ def test_keep_fraction_tries_1_at_last():
     assert list(kept.values()) == [8, 8, 9]
     found = dedup(x, threshold=0.9505, keep_fraction=0.9)
     assert (found.threshold, found.kept) == (1.0, 9)
-    with pytest.raises(SnipError, match=r"90.0000% of the rows stay at threshold 1, and there is"):
+    with pytest.raises(SnipError, match=r"90.0000% of the rows are kept at threshold 1, and"):
         dedup(x, threshold=0.9505, keep_fraction=0.91)

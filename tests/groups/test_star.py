@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 from snipdedup.deduplication.run import dedup
 from snipdedup.features.cosine import pair_cosine
 from snipdedup.groups import star
-from snipdedup.groups.star import (
-    Compare,
-    Copies,
-    group_components,
-    group_star,
-    keep_rank,
-    star_from_pairs,
-)
+from snipdedup.groups.members import Copies, keep_rank
+from snipdedup.groups.star import Compare, group_components, group_star, star_from_pairs
 from snipdedup.join.forest import components, make_edges, spanning_forest
 
 KEEPS = st.sampled_from(["first", "last", "random"])
@@ -219,7 +213,7 @@ def test_random_keeps_other_rows_by_seed_and_the_same_for_one_seed():
 def test_copies_follow_the_first_of_them_in_keep_order():
     copies, firsts = np.array([4, 7, 9]), np.array([1, 1, 3])
     last = Copies(copies, firsts, lambda rows: keep_rank(rows, "last", 0))
-    assert last.first.tolist() == [1, 3]
+    assert last.original.tolist() == [1, 3]
     assert last.keeper.tolist() == [7, 9]
     edges = make_edges(np.array([1, 0]), np.array([3, 1]), np.array([0.96, 0.99], np.float32))
     folded = last.fold(edges)

@@ -9,7 +9,7 @@ import pytest
 
 from snipdedup.config import Dedup
 from snipdedup.deduplication.run import run
-from snipdedup.groups.star import Members
+from snipdedup.groups.members import Members
 from snipdedup.groups.url_baseline import baselines
 from snipdedup.metadata.tables import open_metadata
 

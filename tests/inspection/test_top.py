@@ -12,7 +12,7 @@ import pytest
 import truth
 
 from snipdedup.deduplication import out_reader
-from snipdedup.groups.star import Members, no_members
+from snipdedup.groups.members import Members, no_members
 from snipdedup.inspection import top
 from snipdedup.inspection.display import terminal_text
 from snipdedup.inspection.top import rank_groups, rank_rows

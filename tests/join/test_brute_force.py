@@ -146,30 +146,36 @@ def test_the_forest_filtered_is_a_fresh_search(seed, threshold):
 @settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
-    frozen=st.integers(0, 45),
+    first=st.integers(0, 45),
     tile=st.integers(1, 12),
     panel=st.integers(1, 4),
     seed=st.integers(0, 2**31),
     across=st.booleans(),
 )
 def test_pairs_among_the_first_rows_are_left_out_and_no_others(
-    rows, frozen, tile, panel, seed, across
+    rows, first, tile, panel, seed, across
 ):
     x = truth.clustered(rows, 5, seed, noise=0.6)
     features = open_features(x)
-    every = {pair: cosine for pair, cosine in loop(x, 0.8).items() if pair[1] >= frozen}
+    every = {pair: cosine for pair, cosine in loop(x, 0.8).items() if pair[1] >= first}
     size = mock.patch.object(brute_force, "panel_rows", return_value=panel * tile)
-    builder = ForestBuilder(frozen=frozen)
+    builder = ForestBuilder(first)
     with mock.patch.object(brute_force, "TILE", tile), size:
         for edges in exact_edges(
-            features, np.arange(rows), 0.8, threads=1, memory=1, frozen=frozen, across=across
-        ):
-            assert (edges.b >= frozen).all()
+            features,
+            np.arange(rows),
+            0.8,
+            threads=1,
+            memory=1,
+            reference_rows=first,
+            references_only=across,
+        ):  # fmt: skip
+            assert (edges.b >= first).all()
             builder.add(edges)
     found = builder.forest()
     for own in (False, True):  # each has a forest of its own
-        wanted = {pair for pair in every if (pair[0] >= frozen) == own and not (own and across)}
-        part = listed(found.where((found.a >= frozen) == own))
+        wanted = {pair for pair in every if (pair[0] >= first) == own and not (own and across)}
+        part = listed(found.where((found.a >= first) == own))
         assert set(part) <= wanted
         label = truth.components(rows, wanted)
         assert truth.components(rows, part).tolist() == label.tolist()

@@ -13,9 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snipdedup
-from snipdedup.join import external_forest, forest
-from snipdedup.join.external_forest import ForestFile, by_first, edge_kind, edges_of
-from snipdedup.join.forest import Edges, Roots, components, make_edges, spanning_forest
+from snipdedup.join import forest
+from snipdedup.join.forest import (
+    Edges,
+    ExternalForest,
+    UnionFind,
+    by_first,
+    components,
+    edge_kind,
+    edges_of,
+    make_edges,
+    spanning_forest,
+)
 from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Sorter
 
@@ -55,14 +64,14 @@ def listed(edges: Edges):
 def tiny(held, block=4):
     """Only so many edges fit into memory."""
     with (
-        mock.patch.multiple(external_forest, HELD_EDGES=held, BLOCK_EDGES=block),
+        mock.patch.multiple(forest, HELD_EDGES=held, BLOCK_EDGES=block),
         mock.patch.multiple(external_sort, PARTS=3, READ=5),
     ):
         yield
 
 
-def by_files(folder, edges, rows, step, frozen=0):
-    builder = ForestFile(folder, rows, frozen)
+def by_files(folder, edges, rows, step, first=0):
+    builder = ExternalForest(folder, rows, first)
     for start in range(0, len(edges.a), step):
         builder.add(edges.where(slice(start, start + step)))
     return builder.forest()
@@ -70,11 +79,11 @@ def by_files(folder, edges, rows, step, frozen=0):
 
 @given(PAIRS, st.integers(1, 50), st.integers(2, 30), st.integers(1, ROWS))
 @settings(deadline=None, max_examples=30)
-def test_rows_from_one_on_have_a_forest_of_their_own(tmp_path_factory, pairs, step, held, frozen):
+def test_rows_from_one_on_have_a_forest_of_their_own(tmp_path_factory, pairs, step, held, first):
     edges = some_edges(pairs)
     with tiny(held), mock.patch.object(forest, "BUFFER_EDGES", 3):
-        found = by_files(tmp_path_factory.mktemp("f"), edges, ROWS, step, frozen)
-    below = edges.a < frozen
+        found = by_files(tmp_path_factory.mktemp("f"), edges, ROWS, step, first)
+    below = edges.a < first
     parts = [truth.kruskal(listed(edges.where(part))) for part in (below, ~below)]
     assert listed(found) == [*parts[0], *parts[1]]
 
@@ -148,13 +157,13 @@ def test_a_join_whose_forest_does_not_fit_finds_the_same():
 
 @given(PAIRS, st.integers(1, 9))
 def test_roots_are_the_smallest_rows_joined(pairs, step):
-    edges, roots = some_edges(pairs), Roots(ROWS)
+    edges, sets = some_edges(pairs), UnionFind(ROWS)
     for start in range(0, len(edges.a), step):
         part = edges.where(slice(start, start + step))
-        roots.unite(part.a, part.b)
+        sets.unite(part.a, part.b)
         expected = truth.components(ROWS, pairs[: start + step])
-        np.testing.assert_array_equal(roots.find(np.arange(ROWS)), expected)
-    np.testing.assert_array_equal(roots.labels(), truth.components(ROWS, pairs))
+        np.testing.assert_array_equal(sets.find(np.arange(ROWS)), expected)
+    np.testing.assert_array_equal(sets.labels(), truth.components(ROWS, pairs))
 
 
 def test_a_million_rows_against_scipy(monkeypatch):

@@ -13,7 +13,7 @@ import truth
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import DamagedError
 from snipdedup.features.shards import open_features
-from snipdedup.join import encoding, fitting, hubs
+from snipdedup.join import encoding, hubs, model, tasks
 from snipdedup.join.hubs import find_hubs
 from snipdedup.join.projection import fit_projection
 
@@ -39,17 +39,17 @@ def rows():
 
 
 @pytest.fixture
-def small_masses():
+def small_hubs():
     """Masses and lists at sizes that a test can afford."""
     with (
-        mock.patch.object(hubs, "MASS_ROWS", 500),
-        mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(hubs, "HUB_ROWS", 500),
+        mock.patch.object(model, "SINGLE_LIST_ROWS", 0),
         mock.patch.object(encoding, "task_rows", return_value=2048),
     ):
         yield
 
 
-@pytest.mark.usefixtures("small_masses")
+@pytest.mark.usefixtures("small_hubs")
 def test_components_are_those_of_brute_force(rows):
     brute = dedup(rows, method="exact", grouping="components")
     found = dedup(rows, grouping="components", recall=1)
@@ -63,7 +63,7 @@ def test_components_are_those_of_brute_force(rows):
     assert np.array_equal(forest.similarity, cosine[place[0], place[1]])
 
 
-@pytest.mark.usefixtures("small_masses")
+@pytest.mark.usefixtures("small_hubs")
 def test_masses_whose_hubs_are_a_pair_are_one_group():
     """Rows of one do not visit the other's lists: the edge between the hubs joins them."""
     rng = np.random.default_rng(1)
@@ -78,15 +78,15 @@ def test_masses_whose_hubs_are_a_pair_are_one_group():
     assert np.array_equal(found.members.group, brute.members.group)
 
 
-@pytest.mark.usefixtures("small_masses")
+@pytest.mark.usefixtures("small_hubs")
 def test_without_masses_nothing_changes(rows):
     few = rows[:3000]
-    with mock.patch.object(hubs, "MASS_ROWS", 10**6):
+    with mock.patch.object(hubs, "HUB_ROWS", 10**6):
         without = dedup(few)
     assert without.search.notes["masses"] == 0
 
 
-@pytest.mark.usefixtures("small_masses")
+@pytest.mark.usefixtures("small_hubs")
 def test_a_hub_may_be_a_copy(rows):
     """Every row comes twice, so about half the sampled hubs copy an earlier row."""
     twice = np.concatenate([rows, rows])
@@ -98,7 +98,7 @@ def test_a_hub_may_be_a_copy(rows):
 
 
 def test_where_rows_are_placed(rows):
-    with mock.patch.object(hubs, "MASS_ROWS", 500):
+    with mock.patch.object(hubs, "HUB_ROWS", 500):
         projection = fit_projection(rows, 128, 0)
         codes, _ = projection.encode(rows)
         table = find_hubs(
@@ -115,11 +115,11 @@ def test_where_rows_are_placed(rows):
     assert np.array_equal(cosine[inside].argmax(1), placed.hub)
     assert np.array_equal(best[inside], placed.similarity)
     beside = ~inside & (best >= table.border)
-    assert (placed.reach[beside] == hubs.BESIDE).all()
+    assert (placed.zone[beside] == hubs.BESIDE).all()
     assert beside.sum() > 300
     # rows of two hubs that are no pair, near enough to one another's
-    assert set(placed.reach[inside]) <= {hubs.ABSORBED, hubs.BESIDE}
-    assert not inside[placed.reach == hubs.APART].any()
+    assert set(placed.zone[inside]) <= {hubs.ABSORBED, hubs.BESIDE}
+    assert not inside[placed.zone == hubs.APART].any()
 
 
 def test_a_low_threshold_has_no_masses():
@@ -127,7 +127,7 @@ def test_a_low_threshold_has_no_masses():
     rng = np.random.default_rng(0)
     x = np.concatenate([ball(rng, 1000, np.eye(1, 24)[0], 0.05), rng.standard_normal((9000, 24))])
     x = rng.permutation(x).astype(np.float32)
-    with mock.patch.object(hubs, "MASS_ROWS", 500):
+    with mock.patch.object(hubs, "HUB_ROWS", 500):
         projection = fit_projection(x, 128, 0)
         for threshold, some in ((0.95, True), (0.1, False)):
             found = find_hubs(
@@ -137,7 +137,7 @@ def test_a_low_threshold_has_no_masses():
             assert bool(len(found.row)) == some
 
 
-@pytest.mark.usefixtures("small_masses")
+@pytest.mark.usefixtures("small_hubs")
 @pytest.mark.parametrize("kinds", [(np.float32, np.float32), (np.float16, np.float32)])
 def test_a_kept_model_brings_no_hubs(tmp_path, kinds):
     """The earlier run counts its rows from 0, this one the earlier run's that stay, then others."""
@@ -163,10 +163,10 @@ def test_a_kept_model_brings_no_hubs(tmp_path, kinds):
             assert len(file["hub_row"]) == 2
 
 
-@pytest.mark.usefixtures("small_masses")
+@pytest.mark.usefixtures("small_hubs")
 @pytest.mark.parametrize("shift", [1, 10**9, -(10**9)])
 def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
-    fitted = fitting.fit(open_features(rows), 0.95, 1, 0, 1)
+    fitted = model.fit(open_features(rows), 0.95, 1, 0, 1)
     moved = dataclasses.replace(fitted.hubs, row=fitted.hubs.row + shift)
     fitted.hubs.check(open_features(rows))
     with pytest.raises(DamagedError, match="is not that row of the features"):
@@ -174,7 +174,7 @@ def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
     with pytest.raises(DamagedError, match="is not that row of the features"):
         fitted.hubs.check(open_features(rows.astype(np.float64)))
     with (
-        mock.patch.object(fitting, "fit", return_value=dataclasses.replace(fitted, hubs=moved)),
+        mock.patch.object(tasks, "fit", return_value=dataclasses.replace(fitted, hubs=moved)),
         pytest.raises(DamagedError, match=r"model\.npz: hub .* run again, it begins anew"),
     ):
         dedup(rows, out=tmp_path / "out")
@@ -194,14 +194,14 @@ def test_two_hundred_thousand_rows_within_99_hundredths():
     assert dedup(x, threshold=0.9).removed == 199_999
 
 
-@pytest.mark.usefixtures("small_masses")
-@pytest.mark.parametrize("frozen", [700, 9000])
+@pytest.mark.usefixtures("small_hubs")
+@pytest.mark.parametrize("first", [700, 9000])
 @pytest.mark.parametrize("how", [{}, {"references_only": True}, {"grouping": "components"}])
-def test_reference_rows_in_masses_are_found_as_by_brute_force(rows, frozen, how):
+def test_reference_rows_in_masses_are_found_as_by_brute_force(rows, first, how):
     """There are no hubs beside references: every row of a mass visits lists."""
-    given = {"reference": rows[:frozen], **how}
-    brute = dedup(rows[frozen:], method="exact", **given)
-    found = dedup(rows[frozen:], recall=1, **given)
+    given = {"reference": rows[:first], **how}
+    brute = dedup(rows[first:], method="exact", **given)
+    found = dedup(rows[first:], recall=1, **given)
     assert found.search.notes["masses"] == 0
     for name in brute.members._fields:
         assert np.array_equal(getattr(found.members, name), getattr(brute.members, name)), name

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snipdedup.join import kernels
 from snipdedup.join.kernels import (
     Kernel,
     all_close,
     candidates,
-    fastest,
     hit_places,
     pick_kernel,
     product_hits,
@@ -104,9 +104,9 @@ def test_a_kernel_that_lies_or_fails_has_no_time(change):
     assert trial(fake("right"), 256) > 0
 
 
-def test_the_fastest_that_is_right_is_taken_and_the_last_if_none_is():
-    kernels = [fake(name) for name in ("first", "second", "third")]
-    for seconds, expected in [
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
         ((1.0, 1.0, 1.0), "first"),
         ((1.0, 0.7, 0.9), "first"),  # not clearly faster
         ((1.0, 0.6, 0.5), "second"),
@@ -114,8 +114,13 @@ def test_the_fastest_that_is_right_is_taken_and_the_last_if_none_is():
         ((None, 2.0, 1.0), "third"),
         ((None, 2.0, None), "second"),
         ((None, None, None), "third"),
-    ]:
-        assert fastest(kernels, list(seconds)).name == expected
+    ],
+)
+def test_the_fastest_that_is_right_is_taken_and_the_last_if_none_is(monkeypatch, seconds, expected):
+    times = dict(zip(("first", "second", "third"), seconds, strict=True))
+    monkeypatch.setattr(kernels, "candidates", lambda device: [fake(name) for name in times])
+    monkeypatch.setattr(kernels, "trial", lambda kernel, width: times[kernel.name])
+    assert kernels._picked.__wrapped__("cpu").name == expected
 
 
 def test_the_picked_kernel_is_right():

@@ -10,19 +10,16 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import binom
 
-from snipdedup.join.forest import make_edges
-from snipdedup.join.lists import (
+from snipdedup.join.calibration import (
     ENOUGH,
-    Asked,
-    Lists,
-    assign,
+    Target,
     calibrate_tau,
-    counted,
+    count_groups,
     drawn_pairs,
     edge_weights,
-    nearest,
-    train_centroids,
 )
+from snipdedup.join.forest import make_edges
+from snipdedup.join.lists import Lists, assign_lists, nearest_centroids, train_centroids
 
 WIDTH = 32
 
@@ -55,7 +52,7 @@ def visited(codes, lists):
 def test_a_row_visits_the_lists_of_the_rule(seed, nlist, tau):
     codes = codes_of(200, seed)
     lists = Lists(train_centroids(codes, nlist, seed, 1), tau, tau)
-    visits = assign(codes, lists)
+    visits = assign_lists(codes, lists)
     expected, home = visited(codes, lists)
     found = np.zeros_like(expected)
     found[visits.row, visits.list_] = True
@@ -77,7 +74,7 @@ def test_with_half_the_distance_of_a_pair_every_pair_meets(seed, nlist, spread):
     distance = np.sqrt(squared(codes, codes))
     reach = np.quantile(distance, 0.3)
     lists = Lists(train_centroids(codes, nlist, seed, 1), reach / 2, reach)
-    visits = assign(codes, lists)
+    visits = assign_lists(codes, lists)
     inside = np.zeros((len(codes), nlist), bool)
     inside[visits.row, visits.list_] = True
     home = np.empty(len(codes), int)
@@ -96,7 +93,7 @@ def test_a_row_may_visit_alone(nlist):
     reach = np.quantile(distance, 0.3)
     lists = Lists(train_centroids(codes, nlist, 5, 1), reach / 2, reach)
     far = np.where(np.arange(150) < 100, 0, reach).astype(np.float32)
-    visits = assign(codes, lists, far)
+    visits = assign_lists(codes, lists, far)
     inside = np.zeros((150, nlist), bool)
     inside[visits.row, visits.list_] = True
     assert (inside[:100].sum(1) == 1).all()
@@ -108,11 +105,11 @@ def test_a_row_may_visit_alone(nlist):
 def test_the_lists_of_a_row_do_not_depend_on_the_block():
     codes = codes_of(9000, 1)
     lists = Lists(train_centroids(codes[:1000], 40, 0, 1), 30.0, 30.0)
-    whole = assign(codes, lists)
+    whole = assign_lists(codes, lists)
     order = np.lexsort((whole.list_, whole.row))
     expected = [column[order].tolist() for column in (whole.row, whole.list_, whole.home)]
     for cuts in ([1], [4096], [5000, 5001, 8999]):
-        parts = [assign(part, lists) for part in np.split(codes, cuts)]
+        parts = [assign_lists(part, lists) for part in np.split(codes, cuts)]
         starts = [0, *cuts]
         row = np.concatenate([p.row + start for p, start in zip(parts, starts, strict=True)])
         list_, home = (np.concatenate([getattr(p, n) for p in parts]) for n in ("list_", "home"))
@@ -122,7 +119,7 @@ def test_the_lists_of_a_row_do_not_depend_on_the_block():
 
 def test_one_list_holds_all():
     codes = codes_of(10, 0)
-    visits = assign(codes, Lists(codes[:1], 0.0, 0.0))
+    visits = assign_lists(codes, Lists(codes[:1], 0.0, 0.0))
     assert visits.row.tolist() == list(range(10))
     assert not visits.list_.any()
     assert visits.home.all()
@@ -131,7 +128,7 @@ def test_one_list_holds_all():
 def test_centroids_that_coincide_lose_no_row():
     codes = np.repeat(codes_of(2, 0), 50, axis=0)
     lists = Lists(np.repeat(codes[:1], 4, axis=0), 3.0, 3.0)
-    visits = assign(codes, lists)
+    visits = assign_lists(codes, lists)
     assert visits.home.sum() == len(codes)
     assert np.unique(visits.row).tolist() == list(range(100))
 
@@ -143,7 +140,7 @@ def test_training_finds_the_clusters_and_repeats_itself():
     assert centroids.shape == (60, WIDTH)
     assert np.array_equal(centroids, train_centroids(codes, 60, 1, 1))
     assert not np.array_equal(centroids, train_centroids(codes, 60, 2, 1))
-    home, best = nearest(codes, centroids, 1)
+    home, best = nearest_centroids(codes, centroids, 1)
     own = np.einsum("ij,ij->i", codes.astype(np.int64), codes.astype(np.int64))
     truth = squared(codes, centroids)
     assert np.array_equal(truth.argmin(1), home)
@@ -194,7 +191,7 @@ def test_tau_grows_with_the_wanted_recall_and_brings_that_share_together():
     pairs = edges_of(codes, a, b)
     taus = []
     for recall in (0.7, 0.95, 0.999):
-        tau, alone = calibrate_tau(codes, centroids, pairs, Asked(0.5, recall, 1.0, 1), 1e4)
+        tau, alone = calibrate_tau(codes, centroids, pairs, Target(0.5, recall, 1.0, 1), 1e4)
         assert share_that_meets(codes, centroids, tau, a, b) >= recall
         for cut in (0.5, 2 / 3, 5 / 6):  # also where the result is cut later
             some = pairs.at(cut)
@@ -221,9 +218,9 @@ def test_groups_are_counted_as_groups_of_two_rows():
     """Eight pairs are eight; a group of 101 sampled rows, at a tenth, is as sure as ten of them."""
     edges = np.arange(16).reshape(8, 2)
     pairs = make_edges(*edges.T, np.ones(8))
-    assert counted(edge_weights(pairs, 0.1), 0.1) == pytest.approx(8)
+    assert count_groups(edge_weights(pairs, 0.1), 0.1) == pytest.approx(8)
     chain = make_edges(np.arange(100), np.arange(100) + 1, np.ones(100))
-    assert counted(edge_weights(chain, 0.1), 0.1) == pytest.approx(10)
+    assert count_groups(edge_weights(chain, 0.1), 0.1) == pytest.approx(10)
 
 
 def test_a_sample_is_trusted_with_95_percent_confidence():
@@ -232,13 +229,13 @@ def test_a_sample_is_trusted_with_95_percent_confidence():
         for size in (50, 1000, 10**6):
             assert binom.cdf(seen, size, (seen + ENOUGH) / size) <= 0.05
     for recall in (0.9, 0.99, 0.999):
-        asked = Asked(0.95, recall, 1.0, 1)
+        asked = Target(0.95, recall, 1.0, 1)
         for groups in (1, 30, 700, 4000, 9000, 20_000, 10**6):
-            missed = round(groups * (1 - asked.sure(groups)), 6)
+            missed = round(groups * (1 - asked.share_to_join(groups)), 6)
             assert missed <= groups * (1 - recall) / 2 + 1e-6
             if missed >= 1:
                 assert binom.cdf(int(missed), groups, 1 - recall) <= 0.05
-            assert asked.few(groups) == (missed < ENOUGH)
+            assert asked.is_few(groups) == (missed < ENOUGH)
 
 
 def test_pairs_are_drawn_by_weight_and_some_are_moved_to_the_threshold():
@@ -246,7 +243,7 @@ def test_pairs_are_drawn_by_weight_and_some_are_moved_to_the_threshold():
     similarity = np.resize([0.98, 0.95], 24).astype(np.float32)
     pairs = make_edges(*edges.T, similarity)
     weight = np.resize([3.0, 1.0], 24)  # 48 in all; a fourth of the set is the sample: 12 groups
-    drawn, times = drawn_pairs(pairs, weight, 1000, Asked(0.95, 0.999, 0.25, 1))
+    drawn, times = drawn_pairs(pairs, weight, 1000, Target(0.95, 0.999, 0.25, 1))
     assert len(drawn.a) == len(times) == 1000
     easy = drawn.similarity == np.float32(0.98)
     assert abs(easy.mean() - 0.75) < 0.01
@@ -254,7 +251,7 @@ def test_pairs_are_drawn_by_weight_and_some_are_moved_to_the_threshold():
     assert np.allclose(times[:500][easy[:500]], (0.05 / 0.02) ** 0.5, rtol=1e-4)
     assert np.allclose(times[:500][~easy[:500]], 1, rtol=1e-4)
     assert (times[500:] == 1).all()
-    all_ = drawn_pairs(pairs, weight, 1000, Asked(0.95, 0.999, 0.01, 1))[1]
+    all_ = drawn_pairs(pairs, weight, 1000, Target(0.95, 0.999, 0.01, 1))[1]
     assert abs(np.mean(all_ > 1.5) - 0.75) < 0.01
 
 
@@ -262,8 +259,8 @@ def test_full_recall_means_half_the_largest_distance_and_no_more_is_ever_used():
     codes = codes_of(500, 4)
     centroids = train_centroids(codes, 30, 0, 1)
     pairs = edges_of(codes, *pairs_within(codes, 150))
-    assert calibrate_tau(codes, centroids, pairs, Asked(0.5, 1, 1.0, 1), 150) == (75, 150)
-    both, one = calibrate_tau(codes, centroids, pairs, Asked(0.5, 0.9999, 1.0, 1), 3)
+    assert calibrate_tau(codes, centroids, pairs, Target(0.5, 1, 1.0, 1), 150) == (75, 150)
+    both, one = calibrate_tau(codes, centroids, pairs, Target(0.5, 0.9999, 1.0, 1), 3)
     assert both <= 1.5
     assert one <= 3
 
@@ -274,7 +271,7 @@ def test_with_too_few_pairs_to_tell_real_ones_still_meet(pairs):
     codes = codes_of(3000, 4, spread=20)
     centroids = train_centroids(codes, 30, 0, 1)
     few = edges_of(codes, *(side[:pairs] for side in pairs_within(codes, 100)))
-    tau, _ = calibrate_tau(codes, centroids, few, Asked(0.5, 0.99, 0.01, 1), 60)
+    tau, _ = calibrate_tau(codes, centroids, few, Target(0.5, 0.99, 0.01, 1), 60)
     rng = np.random.default_rng(0)
     x = codes_of(2000, 4, spread=20)  # the same centres
     step = rng.standard_normal(x.shape)

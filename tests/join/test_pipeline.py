@@ -17,10 +17,9 @@ from snipdedup.deduplication import methods
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.join import encoding, fitting
-from snipdedup.join import pipeline as room
-from snipdedup.join.partitions import plan_partitions
-from snipdedup.join.pipeline import needed_memory
+from snipdedup.join import encoding, memory, model
+from snipdedup.join.memory import needed_memory
+from snipdedup.join.tasks import cut_lists
 from snipdedup.storage import atomic, out_folder
 
 
@@ -43,10 +42,9 @@ def brute(rows):
 def many_lists():
     """Lists, and several encode tasks, at sizes that a test can afford."""
     with (
-        mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(model, "SINGLE_LIST_ROWS", 0),
         mock.patch.object(encoding, "task_rows", return_value=8192),
-        mock.patch.object(room, "PARTITION_BYTES", 1 << 14),
-        mock.patch.object(room, "needed_memory", return_value=0),
+        mock.patch.object(memory, "PARTITION_BYTES", 1 << 14),
         mock.patch.object(methods, "needed_memory", return_value=0),
     ):
         yield
@@ -254,7 +252,7 @@ def test_a_crowd_that_is_spread_over_lists_is_still_exact():
     x = (rng.standard_normal(8) + 0.3 * rng.standard_normal((3000, 8))).astype(np.float32)
     brute = dedup(x, method="exact", threshold=0.98)
     with (
-        mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(model, "SINGLE_LIST_ROWS", 0),
         mock.patch.object(encoding, "task_rows", return_value=8192),
     ):
         found = dedup(x, recall=1, threshold=0.98)
@@ -297,8 +295,8 @@ def test_an_empty_shard_and_fewer_rows_than_lists(tmp_path):
     x = truth.clustered(40, 8, 0)
     folder = truth.save_shards(tmp_path / "f", x, [0, 11, 11, 40])
     with (
-        mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0),
-        mock.patch.object(fitting, "list_count", return_value=100),
+        mock.patch.object(model, "SINGLE_LIST_ROWS", 0),
+        mock.patch.object(model, "list_count", return_value=100),
     ):
         found = dedup(folder, recall=1)
     assert_agree(found, dedup(x, method="exact"))
@@ -329,10 +327,10 @@ def test_a_chain_is_one_component_and_star_cuts_it():
     most=st.integers(-1, 30),
 )
 def test_partitions_cover_all_lists_in_order(visits, most):
-    runs = plan_partitions(np.array(visits), most)
-    assert [low for low, _ in runs] == [0, *(high for _, high in runs[:-1])]
-    assert runs[-1][1] == len(visits)
-    for low, high in runs:
+    parts = cut_lists(np.array(visits), most)
+    assert [low for low, _ in parts] == [0, *(high for _, high in parts[:-1])]
+    assert parts[-1][1] == len(visits)
+    for low, high in parts:
         assert high > low
         assert high == low + 1 or sum(visits[low:high]) <= most
 
@@ -349,7 +347,7 @@ def test_small_sets_of_any_kind_agree_with_brute_force(rows, dim, seed, threshol
     x = truth.clustered(rows, dim, seed, copies=0.2, dtype=dtype)
     if not (np.abs(x).max(1) > 0).all():
         return
-    with mock.patch.object(fitting, "SINGLE_LIST_ROWS", 100):
+    with mock.patch.object(model, "SINGLE_LIST_ROWS", 100):
         found = dedup(open_features(x), threshold=threshold, recall=1, threads=1)
     brute = dedup(x, threshold=threshold, method="exact", threads=1)
     assert_agree(found, brute)
@@ -379,7 +377,7 @@ def test_the_forest_does_not_depend_on_threads_or_memory():
 @pytest.mark.parametrize(("threshold", "edges"), [(0.95, 15_067), (0.98, 4_569)])
 def test_lists_of_key_frames_lose_no_more_than_promised(data, threshold, edges):
     """As a larger set would be: cut into lists whose borders many pairs cross."""
-    with mock.patch.object(fitting, "SINGLE_LIST_ROWS", 0):
+    with mock.patch.object(model, "SINGLE_LIST_ROWS", 0):
         found = dedup(data / "keyframes", threshold=threshold)
     assert found.search.notes["nlist"] == 146
     assert len(found.search.forest.a) >= 0.9985 * edges  # of brute force

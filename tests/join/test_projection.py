@@ -59,11 +59,11 @@ def lowest_margin(projection, x, threshold):
     """Product minus the pair's limit, of all pairs; and how many pairs there are."""
     codes, excess = projection.encode(x)
     assert codes.dtype == np.int8
-    slack = projection.slack(excess)
+    corrections = projection.corrections(excess)
     unit = unit_rows64(x)
     pairs = np.triu((unit @ unit.T).astype(np.float32) >= np.float32(threshold), 1)
     products = codes.astype(np.float64) @ codes.T.astype(np.float64)
-    margin = products - (projection.limit(threshold) - slack[:, None] - slack[None, :])
+    margin = products - (projection.limit(threshold) - corrections[:, None] - corrections[None, :])
     return margin[pairs].min(initial=np.inf), int(pairs.sum())
 
 
@@ -86,7 +86,7 @@ def test_no_pair_has_a_product_below_the_limit(kind, dim, dtype, width):
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), dim=st.integers(1, 40), threshold=st.sampled_from(THRESHOLDS))
-def test_rows_far_outside_the_sample_are_slackened_not_lost(seed, dim, threshold):
+def test_rows_far_outside_the_sample_are_corrected_not_lost(seed, dim, threshold):
     """The sample lies near one axis; the rows everywhere."""
     rng = np.random.default_rng(seed)
     sample = np.eye(dim)[:1] + 1e-3 * rng.standard_normal((40, dim))
@@ -106,9 +106,9 @@ def test_what_int8_cannot_hold_is_reported():
     assert not excess[~clipped].any()
     assert excess[0] == 0
     assert np.abs(codes.astype(int)).max() <= 127
-    slack = projection.slack(np.array([0, 1, 2], np.float32))
-    assert slack[0] == 0
-    assert (np.diff(slack) > 0).all()
+    corrections = projection.corrections(np.array([0, 1, 2], np.float32))
+    assert corrections[0] == 0
+    assert (np.diff(corrections) > 0).all()
 
 
 def test_products_bound_cosines_from_above_before_rounding():
@@ -121,14 +121,14 @@ def test_products_bound_cosines_from_above_before_rounding():
         .astype(np.float64)
     )
     unit = unit_rows64(x)
-    assert (z @ z.T >= unit @ unit.T - arithmetic_slack(600)).all()
-    assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=arithmetic_slack(600))
+    assert (z @ z.T >= unit @ unit.T - arithmetic_error(600)).all()
+    assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=arithmetic_error(600))
 
 
-def arithmetic_slack(dim):
+def arithmetic_error(dim):
     """What the limit allows for rows that are rounded to integers."""
     error = room.rounding_error(dim)
-    return 2 * error + 3 * error**2 + room.FLOAT_SLACK
+    return 2 * error + 3 * error**2 + room.FLOAT_ERROR
 
 
 def test_products_of_sparse_rows_bound_cosines_too():
@@ -142,7 +142,7 @@ def test_products_of_sparse_rows_bound_cosines_too():
     )
     z, unit = projection.rotated(directions(x)).numpy().astype(np.float64), unit_rows64(x)
     pairs = unit @ unit.T > 0.9
-    assert (z @ z.T - unit @ unit.T)[pairs].min() >= -arithmetic_slack(300)
+    assert (z @ z.T - unit @ unit.T)[pairs].min() >= -arithmetic_error(300)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -202,7 +202,11 @@ def test_rows_that_round_alike_are_not_lost(width, away):
         assert 0.5 < off.std() < 0.65  # independent ones: .41
     for threshold in (0.95, 0.999, 1 - away):
         pair = cosine.astype(np.float32) >= np.float32(threshold)
-        least = projection.limit(threshold) - projection.slack(below) - projection.slack(under)
+        least = (
+            projection.limit(threshold)
+            - projection.corrections(below)
+            - projection.corrections(under)
+        )
         assert pair.sum() > 5000 or threshold > 0.999
         assert (product >= least)[pair].all()
 

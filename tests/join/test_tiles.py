@@ -116,37 +116,38 @@ def test_pairs_that_quick_cosines_leave_in_doubt_are_decided_exactly():
 
 
 @pytest.mark.parametrize("crowded", [0.0, 2.0])
-@pytest.mark.parametrize("frozen", [0, 1, 130, 256, 700, 1500])
+@pytest.mark.parametrize("first", [0, 1, 130, 256, 700, 1500])
 @pytest.mark.parametrize("across", [False, True])
-def test_frozen_rows_are_not_compared_with_one_another(frozen, crowded, across):
+def test_first_rows_are_not_compared_with_one_another(first, crowded, across):
     """Those of the others have a forest of their own, and with ``across`` are not looked for."""
-    rng = np.random.default_rng(frozen)
+    rng = np.random.default_rng(first)
     x = (rng.standard_normal(12) + 0.25 * rng.standard_normal((1500, 12))).astype(np.float32)
     features, projection = open_features(x), fit_projection(x, 128, 0)
-    members = tiles.Codes(np.arange(1500), projection.encode(x)[0], np.zeros(1500))
-    builder, seen = ForestBuilder(frozen=frozen), 0
+    members = tiles.CodedRows(np.arange(1500), projection.encode(x)[0], np.zeros(1500))
+    builder, seen = ForestBuilder(first), 0
     with (
         mock.patch.object(tiles, "CROWDED", crowded),
         mock.patch.object(tiles, "ROW_TILE", 128),
         mock.patch.object(tiles, "COLUMN_TILE", 256),
     ):
         for start in range(0, 1500, 256):
-            rest = members.part(start, 1500)
-            found = tiles.compare(
+            rest = members.where(slice(start, 1500))
+            found = tiles.compare_tiles(
                 features, rest, min(256, 1500 - start),
-                limit=projection.limit(0.9), threshold=0.9, frozen=frozen, across=across,
+                limit=projection.limit(0.9), threshold=0.9, reference_rows=first,
+                references_only=across,
             )  # fmt: skip
             seen += len(found.a)
             builder.add(found.edges)
-            for edges in verify_pairs(features, found.a, found.b, 0.9, 1, frozen=frozen):
+            for edges in verify_pairs(features, found.a, found.b, 0.9, 1, reference_rows=first):
                 builder.add(edges)
     table = truth.cosine_table(x)
     pairs = truth.pairs_of(table, 0.9)
     forest = builder.forest()
-    assert (forest.b >= frozen).all()
+    assert (forest.b >= first).all()
     for own in (False, True):
-        part = forest.where((forest.a >= frozen) == own)
-        wanted = [(a, b) for a, b in pairs if b >= frozen and (a >= frozen) == own]
+        part = forest.where((forest.a >= first) == own)
+        wanted = [(a, b) for a, b in pairs if b >= first and (a >= first) == own]
         one = truth.components(1500, [] if own and across else wanted)
         assert np.array_equal(truth.components(1500, zip(part.a, part.b, strict=True)), one)
         assert len(set(one)) == 1500 - len(part.a)

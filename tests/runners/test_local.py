@@ -15,7 +15,7 @@ import pytest
 
 from snipdedup import cli
 from snipdedup.errors import InputError, SnipError
-from snipdedup.join import fitting
+from snipdedup.join import model
 from snipdedup.runners import base, local
 from snipdedup.runners.local import in_processes
 
@@ -120,7 +120,7 @@ def test_processes_and_threads_find_the_same(tmp_path):
         with (
             mock.patch.object(base, "FORK_ROWS", least),
             mock.patch.object(local, "in_processes", counted),
-            mock.patch.object(fitting, "SINGLE_LIST_ROWS", 100),
+            mock.patch.object(model, "SINGLE_LIST_ROWS", 100),
         ):
             words = ["dedup", str(tmp_path / "img_emb_0.npy"), "--out", str(out), "--threads", "2"]
             assert cli.run(words) == 0

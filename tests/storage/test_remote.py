@@ -157,7 +157,6 @@ def test_a_path_elsewhere_is_a_path(memory):
 COMMANDS = {
     "dedup": "dedup {set} --threads 2 --pairs --keep max:width --out {out}",
     "dedup, exact": "dedup {set}/img_emb --metadata {set}/metadata --method exact --out {out}",
-    "dedup, adc": "dedup {set} --method adc --out {out}",
     "reference": "dedup {kinds}/c.npy --reference {set}/img_emb/img_emb_2.npy --out {out}",
     "train": "train {set} --dim 4 --hidden 8 --steps 8 --batch 64 --threads 1 --out {out}",
     "index": "index {set} --m 4 --nlist 8 --out {out}",

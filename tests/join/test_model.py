@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 
 from snipdedup.features.shards import open_features
-from snipdedup.join import fitting
-from snipdedup.join.fitting import (
+from snipdedup.join import model as room
+from snipdedup.join.calibration import needed_taus
+from snipdedup.join.model import (
     choose_projection,
-    distinct_places,
     draw_rows,
-    proposals,
     sample_distinct,
 )
-from snipdedup.join.learned import encode_blocks
-from snipdedup.join.lists import needed_taus
-from snipdedup.join.projection import WIDTHS
+from snipdedup.join.projection import WIDTHS, encode_rows
 
 ROWS = 1 << 20  # of the set that a sample stands for
 
@@ -31,28 +28,18 @@ def near_rows(dim, seed=0):
     return rows.astype(np.float32)
 
 
-def test_each_code_counts_up_to_a_degree():
-    """One code pairs with 20 others, each of which counts once; and one pair lies below."""
-    codes = np.zeros((23, 4), np.int8)
-    codes[:21] = 10
-    a, b = np.append(np.zeros(20, int), 21), np.append(np.arange(1, 21), 22)
-    assert proposals(codes, a, b, 400) == (20 + fitting.CROWDED_DEGREE) / 2
-    assert proposals(codes, a, b, 401) == 0
-    assert proposals(codes, a[:0], b[:0], 400) == 0
-
-
-@pytest.mark.parametrize("free", ["proofs", "coordinates"])
+@pytest.mark.parametrize("free", ["pairs", "coordinates"])
 def test_the_width_is_that_of_least_cost(free):
     sample = near_rows(400)
     costs = {"CODE_PRODUCTS": 0, "VISITING": 0}
-    if free == "proofs":
-        costs = {"PROPOSAL_PRODUCTS": 0}
+    if free == "pairs":
+        costs = {"CANDIDATE_PRODUCTS": 0}
     with (
-        mock.patch.multiple(fitting, **costs),
-        mock.patch.object(fitting, "list_count", return_value=1),
+        mock.patch.multiple(room, **costs),
+        mock.patch.object(room, "list_count", return_value=1),
     ):
         width = choose_projection(sample, 0.95, 0, ROWS, 1).width
-    assert width == WIDTHS[0] if free == "proofs" else width > WIDTHS[0]
+    assert width == WIDTHS[0] if free == "pairs" else width > WIDTHS[0]
 
 
 def test_rows_of_few_dimensions_get_the_narrowest_codes():
@@ -69,7 +56,7 @@ def test_small_sets_take_the_widest_without_a_look():
 def test_threads_change_nothing(least):
     """Also where more rows are looked at than directions are found on."""
     sample = near_rows(96)
-    with mock.patch.object(fitting, "DIRECTION_ROWS", least):
+    with mock.patch.object(room, "DIRECTION_ROWS", least):
         one, two = (choose_projection(sample, 0.9, 3, ROWS, threads) for threads in (1, 2))
     assert one.width == two.width
     for name, array in one.arrays().items():
@@ -96,21 +83,21 @@ def test_centroids_are_trained_on_other_rows_than_tau_is_calibrated_on(rows, mon
     used = {}
 
     def spy(name):
-        real = getattr(fitting, name)
+        real = getattr(room, name)
 
         def record(codes, *given):
             used[name] = {code.tobytes() for code in codes}
             return real(codes, *given)
 
-        monkeypatch.setattr(fitting, name, record)
+        monkeypatch.setattr(room, name, record)
 
     spy("train_centroids")
     spy("calibrate_tau")
-    monkeypatch.setattr(fitting, "SINGLE_LIST_ROWS", 0)
-    monkeypatch.setattr(fitting, "CALIBRATION_ROWS", (4000, 4000))
+    monkeypatch.setattr(room, "SINGLE_LIST_ROWS", 0)
+    monkeypatch.setattr(room, "CALIBRATION_ROWS", (4000, 4000))
     x = planted(0, rows, 40, 100)[0]
-    monkeypatch.setattr(fitting, "list_count", lambda rows: 30)
-    model = fitting.fit(open_features(x), 0.95, 0.999, 0, 2)
+    monkeypatch.setattr(room, "list_count", lambda rows: 30)
+    model = room.fit(open_features(x), 0.95, 0.999, 0, 2)
     assert model.lists.nlist == 30
     assert not used["train_centroids"] & used["calibrate_tau"]
     assert len(used["train_centroids"]) == min(48 * 30, rows // 2)
@@ -119,14 +106,14 @@ def test_centroids_are_trained_on_other_rows_than_tau_is_calibrated_on(rows, mon
 
 def test_the_promise_is_kept_where_a_sample_holds_few_pairs(monkeypatch):
     """Some 25 of 2,500, of which one in ten is hard: often the sample holds none of these."""
-    monkeypatch.setattr(fitting, "SINGLE_LIST_ROWS", 0)
-    monkeypatch.setattr(fitting, "CALIBRATION_ROWS", (2000, 2000))
+    monkeypatch.setattr(room, "SINGLE_LIST_ROWS", 0)
+    monkeypatch.setattr(room, "CALIBRATION_ROWS", (2000, 2000))
     met = []
     for seed in range(8):
         x, a, b = planted(seed, 20_000, 32, 2500)
-        model = fitting.fit(open_features(x), 0.95, 0.999, seed, 2)
+        model = room.fit(open_features(x), 0.95, 0.999, seed, 2)
         assert model.lists.nlist > 80
-        codes = encode_blocks(model.projection, np.concatenate([x[a], x[b]]), 2)
+        codes = encode_rows(model.projection, np.concatenate([x[a], x[b]]), 2)
         places = np.arange(len(a))
         need = needed_taus(codes, model.lists.centroids, places, places + len(a), 2).min(1)
         met.append(np.mean(need <= model.lists.tau))
@@ -147,12 +134,8 @@ def test_rows_are_drawn_from_those_not_taken():
     assert draw_rows(7, 7, rng).tolist() == list(range(7))
 
 
-def test_rows_of_one_hash_are_compared(monkeypatch):
-    """Different rows stay, of equal ones the first."""
-    monkeypatch.setattr(fitting, "row_hashes", lambda rows: np.full(len(rows), 5, np.uint64))
-    rows = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [np.nan, 1]], np.float32)
+def test_a_sample_holds_each_row_once_and_none_that_cannot_be_compared():
+    rows = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [np.nan, 1], [0, 0]], np.float32)
     numbers, sample = sample_distinct(open_features(rows), 100, 0, 2)
     assert sorted(numbers.tolist()) == [0, 1, 3]
     assert np.array_equal(sample, rows[numbers])
-    hashes = np.array([1, 1, 1, 2, 2], np.uint64)
-    assert distinct_places(rows, hashes, np.array([4, 1, 0, 3, 2])).tolist() == [0, 1, 2, 3]

@@ -11,11 +11,11 @@ from snipdedup.deduplication.run import dedup
 from snipdedup.encoder import training
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.cosine import directions
-from snipdedup.join import fitting
+from snipdedup.join import model as room
+from snipdedup.join.calibration import Target, calibrate_limit
 from snipdedup.join.forest import make_edges
-from snipdedup.join.learned import Learned, learn_codes
-from snipdedup.join.lists import Asked
 from snipdedup.join.model import Model
+from snipdedup.join.projection import EncoderProjection
 
 WIDTH = 48
 
@@ -41,7 +41,7 @@ def encoder(rows, tmp_path_factory):
 @pytest.mark.parametrize("lists", [False, True])
 def test_it_finds_the_share_asked_for_and_invents_nothing(rows, encoder, lists, monkeypatch):
     if lists:
-        monkeypatch.setattr(fitting, "SINGLE_LIST_ROWS", 0)
+        monkeypatch.setattr(room, "SINGLE_LIST_ROWS", 0)
     found = dedup(rows, encoder=str(encoder))
     brute = dedup(rows, method="exact")
     assert found.search.notes["width"] == 24
@@ -55,7 +55,7 @@ def test_it_finds_the_share_asked_for_and_invents_nothing(rows, encoder, lists, 
 
 
 def test_codes_are_the_rotated_descriptors(rows, encoder):
-    codes = Learned.of(encoder, 0, "cpu")
+    codes = EncoderProjection.of(encoder, 0, "cpu")
     found, excess = codes.encode_directions(directions(rows[:2048]))
     z = codes.encoder.encode(rows[:2048])
     np.testing.assert_allclose(codes.matrix @ codes.matrix.T, np.eye(24), atol=1e-5)
@@ -65,10 +65,10 @@ def test_codes_are_the_rotated_descriptors(rows, encoder):
 
 
 def test_what_is_learnt_lets_the_wanted_share_of_pairs_pass(rows, encoder):
-    codes = Learned.of(encoder, 0, "cpu")
+    codes = EncoderProjection.of(encoder, 0, "cpu")
     brute = dedup(rows, method="exact").search
     lowest = [
-        learn_codes(codes, rows, brute.forest, Asked(0.95, recall, 1.0, 1)).lowest
+        calibrate_limit(codes, rows, brute.forest, Target(0.95, recall, 1.0, 1))
         for recall in (0.5, 0.9, 0.99, 1)
     ]
     assert lowest == sorted(lowest, reverse=True)
@@ -77,13 +77,13 @@ def test_what_is_learnt_lets_the_wanted_share_of_pairs_pass(rows, encoder):
     for recall, least in zip((0.5, 0.9, 0.99), lowest, strict=False):
         assert np.mean(products >= least) >= recall
     nothing = make_edges(*[np.empty(0, np.int64)] * 2, np.empty(0))
-    assert learn_codes(codes, rows, nothing, Asked(0.95, 0.99, 1.0, 1)).lowest < -(codes.scale**2)
+    assert calibrate_limit(codes, rows, nothing, Target(0.95, 0.99, 1.0, 1)) < -(codes.scale**2)
 
 
 def test_a_saved_model_is_the_same_again(rows, encoder, tmp_path):
     from snipdedup.features.shards import open_features
 
-    model = fitting.fit(open_features(rows), 0.95, 0.999, 0, 1, encoder)
+    model = room.fit(open_features(rows), 0.95, 0.999, 0, 1, encoder)
     model.save(tmp_path / "model.npz")
     again = Model.load(tmp_path / "model.npz")
     assert (again.limit, again.projection.width) == (model.limit, 24)
