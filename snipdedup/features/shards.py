@@ -257,19 +257,17 @@ def open_features(
     """
     if isinstance(source, Features):
         return source
-    whole = as_array(source)
-    if whole is not None:
-        return Features([ArrayShard(whole, "array")])
-    if not isinstance(source, str | Path | Iterable) or isinstance(source, dict | bytes):
-        raise no_features(source)
     shards: list[Shard] = []
     folders: list[Path] = []
-    for number, item in enumerate([source] if isinstance(source, str | Path) else source):
+    single = as_array(source) is not None or isinstance(source, str | Path)
+    if not single and (not isinstance(source, Iterable) or isinstance(source, dict | bytes)):
+        raise no_features(source)
+    for number, item in enumerate([source] if single else source):
         part = as_array(item)
         if part is not None:
-            shards.append(ArrayShard(part, f"array {number}"))
+            shards.append(ArrayShard(part, "array" if single else f"array {number}"))
         elif not isinstance(item, str | Path):
-            raise no_features(source, item)
+            raise no_features(item, f" in {type(source).__qualname__}")
         elif is_remote(item):
             open_one = partial(open_shard, array=array, column=column)
             shards += map_requests(open_one, find_shards(item, parts))
@@ -304,11 +302,10 @@ def as_array(given: Any) -> np.ndarray | None:
     return np.asarray(given) if hasattr(given, "__array_interface__") else None
 
 
-def no_features(source: Any, item: Any = None) -> UsageError:
-    """Return the refusal of what is neither an array nor a path, or of an item that is neither."""
-    kind = type(source if item is None else item)
+def no_features(given: Any, within: str = "") -> UsageError:
+    """Return the refusal of what is neither an array nor a path."""
+    kind = type(given)
     what = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    within = "" if item is None else f" in {type(source).__qualname__}"
     return UsageError(
         "features are a 2-D array of floats (numpy, or a torch tensor in the CPU's memory), a "
         f"path, or a sequence of either; found {what}{within}; for rows as lists, a table or an "
