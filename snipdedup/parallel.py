@@ -56,9 +56,14 @@ def memory_bound(text: str | None, need: int = 0) -> int:
                 "give as much, fewer --threads or fewer rows"
             )
         return bound
-    if not hasattr(os, "sysconf"):  # Windows tells only through other libraries
-        return max(2 << 30, need)
-    return max(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4, need)
+    return max(machine_memory() // 4, need)
+
+
+def machine_memory() -> int:
+    """Return the bytes of RAM of this machine; 8 GB where the system does not say."""
+    if not hasattr(os, "sysconf"):  # Windows says it through other libraries only
+        return 8 << 30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def pick_device(name: str) -> str:
@@ -118,10 +123,9 @@ def ordered_map(
         with library_threads(1):
             yield from map(work, items)
         return
-    with (
-        library_threads(1),
-        ThreadPoolExecutor(threads, initializer=_single_threaded) as pool,
-    ):
+    # OpenMP keeps its number of threads by thread: each worker sets its own
+    workers = ThreadPoolExecutor(threads, initializer=set_threads, initargs=(1,))
+    with library_threads(1), workers as pool:
         yield from ordered_results(work, items, pool, 2 * threads)
 
 
@@ -147,10 +151,10 @@ def ordered_results(
 
 
 def run_all(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
-    """Do several things by threads; return what each returns. Libraries keep their threads.
+    """Run functions in threads; return what each returns. Libraries keep their threads.
 
-    When one fails, those not begun are left, those begun are waited for, however often the user
-    interrupts: they write into folders that are given up next.
+    When one fails, those not begun are dropped. Those that run are waited for, however often the
+    user interrupts: they write into folders that are released next.
     """
     if threads == 1:
         return [job() for job in jobs]
@@ -166,10 +170,6 @@ def run_all(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
             with suppress(KeyboardInterrupt):
                 pool.shutdown(cancel_futures=True)
                 break
-
-
-def _single_threaded() -> None:
-    set_threads(1)  # OpenMP keeps its number of threads by thread: each worker sets its own
 
 
 def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -18,12 +18,7 @@ PLAIN_LINES_EVERY_S = 10.0
 def bar(total: int, desc: str, unit: str) -> Any:
     """Return a progress bar with ``update(n)`` and ``close()``; also a context manager.
 
-    Parameters
-    ----------
-    total : int
-        Units of work to come.
-    desc, unit : str
-        What is being done, and to what (``"rows"``, ``"tiles"``).
+    It counts to ``total`` units (``"rows"``, ``"tiles"``) of what ``desc`` says is being done.
     """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=" " + unit, unit_scale=True, file=sys.stderr)
@@ -31,11 +26,8 @@ def bar(total: int, desc: str, unit: str) -> Any:
 
 
 def say(text: str) -> None:
-    """Print a line about what goes on, above a bar if there is one.
-
-    Where nobody reads stderr any more (``2>&1 | head``), the run goes on all the same.
-    """
-    with suppress(BrokenPipeError):
+    """Print a line to stderr, above a bar if there is one."""
+    with suppress(BrokenPipeError):  # nobody reads stderr any more (``2>&1 | head``)
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
@@ -49,7 +41,7 @@ def track(items: Iterable[T], desc: str, unit: str, total: int) -> Iterator[T]:
 
 
 class PlainBar:
-    """What a log file wants to hold: one line now and then, and none for short work."""
+    """Progress for log files: one line now and then, none for short work."""
 
     def __init__(self, total: int, desc: str, unit: str) -> None:
         self.total, self.desc, self.unit = total, desc, unit

@@ -9,21 +9,10 @@ HALVINGS = 60  # of the interval 0 .. 1 until float64 is exhausted
 
 
 def proportion_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the Clopper-Pearson interval of a proportion of which ``k`` of ``n`` was seen.
+    """Return the Clopper-Pearson interval (low, high) of a share of which ``k`` of ``n`` was seen.
 
     It holds the true share in at least ``level`` of all samples, also where ``k`` is 0 or ``n``
-    (Clopper and Pearson, Biometrika 26, 1934).
-
-    Parameters
-    ----------
-    k, n : int
-        How many of how many; 0 <= k <= n. Of an empty sample nothing is known: (0, 1).
-    level : float
-        Confidence, two-sided.
-
-    Returns
-    -------
-    low, high : float
+    (Clopper and Pearson, Biometrika 26, 1934). An empty sample gives (0, 1).
 
     Raises
     ------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
@@ -306,8 +307,6 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
 
 def check_columns(path: Path, schema: Any) -> None:
     """Refuse a table of groups whose columns are not those that snip writes."""
-    import pyarrow as pa
-
     kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
     wanted = {"similarity": kinds[2], "is_dup": kinds[1]}
     for name in Members._fields:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.result import Result, forest_table, groups_table
@@ -125,7 +126,7 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
     arrays = {"is_dup.npy": result.is_dup}
     tables = {"histogram.parquet": histogram_table(result)}
     if len(search.bad):
-        tables["bad_rows.parquet"] = bad_table(search)
+        tables["bad_rows.parquet"] = pa.table({"row": search.bad, **search.places(search.bad)})
     if search.flags is not None:
         arrays["flags.npy"] = search.flags
     if search.best is not None:
@@ -176,8 +177,6 @@ def group_keys(result: Result, out: Path, plan: MetadataPlan | None) -> Generato
 
 def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list[Path]:
     """Write ``pairs.parquet`` and ``copies.parquet``, or refuse more than ``most`` pairs."""
-    import pyarrow as pa
-
     search, features = result.search, result.features
     if features is None:
         raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
@@ -205,24 +204,8 @@ def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> list[Path]:
     return written + export.write_lists(plan.lists, table, result.is_dup, out / EXPORT, work)
 
 
-def bad_table(search: SearchResult) -> Any:
-    """Return the rows that could not be compared, with their places."""
-    import pyarrow as pa
-
-    shard = np.searchsorted(search.offsets, search.bad, side="right") - 1
-    return pa.table(
-        {
-            "row": search.bad,
-            "shard": pa.array(search.names, pa.string()).take(pa.array(shard)),
-            "shard_row": search.bad - search.offsets[shard],
-        }
-    )
-
-
 def references_table(search: SearchResult) -> Any:
     """Return each distinct row's nearest reference row, where one matches."""
-    import pyarrow as pa
-
     references, nearest = search.references, search.nearest
     if references is None or nearest is None:
         raise ValueError("a search without references")
@@ -240,8 +223,6 @@ def references_table(search: SearchResult) -> Any:
 
 def semdedup_table(best: Best) -> Any:
     """Return what SemDeDup's rule decides by, one entry a row."""
-    import pyarrow as pa
-
     outside, single = best.cluster < 0, best.match < 0
     return pa.table(
         {
@@ -255,8 +236,6 @@ def semdedup_table(best: Best) -> Any:
 
 def histogram_table(result: Result) -> Any:
     """Return how many groups have each size, and how many kept rows each ``dup_count``."""
-    import pyarrow as pa
-
     sizes = sorted(result.counts.sizes.items())
     represented = sorted(result.counts.represented.items())
     alone = result.kept - sum(result.counts.represented.values())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import Shard
@@ -265,8 +266,6 @@ def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Referenc
 
 def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
     """Yield the references of a finished run, then its kept rows."""
-    import pyarrow.parquet as pq
-
     manifest = read_manifest(folder, KIND)
     settings = manifest["settings"]
     if settings["features"] is None or not manifest["verified"]:
@@ -364,14 +363,12 @@ def own_pairs(
     references_only : bool
         Leave out pairs and copies among the rows themselves.
     folder : Path, optional
-        For what does not fit into memory; None: all is held.
+        For arrays that do not fit into memory.
 
     Returns
     -------
-    forest, copies, originals
-        The same among the rows after the reference rows, numbered from there.
-    nearest : Nearest
-        Of each distinct row that matches a reference row; of each row where there are no copies.
+    The forest, copies and originals of the rows after the reference rows, numbered from there; and
+    the nearest reference row of each distinct row that matches one.
     """
     copy, original, twins = own_copies(*copies, reference_rows)
     roots, rows = UnionFind(features.rows), features.rows - reference_rows

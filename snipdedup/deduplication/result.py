@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from snipdedup import progress
 from snipdedup.config import Dedup
@@ -318,8 +319,6 @@ def decide_block(
 
 def forest_table(search: SearchResult, forest: Edges) -> Any:
     """Return edges of the forest as a ``pyarrow.Table``; unverified pairs have no similarity."""
-    import pyarrow as pa
-
     similarity = pa.array(forest.similarity, mask=np.full(len(forest.a), not search.verified))
     return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
 
@@ -332,13 +331,9 @@ def groups_table(
     With references, ``reference`` names the input whose row the representative is, null for
     FEATURES; ``near`` is as in `Result`.
     """
-    import pyarrow as pa
-
-    shard = np.searchsorted(search.offsets, members.row, side="right") - 1
     columns = {
         "row": members.row,
-        "shard": pa.array(search.names, pa.string()).take(pa.array(shard)),
-        "shard_row": members.row - search.offsets[shard],
+        **search.places(members.row),
         "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
         "group": members.group,
         "representative": members.representative,

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.config import EXPORTS, Dedup, keep_rules, named_kinds, parse_epsilons
+from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, named_kinds, parse_epsilons
 from snipdedup.deduplication.adc_method import check_given, search_adc
 from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
 from snipdedup.deduplication.methods import SearchSettings, search_features
@@ -52,7 +52,8 @@ from snipdedup.deduplication.settings import (
     search_settings,
 )
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
-from snipdedup.evaluation.plan import plan_features
+from snipdedup.evaluation.plan import free_space
+from snipdedup.evaluation.plan import run as plan_run
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.members import Rank
@@ -82,25 +83,9 @@ class Job(NamedTuple):
 
 
 def dedup(features: Any, **settings: Any) -> Result:
-    """Find near-duplicates among features.
+    """Find near-duplicates among features: an (n, d) array, a path, or a sequence of either.
 
-    Parameters
-    ----------
-    features : (n, d) float array, path, or a sequence of either
-        As `snipdedup.features.shards.open_features` takes them.
-    **settings
-        Any setting of ``snip dedup``: ``threshold``, ``method``, ``grouping``, ``keep``, ...
-        With ``out`` the result is also written there.
-
-    Returns
-    -------
-    Result
-        ``is_dup`` (n,) bool, ``groups`` and ``forest`` tables, ``at(threshold)``.
-
-    Raises
-    ------
-    SnipError
-        If the input cannot be used; says what was found, where, and what to do.
+    ``settings`` are those of ``snip dedup``; with ``out`` the result is also written there.
     """
     options = Dedup(features=features, **settings)
     if options.out is not None:
@@ -128,17 +113,10 @@ def run(options: Dedup) -> Result | str:
 
 
 def open_result(out: str | Path) -> Result:
-    """Read back a finished OUT; its features must still be where they were.
+    """Read back a finished OUT: the same result that `dedup` returned.
 
-    Returns
-    -------
-    Result
-        The same that `dedup` returned, decided again from the forest.
-
-    Raises
-    ------
-    SnipError
-        If OUT is not finished, its pairs are unverified, or its features are missing or changed.
+    Its features are read again. It is a `SnipError` if they are missing or changed, or if the pairs
+    of OUT are unverified.
     """
     folder = Path(out).expanduser()
     with as_written(folder):
@@ -157,17 +135,13 @@ def plan(options: Dedup) -> str:
         out_folder.refuse_output_inside(out, read_paths(job))
     if job.inputs.features is None:
         raise UsageError("--dry_run plans a search of FEATURES")
-    return str(
-        plan_features(
-            job.inputs.features,
-            out,
-            threshold=job.settings.threshold,
-            recall=job.settings.recall,
-            seed=job.settings.seed,
-            threads=options.threads,
-            max_memory=options.max_memory,
-        )
-    )
+    settings = Plan(
+        features=options.features, parts=options.parts, array=options.array, column=options.column,
+        threshold=job.settings.threshold, recall=job.settings.recall, seed=job.settings.seed,
+        cores=options.threads, max_memory=options.max_memory,
+        disk=None if out is None else str(free_space(out)),
+    )  # fmt: skip
+    return str(plan_run(settings))
 
 
 @locks.released()

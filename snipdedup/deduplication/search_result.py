@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.references import KIND, References, check_searched
@@ -28,13 +31,8 @@ from snipdedup.storage import atomic, external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
 from snipdedup.storage.manifest import read_manifest
 
-ARRAY_FILE, DONE_FILE = "search.npz", "search.json"
-ARRAYS = ("offsets", "copies", "originals", "bad", "flags")
+ARRAY_FILE, DONE_FILE = "search.npz", "search.json"  # in the work folder
 TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
-VALUES = (
-    "names", "threshold", "checksums", "notes", "text_checksums", "reference_checksums",
-    "references_only",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,6 +143,12 @@ class SearchResult:
         place = np.minimum(np.searchsorted(self.copies, rows), len(self.copies) - 1)
         return np.where(self.copies[place] == rows, self.originals[place], rows)
 
+    def places(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return the shard's name and the row in it of each row, as columns."""
+        shard = np.searchsorted(self.offsets, rows, side="right") - 1
+        names = pa.array(self.names, pa.string()).take(pa.array(shard))
+        return {"shard": names, "shard_row": rows - self.offsets[shard]}
+
     def edges(self, folder: Path | None = None) -> Iterator[Edges]:
         """Yield the forest with exact copies, ordered by (a, b), some at a time."""
         block, kind = self.whole_block(self.threshold), edge_kind(self.rows)
@@ -164,37 +168,36 @@ class SearchResult:
 
 
 def save_search(search: SearchResult, work: Path) -> None:
-    """Write what a search found to the work folder, with checksums."""
-    arrays = {name: getattr(search, name) for name in ARRAYS}
-    for name in TUPLES:
-        part = getattr(search, name)
-        if part is not None:
-            arrays |= {f"{name}_{column}": value for column, value in part._asdict().items()}
-    known = {name: array for name, array in arrays.items() if array is not None}
-    atomic.save_npz(work / ARRAY_FILE, lasting=False, **known)
-    values = {name: getattr(search, name) for name in VALUES}
-    atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], values)
+    """Write what a search found, but its inputs, to the work folder, with checksums."""
+    arrays: dict[str, np.ndarray] = {}
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(search):
+        name, value = entry.name, getattr(search, entry.name)
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+        elif name in TUPLES and value is not None:
+            arrays |= {f"{name}_{column}": part for column, part in value._asdict().items()}
+        elif name not in (*TUPLES, "also", "references"):
+            values[name] = value
+    atomic.save_npz(work / ARRAY_FILE, lasting=False, **arrays)
+    atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], {"values": values})
 
 
 def load_search(work: Path, inputs: Inputs) -> SearchResult | None:
     """Read back what `save_search` wrote; None where there is nothing, or it is damaged."""
     if not atomic.is_done(work / DONE_FILE, work):
         return None
-    values = atomic.load_json(work / DONE_FILE)
+    values = atomic.load_json(work / DONE_FILE)["values"]
     with np.load(work / ARRAY_FILE) as file:
-        arrays = dict(file)
-    parts: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
+        values |= dict(file)
     for name, kind in TUPLES.items():
-        columns = [arrays.get(f"{name}_{column}") for column in kind._fields]
-        parts[name] = None if columns[0] is None else kind(*columns)
-    parts |= {name: values[name] for name in VALUES}
-    return SearchResult(**parts, also=inputs.also, references=inputs.references)
+        columns = [values.pop(f"{name}_{column}", None) for column in kind._fields]
+        values[name] = None if columns[0] is None else kind(*columns)
+    return SearchResult(**values, also=inputs.also, references=inputs.references)
 
 
 def read_search(folder: Path, inputs: Inputs) -> SearchResult:
     """Read back what a finished run found; its features must be the same, its pairs verified."""
-    import pyarrow.parquet as pq
-
     manifest, features = read_manifest(folder, KIND), inputs.features
     if not manifest["verified"] or features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
@@ -233,8 +236,6 @@ def known_checksums(entry: dict[str, Any]) -> list[int]:
 
 def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.ndarray]:
     """Read back the forest of distinct rows, and exact copies with the original of each."""
-    import pyarrow.parquet as pq
-
     table = pq.read_table(folder / "forest.parquet")
     edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
     rows = 0 if inputs.features is None else inputs.features.rows
@@ -254,8 +255,6 @@ def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.nda
 
 def read_nearest(folder: Path, manifest: dict[str, Any], inputs: Inputs) -> Nearest | None:
     """Read back each row's nearest reference row."""
-    import pyarrow.parquet as pq
-
     if inputs.references is None:
         return None
     table = pq.read_table(folder / "references.parquet")
@@ -267,9 +266,6 @@ def read_nearest(folder: Path, manifest: dict[str, Any], inputs: Inputs) -> Near
 
 def read_best(folder: Path, rows: int) -> Best:
     """Read back what SemDeDup's rule decides by."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     path = folder / "semdedup.parquet"
     table = pq.read_table(path)
     if table.num_rows != rows:

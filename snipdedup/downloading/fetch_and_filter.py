@@ -35,6 +35,10 @@ class Item:
     number: int | None
     features: SourceFile | None = None
 
+    def done_file(self, work: Path) -> Path:
+        """Return the done file that is written when the outputs of this item are complete."""
+        return work / DONE / f"{self.table.name}.json"
+
     def place(self, folder: Path, suffix: str | None = None) -> list[tuple[SourceFile, Path]]:
         """Return its files, and where they lie in a folder that is laid out as OUT is."""
         name = self.table.name if suffix is None else Path(self.table.name).stem + suffix
@@ -79,29 +83,24 @@ def fetch_items(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
                         about |= filter_item(item, paths, plan, work, row)
                     outputs = plan.outputs(item, work)
                     named = {path.relative_to(work / FILES).as_posix(): path for path in outputs}
-                    atomic.write_done_file(done_note(item, work), named, about)
+                    atomic.write_done_file(item.done_file(work), named, about)
                     for path in set(paths) - set(outputs):
                         path.unlink()
                 yield about
                 row += about["rows"]
 
 
-def done_note(item: Item, work: Path) -> Path:
-    """Return where it is noted that the files of an item are complete."""
-    return work / DONE / f"{item.table.name}.json"
-
-
 def read_done(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
     """Return the entry of a file that a stopped run completed, else nothing."""
-    note = done_note(item, work)
-    if not note.is_file():
+    done_file = item.done_file(work)
+    if not done_file.is_file():
         return {}
-    if not atomic.is_done(note, work / FILES):  # damaged since then
-        for path in plan.outputs(item, work):
-            path.unlink(missing_ok=True)
-        return {}
-    about = atomic.load_json(note)
-    return {name: value for name, value in about.items() if name not in ("files", "seal")}
+    if atomic.is_done(done_file, work / FILES):
+        about = atomic.load_json(done_file)
+        return {name: value for name, value in about.items() if name not in ("files", "seal")}
+    for path in plan.outputs(item, work):  # damaged since then
+        path.unlink(missing_ok=True)
+    return {}
 
 
 def fetch_item(item: Item, folder: Path, monitor: Monitor) -> dict[str, Any]:
@@ -126,10 +125,8 @@ def check_item(item: Item, paths: Sequence[Path]) -> dict[str, Any]:
         return about
     found = count_arrived(item.features, features[0], "features")
     if found != rows:
-        raise SnipError(
-            f"{item.features.shown} has {found:,} rows, its metadata {item.table.shown} {rows:,}; "
-            "they do not belong together"
-        )
+        where = f"{item.features.shown} has {found:,} rows, its metadata {item.table.shown}"
+        raise SnipError(f"{where} {rows:,}; they do not belong together")
     return {**about, "features": features[0].name, "features_source": item.features.shown}
 
 
@@ -163,13 +160,9 @@ def kept_rows(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
         check_sizes(FileSizes([file.shown], [rows]), mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and rows != mask.rows:
-        raise SnipError(
-            f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}; they must be the same set "
-            "(for one file of it, say which with --start)"
-        )
+        text = f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}"
+        raise SnipError(f"{text}; for one file of a larger set say which with --start")
     if row + rows > mask.rows:
-        raise SnipError(
-            f"{file.shown} is rows {row:,} to {row + rows:,} of its set, the mask has "
-            f"{mask.rows:,}; they do not belong to the same set"
-        )
+        text = f"{file.shown} is rows {row:,} to {row + rows:,} of its set, the mask has"
+        raise SnipError(f"{text} {mask.rows:,}; they do not belong to the same set")
     return ~np.asarray(mask.is_dup[row : row + rows])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from snipdedup import __version__
@@ -26,6 +26,9 @@ from snipdedup.storage.http import (
     origin_of,
     temporary_error,
 )
+from snipdedup.storage.remote import with_retries
+
+T = TypeVar("T")
 
 SCHEME = "hf"
 ADDRESS = re.compile(
@@ -59,10 +62,8 @@ def parse(address: str) -> HubAddress:
     """Parse ``hf://datasets/OWNER/NAME[/folder][@revision]``; without ``datasets/`` a model."""
     found = ADDRESS.fullmatch(address)
     if not found or (found["early"] and found["late"]):
-        raise UsageError(
-            f"{address}: expected hf://datasets/OWNER/NAME[/folder][@revision], or "
-            "hf://OWNER/NAME of a model"
-        )
+        expected = "hf://datasets/OWNER/NAME[/folder][@revision], or hf://OWNER/NAME of a model"
+        raise UsageError(f"{address}: expected {expected}")
     return HubAddress(
         (found["kind"] or "models").removesuffix("s"),
         f"{found['owner']}/{found['name']}",
@@ -84,15 +85,20 @@ def own_token() -> str | None:
     return header.removeprefix("Bearer ") if header else None
 
 
-def client() -> Any:
-    """Return the hub's client."""
+def ask(place: HubAddress, work: Callable[[Any], T]) -> T:
+    """Return what ``work`` gets from the hub's client, tried again after temporary faults."""
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise SnipError(
-            "hf:// needs huggingface_hub: pip install 'snipdedup-toolkit[hub]'"
-        ) from None
-    return HfApi(endpoint(), library_name="snipdedup", library_version=__version__)
+        text = "hf:// needs huggingface_hub: pip install 'snipdedup-toolkit[hub]'"
+        raise SnipError(text) from None
+
+    def attempt() -> T:
+        with client_errors(place):
+            client = HfApi(endpoint(), library_name="snipdedup", library_version=__version__)
+            return work(client)
+
+    return with_retries(attempt)
 
 
 def pin(address: str, commit: str | None = None) -> str:
@@ -100,8 +106,10 @@ def pin(address: str, commit: str | None = None) -> str:
     place = parse(address)
     if commit is not None:
         return str(replace(place, revision=commit))
-    with client_errors(place):
-        info = client().repo_info(place.repo, repo_type=place.kind, revision=place.revision)
+    info = ask(
+        place,
+        lambda client: client.repo_info(place.repo, repo_type=place.kind, revision=place.revision),
+    )
     if info.id.lower() != place.repo.lower():
         raise SnipError(f"{address}: has moved to {info.id}: give hf://{place.kind}s/{info.id}")
     return str(replace(place, revision=str(info.sha)))
@@ -110,13 +118,15 @@ def pin(address: str, commit: str | None = None) -> str:
 def list_folder(address: str) -> tuple[dict[str, SourceFile], list[str]]:
     """Return the files of a folder by name, and the names of its folders, at a pinned commit."""
     place, files, folders = parse(address), {}, []
-    with client_errors(place):
-        text = own_token()
-        entries = list(
-            client().list_repo_tree(
+    entries = ask(
+        place,
+        lambda client: list(
+            client.list_repo_tree(
                 place.repo, place.path or None, repo_type=place.kind, revision=place.revision
             )
-        )
+        ),
+    )
+    text = own_token()
     for entry in entries:
         name = entry.path.rpartition("/")[2]
         if hasattr(entry, "tree_id"):

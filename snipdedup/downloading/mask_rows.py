@@ -26,7 +26,7 @@ from snipdedup.metadata.masks import (
 from snipdedup.metadata.tables import open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.manifest import MANIFEST
-from snipdedup.storage.remote import NoRangesError, RemotePath, with_retries
+from snipdedup.storage.remote import NoRangesError, RemotePath
 from snipdedup.storage.urls import is_web, redacted, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
@@ -36,13 +36,12 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
     """Open the mask; fetch it, its manifest and the totals if they are not local."""
     mask = Path(spec)
     if scheme_of(spec):
-        file, manifest = with_retries(lambda: find_mask(spec, MASK))
+        file, manifest = find_mask(spec, MASK)
         mask = fetch_once(file, work / "published" / "mask")
         if manifest is not None:
             try_manifest(manifest, mask.with_name(MANIFEST))
     if totals is not None and scheme_of(totals):
-        url = totals
-        file, _ = with_retries(lambda: find_mask(url, TOTALS))
+        file, _ = find_mask(totals, TOTALS)
         totals = str(fetch_once(file, work / "published" / "totals"))
     return open_mask(mask, totals)
 
@@ -86,14 +85,13 @@ def place_mask(
         if rows != mask.rows:
             raise SnipError(
                 f"{redacted(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; "
-                "they must be the same set (for some files, say which with --start and --end; "
-                "to find rows by what a column says, download all and snip filter --on COLUMN)"
+                f"for a part of a set say which with --start and --end; or {HOW_TO_PLACE}"
             )
         return mask, 0
     if mask.sizes is None:
         if found.before is None:
-            text = f"at which row {found.files[0].shown} begins is not known; {HOW_TO_PLACE}"
-            raise SnipError(text)
+            name = found.files[0].shown
+            raise SnipError(f"at which row {name} begins is not known; {HOW_TO_PLACE}")
         return mask, sum(count_rows(found.before, work, jobs))
     names = [file.shown for file in found.files]
     rows_here = None if mask.other_sizes is None else count_rows(found.files, work, jobs)
@@ -101,10 +99,8 @@ def place_mask(
     def first_row(one: Mask) -> int:
         sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
         if first + count > len(sizes):
-            raise SnipError(
-                f"files {first} to {first + count - 1} are wanted, the mask's set has 0 to "
-                f"{len(sizes) - 1}"
-            )
+            wanted = f"files {first} to {first + count - 1} are wanted"
+            raise SnipError(f"{wanted}, the mask's set has 0 to {len(sizes) - 1}")
         if rows_here is not None:
             check_sizes(FileSizes(names, rows_here), sizes, first)
         return int(sizes[:first].sum())
@@ -132,9 +128,8 @@ def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
         except TemporaryError:
             raise
         except SnipError as error:
-            raise SnipError(
-                f"the mask's place needs the rows of {file.name}: {error}; or {HOW_TO_PLACE}"
-            ) from error
+            text = f"the mask's place needs the rows of {file.name}: {error}; or {HOW_TO_PLACE}"
+            raise SnipError(text) from error
 
     monitor = Monitor()
     counted = monitor.map(count, files, jobs)

@@ -32,18 +32,14 @@ def fetch_manifest(manifest: SourceFile, target: Path) -> dict[str, Any]:
     try:
         fetch_file(manifest, target)
     except MissingError:
-        raise MissingError(
-            f"{manifest.shown}: there is none; expected a pattern with {{part:04d}}, a metadata "
-            "file, or a folder that snip wrote"
-        ) from None
+        expected = "a pattern with {part:04d}, a metadata file, or a folder that snip wrote"
+        raise MissingError(f"{manifest.shown}: there is none; expected {expected}") from None
     found = atomic.load_json(target)
     if not isinstance(found, dict) or "kind" not in found or "outputs" not in found:
         raise SnipError(f"{manifest.shown}: expected a manifest of snip, found other JSON")
     if found.get("format", 0) > FORMAT:
-        raise SnipError(
-            f"{manifest.shown}: written by a newer snipdedup; upgrade with: pip install -U "
-            "snipdedup-toolkit"
-        )
+        upgrade = "upgrade with: pip install -U snipdedup-toolkit"
+        raise SnipError(f"{manifest.shown}: written by a newer snipdedup; {upgrade}")
     output_files(found, manifest)
     return found
 

@@ -23,7 +23,6 @@ from snipdedup.metadata.masks import describe_kept, file_version, open_mask
 from snipdedup.metadata.tables import SUFFIXES
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
-from snipdedup.storage.remote import with_retries
 from snipdedup.storage.urls import PART, is_web, redacted, scheme_of
 
 KIND = "download"
@@ -100,21 +99,16 @@ def find_source(
 
     ``whole``: neither a part nor a filter is asked for, so a published folder may be meant.
     """
-
-    def find() -> SourceFiles | SourceFile:
-        if whole and is_web_folder(source):
-            return published.manifest_in(source)
-        folder = None
-        if whole and not is_web(source):
-            url, names = sources.split_source(source)
-            folder = sources.open_folder(url) if names is None else None
-            if folder is not None and MANIFEST in folder.files:
-                return folder.files[MANIFEST]
-        return sources.find_files(source, start, end, folder)
-
-    found = with_retries(find)
-    if isinstance(found, SourceFiles):
-        check_names(found.files, SUFFIXES)
+    if whole and is_web_folder(source):
+        return published.manifest_in(source)
+    folder = None
+    if whole and not is_web(source):
+        url, names = sources.split_source(source)
+        folder = sources.open_folder(url) if names is None else None
+        if folder is not None and MANIFEST in folder.files:
+            return folder.files[MANIFEST]
+    found = sources.find_files(source, start, end, folder)
+    check_names(found.files, SUFFIXES)
     return found
 
 
@@ -132,9 +126,8 @@ def check_names(files: Sequence[SourceFile], suffixes: Sequence[str]) -> None:
         if name.suffix.lower() not in suffixes:
             raise SnipError(f"{file.shown}: expected a name that ends in {' or '.join(suffixes)}")
         if name.stem in seen:
-            raise SnipError(
-                f"{seen[name.stem].shown} and {file.shown} would have one name in the output"
-            )
+            other = seen[name.stem].shown
+            raise SnipError(f"{other} and {file.shown} would have one name in the output")
         seen[name.stem] = file
 
 
@@ -209,7 +202,7 @@ def pin_source(source: str, out: Path, name: str) -> str:
     """Return a hub's address at the commit that the run began with; other locations as they are."""
     if scheme_of(source) != hub.SCHEME:
         return source
-    source = with_retries(lambda: hub.pin(source, read_pins(out).get(name)))
+    source = hub.pin(source, read_pins(out).get(name))
     add_pin(out, name, hub.parse(source).revision)
     return source
 
@@ -224,7 +217,7 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
             elsewhere = pin_source(elsewhere, out, "features_revision")
         elif "revision" in read_pins(out):
             add_pin(out, "features_revision", read_pins(out)["revision"])
-        wanted = with_retries(lambda: sources.find_features(source, found, elsewhere))
+        wanted = sources.find_features(source, found, elsewhere)
         check_names(wanted, FEATURE_SUFFIXES)
         features = wanted
     items = list(map(Item, found.files, numbers, features))

@@ -29,6 +29,7 @@ from snipdedup.storage.urls import (
     scheme_of,
 )
 
+USE_PART = "for several put {part:04d} in the number's place"
 NAME_FEATURES = "say where they are with --embeddings_source"
 SETS = {
     "datacomp_small": "hf://datasets/mlfoundations/datacomp_small",
@@ -106,11 +107,11 @@ def open_folder(url: str) -> Folder:
         return Folder(url, *hub.list_folder(url))
     if not scheme_of(url):
         url = str(Path(url).expanduser().absolute())
-    listing = list_folder(url)
-    if listing is None or not (listing.files or listing.folders):
+    sizes, folders = list_folder(url) or ({}, [])
+    if not sizes and not folders:
         raise MissingError(f"{redacted(url)}: no such folder, or it is empty; check the URL")
-    files = {name: SourceFile(f"{url}/{name}", size) for name, size in listing.files.items()}
-    return Folder(url, files, listing.folders)
+    files = {name: SourceFile(f"{url}/{name}", size) for name, size in sizes.items()}
+    return Folder(url, files, folders)
 
 
 def names_files(last: str) -> bool:
@@ -143,10 +144,7 @@ def find_files(
         return find_parts(source, start or 0, end)
     if is_web(source):
         if end is not None and end != (start or 0) + 1:
-            raise UsageError(
-                f"{redacted(source)} is one file; for several put {{part:04d}} in the number's "
-                "place"
-            )
+            raise UsageError(f"{redacted(source)} is one file; {USE_PART}")
         first = start if start is not None else end and end - 1
         return SourceFiles([SourceFile(source)], first, [] if first == 0 else None, None)
     if scheme_of(source):
@@ -259,9 +257,7 @@ def find_features(source: str, found: SourceFiles, elsewhere: str | None) -> lis
         return find_parts(elsewhere, found.first, found.first + len(found.files)).files
     if is_web(elsewhere):
         if len(found.files) > 1:
-            raise UsageError(
-                f"{redacted(elsewhere)} is one file; put {{part:04d}} in the number's place"
-            )
+            raise UsageError(f"{redacted(elsewhere)} is one file; {USE_PART}")
         return [SourceFile(elsewhere)]
     url, names = split_source(elsewhere)
     folder = open_folder(url)
@@ -284,9 +280,8 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
         if not lacking:
             return [folder.files[other] for other in same.values()]
         if len(lacking) < len(same):
-            raise MissingError(
-                f"{folder.url}: {lacking[0]} has no features beside it; {NAME_FEATURES}"
-            )
+            text = f"{folder.url}: {lacking[0]} has no features beside it"
+            raise MissingError(f"{text}; {NAME_FEATURES}")
     for place in (folder, folder.parent()):
         if place is not None and FEATURES in place.folders:
             inner = place.child(FEATURES)

@@ -187,10 +187,8 @@ def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any
     stream = remote.open_stream(file.url, begin, None if checked else version, file.token)
     total = stream.total if stream.total is not None else file.size
     if file.size is not None and total != file.size:
-        raise SnipError(
-            f"{file.shown}: expected {file.size:,} bytes, the source has {total:,}; it was "
-            "replaced, or its list of files is wrong: ask who publishes it"
-        )
+        text = f"{file.shown}: expected {file.size:,} bytes, the source has {total:,}"
+        raise SnipError(f"{text}; it was replaced: run again")
     if stream.begin and not checked and (stream.version, total) != (version, note.get("total")):
         raise RangeError(f"{file.shown} was replaced while it was fetched")
     if file.size is None and total is not None:
@@ -223,8 +221,7 @@ def check_bytes(file: SourceFile, part: PartFile, size: int) -> None:
         if expected is not None and digest(part.path) != expected:
             raise ChecksumError(
                 f"{file.shown}: wrong checksum: expected {name} {expected}, found "
-                f"{digest(part.path)}; it was damaged on the way or replaced: run again, and if it "
-                "stays ask who publishes it"
+                f"{digest(part.path)}; run again, or ask who publishes it"
             )
 
 

@@ -73,6 +73,14 @@ class Shard:
         self.take_into(rows, found)
         return found
 
+    def size(self) -> int:
+        """Return its bytes."""
+        return self.path.stat().st_size
+
+    def changed(self) -> int:
+        """Return when the file was last changed, ns; of an array the CRC32."""
+        return self.path.stat().st_mtime_ns
+
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
         """Write rows ``start`` to ``stop`` to ``out``, whose dtype may be wider."""
         raise NotImplementedError
@@ -88,6 +96,14 @@ class ArrayShard(Shard):
     def __init__(self, array: np.ndarray, name: str) -> None:
         super().__init__(Path(name), array.shape, array.dtype)
         self.array = array
+
+    def size(self) -> int:
+        """See `Shard.size`."""
+        return self.array.nbytes
+
+    def changed(self) -> int:
+        """See `Shard.changed`."""
+        return zlib.crc32(np.ascontiguousarray(self.array).view(np.uint8).data)
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
         """See `Shard.read_into`."""

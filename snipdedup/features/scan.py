@@ -6,7 +6,7 @@ compared, so that what follows sees distinct rows only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ Visit = Callable[[int, np.ndarray, Directions], None]
 
 
 class Scan(NamedTuple):
-    """What one read of all rows tells.
+    """What one read of all rows finds.
 
     Attributes
     ----------
@@ -51,8 +51,8 @@ class Scan(NamedTuple):
     def skipped(self, rows: int, frozen: int = 0) -> np.ndarray:
         """Return which rows take no part in a search, (rows,) bool.
 
-        Of the copies of a row below ``frozen``, whose pairs among themselves are not wanted, the
-        first one from ``frozen`` on takes part: its pairs are.
+        Rows below ``frozen`` are not compared with each other. Of the copies of such a row, the
+        first one from ``frozen`` on takes part: its pairs are wanted.
         """
         skip = np.zeros(rows, bool)
         skip[self.bad] = True
@@ -66,7 +66,7 @@ class Scan(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What reading a range of rows tells.
+    """What reading a range of rows finds.
 
     Attributes
     ----------
@@ -88,16 +88,7 @@ class Seen(NamedTuple):
 
 
 def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -> Scan:
-    """Read all rows once.
-
-    Parameters
-    ----------
-    features : Features
-    chunk_rows : int
-        Rows read at a time, rounded up to whole blocks.
-    threads : int
-    keep_bad : bool
-        List bad rows instead of refusing them.
+    """Read all rows once, ``chunk_rows`` (rounded up to whole blocks) at a time.
 
     Raises
     ------
@@ -157,54 +148,39 @@ def finish_scan(
     threads: int,
     folder: Path | None = None,
 ) -> Scan:
-    """Put the parts of a scan together: refuse or list bad rows, find exact copies.
-
-    ``folder`` takes what does not fit into memory; see `find_copies`.
-    """
+    """Join the parts of a scan: refuse or list bad rows, find exact copies (`find_copies`)."""
     bad = np.concatenate([part.bad for part in parts])
     if len(bad) and not keep_bad:
-        raise InputError(describe_bad(features, bad))
+        raise bad_rows_error(features, bad)
     copies, firsts = find_copies(features, parts, threads, bad=bad, folder=folder)
     checksums = sum_checksums((part.checksums for part in parts), len(features.shards))
     return Scan(bad, copies, firsts, checksums)
 
 
-def describe_bad(features: Features, bad: np.ndarray) -> str:
-    """Say how many rows are bad, and where the first ones are."""
-    return (
-        f"{len(bad):,} of {features.rows:,} rows cannot be compared: {bad_places(features, bad)}; "
-        "mend them, or let them stay unmatched with --bad_rows keep"
-    )
-
-
 def refuse_bad(features: Features, numbers: np.ndarray, rows: np.ndarray) -> None:
-    """Refuse rows that cannot be compared, where they cannot be left out either.
-
-    Parameters
-    ----------
-    features : Features
-    numbers : (n,) int64
-        Global rows.
-    rows : (n, d)
-        What they hold.
-    """
+    """Refuse rows that cannot be compared: (n,) global numbers, and (n, d) what they hold."""
     bad = numbers[bad_rows(rows)]
     if len(bad):
-        raise InputError(
-            f"rows without a direction: {bad_places(features, bad)}; expected finite values that "
-            "are not all zero: mend or remove such rows first"
-        )
+        raise bad_rows_error(features, bad, partial=True)
 
 
-def bad_places(features: Features, bad: np.ndarray) -> str:
-    """Say where the first bad rows are, and what they hold."""
+def bad_rows_error(features: Features, bad: np.ndarray, *, partial: bool = False) -> InputError:
+    """Return the refusal of rows that cannot be compared: how many, where and what they are.
+
+    ``partial``: not all rows were looked at, and there is no way to keep bad ones.
+    """
+    todo = "mend or remove them" if partial else "mend them, or keep them with --bad_rows keep"
     places = []
-    for row in bad[:SHOWN_ROWS]:
-        path, place = features.place(int(row))
-        values = features.read(int(row), int(row) + 1)
+    for row in bad[:SHOWN_ROWS].tolist():
+        path, place = features.place(row)
+        values = features.read(row, row + 1)
         what = "NaN" if np.isnan(values).any() else "infinity" if values.any() else "zeros only"
         places.append(f"{path} row {place} ({what})")
-    return ", ".join(places) + (", ..." if len(bad) > SHOWN_ROWS else "")
+    shown = ", ".join(places) + (", ..." if len(bad) > SHOWN_ROWS else "")
+    return InputError(
+        f"{'at least ' * partial}{len(bad):,} of {features.rows:,} rows cannot be compared: "
+        f"{shown}; expected finite values that are not all zero: {todo}"
+    )
 
 
 def find_copies(
@@ -227,12 +203,18 @@ def find_copies(
     folder : Path, optional
         For hashes and copies that do not fit into memory; the latter stay there, mapped.
     """
-    pair = np.dtype([("row", row_kind(features.rows)), ("first", row_kind(features.rows))])
-    known = Spread(features.rows, 0, features.rows)
-    pairs = Sorter(
-        folder and folder / "pairs", pair, lambda r: r["row"].astype(np.uint64), spread=known
-    )
-    for records in by_hash(features.rows, parts, folder):
+    row = row_kind(features.rows)
+    hashed = np.dtype([("hash", "<u8"), ("row", row)])
+    even = Spread(features.rows, 0, (1 << 64) - 1)  # as hashes are
+    path = folder and folder / "hashes"
+    hashes = Sorter(path, hashed, lambda r: r["hash"], held=SORT_ROWS, spread=even)
+    for part in parts:
+        found = part.load_hashes()
+        hashes.add(pack(hashed, found, np.arange(hashes.count, hashes.count + len(found))))
+    pair, known = np.dtype([("row", row), ("first", row)]), Spread(features.rows, 0, features.rows)
+    path = folder and folder / "pairs"
+    pairs = Sorter(path, pair, lambda r: r["row"].astype(np.uint64), spread=known)
+    for records in hashes.ascending():
         copies, firsts = equal_to_first(features, records, threads)
         if bad is not None and len(bad):
             keep = ~among(bad, copies)
@@ -246,27 +228,12 @@ def find_copies(
     return copies, firsts
 
 
-def by_hash(rows: int, parts: Sequence[Seen], folder: Path | None) -> Iterator[np.ndarray]:
-    """Yield ``hash`` and ``row`` of all rows, in parts that hold all rows of each hash."""
-    kind = np.dtype([("hash", "<u8"), ("row", row_kind(rows))])
-    even = Spread(rows, 0, (1 << 64) - 1)  # as hashes are
-    hashes = Sorter(
-        folder and folder / "hashes", kind, lambda r: r["hash"], held=SORT_ROWS, spread=even
-    )
-    start = 0
-    for part in parts:
-        found = part.load_hashes()
-        hashes.add(pack(kind, found, np.arange(start, start + len(found))))
-        start += len(found)
-    yield from hashes.ascending()
-
-
 def equal_to_first(
     features: Features, records: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return those rows that equal an earlier one, and the first such row.
 
-    ``records`` have ``hash`` and ``row``.
+    ``records`` have ``hash`` and ``row``: all rows of each hash among them.
     """
     hashes = np.ascontiguousarray(records["hash"])
     order = np.argsort(hashes)  # not a stable sort, which takes five times as long
@@ -290,13 +257,13 @@ def equal_to_first(
 
 def equal_rows(features: Features, x: np.ndarray, y: np.ndarray, threads: int = 1) -> np.ndarray:
     """Return which pairs of rows are equal bit for bit, gathering them in row order."""
-    equal = np.zeros(len(x), bool)
     order = np.argsort(x)
 
-    def compare(span: tuple[int, int]) -> None:
+    def compare(span: tuple[int, int]) -> np.ndarray:
         part = order[slice(*span)]
-        equal[part] = same_bits(features.gather(x[part]), features.gather(y[part]))
+        return same_bits(features.gather(x[part]), features.gather(y[part]))
 
-    for _ in ordered_map(compare, plan_blocks(len(x), COMPARE_ROWS), threads):
-        pass
+    parts = ordered_map(compare, plan_blocks(len(x), COMPARE_ROWS), threads)
+    equal = np.zeros(len(x), bool)
+    equal[order] = np.concatenate([np.empty(0, bool), *parts])
     return equal

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +28,7 @@ IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Rows ``start`` to ``stop`` (exclusive) of shard number ``shard``."""
 
     shard: int
@@ -55,14 +52,10 @@ def plan_pieces(offsets: np.ndarray, start: int, stop: int) -> list[Piece]:
         Global rows, ``stop`` exclusive.
     """
     first = int(np.searchsorted(offsets, start, side="right")) - 1
-    pieces = []
-    for shard in range(first, len(offsets) - 1):
-        low, high = int(offsets[shard]), int(offsets[shard + 1])
-        if low >= stop:
-            break
-        if max(start, low) < min(stop, high):
-            pieces.append(Piece(shard, max(start, low) - low, min(stop, high) - low))
-    return pieces
+    last = int(np.searchsorted(offsets, stop))
+    cuts = [(n, *offsets[n : n + 2].tolist()) for n in range(first, min(last, len(offsets) - 1))]
+    pieces = [Piece(n, max(start, low) - low, min(stop, high) - low) for n, low, high in cuts]
+    return [piece for piece in pieces if piece.start < piece.stop]
 
 
 class Features:
@@ -105,11 +98,15 @@ class Features:
         stop = min(stop, self.rows)
         rows = np.empty((stop - start, self.dim), self.dtype) if out is None else out
         rows = rows[: stop - start]
+        for piece, place in self._pieces(start, stop):
+            self.shards[piece.shard].read_into(piece.start, piece.stop, rows[place])
+        return rows
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Piece, slice]]:
+        """Yield the pieces of rows ``start`` to ``stop``, and the place of each among them."""
         for piece in plan_pieces(self.offsets, start, stop):
             first = int(self.offsets[piece.shard]) - start
-            part = rows[first + piece.start : first + piece.stop]
-            self.shards[piece.shard].read_into(piece.start, piece.stop, part)
-        return rows
+            yield piece, slice(first + piece.start, first + piece.stop)
 
     def checksums(
         self, start: int, rows: np.ndarray, hashes: np.ndarray | None = None
@@ -119,12 +116,12 @@ class Features:
         ``hashes`` saves making them; see `hashing.sum_checksums`.
         """
         found = []
-        for piece in plan_pieces(self.offsets, start, start + len(rows)):
-            shard, first = self.shards[piece.shard], int(self.offsets[piece.shard]) - start
-            part = slice(first + piece.start, first + piece.stop)
-            own = hashes[part] if hashes is not None and shard.dtype == self.dtype else None
-            if own is None:  # those of the rows as the shard stores them, whatever the others do
-                own = row_hashes(rows[part].astype(shard.dtype, copy=False))
+        for piece, place in self._pieces(start, start + len(rows)):
+            dtype = self.shards[piece.shard].dtype
+            if hashes is not None and dtype == self.dtype:
+                own = hashes[place]
+            else:  # hashes of rows as the shard stores them, whatever the other shards do
+                own = row_hashes(rows[place].astype(dtype, copy=False))
             found.append((piece.shard, rows_checksum(own, piece.start)))
         return found
 
@@ -136,7 +133,7 @@ class Features:
         rows : (n,) int64
             Global row numbers, any order, repeats allowed.
         """
-        if _ascending(rows):
+        if (rows[1:] > rows[:-1]).all():
             return self.gather_ascending(rows)
         wanted, back = np.unique(rows, return_inverse=True)
         return self.gather_ascending(wanted)[back]
@@ -174,25 +171,13 @@ class Features:
     def describe(self) -> list[dict[str, Any]]:
         """Return name, size, rows and dtype of each shard, as manifests hold them."""
         return [
-            {
-                "name": shard.path.name,
-                "size": _size(shard),
-                "rows": shard.rows,
-                "dtype": str(shard.dtype),
-            }
-            for shard in self.shards
+            {"name": s.path.name, "size": s.size(), "rows": s.rows, "dtype": str(s.dtype)}
+            for s in self.shards
         ]
 
     def refuse_changed(self) -> None:
         """Refuse files that changed since they were opened; see `refuse_changed`."""
         refuse_changed(self.paths(), self.opened)
-
-    def stamps(self) -> list[int]:
-        """Return what tells each shard from another of its name, size and shape.
-
-        When a file was last changed, ns; of an array the CRC32.
-        """
-        return [_stamp(shard) for shard in self.shards]
 
 
 def identities(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
@@ -220,7 +205,8 @@ def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]
 
 def request_of(features: Features) -> dict[str, Any]:
     """Return what tells features from others, as the entries of a request (`out_folder.claim`)."""
-    return {"features": features.describe(), "features_changed": features.stamps()}
+    changed = [shard.changed() for shard in features.shards]
+    return {"features": features.describe(), "features_changed": changed}
 
 
 def accept_dates(request: dict[str, Any], features: Features, finished: dict[str, Any]) -> None:
@@ -244,22 +230,6 @@ def accept_dates(request: dict[str, Any], features: Features, finished: dict[str
         if request["features"][number] == described and not isinstance(own, ArrayShard):
             same = checksum_text(shard_checksum(own)) == shard["checksum"]
             stamps[number] = date if same else stamps[number]
-
-
-def _ascending(rows: np.ndarray) -> bool:
-    return bool(np.all(rows[1:] > rows[:-1]))
-
-
-def _size(shard: Shard) -> int:
-    if isinstance(shard, ArrayShard):
-        return shard.array.nbytes
-    return shard.path.stat().st_size
-
-
-def _stamp(shard: Shard) -> int:
-    if isinstance(shard, ArrayShard):
-        return zlib.crc32(np.ascontiguousarray(shard.array).view(np.uint8).data)
-    return shard.path.stat().st_mtime_ns
 
 
 def open_features(
@@ -301,9 +271,8 @@ def open_features(
         elif not isinstance(item, str | Path):
             raise no_features(source, item)
         elif is_remote(item):
-            found = find_remote(str(item), parts, SUFFIXES, "no shard found")
-            refuse_mixture(found, redacted(str(item)))
-            shards += map_requests(partial(open_shard, array=array, column=column), found)
+            open_one = partial(open_shard, array=array, column=column)
+            shards += map_requests(open_one, find_shards(item, parts))
         else:
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
@@ -357,12 +326,20 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
     UsageError
         If ``--parts`` and the pattern do not go together.
     """
-    text = str(spec)
-    if "{part" in text:
-        return part_paths(text, parts)
-    if parts is not None:
-        raise UsageError(f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {text}")
-    path = Path(text).expanduser()
+    text, path = str(spec), Path(spec).expanduser()
+    if is_remote(spec):
+        found = find_remote(text, parts, SUFFIXES, "no shard found")
+        refuse_mixture(found, redacted(text))
+        return found
+    numbers = part_numbers(text, parts)
+    if numbers is not None:
+        found = [Path(name).expanduser() for name in expand_parts(text, range(*numbers))]
+        missing = [path for path in found if not path.is_file()]
+        if missing:
+            raise SnipError(
+                f"no shard found: {missing[0]} ({len(missing)} of {len(found)} are missing)"
+            )
+        return found
     if path.is_dir():
         return folder_shards(path)
     if path.is_file():
@@ -378,14 +355,9 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
 
 def find_remote(url: str, parts: str | None, suffixes: Sequence[str], none: str) -> list[Path]:
     """Return the files that a URL means, in order; see `listing.find_remote_files`."""
-    if "{part" in url:
-        numbers = parse_parts(parts, redacted(url))
-        return listing.find_remote_files(url, numbers, suffixes, none)
-    if parts is not None:
-        raise UsageError(
-            f"--parts needs a pattern such as img_emb_{{part:04d}}.npy, found {redacted(url)}"
-        )
-    return natural_sort(listing.find_remote_files(url, None, suffixes, none))
+    numbers = part_numbers(url, parts)
+    found = listing.find_remote_files(url, numbers, suffixes, none)
+    return natural_sort(found) if numbers is None else found
 
 
 def folder_shards(folder: Path) -> list[Path]:
@@ -422,23 +394,24 @@ def implied_metadata(spec: str | Path) -> Path | None:
     return metadata if metadata.is_dir() else None
 
 
-def part_paths(pattern: str, parts: str | None) -> list[Path]:
-    """Expand a ``{part:04d}`` pattern over ``--parts start:end``."""
-    numbers = range(*parse_parts(parts, pattern))
-    paths = [Path(location).expanduser() for location in expand_parts(pattern, numbers)]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise SnipError(
-            f"no shard found: {missing[0]} ({len(missing)} of {len(paths)} are missing)"
-        )
-    return paths
+def part_numbers(pattern: str, parts: str | None) -> tuple[int, int] | None:
+    """Return (0, 2) of ``"0:2"``; None where there is neither a ``{part}`` nor such numbers.
 
-
-def parse_parts(parts: str | None, pattern: str = "{part}") -> tuple[int, int]:
-    """Parse ``"0:2"`` into (0, 2)."""
+    Raises
+    ------
+    UsageError
+        If there is only one of them, or the numbers are none.
+    """
+    if "{part" not in pattern:
+        if parts is not None:
+            found = redacted(pattern)
+            raise UsageError(f"--parts needs a pattern such as img_{{part:04d}}.npy, found {found}")
+        return None
     match = re.fullmatch(r"(\d+):(\d+)", parts or "")
     if not match or int(match[1]) >= int(match[2]):
-        raise UsageError(f"{pattern} needs --parts START:END, end exclusive, found {parts!r}")
+        raise UsageError(
+            f"{redacted(pattern)} needs --parts START:END, end exclusive, found {parts!r}"
+        )
     if int(match[2]) > MOST_FILES:
         raise UsageError(f"--parts {parts}: numbers of files go up to {MOST_FILES:,}")
     return int(match[1]), int(match[2])

@@ -18,7 +18,7 @@ from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, sum_checksums
-from snipdedup.features.scan import describe_bad
+from snipdedup.features.scan import bad_rows_error
 from snipdedup.features.shards import Features, accept_dates, open_features, request_of
 from snipdedup.index.export import export_faiss
 from snipdedup.index.folder import (
@@ -285,7 +285,7 @@ def write_codes(
                 codes, checksum = encode_shard(features, number, space, quantiser, threads)
                 if len(codes.bad) and not keep_bad:
                     bad = codes.bad + features.offsets[number]
-                    raise InputError(describe_bad(features, bad))
+                    raise bad_rows_error(features, bad)
                 atomic.save_npz(path, **codes._asdict())
                 body = {"checksum": checksum_text(checksum)}
                 atomic.write_done_file(shard_done_file(path), [path], body)

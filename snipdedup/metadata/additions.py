@@ -60,7 +60,7 @@ def added_columns(
 ) -> Iterator[list[AddedColumn]]:
     """Yield the columns that a run adds, in the order of `added_names`."""
     with ExitStack() as stack:
-        columns: list[AddedColumn] = [dup_counts(removed, work / "counts")]
+        columns: list[AddedColumn] = [DupCounts(removed, work / "counts")]
         removed = removed.followed()
         if settings.weights:
             columns.append(Weights(removed, work / "weights"))
@@ -113,26 +113,20 @@ class RemovedRows(NamedTuple):
         return row, count
 
 
-class ListedValues:
-    """A column of one value, ``other``, except for some rows.
+class DupCounts:
+    """The column ``dup_count``: how many removed rows have this representative."""
 
-    ``rows`` (n,) int64 are ascending, ``values`` (n,) are theirs; both may be mapped.
-    """
+    field = pa.field(DUP_COUNT, pa.int64())
 
-    def __init__(self, field: Any, rows: np.ndarray, values: np.ndarray, other: Any) -> None:
-        self.field, self.rows, self.values, self.other = field, rows, values, other
+    def __init__(self, removed: RemovedRows, path: Path | None = None) -> None:
+        self.representatives, self.counts = removed.counts(path)
 
     def between(self, start: int, stop: int) -> Any:
         """See `AddedColumn`."""
-        low, high = np.searchsorted(self.rows, [start, stop])
-        found = np.full(stop - start, self.other)
-        found[self.rows[low:high] - start] = self.values[low:high]
-        return pa.array(found, self.field.type)
-
-
-def dup_counts(removed: RemovedRows, path: Path | None = None) -> ListedValues:
-    """Return the column ``dup_count``: how many removed rows have this representative."""
-    return ListedValues(pa.field(DUP_COUNT, pa.int64()), *removed.counts(path), 0)
+        low, high = np.searchsorted(self.representatives, [start, stop])
+        found = np.zeros(stop - start, np.int64)
+        found[self.representatives[low:high] - start] = self.counts[low:high]
+        return pa.array(found)
 
 
 class Weights:

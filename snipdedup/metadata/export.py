@@ -6,6 +6,7 @@ and the other removed, the list is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata.kept_rows import count_kept
-from snipdedup.metadata.keys import as_bytes, fingerprints, flat_bytes, number_equal
+from snipdedup.metadata.keys import fingerprints, number_equal
 from snipdedup.metadata.precheck import ColumnUse
 from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, Table, as_texts
 from snipdedup.storage import atomic
@@ -25,10 +26,7 @@ from snipdedup.storage.external_sort import Sorter, Spread, pack
 FOLDER = "export"
 DATACOMP, KEYS = "datacomp", "keys"
 UID = np.dtype("u8,u8")  # the type that DataComp's resharder reads
-DIGITS = 32  # of a uid
-NIBBLES = np.full(256, 255, np.uint8)  # value of each hexadecimal digit
-NIBBLES[list(b"0123456789abcdef")] = np.arange(16)
-NIBBLES[list(b"ABCDEF")] = np.arange(10, 16)
+UID_TEXT = re.compile("[0-9a-fA-F]{32}")
 RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("row", "<i8"), ("is_dup", "?")])
 
 Numbers = Callable[[Metadata, Table, int, Any, np.ndarray], np.ndarray]
@@ -56,8 +54,7 @@ def list_uses(columns: dict[str, str], metadata: Metadata) -> list[ColumnUse]:
     def convert(numbers: Numbers, file: Table, batch: Any) -> None:
         removed = np.ones(batch.num_rows, bool)  # which rows need a key is not known yet
         numbers(metadata, file, first[file.path], batch, removed)
-        if numbers is key_numbers:
-            as_texts(file, batch.schema.names[0], batch.column(0))
+        as_texts(file, batch.schema.names[0], batch.column(0))
 
     uses = {
         DATACOMP: (partial(convert, uid_numbers), "leave datacomp out of --export"),
@@ -119,9 +116,9 @@ def _refuse_shared(metadata: Metadata, column: str, records: np.ndarray) -> None
         text = metadata.take(column, np.array([kept]))[0].as_py()
         raise SnipError(
             f"{len(shared):,} rows share their {column} with a row that is decided otherwise: "
-            f"{text!r} stays in {metadata.place(kept)} and goes in {metadata.place(gone)}. A list "
-            f"by {column} cannot tell them apart; use the files in metadata/, or a column without "
-            "repeats"
+            f"{text!r} is kept in {metadata.place(kept)} and removed in {metadata.place(gone)}; "
+            f"a list by {column} cannot tell them apart; use the files in metadata/, or a column "
+            "without repeats"
         )
 
 
@@ -130,19 +127,13 @@ def uid_numbers(
 ) -> np.ndarray:
     """Return uids as numbers, (2, n) uint64: the first 16 hexadecimal digits and the last 16."""
     del is_dup  # wrong uids are not DataComp's, whichever rows are kept
-    data, starts = flat_bytes(as_bytes(file, batch.schema.names[0], batch.column(0)))
-    whole = np.diff(starts) == DIGITS
-    digits = np.full((batch.num_rows, DIGITS), 255, np.uint8)
-    digits[whole] = NIBBLES[data[starts[:-1][whole, None] + np.arange(DIGITS)]]
-    wrong = np.flatnonzero((digits > 15).any(axis=1))
-    if len(wrong):
-        text = batch.column(0)[int(wrong[0])].as_py()
-        raise SnipError(
-            f"{metadata.place(first + int(wrong[0]))}: uid {text!r}, expected {DIGITS} "
-            "hexadecimal digits, as DataComp's"
-        )
-    packed = (digits[:, 0::2] << 4) | digits[:, 1::2]
-    return np.ascontiguousarray(packed.view(">u8").astype(np.uint64).T)
+    uids = as_texts(file, batch.schema.names[0], batch.column(0)).to_pylist()
+    for row, uid in enumerate(uids, first):
+        if not UID_TEXT.fullmatch(uid or ""):
+            raise SnipError(
+                f"{metadata.place(row)}: uid {uid!r}, expected 32 hexadecimal digits, as DataComp's"
+            )
+    return np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype(np.uint64).reshape(-1, 2).T
 
 
 def key_numbers(

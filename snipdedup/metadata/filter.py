@@ -5,6 +5,7 @@ The mask's rows are found by position, or by what columns say (`join_by_key`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,41 +47,40 @@ DONE = "whole"  # below the work folder: which of these files are
 
 @dataclass(frozen=True)
 class FilterResult:
-    """What ``snip filter`` did.
+    """What ``snip filter`` wrote to ``out``.
 
     Attributes
     ----------
-    out : Path
     files : list of dict
         Each file's ``name``, ``number`` in the whole set (None where unknown), ``rows``, ``kept``.
+    rows, kept : int
+        Rows of all files, before and after.
     join : dict or None
         With ``--on``: rows by how they were found, as the manifest has them.
-    notes : sequence of str
-        Lines for people: how rows were found or checked.
-    was_finished : bool
-        True where a run of the same settings had written all of it before.
+    text : str
+        The summary that the command prints.
     """
 
     out: Path
     files: list[dict[str, Any]]
-    join: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-    was_finished: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows of all files before."""
-        return sum(file["rows"] for file in self.files)
-
-    @property
-    def kept(self) -> int:
-        """Rows that were written."""
-        return sum(file["kept"] for file in self.files)
+    rows: int
+    kept: int
+    join: dict[str, Any] | None
+    text: str
 
     def __str__(self) -> str:
-        if self.was_finished:
-            return f"{self.out} is finished already: {describe_kept(self.files)}"
-        return "\n".join([f"{self.out}: {describe_kept(self.files)}", *self.notes])
+        """Return the summary."""
+        return self.text
+
+
+def describe_filter(
+    out: Path, body: dict[str, Any], note: str = "", lines: Sequence[str] = ()
+) -> FilterResult:
+    """Return the result from the manifest's ``body``."""
+    files = body["files"]
+    rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
+    text = "\n".join([f"{out}{note}: {describe_kept(files)}", *lines])
+    return FilterResult(out, files, rows, kept, body.get("join"), text)
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,16 @@ def run(options: Filter) -> FilterResult:
     kept_names(metadata.files)  # refused before anything is written
     kinds = named_kinds("export", options.export, EXPORTS)
     columns = list_columns(kinds, metadata, options.key)
-    try_uses(metadata, list_uses(columns, metadata), join)
+    uses = [*list_uses(columns, metadata), *([join.columns.use()] if join else [])]
+    write = ColumnUse(None, try_writing, "leave it out of the metadata", by_schema=True)
+    try_column_uses(metadata, [*uses, write])
+    if join is not None:
+        try_column_uses(join.known, [join.known_columns.use()])
     names = ("on", "unmatched", "ambiguous", "export", "key")
     flags = {name: getattr(options, name) for name in names}
     request = describe_request(chosen, mask, join, flags)
     if out_folder.claim(out, KIND, request, overwrite=options.overwrite) == "done":
-        return FilterResult(out, read_manifest(out, KIND)["files"], was_finished=True)
+        return describe_filter(out, read_manifest(out, KIND), " is finished already")
     body = {"settings": options.as_dict(), "request": request}
     return filter_rows(out, chosen, mask, join, columns, "mask" in kinds, body)
 
@@ -154,7 +158,10 @@ def filter_rows(
         out_folder.release(out)  # an earlier result there is left as it is
         raise
     if export_mask:
-        lists.append(write_mask(lists_folder / "is_dup.npy", is_dup))
+        lists.append(lists_folder / "is_dup.npy")
+        with atomic.writing_npy(lists[-1], np.dtype(bool), is_dup.shape) as file:
+            for start, stop in plan_blocks(len(is_dup), SCAN_ROWS):
+                np.ascontiguousarray(is_dup[start:stop]).tofile(file)
     body["files"], written = write_rows(chosen, is_dup, work)
     try:
         mask.refuse_changed()
@@ -166,16 +173,7 @@ def filter_rows(
         out_folder.release(out)
         raise
     out_folder.publish(out, KIND, body, [*written, *lists])
-    return FilterResult(out, body["files"], body.get("join"), tuple(notes))
-
-
-def try_uses(metadata: Metadata, lists: list[ColumnUse], join: KeyJoin | None) -> None:
-    """Refuse columns of which lists, keys or files could not be made once the work is done."""
-    uses = [*lists, *([join.columns.use()] if join else [])]
-    write = ColumnUse(None, try_writing, "leave it out of the metadata", by_schema=True)
-    try_column_uses(metadata, [*uses, write])
-    if join is not None:
-        try_column_uses(join.known, [join.known_columns.use()])
+    return describe_filter(out, body, lines=notes)
 
 
 def open_embeddings(specs: str | None, metadata: Metadata) -> dict[str, Features]:
@@ -297,11 +295,3 @@ def write_features(features: Features, is_dup: np.ndarray, folder: Path, done: P
             bar.update(shard.rows)
             paths.append(path)
     return paths
-
-
-def write_mask(path: Path, is_dup: np.ndarray) -> Path:
-    """Write the mask of the rows at hand, block by block."""
-    with atomic.writing_npy(path, np.dtype(bool), (len(is_dup),)) as file:
-        for start, stop in plan_blocks(len(is_dup), SCAN_ROWS):
-            np.ascontiguousarray(is_dup[start:stop]).tofile(file)
-    return path

@@ -178,10 +178,10 @@ class KeyJoin:
     def _refusal(self, state: int, result: JoinResult, metadata: Metadata) -> str:
         key, known, content = ", ".join(self.columns.key), self.known.describe(), self.columns[1]
         problem = {
-            UNMATCHED: f"are not in {known} by their {key}: another column or set? If they shall "
-            "stay or go anyhow, say so with --unmatched keep or remove",
-            AMBIGUOUS: f"have a {key} that both stays and goes in {known}: it does not tell rows "
-            "apart; name more columns by comma, or say --ambiguous keep or remove",
+            UNMATCHED: f"are not in {known} by their {key}: another column or set? If not, "
+            "choose what becomes of them: --unmatched keep or remove",
+            AMBIGUOUS: f"have a {key} that is both kept and removed in {known}: it does not "
+            "tell rows apart; name more columns by comma, or say --ambiguous keep or remove",
             CONTRADICTED: f"have the {key} of a row of {known} but another {content}: numbers of "
             f"another download? Join by --on {content}",
         }
@@ -201,14 +201,16 @@ class KeyJoin:
         lines = [f"  matched by {', '.join(self.columns.key):<12}{matched:>12,}"]
         reasons = {
             UNMATCHED: "not in the mask's set",
-            AMBIGUOUS: "of these: their key both stays and goes there",
+            AMBIGUOUS: "of these: their key is both kept and removed there",
             CONTRADICTED: f"another {self.columns.content}, so no match",
         }
         for state, reason in reasons.items():
-            where = ", ".join(metadata.place(row) for row in result.examples[state])
-            fate = f"; they {'go' if state in self.removing else 'stay'}: {where}" if where else ""
+            line = f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}"
+            if counts[state]:
+                where = ", ".join(metadata.place(row) for row in result.examples[state])
+                line += f"; they are {'removed' if state in self.removing else 'kept'}: {where}"
             if counts[state] or state != CONTRADICTED:
-                lines.append(f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}{fate}")
+                lines.append(line)
         lines.append(f"  {'repeated':<23}{result.repeated:>12,}  share their key with another row")
         return "\n".join(lines)
 

@@ -35,7 +35,7 @@ def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
     prints = np.zeros((2, batch.num_rows), np.uint64)
     known = np.ones(batch.num_rows, bool)
     for name, values in zip(batch.schema.names, batch.columns, strict=True):
-        data, starts = flat_bytes(as_bytes(table, name, values))
+        data, starts = _flat_bytes(as_bytes(table, name, values))
         prints = _mix_in(prints, data, starts)
         known &= np.diff(starts) > 0
     return prints, known
@@ -63,7 +63,7 @@ def is_binary(kind: Any) -> bool:
     )
 
 
-def flat_bytes(values: Any) -> tuple[np.ndarray, np.ndarray]:
+def _flat_bytes(values: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the bytes of a ``large_binary`` array, and where each value begins.
 
     Returns
@@ -81,7 +81,7 @@ def flat_bytes(values: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mix_in(prints: np.ndarray, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return fingerprints after one more value each, from `flat_bytes`.
+    """Return fingerprints after one more value each, from `_flat_bytes`.
 
     Two lanes of multiply and xor-shift take eight bytes a step of all values at once. Each step is
     a bijection of the lane, so values that differ in one word never meet before another differs.
@@ -109,8 +109,11 @@ def _mix_in(prints: np.ndarray, data: np.ndarray, starts: np.ndarray) -> np.ndar
 
 def number_equal(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Return a number from 0 for each of n fingerprints, (n,) int64, the same for equal ones."""
-    order = np.lexsort((low, high))
-    new = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    order = np.argsort(high)
+    new, other = (np.diff(lane[order]) != 0 for lane in (high, low))
+    if (other & ~new).any():  # one lane alone does not tell them apart: hardly ever
+        order = np.lexsort((low, high))
+        new = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
     number = np.zeros(len(high), np.int64)
     number[order[1:]] = np.cumsum(new)
     return number

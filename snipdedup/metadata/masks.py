@@ -393,7 +393,7 @@ def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -
                     f"the row that {groups.parent} removed there {there['key'][0].as_py()!r}: "
                     f"these rows are in another order, or are others; find them by --on {column}"
                 )
-    return f"  checked: the {column} of {count:,} rows that go is that in {groups}"
+    return f"  checked: the {column} of {count:,} removed rows is that in {groups}"
 
 
 def _key_column(groups: Path, mask: Mask, metadata: Metadata) -> str | None:
@@ -426,4 +426,4 @@ def describe_kept(files: Sequence[dict[str, Any]]) -> str:
     """Return one line about how many rows are kept, from the ``files`` of a manifest."""
     rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
     share = f", {(rows - kept) / rows:.1%}" if rows else ""
-    return f"{kept:,} of {rows:,} rows stay in {len(files)} files ({rows - kept:,} removed{share})"
+    return f"{kept:,} of {rows:,} rows kept in {len(files)} files ({rows - kept:,} removed{share})"

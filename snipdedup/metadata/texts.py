@@ -22,14 +22,9 @@ CAPTIONS, URLS = ("caption", "text"), ("url", "image_url")
 
 @dataclass(frozen=True)
 class RowTexts:
-    """Columns of the metadata, by row of the set.
+    """Columns of the metadata (None where none is left), by row of the set.
 
-    Attributes
-    ----------
-    metadata : Metadata or None
-        None where no metadata is left.
-    is_dup : (rows,) bool or None
-        Given where the metadata holds the kept rows only.
+    ``is_dup``, (rows,) bool, is given where the metadata holds the kept rows only.
     """
 
     metadata: Metadata | None
@@ -62,21 +57,15 @@ def removed_before(is_dup: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def open_texts(out: Path, manifest: dict[str, Any], asked: str | None = None) -> RowTexts:
     """Open the metadata of a finished run of ``snip dedup``.
 
-    Parameters
-    ----------
-    out : Path
-    manifest : dict
-    asked : str, optional
-        Metadata that the user named; it is refused if it does not match the run's rows.
+    ``asked`` is metadata that the user named; it is refused if it does not match the run's rows.
     """
     shards = [(shard["name"], shard["rows"]) for shard in manifest["shards"]]
     if asked is not None:
         metadata = open_metadata(asked)
         metadata.check_rows(shards)
         return RowTexts(metadata)
-    metadata_of_run = find_run_metadata(manifest)
-    if metadata_of_run is not None:
-        return RowTexts(metadata_of_run)
+    if (found := find_run_metadata(manifest)) is not None:
+        return RowTexts(found)
     if (out / "metadata").is_dir():
         return RowTexts(open_metadata(out / "metadata"), np.load(out / "is_dup.npy", mmap_mode="r"))
     return RowTexts(None)

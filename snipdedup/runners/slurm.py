@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,15 +23,15 @@ from snipdedup.storage.manifest import MANIFEST
 
 T = TypeVar("T")
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
+PAUSE_S = 0.2  # between looks for done files
 PATIENCE_S = 120.0  # without a new done file, before the missing ranks are named
 SHOWN = 8  # ranks that a message names
 
 
 class Share(NamedTuple):
-    """Which of how many processes this is; the rank counts from 0."""
+    """Which of how many processes this is."""
 
-    rank: int
+    rank: int  # from 0
     world_size: int
 
 
@@ -39,14 +40,7 @@ class ShareDone(Exception):  # noqa: N818 - not an error
 
 
 class Slurm:
-    """A process that does its share of the tasks, by the threads or forks of ``local``.
-
-    Parameters
-    ----------
-    out : Path
-        The folder that all processes write; this one has claimed it.
-    share : Share
-    local : Local
+    """A process with its share of the tasks, which ``local`` does; it has claimed ``out``.
 
     Raises
     ------
@@ -74,14 +68,15 @@ class Slurm:
         within: int = 1, *, last: bool = False,
     ) -> Iterator[T]:  # fmt: skip
         """See `base.Runner.each`; tasks done before this process began are checked by it, too."""
-        own, others = [], {}
+        own: list[T] = []
+        others: dict[int, deque[T]] = {}  # by rank
         ends = last and self.rank > 0
         for number, task in enumerate(tasks):
-            is_own = number % self.world_size == self.rank
-            if is_own or (not ends and self.is_older(done_file(task))):
+            rank = number % self.world_size
+            if rank == self.rank or (not ends and self.is_older(done_file(task))):
                 own.append(task)
             else:
-                others[number] = task
+                others.setdefault(rank, deque()).append(task)
 
         def do_if_open(task: T) -> None:
             self.refuse_finished()  # if this process slept meanwhile
@@ -95,32 +90,32 @@ class Slurm:
             )
         yield from self.wait(others, done_file)
 
-    def wait(self, missing: dict[int, T], done_file: Callable[[T], Path]) -> Iterator[T]:
-        """Wait for tasks of other ranks, by their numbers; yield each whose done file is there."""
-        pause, latest = FIRST_PAUSE_S, time.monotonic()
-        with progress.bar(len(missing), "waiting", "tasks") as bar:
-            while missing:
+    def wait(self, others: dict[int, deque[T]], done_file: Callable[[T], Path]) -> Iterator[T]:
+        """Wait for the tasks of other ranks; yield each whose done file is there."""
+        latest = time.monotonic()
+        with progress.bar(sum(map(len, others.values())), "waiting", "tasks") as bar:
+            while others:
                 self.refuse_finished()
-                done = [number for number in missing if done_file(missing[number]).is_file()]
-                for number in done:
-                    yield missing.pop(number)
-                bar.update(len(done))
-                if done:
-                    pause, latest = FIRST_PAUSE_S, time.monotonic()
-                    continue
-                ranks = sorted({number % self.world_size for number in missing})
+                for rank, left in list(others.items()):
+                    while left and done_file(left[0]).is_file():
+                        yield left.popleft()
+                        bar.update(1)
+                        latest = time.monotonic()
+                    if not left:
+                        del others[rank]
+                ranks = sorted(others)
                 named = f"ranks {str(ranks[:SHOWN])[1:-1]}{', ...' if len(ranks) > SHOWN else ''}"
-                bar.set_postfix_str(f"for {named}")
+                bar.set_postfix_str(f"for {named}" if ranks else "")
                 if time.monotonic() - latest > PATIENCE_S:
                     latest = time.monotonic()
                     progress.say(
-                        f"waiting for {named} of {self.world_size}, {len(missing):,} tasks left; "
-                        f"none was done in {PATIENCE_S:.0f} s. Start again what does not run, by "
-                        "the same line; or stop all, and run it without --task_index and "
-                        "--num_tasks: it does what is missing"
+                        f"waiting for {named} of {self.world_size}: no task was done for "
+                        f"{PATIENCE_S:.0f} s. Start again what does not run, by the same line; or "
+                        "stop all, and run it without --task_index and --num_tasks: it does what "
+                        "is missing"
                     )
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+                if others:
+                    time.sleep(PAUSE_S)
 
     def is_older(self, done_file: Path) -> bool:
         """Tell whether a task was done before this process began."""
@@ -141,7 +136,7 @@ def share_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Share |
     Raises
     ------
     UsageError
-        If one of the two flags is missing, or the ranks are not 0 to N - 1.
+        If one of the two flags is missing, or the array has gaps.
     """
     count, rank = options.num_tasks, options.task_index
     if count is None and rank is None:
@@ -149,17 +144,11 @@ def share_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Share |
         return None if alone or options.overwrite else slurm_share(environ)
     if options.out is None:
         raise UsageError("--num_tasks needs --out, the folder that all processes share")
-    array = slurm_share(environ) if count is None or rank is None else None
-    count = array.world_size if array and count is None else count
-    rank = array.rank if array and rank is None else rank
     if count is None or rank is None:
         missing = "--num_tasks" if count is None else "--task_index"
         raise UsageError(
-            f"--task_index I and --num_tasks N go together, I from 0; give {missing} too (a Slurm "
-            "array sets both)"
+            f"--task_index I and --num_tasks N go together, I from 0; give {missing} too"
         )
-    if rank >= count:
-        raise UsageError(f"--task_index must lie between 0 and {count - 1}, found {rank}")
     return Share(rank, count)
 
 

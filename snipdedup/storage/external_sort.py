@@ -1,7 +1,7 @@
-"""Records beyond what memory holds: sorted by a number each, or kept as columns that are mapped.
+"""Records that do not fit into memory: sorted by a number each, or kept as mapped columns.
 
-A block of records is held; what is more lies in files. What comes out does not depend on how much
-is held, but for where parts are cut.
+Up to ``held`` records are in memory, the rest is in files. The result does not depend on ``held``,
+except for where its parts are cut.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class RecordFile:
     def __init__(self, path: Path, kind: np.dtype) -> None:
         self.path, self.kind = path, kind
         self.count, self.low, self.high = 0, (1 << 64) - 1, 0
+        path.unlink(missing_ok=True)  # of a stopped run
 
     def add(self, records: np.ndarray, key: np.ndarray) -> None:
         """Append records that have these keys."""
@@ -59,12 +60,12 @@ class RecordFile:
 
 
 class Sorter:
-    """Takes records in any order, and gives them back by their keys.
+    """Takes records in any order, and returns them by their keys.
 
     Parameters
     ----------
     path : Path or None
-        Where files begin with this name, if they are needed; None: all is held.
+        Files begin with this name; without it all is in memory.
     kind : numpy.dtype
         Of the records.
     key : function of (n,) records
@@ -100,20 +101,20 @@ class Sorter:
             self.spill()
 
     def spill(self) -> None:
-        """Write what waits in memory."""
+        """Write the records that are in memory."""
         if self.path is None or not self.inside:
             return
         if not self.files:
             with explained(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.files = self._files(self.path, self.spread.total)
+                self.files = self._files(self.path, self.spread.total)
         self._route(self._taken(), self.files, self.spread)
 
     def ascending(self) -> Iterator[np.ndarray]:
-        """Yield all records in parts whose keys ascend, no key in two of them.
+        """Yield all records in parts whose keys ascend, no key in two of them; remove the files.
 
-        A part has at most ``held`` records, unless they have one key; they are in it as they were
-        added, in no order of their keys. Files are gone after it.
+        A part has at most ``held`` records, unless they have one key. Within a part they are as
+        they were added.
         """
         if not self.files:
             yield self._taken()
@@ -138,12 +139,8 @@ class Sorter:
 
     def _files(self, path: Path, count: int) -> list[RecordFile]:
         parts = min(PARTS, 1 + 2 * count // self.held)
-        files = [
-            RecordFile(path.with_name(f"{path.name}-{n:03d}"), self.kind) for n in range(parts)
-        ]
-        for file in files:
-            file.path.unlink(missing_ok=True)  # of a stopped run
-        return files
+        names = [f"{path.name}-{part:03d}" for part in range(parts)]
+        return [RecordFile(path.with_name(name), self.kind) for name in names]
 
     def _route(self, records: np.ndarray, files: Sequence[RecordFile], spread: Spread) -> None:
         """Append records to files of ascending, equally wide ranges of keys."""
@@ -180,7 +177,7 @@ class Columns:
     Parameters
     ----------
     path : Path or None
-        Where files begin with this name, if they are needed; None: all is held.
+        Files begin with this name; without it all is in memory.
     kinds : dict
         Name and type of each column.
     held : int, optional
@@ -214,25 +211,22 @@ class Columns:
     def _taken(self) -> tuple[np.ndarray, ...]:
         parts = [tuple(np.empty(0, kind) for kind in self.kinds.values()), *self.waiting]
         self.waiting, self.inside = [], 0
-        return tuple(
-            np.concatenate(column).astype(kind, copy=False)
-            for column, kind in zip(zip(*parts, strict=True), self.kinds.values(), strict=True)
-        )
+        columns = zip(zip(*parts, strict=True), self.kinds.values(), strict=True)
+        return tuple(np.concatenate(c).astype(kind, copy=False) for c, kind in columns)
 
     def _file(self, name: str) -> Path:
         if self.path is None:
-            raise ValueError("columns without a path are held")
+            raise ValueError("columns without a path are in memory")
         return self.path.with_name(f"{self.path.name}.{name}")
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        with explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for name, column in zip(self.kinds, self._taken(), strict=True):
-                if not self.written:  # what was there may be mapped still
-                    self._file(name).unlink(missing_ok=True)
-                with self._file(name).open("ab") as file:
+        for name, column in zip(self.kinds, self._taken(), strict=True):
+            path = self._file(name)
+            with explained(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not self.written:  # the file of a stopped run may still be mapped
+                    path.unlink(missing_ok=True)
+                with path.open("ab") as file:
                     np.ascontiguousarray(column).tofile(file)
         self.written = True
 

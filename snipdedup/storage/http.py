@@ -175,14 +175,12 @@ def read_body(response: HTTPResponse, url: str) -> Iterator[bytes]:
             try:
                 chunk = response.read1(CHUNK)  # what is there, so that a kill loses little
             except (OSError, HTTPException) as error:
-                raise TemporaryError(
-                    f"{redacted(url)}: the connection broke after {found:,} bytes: {error}; {AGAIN}"
-                ) from error
+                text = f"{redacted(url)}: the connection broke after {found:,} bytes: {error}"
+                raise TemporaryError(f"{text}; {AGAIN}") from error
             if not chunk:
                 break
             found += len(chunk)
             yield chunk
     if length.isdecimal() and int(length) != found:
-        raise TemporaryError(
-            f"{redacted(url)}: truncated: {int(length):,} bytes announced, {found:,} came; {AGAIN}"
-        )
+        text = f"{redacted(url)}: truncated: {int(length):,} bytes announced, {found:,} came"
+        raise TemporaryError(f"{text}; {AGAIN}")

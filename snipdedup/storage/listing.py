@@ -6,7 +6,6 @@ Web servers have no common way to list files: there, a file or a pattern.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,11 @@ FEATURES, METADATA = "img_emb", "metadata"  # folders that lie side by side in L
 MASK = "is_dup.npy"  # with a manifest: a result of snip dedup
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a folder holds: sizes of files by name (None if unknown), and the names of folders."""
+def list_folder(url: str) -> tuple[dict[str, int | None], list[str]] | None:
+    """Return sizes of files by name (None if unknown) and names of folders; None of a file.
 
-    files: dict[str, int | None]
-    folders: list[str]
-
-
-def list_folder(url: str) -> Listing | None:
-    """List a folder of a store or of this machine, hidden files left out; None if it is a file."""
+    Hidden files are left out.
+    """
 
     def ask() -> list[dict[str, Any]] | None:
         with store_errors(url):
@@ -49,14 +43,12 @@ def list_folder(url: str) -> Listing | None:
     if entries is None:
         return None
     named = [(str(entry["name"]).rstrip("/").rpartition("/")[2], entry) for entry in entries]
-    return Listing(
-        {
-            name: entry.get("size")
-            for name, entry in named
-            if name and not name.startswith(".") and entry["type"] == "file"
-        },
-        [name for name, entry in named if entry["type"] == "directory"],
-    )
+    sizes = {
+        name: entry.get("size")
+        for name, entry in named
+        if name and not name.startswith(".") and entry["type"] == "file"
+    }
+    return sizes, [name for name, entry in named if entry["type"] == "directory"]
 
 
 def find_remote_files(
@@ -111,16 +103,17 @@ def find_in_folder(url: str, suffixes: Sequence[str]) -> list[Path]:
     listing = list_folder(url)
     if listing is None:
         return [RemotePath(url)]
-    if {MANIFEST, MASK} <= set(listing.files):
+    names, folders = listing
+    if {MANIFEST, MASK} <= set(names):
         raise UsageError(
             f"{redacted(url)}: expected features or metadata, found what snip dedup wrote; fetch "
             f"it first: snip download {redacted(url)} FOLDER"
         )
     for suffix in suffixes:
-        found = [name for name in listing.files if name.lower().endswith(suffix)]
+        found = [name for name in names if name.lower().endswith(suffix)]
         if found:
             return [RemotePath(f"{url.rstrip('/')}/{name}") for name in found]
-    if FEATURES in listing.folders and ".npy" in suffixes:
+    if FEATURES in folders and ".npy" in suffixes:
         return find_in_folder(f"{url.rstrip('/')}/{FEATURES}", suffixes)
     raise SnipError(
         f"nothing to read in {redacted(url)}: expected {' or '.join('*' + s for s in suffixes)} "
@@ -131,9 +124,10 @@ def find_in_folder(url: str, suffixes: Sequence[str]) -> list[Path]:
 def metadata_beside(url: str, suffixes: Sequence[str]) -> Path | None:
     """Return ``metadata/`` of a folder that holds it and ``img_emb/``, and no features itself."""
     listing = None if PART in url or has_magic(url) or is_web(url) else list_folder(url)
-    if listing is None or not {FEATURES, METADATA} <= set(listing.folders):
+    names, folders = listing or ({}, [])
+    if not {FEATURES, METADATA} <= set(folders):
         return None
-    if any(name.lower().endswith(tuple(suffixes)) for name in listing.files):
+    if any(name.lower().endswith(tuple(suffixes)) for name in names):
         return None
     return RemotePath(f"{url.rstrip('/')}/{METADATA}")
 

@@ -282,15 +282,15 @@ def filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL or local path, and the path in it."""
     import fsspec
 
+    if not scheme_of(url):
+        return fsspec.filesystem("file"), url
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise SnipError(f"{scheme_of(url)}:// needs one more package: {error}") from error
     except ValueError as error:
-        raise SnipError(
-            f"{redacted(url)}: expected a local path or a URL of http(s), hf or what fsspec "
-            f"knows: {error}"
-        ) from error
+        expected = "a local path or a URL of http(s), hf or what fsspec knows"
+        raise SnipError(f"{redacted(url)}: expected {expected}: {error}") from error
 
 
 @contextmanager
@@ -304,9 +304,8 @@ def store_errors(url: str, unknown: type[SnipError] = SnipError) -> Iterator[Non
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingError(f"{text}: no such file; check the URL and the file numbers") from error
     except PermissionError as error:
-        raise SnipError(
-            f"{text}: not permitted: log in with the store's own tool, or ask its owner ({error})"
-        ) from error
+        text += ": not permitted: log in with the store's own tool, or ask its owner"
+        raise SnipError(f"{text} ({error})") from error
     except OSError as error:
         raise TemporaryError(f"{text}: cannot be read: {error}; {AGAIN}") from error
     except Exception as error:  # no login, no such bucket, a broken connection: one class a store
@@ -346,10 +345,8 @@ def refuse_whole_file(response: Any, url: str) -> None:
     """Refuse a response that is not a range, before the whole file comes."""
     if response.status != 206:
         response.close()
-        raise NoRangesError(
-            f"{redacted(url)}: cannot be read in parts: the server sends whole files only: fetch "
-            "it first with snip download, or by hand"
-        )
+        text = f"{redacted(url)}: cannot be read in parts: the server sends whole files only"
+        raise NoRangesError(f"{text}: fetch it first with snip download, or by hand")
 
 
 def request_range(
@@ -369,10 +366,8 @@ def request_range(
             system, path = filesystem(url)
             data, first = bytes(system.cat_file(path, start=begin, end=end)), begin
     if first != begin or len(data) != end - begin:
-        raise TemporaryError(
-            f"{redacted(url)}: bytes {begin:,} to {end:,} were requested, {len(data):,} from "
-            f"{first:,} on came"
-        )
+        text = f"{redacted(url)}: bytes {begin:,} to {end:,} were requested"
+        raise TemporaryError(f"{text}, {len(data):,} from {first:,} on came")
     return data
 
 

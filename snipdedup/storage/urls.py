@@ -45,6 +45,5 @@ def expand_parts(pattern: str, numbers: Iterable[int]) -> list[str]:
     try:
         return [pattern.format(part=number) for number in numbers]
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{redacted(pattern)}: expected a pattern such as img_emb_{{part:04d}}.npy"
-        ) from error
+        expected = "a pattern such as img_emb_{part:04d}.npy"
+        raise UsageError(f"{redacted(pattern)}: expected {expected}") from error

@@ -92,7 +92,7 @@ def test_a_set_is_listed_pinned_and_proved(running, tmp_path, folder):
     running.tree = {"README.md": b"# pictures", **set_files(folder)}
     source = f"{SOURCE}/{folder}" if folder == "deep/er" else SOURCE
     said = fetch(source, tmp_path / "out")
-    assert "148 of 148 rows stay in 5 files" in said
+    assert "148 of 148 rows kept in 5 files" in said
     for path, body in set_files(folder).items():
         assert (tmp_path / "out" / path.rpartition("/")[2]).read_bytes() == body
     manifest = read_manifest(tmp_path / "out", "download")
@@ -203,14 +203,14 @@ def test_other_faults_of_the_api(running, tmp_path):
 
 
 def test_a_cause_that_the_client_hides_is_found(running):
-    from huggingface_hub import errors
+    from huggingface_hub import HfApi, errors
 
     running.state = "disabled"
     place = hub.parse(SOURCE)
 
     def ask():
         try:
-            hub.client().repo_info("someone/pictures", repo_type="dataset")
+            HfApi(running.url).repo_info("someone/pictures", repo_type="dataset")
         except errors.DisabledRepoError as error:
             raise errors.LocalEntryNotFoundError("not in the cache") from error
 
@@ -363,7 +363,7 @@ def test_features_of_a_hub(running, tmp_path):
     for number, more in enumerate(({"embeddings": True}, {"embeddings_source": elsewhere})):
         out = tmp_path / f"out{number}"
         said = fetch(SOURCE, out, start=1, end=3, **more)
-        assert "57 of 57 rows stay in 2 files (0 removed, 0.0%), with features of 2 files" in said
+        assert "57 of 57 rows kept in 2 files (0 removed, 0.0%), with features of 2 files" in said
         for index in (1, 2):
             body = running.tree[f"img_emb/img_emb_{index:04d}.npy"]
             assert (out / "img_emb" / f"img_emb_{index:04d}.npy").read_bytes() == body

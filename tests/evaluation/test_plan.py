@@ -11,13 +11,13 @@ import pytest
 import truth
 
 from snipdedup.evaluation import plan
-from snipdedup.evaluation.plan import Rates, amount, estimate, load_rates, span
+from snipdedup.evaluation.plan import Machines, Rates, amount, estimate, load_rates, span
 from snipdedup.features.shards import open_features
 
 # Most are 1 of something, so that sums can be worked by hand.
 RATES = Rates(
     dim=100, itemsize=2, width=128, fit=1e-5, row=1e-6, row_list=1e-9, product=1e-10, proof=1e-6,
-    crowd=1e-8, machine=0.0, lists=500, visits=3.0, uneven=1.0, false_pairs=0.0,
+    machine=0.0, lists=500, visits=3.0, uneven=1.0, false_pairs=0.0,
     crowded_pairs=0.0, duplicates=0.3,
 )  # fmt: skip
 GB = 10**9
@@ -31,7 +31,7 @@ def roots(monkeypatch):
 
 
 def million(rates=RATES, rows=10**6, cores=2, memory=16 * GB, **more):
-    return estimate(rates, rows, cores=cores, memory=memory, **more)
+    return estimate(rates, rows, Machines(cores, memory, **more))
 
 
 def test_a_million_rows_worked_by_hand(roots):
@@ -178,7 +178,7 @@ def test_a_probe_is_written_and_read_back_and_takes_seconds(tmp_path):
     assert found.duplicates == 0.3
     assert found.lists > 100
     assert 1 < found.visits < 10
-    for name in ("fit", "row", "row_list", "product", "proof", "crowd", "machine"):
+    for name in ("fit", "row", "row_list", "product", "proof", "machine"):
         assert getattr(found, name) > 0, name
     assert told(*words) == first
 

@@ -23,7 +23,7 @@ from snipdedup.features.shards import (
     implied_metadata,
     natural_sort,
     open_features,
-    parse_parts,
+    part_numbers,
     plan_blocks,
     plan_pieces,
 )
@@ -293,7 +293,7 @@ def test_patterns_that_are_none(pattern):
 def test_parts_need_a_pattern(tmp_path):
     with pytest.raises(UsageError, match="--parts needs a pattern"):
         find_shards(touch(tmp_path, "a.npy"), "0:1")
-    assert parse_parts("0:12") == (0, 12)
+    assert part_numbers("{part}", "0:12") == (0, 12)
 
 
 def test_no_shard_found(tmp_path):

@@ -13,7 +13,7 @@ from snipdedup.config import Dedup
 from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import additions, gather
-from snipdedup.metadata.additions import MergedCaptions, RemovedRows, Weights, dup_counts
+from snipdedup.metadata.additions import DupCounts, MergedCaptions, RemovedRows, Weights
 from snipdedup.metadata.tables import open_metadata
 
 
@@ -63,13 +63,13 @@ def test_captions_of_a_set_without_removed_rows(tmp_path):
     nothing = RemovedRows(np.empty(0, np.int64), np.empty(0, np.int64))
     with closing(MergedCaptions(metadata, "TEXT", nothing, 3, tmp_path / "w")) as column:
         assert values(column, len(captions)) == [[]] * len(captions)
-    assert values(dup_counts(nothing), 5) == [0] * 5
+    assert values(DupCounts(nothing), 5) == [0] * 5
     assert values(Weights(nothing), 5) == [1.0] * 5
 
 
 def test_counts_and_weights_worked_by_hand():
     removed = RemovedRows(np.array([1, 4, 5, 6]), np.array([2, 2, 7, 2]))
-    assert values(dup_counts(removed), 8, 3) == [0, 0, 3, 0, 0, 0, 0, 1]
+    assert values(DupCounts(removed), 8, 3) == [0, 0, 3, 0, 0, 0, 0, 1]
     assert values(Weights(removed), 8, 3) == [1, 0.25, 0.25, 1, 0.25, 0.5, 0.25, 0.5]
 
 
@@ -77,7 +77,7 @@ def test_representatives_that_go_themselves_and_rows_of_a_reference():
     # 5 goes for 3, 3 for 2, 2 for 0; 7 and 8 go for reference row 4, 9 for 7
     removed = RemovedRows(np.array([2, 3, 5, 7, 8, 9]), np.array([0, 2, 3, ~4, ~4, 7]))
     assert removed.followed().representative.tolist() == [0, 0, 0, ~4, ~4, ~4]
-    assert values(dup_counts(removed), 10) == [1, 0, 1, 1, 0, 0, 0, 1, 0, 0]
+    assert values(DupCounts(removed), 10) == [1, 0, 1, 1, 0, 0, 0, 1, 0, 0]
     share = values(Weights(removed.followed()), 10)
     assert share == [0.25, 1, 0.25, 0.25, 1, 0.25, 1, 0.25, 0.25, 0.25]
     nothing = RemovedRows(np.empty(0, np.int64), np.empty(0, np.int64))
@@ -96,7 +96,7 @@ def test_real_photos_keep_their_five_captions(photos):
     known = {"features": str(features), "metadata": str(meta)}
     said = str(run(Dedup(**known, out=str(out), merge_captions=10)))
     assert "removed              400" in said
-    assert "stay                 100" in said
+    assert "kept                 100" in said
     before = open_metadata(meta)
     every = {}
     for _, _, batch in before.read(["image_id", "caption"]):

@@ -51,10 +51,10 @@ def filtered(made, meta, out, *more):
 def test_the_same_order_passes_and_says_so(made, tmp_path, parts):
     status, said, _ = filtered(made, made[0] / "metadata", tmp_path / "all")
     assert status == 0
-    assert f"checked: the Key of {made[2].sum():,} rows that go" in said
+    assert f"checked: the Key of {made[2].sum():,} removed rows" in said
     status, said, _ = filtered(made, made[0] / "metadata", tmp_path / "part", "--start", 1)
     assert status == 0
-    assert f"checked: the Key of {made[2][CUTS[0] :].sum():,} rows that go" in said
+    assert f"checked: the Key of {made[2][CUTS[0] :].sum():,} removed rows" in said
 
 
 @pytest.mark.parametrize("part", [(), ("--start", 1, "--end", 3)])
@@ -138,4 +138,4 @@ def test_rows_that_go_for_a_reference_are_compared_too(made, tmp_path):
     assert goes[:50].all()
     words = ("--is_dup", tmp_path / "out", "--out", tmp_path / "kept")
     said = truth.snip("filter", made[0] / "metadata", *words)[1]
-    assert f"checked: the Key of {goes.sum():,} rows that go" in said
+    assert f"checked: the Key of {goes.sum():,} removed rows" in said

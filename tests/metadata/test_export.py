@@ -103,9 +103,9 @@ def test_a_name_that_both_stays_and_goes_is_refused(tmp_path, monkeypatch, kind,
         written(kind, metadata, is_dup, tmp_path)
     said = str(caught.value)
     assert f"2 rows share their uid with a row that is decided otherwise: '{uids[40]}'" in said
-    assert "stays in" in said
-    assert "m_0.parquet row 40 and goes in" in said
-    assert "m_1.parquet row 30." in said
+    assert "is kept in" in said
+    assert "m_0.parquet row 40 and removed in" in said
+    assert "m_1.parquet row 30;" in said
     assert not list(tmp_path.glob("*.*"))
 
 

@@ -69,7 +69,7 @@ def test_a_shuffled_copy_of_which_a_tenth_is_gone(out):
         "on": ["url"], "stays": found.num_rows, "goes": 36 - found.num_rows,
         "ambiguous": 0, "unmatched": 0, "contradicted": 0, "repeated": 0,
     }  # fmt: skip
-    assert f"{found.num_rows} of 36 rows stay" in said
+    assert f"{found.num_rows} of 36 rows kept" in said
     assert "matched by url" in said
 
 
@@ -81,11 +81,11 @@ def test_rows_that_the_set_does_not_hold_stay_or_go_as_told(out):
     found, said, join = filtered(copy, out)
     assert found["key"].to_pylist() == [f"{n:05d}" for n in rows if n < 20 or n in new]
     assert join["unmatched"] == 4
-    assert "not in the mask's set; they stay: " in said
+    assert "not in the mask's set; they are kept: " in said
     assert "copy.parquet row 3, " in said
     found, said, _ = filtered(copy, out, unmatched="remove")
     assert found["key"].to_pylist() == [f"{n:05d}" for n in rows if n < 20 and n not in new]
-    assert "they go: " in said
+    assert "they are removed: " in said
 
 
 def test_a_url_that_both_stays_and_goes_is_reported(out):
@@ -100,7 +100,7 @@ def test_a_url_that_both_stays_and_goes_is_reported(out):
     found, said, join = filtered(copy, out, **more)
     assert found["key"].to_pylist() == ["00030", "00005", "00002"]
     assert (join["ambiguous"], join["repeated"], join["stays"], join["goes"]) == (2, 2, 1, 1)
-    assert "their key both stays and goes there; they stay: " in said
+    assert "their key is both kept and removed there; they are kept: " in said
     assert "copy.parquet row 0, " in said
     assert "2  share their key with another row" in said
     found, _, _ = filtered(copy, out, ambiguous="remove", **more)
@@ -115,7 +115,7 @@ def test_a_join_by_a_column_that_is_no_key_is_refused_and_nothing_written(out, s
     words = ("filter", copy, "--is_dup", out, "--out", out.parent / "new", "--on")
     said = snip(*words, "WIDTH", status=1).stderr
     assert "40 of 40 rows (" in said
-    assert "have a width that both stays and goes in" in said
+    assert "have a width that is both kept and removed in" in said
     assert "--ambiguous keep or remove" in said
     copy_of(out, np.arange(ROWS), url=[f"https://x/{n}" for n in range(ROWS)])
     said = snip(*words, "url", status=1).stderr
@@ -142,7 +142,7 @@ def test_running_numbers_of_another_download_are_refused(out):
 
 def test_a_refused_join_leaves_an_earlier_result_alone(out):
     found, _, _ = filtered(copy_of(out, np.arange(30)), out)
-    with pytest.raises(SnipError, match="both stays and goes"):
+    with pytest.raises(SnipError, match="both kept and removed"):
         filtered(copy_of(out, np.arange(30)), out, on="width")
     (path,) = (out.parent / "kept").glob("*.parquet")
     assert pq.read_table(path).equals(found)
@@ -217,5 +217,5 @@ def test_real_urls_shuffled_and_cut_hit_exactly_the_right_rows(data, tmp_path, s
         found = pq.read_table(tmp_path / f"out/m_{number}.parquet")
         assert found.equals(table.take(pa.array(part[~gone[part]])))
     assert "matched by URL                9,000" in said
-    assert "ambiguous                         2  of these: their key both stays and goes" in said
+    assert "ambiguous                         2  of these: their key is both kept and" in said
     assert "repeated                          2  share their key" in said

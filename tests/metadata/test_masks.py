@@ -309,7 +309,7 @@ def test_totals_that_contradict_the_manifest_are_refused(a_set):
 def test_a_finished_folder_says_so_and_is_replaced_only_when_told(a_set, snip):
     meta, mask, stay, tmp = a_set
     words = ("filter", meta, "--is_dup", mask, "--out", tmp / "out")
-    assert f"{len(flat(stay)):,} of 17 rows stay in 5 files" in snip(*words).stdout
+    assert f"{len(flat(stay)):,} of 17 rows kept in 5 files" in snip(*words).stdout
     before = {p.name: p.stat().st_mtime_ns for p in (tmp / "out").iterdir()}
     assert "finished already" in snip(*words).stdout
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp / "out").iterdir()}
