@@ -21,19 +21,13 @@ import numpy as np
 from make_benchmarks import CODE_NAMES, code_table
 from timing import machine
 
-from snipdedup.encoder.directions import principal_directions
+from snipdedup.encoder.directions import opq_rotation, principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.neighbours import (
-    Codes,
-    Neighbours,
-    Vectors,
-    flat_neighbours,
-    opq,
-    recall,
-    true_neighbours,
-)
+from snipdedup.evaluation.neighbours import IndexedRows, recall
 from snipdedup.features.cosine import unit_rows
+from snipdedup.features.nearest import nearest, nearest_vectors
 from snipdedup.features.shards import Features, open_features
+from snipdedup.index.kmeans import Vectors
 from snipdedup.index.quantizer import train_quantiser
 from snipdedup.parallel import cores
 
@@ -106,15 +100,16 @@ def measure(
     learn, held = split_rows(features, split, seed)
     rows = features.gather(learn)
     indexed = open_features(features.gather(held))
-    truth = true_neighbours(indexed, np.arange(indexed.rows), K, cores())
+    raw = indexed.read(0, indexed.rows)
+    truth = nearest(raw, indexed, K, cores(), own=np.arange(indexed.rows))[1]
     for name in names:
         uncoded, coded, more = contender(name, rows, indexed, seed, given)
         found = {}
         if uncoded is not None:
-            flat = flat_neighbours(indexed, truth.queries, K, uncoded, cores())
+            flat = nearest_among(uncoded(raw))
             found["uncoded"] = recall(flat, truth, K)
         for m in given.code_bytes:
-            found[str(m)] = code_recall(coded(m)(indexed.read(0, indexed.rows)), truth, m, seed)
+            found[str(m)] = code_recall(coded(m)(raw), truth, m, seed)
         yield {
             "split": split,
             "seed": seed,
@@ -132,7 +127,7 @@ def contender(
         sample = unit_rows(indexed.read(0, indexed.rows))
 
         def turned(m: int) -> Vectors:
-            rotation = opq(sample, m, OPQ_ROUNDS)
+            rotation = opq_rotation(sample, m, OPQ_ROUNDS, 2 * OPQ_ROUNDS)
             return lambda block: unit_rows(block) @ rotation.T
 
         return None, turned, {}
@@ -151,12 +146,21 @@ def contender(
     return encoder.encode, lambda m: encoder.for_codes(m).encode, said
 
 
-def code_recall(x: np.ndarray, truth: Neighbours, m: int, seed: int) -> float:
+def nearest_among(x: np.ndarray) -> np.ndarray:
+    """Return the nearest other vectors of each, (n, K)."""
+
+    def load(span: tuple[int, int]) -> np.ndarray:
+        return x[slice(*span)]
+
+    return nearest_vectors(x, load, len(x), K, cores(), own=np.arange(len(x)))[1]
+
+
+def code_recall(x: np.ndarray, truth: np.ndarray, m: int, seed: int) -> float:
     """Return recall@10 of an IVFPQ of ``m`` bytes, trained on the vectors it holds."""
     quantiser = train_quantiser(x, nlist=NLIST, m=m, nbits=8, seed=seed, threads=cores())
-    codes = Codes(quantiser)
+    codes = IndexedRows(quantiser)
     codes.add(x)
-    return recall(codes.neighbours(x, truth.queries, K, NPROBE), truth, K)
+    return recall(codes.nearest(x, np.arange(len(x)), K, NPROBE), truth, K)
 
 
 if __name__ == "__main__":

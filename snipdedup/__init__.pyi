@@ -14,6 +14,7 @@ from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
 from snipdedup.errors import SnipError as SnipError
 from snipdedup.errors import UsageError as UsageError
+from snipdedup.evaluation.evaluate import Evaluation as Evaluation
 from snipdedup.evaluation.plan import RunPlan as RunPlan
 from snipdedup.index.folder import Index as Index
 from snipdedup.inspection.diff import DiffResult as DiffResult
@@ -452,7 +453,7 @@ def evaluate(
     threads: int = 0,
     seed: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> Evaluation:
     """Measure what descriptors and codes keep, against brute force: ``snip eval``.
 
     Parameters

@@ -1,8 +1,8 @@
-"""SemDeDup's rule: k-means first, then in each cluster a row goes if an earlier row is too near.
+"""SemDeDup's rule: k-means first, then rows that are too near an earlier row of their cluster.
 
 Abbas et al., 2023 (arXiv 2303.09540): spherical k-means; the rows of a cluster are ordered by how
 near they are to its centroid (``hard``: the farthest first, ``easy``: the nearest first) or at
-random; a row goes if its highest cosine with any earlier row, whether that stays or not, is above
+random; a row is removed if its highest cosine with any earlier row, kept or not, is above
 1 - epsilon. The highest cosine is found once for all rows, so any epsilon is a look at one column.
 """
 
@@ -40,33 +40,24 @@ def search_semdedup(
 ) -> Best:
     """Find for each row its highest cosine with an earlier row of its cluster.
 
-    Parameters
-    ----------
-    features : Features
-    seen : Scan
-        Bad rows (in no cluster) and exact copies, which are compared once.
-    clusters : int
-        0 for one for `CLUSTER_ROWS` rows.
-    keep : str
-        ``hard``, ``easy`` or ``random``.
-    seed, threads : int
-        The result depends on the seed, not on the threads.
-
+    Bad rows of the scan are in no cluster, exact copies are compared once. ``clusters`` 0 stands
+    for one for `CLUSTER_ROWS` rows; ``keep`` is ``hard``, ``easy`` or ``random``.
     """
     with stage("cluster"):
         clusters = clusters or max(1, round(features.rows / CLUSTER_ROWS))
         sample = draw_sample(features, unit_rows, clusters * POINTS_A_CENTROID, seed, threads)
-        centroids = kmeans(
-            sample, min(clusters, len(sample)), iterations=ITERATIONS, seed=seed, threads=threads,
-            spherical=True,
-        )  # fmt: skip
-        cluster, nearness = assign(features, centroids, threads)
+        clusters = min(clusters, len(sample))
+        how = {"iterations": ITERATIONS, "seed": seed, "threads": threads}
+        centroids = kmeans(sample, clusters, spherical=True, **how)
+        cluster, nearness = assign_clusters(features, centroids, threads)
         cluster[seen.bad] = -1
     with stage("compare"):
-        rank = rank_of(nearness, keep, seed)
-        order = np.lexsort((rank, cluster))
+        rank = nearness if keep == "hard" else -nearness
+        if keep == "random":
+            rank = keep_rank(np.arange(features.rows), "random", seed)
+        order = np.lexsort((rank, cluster))  # ties go by row: the sort is stable
         order = order[cluster[order] >= 0]
-        leader = leaders(order, seen.copies, seen.firsts, features.rows)
+        leader = first_copies(order, seen.copies, seen.firsts, features.rows)
         distinct = order[leader[order] == order]
         match, similarity = best_earlier(features, distinct, cluster[distinct], threads)
         copy = np.flatnonzero(leader != np.arange(features.rows))
@@ -81,7 +72,7 @@ def cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.asarray((torch.from_numpy(x) @ torch.from_numpy(y).T).numpy())
 
 
-def assign(
+def assign_clusters(
     features: Features, centroids: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's nearest centroid and the cosine with it, (rows,) int32 and float64."""
@@ -96,26 +87,18 @@ def assign(
         label[close] = (unit[close] @ exact.T).argmax(1)
         return label.astype(np.int32), np.einsum("ij,ij->i", unit, exact[label])
 
-    spans, parts = plan_blocks(features.rows, BLOCK), []
-    with progress.bar(features.rows, "clustering", "rows") as bar:
-        for part in ordered_map(find, spans, threads):
-            parts.append(part)
-            bar.update(len(part[0]))
-    label, nearness = (np.concatenate(column) for column in zip(*parts, strict=True))
+    spans = plan_blocks(features.rows, BLOCK)
+    found = progress.track(ordered_map(find, spans, threads), "clustering", "blocks", len(spans))
+    label, nearness = (np.concatenate(column) for column in zip(*found, strict=True))
     return label, nearness
 
 
-def rank_of(nearness: np.ndarray, keep: str, seed: int) -> np.ndarray:
-    """Return each row's place in its cluster's order, (rows,); ties go by row (a stable sort)."""
-    if keep == "random":
-        return keep_rank(np.arange(len(nearness)), "random", seed)
-    return nearness if keep == "hard" else -nearness
-
-
-def leaders(order: np.ndarray, copies: np.ndarray, firsts: np.ndarray, rows: int) -> np.ndarray:
+def first_copies(
+    order: np.ndarray, copies: np.ndarray, originals: np.ndarray, rows: int
+) -> np.ndarray:
     """Return for each row the copy of it that comes first in the order, (rows,) int64."""
     label = np.arange(rows)
-    label[copies] = firsts
+    label[copies] = originals
     place = np.full(rows, rows)
     place[order] = np.arange(len(order))
     first = np.full(rows, rows)
@@ -130,24 +113,15 @@ def best_earlier(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's nearest earlier row of its cluster, and their cosine.
 
-    Parameters
-    ----------
-    order, cluster : (n,)
-        Distinct rows, cluster by cluster, each in its order; and their clusters.
-
-    Returns
-    -------
-    match : (rows,) int64
-        -1 where there is none; of several equally near the first in the order.
-    similarity : (rows,) float32
-        NaN where there is none.
+    ``order`` and ``cluster``, (n,), are distinct rows, cluster by cluster, each in its order; and
+    their clusters. Where there is none, the match (rows,) int64 is -1 and the cosine (rows,)
+    float32 is NaN; of several equally near rows the first in the order is the match.
     """
     match = np.full(features.rows, -1)
     similarity = np.full(features.rows, np.nan, np.float32)
-    starts = group_starts(cluster)
     tasks = [
         (int(begin), int(begin) + low, min(int(begin) + low + TILE, int(end)))
-        for begin, end in pairwise(starts)
+        for begin, end in pairwise(group_starts(cluster))
         for low in range(0, int(end - begin), TILE)
     ]
 
@@ -166,51 +140,29 @@ def nearest_earlier(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compare the rows at places ``low`` to ``high`` of a cluster with all before them.
 
-    ``begin`` is where the cluster begins. Two tiles of rows are held at a time. float32 products
-    propose; of those that could be the highest the cosine decides.
+    The cluster starts at place ``begin``. Two tiles of rows are in memory at a time. float32
+    products propose; of those that could be the highest the cosine decides.
     """
     raw = features.gather(order[low:high])
     unit = unit_rows(raw)
-    match = np.full(high - low, -1)
-    best = np.full(high - low, -2, np.float32)
+    match, best = np.full(high - low, -1), np.full(high - low, -2, np.float32)
     for start in range(begin, high, TILE):
         stop = min(start + TILE, high)
         tile = raw if start == low else features.gather(order[start:stop])
         table = cosines(unit, unit if start == low else unit_rows(tile))
         if start == low:
-            table[np.triu_indices(len(unit))] = -2
-        row, place, cosine = tile_best(table, raw, tile, best)
+            table[np.triu_indices(len(unit))] = -2  # nothing to compare: not an earlier row
+        place = table.argmax(1)
+        top = table[np.arange(len(table)), place]
+        row = np.flatnonzero((top > -2) & (top >= best - 2 * PROPOSAL_ERROR))
+        near = table >= (top - 2 * PROPOSAL_ERROR)[:, None]
+        tied = row[np.count_nonzero(near[row], axis=1) > 1]
+        if len(tied):
+            exact = products(unit_rows64(raw[tied]), unit_rows64(tile))
+            exact[~near[tied]] = -2
+            place[tied] = exact.argmax(1)
+        cosine = pair_cosine(raw[row], tile[place[row]])
         better = cosine > best[row]
-        row, place = row[better], place[better]
-        best[row], match[row] = cosine[better], order[start:stop][place]
-    similarity = np.where(match < 0, np.float32(np.nan), np.minimum(best, np.float32(1)))
-    return match, similarity
-
-
-def tile_best(
-    table: np.ndarray, x: np.ndarray, y: np.ndarray, known: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows of a tile that may beat what they have, their best column, and its cosine.
-
-    Parameters
-    ----------
-    table : (m, n) float32
-        Products of unit rows; -2 where there is nothing to compare.
-    x, y : (m, d), (n, d)
-        The rows as stored.
-    known : (m,) float32
-        The highest cosine of each row so far.
-    """
-    place = table.argmax(1)
-    top = table[np.arange(len(table)), place]
-    row = np.flatnonzero((top > -2) & (top >= known - 2 * PROPOSAL_ERROR))
-    near = table >= (top - 2 * PROPOSAL_ERROR)[:, None]
-    tied = np.count_nonzero(near[row], axis=1) > 1
-    place, cosine = place[row], np.empty(len(row), np.float32)
-    cosine[~tied] = pair_cosine(x[row[~tied]], y[place[~tied]])
-    if tied.any():
-        dense = products(unit_rows64(x[row[tied]]), unit_rows64(y))
-        dense[~near[row[tied]]] = -2
-        place[tied] = dense.argmax(1)
-        cosine[tied] = pair_cosine(x[row[tied]], y[place[tied]])
-    return row, place, cosine
+        row = row[better]
+        best[row], match[row] = cosine[better], order[start:stop][place[row]]
+    return match, np.where(match < 0, np.float32(np.nan), np.minimum(best, np.float32(1)))

@@ -1,4 +1,4 @@
-"""What short descriptors and codes cost on one's own features, against brute force.
+"""``snip eval``: what short descriptors and codes cost on one's own features, against brute force.
 
 Some rows are queries, others train a SNIP and an MSE encoder and the PCA; the queries and their
 copies are kept from training. Then all rows are indexed by each contender, at each code size, and
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,24 +19,19 @@ from snipdedup import config, progress
 from snipdedup.adc.threshold import choose_margin, flag_curve, scores
 from snipdedup.errors import SnipError
 from snipdedup.evaluation.neighbours import (
-    Codes,
-    Neighbours,
-    Vectors,
+    IndexedRows,
     average_precision,
-    encoded,
-    flat_neighbours,
-    opq,
     partner_ranks,
     recall,
     sample_rows,
-    true_neighbours,
 )
 from snipdedup.evaluation.tables import eval_page, eval_summary
-from snipdedup.features.cosine import pair_cosine, unit_rows
+from snipdedup.features.cosine import unit_rows
 from snipdedup.features.hashing import row_hashes
+from snipdedup.features.nearest import nearest, nearest_vectors
 from snipdedup.features.scan import refuse_bad
-from snipdedup.features.shards import Features, open_features, request_of
-from snipdedup.index.kmeans import kmeans
+from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.index.kmeans import Vectors, kmeans
 from snipdedup.index.quantizer import (
     ITERATIONS,
     LEAST_SAMPLE,
@@ -43,12 +39,9 @@ from snipdedup.index.quantizer import (
     default_nlist,
     train_quantiser,
 )
-from snipdedup.parallel import cores, library_threads
+from snipdedup.parallel import cores, library_threads, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage import atomic, locks, out_folder
-
-if TYPE_CHECKING:
-    from snipdedup.encoder.network import Encoder
 
 RECALL_AT = (1, 10, 100)
 RULES = ("global", "ratio", "difference")
@@ -57,22 +50,39 @@ CURVE = [percent / 100 for percent in range(50, 100)]  # precisions that the pic
 FLAG_K = 16  # neighbours looked at for a flag
 OPQ_ROWS, OPQ_ROUNDS = 16_384, 10  # more rows or rounds do not move recall, and take minutes
 GALLERY = 16_384  # pictures that a text is to find its own among
+BLOCK_ROWS = 4096  # rows turned into vectors at a time
 RESULT, PAGE, PICTURE = "eval.json", "eval.md", "curves.png"
-HOW = {"features", "text_features", "out", "overwrite", "threads"}
+NOT_IN_REQUEST = {"features", "text_features", "out", "overwrite", "threads"}
 LEAST_LEARNT = 256  # rows to learn from: as many as an 8-bit code has values
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way to make vectors of rows.
+class Evaluation:
+    """What ``snip eval`` measured; `str` of it is the summary.
 
     Attributes
     ----------
-    name : str
-    uncoded : function or None
-        Rows to unit vectors; None where only codes are worth a look.
-    coded : function of int
-        The same for a code of so many bytes.
+    folder : Path
+        With ``eval.json``, ``eval.md`` and, where it was asked for, ``curves.png``.
+    results : dict
+        What ``eval.json`` holds: ``neighbours``, ``budget``, ``flags`` and ``text`` are tables,
+        lists of one dict a measurement.
+    summary : str
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    summary: str
+
+    def __str__(self) -> str:
+        return self.summary
+
+
+class Contender(NamedTuple):
+    """One way to make vectors of rows.
+
+    ``uncoded`` turns rows into unit vectors (None where only codes are worth a look), and
+    ``coded`` does so for a code of so many bytes.
     """
 
     name: str
@@ -80,52 +90,65 @@ class Contender:
     coded: Callable[[int], Vectors]
 
 
+class Truth(NamedTuple):
+    """Global rows (q,) that are queries, what they hold, their exact neighbours I (q, k).
+
+    ``duplicated`` (q,) bool: another row is at or above the threshold.
+    """
+
+    queries: np.ndarray
+    raw: np.ndarray
+    I: np.ndarray
+    duplicated: np.ndarray
+
+
 @locks.released()
-def run(options: config.Eval) -> str:
-    """Measure, write the table, the JSON and the picture; return the summary."""
+def run(options: config.Eval) -> Evaluation:
+    """Measure, and write the tables, the JSON and the picture."""
     if options.picture:
         from snipdedup.evaluation.plots import need_matplotlib
 
         need_matplotlib()
-    features, texts = open_inputs(options)
+    features, texts = open_both(options)
     out = Path(options.out).expanduser()
     given = [*features.inputs(), *(texts.inputs() if texts else [])]
     out_folder.refuse_output_inside(out, given)
-    kept = {k: v for k, v in options.as_dict().items() if k not in HOW}
+    kept = {k: v for k, v in options.as_dict().items() if k not in NOT_IN_REQUEST}
     request = {**kept, **request_of(features), "texts": request_of(texts) if texts else None}
     if out_folder.claim(out, "eval", request, overwrite=options.overwrite) == "done":
-        return f"{out} is finished already with these settings; --overwrite makes it anew"
+        again = f"{out} is finished already with these settings; --overwrite makes it anew"
+        return Evaluation(out, atomic.load_json(out / RESULT), again)
     try:
-        body = evaluate(features, texts, options)
-        for source in (features, texts):
-            if source is not None:
-                source.refuse_changed()
-        files = write(out / locks.WORK / out_folder.FILES, body, options.picture)
+        results = evaluate(features, texts, options)
+        for source in filter(None, (features, texts)):
+            source.refuse_changed()
+        files = write_results(out / locks.WORK / out_folder.FILES, results, options.picture)
         out_folder.publish(out, "eval", {"command": "eval", "request": request}, files)
     finally:
         out_folder.release(out)
-    return f"{eval_summary(body)}\nwritten to {options.out}"
+    return Evaluation(out, results, f"{eval_summary(results)}\nwritten to {options.out}")
 
 
-def write(out: Path, body: dict[str, Any], picture: bool) -> list[Path]:
+def write_results(out: Path, results: dict[str, Any], picture: bool) -> list[Path]:
     """Write the result in its forms; return the files."""
     files = [out / RESULT, out / PAGE]
-    atomic.save_json(files[0], body)
+    atomic.save_json(files[0], results)
     with atomic.replacing(files[1]) as part:
-        part.write_text(eval_page(body), encoding="utf-8")
+        part.write_text(eval_page(results), encoding="utf-8")
     if picture:
         from snipdedup.evaluation.plots import draw
 
         files.append(out / PICTURE)
         with atomic.replacing(files[-1]) as part:
-            draw(body, part)
+            draw(results, part)
     return files
 
 
-def open_inputs(options: config.Eval) -> tuple[Features, Features | None]:
+def open_both(options: config.Eval) -> tuple[Features, Features | None]:
     """Open features and texts, which must match row for row."""
-    kinds = {"parts": options.parts, "array": options.array, "column": options.column}
-    features = open_features(options.features, **kinds)
+    features = open_features(
+        options.features, parts=options.parts, array=options.array, column=options.column
+    )
     if options.nlist > features.rows:
         raise SnipError(
             f"--nlist {options.nlist}: there are only {features.rows:,} rows; give fewer lists, or "
@@ -139,50 +162,46 @@ def open_inputs(options: config.Eval) -> tuple[Features, Features | None]:
 
 
 def evaluate(features: Features, texts: Features | None, options: config.Eval) -> dict[str, Any]:
-    """Return everything that was measured, as JSON values.
-
-    Parameters
-    ----------
-    features : Features
-        Streamed a few times; never held.
-    texts : Features or None
-        Row for row.
-    options : settings.Eval
-    """
+    """Return everything that was measured, as JSON values; features are streamed, never held."""
     threads, clock = cores(options.threads), progress.Clock()
     rng = np.random.default_rng(options.seed)
     queries = sample_rows(features.rows, min(options.queries, features.rows // 4), rng)
     learn = learnable(features, queries, options.train_rows, rng)
-    if len(learn) < LEAST_LEARNT:
-        raise SnipError(
-            f"{len(learn):,} rows are left to learn from, besides {len(queries):,} queries and "
-            f"copies of these; eval needs {LEAST_LEARNT} at least: give more rows, or fewer "
-            "--queries"
-        )
     with clock.stage("train"):
         contenders = make_contenders(features, texts, learn, options)
     with clock.stage("truth"):
-        truth = true_neighbours(features, queries, max(RECALL_AT), threads)
-    judge = Judge(features, truth, options)
+        raw = features.gather(queries)
+        D, I = nearest(raw, features, max(RECALL_AT), threads, own=queries)
+        truth = Truth(queries, raw, I, D[:, 0] >= np.float32(options.threshold))
+    wanted = max(POINTS_A_LIST * default_nlist(features.rows, features.rows), LEAST_SAMPLE)
+    picked = sample_rows(features.rows, wanted, np.random.default_rng(options.seed))
+    sample, neighbours, flags = features.gather(picked), [], []
+    nlist = options.nlist or default_nlist(features.rows, len(picked))
     for contender in contenders:
         with clock.stage(f"judge {contender.name}"):
-            judge.contender(contender)
-    body: dict[str, Any] = {
+            found = judge(
+                contender, features, truth, sample, nlist=nlist, sizes=options.sizes(),
+                nprobes=options.nprobes(), flag_nprobe=options.flag_nprobe, seed=options.seed,
+                threads=threads,
+            )  # fmt: skip
+            neighbours += found[0]
+            flags += found[1]
+    results: dict[str, Any] = {
         "rows": features.rows,
         "dim": features.dim,
         "queries": len(queries),
         "learned_rows": len(learn),
-        "duplicates": int(judge.duplicates.sum()),
-        "settings": {k: v for k, v in options.as_dict().items() if k not in HOW},
-        "nlist": judge.nlist,
-        "neighbours": judge.neighbours,
-        "budget": budget(judge.neighbours, options.nprobes()),
-        "flags": judge.flags,
+        "duplicates": int(truth.duplicated.sum()),
+        "settings": {k: v for k, v in options.as_dict().items() if k not in NOT_IN_REQUEST},
+        "nlist": nlist,
+        "neighbours": neighbours,
+        "budget": budget(neighbours, options.nprobes()),
+        "flags": flags,
     }
     if texts is not None:
         with clock.stage("text"):
-            body["text"] = judge_text(features, texts, queries, contenders, rng)
-    return {**body, "seconds": {name: round(s, 2) for name, s in clock.seconds.items()}}
+            results["text"] = judge_text(features, texts, queries, contenders, rng)
+    return {**results, "seconds": {name: round(s, 2) for name, s in clock.seconds.items()}}
 
 
 def learnable(
@@ -191,60 +210,44 @@ def learnable(
     """Return rows to train on, ascending: no query, and no copy of one."""
     rows = sample_rows(features.rows, wanted + len(queries), rng)
     rows = rows[~np.isin(rows, queries)]
-    taken = row_hashes(features.gather(queries))
-    kept = rows[~np.isin(row_hashes(features.gather(rows)), taken)]
-    return kept[np.sort(rng.permutation(len(kept))[:wanted])]
+    query_hashes = row_hashes(features.gather(queries))
+    kept = rows[~np.isin(row_hashes(features.gather(rows)), query_hashes)]
+    learn = kept[np.sort(rng.permutation(len(kept))[:wanted])]
+    if len(learn) < min(LEAST_LEARNT, wanted):
+        raise SnipError(
+            f"{len(learn):,} rows are left to learn from, besides {len(queries):,} queries and "
+            f"copies of these; eval needs {LEAST_LEARNT} at least: give more rows, or fewer "
+            "--queries"
+        )
+    return learn
 
 
 def make_contenders(
     features: Features, texts: Features | None, learn: np.ndarray, options: config.Eval
 ) -> list[Contender]:
-    """Return raw features, PCA, MSE, SNIP, and OPQ of raw features."""
+    """Return raw features, OPQ of raw features, PCA, MSE and SNIP, trained on rows ``learn``."""
+    from snipdedup.encoder.directions import opq_rotation, principal_directions
     from snipdedup.encoder.network import Encoder
+    from snipdedup.encoder.training import train_encoder
 
     raw = features.gather(learn)
     refuse_bad(features, learn, raw)
     beside = None if texts is None else texts.gather(learn)
-    snip = (
-        Encoder.load(Path(options.encoder).expanduser())
-        if options.encoder
-        else learnt(raw, beside, options, "snip")
-    )
-    dim = snip.dim
-    if snip.dim_in != features.dim:
-        raise SnipError(
-            f"--encoder {options.encoder} expects rows {snip.dim_in} wide, the features are "
-            f"{features.dim} wide; use the encoder of this model's features"
-        )
-    mse = learnt(raw, beside, options, "mse", dim)
-    return contenders_of(raw, beside, snip, mse, options.seed)
 
+    def learnt(loss: str, dim: int) -> Encoder:
+        return train_encoder(
+            raw, text_features=beside, loss=loss, dim=dim, steps=options.steps,
+            threads=options.threads, seed=options.seed,
+        )[0]  # fmt: skip
 
-def learnt(
-    raw: np.ndarray, texts: np.ndarray | None, options: config.Eval, loss: str, dim: int = 0
-) -> Any:
-    """Return an encoder trained with the defaults of ``snip train``."""
-    from snipdedup.encoder import training
-
-    return training.train_encoder(
-        raw,
-        text_features=texts,
-        loss=loss,
-        dim=dim or min(options.dim, raw.shape[1]),
-        steps=options.steps,
-        threads=options.threads,
-        seed=options.seed,
-    )[0]
-
-
-def contenders_of(
-    raw: np.ndarray, texts: np.ndarray | None, snip: Encoder, mse: Encoder, seed: int
-) -> list[Contender]:
-    """Return the five contenders from rows to learn from and two encoders."""
-    from snipdedup.encoder.directions import principal_directions
-
-    directions = principal_directions(raw, snip.dim, texts).numpy()
-    few = np.random.default_rng(seed).permutation(len(raw))[:OPQ_ROWS]
+    if options.encoder:
+        snip = Encoder.load(Path(options.encoder).expanduser())
+        snip.check_width(features, options.encoder)
+    else:
+        snip = learnt("snip", min(options.dim, raw.shape[1]))
+    mse = learnt("mse", snip.dim)
+    directions = principal_directions(raw, snip.dim, beside).numpy()
+    few = np.random.default_rng(options.seed).permutation(len(raw))[:OPQ_ROWS]
     sample = unit_rows(raw[np.sort(few)])
 
     def pca(rows: np.ndarray) -> np.ndarray:
@@ -253,8 +256,17 @@ def contenders_of(
     def rotated(m: int) -> Vectors:
         if sample.shape[1] % m:
             return unit_rows  # such a code is left out
-        rotation = opq(sample, m, OPQ_ROUNDS)
+        rotation = opq_rotation(sample, m, OPQ_ROUNDS, 2 * OPQ_ROUNDS)
         return lambda rows: unit_rows(rows) @ rotation.T
+
+    def by_size(encoder: Encoder) -> Callable[[int], Vectors]:
+        heads: dict[int, Vectors] = {}  # the same function for the same width
+
+        def coded(m: int) -> Vectors:
+            head = encoder.for_codes(m)
+            return heads.setdefault(head.dim, head.encode)
+
+        return coded
 
     return [
         Contender("raw", unit_rows, lambda m: unit_rows),
@@ -265,124 +277,93 @@ def contenders_of(
     ]
 
 
-def by_size(encoder: Encoder) -> Callable[[int], Vectors]:
-    """Return what makes the vectors for a code size, the same for the same width."""
-    made: dict[int, Vectors] = {}
+def judge(
+    contender: Contender,
+    features: Features,
+    truth: Truth,
+    sample: np.ndarray,
+    *,
+    nlist: int,
+    sizes: list[int],
+    nprobes: list[int],
+    flag_nprobe: int,
+    seed: int,
+    threads: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the recall of neighbours and the duplicate flags, one dict a measurement.
 
-    def coded(m: int) -> Vectors:
-        fitting = encoder.for_codes(m)
-        return made.setdefault(fitting.dim, fitting.encode)
-
-    return coded
-
-
-class Judge:
-    """Holds the truth, and collects what contenders keep of it.
-
-    Attributes
-    ----------
-    neighbours, flags : list of dict
-        One entry a measurement.
-    duplicates : (q,) bool
-        Which queries have another row at or above the threshold.
-    nlist : int
+    ``sample`` (n, d) are the rows that quantisers are trained on.
     """
+    neighbours: list[dict[str, Any]] = []
+    flags: list[dict[str, Any]] = []
+    name, most, trained = contender.name, max(RECALL_AT), None
 
-    def __init__(self, features: Features, truth: Neighbours, options: config.Eval) -> None:
-        self.features, self.truth, self.options = features, truth, options
-        self.threads = cores(options.threads)
-        self.neighbours: list[dict[str, Any]] = []
-        self.flags: list[dict[str, Any]] = []
-        self.raw = features.gather(truth.queries)
-        cosine = pair_cosine(self.raw, features.gather(truth.I[:, 0]))
-        self.duplicates = cosine >= np.float32(options.threshold)
-        wanted = max(POINTS_A_LIST * default_nlist(features.rows, features.rows), LEAST_SAMPLE)
-        picked = sample_rows(features.rows, wanted, np.random.default_rng(options.seed))
-        self.sample = features.gather(picked)
-        self.nlist = options.nlist or default_nlist(features.rows, len(picked))
-        self.fitted: tuple[Vectors, np.ndarray, np.ndarray] | None = None
+    def note(m: int | None, nprobe: int | None, I: np.ndarray) -> None:
+        at = {str(k): round(recall(I, truth.I, k), 4) for k in RECALL_AT}
+        neighbours.append({"contender": name, "bytes": m, "nprobe": nprobe, "recall": at})
 
-    def contender(self, contender: Contender) -> None:
-        """Judge one contender, without codes and at each code size."""
-        most = max(RECALL_AT)
-        if contender.uncoded is not None:
-            found = flat_neighbours(
-                self.features, self.truth.queries, most, contender.uncoded, self.threads
-            )
-            self.note(contender.name, None, None, found)
-        for m in self.options.sizes():
-            vectors = contender.coded(m)
-            x = vectors(self.raw)
-            if x.shape[1] % m:
-                continue  # as faiss would refuse it
-            codes = self.coded(vectors, m)
-            with library_threads(self.threads):
-                for nprobe in self.options.nprobes():
-                    found = codes.neighbours(x, self.truth.queries, most, nprobe)
-                    self.note(contender.name, m, nprobe, found)
-                self.flagged(contender.name, m, codes, x)
-            found = codes.every(x, self.truth.queries, most, self.threads)
-            self.note(contender.name, m, self.nlist, found)
+    if contender.uncoded is not None:
+        note(None, None, uncoded_neighbours(features, contender.uncoded, truth, most, threads))
+    for m in sizes:
+        vectors = contender.coded(m)
+        x = vectors(truth.raw)
+        if x.shape[1] % m:
+            continue  # as faiss would refuse it
+        if trained is None or trained[0] is not vectors:  # code sizes share coarse centroids
+            y = vectors(sample)
+            lists = kmeans(y, nlist, iterations=ITERATIONS, seed=seed, threads=threads)
+            trained = vectors, y, lists
+        quantiser = train_quantiser(
+            trained[1], nlist=nlist, m=m, nbits=8, seed=seed, threads=threads,
+            centroids=trained[2],
+        )  # fmt: skip
+        indexed = IndexedRows(quantiser)
+        spans = plan_blocks(features.rows, BLOCK_ROWS)
+        for block in ordered_map(partial(read_vectors_of, features, vectors), spans, threads):
+            indexed.add(block)
+        with library_threads(threads):
+            for nprobe in nprobes:
+                note(m, nprobe, indexed.nearest(x, truth.queries, most, nprobe))
+            flags += [{"contender": name, "bytes": m, **f}
+                      for f in judge_flags(indexed, x, truth, flag_nprobe)]  # fmt: skip
+        note(m, nlist, indexed.nearest_of_all(x, truth.queries, most, threads))
+    return neighbours, flags
 
-    def coded(self, vectors: Vectors, m: int) -> Codes:
-        """Return an index of all rows in memory, its quantisers trained on a sample of them."""
-        sample, centroids = self.fit(vectors)
-        codes = Codes(
-            train_quantiser(
-                sample,
-                nlist=self.nlist,
-                m=m,
-                nbits=8,
-                seed=self.options.seed,
-                threads=self.threads,
-                centroids=centroids,
-            )
-        )
-        for x in encoded(self.features, vectors, self.threads):
-            codes.add(x)
-        return codes
 
-    def fit(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sample's vectors and their coarse centroids, which code sizes share."""
-        if self.fitted is None or self.fitted[0] is not vectors:
-            sample = vectors(self.sample)
-            seed, threads = self.options.seed, self.threads
-            self.fitted = (
-                vectors,
-                sample,
-                kmeans(sample, self.nlist, iterations=ITERATIONS, seed=seed, threads=threads),
-            )
-        return self.fitted[1:]
+def uncoded_neighbours(
+    features: Features, vectors: Vectors, truth: Truth, k: int, threads: int
+) -> np.ndarray:
+    """Return the rows with the nearest vectors, (q, k), by brute force."""
+    load = partial(read_vectors_of, features, vectors)
+    x, own = vectors(truth.raw), truth.queries
+    return nearest_vectors(x, load, features.rows, k, threads, own=own)[1]
 
-    def note(self, name: str, m: int | None, nprobe: int | None, found: Neighbours) -> None:
-        """Write down the recall of one setting."""
-        self.neighbours.append(
+
+def read_vectors_of(features: Features, vectors: Vectors, span: tuple[int, int]) -> np.ndarray:
+    """Return the vectors of the rows of a span."""
+    return vectors(features.read(*span))
+
+
+def judge_flags(
+    indexed: IndexedRows, x: np.ndarray, truth: Truth, nprobe: int
+) -> list[dict[str, Any]]:
+    """Return how well each rule flags queries that have a duplicate."""
+    D, I = indexed.search(x, FLAG_K, nprobe)
+    D[(I < 0) | (truth.queries[:, None] == I)] = np.inf
+    own = indexed.quantiser.own_code(x)[2]
+    flags = []
+    for rule in RULES:
+        subtracted = np.zeros_like(own) if rule == "global" else own
+        best = scores(D, subtracted, "ratio" if rule == "ratio" else "difference").min(axis=1)
+        flags.append(
             {
-                "contender": name,
-                "bytes": m,
-                "nprobe": nprobe,
-                "recall": {str(k): round(recall(found, self.truth, k), 4) for k in RECALL_AT},
+                "rule": rule,
+                "average_precision": round(average_precision(-best, truth.duplicated), 4),
+                "at": flag_points(best, truth.duplicated, PRECISIONS),
+                "curve": flag_points(best, truth.duplicated, CURVE),
             }
         )
-
-    def flagged(self, name: str, m: int, codes: Codes, x: np.ndarray) -> None:
-        """Judge duplicate flags by the three rules."""
-        D, I = codes.search(x, FLAG_K, self.options.flag_nprobe)
-        D[(I < 0) | (self.truth.queries[:, None] == I)] = np.inf
-        own = codes.own_errors(x)
-        for rule in RULES:
-            subtracted = np.zeros_like(own) if rule == "global" else own
-            best = scores(D, subtracted, "ratio" if rule == "ratio" else "difference").min(axis=1)
-            self.flags.append(
-                {
-                    "contender": name,
-                    "bytes": m,
-                    "rule": rule,
-                    "average_precision": round(average_precision(-best, self.duplicates), 4),
-                    "at": flag_points(best, self.duplicates, PRECISIONS),
-                    "curve": flag_points(best, self.duplicates, CURVE),
-                }
-            )
+    return flags
 
 
 def flag_points(
@@ -395,38 +376,35 @@ def flag_points(
         point = {"wanted": wanted, "margin": 0.0, "precision": None, "recall": 0.0}
         if len(margin):
             at, good = choose_margin(right / flagged, wanted)
-            recall_there = float(right[at] / max(truth.sum(), 1))
             point |= {"margin": float(margin[at]), "precision": float(right[at] / flagged[at])}
-            point["recall"] = recall_there if good else 0.0
+            point["recall"] = float(right[at] / max(truth.sum(), 1)) if good else 0.0
         points.append(point)
     return points
 
 
 def budget(measured: list[dict[str, Any]], nprobes: list[int]) -> list[dict[str, Any]]:
-    """Return where recall@10 is lost: by the encoder, by the code, by lists not visited."""
+    """Return where recall@10 is lost: by the encoder, by the code, by lists not visited.
+
+    The nprobe shown is the one in the middle, the larger of two.
+    """
     at = {(e["contender"], e["bytes"], e["nprobe"]): e["recall"]["10"] for e in measured}
-    lines = []
+    lines, nprobe = [], sorted(nprobes)[len(nprobes) // 2]
     for name, m in dict.fromkeys((e["contender"], e["bytes"]) for e in measured if e["bytes"]):
         uncoded = at.get((name, None, None), 1.0)
         visited = {n: v for (c, b, n), v in at.items() if (c, b) == (name, m)}
-        every, usual = visited[max(visited)], visited[default_nprobe(nprobes)]
+        every, shown = visited[max(visited)], visited[nprobe]
         lines.append(
             {
                 "contender": name,
                 "bytes": m,
-                "nprobe": default_nprobe(nprobes),
+                "nprobe": nprobe,
                 "encoder": round(1 - uncoded, 4),
                 "code": round(uncoded - every, 4),
-                "probes": round(every - usual, 4),
-                "recall": usual,
+                "probes": round(every - shown, 4),
+                "recall": shown,
             }
         )
     return lines
-
-
-def default_nprobe(nprobes: list[int]) -> int:
-    """Return the nprobe that tables show: the one in the middle, the larger of two."""
-    return sorted(nprobes)[len(nprobes) // 2]
 
 
 def judge_text(
@@ -457,18 +435,15 @@ def judge_text(
             ("image to text", x, t, same_text),
         ):
             ranks = partner_ranks(of[at] @ among.T, item[at], item)
+            shares = {str(k): share(ranks < k) for k in (1, 10)}
+            size = len(gallery)
             found.append(
-                {
-                    "contender": contender.name,
-                    "direction": direction,
-                    "among": len(gallery),
-                    **{str(k): share(ranks < k) for k in (1, 10)},
-                }
+                {"contender": contender.name, "direction": direction, "among": size, **shares}
             )
     return found
 
 
 def share(hits: np.ndarray) -> dict[str, float]:
-    """Return a share with the interval that so few queries leave."""
+    """Return a share with the 95 % interval that so few queries leave."""
     low, high = proportion_interval(int(hits.sum()), len(hits))
     return {"recall": round(float(hits.mean()), 4), "low": round(low, 4), "high": round(high, 4)}

@@ -9,7 +9,7 @@ import pytest
 
 from snipdedup import config
 from snipdedup.adc.threshold import calibrate
-from snipdedup.encoder import training as train
+from snipdedup.encoder import training
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.evaluation import evaluate, tables
 from snipdedup.features.shards import open_features
@@ -70,12 +70,14 @@ def test_the_result_holds_every_measurement(done):
     assert (body["rows"], body["queries"]) == (900, 100)
     page = (folder / "out" / "eval.md").read_text()
     assert "| SNIP |" in page
-    assert "SNIP" in said
+    assert "SNIP" in str(said)
     assert sorted(read_manifest(folder / "out", "eval")["outputs"]) == [
         "eval.json",
         "eval.md",
     ]
-    assert "finished already" in evaluate.run(options)
+    again = evaluate.run(options)
+    assert "finished already" in str(again)
+    assert again.results == body == said.results
 
 
 def test_raw_rows_without_codes_are_the_truth_and_stages_add_up(done):
@@ -114,13 +116,13 @@ def test_no_query_and_no_copy_of_one_is_learnt_from():
 def test_a_given_encoder_is_judged_and_must_fit(done):
     folder, options, _, rows = done
     small = {"hidden": 16, "steps": 5, "threads": 1, "dim": 6}
-    train.run(config.Train(features=rows[:300], out=str(folder / "encoder"), **small))
+    training.run(config.Train(features=rows[:300], out=str(folder / "encoder"), **small))
     given = {**options.as_dict(), "encoder": str(folder / "encoder"), "text_features": None}
     evaluate.run(config.Eval(**{**given, "out": str(folder / "judged"), "code_bytes": "2,4"}))
     body = json.loads((folder / "judged" / "eval.json").read_text())
     sizes = {e["bytes"] for e in body["neighbours"] if e["contender"] == "snip"}
     assert sizes == {None, 2}  # 4 does not divide the width of 6
-    with pytest.raises(SnipError, match=r"expects rows 16 wide, the features are 12 wide"):
+    with pytest.raises(SnipError, match=r"rows are 12 wide, --encoder .* expects 16"):
         evaluate.run(config.Eval(**{**given, "features": rows[:, :12], "out": str(folder / "bad")}))
     assert not (folder / "bad").exists()
 
