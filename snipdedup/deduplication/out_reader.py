@@ -18,7 +18,7 @@ import pyarrow as pa
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.members import Members, group_starts, keep_rank
-from snipdedup.metadata.tables import open_parquet
+from snipdedup.metadata.tables import stream_parquet
 
 BATCH_ROWS = 1 << 19
 STOPS = 128  # of the slider, at the most: a stop's number fits a byte with room to spare
@@ -144,7 +144,7 @@ def read_curve(path: Path, rows: int, start: float) -> Curve:
     stops = np.array([float(text) for text in thresholds]).astype(np.float32)
     stops[0] = np.float32(start)
     edges, touched = np.zeros(len(stops) + 1, np.int64), np.zeros(rows, np.uint8)
-    for batch in open_parquet(path).iter_batches(BATCH_ROWS):
+    for batch in stream_parquet(path).iter_batches(BATCH_ROWS):
         a, b, similarity = (batch.column(name) for name in ("a", "b", "similarity"))
         passes = np.searchsorted(stops, similarity.to_numpy(zero_copy_only=False), "right")
         edges += np.bincount(passes, minlength=len(edges))
@@ -280,7 +280,7 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
     With ``marked``, a representative that is a row of a reference comes as its complement, < 0.
     """
     waiting: list[Members] = []
-    file, columns = open_parquet(path), list(Members._fields)
+    file, columns = stream_parquet(path), list(Members._fields)
     if marked and "reference" in file.schema_arrow.names:
         columns.append("reference")
     check_columns(path, file.schema_arrow)
@@ -325,7 +325,7 @@ def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
     """Return the keys of some rows of ``groups.parquet``; rows without one are left out."""
     wanted = np.sort(rows)
     keys: dict[int, str] = {}
-    for batch in open_parquet(path).iter_batches(BATCH_ROWS, columns=["row", "key"]):
+    for batch in stream_parquet(path).iter_batches(BATCH_ROWS, columns=["row", "key"]):
         if not len(wanted) or batch.column("key").null_count == batch.num_rows:
             continue
         row = batch.column("row").to_numpy()
@@ -338,7 +338,7 @@ def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
 
 def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
     """Return (representative, cosine) of rows in ``groups.parquet``; of a reference: ~row."""
-    table, partners = open_parquet(path), {}
+    table, partners = stream_parquet(path), {}
     columns = ["row", "representative", "similarity"]
     columns += ["reference"] * ("reference" in table.schema_arrow.names)
     for batch in table.iter_batches(BATCH_ROWS, columns=columns):

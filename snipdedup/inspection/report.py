@@ -39,7 +39,7 @@ from snipdedup.inspection.report_page import (
     render,
     require_jinja,
 )
-from snipdedup.metadata.tables import open_parquet
+from snipdedup.metadata.tables import stream_parquet
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
@@ -150,7 +150,7 @@ def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Re
 
 def read_sizes(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return (values, counts) of ``group_size`` and ``dup_count``; 0 is left out."""
-    table = open_parquet(path).read()
+    table = stream_parquet(path).read()
     of = np.array(table["of"].to_pylist(), object)
     value, count = table["value"].to_numpy(), table["count"].to_numpy()
     chosen = {name: (of == name) & (value > 0) for name in ("group_size", "dup_count")}
