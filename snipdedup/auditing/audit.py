@@ -30,7 +30,7 @@ from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import stream_parquet
-from snipdedup.metadata.texts import RowTexts, open_texts
+from snipdedup.metadata.texts import RowTexts, open_row_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage.atomic import sha256
@@ -53,7 +53,7 @@ def run(options: Audit) -> AuditResult:
         if sheet is not None:
             refuse_existing(sheet)
             refuse_output_file(sheet, [folder, *features.inputs()])
-        texts = open_texts(folder, manifest, options.metadata)
+        texts = open_row_texts(folder, manifest, options.metadata)
         threads, memory = cores(options.threads), memory_bound(options.max_memory)
         result = AuditResult(folder)
         readable = audit(

@@ -6,7 +6,7 @@ Memory holds one batch, and what will be shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -24,7 +24,7 @@ BATCH_ROWS = 1 << 19
 STOPS = 128  # of the slider, at the most: a stop's number fits a byte with room to spare
 GROUPS, MEMBERS = 12, 12  # largest groups shown, and rows of each
 NARROWEST = 1e-5  # bin of cosines: they may lie anywhere from -1 to 1
-COPIED = 12  # rows that stand for most others
+COPIED = 12  # rows that represent most others
 CHAINED = 12
 # Removed pairs shown, by where their cosine lies between the threshold (0) and 1.
 BANDS = ((0.0, 0.02, 24), (0.02, 0.1, 12), (0.1, 0.3, 8), (0.3, 0.6, 8), (0.6, 1.0, 8))
@@ -310,9 +310,9 @@ def check_columns(path: Path, schema: Any) -> None:
     kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
     wanted = {"similarity": kinds[2], "is_dup": kinds[1]}
     for name in Members._fields:
-        held = [field.type for field in schema if field.name == name]
-        if len(held) != 1 or not wanted.get(name, kinds[0])(held[0]):
-            found = ", ".join(map(str, held)) or "none"
+        types = [field.type for field in schema if field.name == name]
+        if len(types) != 1 or not wanted.get(name, kinds[0])(types[0]):
+            found = ", ".join(map(str, types)) or "none"
             raise SnipError(f"{path}: damaged: found {found} as column {name!r}; make it anew")
 
 
@@ -321,8 +321,17 @@ def joined(parts: list[Members]) -> Members:
     return Members(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
+def read_rows(path: Path, rows: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield some rows of ``groups.parquet``, with those of the columns that it has."""
+    file = open_parquet(path)
+    names = ["row", *(name for name in columns if name in file.schema_arrow.names)]
+    for batch in file.iter_batches(BATCH_ROWS, columns=names):
+        yield from batch.take(np.flatnonzero(np.isin(batch.column("row"), rows))).to_pylist()
+
+
 def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
     """Return the keys of some rows of ``groups.parquet``; rows without one are left out."""
+<<<<<<< HEAD
     wanted = np.sort(rows)
     keys: dict[int, str] = {}
     for batch in stream_parquet(path).iter_batches(BATCH_ROWS, columns=["row", "key"]):
@@ -334,10 +343,15 @@ def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
         found = batch.column("key").take(at).to_pylist()
         keys |= {int(r): key for r, key in zip(row[at], found, strict=True) if key is not None}
     return keys
+=======
+    found = read_rows(path, rows, ["key"])
+    return {line["row"]: line["key"] for line in found if line["key"] is not None}
+>>>>>>> house
 
 
 def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
     """Return (representative, cosine) of rows in ``groups.parquet``; of a reference: ~row."""
+<<<<<<< HEAD
     table, partners = stream_parquet(path), {}
     columns = ["row", "representative", "similarity"]
     columns += ["reference"] * ("reference" in table.schema_arrow.names)
@@ -347,4 +361,11 @@ def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
             other, similarity = line["representative"], line["similarity"]
             other = other if line.get("reference") is None else ~other
             partners[line["row"]] = (other, np.nan if similarity is None else similarity)
+=======
+    partners = {}
+    for line in read_rows(path, rows, ["representative", "similarity", "reference"]):
+        other, similarity = line["representative"], line["similarity"]
+        other = other if line.get("reference") is None else ~other
+        partners[line["row"]] = (other, np.nan if similarity is None else similarity)
+>>>>>>> house
     return partners

@@ -40,7 +40,7 @@ from snipdedup.inspection.report_page import (
     require_jinja,
 )
 from snipdedup.metadata.tables import stream_parquet
-from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
+from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
@@ -82,7 +82,7 @@ def run(options: Report) -> ReportResult:
     with as_written(out):
         manifest = read_manifest(out, KIND)
         target = out / NAME if options.html is None else Path(options.html).expanduser()
-        texts = open_texts(out, manifest, options.metadata)
+        texts = open_row_texts(out, manifest, options.metadata)
         read = [] if texts.metadata is None else texts.metadata.inputs()
         if options.images is not None:
             read = [*read, Path(options.images).expanduser()]
