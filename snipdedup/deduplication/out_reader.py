@@ -323,7 +323,7 @@ def joined(parts: list[Members]) -> Members:
 
 def read_rows(path: Path, rows: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield some rows of ``groups.parquet``, with those of the columns that it has."""
-    file = open_parquet(path)
+    file = stream_parquet(path)
     names = ["row", *(name for name in columns if name in file.schema_arrow.names)]
     for batch in file.iter_batches(BATCH_ROWS, columns=names):
         yield from batch.take(np.flatnonzero(np.isin(batch.column("row"), rows))).to_pylist()
@@ -331,41 +331,15 @@ def read_rows(path: Path, rows: np.ndarray, columns: Sequence[str]) -> Iterator[
 
 def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
     """Return the keys of some rows of ``groups.parquet``; rows without one are left out."""
-<<<<<<< HEAD
-    wanted = np.sort(rows)
-    keys: dict[int, str] = {}
-    for batch in stream_parquet(path).iter_batches(BATCH_ROWS, columns=["row", "key"]):
-        if not len(wanted) or batch.column("key").null_count == batch.num_rows:
-            continue
-        row = batch.column("row").to_numpy()
-        place = np.minimum(np.searchsorted(wanted, row), len(wanted) - 1)
-        at = np.flatnonzero(wanted[place] == row)
-        found = batch.column("key").take(at).to_pylist()
-        keys |= {int(r): key for r, key in zip(row[at], found, strict=True) if key is not None}
-    return keys
-=======
     found = read_rows(path, rows, ["key"])
     return {line["row"]: line["key"] for line in found if line["key"] is not None}
->>>>>>> house
 
 
 def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
     """Return (representative, cosine) of rows in ``groups.parquet``; of a reference: ~row."""
-<<<<<<< HEAD
-    table, partners = stream_parquet(path), {}
-    columns = ["row", "representative", "similarity"]
-    columns += ["reference"] * ("reference" in table.schema_arrow.names)
-    for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-        at = np.flatnonzero(np.isin(batch.column("row").to_numpy(), rows))
-        for line in batch.take(at).to_pylist():
-            other, similarity = line["representative"], line["similarity"]
-            other = other if line.get("reference") is None else ~other
-            partners[line["row"]] = (other, np.nan if similarity is None else similarity)
-=======
     partners = {}
     for line in read_rows(path, rows, ["representative", "similarity", "reference"]):
         other, similarity = line["representative"], line["similarity"]
         other = other if line.get("reference") is None else ~other
         partners[line["row"]] = (other, np.nan if similarity is None else similarity)
->>>>>>> house
     return partners
