@@ -25,8 +25,8 @@ sys.path.insert(0, str(timing.ROOT))
 
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.outputs import MetadataPlan, write_files
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import checked, choose
-from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.keep import rank_by
 from snipdedup.join.forest import Edges
@@ -165,7 +165,7 @@ def measure(folder: Path, rows: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def load_search(folder: Path, rows: int) -> SearchResult:
+def load_search(folder: Path, rows: int) -> PairSearch:
     """Return what was written, mapped."""
     a, b, copy, first = (
         np.memmap(folder / name, "<i8", "r") for name in ("a", "b", "copy", "first")
@@ -177,7 +177,7 @@ def load_search(folder: Path, rows: int) -> SearchResult:
     del order
     copies, firsts = (np.load(path, mmap_mode="r") for path in listed)
     similarity = np.broadcast_to(np.float32(0.97), len(a))
-    return SearchResult(
+    return PairSearch(
         names=["imagined.npy"],
         offsets=np.array([0, rows]),
         threshold=0.95,

@@ -19,8 +19,8 @@ HEAD = """\
 
 Generated from `docs/benchmarks/*.json` by `python scripts/make_benchmarks.py`; do not edit. Each
 file is one run of `scripts/bench_join.py`, or of `scripts/bench_codes.py` where recall of codes is
-measured, and holds every setting, all repeats, and the machine; `plan.json`, `grouping.json` and
-`components.json` (of `check_plan.py`, `bench_grouping.py`, `bench_components.py`) are shown in
+measured, and holds every setting, all repeats, and the machine; `grouping.json` and
+`components.json` (of `bench_grouping.py` and `bench_components.py`) are shown in
 [scale](scale.md), `recall_300k.json` and `recall_400k.json` (of `bench_recall.py`) in
 [Calibration](internals/calibration.md).
 

@@ -16,8 +16,8 @@ import truth
 from snipdedup import dedup
 from snipdedup.config import Filter
 from snipdedup.deduplication.counts import levels
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import checked, choose, groups_table
-from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.groups.keep import rank_by
@@ -121,7 +121,7 @@ def test_groups_and_masks_past_2_32(far, grouping):
     x, features, row = far
     near = dedup(x, threshold=0.9, method="exact", grouping=grouping)
     forest = near.search.forest
-    found = SearchResult(
+    found = PairSearch(
         names=[f"part {number}" for number in range(5)],
         offsets=features.offsets,
         threshold=0.9,

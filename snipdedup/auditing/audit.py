@@ -119,7 +119,7 @@ def audit(
         return False
     proved = features if same_rows else None
     chosen = pick_ordinals(int(np.count_nonzero(run.is_dup)), sample, seed) if sample else None
-    proof = Proof(run, proved, captions, result, chosen=chosen, threads=threads, memory=memory)
+    proof = Proof(run, proved, captions, result, chosen, threads, memory)
     references = open_references(manifest, threads, result)
     readable = check_groups(run, proof, result)
     if readable:
@@ -229,23 +229,8 @@ def open_run(manifest: dict[str, Any], result: AuditResult) -> AuditedRun | None
     if len(is_dup) != offsets[-1]:
         result.fail("mask", f"is_dup.npy: {len(is_dup):,} rows, expected {offsets[-1]:,}")
         return None
-    settings = manifest["settings"]
-    references_only = bool(settings.get("references_only"))
-    by_design = None
-    if settings["method"] == "semdedup":
-        by_design = "semdedup"
-    elif settings["grouping"] == "components" and not references_only:
-        by_design = "components"
-    return AuditedRun(
-        folder=result.folder,
-        manifest=manifest,
-        names=[shard["name"] for shard in manifest["shards"]],
-        offsets=offsets,
-        is_dup=is_dup,
-        threshold=float(settings["threshold"]),
-        references_only=references_only,
-        by_design=by_design,
-    )
+    names = [shard["name"] for shard in manifest["shards"]]
+    return AuditedRun(result.folder, manifest, names, offsets, is_dup)
 
 
 def check_groups(run: AuditedRun, proof: Proof, result: AuditResult) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from snipdedup import config
 from snipdedup.adc.pairs import Rule, candidate_pairs
 from snipdedup.adc.threshold import TWO_SIDED
-from snipdedup.deduplication.search_result import SearchResult
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import scan
 from snipdedup.features.shards import Features
@@ -42,7 +42,7 @@ def check_given(features: Features | None, options: config.Dedup) -> None:
 
 def search_adc(
     features: Features | None, options: config.Dedup, work: Path, stage: Stage
-) -> SearchResult:
+) -> PairSearch:
     """Find pairs by the adaptive threshold on the ADC distance.
 
     Without features pairs stay unverified, and an index must be given; with features one is built
@@ -87,11 +87,11 @@ def search_adc(
             for edges in verify_pairs(features, a[use], b[use], options.threshold, threads):
                 builder.add(edges)
     notes = adc_notes(rule, flags, cut)
-    found = SearchResult.of(features, options.threshold, seen, builder.forest(), notes)
+    found = PairSearch.of(features, options.threshold, seen, builder.forest(), notes)
     return dataclasses.replace(found, flags=flags)
 
 
-def unverified_result(index: Index, rule: Rule, blocks: Any, threshold: float) -> SearchResult:
+def unverified_result(index: Index, rule: Rule, blocks: Any, threshold: float) -> PairSearch:
     """Return all candidate pairs of an index whose rows are not at hand."""
     flags, cut, pairs, builder = np.zeros(index.rows, bool), 0, [], ForestBuilder()
     for block in blocks:
@@ -100,7 +100,7 @@ def unverified_result(index: Index, rule: Rule, blocks: Any, threshold: float) -
         pairs.append(edges)
         builder.add(spanning_forest(edges))
     nothing = np.empty(0, np.int64)
-    return SearchResult(
+    return PairSearch(
         names=[str(shard["name"]) for shard in index.manifest["shards"]],
         offsets=index.offsets,
         threshold=threshold,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.deduplication.search_result import SearchResult
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.groups.blocks import slices
 from snipdedup.groups.members import Members, group_starts
 from snipdedup.join.forest import Edges, link_smaller, number_ends
@@ -74,9 +74,7 @@ class Level:
     largest: int
 
 
-def levels(
-    search: SearchResult, thresholds: list[float], folder: Path | None = None
-) -> list[Level]:
+def levels(search: PairSearch, thresholds: list[float], folder: Path | None = None) -> list[Level]:
     """Return, for each threshold, what components of the forest would remove."""
     lines = [Level(threshold, 0, 0, 1) for threshold in thresholds]
     if not lines:

@@ -13,7 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.deduplication.search_result import SearchResult
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import InternalError
 from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
@@ -27,7 +27,7 @@ GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
 
 
 def fill_similarity(
-    search: SearchResult,
+    search: PairSearch,
     features: Features | None,
     members: Members,
     threshold: float,
@@ -65,7 +65,7 @@ class FinalCheck:
     """
 
     def __init__(
-        self, search: SearchResult, features: Features | None, threshold: float, grouping: str
+        self, search: PairSearch, features: Features | None, threshold: float, grouping: str
     ) -> None:
         self.search, self.threshold = search, np.float32(threshold)
         self.may_chain = grouping == "components" and search.best is None

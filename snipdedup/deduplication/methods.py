@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.references import References, own_pairs
 from snipdedup.deduplication.result import choose
-from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.deduplication.semdedup import search_semdedup
 from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
@@ -68,7 +68,7 @@ class SearchSettings:
 def search_features(
     inputs: Inputs, features: Features, settings: SearchSettings, work: Path, runner: Runner | None,
     stage: Stage,
-) -> SearchResult:  # fmt: skip
+) -> PairSearch:  # fmt: skip
     """Find all pairs by the join or by brute force, or all matches by SemDeDup's rule.
 
     The tasks of the join leave their files in ``work``; ``runner`` does them, or threads of this
@@ -79,7 +79,7 @@ def search_features(
     if inputs.references is not None:
         return find_beside(inputs.references, features, settings, work, runner, stage)
     found = find_pairs(features, settings, work, runner, stage)
-    search = SearchResult.of(features, settings.threshold, *found)
+    search = PairSearch.of(features, settings.threshold, *found)
     if inputs.text is None or inputs.also is None:
         return search
     with stage("captions"):
@@ -137,7 +137,7 @@ def find_pairs(
 def find_beside(
     references: References, features: Features, settings: SearchSettings, work: Path,
     runner: Runner | None, stage: Stage,
-) -> SearchResult:  # fmt: skip
+) -> PairSearch:  # fmt: skip
     """Search over reference rows and features; return what concerns the features."""
     rows, first, model = references.before(features), references.rows, None
     joins = settings.method == "join"
@@ -164,7 +164,7 @@ def find_beside(
     bad = seen.bad[seen.bad >= first] - first
     own_scan = Scan(bad, copies, originals, seen.checksums[shards:])
     return dataclasses.replace(
-        SearchResult.of(features, settings.threshold, own_scan, own, notes),
+        PairSearch.of(features, settings.threshold, own_scan, own, notes),
         references=references,
         reference_checksums=seen.checksums[:shards],
         references_only=settings.references_only,
@@ -173,8 +173,8 @@ def find_beside(
 
 
 def match_captions(
-    search: SearchResult, features: Features, texts: Scan, also: Also, threads: int
-) -> SearchResult:
+    search: PairSearch, features: Features, texts: Scan, also: Also, threads: int
+) -> PairSearch:
     """Return a search of images cut down to pairs whose captions match as well.
 
     Each group of images is compared again, exact copies included: their captions may differ.
@@ -194,7 +194,7 @@ def match_captions(
     )
 
 
-def common_copies(search: SearchResult, texts: Scan) -> tuple[np.ndarray, np.ndarray]:
+def common_copies(search: PairSearch, texts: Scan) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows that are copies in image and caption, ascending, and each one's original."""
     row = np.union1d(search.copies, search.originals)
     image = search.original_of(row)
@@ -212,7 +212,7 @@ def common_copies(search: SearchResult, texts: Scan) -> tuple[np.ndarray, np.nda
 
 def find_matches(
     features: Features, settings: SearchSettings, work: Path, stage: Stage
-) -> SearchResult:
+) -> PairSearch:
     """Find by SemDeDup's rule, and count what the borders of its clusters cost."""
     with stage("read"):
         seen = settings.scan(features)
@@ -229,7 +229,7 @@ def find_matches(
     if settings.borders:
         with stage("borders"):
             notes["borders"] = border_cost(features, best, settings, work)
-    search = SearchResult.of(features, settings.threshold, seen, join_edges([]), notes)
+    search = PairSearch.of(features, settings.threshold, seen, join_edges([]), notes)
     return dataclasses.replace(search, best=best)
 
 
@@ -243,7 +243,7 @@ def border_cost(
     remove.
     """
     found = find_pairs(features, settings, work, None, Clock().stage)
-    search = SearchResult.of(features, settings.threshold, *found)
+    search = PairSearch.of(features, settings.threshold, *found)
     removed = best.removed(settings.threshold)
     pairs, across = 0, 0
     beside = np.zeros(features.rows, bool)

@@ -6,7 +6,7 @@ Memory holds one batch, and what will be shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -24,7 +24,7 @@ BATCH_ROWS = 1 << 19
 STOPS = 128  # of the slider, at the most: a stop's number fits a byte with room to spare
 GROUPS, MEMBERS = 12, 12  # largest groups shown, and rows of each
 NARROWEST = 1e-5  # bin of cosines: they may lie anywhere from -1 to 1
-COPIED = 12  # rows that stand for most others
+COPIED = 12  # rows that represent most others
 CHAINED = 12
 # Removed pairs shown, by where their cosine lies between the threshold (0) and 1.
 BANDS = ((0.0, 0.02, 24), (0.02, 0.1, 12), (0.1, 0.3, 8), (0.3, 0.6, 8), (0.6, 1.0, 8))
@@ -208,10 +208,7 @@ def survey_groups(path: Path, run: Run, seed: int) -> Survey:
             sample.offer(pick(removed, band == number))
         below.offer(pick(removed, removed.similarity < threshold))
         removed = pick(removed, removed.representative >= 0)  # not those of a reference row
-        rows, counts = np.unique(removed.representative, return_counts=True)
-        rows, counts = np.append(copied, rows), np.append(copies, counts)  # no group is cut
-        best = np.lexsort((rows, -counts))[:COPIED]
-        copied, copies = rows[best], counts[best]
+        copied, copies = most_copied(copied, copies, removed)
         own, other = (
             np.searchsorted(run.offsets, side, "right") - 1
             for side in (removed.row, removed.representative)
@@ -236,6 +233,16 @@ def survey_groups(path: Path, run: Run, seed: int) -> Survey:
         below=Band(-1, float(threshold), below.offered, below.members()),
         foreign=foreign,
     )
+
+
+def most_copied(
+    rows: np.ndarray, counts: np.ndarray, removed: Members
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that represent most others, and how many, of some and of whole groups."""
+    more, number = np.unique(removed.representative, return_counts=True)
+    rows, counts = np.append(rows, more), np.append(counts, number)
+    best = np.lexsort((rows, -counts))[:COPIED]
+    return rows[best], counts[best]
 
 
 def spared_members(members: Members, run: Run) -> tuple[Members, np.ndarray]:
@@ -310,9 +317,9 @@ def check_columns(path: Path, schema: Any) -> None:
     kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
     wanted = {"similarity": kinds[2], "is_dup": kinds[1]}
     for name in Members._fields:
-        held = [field.type for field in schema if field.name == name]
-        if len(held) != 1 or not wanted.get(name, kinds[0])(held[0]):
-            found = ", ".join(map(str, held)) or "none"
+        types = [field.type for field in schema if field.name == name]
+        if len(types) != 1 or not wanted.get(name, kinds[0])(types[0]):
+            found = ", ".join(map(str, types)) or "none"
             raise SnipError(f"{path}: damaged: found {found} as column {name!r}; make it anew")
 
 
@@ -321,30 +328,25 @@ def joined(parts: list[Members]) -> Members:
     return Members(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
+def read_rows(path: Path, rows: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield some rows of ``groups.parquet``, with those of the columns that it has."""
+    file = open_parquet(path)
+    names = ["row", *(name for name in columns if name in file.schema_arrow.names)]
+    for batch in file.iter_batches(BATCH_ROWS, columns=names):
+        yield from batch.take(np.flatnonzero(np.isin(batch.column("row"), rows))).to_pylist()
+
+
 def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
     """Return the keys of some rows of ``groups.parquet``; rows without one are left out."""
-    wanted = np.sort(rows)
-    keys: dict[int, str] = {}
-    for batch in open_parquet(path).iter_batches(BATCH_ROWS, columns=["row", "key"]):
-        if not len(wanted) or batch.column("key").null_count == batch.num_rows:
-            continue
-        row = batch.column("row").to_numpy()
-        place = np.minimum(np.searchsorted(wanted, row), len(wanted) - 1)
-        at = np.flatnonzero(wanted[place] == row)
-        found = batch.column("key").take(at).to_pylist()
-        keys |= {int(r): key for r, key in zip(row[at], found, strict=True) if key is not None}
-    return keys
+    found = read_rows(path, rows, ["key"])
+    return {line["row"]: line["key"] for line in found if line["key"] is not None}
 
 
 def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
     """Return (representative, cosine) of rows in ``groups.parquet``; of a reference: ~row."""
-    table, partners = open_parquet(path), {}
-    columns = ["row", "representative", "similarity"]
-    columns += ["reference"] * ("reference" in table.schema_arrow.names)
-    for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-        at = np.flatnonzero(np.isin(batch.column("row").to_numpy(), rows))
-        for line in batch.take(at).to_pylist():
-            other, similarity = line["representative"], line["similarity"]
-            other = other if line.get("reference") is None else ~other
-            partners[line["row"]] = (other, np.nan if similarity is None else similarity)
+    partners = {}
+    for line in read_rows(path, rows, ["representative", "similarity", "reference"]):
+        other, similarity = line["representative"], line["similarity"]
+        other = other if line.get("reference") is None else ~other
+        partners[line["row"]] = (other, np.nan if similarity is None else similarity)
     return partners

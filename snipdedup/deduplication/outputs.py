@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import Result, forest_table, groups_table
-from snipdedup.deduplication.search_result import SearchResult
 from snipdedup.errors import UsageError
 from snipdedup.features.hashing import checksum_text
 from snipdedup.features.shards import request_of
@@ -74,7 +74,8 @@ def plan_metadata(
     key = table.column(key)
     uses = [rank.use()] if isinstance(rank, ColumnRank) else []
     if key is not None:
-        uses.append(ColumnUse([key], texts, "name a column of texts or numbers with --key"))
+        remedy = "name a column of texts or numbers with --key"
+        uses.append(ColumnUse([key], lambda file, _, batch: texts(file, batch), remedy))
     uses += [*url_baseline.baseline_uses(table), *added, *export.list_uses(lists, table)]
     try_column_uses(
         table, [*uses, ColumnUse(None, try_writing, "leave it out of META", by_schema=True)]
@@ -141,7 +142,7 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
     return [out / name for name in (*arrays, *tables)]
 
 
-def write_forest(search: SearchResult, out: Path) -> list[Path]:
+def write_forest(search: PairSearch, out: Path) -> list[Path]:
     """Write ``forest.parquet``, some edges at a time."""
     path = out / "forest.parquet"
     with atomic.writing_parquet(path, forest_table(search, join_edges([])).schema) as write:
@@ -204,7 +205,7 @@ def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> list[Path]:
     return written + export.write_lists(plan.lists, table, result.is_dup, out / EXPORT, work)
 
 
-def references_table(search: SearchResult) -> Any:
+def references_table(search: PairSearch) -> Any:
     """Return each distinct row's nearest reference row, where one matches."""
     references, nearest = search.references, search.nearest
     if references is None or nearest is None:

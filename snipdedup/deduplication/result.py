@@ -20,7 +20,7 @@ from snipdedup import progress
 from snipdedup.config import Dedup
 from snipdedup.deduplication.counts import Counts, count_members, levels, summarize
 from snipdedup.deduplication.final_check import fill_similarity
-from snipdedup.deduplication.search_result import SearchResult
+from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import Block, collect, slices
@@ -49,7 +49,7 @@ class Result:
 
     Attributes
     ----------
-    search : SearchResult
+    search : PairSearch
     features : Features or None
         The rows that were searched.
     members : Members
@@ -68,7 +68,7 @@ class Result:
         That folder.
     """
 
-    search: SearchResult
+    search: PairSearch
     features: Features | None
     members: Members
     threshold: float
@@ -221,7 +221,7 @@ def checked(result: Result) -> Result:
 
 
 def choose(
-    search: SearchResult,
+    search: PairSearch,
     features: Features | None,
     threshold: float,
     grouping: str,
@@ -247,7 +247,7 @@ def choose(
 
 
 def choose_fraction(
-    search: SearchResult, fraction: float, choose_at: Callable[[float], Result]
+    search: PairSearch, fraction: float, choose_at: Callable[[float], Result]
 ) -> Result:
     """Choose at the lowest threshold, in steps of .001 up to 1, at which a share of rows is kept.
 
@@ -271,7 +271,7 @@ def choose_fraction(
     return result
 
 
-def check_threshold(search: SearchResult, threshold: float) -> None:
+def check_threshold(search: PairSearch, threshold: float) -> None:
     """Refuse a threshold below the one that was searched for; SemDeDup's rule knows all.
 
     Pairs that were never verified have one threshold only.
@@ -286,7 +286,7 @@ def check_threshold(search: SearchResult, threshold: float) -> None:
 
 
 def decide_block(
-    search: SearchResult,
+    search: PairSearch,
     block: Block,
     features: Features | None,
     threshold: float,
@@ -317,14 +317,14 @@ def decide_block(
     return copies.unfold(refer_star(members, nearest) if nearest else members)
 
 
-def forest_table(search: SearchResult, forest: Edges) -> Any:
+def forest_table(search: PairSearch, forest: Edges) -> Any:
     """Return edges of the forest as a ``pyarrow.Table``; unverified pairs have no similarity."""
     similarity = pa.array(forest.similarity, mask=np.full(len(forest.a), not search.verified))
     return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
 
 
 def groups_table(
-    search: SearchResult, members: Members, keys: Any, near: np.ndarray | None = None
+    search: PairSearch, members: Members, keys: Any, near: np.ndarray | None = None
 ) -> Any:
     """Return members with their places and ``keys`` as a ``pyarrow.Table``.
 

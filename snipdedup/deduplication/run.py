@@ -29,6 +29,12 @@ from snipdedup.deduplication.outputs import (
     write_files,
     write_pair_files,
 )
+from snipdedup.deduplication.pair_search import (
+    PairSearch,
+    load_search,
+    read_search,
+    save_search,
+)
 from snipdedup.deduplication.references import KIND
 from snipdedup.deduplication.result import (
     Result,
@@ -36,12 +42,6 @@ from snipdedup.deduplication.result import (
     checked,
     choose,
     choose_fraction,
-)
-from snipdedup.deduplication.search_result import (
-    SearchResult,
-    load_search,
-    read_search,
-    save_search,
 )
 from snipdedup.deduplication.settings import (
     DECISIONS,
@@ -121,7 +121,8 @@ def open_result(out: str | Path) -> Result:
     folder = Path(out).expanduser()
     with as_written(folder):
         threshold = read_manifest(folder, KIND)["settings"]["threshold"]
-        job = prepare(inherit(Dedup(features=str(folder), threshold=threshold), folder))
+        options = inherit(Dedup(features=str(folder), threshold=threshold), folder)
+        job = prepare(options, writes=False)
         return read_result(folder, job)
 
 
@@ -253,7 +254,7 @@ def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
     ]
 
 
-def search_of(earlier: Path, job: Job) -> SearchResult:
+def search_of(earlier: Path, job: Job) -> PairSearch:
     """Return what a finished run found, as if it had searched at this threshold."""
     with as_written(earlier):
         search = read_search(earlier, job.inputs)
@@ -265,7 +266,7 @@ def search_of(earlier: Path, job: Job) -> SearchResult:
 
 def search_and_write(
     job: Job,
-    search: SearchResult | None,
+    search: PairSearch | None,
     out: Path,
     request: dict[str, Any],
     clock: Clock,
@@ -339,7 +340,7 @@ def releasing(out: Path, share: Share | None) -> Iterator[None]:
         ) from error
 
 
-def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
+def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
     """Search, or read back what this run had found when it was stopped."""
     if job.settings.method == "join":  # its tasks are kept one by one
         return run_search(job, work, clock, runner)
@@ -350,7 +351,7 @@ def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> Sear
     return search
 
 
-def run_search(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResult:
+def run_search(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
     """Find all pairs by the method asked for; ``runner`` does the tasks of a join."""
     features = job.inputs.features
     if job.settings.method == "adc" or features is None:
@@ -358,7 +359,7 @@ def run_search(job: Job, work: Path, clock: Clock, runner: Runner) -> SearchResu
     return search_features(job.inputs, features, job.settings, work, runner, clock.stage)
 
 
-def decide_job(job: Job, search: SearchResult, folder: Path | None) -> Result:
+def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
     """Decide which rows are removed and check each; ``folder`` is for what memory cannot hold."""
     grouping, fraction = str(job.options.grouping), job.options.keep_fraction
     features, keep = job.inputs.features, job.settings.keep

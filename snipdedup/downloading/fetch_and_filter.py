@@ -24,11 +24,11 @@ from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 
 ARRIVED = "arrived"  # below the work folder: fetched, not yet filtered
-DONE = "done"  # below the work folder: a done file for each file of metadata
+DONE_FILES = "done"  # below the work folder: a done file for each file of metadata
 
 
 @dataclass(frozen=True)
-class Item:
+class DownloadItem:
     """One file of metadata to fetch, its number in the set if known, and its features."""
 
     table: SourceFile
@@ -37,7 +37,7 @@ class Item:
 
     def done_file(self, work: Path) -> Path:
         """Return the done file that is written when the outputs of this item are complete."""
-        return work / DONE / f"{self.table.name}.json"
+        return work / DONE_FILES / f"{self.table.name}.json"
 
     def place(self, folder: Path, suffix: str | None = None) -> list[tuple[SourceFile, Path]]:
         """Return its files, and where they lie in a folder that is laid out as OUT is."""
@@ -49,20 +49,20 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DownloadPlan:
     """What a run fetches, and the row of the mask at which it begins."""
 
-    items: list[Item]
+    items: list[DownloadItem]
     mask: Mask | None
     first_row: int
 
-    def outputs(self, item: Item, work: Path) -> list[Path]:
+    def outputs(self, item: DownloadItem, work: Path) -> list[Path]:
         """Return where the files of an item lie when they are complete."""
         suffix = None if self.mask is None else ".parquet"
         return [path for _, path in item.place(work / FILES, suffix)]
 
 
-def fetch_items(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
+def fetch_items(plan: DownloadPlan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
     """Fetch files several at a time, filter them in order; yield their entries of the manifest."""
     done = {item.table.name: read_done(item, plan, work) for item in plan.items}
     pending = [item for item in plan.items if not done[item.table.name]]
@@ -90,7 +90,7 @@ def fetch_items(plan: Plan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
                 row += about["rows"]
 
 
-def read_done(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
+def read_done(item: DownloadItem, plan: DownloadPlan, work: Path) -> dict[str, Any]:
     """Return the entry of a file that a stopped run completed, else nothing."""
     done_file = item.done_file(work)
     if not done_file.is_file():
@@ -103,7 +103,7 @@ def read_done(item: Item, plan: Plan, work: Path) -> dict[str, Any]:
     return {}
 
 
-def fetch_item(item: Item, folder: Path, monitor: Monitor) -> dict[str, Any]:
+def fetch_item(item: DownloadItem, folder: Path, monitor: Monitor) -> dict[str, Any]:
     """Fetch what is missing of one file and its features; return size and version of the file."""
     described = []
     for file, path in item.place(folder):
@@ -115,7 +115,7 @@ def fetch_item(item: Item, folder: Path, monitor: Monitor) -> dict[str, Any]:
     return described[0]
 
 
-def check_item(item: Item, paths: Sequence[Path]) -> dict[str, Any]:
+def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
     """Return the manifest's entry of one file and its features; refuse what is not such files."""
     table, *features = paths
     rows = count_arrived(item.table, table, "metadata")
@@ -140,11 +140,11 @@ def count_arrived(file: SourceFile, path: Path, what: str) -> int:
 
 
 def filter_item(
-    item: Item, paths: Sequence[Path], plan: Plan, work: Path, row: int
+    item: DownloadItem, paths: Sequence[Path], plan: DownloadPlan, work: Path, row: int
 ) -> dict[str, Any]:
     """Write the kept rows of one file, whose first row is ``row`` of the set, and its features."""
     table = open_table(paths[0])
-    keep = kept_rows(item, table.rows, plan, row)
+    keep = rows_to_keep(item, table.rows, plan, row)
     outputs = plan.outputs(item, work)
     write_kept(Metadata([table]), ~keep, outputs[0].parent)
     for path, output in zip(paths[1:], outputs[1:], strict=True):
@@ -152,7 +152,7 @@ def filter_item(
     return {"name": outputs[0].name, "kept": int(np.count_nonzero(keep))}
 
 
-def kept_rows(item: Item, rows: int, plan: Plan, row: int) -> np.ndarray:
+def rows_to_keep(item: DownloadItem, rows: int, plan: DownloadPlan, row: int) -> np.ndarray:
     """Return which rows of a file are kept, (rows,) bool; refuse a file that is not the mask's."""
     file, mask = item.table, plan.mask
     if mask is None:

@@ -58,7 +58,7 @@ class HubAddress:
         return f"{endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
 
 
-def parse(address: str) -> HubAddress:
+def parse_address(address: str) -> HubAddress:
     """Parse ``hf://datasets/OWNER/NAME[/folder][@revision]``; without ``datasets/`` a model."""
     found = ADDRESS.fullmatch(address)
     if not found or (found["early"] and found["late"]):
@@ -85,7 +85,7 @@ def own_token() -> str | None:
     return header.removeprefix("Bearer ") if header else None
 
 
-def ask(place: HubAddress, work: Callable[[Any], T]) -> T:
+def ask_hub(place: HubAddress, work: Callable[[Any], T]) -> T:
     """Return what ``work`` gets from the hub's client, tried again after temporary faults."""
     try:
         from huggingface_hub import HfApi
@@ -103,10 +103,10 @@ def ask(place: HubAddress, work: Callable[[Any], T]) -> T:
 
 def pin(address: str, commit: str | None = None) -> str:
     """Return an address with the commit that its revision is now, or with a given one."""
-    place = parse(address)
+    place = parse_address(address)
     if commit is not None:
         return str(replace(place, revision=commit))
-    info = ask(
+    info = ask_hub(
         place,
         lambda client: client.repo_info(place.repo, repo_type=place.kind, revision=place.revision),
     )
@@ -115,10 +115,10 @@ def pin(address: str, commit: str | None = None) -> str:
     return str(replace(place, revision=str(info.sha)))
 
 
-def list_folder(address: str) -> tuple[dict[str, SourceFile], list[str]]:
+def list_repository(address: str) -> tuple[dict[str, SourceFile], list[str]]:
     """Return the files of a folder by name, and the names of its folders, at a pinned commit."""
-    place, files, folders = parse(address), {}, []
-    entries = ask(
+    place, files, folders = parse_address(address), {}, []
+    entries = ask_hub(
         place,
         lambda client: list(
             client.list_repo_tree(
@@ -175,7 +175,7 @@ def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
         ),
         "EntryNotFoundError": (MissingError, f"has no {place.path!r}; see {place.page}/tree/main"),
         "OfflineModeIsEnabled": (SnipError, "HF_HUB_OFFLINE is set; unset it"),
-        "HFValidationError": (UsageError, first_line(chain[0])),
+        "HFValidationError": (UsageError, short_reason(chain[0])),
     }
     kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
     for name, (kind, text) in meanings.items():
@@ -184,7 +184,7 @@ def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
     responses = [getattr(error, "response", None) for error in chain]
     response = next((response for response in responses if response is not None), None)
     if response is None:
-        text = f"the hub cannot be reached: {first_line(chain[-1])}; {AGAIN}"
+        text = f"the hub cannot be reached: {short_reason(chain[-1])}; {AGAIN}"
         return TemporaryError(f"{place}: {text}")
     status = response.status_code
     if status in TEMPORARY:
@@ -192,6 +192,6 @@ def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
     return SnipError(f"{place}: the hub says {status} {response.reason_phrase}")
 
 
-def first_line(error: BaseException) -> str:
+def short_reason(error: BaseException) -> str:
     """Return the first line of an error that says something."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

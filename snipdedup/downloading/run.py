@@ -13,7 +13,7 @@ from typing import Any
 
 from snipdedup.config import Download
 from snipdedup.downloading import hub, published, sources
-from snipdedup.downloading.fetch_and_filter import Item, Plan, fetch_items
+from snipdedup.downloading.fetch_and_filter import DownloadItem, DownloadPlan, fetch_items
 from snipdedup.downloading.mask_rows import open_published_mask, place_mask
 from snipdedup.downloading.sources import SourceFiles
 from snipdedup.downloading.transfer import SourceFile
@@ -63,7 +63,7 @@ def run(options: Download) -> DownloadResult:
     inputs += [file.url for file in found.files] if isinstance(found, SourceFiles) else []
     local = [Path(name).expanduser() for name in inputs if name and not scheme_of(name)]
     out_folder.refuse_output_inside(out, [path for path in local if path.exists()])
-    request = request_of(options, source, found)
+    request = download_request(options, source, found)
     earlier = atomic.load_json(out / MANIFEST) if is_finished(out) else {}
     kind = str(earlier.get("kind", KIND))
     made_of = earlier.get("request", {}).get("source")
@@ -72,7 +72,7 @@ def run(options: Download) -> DownloadResult:
         return confirm_published(source, out, kind, whole)
     state = out_folder.claim(out, kind, request, overwrite=options.overwrite)
     if state == "done":
-        return describe(out, read_manifest(out, KIND)["files"], " is finished already")
+        return describe_download(out, read_manifest(out, KIND)["files"], " is finished already")
     try:
         if found is None:
             found = find_source(pin_source(source, out, "revision"), start, end, whole)
@@ -81,7 +81,7 @@ def run(options: Download) -> DownloadResult:
         else:
             plan = make_plan(options, source, found, out)
     except TemporaryError:
-        raise  # what came stays
+        raise  # what was fetched is kept
     except SnipError:
         if state == "new":
             out_folder.release(out)
@@ -131,7 +131,7 @@ def check_names(files: Sequence[SourceFile], suffixes: Sequence[str]) -> None:
         seen[name.stem] = file
 
 
-def request_of(
+def download_request(
     options: Download, source: str, found: SourceFiles | SourceFile | None
 ) -> dict[str, Any]:
     """Return what the result depends on, as far as it is known before anything is fetched.
@@ -155,13 +155,13 @@ def request_of(
         "end": options.end,
         "embeddings": options.embeddings or features is not None,
         "embeddings_source": features and redacted(features),
-        "mask": options.is_dup and identity(options.is_dup),
-        "cumulative_sizes": options.cumulative_sizes and identity(options.cumulative_sizes),
+        "mask": options.is_dup and mask_identity(options.is_dup),
+        "cumulative_sizes": options.cumulative_sizes and mask_identity(options.cumulative_sizes),
         "files": files,
     }
 
 
-def identity(location: str) -> dict[str, Any]:
+def mask_identity(location: str) -> dict[str, Any]:
     """Return what a request holds of a mask or of totals: of a local file its checksum."""
     if scheme_of(location):
         return {"source": redacted(location)}
@@ -203,11 +203,11 @@ def pin_source(source: str, out: Path, name: str) -> str:
     if scheme_of(source) != hub.SCHEME:
         return source
     source = hub.pin(source, read_pins(out).get(name))
-    add_pin(out, name, hub.parse(source).revision)
+    add_pin(out, name, hub.parse_address(source).revision)
     return source
 
 
-def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> Plan:
+def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> DownloadPlan:
     """Return what to fetch; the mask is here after it, and it is certain where it begins."""
     numbers = [None if found.first is None else found.first + i for i in range(len(found.files))]
     features: Sequence[SourceFile | None] = [None] * len(found.files)
@@ -220,19 +220,21 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
         wanted = sources.find_features(source, found, elsewhere)
         check_names(wanted, FEATURE_SUFFIXES)
         features = wanted
-    items = list(map(Item, found.files, numbers, features))
+    items = list(map(DownloadItem, found.files, numbers, features))
     if options.is_dup is None:
-        return Plan(items, None, 0)
+        return DownloadPlan(items, None, 0)
     work = out / locks.WORK
     mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
     first_row = read_pins(out).get("first_row")
     if first_row is None or mask.other_sizes is not None:
         mask, first_row = place_mask(source, found, mask, work, options.jobs)
         add_pin(out, "first_row", first_row)
-    return Plan(items, mask, first_row)
+    return DownloadPlan(items, mask, first_row)
 
 
-def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path) -> DownloadResult:
+def fetch_set(
+    options: Download, request: dict[str, Any], plan: DownloadPlan, out: Path
+) -> DownloadResult:
     """Fetch and filter the files of a plan; write the manifest."""
     work, pins = out / locks.WORK, read_pins(out)
     described = list(fetch_items(plan, work, options.jobs))
@@ -250,13 +252,13 @@ def fetch_set(options: Download, request: dict[str, Any], plan: Plan, out: Path)
     }
     outputs = [path for item in plan.items for path in plan.outputs(item, work)]
     out_folder.publish(out, KIND, body, outputs)
-    return describe(out, described)
+    return describe_download(out, described)
 
 
-def describe(out: Path, files: Sequence[dict[str, Any]], note: str = "") -> DownloadResult:
+def describe_download(out: Path, files: Sequence[dict[str, Any]], note: str = "") -> DownloadResult:
     """Return the result of a download from what its manifest says of the files."""
     rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
     features = sum("features" in file for file in files)
-    text = f"{out}{note}: {describe_kept(files)}"
+    text = f"{out}{note}: {describe_kept(rows, kept, len(files))}"
     text += f", with features of {features} files" if features else ""
     return DownloadResult(out, KIND, len(files), rows, kept, text)

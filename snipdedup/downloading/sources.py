@@ -64,7 +64,7 @@ class Folder:
 
     def parent(self) -> Folder | None:
         """Return the folder that it lies in, None at the top."""
-        if scheme_of(self.url) == hub.SCHEME and not hub.parse(self.url).path:
+        if scheme_of(self.url) == hub.SCHEME and not hub.parse_address(self.url).path:
             return None
         head = self.url.rpartition("/")[0]
         return None if not head or head[-1] in "/:" else open_folder(head)
@@ -97,14 +97,14 @@ def check_source(source: str, end: int | None) -> None:
         if end is None:
             raise UsageError(f"{redacted(source)} needs file numbers: --start 0 --end 10, say")
     if scheme_of(source) == hub.SCHEME:
-        hub.parse(source)
+        hub.parse_address(source)
 
 
 def open_folder(url: str) -> Folder:
     """List a folder of a hub (at a pinned commit), of a store, or of this machine."""
     url = url.rstrip("/")
     if scheme_of(url) == hub.SCHEME:
-        return Folder(url, *hub.list_folder(url))
+        return Folder(url, *hub.list_repository(url))
     if not scheme_of(url):
         url = str(Path(url).expanduser().absolute())
     sizes, folders = list_folder(url) or ({}, [])
@@ -123,7 +123,7 @@ def names_files(last: str) -> bool:
 def split_source(source: str) -> tuple[str, str | None]:
     """Return the folder of a source that can be listed, and the file, glob or pattern in it."""
     if scheme_of(source) == hub.SCHEME:
-        place = hub.parse(source)
+        place = hub.parse_address(source)
         head, _, last = place.path.rpartition("/")
         return (str(replace(place, path=head)), last) if names_files(last) else (source, None)
     if scheme_of(source):
@@ -189,7 +189,7 @@ def find_parts(pattern: str, first: int, end: int) -> SourceFiles:
 
 def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceFile]]:
     """Return the metadata files of a folder, or of the one folder in it that has such files."""
-    found = pick(folder.files, names, tables.SUFFIXES)
+    found = pick_files(folder.files, names, tables.SUFFIXES)
     if found:
         return folder, found
     if names is not None:
@@ -198,7 +198,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
     choices = [
         (child, files)
         for child in map(folder.child, inner)
-        if (files := pick(child.files, None, tables.SUFFIXES))
+        if (files := pick_files(child.files, None, tables.SUFFIXES))
     ]
     if len(choices) == 1:
         return choices[0]
@@ -209,7 +209,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
     )
 
 
-def pick(
+def pick_files(
     files: dict[str, SourceFile], names: str | None, suffixes: Sequence[str]
 ) -> list[SourceFile]:
     """Return the files that a name or glob means, else those of the first type that occurs."""
@@ -261,7 +261,7 @@ def find_features(source: str, found: SourceFiles, elsewhere: str | None) -> lis
         return [SourceFile(elsewhere)]
     url, names = split_source(elsewhere)
     folder = open_folder(url)
-    return match_features(found, pick(folder.files, names, formats.SUFFIXES), folder.url)
+    return match_features(found, pick_files(folder.files, names, formats.SUFFIXES), folder.url)
 
 
 def guess_features(source: str) -> str:
@@ -285,7 +285,7 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
     for place in (folder, folder.parent()):
         if place is not None and FEATURES in place.folders:
             inner = place.child(FEATURES)
-            return match_features(found, pick(inner.files, None, formats.SUFFIXES), inner.url)
+            return match_features(found, pick_files(inner.files, None, formats.SUFFIXES), inner.url)
     raise SnipError(f"{folder.url}: no features beside the metadata; {NAME_FEATURES}")
 
 

@@ -104,7 +104,7 @@ class Monitor:
     ) -> Generator[R, None, None]:
         """Yield ``work(item)`` in order, ``jobs`` at a time.
 
-        At the first failure the other transfers stop; what came of their files stays. At most twice
+        At the first failure the other transfers stop; what they fetched is kept. At most twice
         as many items as ``jobs`` are under way or not yet taken, so a slow caller fills no disk.
         """
         with ThreadPoolExecutor(jobs) as pool:
@@ -144,7 +144,7 @@ class PartFile:
 def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -> dict[str, Any]:
     """Fetch a file to ``target``, complete and checked, or not at all; return size and etag.
 
-    What came before a `TemporaryError` stays. The etag is None where nothing names the version.
+    What was fetched before a `TemporaryError` is kept. The etag is None where the source has none.
     """
     monitor, part = monitor or Monitor(), PartFile(target)
 

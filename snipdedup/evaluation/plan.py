@@ -71,7 +71,7 @@ VISIT_GROWTH = 0.13  # visits of a row grow as the lists to this power
 MET = 2.0  # a pair is proposed where either of its rows lives
 PAIRS_A_DUPLICATE, MEMBERS_A_DUPLICATE = 1.25, 1.77  # for each row that is removed, in groups
 LIBRARY_BYTES = 1.6e8
-EDGE_BYTES, MEMBER_BYTES, PAIR_BYTES, HASH_BYTES = 18, 20, 40, 8  # in OUT, and in its work folder
+EDGE_BYTES, MEMBER_BYTES, PAIR_BYTES, HASH_BYTES = 18, 24, 40, 8  # in OUT, and in its work folder
 PAGE = 4096  # bytes that a disk reads for one row at the least
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))

@@ -65,7 +65,7 @@ class ColumnRank:
         if self.known is None:
             ranks = np.empty((self.width, len(wanted)), np.uint64)
             for file, which, batch in self.metadata.pick(self.names, wanted):
-                ranks[:, which] = self._ranks(file, batch, wanted[which])
+                ranks[:, which] = self._ranks(file, wanted[which], batch)
         else:
             ranks = np.array([column[wanted] for column in self.known])
         order = np.lexsort((keep_rank(wanted, self.last, self.seed), *ranks[::-1]))
@@ -75,28 +75,22 @@ class ColumnRank:
 
     def use(self) -> ColumnUse:
         """Return what the columns are read for."""
-        firsts = zip(self.metadata.files, self.metadata.offsets, strict=False)
-        first = {file.path: int(row) for file, row in firsts}
-
-        def convert(file: Table, batch: Any) -> None:
-            self._ranks(file, batch, first[file.path] + np.arange(batch.num_rows))
-
         remedy = "name columns of numbers or dates with --keep, or keep the first or last row"
-        return ColumnUse(self.names, convert, remedy)
+        return ColumnUse(self.names, self._ranks, remedy)
 
     def read_all(self, folder: Path) -> None:
         """Read the columns once, before many calls; long ones are mapped from files."""
         names = [f"rank{number}" for number in range(self.width)]
         columns = Columns(folder / "keep", dict.fromkeys(names, "<u8"))
         for file, first, batch in self.metadata.read(self.names):
-            columns.add(*self._ranks(file, batch, first + np.arange(batch.num_rows)))
+            columns.add(*self._ranks(file, first, batch))
         self.known = columns.arrays()
 
-    def _ranks(self, file: Table, batch: Any, rows: np.ndarray) -> list[np.ndarray]:
+    def _ranks(self, file: Table, rows: int | np.ndarray, batch: Any) -> list[np.ndarray]:
         """Return a number a row for each rule, (n,) uint64, the smallest for the row to keep.
 
-        ``rows`` are the global rows of the batch. A rule whose files differ in their types has two
-        numbers: the second decides where the first is equal.
+        ``rows`` are the global rows of the batch, or the first of them. A rule whose files differ
+        in their types has two numbers: the second decides where the first is equal.
         """
         ranks = []
         for column, kind, descending in self.rules:
@@ -115,12 +109,14 @@ class ColumnRank:
                 ranks.append(ordered_numbers(_beyond_float(values), descending))
         return ranks
 
-    def _parse(self, column: str, texts: Any, rows: np.ndarray) -> Any:
+    def _parse(self, column: str, texts: Any, rows: int | np.ndarray) -> Any:
         """Return texts of a CSV as float64, empty ones as null; refuse the first that is none."""
         texts = pc.if_else(pc.equal(texts, ""), None, texts)
         try:
             return texts.cast(pa.float64())
         except pa.ArrowInvalid:
+            if isinstance(rows, int):
+                rows = rows + np.arange(len(texts))
             for row, text in zip(rows.tolist(), texts, strict=True):
                 try:
                     text.cast(pa.float64())

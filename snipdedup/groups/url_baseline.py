@@ -44,7 +44,8 @@ def baseline_columns(metadata: Metadata) -> list[str]:
 def baseline_uses(metadata: Metadata) -> list[ColumnUse]:
     """Return what these columns are read for."""
     remedy = "a column of this name is compared between copies: rename it, or leave it out of META"
-    return [ColumnUse([name], _values, remedy) for name in baseline_columns(metadata)]
+    columns = baseline_columns(metadata)
+    return [ColumnUse([c], lambda file, _, batch: _values(file, batch), remedy) for c in columns]
 
 
 def _values(file: Table, batch: Any) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from snipdedup.inspection.display import page_text, place_of, safe_link, shard_o
 from snipdedup.inspection.report_page import (
     GENERATOR,
     PICTURED,
-    Page,
     PictureCounts,
     Row,
     render,
@@ -89,11 +88,10 @@ def run(options: Report) -> ReportResult:
         refuse_output_file(target, [*read, *named_paths(manifest)])
         if not options.overwrite:
             check_target(target, pictured)
-        page = survey_out(out, manifest, texts, options)
-        text = render(page)
+        text, pictures = make_page(out, manifest, texts, options)
         with replacing(target) as part:
             part.write_text(text, encoding="utf-8")
-    return ReportResult(target, len(text.encode()), page.pictures)
+    return ReportResult(target, len(text.encode()), pictures)
 
 
 def check_target(target: Path, pictured: bool) -> None:
@@ -113,8 +111,10 @@ def check_target(target: Path, pictured: bool) -> None:
         )
 
 
-def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Report) -> Page:
-    """Read OUT into what the page shows."""
+def make_page(
+    out: Path, manifest: dict[str, Any], texts: RowTexts, options: Report
+) -> tuple[str, PictureCounts]:
+    """Read OUT; return the page, and the pictures in it."""
     settings, offsets = manifest["settings"], shard_offsets(manifest["shards"])
     rows, groups = int(offsets[-1]), out / "groups.parquet"
     survey = survey_groups(
@@ -134,10 +134,10 @@ def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Re
     keys = read_keys(groups, shown)
     is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
     pictures, counts = find_pictures(shown, keys, texts, options)
-    return Page(
-        title=out.resolve().name,
-        out=shlex.quote(str(options.out)),
-        manifest=manifest,
+    page = render(
+        out.resolve().name,
+        shlex.quote(str(options.out)),
+        manifest,
         curve=curve,
         survey=survey,
         rows=describe_rows(shown, manifest["shards"], is_dup, keys, texts, pictures),
@@ -146,6 +146,7 @@ def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Re
         removed=[int(np.count_nonzero(is_dup[a:b])) for a, b in pairwise(offsets)],
         asked={row: partners.get(row) for row in asked},
     )
+    return page, counts
 
 
 def read_sizes(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

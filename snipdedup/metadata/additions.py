@@ -50,8 +50,8 @@ def caption_uses(settings: ColumnSettings, metadata: Metadata) -> list[ColumnUse
     """Return what columns are read for to make those that a run adds."""
     if settings.merge_captions is None:
         return []
-    remedy = "name a column of texts with --caption"
-    return [ColumnUse([caption_column(settings, metadata)], _captions, remedy)]
+    column, remedy = caption_column(settings, metadata), "name a column of texts with --caption"
+    return [ColumnUse([column], lambda file, _, batch: _captions(file, batch), remedy)]
 
 
 @contextmanager

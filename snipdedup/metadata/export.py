@@ -48,12 +48,10 @@ def list_columns(kinds: list[str], metadata: Metadata | None, key: str | None) -
 
 def list_uses(columns: dict[str, str], metadata: Metadata) -> list[ColumnUse]:
     """Return what columns, from `list_columns`, are read for."""
-    firsts = zip(metadata.files, metadata.offsets, strict=False)
-    first = {file.path: int(row) for file, row in firsts}
 
-    def convert(numbers: Numbers, file: Table, batch: Any) -> None:
+    def convert(numbers: Numbers, file: Table, first: int, batch: Any) -> None:
         removed = np.ones(batch.num_rows, bool)  # which rows need a key is not known yet
-        numbers(metadata, file, first[file.path], batch, removed)
+        numbers(metadata, file, first, batch, removed)
         as_texts(file, batch.schema.names[0], batch.column(0))
 
     uses = {

@@ -79,7 +79,7 @@ def describe_filter(
     """Return the result from the manifest's ``body``."""
     files = body["files"]
     rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
-    text = "\n".join([f"{out}{note}: {describe_kept(files)}", *lines])
+    text = "\n".join([f"{out}{note}: {describe_kept(rows, kept, len(files))}", *lines])
     return FilterResult(out, files, rows, kept, body.get("join"), text)
 
 

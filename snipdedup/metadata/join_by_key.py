@@ -45,14 +45,16 @@ class KeyColumns(NamedTuple):
     key: Sequence[str]
     content: str | None = None
 
-    def records(self, file: Table, batch: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows (n,) of a batch as `RECORD`, and whether each has a key, (n,) bool."""
+    def records(
+        self, file: Table, rows: int | np.ndarray, batch: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ``rows`` of a batch as `RECORD`, and whether each has a key, (n,) bool."""
         prints, known = fingerprints(file, batch.select(list(self.key)))
         content = np.zeros(batch.num_rows, np.uint64)  # 0: none
         if self.content is not None:
             found, there = fingerprints(file, batch.select([self.content]))
             content[there] = found[0, there] | np.uint64(1)
-        return pack(RECORD, *prints, content, rows)[known], known
+        return pack(RECORD, *prints, content, np.asarray(rows))[known], known
 
     def needed(self) -> list[str]:
         """Return the columns to read."""
@@ -60,11 +62,7 @@ class KeyColumns(NamedTuple):
 
     def use(self) -> ColumnUse:
         """Return what the columns are read for."""
-        return ColumnUse(
-            self.needed(),
-            lambda file, batch: self.records(file, batch, np.zeros(batch.num_rows, np.int64)),
-            "find rows by another column with --on",
-        )
+        return ColumnUse(self.needed(), self.records, "find rows by another column with --on")
 
 
 @dataclass
@@ -127,7 +125,7 @@ class KeyJoin:
                 bar.update(len(records))
             for file, first, batch in metadata.read(self.columns.needed()):
                 rows = np.arange(first, first + batch.num_rows)
-                records, known = self.columns.records(file, batch, rows)
+                records, known = self.columns.records(file, rows, batch)
                 sorter.add(records)
                 lost = rows[~known]
                 result.add(lost, np.full(len(lost), UNMATCHED), self.removing)
@@ -148,13 +146,12 @@ class KeyJoin:
             goes = np.zeros(batch.num_rows, int)
             if self.groups is None:
                 goes = np.asarray(mask.is_dup[first : first + batch.num_rows]).astype(int)
-            yield self.known_columns.records(file, batch, DECIDED[goes])[0]
+            yield self.known_columns.records(file, DECIDED[goes], batch)[0]
         if self.groups is not None:
             table = open_table(self.groups)
             for _, batch in table.batches(["key", "is_dup"]):
                 keys = batch.filter(batch.column("is_dup")).select(["key"])
-                removed = np.full(keys.num_rows, DECIDED[1])
-                yield KeyColumns(["key"]).records(table, keys, removed)[0]
+                yield KeyColumns(["key"]).records(table, DECIDED[1], keys)[0]
 
     def _decide(self, result: JoinResult, records: np.ndarray) -> None:
         """Decide rows; no key is in two of these parts."""
@@ -229,6 +226,8 @@ def plan_key_join(
         raise UsageError(f"--on names columns, by comma, found {on!r}")
     columns = [str(metadata.column(name)) for name in asked]
     known, groups = _find_known(mask, keys, asked)
+    if groups is None:
+        place_all(sizes_of(known), mask)
     known_columns = [str(known.column(name)) for name in asked]
     content: Sequence[str | None] = (None, None)
     if groups is None and not any(column.lower() in CONTENT_COLUMNS for column in columns):
@@ -248,7 +247,7 @@ def plan_key_join(
 def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Metadata, Path | None]:
     """Return ``known`` and ``groups`` of `KeyJoin`: from --keys, from OUT's settings, or OUT."""
     if keys is not None:
-        return _whole_set(open_metadata(keys), mask), None
+        return open_metadata(keys), None
     folder = mask.path.parent
     if mask.sizes is None:  # no manifest vouches for it
         raise SnipError(
@@ -258,11 +257,11 @@ def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Met
     manifest = read_manifest(folder, "dedup")
     used = find_run_metadata(manifest) if manifest["request"].get("metadata") else None
     if used is not None:
-        return _whole_set(used, mask), None
+        return used, None
     if (folder / "metadata").is_dir():
         found = open_metadata(folder / "metadata")
         if found.rows == mask.rows:
-            return _whole_set(found, mask), None
+            return found, None
         column = found.column(manifest["settings"]["key"])
         if found.rows == mask.rows - int(np.count_nonzero(mask.is_dup)) and column is not None:
             if [column.lower()] == [name.lower() for name in asked]:
@@ -275,12 +274,6 @@ def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Met
         f"{folder} was made without metadata, or it is not there any more; give the metadata that "
         "matches its features by position with --keys"
     )
-
-
-def _whole_set(metadata: Metadata, mask: Mask) -> Metadata:
-    """Return metadata whose rows are the mask's; refuse other."""
-    place_all(sizes_of(metadata), mask)
-    return metadata
 
 
 def _empty_mask(path: Path, rows: int) -> np.ndarray:

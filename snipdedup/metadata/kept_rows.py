@@ -87,9 +87,9 @@ def kept_names(files: Sequence[Table], added: Sequence[str] = ()) -> list[str]:
     return list(names)
 
 
-def try_writing(file: Table, batch: Any) -> None:
+def try_writing(file: Table, first: int, batch: Any) -> None:
     """Write rows of a file to memory as `write_kept` does; refuse the column that it cannot."""
-    keep = pa.array(np.arange(batch.num_rows) % 2 == 0)
+    keep = pa.array((first + np.arange(batch.num_rows)) % 2 == 0)
     for name, values in zip(batch.schema.names, batch.columns, strict=True):
         schema = pa.schema([file.schema.field(name)])
         memory = pa.BufferOutputStream()

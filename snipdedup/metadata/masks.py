@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -422,8 +422,7 @@ def file_version(path: Path) -> dict[str, int]:
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def describe_kept(files: Sequence[dict[str, Any]]) -> str:
-    """Return one line about how many rows are kept, from the ``files`` of a manifest."""
-    rows, kept = (sum(file[name] for file in files) for name in ("rows", "kept"))
+def describe_kept(rows: int, kept: int, files: int) -> str:
+    """Return one line about how many rows of files are kept."""
     share = f", {(rows - kept) / rows:.1%}" if rows else ""
-    return f"{kept:,} of {rows:,} rows kept in {len(files)} files ({rows - kept:,} removed{share})"
+    return f"{kept:,} of {rows:,} rows kept in {files} files ({rows - kept:,} removed{share})"

@@ -21,13 +21,13 @@ from snipdedup.storage.remote import map_requests
 class ColumnUse(NamedTuple):
     """What a run will do with columns (None: all of a file).
 
-    ``convert`` raises `SnipError` where it cannot take a record batch of them; ``remedy`` is what
-    the user can do then. ``by_schema``: only types can make it fail, so that one file of each
-    schema is enough.
+    ``convert`` takes a file, a global row and the record batch of these columns from there on; it
+    raises `SnipError` where it cannot take them. ``remedy`` is what the user can do then.
+    ``by_schema``: only types can make it fail, so that one file of each schema is enough.
     """
 
     columns: Sequence[str] | None
-    convert: Callable[[Table, Any], Any]
+    convert: Callable[[Table, int, Any], Any]
     remedy: str
     by_schema: bool = False
 
@@ -36,14 +36,15 @@ def try_column_uses(metadata: Metadata, uses: Sequence[ColumnUse]) -> None:
     """Convert the first rows of each file in all ways that are to come."""
     seen: set[str] = set()
     tasks = []
-    for file in metadata.files:
+    for file, first in zip(metadata.files, metadata.offsets.tolist(), strict=False):
         schema = str(file.schema)
-        tasks.append((file, [use for use in uses if schema not in seen or not use.by_schema]))
+        due = [use for use in uses if schema not in seen or not use.by_schema]
+        tasks.append((file, first, due))
         seen.add(schema)
-    map_requests(lambda task: _try_file(*task), [task for task in tasks if task[1]])
+    map_requests(lambda task: _try_file(*task), [task for task in tasks if task[2]])
 
 
-def _try_file(file: Table, uses: Sequence[ColumnUse]) -> None:
+def _try_file(file: Table, first: int, uses: Sequence[ColumnUse]) -> None:
     """Convert no rows of a file (types alone may be refused), then its first rows."""
     whole = any(use.columns is None for use in uses)
     names = dict.fromkeys(name for use in uses for name in use.columns or ())
@@ -55,6 +56,6 @@ def _try_file(file: Table, uses: Sequence[ColumnUse]) -> None:
     for use in uses:
         for batch in batches:
             try:
-                use.convert(file, batch.select(list(use.columns or columns)))
+                use.convert(file, first, batch.select(list(use.columns or columns)))
             except SnipError as error:
                 raise type(error)(f"{error}; {use.remedy}") from error

@@ -226,7 +226,12 @@ class Metadata:
         self.schema = files[0].schema
         self.opened = identities(self.paths())
         for file in files[1:]:
-            self._refuse_other_columns(file)
+            different = sorted(set(file.schema.names) ^ set(self.columns))
+            if different:
+                raise SnipError(
+                    f"{file.path} and {files[0].path} do not both have the columns "
+                    f"{', '.join(different)}; files of one set have the same columns"
+                )
 
     @property
     def columns(self) -> list[str]:
@@ -306,17 +311,6 @@ class Metadata:
             raise SnipError(
                 f"{self.describe()}: {self.rows:,} rows of metadata, but {total:,} rows "
                 f"of features in {where}; expected one for each"
-            )
-
-    def _refuse_other_columns(self, other: Table) -> None:
-        lacking = [name for name in self.columns if name not in other.schema.names]
-        extra = [name for name in other.schema.names if name not in self.columns]
-        if lacking or extra:
-            problems = [f"lacks {', '.join(lacking)}"] * bool(lacking)
-            problems += [f"has also {', '.join(extra)}"] * bool(extra)
-            raise SnipError(
-                f"{other.path} {' and '.join(problems)}, compared with {self.files[0].path}; files "
-                "of one set have the same columns"
             )
 
     def read(self, columns: Sequence[str]) -> Iterator[tuple[Table, int, Any]]:

@@ -22,7 +22,7 @@ from snipdedup.storage.remote import (
 from snipdedup.storage.urls import PART, expand_parts, is_web, redacted
 
 FEATURES, METADATA = "img_emb", "metadata"  # folders that lie side by side in LAION's layout
-MASK = "is_dup.npy"  # with a manifest: a result of snip dedup
+RESULT_MASK = "is_dup.npy"  # with a manifest: a result of snip dedup
 
 
 def list_folder(url: str) -> tuple[dict[str, int | None], list[str]] | None:
@@ -104,7 +104,7 @@ def find_in_folder(url: str, suffixes: Sequence[str]) -> list[Path]:
     if listing is None:
         return [RemotePath(url)]
     names, folders = listing
-    if {MANIFEST, MASK} <= set(names):
+    if {MANIFEST, RESULT_MASK} <= set(names):
         raise UsageError(
             f"{redacted(url)}: expected features or metadata, found what snip dedup wrote; fetch "
             f"it first: snip download {redacted(url)} FOLDER"

@@ -374,7 +374,7 @@ def request_range(
 def open_stream(
     url: str, begin: int = 0, version: str | None = None, token: Token | None = None
 ) -> Stream:
-    """Open a file at byte ``begin``; at 0 if that version is gone or the server has no ranges.
+    """Open a file at byte ``begin``; at 0 if its version is another one or there are no ranges.
 
     Of web files the version is a strong ETag: only such a file can be continued by a range.
     """

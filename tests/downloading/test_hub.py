@@ -77,14 +77,14 @@ def urls(out):
     ],
 )
 def test_addresses(address, kind, repo, path, revision):
-    place = hub.parse(address)
+    place = hub.parse_address(address)
     assert (place.kind, place.repo, place.path, place.revision) == (kind, repo, path, revision)
 
 
 @pytest.mark.parametrize("address", ["hf://datasets/o", "hf://o", "hf://datasets/o/n@a/b@c"])
 def test_what_is_no_address(address):
     with pytest.raises(UsageError, match="expected hf://datasets/OWNER/NAME"):
-        hub.parse(address)
+        hub.parse_address(address)
 
 
 @pytest.mark.parametrize("folder", ["", "metadata", "deep/er"])
@@ -206,7 +206,7 @@ def test_a_cause_that_the_client_hides_is_found(running):
     from huggingface_hub import HfApi, errors
 
     running.state = "disabled"
-    place = hub.parse(SOURCE)
+    place = hub.parse_address(SOURCE)
 
     def ask():
         try:
@@ -274,7 +274,7 @@ def test_the_token_goes_to_the_hub_alone_and_stays_unsaid(running, tmp_path, sni
         said += path.read_bytes().decode("latin1") if path.is_file() else ""
     assert TOKEN not in said
     assert "hush" not in said  # nor what the hub signed its redirects with
-    assert TOKEN not in repr(hub.list_folder(hub.pin(SOURCE))[0])
+    assert TOKEN not in repr(hub.list_repository(hub.pin(SOURCE))[0])
 
 
 def test_a_token_stays_behind_where_a_redirect_leaves(running):

@@ -45,7 +45,7 @@ def test_a_million_rows_worked_by_hand(roots):
     products = 1000 * (3e6 - 5e5) * 1e-10
     assert compute["join"] == pytest.approx(products + 2 * 1.25 * 300_000 * 1e-6)
     assert found.seconds["join"] == pytest.approx(compute["join"] / 1.75)
-    assert found.out == pytest.approx(1e6 + 300_000 * 18 + 531_000 * 20)
+    assert found.out == pytest.approx(1e6 + 300_000 * 18 + 531_000 * 24)
     work = 3e6 * 140 + 8e6 + 16 * 31 * 1001 + 40 * 300_000
     assert found.disk == pytest.approx(found.out + work)
 

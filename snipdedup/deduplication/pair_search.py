@@ -1,7 +1,7 @@
-"""What a search found, before anything is decided: in memory, and read back from files.
+"""The pairs that a search found, before anything is decided: in memory, and read from files.
 
-In the work folder it is kept for a run that resumes (the join keeps its own task files instead). In
-a finished OUT it is kept for good.
+In the work folder they are kept for a run that resumes (the join keeps its own task files instead).
+A finished OUT keeps them for good.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "neares
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """The pairs of a search as a forest, its exact copies and bad rows.
+class PairSearch:
+    """What a search for pairs found: the pairs as a forest, exact copies, bad rows.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class SearchResult:
     @classmethod
     def of(
         cls, features: Features, threshold: float, scan: Scan, forest: Edges, notes: dict[str, Any]
-    ) -> SearchResult:
+    ) -> PairSearch:
         """Put together what a scan and a search of features found."""
         return cls(
             [shard.path.name for shard in features.shards], features.offsets, threshold, forest,
@@ -108,7 +108,7 @@ class SearchResult:
         """Whether each pair was verified on the raw features."""
         return self.pairs is None
 
-    def at(self, threshold: float) -> SearchResult:
+    def at(self, threshold: float) -> PairSearch:
         """Return what a search at a higher threshold would have found."""
         nearest = None if self.nearest is None else self.nearest.at(threshold)
         forest = self.forest.at(threshold)
@@ -167,7 +167,7 @@ class SearchResult:
         return join_edges(list(self.edges()))
 
 
-def save_search(search: SearchResult, work: Path) -> None:
+def save_search(search: PairSearch, work: Path) -> None:
     """Write what a search found, but its inputs, to the work folder, with checksums."""
     arrays: dict[str, np.ndarray] = {}
     values: dict[str, Any] = {}
@@ -183,7 +183,7 @@ def save_search(search: SearchResult, work: Path) -> None:
     atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], {"values": values})
 
 
-def load_search(work: Path, inputs: Inputs) -> SearchResult | None:
+def load_search(work: Path, inputs: Inputs) -> PairSearch | None:
     """Read back what `save_search` wrote; None where there is nothing, or it is damaged."""
     if not atomic.is_done(work / DONE_FILE, work):
         return None
@@ -193,10 +193,10 @@ def load_search(work: Path, inputs: Inputs) -> SearchResult | None:
     for name, kind in TUPLES.items():
         columns = [values.pop(f"{name}_{column}", None) for column in kind._fields]
         values[name] = None if columns[0] is None else kind(*columns)
-    return SearchResult(**values, also=inputs.also, references=inputs.references)
+    return PairSearch(**values, also=inputs.also, references=inputs.references)
 
 
-def read_search(folder: Path, inputs: Inputs) -> SearchResult:
+def read_search(folder: Path, inputs: Inputs) -> PairSearch:
     """Read back what a finished run found; its features must be the same, its pairs verified."""
     manifest, features = read_manifest(folder, KIND), inputs.features
     if not manifest["verified"] or features is None:
@@ -207,7 +207,7 @@ def read_search(folder: Path, inputs: Inputs) -> SearchResult:
     forest, copies, originals = read_forest(folder, inputs)
     settings, bad = manifest["settings"], folder / "bad_rows.parquet"
     best = read_best(folder, features.rows) if settings["method"] == "semdedup" else None
-    return SearchResult(
+    return PairSearch(
         names=[shard["name"] for shard in manifest["shards"]],
         offsets=features.offsets,
         threshold=settings["threshold"],
