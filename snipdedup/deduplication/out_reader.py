@@ -208,10 +208,7 @@ def survey_groups(path: Path, run: Run, seed: int) -> Survey:
             sample.offer(pick(removed, band == number))
         below.offer(pick(removed, removed.similarity < threshold))
         removed = pick(removed, removed.representative >= 0)  # not those of a reference row
-        rows, counts = np.unique(removed.representative, return_counts=True)
-        rows, counts = np.append(copied, rows), np.append(copies, counts)  # no group is cut
-        best = np.lexsort((rows, -counts))[:COPIED]
-        copied, copies = rows[best], counts[best]
+        copied, copies = most_copied(copied, copies, removed)
         own, other = (
             np.searchsorted(run.offsets, side, "right") - 1
             for side in (removed.row, removed.representative)
@@ -236,6 +233,16 @@ def survey_groups(path: Path, run: Run, seed: int) -> Survey:
         below=Band(-1, float(threshold), below.offered, below.members()),
         foreign=foreign,
     )
+
+
+def most_copied(
+    rows: np.ndarray, counts: np.ndarray, removed: Members
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that represent most others, and how many, of some and of whole groups."""
+    more, number = np.unique(removed.representative, return_counts=True)
+    rows, counts = np.append(rows, more), np.append(counts, number)
+    best = np.lexsort((rows, -counts))[:COPIED]
+    return rows[best], counts[best]
 
 
 def spared_members(members: Members, run: Run) -> tuple[Members, np.ndarray]:

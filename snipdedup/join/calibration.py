@@ -63,11 +63,7 @@ class Target(NamedTuple):
 
 
 def calibrate_tau(
-    codes: np.ndarray,
-    centroids: np.ndarray,
-    pairs: Edges,
-    target: Target,
-    pair_distance: float,
+    codes: np.ndarray, centroids: np.ndarray, pairs: Edges, target: Target, pair_distance: float
 ) -> tuple[float, float]:
     """Return τ where both rows of a pair visit, and where only one of the two does.
 
