@@ -61,10 +61,9 @@ def audit(
     sample
         removed rows to check, chosen at random; 0 for all (default: 0)
     probe_rows
-        kept rows to compare with all others, to estimate missed matches; 0 for none
-        (default: 1000)
+        kept rows to search for missed matches; 0 for none (default: 1000)
     sheet
-        also write random removed pairs as CSV, for you to judge
+        write random removed pairs as CSV, for you to judge
     n
         pairs of --sheet (default: 200)
     judged
@@ -129,9 +128,9 @@ def build_index(
     nbits
         bits of a sub-quantiser (default: 8)
     train_rows
-        rows to train quantisers on, 0 for 64 a list (at least 65,536) (default: 0)
+        rows to train on, 0 for 64 a list (at least 65,536) (default: 0)
     export_faiss
-        also write one file that plain faiss reads
+        also write a file that plain faiss reads
     model
         CLIP model of the features, ARCHITECTURE/WEIGHTS: snip search by text needs it
     append
@@ -258,7 +257,7 @@ def dedup(
     column
         list column of a parquet file
     out
-        folder for the result; needed, but with --dry_run
+        folder for the result; --dry_run needs none
     metadata
         parquet or CSV files that match the features by position
     method
@@ -266,7 +265,7 @@ def dedup(
     threshold
         cosine at and above which two rows are duplicates (default: 0.95)
     keep_fraction
-        raise the threshold in steps of .001 until at least this share of the rows is kept
+        raise the threshold by .001 until at least this share of rows is kept
     grouping
         which rows of a group are kept. star: each removed row is a duplicate of a kept row;
         components: one row is kept (default: star)
@@ -275,31 +274,31 @@ def dedup(
         or several in order: max:width,max:similarity,first; semdedup: hard, random or easy
         (default: first; semdedup: hard)
     text_features
-        features of the captions, row for row: a pair must match in these too
+        features of the captions: a pair must match in these too
     text_threshold
         cosine at and above which two captions match (default: 0.9)
     reference
         rows to compare with that are never removed: features, or an earlier OUT (its kept
         rows and its own references); several by comma
     references_only
-        compare rows with those of --reference only, not with one another
+        compare rows with --reference only, not with one another
     keep_work
-        keep the model and the codes in OUT/work, for a later --reference OUT
+        keep model and codes in OUT/work, for a later --reference OUT
     pairs
         write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet
     max_pairs
         refuse to write more pairs than this (default: 1000000000)
     recall
-        join: target recall, the share of duplicate rows that must be found (default: 0.999)
+        join: target recall, the share of duplicate rows to find (default: 0.999)
     encoder
         adc: encoder for the index that it builds; join: encoder that makes its codes
     index
-        adc: finished index (default: built from the features)
+        adc: finished index (default: built from features)
     rule
         adc: what is compared with a constant: the distances of both rows, d_ADC - self_adc,
         or d_ADC / self_adc; mutual is an older name of two_sided (default: two_sided)
     margin
-        adc: the constant of the rule (default: calibrated)
+        adc: constant of the rule (default: calibrated)
     precision
         adc: share of right flags to calibrate the margin for (default: 0.91)
     calibration_rows
@@ -309,7 +308,7 @@ def dedup(
     nprobe
         adc: lists visited for a row (default: 4)
     clusters
-        semdedup: clusters of the k-means, 0 for one in 8,700 rows (default: 0)
+        semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
     epsilon
         semdedup: a row is removed if its cosine with an earlier row of its cluster is above
         1 - epsilon; several by comma: the first decides, all are tabulated (default: 1 -
@@ -320,11 +319,11 @@ def dedup(
     key
         metadata column for groups.parquet (default: the first of key, uid, sample_id, hash)
     merge_captions
-        add a column merged_captions: at most so many captions of the removed duplicates
+        add merged_captions: so many captions of removed duplicates
     caption
-        metadata column of captions (default: the first of caption, text)
+        metadata column of captions (default: first of caption, text)
     weights
-        write all rows to metadata/, with a column weight that duplicates share
+        write all rows, with a column weight that duplicates share
     export
         lists for other tools, by comma: datacomp (uids that are kept), keys (for
         webdataset), mask (is_dup.npy, always written)
@@ -415,7 +414,7 @@ def download(
     cumulative_sizes
         .npy (file or URL) of running row totals a file, if the files before --start lack
     embeddings
-        also the features of these files: img_emb/ and metadata/ in OUT
+        also the features of these files, to img_emb/ in OUT
     embeddings_source
         folder or {part:04d} template of the features (default: beside the metadata)
     jobs
@@ -423,7 +422,7 @@ def download(
     overwrite
         replace a finished folder
     dl_dedup_set
-        upstream's flag, with OUT alone: says what became of its set
+        upstream's flag: says what became of its set
 
     Raises
     ------
@@ -471,7 +470,7 @@ def evaluate(
     encoder
         SNIP encoder to judge (default: one is trained, without the queries)
     text_features
-        text features, row for row: also judge how texts find their images
+        text features: also judge how texts find their images
     dim
         width of the descriptors (default: 128)
     code_bytes
@@ -481,7 +480,7 @@ def evaluate(
     nlist
         coarse lists, 0 to choose by the number of rows (default: 0)
     queries
-        rows whose neighbours are looked for (at most a quarter of all) (default: 4096)
+        rows whose neighbours are found (at most a quarter) (default: 4096)
     train_rows
         rows that encoders, PCA and OPQ learn from (default: 65536)
     steps
@@ -491,7 +490,7 @@ def evaluate(
     flag_nprobe
         lists visited for duplicate flags (default: 4)
     picture
-        draw the curves, by the extra plot; --nopicture turns it off (default: on)
+        draw the curves (extra plot); --nopicture turns it off (default: on)
     threads
         CPU threads, 0 for all (default: 0)
     seed
@@ -599,8 +598,7 @@ def plan(
     column
         list column of a parquet file
     rows
-        rows, such as 2.1e9, where there are no features yet, or only some (default: those
-        of FEATURES)
+        rows, such as 2.1e9, if FEATURES are not all there yet (default: those of FEATURES)
     dim
         without FEATURES: width of the rows; they are float16 (default: 768)
     duplicates
@@ -662,11 +660,11 @@ def report(
     metadata
         table of captions and urls, if it is not where the run found it
     rows
-        also show these rows (numbers from 0, by comma), each beside its kept row
+        also show these rows (from 0, by comma), with their kept rows
     seed
         seed of the samples that are shown (default: 0)
     overwrite
-        replace a file that is no report, or a page with pictures by one without
+        replace a file that is no report, or a page with pictures
 
     Raises
     ------
@@ -705,7 +703,7 @@ def search(
     nprobe
         lists visited (default: 64)
     rerank
-        nearest codes that are compared by raw features; 0 for none (default: 2000)
+        nearest codes to compare by raw features; 0 for none (default: 2000)
     features
         the rows that were indexed, if they moved or changed their date
     parts
@@ -715,9 +713,9 @@ def search(
     column
         of --features: list column of a parquet file
     metadata
-        files with key, url, caption of the rows, by position
+        key, url, caption of the rows, by position
     encoder
-        for vectors and texts, where the index has descriptors
+        for vectors and texts, if the index has descriptors
     text
         QUERY is a text, though it looks like a row or a file
     model
@@ -803,7 +801,7 @@ def train(
     hidden
         width of the hidden layer (default: 1024)
     steps
-        most training steps; it stops early when validation stalls (default: 1600)
+        most training steps; it stops when validation stalls (default: 1600)
     batch
         rows a step (default: 1024)
     learning_rate

@@ -40,20 +40,22 @@ def required(help: str, *, path: str = "") -> Any:
     return dataclasses.field(metadata={"help": help, "path": path})
 
 
-def option(default: Any, help: str, **about: Any) -> Any:
+def option(default: Any, help: str, low: Any = None, high: Any = None, **about: Any) -> Any:
     """Declare a flag.
 
     Parameters
     ----------
     default : Any
     help : str
+    low, high : int or float, optional
+        The range of a number, both ends allowed.
     **about
-        ``low``, ``high``: the range of a number. ``choices``: the allowed values. ``usual``: what
-        happens by default, where None or True does not say it. ``path``: `WRITTEN`, `FOLDER`,
-        `FILE` or `ANYWHERE`. ``amount``: it is read by `parse_bytes`. ``command_only``: the
-        library function does not have it.
+        ``choices``: the allowed values. ``usual``: what happens by default, where None or True
+        does not say it. ``path``: `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE`. ``amount``: it is read
+        by `parse_bytes`. ``command_only``: the library function does not have it.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **about})
+    about |= {"help": help, "range": None if low is None else (low, high)}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def usual_value(field: dataclasses.Field[Any]) -> str:
@@ -121,10 +123,10 @@ class Settings:
                 raise UsageError(
                     f"--{field.name} must be one of {', '.join(about['choices'])}, found {value!r}"
                 )
-            if "low" in about and not about["low"] <= value <= about["high"]:
+            if about.get("range") and not about["range"][0] <= value <= about["range"][1]:
+                low, high = about["range"]
                 raise UsageError(
-                    f"--{field.name} must lie between {about['low']:g} and {about['high']:g}, "
-                    f"found {value}"
+                    f"--{field.name} must lie between {low:g} and {high:g}, found {value}"
                 )
             if about.get("path") in (WRITTEN, FOLDER, FILE):
                 refuse_url(field, value)
@@ -166,30 +168,26 @@ class Train(Input):
 
     out: str = required("folder for the encoder", path=WRITTEN)
     loss: str = option("snip", "training loss", choices=("snip", "mse"))
-    dim: int = option(128, "width of the descriptor", low=2, high=4096)
-    hidden: int = option(1024, "width of the hidden layer", low=1, high=10**5)
-    steps: int = option(
-        1600, "most training steps; it stops early when validation stalls", low=1, high=10**7
-    )
-    batch: int = option(1024, "rows a step", low=16, high=10**6)
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", low=1e-9, high=1)
+    dim: int = option(128, "width of the descriptor", 2, 4096)
+    hidden: int = option(1024, "width of the hidden layer", 1, 10**5)
+    steps: int = option(1600, "most training steps; it stops when validation stalls", 1, 10**7)
+    batch: int = option(1024, "rows a step", 16, 10**6)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", 1e-9, 1)
     temperature: float | None = option(
-        None, "softmax temperature of the snip loss, teacher and student", low=1e-4, high=10,
+        None, "softmax temperature of the snip loss, teacher and student", 1e-4, 10,
         usual="fitted to the features",
     )  # fmt: skip
     text_features: Any = option(
         None, "text features, row for row: keep the similarities of texts and images too"
     )
-    text_temperature: float = option(
-        0.01, "softmax temperature between texts and images", low=1e-4, high=10
-    )
-    subset_rows: int = option(262_144, "rows held in memory at a time", low=64, high=10**9)
+    text_temperature: float = option(0.01, "softmax temperature between texts and images", 1e-4, 10)
+    subset_rows: int = option(262_144, "rows held in memory at a time", 64, 10**9)
     validation_rows: int = option(
-        4096, "rows for validation, never trained on (at most a fifth of all)", low=16, high=10**6
+        4096, "rows for validation, never trained on (at most a fifth of all)", 16, 10**6
     )
     device: str = option("auto", "where to compute", choices=DEVICES)
-    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
-    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished encoder")
 
 
@@ -201,7 +199,7 @@ class Compress(Input):
     out: str = required("folder for the descriptors, one .npy a shard", path=WRITTEN)
     dtype: str = option("float16", "type of the descriptors", choices=("float16", "float32"))
     device: str = option("auto", "where to compute", choices=DEVICES)
-    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
     overwrite: bool = option(False, "replace finished descriptors")
 
 
@@ -216,17 +214,15 @@ class Index(Input):
     base: str | None = option(
         None, "index whose trained quantisers are used (ours, or a faiss IVFPQ file)", path=FOLDER
     )
-    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", low=0, high=2**24)
+    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", 0, 2**24)
     m: int | None = option(
-        None, "sub-quantisers of the PQ, a byte each at 8 bits", low=1, high=256,
+        None, "sub-quantisers of the PQ, a byte each at 8 bits", 1, 256,
         usual="the most that fit, up to 16",
     )  # fmt: skip
-    nbits: int | None = option(None, "bits of a sub-quantiser", low=4, high=8, usual="8")
-    train_rows: int = option(
-        0, "rows to train quantisers on, 0 for 64 a list (at least 65,536)", low=0, high=10**9
-    )
+    nbits: int | None = option(None, "bits of a sub-quantiser", 4, 8, usual="8")
+    train_rows: int = option(0, "rows to train on, 0 for 64 a list (at least 65,536)", 0, 10**9)
     export_faiss: str | None = option(
-        None, "also write one file that plain faiss reads", path=WRITTEN
+        None, "also write a file that plain faiss reads", path=WRITTEN
     )
     model: str | None = option(
         None, "CLIP model of the features, ARCHITECTURE/WEIGHTS: snip search by text needs it"
@@ -236,8 +232,8 @@ class Index(Input):
         "refuse", "NaN, infinity and zero rows: refuse the input, or keep them, never returned",
         choices=("refuse", "keep"),
     )  # fmt: skip
-    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
-    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished index")
 
 
@@ -250,9 +246,7 @@ class Dedup(Input):
         "another threshold",
         None,
     )
-    out: str | None = option(
-        None, "folder for the result; needed, but with --dry_run", path=WRITTEN
-    )
+    out: str | None = option(None, "folder for the result; --dry_run needs none", path=WRITTEN)
     metadata: str | None = option(
         None, "parquet or CSV files that match the features by position", path=ANYWHERE
     )
@@ -260,13 +254,10 @@ class Dedup(Input):
         None, "how duplicates are found", choices=("join", "exact", "adc", "semdedup"),
         usual="join, with --index adc",
     )  # fmt: skip
-    threshold: float = option(
-        THRESHOLD, "cosine at and above which two rows are duplicates", low=-1, high=1
-    )
+    threshold: float = option(THRESHOLD, "cosine at and above which two rows are duplicates", -1, 1)
     keep_fraction: float | None = option(
-        None, "raise the threshold in steps of .001 until at least this share of the rows is kept",
-        low=0, high=1,
-    )  # fmt: skip
+        None, "raise the threshold by .001 until at least this share of rows is kept", 0, 1
+    )
     grouping: str | None = option(
         None,
         "which rows of a group are kept. star: each removed row is a duplicate of a kept row; "
@@ -279,37 +270,30 @@ class Dedup(Input):
         "several in order: max:width,max:similarity,first; semdedup: hard, random or easy",
         usual="first; semdedup: hard",
     )
-    text_features: Any = option(
-        None, "features of the captions, row for row: a pair must match in these too"
-    )
-    text_threshold: float = option(
-        0.9, "cosine at and above which two captions match", low=-1, high=1
-    )
+    text_features: Any = option(None, "features of the captions: a pair must match in these too")
+    text_threshold: float = option(0.9, "cosine at and above which two captions match", -1, 1)
     reference: Any = option(
         None,
         "rows to compare with that are never removed: features, or an earlier OUT (its kept rows "
         "and its own references); several by comma",
     )
     references_only: bool = option(
-        False, "compare rows with those of --reference only, not with one another"
+        False, "compare rows with --reference only, not with one another"
     )
-    keep_work: bool = option(
-        False, "keep the model and the codes in OUT/work, for a later --reference OUT"
-    )
+    keep_work: bool = option(False, "keep model and codes in OUT/work, for a later --reference OUT")
     pairs: bool = option(
         False, "write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet"
     )
-    max_pairs: int = option(10**9, "refuse to write more pairs than this", low=0, high=2**62)
+    max_pairs: int = option(10**9, "refuse to write more pairs than this", 0, 2**62)
     recall: float = option(
-        0.999, "join: target recall, the share of duplicate rows that must be found",
-        low=0.5, high=1,
-    )  # fmt: skip
+        0.999, "join: target recall, the share of duplicate rows to find", 0.5, 1
+    )
     encoder: str | None = option(
         None, "adc: encoder for the index that it builds; join: encoder that makes its codes",
         path=FOLDER,
     )  # fmt: skip
     index: str | None = option(
-        None, "adc: finished index", path=FOLDER, usual="built from the features"
+        None, "adc: finished index", path=FOLDER, usual="built from features"
     )
     rule: str = option(
         "two_sided",
@@ -318,19 +302,13 @@ class Dedup(Input):
         choices=("two_sided", "difference", "ratio", "mutual"),
     )
     margin: float | None = option(
-        None, "adc: the constant of the rule", low=-1e30, high=1e30, usual="calibrated"
+        None, "adc: constant of the rule", -1e30, 1e30, usual="calibrated"
     )
-    precision: float = option(
-        0.91, "adc: share of right flags to calibrate the margin for", low=0, high=1
-    )
-    calibration_rows: int = option(
-        4096, "adc: rows whose true duplicates set the margin", low=1, high=10**6
-    )
-    k: int = option(16, "adc: neighbours of a row; more where all of them pass", low=1, high=1024)
-    nprobe: int = option(4, "adc: lists visited for a row", low=1, high=2**24)
-    clusters: int = option(
-        0, "semdedup: clusters of the k-means, 0 for one in 8,700 rows", low=0, high=2**24
-    )
+    precision: float = option(0.91, "adc: share of right flags to calibrate the margin for", 0, 1)
+    calibration_rows: int = option(4096, "adc: rows whose true duplicates set the margin", 1, 10**6)
+    k: int = option(16, "adc: neighbours of a row; more where all of them pass", 1, 1024)
+    nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
+    clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
     epsilon: Any = option(
         None,
         "semdedup: a row is removed if its cosine with an earlier row of its cluster is above 1 - "
@@ -347,15 +325,12 @@ class Dedup(Input):
         None, "metadata column for groups.parquet", usual="the first of key, uid, sample_id, hash"
     )
     merge_captions: int | None = option(
-        None, "add a column merged_captions: at most so many captions of the removed duplicates",
-        low=1, high=10**6,
-    )  # fmt: skip
+        None, "add merged_captions: so many captions of removed duplicates", 1, 10**6
+    )
     caption: str | None = option(
-        None, "metadata column of captions", usual="the first of caption, text"
+        None, "metadata column of captions", usual="first of caption, text"
     )
-    weights: bool = option(
-        False, "write all rows to metadata/, with a column weight that duplicates share"
-    )
+    weights: bool = option(False, "write all rows, with a column weight that duplicates share")
     export: str | None = option(
         None,
         "lists for other tools, by comma: datacomp (uids that are kept), keys (for webdataset), "
@@ -365,7 +340,7 @@ class Dedup(Input):
         "refuse", "NaN, infinity and zero rows: refuse the input, or keep them, never matched",
         choices=("refuse", "keep"),
     )  # fmt: skip
-    chunk_rows: int = option(8192, "rows read at a time", low=1, high=10**9)
+    chunk_rows: int = option(8192, "rows read at a time", 1, 10**9)
     max_memory: str | None = option(
         None,
         "limit of memory, libraries apart, such as 2GB; a run that needs more is refused",
@@ -380,19 +355,18 @@ class Dedup(Input):
     num_tasks: int | None = option(
         None,
         "join: number of processes that run this command at the same time with the same --out",
-        low=1, high=10**6, usual="that of a Slurm array",
+        1, 10**6, usual="that of a Slurm array",
     )  # fmt: skip
     task_index: int | None = option(
-        None, "join: rank of this process among them, from 0", low=0, high=10**6,
+        None, "join: rank of this process among them, from 0", 0, 10**6,
         usual="that of a Slurm array",
     )  # fmt: skip
-    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
-    seed: int | None = option(None, "seed of every random choice", low=0, high=MAX_SEED, usual="0")
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int | None = option(None, "seed of every random choice", 0, MAX_SEED, usual="0")
     overwrite: bool = option(False, "replace a finished OUT")
     dry_run: bool = option(
-        False, "join: print the cost of the run (see snip plan), and write nothing",
-        command_only=True,
-    )  # fmt: skip
+        False, "join: print what the run will cost, and write nothing", command_only=True
+    )
 
     def check(self) -> None:
         """See `Settings.check`."""
@@ -563,18 +537,14 @@ class Download(Settings):
         None, ".npy (file or URL) of running row totals a file, if the files before --start lack",
         path=ANYWHERE,
     )  # fmt: skip
-    embeddings: bool = option(
-        False, "also the features of these files: img_emb/ and metadata/ in OUT"
-    )
+    embeddings: bool = option(False, "also the features of these files, to img_emb/ in OUT")
     embeddings_source: str | None = option(
         None, "folder or {part:04d} template of the features", path=ANYWHERE,
         usual="beside the metadata",
     )  # fmt: skip
-    jobs: int = option(4, "files fetched at a time", low=1, high=256)
+    jobs: int = option(4, "files fetched at a time", 1, 256)
     overwrite: bool = option(False, "replace a finished folder")
-    dl_dedup_set: str | None = option(
-        None, "upstream's flag, with OUT alone: says what became of its set"
-    )
+    dl_dedup_set: str | None = option(None, "upstream's flag: says what became of its set")
 
     def check(self) -> None:
         """See `Settings.check`."""
@@ -597,15 +567,12 @@ class Audit(Settings):
     array: str | None = option(None, "array of an .npz file")
     column: str | None = option(None, "list column of a parquet file")
     metadata: str | None = option(None, "input table, if it is not where it was", path=ANYWHERE)
-    sample: int = option(0, "removed rows to check, chosen at random; 0 for all", low=0, high=2**40)
-    probe_rows: int = option(
-        1000, "kept rows to compare with all others, to estimate missed matches; 0 for none",
-        low=0, high=10**6,
-    )  # fmt: skip
+    sample: int = option(0, "removed rows to check, chosen at random; 0 for all", 0, 2**40)
+    probe_rows: int = option(1000, "kept rows to search for missed matches; 0 for none", 0, 10**6)
     sheet: str | None = option(
-        None, "also write random removed pairs as CSV, for you to judge", path=WRITTEN
+        None, "write random removed pairs as CSV, for you to judge", path=WRITTEN
     )
-    n: int = option(200, "pairs of --sheet", low=1, high=10**6)
+    n: int = option(200, "pairs of --sheet", 1, 10**6)
     judged: str | None = option(
         None, "read a sheet with your verdicts (yes, no) and print the precision; no audit",
         path=FILE,
@@ -614,8 +581,8 @@ class Audit(Settings):
         None, "limit of the rows held at a time, such as 2GB", usual="a quarter of the RAM",
         amount=True,
     )  # fmt: skip
-    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
-    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
 
     def check(self) -> None:
         """See `Settings.check`."""
@@ -628,7 +595,7 @@ class Top(Settings):
     """Settings of ``snip top``."""
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
-    n: int = option(100, "rows shown", low=1, high=10**7)
+    n: int = option(100, "rows shown", 1, 10**7)
     metadata: str | None = option(None, "input table, if it is not where it was", path=ANYWHERE)
     json: bool = option(False, "print JSON", command_only=True)
     prompts: str | None = option(
@@ -642,7 +609,7 @@ class Diff(Settings):
 
     out1: str = argument("folder that snip dedup wrote", path=FOLDER)
     out2: str = argument("another one, over the same rows", path=FOLDER)
-    n: int = option(5, "examples of each kind", low=0, high=10**6)
+    n: int = option(5, "examples of each kind", 0, 10**6)
     json: bool = option(False, "print JSON", command_only=True)
 
 
@@ -662,13 +629,9 @@ class Report(Settings):
     metadata: str | None = option(
         None, "table of captions and urls, if it is not where the run found it", path=ANYWHERE
     )
-    rows: str | None = option(
-        None, "also show these rows (numbers from 0, by comma), each beside its kept row"
-    )
-    seed: int = option(0, "seed of the samples that are shown", low=0, high=MAX_SEED)
-    overwrite: bool = option(
-        False, "replace a file that is no report, or a page with pictures by one without"
-    )
+    rows: str | None = option(None, "also show these rows (from 0, by comma), with their kept rows")
+    seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
+    overwrite: bool = option(False, "replace a file that is no report, or a page with pictures")
 
     def check(self) -> None:
         """See `Settings.check`."""
@@ -682,22 +645,18 @@ class Search(Settings):
 
     query: Any = argument("row number, .npy or .npz of vectors, or a text")
     index: str = required("folder that snip index wrote", path=FOLDER)
-    k: int = option(10, "neighbours to show", low=1, high=10**6)
-    nprobe: int = option(64, "lists visited", low=1, high=2**24)
-    rerank: int = option(
-        2000, "nearest codes that are compared by raw features; 0 for none", low=0, high=10**6
-    )
+    k: int = option(10, "neighbours to show", 1, 10**6)
+    nprobe: int = option(64, "lists visited", 1, 2**24)
+    rerank: int = option(2000, "nearest codes to compare by raw features; 0 for none", 0, 10**6)
     features: str | None = option(
         None, "the rows that were indexed, if they moved or changed their date", path=ANYWHERE
     )
     parts: str | None = option(None, "of --features: numbers of a {part:04d} pattern")
     array: str | None = option(None, "array of an .npz, of QUERY or --features")
     column: str | None = option(None, "of --features: list column of a parquet file")
-    metadata: str | None = option(
-        None, "files with key, url, caption of the rows, by position", path=ANYWHERE
-    )
+    metadata: str | None = option(None, "key, url, caption of the rows, by position", path=ANYWHERE)
     encoder: str | None = option(
-        None, "for vectors and texts, where the index has descriptors", path=FOLDER
+        None, "for vectors and texts, if the index has descriptors", path=FOLDER
     )
     text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
     model: str | None = option(
@@ -722,29 +681,23 @@ class Eval(Input):
     encoder: str | None = option(
         None, "SNIP encoder to judge", path=FOLDER, usual="one is trained, without the queries"
     )
-    text_features: Any = option(
-        None, "text features, row for row: also judge how texts find their images"
-    )
-    dim: int = option(128, "width of the descriptors", low=2, high=4096)
+    text_features: Any = option(None, "text features: also judge how texts find their images")
+    dim: int = option(128, "width of the descriptors", 2, 4096)
     code_bytes: str = option("4,8,16", "bytes of a code, by comma")
     nprobe: str = option("1,4,8,16", "lists visited, by comma; all lists are added")
-    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", low=0, high=2**24)
-    queries: int = option(
-        4096, "rows whose neighbours are looked for (at most a quarter of all)", low=1, high=10**6
-    )
+    nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", 0, 2**24)
+    queries: int = option(4096, "rows whose neighbours are found (at most a quarter)", 1, 10**6)
     train_rows: int = option(  # at least evaluate.LEAST_LEARNT
-        65_536, "rows that encoders, PCA and OPQ learn from", low=256, high=10**8
+        65_536, "rows that encoders, PCA and OPQ learn from", 256, 10**8
     )
-    steps: int = option(400, "most training steps of each encoder", low=1, high=10**7)
-    threshold: float = option(
-        THRESHOLD, "cosine at and above which two rows are duplicates", low=-1, high=1
-    )
-    flag_nprobe: int = option(4, "lists visited for duplicate flags", low=1, high=2**24)
+    steps: int = option(400, "most training steps of each encoder", 1, 10**7)
+    threshold: float = option(THRESHOLD, "cosine at and above which two rows are duplicates", -1, 1)
+    flag_nprobe: int = option(4, "lists visited for duplicate flags", 1, 2**24)
     picture: bool = option(
-        True, "draw the curves, by the extra plot; --nopicture turns it off", usual="on"
+        True, "draw the curves (extra plot); --nopicture turns it off", usual="on"
     )
-    threads: int = option(0, "CPU threads, 0 for all", low=0, high=4096)
-    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished folder")
 
     def check(self) -> None:
@@ -770,24 +723,22 @@ class Plan(Settings):
     array: str | None = option(None, "array of an .npz file")
     column: str | None = option(None, "list column of a parquet file")
     rows: float | None = option(
-        None, "rows, such as 2.1e9, where there are no features yet, or only some", low=1,
-        high=1e13, usual="those of FEATURES",
+        None, "rows, such as 2.1e9, if FEATURES are not all there yet", 1, 1e13,
+        usual="those of FEATURES",
     )  # fmt: skip
-    dim: int = option(
-        768, "without FEATURES: width of the rows; they are float16", low=2, high=65536
-    )
+    dim: int = option(768, "without FEATURES: width of the rows; they are float16", 2, 65536)
     duplicates: float | None = option(
-        None, "share of the rows that are removed", low=0, high=0.99,
+        None, "share of the rows that are removed", 0, 0.99,
         usual="estimated from a sample of FEATURES, else .3",
     )  # fmt: skip
-    cores: int = option(0, "cores of the machine, 0: as this one has", low=0, high=4096)
+    cores: int = option(0, "cores of the machine, 0: as this one has", 0, 4096)
     memory: str | None = option(
         None, "RAM of the machine, such as 32GB", usual="as this one has", amount=True
     )
     max_memory: str | None = option(
         None, "--max_memory of snip dedup", usual="a quarter of the RAM", amount=True
     )
-    nodes: int = option(1, "such machines, over a file system that they share", low=1, high=10**5)
+    nodes: int = option(1, "such machines, over a file system that they share", 1, 10**5)
     disk: str | None = option(None, "free space for OUT, such as 4TB", amount=True)
     disk_speed: str | None = option(
         None, "bytes a second that a disk reads or writes, such as 2GB", amount=True,
@@ -797,9 +748,9 @@ class Plan(Settings):
     rates: str | None = option(
         None, "file of rates that an earlier --probe measured", usual="measured now", path=WRITTEN
     )
-    threshold: float = option(THRESHOLD, "as of snip dedup", low=-1, high=1)
-    recall: float = option(0.999, "as of snip dedup", low=0.5, high=1)
-    seed: int = option(0, "seed of the sample", low=0, high=MAX_SEED)
+    threshold: float = option(THRESHOLD, "as of snip dedup", -1, 1)
+    recall: float = option(0.999, "as of snip dedup", 0.5, 1)
+    seed: int = option(0, "seed of the sample", 0, MAX_SEED)
     json: bool = option(False, "print JSON", command_only=True)
 
     def check(self) -> None:
@@ -813,8 +764,8 @@ class Demo(Settings):
     """Settings of ``snip demo``."""
 
     out: str = option("snip_demo", "folder for everything the demo makes", path=WRITTEN)
-    pictures: int = option(1500, "pictures to draw before copies are made", low=50, high=100_000)
-    seed: int = option(0, "seed of every random choice", low=0, high=MAX_SEED)
+    pictures: int = option(1500, "pictures to draw before copies are made", 50, 100_000)
+    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished demo")
 
 

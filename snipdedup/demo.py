@@ -14,7 +14,7 @@ import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ PARTS = ("img_emb", "metadata", "images", "encoder", "descriptors", "index", "cl
 
 @dataclass(frozen=True)
 class Planted:
-    """What the demo made.
+    """What the demo drew: ``rows`` pictures and copies of them, in random order.
 
     Attributes
     ----------
@@ -43,7 +43,6 @@ class Planted:
     edit : (rows,) str
         How the row's copy was made; empty for the picture itself.
     pixels : (rows, h, w, 3) uint8
-        What each row shows.
     sheet : (h, w, 3) float32
         Some pictures beside their copies.
     """
@@ -144,14 +143,7 @@ def command(words: list[str]) -> None:
 
 
 def plant(count: int, seed: int) -> Planted:
-    """Draw pictures, copy some by each edit, describe all, and shuffle the rows.
-
-    Parameters
-    ----------
-    count : int
-        Pictures to draw; a fifth of them is copied by each edit.
-    seed : int
-    """
+    """Draw ``count`` pictures, copy a fifth of them by each edit, and shuffle all rows."""
     rng = np.random.default_rng(seed)
     drawn = [
         demo_pictures.stored(demo_pictures.draw(rng))
@@ -161,14 +153,10 @@ def plant(count: int, seed: int) -> Planted:
     for name, edit in demo_pictures.EDITS.items():
         for number in rng.choice(count, max(count // COPIES, 1), replace=False):
             rows.append((int(number), name, demo_pictures.stored(edit(drawn[number], rng))))
-    sheet = np.concatenate(
-        [
-            np.concatenate(
-                [p, *(demo_pictures.stored(e(p, rng)) for e in demo_pictures.EDITS.values())], 1
-            )
-            for p in drawn[:SHEET]
-        ]
-    )
+    lines = []
+    for picture in drawn[:SHEET]:
+        edited = [edit(picture, rng) for edit in demo_pictures.EDITS.values()]
+        lines.append(np.concatenate([picture, *map(demo_pictures.stored, edited)], axis=1))
     rows = [rows[i] for i in rng.permutation(len(rows))]
     described = np.stack([demo_pictures.describe(picture) for _, _, picture in rows])
     return Planted(
@@ -176,7 +164,7 @@ def plant(count: int, seed: int) -> Planted:
         picture=np.array([number for number, _, _ in rows], np.int64),
         edit=np.array([name for _, name, _ in rows]),
         pixels=np.stack([np.round(picture * 255).astype(np.uint8) for _, _, picture in rows]),
-        sheet=sheet,
+        sheet=np.concatenate(lines),
     )
 
 
@@ -195,7 +183,7 @@ def most_alike(features: np.ndarray) -> float:
 def write(planted: Planted, out: Path) -> None:
     """Write shards and metadata in the layout of LAION, pictures in tars, and a sheet of some.
 
-    What stands already keeps its date, by which the commands know their input again.
+    A file that is there already keeps its date, so that the commands know their input again.
     """
     import pyarrow.parquet as pq
 
@@ -209,39 +197,31 @@ def write(planted: Planted, out: Path) -> None:
         path = out / "metadata" / f"metadata_{part:04d}.parquet"
         if not (path.is_file() and pq.read_table(path).equals(rows)):
             atomic.save_parquet(path, rows)
-        keys = rows["key"].to_pylist()
-        save_tar(
-            out / "images" / f"{part:05d}.tar", keys, planted.pixels[start : start + SHARD_ROWS]
-        )
+        pixels = planted.pixels[start : start + SHARD_ROWS]
+        path = out / "images" / f"{part:05d}.tar"  # as img2dataset names shards and members
+        with atomic.replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
+            for key, picture in zip(rows["key"].to_pylist(), pixels, strict=True):
+                data = demo_pictures.png(picture.astype(np.float32) / 255)
+                entry = tarfile.TarInfo(f"{key}.png")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
     with atomic.replacing(out / "pictures.png") as temporary:
         temporary.write_bytes(demo_pictures.png(planted.sheet))
-
-
-def save_tar(path: Path, keys: list[str], pixels: np.ndarray) -> None:
-    """Write pictures as a tar shard, named by their keys as img2dataset names them."""
-    with atomic.replacing(path) as part, tarfile.open(part, "w") as tar:
-        for key, picture in zip(keys, pixels, strict=True):
-            data = demo_pictures.png(picture.astype(np.float32) / 255)
-            entry = tarfile.TarInfo(f"{key}.png")
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
 
 
 def metadata_of(planted: Planted) -> Any:
     """Return key, url, caption, and of a copy: the key of its original and its edit."""
     import pyarrow as pa
 
-    keys = pa.array([f"{row:09d}" for row in range(len(planted.picture))])
+    keys = [f"{row:09d}" for row in range(len(planted.picture))]
+    originals = [keys[row] for row in planted.originals[planted.picture]]
     is_original = planted.edit == ""
     return pa.table(
         {
             "key": keys,
-            "url": [f"https://demo.invalid/{key}.png" for key in keys.to_pylist()],
+            "url": [f"https://demo.invalid/{key}.png" for key in keys],
             "caption": [f"drawn picture {number}" for number in planted.picture],
-            "planted_copy_of": pa.array(
-                keys.take(pa.array(planted.originals[planted.picture])).to_pylist(),
-                mask=is_original,
-            ),
+            "planted_copy_of": pa.array(originals, mask=is_original),
             "edit": pa.array(planted.edit.tolist(), mask=is_original),
         }
     )
@@ -249,75 +229,72 @@ def metadata_of(planted: Planted) -> Any:
 
 def describe(planted: Planted, out: Path) -> str:
     """Return what was found against what was planted, read from the files that were written."""
-    join, adc = Judged(planted, out / "clean"), Judged(planted, out / "adc")
+    found = {"join": score(planted, out / "clean"), "adc": score(planted, out / "adc")}
     lines = ["", "planted, and found by             join      adc (the index)"]
     for name in demo_pictures.EDITS:
-        copies = np.flatnonzero(planted.edit == name)
-        shares = [f"{100 * judged.found(copies):7.1f} %" for judged in (join, adc)]
-        lines.append(f"  {len(copies):>6,} copies, {name:<12} {'   '.join(shares)}")
-    for judged, method in ((join, "join"), (adc, "adc")):
+        copies = found["join"].copies[name]
+        shares = [f"{100 * scores.found[name]:7.1f} %" for scores in found.values()]
+        lines.append(f"  {copies:>6,} copies, {name:<12} {'   '.join(shares)}")
+    for method, scores in found.items():
+        share = scores.right / scores.removed if scores.removed else 1.0
         lines.append(
-            f"{method}: {judged.removed:,} rows removed, {judged.right:,} of them "
-            f"({100 * judged.precision:.1f} %) beside a row of the same picture that stays"
+            f"{method}: {scores.removed:,} rows removed, {scores.right:,} of them "
+            f"({100 * share:.1f} %) beside a kept row of the same picture"
         )
-    drawn = len(planted.originals)
+    join, clean = found["join"], out / "clean"
     lines += [
-        f"{len(planted.picture) - join.removed:,} rows stay, of {drawn:,} pictures drawn: "
-        f"{join.twice:,} more than one a picture, {join.lost:,} pictures lost",
-        f"the rows that stay: {out / 'clean' / 'metadata'}",
-        f"what went because of what: {out / 'clean' / 'groups.parquet'}",
+        f"{len(planted.picture) - join.removed:,} rows are kept, of {len(planted.originals):,} "
+        f"pictures drawn: {join.twice:,} more than one a picture, {join.lost:,} pictures lost",
+        f"the kept rows: {clean / 'metadata'}",
+        f"which row was removed for which: {clean / 'groups.parquet'}",
     ]
     if can_report():
-        lines.append(f"look at it, in a browser: {out / 'clean' / 'report.html'}")
+        lines.append(f"look at it, in a browser: {clean / 'report.html'}")
     else:
         lines.append("to look at it: pip install 'snipdedup-toolkit[report]', then snip report")
-    lines += ["", "what to try next:", *(f"  snip {shlex.join(words)}" for words in suggested(out))]
+    next_words = [
+        ["top", str(clean)],
+        ["audit", str(clean), str(out / "img_emb")],
+        ["search", "0", "--index", str(out / "index"), "--metadata", str(out / "metadata")],
+    ]
+    lines += ["", "what to try next:", *(f"  snip {shlex.join(words)}" for words in next_words)]
     return "\n".join(lines)
 
 
-def suggested(out: Path) -> list[list[str]]:
-    """Return command lines to go on with, without the first word ``snip``."""
-    clean, features = str(out / "clean"), str(out / "img_emb")
-    return [
-        ["top", clean],
-        ["audit", clean, features],
-        ["search", "0", "--index", str(out / "index"), "--metadata", str(out / "metadata")],
-    ]
-
-
-class Judged:
+class Scores(NamedTuple):
     """A finished OUT against what was planted.
 
-    Attributes
-    ----------
-    removed, right : int
-        Rows removed, and those whose representative shows the same picture.
-    twice, lost : int
-        Rows that stay beside another of the same picture; pictures of which no row stays.
+    ``right`` of the ``removed`` rows have a representative of the same picture. ``twice`` rows are
+    kept beside another of their picture; of ``lost`` pictures no row is kept. Of the ``copies`` by
+    each edit this share was ``found``: it is in one group with its original.
     """
 
-    def __init__(self, planted: Planted, out: Path) -> None:
-        import pyarrow.parquet as pq
+    removed: int
+    right: int
+    twice: int
+    lost: int
+    copies: dict[str, int]
+    found: dict[str, float]
 
-        table = pq.read_table(out / "groups.parquet")
-        member, group, representative = (
-            table[name].to_numpy() for name in ("row", "group", "representative")
-        )
-        self.group = np.arange(len(planted.picture))  # a row without a group is its own
-        self.group[member] = group
-        self.original = planted.originals[planted.picture]
-        is_dup = np.load(out / "is_dup.npy")
-        gone = is_dup[member]
-        same = planted.picture[member] == planted.picture[representative]
-        self.removed, self.right = int(is_dup.sum()), int((gone & same).sum())
-        staying = np.bincount(planted.picture[~is_dup], minlength=len(planted.originals))
-        self.twice, self.lost = int(np.maximum(staying - 1, 0).sum()), int((staying == 0).sum())
 
-    @property
-    def precision(self) -> float:
-        """Share of the removed rows that are right."""
-        return self.right / self.removed if self.removed else 1.0
+def score(planted: Planted, out: Path) -> Scores:
+    """Compare a finished OUT with what was planted."""
+    import pyarrow.parquet as pq
 
-    def found(self, copies: np.ndarray) -> float:
-        """Return the share of planted copies that are in one group with their original."""
-        return float((self.group[copies] == self.group[self.original[copies]]).mean())
+    columns = ("row", "group", "representative")
+    table = pq.read_table(out / "groups.parquet", columns=list(columns))
+    member, members_group, representative = (table[name].to_numpy() for name in columns)
+    group = np.arange(len(planted.picture))  # a row without a group is its own
+    group[member] = members_group
+    together = group == group[planted.originals[planted.picture]]
+    is_dup = np.load(out / "is_dup.npy")
+    same = planted.picture[member] == planted.picture[representative]
+    kept = np.bincount(planted.picture[~is_dup], minlength=len(planted.originals))
+    return Scores(
+        removed=int(is_dup.sum()),
+        right=int((is_dup[member] & same).sum()),
+        twice=int(np.maximum(kept - 1, 0).sum()),
+        lost=int((kept == 0).sum()),
+        copies={name: int((planted.edit == name).sum()) for name in demo_pictures.EDITS},
+        found={name: float(together[planted.edit == name].mean()) for name in demo_pictures.EDITS},
+    )

@@ -278,7 +278,7 @@ def test_the_report_is_true(finished):
         assert lines[0].split()[3] == f"{share:.1f}"
     staying = [picture[n] for n in range(len(table)) if not np.load(out / "clean/is_dup.npy")[n]]
     said = (
-        f"{len(staying)} rows stay, of {DRAWN} pictures drawn: "
+        f"{len(staying)} rows are kept, of {DRAWN} pictures drawn: "
         f"{len(staying) - len(set(staying))} more than one a picture, "
         f"{DRAWN - len(set(staying))} pictures lost"
     )

@@ -19,7 +19,7 @@ from snipdedup.deduplication.out_reader import BATCH_ROWS, pick
 from snipdedup.features.cosine import bad_rows, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Members, group_starts
-from snipdedup.metadata.tables import open_parquet
+from snipdedup.metadata.tables import stream_parquet
 from snipdedup.parallel import ordered_map
 
 PAIRS = 4096  # whose cosines one thread computes at a time
@@ -47,19 +47,11 @@ class AuditedRun:
 
     Attributes
     ----------
-    folder : Path
-    manifest : dict
+    folder, manifest : Path, dict
     names, offsets : list of str, (shards + 1,) int64
         File name and first row of each shard; the last offset is the number of rows.
     is_dup : (rows,) bool
         Memory-mapped.
-    threshold : float
-        Cosine from which two rows are a pair.
-    references_only : bool
-        Rows are removed for rows of references only.
-    by_design : str or None
-        The rule by which a removed row may be far from each kept row: ``semdedup``,
-        ``components`` or None.
     """
 
     folder: Path
@@ -67,9 +59,25 @@ class AuditedRun:
     names: list[str]
     offsets: np.ndarray
     is_dup: np.ndarray
-    threshold: float
-    references_only: bool
-    by_design: str | None
+
+    @property
+    def threshold(self) -> float:
+        """Cosine from which two rows are a pair."""
+        return float(self.manifest["settings"]["threshold"])
+
+    @property
+    def references_only(self) -> bool:
+        """Whether rows are removed for rows of references only."""
+        return bool(self.manifest["settings"].get("references_only"))
+
+    @property
+    def by_design(self) -> str | None:
+        """The rule by which a removed row may be far from each kept row; None for the star rule."""
+        settings = self.manifest["settings"]
+        if settings["method"] == "semdedup":
+            return "semdedup"
+        chains = settings["grouping"] == "components" and not self.references_only
+        return "components" if chains else None
 
     @property
     def rows(self) -> int:
@@ -84,47 +92,39 @@ class AuditedRun:
         return f"row {row:,} ({self.names[shard]} row {row - self.offsets[shard]})"
 
 
+@dataclass
 class Proof:
     """Takes the members of whole groups, some groups at a time, and notes what is wrong.
 
-    Parameters
-    ----------
-    run : AuditedRun
-    features : Features or None
-        None if they are not those of the run: then no cosine is computed.
-    captions : Captions or None
-    result : AuditResult
-    chosen : (n,) int64 or None
-        Removed rows to prove, by their number among all removed rows, ascending; None for all.
-    threads, memory : int
+    Without ``features`` no cosine is computed. ``chosen`` (n,) int64 are the removed rows to
+    prove, by their number among all removed rows, ascending; None for all.
 
     Attributes
     ----------
     removed, groups, largest, chained : int
         Counts of the members, to be compared with the manifest.
-    proved, reach : int
-        Pairs whose cosine was computed, and those of them that reach the threshold.
-    lowest : float
-        The lowest of these cosines.
+    proved, reach, lowest : int, int, float
+        Pairs whose cosine was computed, those that reach the threshold, and the lowest cosine.
     """
 
-    def __init__(
-        self,
-        run: AuditedRun,
-        features: Features | None,
-        captions: Captions | None,
-        result: AuditResult,
-        *,
-        chosen: np.ndarray | None,
-        threads: int,
-        memory: int,
-    ) -> None:
-        self.run, self.features, self.captions, self.result = run, features, captions, result
-        self.chosen, self.threads, self.memory = chosen, threads, memory
-        self.seen = np.zeros(run.rows, bool)
+    run: AuditedRun
+    features: Features | None
+    captions: Captions | None
+    result: AuditResult
+    chosen: np.ndarray | None
+    threads: int
+    memory: int
+    removed: int = 0
+    groups: int = 0
+    largest: int = 1
+    chained: int = 0
+    proved: int = 0
+    reach: int = 0
+    lowest: float = np.inf
+
+    def __post_init__(self) -> None:
+        self.seen = np.zeros(self.run.rows, bool)
         self.last = (-1, -1)  # group and row
-        self.removed = self.groups = self.chained = self.proved = self.reach = 0
-        self.largest, self.lowest = 1, np.inf
         self.represented = [(np.empty(0, np.int64), np.empty(0, np.int64))]
 
     def add(self, members: Members) -> None:
@@ -283,7 +283,7 @@ class Proof:
         unproved: dict[str, int] = {}
         proved = 0
         columns = ["row", "reference", "representative", "similarity"]
-        file = open_parquet(self.run.folder / "groups.parquet")
+        file = stream_parquet(self.run.folder / "groups.parquet")
         for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             table = pa.Table.from_batches([batch]).filter(pc.field("reference").is_valid())
             for name in pc.unique(table["reference"]).to_pylist():

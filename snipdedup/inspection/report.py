@@ -33,14 +33,13 @@ from snipdedup.inspection.display import page_text, place_of, safe_link, shard_o
 from snipdedup.inspection.report_page import (
     GENERATOR,
     PICTURED,
-    Page,
     PictureCounts,
     Row,
     render,
     require_jinja,
 )
-from snipdedup.metadata.tables import open_parquet
-from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
+from snipdedup.metadata.tables import stream_parquet
+from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
@@ -82,18 +81,17 @@ def run(options: Report) -> ReportResult:
     with as_written(out):
         manifest = read_manifest(out, KIND)
         target = out / NAME if options.html is None else Path(options.html).expanduser()
-        texts = open_texts(out, manifest, options.metadata)
+        texts = open_row_texts(out, manifest, options.metadata)
         read = [] if texts.metadata is None else texts.metadata.inputs()
         if options.images is not None:
             read = [*read, Path(options.images).expanduser()]
         refuse_output_file(target, [*read, *named_paths(manifest)])
         if not options.overwrite:
             check_target(target, pictured)
-        page = survey_out(out, manifest, texts, options)
-        text = render(page)
+        text, pictures = make_page(out, manifest, texts, options)
         with replacing(target) as part:
             part.write_text(text, encoding="utf-8")
-    return ReportResult(target, len(text.encode()), page.pictures)
+    return ReportResult(target, len(text.encode()), pictures)
 
 
 def check_target(target: Path, pictured: bool) -> None:
@@ -113,8 +111,10 @@ def check_target(target: Path, pictured: bool) -> None:
         )
 
 
-def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Report) -> Page:
-    """Read OUT into what the page shows."""
+def make_page(
+    out: Path, manifest: dict[str, Any], texts: RowTexts, options: Report
+) -> tuple[str, PictureCounts]:
+    """Read OUT; return the page, and the pictures in it."""
     settings, offsets = manifest["settings"], shard_offsets(manifest["shards"])
     rows, groups = int(offsets[-1]), out / "groups.parquet"
     survey = survey_groups(
@@ -134,10 +134,10 @@ def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Re
     keys = read_keys(groups, shown)
     is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
     pictures, counts = find_pictures(shown, keys, texts, options)
-    return Page(
-        title=out.resolve().name,
-        out=shlex.quote(str(options.out)),
-        manifest=manifest,
+    page = render(
+        out.resolve().name,
+        shlex.quote(str(options.out)),
+        manifest,
         curve=curve,
         survey=survey,
         rows=describe_rows(shown, manifest["shards"], is_dup, keys, texts, pictures),
@@ -146,11 +146,12 @@ def survey_out(out: Path, manifest: dict[str, Any], texts: RowTexts, options: Re
         removed=[int(np.count_nonzero(is_dup[a:b])) for a, b in pairwise(offsets)],
         asked={row: partners.get(row) for row in asked},
     )
+    return page, counts
 
 
 def read_sizes(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return (values, counts) of ``group_size`` and ``dup_count``; 0 is left out."""
-    table = open_parquet(path).read()
+    table = stream_parquet(path).read()
     of = np.array(table["of"].to_pylist(), object)
     value, count = table["value"].to_numpy(), table["count"].to_numpy()
     chosen = {name: (of == name) & (value > 0) for name in ("group_size", "dup_count")}

@@ -58,11 +58,22 @@ class PictureCounts:
     ambiguous: int = 0
 
 
-@dataclass(frozen=True)
-class Page:
-    """What is known of OUT.
+def render(
+    title: str,
+    out: str,
+    manifest: dict[str, Any],
+    *,
+    curve: Curve | None,
+    survey: Survey,
+    rows: dict[int, Row],
+    pictures: PictureCounts,
+    sizes: dict[str, tuple[np.ndarray, np.ndarray]],
+    removed: list[int],
+    asked: dict[int, tuple[int, float] | None],
+) -> str:
+    """Return the page.
 
-    Attributes
+    Parameters
     ----------
     title, out : str
         Name of the folder; the folder as it is typed in a shell.
@@ -71,7 +82,7 @@ class Page:
         None where no cosine is known.
     survey : Survey
     rows : dict of int to Row
-        Those that are shown.
+        All that are shown.
     pictures : PictureCounts
     sizes : dict
         ``group_size`` and ``dup_count``: (values, counts).
@@ -80,31 +91,17 @@ class Page:
     asked : dict of int to (int, float) or None
         Rows that were asked for: representative and cosine, None without a match.
     """
+    styles = (TEMPLATES / "report.css").read_text("utf-8")
+    script = (TEMPLATES / "report.js").read_text("utf-8")
+    counts, settings = manifest["counts"], manifest["settings"]
 
-    title: str
-    out: str
-    manifest: dict[str, Any]
-    curve: Curve | None
-    survey: Survey
-    rows: dict[int, Row]
-    pictures: PictureCounts
-    sizes: dict[str, tuple[np.ndarray, np.ndarray]]
-    removed: list[int]
-    asked: dict[int, tuple[int, float] | None]
-
-    def pairs(self, shown: Members) -> list[tuple[Row, Row | int, float]]:
+    def pairs(shown: Members) -> list[tuple[Row, Row | int, float]]:
         """Return rows, each with its representative (a reference's: its number) and the cosine."""
         members = zip(
             shown.row.tolist(), shown.representative.tolist(), shown.similarity, strict=True
         )
-        return [(self.rows[a], self.rows.get(b, ~b), float(cosine)) for a, b, cosine in members]
+        return [(rows[a], rows.get(b, ~b), float(similarity)) for a, b, similarity in members]
 
-
-def render(page: Page) -> str:
-    """Return the page."""
-    styles = (TEMPLATES / "report.css").read_text("utf-8")
-    script = (TEMPLATES / "report.js").read_text("utf-8")
-    survey, rows, settings = page.survey, page.rows, page.manifest["settings"]
     return render_template(
         "report.html.j2",
         generator=GENERATOR,
@@ -115,28 +112,31 @@ def render(page: Page) -> str:
         "form-action 'none'",
         styles=styles,
         script=script,
-        page=page,
-        counts=page.manifest["counts"],
+        title=title,
+        out=out,
+        counts=counts,
         settings=settings,
-        curve=None if page.curve is None else curve_section(page.curve, page.manifest["counts"]),
-        charts=histograms(page),
-        bands=[(band, page.pairs(band.shown)) for band in survey.bands if band.rows],
-        below=(survey.below, page.pairs(survey.below.shown)),
-        groups=[(group, page.pairs(group.shown)) for group in survey.largest],
+        verified=manifest["verified"],
+        version=manifest["versions"]["snipdedup"],
+        survey=survey,
+        pictures=pictures,
+        curve=None if curve is None else curve_section(curve, counts),
+        charts=histograms(survey, sizes),
+        bands=[(band, pairs(band.shown)) for band in survey.bands if band.rows],
+        below=(survey.below, pairs(survey.below.shown)),
+        groups=[(group, pairs(group.shown)) for group in survey.largest],
         copied=[
             (rows[row], count)
             for row, count in zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
         ],
-        asked=asked_section(page),
+        asked=asked_section(asked, rows),
         spared=[
-            (rows[row], rows[other])
-            for row, other in zip(
-                survey.spared.row.tolist(), survey.spared_by.tolist(), strict=True
-            )
+            (rows[row], rows[int(other)])
+            for row, other in zip(survey.spared.row.tolist(), survey.spared_by, strict=True)
         ],
         known_keep=settings["keep"] in KEEPS,
-        shards=shard_section(page),
-        manifest=json.dumps(shortened(page.manifest), indent=2, ensure_ascii=False),
+        shards=shard_section(manifest["shards"], removed, survey.foreign.tolist()),
+        manifest=json.dumps(shortened(manifest), indent=2, ensure_ascii=False),
     )
 
 
@@ -203,10 +203,9 @@ def curve_section(curve: Curve, counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def histograms(page: Page) -> dict[str, str]:
+def histograms(survey: Survey, sizes: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, str]:
     """Return the charts of cosines, group sizes and dup_count."""
-    survey, (sizes, groups) = page.survey, page.sizes["group_size"]
-    copies, rows = page.sizes["dup_count"]
+    (group_sizes, groups), (copies, rows) = sizes["group_size"], sizes["dup_count"]
     return {
         "similarity": charts.bar_chart(
             charts.similarity_bars(survey.edges, survey.similarities),
@@ -216,10 +215,10 @@ def histograms(page: Page) -> dict[str, str]:
             "exactly 1",
         ),
         "sizes": charts.bar_chart(
-            charts.size_bars(sizes, groups),
+            charts.size_bars(group_sizes, groups),
             "rows in the group",
             f"Groups by number of rows: {int(groups.sum()):,} groups, from 2 to "
-            f"{int(sizes.max(initial=2)):,} rows",
+            f"{int(group_sizes.max(initial=2)):,} rows",
         ),
         "copies": charts.bar_chart(
             charts.size_bars(copies, rows),
@@ -230,24 +229,25 @@ def histograms(page: Page) -> dict[str, str]:
     }
 
 
-def asked_section(page: Page) -> list[tuple[Row, Row | int | None, float]]:
+def asked_section(
+    asked: dict[int, tuple[int, float] | None], rows: dict[int, Row]
+) -> list[tuple[Row, Row | int | None, float]]:
     """Return rows that were asked for, with their representatives; None where they are kept."""
     shown: list[tuple[Row, Row | int | None, float]] = []
-    for row, partner in page.asked.items():
+    for row, partner in asked.items():
         other, similarity = partner or (row, np.nan)
-        known = page.rows.get(other, int(~other)) if page.rows[row].removed else None
-        shown.append((page.rows[row], known, similarity))
+        known = rows.get(other, int(~other)) if rows[row].removed else None
+        shown.append((rows[row], known, similarity))
     return shown
 
 
-def shard_section(page: Page) -> dict[str, Any]:
+def shard_section(
+    shards: list[dict[str, Any]], removed: list[int], foreign: list[int]
+) -> dict[str, Any]:
     """Return a line for each shard; of very many those that lose the largest share."""
-    shards = page.manifest["shards"]
     lines = [
-        (shard["name"], shard["rows"], removed, foreign)
-        for shard, removed, foreign in zip(
-            shards, page.removed, page.survey.foreign.tolist(), strict=True
-        )
+        (shard["name"], shard["rows"], *counts)
+        for shard, *counts in zip(shards, removed, foreign, strict=True)
     ]
     if len(lines) > SHARDS:
         lines.sort(key=lambda line: -line[2] / max(line[1], 1))
