@@ -69,7 +69,7 @@ class ParquetTable(Table):
     """A parquet file; row groups are read one at a time, in bounded batches."""
 
     def __init__(self, path: Path) -> None:
-        file = open_parquet(path)
+        file = stream_parquet(path)
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
         schema = file.schema_arrow
@@ -81,7 +81,7 @@ class ParquetTable(Table):
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
     ) -> Iterator[tuple[int, Any]]:
         """Yield batches; row groups without a needed row are not read."""
-        file = open_parquet(self.path)
+        file = stream_parquet(self.path)
         first = 0
         try:
             for number, (count, size) in enumerate(self.groups):
@@ -153,7 +153,7 @@ def open_table(path: Path) -> Table:
     return ParquetTable(path) if suffix == ".parquet" else CsvTable(path)
 
 
-def open_parquet(path: Path) -> Any:
+def stream_parquet(path: Path) -> Any:
     """Return a buffered ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
     try:
         # pre_buffer would hold the whole row group
