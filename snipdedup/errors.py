@@ -33,10 +33,6 @@ class DamagedError(SnipError):
     """What a stopped run left is damaged so that it cannot go on; it begins anew."""
 
 
-class TakenError(SnipError):
-    """Another process took this one for dead and went on with its run; it must write no more."""
-
-
 class InternalError(SnipError):
     """A result that contradicts the input, by a fault of this package; nothing is written."""
 

@@ -21,8 +21,7 @@ PROPOSAL_ERROR = 1e-5
 PLAIN_NORM = 1e15  # norms up to here, and from its inverse on, are safe in float32
 FEW_ROWS = 4096  # whose conversion is not worth a second for torch to be imported
 SAFE_PEAK = 1e100  # squares of larger (or inversely smaller) float64 values could overflow
-NORM_ROWS = 2048  # rows whose squares are laid out at a time
-SQUARE_ROWS = 512  # the same in float64
+SQUARE_BYTES = 1 << 22  # of rows whose squares are laid out at a time
 PAIRS_AT_ONCE = 256  # whose rows are laid side by side, to stay in the cache
 FEW_COLUMNS = 8  # added up one by one
 HALF_ULP = 2.0**-53  # relative error of one operation in float64
@@ -77,22 +76,22 @@ def directions(rows: np.ndarray, wide: Any = None) -> Directions:
 
 
 def plain_norms(values: Any) -> Any:
-    """Return the norm of each row of an (n, d) float32 tensor, (n,) float32: no other last bits."""
+    """Return the norm of each row of an (n, d) float32 tensor, (n,); see `square_sums`."""
     import torch
 
-    parts = [torch.empty(0)]
-    squares = torch.from_numpy(scratch("squares", (NORM_ROWS, values.shape[1]), np.float32))
-    for part in values.split(NORM_ROWS):
-        parts.append(row_sums(torch.mul(part, part, out=squares[: len(part)])).sqrt_())
-    return torch.cat(parts)
+    return torch.from_numpy(square_sums(values.numpy())).sqrt_()
 
 
 def square_sums(values: np.ndarray) -> np.ndarray:
-    """Return the squared norm of each row of an (n, d) float64 array, (n,): no other last bits."""
-    shape = min(len(values), SQUARE_ROWS), values.shape[1]
-    squares, sums = scratch("squares", shape, np.float64), np.empty(len(values))
-    for start in range(0, len(values), SQUARE_ROWS):
-        part = values[start : start + SQUARE_ROWS]
+    """Return the squared norm of each row, (n,), of an (n, d) float32 or float64 array.
+
+    They are rounded alike on every processor; see `row_sums`.
+    """
+    step = max(1, SQUARE_BYTES // max(1, values[:1].nbytes))
+    squares = scratch("squares", (min(step, len(values)), values.shape[1]), values.dtype)
+    sums = np.empty(len(values), values.dtype)
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
         with np.errstate(invalid="ignore", over="ignore"):
             terms: Any = np.multiply(part, part, out=squares[: len(part)])
             if "torch" in sys.modules:  # adds faster than numpy; the same
@@ -124,16 +123,7 @@ def row_sums(terms: Any) -> Any:
 
 
 def bad_rows(rows: np.ndarray) -> np.ndarray:
-    """Return which rows cannot be compared: NaN, infinity, or all zeros.
-
-    Parameters
-    ----------
-    rows : (n, d) float16, float32 or float64
-
-    Returns
-    -------
-    (n,) bool
-    """
+    """Return which rows of (n, d) cannot be compared, (n,) bool: NaN, infinity, or all zeros."""
     return directions(rows).bad
 
 

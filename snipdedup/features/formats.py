@@ -121,9 +121,8 @@ class NpyShard(Shard):
         with path.open("rb") as file:
             file.seek(begin)
             held = path.stat().st_size - begin if size is None else size
-            shape, fortran, self.stored = read_header(file, held, str(path))
+            shape, _, self.stored = read_header(file, held, str(path), rows=True)
             self.data = file.tell()
-        refuse_fortran(path, shape, fortran)
         super().__init__(path, shape, self.stored)
         self.end = self.data + self.rows * self.dim * self.stored.itemsize
 
@@ -189,8 +188,7 @@ class PackedNpzShard(Shard):
 
     def __init__(self, path: Path, member: zipfile.ZipInfo) -> None:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            shape, fortran, dtype = read_header(file, member.file_size, str(path))
-        refuse_fortran(path, shape, fortran)
+            shape, _, dtype = read_header(file, member.file_size, str(path), rows=True)
         super().__init__(path, shape, dtype)
         self.member = member.filename
 
@@ -381,7 +379,9 @@ def check_member(member: zipfile.ZipInfo, size: int) -> None:
         )
 
 
-def read_header(file: IO[bytes], held: int, where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+def read_header(
+    file: IO[bytes], held: int, where: str, *, rows: bool = False
+) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Read the header of a ``.npy``, leaving ``file`` at the first value.
 
     Parameters
@@ -392,6 +392,8 @@ def read_header(file: IO[bytes], held: int, where: str) -> tuple[tuple[int, ...]
         Bytes from there on that belong to the array.
     where : str
         What messages call it.
+    rows : bool
+        Refuse Fortran order: rows whose values do not lie one after another.
 
     Returns
     -------
@@ -400,7 +402,7 @@ def read_header(file: IO[bytes], held: int, where: str) -> tuple[tuple[int, ...]
     Raises
     ------
     InputError
-        If it is no such header, or the array is not as long as it says, or holds Python objects.
+        If it is no such header, the array has another length, or it holds Python objects.
     """
     begin = file.tell()
     try:
@@ -420,16 +422,12 @@ def read_header(file: IO[bytes], held: int, where: str) -> tuple[tuple[int, ...]
             f"{where}: truncated or damaged: its header promises shape {shape} of {dtype} "
             f"({need} bytes), found {held}; fetch or write it again"
         )
-    return shape, fortran, dtype
-
-
-def refuse_fortran(path: Path, shape: tuple[int, ...], fortran: bool) -> None:
-    """Refuse rows whose values do not lie one after another."""
-    if fortran and len(shape) == 2 and min(shape) > 1:
+    if rows and fortran and len(shape) == 2 and min(shape) > 1:
         raise InputError(
-            f"{path}: Fortran-ordered, expected rows one after another; save it with "
+            f"{where}: Fortran-ordered, expected rows one after another; save it with "
             "np.save(path, np.ascontiguousarray(array))"
         )
+    return shape, fortran, dtype
 
 
 def map_npy(path: Path, begin: int = 0, size: int | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ from snipdedup.features.shards import Features
 from snipdedup.groups.members import group_starts
 from snipdedup.groups.star import Also
 from snipdedup.join.brute_force import load_panel, tile_pairs
-from snipdedup.join.forest import Edges, components, join_edges
+from snipdedup.join.forest import Edges, components
 from snipdedup.join.verify import verify_block
 from snipdedup.parallel import ordered_map
 from snipdedup.storage import atomic
@@ -24,7 +24,6 @@ from snipdedup.storage import atomic
 LISTED_GROUP = 64  # groups up to this size are listed pair by pair
 LISTED_PAIRS = 1 << 15  # pairs listed at a time
 TILE = 1024  # rows of a large group compared at once
-ROW_GROUP = 1 << 20  # pairs of a row group of pairs.parquet
 
 
 def all_pairs(
@@ -104,21 +103,15 @@ def listed_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def write_pairs(path: Path, parts: Iterator[Edges], most: int) -> None:
     """Write ``pairs.parquet``; leave nothing behind where there are more than ``most`` pairs."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    count = 0
     schema = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32())])
-    count, held, waiting = 0, 0, [join_edges([])]
-    with atomic.replacing(path) as part, pq.ParquetWriter(part, schema) as file:
+    with atomic.writing_parquet(path, schema) as write:
         for edges in parts:
             count += len(edges.a)
             if count > most:
                 raise too_many(most)
-            held += len(edges.a)
-            waiting.append(edges)
-            if held >= ROW_GROUP:
-                file.write_table(pa.table(join_edges(waiting)._asdict()), ROW_GROUP)
-                held, waiting = 0, [join_edges([])]
-        file.write_table(pa.table(join_edges(waiting)._asdict()), ROW_GROUP)
+            write(pa.table(edges._asdict()))
 
 
 def too_many(most: int) -> SnipError:

@@ -23,7 +23,7 @@ from snipdedup.join import encoding
 from snipdedup.join.encoding import encode_task, load_seen, sort_small
 from snipdedup.join.forest import Edges, ForestBuilder
 from snipdedup.join.hubs import no_hubs
-from snipdedup.join.model import Model, fit
+from snipdedup.join.model import Model, fit_model
 from snipdedup.join.tiles import COLUMN_TILE, CodedRows, TilePairs, compare_tiles
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import ordered_map, pick_device
@@ -92,7 +92,7 @@ class JoinTasks:
             hubs = no_hubs(model.projection, self.features.dim, model.threshold)
             model = replace(model, hubs=hubs)
         else:
-            model = fit(
+            model = fit_model(
                 self.features, asked.threshold, asked.recall, asked.seed, threads, asked.encoder,
                 with_hubs=not asked.reference_rows,
             )  # fmt: skip
@@ -254,49 +254,41 @@ class PartitionRows(NamedTuple):
 def load_partition(
     folders: list[Path], partition: Partition, skip: np.ndarray, width: int
 ) -> PartitionRows:
-    """Bring the rows of a partition together from all encode tasks.
+    """Bring the rows of a partition that take part together from all encode tasks.
 
     Files are open while they are read only: of two billion rows there are thousands of tasks.
     """
-    parts = [load_part(folder, partition, skip) for folder in folders]
-    row, corrections, key, _ = (np.concatenate(column) for column in zip(*parts, strict=True))
-    lists = partition.high - partition.low
-    order = sort_small(key, 2 * lists)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    codes, done = np.empty((len(row), width), np.int8), 0
-    for folder, (_, _, _, use) in zip(folders, parts, strict=True):
-        stored = np.load(folder / "codes.npy", mmap_mode="r").view(np.ndarray)
-        codes[place[done : done + len(use)]] = np.take(stored, use, axis=0)
-        done += len(use)
-    key = key[order]
-    return PartitionRows(
-        CodedRows(row[order], codes, corrections[order].astype(np.float64)),
-        np.searchsorted(key, 2 * np.arange(lists + 1)),
-        np.bincount(key[key % 2 == 0] // 2, minlength=lists),
-    )
-
-
-def load_part(
-    folder: Path, partition: Partition, skip: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Read what an encode task has for a partition: four arrays, one entry a row that takes part.
-
-    The global row; its limit correction; a key: twice the list, counted from the first, and one
-    more for a visitor; and the row's place among those of the task.
-    """
     low, high = partition
-    starts = np.array(np.load(folder / "starts.npy", mmap_mode="r")[low : high + 1])
-    part = slice(int(starts[0]), int(starts[-1]))
-    row = np.load(folder / "rows.npy", mmap_mode="r")[part]
-    homes = np.load(folder / "homes.npy", mmap_mode="r")[low:high]
-    sizes = np.diff(starts)
-    key = np.repeat(2 * np.arange(len(sizes), dtype=np.int32), sizes)
-    place = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], sizes)
-    key += place >= np.repeat(homes, sizes)
-    use = np.flatnonzero(~skip[row])
-    corrections = np.load(folder / "corrections.npy", mmap_mode="r")[part]
-    return row[use], corrections[use], key[use], use + part.start
+    rows, corrections, keys, places = [], [], [], []
+    for folder in folders:
+        starts = np.array(np.load(folder / "starts.npy", mmap_mode="r")[low : high + 1])
+        part = slice(int(starts[0]), int(starts[-1]))
+        row = np.load(folder / "rows.npy", mmap_mode="r")[part]
+        homes = np.load(folder / "homes.npy", mmap_mode="r")[low:high]
+        sizes = np.diff(starts)
+        key = np.repeat(2 * np.arange(high - low, dtype=np.int32), sizes)  # twice the list,
+        inside = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], sizes)
+        key += inside >= np.repeat(homes, sizes)  # one more for a visitor
+        use = np.flatnonzero(~skip[row])
+        rows.append(row[use])
+        corrections.append(np.load(folder / "corrections.npy", mmap_mode="r")[part][use])
+        keys.append(key[use])
+        places.append(use + part.start)
+    key = np.concatenate(keys)
+    order = sort_small(key, 2 * (high - low))
+    target = np.empty(len(order), np.int64)
+    target[order] = np.arange(len(order))
+    codes, done = np.empty((len(order), width), np.int8), 0
+    for folder, use in zip(folders, places, strict=True):
+        stored = np.load(folder / "codes.npy", mmap_mode="r").view(np.ndarray)
+        codes[target[done : done + len(use)]] = np.take(stored, use, axis=0)
+        done += len(use)
+    row, correction, key = np.concatenate(rows), np.concatenate(corrections), key[order]
+    return PartitionRows(
+        CodedRows(row[order], codes, correction[order].astype(np.float64)),
+        np.searchsorted(key, 2 * np.arange(high - low + 1)),
+        np.bincount(key[key % 2 == 0] // 2, minlength=high - low),
+    )
 
 
 def join_partition(

@@ -20,14 +20,7 @@ from snipdedup.features.cosine import (
 )
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, best_edge, join_edges, link_smaller, make_edges
-from snipdedup.join.kernels import (
-    MOST_RUNS,
-    RUN,
-    Kernel,
-    all_close,
-    pick_kernel,
-    product_hits,
-)
+from snipdedup.join.kernels import MOST_RUNS, RUN, Kernel, all_close, pick_kernel, product_hits
 from snipdedup.parallel import scratch
 
 ROW_TILE, COLUMN_TILE = 1024, 2048

@@ -10,12 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from snipdedup.features.cosine import (
-    PROPOSAL_ERROR,
-    Directions,
-    directions,
-    indexed_cosines,
-)
+from snipdedup.features.cosine import PROPOSAL_ERROR, Directions, directions, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
 from snipdedup.parallel import ordered_map, scratch

@@ -21,7 +21,7 @@ from typing import Any
 
 from snipdedup import __version__
 from snipdedup.config import Dedup, mistyped
-from snipdedup.errors import SnipError, TakenError
+from snipdedup.errors import SnipError
 from snipdedup.storage import locks
 from snipdedup.storage.atomic import explained, load_json, save_json, sha256, sync_folder
 from snipdedup.storage.locks import WORK
@@ -193,15 +193,12 @@ def put_in_place(
 
     Raises
     ------
-    TakenError
-        If this process has not claimed ``out`` any more: another one went on with the run.
+    SnipError
+        If this process has not claimed ``out`` any more, because another one finished the run.
     """
     with locks.door(out), explained(out):
         if move_result(out) or not locks.holds(out / WORK / locks.LOCK):
-            raise TakenError(
-                f"{out} was taken over by another process while this one did not show that it "
-                "lives; what it wrote stands"
-            )
+            raise SnipError(f"{out}: another process finished this run, or claimed the folder")
         named_outputs(out, out / MANIFEST)  # refused before anything is removed
         for name in removed:
             (out / name).unlink(missing_ok=True)

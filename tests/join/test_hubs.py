@@ -1,4 +1,4 @@
-"""Masses: what is not compared with one another is joined all the same."""
+"""Hubs: near copies that are not compared with one another are joined all the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ball(rng, rows, centre, radius):
 
 @pytest.fixture(scope="module")
 def rows():
-    """A mass, two that touch, a halo of rows around the first, and 4,000 small groups."""
+    """Three crowds of near copies, two of which touch; a halo around one; 4,000 small groups."""
     rng = np.random.default_rng(3)
     one, two = (v / np.linalg.norm(v) for v in rng.standard_normal((2, 24)))
     beside = np.cos(0.7) * one + np.sin(0.7) * two  # 40 degrees away
@@ -40,7 +40,7 @@ def rows():
 
 @pytest.fixture
 def small_hubs():
-    """Masses and lists at sizes that a test can afford."""
+    """Hubs and lists at sizes that a test can afford."""
     with (
         mock.patch.object(hubs, "HUB_ROWS", 500),
         mock.patch.object(model, "SINGLE_LIST_ROWS", 0),
@@ -64,13 +64,13 @@ def test_components_are_those_of_brute_force(rows):
 
 
 @pytest.mark.usefixtures("small_hubs")
-def test_masses_whose_hubs_are_a_pair_are_one_group():
+def test_crowds_whose_hubs_are_a_pair_are_one_group():
     """Rows of one do not visit the other's lists: the edge between the hubs joins them."""
     rng = np.random.default_rng(1)
     one, across = np.linalg.qr(rng.standard_normal((24, 2)))[0].T
     beside = np.cos(0.32) * one + np.sin(0.32) * across  # 18 degrees away, as far as a pair
-    masses_ = [ball(rng, 2000, centre, 0.05) for centre in (one, beside)]
-    parts = [*masses_, truth.clustered(4000, 24, 5)]
+    crowds = [ball(rng, 2000, centre, 0.05) for centre in (one, beside)]
+    parts = [*crowds, truth.clustered(4000, 24, 5)]
     x = rng.permutation(np.concatenate(parts)).astype(np.float32)
     brute = dedup(x, method="exact", grouping="components")
     found = dedup(x, grouping="components", recall=1)
@@ -79,7 +79,7 @@ def test_masses_whose_hubs_are_a_pair_are_one_group():
 
 
 @pytest.mark.usefixtures("small_hubs")
-def test_without_masses_nothing_changes(rows):
+def test_without_crowdsnothing_changes(rows):
     few = rows[:3000]
     with mock.patch.object(hubs, "HUB_ROWS", 10**6):
         without = dedup(few)
@@ -122,8 +122,8 @@ def test_where_rows_are_placed(rows):
     assert not inside[placed.zone == hubs.APART].any()
 
 
-def test_a_low_threshold_has_no_masses():
-    """Where nearly all rows lie beside a mass, visiting twice as far would cost more."""
+def test_a_low_threshold_has_no_hubs():
+    """Where nearly all rows lie beside a hub, visiting twice as far would cost more."""
     rng = np.random.default_rng(0)
     x = np.concatenate([ball(rng, 1000, np.eye(1, 24)[0], 0.05), rng.standard_normal((9000, 24))])
     x = rng.permutation(x).astype(np.float32)
@@ -166,7 +166,7 @@ def test_a_kept_model_brings_no_hubs(tmp_path, kinds):
 @pytest.mark.usefixtures("small_hubs")
 @pytest.mark.parametrize("shift", [1, 10**9, -(10**9)])
 def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
-    fitted = model.fit(open_features(rows), 0.95, 1, 0, 1)
+    fitted = model.fit_model(open_features(rows), 0.95, 1, 0, 1)
     moved = dataclasses.replace(fitted.hubs, row=fitted.hubs.row + shift)
     fitted.hubs.check(open_features(rows))
     with pytest.raises(DamagedError, match="is not that row of the features"):
@@ -174,7 +174,7 @@ def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
     with pytest.raises(DamagedError, match="is not that row of the features"):
         fitted.hubs.check(open_features(rows.astype(np.float64)))
     with (
-        mock.patch.object(tasks, "fit", return_value=dataclasses.replace(fitted, hubs=moved)),
+        mock.patch.object(tasks, "fit_model", return_value=dataclasses.replace(fitted, hubs=moved)),
         pytest.raises(DamagedError, match=r"model\.npz: hub .* run again, it begins anew"),
     ):
         dedup(rows, out=tmp_path / "out")
@@ -197,8 +197,8 @@ def test_two_hundred_thousand_rows_within_99_hundredths():
 @pytest.mark.usefixtures("small_hubs")
 @pytest.mark.parametrize("first", [700, 9000])
 @pytest.mark.parametrize("how", [{}, {"references_only": True}, {"grouping": "components"}])
-def test_reference_rows_in_masses_are_found_as_by_brute_force(rows, first, how):
-    """There are no hubs beside references: every row of a mass visits lists."""
+def test_reference_rows_in_crowdsare_found_as_by_brute_force(rows, first, how):
+    """There are no hubs beside references: every row of a crowd visits lists."""
     given = {"reference": rows[:first], **how}
     brute = dedup(rows[first:], method="exact", **given)
     found = dedup(rows[first:], recall=1, **given)

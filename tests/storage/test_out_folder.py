@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from snipdedup.errors import SnipError, TakenError, UsageError
+from snipdedup.errors import SnipError, UsageError
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.manifest import read_manifest, write_manifest
 
@@ -241,7 +241,7 @@ def test_who_was_taken_for_dead_replaces_nothing(tmp_path):
             part = out / "work" / "mine" / "a.npy"
             part.parent.mkdir(parents=True)
             part.write_text("other times")
-            with pytest.raises(TakenError):
+            with pytest.raises(SnipError, match="another process finished this run"):
                 out_folder.publish(out, "dedup", {"request": REQUEST}, [part])
 
     def ends():
