@@ -32,7 +32,7 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.build import build
-from snipdedup.index.folder import Index, Lists
+from snipdedup.index.folder import CodeLists, Index
 from snipdedup.index.search import Classes, Searcher, feature_queries
 from snipdedup.parallel import cores
 from snipdedup.statistics import proportion_interval
@@ -116,7 +116,7 @@ def in_memory(vectors: np.ndarray) -> Features:
 
 def build_index(
     vectors: np.ndarray, known: int, m: int, given: argparse.Namespace
-) -> tuple[Index, Lists]:
+) -> tuple[Index, CodeLists]:
     """Return an index of all vectors whose quantisers come from the first ``known``."""
     options = {"m": m, "nlist": given.nlist, "seed": given.seed}
     with tempfile.TemporaryDirectory() as folder:

@@ -44,14 +44,9 @@ MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row 
 
 
 class LoadedCodes(NamedTuple):
-    """All codes of an index in memory.
+    """All codes of an index in memory; ``shared`` (rows,) share their code with another row.
 
-    Attributes
-    ----------
-    classes, searcher : Classes, Searcher
-    shared : (rows,) bool
-        Rows that share their code with another.
-    queries : function of a sample of row numbers, or of nothing for all rows
+    ``queries`` takes a sample of row numbers, or nothing for all rows.
     """
 
     classes: Classes
@@ -61,19 +56,11 @@ class LoadedCodes(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How neighbours are judged.
+    """``two_sided``, ``difference``, ``ratio`` or ``symmetric``, and the largest passing score.
 
-    Attributes
-    ----------
-    name : str
-        ``two_sided``, ``difference``, ``ratio`` or ``symmetric``.
-    margin : float
-        The largest score that passes.
-    own_margin : float
-        Of the difference of one row alone, where more than k neighbours pass the two-sided rule.
-    calibration : dict
-        Where the margin is from: ``source`` (``given``, ``sample`` or ``default``) and, of a
-        sample, what `threshold.calibrate` says of it.
+    ``own_margin`` is for the difference of one row alone, where more than k neighbours pass the
+    two-sided rule. ``calibration`` has the margin's ``source`` (``given``, ``sample`` or
+    ``default``) and, of a sample, what `threshold.calibrate` returns.
     """
 
     name: str
@@ -116,21 +103,9 @@ def candidate_pairs(
     as pairs with the smallest of them; as neighbours of others, the k smallest come (1024
     without features, where no pair is verified and one code is as good as another).
 
-    Parameters
-    ----------
-    index : Index
-    features : Features or None
-        The rows that were indexed. Without them codes are compared with codes (``symmetric``).
-    rule, margin, precision, threshold, calibration_rows, seed, k, nprobe, encoder
-        As the settings of ``snip dedup``.
-    work : Path
-        Folder for what the two-sided rule keeps of its search.
-    threads : int
-
-    Raises
-    ------
-    SnipError
-        If the features are not those of the index.
+    The settings are those of ``snip dedup``. Without features, the rows that were indexed, codes
+    are compared with codes (``symmetric``). ``work`` is for what the two-sided rule keeps of its
+    search.
     """
     if features is None and rule == "ratio":
         raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")

@@ -86,14 +86,8 @@ DESCRIPTORS = {
 def scores(D: np.ndarray, own: np.ndarray, rule: str) -> np.ndarray:
     """Return what the rule compares with its margin, (n, k) float32; at most that passes.
 
-    Parameters
-    ----------
-    D : (n, k) float32
-        ADC distances of n rows to k neighbours.
-    own : (n,) float32
-        Distances of the rows to their own codes; zeros for ``symmetric``.
-    rule : str
-        ``difference``: D − own; ``ratio``: D / own; ``symmetric``: D.
+    ``D`` (n, k) are ADC distances to neighbours, ``own`` (n,) those to the rows' own codes, zeros
+    for ``symmetric``. ``difference`` and ``symmetric``: D − own; ``ratio``: D / own.
     """
     if rule == "ratio":
         return D / np.maximum(own, LEAST_ERROR)[:, None]
@@ -158,26 +152,12 @@ def best_scores(
 def calibrate(
     best: np.ndarray, truth: np.ndarray, precision: float
 ) -> tuple[float, dict[str, Any]]:
-    """Return the margin with the highest recall at a wanted precision, and how it did.
+    """Return the margin with the highest recall at a wanted precision, and what it reaches.
 
-    Where no margin reaches the precision, the most precise one is taken.
-
-    Parameters
-    ----------
-    best : (n,) float
-        Each row's best score.
-    truth : (n,) bool
-        Which of them are duplicates.
-    precision : float
-        Wanted share of right flags.
-
-    Returns
-    -------
-    margin : float
-    reached : dict
-        ``precision``, with the interval that holds it in 95 % of samples, and ``recall``; and
-        ``reached``, whether the precision is as wanted. The margin is chosen on the same sample,
-        so a small one flatters: `proportion_interval` knows nothing of the choice.
+    Where no margin reaches the precision, the most precise one is taken (``reached`` is false).
+    ``best`` (n,) are the rows' best scores, ``truth`` (n,) which are duplicates. The margin is
+    chosen on the same sample, so a small one flatters: the interval of the precision knows nothing
+    of the choice.
     """
     score, right, flagged = flag_curve(best, truth)
     reached = {"source": "sample", "rows": len(best), "duplicates": int(truth.sum())}

@@ -29,18 +29,10 @@ ELIMINATED = 256  # systems of equations solved side by side: they stay in the c
 
 
 class Views(NamedTuple):
-    """What the search found for each row.
+    """What the search found for each row: ids (n, 1 + k + nprobe), and e(x, z) of each, float32.
 
-    Attributes
-    ----------
-    ids : (n, 1 + k + nprobe) signed
-        Classes: the row's own, its k nearest; then lists visited, counted on from the classes.
-        -1 where there is none, and for the own class among the nearest.
-    e : (n, 1 + k + nprobe) float32
-        e(x, z) of each, as above.
-    classes : Classes
-    quantiser : Quantiser
-    k : int
+    An id is a class: the row's own, its k nearest; then lists visited, counted on from the
+    classes. -1 where there is none, and for the own class among the nearest.
     """
 
     ids: np.ndarray
@@ -110,16 +102,9 @@ def view_block(
 
 
 class NamedPairs(NamedTuple):
-    """Rows, and neighbours that they name.
+    """Rows, by place in their block, and neighbours, by place among the row's k, (p,) each.
 
-    Attributes
-    ----------
-    at : (p,) int64
-        Place of the row in its block.
-    column : (p,) int64
-        Place of the neighbour among the row's k.
-    score : (p,) float64
-        An estimate of ‖x − y‖², y the smallest row of the neighbour's class.
+    ``score`` estimates ‖x − y‖², y the smallest row of the neighbour's class.
     """
 
     at: np.ndarray
@@ -235,14 +220,9 @@ def common_lengths(views: Views, ids: np.ndarray, e: np.ndarray, classes: np.nda
 
 
 def spanned_lengths(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the squared lengths of vectors within the span of some directions, (p,) float64.
+    """Return the squared lengths of vectors within the span of r directions, (p,) float64.
 
-    Parameters
-    ----------
-    Q : (p, r, d) float32
-        Directions; zeros where there is none.
-    v : (p, r) float64
-        Projections on them.
+    ``Q``, (p, r, d), are the directions, zeros where there is none; ``v``, (p, r), projections.
     """
     gram = np.matmul(Q, Q.transpose(0, 2, 1)).astype(np.float64)
     square = np.trace(gram, axis1=1, axis2=2) / np.maximum(Q.any(axis=2).sum(axis=1), 1)

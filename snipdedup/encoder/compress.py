@@ -25,19 +25,10 @@ DESCRIPTORS = "descriptors"  # what a manifest calls such a folder
 
 @dataclass(frozen=True)
 class Descriptors:
-    """What ``snip compress`` wrote; `str` of it is the summary.
-
-    Attributes
-    ----------
-    folder : Path
-    files : list of Path
-        One ``.npy`` a shard of the features, (rows, dim), in their order.
-    rows, dim : int
-    summary : str
-    """
+    """What ``snip compress`` wrote; `str` of it is the summary."""
 
     folder: Path
-    files: list[Path]
+    files: list[Path]  # one .npy a shard of the features, (rows, dim), in their order
     rows: int
     dim: int
     summary: str
@@ -135,13 +126,7 @@ def compress_shards(
 def compress_shard(
     features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
 ) -> int:
-    """Write one shard's descriptors as they are made; return the checksum of the input shard.
-
-    Raises
-    ------
-    InputError
-        If a row cannot be compared: file and row; nothing is written then.
-    """
+    """Write one shard's descriptors as they are made; return the checksum of the input shard."""
     checksums, shape = [], (features.shards[number].rows, encoder.dim)
     with atomic.writing_npy(path, np.dtype(dtype), shape) as file:
         for block, read in encoded_blocks(features, number, encoder, threads):

@@ -92,15 +92,8 @@ class Network(nn.Module):
 class Encoder:
     """A trained network, ready to use; `str` of it is what ``snip train`` prints.
 
-    Attributes
-    ----------
-    dim_in, dim : int
-        Width of features and of descriptors.
-    output : int
-        Which output of the network makes them: 0, or a head.
-    device : str
-    manifest : dict
-        Of the folder it was read from (``history``, ``settings``, ...); empty where there is none.
+    ``dim_in`` and ``dim`` are the widths of features and descriptors; ``output`` is 0, or the
+    head that makes them; ``manifest`` is of the folder (``history``, ...), empty without one.
     """
 
     def __init__(self, network: Network, device: str = "cpu", output: int = 0) -> None:
@@ -138,12 +131,8 @@ class Encoder:
     def encode(self, rows: np.ndarray, first: int = 0) -> np.ndarray:
         """Return descriptors of length 1, (n, dim) float32, computed in this thread.
 
-        Parameters
-        ----------
-        rows : (n, dim_in) float16, float32 or float64
-            Any norm. A row that cannot be compared (`cosine.bad_rows`) gets zeros.
-        first : int
-            Global row of ``rows[0]``: the last bits depend on a row's place in its block.
+        Rows, (n, dim_in) floats, may have any norm; those that cannot be compared get zeros.
+        ``first`` is the global row of ``rows[0]``: last bits depend on a row's place in its block.
         """
         if rows.ndim != 2 or rows.shape[1] != self.dim_in:
             raise SnipError(
@@ -184,13 +173,7 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Encoder:
-        """Read an encoder folder.
-
-        Raises
-        ------
-        SnipError
-            If it is not one that ``snip train`` finished, or its weights were changed.
-        """
+        """Read a folder that ``snip train`` finished; refuse one whose weights were changed."""
         path = Path(folder).expanduser()
         if path.is_file():
             raise SnipError(

@@ -25,19 +25,11 @@ PAIR = 0x9E3779B97F4A7C15  # odd: folds the hashes of an image and its text into
 
 
 class Rows(NamedTuple):
-    """Rows in memory.
+    """Rows in memory: float16 as stored, or float32 of norm 1."""
 
-    Attributes
-    ----------
-    images : (n, d) float16 as stored, or float32 of norm 1
-    texts : (n, d) likewise, or None
-    hashes : (n,) uint64
-        The same only for the same row (image and text).
-    """
-
-    images: np.ndarray
-    texts: np.ndarray | None
-    hashes: np.ndarray
+    images: np.ndarray  # (n, d)
+    texts: np.ndarray | None  # (n, d)
+    hashes: np.ndarray  # (n,) uint64: the same only for the same row (image and text)
 
     def take(self, which: np.ndarray | slice) -> Rows:
         """Return some of the rows."""
@@ -55,21 +47,8 @@ class Rows(NamedTuple):
 class Batches:
     """Draws rows into memory, a subset at a time, and gives each step its batch.
 
-    Attributes
-    ----------
-    held_out : Rows
-        Never trained on, nor are other rows of the same images.
-    rows : Rows
-        The subset that is in memory now.
-    batch : int
-        Rows a step: as wanted, or all rows where they are fewer.
-    subset : int
-        Which subset is in memory, counted from 0.
-
-    Raises
-    ------
-    SnipError
-        If there are too few distinct rows, or one cannot be compared: file and row.
+    ``held_out`` rows are never trained on, nor are others of the same images; ``rows`` are the
+    subset in memory, ``subset`` its number. A step has ``batch`` rows, or all where they are fewer.
     """
 
     def __init__(

@@ -50,24 +50,15 @@ NOT_IN_REQUEST = {"features", "text_features", "out", "overwrite", "device", "th
 class History:
     """How a training run went.
 
-    Attributes
-    ----------
-    rows, held_out : int
-        Distinct rows in the first subset, and rows held out.
-    batch : int
-        Rows a step, after any shrinking.
-    temperature : float, optional
-        Of the snip loss, as given or as fitted to the first rows.
-    curve : list of dict
-        ``step``, ``validation_loss``, ``recall`` (of the 10 nearest held-out rows, against exact
-        cosine of the features) and ``loss`` (mean since the point before). The first point is
-        the start: PCA of the same width.
+    A point of the curve has ``step``, ``validation_loss``, ``recall`` (of the 10 nearest held-out
+    rows, against exact cosine of the features) and ``loss`` (mean since the point before). The
+    first point is the start: PCA of the same width.
     """
 
-    rows: int
+    rows: int  # distinct ones in the first subset
     held_out: int
-    batch: int
-    temperature: float | None = None
+    batch: int  # rows a step, after any shrinking
+    temperature: float | None = None  # of the snip loss, as given or as fitted to the first rows
     curve: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -159,15 +150,12 @@ def open_pair(options: config.Train) -> tuple[Features, Features | None]:
 def open_texts(source: Any, features: Features) -> Features:
     """Open text features; refuse others than of the same rows and width as the image features."""
     texts = open_features(source)
-    for what, mine, theirs in (
-        ("rows", features.rows, texts.rows),
-        ("wide", features.dim, texts.dim),
-    ):
-        if mine != theirs:
-            raise SnipError(
-                f"{texts.place(0)[0]}: --text_features are {theirs:,} {what}, FEATURES are "
-                f"{mine:,} {what}; give the text features of the same items and the same model"
-            )
+    if (texts.rows, texts.dim) != (features.rows, features.dim):
+        raise SnipError(
+            f"{texts.place(0)[0]}: --text_features are {texts.rows:,} rows {texts.dim} wide, "
+            f"FEATURES are {features.rows:,} rows {features.dim} wide; give the text features of "
+            "the same items and the same model"
+        )
     return texts
 
 
@@ -210,12 +198,6 @@ def fit(
     """Train on opened features; ``checkpoint`` is where a stopped run goes on from.
 
     The number of threads is fixed, since sums depend on it.
-
-    Raises
-    ------
-    SnipError
-        Before the first step, if there are too few rows, rows that cannot be compared, or a
-        descriptor wider than the features; later, if the loss is no longer a number.
     """
     check_trainable(features, options.dim)
     device = pick_device(options.device)

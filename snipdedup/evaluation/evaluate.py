@@ -36,6 +36,7 @@ from snipdedup.index.quantizer import (
     ITERATIONS,
     LEAST_SAMPLE,
     POINTS_A_LIST,
+    check_nlist,
     default_nlist,
     train_quantiser,
 )
@@ -60,17 +61,11 @@ LEAST_LEARNT = 256  # rows to learn from: as many as an 8-bit code has values
 class Evaluation:
     """What ``snip eval`` measured; `str` of it is the summary.
 
-    Attributes
-    ----------
-    folder : Path
-        With ``eval.json``, ``eval.md`` and, where it was asked for, ``curves.png``.
-    results : dict
-        What ``eval.json`` holds: ``neighbours``, ``budget``, ``flags`` and ``text`` are tables,
-        lists of one dict a measurement.
-    summary : str
+    ``results`` is what ``eval.json`` holds: ``neighbours``, ``budget``, ``flags`` and ``text`` are
+    tables, lists of one dict a measurement.
     """
 
-    folder: Path
+    folder: Path  # with eval.json, eval.md and, where it was asked for, curves.png
     results: dict[str, Any]
     summary: str
 
@@ -109,7 +104,13 @@ def run(options: config.Eval) -> Evaluation:
         from snipdedup.evaluation.plots import need_matplotlib
 
         need_matplotlib()
-    features, texts = open_both(options)
+    kinds = {"parts": options.parts, "array": options.array, "column": options.column}
+    features, texts = open_features(options.features, **kinds), None
+    check_nlist(options.nlist, features.rows)
+    if options.text_features is not None:
+        from snipdedup.encoder.training import open_texts
+
+        texts = open_texts(options.text_features, features)
     out = Path(options.out).expanduser()
     given = [*features.inputs(), *(texts.inputs() if texts else [])]
     out_folder.refuse_output_inside(out, given)
@@ -142,23 +143,6 @@ def write_results(out: Path, results: dict[str, Any], picture: bool) -> list[Pat
         with atomic.replacing(files[-1]) as part:
             draw(results, part)
     return files
-
-
-def open_both(options: config.Eval) -> tuple[Features, Features | None]:
-    """Open features and texts, which must match row for row."""
-    features = open_features(
-        options.features, parts=options.parts, array=options.array, column=options.column
-    )
-    if options.nlist > features.rows:
-        raise SnipError(
-            f"--nlist {options.nlist}: there are only {features.rows:,} rows; give fewer lists, or "
-            "leave it away to have them chosen"
-        )
-    if options.text_features is None:
-        return features, None
-    from snipdedup.encoder.training import open_texts
-
-    return features, open_texts(options.text_features, features)
 
 
 def evaluate(features: Features, texts: Features | None, options: config.Eval) -> dict[str, Any]:
@@ -435,7 +419,7 @@ def judge_text(
             ("image to text", x, t, same_text),
         ):
             ranks = partner_ranks(of[at] @ among.T, item[at], item)
-            shares = {str(k): share(ranks < k) for k in (1, 10)}
+            shares = {str(k): share_found(ranks < k) for k in (1, 10)}
             size = len(gallery)
             found.append(
                 {"contender": contender.name, "direction": direction, "among": size, **shares}
@@ -443,7 +427,7 @@ def judge_text(
     return found
 
 
-def share(hits: np.ndarray) -> dict[str, float]:
+def share_found(hits: np.ndarray) -> dict[str, float]:
     """Return a share with the 95 % interval that so few queries leave."""
     low, high = proportion_interval(int(hits.sum()), len(hits))
     return {"recall": round(float(hits.mean()), 4), "low": round(low, 4), "high": round(high, 4)}

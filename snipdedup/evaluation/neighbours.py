@@ -71,15 +71,8 @@ def partner_ranks(similarity: np.ndarray, wanted: np.ndarray, item: np.ndarray) 
     """Return how many columns of other items are nearer than the best of one's own, (n,) float64.
 
     A tie counts half: descriptors that are all alike find nothing. Copies of one picture are one
-    item, as no descriptor can tell them apart.
-
-    Parameters
-    ----------
-    similarity : (n, m) float32
-    wanted : (n,) int64
-        Item that each row looks for.
-    item : (m,) int64
-        Item of each column; every wanted one is there.
+    item, as no descriptor can tell them apart. ``wanted`` (n,) are the items that the rows of
+    ``similarity`` (n, m) look for, ``item`` (m,) those of its columns.
     """
     own = wanted[:, None] == item
     best = np.where(own, similarity, -np.inf).max(axis=1)[:, None]

@@ -30,16 +30,16 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.shards import Features, open_features
-from snipdedup.join.calibration import sample_pairs
+from snipdedup.join.calibration import close_pairs
 from snipdedup.join.encoding import encode_task, task_rows
-from snipdedup.join.lists import ROUNDS, Lists, assign_lists
+from snipdedup.join.lists import ROUNDS, CoarseLists, assign_lists
 from snipdedup.join.memory import VISIT_BYTES, most_visits, needed_memory
 from snipdedup.join.model import (
     CROWDED_DEGREE,
     SINGLE_LIST_ROWS,
     Model,
     calibration_rows,
-    fit,
+    fit_model,
     list_count,
     training_rows,
 )
@@ -285,7 +285,7 @@ def probe(
     sample, timed = open_features(raw), min(len(raw), task_rows(len(raw)))
     with library_threads(1), tempfile.TemporaryDirectory(prefix="snip-plan-") as name:
         start, folder = time.process_time(), Path(name) / "encode"
-        model = fit(sample, threshold, recall, seed, 1, total=rows)
+        model = fit_model(sample, threshold, recall, seed, 1, total=rows)
         fitting = time.process_time() - start
         nlist = model.lists.nlist
 
@@ -299,7 +299,7 @@ def probe(
         pairs = count_pairs(raw[: len(codes)], codes, model, source.rows if source else rows)
 
         some = np.arange(min(len(codes), TIMED_ROWS))
-        few, lists = codes[: len(some)], Lists(codes[: 1 << 8], 0.0, 0.0)
+        few, lists = codes[: len(some)], CoarseLists(codes[: 1 << 8], 0.0, 0.0)
         row_list = seconds_of(lambda: assign_lists(few, lists)) / len(few) / len(lists.centroids)
         members, columns = CodedRows(some, few, np.zeros(len(some))), min(COLUMN_TILE, len(some))
 
@@ -367,7 +367,7 @@ def count_pairs(
     A sample of n of N rows has each pair of the set with probability (n / N)².
     """
     first = np.sort(np.unique(row_hashes(raw), return_index=True)[1])
-    a, b = sample_pairs(codes[first], model.limit, 1)
+    a, b = close_pairs(codes[first], model.limit, 1)
     degree = np.bincount(np.concatenate([a, b]), minlength=len(first))
     large = np.maximum(degree[a], degree[b]) >= CROWDED_DEGREE
     i, j = first[a[~large]], first[b[~large]]

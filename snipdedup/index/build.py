@@ -30,7 +30,7 @@ from snipdedup.index.folder import (
     held_encoder,
     is_descriptors,
     load_shard,
-    pack,
+    pack_rows,
     packed_width,
     same_encoder,
     shard_name,
@@ -41,6 +41,7 @@ from snipdedup.index.quantizer import (
     POINTS_A_LIST,
     Quantiser,
     check_m,
+    check_nlist,
     default_m,
     default_nlist,
     read_quantiser,
@@ -83,22 +84,10 @@ def run(options: config.Index) -> Index:
 def build(
     features: Features, out: Path, options: config.Index, *, as_stored: bool = False
 ) -> Index:
-    """Train quantisers, or take those of ``--base``, and write the codes of each shard.
+    """Train quantisers, or take those of ``--base``, and write the codes of each shard to ``out``.
 
-    Parameters
-    ----------
-    features : Features
-    out : Path
-        The index; what a stopped run left there is used.
-    options : config.Index
-    as_stored : bool
-        Take rows as they are instead of scaling them to norm 1; an encoder decides by itself.
-
-    Raises
-    ------
-    SnipError
-        For bad rows (unless ``bad_rows`` is ``keep``), a width that ``m`` does not divide, a base
-        that does not fit, or an ``out`` that holds something else.
+    What a stopped run left there is used. ``as_stored``: rows are not scaled to norm 1 (an encoder
+    decides by itself).
     """
     nbits, threads = options.nbits or config.INDEX_NBITS, cores(options.threads)
     base = find_base(options.base)
@@ -112,35 +101,27 @@ def build(
     }
     known = None if base is None else read_quantiser(base)
     space = code_space(Space.of(encoder, features.dim, as_stored), known, options.m, nbits)
-    if options.nlist > features.rows:
-        raise SnipError(
-            f"--nlist {options.nlist}: there are only {features.rows:,} rows; give fewer lists, or "
-            "leave it away to have them chosen"
-        )
+    check_nlist(options.nlist, features.rows)
     if known is not None:
         check_base(known, space.dim, {n: getattr(options, n) for n in ("nlist", "m", "nbits")})
     m = options.m or default_m(space.dim, config.INDEX_M)
     check_m(m if known is None else known.m, space.dim)
     state, request = claim_index(out, request, features, options.append, options.overwrite)
     if state == "done":
-        return described(Index(out), "already indexed")
+        return with_summary(Index(out), "already indexed")
     held = len(read_manifest(out, "index")["shards"]) if state == "append" else 0
     work = out / locks.WORK / out_folder.FILES
     done_file = work.parent / f"{QUANTISER}.json"
     try:
         if held:  # new rows are encoded as those before them were
-            quantiser = read_quantiser(out / QUANTISER)
             space = Space.of(held_encoder(out), features.dim, bool(request["as_stored"]))
-            space = space.of_width(quantiser.dim)
         elif not atomic.is_done(done_file, work):
-            quantiser = known or train_on_sample(
-                features, space, nlist=options.nlist, m=m, nbits=nbits,
-                train_rows=options.train_rows, seed=options.seed, threads=threads,
-            )  # fmt: skip
-            write_quantiser(work / QUANTISER, quantiser)
+            sizes = options.nlist, m, nbits, options.train_rows
+            new = known or train_on_sample(features, space, *sizes, options.seed, threads)
+            write_quantiser(work / QUANTISER, new)
             atomic.write_done_file(done_file, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
-        keep_bad = options.bad_rows == "keep"
+        space, keep_bad = space.of_width(quantiser.dim), options.bad_rows == "keep"
         write_codes(features, held, space, quantiser, work, threads, keep_bad=keep_bad)
         features.refuse_changed()
     except InputError:
@@ -150,7 +131,7 @@ def build(
         copy_encoder(encoder, work / ENCODER)
     settings = {**options.as_dict(), "features": str(options.features)}
     finish_index(out, request, settings, absolute_source(options.features), held)
-    return described(Index(out), "added to" if held else "indexed")
+    return with_summary(Index(out), "added to" if held else "indexed")
 
 
 def find_base(base: str | None) -> Path | None:
@@ -251,7 +232,6 @@ def merged_request(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> d
 def train_on_sample(
     features: Features,
     space: Space,
-    *,
     nlist: int,
     m: int,
     nbits: int,
@@ -325,7 +305,7 @@ def encode_shard(
     sizes = np.bincount(lists[good], minlength=quantiser.nlist)
     return ShardCodes(
         codes[order],
-        pack(order, packed_width(stop - first)),
+        pack_rows(order, packed_width(stop - first)),
         sizes.astype(np.min_scalar_type(int(sizes.max(initial=0)))),
         np.flatnonzero(bad),
         np.array(errors[good].sum(dtype=np.float64)),
@@ -392,7 +372,7 @@ def finish_index(
     out_folder.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
 
 
-def described(index: Index, did: str) -> Index:
+def with_summary(index: Index, did: str) -> Index:
     """Return an index with the summary that the command prints."""
     body = index.manifest
     lines = [

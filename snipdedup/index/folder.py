@@ -27,7 +27,7 @@ from snipdedup.features.formats import (
 )
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic
-from snipdedup.storage.listing import is_remote_folder
+from snipdedup.storage.listing import is_folder
 from snipdedup.storage.manifest import MANIFEST, as_written, read_manifest
 from snipdedup.storage.remote import RemotePath, is_remote
 
@@ -39,47 +39,25 @@ WALK_ROWS = 1 << 20  # entries of the lists looked at together
 
 
 class ShardCodes(NamedTuple):
-    """One shard's rows, sorted by list.
+    """One shard's rows, sorted by list; row numbers are of the shard."""
 
-    Attributes
-    ----------
-    codes : (n, code_size) uint8
-    ids : (n, width) uint8
-        Rows of the shard, packed by `pack`; ascending in each list.
-    sizes : (nlist,) unsigned
-        Rows a list.
-    bad : (b,) int64
-        Rows of the shard that are NaN, infinity or zero: in no list.
-    self_adc : () float64
-        Sum of ‖x − q(x)‖² over the rows.
-    """
-
-    codes: np.ndarray
-    ids: np.ndarray
-    sizes: np.ndarray
-    bad: np.ndarray
-    self_adc: np.ndarray
+    codes: np.ndarray  # (n, code_size) uint8
+    ids: np.ndarray  # (n, width) uint8: rows, packed by `pack_rows`; ascending in each list
+    sizes: np.ndarray  # (nlist,) unsigned: rows a list
+    bad: np.ndarray  # (b,) int64: rows that are NaN, infinity or zero, in no list
+    self_adc: np.ndarray  # () float64: sum of ‖x − q(x)‖² over the rows
 
 
-class Lists(NamedTuple):
-    """Codes of many rows, sorted by list, with packed row numbers, in memory.
+class CodeLists(NamedTuple):
+    """Codes of many rows in memory, sorted by list; row numbers are global."""
 
-    Attributes
-    ----------
-    codes : (n, code_size) uint8
-    ids : (n, width) uint8
-        Global rows, packed; ascending in each list.
-    starts : (nlist + 1,) int64
-        Where each list begins, then n.
-    """
-
-    codes: np.ndarray
-    ids: np.ndarray
-    starts: np.ndarray
+    codes: np.ndarray  # (n, code_size) uint8
+    ids: np.ndarray  # (n, width) uint8: rows, packed by `pack_rows`; ascending in each list
+    starts: np.ndarray  # (nlist + 1,) int64: where each list begins, then n
 
     def rows(self, places: np.ndarray | slice) -> np.ndarray:
         """Return the global rows at places in the sorted order, (n,) int64."""
-        return unpack(self.ids[places])
+        return unpack_rows(self.ids[places])
 
     def list_of(self, low: int, high: int) -> np.ndarray:
         """Return the list of each place from ``low`` to ``high``, (n,) int64."""
@@ -101,14 +79,14 @@ def packed_width(rows: int) -> int:
     return max(1, (max(rows - 1, 0).bit_length() + 7) // 8)
 
 
-def pack(numbers: np.ndarray, width: int) -> np.ndarray:
+def pack_rows(numbers: np.ndarray, width: int) -> np.ndarray:
     """Return numbers as their lowest ``width`` bytes, (n, width) uint8."""
     wide = np.ascontiguousarray(numbers, "<i8").view(np.uint8).reshape(-1, 8)
     return np.ascontiguousarray(wide[:, :width])
 
 
-def unpack(packed: np.ndarray) -> np.ndarray:
-    """Return the numbers that `pack` took, (n,) int64."""
+def unpack_rows(packed: np.ndarray) -> np.ndarray:
+    """Return the numbers that `pack_rows` took, (n,) int64."""
     wide = np.zeros((len(packed), 8), np.uint8)
     wide[:, : packed.shape[1]] = packed
     return wide.view("<i8")[:, 0].astype(np.int64, copy=False)
@@ -120,13 +98,7 @@ def shard_name(number: int) -> str:
 
 
 def load_shard(path: Path, *, mapped: bool = False) -> ShardCodes:
-    """Read one shard; ``mapped``, its arrays are read where they are looked at, unchecked.
-
-    Raises
-    ------
-    SnipError
-        If the file is missing, truncated or of another layout.
-    """
+    """Read one shard, or refuse it; ``mapped``, its arrays are read where they are looked at."""
     try:
         if mapped:
             with zipfile.ZipFile(path) as archive:
@@ -178,7 +150,7 @@ def same_encoder(given: str | Path, held: Path) -> bool:
 
 def is_descriptors(source: str | Path | None) -> bool:
     """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
-    if source is None or (is_remote(source) and not is_remote_folder(str(source))):
+    if source is None or (is_remote(source) and not is_folder(str(source))):
         return False
     manifest = Path(source) / MANIFEST
     if is_remote(source):
@@ -247,11 +219,6 @@ class Index:
         Of the shards, in order.
     offsets : (shards + 1,) int64
         Global row of each shard's first row, then the number of rows.
-
-    Raises
-    ------
-    SnipError
-        If ``folder`` is none that ``snip index`` finished.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -300,7 +267,7 @@ class Index:
         parts = [self.shard(n).bad + self.offsets[n] for n in range(len(self.files))]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
-    def lists(self) -> Lists:
+    def lists(self) -> CodeLists:
         """Load all codes, shard by shard, into one array sorted by list.
 
         A row takes its code and as many bytes as its number needs; in a list, rows ascend.
@@ -318,10 +285,10 @@ class Index:
             begins = np.cumsum(counts) - counts
             places = np.repeat(cursor - begins, counts) + np.arange(len(shard.ids))
             codes[places] = shard.codes
-            ids[places] = pack(unpack(shard.ids) + self.offsets[number], ids.shape[1])
+            ids[places] = pack_rows(unpack_rows(shard.ids) + self.offsets[number], ids.shape[1])
             cursor += counts
-        return Lists(codes, ids, starts)
+        return CodeLists(codes, ids, starts)
 
-    def decode(self, lists: Lists, low: int, high: int) -> np.ndarray:
+    def decode(self, lists: CodeLists, low: int, high: int) -> np.ndarray:
         """Return q(y) of the places ``low`` to ``high``, (n, dim) float32."""
         return self.quantiser.decode(lists.list_of(low, high), lists.codes[low:high])

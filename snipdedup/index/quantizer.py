@@ -36,7 +36,7 @@ class Quantiser:
     ivfpq : faiss.IndexIVFPQ
     centroids : (nlist, dim) float32
     graph : bool
-        Lists are found by an HNSW graph: nearly always the nearest ones.
+        CodeLists are found by an HNSW graph: nearly always the nearest ones.
     nlist, dim, m, nbits, code_size : int
         ``code_size`` is in bytes.
     """
@@ -100,6 +100,15 @@ def default_nlist(rows: int, points: int) -> int:
 def default_m(dim: int, most: int) -> int:
     """Return the most sub-quantisers, up to ``most``, that divide the width."""
     return max(m for m in range(1, min(most, dim) + 1) if dim % m == 0)
+
+
+def check_nlist(nlist: int, rows: int) -> None:
+    """Refuse more lists than there are rows."""
+    if nlist > rows:
+        raise SnipError(
+            f"--nlist {nlist}: there are only {rows:,} rows; give fewer lists, or leave it away to "
+            "have them chosen"
+        )
 
 
 def check_m(m: int, dim: int) -> None:
@@ -175,13 +184,7 @@ def write_quantiser(path: Path, quantiser: Quantiser) -> None:
 
 
 def read_quantiser(path: Path) -> Quantiser:
-    """Read the trained quantisers of a faiss IVFPQ file, ours or any other; its rows are dropped.
-
-    Raises
-    ------
-    SnipError
-        If the file is no faiss index, or of another kind than a trained L2 IVFPQ.
-    """
+    """Read the quantisers of a trained faiss IVFPQ file, ours or any other, without its rows."""
     import faiss
 
     if not path.is_file():

@@ -14,13 +14,13 @@ from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.folder import (
     ENCODER,
     WALK_ROWS,
+    CodeLists,
     Index,
-    Lists,
     ShardCodes,
     Space,
-    pack,
+    pack_rows,
     same_encoder,
-    unpack,
+    unpack_rows,
 )
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, ordered_map
 
@@ -35,22 +35,16 @@ class Classes(NamedTuple):
     Hundreds of copies would else fill all k places. Rows of a class are duplicates by definition:
     no code tells them apart, and each is linked to the first of them.
 
-    Attributes
-    ----------
-    lists : Lists
-        One entry a class, with its smallest row.
-    members : (n, width) uint8
-        All rows, packed, class by class in the order of ``lists``, ascending in each.
-    begins : (classes + 1,) int64
-        Where each class begins in ``members``, then n.
+    ``lists`` has one entry a class, with its smallest row; ``members`` (n, width) all rows, packed,
+    class by class, ascending in each; ``begins`` where each class begins there, then n.
     """
 
-    lists: Lists
+    lists: CodeLists
     members: np.ndarray
     begins: np.ndarray
 
     @classmethod
-    def of(cls, lists: Lists) -> Classes:
+    def of(cls, lists: CodeLists) -> Classes:
         """Group the entries of lists by list and code."""
         kept, members, counts = [np.empty(0, np.int64)], [lists.ids[:0]], [np.zeros(1, np.int64)]
         for low, high in lists.spans():
@@ -68,7 +62,7 @@ class Classes(NamedTuple):
             counts.append(count)
         entries = np.concatenate(kept)
         starts = np.searchsorted(entries, lists.starts)
-        one_each = Lists(lists.codes[entries], lists.ids[entries], starts)
+        one_each = CodeLists(lists.codes[entries], lists.ids[entries], starts)
         return cls(one_each, np.concatenate(members), np.cumsum(np.concatenate(counts)))
 
     def rows(self, classes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,14 +71,14 @@ class Classes(NamedTuple):
         counts = np.minimum(self.begins[classes + 1] - begin, most)
         at = np.repeat(np.arange(len(classes)), counts)
         within = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return at, unpack(self.members[begin[at] + within])
+        return at, unpack_rows(self.members[begin[at] + within])
 
     def links(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield blocks of (smallest row, row) over all rows that are not the smallest."""
         for low, high in plan_blocks(len(self.begins) - 1, WALK_ROWS):
             counts = np.diff(self.begins[low : high + 1])
             first = np.repeat(self.lists.rows(slice(low, high)), counts)
-            row = unpack(self.members[self.begins[low] : self.begins[high]])
+            row = unpack_rows(self.members[self.begins[low] : self.begins[high]])
             if (first != row).any():
                 yield first[first != row], row[first != row]
 
@@ -104,7 +98,7 @@ class Searcher:
     ids behind, and places become row numbers here.
     """
 
-    def __init__(self, index: Index, lists: Lists, nprobe: int) -> None:
+    def __init__(self, index: Index, lists: CodeLists, nprobe: int) -> None:
         import faiss
 
         self.quantiser, self.lists = index.quantiser, lists
@@ -132,22 +126,10 @@ class Searcher:
     def places(
         self, x: np.ndarray, Dq: np.ndarray, Iq: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the nearest entries in the lists to visit.
+        """Return D and I, (n, k): the nearest entries to vectors in the lists that `probe` gave.
 
-        Parameters
-        ----------
-        x : (n, dim) float32
-            Vectors as `Space.vectors` makes them.
-        Dq, Iq : (n, nprobe) float32, int64
-            From `probe`.
-        k : int
-
-        Returns
-        -------
-        D : (n, k) float32
-            Squared distances to the codes, ascending; infinity where there is none.
-        I : (n, k) int64
-            Places in `lists`; -1 where there is none.
+        D are squared distances to the codes, ascending, infinity where there is none; I are places
+        in ``lists``, -1 where there is none.
         """
         import faiss
 
@@ -175,7 +157,7 @@ class Searcher:
         return ordered_map(find, plan_blocks(source.total, QUERY_ROWS), threads)
 
 
-def borrowed_lists(lists: Lists, code_size: int) -> Any:
+def borrowed_lists(lists: CodeLists, code_size: int) -> Any:
     """Return faiss inverted lists whose codes are ``lists.codes`` itself."""
     import faiss
 
@@ -192,17 +174,10 @@ def borrowed_lists(lists: Lists, code_size: int) -> Any:
 
 
 class Queries(NamedTuple):
-    """Rows that are searched for together.
+    """Rows that are searched for together; ``first`` is the place of the first among all.
 
-    Attributes
-    ----------
-    first : int
-        Place of the first among all queries.
-    rows : (n,) int64
-        Global rows; -1 for bad ones, which ask nothing.
-    x : (n, dim) float32
-    own : (n,) float32
-        Squared distance of each to its own code.
+    ``rows`` (n,) are global, -1 for bad ones, which ask nothing; ``x`` (n, dim) their vectors,
+    ``own`` (n,) the squared distance of each to its own code.
     """
 
     first: int
@@ -237,7 +212,7 @@ def feature_queries(
     return Source(features.rows if sample is None else len(sample), load)
 
 
-def code_queries(index: Index, lists: Lists) -> Source:
+def code_queries(index: Index, lists: CodeLists) -> Source:
     """Return stored rows as queries, in the order of their lists: q(x) for x."""
 
     def load(span: tuple[int, int]) -> Queries:
@@ -307,7 +282,7 @@ class MappedLists:
             ends = np.cumsum(shard.sizes, dtype=np.int64)
             for list_ in lists.tolist():
                 span = slice(ends[list_] - int(shard.sizes[list_]), ends[list_])
-                rows.append(unpack(shard.ids[span]) + first)
+                rows.append(unpack_rows(shard.ids[span]) + first)
                 of.append(np.full(len(rows[-1]), list_))
                 codes.append(np.asarray(shard.codes[span]))
         return np.concatenate(rows), np.concatenate(of), np.concatenate(codes)
@@ -316,7 +291,7 @@ class MappedLists:
         """Return q(x) of a stored row, (dim,) float32; the row numbers of one shard are read."""
         number = int(np.searchsorted(self.index.offsets, row, side="right")) - 1
         shard = self.shard(number)
-        wanted = pack(np.array([row - self.index.offsets[number]]), shard.ids.shape[1])
+        wanted = pack_rows(np.array([row - self.index.offsets[number]]), shard.ids.shape[1])
         place = np.flatnonzero((shard.ids == wanted).all(axis=1))
         if not len(place):
             raise SnipError(
@@ -327,19 +302,10 @@ class MappedLists:
         return self.index.quantiser.decode(lists, np.array(shard.codes[place]))[0]
 
     def nearest(self, x: np.ndarray, *, nprobe: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return up to ``k`` nearest entries of the ``nprobe`` lists nearest to a vector.
+        """Return up to ``k`` nearest entries of the ``nprobe`` lists nearest to a vector, (dim,).
 
-        Parameters
-        ----------
-        x : (dim,) float32
-            As `Space.vectors` makes them.
-
-        Returns
-        -------
-        D : (n,) float32
-            Squared distances to the codes, ascending.
-        I : (n,) int64
-            Rows; where distances are equal, ascending.
+        D, (n,) float32, are squared distances to the codes, ascending; I, (n,) int64, their rows,
+        ascending where distances are equal.
         """
         x = np.ascontiguousarray(x, np.float32)
         lists = self.index.quantiser.assign(x[None], nprobe)[1][0]

@@ -20,7 +20,7 @@ from snipdedup.features.formats import open_shard
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.shards import open_features
 from snipdedup.index.build import build, run
-from snipdedup.index.folder import Index, pack, packed_width, unpack
+from snipdedup.index.folder import Index, pack_rows, packed_width, unpack_rows
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.manifest import MANIFEST
@@ -75,7 +75,7 @@ def test_packed_numbers_come_back():
         1, 1, 1, 2, 2, 3, 4, 5,
     ]  # fmt: skip
     numbers = np.array([0, 1, 255, 256, 2**31, 2**32 + 5, 2**39])
-    np.testing.assert_array_equal(unpack(pack(numbers, 5)), numbers)
+    np.testing.assert_array_equal(unpack_rows(pack_rows(numbers, 5)), numbers)
 
 
 def test_every_row_lies_in_its_nearest_list_with_the_code_that_faiss_gives(index, rows):
