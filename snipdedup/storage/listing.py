@@ -103,7 +103,7 @@ def find_files(
         if path.is_dir():  # whatever characters its name has
             return find_in_folder(str(path), suffixes, none)
         if not has_magic(spec):
-            raise SnipError(f"no such file or folder: {spec}")
+            raise SnipError(f"{none}: no such file or folder: {spec}")
         found = [Path(name) for name in glob(str(path)) if Path(name).is_file()]
     elif has_magic(spec):
         with store_errors(spec):
