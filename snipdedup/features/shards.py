@@ -17,8 +17,9 @@ import numpy as np
 
 from snipdedup.config import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, open_shard
+from snipdedup.features.formats import SUFFIXES, ArrayShard, NpyShard, Shard, open_npz
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
+from snipdedup.features.parquet import ParquetShard
 from snipdedup.storage.listing import find_files, metadata_beside
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
 from snipdedup.storage.urls import redacted
@@ -274,6 +275,37 @@ def open_features(
             shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
     return Features(shards, folders)
+
+
+def open_shard(path: Path, array: str | None = None, column: str | None = None) -> Shard:
+    """Open one file of rows.
+
+    Parameters
+    ----------
+    path : Path
+        A ``.npy``, ``.npz`` or ``.parquet`` file.
+    array : str, optional
+        Which array of an ``.npz``; needed where it holds several.
+    column : str, optional
+        Which list column of a parquet file; likewise.
+
+    Raises
+    ------
+    InputError
+        If the file is empty, truncated, not 2-D, not floating point, or Fortran-ordered.
+    """
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: empty file, expected rows of features; fetch or write it again")
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return NpyShard(path)
+    if suffix == ".npz":
+        return open_npz(path, array)
+    if suffix == ".parquet":
+        return ParquetShard(path, column)
+    raise InputError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
 
 
 def as_array(given: Any) -> np.ndarray | None:

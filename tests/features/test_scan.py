@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from snipdedup.errors import InputError
 from snipdedup.features import scan as room
-from snipdedup.features.formats import open_shard
 from snipdedup.features.hashing import row_hashes, shard_checksum
 from snipdedup.features.scan import Seen, find_copies, scan
-from snipdedup.features.shards import open_features
+from snipdedup.features.shards import open_features, open_shard
 from snipdedup.storage import external_sort
 
 
