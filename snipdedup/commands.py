@@ -32,25 +32,28 @@ class Command:
         As typed after ``snip``.
     group : str
         Its heading in ``snip --help``.
-    does : str
-        One line of help.
     options : type
-        The class that declares its settings.
+        The class that declares its settings; its docstring is the line of help.
     target : str
         ``module:function`` that takes the settings and returns the result.
-    example : str
-        A command line.
     function : str
         Its name in Python; empty for a command that is no library function.
+    example : str
+        A command line.
     """
 
     name: str
     group: str
-    does: str
     options: type[config.Settings]
     target: str
+    function: str
     example: str
-    function: str = ""
+
+    @property
+    def does(self) -> str:
+        """One line of help, without a capital or a full stop."""
+        text = (self.options.__doc__ or "").strip().removesuffix(".")
+        return text[:1].lower() + text[1:]
 
     def fields(self, positional: bool) -> list[dataclasses.Field]:
         """Return the positional arguments, or the flags."""
@@ -64,70 +67,60 @@ class Command:
 
 COMMANDS = (
     Command(
-        "train", "the chain", "train the SNIP encoder on features", config.Train,
-        "snipdedup.encoder.training:run", "snip train img_emb --out encoder", "train",
+        "train", "the chain", config.Train, "snipdedup.encoder.training:run", "train",
+        "snip train img_emb --out encoder",
     ),
     Command(
-        "compress", "the chain", "write descriptors, shard for shard", config.Compress,
-        "snipdedup.encoder.compress:run",
-        "snip compress img_emb --encoder encoder --out descriptors", "compress",
+        "compress", "the chain", config.Compress, "snipdedup.encoder.compress:run", "compress",
+        "snip compress img_emb --encoder encoder --out descriptors",
     ),
     Command(
-        "index", "the chain", "build a sharded IVFPQ index", config.Index,
-        "snipdedup.index.build:run", "snip index img_emb --encoder encoder --out index",
-        "build_index",
+        "index", "the chain", config.Index, "snipdedup.index.build:run", "build_index",
+        "snip index img_emb --encoder encoder --out index",
     ),
     Command(
-        "dedup", "the chain", "find duplicates, verify them, write the rows that are kept",
-        config.Dedup, "snipdedup.deduplication.run:run",
-        "snip dedup img_emb --metadata metadata --out clean", "dedup",
+        "dedup", "the chain", config.Dedup, "snipdedup.deduplication.run:run", "dedup",
+        "snip dedup img_emb --metadata metadata --out clean",
     ),
     Command(
-        "filter", "the chain", "apply a mask to metadata and features", config.Filter,
-        "snipdedup.metadata.filter:run", "snip filter metadata --is_dup clean --out kept",
-        "filter",
+        "filter", "the chain", config.Filter, "snipdedup.metadata.filter:run", "filter",
+        "snip filter metadata --is_dup clean --out kept",
     ),
     Command(
-        "download", "the chain", "fetch a range of metadata files, filtered by a mask if given",
-        config.Download, "snipdedup.downloading.run:run",
+        "download", "the chain", config.Download, "snipdedup.downloading.run:run", "download",
         "snip download 'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
-        "download",
     ),
     Command(
-        "report", "looking", "write a page that shows what is removed, with pictures if given",
-        config.Report, "snipdedup.inspection.report:run", "snip report clean --images images",
-        "report",
+        "report", "looking", config.Report, "snipdedup.inspection.report:run", "report",
+        "snip report clean --images images",
     ),
     Command(
-        "top", "looking", "list the rows with the most duplicates", config.Top,
-        "snipdedup.inspection.top:run", "snip top clean -n 20", "top",
+        "top", "looking", config.Top, "snipdedup.inspection.top:run", "top",
+        "snip top clean -n 20",
     ),
     Command(
-        "diff", "looking", "compare two runs over the same rows", config.Diff,
-        "snipdedup.inspection.diff:run", "snip diff clean stricter", "diff",
+        "diff", "looking", config.Diff, "snipdedup.inspection.diff:run", "diff",
+        "snip diff clean stricter",
     ),
     Command(
-        "audit", "trust", "check a finished run against the raw features", config.Audit,
-        "snipdedup.auditing.audit:run", "snip audit clean img_emb", "audit",
+        "audit", "trust", config.Audit, "snipdedup.auditing.audit:run", "audit",
+        "snip audit clean img_emb",
     ),
     Command(
-        "search", "looking", "find the nearest rows to a row, a vector or a text", config.Search,
-        "snipdedup.inspection.search:run", "snip search 123 --index index --metadata metadata",
-        "search",
+        "search", "looking", config.Search, "snipdedup.inspection.search:run", "search",
+        "snip search 123 --index index --metadata metadata",
     ),
     Command(
-        "eval", "trust", "measure what descriptors and codes keep, against brute force",
-        config.Eval, "snipdedup.evaluation.evaluate:run", "snip eval img_emb --out eval",
-        "evaluate",
+        "eval", "trust", config.Eval, "snipdedup.evaluation.evaluate:run", "evaluate",
+        "snip eval img_emb --out eval",
     ),
     Command(
-        "plan", "trying", "estimate time, memory and disk of a run", config.Plan,
-        "snipdedup.evaluation.plan:run",
-        "snip plan --rows 2.1e9 --dim 768 --cores 16 --memory 32GB", "plan",
+        "plan", "trying", config.Plan, "snipdedup.evaluation.plan:run", "plan",
+        "snip plan --rows 2.1e9 --dim 768 --cores 16 --memory 32GB",
     ),
     Command(
-        "demo", "trying", "run all commands on pictures that it draws itself", config.Demo,
-        "snipdedup.demo:run", "snip demo",
+        "demo", "trying", config.Demo, "snipdedup.demo:run", "",
+        "snip demo",
     ),
 )  # fmt: skip
 BY_NAME = {command.name: command for command in COMMANDS}

@@ -164,7 +164,7 @@ class Input(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Input):
-    """Settings of ``snip train``."""
+    """Train the SNIP encoder on features."""
 
     out: str = required("folder for the encoder", path=WRITTEN)
     loss: str = option("snip", "training loss", choices=("snip", "mse"))
@@ -193,7 +193,7 @@ class Train(Input):
 
 @dataclass(frozen=True, kw_only=True)
 class Compress(Input):
-    """Settings of ``snip compress``."""
+    """Write descriptors, shard for shard."""
 
     encoder: str = required("folder of a trained encoder", path=FOLDER)
     out: str = required("folder for the descriptors, one .npy a shard", path=WRITTEN)
@@ -205,7 +205,7 @@ class Compress(Input):
 
 @dataclass(frozen=True, kw_only=True)
 class Index(Input):
-    """Settings of ``snip index``."""
+    """Build a sharded IVFPQ index."""
 
     out: str = required("folder for the index; an unfinished one is continued", path=WRITTEN)
     encoder: str | None = option(
@@ -239,7 +239,7 @@ class Index(Input):
 
 @dataclass(frozen=True, kw_only=True)
 class Dedup(Input):
-    """Settings of ``snip dedup``."""
+    """Find duplicates, verify them, write the rows that are kept."""
 
     features: Any = argument(
         "folder, glob, file or {part:04d} pattern of features, or a URL; or a finished OUT, for "
@@ -466,7 +466,7 @@ class Dedup(Input):
 
 @dataclass(frozen=True, kw_only=True)
 class Filter(Settings):
-    """Settings of ``snip filter``."""
+    """Apply a mask to metadata and features."""
 
     metadata: Any = argument("folder, glob or file of parquet or CSV metadata")
     is_dup: str = required("mask: is_dup.npy, or a folder that snip dedup wrote", path=FOLDER)
@@ -521,7 +521,7 @@ class Filter(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Download(Settings):
-    """Settings of ``snip download``."""
+    """Fetch a range of metadata files, filtered by a mask if given."""
 
     source: str = argument(
         "hf://datasets/OWNER/NAME[/folder][@revision], a URL or path with {part:04d}, a folder or "
@@ -559,7 +559,7 @@ class Download(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(Settings):
-    """Settings of ``snip audit``."""
+    """Check a finished run against the raw features."""
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
     features: Any = argument("the features it was made from; without them those it names", None)
@@ -592,7 +592,7 @@ class Audit(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Top(Settings):
-    """Settings of ``snip top``."""
+    """List the rows with the most duplicates."""
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
     n: int = option(100, "rows shown", 1, 10**7)
@@ -605,7 +605,7 @@ class Top(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Diff(Settings):
-    """Settings of ``snip diff``."""
+    """Compare two runs over the same rows."""
 
     out1: str = argument("folder that snip dedup wrote", path=FOLDER)
     out2: str = argument("another one, over the same rows", path=FOLDER)
@@ -615,7 +615,7 @@ class Diff(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Settings):
-    """Settings of ``snip report``."""
+    """Write a page that shows what is removed, with pictures if given."""
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
     html: str | None = option(None, "the page to write", usual="report.html in OUT", path=WRITTEN)
@@ -641,7 +641,7 @@ class Report(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Settings):
-    """Settings of ``snip search``."""
+    """Find the nearest rows to a row, a vector or a text."""
 
     query: Any = argument("row number, .npy or .npz of vectors, or a text")
     index: str = required("folder that snip index wrote", path=FOLDER)
@@ -675,7 +675,7 @@ class Search(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(Input):
-    """Settings of ``snip eval``."""
+    """Measure what descriptors and codes keep, against brute force."""
 
     out: str = required("folder for table, JSON and picture", path=WRITTEN)
     encoder: str | None = option(
@@ -716,7 +716,7 @@ class Eval(Input):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Settings):
-    """Settings of ``snip plan``."""
+    """Estimate time, memory and disk of a run."""
 
     features: Any = argument("features to plan for, of which a sample is read", None)
     parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
@@ -761,7 +761,7 @@ class Plan(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Settings):
-    """Settings of ``snip demo``."""
+    """Run all commands on pictures that it draws itself."""
 
     out: str = option("snip_demo", "folder for everything the demo makes", path=WRITTEN)
     pictures: int = option(1500, "pictures to draw before copies are made", 50, 100_000)

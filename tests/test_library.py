@@ -23,7 +23,7 @@ PAGE = (ROOT / "docs" / "python.md").read_text("utf-8")
 QUICK = "steps=20, threads=1)"  # training by default takes what a shared machine leaves
 SHORTER = {
     'out="encoder"))': f'out="encoder", {QUICK})',
-    "dim=64)": f'dim=64, code_bytes="4", nprobe="1", picture=False, train_rows=256, {QUICK}',
+    "dim=64)": f'dim=64, code_bytes="4", nprobe="1", picture=False, {QUICK}',
 }
 
 

@@ -23,7 +23,7 @@ from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.groups.keep import rank_by
 from snipdedup.join import forest
 from snipdedup.join.forest import make_edges
-from snipdedup.join.model import fit
+from snipdedup.join.model import fit_model
 from snipdedup.join.tasks import JoinSettings, JoinTasks, Partition
 from snipdedup.metadata import filter
 from snipdedup.storage import external_sort
@@ -99,7 +99,7 @@ def test_codes_and_joins_keep_rows_past_2_32(far, tmp_path):
     x, features, row = far
     settings = JoinSettings(0.9, 0.999, 0, keep_bad=False, chunk_rows=1 << 15, device="cpu")
     tasks = JoinTasks(features, settings, tmp_path)
-    fit(open_features(x), 0.9, 0.999, 0, 1).save(tasks.model_file)
+    fit_model(open_features(x), 0.9, 0.999, 0, 1).save(tasks.model_file)
     tasks.spans = [(int(row[0]), int(row[2499]) + 1), (int(row[2500]), int(row[-1]) + 1)]
     for number in range(2):
         tasks.encode(number)

@@ -29,8 +29,8 @@ from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features
 from snipdedup.metadata.masks import load_mask
-from snipdedup.metadata.tables import open_parquet
-from snipdedup.metadata.texts import RowTexts, open_texts
+from snipdedup.metadata.tables import stream_parquet
+from snipdedup.metadata.texts import RowTexts, open_row_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage.atomic import sha256
@@ -53,7 +53,7 @@ def run(options: Audit) -> AuditResult:
         if sheet is not None:
             refuse_existing(sheet)
             refuse_output_file(sheet, [folder, *features.inputs()])
-        texts = open_texts(folder, manifest, options.metadata)
+        texts = open_row_texts(folder, manifest, options.metadata)
         threads, memory = cores(options.threads), memory_bound(options.max_memory)
         result = AuditResult(folder)
         readable = audit(
@@ -244,7 +244,7 @@ def check_groups(run: AuditedRun, proof: Proof, result: AuditResult) -> bool:
         proof.finish()
         # the file and the row in it that groups.parquet gives for each row
         names, columns = pa.array(run.names, pa.string()), ["row", "shard", "shard_row"]
-        for batch in open_parquet(path).iter_batches(columns=columns):
+        for batch in stream_parquet(path).iter_batches(columns=columns):
             row = np.clip(batch.column("row").to_numpy(), 0, run.rows - 1)  # others: noted above
             shard = np.searchsorted(run.offsets, row, side="right") - 1
             other = pc.not_equal(names.take(pa.array(shard)), batch.column("shard"))

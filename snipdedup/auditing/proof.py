@@ -19,7 +19,7 @@ from snipdedup.deduplication.out_reader import BATCH_ROWS, pick
 from snipdedup.features.cosine import bad_rows, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Members, group_starts
-from snipdedup.metadata.tables import open_parquet
+from snipdedup.metadata.tables import stream_parquet
 from snipdedup.parallel import ordered_map
 
 PAIRS = 4096  # whose cosines one thread computes at a time
@@ -283,7 +283,7 @@ class Proof:
         unproved: dict[str, int] = {}
         proved = 0
         columns = ["row", "reference", "representative", "similarity"]
-        file = open_parquet(self.run.folder / "groups.parquet")
+        file = stream_parquet(self.run.folder / "groups.parquet")
         for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             table = pa.Table.from_batches([batch]).filter(pc.field("reference").is_valid())
             for name in pc.unique(table["reference"]).to_pylist():

@@ -18,7 +18,7 @@ import pyarrow as pa
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.members import Members, group_starts, keep_rank
-from snipdedup.metadata.tables import open_parquet
+from snipdedup.metadata.tables import stream_parquet
 
 BATCH_ROWS = 1 << 19
 STOPS = 128  # of the slider, at the most: a stop's number fits a byte with room to spare
@@ -144,7 +144,7 @@ def read_curve(path: Path, rows: int, start: float) -> Curve:
     stops = np.array([float(text) for text in thresholds]).astype(np.float32)
     stops[0] = np.float32(start)
     edges, touched = np.zeros(len(stops) + 1, np.int64), np.zeros(rows, np.uint8)
-    for batch in open_parquet(path).iter_batches(BATCH_ROWS):
+    for batch in stream_parquet(path).iter_batches(BATCH_ROWS):
         a, b, similarity = (batch.column(name) for name in ("a", "b", "similarity"))
         passes = np.searchsorted(stops, similarity.to_numpy(zero_copy_only=False), "right")
         edges += np.bincount(passes, minlength=len(edges))
@@ -287,7 +287,7 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
     With ``marked``, a representative that is a row of a reference comes as its complement, < 0.
     """
     waiting: list[Members] = []
-    file, columns = open_parquet(path), list(Members._fields)
+    file, columns = stream_parquet(path), list(Members._fields)
     if marked and "reference" in file.schema_arrow.names:
         columns.append("reference")
     check_columns(path, file.schema_arrow)
@@ -330,7 +330,7 @@ def joined(parts: list[Members]) -> Members:
 
 def read_rows(path: Path, rows: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield some rows of ``groups.parquet``, with those of the columns that it has."""
-    file = open_parquet(path)
+    file = stream_parquet(path)
     names = ["row", *(name for name in columns if name in file.schema_arrow.names)]
     for batch in file.iter_batches(BATCH_ROWS, columns=names):
         yield from batch.take(np.flatnonzero(np.isin(batch.column("row"), rows))).to_pylist()

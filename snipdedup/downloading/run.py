@@ -107,7 +107,7 @@ def find_source(
         folder = sources.open_folder(url) if names is None else None
         if folder is not None and MANIFEST in folder.files:
             return folder.files[MANIFEST]
-    found = sources.find_files(source, start, end, folder)
+    found = sources.find_source_files(source, start, end, folder)
     check_names(found.files, SUFFIXES)
     return found
 

@@ -133,7 +133,7 @@ def split_source(source: str) -> tuple[str, str | None]:
     return (str(path), None) if path.is_dir() else (str(path.parent), path.name)
 
 
-def find_files(
+def find_source_files(
     source: str, start: int | None, end: int | None, folder: Folder | None = None
 ) -> SourceFiles:
     """Return the metadata files that SOURCE and a range of file numbers mean, in order.

@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +19,9 @@ from snipdedup.config import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, open_shard
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
-from snipdedup.storage import listing
+from snipdedup.storage.listing import find_files, metadata_beside
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
-from snipdedup.storage.urls import expand_parts, redacted
+from snipdedup.storage.urls import redacted
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -257,19 +256,17 @@ def open_features(
     """
     if isinstance(source, Features):
         return source
-    whole = as_array(source)
-    if whole is not None:
-        return Features([ArrayShard(whole, "array")])
-    if not isinstance(source, str | Path | Iterable) or isinstance(source, dict | bytes):
-        raise no_features(source)
     shards: list[Shard] = []
     folders: list[Path] = []
-    for number, item in enumerate([source] if isinstance(source, str | Path) else source):
+    single = as_array(source) is not None or isinstance(source, str | Path)
+    if not single and (not isinstance(source, Iterable) or isinstance(source, dict | bytes)):
+        raise no_features(source)
+    for number, item in enumerate([source] if single else source):
         part = as_array(item)
         if part is not None:
-            shards.append(ArrayShard(part, f"array {number}"))
+            shards.append(ArrayShard(part, "array" if single else f"array {number}"))
         elif not isinstance(item, str | Path):
-            raise no_features(source, item)
+            raise no_features(item, f" in {type(source).__qualname__}")
         elif is_remote(item):
             open_one = partial(open_shard, array=array, column=column)
             shards += map_requests(open_one, find_shards(item, parts))
@@ -304,11 +301,10 @@ def as_array(given: Any) -> np.ndarray | None:
     return np.asarray(given) if hasattr(given, "__array_interface__") else None
 
 
-def no_features(source: Any, item: Any = None) -> UsageError:
-    """Return the refusal of what is neither an array nor a path, or of an item that is neither."""
-    kind = type(source if item is None else item)
+def no_features(given: Any, within: str = "") -> UsageError:
+    """Return the refusal of what is neither an array nor a path."""
+    kind = type(given)
     what = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    within = "" if item is None else f" in {type(source).__qualname__}"
     return UsageError(
         "features are a 2-D array of floats (numpy, or a torch tensor in the CPU's memory), a "
         f"path, or a sequence of either; found {what}{within}; for rows as lists, a table or an "
@@ -326,72 +322,18 @@ def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
     UsageError
         If ``--parts`` and the pattern do not go together.
     """
-    text, path = str(spec), Path(spec).expanduser()
-    if is_remote(spec):
-        found = find_remote(text, parts, SUFFIXES, "no shard found")
-        refuse_mixture(found, redacted(text))
-        return found
+    text = spec.url if isinstance(spec, RemotePath) else str(spec)
     numbers = part_numbers(text, parts)
+    found = find_files(text, numbers, SUFFIXES, "no shard found")
     if numbers is not None:
-        found = [Path(name).expanduser() for name in expand_parts(text, range(*numbers))]
-        missing = [path for path in found if not path.is_file()]
-        if missing:
-            raise SnipError(
-                f"no shard found: {missing[0]} ({len(missing)} of {len(found)} are missing)"
-            )
         return found
-    if path.is_dir():
-        return folder_shards(path)
-    if path.is_file():
-        return [path]
-    if not has_magic(text):
-        raise SnipError(f"no such file or folder: {text}")
-    found = natural_sort(Path(name) for name in glob(str(path)) if Path(name).is_file())
-    if not found:
-        raise SnipError(f"no shard found: nothing matches {text}")
-    refuse_mixture(found, text)
-    return found
-
-
-def find_remote(url: str, parts: str | None, suffixes: Sequence[str], none: str) -> list[Path]:
-    """Return the files that a URL means, in order; see `listing.find_remote_files`."""
-    numbers = part_numbers(url, parts)
-    found = listing.find_remote_files(url, numbers, suffixes, none)
-    return natural_sort(found) if numbers is None else found
-
-
-def folder_shards(folder: Path) -> list[Path]:
-    """Return the shards of a folder, or of its ``img_emb/`` where it has none itself."""
-    for suffix in SUFFIXES:
-        found = natural_sort(p for p in folder.iterdir() if is_shard_name(p, suffix))
-        if found:
-            refuse_mixture(found, str(folder))
-            return found
-    inner = folder / "img_emb"
-    if inner.is_dir():
-        return folder_shards(inner)
-    raise SnipError(
-        f"no shard found in {folder}: expected {', '.join('*' + s for s in SUFFIXES)} "
-        "(the folder is not searched recursively)"
-    )
-
-
-def is_shard_name(path: Path, suffix: str) -> bool:
-    """Tell whether a folder's entry is a shard of one type; dot files never are."""
-    return path.suffix.lower() == suffix and not path.name.startswith(".") and path.is_file()
+    refuse_mixture(found, redacted(text))
+    return natural_sort(found)
 
 
 def implied_metadata(spec: str | Path) -> Path | None:
     """Return the ``metadata/`` beside ``img_emb/`` where a folder stands for both."""
-    if is_remote(spec):
-        return listing.metadata_beside(str(spec), SUFFIXES)
-    folder = Path(spec).expanduser()
-    if not folder.is_dir() or not (folder / "img_emb").is_dir():
-        return None
-    if any(is_shard_name(p, s) for s in SUFFIXES for p in folder.iterdir()):
-        return None
-    metadata = folder / "metadata"
-    return metadata if metadata.is_dir() else None
+    return metadata_beside(str(spec), SUFFIXES)
 
 
 def part_numbers(pattern: str, parts: str | None) -> tuple[int, int] | None:

@@ -70,7 +70,7 @@ class CodedGroup(NamedTuple):
 def star_huge(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Decide one huge group, (n,) rows in keep order; return as `star.star_packed` does, (n,)."""
     coded = encode_group(rows, gather, threshold)
-    is_kept = kept_rows(coded)
+    is_kept = decide_kept(coded)
     representative, similarity = rows.copy(), np.ones(len(rows), np.float32)
     kept, removed = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
     for start, stop in plan_blocks(len(removed), BLOCK):
@@ -97,7 +97,7 @@ def encode_group(rows: np.ndarray, gather: Gather, threshold: float) -> CodedGro
     return CodedGroup(rows, gather, threshold, codes, corrections, limit)
 
 
-def kept_rows(coded: CodedGroup) -> np.ndarray:
+def decide_kept(coded: CodedGroup) -> np.ndarray:
     """Return which rows are kept, (n,) bool: those that pair with no kept row before them."""
     is_kept = np.zeros(len(coded.rows), bool)
     for start, stop in plan_blocks(len(coded.rows), BLOCK):

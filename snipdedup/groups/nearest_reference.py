@@ -53,7 +53,9 @@ def nearest_within(
     def parts() -> Iterator[Nearest]:
         for mixed in mixed_groups(labels, reference_rows, folder):
             tasks = plan_comparisons(mixed)
-            for found in ordered_map(lambda t: compare(features, *t, threshold), tasks, threads):
+            for found in ordered_map(
+                lambda t: find_nearest(features, *t, threshold), tasks, threads
+            ):
                 yield found._replace(row=found.row - reference_rows)
 
     return by_row(parts(), features.rows - reference_rows, folder and folder / "nearest")
@@ -120,7 +122,7 @@ def listed_references(mixed: Mixed, groups: np.ndarray) -> tuple[np.ndarray, np.
     return mixed.row[reference], mixed.row[np.repeat(other, each)]
 
 
-def compare(
+def find_nearest(
     features: Features, a: np.ndarray, b: np.ndarray, pairs: bool, threshold: float
 ) -> Nearest:
     """Return the nearest row of ``a`` for each of ``b`` that matches one; see the plan."""

@@ -27,7 +27,7 @@ from snipdedup.features.formats import (
 )
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic
-from snipdedup.storage.listing import is_remote_folder
+from snipdedup.storage.listing import is_folder
 from snipdedup.storage.manifest import MANIFEST, as_written, read_manifest
 from snipdedup.storage.remote import RemotePath, is_remote
 
@@ -150,7 +150,7 @@ def same_encoder(given: str | Path, held: Path) -> bool:
 
 def is_descriptors(source: str | Path | None) -> bool:
     """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
-    if source is None or (is_remote(source) and not is_remote_folder(str(source))):
+    if source is None or (is_remote(source) and not is_folder(str(source))):
         return False
     manifest = Path(source) / MANIFEST
     if is_remote(source):

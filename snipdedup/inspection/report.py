@@ -38,8 +38,8 @@ from snipdedup.inspection.report_page import (
     render,
     require_jinja,
 )
-from snipdedup.metadata.tables import open_parquet
-from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
+from snipdedup.metadata.tables import stream_parquet
+from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
@@ -81,7 +81,7 @@ def run(options: Report) -> ReportResult:
     with as_written(out):
         manifest = read_manifest(out, KIND)
         target = out / NAME if options.html is None else Path(options.html).expanduser()
-        texts = open_texts(out, manifest, options.metadata)
+        texts = open_row_texts(out, manifest, options.metadata)
         read = [] if texts.metadata is None else texts.metadata.inputs()
         if options.images is not None:
             read = [*read, Path(options.images).expanduser()]
@@ -151,7 +151,7 @@ def make_page(
 
 def read_sizes(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return (values, counts) of ``group_size`` and ``dup_count``; 0 is left out."""
-    table = open_parquet(path).read()
+    table = stream_parquet(path).read()
     of = np.array(table["of"].to_pylist(), object)
     value, count = table["value"].to_numpy(), table["count"].to_numpy()
     chosen = {name: (of == name) & (value > 0) for name in ("group_size", "dup_count")}

@@ -21,7 +21,7 @@ from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members, group_starts, no_members
 from snipdedup.inspection.display import place_of, shard_offsets, terminal_text
-from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_texts
+from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
@@ -115,7 +115,7 @@ def run(options: Top) -> TopResult:
     target = None if options.prompts is None else Path(options.prompts).expanduser()
     with as_written(folder):
         manifest = read_manifest(folder, KIND)
-        texts = open_texts(folder, manifest, options.metadata)
+        texts = open_row_texts(folder, manifest, options.metadata)
         if target is not None:
             if texts.find(None, CAPTIONS) is None:
                 raise SnipError(

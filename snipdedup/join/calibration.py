@@ -21,7 +21,7 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import plan_blocks
 from snipdedup.join.forest import Edges, components, forest_places
 from snipdedup.join.kernels import hit_places, pick_kernel
-from snipdedup.join.lists import ASSIGN_BLOCK, nearest_centroids, nearness, squared_norms
+from snipdedup.join.lists import ASSIGN_BLOCK, home_lists, nearness, squared_norms
 from snipdedup.join.projection import Projection, encode_rows
 from snipdedup.parallel import ordered_map
 
@@ -213,7 +213,7 @@ def nearest_other(codes: np.ndarray, count: int, threads: int) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
-def sample_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndarray, np.ndarray]:
+def close_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs (a < b) of codes whose product reaches ``limit``.
 
     Of a tile in which very many do, some: a sample of mostly alike rows must not fill the memory.
@@ -248,7 +248,7 @@ def needed_taus(
 
     0 where both live in one list.
     """
-    home, best = nearest_centroids(codes, centroids, threads)
+    home, best = home_lists(codes, centroids, threads)
 
     def one_way(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         own, other = centroids[home[x]], centroids[home[y]]

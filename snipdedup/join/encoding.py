@@ -15,7 +15,7 @@ from snipdedup.features.scan import Scan, Seen, read_range
 from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, BESIDE, Hubs, Placed
-from snipdedup.join.lists import Lists, Visits, assign_lists
+from snipdedup.join.lists import CoarseLists, Visits, assign_lists
 from snipdedup.join.model import Model
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import among
@@ -81,7 +81,9 @@ def encode_task(
     atomic.write_done_file(folder / "done.json", files, {"checksums": seen.checksums})
 
 
-def visit_radius(placed: Placed, lists: Lists, staying: int, *, one_sided: bool) -> np.ndarray:
+def visit_radius(
+    placed: Placed, lists: CoarseLists, staying: int, *, one_sided: bool
+) -> np.ndarray:
     """Return the visit radius of each row of a block, (n,) float32.
 
     Absorbed rows stay in their lists, and so do the first ``staying`` rows of the block. A row that

@@ -29,7 +29,7 @@ TABLE_LISTS = 1 << 12  # of up to so many lists, the distances of all centroids 
 
 
 @dataclass(frozen=True)
-class Lists:
+class CoarseLists:
     """Centroids, and the visit radius in units of codes."""
 
     centroids: np.ndarray  # (nlist, w) int8
@@ -87,7 +87,7 @@ def train_centroids(codes: np.ndarray, nlist: int, seed: int, threads: int) -> n
     centroids = codes[np.sort(rng.choice(len(codes), nlist, replace=False))]
     norm = float(np.sqrt(np.mean(np.einsum("ij,ij->i", codes, codes, dtype=np.int64))))
     for _ in range(ROUNDS):
-        home = nearest_centroids(codes, centroids, threads)[0]
+        home = home_lists(codes, centroids, threads)[0]
         order = np.argsort(home, kind="stable")
         starts = np.searchsorted(home[order], np.arange(nlist))
         used = np.flatnonzero(np.diff(np.append(starts, len(home))))
@@ -98,7 +98,7 @@ def train_centroids(codes: np.ndarray, nlist: int, seed: int, threads: int) -> n
     return centroids
 
 
-def nearest_centroids(
+def home_lists(
     codes: np.ndarray, centroids: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each code's nearest centroid (ties: the first) and ‖x−c‖² − ‖x‖², int64."""
@@ -131,10 +131,10 @@ def squared_norms(codes: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", codes, codes, dtype=np.int32)
 
 
-def assign_lists(codes: np.ndarray, lists: Lists, radius: np.ndarray | None = None) -> Visits:
+def assign_lists(codes: np.ndarray, lists: CoarseLists, radius: np.ndarray | None = None) -> Visits:
     """Return the lists that each code lives in or visits, ordered by row.
 
-    ``radius``, (n,) float32, is the visit radius of each code, `Lists.tau` if not given.
+    ``radius``, (n,) float32, is the visit radius of each code, `CoarseLists.tau` if not given.
     """
     if lists.nlist == 1:
         all_ = np.arange(len(codes), dtype=np.int32)

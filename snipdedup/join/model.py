@@ -23,12 +23,12 @@ from snipdedup.join.calibration import (
     Target,
     calibrate_limit,
     calibrate_tau,
+    close_pairs,
     paired_products,
-    sample_pairs,
 )
 from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, Hubs, find_hubs, no_hubs
-from snipdedup.join.lists import Lists, train_centroids
+from snipdedup.join.lists import CoarseLists, train_centroids
 from snipdedup.join.projection import (
     WIDTHS,
     EncoderProjection,
@@ -63,7 +63,7 @@ class Model:
     """What all tasks of a join share."""
 
     projection: Projection
-    lists: Lists
+    lists: CoarseLists
     hubs: Hubs
     threshold: float
     calibration_pairs: int
@@ -100,7 +100,7 @@ class Model:
             projection = of.from_arrays(file)
             tau, one_sided_tau, threshold, pairs = (float(number) for number in file["numbers"])
             hubs = Hubs(file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, projection)
-            lists = Lists(file["centroids"], tau, one_sided_tau)
+            lists = CoarseLists(file["centroids"], tau, one_sided_tau)
         except (InputError, LookupError, TypeError, ValueError) as error:
             raise DamagedError(f"{path}: damaged ({error}); run again, it begins anew") from error
         return cls(projection, lists, hubs, threshold, int(pairs))
@@ -115,7 +115,7 @@ def is_readable(path: Path) -> bool:
     return True
 
 
-def fit(
+def fit_model(
     features: Features,
     threshold: float,
     recall: float,
@@ -144,7 +144,7 @@ def fit(
     if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
         nlist = 1
     if nlist == 1 and encoder is None:
-        return Model(projection, Lists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
+        return Model(projection, CoarseLists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
     # of a small set the sample is all of it: some rows then leave it, for the centroids
     wanted = training_rows(features.rows, nlist)
     kept = max(1, len(rows) - max(0, wanted - (features.rows - len(rows))))
@@ -157,14 +157,16 @@ def fit(
         projection = dataclasses.replace(learned, lowest=limit)
         near = encode_rows(projection, raw, threads)
         hubs = no_hubs(projection, features.dim, threshold)
-    lists = Lists(near[:1], 0.0, 0.0)
+    lists = CoarseLists(near[:1], 0.0, 0.0)
     if nlist > 1:
         trained = training_codes(features, projection, rows, wanted, seed, threads)
         nlist = min(nlist, max(1, len(trained)))
     if nlist > 1:
         centroids = train_centroids(trained, nlist, seed, threads)
         pair_distance = projection.distance(threshold)
-        lists = Lists(centroids, *calibrate_tau(near, centroids, pairs, target, pair_distance))
+        lists = CoarseLists(
+            centroids, *calibrate_tau(near, centroids, pairs, target, pair_distance)
+        )
     return Model(projection, lists, hubs, threshold, len(pairs.a))
 
 
@@ -193,7 +195,7 @@ def true_pairs(codes: np.ndarray, raw: np.ndarray, hubs: Hubs, threads: int) -> 
 
     ``codes`` (n, w) int8 and ``raw`` (n, d) are of the sample.
     """
-    a, b = sample_pairs(codes, hubs.projection.limit(hubs.threshold), threads)
+    a, b = close_pairs(codes, hubs.projection.limit(hubs.threshold), threads)
     every = max(1, len(a) // CALIBRATION_PAIRS)
     a, b = a[::every], b[::every]
     absorbed = hubs.place(codes, np.zeros(len(codes)), raw).zone == ABSORBED
@@ -230,7 +232,7 @@ def choose_projection(
     nlist = list_count(rows)
     coordinate = CODE_PRODUCTS + nlist + VISITING * rows / nlist
     best, codes = projected(WIDTHS[0])
-    a, b = sample_pairs(codes, best.limit(threshold), threads)  # wider ones rule out more of them
+    a, b = close_pairs(codes, best.limit(threshold), threads)  # wider ones rule out more of them
 
     def cost(projection: Projection, codes: np.ndarray) -> float:
         hits = paired_products(codes, a, b) >= projection.limit(threshold)

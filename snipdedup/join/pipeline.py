@@ -60,7 +60,7 @@ def join(
         run_once(runner, functools.partial(tasks.fit, runner.here), tasks.model_file)
         model = tasks.model
     with stage("encode"):
-        encode_rows(tasks, runner)
+        encode_all(tasks, runner)
         run_once(runner, functools.partial(tasks.scan, runner.here), tasks.scan_file)
         scan = tasks.load_scan()
     with stage("join"):
@@ -80,7 +80,7 @@ def join(
     return scan, forest, notes
 
 
-def encode_rows(tasks: JoinTasks, runner: Runner) -> None:
+def encode_all(tasks: JoinTasks, runner: Runner) -> None:
     """Run the encode tasks."""
     with progress.bar(tasks.features.rows, "encoding", "rows") as bar:
         for number in runner.each(tasks.encode, range(len(tasks.spans)), tasks.encode_file):

@@ -23,7 +23,7 @@ from snipdedup.join import encoding
 from snipdedup.join.encoding import encode_task, load_seen, sort_small
 from snipdedup.join.forest import Edges, ForestBuilder
 from snipdedup.join.hubs import no_hubs
-from snipdedup.join.model import Model, fit
+from snipdedup.join.model import Model, fit_model
 from snipdedup.join.tiles import COLUMN_TILE, CodedRows, TilePairs, compare_tiles
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import ordered_map, pick_device
@@ -92,7 +92,7 @@ class JoinTasks:
             hubs = no_hubs(model.projection, self.features.dim, model.threshold)
             model = replace(model, hubs=hubs)
         else:
-            model = fit(
+            model = fit_model(
                 self.features, asked.threshold, asked.recall, asked.seed, threads, asked.encoder,
                 with_hubs=not asked.reference_rows,
             )  # fmt: skip

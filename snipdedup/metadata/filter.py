@@ -125,7 +125,7 @@ def run(options: Filter) -> FilterResult:
         try_column_uses(join.known, [join.known_columns.use()])
     names = ("on", "unmatched", "ambiguous", "export", "key")
     flags = {name: getattr(options, name) for name in names}
-    request = describe_request(chosen, mask, join, flags)
+    request = filter_request(chosen, mask, join, flags)
     if out_folder.claim(out, KIND, request, overwrite=options.overwrite) == "done":
         return describe_filter(out, read_manifest(out, KIND), " is finished already")
     body = {"settings": options.as_dict(), "request": request}
@@ -231,7 +231,7 @@ def choose_files_of_range(
     return FilterInputs(part, shards, found.number, row)
 
 
-def describe_request(
+def filter_request(
     chosen: FilterInputs, mask: Mask, join: KeyJoin | None, flags: dict[str, Any]
 ) -> dict[str, Any]:
     """Return all that the result depends on, by name."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ import pyarrow.parquet as pq
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import (
     Features,
-    find_remote,
     identities,
-    is_shard_name,
     natural_sort,
     refuse_changed,
 )
+from snipdedup.storage.listing import find_files
 from snipdedup.storage.remote import RemotePath, arrow_source, is_remote, map_requests
 
 SUFFIXES = (".parquet", ".csv")
@@ -71,7 +69,7 @@ class ParquetTable(Table):
     """A parquet file; row groups are read one at a time, in bounded batches."""
 
     def __init__(self, path: Path) -> None:
-        file = open_parquet(path)
+        file = stream_parquet(path)
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
         schema = file.schema_arrow
@@ -83,7 +81,7 @@ class ParquetTable(Table):
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
     ) -> Iterator[tuple[int, Any]]:
         """Yield batches; row groups without a needed row are not read."""
-        file = open_parquet(self.path)
+        file = stream_parquet(self.path)
         first = 0
         try:
             for number, (count, size) in enumerate(self.groups):
@@ -155,7 +153,7 @@ def open_table(path: Path) -> Table:
     return ParquetTable(path) if suffix == ".parquet" else CsvTable(path)
 
 
-def open_parquet(path: Path) -> Any:
+def stream_parquet(path: Path) -> Any:
     """Return a buffered ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
     try:
         # pre_buffer would hold the whole row group
@@ -365,25 +363,5 @@ def open_metadata(spec: str | Path) -> Metadata:
 
 def find_metadata(spec: str | Path) -> list[Path]:
     """Return the files that a META argument means, in natural order."""
-    text = str(spec)
-    if is_remote(spec):
-        url = spec.url if isinstance(spec, RemotePath) else text
-        return find_remote(url, None, SUFFIXES, "no metadata found")
-    path = Path(text).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        for suffix in SUFFIXES:
-            found = natural_sort(p for p in path.iterdir() if is_shard_name(p, suffix))
-            if found:
-                return found
-        raise SnipError(
-            f"no metadata in {path}: expected {' or '.join('*' + s for s in SUFFIXES)} "
-            "(the folder is not searched recursively)"
-        )
-    if not has_magic(text):
-        raise SnipError(f"no such metadata file or folder: {text}")
-    found = natural_sort(p for p in map(Path, glob(str(path))) if p.is_file())
-    if not found:
-        raise SnipError(f"no metadata found: nothing matches {text}")
-    return found
+    text = spec.url if isinstance(spec, RemotePath) else str(spec)
+    return natural_sort(find_files(text, None, SUFFIXES, "no metadata"))

@@ -54,7 +54,7 @@ def removed_before(is_dup: np.ndarray, rows: np.ndarray) -> np.ndarray:
     )
 
 
-def open_texts(out: Path, manifest: dict[str, Any], asked: str | None = None) -> RowTexts:
+def open_row_texts(out: Path, manifest: dict[str, Any], asked: str | None = None) -> RowTexts:
     """Open the metadata of a finished run of ``snip dedup``.
 
     ``asked`` is metadata that the user named; it is refused if it does not match the run's rows.

@@ -30,10 +30,16 @@ class Ray:
     world_size = 1
 
     def __init__(self, threads: int) -> None:
-        self.ray, self.cwd = import_ray(), Path.cwd()
-        self.started = not self.ray.is_initialized()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise SnipError(
+                "--runner ray needs Ray; install it with: pip install 'snipdedup-toolkit[ray]'"
+            ) from None
+        self.ray, self.started = ray, not ray.is_initialized()
         if self.started:
-            connect(self.ray, threads)
+            connect(ray, threads)
         machines = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
         self.here, self.workers = int(max(machines)), int(sum(machines))
 
@@ -45,7 +51,7 @@ class Ray:
 
         Workers end after tasks that take all threads, and after the last: they hold memory.
         """
-        function, todo = [self.ray.put((self.cwd, do))], iter(tasks)
+        function, todo = [self.ray.put((Path.cwd(), do))], iter(tasks)
         submitted: dict[Any, T] = {}
         remote = self.ray.remote(
             num_cpus=within, max_calls=int(within > 1),
@@ -102,34 +108,17 @@ def perform(function: list[Any], name: str, task: Any) -> None:
         _functions[name](task)
 
 
-def import_ray() -> Any:
-    """Return the library; raise SnipError if it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise SnipError(
-            "--runner ray needs Ray; install it with: pip install 'snipdedup-toolkit[ray]'"
-        ) from None
-    return ray
-
-
 def connect(ray: Any, threads: int) -> None:
     """Connect to the cluster that ``RAY_ADDRESS`` names, or start Ray on this machine."""
     address = os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if not address:
-        ray.init(
-            address="local",
-            num_cpus=threads,
-            include_dashboard=False,
-            object_store_memory=STORE_BYTES,
-            **quiet,
-        )
-        return
+        settings.update(num_cpus=threads, include_dashboard=False, object_store_memory=STORE_BYTES)
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address or "local", **settings)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if not address:
+            raise
         raise SnipError(
             f"RAY_ADDRESS={address}: cannot connect to a Ray cluster there: {first_line(error)}; "
             "if it refuses the token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
@@ -138,5 +127,5 @@ def connect(ray: Any, threads: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text."""
+    """Return the first line of an error's text, which Ray's often have many of."""
     return str(error).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""Which files a URL means: a file, a folder (not recursive), a glob, or a ``{part:04d}`` pattern.
+"""Which files a path or URL means: a file, folder (not recursive), glob or ``{part:04d}`` pattern.
 
 Web servers have no common way to list files: there, a file or a pattern.
 """
@@ -6,7 +6,7 @@ Web servers have no common way to list files: there, a file or a pattern.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from glob import has_magic
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from snipdedup.storage.remote import (
     store_errors,
     with_retries,
 )
-from snipdedup.storage.urls import PART, expand_parts, is_web, redacted
+from snipdedup.storage.urls import PART, expand_parts, is_web, redacted, scheme_of
 
 FEATURES, METADATA = "img_emb", "metadata"  # folders that lie side by side in LAION's layout
 RESULT_MASK = "is_dup.npy"  # with a manifest: a result of snip dedup
@@ -30,6 +30,15 @@ def list_folder(url: str) -> tuple[dict[str, int | None], list[str]] | None:
 
     Hidden files are left out.
     """
+    if not scheme_of(url):
+        path = path_of(url)
+        if not path.is_dir():
+            return None
+        with store_errors(url):
+            paths = list(path.iterdir())
+            files = [path for path in paths if path.is_file() and path.name[0] != "."]
+            sizes: dict[str, int | None] = {path.name: path.stat().st_size for path in files}
+            return sizes, [path.name for path in paths if path.is_dir()]
 
     def ask() -> list[dict[str, Any]] | None:
         with store_errors(url):
@@ -43,22 +52,22 @@ def list_folder(url: str) -> tuple[dict[str, int | None], list[str]] | None:
     if entries is None:
         return None
     named = [(str(entry["name"]).rstrip("/").rpartition("/")[2], entry) for entry in entries]
-    sizes = {
+    found: dict[str, int | None] = {
         name: entry.get("size")
         for name, entry in named
-        if name and not name.startswith(".") and entry["type"] == "file"
+        if name and name[0] != "." and entry["type"] == "file"
     }
-    return sizes, [name for name, entry in named if entry["type"] == "directory"]
+    return found, [name for name, entry in named if entry["type"] == "directory"]
 
 
-def find_remote_files(
-    url: str, numbers: tuple[int, int] | None, suffixes: Sequence[str], none: str
+def find_files(
+    spec: str, numbers: tuple[int, int] | None, suffixes: Sequence[str], none: str
 ) -> list[Path]:
-    """Return the files that a URL means; those of a pattern in its order, else in any.
+    """Return the files that a path or URL means; those of a pattern in its order, else in any.
 
     Parameters
     ----------
-    url : str
+    spec : str
     numbers : (int, int), optional
         Part numbers of a pattern, end exclusive.
     suffixes : sequence of str
@@ -74,65 +83,83 @@ def find_remote_files(
         If a web server would have to list its files.
     """
     if numbers is not None:
-        paths = [RemotePath(location) for location in expand_parts(url, range(*numbers))]
-        exist = map_requests(RemotePath.is_file, paths)
+        paths = [path_of(location) for location in expand_parts(spec, range(*numbers))]
+        exist = map_requests(lambda path: path.is_file(), paths)
         missing = [path for path, exists in zip(paths, exist, strict=True) if not exists]
         if missing:
             raise SnipError(f"{none}: {missing[0]} ({len(missing)} of {len(paths)} are missing)")
-        return list(paths)
-    if is_web(url):
-        if has_magic(redacted(url)) or not Path(redacted(url)).suffix:
+        return paths
+    path = path_of(spec)
+    if is_web(spec):
+        if has_magic(redacted(spec)) or not path.suffix:
             raise UsageError(
-                f"{redacted(url)}: a web server does not list its files; name one, or use a "
+                f"{redacted(spec)}: a web server does not list its files; name one, or use a "
                 "{part:04d} pattern with --parts (a folder that snip wrote: snip download it first)"
             )
-        return [RemotePath(url)]
-    if not has_magic(url):
-        return find_in_folder(url, suffixes)
-    with store_errors(url):
-        system, path = filesystem(url)
-        found = system.glob(path, detail=True)
-    names = [name for name, entry in found.items() if entry["type"] == "file"]
-    if not names:
-        raise SnipError(f"{none}: nothing matches {redacted(url)}")
-    return [RemotePath(system.unstrip_protocol(name)) for name in names]
+        return [path]
+    if not scheme_of(spec):
+        if path.is_file():
+            return [path]
+        if path.is_dir():  # whatever characters its name has
+            return find_in_folder(str(path), suffixes, none)
+        if not has_magic(spec):
+            raise SnipError(f"{none}: no such file or folder: {spec}")
+        found = [Path(name) for name in glob(str(path)) if Path(name).is_file()]
+    elif has_magic(spec):
+        with store_errors(spec):
+            system, pattern = filesystem(spec)
+            entries = system.glob(pattern, detail=True)
+        names = [name for name, entry in entries.items() if entry["type"] == "file"]
+        found = [RemotePath(system.unstrip_protocol(name)) for name in names]
+    else:
+        return find_in_folder(spec, suffixes, none)
+    if not found:
+        raise SnipError(f"{none}: nothing matches {redacted(spec)}")
+    return found
 
 
-def find_in_folder(url: str, suffixes: Sequence[str]) -> list[Path]:
+def path_of(location: str) -> Path:
+    """Return a URL or a local path as a path."""
+    return RemotePath(location) if scheme_of(location) else Path(location).expanduser()
+
+
+def find_in_folder(location: str, suffixes: Sequence[str], none: str) -> list[Path]:
     """Return a file, or the files of a folder, or of its ``img_emb/`` if it has none itself."""
-    listing = list_folder(url)
+    listing = list_folder(location)
     if listing is None:
-        return [RemotePath(url)]
+        return [path_of(location)]
     names, folders = listing
-    if {MANIFEST, RESULT_MASK} <= set(names):
+    if scheme_of(location) and {MANIFEST, RESULT_MASK} <= set(names):
         raise UsageError(
-            f"{redacted(url)}: expected features or metadata, found what snip dedup wrote; fetch "
-            f"it first: snip download {redacted(url)} FOLDER"
+            f"{redacted(location)}: expected features or metadata, found what snip dedup wrote; "
+            f"fetch it first: snip download {redacted(location)} FOLDER"
         )
     for suffix in suffixes:
         found = [name for name in names if name.lower().endswith(suffix)]
         if found:
-            return [RemotePath(f"{url.rstrip('/')}/{name}") for name in found]
+            return [path_of(f"{location.rstrip('/')}/{name}") for name in found]
     if FEATURES in folders and ".npy" in suffixes:
-        return find_in_folder(f"{url.rstrip('/')}/{FEATURES}", suffixes)
+        return find_in_folder(f"{location.rstrip('/')}/{FEATURES}", suffixes, none)
+    expected = ", ".join(f"*{suffix}" for suffix in suffixes)
     raise SnipError(
-        f"nothing to read in {redacted(url)}: expected {' or '.join('*' + s for s in suffixes)} "
-        "(the folder is not searched recursively)"
+        f"{none} in {redacted(location)}: expected {expected} (the folder is not searched "
+        "recursively)"
     )
 
 
-def metadata_beside(url: str, suffixes: Sequence[str]) -> Path | None:
+def metadata_beside(spec: str, suffixes: Sequence[str]) -> Path | None:
     """Return ``metadata/`` of a folder that holds it and ``img_emb/``, and no features itself."""
-    listing = None if PART in url or has_magic(url) or is_web(url) else list_folder(url)
-    names, folders = listing or ({}, [])
+    names, folders = (list_folder(spec) if is_folder(spec) else None) or ({}, [])
     if not {FEATURES, METADATA} <= set(folders):
         return None
     if any(name.lower().endswith(tuple(suffixes)) for name in names):
         return None
-    return RemotePath(f"{url.rstrip('/')}/{METADATA}")
+    return path_of(f"{spec.rstrip('/')}/{METADATA}")
 
 
-def is_remote_folder(url: str) -> bool:
+def is_folder(spec: str) -> bool:
     """Tell a folder from what names files; web servers have no folders."""
-    names_files = PART in url or has_magic(url) or is_web(url)
-    return not names_files and list_folder(url) is not None
+    if not scheme_of(spec):
+        return path_of(spec).is_dir()
+    names_files = PART in spec or has_magic(spec) or is_web(spec)
+    return not names_files and list_folder(spec) is not None

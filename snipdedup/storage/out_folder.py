@@ -159,14 +159,12 @@ def publish(
 
     Parameters
     ----------
-    out, kind, body
-        As in `write_manifest`.
+    out, kind, body, removed, keep_work
+        As in `write_manifest` and `put_in_place`.
     parts : iterable of Path
         Files of one folder directly below the work; their paths in ``out`` are those in it.
     kept : iterable of Path
         Files of ``out`` that stay part of the result.
-    removed, keep_work
-        As `put_in_place` takes them.
     """
     work, parts = out / WORK, list(parts)
     source = work / (parts[0].relative_to(work).parts[0] if parts else FILES)

@@ -398,7 +398,7 @@ def test_the_work_is_left_where_it_is_asked_for(sets, tmp_path):
     before = truth.listing(out)
     assert "finished already" in truth.snip(*words)[1]
     words = ("dedup", folders[1], "--reference", out, "--out")
-    with mock.patch("snipdedup.join.tasks.fit", side_effect=AssertionError):
+    with mock.patch("snipdedup.join.tasks.fit_model", side_effect=AssertionError):
         status, said, _ = truth.snip(*words, tmp_path / "o")
     assert status == 0
     assert "by the model that its run kept" in said

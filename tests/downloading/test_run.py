@@ -318,7 +318,7 @@ def test_a_local_range_without_its_earlier_files_is_refused(server, tmp_path, is
         (["http://h/m_{part}.zip", "OUT", "--end", "2"], 1, "name that ends in .parquet or .csv"),
         (["http://h/{part}/", "OUT", "--end", "2"], 1, "expected a file name at its end"),
         (["http://h/{part}/m.parquet", "OUT", "--end", "2"], 1, "would have one name"),
-        (["no_such_folder", "OUT"], 1, "no such metadata file or folder"),
+        (["no_such_folder", "OUT"], 1, "no such file or folder"),
     ],
 )
 def test_wrong_calls_touch_nothing(tmp_path, words, status, message):

@@ -13,7 +13,7 @@ import pytest
 from snipdedup.config import Download
 from snipdedup.downloading import fetch_and_filter, sources
 from snipdedup.downloading import run as download
-from snipdedup.downloading.sources import find_features, find_files
+from snipdedup.downloading.sources import find_features, find_source_files
 from snipdedup.downloading.transfer import fetch_file
 from snipdedup.errors import MissingError, SnipError, UsageError
 from snipdedup.storage import atomic, remote
@@ -245,7 +245,7 @@ def test_faults_of_a_store_are_tried_again(laion, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_where_the_features_of_a_template_should_be(source, features):
     assert sources.guess_features(source) == features
-    found = find_files(source, 3, 5)
+    found = find_source_files(source, 3, 5)
     assert [f.url for f in find_features(source, found, None)] == [
         features.format(part=number) for number in (3, 4)
     ]
@@ -255,14 +255,14 @@ def test_natural_order_and_places(tmp_path):
     folder = tmp_path / "many"
     for number in range(12):
         atomic.save_parquet(folder / f"part-{number}.parquet", pa.table({"n": [number]}))
-    found = find_files(stored(folder), 2, 11)
+    found = find_source_files(stored(folder), 2, 11)
     assert names(found.files) == [f"part-{number}.parquet" for number in range(2, 11)]
     assert names(found.before) == ["part-0.parquet", "part-1.parquet"]
     (folder / "part-4.parquet").unlink()
     with pytest.raises(SnipError, match="has the number 4 in its name"):
-        find_files(stored(folder), 2, 11)
+        find_source_files(stored(folder), 2, 11)
     with pytest.raises(SnipError, match="By position and by name it is not the same"):
-        find_files(stored(folder), 5, 7)
+        find_source_files(stored(folder), 5, 7)
 
 
 def test_sets_by_name(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from snipdedup.join.calibration import (
     edge_weights,
 )
 from snipdedup.join.forest import make_edges
-from snipdedup.join.lists import Lists, train_centroids
+from snipdedup.join.lists import CoarseLists, train_centroids
 
 
 def pairs_within(codes, reach):
@@ -36,7 +36,7 @@ def edges_of(codes, a, b):
 
 def share_that_meets(codes, centroids, tau, a, b):
     """Of the rows that pairs join with others, the share that meeting pairs join as well."""
-    near, home = visited(codes, Lists(centroids, tau, tau))
+    near, home = visited(codes, CoarseLists(centroids, tau, tau))
     meet = near[a, home[b]] | near[b, home[a]]
     return joined(len(codes), a[meet], b[meet]) / joined(len(codes), a, b)
 
@@ -60,7 +60,7 @@ def test_tau_grows_with_the_wanted_recall_and_brings_that_share_together():
         for cut in (0.5, 2 / 3, 5 / 6):  # also where the result is cut later
             some = pairs.at(cut)
             assert share_that_meets(codes, centroids, tau, some.a, some.b) >= recall
-        near, home = visited(codes, Lists(centroids, alone, alone))
+        near, home = visited(codes, CoarseLists(centroids, alone, alone))
         one_way = near[a, home[b]]
         assert joined(len(codes), a[one_way], b[one_way]) / joined(len(codes), a, b) >= recall
         assert alone > tau or recall < 0.9

@@ -83,7 +83,7 @@ def test_what_is_learnt_lets_the_wanted_share_of_pairs_pass(rows, encoder):
 def test_a_saved_model_is_the_same_again(rows, encoder, tmp_path):
     from snipdedup.features.shards import open_features
 
-    model = room.fit(open_features(rows), 0.95, 0.999, 0, 1, encoder)
+    model = room.fit_model(open_features(rows), 0.95, 0.999, 0, 1, encoder)
     model.save(tmp_path / "model.npz")
     again = Model.load(tmp_path / "model.npz")
     assert (again.limit, again.projection.width) == (model.limit, 24)

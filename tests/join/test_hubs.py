@@ -166,7 +166,7 @@ def test_a_kept_model_brings_no_hubs(tmp_path, kinds):
 @pytest.mark.usefixtures("small_hubs")
 @pytest.mark.parametrize("shift", [1, 10**9, -(10**9)])
 def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
-    fitted = model.fit(open_features(rows), 0.95, 1, 0, 1)
+    fitted = model.fit_model(open_features(rows), 0.95, 1, 0, 1)
     moved = dataclasses.replace(fitted.hubs, row=fitted.hubs.row + shift)
     fitted.hubs.check(open_features(rows))
     with pytest.raises(DamagedError, match="is not that row of the features"):
@@ -174,7 +174,7 @@ def test_a_model_whose_hubs_are_other_rows_is_damaged(rows, tmp_path, shift):
     with pytest.raises(DamagedError, match="is not that row of the features"):
         fitted.hubs.check(open_features(rows.astype(np.float64)))
     with (
-        mock.patch.object(tasks, "fit", return_value=dataclasses.replace(fitted, hubs=moved)),
+        mock.patch.object(tasks, "fit_model", return_value=dataclasses.replace(fitted, hubs=moved)),
         pytest.raises(DamagedError, match=r"model\.npz: hub .* run again, it begins anew"),
     ):
         dedup(rows, out=tmp_path / "out")

@@ -8,14 +8,14 @@ from coded import WIDTH, codes_of, squared, visited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.join.lists import Lists, assign_lists, nearest_centroids, train_centroids
+from snipdedup.join.lists import CoarseLists, assign_lists, home_lists, train_centroids
 
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), nlist=st.integers(2, 20), tau=st.sampled_from([0.0, 5.0, 37.5]))
 def test_a_row_visits_the_lists_of_the_rule(seed, nlist, tau):
     codes = codes_of(200, seed)
-    lists = Lists(train_centroids(codes, nlist, seed, 1), tau, tau)
+    lists = CoarseLists(train_centroids(codes, nlist, seed, 1), tau, tau)
     visits = assign_lists(codes, lists)
     expected, home = visited(codes, lists)
     found = np.zeros_like(expected)
@@ -37,7 +37,7 @@ def test_with_half_the_distance_of_a_pair_every_pair_meets(seed, nlist, spread):
     codes = codes_of(150, seed, spread)
     distance = np.sqrt(squared(codes, codes))
     reach = np.quantile(distance, 0.3)
-    lists = Lists(train_centroids(codes, nlist, seed, 1), reach / 2, reach)
+    lists = CoarseLists(train_centroids(codes, nlist, seed, 1), reach / 2, reach)
     visits = assign_lists(codes, lists)
     inside = np.zeros((len(codes), nlist), bool)
     inside[visits.row, visits.list_] = True
@@ -55,7 +55,7 @@ def test_a_row_may_visit_alone(nlist):
     codes = codes_of(150, 5, 20)
     distance = np.sqrt(squared(codes, codes))
     reach = np.quantile(distance, 0.3)
-    lists = Lists(train_centroids(codes, nlist, 5, 1), reach / 2, reach)
+    lists = CoarseLists(train_centroids(codes, nlist, 5, 1), reach / 2, reach)
     far = np.where(np.arange(150) < 100, 0, reach).astype(np.float32)
     visits = assign_lists(codes, lists, far)
     inside = np.zeros((150, nlist), bool)
@@ -68,7 +68,7 @@ def test_a_row_may_visit_alone(nlist):
 
 def test_the_lists_of_a_row_do_not_depend_on_the_block():
     codes = codes_of(9000, 1)
-    lists = Lists(train_centroids(codes[:1000], 40, 0, 1), 30.0, 30.0)
+    lists = CoarseLists(train_centroids(codes[:1000], 40, 0, 1), 30.0, 30.0)
     whole = assign_lists(codes, lists)
     order = np.lexsort((whole.list_, whole.row))
     expected = [column[order].tolist() for column in (whole.row, whole.list_, whole.home)]
@@ -83,7 +83,7 @@ def test_the_lists_of_a_row_do_not_depend_on_the_block():
 
 def test_one_list_holds_all():
     codes = codes_of(10, 0)
-    visits = assign_lists(codes, Lists(codes[:1], 0.0, 0.0))
+    visits = assign_lists(codes, CoarseLists(codes[:1], 0.0, 0.0))
     assert visits.row.tolist() == list(range(10))
     assert not visits.list_.any()
     assert visits.home.all()
@@ -91,7 +91,7 @@ def test_one_list_holds_all():
 
 def test_centroids_that_coincide_lose_no_row():
     codes = np.repeat(codes_of(2, 0), 50, axis=0)
-    lists = Lists(np.repeat(codes[:1], 4, axis=0), 3.0, 3.0)
+    lists = CoarseLists(np.repeat(codes[:1], 4, axis=0), 3.0, 3.0)
     visits = assign_lists(codes, lists)
     assert visits.home.sum() == len(codes)
     assert np.unique(visits.row).tolist() == list(range(100))
@@ -104,7 +104,7 @@ def test_training_finds_the_clusters_and_repeats_itself():
     assert centroids.shape == (60, WIDTH)
     assert np.array_equal(centroids, train_centroids(codes, 60, 1, 1))
     assert not np.array_equal(centroids, train_centroids(codes, 60, 2, 1))
-    home, best = nearest_centroids(codes, centroids, 1)
+    home, best = home_lists(codes, centroids, 1)
     own = np.einsum("ij,ij->i", codes.astype(np.int64), codes.astype(np.int64))
     truth = squared(codes, centroids)
     assert np.array_equal(truth.argmin(1), home)

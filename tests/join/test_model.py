@@ -97,7 +97,7 @@ def test_centroids_are_trained_on_other_rows_than_tau_is_calibrated_on(rows, mon
     monkeypatch.setattr(room, "CALIBRATION_ROWS", (4000, 4000))
     x = planted(0, rows, 40, 100)[0]
     monkeypatch.setattr(room, "list_count", lambda rows: 30)
-    model = room.fit(open_features(x), 0.95, 0.999, 0, 2)
+    model = room.fit_model(open_features(x), 0.95, 0.999, 0, 2)
     assert model.lists.nlist == 30
     assert not used["train_centroids"] & used["calibrate_tau"]
     assert len(used["train_centroids"]) == min(48 * 30, rows // 2)
@@ -111,7 +111,7 @@ def test_the_promise_is_kept_where_a_sample_holds_few_pairs(monkeypatch):
     met = []
     for seed in range(8):
         x, a, b = planted(seed, 20_000, 32, 2500)
-        model = room.fit(open_features(x), 0.95, 0.999, seed, 2)
+        model = room.fit_model(open_features(x), 0.95, 0.999, seed, 2)
         assert model.lists.nlist > 80
         codes = encode_rows(model.projection, np.concatenate([x[a], x[b]]), 2)
         places = np.arange(len(a))

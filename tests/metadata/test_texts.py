@@ -11,7 +11,7 @@ import pytest
 import truth
 
 from snipdedup.errors import SnipError
-from snipdedup.metadata.texts import CAPTIONS, URLS, open_texts, removed_before
+from snipdedup.metadata.texts import CAPTIONS, URLS, open_row_texts, removed_before
 from snipdedup.storage.manifest import read_manifest
 
 ROWS = 200
@@ -34,7 +34,7 @@ def finished(tmp_path):
 
 
 def texts_of(folder, asked=None):
-    return open_texts(folder / "out", read_manifest(folder / "out", "dedup"), asked)
+    return open_row_texts(folder / "out", read_manifest(folder / "out", "dedup"), asked)
 
 
 def test_captions_by_row_in_any_order(finished):

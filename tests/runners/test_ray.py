@@ -99,7 +99,7 @@ def test_workers_that_are_killed_again_and_again(processes, tmp_path):
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SnipError, match=r"pip install 'snipdedup-toolkit\[ray\]'"):
-        ray.import_ray()
+        ray.Ray(1)
 
 
 @pytest.mark.parametrize(
