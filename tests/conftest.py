@@ -10,6 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from snipdedup.features.shards import open_features
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("SNIP_TEST_DATA", ROOT.parent / "shared" / "data"))
 
@@ -26,6 +28,26 @@ def data() -> Path:
             pytest.fail(f"{DATA} has no keyframes/img_emb: real data is there, but not whole")
         pytest.skip(f"no real data at {DATA}; set SNIP_TEST_DATA")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def small_index(tmp_path_factory):
+    """An index of random directions with copies and near copies, and its features."""
+    from samples import make, with_copies
+
+    features = open_features(with_copies())
+    return make(features, tmp_path_factory.mktemp("small") / "x", nlist=4), features
+
+
+@pytest.fixture(scope="session")
+def real_index(data, tmp_path_factory):
+    """An index of two shards of key frames, and its features."""
+    from samples import make
+
+    names = [str(data / "keyframes" / "img_emb" / f"img_emb_000{n}.npy") for n in (0, 1)]
+    features = open_features(names)
+    out = tmp_path_factory.mktemp("real") / "x"
+    return make(features, out, nlist=64, m=16, threads=2, train_rows=6000), features
 
 
 @pytest.fixture(scope="session")

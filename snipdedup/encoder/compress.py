@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,23 +126,16 @@ def compress_shard(
     features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
 ) -> int:
     """Write one shard's descriptors as they are made; return the checksum of the input shard."""
-    checksums, shape = [], (features.shards[number].rows, encoder.dim)
-    with atomic.writing_npy(path, np.dtype(dtype), shape) as file:
-        for block, read in encoded_blocks(features, number, encoder, threads):
-            block.astype(dtype).tofile(file)
-            checksums.append(read)
-    return sum_checksums(checksums, len(features.shards))[number]
-
-
-def encoded_blocks(
-    features: Features, number: int, encoder: Encoder, threads: int
-) -> Iterator[tuple[np.ndarray, Checksums]]:
-    """Yield one shard's descriptors in row order, with the checksums of what was read."""
+    first, stop = (int(row) for row in features.offsets[number : number + 2])
 
     def encode(span: tuple[int, int]) -> tuple[np.ndarray, Checksums]:
         rows = features.read(*span)
         refuse_bad(features, np.arange(*span), rows)
         return encoder.encode(rows, span[0]), features.checksums(span[0], rows)
 
-    first, stop = (int(row) for row in features.offsets[number : number + 2])
-    return ordered_map(encode, aligned_spans(first, stop, READ_ROWS), threads)
+    checksums, spans = [], aligned_spans(first, stop, READ_ROWS)
+    with atomic.writing_npy(path, np.dtype(dtype), (stop - first, encoder.dim)) as file:
+        for block, read in ordered_map(encode, spans, threads):
+            block.astype(dtype).tofile(file)
+            checksums.append(read)
+    return sum_checksums(checksums, len(features.shards))[number]

@@ -287,7 +287,9 @@ def judge(
         neighbours.append({"contender": name, "bytes": m, "nprobe": nprobe, "recall": at})
 
     if contender.uncoded is not None:
-        note(None, None, uncoded_neighbours(features, contender.uncoded, truth, most, threads))
+        load = partial(read_vectors_of, features, contender.uncoded)
+        x, own = contender.uncoded(truth.raw), truth.queries
+        note(None, None, nearest_vectors(x, load, features.rows, most, threads, own=own)[1])
     for m in sizes:
         vectors = contender.coded(m)
         x = vectors(truth.raw)
@@ -312,15 +314,6 @@ def judge(
                       for f in judge_flags(indexed, x, truth, flag_nprobe)]  # fmt: skip
         note(m, nlist, indexed.nearest_of_all(x, truth.queries, most, threads))
     return neighbours, flags
-
-
-def uncoded_neighbours(
-    features: Features, vectors: Vectors, truth: Truth, k: int, threads: int
-) -> np.ndarray:
-    """Return the rows with the nearest vectors, (q, k), by brute force."""
-    load = partial(read_vectors_of, features, vectors)
-    x, own = vectors(truth.raw), truth.queries
-    return nearest_vectors(x, load, features.rows, k, threads, own=own)[1]
 
 
 def read_vectors_of(features: Features, vectors: Vectors, span: tuple[int, int]) -> np.ndarray:

@@ -201,17 +201,17 @@ def load_rates(path: Path, dim: int) -> Rates:
 
 def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     """Return what a join of so many rows costs."""
-    cores, memory, nodes, max_memory, disk, disk_speed = machines
+    cores, memory, nodes, max_memory, _, disk_speed = machines
     raw, machine = rates.dim * rates.itemsize, rates.machine
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     visits = 1.0 if lists == 1 else max(1.0, rates.visits * (lists / rates.lists) ** VISIT_GROWTH)
-    visited, trained, encode_tasks = (
-        rows * visits, training_rows(rows, lists), math.ceil(rows / task_rows(rows)),
-    )  # fmt: skip
+    visited, trained = rows * visits, training_rows(rows, lists)
+    encode_tasks = math.ceil(rows / task_rows(rows))
     removed, all_pairs = rates.duplicates * rows, rows * rows / 2
     members = min(rows, MEMBERS_A_DUPLICATE * removed)
     listed = MET * (PAIRS_A_DUPLICATE * removed + rates.false_pairs * all_pairs)
 
+    # Memory: what the run needs, and codes of partitions as far as the bound allows.
     size = SizeOnly(rows, rates)
     needed = needed_memory(size, cores)
     bound = max_memory or max(memory // 4, needed)
@@ -221,8 +221,11 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     loaded = cores * most * (VISIT_BYTES + 2 * rates.width)
     peak = LIBRARY_BYTES + min(needed + loaded, max(bound, needed))
 
+    # Disk: codes, row numbers and corrections of all visits; hashes, lists' sizes, pairs.
     codes, out = visited * (rates.width + 12), rows + removed * EDGE_BYTES + members * MEMBER_BYTES
     work = codes + HASH_BYTES * rows + 16.0 * encode_tasks * (lists + 1) + PAIR_BYTES * removed
+
+    # Time: operations of one core, then shared among cores, or waiting for the disk.
     k_means = ROUNDS * trained * lists * rates.row_list
     products = rates.uneven * rows / lists * (visited - rows / 2)
     proofs = listed + rates.crowded_pairs * all_pairs * CROWD_PROOFS
@@ -248,22 +251,28 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     seconds = {name: spent / faster.get(name, 1) for name, spent in compute.items()}
     if disk_speed:
         seconds = {name: max(s, moved.get(name, 0) / disk_speed) for name, s in seconds.items()}
-    problems = []
-    if max_memory is not None and max_memory < needed:
+    problems = list_problems(machines, needed, peak, out + work)
+    return RunPlan(
+        rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, out + work, out,
+        lists, visits, partitions, problems,
+    )  # fmt: skip
+
+
+def list_problems(machines: Machines, needed: int, peak: float, space: float) -> list[str]:
+    """Return what does not fit: memory that a run needs and holds, space on disk."""
+    problems, memory, disk = [], machines.memory, machines.disk
+    if machines.max_memory is not None and machines.max_memory < needed:
         problems.append(f"--max_memory: the run needs at least {amount(needed)}")
     if peak > memory:
         problems.append(
             f"memory: the run needs {amount(peak)}, found {amount(memory)}: take a larger "
             "machine, or fewer rows at a time with --reference"
         )
-    if disk is not None and out + work > disk:
+    if disk is not None and space > disk:
         problems.append(
-            f"disk: the run needs {amount(out + work)}, {amount(disk)} are free: take another disk"
+            f"disk: the run needs {amount(space)}, {amount(disk)} are free: take another disk"
         )
-    return RunPlan(
-        rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, out + work, out,
-        lists, visits, partitions, problems,
-    )  # fmt: skip
+    return problems
 
 
 class SizeOnly(Features):
@@ -348,9 +357,11 @@ def draw_sample(features: Features | None, rows: int, dim: int, seed: int) -> np
         count = int(np.clip(rows, FEW_ROWS, SAMPLE_ROWS))
         spread = np.arange(1, dim + 1, dtype=np.float32) ** (-DECAY / 2)
         spread *= ((1 - SHARED**2) / np.sum(spread**2)) ** 0.5
-        made = rng.standard_normal((count, dim), np.float32) * spread
+        made = rng.standard_normal((count, dim), np.float32)
+        made *= spread
         made[:, -1] += SHARED
-        raw = (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float16)
+        made /= np.linalg.norm(made, axis=1, keepdims=True)
+        raw = made.astype(np.float16)
     copies = min(COPIES, count // 8)
     of = raw[:copies].astype(np.float32)
     noise = rng.standard_normal((copies, dim), np.float32)

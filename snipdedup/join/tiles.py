@@ -56,9 +56,9 @@ class Wanted(NamedTuple):
 
     start: int  # where the tile's rows begin among the columns, if rows are columns too
     overlaps: bool  # whether they are: then none pairs with itself or a later column
-    old_rows: np.ndarray  # (m,) bool: which rows are reference rows: these do not pair with
-    old_columns: np.ndarray  # (n,) bool: columns that are
-    references_only: bool  # nor do the others with others
+    old_rows: np.ndarray  # (m,) bool: rows that are reference rows
+    old_columns: np.ndarray  # (n,) bool: columns that are; two reference rows do not pair
+    references_only: bool  # then two others do not pair either
 
     def pairs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Return which pairs of rows i with columns j are looked for."""
@@ -108,12 +108,12 @@ def compare_tiles(
     for start in range(0, len(members.row), ROW_TILE):
         left = members.where(slice(start, start + ROW_TILE))
         overlaps = first + start < columns
-        reach = min(columns, start + ROW_TILE) if overlaps else columns  # no later column is wanted
-        some = prepared if reach == columns else prepare_columns(kernel, right.codes[:reach])
+        used = min(columns, start + ROW_TILE) if overlaps else columns  # no later column is wanted
+        some = prepared if used == columns else prepare_columns(kernel, right.codes[:used])
         products = kernel.multiply(torch.from_numpy(left.codes).to(device), some)
-        old_rows, old_columns = left.row < reference_rows, old[:reach]
+        old_rows, old_columns = left.row < reference_rows, old[:used]
         wanted = Wanted(start, overlaps, old_rows, old_columns, references_only)
-        i, j, close = close_places(products, lowest - left.corrections, reach, wanted)
+        i, j, close = close_places(products, lowest - left.corrections, used, wanted)
         if close is None:
             listed.append((left.row[i], right.row[j]))
             count += len(i)

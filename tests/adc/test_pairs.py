@@ -15,24 +15,9 @@ from snipdedup.adc import pairs, threshold, two_sided
 from snipdedup.adc.threshold import calibrate, default_margin, scores, true_duplicates
 from snipdedup.errors import UsageError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.features.shards import Features, open_features
+from snipdedup.features.shards import open_features
 from snipdedup.index import search
-from snipdedup.index.folder import Index
 from snipdedup.index.search import Classes
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Index, Features]:
-    features = open_features(with_copies())
-    return make(features, tmp_path_factory.mktemp("small") / "x", nlist=4), features
-
-
-@pytest.fixture(scope="module")
-def real(data, tmp_path_factory) -> tuple[Index, Features]:
-    names = [str(data / "keyframes" / "img_emb" / f"img_emb_000{n}.npy") for n in (0, 1)]
-    features = open_features(names)
-    out = tmp_path_factory.mktemp("real") / "x"
-    return make(features, out, nlist=64, m=16, threads=2, train_rows=6000), features
 
 
 def test_the_rules_by_hand():
@@ -86,8 +71,8 @@ def test_default_margins_follow_size_precision_and_threshold():
     assert encoded == threshold.DESCRIPTORS["symmetric"][4][1]
 
 
-def test_truth_is_that_of_brute_force(real):
-    features = real[1]
+def test_truth_is_that_of_brute_force(real_index):
+    features = real_index[1]
     sample = np.arange(0, features.rows, 7)
     x = unit_rows(features.read(0, features.rows))
     cosine = x[sample] @ x.T
@@ -99,8 +84,8 @@ def test_truth_is_that_of_brute_force(real):
 
 
 @pytest.mark.parametrize("features_there", [True, False])
-def test_300_copies_are_joined_with_k_8(small, features_there):
-    index, features = small
+def test_300_copies_are_joined_with_k_8(small_index, features_there):
+    index, features = small_index
     there = features if features_there else None
     rule, found, flags = candidates(index, there, k=8, margin=1e-4, nprobe=2)
     copies = np.flatnonzero((features.read(0, features.rows) == features.read(5, 6)).all(axis=1))
@@ -123,8 +108,8 @@ def test_a_group_of_many_codes_is_found_whole_with_small_k(tmp_path):
     assert np.bincount(few.ravel()).max() > 32  # far more than k
 
 
-def test_pairs_and_flags_are_those_of_a_plain_loop(small):
-    index, features = small
+def test_pairs_and_flags_are_those_of_a_plain_loop(small_index):
+    index, features = small_index
     margin = 0.05
     found = candidates(index, features, margin=margin, nprobe=4, k=1024).pairs
     plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
@@ -141,8 +126,8 @@ def test_pairs_and_flags_are_those_of_a_plain_loop(small):
 
 
 @pytest.mark.parametrize("rule", ["difference", "two_sided"])
-def test_the_same_pairs_for_any_threads_and_blocks(real, monkeypatch, rule):
-    index, features = real
+def test_the_same_pairs_for_any_threads_and_blocks(real_index, monkeypatch, rule):
+    index, features = real_index
     one = candidates(index, features, calibration_rows=500, rule=rule)
     for module in (pairs, search, two_sided):
         monkeypatch.setattr(module, "QUERY_ROWS", 1024)
@@ -157,8 +142,8 @@ def test_the_same_pairs_for_any_threads_and_blocks(real, monkeypatch, rule):
 
 
 @pytest.mark.parametrize("rule", ["difference", "two_sided"])
-def test_the_calibrated_margin_reaches_the_precision_on_other_rows(real, rule):
-    index, features = real
+def test_the_calibrated_margin_reaches_the_precision_on_other_rows(real_index, rule):
+    index, features = real_index
     found = candidates(index, features, calibration_rows=3000, precision=0.91, rule=rule)
     calibration = found.rule.calibration
     assert calibration["source"] == "sample"
@@ -191,9 +176,9 @@ def test_bad_rows_ask_nothing_and_are_never_found(tmp_path, rule):
     assert not flags[[1200, 1300]].any()
 
 
-def test_a_ratio_needs_features(small):
+def test_a_ratio_needs_features(small_index):
     with pytest.raises(UsageError, match="--rule ratio needs FEATURES"):
-        candidates(small[0], None, rule="ratio")
+        candidates(small_index[0], None, rule="ratio")
 
 
 def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):

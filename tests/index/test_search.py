@@ -5,7 +5,7 @@ from __future__ import annotations
 import faiss
 import numpy as np
 import pytest
-from samples import clustered, make, with_copies
+from samples import clustered, make
 
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
@@ -15,28 +15,14 @@ from snipdedup.index.folder import Index
 from snipdedup.index.search import Classes, Searcher, feature_queries, query_space
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Index, Features]:
-    features = open_features(with_copies())
-    return make(features, tmp_path_factory.mktemp("small") / "x", nlist=4), features
-
-
-@pytest.fixture(scope="module")
-def real(data, tmp_path_factory) -> tuple[Index, Features]:
-    names = [str(data / "keyframes" / "img_emb" / f"img_emb_000{n}.npy") for n in (0, 1)]
-    features = open_features(names)
-    out = tmp_path_factory.mktemp("real") / "x"
-    return make(features, out, nlist=64, m=16, threads=2, train_rows=6000), features
-
-
 def found(searcher: Searcher, index: Index, features: Features, k: int) -> tuple:
     source = feature_queries(index, index.space, features)
     parts = list(searcher.search(source, k, 2))
     return np.concatenate([D for _, D, _ in parts]), np.concatenate([I for _, _, I in parts])
 
 
-def test_neighbours_are_those_of_plain_faiss_on_the_export(real, tmp_path):
-    index, features = real
+def test_neighbours_are_those_of_plain_faiss_on_the_export(real_index, tmp_path):
+    index, features = real_index
     export_faiss(index, tmp_path / "x.faiss")
     plain = faiss.read_index(str(tmp_path / "x.faiss"))
     plain.nprobe = 5
@@ -52,8 +38,8 @@ def test_neighbours_are_those_of_plain_faiss_on_the_export(real, tmp_path):
         np.testing.assert_allclose(at, D0[differ], atol=1e-5)
 
 
-def test_recall_against_brute_force(real):
-    index, features = real
+def test_recall_against_brute_force(real_index):
+    index, features = real_index
     x = unit_rows(features.read(0, features.rows))
     _, I = found(Searcher(index, index.lists(), 64), index, features, 10)
     queries = np.random.default_rng(0).choice(features.rows, 300, replace=False)
@@ -71,8 +57,8 @@ def test_what_is_not_there_is_minus_one(tmp_path):
     np.testing.assert_array_equal(np.sort(I[:, :5], axis=1), np.tile(np.arange(5), (5, 1)))
 
 
-def test_self_adc_is_the_distance_to_the_row_s_own_code(small):
-    index, features = small
+def test_self_adc_is_the_distance_to_the_row_s_own_code(small_index):
+    index, features = small_index
     x = unit_rows(features.read(0, 1500))
     plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
     expected = np.square(x - plain.sa_decode(plain.sa_encode(x))).sum(1)
@@ -81,8 +67,8 @@ def test_self_adc_is_the_distance_to_the_row_s_own_code(small):
     np.testing.assert_array_equal(load((700, 1500)).own, load((0, 1500)).own[700:])
 
 
-def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small):
-    index = small[0]
+def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small_index):
+    index = small_index[0]
     lists = index.lists()
     classes = Classes.of(lists)
     alone = classes.lists
@@ -101,8 +87,8 @@ def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small):
     assert linked == {(min(rows), r) for rows in firsts.values() for r in rows if r != min(rows)}
 
 
-def test_features_that_are_not_those_of_the_index_are_refused(small):
-    index, features = small
+def test_features_that_are_not_those_of_the_index_are_refused(small_index):
+    index, features = small_index
     rows = features.read(0, features.rows)
     with pytest.raises(SnipError, match="holds 2,000 rows of 1 shards, FEATURES are 1,999"):
         query_space(index, open_features(rows[:-1]), None)
