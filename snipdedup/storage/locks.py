@@ -195,6 +195,8 @@ def end_work(out: Path) -> None:
     """Remove the work, and release the lock last."""
     empty_work(out)
     (out / WORK / REQUEST).unlink(missing_ok=True)
+    if (out / WORK / DOOR).is_file() and acquire(out / WORK / DOOR) is None:
+        remove(out / WORK / DOOR)  # before the other lock: by that, what a kill left is found
     remove(out / WORK / LOCK)
     with suppress(OSError):  # missing, or the next run's already
         (out / WORK).rmdir()
