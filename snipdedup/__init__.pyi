@@ -412,8 +412,8 @@ def download(
     is_dup
         mask (file or URL): write only the kept rows
     cumulative_sizes
-        .npy (file or URL) of running totals of rows per file, if the files before --start
-        are missing
+        .npy (file or URL) of running row totals per file, if files before --start are
+        missing
     embeddings
         also the features of these files, to img_emb/ in OUT
     embeddings_source

@@ -534,7 +534,8 @@ class Download(Settings):
     end: int | None = option(None, "file number to stop before")
     is_dup: str | None = option(None, "mask (file or URL): write only the kept rows", path=ANYWHERE)
     cumulative_sizes: str | None = option(
-        None, ".npy (file or URL) of running totals of rows per file, if the files before --start are missing",
+        None,
+        ".npy (file or URL) of running row totals per file, if files before --start are missing",
         path=ANYWHERE,
     )  # fmt: skip
     embeddings: bool = option(False, "also the features of these files, to img_emb/ in OUT")
