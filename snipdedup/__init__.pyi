@@ -304,7 +304,7 @@ def dedup(
     calibration_rows
         adc: rows whose true duplicates set the margin (default: 4096)
     k
-        adc: neighbours of a row; more where all of them pass (default: 16)
+        adc: neighbours searched for a row; more if all of them pass (default: 16)
     nprobe
         adc: lists visited for a row (default: 4)
     clusters
@@ -412,7 +412,8 @@ def download(
     is_dup
         mask (file or URL): write only the kept rows
     cumulative_sizes
-        .npy (file or URL) of running row totals a file, if the files before --start lack
+        .npy (file or URL) of running row totals per file, if files before --start are
+        missing
     embeddings
         also the features of these files, to img_emb/ in OUT
     embeddings_source
@@ -422,7 +423,7 @@ def download(
     overwrite
         replace a finished folder
     dl_dedup_set
-        upstream's flag: says what became of its set
+        flag of the snip-dedup package: explains where its sets are today
 
     Raises
     ------
@@ -605,13 +606,13 @@ def plan(
         share of the rows that are removed (default: estimated from a sample of FEATURES,
         else .3)
     cores
-        cores of the machine, 0: as this one has (default: 0)
+        cores of the machine; 0: those of this machine (default: 0)
     memory
-        RAM of the machine, such as 32GB (default: as this one has)
+        RAM of the machine, such as 32GB (default: that of this machine)
     max_memory
         --max_memory of snip dedup (default: a quarter of the RAM)
     nodes
-        such machines, over a file system that they share (default: 1)
+        number of such machines that share a file system (default: 1)
     disk
         free space for OUT, such as 4TB
     disk_speed

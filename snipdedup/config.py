@@ -306,7 +306,7 @@ class Dedup(Input):
     )
     precision: float = option(0.91, "adc: share of right flags to calibrate the margin for", 0, 1)
     calibration_rows: int = option(4096, "adc: rows whose true duplicates set the margin", 1, 10**6)
-    k: int = option(16, "adc: neighbours of a row; more where all of them pass", 1, 1024)
+    k: int = option(16, "adc: neighbours searched for a row; more if all of them pass", 1, 1024)
     nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
     clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
     epsilon: Any = option(
@@ -534,7 +534,8 @@ class Download(Settings):
     end: int | None = option(None, "file number to stop before")
     is_dup: str | None = option(None, "mask (file or URL): write only the kept rows", path=ANYWHERE)
     cumulative_sizes: str | None = option(
-        None, ".npy (file or URL) of running row totals a file, if the files before --start lack",
+        None,
+        ".npy (file or URL) of running row totals per file, if files before --start are missing",
         path=ANYWHERE,
     )  # fmt: skip
     embeddings: bool = option(False, "also the features of these files, to img_emb/ in OUT")
@@ -544,7 +545,9 @@ class Download(Settings):
     )  # fmt: skip
     jobs: int = option(4, "files fetched at a time", 1, 256)
     overwrite: bool = option(False, "replace a finished folder")
-    dl_dedup_set: str | None = option(None, "upstream's flag: says what became of its set")
+    dl_dedup_set: str | None = option(
+        None, "flag of the snip-dedup package: explains where its sets are today"
+    )
 
     def check(self) -> None:
         """See `Settings.check`."""
@@ -731,14 +734,14 @@ class Plan(Settings):
         None, "share of the rows that are removed", 0, 0.99,
         usual="estimated from a sample of FEATURES, else .3",
     )  # fmt: skip
-    cores: int = option(0, "cores of the machine, 0: as this one has", 0, 4096)
+    cores: int = option(0, "cores of the machine; 0: those of this machine", 0, 4096)
     memory: str | None = option(
-        None, "RAM of the machine, such as 32GB", usual="as this one has", amount=True
+        None, "RAM of the machine, such as 32GB", usual="that of this machine", amount=True
     )
     max_memory: str | None = option(
         None, "--max_memory of snip dedup", usual="a quarter of the RAM", amount=True
     )
-    nodes: int = option(1, "such machines, over a file system that they share", 1, 10**5)
+    nodes: int = option(1, "number of such machines that share a file system", 1, 10**5)
     disk: str | None = option(None, "free space for OUT, such as 4TB", amount=True)
     disk_speed: str | None = option(
         None, "bytes a second that a disk reads or writes, such as 2GB", amount=True,

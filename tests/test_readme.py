@@ -39,7 +39,7 @@ WIDTH = 160  # wider than a descriptor
 THRESHOLD = np.float32(0.95)
 SETUP = ("bash scripts/", "pip install")  # need a network: checked by what they name
 SHORTER = "--steps 40 --threads 1"  # training by default takes what a shared machine leaves
-FOREIGN = {"extra-index-url", "all", "lowest", "help"}  # of pip, test.sh, every command
+FOREIGN = {"extra-index-url", "all", "lowest", "help", "requeue"}  # of pip, test.sh, Slurm
 DISTANT = "https://example.org"  # served from the sample's metadata/
 
 

@@ -28,7 +28,8 @@ def test_the_page_is_what_its_commands_print(maker, tmp_path):
 
 def test_what_is_written_by_hand_is_true(maker):
     page = maker.PAGE.read_text("utf-8")
-    assert "301 rows are kept, of 300 pictures drawn: 1 more than one a picture" in page
+    assert "  kept                 301\n" in page
+    assert "301 rows are kept: one copy was missed." in page
     blocks = [text for kind, text in maker.BLOCK.findall(page) if kind in ("console", "text")]
     assert len(blocks) >= 7
     assert all(len(text.splitlines()) > 1 for text in blocks)

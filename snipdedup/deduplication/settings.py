@@ -84,6 +84,8 @@ def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) 
     """Return what the result depends on, by name."""
     request = {name: value for name, value in options.as_dict().items() if name not in HOW}
     request |= {"method": method_of(options), "epsilon": parse_epsilons(options.epsilon)}
+    if request["rule"] == "two_sided":
+        request["rule"] = "mutual"  # its older name, which finished folders have
     if inputs.text is not None:
         request["text_features"] = request_of(inputs.text)
     if inputs.references is not None:
