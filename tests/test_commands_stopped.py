@@ -304,7 +304,7 @@ def test_files_that_a_stopped_run_left_are_proved_before_they_are_used(
     held = {path: path.read_bytes() for path in (out / "work").rglob("*") if path.is_file()}
     damaged = [path for path in held if path.name not in (locks.REQUEST, locks.LOCK)
                and held[path]]  # fmt: skip
-    assert len(damaged) > 4
+    assert len(damaged) >= 4
     for path in damaged:
         shutil.rmtree(out)
         for other, data in held.items():

@@ -78,7 +78,8 @@ def make_sample(folder: Path) -> np.ndarray:
         atomic.save_npy(folder / f"img_emb/img_emb_{number:04d}.npy", rows[part])
         keys = [f"{row:09d}" for row in range(*part.indices(len(rows)))]
         urls = [f"https://example.org/{key}.jpg" for key in keys]
-        table = pa.table({"key": keys, "url": urls, "picture": picture[part]})
+        widths = 100 + picture[part]
+        table = pa.table({"key": keys, "url": urls, "picture": picture[part], "width": widths})
         atomic.save_parquet(folder / f"metadata/metadata_{number:04d}.parquet", table)
         start += size
     for number, name in enumerate(("new_emb", "test_emb", "made_emb")):
@@ -141,7 +142,7 @@ def test_first_command_keeps_its_promise(ran, sample):
     np.testing.assert_array_equal(np.flatnonzero(~is_dup), stays)
     kept = pa.concat_tables(map(pq.read_table, sorted(folder.glob("clean/metadata/*.parquet"))))
     assert kept["key"].to_pylist() == [f"{row:09d}" for row in stays]
-    assert kept.schema.names == ["key", "url", "picture", "dup_count"]
+    assert kept.schema.names == ["key", "url", "picture", "width", "dup_count"]
     part = [row for row in stays if row >= SIZES[0]]
     kept = pa.concat_tables(map(pq.read_table, sorted(folder.glob("part/*.parquet"))))
     assert kept["key"].to_pylist() == [f"{row:09d}" for row in part]
