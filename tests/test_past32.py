@@ -17,7 +17,8 @@ from snipdedup import dedup
 from snipdedup.config import Filter
 from snipdedup.deduplication.counts import levels
 from snipdedup.deduplication.pair_search import PairSearch
-from snipdedup.deduplication.result import checked, choose, groups_table
+from snipdedup.deduplication.result import checked, choose
+from snipdedup.deduplication.tables import groups_table
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.groups.keep import rank_by

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
-from snipdedup.groups.members import Members, group_starts, keep_rank
+from snipdedup.groups.keep import keep_rank
+from snipdedup.groups.members import Members, group_starts
 from snipdedup.metadata.tables import stream_parquet
 
 BATCH_ROWS = 1 << 19

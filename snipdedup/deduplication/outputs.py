@@ -14,14 +14,20 @@ import pyarrow as pa
 
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.pair_search import PairSearch
-from snipdedup.deduplication.result import Result, forest_table, groups_table
+from snipdedup.deduplication.result import Result
+from snipdedup.deduplication.tables import (
+    forest_table,
+    groups_table,
+    references_table,
+    semdedup_table,
+)
 from snipdedup.errors import UsageError
 from snipdedup.features.hashing import checksum_text
 from snipdedup.features.shards import request_of
 from snipdedup.groups import url_baseline
 from snipdedup.groups.blocks import cut_groups, slices
 from snipdedup.groups.keep import ColumnRank
-from snipdedup.groups.members import Best, Rank, no_members
+from snipdedup.groups.members import Rank, no_members
 from snipdedup.groups.pairs import all_pairs, too_many, write_pairs
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata import additions, export
@@ -203,36 +209,6 @@ def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> list[Path]:
     with additions.added_columns(plan.columns, table, result.removed_rows, work) as added:
         written = write_kept(table, removed, out / "metadata", added)
     return written + export.write_lists(plan.lists, table, result.is_dup, out / EXPORT, work)
-
-
-def references_table(search: PairSearch) -> Any:
-    """Return each distinct row's nearest reference row, where one matches."""
-    references, nearest = search.references, search.nearest
-    if references is None or nearest is None:
-        raise ValueError("a search without references")
-    item, row = references.locate(nearest.reference)
-    names = pa.array([item.name for item in references.items], pa.string())
-    return pa.table(
-        {
-            "row": nearest.row,
-            "reference": names.take(pa.array(item)),
-            "reference_row": row,
-            "similarity": nearest.similarity,
-        }
-    )
-
-
-def semdedup_table(best: Best) -> Any:
-    """Return what SemDeDup's rule decides by, one entry a row."""
-    outside, single = best.cluster < 0, best.match < 0
-    return pa.table(
-        {
-            "cluster": pa.array(best.cluster, mask=outside),
-            "nearness": pa.array(best.nearness, mask=outside),
-            "match": pa.array(best.match, mask=single),
-            "similarity": pa.array(best.similarity, mask=single),
-        }
-    )
 
 
 def histogram_table(result: Result) -> Any:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from snipdedup import progress
 from snipdedup.config import Dedup
 from snipdedup.deduplication.counts import Counts, count_members, levels, summarize
 from snipdedup.deduplication.final_check import fill_similarity
 from snipdedup.deduplication.pair_search import PairSearch
+from snipdedup.deduplication.tables import forest_table, groups_table
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.blocks import Block, collect, slices
@@ -35,7 +35,7 @@ from snipdedup.groups.star import (
     refer_star,
     star_from_pairs,
 )
-from snipdedup.join.forest import Edges, components
+from snipdedup.join.forest import components
 from snipdedup.metadata.additions import RemovedRows
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
@@ -315,39 +315,3 @@ def decide_block(
     compare = Compare(features.gather, threshold, search.also)
     members = group_star(forest, rank, compare, done, nearest.row if nearest else None)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
-
-
-def forest_table(search: PairSearch, forest: Edges) -> Any:
-    """Return edges of the forest as a ``pyarrow.Table``; unverified pairs have no similarity."""
-    similarity = pa.array(forest.similarity, mask=np.full(len(forest.a), not search.verified))
-    return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
-
-
-def groups_table(
-    search: PairSearch, members: Members, keys: Any, near: np.ndarray | None = None
-) -> Any:
-    """Return members with their places and ``keys`` as a ``pyarrow.Table``.
-
-    With references, ``reference`` names the input whose row the representative is, null for
-    FEATURES; ``near`` is as in `Result`.
-    """
-    columns = {
-        "row": members.row,
-        **search.places(members.row),
-        "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
-        "group": members.group,
-        "representative": members.representative,
-        "similarity": pa.array(members.similarity, mask=np.isnan(members.similarity)),
-        "is_dup": members.is_dup,
-    }
-    if search.references is not None and search.nearest is not None:
-        outside = np.flatnonzero(members.representative < 0)
-        item, row = search.references.locate(~members.representative[outside])
-        representative, name = members.representative.copy(), np.full(len(members.row), -1)
-        representative[outside], name[outside] = row, item
-        names = pa.array([item.name for item in search.references.items], pa.string())
-        near = np.full(len(members.row), np.nan, np.float32) if near is None else near
-        columns["representative"] = representative
-        columns["reference"] = names.take(pa.array(name, mask=name < 0))
-        columns["reference_similarity"] = pa.array(near, mask=np.isnan(near))
-    return pa.table(columns)

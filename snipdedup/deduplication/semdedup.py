@@ -16,7 +16,8 @@ from snipdedup import progress
 from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, unit_rows64
 from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.members import Best, group_starts, keep_rank
+from snipdedup.groups.keep import keep_rank
+from snipdedup.groups.members import Best, group_starts
 from snipdedup.groups.star import products
 from snipdedup.index.kmeans import draw_sample, kmeans
 from snipdedup.parallel import Stage, ordered_map

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from snipdedup.config import keep_rules
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.groups.members import Rank, keep_rank
+from snipdedup.groups.members import Rank
 from snipdedup.metadata.precheck import ColumnUse
 from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage.external_sort import Columns
@@ -37,6 +37,24 @@ def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
     if metadata is None:
         raise UsageError(f"--keep {keep} names columns of the metadata: give --metadata too")
     return ColumnRank(metadata, rules, last, seed)
+
+
+def keep_rank(rows: np.ndarray, keep: str, seed: int) -> np.ndarray:
+    """Return the place of each row in keep order, (n,) uint64; the row with the smallest is kept.
+
+    ``random`` is a hash of seed and row (splitmix64), the same wherever the row is met. It is a
+    bijection, so no two rows tie.
+    """
+    rank = rows.astype(np.uint64)
+    if keep == "last":
+        return ~rank
+    if keep == "random":
+        with np.errstate(over="ignore"):
+            rank += np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                rank = (rank ^ (rank >> np.uint64(shift))) * np.uint64(factor)
+            rank ^= rank >> np.uint64(31)
+    return rank
 
 
 class ColumnRank:

@@ -85,24 +85,6 @@ def group_starts(group: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], cuts, [len(group)]]).astype(np.int64)
 
 
-def keep_rank(rows: np.ndarray, keep: str, seed: int) -> np.ndarray:
-    """Return the place of each row in keep order, (n,) uint64; the row with the smallest is kept.
-
-    ``random`` is a hash of seed and row (splitmix64), the same wherever the row is met. It is a
-    bijection, so no two rows tie.
-    """
-    rank = rows.astype(np.uint64)
-    if keep == "last":
-        return ~rank
-    if keep == "random":
-        with np.errstate(over="ignore"):
-            rank += np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
-            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-                rank = (rank ^ (rank >> np.uint64(shift))) * np.uint64(factor)
-            rank ^= rank >> np.uint64(31)
-    return rank
-
-
 class Copies:
     """Classes of rows that are equal bit for bit, each with its keeper: the first in keep order.
 

@@ -9,7 +9,7 @@ import truth
 
 from snipdedup import dedup
 from snipdedup.errors import UsageError
-from snipdedup.groups.members import keep_rank
+from snipdedup.groups.keep import keep_rank
 
 
 def plain(x, centroids, keep):

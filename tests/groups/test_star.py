@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from snipdedup.deduplication.run import dedup
 from snipdedup.features.cosine import pair_cosine
 from snipdedup.groups import star
-from snipdedup.groups.members import Copies, keep_rank
+from snipdedup.groups.keep import keep_rank
+from snipdedup.groups.members import Copies
 from snipdedup.groups.star import Compare, group_components, group_star, star_from_pairs
 from snipdedup.join.forest import components, make_edges, spanning_forest
 
