@@ -186,7 +186,7 @@ def curve_section(curve: Curve, counts: dict[str, int]) -> dict[str, Any]:
     thresholds = np.array([float(text) for text in curve.thresholds])
     scale = charts.kept_scale(np.append(kept, counts["kept"]), counts["rows"])
     words = (
-        f"Rows that stay, by threshold: {kept[0]:,} at {curve.thresholds[0]}, rising to "
+        f"Kept rows, by threshold: {kept[0]:,} at {curve.thresholds[0]}, rising to "
         f"{kept[-1]:,} at {curve.thresholds[-1]}"
     )
     removed, groups = curve.removed.tolist(), curve.groups.tolist()
@@ -209,8 +209,8 @@ def histograms(survey: Survey, sizes: dict[str, tuple[np.ndarray, np.ndarray]]) 
     return {
         "similarity": charts.bar_chart(
             charts.similarity_bars(survey.edges, survey.similarities),
-            "cosine with the row that stays",
-            "Removed rows by cosine with the row that stays for them: "
+            "cosine with the representative",
+            "Removed rows by cosine with their representatives: "
             f"{int(survey.similarities.sum()):,} rows, {int(survey.similarities[-1]):,} of them "
             "exactly 1",
         ),
@@ -223,7 +223,7 @@ def histograms(survey: Survey, sizes: dict[str, tuple[np.ndarray, np.ndarray]]) 
         "copies": charts.bar_chart(
             charts.size_bars(copies, rows),
             "rows removed for it (dup_count)",
-            f"Rows that stay by dup_count: {int(rows.sum()):,} stand for others, at most for "
+            f"Kept rows by dup_count: {int(rows.sum()):,} stand for others, at most for "
             f"{int(copies.max(initial=0)):,}",
         ),
     }

@@ -173,7 +173,7 @@ def test_the_slider_says_what_components_would_do_on_key_frames(browser, keyfram
         for shown in slide(page, (1, last // 7, last // 2, last)):
             assert shown == expected_figures(result, shown[0])
         assert shown[0] == page.text_content("#at-command") == "1"
-        assert page.get_attribute("#slider", "aria-valuetext") == f"1: {shown[1]:,} rows go"
+        assert page.get_attribute("#slider", "aria-valuetext") == f"1: {shown[1]:,} rows removed"
 
 
 def test_every_stop_and_the_table_and_the_keyboard(browser, hostile, page_path):
@@ -429,13 +429,13 @@ def test_rows_that_are_asked_for_are_shown_beside_what_stays(browser, hostile, t
         )
         rows = page.locator("#asked .tile .place:not(.quiet)").all_inner_texts()
     cosine = float(members.similarity[members.row == goes][0])
-    said = f"Row {goes} goes because of row {other}, cosine "
+    said = f"Row {goes} is removed for row {other}, cosine "
     by_row = {int(label.split()[1]): label for label in labels}
     assert sorted(by_row) == sorted([goes, alone, other])
     assert by_row[goes].startswith(said)
     assert float(by_row[goes].removeprefix(said)) == pytest.approx(cosine, abs=1e-4)
-    assert by_row[alone] == f"Row {alone} stays"
-    assert by_row[other] == f"Row {other} stays"
+    assert by_row[alone] == f"Row {alone} is kept"
+    assert by_row[other] == f"Row {other} is kept"
     assert sorted(rows) == sorted(f"row {row}" for row in (goes, alone, other, other))
     before = page_at.read_bytes()
     assert "the set has rows 0 to 399" in truth.snip(*words, ROWS)[2]
@@ -500,8 +500,8 @@ def test_nothing_to_remove(browser, tmp_path, grouping):
     assert truth.snip("dedup", tmp_path / "img_emb", *words)[0] == 0
     assert truth.snip("report", tmp_path / "out", "--rows", "4,0")[0] == 0
     with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
-        assert page.locator("#asked .stays").count() == 2
-        assert "0 of 5 rows go" in page.inner_text("h1").replace("\n", " ")
+        assert page.locator("#asked .kept").count() == 2
+        assert "0 of 5 rows removed" in page.inner_text("h1").replace("\n", " ")
         assert figures(page)[:4] == ["0.95", 0, 5, 0]
 
 
@@ -513,7 +513,7 @@ def test_components_show_what_chaining_cost(browser, hostile, tmp_path):
     assert chained > 0
     with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
         text = page.inner_text("#chains")
-        assert f"{chained} rows go although they are below the threshold" in text
+        assert f"{chained} rows are removed although they are below the threshold" in text
         cosines = [float(c.split()[1]) for c in page.locator("#chains .cosine").all_inner_texts()]
         assert cosines
         assert max(cosines) < THRESHOLD
@@ -563,7 +563,7 @@ def test_rows_of_a_reference_are_named_and_not_counted_as_ours(browser, hostile,
     assert truth.snip("report", tmp_path / "out")[0] == 0
     counts = json.loads((tmp_path / "out" / "snip.json").read_text())["counts"]
     with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
-        figure = page.locator(".figures div", has_text="because of a reference").inner_text()
+        figure = page.locator(".figures div", has_text="removed for a reference").inner_text()
         assert f"{counts['removed_for_reference']}" in figure.split()
         assert "of a reference" in page.inner_text("#pairs")
 
@@ -579,10 +579,10 @@ def test_semdedup_has_no_slider_and_says_which_rows_go(browser, hostile, tmp_pat
             "#pairs .tile",
             "ts => ts.map(t => [t.querySelector('.place').textContent, t.className])",
         )
-        assert {kind.split()[1] for _, kind in tiles} == {"goes", "stays"}
+        assert {kind.split()[1] for _, kind in tiles} == {"removed", "kept"}
         for place, kind in tiles:
             row = int(place.removeprefix("row ").replace(",", ""))
-            assert kind.split()[1] == ("goes" if is_dup[row] else "stays")
+            assert kind.split()[1] == ("removed" if is_dup[row] else "kept")
 
 
 # ---- large

@@ -27,7 +27,7 @@ document.documentElement.classList.add("js");
     by("cursor").setAttribute("x2", place);
     by("dot").setAttribute("cx", place);
     by("dot").setAttribute("cy", data.y[at]);
-    slider.setAttribute("aria-valuetext", `${threshold}: ${count.format(removed)} rows go`);
+    slider.setAttribute("aria-valuetext", `${threshold}: ${count.format(removed)} rows removed`);
   }
   slider.addEventListener("input", show);
   show();
