@@ -272,7 +272,7 @@ def test_readme_output_is_what_the_command_prints(data, snip, tmp_path):
 
     result = snipdedup.dedup(frames, threshold=0.95, grouping="components")
     text = " ".join((DOCS / "howto" / "deduplicate.md").read_text("utf-8").split())
-    assert f"{result.removed:,} rows instead of 13,066, and {result.chained:,} of these" in text
+    assert f"{result.removed:,} rows instead of 13,066. For {result.chained:,} of these" in text
 
 
 @pytest.mark.slow
