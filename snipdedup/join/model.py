@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import DamagedError, InputError
-from snipdedup.features.cosine import bad_rows, directions, indexed_cosines
+from snipdedup.features.cosine import bad_rows, directions, indexed_cosines, same_bits
 from snipdedup.features.formats import load_npz
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import BLOCK
@@ -270,7 +270,7 @@ def sample_distinct(
     for _ in ordered_map(read, plan_blocks(len(rows), BLOCK), threads):
         pass
     use = np.flatnonzero(~bad)
-    use = use[first_places(hashes[use])]
+    use = use[distinct_places(sample, hashes, use)]
     if not len(use):
         return rows[:1], np.ones((1, features.dim), features.dtype)
     use = rng.permutation(use)
@@ -298,7 +298,7 @@ def training_codes(
 
     parts = ordered_map(encode, plan_blocks(len(rows), BLOCK), threads)
     codes = np.concatenate([np.empty((0, projection.width), np.int8), *parts])
-    return codes[first_places(row_hashes(codes))]
+    return codes[distinct_places(codes, row_hashes(codes), np.arange(len(codes)))]
 
 
 def draw_rows(
@@ -312,6 +312,21 @@ def draw_rows(
     return np.sort(rng.permutation(drawn)[:count])
 
 
-def first_places(hashes: np.ndarray) -> np.ndarray:
-    """Return the first place of each hash, ascending. A sample may lose a row by a collision."""
-    return np.sort(np.unique(hashes, return_index=True)[1])
+def distinct_places(rows: np.ndarray, hashes: np.ndarray, use: np.ndarray) -> np.ndarray:
+    """Return the places in ``use`` of rows that equal none of an earlier place bit for bit.
+
+    Rows of one hash are compared; different ones are both returned.
+    """
+    keep, left = np.ones(len(use), bool), np.arange(len(use))
+    while len(left):  # more than one round only if different rows share a hash
+        _, first, same = np.unique(hashes[use[left]], return_index=True, return_inverse=True)
+        first = left[first[same]]
+        later = first != left
+        left, first = left[later], first[later]
+        equal = np.zeros(len(left), bool)
+        for start, stop in plan_blocks(len(left), BLOCK):
+            part = slice(start, stop)
+            equal[part] = same_bits(rows[use[left[part]]], rows[use[first[part]]])
+        keep[left[equal]] = False
+        left = left[~equal]
+    return np.flatnonzero(keep)

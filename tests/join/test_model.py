@@ -12,6 +12,7 @@ from snipdedup.join import model as room
 from snipdedup.join.calibration import needed_taus
 from snipdedup.join.model import (
     choose_projection,
+    distinct_places,
     draw_rows,
     sample_distinct,
 )
@@ -139,3 +140,14 @@ def test_a_sample_holds_each_row_once_and_none_that_cannot_be_compared():
     numbers, sample = sample_distinct(open_features(rows), 100, 0, 2)
     assert sorted(numbers.tolist()) == [0, 1, 3]
     assert np.array_equal(sample, rows[numbers])
+
+
+def test_rows_of_one_hash_are_compared(monkeypatch):
+    """Different rows stay, of equal ones the first."""
+    monkeypatch.setattr(room, "row_hashes", lambda rows: np.full(len(rows), 5, np.uint64))
+    rows = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [np.nan, 1]], np.float32)
+    numbers, sample = sample_distinct(open_features(rows), 100, 0, 2)
+    assert sorted(numbers.tolist()) == [0, 1, 3]
+    assert np.array_equal(sample, rows[numbers])
+    hashes = np.array([1, 1, 1, 2, 2], np.uint64)
+    assert distinct_places(rows, hashes, np.array([4, 1, 0, 3, 2])).tolist() == [0, 1, 2, 3]
