@@ -1,7 +1,8 @@
 """Fetch the files of a set several at a time; filter each by the mask as it arrives.
 
 A file is fetched to its place, or below ``arrived/`` if it has to be filtered. A done file is
-written once its outputs are complete, so that a stopped run fetches and filters nothing twice.
+written when it is fetched, and another one when its outputs are complete, so that a stopped run
+fetches and filters nothing twice, and uses no file that was damaged since.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 
 ARRIVED = "arrived"  # below the work folder: fetched, not yet filtered
+FETCHED = "fetched"  # below the work folder: a done file for each file that was fetched
 DONE_FILES = "done"  # below the work folder: a done file for each file of metadata
 
 
@@ -71,7 +73,7 @@ def fetch_items(plan: DownloadPlan, work: Path, jobs: int) -> Iterator[dict[str,
     row = plan.first_row
     with progress.bar(total, "download", "B") as bar:
         monitor = Monitor(bar)
-        fetched = monitor.map(lambda item: fetch_item(item, arrived, monitor), pending, jobs)
+        fetched = monitor.map(lambda item: fetch_item(item, arrived, work, monitor), pending, jobs)
         with closing(fetched):
             for item in plan.items:
                 about = done[item.table.name]
@@ -86,6 +88,8 @@ def fetch_items(plan: DownloadPlan, work: Path, jobs: int) -> Iterator[dict[str,
                     atomic.write_done_file(item.done_file(work), named, about)
                     for path in set(paths) - set(outputs):
                         path.unlink()
+                    for path in paths:
+                        fetched_file(path, work).unlink()
                 yield about
                 row += about["rows"]
 
@@ -103,15 +107,24 @@ def read_done(item: DownloadItem, plan: DownloadPlan, work: Path) -> dict[str, A
     return {}
 
 
-def fetch_item(item: DownloadItem, folder: Path, monitor: Monitor) -> dict[str, Any]:
-    """Fetch what is missing of one file and its features; return size and version of the file."""
+def fetched_file(path: Path, work: Path) -> Path:
+    """Return the done file of one file that was fetched to ``path``, below the work folder."""
+    return work / FETCHED / f"{path.relative_to(work).as_posix()}.json"
+
+
+def fetch_item(item: DownloadItem, folder: Path, work: Path, monitor: Monitor) -> dict[str, Any]:
+    """Fetch what is missing of one file and its features; return size and etag of the file."""
     described = []
     for file, path in item.place(folder):
-        if path.is_file():  # complete when the run was stopped
-            monitor.report(path, path.stat().st_size)
-            described.append({"size": path.stat().st_size, "etag": None})
+        done_file = fetched_file(path, work)
+        if atomic.is_done(done_file, path.parent):  # by a run that was stopped
+            about = atomic.load_json(done_file)
+            monitor.report(path, about["size"])
         else:
-            described.append(fetch_file(file, path, monitor))
+            path.unlink(missing_ok=True)
+            about = fetch_file(file, path, monitor)
+            atomic.write_done_file(done_file, [path], about)
+        described.append({"size": about["size"], "etag": about["etag"]})
     return described[0]
 
 

@@ -466,3 +466,24 @@ def fetch_until(name, source, out, **more):
             fetch(source, out, **more)
     assert getattr(fetch_and_filter, name) is real
     assert not (out / "snip.json").exists()
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("harm", [lambda data: data[:-9], lambda data: data[:9] + b"x" + data[10:]])
+def test_a_file_that_was_damaged_after_it_came_is_fetched_again(
+    server, tmp_path, is_dup, filtered, harm
+):
+    """The manifest is that of a run which nothing stopped, etags too."""
+    mask = {"is_dup": str(tmp_path / "mask.npy")} if filtered else {}
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    fetch(template(server), whole, start=1, end=4, **mask)
+    fetch_until("check_item", template(server), out, start=1, end=4, **mask)
+    (damaged,) = (out / "work").glob("*/m_0002.parquet")
+    damaged.write_bytes(harm(damaged.read_bytes()))
+    server.asked.clear()
+    fetch(template(server), out, start=1, end=4, **mask)
+    assert server.names() == ["m_0002.parquet"]
+    assert urls(out) == (staying(is_dup, 1, 4) if filtered else [f"u{r}" for r in range(30, 108)])
+    files = [read_manifest(folder, "download")["files"] for folder in (out, whole)]
+    assert files[0] == files[1]
+    assert all(file["etag"] for file in files[0])
