@@ -46,13 +46,13 @@ def components(rows, pairs):
     return np.array([find(row) for row in range(rows)])
 
 
-def star(table, threshold, order):
+def star(table, threshold, order, references=0):
     """The star rule as the terms say it: (representative, stays) of each row.
 
-    ``order`` are all rows in keep order.
+    ``order`` are all rows in keep order, but the first ``references``, which stay in any case.
     """
     limit = np.float32(threshold)
-    staying = []
+    staying = list(range(references))
     for row in order:
         if not any(table[row, other] >= limit for other in staying):
             staying.append(row)

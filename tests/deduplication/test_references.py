@@ -32,21 +32,6 @@ def table_of(x):
     return table
 
 
-def plain_star(table, frozen, threshold, order):
-    """Row by row: (representative, stays) of all rows, the first ``frozen`` staying in any case."""
-    limit, staying = np.float32(threshold), list(range(frozen))
-    for row in order:
-        if not (table[row, staying] >= limit).any():
-            staying.append(row)
-    stays = np.zeros(len(table), bool)
-    stays[staying] = True
-    representative = np.arange(len(table))
-    for row in np.flatnonzero(~stays):
-        best = max(table[row, staying])
-        representative[row] = min(s for s in staying if table[row, s] == best)
-    return representative, stays
-
-
 def plain_components(table, frozen, threshold, order):
     """Who stays: one row a component of the rows from ``frozen`` on, none where one matches."""
     own = table[frozen:, frozen:]
@@ -83,7 +68,7 @@ def test_star_with_references_is_the_plain_rule(method, both, keep, late):
     found = dedup(x[frozen:], reference=x[:frozen], threshold=0.8, method=method, keep=keep)
     found, table = found.at(late), table_of(x)
     order = np.arange(frozen, len(x))[:: 1 if keep == "first" else -1]
-    representative, stays = plain_star(table, frozen, late, order)
+    representative, stays = truth.star(table, late, order, frozen)
     assert found.is_dup.tolist() == (~stays[frozen:]).tolist()
     groups = found.groups.to_pydict()
     for row, named, of, similarity, near in zip(
@@ -126,7 +111,7 @@ def test_large_groups_and_many_reference_rows_are_tiled():
     x = truth.clustered(1800, 16, 5, clusters=2, noise=0.8, copies=0.1)
     found = dedup(x[1200:], reference=x[:1200], threshold=0.9)
     table = table_of(x)
-    representative, stays = plain_star(table, 1200, 0.9, range(1200, 1800))
+    representative, stays = truth.star(table, 0.9, range(1200, 1800), 1200)
     assert found.is_dup.tolist() == (~stays[1200:]).tolist()
     assert 10 < stays[1200:].sum() < 590
     named = found.members.representative
@@ -171,7 +156,7 @@ def test_the_forest_of_a_crowd_with_reference_rows_is_that_of_the_others(crowded
     with mock.patch.multiple(tiles, **small):
         found = dedup(x[300:], reference=x[:300], threshold=0.9)
     table = table_of(x)
-    _, stays = plain_star(table, 300, 0.9, range(300, 700))
+    _, stays = truth.star(table, 0.9, range(300, 700), 300)
     assert found.is_dup.tolist() == (~stays[300:]).tolist()
     own = table[300:, 300:]
     expected = truth.kruskal([(a, b, own[a, b]) for a, b in truth.pairs_of(own, 0.9)])
@@ -253,7 +238,7 @@ def test_adding_shards_leaves_no_pair_and_changes_nothing(sets, tmp_path):
     removed = np.concatenate([np.load(out / "is_dup.npy") for out in outs])
     table = table_of(x)
     assert not truth.pairs_of(table[~removed][:, ~removed], 0.9)
-    _, stays = plain_star(table, 0, 0.9, range(len(x)))
+    _, stays = truth.star(table, 0.9, range(len(x)), 0)
     assert removed.tolist() == (~stays).tolist()  # as all at once, in this order
     first = {str(outs[0].absolute()): 0, str(outs[1]): 500, None: 700}
     for row in groups_of(outs[2]):
@@ -279,14 +264,14 @@ def test_decontamination_removes_what_is_in_a_test_set(sets, tmp_path):
     words = ("dedup", folders[0], "--out", tmp_path / "o", "--reference", both)
     assert truth.snip(*words, "--threshold", 0.9)[0] == 0
     table = table_of(np.concatenate([x[500:], x[:500]]))
-    _, stays = plain_star(table, 400, 0.9, range(400, 900))
+    _, stays = truth.star(table, 0.9, range(400, 900), 400)
     assert np.load(tmp_path / "o" / "is_dup.npy").tolist() == (~stays[400:]).tolist()
     names = {row["reference"] for row in groups_of(tmp_path / "o")}
     assert names == {None, str(folders[1]), str(folders[2])}
     assert "finished already" in truth.snip(*words, "--threshold", 0.9)[1]
     again = ("dedup", tmp_path / "o", "--threshold", 0.95, "--out", tmp_path / "o2")
     assert truth.snip(*again)[0] == 0
-    _, stays = plain_star(table, 400, 0.95, range(400, 900))
+    _, stays = truth.star(table, 0.95, range(400, 900), 400)
     assert np.load(tmp_path / "o2" / "is_dup.npy").tolist() == (~stays[400:]).tolist()
     fresh = ("dedup", folders[0], "--out", tmp_path / "o3", "--reference", both)
     assert truth.snip(*fresh, "--threshold", 0.95)[0] == 0
