@@ -1,0 +1,63 @@
+// The nearest centroid of each code, and the lists that the code visits.
+//
+// With near(c) = 2 x.c - |c|^2 = |x|^2 - |x - c|^2, the home h of x has the largest near. x visits
+// c if its distance to the bisector of h and c is at most its radius:
+// near(h) - near(c) <= 2 radius |h - c|.
+#pragma once
+
+#include "products.hpp"
+
+namespace snip::SNIP_SET {
+
+inline float distance(const Codes &centroids, const std::int32_t *sizes, std::size_t a,
+                      std::size_t b) {
+    const std::size_t width = centroids.width;
+    const std::int32_t product =
+        dot(centroids.values + a * width, centroids.values + b * width, width);
+    return root((float)(sizes[a] + sizes[b] - 2 * product));
+}
+
+// `table` is scratch for BLOCK_ROWS rows of near. Ties go to the first centroid. Without `visits`
+// only homes are found.
+static void assign(const Codes &rows, const Lists &lists, const float *radius, std::int32_t *home,
+                   std::int32_t *best, Pairs *visits, std::uint8_t *turned, std::int32_t *table) {
+    const std::size_t width = lists.columns.width, count = lists.columns.count;
+    const std::size_t stride = (count + PANEL - 1) / PANEL * PANEL;
+    turn_rows(rows, width, turned);
+    Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
+    for (std::size_t r = 0; r < rows.count; r += BLOCK_ROWS) {
+        for (std::size_t c = 0; c < count; c += BLOCK_GROUPS * GROUP) {
+            block_products(turned + r * width, width, lists.columns.packed + c * width,
+                           lists.columns.bias + c, sums);
+            for (std::size_t row = 0; row < BLOCK_ROWS; row++)
+                for (std::size_t g = 0; g < BLOCK_GROUPS; g++)
+                    store(table + row * stride + c + g * GROUP, sums[row][g]);
+        }
+        for (std::size_t row = r; row < r + BLOCK_ROWS && row < rows.count; row++) {
+            std::int32_t *near = table + (row - r) * stride;
+            std::int32_t most = INT32_MIN;
+            for (std::size_t c = 0; c < count; c++) near[c] = 2 * near[c] - lists.sizes[c];
+            for (std::size_t c = 0; c < count; c++) most = near[c] > most ? near[c] : most;
+            std::size_t own = 0;
+            while (near[own] != most) own++;
+            home[row] = (std::int32_t)own;
+            best[row] = most;
+            if (!visits) continue;
+            // first as if all centroids were as far as the furthest, then by their own distances
+            const double twice = 2 * radius[row];
+            const double least = __builtin_ceil(most - twice * (double)lists.widest[own]);
+            const std::int32_t limit = least > INT32_MIN ? (std::int32_t)least : INT32_MIN;
+            if (visits->size + count > visits->room) visits->grow(visits, count);
+            for (std::size_t c = 0; c < count; c++) {
+                if (near[c] < limit) continue;
+                const float away = distance(lists.centroids, lists.sizes, own, c);
+                if ((double)(most - near[c]) <= (double)((float)twice * away)) {
+                    visits->first[visits->size] = (std::int32_t)row;
+                    visits->second[visits->size++] = (std::int32_t)c;
+                }
+            }
+        }
+    }
+}
+
+}  // namespace snip::SNIP_SET

@@ -1,0 +1,436 @@
+// Kernels for Python: arrays in, arrays out, without the interpreter's lock while they run.
+//
+// Shapes and types are those of fallback.py, which computes the same with numpy.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "forest.hpp"
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace snip;
+
+template <class Value>
+using Array = nb::ndarray<const Value, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class Value>
+using Table = nb::ndarray<const Value, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class Value>
+using Maybe = std::optional<Array<Value>>;
+using Made = nb::ndarray<nb::numpy>;
+
+const Kernels *kernels = &portable;
+
+std::vector<const Kernels *> usable() {
+    std::vector<const Kernels *> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        found.push_back(&vnni);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        found.push_back(&avx2);
+#endif
+    found.push_back(&portable);
+    return found;
+}
+
+std::vector<std::string> names() {
+    std::vector<std::string> found;
+    for (const Kernels *set : usable()) found.push_back(set->name);
+    return found;
+}
+
+void use(const std::string &name) {
+    for (const Kernels *set : usable())
+        if (name == set->name) {
+            kernels = set;
+            return;
+        }
+    throw std::invalid_argument("no kernels '" + name + "' on this processor");
+}
+
+// Memory that Python frees, and a view of it as an array.
+template <class Value>
+struct Owned {
+    std::unique_ptr<Value[]> values;
+    std::vector<std::size_t> shape;
+
+    Owned(std::initializer_list<std::size_t> sizes) : shape(sizes) {
+        std::size_t size = 1;
+        for (std::size_t side : shape) size *= side;
+        values.reset(new Value[size ? size : 1]);
+    }
+    Value *get() { return values.get(); }
+    Made array() {
+        nb::capsule owner(values.get(), [](void *p) noexcept { delete[] (Value *)p; });
+        return Made(values.release(), shape.size(), shape.data(), owner, nullptr,
+                    nb::dtype<Value>());
+    }
+};
+
+// Scratch that a thread keeps from call to call.
+template <class Value>
+Value *scratch(std::size_t size) {
+    static thread_local std::vector<Value> held;
+    if (held.size() < size) held.resize(size);
+    return held.data();
+}
+
+struct Found : Pairs {
+    Found() : Pairs{nullptr, nullptr, 0, 0, more} { more(this, 1024); }
+    ~Found() {
+        std::free(first);
+        std::free(second);
+    }
+    Found(const Found &) = delete;
+    static void more(Pairs *pairs, std::size_t count) {
+        const std::size_t room = 2 * pairs->room + count;
+        auto *a = (std::int32_t *)std::realloc(pairs->first, 4 * room);
+        if (a) pairs->first = a;
+        auto *b = (std::int32_t *)std::realloc(pairs->second, 4 * room);
+        if (b) pairs->second = b;
+        if (!a || !b) throw std::bad_alloc();
+        pairs->room = room;
+    }
+    std::pair<Made, Made> arrays() { return {give(first), give(second)}; }
+
+  private:
+    Made give(std::int32_t *&values) {
+        std::int32_t *given = std::exchange(values, nullptr);
+        nb::capsule owner(given, [](void *p) noexcept { std::free(p); });
+        return Made(given, 1, &size, owner, nullptr, nb::dtype<std::int32_t>());
+    }
+};
+
+Codes codes_of(const Table<std::int8_t> &table) {
+    return {table.data(), table.shape(0), table.shape(1)};
+}
+
+void same(std::size_t a, std::size_t b, const char *what) {
+    if (a != b) throw std::invalid_argument(std::string(what) + " do not match");
+}
+
+// Columns of products, packed; see kernels.hpp.
+class PackedColumns {
+  public:
+    explicit PackedColumns(const Table<std::int8_t> &codes)
+        : count_(codes.shape(0)), width_(codes.shape(1)), padded_((width_ + 3) / 4 * 4) {
+        const std::size_t whole = (count_ + PANEL - 1) / PANEL * PANEL;
+        packed_.assign(whole * padded_, 0);
+        bias_.assign(whole, 0);
+        sizes_.assign(whole, 0);
+        raw_.assign(codes.data(), codes.data() + count_ * width_);
+        for (std::size_t c = 0; c < count_; c++) {
+            std::int8_t *group = packed_.data() + c / GROUP * GROUP * padded_ + c % GROUP * 4;
+            for (std::size_t k = 0; k < width_; k++) {
+                const std::int8_t value = raw_[c * width_ + k];
+                group[k / 4 * 4 * GROUP + k % 4] = value;
+                bias_[c] -= 128 * value;
+                sizes_[c] += value * value;
+            }
+        }
+    }
+    Columns columns() const { return {packed_.data(), bias_.data(), count_, padded_}; }
+    Codes codes() const { return {raw_.data(), count_, width_}; }
+    const std::int32_t *sizes() const { return sizes_.data(); }
+    std::uint8_t *turned(std::size_t rows) const {
+        return scratch<std::uint8_t>((rows + ROWS) * padded_);
+    }
+
+  private:
+    std::size_t count_, width_, padded_;
+    std::vector<std::int8_t> packed_, raw_;
+    std::vector<std::int32_t> bias_, sizes_;
+};
+
+Made products(const Table<std::int8_t> &rows, const PackedColumns &columns) {
+    const Codes codes = codes_of(rows);
+    same(codes.width, columns.codes().width, "widths of rows and columns");
+    Owned<std::int32_t> out({codes.count, columns.columns().count});
+    {
+        nb::gil_scoped_release free;
+        kernels->products(codes, columns.columns(), out.get(), columns.columns().count,
+                          columns.turned(codes.count));
+    }
+    return out.array();
+}
+
+std::pair<Made, Made> hits(const Table<std::int8_t> &rows, const PackedColumns &columns,
+                           const Array<std::int32_t> &limits,
+                           const std::optional<Table<std::int8_t>> &wide_rows,
+                           const std::optional<Table<std::int8_t>> &wide_columns,
+                           const Maybe<std::int32_t> &wide_limits, std::int64_t first,
+                           const Maybe<bool> &reference_rows,
+                           const Maybe<bool> &reference_columns, bool references_only) {
+    const Codes codes = codes_of(rows);
+    const std::size_t count = columns.columns().count;
+    same(codes.width, columns.codes().width, "widths of rows and columns");
+    same(limits.size(), codes.count, "rows and limits");
+    Codes x{}, y{};
+    HitRule rule{limits.data(), nullptr, nullptr, nullptr, first, nullptr, nullptr,
+                 references_only};
+    if (wide_rows) {
+        x = codes_of(*wide_rows);
+        y = codes_of(wide_columns.value());
+        same(x.count, codes.count, "rows and wide rows");
+        same(y.count, count, "columns and wide columns");
+        same(x.width, y.width, "widths of wide rows and columns");
+        same(wide_limits.value().size(), codes.count, "rows and wide limits");
+        rule.wide_rows = &x;
+        rule.wide_columns = &y;
+        rule.wide_limits = wide_limits->data();
+    }
+    if (reference_rows) {
+        same(reference_rows->size(), codes.count, "rows and reference rows");
+        same(reference_columns.value().size(), count, "columns and reference columns");
+        rule.reference_rows = (const std::uint8_t *)reference_rows->data();
+        rule.reference_columns = (const std::uint8_t *)reference_columns->data();
+    }
+    Found found;
+    {
+        nb::gil_scoped_release free;
+        kernels->hits(codes, columns.columns(), rule, found, columns.turned(codes.count));
+    }
+    return found.arrays();
+}
+
+std::tuple<Made, Made, Made, Made> assign(const Table<std::int8_t> &rows,
+                                          const PackedColumns &centroids,
+                                          const Maybe<float> &widest, const Maybe<float> &radius) {
+    const Codes codes = codes_of(rows);
+    const Columns columns = centroids.columns();
+    same(codes.width, centroids.codes().width, "widths of rows and centroids");
+    if (!columns.count) throw std::invalid_argument("no centroids");
+    if (radius) {
+        same(radius->size(), codes.count, "rows and radii");
+        same(widest.value().size(), columns.count, "centroids and distances");
+    }
+    const Lists lists{columns, centroids.codes(), centroids.sizes(),
+                      radius ? widest->data() : nullptr};
+    Owned<std::int32_t> home({codes.count}), best({codes.count});
+    Found visits;
+    {
+        nb::gil_scoped_release free;
+        const std::size_t stride = (columns.count + PANEL - 1) / PANEL * PANEL;
+        kernels->assign(codes, lists, radius ? radius->data() : nullptr, home.get(), best.get(),
+                        radius ? &visits : nullptr, centroids.turned(codes.count),
+                        scratch<std::int32_t>(ROWS * stride));
+    }
+    const auto [row, list] = visits.arrays();
+    return {home.array(), best.array(), row, list};
+}
+
+Made dots(const Table<std::int8_t> &x, const Table<std::int8_t> &y) {
+    const Codes a = codes_of(x), b = codes_of(y);
+    same(a.count, b.count, "numbers of rows");
+    same(a.width, b.width, "widths");
+    Owned<std::int32_t> out({a.count});
+    {
+        nb::gil_scoped_release free;
+        kernels->dots(a, b, out.get());
+    }
+    return out.array();
+}
+
+// Rows of floats are passed as bytes, with the size of a value: nanobind knows no float16.
+struct Stored {
+    const void *data;
+    int bytes;
+    std::size_t count, dim;
+    Stored(const Table<std::uint8_t> &rows, int size)
+        : data(rows.data()), bytes(size), count(rows.shape(0)),
+          dim(rows.shape(1) / (std::size_t)size) {
+        if (size != 2 && size != 4 && size != 8) throw std::invalid_argument("no float type");
+    }
+};
+
+Made widen(const Table<std::uint8_t> &rows, int bytes) {
+    const Stored stored(rows, bytes);
+    Owned<float> out({stored.count, stored.dim});
+    {
+        nb::gil_scoped_release free;
+        kernels->widen(stored.data, bytes, stored.count * stored.dim, out.get());
+    }
+    return out.array();
+}
+
+std::pair<Made, Made> whole(const Table<std::uint8_t> &rows, int bytes, float longest) {
+    const Stored stored(rows, bytes);
+    Owned<std::int16_t> out({stored.count, stored.dim});
+    Owned<float> norms({stored.count});
+    {
+        nb::gil_scoped_release free;
+        kernels->whole(stored.data, bytes, stored.count, stored.dim, longest, out.get(),
+                       norms.get(), scratch<float>(2 * stored.dim + 2));
+    }
+    return {out.array(), norms.array()};
+}
+
+// A (dim, width) matrix of small integers, packed for products with int16 rows.
+class PackedMatrix {
+  public:
+    explicit PackedMatrix(const Table<std::int8_t> &matrix)
+        : dim_(matrix.shape(0)), width_(matrix.shape(1)), padded_((width_ + GROUP - 1) / GROUP * GROUP),
+          packed_((dim_ + 1) / 2 * 2 * padded_, 0) {
+        for (std::size_t k = 0; k < dim_; k++)
+            for (std::size_t c = 0; c < width_; c++)
+                packed_[c / GROUP * GROUP * ((dim_ + 1) / 2 * 2) + k / 2 * 2 * GROUP +
+                        c % GROUP * 2 + k % 2] = matrix.data()[k * width_ + c];
+    }
+    Made project(const Table<std::int16_t> &rows) const {
+        same(rows.shape(1), dim_, "widths of rows and matrix");
+        const std::size_t count = rows.shape(0), even = (dim_ + 1) / 2 * 2;
+        Owned<float> out({count, width_});
+        {
+            nb::gil_scoped_release free;
+            const std::int16_t *values = rows.data();
+            if (even != dim_) {
+                std::int16_t *wide = scratch<std::int16_t>(count * even);
+                for (std::size_t n = 0; n < count; n++) {
+                    std::memcpy(wide + n * even, values + n * dim_, 2 * dim_);
+                    wide[n * even + dim_] = 0;
+                }
+                values = wide;
+            }
+            float *target = padded_ == width_ ? out.get() : scratch<float>(count * padded_);
+            kernels->project(values, count, even, packed_.data(), padded_, target);
+            if (padded_ != width_)
+                for (std::size_t n = 0; n < count; n++)
+                    std::memcpy(out.get() + n * width_, target + n * padded_, 4 * width_);
+        }
+        return out.array();
+    }
+
+  private:
+    std::size_t dim_, width_, padded_;
+    std::vector<std::int16_t> packed_;
+};
+
+std::pair<Made, Made> finish(const Table<float> &products, float unit, const Array<float> &axis,
+                             float length, float scale) {
+    const std::size_t count = products.shape(0), width = products.shape(1);
+    same(axis.size(), width, "widths of products and axis");
+    Owned<std::int8_t> codes({count, width});
+    Owned<float> excess({count});
+    {
+        nb::gil_scoped_release free;
+        kernels->finish(products.data(), count, width, unit, axis.data(), length, scale,
+                        codes.get(), excess.get(), scratch<float>(2 * width));
+    }
+    return {codes.array(), excess.array()};
+}
+
+Made norms(const Table<std::uint8_t> &rows, int bytes) {
+    const Stored stored(rows, bytes);
+    Owned<double> out({stored.count});
+    {
+        nb::gil_scoped_release free;
+        kernels->norms(stored.data, bytes, stored.count, stored.dim, out.get());
+    }
+    return out.array();
+}
+
+Made cosines(const Table<std::uint8_t> &x, const Array<double> &x_norms,
+             const Table<std::uint8_t> &y, const Array<double> &y_norms, int bytes,
+             const Array<std::int64_t> &i, const Array<std::int64_t> &j) {
+    const Stored a(x, bytes), b(y, bytes);
+    same(a.dim, b.dim, "widths");
+    same(i.size(), j.size(), "numbers of places");
+    same(a.count, x_norms.size(), "rows and norms");
+    same(b.count, y_norms.size(), "rows and norms");
+    for (std::size_t n = 0; n < i.size(); n++)
+        if ((std::uint64_t)i.data()[n] >= a.count || (std::uint64_t)j.data()[n] >= b.count)
+            throw nb::index_error("no such row");
+    Owned<float> out({i.size()});
+    {
+        nb::gil_scoped_release free;
+        kernels->cosines(a.data, x_norms.data(), b.data, y_norms.data(), bytes, a.dim, i.data(),
+                         j.data(), i.size(), out.get(), scratch<double>(a.dim));
+    }
+    return out.array();
+}
+
+Made hashes(const Table<std::uint64_t> &words, const Array<std::uint64_t> &offsets, bool mixed) {
+    same(words.shape(1), offsets.size(), "words and offsets");
+    if (words.shape(1) % 2) throw std::invalid_argument("an odd number of words");
+    Owned<std::uint64_t> out({words.shape(0)});
+    {
+        nb::gil_scoped_release free;
+        kernels->hashes(words.data(), words.shape(0), words.shape(1), offsets.data(), mixed,
+                        out.get());
+    }
+    return out.array();
+}
+
+template <class Number>
+Made join_best(const Array<std::int64_t> &start, const Array<std::int64_t> &end,
+               const Maybe<std::int64_t> &order,
+               nb::ndarray<Number, nb::ndim<1>, nb::c_contig, nb::device::cpu> parent) {
+    same(start.size(), end.size(), "ends of edges");
+    if (order) same(order->size(), start.size(), "edges and their order");
+    for (std::size_t n = 0; n < start.size(); n++)
+        if ((std::uint64_t)start.data()[n] >= parent.size() ||
+            (std::uint64_t)end.data()[n] >= parent.size() ||
+            (order && (std::uint64_t)order->data()[n] >= start.size()))
+            throw nb::index_error("no such node");
+    std::vector<std::int64_t> chosen(start.size());
+    std::size_t count;
+    {
+        nb::gil_scoped_release free;
+        count = kruskal(start.data(), end.data(), order ? order->data() : nullptr, start.size(),
+                        parent.data(), chosen.data());
+    }
+    Owned<std::int64_t> out({count});
+    std::memcpy(out.get(), chosen.data(), 8 * count);
+    return out.array();
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+    use(names().front());
+    m.def("names", &names, "Kernels that this processor has, the fastest first.");
+    m.def("use", &use, "Use the kernels of a name from now on.");
+    m.def("used", [] { return std::string(kernels->name); });
+    nb::class_<PackedColumns>(m, "Columns").def(nb::init<const Table<std::int8_t> &>());
+    nb::class_<PackedMatrix>(m, "Matrix")
+        .def(nb::init<const Table<std::int8_t> &>())
+        .def("project", &PackedMatrix::project);
+    m.def("products", &products);
+    m.def("hits", &hits, nb::arg("rows"), nb::arg("columns"), nb::arg("limits"),
+          nb::arg("wide_rows").none(), nb::arg("wide_columns").none(),
+          nb::arg("wide_limits").none(), nb::arg("first"), nb::arg("reference_rows").none(),
+          nb::arg("reference_columns").none(), nb::arg("references_only"));
+    m.def("assign", &assign, nb::arg("rows"), nb::arg("centroids"), nb::arg("widest").none(),
+          nb::arg("radius").none());
+    m.def("dots", &dots);
+    m.def("widen", &widen);
+    m.def("whole", &whole);
+    m.def("finish", &finish);
+    m.def("norms", &norms);
+    m.def("cosines", &cosines);
+    m.def("hashes", &hashes);
+    m.def("join_best", &join_best<std::uint32_t>, nb::arg("start"), nb::arg("end"),
+          nb::arg("order").none(), nb::arg("parent").noconvert());
+    m.def("join_best", &join_best<std::int64_t>, nb::arg("start"), nb::arg("end"),
+          nb::arg("order").none(), nb::arg("parent").noconvert());
+}

@@ -1,0 +1,123 @@
+// Products of int8 codes: all of them, or only where they reach a limit.
+//
+// A block of a few rows and 64 columns is kept in registers; each step adds the products of four
+// coordinates. Hits are found there too, so that other products are never written.
+#pragma once
+
+#include "simd.hpp"
+
+namespace snip::SNIP_SET {
+
+constexpr std::size_t TILE_ROWS = 1024;  // rows whose hits with a panel are held
+static_assert(PANEL % (BLOCK_GROUPS * GROUP) == 0 && ROWS >= BLOCK_ROWS);
+
+// Rows as a kernel wants them, as wide as packed columns, zeros after the last.
+inline void turn_rows(const Codes &rows, std::size_t width, std::uint8_t *out) {
+    for (std::size_t n = 0; n < rows.count; n++) {
+        const std::int8_t *row = rows.values + n * rows.width;
+        for (std::size_t k = 0; k < rows.width; k++) out[n * width + k] = (std::uint8_t)row[k] ^ TURN;
+        for (std::size_t k = rows.width; k < width; k++) out[n * width + k] = 0;
+    }
+    std::memset(out + rows.count * width, 0, ROWS * width);
+}
+
+// The products of BLOCK_ROWS rows with BLOCK_GROUPS groups of columns.
+inline void block_products(const std::uint8_t *rows, std::size_t width, const std::int8_t *packed,
+                           const std::int32_t *bias, Sums (&sums)[BLOCK_ROWS][BLOCK_GROUPS]) {
+    for (int g = 0; g < BLOCK_GROUPS; g++)
+        for (int r = 0; r < BLOCK_ROWS; r++) sums[r][g] = start(bias + g * GROUP);
+    for (std::size_t k = 0; k < width; k += 4) {
+        Group columns[BLOCK_GROUPS];
+        for (int g = 0; g < BLOCK_GROUPS; g++)
+            columns[g] = group(packed + g * GROUP * width + k * GROUP);
+#pragma GCC unroll 8
+        for (int r = 0; r < BLOCK_ROWS; r++) {
+            const RowWord row = spread(rows + r * width + k);
+#pragma GCC unroll 8
+            for (int g = 0; g < BLOCK_GROUPS; g++) add(sums[r][g], row, columns[g]);
+        }
+    }
+}
+
+static void products(const Codes &rows, const Columns &columns, std::int32_t *out,
+                     std::size_t stride, std::uint8_t *turned) {
+    const std::size_t width = columns.width;
+    turn_rows(rows, width, turned);
+    Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
+    for (std::size_t c = 0; c < columns.count; c += BLOCK_GROUPS * GROUP) {
+        for (std::size_t r = 0; r < rows.count; r += BLOCK_ROWS) {
+            block_products(turned + r * width, width, columns.packed + c * width, columns.bias + c,
+                           sums);
+            for (std::size_t row = 0; row < BLOCK_ROWS && r + row < rows.count; row++)
+                for (std::size_t g = 0; g < BLOCK_GROUPS && c + g * GROUP < columns.count; g++) {
+                    const std::size_t at = c + g * GROUP, left = columns.count - at;
+                    std::int32_t part[GROUP];
+                    store(part, sums[row][g]);
+                    std::memcpy(out + (r + row) * stride + at, part,
+                                4 * (left < GROUP ? left : GROUP));
+                }
+        }
+    }
+}
+
+inline bool wanted(const HitRule &rule, std::size_t row, std::size_t column) {
+    if ((std::int64_t)column >= (std::int64_t)row + rule.first) return false;
+    if (!rule.reference_rows) return true;
+    const bool a = rule.reference_rows[row], b = rule.reference_columns[column];
+    return rule.references_only ? a != b : !(a && b);
+}
+
+inline bool reaches_wide(const HitRule &rule, std::size_t row, std::size_t column) {
+    if (!rule.wide_rows) return true;
+    const std::size_t width = rule.wide_rows->width;
+    return dot(rule.wide_rows->values + row * width, rule.wide_columns->values + column * width,
+               width) >= rule.wide_limits[row];
+}
+
+static void hits(const Codes &rows, const Columns &columns, const HitRule &rule, Pairs &found,
+                 std::uint8_t *turned) {
+    static thread_local std::uint32_t listed[TILE_ROWS * PANEL + GROUP];
+    const std::size_t width = columns.width;
+    turn_rows(rows, width, turned);
+    Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
+    for (std::size_t tile = 0; tile < rows.count; tile += TILE_ROWS) {
+        const std::size_t end = tile + TILE_ROWS < rows.count ? tile + TILE_ROWS : rows.count;
+        for (std::size_t panel = 0; panel < columns.count; panel += PANEL) {
+            std::uint32_t *next = listed;
+            for (std::size_t r = tile; r < end; r += BLOCK_ROWS) {
+                const std::size_t last = r + BLOCK_ROWS < end ? r + BLOCK_ROWS : end;
+                if ((std::int64_t)panel >= (std::int64_t)(last - 1) + rule.first) continue;
+                for (std::size_t c = panel; c < panel + PANEL; c += BLOCK_GROUPS * GROUP) {
+                    block_products(turned + r * width, width, columns.packed + c * width,
+                                   columns.bias + c, sums);
+                    for (std::size_t row = r; row < last; row++)
+                        for (int g = 0; g < BLOCK_GROUPS; g++) {
+                            const unsigned mask = reach(sums[row - r][g], rule.limits[row]);
+                            if (!mask) continue;
+                            list(next, mask, (std::uint32_t)((row - tile) * PANEL + c - panel +
+                                                             (std::size_t)g * GROUP));
+                            next += __builtin_popcount(mask);
+                        }
+                }
+            }
+            const std::size_t count = (std::size_t)(next - listed);
+            if (found.size + count > found.room) found.grow(&found, count);
+            for (std::size_t n = 0; n < count; n++) {
+                const std::size_t row = tile + listed[n] / PANEL, column = panel + listed[n] % PANEL;
+                if (column < columns.count && wanted(rule, row, column) &&
+                    reaches_wide(rule, row, column)) {
+                    found.first[found.size] = (std::int32_t)row;
+                    found.second[found.size++] = (std::int32_t)column;
+                }
+            }
+        }
+    }
+}
+
+// The product of each row of x with the same row of y.
+static void dots(const Codes &x, const Codes &y, std::int32_t *out) {
+    for (std::size_t n = 0; n < x.count; n++)
+        out[n] = dot(x.values + n * x.width, y.values + n * x.width, x.width);
+}
+
+}  // namespace snip::SNIP_SET

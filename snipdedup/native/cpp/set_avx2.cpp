@@ -1,0 +1,3 @@
+#define SNIP_SET set_avx2
+#define SNIP_SET_TABLE avx2
+#include "set.hpp"

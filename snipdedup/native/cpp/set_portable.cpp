@@ -1,0 +1,3 @@
+#define SNIP_SET set_portable
+#define SNIP_SET_TABLE portable
+#include "set.hpp"

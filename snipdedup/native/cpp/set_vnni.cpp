@@ -1,0 +1,3 @@
+#define SNIP_SET set_vnni
+#define SNIP_SET_TABLE vnni
+#include "set.hpp"

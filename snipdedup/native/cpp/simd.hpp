@@ -1,0 +1,230 @@
+// The few vector operations that differ between instruction sets: products of 16 columns at a time.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace snip::SNIP_SET {
+
+// Builtins, since functions of the standard library could be taken from another unit.
+inline float root(float value) { return __builtin_sqrtf(value); }
+inline double root(double value) { return __builtin_sqrt(value); }
+
+inline std::int32_t word(const void *at) {
+    std::int32_t value;
+    std::memcpy(&value, at, 4);
+    return value;
+}
+
+#if defined(__AVX512VNNI__)
+
+// vpdpbusd adds four products of an unsigned and a signed byte to each of 16 numbers.
+constexpr std::uint8_t TURN = 0x80;  // rows become unsigned: 128 is added
+constexpr int BLOCK_ROWS = 6, BLOCK_GROUPS = 4;
+
+struct Sums {
+    __m512i v;
+};
+inline Sums start(const std::int32_t *bias) { return {_mm512_loadu_si512(bias)}; }
+struct RowWord {
+    __m512i v;
+};
+inline RowWord spread(const std::uint8_t *row) { return {_mm512_set1_epi32(word(row))}; }
+struct Group {
+    __m512i v;
+};
+inline Group group(const std::int8_t *packed) { return {_mm512_loadu_si512(packed)}; }
+inline void add(Sums &sums, RowWord row, Group columns) {
+    sums.v = _mm512_dpbusd_epi32(sums.v, row.v, columns.v);
+}
+inline void store(std::int32_t *out, Sums sums) { _mm512_storeu_si512(out, sums.v); }
+inline unsigned reach(Sums sums, std::int32_t limit) {
+    return _mm512_cmpge_epi32_mask(sums.v, _mm512_set1_epi32(limit));
+}
+// Write number + lane of each lane in the mask; 16 numbers may be written.
+inline void list(std::uint32_t *out, unsigned mask, std::uint32_t number) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)number));
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)mask, places));
+}
+inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
+    __m512i sums = _mm512_setzero_si512(), ones = _mm512_setzero_si512();
+    const __m512i turn = _mm512_set1_epi8((char)0x80);
+    for (std::size_t k = 0; k < width; k += 64) {
+        const std::size_t left = width - k;
+        const __mmask64 use = left >= 64 ? ~0ULL : (1ULL << left) - 1;
+        const __m512i a = _mm512_xor_si512(_mm512_maskz_loadu_epi8(use, x + k), turn);
+        const __m512i b = _mm512_maskz_loadu_epi8(use, y + k);
+        sums = _mm512_dpbusd_epi32(sums, a, b);
+        ones = _mm512_dpbusd_epi32(ones, turn, b);
+    }
+    return _mm512_reduce_add_epi32(_mm512_sub_epi32(sums, ones));
+}
+struct Sums16 {
+    __m512i v;
+};
+inline Sums16 zero16() { return {_mm512_setzero_si512()}; }
+inline void add16(Sums16 &sums, std::int32_t row, const std::int16_t *columns) {
+    sums.v = _mm512_dpwssd_epi32(sums.v, _mm512_set1_epi32(row), _mm512_loadu_si512(columns));
+}
+inline void store16(float *out, Sums16 sums) { _mm512_storeu_ps(out, _mm512_cvtepi32_ps(sums.v)); }
+
+#elif defined(__AVX2__)
+
+// vpmaddubsw takes one unsigned side: |x| and y with x's sign. Codes are -127 to 127, so two
+// products fit 16 bits.
+constexpr std::uint8_t TURN = 0;
+constexpr int BLOCK_ROWS = 2, BLOCK_GROUPS = 2;
+
+struct Sums {
+    __m256i low, high;
+};
+inline Sums start(const std::int32_t *) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+struct RowWord {
+    __m256i v, size;
+};
+inline RowWord spread(const std::uint8_t *row) {
+    const __m256i v = _mm256_set1_epi32(word(row));
+    return {v, _mm256_abs_epi8(v)};
+}
+struct Group {
+    __m256i low, high;
+};
+inline Group group(const std::int8_t *packed) {
+    return {_mm256_loadu_si256((const __m256i *)packed),
+            _mm256_loadu_si256((const __m256i *)(packed + 32))};
+}
+inline __m256i four(RowWord row, __m256i columns) {
+    const __m256i two = _mm256_maddubs_epi16(row.size, _mm256_sign_epi8(columns, row.v));
+    return _mm256_madd_epi16(two, _mm256_set1_epi16(1));
+}
+inline void add(Sums &sums, RowWord row, Group columns) {
+    sums.low = _mm256_add_epi32(sums.low, four(row, columns.low));
+    sums.high = _mm256_add_epi32(sums.high, four(row, columns.high));
+}
+inline void store(std::int32_t *out, Sums sums) {
+    _mm256_storeu_si256((__m256i *)out, sums.low);
+    _mm256_storeu_si256((__m256i *)(out + 8), sums.high);
+}
+inline unsigned below(__m256i values, __m256i limit) {
+    return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, values)));
+}
+inline unsigned reach(Sums sums, std::int32_t limit) {
+    const __m256i least = _mm256_set1_epi32(limit);
+    return (~(below(sums.low, least) | below(sums.high, least) << 8)) & 0xffff;
+}
+inline void list(std::uint32_t *out, unsigned mask, std::uint32_t number) {
+    for (; mask; mask &= mask - 1) *out++ = number + (unsigned)__builtin_ctz(mask);
+}
+inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
+    __m256i sums = _mm256_setzero_si256();
+    std::size_t k = 0;
+    for (; k + 16 <= width; k += 16) {
+        const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(x + k)));
+        const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(y + k)));
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+    }
+    std::int32_t parts[8], total = 0;
+    _mm256_storeu_si256((__m256i *)parts, sums);
+    for (int lane = 0; lane < 8; lane++) total += parts[lane];
+    for (; k < width; k++) total += x[k] * y[k];
+    return total;
+}
+struct Sums16 {
+    __m256i low, high;
+};
+inline Sums16 zero16() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline void add16(Sums16 &sums, std::int32_t row, const std::int16_t *columns) {
+    const __m256i v = _mm256_set1_epi32(row);
+    const __m256i low = _mm256_loadu_si256((const __m256i *)columns);
+    const __m256i high = _mm256_loadu_si256((const __m256i *)(columns + 16));
+    sums.low = _mm256_add_epi32(sums.low, _mm256_madd_epi16(v, low));
+    sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(v, high));
+}
+inline void store16(float *out, Sums16 sums) {
+    _mm256_storeu_ps(out, _mm256_cvtepi32_ps(sums.low));
+    _mm256_storeu_ps(out + 8, _mm256_cvtepi32_ps(sums.high));
+}
+
+#else
+
+// Plain loops over 16 numbers; NEON's dot product of bytes where the processor has it.
+constexpr std::uint8_t TURN = 0;
+constexpr int BLOCK_ROWS = 2, BLOCK_GROUPS = 1;
+
+#if defined(__ARM_FEATURE_DOTPROD)
+struct Sums {
+    int32x4_t v[4];
+};
+struct RowWord {
+    int8x16_t v;
+};
+inline RowWord spread(const std::uint8_t *row) {
+    return {vreinterpretq_s8_s32(vdupq_n_s32(word(row)))};
+}
+inline void add(Sums &sums, RowWord row, const std::int8_t *columns) {
+    for (int part = 0; part < 4; part++)
+        sums.v[part] = vdotq_s32(sums.v[part], row.v, vld1q_s8(columns + 16 * part));
+}
+#else
+struct Sums {
+    std::int32_t v[16];
+};
+struct RowWord {
+    const std::int8_t *v;
+};
+inline RowWord spread(const std::uint8_t *row) { return {(const std::int8_t *)row}; }
+inline void add(Sums &sums, RowWord row, const std::int8_t *columns) {
+    for (int lane = 0; lane < 16; lane++) {
+        const std::int8_t *c = columns + 4 * lane;
+        sums.v[lane] += row.v[0] * c[0] + row.v[1] * c[1] + row.v[2] * c[2] + row.v[3] * c[3];
+    }
+}
+#endif
+using Group = const std::int8_t *;
+inline Group group(const std::int8_t *packed) { return packed; }
+inline Sums start(const std::int32_t *) {
+    Sums sums;
+    std::memset(&sums, 0, sizeof sums);
+    return sums;
+}
+inline void store(std::int32_t *out, const Sums &sums) { std::memcpy(out, &sums, sizeof sums); }
+inline unsigned reach(const Sums &sums, std::int32_t limit) {
+    std::int32_t values[16];
+    unsigned mask = 0;
+    store(values, sums);
+    for (int lane = 0; lane < 16; lane++) mask |= (unsigned)(values[lane] >= limit) << lane;
+    return mask;
+}
+inline void list(std::uint32_t *out, unsigned mask, std::uint32_t number) {
+    for (; mask; mask &= mask - 1) *out++ = number + (unsigned)__builtin_ctz(mask);
+}
+inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
+    std::int32_t total = 0;
+    for (std::size_t k = 0; k < width; k++) total += x[k] * y[k];
+    return total;
+}
+struct Sums16 {
+    std::int32_t v[16];
+};
+inline Sums16 zero16() { return {}; }
+inline void add16(Sums16 &sums, std::int32_t row, const std::int16_t *columns) {
+    std::int16_t pair[2];
+    std::memcpy(pair, &row, 4);
+    for (int lane = 0; lane < 16; lane++)
+        sums.v[lane] += pair[0] * columns[2 * lane] + pair[1] * columns[2 * lane + 1];
+}
+inline void store16(float *out, const Sums16 &sums) {
+    for (int lane = 0; lane < 16; lane++) out[lane] = (float)sums.v[lane];
+}
+
+#endif
+
+}  // namespace snip::SNIP_SET

@@ -1,0 +1,279 @@
+"""What the compiled kernels compute, by numpy, bit for bit: for machines without a compiler.
+
+Products of codes are integers below 2^24 wherever codes have at most 1,024 coordinates, so float32
+products of BLAS are exact, in whatever order it adds. Float sums that a result shows are made in
+one order, by `ordered_sums`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+EXACT_WIDTH = 1 << 10  # products of so many int8 values are below 2^24
+BLOCK = 256  # rows computed at a time
+FEW_COLUMNS = 8  # added up one by one
+MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
+HALF = np.uint64(32)
+HALF_ULP = 2.0**-53  # relative error of one operation in float64
+PEAK = 127  # largest int8
+
+
+def names() -> list[str]:
+    """Return the kernels that there are."""
+    return ["numpy"]
+
+
+def use(name: str) -> None:
+    """Raise ValueError unless the name is numpy."""
+    if name != "numpy":
+        raise ValueError(f"no kernels '{name}': the native module is not built")
+
+
+def used() -> str:
+    """Return the kernels that are in use."""
+    return "numpy"
+
+
+class Columns:
+    """Codes, (m, w) int8, made ready to be columns of products."""
+
+    def __init__(self, codes: np.ndarray) -> None:
+        self.codes = codes
+        self.parts = [
+            codes[:, start : start + EXACT_WIDTH].T.astype(np.float32)
+            for start in range(0, codes.shape[1], EXACT_WIDTH)
+        ]
+
+    def products(self, rows: np.ndarray) -> np.ndarray:
+        """Return all products with rows, (n, w) int8, (n, m) int32."""
+        total = np.zeros((len(rows), len(self.codes)), np.int32)
+        for number, part in enumerate(self.parts):
+            start = number * EXACT_WIDTH
+            total += (rows[:, start : start + EXACT_WIDTH].astype(np.float32) @ part).astype(
+                np.int32
+            )
+        return total
+
+
+class Matrix:
+    """A (d, w) int8 matrix, made ready for products with int16 rows that stay below 2^24."""
+
+    def __init__(self, matrix: np.ndarray) -> None:
+        self.values = matrix.astype(np.float32)
+
+    def project(self, rows: np.ndarray) -> np.ndarray:
+        """Return the products with rows, (n, d) int16, (n, w) float32."""
+        return np.asarray(rows.astype(np.float32) @ self.values)
+
+
+def products(rows: np.ndarray, columns: Columns) -> np.ndarray:
+    """Return all products of rows with columns, (n, m) int32."""
+    return columns.products(rows)
+
+
+def hits(
+    rows: np.ndarray,
+    columns: Columns,
+    limits: np.ndarray,
+    wide_rows: np.ndarray | None,
+    wide_columns: np.ndarray | None,
+    wide_limits: np.ndarray | None,
+    first: int,
+    reference_rows: np.ndarray | None,
+    reference_columns: np.ndarray | None,
+    references_only: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the wanted hits; see `snipdedup.native.hits`."""
+    found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int32),) * 2]
+    for start in range(0, len(rows), BLOCK):
+        table = columns.products(rows[start : start + BLOCK])
+        i, j = np.nonzero(table >= limits[start : start + BLOCK, None])
+        i += start
+        keep = j < i + first
+        if reference_rows is not None and reference_columns is not None:
+            a, b = reference_rows[i], reference_columns[j]
+            keep &= (a != b) if references_only else ~(a & b)
+        i, j = i[keep], j[keep]
+        if wide_rows is not None and wide_columns is not None and wide_limits is not None:
+            keep = dots(wide_rows[i], wide_columns[j]) >= wide_limits[i]
+            i, j = i[keep], j[keep]
+        found.append((i.astype(np.int32), j.astype(np.int32)))
+    i, j = (np.concatenate(side) for side in zip(*found, strict=True))
+    return i, j
+
+
+def assign(
+    rows: np.ndarray, centroids: Columns, widest: np.ndarray | None, radius: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return homes and visits; see `snipdedup.native.assign`."""
+    sizes = dots(centroids.codes, centroids.codes)
+    homes, bests = np.empty(len(rows), np.int32), np.empty(len(rows), np.int32)
+    found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int32),) * 2]
+    for start in range(0, len(rows), BLOCK):
+        part = slice(start, start + BLOCK)
+        near = 2 * centroids.products(rows[part]) - sizes
+        home = near.argmax(1)
+        best = near[np.arange(len(home)), home]
+        homes[part], bests[part] = home, best
+        if radius is None or widest is None:
+            continue
+        twice = 2 * radius[part]
+        least = np.ceil(best - twice.astype(np.float64) * widest[home])
+        i, j = np.nonzero(near >= least[:, None])
+        own, other = centroids.codes[home[i]], centroids.codes[j]
+        apart = (sizes[home[i]] + sizes[j] - 2 * dots(own, other)).astype(np.float32)
+        use_ = best[i] - near[i, j] <= twice[i] * np.sqrt(apart)
+        found.append(((i[use_] + start).astype(np.int32), j[use_].astype(np.int32)))
+    i, j = (np.concatenate(side) for side in zip(*found, strict=True))
+    return homes, bests, i, j
+
+
+def dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the product of each row of codes with the same row of others, (n,) int32."""
+    return np.einsum("ij,ij->i", x, y, dtype=np.int32)
+
+
+def stored(rows: np.ndarray, itemsize: int) -> np.ndarray:
+    """Return floats of which the bytes are given, (n, d)."""
+    return rows.view(np.dtype(f"f{itemsize}"))
+
+
+def widen(rows: np.ndarray, itemsize: int) -> np.ndarray:
+    """Return rows as float32."""
+    with np.errstate(over="ignore"):
+        return stored(rows, itemsize).astype(np.float32)
+
+
+def whole(rows: np.ndarray, itemsize: int, longest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows as integers of norm ``longest``, and their norms; see `snipdedup.native`."""
+    values = widen(rows, itemsize)
+    with np.errstate(all="ignore"):
+        norms = np.sqrt(ordered_sums(values * values))
+        factor = (np.float32(1) / norms) * np.float32(longest)
+        plain = (norms > np.float32(1e-15)) & (norms < np.float32(1e15))
+        scaled = np.rint(values * factor[:, None])
+    scaled[~plain] = 0
+    return scaled.astype(np.int16), norms
+
+
+def finish(
+    products_: np.ndarray, unit: float, axis: np.ndarray, length: float, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and what they cannot hold; see `snipdedup.native.finish`."""
+    values = products_ * np.float32(unit)
+    inside, along = ordered_sums(values * values), ordered_sums(values * axis)
+    square = np.float32(length) - (inside - along * along)
+    rest = np.sqrt(np.maximum(square, np.float32(0))) - along
+    scaled = (values + rest[:, None] * axis) * np.float32(scale)
+    codes = np.rint(scaled).clip(-PEAK, PEAK).astype(np.int8)
+    wide = np.abs(scaled) > np.float32(PEAK + 0.5)
+    excess = np.zeros(len(scaled), np.float32)
+    some = wide.any(1)
+    over = np.where(wide[some], scaled[some] - codes[some], np.float32(0))
+    excess[some] = np.sqrt(ordered_sums(over * over))
+    return codes, excess
+
+
+def ordered_sums(terms: np.ndarray) -> np.ndarray:
+    """Return the sums over the last axis, always added in the same order; spoils ``terms``.
+
+    The second half is added to the first, until few columns are left: only sums of whole columns,
+    which every processor rounds alike.
+    """
+    width = terms.shape[-1]
+    with np.errstate(all="ignore"):
+        while width > FEW_COLUMNS:
+            half = width // 2
+            terms[..., :half] += terms[..., width - half : width]
+            width -= half
+        total = 0 * terms[..., 0] if not width else terms[..., 0] + 0
+        for column in range(1, width):
+            total += terms[..., column]
+    return np.asarray(total)
+
+
+def norms(rows: np.ndarray, itemsize: int) -> np.ndarray:
+    """Return squared norms in float64, (n,)."""
+    values = stored(rows, itemsize).astype(np.float64)
+    return row_dots(values, values)
+
+
+def cosines(
+    x: np.ndarray,
+    x_norms: np.ndarray,
+    y: np.ndarray,
+    y_norms: np.ndarray,
+    itemsize: int,
+    i: np.ndarray,
+    j: np.ndarray,
+) -> np.ndarray:
+    """Return cosines of stored rows, (n,) float32; see `snipdedup.native.cosines`."""
+    found = np.empty(len(i), np.float32)
+    for start in range(0, len(i), BLOCK):
+        part = slice(start, start + BLOCK)
+        left, right = x[i[part]], y[j[part]]
+        a, b = (stored(side, itemsize).astype(np.float64) for side in (left, right))
+        with np.errstate(all="ignore"):
+            quick = row_dots(a, b) / (np.sqrt(x_norms[i[part]]) * np.sqrt(y_norms[j[part]]))
+            cosine = quick.astype(np.float32)
+            again = np.flatnonzero(unsettled(quick, a.shape[1]))
+            if len(again):
+                a, b = a[again], b[again]
+                dot, xx, yy = (ordered_sums(p * q) for p, q in ((a, b), (a, a), (b, b)))
+                cosine[again] = (dot / (np.sqrt(xx) * np.sqrt(yy))).astype(np.float32)
+        cosine = np.minimum(cosine, np.float32(1))
+        cosine[(left == right).all(1)] = 1
+        found[part] = cosine
+    return found
+
+
+def unsettled(cosine: np.ndarray, dim: int) -> np.ndarray:
+    """Return which cosines another order of adding could round to another float32, bool.
+
+    A dot product of d terms is off by at most d half ulps of the product of the norms, in whatever
+    order (Higham, 2002, section 3.1), and so are squared norms.
+    """
+    error = 2 * (2 * dim + 16) * HALF_ULP
+    low, high = (cosine - error).astype(np.float32), (cosine + error).astype(np.float32)
+    return np.asarray((low != high) & np.isfinite(cosine))
+
+
+def row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the dot product of each row with the same row of another array, (n,)."""
+    with np.errstate(all="ignore"):
+        return np.asarray(np.matmul(a[:, None, :], b[:, :, None])[:, 0, 0])
+
+
+def hashes(words: np.ndarray, offsets: np.ndarray, mixed: bool) -> np.ndarray:
+    """Return sums of products of two offset words, (n,) uint64; see `hashing.row_hashes`."""
+    found = np.empty(len(words), np.uint64)
+    for start in range(0, len(words), BLOCK):
+        part = words[start : start + BLOCK]
+        if mixed:
+            part = (part ^ (part >> HALF)) * MIXER
+            part ^= part >> HALF
+        part = part + offsets
+        np.einsum("ij,ij->i", part[:, 0::2], part[:, 1::2], out=found[start : start + BLOCK])
+    return found
+
+
+def join_best(
+    start: np.ndarray, end: np.ndarray, order: np.ndarray | None, parent: np.ndarray
+) -> np.ndarray:
+    """Return the places of the edges that connect components; see `snipdedup.native.join_best`."""
+    chosen = []
+    links = parent.tolist()
+
+    def root(node: int) -> int:
+        while links[node] != node:
+            links[node] = node = links[links[node]]
+        return node
+
+    places = range(len(start)) if order is None else order.tolist()
+    for place in places:
+        a, b = root(int(start[place])), root(int(end[place]))
+        if a != b:
+            links[max(a, b)] = min(a, b)
+            chosen.append(place)
+    parent[:] = links
+    return np.array(chosen, np.int64)
