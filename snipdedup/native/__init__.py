@@ -3,7 +3,7 @@
 They are C++ (``cpp/``), compiled once for each instruction set and picked when this module is
 imported; where they were not built, numpy computes the same (`fallback`). All give the same bits,
 so none changes a result. ``SNIPDEDUP_NATIVE`` names the kernels to use: ``vnni``, ``avx2``,
-``portable``, or ``numpy`` for none.
+``portable``, or ``numpy`` (or ``0``) for none.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def used() -> str:
 
 def use(name: str) -> None:
     """Use the kernels of a name from now on; raises ValueError if there are none."""
+    name = "numpy" if name == "0" else name
     global _module  # noqa: PLW0603 - the one choice of this process
     if name not in names():
         raise ValueError(f"SNIPDEDUP_NATIVE={name}: this machine has {', '.join(names())}")
