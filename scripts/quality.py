@@ -14,7 +14,7 @@ import numpy as np
 
 from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.join.forest import link_smaller
+from snipdedup.native.fallback import link_smaller
 from snipdedup.parallel import cores, ordered_map
 
 BLOCK = 8192  # rows compared with a tile of queries at a time

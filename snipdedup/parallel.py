@@ -5,6 +5,7 @@ Each block is computed by one thread, so its bits do not depend on how many run 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
@@ -74,6 +75,8 @@ def pick_device(name: str) -> str:
     SnipError
         If ``cuda`` is asked for and there is none.
     """
+    if name == "cpu" or (name == "auto" and not has_cuda_driver()):
+        return "cpu"
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -83,30 +86,45 @@ def pick_device(name: str) -> str:
     return name
 
 
+def has_cuda_driver() -> bool:
+    """Tell whether CUDA's driver is installed; torch, which takes a second to load, is not."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def library_threads(count: int) -> Iterator[None]:
     """Let torch and faiss use ``count`` threads inside the block, as before after it.
 
-    faiss is left alone where nothing has imported it.
+    What nothing has imported is left alone.
     """
-    import torch
-
-    faiss = sys.modules.get("faiss")
-    before = torch.get_num_threads(), faiss.omp_get_max_threads() if faiss else 0
+    torch, faiss = sys.modules.get("torch"), sys.modules.get("faiss")
+    given = given_threads()
+    before = torch.get_num_threads() if torch else 0, faiss.omp_get_max_threads() if faiss else 0
     set_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
+        _held.__dict__["threads"] = given
+        if torch:
+            torch.set_num_threads(before[0])
         if faiss:
             faiss.omp_set_num_threads(before[1])
 
 
-def set_threads(count: int) -> None:
-    """Let torch use ``count`` threads when called from this one, and faiss where it is imported."""
-    import torch
+def given_threads() -> int:
+    """Return how many threads this thread was given, by `library_threads`; else one a core."""
+    return int(_held.__dict__.get("threads", 0)) or cores()
 
-    torch.set_num_threads(count)
+
+def set_threads(count: int) -> None:
+    """Let torch and faiss, where imported, use ``count`` threads when called from this one."""
+    _held.__dict__["threads"] = count
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
     if "faiss" in sys.modules:
         sys.modules["faiss"].omp_set_num_threads(count)
 

@@ -13,7 +13,8 @@ import numpy as np
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.groups.blocks import slices
 from snipdedup.groups.members import Members, group_starts
-from snipdedup.join.forest import Edges, link_smaller, number_ends
+from snipdedup.join.forest import Edges, number_ends
+from snipdedup.native.fallback import link_smaller
 
 
 class Counts(NamedTuple):

@@ -19,8 +19,7 @@ from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.blocks import slices
 from snipdedup.groups.members import Members
-from snipdedup.groups.star import torch_threads
-from snipdedup.parallel import ordered_map, scratch
+from snipdedup.parallel import given_threads, ordered_map, scratch
 from snipdedup.storage.external_sort import Columns, among
 
 GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
@@ -192,5 +191,5 @@ def pair_cosines(features: Features, a: np.ndarray, b: np.ndarray) -> np.ndarray
         raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
         return indexed_cosines(raw, raw, *np.split(place, 2))
 
-    parts = ordered_map(compare, plan_blocks(len(a), GATHER_PAIRS), torch_threads())
+    parts = ordered_map(compare, plan_blocks(len(a), GATHER_PAIRS), given_threads())
     return np.concatenate([np.empty(0, np.float32), *parts])

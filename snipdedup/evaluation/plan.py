@@ -304,16 +304,22 @@ def probe(
         encoding = seconds_of(encode) / timed
         homes = np.load(folder / "homes.npy")
         visits = np.diff(np.load(folder / "starts.npy"))
-        codes = encode_rows(model.projection, raw[:PAIR_ROWS], 1)
-        pairs = count_pairs(raw[: len(codes)], codes, model, source.rows if source else rows)
+        codes, wide = (
+            np.empty((len(raw[:PAIR_ROWS]), 0), np.int8) if side is None
+            else encode_rows(side, raw[:PAIR_ROWS], 1)
+            for side in (model.narrow, model.wide)
+        )  # fmt: skip
+        pairs = count_pairs(raw[: len(codes)], codes, wide, model, source.rows if source else rows)
 
         some = np.arange(min(len(codes), TIMED_ROWS))
         few, lists = codes[: len(some)], CoarseLists(codes[: 1 << 8], 0.0, 0.0)
         row_list = seconds_of(lambda: assign_lists(few, lists)) / len(few) / len(lists.centroids)
-        members, columns = CodedRows(some, few, np.zeros(len(some))), min(COLUMN_TILE, len(some))
+        falls = np.zeros(len(some), np.float32)
+        members = CodedRows(some, few, falls, wide[: len(some)], falls)
+        columns = min(COLUMN_TILE, len(some))
 
         def multiply() -> Any:
-            return compare_tiles(sample, members, columns, limit=model.limit, threshold=threshold)
+            return compare_tiles(sample, members, columns, limits=model.limits, threshold=threshold)
 
         multiplying = seconds_of(multiply)
         other = np.roll(some, len(some) // 2)
@@ -324,7 +330,7 @@ def probe(
     return Rates(
         dim=raw.shape[1],
         itemsize=raw.dtype.itemsize,
-        width=model.projection.width,
+        width=sum(model.widths),
         fit=fitting / (calibration_rows(len(raw)) + training_rows(len(raw), nlist)),
         row=max(0.0, encoding - row_list * nlist),
         row_list=row_list,
@@ -371,14 +377,15 @@ def draw_sample(features: Features | None, rows: int, dim: int, seed: int) -> np
 
 
 def count_pairs(
-    raw: np.ndarray, codes: np.ndarray, model: Model, rows: int
+    raw: np.ndarray, codes: np.ndarray, wide: np.ndarray, model: Model, rows: int
 ) -> tuple[float, float, float]:
     """Return `Rates`' false_pairs, crowded_pairs and duplicates, by a sample of a set.
 
     A sample of n of N rows has each pair of the set with probability (n / N)².
     """
     first = np.sort(np.unique(row_hashes(raw), return_index=True)[1])
-    a, b = close_pairs(codes[first], model.limit, 1)
+    both = (wide[first], model.limits.wide) if model.wide else None
+    a, b = close_pairs(codes[first], model.limits.narrow, 1, both)
     degree = np.bincount(np.concatenate([a, b]), minlength=len(first))
     large = np.maximum(degree[a], degree[b]) >= CROWDED_DEGREE
     i, j = first[a[~large]], first[b[~large]]

@@ -9,109 +9,89 @@ where their rounding would change that no order could change it (`unsettled`).
 
 from __future__ import annotations
 
-import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.parallel import scratch
+from snipdedup import native
+from snipdedup.native.fallback import row_sums
 
 # float32 unit rows give dot products this close to the cosine, at any width up to 65,536.
 PROPOSAL_ERROR = 1e-5
-PLAIN_NORM = 1e15  # norms up to here, and from its inverse on, are safe in float32
-FEW_ROWS = 4096  # whose conversion is not worth a second for torch to be imported
+PLAIN_NORM = np.float32(1e15)  # norms up to here, and from its inverse on, are safe in float32
 SAFE_PEAK = 1e100  # squares of larger (or inversely smaller) float64 values could overflow
-SQUARE_BYTES = 1 << 22  # of rows whose squares are laid out at a time
-PAIRS_AT_ONCE = 256  # whose rows are laid side by side, to stay in the cache
-FEW_COLUMNS = 8  # added up one by one
-HALF_ULP = 2.0**-53  # relative error of one operation in float64
+LENGTH = 127 * 256  # the norm of a row's integers is at most this
 
 
 class Directions(NamedTuple):
     """Rows in float32, and what scales each to norm 1.
 
-    ``values`` is an (n, d) and ``factor`` an (n,) float32 tensor. ``bad``, (n,) bool, are rows that
-    cannot be compared (NaN, infinity, or all zeros); their values are zeros.
+    Attributes
+    ----------
+    values : (n, d) float32
+        Zeros where a row cannot be compared.
+    factor : (n,) float32
+    bad : (n,) bool
+        Rows that cannot be compared: NaN, infinity, or all zeros.
     """
 
-    values: Any
-    factor: Any
+    values: np.ndarray
+    factor: np.ndarray
     bad: np.ndarray
 
     def unit(self) -> np.ndarray:
         """Return the rows scaled to norm 1, (n, d) float32."""
-        return np.asarray((self.values * self.factor[:, None]).numpy())
+        return self.values * self.factor[:, None]
 
 
-def directions(rows: np.ndarray, wide: Any = None) -> Directions:
-    """Return the directions of (n, d) rows, accurate to float32 whatever their norms are.
+def directions(rows: np.ndarray) -> Directions:
+    """Return the directions of rows, accurate to float32 whatever their norms are.
 
-    ``wide``, a (>= n, d) float32 tensor, is memory for the values of float16 rows.
+    ``rows`` are (n, d) float16, float32 or float64.
     """
-    import torch
-
-    raw = torch.from_numpy(np.ascontiguousarray(rows))
-    if rows.dtype == np.float16:  # torch converts float16 several times faster than numpy
-        values = raw.float() if wide is None else wide[: len(rows)].copy_(raw)
-    else:
-        values = raw.float()
-    norms = plain_norms(values)
-    factor, bad = 1 / norms, np.zeros(len(rows), bool)
-    odd = ~((norms > 1 / PLAIN_NORM) & (norms < PLAIN_NORM)).numpy()
-    if odd.any():  # NaN is odd too
-        unit = torch.from_numpy(unit_rows64(rows[odd])).float()
-        values = values.clone() if values.data_ptr() == raw.data_ptr() else values
-        values[odd], factor[odd] = unit, 1.0
-        bad[odd] = ~unit.any(1).numpy()
+    values, (_, norms) = native.widen(rows), native.whole_rows(rows, 1)
+    bad, odd, unit = odd_rows(rows, norms)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = 1 / norms
+    values[odd], factor[odd] = unit, 1
     return Directions(values, factor, bad)
 
 
-def plain_norms(values: Any) -> Any:
-    """Return the norm of each row of an (n, d) float32 tensor, (n,); see `square_sums`."""
-    import torch
+def integer_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows as integers of norm `longest`, (n, d) int16, and which cannot be compared.
 
-    return torch.from_numpy(square_sums(values.numpy())).sqrt_()
-
-
-def square_sums(values: np.ndarray) -> np.ndarray:
-    """Return the squared norm of each row, (n,), of an (n, d) float32 or float64 array.
-
-    They are rounded alike on every processor; see `row_sums`.
+    These become zeros.
     """
-    step = max(1, SQUARE_BYTES // max(1, values[:1].nbytes))
-    squares = scratch("squares", (min(step, len(values)), values.shape[1]), values.dtype)
-    sums = np.empty(len(values), values.dtype)
-    for start in range(0, len(values), step):
-        part = values[start : start + step]
-        with np.errstate(invalid="ignore", over="ignore"):
-            terms: Any = np.multiply(part, part, out=squares[: len(part)])
-            if "torch" in sys.modules:  # adds faster than numpy; the same
-                terms = sys.modules["torch"].from_numpy(terms)
-            sums[start : start + len(part)] = row_sums(terms)
-    return sums
+    most = longest(rows.shape[1])
+    whole, norms = native.whole_rows(rows, most)
+    bad, odd, unit = odd_rows(rows, norms)
+    whole[odd] = np.rint(unit * np.float32(most))
+    return whole, bad
 
 
-def row_sums(terms: Any) -> Any:
-    """Return the sums over the last axis of an array or tensor; spoils ``terms``.
+def odd_rows(rows: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which rows cannot be compared, (n,) bool, and the rows that float32 norms do not suit.
 
-    The second half is added to the first, until few columns are left: only sums of whole columns,
-    always in the same order, which every processor rounds alike.
+    Of the latter the places, (o,) int64, and unit rows, (o, d) float32; bad ones are zeros.
     """
-    width = terms.shape[-1]
-    while width > FEW_COLUMNS:
-        half = width // 2
-        part = terms[..., :half]
-        part += terms[..., width - half : width]
-        width -= half
-    total = 0 * terms[..., 0] if not width else terms[..., 0] + 0
-    for column in range(1, width):
-        total += terms[..., column]
-    return total
+    odd = np.flatnonzero(~((norms > 1 / PLAIN_NORM) & (norms < PLAIN_NORM)))  # NaN is odd too
+    bad = np.zeros(len(rows), bool)
+    unit = unit_rows64(rows[odd]).astype(np.float32)
+    bad[odd] = ~unit.any(1)
+    return bad, odd, unit
+
+
+def longest(dim: int) -> int:
+    """Return the norm that rows are scaled to before they are rounded to integers.
+
+    Rounding lengthens a row by half a unit a coordinate at most; one more is for float32.
+    """
+    return LENGTH - 1 - int(np.ceil(dim**0.5 / 2))
 
 
 def bad_rows(rows: np.ndarray) -> np.ndarray:
     """Return which rows of (n, d) cannot be compared, (n,) bool: NaN, infinity, or all zeros."""
-    return directions(rows).bad
+    return odd_rows(rows, native.whole_rows(rows, 1)[1])[0]
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -125,7 +105,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 def unit_rows64(rows: np.ndarray) -> np.ndarray:
     """Return rows scaled to norm 1 in float64; bad rows become zeros."""
     values = rescaled64(rows)
-    norms = np.sqrt(square_sums(values))
+    norms = np.sqrt(row_sums(values * values))
     norms[~np.isfinite(norms) | (norms == 0)] = np.inf
     values[np.isinf(norms)] = 0
     values /= norms[:, None]
@@ -138,57 +118,26 @@ def pair_cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     A float64 dot product over float64 norms of the rows as stored, rounded to float32; rows that
     are equal bit for bit have exactly 1. The same on every processor.
     """
-    differ = np.flatnonzero(~same_bits(x, y))
-    cosine = np.ones(len(x), np.float32)
-    if not len(differ):
-        return cosine
-    if len(differ) < len(x):
-        x, y = x[differ], y[differ]
-    a, b = rescaled64(x), rescaled64(y)
-    quick = quotients(row_dots(a, b), row_dots(a, a), row_dots(b, b))
-    found = quick.astype(np.float32)
-    again = np.flatnonzero(unsettled(quick, a.shape[1]))
-    if len(again):
-        a, b = a[again], b[again]
-        sums = [row_sums(left * right) for left, right in ((a, b), (a, a), (b, b))]
-        found[again] = quotients(*sums).astype(np.float32)
-    cosine[differ] = np.minimum(found, np.float32(1))
-    return cosine
+    places = np.arange(len(x))
+    return indexed_cosines(x, y, places, places)
 
 
 def indexed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Return the cosines of rows i of x with rows j of y, (n,) float32; see `pair_cosine`."""
-    parts = [np.empty(0, np.float32)]
-    for start in range(0, len(i), PAIRS_AT_ONCE):
-        span = slice(start, start + PAIRS_AT_ONCE)
-        parts.append(pair_cosine(np.take(x, i[span], axis=0), np.take(y, j[span], axis=0)))
-    return np.concatenate(parts)
-
-
-def quotients(dots: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return cosines from dot products and squared norms, (n,) float64."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(dots / (np.sqrt(x) * np.sqrt(y)))
-
-
-def unsettled(cosine: np.ndarray, dim: int) -> np.ndarray:
-    """Return which float64 cosines another order of adding could round to another float32, bool.
-
-    A dot product of ``dim`` terms is off by at most so many half ulps of the product of the norms,
-    in whatever order (Higham, 2002, section 3.1), and so are squared norms.
-    """
-    error = 2 * (2 * dim + 16) * HALF_ULP
-    low, high = (cosine - error).astype(np.float32), (cosine + error).astype(np.float32)
-    return np.asarray((low != high) & np.isfinite(cosine))
-
-
-def row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the dot product of each row with the same row of another array, (n,).
-
-    One product a row, in BLAS: twice as fast as einsum, and as independent of the other rows.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.asarray(np.matmul(a[:, None, :], b[:, :, None])[:, 0, 0])
+    if x is not y and len(i) < len(x):
+        used, i = np.unique(i, return_inverse=True)
+        x = x[used]
+    if x is not y and len(j) < len(y):
+        used, j = np.unique(j, return_inverse=True)
+        y = y[used]
+    left = rescaled(x)
+    right = left if y is x else rescaled(y)
+    x_norms = native.square_norms(left)
+    y_norms = x_norms if y is x else native.square_norms(right)
+    found = native.cosines(left, right, i, j, x_norms, y_norms)
+    if left is not x or right is not y:
+        found[same_bits(x[i], y[j])] = 1
+    return found
 
 
 def same_bits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -200,15 +149,16 @@ def same_bits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def rescaled64(rows: np.ndarray) -> np.ndarray:
     """Return a float64 copy of rows, scaled by powers of two only where squares could overflow."""
-    if rows.dtype != np.float64 and len(rows) <= FEW_ROWS and "torch" not in sys.modules:
-        return rows.astype(np.float64)  # exact, whoever converts
-    if rows.dtype != np.float64:  # squares of float16 and float32 fit float64
-        import torch  # converts float16 several times faster than numpy
+    return rescaled(rows.astype(np.float64))
 
-        return np.asarray(torch.from_numpy(np.ascontiguousarray(rows)).float().double().numpy())
-    values = rows.copy()
-    peaks = np.abs(values).max(axis=1, initial=0)
+
+def rescaled(rows: np.ndarray) -> np.ndarray:
+    """Return rows, float64 ones scaled by powers of two where their squares could overflow."""
+    if rows.dtype != np.float64:  # squares of float16 and float32 fit float64
+        return rows
+    peaks = np.abs(rows).max(axis=1, initial=0)
     wild = np.isfinite(peaks) & (peaks > 0) & ((peaks > SAFE_PEAK) | (peaks < 1 / SAFE_PEAK))
     if wild.any():
-        values[wild] = np.ldexp(values[wild], -np.frexp(peaks[wild])[1][:, None])
-    return values
+        rows = rows.copy()
+        rows[wild] = np.ldexp(rows[wild], -np.frexp(peaks[wild])[1][:, None])
+    return rows

@@ -14,14 +14,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from snipdedup import native
 from snipdedup.features.formats import ArrayShard, Shard
-from snipdedup.parallel import scratch
+from snipdedup.native.fallback import HALF, MIXER
 from snipdedup.storage.remote import RemotePath, map_requests
 
-HASH_BYTES = 1 << 18  # of rows hashed at a time: they stay in the cache while they are mixed
 READ_BYTES = 1 << 24  # of a shard read at a time
-HALF = np.uint64(32)
-MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
 FEW_ROWS = 16  # fewer may well be equal though nobody copied them
 HARD = 10**6  # steps that numpy may take to tell whether two arrays share memory
 
@@ -41,23 +39,13 @@ def row_hashes(rows: np.ndarray) -> np.ndarray:
         data = np.pad(data, ((0, 0), (0, padding)))
     words = data.view(np.uint64)
     offsets = np.random.default_rng(0x5E1F).integers(0, 2**64, words.shape[1], np.uint64)
-    hashes = np.empty(len(words), np.uint64)
-    step = max(1, HASH_BYTES // max(1, words[:1].nbytes))
-    for start in range(0, len(words), step):
-        part = words[start : start + step]
-        part = (mixed(part) if rows.dtype.itemsize == words.itemsize else part) + offsets
-        np.einsum("ij,ij->i", part[:, 0::2], part[:, 1::2], out=hashes[start : start + step])
-    return hashes
+    return native.word_hashes(words, offsets, rows.dtype.itemsize == words.itemsize)
 
 
 def mixed(words: np.ndarray) -> np.ndarray:
-    """Return words mixed one by one, different ones differently; overwritten by the next call."""
-    found, moved = (scratch(use, words.shape, np.uint64) for use in ("mixed", "moved"))
-    np.right_shift(words, HALF, out=moved)
-    np.bitwise_xor(words, moved, out=found)
-    np.multiply(found, MIXER, out=found)
-    np.right_shift(found, HALF, out=moved)
-    return np.bitwise_xor(found, moved, out=found)
+    """Return words mixed one by one, different ones differently."""
+    words = (words ^ (words >> HALF)) * MIXER
+    return np.asarray(words ^ (words >> HALF))
 
 
 def rows_checksum(hashes: np.ndarray, first: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.errors import InputError
-from snipdedup.features.cosine import Directions, bad_rows, directions, same_bits
+from snipdedup.features.cosine import bad_rows, integer_rows, same_bits
 from snipdedup.features.hashing import Checksums, row_hashes, sum_checksums
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import ordered_map, scratch
@@ -27,7 +27,7 @@ SORT_ROWS = 1 << 22  # rows sorted by their hashes at a time
 COMPARE_ROWS = 4096  # rows gathered at a time to compare copies
 SHOWN_ROWS = 3  # bad rows named in a message
 
-Visit = Callable[[int, np.ndarray, Directions], None]
+Visit = Callable[[int, np.ndarray, np.ndarray], None]
 
 
 class Scan(NamedTuple):
@@ -100,25 +100,22 @@ def read_range(
 ) -> Seen:
     """Read global rows ``begin`` to ``end``; ``begin`` is a multiple of `BLOCK`.
 
-    ``visit(first row, rows, directions)`` sees each block of `BLOCK` rows, in order.
+    ``visit(first row, rows, integer rows)`` sees each block of `BLOCK` rows, in order.
     """
-    import torch
-
     hashes: list[np.ndarray] = []
     bad, checksums = [], []
     chunk = min(whole_blocks(chunk_rows), whole_blocks(end - begin))
     buffer = scratch("rows read", (chunk, features.dim), features.dtype)
-    wide = torch.from_numpy(scratch("rows wide", (BLOCK, features.dim), np.float32))
     for start, stop in plan_blocks(end - begin, chunk):
         rows = features.read(begin + start, begin + stop, buffer)
         known = len(hashes)
         for low, high in plan_blocks(len(rows), BLOCK):
             first, block = begin + start + low, rows[low:high]
-            found = directions(block, wide)
-            bad.append(np.flatnonzero(found.bad) + first)
+            whole, odd = integer_rows(block)
+            bad.append(np.flatnonzero(odd) + first)
             hashes.append(row_hashes(block))
             if visit is not None:
-                visit(first, block, found)
+                visit(first, block, whole)
         checksums += features.checksums(begin + start, rows, np.concatenate(hashes[known:]))
     return Seen(checksums, np.concatenate(bad), np.concatenate(hashes))
 

@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import PROPOSAL_ERROR, directions, indexed_cosines, unit_rows
+from snipdedup import native
+from snipdedup.features.cosine import PROPOSAL_ERROR, indexed_cosines, unit_rows
 from snipdedup.features.shards import plan_blocks
-from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.projection import WIDTHS, fit_projection
-from snipdedup.join.verify import listed_products
 
 BLOCK = 2048  # rows decided, or kept rows compared with, at a time
 FIT_ROWS = 1 << 14
@@ -37,13 +36,9 @@ class CodedGroup(NamedTuple):
 
     def candidates(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which places x may pair with which places y: two (n,) int64 arrays of places."""
-        import torch
-
-        kernel = pick_kernel("cpu")
-        columns = kernel.prepare(torch.from_numpy(self.codes[y]))
-        products = kernel.multiply(torch.from_numpy(self.codes[x]), columns)
         lowest = self.limit - self.corrections[y].max(initial=0)
-        i, j = hit_places(products, lowest - self.corrections[x])
+        columns = native.columns(self.codes[y])
+        i, j = native.hits(self.codes[x], columns, lowest - self.corrections[x])
         return x[i], y[j]
 
     def blocks(
@@ -55,16 +50,10 @@ class CodedGroup(NamedTuple):
             distinct, back = np.unique(ends, return_inverse=True)
             yield self.gather(distinct), back[: stop - start], back[stop - start :]
 
-    def are_pairs(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Return which of the places x, y are pairs by their cosine, (n,) bool."""
-        limit = np.float32(self.threshold)
-        parts = [np.empty(0, bool)]
-        for raw, i, j in self.blocks(x, y):
-            product = listed_products(directions(raw), i, j)
-            close = np.flatnonzero(np.abs(product - limit) <= PROPOSAL_ERROR)
-            product[close] = indexed_cosines(raw, raw, i[close], j[close])
-            parts.append(product >= limit)
-        return np.concatenate(parts)
+    def cosines(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the cosines of places x and y, (n,) float32."""
+        parts = [indexed_cosines(raw, raw, i, j) for raw, i, j in self.blocks(x, y)]
+        return np.concatenate([np.empty(0, np.float32), *parts])
 
 
 def star_huge(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +68,7 @@ def star_huge(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.nd
         unseen = np.setdiff1d(places, np.concatenate([x for x, _ in found]))  # hardly ever any
         found.append((np.repeat(unseen, len(kept)), np.tile(kept, len(unseen))))
         x, y = (np.concatenate(side) for side in zip(*found, strict=True))
-        representative[places], similarity[places] = nearest_candidates(coded, x, y, places)
+        representative[places], similarity[places] = nearest_candidates(coded, x, y)
     return representative, similarity
 
 
@@ -110,7 +99,7 @@ def decide_kept(coded: CodedGroup) -> np.ndarray:
             rest = np.delete(np.arange(len(x)), first)
             for pairs in (first, rest):
                 at = pairs[~covered[x[pairs] - start]]
-                true = coded.are_pairs(x[at], y[at])
+                true = coded.cosines(x[at], y[at]) >= np.float32(coded.threshold)
                 covered[x[at][true] - start] = True
         left = block[~covered]
         is_kept[left] = kept_within(coded.gather(coded.rows[left]), coded.threshold)
@@ -119,10 +108,8 @@ def decide_kept(coded: CodedGroup) -> np.ndarray:
 
 def kept_within(raw: np.ndarray, threshold: float) -> np.ndarray:
     """Return which rows of a block pair with no kept row of it before them, (n,) bool."""
-    import torch
-
-    unit = torch.from_numpy(unit_rows(raw))
-    table = (unit @ unit.T).numpy()
+    unit = unit_rows(raw)
+    table = unit @ unit.T
     i, j = np.nonzero(np.abs(table - np.float32(threshold)) <= PROPOSAL_ERROR)
     table[i, j] = indexed_cosines(raw, raw, i, j)
     match = table >= np.float32(threshold)
@@ -135,21 +122,13 @@ def kept_within(raw: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def nearest_candidates(
-    coded: CodedGroup, x: np.ndarray, y: np.ndarray, places: np.ndarray
+    coded: CodedGroup, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each of the ascending ``places`` its nearest row among the pairs (x, y).
+    """Return for each place its nearest row among the pairs (x, y).
 
     The row, (n,) int64, of several the smallest; and their cosine, (n,) float32.
     """
-    none = np.empty(0, np.float32)
-    parts = [listed_products(directions(raw), i, j) for raw, i, j in coded.blocks(x, y)]
-    product = np.concatenate([none, *parts])
-    best = np.full(len(places), -2, np.float32)
-    np.maximum.at(best, np.searchsorted(places, x), product)
-    close = np.flatnonzero(product >= best[np.searchsorted(places, x)] - PROPOSAL_ERROR)
-    x, y = x[close], y[close]
-    parts = [indexed_cosines(raw, raw, i, j) for raw, i, j in coded.blocks(x, y)]
-    cosine = np.concatenate([none, *parts])
+    cosine = coded.cosines(x, y)
     order = np.lexsort((coded.rows[y], -cosine, x))
     first = order[np.unique(x[order], return_index=True)[1]]
     return coded.rows[y[first]], cosine[first]

@@ -17,7 +17,7 @@ from snipdedup.features.cosine import indexed_cosines, unit_rows64
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Nearest, group_starts
 from snipdedup.join.forest import BLOCK_EDGES, order_by
-from snipdedup.join.verify import GATHER_PAIRS, verify_block
+from snipdedup.join.verify import GATHER_PAIRS, every_edge
 from snipdedup.parallel import ordered_map
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
@@ -128,7 +128,7 @@ def find_nearest(
     """Return the nearest row of ``a`` for each of ``b`` that matches one; see the plan."""
     if not pairs:
         return nearest_dense(features, a, b).at(threshold)
-    edges = verify_block(features, a, b, threshold, every=True)
+    edges = every_edge(features, a, b, threshold)
     order = np.lexsort((edges.a, -edges.similarity, edges.b))
     first = order[np.unique(edges.b[order], return_index=True)[1]]
     return Nearest(edges.b[first], edges.a[first], edges.similarity[first])
@@ -162,9 +162,7 @@ def likely_cosines(
     Elsewhere, and where they are below the highest that is known of each row, ``best``, they may be
     one float32 step too low. ``unit`` are the rows as float64 unit rows.
     """
-    import torch
-
-    product = (torch.from_numpy(unit) @ torch.from_numpy(unit_rows64(others)).T).numpy()
+    product = unit @ unit_rows64(others).T
     error = 4 * unit.shape[1] * np.finfo(np.float64).eps  # of both, by any order of sums
     low, high = (np.minimum(product + side, 1).astype(np.float32) for side in (-error, error))
     enough = np.maximum(best, low.max(axis=1))

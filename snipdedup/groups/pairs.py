@@ -17,7 +17,7 @@ from snipdedup.groups.members import group_starts
 from snipdedup.groups.star import Also
 from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import Edges, components
-from snipdedup.join.verify import verify_block
+from snipdedup.join.verify import every_edge
 from snipdedup.parallel import ordered_map
 from snipdedup.storage import atomic
 
@@ -54,7 +54,7 @@ def pairs_within(
         part = row[begin:end]
         if i < 0:
             a, b = listed_pairs(np.diff(group_starts(group[begin:end])))
-            edges = verify_block(features, part[a], part[b], threshold, every=True)
+            edges = every_edge(features, part[a], part[b], threshold)
         else:
             left = load_panel(features, part[i : i + TILE])
             right = left if j == i else load_panel(features, part[j : j + TILE])

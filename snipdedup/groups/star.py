@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import pair_cosine, row_sums, unit_rows64, unsettled
+from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.groups.huge_star import Gather, star_huge
 from snipdedup.groups.members import (
     Best,
@@ -26,7 +26,8 @@ from snipdedup.groups.members import (
     sort_members,
 )
 from snipdedup.join.forest import Edges, components
-from snipdedup.parallel import ordered_map
+from snipdedup.native.fallback import row_sums, unsettled
+from snipdedup.parallel import given_threads, ordered_map
 
 STAR_BLOCK = 1024  # rows of a large group compared at once
 PACKED_GROUP = 32  # groups up to this size are compared many at a time
@@ -80,13 +81,11 @@ class Compare(NamedTuple):
 
 
 def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the cosines of float64 unit rows, (..., m, n) float32, on the threads torch has.
+    """Return the cosines of float64 unit rows, (..., m, n) float32.
 
     The same on every processor, but for those below `NO_COSINE` in size.
     """
-    import torch
-
-    quick = (torch.from_numpy(x) @ torch.from_numpy(y).mT).numpy()
+    quick = x @ y.swapaxes(-1, -2)
     cosine = quick.astype(np.float32)
     again = unsettled(quick, x.shape[-1])
     again &= np.abs(quick) > NO_COSINE
@@ -160,19 +159,12 @@ def group_star(
     batches = list(star_batches(starts, open_))
     huge = [p.ndim == 1 and p.size > FLOAT64_GROUP for p in batches]  # on all threads, one by one
     alone, beside = (list(compress(batches, which)) for which in (huge, np.logical_not(huge)))
-    with closing(ordered_map(decide, beside, torch_threads())) as others:
+    with closing(ordered_map(decide, beside, given_threads())) as others:
         for places, chosen, cosine in chain(map(decide, alone), others):
             representative[places], similarity[places] = chosen, cosine
             done(places.size - (len(places) if places.ndim == 2 else 1))
     is_dup = out | (representative != row)
     return sort_members(Members(row, group, representative, similarity, is_dup))
-
-
-def torch_threads() -> int:
-    """Return how many threads torch has been given."""
-    import torch
-
-    return torch.get_num_threads()
 
 
 def star_batches(starts: np.ndarray, open_: np.ndarray) -> Iterator[np.ndarray]:

@@ -9,15 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.features.cosine import (
-    PROPOSAL_ERROR,
-    indexed_cosines,
-    unit_rows,
-    unit_rows64,
-    unsettled,
-)
+from snipdedup.features.cosine import PROPOSAL_ERROR, indexed_cosines, unit_rows, unit_rows64
 from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
+from snipdedup.native.fallback import unsettled
 from snipdedup.parallel import ordered_map
 
 TILE = 2048  # rows of a tile's sides
@@ -115,10 +110,8 @@ def tile_forest(
 
 def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> Edges:
     """Return all pairs between `TILE` rows of two panels, from places i and j on."""
-    import torch
-
     x, y = left.unit[i : i + TILE], right.unit[j : j + TILE]
-    product = (torch.from_numpy(x) @ torch.from_numpy(y).T).numpy()
+    product = x @ y.T
     limit = np.float32(threshold) - np.float32(PROPOSAL_ERROR)
     a, b = np.divmod(np.flatnonzero(product.ravel() >= limit), len(y))
     if left is right and i == j:

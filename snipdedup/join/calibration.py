@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from snipdedup import native
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import plan_blocks
 from snipdedup.join.forest import Edges, components, forest_places
-from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.lists import ASSIGN_BLOCK, home_lists, nearness, squared_norms
 from snipdedup.join.projection import Projection, encode_rows
 from snipdedup.parallel import ordered_map
@@ -202,9 +202,10 @@ def drawn_pairs(
 
 def nearest_other(codes: np.ndarray, count: int, threads: int) -> np.ndarray:
     """Return for each of the first codes the place of the other code nearest to it, (count,)."""
+    columns = native.columns(codes)
 
     def find(span: tuple[int, int]) -> np.ndarray:
-        near = nearness(codes[slice(*span)], codes).numpy()
+        near = nearness(codes[slice(*span)], codes, columns)
         rows = np.arange(len(near))
         near[rows, rows + span[0]] = near.min()
         return near.argmax(1)
@@ -213,30 +214,34 @@ def nearest_other(codes: np.ndarray, count: int, threads: int) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
-def close_pairs(codes: np.ndarray, limit: float, threads: int) -> tuple[np.ndarray, np.ndarray]:
+def close_pairs(
+    codes: np.ndarray, limit: float, threads: int, wide: tuple[np.ndarray, float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs (a < b) of codes whose product reaches ``limit``.
 
-    Of a tile in which very many do, some: a sample of mostly alike rows must not fill the memory.
+    ``wide`` are wider codes of the same rows, whose product must reach a limit too. Of a tile in
+    which very many do, some: a sample of mostly alike rows must not fill the memory.
     """
-    import torch
+    spans = plan_blocks(len(codes), PAIR_BLOCK)
+    columns = [native.columns(codes[slice(*span)]) for span in spans]
 
-    kernel = pick_kernel("cpu")
-
-    def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        columns = kernel.prepare(torch.from_numpy(codes[slice(*span)]))
+    def find(place: int) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = spans[place]
+        limits = np.full(stop - start, limit)
         found = [(np.empty(0, np.int64),) * 2]
-        for row in range(0, span[1], PAIR_BLOCK):
-            block = torch.from_numpy(codes[row : row + PAIR_BLOCK])
-            i, j = hit_places(kernel.multiply(block, columns), np.full(len(block), limit))
+        for other, (first, _) in enumerate(spans[: place + 1]):
+            both = None
+            if wide is not None:
+                at = slice(*spans[other])
+                both = wide[0][start:stop], wide[0][at], np.full(stop - start, wide[1])
+            i, j = native.hits(codes[start:stop], columns[other], limits, both, first=start - first)
             every = 1 + len(i) // TILE_PAIRS
-            i, j = i[::every], j[::every]
-            once = i + row < j + span[0]
-            found.append((i[once] + row, j[once] + span[0]))
+            found.append((j[::every].astype(np.int64) + first, i[::every].astype(np.int64) + start))
         a, b = (np.concatenate(side) for side in zip(*found, strict=True))
         return a, b
 
     parts = [(np.empty(0, np.int64),) * 2]
-    parts += ordered_map(find, plan_blocks(len(codes), PAIR_BLOCK), threads)
+    parts += ordered_map(find, range(len(spans)), threads)
     a, b = (np.concatenate(side) for side in zip(*parts, strict=True))
     return a, b
 
@@ -268,4 +273,4 @@ def paired_products(codes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarr
 
 def row_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the product of each row of codes with the same row of others, (n,) int64."""
-    return np.einsum("ij,ij->i", x, y, dtype=np.int32).astype(np.int64)
+    return native.code_dots(x, y).astype(np.int64)

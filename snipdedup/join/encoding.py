@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.features.cosine import Directions
 from snipdedup.features.scan import Scan, Seen, read_range
 from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges
@@ -41,18 +40,22 @@ def encode_task(
     If most rows are references, these stay in their lists and only the others visit.
     """
     staying = reference_rows if reference_rows > features.rows // 2 else 0
-    codes = np.empty((end - begin, model.projection.width), np.int8)
-    corrections = np.empty(end - begin, np.float32)
+    count, sides = end - begin, (model.narrow, model.wide)
+    codes = [np.empty((count, width), np.int8) for width in model.widths]
+    fall = [np.zeros(count, np.float32) for _ in sides]
     visits: list[Visits] = []
     absorbed: list[Placed] = []
 
-    def encode(first: int, raw: np.ndarray, rows: Directions) -> None:
+    def encode(first: int, raw: np.ndarray, whole: np.ndarray) -> None:
         at = slice(first - begin, first - begin + len(raw))
-        codes[at], excess = model.projection.encode_directions(rows)
-        corrections[at] = model.projection.corrections(excess)
-        placed = model.hubs.place(codes[at], corrections[at], raw)
+        for projection, its_codes, its_fall in zip(sides, codes, fall, strict=True):
+            if projection is not None:
+                its_codes[at], excess = projection.encode_block(raw, whole)
+                its_fall[at] = projection.corrections(excess)
+        sharpest = model.wide is not None
+        placed = model.hubs.place(codes[sharpest][at], fall[sharpest][at], raw)
         radius = visit_radius(placed, model.lists, staying - first, one_sided=staying > 0)
-        found = assign_lists(codes[at], model.lists, radius)
+        found = assign_lists(codes[0][at], model.lists, radius)
         visits.append(found._replace(row=found.row + np.int32(first - begin)))
         absorbed.append(placed._replace(row=placed.row + first))
 
@@ -61,9 +64,11 @@ def encode_task(
     order = sort_small(2 * list_ + ~home, 2 * model.lists.nlist)
     row, list_, home = row[order], list_[order], home[order]
     arrays = {
-        "codes": np.take(codes, row, axis=0),
+        "narrow": np.take(codes[0], row, axis=0),
+        "wide": np.take(codes[1], row, axis=0),
         "rows": row + np.int64(begin),
-        "corrections": corrections[row],
+        "fall": fall[0][row],
+        "wide_fall": fall[1][row],
         "starts": np.searchsorted(list_, np.arange(model.lists.nlist + 1)),
         "homes": np.bincount(list_[home], minlength=model.lists.nlist),
         "hashes": seen.load_hashes(),

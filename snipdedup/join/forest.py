@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup import native
+from snipdedup.native.fallback import find_roots, link_smaller
 from snipdedup.storage.external_sort import Columns, Sorter, pack, row_kind
 
 BUFFER_EDGES = 1 << 22  # edges collected before a forest is reduced again
@@ -71,15 +73,11 @@ def spanning_forest(edges: Edges, reference_rows: int = 0) -> Edges:
 def forest_places(edges: Edges) -> np.ndarray:
     """Return which edges make up the maximum spanning forest, (f,) int64.
 
-    Kruskal's method, a block of edges at a time, the best first.
+    Kruskal's method: the best edge first.
     """
-    order = best_first(edges)
     nodes, start, end = number_ends(edges)
-    sets, chosen = UnionFind(nodes), [np.empty(0, np.int64)]
-    for low in range(0, len(order), BLOCK_EDGES):
-        places = order[low : low + BLOCK_EDGES]
-        chosen.append(places[sets.join_best(start[places], end[places])])
-    return np.concatenate(chosen)
+    parent = np.arange(nodes, dtype=row_kind(nodes))
+    return native.join_best(start, end, parent, best_first(edges))
 
 
 def best_first(edges: Edges) -> np.ndarray:
@@ -141,47 +139,15 @@ class UnionFind:
 
     def find(self, rows: np.ndarray) -> np.ndarray:
         """Return the smallest row connected with each row, in ``parent``'s type."""
-        root = self.parent[rows]
-        open_ = np.flatnonzero(self.parent[root] != root)
-        while len(open_):
-            root[open_] = self.parent[root[open_]]
-            part = root[open_]
-            open_ = open_[self.parent[part] != part]
-        self.parent[rows] = root  # a shorter path the next time
-        return root
+        return find_roots(self.parent, rows)
 
     def join_best(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Connect the ends of edges given best first; return the places of the forest's edges."""
-        u, v = self.find(a), self.find(b)
-        places = np.flatnonzero(u != v)
-        ends = np.concatenate([u[places], v[places]])
-        number = self._number(ends)
-        label = np.arange(len(ends))
-        picks = boruvka(number[: len(places)], number[len(places) :], label)
-        self._point_to_smallest(ends, label[number])
-        return places[picks]
+        return native.join_best(a, b, self.parent)
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
         """Connect the ends of edges whose order does not matter."""
-        ends = np.concatenate([self.find(a), self.find(b)])
-        number = self._number(ends)
-        label = np.arange(len(ends))
-        link_smaller(label, number[: len(a)], number[len(a) :])
-        self._point_to_smallest(ends, label[number])
-
-    def _number(self, ends: np.ndarray) -> np.ndarray:
-        """Return numbers below ``len(ends)``, one a distinct root.
-
-        ``parent`` holds them until `_point_to_smallest` is called, so no memory grows with rows.
-        """
-        self.parent[ends] = np.arange(len(ends))
-        return self.parent[ends].astype(np.int64)
-
-    def _point_to_smallest(self, ends: np.ndarray, label: np.ndarray) -> None:
-        """Let all roots of a component point to the smallest of them."""
-        smallest = np.full(len(ends), ends.max(initial=0))
-        np.minimum.at(smallest, label, ends)
-        self.parent[ends] = smallest[label]
+        native.join_best(a, b, self.parent)
 
     def labels(self) -> np.ndarray:
         """Return the smallest row of each row's component, (rows,): ``parent`` itself."""
@@ -189,56 +155,6 @@ class UnionFind:
             part = slice(start, start + BLOCK_EDGES)
             self.parent[part] = self.find(self.parent[part])
         return self.parent
-
-
-def boruvka(u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return the places of the forest's edges among edges (u, v) given best first.
-
-    In each round every component takes its best edge. ``label``, (nodes,) int64, is each node's own
-    number, and becomes the smallest of its component.
-    """
-    start, end, rank = u, v, np.arange(len(u))
-    chosen = np.zeros(len(u), bool)
-    while len(u):
-        best = best_edge(u, v, rank, len(label))
-        picks = best[best < len(start)]
-        chosen[picks] = True
-        link_smaller(label, label[start[picks]], label[end[picks]])
-        u, v = label[u], label[v]
-        open_ = u != v
-        u, v, rank = u[open_], v[open_], rank[open_]
-    return np.flatnonzero(chosen)
-
-
-def best_edge(u: np.ndarray, v: np.ndarray, rank: np.ndarray, nodes: int) -> np.ndarray:
-    """Return for each node the smallest rank of an edge at it, else the largest int64.
-
-    ``rank`` is ascending.
-    """
-    best = np.full(nodes, np.iinfo(np.int64).max)
-    best[u[::-1]] = rank[::-1]  # from the worst edge to the best: the last assignment holds
-    other = np.full(nodes, np.iinfo(np.int64).max)
-    other[v[::-1]] = rank[::-1]
-    return np.minimum(best, other)
-
-
-def link_smaller(label: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
-    """Join the components of ``u`` and ``v`` in place; labels become each component's smallest.
-
-    Union by minimum with pointer jumping. ``label`` must be fully compressed (label[label] ==
-    label) before, and is so afterwards.
-    """
-    while len(u):
-        low, high = np.minimum(u, v), np.maximum(u, v)
-        np.minimum.at(label, high, low)
-        while True:
-            jumped = label[label]
-            if np.array_equal(jumped, label):
-                break
-            label[:] = jumped
-        u, v = label[u], label[v]
-        open_ = u != v
-        u, v = u[open_], v[open_]
 
 
 class ForestBuilder:

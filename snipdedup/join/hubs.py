@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from snipdedup import native
 from snipdedup.errors import DamagedError
 from snipdedup.features.cosine import indexed_cosines, same_bits
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.join.forest import Edges, components, make_edges
-from snipdedup.join.kernels import hit_places, pick_kernel
 from snipdedup.join.projection import Projection
 from snipdedup.parallel import ordered_map
 
@@ -111,8 +111,8 @@ class Hubs:
 
 
 def hub_products(codes: np.ndarray, hubs: np.ndarray) -> np.ndarray:
-    """Return the exact products of codes, (n, h) float32."""
-    return np.asarray(codes.astype(np.float32) @ hubs.T.astype(np.float32))
+    """Return the products of codes, (n, h) int32."""
+    return native.products(codes, native.columns(hubs))
 
 
 def no_hubs(projection: Projection, dim: int, threshold: float) -> Hubs:
@@ -160,15 +160,12 @@ def find_hubs(
 
 def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndarray:
     """Return how many products of each code of ``x`` with those of ``y`` reach a limit, (n,)."""
-    import torch
-
-    kernel = pick_kernel("cpu")
-    columns = kernel.prepare(torch.from_numpy(y))
+    columns = native.columns(y)
 
     def count(span: tuple[int, int]) -> np.ndarray:
-        products = kernel.multiply(torch.from_numpy(x[slice(*span)]), columns)
-        row, _ = hit_places(products, np.full(len(products), limit))
-        return np.bincount(row, minlength=len(products))
+        part = x[slice(*span)]
+        row, _ = native.hits(part, columns, np.full(len(part), limit))
+        return np.bincount(row, minlength=len(part))
 
     parts = list(ordered_map(count, plan_blocks(len(x), BLOCK), threads))
     return np.concatenate([np.empty(0, np.int64), *parts])

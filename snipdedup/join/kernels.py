@@ -1,198 +1,89 @@
-"""Products of int8 codes, by the fastest way that this processor has and computes right.
+"""Where products of codes reach a limit: by the native kernels, or by torch on a GPU.
 
-All kernels take the same codes and give the same integers, so no result depends on which one is
-used. A short self-test at the first use checks each against exact products and times it; one that
-is wrong or rounds is never used.
+Both see the same codes and give the same integers, so no result depends on the device.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from snipdedup.parallel import scratch
+from snipdedup import native
 
-TEST_ROWS, TEST_WIDTH = 512, 256
-TEST_ROUNDS = 15
-RUN = 64  # columns of products among which a hit is looked for at once
-MOST_RUNS = 1 / 4  # share of runs with a hit from which all products are looked at
-CLEARLY = 1.5  # a kernel that was only lucky in one short trial must win by more
+Hits = tuple[np.ndarray, np.ndarray]
 
 
-_testing = threading.RLock()
+def kernel_name(device: str) -> str:
+    """Return the name of the kernels that a device (``cpu``, ``cuda``) uses."""
+    return native.used() if device == "cpu" else device
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One way to compute all products of two blocks of codes on a device, as torch names it.
+class TileColumns:
+    """The columns of some tiles: codes, made ready for products on a device."""
 
-    ``prepare`` brings the columns' codes, an (n, w) int8 tensor, into the form that ``multiply``
-    wants, once a block. ``multiply`` takes an (m, w) int8 tensor and these, and returns (m, n)
-    products as a tensor, int32 or float32, which stands until the thread's next call.
-    """
+    def __init__(
+        self, narrow: np.ndarray, wide: np.ndarray | None, device: str, references: np.ndarray
+    ) -> None:
+        self.wide, self.device, self.references = wide, device, references
+        self.count = len(narrow)
+        self.columns: Any = native.columns(narrow) if device == "cpu" else cuda_columns(narrow)
 
-    name: str
-    device: str
-    prepare: Callable[[Any], Any]
-    multiply: Callable[[Any, Any], Any]
+    def hits(
+        self,
+        narrow: np.ndarray,
+        limits: np.ndarray,
+        wide: np.ndarray | None,
+        wide_limits: np.ndarray,
+        *,
+        first: int,
+        references: np.ndarray,
+        references_only: bool,
+    ) -> Hits:
+        """Return the candidate pairs of rows with the columns, as places, (hits,) int32 each.
+
+        Codes are (n, w) int8, limits (n,) float; for the rest see `native.hits`.
+        """
+        both = None if wide is None or self.wide is None else (wide, self.wide, wide_limits)
+        sides = (references, self.references)
+        known = sides if references_only or any(side.any() for side in sides) else None
+        if self.device == "cpu":
+            return native.hits(
+                narrow, self.columns, limits, both,
+                first=first, references=known, references_only=references_only,
+            )  # fmt: skip
+        i, j = cuda_hits(narrow, self.columns, self.count, limits)
+        keep = j < i.astype(np.int64) + first
+        if known is not None:
+            a, b = references[i], self.references[j]
+            keep &= (a != b) if references_only else ~(a & b)
+        i, j = i[keep], j[keep]
+        if both is not None:
+            keep = native.code_dots(both[0][i], both[1][j]) >= native.whole_limits(wide_limits)[i]
+            i, j = i[keep], j[keep]
+        return i, j
 
 
-def candidates(device: str) -> list[Kernel]:
-    """Return the kernels to try on a device, float32 last: it works everywhere."""
-    int8 = Kernel("int8", device, lambda y: y.T.contiguous(), cpu_int8)
-    if device != "cpu":
-        int8 = Kernel("int8", device, cuda_columns, cuda_int8)
-    # sums of products of codes stay below 2^24, so float32 is exact
-    single = Kernel(
-        "float32", device, lambda y: y.float().T.contiguous(), lambda x, y: x.float() @ y
-    )
-    return [int8, single]
-
-
-def cpu_int8(x: Any, columns: Any) -> Any:
-    """Return int8 products, in memory that is used again."""
+def cuda_columns(codes: np.ndarray) -> Any:
+    """Return columns, (w, n) int8 on CUDA, padded as its int8 product wants them."""
     import torch
 
-    out = torch.from_numpy(scratch("products", (len(x), columns.shape[1]), np.int32))
-    return torch._int_mm(x, columns, out=out)
+    padded = np.zeros((-(-len(codes) // 8) * 8, codes.shape[1]), np.int8)
+    padded[: len(codes)] = codes
+    return torch.from_numpy(padded).to("cuda").T
 
 
-def cuda_columns(y: Any) -> tuple[Any, int]:
-    """Return columns padded as CUDA's int8 product wants them, and how many are real."""
-    import torch
+def cuda_hits(rows: np.ndarray, columns: Any, count: int, limits: np.ndarray) -> Hits:
+    """Return where products reach their row's limit, in row order.
 
-    return torch.nn.functional.pad(y, (0, 0, 0, -len(y) % 8)).T.contiguous(), len(y)
-
-
-def cuda_int8(x: Any, prepared: tuple[Any, int]) -> Any:
-    """Return int8 products on CUDA, which takes more than 16 rows, in multiples of 8."""
-    import torch
-
-    columns, count = prepared
-    rows = max(32, -(-len(x) // 8) * 8)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
-    return torch._int_mm(padded, columns)[: len(x), :count]
-
-
-def pick_kernel(device: str = "cpu") -> Kernel:
-    """Return the fastest kernel of a device (``cpu``, ``cuda``) that passes the self-test."""
-    with _testing:  # two threads that test at once would time each other
-        return _picked(device)
-
-
-@cache
-def _picked(device: str) -> Kernel:
-    best, least = candidates(device)[-1], float("inf")
-    for kernel in candidates(device):  # the first that is right, unless one is clearly faster
-        seconds = trial(kernel, TEST_WIDTH)
-        if seconds is not None and seconds * CLEARLY < least:
-            best, least = kernel, seconds
-    return best
-
-
-def trial(kernel: Kernel, width: int) -> float | None:
-    """Return the best time of a kernel on random codes, None if it fails or is wrong."""
-    import torch
-
-    rng = np.random.default_rng(0)
-    x, y = (rng.integers(-127, 128, (TEST_ROWS, width), np.int8) for _ in range(2))
-    x[0], y[0] = 127, 127  # the largest product there can be
-    # exact, and quicker than integers; by torch, since numpy's threads would run on for a while
-    truth = (torch.from_numpy(x).double() @ torch.from_numpy(y).double().T).numpy()
-    try:
-        a, b = (torch.from_numpy(side).to(kernel.device) for side in (x, y))
-        columns = kernel.prepare(b)
-        found = kernel.multiply(a, columns).double().cpu().numpy()
-        if found.shape != truth.shape:
-            return None
-        if not np.array_equal(found, truth):  # NaN is wrong
-            return None
-        best = float("inf")
-        for _ in range(TEST_ROUNDS):
-            start = time.perf_counter()
-            kernel.multiply(a, columns)
-            if kernel.device != "cpu":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-    except (RuntimeError, NotImplementedError, AttributeError):  # not on this build or processor
-        return None
-    return best
-
-
-class Hits(NamedTuple):
-    """Where products reach their row's limit, by runs of `RUN` columns, in row order."""
-
-    row: np.ndarray  # (r,) int64: the row of each run that holds a hit,
-    column: np.ndarray  # (r,) int64: its first column,
-    hit: np.ndarray  # (r, RUN) bool: and where
-
-    @property
-    def total(self) -> int:
-        """Number of hits."""
-        return int(np.count_nonzero(self.hit))
-
-    def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the row and column of each hit, (hits,) int64."""
-        run, at = np.divmod(np.flatnonzero(self.hit.ravel()), RUN)
-        return self.row[run], self.column[run] + at
-
-
-def product_hits(products: Any, limits: np.ndarray, most: float) -> Hits | None:
-    """Return where (m, n) products reach their row's limit, (m,) float64.
-
-    Most runs of columns hold no hit. None where more than a share ``most`` of them do: `all_close`
-    is cheaper then.
+    CUDA's int8 product takes more than 16 rows, in multiples of 8.
     """
     import torch
 
-    rows, columns = products.shape
-    # rounded up once, so that integers are compared with integers
-    least = np.ceil(limits).astype(products[:0].cpu().numpy().dtype)
-    whole = columns - columns % RUN
-    spans = [(a, b) for a, b in ((0, whole), (whole, columns)) if rows and a < b]
-    most *= rows * -(-columns // RUN)
-    parts = []
-    for start, stop in spans:
-        runs = products[:, start:stop].unflatten(1, (-1, min(RUN, stop - start)))
-        place = np.flatnonzero(runs.amax(2).cpu().numpy() >= least[:, None])
-        most -= len(place)
-        if most < 0:
-            return None
-        row = place // runs.shape[1]
-        run = place - row * runs.shape[1]
-        hit = runs[torch.from_numpy(row), torch.from_numpy(run)].cpu().numpy() >= least[row, None]
-        parts.append(Hits(row, run * RUN + start, hit))
-    if len(parts) == 1 and whole:  # the usual case
-        return parts[0]
-    row, column, hit = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty((0, RUN), bool)]
-    for part in parts:
-        row.append(part.row)
-        column.append(part.column)
-        hit.append(np.pad(part.hit, ((0, 0), (0, RUN - part.hit.shape[1]))))
-    order = np.argsort(np.concatenate(row), kind="stable")
-    return Hits(*(np.concatenate(side)[order] for side in (row, column, hit)))
-
-
-def hit_places(products: Any, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row and column of each product that reaches its row's limit, in row order."""
-    hits = product_hits(products, limits, MOST_RUNS)
-    if hits is not None:
-        return hits.places()
-    row, column = np.divmod(np.flatnonzero(all_close(products, limits)), products.shape[1])
-    return row, column
-
-
-def all_close(products: Any, limits: np.ndarray) -> np.ndarray:
-    """Return for every product whether it reaches its row's limit, (m, n) bool.
-
-    It stands until the thread's next call.
-    """
-    table = products.cpu().numpy()
-    least = np.ceil(limits).astype(table.dtype)[:, None]
-    return np.greater_equal(table, least, out=scratch("close", table.shape, np.bool_))
+    padded = np.zeros((max(32, -(-len(rows) // 8) * 8), rows.shape[1]), np.int8)
+    padded[: len(rows)] = rows
+    products = torch._int_mm(torch.from_numpy(padded).to("cuda"), columns)
+    least = torch.from_numpy(native.whole_limits(limits)).to("cuda")
+    close = products[: len(rows), :count] >= least[:, None]
+    i, j = (side.cpu().numpy().astype(np.int32) for side in torch.nonzero(close, as_tuple=True))
+    return i, j

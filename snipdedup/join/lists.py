@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup import native
 from snipdedup.features.shards import plan_blocks
-from snipdedup.join.kernels import all_close, pick_kernel
 from snipdedup.parallel import ordered_map
 
 ROUNDS = 8  # of k-means
 ASSIGN_BLOCK = 2048  # codes assigned at a time: their distances stay in the cache
-TABLE_LISTS = 1 << 12  # of up to so many lists, the distances of all centroids are kept
 
 
 @dataclass(frozen=True)
@@ -42,31 +41,19 @@ class CoarseLists:
         return len(self.centroids)
 
     @cached_property
-    def widest(self) -> np.ndarray:
-        """Distance of each centroid from the one furthest away, (nlist,) float32."""
-        if self.nlist <= TABLE_LISTS:
-            return self._table.max(1)
-        spans = plan_blocks(self.nlist, ASSIGN_BLOCK)
-        return np.concatenate([self._distances_from(start, stop).max(1) for start, stop in spans])
-
-    def distances(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Return the distances of centroids a from centroids b, (n,) float32."""
-        if self.nlist <= TABLE_LISTS:
-            return np.take(self._table.ravel(), a * self.nlist + b)  # quicker than by two indices
-        parts = [np.empty(0, np.float32)]
-        for start, stop in plan_blocks(len(a), ASSIGN_BLOCK):
-            away = self.centroids[a[start:stop]].astype(np.float32) - self.centroids[b[start:stop]]
-            parts.append(np.sqrt(np.einsum("ij,ij->i", away, away)))
-        return np.concatenate(parts)
+    def columns(self) -> Any:
+        """The centroids, ready for products."""
+        return native.columns(self.centroids)
 
     @cached_property
-    def _table(self) -> np.ndarray:
-        return self._distances_from(0, self.nlist)
-
-    def _distances_from(self, start: int, stop: int) -> np.ndarray:
-        some = self.centroids[start:stop]
-        gaps = squared_norms(some)[:, None] - nearness(some, self.centroids).numpy()
-        return np.sqrt(gaps.clip(0).astype(np.float32))
+    def widest(self) -> np.ndarray:
+        """Distance of each centroid from the one furthest away, (nlist,) float32."""
+        parts = []
+        for start, stop in plan_blocks(self.nlist, ASSIGN_BLOCK):
+            some = self.centroids[start:stop]
+            gaps = squared_norms(some) - nearness(some, self.centroids, self.columns).min(1)
+            parts.append(np.sqrt(gaps.clip(0).astype(np.float32)))
+        return np.concatenate(parts)
 
 
 class Visits(NamedTuple):
@@ -102,28 +89,19 @@ def home_lists(
     codes: np.ndarray, centroids: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each code's nearest centroid (ties: the first) and ‖x−c‖² − ‖x‖², int64."""
+    columns = native.columns(centroids)
 
     def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        near = nearness(codes[slice(*span)], centroids).numpy()
-        home = near.argmax(1)
-        return home, -near[np.arange(len(home)), home]
+        return native.assign(codes[slice(*span)], columns)[:2]
 
     parts = list(ordered_map(find, plan_blocks(len(codes), ASSIGN_BLOCK), threads))
-    home, best = (np.concatenate(side) for side in zip(*parts, strict=True))
-    return home, best.astype(np.int64)
+    home, best = (np.concatenate(side).astype(np.int64) for side in zip(*parts, strict=True))
+    return home, -best
 
 
-def nearness(codes: np.ndarray, centroids: np.ndarray) -> Any:
-    """Return 2 x·c − ‖c‖² = ‖x‖² − ‖x−c‖² for each code and centroid.
-
-    A (n, nlist) tensor of int32, or of whole float32; it stands until the thread's next call.
-    """
-    import torch
-
-    kernel = pick_kernel("cpu")
-    products = kernel.multiply(torch.from_numpy(codes), kernel.prepare(torch.from_numpy(centroids)))
-    size = torch.from_numpy(squared_norms(centroids)).to(products.dtype)
-    return torch.add(-size, products, alpha=2, out=products)
+def nearness(codes: np.ndarray, centroids: np.ndarray, columns: Any) -> np.ndarray:
+    """Return 2 x·c − ‖c‖² = ‖x‖² − ‖x−c‖² for each code and centroid, (n, nlist) int32."""
+    return 2 * native.products(codes, columns) - squared_norms(centroids)
 
 
 def squared_norms(codes: np.ndarray) -> np.ndarray:
@@ -140,22 +118,5 @@ def assign_lists(codes: np.ndarray, lists: CoarseLists, radius: np.ndarray | Non
         all_ = np.arange(len(codes), dtype=np.int32)
         return Visits(all_, np.zeros_like(all_), np.ones(len(all_), bool))
     radius = np.full(len(codes), lists.tau, np.float32) if radius is None else radius
-    widest = lists.widest  # now: it takes the memory of what stands until the next product
-    parts = []
-    for start, stop in plan_blocks(len(codes), ASSIGN_BLOCK):
-        near = nearness(codes[start:stop], lists.centroids)
-        table = near.numpy()
-        home = table.argmax(1)
-        best = table[np.arange(len(home)), home]
-        twice = 2 * radius[start:stop]
-        # first as if all centroids were as far as the furthest, then by their own distances
-        close = np.flatnonzero(all_close(near, best - twice.astype(np.float64) * widest[home]))
-        row = close // lists.nlist
-        list_ = close - row * lists.nlist
-        own = np.take(home, row)
-        gap = np.take(best, row) - np.take(table.ravel(), close)
-        visits = np.flatnonzero(gap <= np.take(twice, row) * lists.distances(own, list_))
-        row, list_, own = (np.take(side, visits) for side in (row, list_, own))
-        parts.append((row + start, list_, list_ == own))
-    row, list_, home = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Visits(row.astype(np.int32), list_.astype(np.int32), home)
+    home, _, row, list_ = native.assign(codes, lists.columns, lists.widest, radius)
+    return Visits(row, list_, list_ == home[row])

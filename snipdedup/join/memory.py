@@ -13,6 +13,7 @@ from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE
 from snipdedup.join.verify import GATHER_PAIRS
 from snipdedup.storage.external_sort import row_kind
 
+CODE_BYTES = WIDTHS[0] + WIDTHS[-1]  # of a row, at the most
 PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes
 VISIT_BYTES = 64  # held for each row of a list while a partition is brought together, codes apart
 TILE_BYTES = 16  # of each product of a tile: int32, float32 and masks
@@ -36,8 +37,8 @@ def needed_memory(features: Features, threads: int, reference_rows: int = 0) -> 
     rows, raw = features.rows, features.dim * features.dtype.itemsize
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     sample, trained = calibration_rows(rows), training_rows(rows, lists)
-    fit = sample * 2 * raw + (sample * 12 + trained * TRAINING_CODES) * WIDTHS[-1]
-    task = min(rows, task_rows(rows)) * (2 * WIDTHS[-1] + USUAL_VISITS * (WIDTHS[-1] + 40))
+    fit = sample * 2 * raw + (sample * 12 + trained * TRAINING_CODES) * CODE_BYTES
+    task = min(rows, task_rows(rows)) * (2 * CODE_BYTES + USUAL_VISITS * (CODE_BYTES + 40))
     encode = task + BLOCK * (lists * DISTANCE_BYTES + features.dim * VALUE_BYTES)
     forest = rows * np.dtype(row_kind(rows)).itemsize * (2 if reference_rows else 1)
     stages = (

@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.errors import DamagedError, InputError
-from snipdedup.features.cosine import bad_rows, directions, indexed_cosines, same_bits
+from snipdedup.features.cosine import (
+    bad_rows,
+    directions,
+    indexed_cosines,
+    integer_rows,
+    same_bits,
+)
 from snipdedup.features.formats import load_npz
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import BLOCK
@@ -37,6 +43,7 @@ from snipdedup.join.projection import (
     main_directions,
     project,
 )
+from snipdedup.join.tiles import Limits
 from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import atomic
 
@@ -45,12 +52,11 @@ DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
 # Rows by whose pairs the width of codes is chosen, and their share of all rows in between. Of 2e9
 # rows one pair among 8,192 rows would stand for 31 candidates a row: too few rows see nothing.
 CHOICE_ROWS, CHOICE_SHARE = (1 << 13, 1 << 17), 1 / 128
-# What a coordinate more of all codes costs a row, and a pair to verify, in products of two int8
-# values: measured with two cores on 1,000,000 rows.
-CODE_PRODUCTS = 1 << 12  # to project a row on one more direction, write that and read it again
-VISITING = 1.7  # times the rows of a list: half of those at home, and the visitors
-CANDIDATE_PRODUCTS = 1 << 20
-CALIBRATION_ROWS = 1 << 15, 1 << 19  # the least and the most among whose pairs τ is calibrated
+# What a wide code's coordinate costs a row, in nanoseconds: to project a row on one direction more,
+# and to write and read it for each list; and what a pair costs that narrow codes leave to wide
+# ones, and one that is verified. Measured with two cores on 1,000,000 rows.
+PROJECT_NS, STORE_NS, WIDE_PAIR_NS, PAIR_NS = 0.01, 2.0, 10.0, 300.0
+CALIBRATION_ROWS = 1 << 15, 1 << 17  # the least and the most among whose pairs τ is calibrated
 CALIBRATION_SHARE = 1 / 64  # of all rows, in between
 CALIBRATION_PAIRS = 1 << 16
 CROWDED_DEGREE = 8  # pairs of a row of the sample that count
@@ -62,24 +68,38 @@ ROWS_A_CENTROID = 48  # rows that train each centroid
 class Model:
     """What all tasks of a join share."""
 
-    projection: Projection
+    narrow: Projection  # its codes rule out most pairs, and have lists
+    wide: Projection | None  # its codes rule out most of the others
     lists: CoarseLists
     hubs: Hubs
     threshold: float
     calibration_pairs: int
 
     @property
-    def limit(self) -> float:
-        """Product of two codes from which their rows may be a pair."""
-        return self.projection.limit(self.threshold)
+    def limits(self) -> Limits:
+        """Products of two codes from which their rows may be a pair."""
+        wide = 0.0 if self.wide is None else self.wide.limit(self.threshold)
+        return Limits(self.narrow.limit(self.threshold), wide)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Coordinates of a narrow and a wide code; 0 where there are no wide ones."""
+        return self.narrow.width, 0 if self.wide is None else self.wide.width
+
+    @property
+    def sharpest(self) -> Projection:
+        """The wide codes' projection, or that of the narrow ones where there are no others."""
+        return self.narrow if self.wide is None else self.wide
 
     def save(self, path: Path) -> None:
         """Write the model as one ``.npz``."""
+        wide = {} if self.wide is None else self.wide.arrays()
         numbers = self.lists.tau, self.lists.one_sided_tau, self.threshold, self.calibration_pairs
         atomic.save_npz(
             path,
             lasting=True,  # all codes depend on it
-            **self.projection.arrays(),
+            **self.narrow.arrays(),
+            **{f"wide_{name}": array for name, array in wide.items()},
             centroids=self.lists.centroids,
             hub_row=self.hubs.row,
             hub_raw=self.hubs.raw,
@@ -97,13 +117,17 @@ class Model:
         try:
             file = load_npz(path)
             of = EncoderProjection if "encoder" in file else Projection
-            projection = of.from_arrays(file)
+            narrow = of.from_arrays(file)
+            parts = {name[5:]: file[name] for name in file if name.startswith("wide_")}
+            wide = Projection.from_arrays(parts) if parts else None
             tau, one_sided_tau, threshold, pairs = (float(number) for number in file["numbers"])
-            hubs = Hubs(file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, projection)
+            hubs = Hubs(
+                file["hub_row"], file["hub_raw"], file["hub_codes"], threshold, wide or narrow
+            )
             lists = CoarseLists(file["centroids"], tau, one_sided_tau)
         except (InputError, LookupError, TypeError, ValueError) as error:
             raise DamagedError(f"{path}: damaged ({error}); run again, it begins anew") from error
-        return cls(projection, lists, hubs, threshold, int(pairs))
+        return cls(narrow, wide, lists, hubs, threshold, int(pairs))
 
 
 def is_readable(path: Path) -> bool:
@@ -132,42 +156,44 @@ def fit_model(
     """
     rows, sample = sample_distinct(features, calibration_rows(features.rows), seed, threads)
     with library_threads(1):  # float arithmetic, whose last bits depend on the threads
-        projection = choose_projection(sample, threshold, seed, total or features.rows, threads)
-    codes = encode_rows(projection, sample, threads)
-    hubs = no_hubs(projection, features.dim, threshold)
+        narrow, wide = choose_projections(sample, threshold, seed, total or features.rows, threads)
+    sharpest = wide or narrow
+    codes = encode_rows(narrow, sample, threads)
+    sharp = codes if wide is None else encode_rows(wide, sample, threads)
+    hubs = no_hubs(sharpest, features.dim, threshold)
     if encoder is None and with_hubs:
         hubs = find_hubs(
-            rows, sample, codes, projection,
+            rows, sample, sharp, sharpest,
             threshold=threshold, total=features.rows, threads=threads,
         )  # fmt: skip
     nlist = min(list_count(features.rows), max(1, len(codes) // 8))
     if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
         nlist = 1
     if nlist == 1 and encoder is None:
-        return Model(projection, CoarseLists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
+        return Model(narrow, wide, CoarseLists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
     # of a small set the sample is all of it: some rows then leave it, for the centroids
     wanted = training_rows(features.rows, nlist)
     kept = max(1, len(rows) - max(0, wanted - (features.rows - len(rows))))
     rows, raw, near = rows[:kept], sample[:kept], codes[:kept]
-    pairs = true_pairs(near, raw, hubs, threads)
+    pairs = true_pairs(near, narrow.limit(threshold), sharp[:kept], raw, hubs, threads)
     target = Target(threshold, recall, min(1.0, len(near) / features.rows), threads)
     if encoder is not None:
         learned = EncoderProjection.of(encoder, seed, "cpu")
         limit = calibrate_limit(learned, raw, pairs, target)
-        projection = dataclasses.replace(learned, lowest=limit)
-        near = encode_rows(projection, raw, threads)
-        hubs = no_hubs(projection, features.dim, threshold)
+        narrow, wide = dataclasses.replace(learned, lowest=limit), None
+        near = encode_rows(narrow, raw, threads)
+        hubs = no_hubs(narrow, features.dim, threshold)
     lists = CoarseLists(near[:1], 0.0, 0.0)
     if nlist > 1:
-        trained = training_codes(features, projection, rows, wanted, seed, threads)
+        trained = training_codes(features, narrow, rows, wanted, seed, threads)
         nlist = min(nlist, max(1, len(trained)))
     if nlist > 1:
         centroids = train_centroids(trained, nlist, seed, threads)
-        pair_distance = projection.distance(threshold)
+        pair_distance = narrow.distance(threshold)
         lists = CoarseLists(
             centroids, *calibrate_tau(near, centroids, pairs, target, pair_distance)
         )
-    return Model(projection, lists, hubs, threshold, len(pairs.a))
+    return Model(narrow, wide, lists, hubs, threshold, len(pairs.a))
 
 
 def list_count(rows: int) -> int:
@@ -190,64 +216,59 @@ def training_rows(rows: int, lists: int) -> int:
     return min(ROWS_A_CENTROID * lists, rows // 2) if lists > 1 else 0
 
 
-def true_pairs(codes: np.ndarray, raw: np.ndarray, hubs: Hubs, threads: int) -> Edges:
+def true_pairs(
+    narrow: np.ndarray, limit: float, sharp: np.ndarray, raw: np.ndarray, hubs: Hubs, threads: int
+) -> Edges:
     """Return pairs of a sample, as places in it, but those of two rows that hubs absorb.
 
-    ``codes`` (n, w) int8 and ``raw`` (n, d) are of the sample.
+    ``narrow``, (n, w) int8 with the ``limit`` of their products, ``sharp``, (n, v) int8 of the
+    hubs' projection, and ``raw``, (n, d), are of the sample.
     """
-    a, b = close_pairs(codes, hubs.projection.limit(hubs.threshold), threads)
+    wide = sharp, hubs.projection.limit(hubs.threshold)
+    a, b = close_pairs(narrow, limit, threads, None if sharp is narrow else wide)
     every = max(1, len(a) // CALIBRATION_PAIRS)
     a, b = a[::every], b[::every]
-    absorbed = hubs.place(codes, np.zeros(len(codes)), raw).zone == ABSORBED
+    absorbed = hubs.place(sharp, np.zeros(len(sharp)), raw).zone == ABSORBED
     apart = ~(absorbed[a] & absorbed[b])
     a, b = a[apart], b[apart]
-
-    def verify(span: tuple[int, int]) -> np.ndarray:
-        return indexed_cosines(raw, raw, a[slice(*span)], b[slice(*span)])
-
-    cosines = ordered_map(verify, plan_blocks(len(a), BLOCK), threads)
-    return make_edges(a, b, np.concatenate([np.empty(0, np.float32), *cosines])).at(hubs.threshold)
+    return make_edges(a, b, indexed_cosines(raw, raw, a, b)).at(hubs.threshold)
 
 
-def choose_projection(
+def choose_projections(
     sample: np.ndarray, threshold: float, seed: int, rows: int, threads: int
-) -> Projection:
-    """Return the projection that costs least: narrow codes are cheap, wide ones leave fewer pairs.
+) -> tuple[Projection, Projection | None]:
+    """Return the projection of narrow codes, and that of wide ones where these cost less than none.
 
-    From the narrowest on, until a wider one saves less than it costs. How many candidate pairs a
-    row would get in the whole set is extrapolated from the sample. Rows of large groups count as
-    others do: their tiles are crowded at any width.
+    Wide codes leave fewer pairs to verify. How many candidate pairs a row would get in the whole
+    set is extrapolated from the sample. Rows of large groups count as others do: their tiles are
+    crowded at any width.
     """
-    part = directions(sample[:DIRECTION_ROWS])
-    main = main_directions(part.unit(), WIDTHS[-1] - 1, threads)
-    if rows <= SINGLE_LIST_ROWS:  # products are few
-        return project(main, part, WIDTHS[-1], seed)[0]
+    part = sample[:DIRECTION_ROWS]
+    main = main_directions(directions(part).unit(), WIDTHS[-1] - 1, threads)
     count = min(len(sample), int(np.clip(CHOICE_SHARE * rows, *CHOICE_ROWS)))
-    more = sample[DIRECTION_ROWS:count]
+    more, whole = sample[DIRECTION_ROWS:count], integer_rows(part)[0]
 
     def projected(width: int) -> tuple[Projection, np.ndarray]:
-        projection, codes = project(main, part, width, seed)
+        projection, codes = project(main, whole, width, seed)
         return projection, np.concatenate([codes, encode_rows(projection, more, threads)])
 
-    nlist = list_count(rows)
-    coordinate = CODE_PRODUCTS + nlist + VISITING * rows / nlist
-    best, codes = projected(WIDTHS[0])
-    a, b = close_pairs(codes, best.limit(threshold), threads)  # wider ones rule out more of them
+    narrow, codes = projected(WIDTHS[0])
+    a, b = close_pairs(codes, narrow.limit(threshold), threads)
 
-    def cost(projection: Projection, codes: np.ndarray) -> float:
-        hits = paired_products(codes, a, b) >= projection.limit(threshold)
+    def pairs_a_row(hits: np.ndarray) -> float:
         degree = np.bincount(np.concatenate([a[hits], b[hits]]), minlength=1)
-        pairs = float(np.minimum(degree, CROWDED_DEGREE).sum() / 2)
-        return projection.width * coordinate + pairs * rows / count**2 * CANDIDATE_PRODUCTS
+        return float(np.minimum(degree, CROWDED_DEGREE).sum() / 2) * rows / count**2
 
-    lowest = cost(best, codes)
+    every = pairs_a_row(np.ones(len(a), bool))
+    best, lowest = None, every * PAIR_NS
     for width in WIDTHS[1:]:
-        wider, codes = projected(width)
-        its_cost = cost(wider, codes)
-        if its_cost >= lowest:
-            break
-        best, lowest = wider, its_cost
-    return best
+        wide, codes = projected(width)
+        hits = paired_products(codes, a, b) >= wide.limit(threshold)
+        cost = width * (len(main) * PROJECT_NS + STORE_NS) + every * WIDE_PAIR_NS
+        cost += pairs_a_row(hits) * PAIR_NS
+        if cost < lowest:
+            best, lowest = wide, cost
+    return narrow, best
 
 
 def sample_distinct(

@@ -17,7 +17,7 @@ from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features
 from snipdedup.join.encoding import absorbed_edges
 from snipdedup.join.forest import Edges, ExternalForest
-from snipdedup.join.kernels import pick_kernel
+from snipdedup.join.kernels import kernel_name
 from snipdedup.join.memory import most_visits
 from snipdedup.join.tasks import JoinSettings, JoinTasks, Partition
 from snipdedup.parallel import Stage, pick_device
@@ -68,10 +68,11 @@ def join(
         join_partitions(tasks, runner, partitions)
         forest, candidates = collect_forest(tasks, partitions, scan)
     notes = {
-        "kernel": pick_kernel(pick_device(settings.device)).name,
-        "width": model.projection.width,
+        "kernel": kernel_name(pick_device(settings.device)),
+        "width": max(model.widths),
+        "widths": list(model.widths),
         "nlist": model.lists.nlist,
-        "tau": model.lists.tau / model.projection.scale,
+        "tau": model.lists.tau / model.narrow.scale,
         "masses": len(model.hubs.row),
         "calibration_pairs": model.calibration_pairs,
         "visits": int(tasks.visits.sum()),
@@ -90,7 +91,7 @@ def encode_all(tasks: JoinTasks, runner: Runner) -> None:
 
 def plan_partitions(tasks: JoinTasks, runner: Runner, memory: int) -> list[Partition]:
     """Cut the lists into partitions that fit into memory; all processes take the same ones."""
-    visits, width = int(tasks.visits.sum()), tasks.model.projection.width
+    visits, width = int(tasks.visits.sum()), sum(tasks.model.widths)
     bound = most_visits(tasks.features, width, runner.here, memory)
     most = min(bound, max(1, visits // (PARTITIONS_A_WORKER * runner.workers)))
     replan = bound if runner.world_size == 1 else None  # else other processes may join by it

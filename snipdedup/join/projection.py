@@ -16,25 +16,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from snipdedup.features.cosine import Directions, directions, row_sums
+from snipdedup import native
+from snipdedup.features.cosine import LENGTH, directions, integer_rows, longest
 from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import plan_blocks
-from snipdedup.join.kernels import pick_kernel
-from snipdedup.parallel import ordered_map, scratch
+from snipdedup.native.fallback import round_codes, row_sums
+from snipdedup.parallel import ordered_map
 
 if TYPE_CHECKING:
     from snipdedup.encoder.network import Encoder
 
-# Coordinates of a code, multiples of 16: fewer are cheaper, more rule out more pairs.
-WIDTHS = (64, 80, 96, 128, 192, 256)
+# Coordinates of a code: narrow ones, and wide ones to choose from. Fewer are cheaper, more rule out
+# more pairs.
+WIDTHS = (64, 128, 256)
 PEAK = 127  # largest int8
-DIGIT = 256  # a row's integers are two int8 digits
-LENGTH = PEAK * DIGIT  # the norm of a row's integers is at most this
 COLUMN = (1 << 24) // LENGTH  # the norm of a column of P's: their product is below 2^24
 HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
 # Codes are a = x + e and b = y + f, so a·b = x·y + x·f + y·e + e·f. Assumed, of a random rotation
@@ -83,29 +84,35 @@ class Projection:
         return float(self.scale * self.length + 0.5 * self.width**0.5)
 
     def encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the codes of a block of rows as stored; see `encode_directions`."""
-        return self.encode_directions(directions(rows))
+        """Return the codes of a block of rows as stored; see `encode_block`."""
+        return self.encode_block(rows, integer_rows(rows)[0])
 
-    def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
+    def encode_block(self, rows: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the codes of a block of rows, (n, w) int8, and the excess of each, (n,) float32.
 
-        The excess is the norm of what int8 could not hold, 0 for nearly all rows.
+        ``rows`` are as stored, ``whole`` the same as integers (`cosine.integer_rows`). The excess
+        is the norm of what int8 could not hold, 0 for nearly all rows.
         """
-        return to_codes(self.rotated(rows), self.scale)
+        del rows
+        products = native.project(whole, self.packed)
+        return native.finish_codes(products, self.unit, self.residual, self.length**2, self.scale)
 
-    def rotated(self, rows: Directions) -> Any:
-        """Return rotated coordinates, (n, w) float32 tensor; their products bound cosines.
+    @cached_property
+    def packed(self) -> Any:
+        """The matrix, ready for products."""
+        return native.matrix(self.matrix)
+
+    def rotated(self, whole: np.ndarray) -> np.ndarray:
+        """Return rotated coordinates, (n, w) float32; their products bound cosines.
 
         Only sums of whole columns and single operations: no processor rounds them otherwise.
         """
-        import torch
-
-        axis = torch.from_numpy(self.residual)
-        coordinates = exact_products(whole_rows(rows), self.matrix).mul_(self.unit)
+        coordinates = native.project(whole, self.packed) * np.float32(self.unit)
         inside = row_sums(coordinates * coordinates)
-        along = row_sums(coordinates * axis)  # nearly 0, since P is rounded; the residual's now
-        rest = (self.length**2 - (inside - along * along)).clamp_(min=0).sqrt_()
-        return coordinates.add_((rest - along)[:, None] * axis)
+        along = row_sums(coordinates * self.residual)  # nearly 0: P is rounded; now the residual's
+        square = np.float32(self.length**2) - (inside - along * along)
+        rest = np.sqrt(np.maximum(square, np.float32(0)))
+        return np.asarray(coordinates + (rest - along)[:, None] * self.residual)
 
     def limit(self, threshold: float) -> float:
         """Return the product of two codes from which their rows may be a pair."""
@@ -182,16 +189,18 @@ class EncoderProjection(Projection):
         """What the norm of a descriptor is."""
         return 1.0
 
-    def encode_directions(self, rows: Directions) -> tuple[np.ndarray, np.ndarray]:
-        """See `Projection.encode_directions`; rows that cannot be compared become zeros."""
+    def encode_block(self, rows: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Projection.encode_block`; rows that cannot be compared become zeros."""
         import torch
 
+        del whole
+        found = directions(rows)
         with torch.inference_mode():
-            unit = (rows.values * rows.factor[:, None]).to(self.encoder.device)
+            unit = torch.from_numpy(found.unit()).to(self.encoder.device)
             descriptors = self.encoder.network(unit, self.encoder.output).cpu()
             turned = descriptors @ torch.from_numpy(self.matrix)
-            turned[torch.from_numpy(rows.bad)] = 0
-            return to_codes(turned, self.scale)
+            turned[torch.from_numpy(found.bad)] = 0
+            return round_codes(turned.numpy() * np.float32(self.scale))
 
     def limit(self, threshold: float) -> float:
         """Return the calibrated product."""
@@ -219,18 +228,10 @@ class EncoderProjection(Projection):
 
 
 def encode_rows(projection: Projection, rows: np.ndarray, threads: int) -> np.ndarray:
-    """Return the codes of any number of rows, (n, w) int8."""
+    """Return the codes of any number of rows as stored, (n, w) int8."""
     blocks = [rows[start:stop] for start, stop in plan_blocks(len(rows), BLOCK)]
     found = [codes for codes, _ in ordered_map(projection.encode, blocks, threads)]
     return np.concatenate([np.empty((0, projection.width), np.int8), *found])
-
-
-def longest(dim: int) -> int:
-    """Return the norm, in units, that rows are scaled to before they are rounded to integers.
-
-    Rounding lengthens a row by half a unit a coordinate at most; one more is for float32.
-    """
-    return LENGTH - 1 - int(np.ceil(dim**0.5 / 2))
 
 
 def rounding_error(dim: int) -> float:
@@ -238,73 +239,28 @@ def rounding_error(dim: int) -> float:
     return (dim**0.5 / 2 + 1) / longest(dim)
 
 
-def whole_rows(rows: Directions) -> Any:
-    """Return rows as integers of norm `longest`, (n, d) float32 tensor in memory used again."""
-    import torch
-
-    found = torch.from_numpy(scratch("whole rows", tuple(rows.values.shape), np.float32))
-    factor = rows.factor * longest(found.shape[1])
-    return torch.mul(rows.values, factor[:, None], out=found).round_()
-
-
-def exact_products(whole: Any, matrix: np.ndarray) -> Any:
-    """Return the products of `whole_rows` with a (d, w) int8 matrix, (n, w) float32 tensor.
-
-    By two products of int8 digits where the processor is quick at these. No column's norm is above
-    `COLUMN`.
-    """
-    import torch
-
-    kernel = pick_kernel("cpu")
-    columns = kernel.prepare(torch.from_numpy(matrix).T)
-    if kernel.name != "int8":
-        return kernel.multiply(whole, columns)
-    both = torch.from_numpy(scratch("both digits", tuple(whole.shape), np.int16)).copy_(whole)
-    digits = torch.from_numpy(scratch("digits", tuple(whole.shape), np.int8)).copy_(both)
-    products = kernel.multiply(digits, columns).float()  # of low digits, -128 to 127
-    digits.copy_(both.add_(DIGIT // 2).bitwise_right_shift_(8))
-    return products.add_(kernel.multiply(digits, columns), alpha=DIGIT)
-
-
-def to_codes(coordinates: Any, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return coordinates scaled and rounded to int8, and the norm of what that could not hold.
-
-    ``coordinates``, an (n, w) float32 tensor, is overwritten.
-    """
-    import torch
-
-    scaled = coordinates.mul_(scale)
-    excess = np.zeros(len(scaled), np.float32)
-    low, high = scaled.aminmax() if len(scaled) else (0.0, 0.0)
-    if max(high, -low) > PEAK + 0.5:  # hardly ever; for all at once it is quickly seen
-        wide = scaled.abs().amax(1) > PEAK + 0.5
-        over = scaled[wide] - scaled[wide].round().clamp_(-PEAK, PEAK)
-        excess[wide.numpy()] = torch.linalg.vector_norm(over, dim=1).numpy()
-    codes = scaled.round_().clamp_(-PEAK, PEAK).to(torch.int8)
-    return np.asarray(codes.numpy()), excess
-
-
 def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
     """Fit a projection of a width to a sample of distinct rows, (n, d), that can be compared."""
-    rows = directions(sample)
-    return project(main_directions(rows.unit(), width - 1), rows, width, seed)[0]
+    main = main_directions(directions(sample).unit(), width - 1)
+    return project(main, integer_rows(sample)[0], width, seed)[0]
 
 
 def project(
-    main: np.ndarray, rows: Directions, width: int, seed: int
+    main: np.ndarray, whole: np.ndarray, width: int, seed: int
 ) -> tuple[Projection, np.ndarray]:
     """Return a projection on the last ``width`` - 1 main directions, and the codes of some rows.
 
-    ``main`` is of `main_directions`; the rows are a sample that gives the scale.
+    ``main`` is of `main_directions`; the rows, as integers, are a sample that gives the scale.
     """
     main, rotation = main[:, -(width - 1) :], random_rotation(width, seed)
     count = main.shape[1]
     matrix = small_integers(exact_product(main, rotation[:count]))
     unit = 1 / (longest(len(main)) * largest_singular(matrix))
     projection = Projection(matrix, rotation[count].astype(np.float32), 1.0, unit)
-    coordinates = projection.rotated(rows)
-    scale = PEAK / min(1.0, float(coordinates.abs().max()) * HEADROOM)
-    return dataclasses.replace(projection, scale=scale), to_codes(coordinates, scale)[0]
+    coordinates = projection.rotated(whole)
+    scale = PEAK / min(1.0, float(np.abs(coordinates).max()) * HEADROOM)
+    codes = round_codes(coordinates * np.float32(scale))[0]
+    return dataclasses.replace(projection, scale=scale), codes
 
 
 def small_integers(matrix: np.ndarray) -> np.ndarray:
@@ -343,17 +299,13 @@ def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray
 
 def moments(unit: np.ndarray, threads: int) -> np.ndarray:
     """Return the products of all columns of unit rows as integers of up to `PEAK`, (d, d)."""
-    import torch
-
-    kernel = pick_kernel("cpu")
     scale = min(MOMENT_LENGTH, PEAK / max(1e-9, float(np.abs(unit).max(initial=0))))
 
-    def part(span: tuple[int, int]) -> Any:
-        digits = torch.from_numpy(np.rint(unit[slice(*span)] * scale).astype(np.int8).T.copy())
-        return kernel.multiply(digits, kernel.prepare(digits)).double()
+    def part(span: tuple[int, int]) -> np.ndarray:
+        digits = np.rint(unit[slice(*span)] * scale).astype(np.int8).T.copy()
+        return native.products(digits, native.columns(digits)).astype(np.float64)
 
-    total: Any = sum(ordered_map(part, plan_blocks(len(unit), MOMENT_ROWS), threads))
-    return np.asarray(total.numpy())
+    return np.asarray(sum(ordered_map(part, plan_blocks(len(unit), MOMENT_ROWS), threads)))
 
 
 def exact_product(x: np.ndarray, y: np.ndarray, whole: bool = False) -> np.ndarray:
@@ -363,12 +315,10 @@ def exact_product(x: np.ndarray, y: np.ndarray, whole: bool = False) -> np.ndarr
     2^33. y is taken in steps of a power of two, of which the length of a column has 2^26 (2^20
     if ``whole``).
     """
-    import torch
-
     size = np.sqrt(row_sums((y * y).T.copy()))
     right = in_steps(y, 2.0 ** ((20 if whole else 26) - np.frexp(size)[1]))
     left = x if whole else in_steps(x, 2.0**26)
-    return np.asarray((torch.from_numpy(left) @ torch.from_numpy(right)).numpy())
+    return np.asarray(left @ right)
 
 
 def in_steps(values: np.ndarray, unit: Any) -> np.ndarray:

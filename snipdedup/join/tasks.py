@@ -24,8 +24,7 @@ from snipdedup.join.encoding import encode_task, load_seen, sort_small
 from snipdedup.join.forest import Edges, ForestBuilder
 from snipdedup.join.hubs import no_hubs
 from snipdedup.join.model import Model, fit_model
-from snipdedup.join.tiles import COLUMN_TILE, CodedRows, TilePairs, compare_tiles
-from snipdedup.join.verify import verify_pairs
+from snipdedup.join.tiles import COLUMN_TILE, CodedRows, compare_tiles
 from snipdedup.parallel import ordered_map, pick_device
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import load_column
@@ -89,7 +88,7 @@ class JoinTasks:
         asked = self.settings
         if asked.kept_model is not None:
             model = Model.load(asked.kept_model)
-            hubs = no_hubs(model.projection, self.features.dim, model.threshold)
+            hubs = no_hubs(model.sharpest, self.features.dim, model.threshold)
             model = replace(model, hubs=hubs)
         else:
             model = fit_model(
@@ -212,7 +211,7 @@ class JoinTasks:
     def join(self, partition: Partition, threads: int = 1) -> None:
         """Find the pairs of a partition, and write their forest."""
         if self.load_joined(partition) is None:
-            rows = load_partition(self.folders, partition, self.skip, self.model.projection.width)
+            rows = load_partition(self.folders, partition, self.skip, self.model.widths)
             device = pick_device(self.settings.device)
             forest, count = join_partition(
                 self.features, self.model, rows, self.settings, threads, device
@@ -252,40 +251,44 @@ class PartitionRows(NamedTuple):
 
 
 def load_partition(
-    folders: list[Path], partition: Partition, skip: np.ndarray, width: int
+    folders: list[Path], partition: Partition, skip: np.ndarray, widths: tuple[int, int]
 ) -> PartitionRows:
     """Bring the rows of a partition that take part together from all encode tasks.
 
     Files are open while they are read only: of two billion rows there are thousands of tasks.
     """
     low, high = partition
-    rows, corrections, keys, places = [], [], [], []
+    places, keys = [], []
     for folder in folders:
         starts = np.array(np.load(folder / "starts.npy", mmap_mode="r")[low : high + 1])
-        part = slice(int(starts[0]), int(starts[-1]))
-        row = np.load(folder / "rows.npy", mmap_mode="r")[part]
+        row = np.load(folder / "rows.npy", mmap_mode="r")[starts[0] : starts[-1]]
         homes = np.load(folder / "homes.npy", mmap_mode="r")[low:high]
         sizes = np.diff(starts)
         key = np.repeat(2 * np.arange(high - low, dtype=np.int32), sizes)  # twice the list,
         inside = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], sizes)
         key += inside >= np.repeat(homes, sizes)  # one more for a visitor
         use = np.flatnonzero(~skip[row])
-        rows.append(row[use])
-        corrections.append(np.load(folder / "corrections.npy", mmap_mode="r")[part][use])
         keys.append(key[use])
-        places.append(use + part.start)
+        places.append(use + int(starts[0]))
     key = np.concatenate(keys)
     order = sort_small(key, 2 * (high - low))
     target = np.empty(len(order), np.int64)
     target[order] = np.arange(len(order))
-    codes, done = np.empty((len(order), width), np.int8), 0
+    shapes = {
+        "rows": ((), np.int64), "narrow": ((widths[0],), np.int8), "fall": ((), np.float32),
+        "wide": ((widths[1],), np.int8), "wide_fall": ((), np.float32),
+    }  # fmt: skip
+    columns = {name: np.empty((len(order), *side), kind) for name, (side, kind) in shapes.items()}
+    done = 0
     for folder, use in zip(folders, places, strict=True):
-        stored = np.load(folder / "codes.npy", mmap_mode="r").view(np.ndarray)
-        codes[target[done : done + len(use)]] = np.take(stored, use, axis=0)
+        at = target[done : done + len(use)]
+        for name, column in columns.items():
+            stored = np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+            column[at] = np.take(stored, use, axis=0)
         done += len(use)
-    row, correction, key = np.concatenate(rows), np.concatenate(corrections), key[order]
+    key = key[order]
     return PartitionRows(
-        CodedRows(row[order], codes, correction[order].astype(np.float64)),
+        CodedRows(*columns.values()),
         np.searchsorted(key, 2 * np.arange(high - low + 1)),
         np.bincount(key[key % 2 == 0] // 2, minlength=high - low),
     )
@@ -309,14 +312,14 @@ def join_partition(
         for column in range(0, int(homes), COLUMN_TILE)
     ]
 
-    def propose(place: tuple[int, int]) -> TilePairs:
+    def compare(place: tuple[int, int]) -> tuple[list[Edges], int]:
         number, column = place
         begin, end = int(rows.starts[number]), int(rows.starts[number + 1])
         return compare_tiles(
             features,
             rows.members.where(slice(begin + column, end)),
             min(COLUMN_TILE, int(rows.homes[number]) - column),
-            limit=model.limit,
+            limits=model.limits,
             threshold=settings.threshold,
             device=device,
             reference_rows=settings.reference_rows,
@@ -324,14 +327,8 @@ def join_partition(
         )
 
     builder, count = ForestBuilder(settings.reference_rows), 0
-    pairs = [(np.empty(0, np.int64),) * 2]
-    for found in ordered_map(propose, columns, threads):
-        count += found.candidates
-        builder.add(found.edges)
-        pairs.append((found.a, found.b))
-    a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    for edges in verify_pairs(
-        features, a, b, settings.threshold, threads, reference_rows=settings.reference_rows
-    ):
-        builder.add(edges)
+    for edges, candidates in ordered_map(compare, columns, threads):
+        count += candidates
+        for part in edges:
+            builder.add(part)
     return builder.forest(), count

@@ -1,8 +1,8 @@
 """Tiles: products of the codes of two blocks of rows, and the pairs they do not rule out.
 
-Most tiles hold few close pairs, which are listed and verified later. Where very many are close
-(thousands of copies of one picture), listing them would cost the square of their number: such a
-crowded tile gives a spanning forest of its pairs instead, verified at once.
+Most tiles hold few close pairs, which are verified one by one. Where very many are close (thousands
+of copies of one picture), that would cost the square of their number: such a crowded tile gives a
+spanning forest of its pairs instead, by products of rows that are short where these are near.
 """
 
 from __future__ import annotations
@@ -11,61 +11,40 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import (
-    PROPOSAL_ERROR,
-    directions,
-    indexed_cosines,
-    plain_norms,
-    row_sums,
-)
+from snipdedup import native
+from snipdedup.features.cosine import PROPOSAL_ERROR, directions, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.join.forest import Edges, best_edge, join_edges, link_smaller, make_edges
-from snipdedup.join.kernels import MOST_RUNS, RUN, Kernel, all_close, pick_kernel, product_hits
+from snipdedup.join.forest import Edges, join_edges, make_edges
+from snipdedup.join.kernels import TileColumns
+from snipdedup.join.verify import GATHER_PAIRS, verify_places
+from snipdedup.native.fallback import best_edge, link_smaller, row_sums
 from snipdedup.parallel import scratch
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
-CROWDED = 1 / 64  # share of a tile's pairs from which they are not listed
-EXACT_COLUMNS = 1 << 10  # int8 products of so many values are below 2^24: exact in float32
+CROWDED = 1 / 64  # share of a tile's pairs from which they are not verified one by one
 PLAIN_COLUMNS = 1 << 8  # of float64 products held at a time
 MOST_ERROR = 2e-3  # of quick products in a crowded tile: more would leave too many pairs unsure
 
 
 class CodedRows(NamedTuple):
-    """Rows with their codes."""
+    """Rows with their codes: narrow ones that rule out most pairs, wide ones for the others."""
 
     row: np.ndarray  # (n,) int64: global rows
-    codes: np.ndarray  # (n, w) int8
-    corrections: np.ndarray  # (n,) float64: by how much each row's limit falls
+    narrow: np.ndarray  # (n, w) int8
+    fall: np.ndarray  # (n,) float32: by how much each row's limit falls
+    wide: np.ndarray  # (n, v) int8; v is 0 where narrow codes do
+    wide_fall: np.ndarray  # (n,) float32
 
     def where(self, places: Any) -> CodedRows:
         """Return the rows that a slice, mask or index array selects."""
         return CodedRows(*(column[places] for column in self))
 
 
-class TilePairs(NamedTuple):
-    """What a column of tiles leaves."""
+class Limits(NamedTuple):
+    """Products from which two rows may be a pair, before their limits fall."""
 
-    a: np.ndarray  # (n,) int64: candidate pairs that remain to be verified
-    b: np.ndarray
-    edges: Edges  # forests of crowded tiles, verified
-    candidates: int  # pairs that the codes could not rule out
-
-
-class Wanted(NamedTuple):
-    """Which pairs of a tile's rows and columns are looked for, each pair once."""
-
-    start: int  # where the tile's rows begin among the columns, if rows are columns too
-    overlaps: bool  # whether they are: then none pairs with itself or a later column
-    old_rows: np.ndarray  # (m,) bool: rows that are reference rows
-    old_columns: np.ndarray  # (n,) bool: columns that are; two reference rows do not pair
-    references_only: bool  # then two others do not pair either
-
-    def pairs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        """Return which pairs of rows i with columns j are looked for."""
-        once: np.ndarray = (j < i + self.start) | (not self.overlaps)
-        if self.references_only:
-            return once & (self.old_rows[i] != self.old_columns[j])
-        return once & ~(self.old_rows[i] & self.old_columns[j])
+    narrow: float
+    wide: float
 
 
 def compare_tiles(
@@ -73,91 +52,85 @@ def compare_tiles(
     members: CodedRows,
     columns: int,
     *,
-    limit: float,
+    limits: Limits,
     threshold: float,
     device: str = "cpu",
     reference_rows: int = 0,
     references_only: bool = False,
-) -> TilePairs:
+) -> tuple[list[Edges], int]:
     """Compare the first ``columns`` rows, at most `COLUMN_TILE`, with themselves and all others.
 
-    Parameters
-    ----------
-    limit : float
-        Product from which two codes may be a pair, before corrections.
-    device : str
-        Where products are computed: ``cpu`` or ``cuda``.
-    reference_rows : int
-        Global rows below are not compared with one another.
-    references_only : bool
-        Nor are the others.
-    """
-    import torch
+    Global rows below ``reference_rows`` are not compared with one another; with
+    ``references_only`` the others are not either.
 
-    kernel = pick_kernel(device)
+    Returns
+    -------
+    edges : list of Edges
+        Verified; where there are many, spanning forests of parts of them.
+    candidates : int
+        Pairs that the codes could not rule out.
+    """
     right, first = members.where(slice(columns)), 0
     old = right.row < reference_rows
     if reference_rows and old.all():
         members, first = members.where(members.row >= reference_rows), columns  # none is a column
     if references_only and not old.any():
         members, first = members.where(members.row < reference_rows), columns
-    prepared = prepare_columns(kernel, right.codes)
-    lowest = limit - right.corrections.max(initial=0)
-    listed: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
-    forests, count = [], 0
+    wide = right.wide if right.wide.shape[1] else None
+    tiles = TileColumns(right.narrow, wide, device, old)
+    limit = limits.narrow - right.fall.max(initial=0)
+    wide_limit = limits.wide - right.wide_fall.max(initial=0)
+    rows = np.concatenate([right.row, members.row]) if first else members.row
+    found: list[Edges] = []
+    listed: list[tuple[np.ndarray, np.ndarray]] = []
+    candidates, waiting = 0, 0
     for start in range(0, len(members.row), ROW_TILE):
         left = members.where(slice(start, start + ROW_TILE))
-        overlaps = first + start < columns
-        used = min(columns, start + ROW_TILE) if overlaps else columns  # no later column is wanted
-        some = prepared if used == columns else prepare_columns(kernel, right.codes[:used])
-        products = kernel.multiply(torch.from_numpy(left.codes).to(device), some)
-        old_rows, old_columns = left.row < reference_rows, old[:used]
-        wanted = Wanted(start, overlaps, old_rows, old_columns, references_only)
-        i, j, close = close_places(products, lowest - left.corrections, used, wanted)
-        if close is None:
-            listed.append((left.row[i], right.row[j]))
-            count += len(i)
+        i, j = tiles.hits(
+            left.narrow, limit - left.fall, left.wide, wide_limit - left.wide_fall,
+            first=start if first + start < columns else native.EVERY_COLUMN,
+            references=left.row < reference_rows, references_only=references_only,
+        )  # fmt: skip
+        candidates += len(i)
+        if len(i) > CROWDED * ROW_TILE * COLUMN_TILE:
+            parts = left.row, right.row, i, j
+            found += crowded_forests(features, *parts, threshold, reference_rows)
             continue
-        count += int(np.count_nonzero(close))
-        # a forest of pairs of two others, and of each kind of pairs with a reference row
-        kinds = ((~old_rows, ~old_columns), (old_rows, ~old_columns), (~old_rows, old_columns))
-        for i, j in (map(np.flatnonzero, kind) for kind in kinds):
-            if len(i) and len(j):
-                part = left.row[i], right.row[j], close[np.ix_(i, j)]
-                forests.append(crowded_forest(features, *part, threshold))
-    a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
-    return TilePairs(a, b, join_edges(forests), count)
+        listed.append((i + np.int64(first + start), j))
+        waiting += len(i)
+        if waiting >= GATHER_PAIRS or start + ROW_TILE >= len(members.row):
+            a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
+            found.append(verify_places(features, rows, a, b, threshold, reference_rows))
+            listed, waiting = [], 0
+    if waiting:
+        a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
+        found.append(verify_places(features, rows, a, b, threshold, reference_rows))
+    return found, candidates
 
 
-def close_places(
-    products: Any, limits: np.ndarray, columns: int, wanted: Wanted
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return the rows and columns of a tile's pairs; of a crowded tile none, but a mask of them.
+def crowded_forests(
+    features: Features,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    i: np.ndarray,
+    j: np.ndarray,
+    threshold: float,
+    reference_rows: int,
+) -> list[Edges]:
+    """Return the forests of a crowded tile's pairs: places i and j of global rows and columns.
 
-    Products, an (m, n) tensor, are of no row after so many columns.
+    One of pairs of two others, and one of each kind of pairs with a reference row.
     """
-    many = CROWDED * ROW_TILE * COLUMN_TILE
-    hits = product_hits(products, limits, MOST_RUNS)
-    if hits is not None and hits.total <= many:
-        i, j = hits.places()
-        i, j = i[j < columns], j[j < columns]
-        use = wanted.pairs(i, j)
-        return i[use], j[use], None
-    close = all_close(products, limits)[:, :columns]
-    close &= wanted.pairs(np.arange(len(close))[:, None], np.arange(columns))
-    if np.count_nonzero(close) > many:
-        return np.empty(0, np.int64), np.empty(0, np.int64), close
-    i, j = np.nonzero(close)
-    return i, j, None
-
-
-def prepare_columns(kernel: Kernel, codes: np.ndarray) -> Any:
-    """Return codes as a kernel's columns, with zeros after them so that all runs are whole."""
-    import torch
-
-    whole = np.zeros((-(-len(codes) // RUN) * RUN, codes.shape[1]), np.int8)
-    whole[: len(codes)] = codes
-    return kernel.prepare(torch.from_numpy(whole).to(kernel.device))
+    close = np.zeros((len(rows), len(columns)), bool)
+    close[i, j] = True
+    old_rows, old_columns = rows < reference_rows, columns < reference_rows
+    kinds = ((~old_rows, ~old_columns), (old_rows, ~old_columns), (~old_rows, old_columns))
+    forests = []
+    for left, right in kinds:
+        if left.any() and right.any():
+            part = rows[left], columns[right], close[np.ix_(left, right)]
+            forests.append(crowded_forest(features, *part, threshold))
+    return forests
 
 
 def crowded_forest(
@@ -177,7 +150,7 @@ def crowded_forest(
         rows, columns = rows[left], columns[right]
         close = np.take(np.take(close, left, axis=0), right, axis=1)
     x, y = features.gather(rows), features.gather(columns)
-    unit_x, unit_y = unit_tensor(x, "rows"), unit_tensor(y, "columns")
+    unit_x, unit_y = directions(x).unit(), directions(y).unit()
     table = scratch("table", close.shape, np.float32)
     for cosines in (centred_cosines, plain_cosines):
         error = cosines(unit_x, unit_y, table)
@@ -198,27 +171,19 @@ def crowded_forest(
     return make_edges(rows[i], columns[j], indexed_cosines(x, y, i, j))
 
 
-def unit_tensor(rows: np.ndarray, use: str) -> Any:
-    """Return rows scaled to norm 1 as a float32 tensor, in memory that is used again."""
-    import torch
-
-    found = directions(rows, torch.from_numpy(scratch(use, rows.shape, np.float32)))
-    return found.values * found.factor[:, None]
-
-
-def plain_cosines(x: Any, y: Any, table: np.ndarray) -> float:
+def plain_cosines(x: np.ndarray, y: np.ndarray, table: np.ndarray) -> float:
     """Write the products of unit rows to ``table``; return by how much they may be wrong.
 
     Rows become integers of norm 2^25, whose products are exact in float64.
     """
-    left = x.mul(2.0**25).round_().double()
+    left = np.rint(x * np.float32(2**25)).astype(np.float64)
     for start, stop in plan_blocks(len(y), PLAIN_COLUMNS):
-        right = y[start:stop].mul(2.0**25).round_().double()
-        table[:, start:stop] = (left @ right.T).mul_(2.0**-50).numpy()
+        right = np.rint(y[start:stop] * np.float32(2**25)).astype(np.float64)
+        table[:, start:stop] = (left @ right.T) * 2.0**-50
     return PROPOSAL_ERROR
 
 
-def centred_cosines(x: Any, y: Any, table: np.ndarray) -> float:
+def centred_cosines(x: np.ndarray, y: np.ndarray, table: np.ndarray) -> float:
     """Write the cosines of unit rows that are near one another to ``table``, by int8 products.
 
     x·y = 1 - (‖a‖² + ‖b‖²) / 2 + a·b, where a and b are what is left of x and y without the mean
@@ -226,13 +191,13 @@ def centred_cosines(x: Any, y: Any, table: np.ndarray) -> float:
     at several times the speed of float32. Returns by how much a cosine may be wrong at most (Cauchy
     and Schwarz); infinity, and an untouched table, where that is more than `MOST_ERROR`.
     """
-    centre = row_sums(y.clone().T) / len(y)
+    centre = row_sums(np.array(y.T, order="C")) / np.float32(len(y))
     a, b = (short_codes(side - centre) for side in (x, y))
     error = float(a.lost.max() * b.norm.max() + a.norm.max() * b.lost.max())
     error += float(a.lost.max() * b.lost.max()) + PROPOSAL_ERROR
     if error > MOST_ERROR:
         return float("inf")
-    code_products(a.codes, b.codes, table)
+    table[:] = native.products(a.codes, native.columns(b.codes))
     table *= a.scale[:, None]
     table *= b.scale
     table += 1 - a.norm[:, None] ** 2 / 2
@@ -240,39 +205,24 @@ def centred_cosines(x: Any, y: Any, table: np.ndarray) -> float:
     return error
 
 
-def code_products(x: Any, y: Any, table: np.ndarray) -> None:
-    """Write the exact products of int8 codes of any width to ``table``, rounded to float32."""
-    import torch
-
-    kernel, out = pick_kernel("cpu"), torch.from_numpy(table)
-    if x.shape[1] <= EXACT_COLUMNS:
-        out.copy_(kernel.multiply(x, kernel.prepare(y)))
-        return
-    total = torch.zeros(table.shape, dtype=torch.int64)
-    for left, right in zip(x.split(EXACT_COLUMNS, 1), y.split(EXACT_COLUMNS, 1), strict=True):
-        total += kernel.multiply(left.contiguous(), kernel.prepare(right)).to(torch.int64)
-    out.copy_(total)
-
-
 class ShortCodes(NamedTuple):
     """Rows as int8, each with its own scale."""
 
-    codes: Any  # (n, d) int8 tensor
+    codes: np.ndarray  # (n, d) int8
     scale: np.ndarray  # (n,) float32: what a unit of a code is worth
     norm: np.ndarray  # (n,) float32: norm of the row
     lost: np.ndarray  # (n,) float32: norm of what its code does not hold
 
 
-def short_codes(rows: Any) -> ShortCodes:
+def short_codes(rows: np.ndarray) -> ShortCodes:
     """Round float32 rows to int8; overwrites them."""
-    import torch
-
-    norm = plain_norms(rows)
-    scale = torch.maximum(rows.amax(1), -rows.amin(1)).clamp_(min=1e-30) / 127
+    norm = np.sqrt(row_sums(rows * rows))
+    scale = np.maximum(rows.max(1), -rows.min(1)).clip(1e-30) / np.float32(127)
     rows /= scale[:, None]
-    codes = rows.round().to(torch.int8)
-    lost = plain_norms(rows.sub_(codes)) * scale
-    return ShortCodes(codes, *(side.numpy() for side in (scale, norm, lost)))
+    codes = np.rint(rows).astype(np.int8)
+    rows -= codes
+    lost = np.sqrt(row_sums(rows * rows)) * scale
+    return ShortCodes(codes, scale, norm, lost)
 
 
 def table_forest(
@@ -284,10 +234,8 @@ def table_forest(
     rows' and columns' best ones. ``left`` and ``right`` are the node of each row and column; one
     node may be both. Overwrites ``table``, (m, n) int32 or float32.
     """
-    import torch
-
     turned = scratch("turned", table.T.shape, table.dtype)
-    torch.from_numpy(turned).copy_(torch.from_numpy(table).T)  # several times faster than numpy
+    turned[:] = table.T
     label = np.arange(nodes)  # compared below as the narrower type, in half the time
     small = np.int32 if nodes < 1 << 31 else np.int64
     rows, columns = np.arange(len(left)), np.arange(len(right))

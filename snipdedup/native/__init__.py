@@ -87,7 +87,7 @@ def hits(
     """
     x, y, least = wide if wide is not None else (None, None, None)
     left, right = references if references is not None else (None, None)
-    return _module.hits(  # type: ignore[no-any-return]
+    return _module.hits(
         np.ascontiguousarray(rows), columns_, whole_limits(limits),
         None if x is None else np.ascontiguousarray(x),
         None if y is None else np.ascontiguousarray(y),
@@ -121,7 +121,7 @@ def assign(
     radius : (n,) float32, optional
         Visit radius of each row; without it no visits are returned.
     """
-    return _module.assign(np.ascontiguousarray(rows), centroids, widest, radius)  # type: ignore[no-any-return]
+    return _module.assign(np.ascontiguousarray(rows), centroids, widest, radius)
 
 
 def code_dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -213,7 +213,7 @@ def join_best(
     """Join the ends of edges, best first; return the places of those that connected two components.
 
     ``parent``, (nodes,) uint32 or int64, is changed: each node points to a smaller one of its
-    component, the smallest to itself. ``order``, int64, is that of the edges.
+    component, the smallest to itself. ``order``, int64, is that of the edges, or of some of them.
     """
     found = _module.join_best(
         np.ascontiguousarray(start, np.int64), np.ascontiguousarray(end, np.int64), order, parent

@@ -2,7 +2,7 @@
 
 Products of codes are integers below 2^24 wherever codes have at most 1,024 coordinates, so float32
 products of BLAS are exact, in whatever order it adds. Float sums that a result shows are made in
-one order, by `ordered_sums`.
+one order, by `row_sums`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import numpy as np
 
 EXACT_WIDTH = 1 << 10  # products of so many int8 values are below 2^24
 BLOCK = 256  # rows computed at a time
+BLOCK_EDGES = 1 << 16  # edges joined at a time: few enough to stay in the cache
 FEW_COLUMNS = 8  # added up one by one
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
 HALF = np.uint64(32)
 HALF_ULP = 2.0**-53  # relative error of one operation in float64
 PEAK = 127  # largest int8
+TILE_ROWS, PANEL = 1024, 64  # of rows and columns, by which hits are ordered
 
 
 def names() -> list[str]:
@@ -99,7 +101,8 @@ def hits(
             i, j = i[keep], j[keep]
         found.append((i.astype(np.int32), j.astype(np.int32)))
     i, j = (np.concatenate(side) for side in zip(*found, strict=True))
-    return i, j
+    order = np.lexsort((j, i, j // PANEL, i // TILE_ROWS))  # the order of the compiled kernels
+    return i[order], j[order]
 
 
 def assign(
@@ -148,7 +151,7 @@ def whole(rows: np.ndarray, itemsize: int, longest: float) -> tuple[np.ndarray, 
     """Return rows as integers of norm ``longest``, and their norms; see `snipdedup.native`."""
     values = widen(rows, itemsize)
     with np.errstate(all="ignore"):
-        norms = np.sqrt(ordered_sums(values * values))
+        norms = np.sqrt(row_sums(values * values))
         factor = (np.float32(1) / norms) * np.float32(longest)
         plain = (norms > np.float32(1e-15)) & (norms < np.float32(1e15))
         scaled = np.rint(values * factor[:, None])
@@ -161,20 +164,25 @@ def finish(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return codes and what they cannot hold; see `snipdedup.native.finish`."""
     values = products_ * np.float32(unit)
-    inside, along = ordered_sums(values * values), ordered_sums(values * axis)
+    inside, along = row_sums(values * values), row_sums(values * axis)
     square = np.float32(length) - (inside - along * along)
     rest = np.sqrt(np.maximum(square, np.float32(0))) - along
     scaled = (values + rest[:, None] * axis) * np.float32(scale)
+    return round_codes(scaled)
+
+
+def round_codes(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return scaled coordinates as int8, and the norm of what int8 cannot hold, (n,) float32."""
     codes = np.rint(scaled).clip(-PEAK, PEAK).astype(np.int8)
     wide = np.abs(scaled) > np.float32(PEAK + 0.5)
     excess = np.zeros(len(scaled), np.float32)
     some = wide.any(1)
     over = np.where(wide[some], scaled[some] - codes[some], np.float32(0))
-    excess[some] = np.sqrt(ordered_sums(over * over))
+    excess[some] = np.sqrt(row_sums(over * over))
     return codes, excess
 
 
-def ordered_sums(terms: np.ndarray) -> np.ndarray:
+def row_sums(terms: np.ndarray) -> np.ndarray:
     """Return the sums over the last axis, always added in the same order; spoils ``terms``.
 
     The second half is added to the first, until few columns are left: only sums of whole columns,
@@ -219,7 +227,7 @@ def cosines(
             again = np.flatnonzero(unsettled(quick, a.shape[1]))
             if len(again):
                 a, b = a[again], b[again]
-                dot, xx, yy = (ordered_sums(p * q) for p, q in ((a, b), (a, a), (b, b)))
+                dot, xx, yy = (row_sums(p * q) for p, q in ((a, b), (a, a), (b, b)))
                 cosine[again] = (dot / (np.sqrt(xx) * np.sqrt(yy))).astype(np.float32)
         cosine = np.minimum(cosine, np.float32(1))
         cosine[(left == right).all(1)] = 1
@@ -261,19 +269,81 @@ def join_best(
     start: np.ndarray, end: np.ndarray, order: np.ndarray | None, parent: np.ndarray
 ) -> np.ndarray:
     """Return the places of the edges that connect components; see `snipdedup.native.join_best`."""
-    chosen = []
-    links = parent.tolist()
+    order = np.arange(len(start)) if order is None else order
+    chosen = [np.empty(0, np.int64)]
+    for low in range(0, len(order), BLOCK_EDGES):
+        places = order[low : low + BLOCK_EDGES]
+        u, v = find_roots(parent, start[places]), find_roots(parent, end[places])
+        apart = np.flatnonzero(u != v)
+        ends = np.concatenate([u[apart], v[apart]])
+        parent[ends] = np.arange(len(ends))  # numbers below len(ends), one a distinct root
+        number = parent[ends].astype(np.int64)
+        label = np.arange(len(ends))
+        picks = boruvka(number[: len(apart)], number[len(apart) :], label)
+        smallest = np.full(len(ends), ends.max(initial=0))
+        np.minimum.at(smallest, label[number], ends)
+        parent[ends] = smallest[label[number]]
+        chosen.append(places[apart[picks]])
+    return np.concatenate(chosen)
 
-    def root(node: int) -> int:
-        while links[node] != node:
-            links[node] = node = links[links[node]]
-        return node
 
-    places = range(len(start)) if order is None else order.tolist()
-    for place in places:
-        a, b = root(int(start[place])), root(int(end[place]))
-        if a != b:
-            links[max(a, b)] = min(a, b)
-            chosen.append(place)
-    parent[:] = links
-    return np.array(chosen, np.int64)
+def find_roots(parent: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """Return the smallest node connected with each, in ``parent``'s type; shortens its paths."""
+    root = parent[nodes]
+    open_ = np.flatnonzero(parent[root] != root)
+    while len(open_):
+        root[open_] = parent[root[open_]]
+        part = root[open_]
+        open_ = open_[parent[part] != part]
+    parent[nodes] = root
+    return np.asarray(root)
+
+
+def boruvka(u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return the places of the forest's edges among edges (u, v) given best first.
+
+    In each round every component takes its best edge. ``label``, (nodes,) int64, is each node's own
+    number, and becomes the smallest of its component.
+    """
+    start, end, rank = u, v, np.arange(len(u))
+    chosen = np.zeros(len(u), bool)
+    while len(u):
+        best = best_edge(u, v, rank, len(label))
+        picks = best[best < len(start)]
+        chosen[picks] = True
+        link_smaller(label, label[start[picks]], label[end[picks]])
+        u, v = label[u], label[v]
+        open_ = u != v
+        u, v, rank = u[open_], v[open_], rank[open_]
+    return np.flatnonzero(chosen)
+
+
+def best_edge(u: np.ndarray, v: np.ndarray, rank: np.ndarray, nodes: int) -> np.ndarray:
+    """Return for each node the smallest rank of an edge at it, else the largest int64.
+
+    ``rank`` is ascending.
+    """
+    best = np.full(nodes, np.iinfo(np.int64).max)
+    best[u[::-1]] = rank[::-1]  # from the worst edge to the best: the last assignment holds
+    other = np.full(nodes, np.iinfo(np.int64).max)
+    other[v[::-1]] = rank[::-1]
+    return np.minimum(best, other)
+
+
+def link_smaller(label: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
+    """Join the components of ``u`` and ``v`` in place; labels become each component's smallest.
+
+    Union by minimum with pointer jumping. ``label`` must be fully compressed (label[label] ==
+    label) before, and is so afterwards.
+    """
+    while len(u):
+        low, high = np.minimum(u, v), np.maximum(u, v)
+        np.minimum.at(label, high, low)
+        while True:
+            jumped = label[label]
+            if np.array_equal(jumped, label):
+                break
+            label[:] = jumped
+        u, v = label[u], label[v]
+        open_ = u != v
+        u, v = u[open_], v[open_]

@@ -83,10 +83,10 @@ static void finish(const float *products, std::size_t count, std::size_t width, 
         const float along = sum(terms, width);
         const float square = length - (inside - along * along);
         const float rest = root(square > 0 ? square : 0.0f) - along;
-        float most = 0;
+        std::int32_t most = 0;  // the bits of sizes are ordered as these are
         for (std::size_t k = 0; k < width; k++) {
             const float value = (values[k] + rest * axis[k]) * scale;
-            const float size = __builtin_fabsf(value);
+            const std::int32_t size = word(&value) & 0x7fffffff;
             most = size > most ? size : most;
             values[k] = value;
         }
@@ -97,7 +97,8 @@ static void finish(const float *products, std::size_t count, std::size_t width, 
             code[k] = (std::int8_t)(int)value;
         }
         excess[n] = 0;
-        if (most > 127.5f) {
+        const float limit = 127.5f;
+        if (most > word(&limit)) {
             for (std::size_t k = 0; k < width; k++) {
                 const float over = values[k] - (float)code[k];
                 terms[k] = __builtin_fabsf(values[k]) > 127.5f ? over * over : 0.0f;

@@ -386,17 +386,18 @@ Made join_best(const Array<std::int64_t> &start, const Array<std::int64_t> &end,
                const Maybe<std::int64_t> &order,
                nb::ndarray<Number, nb::ndim<1>, nb::c_contig, nb::device::cpu> parent) {
     same(start.size(), end.size(), "ends of edges");
-    if (order) same(order->size(), start.size(), "edges and their order");
+    const std::size_t edges = order ? order->size() : start.size();
     for (std::size_t n = 0; n < start.size(); n++)
         if ((std::uint64_t)start.data()[n] >= parent.size() ||
-            (std::uint64_t)end.data()[n] >= parent.size() ||
-            (order && (std::uint64_t)order->data()[n] >= start.size()))
+            (std::uint64_t)end.data()[n] >= parent.size())
             throw nb::index_error("no such node");
-    std::vector<std::int64_t> chosen(start.size());
+    for (std::size_t n = 0; order && n < edges; n++)
+        if ((std::uint64_t)order->data()[n] >= start.size()) throw nb::index_error("no such edge");
+    std::vector<std::int64_t> chosen(edges);
     std::size_t count;
     {
         nb::gil_scoped_release free;
-        count = kruskal(start.data(), end.data(), order ? order->data() : nullptr, start.size(),
+        count = kruskal(start.data(), end.data(), order ? order->data() : nullptr, edges,
                         parent.data(), chosen.data());
     }
     Owned<std::int64_t> out({count});

@@ -9,6 +9,7 @@
 namespace snip::SNIP_SET {
 
 constexpr std::size_t TILE_ROWS = 1024;  // rows whose hits with a panel are held
+static_assert(PANEL == 64, "a mask has a bit for each column of a panel");
 static_assert(PANEL % (BLOCK_GROUPS * GROUP) == 0 && ROWS >= BLOCK_ROWS);
 
 // Rows as a kernel wants them, as wide as packed columns, zeros after the last.
@@ -74,42 +75,44 @@ inline bool reaches_wide(const HitRule &rule, std::size_t row, std::size_t colum
                width) >= rule.wide_limits[row];
 }
 
+// Hits come in the order of tiles of rows, panels of columns, rows, columns.
 static void hits(const Codes &rows, const Columns &columns, const HitRule &rule, Pairs &found,
                  std::uint8_t *turned) {
-    static thread_local std::uint32_t listed[TILE_ROWS * PANEL + GROUP];
+    static thread_local std::uint64_t masks[TILE_ROWS + ROWS];  // of each row's hits with a panel
     const std::size_t width = columns.width;
     turn_rows(rows, width, turned);
     Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
     for (std::size_t tile = 0; tile < rows.count; tile += TILE_ROWS) {
         const std::size_t end = tile + TILE_ROWS < rows.count ? tile + TILE_ROWS : rows.count;
         for (std::size_t panel = 0; panel < columns.count; panel += PANEL) {
-            std::uint32_t *next = listed;
+            std::size_t count = 0;
             for (std::size_t r = tile; r < end; r += BLOCK_ROWS) {
                 const std::size_t last = r + BLOCK_ROWS < end ? r + BLOCK_ROWS : end;
+                for (std::size_t row = r; row < last; row++) masks[row - tile] = 0;
                 if ((std::int64_t)panel >= (std::int64_t)(last - 1) + rule.first) continue;
                 for (std::size_t c = panel; c < panel + PANEL; c += BLOCK_GROUPS * GROUP) {
                     block_products(turned + r * width, width, columns.packed + c * width,
                                    columns.bias + c, sums);
                     for (std::size_t row = r; row < last; row++)
-                        for (int g = 0; g < BLOCK_GROUPS; g++) {
-                            const unsigned mask = reach(sums[row - r][g], rule.limits[row]);
-                            if (!mask) continue;
-                            list(next, mask, (std::uint32_t)((row - tile) * PANEL + c - panel +
-                                                             (std::size_t)g * GROUP));
-                            next += __builtin_popcount(mask);
-                        }
+                        for (std::size_t g = 0; g < BLOCK_GROUPS; g++)
+                            masks[row - tile] |= (std::uint64_t)reach(sums[row - r][g],
+                                                                      rule.limits[row])
+                                                 << (c - panel + g * GROUP);
                 }
+                for (std::size_t row = r; row < last; row++)
+                    count += (std::size_t)__builtin_popcountll(masks[row - tile]);
             }
-            const std::size_t count = (std::size_t)(next - listed);
+            if (!count) continue;
             if (found.size + count > found.room) found.grow(&found, count);
-            for (std::size_t n = 0; n < count; n++) {
-                const std::size_t row = tile + listed[n] / PANEL, column = panel + listed[n] % PANEL;
-                if (column < columns.count && wanted(rule, row, column) &&
-                    reaches_wide(rule, row, column)) {
-                    found.first[found.size] = (std::int32_t)row;
-                    found.second[found.size++] = (std::int32_t)column;
+            for (std::size_t row = tile; row < end; row++)
+                for (std::uint64_t mask = masks[row - tile]; mask; mask &= mask - 1) {
+                    const std::size_t column = panel + (std::size_t)__builtin_ctzll(mask);
+                    if (column < columns.count && wanted(rule, row, column) &&
+                        reaches_wide(rule, row, column)) {
+                        found.first[found.size] = (std::int32_t)row;
+                        found.second[found.size++] = (std::int32_t)column;
+                    }
                 }
-            }
         }
     }
 }

@@ -48,12 +48,6 @@ inline void store(std::int32_t *out, Sums sums) { _mm512_storeu_si512(out, sums.
 inline unsigned reach(Sums sums, std::int32_t limit) {
     return _mm512_cmpge_epi32_mask(sums.v, _mm512_set1_epi32(limit));
 }
-// Write number + lane of each lane in the mask; 16 numbers may be written.
-inline void list(std::uint32_t *out, unsigned mask, std::uint32_t number) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)number));
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)mask, places));
-}
 inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
     __m512i sums = _mm512_setzero_si512(), ones = _mm512_setzero_si512();
     const __m512i turn = _mm512_set1_epi8((char)0x80);
@@ -119,9 +113,6 @@ inline unsigned below(__m256i values, __m256i limit) {
 inline unsigned reach(Sums sums, std::int32_t limit) {
     const __m256i least = _mm256_set1_epi32(limit);
     return (~(below(sums.low, least) | below(sums.high, least) << 8)) & 0xffff;
-}
-inline void list(std::uint32_t *out, unsigned mask, std::uint32_t number) {
-    for (; mask; mask &= mask - 1) *out++ = number + (unsigned)__builtin_ctz(mask);
 }
 inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
     __m256i sums = _mm256_setzero_si256();
@@ -202,9 +193,6 @@ inline unsigned reach(const Sums &sums, std::int32_t limit) {
     store(values, sums);
     for (int lane = 0; lane < 16; lane++) mask |= (unsigned)(values[lane] >= limit) << lane;
     return mask;
-}
-inline void list(std::uint32_t *out, unsigned mask, std::uint32_t number) {
-    for (; mask; mask &= mask - 1) *out++ = number + (unsigned)__builtin_ctz(mask);
 }
 inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
     std::int32_t total = 0;
