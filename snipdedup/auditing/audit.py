@@ -21,8 +21,8 @@ from snipdedup.auditing.sheet import (
     write_sheet,
 )
 from snipdedup.config import Audit
-from snipdedup.deduplication.out_reader import whole_groups
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND
+from snipdedup.deduplication.read_out import whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.config import Diff
-from snipdedup.deduplication.out_reader import read_keys, whole_groups
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND
+from snipdedup.deduplication.read_out import read_keys, whole_groups
 from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import group_starts

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from snipdedup.config import Report, whole_numbers
-from snipdedup.deduplication.inputs import named_paths
-from snipdedup.deduplication.out_reader import (
+from snipdedup.deduplication.inputs import KIND, named_paths
+from snipdedup.deduplication.read_out import (
     Run,
     Survey,
     read_curve,
@@ -26,7 +26,6 @@ from snipdedup.deduplication.out_reader import (
     read_partners,
     survey_groups,
 )
-from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.inspection import thumbnails
 from snipdedup.inspection.display import page_text, place_of, safe_link, shard_offsets

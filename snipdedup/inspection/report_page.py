@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.deduplication.out_reader import KEEPS, Curve, Survey
+from snipdedup.deduplication.read_out import KEEPS, Curve, Survey
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members
 from snipdedup.inspection import charts

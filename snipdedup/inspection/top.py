@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.config import Top
-from snipdedup.deduplication.inputs import named_paths
-from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND, named_paths
+from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members, group_starts, no_members
 from snipdedup.inspection.display import place_of, shard_offsets, terminal_text
