@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from snipdedup import __version__
-from snipdedup.config import Dedup, mistyped
+from snipdedup.commands import mistyped
+from snipdedup.config import Dedup
 from snipdedup.errors import SnipError
 from snipdedup.storage import locks
 from snipdedup.storage.atomic import explained, load_json, save_json, sha256, sync_folder
