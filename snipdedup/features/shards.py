@@ -22,7 +22,7 @@ from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum,
 from snipdedup.features.parquet import ParquetShard
 from snipdedup.storage.listing import find_files, metadata_beside
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
-from snipdedup.storage.urls import redacted
+from snipdedup.storage.web import redacted
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
