@@ -6,7 +6,7 @@ Generated from `snipdedup/config.py` by `python scripts/make_cli_docs.py`; do no
 from os import PathLike
 from typing import Any, Literal
 
-from snipdedup.auditing.result import AuditResult as AuditResult
+from snipdedup.auditing.audit import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
 from snipdedup.deduplication.run import open_result as open_result
 from snipdedup.downloading.run import DownloadResult as DownloadResult
