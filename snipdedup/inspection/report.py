@@ -38,8 +38,8 @@ from snipdedup.inspection.report_page import (
     render,
     require_jinja,
 )
+from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
-from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
