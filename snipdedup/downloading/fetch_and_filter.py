@@ -34,8 +34,8 @@ from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.manifest import MANIFEST
 from snipdedup.storage.out_folder import FILES
-from snipdedup.storage.remote import NoRangesError, RemotePath
-from snipdedup.storage.urls import is_web, redacted, scheme_of
+from snipdedup.storage.remote import RemotePath
+from snipdedup.storage.web import NoRangesError, is_web, redacted, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
 
