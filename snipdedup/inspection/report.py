@@ -42,8 +42,8 @@ from snipdedup.inspection.display import (
     safe_link,
     shard_offsets,
 )
+from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
-from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file

@@ -259,8 +259,8 @@ def open_table_of(index: Index, options: Search) -> Any:
 
 def add_texts(result: SearchResult, metadata: Any) -> None:
     """Fill in key, url and caption of every row shown."""
+    from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
     from snipdedup.metadata.tables import KEY_COLUMNS
-    from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts
 
     texts = RowTexts(metadata)
     shown = [n for a in result.answers for n in (*a.neighbours, *([a.row] if a.row else []))]

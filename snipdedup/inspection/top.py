@@ -21,7 +21,7 @@ from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members, group_starts, no_members
 from snipdedup.inspection.display import places_of, terminal_text
-from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_row_texts
+from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.manifest import as_written, read_manifest
 from snipdedup.storage.out_folder import refuse_output_file
