@@ -168,8 +168,8 @@ def run(options: Search) -> SearchResult:
         add_texts(result, metadata)
     result = dataclasses.replace(result, page=page, as_json=options.json)
     if page is not None:
-        shown = {"how": result.how, "answers": [answer.tiles() for answer in result.answers]}
-        text = render_page("search.html.j2", index=index.folder.name, **shown)
+        name, answers = index.folder.name, [answer.tiles() for answer in result.answers]
+        text = render_page("search.html.j2", index=name, how=result.how, answers=answers)
         with replacing(page) as part:
             part.write_text(text, encoding="utf-8")
     return result
