@@ -37,7 +37,6 @@ from snipdedup.deduplication.settings import (
     search_settings,
 )
 from snipdedup.deduplication.write_out import (
-    EXPORT,
     PAGE,
     MetadataPlan,
     grouping_folder,
@@ -52,8 +51,8 @@ from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.members import Rank
 from snipdedup.metadata.additions import ColumnSettings
-from snipdedup.metadata.precheck import try_column_uses
-from snipdedup.metadata.tables import Metadata
+from snipdedup.metadata.kept_rows import LISTS
+from snipdedup.metadata.tables import Metadata, try_column_uses
 from snipdedup.parallel import library_threads, pick_device
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner, open_runner
@@ -305,7 +304,7 @@ def search_and_write(
             "settings": saved_settings(options, result.threshold),
             "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
         }
-        for folder in (out, out / "metadata", out / EXPORT):
+        for folder in (out, out / "metadata", out / LISTS):
             atomic.remove_parts(folder)  # of what was killed there
         outputs, stale = outputs + written, [PAGE]  # it shows an earlier result
         out_folder.publish(out, KIND, manifest, outputs, removed=stale, keep_work=options.keep_work)
