@@ -22,10 +22,12 @@ find_python() {
   return 1
 }
 
-# Prints what an installation depends on: a venv that was moved must be made anew.
+# Prints what an installation depends on: a venv that was moved must be made anew. The installation
+# builds the native module beside its sources.
 wanted() {
   echo "$root"
-  cat "$root/pyproject.toml" "$root/constraints.txt"
+  (cd "$root" && cat pyproject.toml constraints.txt CMakeLists.txt hatch_build.py \
+    snipdedup/native/cpp/*.?pp)
 }
 
 # make_environment TARGET: install "." or ".[test]", unless that was done already.

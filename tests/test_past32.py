@@ -50,11 +50,7 @@ def test_places_and_pieces_of_a_fake_table_of_shards(laion):
     for row in FAR:
         assert laion.place(row)[1] == row % SHARD
         (piece,) = plan_pieces(laion.offsets, row, row + 1)
-        assert (piece.shard, piece.start, piece.stop) == (
-            row // SHARD,
-            row % SHARD,
-            row % SHARD + 1,
-        )
+        assert piece == (row // SHARD, slice(row % SHARD, row % SHARD + 1), slice(0, 1))
     found = laion.gather(np.array(FAR[::-1]))
     wanted = np.float32([row // SHARD for row in FAR[::-1]])
     assert np.array_equal(found, np.repeat(wanted[:, None], 4, axis=1))

@@ -20,7 +20,6 @@ from snipdedup.adc.threshold import (
     TWO_SIDED,
     best_scores,
     calibrate,
-    calibration_sample,
     default_margin,
     scores,
     true_duplicates,
@@ -46,13 +45,15 @@ MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row 
 class LoadedCodes(NamedTuple):
     """All codes of an index in memory; ``shared`` (rows,) share their code with another row.
 
-    ``queries`` takes a sample of row numbers, or nothing for all rows.
+    ``queries`` takes a sample of row numbers, or nothing for all rows. ``views`` are what the
+    two-sided rule found; None for another rule.
     """
 
     classes: Classes
     searcher: Searcher
     shared: np.ndarray
     queries: Callable[..., Source]
+    views: two_sided.Views | None
 
 
 class Rule(NamedTuple):
@@ -82,21 +83,10 @@ class Candidates(NamedTuple):
 
 
 def candidate_pairs(
-    index: Index,
-    features: Features | None,
-    *,
-    rule: str,
-    margin: float | None,
-    precision: float,
-    threshold: float,
-    calibration_rows: int,
-    seed: int,
-    k: int,
-    nprobe: int,
-    encoder: str | None,
-    work: Path,
-    threads: int,
-) -> tuple[Rule, Iterator[Candidates]]:
+    index: Index, features: Features | None, *, rule: str, margin: float | None, precision: float,
+    threshold: float, calibration_rows: int, seed: int, k: int, nprobe: int, encoder: str | None,
+    work: Path, threads: int,
+) -> tuple[Rule, Iterator[Candidates]]:  # fmt: skip
     """Return the rule with its margin, and the candidate pairs block by block.
 
     A pair is unique in its block and may come again in another. Rows that share a code come
@@ -109,65 +99,62 @@ def candidate_pairs(
     """
     if features is None and rule == "ratio":
         raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
-    name = SYMMETRIC if features is None else rule
     space = index.space if features is None else query_space(index, features, encoder)
     classes = Classes.of(index.lists())
     queries: Callable[..., Source] = partial(code_queries, index, classes.lists)
     if features is not None:
         queries = partial(feature_queries, index, space, features)
-    searcher, shared = Searcher(index, classes.lists, nprobe), classes.shared(index.rows)
-    codes = LoadedCodes(classes, searcher, shared, queries)
-    views = None
-    if name == TWO_SIDED:
+    searcher, views = Searcher(index, classes.lists, nprobe), None
+    if features is not None and rule == TWO_SIDED:
         views = two_sided.record_views(searcher, classes, queries(), k, work, threads)
+    codes = LoadedCodes(classes, searcher, classes.shared(index.rows), queries, views)
 
-    encoded = index.as_stored or space.encoder is not None
     usual = partial(
         default_margin, code_size=index.code_size, precision=precision, threshold=threshold,
-        encoded=encoded,
+        encoded=index.as_stored or space.encoder is not None,
     )  # fmt: skip
+    name = SYMMETRIC if features is None else rule
     found = Rule(name, usual(name), usual("difference"), {"source": "default"})
     if margin is not None:
         found = found._replace(margin=margin, calibration={"source": "given"})
     elif features is not None:
-        sample = calibration_sample(features.rows, calibration_rows, seed)
+        count = min(features.rows, calibration_rows)
+        rng = np.random.default_rng(seed)
+        sample = np.sort(rng.choice(features.rows, count, replace=False, shuffle=False))
         truth = true_duplicates(features, sample, threshold, threads)
         if truth.any():
-            found = calibrated(found, codes, views, sample, truth, precision, threads)
-    return found, search_candidates(codes, views, found, k, threads)
+            found = calibrate_rule(found, codes, sample, truth, precision, threads)
+    return found, search_candidates(codes, found, k, threads)
 
 
-def calibrated(
+def calibrate_rule(
     rule: Rule,
     codes: LoadedCodes,
-    views: two_sided.Views | None,
     sample: np.ndarray,
     truth: np.ndarray,
     precision: float,
     threads: int,
 ) -> Rule:
     """Return the rule with the margins that suit a sample; ``truth``: which are duplicates."""
-    if views is None:
+    if codes.views is None:
         best = best_scores(codes.searcher, codes.shared, codes.queries(sample), rule.name, threads)
     else:
-        best = two_sided.best_view_scores(views, codes.shared, sample, threads)
-        own = two_sided.own_differences(views, codes.shared, sample)
+        best = two_sided.best_view_scores(codes.views, codes.shared, sample, threads)
+        own = two_sided.own_differences(codes.views, codes.shared, sample)
         rule = rule._replace(own_margin=calibrate(own, truth, precision)[0])
     margin, reached = calibrate(best, truth, precision)
     return rule._replace(margin=margin, calibration=reached)
 
 
-def search_candidates(
-    codes: LoadedCodes, views: two_sided.Views | None, rule: Rule, k: int, threads: int
-) -> Iterator[Candidates]:
+def search_candidates(codes: LoadedCodes, rule: Rule, k: int, threads: int) -> Iterator[Candidates]:
     """Yield the candidate pairs: rows that share a code first, then rows and their neighbours."""
     for first, row in codes.classes.links():
         yield Candidates(first, row, np.append(first, row), 0)
     source, members = codes.queries(), MOST_NEIGHBOURS if rule.name == SYMMETRIC else k
 
     def search(span: tuple[int, int]) -> Candidates:
-        if views is not None:
-            return judge_views(codes, views, rule, np.arange(*span))
+        if codes.views is not None:
+            return judge_views(codes, codes.views, rule, np.arange(*span))
         return passing_neighbours(codes, source.load(span), rule.name, rule.margin, k, members)
 
     spans = plan_blocks(source.total, QUERY_ROWS)

@@ -16,7 +16,7 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.features.shards import plan_blocks
 from snipdedup.index.quantizer import Quantiser
-from snipdedup.index.search import QUERY_ROWS, Classes, Queries, Searcher, Source
+from snipdedup.index.search import QUERY_ROWS, Classes, Searcher, Source
 from snipdedup.parallel import ordered_map
 from snipdedup.storage import atomic
 
@@ -69,8 +69,16 @@ def record_views(
     paths = folder / "views_ids.npy", folder / "views_e.npy"
 
     def view(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        ids, e = view_block(searcher, source.load(span), own[slice(*span)], k)
-        return ids.astype(smallest), e.astype(np.float32)
+        queries, place = source.load(span), own[slice(*span), None]
+        Dq, Iq = searcher.probe(queries.x, queries.first)
+        D, I = searcher.places(queries.x, Dq, Iq, k)
+        I[place == I] = -1
+        Iq = np.where(Iq < 0, -1, Iq + len(searcher.lists.ids))
+        ids = np.concatenate([place, I, Iq], axis=1)
+        ids[queries.rows < 0] = -1
+        norm = np.einsum("ij,ij->i", queries.x, queries.x)[:, None]
+        e = (norm - np.concatenate([queries.own[:, None], D, Dq], axis=1)) / 2
+        return ids.astype(smallest), np.where(ids < 0, 0, e).astype(np.float32)
 
     spans = plan_blocks(source.total, QUERY_ROWS)
     with (
@@ -84,21 +92,6 @@ def record_views(
             bar.update(span[1] - span[0])
     ids, e = (np.load(path, mmap_mode="r") for path in paths)
     return Views(ids, e, classes, searcher.quantiser, k)
-
-
-def view_block(
-    searcher: Searcher, queries: Queries, own: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and e of some rows, as `Views` has them."""
-    Dq, Iq = searcher.probe(queries.x, queries.first)
-    D, I = searcher.places(queries.x, Dq, Iq, k)
-    I[own[:, None] == I] = -1
-    Iq = np.where(Iq < 0, -1, Iq + len(searcher.lists.ids))
-    ids = np.concatenate([own[:, None], I, Iq], axis=1)
-    ids[queries.rows < 0] = -1
-    norm = np.einsum("ij,ij->i", queries.x, queries.x)[:, None]
-    e = (norm - np.concatenate([queries.own[:, None], D, Dq], axis=1)) / 2
-    return ids, np.where(ids < 0, 0, e)
 
 
 class NamedPairs(NamedTuple):
@@ -223,27 +216,20 @@ def spanned_lengths(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Return the squared lengths of vectors within the span of r directions, (p,) float64.
 
     ``Q``, (p, r, d), are the directions, zeros where there is none; ``v``, (p, r), projections.
+    The length is vᵀ G⁻¹ v with G = Q Qᵀ: of [G v; vᵀ 0] symmetric elimination of all columns but
+    the last leaves −vᵀ G⁻¹ v. Many systems are solved side by side, in one order of sums on each
+    machine: LAPACK's solver is called for each of them, and some builds start threads for each.
     """
     gram = np.matmul(Q, Q.transpose(0, 2, 1)).astype(np.float64)
     square = np.trace(gram, axis1=1, axis2=2) / np.maximum(Q.any(axis=2).sum(axis=1), 1)
     gram += (RIDGE * np.maximum(square, RIDGE))[:, None, None] * np.eye(Q.shape[1])
-    lengths = np.empty(len(v))
+    lengths, r = np.empty(len(v)), Q.shape[1]
     for start, stop in plan_blocks(len(v), ELIMINATED):
-        lengths[start:stop] = quadratic_forms(gram[start:stop], v[start:stop])
+        left = np.zeros((r + 1, r + 1, stop - start))
+        left[:r, :r] = gram[start:stop].transpose(1, 2, 0)
+        left[r, :r] = left[:r, r] = v[start:stop].T
+        for j in range(r):
+            row = left[j, j + 1 :]
+            left[j + 1 :, j + 1 :] -= (row / left[j, j])[:, None] * row
+        lengths[start:stop] = -left[r, r]
     return lengths
-
-
-def quadratic_forms(gram: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return vᵀ G⁻¹ v, (p,) float64, of positive definite matrices G, (p, r, r), and v, (p, r).
-
-    Of [G v; vᵀ 0] symmetric elimination of all columns but the last leaves −vᵀ G⁻¹ v. The p
-    systems are solved side by side, in one order of sums on each machine: LAPACK's solver is
-    called for each of them, and some builds start threads for each.
-    """
-    r = v.shape[1]
-    left = np.zeros((r + 1, r + 1, len(v)))
-    left[:r, :r], left[r, :r], left[:r, r] = gram.transpose(1, 2, 0), v.T, v.T
-    for j in range(r):
-        row = left[j, j + 1 :]
-        left[j + 1 :, j + 1 :] -= (row / left[j, j])[:, None] * row
-    return -left[r, r]

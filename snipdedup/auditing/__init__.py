@@ -1,1 +1,1 @@
-"""snip audit: a finished OUT proved against raw features and metadata."""
+"""snip audit: a finished OUT recomputed from raw features, compared with its metadata."""

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from snipdedup import progress
 from snipdedup.auditing.metadata import check_metadata
-from snipdedup.auditing.proof import AuditedRun, Captions, Proof, Reference
-from snipdedup.auditing.result import AuditResult
-from snipdedup.auditing.sheet import (
-    human_precision,
-    pick_ordinals,
-    refuse_existing,
-    sample_pairs,
-    write_sheet,
+from snipdedup.auditing.removed_rows import (
+    AuditedReference,
+    AuditedRun,
+    Captions,
+    RemovedRows,
+    Violations,
+    chosen_places,
 )
+from snipdedup.auditing.sheet import human_precision, pick_ordinals, sample_pairs, write_sheet
 from snipdedup.config import Audit
-from snipdedup.deduplication.out_reader import whole_groups
 from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
-from snipdedup.features.shards import Features, open_features
+from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.metadata.masks import load_mask
-from snipdedup.metadata.tables import stream_parquet
 from snipdedup.metadata.texts import RowTexts, open_row_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
@@ -40,6 +38,48 @@ from snipdedup.storage.out_folder import refuse_output_file
 MASK_ROWS = 1 << 24  # of the mask, looked at together
 
 
+@dataclass(frozen=True)
+class AuditResult:
+    """The result of ``snip audit``; ``str()`` is what the command prints.
+
+    Attributes
+    ----------
+    folder : Path
+        The finished run that was audited.
+    checked : dict of str to list of str
+        By subject: what was compared, in words.
+    violations : dict of str to Violations
+        By kind: what is wrong.
+    precision : str
+        With ``judged``: the precision that a person found. Then nothing else is checked.
+    """
+
+    folder: Path
+    checked: dict[str, list[str]] = field(default_factory=dict)
+    violations: dict[str, Violations] = field(default_factory=dict)
+    precision: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.violations
+
+    def __str__(self) -> str:
+        if self.precision:
+            return self.precision
+        total = sum(kind.count for kind in self.violations.values())
+        outcome = f"FAILED, {total:,} violation{'s' * (total != 1)}" if total else "passed"
+        lines = [f"audit of {self.folder}: {outcome}"]
+        for kind in self.violations.values():
+            lines += [f"  ! {message}" for message in kind.shown]
+            if kind.count > len(kind.shown):
+                lines.append(f"  ! and {kind.count - len(kind.shown):,} more like that")
+        for subject, texts in self.checked.items():
+            heads = [subject, *[""] * (len(texts) - 1)]
+            lines += [f"  {head:<9} {text}" for head, text in zip(heads, texts, strict=True)]
+        return "\n".join(lines)
+
+
 def run(options: Audit) -> AuditResult:
     """Run ``snip audit``; the result says whether OUT passed, and what is wrong."""
     folder = Path(options.out).expanduser()
@@ -48,35 +88,39 @@ def run(options: Audit) -> AuditResult:
         if options.judged is not None:
             precision = human_precision(folder, Path(options.judged).expanduser())
             return AuditResult(folder, precision=precision)
-        features = open_input(options, manifest)
+        features = open_input(options, manifest["settings"])
         sheet = None if options.sheet is None else Path(options.sheet).expanduser()
         if sheet is not None:
-            refuse_existing(sheet)
+            if sheet.exists():
+                raise SnipError(
+                    f"{sheet} exists and may hold verdicts; read it with --judged, or choose "
+                    "another name for --sheet"
+                )
             refuse_output_file(sheet, [folder, *features.inputs()])
         texts = open_row_texts(folder, manifest, options.metadata)
+        audited = AuditedRun(folder, manifest)
         threads, memory = cores(options.threads), memory_bound(options.max_memory)
-        result = AuditResult(folder)
         readable = audit(
-            manifest, features, texts, result,
+            audited, features, texts,
             sample=options.sample, probe_rows=options.probe_rows, seed=options.seed,
             threads=threads, memory=memory,
         )  # fmt: skip
         if sheet is not None and readable:
             pairs = sample_pairs(
-                folder, manifest, features, texts,
+                audited, features, texts,
                 n=options.n, seed=options.seed, threads=threads, memory=memory,
             )  # fmt: skip
             write_sheet(sheet, pairs)
-            result.note("sheet", f"{len(pairs):,} removed pairs to judge in {sheet}; then --judged")
+            text = f"{len(pairs):,} removed pairs to judge in {sheet}; then --judged"
+            audited.note("sheet", text)
         for source in (features, texts.metadata):
             if source is not None:
                 source.refuse_changed()
-        return result
+        return AuditResult(folder, audited.checked, audited.violations)
 
 
-def open_input(options: Audit, manifest: dict[str, Any]) -> Features:
-    """Open FEATURES, or those that OUT names."""
-    settings = manifest["settings"]
+def open_input(options: Audit, settings: dict[str, Any]) -> Features:
+    """Open FEATURES, or those that the settings of OUT name."""
     source = options.features if options.features is not None else settings["features"]
     if source is None:
         raise SnipError(f"{options.out} names no features: give them after it")
@@ -88,76 +132,73 @@ def open_input(options: Audit, manifest: dict[str, Any]) -> Features:
 
 
 def audit(
-    manifest: dict[str, Any],
-    features: Features,
-    texts: RowTexts,
-    result: AuditResult,
-    *,
-    sample: int,
-    probe_rows: int,
-    seed: int,
-    threads: int,
-    memory: int,
-) -> bool:
-    """Check everything; what is wrong is added to ``result``.
+    run: AuditedRun, features: Features, texts: RowTexts,
+    *, sample: int, probe_rows: int, seed: int, threads: int, memory: int,
+) -> bool:  # fmt: skip
+    """Check everything; what is wrong is added to ``run``.
 
     Returns
     -------
     bool
         Whether OUT could be read, and the rows of the features are those of OUT.
     """
-    if not manifest["verified"]:
-        result.fail(
+    if not run.manifest["verified"]:
+        run.fail(
             "verified",
             "snip.json has verified false: adc without FEATURES, no pair was verified by the run",
         )
-    check_outputs(manifest["outputs"], result)
-    same_rows = check_shards("shards", manifest["shards"], features, threads, result)
-    captions = open_captions(manifest, threads, result)
-    run = open_run(manifest, result)
-    if run is None:
+    check_outputs(run)
+    same_rows = check_shards(run, "shards", run.manifest["shards"], features, threads)
+    captions = open_captions(run, threads)
+    try:
+        run.is_dup = load_mask(run.folder / "is_dup.npy")
+        if len(run.is_dup) != run.rows:
+            raise SnipError(f"is_dup.npy: {len(run.is_dup):,} rows, expected {run.rows:,}")
+    except (SnipError, OSError) as error:
+        run.fail("mask", str(error))
         return False
-    proved = features if same_rows else None
+    compared = features if same_rows else None
     chosen = pick_ordinals(int(np.count_nonzero(run.is_dup)), sample, seed) if sample else None
-    proof = Proof(run, proved, captions, result, chosen, threads, memory)
-    references = open_references(manifest, threads, result)
-    readable = check_groups(run, proof, result)
+    removed = RemovedRows(run, compared, captions, chosen, threads, memory)
+    references, readable = open_references(run, threads), True
+    try:
+        removed.check(references)
+    except (SnipError, OSError, KeyError, pa.ArrowException) as error:
+        run.fail("groups", f"groups.parquet cannot be checked: {error}")
+        readable = False
     if readable:
-        if manifest.get("references"):
-            proof.check_references(references)
-        describe_proof(run, proof, result)
+        describe_removed(run, removed)
         source = texts.metadata if texts.is_dup is None else None
-        check_metadata(run, proof.dup_counts(), source, result)
-    if proved is not None and probe_rows and "text" not in manifest:
-        estimate_missed(run, proved, references, probe_rows, seed, threads, result)
+        check_metadata(run, removed.dup_counts(), source)
+    if compared is not None and probe_rows and "text" not in run.manifest:
+        estimate_missed(run, compared, references, probe_rows, seed, threads)
     return readable and same_rows
 
 
-def check_outputs(outputs: dict[str, Any], result: AuditResult) -> None:
+def check_outputs(run: AuditedRun) -> None:
     """Compare each file of OUT with the size and SHA-256 in the manifest."""
-    agree = 0
+    agree, outputs = 0, run.manifest["outputs"]
     for name, known in progress.track(outputs.items(), "checksums", "files", len(outputs)):
-        path = result.folder / name
+        path = run.folder / name
         if not path.is_file():
-            result.fail("outputs", f"{name} is missing")
+            run.fail("outputs", f"{name} is missing")
         elif path.stat().st_size != known["size"] or sha256(path) != known["sha256"]:
-            result.fail("outputs", f"{name} is not the file that was written: other SHA-256")
+            run.fail("outputs", f"{name} is not the file that was written: other SHA-256")
         else:
             agree += 1
-    result.note("files", f"{agree:,} of {len(outputs):,} agree with their SHA-256")
+    run.note("files", f"{agree:,} of {len(outputs):,} agree with their SHA-256")
 
 
 def check_shards(
-    what: str, listed: list[dict[str, Any]], features: Features, threads: int, result: AuditResult
+    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features, threads: int
 ) -> bool:
     """Compare shards with rows, sizes and checksums in the manifest; tell if rows are the same."""
     found = features.describe()
     if len(listed) != len(found):
-        result.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
+        run.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
         return False
-    same_rows = True
+    same_rows, agree = True, 0
     checksums = ordered_map(shard_checksum, features.shards, threads)
-    agree = 0
     for number, own in enumerate(progress.track(checksums, "checksums", "shards", len(found))):
         known, now = listed[number], {**found[number], "checksum": checksum_text(own)}
         same_rows &= known["rows"] == now["rows"]
@@ -168,35 +209,35 @@ def check_shards(
         ]
         if differing:
             path = features.shards[number].path
-            result.fail("shards", f"{path} is not what was searched: {'; '.join(differing)}")
+            run.fail("shards", f"{path} is not what was searched: {'; '.join(differing)}")
         else:
             agree += 1
     known_by = "size and checksum" if "checksum" in listed[0] else "rows; no checksum was taken"
-    result.note(what, f"{agree:,} of {len(found):,} agree with their {known_by}")
+    run.note(what, f"{agree:,} of {len(found):,} agree with their {known_by}")
     return same_rows
 
 
-def open_captions(manifest: dict[str, Any], threads: int, result: AuditResult) -> Captions | None:
+def open_captions(run: AuditedRun, threads: int) -> Captions | None:
     """Open the features of captions, where pairs had to match in them too."""
-    settings = manifest["settings"]
-    if "text" not in manifest:
+    settings = run.manifest["settings"]
+    if "text" not in run.manifest:
         return None
     try:
         features = open_features(
             settings["text_features"], array=settings["array"], column=settings["column"]
         )
     except SnipError as error:
-        result.fail("captions", f"features of captions cannot be read: {error}")
+        run.fail("captions", f"features of captions cannot be read: {error}")
         return None
-    if not check_shards("captions", manifest["text"]["shards"], features, threads, result):
+    if not check_shards(run, "captions", run.manifest["text"]["shards"], features, threads):
         return None
     return Captions(features, settings["text_threshold"])
 
 
-def open_references(manifest: dict[str, Any], threads: int, result: AuditResult) -> list[Reference]:
+def open_references(run: AuditedRun, threads: int) -> list[AuditedReference]:
     """Open the references that can be read and are still what they were."""
-    settings, references = manifest["settings"], []
-    for described in manifest.get("references", []):
+    settings, references = run.manifest["settings"], []
+    for described in run.manifest.get("references", []):
         name, mask = described["name"], described["request"]["mask"]
         try:
             if not described["files"]:
@@ -211,86 +252,40 @@ def open_references(manifest: dict[str, Any], threads: int, result: AuditResult)
                 if sha256(path) != mask:
                     raise SnipError(f"reference {name}: {path} was made anew since")
         except (SnipError, OSError) as error:
-            result.fail("references", str(error))
+            run.fail("references", str(error))
             continue
-        if check_shards("references", described["shards"], features, threads, result):
-            references.append(Reference(name, features, is_dup))
+        if check_shards(run, "references", described["shards"], features, threads):
+            references.append(AuditedReference(name, features, is_dup))
     return references
 
 
-def open_run(manifest: dict[str, Any], result: AuditResult) -> AuditedRun | None:
-    """Open the mask; None if it cannot be one of these rows."""
-    offsets = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])], dtype=np.int64)
-    try:
-        is_dup = load_mask(result.folder / "is_dup.npy")
-    except (SnipError, OSError) as error:
-        result.fail("mask", str(error))
-        return None
-    if len(is_dup) != offsets[-1]:
-        result.fail("mask", f"is_dup.npy: {len(is_dup):,} rows, expected {offsets[-1]:,}")
-        return None
-    names = [shard["name"] for shard in manifest["shards"]]
-    return AuditedRun(result.folder, manifest, names, offsets, is_dup)
-
-
-def check_groups(run: AuditedRun, proof: Proof, result: AuditResult) -> bool:
-    """Prove the members of all groups; tell if they could be read."""
-    path = run.folder / "groups.parquet"
-    try:
-        with progress.bar(int(np.count_nonzero(run.is_dup)), "proving", "removed rows") as bar:
-            for members in whole_groups(path, marked=True):
-                proof.add(members)
-                bar.update(int(members.is_dup.sum()))
-        proof.finish()
-        # the file and the row in it that groups.parquet gives for each row
-        names, columns = pa.array(run.names, pa.string()), ["row", "shard", "shard_row"]
-        for batch in stream_parquet(path).iter_batches(columns=columns):
-            row = np.clip(batch.column("row").to_numpy(), 0, run.rows - 1)  # others: noted above
-            shard = np.searchsorted(run.offsets, row, side="right") - 1
-            other = pc.not_equal(names.take(pa.array(shard)), batch.column("shard"))
-            wrong = other.to_numpy(zero_copy_only=False)
-            wrong |= batch.column("shard_row").to_numpy() != row - run.offsets[shard]
-            result.fail_each(
-                "places", row[wrong], lambda r: f"groups.parquet: {run.place(r)} has another place"
-            )
-    except (SnipError, OSError, KeyError, pa.ArrowException) as error:
-        result.fail("groups", f"groups.parquet cannot be read: {error}")
-        return False
-    return True
-
-
-def describe_proof(run: AuditedRun, proof: Proof, result: AuditResult) -> None:
-    """Note what was proved, and what is so by design."""
-    share = 100 * proof.removed / run.rows
-    result.note("mask", f"{proof.removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
-    if proof.features is None:
-        result.note("matches", "not proved: the features are others")
+def describe_removed(run: AuditedRun, found: RemovedRows) -> None:
+    """Note what was compared, and what is so by design."""
+    share = 100 * found.removed / run.rows
+    run.note("mask", f"{found.removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
+    if found.features is None:
+        run.note("matches", "not proved: the features are others")
         return
-    of = "removed rows" if proof.chosen is None else "sampled removed rows"
-    lowest = f"; the lowest cosine is {proof.lowest:.6f}" if proof.proved else ""
-    result.note(
+    of = "removed rows" if found.chosen is None else "sampled removed rows"
+    lowest = f"; the lowest cosine is {found.lowest:.6f}" if found.compared else ""
+    run.note(
         "matches",
-        f"{proof.reach:,} of {proof.proved:,} {of} reach {run.threshold:g} with their "
+        f"{found.reach:,} of {found.compared:,} {of} reach {run.threshold:g} with their "
         f"representative{lowest}",
     )
-    if proof.chosen is not None and proof.proved:
-        _, high = proportion_interval(proof.proved - proof.reach, proof.proved)
-        result.note("matches", f"so at most {100 * high:.2f} % of all removed rows do not (95 %)")
-    if run.by_design == "components":
-        result.note("by design", "components keep one row a group: rows below the threshold chain")
-    if run.by_design == "semdedup":
-        result.note("by design", "semdedup: a representative may be removed itself")
+    if found.chosen is not None and found.compared:
+        _, high = proportion_interval(found.compared - found.reach, found.compared)
+        run.note("matches", f"so at most {100 * high:.2f} % of all removed rows do not (95 %)")
+    if run.components:
+        run.note("by design", "components keep one row a group: rows below the threshold chain")
+    if run.semdedup:
+        run.note("by design", "semdedup: a representative may be removed itself")
 
 
 def estimate_missed(
-    run: AuditedRun,
-    features: Features,
-    references: list[Reference],
-    probe_rows: int,
-    seed: int,
-    threads: int,
-    result: AuditResult,
-) -> None:
+    run: AuditedRun, features: Features, references: list[AuditedReference],
+    probe_rows: int, seed: int, threads: int,
+) -> None:  # fmt: skip
     """Estimate how many kept rows match another kept row, by brute force on a sample.
 
     Where rows were compared with references only, they are compared with these only.
@@ -312,27 +307,23 @@ def estimate_missed(
                 f"{len(missed):,} of {len(sample):,} sampled kept rows match another kept row: "
                 f"{100 * low:.2f} to {100 * high:.2f} % of them (95 %)"
             )
-        result.note("missed", text)
+        run.note("missed", text)
         if len(missed):
             worst = missed[np.argmax(D[missed, 0])]
-            result.note(
-                "missed",
-                f"such as {run.place(int(sample[worst]))} and {run.place(int(I[worst, 0]))}: "
-                f"cosine {D[worst, 0]:.6f}",
-            )
+            a, b = run.place(int(sample[worst])), run.place(int(I[worst, 0]))
+            run.note("missed", f"such as {a} and {b}: cosine {D[worst, 0]:.6f}")
     of = f"{len(sample):,} kept rows" if run.references_only else "them"
     for reference in references:
         D, _ = nearest(raw, reference.features, 1, threads, skip=reference.is_dup)
         missed = np.flatnonzero(D[:, 0] >= limit)
-        result.note("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
+        run.note("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
 
 
 def kept_rows(is_dup: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
     """Return kept rows by their numbers among all kept rows, both ascending, (n,) int64."""
     rows, before = [np.empty(0, np.int64)], 0
-    for start in range(0, len(is_dup), MASK_ROWS):
-        kept = start + np.flatnonzero(~is_dup[start : start + MASK_ROWS])
-        low, high = np.searchsorted(ordinals, [before, before + len(kept)])
-        rows.append(kept[ordinals[low:high] - before])
+    for start, stop in plan_blocks(len(is_dup), MASK_ROWS):
+        kept = start + np.flatnonzero(~is_dup[start:stop])
+        rows.append(kept[chosen_places(ordinals, before, len(kept))])
         before += len(kept)
     return np.concatenate(rows)

@@ -13,42 +13,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.auditing.proof import AuditedRun
-from snipdedup.auditing.result import AuditResult
+from snipdedup.auditing.removed_rows import AuditedRun
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table, open_table
 
-DUP_COUNT = "dup_count"
 
-
-class Expected(NamedTuple):
-    """What some rows of a file should hold: numbers of rows, dup_count, and the input's values.
-
-    ``batch`` is None where the input is not known.
-    """
+class ExpectedRows(NamedTuple):
+    """What a part of a file should hold: rows of the set, and their columns by name."""
 
     rows: np.ndarray
-    dup_count: np.ndarray
-    batch: Any
+    columns: dict[str, Any]
 
 
 def check_metadata(
-    run: AuditedRun,
-    dup_counts: tuple[np.ndarray, np.ndarray],
-    source: Metadata | None,
-    result: AuditResult,
+    run: AuditedRun, dup_counts: tuple[np.ndarray, np.ndarray], source: Metadata | None
 ) -> None:
-    """Compare the files of OUT/metadata with the mask, and with the input table.
+    """Compare the files of OUT/metadata with the mask, and with the input table ``source``.
 
-    Parameters
-    ----------
-    run : AuditedRun
-    dup_counts : ((m,) int64, (m,) int64)
-        Ascending rows that represent others, and how many each.
-    source : Metadata or None
-        The input table.
-    result : AuditResult
+    ``dup_counts`` are the rows that represent others, ascending, and how many each, (m,) int64.
 
     Raises
     ------
@@ -57,7 +40,7 @@ def check_metadata(
     """
     described = run.manifest["request"].get("metadata")
     if described is None:
-        result.note("metadata", "none was given to the run")
+        run.note("metadata", "none was given to the run")
         return
     if source is not None and [f.rows for f in source.files] != [f["rows"] for f in described]:
         raise SnipError(
@@ -70,15 +53,15 @@ def check_metadata(
         table = None if source is None else source.files[number]
         try:
             kept = open_table(run.folder / "metadata" / f"{Path(file['name']).stem}.parquet")
-            check_file(run, kept, expected_rows(run, begin, end, dup_counts, table), result)
+            check_file(run, kept, expected_rows(run, begin, end, dup_counts, table))
             rows += kept.rows
         except SnipError as error:
-            result.fail("metadata", str(error))
+            run.fail("metadata", str(error))
         begin = end
     compared = "compared with the input"
     if source is None:
         compared = "only their number and dup_count: the input is not where it was"
-    result.note("metadata", f"{rows:,} rows in {len(described):,} files, {compared}")
+    run.note("metadata", f"{rows:,} rows in {len(described):,} files, {compared}")
 
 
 def expected_rows(
@@ -87,7 +70,7 @@ def expected_rows(
     end: int,
     dup_counts: tuple[np.ndarray, np.ndarray],
     source: Table | None,
-) -> Iterator[Expected]:
+) -> Iterator[ExpectedRows]:
     """Yield what the file of rows ``begin`` to ``end`` should hold, some rows at a time."""
     all_rows = bool(run.manifest["settings"].get("weights"))  # then removed rows are written too
     parts: Any = ((at, stop - at, None) for at, stop in plan_blocks(end - begin, BATCH_ROWS))
@@ -99,13 +82,15 @@ def expected_rows(
         low, high = np.searchsorted(dup_counts[0], [first, first + size])
         counts = np.zeros(size, np.int64)
         counts[dup_counts[0][low:high] - first] = dup_counts[1][low:high]
-        values = None if batch is None else batch.filter(pa.array(kept))
-        yield Expected(first + np.flatnonzero(kept), counts[kept], values)
+        columns = {}
+        if batch is not None:
+            values = batch.filter(pa.array(kept))
+            columns = dict(zip(values.schema.names, values.columns, strict=True))
+        columns["dup_count"] = pa.array(counts[kept])
+        yield ExpectedRows(first + np.flatnonzero(kept), columns)
 
 
-def check_file(
-    run: AuditedRun, kept: Table, expected: Iterator[Expected], result: AuditResult
-) -> None:
+def check_file(run: AuditedRun, kept: Table, expected: Iterator[ExpectedRows]) -> None:
     """Compare one file with what it should hold; name its first row that is wrong."""
     name, batches = f"metadata/{kept.path.name}", (batch for _, batch in kept.batches())
     waiting: Any = pa.Table.from_batches([], kept.schema)
@@ -115,39 +100,31 @@ def check_file(
         while waiting.num_rows < size and (batch := next(batches, None)) is not None:
             waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch], kept.schema)])
         if wrong is None:
-            at = first_difference(waiting.slice(0, size), part)
-            if at is not None:
+            equal = equal_rows(waiting.slice(0, size), part)
+            if not equal.all():
+                at = int(np.argmin(equal))
                 wrong, place = run.place(int(part.rows[at])), wanted + at
         waiting = waiting.slice(size)
         wanted += size
     if kept.rows != wanted:
         late = f"; {wrong} is missing or comes too late" if wrong and kept.rows < wanted else ""
         found = f"{name}: {kept.rows:,} rows, is_dup.npy keeps {wanted:,} of this file{late}"
-        result.fail("metadata", found)
+        run.fail("metadata", found)
     elif wrong is not None:
-        result.fail("metadata", f"{name} row {place:,}: expected {wrong}, found other values")
+        run.fail("metadata", f"{name} row {place:,}: expected {wrong}, found other values")
 
 
-def first_difference(found: Any, expected: Expected) -> int | None:
-    """Return the first row in which a table differs from what is expected."""
-    equal = np.zeros(len(expected.rows), bool)
+def equal_rows(found: Any, expected: ExpectedRows) -> np.ndarray:
+    """Return in which rows a table is as expected, (n,) bool; NaN equals NaN."""
     rows = found.num_rows
-    equal[:rows] = True
-    columns = [(DUP_COUNT, pa.array(expected.dup_count))]
-    if expected.batch is not None:
-        columns += zip(expected.batch.schema.names, expected.batch.columns, strict=True)
-    for name, values in columns:
+    equal = np.arange(len(expected.rows)) < rows
+    for name, wanted in expected.columns.items():
         if name not in found.schema.names:
             raise SnipError(f"metadata: expected a column {name}, found {found.schema.names}")
-        equal[:rows] &= same_values(found[name].combine_chunks(), values.slice(0, rows))
-    return None if equal.all() else int(np.argmin(equal))
-
-
-def same_values(x: Any, y: Any) -> np.ndarray:
-    """Return where two arrays hold the same, (n,) bool; NaN is the same as NaN."""
-    if pa.types.is_floating(x.type) and x.type == y.type:  # compared by their bits
-        x, y = (values.view(f"int{values.type.bit_width}") for values in (x, y))
-    if x.equals(y):
-        return np.ones(len(x), bool)
-    pairs = zip(x.to_pylist(), y.to_pylist(), strict=True)
-    return np.array([repr(a) == repr(b) for a, b in pairs], bool)  # repr: NaN inside lists too
+        x, y = found[name].combine_chunks(), wanted.slice(0, rows)
+        if pa.types.is_floating(x.type) and x.type == y.type:  # compared by their bits
+            x, y = (values.view(f"int{values.type.bit_width}") for values in (x, y))
+        if not x.equals(y):  # repr: NaN inside lists too
+            pairs = zip(x.to_pylist(), y.to_pylist(), strict=True)
+            equal[:rows] &= np.array([repr(a) == repr(b) for a, b in pairs], bool)
+    return equal

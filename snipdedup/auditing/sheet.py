@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.auditing.proof import raw_cosines
+from snipdedup.auditing.removed_rows import AuditedRun, chosen_places, raw_cosines
 from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
@@ -36,56 +36,39 @@ def pick_ordinals(total: int, wanted: int, seed: int) -> np.ndarray:
 
 
 def sample_pairs(
-    folder: Path,
-    manifest: dict[str, Any],
-    features: Features,
-    texts: RowTexts,
-    *,
-    n: int,
-    seed: int,
-    threads: int,
-    memory: int,
-) -> list[dict[str, Any]]:
+    run: AuditedRun, features: Features, texts: RowTexts,
+    *, n: int, seed: int, threads: int, memory: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Return random removed pairs as `COLUMNS` has them, in random order.
 
     Rows that are removed for a reference are left out: captions of references are not known.
     """
-    counts = manifest["counts"]
+    counts, path = run.manifest["counts"], run.folder / "groups.parquet"
     chosen = pick_ordinals(counts["removed"] - counts.get("removed_for_reference", 0), n, seed)
     parts, before = [], 0
-    for members in whole_groups(folder / "groups.parquet", marked=True):
+    for members in whole_groups(path, marked=True):
         own = pick(members, members.is_dup & (members.representative >= 0))
-        low, high = np.searchsorted(chosen, [before, before + len(own.row)])
-        parts.append(pick(own, chosen[low:high] - before))
+        parts.append(pick(own, chosen_places(chosen, before, len(own.row))))
         before += len(own.row)
     removed = concatenate(no_members(), *parts)
     order = np.random.default_rng(seed).permutation(len(removed.row))
     a, b = removed.row[order], removed.representative[order]
-    cosine = raw_cosines(features, a, b, threads=threads, memory=memory)
+    cosine = raw_cosines(features, a, features, b, threads, memory)
     rows = np.concatenate([a, b])
     known = {
         name: texts.read(texts.find(None, columns), rows)
         for name, columns in (("url", URLS), ("caption", CAPTIONS), ("key", KEY_COLUMNS))
     }
-    known["key"] |= read_keys(folder / "groups.parquet", rows)
+    known["key"] |= read_keys(path, rows)
     pairs = []
     for x, y, value in zip(a.tolist(), b.tolist(), cosine.tolist(), strict=True):
         pair = {"row": x, "representative": y, "cosine": f"{value:.6f}"}
         for prefix, row in (("", x), ("representative_", y)):
-            path, place = features.place(row)
+            file, place = features.place(row)
             pair |= {prefix + name: values.get(row, "") for name, values in known.items()}
-            pair[prefix + "place"] = f"{path.name} row {place}"
+            pair[prefix + "place"] = f"{file.name} row {place}"
         pairs.append(pair)
     return pairs
-
-
-def refuse_existing(path: Path) -> None:
-    """Refuse to write over a sheet, which may be judged already."""
-    if path.exists():
-        raise SnipError(
-            f"{path} exists and may hold verdicts; read it with --judged, or choose another name "
-            "for --sheet"
-        )
 
 
 def write_sheet(path: Path, pairs: list[dict[str, Any]]) -> None:
@@ -93,18 +76,12 @@ def write_sheet(path: Path, pairs: list[dict[str, Any]]) -> None:
 
     A text that a spreadsheet would take for a formula gets a quote in front.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for pair in pairs:
-        writer.writerow(
-            {
-                name: f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
-                for name, value in pair.items()
-            }
-        )
-    with replacing(path) as part:
-        part.write_text(text.getvalue(), encoding="utf-8-sig")  # else Excel guesses wrong
+    with replacing(path) as part, part.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        for pair in pairs:
+            quoted = {k: f"'{v}" for k, v in pair.items() if str(v).startswith(FORMULA)}
+            writer.writerow({**pair, **quoted})
 
 
 def human_precision(folder: Path, path: Path) -> str:

@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
-from snipdedup.features.formats import Shard
-from snipdedup.features.hashing import checksum_text
-from snipdedup.features.same import find_shared
+from snipdedup.features.formats import RowSet, Shard
+from snipdedup.features.hashing import checksum_text, find_shared
 from snipdedup.features.shards import (
     Features,
     accept_dates,
@@ -46,13 +45,9 @@ class SelectedShard(Shard):
         super().__init__(shard.path, (len(rows), shard.dim), shard.dtype)
         self.shard, self.selected = shard, rows
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+    def read_into(self, rows: RowSet, out: np.ndarray) -> None:
         """See `Shard.read_into`."""
-        self.shard.take_into(self.selected[start:stop], out)
-
-    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """See `Shard.take_into`."""
-        self.shard.take_into(self.selected[rows], out)
+        self.shard.read_into(self.selected[rows], out)
 
 
 @dataclass(frozen=True)

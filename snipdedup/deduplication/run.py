@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, named_kinds, parse_epsilons
+from snipdedup.commands import named_kinds
+from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, parse_epsilons
 from snipdedup.deduplication.adc_method import check_given, search_adc
 from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
 from snipdedup.deduplication.methods import SearchSettings, search_features

@@ -17,7 +17,8 @@ from urllib.parse import quote
 from snipdedup import __version__
 from snipdedup.downloading.transfer import SourceFile
 from snipdedup.errors import MissingError, SnipError, TemporaryError, UsageError
-from snipdedup.storage.http import (
+from snipdedup.storage.remote import with_retries
+from snipdedup.storage.web import (
     AGAIN,
     DISABLED,
     GATED,
@@ -26,7 +27,6 @@ from snipdedup.storage.http import (
     origin_of,
     temporary_error,
 )
-from snipdedup.storage.remote import with_retries
 
 T = TypeVar("T")
 

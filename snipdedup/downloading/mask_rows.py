@@ -26,8 +26,8 @@ from snipdedup.metadata.masks import (
 from snipdedup.metadata.tables import open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.manifest import MANIFEST
-from snipdedup.storage.remote import NoRangesError, RemotePath
-from snipdedup.storage.urls import is_web, redacted, scheme_of
+from snipdedup.storage.remote import RemotePath
+from snipdedup.storage.web import NoRangesError, is_web, redacted, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
 

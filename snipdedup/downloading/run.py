@@ -23,7 +23,7 @@ from snipdedup.metadata.masks import describe_kept, file_version, open_mask
 from snipdedup.metadata.tables import SUFFIXES
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
-from snipdedup.storage.urls import PART, is_web, redacted, scheme_of
+from snipdedup.storage.web import PART, is_web, redacted, scheme_of
 
 KIND = "download"
 PINNED = "pinned.json"  # in the work folder: what a stopped run began with

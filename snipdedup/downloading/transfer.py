@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 from snipdedup.errors import RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
 from snipdedup.storage import atomic, remote
-from snipdedup.storage.http import CHUNK, Token
 from snipdedup.storage.remote import with_retries
-from snipdedup.storage.urls import name_of, redacted
+from snipdedup.storage.web import CHUNK, Token, name_of, redacted
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -7,7 +7,6 @@ rows are encoded in whole blocks aligned to global rows, one thread a block.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, sum_checksums
 from snipdedup.features.scan import bad_rows_error
 from snipdedup.features.shards import Features, accept_dates, open_features, request_of
-from snipdedup.index.export import export_faiss
+from snipdedup.index import quantizer
 from snipdedup.index.folder import (
     ENCODER,
     QUANTISER,
     Index,
     ShardCodes,
     Space,
+    export_faiss,
     held_encoder,
     is_descriptors,
     load_shard,
@@ -36,23 +36,11 @@ from snipdedup.index.folder import (
     shard_name,
 )
 from snipdedup.index.kmeans import draw_sample
-from snipdedup.index.quantizer import (
-    LEAST_SAMPLE,
-    POINTS_A_LIST,
-    Quantiser,
-    check_m,
-    check_nlist,
-    default_m,
-    default_nlist,
-    read_quantiser,
-    train_quantiser,
-    write_quantiser,
-)
+from snipdedup.index.quantizer import Quantiser, read_quantiser
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, in_aligned_blocks, ordered_map
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
-from snipdedup.storage.remote import is_remote
-from snipdedup.storage.urls import redacted
+from snipdedup.storage.remote import absolute_location, is_remote
 
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
 PATHS = ("features", "out", "encoder", "base", "export_faiss")
@@ -67,16 +55,15 @@ def run(options: config.Index) -> Index:
     local = [n for n in PATHS if isinstance(given[n], str | Path) and not is_remote(given[n])]
     options = config.Index(**given | {n: str(Path(given[n]).expanduser()) for n in local})
     source = options.features if isinstance(options.features, str | Path) else None
-    read = [Path(name) for name in (options.base, options.encoder) if name is not None]
-    out_folder.refuse_output_inside(Path(options.out), [*features.inputs(), *read])
-    export = None if options.export_faiss is None else Path(options.export_faiss)
-    if export is not None:
-        out_folder.refuse_output_file(export, [*features.inputs(), *read])
+    inputs = [*features.inputs(), *(Path(n) for n in (options.base, options.encoder) if n)]
+    out_folder.refuse_output_inside(Path(options.out), inputs)
+    if options.export_faiss is None:
+        return build(features, Path(options.out), options, as_stored=is_descriptors(source))
+    export = Path(options.export_faiss)
+    out_folder.refuse_output_file(export, inputs)
     index = build(features, Path(options.out), options, as_stored=is_descriptors(source))
-    if export is not None:
-        out_folder.refuse_output_file(export)  # now that it is known what is in OUT
-        size = export_faiss(index, export)
-        index.summary += f"\nwrote {export} for plain faiss, {size:,} bytes"
+    out_folder.refuse_output_file(export)  # now that it is known what is in OUT
+    index.exported = f"wrote {export} for plain faiss, {export_faiss(index, export):,} bytes"
     return index
 
 
@@ -89,6 +76,7 @@ def build(
     What a stopped run left there is used. ``as_stored``: rows are not scaled to norm 1 (an encoder
     decides by itself).
     """
+    wanted = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
     nbits, threads = options.nbits or config.INDEX_NBITS, cores(options.threads)
     base = find_base(options.base)
     encoder = find_encoder(options.encoder, base)
@@ -97,18 +85,19 @@ def build(
         "as_stored": as_stored,
         "encoder": atomic.sha256(encoder / MANIFEST) if encoder else None,
         "base": atomic.sha256(base) if base else None,
-        **{n: getattr(options, n) for n in ("nlist", "m", "nbits", "train_rows", "seed")},
+        **wanted,
+        **{name: getattr(options, name) for name in ("train_rows", "seed")},
     }
     known = None if base is None else read_quantiser(base)
     space = code_space(Space.of(encoder, features.dim, as_stored), known, options.m, nbits)
-    check_nlist(options.nlist, features.rows)
+    quantizer.check_nlist(options.nlist, features.rows)
     if known is not None:
-        check_base(known, space.dim, {n: getattr(options, n) for n in ("nlist", "m", "nbits")})
-    m = options.m or default_m(space.dim, config.INDEX_M)
-    check_m(m if known is None else known.m, space.dim)
+        check_base(known, space.dim, wanted)
+    m = options.m or quantizer.default_m(space.dim, config.INDEX_M)
+    quantizer.check_m(m if known is None else known.m, space.dim)
     state, request = claim_index(out, request, features, options.append, options.overwrite)
     if state == "done":
-        return with_summary(Index(out), "already indexed")
+        return Index(out, "already indexed")
     held = len(read_manifest(out, "index")["shards"]) if state == "append" else 0
     work = out / locks.WORK / out_folder.FILES
     done_file = work.parent / f"{QUANTISER}.json"
@@ -118,7 +107,7 @@ def build(
         elif not atomic.is_done(done_file, work):
             sizes = options.nlist, m, nbits, options.train_rows
             new = known or train_on_sample(features, space, *sizes, options.seed, threads)
-            write_quantiser(work / QUANTISER, new)
+            quantizer.write_quantiser(work / QUANTISER, new)
             atomic.write_done_file(done_file, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
         space, keep_bad = space.of_width(quantiser.dim), options.bad_rows == "keep"
@@ -127,11 +116,15 @@ def build(
     except InputError:
         out_folder.release(out)  # an earlier index there stays as it was
         raise
-    if encoder is not None and not held:
-        copy_encoder(encoder, work / ENCODER)
-    settings = {**options.as_dict(), "features": str(options.features)}
-    finish_index(out, request, settings, absolute_source(options.features), held)
-    return with_summary(Index(out), "added to" if held else "indexed")
+    source, is_path = options.features, isinstance(options.features, str | Path)
+    entries = {
+        "command": "index",
+        "settings": {**options.as_dict(), "features": str(source)},
+        "features_at": absolute_location(source) if is_path else None,
+        "request": request,
+    }
+    finish_index(out, entries, quantiser, encoder, held)
+    return Index(out, "added to" if held else "indexed")
 
 
 def find_base(base: str | None) -> Path | None:
@@ -149,17 +142,20 @@ def find_base(base: str | None) -> Path | None:
 
 def find_encoder(given: str | None, base: Path | None) -> Path | None:
     """Return the encoder's folder; quantisers of ours that were trained on one keep it."""
-    of_base = base.parent / ENCODER if base is not None and base.name == QUANTISER else None
-    if of_base is None or not of_base.is_dir():
-        if given is not None:
-            read_manifest(Path(given).expanduser(), "encoder")
-        return Path(given).expanduser() if given is not None else None
-    if given is not None and not same_encoder(given, of_base):
+    own = None
+    if base is not None and base.name == QUANTISER and (base.parent / ENCODER).is_dir():
+        own = base.parent / ENCODER
+    if given is None:
+        return own
+    encoder = Path(given).expanduser()
+    if own is None:
+        read_manifest(encoder, "encoder")
+    elif not same_encoder(given, own):
         raise SnipError(
             f"--encoder {given} is not the one that the quantisers of --base were trained with "
-            f"({of_base}); leave --encoder away"
+            f"({own}); leave --encoder away"
         )
-    return of_base
+    return own or encoder
 
 
 def code_space(space: Space, base: Quantiser | None, m: int | None, nbits: int) -> Space:
@@ -168,7 +164,7 @@ def code_space(space: Space, base: Quantiser | None, m: int | None, nbits: int) 
         return space
     if base is not None:
         return space.of_width(base.dim)
-    m = m or default_m(space.dim, config.INDEX_M)
+    m = m or quantizer.default_m(space.dim, config.INDEX_M)
     return space.of_width(space.encoder.for_codes(m, nbits).dim)
 
 
@@ -240,11 +236,13 @@ def train_on_sample(
     threads: int,
 ) -> Quantiser:
     """Train quantisers on ``train_rows`` rows; 0 stands for a number that suits the rows."""
-    lists = nlist or default_nlist(features.rows, features.rows)
-    wanted = train_rows or max(POINTS_A_LIST * lists, LEAST_SAMPLE)
+    lists = nlist or quantizer.default_nlist(features.rows, features.rows)
+    wanted = train_rows or max(quantizer.POINTS_A_LIST * lists, quantizer.LEAST_SAMPLE)
     sample = draw_sample(features, space.vectors, wanted, seed, threads)
-    nlist = nlist or default_nlist(features.rows, len(sample))
-    return train_quantiser(sample, nlist=nlist, m=m, nbits=nbits, seed=seed, threads=threads)
+    nlist = nlist or quantizer.default_nlist(features.rows, len(sample))
+    return quantizer.train_quantiser(
+        sample, nlist=nlist, m=m, nbits=nbits, seed=seed, threads=threads
+    )
 
 
 def write_codes(
@@ -264,8 +262,7 @@ def write_codes(
             if number >= held and not atomic.is_done(shard_done_file(path), work):
                 codes, checksum = encode_shard(features, number, space, quantiser, threads)
                 if len(codes.bad) and not keep_bad:
-                    bad = codes.bad + features.offsets[number]
-                    raise bad_rows_error(features, bad)
+                    raise bad_rows_error(features, codes.bad + features.offsets[number])
                 atomic.save_npz(path, **codes._asdict())
                 body = {"checksum": checksum_text(checksum)}
                 atomic.write_done_file(shard_done_file(path), [path], body)
@@ -312,52 +309,32 @@ def encode_shard(
     ), sum_checksums(checksums, len(features.shards))[number]
 
 
-def copy_encoder(source: Path, target: Path) -> None:
-    """Put the encoder into the index, so that the folder is all that a search needs."""
-    manifest = read_manifest(source, "encoder")
-    for name in (*manifest["outputs"], MANIFEST):  # the manifest last, as everywhere
-        with atomic.replacing(target / name) as part:
-            shutil.copyfile(source / name, part)
-
-
-def absolute_source(source: Any) -> str | None:
-    """Return where features lie, as a path from anywhere; None for arrays in memory."""
-    if is_remote(source):
-        return redacted(str(source))
-    return os.path.abspath(source) if isinstance(source, str | Path) else None  # noqa: PTH100
-
-
 def finish_index(
-    out: Path,
-    request: dict[str, Any],
-    settings: dict[str, Any],
-    features_at: str | None,
-    held: int,
+    out: Path, entries: dict[str, Any], quantiser: Quantiser, encoder: Path | None, held: int
 ) -> None:
     """Put everything in place, and write the manifest, which makes the folder an index.
 
     The first ``held`` shards, the quantisers and the encoder are there where shards were added.
     """
     work = out / locks.WORK / out_folder.FILES
+    if encoder is not None and not held:  # the folder is all that a search needs
+        manifest = read_manifest(encoder, "encoder")
+        for name in (*manifest["outputs"], MANIFEST):  # the manifest last, as everywhere
+            with atomic.replacing(work / ENCODER / name) as part:
+                shutil.copyfile(encoder / name, part)
     earlier = atomic.load_json(out / MANIFEST) if held else {}
-    quantiser_file = (out if held else work) / QUANTISER
-    quantiser = read_quantiser(quantiser_file)
     shards, stored, errors, bad, row_bytes = [], 0, 0.0, 0, 0
-    for number, described_shard in enumerate(request["features"]):
+    for number, described_shard in enumerate(entries["request"]["features"]):
         path = (out if number < held else work) / shard_name(number)
         codes = load_shard(path)
         stored, bad = stored + len(codes.ids), bad + len(codes.bad)
         errors, row_bytes = errors + float(codes.self_adc), row_bytes + path.stat().st_size
         done_file = shard_done_file(path)
         read = earlier["shards"][number] if number < held else atomic.load_json(done_file)
-        checksum = {name: read[name] for name in ("checksum",) if name in read}
-        named = {"file": path.name, "stored": len(codes.ids)}
-        shards.append({**described_shard, **checksum, **named})
+        checksum = {"checksum": read["checksum"]} if "checksum" in read else {}
+        shards.append({**described_shard, **checksum, "file": path.name, "stored": len(codes.ids)})
     body = {
-        "command": "index",
-        "settings": settings,
-        "features_at": features_at,
-        "request": request,
+        **entries,
         "shards": shards,
         "rows": sum(shard["rows"] for shard in shards),
         "stored_rows": stored,
@@ -365,24 +342,8 @@ def finish_index(
         **{n: getattr(quantiser, n) for n in ("dim", "nlist", "m", "nbits", "code_size")},
         "mean_self_adc": errors / max(stored, 1),
         "bytes_a_row": row_bytes / max(stored, 1),
-        "quantiser_bytes": quantiser_file.stat().st_size,
+        "quantiser_bytes": ((out if held else work) / QUANTISER).stat().st_size,
     }
     kept = [out / name for name in earlier.get("outputs", [])]
     atomic.remove_parts(work)  # of a run that was killed
     out_folder.publish(out, "index", body, [p for p in work.rglob("*") if p.is_file()], kept)
-
-
-def with_summary(index: Index, did: str) -> Index:
-    """Return an index with the summary that the command prints."""
-    body = index.manifest
-    lines = [
-        f"{did} {index.folder}: {body['rows']:,} rows of {len(body['shards'])} shards in "
-        f"{index.nlist:,} lists, codes of {body['m']} x {body['nbits']} bits",
-        f"{body['bytes_a_row']:.2f} bytes a row on disk; centroids and codebooks "
-        f"{body['quantiser_bytes']:,} bytes apart",
-        f"mean squared quantisation error {body['mean_self_adc']:.4f}",
-    ]
-    if body["bad_rows"]:
-        lines.append(f"{body['bad_rows']:,} NaN, infinite or zero rows are in no list")
-    index.summary = "\n".join(lines)
-    return index

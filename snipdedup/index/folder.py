@@ -2,7 +2,7 @@
 
 Row numbers are implied by the shard's offset and a packed local number, so a row costs its code
 and a few bytes. Files are plain arrays behind a header, so that they can be mapped: what is not
-looked at is never read.
+looked at is never read. `export_faiss` writes all as one file that plain faiss reads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,7 @@ from snipdedup.features.formats import (
     map_npy,
     member_begin,
 )
+from snipdedup.features.shards import Features
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import is_folder
@@ -105,18 +107,17 @@ def load_shard(path: Path, *, mapped: bool = False) -> ShardCodes:
                 shard = ShardCodes(*(map_member(path, archive, n) for n in ShardCodes._fields))
         else:
             shard = ShardCodes(**load_npz(path, ShardCodes._fields))
+        kinds = [(array.ndim, array.dtype.kind) for array in shard]
+        bytes_ = shard.codes.dtype.itemsize * shard.ids.dtype.itemsize
+        if kinds != [(2, "u"), (2, "u"), (1, "u"), (1, "i"), (0, "f")] or bytes_ != 1:
+            raise ValueError("its arrays are of other shapes or types")
+        count = len(shard.ids)
+        if len(shard.codes) != count or not 1 <= shard.ids.shape[1] <= 8:
+            raise ValueError("as many codes as row numbers expected")
+        if shard.sizes.sum(dtype=np.int64) != count or shard.sizes.max(initial=0) > count:
+            raise ValueError("its lists do not add up")
     except (InputError, KeyError, *BROKEN_ZIP) as error:
         raise damaged_shard(path, str(error)) from error
-    kinds = [(array.ndim, array.dtype.kind) for array in shard]
-    bytes_ = shard.codes.dtype.itemsize * shard.ids.dtype.itemsize
-    if kinds != [(2, "u"), (2, "u"), (1, "u"), (1, "i"), (0, "f")] or bytes_ != 1:
-        raise damaged_shard(path, "its arrays are of other shapes or types")
-    if len(shard.codes) != len(shard.ids) or not 1 <= shard.ids.shape[1] <= 8:
-        raise damaged_shard(path, "as many codes as row numbers expected")
-    if int(shard.sizes.sum(dtype=np.int64)) != len(shard.ids) or shard.sizes.max(initial=0) > len(
-        shard.ids
-    ):
-        raise damaged_shard(path, "its lists do not add up")
     return shard
 
 
@@ -160,10 +161,9 @@ def is_descriptors(source: str | Path | None) -> bool:
 
 @dataclass(frozen=True)
 class Space:
-    """How a row becomes the vector that is quantised.
+    """How a row, ``dim_in`` wide, becomes the vector that is quantised, ``dim`` wide.
 
-    ``dim_in`` and ``dim`` are the widths of rows and vectors; without an encoder rows are scaled
-    to norm 1, or taken ``as_stored``.
+    Without an encoder rows are scaled to norm 1, or taken ``as_stored``.
     """
 
     encoder: Encoder | None
@@ -196,7 +196,7 @@ class Space:
         if self.encoder is None:
             return self
         encoder = self.encoder.of_width(dim)
-        return Space(encoder, self.as_stored, self.dim_in, encoder.dim)
+        return Space(encoder, False, self.dim_in, encoder.dim)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return what is quantised: descriptors, unit rows, or rows as they are, float32."""
@@ -221,27 +221,36 @@ class Index:
         Global row of each shard's first row, then the number of rows.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+    def __init__(self, folder: str | Path, done: str = "index in") -> None:
+        self.folder, self.done, self.exported = Path(folder).expanduser(), done, ""
         self.manifest = read_manifest(self.folder, "index")
         self.quantiser = read_quantiser(self.folder / QUANTISER)
         self.nlist = self.quantiser.nlist
         self.dim, self.code_size = self.quantiser.dim, self.quantiser.code_size
         with as_written(self.folder):
             self.rows = int(self.manifest["rows"])
-            sizes = [shard["rows"] for shard in self.manifest["shards"]]
+            self.shard_rows = [shard["rows"] for shard in self.manifest["shards"]]
             self.files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
             self.as_stored = bool(self.manifest["request"]["as_stored"])
-        self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.offsets = np.concatenate([[0], np.cumsum(self.shard_rows, dtype=np.int64)])
         if self.rows != self.offsets[-1]:
             raise SnipError(
                 f"{self.folder / MANIFEST}: damaged: {self.rows:,} rows, its shards have "
                 f"{self.offsets[-1]:,}"
             )
-        self.summary = f"{self.folder}: {self.rows:,} rows in {self.nlist:,} lists"
 
     def __str__(self) -> str:
-        return self.summary
+        body = self.manifest
+        lines = [
+            f"{self.done} {self.folder}: {self.rows:,} rows of {len(self.files)} shards in "
+            f"{self.nlist:,} lists, codes of {body['m']} x {body['nbits']} bits",
+            f"{body['bytes_a_row']:.2f} bytes a row on disk; centroids and codebooks "
+            f"{body['quantiser_bytes']:,} bytes apart",
+            f"mean squared quantisation error {body['mean_self_adc']:.4f}",
+        ]
+        if body["bad_rows"]:
+            lines.append(f"{body['bad_rows']:,} NaN, infinite or zero rows are in no list")
+        return "\n".join([*lines, *([self.exported] if self.exported else [])])
 
     @cached_property
     def space(self) -> Space:
@@ -251,10 +260,19 @@ class Index:
             return Space.of(None, self.dim, self.as_stored)
         return Space.encoded(folder).of_width(self.dim)
 
+    def refuse_other_rows(self, features: Features, name: str = "FEATURES") -> None:
+        """Refuse features whose shards have other numbers of rows than those indexed."""
+        rows = [shard.rows for shard in features.shards]
+        if rows != self.shard_rows:
+            raise SnipError(
+                f"{self.folder} holds {self.rows:,} rows of {len(self.files)} shards, {name} has "
+                f"{sum(rows):,} rows of {len(rows)}; give the features that were indexed, or add "
+                "new shards with: snip index --append"
+            )
+
     def shard(self, number: int, *, mapped: bool = False) -> ShardCodes:
         """Return a shard's codes, or refuse those of another index; see `load_shard`."""
-        shard = load_shard(self.files[number], mapped=mapped)
-        rows = int(self.offsets[number + 1] - self.offsets[number])
+        shard, rows = load_shard(self.files[number], mapped=mapped), self.shard_rows[number]
         fits = len(shard.sizes) == self.nlist and shard.codes.shape[1] == self.code_size
         if not fits or len(shard.ids) + len(shard.bad) != rows:
             raise damaged_shard(self.files[number], f"not a shard of {rows:,} rows of this index")
@@ -272,14 +290,14 @@ class Index:
 
         A row takes its code and as many bytes as its number needs; in a list, rows ascend.
         """
-        sizes = np.zeros(self.nlist, np.int64)
-        for number in range(len(self.files)):
+        sizes, numbers = np.zeros(self.nlist, np.int64), range(len(self.files))
+        for number in numbers:
             sizes += self.shard(number).sizes
         starts = np.concatenate([[0], np.cumsum(sizes)])
         codes = np.empty((int(starts[-1]), self.code_size), np.uint8)
         ids = np.empty((int(starts[-1]), packed_width(self.rows)), np.uint8)
         cursor = starts[:-1].copy()
-        for number in range(len(self.files)):
+        for number in numbers:
             shard = self.shard(number)
             counts = shard.sizes.astype(np.int64)
             begins = np.cumsum(counts) - counts
@@ -292,3 +310,31 @@ class Index:
     def decode(self, lists: CodeLists, low: int, high: int) -> np.ndarray:
         """Return q(y) of the places ``low`` to ``high``, (n, dim) float32."""
         return self.quantiser.decode(lists.list_of(low, high), lists.codes[low:high])
+
+
+def export_faiss(index: Index, path: Path) -> int:
+    """Write one IndexIVFPQ that plain faiss reads, with int64 ids that are global rows.
+
+    faiss would hold 8 bytes an id in memory to write it; here its file is laid out by hand: the
+    empty index as faiss serialises it, with the lists put in place of its empty ones (format of
+    faiss/impl/index_write.cpp, "ilar"). Returns the bytes written.
+    """
+    import faiss
+
+    def lists_header(layout: bytes, sizes: np.ndarray) -> bytes:
+        counts = np.array([index.nlist, index.code_size], "<u8").tobytes()
+        return b"ilar" + counts + layout + np.array([len(sizes), *sizes], "<u8").tobytes()
+
+    lists = index.lists()
+    ivfpq = read_quantiser(index.folder / QUANTISER).ivfpq
+    ivfpq.ntotal = len(lists.ids)
+    head = faiss.serialize_index(ivfpq).tobytes()
+    empty = lists_header(b"sprs", np.empty(0, np.int64))
+    if not head.endswith(empty):
+        raise SnipError(f"this faiss ({faiss.__version__}) writes indexes in an unknown layout")
+    with atomic.replacing(path) as part, part.open("wb") as file:
+        file.write(head.removesuffix(empty) + lists_header(b"full", np.diff(lists.starts)))
+        for low, high in pairwise(lists.starts.tolist()):
+            file.write(lists.codes[low:high].tobytes())
+            file.write(lists.rows(slice(low, high)).astype("<i8").tobytes())
+    return path.stat().st_size

@@ -29,16 +29,9 @@ POINTS_A_LIST, LEAST_SAMPLE = 64, 1 << 16  # rows to train on
 
 
 class Quantiser:
-    """A trained faiss IVFPQ without rows.
+    """A trained faiss IVFPQ without rows; ``code_size`` is in bytes.
 
-    Attributes
-    ----------
-    ivfpq : faiss.IndexIVFPQ
-    centroids : (nlist, dim) float32
-    graph : bool
-        CodeLists are found by an HNSW graph: nearly always the nearest ones.
-    nlist, dim, m, nbits, code_size : int
-        ``code_size`` is in bytes.
+    Where ``coarse`` is an HNSW graph of the centroids, lists are nearly always the nearest ones.
     """
 
     def __init__(self, ivfpq: Any) -> None:
@@ -50,15 +43,14 @@ class Quantiser:
         self.code_size = int(ivfpq.code_size)
         self.centroids = ivfpq.quantizer.reconstruct_n(0, self.nlist)
         self.coarse: Any = faiss.downcast_index(ivfpq.quantizer)
-        self.graph = isinstance(self.coarse, faiss.IndexHNSWFlat)
 
     def assign(self, x: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
         """Return squared distances and numbers of the nearest lists, (n, nprobe) each."""
-        nprobe = min(nprobe, self.nlist)
-        if not self.graph:
-            return self.coarse.search(x, nprobe)
         import faiss
 
+        nprobe = min(nprobe, self.nlist)
+        if not isinstance(self.coarse, faiss.IndexHNSWFlat):
+            return self.coarse.search(x, nprobe)
         wide = cast(Any, faiss).SearchParametersHNSW()  # of which faiss ships no type
         wide.efSearch = max(self.coarse.hnsw.efSearch, 2 * nprobe)
         return self.coarse.search(x, nprobe, params=wide)
@@ -196,7 +188,15 @@ def read_quantiser(path: Path) -> Quantiser:
     except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().splitlines()[-1][:200]
         raise SnipError(f"{path}: not an index that faiss can read: {reason}") from error
-    found = unsupported(index)
+    found = ""
+    if type(index) is not faiss.IndexIVFPQ:
+        found = type(index).__name__
+    elif index.metric_type != faiss.METRIC_L2:
+        found = "another metric"
+    elif not index.is_trained or index.quantizer.ntotal != index.nlist:
+        found = "an untrained one"
+    elif not 4 <= index.pq.nbits <= 8:
+        found = f"{index.pq.nbits} bits"
     if found:
         raise SnipError(
             f"{path}: expected a trained faiss IndexIVFPQ with L2 distances and 4 to 8 bits a "
@@ -223,16 +223,3 @@ def no_larger_than(size: int) -> Iterator[None]:
         yield
     finally:
         faiss.set_deserialization_vector_byte_limit(before)
-
-
-def unsupported(index: Any) -> str:
-    """Return what a faiss index is, where it is none that can be used here; else nothing."""
-    import faiss
-
-    if type(index) is not faiss.IndexIVFPQ:
-        return type(index).__name__
-    if index.metric_type != faiss.METRIC_L2:
-        return "another metric"
-    if not index.is_trained or index.quantizer.ntotal != index.nlist:
-        return "an untrained one"
-    return "" if 4 <= index.pq.nbits <= 8 else f"{index.pq.nbits} bits"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -108,7 +109,15 @@ class Searcher:
         if self.ivfpq.by_residual:
             self.ivfpq.use_precomputed_table = 0
             self.ivfpq.precompute_table()
-        self.invlists = borrowed_lists(lists, index.code_size)
+        sizes = np.diff(lists.starts)
+        table = np.stack([sizes, sizes, lists.starts[:-1] * index.code_size], 1).astype(np.uint64)
+        invlists: Any = faiss.OnDiskInvertedLists()
+        invlists.nlist, invlists.code_size = len(sizes), index.code_size
+        invlists.read_only, invlists.prefetch_nthread = True, 0
+        invlists.lists.resize(len(sizes))
+        faiss.memcpy(invlists.lists.data(), faiss.swig_ptr(table), table.nbytes)
+        invlists.totsize, invlists.ptr = lists.codes.nbytes, faiss.swig_ptr(lists.codes)
+        self.invlists = invlists
         self.ivfpq.replace_invlists(self.invlists, False)
         # Before the lists go, the pointer is taken away: faiss would unmap what it did not map.
         weakref.finalize(self, setattr, self.invlists, "ptr", None)
@@ -118,9 +127,8 @@ class Searcher:
 
         ``first`` is the place of ``x[0]`` among all queries: it fixes the blocks.
         """
-        Dq, Iq = in_aligned_blocks(
-            lambda block: self.quantiser.assign(block, self.nprobe), x, first
-        )
+        assign = partial(self.quantiser.assign, nprobe=self.nprobe)
+        Dq, Iq = in_aligned_blocks(assign, x, first)
         return Dq, Iq
 
     def places(
@@ -128,8 +136,8 @@ class Searcher:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return D and I, (n, k): the nearest entries to vectors in the lists that `probe` gave.
 
-        D are squared distances to the codes, ascending, infinity where there is none; I are places
-        in ``lists``, -1 where there is none.
+        D are squared distances to the codes, ascending; I are places in ``lists``; infinity and -1
+        where there is none.
         """
         import faiss
 
@@ -155,22 +163,6 @@ class Searcher:
             return queries, D, I
 
         return ordered_map(find, plan_blocks(source.total, QUERY_ROWS), threads)
-
-
-def borrowed_lists(lists: CodeLists, code_size: int) -> Any:
-    """Return faiss inverted lists whose codes are ``lists.codes`` itself."""
-    import faiss
-
-    sizes = np.diff(lists.starts)
-    invlists: Any = faiss.OnDiskInvertedLists()
-    invlists.nlist, invlists.code_size = len(sizes), code_size
-    invlists.read_only, invlists.prefetch_nthread = True, 0
-    table = np.stack([sizes, sizes, lists.starts[:-1] * code_size], axis=1).astype(np.uint64)
-    invlists.lists.resize(len(sizes))
-    faiss.memcpy(invlists.lists.data(), faiss.swig_ptr(table), table.nbytes)
-    invlists.totsize = lists.codes.nbytes
-    invlists.ptr = faiss.swig_ptr(lists.codes)
-    return invlists
 
 
 class Queries(NamedTuple):
@@ -224,16 +216,8 @@ def code_queries(index: Index, lists: CodeLists) -> Source:
 
 def query_space(index: Index, features: Features, encoder: str | None) -> Space:
     """Return how these features become queries; refuse others than those indexed."""
-    indexed = [shard["rows"] for shard in index.manifest["shards"]]
-    given = [shard.rows for shard in features.shards]
-    if indexed != given:
-        raise SnipError(
-            f"{index.folder} holds {sum(indexed):,} rows of {len(indexed)} shards, FEATURES are "
-            f"{sum(given):,} rows of {len(given)}; give the features that were indexed, or add "
-            "new shards with: snip index --append"
-        )
-    space = index.space
-    held = index.folder / ENCODER
+    index.refuse_other_rows(features)
+    space, held = index.space, index.folder / ENCODER
     if space.encoder is not None and encoder is not None and not same_encoder(encoder, held):
         raise SnipError(
             f"--encoder {encoder} is not the one that {index.folder} was built with ({held}); "

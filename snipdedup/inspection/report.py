@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from snipdedup.config import Report, whole_numbers
+from snipdedup.config import Report
 from snipdedup.deduplication.inputs import named_paths
 from snipdedup.deduplication.out_reader import (
     Run,
@@ -125,7 +125,7 @@ def make_page(
     curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         curve = read_curve(out / "forest.parquet", rows, settings["threshold"])
-    asked = [] if options.rows is None else whole_numbers("rows", options.rows, 2**48, least=0)
+    asked = options.asked()
     if asked and asked[-1] >= rows:
         raise SnipError(f"--rows names row {asked[-1]:,}, the set has rows 0 to {rows - 1:,}")
     partners = read_partners(groups, np.array(asked, np.int64))

@@ -230,14 +230,7 @@ def raw_features(index: Index, options: Search) -> tuple[Features | None, str, s
         return None, "", f"the features are not where they were ({error})"
     of = "descriptors" if is_descriptors(source) else "features"
     if given:
-        indexed = [shard["rows"] for shard in index.manifest["shards"]]
-        found = [shard.rows for shard in features.shards]
-        if indexed != found:
-            raise SnipError(
-                f"--features {source}: {sum(found):,} rows of {len(found)} shards, {index.folder} "
-                f"holds {sum(indexed):,} rows of {len(indexed)}; give the features that were "
-                "indexed"
-            )
+        index.refuse_other_rows(features, f"--features {source}")
         return features, of, ""
     now, then = request_of(features), index.manifest["request"]
     if any(now[name] != then.get(name) for name in now):

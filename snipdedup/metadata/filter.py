@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from snipdedup import progress
-from snipdedup.config import EXPORTS, Filter, named_kinds
+from snipdedup.commands import named_kinds
+from snipdedup.config import EXPORTS, Filter
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.metadata.export import FOLDER, list_columns, list_uses, write_lists

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from snipdedup import progress
 from snipdedup.errors import SnipError
-from snipdedup.features.formats import Shard
-from snipdedup.features.shards import open_shard, plan_blocks
+from snipdedup.features.formats import Shard, open_shard
+from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.tables import Metadata, Table, open_table
 from snipdedup.storage import atomic
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import map_npy
-from snipdedup.features.shards import identities, refuse_changed
+from snipdedup.features.shards import OpenedFiles
 from snipdedup.metadata.keys import fingerprints, is_binary
 from snipdedup.metadata.tables import Metadata, open_metadata, open_table
 from snipdedup.storage import atomic
@@ -51,7 +51,7 @@ class Mask(NamedTuple):
     path: Path
     is_dup: np.ndarray
     sizes: np.ndarray | None
-    opened: Sequence[tuple[int, int, int]] = ()
+    opened: OpenedFiles | None = None
     other_sizes: np.ndarray | None = None
 
     @property
@@ -60,8 +60,9 @@ class Mask(NamedTuple):
         return len(self.is_dup)
 
     def refuse_changed(self) -> None:
-        """Refuse a mask that changed since it was opened; see `shards.refuse_changed`."""
-        refuse_changed([self.path][: len(self.opened)], self.opened)
+        """Refuse a mask that changed since it was opened."""
+        if self.opened is not None:
+            self.opened.refuse_changed()
 
 
 class FileSizes(NamedTuple):
@@ -99,7 +100,7 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
     if path.is_dir():
         read_manifest(path, "dedup")
         path = path / MASK
-    opened = identities([path]) if path.is_file() else ()
+    opened = OpenedFiles([path] if path.is_file() else [])
     is_dup = load_mask(path)
     with as_written(path.parent):
         sizes = _manifest_sizes(path, len(is_dup))

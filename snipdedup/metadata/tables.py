@@ -16,12 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import (
-    Features,
-    identities,
-    natural_sort,
-    refuse_changed,
-)
+from snipdedup.features.shards import Features, OpenedFiles, natural_sort
 from snipdedup.storage.listing import find_files
 from snipdedup.storage.remote import RemotePath, arrow_source, is_remote, map_requests
 
@@ -222,7 +217,7 @@ class Metadata:
         self.offsets = np.cumsum([0, *(file.rows for file in files)], dtype=np.int64)
         self.rows = int(self.offsets[-1])
         self.schema = files[0].schema
-        self.opened = identities(self.paths())
+        self.opened = OpenedFiles(self.paths())
         for file in files[1:]:
             different = sorted(set(file.schema.names) ^ set(self.columns))
             if different:
@@ -250,8 +245,8 @@ class Metadata:
         return f"{first} and {more} more" if more else str(first)
 
     def refuse_changed(self) -> None:
-        """Refuse files that changed since they were opened; see `shards.refuse_changed`."""
-        refuse_changed(self.paths(), self.opened)
+        """Refuse files that changed since they were opened."""
+        self.opened.refuse_changed()
 
     def column(self, asked: str | None = None, wanted: Sequence[str] = KEY_COLUMNS) -> str | None:
         """Return the exact name of a column; names are found in any case.

@@ -148,7 +148,8 @@ def test_the_calibrated_margin_reaches_the_precision_on_other_rows(real_index, r
     calibration = found.rule.calibration
     assert calibration["source"] == "sample"
     assert calibration["precision"] >= 0.91
-    sampled = threshold.calibration_sample(features.rows, 3000, 0)
+    rng = np.random.default_rng(0)  # as the sample is drawn
+    sampled = rng.choice(features.rows, 3000, replace=False, shuffle=False)
     others = np.setdiff1d(np.arange(features.rows), sampled)
     truth = true_duplicates(features, others, 0.95, 2)
     flags = found.flags[others]

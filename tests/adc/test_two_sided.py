@@ -144,9 +144,10 @@ def test_a_crowd_larger_than_k_is_one_group(tmp_path, monkeypatch):
 
 def test_elimination_solves_as_lapack_does():
     rng = np.random.default_rng(3)
-    Q = rng.normal(size=(700, 25, 32))
-    gram, v = Q @ Q.transpose(0, 2, 1) + 1e-2 * np.eye(25), rng.normal(size=(700, 25))
-    gram[5, 3:], gram[5, :, 3:], v[5, 3:] = 0, 0, 0  # directions that are not there
-    gram[5] += 1e-6 * np.eye(25)
-    expected = [a @ np.linalg.solve(G, a) for G, a in zip(gram, v, strict=True)]
-    assert two_sided.quadratic_forms(gram, v) == pytest.approx(expected, rel=1e-9)
+    Q, v = rng.normal(size=(700, 25, 32)), rng.normal(size=(700, 25))
+    Q[5, 3:], v[5, 3:] = 0, 0  # directions that are not there
+    found = two_sided.spanned_lengths(Q, v)
+    for vectors, along, length in zip(Q, v, found, strict=True):
+        square = np.square(vectors).sum() / vectors.any(axis=1).sum()
+        gram = vectors @ vectors.T + two_sided.RIDGE * square * np.eye(25)
+        assert length == pytest.approx(along @ np.linalg.solve(gram, along), rel=1e-9)

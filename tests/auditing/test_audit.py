@@ -19,9 +19,9 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.auditing import proof
-from snipdedup.auditing.proof import raw_cosines
-from snipdedup.auditing.result import SHOWN, AuditResult
+from snipdedup.auditing import removed_rows
+from snipdedup.auditing.audit import AuditResult
+from snipdedup.auditing.removed_rows import SHOWN, AuditedRun, raw_cosines
 from snipdedup.auditing.sheet import pick_ordinals
 from snipdedup.features.shards import open_features
 from snipdedup.statistics import proportion_interval
@@ -571,16 +571,16 @@ def test_missed_matches_are_counted_and_one_is_named(finished, rows, laion, tmp_
 
 def test_results_do_not_depend_on_memory_or_threads(finished, laion, monkeypatch):
     expected = audit(finished, laion, "--threads", 1)[1]
-    monkeypatch.setattr(proof, "PAIRS", 16)
+    monkeypatch.setattr(removed_rows, "PAIRS", 16)
     assert audit(finished, laion, "--threads", 2, "--max_memory", "1k")[1] == expected
 
 
 def test_raw_cosines_by_hand(monkeypatch):
-    monkeypatch.setattr(proof, "PAIRS", 2)
+    monkeypatch.setattr(removed_rows, "PAIRS", 2)
     x = np.array([[1, 0], [3, 4], [0, 0], [0, 2], [0, 0], [np.nan, 1]], np.float32)
     features = open_features([x[:2], x[2:]])
     a, b = np.array([3, 0, 1, 2, 5, 0]), np.array([1, 1, 1, 4, 5, 3])
-    found = raw_cosines(features, a, b, threads=1, memory=1)
+    found = raw_cosines(features, a, features, b, 1, 1)
     np.testing.assert_allclose(found, [0.8, 0.6, 1, np.nan, np.nan, 0], atol=1e-7)
 
 
@@ -705,11 +705,12 @@ def test_a_sheet_is_not_written_into_an_input(finished, laion):
 
 
 def test_a_verdict_shows_a_few_of_a_kind():
-    result = AuditResult(Path("o"))
-    result.fail_each("a", np.arange(3), "a{}".format)
-    result.fail_each("a", np.arange(3, 2000), "a{}".format)
-    result.fail("b", "other")
-    lines = str(result).splitlines()
+    settings = {"threshold": 1, "method": "join", "grouping": "star"}
+    run = AuditedRun(Path("o"), {"shards": [], "settings": settings})
+    run.fail_each("a", np.arange(3), "a{}".format)
+    run.fail_each("a", np.arange(3, 2000), "a{}".format)
+    run.fail("b", "other")
+    lines = str(AuditResult(run.folder, run.checked, run.violations)).splitlines()
     assert lines[0] == "audit of o: FAILED, 2,001 violations"
     shown = [f"  ! a{i}" for i in range(SHOWN)]
     assert lines[1:] == [*shown, "  ! and 1,995 more like that", "  ! other"]

@@ -16,8 +16,9 @@ from samples import clustered
 from snipdedup import config
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
+from snipdedup.features.formats import open_shard
 from snipdedup.features.hashing import checksum_text, shard_checksum
-from snipdedup.features.shards import open_features, open_shard
+from snipdedup.features.shards import open_features
 from snipdedup.index.build import build, run
 from snipdedup.index.folder import Index, pack_rows, packed_width, unpack_rows
 from snipdedup.index.quantizer import read_quantiser
@@ -103,7 +104,7 @@ def test_one_shard_or_many(index, rows, tmp_path):
 
 def test_a_second_run_finds_it_done(index, shards):
     before = {p: p.stat().st_mtime_ns for p in index.folder.iterdir()}
-    assert run(options(index.folder, shards)).summary.startswith("already indexed")
+    assert str(run(options(index.folder, shards))).startswith("already indexed")
     assert {p: p.stat().st_mtime_ns for p in index.folder.iterdir()} == before
 
 
@@ -330,7 +331,7 @@ def test_rewritten_shards_are_another_input_but_a_new_date_is_not(shards, tmp_pa
         read = shard_checksum(open_shard(folder / shard["name"]))
         assert shard["checksum"] == checksum_text(read)
         os.utime(folder / shard["name"], ns=(0, 1))
-    assert run(options(out, folder)).summary.startswith("already indexed")
+    assert str(run(options(out, folder))).startswith("already indexed")
     np.save(folder / "img_emb_0.npy", 2 * np.load(folder / "img_emb_0.npy"))
     with pytest.raises(SnipError, match="finished run with other features_changed"):
         run(options(out, folder))

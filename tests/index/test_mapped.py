@@ -15,8 +15,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.index import search
 from snipdedup.index.build import build
-from snipdedup.index.export import export_faiss
-from snipdedup.index.folder import Index, load_shard
+from snipdedup.index.folder import Index, export_faiss, load_shard
 from snipdedup.index.search import MappedLists
 
 

@@ -10,8 +10,7 @@ from samples import clustered, make
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
-from snipdedup.index.export import export_faiss
-from snipdedup.index.folder import Index
+from snipdedup.index.folder import Index, export_faiss
 from snipdedup.index.search import Classes, Searcher, feature_queries, query_space
 
 
@@ -90,7 +89,7 @@ def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small_index):
 def test_features_that_are_not_those_of_the_index_are_refused(small_index):
     index, features = small_index
     rows = features.read(0, features.rows)
-    with pytest.raises(SnipError, match="holds 2,000 rows of 1 shards, FEATURES are 1,999"):
+    with pytest.raises(SnipError, match="holds 2,000 rows of 1 shards, FEATURES has 1,999"):
         query_space(index, open_features(rows[:-1]), None)
     with pytest.raises(SnipError, match=r"rows 16 wide, FEATURES are 8 wide.*--encoder"):
         query_space(index, open_features(rows[:, :8].copy()), None)

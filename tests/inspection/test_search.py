@@ -300,7 +300,7 @@ def test_without_open_clip_it_says_what_to_install(folder, monkeypatch):
         (["{bad}"], 1, r"bad\.npy row 1: NaN, infinite or zero"),
         (["{whole}"], 1, r"whole\.npy: expected vectors, \(n, d\) of floats, found \(2, 24\) of"),
         (["{broken}"], 1, r"broken\.npy: cannot be read as vectors"),
-        ([3, "--features", "{whole}"], 1, r"--features .*: 2 rows of 1 shards, .* 900 rows of 2"),
+        ([3, "--features", "{whole}"], 1, r"900 rows of 2 shards, --features .* has 2 rows of 1"),
         ([3, "--metadata", "{short}"], 1, r"400 rows of metadata, but 900 rows"),
         ([3, "-k", 0], 2, "--k must lie between"),
         ([3, "--index", "{narrow}"], 2, "given more than once"),
