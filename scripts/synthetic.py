@@ -18,6 +18,8 @@ it spread from .9 to 1, in some groups less, and --heavy plays no part.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +33,9 @@ COPY_NOISE = (0.05, 0.3)  # length of the noise on a planted copy: cosines of .9
 HEAVY_NOISE = (0.05, 0.15)
 
 # --spectrum hierarchical: squared lengths of the parts of a row; own is what they leave of 1
-SHARED_PART, TOPIC_PART, SUBTOPIC_PART = 0.3, 0.2, (0.0, 0.37)
+SHARED_PART, TOPIC_PART, SUBTOPIC_PART = 0.3, 0.1, (0.0, 0.47)
 TOPICS, SUBTOPICS = 1000, 30  # subtopics of each topic
-GROUP_TAIL = 1.3  # of the sizes of groups: P(size > s) = s ** -GROUP_TAIL
+GROUP_TAIL = 1.1  # of the sizes of groups: P(size > s) = s ** -GROUP_TAIL
 LEAST_COSINE = 0.9  # of a copy with its row
 
 
@@ -46,7 +48,15 @@ class Topics(NamedTuple):
 
 
 def main() -> None:
-    """Parse the arguments and write the set."""
+    """Write the set."""
+    options = parse()
+    make_plan = plan_groups if options.spectrum == "hierarchical" else plan
+    source, noise = make_plan(options)
+    write(options.out / "img_emb", source, noise, options)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -57,10 +67,7 @@ def main() -> None:
     parser.add_argument("--exact", type=float, default=0.1, help="share of bit-for-bit copies")
     parser.add_argument("--spectrum", choices=("clip", "flat", "hierarchical"), default="clip")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    make_plan = plan_groups if options.spectrum == "hierarchical" else plan
-    source, noise = make_plan(options)
-    write(options.out / "img_emb", source, noise, options)
+    return parser.parse_args(argv)
 
 
 def plan(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +96,8 @@ def plan_groups(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     copies, originals = shuffled[:count], shuffled[count:]
     sizes = 1 + rng.pareto(GROUP_TAIL, len(originals)).astype(np.int64)
     sizes = np.minimum(sizes, options.heavy_copies)
-    group = np.repeat(np.arange(len(originals)), sizes)
+    used = np.searchsorted(np.cumsum(sizes), count) + 1
+    group = np.repeat(np.arange(len(originals))[:used], sizes[:used])
     group = np.resize(group, count)  # again from the first, if they are too few
     source[copies] = originals[group]
     least = rng.uniform(LEAST_COSINE, 1, len(originals))
@@ -105,15 +113,15 @@ def write(folder: Path, source: np.ndarray, noise: np.ndarray, options: argparse
     shape, path = (options.rows, options.dim), folder.parent / "originals.part"
     base = np.memmap(path, np.float16, "w+", shape=shape)
     rng = np.random.default_rng([options.seed, 1])
-    draw = {"clip": clip_like, "flat": flat, "hierarchical": hierarchical}[options.spectrum]
-    centres: np.ndarray | Topics
+    draw: Callable[[np.random.Generator, int], np.ndarray]
     if options.spectrum == "hierarchical":
-        centres = draw_topics(rng, options.dim)
+        draw = partial(hierarchical, topics=draw_topics(rng, options.dim))
     else:
         centres = unit(rng.standard_normal((CENTRES, options.dim), np.float32))
+        draw = partial(clip_like if options.spectrum == "clip" else flat, centres=centres)
     for start in range(0, options.rows, SHARD_ROWS):
         count = min(SHARD_ROWS, options.rows - start)
-        base[start : start + count] = draw(rng, count, centres)
+        base[start : start + count] = draw(rng, count)
     for number, start in enumerate(range(0, options.rows, SHARD_ROWS)):
         part = slice(start, min(start + SHARD_ROWS, options.rows))
         rows = base[source[part]]
