@@ -27,8 +27,8 @@ from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features, plan_blocks
+from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.masks import load_mask
-from snipdedup.metadata.texts import RowTexts, open_row_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage.atomic import sha256

@@ -30,16 +30,22 @@ from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import Rank, no_members
 from snipdedup.groups.pairs import all_pairs, too_many, write_pairs
 from snipdedup.join.forest import Edges, join_edges
-from snipdedup.metadata import additions, export
+from snipdedup.metadata import additions
 from snipdedup.metadata.gather import gather_columns
-from snipdedup.metadata.kept_rows import kept_names, try_writing, write_kept
-from snipdedup.metadata.precheck import ColumnUse, try_column_uses
-from snipdedup.metadata.tables import Metadata, Table, as_texts
+from snipdedup.metadata.kept_rows import (
+    LISTS,
+    kept_names,
+    list_columns,
+    list_uses,
+    try_writing,
+    write_kept,
+    write_lists,
+)
+from snipdedup.metadata.tables import ColumnUse, Metadata, Table, as_texts, try_column_uses
 from snipdedup.parallel import run_all
 from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
-EXPORT = "export"  # the folder of lists for other tools
 
 
 class MetadataPlan(NamedTuple):
@@ -66,7 +72,7 @@ def plan_metadata(
     Columns are converted on the first rows of each file, so that wrong types are refused before
     the search.
     """
-    lists = export.list_columns(kinds, table, key)
+    lists = list_columns(kinds, table, key)
     if table is None:
         if len(additions.added_names(columns)) > 1:
             raise UsageError(
@@ -82,7 +88,7 @@ def plan_metadata(
     if key is not None:
         remedy = "name a column of texts or numbers with --key"
         uses.append(ColumnUse([key], lambda file, _, batch: texts(file, batch), remedy))
-    uses += [*url_baseline.baseline_uses(table), *added, *export.list_uses(lists, table)]
+    uses += [*url_baseline.baseline_uses(table), *added, *list_uses(lists, table)]
     try_column_uses(
         table, [*uses, ColumnUse(None, try_writing, "leave it out of META", by_schema=True)]
     )
@@ -208,7 +214,7 @@ def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> list[Path]:
     removed = none if plan.columns.weights else result.is_dup
     with additions.added_columns(plan.columns, table, result.removed_rows, work) as added:
         written = write_kept(table, removed, out / "metadata", added)
-    return written + export.write_lists(plan.lists, table, result.is_dup, out / EXPORT, work)
+    return written + write_lists(plan.lists, table, result.is_dup, out / LISTS, work)
 
 
 def histogram_table(result: Result) -> Any:

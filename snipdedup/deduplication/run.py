@@ -22,7 +22,6 @@ from snipdedup.deduplication.adc_method import check_given, search_adc
 from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
 from snipdedup.deduplication.methods import SearchSettings, search_features
 from snipdedup.deduplication.outputs import (
-    EXPORT,
     PAGE,
     MetadataPlan,
     grouping_folder,
@@ -59,8 +58,8 @@ from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.members import Rank
 from snipdedup.metadata.additions import ColumnSettings
-from snipdedup.metadata.precheck import try_column_uses
-from snipdedup.metadata.tables import Metadata
+from snipdedup.metadata.kept_rows import LISTS
+from snipdedup.metadata.tables import Metadata, try_column_uses
 from snipdedup.parallel import library_threads, pick_device
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner, open_runner
@@ -312,7 +311,7 @@ def search_and_write(
             "settings": saved_settings(options, result.threshold),
             "seconds": {stage: round(spent, 3) for stage, spent in clock.seconds.items()},
         }
-        for folder in (out, out / "metadata", out / EXPORT):
+        for folder in (out, out / "metadata", out / LISTS):
             atomic.remove_parts(folder)  # of what was killed there
         outputs, stale = outputs + written, [PAGE]  # it shows an earlier result
         out_folder.publish(out, KIND, manifest, outputs, removed=stale, keep_work=options.keep_work)

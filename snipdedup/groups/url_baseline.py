@@ -12,9 +12,8 @@ import pyarrow.compute as pc
 from snipdedup.groups.blocks import cut_groups, slices
 from snipdedup.groups.members import Members
 from snipdedup.metadata.gather import gather_columns
-from snipdedup.metadata.keys import as_bytes
-from snipdedup.metadata.precheck import ColumnUse
-from snipdedup.metadata.tables import Metadata, Table
+from snipdedup.metadata.join_by_key import as_bytes
+from snipdedup.metadata.tables import ColumnUse, Metadata, Table
 
 BASELINE_COLUMNS = ("hash", "md5", "sha256", "url")
 
