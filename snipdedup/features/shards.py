@@ -20,7 +20,7 @@ from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, identity_of,
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
 from snipdedup.storage.listing import find_files, metadata_beside
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
-from snipdedup.storage.urls import redacted
+from snipdedup.storage.web import redacted
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
