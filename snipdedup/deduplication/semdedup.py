@@ -13,12 +13,11 @@ from itertools import pairwise
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, unit_rows64
+from snipdedup.features.cosine import PROPOSAL_ERROR, all_cosines, unit_rows, unit_rows64
 from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.keep import keep_rank
 from snipdedup.groups.members import Best, group_starts
-from snipdedup.groups.star import products
 from snipdedup.index.kmeans import draw_sample, kmeans
 from snipdedup.parallel import Stage, ordered_map
 
@@ -141,29 +140,17 @@ def nearest_earlier(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compare the rows at places ``low`` to ``high`` of a cluster with all before them.
 
-    The cluster starts at place ``begin``. Two tiles of rows are in memory at a time. float32
-    products propose; of those that could be the highest the cosine decides.
+    The cluster starts at place ``begin``. Two tiles of rows are in memory at a time.
     """
     raw = features.gather(order[low:high])
-    unit = unit_rows(raw)
     match, best = np.full(high - low, -1), np.full(high - low, -2, np.float32)
     for start in range(begin, high, TILE):
         stop = min(start + TILE, high)
-        tile = raw if start == low else features.gather(order[start:stop])
-        table = cosines(unit, unit if start == low else unit_rows(tile))
+        table = all_cosines(raw, raw if start == low else features.gather(order[start:stop]))
         if start == low:
-            table[np.triu_indices(len(unit))] = -2  # nothing to compare: not an earlier row
-        place = table.argmax(1)
-        top = table[np.arange(len(table)), place]
-        row = np.flatnonzero((top > -2) & (top >= best - 2 * PROPOSAL_ERROR))
-        near = table >= (top - 2 * PROPOSAL_ERROR)[:, None]
-        tied = row[np.count_nonzero(near[row], axis=1) > 1]
-        if len(tied):
-            exact = products(unit_rows64(raw[tied]), unit_rows64(tile))
-            exact[~near[tied]] = -2
-            place[tied] = exact.argmax(1)
-        cosine = pair_cosine(raw[row], tile[place[row]])
-        better = cosine > best[row]
-        row = row[better]
-        best[row], match[row] = cosine[better], order[start:stop][place[row]]
+            table[np.triu_indices(len(raw))] = -2  # nothing to compare: not an earlier row
+        place = table.argmax(1)  # the first of equal ones
+        cosine = table[np.arange(len(table)), place]
+        better = cosine > best
+        best[better], match[better] = cosine[better], order[start:stop][place[better]]
     return match, np.where(match < 0, np.float32(np.nan), np.minimum(best, np.float32(1)))

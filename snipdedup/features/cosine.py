@@ -140,6 +140,18 @@ def indexed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) 
     return found
 
 
+def all_cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the cosines of all rows of x with all rows of y, (m, n) float32.
+
+    As `pair_cosine` returns them, but those of a size up to 1e-5 are 0.
+    """
+    left = rescaled(x)
+    right = left if y is x else rescaled(y)
+    x_norms = native.square_norms(left)
+    y_norms = x_norms if y is x else native.square_norms(right)
+    return np.asarray(native.cosine_tables(left, right, x_norms, y_norms)[0])
+
+
 def same_bits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return which rows of two arrays of one dtype are equal bit for bit, (n,) bool."""
     words = np.dtype(f"u{x.dtype.itemsize}")

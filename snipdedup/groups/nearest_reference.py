@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import indexed_cosines, unit_rows64
+from snipdedup.features.cosine import all_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Nearest, group_starts
 from snipdedup.join.forest import (
@@ -203,40 +203,17 @@ def find_nearest(
 
 
 def nearest_dense(features: Features, references: np.ndarray, rows: np.ndarray) -> Nearest:
-    """Return the nearest of ascending reference rows for each row, by products of unit rows.
-
-    A product in float64 is so near the cosine that `pair_cosine` must be asked only where the two
-    may be rounded to different float32 values. So the result is that of `pair_cosine`.
-    """
+    """Return the nearest of ascending reference rows for each row (ties: the first)."""
     raw = features.gather(rows)
-    unit = unit_rows64(raw)
     best = np.full(len(rows), -np.inf, np.float32)
     nearest = np.full(len(rows), -1)
     for start, stop in plan_blocks(len(references), TILE):
-        others = features.gather(references[start:stop])
-        cosine = likely_cosines(raw, unit, others, best)
-        place = cosine.argmax(axis=1)  # the first of equal ones
+        cosine = all_cosines(raw, features.gather(references[start:stop]))
+        place = cosine.argmax(axis=1)
         top = cosine[np.arange(len(rows)), place]
         better = top > best
         best[better], nearest[better] = top[better], references[start + place[better]]
     return Nearest(rows, nearest, best)
-
-
-def likely_cosines(
-    raw: np.ndarray, unit: np.ndarray, others: np.ndarray, best: np.ndarray
-) -> np.ndarray:
-    """Return cosines of rows with others, (m, n) float32: right where they may be a row's highest.
-
-    Elsewhere, and where they are below the highest that is known of each row, ``best``, they may be
-    one float32 step too low. ``unit`` are the rows as float64 unit rows.
-    """
-    product = unit @ unit_rows64(others).T
-    error = 4 * unit.shape[1] * np.finfo(np.float64).eps  # of both, by any order of sums
-    low, high = (np.minimum(product + side, 1).astype(np.float32) for side in (-error, error))
-    enough = np.maximum(best, low.max(axis=1))
-    i, j = np.nonzero((low != high) & (high >= enough[:, None]))
-    low[i, j] = indexed_cosines(raw, others, i, j)
-    return low
 
 
 def by_row(parts: Iterable[Nearest], rows: int, path: Path | None) -> Nearest:

@@ -1,7 +1,7 @@
 """Which rows are kept: by the star rule, or one row a component; and what reference rows remove.
 
 Under the star rule a row is kept, in keep order, unless a kept row is its pair. Small groups are
-decided many at a time and large ones in blocks, by products of float64 unit rows; huge ones by
+decided many at a time and large ones in blocks, by tables of cosines; huge ones by
 codes (`huge_star`).
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain, compress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import pair_cosine, unit_rows64
+from snipdedup import native
+from snipdedup.features.cosine import pair_cosine, rescaled
 from snipdedup.groups.huge_star import Gather, star_huge
 from snipdedup.groups.members import (
     Best,
@@ -26,7 +28,6 @@ from snipdedup.groups.members import (
     sort_members,
 )
 from snipdedup.join.forest import Edges, components
-from snipdedup.native.fallback import row_sums, unsettled
 from snipdedup.parallel import given_threads, ordered_map
 
 STAR_BLOCK = 1024  # rows of a large group compared at once
@@ -35,7 +36,6 @@ FLOAT64_GROUP = 8192  # larger groups are compared by codes first
 STAR_STEP = 64  # rows of a large group decided together
 PACKED_ROWS = 1 << 12  # rows gathered for one batch of small groups
 NO_PAIR = np.float32(-2)  # less than any cosine
-NO_COSINE = 1e-5  # cosines nearer to 0 are rounded as the processor adds them up; none is a pair
 NO_ROW = np.iinfo(np.int64).max
 
 
@@ -62,36 +62,43 @@ class Compare(NamedTuple):
     threshold: float
     also: Also | None = None
 
-    def load(self, rows: np.ndarray) -> np.ndarray:
-        """Return float64 unit rows for `table`, those of ``also`` beside them."""
-        unit = unit_rows64(self.gather(rows))
-        if self.also is None:
-            return unit
-        return np.concatenate([unit, unit_rows64(self.also.gather(rows))], axis=1)
+    def load(self, rows: np.ndarray) -> Vectors:
+        """Return the features of rows, and their other vectors."""
+        also = None if self.also is None else self.also.gather(rows)
+        return Vectors.of(self.gather(rows), also)
 
-    def table(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Return cosines, (..., m, n) float32; `NO_PAIR` where ``also`` does not hold."""
-        if self.also is None:
-            return products(x, y)
-        cut = x.shape[-1] - self.also.dim
-        cosine = products(x[..., :cut], y[..., :cut])
-        other = products(x[..., cut:], y[..., cut:])
-        cosine[other < np.float32(self.also.threshold)] = NO_PAIR
+    def table(self, x: Vectors, y: Vectors, groups: int = 1) -> np.ndarray:
+        """Return all cosines of x with y in each group; `NO_PAIR` where ``also`` does not hold.
+
+        (groups, m, n) float32.
+        """
+        cosine = native.cosine_tables(x.rows, y.rows, x.norms, y.norms, groups)
+        if self.also is not None:
+            other = native.cosine_tables(
+                x.other.rows, y.other.rows, x.other.norms, y.other.norms, groups
+            )
+            cosine[other < np.float32(self.also.threshold)] = NO_PAIR
         return cosine
 
 
-def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the cosines of float64 unit rows, (..., m, n) float32.
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors of rows as stored, with their squared norms; and other vectors of the same rows."""
 
-    The same on every processor, but for those below `NO_COSINE` in size.
-    """
-    quick = x @ y.swapaxes(-1, -2)
-    cosine = quick.astype(np.float32)
-    again = unsettled(quick, x.shape[-1])
-    again &= np.abs(quick) > NO_COSINE
-    *group, i, j = np.nonzero(again)
-    cosine[again] = row_sums(x[*group, i] * y[*group, j])
-    return np.asarray(cosine)
+    rows: np.ndarray  # (n, d)
+    norms: np.ndarray  # (n,) float64
+    other: Any = None  # Vectors, if pairs must match in them too
+
+    @classmethod
+    def of(cls, rows: np.ndarray, also: np.ndarray | None = None) -> Vectors:
+        """Return vectors, float64 ones scaled so that their squares do not overflow."""
+        rows = rescaled(rows)
+        return cls(rows, native.square_norms(rows), None if also is None else cls.of(also))
+
+    def where(self, places: np.ndarray) -> Vectors:
+        """Return the vectors that a mask or an index array selects."""
+        other = None if self.other is None else self.other.where(places)
+        return Vectors(self.rows[places], self.norms[places], other)
 
 
 def group_components(forest: Edges, rank: Rank) -> Members:
@@ -191,8 +198,8 @@ def star_packed(
     Returns the representatives, (g, s) int64, and the cosines with them, (g, s) float32.
     """
     groups, size = rows.shape
-    unit = compare.load(rows.ravel()).reshape(groups, size, -1)
-    cosine = compare.table(unit, unit)
+    vectors = compare.load(rows.ravel())
+    cosine = compare.table(vectors, vectors, groups)
     match = cosine >= np.float32(compare.threshold)
     kept = np.zeros((groups, size), bool)
     for place in range(size):
@@ -214,41 +221,44 @@ def star_large(
     is rows × kept rows. Returns what `star_packed` does, (n,).
     """
     limit = np.float32(compare.threshold)
-    blocks: list[np.ndarray] = []  # of kept rows
+    blocks: list[Vectors] = []  # of kept rows
     kept = np.zeros(len(rows), bool)
     for start in range(0, len(rows), STAR_BLOCK):
-        unit = compare.load(rows[start : start + STAR_BLOCK])
+        vectors = compare.load(rows[start : start + STAR_BLOCK])
         covered = out[start : start + STAR_BLOCK].copy()
         for block in blocks:
             open_ = np.flatnonzero(~covered)
-            covered[open_] = (compare.table(unit[open_], block) >= limit).any(axis=1)
+            covered[open_] = (compare.table(vectors.where(open_), block)[0] >= limit).any(axis=1)
         open_ = np.flatnonzero(~covered)
         while len(open_):  # a few at a time: what they cover needs no more comparison
             head, open_ = open_[:STAR_STEP], open_[STAR_STEP:]
-            match = compare.table(unit[head], unit[head]) >= limit
+            first = vectors.where(head)
+            match = compare.table(first, first)[0] >= limit
             for place in range(len(head)):
                 kept[start + head[place]] = not match[place][kept[start + head]].any()
-            last = unit[head[kept[start + head]]]
-            open_ = open_[~(compare.table(unit[open_], last) >= limit).any(axis=1)]
-        if kept[start : start + len(unit)].any():
-            blocks.append(unit[kept[start : start + len(unit)]])
+            last = vectors.where(head[kept[start + head]])
+            covered = (compare.table(vectors.where(open_), last)[0] >= limit).any(axis=1)
+            open_ = open_[~covered]
+        part = kept[start : start + STAR_BLOCK]
+        if part.any():
+            blocks.append(vectors.where(np.flatnonzero(part)))
     return nearest_kept(rows, kept, blocks, compare)
 
 
 def nearest_kept(
-    rows: np.ndarray, kept: np.ndarray, blocks: list[np.ndarray], compare: Compare
+    rows: np.ndarray, kept: np.ndarray, blocks: list[Vectors], compare: Compare
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for each row its nearest kept row (ties: the smaller) and their cosine."""
     representative, similarity = rows.copy(), np.ones(len(rows), np.float32)
-    ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+    ends = np.cumsum([len(block.norms) for block in blocks], dtype=np.int64)
     keepers = np.split(rows[kept], ends[:-1])[: len(blocks)]
     removed = np.flatnonzero(~kept)
     for start in range(0, len(removed), STAR_BLOCK):
         places = removed[start : start + STAR_BLOCK]
-        unit = compare.load(rows[places])
+        vectors = compare.load(rows[places])
         best, chosen = np.full(len(places), NO_PAIR), np.full(len(places), NO_ROW)
         for block, names in zip(blocks, keepers, strict=True):
-            cosine = compare.table(unit, block)
+            cosine = compare.table(vectors, block)[0]
             top = cosine.max(axis=1)
             name = np.where(cosine == top[:, None], names, NO_ROW).min(axis=1)
             better = (top > best) | ((top == best) & (name < chosen))

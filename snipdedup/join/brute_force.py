@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.features.cosine import PROPOSAL_ERROR, indexed_cosines, unit_rows, unit_rows64
+from snipdedup.features.cosine import PROPOSAL_ERROR, all_cosines, indexed_cosines, unit_rows
 from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, make_edges, spanning_forest
-from snipdedup.native.fallback import unsettled
 from snipdedup.parallel import ordered_map
 
 TILE = 2048  # rows of a tile's sides
@@ -117,11 +116,7 @@ def tile_pairs(left: Panel, right: Panel, i: int, j: int, threshold: float) -> E
     if left is right and i == j:
         a, b = a[a < b], b[a < b]
     if len(a) > DENSE * product.size:
-        dense = unit_rows64(left.raw[i : i + TILE]) @ unit_rows64(right.raw[j : j + TILE]).T
-        quick = dense[a, b]
-        cosine = np.minimum(quick.astype(np.float32), np.float32(1))
-        again = np.flatnonzero(unsettled(quick, left.raw.shape[1]))
-        cosine[again] = indexed_cosines(left.raw, right.raw, i + a[again], j + b[again])
+        cosine = all_cosines(left.raw[i : i + TILE], right.raw[j : j + TILE])[a, b]
     else:
         cosine = indexed_cosines(left.raw, right.raw, i + a, j + b)
     return make_edges(left.rows[i + a], right.rows[j + b], cosine).at(threshold)

@@ -2,7 +2,7 @@
 
 Most tiles hold few close pairs, which are verified one by one. Where very many are close (thousands
 of copies of one picture), that would cost the square of their number: such a crowded tile gives a
-spanning forest of its pairs instead, by products of rows that are short where these are near.
+spanning forest of its pairs instead, by a table of all cosines.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup import native
-from snipdedup.features.cosine import PROPOSAL_ERROR, directions, indexed_cosines
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.cosine import all_cosines
+from snipdedup.features.shards import Features
 from snipdedup.join.forest import Edges, join_edges, make_edges
 from snipdedup.join.kernels import TileColumns
 from snipdedup.join.verify import GATHER_PAIRS, verify_places
-from snipdedup.native.fallback import best_edge, link_smaller, row_sums
+from snipdedup.native.fallback import best_edge, link_smaller
 from snipdedup.parallel import scratch
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
-CROWDED = 1 / 64  # share of a tile's pairs from which they are not verified one by one
-PLAIN_COLUMNS = 1 << 8  # of float64 products held at a time
-MOST_ERROR = 2e-3  # of quick products in a crowded tile: more would leave too many pairs unsure
+CROWDED = 1 / 8  # share of a tile's pairs from which they are not verified one by one
+NO_PAIR = np.float32(-2)  # less than any cosine
 
 
 class CodedRows(NamedTuple):
@@ -136,12 +135,9 @@ def crowded_forests(
 def crowded_forest(
     features: Features, rows: np.ndarray, columns: np.ndarray, close: np.ndarray, threshold: float
 ) -> Edges:
-    """Return the forest of a crowded tile's pairs, by one product of the raw rows.
+    """Return the forest of a crowded tile's pairs, by a table of cosines.
 
-    Pairs too close to the threshold for that product are decided one by one. Of two edges within
-    its error of each other it decides which is taken: it is made of exact products of integers and
-    single operations, so that every processor takes the same. ``close``, (m, n) bool, are the
-    candidate pairs of the global rows and columns.
+    ``close``, (m, n) bool, are the candidate pairs of the global rows and columns.
     """
     left, right = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
     if not len(left):
@@ -149,90 +145,25 @@ def crowded_forest(
     if len(left) * len(right) < close.size:
         rows, columns = rows[left], columns[right]
         close = np.take(np.take(close, left, axis=0), right, axis=1)
-    x, y = features.gather(rows), features.gather(columns)
-    unit_x, unit_y = directions(x).unit(), directions(y).unit()
-    table = scratch("table", close.shape, np.float32)
-    for cosines in (centred_cosines, plain_cosines):
-        error = cosines(unit_x, unit_y, table)
-        if error > MOST_ERROR:
-            continue
-        table += np.float32(2)  # positive, whatever the threshold
-        table *= close
-        table *= table >= np.float32(threshold + 2 - error)
-        unsure = (table > 0) & (table <= np.float32(threshold + 2 + error))
-        if np.count_nonzero(unsure) <= CROWDED * table.size:
-            break
-    i, j = np.divmod(np.flatnonzero(unsure.ravel()), len(columns))
-    table[i, j] *= indexed_cosines(x, y, i, j) >= np.float32(threshold)
+    table = all_cosines(features.gather(rows), features.gather(columns))
+    table[~close] = NO_PAIR
+    table[table < np.float32(threshold)] = NO_PAIR
+    cosine = table.copy()
     nodes = np.unique(np.concatenate([rows, columns]))
     i, j = table_forest(
         table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
     )
-    return make_edges(rows[i], columns[j], indexed_cosines(x, y, i, j))
-
-
-def plain_cosines(x: np.ndarray, y: np.ndarray, table: np.ndarray) -> float:
-    """Write the products of unit rows to ``table``; return by how much they may be wrong.
-
-    Rows become integers of norm 2^25, whose products are exact in float64.
-    """
-    left = np.rint(x * np.float32(2**25)).astype(np.float64)
-    for start, stop in plan_blocks(len(y), PLAIN_COLUMNS):
-        right = np.rint(y[start:stop] * np.float32(2**25)).astype(np.float64)
-        table[:, start:stop] = (left @ right.T) * 2.0**-50
-    return PROPOSAL_ERROR
-
-
-def centred_cosines(x: np.ndarray, y: np.ndarray, table: np.ndarray) -> float:
-    """Write the cosines of unit rows that are near one another to ``table``, by int8 products.
-
-    x·y = 1 - (‖a‖² + ‖b‖²) / 2 + a·b, where a and b are what is left of x and y without the mean
-    of y. Where rows are near, these are short, and int8 holds them well: it is wrong by some 1e-5,
-    at several times the speed of float32. Returns by how much a cosine may be wrong at most (Cauchy
-    and Schwarz); infinity, and an untouched table, where that is more than `MOST_ERROR`.
-    """
-    centre = row_sums(np.array(y.T, order="C")) / np.float32(len(y))
-    a, b = (short_codes(side - centre) for side in (x, y))
-    error = float(a.lost.max() * b.norm.max() + a.norm.max() * b.lost.max())
-    error += float(a.lost.max() * b.lost.max()) + PROPOSAL_ERROR
-    if error > MOST_ERROR:
-        return float("inf")
-    table[:] = native.products(a.codes, native.columns(b.codes))
-    table *= a.scale[:, None]
-    table *= b.scale
-    table += 1 - a.norm[:, None] ** 2 / 2
-    table -= b.norm**2 / 2
-    return error
-
-
-class ShortCodes(NamedTuple):
-    """Rows as int8, each with its own scale."""
-
-    codes: np.ndarray  # (n, d) int8
-    scale: np.ndarray  # (n,) float32: what a unit of a code is worth
-    norm: np.ndarray  # (n,) float32: norm of the row
-    lost: np.ndarray  # (n,) float32: norm of what its code does not hold
-
-
-def short_codes(rows: np.ndarray) -> ShortCodes:
-    """Round float32 rows to int8; overwrites them."""
-    norm = np.sqrt(row_sums(rows * rows))
-    scale = np.maximum(rows.max(1), -rows.min(1)).clip(1e-30) / np.float32(127)
-    rows /= scale[:, None]
-    codes = np.rint(rows).astype(np.int8)
-    rows -= codes
-    lost = np.sqrt(row_sums(rows * rows)) * scale
-    return ShortCodes(codes, scale, norm, lost)
+    return make_edges(rows[i], columns[j], cosine[i, j])
 
 
 def table_forest(
     table: np.ndarray, left: np.ndarray, right: np.ndarray, nodes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a maximum spanning forest of a table's positive entries, as places (i, j).
+    """Return a maximum spanning forest of a table's pairs, as places (i, j).
 
     Borůvka's method: in each round every component takes its best entry, which is the best of its
     rows' and columns' best ones. ``left`` and ``right`` are the node of each row and column; one
-    node may be both. Overwrites ``table``, (m, n) int32 or float32.
+    node may be both. Overwrites ``table``, (m, n) float32; `NO_PAIR` is no pair.
     """
     turned = scratch("turned", table.T.shape, table.dtype)
     turned[:] = table.T
@@ -244,7 +175,7 @@ def table_forest(
         i = np.concatenate([turned.argmax(1), rows])
         j = np.concatenate([columns, table.argmax(1)])
         order = np.argsort(-table[i, j], kind="stable")
-        order = order[: np.count_nonzero(table[i, j] > 0)]
+        order = order[: np.count_nonzero(table[i, j] > NO_PAIR)]
         if not len(order):
             break
         i, j = i[order], j[order]
@@ -254,7 +185,7 @@ def table_forest(
         chosen.append((i[picks], j[picks]))
         link_smaller(label, u[picks], v[picks])
         own, other = label[left].astype(small), label[right].astype(small)
-        table *= own[:, None] != other
-        turned *= other[:, None] != own
+        table[own[:, None] == other] = NO_PAIR
+        turned[other[:, None] == own] = NO_PAIR
     i, j = (np.concatenate(side) for side in zip(*chosen, strict=True))
     return i, j

@@ -199,6 +199,18 @@ def cosines(
     return np.asarray(found)
 
 
+def cosine_tables(
+    x: np.ndarray, y: np.ndarray, x_norms: np.ndarray, y_norms: np.ndarray, groups: int = 1
+) -> np.ndarray:
+    """Return all cosines of rows x with rows y of the same group, (groups, m, n) float32.
+
+    As `cosines` returns them, but those of a size up to 1e-5 are 0. ``x`` holds m rows of each
+    group one after another, ``y`` n.
+    """
+    found = _module.table(as_bytes(x), x_norms, as_bytes(y), y_norms, x.itemsize, groups)
+    return np.asarray(found)
+
+
 def word_hashes(words: np.ndarray, offsets: np.ndarray, mixed: bool) -> np.ndarray:
     """Return Σ (w₂ₖ + o₂ₖ)(w₂ₖ₊₁ + o₂ₖ₊₁) of each row's words, modulo 2^64, (n,) uint64.
 

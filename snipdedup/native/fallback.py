@@ -16,6 +16,7 @@ FEW_COLUMNS = 8  # added up one by one
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
 HALF = np.uint64(32)
 HALF_ULP = 2.0**-53  # relative error of one operation in float64
+NO_COSINE = 1e-5  # cosines of a size up to this are 0 in tables
 PEAK = 127  # largest int8
 TILE_ROWS, PANEL = 1024, 64  # of rows and columns, by which hits are ordered
 
@@ -233,6 +234,29 @@ def cosines(
         cosine[(left == right).all(1)] = 1
         found[part] = cosine
     return found
+
+
+def table(
+    x: np.ndarray,
+    x_norms: np.ndarray,
+    y: np.ndarray,
+    y_norms: np.ndarray,
+    itemsize: int,
+    groups: int,
+) -> np.ndarray:
+    """Return all cosines of rows of one group; see `snipdedup.native.cosine_tables`."""
+    a, b = (stored(side, itemsize).astype(np.float64) for side in (x, y))
+    a, b = a.reshape(groups, -1, a.shape[1]), b.reshape(groups, -1, b.shape[1])
+    with np.errstate(all="ignore"):
+        sizes = np.sqrt(x_norms.reshape(groups, -1, 1)) * np.sqrt(y_norms.reshape(groups, 1, -1))
+        quick = (a @ b.swapaxes(1, 2)) / sizes
+        quick[np.abs(quick) <= NO_COSINE] = 0
+        cosine = quick.astype(np.float32)
+        again = np.nonzero((quick != 0) & (unsettled(quick, a.shape[2]) | (quick > 1 - 1e-7)))
+    group, i, j = (side.astype(np.int64) for side in again)
+    rows, columns = group * a.shape[1] + i, group * b.shape[1] + j
+    cosine[again] = cosines(x, x_norms, y, y_norms, itemsize, rows, columns)
+    return np.asarray(np.minimum(cosine, np.float32(1)))
 
 
 def unsettled(cosine: np.ndarray, dim: int) -> np.ndarray:

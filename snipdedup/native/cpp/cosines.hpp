@@ -9,11 +9,19 @@
 
 namespace snip::SNIP_SET {
 
-typedef double Doubles __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int LANES = 8;
+constexpr std::size_t EDGE = 4;  // rows of each side of a table whose products stay in registers
+#else
+constexpr int LANES = 4;
+constexpr std::size_t EDGE = 2;
+#endif
+constexpr std::size_t SIDE = 32;  // rows of each side of a table that are widened together
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
 
 inline double total(Doubles sums) {
     double all = 0;
-    for (int lane = 0; lane < 8; lane++) all += sums[lane];
+    for (int lane = 0; lane < LANES; lane++) all += sums[lane];
     return all;
 }
 
@@ -25,9 +33,9 @@ template <class Stored>
 inline double dot64(const Stored *x, const Stored *y, std::size_t dim) {
     Doubles sums = {};
     std::size_t k = 0;
-    for (; k + 8 <= dim; k += 8) {
+    for (; k + LANES <= dim; k += LANES) {
         Doubles a, b;
-        for (int lane = 0; lane < 8; lane++) {
+        for (int lane = 0; lane < LANES; lane++) {
             a[lane] = value(x + k + lane);
             b[lane] = value(y + k + lane);
         }
@@ -110,6 +118,86 @@ inline void cosines_of(const Stored *x, const double *x_norms, const Stored *y,
         const float found = (float)cosine;
         out[n] = found > 1 ? 1 : found;
     }
+}
+
+inline Doubles more(Doubles sums, const double *x, const double *y) {
+    Doubles a, b;
+    std::memcpy(&a, x, sizeof a);
+    std::memcpy(&b, y, sizeof b);
+#if defined(__AVX512F__)
+    return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sums);
+#else
+    return sums + a * b;
+#endif
+}
+
+// Up to SIDE rows as float64, zeros after the last value and row; a row takes `stride` numbers.
+template <class Stored>
+inline void widen_side(const Stored *rows, std::size_t count, std::size_t dim, std::size_t stride,
+                       double *out) {
+    for (std::size_t n = 0; n < SIDE; n++) {
+        for (std::size_t k = 0; k < dim; k++) out[n * stride + k] = n < count ? value(rows + n * dim + k) : 0;
+        for (std::size_t k = dim; k < stride; k++) out[n * stride + k] = 0;
+    }
+}
+
+// All cosines of m rows with n rows. Those of a size up to 1e-5 become 0: nearer to it float32
+// shows the order of adding. `work` holds 2 SIDE rows, each a multiple of 8 numbers, and one more.
+template <class Stored>
+inline void table_of(const Stored *x, const double *x_norms, std::size_t m, const Stored *y,
+                     const double *y_norms, std::size_t n, std::size_t dim, float *out,
+                     double *work) {
+    const std::size_t stride = (dim + 7) / 8 * 8;
+    const double error = 2 * (2 * (double)dim + 16) * 0x1p-53;
+    double *left = work, *right = work + SIDE * stride, *terms = right + SIDE * stride;
+    for (std::size_t i = 0; i < m; i += SIDE) {
+        const std::size_t rows = m - i < SIDE ? m - i : SIDE;
+        widen_side(x + i * dim, rows, dim, stride, left);
+        for (std::size_t j = 0; j < n; j += SIDE) {
+            const std::size_t columns = n - j < SIDE ? n - j : SIDE;
+            widen_side(y + j * dim, columns, dim, stride, right);
+            for (std::size_t r = 0; r < rows; r += EDGE)
+                for (std::size_t c = 0; c < columns; c += EDGE) {
+                    Doubles sums[EDGE][EDGE] = {};
+                    for (std::size_t k = 0; k < stride; k += LANES)
+#pragma GCC unroll 4
+                        for (std::size_t a = 0; a < EDGE; a++)
+#pragma GCC unroll 4
+                            for (std::size_t b = 0; b < EDGE; b++)
+                                sums[a][b] = more(sums[a][b], left + (r + a) * stride + k,
+                                                  right + (c + b) * stride + k);
+                    for (std::size_t a = r; a < r + EDGE && a < rows; a++)
+                        for (std::size_t b = c; b < c + EDGE && b < columns; b++) {
+                            const Stored *p = x + (i + a) * dim, *q = y + (j + b) * dim;
+                            double cosine = total(sums[a - r][b - c]) /
+                                            (root(x_norms[i + a]) * root(y_norms[j + b]));
+                            if (__builtin_fabs(cosine) <= 1e-5)
+                                cosine = 0;
+                            else if (cosine > 1 - 1e-7 && !std::memcmp(p, q, dim * sizeof(Stored)))
+                                cosine = 1;
+                            else if (__builtin_isfinite(cosine) &&
+                                     (float)(cosine - error) != (float)(cosine + error))
+                                cosine = ordered(p, q, dim, terms) /
+                                         (root(ordered(p, p, dim, terms)) *
+                                          root(ordered(q, q, dim, terms)));
+                            const float found = (float)cosine;
+                            out[(i + a) * n + j + b] = found > 1 ? 1 : found;
+                        }
+                }
+        }
+    }
+}
+
+static void table(const void *x, const double *x_norms, std::size_t m, const void *y,
+                  const double *y_norms, std::size_t n, int bytes, std::size_t dim, float *out,
+                  double *work) {
+    if (bytes == 2)
+        table_of((const std::uint16_t *)x, x_norms, m, (const std::uint16_t *)y, y_norms, n, dim,
+                 out, work);
+    if (bytes == 4)
+        table_of((const float *)x, x_norms, m, (const float *)y, y_norms, n, dim, out, work);
+    if (bytes == 8)
+        table_of((const double *)x, x_norms, m, (const double *)y, y_norms, n, dim, out, work);
 }
 
 static void norms(const void *rows, int bytes, std::size_t count, std::size_t dim, double *out) {

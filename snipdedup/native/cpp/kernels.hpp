@@ -75,6 +75,9 @@ struct Kernels {
     void (*cosines)(const void *x, const double *x_norms, const void *y, const double *y_norms,
                     int bytes, std::size_t dim, const std::int64_t *i, const std::int64_t *j,
                     std::size_t count, float *out, double *work);
+    void (*table)(const void *x, const double *x_norms, std::size_t m, const void *y,
+                  const double *y_norms, std::size_t n, int bytes, std::size_t dim, float *out,
+                  double *work);
     void (*hashes)(const std::uint64_t *words, std::size_t count, std::size_t width,
                    const std::uint64_t *offsets, bool mixed, std::uint64_t *out);
 };

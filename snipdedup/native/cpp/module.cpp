@@ -369,6 +369,29 @@ Made cosines(const Table<std::uint8_t> &x, const Array<double> &x_norms,
     return out.array();
 }
 
+Made table(const Table<std::uint8_t> &x, const Array<double> &x_norms,
+           const Table<std::uint8_t> &y, const Array<double> &y_norms, int bytes,
+           std::size_t groups) {
+    const Stored a(x, bytes), b(y, bytes);
+    same(a.dim, b.dim, "widths");
+    same(a.count, x_norms.size(), "rows and norms");
+    same(b.count, y_norms.size(), "rows and norms");
+    if (!groups || a.count % groups || b.count % groups)
+        throw std::invalid_argument("rows are no multiple of groups");
+    const std::size_t m = a.count / groups, n = b.count / groups;
+    const std::size_t row = a.dim * (std::size_t)bytes;
+    Owned<float> out({groups, m, n});
+    {
+        nb::gil_scoped_release free;
+        double *work = scratch<double>((2 * 32 + 1) * (a.dim + 8));
+        for (std::size_t g = 0; g < groups; g++)
+            kernels->table(x.data() + g * m * row, x_norms.data() + g * m, m,
+                           y.data() + g * n * row, y_norms.data() + g * n, n, bytes, a.dim,
+                           out.get() + g * m * n, work);
+    }
+    return out.array();
+}
+
 Made hashes(const Table<std::uint64_t> &words, const Array<std::uint64_t> &offsets, bool mixed) {
     same(words.shape(1), offsets.size(), "words and offsets");
     if (words.shape(1) % 2) throw std::invalid_argument("an odd number of words");
@@ -429,6 +452,7 @@ NB_MODULE(_kernels, m) {
     m.def("finish", &finish);
     m.def("norms", &norms);
     m.def("cosines", &cosines);
+    m.def("table", &table);
     m.def("hashes", &hashes);
     m.def("join_best", &join_best<std::uint32_t>, nb::arg("start"), nb::arg("end"),
           nb::arg("order").none(), nb::arg("parent").noconvert());
