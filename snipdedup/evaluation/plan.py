@@ -36,7 +36,6 @@ from snipdedup.join.encoding import encode_task, task_rows
 from snipdedup.join.lists import ROUNDS, CoarseLists, assign_lists
 from snipdedup.join.memory import VISIT_BYTES, most_visits, needed_memory
 from snipdedup.join.model import (
-    CROWDED_DEGREE,
     SINGLE_LIST_ROWS,
     Model,
     calibration_rows,
@@ -45,7 +44,7 @@ from snipdedup.join.model import (
     training_rows,
 )
 from snipdedup.join.pipeline import PARTITIONS_A_WORKER
-from snipdedup.join.projection import encode_rows
+from snipdedup.join.projection import Codes, encode_rows
 from snipdedup.join.tiles import COLUMN_TILE, CodedRows, compare_tiles
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import cores, library_threads, machine_memory
@@ -55,6 +54,7 @@ from snipdedup.storage import atomic, out_folder
 SAMPLE_ROWS = SINGLE_LIST_ROWS + (1 << 13)  # enough to get lists
 FEW_ROWS = 1 << 12  # smaller sets are replaced by random rows: they are no sample of anything
 COPIES = 1 << 11  # noisy copies that the sample gets, to calibrate on
+CROWDED_DEGREE = 8  # pairs of a row of the sample from which they are those of a large group
 PAIR_ROWS, TIMED_ROWS = 1 << 15, 1 << 13  # rows whose pairs are counted; that are timed
 ENOUGH_PAIRS, USUAL_DUPLICATES = 30, 0.3  # pairs to estimate the duplicates; the estimate without
 SHARED, DECAY = 0.7, 0.75  # of random rows like CLIP's: length of the common direction, spectrum
@@ -305,18 +305,16 @@ def probe(
         encoding = seconds_of(encode) / timed
         homes = np.load(folder / "homes.npy")
         visits = np.diff(np.load(folder / "starts.npy"))
-        codes, wide = (
-            np.empty((len(raw[:PAIR_ROWS]), 0), np.int8) if side is None
-            else encode_rows(side, raw[:PAIR_ROWS], 1)
-            for side in (model.narrow, model.wide)
-        )  # fmt: skip
-        pairs = count_pairs(raw[: len(codes)], codes, wide, model, source.rows if source else rows)
+        codes = encode_rows(model.narrow, raw[:PAIR_ROWS], 1)
+        wide = encode_rows(model.wide, raw[:PAIR_ROWS], 1) if model.wide else None
+        count = len(codes.falls)
+        pairs = count_pairs(raw[:count], codes, wide, model, source.rows if source else rows)
 
-        some = np.arange(min(len(codes), TIMED_ROWS))
-        few, lists = codes[: len(some)], CoarseLists(codes[: 1 << 8], 0.0, 0.0)
+        some = np.arange(min(count, TIMED_ROWS))
+        few, lists = codes.values[: len(some)], CoarseLists(codes.values[: 1 << 8], 0.0, 0.0)
         row_list = seconds_of(lambda: assign_lists(few, lists)) / len(few) / len(lists.centroids)
-        falls = np.zeros(len(some), np.float32)
-        members = CodedRows(some, few, falls, wide[: len(some)], falls)
+        none = Codes(np.empty((count, 0), np.int8), codes.falls)
+        members = CodedRows(np.arange(count), *codes, *(wide or none)).where(some)
         columns = min(COLUMN_TILE, len(some))
 
         def multiply() -> Any:
@@ -378,15 +376,15 @@ def draw_sample(features: Features | None, rows: int, dim: int, seed: int) -> np
 
 
 def count_pairs(
-    raw: np.ndarray, codes: np.ndarray, wide: np.ndarray, model: Model, rows: int
+    raw: np.ndarray, codes: Codes, wide: Codes | None, model: Model, rows: int
 ) -> tuple[float, float, float]:
     """Return `Rates`' false_pairs, crowded_pairs and duplicates, by a sample of a set.
 
     A sample of n of N rows has each pair of the set with probability (n / N)².
     """
     first = np.sort(np.unique(row_hashes(raw), return_index=True)[1])
-    both = (wide[first], model.limits.wide) if model.wide else None
-    a, b = close_pairs(codes[first], model.limits.narrow, 1, both)
+    both = (wide.where(first), model.limits.wide) if wide else None
+    a, b = close_pairs(codes.where(first), model.limits.narrow, 1, both)
     degree = np.bincount(np.concatenate([a, b]), minlength=len(first))
     large = np.maximum(degree[a], degree[b]) >= CROWDED_DEGREE
     i, j = first[a[~large]], first[b[~large]]

@@ -31,14 +31,13 @@ class CodedGroup(NamedTuple):
     gather: Gather
     threshold: float
     codes: np.ndarray  # (n, w) int8
-    corrections: np.ndarray  # (n,) float64: by how much each row's limit falls
-    limit: float  # product from which two codes may be a pair, before corrections
+    falls: np.ndarray  # (n,) int32: by how much each row's limit falls
+    limit: float  # product from which two codes may be a pair, before it falls
 
     def candidates(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which places x may pair with which places y: two (n,) int64 arrays of places."""
-        lowest = self.limit - self.corrections[y].max(initial=0)
-        columns = native.columns(self.codes[y])
-        i, j = native.hits(self.codes[x], columns, lowest - self.corrections[x])
+        columns = native.columns(self.codes[y], self.falls[y])
+        i, j = native.hits(self.codes[x], columns, self.limit - self.falls[x])
         return x[i], y[j]
 
     def blocks(
@@ -77,13 +76,12 @@ def encode_group(rows: np.ndarray, gather: Gather, threshold: float) -> CodedGro
     sample = np.sort(rows[:: -(-len(rows) // FIT_ROWS)])
     projection = fit_projection(gather(sample), WIDTHS[-1], 0)
     codes = np.empty((len(rows), projection.width), np.int8)
-    excess = np.empty(len(rows), np.float32)
+    falls = np.empty(len(rows), np.int32)
     order = np.argsort(rows)
     for start, stop in plan_blocks(len(rows), BLOCK):
         at = order[start:stop]
-        codes[at], excess[at] = projection.encode(gather(rows[at]))
-    corrections, limit = projection.corrections(excess), projection.limit(threshold)
-    return CodedGroup(rows, gather, threshold, codes, corrections, limit)
+        codes[at], falls[at] = projection.encode(gather(rows[at]))
+    return CodedGroup(rows, gather, threshold, codes, falls, projection.limit(threshold))
 
 
 def decide_kept(coded: CodedGroup) -> np.ndarray:

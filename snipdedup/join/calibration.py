@@ -22,11 +22,11 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import plan_blocks
 from snipdedup.join.forest import Edges, components, forest_places
 from snipdedup.join.lists import ASSIGN_BLOCK, home_lists, nearness, squared_norms
-from snipdedup.join.projection import Projection, encode_rows
+from snipdedup.join.projection import Codes, Projection, encode_rows
 from snipdedup.parallel import ordered_map
 
 PAIR_BLOCK = 1024  # codes of a sample compared at a time
-TILE_PAIRS = 1 << 13  # pairs of a tile of the sample that are kept
+TILE_PAIRS = 1 << 14  # pairs of a tile of the sample that are kept
 CUTS = (1, 2 / 3, 1 / 3)  # shares of 1 - threshold at which the result may be cut later
 SOME = 8  # groups whose differences may stand for all
 # With 95 % confidence a sample falls short of its share of what is rare by so many at the most, if
@@ -103,7 +103,7 @@ def calibrate_limit(
     """
     if not len(pairs.a) or target.recall >= 1:  # nothing to learn from: nothing is ruled out
         return -(projection.norm**2)
-    codes = encode_rows(projection, sample, target.threads)
+    codes = encode_rows(projection, sample, target.threads).values
     product = paired_products(codes, pairs.a, pairs.b)
     places, weight = easiest_forest(pairs, -product, target.threshold, target.sample_share)
     groups = count_groups(weight, target.sample_share)
@@ -112,7 +112,7 @@ def calibrate_limit(
         unit = unit_rows(sample)
         drawn, times = drawn_pairs(pairs.where(places), weight, len(unit), target)
         step = (unit[drawn.b] - unit[drawn.a]) * times[:, None]
-        moved = encode_rows(projection, unit + step, target.threads)
+        moved = encode_rows(projection, unit + step, target.threads).values
         product = row_products(codes, moved)
         limit = min(limit, float(np.quantile(product, 1 - target.cautious_recall, method="lower")))
     return limit
@@ -215,26 +215,26 @@ def nearest_other(codes: np.ndarray, count: int, threads: int) -> np.ndarray:
 
 
 def close_pairs(
-    codes: np.ndarray, limit: float, threads: int, wide: tuple[np.ndarray, float] | None = None
+    codes: Codes, limit: float, threads: int, wide: tuple[Codes, float] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs (a < b) of codes whose product reaches ``limit``.
 
     ``wide`` are wider codes of the same rows, whose product must reach a limit too. Of a tile in
     which very many do, some: a sample of mostly alike rows must not fill the memory.
     """
-    spans = plan_blocks(len(codes), PAIR_BLOCK)
-    columns = [native.columns(codes[slice(*span)]) for span in spans]
+    spans = plan_blocks(len(codes.values), PAIR_BLOCK)
+    columns = [native.columns(*codes.where(slice(*span))) for span in spans]
 
     def find(place: int) -> tuple[np.ndarray, np.ndarray]:
         start, stop = spans[place]
-        limits = np.full(stop - start, limit)
+        rows, falls = codes.where(slice(start, stop))
         found = [(np.empty(0, np.int64),) * 2]
         for other, (first, _) in enumerate(spans[: place + 1]):
             both = None
             if wide is not None:
-                at = slice(*spans[other])
-                both = wide[0][start:stop], wide[0][at], np.full(stop - start, wide[1])
-            i, j = native.hits(codes[start:stop], columns[other], limits, both, first=start - first)
+                x, y = (wide[0].where(slice(*spans[side])) for side in (place, other))
+                both = x.values, wide[1] - x.falls, *y
+            i, j = native.hits(rows, columns[other], limit - falls, both, first=start - first)
             every = 1 + len(i) // TILE_PAIRS
             found.append((j[::every].astype(np.int64) + first, i[::every].astype(np.int64) + start))
         a, b = (np.concatenate(side) for side in zip(*found, strict=True))

@@ -42,18 +42,17 @@ def encode_task(
     staying = reference_rows if reference_rows > features.rows // 2 else 0
     count, sides = end - begin, (model.narrow, model.wide)
     codes = [np.empty((count, width), np.int8) for width in model.widths]
-    fall = [np.zeros(count, np.float32) for _ in sides]
+    falls = [np.zeros(count, np.int32) for _ in sides]
     visits: list[Visits] = []
     absorbed: list[Placed] = []
 
     def encode(first: int, raw: np.ndarray, whole: np.ndarray) -> None:
         at = slice(first - begin, first - begin + len(raw))
-        for projection, its_codes, its_fall in zip(sides, codes, fall, strict=True):
+        for projection, its_codes, its_falls in zip(sides, codes, falls, strict=True):
             if projection is not None:
-                its_codes[at], excess = projection.encode_block(raw, whole)
-                its_fall[at] = projection.corrections(excess)
+                its_codes[at], its_falls[at] = projection.encode_block(raw, whole)
         sharpest = model.wide is not None
-        placed = model.hubs.place(codes[sharpest][at], fall[sharpest][at], raw)
+        placed = model.hubs.place(codes[sharpest][at], falls[sharpest][at], raw)
         radius = visit_radius(placed, model.lists, staying - first, one_sided=staying > 0)
         found = assign_lists(codes[0][at], model.lists, radius)
         visits.append(found._replace(row=found.row + np.int32(first - begin)))
@@ -67,8 +66,8 @@ def encode_task(
         "narrow": np.take(codes[0], row, axis=0),
         "wide": np.take(codes[1], row, axis=0),
         "rows": row + np.int64(begin),
-        "fall": fall[0][row],
-        "wide_fall": fall[1][row],
+        "falls": falls[0][row],
+        "wide_falls": falls[1][row],
         "starts": np.searchsorted(list_, np.arange(model.lists.nlist + 1)),
         "homes": np.bincount(list_[home], minlength=model.lists.nlist),
         "hashes": seen.load_hashes(),

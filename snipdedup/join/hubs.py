@@ -14,6 +14,7 @@ largest angle of a pair from the hub.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -81,10 +82,15 @@ class Hubs:
         i, j = np.triu_indices(len(self.row), 1)
         return make_edges(i, j, indexed_cosines(self.raw, self.raw, i, j)).at(self.threshold)
 
-    def place(self, codes: np.ndarray, corrections: np.ndarray, raw: np.ndarray) -> Placed:
+    @cached_property
+    def falls(self) -> np.ndarray:
+        """By how much the limit of each hub falls, (h,) int32."""
+        return self.projection.encode(self.raw)[1]
+
+    def place(self, codes: np.ndarray, falls: np.ndarray, raw: np.ndarray) -> Placed:
         """Return which rows are absorbed, proved on the features, and which lie beside a hub.
 
-        Of the rows ``codes``, (n, w) int8, limit ``corrections``, (n,), and ``raw``, (n, d).
+        Of the rows ``codes``, (n, w) int8, with their ``falls``, (n,), and ``raw``, (n, d).
         """
         zone = np.full(len(codes), APART, np.int8)
         none = np.empty(0, np.int64)
@@ -103,7 +109,7 @@ class Hubs:
         connected[nodes] = groups
         own = np.full(len(codes), -1)
         own[i] = connected[j]
-        beside = products >= self.projection.limit(self.border) - corrections[:, None]
+        beside = products >= self.projection.limit(self.border) - falls[:, None] - self.falls
         beside &= own[:, None] != connected
         zone[i] = ABSORBED
         zone[beside.any(1)] = BESIDE
@@ -153,7 +159,7 @@ def find_hubs(
         crowd = crowd[(hub_products(codes[crowd], codes[chosen[-1:]]) < limit)[:, 0]]
     places = np.array(chosen, np.int64)
     hubs = Hubs(rows[places], sample[places], codes[places], threshold, projection)
-    zone = hubs.place(codes, np.zeros(len(codes)), sample[: len(codes)]).zone
+    zone = hubs.place(codes, np.zeros(len(codes), np.int32), sample[: len(codes)]).zone
     # where more rows lie beside hubs than are absorbed (a low threshold), hubs would cost more
     return hubs if np.count_nonzero(zone == ABSORBED) > np.count_nonzero(zone == BESIDE) else none
 

@@ -23,17 +23,23 @@ class TileColumns:
     """The columns of some tiles: codes, made ready for products on a device."""
 
     def __init__(
-        self, narrow: np.ndarray, wide: np.ndarray | None, device: str, references: np.ndarray
+        self,
+        narrow: np.ndarray,
+        falls: np.ndarray,
+        wide: tuple[np.ndarray, np.ndarray] | None,
+        device: str,
+        references: np.ndarray,
     ) -> None:
-        self.wide, self.device, self.references = wide, device, references
-        self.count = len(narrow)
-        self.columns: Any = native.columns(narrow) if device == "cpu" else cuda_columns(narrow)
+        self.falls, self.wide, self.device, self.references = falls, wide, device, references
+        self.columns: Any = (
+            native.columns(narrow, falls) if device == "cpu" else cuda_columns(narrow)
+        )
 
     def hits(
         self,
         narrow: np.ndarray,
         limits: np.ndarray,
-        wide: np.ndarray | None,
+        wide: np.ndarray,
         wide_limits: np.ndarray,
         *,
         first: int,
@@ -44,7 +50,7 @@ class TileColumns:
 
         Codes are (n, w) int8, limits (n,) float; for the rest see `native.hits`.
         """
-        both = None if wide is None or self.wide is None else (wide, self.wide, wide_limits)
+        both = None if self.wide is None else (wide, wide_limits, *self.wide)
         sides = (references, self.references)
         known = sides if references_only or any(side.any() for side in sides) else None
         if self.device == "cpu":
@@ -52,14 +58,15 @@ class TileColumns:
                 narrow, self.columns, limits, both,
                 first=first, references=known, references_only=references_only,
             )  # fmt: skip
-        i, j = cuda_hits(narrow, self.columns, self.count, limits)
+        i, j = cuda_hits(narrow, self.columns, self.falls, limits)
         keep = j < i.astype(np.int64) + first
         if known is not None:
             a, b = references[i], self.references[j]
             keep &= (a != b) if references_only else ~(a & b)
         i, j = i[keep], j[keep]
         if both is not None:
-            keep = native.code_dots(both[0][i], both[1][j]) >= native.whole_limits(wide_limits)[i]
+            products = native.code_dots(wide[i], both[2][j]) + both[3][j]
+            keep = products >= native.whole_limits(wide_limits)[i]
             i, j = i[keep], j[keep]
         return i, j
 
@@ -73,7 +80,7 @@ def cuda_columns(codes: np.ndarray) -> Any:
     return torch.from_numpy(padded).to("cuda").T
 
 
-def cuda_hits(rows: np.ndarray, columns: Any, count: int, limits: np.ndarray) -> Hits:
+def cuda_hits(rows: np.ndarray, columns: Any, falls: np.ndarray, limits: np.ndarray) -> Hits:
     """Return where products reach their row's limit, in row order.
 
     CUDA's int8 product takes more than 16 rows, in multiples of 8.
@@ -84,6 +91,7 @@ def cuda_hits(rows: np.ndarray, columns: Any, count: int, limits: np.ndarray) ->
     padded[: len(rows)] = rows
     products = torch._int_mm(torch.from_numpy(padded).to("cuda"), columns)
     least = torch.from_numpy(native.whole_limits(limits)).to("cuda")
-    close = products[: len(rows), :count] >= least[:, None]
+    starts = torch.from_numpy(falls).to("cuda")
+    close = products[: len(rows), : len(falls)] + starts >= least[:, None]
     i, j = (side.cpu().numpy().astype(np.int32) for side in torch.nonzero(close, as_tuple=True))
     return i, j

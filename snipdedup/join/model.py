@@ -37,9 +37,11 @@ from snipdedup.join.hubs import ABSORBED, Hubs, find_hubs, no_hubs
 from snipdedup.join.lists import CoarseLists, train_centroids
 from snipdedup.join.projection import (
     WIDTHS,
+    Codes,
     EncoderProjection,
     Projection,
     encode_rows,
+    join_codes,
     main_directions,
     project,
 )
@@ -59,7 +61,6 @@ PROJECT_NS, STORE_NS, WIDE_PAIR_NS, PAIR_NS = 0.01, 2.0, 10.0, 300.0
 CALIBRATION_ROWS = 1 << 15, 1 << 17  # the least and the most among whose pairs τ is calibrated
 CALIBRATION_SHARE = 1 / 64  # of all rows, in between
 CALIBRATION_PAIRS = 1 << 16
-CROWDED_DEGREE = 8  # pairs of a row of the sample that count
 LISTS_A_ROOT = 0.6  # lists for each root of the rows
 ROWS_A_CENTROID = 48  # rows that train each centroid
 
@@ -163,27 +164,28 @@ def fit_model(
     hubs = no_hubs(sharpest, features.dim, threshold)
     if encoder is None and with_hubs:
         hubs = find_hubs(
-            rows, sample, sharp, sharpest,
+            rows, sample, sharp.values, sharpest,
             threshold=threshold, total=features.rows, threads=threads,
         )  # fmt: skip
-    nlist = min(list_count(features.rows), max(1, len(codes) // 8))
+    nlist = min(list_count(features.rows), max(1, len(rows) // 8))
     if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
         nlist = 1
     if nlist == 1 and encoder is None:
-        return Model(narrow, wide, CoarseLists(codes[:1], 0.0, 0.0), hubs, threshold, 0)
+        return Model(narrow, wide, CoarseLists(codes.values[:1], 0.0, 0.0), hubs, threshold, 0)
     # of a small set the sample is all of it: some rows then leave it, for the centroids
     wanted = training_rows(features.rows, nlist)
     kept = max(1, len(rows) - max(0, wanted - (features.rows - len(rows))))
-    rows, raw, near = rows[:kept], sample[:kept], codes[:kept]
-    pairs = true_pairs(near, narrow.limit(threshold), sharp[:kept], raw, hubs, threads)
-    target = Target(threshold, recall, min(1.0, len(near) / features.rows), threads)
+    rows, raw, near = rows[:kept], sample[:kept], codes.where(slice(kept))
+    sharp = near if wide is None else sharp.where(slice(kept))
+    pairs = true_pairs(near, narrow.limit(threshold), sharp, raw, hubs, threads)
+    target = Target(threshold, recall, min(1.0, kept / features.rows), threads)
     if encoder is not None:
         learned = EncoderProjection.of(encoder, seed, "cpu")
         limit = calibrate_limit(learned, raw, pairs, target)
         narrow, wide = dataclasses.replace(learned, lowest=limit), None
         near = encode_rows(narrow, raw, threads)
         hubs = no_hubs(narrow, features.dim, threshold)
-    lists = CoarseLists(near[:1], 0.0, 0.0)
+    lists = CoarseLists(near.values[:1], 0.0, 0.0)
     if nlist > 1:
         trained = training_codes(features, narrow, rows, wanted, seed, threads)
         nlist = min(nlist, max(1, len(trained)))
@@ -191,7 +193,7 @@ def fit_model(
         centroids = train_centroids(trained, nlist, seed, threads)
         pair_distance = narrow.distance(threshold)
         lists = CoarseLists(
-            centroids, *calibrate_tau(near, centroids, pairs, target, pair_distance)
+            centroids, *calibrate_tau(near.values, centroids, pairs, target, pair_distance)
         )
     return Model(narrow, wide, lists, hubs, threshold, len(pairs.a))
 
@@ -217,18 +219,18 @@ def training_rows(rows: int, lists: int) -> int:
 
 
 def true_pairs(
-    narrow: np.ndarray, limit: float, sharp: np.ndarray, raw: np.ndarray, hubs: Hubs, threads: int
+    narrow: Codes, limit: float, sharp: Codes, raw: np.ndarray, hubs: Hubs, threads: int
 ) -> Edges:
     """Return pairs of a sample, as places in it, but those of two rows that hubs absorb.
 
-    ``narrow``, (n, w) int8 with the ``limit`` of their products, ``sharp``, (n, v) int8 of the
-    hubs' projection, and ``raw``, (n, d), are of the sample.
+    ``narrow`` codes with the ``limit`` of their products, ``sharp`` ones of the hubs' projection,
+    and ``raw``, (n, d), are of the sample.
     """
     wide = sharp, hubs.projection.limit(hubs.threshold)
     a, b = close_pairs(narrow, limit, threads, None if sharp is narrow else wide)
     every = max(1, len(a) // CALIBRATION_PAIRS)
     a, b = a[::every], b[::every]
-    absorbed = hubs.place(sharp, np.zeros(len(sharp)), raw).zone == ABSORBED
+    absorbed = hubs.place(*sharp, raw).zone == ABSORBED
     apart = ~(absorbed[a] & absorbed[b])
     a, b = a[apart], b[apart]
     return make_edges(a, b, indexed_cosines(raw, raw, a, b)).at(hubs.threshold)
@@ -240,32 +242,27 @@ def choose_projections(
     """Return the projection of narrow codes, and that of wide ones where these cost less than none.
 
     Wide codes leave fewer pairs to verify. How many candidate pairs a row would get in the whole
-    set is extrapolated from the sample. Rows of large groups count as others do: their tiles are
-    crowded at any width.
+    set is extrapolated from the sample.
     """
     part = sample[:DIRECTION_ROWS]
     main = main_directions(directions(part).unit(), WIDTHS[-1] - 1, threads)
     count = min(len(sample), int(np.clip(CHOICE_SHARE * rows, *CHOICE_ROWS)))
     more, whole = sample[DIRECTION_ROWS:count], integer_rows(part)[0]
 
-    def projected(width: int) -> tuple[Projection, np.ndarray]:
+    def projected(width: int) -> tuple[Projection, Codes]:
         projection, codes = project(main, whole, width, seed)
-        return projection, np.concatenate([codes, encode_rows(projection, more, threads)])
+        return projection, join_codes([codes, encode_rows(projection, more, threads)])
 
     narrow, codes = projected(WIDTHS[0])
     a, b = close_pairs(codes, narrow.limit(threshold), threads)
-
-    def pairs_a_row(hits: np.ndarray) -> float:
-        degree = np.bincount(np.concatenate([a[hits], b[hits]]), minlength=1)
-        return float(np.minimum(degree, CROWDED_DEGREE).sum() / 2) * rows / count**2
-
-    every = pairs_a_row(np.ones(len(a), bool))
-    best, lowest = None, every * PAIR_NS
+    pairs_a_row = rows / count**2  # for each pair of the sample
+    best, lowest = None, len(a) * pairs_a_row * PAIR_NS
     for width in WIDTHS[1:]:
         wide, codes = projected(width)
-        hits = paired_products(codes, a, b) >= wide.limit(threshold)
-        cost = width * (len(main) * PROJECT_NS + STORE_NS) + every * WIDE_PAIR_NS
-        cost += pairs_a_row(hits) * PAIR_NS
+        products = paired_products(codes.values, a, b) + codes.falls[a] + codes.falls[b]
+        left = np.count_nonzero(products >= wide.limit(threshold))
+        cost = width * (len(main) * PROJECT_NS + STORE_NS)
+        cost += (len(a) * WIDE_PAIR_NS + left * PAIR_NS) * pairs_a_row
         if cost < lowest:
             best, lowest = wide, cost
     return narrow, best
@@ -315,7 +312,7 @@ def training_codes(
 
     def encode(span: tuple[int, int]) -> np.ndarray:
         block = features.gather_ascending(rows[slice(*span)])
-        return encode_rows(projection, block[~bad_rows(block)], 1)
+        return encode_rows(projection, block[~bad_rows(block)], 1).values
 
     parts = ordered_map(encode, plan_blocks(len(rows), BLOCK), threads)
     codes = np.concatenate([np.empty((0, projection.width), np.int8), *parts])

@@ -14,11 +14,11 @@ coordinate by coordinate in float32. So a row has the same code on every process
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -37,18 +37,16 @@ if TYPE_CHECKING:
 WIDTHS = (64, 128, 256)
 PEAK = 127  # largest int8
 COLUMN = (1 << 24) // LENGTH  # the norm of a column of P's: their product is below 2^24
-HEADROOM = 1.1  # coordinates of rows outside the sample may be this much larger
+OVERFLOW = 0.01  # share of a sample's rows of which some coordinate may be more than int8 holds
 # Codes are a = x + e and b = y + f, so a·b = x·y + x·f + y·e + e·f. Assumed, of a random rotation
 # that spreads coordinates over many integers: the errors of a row are uniform in ±1/2, independent
 # of one another and of the weights x and y. Not assumed: that e is independent of f. Rows nearly
 # equal round alike, and x·f + y·e has twice the variance that it has elsewhere.
 # For u uniform in ±1/2, E exp(tu) <= exp(t²/24). So x·f < -s has probability at most
-# exp(-6 s²/norm²), y·e < -s too, and e·f >= -w/4. `Projection.limit` allows 2 s + w/4 = 4.63 norm;
-# with w <= 256 and scale >= 127, hence norm >= 135, the two together are below 2e-11, whatever e
-# and f have to do with each other. (That errors are bounded, Hoeffding's inequality, would alone
-# prove 2e-5 for equal rows.)
-MISS_PROBABILITY = 1e-9
-MISS_NORMS = 3.2724  # √(ln(2 / MISS_PROBABILITY) / 2), rounded up
+# exp(-6 s²/norm²), y·e < -s too, and e·f >= -w/4. `Projection.limit` allows 2 s + w/4, and s is
+# such that the two together have `MISS_PROBABILITY`.
+MISS_PROBABILITY = 1e-6
+MISS_NORMS = 1.5550  # s / norm = √(ln(2 / MISS_PROBABILITY) / 6), rounded up
 FLOAT_ERROR = 1e-5  # float32 arithmetic on coordinates
 MOMENT_ROWS = 1 << 10  # whose products are added up at a time: of int8, below 2^24 in all
 STEPS = (2, 2)  # of the search for main directions, before each time they are made orthonormal
@@ -57,11 +55,27 @@ DEPENDENT = 1e-12  # what is left of a direction, measured by its length before,
 SQUARINGS = 12
 
 
+class Codes(NamedTuple):
+    """Codes of rows."""
+
+    values: np.ndarray  # (n, w) int8
+    falls: np.ndarray  # (n,) int32: by how much each row's limit falls
+
+    def where(self, places: Any) -> Codes:
+        """Return the codes that a slice, mask or index array selects."""
+        return Codes(self.values[places], self.falls[places])
+
+
+def join_codes(parts: Sequence[Codes]) -> Codes:
+    """Return codes one after another."""
+    return Codes(*(np.concatenate(side) for side in zip(*parts, strict=True)))
+
+
 @dataclass(frozen=True)
 class Projection:
     """How rows become codes."""
 
-    arithmetic: ClassVar[str] = "integers 1"  # with another name, a row has another code
+    arithmetic: ClassVar[str] = "integers 2"  # with another name, a row has another code
 
     matrix: np.ndarray  # (d, w) int8: main directions, rotated
     residual: np.ndarray  # (w,) float32: the rotated axis of the residual norm
@@ -88,10 +102,10 @@ class Projection:
         return self.encode_block(rows, integer_rows(rows)[0])
 
     def encode_block(self, rows: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the codes of a block of rows, (n, w) int8, and the excess of each, (n,) float32.
+        """Return the codes of a block of rows, (n, w) int8, and their falls, (n,) int32.
 
-        ``rows`` are as stored, ``whole`` the same as integers (`cosine.integer_rows`). The excess
-        is the norm of what int8 could not hold, 0 for nearly all rows.
+        ``rows`` are as stored, ``whole`` the same as integers (`cosine.integer_rows`). By
+        its fall a row's limit falls for what int8 could not hold (`fallback.round_codes`).
         """
         del rows
         products = native.project(whole, self.packed)
@@ -116,12 +130,8 @@ class Projection:
 
     def limit(self, threshold: float) -> float:
         """Return the product of two codes from which their rows may be a pair."""
-        rounding = self.norm * np.sqrt(2) * MISS_NORMS
+        rounding = 2 * self.norm * MISS_NORMS + self.width / 4
         return float(self.scale**2 * (np.float32(threshold) - self._lost) - rounding)
-
-    def corrections(self, excess: np.ndarray) -> np.ndarray:
-        """Return the limit corrections: by how much each row's limit falls for its excess."""
-        return np.asarray(excess * self.norm * 2)
 
     def distance(self, threshold: float) -> float:
         """Return the largest distance of the codes of two rows that are a pair."""
@@ -227,11 +237,12 @@ class EncoderProjection(Projection):
         return super().from_arrays(arrays, encoder=encoder, path=path, lowest=lowest, **more)
 
 
-def encode_rows(projection: Projection, rows: np.ndarray, threads: int) -> np.ndarray:
-    """Return the codes of any number of rows as stored, (n, w) int8."""
+def encode_rows(projection: Projection, rows: np.ndarray, threads: int) -> Codes:
+    """Return the codes of any number of rows as stored."""
     blocks = [rows[start:stop] for start, stop in plan_blocks(len(rows), BLOCK)]
-    found = [codes for codes, _ in ordered_map(projection.encode, blocks, threads)]
-    return np.concatenate([np.empty((0, projection.width), np.int8), *found])
+    found = [Codes(*part) for part in ordered_map(projection.encode, blocks, threads)]
+    nothing = Codes(np.empty((0, projection.width), np.int8), np.empty(0, np.int32))
+    return join_codes([nothing, *found])
 
 
 def rounding_error(dim: int) -> float:
@@ -245,9 +256,7 @@ def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
     return project(main, integer_rows(sample)[0], width, seed)[0]
 
 
-def project(
-    main: np.ndarray, whole: np.ndarray, width: int, seed: int
-) -> tuple[Projection, np.ndarray]:
+def project(main: np.ndarray, whole: np.ndarray, width: int, seed: int) -> tuple[Projection, Codes]:
     """Return a projection on the last ``width`` - 1 main directions, and the codes of some rows.
 
     ``main`` is of `main_directions`; the rows, as integers, are a sample that gives the scale.
@@ -258,8 +267,9 @@ def project(
     unit = 1 / (longest(len(main)) * largest_singular(matrix))
     projection = Projection(matrix, rotation[count].astype(np.float32), 1.0, unit)
     coordinates = projection.rotated(whole)
-    scale = PEAK / min(1.0, float(np.abs(coordinates).max()) * HEADROOM)
-    codes = round_codes(coordinates * np.float32(scale))[0]
+    peaks = np.sort(np.abs(coordinates).max(1))
+    scale = PEAK / min(1.0, float(peaks[int((1 - OVERFLOW) * (len(peaks) - 1))]))
+    codes = Codes(*round_codes(coordinates * np.float32(scale)))
     return dataclasses.replace(projection, scale=scale), codes
 
 

@@ -275,8 +275,8 @@ def load_partition(
     target = np.empty(len(order), np.int64)
     target[order] = np.arange(len(order))
     shapes = {
-        "rows": ((), np.int64), "narrow": ((widths[0],), np.int8), "fall": ((), np.float32),
-        "wide": ((widths[1],), np.int8), "wide_fall": ((), np.float32),
+        "rows": ((), np.int64), "narrow": ((widths[0],), np.int8), "falls": ((), np.int32),
+        "wide": ((widths[1],), np.int8), "wide_falls": ((), np.int32),
     }  # fmt: skip
     columns = {name: np.empty((len(order), *side), kind) for name, (side, kind) in shapes.items()}
     done = 0

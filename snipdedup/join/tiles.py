@@ -30,9 +30,9 @@ class CodedRows(NamedTuple):
 
     row: np.ndarray  # (n,) int64: global rows
     narrow: np.ndarray  # (n, w) int8
-    fall: np.ndarray  # (n,) float32: by how much each row's limit falls
+    falls: np.ndarray  # (n,) int32: by how much each row's limit falls
     wide: np.ndarray  # (n, v) int8; v is 0 where narrow codes do
-    wide_fall: np.ndarray  # (n,) float32
+    wide_falls: np.ndarray  # (n,) int32
 
     def where(self, places: Any) -> CodedRows:
         """Return the rows that a slice, mask or index array selects."""
@@ -75,10 +75,8 @@ def compare_tiles(
         members, first = members.where(members.row >= reference_rows), columns  # none is a column
     if references_only and not old.any():
         members, first = members.where(members.row < reference_rows), columns
-    wide = right.wide if right.wide.shape[1] else None
-    tiles = TileColumns(right.narrow, wide, device, old)
-    limit = limits.narrow - right.fall.max(initial=0)
-    wide_limit = limits.wide - right.wide_fall.max(initial=0)
+    wide = (right.wide, right.wide_falls) if right.wide.shape[1] else None
+    tiles = TileColumns(right.narrow, right.falls, wide, device, old)
     rows = np.concatenate([right.row, members.row]) if first else members.row
     found: list[Edges] = []
     listed: list[tuple[np.ndarray, np.ndarray]] = []
@@ -86,7 +84,7 @@ def compare_tiles(
     for start in range(0, len(members.row), ROW_TILE):
         left = members.where(slice(start, start + ROW_TILE))
         i, j = tiles.hits(
-            left.narrow, limit - left.fall, left.wide, wide_limit - left.wide_fall,
+            left.narrow, limits.narrow - left.falls, left.wide, limits.wide - left.wide_falls,
             first=start if first + start < columns else native.EVERY_COLUMN,
             references=left.row < reference_rows, references_only=references_only,
         )  # fmt: skip

@@ -48,9 +48,13 @@ if os.environ.get("SNIPDEDUP_NATIVE"):
     use(os.environ["SNIPDEDUP_NATIVE"])
 
 
-def columns(codes: np.ndarray) -> Any:
-    """Return codes, (m, w) int8 from -127 to 127, made ready to be columns of products."""
-    return _module.Columns(np.ascontiguousarray(codes))
+def columns(codes: np.ndarray, falls: np.ndarray | None = None) -> Any:
+    """Return codes, (m, w) int8 from -127 to 127, made ready to be columns of products.
+
+    All products with a column are larger by its fall, (m,) int32.
+    """
+    falls = None if falls is None else np.ascontiguousarray(falls, np.int32)
+    return _module.Columns(np.ascontiguousarray(codes), falls)
 
 
 def products(rows: np.ndarray, columns_: Any) -> np.ndarray:
@@ -62,7 +66,7 @@ def hits(
     rows: np.ndarray,
     columns_: Any,
     limits: np.ndarray,
-    wide: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    wide: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None,
     *,
     first: int = EVERY_COLUMN,
     references: tuple[np.ndarray, np.ndarray] | None = None,
@@ -76,8 +80,8 @@ def hits(
     columns_ : `columns` of (m, w) int8
     limits : (n,) float
         Rounded up to integers.
-    wide : rows (n, v) int8, columns (m, v) int8, limits (n,) float; optional
-        A hit's wide codes reach their limit too.
+    wide : rows (n, v) int8, limits (n,) float, columns (m, v) int8, falls (m,) int32; optional
+        The product of a hit's wide codes and the column's fall reach a limit too.
     first : int
         Row r meets the columns before r + first only.
     references : (n,) and (m,) bool, optional
@@ -85,13 +89,14 @@ def hits(
     references_only : bool
         Nor do two others.
     """
-    x, y, least = wide if wide is not None else (None, None, None)
+    x, least, y, falls = wide if wide is not None else (None, None, None, None)
     left, right = references if references is not None else (None, None)
     return _module.hits(
         np.ascontiguousarray(rows), columns_, whole_limits(limits),
         None if x is None else np.ascontiguousarray(x),
         None if y is None else np.ascontiguousarray(y),
         None if least is None else whole_limits(least),
+        None if falls is None else np.ascontiguousarray(falls, np.int32),
         first, left, right, references_only,
     )  # fmt: skip
 
@@ -165,13 +170,13 @@ def project(rows: np.ndarray, matrix_: Any) -> np.ndarray:
 def finish_codes(
     products_: np.ndarray, unit: float, axis: np.ndarray, length: float, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return int8 codes, (n, w), and the norm of what they cannot hold, (n,) float32.
+    """Return int8 codes, (n, w), and their falls, (n,) int32; see `fallback.round_codes`.
 
     Coordinates are products, (n, w) float32, times ``unit``. What their squares lack of ``length``
     is turned to the unit vector ``axis``, (w,) float32; all are scaled and rounded.
     """
-    codes, excess = _module.finish(np.ascontiguousarray(products_), unit, axis, length, scale)
-    return codes, excess
+    codes, falls = _module.finish(np.ascontiguousarray(products_), unit, axis, length, scale)
+    return codes, falls
 
 
 def square_norms(rows: np.ndarray) -> np.ndarray:

@@ -40,8 +40,8 @@ def used() -> str:
 class Columns:
     """Codes, (m, w) int8, made ready to be columns of products."""
 
-    def __init__(self, codes: np.ndarray) -> None:
-        self.codes = codes
+    def __init__(self, codes: np.ndarray, falls: np.ndarray | None = None) -> None:
+        self.codes, self.falls = codes, falls
         self.parts = [
             codes[:, start : start + EXACT_WIDTH].T.astype(np.float32)
             for start in range(0, codes.shape[1], EXACT_WIDTH)
@@ -55,7 +55,7 @@ class Columns:
             total += (rows[:, start : start + EXACT_WIDTH].astype(np.float32) @ part).astype(
                 np.int32
             )
-        return total
+        return total if self.falls is None else total + self.falls
 
 
 class Matrix:
@@ -81,6 +81,7 @@ def hits(
     wide_rows: np.ndarray | None,
     wide_columns: np.ndarray | None,
     wide_limits: np.ndarray | None,
+    wide_falls: np.ndarray | None,
     first: int,
     reference_rows: np.ndarray | None,
     reference_columns: np.ndarray | None,
@@ -97,8 +98,13 @@ def hits(
             a, b = reference_rows[i], reference_columns[j]
             keep &= (a != b) if references_only else ~(a & b)
         i, j = i[keep], j[keep]
-        if wide_rows is not None and wide_columns is not None and wide_limits is not None:
-            keep = dots(wide_rows[i], wide_columns[j]) >= wide_limits[i]
+        if (
+            wide_rows is not None
+            and wide_columns is not None
+            and wide_limits is not None
+            and wide_falls is not None
+        ):
+            keep = dots(wide_rows[i], wide_columns[j]) + wide_falls[j] >= wide_limits[i]
             i, j = i[keep], j[keep]
         found.append((i.astype(np.int32), j.astype(np.int32)))
     i, j = (np.concatenate(side) for side in zip(*found, strict=True))
@@ -163,7 +169,7 @@ def whole(rows: np.ndarray, itemsize: int, longest: float) -> tuple[np.ndarray, 
 def finish(
     products_: np.ndarray, unit: float, axis: np.ndarray, length: float, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes and what they cannot hold; see `snipdedup.native.finish`."""
+    """Return codes and falls; see `snipdedup.native.finish_codes`."""
     values = products_ * np.float32(unit)
     inside, along = row_sums(values * values), row_sums(values * axis)
     square = np.float32(length) - (inside - along * along)
@@ -173,14 +179,20 @@ def finish(
 
 
 def round_codes(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return scaled coordinates as int8, and the norm of what int8 cannot hold, (n,) float32."""
+    """Return scaled coordinates, (n, w) float32, as int8, and their falls, (n,) int32.
+
+    Of what int8 cannot hold, o, a product with another row's code loses no more than
+    127 Σ|o| + Σo² / 2 for each of the two rows: by so much a row's limit falls.
+    """
     codes = np.rint(scaled).clip(-PEAK, PEAK).astype(np.int8)
-    wide = np.abs(scaled) > np.float32(PEAK + 0.5)
-    excess = np.zeros(len(scaled), np.float32)
-    some = wide.any(1)
-    over = np.where(wide[some], scaled[some] - codes[some], np.float32(0))
-    excess[some] = np.sqrt(row_sums(over * over))
-    return codes, excess
+    size = np.abs(scaled)
+    falls = np.zeros(len(scaled), np.int32)
+    some = np.flatnonzero((size > np.float32(PEAK + 0.5)).any(1))
+    over = size[some]
+    over = np.where(over > np.float32(PEAK + 0.5), over - np.float32(PEAK), np.float32(0))
+    squares = row_sums(over * over)
+    falls[some] = np.ceil(np.float32(PEAK) * row_sums(over) + squares / np.float32(2))
+    return codes, falls
 
 
 def row_sums(terms: np.ndarray) -> np.ndarray:

@@ -69,10 +69,11 @@ static void project(const std::int16_t *rows, std::size_t count, std::size_t dim
 }
 
 // Coordinates are products * unit. What they lack of the row's length is turned to `axis`; all are
-// scaled and rounded to int8. The excess is the norm of what int8 cannot hold. `work`: 2 width.
+// scaled and rounded to int8. Of what int8 cannot hold, o, a product with another row's code loses
+// no more than 127 sum |o| + sum o^2 / 2 for each of the two: the fall. `work`: 2 width floats.
 static void finish(const float *products, std::size_t count, std::size_t width, float unit,
                    const float *axis, float length, float scale, std::int8_t *codes,
-                   float *excess, float *work) {
+                   std::int32_t *falls, float *work) {
     float *values = work, *terms = work + width;
     for (std::size_t n = 0; n < count; n++) {
         const float *row = products + n * width;
@@ -96,14 +97,16 @@ static void finish(const float *products, std::size_t count, std::size_t width, 
             value = value > 127 ? 127 : value < -127 ? -127 : value;
             code[k] = (std::int8_t)(int)value;
         }
-        excess[n] = 0;
+        falls[n] = 0;
         const float limit = 127.5f;
         if (most > word(&limit)) {
             for (std::size_t k = 0; k < width; k++) {
-                const float over = values[k] - (float)code[k];
-                terms[k] = __builtin_fabsf(values[k]) > 127.5f ? over * over : 0.0f;
+                const float size = __builtin_fabsf(values[k]);
+                values[k] = size > 127.5f ? size - 127 : 0.0f;
+                terms[k] = values[k] * values[k];
             }
-            excess[n] = root(sum(terms, width));
+            const float squares = sum(terms, width);
+            falls[n] = (std::int32_t)__builtin_ceilf(127 * sum(values, width) + squares / 2);
         }
     }
 }

@@ -15,10 +15,11 @@ constexpr std::size_t GROUP = 16;        // columns packed together
 constexpr std::size_t PANEL = 4 * GROUP; // columns that stay in the nearest cache
 
 // Codes laid out for products: [columns / GROUP][width / 4][GROUP][4], zeros after the last.
-// `bias` is -128 times the sum of each column: a kernel with one unsigned side adds 128 to rows.
+// Products start from the fall of a column's limit: what its code could not hold may add as much.
+// For kernels with one unsigned side, which add 128 to rows, 128 times the column's sum is taken off.
 struct Columns {
     const std::int8_t *packed;
-    const std::int32_t *bias;
+    const std::int32_t *starts, *turned_starts;
     std::size_t count;  // real columns; packed ones are a multiple of PANEL
     std::size_t width;  // a multiple of 4
 };
@@ -40,7 +41,7 @@ struct Pairs {
 struct HitRule {
     const std::int32_t *limits;          // of each row
     const Codes *wide_rows, *wide_columns;  // null: there is no second test
-    const std::int32_t *wide_limits;
+    const std::int32_t *wide_limits, *wide_falls;  // of each row, of each column
     std::int64_t first;                  // row r meets the columns before r + first only
     const std::uint8_t *reference_rows, *reference_columns;  // null: there are none
     bool references_only;                // two others do not pair either
@@ -70,7 +71,7 @@ struct Kernels {
                     const std::int16_t *packed, std::size_t width, float *out);
     void (*finish)(const float *products, std::size_t count, std::size_t width, float unit,
                    const float *axis, float length, float scale, std::int8_t *codes,
-                   float *excess, float *work);
+                   std::int32_t *falls, float *work);
     void (*norms)(const void *rows, int bytes, std::size_t count, std::size_t dim, double *out);
     void (*cosines)(const void *x, const double *x_norms, const void *y, const double *y_norms,
                     int bytes, std::size_t dim, const std::int64_t *i, const std::int64_t *j,

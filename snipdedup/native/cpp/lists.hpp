@@ -28,7 +28,7 @@ static void assign(const Codes &rows, const Lists &lists, const float *radius, s
     for (std::size_t r = 0; r < rows.count; r += BLOCK_ROWS) {
         for (std::size_t c = 0; c < count; c += BLOCK_GROUPS * GROUP) {
             block_products(turned + r * width, width, lists.columns.packed + c * width,
-                           lists.columns.bias + c, sums);
+                           starts_of(lists.columns) + c, sums);
             for (std::size_t row = 0; row < BLOCK_ROWS; row++)
                 for (std::size_t g = 0; g < BLOCK_GROUPS; g++)
                     store(table + row * stride + c + g * GROUP, sums[row][g]);

@@ -132,11 +132,16 @@ void same(std::size_t a, std::size_t b, const char *what) {
 // Columns of products, packed; see kernels.hpp.
 class PackedColumns {
   public:
-    explicit PackedColumns(const Table<std::int8_t> &codes)
+    PackedColumns(const Table<std::int8_t> &codes, const Maybe<std::int32_t> &falls)
         : count_(codes.shape(0)), width_(codes.shape(1)), padded_((width_ + 3) / 4 * 4) {
         const std::size_t whole = (count_ + PANEL - 1) / PANEL * PANEL;
         packed_.assign(whole * padded_, 0);
-        bias_.assign(whole, 0);
+        starts_.assign(whole, 0);
+        turned_.assign(whole, 0);
+        if (falls) {
+            same(falls->size(), count_, "columns and falls");
+            for (std::size_t c = 0; c < count_; c++) starts_[c] = turned_[c] = falls->data()[c];
+        }
         sizes_.assign(whole, 0);
         raw_.assign(codes.data(), codes.data() + count_ * width_);
         for (std::size_t c = 0; c < count_; c++) {
@@ -144,12 +149,12 @@ class PackedColumns {
             for (std::size_t k = 0; k < width_; k++) {
                 const std::int8_t value = raw_[c * width_ + k];
                 group[k / 4 * 4 * GROUP + k % 4] = value;
-                bias_[c] -= 128 * value;
+                turned_[c] -= 128 * value;
                 sizes_[c] += value * value;
             }
         }
     }
-    Columns columns() const { return {packed_.data(), bias_.data(), count_, padded_}; }
+    Columns columns() const { return {packed_.data(), starts_.data(), turned_.data(), count_, padded_}; }
     Codes codes() const { return {raw_.data(), count_, width_}; }
     const std::int32_t *sizes() const { return sizes_.data(); }
     std::uint8_t *turned(std::size_t rows) const {
@@ -159,7 +164,7 @@ class PackedColumns {
   private:
     std::size_t count_, width_, padded_;
     std::vector<std::int8_t> packed_, raw_;
-    std::vector<std::int32_t> bias_, sizes_;
+    std::vector<std::int32_t> starts_, turned_, sizes_;
 };
 
 Made products(const Table<std::int8_t> &rows, const PackedColumns &columns) {
@@ -178,7 +183,8 @@ std::pair<Made, Made> hits(const Table<std::int8_t> &rows, const PackedColumns &
                            const Array<std::int32_t> &limits,
                            const std::optional<Table<std::int8_t>> &wide_rows,
                            const std::optional<Table<std::int8_t>> &wide_columns,
-                           const Maybe<std::int32_t> &wide_limits, std::int64_t first,
+                           const Maybe<std::int32_t> &wide_limits,
+                           const Maybe<std::int32_t> &wide_falls, std::int64_t first,
                            const Maybe<bool> &reference_rows,
                            const Maybe<bool> &reference_columns, bool references_only) {
     const Codes codes = codes_of(rows);
@@ -186,8 +192,8 @@ std::pair<Made, Made> hits(const Table<std::int8_t> &rows, const PackedColumns &
     same(codes.width, columns.codes().width, "widths of rows and columns");
     same(limits.size(), codes.count, "rows and limits");
     Codes x{}, y{};
-    HitRule rule{limits.data(), nullptr, nullptr, nullptr, first, nullptr, nullptr,
-                 references_only};
+    HitRule rule{limits.data(), nullptr, nullptr, nullptr,        nullptr,
+                 first,         nullptr, nullptr, references_only};
     if (wide_rows) {
         x = codes_of(*wide_rows);
         y = codes_of(wide_columns.value());
@@ -197,7 +203,9 @@ std::pair<Made, Made> hits(const Table<std::int8_t> &rows, const PackedColumns &
         same(wide_limits.value().size(), codes.count, "rows and wide limits");
         rule.wide_rows = &x;
         rule.wide_columns = &y;
+        same(wide_falls.value().size(), count, "columns and wide falls");
         rule.wide_limits = wide_limits->data();
+        rule.wide_falls = wide_falls->data();
     }
     if (reference_rows) {
         same(reference_rows->size(), codes.count, "rows and reference rows");
@@ -330,13 +338,13 @@ std::pair<Made, Made> finish(const Table<float> &products, float unit, const Arr
     const std::size_t count = products.shape(0), width = products.shape(1);
     same(axis.size(), width, "widths of products and axis");
     Owned<std::int8_t> codes({count, width});
-    Owned<float> excess({count});
+    Owned<std::int32_t> falls({count});
     {
         nb::gil_scoped_release free;
         kernels->finish(products.data(), count, width, unit, axis.data(), length, scale,
-                        codes.get(), excess.get(), scratch<float>(2 * width));
+                        codes.get(), falls.get(), scratch<float>(2 * width));
     }
-    return {codes.array(), excess.array()};
+    return {codes.array(), falls.array()};
 }
 
 Made norms(const Table<std::uint8_t> &rows, int bytes) {
@@ -435,14 +443,16 @@ NB_MODULE(_kernels, m) {
     m.def("names", &names, "Kernels that this processor has, the fastest first.");
     m.def("use", &use, "Use the kernels of a name from now on.");
     m.def("used", [] { return std::string(kernels->name); });
-    nb::class_<PackedColumns>(m, "Columns").def(nb::init<const Table<std::int8_t> &>());
+    nb::class_<PackedColumns>(m, "Columns").def(
+        nb::init<const Table<std::int8_t> &, const Maybe<std::int32_t> &>(), nb::arg("codes"),
+        nb::arg("falls").none());
     nb::class_<PackedMatrix>(m, "Matrix")
         .def(nb::init<const Table<std::int8_t> &>())
         .def("project", &PackedMatrix::project);
     m.def("products", &products);
     m.def("hits", &hits, nb::arg("rows"), nb::arg("columns"), nb::arg("limits"),
           nb::arg("wide_rows").none(), nb::arg("wide_columns").none(),
-          nb::arg("wide_limits").none(), nb::arg("first"), nb::arg("reference_rows").none(),
+          nb::arg("wide_limits").none(), nb::arg("wide_falls").none(), nb::arg("first"), nb::arg("reference_rows").none(),
           nb::arg("reference_columns").none(), nb::arg("references_only"));
     m.def("assign", &assign, nb::arg("rows"), nb::arg("centroids"), nb::arg("widest").none(),
           nb::arg("radius").none());

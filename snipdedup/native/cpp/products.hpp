@@ -22,11 +22,15 @@ inline void turn_rows(const Codes &rows, std::size_t width, std::uint8_t *out) {
     std::memset(out + rows.count * width, 0, ROWS * width);
 }
 
+inline const std::int32_t *starts_of(const Columns &columns) {
+    return TURN ? columns.turned_starts : columns.starts;
+}
+
 // The products of BLOCK_ROWS rows with BLOCK_GROUPS groups of columns.
 inline void block_products(const std::uint8_t *rows, std::size_t width, const std::int8_t *packed,
-                           const std::int32_t *bias, Sums (&sums)[BLOCK_ROWS][BLOCK_GROUPS]) {
+                           const std::int32_t *starts, Sums (&sums)[BLOCK_ROWS][BLOCK_GROUPS]) {
     for (int g = 0; g < BLOCK_GROUPS; g++)
-        for (int r = 0; r < BLOCK_ROWS; r++) sums[r][g] = start(bias + g * GROUP);
+        for (int r = 0; r < BLOCK_ROWS; r++) sums[r][g] = start(starts + g * GROUP);
     for (std::size_t k = 0; k < width; k += 4) {
         Group columns[BLOCK_GROUPS];
         for (int g = 0; g < BLOCK_GROUPS; g++)
@@ -47,7 +51,7 @@ static void products(const Codes &rows, const Columns &columns, std::int32_t *ou
     Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
     for (std::size_t c = 0; c < columns.count; c += BLOCK_GROUPS * GROUP) {
         for (std::size_t r = 0; r < rows.count; r += BLOCK_ROWS) {
-            block_products(turned + r * width, width, columns.packed + c * width, columns.bias + c,
+            block_products(turned + r * width, width, columns.packed + c * width, starts_of(columns) + c,
                            sums);
             for (std::size_t row = 0; row < BLOCK_ROWS && r + row < rows.count; row++)
                 for (std::size_t g = 0; g < BLOCK_GROUPS && c + g * GROUP < columns.count; g++) {
@@ -71,8 +75,9 @@ inline bool wanted(const HitRule &rule, std::size_t row, std::size_t column) {
 inline bool reaches_wide(const HitRule &rule, std::size_t row, std::size_t column) {
     if (!rule.wide_rows) return true;
     const std::size_t width = rule.wide_rows->width;
-    return dot(rule.wide_rows->values + row * width, rule.wide_columns->values + column * width,
-               width) >= rule.wide_limits[row];
+    const std::int32_t product = dot(rule.wide_rows->values + row * width,
+                                     rule.wide_columns->values + column * width, width);
+    return product + rule.wide_falls[column] >= rule.wide_limits[row];
 }
 
 // Hits come in the order of tiles of rows, panels of columns, rows, columns.
@@ -92,7 +97,7 @@ static void hits(const Codes &rows, const Columns &columns, const HitRule &rule,
                 if ((std::int64_t)panel >= (std::int64_t)(last - 1) + rule.first) continue;
                 for (std::size_t c = panel; c < panel + PANEL; c += BLOCK_GROUPS * GROUP) {
                     block_products(turned + r * width, width, columns.packed + c * width,
-                                   columns.bias + c, sums);
+                                   starts_of(columns) + c, sums);
                     for (std::size_t row = r; row < last; row++)
                         for (std::size_t g = 0; g < BLOCK_GROUPS; g++)
                             masks[row - tile] |= (std::uint64_t)reach(sums[row - r][g],

@@ -32,7 +32,7 @@ constexpr int BLOCK_ROWS = 6, BLOCK_GROUPS = 4;
 struct Sums {
     __m512i v;
 };
-inline Sums start(const std::int32_t *bias) { return {_mm512_loadu_si512(bias)}; }
+inline Sums start(const std::int32_t *starts) { return {_mm512_loadu_si512(starts)}; }
 struct RowWord {
     __m512i v;
 };
@@ -80,7 +80,10 @@ constexpr int BLOCK_ROWS = 2, BLOCK_GROUPS = 2;
 struct Sums {
     __m256i low, high;
 };
-inline Sums start(const std::int32_t *) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Sums start(const std::int32_t *starts) {
+    return {_mm256_loadu_si256((const __m256i *)starts),
+            _mm256_loadu_si256((const __m256i *)(starts + 8))};
+}
 struct RowWord {
     __m256i v, size;
 };
@@ -181,9 +184,9 @@ inline void add(Sums &sums, RowWord row, const std::int8_t *columns) {
 #endif
 using Group = const std::int8_t *;
 inline Group group(const std::int8_t *packed) { return packed; }
-inline Sums start(const std::int32_t *) {
+inline Sums start(const std::int32_t *starts) {
     Sums sums;
-    std::memset(&sums, 0, sizeof sums);
+    std::memcpy(&sums, starts, sizeof sums);
     return sums;
 }
 inline void store(std::int32_t *out, const Sums &sums) { std::memcpy(out, &sums, sizeof sums); }
