@@ -115,7 +115,7 @@ COMMANDS = (
         "snip eval img_emb --out eval",
     ),
     Command(
-        "plan", "trying", config.Plan, "snipdedup.evaluation.plan:run", "plan",
+        "plan", "trying", config.Plan, "snipdedup.planning:run", "plan",
         "snip plan --rows 2.1e9 --dim 768 --cores 16 --memory 32GB",
     ),
     Command(

@@ -32,8 +32,7 @@ from snipdedup.metadata.texts import RowTexts, open_row_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage.atomic import sha256
-from snipdedup.storage.manifest import as_written, read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
 MASK_ROWS = 1 << 24  # of the mask, looked at together
 

@@ -23,7 +23,7 @@ from snipdedup.join.forest import Edges, ForestBuilder, join_edges, make_edges, 
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, cores
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 
 def check_given(features: Features | None, options: config.Dedup) -> None:

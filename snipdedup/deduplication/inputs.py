@@ -16,7 +16,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features, find_shards, implied_metadata, open_features
 from snipdedup.groups.star import Also
 from snipdedup.metadata.tables import Metadata, find_metadata, open_metadata
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 from snipdedup.storage.remote import is_remote
 
 

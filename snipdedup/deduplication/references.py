@@ -32,7 +32,7 @@ from snipdedup.groups.nearest_reference import nearest_within, with_copies
 from snipdedup.join.forest import BLOCK_EDGES, Edges, UnionFind, join_edges, make_edges
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import Columns, among
-from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest, versions
+from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest, versions
 from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT

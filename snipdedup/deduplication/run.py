@@ -52,8 +52,6 @@ from snipdedup.deduplication.settings import (
     search_settings,
 )
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
-from snipdedup.evaluation.plan import free_space
-from snipdedup.evaluation.plan import run as plan_run
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.members import Rank
@@ -61,11 +59,13 @@ from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.precheck import try_column_uses
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import library_threads, pick_device
+from snipdedup.planning import free_space
+from snipdedup.planning import run as plan_run
 from snipdedup.progress import Clock
 from snipdedup.runners.base import Runner, open_runner
 from snipdedup.runners.slurm import Share, ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import as_written, is_finished, read_manifest
+from snipdedup.storage.out_folder import as_written, is_finished, read_manifest
 
 
 class Job(NamedTuple):

@@ -25,7 +25,7 @@ from snipdedup.metadata.masks import (
 )
 from snipdedup.metadata.tables import open_table
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 from snipdedup.storage.remote import RemotePath
 from snipdedup.storage.web import NoRangesError, is_web, redacted, scheme_of
 

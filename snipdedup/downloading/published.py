@@ -15,7 +15,7 @@ from snipdedup import progress
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import MissingError, SnipError
 from snipdedup.storage import atomic, locks
-from snipdedup.storage.manifest import FORMAT, MANIFEST, put_in_place
+from snipdedup.storage.out_folder import FORMAT, MANIFEST, put_in_place
 from snipdedup.storage.web import is_web
 
 FETCHED = "result"  # below the work folder

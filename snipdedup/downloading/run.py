@@ -22,7 +22,7 @@ from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.masks import describe_kept, file_version, open_mask
 from snipdedup.metadata.tables import SUFFIXES
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.web import PART, is_web, redacted, scheme_of
 
 KIND = "download"

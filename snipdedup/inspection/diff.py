@@ -17,7 +17,7 @@ from snipdedup.errors import SnipError
 from snipdedup.groups.members import group_starts
 from snipdedup.inspection.display import place_of, shard_offsets
 from snipdedup.metadata.masks import load_mask
-from snipdedup.storage.manifest import as_written, read_manifest
+from snipdedup.storage.out_folder import as_written, read_manifest
 
 BLOCK = 1 << 24  # rows of the masks compared at once
 ROW_KINDS = {

@@ -41,8 +41,7 @@ from snipdedup.inspection.report_page import (
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
-from snipdedup.storage.manifest import as_written, read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
 NAME = "report.html"
 HEAD = 2048  # bytes in which a report says that it is one

@@ -20,7 +20,7 @@ from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features
 from snipdedup.index.folder import Index, Space, held_encoder
 from snipdedup.index.search import MappedLists
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 VECTORS = (".npy", ".npz")
 MODEL = "ViT-B-32/laion2b_s34b_b79k"  # an example

@@ -38,7 +38,7 @@ from snipdedup.metadata.masks import (
 from snipdedup.metadata.precheck import ColumnUse, try_column_uses
 from snipdedup.metadata.tables import Metadata, open_metadata
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 KIND = "filter"
 RESERVED = ("metadata", FOLDER)

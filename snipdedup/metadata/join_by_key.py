@@ -26,7 +26,7 @@ from snipdedup.metadata.tables import Metadata, Table, open_metadata, open_table
 from snipdedup.metadata.texts import find_run_metadata
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them

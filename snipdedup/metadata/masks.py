@@ -22,7 +22,7 @@ from snipdedup.metadata.keys import fingerprints, is_binary
 from snipdedup.metadata.tables import Metadata, open_metadata, open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, pack
-from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest
 
 T = TypeVar("T")
 
