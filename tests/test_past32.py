@@ -15,10 +15,8 @@ import truth
 
 from snipdedup import dedup
 from snipdedup.config import Filter
-from snipdedup.deduplication.counts import levels
 from snipdedup.deduplication.pair_search import PairSearch
-from snipdedup.deduplication.result import checked, choose
-from snipdedup.deduplication.tables import groups_table
+from snipdedup.deduplication.result import checked, choose, levels
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.groups.keep import rank_by
@@ -50,11 +48,7 @@ def test_places_and_pieces_of_a_fake_table_of_shards(laion):
     for row in FAR:
         assert laion.place(row)[1] == row % SHARD
         (piece,) = plan_pieces(laion.offsets, row, row + 1)
-        assert (piece.shard, piece.start, piece.stop) == (
-            row // SHARD,
-            row % SHARD,
-            row % SHARD + 1,
-        )
+        assert piece == (row // SHARD, slice(row % SHARD, row % SHARD + 1), slice(0, 1))
     found = laion.gather(np.array(FAR[::-1]))
     wanted = np.float32([row // SHARD for row in FAR[::-1]])
     assert np.array_equal(found, np.repeat(wanted[:, None], 4, axis=1))
@@ -137,7 +131,7 @@ def test_groups_and_masks_past_2_32(far, grouping):
         expected = row[getattr(near.members, name)]
         assert getattr(result.members, name).tolist() == expected.tolist()
     assert np.array_equal(result.members.is_dup, near.members.is_dup)
-    table = groups_table(found, result.members, None).to_pydict()
+    table = found.groups_table(result.members).to_pydict()
     assert set(table["shard"]) == {"part 1", "part 3"}
     assert max(table["shard_row"]) < 2500
     assert levels(found, [0.9, 0.95]) == levels(near.search, [0.9, 0.95])

@@ -30,13 +30,8 @@ HALF_ULP = 2.0**-53  # relative error of one operation in float64
 class Directions(NamedTuple):
     """Rows in float32, and what scales each to norm 1.
 
-    Attributes
-    ----------
-    values : (n, d) float32 tensor
-        Zeros where a row cannot be compared.
-    factor : (n,) float32 tensor
-    bad : (n,) bool
-        Rows that cannot be compared: NaN, infinity, or all zeros.
+    ``values`` is an (n, d) and ``factor`` an (n,) float32 tensor. ``bad``, (n,) bool, are rows that
+    cannot be compared (NaN, infinity, or all zeros); their values are zeros.
     """
 
     values: Any
@@ -49,13 +44,9 @@ class Directions(NamedTuple):
 
 
 def directions(rows: np.ndarray, wide: Any = None) -> Directions:
-    """Return the directions of rows, accurate to float32 whatever their norms are.
+    """Return the directions of (n, d) rows, accurate to float32 whatever their norms are.
 
-    Parameters
-    ----------
-    rows : (n, d) float16, float32 or float64
-    wide : (>= n, d) float32 tensor, optional
-        Memory for the values of float16 rows; without it they get their own.
+    ``wide``, a (>= n, d) float32 tensor, is memory for the values of float16 rows.
     """
     import torch
 
@@ -101,14 +92,10 @@ def square_sums(values: np.ndarray) -> np.ndarray:
 
 
 def row_sums(terms: Any) -> Any:
-    """Return the sums over the last axis, always added in the same order; spoils ``terms``.
+    """Return the sums over the last axis of an array or tensor; spoils ``terms``.
 
     The second half is added to the first, until few columns are left: only sums of whole columns,
-    which every processor rounds alike.
-
-    Parameters
-    ----------
-    terms : (..., d) array or tensor of floats
+    always in the same order, which every processor rounds alike.
     """
     width = terms.shape[-1]
     while width > FEW_COLUMNS:
@@ -146,18 +133,10 @@ def unit_rows64(rows: np.ndarray) -> np.ndarray:
 
 
 def pair_cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the cosine of each row of ``x`` with the same row of ``y``.
+    """Return the cosine of each row of ``x`` with the same row of ``y``, (n,) float32.
 
     A float64 dot product over float64 norms of the rows as stored, rounded to float32; rows that
     are equal bit for bit have exactly 1. The same on every processor.
-
-    Parameters
-    ----------
-    x, y : (n, d) float16, float32 or float64
-
-    Returns
-    -------
-    (n,) float32
     """
     differ = np.flatnonzero(~same_bits(x, y))
     cosine = np.ones(len(x), np.float32)
@@ -193,14 +172,10 @@ def quotients(dots: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def unsettled(cosine: np.ndarray, dim: int) -> np.ndarray:
-    """Return which cosines another order of adding could round to another float32, bool.
+    """Return which float64 cosines another order of adding could round to another float32, bool.
 
-    Parameters
-    ----------
-    cosine : float64
-        Of rows or unit rows; a dot product of d terms is off by at most d half ulps of the product
-        of the norms, in whatever order (Higham, 2002, section 3.1), and so are squared norms.
-    dim : int
+    A dot product of ``dim`` terms is off by at most so many half ulps of the product of the norms,
+    in whatever order (Higham, 2002, section 3.1), and so are squared norms.
     """
     error = 2 * (2 * dim + 16) * HALF_ULP
     low, high = (cosine - error).astype(np.float32), (cosine + error).astype(np.float32)

@@ -1,4 +1,4 @@
-"""One file of rows: ``.npy`` and ``.npz`` shards, and arrays in memory.
+"""One file of rows: ``.npy``, ``.npz`` and parquet shards, and arrays in memory.
 
 Opening a shard reads its header only and refuses what cannot be features. Rows are returned in the
 type in which they are stored. Files are opened for each read, so thousands of shards cost no
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from snipdedup.errors import InputError
-from snipdedup.storage.remote import RemotePath
+from snipdedup.storage.remote import RemotePath, arrow_source
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 PACKED_FREELY = 1 << 26  # bytes that a member may unpack to whatever its size
@@ -26,25 +26,21 @@ PACKED_MOST = 100  # times its size beyond that: floats pack by less than 2
 # RuntimeError: encrypted; NotImplementedError, one of those: a packing that Python cannot undo
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, OSError)
 
-Stamp = tuple[int, int]  # when a file was changed (ns), and its size: part of the keys of caches
+Identity = tuple[int, int, int]  # inode, size, time of change (ns): what changes with a file
+RowSet = slice | np.ndarray  # start:stop, or ascending row numbers (n,) int64
+
+
+def identity_of(path: Path) -> Identity:
+    """Return what changes when a file is changed or replaced."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Shard:
-    """Rows of one file.
+    """Rows of one file; of an array in memory, ``path`` is the name that messages show.
 
-    Attributes
-    ----------
-    path : Path
-        The file; for an array in memory, the name shown in messages.
-    rows, dim : int
-        Its shape.
-    dtype : numpy.dtype
-        float16, float32 or float64, as stored.
-
-    Raises
-    ------
-    InputError
-        If the array is not 2-D, of another type, or has rows without values.
+    ``dtype`` is float16, float32 or float64 in native byte order. Raises `InputError` if the array
+    is of another type, is not 2-D, or has rows without values.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -64,14 +60,22 @@ class Shard:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return rows ``start`` to ``stop`` (exclusive) of the file as a fresh array."""
         rows = np.empty((stop - start, self.dim), self.dtype)
-        self.read_into(start, stop, rows)
+        self.read_into(slice(start, stop), rows)
         return rows
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the given rows of the file; ``rows`` is ascending."""
+        """Return the given rows of the file, (n,) int64 ascending."""
         found = np.empty((len(rows), self.dim), self.dtype)
-        self.take_into(rows, found)
+        self.read_into(rows, found)
         return found
+
+    def read_into(self, rows: RowSet, out: np.ndarray) -> None:
+        """Write rows of the file to ``out``, whose dtype may be wider."""
+        out[:] = self.whole()[rows]
+
+    def whole(self) -> np.ndarray:
+        """Return all rows, of a shard that is in memory."""
+        raise NotImplementedError
 
     def size(self) -> int:
         """Return its bytes."""
@@ -81,14 +85,6 @@ class Shard:
         """Return when the file was last changed, ns; of an array the CRC32."""
         return self.path.stat().st_mtime_ns
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Write rows ``start`` to ``stop`` to ``out``, whose dtype may be wider."""
-        raise NotImplementedError
-
-    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Write the given rows of the file, ascending, to ``out``, whose dtype may be wider."""
-        raise NotImplementedError
-
 
 class ArrayShard(Shard):
     """Rows that are in memory already."""
@@ -96,6 +92,10 @@ class ArrayShard(Shard):
     def __init__(self, array: np.ndarray, name: str) -> None:
         super().__init__(Path(name), array.shape, array.dtype)
         self.array = array
+
+    def whole(self) -> np.ndarray:
+        """See `Shard.whole`."""
+        return self.array
 
     def size(self) -> int:
         """See `Shard.size`."""
@@ -105,14 +105,6 @@ class ArrayShard(Shard):
         """See `Shard.changed`."""
         return zlib.crc32(np.ascontiguousarray(self.array).view(np.uint8).data)
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """See `Shard.read_into`."""
-        out[:] = self.array[start:stop]
-
-    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """See `Shard.take_into`."""
-        out[:] = self.array[rows]
-
 
 class NpyShard(Shard):
     """A ``.npy`` file, or ``size`` bytes of a file from ``begin`` on that are one."""
@@ -120,25 +112,39 @@ class NpyShard(Shard):
     def __init__(self, path: Path, begin: int = 0, size: int | None = None) -> None:
         with path.open("rb") as file:
             file.seek(begin)
-            held = path.stat().st_size - begin if size is None else size
-            shape, _, self.stored = read_header(file, held, str(path), rows=True)
+            size = path.stat().st_size - begin if size is None else size
+            shape, _, self.stored = read_header(file, size, str(path), rows=True)
             self.data = file.tell()
         super().__init__(path, shape, self.stored)
-        self.end = self.data + self.rows * self.dim * self.stored.itemsize
+        self.row_bytes = self.dim * self.stored.itemsize
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+    def read_into(self, rows: RowSet, out: np.ndarray) -> None:
         """See `Shard.read_into`."""
-        if self.stored == out.dtype and out.flags.c_contiguous:
-            self._fill(start, out)
-            return
-        rows = np.empty((stop - start, self.dim), self.stored)
-        self._fill(start, rows)
-        out[:] = rows
+        if isinstance(rows, slice):
+            fits = self.stored == out.dtype and out.flags.c_contiguous
+            found = out if fits else np.empty(out.shape, self.stored)
+            self._read_range(rows.start, found)
+            if not fits:
+                out[:] = found
+        elif isinstance(self.path, RemotePath):
+            out[:] = self.path.read_rows(self.data, self.row_bytes, rows).view(self.stored)
+        elif len(rows):
+            identity = identity_of(self.path)
+            # touching mapped rows that are gone would end the process
+            if identity[1] < self.data + self.rows * self.row_bytes:
+                raise InputError(f"{self.path}: became shorter while it was read; run it again")
+            mapped = _map(self.path, self.stored, self.data, (self.rows, self.dim), identity)
+            if self.stored == out.dtype:
+                # rows are in range; with mode "raise" numpy would fill a buffer first
+                np.take(mapped, rows, axis=0, out=out, mode="clip")
+            else:
+                out[:] = mapped[rows]
 
-    def _fill(self, start: int, rows: np.ndarray) -> None:
+    def _read_range(self, start: int, rows: np.ndarray) -> None:
+        """Fill ``rows`` with those of the file from ``start`` on."""
         view = rows.reshape(-1).view(np.uint8).data
         with self.path.open("rb") as file:
-            file.seek(self.data + start * self.dim * self.stored.itemsize)
+            file.seek(self.data + start * self.row_bytes)
             try:
                 count = file.readinto(view)
             except OSError as error:  # of a read, unlike of opening, it does not name the file
@@ -149,37 +155,13 @@ class NpyShard(Shard):
                 "it changed while it was read"
             )
 
-    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """See `Shard.take_into`."""
-        if not len(rows):
-            return
-        if isinstance(self.path, RemotePath):
-            found = self.path.read_rows(self.data, self.dim * self.stored.itemsize, rows)
-            out[:] = found.view(self.stored)
-            return
-        stamp = stamp_of(self.path)
-        if stamp[1] < self.end:  # touching mapped rows that are gone would end the process
-            raise InputError(f"{self.path}: became shorter while it was read; run it again")
-        mapped = _map(self.path, self.stored, self.data, (self.rows, self.dim), stamp)
-        if self.stored == out.dtype:
-            # rows are in range; with mode "raise" numpy would fill a buffer first
-            np.take(mapped, rows, axis=0, out=out, mode="clip")
-        else:
-            out[:] = mapped[rows]
-
-
-def stamp_of(path: Path) -> Stamp:
-    """Return what changes when a file is changed, so that caches read it again."""
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
-
 
 # Mapping anew, and touching pages anew, takes time; a mapping holds a file open.
 @lru_cache(maxsize=256)
 def _map(
-    path: Path, dtype: np.dtype, begin: int, shape: tuple[int, int], stamp: Stamp
+    path: Path, dtype: np.dtype, begin: int, shape: tuple[int, int], identity: Identity
 ) -> np.ndarray:
-    del stamp
+    del identity
     return np.memmap(path, dtype, "r", begin, shape).view(np.ndarray)
 
 
@@ -192,26 +174,148 @@ class PackedNpzShard(Shard):
         super().__init__(path, shape, dtype)
         self.member = member.filename
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """See `Shard.read_into`."""
-        out[:] = _unpack(self.path, self.member, stamp_of(self.path))[start:stop]
-
-    def take_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """See `Shard.take_into`."""
-        out[:] = _unpack(self.path, self.member, stamp_of(self.path))[rows]
+    def whole(self) -> np.ndarray:
+        """See `Shard.whole`."""
+        return _unpack(self.path, self.member, identity_of(self.path))
 
 
 @lru_cache(maxsize=2)
-def _unpack(path: Path, member: str, stamp: Stamp) -> np.ndarray:
-    del stamp
+def _unpack(path: Path, member: str, identity: Identity) -> np.ndarray:
+    del identity
     return load_npz(path, [member])[member]
+
+
+class ParquetShard(Shard):
+    """A list column of a parquet file; rows are read by row group."""
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        file = open_parquet(path)
+        schema = file.schema_arrow
+        self.column = column or only_list_column(path, schema)
+        if self.column not in schema.names:
+            raise InputError(f"{path}: no column {self.column!r}; it has {', '.join(schema.names)}")
+        kind = schema.field(self.column).type
+        values = list_value_type(kind)
+        if values is None:
+            raise InputError(f"{path}: column {self.column!r} is {kind}, not a list of floats")
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self.group_starts = np.cumsum([0, *sizes], dtype=np.int64)
+        rows = int(self.group_starts[-1])
+        dim = getattr(kind, "list_size", None)
+        if dim is None:
+            dim = first_length(path, file, self.column) if rows else 0
+        super().__init__(path, (rows, dim), np.dtype(f"f{values.bit_width // 8}"))
+
+    def read_into(self, rows: RowSet, out: np.ndarray) -> None:
+        """See `Shard.read_into`."""
+        wanted = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        identity, cuts = identity_of(self.path), np.searchsorted(wanted, self.group_starts)
+        for group in np.flatnonzero(np.diff(cuts)).tolist():
+            part = slice(cuts[group], cuts[group + 1])
+            places = wanted[part] - self.group_starts[group]
+            out[part] = _row_group(self, group, identity)[places]
+
+    def decode_group(self, group: int) -> np.ndarray:
+        """Return the rows of a row group, (n, dim).
+
+        Refused by number: the first row that is null, holds a null, or has another length.
+        """
+        import pyarrow.compute as pc
+
+        first, end = self.group_starts[group : group + 2].tolist()
+        try:
+            column = open_parquet(self.path).read_row_group(group, columns=[self.column]).column(0)
+        except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+            raise InputError(
+                f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or write it "
+                "again"
+            ) from error
+        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy()
+        wrong, what = np.flatnonzero(lengths != self.dim), "holds a null value"
+        values = pc.list_flatten(column)
+        if len(wrong):
+            found = "null" if lengths[wrong[0]] < 0 else f"a list of {lengths[wrong[0]]}"
+            what = f"is {found}, expected {self.dim} values"
+        elif values.null_count:
+            wrong = np.flatnonzero(pc.is_null(values).to_numpy()) // self.dim
+        if len(wrong):
+            row = first + int(wrong[0])
+            raise InputError(f"{self.path}: row {row} of column {self.column!r} {what}")
+        return np.asarray(values.to_numpy().reshape(-1, self.dim).astype(self.dtype, copy=False))
+
+
+@lru_cache(maxsize=2)
+def _row_group(shard: ParquetShard, group: int, identity: Identity) -> np.ndarray:
+    del identity
+    return shard.decode_group(group)
+
+
+def open_parquet(path: Path) -> Any:
+    """Return ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(arrow_source(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: truncated or not a parquet file: {error}") from error
+
+
+def list_value_type(kind: Any) -> Any:
+    """Return the float type inside an arrow list type, None for any other type."""
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return kind.value_type if is_list and types.is_floating(kind.value_type) else None
+
+
+def only_list_column(path: Path, schema: Any) -> str:
+    """Return the name of the one list column of floats; refuse none or several."""
+    names = [field.name for field in schema if list_value_type(field.type) is not None]
+    if len(names) != 1:
+        found = f"several: {', '.join(names)}" if names else f"none among {', '.join(schema.names)}"
+        raise InputError(
+            f"{path}: expected one list column of floats, found {found}; name it with --column"
+        )
+    return str(names[0])
+
+
+def first_length(path: Path, file: Any, column: str) -> int:
+    """Return the length of the list in row 0."""
+    try:
+        row = next(file.iter_batches(1, columns=[column])).column(0)[0].as_py()
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: row 0 cannot be read: {error}; fetch it again") from error
+    if row is None:
+        raise InputError(f"{path}: row 0 of column {column!r} is null, expected a list of floats")
+    return len(row)
+
+
+def open_shard(path: Path, array: str | None = None, column: str | None = None) -> Shard:
+    """Open one file of rows; refuse one that is missing, empty, truncated, or holds no features.
+
+    ``array`` names an array of an ``.npz``, ``column`` a list column of a parquet file; each is
+    needed where there are several.
+    """
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: empty file, expected rows of features; fetch or write it again")
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return NpyShard(path)
+    if suffix == ".npz":
+        return open_npz(path, array)
+    if suffix == ".parquet":
+        return ParquetShard(path, column)
+    raise InputError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
 
 
 def open_npz(path: Path, array: str | None) -> Shard:
     """Open one array of an ``.npz`` archive."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+            members = members_of(archive)
             name = array or (next(iter(members)) if len(members) == 1 else None)
             if name is None or name not in members:
                 asked = f"no array {name!r}" if name else "several arrays"
@@ -231,6 +335,11 @@ def open_npz(path: Path, array: str | None) -> Shard:
             return PackedNpzShard(path, member)
     except BROKEN_ZIP as error:
         raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
+
+
+def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the members of an ``.npz`` by the names of their arrays."""
+    return {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
 
 def member_begin(path: Path, member: zipfile.ZipInfo) -> int:
@@ -254,34 +363,16 @@ def check_member(member: zipfile.ZipInfo, size: int) -> None:
 
 
 def read_header(
-    file: IO[bytes], held: int, where: str, *, rows: bool = False
+    file: IO[bytes], size: int, where: str, *, rows: bool = False
 ) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read the header of a ``.npy``, leaving ``file`` at the first value.
+    """Read the header of a ``.npy`` of ``size`` bytes, leaving ``file`` at the first value.
 
-    Parameters
-    ----------
-    file : binary file
-        At the header's first byte.
-    held : int
-        Bytes from there on that belong to the array.
-    where : str
-        What messages call it.
-    rows : bool
-        Refuse Fortran order: rows whose values do not lie one after another.
-
-    Returns
-    -------
-    shape, fortran_order, dtype
-
-    Raises
-    ------
-    InputError
-        If it is no such header, the array has another length, or it holds Python objects.
+    Returns shape, whether in Fortran order, and dtype. Refused, as ``where``: what is no such
+    header, an array of another length, Python objects; with ``rows`` Fortran order too.
     """
-    begin = file.tell()
+    begin, formats = file.tell(), np.lib.format
     try:
-        plain = np.lib.format.read_magic(file) == (1, 0)
-        formats = np.lib.format
+        plain = formats.read_magic(file) == (1, 0)
         read = formats.read_array_header_1_0 if plain else formats.read_array_header_2_0
         shape, fortran, dtype = read(file)
     except Exception as error:  # the header is Python's text, so its errors are any parser's
@@ -290,11 +381,11 @@ def read_header(
         raise InputError(f"{where}: damaged: its header says shape {shape}")
     if dtype.hasobject or not dtype.itemsize:
         raise InputError(f"{where}: expected plain numbers, found {dtype}")
-    need, held = dtype.itemsize * prod(shape), held - (file.tell() - begin)
-    if need != held:
+    need, found = dtype.itemsize * prod(shape), size - (file.tell() - begin)
+    if need != found:
         raise InputError(
             f"{where}: truncated or damaged: its header promises shape {shape} of {dtype} "
-            f"({need} bytes), found {held}; fetch or write it again"
+            f"({need} bytes), found {found}; fetch or write it again"
         )
     if rows and fortran and len(shape) == 2 and min(shape) > 1:
         raise InputError(
@@ -305,41 +396,27 @@ def read_header(
 
 
 def map_npy(path: Path, begin: int = 0, size: int | None = None) -> np.ndarray:
-    """Memory-map a ``.npy`` of any shape, or ``size`` bytes of a file that are one.
-
-    Raises
-    ------
-    InputError
-        As `read_header`.
-    """
+    """Memory-map a ``.npy`` of any shape, or ``size`` bytes of a file that are one."""
     with path.open("rb") as file:
         file.seek(begin)
-        held = path.stat().st_size - begin if size is None else size
-        shape, fortran, dtype = read_header(file, held, str(path))
+        size = path.stat().st_size - begin if size is None else size
+        shape, fortran, dtype = read_header(file, size, str(path))
         if 0 in shape:
             return np.empty(shape, dtype)
         return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def load_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Read arrays of an ``.npz`` whole; what its headers say is checked before memory is taken.
+    """Read arrays of an ``.npz`` whole, those of ``names`` or all.
 
-    Parameters
-    ----------
-    path : Path
-    names : sequence of str, optional
-        Those that are needed; without it, all.
-
-    Raises
-    ------
-    InputError
-        If it is not such an archive, lacks an array, or is not what its headers say.
+    What the headers say is checked before memory is taken.
     """
     arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
-            for name in members if names is None else names:
+            members = members_of(archive)
+            wanted: Iterable[str] = members if names is None else names
+            for name in wanted:
                 member = members[name.removesuffix(".npy")]
                 check_member(member, path.stat().st_size)
                 with archive.open(member) as file:

@@ -1,4 +1,4 @@
-"""64-bit hashes of rows, and checksums of shards made of them.
+"""64-bit hashes of rows, checksums of shards made of them, and shards that two inputs share.
 
 The first read of all rows hashes each row to find exact copies. A shard's checksum is made of the
 same hashes, so it costs no second pass. It proves that the rows and their order are unchanged.
@@ -6,17 +6,24 @@ same hashes, so it costs no second pass. It proves that the rows and their order
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from snipdedup.features.formats import Shard
+from snipdedup.features.formats import ArrayShard, Shard
 from snipdedup.parallel import scratch
+from snipdedup.storage.remote import RemotePath, map_requests
 
 HASH_BYTES = 1 << 18  # of rows hashed at a time: they stay in the cache while they are mixed
 READ_BYTES = 1 << 24  # of a shard read at a time
 HALF = np.uint64(32)
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
+FEW_ROWS = 16  # fewer may well be equal though nobody copied them
+HARD = 10**6  # steps that numpy may take to tell whether two arrays share memory
 
 Checksums = Sequence[tuple[int, int]]  # number of a shard, checksum of the rows that were read
 
@@ -82,3 +89,80 @@ def shard_checksum(shard: Shard) -> int:
 def checksum_text(checksum: int) -> str:
     """Return a checksum as manifests hold it."""
     return f"{checksum:016x}"
+
+
+class SharedShard(NamedTuple):
+    """Numbers of two shards of two inputs that are one, and whether one is a copy of the other."""
+
+    own: int
+    other: int
+    copied: bool
+
+
+def find_shared(own: Sequence[Shard], others: Sequence[Shard]) -> SharedShard | None:
+    """Return the first shard that is one of the others too, or a copy of one.
+
+    Files are one by device and inode or resolved path, URLs by scheme, host and path, arrays by
+    their memory. Of shards that agree in shape, type and two rows, all rows are compared by their
+    checksums.
+    """
+    names: dict[Hashable, int] = {}
+    for place, other in enumerate(others):
+        for name in names_of(other):
+            names.setdefault(name, place)
+    for number, shard in enumerate(own):
+        for name in names_of(shard):
+            if name in names:
+                return SharedShard(number, names[name], False)
+    for number, shard in enumerate(own):
+        for place, other in enumerate(others):
+            if share_memory(shard, other):
+                return SharedShard(number, place, False)
+    shapes = {shape_of(shard) for shard in own} & {shape_of(shard) for shard in others} - {None}
+
+    def sampled(shards: Sequence[Shard]) -> list[tuple[int, Hashable]]:
+        likely = [n for n, shard in enumerate(shards) if shape_of(shard) in shapes]
+        return list(zip(likely, map_requests(sample_of, [shards[n] for n in likely]), strict=True))
+
+    known: dict[Hashable, list[int]] = defaultdict(list)
+    for place, sample in sampled(others):
+        known[sample].append(place)
+    for number, sample in sampled(own):
+        for place in known[sample]:
+            if shard_checksum(own[number]) == shard_checksum(others[place]):
+                return SharedShard(number, place, True)
+    return None
+
+
+def names_of(shard: Shard) -> Iterator[Hashable]:
+    """Yield what tells a shard's file from all others; nothing for an array."""
+    if isinstance(shard.path, RemotePath):
+        parts = urlsplit(shard.path.url)
+        yield parts.scheme.lower(), parts.netloc.rpartition("@")[2].lower(), parts.path, parts.query
+    elif not isinstance(shard, ArrayShard):
+        stat = shard.path.stat()
+        if stat.st_ino:  # some file systems have none
+            yield stat.st_dev, stat.st_ino
+        yield os.path.realpath(shard.path)
+
+
+def share_memory(one: Shard, other: Shard) -> bool:
+    """Tell whether two shards are arrays with common memory; False where that is hard to tell."""
+    if not isinstance(one, ArrayShard) or not isinstance(other, ArrayShard):
+        return False
+    try:
+        most: Any = {"max_work": HARD}
+        return np.shares_memory(one.array, other.array, **most)
+    except np.exceptions.TooHardError:
+        return False
+
+
+def shape_of(shard: Shard) -> Hashable:
+    """Return rows, width and type, which copies have in common; None for too few rows to tell."""
+    return (shard.rows, shard.dim, shard.dtype.str) if shard.rows >= FEW_ROWS else None
+
+
+def sample_of(shard: Shard) -> Hashable:
+    """Return the shape and the bytes of two rows."""
+    rows = np.array([(shard.rows - 1) // 2, shard.rows - 1])
+    return shape_of(shard), shard.take(rows).tobytes()

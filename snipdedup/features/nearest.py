@@ -25,7 +25,7 @@ def nearest(
     own: np.ndarray | None = None,
     skip: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows with the highest cosines, ties by row number.
+    """Return the ``k`` rows with the highest cosines, ties by row number.
 
     float32 products propose k + `SPARE` rows; `pair_cosine` decides among them. Of rows that are
     equally near within 1e-5, more than `SPARE` beyond the first k, any may be named.
@@ -36,8 +36,6 @@ def nearest(
         Rows as stored, that can be compared.
     features : Features
         Read once in blocks, then the rows that are named.
-    k : int
-    threads : int
     own : (q,) int64, optional
         The rows of ``features`` that the queries are, ascending: none is its own neighbour.
     skip : (rows,) bool, optional
@@ -81,26 +79,11 @@ def nearest_vectors(
     threads: int,
     own: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nearest vectors by Euclidean distance, as float32 products say.
+    """Return the ``k`` nearest vectors of ``rows`` by Euclidean distance, by float32 products.
 
-    Parameters
-    ----------
-    queries : (q, dim) float32
-    load : function of (start, stop)
-        Returns these vectors, (stop - start, dim) float32; vectors of NaN are left out.
-    rows : int
-        Number of vectors.
-    k : int
-    threads : int
-    own : (q,) int64, optional
-        As in `nearest`.
-
-    Returns
-    -------
-    D : (q, k) float32
-        Squared distances, ascending; infinity where there are fewer vectors.
-    I : (q, k) int64
-        Their numbers; -1 where there are fewer.
+    ``load((start, stop))`` returns these vectors, (stop - start, dim) float32; vectors of NaN are
+    left out. ``own`` is as in `nearest`. Returns squared distances, ascending, D (q, k) float32,
+    and numbers, I (q, k) int64; infinity and -1 where there are fewer vectors.
     """
     import torch
 

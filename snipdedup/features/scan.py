@@ -1,7 +1,7 @@
 """The first read of all rows: checksums, rows that cannot be compared, and exact copies.
 
-Every method starts here. Copies that are equal bit for bit are found by a 64-bit hash and then
-compared, so that what follows sees distinct rows only.
+Every method starts here. Rows of one 64-bit hash are compared bit for bit, so that what follows
+sees distinct rows only.
 """
 
 from __future__ import annotations
@@ -33,14 +33,9 @@ Visit = Callable[[int, np.ndarray, Directions], None]
 class Scan(NamedTuple):
     """What one read of all rows finds.
 
-    Attributes
-    ----------
-    bad : (m,) int64
-        Rows with NaN, infinity or zeros only, ascending.
-    copies, firsts : (c,) int64
-        Rows that equal an earlier row bit for bit, ascending, and the first such row.
-    checksums : list of int
-        Of each shard.
+    ``bad`` (m,) int64 are rows with NaN, infinity or zeros only, ascending; ``copies`` (c,) int64
+    rows that equal an earlier row bit for bit, ascending; ``firsts`` the first such row of each.
+    ``checksums`` are those of the shards.
     """
 
     bad: np.ndarray
@@ -68,14 +63,8 @@ class Scan(NamedTuple):
 class Seen(NamedTuple):
     """What reading a range of rows finds.
 
-    Attributes
-    ----------
-    checksums : sequence of (int, int)
-        Number of each shard of which rows were read, and the checksum of these rows.
-    bad : (m,) int64
-        Rows that cannot be compared.
-    hashes : (n,) uint64, or Path
-        A hash of each row, or the ``.npy`` that holds them.
+    ``bad`` (m,) int64 are rows that cannot be compared; ``hashes`` (n,) uint64, or the ``.npy``
+    that holds them, those of all rows.
     """
 
     checksums: Checksums
@@ -88,22 +77,15 @@ class Seen(NamedTuple):
 
 
 def scan(features: Features, *, chunk_rows: int, threads: int, keep_bad: bool) -> Scan:
-    """Read all rows once, ``chunk_rows`` (rounded up to whole blocks) at a time.
-
-    Raises
-    ------
-    InputError
-        If there are bad rows and ``keep_bad`` is false: how many, and where.
-    """
+    """Read all rows once, ``chunk_rows`` (rounded up to whole blocks) at a time."""
     spans = plan_blocks(features.rows, whole_blocks(chunk_rows))
-
-    def read(span: tuple[int, int]) -> Seen:
-        return read_range(features, *span, chunk_rows=chunk_rows)
-
+    seen = ordered_map(
+        lambda span: read_range(features, *span, chunk_rows=chunk_rows), spans, threads
+    )
     parts = []
     with progress.bar(features.rows, "reading", "rows") as bar:
-        for (start, stop), seen in zip(spans, ordered_map(read, spans, threads), strict=True):
-            parts.append(seen)
+        for (start, stop), part in zip(spans, seen, strict=True):
+            parts.append(part)
             bar.update(stop - start)
     return finish_scan(features, parts, keep_bad, threads)
 
@@ -188,20 +170,13 @@ def find_copies(
     parts: Sequence[Seen],
     threads: int = 1,
     *,
-    bad: np.ndarray | None = None,
+    bad: np.ndarray,
     folder: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows that equal an earlier row bit for bit, and the first such row of each.
 
-    Parameters
-    ----------
-    features : Features
-    parts : list of Seen
-        Of consecutive rows, in row order.
-    bad : (m,) int64, optional
-        Rows that are not to be listed, ascending.
-    folder : Path, optional
-        For hashes and copies that do not fit into memory; the latter stay there, mapped.
+    ``parts`` are of consecutive rows, in row order. Rows of ``bad``, ascending, are not listed.
+    ``folder`` is for hashes and copies that do not fit into memory; the latter stay there, mapped.
     """
     row = row_kind(features.rows)
     hashed = np.dtype([("hash", "<u8"), ("row", row)])
@@ -216,15 +191,13 @@ def find_copies(
     pairs = Sorter(path, pair, lambda r: r["row"].astype(np.uint64), spread=known)
     for records in hashes.ascending():
         copies, firsts = equal_to_first(features, records, threads)
-        if bad is not None and len(bad):
-            keep = ~among(bad, copies)
-            copies, firsts = copies[keep], firsts[keep]
-        pairs.add(pack(pair, copies, firsts))
-    listed = Columns(folder and folder / "copies", {"row": "<i8", "first": "<i8"})
+        listed = ~among(bad, copies)
+        pairs.add(pack(pair, copies[listed], firsts[listed]))
+    columns = Columns(folder and folder / "copies", {"row": "<i8", "first": "<i8"})
     for records in pairs.ascending():
         order = np.argsort(records["row"])
-        listed.add(records["row"][order], records["first"][order])
-    copies, firsts = listed.arrays()
+        columns.add(records["row"][order], records["first"][order])
+    copies, firsts = columns.arrays()
     return copies, firsts
 
 

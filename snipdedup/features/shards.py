@@ -1,7 +1,6 @@
-"""Rows over shards: which files make up an input, in which order, and how rows are read.
+"""Features: the rows of shards, one after another; which files they are, and in which order.
 
-A row number is global: the shard's offset plus the place in the shard. Plans (which rows, which
-files) are pure functions; reading comes after them.
+A row number is global: the shard's offset plus the place in the shard.
 """
 
 from __future__ import annotations
@@ -11,29 +10,20 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from snipdedup.config import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.features.formats import SUFFIXES, ArrayShard, NpyShard, Shard, open_npz
+from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, identity_of, open_shard
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
-from snipdedup.features.parquet import ParquetShard
 from snipdedup.storage.listing import find_files, metadata_beside
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
-from snipdedup.storage.urls import redacted
+from snipdedup.storage.web import redacted
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
-
-
-class Piece(NamedTuple):
-    """Rows ``start`` to ``stop`` (exclusive) of shard number ``shard``."""
-
-    shard: int
-    start: int
-    stop: int
 
 
 def plan_blocks(rows: int, size: int) -> list[tuple[int, int]]:
@@ -41,40 +31,28 @@ def plan_blocks(rows: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def plan_pieces(offsets: np.ndarray, start: int, stop: int) -> list[Piece]:
-    """Return the pieces of shards that make up global rows ``start`` to ``stop``.
+def plan_pieces(offsets: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield the pieces of shards that make up global rows ``start`` to ``stop`` (exclusive).
 
-    Parameters
-    ----------
-    offsets : (shards + 1,) int64
-        Global row of each shard's first row, then the number of rows.
-    start, stop : int
-        Global rows, ``stop`` exclusive.
+    A piece is a shard's number, the rows in it, and their places from ``start`` on. ``offsets``,
+    (shards + 1,) int64, are as in `Features`.
     """
-    first = int(np.searchsorted(offsets, start, side="right")) - 1
-    last = int(np.searchsorted(offsets, stop))
-    cuts = [(n, *offsets[n : n + 2].tolist()) for n in range(first, min(last, len(offsets) - 1))]
-    pieces = [Piece(n, max(start, low) - low, min(stop, high) - low) for n, low, high in cuts]
-    return [piece for piece in pieces if piece.start < piece.stop]
+    cuts = np.clip(offsets, start, stop)
+    for shard in np.flatnonzero(np.diff(cuts)).tolist():
+        first, low, high = int(offsets[shard]), int(cuts[shard]), int(cuts[shard + 1])
+        yield shard, slice(low - first, high - first), slice(low - start, high - start)
 
 
 class Features:
     """The rows of one or more shards.
 
-    Attributes
-    ----------
-    shards : tuple of Shard
-    offsets : (shards + 1,) int64
-        Global row of each shard's first row, then the number of rows.
-    rows, dim : int
-    dtype : numpy.dtype
-        The widest type among the shards; narrower ones are widened, which is exact.
+    ``offsets``, (shards + 1,) int64, are the global row of each shard's first row, then the number
+    of rows. ``dtype`` is the widest among the shards; narrower rows are widened, which is exact.
     """
 
     def __init__(self, shards: Sequence[Shard], folders: Sequence[Path] = ()) -> None:
         self.shards, self.folders = tuple(shards), tuple(folders)
-        sizes = np.array([shard.rows for shard in shards], np.int64)
-        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        self.offsets = np.cumsum([0, *(shard.rows for shard in shards)], dtype=np.int64)
         self.rows = int(self.offsets[-1])
         if not self.rows:
             names = ", ".join(str(shard.path) for shard in shards[:3])
@@ -88,7 +66,7 @@ class Features:
                     f"{self.dim}; shards of one set have one width"
                 )
         self.dtype = np.result_type(*(shard.dtype for shard in filled))
-        self.opened = identities(self.paths())
+        self.opened = OpenedFiles(self.paths())
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Return global rows ``start`` to ``stop`` (exclusive): (n, dim) `dtype`.
@@ -96,17 +74,10 @@ class Features:
         ``out``, (>= n, dim) of `dtype`, is memory for them; else they get their own.
         """
         stop = min(stop, self.rows)
-        rows = np.empty((stop - start, self.dim), self.dtype) if out is None else out
-        rows = rows[: stop - start]
-        for piece, place in self._pieces(start, stop):
-            self.shards[piece.shard].read_into(piece.start, piece.stop, rows[place])
-        return rows
-
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Piece, slice]]:
-        """Yield the pieces of rows ``start`` to ``stop``, and the place of each among them."""
-        for piece in plan_pieces(self.offsets, start, stop):
-            first = int(self.offsets[piece.shard]) - start
-            yield piece, slice(first + piece.start, first + piece.stop)
+        found = self._memory(stop - start, out)
+        for shard, rows, places in plan_pieces(self.offsets, start, stop):
+            self.shards[shard].read_into(rows, found[places])
+        return found
 
     def checksums(
         self, start: int, rows: np.ndarray, hashes: np.ndarray | None = None
@@ -116,39 +87,34 @@ class Features:
         ``hashes`` saves making them; see `hashing.sum_checksums`.
         """
         found = []
-        for piece, place in self._pieces(start, start + len(rows)):
-            dtype = self.shards[piece.shard].dtype
+        for shard, own_rows, places in plan_pieces(self.offsets, start, start + len(rows)):
+            dtype = self.shards[shard].dtype
             if hashes is not None and dtype == self.dtype:
-                own = hashes[place]
+                own = hashes[places]
             else:  # hashes of rows as the shard stores them, whatever the other shards do
-                own = row_hashes(rows[place].astype(dtype, copy=False))
-            found.append((piece.shard, rows_checksum(own, piece.start)))
+                own = row_hashes(rows[places].astype(dtype, copy=False))
+            found.append((shard, rows_checksum(own, own_rows.start)))
         return found
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Return the given global rows, in the order asked, read in row order.
-
-        Parameters
-        ----------
-        rows : (n,) int64
-            Global row numbers, any order, repeats allowed.
-        """
+        """Return global rows, (n,) int64 in any order, repeats allowed; they are read in order."""
         if (rows[1:] > rows[:-1]).all():
             return self.gather_ascending(rows)
         wanted, back = np.unique(rows, return_inverse=True)
         return self.gather_ascending(wanted)[back]
 
     def gather_ascending(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Return the given global rows, (n,) int64 strictly ascending.
-
-        ``out``, (>= n, dim) of `dtype`, is memory for them; else they get their own.
-        """
-        found = np.empty((len(rows), self.dim), self.dtype) if out is None else out[: len(rows)]
+        """Return global rows, (n,) int64 strictly ascending; ``out`` as in `read`."""
+        found = self._memory(len(rows), out)
         cuts = np.searchsorted(rows, self.offsets)
         for shard in np.flatnonzero(np.diff(cuts)):
             part = slice(cuts[shard], cuts[shard + 1])
-            self.shards[shard].take_into(rows[part] - self.offsets[shard], found[part])
+            self.shards[shard].read_into(rows[part] - self.offsets[shard], found[part])
         return found
+
+    def _memory(self, count: int, out: np.ndarray | None) -> np.ndarray:
+        """Return memory for so many rows."""
+        return np.empty((count, self.dim), self.dtype) if out is None else out[:count]
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) in row order, ``size`` rows at a time."""
@@ -176,31 +142,25 @@ class Features:
         ]
 
     def refuse_changed(self) -> None:
-        """Refuse files that changed since they were opened; see `refuse_changed`."""
-        refuse_changed(self.paths(), self.opened)
+        """Refuse files that changed since they were opened."""
+        self.opened.refuse_changed()
 
 
-def identities(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
-    """Return what tells files from what they are when they were changed or replaced."""
-    found = [path.stat() for path in paths]
-    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
+class OpenedFiles:
+    """Files as they were when they were opened."""
 
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths, self.identities = paths, [identity_of(path) for path in paths]
 
-def refuse_changed(paths: Sequence[Path], opened: Sequence[tuple[int, int, int]]) -> None:
-    """Refuse files that changed since they were opened: what was read is a mixture.
-
-    Raises
-    ------
-    InputError
-        Names the first.
-    """
-    elsewhere = [path for path in paths if isinstance(path, RemotePath)]
-    for item in elsewhere:
-        item.forget_version()
-    map_requests(RemotePath.is_file, elsewhere)
-    for path, before in zip(paths, opened, strict=True):
-        if not path.is_file() or identities([path]) != [before]:
-            raise InputError(f"{path}: changed while it was read; run it again")
+    def refuse_changed(self) -> None:
+        """Refuse a file that changed since then with `InputError`: what was read is a mixture."""
+        urls = [path for path in self.paths if isinstance(path, RemotePath)]
+        for url in urls:
+            url.forget_version()
+        map_requests(RemotePath.is_file, urls)
+        for path, before in zip(self.paths, self.identities, strict=True):
+            if not path.is_file() or identity_of(path) != before:
+                raise InputError(f"{path}: changed while it was read; run it again")
 
 
 def request_of(features: Features) -> dict[str, Any]:
@@ -212,14 +172,9 @@ def request_of(features: Features) -> dict[str, Any]:
 def accept_dates(request: dict[str, Any], features: Features, finished: dict[str, Any]) -> None:
     """Put a finished run's dates into a request where shards hold the same bytes as then.
 
-    Parameters
-    ----------
-    request : dict
-        With the entries of `request_of`; changed in place.
-    features : Features
-        May have more shards than the finished run had.
-    finished : dict
-        Its manifest. A shard without ``checksum`` there is never taken for the same.
+    ``request`` has the entries of `request_of`; it is changed in place. ``features`` may have more
+    shards than the run of the manifest ``finished``. A shard that has no ``checksum`` there is
+    never taken for the same.
     """
     stamps, dates = request["features_changed"], finished["request"].get("features_changed", [])
     earlier = zip(dates, finished["request"].get("features", []), finished["shards"], strict=False)
@@ -247,13 +202,6 @@ def open_features(
         Part numbers for a pattern, ``"0:2"``, end exclusive.
     array, column : str, optional
         Which array of an ``.npz``, which list column of a parquet file.
-
-    Raises
-    ------
-    SnipError
-        If there is no shard, or one is not what features look like; the file is named.
-    UsageError
-        If it is neither an array nor a path.
     """
     if isinstance(source, Features):
         return source
@@ -268,54 +216,21 @@ def open_features(
             shards.append(ArrayShard(part, "array" if single else f"array {number}"))
         elif not isinstance(item, str | Path):
             raise no_features(item, f" in {type(source).__qualname__}")
-        elif is_remote(item):
-            open_one = partial(open_shard, array=array, column=column)
-            shards += map_requests(open_one, find_shards(item, parts))
         else:
-            shards += [open_shard(p, array, column) for p in find_shards(item, parts)]
+            open_one, paths = (
+                partial(open_shard, array=array, column=column),
+                find_shards(item, parts),
+            )
+            shards += map_requests(open_one, paths) if is_remote(item) else map(open_one, paths)
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
     return Features(shards, folders)
-
-
-def open_shard(path: Path, array: str | None = None, column: str | None = None) -> Shard:
-    """Open one file of rows.
-
-    Parameters
-    ----------
-    path : Path
-        A ``.npy``, ``.npz`` or ``.parquet`` file.
-    array : str, optional
-        Which array of an ``.npz``; needed where it holds several.
-    column : str, optional
-        Which list column of a parquet file; likewise.
-
-    Raises
-    ------
-    InputError
-        If the file is empty, truncated, not 2-D, not floating point, or Fortran-ordered.
-    """
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: empty file, expected rows of features; fetch or write it again")
-    suffix = path.suffix.lower()
-    if suffix == ".npy":
-        return NpyShard(path)
-    if suffix == ".npz":
-        return open_npz(path, array)
-    if suffix == ".parquet":
-        return ParquetShard(path, column)
-    raise InputError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
 
 
 def as_array(given: Any) -> np.ndarray | None:
     """Return what numpy can view as an array without a copy, None of anything else.
 
-    Raises
-    ------
-    UsageError
-        If it is a tensor that numpy cannot view: on another device, or bfloat16; or a masked
-        array, whose mask would go unseen.
+    Refused: a tensor that numpy cannot view (on another device, or bfloat16); a masked array, whose
+    mask would go unseen.
     """
     if isinstance(given, np.ma.MaskedArray):
         raise UsageError("features have no mask, found a masked array; give its rows that count")
@@ -345,21 +260,21 @@ def no_features(given: Any, within: str = "") -> UsageError:
 
 
 def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
-    """Return the files that a FEATURES argument means, in shard order.
-
-    Raises
-    ------
-    SnipError
-        If nothing matches, or a folder mixes image and text features.
-    UsageError
-        If ``--parts`` and the pattern do not go together.
-    """
+    """Return the files that a FEATURES argument means, in shard order."""
     text = spec.url if isinstance(spec, RemotePath) else str(spec)
     numbers = part_numbers(text, parts)
     found = find_files(text, numbers, SUFFIXES, "no shard found")
     if numbers is not None:
         return found
-    refuse_mixture(found, redacted(text))
+    words = {path: set(re.split(r"[^a-z]+", path.stem.lower())) for path in found}
+    images = [path for path in found if words[path] & IMAGE_WORDS]
+    texts = [path for path in found if words[path] & TEXT_WORDS and path not in images]
+    if images and texts:
+        image = images[0]
+        raise SnipError(
+            f"{redacted(text)} mixes image and text features ({image.name}, {texts[0].name}); name "
+            f"one set, for example '{image.parent / (image.stem.rstrip('0123456789') + '*')}'"
+        )
     return natural_sort(found)
 
 
@@ -369,13 +284,7 @@ def implied_metadata(spec: str | Path) -> Path | None:
 
 
 def part_numbers(pattern: str, parts: str | None) -> tuple[int, int] | None:
-    """Return (0, 2) of ``"0:2"``; None where there is neither a ``{part}`` nor such numbers.
-
-    Raises
-    ------
-    UsageError
-        If there is only one of them, or the numbers are none.
-    """
+    """Return (0, 2) of ``"0:2"``; None where there is neither a ``{part}`` nor such numbers."""
     if "{part" not in pattern:
         if parts is not None:
             found = redacted(pattern)
@@ -391,8 +300,8 @@ def part_numbers(pattern: str, parts: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def natural_key(path: Path) -> tuple[Any, ...]:
-    """Sort key by name with numbers as numbers, then by the whole path."""
+def natural_sort(paths: Iterable[Path]) -> list[Path]:
+    """Return paths by name, then by the whole path, with numbers as numbers: 2 before 10."""
 
     def split(text: str) -> list[tuple[int, int, str]]:
         return [
@@ -401,21 +310,4 @@ def natural_key(path: Path) -> tuple[Any, ...]:
             if part
         ]
 
-    return (split(path.name), split(str(path)), str(path))
-
-
-def natural_sort(paths: Any) -> list[Path]:
-    """Return paths in natural order: ``img_emb_2`` before ``img_emb_10``."""
-    return sorted(paths, key=natural_key)
-
-
-def refuse_mixture(paths: Sequence[Path], where: str) -> None:
-    """Refuse files that are image features and text features side by side."""
-    words = {p: set(re.split(r"[^a-z]+", p.stem.lower())) for p in paths}
-    image = [p for p in paths if words[p] & IMAGE_WORDS]
-    text = [p for p in paths if words[p] & TEXT_WORDS and p not in image]
-    if image and text:
-        raise SnipError(
-            f"{where} mixes image and text features ({image[0].name}, {text[0].name}); name one "
-            f"set, for example '{image[0].parent / (image[0].stem.rstrip('0123456789') + '*')}'"
-        )
+    return sorted(paths, key=lambda path: (split(path.name), split(str(path)), str(path)))

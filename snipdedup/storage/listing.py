@@ -16,10 +16,11 @@ from snipdedup.storage.remote import (
     RemotePath,
     filesystem,
     map_requests,
+    path_of,
     store_errors,
     with_retries,
 )
-from snipdedup.storage.urls import PART, expand_parts, is_web, redacted, scheme_of
+from snipdedup.storage.web import PART, expand_parts, is_web, redacted, scheme_of
 
 FEATURES, METADATA = "img_emb", "metadata"  # folders that lie side by side in LAION's layout
 RESULT_MASK = "is_dup.npy"  # with a manifest: a result of snip dedup
@@ -35,29 +36,26 @@ def list_folder(url: str) -> tuple[dict[str, int | None], list[str]] | None:
         if not path.is_dir():
             return None
         with store_errors(url):
-            paths = list(path.iterdir())
-            files = [path for path in paths if path.is_file() and path.name[0] != "."]
-            sizes: dict[str, int | None] = {path.name: path.stat().st_size for path in files}
-            return sizes, [path.name for path in paths if path.is_dir()]
+            files = [path for path in path.iterdir() if path.is_file() and path.name[0] != "."]
+            folders = [path.name for path in path.iterdir() if path.is_dir()]
+            return {path.name: path.stat().st_size for path in files}, folders
 
-    def ask() -> list[dict[str, Any]] | None:
+    def list_store() -> list[dict[str, Any]] | None:
         with store_errors(url):
             system, path = filesystem(url)
             system.invalidate_cache()
-            if system.info(path)["type"] != "directory":
-                return None
-            return list(system.ls(path, detail=True))
+            is_folder = system.info(path)["type"] == "directory"
+            return list(system.ls(path, detail=True)) if is_folder else None
 
-    entries = with_retries(ask)
+    entries = with_retries(list_store)
     if entries is None:
         return None
-    named = [(str(entry["name"]).rstrip("/").rpartition("/")[2], entry) for entry in entries]
-    found: dict[str, int | None] = {
-        name: entry.get("size")
-        for name, entry in named
-        if name and name[0] != "." and entry["type"] == "file"
-    }
-    return found, [name for name, entry in named if entry["type"] == "directory"]
+    named = [(entry["name"].rstrip("/").rpartition("/")[2], entry) for entry in entries]
+    shown = [(name, entry) for name, entry in named if name and name[0] != "."]
+    return (
+        {name: entry.get("size") for name, entry in shown if entry["type"] == "file"},
+        [name for name, entry in named if entry["type"] == "directory"],
+    )
 
 
 def find_files(
@@ -65,22 +63,8 @@ def find_files(
 ) -> list[Path]:
     """Return the files that a path or URL means; those of a pattern in its order, else in any.
 
-    Parameters
-    ----------
-    spec : str
-    numbers : (int, int), optional
-        Part numbers of a pattern, end exclusive.
-    suffixes : sequence of str
-        Of a folder, the files with the first of these that any file has.
-    none : str
-        Begins the error if there is no such file.
-
-    Raises
-    ------
-    SnipError
-        If nothing matches, or the store cannot be reached.
-    UsageError
-        If a web server would have to list its files.
+    ``numbers`` are the part numbers of a pattern, end exclusive. Of a folder, it is the files with
+    the first of ``suffixes`` that any file has. ``none`` begins the error if there is no file.
     """
     if numbers is not None:
         paths = [path_of(location) for location in expand_parts(spec, range(*numbers))]
@@ -116,11 +100,6 @@ def find_files(
     if not found:
         raise SnipError(f"{none}: nothing matches {redacted(spec)}")
     return found
-
-
-def path_of(location: str) -> Path:
-    """Return a URL or a local path as a path."""
-    return RemotePath(location) if scheme_of(location) else Path(location).expanduser()
 
 
 def find_in_folder(location: str, suffixes: Sequence[str], none: str) -> list[Path]:

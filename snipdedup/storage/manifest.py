@@ -20,12 +20,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from snipdedup import __version__
-from snipdedup.config import Dedup, mistyped
+from snipdedup.commands import mistyped
+from snipdedup.config import Dedup
 from snipdedup.errors import SnipError
 from snipdedup.storage import locks
 from snipdedup.storage.atomic import explained, load_json, save_json, sha256, sync_folder
 from snipdedup.storage.locks import WORK
-from snipdedup.storage.urls import redacted
+from snipdedup.storage.web import redacted
 
 MANIFEST = "snip.json"
 FORMAT = 1

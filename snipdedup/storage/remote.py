@@ -1,6 +1,6 @@
 """Remote files: size and version, reads by ranges of bytes with retries, streams from a position.
 
-http(s) URLs are read by `snipdedup.storage.http`, all others by fsspec (``s3://``, ``gs://``,
+http(s) URLs are read by `snipdedup.storage.web`, all others by fsspec (``s3://``, ``gs://``,
 ``hf://``, ``memory://``; paths of this machine too). A range of another version than the one that
 was seen first is refused.
 """
@@ -24,9 +24,8 @@ import numpy as np
 
 from snipdedup.errors import InputError, MissingError, RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
-from snipdedup.storage import http
-from snipdedup.storage.http import AGAIN, CHUNK, Token
-from snipdedup.storage.urls import is_web, name_of, redacted, scheme_of
+from snipdedup.storage import web
+from snipdedup.storage.web import AGAIN, FileVersion, Token, is_web, redacted, scheme_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,17 +41,6 @@ MAX_WAIT_S = 600.0
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation", "mtime",
                 "LastModified", "last_modified", "updated", "modified", "created")  # fmt: skip
 PATH: Any = type(Path())
-
-
-class NoRangesError(SnipError):
-    """A web server sends whole files only."""
-
-
-class FileVersion(NamedTuple):
-    """Size of a file, and a text that changes when the file does; empty where nothing tells."""
-
-    size: int
-    version: str
 
 
 class Stream(NamedTuple):
@@ -118,7 +106,7 @@ class RemotePath(PATH):
     @property
     def name(self) -> str:
         """The file's name."""
-        return name_of(self.url)
+        return web.name_of(self.url)
 
     @property
     def parent(self) -> RemotePath:
@@ -203,8 +191,6 @@ def plan_ranges(rows: np.ndarray, row_bytes: int) -> list[tuple[int, int]]:
 
     Returns positions in ``rows``, (low, high) with ``high`` exclusive.
     """
-    if not len(rows):
-        return []
     wide = np.flatnonzero((np.diff(rows) - 1) * row_bytes > GAP_BYTES) + 1
     most = max(1, RANGE_BYTES // row_bytes)  # rows that one request spans
     cuts, low = [], 0
@@ -226,9 +212,7 @@ class RangeReader(io.RawIOBase):
         """Return True."""
         return True
 
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
+    seekable = readable
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a position; return it."""
@@ -263,6 +247,11 @@ def is_remote(location: object) -> bool:
     )
 
 
+def path_of(location: str) -> Path:
+    """Return a URL or a local path as a path."""
+    return RemotePath(location) if scheme_of(location) else Path(location).expanduser()
+
+
 def absolute_location(location: str | Path) -> str:
     """Return an absolute path, or a URL as manifests may show it."""
     if is_remote(location):
@@ -275,17 +264,12 @@ def arrow_source(path: Path) -> Any:
     return path.open("rb") if isinstance(path, RemotePath) else path
 
 
-# ---- requests
-
-
 def filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL or local path, and the path in it."""
     import fsspec
 
-    if not scheme_of(url):
-        return fsspec.filesystem("file"), url
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url) if scheme_of(url) else (fsspec.filesystem("file"), url)
     except ImportError as error:
         raise SnipError(f"{scheme_of(url)}:// needs one more package: {error}") from error
     except ValueError as error:
@@ -316,16 +300,10 @@ def read_version(url: str, token: Token | None = None) -> FileVersion:
     """Request size and version of a file; refuse a web server that sends no ranges."""
     if is_web(url):
         try:
-            response = http.get(url, "0-0", token=token)
+            return web.get_range(url, 0, 1, token)[0]
         except RangeError as error:
             raise InputError(f"{redacted(url)}: empty file, expected some bytes") from error
-        with response:
-            refuse_whole_file(response, url)
-            return web_version(response, url)
     with store_errors(url):
-        if not scheme_of(url):
-            stat = Path(url).stat()
-            return FileVersion(stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
         system, path = filesystem(url)
         system.invalidate_cache()
         info = system.info(path)
@@ -335,39 +313,18 @@ def read_version(url: str, token: Token | None = None) -> FileVersion:
     return FileVersion(int(info["size"]), named[0] if named else "")
 
 
-def web_version(response: Any, url: str) -> FileVersion:
-    """Return the version of the whole file that a 206 is a range of."""
-    version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-    return FileVersion(http.content_range(response, url)[2], str(version))
-
-
-def refuse_whole_file(response: Any, url: str) -> None:
-    """Refuse a response that is not a range, before the whole file comes."""
-    if response.status != 206:
-        response.close()
-        text = f"{redacted(url)}: cannot be read in parts: the server sends whole files only"
-        raise NoRangesError(f"{text}: fetch it first with snip download, or by hand")
-
-
 def request_range(
     url: str, begin: int, end: int, expected: FileVersion, token: Token | None = None
 ) -> bytes:
     """Request the bytes ``begin`` to ``end`` (exclusive) of the expected version, once."""
     if is_web(url):
-        response = http.get(url, f"{begin}-{end - 1}", token=token)
-        refuse_whole_file(response, url)
-        if web_version(response, url) != expected:
-            response.close()
-            raise InputError(f"{redacted(url)}: changed while it was read; run it again")
-        data = b"".join(http.read_body(response, url))
-        first = http.content_range(response, url)[0]
-    else:
-        with store_errors(url, TemporaryError):  # the file was there: what fails now may pass
-            system, path = filesystem(url)
-            data, first = bytes(system.cat_file(path, start=begin, end=end)), begin
-    if first != begin or len(data) != end - begin:
+        return web.get_range(url, begin, end, token, expected)[1]
+    with store_errors(url, TemporaryError):  # the file was there: what fails now may pass
+        system, path = filesystem(url)
+        data = bytes(system.cat_file(path, start=begin, end=end))
+    if len(data) != end - begin:
         text = f"{redacted(url)}: bytes {begin:,} to {end:,} were requested"
-        raise TemporaryError(f"{text}, {len(data):,} from {first:,} on came")
+        raise TemporaryError(f"{text}, {len(data):,} came")
     return data
 
 
@@ -383,17 +340,17 @@ def open_stream(
         begin = 0 if begin > size or version not in (None, now) else begin
         return Stream(begin, size, now, read_store(url, begin, size))
     byte_range = f"{begin}-" if begin else None
-    response = http.get(url, byte_range, if_range=version, token=token)
+    response = web.get(url, byte_range, if_range=version, token=token)
     length = response.headers.get("Content-Length", "")
     begin, total = 0, int(length) if length.isdecimal() else None
     if response.status == 206:
-        begin, last, total = http.content_range(response, url)
+        begin, last, total = web.content_range(response, url)
         if byte_range != f"{begin}-" or last != total - 1:
             response.close()
             raise RangeError(f"{redacted(url)}: bytes {byte_range} requested, {begin}-{last} came")
     etag = response.headers.get("ETag") or ""
     strong = etag if etag.startswith('"') else ""  # RFC 9110, 8.8.3: W/ means "similar"
-    return Stream(begin, total, strong, http.read_body(response, url))
+    return Stream(begin, total, strong, web.read_body(response, url))
 
 
 def read_store(url: str, begin: int, size: int) -> Iterator[bytes]:
@@ -402,7 +359,7 @@ def read_store(url: str, begin: int, size: int) -> Iterator[bytes]:
     with store_errors(url), system.open(path, "rb") as file:
         file.seek(begin)
         while begin < size:
-            chunk = file.read(min(CHUNK, size - begin))
+            chunk = file.read(min(web.CHUNK, size - begin))
             if not chunk:
                 raise TemporaryError(f"{redacted(url)}: ends after {begin:,} bytes; {AGAIN}")
             begin += len(chunk)

@@ -17,7 +17,7 @@ from snipdedup.config import Download
 from snipdedup.downloading import hub
 from snipdedup.downloading import run as download
 from snipdedup.errors import MissingError, SnipError, UsageError
-from snipdedup.storage import atomic, http, remote
+from snipdedup.storage import atomic, remote, web
 from snipdedup.storage.manifest import read_manifest
 
 SIZES = [30, 7, 50, 21, 40]
@@ -203,19 +203,19 @@ def test_other_faults_of_the_api(running, tmp_path):
 
 
 def test_a_cause_that_the_client_hides_is_found(running):
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import errors
 
     running.state = "disabled"
     place = hub.parse_address(SOURCE)
 
-    def ask():
+    def ask(client):
         try:
-            HfApi(running.url).repo_info("someone/pictures", repo_type="dataset")
+            client.repo_info("someone/pictures", repo_type="dataset")
         except errors.DisabledRepoError as error:
             raise errors.LocalEntryNotFoundError("not in the cache") from error
 
-    with pytest.raises(SnipError, match="disabled by its owner"), hub.client_errors(place):
-        ask()
+    with pytest.raises(SnipError, match="disabled by its owner"):
+        hub.ask_hub(place, ask)
 
 
 @pytest.mark.parametrize("damaged", [True, False])
@@ -278,7 +278,7 @@ def test_the_token_goes_to_the_hub_alone_and_stays_unsaid(running, tmp_path, sni
 
 
 def test_a_token_stays_behind_where_a_redirect_leaves(running):
-    token = http.Token(http.origin_of(running.url), TOKEN)
+    token = web.Token(web.origin_of(running.url), TOKEN)
     running.store.files["a.bin"] = b"there"
     with Server() as elsewhere:
         elsewhere.faults["a.bin"] = (302, {"Location": f"{running.store.url}/a.bin"})

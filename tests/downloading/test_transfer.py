@@ -18,7 +18,7 @@ from servers import Server
 from snipdedup.downloading import transfer
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import MissingError, SnipError, TemporaryError
-from snipdedup.storage import atomic, remote, urls
+from snipdedup.storage import atomic, remote, web
 
 BODY = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -300,11 +300,11 @@ def wait_for_more(part, held):
 
 
 def test_names_and_what_they_hide():
-    assert urls.redacted("https://me:hush@host/a?b=hush#c") == "https://host/a"
-    assert urls.redacted("ftp://me:hush@host/a") == "ftp://host/a"
-    assert urls.redacted("/a/b?c") == "/a/b?c"
-    assert urls.name_of("https://host/a/b%20c.parquet?x=/d") == "b c.parquet"
-    assert urls.name_of("s3://bucket/a/b%20c.parquet") == "b%20c.parquet"
+    assert web.redacted("https://me:hush@host/a?b=hush#c") == "https://host/a"
+    assert web.redacted("ftp://me:hush@host/a") == "ftp://host/a"
+    assert web.redacted("/a/b?c") == "/a/b?c"
+    assert web.name_of("https://host/a/b%20c.parquet?x=/d") == "b c.parquet"
+    assert web.name_of("s3://bucket/a/b%20c.parquet") == "b%20c.parquet"
     for wrong in ("https://host/", "https://host/a/..%2fb", "https://host/.hidden"):
         with pytest.raises(SnipError, match="expected a file name at its end"):
-            urls.name_of(wrong)
+            web.name_of(wrong)

@@ -18,8 +18,8 @@ from snipdedup import config
 from snipdedup.encoder import compress as room
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import InputError, SnipError
+from snipdedup.features.formats import open_shard
 from snipdedup.features.hashing import checksum_text, shard_checksum
-from snipdedup.features.shards import open_shard
 from snipdedup.storage import atomic, out_folder
 from snipdedup.storage.manifest import read_manifest
 

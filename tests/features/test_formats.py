@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import open_shard
+from snipdedup.features.formats import open_shard
 
 ROWS, DIM = 11, 3
 FLOATS = ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"]

@@ -18,7 +18,6 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.hashing import shard_checksum, sum_checksums
 from snipdedup.features.shards import (
     Features,
-    Piece,
     find_shards,
     implied_metadata,
     natural_sort,
@@ -64,22 +63,28 @@ def test_pieces_cover_each_row_once_in_order(sizes, data):
     rows = int(offsets[-1])
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
-    pieces = plan_pieces(offsets, start, stop)
-    covered = []
-    for piece in pieces:
-        assert 0 <= piece.start < piece.stop <= sizes[piece.shard]
-        covered += range(offsets[piece.shard] + piece.start, offsets[piece.shard] + piece.stop)
+    covered, places, shards = [], [], []
+    for shard, rows, place in plan_pieces(offsets, start, stop):
+        assert 0 <= rows.start < rows.stop <= sizes[shard]
+        covered += range(offsets[shard] + rows.start, offsets[shard] + rows.stop)
+        places += range(place.start, place.stop)
+        shards.append(shard)
     assert covered == list(range(start, stop))
-    shards = [piece.shard for piece in pieces]
+    assert places == list(range(stop - start))
     assert shards == sorted(set(shards))
 
 
 def test_pieces_by_hand():
     offsets = offsets_of([3, 0, 0, 2, 4])
-    assert plan_pieces(offsets, 2, 6) == [Piece(0, 2, 3), Piece(3, 0, 2), Piece(4, 0, 1)]
-    assert plan_pieces(offsets, 3, 5) == [Piece(3, 0, 2)]
-    assert plan_pieces(offsets, 4, 4) == []
-    assert plan_pieces(offsets, 9, 9) == []
+    pieces = [
+        (0, slice(2, 3), slice(0, 1)),
+        (3, slice(0, 2), slice(1, 3)),
+        (4, slice(0, 1), slice(3, 4)),
+    ]
+    assert list(plan_pieces(offsets, 2, 6)) == pieces
+    assert list(plan_pieces(offsets, 3, 5)) == [(3, slice(0, 2), slice(0, 2))]
+    assert not list(plan_pieces(offsets, 4, 4))
+    assert not list(plan_pieces(offsets, 9, 9))
 
 
 # ---- reading

@@ -16,8 +16,9 @@ from samples import clustered
 from snipdedup import config
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
+from snipdedup.features.formats import open_shard
 from snipdedup.features.hashing import checksum_text, shard_checksum
-from snipdedup.features.shards import open_features, open_shard
+from snipdedup.features.shards import open_features
 from snipdedup.index.build import build, run
 from snipdedup.index.folder import Index, pack_rows, packed_width, unpack_rows
 from snipdedup.index.quantizer import read_quantiser

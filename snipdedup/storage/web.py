@@ -1,4 +1,4 @@
-"""GET requests to web servers: byte ranges, redirects, tokens, and errors that say what to do.
+"""URLs as text, and GET requests to web servers: ranges, redirects, tokens, errors that help.
 
 Status, length and range of every response are checked. A token is sent to its own origin only.
 """
@@ -8,20 +8,27 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPMessage, HTTPResponse
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from snipdedup import __version__
-from snipdedup.errors import MissingError, RangeError, SnipError, TemporaryError
-from snipdedup.storage.urls import is_web, redacted, scheme_of
+from snipdedup.errors import (
+    InputError,
+    MissingError,
+    RangeError,
+    SnipError,
+    TemporaryError,
+    UsageError,
+)
 
+PART = "{part"  # begins the place of the file number in a pattern
 TIMEOUT_S = 30
 CHUNK = 1 << 20
 URL_CHARACTERS = "%:/?#[]@!$&'()*+,;=~"  # what a URL may hold unquoted (RFC 3986, 2.2)
@@ -45,6 +52,18 @@ ADVICE = {
     451: "the host may not send it to your country",
 }
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
+KINDS: dict[int, type[SnipError]] = {404: MissingError, 410: MissingError, 416: RangeError}
+
+
+class NoRangesError(SnipError):
+    """A web server sends whole files only."""
+
+
+class FileVersion(NamedTuple):
+    """Size of a file, and a text that changes when the file does; empty where nothing tells."""
+
+    size: int
+    version: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,44 @@ class Token:
 
     origin: str
     text: str = field(repr=False)
+
+
+def scheme_of(location: str) -> str:
+    """Return the scheme of a URL in lower case, an empty text for a path."""
+    scheme, mark, _ = location.partition("://")
+    return scheme.lower() if mark else ""
+
+
+def is_web(location: str) -> bool:
+    """Tell whether a location is an http(s) URL."""
+    return scheme_of(location) in ("http", "https")
+
+
+def redacted(location: str) -> str:
+    """Return a URL without user, password, query and fragment; a path as it is."""
+    if is_web(location):
+        parts = urlsplit(location)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return re.sub(r"://[^/]*@", "://", location)
+
+
+def name_of(location: str) -> str:
+    """Return the file name at the end of a location; refuse one that is empty, hidden or a path."""
+    name = location.rpartition("/")[2]
+    if is_web(location):
+        name = unquote(urlsplit(location).path.rpartition("/")[2])
+    if not name or name.startswith(".") or re.search(r"[/\\\0]", name):
+        raise SnipError(f"{redacted(location)}: expected a file name at its end")
+    return name
+
+
+def expand_parts(pattern: str, numbers: Iterable[int]) -> list[str]:
+    """Put file numbers into a ``{part:04d}`` pattern; refuse one with other fields."""
+    try:
+        return [pattern.format(part=number) for number in numbers]
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        expected = "a pattern such as img_emb_{part:04d}.npy"
+        raise UsageError(f"{redacted(pattern)}: expected {expected}") from error
 
 
 def origin_of(url: str) -> str:
@@ -81,11 +138,7 @@ OPENER = build_opener(SafeRedirects)
 
 
 def get(
-    url: str,
-    byte_range: str | None = None,
-    *,
-    if_range: str | None = None,
-    token: Token | None = None,
+    url: str, byte_range: str | None = None, if_range: str | None = None, token: Token | None = None
 ) -> HTTPResponse:
     """Request a URL, or a range of its bytes: ``"100-"``, ``"100-199"`` (RFC 9110, 14.2).
 
@@ -123,6 +176,28 @@ def get(
     return response
 
 
+def get_range(
+    url: str, begin: int, end: int, token: Token | None, expected: FileVersion | None = None
+) -> tuple[FileVersion, bytes]:
+    """Request the bytes ``begin`` to ``end`` (exclusive); return the file's version, and them.
+
+    A file that has not the ``expected`` version is refused.
+    """
+    with get(url, f"{begin}-{end - 1}", token=token) as response:
+        if response.status != 206:  # before the whole file comes
+            text = f"{redacted(url)}: cannot be read in parts: the server sends whole files only"
+            raise NoRangesError(f"{text}: fetch it first with snip download, or by hand")
+        first, last, size = content_range(response, url)
+        tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        version = FileVersion(size, str(tag))
+        if expected not in (None, version):
+            raise InputError(f"{redacted(url)}: changed while it was read; run it again")
+        if (first, last) != (begin, end - 1):
+            text = f"{redacted(url)}: bytes {begin}-{end - 1} requested, {first}-{last} came"
+            raise TemporaryError(text)
+        return version, b"".join(read_body(response, url))
+
+
 def status_error(url: str, error: HTTPError) -> SnipError:
     """Return the error for a status of 300 and above."""
     headers, code = error.headers, error.code
@@ -137,10 +212,7 @@ def status_error(url: str, error: HTTPError) -> SnipError:
         advice = f"the server has a fault: {AGAIN}"
     reason = str(error.reason).partition("\n")[0]
     text = f"{redacted(url)}: {code} {reason}" + (f"; {advice}" if advice else "")
-    if code in TEMPORARY:
-        return temporary_error(text, headers)
-    kinds: dict[int, type[SnipError]] = {404: MissingError, 410: MissingError, 416: RangeError}
-    return kinds.get(code, SnipError)(text)
+    return temporary_error(text, headers) if code in TEMPORARY else KINDS.get(code, SnipError)(text)
 
 
 def temporary_error(text: str, headers: Any) -> TemporaryError:

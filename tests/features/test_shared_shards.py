@@ -8,8 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from snipdedup.features import same
-from snipdedup.features.same import Shared, find_shared
+from snipdedup.features import hashing
+from snipdedup.features.hashing import SharedShard, find_shared
 from snipdedup.features.shards import open_features
 from snipdedup.storage.remote import RemotePath
 
@@ -30,12 +30,12 @@ def files(tmp_path):
 
 
 def test_files_that_differ_are_told_apart_by_two_rows(files):
-    with mock.patch.object(same, "shard_checksum", side_effect=AssertionError):
+    with mock.patch.object(hashing, "shard_checksum", side_effect=AssertionError):
         assert find_shared(shards(*files[:3]), shards(*files[3:5])) is None
 
 
 def test_a_copy_is_found_and_one_that_differs_in_a_byte_is_none(files):
-    assert find_shared(shards(*files[:3]), shards(*files[3:])) == Shared(1, 2, True)
+    assert find_shared(shards(*files[:3]), shards(*files[3:])) == SharedShard(1, 2, True)
     data = bytearray(files[5].read_bytes())
     data[200] ^= 1
     files[5].write_bytes(data)
@@ -55,14 +55,17 @@ def test_other_formats_too(files, tmp_path, suffix):
         else:
             pq.write_table(pa.table({"x": list(x)}), path)
     assert find_shared(shards(paths[0]), shards(*paths[2:])) is None
-    assert find_shared(shards(files[1]), shards(*paths)) == Shared(0, 0, True)
+    assert find_shared(shards(files[1]), shards(*paths)) == SharedShard(0, 0, True)
     paths[1].write_bytes(paths[0].read_bytes())
-    assert find_shared(shards(paths[0]), shards(paths[2], paths[1])) == Shared(0, 1, True)
+    assert find_shared(shards(paths[0]), shards(paths[2], paths[1])) == SharedShard(0, 1, True)
 
 
 def test_a_few_equal_rows_are_no_copy(tmp_path):
     x = np.eye(40)
-    for rows, expected in ((same.FEW_ROWS - 1, None), (same.FEW_ROWS, Shared(0, 0, True))):
+    for rows, expected in (
+        (hashing.FEW_ROWS - 1, None),
+        (hashing.FEW_ROWS, SharedShard(0, 0, True)),
+    ):
         np.save(tmp_path / "a.npy", x[:rows])
         np.save(tmp_path / "b.npy", x[:rows])
         assert find_shared(shards(tmp_path / "a.npy"), shards(tmp_path / "b.npy")) == expected
@@ -74,11 +77,11 @@ def test_arrays_are_one_where_they_share_memory_or_rows(files):
     def find(one, *others):
         return find_shared(open_features([one]).shards, open_features(list(others)).shards)
 
-    assert find(x, x[:, ::-1], x) == Shared(0, 0, False)
-    assert find(x[:300], x[300:], x[299:500]) == Shared(0, 1, False)
+    assert find(x, x[:, ::-1], x) == SharedShard(0, 0, False)
+    assert find(x[:300], x[300:], x[299:500]) == SharedShard(0, 1, False)
     assert find(x[::2], x[1::2]) is None
-    assert find(x, x + 1, x.copy()) == Shared(0, 1, True)
-    assert find(np.load(files[1]), str(files[0]), str(files[5])) == Shared(0, 1, True)
+    assert find(x, x + 1, x.copy()) == SharedShard(0, 1, True)
+    assert find(np.load(files[1]), str(files[0]), str(files[5])) == SharedShard(0, 1, True)
     changed = x.copy()
     changed[7, 3] += 1
     assert find(x, changed) is None
@@ -86,7 +89,7 @@ def test_arrays_are_one_where_they_share_memory_or_rows(files):
 
 def test_urls_are_told_apart_by_what_they_name():
     def names(url):
-        return list(same.names_of(SimpleNamespace(path=RemotePath(url))))
+        return list(hashing.names_of(SimpleNamespace(path=RemotePath(url))))
 
     url = "https://host.org/set/img_emb_0.npy"
     for other in (url, "HTTPS://me:secret@HOST.org/set/img_emb_0.npy"):

@@ -15,8 +15,8 @@ import truth
 from samples import CUTS, write_laion
 
 from snipdedup import dedup
+from snipdedup.features.formats import open_shard
 from snipdedup.features.hashing import shard_checksum
-from snipdedup.features.shards import open_shard
 
 
 @pytest.fixture(scope="module")
