@@ -46,7 +46,7 @@ from snipdedup.index.folder import QUANTISER, Index
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.index.search import MappedLists
 from snipdedup.inspection import diff, top
-from snipdedup.inspection.search_query import read_vectors
+from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import atomic

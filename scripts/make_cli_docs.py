@@ -12,8 +12,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import snipdedup
 from snipdedup.cli import usage_words
-from snipdedup.commands import BY_FUNCTION, COMMANDS, LATE, Command, bare_type, is_required, load
-from snipdedup.config import setting_name, usual_value
+from snipdedup.commands import (
+    LATE,
+    Command,
+    bare_type,
+    is_required,
+    load,
+    setting_name,
+    usual_value,
+)
+from snipdedup.config import BY_FUNCTION, COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "cli.md"
@@ -51,8 +59,10 @@ from typing import Any, Literal
 def page() -> str:
     """Return docs/cli.md."""
     contents = ["| command | does |", "|---|---|"]
-    contents += [f"| [`snip {c.name}`](#snip-{c.name}) | {escaped(c.does)} |" for c in COMMANDS]
-    return "\n".join([HEAD, *contents, "", *(section(command) for command in COMMANDS)])
+    contents += [
+        f"| [`snip {c.name}`](#snip-{c.name}) | {escaped(c.does)} |" for c in COMMANDS.values()
+    ]
+    return "\n".join([HEAD, *contents, "", *(section(command) for command in COMMANDS.values())])
 
 
 def section(command: Command) -> str:

@@ -26,8 +26,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from snipdedup.commands import LATE, library_function, load
+    from snipdedup.config import BY_FUNCTION
 
-    found = load(LATE[name]) if name in LATE else library_function(name)
+    found = load(LATE[name]) if name in LATE else library_function(BY_FUNCTION[name])
     globals()[name] = found
     return found
 

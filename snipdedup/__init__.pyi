@@ -49,7 +49,7 @@ def audit(
     out
         folder that snip dedup wrote
     features
-        the features it was made from; without them those it names
+        the features it was made from (default: those it names)
     parts
         part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
@@ -57,19 +57,19 @@ def audit(
     column
         list column of a parquet file
     metadata
-        input table, if it is not where it was
+        input table, if it moved
     sample
         removed rows to check, chosen at random; 0 for all (default: 0)
     probe_rows
         kept rows to search for missed matches; 0 for none (default: 1000)
     sheet
-        write random removed pairs as CSV, for you to judge
+        write random removed pairs as CSV, to judge
     n
         pairs of --sheet (default: 200)
     judged
-        read a sheet with your verdicts (yes, no) and print the precision; no audit
+        read a judged sheet, print its precision only
     max_memory
-        limit of the rows held at a time, such as 2GB (default: a quarter of the RAM)
+        rows held at a time (default: a quarter of the RAM)
     threads
         CPU threads, 0 for all (default: 0)
     seed
@@ -117,14 +117,13 @@ def build_index(
     out
         folder for the index; an unfinished one is continued
     encoder
-        encoder to apply first; without it, rows are indexed as they are
+        encoder to apply first (default: rows as they are)
     base
-        index whose trained quantisers are used (ours, or a faiss IVFPQ file)
+        index, or faiss file, whose quantisers to use
     nlist
         coarse lists, 0 to choose by the number of rows (default: 0)
     m
-        sub-quantisers of the PQ, a byte each at 8 bits (default: the most that fit, up to
-        16)
+        sub-quantisers of the PQ (default: the most that fit, up to 16)
     nbits
         bits of a sub-quantiser (default: 8)
     train_rows
@@ -132,12 +131,11 @@ def build_index(
     export_faiss
         also write a file that plain faiss reads
     model
-        CLIP model of the features, ARCHITECTURE/WEIGHTS: snip search by text needs it
+        CLIP model, ARCHITECTURE/WEIGHTS, for snip search by text
     append
         add the shards that a finished index does not have yet
     bad_rows
-        NaN, infinity and zero rows: refuse the input, or keep them, never returned
-        (default: refuse)
+        NaN, infinite and zero rows (default: refuse)
     threads
         CPU threads, 0 for all (default: 0)
     seed
@@ -248,8 +246,7 @@ def dedup(
     Parameters
     ----------
     features
-        folder, glob, file or {part:04d} pattern of features, or a URL; or a finished OUT,
-        for another threshold
+        folder, glob, file, {part:04d} pattern or URL; or an OUT, for another threshold
     parts
         part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
@@ -259,44 +256,42 @@ def dedup(
     out
         folder for the result; --dry_run needs none
     metadata
-        parquet or CSV files that match the features by position
+        parquet or CSV files, row for row
     method
-        how duplicates are found (default: join, with --index adc)
+        how to search (default: join, with --index adc)
     threshold
         cosine at and above which two rows are duplicates (default: 0.95)
     keep_fraction
-        raise the threshold by .001 until at least this share of rows is kept
+        raise the threshold until this share is kept
     grouping
-        which rows of a group are kept. star: each removed row is a duplicate of a kept row;
-        components: one row is kept (default: star)
+        star: each removed row matches a kept row; components: one row a group is kept
+        (default: star)
     keep
-        which copy is kept: first, last, random, max:COLUMN or min:COLUMN of the metadata;
-        or several in order: max:width,max:similarity,first; semdedup: hard, random or easy
-        (default: first; semdedup: hard)
+        first, last, random, max:COLUMN, min:COLUMN of the metadata, or several in order,
+        such as max:width,max:similarity,first; semdedup: hard, random, easy (default:
+        first; semdedup: hard)
     text_features
         features of the captions: a pair must match in these too
     text_threshold
         cosine at and above which two captions match (default: 0.9)
     reference
-        rows to compare with that are never removed: features, or an earlier OUT (its kept
-        rows and its own references); several by comma
+        rows to compare with, never removed: features, or an earlier OUT; several by comma
     references_only
-        compare rows with --reference only, not with one another
+        compare with --reference only, not with one another
     keep_work
         keep model and codes in OUT/work, for a later --reference OUT
     pairs
-        write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet
+        write all pairs inside groups (pairs.parquet, copies.parquet)
     max_pairs
         refuse to write more pairs than this (default: 1000000000)
     recall
-        join: target recall, the share of duplicate rows to find (default: 0.999)
+        join: share of the duplicate rows to find (default: 0.999)
     encoder
-        adc: encoder for the index that it builds; join: encoder that makes its codes
+        join, adc: encoder that makes the codes
     index
         adc: finished index (default: built from features)
     rule
-        adc: what is compared with a constant: the distances of both rows, d_ADC - self_adc,
-        or d_ADC / self_adc; mutual is an older name of two_sided (default: two_sided)
+        adc: compared with --margin; mutual: older name of two_sided (default: two_sided)
     margin
         adc: constant of the rule (default: calibrated)
     precision
@@ -310,39 +305,34 @@ def dedup(
     clusters
         semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
     epsilon
-        semdedup: a row is removed if its cosine with an earlier row of its cluster is above
-        1 - epsilon; several by comma: the first decides, all are tabulated (default: 1 -
-        threshold)
+        semdedup: remove above cosine 1 - epsilon; of several the first decides (default: 1
+        - threshold)
     borders
-        semdedup: also search by join, and count the duplicates in different clusters;
-        --noborders turns it off (default: on)
+        semdedup: count duplicates between clusters, by join; --noborders turns it off
+        (default: on)
     key
-        metadata column for groups.parquet (default: the first of key, uid, sample_id, hash)
+        column for groups.parquet (default: first of key, uid, sample_id, hash)
     merge_captions
-        add merged_captions: so many captions of removed duplicates
+        add so many captions of removed rows
     caption
         metadata column of captions (default: first of caption, text)
     weights
         write all rows, with a column weight that duplicates share
     export
-        lists for other tools, by comma: datacomp (uids that are kept), keys (for
-        webdataset), mask (is_dup.npy, always written)
+        lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)
     bad_rows
-        NaN, infinity and zero rows: refuse the input, or keep them, never matched (default:
-        refuse)
+        NaN, infinite and zero rows (default: refuse)
     chunk_rows
         rows read at a time (default: 8192)
     max_memory
-        limit of memory, libraries apart, such as 2GB; a run that needs more is refused
-        (default: a quarter of the RAM, or what the run needs if that is more)
+        limit, libraries apart, such as 2GB (default: a quarter of the RAM, or more if the
+        run needs it)
     device
         join: where products of codes are computed (default: auto)
     runner
-        join: what runs the tasks: this machine, or Ray workers (RAY_ADDRESS names a
-        cluster) (default: local)
+        join: this machine, or Ray workers (default: local)
     num_tasks
-        join: number of processes that run this command at the same time with the same --out
-        (default: that of a Slurm array)
+        join: processes that run this with the same --out (default: those of a Slurm array)
     task_index
         join: rank of this process among them, from 0 (default: that of a Slurm array)
     threads
@@ -412,8 +402,7 @@ def download(
     is_dup
         mask (file or URL): write only the kept rows
     cumulative_sizes
-        .npy (file or URL) of running row totals per file, if files before --start are
-        missing
+        .npy of running row totals a file, if some before --start are missing
     embeddings
         also the features of these files, to img_emb/ in OUT
     embeddings_source
@@ -423,7 +412,7 @@ def download(
     overwrite
         replace a finished folder
     dl_dedup_set
-        flag of the snip-dedup package: explains where its sets are today
+        of snip-dedup: says where its sets are today
 
     Raises
     ------
@@ -469,7 +458,7 @@ def evaluate(
     out
         folder for table, JSON and picture
     encoder
-        SNIP encoder to judge (default: one is trained, without the queries)
+        encoder to judge (default: one is trained)
     text_features
         text features: also judge how texts find their images
     dim
@@ -537,25 +526,21 @@ def filter(
     end
         file number to stop before
     cumulative_sizes
-        .npy of running row totals a file, as upstream publishes beside its mask
+        .npy of running row totals a file
     on
-        find rows by this column, not by position: url, uid, key, hash; several by comma
+        find rows by columns, not by position: url, uid, key, hash
     keys
-        with --on: metadata that matches the mask by position (default: what OUT names)
+        --on: metadata of the mask (default: what OUT names)
     unmatched
-        with --on: what becomes of rows that the mask's set does not have (default: they are
-        kept, if they are fewer than half)
+        --on: rows that the mask does not know (default: kept, if under half)
     ambiguous
-        with --on: what becomes of rows whose key is both kept and removed (default: they
-        are kept, if they are fewer than half)
+        --on: rows whose key is kept and removed (default: kept, if under half)
     embeddings
-        features that match the metadata by position (several folders by comma): write their
-        kept rows too, beside metadata/
+        features, row for row: write their kept rows beside metadata/; several by comma
     export
-        lists for other tools, by comma: datacomp (uids that are kept), keys (for
-        webdataset), mask (of these rows)
+        lists by comma: datacomp (kept uids), keys (for webdataset), mask (of these rows)
     key
-        column for --export keys (default: the first of key, uid, sample_id, hash)
+        column for --export keys (default: first of key, uid, sample_id, hash)
     overwrite
         replace a finished folder
 
@@ -599,29 +584,27 @@ def plan(
     column
         list column of a parquet file
     rows
-        rows, such as 2.1e9, if FEATURES are not all there yet (default: those of FEATURES)
+        rows, such as 2.1e9 (default: those of FEATURES)
     dim
         without FEATURES: width of the rows; they are float16 (default: 768)
     duplicates
-        share of the rows that are removed (default: estimated from a sample of FEATURES,
-        else .3)
+        share of removed rows (default: sampled, or .3)
     cores
         cores of the machine; 0: those of this machine (default: 0)
     memory
-        RAM of the machine, such as 32GB (default: that of this machine)
+        RAM, such as 32GB (default: that of this machine)
     max_memory
-        --max_memory of snip dedup (default: a quarter of the RAM)
+        as of snip dedup (default: a quarter of the RAM)
     nodes
         number of such machines that share a file system (default: 1)
     disk
         free space for OUT, such as 4TB
     disk_speed
-        bytes a second that a disk reads or writes, such as 2GB (default: all is in RAM
-        already)
+        bytes a second of a disk (default: all is in RAM)
     probe
         measure rates now, and write them to the file of --rates
     rates
-        file of rates that an earlier --probe measured (default: measured now)
+        file of rates of --probe (default: measured now)
     threshold
         as of snip dedup (default: 0.95)
     recall
@@ -655,11 +638,11 @@ def report(
     html
         the page to write (default: report.html in OUT)
     images
-        pictures by key: a folder of files or of tar shards, a tar, or a glob of tars
+        pictures by key: a folder of files or tars, a tar, or a glob of tars
     image_column
-        metadata column of local picture files; with --images, below that folder only
+        metadata column of picture files (below --images)
     metadata
-        table of captions and urls, if it is not where the run found it
+        table of captions and urls, if it moved
     rows
         also show these rows (from 0, by comma), with their kept rows
     seed
@@ -706,7 +689,7 @@ def search(
     rerank
         nearest codes to compare by raw features; 0 for none (default: 2000)
     features
-        the rows that were indexed, if they moved or changed their date
+        the indexed rows, if they moved or changed
     parts
         of --features: numbers of a {part:04d} pattern
     array
@@ -716,11 +699,11 @@ def search(
     metadata
         key, url, caption of the rows, by position
     encoder
-        for vectors and texts, if the index has descriptors
+        for vectors and texts, if codes are encoded
     text
         QUERY is a text, though it looks like a row or a file
     model
-        CLIP model for texts, as open_clip names it: ARCHITECTURE/WEIGHTS or /FILE
+        CLIP model for texts: ARCHITECTURE/WEIGHTS or /FILE
     download
         fetch the model's weights if they are not cached
     html
@@ -748,9 +731,9 @@ def top(
     n
         rows shown (default: 100)
     metadata
-        input table, if it is not where it was
+        input table, if it moved
     prompts
-        also write their captions, one a line, as prompts for a generator
+        also write captions, one a line, as prompts
 
     Raises
     ------
@@ -808,16 +791,15 @@ def train(
     learning_rate
         peak learning rate of AdamW (default: 0.001)
     temperature
-        softmax temperature of the snip loss, teacher and student (default: fitted to the
-        features)
+        softmax temperature of the snip loss (default: fitted to the features)
     text_features
-        text features, row for row: keep the similarities of texts and images too
+        text features, row for row: keep their similarities too
     text_temperature
         softmax temperature between texts and images (default: 0.01)
     subset_rows
         rows held in memory at a time (default: 262144)
     validation_rows
-        rows for validation, never trained on (at most a fifth of all) (default: 4096)
+        rows held out (at most a fifth of all) (default: 4096)
     device
         where to compute (default: auto)
     threads

@@ -18,9 +18,17 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, get_type_hints
 
-from snipdedup import __version__, config
-from snipdedup.commands import BY_NAME, COMMANDS, Command, bare_type, is_required, nearest_name
-from snipdedup.config import setting_name
+from snipdedup import __version__
+from snipdedup.commands import (
+    Command,
+    Settings,
+    bare_type,
+    is_required,
+    nearest_name,
+    setting_name,
+    usual_value,
+)
+from snipdedup.config import COMMANDS
 from snipdedup.errors import SnipError, UsageError
 
 WIDTH = 96
@@ -115,49 +123,40 @@ def answer(words: list[str]) -> object:
     if words == ["--version"]:
         return f"snip {__version__}"
     name = words[0]
-    if name not in BY_NAME:
+    if name not in COMMANDS:
         what = "flag" if name.startswith("-") else "command"
-        raise UsageError(f"no {what} {name!r}{did_you_mean(name, BY_NAME)}; see: snip --help")
-    command = BY_NAME[name]
+        raise UsageError(f"no {what} {name!r}{did_you_mean(name, COMMANDS)}; see: snip --help")
+    command = COMMANDS[name]
     if {"--help", "-h"} & set(words[1:]):
         return command_help(command)
     return command.run(parse(command, words[1:]))
 
 
-def parse(command: Command, words: list[str]) -> config.Settings:
-    """Turn the words after a command's name into its settings.
-
-    Raises
-    ------
-    UsageError
-        For an unknown flag, a stray or missing word, or a value of the wrong type.
-    """
+def parse(command: Command, words: list[str]) -> Settings:
+    """Turn the words after a command's name into its settings; refuse what is wrong usage."""
     kinds = get_type_hints(command.options)
     places, texts = match_words(command, words, kinds)
-    names = [field.name for field in command.fields(positional=True)]
-    stray = places[len(names) :]
+    positional, flags = command.fields(positional=True), command.fields(positional=False)
+    stray = places[len(positional) :]
     if stray:
         hint = did_you_mean(stray[0], kinds, "--")
         if stray[0].lower() in ("true", "false"):
             hint = " (a switch takes no value)"
         raise UsageError(f"unexpected word {stray[0]!r}{hint}; see: snip {command.name} --help")
-    twice = next((name for name in names[: len(places)] if name in texts), None)
-    if twice is not None:
-        raise UsageError(f"{twice.upper()} is given more than once")
-    missing = [
-        setting_name(field)
-        for positional in (True, False)
-        for field in command.fields(positional)
-        if is_required(field) and field.name not in {*names[: len(places)], *texts}
-    ]
+    placed = [field.name for field in positional[: len(places)]]
+    for name in placed:
+        if name in texts:
+            raise UsageError(f"{name.upper()} is given more than once")
+    needed = [field for field in (*positional, *flags) if is_required(field)]
+    missing = [setting_name(f) for f in needed if f.name not in {*placed, *texts}]
     if missing:
         raise UsageError(
             f"{command.name} needs {', '.join(missing)}; for example: {command.example}"
         )
-    flags = [f"--{name}={text}" for name, text in texts.items()]
-    given = bind(command, [*places, *flags])
-    values = {name: coerce(name, text, kinds[name]) for name, text in given.items()}
-    return command.options(**values)
+    given = bind(command, [*places, *(f"--{name}={text}" for name, text in texts.items())])
+    return command.options(
+        **{name: coerce(name, text, kinds[name]) for name, text in given.items()}
+    )
 
 
 def bind(command: Command, words: list[str]) -> dict[str, str]:
@@ -165,19 +164,18 @@ def bind(command: Command, words: list[str]) -> dict[str, str]:
     import fire
 
     given: dict[str, str] = {}
+    positional, flags = command.fields(positional=True), command.fields(positional=False)
 
-    def note(*places: str, **flags: str) -> None:
-        given.update(zip((f.name for f in command.fields(True)), places, strict=False))
-        given.update(flags)
+    def note(*places: str, **texts: str) -> None:
+        given.update(zip((field.name for field in positional), places, strict=False))
+        given.update(texts)
 
-    kinds = {True: inspect.Parameter.POSITIONAL_OR_KEYWORD, False: inspect.Parameter.KEYWORD_ONLY}
-    note.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(field.name, kinds[positional], default=None)
-            for positional in (True, False)
-            for field in command.fields(positional)
-        ]
-    )
+    kinds = inspect.Parameter
+    parameters = [
+        *(kinds(field.name, kinds.POSITIONAL_OR_KEYWORD, default=None) for field in positional),
+        *(kinds(field.name, kinds.KEYWORD_ONLY, default=None) for field in flags),
+    ]
+    note.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     noise = io.StringIO()  # fire prints what a function returns
     with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
         fire.Fire(fire.decorators.SetParseFn(str)(note), words, name="snip", serialize=str)
@@ -233,13 +231,7 @@ def did_you_mean(word: str, names: Iterable[str], mark: str = "") -> str:
 
 
 def coerce(name: str, text: str, kind: Any) -> Any:
-    """Turn the text of a setting into its declared type.
-
-    Raises
-    ------
-    UsageError
-        If the text is not of that type.
-    """
+    """Turn the text of a setting into its declared type."""
     kind = bare_type(kind)
     if not text:  # an unset shell variable, say, which would mean the current folder
         raise UsageError(f"{name} is empty; give it a value or leave it out")
@@ -268,28 +260,22 @@ def overview() -> str:
         "",
         "usage: snip COMMAND ...",
     ]
-    for group in dict.fromkeys(command.group for command in COMMANDS):
+    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", group]
-        lines += [f"  {c.name:<10} {c.does}" for c in COMMANDS if c.group == group]
-    lines += [
-        "",
-        "start here",
-        "  snip demo",
-        "  snip dedup img_emb --metadata metadata --out clean",
-        "",
-        "snip COMMAND --help says more.",
-    ]
+        lines += [f"  {c.name:<10} {c.does}" for c in COMMANDS.values() if c.group == group]
+    lines += ["", "start here", "  snip demo"]
+    lines += [f"  {COMMANDS['dedup'].example}", "", "snip COMMAND --help says more."]
     return "\n".join(lines)
 
 
 def usage_words(command: Command) -> list[str]:
     """Return ``snip COMMAND PLACES --needed NEEDED``."""
     places = [
-        f.name.upper() if is_required(f) else f"[{f.name.upper()}]"
-        for f in command.fields(positional=True)
+        field.name.upper() if is_required(field) else f"[{field.name.upper()}]"
+        for field in command.fields(positional=True)
     ]
-    needed = [f for f in command.fields(positional=False) if is_required(f)]
-    return ["snip", command.name, *places, *(f"--{f.name} {f.name.upper()}" for f in needed)]
+    needed = [f.name for f in command.fields(positional=False) if is_required(f)]
+    return ["snip", command.name, *places, *(f"--{name} {name.upper()}" for name in needed)]
 
 
 def command_help(command: Command) -> str:
@@ -299,19 +285,20 @@ def command_help(command: Command) -> str:
     lines += [f"usage: {' '.join(usage_words(command))} ..."]
     lines += ["", "arguments"] if places else []
     for field in places:
-        lines += described(field.name.upper(), field.metadata["help"])
+        lines += described(setting_name(field), field.metadata["help"])
     lines += ["", "flags"]
     for field in sorted(flags, key=is_required, reverse=True):
         choices = " | ".join(field.metadata.get("choices") or ())
         text = field.metadata["help"] + (f": {choices}" if choices else "")
-        default = "needed" if is_required(field) else config.usual_value(field)
-        lines += described(f"--{field.name}", f"{text} [{default}]" if default else text)
+        default = "needed" if is_required(field) else usual_value(field)
+        lines += described(setting_name(field), f"{text} [{default}]" if default else text)
     lines += ["", "example", f"  {command.example}"]
     return "\n".join(lines)
 
 
 def described(name: str, text: str) -> list[str]:
     """Lay out one entry of a help page."""
-    body = textwrap.wrap(text, WIDTH - 22)
-    first = f"  {name:<19} {body[0]}" if len(name) < 20 else f"  {name}\n{'':22}{body[0]}"
-    return [first, *(f"{'':22}{line}" for line in body[1:])]
+    margin = " " * 22
+    first = f"  {name:<19} " if len(name) < 20 else f"  {name}\n{margin}"
+    body = textwrap.wrap(text, WIDTH - len(margin))
+    return [first + body[0], *(margin + line for line in body[1:])]

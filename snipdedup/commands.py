@@ -1,7 +1,7 @@
-"""The table of commands: each one's settings, the function that runs it, its name in Python.
+"""How commands and their settings are declared and checked, and how commands become functions.
 
-The command line and the library both read this table. A library function takes a command's
-settings as keywords and returns what the command returns; the command line prints ``str()`` of it.
+`config` declares them. The command line, its help, ``docs/cli.md`` and the library read what it
+declares, so that each name, type, default and meaning is written once.
 """
 
 from __future__ import annotations
@@ -11,120 +11,25 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
-from snipdedup import config
+from snipdedup.errors import UsageError
 
+# What a path may be: on this machine (a file to write, a folder, a file to read) or anywhere.
+WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
+BYTE_UNITS = ("", "k", "m", "g", "t")
+# The Python types in which JSON returns a value of a declared type.
+SAVED = {
+    bool: (bool, int), int: (int,), float: (float, int), str: (str,), NoneType: (NoneType,),
+}  # fmt: skip
 WIDTH = 88  # of docstrings
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command.
-
-    Attributes
-    ----------
-    name : str
-        As typed after ``snip``.
-    group : str
-        Its heading in ``snip --help``.
-    options : type
-        The class that declares its settings; its docstring is the line of help.
-    target : str
-        ``module:function`` that takes the settings and returns the result.
-    function : str
-        Its name in Python; empty for a command that is no library function.
-    example : str
-        A command line.
-    """
-
-    name: str
-    group: str
-    options: type[config.Settings]
-    target: str
-    function: str
-    example: str
-
-    @property
-    def does(self) -> str:
-        """One line of help, without a capital or a full stop."""
-        text = (self.options.__doc__ or "").strip().removesuffix(".")
-        return text[:1].lower() + text[1:]
-
-    def fields(self, positional: bool) -> list[dataclasses.Field]:
-        """Return the positional arguments, or the flags."""
-        fields = dataclasses.fields(self.options)
-        return [f for f in fields if bool(f.metadata.get("positional")) == positional]
-
-    def run(self, options: config.Settings) -> Any:
-        """Import the room that does the work and do it."""
-        return load(self.target)(options)
-
-
-COMMANDS = (
-    Command(
-        "train", "the chain", config.Train, "snipdedup.encoder.training:run", "train",
-        "snip train img_emb --out encoder",
-    ),
-    Command(
-        "compress", "the chain", config.Compress, "snipdedup.encoder.compress:run", "compress",
-        "snip compress img_emb --encoder encoder --out descriptors",
-    ),
-    Command(
-        "index", "the chain", config.Index, "snipdedup.index.build:run", "build_index",
-        "snip index img_emb --encoder encoder --out index",
-    ),
-    Command(
-        "dedup", "the chain", config.Dedup, "snipdedup.deduplication.run:run", "dedup",
-        "snip dedup img_emb --metadata metadata --out clean",
-    ),
-    Command(
-        "filter", "the chain", config.Filter, "snipdedup.metadata.filter:run", "filter",
-        "snip filter metadata --is_dup clean --out kept",
-    ),
-    Command(
-        "download", "the chain", config.Download, "snipdedup.downloading.run:run", "download",
-        "snip download 'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
-    ),
-    Command(
-        "report", "looking", config.Report, "snipdedup.inspection.report:run", "report",
-        "snip report clean --images images",
-    ),
-    Command(
-        "top", "looking", config.Top, "snipdedup.inspection.top:run", "top",
-        "snip top clean -n 20",
-    ),
-    Command(
-        "diff", "looking", config.Diff, "snipdedup.inspection.diff:run", "diff",
-        "snip diff clean stricter",
-    ),
-    Command(
-        "audit", "trust", config.Audit, "snipdedup.auditing.audit:run", "audit",
-        "snip audit clean img_emb",
-    ),
-    Command(
-        "search", "looking", config.Search, "snipdedup.inspection.search:run", "search",
-        "snip search 123 --index index --metadata metadata",
-    ),
-    Command(
-        "eval", "trust", config.Eval, "snipdedup.evaluation.evaluate:run", "evaluate",
-        "snip eval img_emb --out eval",
-    ),
-    Command(
-        "plan", "trying", config.Plan, "snipdedup.planning:run", "plan",
-        "snip plan --rows 2.1e9 --dim 768 --cores 16 --memory 32GB",
-    ),
-    Command(
-        "demo", "trying", config.Demo, "snipdedup.demo:run", "",
-        "snip demo",
-    ),
-)  # fmt: skip
-BY_NAME = {command.name: command for command in COMMANDS}
-BY_FUNCTION = {command.function: command for command in COMMANDS if command.function}
 # Names of `snipdedup` that are no commands.
 LATE = {
     "Result": "snipdedup.deduplication.result:Result",
@@ -134,6 +39,132 @@ LATE = {
 IN_MEMORY = {"dedup": "snipdedup.deduplication.run:dedup"}
 
 
+def option(default: Any, help: str, low: Any = None, high: Any = None, **about: Any) -> Any:
+    """Declare a flag.
+
+    Parameters
+    ----------
+    default : Any
+    help : str
+        Its meaning. ``[...]`` at the end is what happens by default, where None or True does not
+        say it.
+    low, high : int or float, optional
+        The range of a number, both ends allowed.
+    **about
+        ``choices``: the allowed values. ``path``: `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE`.
+        ``amount``: it is read by `parse_bytes`. ``command_only``: the library does not have it.
+    """
+    meaning, _, usual = help.partition(" [")
+    about |= {"help": meaning, "usual": usual.removesuffix("]"), "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def required(help: str, **about: Any) -> Any:
+    """Declare a flag without a default; see `option`."""
+    return option(dataclasses.MISSING, help, **about)
+
+
+def argument(help: str, default: Any = dataclasses.MISSING, **about: Any) -> Any:
+    """Declare a positional argument; see `option`."""
+    return option(default, help, positional=True, **about)
+
+
+def refuse(*rules: tuple[object, str]) -> None:
+    """Raise UsageError with the text of the first rule whose condition holds."""
+    for wrong, text in rules:
+        if wrong:
+            raise UsageError(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all settings: checks choices, ranges and paths, then what each class adds."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, about = getattr(self, field.name), field.metadata
+            if value is None:
+                continue
+            choices, low, high = about.get("choices"), about["low"], about["high"]
+            if choices and value not in choices:
+                raise UsageError(
+                    f"--{field.name} must be one of {', '.join(choices)}, found {value!r}"
+                )
+            if low is not None and not low <= value <= high:
+                raise UsageError(
+                    f"--{field.name} must lie between {low:g} and {high:g}, found {value}"
+                )
+            if about.get("path") in (WRITTEN, FOLDER, FILE):
+                refuse_url(field, value)
+            if about.get("amount"):
+                parse_bytes(value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UsageError for settings that do not go together."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values, for manifests."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a URL where a local path is meant: it would become a folder named ``s3:``."""
+    if not isinstance(value, str | Path) or not URL.match(str(value)):
+        return
+    url = re.sub(r"(:/+)[^/]*@", r"\1", str(value)).partition("?")[0]  # without secrets
+    todo = "fetch it first"
+    if field.metadata["path"] == WRITTEN:
+        todo = "snip writes to this machine only: give a path, and copy what is there afterwards"
+    elif field.metadata["path"] == FOLDER and not Path(url).suffix:
+        todo += f": snip download {url} FOLDER"
+    raise UsageError(f"{setting_name(field)} {url}: expected a local path, found a URL; {todo}")
+
+
+def mistyped(kind: type[Settings], saved: dict[str, Any]) -> str | None:
+    """Return the first of a run's saved settings that is not of its declared type, or None.
+
+    What may be anything (paths, numbers by comma) is saved as a text or a list of plain values.
+    """
+    for name, declared in get_type_hints(kind).items():
+        bare = get_args(declared) or (declared,)
+        kinds = (str, float, NoneType) if Any in bare else bare
+        types = [saved_as for known in kinds for saved_as in SAVED[known]]
+        value = saved.get(name)
+        for plain in value if Any in bare and isinstance(value, list) else [value]:
+            whole = isinstance(plain, float) and plain.is_integer() and int in types
+            if name in saved and type(plain) not in types and not whole:
+                return name
+    return None
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command, as `config` declares it."""
+
+    name: str  # as typed after ``snip``
+    group: str  # its heading in ``snip --help``
+    module: str  # its function ``run`` takes the settings and returns the result
+    example: str  # a command line
+    function: str  # its name in Python; empty for a command that is no library function
+    options: type[Settings]  # the docstring is the line of help
+
+    @property
+    def does(self) -> str:
+        """One line of help, without a capital or a full stop."""
+        text = (self.options.__doc__ or "").strip().removesuffix(".")
+        return text[:1].lower() + text[1:]
+
+    def fields(self, positional: bool) -> list[dataclasses.Field[Any]]:
+        """Return the positional arguments, or the flags."""
+        fields = dataclasses.fields(self.options)
+        return [f for f in fields if bool(f.metadata.get("positional")) == positional]
+
+    def run(self, options: Settings) -> Any:
+        """Import the room that does the work and do it."""
+        return load(f"{self.module}:run")(options)
+
+
 def load(target: str) -> Callable[..., Any]:
     """Import ``module:function``."""
     module, _, name = target.partition(":")
@@ -141,9 +172,20 @@ def load(target: str) -> Callable[..., Any]:
     return loaded
 
 
-def is_required(field: dataclasses.Field) -> bool:
+def setting_name(field: dataclasses.Field[Any]) -> str:
+    """Return a setting as it is typed: ``FEATURES`` or ``--out``."""
+    return field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
     """Tell whether a setting has no default."""
     return field.default is dataclasses.MISSING
+
+
+def usual_value(field: dataclasses.Field[Any]) -> str:
+    """Return what a setting is when it is not given, for its help; empty where that is nothing."""
+    nothing = field.default is None or field.default is False or is_required(field)
+    return field.metadata["usual"] or ("" if nothing else str(field.default))
 
 
 def bare_type(kind: Any) -> Any:
@@ -158,60 +200,13 @@ def nearest_name(word: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(names), 1, 0.6)), None)
 
 
-def library_fields(command: Command) -> list[dataclasses.Field]:
-    """Return the settings that a library function takes: positional ones first."""
-    fields = [*command.fields(positional=True), *command.fields(positional=False)]
-    return [field for field in fields if not field.metadata.get("command_only")]
-
-
-def annotation(field: dataclasses.Field, kind: Any) -> Any:
-    """Return a setting's type in Python: choices as literals, paths as text or path objects."""
-    bare = bare_type(kind)
-    if field.metadata.get("choices"):
-        bare = Literal[tuple(field.metadata["choices"])]
-    elif field.metadata.get("path"):
-        bare = str | os.PathLike[str]
-    return bare | None if NoneType in get_args(kind) else bare
-
-
-def signature_of(command: Command) -> inspect.Signature:
-    """Return the signature of a library function, each default as config.py declares it."""
-    kinds = get_type_hints(command.options)
-    positional, keyword = (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                field.name,
-                positional if field.metadata.get("positional") else keyword,
-                default=inspect.Parameter.empty if is_required(field) else field.default,
-                annotation=annotation(field, kinds[field.name]),
-            )
-            for field in library_fields(command)
-        ]
-    )
-
-
-def docstring_of(command: Command) -> str:
-    """Return the docstring of a library function, in numpy's style."""
-    lines = [f"{command.does[0].upper()}{command.does[1:]}: ``snip {command.name}``.", ""]
-    lines += ["Parameters", "----------"]
-    for field in library_fields(command):
-        usual = config.usual_value(field)
-        text = field.metadata["help"] + (f" (default: {usual})" if usual else "")
-        lines.append(field.name)
-        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
-    lines += ["", "Raises", "------", "snipdedup.SnipError"]
-    lines += ["    If it cannot be done: says what was expected, what was found and what to do."]
-    return "\n".join(lines)
-
-
-def library_function(name: str) -> Callable[..., Any]:
+def library_function(command: Command) -> Callable[..., Any]:
     """Make the function of ``snipdedup`` that does what a command does."""
-    command, target = BY_FUNCTION[name], IN_MEMORY.get(name)
-    signature = signature_of(command)
+    name = command.function
+    fields = [*command.fields(positional=True), *command.fields(positional=False)]
+    fields = [field for field in fields if not field.metadata.get("command_only")]
+    kinds = get_type_hints(command.options)
+    signature = inspect.Signature([parameter_of(field, kinds[field.name]) for field in fields])
 
     def call(*given: Any, **settings: Any) -> Any:
         unknown = next((word for word in settings if word not in signature.parameters), None)
@@ -227,13 +222,78 @@ def library_function(name: str) -> Callable[..., Any]:
             word: os.fspath(value) if isinstance(value, os.PathLike) else value
             for word, value in bound.items()
         }
-        if target is not None:
-            return load(target)(**values)
+        if name in IN_MEMORY:
+            return load(IN_MEMORY[name])(**values)
         return command.run(command.options(**values))
 
     call.__name__ = call.__qualname__ = name
     call.__module__ = "snipdedup"
-    call.__doc__ = docstring_of(command)
+    call.__doc__ = docstring_of(command, fields)
     call.__signature__ = signature  # type: ignore[attr-defined]
-    call.target = target or command.target  # type: ignore[attr-defined]
+    call.target = IN_MEMORY.get(name, f"{command.module}:run")  # type: ignore[attr-defined]
     return call
+
+
+def parameter_of(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    """Return a setting as a parameter: choices as literals, paths as text or path objects."""
+    bare = bare_type(kind)
+    if field.metadata.get("choices"):
+        bare = Literal[tuple(field.metadata["choices"])]
+    elif field.metadata.get("path"):
+        bare = str | os.PathLike[str]
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if field.metadata.get("positional")
+        else inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if is_required(field) else field.default,
+        annotation=bare | None if NoneType in get_args(kind) else bare,
+    )
+
+
+def docstring_of(command: Command, fields: list[dataclasses.Field[Any]]) -> str:
+    """Return the docstring of a library function, in numpy's style."""
+    lines = [f"{command.does[0].upper()}{command.does[1:]}: ``snip {command.name}``.", ""]
+    lines += ["Parameters", "----------"]
+    for field in fields:
+        usual = usual_value(field)
+        text = field.metadata["help"] + (f" (default: {usual})" if usual else "")
+        lines.append(field.name)
+        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    lines += ["", "Raises", "------", "snipdedup.SnipError"]
+    lines += ["    If it cannot be done: says what was expected, what was found and what to do."]
+    return "\n".join(lines)
+
+
+def parse_bytes(text: str) -> int:
+    """Parse ``2GB``, ``500 MB``, ``1.5g``, ``2GiB`` (powers of 1024) or a plain number of bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?b)?\s*", str(text).lower())
+    try:
+        base = 1024 if match and match[3] == "ib" else 1000
+        value = float(match[1]) * base ** BYTE_UNITS.index(match[2]) if match else -1.0
+    except ValueError:
+        value = -1.0
+    if value <= 0:
+        raise UsageError(f"expected an amount of memory such as 2GB or 500MB, found {text!r}")
+    return int(value)
+
+
+def named_kinds(flag: str, text: str | None, known: tuple[str, ...]) -> list[str]:
+    """Parse a list by comma, such as ``--export datacomp,keys``, of known words."""
+    kinds = [kind.strip() for kind in (text or "").split(",") if kind.strip()]
+    if not set(kinds) <= set(known):
+        raise UsageError(f"--{flag} must be one or more of {', '.join(known)}, found {text!r}")
+    return kinds
+
+
+def whole_numbers(name: str, text: str, most: int, least: int = 1) -> list[int]:
+    """Parse ``4,8,16``: whole numbers, ascending, each once."""
+    try:
+        numbers = sorted({int(word) for word in str(text).split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or not least <= numbers[0] <= numbers[-1] <= most:
+        raise UsageError(
+            f"--{name} must be whole numbers from {least} to {most} such as 4,8,16, found {text!r}"
+        )
+    return numbers

@@ -1,4 +1,4 @@
-"""Every setting of every command: its name, type, default and meaning, once.
+"""Every command and every setting of it: name, type, default and meaning, once.
 
 The command line, its help, ``docs/cli.md`` and the library functions all read these classes.
 They are frozen and check their own ranges, so a wrong value is refused before any work.
@@ -7,162 +7,79 @@ They are frozen and check their own ranges, so a wrong value is refused before a
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, dataclass_transform
 
+from snipdedup.commands import (
+    ANYWHERE,
+    FILE,
+    FOLDER,
+    URL,
+    WRITTEN,
+    Command,
+    Settings,
+    argument,
+    named_kinds,
+    option,
+    refuse,
+    required,
+    whole_numbers,
+)
 from snipdedup.errors import UsageError
 
 INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
 MOST_FILES = 10**6  # of a set, by their numbers
 MAX_SEED = 2**63 - 1  # the largest that every library takes
-BYTE_UNITS = ("", "k", "m", "g", "t")
+METHODS = ("join", "exact", "adc", "semdedup")
+RULES = ("two_sided", "difference", "ratio", "mutual")  # mutual is an older name of two_sided
+KEEP_REMOVE = ("keep", "remove")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
 DEVICES = ("auto", "cpu", "cuda")
 THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
-# What a path may be: on this machine (a file to write, a folder, a file to read) or anywhere.
-WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
-URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
+COMMANDS: dict[str, Command] = {}  # by name, in the order of the help
+
+S = TypeVar("S", bound=type[Settings])
 
 
-def argument(help: str, default: Any = dataclasses.MISSING, *, path: str = "") -> Any:
-    """Declare a positional argument; ``path`` as in `option`."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "positional": True, "path": path}
-    )
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def command(
+    name: str, group: str, module: str, example: str, function: str | None = None
+) -> Callable[[S], S]:
+    """Make a class a dataclass of settings and a command, see `Command`.
 
-
-def required(help: str, *, path: str = "") -> Any:
-    """Declare a flag without a default; ``path`` as in `option`."""
-    return dataclasses.field(metadata={"help": help, "path": path})
-
-
-def option(default: Any, help: str, low: Any = None, high: Any = None, **about: Any) -> Any:
-    """Declare a flag.
-
-    Parameters
-    ----------
-    default : Any
-    help : str
-    low, high : int or float, optional
-        The range of a number, both ends allowed.
-    **about
-        ``choices``: the allowed values. ``usual``: what happens by default, where None or True
-        does not say it. ``path``: `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE`. ``amount``: it is read
-        by `parse_bytes`. ``command_only``: the library function does not have it.
+    ``example`` is what follows ``snip NAME``; ``function`` is the name in Python where it differs.
     """
-    about |= {"help": help, "range": None if low is None else (low, high)}
-    return dataclasses.field(default=default, metadata=about)
 
+    def declare(options: S) -> S:
+        dataclass(frozen=True, kw_only=True)(options)
+        words = f"snip {name} {example}".strip()
+        made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
+        COMMANDS[name] = made
+        return options
 
-def usual_value(field: dataclasses.Field[Any]) -> str:
-    """Return what a flag is when it is not given, for its help; empty where that is nothing."""
-    usual = str(field.metadata.get("usual", ""))
-    none = field.default is None or field.default is False or field.default is dataclasses.MISSING
-    return usual if usual or none else str(field.default)
-
-
-def setting_name(field: dataclasses.Field[Any]) -> str:
-    """Return a setting as it is typed: ``FEATURES`` or ``--out``."""
-    return field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
-
-
-SAVED = {  # what JSON gives back for a declared type: 1 may stand for 1.0 or for True
-    bool: (bool, int),
-    int: (int,),
-    float: (float, int),
-    str: (str,),
-    NoneType: (NoneType,),
-}
-
-
-def mistyped(kind: type[Settings], saved: dict[str, Any]) -> str | None:
-    """Return the first of a run's saved settings that is not of its declared type, or None.
-
-    What may be anything (paths, numbers by comma) is saved as a text or a list of plain values.
-    """
-    for name, declared in get_type_hints(kind).items():
-        value, bare = saved.get(name), get_args(declared) or (declared,)
-        if name not in saved:
-            continue
-        kinds = (str, float, NoneType) if Any in bare else bare
-        types = [saved_as for known in kinds for saved_as in SAVED[known]]
-        for plain in value if Any in bare and isinstance(value, list) else [value]:
-            whole = isinstance(plain, float) and plain.is_integer() and int in types
-            if type(plain) not in types and not whole:
-                return name
-    return None
-
-
-def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a URL where a local path is meant: it would become a folder named ``s3:``."""
-    if not isinstance(value, str | Path) or not URL.match(str(value)):
-        return
-    url = re.sub(r"(:/+)[^/]*@", r"\1", str(value)).partition("?")[0]  # without secrets
-    todo = "fetch it first"
-    if field.metadata["path"] == WRITTEN:
-        todo = "snip writes to this machine only: give a path, and copy what is there afterwards"
-    elif field.metadata["path"] == FOLDER and not Path(url).suffix:
-        todo += f": snip download {url} FOLDER"
-    raise UsageError(f"{setting_name(field)} {url}: expected a local path, found a URL; {todo}")
+    return declare
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Base of all: checks choices, ranges and paths, then what each class checks itself."""
+class Format(Settings):
+    """Which rows of which files are features."""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, about = getattr(self, field.name), field.metadata
-            if value is None:
-                continue
-            if about.get("choices") and value not in about["choices"]:
-                raise UsageError(
-                    f"--{field.name} must be one of {', '.join(about['choices'])}, found {value!r}"
-                )
-            if about.get("range") and not about["range"][0] <= value <= about["range"][1]:
-                low, high = about["range"]
-                raise UsageError(
-                    f"--{field.name} must lie between {low:g} and {high:g}, found {value}"
-                )
-            if about.get("path") in (WRITTEN, FOLDER, FILE):
-                refuse_url(field, value)
-            if about.get("amount"):
-                parse_bytes(value)
-        self.check()
-
-    def check(self) -> None:
-        """Raise UsageError for settings that do not go together."""
-
-    def check_file_range(self, start: int | None, end: int | None) -> None:
-        """Check that ``--start`` and ``--end`` are a range of file numbers."""
-        if (start or 0) < 0 or (end is not None and end <= (start or 0)):
-            raise UsageError(
-                "--start and --end are file numbers from 0, the end exclusive; found "
-                f"--start {start or 0} --end {end}"
-            )
-        if max(start or 0, end or 0) > MOST_FILES:
-            raise UsageError(f"--start and --end are file numbers up to {MOST_FILES:,}, not rows")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values, for manifests."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Input(Settings):
-    """What commands that read features share."""
-
-    features: Any = argument("folder, glob, file or {part:04d} pattern of features, or a URL")
     parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
     array: str | None = option(None, "array of an .npz file")
     column: str | None = option(None, "list column of a parquet file")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Input(Format):
+    """What commands that read features share."""
+
+    features: Any = argument("folder, glob, file or {part:04d} pattern of features, or a URL")
+
+
+@command("train", "the chain", "encoder.training", "img_emb --out encoder")
 class Train(Input):
     """Train the SNIP encoder on features."""
 
@@ -174,24 +91,19 @@ class Train(Input):
     batch: int = option(1024, "rows a step", 16, 10**6)
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", 1e-9, 1)
     temperature: float | None = option(
-        None, "softmax temperature of the snip loss, teacher and student", 1e-4, 10,
-        usual="fitted to the features",
-    )  # fmt: skip
-    text_features: Any = option(
-        None, "text features, row for row: keep the similarities of texts and images too"
+        None, "softmax temperature of the snip loss [fitted to the features]", 1e-4, 10
     )
+    text_features: Any = option(None, "text features, row for row: keep their similarities too")
     text_temperature: float = option(0.01, "softmax temperature between texts and images", 1e-4, 10)
     subset_rows: int = option(262_144, "rows held in memory at a time", 64, 10**9)
-    validation_rows: int = option(
-        4096, "rows for validation, never trained on (at most a fifth of all)", 16, 10**6
-    )
+    validation_rows: int = option(4096, "rows held out (at most a fifth of all)", 16, 10**6)
     device: str = option("auto", "where to compute", choices=DEVICES)
     threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished encoder")
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("compress", "the chain", "encoder.compress", "img_emb --encoder encoder --out descriptors")
 class Compress(Input):
     """Write descriptors, shard for shard."""
 
@@ -203,107 +115,69 @@ class Compress(Input):
     overwrite: bool = option(False, "replace finished descriptors")
 
 
-@dataclass(frozen=True, kw_only=True)
+@command(
+    "index", "the chain", "index.build", "img_emb --encoder encoder --out index", "build_index"
+)
 class Index(Input):
     """Build a sharded IVFPQ index."""
 
     out: str = required("folder for the index; an unfinished one is continued", path=WRITTEN)
-    encoder: str | None = option(
-        None, "encoder to apply first; without it, rows are indexed as they are", path=FOLDER
-    )
-    base: str | None = option(
-        None, "index whose trained quantisers are used (ours, or a faiss IVFPQ file)", path=FOLDER
-    )
+    encoder: str | None = option(None, "encoder to apply first [rows as they are]", path=FOLDER)
+    base: str | None = option(None, "index, or faiss file, whose quantisers to use", path=FOLDER)
     nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", 0, 2**24)
-    m: int | None = option(
-        None, "sub-quantisers of the PQ, a byte each at 8 bits", 1, 256,
-        usual="the most that fit, up to 16",
-    )  # fmt: skip
-    nbits: int | None = option(None, "bits of a sub-quantiser", 4, 8, usual="8")
+    m: int | None = option(None, "sub-quantisers of the PQ [the most that fit, up to 16]", 1, 256)
+    nbits: int | None = option(None, "bits of a sub-quantiser [8]", 4, 8)
     train_rows: int = option(0, "rows to train on, 0 for 64 a list (at least 65,536)", 0, 10**9)
     export_faiss: str | None = option(
         None, "also write a file that plain faiss reads", path=WRITTEN
     )
-    model: str | None = option(
-        None, "CLIP model of the features, ARCHITECTURE/WEIGHTS: snip search by text needs it"
-    )
+    model: str | None = option(None, "CLIP model, ARCHITECTURE/WEIGHTS, for snip search by text")
     append: bool = option(False, "add the shards that a finished index does not have yet")
-    bad_rows: str = option(
-        "refuse", "NaN, infinity and zero rows: refuse the input, or keep them, never returned",
-        choices=("refuse", "keep"),
-    )  # fmt: skip
+    bad_rows: str = option("refuse", "NaN, infinite and zero rows", choices=("refuse", "keep"))
     threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished index")
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("dedup", "the chain", "deduplication.run", "img_emb --metadata metadata --out clean")
 class Dedup(Input):
     """Find duplicates, verify them, write the rows that are kept."""
 
     features: Any = argument(
-        "folder, glob, file or {part:04d} pattern of features, or a URL; or a finished OUT, for "
-        "another threshold",
+        "folder, glob, file, {part:04d} pattern or URL; or an OUT, for another threshold",
         None,
     )
     out: str | None = option(None, "folder for the result; --dry_run needs none", path=WRITTEN)
-    metadata: str | None = option(
-        None, "parquet or CSV files that match the features by position", path=ANYWHERE
-    )
-    method: str | None = option(
-        None, "how duplicates are found", choices=("join", "exact", "adc", "semdedup"),
-        usual="join, with --index adc",
-    )  # fmt: skip
+    metadata: str | None = option(None, "parquet or CSV files, row for row", path=ANYWHERE)
+    method: str | None = option(None, "how to search [join, with --index adc]", choices=METHODS)
     threshold: float = option(THRESHOLD, "cosine at and above which two rows are duplicates", -1, 1)
-    keep_fraction: float | None = option(
-        None, "raise the threshold by .001 until at least this share of rows is kept", 0, 1
-    )
+    keep_fraction: float | None = option(None, "raise the threshold until this share is kept", 0, 1)
     grouping: str | None = option(
         None,
-        "which rows of a group are kept. star: each removed row is a duplicate of a kept row; "
-        "components: one row is kept",
-        choices=("star", "components"), usual="star",
-    )  # fmt: skip
+        "star: each removed row matches a kept row; components: one row a group is kept [star]",
+        choices=("star", "components"),
+    )
     keep: str | None = option(
         None,
-        "which copy is kept: first, last, random, max:COLUMN or min:COLUMN of the metadata; or "
-        "several in order: max:width,max:similarity,first; semdedup: hard, random or easy",
-        usual="first; semdedup: hard",
+        "first, last, random, max:COLUMN, min:COLUMN of the metadata, or several in order, such as "
+        "max:width,max:similarity,first; semdedup: hard, random, easy [first; semdedup: hard]",
     )
     text_features: Any = option(None, "features of the captions: a pair must match in these too")
     text_threshold: float = option(0.9, "cosine at and above which two captions match", -1, 1)
     reference: Any = option(
-        None,
-        "rows to compare with that are never removed: features, or an earlier OUT (its kept rows "
-        "and its own references); several by comma",
+        None, "rows to compare with, never removed: features, or an earlier OUT; several by comma"
     )
-    references_only: bool = option(
-        False, "compare rows with --reference only, not with one another"
-    )
+    references_only: bool = option(False, "compare with --reference only, not with one another")
     keep_work: bool = option(False, "keep model and codes in OUT/work, for a later --reference OUT")
-    pairs: bool = option(
-        False, "write pairs.parquet, all pairs of distinct rows inside groups, and copies.parquet"
-    )
+    pairs: bool = option(False, "write all pairs inside groups (pairs.parquet, copies.parquet)")
     max_pairs: int = option(10**9, "refuse to write more pairs than this", 0, 2**62)
-    recall: float = option(
-        0.999, "join: target recall, the share of duplicate rows to find", 0.5, 1
-    )
-    encoder: str | None = option(
-        None, "adc: encoder for the index that it builds; join: encoder that makes its codes",
-        path=FOLDER,
-    )  # fmt: skip
-    index: str | None = option(
-        None, "adc: finished index", path=FOLDER, usual="built from features"
-    )
+    recall: float = option(0.999, "join: share of the duplicate rows to find", 0.5, 1)
+    encoder: str | None = option(None, "join, adc: encoder that makes the codes", path=FOLDER)
+    index: str | None = option(None, "adc: finished index [built from features]", path=FOLDER)
     rule: str = option(
-        "two_sided",
-        "adc: what is compared with a constant: the distances of both rows, d_ADC - self_adc, or "
-        "d_ADC / self_adc; mutual is an older name of two_sided",
-        choices=("two_sided", "difference", "ratio", "mutual"),
+        "two_sided", "adc: compared with --margin; mutual: older name of two_sided", choices=RULES
     )
-    margin: float | None = option(
-        None, "adc: constant of the rule", -1e30, 1e30, usual="calibrated"
-    )
+    margin: float | None = option(None, "adc: constant of the rule [calibrated]", -1e30, 1e30)
     precision: float = option(0.91, "adc: share of right flags to calibrate the margin for", 0, 1)
     calibration_rows: int = option(4096, "adc: rows whose true duplicates set the margin", 1, 10**6)
     k: int = option(16, "adc: neighbours searched for a row; more if all of them pass", 1, 1024)
@@ -311,160 +185,115 @@ class Dedup(Input):
     clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
     epsilon: Any = option(
         None,
-        "semdedup: a row is removed if its cosine with an earlier row of its cluster is above 1 - "
-        "epsilon; several by comma: the first decides, all are tabulated",
-        usual="1 - threshold",
+        "semdedup: remove above cosine 1 - epsilon; of several the first decides [1 - threshold]",
     )
     borders: bool = option(
-        True,
-        "semdedup: also search by join, and count the duplicates in different clusters; "
-        "--noborders turns it off",
-        usual="on",
+        True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
     )
-    key: str | None = option(
-        None, "metadata column for groups.parquet", usual="the first of key, uid, sample_id, hash"
-    )
-    merge_captions: int | None = option(
-        None, "add merged_captions: so many captions of removed duplicates", 1, 10**6
-    )
-    caption: str | None = option(
-        None, "metadata column of captions", usual="first of caption, text"
-    )
+    key: str | None = option(None, "column for groups.parquet [first of key, uid, sample_id, hash]")
+    merge_captions: int | None = option(None, "add so many captions of removed rows", 1, 10**6)
+    caption: str | None = option(None, "metadata column of captions [first of caption, text]")
     weights: bool = option(False, "write all rows, with a column weight that duplicates share")
     export: str | None = option(
-        None,
-        "lists for other tools, by comma: datacomp (uids that are kept), keys (for webdataset), "
-        "mask (is_dup.npy, always written)",
+        None, "lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)"
     )
-    bad_rows: str = option(
-        "refuse", "NaN, infinity and zero rows: refuse the input, or keep them, never matched",
-        choices=("refuse", "keep"),
-    )  # fmt: skip
+    bad_rows: str = option("refuse", "NaN, infinite and zero rows", choices=("refuse", "keep"))
     chunk_rows: int = option(8192, "rows read at a time", 1, 10**9)
     max_memory: str | None = option(
         None,
-        "limit of memory, libraries apart, such as 2GB; a run that needs more is refused",
-        usual="a quarter of the RAM, or what the run needs if that is more", amount=True,
-    )  # fmt: skip
+        "limit, libraries apart, such as 2GB [a quarter of the RAM, or more if the run needs it]",
+        amount=True,
+    )
     device: str = option("auto", "join: where products of codes are computed", choices=DEVICES)
-    runner: str = option(
-        "local",
-        "join: what runs the tasks: this machine, or Ray workers (RAY_ADDRESS names a cluster)",
-        choices=("local", "ray"),
-    )
+    runner: str = option("local", "join: this machine, or Ray workers", choices=("local", "ray"))
     num_tasks: int | None = option(
-        None,
-        "join: number of processes that run this command at the same time with the same --out",
-        1, 10**6, usual="that of a Slurm array",
-    )  # fmt: skip
-    task_index: int | None = option(
-        None, "join: rank of this process among them, from 0", 0, 10**6,
-        usual="that of a Slurm array",
-    )  # fmt: skip
-    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
-    seed: int | None = option(None, "seed of every random choice", 0, MAX_SEED, usual="0")
-    overwrite: bool = option(False, "replace a finished OUT")
-    dry_run: bool = option(
-        False, "join: print what the run will cost, and write nothing", command_only=True
+        None, "join: processes that run this with the same --out [those of a Slurm array]", 1, 10**6
     )
+    task_index: int | None = option(
+        None, "join: rank of this process among them, from 0 [that of a Slurm array]", 0, 10**6
+    )
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int | None = option(None, "seed of every random choice [0]", 0, MAX_SEED)
+    overwrite: bool = option(False, "replace a finished OUT")
+    dry_run: bool = option(False, "join: print the cost, and write nothing", command_only=True)
 
     def check(self) -> None:
         """See `Settings.check`."""
-        if self.dry_run and (
-            self.method not in (None, "join")
-            or self.index
-            or self.encoder
-            or self.reference
-            or self.text_features
-        ):
-            raise UsageError("--dry_run plans a join of FEATURES alone")
-        if self.method in ("join", "exact") and self.index:
-            raise UsageError(f"--index goes with --method adc, not {self.method}")
-        if self.method == "exact" and self.encoder:
-            raise UsageError("--encoder goes with --method join or adc, not exact")
-        if self.features is None and self.rule == "ratio":
-            raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
-        if self.features is None and (self.index is None or self.method not in (None, "adc")):
-            raise UsageError("dedup compares raw rows: give FEATURES, or --index for method adc")
-        if self.keep is not None and self.method != "semdedup":
-            keep_rules(self.keep)
-        self.check_methods()
-        self.check_runners()
-        named_kinds("export", self.export, EXPORTS)
-        if self.weights and self.merge_captions is not None:
-            raise UsageError("--weights keeps all rows with their captions: nothing is to merge")
-        if self.caption is not None and self.merge_captions is None:
-            raise UsageError("--caption names the column for --merge_captions: give that too")
-        parse_epsilons(self.epsilon)
-
-    def check_methods(self) -> None:
-        """Raise UsageError for flags that the method does not have."""
-        sem, compared = self.method == "semdedup", self.method in (None, "join", "exact")
-        if sem and self.keep not in (None, *SEMDEDUP_KEEPS):
-            raise UsageError(
-                f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, "
-                f"found {self.keep!r}"
-            )
-        for name in ("grouping", "keep_fraction", "index", "encoder"):
-            if sem and getattr(self, name) is not None:
-                raise UsageError(f"--{name} does not apply to --method semdedup")
-        for name in ("text_features", "reference"):
-            if getattr(self, name) is not None and (not compared or self.index):
-                raise UsageError(f"--{name} goes with --method join or exact")
-        if self.references_only and self.reference is None:
-            raise UsageError("--references_only compares with --reference: give that too")
-        if self.text_features is not None and self.reference is not None:
-            raise UsageError("--text_features and --reference do not go together yet")
-        if self.pairs and (sem or self.features is None):
-            raise UsageError("--pairs needs FEATURES and --method join, exact or adc")
-        if self.keep_fraction is not None and self.features is None:
-            raise UsageError("--keep_fraction needs FEATURES: unverified pairs have no cosines")
-
-    def check_runners(self) -> None:
-        """Raise UsageError for ways to run that do not go together."""
-        if self.num_tasks is not None and not (self.task_index or 0) < self.num_tasks:
-            raise UsageError(
-                f"--task_index must lie between 0 and {self.num_tasks - 1}, found {self.task_index}"
-            )
+        method, sem, index = self.method, self.method == "semdedup", self.index is not None
+        joins = method in (None, "join") and not index
+        alone = all(x is None for x in (self.encoder, self.reference, self.text_features))
+        codes_only = self.features is None  # of an index
         shared = self.num_tasks is not None or self.task_index is not None
-        if not shared and self.runner == "local":
-            return
-        flag = "--num_tasks" if shared else f"--runner {self.runner}"
-        if self.method not in (None, "join") or self.index:
-            raise UsageError(f"{flag} goes with --method join, not {self.method or 'adc'}")
-        if shared and self.runner != "local":
-            raise UsageError("--num_tasks and --runner ray are two ways to share work: give one")
-        if shared and self.overwrite:
-            raise UsageError(
-                "--num_tasks does not go with --overwrite: each process would remove the work of "
-                "the others; remove the folder first"
-            )
-        if self.runner == "ray" and self.device == "cuda":
-            raise UsageError("--runner ray computes on CPUs: leave --device cuda out")
-        if self.runner == "ray" and not isinstance(self.features, str | Path):
-            raise UsageError("--runner ray reads features from files: give their folder")
+        spread, ray = shared or self.runner != "local", self.runner == "ray"
+        refuse(
+            (self.dry_run and not (joins and alone), "--dry_run plans a join of FEATURES alone"),
+            (method in ("join", "exact") and index,
+             f"--index goes with --method adc, not {method}"),
+            (method == "exact" and self.encoder is not None,
+             "--encoder goes with --method join or adc, not exact"),
+            (codes_only and self.rule == "ratio",
+             "--rule ratio needs FEATURES: without them a row is its own code"),
+            (codes_only and not (index and method in (None, "adc")),
+             "dedup compares raw rows: give FEATURES, or --index for method adc"),
+            (sem and self.keep not in (None, *SEMDEDUP_KEEPS),
+             f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, found {self.keep!r}"),
+            *((sem and getattr(self, name) is not None,
+               f"--{name} does not apply to --method semdedup")
+              for name in ("grouping", "keep_fraction", "index", "encoder")),
+            *((getattr(self, name) is not None and not (joins or method == "exact"),
+               f"--{name} goes with --method join or exact")
+              for name in ("text_features", "reference")),
+            (self.references_only and self.reference is None,
+             "--references_only compares with --reference: give that too"),
+            (self.text_features is not None and self.reference is not None,
+             "--text_features and --reference do not go together yet"),
+            (self.pairs and (sem or codes_only),
+             "--pairs needs FEATURES and --method join, exact or adc"),
+            (self.keep_fraction is not None and codes_only,
+             "--keep_fraction needs FEATURES: unverified pairs have no cosines"),
+            (self.num_tasks is not None and (self.task_index or 0) >= self.num_tasks,
+             f"--task_index must lie between 0 and {(self.num_tasks or 1) - 1}, found "
+             f"{self.task_index}"),
+            (spread and not joins,
+             f"--{'num_tasks' if shared else 'runner ray'} goes with --method join, not "
+             f"{method or 'adc'}"),
+            (shared and ray,
+             "--num_tasks and --runner ray are two ways to share work: give one"),
+            (shared and self.overwrite,
+             "--num_tasks does not go with --overwrite: each process would remove the work of the "
+             "others; remove the folder first"),
+            (ray and self.device == "cuda",
+             "--runner ray computes on CPUs: leave --device cuda out"),
+            (ray and not isinstance(self.features, str | Path),
+             "--runner ray reads features from files: give their folder"),
+            (self.weights and self.merge_captions is not None,
+             "--weights keeps all rows with their captions: nothing is to merge"),
+            (self.caption is not None and self.merge_captions is None,
+             "--caption names the column for --merge_captions: give that too"),
+        )  # fmt: skip
+        if self.keep is not None and not sem:
+            keep_rules(self.keep)
+        named_kinds("export", self.export, EXPORTS)
+        parse_epsilons(self.epsilon)
 
     def filled(self) -> Dedup:
         """Return the settings with defaults for what a re-threshold would take over.
 
-        Raises
-        ------
-        UsageError
-            For flags of SemDeDup's rule with another method, which only now is known.
+        Flags of SemDeDup's rule with another method, which only now is known, are refused.
         """
-        if self.method != "semdedup" and (self.clusters or self.epsilon is not None):
-            other = f", not {self.method}" if self.method else ""
-            raise UsageError(f"--clusters and --epsilon go with --method semdedup{other}")
-        known: dict[str, Any] = {"grouping": "star", "keep": "first", "seed": 0}
-        if self.method == "semdedup":
-            known = {"keep": "hard", "seed": 0}
-        given = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
-        epsilons = parse_epsilons(self.epsilon)  # the first decides
-        threshold = 1 - epsilons[0] if epsilons else self.threshold
-        return dataclasses.replace(self, **{**known, **given, "threshold": threshold})
+        sem, epsilons = self.method == "semdedup", parse_epsilons(self.epsilon)
+        other = f", not {self.method}" if self.method else ""
+        only_sem = f"--clusters and --epsilon go with --method semdedup{other}"
+        refuse((not sem and (self.clusters or self.epsilon is not None), only_sem))
+        known = {"keep": "hard"} if sem else {"grouping": "star", "keep": "first"}
+        given: dict[str, Any] = {
+            name: getattr(self, name) or usual for name, usual in known.items()
+        }
+        threshold = 1 - epsilons[0] if epsilons else self.threshold  # the first decides
+        return dataclasses.replace(self, **given, seed=self.seed or 0, threshold=threshold)
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("filter", "the chain", "metadata.filter", "metadata --is_dup clean --out kept")
 class Filter(Settings):
     """Apply a mask to metadata and features."""
 
@@ -473,53 +302,48 @@ class Filter(Settings):
     out: str = required("folder for the kept rows", path=WRITTEN)
     start: int | None = option(None, "first file number, counted from 0 in the whole set")
     end: int | None = option(None, "file number to stop before")
-    cumulative_sizes: str | None = option(
-        None, ".npy of running row totals a file, as upstream publishes beside its mask", path=FILE
-    )
-    on: str | None = option(
-        None, "find rows by this column, not by position: url, uid, key, hash; several by comma"
-    )
-    keys: str | None = option(
-        None, "with --on: metadata that matches the mask by position", path=ANYWHERE,
-        usual="what OUT names",
-    )  # fmt: skip
+    cumulative_sizes: str | None = option(None, ".npy of running row totals a file", path=FILE)
+    on: str | None = option(None, "find rows by columns, not by position: url, uid, key, hash")
+    keys: str | None = option(None, "--on: metadata of the mask [what OUT names]", path=ANYWHERE)
     unmatched: str | None = option(
-        None, "with --on: what becomes of rows that the mask's set does not have",
-        choices=("keep", "remove"), usual="they are kept, if they are fewer than half",
-    )  # fmt: skip
+        None, "--on: rows that the mask does not know [kept, if under half]", choices=KEEP_REMOVE
+    )
     ambiguous: str | None = option(
-        None, "with --on: what becomes of rows whose key is both kept and removed",
-        choices=("keep", "remove"), usual="they are kept, if they are fewer than half",
-    )  # fmt: skip
+        None,
+        "--on: rows whose key is kept and removed [kept, if under half]",
+        choices=KEEP_REMOVE,
+    )
     embeddings: str | None = option(
         None,
-        "features that match the metadata by position (several folders by comma): write their kept "
-        "rows too, beside metadata/",
+        "features, row for row: write their kept rows beside metadata/; several by comma",
         path=ANYWHERE,
     )
     export: str | None = option(
-        None,
-        "lists for other tools, by comma: datacomp (uids that are kept), keys (for webdataset), "
-        "mask (of these rows)",
+        None, "lists by comma: datacomp (kept uids), keys (for webdataset), mask (of these rows)"
     )
-    key: str | None = option(
-        None, "column for --export keys", usual="the first of key, uid, sample_id, hash"
-    )
+    key: str | None = option(None, "column for --export keys [first of key, uid, sample_id, hash]")
     overwrite: bool = option(False, "replace a finished folder")
 
     def check(self) -> None:
         """See `Settings.check`."""
-        self.check_file_range(self.start, self.end)
+        check_file_range(self.start, self.end)
         named_kinds("export", self.export, EXPORTS)
-        places = (self.start, self.end, self.cumulative_sizes)
-        if self.on is not None and any(place is not None for place in places):
-            raise UsageError("--on finds rows by key: leave out --start, --end, --cumulative_sizes")
-        for name in ("keys", "unmatched", "ambiguous"):
-            if self.on is None and getattr(self, name) is not None:
-                raise UsageError(f"--{name} goes with --on: name the column to find rows by")
+        by_key, places = self.on is not None, (self.start, self.end, self.cumulative_sizes)
+        refuse(
+            (by_key and any(place is not None for place in places),
+             "--on finds rows by key: leave out --start, --end, --cumulative_sizes"),
+            *((not by_key and getattr(self, name) is not None,
+               f"--{name} goes with --on: name the column to find rows by")
+              for name in ("keys", "unmatched", "ambiguous")),
+        )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@command(
+    "download",
+    "the chain",
+    "downloading.run",
+    "'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
+)
 class Download(Settings):
     """Fetch a range of metadata files, filtered by a mask if given."""
 
@@ -535,78 +359,67 @@ class Download(Settings):
     is_dup: str | None = option(None, "mask (file or URL): write only the kept rows", path=ANYWHERE)
     cumulative_sizes: str | None = option(
         None,
-        ".npy (file or URL) of running row totals per file, if files before --start are missing",
+        ".npy of running row totals a file, if some before --start are missing",
         path=ANYWHERE,
-    )  # fmt: skip
+    )
     embeddings: bool = option(False, "also the features of these files, to img_emb/ in OUT")
     embeddings_source: str | None = option(
-        None, "folder or {part:04d} template of the features", path=ANYWHERE,
-        usual="beside the metadata",
-    )  # fmt: skip
+        None, "folder or {part:04d} template of the features [beside the metadata]", path=ANYWHERE
+    )
     jobs: int = option(4, "files fetched at a time", 1, 256)
     overwrite: bool = option(False, "replace a finished folder")
-    dl_dedup_set: str | None = option(
-        None, "flag of the snip-dedup package: explains where its sets are today"
-    )
+    dl_dedup_set: str | None = option(None, "of snip-dedup: says where its sets are today")
 
     def check(self) -> None:
         """See `Settings.check`."""
-        if self.out is None and self.dl_dedup_set is None:
-            raise UsageError("download needs SOURCE and OUT; see: snip download --help")
-        if self.out is not None and self.dl_dedup_set is not None:
-            raise UsageError("--dl_dedup_set is upstream's flag: name a mask with --is_dup instead")
-        self.check_file_range(self.start, self.end)
-        if self.cumulative_sizes is not None and self.is_dup is None:
-            raise UsageError("--cumulative_sizes places a mask: give --is_dup too")
+        upstream = self.dl_dedup_set is not None
+        refuse(
+            (self.out is None and not upstream,
+             "download needs SOURCE and OUT; see: snip download --help"),
+            (self.out is not None and upstream,
+             "--dl_dedup_set is upstream's flag: name a mask with --is_dup instead"),
+            (self.cumulative_sizes is not None and self.is_dup is None,
+             "--cumulative_sizes places a mask: give --is_dup too"),
+        )  # fmt: skip
+        check_file_range(self.start, self.end)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Audit(Settings):
-    """Check a finished run against the raw features."""
+@command("report", "looking", "inspection.report", "clean --images images")
+class Report(Settings):
+    """Write a page that shows what is removed, with pictures if given."""
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
-    features: Any = argument("the features it was made from; without them those it names", None)
-    parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
-    array: str | None = option(None, "array of an .npz file")
-    column: str | None = option(None, "list column of a parquet file")
-    metadata: str | None = option(None, "input table, if it is not where it was", path=ANYWHERE)
-    sample: int = option(0, "removed rows to check, chosen at random; 0 for all", 0, 2**40)
-    probe_rows: int = option(1000, "kept rows to search for missed matches; 0 for none", 0, 10**6)
-    sheet: str | None = option(
-        None, "write random removed pairs as CSV, for you to judge", path=WRITTEN
+    html: str | None = option(None, "the page to write [report.html in OUT]", path=WRITTEN)
+    images: str | None = option(
+        None, "pictures by key: a folder of files or tars, a tar, or a glob of tars", path=FILE
     )
-    n: int = option(200, "pairs of --sheet", 1, 10**6)
-    judged: str | None = option(
-        None, "read a sheet with your verdicts (yes, no) and print the precision; no audit",
-        path=FILE,
-    )  # fmt: skip
-    max_memory: str | None = option(
-        None, "limit of the rows held at a time, such as 2GB", usual="a quarter of the RAM",
-        amount=True,
-    )  # fmt: skip
-    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
-    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
+    image_column: str | None = option(None, "metadata column of picture files (below --images)")
+    metadata: str | None = option(None, "table of captions and urls, if it moved", path=ANYWHERE)
+    rows: str | None = option(None, "also show these rows (from 0, by comma), with their kept rows")
+    seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
+    overwrite: bool = option(False, "replace a file that is no report, or a page with pictures")
 
     def check(self) -> None:
         """See `Settings.check`."""
-        if self.sheet is not None and self.judged is not None:
-            raise UsageError("--sheet writes a sheet, --judged reads one: give one of them")
+        self.asked()
+
+    def asked(self) -> list[int]:
+        """Return the rows of ``--rows``, ascending."""
+        return [] if self.rows is None else whole_numbers("rows", self.rows, 2**48, least=0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("top", "looking", "inspection.top", "clean -n 20")
 class Top(Settings):
     """List the rows with the most duplicates."""
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
     n: int = option(100, "rows shown", 1, 10**7)
-    metadata: str | None = option(None, "input table, if it is not where it was", path=ANYWHERE)
+    metadata: str | None = option(None, "input table, if it moved", path=ANYWHERE)
     json: bool = option(False, "print JSON", command_only=True)
-    prompts: str | None = option(
-        None, "also write their captions, one a line, as prompts for a generator", path=WRITTEN
-    )
+    prompts: str | None = option(None, "also write captions, one a line, as prompts", path=WRITTEN)
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("diff", "looking", "inspection.diff", "clean stricter")
 class Diff(Settings):
     """Compare two runs over the same rows."""
 
@@ -616,33 +429,29 @@ class Diff(Settings):
     json: bool = option(False, "print JSON", command_only=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report(Settings):
-    """Write a page that shows what is removed, with pictures if given."""
+@command("audit", "trust", "auditing.audit", "clean img_emb")
+class Audit(Format):
+    """Check a finished run against the raw features."""
 
     out: str = argument("folder that snip dedup wrote", path=FOLDER)
-    html: str | None = option(None, "the page to write", usual="report.html in OUT", path=WRITTEN)
-    images: str | None = option(
-        None, "pictures by key: a folder of files or of tar shards, a tar, or a glob of tars",
-        path=FILE,
-    )  # fmt: skip
-    image_column: str | None = option(
-        None, "metadata column of local picture files; with --images, below that folder only"
-    )
-    metadata: str | None = option(
-        None, "table of captions and urls, if it is not where the run found it", path=ANYWHERE
-    )
-    rows: str | None = option(None, "also show these rows (from 0, by comma), with their kept rows")
-    seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
-    overwrite: bool = option(False, "replace a file that is no report, or a page with pictures")
+    features: Any = argument("the features it was made from [those it names]", None)
+    metadata: str | None = option(None, "input table, if it moved", path=ANYWHERE)
+    sample: int = option(0, "removed rows to check, chosen at random; 0 for all", 0, 2**40)
+    probe_rows: int = option(1000, "kept rows to search for missed matches; 0 for none", 0, 10**6)
+    sheet: str | None = option(None, "write random removed pairs as CSV, to judge", path=WRITTEN)
+    n: int = option(200, "pairs of --sheet", 1, 10**6)
+    judged: str | None = option(None, "read a judged sheet, print its precision only", path=FILE)
+    max_memory: str | None = option(None, "rows held at a time [a quarter of the RAM]", amount=True)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
 
     def check(self) -> None:
         """See `Settings.check`."""
-        if self.rows is not None:
-            whole_numbers("rows", self.rows, 2**48, least=0)
+        both = self.sheet is not None and self.judged is not None
+        refuse((both, "--sheet writes a sheet, --judged reads one: give one of them"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("search", "looking", "inspection.search", "123 --index index --metadata metadata")
 class Search(Settings):
     """Find the nearest rows to a row, a vector or a text."""
 
@@ -651,20 +460,14 @@ class Search(Settings):
     k: int = option(10, "neighbours to show", 1, 10**6)
     nprobe: int = option(64, "lists visited", 1, 2**24)
     rerank: int = option(2000, "nearest codes to compare by raw features; 0 for none", 0, 10**6)
-    features: str | None = option(
-        None, "the rows that were indexed, if they moved or changed their date", path=ANYWHERE
-    )
+    features: str | None = option(None, "the indexed rows, if they moved or changed", path=ANYWHERE)
     parts: str | None = option(None, "of --features: numbers of a {part:04d} pattern")
     array: str | None = option(None, "array of an .npz, of QUERY or --features")
     column: str | None = option(None, "of --features: list column of a parquet file")
     metadata: str | None = option(None, "key, url, caption of the rows, by position", path=ANYWHERE)
-    encoder: str | None = option(
-        None, "for vectors and texts, if the index has descriptors", path=FOLDER
-    )
+    encoder: str | None = option(None, "for vectors and texts, if codes are encoded", path=FOLDER)
     text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
-    model: str | None = option(
-        None, "CLIP model for texts, as open_clip names it: ARCHITECTURE/WEIGHTS or /FILE"
-    )
+    model: str | None = option(None, "CLIP model for texts: ARCHITECTURE/WEIGHTS or /FILE")
     download: bool = option(False, "fetch the model's weights if they are not cached")
     json: bool = option(False, "print JSON", command_only=True)
     html: str | None = option(None, "also write a page of the neighbours", path=WRITTEN)
@@ -672,33 +475,28 @@ class Search(Settings):
     def check(self) -> None:
         """See `Settings.check`."""
         query = self.query if isinstance(self.query, str) and not self.text else ""
-        if URL.match(query) and query.endswith((".npy", ".npz")):
-            raise UsageError("QUERY is a URL of vectors: fetch the file first, or say --text")
+        vectors = URL.match(query) and query.endswith((".npy", ".npz"))
+        refuse((vectors, "QUERY is a URL of vectors: fetch the file first, or say --text"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("eval", "trust", "evaluation.evaluate", "img_emb --out eval", "evaluate")
 class Eval(Input):
     """Measure what descriptors and codes keep, against brute force."""
 
     out: str = required("folder for table, JSON and picture", path=WRITTEN)
-    encoder: str | None = option(
-        None, "SNIP encoder to judge", path=FOLDER, usual="one is trained, without the queries"
-    )
+    encoder: str | None = option(None, "encoder to judge [one is trained]", path=FOLDER)
     text_features: Any = option(None, "text features: also judge how texts find their images")
     dim: int = option(128, "width of the descriptors", 2, 4096)
     code_bytes: str = option("4,8,16", "bytes of a code, by comma")
     nprobe: str = option("1,4,8,16", "lists visited, by comma; all lists are added")
     nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", 0, 2**24)
     queries: int = option(4096, "rows whose neighbours are found (at most a quarter)", 1, 10**6)
-    train_rows: int = option(  # at least evaluate.LEAST_LEARNT
-        65_536, "rows that encoders, PCA and OPQ learn from", 256, 10**8
-    )
+    # The least is evaluate.LEAST_LEARNT.
+    train_rows: int = option(65_536, "rows that encoders, PCA and OPQ learn from", 256, 10**8)
     steps: int = option(400, "most training steps of each encoder", 1, 10**7)
     threshold: float = option(THRESHOLD, "cosine at and above which two rows are duplicates", -1, 1)
     flag_nprobe: int = option(4, "lists visited for duplicate flags", 1, 2**24)
-    picture: bool = option(
-        True, "draw the curves (extra plot); --nopicture turns it off", usual="on"
-    )
+    picture: bool = option(True, "draw the curves (extra plot); --nopicture turns it off [on]")
     threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished folder")
@@ -717,40 +515,22 @@ class Eval(Input):
         return whole_numbers("nprobe", self.nprobe, 2**24)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan(Settings):
+@command("plan", "trying", "evaluation.plan", "--rows 2.1e9 --dim 768 --cores 16 --memory 32GB")
+class Plan(Format):
     """Estimate time, memory and disk of a run."""
 
     features: Any = argument("features to plan for, of which a sample is read", None)
-    parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
-    array: str | None = option(None, "array of an .npz file")
-    column: str | None = option(None, "list column of a parquet file")
-    rows: float | None = option(
-        None, "rows, such as 2.1e9, if FEATURES are not all there yet", 1, 1e13,
-        usual="those of FEATURES",
-    )  # fmt: skip
+    rows: float | None = option(None, "rows, such as 2.1e9 [those of FEATURES]", 1, 1e13)
     dim: int = option(768, "without FEATURES: width of the rows; they are float16", 2, 65536)
-    duplicates: float | None = option(
-        None, "share of the rows that are removed", 0, 0.99,
-        usual="estimated from a sample of FEATURES, else .3",
-    )  # fmt: skip
+    duplicates: float | None = option(None, "share of removed rows [sampled, or .3]", 0, 0.99)
     cores: int = option(0, "cores of the machine; 0: those of this machine", 0, 4096)
-    memory: str | None = option(
-        None, "RAM of the machine, such as 32GB", usual="that of this machine", amount=True
-    )
-    max_memory: str | None = option(
-        None, "--max_memory of snip dedup", usual="a quarter of the RAM", amount=True
-    )
+    memory: str | None = option(None, "RAM, such as 32GB [that of this machine]", amount=True)
+    max_memory: str | None = option(None, "as of snip dedup [a quarter of the RAM]", amount=True)
     nodes: int = option(1, "number of such machines that share a file system", 1, 10**5)
     disk: str | None = option(None, "free space for OUT, such as 4TB", amount=True)
-    disk_speed: str | None = option(
-        None, "bytes a second that a disk reads or writes, such as 2GB", amount=True,
-        usual="all is in RAM already",
-    )  # fmt: skip
+    disk_speed: str | None = option(None, "bytes a second of a disk [all is in RAM]", amount=True)
     probe: bool = option(False, "measure rates now, and write them to the file of --rates")
-    rates: str | None = option(
-        None, "file of rates that an earlier --probe measured", usual="measured now", path=WRITTEN
-    )
+    rates: str | None = option(None, "file of rates of --probe [measured now]", path=WRITTEN)
     threshold: float = option(THRESHOLD, "as of snip dedup", -1, 1)
     recall: float = option(0.999, "as of snip dedup", 0.5, 1)
     seed: int = option(0, "seed of the sample", 0, MAX_SEED)
@@ -758,11 +538,11 @@ class Plan(Settings):
 
     def check(self) -> None:
         """See `Settings.check`."""
-        if self.features is None and self.rows is None:
-            raise UsageError("give FEATURES or --rows: snip plan --rows 2.1e9 --dim 768")
+        unknown = self.features is None and self.rows is None
+        refuse((unknown, "give FEATURES or --rows: snip plan --rows 2.1e9 --dim 768"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("demo", "trying", "demo", "")
 class Demo(Settings):
     """Run all commands on pictures that it draws itself."""
 
@@ -772,14 +552,20 @@ class Demo(Settings):
     overwrite: bool = option(False, "replace a finished demo")
 
 
-def parse_epsilons(value: Any) -> list[float]:
-    """Parse ``.05,.03``, a number or a list of them; an empty list for None.
+def check_file_range(start: int | None, end: int | None) -> None:
+    """Check that ``--start`` and ``--end`` are a range of file numbers."""
+    first = start or 0
+    refuse(
+        (first < 0 or (end is not None and end <= first),
+         "--start and --end are file numbers from 0, the end exclusive; found "
+         f"--start {first} --end {end}"),
+        (max(first, end or 0) > MOST_FILES,
+         f"--start and --end are file numbers up to {MOST_FILES:,}, not rows"),
+    )  # fmt: skip
 
-    Raises
-    ------
-    UsageError
-        If it is no such list, or a number does not lie between 0 and 2.
-    """
+
+def parse_epsilons(value: Any) -> list[float]:
+    """Parse ``.05,.03``, a number or a list of them; an empty list for None."""
     items = value.split(",") if isinstance(value, str) else value
     items = [] if items is None else items if isinstance(items, list | tuple) else [items]
     try:
@@ -800,11 +586,6 @@ def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
         ``max`` or ``min``, and the column.
     last : str
         ``first``, ``last`` or ``random``: what decides among rows that are still even.
-
-    Raises
-    ------
-    UsageError
-        If the text is no such list.
     """
     *words, last = (word.strip() for word in text.split(","))
     if last not in ("first", "last", "random"):
@@ -818,47 +599,5 @@ def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
     return rules, last
 
 
-def named_kinds(flag: str, text: str | None, known: tuple[str, ...]) -> list[str]:
-    """Parse a list by comma, such as ``--export datacomp,keys``, of known words."""
-    kinds = [kind.strip() for kind in (text or "").split(",") if kind.strip()]
-    if not set(kinds) <= set(known):
-        raise UsageError(f"--{flag} must be one or more of {', '.join(known)}, found {text!r}")
-    return kinds
-
-
-def whole_numbers(name: str, text: str, most: int, least: int = 1) -> list[int]:
-    """Parse ``4,8,16``: whole numbers, ascending, each once.
-
-    Raises
-    ------
-    UsageError
-        If it is anything else.
-    """
-    try:
-        numbers = sorted({int(word) for word in str(text).split(",")})
-    except ValueError:
-        numbers = []
-    if not numbers or not least <= numbers[0] <= numbers[-1] <= most:
-        raise UsageError(
-            f"--{name} must be whole numbers from {least} to {most} such as 4,8,16, found {text!r}"
-        )
-    return numbers
-
-
-def parse_bytes(text: str) -> int:
-    """Parse ``2GB``, ``500 MB``, ``1.5g``, ``2GiB`` (powers of 1024) or a plain number of bytes.
-
-    Raises
-    ------
-    UsageError
-        If the text is not an amount of memory.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?b)?\s*", str(text).lower())
-    try:
-        base = 1024 if match and match[3] == "ib" else 1000
-        value = float(match[1]) * base ** BYTE_UNITS.index(match[2]) if match else -1.0
-    except ValueError:
-        value = -1.0
-    if value <= 0:
-        raise UsageError(f"expected an amount of memory such as 2GB or 500MB, found {text!r}")
-    return int(value)
+# Commands that are functions of the library, by their names there: all but the demo.
+BY_FUNCTION = {made.function: made for made in COMMANDS.values() if made.options is not Demo}

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from snipdedup.config import parse_bytes
+from snipdedup.commands import parse_bytes
 from snipdedup.errors import SnipError
 
 ALIGNED_ROWS = 1024  # rows computed together, aligned to global rows

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup.config import Plan, parse_bytes
+from snipdedup.commands import parse_bytes
+from snipdedup.config import Plan
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes

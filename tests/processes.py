@@ -21,8 +21,8 @@ import atexit, importlib, json, os, sys, traceback
 import faiss, torch, pyarrow.parquet
 from snipdedup import cli
 from snipdedup.runners import base as runners
-for command in cli.COMMANDS:
-    importlib.import_module(command.target.partition(":")[0])
+for command in cli.COMMANDS.values():
+    importlib.import_module(command.module)
 for line in sys.stdin:
     said = json.loads(line)
     if "wait" in said:

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from snipdedup import __version__, cli, commands, config
-from snipdedup.commands import COMMANDS, is_required
+from snipdedup import __version__, cli, commands
+from snipdedup.commands import Settings, is_required
+from snipdedup.config import COMMANDS
 from snipdedup.errors import SnipError, UsageError
 
 HEAVY = ("torch", "faiss", "numpy", "pyarrow")
@@ -27,7 +28,7 @@ HEAVY = ("torch", "faiss", "numpy", "pyarrow")
 @pytest.fixture
 def calls(monkeypatch):
     """Note the settings with which a command would run, and run nothing."""
-    noted: list[config.Settings] = []
+    noted: list[Settings] = []
     monkeypatch.setattr(commands.Command, "run", lambda self, options: noted.append(options))
     return noted
 
@@ -69,7 +70,7 @@ def test_overview(words, capsys):
     assert cli.run(words) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
-    for command in COMMANDS:
+    for command in COMMANDS.values():
         assert f"  {command.name} " in shown.out
         assert command.does in shown.out
     order = [shown.out.index(f"\n{group}\n") for group in ("the chain", "trying", "start here")]
@@ -77,7 +78,7 @@ def test_overview(words, capsys):
     assert max(map(len, shown.out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda c: c.name)
 @pytest.mark.parametrize("form", ["{} --help", "{} -h", "help {}", "{} x --out y --help"])
 def test_help_of_each_command_names_each_setting(command, form, capsys, calls):
     assert cli.run(form.format(command.name).split()) == 0
@@ -99,15 +100,14 @@ def test_help_of_each_command_names_each_setting(command, form, capsys, calls):
         assert first_words in " ".join(shown.out.split())
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda c: c.name)
 def test_each_command_points_at_a_function_that_takes_its_settings(command):
-    module, _, name = command.target.partition(":")
-    path = Path(cli.__file__).parents[1] / f"{module.replace('.', '/')}.py"
-    assert f"def {name}(options: " in path.read_text(encoding="utf-8")
+    path = Path(cli.__file__).parents[1] / f"{command.module.replace('.', '/')}.py"
+    assert "def run(options: " in path.read_text(encoding="utf-8")
 
 
 def test_examples_are_valid(calls):
-    for command in COMMANDS:
+    for command in COMMANDS.values():
         line = command.example.replace("'", "")
         assert cli.run(line.split()[1:]) == 0, line
     assert len(calls) == len(COMMANDS)
@@ -213,7 +213,7 @@ def test_an_empty_word(refused):
     assert "no command ''" in refused("")
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda c: c.name)
 def test_each_flag_is_known_each_misspelt_one_is_not(command, refused):
     for field in command.fields(positional=False):
         typo = f"--{field.name}x"
@@ -254,7 +254,7 @@ def test_texts_that_begin_with_a_dash(calls, text):
 @given(st.text(min_size=1).filter(lambda text: not cli.is_flag(text) and text not in ("-", "--")))
 @hypothesis_settings(deadline=None, max_examples=150)
 def test_any_text_stays_as_it_was_typed(text):
-    command = cli.BY_NAME["dedup"]
+    command = COMMANDS["dedup"]
     options = cli.parse(command, [text, "--out", text, f"--metadata={text}"])
     assert (options.features, options.out, options.metadata) == (text, text, text)
 
@@ -263,7 +263,7 @@ def test_any_text_stays_as_it_was_typed(text):
 @hypothesis_settings(deadline=None, max_examples=150)
 def test_no_words_break_the_parser(words):
     with contextlib.suppress(UsageError):
-        cli.parse(cli.BY_NAME["dedup"], words)
+        cli.parse(COMMANDS["dedup"], words)
 
 
 NUMBERS = [
@@ -308,7 +308,7 @@ def test_a_word_in_place_may_be_named(calls):
     assert (calls[0].metadata, calls[0].is_dup) == ("m", "d")
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda c: c.name)
 def test_defaults_are_those_of_the_settings(command, calls):
     assert cli.run(words_for(command)) == 0
     for field in dataclasses.fields(command.options):
@@ -440,7 +440,7 @@ def test_fire_matches_the_words(monkeypatch):
     calls, original = [], fire.Fire
     monkeypatch.setattr(fire, "Fire", lambda *a, **k: (calls.append(a[1]), original(*a, **k)))
     words = ["-5", "--index", "x", "--k", "3", "--html=--y", "--json"]
-    options = cli.parse(cli.BY_NAME["search"], words)
+    options = cli.parse(COMMANDS["search"], words)
     assert (options.query, options.index, options.k) == ("-5", "x", 3)
     assert (options.html, options.json) == ("--y", True)
     assert calls == [["-5", "--index=x", "--k=3", "--html=--y", "--json=true"]]

@@ -11,11 +11,11 @@ from typing import Any, get_type_hints
 import pytest
 
 from snipdedup import config
-from snipdedup.commands import COMMANDS, bare_type, is_required
-from snipdedup.config import parse_bytes
+from snipdedup.commands import ANYWHERE, bare_type, is_required, parse_bytes, usual_value
+from snipdedup.config import COMMANDS
 from snipdedup.errors import UsageError
 
-CLASSES = [command.options for command in COMMANDS]
+CLASSES = [command.options for command in COMMANDS.values()]
 
 
 def make(kind, **values):
@@ -201,11 +201,11 @@ def test_a_default_is_shown_in_one_form():
         for field in dataclasses.fields(options):
             text = field.metadata["help"]
             assert "default" not in text, field.name
-            assert not text.endswith(f"({config.usual_value(field)})"), field.name
+            assert not text.endswith(f"({usual_value(field)})"), field.name
             if field.default is True:
                 assert f"--no{field.name}" in text
-                assert config.usual_value(field) == "on"
-    by_name = {field.name: config.usual_value(field) for field in dataclasses.fields(config.Dedup)}
+                assert usual_value(field) == "on"
+    by_name = {field.name: usual_value(field) for field in dataclasses.fields(config.Dedup)}
     assert (by_name["seed"], by_name["threshold"], by_name["grouping"]) == ("0", "0.95", "star")
     assert (by_name["out"], by_name["overwrite"]) == ("", "")
 
@@ -221,7 +221,7 @@ ELSEWHERE = {("Download", "cumulative_sizes"), ("Download", "is_dup")}  # files 
 def test_a_url_where_a_local_path_is_meant(kind):
     for field in dataclasses.fields(kind):
         if field.name not in LOCAL or (kind.__name__, field.name) in ELSEWHERE:
-            assert field.metadata.get("path") in (None, "", config.ANYWHERE)
+            assert field.metadata.get("path") in (None, "", ANYWHERE)
             continue
         flag = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
         for url, shown in (

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from snipdedup.commands import COMMANDS
+from snipdedup.config import COMMANDS
 
 SCRIPT = ROOT / "scripts" / "make_cli_docs.py"
 
@@ -53,7 +53,7 @@ def test_check_runs_as_a_script():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda c: c.name)
 def test_each_setting_is_explained(command):
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     section = page.partition(f"## snip {command.name}\n")[2].partition("\n## ")[0]

@@ -15,7 +15,8 @@ import truth
 from conftest import ROOT
 
 import snipdedup
-from snipdedup.commands import BY_FUNCTION, LATE
+from snipdedup.commands import LATE
+from snipdedup.config import BY_FUNCTION
 from snipdedup.errors import UsageError
 from snipdedup.storage import atomic
 

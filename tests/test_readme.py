@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 
 from snipdedup import cli
-from snipdedup.cli import COMMANDS
+from snipdedup.config import COMMANDS
 from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import read_manifest
 
@@ -188,7 +188,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page):
-    flags = {f.name for command in COMMANDS for f in fields(command.options)}
+    flags = {f.name for command in COMMANDS.values() for f in fields(command.options)}
     known = FOREIGN | flags | {f"no{name}" for name in flags}  # a switch turned off
     for script in ROOT.glob("scripts/*.py"):
         known |= set(re.findall(r"\"--(\w+)\"", script.read_text("utf-8")))
@@ -201,9 +201,9 @@ def test_flags_exist(page):
 
 def test_help_and_readme_show_the_same_commands():
     shown = set(re.findall(r"^snip (\w+)", "\n".join(blocks("sh")), re.M))
-    assert shown | {"demo"} == {command.name for command in COMMANDS}
+    assert shown | {"demo"} == set(COMMANDS)
     examples = [line.split("  #")[0].strip() for line in commands(setup=False)]
-    assert next(c.example for c in COMMANDS if c.name == "dedup") in examples
+    assert COMMANDS["dedup"].example in examples
 
 
 PACKAGE = ROOT / "snipdedup"

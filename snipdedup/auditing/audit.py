@@ -21,14 +21,14 @@ from snipdedup.auditing.removed_rows import (
 )
 from snipdedup.auditing.sheet import human_precision, pick_ordinals, sample_pairs, write_sheet
 from snipdedup.config import Audit
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features, plan_blocks
+from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.masks import load_mask
-from snipdedup.metadata.texts import RowTexts, open_row_texts
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage.atomic import sha256

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from snipdedup.auditing.removed_rows import AuditedRun, chosen_places, raw_cosines
-from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
+from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.members import concatenate, no_members
+from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
 from snipdedup.metadata.tables import KEY_COLUMNS
-from snipdedup.metadata.texts import CAPTIONS, URLS, RowTexts
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage.atomic import replacing
 

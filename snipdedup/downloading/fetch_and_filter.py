@@ -1,8 +1,9 @@
 """Fetch the files of a set several at a time; filter each by the mask as it arrives.
 
-A file is fetched to its place, or below ``arrived/`` if it has to be filtered. A done file is
-written when it is fetched, and another one when its outputs are complete, so that a stopped run
-fetches and filters nothing twice, and uses no file that was damaged since.
+A file is fetched to its place, or below ``arrived/`` if it has to be filtered. Another done file is
+written when its outputs are complete, so that a stopped run fetches and filters nothing twice, and
+uses no file that was damaged since. The row of the mask at which the first file begins must be
+certain before that.
 """
 
 from __future__ import annotations
@@ -16,17 +17,26 @@ from typing import Any
 import numpy as np
 
 from snipdedup import progress
-from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
-from snipdedup.errors import SnipError
-from snipdedup.metadata.kept_rows import FILES, feature_rows, write_kept, write_kept_features
-from snipdedup.metadata.masks import FileSizes, Mask, check_sizes
+from snipdedup.downloading.sources import SourceFiles, find_mask
+from snipdedup.downloading.transfer import Monitor, SourceFile, done_file_of, fetch_file, fetch_once
+from snipdedup.errors import MissingError, SnipError, TemporaryError
+from snipdedup.metadata.kept_rows import feature_rows, write_kept, write_kept_features
+from snipdedup.metadata.masks import (
+    HOW_TO_PLACE,
+    MASK,
+    Mask,
+    check_sizes,
+    open_mask,
+    resolve_sizes,
+)
 from snipdedup.metadata.tables import Metadata, open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
+from snipdedup.storage.out_folder import FILES, MANIFEST
+from snipdedup.storage.remote import RemotePath
+from snipdedup.storage.web import NoRangesError, is_web, redacted, scheme_of
 
-ARRIVED = "arrived"  # below the work folder: fetched, not yet filtered
-FETCHED = "fetched"  # below the work folder: a done file for each file that was fetched
-DONE_FILES = "done"  # below the work folder: a done file for each file of metadata
+TOTALS = "cumulative_sizes.npy"
 
 
 @dataclass(frozen=True)
@@ -37,95 +47,80 @@ class DownloadItem:
     number: int | None
     features: SourceFile | None = None
 
-    def done_file(self, work: Path) -> Path:
-        """Return the done file that is written when the outputs of this item are complete."""
-        return work / DONE_FILES / f"{self.table.name}.json"
+    def files(self) -> list[SourceFile]:
+        """Return the files to fetch."""
+        return [self.table] if self.features is None else [self.table, self.features]
 
-    def place(self, folder: Path, suffix: str | None = None) -> list[tuple[SourceFile, Path]]:
-        """Return its files, and where they lie in a folder that is laid out as OUT is."""
+    def paths(self, folder: Path, suffix: str | None = None) -> list[Path]:
+        """Return where these files lie in a folder that is laid out as OUT is."""
         name = self.table.name if suffix is None else Path(self.table.name).stem + suffix
         if self.features is None:
-            return [(self.table, folder / name)]
-        features = folder / FEATURES / self.features.name
-        return [(self.table, folder / METADATA / name), (self.features, features)]
+            return [folder / name]
+        return [folder / METADATA / name, folder / FEATURES / self.features.name]
 
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a run fetches, and the row of the mask at which it begins."""
+    """What a run fetches into its work folder, and the row of the mask at which it begins."""
 
     items: list[DownloadItem]
     mask: Mask | None
     first_row: int
+    work: Path
 
-    def outputs(self, item: DownloadItem, work: Path) -> list[Path]:
+    def outputs(self, item: DownloadItem) -> list[Path]:
         """Return where the files of an item lie when they are complete."""
-        suffix = None if self.mask is None else ".parquet"
-        return [path for _, path in item.place(work / FILES, suffix)]
+        return item.paths(self.work / FILES, None if self.mask is None else ".parquet")
+
+    def done_file(self, item: DownloadItem) -> Path:
+        """Return the done file that is written when the outputs of an item are complete."""
+        return self.work / "done" / f"{item.table.name}.json"
 
 
-def fetch_items(plan: DownloadPlan, work: Path, jobs: int) -> Iterator[dict[str, Any]]:
+def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
     """Fetch files several at a time, filter them in order; yield their entries of the manifest."""
-    done = {item.table.name: read_done(item, plan, work) for item in plan.items}
+    done = {item.table.name: read_done(item, plan) for item in plan.items}
     pending = [item for item in plan.items if not done[item.table.name]]
-    arrived = work / (FILES if plan.mask is None else ARRIVED)
-    total = sum(file.size or 0 for item in pending for file, _ in item.place(arrived))
-    row = plan.first_row
+    arrived, row = plan.work / (FILES if plan.mask is None else "arrived"), plan.first_row
+    total = sum(file.size or 0 for item in pending for file in item.files())
     with progress.bar(total, "download", "B") as bar:
         monitor = Monitor(bar)
-        fetched = monitor.map(lambda item: fetch_item(item, arrived, work, monitor), pending, jobs)
-        with closing(fetched):
+
+        def fetch(item: DownloadItem) -> dict[str, Any]:
+            places = zip(item.files(), item.paths(arrived), strict=True)
+            table, *_ = [fetch_once(file, path, monitor) for file, path in places]
+            return table
+
+        with closing(monitor.map(fetch, pending, jobs)) as fetched:
             for item in plan.items:
                 about = done[item.table.name]
                 if not about:
-                    sizes = next(fetched)
-                    paths = [path for _, path in item.place(arrived)]
-                    about = {**sizes, **check_item(item, paths), "first_row": row}
+                    about, paths, outputs = next(fetched), item.paths(arrived), plan.outputs(item)
+                    about |= {**check_item(item, paths), "first_row": row}
                     if plan.mask is not None:
-                        about |= filter_item(item, paths, plan, work, row)
-                    outputs = plan.outputs(item, work)
-                    named = {path.relative_to(work / FILES).as_posix(): path for path in outputs}
-                    atomic.write_done_file(item.done_file(work), named, about)
-                    for path in set(paths) - set(outputs):
-                        path.unlink()
+                        about |= filter_item(item, paths, plan, row)
+                    named = {path.relative_to(plan.work / FILES).as_posix(): path
+                             for path in outputs}  # fmt: skip
+                    atomic.write_done_file(plan.done_file(item), named, about)
                     for path in paths:
-                        fetched_file(path, work).unlink()
+                        done_file_of(path).unlink()
+                        if path not in outputs:
+                            path.unlink()
                 yield about
                 row += about["rows"]
 
 
-def read_done(item: DownloadItem, plan: DownloadPlan, work: Path) -> dict[str, Any]:
+def read_done(item: DownloadItem, plan: DownloadPlan) -> dict[str, Any]:
     """Return the entry of a file that a stopped run completed, else nothing."""
-    done_file = item.done_file(work)
+    done_file = plan.done_file(item)
     if not done_file.is_file():
         return {}
-    if atomic.is_done(done_file, work / FILES):
+    if atomic.is_done(done_file, plan.work / FILES):
         about = atomic.load_json(done_file)
         return {name: value for name, value in about.items() if name not in ("files", "seal")}
-    for path in plan.outputs(item, work):  # damaged since then
+    for path in plan.outputs(item):  # damaged since then
         path.unlink(missing_ok=True)
     return {}
-
-
-def fetched_file(path: Path, work: Path) -> Path:
-    """Return the done file of one file that was fetched to ``path``, below the work folder."""
-    return work / FETCHED / f"{path.relative_to(work).as_posix()}.json"
-
-
-def fetch_item(item: DownloadItem, folder: Path, work: Path, monitor: Monitor) -> dict[str, Any]:
-    """Fetch what is missing of one file and its features; return size and etag of the file."""
-    described = []
-    for file, path in item.place(folder):
-        done_file = fetched_file(path, work)
-        if atomic.is_done(done_file, path.parent):  # by a run that was stopped
-            about = atomic.load_json(done_file)
-            monitor.report(path, about["size"])
-        else:
-            path.unlink(missing_ok=True)
-            about = fetch_file(file, path, monitor)
-            atomic.write_done_file(done_file, [path], about)
-        described.append({"size": about["size"], "etag": about["etag"]})
-    return described[0]
 
 
 def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
@@ -148,34 +143,134 @@ def count_arrived(file: SourceFile, path: Path, what: str) -> int:
     try:
         return open_table(path).rows if what == "metadata" else feature_rows(path)
     except SnipError as error:
-        path.unlink(missing_ok=True)
+        for arrived in (path, done_file_of(path)):
+            arrived.unlink(missing_ok=True)
         raise SnipError(f"{file.shown}: expected {what}, found another file: {error}") from error
 
 
 def filter_item(
-    item: DownloadItem, paths: Sequence[Path], plan: DownloadPlan, work: Path, row: int
+    item: DownloadItem, paths: Sequence[Path], plan: DownloadPlan, row: int
 ) -> dict[str, Any]:
     """Write the kept rows of one file, whose first row is ``row`` of the set, and its features."""
-    table = open_table(paths[0])
-    keep = rows_to_keep(item, table.rows, plan, row)
-    outputs = plan.outputs(item, work)
-    write_kept(Metadata([table]), ~keep, outputs[0].parent)
+    table, outputs = open_table(paths[0]), plan.outputs(item)
+    is_dup = rows_to_remove(item, table.rows, plan, row)
+    write_kept(Metadata([table]), is_dup, outputs[0].parent)
     for path, output in zip(paths[1:], outputs[1:], strict=True):
-        write_kept_features(path, output, ~keep)
-    return {"name": outputs[0].name, "kept": int(np.count_nonzero(keep))}
+        write_kept_features(path, output, is_dup)
+    return {"name": outputs[0].name, "kept": int(np.count_nonzero(~is_dup))}
 
 
-def rows_to_keep(item: DownloadItem, rows: int, plan: DownloadPlan, row: int) -> np.ndarray:
-    """Return which rows of a file are kept, (rows,) bool; refuse a file that is not the mask's."""
+def rows_to_remove(item: DownloadItem, rows: int, plan: DownloadPlan, row: int) -> np.ndarray:
+    """Return the mask of a file, (rows,) bool; refuse a file that is not the mask's."""
     file, mask = item.table, plan.mask
     if mask is None:
-        return np.ones(rows, bool)
+        return np.zeros(rows, bool)
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
-        check_sizes(FileSizes([file.shown], [rows]), mask.sizes, item.number)
+        check_sizes([(file.shown, rows)], mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and rows != mask.rows:
         text = f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}"
         raise SnipError(f"{text}; for one file of a larger set say which with --start")
     if row + rows > mask.rows:
         text = f"{file.shown} is rows {row:,} to {row + rows:,} of its set, the mask has"
         raise SnipError(f"{text} {mask.rows:,}; they do not belong to the same set")
-    return ~np.asarray(mask.is_dup[row : row + rows])
+    return np.array(mask.is_dup[row : row + rows])
+
+
+def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
+    """Open the mask; fetch it, its manifest and the totals if they are not local.
+
+    A stopped run continues with those that it fetched.
+    """
+
+    def fetch_here(file: SourceFile, folder: Path) -> Path:
+        with progress.bar(file.size or 0, file.name, "B") as bar:
+            fetch_once(file, folder / file.name, Monitor(bar))
+        return folder / file.name
+
+    mask = Path(spec)
+    if scheme_of(spec):
+        file, manifest = find_mask(spec, MASK)
+        mask = fetch_here(file, work / "published" / "mask")
+        if manifest is not None:
+            try_manifest(manifest, mask.with_name(MANIFEST))
+    if totals is not None and scheme_of(totals):
+        totals = str(fetch_here(find_mask(totals, TOTALS)[0], work / "published" / "totals"))
+    return open_mask(mask, totals)
+
+
+def try_manifest(file: SourceFile, target: Path) -> None:
+    """Fetch the manifest beside a mask, if there is one."""
+    try:
+        fetch_file(file, target)
+        atomic.load_json(target)
+    except MissingError:
+        return
+    except TemporaryError:
+        raise
+    except SnipError:  # some servers answer every name with a page
+        target.unlink(missing_ok=True)
+
+
+def place_mask(
+    source: str, found: SourceFiles, mask: Mask, work: Path, jobs: int
+) -> tuple[Mask, int]:
+    """Return the mask, with one meaning of its totals, and the row of the first file in it.
+
+    It is refused if that row is not certain.
+    """
+    first, count = found.first, len(found.files)
+    if first is None:
+        # the rows of a single web file are compared when it has come
+        rows = mask.rows if is_web(source) else sum(count_rows(found.files, work, jobs))
+        if rows != mask.rows:
+            raise SnipError(
+                f"{redacted(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; "
+                f"for a part of a set say which with --start and --end; or {HOW_TO_PLACE}"
+            )
+        return mask, 0
+    if mask.sizes is None:
+        if found.before is None:
+            name = found.files[0].shown
+            raise SnipError(f"at which row {name} begins is not known; {HOW_TO_PLACE}")
+        return mask, sum(count_rows(found.before, work, jobs))
+    names = [file.shown for file in found.files]
+    rows_here = None if mask.other_sizes is None else count_rows(found.files, work, jobs)
+
+    def first_row(one: Mask) -> int:
+        sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
+        if first + count > len(sizes):
+            wanted = f"files {first} to {first + count - 1} are wanted"
+            raise SnipError(f"{wanted}, the mask's set has 0 to {len(sizes) - 1}")
+        if rows_here is not None:
+            check_sizes(list(zip(names, rows_here, strict=True)), sizes, first)
+        return int(sizes[:first].sum())
+
+    return resolve_sizes(mask, first_row)
+
+
+def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
+    """Count the rows of each file, by its footer if the server sends ranges."""
+
+    def count(file: SourceFile) -> int:
+        try:
+            if not scheme_of(file.url):
+                return open_table(Path(file.url)).rows
+            if Path(file.name).suffix.lower() == ".parquet":
+                try:
+                    return open_table(RemotePath(file.url, file.token)).rows
+                except NoRangesError:
+                    pass
+            copy = work / "counted" / file.name
+            fetch_file(file, copy, monitor)
+            rows = open_table(copy).rows
+            copy.unlink()
+            return rows
+        except TemporaryError:
+            raise
+        except SnipError as error:
+            text = f"the mask's place needs the rows of {file.name}: {error}; or {HOW_TO_PLACE}"
+            raise SnipError(text) from error
+
+    monitor = Monitor()
+    counted = monitor.map(count, files, jobs)
+    return list(progress.track(counted, "rows of files", "files", len(files)))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -77,14 +76,6 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def own_token() -> str | None:
-    """Return the token that the hub's own tools keep, None if there is none or none is wanted."""
-    from huggingface_hub.utils import build_hf_headers
-
-    header = build_hf_headers().get("authorization")
-    return header.removeprefix("Bearer ") if header else None
-
-
 def ask_hub(place: HubAddress, work: Callable[[Any], T]) -> T:
     """Return what ``work`` gets from the hub's client, tried again after temporary faults."""
     try:
@@ -94,9 +85,10 @@ def ask_hub(place: HubAddress, work: Callable[[Any], T]) -> T:
         raise SnipError(text) from None
 
     def attempt() -> T:
-        with client_errors(place):
-            client = HfApi(endpoint(), library_name="snipdedup", library_version=__version__)
-            return work(client)
+        try:
+            return work(HfApi(endpoint(), library_name="snipdedup", library_version=__version__))
+        except Exception as error:
+            raise hub_error(place, error) from error
 
     return with_retries(attempt)
 
@@ -117,6 +109,8 @@ def pin(address: str, commit: str | None = None) -> str:
 
 def list_repository(address: str) -> tuple[dict[str, SourceFile], list[str]]:
     """Return the files of a folder by name, and the names of its folders, at a pinned commit."""
+    from huggingface_hub.utils import build_hf_headers
+
     place, files, folders = parse_address(address), {}, []
     entries = ask_hub(
         place,
@@ -126,7 +120,8 @@ def list_repository(address: str) -> tuple[dict[str, SourceFile], list[str]]:
             )
         ),
     )
-    text = own_token()
+    bearer = build_hf_headers().get("authorization")  # None without a login
+    token = Token(origin_of(endpoint()), bearer.removeprefix("Bearer ")) if bearer else None
     for entry in entries:
         name = entry.path.rpartition("/")[2]
         if hasattr(entry, "tree_id"):
@@ -137,28 +132,22 @@ def list_repository(address: str) -> tuple[dict[str, SourceFile], list[str]]:
             size=entry.size,
             sha256=entry.lfs.sha256 if entry.lfs else None,
             git_sha1=None if entry.lfs else entry.blob_id,
-            token=Token(origin_of(endpoint()), text) if text else None,
+            token=token,
         )
     return files, folders
 
 
-@contextmanager
-def client_errors(place: HubAddress) -> Iterator[None]:
-    """Turn the client's errors into ours, which say what to do."""
-    try:
-        yield
-    except SnipError:
-        raise
-    except Exception as error:
-        # The client hides causes: a disabled repository can look like a missing cache entry.
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__) is not None:
-            chain.append(cause)
-        raise hub_error(place, chain) from error
+def hub_error(place: HubAddress, error: Exception) -> SnipError:
+    """Return what an error of the client means, and what to do."""
+    # The client hides causes: a disabled repository can look like a missing cache entry.
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
 
+    def first_line(error: BaseException) -> str:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return lines[0] if lines else type(error).__name__
 
-def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
-    """Return what an error of the client, with its causes, means."""
     meanings: dict[str, tuple[type[SnipError], str]] = {
         "DisabledRepoError": (SnipError, DISABLED),
         # a kind of RepositoryNotFoundError, so it comes first
@@ -175,7 +164,7 @@ def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
         ),
         "EntryNotFoundError": (MissingError, f"has no {place.path!r}; see {place.page}/tree/main"),
         "OfflineModeIsEnabled": (SnipError, "HF_HUB_OFFLINE is set; unset it"),
-        "HFValidationError": (UsageError, short_reason(chain[0])),
+        "HFValidationError": (UsageError, first_line(error)),
     }
     kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
     for name, (kind, text) in meanings.items():
@@ -184,14 +173,9 @@ def hub_error(place: HubAddress, chain: Sequence[BaseException]) -> SnipError:
     responses = [getattr(error, "response", None) for error in chain]
     response = next((response for response in responses if response is not None), None)
     if response is None:
-        text = f"the hub cannot be reached: {short_reason(chain[-1])}; {AGAIN}"
+        text = f"the hub cannot be reached: {first_line(chain[-1])}; {AGAIN}"
         return TemporaryError(f"{place}: {text}")
     status = response.status_code
     if status in TEMPORARY:
         return temporary_error(f"{place}: the hub says {status}; {AGAIN}", response.headers)
     return SnipError(f"{place}: the hub says {status} {response.reason_phrase}")
-
-
-def short_reason(error: BaseException) -> str:
-    """Return the first line of an error that says something."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

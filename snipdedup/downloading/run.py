@@ -1,28 +1,37 @@
-"""``snip download``: metadata files and features, filtered by a mask as they arrive.
+"""``snip download``: metadata files and features, filtered by a mask as they arrive; results.
 
 A file's place in the mask is its place in the unfiltered set, whatever part of it is fetched. A
-stopped run continues with the commit, the mask and the first row that it began with.
+stopped run continues with the commit, the mask and the first row that it began with. A result that
+someone published (an encoder, an index, an OUT) is fetched by its manifest.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
+from snipdedup import progress
 from snipdedup.config import Download
-from snipdedup.downloading import hub, published, sources
-from snipdedup.downloading.fetch_and_filter import DownloadItem, DownloadPlan, fetch_items
-from snipdedup.downloading.mask_rows import open_published_mask, place_mask
+from snipdedup.downloading import hub, sources
+from snipdedup.downloading.fetch_and_filter import (
+    DownloadItem,
+    DownloadPlan,
+    fetch_items,
+    open_published_mask,
+    place_mask,
+)
 from snipdedup.downloading.sources import SourceFiles
-from snipdedup.downloading.transfer import SourceFile
-from snipdedup.errors import SnipError, TemporaryError
+from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file, fetch_once
+from snipdedup.errors import MissingError, SnipError, TemporaryError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.masks import describe_kept, file_version, open_mask
 from snipdedup.metadata.tables import SUFFIXES
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
+from snipdedup.storage.out_folder import FORMAT, MANIFEST, is_finished, put_in_place, read_manifest
 from snipdedup.storage.web import PART, is_web, redacted, scheme_of
 
 KIND = "download"
@@ -77,7 +86,7 @@ def run(options: Download) -> DownloadResult:
         if found is None:
             found = find_source(pin_source(source, out, "revision"), start, end, whole)
         if isinstance(found, SourceFile):
-            manifest = published.fetch_manifest(found, out / locks.WORK / MANIFEST)
+            manifest = fetch_manifest(found, out / locks.WORK / MANIFEST)
         else:
             plan = make_plan(options, source, found, out)
     except TemporaryError:
@@ -87,8 +96,7 @@ def run(options: Download) -> DownloadResult:
             out_folder.release(out)
         raise
     if isinstance(found, SourceFile):
-        text = published.fetch_result(out, found, manifest, options.jobs)
-        return DownloadResult(out, manifest["kind"], len(manifest["outputs"]), 0, 0, text)
+        return fetch_result(out, found, manifest, options.jobs)
     return fetch_set(options, request, plan, out)
 
 
@@ -100,7 +108,8 @@ def find_source(
     ``whole``: neither a part nor a filter is asked for, so a published folder may be meant.
     """
     if whole and is_web_folder(source):
-        return published.manifest_in(source)
+        head, mark, query = source.partition("?")
+        return SourceFile(f"{head.rstrip('/')}/{MANIFEST}{mark}{query}")
     folder = None
     if whole and not is_web(source):
         url, names = sources.split_source(source)
@@ -172,21 +181,6 @@ def mask_identity(location: str) -> dict[str, Any]:
     return {"sha256": atomic.sha256(path)}
 
 
-def confirm_published(source: str, out: Path, kind: str, whole: bool) -> DownloadResult:
-    """Return that a published folder was fetched before; refuse a folder that is another one."""
-    if whole:
-        pinned = hub.pin(source) if scheme_of(source) == hub.SCHEME else source
-        found = find_source(pinned, None, None, whole)
-        if isinstance(found, SourceFile) and published.is_complete_copy(out, found):
-            text = f"{out} is finished already: {kind}, as {redacted(source)}"
-            files = atomic.load_json(out / MANIFEST)["outputs"]
-            return DownloadResult(out, kind, len(files), 0, 0, text)
-    raise SnipError(
-        f"{out} holds a finished {kind}, not what {redacted(source)} is now; choose another "
-        "folder, or replace it with --overwrite"
-    )
-
-
 def read_pins(out: Path) -> dict[str, Any]:
     """Return what a stopped run began with: commits, the first row."""
     path = out / locks.WORK / PINNED
@@ -220,24 +214,22 @@ def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> 
         wanted = sources.find_features(source, found, elsewhere)
         check_names(wanted, FEATURE_SUFFIXES)
         features = wanted
-    items = list(map(DownloadItem, found.files, numbers, features))
+    items, work = list(map(DownloadItem, found.files, numbers, features)), out / locks.WORK
     if options.is_dup is None:
-        return DownloadPlan(items, None, 0)
-    work = out / locks.WORK
+        return DownloadPlan(items, None, 0, work)
     mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
     first_row = read_pins(out).get("first_row")
     if first_row is None or mask.other_sizes is not None:
         mask, first_row = place_mask(source, found, mask, work, options.jobs)
         add_pin(out, "first_row", first_row)
-    return DownloadPlan(items, mask, first_row)
+    return DownloadPlan(items, mask, first_row, work)
 
 
 def fetch_set(
     options: Download, request: dict[str, Any], plan: DownloadPlan, out: Path
 ) -> DownloadResult:
     """Fetch and filter the files of a plan; write the manifest."""
-    work, pins = out / locks.WORK, read_pins(out)
-    described = list(fetch_items(plan, work, options.jobs))
+    pins, described = read_pins(out), list(fetch_items(plan, options.jobs))
     hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
     given = {name: getattr(options, name) for name in hidden}
     shown = {name: value and redacted(value) for name, value in given.items()}
@@ -250,7 +242,7 @@ def fetch_set(
         "first_row": plan.first_row if plan.mask else None,
         "files": described,
     }
-    outputs = [path for item in plan.items for path in plan.outputs(item, work)]
+    outputs = [path for item in plan.items for path in plan.outputs(item)]
     out_folder.publish(out, KIND, body, outputs)
     return describe_download(out, described)
 
@@ -262,3 +254,98 @@ def describe_download(out: Path, files: Sequence[dict[str, Any]], note: str = ""
     text = f"{out}{note}: {describe_kept(rows, kept, len(files))}"
     text += f", with features of {features} files" if features else ""
     return DownloadResult(out, KIND, len(files), rows, kept, text)
+
+
+def fetch_manifest(manifest: SourceFile, target: Path) -> dict[str, Any]:
+    """Fetch the manifest of a published folder to ``target``, check that it is one, return it."""
+    try:
+        fetch_file(manifest, target)
+    except MissingError:
+        expected = "a pattern with {part:04d}, a metadata file, or a folder that snip wrote"
+        raise MissingError(f"{manifest.shown}: there is none; expected {expected}") from None
+    found = atomic.load_json(target)
+    if not isinstance(found, dict) or "kind" not in found or "outputs" not in found:
+        raise SnipError(f"{manifest.shown}: expected a manifest of snip, found other JSON")
+    if found.get("format", 0) > FORMAT:
+        upgrade = "upgrade with: pip install -U snipdedup-toolkit"
+        raise SnipError(f"{manifest.shown}: written by a newer snipdedup; {upgrade}")
+    output_files(found, manifest)
+    return found
+
+
+def output_files(manifest: dict[str, Any], source: SourceFile) -> dict[str, SourceFile]:
+    """Return the files that a manifest names, by their path below the folder.
+
+    Paths that lead out of the folder are refused: anyone may have written a manifest.
+    """
+    web, files = is_web(source.url), {}
+    base, mark, query = source.url.partition("?") if web else (source.url, "", "")
+    for name, output in manifest["outputs"].items():
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or "\\" in name or {"..", "."} & set(parts):
+            raise SnipError(f"{source.shown} names {name!r}, which is not in the folder")
+        if not isinstance(output, dict) or not {"size", "sha256"} <= set(output):
+            raise SnipError(f"{source.shown}: expected size and sha256 of {name!r}, found {output}")
+        files[name] = SourceFile(
+            f"{base.removesuffix(MANIFEST)}{quote(name) if web else name}{mark}{query}",
+            size=int(output["size"]),
+            sha256=str(output["sha256"]),
+            token=source.token,
+        )
+    return files
+
+
+def fetch_result(
+    out: Path, source: SourceFile, manifest: dict[str, Any], jobs: int
+) -> DownloadResult:
+    """Fetch a published folder to ``out``, which is claimed and has its manifest in the work.
+
+    Every file is checked by its SHA-256. The manifest comes last, byte for byte, so that the folder
+    is what its author made.
+    """
+    work, files = out / locks.WORK / "result", output_files(manifest, source)
+    wanted = {
+        name: file
+        for name, file in files.items()
+        if not ((out / name).is_file() and atomic.sha256(out / name) == file.sha256)
+    }
+    total, kind = sum(file.size or 0 for file in wanted.values()), manifest["kind"]
+    with progress.bar(total, f"fetch {kind}", "B") as bar:
+        monitor = Monitor(bar)
+        tasks = [(file, work / name) for name, file in wanted.items()]
+        for _ in monitor.map(lambda task: fetch_once(*task, monitor), tasks, jobs):
+            pass
+    work.mkdir(exist_ok=True)  # if all files were here already
+    (out / locks.WORK / MANIFEST).replace(work / MANIFEST)
+    put_in_place(out, work)
+    size = sum(file.size or 0 for file in files.values())
+    text = f"{out}: {kind}, {len(files)} files, {size:,} bytes, each proved by sha256"
+    return DownloadResult(out, kind, len(files), 0, 0, text)
+
+
+def confirm_published(source: str, out: Path, kind: str, whole: bool) -> DownloadResult:
+    """Return that a published folder was fetched before; refuse a folder that is another one."""
+    if whole:
+        pinned = hub.pin(source) if scheme_of(source) == hub.SCHEME else source
+        found = find_source(pinned, None, None, whole)
+        if isinstance(found, SourceFile) and is_complete_copy(out, found):
+            text = f"{out} is finished already: {kind}, as {redacted(source)}"
+            files = atomic.load_json(out / MANIFEST)["outputs"]
+            return DownloadResult(out, kind, len(files), 0, 0, text)
+    raise SnipError(
+        f"{out} holds a finished {kind}, not what {redacted(source)} is now; choose another "
+        "folder, or replace it with --overwrite"
+    )
+
+
+def is_complete_copy(out: Path, source: SourceFile) -> bool:
+    """Tell whether a folder is a complete copy of the published one with this manifest."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / MANIFEST
+        manifest = fetch_manifest(source, copy)
+        if (out / MANIFEST).read_bytes() != copy.read_bytes():
+            return False
+    return all(
+        (out / name).is_file() and (out / name).stat().st_size == output["size"]
+        for name, output in manifest["outputs"].items()
+    )

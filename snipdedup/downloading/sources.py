@@ -17,7 +17,7 @@ from snipdedup.errors import MissingError, SnipError, UsageError
 from snipdedup.features import formats
 from snipdedup.features.shards import natural_sort
 from snipdedup.metadata import tables
-from snipdedup.metadata.masks import FileSizes, choose_files, file_numbers
+from snipdedup.metadata.masks import choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.listing import FEATURES, METADATA, list_folder
 from snipdedup.storage.out_folder import MANIFEST
@@ -161,7 +161,7 @@ def find_source_files(
     start, end = start or 0, end or (max(numbers) + 1 if numbers else len(files))
     if start >= end:
         raise SnipError(f"file {start} is wanted, {redacted(source)} ends at {end - 1}")
-    first = choose_files(FileSizes(names, [0] * len(names)), numbers, None, start, end)
+    first = choose_files([(name, 0) for name in names], numbers, None, start, end)
     before = files[:first] if first == start else None
     return SourceFiles(files[first : first + end - start], start, before, folder)
 

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,8 +58,12 @@ class SourceFile:
         return redacted(self.url)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be equal for a part to be continued."""
+        """Return what notes of this file hold."""
         return {"source": self.shown, "sha256": self.sha256, "git_sha1": self.git_sha1}
+
+    def is_source_of(self, note: dict[str, Any]) -> bool:
+        """Tell whether a note is of this file."""
+        return all(note.get(name) == value for name, value in self.identity().items())
 
 
 class Monitor:
@@ -88,15 +93,12 @@ class Monitor:
 
     def pause(self, seconds: float, reason: str) -> None:
         """Wait, and show why."""
-        self._show(f"waiting {seconds:.0f} s: {reason}")
-        if self.stop.wait(seconds):
-            raise StoppedError("stopped")
-        self._show("")
-
-    def _show(self, text: str) -> None:
-        with self.lock:
-            if self.bar is not None:
-                self.bar.set_postfix_str(text)
+        for text, wait in ((f"waiting {seconds:.0f} s: {reason}", seconds), ("", 0)):
+            with self.lock:
+                if self.bar is not None:
+                    self.bar.set_postfix_str(text)
+            if self.stop.wait(wait):
+                raise StoppedError("stopped")
 
     def map(
         self, work: Callable[[T], R], items: Iterable[T], jobs: int
@@ -126,18 +128,33 @@ class PartFile:
         """Return how many bytes are here."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
-    def read_note(self) -> dict[str, Any]:
-        """Return the note, empty if it cannot be read."""
-        try:
-            return dict(atomic.load_json(self.note))
-        except (SnipError, TypeError, ValueError):
-            return {}
-
     def remove(self) -> None:
         """Remove part and note."""
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
         self.joined = False
+
+
+def fetch_once(file: SourceFile, target: Path, monitor: Monitor) -> dict[str, Any]:
+    """Return what `fetch_file` does; a file that an earlier run fetched is not fetched again.
+
+    A done file beside the target tells that it is this file, and that it was not damaged since.
+    """
+    done_file = done_file_of(target)
+    if atomic.is_done(done_file, target.parent):
+        about: dict[str, Any] = atomic.load_json(done_file)
+        if file.is_source_of(about):
+            monitor.report(target, about["size"])
+            return {"size": about["size"], "etag": about["etag"]}
+    target.unlink(missing_ok=True)
+    about = fetch_file(file, target, monitor)
+    atomic.write_done_file(done_file, [target], {**file.identity(), **about})
+    return about
+
+
+def done_file_of(target: Path) -> Path:
+    """Return the done file of a file that was fetched."""
+    return target.with_name(f".{target.name}.done.json")
 
 
 def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -> dict[str, Any]:
@@ -173,10 +190,10 @@ def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any
     A part is continued only if a checksum will prove it at the end, or if the source still has the
     named version that it is part of.
     """
-    checked = bool(file.sha256 or file.git_sha1)
-    note = part.read_note()
-    same = all(note.get(name) == value for name, value in file.identity().items())
-    begin = part.size() if same and (checked or note.get("etag")) else 0
+    checked, note = bool(file.sha256 or file.git_sha1), {}
+    with suppress(SnipError, TypeError, ValueError):  # none, or damaged
+        note = dict(atomic.load_json(part.note))
+    begin = part.size() if file.is_source_of(note) and (checked or note.get("etag")) else 0
     part.joined |= begin > 0
     version = note.get("etag") if begin else None
     whole = file.size if file.size is not None else note.get("total")
@@ -217,10 +234,10 @@ def check_bytes(file: SourceFile, part: PartFile, size: int) -> None:
         ("sha256", file.sha256, atomic.sha256),
         ("git_sha1", file.git_sha1, git_sha1),
     ):
-        if expected is not None and digest(part.path) != expected:
+        if expected is not None and (found := digest(part.path)) != expected:
             raise ChecksumError(
-                f"{file.shown}: wrong checksum: expected {name} {expected}, found "
-                f"{digest(part.path)}; run again, or ask who publishes it"
+                f"{file.shown}: wrong checksum: expected {name} {expected}, found {found}; run "
+                "again, or ask who publishes it"
             )
 
 

@@ -166,15 +166,9 @@ def draw_recall(left: Any, right: Any, body: dict[str, Any]) -> None:
                 left.text(sizes[0], height, f"{label} uncoded", color=COLOURS[name],
                           fontsize=7, va="bottom")  # fmt: skip
     every = [f"{n:,}" if n < body["nlist"] else f"all {n:,}" for n in visited]
-    for axis, label, title, ticks, texts in (
-        (left, "bytes a row", f"Neighbours by code size (nprobe {nprobe})", sizes, sizes),
-        (
-            right,
-            "lists visited",
-            f"Neighbours by lists visited ({sizes[-1]} bytes)",
-            visited,
-            every,
-        ),
+    for axis, counted, title, ticks, texts in (
+        (left, "bytes a row", f"code size (nprobe {nprobe})", sizes, sizes),
+        (right, "lists visited", f"lists visited ({sizes[-1]} bytes)", visited, every),
     ):
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [str(text) for text in texts])

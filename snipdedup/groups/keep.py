@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 from snipdedup.config import keep_rules
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.groups.members import Rank
-from snipdedup.metadata.precheck import ColumnUse
-from snipdedup.metadata.tables import Metadata, Table
+from snipdedup.metadata.tables import ColumnUse, Metadata, Table
 from snipdedup.storage.external_sort import Columns
 
 MISSING = np.uint64(2**64 - 1)  # the rank of null and NaN: after all values, ascending or not

@@ -14,13 +14,9 @@ import pyarrow as pa
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.gather import gather_columns
 from snipdedup.metadata.kept_rows import AddedColumn
-from snipdedup.metadata.precheck import ColumnUse
-from snipdedup.metadata.tables import Metadata, Table, as_texts
+from snipdedup.metadata.tables import ColumnUse, Metadata, Table, as_texts
 from snipdedup.storage.external_sort import READ, Columns, Sorter, among, pack
 
-DUP_COUNT = "dup_count"
-WEIGHT = "weight"
-MERGED = "merged_captions"
 CAPTION_COLUMNS = ("caption", "text")
 PART_CAPTIONS = 1 << 18  # captions in memory at a time
 SIGN = np.uint64(1 << 63)
@@ -37,8 +33,8 @@ class ColumnSettings(NamedTuple):
 def added_names(settings: ColumnSettings) -> list[str]:
     """Return the names of the columns that a run adds."""
     merges = settings.merge_captions is not None
-    names = {DUP_COUNT: True, WEIGHT: settings.weights, MERGED: merges}
-    return [name for name, wanted in names.items() if wanted]
+    fields = {DupCounts.field: True, Weights.field: settings.weights, MergedCaptions.field: merges}
+    return [field.name for field, wanted in fields.items() if wanted]
 
 
 def caption_column(settings: ColumnSettings, metadata: Metadata) -> str:
@@ -97,56 +93,50 @@ class RemovedRows(NamedTuple):
                 return RemovedRows(self.row, end)
             end = np.where(is_removed, self.representative[place], end)
 
-    def counts(self, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the representatives, ascending, and how many rows each has.
-
-        Long ones are mapped from files that begin as ``path``.
-        """
-        kind = np.dtype([("row", "<i8")])
-        sorter = Sorter(path, kind, lambda r: r["row"].view(np.uint64) ^ SIGN)
-        for part in self.parts():
-            sorter.add(pack(kind, part.representative))
-        counts = Columns(path, {"row": "<i8", "count": "<i8"})
-        for records in sorter.ascending():
-            counts.add(*np.unique(records["row"], return_counts=True))
-        row, count = counts.arrays()
-        return row, count
-
 
 class DupCounts:
-    """The column ``dup_count``: how many removed rows have this representative."""
+    """The column ``dup_count``: how many removed rows have this representative.
 
-    field = pa.field(DUP_COUNT, pa.int64())
+    Many representatives are mapped from files that begin as ``path``.
+    """
 
-    def __init__(self, removed: RemovedRows, path: Path | None = None) -> None:
-        self.representatives, self.counts = removed.counts(path)
-
-    def between(self, start: int, stop: int) -> Any:
-        """See `AddedColumn`."""
-        low, high = np.searchsorted(self.representatives, [start, stop])
-        found = np.zeros(stop - start, np.int64)
-        found[self.representatives[low:high] - start] = self.counts[low:high]
-        return pa.array(found)
-
-
-class Weights:
-    """The column ``weight``: the rows of one representative, and it, share 1."""
-
-    field = pa.field(WEIGHT, pa.float64())
+    field = pa.field("dup_count", pa.int64())
 
     def __init__(self, removed: RemovedRows, path: Path | None = None) -> None:
         self.removed = removed
-        self.representatives, self.counts = removed.counts(path)
+        kind = np.dtype([("row", "<i8")])
+        sorter = Sorter(path, kind, lambda r: r["row"].view(np.uint64) ^ SIGN)
+        for part in removed.parts():
+            sorter.add(pack(kind, part.representative))
+        columns = Columns(path, {"row": "<i8", "count": "<i8"})
+        for records in sorter.ascending():
+            columns.add(*np.unique(records["row"], return_counts=True))
+        self.representatives, self.counts = columns.arrays()
 
     def between(self, start: int, stop: int) -> Any:
         """See `AddedColumn`."""
-        found = np.ones(stop - start)
+        return pa.array(self.copies(start, stop))
+
+    def copies(self, start: int, stop: int) -> np.ndarray:
+        """Return how many removed rows each row represents, (stop - start,) int64."""
         low, high = np.searchsorted(self.representatives, [start, stop])
-        found[self.representatives[low:high] - start] = 1 / (1 + self.counts[low:high])
+        found = np.zeros(stop - start, np.int64)
+        found[self.representatives[low:high] - start] = self.counts[low:high]
+        return found
+
+
+class Weights(DupCounts):
+    """The column ``weight``: the rows of one representative, and it, share 1."""
+
+    field = pa.field("weight", pa.float64())
+
+    def between(self, start: int, stop: int) -> Any:
+        """See `AddedColumn`."""
+        copies = self.copies(start, stop)
         low, high = np.searchsorted(self.removed.row, [start, stop])
         of = np.searchsorted(self.representatives, self.removed.representative[low:high])
-        found[self.removed.row[low:high] - start] = 1 / (1 + self.counts[of])
-        return pa.array(found, self.field.type)
+        copies[self.removed.row[low:high] - start] = self.counts[of]
+        return pa.array(1 / (1 + copies))
 
 
 class MergedCaptions:
@@ -156,7 +146,7 @@ class MergedCaptions:
     list for all other rows. Close it: its temporary files lie in ``folder``.
     """
 
-    field = pa.field(MERGED, pa.list_(pa.string()))
+    field = pa.field("merged_captions", pa.list_(pa.string()))
 
     def __init__(
         self, metadata: Metadata, column: str, removed: RemovedRows, most: int, folder: Path

@@ -14,34 +14,35 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from snipdedup import progress
-from snipdedup.config import EXPORTS, Filter, named_kinds
+from snipdedup.commands import named_kinds
+from snipdedup.config import EXPORTS, Filter
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
-from snipdedup.metadata.export import FOLDER, list_columns, list_uses, write_lists
-from snipdedup.metadata.join_by_key import KeyJoin, plan_key_join
+from snipdedup.metadata.join_by_key import KeyJoin, check_removed_keys, plan_key_join
 from snipdedup.metadata.kept_rows import (
-    FILES,
+    LISTS,
     kept_names,
+    list_columns,
+    list_uses,
     try_writing,
     write_kept,
     write_kept_npy,
+    write_lists,
 )
 from snipdedup.metadata.masks import (
     SCAN_ROWS,
     Mask,
-    check_removed_keys,
     describe_kept,
     file_version,
     open_mask,
     place_metadata,
 )
-from snipdedup.metadata.precheck import ColumnUse, try_column_uses
-from snipdedup.metadata.tables import Metadata, open_metadata
+from snipdedup.metadata.tables import ColumnUse, Metadata, open_metadata, try_column_uses
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import read_manifest
 
 KIND = "filter"
-RESERVED = ("metadata", FOLDER)
+RESERVED = ("metadata", LISTS)
 DONE = "whole"  # below the work folder: which of these files are
 
 
@@ -49,16 +50,9 @@ DONE = "whole"  # below the work folder: which of these files are
 class FilterResult:
     """What ``snip filter`` wrote to ``out``.
 
-    Attributes
-    ----------
-    files : list of dict
-        Each file's ``name``, ``number`` in the whole set (None where unknown), ``rows``, ``kept``.
-    rows, kept : int
-        Rows of all files, before and after.
-    join : dict or None
-        With ``--on``: rows by how they were found, as the manifest has them.
-    text : str
-        The summary that the command prints.
+    ``files`` has each file's ``name``, ``number`` in the whole set (None where unknown), ``rows``
+    and ``kept``; ``rows`` and ``kept`` are those of all files. ``join`` are, with ``--on``, rows by
+    how they were found, as the manifest has them.
     """
 
     out: Path
@@ -66,7 +60,7 @@ class FilterResult:
     rows: int
     kept: int
     join: dict[str, Any] | None
-    text: str
+    text: str  # the summary that the command prints
 
     def __str__(self) -> str:
         """Return the summary."""
@@ -142,17 +136,15 @@ def filter_rows(
     body: dict[str, Any],
 ) -> FilterResult:
     """Decide the rows, write those that are kept, and publish them with the manifest's ``body``."""
-    work, metadata, notes = out / locks.WORK, chosen.metadata, []
-    lists_folder = work / FILES / FOLDER
+    work, metadata, note = out / locks.WORK, chosen.metadata, None
+    lists_folder = work / out_folder.FILES / LISTS
     try:
         if join is not None:
-            joined = join.run(metadata, mask, work / "join")
-            is_dup, body["join"] = joined.is_dup, join.describe(joined)
-            notes.append(join.report(joined, metadata))
+            is_dup = join.run(mask, work / "join")
+            body["join"], note = join.describe(), join.report()
         else:
             is_dup = mask.is_dup[chosen.row : chosen.row + metadata.rows]
-            checked = check_removed_keys(metadata, mask, chosen.row, work)
-            notes += [checked] if checked else []
+            note = check_removed_keys(metadata, mask, chosen.row, work)
         lists = write_lists(columns, metadata, is_dup, lists_folder, work)
     except SnipError:
         out_folder.release(out)  # an earlier result there is left as it is
@@ -165,15 +157,14 @@ def filter_rows(
     body["files"], written = write_rows(chosen, is_dup, work)
     try:
         mask.refuse_changed()
-        for table in (metadata, *([join.known] if join else [])):
-            table.refuse_changed()
-        for features in chosen.features.values():
-            features.refuse_changed()
+        opened = [metadata.opened, *(features.opened for features in chosen.features.values())]
+        for files in [*opened, *([join.known.opened] if join else [])]:
+            files.refuse_changed()
     except InputError:
         out_folder.release(out)
         raise
     out_folder.publish(out, KIND, body, [*written, *lists])
-    return describe_filter(out, body, lines=notes)
+    return describe_filter(out, body, lines=[note] if note else [])
 
 
 def open_embeddings(specs: str | None, metadata: Metadata) -> dict[str, Features]:
@@ -259,7 +250,7 @@ def write_rows(
     has its file of metadata, of a shard without rows neither is left: embedding-reader skips
     features of no rows, but not their metadata, and all rows after them would be wrong.
     """
-    files, folder, done = chosen.metadata.files, work / FILES, work / DONE
+    files, folder, done = chosen.metadata.files, work / out_folder.FILES, work / DONE
     inner = folder / "metadata" if chosen.features else folder
     parts = write_kept(chosen.metadata, is_dup, inner, done=done / "metadata")
     described = [
@@ -284,14 +275,12 @@ def write_features(features: Features, is_dup: np.ndarray, folder: Path, done: P
 
     ``done`` is a folder of done files: what a stopped run finished is not written again.
     """
-    paths = []
+    paths = [folder / f"{shard.path.stem}.npy" for shard in features.shards]
     with progress.bar(features.rows, folder.name, "rows") as bar:
-        for shard, first in zip(features.shards, features.offsets, strict=False):
-            path = folder / f"{shard.path.stem}.npy"
+        for shard, first, path in zip(features.shards, features.offsets, paths, strict=False):
             done_file = done / f"{path.name}.json"
             if not atomic.is_done(done_file, folder):
                 write_kept_npy(shard, path, is_dup[first : first + shard.rows])
                 atomic.write_done_file(done_file, [path], {})
             bar.update(shard.rows)
-            paths.append(path)
     return paths

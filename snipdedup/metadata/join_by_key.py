@@ -1,32 +1,33 @@
-"""``snip filter --on``: rows are decided by what columns say, not by position.
+"""Rows compared by their keys: ``snip filter --on``, and a check of masks that go by position.
 
-One side is the set that a mask was made for, each row with its decision; the other is any copy of
-it, shuffled, cut or mixed with other rows. Both sides are sorted by fingerprints of their keys, on
-disk where they are long. A wrong column, another set, or running numbers that start anew in each
-download would give a wrong result without an error: so rows in doubt are counted and named, and a
-join with too many of them is refused.
+One side of a join is the set that a mask was made for, each row with its decision; the other is any
+copy of it, shuffled, cut or mixed with other rows. Both are sorted by 128-bit fingerprints of their
+keys. A wrong column, another set, or running numbers that start anew in each download would give a
+wrong result without an error: so rows in doubt are counted and named, and a join with too many is
+refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from snipdedup import progress
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import plan_blocks
-from snipdedup.metadata.keys import fingerprints, number_equal
-from snipdedup.metadata.masks import Mask, place_all, sizes_of
-from snipdedup.metadata.precheck import ColumnUse
-from snipdedup.metadata.tables import Metadata, Table, open_metadata, open_table
-from snipdedup.metadata.texts import find_run_metadata
+from snipdedup.metadata.gather import find_run_metadata
+from snipdedup.metadata.masks import MASK, Mask, named_sizes, place_all
+from snipdedup.metadata.tables import ColumnUse, Metadata, Table, open_metadata, open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.out_folder import read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them
@@ -34,9 +35,57 @@ CONTENT_COLUMNS = ("url", "uid", "hash", "md5", "sha256")  # what a row is, not 
 MOST_IN_DOUBT = 0.5  # share of the rows, unless the user has decided what happens to them
 ZEROS = 1 << 22  # bytes written at a time
 SHOWN_ROWS = 3  # rows of each state that a message names
+ROW_KEY = np.dtype([("row", "<i8"), ("key", "<u8")])
 # Rows of both sides; ``row`` is below 0 for a decided row.
-RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("content", "u8"), ("row", "<i8")])
+KEYED_ROW = np.dtype([("high", "u8"), ("low", "u8"), ("content", "u8"), ("row", "<i8")])
 DECIDED = np.array([-1, -2])  # ``row`` of one that is kept, and of one that is removed
+
+
+def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the fingerprint of each row of a table's record batch, all its columns together.
+
+    Columns are texts, bytes or numbers; a number counts as its text. Returns the fingerprints,
+    (2, n) uint64, and whether a row has a key, (n,) bool: not if a column is null or empty.
+    """
+    columns = [
+        as_bytes(table, name, values).to_pylist()
+        for name, values in zip(batch.schema.names, batch.columns, strict=True)
+    ]
+    known = np.array([all(row) for row in zip(*columns, strict=True)], bool)
+    keys = columns[0]
+    if len(columns) > 1:  # lengths tell where a value ends
+        rows = zip(*columns, strict=True)
+        keys = [b"".join(b"%d:%b" % (len(value), value) for value in row) for row in rows]
+    digests = b"".join(blake2b(key, digest_size=16).digest() for key in keys)
+    return np.frombuffer(digests, np.uint64).reshape(-1, 2).T, known
+
+
+def as_bytes(table: Table, name: str, values: Any) -> Any:
+    """Return a column's values as ``large_binary``: numbers by their text, null as no bytes."""
+    try:
+        if not is_binary(values.type):
+            values = values.cast(pa.large_string())
+        return values.cast(pa.large_binary()).fill_null(b"")
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise SnipError(
+            f"{table.path}: column {name!r} is {values.type}, expected texts or numbers to tell "
+            "rows apart by"
+        ) from error
+
+
+def is_binary(kind: Any) -> bool:
+    """Tell whether an arrow type holds bytes that need not be text."""
+    tests = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary
+    return any(test(kind) for test in tests)
+
+
+def number_equal(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Return a number from 0 for each of n fingerprints, (n,) int64, the same for equal ones."""
+    order = np.lexsort((low, high))
+    new = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    number = np.zeros(len(high), np.int64)
+    number[order[1:]] = np.cumsum(new)
+    return number
 
 
 class KeyColumns(NamedTuple):
@@ -48,13 +97,13 @@ class KeyColumns(NamedTuple):
     def records(
         self, file: Table, rows: int | np.ndarray, batch: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ``rows`` of a batch as `RECORD`, and whether each has a key, (n,) bool."""
+        """Return the ``rows`` of a batch as `KEYED_ROW`, and whether each has a key, (n,) bool."""
         prints, known = fingerprints(file, batch.select(list(self.key)))
         content = np.zeros(batch.num_rows, np.uint64)  # 0: none
         if self.content is not None:
             found, there = fingerprints(file, batch.select([self.content]))
             content[there] = found[0, there] | np.uint64(1)
-        return pack(RECORD, *prints, content, np.asarray(rows))[known], known
+        return pack(KEYED_ROW, *prints, content, np.asarray(rows))[known], known
 
     def needed(self) -> list[str]:
         """Return the columns to read."""
@@ -66,95 +115,72 @@ class KeyColumns(NamedTuple):
 
 
 @dataclass
-class JoinResult:
-    """How the rows of a table were decided: ``is_dup`` (rows,) bool, on disk, True = remove.
-
-    ``counts`` (5,) int64 are rows by state, ``examples`` the first rows of each state, ``repeated``
-    the rows that share their key with another row of the table.
-    """
-
-    is_dup: np.ndarray
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(len(STATES), np.int64))
-    examples: list[list[int]] = field(default_factory=lambda: [[] for _ in STATES])
-    repeated: int = 0
-
-    def add(self, rows: np.ndarray, state: np.ndarray, removing: Sequence[int]) -> None:
-        """Decide rows by their states."""
-        self.is_dup[rows] = np.isin(state, removing)
-        self.counts += np.bincount(state, minlength=len(STATES))
-        for number in np.unique(state):
-            first = np.sort(rows[state == number])[:SHOWN_ROWS].tolist()
-            self.examples[number] = sorted([*self.examples[number], *first])[:SHOWN_ROWS]
-
-
-@dataclass(frozen=True)
 class KeyJoin:
-    """A join to be made.
+    """A join of the rows of ``metadata`` with those of a mask's set, and what `run` finds.
 
-    Attributes
-    ----------
-    known : Metadata
-        Of all rows of the mask's set, in its order; or of the kept rows only, where ``groups``
-        (``groups.parquet``) has the keys of the removed rows.
-    known_columns, columns : KeyColumns
-        In ``known``, and in the metadata to filter.
-    removing, asked : sequence of int
-        States whose rows are removed; states that the user allows for any number of rows.
+    ``known`` has all rows of the mask's set, in its order; or the kept rows only, where ``groups``
+    (``groups.parquet``) has the keys of the removed rows. Rows of the states ``removing`` are
+    removed; any number of rows may be in the states ``asked``. ``counts``, (5,) int64, are rows by
+    state, ``examples`` the first rows of each, ``repeated`` rows that share their key with another.
     """
 
+    metadata: Metadata
     known: Metadata
     groups: Path | None
     known_columns: KeyColumns
     columns: KeyColumns
     removing: Sequence[int]
     asked: Sequence[int]
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(len(STATES), np.int64))
+    examples: list[list[int]] = field(default_factory=lambda: [[] for _ in STATES])
+    repeated: int = 0
 
-    def run(self, metadata: Metadata, mask: Mask, work: Path) -> JoinResult:
-        """Decide the rows of metadata; refuse a join of which more than half are in doubt.
+    def run(self, mask: Mask, work: Path) -> np.ndarray:
+        """Return the rows to remove, (rows,) bool, on disk; refuse a join of mostly doubtful rows.
 
         A key of several rows that are not decided alike makes its rows ambiguous. A row whose
         content is not that of the one row of its key is contradicted.
         """
-        total = mask.rows + metadata.rows
+        total = mask.rows + self.metadata.rows
         spread = Spread(total, 0, (1 << 64) - 1)
-        sorter = Sorter(work / "rows", RECORD, lambda records: records["high"], spread=spread)
-        result = JoinResult(_empty_mask(work / "is_dup.bin", metadata.rows))
+        sorter = Sorter(work / "rows", KEYED_ROW, lambda r: r["high"], spread=spread)
+        is_dup = _empty_mask(work / "is_dup.bin", self.metadata.rows)
         with progress.bar(total, "keys", "rows") as bar:
             for records in self._decided(mask):
                 sorter.add(records)
                 bar.update(len(records))
-            for file, first, batch in metadata.read(self.columns.needed()):
+            for file, first, batch in self.metadata.read(self.columns.needed()):
                 rows = np.arange(first, first + batch.num_rows)
                 records, known = self.columns.records(file, rows, batch)
                 sorter.add(records)
-                lost = rows[~known]
-                result.add(lost, np.full(len(lost), UNMATCHED), self.removing)
+                keyless = rows[~known]
+                self._count(is_dup, keyless, np.full(len(keyless), UNMATCHED))
                 bar.update(batch.num_rows)
         with progress.bar(sorter.count, "join", "rows") as bar:
             for records in sorter.ascending():
-                self._decide(result, records)
+                self._decide(is_dup, records)
                 bar.update(len(records))
         for state in (CONTRADICTED, UNMATCHED, AMBIGUOUS):
-            in_doubt = int(result.counts[state])
-            if state not in self.asked and in_doubt > MOST_IN_DOUBT * metadata.rows:
-                raise SnipError(self._refusal(state, result, metadata))
-        return result
+            in_doubt = int(self.counts[state])
+            if state not in self.asked and in_doubt > MOST_IN_DOUBT * self.metadata.rows:
+                raise SnipError(self._refusal(state))
+        return is_dup
 
     def _decided(self, mask: Mask) -> Iterator[np.ndarray]:
-        """Yield the rows of the mask's set as `RECORD`."""
+        """Yield the rows of the mask's set as `KEYED_ROW`."""
         for file, first, batch in self.known.read(self.known_columns.needed()):
-            goes = np.zeros(batch.num_rows, int)
+            removed = np.zeros(batch.num_rows, int)
             if self.groups is None:
-                goes = np.asarray(mask.is_dup[first : first + batch.num_rows]).astype(int)
-            yield self.known_columns.records(file, DECIDED[goes], batch)[0]
+                removed = np.asarray(mask.is_dup[first : first + batch.num_rows]).astype(int)
+            yield self.known_columns.records(file, DECIDED[removed], batch)[0]
         if self.groups is not None:
             table = open_table(self.groups)
             for _, batch in table.batches(["key", "is_dup"]):
                 keys = batch.filter(batch.column("is_dup")).select(["key"])
                 yield KeyColumns(["key"]).records(table, DECIDED[1], keys)[0]
 
-    def _decide(self, result: JoinResult, records: np.ndarray) -> None:
-        """Decide rows; no key is in two of these parts."""
+    def _decide(self, is_dup: np.ndarray, records: np.ndarray) -> None:
+        """Decide rows of whose keys all records are here."""
         key = number_equal(records["high"], records["low"])
         keys = int(key.max(initial=-1)) + 1
         decided = records["row"] < 0
@@ -169,10 +195,22 @@ class KeyJoin:
         own, mine = records[~decided], key[~decided]
         other = np.where(count[mine] == 1, content[mine], 0)
         contradicted = (own["content"] != other) & (own["content"] > 0) & (other > 0)
-        result.add(own["row"], np.where(contradicted, CONTRADICTED, state[mine]), self.removing)
-        result.repeated += int((np.bincount(mine, minlength=1)[mine] > 1).sum())
+        self._count(is_dup, own["row"], np.where(contradicted, CONTRADICTED, state[mine]))
+        self.repeated += int((np.bincount(mine, minlength=1)[mine] > 1).sum())
 
-    def _refusal(self, state: int, result: JoinResult, metadata: Metadata) -> str:
+    def _count(self, is_dup: np.ndarray, rows: np.ndarray, state: np.ndarray) -> None:
+        """Set the mask of rows by their states, and count these."""
+        is_dup[rows] = np.isin(state, self.removing)
+        self.counts += np.bincount(state, minlength=len(STATES))
+        for number in np.unique(state):
+            first = np.sort(rows[state == number])[:SHOWN_ROWS].tolist()
+            self.examples[number] = sorted([*self.examples[number], *first])[:SHOWN_ROWS]
+
+    def _places(self, state: int) -> str:
+        """Return the first rows of a state, for messages."""
+        return ", ".join(self.metadata.place(row) for row in self.examples[state])
+
+    def _refusal(self, state: int) -> str:
         key, known, content = ", ".join(self.columns.key), self.known.describe(), self.columns[1]
         problem = {
             UNMATCHED: f"are not in {known} by their {key}: another column or set? If not, "
@@ -182,18 +220,17 @@ class KeyJoin:
             CONTRADICTED: f"have the {key} of a row of {known} but another {content}: numbers of "
             f"another download? Join by --on {content}",
         }
-        examples = ", ".join(metadata.place(row) for row in result.examples[state])
-        count = f"{int(result.counts[state]):,} of {metadata.rows:,} rows"
-        return f"{count} ({examples}, ...) {problem[state]}"
+        count = f"{int(self.counts[state]):,} of {self.metadata.rows:,} rows"
+        return f"{count} ({self._places(state)}, ...) {problem[state]}"
 
-    def describe(self, result: JoinResult) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return the manifest's entry about the join."""
-        counts = dict(zip(STATES, result.counts.tolist(), strict=True))
-        return {"on": list(self.columns.key), **counts, "repeated": result.repeated}
+        counts = dict(zip(STATES, self.counts.tolist(), strict=True))
+        return {"on": list(self.columns.key), **counts, "repeated": self.repeated}
 
-    def report(self, result: JoinResult, metadata: Metadata) -> str:
+    def report(self) -> str:
         """Return the lines that a run prints about its join."""
-        counts = result.counts
+        counts = self.counts
         matched = int(counts.sum() - counts[[UNMATCHED, CONTRADICTED]].sum())
         lines = [f"  matched by {', '.join(self.columns.key):<12}{matched:>12,}"]
         reasons = {
@@ -204,11 +241,11 @@ class KeyJoin:
         for state, reason in reasons.items():
             line = f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}"
             if counts[state]:
-                where = ", ".join(metadata.place(row) for row in result.examples[state])
-                line += f"; they are {'removed' if state in self.removing else 'kept'}: {where}"
+                fate = "removed" if state in self.removing else "kept"
+                line += f"; they are {fate}: {self._places(state)}"
             if counts[state] or state != CONTRADICTED:
                 lines.append(line)
-        lines.append(f"  {'repeated':<23}{result.repeated:>12,}  share their key with another row")
+        lines.append(f"  {'repeated':<23}{self.repeated:>12,}  share their key with another row")
         return "\n".join(lines)
 
 
@@ -227,7 +264,7 @@ def plan_key_join(
     columns = [str(metadata.column(name)) for name in asked]
     known, groups = _find_known(mask, keys, asked)
     if groups is None:
-        place_all(sizes_of(known), mask)
+        place_all(named_sizes(known), mask)
     known_columns = [str(known.column(name)) for name in asked]
     content: Sequence[str | None] = (None, None)
     if groups is None and not any(column.lower() in CONTENT_COLUMNS for column in columns):
@@ -235,6 +272,7 @@ def plan_key_join(
         content = next((pair for pair in both if all(pair)), content)
     policies = {UNMATCHED: unmatched, AMBIGUOUS: ambiguous}
     return KeyJoin(
+        metadata,
         known,
         groups,
         KeyColumns(known_columns, content[0]),
@@ -277,12 +315,71 @@ def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Met
 
 
 def _empty_mask(path: Path, rows: int) -> np.ndarray:
-    """Return a mask on disk, (rows,) bool, of False."""
-    with atomic.explained(
-        path
-    ):  # in full: a hole in a map that the disk cannot fill ends a process
+    """Return a mask on disk, (rows,) bool, of False.
+
+    It is written in full: a hole in a map that the disk cannot fill ends a process.
+    """
+    with atomic.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             for start, stop in plan_blocks(rows, ZEROS):
                 file.write(bytes(stop - start))
     return np.memmap(path, np.bool_, "r+", shape=(rows,)) if rows else np.zeros(0, bool)
+
+
+def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -> str | None:
+    """Compare the keys of removed rows with those in OUT, the mask's folder; refuse others.
+
+    Row 0 of the metadata is the mask's row ``first``. Returns what to print, None where OUT has no
+    keys of these rows.
+    """
+    groups = mask.path.parent / "groups.parquet"
+    column = _key_column(groups, mask, metadata)
+    if column is None:
+        return None
+    sorter = Sorter(work / "removed_keys", ROW_KEY, lambda records: records["row"].view(np.uint64))
+    table = open_table(groups)
+    for _, batch in table.batches(["row", "key", "is_dup"]):
+        row = batch.column("row").to_numpy() - first
+        inside = batch.column("is_dup").to_numpy(zero_copy_only=False)
+        inside = inside & (row >= 0) & (row < metadata.rows)
+        prints, _ = fingerprints(table, batch.select(["key"]))
+        sorter.add(pack(ROW_KEY, row[inside], prints[0, inside]))
+    count = sorter.count
+    # groups.parquet of some methods does not list all removed rows: it proves nothing then.
+    if not count or count != np.count_nonzero(mask.is_dup[first : first + metadata.rows]):
+        return None
+    for records in sorter.ascending():
+        records.sort(order="row")
+        for file, which, batch in metadata.pick([column], records["row"]):
+            prints, _ = fingerprints(file, batch)
+            wrong = np.flatnonzero(prints[0] != records["key"][which])
+            if len(wrong):
+                row = int(records["row"][which][wrong[0]])
+                there = pq.read_table(groups, columns=["key"], filters=[("row", "=", row + first)])
+                raise SnipError(
+                    f"{metadata.place(row)} has the {column} {batch[0][int(wrong[0])].as_py()!r}, "
+                    f"the row that {groups.parent} removed there {there['key'][0].as_py()!r}: "
+                    f"these rows are in another order, or are others; find them by --on {column}"
+                )
+    return f"  checked: the {column} of {count:,} removed rows is that in {groups}"
+
+
+def _key_column(groups: Path, mask: Mask, metadata: Metadata) -> str | None:
+    """Return the metadata's column that OUT holds as ``key``, None where none can be compared."""
+    out = groups.parent
+    if mask.sizes is None or not groups.is_file() or not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out, "dedup")
+    if manifest["outputs"].get(MASK, {}).get("sha256") != atomic.sha256(mask.path):
+        return None  # not the mask that the run wrote
+    asked = manifest["settings"].get("key")
+    if asked is None and (out / "metadata").is_dir():
+        asked = open_metadata(out / "metadata").column()
+    same = [name for name in metadata.columns if asked and name.lower() == asked.lower()]
+    if len(same) != 1:
+        return None
+    # Of these types a value has one text, whatever file it is in.
+    tests = pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, is_binary
+    kinds = [file.schema.field(same[0]).type for file in metadata.files]
+    return same[0] if all(any(test(kind) for test in tests) for kind in kinds) else None

@@ -1,9 +1,16 @@
-"""The rows that a mask keeps, written: of metadata as parquet, of features in their own type."""
+"""The rows that a mask keeps, written: of metadata, of features, and as lists for other tools.
+
+Metadata is written as parquet, features in their own type. Lists are DataComp's uids, and keys for
+webdataset. They cannot tell two rows of one name apart: if one of them is kept and the other
+removed, the list is refused.
+"""
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,16 +19,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from snipdedup import progress
-from snipdedup.errors import SnipError
-from snipdedup.features.formats import Shard, open_shard
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.features.formats import BROKEN_ZIP, Shard, members_of, open_shard
 from snipdedup.features.shards import plan_blocks
-from snipdedup.metadata.tables import Metadata, Table, open_table
+from snipdedup.metadata.join_by_key import fingerprints, number_equal
+from snipdedup.metadata.tables import (
+    KEY_COLUMNS,
+    ColumnUse,
+    Metadata,
+    Table,
+    as_texts,
+    open_table,
+)
 from snipdedup.storage import atomic
+from snipdedup.storage.external_sort import Sorter, Spread, pack
 
-FILES = "files"  # below a work folder: what is written before all of it is whole
+LISTS = "export"  # the folder of lists
+DATACOMP, KEYS = "datacomp", "keys"  # kinds of lists
 FLUSH_ROWS = 131_072  # a row group of what is written: enough to compress well
 FLUSH_BYTES = 64 << 20
 FEATURE_ROWS = 16_384  # rows of features in memory at a time
+UID = np.dtype("u8,u8")  # the type that DataComp's resharder reads
+UID_TEXT = re.compile("[0-9a-fA-F]{32}")
+NAMED_ROW = np.dtype([("high", "u8"), ("low", "u8"), ("row", "<i8"), ("is_dup", "?")])
+
+Numbers = Callable[[Metadata, Table, int, Any, np.ndarray], np.ndarray]
 
 
 class AddedColumn(Protocol):
@@ -53,19 +75,17 @@ def write_kept(
         raise SnipError(
             f"{metadata.describe()} has {metadata.rows:,} rows, the mask has {len(is_dup):,}"
         )
-    names = kept_names(metadata.files, [column.field.name for column in added])
-    targets = [folder / name for name in names]
+    paths = [folder / n for n in kept_names(metadata.files, [c.field.name for c in added])]
     with progress.bar(metadata.rows, "metadata", "rows") as bar:
-        for file, path, first in zip(metadata.files, targets, metadata.offsets, strict=False):
+        for file, path, first in zip(metadata.files, paths, metadata.offsets, strict=False):
             done_file = done and done / f"{path.name}.json"
             if done_file and atomic.is_done(done_file, folder):
                 bar.update(file.rows)
                 continue
-            for rows in _write_kept_file(file, path, is_dup, int(first), added):
-                bar.update(rows)
+            _write_kept_file(file, path, is_dup, int(first), added, bar)
             if done_file:
                 atomic.write_done_file(done_file, [path], {})
-    return targets
+    return paths
 
 
 def kept_names(files: Sequence[Table], added: Sequence[str] = ()) -> list[str]:
@@ -105,9 +125,14 @@ def try_writing(file: Table, first: int, batch: Any) -> None:
 
 
 def _write_kept_file(
-    file: Table, path: Path, is_dup: np.ndarray, first: int, added: Sequence[AddedColumn]
-) -> Iterator[int]:
-    """Write the kept rows of a file that begins at row ``first``; yield how many are read.
+    file: Table,
+    path: Path,
+    is_dup: np.ndarray,
+    first: int,
+    added: Sequence[AddedColumn],
+    bar: Any,
+) -> None:
+    """Write the kept rows of a file that begins at row ``first``.
 
     Batches are gathered: of each only a few rows may be kept, and row groups would be tiny.
     """
@@ -130,7 +155,7 @@ def _write_kept_file(
             if rows >= FLUSH_ROWS or size >= FLUSH_BYTES:
                 writer.write_table(pa.Table.from_batches(waiting))
                 waiting.clear()
-            yield batch.num_rows
+            bar.update(batch.num_rows)
         if waiting:
             writer.write_table(pa.Table.from_batches(waiting))
 
@@ -185,8 +210,8 @@ def _array_names(path: Path) -> list[str]:
     """Return the names of the arrays in an ``.npz``."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError) as error:
+            return list(members_of(archive))
+    except BROKEN_ZIP as error:
         raise SnipError(f"{path}: truncated or not an .npz archive: {error}") from error
 
 
@@ -194,3 +219,132 @@ def _kept_blocks(shard: Shard, is_dup: np.ndarray) -> Iterator[bytes]:
     """Yield the bytes of the kept rows, block by block."""
     for start, stop in plan_blocks(shard.rows, FEATURE_ROWS):
         yield shard.read(start, stop)[~np.asarray(is_dup[start:stop])].tobytes()
+
+
+def list_columns(kinds: list[str], metadata: Metadata | None, key: str | None) -> dict[str, str]:
+    """Return the column that each list is made of; refuse metadata without it."""
+    if metadata is None:
+        if {DATACOMP, KEYS} & set(kinds):
+            raise UsageError("--export names rows by their metadata: give --metadata too")
+        return {}
+    columns = {}
+    if DATACOMP in kinds:
+        columns[DATACOMP] = metadata.require_column(None, ("uid",), "a column uid")
+    if KEYS in kinds:
+        columns[KEYS] = metadata.require_column(key, KEY_COLUMNS, "--key")
+    return columns
+
+
+def list_uses(columns: dict[str, str], metadata: Metadata) -> list[ColumnUse]:
+    """Return what columns, from `list_columns`, are read for."""
+
+    def convert(numbers: Numbers, file: Table, first: int, batch: Any) -> None:
+        removed = np.ones(batch.num_rows, bool)  # which rows need a key is not known yet
+        numbers(metadata, file, first, batch, removed)
+        as_texts(file, batch.schema.names[0], batch.column(0))
+
+    another = "name another column with --key, or leave keys out of --export"
+    uses = {
+        DATACOMP: (partial(convert, uid_numbers), "leave datacomp out of --export"),
+        KEYS: (partial(convert, key_numbers), another),
+    }
+    return [ColumnUse([column], *uses[kind]) for kind, column in columns.items()]
+
+
+def write_lists(
+    columns: dict[str, str], metadata: Metadata, is_dup: np.ndarray, out: Path, work: Path
+) -> list[Path]:
+    """Write the lists of `list_columns` into the folder ``out``; return their paths.
+
+    Refused: invalid uids, kept rows without a key, a name of both a kept and a removed row.
+    """
+    paths = []
+    if DATACOMP in columns:
+        parts = _kept_names(metadata, columns[DATACOMP], uid_numbers, is_dup, work)
+        paths.append(out / "datacomp.npy")
+        with atomic.writing_npy(paths[-1], UID, (count_kept(is_dup),)) as file:
+            for names in parts:
+                uids = pack(UID, names["high"], names["low"])
+                uids.sort()
+                uids.tofile(file)
+    if KEYS in columns:
+        for _ in _kept_names(metadata, columns[KEYS], key_numbers, is_dup, work):
+            pass  # refused before anything is written
+        paths.append(out / "keys.txt")
+        _write_keys(paths[-1], metadata, columns[KEYS], is_dup)
+    return paths
+
+
+def _kept_names(
+    metadata: Metadata, column: str, numbers: Numbers, is_dup: np.ndarray, work: Path
+) -> Iterator[np.ndarray]:
+    """Yield the names of the kept rows as `NAMED_ROW`, in parts whose ``high`` ascends."""
+    spread = Spread(metadata.rows, 0, (1 << 64) - 1)
+    sorter = Sorter(work / "names", NAMED_ROW, lambda records: records["high"], spread=spread)
+    for file, first, batch in metadata.read([column]):
+        rows = np.arange(first, first + batch.num_rows)
+        removed = np.asarray(is_dup[first : first + batch.num_rows])
+        sorter.add(pack(NAMED_ROW, *numbers(metadata, file, first, batch, removed), rows, removed))
+    for records in sorter.ascending():
+        _refuse_shared(metadata, column, records)
+        yield records[~records["is_dup"]]
+
+
+def _refuse_shared(metadata: Metadata, column: str, records: np.ndarray) -> None:
+    """Refuse a name that a kept and a removed row have in common."""
+    name, is_dup = number_equal(records["high"], records["low"]), records["is_dup"]
+    removed, count = np.bincount(name, weights=is_dup), np.bincount(name)
+    shared = np.flatnonzero(((removed > 0) & (removed < count))[name])
+    if len(shared):
+        first = shared[np.argmin(records["row"][shared])]
+        same = records[name == name[first]]
+        kept, gone = (int(same["row"][same["is_dup"] == dup].min()) for dup in (False, True))
+        text = metadata.take(column, np.array([kept]))[0].as_py()
+        raise SnipError(
+            f"{len(shared):,} rows share their {column} with a row that is decided otherwise: "
+            f"{text!r} is kept in {metadata.place(kept)} and removed in {metadata.place(gone)}; "
+            f"a list by {column} cannot tell them apart; use the files in metadata/, or a column "
+            "without repeats"
+        )
+
+
+def uid_numbers(
+    metadata: Metadata, file: Table, first: int, batch: Any, is_dup: np.ndarray
+) -> np.ndarray:
+    """Return uids as numbers, (2, n) uint64: the first 16 hexadecimal digits and the last 16."""
+    del is_dup  # wrong uids are not DataComp's, whichever rows are kept
+    uids = as_texts(file, batch.schema.names[0], batch.column(0)).to_pylist()
+    for row, uid in enumerate(uids, first):
+        if not UID_TEXT.fullmatch(uid or ""):
+            raise SnipError(
+                f"{metadata.place(row)}: uid {uid!r}, expected 32 hexadecimal digits, as DataComp's"
+            )
+    return np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype(np.uint64).reshape(-1, 2).T
+
+
+def key_numbers(
+    metadata: Metadata, file: Table, first: int, batch: Any, is_dup: np.ndarray
+) -> np.ndarray:
+    """Return keys' fingerprints, (2, n) uint64; refuse kept rows that have no key."""
+    prints, known = fingerprints(file, batch)
+    nameless = np.flatnonzero(~known & ~is_dup)
+    if len(nameless):
+        raise SnipError(
+            f"{metadata.place(first + int(nameless[0]))}: no {batch.schema.names[0]}, so no list "
+            "by it can name this row; use the files in metadata/, or another column with --key"
+        )
+    return prints
+
+
+def _write_keys(path: Path, metadata: Metadata, column: str, is_dup: np.ndarray) -> None:
+    """Write the keys of the kept rows, one a line, in row order."""
+    with atomic.replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        for table, first, batch in metadata.read([column]):
+            keep = pa.array(~np.asarray(is_dup[first : first + batch.num_rows]))
+            keys = as_texts(table, column, batch.column(0).filter(keep)).to_pylist()
+            for key in keys:
+                if len(key.splitlines()) != 1:
+                    raise SnipError(
+                        f"{table.path}: {column} {key!r} has a line break; a list has one a line"
+                    )
+            file.writelines(f"{key}\n" for key in keys)

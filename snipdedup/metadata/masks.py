@@ -12,23 +12,19 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import map_npy
 from snipdedup.features.shards import OpenedFiles
-from snipdedup.metadata.keys import fingerprints, is_binary
-from snipdedup.metadata.tables import Metadata, open_metadata, open_table
+from snipdedup.metadata.tables import Metadata
 from snipdedup.storage import atomic
-from snipdedup.storage.external_sort import Sorter, pack
 from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest
 
 T = TypeVar("T")
+NamedSize = tuple[str, int]  # of a file: its name, its number of rows
 
 MASK = "is_dup.npy"
 SCAN_ROWS = 1 << 24
-ROW_KEY = np.dtype([("row", "<i8"), ("key", "<u8")])
 # Names that hold more than the file's number: Hugging Face's (the number of files follows it),
 # Spark's (the job's UUID follows it, then the number within the task).
 WRITER_NAMES = re.compile(r"[0-9]+(?=[-_]of[-_][0-9]+$)|(?<=^part-)[0-9]+(?=-(tid-|[0-9a-f]{8}-))")
@@ -63,18 +59,6 @@ class Mask(NamedTuple):
         """Refuse a mask that changed since it was opened."""
         if self.opened is not None:
             self.opened.refuse_changed()
-
-
-class FileSizes(NamedTuple):
-    """The metadata files at hand: name and row count of each, in order."""
-
-    names: Sequence[str]
-    rows: Sequence[int]
-
-    @property
-    def total(self) -> int:
-        """Rows of all files."""
-        return sum(self.rows)
 
 
 class FileRange(NamedTuple):
@@ -216,73 +200,74 @@ def resolve_sizes(mask: Mask, place: Callable[[Mask], T]) -> tuple[Mask, T]:
 
 def place_metadata(metadata: Metadata, mask: Mask, start: int | None, end: int | None) -> FileRange:
     """Place metadata in a mask: all of its files, or a range as `place_range` does."""
-    files = sizes_of(metadata)
-    if mask.other_sizes is not None and files.total == mask.rows:  # the whole set: its files count
-        sizes = mask.other_sizes if len(mask.other_sizes) == len(files.rows) else mask.sizes
+    files = named_sizes(metadata)
+    if mask.other_sizes is not None and metadata.rows == mask.rows:  # the whole set: files count
+        sizes = mask.other_sizes if len(mask.other_sizes) == len(files) else mask.sizes
         mask = mask._replace(sizes=sizes, other_sizes=None)
     if start is None and end is None:
         return place_all(files, mask)
     return resolve_sizes(mask, lambda one: place_range(files, one, start or 0, end))[1]
 
 
-def sizes_of(metadata: Metadata) -> FileSizes:
+def named_sizes(metadata: Metadata) -> list[NamedSize]:
     """Return the names and row counts of metadata files."""
-    return FileSizes([str(f.path) for f in metadata.files], [f.rows for f in metadata.files])
+    return [(str(file.path), file.rows) for file in metadata.files]
 
 
-def place_all(files: FileSizes, mask: Mask) -> FileRange:
+def place_all(files: Sequence[NamedSize], mask: Mask) -> FileRange:
     """Place a whole set: its files' rows must be the mask's, or it is refused."""
-    if files.total != mask.rows:
+    total = sum(rows for _, rows in files)
+    if total != mask.rows:
         raise SnipError(
-            f"the metadata has {files.total:,} rows in {len(files.rows)} files, the mask "
-            f"{mask.path} has {mask.rows:,}; they must belong to the same set (for some of its "
-            f"files: --start and --end; {BY_KEY})"
+            f"the metadata has {total:,} rows in {len(files)} files, the mask {mask.path} has "
+            f"{mask.rows:,}; they must belong to the same set (for some of its files: --start and "
+            f"--end; {BY_KEY})"
         )
-    if mask.sizes is not None and len(mask.sizes) == len(files.rows):
+    if mask.sizes is not None and len(mask.sizes) == len(files):
         check_sizes(files, mask.sizes, 0)
-    return FileRange(0, len(files.rows), 0, 0)
+    return FileRange(0, len(files), 0, 0)
 
 
-def place_range(files: FileSizes, mask: Mask, start: int, end: int | None) -> FileRange:
+def place_range(files: Sequence[NamedSize], mask: Mask, start: int, end: int | None) -> FileRange:
     """Place files ``start`` to ``end`` (exclusive, None: the last) of a set, numbered from 0.
 
     The files at hand may be a part of the set. It is refused if it is not certain which files are
     meant, or at which row the first one begins.
     """
-    sizes = mask.sizes
-    if sizes is not None and files.total == mask.rows and len(files.rows) != len(sizes):
+    sizes, names, rows = mask.sizes, [name for name, _ in files], [rows for _, rows in files]
+    if sizes is not None and sum(rows) == mask.rows and len(files) != len(sizes):
         sizes = None  # the whole set in other files than its features: these files count
-    numbers = file_numbers(files.names)
+    numbers = file_numbers(names)
     if end is None:
-        end = max(numbers) + 1 if numbers else len(files.rows)
+        end = max(numbers) + 1 if numbers else len(files)
         end = len(sizes) if sizes is not None else end
     if start >= end or (sizes is not None and end > len(sizes)):
         known = end if sizes is None else len(sizes)
         raise SnipError(f"files {start} to {end - 1} are wanted, the set has 0 to {known - 1}")
     first = choose_files(files, numbers, sizes, start, end)
     last = first + end - start
-    part = FileSizes(files.names[first:last], files.rows[first:last])
     if sizes is not None:
-        check_sizes(part, sizes, start)
+        check_sizes(files[first:last], sizes, start)
         begin = int(sizes[:start].sum())
     elif first != start:
         raise SnipError(
-            f"at which row of the set {files.names[first]} begins is not known: files 0 to "
+            f"at which row of the set {names[first]} begins is not known: files 0 to "
             f"{start - 1} are not there; {HOW_TO_PLACE}"
         )
-    elif numbers is None and files.total != mask.rows:
+    elif numbers is None and sum(rows) != mask.rows:
         raise SnipError(
-            f"whether {files.names[0]} is file 0 of the set is not known: its name has no number, "
-            f"and the files have {files.total:,} rows, the mask {mask.rows:,}; {HOW_TO_PLACE}"
+            f"whether {names[0]} is file 0 of the set is not known: its name has no number, "
+            f"and the files have {sum(rows):,} rows, the mask {mask.rows:,}; {HOW_TO_PLACE}"
         )
     else:
-        begin = sum(files.rows[:start])
-    if begin + part.total > mask.rows:
+        begin = sum(rows[:start])
+    stop = begin + sum(rows[first:last])
+    if stop > mask.rows:
         raise SnipError(
-            f"files {start} to {end - 1} are rows {begin:,} to {begin + part.total:,} of their "
+            f"files {start} to {end - 1} are rows {begin:,} to {stop:,} of their "
             f"set, the mask {mask.path} has {mask.rows:,}: it is of another set; {BY_KEY}"
         )
-    return FileRange(first, last, start, begin - sum(files.rows[:first]))
+    return FileRange(first, last, start, begin - sum(rows[:first]))
 
 
 def file_numbers(names: Sequence[str]) -> list[int] | None:
@@ -309,7 +294,11 @@ def file_numbers(names: Sequence[str]) -> list[int] | None:
 
 
 def choose_files(
-    files: FileSizes, numbers: list[int] | None, sizes: np.ndarray | None, start: int, end: int
+    files: Sequence[NamedSize],
+    numbers: list[int] | None,
+    sizes: np.ndarray | None,
+    start: int,
+    end: int,
 ) -> int:
     """Return the position of file ``start`` among the files at hand.
 
@@ -318,9 +307,9 @@ def choose_files(
     """
     count = end - start  # may be far more than there are files
     choices = set()
-    if len(files.rows) >= end:
+    if len(files) >= end:
         choices.add(start)
-    elif len(files.rows) == count:
+    elif len(files) == count:
         choices.add(0)
     if numbers is not None:
         by_name = numbers.index(start) if start in numbers else len(numbers)
@@ -329,92 +318,35 @@ def choose_files(
             there = set(numbers)
             lacking = next((n for n in range(start, end) if n not in there), start)
             raise SnipError(
-                f"files {start} to {end - 1} are wanted, but none of {files.names[0]} to "
-                f"{files.names[-1]} has the number {lacking} in its name (files are counted from 0)"
+                f"files {start} to {end - 1} are wanted, but none of {files[0][0]} to "
+                f"{files[-1][0]} has the number {lacking} in its name (files are counted from 0)"
             )
         choices.add(by_name)
     if len(choices) > 1 and sizes is not None:
         known = sizes[start:end].tolist()
-        choices = {c for c in choices if list(files.rows[c : c + count]) == known} or choices
+        fitting = {c for c in choices if [rows for _, rows in files[c : c + count]] == known}
+        choices = fitting or choices
     if not choices:
         raise SnipError(
-            f"which of {len(files.rows)} files are numbers {start} to {end - 1} is not certain: "
+            f"which of {len(files)} files are numbers {start} to {end - 1} is not certain: "
             "name all files of the set, or exactly these"
         )
     if len(choices) > 1:
         raise SnipError(
-            f"is file {start} {' or '.join(sorted(files.names[c] for c in choices))}? By position "
+            f"is file {start} {' or '.join(sorted(files[c][0] for c in choices))}? By position "
             f"and by name it is not the same; name the files {start} to {end - 1} only"
         )
     return choices.pop()
 
 
-def check_sizes(files: FileSizes, sizes: np.ndarray, start: int) -> None:
+def check_sizes(files: Sequence[NamedSize], sizes: np.ndarray, start: int) -> None:
     """Refuse a file whose rows are not those that the set's file of that number has."""
-    for number, (count, name) in enumerate(zip(files.rows, files.names, strict=True), start):
-        if count != sizes[number]:
+    for number, (name, rows) in enumerate(files, start):
+        if rows != sizes[number]:
             raise SnipError(
-                f"{name} has {count:,} rows, file {number} of the mask's set has "
+                f"{name} has {rows:,} rows, file {number} of the mask's set has "
                 f"{sizes[number]:,}: it is another file, or rows were removed from it; {BY_KEY}"
             )
-
-
-def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -> str | None:
-    """Compare the keys of removed rows with those in OUT, the mask's folder; refuse others.
-
-    Row 0 of the metadata is the mask's row ``first``; ``work`` is for temporary files. Returns what
-    to print, None where OUT has no keys of these rows.
-    """
-    groups = mask.path.parent / "groups.parquet"
-    column = _key_column(groups, mask, metadata)
-    if column is None:
-        return None
-    sorter = Sorter(work / "removed_keys", ROW_KEY, lambda records: records["row"].view(np.uint64))
-    table = open_table(groups)
-    for _, batch in table.batches(["row", "key", "is_dup"]):
-        row = batch.column("row").to_numpy() - first
-        inside = batch.column("is_dup").to_numpy(zero_copy_only=False)
-        inside = inside & (row >= 0) & (row < metadata.rows)
-        prints, _ = fingerprints(table, batch.select(["key"]))
-        sorter.add(pack(ROW_KEY, row[inside], prints[0, inside]))
-    count = sorter.count
-    # groups.parquet of some methods does not list all removed rows: it proves nothing then.
-    if not count or count != np.count_nonzero(mask.is_dup[first : first + metadata.rows]):
-        return None
-    for records in sorter.ascending():
-        records.sort(order="row")
-        for file, which, batch in metadata.pick([column], records["row"]):
-            prints, _ = fingerprints(file, batch)
-            wrong = np.flatnonzero(prints[0] != records["key"][which])
-            if len(wrong):
-                row = int(records["row"][which][wrong[0]])
-                there = pq.read_table(groups, columns=["key"], filters=[("row", "=", row + first)])
-                raise SnipError(
-                    f"{metadata.place(row)} has the {column} {batch[0][int(wrong[0])].as_py()!r}, "
-                    f"the row that {groups.parent} removed there {there['key'][0].as_py()!r}: "
-                    f"these rows are in another order, or are others; find them by --on {column}"
-                )
-    return f"  checked: the {column} of {count:,} removed rows is that in {groups}"
-
-
-def _key_column(groups: Path, mask: Mask, metadata: Metadata) -> str | None:
-    """Return the metadata's column that OUT holds as ``key``, None where none can be compared."""
-    out = groups.parent
-    if mask.sizes is None or not groups.is_file() or not (out / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(out, "dedup")
-    if manifest["outputs"].get(MASK, {}).get("sha256") != atomic.sha256(mask.path):
-        return None  # not the mask that the run wrote
-    asked = manifest["settings"].get("key")
-    if asked is None and (out / "metadata").is_dir():
-        asked = open_metadata(out / "metadata").column()
-    same = [name for name in metadata.columns if asked and name.lower() == asked.lower()]
-    if len(same) != 1:
-        return None
-    # Of these types a value has one text, whatever file it is in.
-    tests = pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, is_binary
-    kinds = [file.schema.field(same[0]).type for file in metadata.files]
-    return same[0] if all(any(test(kind) for test in tests) for kind in kinds) else None
 
 
 def file_version(path: Path) -> dict[str, int]:

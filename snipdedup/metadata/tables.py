@@ -1,14 +1,16 @@
 """Metadata: the table beside the features, row for row, in one or more parquet or CSV files.
 
-Files are read in bounded batches. Every column of a CSV file is text: no types are guessed.
+Files are read in bounded batches. Every column of a CSV file is text: no types are guessed. What a
+run will do with columns is tried on each file's first rows before hours of work begin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +77,7 @@ class ParquetTable(Table):
     def batches(
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """Yield batches; row groups without a needed row are not read."""
+        """See `Table.batches`; row groups without a needed row are not read."""
         file = stream_parquet(self.path)
         first = 0
         try:
@@ -119,7 +121,7 @@ class CsvTable(Table):
     def batches(
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """Yield batches; a CSV is read from its beginning."""
+        """See `Table.batches`; a CSV is read from its beginning."""
         at = 0
         for block in self._blocks():
             if rows is not None and (not len(rows) or at > rows[-1]):
@@ -254,17 +256,19 @@ class Metadata:
         That is the one that the user ``asked`` for, which is refused if it does not exist or could
         be either of two columns; else the first of ``wanted`` that exists, or None.
         """
-        if asked is None:
-            found = (self._find(name) for name in wanted)
-            return next((names[0] for names in found if names), None)
-        names = self._find(asked)
-        if len(names) == 1:
-            return names[0]
-        problem = f"could be {' or '.join(names)}" if names else "is not there"
-        raise SnipError(
-            f"{self.files[0].path}: column {asked!r} {problem}; its columns: "
-            f"{', '.join(self.columns)}"
-        )
+        for name in wanted if asked is None else [asked]:
+            found = [column for column in self.columns if column.lower() == name.lower()]
+            if name in found:
+                return name
+            if len(found) == 1 or (found and asked is None):
+                return found[0]
+            if asked is not None:
+                problem = f"could be {' or '.join(found)}" if found else "is not there"
+                raise SnipError(
+                    f"{self.files[0].path}: column {asked!r} {problem}; its columns: "
+                    f"{', '.join(self.columns)}"
+                )
+        return None
 
     def require_column(self, asked: str | None, wanted: Sequence[str], flag: str) -> str:
         """Return the name of a column as `column` does; refuse metadata without one."""
@@ -275,11 +279,6 @@ class Metadata:
                 f"{flag}; its columns: {', '.join(self.columns)}"
             )
         return name
-
-    def _find(self, name: str) -> list[str]:
-        if name in self.columns:
-            return [name]
-        return [column for column in self.columns if column.lower() == name.lower()]
 
     def check_matches(self, features: Features) -> None:
         """Refuse metadata that does not belong to the features, row for row; see `check_rows`."""
@@ -350,13 +349,58 @@ def open_metadata(spec: str | Path) -> Metadata:
     ``spec`` is a folder (its ``*.parquet``, else its ``*.csv``; not recursive), a glob, a file, or
     a URL of one of these.
     """
+    paths = find_metadata(spec)
     if is_remote(spec):
-        return Metadata(map_requests(open_table, find_metadata(spec)))
+        return Metadata(map_requests(open_table, paths))
     folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
-    return Metadata([open_table(path) for path in find_metadata(spec)], folders)
+    return Metadata([open_table(path) for path in paths], folders)
 
 
 def find_metadata(spec: str | Path) -> list[Path]:
     """Return the files that a META argument means, in natural order."""
     text = spec.url if isinstance(spec, RemotePath) else str(spec)
     return natural_sort(find_files(text, None, SUFFIXES, "no metadata"))
+
+
+class ColumnUse(NamedTuple):
+    """What a run will do with columns (None: all of a file).
+
+    ``convert`` is the function that the end of the run calls: it takes a file, a global row and the
+    record batch of these columns from there on, and raises `SnipError` where it cannot take them.
+    ``remedy`` is what the user can do then. ``by_schema``: only types can make it fail, so that one
+    file of each schema is enough.
+    """
+
+    columns: Sequence[str] | None
+    convert: Callable[[Table, int, Any], Any]
+    remedy: str
+    by_schema: bool = False
+
+
+def try_column_uses(metadata: Metadata, uses: Sequence[ColumnUse]) -> None:
+    """Convert no rows of each file (types alone may be refused), then its first rows."""
+
+    def try_file(file: Table, first: int, due: Sequence[ColumnUse]) -> None:
+        whole = any(use.columns is None for use in due)
+        names = dict.fromkeys(name for use in due for name in use.columns or ())
+        columns = list(file.schema.names) if whole else list(names)
+        schema = pa.schema([file.schema.field(name) for name in columns])
+        batches = [pa.RecordBatch.from_pylist([], schema)]
+        first_row = np.zeros(min(1, file.rows), np.int64)
+        batches += [batch for _, batch in islice(file.batches(columns, first_row), 1)]
+        for use in due:
+            for batch in batches:
+                try:
+                    use.convert(file, first, batch.select(list(use.columns or columns)))
+                except SnipError as error:
+                    raise type(error)(f"{error}; {use.remedy}") from error
+
+    seen: set[str] = set()
+    tasks = []
+    for file, first in zip(metadata.files, metadata.offsets.tolist(), strict=False):
+        schema = str(file.schema)
+        due = [use for use in uses if schema not in seen or not use.by_schema]
+        seen.add(schema)
+        if due:
+            tasks.append((file, first, due))
+    map_requests(lambda task: try_file(*task), tasks)

@@ -19,7 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from snipdedup import __version__
-from snipdedup.config import Dedup, mistyped
+from snipdedup.commands import mistyped
+from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.atomic import explained, load_json, sha256, short_hash, sync_folder

@@ -203,19 +203,19 @@ def test_other_faults_of_the_api(running, tmp_path):
 
 
 def test_a_cause_that_the_client_hides_is_found(running):
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import errors
 
     running.state = "disabled"
     place = hub.parse_address(SOURCE)
 
-    def ask():
+    def ask(client):
         try:
-            HfApi(running.url).repo_info("someone/pictures", repo_type="dataset")
+            client.repo_info("someone/pictures", repo_type="dataset")
         except errors.DisabledRepoError as error:
             raise errors.LocalEntryNotFoundError("not in the cache") from error
 
-    with pytest.raises(SnipError, match="disabled by its owner"), hub.client_errors(place):
-        ask()
+    with pytest.raises(SnipError, match="disabled by its owner"):
+        hub.ask_hub(place, ask)
 
 
 @pytest.mark.parametrize("damaged", [True, False])

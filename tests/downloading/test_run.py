@@ -17,7 +17,7 @@ from servers import Server, kill_once_more_came
 from snipdedup.config import Download
 from snipdedup.downloading import fetch_and_filter, transfer
 from snipdedup.downloading import run as download
-from snipdedup.downloading.mask_rows import count_rows
+from snipdedup.downloading.fetch_and_filter import count_rows
 from snipdedup.downloading.transfer import SourceFile
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.storage import remote
@@ -437,7 +437,7 @@ def test_what_came_before_a_stop_is_not_asked_for_again(server, tmp_path, is_dup
     """Stopped after each step that a file goes through, whole ones are never fetched twice."""
     mask = {"is_dup": str(tmp_path / "mask.npy")} if filtered else {}
     steps = ["check_item", "count_arrived"]
-    steps += ["filter_item", "rows_to_keep", "write_kept"] if filtered else []
+    steps += ["filter_item", "rows_to_remove", "write_kept"] if filtered else []
     for name in steps:
         out = tmp_path / name
         fetch_until(name, template(server), out, start=1, end=4, **mask)

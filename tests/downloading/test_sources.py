@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.config import Download
-from snipdedup.downloading import fetch_and_filter, sources
 from snipdedup.downloading import run as download
+from snipdedup.downloading import sources, transfer
 from snipdedup.downloading.sources import find_features, find_source_files
 from snipdedup.downloading.transfer import fetch_file
 from snipdedup.errors import MissingError, SnipError, UsageError
@@ -102,7 +102,7 @@ def test_a_stop_between_a_table_and_its_features(laion, tmp_path, filtered):
     for _ in range(2):
         asked.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fetch_and_filter, "fetch_file", stop)
+            patch.setattr(transfer, "fetch_file", stop)
             with pytest.raises(SystemExit):
                 fetch(laion / "metadata", out, jobs=1, **more)
     assert "metadata_1.parquet" not in asked  # it is here, whatever became of its features

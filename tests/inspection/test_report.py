@@ -23,7 +23,7 @@ import snipdedup
 from snipdedup import demo_pictures
 from snipdedup.errors import SnipError
 from snipdedup.inspection import display, report
-from snipdedup.inspection.report_page import GENERATOR, PICTURED
+from snipdedup.inspection.report import GENERATOR, PICTURED
 from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import read_manifest, write_manifest
 

@@ -9,7 +9,7 @@ import pytest
 
 from snipdedup.config import Dedup, Filter
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.metadata import export
+from snipdedup.metadata import kept_rows
 from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import external_sort
 
@@ -37,8 +37,8 @@ def by_datacomps_rule(uids):
 
 
 def written(kind, metadata, is_dup, folder, key=None):
-    columns = export.list_columns([kind], metadata, key)
-    (path,) = export.write_lists(columns, metadata, np.asarray(is_dup), folder, folder / "work")
+    columns = kept_rows.list_columns([kind], metadata, key)
+    (path,) = kept_rows.write_lists(columns, metadata, np.asarray(is_dup), folder, folder / "work")
     assert not any((folder / "work").rglob("*-*"))
     return path
 
@@ -121,13 +121,13 @@ def test_keys_that_cannot_be_lines_are_refused(tmp_path):
 def test_columns_that_lack_are_named(tmp_path):
     metadata = write(tmp_path / "m", url=["a"])
     with pytest.raises(SnipError, match=r"no column is called uid; name one with .*columns: url"):
-        export.list_columns(["datacomp"], metadata, None)
+        kept_rows.list_columns(["datacomp"], metadata, None)
     with pytest.raises(SnipError, match="no column is called key or uid or sample_id or hash;"):
-        export.list_columns(["keys"], metadata, None)
-    assert export.list_columns(["keys"], metadata, "URL") == {"keys": "url"}
+        kept_rows.list_columns(["keys"], metadata, None)
+    assert kept_rows.list_columns(["keys"], metadata, "URL") == {"keys": "url"}
     with pytest.raises(UsageError, match="give --metadata too"):
-        export.list_columns(["keys"], None, None)
-    assert export.list_columns(["mask"], None, None) == {}
+        kept_rows.list_columns(["keys"], None, None)
+    assert kept_rows.list_columns(["mask"], None, None) == {}
 
 
 @pytest.mark.parametrize("what", [Dedup, Filter])

@@ -32,8 +32,9 @@ def write(path, **columns):
 def joined_by(known, is_dup, theirs, rows, mine, removing, work, groups=None):
     """Join ``rows`` by columns ``mine`` with the decided rows ``known`` by ``theirs``."""
     every = range(5)  # states on which the user has decided: no share of rows is too many
-    join = KeyJoin(known, groups, KeyColumns(*theirs), KeyColumns(*mine), removing, every)
-    return join.run(rows, Mask(None, is_dup, None), work)
+    columns = KeyColumns(*theirs), KeyColumns(*mine)
+    join = KeyJoin(rows, known, groups, *columns, removing, every)
+    return join.run(Mask(None, is_dup, None), work).tolist(), join
 
 
 def by_dictionary(theirs, is_dup, mine):
@@ -61,9 +62,9 @@ def test_a_join_equals_a_dictionary(tmp_path, monkeypatch, part_rows, removing):
     known = write(tmp_path / "known.parquet", url=pa.array(theirs), n=np.arange(700))
     rows = write(tmp_path / "rows.parquet", m=np.arange(600), URL=mine)
     work = tmp_path / "work"
-    joined = joined_by(known, is_dup, [["url"]], rows, [["URL"]], removing, work)
+    removed, joined = joined_by(known, is_dup, [["url"]], rows, [["URL"]], removing, work)
     state = by_dictionary(theirs, is_dup, mine)
-    np.testing.assert_array_equal(joined.is_dup, np.isin(state, removing))
+    assert removed == np.isin(state, removing).tolist()
     np.testing.assert_array_equal(joined.counts, np.bincount(state, minlength=5))
     for number in range(5):
         assert joined.examples[number] == np.flatnonzero(state == number)[:3].tolist()
@@ -77,8 +78,8 @@ def test_several_columns_are_one_key_in_any_order_of_the_files(tmp_path):
     rows = write(tmp_path / "b.parquet", TEXT=["b", "a", "a", "c"], url=["u", "u", "v", "u"])
     is_dup = np.array([False, True, True])
     columns = [["url", "text"]], rows, [["url", "TEXT"]]
-    joined = joined_by(known, is_dup, *columns, [REMOVED], tmp_path / "work")
-    assert joined.is_dup.tolist() == [True, False, True, False]
+    removed, joined = joined_by(known, is_dup, *columns, [REMOVED], tmp_path / "work")
+    assert removed == [True, False, True, False]
     assert joined.counts.tolist() == [1, 2, 0, 1, 0]
 
 
@@ -88,9 +89,9 @@ def test_a_row_whose_content_is_another_is_contradicted(tmp_path):
     )
     rows = write(tmp_path / "b.parquet", key=["1", "2", "3", "4"], url=["x", "Y", "q", "z"])
     columns = (["key"], "url"), rows, (["key"], "url")
-    joined = joined_by(known, np.ones(5, bool), *columns, [REMOVED], tmp_path / "work")
+    removed, joined = joined_by(known, np.ones(5, bool), *columns, [REMOVED], tmp_path / "work")
     # row 1 has another url; of key 3 the url is not known; of key 4 it could be either row's
-    assert joined.is_dup.tolist() == [True, False, True, True]
+    assert removed == [True, False, True, True]
     assert joined.counts[CONTRADICTED] == 1
     assert joined.examples[CONTRADICTED] == [1]
 
@@ -103,8 +104,8 @@ def test_an_out_without_its_metadata_decides_by_what_stays_and_the_keys_of_what_
     columns = [["uid"]], rows, [["uid"]]
     is_dup = np.array([0, 1, 0, 1, 0], bool)
     groups = tmp_path / "groups.parquet"
-    joined = joined_by(kept, is_dup, *columns, [REMOVED], tmp_path / "work", groups)
-    assert joined.is_dup.tolist() == [True, False, False, True, False, False]
+    removed, joined = joined_by(kept, is_dup, *columns, [REMOVED], tmp_path / "work", groups)
+    assert removed == [True, False, False, True, False, False]
     assert joined.counts.tolist() == [3, 2, 0, 1, 0]
 
 
@@ -112,6 +113,6 @@ def test_no_rows_at_all(tmp_path):
     known = write(tmp_path / "a.parquet", url=["u"])
     rows = write(tmp_path / "b.parquet", url=pa.array([], pa.string()))
     columns = [["url"]], rows, [["url"]]
-    joined = joined_by(known, np.ones(1, bool), *columns, [REMOVED], tmp_path / "work")
-    assert joined.is_dup.tolist() == []
+    removed, joined = joined_by(known, np.ones(1, bool), *columns, [REMOVED], tmp_path / "work")
+    assert removed == []
     assert joined.counts.sum() == 0

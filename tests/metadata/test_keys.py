@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
-from snipdedup.metadata import keys
+from snipdedup.metadata import join_by_key as keys
 
 FILE = SimpleNamespace(path="m.parquet")
 

@@ -14,7 +14,7 @@ import pytest
 from snipdedup.config import Filter
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filter, masks
-from snipdedup.metadata.masks import FileRange, FileSizes, Mask
+from snipdedup.metadata.masks import FileRange, Mask
 from snipdedup.storage import out_folder
 
 SIZES = [3, 5, 0, 4, 5]  # rows of the files of a small set; uneven on purpose
@@ -403,9 +403,8 @@ def test_real_keyframes_by_range_as_by_the_whole(data, tmp_path, snip):
 def place(names, rows, start, end, *, total=None, sizes=None):
     total = sum(rows) if total is None else total
     known = None if sizes is None else np.array(sizes)
-    return masks.place_range(
-        FileSizes(names, rows), Mask(None, np.zeros(total, bool), known), start, end
-    )
+    files = list(zip(names, rows, strict=True))
+    return masks.place_range(files, Mask(None, np.zeros(total, bool), known), start, end)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import truth
 
 from snipdedup.errors import SnipError
-from snipdedup.metadata.texts import CAPTIONS, URLS, open_row_texts, removed_before
+from snipdedup.metadata.gather import CAPTIONS, URLS, open_row_texts, removed_before
 from snipdedup.storage.out_folder import read_manifest
 
 ROWS = 200
