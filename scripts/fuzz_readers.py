@@ -46,11 +46,11 @@ from snipdedup.index.folder import QUANTISER, Index
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.index.search import MappedLists
 from snipdedup.inspection import diff, top
-from snipdedup.inspection.search_query import read_vectors
+from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 MEMORY = 1 << 29  # bytes
 SECONDS = 20  # of processor time: a busy machine is no fault of a file

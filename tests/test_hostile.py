@@ -30,10 +30,10 @@ from snipdedup.features.shards import open_features
 from snipdedup.index.folder import QUANTISER, Index, load_shard
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.inspection import top
-from snipdedup.inspection.search_query import read_vectors
+from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 sys.path.append(str(ROOT / "scripts"))
 fuzz_readers = importlib.import_module("fuzz_readers")

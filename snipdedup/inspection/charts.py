@@ -21,23 +21,12 @@ UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass(frozen=True)
 class Bars:
-    """A histogram with a logarithmic axis of counts.
+    """A histogram with a logarithmic axis of counts."""
 
-    Attributes
-    ----------
-    edges : (n + 1,) float64
-        Places of the bars on the x axis, in the axis's own (perhaps logarithmic) units.
-    counts : (n,) int64
-    names : list of str
-        What each bar counts.
-    ticks : list of (float, str)
-        Places and labels on the x axis.
-    """
-
-    edges: np.ndarray
-    counts: np.ndarray
-    names: list[str]
-    ticks: list[tuple[float, str]]
+    edges: np.ndarray  # (n + 1,) float64: places of the bars in the x axis's own units
+    counts: np.ndarray  # (n,) int64
+    names: list[str]  # what each bar counts
+    ticks: list[tuple[float, str]]  # places and labels on the x axis
 
 
 def compact(value: float) -> str:
@@ -60,7 +49,7 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
     return [round(step * k, 10) for k in range(first, last + 1)]
 
 
-def share(part: float) -> str:
+def x_place(part: float) -> str:
     """Return a place along the x axis, 0 to 1, as SVG has it."""
     return f"{100 * part:.3f}".rstrip("0").rstrip(".") + "%"
 
@@ -88,21 +77,21 @@ def grid(ticks: Sequence[tuple[float, str]]) -> str:
 def below(ticks: Sequence[tuple[float, str]]) -> str:
     """Return labels below the x axis, at places from 0 to 1."""
     return "".join(
-        f'<line class="tick" x1="{share(x)}" x2="{share(x)}" y1="{HEIGHT}" y2="{HEIGHT + 5}"/>'
-        f'<text x="{share(x)}" y="{HEIGHT + 20}" text-anchor="middle">{escape(label)}</text>'
+        f'<line class="tick" x1="{x_place(x)}" x2="{x_place(x)}" y1="{HEIGHT}" y2="{HEIGHT + 5}"/>'
+        f'<text x="{x_place(x)}" y="{HEIGHT + 20}" text-anchor="middle">{escape(label)}</text>'
         for x, label in ticks
     )
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear axis of pixels, upwards."""
+    """A linear y axis."""
 
     low: float
     high: float
 
     def y(self, value: float) -> float:
-        """Return the height of a value, from the top."""
+        """Return the place of a value in pixels from the top."""
         return HEIGHT * (1 - (value - self.low) / max(self.high - self.low, 1e-12))
 
 
@@ -114,24 +103,17 @@ def kept_scale(kept: np.ndarray, rows: int) -> Scale:
 
 
 def curve_chart(thresholds: np.ndarray, kept: np.ndarray, rows: int, mark: int, words: str) -> str:
-    """Draw kept rows against the threshold, with a cursor for the slider.
+    """Draw kept rows against the threshold, (s,) each, with a cursor for the slider.
 
-    Parameters
-    ----------
-    thresholds, kept : (s,)
-    rows : int
-        Of the whole set.
-    mark : int
-        Kept rows of this run, at the first threshold.
-    words : str
-        The chart in words.
+    ``rows`` are those of the whole set, ``mark`` the kept rows of this run, at the first threshold;
+    ``words`` say what the chart shows.
     """
     scale = kept_scale(np.append(kept, mark), rows)
     start, end = float(thresholds[0]), float(thresholds[-1])
     places = (thresholds - start) / max(end - start, 1e-12)
     points = " ".join(f"{WIDE * x:.1f},{scale.y(y):.1f}" for x, y in zip(places, kept, strict=True))
     ticks = nice_ticks(scale.low, scale.high, 5)
-    y, x = scale.y(float(kept[0])), share(float(places[0]))
+    y, x = scale.y(float(kept[0])), x_place(float(places[0]))
     axis = [((t - start) / max(end - start, 1e-12), f"{t:.4g}") for t in nice_ticks(start, end, 6)]
     body = [
         f'<svg viewBox="0 0 {WIDE} {HEIGHT}" preserveAspectRatio="none" width="100%" '
@@ -159,7 +141,7 @@ def bar_chart(bars: Bars, axis: str, words: str) -> str:
         left, right = left + gap / 2, right - gap / 2
         y = scale.y(math.log10(int(bars.counts[number])))
         body.append(
-            f'<rect class="bar" x="{share(left)}" y="{y:.1f}" width="{share(right - left)}" '
+            f'<rect class="bar" x="{x_place(left)}" y="{y:.1f}" width="{x_place(right - left)}" '
             f'height="{HEIGHT - y:.1f}"><title>{escape(bars.names[number])}: '
             f"{int(bars.counts[number]):,}</title></rect>"
         )
@@ -168,14 +150,9 @@ def bar_chart(bars: Bars, axis: str, words: str) -> str:
 
 
 def similarity_bars(edges: np.ndarray, counts: np.ndarray, most: int = 128) -> Bars:
-    """Return bars of cosines, of which the last stands for those of exactly 1.
+    """Return bars of cosines, at ``most`` so many; the last stands for those of exactly 1.
 
-    Parameters
-    ----------
-    edges, counts : (n,)
-        Lower ends, the last one 1, and counts.
-    most : int
-        Bars at the most; neighbours are added up until they fit.
+    ``edges`` are lower ends, (n,), the last one 1. Neighbours are added up until they fit.
     """
     width = -(-(len(edges) - 1) // (most - 1))
     starts = np.arange((len(edges) - 1) % width - width, len(edges) - 1, width)
@@ -194,18 +171,13 @@ def similarity_bars(edges: np.ndarray, counts: np.ndarray, most: int = 128) -> B
 
 
 def size_bars(values: np.ndarray, counts: np.ndarray) -> Bars:
-    """Return bars of whole numbers from 1 on, by powers of two.
-
-    Parameters
-    ----------
-    values, counts : (n,) int64
-        Distinct numbers, and how often each occurs.
-    """
-    powers = np.floor(np.log2(values)).astype(np.int64) if len(values) else np.zeros(1, np.int64)
+    """Return bars by powers of two: distinct whole numbers from 1 on, (n,), and their counts."""
+    if not len(values):
+        values, counts = np.ones(1), np.zeros(1, np.int64)
+    powers = np.floor(np.log2(values)).astype(np.int64)
     low, high = int(powers.min()), int(powers.max()) + 1
     sums = np.zeros(high - low, np.int64)
-    if len(values):
-        np.add.at(sums, powers - low, counts)
+    np.add.at(sums, powers - low, counts)
     spans = [(2**p, 2 ** (p + 1) - 1) for p in range(low, high)]
     names = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in spans]
     skip = 1 + (high - low) // 8  # as many labels as a phone has room for

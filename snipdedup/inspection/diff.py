@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from snipdedup.config import Diff
-from snipdedup.deduplication.out_reader import read_keys, whole_groups
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND
+from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
 from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
-from snipdedup.groups.members import group_starts
-from snipdedup.inspection.display import place_of, shard_offsets
+from snipdedup.groups.members import Members, concatenate, group_starts, no_members
+from snipdedup.inspection.display import places_of
 from snipdedup.metadata.masks import load_mask
-from snipdedup.storage.manifest import as_written, read_manifest
+from snipdedup.storage.out_folder import as_written, read_manifest
 
 BLOCK = 1 << 24  # rows of the masks compared at once
 ROW_KINDS = {
@@ -31,41 +31,13 @@ GROUP_KINDS = {
 }
 
 
-class Groups(NamedTuple):
-    """Members of all groups, by row; (n,) each.
-
-    Attributes
-    ----------
-    row, group, representative : int64
-        A representative that is a row of a reference is its complement, < 0.
-    similarity : float32
-    """
-
-    row: np.ndarray
-    group: np.ndarray
-    representative: np.ndarray
-    similarity: np.ndarray
-
-    def find(self, row: int) -> tuple[int, float | None] | None:
-        """Return a member's representative and its cosine with it; None for no member."""
-        at = int(np.searchsorted(self.row, row))
-        if at == len(self.row) or self.row[at] != row:
-            return None
-        similarity = float(self.similarity[at])
-        return int(self.representative[at]), None if np.isnan(similarity) else similarity
-
-
 @dataclass(frozen=True)
 class DiffResult:
-    """What ``snip diff`` found.
+    """What ``snip diff`` found; ``str()`` is a text, or JSON if ``as_json``.
 
-    Attributes
-    ----------
-    differences : dict
-        ``runs``, ``settings``, ``counts``: pairs of values. ``newly_removed``, ``newly_staying``,
-        ``other_representative``: rows and examples. ``split``, ``merged``: groups and examples.
-    as_json : bool
-        ``str()`` is JSON, not a text.
+    ``differences`` has ``runs``, ``settings``, ``counts``: pairs of values; ``newly_removed``,
+    ``newly_staying``, ``other_representative``: rows and examples; ``split``, ``merged``: groups
+    and examples.
     """
 
     differences: dict[str, Any]
@@ -101,13 +73,7 @@ def run(options: Diff) -> DiffResult:
 
 
 def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> None:
-    """Refuse two runs that were not made over the same rows.
-
-    Raises
-    ------
-    SnipError
-        If their shards differ in number, rows or checksum; names the first that does.
-    """
+    """Refuse two runs whose shards differ in number, rows or checksum; name the first that does."""
     shards = [manifest["shards"] for manifest in manifests]
     text = f"{folders[0]} and {folders[1]} are not runs over the same rows"
     if len(shards[0]) != len(shards[1]):
@@ -125,50 +91,44 @@ def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> N
 def compare(folders: list[Path], manifests: list[dict[str, Any]], n: int) -> dict[str, Any]:
     """Return all differences as JSON values, ``n`` examples of each kind."""
     masks = [load_mask(folder / "is_dup.npy") for folder in folders]
-    groups = [load_groups(folder / "groups.parquet") for folder in folders]
-    removed, kept = changed(*masks), changed(*masks[::-1])
-    moved = other_representatives(groups[0], groups[1], masks[0] & masks[1])
-    split, merged = regrouped(*groups), regrouped(*groups[::-1])
-    shown = np.concatenate([removed[:n], kept[:n], moved[:n]])
-    keys = read_keys(folders[0] / "groups.parquet", shown)
-    keys |= read_keys(folders[1] / "groups.parquet", shown)
-
-    shards, offsets = manifests[0]["shards"], shard_offsets(manifests[0]["shards"])
-
-    def rows(found: np.ndarray) -> list[dict[str, Any]]:
-        return [example(int(row), shards, offsets, keys, groups) for row in found[:n]]
-
+    tables = [folder / "groups.parquet" for folder in folders]
+    groups = [load_groups(table) for table in tables]
+    rows = {
+        "newly_removed": changed(*masks),
+        "newly_staying": changed(*masks[::-1]),
+        "other_representative": other_representatives(groups[0], groups[1], masks[0] & masks[1]),
+    }
+    shown = np.concatenate([found[:n] for found in rows.values()])
+    keys = read_keys(tables[0], shown) | read_keys(tables[1], shown)
+    examples = {
+        row: {"row": row, **place, "key": keys.get(row), **decisions(row, groups)}
+        for row, place in places_of(manifests[0]["shards"], shown.tolist()).items()
+    }
+    one, other = (manifest["settings"] for manifest in manifests)
+    settings = {  # but those that say how or where only
+        name: [one.get(name), other.get(name)]
+        for name in sorted({*one, *other} - HOW)
+        if one.get(name) != other.get(name)
+    }
     counts = ("rows", "removed", "kept", "groups", "largest_group", "chained")
+    split, merged = regrouped(*groups), regrouped(*groups[::-1])
     return {
         "runs": [str(folder) for folder in folders],
-        "settings": other_settings(*(manifest["settings"] for manifest in manifests)),
+        "settings": settings,
         "counts": {name: [m["counts"].get(name) for m in manifests] for name in counts},
-        "newly_removed": {"rows": len(removed), "examples": rows(removed)},
-        "newly_staying": {"rows": len(kept), "examples": rows(kept)},
-        "other_representative": {"rows": len(moved), "examples": rows(moved)},
+        **{
+            name: {"rows": len(found), "examples": [examples[row] for row in found[:n].tolist()]}
+            for name, found in rows.items()
+        },
         "split": {"groups": len(split), "examples": split[:n]},
         "merged": {"groups": len(merged), "examples": merged[:n]},
     }
 
 
-def other_settings(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the settings that differ, but for those that say how or where only."""
-    return {
-        name: [one.get(name), other.get(name)]
-        for name in sorted({*one, *other} - HOW)
-        if one.get(name) != other.get(name)
-    }
-
-
-def load_groups(path: Path) -> Groups:
+def load_groups(path: Path) -> Members:
     """Read the members of all groups, by row."""
-    parts = [
-        Groups(*(getattr(m, name) for name in Groups._fields))
-        for m in whole_groups(path, marked=True)
-    ]
-    empty = Groups(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.int64, np.float32)))
-    joined = Groups(*map(np.concatenate, zip(empty, *parts, strict=True)))
-    return Groups(*(column[np.argsort(joined.row)] for column in joined))
+    members = concatenate(no_members(), *whole_groups(path, marked=True))
+    return pick(members, np.argsort(members.row))
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -180,14 +140,14 @@ def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def other_representatives(one: Groups, other: Groups, removed: np.ndarray) -> np.ndarray:
+def other_representatives(one: Members, other: Members, removed: np.ndarray) -> np.ndarray:
     """Return the rows that both runs remove, but for different rows, (n,) int64."""
     rows, i, j = np.intersect1d(one.row, other.row, assume_unique=True, return_indices=True)
     moved = one.representative[i] != other.representative[j]
     return rows[moved & removed[rows]]
 
 
-def regrouped(one: Groups, other: Groups) -> list[dict[str, int]]:
+def regrouped(one: Members, other: Members) -> list[dict[str, int]]:
     """Return the groups of ``one`` whose rows are not all together in ``other``, largest first.
 
     A row in no group of ``other`` is a part by itself.
@@ -211,28 +171,21 @@ def regrouped(one: Groups, other: Groups) -> list[dict[str, int]]:
     return [{"group": int(labels[i]), "rows": int(sizes[i]), "parts": int(parts[i])} for i in torn]
 
 
-def example(
-    row: int,
-    shards: list[dict[str, Any]],
-    offsets: np.ndarray,
-    keys: dict[int, str],
-    groups: list[Groups],
-) -> dict[str, Any]:
-    """Return a row with its place, its key, and its representative in both runs.
+def decisions(row: int, groups: list[Members]) -> dict[str, list[Any]]:
+    """Return a row's representative in both runs and its cosine with it; None where there is none.
 
     A representative that is a row of a reference is given as ``reference row N``.
     """
-    found = [group.find(row) for group in groups]
-    representatives = [None if f is None else f[0] for f in found]
-    return {
-        "row": row,
-        **place_of(shards, offsets, row),
-        "key": keys.get(row),
-        "representatives": [
-            r if r is None or r >= 0 else f"reference row {~r}" for r in representatives
-        ],
-        "similarities": [None if f is None else f[1] for f in found],
-    }
+    representatives: list[Any] = []
+    similarities: list[Any] = []
+    for members in groups:
+        at = int(np.searchsorted(members.row, row))
+        member = at < len(members.row) and members.row[at] == row
+        other = int(members.representative[at]) if member else None
+        similarity = float(members.similarity[at]) if member else np.nan
+        representatives.append(other if other is None or other >= 0 else f"reference row {~other}")
+        similarities.append(None if np.isnan(similarity) else similarity)
+    return {"representatives": representatives, "similarities": similarities}
 
 
 def example_text(entry: dict[str, Any]) -> str:

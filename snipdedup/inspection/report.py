@@ -1,12 +1,13 @@
 """``snip report``: reads a finished OUT and writes one page of HTML about it.
 
 The page works from disk and offline. Captions, keys and urls are strangers' texts: the template
-escapes them, only http and https become links, and the page's own policy lets nothing else run or
-load. A remote picture is fetched only when the reader asks for it.
+escapes them, and only http and https become links. A remote picture is fetched only when the reader
+asks for it. To add a section: its values in `make_page`, its HTML in ``templates/report.html.j2``.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,8 +18,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from snipdedup.config import Report
-from snipdedup.deduplication.inputs import named_paths
-from snipdedup.deduplication.out_reader import (
+from snipdedup.deduplication.inputs import KIND, named_paths
+from snipdedup.deduplication.read_out import (
+    KEEPS,
+    Curve,
     Run,
     Survey,
     read_curve,
@@ -26,27 +29,41 @@ from snipdedup.deduplication.out_reader import (
     read_partners,
     survey_groups,
 )
-from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
-from snipdedup.inspection import thumbnails
-from snipdedup.inspection.display import page_text, place_of, safe_link, shard_offsets
-from snipdedup.inspection.report_page import (
-    GENERATOR,
-    PICTURED,
-    PictureCounts,
-    Row,
-    render,
+from snipdedup.groups.members import Members
+from snipdedup.inspection import charts, thumbnails
+from snipdedup.inspection.display import (
+    TEMPLATES,
+    page_text,
+    places_of,
+    render_page,
     require_jinja,
+    safe_link,
+    shard_offsets,
 )
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
-from snipdedup.storage.manifest import as_written, read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
 NAME = "report.html"
+GENERATOR = '<meta name="generator" content="snip report">'
+PICTURED = '<meta name="snip-pictures"'  # stands in a page that has some
 HEAD = 2048  # bytes in which a report says that it is one
 CAPTION, KEY = 240, 80  # characters shown
+SHARDS = 400  # lines of the table at the most
+LISTED = 6  # entries of the manifest's lists as shown
+
+
+@dataclass(frozen=True)
+class PictureCounts:
+    """Rows shown, pictures found of them, whether any were wanted, and what could not be used."""
+
+    rows: int
+    found: int = 0
+    wanted: bool = False
+    unreadable: int = 0  # files that are no pictures, or too large
+    ambiguous: int = 0  # keys with several pictures
 
 
 @dataclass(frozen=True)
@@ -62,13 +79,30 @@ class ReportResult:
         lines = [f"written to {self.path} ({self.size / 1e6:.1f} MB)"]
         if counts.wanted:
             lines.append(f"pictures of {counts.found:,} of the {counts.rows:,} rows shown")
-            if counts.unreadable:
-                lines.append(f"  {counts.unreadable:,} files are no pictures, or too large")
-            if counts.ambiguous:
-                lines.append(
-                    f"  {counts.ambiguous:,} keys have several pictures; none of them is shown"
-                )
+        if counts.unreadable:
+            lines.append(f"  {counts.unreadable:,} files are no pictures, or too large")
+        if counts.ambiguous:
+            lines.append(
+                f"  {counts.ambiguous:,} keys have several pictures; none of them is shown"
+            )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as the page shows it: its texts are cut, and empty where unknown."""
+
+    row: int
+    shard: str
+    shard_row: int
+    removed: bool
+    key: str
+    caption: str
+    caption_length: int  # of the whole caption
+    url: str
+    link: str  # the url if it is safe to follow
+    host: str  # what the link names
+    picture: str  # a ``data:`` URL of a thumbnail
 
 
 def run(options: Report) -> ReportResult:
@@ -115,60 +149,77 @@ def make_page(
     out: Path, manifest: dict[str, Any], texts: RowTexts, options: Report
 ) -> tuple[str, PictureCounts]:
     """Read OUT; return the page, and the pictures in it."""
-    settings, offsets = manifest["settings"], shard_offsets(manifest["shards"])
-    rows, groups = int(offsets[-1]), out / "groups.parquet"
-    survey = survey_groups(
-        groups,
-        Run(settings["threshold"], settings["keep"], settings["seed"] or 0, offsets),
-        options.seed,
-    )
+    settings, counts, shards = manifest["settings"], manifest["counts"], manifest["shards"]
+    offsets, groups = shard_offsets(shards), out / "groups.parquet"
+    done = Run(settings["threshold"], settings["keep"], settings["seed"] or 0, offsets)
+    survey = survey_groups(groups, done, options.seed)
     curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
-        curve = read_curve(out / "forest.parquet", rows, settings["threshold"])
+        curve = read_curve(out / "forest.parquet", int(offsets[-1]), settings["threshold"])
     asked = options.asked()
-    if asked and asked[-1] >= rows:
-        raise SnipError(f"--rows names row {asked[-1]:,}, the set has rows 0 to {rows - 1:,}")
+    if asked and asked[-1] >= offsets[-1]:
+        raise SnipError(
+            f"--rows names row {asked[-1]:,}, the set has rows 0 to {offsets[-1] - 1:,}"
+        )
     partners = read_partners(groups, np.array(asked, np.int64))
-    others = [other for other, _ in partners.values() if other >= 0]
-    shown = np.union1d(shown_rows(survey), [*asked, *others]).astype(np.int64)
-    keys = read_keys(groups, shown)
-    is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
-    pictures, counts = find_pictures(shown, keys, texts, options)
-    page = render(
-        out.resolve().name,
-        shlex.quote(str(options.out)),
-        manifest,
-        curve=curve,
+    shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
+    keys, is_dup = read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
+    pictures, found = find_pictures(shown, keys, texts, options)
+    rows = describe_shown(shown, shards, is_dup, keys, texts, pictures)
+
+    def pairs(members: Members) -> list[tuple[Row, Row | int, float]]:
+        """Return rows, each with its representative (a reference's: its number) and the cosine."""
+        both = zip(members.row.tolist(), members.representative.tolist(), strict=True)
+        others = [(rows[row], rows.get(other, ~other)) for row, other in both]
+        return [(*pair, float(c)) for pair, c in zip(others, members.similarity, strict=True)]
+
+    page = render_page(
+        "report.html.j2",
+        (TEMPLATES / "report.js").read_text("utf-8"),
+        generator=GENERATOR,
+        pictured=PICTURED,
+        title=out.resolve().name,
+        out=shlex.quote(str(options.out)),
+        counts=counts,
+        settings=settings,
+        verified=manifest["verified"],
+        version=manifest["versions"]["snipdedup"],
         survey=survey,
-        rows=describe_rows(shown, manifest["shards"], is_dup, keys, texts, pictures),
-        pictures=counts,
-        sizes=read_sizes(out / "histogram.parquet"),
-        removed=[int(np.count_nonzero(is_dup[a:b])) for a, b in pairwise(offsets)],
-        asked={row: partners.get(row) for row in asked},
+        pictures=found,
+        curve=None if curve is None else curve_section(curve, counts),
+        charts=histograms(survey, out / "histogram.parquet"),
+        bands=[(band, pairs(band.shown)) for band in survey.bands if band.rows],
+        below=(survey.below, pairs(survey.below.shown)),
+        groups=[(group, pairs(group.shown)) for group in survey.largest],
+        copied=[
+            (rows[row], count)
+            for row, count in zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
+        ],
+        asked=[asked_pair(rows, row, *partners.get(row, (row, np.nan))) for row in asked],
+        spared=[
+            (rows[row], rows[other])
+            for row, other in zip(
+                survey.spared.row.tolist(), survey.spared_by.tolist(), strict=True
+            )
+        ],
+        known_keep=settings["keep"] in KEEPS,
+        shards=shard_section(shards, offsets, is_dup, survey.foreign.tolist()),
+        manifest=json.dumps(shortened(manifest), indent=2, ensure_ascii=False),
     )
-    return page, counts
+    return page, found
 
 
-def read_sizes(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return (values, counts) of ``group_size`` and ``dup_count``; 0 is left out."""
-    table = stream_parquet(path).read()
-    of = np.array(table["of"].to_pylist(), object)
-    value, count = table["value"].to_numpy(), table["count"].to_numpy()
-    chosen = {name: (of == name) & (value > 0) for name in ("group_size", "dup_count")}
-    return {name: (value[mask], count[mask]) for name, mask in chosen.items()}
-
-
-def shown_rows(survey: Survey) -> np.ndarray:
-    """Return all rows that the page shows, ascending."""
+def shown_rows(survey: Survey, more: list[int]) -> np.ndarray:
+    """Return all rows that the page shows and some more, ascending, without those of references."""
     samples = [band.shown for band in (*survey.bands, survey.below)]
     samples += [group.shown for group in survey.largest] + [survey.spared]
     parts = [rows for sample in samples for rows in (sample.row, sample.representative)]
-    rows = np.unique(np.concatenate([*parts, survey.copied, survey.spared_by]))
-    return rows[rows >= 0]
+    rows = np.unique(np.concatenate([*parts, survey.copied, survey.spared_by, more]))
+    return rows[rows >= 0].astype(np.int64)
 
 
-def describe_rows(
-    wanted: np.ndarray,
+def describe_shown(
+    shown: np.ndarray,
     shards: list[dict[str, Any]],
     is_dup: np.ndarray,
     keys: dict[int, str],
@@ -176,15 +227,15 @@ def describe_rows(
     pictures: dict[int, str],
 ) -> dict[int, Row]:
     """Return what is known of the rows that are shown."""
-    captions = texts.read(texts.find(wanted=CAPTIONS), wanted)
-    urls = texts.read(texts.find(wanted=URLS), wanted)
-    offsets, rows = shard_offsets(shards), {}
-    for row in wanted.tolist():
+    captions = texts.read(texts.find(wanted=CAPTIONS), shown)
+    urls = texts.read(texts.find(wanted=URLS), shown)
+    rows = {}
+    for row, place in places_of(shards, shown.tolist()).items():
         caption, url = captions.get(row, ""), urls.get(row, "")
         link = safe_link(url)
         rows[row] = Row(
             row=row,
-            **place_of(shards, offsets, row),
+            **place,
             removed=bool(is_dup[row]),
             key=page_text(keys.get(row, ""), KEY),
             caption=page_text(caption, CAPTION),
@@ -198,25 +249,110 @@ def describe_rows(
 
 
 def find_pictures(
-    wanted: np.ndarray, keys: dict[int, str], texts: RowTexts, options: Report
+    shown: np.ndarray, keys: dict[int, str], texts: RowTexts, options: Report
 ) -> tuple[dict[int, str], PictureCounts]:
     """Return thumbnails by row, and how many there are."""
     if options.image_column is not None:
         if texts.metadata is None:
             raise SnipError("--image_column names a column of the metadata: give --metadata too")
-        names = texts.read(texts.find(options.image_column), wanted)
+        names = texts.read(texts.find(options.image_column), shown)
         found = thumbnails.by_path(names.values(), options.images)
     elif options.images is not None:
         names = keys
-        if not keys and len(wanted):
+        if not keys and len(shown):
             raise SnipError(
                 "pictures are found by key, and groups.parquet has none: run snip dedup with "
                 "--metadata (and --key), or give --image_column"
             )
         found = thumbnails.by_key(options.images, keys.values())
     else:
-        return {}, PictureCounts(len(wanted))
+        return {}, PictureCounts(len(shown))
     pictures = {row: found.pictures[name] for row, name in names.items() if name in found.pictures}
     return pictures, PictureCounts(
-        len(wanted), len(pictures), True, len(found.unreadable), len(found.ambiguous)
+        len(shown), len(pictures), True, len(found.unreadable), len(found.ambiguous)
     )
+
+
+def curve_section(curve: Curve, counts: dict[str, int]) -> dict[str, Any]:
+    """Return the slider's figures and chart."""
+    kept = counts["rows"] - curve.removed
+    thresholds = np.array([float(text) for text in curve.thresholds])
+    scale = charts.kept_scale(np.append(kept, counts["kept"]), counts["rows"])
+    words = (
+        f"Kept rows, by threshold: {kept[0]:,} at {curve.thresholds[0]}, rising to "
+        f"{kept[-1]:,} at {curve.thresholds[-1]}"
+    )
+    removed, groups = curve.removed.tolist(), curve.groups.tolist()
+    return {
+        "svg": charts.curve_chart(thresholds, kept, counts["rows"], counts["kept"], words),
+        "lines": list(zip(curve.thresholds, removed, kept.tolist(), groups, strict=True)),
+        "data": {
+            "thresholds": curve.thresholds,
+            "removed": removed,
+            "groups": groups,
+            "rows": counts["rows"],
+            "y": [round(scale.y(value), 1) for value in kept.tolist()],
+        },
+    }
+
+
+def histograms(survey: Survey, path: Path) -> dict[str, str]:
+    """Return the charts of cosines, and of group sizes and dup_count from ``histogram.parquet``."""
+    table = stream_parquet(path).read()
+    of = np.array(table["of"].to_pylist(), object)
+    value, count = table["value"].to_numpy(), table["count"].to_numpy()
+    in_groups, stand = ((of == name) & (value > 0) for name in ("group_size", "dup_count"))
+    return {
+        "similarity": charts.bar_chart(
+            charts.similarity_bars(survey.edges, survey.similarities),
+            "cosine with the representative",
+            "Removed rows by cosine with their representatives: "
+            f"{int(survey.similarities.sum()):,} rows, {int(survey.similarities[-1]):,} of them "
+            "exactly 1",
+        ),
+        "sizes": charts.bar_chart(
+            charts.size_bars(value[in_groups], count[in_groups]),
+            "rows in the group",
+            f"Groups by number of rows: {int(count[in_groups].sum()):,} groups, from 2 to "
+            f"{int(value[in_groups].max(initial=2)):,} rows",
+        ),
+        "copies": charts.bar_chart(
+            charts.size_bars(value[stand], count[stand]),
+            "rows removed for it (dup_count)",
+            f"Kept rows by dup_count: {int(count[stand].sum()):,} stand for others, at most for "
+            f"{int(value[stand].max(initial=0)):,}",
+        ),
+    }
+
+
+def asked_pair(
+    rows: dict[int, Row], row: int, other: int, similarity: float
+) -> tuple[Row, Row | int | None, float]:
+    """Return a row that was asked for and its representative, None where the row is kept."""
+    return rows[row], rows.get(other, ~other) if rows[row].removed else None, similarity
+
+
+def shard_section(
+    shards: list[dict[str, Any]], offsets: np.ndarray, is_dup: np.ndarray, foreign: list[int]
+) -> dict[str, Any]:
+    """Return a line for each shard; of very many those that lose the largest share."""
+    removed = [int(np.count_nonzero(is_dup[a:b])) for a, b in pairwise(offsets)]
+    lines = [
+        (shard["name"], shard["rows"], *counts)
+        for shard, *counts in zip(shards, removed, foreign, strict=True)
+    ]
+    if len(lines) > SHARDS:
+        lines.sort(key=lambda line: -line[2] / max(line[1], 1))
+    return {"lines": lines[:SHARDS], "all": len(lines)}
+
+
+def shortened(value: Any) -> Any:
+    """Return a JSON value with long lists and objects cut."""
+    if isinstance(value, dict):
+        short = {key: shortened(item) for key, item in list(value.items())[: 10 * LISTED]}
+        more = len(value) - len(short)
+        return {**short, "...": f"{more:,} more"} if more else short
+    if isinstance(value, list):
+        more = len(value) - LISTED
+        return [*map(shortened, value[:LISTED]), *([f"... {more:,} more"] if more > 0 else [])]
+    return value

@@ -1,32 +1,42 @@
 """``snip search``: the nearest rows to a row, to vectors or to a text, as a table, JSON or a page.
 
 The index proposes rows by their codes, from the visited lists only; raw features decide, where
-they can be read.
+they can be read. A text becomes a vector by the CLIP model that made the features (extra
+``clip``). torch is loaded only for an encoder or a text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snipdedup.config import Search
-from snipdedup.errors import SnipError
-from snipdedup.features.cosine import pair_cosine
+from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.features.cosine import pair_cosine, unit_rows64
+from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
-from snipdedup.index.folder import Index, is_descriptors
+from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
 from snipdedup.index.search import MappedLists
-from snipdedup.inspection.display import page_text, place_of, safe_link, terminal_text
-from snipdedup.inspection.report_page import TEMPLATES, content_hash, render_template, require_jinja
-from snipdedup.inspection.search_query import VECTORS, parse_query
+from snipdedup.inspection.display import (
+    page_text,
+    places_of,
+    render_page,
+    require_jinja,
+    safe_link,
+    terminal_text,
+)
 from snipdedup.storage.atomic import replacing
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import read_manifest, refuse_output_file
 
 COSINE, ADC = "cosine", "adc_distance"
+VECTORS = (".npy", ".npz")
+MODEL = "ViT-B-32/laion2b_s34b_b79k"  # an example
 TEXTS = ("key", "url", "caption")
 TABLE_WIDTH = 60  # characters of a caption or url in the table
 PAGE_WIDTHS = {"key": 120, "caption": 600, "url": 600, "query": 200}
@@ -50,6 +60,18 @@ class Neighbour:
         score = values.pop("score")
         return values if score is None else {**values, measure: score}
 
+    def tile(self) -> dict[str, str]:
+        """Return the row as the page shows it: texts cut, and a link only where it is safe."""
+        texts = {name: page_text(getattr(self, name) or "", PAGE_WIDTHS[name]) for name in TEXTS}
+        return {
+            **texts,
+            "row": f"{self.row:,}",
+            "shard": self.shard,
+            "shard_row": f"{self.shard_row:,}",
+            "link": safe_link(self.url or ""),
+            "score": "" if self.score is None else f"{self.score:.4f}",
+        }
+
 
 @dataclass
 class Answer:
@@ -59,32 +81,22 @@ class Answer:
     row: Neighbour | None
     neighbours: list[Neighbour]
 
+    def tiles(self) -> dict[str, Any]:
+        """Return the answer as the page shows it."""
+        row = self.row.tile() if self.row else None
+        query = page_text(self.query, PAGE_WIDTHS["query"])
+        return {"query": query, "row": row, "neighbours": [n.tile() for n in self.neighbours]}
 
-@dataclass
+
+@dataclass(frozen=True)
 class SearchResult:
-    """What ``snip search`` found.
+    """What ``snip search`` found, an answer for each query; ``str()`` is a table, or JSON."""
 
-    Attributes
-    ----------
-    measure : str
-        ``cosine`` or ``adc_distance``.
-    of : str
-        What was compared: ``features``, ``descriptors`` or ``codes``.
-    note : str
-        Why it was not the features; empty if it was.
-    answers : list of Answer
-        One for each query.
-    page : Path or None
-        The page that was written.
-    as_json : bool
-        ``str()`` is JSON, not a table.
-    """
-
-    measure: str
-    of: str
-    note: str
-    answers: list[Answer] = field(default_factory=list)
-    page: Path | None = None
+    measure: str  # ``cosine`` or ``adc_distance``
+    of: str  # what was compared: ``features``, ``descriptors`` or ``codes``
+    note: str  # why it was not the features; empty if it was
+    answers: list[Answer]
+    page: Path | None = None  # the page that was written
     as_json: bool = False
 
     @property
@@ -111,8 +123,7 @@ class SearchResult:
         lines = []
         for answer in self.answers:
             lines.append(terminal_text(answer.query))
-            if answer.row is not None:
-                row = answer.row
+            if (row := answer.row) is not None:
                 lines.append(f"  {row.shard}, row {row.shard_row} of it")
                 known = [(name, getattr(row, name)) for name in TEXTS]
                 lines += [f"  {n} {terminal_text(text, TABLE_WIDTH)}" for n, text in known if text]
@@ -125,9 +136,17 @@ class SearchResult:
                 lines.append(f"  {near.row:>12}  {near.score:>8.4f}  {texts}".rstrip())
             lines.append("" if answer.neighbours else "  nothing in the lists that were visited")
         lines.append(self.how)
-        if self.page is not None:
-            lines.append(f"written to {self.page}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"written to {self.page}"] if self.page else [])])
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query."""
+
+    name: str  # as a person would call it
+    row: int | None  # the stored row that it is
+    x: np.ndarray  # (dim,) float32: what the lists are searched with
+    raw: np.ndarray | None  # (d,) float: what features are compared with
 
 
 def run(options: Search) -> SearchResult:
@@ -140,46 +159,42 @@ def run(options: Search) -> SearchResult:
     page = None if options.html is None else Path(options.html).expanduser()
     if page is not None:
         read = [index.folder, *([] if metadata is None else metadata.inputs())]
-        if isinstance(options.query, str) and Path(options.query).suffix.lower() in VECTORS:
+        if isinstance(options.query, str) and options.query.lower().endswith(VECTORS):
             read.append(Path(options.query).expanduser())
         refuse_output_file(page, [*read, *([] if features is None else features.paths())])
     result = search(index, features, of, why, options)
     if metadata is not None:
-        describe_rows(result, metadata)
+        add_texts(result, metadata)
+    result = dataclasses.replace(result, page=page, as_json=options.json)
     if page is not None:
+        name, answers = index.folder.name, [answer.tiles() for answer in result.answers]
+        text = render_page("search.html.j2", index=name, how=result.how, answers=answers)
         with replacing(page) as part:
-            part.write_text(render_page(index.folder.name, result), encoding="utf-8")
-    return dataclasses.replace(result, page=page, as_json=options.json)
+            part.write_text(text, encoding="utf-8")
+    return result
 
 
 def search(
     index: Index, features: Features | None, of: str, why: str, options: Search
 ) -> SearchResult:
-    """Answer the query, or each vector of a file.
-
-    ``features`` are rows to compare with, or None and ``why``; ``of`` says what they are.
-    """
-    lists = MappedLists(index)
+    """Answer each query; features, called ``of``, are rows to compare with, or None and ``why``."""
+    lists, shards, answers = MappedLists(index), index.manifest["shards"], []
     queries = parse_query(index, lists, features, options)
     if features is not None and any(query.raw is None for query in queries):
         features, why = None, "the query is not as wide as the features"
-    result = SearchResult(COSINE, of, "") if features else SearchResult(ADC, "codes", why)
-    shards, offsets = index.manifest["shards"], index.offsets
     for query in queries:
         D, I = lists.nearest(query.x, nprobe=options.nprobe, k=max(options.k, options.rerank) + 1)
         if query.row is not None:
             D, I = D[query.row != I], I[query.row != I]
         if features is not None and query.raw is not None:
             D, I = rerank(features, query.raw, I)
-        near = [
-            Neighbour(row, **place_of(shards, offsets, row), score=score)
-            for row, score in zip(I[: options.k].tolist(), D[: options.k].tolist(), strict=True)
-        ]
-        own = None
-        if query.row is not None:
-            own = Neighbour(query.row, **place_of(shards, offsets, query.row))
-        result.answers.append(Answer(query.name, own, near))
-    return result
+        rows, scores = I[: options.k].tolist(), D[: options.k].tolist()
+        places = places_of(shards, rows if query.row is None else [*rows, query.row])
+        near = [Neighbour(r, **places[r], score=s) for r, s in zip(rows, scores, strict=True)]
+        own = None if query.row is None else Neighbour(query.row, **places[query.row])
+        answers.append(Answer(query.name, own, near))
+    measure, of, note = (COSINE, of, "") if features is not None else (ADC, "codes", why)
+    return SearchResult(measure, of, note, answers)
 
 
 def rerank(features: Features, x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,20 +211,9 @@ def rerank(features: Features, x: np.ndarray, rows: np.ndarray) -> tuple[np.ndar
 
 
 def raw_features(index: Index, options: Search) -> tuple[Features | None, str, str]:
-    """Return the features that were indexed: those given, or where the manifest says they lie.
+    """Return the features that were indexed, ``features`` or ``descriptors``, and why if None.
 
-    Returns
-    -------
-    features : Features or None
-    of : str
-        ``features`` or ``descriptors``.
-    why : str
-        Why there are none.
-
-    Raises
-    ------
-    SnipError
-        If those given are not there, or not as many rows as the index.
+    They are those given, or lie where the manifest says.
     """
     if not options.rerank:
         return None, "", "--rerank 0"
@@ -240,10 +244,8 @@ def raw_features(index: Index, options: Search) -> tuple[Features | None, str, s
 
 def open_table_of(index: Index, options: Search) -> Any:
     """Return the metadata: given, or beside a folder of features; None if there is none."""
-    source: Any = options.metadata
-    if source is None:
-        beside = options.features or index.manifest.get("features_at")
-        source = implied_metadata(beside) if beside is not None else None
+    beside = options.features or index.manifest.get("features_at")
+    source: Any = options.metadata or (implied_metadata(beside) if beside else None)
     if source is None:
         return None
     from snipdedup.metadata.tables import open_metadata  # pyarrow takes a while too
@@ -254,7 +256,7 @@ def open_table_of(index: Index, options: Search) -> Any:
     return metadata
 
 
-def describe_rows(result: SearchResult, metadata: Any) -> None:
+def add_texts(result: SearchResult, metadata: Any) -> None:
     """Fill in key, url and caption of every row shown."""
     from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
     from snipdedup.metadata.tables import KEY_COLUMNS
@@ -268,35 +270,179 @@ def describe_rows(result: SearchResult, metadata: Any) -> None:
             setattr(neighbour, name, values.get(neighbour.row))
 
 
-def render_page(index: str, result: SearchResult) -> str:
-    """Return the page of neighbours as tiles; it loads nothing."""
-    styles = (TEMPLATES / "report.css").read_text("utf-8")
-    return render_template(
-        "search.html.j2",
-        policy=f"default-src 'none'; style-src {content_hash(styles)}; base-uri 'none'; "
-        "form-action 'none'",
-        styles=styles,
-        index=index,
-        how=result.how,
-        answers=[
-            {
-                "query": page_text(answer.query, PAGE_WIDTHS["query"]),
-                "row": tile(answer.row) if answer.row else None,
-                "neighbours": [tile(near) for near in answer.neighbours],
-            }
-            for answer in result.answers
-        ],
+def parse_query(
+    index: Index, lists: MappedLists, features: Features | None, options: Search
+) -> list[Query]:
+    """Return what is asked: a row number, the vectors of a file or an array, or a text."""
+    query, named = options.query, isinstance(options.query, str)
+    if isinstance(query, int | np.integer) or (named and query.isdecimal() and not options.text):
+        return [row_query(index, lists, features, int(query))]
+    name = query if named else "QUERY"
+    if not named:
+        vectors = checked_vectors(np.asarray(query), name)
+    elif query.lower().endswith(VECTORS) and not options.text:
+        vectors = read_vectors(Path(query).expanduser(), options.array)
+    else:
+        model = clip_model(index, query, options.model)
+        vectors = text_vector(query, model, download=options.download)[None]
+    comparable = features is not None and features.dim == vectors.shape[1]
+    return [
+        Query(
+            name if len(vectors) == 1 else f"{name} [{i}]",
+            None,
+            x,
+            vectors[i] if comparable else None,
+        )
+        for i, x in enumerate(search_vectors(index, vectors, name, options.encoder))
+    ]
+
+
+def row_query(index: Index, lists: MappedLists, features: Features | None, row: int) -> Query:
+    """Return a stored row as a query; torch is not loaded."""
+    if not 0 <= row < index.rows:
+        raise SnipError(
+            f"row {row} is not in {index.folder}: it has {index.rows:,} rows, numbered from 0 (a "
+            "text of digits only needs --text)"
+        )
+    if features is None:
+        return Query(f"row {row}", row, lists.vector_of(row), None)
+    rows = features.read(row, row + 1)
+    if not usable(rows).all():
+        raise SnipError(f"row {row} is NaN, infinite or zero: it is near to nothing")
+    # With an encoder, or where the features are not what was indexed, q(x) stands for x.
+    same = held_encoder(index.folder) is None and features.dim == index.dim
+    x = plain_vectors(index, rows)[0] if same else lists.vector_of(row)
+    return Query(f"row {row}", row, x, rows[0])
+
+
+def read_vectors(path: Path, array: str | None) -> np.ndarray:
+    """Return the vectors of a ``.npy`` or ``.npz`` file, (n, d); a single one may be 1-D."""
+    if not path.is_file():
+        raise SnipError(f"no such file: {path} (a text that ends like a file needs --text)")
+    try:
+        packed = zipfile.is_zipfile(path)
+        found = load_npz(path, [array] if array else None) if packed else {"": map_npy(path)}
+    except (OSError, InputError) as error:
+        raise SnipError(f"{path}: cannot be read as vectors: {error}") from error
+    if len(found) != 1:
+        raise SnipError(f"{path} holds {', '.join(found) or 'none'}; choose one with --array")
+    (vectors,) = found.values()
+    return checked_vectors(vectors, str(path))
+
+
+def checked_vectors(given: np.ndarray, name: str) -> np.ndarray:
+    """Return vectors, (n, d) of this machine's floats; refuse what is none, or near to nothing."""
+    vectors = np.array(given, given.dtype.newbyteorder("="), order="C")
+    vectors = vectors[None] if vectors.ndim == 1 else vectors
+    if vectors.ndim != 2 or not len(vectors) or vectors.dtype.kind != "f":
+        raise SnipError(
+            f"{name}: expected vectors, (n, d) of floats, found {vectors.shape} of {vectors.dtype}"
+        )
+    bad = np.flatnonzero(~usable(vectors))
+    if len(bad):
+        raise SnipError(f"{name} row {bad[0]}: NaN, infinite or zero; it is near to nothing")
+    return vectors
+
+
+def usable(rows: np.ndarray) -> np.ndarray:
+    """Return which rows can be compared, (n,) bool: `cosine.bad_rows` without torch."""
+    return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
+
+
+def plain_vectors(index: Index, rows: np.ndarray) -> np.ndarray:
+    """Return rows as an index without an encoder takes them, (n, dim) float32."""
+    return (rows if index.as_stored else unit_rows64(rows)).astype(np.float32)
+
+
+def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | None) -> np.ndarray:
+    """Return what the lists are searched with: descriptors where the index holds such."""
+    held, width = held_encoder(index.folder), vectors.shape[1]
+    given = held or (Path(encoder).expanduser() if encoder is not None else None)
+    takes = None if given is None else read_manifest(given, "encoder")["encoder"]["dim_in"]
+    if given is not None and width == takes:
+        space = Space.encoded(given).of_width(index.dim)
+        if space.dim == index.dim:
+            return space.vectors(vectors)
+    if width != index.dim:
+        also = "" if given is None else f", or {takes} for the encoder {given}"
+        raise SnipError(
+            f"{name}: vectors {width} wide, {index.folder} expects {index.dim} wide{also}; use "
+            "features of the model that was indexed (--encoder, if it holds descriptors)"
+        )
+    return vectors.astype(np.float32) if held else plain_vectors(index, vectors)
+
+
+def clip_model(index: Index, text: str, given: str | None) -> str:
+    """Return the CLIP model to make a text's vector with: the one given, or a manifest's."""
+    held = held_encoder(index.folder)
+    manifests = [index.manifest, read_manifest(held, "encoder") if held else {}]
+    named = [given, *(manifest.get("settings", {}).get("model") for manifest in manifests)]
+    model = next((str(name) for name in named if name), None)
+    if model is None:
+        raise UsageError(
+            f"{text!r} is no row and no .npy or .npz file; to search by text, name the "
+            f"CLIP model that made the features, such as --model {MODEL}"
+        )
+    if not all(model.partition("/")[::2]):
+        raise UsageError(f"--model must be ARCHITECTURE/WEIGHTS, such as {MODEL}, found {model!r}")
+    return model
+
+
+def text_vector(text: str, model: str, *, download: bool) -> np.ndarray:
+    """Return the feature of a text, (d,) float32, not scaled, by a CLIP model of open_clip.
+
+    ``model`` is ``ARCHITECTURE/WEIGHTS``; WEIGHTS may be a file. Weights that are not cached are
+    fetched with ``download`` only.
+    """
+    name, _, tag = model.partition("/")
+    try:
+        import open_clip
+    except (ImportError, RuntimeError) as error:  # torchvision that does not fit torch
+        raise SnipError(
+            f"searching by text needs open_clip, which cannot be imported ({error}); install it "
+            "with: pip install 'snipdedup-toolkit[clip]'"
+        ) from error
+    import torch
+
+    known = open_clip.pretrained.get_pretrained_cfg(name, tag) or {}
+    weights = Path(tag) if Path(tag).is_file() else find_weights(open_clip, known, model, download)
+    try:
+        network = open_clip.create_model(
+            name, pretrained=str(weights), force_quick_gelu=bool(known.get("quick_gelu"))
+        )
+        tokens = open_clip.get_tokenizer(name)([text])
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        raise SnipError(f"--model {model}: open_clip cannot load it: {reason}") from error
+    with torch.inference_mode():
+        return np.asarray(network.eval().encode_text(tokens)[0].float().cpu().numpy())
+
+
+def find_weights(open_clip: Any, known: dict[str, Any], model: str, download: bool) -> Path:
+    """Return the file with a model's weights: cached, or downloaded if that is asked for."""
+    name = model.partition("/")[0]
+    if not known:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        found = f"of {name} it knows {', '.join(tags)}" if tags else f"it knows no model {name}"
+        raise SnipError(f"--model {model}: neither a file nor weights that open_clip has; {found}")
+    if download:
+        try:
+            return Path(open_clip.pretrained.download_pretrained(known))
+        except (RuntimeError, OSError) as error:
+            raise SnipError(f"--model {model}: cannot be downloaded: {error}") from error
+    repository, _, file = str(known.get("hf_hub") or "").rpartition("/")
+    if repository:
+        from huggingface_hub import try_to_load_from_cache
+
+        names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+        for each in (*(str(Path(one).with_suffix(".safetensors")) for one in names), *names):
+            cached = try_to_load_from_cache(repository, each)
+            if isinstance(cached, str):
+                return Path(cached)
+    path = Path("~/.cache/clip").expanduser() / str(known.get("url") or "").rpartition("/")[2]
+    if path.is_file():
+        return path
+    raise SnipError(
+        f"--model {model}: its weights are not on this machine; fetch them with --download, or "
+        f"name a file: --model {name}/FILE"
     )
-
-
-def tile(row: Neighbour) -> dict[str, str]:
-    """Return a row as the template takes it: texts cut, and a link only where it is safe."""
-    texts = {name: page_text(getattr(row, name) or "", PAGE_WIDTHS[name]) for name in TEXTS}
-    return {
-        **texts,
-        "row": f"{row.row:,}",
-        "shard": row.shard,
-        "shard_row": f"{row.shard_row:,}",
-        "link": safe_link(row.url or ""),
-        "score": "" if row.score is None else f"{row.score:.4f}",
-    }

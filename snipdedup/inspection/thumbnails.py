@@ -31,14 +31,11 @@ SHARD_DIGITS = 5  # img2dataset: the shard's number begins the key
 
 @dataclass
 class Thumbnails:
-    """``data:`` URLs by key or path, and what could not be shown.
-
-    ``unreadable`` are files that are no pictures, ``ambiguous`` keys that several files have.
-    """
+    """``data:`` URLs by key or path, and what could not be shown."""
 
     pictures: dict[str, str] = field(default_factory=dict)
-    unreadable: list[str] = field(default_factory=list)
-    ambiguous: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # files that are no pictures
+    ambiguous: list[str] = field(default_factory=list)  # keys that several files have
 
     def add(self, name: str, data: bytes) -> None:
         """Take the bytes of a picture file."""
@@ -89,27 +86,23 @@ def thumbnail(data: bytes) -> str | None:
 
 
 def by_key(spec: str, keys: Iterable[str]) -> Thumbnails:
-    """Return thumbnails of keys.
+    """Return thumbnails of keys: names of files without suffix.
 
-    Parameters
-    ----------
-    spec : str
-        A folder of picture files (also in its folders) or of tar shards, a tar, or a glob of tars.
-    keys : iterable of str
-        Names of the files without suffix. One that could name a file elsewhere is left out.
-
-    Raises
-    ------
-    SnipError
-        If there is no such folder, or neither pictures nor tars in it.
+    ``spec`` is a folder of picture files (also in its folders) or of tar shards, a tar, or a glob
+    of tars. A key that could name a file elsewhere is left out.
     """
-    found, folder = Thumbnails(), Path(spec).expanduser()
+    found, path = Thumbnails(), Path(spec).expanduser()
     wanted = {key for key in keys if key not in ("", ".", "..") and not set(key) & set("/\\\0")}
-    tars = find_tars(spec)
+    if path.is_dir():
+        tars = natural_sort(p for p in path.glob("*.tar") if p.is_file())
+    elif path.is_file() and path.suffix == ".tar":
+        tars = [path]
+    else:
+        tars = natural_sort(map(Path, glob(str(path)))) if has_magic(spec) else []
     if tars:
         add_from_tars(tars, wanted, found)
-    elif folder.is_dir():
-        add_from_folder(folder, wanted, found)
+    elif path.is_dir():
+        add_from_folder(path, wanted, found)
     else:
         raise SnipError(f"--images {spec}: no such folder of pictures, and no tar")
     return found
@@ -125,16 +118,6 @@ def by_path(paths: Iterable[str], folder: str | None) -> Thumbnails:
         if inside and path.name.lower().endswith(SUFFIXES):
             found.add_file(path, name)
     return found
-
-
-def find_tars(spec: str) -> list[Path]:
-    """Return the tar shards that ``--images`` means."""
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return natural_sort(p for p in path.glob("*.tar") if p.is_file())
-    if path.is_file() and path.suffix == ".tar":
-        return [path]
-    return natural_sort(map(Path, glob(str(path)))) if has_magic(spec) else []
 
 
 def img2dataset_shard(key: str) -> str:
@@ -181,13 +164,9 @@ def add_from_tars(tars: list[Path], wanted: set[str], found: Thumbnails) -> None
                     for member in tar:
                         name = PurePosixPath(member.name).name
                         key = name.partition(".")[0]
-                        if (
-                            key in wanted
-                            and key not in found.pictures
-                            and name.lower().endswith(SUFFIXES)
-                            and member.isfile()
-                            and member.size <= FILE_BYTES
-                        ):
+                        new = key in wanted and key not in found.pictures
+                        usable = member.isfile() and member.size <= FILE_BYTES
+                        if new and usable and name.lower().endswith(SUFFIXES):
                             file = tar.extractfile(member)
                             found.add(key, b"" if file is None else file.read())
             except (tarfile.TarError, OSError, EOFError) as error:

@@ -15,16 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup.config import Top
-from snipdedup.deduplication.inputs import named_paths
-from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND, named_paths
+from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members, group_starts, no_members
-from snipdedup.inspection.display import place_of, shard_offsets, terminal_text
+from snipdedup.inspection.display import places_of, terminal_text
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
-from snipdedup.storage.manifest import as_written, read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
 CAPTION_ROWS = 10_000  # rows of one entry whose captions are counted
 READ_ROWS = 1 << 18  # captions held at a time
@@ -34,22 +32,15 @@ CAPTION_WIDTH, URL_WIDTH = 48, 80
 
 @dataclass(frozen=True)
 class TopResult:
-    """What ``snip top`` found.
+    """What ``snip top`` found; ``str()`` is a table, or JSON if ``as_json``.
 
-    Attributes
-    ----------
-    entries : list of dict
-        Rows by how many removed rows they represent, most first: ``row``, ``dup_count``,
-        ``similarity_mean``, ``similarity_lowest``, ``chains``, ``group``, ``group_rows``,
-        ``shard``, ``shard_row``, ``key``, ``captions``, ``urls``.
-    prompts : Path or None
-        The file of captions that was written.
-    as_json : bool
-        ``str()`` is JSON, not a table.
+    ``entries`` are rows by how many removed rows they represent, most first: ``row``,
+    ``dup_count``, ``similarity_mean``, ``similarity_lowest``, ``chains``, ``group``,
+    ``group_rows``, ``shard``, ``shard_row``, ``key``, ``captions``, ``urls``.
     """
 
     entries: list[dict[str, Any]]
-    prompts: Path | None = None
+    prompts: Path | None = None  # the file of captions that was written
     as_json: bool = False
 
     def __str__(self) -> str:
@@ -59,18 +50,17 @@ class TopResult:
             return "no row stands for another one"
         lines = ["       row  dup_count    mean  lowest  chains  key, most frequent caption, url"]
         for entry in self.entries:
-            cosines = [
+            mean, lowest = (
                 "     -" if value is None else f"{value:6.4f}"
                 for value in (entry["similarity_mean"], entry["similarity_lowest"])
-            ]
+            )
             texts = [terminal_text(entry["key"] or f"{entry['shard']} row {entry['shard_row']}")]
-            if entry["captions"]:
-                caption = entry["captions"][0]
+            for caption in entry["captions"][:1]:
                 text = terminal_text(caption["caption"], CAPTION_WIDTH)
                 texts.append(f'"{text}" ({caption["rows"]})')
             texts += [terminal_text(url, URL_WIDTH) for url in entry["urls"][:1]]
             lines.append(
-                f"{entry['row']:>10} {entry['dup_count']:>10,}  {cosines[0]}  {cosines[1]}  "
+                f"{entry['row']:>10} {entry['dup_count']:>10,}  {mean}  {lowest}  "
                 f"{'yes' if entry['chains'] else '':<6}  {'  '.join(texts)}"
             )
         lines += ["", "mean, lowest: cosine of the removed rows with this one; chains: its group"]
@@ -81,27 +71,15 @@ class TopResult:
 
 
 class Ranking(NamedTuple):
-    """Rows by how many removed rows they represent, most first; ties by row. (n,) each.
+    """Rows by how many removed rows they represent, most first; ties by row. (n,) each."""
 
-    Attributes
-    ----------
-    row, group : int64
-    dup_count : int64
-    mean, lowest : float64, float32
-        Cosine of those removed rows with this one; NaN where unverified.
-    size : int64
-        Rows of the group.
-    chains : bool
-        The group has rows that this one does not represent, or represents below the threshold.
-    """
-
-    row: np.ndarray
-    group: np.ndarray
-    dup_count: np.ndarray
-    mean: np.ndarray
-    lowest: np.ndarray
-    size: np.ndarray
-    chains: np.ndarray
+    row: np.ndarray  # int64
+    group: np.ndarray  # int64
+    dup_count: np.ndarray  # int64
+    mean: np.ndarray  # float64: cosine of those removed rows with this one; NaN where unverified
+    lowest: np.ndarray  # float32: the lowest of these cosines
+    size: np.ndarray  # int64: rows of the group
+    chains: np.ndarray  # bool: some of these it represents not at all, or below the threshold
 
     def best(self, n: int) -> Ranking:
         """Return the first n."""
@@ -124,9 +102,9 @@ def run(options: Top) -> TopResult:
                 )
             known = [] if texts.metadata is None else texts.metadata.inputs()
             refuse_output_file(target, [folder, *known, *named_paths(manifest)])
-        threshold = manifest["settings"]["threshold"]
-        ranking = rank_rows(folder / "groups.parquet", options.n, threshold)
-        entries = describe(ranking, folder, manifest["shards"], texts)
+        groups, threshold = folder / "groups.parquet", manifest["settings"]["threshold"]
+        ranking = rank_rows(groups, options.n, threshold)
+        entries = describe_ranking(ranking, groups, manifest["shards"], texts)
         if target is not None:
             captions = [e["captions"][0]["caption"] for e in entries if e["captions"]]
             with replacing(target) as part:
@@ -144,54 +122,49 @@ def rank_rows(path: Path, n: int, threshold: float) -> Ranking:
     return best
 
 
+def by_representative(members: Members) -> Members:
+    """Return the removed rows by representative, then row, but those of reference rows."""
+    removed = pick(members, members.is_dup & (members.representative >= 0))
+    return pick(removed, np.argsort(removed.representative, kind="stable"))
+
+
 def rank_groups(members: Members, threshold: float) -> Ranking:
     """Return all rows of whole groups that represent others, in row order."""
-    removed = pick(members, members.is_dup & (members.representative >= 0))
-    order = np.argsort(removed.representative, kind="stable")
-    removed = pick(removed, order)
+    removed = by_representative(members)
     starts = group_starts(removed.representative)
     first, dup_count = starts[:-1], np.diff(starts)
-    lowest = np.empty(0, np.float32)
-    if len(first):
+    lowest = total = np.empty(0, np.float32)
+    if len(first):  # reduceat takes no empty array
         lowest = np.minimum.reduceat(removed.similarity, first)
-    total = np.add.reduceat(removed.similarity.astype(np.float64), first) if len(first) else lowest
-    group = removed.group[first]
-    edges = group_starts(members.group)
-    at = np.searchsorted(members.group[edges[:-1]], group)
-    size = np.diff(edges)[at]
-    return Ranking(
-        removed.representative[first],
-        group,
-        dup_count,
-        total / dup_count,
-        lowest,
-        size,
-        (size > 1 + dup_count) | (lowest < np.float32(threshold)),
-    )
+        total = np.add.reduceat(removed.similarity.astype(np.float64), first)
+    group, edges = removed.group[first], group_starts(members.group)
+    size = np.diff(edges)[np.searchsorted(members.group[edges[:-1]], group)]
+    chains = (size > 1 + dup_count) | (lowest < np.float32(threshold))
+    row = removed.representative[first]
+    return Ranking(row, group, dup_count, total / dup_count, lowest, size, chains)
 
 
-def describe(
-    ranking: Ranking, folder: Path, shards: list[dict[str, Any]], texts: RowTexts
+def describe_ranking(
+    ranking: Ranking, groups: Path, shards: list[dict[str, Any]], texts: RowTexts
 ) -> list[dict[str, Any]]:
     """Return what is known of each row of a ranking, as JSON values."""
-    offsets = shard_offsets(shards)
-    keys = read_keys(folder / "groups.parquet", ranking.row)
-    rows = represented(folder / "groups.parquet", ranking.row)
+    keys, rows = read_keys(groups, ranking.row), represented(groups, ranking.row)
     captions = count_texts(texts, texts.find(None, CAPTIONS), rows)
     urls = count_texts(texts, texts.find(None, URLS), rows)
     entries = []
-    for place, row in enumerate(ranking.row.tolist()):
-        known = not np.isnan(ranking.lowest[place])
+    places = places_of(shards, ranking.row.tolist())
+    for at, (row, place) in enumerate(places.items()):
+        known = not np.isnan(ranking.lowest[at])
         entries.append(
             {
                 "row": row,
-                "dup_count": int(ranking.dup_count[place]),
-                "similarity_mean": round(float(ranking.mean[place]), 6) if known else None,
-                "similarity_lowest": round(float(ranking.lowest[place]), 6) if known else None,
-                "chains": bool(ranking.chains[place]),
-                "group": int(ranking.group[place]),
-                "group_rows": int(ranking.size[place]),
-                **place_of(shards, offsets, row),
+                "dup_count": int(ranking.dup_count[at]),
+                "similarity_mean": round(float(ranking.mean[at]), 6) if known else None,
+                "similarity_lowest": round(float(ranking.lowest[at]), 6) if known else None,
+                "chains": bool(ranking.chains[at]),
+                "group": int(ranking.group[at]),
+                "group_rows": int(ranking.size[at]),
+                **place,
                 "key": keys.get(row),
                 "captions": [
                     {"caption": text, "rows": count}
@@ -205,19 +178,13 @@ def describe(
 
 def represented(path: Path, wanted: np.ndarray) -> dict[int, np.ndarray]:
     """Return each wanted row with the removed rows that it represents, the first ones of many."""
-    if not len(wanted):
-        return {}
-    order = np.sort(wanted)
     found: dict[int, list[np.ndarray]] = {row: [np.array([row])] for row in wanted.tolist()}
-    for members in whole_groups(path, marked=True):
-        removed = pick(members, members.is_dup & (members.representative >= 0))
-        place = np.searchsorted(order, removed.representative)
-        here = np.flatnonzero(order[np.minimum(place, len(order) - 1)] == removed.representative)
-        by = np.argsort(removed.representative[here], kind="stable")
-        row, representative = removed.row[here][by], removed.representative[here][by]
-        starts = group_starts(representative)
-        for low, high in pairwise(starts):
-            found[int(representative[low])].append(row[low : min(high, low + CAPTION_ROWS)])
+    for members in whole_groups(path, marked=True) if found else ():
+        removed = by_representative(members)
+        removed = pick(removed, np.isin(removed.representative, wanted))
+        for low, high in pairwise(group_starts(removed.representative)):
+            rows = removed.row[low : min(high, low + CAPTION_ROWS)]
+            found[int(removed.representative[low])].append(rows)
     return {row: np.concatenate(parts) for row, parts in found.items()}
 
 

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup.inspection.diff import Groups, changed, other_representatives, regrouped
+from snipdedup.groups.members import Members
+from snipdedup.inspection.diff import changed, other_representatives, regrouped
 
 ROWS = 900
 
@@ -134,7 +135,7 @@ def test_regrouping_by_hand():
     def groups(label):
         rows = np.array(sorted(label))
         of = np.array([label[row] for row in rows.tolist()], np.int64)
-        return Groups(rows.astype(np.int64), of, of, np.ones(len(rows), np.float32))
+        return Members(rows.astype(np.int64), of, of, np.ones(len(rows), np.float32), rows != of)
 
     one = groups({0: 0, 1: 0, 2: 0, 5: 5, 6: 5, 7: 7, 8: 7})
     other = groups({0: 0, 1: 0, 7: 7, 8: 7, 5: 5, 6: 5, 9: 5})
