@@ -210,8 +210,7 @@ def make_contenders(
     features: Features, texts: Features | None, learn: np.ndarray, options: config.Eval
 ) -> list[Contender]:
     """Return raw features, OPQ of raw features, PCA, MSE and SNIP, trained on rows ``learn``."""
-    from snipdedup.encoder.directions import opq_rotation, principal_directions
-    from snipdedup.encoder.network import Encoder
+    from snipdedup.encoder.network import Encoder, opq_rotation, principal_directions
     from snipdedup.encoder.training import train_encoder
 
     raw = features.gather(learn)
