@@ -174,7 +174,7 @@ def time_all(
             kept["all_seconds"].append(result["seconds"])
             kept["peaks"].append(result.get("peak_anonymous_bytes"))
             if result["seconds"] == middle(name, kept["all_seconds"]):
-                kept["stages"] = result["stages"]
+                kept["stages"], kept["cpu_seconds"] = result["stages"], result["cpu_seconds"]
     for name, result in results.items():
         peaks = result.pop("peaks")
         result["seconds"] = middle(name, result["all_seconds"])
@@ -203,6 +203,7 @@ def run_ours(
     return {
         "settings": {k: v for k, v in manifest["settings"].items() if k not in paths},
         "seconds": timed.seconds,
+        "cpu_seconds": timed.cpu_seconds,
         "stages": manifest["seconds"],
         "peak_anonymous_bytes": timed.peak,
         "counts": manifest["counts"],
@@ -225,10 +226,13 @@ def run_peer(
     )  # fmt: skip
     said = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     if name == "floor":
-        return {"settings": settings, "seconds": min(said["stages"].values()), **said}
+        cpu_seconds = said["stages_cpu_seconds"] / settings["loops"]
+        seconds = min(said["stages"].values())
+        return {"settings": settings, "seconds": seconds, "cpu_seconds": cpu_seconds, **said}
     return {
         "settings": settings,
         "seconds": timed.seconds + said["correction"],
+        "cpu_seconds": timed.cpu_seconds,
         "process_seconds": timed.seconds,
         "extrapolated": name == "brute",
         **said,

@@ -144,10 +144,37 @@ def notes(body: dict[str, Any]) -> str:
         )
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in ours["stages"].items())
     lines.append(f"Ours by stage, seconds: {stages}; peak of anonymous memory {peak(ours)}.")
+    lines.append(describe_ours(body))
     for name, reason in body["skipped"].items():
         lines.append(f"{name} was not run: {reason}.")
     command = f"python scripts/bench_join.py --features FOLDER {body['flags']} --out FILE.json"
     return "\n\n".join(lines) + f"\n\n```sh\n{command}\n```\n"
+
+
+def describe_ours(body: dict[str, Any]) -> str:
+    """Return what ours met: kernels, visits, candidates, proofs, and CPU time beside the floor's.
+
+    Older files hold no CPU seconds and no proofs.
+    """
+    floor, ours = body["results"]["floor"], body["results"]["ours"]
+    method, rows = ours["method"], body["data"]["rows"]
+    text = (
+        f"Ours: kernel {method['kernel']}, {method['visits'] / rows:.2f} visits a row, "
+        f"{method['candidates']:,} candidates"
+    )
+    quality = ours.get("quality") or {}
+    if quality.get("proved") is not None:
+        text += (
+            f"; {ratio_cell(quality['proved'])} of the {quality['removed']:,} removed rows proved "
+            "by a pair of float64 cosine"
+        )
+    if "cpu_seconds" in ours:
+        ratio = ours["cpu_seconds"] / floor["cpu_seconds"]
+        text += (
+            f". CPU seconds: ours {ours['cpu_seconds']:.2f}, a loop of the floor "
+            f"{floor['cpu_seconds']:.2f} ({ratio:.1f} ×)"
+        )
+    return text + "."
 
 
 def growth(bodies: list[dict[str, Any]]) -> str:

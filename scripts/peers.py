@@ -3,8 +3,9 @@
     python scripts/peers.py NAME --features FOLDER --settings JSON --out FILE.npz
 
 FILE.npz gets what was found: pairs, and which rows go (where the method itself says so).
-FILE.json beside it gets the time of each stage, and the seconds by which the whole process's time
-is to be corrected: minus what serves the judging alone, plus what was extrapolated.
+FILE.json beside it gets the time of each stage, the CPU seconds of all, imports not included, and
+the seconds by which the whole process's time is to be corrected: minus what serves the judging
+alone, plus what was extrapolated.
 """
 
 from __future__ import annotations
@@ -275,15 +276,20 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    clock = Clock()
-    answer = peer(options.name)(open_features(options.features), options.settings, clock)
+    clock, features = Clock(), open_features(options.features)
+    cpu = time.process_time()
+    answer = peer(options.name)(features, options.settings, clock)
+    cpu = time.process_time() - cpu
     worked = time.perf_counter() - started
     if answer.removed is None:
         np.savez(options.out, a=answer.a, b=answer.b)
     else:
         np.savez(options.out, a=answer.a, b=answer.b, removed=answer.removed)
     saving = time.perf_counter() - started - worked
-    body = {"stages": clock.seconds, "correction": answer.correction - saving}
+    body = {
+        "stages": clock.seconds, "stages_cpu_seconds": cpu,
+        "correction": answer.correction - saving,
+    }  # fmt: skip
     options.out.with_suffix(".json").write_text(json.dumps(body), encoding="utf-8")
 
 

@@ -166,8 +166,9 @@ def judge(
 ) -> dict[str, Any]:  # fmt: skip
     """Return how good an answer (a, b, removed) is; without ``removed``, components keep first.
 
-    Pairs that are not true do not count. Pair and row recall are over distinct rows: whatever
-    joins a copy joins the row that it is a copy of.
+    Pairs that are not true do not count; ``proved`` is the share of all removed rows that a true
+    pair of the answer shows, also where only a sample is judged. Pair and row recall are over
+    distinct rows: whatever joins a copy joins the row that it is a copy of.
     """
     a, b, removed = answer
     true = proved(features, a, b, threshold)
@@ -176,10 +177,13 @@ def judge(
         removed = label != np.arange(truth.rows)
     beyond_one = int((label != np.arange(truth.rows)).sum())
     collapsed = labels(truth.rows, truth.first[a[true]], truth.first[b[true]])
+    shown = np.zeros(truth.rows, bool)
+    shown[a[true]] = shown[b[true]] = True
     return {
         "removed": int(removed.sum()),
         "beyond_one": beyond_one,
         "false_pairs": int((~true).sum()),
+        "proved": share(shown[removed]),
         "precision": precision(truth, removed),
         **sampled_recall(truth, collapsed),
         **whole_recall(truth, removed, beyond_one),

@@ -1,9 +1,10 @@
-"""A whole process: its time, and the most anonymous memory that it and its children held."""
+"""A whole process: its times, and the most anonymous memory that it and its children held."""
 
 from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import threading
 import time
@@ -17,10 +18,15 @@ PACKAGES = ("numpy", "torch", "faiss-cpu", "pyarrow", "semhash", "usearch")
 
 
 class Timed(NamedTuple):
-    """Wall time of a process, and its peak of anonymous memory in bytes; 0 without /proc."""
+    """Times of a process, and its peak of anonymous memory in bytes; 0 without /proc.
+
+    ``cpu_seconds`` are of user and system, of all its processes; other programs on the machine
+    change them less than the wall time.
+    """
 
     seconds: float
     peak: int
+    cpu_seconds: float
 
 
 def run_timed(command: list[str], log: Path, *, shared_once: bool = False) -> Timed:
@@ -37,6 +43,7 @@ def run_timed(command: list[str], log: Path, *, shared_once: bool = False) -> Ti
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     peaks = [0]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with log.open("w") as file:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -50,7 +57,9 @@ def run_timed(command: list[str], log: Path, *, shared_once: bool = False) -> Ti
     if status:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise SystemExit(f"{' '.join(command)}: exit status {status}\n{tail}")
-    return Timed(seconds, peaks[0])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return Timed(seconds, peaks[0], cpu)
 
 
 def watch(process: subprocess.Popen[str], peaks: list[int], shared_once: bool) -> None:

@@ -12,6 +12,7 @@ import gc
 import inspect
 import io
 import os
+import select
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ def run(words: list[str]) -> int:
             raise
         return print_error(f"a path begins with ~ and an unknown user name: {error}", FAILED)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and not flush_stdout():
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
             return CLOSED
         what = f"{error.filename or 'input/output'}: {error.strerror or error}"
         return print_error(what, FAILED)
@@ -80,9 +81,8 @@ def run(words: list[str]) -> int:
 
 def print_result(result: object, status: int) -> int:
     """Print a command's result; return the status, whether or not anyone reads on."""
-    with contextlib.suppress(BrokenPipeError):
-        print(result, end="\n" if str(result) else "")
-    flush_stdout()
+    with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has seen enough
+        print(result, end="\n" if str(result) else "", flush=True)
     return status
 
 
@@ -93,14 +93,12 @@ def print_error(what: object, status: int) -> int:
     return status
 
 
-def flush_stdout() -> bool:
-    """Send what was printed; if nobody reads on, return False and let stdout lead nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+def stdout_is_closed() -> bool:
+    """Tell whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    with contextlib.suppress(OSError, ValueError):  # stdout is no file, in a test for example
+        poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def answer(words: list[str]) -> object:

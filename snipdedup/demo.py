@@ -28,7 +28,7 @@ from snipdedup import cli, progress
 from snipdedup.config import Demo
 from snipdedup.errors import SnipError
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import MANIFEST, read_manifest, write_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest, write_manifest
 
 KIND = "demo"
 SHARD_ROWS = 800

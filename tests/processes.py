@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 NURSERY = """
 import atexit, importlib, json, os, sys, traceback

@@ -79,6 +79,11 @@ def test_a_run_holds_settings_times_and_machine(measured, synthetic):
     ours = body["results"]["ours"]
     assert {"fit", "encode", "join", "group", "write"} <= ours["stages"].keys()
     assert ours["settings"]["method"] == "join"
+    assert 0 < body["results"]["floor"]["cpu_seconds"] < ours["cpu_seconds"]
+    method = ours["method"]
+    assert f"Ours: kernel {method['kernel']}, 1.00 visits a row, {method['candidates']:,}" in said
+    assert "candidates; 1.0000 of the" in said
+    assert "CPU seconds: ours" in said
     assert 2**26 < ours["peak_anonymous_bytes"] < 2**33 or not sys.platform.startswith("linux")
     brute = body["results"]["brute"]
     assert brute["extrapolated"]
@@ -127,6 +132,7 @@ def test_quality_of_ours_agrees_with_brute_force(measured, table):
         "removed": int(removed.sum()),
         "beyond_one": 2000 - len(set(found)),
         "false_pairs": 0,
+        "proved": 1,
         "component_recall": (2000 - len(set(found))) / (2000 - len(set(true))),
         "pair_recall": np.mean([found[a] == found[b] for a, b in apart]),
         "overlap": removed[~stays].mean(),
@@ -191,6 +197,7 @@ def test_figures_of_a_case_worked_by_hand(tmp_path):
         "removed": 3,
         "beyond_one": 2,
         "false_pairs": 1,
+        "proved": pytest.approx(2 / 3),
         "component_recall": 2 / 4,
         "pair_recall": pytest.approx(1 / 3),
         "pair_recall_by_row": pytest.approx((0 + 1 / 2 + 1 + 0 + 0) / 5),
@@ -270,6 +277,7 @@ def test_memory_is_summed_over_the_process_and_its_children(tmp_path):
     both = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}"
     timed = timing.run_timed([sys.executable, "-c", f"{both}; p.wait()"], tmp_path / "log")
     assert 200_000_000 < timed.peak < 300_000_000
+    assert 0 < timed.cpu_seconds < 2 * timed.seconds
     assert timed.seconds > 0.4
 
 

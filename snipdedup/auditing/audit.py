@@ -21,7 +21,7 @@ from snipdedup.auditing.removed_rows import (
 )
 from snipdedup.auditing.sheet import human_precision, pick_ordinals, sample_pairs, write_sheet
 from snipdedup.config import Audit
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
@@ -32,8 +32,7 @@ from snipdedup.metadata.masks import load_mask
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval
 from snipdedup.storage.atomic import sha256
-from snipdedup.storage.manifest import as_written, read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
 MASK_ROWS = 1 << 24  # of the mask, looked at together
 

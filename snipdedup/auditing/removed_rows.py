@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snipdedup import progress
-from snipdedup.deduplication.out_reader import BATCH_ROWS, pick, whole_groups
+from snipdedup.deduplication.read_out import BATCH_ROWS, pick, whole_groups
 from snipdedup.features.cosine import bad_rows, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Members, group_starts

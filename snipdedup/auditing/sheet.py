@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup.auditing.removed_rows import AuditedRun, chosen_places, raw_cosines
-from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
+from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.members import concatenate, no_members

@@ -17,8 +17,7 @@ from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import InternalError
 from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.blocks import slices
-from snipdedup.groups.members import Members
+from snipdedup.groups.members import Members, slices
 from snipdedup.groups.star import torch_threads
 from snipdedup.parallel import ordered_map, scratch
 from snipdedup.storage.external_sort import Columns, among

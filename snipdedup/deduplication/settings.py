@@ -7,20 +7,18 @@ decided again lends its search settings.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from snipdedup.config import Dedup, parse_epsilons
-from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.inputs import KIND, Inputs, split_sources
 from snipdedup.deduplication.methods import SearchSettings
-from snipdedup.deduplication.references import KIND, split_sources
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import request_of
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
 
 # How a result is computed and where it goes; the result does not depend on them.
@@ -62,22 +60,18 @@ def method_of(options: Dedup) -> str:
 
 def search_settings(options: Dedup) -> SearchSettings:
     """Return what the search is asked for, of settings that are `Dedup.filled`."""
-    return SearchSettings(
-        method=method_of(options),
-        threshold=options.threshold,
-        recall=options.recall,
-        seed=options.seed or 0,
-        keep_bad=options.bad_rows == "keep",
-        references_only=options.references_only,
-        encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
-        clusters=options.clusters,
-        keep=str(options.keep),
-        borders=options.borders,
-        chunk_rows=options.chunk_rows,
-        threads=cores(options.threads),
-        max_memory=options.max_memory,
-        device="cpu" if options.runner == "ray" else options.device,
-    )
+    resolved: dict[str, Any] = {
+        "method": method_of(options),
+        "seed": options.seed or 0,
+        "keep_bad": options.bad_rows == "keep",
+        "encoder": None if options.encoder is None else Path(options.encoder).expanduser(),
+        "keep": str(options.keep),
+        "rule": "two_sided" if options.rule == "mutual" else options.rule,
+        "threads": cores(options.threads),
+        "device": "cpu" if options.runner == "ray" else options.device,
+    }
+    names = {field.name for field in dataclasses.fields(SearchSettings)} - set(resolved)
+    return SearchSettings(**resolved, **{name: getattr(options, name) for name in names})
 
 
 def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
@@ -151,7 +145,7 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
         )
     if searched["method"] == "semdedup" and options.keep not in (None, searched["keep"]):
         raise UsageError(f"{earlier} was searched with --keep {searched['keep']}; search again")
-    refuse_search_flags(options, searched, SEARCHED[1:], earlier)
+    refuse_search_flags(options, searched, earlier)
     settings = {name: searched[name] for name in SEARCHED if name in searched}
     for name in ("grouping", "keep", "seed", "key"):  # those not given stay as they were
         given = getattr(options, name)
@@ -160,14 +154,12 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
     return Dedup(**{**options.as_dict(), **settings})
 
 
-def refuse_search_flags(
-    options: Dedup, searched: dict[str, Any], names: Sequence[str], earlier: Path
-) -> None:
+def refuse_search_flags(options: Dedup, searched: dict[str, Any], earlier: Path) -> None:
     """Refuse settings of the search that are not those by which the finished run was searched."""
     defaults = {field.name: field.default for field in dataclasses.fields(Dedup)}
     saved = saved_settings(options, options.threshold)
     saved["method"] = searched["method"]
-    for name in names:
+    for name in SEARCHED[1:]:
         given = getattr(options, name)
         plain = isinstance(given, str | int | float)
         is_default = given is None or (plain and given == defaults[name])

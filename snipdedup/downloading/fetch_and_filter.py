@@ -32,8 +32,7 @@ from snipdedup.metadata.masks import (
 from snipdedup.metadata.tables import Metadata, open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
-from snipdedup.storage.manifest import MANIFEST
-from snipdedup.storage.out_folder import FILES
+from snipdedup.storage.out_folder import FILES, MANIFEST
 from snipdedup.storage.remote import RemotePath
 from snipdedup.storage.web import NoRangesError, is_web, redacted, scheme_of
 

@@ -31,7 +31,7 @@ from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.masks import describe_kept, file_version, open_mask
 from snipdedup.metadata.tables import SUFFIXES
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import FORMAT, MANIFEST, is_finished, put_in_place, read_manifest
+from snipdedup.storage.out_folder import FORMAT, MANIFEST, is_finished, put_in_place, read_manifest
 from snipdedup.storage.web import PART, is_web, redacted, scheme_of
 
 KIND = "download"

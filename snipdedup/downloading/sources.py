@@ -20,7 +20,7 @@ from snipdedup.metadata import tables
 from snipdedup.metadata.masks import choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.listing import FEATURES, METADATA, list_folder
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 from snipdedup.storage.web import (
     PART,
     expand_parts,

@@ -24,7 +24,7 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_aligned_blocks, library_threads, pick_device
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, read_manifest, short_json, write_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest, short_json, write_manifest
 
 WEIGHTS = "weights.pt"
 LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up

@@ -38,7 +38,7 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.parallel import cores, library_threads, pick_device
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import put_in_place, read_manifest
+from snipdedup.storage.out_folder import put_in_place, read_manifest
 
 K = 10  # neighbours whose recall is reported
 QUERIES = 2048  # held-out rows whose neighbours are looked up among all held-out rows

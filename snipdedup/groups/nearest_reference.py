@@ -1,4 +1,4 @@
-"""Of each row the nearest reference row of its group, where one matches.
+"""A search over reference rows and others, cut down to the others and their nearest references.
 
 Reference rows come before all others, so a group that has one is named by one. In such a group each
 other row is compared with the reference rows only: pairs of small groups are listed and verified,
@@ -16,7 +16,14 @@ import numpy as np
 from snipdedup.features.cosine import indexed_cosines, unit_rows64
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Nearest, group_starts
-from snipdedup.join.forest import BLOCK_EDGES, order_by
+from snipdedup.join.forest import (
+    BLOCK_EDGES,
+    Edges,
+    UnionFind,
+    join_edges,
+    make_edges,
+    order_by,
+)
 from snipdedup.join.verify import GATHER_PAIRS, verify_block
 from snipdedup.parallel import ordered_map
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
@@ -33,6 +40,67 @@ class Mixed(NamedTuple):
     begin: np.ndarray  # (groups,) int64: where in ``row`` each group begins,
     middle: np.ndarray  # where its other rows begin,
     end: np.ndarray  # and where it ends
+
+
+def own_pairs(
+    features: Features,
+    reference_rows: int,
+    forest: Edges,
+    copies: tuple[np.ndarray, np.ndarray],
+    threshold: float,
+    threads: int,
+    *,
+    references_only: bool = False,
+    folder: Path | None = None,
+) -> tuple[Edges, np.ndarray, np.ndarray, Nearest]:
+    """Cut a search over all rows down to those after the first ``reference_rows``.
+
+    Return the forest, copies and originals of these, numbered from there, and the nearest
+    reference row of each distinct row that matches one. Where a group has reference rows, its
+    other rows are compared with all of these: the search may have found a pair with another one
+    only.
+
+    ``forest`` is over distinct rows, with a forest of its own for pairs of two rows that are no
+    reference rows, see `forest.spanning_forest`; pairs of two reference rows may be in it or not.
+    ``copies`` are exact copies, (c,) int64, and the original of each. ``references_only`` leaves
+    out pairs and copies among the rows themselves. ``folder`` is for what does not fit into memory.
+    """
+    copy, original, twins = own_copies(*copies, reference_rows)
+    roots, rows = UnionFind(features.rows), features.rows - reference_rows
+    for edges in (forest, twins):
+        for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
+            roots.unite(edges.a[start:stop], edges.b[start:stop])
+    nearest = nearest_within(features, roots.labels(), reference_rows, threshold, threads, folder)
+    copy, original = copy - reference_rows, original - reference_rows
+    if references_only:
+        none = np.empty(0, np.int64)
+        every = with_copies(nearest, copy, original, rows, folder and folder / "every")
+        return join_edges([]), none, none, every
+    kinds = {"a": "<i8", "b": "<i8", "similarity": "<f4"}
+    columns = Columns(folder and folder / "forest", kinds)
+    begin = int(np.searchsorted(forest.a, reference_rows))  # ascending
+    for start, stop in plan_blocks(len(forest.a) - begin, BLOCK_EDGES):
+        part = forest.where(slice(begin + start, begin + stop))
+        columns.add(part.a - reference_rows, part.b - reference_rows, part.similarity)
+    return Edges(*columns.arrays()), copy, original, nearest
+
+
+def own_copies(
+    copies: np.ndarray, originals: np.ndarray, reference_rows: int
+) -> tuple[np.ndarray, np.ndarray, Edges]:
+    """Return copies among the rows after the reference rows, their originals, and twins.
+
+    A twin is the first of these rows that equals a reference row: an edge of cosine 1.
+    """
+    own = copies >= reference_rows
+    copies, originals = copies[own], originals[own]
+    outside = originals < reference_rows
+    reference, place = np.unique(originals[outside], return_index=True)
+    first = copies[outside][place]  # copies are ascending: the first of them is the smallest
+    originals = originals.copy()
+    originals[outside] = first[np.searchsorted(reference, originals[outside])]
+    rest = copies != originals
+    return copies[rest], originals[rest], make_edges(reference, first, np.ones(len(first)))
 
 
 def nearest_within(

@@ -7,11 +7,9 @@ compared tile by tile. What is held at once does not grow with a group.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.members import group_starts
 from snipdedup.groups.star import Also
@@ -19,7 +17,6 @@ from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import Edges, components
 from snipdedup.join.verify import verify_block
 from snipdedup.parallel import ordered_map
-from snipdedup.storage import atomic
 
 LISTED_GROUP = 64  # groups up to this size are listed pair by pair
 LISTED_PAIRS = 1 << 15  # pairs listed at a time
@@ -65,14 +62,10 @@ def pairs_within(
 
 
 def plan_groups(sizes: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the comparisons of groups that lie one after another.
+    """Yield the comparisons of groups that lie one after another, as (begin, end, i, j).
 
-    Yields
-    ------
-    begin, end : int
-        Rows of one large group, or of a run of small ones.
-    i, j : int
-        Tiles of the large group, by their first rows in it; -1 for a run of small groups.
+    These are the rows of one large group, or of a run of small ones; and tiles of the large group,
+    by their first rows in it, -1 for a run of small groups.
     """
     ends = np.cumsum(sizes)
     pairs = sizes * (sizes - 1) // 2
@@ -98,25 +91,3 @@ def listed_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a = np.repeat(np.arange(len(later)), later)
     b = a + 1 + np.arange(len(a)) - np.repeat(np.cumsum(later) - later, later)
     return a, b
-
-
-def write_pairs(path: Path, parts: Iterator[Edges], most: int) -> None:
-    """Write ``pairs.parquet``; leave nothing behind where there are more than ``most`` pairs."""
-    import pyarrow as pa
-
-    count = 0
-    schema = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32())])
-    with atomic.writing_parquet(path, schema) as write:
-        for edges in parts:
-            count += len(edges.a)
-            if count > most:
-                raise too_many(most)
-            write(pa.table(edges._asdict()))
-
-
-def too_many(most: int) -> SnipError:
-    """Return the refusal of more pairs than allowed."""
-    return SnipError(
-        f"expected at most {most:,} pairs (--max_pairs), found more: raise --max_pairs, which goes "
-        "on with what was searched, or give a higher --threshold, or leave out --pairs"
-    )

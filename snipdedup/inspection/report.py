@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from snipdedup.config import Report
-from snipdedup.deduplication.inputs import named_paths
-from snipdedup.deduplication.out_reader import (
+from snipdedup.deduplication.inputs import KIND, named_paths
+from snipdedup.deduplication.read_out import (
     KEEPS,
     Curve,
     Run,
@@ -29,7 +29,6 @@ from snipdedup.deduplication.out_reader import (
     read_partners,
     survey_groups,
 )
-from snipdedup.deduplication.references import KIND
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members
 from snipdedup.inspection import charts, thumbnails
@@ -45,8 +44,7 @@ from snipdedup.inspection.display import (
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
-from snipdedup.storage.manifest import as_written, read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
 NAME = "report.html"
 GENERATOR = '<meta name="generator" content="snip report">'

@@ -39,7 +39,7 @@ from snipdedup.metadata.masks import (
 )
 from snipdedup.metadata.tables import ColumnUse, Metadata, open_metadata, try_column_uses
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 KIND = "filter"
 RESERVED = ("metadata", LISTS)

@@ -27,7 +27,7 @@ from snipdedup.metadata.masks import MASK, Mask, named_sizes, place_all
 from snipdedup.metadata.tables import ColumnUse, Metadata, Table, open_metadata, open_table
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them

@@ -18,7 +18,7 @@ from snipdedup.features.formats import map_npy
 from snipdedup.features.shards import OpenedFiles
 from snipdedup.metadata.tables import Metadata
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest
 
 T = TypeVar("T")
 NamedSize = tuple[str, int]  # of a file: its name, its number of rows

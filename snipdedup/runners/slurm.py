@@ -19,7 +19,7 @@ from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners.local import Local
 from snipdedup.storage import atomic, locks
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 T = TypeVar("T")
 

@@ -206,7 +206,7 @@ def file_crc(path: Path) -> int:
     return crc
 
 
-def fingerprint(value: Any) -> str:
+def short_hash(value: Any) -> str:
     """Return a short hash of a JSON value, the same on every machine."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -219,7 +219,7 @@ def write_done_file(path: Path, files: Iterable[Path] | dict[str, Path], body: A
     """
     named = files if isinstance(files, dict) else {file.name: file for file in files}
     done = {**body, "files": {name: file_crc(file) for name, file in named.items()}}
-    save_json(path, {**done, "seal": fingerprint(done)}, lasting=False)
+    save_json(path, {**done, "seal": short_hash(done)}, lasting=False)
 
 
 def is_done(path: Path, folder: Path) -> bool:
@@ -229,7 +229,7 @@ def is_done(path: Path, folder: Path) -> bool:
     """
     try:
         done = load_json(path)
-        whole = fingerprint({k: v for k, v in done.items() if k != "seal"}) == done["seal"]
+        whole = short_hash({k: v for k, v in done.items() if k != "seal"}) == done["seal"]
         files = done["files"].items()
         return whole and all(file_crc(folder / name) == crc for name, crc in files)
     except (SnipError, OSError, AttributeError, LookupError, TypeError):

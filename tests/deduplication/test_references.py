@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup import dedup
-from snipdedup.deduplication.references import open_references, own_copies, own_pairs
+from snipdedup.deduplication.inputs import open_references
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features
 from snipdedup.groups import nearest_reference
+from snipdedup.groups.nearest_reference import own_copies, own_pairs
 from snipdedup.join import tiles
 from snipdedup.join.forest import make_edges
 from snipdedup.storage import out_folder

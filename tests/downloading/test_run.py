@@ -21,7 +21,7 @@ from snipdedup.downloading.fetch_and_filter import count_rows
 from snipdedup.downloading.transfer import SourceFile
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.storage import remote
-from snipdedup.storage.manifest import read_manifest, write_manifest
+from snipdedup.storage.out_folder import read_manifest, write_manifest
 
 SIZES = [30, 7, 50, 21, 40]
 STARTS = [0, 30, 37, 87, 108]

@@ -28,7 +28,7 @@ from snipdedup.encoder.network import (
 from snipdedup.encoder.training import train_encoder
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 QUICK = {"dim": 8, "hidden": 32, "steps": 40, "batch": 128, "threads": 1, "device": "cpu"}
 

@@ -25,7 +25,7 @@ from snipdedup.errors import SnipError
 from snipdedup.inspection import display, report
 from snipdedup.inspection.report import GENERATOR, PICTURED
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import read_manifest, write_manifest
+from snipdedup.storage.out_folder import read_manifest, write_manifest
 
 ROWS, THRESHOLD = 400, 0.9
 CHAIN = 12  # of the rows
