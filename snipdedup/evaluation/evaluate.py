@@ -219,8 +219,7 @@ def make_contenders(
     encoder: str | None, dim: int, steps: int, threads: int, seed: int,
 ) -> list[Contender]:  # fmt: skip
     """Return raw features, OPQ of raw features, PCA, MSE and SNIP, trained on rows ``learn``."""
-    from snipdedup.encoder.directions import opq_rotation, principal_directions
-    from snipdedup.encoder.network import Encoder
+    from snipdedup.encoder.network import Encoder, opq_rotation, principal_directions
     from snipdedup.encoder.training import train_encoder
 
     raw = features.gather(learn)
