@@ -14,7 +14,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-COMPILERS = (shlex.split(os.environ.get("CXX", "")) or ["c++", "g++", "clang++"])[:3]
+COMPILERS = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
 WANTED = os.environ.get("SNIPDEDUP_NATIVE") != "0"
 
 

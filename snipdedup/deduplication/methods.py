@@ -46,10 +46,9 @@ from snipdedup.join.tasks import JoinSettings
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, memory_bound
 from snipdedup.progress import Clock
-from snipdedup.runners.base import Runner
-from snipdedup.runners.local import Local
+from snipdedup.runners.local import Local, Runner
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True)
