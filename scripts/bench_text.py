@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.encoder.directions import principal_directions
+from snipdedup.encoder.network import principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.neighbours import partner_ranks
+from snipdedup.evaluation.measures import partner_ranks
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.kmeans import Vectors

@@ -515,7 +515,7 @@ class Eval(Input):
         return whole_numbers("nprobe", self.nprobe, 2**24)
 
 
-@command("plan", "trying", "evaluation.plan", "--rows 2.1e9 --dim 768 --cores 16 --memory 32GB")
+@command("plan", "trying", "planning", "--rows 2.1e9 --dim 768 --cores 16 --memory 32GB")
 class Plan(Format):
     """Estimate time, memory and disk of a run."""
 

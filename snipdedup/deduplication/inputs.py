@@ -33,7 +33,7 @@ from snipdedup.groups.star import Also
 from snipdedup.metadata.tables import Metadata, find_metadata, open_metadata
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import among
-from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest, versions
+from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest, versions
 from snipdedup.storage.remote import absolute_location, is_remote
 
 KIND = "dedup"  # of the manifest of an OUT

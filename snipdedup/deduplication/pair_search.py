@@ -27,7 +27,7 @@ from snipdedup.groups.star import Also
 from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
 from snipdedup.storage import atomic, external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 ARRAY_FILE, DONE_FILE = "search.npz", "search.json"  # in the work folder
 TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}

@@ -45,8 +45,6 @@ from snipdedup.deduplication.write_out import (
     write_pair_files,
 )
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
-from snipdedup.evaluation.plan import free_space
-from snipdedup.evaluation.plan import run as plan_run
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.members import Rank
@@ -54,11 +52,14 @@ from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.kept_rows import LISTS
 from snipdedup.metadata.tables import Metadata, try_column_uses
 from snipdedup.parallel import library_threads, pick_device
+from snipdedup.planning import free_space
+from snipdedup.planning import run as plan_run
 from snipdedup.progress import Clock
-from snipdedup.runners.base import Runner, open_runner
+from snipdedup.runners import open_runner
+from snipdedup.runners.local import Runner
 from snipdedup.runners.slurm import Share, ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import as_written, is_finished, read_manifest
+from snipdedup.storage.out_folder import as_written, is_finished, read_manifest
 
 
 class Job(NamedTuple):

@@ -18,7 +18,7 @@ from snipdedup.features.shards import request_of
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import cores, memory_bound
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
 
 # How a result is computed and where it goes; the result does not depend on them.

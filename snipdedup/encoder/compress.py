@@ -16,7 +16,7 @@ from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, accept_dates, open_features, request_of
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, ordered_map
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import is_finished, read_manifest
+from snipdedup.storage.out_folder import is_finished, read_manifest
 
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
 DESCRIPTORS = "descriptors"  # what a manifest calls such a folder

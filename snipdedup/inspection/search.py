@@ -32,8 +32,7 @@ from snipdedup.inspection.display import (
     terminal_text,
 )
 from snipdedup.storage.atomic import replacing
-from snipdedup.storage.manifest import read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import read_manifest, refuse_output_file
 
 COSINE, ADC = "cosine", "adc_distance"
 VECTORS = (".npy", ".npz")

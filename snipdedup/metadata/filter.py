@@ -39,7 +39,7 @@ from snipdedup.metadata.masks import (
 )
 from snipdedup.metadata.tables import ColumnUse, Metadata, open_metadata, try_column_uses
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 KIND = "filter"
 RESERVED = ("metadata", LISTS)
@@ -112,11 +112,8 @@ def run(options: Filter) -> FilterResult:
     kept_names(metadata.files)  # refused before anything is written
     kinds = named_kinds("export", options.export, EXPORTS)
     columns = list_columns(kinds, metadata, options.key)
-    uses = [*list_uses(columns, metadata), *([join.columns.use()] if join else [])]
     write = ColumnUse(None, try_writing, "leave it out of the metadata", by_schema=True)
-    try_column_uses(metadata, [*uses, write])
-    if join is not None:
-        try_column_uses(join.known, [join.known_columns.use()])
+    try_column_uses(metadata, [*list_uses(columns, metadata), write])
     names = ("on", "unmatched", "ambiguous", "export", "key")
     flags = {name: getattr(options, name) for name in names}
     request = filter_request(chosen, mask, join, flags)
@@ -156,10 +153,10 @@ def filter_rows(
                 np.ascontiguousarray(is_dup[start:stop]).tofile(file)
     body["files"], written = write_rows(chosen, is_dup, work)
     try:
-        mask.refuse_changed()
-        opened = [metadata.opened, *(features.opened for features in chosen.features.values())]
-        for files in [*opened, *([join.known.opened] if join else [])]:
-            files.refuse_changed()
+        opened = [mask.opened, metadata.opened, *([join.known.opened] if join else [])]
+        for read in [*opened, *(features.opened for features in chosen.features.values())]:
+            if read is not None:
+                read.refuse_changed()
     except InputError:
         out_folder.release(out)
         raise

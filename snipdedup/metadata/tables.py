@@ -71,7 +71,10 @@ class ParquetTable(Table):
         self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
         schema = file.schema_arrow
         fields = [field.with_type(_without_views(field.type)) for field in schema]
-        codec = _largest_codec(groups[0]) if groups else DEFAULT_CODEC
+        chunks = [groups[0].column(n) for n in range(groups[0].num_columns)] if groups else []
+        largest = max(chunks, key=lambda chunk: chunk.total_compressed_size, default=None)
+        codec = largest.compression if largest else DEFAULT_CODEC
+        codec = CODECS.get(codec, codec.lower())
         super().__init__(path, file.metadata.num_rows, pa.schema(fields, schema.metadata), codec)
 
     def batches(
@@ -82,7 +85,7 @@ class ParquetTable(Table):
         first = 0
         try:
             for number, (count, size) in enumerate(self.groups):
-                if _holds_any(rows, first, first + count):
+                if rows is None or np.diff(np.searchsorted(rows, [first, first + count]))[0]:
                     # One row may be long (a list of features): bound bytes as well as rows.
                     fit = max(1, min(BATCH_ROWS, BATCH_BYTES * count // max(size, 1)))
                     at = first
@@ -126,10 +129,9 @@ class CsvTable(Table):
         for block in self._blocks():
             if rows is not None and (not len(rows) or at > rows[-1]):
                 return
-            if _holds_any(rows, at, at + block.num_rows):
-                chosen = block if columns is None else block.select(columns)
-                for begin in range(0, chosen.num_rows, BATCH_ROWS):
-                    yield at + begin, chosen.slice(begin, BATCH_ROWS)
+            chosen = block if columns is None else block.select(columns)
+            for begin in range(0, chosen.num_rows, BATCH_ROWS):
+                yield at + begin, chosen.slice(begin, BATCH_ROWS)
             at += block.num_rows
 
     def _blocks(self) -> Iterator[Any]:
@@ -171,14 +173,6 @@ def as_texts(file: Table, column: str, values: Any) -> Any:
         ) from error
 
 
-def _holds_any(rows: np.ndarray | None, start: int, stop: int) -> bool:
-    """Tell whether any of the ascending ``rows`` (None: all) lies in ``start`` to ``stop``."""
-    if rows is None:
-        return stop > start
-    low, high = np.searchsorted(rows, [start, stop])
-    return bool(high > low)
-
-
 def _without_views(kind: Any) -> Any:
     """Return an arrow type with the plain types for `VIEWS`, in lists and structs too."""
     if pa.types.is_struct(kind):
@@ -187,15 +181,6 @@ def _without_views(kind: Any) -> Any:
         if is_kind(kind):
             return make(kind.value_field.with_type(_without_views(kind.value_type)))
     return VIEWS.get(str(kind), kind)
-
-
-def _largest_codec(group: Any) -> str:
-    """Return the codec that holds most bytes of a row group, as pyarrow's writer names it."""
-    sizes: dict[str, int] = {}
-    for chunk in map(group.column, range(group.num_columns)):
-        sizes[chunk.compression] = sizes.get(chunk.compression, 0) + chunk.total_compressed_size
-    largest = max(sizes, key=lambda name: sizes[name], default=DEFAULT_CODEC)
-    return CODECS.get(largest, largest.lower())
 
 
 @contextmanager
@@ -211,7 +196,7 @@ class Metadata:
     """The rows of one or more metadata files with the same columns, in any order and type.
 
     ``offsets`` (files + 1,) int64 are the rows at which files begin, and the number of all rows;
-    ``schema`` is the first file's.
+    ``schema`` and ``columns``, their names, are the first file's.
     """
 
     def __init__(self, files: Sequence[Table], folders: Sequence[Path] = ()) -> None:
@@ -219,6 +204,7 @@ class Metadata:
         self.offsets = np.cumsum([0, *(file.rows for file in files)], dtype=np.int64)
         self.rows = int(self.offsets[-1])
         self.schema = files[0].schema
+        self.columns: list[str] = list(self.schema.names)
         self.opened = OpenedFiles(self.paths())
         for file in files[1:]:
             different = sorted(set(file.schema.names) ^ set(self.columns))
@@ -227,11 +213,6 @@ class Metadata:
                     f"{file.path} and {files[0].path} do not both have the columns "
                     f"{', '.join(different)}; files of one set have the same columns"
                 )
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns, in the first file's order."""
-        return list(self.schema.names)
 
     def paths(self) -> list[Path]:
         """Return the files' paths, in order."""
@@ -320,16 +301,14 @@ class Metadata:
         ``rows``, (n,) int64, are global and ascending; row groups without any of them are not read.
         """
         cuts = np.searchsorted(rows, self.offsets)
-        for number in np.flatnonzero(np.diff(cuts)):
-            file, cut = self.files[number], int(cuts[number])
-            local = rows[cut : cuts[number + 1]] - self.offsets[number]
+        for number in np.flatnonzero(np.diff(cuts)).tolist():
+            file, first = self.files[number], int(cuts[number])
+            local = rows[first : cuts[number + 1]] - self.offsets[number]
             for at, batch in file.batches(list(columns), local):
-                stop = int(cuts[number]) + int(np.searchsorted(local, at + batch.num_rows))
-                if stop > cut:
-                    places = local[cut - cuts[number] : stop - cuts[number]] - at
-                    picked = batch.select(columns).take(pa.array(places))
-                    yield file, slice(cut, stop), picked
-                cut = stop
+                low, high = np.searchsorted(local, [at, at + batch.num_rows]).tolist()
+                if high > low:
+                    picked = batch.select(columns).take(pa.array(local[low:high] - at))
+                    yield file, slice(first + low, first + high), picked
 
     def place(self, row: int) -> str:
         """Return the file and the row in it of a global row, for messages."""
