@@ -21,7 +21,7 @@ import numpy as np
 from make_benchmarks import CODE_NAMES, code_table
 from timing import machine
 
-from snipdedup.encoder.directions import opq_rotation, principal_directions
+from snipdedup.encoder.network import opq_rotation, principal_directions
 from snipdedup.encoder.training import train_encoder
 from snipdedup.evaluation.measures import IndexedRows, recall
 from snipdedup.features.cosine import unit_rows

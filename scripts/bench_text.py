@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.encoder.directions import principal_directions
+from snipdedup.encoder.network import principal_directions
 from snipdedup.encoder.training import train_encoder
 from snipdedup.evaluation.measures import partner_ranks
 from snipdedup.features.cosine import unit_rows

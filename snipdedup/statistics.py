@@ -13,11 +13,6 @@ def proportion_interval(k: int, n: int, level: float = 0.95) -> tuple[float, flo
 
     It holds the true share in at least ``level`` of all samples, also where ``k`` is 0 or ``n``
     (Clopper and Pearson, Biometrika 26, 1934). An empty sample gives (0, 1).
-
-    Raises
-    ------
-    ValueError
-        If ``k`` is not among 0 .. n or ``level`` not inside 0 .. 1.
     """
     if not 0 <= k <= n or not 0 < level < 1:
         raise ValueError(f"expected 0 <= k <= n and 0 < level < 1, found {k=}, {n=}, {level=}")

@@ -55,7 +55,8 @@ from snipdedup.parallel import library_threads, pick_device
 from snipdedup.planning import free_space
 from snipdedup.planning import run as plan_run
 from snipdedup.progress import Clock
-from snipdedup.runners.base import Runner, open_runner
+from snipdedup.runners import open_runner
+from snipdedup.runners.local import Runner
 from snipdedup.runners.slurm import Share, ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import as_written, is_finished, read_manifest

@@ -1,7 +1,7 @@
 """``snip train``: an encoder whose descriptors keep the neighbours that features have.
 
-`fit` is the whole of it: data, model, optimiser, loop, evaluation, checkpoint. The losses and
-their temperature are in `losses`, the choice of rows in `sampling`.
+`fit` is the whole of it: data, model, loss, loop. The model and its losses are in `network`, the
+choice of rows in `batches`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import io
 import math
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,17 @@ import torch
 from torch import nn
 
 from snipdedup import config, progress
-from snipdedup.encoder.directions import pca_network, principal_directions, rotate_for_codes
-from snipdedup.encoder.losses import TrainingLoss, fitting_temperature
-from snipdedup.encoder.network import BROKEN_PICKLE, Encoder, Network
-from snipdedup.encoder.sampling import LEAST_ROWS, Batches
+from snipdedup.encoder.batches import LEAST_ROWS, Batches
+from snipdedup.encoder.network import (
+    BROKEN_PICKLE,
+    Encoder,
+    Network,
+    fitting_temperature,
+    pca_network,
+    principal_directions,
+    rotate_for_codes,
+    training_loss,
+)
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
@@ -44,6 +53,7 @@ ROTATION_ROWS = 10_000  # that the rotation at the end is fitted to
 CHECKPOINT, CHECKPOINT_S = "checkpoint.pt", 30.0  # in the work folder; seconds between two
 # Settings that say how training is carried out, not what comes out of it.
 NOT_IN_REQUEST = {"features", "text_features", "out", "overwrite", "device", "threads"}
+Loss = Callable[[Network, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,15 @@ class History:
 
     def stalled(self) -> bool:
         """Tell whether the last points brought no better validation loss."""
-        earlier, last = self.curve[:-PATIENCE], self.curve[-PATIENCE:]
-        if not earlier:
-            return False
-        lowest = min(point["validation_loss"] for point in earlier)
-        return all(point["validation_loss"] > lowest * (1 - BETTER) for point in last)
+        losses = [point["validation_loss"] for point in self.curve]
+        earlier, last = losses[:-PATIENCE], losses[-PATIENCE:]
+        return bool(earlier) and min(last) > min(earlier) * (1 - BETTER)
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values for the manifest."""
-        return {
-            **asdict(self),
-            "steps": self.steps,
-            "best_step": self.best["step"],
-            "recall": self.best["recall"],
-            "pca_recall": self.curve[0]["recall"],
-        }
+        best, start = self.best, self.curve[0]
+        recalls = {"recall": best["recall"], "pca_recall": start["recall"]}
+        return {**asdict(self), "steps": self.steps, "best_step": best["step"], **recalls}
 
 
 @locks.released()
@@ -138,17 +142,26 @@ def run(options: config.Train) -> Encoder:
 
 
 def open_pair(options: config.Train) -> tuple[Features, Features | None]:
-    """Open features, and the texts beside them if there are any."""
+    """Open features, and texts beside them; refuse what no encoder can be trained on."""
     features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
     )
-    if options.text_features is None:
-        return features, None
-    return features, open_texts(options.text_features, features)
+    if options.dim > features.dim:
+        raise SnipError(
+            f"--dim {options.dim}: a descriptor cannot be wider than the features, which are "
+            f"{features.dim} wide; choose --dim {features.dim} or less"
+        )
+    if features.rows < LEAST_ROWS:
+        raise SnipError(
+            f"{features.place(0)[0]}: expected at least {LEAST_ROWS} rows to train on, found "
+            f"{features.rows}; an encoder of the same model's features, trained on more, will do"
+        )
+    texts = options.text_features
+    return features, None if texts is None else open_texts(texts, features)
 
 
 def open_texts(source: Any, features: Features) -> Features:
-    """Open text features; refuse others than of the same rows and width as the image features."""
+    """Open text features; they must have the rows and the width of the image features."""
     texts = open_features(source)
     if (texts.rows, texts.dim) != (features.rows, features.dim):
         raise SnipError(
@@ -162,7 +175,7 @@ def open_texts(source: Any, features: Features) -> Features:
 def train_summary(
     history: History, encoder: Encoder, rows: int, options: config.Train, seconds: float
 ) -> str:
-    """Return what the command prints: what was trained, on what, and how good it is."""
+    """Return what the command prints."""
     best, start = history.best, history.curve[0]
     lines = [
         f"{options.loss} loss, {encoder.dim_in} wide to {encoder.dim}: {history.steps:,} steps of "
@@ -195,41 +208,39 @@ def fit(
     options: config.Train,
     checkpoint: Path | None = None,
 ) -> tuple[Encoder, History]:
-    """Train on opened features; ``checkpoint`` is where a stopped run goes on from.
-
-    The number of threads is fixed, since sums depend on it.
-    """
-    check_trainable(features, options.dim)
+    """Train on opened features; ``checkpoint`` is where a stopped run goes on from."""
     device = pick_device(options.device)
-    with library_threads(cores(options.threads)):
+    with library_threads(cores(options.threads)):  # sums depend on their number
         # Data: distinct rows in memory, some of them held out.
         batches = Batches(
             features, texts, subset_rows=options.subset_rows,
             validation_rows=options.validation_rows, batch=options.batch, seed=options.seed,
         )  # fmt: skip
-        rotation_rows = batches.rows.images[:ROTATION_ROWS].copy()
+        rows = batches.rows
+        rotation_rows = rows.images[:ROTATION_ROWS].copy()
 
         # Model: PCA at first, then what an MLP adds to it.
-        directions = principal_directions(batches.rows.images, options.dim, batches.rows.texts)
+        directions = principal_directions(rows.images, options.dim, rows.texts)
         heads = [options.dim // part for part in HEADS if options.dim // part >= HEAD_LEAST]
         network = pca_network(directions, options.hidden, heads, options.seed).to(device)
 
-        # Loss and optimiser.
+        # Loss: the temperature is the one given, or fitted to a batch.
         temperature = options.temperature if options.loss == "snip" else None
         if options.loss == "snip" and temperature is None:
             # An image with several captions is several rows, and would be its own neighbour.
-            images = np.unique(batches.rows.images[: batches.batch], axis=0)
+            images = np.unique(rows.images[: batches.batch], axis=0)
             temperature = fitting_temperature(torch.from_numpy(unit_rows(images)).to(device))
-        loss_of = TrainingLoss(temperature, options.text_temperature)
-        optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+        loss_of = partial(
+            training_loss, temperature=temperature, text_temperature=options.text_temperature
+        )
 
         # The loop keeps the best weights; a rotation lets short codes keep more of them.
-        validation = Validation(*batches.held_out.tensors(device), loss_of, batches.batch)
-        sizes = len(batches.rows.hashes), len(batches.held_out.hashes), batches.batch
-        history = History(*sizes, temperature)
+        history = History(
+            len(rows.hashes), len(batches.held_out.hashes), batches.batch, temperature
+        )
         train_loop(
-            network, optimiser, loss_of, batches, validation, history,
-            steps=options.steps, peak_rate=options.learning_rate, checkpoint=checkpoint,
+            network, batches, loss_of, history, steps=options.steps,
+            peak_rate=options.learning_rate, checkpoint=checkpoint,
         )  # fmt: skip
         rotate_for_codes(network, rotation_rows)
     return Encoder(network, device), history
@@ -237,10 +248,8 @@ def fit(
 
 def train_loop(
     network: Network,
-    optimiser: torch.optim.Optimizer,
-    loss_of: TrainingLoss,
     batches: Batches,
-    validation: Validation,
+    loss_of: Loss,
     history: History,
     *,
     steps: int,
@@ -249,6 +258,8 @@ def train_loop(
 ) -> None:
     """Train until ``steps`` or a stall; the network is left with the best validation loss."""
     device = str(network.inner.weight.device)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+    validation = Validation(*batches.held_out.tensors(device), loss_of, batches.batch)
     best, losses, done = copy.deepcopy(network.state_dict()), [], 0
     state = None if checkpoint is None else load_checkpoint(checkpoint, device)
     if state is not None:
@@ -290,20 +301,6 @@ def train_loop(
     network.load_state_dict(best)
 
 
-def check_trainable(features: Features, dim: int) -> None:
-    """Refuse what no encoder can be trained on, before any row is read."""
-    if dim > features.dim:
-        raise SnipError(
-            f"--dim {dim}: a descriptor cannot be wider than the features, which are "
-            f"{features.dim} wide; choose --dim {features.dim} or less"
-        )
-    if features.rows < LEAST_ROWS:
-        raise SnipError(
-            f"{features.place(0)[0]}: expected at least {LEAST_ROWS} rows to train on, found "
-            f"{features.rows}; an encoder of the same model's features, trained on more, will do"
-        )
-
-
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Return the rate of a step, counted from 1: a short rise, then half a cosine down to 0."""
     rise = min(1.0, step / min(WARMUP, steps))
@@ -313,9 +310,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 class Validation:
     """Held-out unit rows, with texts if there are any, and which are nearest by exact cosine."""
 
-    def __init__(
-        self, x: torch.Tensor, t: torch.Tensor | None, loss_of: TrainingLoss, batch: int
-    ) -> None:
+    def __init__(self, x: torch.Tensor, t: torch.Tensor | None, loss_of: Loss, batch: int) -> None:
         self.x, self.t, self.loss_of, self.batch = x, t, loss_of, batch
         self.nearest = nearest_others(x)
 

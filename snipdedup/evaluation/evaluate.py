@@ -132,24 +132,19 @@ def run(options: config.Eval) -> Evaluation:
         results = {**measured, "settings": settings}
         for source in sources:
             source.refuse_changed()
-        files = write_results(out / locks.WORK / out_folder.FILES, results, options.picture)
+        folder = out / locks.WORK / out_folder.FILES
+        files = [folder / RESULT, folder / PAGE]
+        atomic.save_json(files[0], results)
+        with atomic.replacing(files[1]) as part:
+            part.write_text(eval_page(results), encoding="utf-8")
+        if options.picture:
+            files.append(folder / PICTURE)
+            with atomic.replacing(files[2]) as part:
+                draw_picture(results, part)
         out_folder.publish(out, "eval", {"command": "eval", "request": request}, files)
     finally:
         out_folder.release(out)
     return Evaluation(out, results, f"{eval_summary(results)}\nwritten to {options.out}")
-
-
-def write_results(out: Path, results: dict[str, Any], picture: bool) -> list[Path]:
-    """Write the result in its forms; return the files."""
-    files = [out / RESULT, out / PAGE]
-    atomic.save_json(files[0], results)
-    with atomic.replacing(files[1]) as part:
-        part.write_text(eval_page(results), encoding="utf-8")
-    if picture:
-        files.append(out / PICTURE)
-        with atomic.replacing(files[-1]) as part:
-            draw_picture(results, part)
-    return files
 
 
 def evaluate(
@@ -219,8 +214,7 @@ def make_contenders(
     encoder: str | None, dim: int, steps: int, threads: int, seed: int,
 ) -> list[Contender]:  # fmt: skip
     """Return raw features, OPQ of raw features, PCA, MSE and SNIP, trained on rows ``learn``."""
-    from snipdedup.encoder.directions import opq_rotation, principal_directions
-    from snipdedup.encoder.network import Encoder
+    from snipdedup.encoder.network import Encoder, opq_rotation, principal_directions
     from snipdedup.encoder.training import train_encoder
 
     raw = features.gather(learn)

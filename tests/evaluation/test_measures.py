@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
-from snipdedup.encoder.directions import opq_rotation
+from snipdedup.encoder.network import opq_rotation
 from snipdedup.evaluation import measures
 from snipdedup.features.cosine import unit_rows
 from snipdedup.index.quantizer import train_quantiser

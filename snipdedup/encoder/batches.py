@@ -96,8 +96,8 @@ class Batches:
 def hold_out(rows: Rows, wanted: int, among: int) -> tuple[Rows, Rows]:
     """Return the first ``wanted`` rows, a fifth at the most, and those of other images.
 
-    Of an image with many captions a few are held out, and the rest is in neither part. ``among``
-    is how many rows there were to draw from, for the refusal of fewer than `LEAST_ROWS` images.
+    Of an image with many captions a few are held out, and the rest is in neither part. Fewer than
+    `LEAST_ROWS` images, drawn ``among`` so many rows, are refused.
     """
     _, first, which = np.unique(row_hashes(rows.images), return_index=True, return_inverse=True)
     if len(first) < LEAST_ROWS:
