@@ -24,7 +24,17 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups import star
 from snipdedup.groups.keep import ColumnRank
-from snipdedup.groups.members import Block, Copies, Members, Rank, collect, group_starts, slices
+from snipdedup.groups.members import (
+    Block,
+    Copies,
+    Members,
+    Rank,
+    collect,
+    group_starts,
+    refer_components,
+    refer_star,
+    slices,
+)
 from snipdedup.join.forest import components, link_smaller, number_ends
 from snipdedup.metadata.additions import RemovedRows
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
@@ -290,7 +300,7 @@ def decide_block(
     if grouping == "components":
         members = star.group_components(forest, rank)
         done(len(forest.a))
-        return copies.unfold(star.refer_components(members, nearest) if nearest else members)
+        return copies.unfold(refer_components(members, nearest) if nearest else members)
     if block.pairs is not None:
         row, group = components(forest)
         return copies.unfold(star.star_from_pairs(row, group, rank(row), block.pairs))
@@ -298,7 +308,7 @@ def decide_block(
         raise SnipError("star grouping compares raw rows: give the features, or use components")
     compare = star.Compare(features.gather, threshold, search.also)
     members = star.group_star(forest, rank, compare, done, nearest.row if nearest else None)
-    return copies.unfold(star.refer_star(members, nearest) if nearest else members)
+    return copies.unfold(refer_star(members, nearest) if nearest else members)
 
 
 def levels(

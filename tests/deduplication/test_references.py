@@ -19,8 +19,8 @@ from snipdedup.deduplication.inputs import open_references
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features
-from snipdedup.groups import nearest_reference
-from snipdedup.groups.nearest_reference import own_copies, own_pairs
+from snipdedup.groups import pairs
+from snipdedup.groups.pairs import own_copies, own_pairs
 from snipdedup.join import tiles
 from snipdedup.join.forest import make_edges
 from snipdedup.storage import out_folder
@@ -133,7 +133,7 @@ def test_with_references_only_exactly_the_rows_that_match_one_go(
 ):
     """Each for its nearest reference row, copies of one another too; no others are grouped."""
     x, frozen = both
-    with mock.patch.multiple(nearest_reference, LISTED=tile, TILE=tile):
+    with mock.patch.multiple(pairs, LISTED_GROUP=tile, TILE=tile):
         found = dedup(
             x[frozen:], reference=x[:frozen], threshold=0.8, method=method, references_only=True,
             grouping=grouping,
