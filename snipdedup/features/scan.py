@@ -141,8 +141,7 @@ def finish_scan(
 
 def refuse_bad(features: Features, numbers: np.ndarray, rows: np.ndarray) -> None:
     """Refuse rows that cannot be compared: (n,) global numbers, and (n, d) what they hold."""
-    bad = numbers[bad_rows(rows)]
-    if len(bad):
+    if len(bad := numbers[bad_rows(rows)]):
         raise bad_rows_error(features, bad, partial=True)
 
 

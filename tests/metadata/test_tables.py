@@ -329,7 +329,7 @@ def test_a_large_row_group_is_never_held_whole(tmp_path):
     )
     pq.write_table(pa.table({"key": wide}), tmp_path / "m.parquet", row_group_size=rows)
     del wide
-    file = md.open_table(tmp_path / "m.parquet")
+    file = md.Table(tmp_path / "m.parquet")
     before, most, found = pa.total_allocated_bytes(), 0, 0
     for _, batch in file.batches():
         most = max(most, pa.total_allocated_bytes() - before)
