@@ -19,7 +19,7 @@ from snipdedup.auditing.removed_rows import (
     Violations,
     chosen_places,
 )
-from snipdedup.auditing.sheet import human_precision, pick_ordinals, sample_pairs, write_sheet
+from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
 from snipdedup.config import Audit
 from snipdedup.deduplication.inputs import KIND
 from snipdedup.errors import SnipError
@@ -30,7 +30,7 @@ from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.parallel import cores, memory_bound, ordered_map
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import sha256
 from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
@@ -150,7 +150,8 @@ def audit(
         run.fail("mask", str(error))
         return False
     compared = features if same_rows else None
-    chosen = pick_ordinals(int(np.count_nonzero(run.is_dup)), sample, seed) if sample else None
+    rng, total = np.random.default_rng(seed), int(np.count_nonzero(run.is_dup))
+    chosen = sample_rows(total, sample, rng) if sample else None
     removed = RemovedRows(run, compared, captions, chosen, threads, memory)
     references, readable = open_references(run, threads), True
     try:
@@ -272,7 +273,7 @@ def estimate_missed(
     Where rows were compared with references only, they are compared with these only.
     """
     kept = run.rows - int(np.count_nonzero(run.is_dup))
-    ordinals = pick_ordinals(kept, probe_rows, seed)
+    ordinals = sample_rows(kept, probe_rows, np.random.default_rng(seed))
     sample = kept_rows(run.is_dup, ordinals)
     raw = features.gather(sample)
     good = ~bad_rows(raw)

@@ -135,7 +135,7 @@ class PairSearch:
         }
         if self.references is not None:
             outside = np.flatnonzero(members.representative < 0)
-            names, row = self.references.name_rows(~members.representative[outside])
+            names, row = self.references.locate(~members.representative[outside])
             place = np.full(len(members.row), -1)
             place[outside] = np.arange(len(outside))
             representative = members.representative.copy()
