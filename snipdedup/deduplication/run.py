@@ -90,7 +90,8 @@ def dedup(features: Any, **settings: Any) -> Result:
         tempfile.TemporaryDirectory(prefix="snip-") as work,
         open_runner(options.runner, job.options.threads, options.device) as runner,
     ):
-        return decide_job(job, run_search(job, Path(work), Clock(), runner), None)
+        search = search_pairs(job.inputs, job.options, Path(work), runner, Clock().stage)
+        return decide_job(job, search, None)
 
 
 def run(options: Dedup) -> Result | str:
@@ -331,18 +332,13 @@ def releasing(out: Path, share: Share | None) -> Iterator[None]:
 
 def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
     """Search, or read back what this run had found when it was stopped."""
-    if job.options.method == "join":  # its tasks are kept one by one
-        return run_search(job, work, clock, runner)
-    search = load_search(work, job.inputs)
+    joins = job.options.method == "join"  # its tasks are kept one by one
+    search = None if joins else load_search(work, job.inputs)
     if search is None:
-        search = run_search(job, work, clock, runner)
-        save_search(search, work)
+        search = search_pairs(job.inputs, job.options, work, runner, clock.stage)
+        if not joins:
+            save_search(search, work)
     return search
-
-
-def run_search(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
-    """Find all pairs by the method asked for; ``runner`` does the tasks of a join."""
-    return search_pairs(job.inputs, job.options, work, runner, clock.stage)
 
 
 def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
