@@ -180,20 +180,12 @@ def claim(
     A folder of another request, of another run that is at work, or with files that are not snip's
     is refused. With ``overwrite``, an earlier result of the same kind stays until it is replaced.
 
-    Parameters
-    ----------
-    request : dict
-        All that the result depends on, by name; the manifest holds it, too.
-    shared : bool
-        Other processes with the same request may claim the folder too.
-    decisions : collection of str
-        Entries of ``request`` on which nothing in the work depends. A stopped run goes on with
-        other ones, unless other processes work on it.
+    ``request`` is all that the result depends on; the manifest holds it, too. If ``shared``, other
+    processes with the same request may claim the folder too. ``decisions`` are entries of
+    ``request`` on which nothing in the work depends: a stopped run goes on with other ones, unless
+    other processes work on it.
 
-    Returns
-    -------
-    str
-        ``"new"``; ``"resume"`` after a stopped run, ``"done"`` after a finished one.
+    Returns ``"new"``; ``"resume"`` after a stopped run, ``"done"`` after a finished one.
     """
     recovered, note = recover(out), out / WORK / REQUEST
     try:
