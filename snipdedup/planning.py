@@ -284,7 +284,7 @@ def probe(
     Without these, the sample is made of random rows.
     """
     source = None if features is None or features.rows < FEW_ROWS else features
-    raw = draw_sample(source, rows, dim, seed)
+    raw = sample_of_set(source, rows, dim, seed)
     sample, timed = open_features(raw), min(len(raw), task_rows(len(raw)))
     with library_threads(1), tempfile.TemporaryDirectory(prefix="snip-plan-") as name:
         start, folder = time.process_time(), Path(name) / "encode"
@@ -334,7 +334,7 @@ def probe(
     )
 
 
-def draw_sample(features: Features | None, rows: int, dim: int, seed: int) -> np.ndarray:
+def sample_of_set(features: Features | None, rows: int, dim: int, seed: int) -> np.ndarray:
     """Return rows of a set in random order, (n, dim); random ones like CLIP's without features.
 
     If the run itself would see more pairs, because it fits its model to more rows, noisy copies of

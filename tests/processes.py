@@ -20,7 +20,7 @@ NURSERY = """
 import atexit, importlib, json, os, sys, traceback
 import faiss, torch, pyarrow.parquet
 from snipdedup import cli
-from snipdedup.runners import base as runners
+from snipdedup import runners
 for command in cli.COMMANDS.values():
     importlib.import_module(command.module)
 for line in sys.stdin:

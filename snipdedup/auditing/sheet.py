@@ -16,7 +16,7 @@ from snipdedup.features.shards import Features
 from snipdedup.groups.members import concatenate, no_members
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
 from snipdedup.metadata.tables import KEY_COLUMNS
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import replacing
 
 COLUMNS = (
@@ -29,12 +29,6 @@ NO = {"no", "n", "0", "false", "different", "other"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute, or worse
 
 
-def pick_ordinals(total: int, wanted: int, seed: int) -> np.ndarray:
-    """Return ``wanted`` (or all, if fewer) of the numbers below ``total`` at random, ascending."""
-    rng = np.random.default_rng(seed)
-    return np.sort(rng.choice(total, min(total, wanted), replace=False, shuffle=False))
-
-
 def sample_pairs(
     run: AuditedRun, features: Features, texts: RowTexts,
     *, n: int, seed: int, threads: int, memory: int,
@@ -44,7 +38,8 @@ def sample_pairs(
     Rows that are removed for a reference are left out: captions of references are not known.
     """
     counts, path = run.manifest["counts"], run.folder / "groups.parquet"
-    chosen = pick_ordinals(counts["removed"] - counts.get("removed_for_reference", 0), n, seed)
+    total = counts["removed"] - counts.get("removed_for_reference", 0)
+    chosen = sample_rows(total, n, np.random.default_rng(seed))
     parts, before = [], 0
     for members in whole_groups(path, marked=True):
         own = pick(members, members.is_dup & (members.representative >= 0))

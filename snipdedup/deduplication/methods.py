@@ -25,8 +25,7 @@ from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
 from snipdedup.groups.members import Best
-from snipdedup.groups.nearest_reference import own_pairs
-from snipdedup.groups.pairs import all_pairs, pairs_within
+from snipdedup.groups.pairs import all_pairs, own_pairs, pairs_within
 from snipdedup.groups.star import Also
 from snipdedup.index.build import build
 from snipdedup.index.folder import Index
@@ -47,8 +46,7 @@ from snipdedup.join.tasks import JoinSettings
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, memory_bound
 from snipdedup.progress import Clock
-from snipdedup.runners.base import Runner
-from snipdedup.runners.local import Local
+from snipdedup.runners.local import Local, Runner
 from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import MANIFEST, read_manifest
 

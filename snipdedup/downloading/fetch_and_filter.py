@@ -35,7 +35,7 @@ from snipdedup.metadata.masks import (
     open_mask,
     resolve_sizes,
 )
-from snipdedup.metadata.tables import Metadata, open_table
+from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.out_folder import FILES, MANIFEST
@@ -119,14 +119,10 @@ def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
 def read_done(item: DownloadItem, plan: DownloadPlan) -> dict[str, Any]:
     """Return the entry of a file that a stopped run completed, else nothing."""
     done_file = plan.done_file(item)
-    if not done_file.is_file():
+    if not atomic.is_done(done_file, plan.work / FILES):  # or damaged since then
         return {}
-    if atomic.is_done(done_file, plan.work / FILES):
-        about = atomic.load_json(done_file)
-        return {name: value for name, value in about.items() if name not in ("files", "seal")}
-    for path in plan.outputs(item):  # damaged since then
-        path.unlink(missing_ok=True)
-    return {}
+    about = atomic.load_json(done_file)
+    return {name: value for name, value in about.items() if name not in ("files", "seal")}
 
 
 def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
@@ -146,7 +142,7 @@ def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
 def count_arrived(file: SourceFile, path: Path, what: str) -> int:
     """Return the rows of a file that was fetched; remove one that is not what it should be."""
     try:
-        return open_table(path).rows if what == "metadata" else feature_rows(path)
+        return Table(path).rows if what == "metadata" else feature_rows(path)
     except SnipError as error:
         for arrived in (path, done_file_of(path)):
             arrived.unlink(missing_ok=True)
@@ -160,7 +156,7 @@ def filter_item(
 
     A file that is not the mask's is refused.
     """
-    table, outputs, name = open_table(paths[0]), plan.outputs(item), item.table.shown
+    table, outputs, name = Table(paths[0]), plan.outputs(item), item.table.shown
     stop = row + table.rows
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
         check_sizes([(name, table.rows)], mask.sizes, item.number)
@@ -250,15 +246,15 @@ def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
     def count(file: SourceFile) -> int:
         try:
             if not scheme_of(file.url):
-                return open_table(Path(file.url)).rows
+                return Table(Path(file.url)).rows
             if Path(file.name).suffix.lower() == ".parquet":
                 try:
-                    return open_table(RemotePath(file.url, file.token)).rows
+                    return Table(RemotePath(file.url, file.token)).rows
                 except NoRangesError:
                     pass
             copy = work / "counted" / file.name
             fetch_file(file, copy, monitor)
-            rows = open_table(copy).rows
+            rows = Table(copy).rows
             copy.unlink()
             return rows
         except TemporaryError:

@@ -58,10 +58,6 @@ class Folder:
     files: dict[str, SourceFile]
     folders: list[str]
 
-    def child(self, name: str) -> Folder:
-        """Return a folder in it."""
-        return open_folder(f"{self.url}/{name}")
-
     def parent(self) -> Folder | None:
         """Return the folder that it lies in, None at the top."""
         if scheme_of(self.url) == hub.SCHEME and not hub.parse_address(self.url).path:
@@ -196,7 +192,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
     inner = [METADATA] if METADATA in folder.folders else folder.folders
     choices = [
         (child, files)
-        for child in map(folder.child, inner)
+        for child in [open_folder(f"{folder.url}/{name}") for name in inner]
         if (files := pick_files(child.files, None, tables.SUFFIXES))
     ]
     if len(choices) == 1:
@@ -283,7 +279,7 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
             raise MissingError(f"{text}; {NAME_FEATURES}")
     for place in (folder, folder.parent()):
         if place is not None and FEATURES in place.folders:
-            inner = place.child(FEATURES)
+            inner = open_folder(f"{place.url}/{FEATURES}")
             return match_features(found, pick_files(inner.files, None, formats.SUFFIXES), inner.url)
     raise SnipError(f"{folder.url}: no features beside the metadata; {NAME_FEATURES}")
 

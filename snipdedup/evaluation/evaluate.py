@@ -19,13 +19,6 @@ import numpy as np
 from snipdedup import config, progress
 from snipdedup.adc.threshold import choose_margin, flag_curve, scores
 from snipdedup.errors import SnipError
-from snipdedup.evaluation.measures import (
-    IndexedRows,
-    average_precision,
-    partner_ranks,
-    recall,
-    sample_rows,
-)
 from snipdedup.evaluation.presentation import draw_picture, eval_page, eval_summary
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.hashing import row_hashes
@@ -37,12 +30,19 @@ from snipdedup.index.quantizer import (
     ITERATIONS,
     LEAST_SAMPLE,
     POINTS_A_LIST,
+    Quantiser,
     check_nlist,
     default_nlist,
     train_quantiser,
 )
 from snipdedup.parallel import cores, library_threads, ordered_map
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import (
+    average_precision,
+    partner_ranks,
+    proportion_interval,
+    recall,
+    sample_rows,
+)
 from snipdedup.storage import atomic, locks, out_folder
 
 RECALL_AT = (1, 10, 100)
@@ -98,6 +98,46 @@ class Truth(NamedTuple):
     duplicated: np.ndarray
 
 
+class IndexedRows:
+    """An IVFPQ of all rows in memory: what an index of that code size would find."""
+
+    def __init__(self, quantiser: Quantiser) -> None:
+        self.quantiser, self.ivfpq = quantiser, quantiser.ivfpq
+        self.ivfpq.use_precomputed_table = 0
+        self.ivfpq.precompute_table()  # without it, many lists take minutes
+
+    def add(self, x: np.ndarray) -> None:
+        """Take vectors of the rows that come next, (n, dim) float32."""
+        self.ivfpq.add(np.ascontiguousarray(x))
+
+    def search(self, x: np.ndarray, k: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ADC distances D and rows I of the ``k`` nearest codes, (n, k) each."""
+        self.ivfpq.nprobe = min(nprobe, self.quantiser.nlist)
+        return self.ivfpq.search(np.ascontiguousarray(x), k)
+
+    def nearest(self, x: np.ndarray, queries: np.ndarray, k: int, nprobe: int) -> np.ndarray:
+        """Return the rows with the nearest codes, (q, k), without the queries' own rows."""
+        return drop_own(self.search(x, k + 1, nprobe)[1], queries)
+
+    def nearest_of_all(
+        self, x: np.ndarray, queries: np.ndarray, k: int, threads: int
+    ) -> np.ndarray:
+        """Return what `nearest` does, all lists visited: codes are decoded, as that is faster."""
+        self.ivfpq.make_direct_map()
+
+        def decode(span: tuple[int, int]) -> np.ndarray:
+            return self.ivfpq.reconstruct_n(span[0], span[1] - span[0])
+
+        return nearest_vectors(x, decode, self.ivfpq.ntotal, k, threads, own=queries)[1]
+
+
+def drop_own(I: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Return ``I`` without each query's own row, or without the last where that is not there."""
+    own = queries[:, None] == I
+    own[~own.any(axis=1), -1] = True
+    return I[~own].reshape(len(I), I.shape[1] - 1)
+
+
 @locks.released()
 def run(options: config.Eval) -> Evaluation:
     """Measure, and write the tables, the JSON and the picture."""
@@ -132,24 +172,19 @@ def run(options: config.Eval) -> Evaluation:
         results = {**measured, "settings": settings}
         for source in sources:
             source.refuse_changed()
-        files = write_results(out / locks.WORK / out_folder.FILES, results, options.picture)
+        folder = out / locks.WORK / out_folder.FILES
+        files = [folder / RESULT, folder / PAGE]
+        atomic.save_json(files[0], results)
+        with atomic.replacing(files[1]) as part:
+            part.write_text(eval_page(results), encoding="utf-8")
+        if options.picture:
+            files.append(folder / PICTURE)
+            with atomic.replacing(files[2]) as part:
+                draw_picture(results, part)
         out_folder.publish(out, "eval", {"command": "eval", "request": request}, files)
     finally:
         out_folder.release(out)
     return Evaluation(out, results, f"{eval_summary(results)}\nwritten to {options.out}")
-
-
-def write_results(out: Path, results: dict[str, Any], picture: bool) -> list[Path]:
-    """Write the result in its forms; return the files."""
-    files = [out / RESULT, out / PAGE]
-    atomic.save_json(files[0], results)
-    with atomic.replacing(files[1]) as part:
-        part.write_text(eval_page(results), encoding="utf-8")
-    if picture:
-        files.append(out / PICTURE)
-        with atomic.replacing(files[-1]) as part:
-            draw_picture(results, part)
-    return files
 
 
 def evaluate(

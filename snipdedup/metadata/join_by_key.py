@@ -28,8 +28,8 @@ from snipdedup.metadata.tables import (
     ColumnUse,
     Metadata,
     Table,
+    cast_column,
     open_metadata,
-    open_table,
     try_column_uses,
 )
 from snipdedup.storage import atomic
@@ -69,15 +69,9 @@ def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def as_bytes(table: Table, name: str, values: Any) -> Any:
     """Return a column's values as ``large_binary``: numbers by their text, null as no bytes."""
-    try:
-        if not is_binary(values.type):
-            values = values.cast(pa.large_string())
-        return values.cast(pa.large_binary()).fill_null(b"")
-    except (pa.ArrowException, NotImplementedError) as error:
-        raise SnipError(
-            f"{table.path}: column {name!r} is {values.type}, expected texts or numbers to tell "
-            "rows apart by"
-        ) from error
+    if not is_binary(values.type):
+        values = cast_column(table, name, values, pa.large_string())
+    return values.cast(pa.large_binary()).fill_null(b"")
 
 
 def is_binary(kind: Any) -> bool:
@@ -183,7 +177,7 @@ class KeyJoin:
                 removed = np.asarray(mask.is_dup[first : first + batch.num_rows]).astype(int)
             yield self.known_columns.records(file, DECIDED[removed], batch)[0]
         if self.groups is not None:
-            table = open_table(self.groups)
+            table = Table(self.groups)
             for _, batch in table.batches(["key", "is_dup"]):
                 keys = batch.filter(batch.column("is_dup")).select(["key"])
                 yield KeyColumns(["key"]).records(table, DECIDED[1], keys)[0]
@@ -336,7 +330,7 @@ def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -
     if column is None:
         return None
     sorter = Sorter(work / "removed_keys", ROW_KEY, lambda records: records["row"].view(np.uint64))
-    table = open_table(groups)
+    table = Table(groups)
     for _, batch in table.batches(["row", "key", "is_dup"]):
         row = batch.column("row").to_numpy() - first
         inside = batch.column("is_dup").to_numpy(zero_copy_only=False)

@@ -29,7 +29,6 @@ from snipdedup.metadata.tables import (
     Metadata,
     Table,
     as_texts,
-    open_table,
 )
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
@@ -192,7 +191,7 @@ def write_kept_features(path: Path, target: Path, is_dup: np.ndarray) -> None:
                     )
                     file.writelines(_kept_blocks(shard, is_dup))
     else:
-        write_kept(Metadata([open_table(path)]), is_dup, target.parent)
+        write_kept(Metadata([Table(path)]), is_dup, target.parent)
 
 
 def write_kept_npy(shard: Shard, path: Path, is_dup: np.ndarray) -> None:

@@ -175,21 +175,17 @@ def claim(
     shared: bool = False,
     decisions: Collection[str] = (),
 ) -> str:
-    """Claim ``out`` for a run, or find that it is finished. An earlier result stays in place.
+    """Claim ``out`` for a run; the lock is this thread's until the work ends (`locks.released`).
 
     A folder of another request, of another run that is at work, or with files that are not snip's
-    is refused. The lock is this thread's until the work ends (or `locks.released`).
+    is refused. With ``overwrite``, an earlier result of the same kind stays until it is replaced.
 
     Parameters
     ----------
-    out, kind : Path, str
-        As in `write_manifest`; the finished manifest must hold ``request``.
     request : dict
-        All that the result depends on, by name: settings and inputs.
-    overwrite : bool
-        Replace what an earlier run of the same kind wrote.
+        All that the result depends on, by name; the manifest holds it, too.
     shared : bool
-        Other processes with the same request may claim it too.
+        Other processes with the same request may claim the folder too.
     decisions : collection of str
         Entries of ``request`` on which nothing in the work depends. A stopped run goes on with
         other ones, unless other processes work on it.
@@ -197,8 +193,7 @@ def claim(
     Returns
     -------
     str
-        ``"new"``; ``"resume"`` where a stopped run with the same request left its work;
-        ``"done"`` where a finished run did.
+        ``"new"``; ``"resume"`` after a stopped run, ``"done"`` after a finished one.
     """
     recovered, note = recover(out), out / WORK / REQUEST
     try:
@@ -314,19 +309,10 @@ def put_in_place(
 ) -> None:
     """Let a complete result take the place of an earlier one in ``out``, and end the work.
 
-    It is refused if another process finished the run, so that this one has not claimed ``out`` any
-    more.
-
-    Parameters
-    ----------
-    out : Path
-    source : Path
-        A folder directly below the work: a manifest, and the files that it names. Files that are
-        not there must be in ``out`` already.
-    removed : iterable of str
-        Files of ``out`` to remove besides those that only the earlier manifest names.
-    keep_work : bool
-        Leave the rest of the work.
+    ``source`` is a folder directly below the work: a manifest, and the files that it names. Files
+    that are not there must be in ``out`` already. ``removed`` are files of ``out`` to remove
+    besides those that only the earlier manifest names. It is refused if another process finished
+    the run, so that this one has not claimed ``out`` any more.
     """
     with locks.door(out), explained(out):
         if move_result(out) or not locks.holds(out / WORK / LOCK):
