@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from snipdedup.commands import named_kinds
 from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, parse_epsilons
-from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_table
+from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metadata_of
 from snipdedup.deduplication.methods import SearchSettings, check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
 from snipdedup.deduplication.result import (
@@ -31,6 +31,7 @@ from snipdedup.deduplication.result import (
 from snipdedup.deduplication.settings import (
     DECISIONS,
     describe_request,
+    fill_settings,
     finished_run,
     inherit,
     saved_settings,
@@ -128,8 +129,6 @@ def plan(options: Dedup) -> str:
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
         out_folder.refuse_output_inside(out, read_paths(job))
-    if job.inputs.features is None:
-        raise UsageError("--dry_run plans a search of FEATURES")
     settings = Plan(
         features=options.features, parts=options.parts, array=options.array, column=options.column,
         threshold=job.settings.threshold, recall=job.settings.recall, seed=job.settings.seed,
@@ -211,7 +210,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     """
     if options.device != "auto":
         pick_device(options.device)
-    options = options.filled()
+    options = fill_settings(options)
     settings = search_settings(options)
     inputs = open_inputs(
         options.features,
@@ -225,7 +224,9 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     keep = "first" if settings.method == "semdedup" else settings.keep  # it has its own order
     metadata, plan = None, None
     if writes or keep_rules(keep)[0]:
-        metadata = open_table(options.metadata, options.features, inputs.features, options.index)
+        metadata = open_metadata_of(
+            options.metadata, options.features, inputs.features, options.index
+        )
     rank = rank_by(keep, settings.seed, metadata)
     if writes:
         columns = ColumnSettings(options.merge_captions, options.caption, options.weights)
