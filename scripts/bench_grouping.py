@@ -24,9 +24,9 @@ import timing
 sys.path.insert(0, str(timing.ROOT))
 
 from snipdedup.deduplication.inputs import Inputs
-from snipdedup.deduplication.outputs import MetadataPlan, write_files
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import checked, choose
+from snipdedup.deduplication.write_out import MetadataPlan, write_files
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.keep import rank_by
 from snipdedup.join.forest import Edges
@@ -157,8 +157,10 @@ def measure(folder: Path, rows: int) -> dict[str, object]:
     done.set()
     sizes = {path.name: path.stat().st_size for path in out.rglob("*") if path.is_file()}
     return {
-        "rows": rows, "edges": search.edge_count, "members": len(result.members.row),
-        "removed": result.removed, "groups": result.counts.groups, "largest": result.counts.largest,
+        "rows": rows, "edges": len(search.forest.a) + len(search.copies),
+        "members": len(result.members.row), "removed": result.removed,
+        "groups": sum(result.counts.sizes.values()),
+        "largest": max(result.counts.sizes, default=1),
         "seconds": spent, "peak": held, "before": before,
         "bytes_a_row": {name: round(size / rows, 2) for name, size in held.items()},
         "disk": sum(sizes.values()),

@@ -25,7 +25,7 @@ from snipdedup.features.shards import open_features
 from snipdedup.index import build as index
 from snipdedup.metadata import filter
 from snipdedup.storage import locks, out_folder
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]

@@ -15,10 +15,8 @@ import truth
 
 from snipdedup import dedup
 from snipdedup.config import Filter
-from snipdedup.deduplication.counts import levels
 from snipdedup.deduplication.pair_search import PairSearch
-from snipdedup.deduplication.result import checked, choose
-from snipdedup.deduplication.tables import groups_table
+from snipdedup.deduplication.result import checked, choose, levels
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.groups.keep import rank_by
@@ -133,7 +131,7 @@ def test_groups_and_masks_past_2_32(far, grouping):
         expected = row[getattr(near.members, name)]
         assert getattr(result.members, name).tolist() == expected.tolist()
     assert np.array_equal(result.members.is_dup, near.members.is_dup)
-    table = groups_table(found, result.members, None).to_pydict()
+    table = found.groups_table(result.members).to_pydict()
     assert set(table["shard"]) == {"part 1", "part 3"}
     assert max(table["shard_row"]) < 2500
     assert levels(found, [0.9, 0.95]) == levels(near.search, [0.9, 0.95])

@@ -84,8 +84,8 @@ class Candidates(NamedTuple):
 
 def candidate_pairs(
     index: Index, features: Features | None, *, rule: str, margin: float | None, precision: float,
-    threshold: float, calibration_rows: int, seed: int, k: int, nprobe: int, encoder: str | None,
-    work: Path, threads: int,
+    threshold: float, calibration_rows: int, seed: int, k: int, nprobe: int,
+    encoder: str | Path | None, work: Path, threads: int,
 ) -> tuple[Rule, Iterator[Candidates]]:  # fmt: skip
     """Return the rule with its margin, and the candidate pairs block by block.
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snipdedup import progress
-from snipdedup.deduplication.out_reader import BATCH_ROWS, pick, whole_groups
+from snipdedup.deduplication.read_out import BATCH_ROWS, pick, whole_groups
 from snipdedup.features.cosine import bad_rows, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Members, group_starts
@@ -240,11 +240,7 @@ class RemovedRows:
         )
 
     def check_cosines(
-        self,
-        row: np.ndarray,
-        found: np.ndarray,
-        written: np.ndarray,
-        other: Callable[[int], str],
+        self, row: np.ndarray, found: np.ndarray, written: np.ndarray, other: Callable[[int], str]
     ) -> None:
         """Compare cosines of removed rows with the threshold, and with those in groups.parquet.
 

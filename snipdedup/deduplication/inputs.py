@@ -1,37 +1,50 @@
-"""What a run reads: FEATURES, captions' features, references, and the metadata table.
+"""What a run reads: FEATURES, features of captions, reference rows, and the metadata table.
 
-Everything is opened and checked before the search. Metadata columns that the run reads only at its
-end are converted once on the first rows of each file, so that it cannot fail on them hours later.
+Everything is opened and checked before the search. A reference is other features, or an earlier
+OUT: its kept rows, and before them its own references. Its rows are never removed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from snipdedup.deduplication.references import References, open_references
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import Features, find_shards, implied_metadata, open_features
+from snipdedup.features.formats import RowSet, Shard
+from snipdedup.features.hashing import checksum_text, find_shared
+from snipdedup.features.shards import (
+    Features,
+    accept_dates,
+    find_shards,
+    implied_metadata,
+    open_features,
+    request_of,
+)
 from snipdedup.groups.star import Also
 from snipdedup.metadata.tables import Metadata, find_metadata, open_metadata
-from snipdedup.storage.manifest import read_manifest
-from snipdedup.storage.remote import is_remote
+from snipdedup.storage import atomic, locks
+from snipdedup.storage.external_sort import among
+from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest, versions
+from snipdedup.storage.remote import absolute_location, is_remote
+
+KIND = "dedup"  # of the manifest of an OUT
 
 
-class Inputs(NamedTuple):
-    """What is compared.
+@dataclass(frozen=True)
+class Inputs:
+    """What is compared; ``features`` is None where an index alone is given.
 
-    Attributes
-    ----------
-    features : Features or None
-        None where an index alone is given.
-    text : Features, optional
-        Of the captions, row for row.
-    text_threshold : float
-        Cosine from which two captions match.
-    references : References, optional
+    ``text`` are features of the captions, row for row; two of them match from the cosine
+    ``text_threshold`` on.
     """
 
     features: Features | None
@@ -59,23 +72,275 @@ class Inputs(NamedTuple):
         return [path for source in sources if source is not None for path in source.inputs()]
 
 
-def open_inputs(
-    features: Any,
-    *,
-    parts: str | None = None,
-    array: str | None = None,
-    column: str | None = None,
-    text_features: Any = None,
-    text_threshold: float = 0.0,
-    reference: Any = None,
-) -> Inputs:
-    """Open what the settings name.
+class SelectedShard(Shard):
+    """Some rows of another shard, in its order."""
 
-    Raises
-    ------
-    SnipError
-        If something cannot be read, or does not go with FEATURES.
+    def __init__(self, shard: Shard, rows: np.ndarray) -> None:
+        super().__init__(shard.path, (len(rows), shard.dim), shard.dtype)
+        self.shard, self.selected = shard, rows
+
+    def read_into(self, rows: RowSet, out: np.ndarray) -> None:
+        """See `Shard.read_into`."""
+        self.shard.read_into(self.selected[rows], out)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One input of reference rows: features, or the features of an earlier OUT."""
+
+    name: str  # as it was given; the name in tables
+    path: str | None  # None for an array
+    features: Features  # all its rows
+    kept: np.ndarray  # (n,) int64: those of its rows that are reference rows
+    mask: str | None = None  # SHA-256 of the mask of an earlier OUT; None for features
+    checksums: list[str] | None = None  # of each shard, where an earlier run computed them
+
+    def shards(self) -> list[Shard]:
+        """Return its shards, cut down to the reference rows."""
+        offsets = self.features.offsets
+        cuts = np.searchsorted(self.kept, offsets)
+        return [
+            shard if high - low == shard.rows else SelectedShard(shard, self.kept[low:high] - first)
+            for shard, low, high, first in zip(
+                self.features.shards, cuts[:-1], cuts[1:], offsets[:-1], strict=True
+            )
+        ]
+
+    def request(self) -> dict[str, Any]:
+        """Return what tells it from another input."""
+        return {**request_of(self.features), "mask": self.mask}
+
+    def is_same(self, other: Reference) -> bool:
+        """Tell whether another reference is the same input."""
+        if not self.path or not other.path or (self.mask is None) != (other.mask is None):
+            return False
+        if is_remote(self.path) or is_remote(other.path):
+            return self.path == other.path
+        return os.path.realpath(self.path) == os.path.realpath(other.path)
+
+
+class References:
+    """Reference rows of several inputs, ``features``, numbered one after another.
+
+    ``starts``, (items + 1,) int64, has the number of each input's first row, then how many there
+    are.
     """
+
+    def __init__(self, items: Sequence[Reference]) -> None:
+        self.items = list(items)
+        sizes = [len(item.kept) for item in self.items]
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.rows = int(self.starts[-1])
+        self.features = Features([shard for item in self.items for shard in item.shards()])
+
+    def refuse_shared(self, features: Features) -> None:
+        """Refuse features that share a shard with a reference: all its rows would be removed.
+
+        References of earlier runs count too, and shards without a reference row.
+        """
+        known = [(item.name, shard) for item in self.items for shard in item.features.shards]
+        shared = find_shared(features.shards, [shard for _, shard in known])
+        if shared is None:
+            return
+        name, other = known[shared.other]
+        raise SnipError(
+            f"{features.shards[shared.own].path} of FEATURES "
+            f"{'equals' if shared.copied else 'is'} {other.path} of --reference {name}, so all its "
+            "rows would be removed; name as FEATURES what the reference does not hold"
+        )
+
+    def before(self, features: Features) -> Features:
+        """Return the reference rows and then these as one list of rows."""
+        if features.dim != self.features.dim:
+            raise SnipError(
+                f"--reference {self.items[0].name}: its rows are {self.features.dim} wide, those "
+                f"of FEATURES are {features.dim}; compare features of one model"
+            )
+        return Features([*self.features.shards, *features.shards])
+
+    def locate(self, numbers: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+        """Return the name of the input of each reference row, and its row there."""
+        item = np.searchsorted(self.starts, numbers, side="right") - 1
+        row = np.empty(len(numbers), np.int64)
+        for which in np.unique(item):
+            at = item == which
+            row[at] = self.items[which].kept[numbers[at] - self.starts[which]]
+        return pa.array([item.name for item in self.items], pa.string()).take(pa.array(item)), row
+
+    def numbers_of(self, called: Sequence[str], names: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers of rows by the names of their inputs, the reverse of `locate`.
+
+        ``called`` is what each input was called then, in order; ``names`` and ``rows``, (n,).
+        """
+        numbers = np.full(len(rows), -1)
+        for which, (name, item) in enumerate(zip(called, self.items, strict=False)):
+            at = np.flatnonzero(names == name)
+            at = at[among(item.kept, rows[at])]
+            numbers[at] = np.searchsorted(item.kept, rows[at]) + self.starts[which]
+        wrong = np.flatnonzero(numbers < 0)
+        if len(wrong):
+            raise SnipError(
+                f"row {rows[wrong[0]]:,} of {names[wrong[0]]} is not a kept row of a --reference; "
+                "search again"
+            )
+        return numbers
+
+    def inputs(self) -> list[Path]:
+        """Return the folders and files that are read."""
+        folders = [Path(item.path) for item in self.items if item.mask and item.path]
+        return folders + [path for item in self.items for path in item.features.inputs()]
+
+    def describe(self, checksums: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the manifest's entry of each input; ``checksums`` are those of all shards."""
+        read, entries = map(checksum_text, checksums), []
+        for item, start in zip(self.items, self.starts, strict=False):
+            shards = item.features.describe()
+            own = [text for _, text in zip(shards, read, strict=False)]
+            for shard, checksum in zip(shards, item.checksums or own, strict=True):
+                shard["checksum"] = checksum
+            entries.append({
+                "name": item.name,
+                "kind": "features" if item.mask is None else KIND,
+                "path": item.path,
+                "files": [str(path.absolute()) for path in item.features.paths()],
+                "rows": item.features.rows,
+                "staying": len(item.kept),
+                "first": int(start),
+                "request": item.request(),
+                "shards": shards,
+            })  # fmt: skip
+        return entries
+
+    def kept_model(self, rows: int, **settings: Any) -> Path | None:
+        """Return the model of the join that an earlier run kept, where it suits this one.
+
+        That run must have had the same settings and libraries, and no fewer than ``rows`` rows: its
+        lists were fitted to them.
+        """
+        for item in self.items:
+            if item.mask is None or item.path is None or item.features.rows < rows:
+                continue
+            manifest = read_manifest(Path(item.path), KIND)
+            path = Path(item.path) / locks.WORK / "model.npz"
+            same = all(manifest["settings"][name] == settings[name] for name in settings)
+            if same and manifest["versions"] == versions() and path.is_file():
+                return path
+        return None
+
+
+def open_reference_rows(given: Any, **how: str | None) -> References:
+    """Open what ``--reference`` names, and the references of earlier runs among it.
+
+    ``given`` is a path, an array, or a list of them: features, or folders that ``snip dedup``
+    wrote; in a str several by comma. ``how`` is ``array`` and ``column`` of `open_features`.
+    """
+    items: list[Reference] = []
+    for number, source in enumerate(split_sources(given)):
+        for item in open_one(source, number, how):
+            if not any(item.is_same(other) for other in items):
+                items.append(item)
+    return References(items)
+
+
+def split_sources(given: Any) -> list[Any]:
+    """Return the inputs that ``--reference`` names."""
+    if isinstance(given, str):
+        parts = [part.strip() for part in given.split(",") if part.strip()]
+        return [given] if Path(given).expanduser().exists() else parts
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def open_one(source: Any, number: int, how: dict[str, Any]) -> Iterator[Reference]:
+    """Yield the references of one input: its own first, where it is an earlier OUT."""
+    name, path = f"reference {number}", None
+    if isinstance(source, str | Path):
+        name, path = str(source), absolute_location(source)
+        if is_finished(Path(path)):
+            yield from open_earlier(Path(path), name)
+            return
+        if (Path(path) / locks.WORK / locks.REQUEST).is_file():
+            raise SnipError(f"--reference {name} is of a run that was stopped; finish it first")
+    features = open_features(source, **how)
+    yield Reference(name, path, features, np.arange(features.rows))
+
+
+def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
+    """Yield the references of a finished run, then its kept rows."""
+    manifest = read_manifest(folder, KIND)
+    settings = manifest["settings"]
+    if settings["features"] is None or not manifest["verified"]:
+        raise SnipError(f"{folder} names no features on disk, so it cannot be a --reference")
+    how = {key: settings[key] for key in ("parts", "array", "column")}
+    for entry in manifest.get("references", []):
+        yield open_listed(folder, entry, how)
+    features = open_searched(folder, settings["features"], manifest, how)
+    mask = atomic.sha256(folder / "is_dup.npy")
+    if mask != manifest["outputs"]["is_dup.npy"]["sha256"]:
+        raise SnipError(f"{folder / 'is_dup.npy'} is not what the run wrote; make it anew")
+    with as_written(folder):
+        kept = ~np.load(folder / "is_dup.npy")
+        if (folder / "bad_rows.parquet").is_file():
+            kept[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
+    checksums = [shard["checksum"] for shard in manifest["shards"]]
+    yield Reference(name, str(folder), features, np.flatnonzero(kept), mask, checksums)
+
+
+def open_listed(folder: Path, entry: dict[str, Any], how: dict[str, Any]) -> Reference:
+    """Return a reference that a finished run lists, which must be what it was then."""
+    path = entry["path"]
+    if path is None:
+        raise SnipError(f"{folder}: its reference was an array, which no later run can read")
+    if entry["kind"] == KIND:
+        *_, item = open_earlier(Path(path), path)
+    else:
+        features = open_searched(folder, path, entry, {**how, "parts": None})
+        checksums = [shard["checksum"] for shard in entry["shards"]]
+        item = Reference(path, path, features, np.arange(features.rows), None, checksums)
+    if item.mask != entry["request"]["mask"]:
+        raise SnipError(f"{folder}: its reference {path} was made anew since; make it anew too")
+    return item
+
+
+def open_searched(
+    folder: Path, source: str, manifest: dict[str, Any], how: dict[str, Any]
+) -> Features:
+    """Open the features that a finished run read, unchanged since."""
+    try:
+        features = open_features(source, **how)
+    except SnipError as error:
+        raise SnipError(
+            f"{folder} was made from features that cannot be read now: {error}"
+        ) from error
+    check_searched(folder, features, manifest)
+    return features
+
+
+def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -> None:
+    """Refuse features that are not those a finished run searched.
+
+    ``manifest``, with ``request`` and ``shards``, is the run's, or its entry of a reference.
+    """
+    now, then = request_of(features), manifest["request"]
+    accept_dates(now, features, manifest)
+    if len(manifest["shards"]) != len(then["features"]):
+        raise SnipError(f"{folder / MANIFEST}: damaged: it names other shards in two places")
+    shards, before = (
+        zip(side["features"], side["features_changed"], strict=True) for side in (now, then)
+    )
+    for shard, known in zip_longest(shards, before):
+        if shard != known:
+            raise SnipError(
+                f"{folder}: the features are not those that were searched "
+                f"({(shard or known)[0]['name']} differs); search again"
+            )
+
+
+def open_inputs(
+    features: Any, *, parts: str | None = None, array: str | None = None,
+    column: str | None = None, text_features: Any = None, text_threshold: float = 0.0,
+    reference: Any = None,
+) -> Inputs:  # fmt: skip
+    """Open what the settings name; refuse captions or references that do not go with FEATURES."""
     if features is None:
         return Inputs(None)
     opened = open_features(features, parts=parts, array=array, column=column)
@@ -88,13 +353,13 @@ def open_inputs(
                 "one caption for each image, in the same order"
             )
     if reference is not None:
-        references = open_references(reference, array=array, column=column)
+        references = open_reference_rows(reference, array=array, column=column)
         references.refuse_shared(opened)  # now, not after the search
         references.before(opened)
     return Inputs(opened, text, text_threshold, references)
 
 
-def open_table(
+def open_metadata_of(
     metadata: str | None, source: Any, features: Features | None, index: str | None
 ) -> Metadata | None:
     """Open META, or the metadata beside ``source``; check its rows against features or index."""

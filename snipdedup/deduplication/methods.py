@@ -1,58 +1,77 @@
 """The search methods: which pairs of rows each of them finds.
 
 The join and brute force find pairs, with references and captions; SemDeDup's rule finds matches
-inside clusters. Method ``adc`` is in `adc_method`.
+inside clusters; ``adc`` takes candidate pairs of an index, verified where features are given.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from snipdedup.deduplication.inputs import Inputs
+from snipdedup import config
+from snipdedup.adc.pairs import candidate_pairs
+from snipdedup.deduplication.inputs import Inputs, References
 from snipdedup.deduplication.pair_search import PairSearch
-from snipdedup.deduplication.references import References, own_pairs
 from snipdedup.deduplication.result import choose
 from snipdedup.deduplication.semdedup import search_semdedup
+from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
 from snipdedup.groups.members import Best
-from snipdedup.groups.pairs import all_pairs, pairs_within
+from snipdedup.groups.pairs import all_pairs, own_pairs, pairs_within
 from snipdedup.groups.star import Also
+from snipdedup.index.build import build
+from snipdedup.index.folder import Index
+from snipdedup.index.search import query_space
 from snipdedup.join.brute_force import exact_edges
-from snipdedup.join.forest import Edges, ForestBuilder, components, join_edges
+from snipdedup.join.forest import (
+    Edges,
+    ForestBuilder,
+    components,
+    join_edges,
+    make_edges,
+    spanning_forest,
+)
 from snipdedup.join.memory import needed_memory
 from snipdedup.join.model import is_readable
 from snipdedup.join.pipeline import join
 from snipdedup.join.tasks import JoinSettings
+from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, memory_bound
 from snipdedup.progress import Clock
-from snipdedup.runners.base import Runner
-from snipdedup.runners.local import Local
+from snipdedup.runners.local import Local, Runner
+from snipdedup.storage import atomic
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What a search is asked for, and how it may compute.
-
-    ``clusters``, ``keep`` and ``borders`` are for SemDeDup's rule.
-    """
+    """What a search is asked for, and how it may compute; the names are those of `Dedup`."""
 
     method: str
     threshold: float
     recall: float
     seed: int
-    keep_bad: bool
+    keep_bad: bool  # leave out rows that cannot be compared, instead of refusing them
     references_only: bool
     encoder: Path | None
-    clusters: int
+    clusters: int  # of SemDeDup's rule, as are the next two
     keep: str
     borders: bool
+    index: str | None  # of the adaptive threshold, as are the next six
+    rule: str
+    margin: float | None
+    precision: float
+    calibration_rows: int
+    k: int
+    nprobe: int
     chunk_rows: int
     threads: int
     max_memory: str | None
@@ -65,15 +84,17 @@ class SearchSettings:
         )
 
 
-def search_features(
-    inputs: Inputs, features: Features, settings: SearchSettings, work: Path, runner: Runner | None,
-    stage: Stage,
-) -> PairSearch:  # fmt: skip
-    """Find all pairs by the join or by brute force, or all matches by SemDeDup's rule.
+def search_pairs(
+    inputs: Inputs, settings: SearchSettings, work: Path, runner: Runner | None, stage: Stage
+) -> PairSearch:
+    """Find all pairs by the method asked for, or all matches by SemDeDup's rule.
 
     The tasks of the join leave their files in ``work``; ``runner`` does them, or threads of this
     process. ``stage`` times a stage by its name.
     """
+    features = inputs.features
+    if settings.method == "adc" or features is None:
+        return search_adc(features, settings, work, stage)
     if settings.method == "semdedup":
         return find_matches(features, settings, work, stage)
     if inputs.references is not None:
@@ -140,20 +161,15 @@ def find_beside(
 ) -> PairSearch:  # fmt: skip
     """Search over reference rows and features; return what concerns the features."""
     rows, first, model = references.before(features), references.rows, None
-    joins = settings.method == "join"
-    if joins:
-        model = references.kept_model(
-            features.rows,
-            threshold=settings.threshold,
-            recall=settings.recall,
-            seed=settings.seed,
-            encoder=None if settings.encoder is None else str(settings.encoder),
-        )
+    if settings.method == "join":
+        encoder = None if settings.encoder is None else str(settings.encoder)
+        same = {name: getattr(settings, name) for name in ("threshold", "recall", "seed")}
+        model = references.kept_model(features.rows, **same, encoder=encoder)
         model = model if model is not None and is_readable(model) else None
     seen, forest, notes = find_pairs(
         rows, settings, work, runner, stage, reference_rows=first, model=model
     )
-    if joins:
+    if settings.method == "join":
         notes = {**notes, "model": "fitted" if model is None else "kept"}
     with stage("refer"):
         own, copies, originals, nearest = own_pairs(
@@ -260,3 +276,103 @@ def border_cost(
         "star": int(star.sum()),
         "both": int((star & removed).sum()),
     }
+
+
+def check_given(features: Features | None, settings: SearchSettings) -> None:
+    """Refuse an index or encoder that is not there, or is of other features, before any work."""
+    if settings.index is not None:
+        index = Index(settings.index)
+        if features is not None:
+            query_space(index, features, settings.encoder)
+    elif settings.encoder is not None:
+        from snipdedup.encoder.network import Encoder
+
+        encoder = Encoder.load(settings.encoder, device="cpu")
+        if features is not None:
+            encoder.check_width(features, str(settings.encoder))
+
+
+def search_adc(
+    features: Features | None, settings: SearchSettings, work: Path, stage: Stage
+) -> PairSearch:
+    """Find pairs by the adaptive threshold on the ADC distance.
+
+    Without features pairs stay unverified, and an index must be given; with features one is built
+    in ``work`` if none is given.
+    """
+    with stage("index"):
+        if settings.index is not None or features is None:
+            index = Index(str(settings.index))
+        else:
+            index = build_in(work / "index", features, settings)
+    seen, pairs, builder = None, [], ForestBuilder()
+    if features is not None:
+        with stage("read"):
+            seen = settings.scan(features)
+            skip, original = seen.skipped(features.rows), np.arange(features.rows)
+            original[seen.copies] = seen.firsts
+    flags, cut = np.zeros(index.rows, bool), 0
+    with stage("search"):
+        names = ("rule", "margin", "precision", "threshold", "calibration_rows", "seed", "k")
+        asked = {name: getattr(settings, name) for name in (*names, "nprobe", "encoder", "threads")}
+        rule, blocks = candidate_pairs(index, features, **asked, work=work)
+        for block in blocks:
+            flags[block.flagged], cut = True, cut + block.cut
+            if features is None:
+                edges = make_edges(block.a, block.b, np.zeros(len(block.a), np.float32))
+                pairs.append(edges)
+                builder.add(spanning_forest(edges))
+                continue
+            a, b = original[block.a], original[block.b]
+            use = (a != b) & ~skip[a] & ~skip[b]
+            for edges in verify_pairs(
+                features, a[use], b[use], settings.threshold, settings.threads
+            ):
+                builder.add(edges)
+    notes = {
+        "rule": rule.name,
+        "margin": float(rule.margin),
+        "calibration": rule.calibration,
+        "flagged": int(flags.sum()),
+        "cut_rows": cut,
+    }
+    forest = builder.forest()
+    if features is not None and seen is not None:
+        found = PairSearch.of(features, settings.threshold, seen, forest, notes)
+        return dataclasses.replace(found, flags=flags)
+    none, names_ = np.empty(0, np.int64), [str(entry["name"]) for entry in index.manifest["shards"]]
+    return PairSearch(
+        names_, index.offsets, settings.threshold, forest, none, none, index.bad_rows(),
+        pairs=unique_edges(join_edges(pairs)), flags=flags, notes=notes,
+    )  # fmt: skip
+
+
+def unique_edges(edges: Edges) -> Edges:
+    """Return edges without repeats, ordered by (a, b)."""
+    edges = edges.where(np.lexsort((edges.b, edges.a)))
+    new = np.ones(len(edges.a), bool)
+    new[1:] = (np.diff(edges.a) != 0) | (np.diff(edges.b) != 0)
+    return edges.where(new)
+
+
+def build_in(folder: Path, features: Features, settings: SearchSettings) -> Index:
+    """Build an index of the features, or take the one that a stopped run finished, if it is whole.
+
+    One whose files changed since then is built anew.
+    """
+    try:
+        if (folder / MANIFEST).is_file():
+            outputs = read_manifest(folder, "index")["outputs"].items()
+            if any(atomic.sha256(folder / name) != file["sha256"] for name, file in outputs):
+                shutil.rmtree(folder)
+    except (SnipError, OSError, LookupError, TypeError, AttributeError):
+        shutil.rmtree(folder)
+    options = config.Index(
+        features=None,
+        out=str(folder),
+        encoder=None if settings.encoder is None else str(settings.encoder),
+        threads=settings.threads,
+        seed=settings.seed,
+        bad_rows="keep" if settings.keep_bad else "refuse",
+    )
+    return build(features, folder, options)

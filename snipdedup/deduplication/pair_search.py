@@ -18,18 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from snipdedup.deduplication.inputs import Inputs
-from snipdedup.deduplication.references import KIND, References, check_searched
+from snipdedup.deduplication.inputs import KIND, Inputs, References, check_searched
 from snipdedup.errors import SnipError
-from snipdedup.features.scan import Scan, equal_rows
+from snipdedup.features.scan import Scan, equal_pairs
 from snipdedup.features.shards import Features
-from snipdedup.groups.blocks import COPY, EDGE, Block, blocks_of_groups
-from snipdedup.groups.members import Best, Nearest
+from snipdedup.groups.members import COPY, EDGE, Best, Block, Members, Nearest, blocks_of_groups
 from snipdedup.groups.star import Also
 from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
 from snipdedup.storage import atomic, external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 ARRAY_FILE, DONE_FILE = "search.npz", "search.json"  # in the work folder
 TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
@@ -37,56 +35,26 @@ TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "neares
 
 @dataclass(frozen=True)
 class PairSearch:
-    """What a search for pairs found: the pairs as a forest, exact copies, bad rows.
+    """What a search for pairs found: the pairs as a forest, exact copies, bad rows."""
 
-    Attributes
-    ----------
-    names, offsets : list of str, (shards + 1,) int64
-        File name and first row of each shard; the last offset is the number of rows.
-    threshold : float
-        The cosine searched for.
-    forest : Edges
-        Maximum spanning forest of the pairs among distinct rows.
-    copies, originals : (c,) int64
-        Rows equal bit for bit to an earlier row, ascending, and the first such row of each.
-    bad : (m,) int64
-        Rows that cannot be compared.
-    checksums, text_checksums, reference_checksums : list of int
-        Checksum of each shard that was read.
-    pairs : Edges, optional
-        All pairs, where there were no features to verify them.
-    flags : (rows,) bool, optional
-        The flags of method ``adc``.
-    notes : dict
-        The method's own figures, for the manifest.
-    also : Also, optional
-        What each pair had to match in besides.
-    best : Best, optional
-        What SemDeDup's rule decides by; its pairs are rows with their matches.
-    references, nearest : References, Nearest, optional
-        Reference rows, and the nearest one of each distinct row that matches any.
-    references_only : bool
-        Rows were compared with reference rows only.
-    """
-
-    names: list[str]
-    offsets: np.ndarray
-    threshold: float
-    forest: Edges
-    copies: np.ndarray
-    originals: np.ndarray
-    bad: np.ndarray
-    checksums: list[int] = field(default_factory=list)
-    pairs: Edges | None = None
-    flags: np.ndarray | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-    also: Also | None = None
-    best: Best | None = None
+    names: list[str]  # file name of each shard
+    offsets: np.ndarray  # (shards + 1,) int64: first row of each shard, then the number of rows
+    threshold: float  # the cosine searched for
+    forest: Edges  # maximum spanning forest of the pairs among distinct rows
+    copies: np.ndarray  # (c,) int64, ascending: rows equal bit for bit to an earlier row
+    originals: np.ndarray  # (c,) int64: the first such row of each
+    bad: np.ndarray  # (m,) int64: rows that cannot be compared
+    checksums: list[int] = field(default_factory=list)  # of each shard that was read
+    pairs: Edges | None = None  # all pairs, where there were no features to verify them
+    flags: np.ndarray | None = None  # (rows,) bool, of method ``adc``
+    notes: dict[str, Any] = field(default_factory=dict)  # the method's figures, for the manifest
+    also: Also | None = None  # what each pair had to match in besides
+    best: Best | None = None  # of SemDeDup's rule; its pairs are rows with their matches
     references: References | None = None
-    nearest: Nearest | None = None
+    nearest: Nearest | None = None  # of each distinct row that matches a reference row
     text_checksums: list[int] = field(default_factory=list)
     reference_checksums: list[int] = field(default_factory=list)
-    references_only: bool = False
+    references_only: bool = False  # rows were compared with reference rows only
 
     @classmethod
     def of(
@@ -130,12 +98,6 @@ class PairSearch:
         level = threshold if self.verified and self.best is None else -np.inf
         yield from blocks_of_groups(self.whole_block(threshold), level, self.rows, folder)
 
-    @property
-    def edge_count(self) -> int:
-        """Edges of the forest with exact copies."""
-        block = self.whole_block(self.threshold)
-        return len(block.forest.a) + len(block.copies)
-
     def original_of(self, rows: np.ndarray) -> np.ndarray:
         """Return for each row the first that equals it bit for bit, often the row itself."""
         if not len(self.copies):
@@ -148,6 +110,41 @@ class PairSearch:
         shard = np.searchsorted(self.offsets, rows, side="right") - 1
         names = pa.array(self.names, pa.string()).take(pa.array(shard))
         return {"shard": names, "shard_row": rows - self.offsets[shard]}
+
+    def forest_table(self, forest: Edges) -> pa.Table:
+        """Return edges as rows of ``forest.parquet``; unverified pairs have no similarity."""
+        similarity = pa.array(forest.similarity, mask=np.full(len(forest.a), not self.verified))
+        return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
+
+    def groups_table(
+        self, members: Members, keys: Any = None, near: np.ndarray | None = None
+    ) -> pa.Table:
+        """Return members, with their ``keys`` if known, as rows of ``groups.parquet``.
+
+        With references, ``reference`` names the input whose row the representative is, null for
+        FEATURES; ``near`` is as in `Result`.
+        """
+        columns = {
+            "row": members.row,
+            **self.places(members.row),
+            "key": pa.nulls(len(members.row), pa.string()) if keys is None else keys,
+            "group": members.group,
+            "representative": members.representative,
+            "similarity": pa.array(members.similarity, mask=np.isnan(members.similarity)),
+            "is_dup": members.is_dup,
+        }
+        if self.references is not None:
+            outside = np.flatnonzero(members.representative < 0)
+            names, row = self.references.locate(~members.representative[outside])
+            place = np.full(len(members.row), -1)
+            place[outside] = np.arange(len(outside))
+            representative = members.representative.copy()
+            representative[outside] = row
+            near = np.full(len(members.row), np.nan, np.float32) if near is None else near
+            columns["representative"] = representative
+            columns["reference"] = names.take(pa.array(place, mask=place < 0))
+            columns["reference_similarity"] = pa.array(near, mask=np.isnan(near))
+        return pa.table(columns)
 
     def edges(self, folder: Path | None = None) -> Iterator[Edges]:
         """Yield the forest with exact copies, ordered by (a, b), some at a time."""
@@ -171,13 +168,12 @@ def save_search(search: PairSearch, work: Path) -> None:
     """Write what a search found, but its inputs, to the work folder, with checksums."""
     arrays: dict[str, np.ndarray] = {}
     values: dict[str, Any] = {}
-    for entry in dataclasses.fields(search):
-        name, value = entry.name, getattr(search, entry.name)
+    for name, value in vars(search).items():
         if isinstance(value, np.ndarray):
             arrays[name] = value
         elif name in TUPLES and value is not None:
             arrays |= {f"{name}_{column}": part for column, part in value._asdict().items()}
-        elif name not in (*TUPLES, "also", "references"):
+        elif name not in (*TUPLES, "also", "references", "whole_forest"):
             values[name] = value
     atomic.save_npz(work / ARRAY_FILE, lasting=False, **arrays)
     atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], {"values": values})
@@ -205,8 +201,16 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
     if inputs.text is not None:
         check_searched(folder, inputs.text, manifest["text"])
     forest, copies, originals = read_forest(folder, inputs)
-    settings, bad = manifest["settings"], folder / "bad_rows.parquet"
-    best = read_best(folder, features.rows) if settings["method"] == "semdedup" else None
+    settings, best, nearest = manifest["settings"], None, None
+    if settings["method"] == "semdedup":
+        best = read_best(folder, features.rows)
+    if inputs.references is not None:
+        table = pq.read_table(folder / "references.parquet")
+        row, similarity = table["row"].to_numpy(), table["similarity"].to_numpy()
+        names, rows = table["reference"].to_numpy(False), table["reference_row"].to_numpy()
+        called = [entry["name"] for entry in manifest["references"]]
+        nearest = Nearest(row, inputs.references.numbers_of(called, names, rows), similarity)
+    bad = folder / "bad_rows.parquet"
     return PairSearch(
         names=[shard["name"] for shard in manifest["shards"]],
         offsets=features.offsets,
@@ -220,7 +224,7 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
         also=inputs.also,
         best=best,
         references=inputs.references,
-        nearest=read_nearest(folder, manifest, inputs),
+        nearest=nearest,
         text_checksums=known_checksums(manifest["text"]) if inputs.text else [],
         reference_checksums=[
             value for entry in manifest.get("references", []) for value in known_checksums(entry)
@@ -230,7 +234,7 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
 
 
 def known_checksums(entry: dict[str, Any]) -> list[int]:
-    """Return the Checksum of the shards of a manifest, or of one of its inputs."""
+    """Return the checksums of the shards of a manifest, or of one of its inputs."""
     return [int(shard["checksum"], 16) for shard in entry["shards"]]
 
 
@@ -246,22 +250,11 @@ def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.nda
     one = np.flatnonzero(edges.similarity == 1)
     for source in (inputs.features, inputs.text):
         if source is not None:
-            one = one[equal_rows(source, edges.b[one], edges.a[one])]
+            one = one[equal_pairs(source, edges.b[one], edges.a[one])]
     distinct = np.ones(len(edges.a), bool)
     distinct[one] = False
     order = one[np.argsort(edges.b[one])]
     return edges.where(distinct), edges.b[order], edges.a[order]
-
-
-def read_nearest(folder: Path, manifest: dict[str, Any], inputs: Inputs) -> Nearest | None:
-    """Read back each row's nearest reference row."""
-    if inputs.references is None:
-        return None
-    table = pq.read_table(folder / "references.parquet")
-    names = table["reference"].to_numpy(zero_copy_only=False)
-    called = [entry["name"] for entry in manifest["references"]]
-    numbers = inputs.references.numbers_of(called, names, table["reference_row"].to_numpy())
-    return Nearest(table["row"].to_numpy(), numbers, table["similarity"].to_numpy())
 
 
 def read_best(folder: Path, rows: int) -> Best:

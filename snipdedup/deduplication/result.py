@@ -1,84 +1,73 @@
 """The decision: which rows of each group are removed, and again at another threshold.
 
-Groups are decided a block at a time. Counts and tables derive from the forest, the copies and the
-members of groups.
+Groups are decided a block at a time. Counts, tables and the summary that is printed derive from
+the forest, the copies and the members of groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from snipdedup import progress
 from snipdedup.config import Dedup
-from snipdedup.deduplication.counts import Counts, count_members, levels, summarize
 from snipdedup.deduplication.final_check import fill_similarity
 from snipdedup.deduplication.pair_search import PairSearch
-from snipdedup.deduplication.tables import forest_table, groups_table
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
-from snipdedup.groups.blocks import Block, collect, slices
+from snipdedup.groups import star
 from snipdedup.groups.keep import ColumnRank
-from snipdedup.groups.members import Copies, Members, Rank
-from snipdedup.groups.star import (
-    Compare,
-    group_components,
-    group_matches,
-    group_star,
+from snipdedup.groups.members import (
+    Block,
+    Copies,
+    Members,
+    Rank,
+    collect,
+    group_starts,
     refer_components,
     refer_star,
-    star_from_pairs,
+    slices,
 )
-from snipdedup.join.forest import components
-from snipdedup.metadata.additions import RemovedRows
+from snipdedup.join.forest import components, link_smaller, number_ends
+from snipdedup.metadata.additions import RemovedPairs
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
 
+class Counts(NamedTuple):
+    """Numbers of removed rows and of groups."""
+
+    removed: int
+    chained: int  # of these, those below the threshold to their representative
+    for_reference: int  # of these, those removed for a reference row
+    sizes: Mapping[int, int]  # how many groups have each size
+    represented: Mapping[int, int]  # how many kept rows represent each number of others
+
+
 @dataclass(frozen=True)
 class Result:
-    """The decision for each row; ``print`` shows the summary.
-
-    Attributes
-    ----------
-    search : PairSearch
-    features : Features or None
-        The rows that were searched.
-    members : Members
-        The rows of groups of two or more.
-    threshold, grouping, keep
-        The settings of the decision.
-    rank : function of (n,) int64 rows
-        Their place in keep order.
-    folder : Path, optional
-        For arrays that do not fit into memory; None: all is held.
-    near : (members,) float32, optional
-        Cosine of each member with its nearest reference row; NaN where none matches.
-    manifest : dict, optional
-        Of the folder that it was written to.
-    out : Path, optional
-        That folder.
-    """
+    """The decision for each row; ``print`` shows the summary."""
 
     search: PairSearch
-    features: Features | None
-    members: Members
+    features: Features | None  # the rows that were searched
+    members: Members  # the rows of groups of two or more
     threshold: float
     grouping: str
     keep: str
-    rank: Rank
-    folder: Path | None = None
-    near: np.ndarray | None = None
-    manifest: dict[str, Any] | None = None
-    out: Path | None = None
+    rank: Rank  # function of (n,) int64 rows: their place in keep order
+    folder: Path | None = None  # for arrays that do not fit into memory; None: all is held
+    near: np.ndarray | None = None  # (members,) float32: cosine with the nearest reference, or NaN
+    manifest: dict[str, Any] | None = None  # of the folder that it was written to
+    out: Path | None = None  # that folder
 
     def __str__(self) -> str:
         text = summarize(self.entries() if self.manifest is None else self.manifest)
@@ -87,10 +76,21 @@ class Result:
     @cached_property
     def counts(self) -> Counts:
         """Numbers of rows and groups."""
-        return count_members(self.members, self.threshold)
+        removed = chained = for_reference = 0
+        sizes: Counter[int] = Counter()
+        represented: Counter[int] = Counter()
+        for part in slices(self.members):
+            named = part.representative[part.is_dup]  # a row of the set lies in the same group
+            removed += len(named)
+            chained += int((part.similarity[part.is_dup] < np.float32(self.threshold)).sum())
+            for_reference += int((named < 0).sum())
+            sizes.update(np.diff(group_starts(part.group)).tolist())
+            row, count = np.unique(named[named >= 0], return_counts=True)
+            represented.update(count[~np.isin(row, part.row[part.is_dup])].tolist())
+        return Counts(removed, chained, for_reference, sizes, represented)
 
     @cached_property
-    def removed_rows(self) -> RemovedRows:
+    def removed_rows(self) -> RemovedPairs:
         """The removed rows, ascending, and the representative of each; many are mapped."""
         kind = np.dtype([("row", row_kind(self.rows)), ("representative", "<i8")])
         spread = Spread(self.removed, 0, self.rows)
@@ -102,7 +102,7 @@ class Result:
         for records in by_row.ascending():
             order = np.argsort(records["row"])
             columns.add(records["row"][order], records["representative"][order])
-        return RemovedRows(*columns.arrays())
+        return RemovedPairs(*columns.arrays())
 
     @cached_property
     def is_dup(self) -> np.ndarray:
@@ -140,22 +140,18 @@ class Result:
     @property
     def forest(self) -> Any:
         """The forest as a ``pyarrow.Table``: a, b int64, similarity float32."""
-        return forest_table(self.search, self.search.whole_forest)
+        return self.search.forest_table(self.search.whole_forest)
 
     @property
     def groups(self) -> Any:
         """The members as a ``pyarrow.Table``, see ``docs/files.md``."""
-        return groups_table(self.search, self.members, None, self.near)
+        return self.search.groups_table(self.members, None, self.near)
 
     def at(self, threshold: float, grouping: str | None = None) -> Result:
-        """Decide again at another threshold, without a search.
+        """Decide again at another threshold, not below the one searched for, without a search.
 
-        Parameters
-        ----------
-        threshold : float
-            Not below the one searched for.
-        grouping : str, optional
-            ``star`` reads the raw rows of groups again; ``components`` needs the forest alone.
+        ``grouping`` stays as it was unless given: ``star`` reads the raw rows of groups again;
+        ``components`` needs the forest alone.
         """
         grouping = self.grouping if grouping is None else grouping
         by_rule = self.search.best is not None  # then grouping does not apply
@@ -169,12 +165,13 @@ class Result:
         ``epsilons`` are those tabulated by SemDeDup's rule; the result's own without any.
         """
         search, references, counts = self.search, self.search.references, self.counts
+        forest, more = search.whole_block(search.threshold), {}
         steps = [round(search.threshold + step, 6) for step in TABLE_STEPS]
         by_forest = search.verified and search.best is None and not search.references_only
         table = [t for t in steps if search.threshold <= t <= 1] if by_forest else []
-        more = {} if references is None else {
-            "reference_rows": references.rows, "removed_for_reference": counts.for_reference
-        }  # fmt: skip
+        if references is not None:
+            more["reference_rows"] = references.rows
+            more["removed_for_reference"] = counts.for_reference
         return {
             "verified": search.verified,
             "settings": {
@@ -187,15 +184,15 @@ class Result:
                 "rows": self.rows,
                 "removed": self.removed,
                 "kept": self.kept,
-                "groups": counts.groups,
-                "largest_group": counts.largest,
+                "groups": sum(counts.sizes.values()),
+                "largest_group": max(counts.sizes, default=1),
                 "exact_copies": len(search.copies),
                 "bad_rows": len(search.bad),
                 "chained": self.chained,
-                "forest_edges": search.edge_count,
+                "forest_edges": len(forest.forest.a) + len(forest.copies),
                 **more,
             },
-            "thresholds": [dataclasses.asdict(line) for line in levels(search, table, folder)],
+            "thresholds": levels(search, table, folder),
             "epsilons": [
                 {"epsilon": epsilon, "removed": int(search.best.removed(1 - epsilon).sum())}
                 for epsilon in epsilons or [round(1 - self.threshold, 9)]
@@ -208,10 +205,7 @@ class Result:
 def checked(result: Result) -> Result:
     """Return a result with its cosines, each computed from the raw rows.
 
-    Raises
-    ------
-    InternalError
-        If a row would be removed without a reason; see `final_check`.
+    A row that would be removed without a reason is an `InternalError`; see `final_check`.
     """
     members, near = fill_similarity(
         result.search, result.features, result.members, result.threshold, result.grouping,
@@ -299,19 +293,115 @@ def decide_block(
     Exact copies are folded away before and unfolded after.
     """
     if search.best is not None:
-        return group_matches(block.forest, search.best, threshold)
+        return star.group_matches(block.forest, search.best, threshold)
     copies = Copies(block.copies, block.originals, rank)
     forest = copies.fold(block.forest)
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":
-        members = group_components(forest, rank)
+        members = star.group_components(forest, rank)
         done(len(forest.a))
         return copies.unfold(refer_components(members, nearest) if nearest else members)
     if block.pairs is not None:
         row, group = components(forest)
-        return copies.unfold(star_from_pairs(row, group, rank(row), block.pairs))
+        return copies.unfold(star.star_from_pairs(row, group, rank(row), block.pairs))
     if features is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
-    compare = Compare(features.gather, threshold, search.also)
-    members = group_star(forest, rank, compare, done, nearest.row if nearest else None)
+    compare = star.Compare(features.gather, threshold, search.also)
+    members = star.group_star(forest, rank, compare, done, nearest.row if nearest else None)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
+
+
+def levels(
+    search: PairSearch, thresholds: list[float], folder: Path | None = None
+) -> list[dict[str, Any]]:
+    """Return the lines of the threshold table: what components of the forest would remove."""
+    lines = [{"threshold": t, "removed": 0, "groups": 0, "largest": 1} for t in thresholds]
+    for block in search.blocks(search.threshold, folder) if lines else ():
+        forest = block.whole_forest()
+        count, a, b = number_ends(forest)
+        label, above = np.arange(count), np.float32(np.inf)
+        for number in np.argsort(thresholds)[::-1].tolist():  # so each edge is looked at once
+            least, line = np.float32(thresholds[number]), lines[number]
+            new = np.flatnonzero((forest.similarity >= least) & (forest.similarity < above))
+            link_smaller(label, label[a[new]], label[b[new]])
+            sizes, above = np.bincount(label, minlength=1), least
+            sizes = sizes[sizes > 1]
+            line["removed"] += int(sizes.sum()) - len(sizes)
+            line["groups"] += len(sizes)
+            line["largest"] = max(line["largest"], int(sizes.max(initial=1)))
+    return lines
+
+
+def summarize(entries: dict[str, Any]) -> str:
+    """Return the lines that a run ends with, from its manifest or `Result.entries`."""
+    counts, settings, method = entries["counts"], entries["settings"], entries["method"]
+    rows, removed = counts["rows"], counts["removed"]
+    how = f"threshold {settings['threshold']:g}, grouping {settings['grouping']}"
+    if entries.get("epsilons"):
+        epsilon = 1 - settings["threshold"]
+        how = f"SemDeDup with {method['clusters']:,} clusters, epsilon {epsilon:g}"
+    lines = [
+        f"{rows:,} rows, {how}, keep {settings['keep']}",
+        f"  removed     {removed:>12,}  ({100 * (removed / rows):.2f} %)",
+        f"  kept        {counts['kept']:>12,}",
+        f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
+        f"  exact copies{counts['exact_copies']:>12,}",
+    ]
+    if "reference_rows" in counts:
+        lines.append(
+            f"  references  {counts['removed_for_reference']:>12,}  removed for one of "
+            f"{counts['reference_rows']:,} reference rows"
+        )
+    if settings.get("references_only"):
+        lines.append("  note: rows were compared with the references only, not with one another")
+    if "model" in method:
+        how = (
+            "by the model that its run kept"
+            if method["model"] == "kept"
+            else "by a new model; --keep_work in the run it refers to would save that time"
+        )
+        lines.append(f"  note: the reference rows were encoded again, {how}")
+    for column, caught in entries.get("baselines", {}).items():
+        lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
+    if counts["bad_rows"]:
+        lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (kept; see bad_rows.parquet)")
+    if counts["chained"]:
+        lines.append(
+            f"  chained     {counts['chained']:>12,}  removed rows are below the threshold to "
+            "their representative; --grouping star avoids that"
+        )
+    if not entries["verified"]:
+        lines.append("  unverified: no features were given, so no pair was verified")
+    lines += table_lines(entries)
+    if "seconds" in entries:
+        spent = [f"{stage} {seconds:.1f}" for stage, seconds in entries["seconds"].items()]
+        lines.append(f"seconds: {', '.join(spent)}")
+    return "\n".join(lines)
+
+
+def table_lines(entries: dict[str, Any]) -> list[str]:
+    """Lay out what other thresholds or epsilons remove, and what borders of clusters cost."""
+    lines, rows, method = [""], entries["counts"]["rows"], entries["method"]
+    if entries["thresholds"]:
+        lines.append("  components at threshold   removed rows        groups  largest group")
+    for level in entries["thresholds"]:
+        lines.append(
+            f"  {level['threshold']:>23.3f}   {level['removed']:>12,}  {level['groups']:>12,}  "
+            f"{level['largest']:>13,}"
+        )
+    if entries.get("epsilons"):
+        lines.append("     epsilon   removed rows")
+    for level in entries.get("epsilons", []):
+        share = 100 * level["removed"] / rows
+        lines.append(f"  {level['epsilon']:>10g}   {level['removed']:>12,}  ({share:.2f} %)")
+    if "borders" in method:
+        cost = method["borders"]
+        share = 100 * cost["across"] / max(1, cost["pairs"])
+        lines += [
+            "",
+            f"  borders: {cost['across']:,} of {cost['pairs']:,} pairs ({share:.2f} %) lie in two "
+            "clusters, so they are not compared;",
+            f"  {cost['beside']:,} rows are kept beside a match that join finds (join with star "
+            f"removes {cost['star']:,} rows, {cost['both']:,} of them are removed here too)",
+        ]
+    return [*lines, ""] if len(lines) > 1 else []

@@ -18,24 +18,9 @@ from typing import Any, NamedTuple
 
 from snipdedup.commands import named_kinds
 from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, parse_epsilons
-from snipdedup.deduplication.adc_method import check_given, search_adc
-from snipdedup.deduplication.inputs import Inputs, open_inputs, open_table
-from snipdedup.deduplication.methods import SearchSettings, search_features
-from snipdedup.deduplication.outputs import (
-    PAGE,
-    MetadataPlan,
-    grouping_folder,
-    plan_metadata,
-    write_files,
-    write_pair_files,
-)
-from snipdedup.deduplication.pair_search import (
-    PairSearch,
-    load_search,
-    read_search,
-    save_search,
-)
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metadata_of
+from snipdedup.deduplication.methods import SearchSettings, check_given, search_pairs
+from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
 from snipdedup.deduplication.result import (
     Result,
     check_threshold,
@@ -46,14 +31,21 @@ from snipdedup.deduplication.result import (
 from snipdedup.deduplication.settings import (
     DECISIONS,
     describe_request,
+    fill_settings,
     finished_run,
     inherit,
     saved_settings,
     search_settings,
 )
+from snipdedup.deduplication.write_out import (
+    PAGE,
+    MetadataPlan,
+    grouping_folder,
+    plan_metadata,
+    write_files,
+    write_pair_files,
+)
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
-from snipdedup.evaluation.plan import free_space
-from snipdedup.evaluation.plan import run as plan_run
 from snipdedup.features.shards import accept_dates
 from snipdedup.groups.keep import ColumnRank, rank_by
 from snipdedup.groups.members import Rank
@@ -61,11 +53,14 @@ from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.kept_rows import LISTS
 from snipdedup.metadata.tables import Metadata, try_column_uses
 from snipdedup.parallel import library_threads, pick_device
+from snipdedup.planning import free_space
+from snipdedup.planning import run as plan_run
 from snipdedup.progress import Clock
-from snipdedup.runners.base import Runner, open_runner
+from snipdedup.runners import open_runner
+from snipdedup.runners.local import Runner
 from snipdedup.runners.slurm import Share, ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import as_written, is_finished, read_manifest
+from snipdedup.storage.out_folder import as_written, is_finished, read_manifest
 
 
 class Job(NamedTuple):
@@ -95,7 +90,7 @@ def dedup(features: Any, **settings: Any) -> Result:
         return result
     share_of(options, {})  # refused, since nothing would be shared
     job = prepare(options, writes=False)
-    check_given(job.inputs.features, job.options)
+    check_given(job.inputs.features, job.settings)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
         open_runner(options.runner, job.settings.threads, options.device) as runner,
@@ -134,8 +129,6 @@ def plan(options: Dedup) -> str:
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
         out_folder.refuse_output_inside(out, read_paths(job))
-    if job.inputs.features is None:
-        raise UsageError("--dry_run plans a search of FEATURES")
     settings = Plan(
         features=options.features, parts=options.parts, array=options.array, column=options.column,
         threshold=job.settings.threshold, recall=job.settings.recall, seed=job.settings.seed,
@@ -163,10 +156,10 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
     out_folder.refuse_output_inside(out, read_paths(job, earlier))
     request = describe_request(job.options, job.inputs, job.metadata)
     search = None
-    if earlier is not None:
-        search = search_of(earlier, job)
+    if earlier is None:
+        check_given(job.inputs.features, job.settings)
     else:
-        check_given(job.inputs.features, job.options)
+        search = search_of(earlier, job)
     if job.inputs.features is not None and is_finished(out):
         accept_dates(request, job.inputs.features, read_manifest(out, KIND))
     state = out_folder.claim(
@@ -217,7 +210,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     """
     if options.device != "auto":
         pick_device(options.device)
-    options = options.filled()
+    options = fill_settings(options)
     settings = search_settings(options)
     inputs = open_inputs(
         options.features,
@@ -231,7 +224,9 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     keep = "first" if settings.method == "semdedup" else settings.keep  # it has its own order
     metadata, plan = None, None
     if writes or keep_rules(keep)[0]:
-        metadata = open_table(options.metadata, options.features, inputs.features, options.index)
+        metadata = open_metadata_of(
+            options.metadata, options.features, inputs.features, options.index
+        )
     rank = rank_by(keep, settings.seed, metadata)
     if writes:
         columns = ColumnSettings(options.merge_captions, options.caption, options.weights)
@@ -353,10 +348,7 @@ def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> Pair
 
 def run_search(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
     """Find all pairs by the method asked for; ``runner`` does the tasks of a join."""
-    features = job.inputs.features
-    if job.settings.method == "adc" or features is None:
-        return search_adc(features, job.options, work, clock.stage)
-    return search_features(job.inputs, features, job.settings, work, runner, clock.stage)
+    return search_pairs(job.inputs, job.settings, work, runner, clock.stage)
 
 
 def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:

@@ -1,8 +1,10 @@
-"""Which rows are kept: by the star rule, or one row a component; and what reference rows remove.
+"""Which rows are kept: by the star rule, by one row a component, or by SemDeDup's rule.
 
 Under the star rule a row is kept, in keep order, unless a kept row is its pair. Small groups are
-decided many at a time and large ones in blocks, by products of float64 unit rows; huge ones by
-codes (`huge_star`).
+decided many at a time and large ones in blocks, by products of float64 unit rows. In huge ones that
+would cost rows × kept rows × width: int8 codes that bound the cosine rule out nearly all of these
+comparisons, and raw rows prove the rest. So groups of hundreds of thousands of rows (long chains of
+similar pictures) are decided exactly, in memory for their codes.
 """
 
 from __future__ import annotations
@@ -14,28 +16,43 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import pair_cosine, row_sums, unit_rows64, unsettled
-from snipdedup.groups.huge_star import Gather, star_huge
+from snipdedup.features.cosine import (
+    PROPOSAL_ERROR,
+    directions,
+    indexed_cosines,
+    pair_cosine,
+    row_sums,
+    unit_rows,
+    unit_rows64,
+    unsettled,
+)
+from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.members import (
+    NO_PAIR,
+    NO_ROW,
     Best,
     Members,
-    Nearest,
     Rank,
-    concatenate,
     group_starts,
     sort_members,
 )
 from snipdedup.join.forest import Edges, components
+from snipdedup.join.kernels import hit_places, pick_kernel
+from snipdedup.join.projection import WIDTHS, fit_projection
+from snipdedup.join.verify import listed_products
 from snipdedup.parallel import ordered_map
+
+Gather = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to their vectors, (n, d)
 
 STAR_BLOCK = 1024  # rows of a large group compared at once
 PACKED_GROUP = 32  # groups up to this size are compared many at a time
 FLOAT64_GROUP = 8192  # larger groups are compared by codes first
 STAR_STEP = 64  # rows of a large group decided together
 PACKED_ROWS = 1 << 12  # rows gathered for one batch of small groups
-NO_PAIR = np.float32(-2)  # less than any cosine
+HUGE_BLOCK = 2048  # rows of a huge group decided, or kept rows compared with, at a time
+FIT_ROWS = 1 << 14  # rows of a huge group that its projection is fitted to
+VERIFY_PAIRS = 1 << 16
 NO_COSINE = 1e-5  # cosines nearer to 0 are rounded as the processor adds them up; none is a pair
-NO_ROW = np.iinfo(np.int64).max
 
 
 class Also(NamedTuple):
@@ -191,6 +208,18 @@ def star_batches(starts: np.ndarray, open_: np.ndarray) -> Iterator[np.ndarray]:
         yield np.arange(starts[which], starts[which + 1])
 
 
+def greedy_kept(match: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Return which rows of groups are kept, (g, s) bool: those that pair with no kept row before.
+
+    ``match``, (g, s, s) bool, are pairs in keep order; rows that are ``out``, (g, s), never stay.
+    """
+    kept = np.zeros(out.shape, bool)
+    for place in range(out.shape[1]):
+        covered = (match[:, place, :place] & kept[:, :place]).any(axis=1)
+        kept[:, place] = ~out[:, place] & ~covered
+    return kept
+
+
 def star_packed(
     rows: np.ndarray, compare: Compare, out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -201,11 +230,7 @@ def star_packed(
     groups, size = rows.shape
     unit = compare.load(rows.ravel()).reshape(groups, size, -1)
     cosine = compare.table(unit, unit)
-    match = cosine >= np.float32(compare.threshold)
-    kept = np.zeros((groups, size), bool)
-    for place in range(size):
-        covered = (match[:, place, :place] & kept[:, :place]).any(axis=1)
-        kept[:, place] = ~out[:, place] & ~covered
+    kept = greedy_kept(cosine >= np.float32(compare.threshold), out)
     cosine[~np.broadcast_to(kept[:, None, :], cosine.shape)] = NO_PAIR
     best = cosine.max(axis=2)
     tied = np.where(cosine == best[:, :, None], rows[:, None, :], NO_ROW)
@@ -234,8 +259,7 @@ def star_large(
         while len(open_):  # a few at a time: what they cover needs no more comparison
             head, open_ = open_[:STAR_STEP], open_[STAR_STEP:]
             match = compare.table(unit[head], unit[head]) >= limit
-            for place in range(len(head)):
-                kept[start + head[place]] = not match[place][kept[start + head]].any()
+            kept[start + head] = greedy_kept(match[None], np.zeros((1, len(head)), bool))[0]
             last = unit[head[kept[start + head]]]
             open_ = open_[~(compare.table(unit[open_], last) >= limit).any(axis=1)]
         if kept[start : start + len(unit)].any():
@@ -265,6 +289,130 @@ def nearest_kept(
     return representative, similarity
 
 
+class CodedGroup(NamedTuple):
+    """The rows of a group in keep order, with what rules pairs out."""
+
+    rows: np.ndarray  # (n,) int64
+    gather: Gather
+    threshold: float
+    codes: np.ndarray  # (n, w) int8
+    corrections: np.ndarray  # (n,) float64: by how much each row's limit falls
+    limit: float  # product from which two codes may be a pair, before corrections
+
+    def candidates(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which places x may pair with which places y: two (n,) int64 arrays of places."""
+        import torch
+
+        kernel = pick_kernel("cpu")
+        columns = kernel.prepare(torch.from_numpy(self.codes[y]))
+        products = kernel.multiply(torch.from_numpy(self.codes[x]), columns)
+        lowest = self.limit - self.corrections[y].max(initial=0)
+        i, j = hit_places(products, lowest - self.corrections[x])
+        return x[i], y[j]
+
+    def blocks(
+        self, x: np.ndarray, y: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield pairs of places x, y in blocks: (raw rows, place of x among them, place of y)."""
+        for start, stop in plan_blocks(len(x), VERIFY_PAIRS):
+            ends = np.concatenate([self.rows[x[start:stop]], self.rows[y[start:stop]]])
+            distinct, back = np.unique(ends, return_inverse=True)
+            yield self.gather(distinct), back[: stop - start], back[stop - start :]
+
+    def are_pairs(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return which of the places x, y are pairs by their cosine, (n,) bool."""
+        limit = np.float32(self.threshold)
+        parts = [np.empty(0, bool)]
+        for raw, i, j in self.blocks(x, y):
+            product = listed_products(directions(raw), i, j)
+            close = np.flatnonzero(np.abs(product - limit) <= PROPOSAL_ERROR)
+            product[close] = indexed_cosines(raw, raw, i[close], j[close])
+            parts.append(product >= limit)
+        return np.concatenate(parts)
+
+
+def star_huge(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Decide one huge group, (n,) rows in keep order; return as `star.star_packed` does, (n,)."""
+    coded = encode_group(rows, gather, threshold)
+    is_kept = decide_kept(coded)
+    representative, similarity = rows.copy(), np.ones(len(rows), np.float32)
+    kept, removed = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
+    for start, stop in plan_blocks(len(removed), HUGE_BLOCK):
+        places = removed[start:stop]
+        found = [coded.candidates(places, kept[s:e]) for s, e in plan_blocks(len(kept), HUGE_BLOCK)]
+        unseen = np.setdiff1d(places, np.concatenate([x for x, _ in found]))  # hardly ever any
+        found.append((np.repeat(unseen, len(kept)), np.tile(kept, len(unseen))))
+        x, y = (np.concatenate(side) for side in zip(*found, strict=True))
+        representative[places], similarity[places] = nearest_candidates(coded, x, y, places)
+    return representative, similarity
+
+
+def encode_group(rows: np.ndarray, gather: Gather, threshold: float) -> CodedGroup:
+    """Fit a projection to the group and encode its rows, read in row order."""
+    sample = np.sort(rows[:: -(-len(rows) // FIT_ROWS)])
+    projection = fit_projection(gather(sample), WIDTHS[-1], 0)
+    codes = np.empty((len(rows), projection.width), np.int8)
+    excess = np.empty(len(rows), np.float32)
+    order = np.argsort(rows)
+    for start, stop in plan_blocks(len(rows), HUGE_BLOCK):
+        at = order[start:stop]
+        codes[at], excess[at] = projection.encode(gather(rows[at]))
+    corrections, limit = projection.corrections(excess), projection.limit(threshold)
+    return CodedGroup(rows, gather, threshold, codes, corrections, limit)
+
+
+def decide_kept(coded: CodedGroup) -> np.ndarray:
+    """Return which rows are kept, (n,) bool: those that pair with no kept row before them."""
+    is_kept = np.zeros(len(coded.rows), bool)
+    for start, stop in plan_blocks(len(coded.rows), HUGE_BLOCK):
+        block = np.arange(start, stop)
+        covered = np.zeros(len(block), bool)
+        kept = np.flatnonzero(is_kept)
+        for s, e in plan_blocks(len(kept), HUGE_BLOCK):
+            x, y = coded.candidates(block[~covered], kept[s:e])
+            first = np.unique(x, return_index=True)[1]  # one pair often settles a row
+            rest = np.delete(np.arange(len(x)), first)
+            for pairs in (first, rest):
+                at = pairs[~covered[x[pairs] - start]]
+                true = coded.are_pairs(x[at], y[at])
+                covered[x[at][true] - start] = True
+        left = block[~covered]
+        is_kept[left] = kept_within(coded.gather(coded.rows[left]), coded.threshold)
+    return is_kept
+
+
+def kept_within(raw: np.ndarray, threshold: float) -> np.ndarray:
+    """Return which rows of a block pair with no kept row of it before them, (n,) bool."""
+    import torch
+
+    unit = torch.from_numpy(unit_rows(raw))
+    table = (unit @ unit.T).numpy()
+    i, j = np.nonzero(np.abs(table - np.float32(threshold)) <= PROPOSAL_ERROR)
+    table[i, j] = indexed_cosines(raw, raw, i, j)
+    return greedy_kept(table[None] >= np.float32(threshold), np.zeros((1, len(raw)), bool))[0]
+
+
+def nearest_candidates(
+    coded: CodedGroup, x: np.ndarray, y: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each of the ascending ``places`` its nearest row among the pairs (x, y).
+
+    The row, (n,) int64, of several the smallest; and their cosine, (n,) float32.
+    """
+    none = np.empty(0, np.float32)
+    parts = [listed_products(directions(raw), i, j) for raw, i, j in coded.blocks(x, y)]
+    product = np.concatenate([none, *parts])
+    best = np.full(len(places), -2, np.float32)
+    np.maximum.at(best, np.searchsorted(places, x), product)
+    close = np.flatnonzero(product >= best[np.searchsorted(places, x)] - PROPOSAL_ERROR)
+    x, y = x[close], y[close]
+    parts = [indexed_cosines(raw, raw, i, j) for raw, i, j in coded.blocks(x, y)]
+    cosine = np.concatenate([none, *parts])
+    order = np.lexsort((coded.rows[y], -cosine, x))
+    first = order[np.unique(x[order], return_index=True)[1]]
+    return coded.rows[y[first]], cosine[first]
+
+
 def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs: Edges) -> Members:
     """Apply the star rule to a list of pairs, where no features are at hand.
 
@@ -285,42 +433,3 @@ def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs:
             chosen[place] = place
     kept = chosen == np.arange(len(row))
     return sort_members(Members(row, group, row[chosen], unknown_but_1(kept), ~kept))
-
-
-def refer_star(members: Members, nearest: Nearest) -> Members:
-    """Remove rows that match a reference row because of it, where no kept row is nearer.
-
-    A representative r < 0 is the reference row ~r.
-    """
-    members, at = with_lone(members, nearest)
-    closer = nearest.similarity >= members.similarity[at]  # reference rows come before others
-    members.representative[at[closer]] = ~nearest.reference[closer]
-    members.similarity[at[closer]] = nearest.similarity[closer]
-    return sort_members(members)
-
-
-def refer_components(members: Members, nearest: Nearest) -> Members:
-    """Remove all rows of a group that a reference row is chained to.
-
-    The representative is the reference row that a row matches, else the first one of its group.
-    """
-    members, at = with_lone(members, nearest)
-    group, place = np.unique(members.group[at], return_inverse=True)
-    first = np.full(len(group), NO_ROW)
-    np.minimum.at(first, place, nearest.reference)
-    chained = np.flatnonzero(np.isin(members.group, group))
-    members.representative[chained] = ~first[np.searchsorted(group, members.group[chained])]
-    members.similarity[chained] = np.nan
-    members.is_dup[chained] = True
-    members.representative[at] = ~nearest.reference
-    members.similarity[at] = nearest.similarity
-    return sort_members(members)
-
-
-def with_lone(members: Members, nearest: Nearest) -> tuple[Members, np.ndarray]:
-    """Return members and rows that match a reference row only, and where the latter all are."""
-    lone = nearest.row[~np.isin(nearest.row, members.row)]
-    unknown = np.full(len(lone), NO_PAIR)
-    members = concatenate(members, Members(lone, lone, lone, unknown, np.ones(len(lone), bool)))
-    order = np.argsort(members.row)
-    return members, order[np.searchsorted(members.row, nearest.row, sorter=order)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -214,7 +215,7 @@ def code_queries(index: Index, lists: CodeLists) -> Source:
     return Source(len(lists.ids), load)
 
 
-def query_space(index: Index, features: Features, encoder: str | None) -> Space:
+def query_space(index: Index, features: Features, encoder: str | Path | None) -> Space:
     """Return how these features become queries; refuse others than those indexed."""
     index.refuse_other_rows(features)
     space, held = index.space, index.folder / ENCODER

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from snipdedup.config import Diff
-from snipdedup.deduplication.out_reader import pick, read_keys, whole_groups
-from snipdedup.deduplication.references import KIND
+from snipdedup.deduplication.inputs import KIND
+from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
 from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members, concatenate, group_starts, no_members
 from snipdedup.inspection.display import places_of
 from snipdedup.metadata.masks import load_mask
-from snipdedup.storage.manifest import as_written, read_manifest
+from snipdedup.storage.out_folder import as_written, read_manifest
 
 BLOCK = 1 << 24  # rows of the masks compared at once
 ROW_KINDS = {

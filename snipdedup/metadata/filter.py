@@ -17,7 +17,7 @@ from snipdedup import progress
 from snipdedup.commands import named_kinds
 from snipdedup.config import EXPORTS, Filter
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.features.shards import Features, open_features, request_of
 from snipdedup.metadata.join_by_key import KeyJoin, check_removed_keys, plan_key_join
 from snipdedup.metadata.kept_rows import (
     LISTS,
@@ -30,7 +30,6 @@ from snipdedup.metadata.kept_rows import (
     write_lists,
 )
 from snipdedup.metadata.masks import (
-    SCAN_ROWS,
     Mask,
     describe_kept,
     file_version,
@@ -39,7 +38,7 @@ from snipdedup.metadata.masks import (
 )
 from snipdedup.metadata.tables import ColumnUse, Metadata, open_metadata, try_column_uses
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 KIND = "filter"
 RESERVED = ("metadata", LISTS)
@@ -112,11 +111,8 @@ def run(options: Filter) -> FilterResult:
     kept_names(metadata.files)  # refused before anything is written
     kinds = named_kinds("export", options.export, EXPORTS)
     columns = list_columns(kinds, metadata, options.key)
-    uses = [*list_uses(columns, metadata), *([join.columns.use()] if join else [])]
     write = ColumnUse(None, try_writing, "leave it out of the metadata", by_schema=True)
-    try_column_uses(metadata, [*uses, write])
-    if join is not None:
-        try_column_uses(join.known, [join.known_columns.use()])
+    try_column_uses(metadata, [*list_uses(columns, metadata), write])
     names = ("on", "unmatched", "ambiguous", "export", "key")
     flags = {name: getattr(options, name) for name in names}
     request = filter_request(chosen, mask, join, flags)
@@ -151,15 +147,13 @@ def filter_rows(
         raise
     if export_mask:
         lists.append(lists_folder / "is_dup.npy")
-        with atomic.writing_npy(lists[-1], np.dtype(bool), is_dup.shape) as file:
-            for start, stop in plan_blocks(len(is_dup), SCAN_ROWS):
-                np.ascontiguousarray(is_dup[start:stop]).tofile(file)
+        atomic.save_npy(lists[-1], is_dup)
     body["files"], written = write_rows(chosen, is_dup, work)
     try:
-        mask.refuse_changed()
-        opened = [metadata.opened, *(features.opened for features in chosen.features.values())]
-        for files in [*opened, *([join.known.opened] if join else [])]:
-            files.refuse_changed()
+        opened = [mask.opened, metadata.opened, *([join.known.opened] if join else [])]
+        for read in [*opened, *(features.opened for features in chosen.features.values())]:
+            if read is not None:
+                read.refuse_changed()
     except InputError:
         out_folder.release(out)
         raise

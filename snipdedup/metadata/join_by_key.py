@@ -24,10 +24,17 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.gather import find_run_metadata
 from snipdedup.metadata.masks import MASK, Mask, named_sizes, place_all
-from snipdedup.metadata.tables import ColumnUse, Metadata, Table, open_metadata, open_table
+from snipdedup.metadata.tables import (
+    ColumnUse,
+    Metadata,
+    Table,
+    cast_column,
+    open_metadata,
+    try_column_uses,
+)
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them
@@ -62,15 +69,9 @@ def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def as_bytes(table: Table, name: str, values: Any) -> Any:
     """Return a column's values as ``large_binary``: numbers by their text, null as no bytes."""
-    try:
-        if not is_binary(values.type):
-            values = values.cast(pa.large_string())
-        return values.cast(pa.large_binary()).fill_null(b"")
-    except (pa.ArrowException, NotImplementedError) as error:
-        raise SnipError(
-            f"{table.path}: column {name!r} is {values.type}, expected texts or numbers to tell "
-            "rows apart by"
-        ) from error
+    if not is_binary(values.type):
+        values = cast_column(table, name, values, pa.large_string())
+    return values.cast(pa.large_binary()).fill_null(b"")
 
 
 def is_binary(kind: Any) -> bool:
@@ -109,10 +110,6 @@ class KeyColumns(NamedTuple):
         """Return the columns to read."""
         return list(dict.fromkeys([*self.key, *([self.content] if self.content else [])]))
 
-    def use(self) -> ColumnUse:
-        """Return what the columns are read for."""
-        return ColumnUse(self.needed(), self.records, "find rows by another column with --on")
-
 
 @dataclass
 class KeyJoin:
@@ -144,7 +141,13 @@ class KeyJoin:
         total = mask.rows + self.metadata.rows
         spread = Spread(total, 0, (1 << 64) - 1)
         sorter = Sorter(work / "rows", KEYED_ROW, lambda r: r["high"], spread=spread)
-        is_dup = _empty_mask(work / "is_dup.bin", self.metadata.rows)
+        path = work / "is_dup.bin"
+        with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as out:
+                for start, stop in plan_blocks(max(1, self.metadata.rows), ZEROS):
+                    out.write(bytes(stop - start))
+        is_dup = np.memmap(path, np.bool_, "r+")[: self.metadata.rows]
         with progress.bar(total, "keys", "rows") as bar:
             for records in self._decided(mask):
                 sorter.add(records)
@@ -174,7 +177,7 @@ class KeyJoin:
                 removed = np.asarray(mask.is_dup[first : first + batch.num_rows]).astype(int)
             yield self.known_columns.records(file, DECIDED[removed], batch)[0]
         if self.groups is not None:
-            table = open_table(self.groups)
+            table = Table(self.groups)
             for _, batch in table.batches(["key", "is_dup"]):
                 keys = batch.filter(batch.column("is_dup")).select(["key"])
                 yield KeyColumns(["key"]).records(table, DECIDED[1], keys)[0]
@@ -230,7 +233,7 @@ class KeyJoin:
 
     def report(self) -> str:
         """Return the lines that a run prints about its join."""
-        counts = self.counts
+        counts, fate = self.counts, ["removed" if s in self.removing else "kept" for s in range(5)]
         matched = int(counts.sum() - counts[[UNMATCHED, CONTRADICTED]].sum())
         lines = [f"  matched by {', '.join(self.columns.key):<12}{matched:>12,}"]
         reasons = {
@@ -241,8 +244,7 @@ class KeyJoin:
         for state, reason in reasons.items():
             line = f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}"
             if counts[state]:
-                fate = "removed" if state in self.removing else "kept"
-                line += f"; they are {fate}: {self._places(state)}"
+                line += f"; they are {fate[state]}: {self._places(state)}"
             if counts[state] or state != CONTRADICTED:
                 lines.append(line)
         lines.append(f"  {'repeated':<23}{self.repeated:>12,}  share their key with another row")
@@ -270,13 +272,16 @@ def plan_key_join(
     if groups is None and not any(column.lower() in CONTENT_COLUMNS for column in columns):
         both = ([m.column(None, [name]) for m in (known, metadata)] for name in CONTENT_COLUMNS)
         content = next((pair for pair in both if all(pair)), content)
+    both_keys = KeyColumns(known_columns, content[0]), KeyColumns(columns, content[1])
+    for table, key in zip((known, metadata), both_keys, strict=True):
+        use = ColumnUse(key.needed(), key.records, "find rows by another column with --on")
+        try_column_uses(table, [use])
     policies = {UNMATCHED: unmatched, AMBIGUOUS: ambiguous}
     return KeyJoin(
         metadata,
         known,
         groups,
-        KeyColumns(known_columns, content[0]),
-        KeyColumns(columns, content[1]),
+        *both_keys,
         [REMOVED, *(state for state, policy in policies.items() if policy == "remove")],
         [state for state, policy in policies.items() if policy is not None],
     )
@@ -314,19 +319,6 @@ def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Met
     )
 
 
-def _empty_mask(path: Path, rows: int) -> np.ndarray:
-    """Return a mask on disk, (rows,) bool, of False.
-
-    It is written in full: a hole in a map that the disk cannot fill ends a process.
-    """
-    with atomic.explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for start, stop in plan_blocks(rows, ZEROS):
-                file.write(bytes(stop - start))
-    return np.memmap(path, np.bool_, "r+", shape=(rows,)) if rows else np.zeros(0, bool)
-
-
 def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -> str | None:
     """Compare the keys of removed rows with those in OUT, the mask's folder; refuse others.
 
@@ -338,7 +330,7 @@ def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -
     if column is None:
         return None
     sorter = Sorter(work / "removed_keys", ROW_KEY, lambda records: records["row"].view(np.uint64))
-    table = open_table(groups)
+    table = Table(groups)
     for _, batch in table.batches(["row", "key", "is_dup"]):
         row = batch.column("row").to_numpy() - first
         inside = batch.column("is_dup").to_numpy(zero_copy_only=False)

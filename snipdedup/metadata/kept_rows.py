@@ -29,7 +29,6 @@ from snipdedup.metadata.tables import (
     Metadata,
     Table,
     as_texts,
-    open_table,
 )
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
@@ -192,7 +191,7 @@ def write_kept_features(path: Path, target: Path, is_dup: np.ndarray) -> None:
                     )
                     file.writelines(_kept_blocks(shard, is_dup))
     else:
-        write_kept(Metadata([open_table(path)]), is_dup, target.parent)
+        write_kept(Metadata([Table(path)]), is_dup, target.parent)
 
 
 def write_kept_npy(shard: Shard, path: Path, is_dup: np.ndarray) -> None:
@@ -264,9 +263,7 @@ def write_lists(
         paths.append(out / "datacomp.npy")
         with atomic.writing_npy(paths[-1], UID, (count_kept(is_dup),)) as file:
             for names in parts:
-                uids = pack(UID, names["high"], names["low"])
-                uids.sort()
-                uids.tofile(file)
+                np.sort(pack(UID, names["high"], names["low"])).tofile(file)
     if KEYS in columns:
         for _ in _kept_names(metadata, columns[KEYS], key_numbers, is_dup, work):
             pass  # refused before anything is written
@@ -278,7 +275,10 @@ def write_lists(
 def _kept_names(
     metadata: Metadata, column: str, numbers: Numbers, is_dup: np.ndarray, work: Path
 ) -> Iterator[np.ndarray]:
-    """Yield the names of the kept rows as `NAMED_ROW`, in parts whose ``high`` ascends."""
+    """Yield the names of the kept rows as `NAMED_ROW`, in parts whose ``high`` ascends.
+
+    A name that a kept and a removed row have in common is refused.
+    """
     spread = Spread(metadata.rows, 0, (1 << 64) - 1)
     sorter = Sorter(work / "names", NAMED_ROW, lambda records: records["high"], spread=spread)
     for file, first, batch in metadata.read([column]):
@@ -286,26 +286,21 @@ def _kept_names(
         removed = np.asarray(is_dup[first : first + batch.num_rows])
         sorter.add(pack(NAMED_ROW, *numbers(metadata, file, first, batch, removed), rows, removed))
     for records in sorter.ascending():
-        _refuse_shared(metadata, column, records)
+        name = number_equal(records["high"], records["low"])
+        removed, count = np.bincount(name, weights=records["is_dup"]), np.bincount(name)
+        shared = np.flatnonzero(((removed > 0) & (removed < count))[name])
+        if len(shared):
+            first = shared[np.argmin(records["row"][shared])]
+            same = records[name == name[first]]
+            one, other = (int(same["row"][same["is_dup"] == dup].min()) for dup in (False, True))
+            text, where = metadata.take(column, np.array([one]))[0].as_py(), metadata.place
+            raise SnipError(
+                f"{len(shared):,} rows share their {column} with a row that is decided otherwise: "
+                f"{text!r} is kept in {where(one)} and removed in {where(other)}; "
+                f"a list by {column} cannot tell them apart; use the files in metadata/, or a "
+                "column without repeats"
+            )
         yield records[~records["is_dup"]]
-
-
-def _refuse_shared(metadata: Metadata, column: str, records: np.ndarray) -> None:
-    """Refuse a name that a kept and a removed row have in common."""
-    name, is_dup = number_equal(records["high"], records["low"]), records["is_dup"]
-    removed, count = np.bincount(name, weights=is_dup), np.bincount(name)
-    shared = np.flatnonzero(((removed > 0) & (removed < count))[name])
-    if len(shared):
-        first = shared[np.argmin(records["row"][shared])]
-        same = records[name == name[first]]
-        kept, gone = (int(same["row"][same["is_dup"] == dup].min()) for dup in (False, True))
-        text = metadata.take(column, np.array([kept]))[0].as_py()
-        raise SnipError(
-            f"{len(shared):,} rows share their {column} with a row that is decided otherwise: "
-            f"{text!r} is kept in {metadata.place(kept)} and removed in {metadata.place(gone)}; "
-            f"a list by {column} cannot tell them apart; use the files in metadata/, or a column "
-            "without repeats"
-        )
 
 
 def uid_numbers(

@@ -56,15 +56,8 @@ def lock(file: IO[bytes], shared: bool = False) -> bool:
 def acquire(path: Path, shared: bool = False) -> str | None:
     """Take the lock of a file, and make the file where it is missing.
 
-    Returns
-    -------
-    str or None
-        Who else has it; None where this thread has it now, or had it already.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
+    Returns who else has it; None where this thread has it now, or had it already. An `OSError` of
+    writing the file is raised.
     """
     path = path.absolute()
     while not holds(path):
@@ -75,7 +68,7 @@ def acquire(path: Path, shared: bool = False) -> str | None:
             continue
         if not lock(file, shared):
             with file:
-                return file.read(200).decode(errors="replace") or "another process"
+                return name_of_holder(file)
         if is_same(file, path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -92,17 +85,14 @@ def holder(path: Path, shared: bool = False) -> str | None:
         return None
     try:
         with path.open("rb") as file:
-            free = lock(file, shared)
-            return None if free else file.read(200).decode(errors="replace") or "another process"
+            return None if lock(file, shared) else name_of_holder(file)
     except OSError:
         return None
 
 
-def share(path: Path) -> None:
-    """Make a lock of this thread a shared one."""
-    file = _own.files.get(path.absolute())
-    if file is not None:
-        lock(file, shared=True)
+def name_of_holder(file: IO[bytes]) -> str:
+    """Return who has a lock, as its file says."""
+    return file.read(200).decode(errors="replace") or "another process"
 
 
 def holds(path: Path) -> bool:
@@ -117,6 +107,11 @@ def is_same(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def share(path: Path) -> None:
+    """Make a lock of this thread a shared one."""
+    lock(_own.files[path.absolute()], shared=True)
 
 
 def remove(path: Path) -> None:
@@ -158,10 +153,7 @@ def door(out: Path) -> Iterator[None]:
 def lock_run(out: Path, shared: bool = False) -> bool:
     """Lock OUT for this run, or for all processes that share it; tell whether it is alone.
 
-    Raises
-    ------
-    SnipError
-        If another run has OUT, or it cannot be written.
+    An OUT that another run has is refused.
     """
     path = out / WORK / LOCK
     with explained(path):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup.deduplication.adc_method import unique_edges
+from snipdedup.deduplication.methods import unique_edges
 from snipdedup.join.forest import make_edges
 
 ROWS = 5130

@@ -13,7 +13,7 @@ import truth
 from snipdedup import dedup
 from snipdedup.deduplication import final_check, result, run
 from snipdedup.errors import InternalError
-from snipdedup.groups.star import NO_PAIR
+from snipdedup.groups.members import NO_PAIR
 from snipdedup.join.forest import join_edges, make_edges
 from snipdedup.storage import external_sort
 

@@ -9,7 +9,7 @@ from samples import write_laion
 
 import snipdedup
 from snipdedup import dedup
-from snipdedup.deduplication.counts import levels
+from snipdedup.deduplication.result import levels
 from snipdedup.errors import SnipError, UsageError
 
 
@@ -113,13 +113,13 @@ def test_a_row_names_its_shard(rows, tmp_path):
 def test_levels_are_what_components_would_remove(found, rows):
     lines = levels(found.search, [0.9, 0.95, 1.0])
     for line in lines:
-        fresh = dedup(rows, threshold=line.threshold, grouping="components", method="exact")
+        fresh = dedup(rows, threshold=line["threshold"], grouping="components", method="exact")
         sizes = np.bincount(fresh.members.group)
-        assert line.removed == fresh.removed
-        assert line.groups == (sizes > 0).sum()
-        assert line.largest == sizes.max()
+        assert line["removed"] == fresh.removed
+        assert line["groups"] == (sizes > 0).sum()
+        assert line["largest"] == sizes.max()
     (line,) = levels(dedup(np.eye(3)).search, [0.95])
-    assert (line.removed, line.groups, line.largest) == (0, 0, 1)
+    assert (line["removed"], line["groups"], line["largest"]) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from snipdedup.deduplication import run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.join import tasks
 from snipdedup.storage import out_folder
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup.deduplication import out_reader
+from snipdedup.deduplication import read_out
 from snipdedup.groups.members import Members, no_members
 from snipdedup.inspection import top
 from snipdedup.inspection.display import terminal_text
@@ -93,7 +93,7 @@ def test_entries_are_what_a_plain_count_gives(case, n):
 
 def test_it_does_not_depend_on_batches(case, monkeypatch):
     expected = found(case[0], "-n", 20)
-    monkeypatch.setattr(out_reader, "BATCH_ROWS", 7)
+    monkeypatch.setattr(read_out, "BATCH_ROWS", 7)
     monkeypatch.setattr(top, "READ_ROWS", 5)
     assert found(case[0], "-n", 20) == expected
 
@@ -127,7 +127,7 @@ def test_many_batches_give_the_ranking_of_all(tmp_path, monkeypatch):
         "similarity": np.ones(len(row), np.float32),
     }  # fmt: skip
     pq.write_table(pa.table(table), tmp_path / "g.parquet")
-    monkeypatch.setattr(out_reader, "BATCH_ROWS", 64)
+    monkeypatch.setattr(read_out, "BATCH_ROWS", 64)
     ranking = rank_rows(tmp_path / "g.parquet", 50, 0.9)
     order = np.lexsort((np.unique(group), 1 - sizes))[:50]
     assert np.array_equal(ranking.row, np.unique(group)[order])

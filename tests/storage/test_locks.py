@@ -16,7 +16,7 @@ from snipdedup import cli
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.errors import SnipError
 from snipdedup.storage import locks, out_folder
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 ROWS = np.random.default_rng(0).standard_normal((400, 16)).astype(np.float32)
 HOLD = """

@@ -9,8 +9,8 @@ import pytest
 
 from snipdedup.config import Dedup
 from snipdedup.deduplication.run import run
+from snipdedup.deduplication.write_out import count_baselines
 from snipdedup.groups.members import Members
-from snipdedup.groups.url_baseline import baselines
 from snipdedup.metadata.tables import open_metadata
 
 
@@ -31,17 +31,19 @@ def test_a_case_worked_by_hand(tmp_path):
         [0, 0, 0, 2, 2, 2, 2, 5, 5, 9],
         [0, 1, 1, 1, 1, 1, 0, 1, 0, 0],
     )
-    assert baselines(open_metadata(tmp_path), found, tmp_path / "w") == {"Hash": 1, "URL": 4}
+    assert count_baselines(open_metadata(tmp_path), found, tmp_path / "w") == {"Hash": 1, "URL": 4}
 
 
 def test_no_such_column_no_baseline(tmp_path):
     pq.write_table(pa.table({"key": ["a", "b"]}), tmp_path / "m.parquet")
-    assert baselines(open_metadata(tmp_path), members([0, 1], [0, 0], [0, 1]), tmp_path) == {}
+    assert count_baselines(open_metadata(tmp_path), members([0, 1], [0, 0], [0, 1]), tmp_path) == {}
 
 
 def test_no_groups(tmp_path):
     pq.write_table(pa.table({"url": ["a", "b"]}), tmp_path / "m.parquet")
-    assert baselines(open_metadata(tmp_path), members([], [], []), tmp_path / "w") == {"url": 0}
+    assert count_baselines(open_metadata(tmp_path), members([], [], []), tmp_path / "w") == {
+        "url": 0
+    }
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -60,7 +62,7 @@ def test_many_groups_by_counting(tmp_path, seed):
             want += min(gone[same].sum(), max(same.sum() - 1, 0))
     assert want
     found = members(row[order], group[order], gone[order])
-    assert baselines(open_metadata(tmp_path), found, tmp_path / "w") == {"url": want}
+    assert count_baselines(open_metadata(tmp_path), found, tmp_path / "w") == {"url": want}
 
 
 def test_the_summary_says_so(data, tmp_path):

@@ -11,27 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import Result
-from snipdedup.deduplication.tables import (
-    forest_table,
-    groups_table,
-    references_table,
-    semdedup_table,
-)
-from snipdedup.errors import UsageError
+from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.hashing import checksum_text
 from snipdedup.features.shards import request_of
-from snipdedup.groups import url_baseline
-from snipdedup.groups.blocks import cut_groups, slices
 from snipdedup.groups.keep import ColumnRank
-from snipdedup.groups.members import Rank, no_members
-from snipdedup.groups.pairs import all_pairs, too_many, write_pairs
+from snipdedup.groups.members import Members, Rank, cut_groups, no_members, slices
+from snipdedup.groups.pairs import all_pairs
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata import additions
 from snipdedup.metadata.gather import gather_columns
+from snipdedup.metadata.join_by_key import as_bytes
 from snipdedup.metadata.kept_rows import (
     LISTS,
     kept_names,
@@ -46,6 +40,7 @@ from snipdedup.parallel import run_all
 from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
+BASELINE_COLUMNS = ("hash", "md5", "sha256", "url")
 
 
 class MetadataPlan(NamedTuple):
@@ -87,17 +82,24 @@ def plan_metadata(
     uses = [rank.use()] if isinstance(rank, ColumnRank) else []
     if key is not None:
         remedy = "name a column of texts or numbers with --key"
-        uses.append(ColumnUse([key], lambda file, _, batch: texts(file, batch), remedy))
-    uses += [*url_baseline.baseline_uses(table), *added, *list_uses(lists, table)]
-    try_column_uses(
-        table, [*uses, ColumnUse(None, try_writing, "leave it out of META", by_schema=True)]
-    )
+        uses.append(ColumnUse([key], lambda file, _, batch: key_texts(file, batch), remedy))
+    remedy = "a column of this name is compared between copies: rename it, or leave it out of META"
+    for column in baseline_columns(table):
+        uses.append(ColumnUse([column], lambda file, _, batch: hash_bytes(file, batch), remedy))
+    uses += [*added, *list_uses(lists, table)]
+    uses.append(ColumnUse(None, try_writing, "leave it out of META", by_schema=True))
+    try_column_uses(table, uses)
     return MetadataPlan(table, key, columns, lists)
 
 
-def texts(file: Table, batch: Any) -> dict[str, Any]:
+def key_texts(file: Table, batch: Any) -> dict[str, Any]:
     """Return the one column of a record batch as texts."""
     return {"text": as_texts(file, batch.schema.names[0], batch.column(0))}
+
+
+def hash_bytes(file: Table, batch: Any) -> dict[str, Any]:
+    """Return the one column of a record batch as bytes."""
+    return {"value": as_bytes(file, batch.schema.names[0], batch.column(0))}
 
 
 def grouping_folder(out: Path) -> Path:
@@ -135,18 +137,24 @@ def write_files(
 
 def write_small_files(result: Result, out: Path) -> list[Path]:
     """Write the files that are made of arrays in memory."""
-    search = result.search
+    search, best = result.search, result.search.best
     arrays = {"is_dup.npy": result.is_dup}
     tables = {"histogram.parquet": histogram_table(result)}
     if len(search.bad):
         tables["bad_rows.parquet"] = pa.table({"row": search.bad, **search.places(search.bad)})
     if search.flags is not None:
         arrays["flags.npy"] = search.flags
-    if search.best is not None:
-        tables["semdedup.parquet"] = semdedup_table(search.best)
-        arrays["centroids.npy"] = search.best.centroids
-    if search.references is not None:
-        tables["references.parquet"] = references_table(search)
+    if best is not None:
+        arrays["centroids.npy"] = best.centroids
+        masks = {"cluster": best.cluster < 0, "nearness": best.cluster < 0}
+        masks |= {"match": best.match < 0, "similarity": best.match < 0}
+        columns = {name: pa.array(getattr(best, name), mask=mask) for name, mask in masks.items()}
+        tables["semdedup.parquet"] = pa.table(columns)
+    if search.references is not None and search.nearest is not None:
+        names, row = search.references.locate(search.nearest.reference)
+        columns = {"row": search.nearest.row, "reference": names, "reference_row": row}
+        columns["similarity"] = search.nearest.similarity
+        tables["references.parquet"] = pa.table(columns)
     for name, array in arrays.items():
         atomic.save_npy(out / name, array)
     for name, table in tables.items():
@@ -154,38 +162,40 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
     return [out / name for name in (*arrays, *tables)]
 
 
+def histogram_table(result: Result) -> pa.Table:
+    """Return how many groups have each size, and how many kept rows each ``dup_count``."""
+    sizes = sorted(result.counts.sizes.items())
+    represented = sorted(result.counts.represented.items())
+    alone = result.kept - sum(result.counts.represented.values())
+    value, count = np.array([*sizes, (0, alone), *represented], np.int64).T
+    of = ["group_size"] * len(sizes) + ["dup_count"] * (1 + len(represented))
+    return pa.table({"of": pa.array(of, pa.string()), "value": value, "count": count})
+
+
 def write_forest(search: PairSearch, out: Path) -> list[Path]:
     """Write ``forest.parquet``, some edges at a time."""
     path = out / "forest.parquet"
-    with atomic.writing_parquet(path, forest_table(search, join_edges([])).schema) as write:
+    with atomic.writing_parquet(path, search.forest_table(join_edges([])).schema) as write:
         for edges in search.edges(grouping_folder(out)):
-            write(forest_table(search, edges))
+            write(search.forest_table(edges))
     return [path]
 
 
 def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> list[Path]:
     """Write ``groups.parquet``, some groups at a time."""
-    search, path, at = result.search, out / "groups.parquet", 0
-    with (
-        atomic.writing_parquet(path, groups_table(search, no_members(), None).schema) as write,
-        closing(group_keys(result, out, plan)) as keys,
-    ):
-        for members, table in zip(slices(result.members), keys, strict=False):
+    search, members, path, at = result.search, result.members, out / "groups.parquet", 0
+    keys: Generator[Any, None, None] = (None for _ in itertools.count())
+    if plan is not None and plan.key is not None:
+        cuts, folder = cut_groups(members.group), grouping_folder(out) / "keys"
+        keys = gather_columns(plan.table, [plan.key], members.row, cuts, key_texts, folder)
+    schema = search.groups_table(no_members()).schema
+    with atomic.writing_parquet(path, schema) as write, closing(keys):
+        for part, table in zip(slices(members), keys, strict=False):
             named = None if table is None else table["text"]
-            near = None if result.near is None else result.near[at : at + len(members.row)]
-            write(groups_table(search, members, named, near))
-            at += len(members.row)
+            near = None if result.near is None else result.near[at : at + len(part.row)]
+            write(search.groups_table(part, named, near))
+            at += len(part.row)
     return [path]
-
-
-def group_keys(result: Result, out: Path, plan: MetadataPlan | None) -> Generator[Any, None, None]:
-    """Yield the keys of each slice of the members, None where there are no keys."""
-    if plan is None or plan.key is None:
-        yield from itertools.repeat(None)
-        return
-    row, cuts = result.members.row, cut_groups(result.members.group)
-    folder = grouping_folder(out) / "keys"
-    yield from gather_columns(plan.table, [plan.key], row, cuts, texts, folder)
 
 
 def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list[Path]:
@@ -193,15 +203,24 @@ def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list
     search, features = result.search, result.features
     if features is None:
         raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
+    too_many = SnipError(
+        f"expected at most {most:,} pairs (--max_pairs), found more: raise --max_pairs, which goes "
+        "on with what was searched, or give a higher --threshold, or leave out --pairs"
+    )
     if len(search.forest.a) > most:
-        raise too_many(most)
+        raise too_many
 
     def pairs() -> Generator[Edges, None, None]:
         for block in search.blocks(search.threshold, grouping_folder(out)):
             yield from all_pairs(features, block.forest, search.threshold, threads, search.also)
 
-    with closing(pairs()) as parts:
-        write_pairs(out / "pairs.parquet", parts, most)
+    count, schema = 0, search.forest_table(join_edges([])).schema
+    with atomic.writing_parquet(out / "pairs.parquet", schema) as write, closing(pairs()) as parts:
+        for edges in parts:
+            count += len(edges.a)
+            if count > most:
+                raise too_many
+            write(search.forest_table(edges))
     copies = pa.table({"row": search.copies, "first": search.originals})
     atomic.save_parquet(out / "copies.parquet", copies)
     return [out / "pairs.parquet", out / "copies.parquet"]
@@ -215,16 +234,6 @@ def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> list[Path]:
     with additions.added_columns(plan.columns, table, result.removed_rows, work) as added:
         written = write_kept(table, removed, out / "metadata", added)
     return written + write_lists(plan.lists, table, result.is_dup, out / LISTS, work)
-
-
-def histogram_table(result: Result) -> Any:
-    """Return how many groups have each size, and how many kept rows each ``dup_count``."""
-    sizes = sorted(result.counts.sizes.items())
-    represented = sorted(result.counts.represented.items())
-    alone = result.kept - sum(result.counts.represented.values())
-    value, count = np.array([*sizes, (0, alone), *represented], np.int64).T
-    of = ["group_size"] * len(sizes) + ["dup_count"] * (1 + len(represented))
-    return pa.table({"of": pa.array(of, pa.string()), "value": value, "count": count})
 
 
 def describe_run(
@@ -248,7 +257,7 @@ def describe_run(
         sources["text"] = {"request": request_of(inputs.text), "shards": texts}
     if inputs.references is not None:
         sources["references"] = inputs.references.describe(search.reference_checksums)
-    baselines = url_baseline.baselines(plan.table, result.members, work) if plan else {}
+    baselines = count_baselines(plan.table, result.members, work) if plan else {}
     entries = result.entries(epsilons, work)
     return {**entries, "shards": shards, **sources, "baselines": baselines}
 
@@ -258,3 +267,37 @@ def add_checksums(shards: list[dict[str, Any]], checksums: list[int]) -> list[di
     for shard, checksum in zip(shards, checksums, strict=True):
         shard["checksum"] = checksum_text(checksum)
     return shards
+
+
+def baseline_columns(metadata: Metadata) -> list[str]:
+    """Return the columns of hashes and URLs."""
+    found = (metadata.column(None, [name]) for name in BASELINE_COLUMNS)
+    return [name for name in found if name is not None]
+
+
+def count_baselines(metadata: Metadata, members: Members, folder: Path) -> dict[str, int]:
+    """Return, for each column of hashes or URLs, how many of the removed rows it would catch.
+
+    Within each group, one row of each value would be kept; those of the removed rows are counted
+    that would be removed so, too. Rows without a value are never equal. ``folder`` is for temporary
+    files.
+    """
+    cuts, counts, folder = cut_groups(members.group), {}, folder / "baseline"
+    for name in baseline_columns(metadata):
+        gathered = gather_columns(metadata, [name], members.row, cuts, hash_bytes, folder)
+        counts[name] = 0
+        with closing(gathered) as tables:
+            for part, table in zip(slices(members), tables, strict=True):
+                if table is not None:
+                    counts[name] += caught_rows(part, table["value"].combine_chunks())
+    return counts
+
+
+def caught_rows(members: Members, values: Any) -> int:
+    """Return how many removed rows of whole groups are caught by their values."""
+    known = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+    value = values.dictionary_encode().indices.to_numpy()[known].astype(np.int64)
+    _, group = np.unique(members.group[known], return_inverse=True)
+    _, label = np.unique(group * (len(values) + 1) + value, return_inverse=True)
+    removed = np.bincount(label, weights=members.is_dup[known])
+    return int(np.minimum(removed, np.bincount(label) - 1).sum())

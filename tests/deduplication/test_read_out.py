@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup.deduplication import out_reader
-from snipdedup.deduplication.out_reader import Run
-from snipdedup.groups.members import Members
+from snipdedup.deduplication import read_out
+from snipdedup.deduplication.read_out import Run
+from snipdedup.groups.members import Members, concatenate
 
 ROWS, OFFSETS = 900, np.array([0, 100, 640, 900])
 START = 0.9
@@ -62,12 +62,12 @@ def path(members, tmp_path_factory):
 
 @pytest.fixture(params=[7, 100_000])
 def batch_rows(request, monkeypatch):
-    monkeypatch.setattr(out_reader, "BATCH_ROWS", request.param)
+    monkeypatch.setattr(read_out, "BATCH_ROWS", request.param)
 
 
 def surveyed(path, draw=0, **changed):
     run = Run(**{"threshold": START, "keep": "first", "seed": 0, "offsets": OFFSETS} | changed)
-    return out_reader.survey_groups(path, run, draw)
+    return read_out.survey_groups(path, run, draw)
 
 
 # ---- the slider
@@ -87,7 +87,7 @@ def surveyed(path, draw=0, **changed):
     ],
 )
 def test_stops_are_round_and_reach_from_the_threshold_to_one(start, first, last, most):
-    stops = out_reader.threshold_stops(start)
+    stops = read_out.threshold_stops(start)
     assert stops[: len(first)] == first
     assert stops[-len(last) :] == last
     assert len(stops) == most
@@ -96,7 +96,7 @@ def test_stops_are_round_and_reach_from_the_threshold_to_one(start, first, last,
 
 
 def test_every_stop_counts_components(table, forest, batch_rows):
-    curve = out_reader.read_curve(forest, ROWS, START)
+    curve = read_out.read_curve(forest, ROWS, START)
     for place in range(0, len(curve.thresholds), 9):
         threshold = float(curve.thresholds[place])
         label = truth.components(ROWS, truth.pairs_of(table, threshold))
@@ -109,7 +109,7 @@ def test_every_stop_counts_components(table, forest, batch_rows):
 def test_a_forest_without_edges(tmp_path):
     empty = {"a": pa.array([], "i8"), "b": pa.array([], "i8"), "similarity": pa.array([], "f4")}
     pq.write_table(pa.table(empty), tmp_path / "f.parquet")
-    curve = out_reader.read_curve(tmp_path / "f.parquet", 5, 0.95)
+    curve = read_out.read_curve(tmp_path / "f.parquet", 5, 0.95)
     assert not curve.removed.any()
     assert not curve.groups.any()
 
@@ -119,11 +119,11 @@ def test_a_forest_without_edges(tmp_path):
 
 def test_batches_cut_no_group(path, members, monkeypatch):
     for size in (1, 7, 64, 100_000):
-        monkeypatch.setattr(out_reader, "BATCH_ROWS", size)
-        parts = list(out_reader.whole_groups(path))
+        monkeypatch.setattr(read_out, "BATCH_ROWS", size)
+        parts = list(read_out.whole_groups(path))
         seen = [set(part.group.tolist()) for part in parts]
         assert sum(map(len, seen)) == len(set().union(*seen))
-        joined = out_reader.joined(parts)
+        joined = concatenate(*parts)
         for found, expected in zip(joined, members, strict=True):
             assert np.array_equal(found, expected)
 
@@ -138,20 +138,20 @@ def test_figures_are_those_of_the_whole_table(path, members, batch_rows):
         low, high = np.float32(found.edges[[place, place + 1]])
         assert found.similarities[place] == sum(low <= row["similarity"] < high for row in gone)
     counts = Counter(row["representative"] for row in gone)
-    best = sorted(counts, key=lambda row: (-counts[row], row))[: out_reader.COPIED]
+    best = sorted(counts, key=lambda row: (-counts[row], row))[: read_out.COPIED]
     assert found.copied.tolist() == best
     assert found.copies.tolist() == [counts[row] for row in best]
     shard = np.searchsorted(OFFSETS, range(ROWS), "right") - 1
     foreign = [r for r in gone if shard[r["row"]] != shard[r["representative"]]]
     assert found.foreign.tolist() == [sum(shard[r["row"]] == s for r in foreign) for s in range(3)]
     size = Counter(members.group.tolist())
-    largest = sorted(size, key=lambda group: (-size[group], group))[: out_reader.GROUPS]
+    largest = sorted(size, key=lambda group: (-size[group], group))[: read_out.GROUPS]
     assert [int(group.shown.group[0]) for group in found.largest] == largest
     for group, label in zip(found.largest, largest, strict=True):
         mine = [row for row in gone if row["group"] == label]
         assert (group.size, group.removed) == (size[label], len(mine))
         assert group.lowest == min(row["similarity"] for row in mine)
-        assert len(group.shown.row) == min(group.size, out_reader.MEMBERS)
+        assert len(group.shown.row) == min(group.size, read_out.MEMBERS)
         most = max(counts[row["representative"]] for row in mine)
         assert counts[group.shown.row[0]] == most
     staying = int((~members.is_dup).sum())
@@ -165,7 +165,7 @@ def test_bands_hold_every_removed_row_once(path, members, batch_rows):
     cosine = dict(zip(members.row.tolist(), members.similarity.tolist(), strict=True))
     assert [band.low for band in found.bands] == [0.9, 0.902, 0.91, 0.93, 0.96, 1]
     gone = members.similarity[members.is_dup]
-    for band, (_, _, most) in zip(found.bands[:-1], out_reader.BANDS, strict=True):
+    for band, (_, _, most) in zip(found.bands[:-1], read_out.BANDS, strict=True):
         inside = (gone >= np.float32(band.low)) & (gone < np.float32(band.high))
         assert band.rows == inside.sum()
         assert len(band.shown.row) == min(most, band.rows)
@@ -190,7 +190,7 @@ def test_spared_rows_stand_beside_the_row_that_components_keep(table, tmp_path, 
     label = dict(zip(groups["row"].to_pylist(), groups["group"].to_pylist(), strict=True))
     staying = set(np.flatnonzero(~star.is_dup).tolist())
     assert found.spared_rows == len(staying - keepers)
-    assert len(found.spared.row) == min(out_reader.CHAINED, found.spared_rows) > 0
+    assert len(found.spared.row) == min(read_out.CHAINED, found.spared_rows) > 0
     for row, by in zip(found.spared.row.tolist(), found.spared_by.tolist(), strict=True):
         assert row in staying - keepers
         assert by in keepers
@@ -199,7 +199,7 @@ def test_spared_rows_stand_beside_the_row_that_components_keep(table, tmp_path, 
 
 def test_samples_depend_on_the_seed_only(path, monkeypatch):
     def shown(seed, size):
-        monkeypatch.setattr(out_reader, "BATCH_ROWS", size)
+        monkeypatch.setattr(read_out, "BATCH_ROWS", size)
         return [band.shown.row.tolist() for band in surveyed(path, seed).bands]
 
     assert shown(0, 100_000) == shown(0, 7) != shown(1, 7)
@@ -208,7 +208,7 @@ def test_samples_depend_on_the_seed_only(path, monkeypatch):
 def test_a_sample_is_fair():
     counts = np.zeros(20)
     for seed in range(600):
-        sample = out_reader.Reservoir(5, seed)
+        sample = read_out.Reservoir(5, seed)
         for start in range(0, 20, 6):
             rows = np.arange(start, min(start + 6, 20))
             sample.offer(Members(rows, rows, rows, np.ones(len(rows)), rows >= 0))
@@ -262,6 +262,6 @@ def test_no_groups(tmp_path):
 def test_keys_of_some_rows(path, members, batch_rows):
     wanted = members.row[::7]
     expected = {row: f"k{row}" for row in wanted.tolist() if row % 2 == 0}
-    assert out_reader.read_keys(path, wanted) == expected
-    assert out_reader.read_keys(path, np.array([10**9])) == {}
-    assert out_reader.read_keys(path, np.empty(0, np.int64)) == {}
+    assert read_out.read_keys(path, wanted) == expected
+    assert read_out.read_keys(path, np.array([10**9])) == {}
+    assert read_out.read_keys(path, np.empty(0, np.int64)) == {}

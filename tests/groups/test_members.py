@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 
 from snipdedup.config import Dedup
 from snipdedup.deduplication.run import run
-from snipdedup.groups.blocks import Block, blocks_of_groups, cut_groups, slices
-from snipdedup.groups.members import Members, Nearest
+from snipdedup.groups.members import (
+    Block,
+    Members,
+    Nearest,
+    blocks_of_groups,
+    cut_groups,
+    slices,
+)
 from snipdedup.join import forest as forests
 from snipdedup.join.forest import join_edges, make_edges, spanning_forest
 from snipdedup.storage import external_sort
