@@ -36,7 +36,7 @@ from snipdedup.groups.members import (
     slices,
 )
 from snipdedup.join.forest import components, link_smaller, number_ends
-from snipdedup.metadata.additions import RemovedRows
+from snipdedup.metadata.additions import RemovedPairs
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
@@ -90,7 +90,7 @@ class Result:
         return Counts(removed, chained, for_reference, sizes, represented)
 
     @cached_property
-    def removed_rows(self) -> RemovedRows:
+    def removed_rows(self) -> RemovedPairs:
         """The removed rows, ascending, and the representative of each; many are mapped."""
         kind = np.dtype([("row", row_kind(self.rows)), ("representative", "<i8")])
         spread = Spread(self.removed, 0, self.rows)
@@ -102,7 +102,7 @@ class Result:
         for records in by_row.ascending():
             order = np.argsort(records["row"])
             columns.add(records["row"][order], records["representative"][order])
-        return RemovedRows(*columns.arrays())
+        return RemovedPairs(*columns.arrays())
 
     @cached_property
     def is_dup(self) -> np.ndarray:

@@ -220,14 +220,14 @@ def equal_to_first(
         starts = np.concatenate([[True], hashes[1:] != hashes[:-1]])
         first = rows[starts][np.cumsum(starts) - 1]
         rows, first, hashes = rows[~starts], first[~starts], hashes[~starts]
-        equal = equal_rows(features, rows, first, threads)
+        equal = equal_pairs(features, rows, first, threads)
         copies.append(rows[equal])
         firsts.append(first[equal])
         rows, hashes = rows[~equal], hashes[~equal]
     return np.concatenate(copies), np.concatenate(firsts)
 
 
-def equal_rows(features: Features, x: np.ndarray, y: np.ndarray, threads: int = 1) -> np.ndarray:
+def equal_pairs(features: Features, x: np.ndarray, y: np.ndarray, threads: int = 1) -> np.ndarray:
     """Return which pairs of rows are equal bit for bit, gathering them in row order."""
     order = np.argsort(x)
 

@@ -52,7 +52,7 @@ def caption_uses(settings: ColumnSettings, metadata: Metadata) -> list[ColumnUse
 
 @contextmanager
 def added_columns(
-    settings: ColumnSettings, metadata: Metadata, removed: RemovedRows, work: Path
+    settings: ColumnSettings, metadata: Metadata, removed: RemovedPairs, work: Path
 ) -> Iterator[list[AddedColumn]]:
     """Yield the columns that a run adds, in the order of `added_names`."""
     with ExitStack() as stack:
@@ -67,7 +67,7 @@ def added_columns(
         yield columns
 
 
-class RemovedRows(NamedTuple):
+class RemovedPairs(NamedTuple):
     """The removed rows, ascending, and the representative of each; (n,) int64, or maps.
 
     A representative below 0 is a reference row, which the metadata does not hold.
@@ -76,12 +76,12 @@ class RemovedRows(NamedTuple):
     row: np.ndarray
     representative: np.ndarray
 
-    def parts(self) -> Iterator[RemovedRows]:
+    def parts(self) -> Iterator[RemovedPairs]:
         """Yield them some at a time; at least once."""
         for start, stop in plan_blocks(len(self.row), READ) or [(0, 0)]:
-            yield RemovedRows(*(np.asarray(column[start:stop]) for column in self))
+            yield RemovedPairs(*(np.asarray(column[start:stop]) for column in self))
 
-    def followed(self) -> RemovedRows:
+    def followed(self) -> RemovedPairs:
         """Return the same with representatives that are kept, where they are not (semdedup)."""
         if not any(among(self.row, part.representative).any() for part in self.parts()):
             return self
@@ -90,7 +90,7 @@ class RemovedRows(NamedTuple):
             place = np.minimum(np.searchsorted(self.row, end), len(self.row) - 1)
             is_removed = self.row[place] == end
             if not is_removed.any():
-                return RemovedRows(self.row, end)
+                return RemovedPairs(self.row, end)
             end = np.where(is_removed, self.representative[place], end)
 
 
@@ -102,7 +102,7 @@ class DupCounts:
 
     field = pa.field("dup_count", pa.int64())
 
-    def __init__(self, removed: RemovedRows, path: Path | None = None) -> None:
+    def __init__(self, removed: RemovedPairs, path: Path | None = None) -> None:
         self.removed = removed
         kind = np.dtype([("row", "<i8")])
         sorter = Sorter(path, kind, lambda r: r["row"].view(np.uint64) ^ SIGN)
@@ -149,7 +149,7 @@ class MergedCaptions:
     field = pa.field("merged_captions", pa.list_(pa.string()))
 
     def __init__(
-        self, metadata: Metadata, column: str, removed: RemovedRows, most: int, folder: Path
+        self, metadata: Metadata, column: str, removed: RemovedPairs, most: int, folder: Path
     ) -> None:
         self.most = most
         self.lists: dict[int, list[str]] = {}  # by row, of rows below ``known``
@@ -192,7 +192,7 @@ def _captions(file: Table, batch: Any) -> dict[str, Any]:
     return {"caption": as_texts(file, batch.schema.names[0], batch.column(0))}
 
 
-def _caption_rows(removed: RemovedRows, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _caption_rows(removed: RemovedPairs, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the rows whose captions are needed, sorted by representative, then row.
 
     Representatives (n,), rows (n,) int64 (removed rows, and representatives themselves; none of

@@ -17,7 +17,7 @@ from snipdedup import progress
 from snipdedup.commands import named_kinds
 from snipdedup.config import EXPORTS, Filter
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.features.shards import Features, open_features, request_of
 from snipdedup.metadata.join_by_key import KeyJoin, check_removed_keys, plan_key_join
 from snipdedup.metadata.kept_rows import (
     LISTS,
@@ -30,7 +30,6 @@ from snipdedup.metadata.kept_rows import (
     write_lists,
 )
 from snipdedup.metadata.masks import (
-    SCAN_ROWS,
     Mask,
     describe_kept,
     file_version,
@@ -148,9 +147,7 @@ def filter_rows(
         raise
     if export_mask:
         lists.append(lists_folder / "is_dup.npy")
-        with atomic.writing_npy(lists[-1], np.dtype(bool), is_dup.shape) as file:
-            for start, stop in plan_blocks(len(is_dup), SCAN_ROWS):
-                np.ascontiguousarray(is_dup[start:stop]).tofile(file)
+        atomic.save_npy(lists[-1], is_dup)
     body["files"], written = write_rows(chosen, is_dup, work)
     try:
         opened = [mask.opened, metadata.opened, *([join.known.opened] if join else [])]
