@@ -14,7 +14,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-COMPILERS = (shlex.split(os.environ.get("CXX", "")) or ["c++", "g++", "clang++"])[:3]
+COMPILERS = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
 WANTED = os.environ.get("SNIPDEDUP_NATIVE") != "0"
 
 
@@ -25,8 +25,12 @@ class NativeModule(BuildHookInterface):
         """Name what the build needs, unless there is no compiler to use it."""
         if not WANTED or not any(map(shutil.which, COMPILERS)):
             return []
-        missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
-        return ["nanobind>=2.4", *missing]
+        needed = ["nanobind>=2.4"]
+        if not shutil.which("cmake"):
+            needed.append("cmake")
+        if not shutil.which("ninja") and not shutil.which("make"):
+            needed.append("ninja")
+        return needed
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build the module; a build that fails leaves the wheel as it is."""

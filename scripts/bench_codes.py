@@ -21,15 +21,16 @@ import numpy as np
 from make_benchmarks import CODE_NAMES, code_table
 from timing import machine
 
-from snipdedup.encoder.directions import opq_rotation, principal_directions
+from snipdedup.encoder.network import opq_rotation, principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.neighbours import IndexedRows, recall
+from snipdedup.evaluation.evaluate import IndexedRows
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.nearest import nearest, nearest_vectors
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.kmeans import Vectors
 from snipdedup.index.quantizer import train_quantiser
 from snipdedup.parallel import cores
+from snipdedup.statistics import recall
 
 K, NLIST, NPROBE, OPQ_ROUNDS = 10, 256, 8, 20
 QUICK = {"steps": 300}

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from labelled_curve import read_labels
 
-from snipdedup.encoder.directions import principal_directions
+from snipdedup.encoder.network import principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.neighbours import average_precision
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.kmeans import Vectors
+from snipdedup.statistics import average_precision
 
 NAMES = ("raw", "PCA", "MSE", "SNIP")
 

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.encoder.directions import principal_directions
+from snipdedup.encoder.network import principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.neighbours import partner_ranks
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.kmeans import Vectors
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import partner_ranks, proportion_interval
 
 NAMES = ("raw", "PCA of images", "PCA", "MSE", "SNIP without texts", "SNIP")
 KS = (1, 10)

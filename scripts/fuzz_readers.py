@@ -50,7 +50,7 @@ from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 MEMORY = 1 << 29  # bytes
 SECONDS = 20  # of processor time: a busy machine is no fault of a file

@@ -15,7 +15,7 @@ import os
 import select
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 from snipdedup import __version__
@@ -23,8 +23,8 @@ from snipdedup.commands import (
     Command,
     Settings,
     bare_type,
+    did_you_mean,
     is_required,
-    nearest_name,
     setting_name,
     usual_value,
 )
@@ -74,20 +74,15 @@ def run(words: list[str]) -> int:
         return print_error(f"a path begins with ~ and an unknown user name: {error}", FAILED)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
-            return discard_stdout(CLOSED)
+            return CLOSED
         what = f"{error.filename or 'input/output'}: {error.strerror or error}"
         return print_error(what, FAILED)
 
 
 def print_result(result: object, status: int) -> int:
     """Print a command's result; return the status, whether or not anyone reads on."""
-    text = str(result)
-    try:
-        if text:
-            print(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
-        discard_stdout(status)
+    with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has seen enough
+        print(result, end="\n" if str(result) else "", flush=True)
     return status
 
 
@@ -100,18 +95,10 @@ def print_error(what: object, status: int) -> int:
 
 def stdout_is_closed() -> bool:
     """Tell whether stdout is a pipe that nobody reads any more."""
-    if not hasattr(select, "poll"):
-        return False
     poll = select.poll()
     with contextlib.suppress(OSError, ValueError):  # stdout is no file, in a test for example
         poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def discard_stdout(status: int) -> int:
-    """Let stdout lead nowhere, so that closing it does not fail; return the status."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return status
 
 
 def answer(words: list[str]) -> object:
@@ -189,9 +176,8 @@ def match_words(
     see = f"see: snip {command.name} --help"
     places: list[str] = []
     texts: dict[str, str] = {}
-    rest = list(reversed(words))
-    while rest:
-        word = rest.pop()
+    rest = iter(words)
+    for word in rest:
         if word in ("--", "-"):
             raise UsageError(f"unexpected {word!r}; {see}")
         if not is_flag(word):
@@ -209,10 +195,10 @@ def match_words(
                 f"{command.name} has no flag {flag}{did_you_mean(name, kinds, '--')}; {see}"
             )
         elif not equals:
-            if not rest or is_flag(rest[-1]):
-                hint = f" (one that begins with a dash: {flag}={rest[-1]})" if rest else ""
+            text = next(rest, "--")
+            if is_flag(text):
+                hint = f" (one that begins with a dash: {flag}={text})" if text != "--" else ""
                 raise UsageError(f"{flag} needs a value{hint}; {see}")
-            text = rest.pop()
         if name in texts:
             raise UsageError(f"--{name} is given more than once")
         texts[name] = text
@@ -222,12 +208,6 @@ def match_words(
 def is_flag(word: str) -> bool:
     """Tell a flag from a value; a negative number is a value."""
     return word.startswith("--") or (len(word) > 1 and word[0] == "-" and word[1].isalpha())
-
-
-def did_you_mean(word: str, names: Iterable[str], mark: str = "") -> str:
-    """Return ``, did you mean X?``, or nothing where no name is close."""
-    close = nearest_name(word.lstrip("-").replace("-", "_"), names)
-    return f", did you mean {mark}{close}?" if close else ""
 
 
 def coerce(name: str, text: str, kind: Any) -> Any:

@@ -40,19 +40,11 @@ IN_MEMORY = {"dedup": "snipdedup.deduplication.run:dedup"}
 
 
 def option(default: Any, help: str, low: Any = None, high: Any = None, **about: Any) -> Any:
-    """Declare a flag.
+    """Declare a flag; a number lies from ``low`` to ``high``, both ends allowed.
 
-    Parameters
-    ----------
-    default : Any
-    help : str
-        Its meaning. ``[...]`` at the end is what happens by default, where None or True does not
-        say it.
-    low, high : int or float, optional
-        The range of a number, both ends allowed.
-    **about
-        ``choices``: the allowed values. ``path``: `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE`.
-        ``amount``: it is read by `parse_bytes`. ``command_only``: the library does not have it.
+    ``[...]`` at the end of the help is what happens by default, where None or True does not say it.
+    Others are ``choices``: the allowed values; ``path``: `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE`;
+    ``amount``: it is read by `parse_bytes`; ``command_only``: the library does not have it.
     """
     meaning, _, usual = help.partition(" [")
     about |= {"help": meaning, "usual": usual.removesuffix("]"), "low": low, "high": high}
@@ -104,8 +96,9 @@ class Settings:
         """Raise UsageError for settings that do not go together."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values, for manifests."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Return the settings as JSON values for manifests, positional ones first."""
+        flags_last = sorted(dataclasses.fields(self), key=lambda f: "positional" not in f.metadata)
+        return {field.name: getattr(self, field.name) for field in flags_last}
 
 
 def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:
@@ -195,9 +188,10 @@ def bare_type(kind: Any) -> Any:
     return kind
 
 
-def nearest_name(word: str, names: Iterable[str]) -> str | None:
-    """Return the name that ``word`` may be a misspelling of; None where none is close."""
-    return next(iter(difflib.get_close_matches(word, list(names), 1, 0.6)), None)
+def did_you_mean(word: str, names: Iterable[str], mark: str = "") -> str:
+    """Return ``, did you mean X?``, or nothing where no name is close."""
+    close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), list(names), 1, 0.6)
+    return f", did you mean {mark}{close[0]}?" if close else ""
 
 
 def library_function(command: Command) -> Callable[..., Any]:
@@ -209,11 +203,10 @@ def library_function(command: Command) -> Callable[..., Any]:
     signature = inspect.Signature([parameter_of(field, kinds[field.name]) for field in fields])
 
     def call(*given: Any, **settings: Any) -> Any:
-        unknown = next((word for word in settings if word not in signature.parameters), None)
-        if unknown is not None:
-            close = nearest_name(unknown, signature.parameters)
-            hint = f"; did you mean {close!r}?" if close else ""
-            raise TypeError(f"{name}() got an unexpected keyword {unknown!r}{hint}")
+        for word in settings:
+            if word not in signature.parameters:
+                hint = did_you_mean(word, signature.parameters)
+                raise TypeError(f"{name}() got an unexpected keyword {word!r}{hint}")
         try:
             bound = signature.bind(*given, **settings).arguments
         except TypeError as error:

@@ -40,24 +40,19 @@ def cores(threads: int = 0) -> int:
 
 
 def memory_bound(text: str | None, need: int = 0) -> int:
-    """Return a bound on memory in bytes.
+    """Return a bound on memory in bytes; one below ``need`` is refused.
 
-    Without one, a quarter of the machine's memory, or ``need`` if that is more.
-
-    Raises
-    ------
-    SnipError
-        If the bound is below what is needed.
+    Without a text, it is a quarter of the machine's memory, or ``need`` if that is more.
     """
-    if text is not None:
-        bound = parse_bytes(text)
-        if bound < need:
-            raise SnipError(
-                f"--max_memory {text}: this run needs {need / 1e9:.2f} GB besides its libraries; "
-                "give as much, fewer --threads or fewer rows"
-            )
-        return bound
-    return max(machine_memory() // 4, need)
+    if text is None:
+        return max(machine_memory() // 4, need)
+    bound = parse_bytes(text)
+    if bound < need:
+        raise SnipError(
+            f"--max_memory {text}: this run needs {need / 1e9:.2f} GB besides its libraries; "
+            "give as much, fewer --threads or fewer rows"
+        )
+    return bound
 
 
 def machine_memory() -> int:
@@ -68,13 +63,7 @@ def machine_memory() -> int:
 
 
 def pick_device(name: str) -> str:
-    """Turn ``auto`` into ``cuda`` where there is one, else ``cpu``.
-
-    Raises
-    ------
-    SnipError
-        If ``cuda`` is asked for and there is none.
-    """
+    """Turn ``auto`` into ``cuda`` where there is one, else ``cpu``; refuse ``cuda`` without one."""
     if name == "cpu" or (name == "auto" and not has_cuda_driver()):
         return "cpu"
     import torch
@@ -194,12 +183,7 @@ def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return uninitialised memory, the same again for each call of a thread with one ``use``.
 
     Pages that are new to a process are dear to touch, and blocks of work need alike memory again
-    and again. What an earlier call of the thread returned under the same name is overwritten.
-
-    Parameters
-    ----------
-    use : str
-        What the memory is for; it grows to the largest shape asked for.
+    and again. What an earlier call of the thread returned for the same ``use`` is overwritten.
     """
     need = math.prod(shape) * np.dtype(dtype).itemsize
     pool: dict[str, np.ndarray] = _held.__dict__
@@ -221,23 +205,13 @@ def in_aligned_blocks(
 
     Matrix products change in their last bits with their shape. In a block of full size, aligned to
     global rows, what comes out for a row does not depend on which other rows are at hand.
-
-    Parameters
-    ----------
-    work : function of (ALIGNED_ROWS, d) returning arrays of ALIGNED_ROWS rows
-    rows : (n, d)
-    first : int
-        Global row of ``rows[0]``; it decides the place in the block.
-
-    Returns
-    -------
-    tuple of arrays of n rows
+    ``first`` is the global row of ``rows[0]``; ``work`` takes a block (ALIGNED_ROWS, d), and
+    returns arrays of as many rows. What is returned has a row for each of ``rows``, (n, d).
     """
     parts = []
-    stop = first + len(rows)
-    for begin in range(first - first % ALIGNED_ROWS, stop, ALIGNED_ROWS):
-        low, high = max(begin, first), min(begin + ALIGNED_ROWS, stop)
+    for low, high in aligned_spans(first, first + len(rows), ALIGNED_ROWS):
+        at = slice(low % ALIGNED_ROWS, low % ALIGNED_ROWS + high - low)
         block = np.zeros((ALIGNED_ROWS, rows.shape[1]), rows.dtype)
-        block[low - begin : high - begin] = rows[low - first : high - first]
-        parts.append([array[low - begin : high - begin] for array in work(block)])
+        block[at] = rows[low - first : high - first]
+        parts.append([array[at] for array in work(block)])
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))

@@ -16,10 +16,7 @@ PLAIN_LINES_EVERY_S = 10.0
 
 
 def bar(total: int, desc: str, unit: str) -> Any:
-    """Return a progress bar with ``update(n)`` and ``close()``; also a context manager.
-
-    It counts to ``total`` units (``"rows"``, ``"tiles"``) of what ``desc`` says is being done.
-    """
+    """Return a progress bar with ``update(n)`` and ``close()``; also a context manager."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=" " + unit, unit_scale=True, file=sys.stderr)
     return PlainBar(total, desc, unit)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 NURSERY = """
 import atexit, importlib, json, os, sys, traceback
 import faiss, torch, pyarrow.parquet
 from snipdedup import cli
-from snipdedup.runners import base as runners
+from snipdedup import runners
 for command in cli.COMMANDS.values():
     importlib.import_module(command.module)
 for line in sys.stdin:

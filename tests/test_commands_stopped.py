@@ -28,7 +28,7 @@ from snipdedup.deduplication import run as dedup_run
 from snipdedup.encoder import network
 from snipdedup.encoder.network import Encoder, Network
 from snipdedup.storage import locks, out_folder
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]

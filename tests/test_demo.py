@@ -15,7 +15,7 @@ import pytest
 from browser import wait_until
 
 import snipdedup
-from snipdedup import demo, demo_pictures
+from snipdedup import demo
 from snipdedup.config import Demo
 from snipdedup.errors import SnipError
 
@@ -26,7 +26,7 @@ TEXTS = ("key", "planted_copy_of", "edit")
 @pytest.fixture(scope="module")
 def drawn():
     rng = np.random.default_rng(7)
-    return [demo_pictures.stored(demo_pictures.draw(rng)) for _ in range(40)]
+    return [demo.stored(demo.draw(rng)) for _ in range(40)]
 
 
 # ---- pictures
@@ -45,21 +45,21 @@ def test_pictures_differ_and_are_what_a_file_would_hold(drawn):
 
 
 def test_the_dct_is_orthonormal():
-    basis = demo_pictures.cosine_basis(8, 8)
+    basis = demo.cosine_basis(8, 8)
     assert np.abs(basis @ basis.T - np.eye(8)).max() < 1e-6
     assert np.allclose(basis[0], np.sqrt(1 / 8))
     assert np.allclose(basis[1, 0], 0.5 * np.cos(np.pi / 16))  # ITU-T T.81, A.3.3
 
 
 def test_resampling_by_hand():
-    assert np.allclose(demo_pictures.resampling(4, 0, 4, 4), np.eye(4))
-    assert np.allclose(demo_pictures.resampling(4, 1, 3, 2), np.eye(4)[1:3])
-    halved = demo_pictures.resampling(4, 0, 4, 2) @ np.array([0, 1, 2, 3])
+    assert np.allclose(demo.resampling(4, 0, 4, 4), np.eye(4))
+    assert np.allclose(demo.resampling(4, 1, 3, 2), np.eye(4)[1:3])
+    halved = demo.resampling(4, 0, 4, 2) @ np.array([0, 1, 2, 3])
     # weights 3/4, 3/4, 1/4 of values 0, 1, 2; the fourth would lie beyond the border
     assert np.allclose(halved, [1.25 / 1.75, 3 - 1.25 / 1.75])
     for matrix in (
-        demo_pictures.resampling(64, 2.3, 61.7, 64),
-        demo_pictures.resampling(64, 0, 64, 30),
+        demo.resampling(64, 2.3, 61.7, 64),
+        demo.resampling(64, 0, 64, 30),
     ):
         assert np.allclose(matrix.sum(axis=1), 1)
         assert (matrix >= 0).all()
@@ -67,12 +67,12 @@ def test_resampling_by_hand():
         assert (np.diff(middle) > 0).all()
 
 
-@pytest.mark.parametrize("name", demo_pictures.EDITS)
+@pytest.mark.parametrize("name", demo.EDITS)
 def test_edits_change_a_little(drawn, name):
     rng = np.random.default_rng(1)
     for picture in drawn:
         before = picture.copy()
-        edited = demo_pictures.stored(demo_pictures.EDITS[name](picture, rng))
+        edited = demo.stored(demo.EDITS[name](picture, rng))
         assert edited.shape == picture.shape
         assert np.array_equal(picture, before)
         assert np.array_equal(edited, picture) == (name == "exact")
@@ -89,7 +89,7 @@ def test_jpeg_loses_more_at_lower_quality(drawn):
             return self.value
 
     losses = [
-        np.mean([np.abs(demo_pictures.jpeg(p, Quality(q)) - p).mean() for p in drawn])
+        np.mean([np.abs(demo.jpeg(p, Quality(q)) - p).mean() for p in drawn])
         for q in (5_000, 50, 15, 5)
     ]
     assert losses[0] < 0.002
@@ -97,25 +97,25 @@ def test_jpeg_loses_more_at_lower_quality(drawn):
 
 
 def test_descriptors_have_three_parts_of_norm_one(drawn):
-    found = demo_pictures.describe(drawn[0])
+    found = demo.descriptor_of(drawn[0])
     assert found.shape == (128 + 63 + 48,)
     norms = [np.linalg.norm(part) for part in np.split(found, [128, 191])]
     assert np.allclose(norms, 1)
-    assert np.array_equal(found, demo_pictures.describe(drawn[0].copy()))
-    assert np.isfinite(demo_pictures.describe(np.zeros((64, 64, 3), np.float32))).all()
+    assert np.array_equal(found, demo.descriptor_of(drawn[0].copy()))
+    assert np.isfinite(demo.descriptor_of(np.zeros((64, 64, 3), np.float32))).all()
 
 
 def test_gradients_know_their_direction():
     ramp = np.repeat(np.linspace(0, 1, 64, dtype=np.float32)[None, :, None], 64, 0).repeat(3, 2)
-    across = demo_pictures.describe(ramp)[:128].reshape(8, 16)
-    down = demo_pictures.describe(ramp.transpose(1, 0, 2))[:128].reshape(8, 16)
+    across = demo.descriptor_of(ramp)[:128].reshape(8, 16)
+    down = demo.descriptor_of(ramp.transpose(1, 0, 2))[:128].reshape(8, 16)
     assert np.allclose(across[0], 0.25)  # 16 places alike, one direction
     assert np.allclose(across[1:], 0)
     assert np.allclose(down[4], 0.25)
 
 
 def test_png_can_be_read_back(drawn):
-    data = demo_pictures.png(np.concatenate(drawn[:2], axis=1))
+    data = demo.png(np.concatenate(drawn[:2], axis=1))
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     at, chunks = 8, {}
     while at < len(data):
@@ -140,7 +140,7 @@ def test_copies_are_closer_than_strangers():
     strangers = demo.most_alike(planted.features[planted.originals])
     cosines = rows[planted.originals] @ rows[planted.originals].T
     assert strangers == pytest.approx(cosines[~np.eye(200, dtype=bool)].max(), abs=1e-6)
-    for name in demo_pictures.EDITS:
+    for name in demo.EDITS:
         copies = np.flatnonzero(planted.edit == name)
         assert len(copies) == 40
         originals = planted.originals[planted.picture[copies]]
@@ -265,7 +265,7 @@ def test_the_report_is_true(finished):
     percent = f"{100 * right / removed:.1f} %"
     assert f"join: {removed:,} rows removed, {right:,} of them ({percent})" in done.stdout
     row_of = {row["key"]: number for number, row in enumerate(table)}
-    for edit in demo_pictures.EDITS:
+    for edit in demo.EDITS:
         copies = [n for n, row in enumerate(table) if row["edit"] == edit]
         together = [
             n in group and group[n] == group.get(row_of[table[n]["planted_copy_of"]])

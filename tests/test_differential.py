@@ -23,7 +23,7 @@ import truth
 from snipdedup import dedup
 from snipdedup.deduplication import final_check
 from snipdedup.features import scan
-from snipdedup.groups import huge_star, pairs, star
+from snipdedup.groups import pairs, star
 from snipdedup.join import (
     brute_force,
     calibration,
@@ -58,7 +58,7 @@ SIZES = [
     ((calibration,), {"PAIR_BLOCK": [9, 64]}),
     ((star,), {"STAR_BLOCK": [3, 20], "PACKED_GROUP": [1, 4], "STAR_STEP": [1, 5]}),
     ((star,), {"FLOAT64_GROUP": [2, 10], "PACKED_ROWS": [5, 40]}),
-    ((huge_star,), {"BLOCK": [3, 16], "VERIFY_PAIRS": [2, 40]}),
+    ((star,), {"HUGE_BLOCK": [3, 16], "VERIFY_PAIRS": [2, 40]}),
     ((pairs,), {"LISTED_GROUP": [1, 5], "LISTED_PAIRS": [4, 90]}),
     ((external_sort,), {"HELD": [5, 50], "PARTS": [2, 8], "READ": [3, 40]}),
     ((forest,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30], "BUFFER_EDGES": [4, 40]}),

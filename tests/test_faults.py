@@ -25,7 +25,7 @@ from snipdedup.features.shards import open_features
 from snipdedup.index import build as index
 from snipdedup.metadata import filter
 from snipdedup.storage import locks, out_folder
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 ROWS = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
 ROWS[2000:] = ROWS[:1000] + 0.01 * ROWS[1000:2000]
@@ -86,7 +86,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, command):
     module, name = {
-        "dedup": (dedup_run, "run_search"),
+        "dedup": (dedup_run, "search_pairs"),
         "compress": (compress, "compress_shards"),
         "index": (index, "write_codes"),
     }[command]

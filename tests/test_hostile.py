@@ -33,7 +33,7 @@ from snipdedup.inspection import top
 from snipdedup.inspection.search import read_vectors
 from snipdedup.metadata.masks import open_mask
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 sys.path.append(str(ROOT / "scripts"))
 fuzz_readers = importlib.import_module("fuzz_readers")

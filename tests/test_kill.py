@@ -13,7 +13,7 @@ import pytest
 from processes import many_lists, results, until
 
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 KILLED, DONE = -9, 0
 # What stands when a stage begins; of the files of OUT the first and the last.

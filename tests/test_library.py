@@ -52,7 +52,7 @@ def test_a_function_shows_each_setting_with_its_default_and_meaning(name):
 
 
 def test_mistakes_name_the_nearest_setting():
-    with pytest.raises(TypeError, match=r"^dedup\(\) got an unexpected keyword 'treshold'; did y"):
+    with pytest.raises(TypeError, match=r"^dedup\(\) got an unexpected keyword 'treshold', did y"):
         snipdedup.dedup("x", treshold=0.9)
     with pytest.raises(TypeError, match=r"^dedup\(\) got an unexpected keyword 'zzzz'$"):
         snipdedup.dedup("x", zzzz=0.9)

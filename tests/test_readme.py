@@ -23,7 +23,7 @@ from conftest import ROOT
 from snipdedup import cli
 from snipdedup.config import COMMANDS
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"

@@ -24,7 +24,7 @@ import pytest
 from conftest import ROOT
 
 from snipdedup import cli
-from snipdedup.demo_pictures import draw, png
+from snipdedup.demo import draw, png
 
 COUNT = 40  # rows 25 to 39 are copies of rows 0 to 14
 SIZES = (12, 3, 25)

@@ -19,7 +19,7 @@ from snipdedup.auditing.removed_rows import (
     Violations,
     chosen_places,
 )
-from snipdedup.auditing.sheet import human_precision, pick_ordinals, sample_pairs, write_sheet
+from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
 from snipdedup.config import Audit
 from snipdedup.deduplication.inputs import KIND
 from snipdedup.errors import SnipError
@@ -30,34 +30,21 @@ from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.parallel import cores, memory_bound, ordered_map
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import sha256
-from snipdedup.storage.manifest import as_written, read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
 MASK_ROWS = 1 << 24  # of the mask, looked at together
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The result of ``snip audit``; ``str()`` is what the command prints.
+    """The result of ``snip audit``; ``str()`` is what the command prints."""
 
-    Attributes
-    ----------
-    folder : Path
-        The finished run that was audited.
-    checked : dict of str to list of str
-        By subject: what was compared, in words.
-    violations : dict of str to Violations
-        By kind: what is wrong.
-    precision : str
-        With ``judged``: the precision that a person found. Then nothing else is checked.
-    """
-
-    folder: Path
-    checked: dict[str, list[str]] = field(default_factory=dict)
-    violations: dict[str, Violations] = field(default_factory=dict)
-    precision: str = ""
+    folder: Path  # the finished run that was audited
+    checked: dict[str, list[str]] = field(default_factory=dict)  # what was compared, by subject
+    violations: dict[str, Violations] = field(default_factory=dict)  # what is wrong, by kind
+    precision: str = ""  # with ``judged``: what a person found; then nothing else is checked
 
     @property
     def passed(self) -> bool:
@@ -88,7 +75,13 @@ def run(options: Audit) -> AuditResult:
         if options.judged is not None:
             precision = human_precision(folder, Path(options.judged).expanduser())
             return AuditResult(folder, precision=precision)
-        features = open_input(options, manifest["settings"])
+        settings = manifest["settings"]
+        source = options.features if options.features is not None else settings["features"]
+        if source is None:
+            raise SnipError(f"{options.out} names no features: give them after it")
+        parts = options.parts or (settings["parts"] if "{part" in str(source) else None)
+        kind = {name: getattr(options, name) or settings[name] for name in ("array", "column")}
+        features = open_features(source, parts=parts, **kind)
         sheet = None if options.sheet is None else Path(options.sheet).expanduser()
         if sheet is not None:
             if sheet.exists():
@@ -119,28 +112,13 @@ def run(options: Audit) -> AuditResult:
         return AuditResult(folder, audited.checked, audited.violations)
 
 
-def open_input(options: Audit, settings: dict[str, Any]) -> Features:
-    """Open FEATURES, or those that the settings of OUT name."""
-    source = options.features if options.features is not None else settings["features"]
-    if source is None:
-        raise SnipError(f"{options.out} names no features: give them after it")
-    given = {name: getattr(options, name) or settings[name] for name in ("array", "column")}
-    pattern = "{part" in str(source)
-    return open_features(
-        source, parts=options.parts or (settings["parts"] if pattern else None), **given
-    )
-
-
 def audit(
     run: AuditedRun, features: Features, texts: RowTexts,
     *, sample: int, probe_rows: int, seed: int, threads: int, memory: int,
 ) -> bool:  # fmt: skip
     """Check everything; what is wrong is added to ``run``.
 
-    Returns
-    -------
-    bool
-        Whether OUT could be read, and the rows of the features are those of OUT.
+    Returns whether OUT could be read, and the rows of the features are those of OUT.
     """
     if not run.manifest["verified"]:
         run.fail(
@@ -149,7 +127,12 @@ def audit(
         )
     check_outputs(run)
     same_rows = check_shards(run, "shards", run.manifest["shards"], features, threads)
-    captions = open_captions(run, threads)
+    captions, text = None, run.manifest.get("text")
+    if text is not None:
+        source = run.manifest["settings"]["text_features"]
+        words = open_again(run, "captions", source, text["shards"], threads)
+        limit = run.manifest["settings"]["text_threshold"]
+        captions = None if words is None else Captions(words, limit)
     try:
         run.is_dup = load_mask(run.folder / "is_dup.npy")
         if len(run.is_dup) != run.rows:
@@ -158,7 +141,8 @@ def audit(
         run.fail("mask", str(error))
         return False
     compared = features if same_rows else None
-    chosen = pick_ordinals(int(np.count_nonzero(run.is_dup)), sample, seed) if sample else None
+    rng, total = np.random.default_rng(seed), int(np.count_nonzero(run.is_dup))
+    chosen = sample_rows(total, sample, rng) if sample else None
     removed = RemovedRows(run, compared, captions, chosen, threads, memory)
     references, readable = open_references(run, threads), True
     try:
@@ -217,44 +201,33 @@ def check_shards(
     return same_rows
 
 
-def open_captions(run: AuditedRun, threads: int) -> Captions | None:
-    """Open the features of captions, where pairs had to match in them too."""
+def open_again(
+    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]], threads: int
+) -> Features | None:
+    """Open features that the manifest names; None if they are not what they were."""
     settings = run.manifest["settings"]
-    if "text" not in run.manifest:
-        return None
     try:
-        features = open_features(
-            settings["text_features"], array=settings["array"], column=settings["column"]
-        )
-    except SnipError as error:
-        run.fail("captions", f"features of captions cannot be read: {error}")
+        if not source:
+            raise SnipError("an array in memory cannot be read again")
+        features = open_features(source, array=settings["array"], column=settings["column"])
+    except (SnipError, OSError) as error:
+        run.fail(what, f"{what} cannot be read: {error}")
         return None
-    if not check_shards(run, "captions", run.manifest["text"]["shards"], features, threads):
-        return None
-    return Captions(features, settings["text_threshold"])
+    return features if check_shards(run, what, listed, features, threads) else None
 
 
 def open_references(run: AuditedRun, threads: int) -> list[AuditedReference]:
     """Open the references that can be read and are still what they were."""
-    settings, references = run.manifest["settings"], []
+    references = []
     for described in run.manifest.get("references", []):
         name, mask = described["name"], described["request"]["mask"]
-        try:
-            if not described["files"]:
-                raise SnipError(f"reference {name} was an array, which cannot be read again")
-            features = open_features(
-                described["files"], array=settings["array"], column=settings["column"]
-            )
-            is_dup = np.zeros(features.rows, bool)
-            if mask is not None:  # an earlier OUT: its removed rows are no reference rows
-                path = Path(described["path"]) / "is_dup.npy"
-                is_dup = load_mask(path)
-                if sha256(path) != mask:
-                    raise SnipError(f"reference {name}: {path} was made anew since")
-        except (SnipError, OSError) as error:
-            run.fail("references", str(error))
+        path = None if mask is None else Path(described["path"]) / "is_dup.npy"
+        if path is not None and (not path.is_file() or sha256(path) != mask):
+            run.fail("references", f"reference {name}: {path} was made anew since, or is missing")
             continue
-        if check_shards(run, "references", described["shards"], features, threads):
+        features = open_again(run, "references", described["files"], described["shards"], threads)
+        if features is not None:  # removed rows of an earlier OUT are no reference rows
+            is_dup = np.zeros(features.rows, bool) if path is None else load_mask(path)
             references.append(AuditedReference(name, features, is_dup))
     return references
 
@@ -291,7 +264,7 @@ def estimate_missed(
     Where rows were compared with references only, they are compared with these only.
     """
     kept = run.rows - int(np.count_nonzero(run.is_dup))
-    ordinals = pick_ordinals(kept, probe_rows, seed)
+    ordinals = sample_rows(kept, probe_rows, np.random.default_rng(seed))
     sample = kept_rows(run.is_dup, ordinals)
     raw = features.gather(sample)
     good = ~bad_rows(raw)

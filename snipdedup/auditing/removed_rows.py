@@ -240,11 +240,7 @@ class RemovedRows:
         )
 
     def check_cosines(
-        self,
-        row: np.ndarray,
-        found: np.ndarray,
-        written: np.ndarray,
-        other: Callable[[int], str],
+        self, row: np.ndarray, found: np.ndarray, written: np.ndarray, other: Callable[[int], str]
     ) -> None:
         """Compare cosines of removed rows with the threshold, and with those in groups.parquet.
 

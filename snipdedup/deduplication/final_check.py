@@ -35,14 +35,8 @@ def fill_similarity(
     """Compute the cosines of members with their representatives, some whole groups at a time.
 
     The parameters are fields of `result.Result`; the similarity that ``members`` hold is not used.
-
-    Returns
-    -------
-    members : Members
-        With ``similarity``: 1 for a kept row, NaN where there are no features or pairs were never
-        verified.
-    near : (n,) float32, or None without references
-        Cosine of each member with its nearest reference row; NaN where none matches.
+    Return the members, with a similarity of 1 for kept rows, NaN where pairs were never verified;
+    and with references the cosine of each with its nearest reference row, NaN where none matches.
     """
     check = FinalCheck(search, features if search.verified else None, threshold, grouping)
     columns = Columns(folder and folder / "checked", {"similarity": "<f4", "near": "<f4"})
@@ -68,11 +62,10 @@ class FinalCheck:
         self.search, self.threshold = search, np.float32(threshold)
         self.may_chain = grouping == "components" and search.best is None
         self.nearest = None if search.nearest is None else search.nearest.at(threshold)
-        references = search.references
-        self.reference_rows = 0 if references is None else references.rows
-        self.every = features
-        if features is not None and references is not None:
-            self.every = references.before(features)
+        self.every, self.reference_rows = features, 0
+        if search.references is not None:
+            self.reference_rows = search.references.rows
+            self.every = None if features is None else search.references.before(features)
 
     def rows(self, members: Members, order: np.ndarray) -> None:
         """Refuse members that are no rows, twice there, or have a wrong representative.
@@ -111,9 +104,8 @@ class FinalCheck:
         if self.every is None:
             return similarity, near
         removed = order[members.is_dup[order]]
-        similarity[removed] = self.verified(
-            members.row[removed], members.representative[removed], self.may_chain
-        )
+        row, named = members.row[removed], members.representative[removed]
+        similarity[removed] = self.verified(self.every, row, named, self.may_chain)
         if self.nearest is None:
             return similarity, near
         original = self.search.original_of(members.row[order])
@@ -123,29 +115,27 @@ class FinalCheck:
         known = members.representative[close] == ~reference
         near[close[known]] = similarity[close[known]]
         rest = close[~known]
-        near[rest] = self.verified(members.row[rest], ~reference[~known], False)
-        low = np.flatnonzero(~(near[close] >= self.threshold))[:1]
-        self.refuse_low(members.row[close[low]], ~reference[low], near[close[low]])
+        near[rest] = self.verified(self.every, members.row[rest], ~reference[~known], False)
+        self.refuse_low(members.row[close], ~reference, near[close], near[close] >= self.threshold)
         return similarity, near
 
-    def verified(self, row: np.ndarray, named: np.ndarray, may_chain: bool) -> np.ndarray:
+    def verified(
+        self, every: Features, row: np.ndarray, named: np.ndarray, may_chain: bool
+    ) -> np.ndarray:
         """Return the cosines of ascending rows with their representatives, (n,) float32.
 
         A representative r < 0 is the reference row ~r. With ``may_chain`` a cosine may be below
         the threshold.
         """
-        if self.every is None:
-            return np.full(len(row), np.nan, np.float32)
         other = np.where(named < 0, ~named, named + self.reference_rows)
-        cosine = pair_cosines(self.every, row + self.reference_rows, other)
+        cosine = pair_cosines(every, row + self.reference_rows, other)
         if may_chain:
-            low = np.isnan(cosine)
+            enough = ~np.isnan(cosine)
         elif self.search.best is not None:  # SemDeDup's rule
-            low = ~(cosine > self.threshold)
+            enough = cosine > self.threshold
         else:
-            low = ~(cosine >= self.threshold)
-        which = np.flatnonzero(low)[:1]
-        self.refuse_low(row[which], named[which], cosine[which])
+            enough = cosine >= self.threshold
+        self.refuse_low(row, named, cosine, enough)
         if self.search.also is not None and not may_chain:
             for place in np.flatnonzero(~self.search.also.holds(row, named))[:1]:
                 name = self.describe(named[place])
@@ -157,15 +147,17 @@ class FinalCheck:
         references = self.search.references
         if number >= 0 or references is None or number < -references.rows:
             return f"row {number:,}"
-        item, row = references.locate(np.array([~number]))
-        return f"row {row[0]:,} of {references.items[item[0]].name}"
+        names, row = references.locate(np.array([~number]))
+        return f"row {row[0]:,} of {names[0]}"
 
-    def refuse_low(self, row: np.ndarray, named: np.ndarray, cosine: np.ndarray) -> None:
-        """Refuse a row, where there is one, whose cosine is below the threshold."""
-        if len(row):
+    def refuse_low(
+        self, row: np.ndarray, named: np.ndarray, cosine: np.ndarray, enough: np.ndarray
+    ) -> None:
+        """Refuse the first row whose cosine is not ``enough``, (n,) bool."""
+        for at in np.flatnonzero(~enough)[:1]:
             self.stop(
-                row[0],
-                f"is removed for {self.describe(named[0])}, but their cosine is {cosine[0]:.7g}, "
+                row[at],
+                f"is removed for {self.describe(named[at])}, but their cosine is {cosine[at]:.7g}, "
                 f"for a threshold of {self.threshold:.7g}",
             )
 

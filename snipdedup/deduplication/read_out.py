@@ -18,7 +18,7 @@ import pyarrow as pa
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.keep import keep_rank
-from snipdedup.groups.members import Members, group_starts
+from snipdedup.groups.members import Members, concatenate, group_starts
 from snipdedup.metadata.tables import stream_parquet
 
 BATCH_ROWS = 1 << 19
@@ -45,12 +45,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Curve:
-    """What components would remove at each threshold, and how many groups, (s,) int64 each.
+    """What components would remove at each threshold, and how many groups, (s,) int64 each."""
 
-    Thresholds are as typed after ``--threshold``, ascending, the searched one first.
-    """
-
-    thresholds: list[str]
+    thresholds: list[str]  # as typed after ``--threshold``, ascending, the searched one first
     removed: np.ndarray
     groups: np.ndarray
 
@@ -80,35 +77,19 @@ class Band:
 
 @dataclass(frozen=True)
 class Survey:
-    """Figures and samples of ``groups.parquet``.
+    """Figures and samples of ``groups.parquet``."""
 
-    Attributes
-    ----------
-    edges, similarities : (n,) float64, (n,) int64
-        Lower ends of bins, and removed rows by similarity; the last bin holds exactly 1.
-    bands, largest : list of Band, list of Group
-    copied, copies : (k,) int64
-        The rows that represent most others, and how many.
-    spared, spared_by, spared_rows : Members, (m,) int64, int
-        Kept rows that components would remove, the row that they would be removed for, and how many
-        there are.
-    below : Band
-        Removed rows below the threshold to their representative.
-    foreign : (shards,) int64
-        Removed rows whose representative lies in another shard, by their own shard.
-    """
-
-    edges: np.ndarray
-    similarities: np.ndarray
+    edges: np.ndarray  # (n,) float64: lower ends of bins; the last bin holds exactly 1
+    similarities: np.ndarray  # (n,) int64: removed rows by similarity
     bands: list[Band]
     largest: list[Group]
-    copied: np.ndarray
-    copies: np.ndarray
-    spared: Members
-    spared_by: np.ndarray
-    spared_rows: int
-    below: Band
-    foreign: np.ndarray
+    copied: np.ndarray  # (k,) int64: the rows that represent most others
+    copies: np.ndarray  # (k,) int64: and how many
+    spared: Members  # kept rows that components would remove
+    spared_by: np.ndarray  # (m,) int64: the row that each would be removed for
+    spared_rows: int  # how many there are
+    below: Band  # removed rows below the threshold to their representative
+    foreign: np.ndarray  # (shards,) int64: removed for a row of another shard, by their own shard
 
 
 def threshold_stops(start: float) -> list[str]:
@@ -127,19 +108,10 @@ def bin_width(start: float) -> Decimal:
 
 
 def read_curve(path: Path, rows: int, start: float) -> Curve:
-    """Read the forest into what components would do at each stop.
+    """Read ``forest.parquet`` into what components would do at each stop from ``start`` on.
 
     At any threshold the forest's edges span the components: each edge is a removed row, and the
-    rows that edges touch, less the edges, are the groups.
-
-    Parameters
-    ----------
-    path : Path
-        ``forest.parquet``.
-    rows : int
-        Of the whole set; each needs a byte of memory.
-    start : float
-        The threshold of the run.
+    rows that edges touch, less the edges, are the groups. Memory is a byte for each of all rows.
     """
     thresholds = threshold_stops(start)
     stops = np.array([float(text) for text in thresholds]).astype(np.float32)
@@ -209,7 +181,10 @@ def survey_groups(path: Path, run: Run, seed: int) -> Survey:
             sample.offer(pick(removed, band == number))
         below.offer(pick(removed, removed.similarity < threshold))
         removed = pick(removed, removed.representative >= 0)  # not those of a reference row
-        copied, copies = most_copied(copied, copies, removed)
+        more, times = np.unique(removed.representative, return_counts=True)
+        copied, copies = np.append(copied, more), np.append(copies, times)
+        best = np.lexsort((copied, -copies))[:COPIED]
+        copied, copies = copied[best], copies[best]
         own, other = (
             np.searchsorted(run.offsets, side, "right") - 1
             for side in (removed.row, removed.representative)
@@ -220,11 +195,15 @@ def survey_groups(path: Path, run: Run, seed: int) -> Survey:
     filled = np.flatnonzero(similarities)
     lowest = int(np.searchsorted(bins, threshold, "right")) - 1
     begin = min(lowest, *filled[:1].tolist(), len(similarities) - 2)
-    ends = zip(cuts.tolist(), [*cuts[1:].tolist(), 1.0], bands, strict=True)
+    shown = []
+    for begins, ends, sample in zip(cuts.tolist(), [*cuts[1:].tolist(), 1.0], bands, strict=True):
+        some = sample.members()
+        order = np.lexsort((some.row, some.similarity))
+        shown.append(Band(begins, ends, sample.offered, pick(some, order)))
     return Survey(
         edges=bins[begin:].astype(np.float64),
         similarities=similarities[begin:],
-        bands=[Band(low, high, some.offered, ordered(some.members())) for low, high, some in ends],
+        bands=shown,
         largest=largest,
         copied=copied,
         copies=copies,
@@ -234,16 +213,6 @@ def survey_groups(path: Path, run: Run, seed: int) -> Survey:
         below=Band(-1, float(threshold), below.offered, below.members()),
         foreign=foreign,
     )
-
-
-def most_copied(
-    rows: np.ndarray, counts: np.ndarray, removed: Members
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows that represent most others, and how many, of some and of whole groups."""
-    more, number = np.unique(removed.representative, return_counts=True)
-    rows, counts = np.append(rows, more), np.append(counts, number)
-    best = np.lexsort((rows, -counts))[:COPIED]
-    return rows[best], counts[best]
 
 
 def spared_members(members: Members, run: Run) -> tuple[Members, np.ndarray]:
@@ -277,25 +246,24 @@ def pick(members: Members, which: Any) -> Members:
     return Members(*(column[which] for column in members))
 
 
-def ordered(members: Members) -> Members:
-    """Return members by similarity, then row."""
-    return pick(members, np.lexsort((members.row, members.similarity)))
-
-
 def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
     """Yield the members of ``groups.parquet`` in batches that cut no group.
 
     With ``marked``, a representative that is a row of a reference comes as its complement, < 0.
     """
-    waiting: list[Members] = []
     file, columns = stream_parquet(path), list(Members._fields)
+    kinds = {"similarity": pa.types.is_floating, "is_dup": pa.types.is_boolean}
+    for name in Members._fields:
+        types = [field.type for field in file.schema_arrow if field.name == name]
+        if len(types) != 1 or not kinds.get(name, pa.types.is_integer)(types[0]):
+            found = ", ".join(map(str, types)) or "none"
+            raise SnipError(f"{path}: damaged: found {found} as column {name!r}; make it anew")
     if marked and "reference" in file.schema_arrow.names:
         columns.append("reference")
-    check_columns(path, file.schema_arrow)
+    waiting: list[Members] = []
     for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-        members = Members(
-            *(batch.column(name).to_numpy(zero_copy_only=False) for name in Members._fields)
-        )
+        values = [batch.column(name).to_numpy(zero_copy_only=False) for name in Members._fields]
+        members = Members(*values)
         if "reference" in columns:
             outside = batch.column("reference").is_valid().to_numpy(zero_copy_only=False)
             named = np.where(outside, ~members.representative, members.representative)
@@ -304,29 +272,13 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
             continue
         cut = int(np.searchsorted(members.group, members.group[-1]))
         if waiting and (cut or waiting[0].group[0] != members.group[0]):
-            yield joined([*waiting, pick(members, slice(cut))])
+            yield concatenate(*waiting, pick(members, slice(cut)))
             waiting = []
         elif cut:
             yield pick(members, slice(cut))
         waiting.append(pick(members, slice(cut, None)))
     if waiting:
-        yield joined(waiting)
-
-
-def check_columns(path: Path, schema: Any) -> None:
-    """Refuse a table of groups whose columns are not those that snip writes."""
-    kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
-    wanted = {"similarity": kinds[2], "is_dup": kinds[1]}
-    for name in Members._fields:
-        types = [field.type for field in schema if field.name == name]
-        if len(types) != 1 or not wanted.get(name, kinds[0])(types[0]):
-            found = ", ".join(map(str, types)) or "none"
-            raise SnipError(f"{path}: damaged: found {found} as column {name!r}; make it anew")
-
-
-def joined(parts: list[Members]) -> Members:
-    """Return several lists of members as one."""
-    return Members(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        yield concatenate(*waiting)
 
 
 def read_rows(path: Path, rows: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -24,9 +24,19 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups import star
 from snipdedup.groups.keep import ColumnRank
-from snipdedup.groups.members import Block, Copies, Members, Rank, collect, group_starts, slices
+from snipdedup.groups.members import (
+    Block,
+    Copies,
+    Members,
+    Rank,
+    collect,
+    group_starts,
+    refer_components,
+    refer_star,
+    slices,
+)
 from snipdedup.join.forest import components, number_ends
-from snipdedup.metadata.additions import RemovedRows
+from snipdedup.metadata.additions import RemovedPairs
 from snipdedup.native.fallback import link_smaller
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
@@ -81,7 +91,7 @@ class Result:
         return Counts(removed, chained, for_reference, sizes, represented)
 
     @cached_property
-    def removed_rows(self) -> RemovedRows:
+    def removed_rows(self) -> RemovedPairs:
         """The removed rows, ascending, and the representative of each; many are mapped."""
         kind = np.dtype([("row", row_kind(self.rows)), ("representative", "<i8")])
         spread = Spread(self.removed, 0, self.rows)
@@ -93,7 +103,7 @@ class Result:
         for records in by_row.ascending():
             order = np.argsort(records["row"])
             columns.add(records["row"][order], records["representative"][order])
-        return RemovedRows(*columns.arrays())
+        return RemovedPairs(*columns.arrays())
 
     @cached_property
     def is_dup(self) -> np.ndarray:
@@ -291,7 +301,7 @@ def decide_block(
     if grouping == "components":
         members = star.group_components(forest, rank)
         done(len(forest.a))
-        return copies.unfold(star.refer_components(members, nearest) if nearest else members)
+        return copies.unfold(refer_components(members, nearest) if nearest else members)
     if block.pairs is not None:
         row, group = components(forest)
         return copies.unfold(star.star_from_pairs(row, group, rank(row), block.pairs))
@@ -299,7 +309,7 @@ def decide_block(
         raise SnipError("star grouping compares raw rows: give the features, or use components")
     compare = star.Compare(features.gather, threshold, search.also)
     members = star.group_star(forest, rank, compare, done, nearest.row if nearest else None)
-    return copies.unfold(star.refer_star(members, nearest) if nearest else members)
+    return copies.unfold(refer_star(members, nearest) if nearest else members)
 
 
 def levels(

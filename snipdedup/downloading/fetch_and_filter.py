@@ -19,21 +19,14 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.downloading.sources import SourceFiles, find_mask
 from snipdedup.downloading.transfer import Monitor, SourceFile, done_file_of, fetch_file, fetch_once
-from snipdedup.errors import MissingError, SnipError, TemporaryError
-from snipdedup.metadata.kept_rows import feature_rows, write_kept, write_kept_features
-from snipdedup.metadata.masks import (
-    HOW_TO_PLACE,
-    MASK,
-    Mask,
-    check_sizes,
-    open_mask,
-    resolve_sizes,
-)
-from snipdedup.metadata.tables import Metadata, open_table
+from snipdedup.errors import SnipError, TemporaryError
+from snipdedup.metadata import masks
+from snipdedup.metadata.kept_rows import count_kept, feature_rows, write_kept, write_kept_features
+from snipdedup.metadata.masks import HOW_TO_PLACE, Mask
+from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
-from snipdedup.storage.manifest import MANIFEST
-from snipdedup.storage.out_folder import FILES
+from snipdedup.storage.out_folder import FILES, MANIFEST
 from snipdedup.storage.remote import RemotePath
 from snipdedup.storage.web import NoRangesError, is_web, redacted, scheme_of
 
@@ -99,7 +92,7 @@ def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
                     about, paths, outputs = next(fetched), item.paths(arrived), plan.outputs(item)
                     about |= {**check_item(item, paths), "first_row": row}
                     if plan.mask is not None:
-                        about |= filter_item(item, paths, plan, row)
+                        about |= filter_item(item, paths, plan, plan.mask, row)
                     named = {path.relative_to(plan.work / FILES).as_posix(): path
                              for path in outputs}  # fmt: skip
                     atomic.write_done_file(plan.done_file(item), named, about)
@@ -114,35 +107,30 @@ def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
 def read_done(item: DownloadItem, plan: DownloadPlan) -> dict[str, Any]:
     """Return the entry of a file that a stopped run completed, else nothing."""
     done_file = plan.done_file(item)
-    if not done_file.is_file():
+    if not atomic.is_done(done_file, plan.work / FILES):  # or damaged since then
         return {}
-    if atomic.is_done(done_file, plan.work / FILES):
-        about = atomic.load_json(done_file)
-        return {name: value for name, value in about.items() if name not in ("files", "seal")}
-    for path in plan.outputs(item):  # damaged since then
-        path.unlink(missing_ok=True)
-    return {}
+    about = atomic.load_json(done_file)
+    return {name: value for name, value in about.items() if name not in ("files", "seal")}
 
 
 def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
     """Return the manifest's entry of one file and its features; refuse what is not such files."""
-    table, *features = paths
-    rows = count_arrived(item.table, table, "metadata")
-    about = {"name": table.name, "source": item.table.shown, "number": item.number}
+    rows = count_arrived(item.table, paths[0], "metadata")
+    about = {"name": paths[0].name, "source": item.table.shown, "number": item.number}
     about |= {"rows": rows, "kept": rows}
     if item.features is None:
         return about
-    found = count_arrived(item.features, features[0], "features")
+    found = count_arrived(item.features, paths[1], "features")
     if found != rows:
         where = f"{item.features.shown} has {found:,} rows, its metadata {item.table.shown}"
         raise SnipError(f"{where} {rows:,}; they do not belong together")
-    return {**about, "features": features[0].name, "features_source": item.features.shown}
+    return {**about, "features": paths[1].name, "features_source": item.features.shown}
 
 
 def count_arrived(file: SourceFile, path: Path, what: str) -> int:
     """Return the rows of a file that was fetched; remove one that is not what it should be."""
     try:
-        return open_table(path).rows if what == "metadata" else feature_rows(path)
+        return Table(path).rows if what == "metadata" else feature_rows(path)
     except SnipError as error:
         for arrived in (path, done_file_of(path)):
             arrived.unlink(missing_ok=True)
@@ -150,31 +138,27 @@ def count_arrived(file: SourceFile, path: Path, what: str) -> int:
 
 
 def filter_item(
-    item: DownloadItem, paths: Sequence[Path], plan: DownloadPlan, row: int
+    item: DownloadItem, paths: Sequence[Path], plan: DownloadPlan, mask: Mask, row: int
 ) -> dict[str, Any]:
-    """Write the kept rows of one file, whose first row is ``row`` of the set, and its features."""
-    table, outputs = open_table(paths[0]), plan.outputs(item)
-    is_dup = rows_to_remove(item, table.rows, plan, row)
+    """Write the kept rows of one file, whose first row is ``row`` of the set, and its features.
+
+    A file that is not the mask's is refused.
+    """
+    table, outputs, name = Table(paths[0]), plan.outputs(item), item.table.shown
+    stop = row + table.rows
+    if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
+        masks.check_sizes([(name, table.rows)], mask.sizes, item.number)
+    if item.number is None and len(plan.items) == 1 and table.rows != mask.rows:
+        text = f"{name} has {table.rows:,} rows, the mask {mask.rows:,}"
+        raise SnipError(f"{text}; for one file of a larger set say which with --start")
+    if stop > mask.rows:
+        text = f"{name} is rows {row:,} to {stop:,} of its set, the mask has {mask.rows:,}"
+        raise SnipError(f"{text}; they do not belong to the same set")
+    is_dup = np.array(mask.is_dup[row:stop])
     write_kept(Metadata([table]), is_dup, outputs[0].parent)
     for path, output in zip(paths[1:], outputs[1:], strict=True):
         write_kept_features(path, output, is_dup)
-    return {"name": outputs[0].name, "kept": int(np.count_nonzero(~is_dup))}
-
-
-def rows_to_remove(item: DownloadItem, rows: int, plan: DownloadPlan, row: int) -> np.ndarray:
-    """Return the mask of a file, (rows,) bool; refuse a file that is not the mask's."""
-    file, mask = item.table, plan.mask
-    if mask is None:
-        return np.zeros(rows, bool)
-    if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
-        check_sizes([(file.shown, rows)], mask.sizes, item.number)
-    if item.number is None and len(plan.items) == 1 and rows != mask.rows:
-        text = f"{file.shown} has {rows:,} rows, the mask {mask.rows:,}"
-        raise SnipError(f"{text}; for one file of a larger set say which with --start")
-    if row + rows > mask.rows:
-        text = f"{file.shown} is rows {row:,} to {row + rows:,} of its set, the mask has"
-        raise SnipError(f"{text} {mask.rows:,}; they do not belong to the same set")
-    return np.array(mask.is_dup[row : row + rows])
+    return {"name": outputs[0].name, "kept": count_kept(is_dup)}
 
 
 def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
@@ -190,26 +174,20 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
 
     mask = Path(spec)
     if scheme_of(spec):
-        file, manifest = find_mask(spec, MASK)
+        file, manifest = find_mask(spec, masks.MASK)
         mask = fetch_here(file, work / "published" / "mask")
-        if manifest is not None:
-            try_manifest(manifest, mask.with_name(MANIFEST))
+        beside = mask.with_name(MANIFEST)
+        try:
+            if manifest is not None:
+                fetch_file(manifest, beside)
+                atomic.load_json(beside)
+        except TemporaryError:
+            raise
+        except SnipError:  # there is none; some servers answer every name with a page
+            beside.unlink(missing_ok=True)
     if totals is not None and scheme_of(totals):
         totals = str(fetch_here(find_mask(totals, TOTALS)[0], work / "published" / "totals"))
-    return open_mask(mask, totals)
-
-
-def try_manifest(file: SourceFile, target: Path) -> None:
-    """Fetch the manifest beside a mask, if there is one."""
-    try:
-        fetch_file(file, target)
-        atomic.load_json(target)
-    except MissingError:
-        return
-    except TemporaryError:
-        raise
-    except SnipError:  # some servers answer every name with a page
-        target.unlink(missing_ok=True)
+    return masks.open_mask(mask, totals)
 
 
 def place_mask(
@@ -234,19 +212,20 @@ def place_mask(
             name = found.files[0].shown
             raise SnipError(f"at which row {name} begins is not known; {HOW_TO_PLACE}")
         return mask, sum(count_rows(found.before, work, jobs))
-    names = [file.shown for file in found.files]
-    rows_here = None if mask.other_sizes is None else count_rows(found.files, work, jobs)
+    files: list[masks.NamedSize] = []
+    if mask.other_sizes is not None:
+        names = [file.shown for file in found.files]
+        files = list(zip(names, count_rows(found.files, work, jobs), strict=True))
 
     def first_row(one: Mask) -> int:
         sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
         if first + count > len(sizes):
             wanted = f"files {first} to {first + count - 1} are wanted"
             raise SnipError(f"{wanted}, the mask's set has 0 to {len(sizes) - 1}")
-        if rows_here is not None:
-            check_sizes(list(zip(names, rows_here, strict=True)), sizes, first)
+        masks.check_sizes(files, sizes, first)
         return int(sizes[:first].sum())
 
-    return resolve_sizes(mask, first_row)
+    return masks.resolve_sizes(mask, first_row)
 
 
 def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
@@ -255,15 +234,15 @@ def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
     def count(file: SourceFile) -> int:
         try:
             if not scheme_of(file.url):
-                return open_table(Path(file.url)).rows
+                return Table(Path(file.url)).rows
             if Path(file.name).suffix.lower() == ".parquet":
                 try:
-                    return open_table(RemotePath(file.url, file.token)).rows
+                    return Table(RemotePath(file.url, file.token)).rows
                 except NoRangesError:
                     pass
             copy = work / "counted" / file.name
             fetch_file(file, copy, monitor)
-            rows = open_table(copy).rows
+            rows = Table(copy).rows
             copy.unlink()
             return rows
         except TemporaryError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -31,7 +31,7 @@ from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
 from snipdedup.metadata.masks import describe_kept, file_version, open_mask
 from snipdedup.metadata.tables import SUFFIXES
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import FORMAT, MANIFEST, is_finished, put_in_place, read_manifest
+from snipdedup.storage.out_folder import FORMAT, MANIFEST, is_finished, put_in_place, read_manifest
 from snipdedup.storage.web import PART, is_web, redacted, scheme_of
 
 KIND = "download"
@@ -59,20 +59,28 @@ def run(options: Download) -> DownloadResult:
     """Fetch a range of metadata files, or a published folder."""
     if options.out is None:
         raise SnipError(sources.NO_LAION)
-    source = sources.resolve_name(options.source)
-    sources.check_source(source, options.end)
-    out = Path(options.out).expanduser()
-    start, end = options.start, options.end
-    asked = (start, end, options.is_dup, options.embeddings_source)
-    whole = not options.embeddings and all(value is None for value in asked)
+    source = sources.resolve_name(options.source, options.end)
+    out, start, end = Path(options.out).expanduser(), options.start, options.end
+    features, mask, totals = options.embeddings_source, options.is_dup, options.cumulative_sizes
+    with_features = options.embeddings or features is not None
+    whole = not with_features and all(value is None for value in (start, end, mask))
     # Hubs and published folders are asked once OUT is claimed: a stopped run has its own commit.
     is_late = scheme_of(source) == hub.SCHEME or is_web_folder(source)
     found = None if is_late else find_source(source, start, end, whole)
-    inputs = [source, options.is_dup, options.cumulative_sizes, options.embeddings_source]
+    inputs = [source, mask, totals, features]
     inputs += [file.url for file in found.files] if isinstance(found, SourceFiles) else []
     local = [Path(name).expanduser() for name in inputs if name and not scheme_of(name)]
     out_folder.refuse_output_inside(out, [path for path in local if path.exists()])
-    request = download_request(options, source, found)
+    request = {
+        "source": redacted(source),
+        "start": start,
+        "end": end,
+        "embeddings": with_features,
+        "embeddings_source": features and redacted(features),
+        "mask": mask and mask_identity(mask),
+        "cumulative_sizes": totals and mask_identity(totals),
+        "files": describe_listed(found) if not is_web(source) else None,
+    }
     earlier = atomic.load_json(out / MANIFEST) if is_finished(out) else {}
     kind = str(earlier.get("kind", KIND))
     made_of = earlier.get("request", {}).get("source")
@@ -88,7 +96,15 @@ def run(options: Download) -> DownloadResult:
         if isinstance(found, SourceFile):
             manifest = fetch_manifest(found, out / locks.WORK / MANIFEST)
         else:
-            plan = make_plan(options, source, found, out)
+            items = list_items(source, found, out, features, with_features=with_features)
+            plan = DownloadPlan(items, None, 0, out / locks.WORK)
+            if mask is not None:
+                opened = open_published_mask(mask, totals, plan.work)
+                first_row = read_pins(out).get("first_row")
+                if first_row is None or opened.other_sizes is not None:
+                    opened, first_row = place_mask(source, found, opened, plan.work, options.jobs)
+                    add_pin(out, "first_row", first_row)
+                plan = replace(plan, mask=opened, first_row=first_row)
     except TemporaryError:
         raise  # what was fetched is kept
     except SnipError:
@@ -97,7 +113,11 @@ def run(options: Download) -> DownloadResult:
         raise
     if isinstance(found, SourceFile):
         return fetch_result(out, found, manifest, options.jobs)
-    return fetch_set(options, request, plan, out)
+    hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
+    given = {name: getattr(options, name) for name in hidden}
+    shown = {name: value and redacted(value) for name, value in given.items()}
+    body = {"settings": {**options.as_dict(), **shown}, "request": request}
+    return fetch_set(plan, out, body, options.jobs)
 
 
 def find_source(
@@ -140,34 +160,21 @@ def check_names(files: Sequence[SourceFile], suffixes: Sequence[str]) -> None:
         seen[name.stem] = file
 
 
-def download_request(
-    options: Download, source: str, found: SourceFiles | SourceFile | None
-) -> dict[str, Any]:
-    """Return what the result depends on, as far as it is known before anything is fetched.
+def describe_listed(found: SourceFiles | SourceFile | None) -> list[dict[str, Any]] | None:
+    """Return what must not change of listed files when a run continues, None of others.
 
-    Listed files must not have changed when a run continues. A hub's files are pinned by a commit.
+    A hub's files are pinned by a commit.
     """
-    files = None
-    if isinstance(found, SourceFiles) and not is_web(source):
-        files = [
-            {
-                "source": file.shown,
-                "size": file.size,
-                **({} if scheme_of(file.url) else file_version(Path(file.url))),
-            }
-            for file in found.files
-        ]
-    features = options.embeddings_source
-    return {
-        "source": redacted(source),
-        "start": options.start,
-        "end": options.end,
-        "embeddings": options.embeddings or features is not None,
-        "embeddings_source": features and redacted(features),
-        "mask": options.is_dup and mask_identity(options.is_dup),
-        "cumulative_sizes": options.cumulative_sizes and mask_identity(options.cumulative_sizes),
-        "files": files,
-    }
+    if not isinstance(found, SourceFiles):
+        return None
+    return [
+        {
+            "source": file.shown,
+            "size": file.size,
+            **({} if scheme_of(file.url) else file_version(Path(file.url))),
+        }
+        for file in found.files
+    ]
 
 
 def mask_identity(location: str) -> dict[str, Any]:
@@ -201,41 +208,26 @@ def pin_source(source: str, out: Path, name: str) -> str:
     return source
 
 
-def make_plan(options: Download, source: str, found: SourceFiles, out: Path) -> DownloadPlan:
-    """Return what to fetch; the mask is here after it, and it is certain where it begins."""
+def list_items(
+    source: str, found: SourceFiles, out: Path, elsewhere: str | None, *, with_features: bool
+) -> list[DownloadItem]:
+    """Return the files to fetch, with their features where these are asked for."""
     numbers = [None if found.first is None else found.first + i for i in range(len(found.files))]
-    features: Sequence[SourceFile | None] = [None] * len(found.files)
-    if options.embeddings or options.embeddings_source:
-        elsewhere = options.embeddings_source
-        if elsewhere is not None:
-            elsewhere = pin_source(elsewhere, out, "features_revision")
-        elif "revision" in read_pins(out):
-            add_pin(out, "features_revision", read_pins(out)["revision"])
-        wanted = sources.find_features(source, found, elsewhere)
-        check_names(wanted, FEATURE_SUFFIXES)
-        features = wanted
-    items, work = list(map(DownloadItem, found.files, numbers, features)), out / locks.WORK
-    if options.is_dup is None:
-        return DownloadPlan(items, None, 0, work)
-    mask = open_published_mask(options.is_dup, options.cumulative_sizes, work)
-    first_row = read_pins(out).get("first_row")
-    if first_row is None or mask.other_sizes is not None:
-        mask, first_row = place_mask(source, found, mask, work, options.jobs)
-        add_pin(out, "first_row", first_row)
-    return DownloadPlan(items, mask, first_row, work)
+    if not with_features:
+        return list(map(DownloadItem, found.files, numbers))
+    if elsewhere is not None:
+        elsewhere = pin_source(elsewhere, out, "features_revision")
+    elif "revision" in read_pins(out):
+        add_pin(out, "features_revision", read_pins(out)["revision"])
+    features = sources.find_features(source, found, elsewhere)
+    check_names(features, FEATURE_SUFFIXES)
+    return list(map(DownloadItem, found.files, numbers, features))
 
 
-def fetch_set(
-    options: Download, request: dict[str, Any], plan: DownloadPlan, out: Path
-) -> DownloadResult:
-    """Fetch and filter the files of a plan; write the manifest."""
-    pins, described = read_pins(out), list(fetch_items(plan, options.jobs))
-    hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
-    given = {name: getattr(options, name) for name in hidden}
-    shown = {name: value and redacted(value) for name, value in given.items()}
-    body = {
-        "settings": {**options.as_dict(), **shown},
-        "request": request,
+def fetch_set(plan: DownloadPlan, out: Path, body: dict[str, Any], jobs: int) -> DownloadResult:
+    """Fetch and filter the files of a plan; write the manifest, which begins with ``body``."""
+    pins, described = read_pins(out), list(fetch_items(plan, jobs))
+    body |= {
         "revision": pins.get("revision"),
         "features_revision": pins.get("features_revision"),
         "mask": plan.mask and {"rows": plan.mask.rows, "sha256": atomic.sha256(plan.mask.path)},
@@ -325,27 +317,18 @@ def fetch_result(
 
 def confirm_published(source: str, out: Path, kind: str, whole: bool) -> DownloadResult:
     """Return that a published folder was fetched before; refuse a folder that is another one."""
-    if whole:
-        pinned = hub.pin(source) if scheme_of(source) == hub.SCHEME else source
-        found = find_source(pinned, None, None, whole)
-        if isinstance(found, SourceFile) and is_complete_copy(out, found):
+    pinned = hub.pin(source) if whole and scheme_of(source) == hub.SCHEME else source
+    found = find_source(pinned, None, None, whole) if whole else None
+    if isinstance(found, SourceFile):
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / MANIFEST
+            outputs = fetch_manifest(found, copy)["outputs"]
+            same = (out / MANIFEST).read_bytes() == copy.read_bytes()
+        sizes = {out / name: output["size"] for name, output in outputs.items()}
+        if same and all(path.is_file() and path.stat().st_size == sizes[path] for path in sizes):
             text = f"{out} is finished already: {kind}, as {redacted(source)}"
-            files = atomic.load_json(out / MANIFEST)["outputs"]
-            return DownloadResult(out, kind, len(files), 0, 0, text)
+            return DownloadResult(out, kind, len(outputs), 0, 0, text)
     raise SnipError(
         f"{out} holds a finished {kind}, not what {redacted(source)} is now; choose another "
         "folder, or replace it with --overwrite"
-    )
-
-
-def is_complete_copy(out: Path, source: SourceFile) -> bool:
-    """Tell whether a folder is a complete copy of the published one with this manifest."""
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / MANIFEST
-        manifest = fetch_manifest(source, copy)
-        if (out / MANIFEST).read_bytes() != copy.read_bytes():
-            return False
-    return all(
-        (out / name).is_file() and (out / name).stat().st_size == output["size"]
-        for name, output in manifest["outputs"].items()
     )

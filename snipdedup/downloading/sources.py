@@ -20,14 +20,8 @@ from snipdedup.metadata import tables
 from snipdedup.metadata.masks import choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.listing import FEATURES, METADATA, list_folder
-from snipdedup.storage.manifest import MANIFEST
-from snipdedup.storage.web import (
-    PART,
-    expand_parts,
-    is_web,
-    redacted,
-    scheme_of,
-)
+from snipdedup.storage.out_folder import MANIFEST
+from snipdedup.storage.web import PART, expand_parts, is_web, redacted, scheme_of
 
 USE_PART = "for several put {part:04d} in the number's place"
 NAME_FEATURES = "say where they are with --embeddings_source"
@@ -58,10 +52,6 @@ class Folder:
     files: dict[str, SourceFile]
     folders: list[str]
 
-    def child(self, name: str) -> Folder:
-        """Return a folder in it."""
-        return open_folder(f"{self.url}/{name}")
-
     def parent(self) -> Folder | None:
         """Return the folder that it lies in, None at the top."""
         if scheme_of(self.url) == hub.SCHEME and not hub.parse_address(self.url).path:
@@ -80,24 +70,23 @@ class SourceFiles:
     folder: Folder | None  # where they lie, if that can be listed
 
 
-def resolve_name(source: str) -> str:
-    """Return the URL of a set that is known by name; any other source as it is."""
-    if Path(source).expanduser().exists():  # a folder of that name is what is meant
-        return source
-    name = source.removeprefix("hf://datasets/laion/").lower()
-    if name in LAION:
-        raise SnipError(NO_LAION)
-    return next((url for known, url in SETS.items() if known.lower() == name), source)
+def resolve_name(source: str, end: int | None = None) -> str:
+    """Return the URL of a set that is known by name; any other source as it is.
 
-
-def check_source(source: str, end: int | None) -> None:
-    """Raise UsageError for a source that cannot be understood; nothing is requested."""
+    A source that cannot be understood is refused; nothing is requested.
+    """
+    if not Path(source).expanduser().exists():  # else a folder of that name is what is meant
+        name = source.removeprefix("hf://datasets/laion/").lower()
+        if name in LAION:
+            raise SnipError(NO_LAION)
+        source = next((url for known, url in SETS.items() if known.lower() == name), source)
     if PART in source:
         expand_parts(source, [0])
         if end is None:
             raise UsageError(f"{redacted(source)} needs file numbers: --start 0 --end 10, say")
     if scheme_of(source) == hub.SCHEME:
         hub.parse_address(source)
+    return source
 
 
 def open_folder(url: str) -> Folder:
@@ -197,7 +186,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
     inner = [METADATA] if METADATA in folder.folders else folder.folders
     choices = [
         (child, files)
-        for child in map(folder.child, inner)
+        for child in [open_folder(f"{folder.url}/{name}") for name in inner]
         if (files := pick_files(child.files, None, tables.SUFFIXES))
     ]
     if len(choices) == 1:
@@ -284,7 +273,7 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
             raise MissingError(f"{text}; {NAME_FEATURES}")
     for place in (folder, folder.parent()):
         if place is not None and FEATURES in place.folders:
-            inner = place.child(FEATURES)
+            inner = open_folder(f"{place.url}/{FEATURES}")
             return match_features(found, pick_files(inner.files, None, formats.SUFFIXES), inner.url)
     raise SnipError(f"{folder.url}: no features beside the metadata; {NAME_FEATURES}")
 

@@ -1,4 +1,4 @@
-"""The SNIP network: a feature in, a short descriptor of length 1 out; and its folder on disk.
+"""The SNIP network: a feature in, a short descriptor of length 1 out; its losses, its folder.
 
 Weights are a plain state dict beside a JSON description, never a pickled module: reading an
 encoder runs no code of its own. A descriptor depends on its row and the row's global number only,
@@ -8,8 +8,10 @@ since blocks of fixed size, aligned to global rows, are each computed by one thr
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +22,22 @@ from torch.nn import functional
 
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.features.shards import Features
+from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_aligned_blocks, library_threads, pick_device
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, read_manifest, short_json, write_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest, short_json, write_manifest
 
 WEIGHTS = "weights.pt"
 LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up
 BITS_A_DIMENSION = 2  # of a code; more are better spent on a wider descriptor
+MOMENT_ROWS = 65_536  # rows whose products are added up at a time
+INNER_SD = 0.3  # of the first layer's weights; inputs have norm 1 (keyframes: 1 loses .02 recall)
+SELF = -1e4  # logit of a row with itself: no weight after a softmax, and no NaN as -inf gives
+NEIGHBOURS = 10.0  # rows over which a row's softmax spreads, unless a temperature is given
+TEMPERATURES = (1e-3, 1.0)  # where the one that does so is looked for
+ROTATION_LEAST = 10_000  # rows; fewer do not fill the codebooks of 256 that OPQ fits
+ROTATION_PARTS, ROTATION_LEAST_WIDTH = 16, 4  # bytes of the code it is made for, and dimensions
+ROTATION_ROUNDS, ROTATION_START = 5, 10  # more leave errors as they are, and take a minute
 # What torch's reader of pickles, which builds tensors only, raises for one that is damaged.
 BROKEN_PICKLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
@@ -36,11 +46,7 @@ BROKEN_PICKLE = (
 
 
 class Output(nn.Module):
-    """A linear path plus the last layer of an MLP, normalised.
-
-    The linear path can start as PCA; the MLP's last layer starts at zero, so that training begins
-    at PCA and only adds to it.
-    """
+    """A linear path that can start as PCA, plus the last layer of an MLP, which starts at zero."""
 
     def __init__(self, dim_in: int, hidden: int, width: int) -> None:
         super().__init__()
@@ -56,16 +62,15 @@ class Output(nn.Module):
     @torch.no_grad()
     def rotate(self, rotation: torch.Tensor) -> None:
         """Fold an orthonormal matrix into the last layers: lengths and distances stay."""
-        self.linear.weight.copy_(rotation @ self.linear.weight)
-        self.linear.bias.copy_(rotation @ self.linear.bias)
-        self.outer.weight.copy_(rotation @ self.outer.weight)
+        for weights in (self.linear.weight, self.linear.bias, self.outer.weight):
+            weights.copy_(rotation @ weights)
 
 
 class Network(nn.Module):
     """A two-layer GELU MLP beside a linear path, with one hidden layer for several outputs.
 
-    The first output is the descriptor. Heads, where there are any, make shorter ones for small
-    codes: few bytes say more about few dimensions.
+    The first output is the descriptor. Heads make shorter ones: few bytes of a code say more about
+    few dimensions.
     """
 
     def __init__(self, dim_in: int, hidden: int, dim: int, heads: Sequence[int] = ()) -> None:
@@ -76,7 +81,7 @@ class Network(nn.Module):
 
     @property
     def widths(self) -> list[int]:
-        """Widths of the outputs: of the descriptor, then of each head."""
+        """Widths of the descriptor, then of each head."""
         return [output.width for output in self.outputs]
 
     def forward(self, x: torch.Tensor, output: int = 0) -> torch.Tensor:
@@ -92,8 +97,8 @@ class Network(nn.Module):
 class Encoder:
     """A trained network, ready to use; `str` of it is what ``snip train`` prints.
 
-    ``dim_in`` and ``dim`` are the widths of features and descriptors; ``output`` is 0, or the
-    head that makes them; ``manifest`` is of the folder (``history``, ...), empty without one.
+    ``dim_in`` and ``dim`` are the widths of features and descriptors; ``output`` is 0, or the head
+    that makes them; ``manifest`` (``history``, ...) is empty without a folder.
     """
 
     def __init__(self, network: Network, device: str = "cpu", output: int = 0) -> None:
@@ -141,16 +146,16 @@ class Encoder:
             )
         if not len(rows):
             return np.empty((0, self.dim), np.float32)
-        with library_threads(1):
-            return in_aligned_blocks(lambda block: (self._block(block),), rows, first)[0]
 
-    @torch.inference_mode()
-    def _block(self, block: np.ndarray) -> np.ndarray:
-        unit = unit_rows(block)
-        descriptors = self.network(torch.from_numpy(unit).to(self.device), self.output)
-        y = descriptors.cpu().numpy()
-        y[~unit.any(axis=1)] = 0
-        return y
+        def encode_block(block: np.ndarray) -> tuple[np.ndarray]:
+            unit = unit_rows(block)
+            descriptors = self.network(torch.from_numpy(unit).to(self.device), self.output)
+            y = descriptors.cpu().numpy()
+            y[~unit.any(axis=1)] = 0
+            return (y,)
+
+        with torch.inference_mode(), library_threads(1):
+            return in_aligned_blocks(encode_block, rows, first)[0]
 
     def weights(self) -> bytes:
         """Return the state dict as bytes, the same for the same weights."""
@@ -162,14 +167,10 @@ class Encoder:
         """Write weights, then the manifest with ``body`` (settings, shards, curves)."""
         with atomic.replacing(folder / WEIGHTS) as part:
             part.write_bytes(self.weights())
-        described = {
-            "layout": LAYOUT,
-            "dim_in": self.dim_in,
-            "hidden": self.hidden,
-            "dim": self.network.widths[0],
-            "heads": self.network.widths[1:],
-        }
-        write_manifest(folder, "encoder", {"encoder": described, **body}, [folder / WEIGHTS])
+        dim, *heads = self.network.widths
+        widths = {"dim_in": self.dim_in, "hidden": self.hidden, "dim": dim, "heads": heads}
+        described = {"encoder": {"layout": LAYOUT, **widths}, **body}
+        write_manifest(folder, "encoder", described, [folder / WEIGHTS])
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Encoder:
@@ -182,16 +183,13 @@ class Encoder:
                 "Train one with: snip train FEATURES --out encoder"
             )
         manifest = read_manifest(path, "encoder")
-        dim_in, hidden, dim, heads = read_widths(path / MANIFEST, manifest)
+        widths = read_widths(path / MANIFEST, manifest)
         state = read_weights(path / WEIGHTS, manifest)
-        need = 4 * ((dim_in + hidden) * (dim + sum(heads)) + dim_in * hidden)
-        have = (path / WEIGHTS).stat().st_size
-        if have < need:  # before memory is taken
-            raise damaged_weights(path / WEIGHTS, f"{have} bytes do not fit {need} of its layers")
-        network = Network(dim_in, hidden, dim, heads)
         try:
-            network.load_state_dict(state)
-        except (RuntimeError, TypeError, AttributeError) as error:
+            with torch.device("meta"):  # takes no memory, whatever the manifest says
+                network = Network(*widths)
+            network.load_state_dict(state, assign=True)
+        except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
             why = f"its layers do not fit {MANIFEST}"
             raise damaged_weights(path / WEIGHTS, why) from error
         encoder = cls(network, pick_device(device))
@@ -239,3 +237,158 @@ def read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor
 def damaged_weights(path: Path, why: str) -> SnipError:
     """Return the refusal of an encoder's weights."""
     return SnipError(f"{path}: {why}; copy the whole encoder folder again, or train it again")
+
+
+def principal_directions(
+    rows: np.ndarray, dim: int, texts: np.ndarray | None = None
+) -> torch.Tensor:
+    """Return the orthonormal directions that hold most of unit rows and texts, (dim, d) float32.
+
+    About the origin, where cosine is measured (recall@10 on keyframes .79; about the mean .73).
+    """
+    moments = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in (rows,) if texts is None else (rows, texts):
+        for start, stop in plan_blocks(len(part), MOMENT_ROWS):
+            x = torch.from_numpy(unit_rows(part[start:stop]))
+            moments += (x.T @ x).double()
+    vectors = torch.linalg.eigh(moments)[1]
+    return vectors.flip(1)[:, :dim].T.float().contiguous()
+
+
+def pca_network(
+    directions: torch.Tensor, hidden: int, heads: Sequence[int] = (), seed: int = 0
+) -> Network:
+    """Return a network whose outputs are PCA, (dim, d) ``directions``, with an MLP to be learnt."""
+    dim, dim_in = directions.shape
+    network = Network(dim_in, hidden, dim, heads)
+    with torch.no_grad():
+        for output in network.outputs:
+            output.linear.weight.copy_(directions[: output.width])
+            output.linear.bias.zero_()
+        generator = torch.Generator().manual_seed(seed)
+        network.inner.weight.normal_(std=INNER_SD, generator=generator)
+        network.inner.bias.zero_()
+    return network
+
+
+def rotate_for_codes(network: Network, rows: np.ndarray) -> None:
+    """Fold into each output the rotation that is best for PQ, if the rows fill its codebooks.
+
+    It changes no distance and costs nothing later.
+    """
+    if len(rows) < ROTATION_LEAST:
+        return
+    x = torch.from_numpy(unit_rows(rows)).to(network.inner.weight.device)
+    with torch.no_grad():
+        descriptors = network.all_outputs(x)
+    for output, y in zip(network.outputs, descriptors, strict=True):
+        most = min(ROTATION_PARTS, max(output.width // ROTATION_LEAST_WIDTH, 1))
+        parts = max(m for m in range(1, most + 1) if output.width % m == 0)
+        if parts > 1:
+            rotation = opq_rotation(y.cpu().numpy(), parts, ROTATION_ROUNDS, ROTATION_START)
+            output.rotate(torch.from_numpy(rotation).to(y.device))
+
+
+def opq_rotation(y: np.ndarray, m: int, rounds: int, start_rounds: int) -> np.ndarray:
+    """Return the rotation that splits vectors best into ``m`` equal parts, (dim, dim) float32.
+
+    Ge et al., Optimized Product Quantization, 2013, by faiss; at first ``start_rounds`` of k-means.
+    """
+    import faiss
+
+    dim = y.shape[1]
+    matrix, codebooks = faiss.OPQMatrix(dim, m), faiss.ProductQuantizer(dim, m, 8)
+    codebooks.cp.min_points_per_centroid = 1  # no warnings from C++; small sets are meant
+    matrix.niter, matrix.niter_pq_0, matrix.pq = rounds, start_rounds, codebooks
+    matrix.train(np.ascontiguousarray(y))
+    return np.asarray(faiss.vector_to_array(matrix.A).reshape(dim, dim))
+
+
+def training_loss(
+    network: Network,
+    x: torch.Tensor,
+    t: torch.Tensor | None,
+    temperature: float | None,
+    text_temperature: float,
+) -> torch.Tensor:
+    """Return the loss of all outputs for unit rows ``x``, and for the texts ``t`` beside them.
+
+    It is the ``snip`` loss at a temperature, the ``mse`` loss for None.
+    """
+    if t is not None and temperature is None:
+        x, t = torch.cat([x, t]), None
+    images = network.all_outputs(x)
+    loss = mse_loss(x, *images) if temperature is None else snip_loss(temperature, x, *images)
+    if t is not None:
+        for y, u in zip(images, network.all_outputs(t), strict=True):
+            loss = loss + text_loss(text_temperature, x, t, y, u)
+    return loss
+
+
+def snip_loss(temperature: float, x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
+    """Return the divergence of descriptors' softmaxes from those of unit rows ``x``, nats a row.
+
+    Logits are similarities within the batch over the temperature. The Kullback-Leibler divergence
+    is summed over the kinds of descriptors.
+    """
+    with torch.no_grad():
+        teacher = functional.softmax(without_self(x @ x.T / temperature), dim=1)
+        negative_entropy = torch.xlogy(teacher, teacher).sum(dim=1)
+    total = x.new_zeros(len(x))
+    for y in descriptors:
+        logits = without_self(y @ y.T / temperature)  # log-probabilities but for one number a row
+        cross = (teacher * logits).sum(dim=1)
+        total = total + negative_entropy + logits.logsumexp(dim=1) - cross
+    return total.mean()
+
+
+def without_self(similarity: torch.Tensor) -> torch.Tensor:
+    """Return the logits of rows with one another, each row itself excluded."""
+    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return similarity.masked_fill(itself, SELF)
+
+
+def mse_loss(x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
+    """Return the squared errors of similarities to unit rows, summed over kinds and a row's pairs.
+
+    A loss that rebuilds the features by a decoder loses neighbours as it learns
+    (docs/internals/codes.md).
+    """
+    similarity = x @ x.T
+    total = x.new_zeros(len(x))
+    for y in descriptors:
+        total = total + (y @ y.T - similarity).square().sum(dim=1)
+    return total.mean()
+
+
+def text_loss(
+    temperature: float, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
+    """Return the loss of descriptors ``y`` and ``u`` of unit images ``x`` and texts ``t``.
+
+    As `snip_loss`, from images to all texts and from texts to all images, own partners included.
+    """
+    with torch.no_grad():
+        teacher = x @ t.T / temperature
+    student = y @ u.T / temperature
+    divergence = partial(functional.kl_div, reduction="batchmean", log_target=True)
+    forth = divergence(student.log_softmax(dim=1), teacher.log_softmax(dim=1))
+    back = divergence(student.T.log_softmax(dim=1), teacher.T.log_softmax(dim=1))
+    return (forth + back) / 2
+
+
+@torch.no_grad()
+def fitting_temperature(x: torch.Tensor, neighbours: float = NEIGHBOURS) -> float:
+    """Return the temperature at which softmaxes of unit rows spread over so many others.
+
+    The spread is the perplexity, e to the mean entropy, as in t-SNE (van der Maaten and Hinton,
+    2008, section 2). Three digits hide how sums round.
+    """
+    similarity = without_self(x @ x.T)
+    low, high = TEMPERATURES
+    while high / low > 1.0005:
+        middle = math.sqrt(low * high)
+        teacher = functional.softmax(similarity / middle, dim=1)
+        entropy = -float(torch.xlogy(teacher, teacher).sum(dim=1).mean())
+        low, high = (middle, high) if entropy < math.log(neighbours) else (low, middle)
+    return float(f"{math.sqrt(low * high):.3g}")

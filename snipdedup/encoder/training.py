@@ -1,7 +1,7 @@
 """``snip train``: an encoder whose descriptors keep the neighbours that features have.
 
-`fit` is the whole of it: data, model, optimiser, loop, evaluation, checkpoint. The losses and
-their temperature are in `losses`, the choice of rows in `sampling`.
+`fit` is the whole of it: data, model, loss, loop. The model and its losses are in `network`, the
+choice of rows in `batches`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import io
 import math
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,23 @@ import torch
 from torch import nn
 
 from snipdedup import config, progress
-from snipdedup.encoder.directions import pca_network, principal_directions, rotate_for_codes
-from snipdedup.encoder.losses import TrainingLoss, fitting_temperature
-from snipdedup.encoder.network import BROKEN_PICKLE, Encoder, Network
-from snipdedup.encoder.sampling import LEAST_ROWS, Batches
+from snipdedup.encoder.batches import LEAST_ROWS, Batches
+from snipdedup.encoder.network import (
+    BROKEN_PICKLE,
+    Encoder,
+    Network,
+    fitting_temperature,
+    pca_network,
+    principal_directions,
+    rotate_for_codes,
+    training_loss,
+)
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.parallel import cores, library_threads, pick_device
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import put_in_place, read_manifest
+from snipdedup.storage.out_folder import put_in_place, read_manifest
 
 K = 10  # neighbours whose recall is reported
 QUERIES = 2048  # held-out rows whose neighbours are looked up among all held-out rows
@@ -44,6 +53,7 @@ ROTATION_ROWS = 10_000  # that the rotation at the end is fitted to
 CHECKPOINT, CHECKPOINT_S = "checkpoint.pt", 30.0  # in the work folder; seconds between two
 # Settings that say how training is carried out, not what comes out of it.
 NOT_IN_REQUEST = {"features", "text_features", "out", "overwrite", "device", "threads"}
+Loss = Callable[[Network, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,7 @@ class History:
     """How a training run went.
 
     A point of the curve has ``step``, ``validation_loss``, ``recall`` (of the 10 nearest held-out
-    rows, against exact cosine of the features) and ``loss`` (mean since the point before). The
-    first point is the start: PCA of the same width.
+    rows by exact cosine) and ``loss`` (mean since the point before). The first is PCA.
     """
 
     rows: int  # distinct ones in the first subset
@@ -73,21 +82,14 @@ class History:
 
     def stalled(self) -> bool:
         """Tell whether the last points brought no better validation loss."""
-        earlier, last = self.curve[:-PATIENCE], self.curve[-PATIENCE:]
-        if not earlier:
-            return False
-        lowest = min(point["validation_loss"] for point in earlier)
-        return all(point["validation_loss"] > lowest * (1 - BETTER) for point in last)
+        losses = [point["validation_loss"] for point in self.curve]
+        earlier, last = losses[:-PATIENCE], losses[-PATIENCE:]
+        return bool(earlier) and min(last) > min(earlier) * (1 - BETTER)
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values for the manifest."""
-        return {
-            **asdict(self),
-            "steps": self.steps,
-            "best_step": self.best["step"],
-            "recall": self.best["recall"],
-            "pca_recall": self.curve[0]["recall"],
-        }
+        found = {"steps": self.steps, "best_step": self.best["step"], "recall": self.best["recall"]}
+        return {**asdict(self), **found, "pca_recall": self.curve[0]["recall"]}
 
 
 @locks.released()
@@ -103,19 +105,16 @@ def run(options: config.Train) -> Encoder:
         **({f"text_{k}": v for k, v in request_of(texts).items()} if texts else {}),
     }
     if out_folder.claim(out, "encoder", request, overwrite=options.overwrite) == "done":
-        encoder = Encoder.load(out, options.device)
-        encoder.summary = (
-            f"{out} is finished already with these settings; --overwrite makes it anew"
-        )
+        encoder, again = Encoder.load(out, options.device), "--overwrite makes it anew"
+        encoder.summary = f"{out} is finished already with these settings; {again}"
         return encoder
     try:
         encoder, history = fit(features, texts, options, out / locks.WORK / CHECKPOINT)
         for source in filter(None, (features, texts)):
             source.refuse_changed()
-    except WriteError:
-        raise
-    except SnipError:  # refused: there is nothing to go on from
-        out_folder.release(out)
+    except SnipError as error:
+        if not isinstance(error, WriteError):  # refused: there is nothing to go on from
+            out_folder.release(out)
         raise
     seconds = time.monotonic() - started
     text_name = None if options.text_features is None else str(options.text_features)
@@ -138,17 +137,26 @@ def run(options: config.Train) -> Encoder:
 
 
 def open_pair(options: config.Train) -> tuple[Features, Features | None]:
-    """Open features, and the texts beside them if there are any."""
+    """Open features, and texts beside them; refuse what no encoder can be trained on."""
     features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
     )
-    if options.text_features is None:
-        return features, None
-    return features, open_texts(options.text_features, features)
+    if options.dim > features.dim:
+        raise SnipError(
+            f"--dim {options.dim}: a descriptor cannot be wider than the features, which are "
+            f"{features.dim} wide; choose --dim {features.dim} or less"
+        )
+    if features.rows < LEAST_ROWS:
+        raise SnipError(
+            f"{features.place(0)[0]}: expected at least {LEAST_ROWS} rows to train on, found "
+            f"{features.rows}; an encoder of the same model's features, trained on more, will do"
+        )
+    texts = options.text_features
+    return features, None if texts is None else open_texts(texts, features)
 
 
 def open_texts(source: Any, features: Features) -> Features:
-    """Open text features; refuse others than of the same rows and width as the image features."""
+    """Open text features; they must have the rows and the width of the image features."""
     texts = open_features(source)
     if (texts.rows, texts.dim) != (features.rows, features.dim):
         raise SnipError(
@@ -162,7 +170,7 @@ def open_texts(source: Any, features: Features) -> Features:
 def train_summary(
     history: History, encoder: Encoder, rows: int, options: config.Train, seconds: float
 ) -> str:
-    """Return what the command prints: what was trained, on what, and how good it is."""
+    """Return what the command prints."""
     best, start = history.best, history.curve[0]
     lines = [
         f"{options.loss} loss, {encoder.dim_in} wide to {encoder.dim}: {history.steps:,} steps of "
@@ -195,41 +203,39 @@ def fit(
     options: config.Train,
     checkpoint: Path | None = None,
 ) -> tuple[Encoder, History]:
-    """Train on opened features; ``checkpoint`` is where a stopped run goes on from.
-
-    The number of threads is fixed, since sums depend on it.
-    """
-    check_trainable(features, options.dim)
+    """Train on opened features; ``checkpoint`` is where a stopped run goes on from."""
     device = pick_device(options.device)
-    with library_threads(cores(options.threads)):
+    with library_threads(cores(options.threads)):  # sums depend on their number
         # Data: distinct rows in memory, some of them held out.
         batches = Batches(
             features, texts, subset_rows=options.subset_rows,
             validation_rows=options.validation_rows, batch=options.batch, seed=options.seed,
         )  # fmt: skip
-        rotation_rows = batches.rows.images[:ROTATION_ROWS].copy()
+        rows = batches.rows
+        rotation_rows = rows.images[:ROTATION_ROWS].copy()
 
         # Model: PCA at first, then what an MLP adds to it.
-        directions = principal_directions(batches.rows.images, options.dim, batches.rows.texts)
+        directions = principal_directions(rows.images, options.dim, rows.texts)
         heads = [options.dim // part for part in HEADS if options.dim // part >= HEAD_LEAST]
         network = pca_network(directions, options.hidden, heads, options.seed).to(device)
 
-        # Loss and optimiser.
+        # Loss: the temperature is the one given, or fitted to a batch.
         temperature = options.temperature if options.loss == "snip" else None
         if options.loss == "snip" and temperature is None:
             # An image with several captions is several rows, and would be its own neighbour.
-            images = np.unique(batches.rows.images[: batches.batch], axis=0)
+            images = np.unique(rows.images[: batches.batch], axis=0)
             temperature = fitting_temperature(torch.from_numpy(unit_rows(images)).to(device))
-        loss_of = TrainingLoss(temperature, options.text_temperature)
-        optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+        loss_of = partial(
+            training_loss, temperature=temperature, text_temperature=options.text_temperature
+        )
 
         # The loop keeps the best weights; a rotation lets short codes keep more of them.
-        validation = Validation(*batches.held_out.tensors(device), loss_of, batches.batch)
-        sizes = len(batches.rows.hashes), len(batches.held_out.hashes), batches.batch
-        history = History(*sizes, temperature)
+        history = History(
+            len(rows.hashes), len(batches.held_out.hashes), batches.batch, temperature
+        )
         train_loop(
-            network, optimiser, loss_of, batches, validation, history,
-            steps=options.steps, peak_rate=options.learning_rate, checkpoint=checkpoint,
+            network, batches, loss_of, history, steps=options.steps,
+            peak_rate=options.learning_rate, checkpoint=checkpoint,
         )  # fmt: skip
         rotate_for_codes(network, rotation_rows)
     return Encoder(network, device), history
@@ -237,10 +243,8 @@ def fit(
 
 def train_loop(
     network: Network,
-    optimiser: torch.optim.Optimizer,
-    loss_of: TrainingLoss,
     batches: Batches,
-    validation: Validation,
+    loss_of: Loss,
     history: History,
     *,
     steps: int,
@@ -249,6 +253,8 @@ def train_loop(
 ) -> None:
     """Train until ``steps`` or a stall; the network is left with the best validation loss."""
     device = str(network.inner.weight.device)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+    validation = Validation(*batches.held_out.tensors(device), loss_of, batches.batch)
     best, losses, done = copy.deepcopy(network.state_dict()), [], 0
     state = None if checkpoint is None else load_checkpoint(checkpoint, device)
     if state is not None:
@@ -290,20 +296,6 @@ def train_loop(
     network.load_state_dict(best)
 
 
-def check_trainable(features: Features, dim: int) -> None:
-    """Refuse what no encoder can be trained on, before any row is read."""
-    if dim > features.dim:
-        raise SnipError(
-            f"--dim {dim}: a descriptor cannot be wider than the features, which are "
-            f"{features.dim} wide; choose --dim {features.dim} or less"
-        )
-    if features.rows < LEAST_ROWS:
-        raise SnipError(
-            f"{features.place(0)[0]}: expected at least {LEAST_ROWS} rows to train on, found "
-            f"{features.rows}; an encoder of the same model's features, trained on more, will do"
-        )
-
-
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Return the rate of a step, counted from 1: a short rise, then half a cosine down to 0."""
     rise = min(1.0, step / min(WARMUP, steps))
@@ -313,9 +305,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 class Validation:
     """Held-out unit rows, with texts if there are any, and which are nearest by exact cosine."""
 
-    def __init__(
-        self, x: torch.Tensor, t: torch.Tensor | None, loss_of: TrainingLoss, batch: int
-    ) -> None:
+    def __init__(self, x: torch.Tensor, t: torch.Tensor | None, loss_of: Loss, batch: int) -> None:
         self.x, self.t, self.loss_of, self.batch = x, t, loss_of, batch
         self.nearest = nearest_others(x)
 

@@ -1,1 +1,1 @@
-"""snip eval and snip plan: what codes keep; what a run will cost."""
+"""snip eval: what short descriptors and codes keep, against brute force."""

@@ -7,6 +7,7 @@ what is found is compared with the exact neighbours, duplicates and partners in 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +19,7 @@ import numpy as np
 from snipdedup import config, progress
 from snipdedup.adc.threshold import choose_margin, flag_curve, scores
 from snipdedup.errors import SnipError
-from snipdedup.evaluation.neighbours import (
-    IndexedRows,
-    average_precision,
-    partner_ranks,
-    recall,
-    sample_rows,
-)
-from snipdedup.evaluation.tables import eval_page, eval_summary
+from snipdedup.evaluation.presentation import draw_picture, eval_page, eval_summary
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.nearest import nearest, nearest_vectors
@@ -36,12 +30,19 @@ from snipdedup.index.quantizer import (
     ITERATIONS,
     LEAST_SAMPLE,
     POINTS_A_LIST,
+    Quantiser,
     check_nlist,
     default_nlist,
     train_quantiser,
 )
 from snipdedup.parallel import cores, library_threads, ordered_map
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import (
+    average_precision,
+    partner_ranks,
+    proportion_interval,
+    recall,
+    sample_rows,
+)
 from snipdedup.storage import atomic, locks, out_folder
 
 RECALL_AT = (1, 10, 100)
@@ -74,10 +75,10 @@ class Evaluation:
 
 
 class Contender(NamedTuple):
-    """One way to make vectors of rows.
+    """One way to make unit vectors of rows.
 
-    ``uncoded`` turns rows into unit vectors (None where only codes are worth a look), and
-    ``coded`` does so for a code of so many bytes.
+    ``uncoded`` makes them (None where only codes are worth a look), and what ``coded`` returns for
+    a code of so many bytes does.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Contender(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """Global rows (q,) that are queries, what they hold, their exact neighbours I (q, k).
+    """Rows (q,) of the set that are queries, what they hold, their exact neighbours I (q, k).
 
     ``duplicated`` (q,) bool: another row is at or above the threshold.
     """
@@ -97,13 +98,54 @@ class Truth(NamedTuple):
     duplicated: np.ndarray
 
 
+class IndexedRows:
+    """An IVFPQ of all rows in memory: what an index of that code size would find."""
+
+    def __init__(self, quantiser: Quantiser) -> None:
+        self.quantiser, self.ivfpq = quantiser, quantiser.ivfpq
+        self.ivfpq.use_precomputed_table = 0
+        self.ivfpq.precompute_table()  # without it, many lists take minutes
+
+    def add(self, x: np.ndarray) -> None:
+        """Take vectors of the rows that come next, (n, dim) float32."""
+        self.ivfpq.add(np.ascontiguousarray(x))
+
+    def search(self, x: np.ndarray, k: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ADC distances D and rows I of the ``k`` nearest codes, (n, k) each."""
+        self.ivfpq.nprobe = min(nprobe, self.quantiser.nlist)
+        return self.ivfpq.search(np.ascontiguousarray(x), k)
+
+    def nearest(self, x: np.ndarray, queries: np.ndarray, k: int, nprobe: int) -> np.ndarray:
+        """Return the rows with the nearest codes, (q, k), without the queries' own rows."""
+        return drop_own(self.search(x, k + 1, nprobe)[1], queries)
+
+    def nearest_of_all(
+        self, x: np.ndarray, queries: np.ndarray, k: int, threads: int
+    ) -> np.ndarray:
+        """Return what `nearest` does, all lists visited: codes are decoded, as that is faster."""
+        self.ivfpq.make_direct_map()
+
+        def decode(span: tuple[int, int]) -> np.ndarray:
+            return self.ivfpq.reconstruct_n(span[0], span[1] - span[0])
+
+        return nearest_vectors(x, decode, self.ivfpq.ntotal, k, threads, own=queries)[1]
+
+
+def drop_own(I: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Return ``I`` without each query's own row, or without the last where that is not there."""
+    own = queries[:, None] == I
+    own[~own.any(axis=1), -1] = True
+    return I[~own].reshape(len(I), I.shape[1] - 1)
+
+
 @locks.released()
 def run(options: config.Eval) -> Evaluation:
     """Measure, and write the tables, the JSON and the picture."""
-    if options.picture:
-        from snipdedup.evaluation.plots import need_matplotlib
-
-        need_matplotlib()
+    if options.picture and importlib.util.find_spec("matplotlib") is None:
+        raise SnipError(
+            "the picture needs matplotlib: pip install 'snipdedup-toolkit[plot]', or leave it out "
+            "with --nopicture"
+        )
     kinds = {"parts": options.parts, "array": options.array, "column": options.column}
     features, texts = open_features(options.features, **kinds), None
     check_nlist(options.nlist, features.rows)
@@ -112,79 +154,80 @@ def run(options: config.Eval) -> Evaluation:
 
         texts = open_texts(options.text_features, features)
     out = Path(options.out).expanduser()
-    given = [*features.inputs(), *(texts.inputs() if texts else [])]
-    out_folder.refuse_output_inside(out, given)
-    kept = {k: v for k, v in options.as_dict().items() if k not in NOT_IN_REQUEST}
-    request = {**kept, **request_of(features), "texts": request_of(texts) if texts else None}
+    sources = [features] if texts is None else [features, texts]
+    out_folder.refuse_output_inside(out, [path for one in sources for path in one.inputs()])
+    settings = {k: v for k, v in options.as_dict().items() if k not in NOT_IN_REQUEST}
+    request = {**settings, **request_of(features), "texts": request_of(texts) if texts else None}
     if out_folder.claim(out, "eval", request, overwrite=options.overwrite) == "done":
         again = f"{out} is finished already with these settings; --overwrite makes it anew"
         return Evaluation(out, atomic.load_json(out / RESULT), again)
     try:
-        results = evaluate(features, texts, options)
-        for source in filter(None, (features, texts)):
+        measured = evaluate(
+            features, texts, queries=options.queries, train_rows=options.train_rows,
+            encoder=options.encoder, dim=options.dim, steps=options.steps,
+            threshold=options.threshold, nlist=options.nlist, sizes=options.sizes(),
+            nprobes=options.nprobes(), flag_nprobe=options.flag_nprobe,
+            threads=cores(options.threads), seed=options.seed,
+        )  # fmt: skip
+        results = {**measured, "settings": settings}
+        for source in sources:
             source.refuse_changed()
-        files = write_results(out / locks.WORK / out_folder.FILES, results, options.picture)
+        folder = out / locks.WORK / out_folder.FILES
+        files = [folder / RESULT, folder / PAGE]
+        atomic.save_json(files[0], results)
+        with atomic.replacing(files[1]) as part:
+            part.write_text(eval_page(results), encoding="utf-8")
+        if options.picture:
+            files.append(folder / PICTURE)
+            with atomic.replacing(files[2]) as part:
+                draw_picture(results, part)
         out_folder.publish(out, "eval", {"command": "eval", "request": request}, files)
     finally:
         out_folder.release(out)
     return Evaluation(out, results, f"{eval_summary(results)}\nwritten to {options.out}")
 
 
-def write_results(out: Path, results: dict[str, Any], picture: bool) -> list[Path]:
-    """Write the result in its forms; return the files."""
-    files = [out / RESULT, out / PAGE]
-    atomic.save_json(files[0], results)
-    with atomic.replacing(files[1]) as part:
-        part.write_text(eval_page(results), encoding="utf-8")
-    if picture:
-        from snipdedup.evaluation.plots import draw
-
-        files.append(out / PICTURE)
-        with atomic.replacing(files[-1]) as part:
-            draw(results, part)
-    return files
-
-
-def evaluate(features: Features, texts: Features | None, options: config.Eval) -> dict[str, Any]:
-    """Return everything that was measured, as JSON values; features are streamed, never held."""
-    threads, clock = cores(options.threads), progress.Clock()
-    rng = np.random.default_rng(options.seed)
-    queries = sample_rows(features.rows, min(options.queries, features.rows // 4), rng)
-    learn = learnable(features, queries, options.train_rows, rng)
+def evaluate(
+    features: Features, texts: Features | None, *, queries: int, train_rows: int,
+    encoder: str | None, dim: int, steps: int, threshold: float, nlist: int | None,
+    sizes: list[int], nprobes: list[int], flag_nprobe: int, threads: int, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return everything that was measured, as JSON values; features are read in blocks."""
+    clock, rng = progress.Clock(), np.random.default_rng(seed)
+    asked = sample_rows(features.rows, min(queries, features.rows // 4), rng)
+    learn = learnable(features, asked, train_rows, rng)
     with clock.stage("train"):
-        contenders = make_contenders(features, texts, learn, options)
+        contenders = make_contenders(features, texts, learn, encoder, dim, steps, threads, seed)
     with clock.stage("truth"):
-        raw = features.gather(queries)
-        D, I = nearest(raw, features, max(RECALL_AT), threads, own=queries)
-        truth = Truth(queries, raw, I, D[:, 0] >= np.float32(options.threshold))
+        raw = features.gather(asked)
+        D, I = nearest(raw, features, max(RECALL_AT), threads, own=asked)
+        truth = Truth(asked, raw, I, D[:, 0] >= np.float32(threshold))
     wanted = max(POINTS_A_LIST * default_nlist(features.rows, features.rows), LEAST_SAMPLE)
-    picked = sample_rows(features.rows, wanted, np.random.default_rng(options.seed))
+    picked = sample_rows(features.rows, wanted, np.random.default_rng(seed))
     sample, neighbours, flags = features.gather(picked), [], []
-    nlist = options.nlist or default_nlist(features.rows, len(picked))
+    nlist = nlist or default_nlist(features.rows, len(picked))
     for contender in contenders:
         with clock.stage(f"judge {contender.name}"):
             found = judge(
-                contender, features, truth, sample, nlist=nlist, sizes=options.sizes(),
-                nprobes=options.nprobes(), flag_nprobe=options.flag_nprobe, seed=options.seed,
-                threads=threads,
+                contender, features, truth, sample, nlist=nlist, sizes=sizes, nprobes=nprobes,
+                flag_nprobe=flag_nprobe, seed=seed, threads=threads,
             )  # fmt: skip
             neighbours += found[0]
             flags += found[1]
     results: dict[str, Any] = {
         "rows": features.rows,
         "dim": features.dim,
-        "queries": len(queries),
+        "queries": len(asked),
         "learned_rows": len(learn),
         "duplicates": int(truth.duplicated.sum()),
-        "settings": {k: v for k, v in options.as_dict().items() if k not in NOT_IN_REQUEST},
         "nlist": nlist,
         "neighbours": neighbours,
-        "budget": budget(neighbours, options.nprobes()),
+        "budget": budget(neighbours, nprobes),
         "flags": flags,
     }
     if texts is not None:
         with clock.stage("text"):
-            results["text"] = judge_text(features, texts, queries, contenders, rng)
+            results["text"] = judge_text(features, texts, asked, contenders, rng)
     return {**results, "seconds": {name: round(s, 2) for name, s in clock.seconds.items()}}
 
 
@@ -207,31 +250,27 @@ def learnable(
 
 
 def make_contenders(
-    features: Features, texts: Features | None, learn: np.ndarray, options: config.Eval
-) -> list[Contender]:
+    features: Features, texts: Features | None, learn: np.ndarray,
+    encoder: str | None, dim: int, steps: int, threads: int, seed: int,
+) -> list[Contender]:  # fmt: skip
     """Return raw features, OPQ of raw features, PCA, MSE and SNIP, trained on rows ``learn``."""
-    from snipdedup.encoder.directions import opq_rotation, principal_directions
-    from snipdedup.encoder.network import Encoder
+    from snipdedup.encoder.network import Encoder, opq_rotation, principal_directions
     from snipdedup.encoder.training import train_encoder
 
     raw = features.gather(learn)
     refuse_bad(features, learn, raw)
     beside = None if texts is None else texts.gather(learn)
-
-    def learnt(loss: str, dim: int) -> Encoder:
-        return train_encoder(
-            raw, text_features=beside, loss=loss, dim=dim, steps=options.steps,
-            threads=options.threads, seed=options.seed,
-        )[0]  # fmt: skip
-
-    if options.encoder:
-        snip = Encoder.load(Path(options.encoder).expanduser())
-        snip.check_width(features, options.encoder)
+    train = partial(
+        train_encoder, raw, text_features=beside, steps=steps, threads=threads, seed=seed
+    )
+    if encoder:
+        snip = Encoder.load(Path(encoder).expanduser())
+        snip.check_width(features, encoder)
     else:
-        snip = learnt("snip", min(options.dim, raw.shape[1]))
-    mse = learnt("mse", snip.dim)
+        snip = train(loss="snip", dim=min(dim, raw.shape[1]))[0]
+    mse = train(loss="mse", dim=snip.dim)[0]
     directions = principal_directions(raw, snip.dim, beside).numpy()
-    few = np.random.default_rng(options.seed).permutation(len(raw))[:OPQ_ROWS]
+    few = np.random.default_rng(seed).permutation(len(raw))[:OPQ_ROWS]
     sample = unit_rows(raw[np.sort(few)])
 
     def pca(rows: np.ndarray) -> np.ndarray:
@@ -243,11 +282,11 @@ def make_contenders(
         rotation = opq_rotation(sample, m, OPQ_ROUNDS, 2 * OPQ_ROUNDS)
         return lambda rows: unit_rows(rows) @ rotation.T
 
-    def by_size(encoder: Encoder) -> Callable[[int], Vectors]:
+    def by_size(network: Encoder) -> Callable[[int], Vectors]:
         heads: dict[int, Vectors] = {}  # the same function for the same width
 
         def coded(m: int) -> Vectors:
-            head = encoder.for_codes(m)
+            head = network.for_codes(m)
             return heads.setdefault(head.dim, head.encode)
 
         return coded
@@ -262,18 +301,9 @@ def make_contenders(
 
 
 def judge(
-    contender: Contender,
-    features: Features,
-    truth: Truth,
-    sample: np.ndarray,
-    *,
-    nlist: int,
-    sizes: list[int],
-    nprobes: list[int],
-    flag_nprobe: int,
-    seed: int,
-    threads: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    contender: Contender, features: Features, truth: Truth, sample: np.ndarray,
+    *, nlist: int, sizes: list[int], nprobes: list[int], flag_nprobe: int, seed: int, threads: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
     """Return the recall of neighbours and the duplicate flags, one dict a measurement.
 
     ``sample`` (n, d) are the rows that quantisers are trained on.
@@ -286,10 +316,12 @@ def judge(
         at = {str(k): round(recall(I, truth.I, k), 4) for k in RECALL_AT}
         neighbours.append({"contender": name, "bytes": m, "nprobe": nprobe, "recall": at})
 
+    def load(vectors: Vectors, span: tuple[int, int]) -> np.ndarray:
+        return vectors(features.read(*span))
+
     if contender.uncoded is not None:
-        load = partial(read_vectors_of, features, contender.uncoded)
-        x, own = contender.uncoded(truth.raw), truth.queries
-        note(None, None, nearest_vectors(x, load, features.rows, most, threads, own=own)[1])
+        x, read = contender.uncoded(truth.raw), partial(load, contender.uncoded)
+        note(None, None, nearest_vectors(x, read, features.rows, most, threads, truth.queries)[1])
     for m in sizes:
         vectors = contender.coded(m)
         x = vectors(truth.raw)
@@ -305,7 +337,7 @@ def judge(
         )  # fmt: skip
         indexed = IndexedRows(quantiser)
         spans = plan_blocks(features.rows, BLOCK_ROWS)
-        for block in ordered_map(partial(read_vectors_of, features, vectors), spans, threads):
+        for block in ordered_map(partial(load, vectors), spans, threads):
             indexed.add(block)
         with library_threads(threads):
             for nprobe in nprobes:
@@ -314,11 +346,6 @@ def judge(
                       for f in judge_flags(indexed, x, truth, flag_nprobe)]  # fmt: skip
         note(m, nlist, indexed.nearest_of_all(x, truth.queries, most, threads))
     return neighbours, flags
-
-
-def read_vectors_of(features: Features, vectors: Vectors, span: tuple[int, int]) -> np.ndarray:
-    """Return the vectors of the rows of a span."""
-    return vectors(features.read(*span))
 
 
 def judge_flags(
@@ -385,12 +412,9 @@ def budget(measured: list[dict[str, Any]], nprobes: list[int]) -> list[dict[str,
 
 
 def judge_text(
-    features: Features,
-    texts: Features,
-    queries: np.ndarray,
-    contenders: list[Contender],
-    rng: np.random.Generator,
-) -> list[dict[str, Any]]:
+    features: Features, texts: Features, queries: np.ndarray,
+    contenders: list[Contender], rng: np.random.Generator,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Return how often texts find their picture and pictures their text, of rows not trained on.
 
     Both are looked for among the queries and other random rows, `GALLERY` in all.
@@ -412,15 +436,11 @@ def judge_text(
             ("image to text", x, t, same_text),
         ):
             ranks = partner_ranks(of[at] @ among.T, item[at], item)
-            shares = {str(k): share_found(ranks < k) for k in (1, 10)}
-            size = len(gallery)
-            found.append(
-                {"contender": contender.name, "direction": direction, "among": size, **shares}
-            )
+            line = {"contender": contender.name, "direction": direction, "among": len(gallery)}
+            for k in (1, 10):
+                hits = ranks < k
+                low, high = proportion_interval(int(hits.sum()), len(hits))
+                shares = {"recall": hits.mean(), "low": low, "high": high}  # of 95 %
+                line[str(k)] = {name: round(float(share), 4) for name, share in shares.items()}
+            found.append(line)
     return found
-
-
-def share_found(hits: np.ndarray) -> dict[str, float]:
-    """Return a share with the 95 % interval that so few queries leave."""
-    low, high = proportion_interval(int(hits.sum()), len(hits))
-    return {"recall": round(float(hits.mean()), 4), "low": round(low, 4), "high": round(high, 4)}

@@ -166,7 +166,7 @@ def _map(
 
 
 class PackedNpzShard(Shard):
-    """A member of a compressed ``.npz``. The last member read stays unpacked in memory."""
+    """A member of a compressed ``.npz``, which stays unpacked in memory for a while."""
 
     def __init__(self, path: Path, member: zipfile.ZipInfo) -> None:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
@@ -176,13 +176,12 @@ class PackedNpzShard(Shard):
 
     def whole(self) -> np.ndarray:
         """See `Shard.whole`."""
-        return _unpack(self.path, self.member, identity_of(self.path))
+        return _decoded(self, 0, identity_of(self.path))
 
-
-@lru_cache(maxsize=2)
-def _unpack(path: Path, member: str, identity: Identity) -> np.ndarray:
-    del identity
-    return load_npz(path, [member])[member]
+    def decode(self, part: int) -> np.ndarray:
+        """Unpack all rows, which are part 0."""
+        del part
+        return load_npz(self.path, [self.member])[self.member]
 
 
 class ParquetShard(Shard):
@@ -191,7 +190,15 @@ class ParquetShard(Shard):
     def __init__(self, path: Path, column: str | None) -> None:
         file = open_parquet(path)
         schema = file.schema_arrow
-        self.column = column or only_list_column(path, schema)
+        lists = [field.name for field in schema if list_value_type(field.type) is not None]
+        if column is None and len(lists) != 1:
+            found = (
+                f"several: {', '.join(lists)}" if lists else f"none among {', '.join(schema.names)}"
+            )
+            raise InputError(
+                f"{path}: expected one list column of floats, found {found}; name it with --column"
+            )
+        self.column = column or str(lists[0])
         if self.column not in schema.names:
             raise InputError(f"{path}: no column {self.column!r}; it has {', '.join(schema.names)}")
         kind = schema.field(self.column).type
@@ -211,20 +218,23 @@ class ParquetShard(Shard):
         wanted = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         identity, cuts = identity_of(self.path), np.searchsorted(wanted, self.group_starts)
         for group in np.flatnonzero(np.diff(cuts)).tolist():
-            part = slice(cuts[group], cuts[group + 1])
-            places = wanted[part] - self.group_starts[group]
-            out[part] = _row_group(self, group, identity)[places]
+            part, first = slice(cuts[group], cuts[group + 1]), self.group_starts[group]
+            places, values = wanted[part] - first, _decoded(self, group, identity)
+            if isinstance(rows, slice):  # quicker to copy
+                out[part] = values[places[0] : places[-1] + 1]
+            else:
+                out[part] = values[places]
 
-    def decode_group(self, group: int) -> np.ndarray:
+    def decode(self, part: int) -> np.ndarray:
         """Return the rows of a row group, (n, dim).
 
         Refused by number: the first row that is null, holds a null, or has another length.
         """
         import pyarrow.compute as pc
 
-        first, end = self.group_starts[group : group + 2].tolist()
+        first, end = self.group_starts[part : part + 2].tolist()
         try:
-            column = open_parquet(self.path).read_row_group(group, columns=[self.column]).column(0)
+            column = open_parquet(self.path).read_row_group(part, columns=[self.column]).column(0)
         except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
             raise InputError(
                 f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or write it "
@@ -245,19 +255,19 @@ class ParquetShard(Shard):
 
 
 @lru_cache(maxsize=2)
-def _row_group(shard: ParquetShard, group: int, identity: Identity) -> np.ndarray:
+def _decoded(shard: PackedNpzShard | ParquetShard, part: int, identity: Identity) -> np.ndarray:
     del identity
-    return shard.decode_group(group)
+    return shard.decode(part)
 
 
 def open_parquet(path: Path) -> Any:
-    """Return ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
+    """Return a ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.ParquetFile(arrow_source(path))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: truncated or not a parquet file: {error}") from error
 
 
@@ -267,17 +277,6 @@ def list_value_type(kind: Any) -> Any:
 
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     return kind.value_type if is_list and types.is_floating(kind.value_type) else None
-
-
-def only_list_column(path: Path, schema: Any) -> str:
-    """Return the name of the one list column of floats; refuse none or several."""
-    names = [field.name for field in schema if list_value_type(field.type) is not None]
-    if len(names) != 1:
-        found = f"several: {', '.join(names)}" if names else f"none among {', '.join(schema.names)}"
-        raise InputError(
-            f"{path}: expected one list column of floats, found {found}; name it with --column"
-        )
-    return str(names[0])
 
 
 def first_length(path: Path, file: Any, column: str) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import product
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -102,9 +104,14 @@ def find_shared(own: Sequence[Shard], others: Sequence[Shard]) -> SharedShard | 
         for name in names_of(shard):
             if name in names:
                 return SharedShard(number, names[name], False)
-    for number, shard in enumerate(own):
-        for place, other in enumerate(others):
-            if share_memory(shard, other):
+    most: Any = HARD
+    arrays, known_arrays = (
+        [(n, shard.array) for n, shard in enumerate(shards) if isinstance(shard, ArrayShard)]
+        for shards in (own, others)
+    )
+    for (number, array), (place, known_array) in product(arrays, known_arrays):
+        with suppress(np.exceptions.TooHardError):  # hard to tell: taken for two
+            if np.shares_memory(array, known_array, most):
                 return SharedShard(number, place, False)
     shapes = {shape_of(shard) for shard in own} & {shape_of(shard) for shard in others} - {None}
 
@@ -132,17 +139,6 @@ def names_of(shard: Shard) -> Iterator[Hashable]:
         if stat.st_ino:  # some file systems have none
             yield stat.st_dev, stat.st_ino
         yield os.path.realpath(shard.path)
-
-
-def share_memory(one: Shard, other: Shard) -> bool:
-    """Tell whether two shards are arrays with common memory; False where that is hard to tell."""
-    if not isinstance(one, ArrayShard) or not isinstance(other, ArrayShard):
-        return False
-    try:
-        most: Any = {"max_work": HARD}
-        return np.shares_memory(one.array, other.array, **most)
-    except np.exceptions.TooHardError:
-        return False
 
 
 def shape_of(shard: Shard) -> Hashable:

@@ -30,23 +30,11 @@ def nearest(
     float32 products propose k + `SPARE` rows; `pair_cosine` decides among them. Of rows that are
     equally near within 1e-5, more than `SPARE` beyond the first k, any may be named.
 
-    Parameters
-    ----------
-    queries : (q, d)
-        Rows as stored, that can be compared.
-    features : Features
-        Read once in blocks, then the rows that are named.
-    own : (q,) int64, optional
-        The rows of ``features`` that the queries are, ascending: none is its own neighbour.
-    skip : (rows,) bool, optional
-        Rows that are nobody's neighbour; rows that cannot be compared never are.
-
-    Returns
-    -------
-    D : (q, k) float32
-        Cosines, the highest first; -infinity where there are fewer rows.
-    I : (q, k) int64
-        Rows; -1 where there are fewer.
+    ``queries``, (q, d), are rows as stored that can be compared. ``own``, (q,) int64 ascending, are
+    the rows of ``features`` that they are: none is its own neighbour. Rows of ``skip``, (rows,)
+    bool, are nobody's neighbour; rows that cannot be compared never are. Returns cosines, the
+    highest first, D (q, k) float32, and rows, I (q, k) int64; -infinity and -1 where there are
+    fewer rows.
     """
 
     def load(span: tuple[int, int]) -> np.ndarray:

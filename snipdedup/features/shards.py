@@ -74,7 +74,8 @@ class Features:
         ``out``, (>= n, dim) of `dtype`, is memory for them; else they get their own.
         """
         stop = min(stop, self.rows)
-        found = self._memory(stop - start, out)
+        found = np.empty((stop - start, self.dim), self.dtype) if out is None else out
+        found = found[: stop - start]
         for shard, rows, places in plan_pieces(self.offsets, start, stop):
             self.shards[shard].read_into(rows, found[places])
         return found
@@ -105,16 +106,12 @@ class Features:
 
     def gather_ascending(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Return global rows, (n,) int64 strictly ascending; ``out`` as in `read`."""
-        found = self._memory(len(rows), out)
+        found = np.empty((len(rows), self.dim), self.dtype) if out is None else out[: len(rows)]
         cuts = np.searchsorted(rows, self.offsets)
         for shard in np.flatnonzero(np.diff(cuts)):
             part = slice(cuts[shard], cuts[shard + 1])
             self.shards[shard].read_into(rows[part] - self.offsets[shard], found[part])
         return found
-
-    def _memory(self, count: int, out: np.ndarray | None) -> np.ndarray:
-        """Return memory for so many rows."""
-        return np.empty((count, self.dim), self.dtype) if out is None else out[:count]
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) in row order, ``size`` rows at a time."""
@@ -192,16 +189,11 @@ def open_features(
 ) -> Features:
     """Open features: an array, arrays, or paths as the command line takes them.
 
-    Parameters
-    ----------
-    source : (n, d) array, path, or a sequence of either
-        An array is numpy's, or what numpy can view as one without a copy, such as a tensor in the
-        CPU's memory. A path is a folder (not recursive), a glob, a file, or a ``{part:04d}``
-        pattern; or a URL of one of these, see `snipdedup.storage.listing`.
-    parts : str, optional
-        Part numbers for a pattern, ``"0:2"``, end exclusive.
-    array, column : str, optional
-        Which array of an ``.npz``, which list column of a parquet file.
+    ``source`` is an (n, d) array, a path, or a sequence of either. An array is numpy's, or what
+    numpy can view as one without a copy, such as a tensor in the CPU's memory. A path is a folder
+    (not recursive), a glob, a file, or a ``{part:04d}`` pattern, with the numbers ``parts`` such as
+    ``"0:2"``; or a URL of one of these, see `snipdedup.storage.listing`. ``array`` and ``column``
+    name an array of an ``.npz`` and a list column of a parquet file.
     """
     if isinstance(source, Features):
         return source

@@ -69,11 +69,11 @@ class ColumnRank:
         self.metadata, self.last, self.seed = metadata, last, seed
         columns = [str(metadata.column(name)) for _, name in rules]
         self.rules = [
-            (column, _common_type(metadata, column), way == "max")
+            (column, are_dates(metadata, column), way == "max")
             for column, (way, _) in zip(columns, rules, strict=True)
         ]
         self.names = list(dict.fromkeys(columns))
-        self.width = sum(1 if kind else 2 for _, kind, _ in self.rules)  # numbers a row
+        self.width = 2 * len(rules)  # numbers a row
         self.known: tuple[np.ndarray, ...] | None = None
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
@@ -104,26 +104,24 @@ class ColumnRank:
         self.known = columns.arrays()
 
     def _ranks(self, file: Table, rows: int | np.ndarray, batch: Any) -> list[np.ndarray]:
-        """Return a number a row for each rule, (n,) uint64, the smallest for the row to keep.
+        """Return two numbers a row for each rule, see `order_keys`.
 
-        ``rows`` are the global rows of the batch, or the first of them. A rule whose files differ
-        in their types has two numbers: the second decides where the first is equal.
+        ``rows`` are the global rows of the batch, or the first of them.
         """
         ranks = []
-        for column, kind, descending in self.rules:
+        for column, dates, descending in self.rules:
             values = batch.column(self.names.index(column))
             if file.is_text:
                 values = self._parse(column, values, rows)
             try:
-                values = values.cast(kind or _own_type(values.type), safe=False)
+                kind = pa.timestamp("us") if dates else held_by(values.type)
+                values = values.cast(kind, safe=False)
             except (pa.ArrowException, NotImplementedError) as error:
                 raise SnipError(
                     f"{file.path}: column {column!r} is {values.type}, expected numbers, dates or "
                     f"times of day with dates, to keep rows by: {error}"
                 ) from error
-            ranks.append(ordered_numbers(values, descending, as_float=kind is None))
-            if kind is None:
-                ranks.append(ordered_numbers(_beyond_float(values), descending))
+            ranks += order_keys(values, descending)
         return ranks
 
     def _parse(self, column: str, texts: Any, rows: int | np.ndarray) -> Any:
@@ -145,19 +143,15 @@ class ColumnRank:
             raise
 
 
-def _common_type(metadata: Metadata, column: str) -> Any:
-    """Return the arrow type in which a column's values are compared, over all files.
-
-    None where no one type holds the numbers of all files without loss, of int64, uint64 and
-    float64: each file's are then compared as `_own_type`, exactly. Decimals become float64.
-    """
+def are_dates(metadata: Metadata, column: str) -> bool:
+    """Tell whether a column holds dates in all files; refuse it if it holds no numbers either."""
     kinds = [pa.float64() if f.is_text else f.schema.field(column).type for f in metadata.files]
     kinds = [kind for kind in kinds if not pa.types.is_null(kind)]
     if all(map(pa.types.is_temporal, kinds)):
-        return pa.timestamp("us")
-    if all(map(_is_number, kinds)):
-        own = set(map(_own_type, kinds))
-        return own.pop() if len(own) == 1 else None
+        return True
+    names = ("is_boolean", "is_integer", "is_floating", "is_decimal")
+    if all(any(getattr(pa.types, name)(kind) for name in names) for kind in kinds):
+        return False
     found = " and ".join(map(str, dict.fromkeys(kinds)))
     raise SnipError(
         f"{metadata.describe()}: column {column!r} is {found}, expected numbers, or dates, to "
@@ -165,16 +159,7 @@ def _common_type(metadata: Metadata, column: str) -> Any:
     )
 
 
-def _is_number(kind: Any) -> bool:
-    return bool(
-        pa.types.is_boolean(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_decimal(kind)
-    )
-
-
-def _own_type(kind: Any) -> Any:
+def held_by(kind: Any) -> Any:
     """Return which of int64, uint64 and float64 holds numbers of another arrow type."""
     if kind == pa.uint64():
         return kind
@@ -182,36 +167,25 @@ def _own_type(kind: Any) -> Any:
     return pa.int64() if whole else pa.float64()
 
 
-def ordered_numbers(values: Any, descending: bool, as_float: bool = False) -> np.ndarray:
-    """Return numbers (n,) uint64 in the order of timestamps, int64, uint64 or float64 values.
+def order_keys(values: Any, descending: bool) -> list[np.ndarray]:
+    """Return two numbers a value, (n,) uint64 each: by the first they are ordered, then the second.
 
-    ``descending``: the largest value has the smallest number. Null and NaN come last in any case.
-    ``as_float``: whole numbers count as the float64 next to them; `_beyond_float` has the rest.
+    ``values`` are timestamps, int64, uint64 or float64. The first number has the order of the
+    float64 next to a value: rounding never turns the order of two numbers. The second has that of
+    what the value exceeds it by, so files of any of these types are compared exactly.
+    ``descending``: the largest value has the smallest numbers. Null and NaN come last in any case.
     """
-    kind = pa.int64() if pa.types.is_timestamp(values.type) else values.type
     missing = values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+    kind = pa.int64() if pa.types.is_timestamp(values.type) else values.type
     plain = values.cast(kind).fill_null(0).to_numpy(zero_copy_only=False)
-    if as_float or kind == pa.float64():
-        bits = (plain.astype(np.float64, copy=False) + 0.0).view(np.uint64)  # -0 becomes 0
-        key = np.where(bits & SIGN, ~bits, bits | SIGN)
-    else:
-        key = plain.astype(np.uint64) ^ (SIGN if kind == pa.int64() else np.uint64(0))
-    key = np.minimum(~key if descending else key, MISSING - np.uint64(1))
-    key[missing] = MISSING
-    return key
-
-
-def _beyond_float(values: Any) -> Any:
-    """Return by how much values exceed the float64 next to them, as int64; null for null.
-
-    Rounding to float64 never turns the order of two numbers, so this decides where it makes them
-    equal. ``values`` are int64, uint64 or float64.
-    """
-    plain = values.fill_null(0).to_numpy(zero_copy_only=False)
-    if plain.dtype == np.float64:
-        rest = np.zeros(len(plain), np.int64)
-    else:
-        near = plain.astype(np.float64)
-        near[near >= 2.0**63] -= 2.0**64  # modulo 2^64, as the difference is
-        rest = (plain.astype(np.uint64) - near.astype(np.int64).view(np.uint64)).view(np.int64)
-    return pa.array(rest, mask=np.asarray(values.is_null()))
+    near, rest = plain.astype(np.float64), np.zeros(len(plain), np.uint64)
+    if plain.dtype != np.float64:
+        wrapped = np.where(near >= 2.0**63, near - 2.0**64, near)  # modulo 2^64, as the difference
+        rest = plain.astype(np.uint64) - wrapped.astype(np.int64).view(np.uint64)
+    bits = (near + 0.0).view(np.uint64)  # -0 becomes 0
+    keys = []
+    for order in (np.where(bits & SIGN, ~bits, bits | SIGN), rest ^ SIGN):
+        key = np.minimum(~order if descending else order, MISSING - np.uint64(1))
+        key[missing] = MISSING
+        keys.append(key)
+    return keys

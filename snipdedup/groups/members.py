@@ -28,6 +28,7 @@ from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 Rank = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to (n,) uint64 places in keep order
+NO_PAIR, NO_ROW = np.float32(-2), np.iinfo(np.int64).max  # less than any cosine; past all rows
 EDGE, COPY, NEAREST, PAIR = range(4)  # what a record in a file is
 KINDS = {
     "row": "<i8", "group": "<i8", "representative": "<i8", "similarity": "<f4", "is_dup": "?",
@@ -268,3 +269,42 @@ class Copies:
         starts = group_starts(whole.group)
         smallest = np.repeat(whole.row[starts[:-1]], np.diff(starts))
         return sort_members(whole._replace(group=smallest))
+
+
+def refer_star(members: Members, nearest: Nearest) -> Members:
+    """Remove rows that match a reference row because of it, where no kept row is nearer.
+
+    A representative r < 0 is the reference row ~r.
+    """
+    members, at = with_lone(members, nearest)
+    closer = nearest.similarity >= members.similarity[at]  # reference rows come before others
+    members.representative[at[closer]] = ~nearest.reference[closer]
+    members.similarity[at[closer]] = nearest.similarity[closer]
+    return sort_members(members)
+
+
+def refer_components(members: Members, nearest: Nearest) -> Members:
+    """Remove all rows of a group that a reference row is chained to.
+
+    The representative is the reference row that a row matches, else the first one of its group.
+    """
+    members, at = with_lone(members, nearest)
+    group, place = np.unique(members.group[at], return_inverse=True)
+    first = np.full(len(group), NO_ROW)
+    np.minimum.at(first, place, nearest.reference)
+    chained = np.flatnonzero(np.isin(members.group, group))
+    members.representative[chained] = ~first[np.searchsorted(group, members.group[chained])]
+    members.similarity[chained] = np.nan
+    members.is_dup[chained] = True
+    members.representative[at] = ~nearest.reference
+    members.similarity[at] = nearest.similarity
+    return sort_members(members)
+
+
+def with_lone(members: Members, nearest: Nearest) -> tuple[Members, np.ndarray]:
+    """Return members and rows that match a reference row only, and where the latter all are."""
+    lone = nearest.row[~np.isin(nearest.row, members.row)]
+    unknown = np.full(len(lone), NO_PAIR)
+    members = concatenate(members, Members(lone, lone, lone, unknown, np.ones(len(lone), bool)))
+    order = np.argsort(members.row)
+    return members, order[np.searchsorted(members.row, nearest.row, sorter=order)]

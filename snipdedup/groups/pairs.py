@@ -1,26 +1,41 @@
-"""All pairs inside groups: every one has both ends in one group, so nothing else is compared.
+"""Pairs inside groups: all of them, or of each row the one with its nearest reference row.
 
-Small groups are listed many at a time and verified like candidate pairs; the rows of large ones are
-compared tile by tile. What is held at once does not grow with a group.
+Every pair has both ends in one group, so nothing else is compared. Small groups are listed many at
+a time and verified like candidate pairs; the rows of large ones are compared tile by tile. What is
+held at once does not grow with a group.
+
+A search over reference rows and others is cut down to the others (`own_pairs`). Reference rows
+come before all others, so a group that has one is named by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
-from snipdedup.features.shards import Features
-from snipdedup.groups.members import group_starts
+from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.groups.members import Nearest, group_starts
 from snipdedup.groups.star import Also
 from snipdedup.join.brute_force import load_panel, tile_pairs
-from snipdedup.join.forest import Edges, components
+from snipdedup.join.forest import (
+    BLOCK_EDGES,
+    Edges,
+    UnionFind,
+    components,
+    join_edges,
+    make_edges,
+    order_by,
+)
 from snipdedup.join.verify import every_edge
 from snipdedup.parallel import ordered_map
+from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 LISTED_GROUP = 64  # groups up to this size are listed pair by pair
 LISTED_PAIRS = 1 << 15  # pairs listed at a time
 TILE = 1024  # rows of a large group compared at once
+READ = 1 << 20  # rows whose groups are looked at at a time
 
 
 def all_pairs(
@@ -91,3 +106,185 @@ def listed_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a = np.repeat(np.arange(len(later)), later)
     b = a + 1 + np.arange(len(a)) - np.repeat(np.cumsum(later) - later, later)
     return a, b
+
+
+def own_pairs(
+    features: Features,
+    reference_rows: int,
+    forest: Edges,
+    copies: tuple[np.ndarray, np.ndarray],
+    threshold: float,
+    threads: int,
+    *,
+    references_only: bool = False,
+    folder: Path | None = None,
+) -> tuple[Edges, np.ndarray, np.ndarray, Nearest]:
+    """Cut a search over all rows down to those after the first ``reference_rows``.
+
+    Return the forest, copies and originals of these, numbered from there, and the nearest
+    reference row of each distinct row that matches one. Where a group has reference rows, its
+    other rows are compared with all of these: the search may have found a pair with another one
+    only.
+
+    ``forest`` is over distinct rows, with a forest of its own for pairs of two rows that are no
+    reference rows, see `forest.spanning_forest`; pairs of two reference rows may be in it or not.
+    ``copies`` are exact copies, (c,) int64, and the original of each. ``references_only`` leaves
+    out pairs and copies among the rows themselves. ``folder`` is for what does not fit into memory.
+    """
+    copy, original, twins = own_copies(*copies, reference_rows)
+    roots, rows = UnionFind(features.rows), features.rows - reference_rows
+    for edges in (forest, twins):
+        for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
+            roots.unite(edges.a[start:stop], edges.b[start:stop])
+    nearest = nearest_within(features, roots.labels(), reference_rows, threshold, threads, folder)
+    copy, original = copy - reference_rows, original - reference_rows
+    if references_only:
+        none = np.empty(0, np.int64)
+        every = with_copies(nearest, copy, original, rows, folder and folder / "every")
+        return join_edges([]), none, none, every
+    kinds = {"a": "<i8", "b": "<i8", "similarity": "<f4"}
+    columns = Columns(folder and folder / "forest", kinds)
+    begin = int(np.searchsorted(forest.a, reference_rows))  # ascending
+    for start, stop in plan_blocks(len(forest.a) - begin, BLOCK_EDGES):
+        part = forest.where(slice(begin + start, begin + stop))
+        columns.add(part.a - reference_rows, part.b - reference_rows, part.similarity)
+    return Edges(*columns.arrays()), copy, original, nearest
+
+
+def own_copies(
+    copies: np.ndarray, originals: np.ndarray, reference_rows: int
+) -> tuple[np.ndarray, np.ndarray, Edges]:
+    """Return copies among the rows after the reference rows, their originals, and twins.
+
+    A twin is the first of these rows that equals a reference row: an edge of cosine 1.
+    """
+    own = copies >= reference_rows
+    copies, originals = copies[own], originals[own]
+    outside = originals < reference_rows
+    reference, place = np.unique(originals[outside], return_index=True)
+    first = copies[outside][place]  # copies are ascending: the first of them is the smallest
+    originals = originals.copy()
+    originals[outside] = first[np.searchsorted(reference, originals[outside])]
+    rest = copies != originals
+    return copies[rest], originals[rest], make_edges(reference, first, np.ones(len(first)))
+
+
+def nearest_within(
+    features: Features,
+    labels: np.ndarray,
+    reference_rows: int,
+    threshold: float,
+    threads: int,
+    folder: Path | None,
+) -> Nearest:
+    """Return the nearest reference row of each row whose group has one that matches it.
+
+    Reference rows come first in ``features``; the others are numbered from 0 in what is returned.
+    ``labels`` is the smallest row of each row's group. What does not fit into memory goes to
+    ``folder``; without one, all is held.
+    """
+
+    def find(task: tuple[np.ndarray, np.ndarray, bool]) -> Nearest:
+        a, b, are_pairs = task
+        if are_pairs:
+            best = nearest_of(every_edge(features, a, b, threshold))
+        else:
+            best, panel = join_edges([]), load_panel(features, b)
+            for start, stop in plan_blocks(len(a), TILE):
+                references = load_panel(features, a[start:stop])
+                found = tile_pairs(references, panel, 0, 0, threshold)
+                best = nearest_of(join_edges([best, found]))
+        return Nearest(best.b - reference_rows, best.a, best.similarity)
+
+    def parts() -> Iterator[Nearest]:
+        for row, label in mixed_groups(labels, reference_rows, folder):
+            yield from ordered_map(find, plan_mixed(row, label, reference_rows), threads)
+
+    return by_row(parts(), features.rows - reference_rows, folder and folder / "nearest")
+
+
+def nearest_of(edges: Edges) -> Edges:
+    """Return the edge with the highest cosine of each row b; of equal ones that of the first a."""
+    order = np.lexsort((edges.a, -edges.similarity, edges.b))
+    return edges.where(order[np.unique(edges.b[order], return_index=True)[1]])
+
+
+def plan_mixed(
+    row: np.ndarray, label: np.ndarray, reference_rows: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Yield comparisons as (reference rows, other rows, whether these are pairs one by one).
+
+    Where they are not, each of the second is compared with all of the first. ``row`` and ``label``,
+    (n,) int64, are whole groups, ordered by label, then row.
+    """
+    for begin, end, i, j in plan_groups(np.diff(group_starts(label))):
+        part = row[begin:end]
+        if i < 0:
+            a, b = (part[place] for place in listed_pairs(np.diff(group_starts(label[begin:end]))))
+            mixed = (a < reference_rows) & (b >= reference_rows)
+            yield a[mixed], b[mixed], True
+        elif i == 0:
+            references, tile = part[part < reference_rows], part[j : j + TILE]
+            if tile[-1] >= reference_rows:
+                yield references, tile[tile >= reference_rows], False
+
+
+def mixed_groups(
+    labels: np.ndarray, reference_rows: int, folder: Path | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the groups that have reference rows and others, some at a time: rows and labels."""
+    has_others, count = np.zeros(reference_rows, bool), 0
+    for start, stop in plan_blocks(len(labels) - reference_rows, READ):
+        label = labels[reference_rows + start : reference_rows + stop]
+        label = label[label < reference_rows]
+        has_others[label] = True
+        count += len(label)
+    rows = row_kind(len(labels))
+    kind = np.dtype([("label", rows), ("row", rows)])
+    spread = Spread(2 * count, 0, reference_rows)
+    sorter = Sorter(
+        folder and folder / "mixed", kind, lambda r: r["label"].astype(np.uint64), spread=spread
+    )
+    for start, stop in plan_blocks(len(labels), READ):
+        label = np.asarray(labels[start:stop])
+        at = np.flatnonzero(label < reference_rows)
+        at = at[has_others[label[at]]]
+        sorter.add(pack(kind, label[at], start + at))
+    for records in sorter.ascending():
+        label, row = (records[name].astype(np.int64) for name in ("label", "row"))
+        order = order_by(label, row)
+        yield row[order], label[order]
+
+
+def by_row(parts: Iterable[Nearest], rows: int, path: Path | None) -> Nearest:
+    """Return the entries of all parts ordered by row, each of another row; many are mapped."""
+    kinds = {"row": "<i8", "reference": "<i8", "similarity": "<f4"}
+    kind = np.dtype(list({**kinds, "row": row_kind(rows)}.items()))
+    sorter = Sorter(path, kind, lambda r: r["row"].astype(np.uint64), spread=Spread(rows, 0, rows))
+    for part in parts:
+        sorter.add(pack(kind, *part))
+    columns = Columns(path and path.with_name(f"{path.name}-rows"), kinds)
+    for records in sorter.ascending():
+        order = np.argsort(records["row"])
+        columns.add(*(records[name][order] for name in kinds))
+    return Nearest(*columns.arrays())
+
+
+def with_copies(
+    nearest: Nearest, copies: np.ndarray, originals: np.ndarray, rows: int, path: Path | None
+) -> Nearest:
+    """Return it with the copies of its rows beside these: each has what its original has."""
+
+    def parts() -> Iterator[Nearest]:
+        for start, stop in plan_blocks(len(nearest.row), BLOCK_EDGES):
+            yield Nearest(*(np.asarray(column[start:stop]) for column in nearest))
+        for start, stop in plan_blocks(len(copies) if len(nearest.row) else 0, BLOCK_EDGES):
+            original = originals[start:stop]
+            place = np.minimum(np.searchsorted(nearest.row, original), len(nearest.row) - 1)
+            at = np.flatnonzero(nearest.row[place] == original)
+            place = place[at]
+            yield Nearest(
+                copies[start:stop][at], nearest.reference[place], nearest.similarity[place]
+            )
+
+    return by_row(parts(), rows, path)

@@ -1,8 +1,10 @@
-"""Which rows are kept: by the star rule, or one row a component; and what reference rows remove.
+"""Which rows are kept: by the star rule, by one row a component, or by SemDeDup's rule.
 
 Under the star rule a row is kept, in keep order, unless a kept row is its pair. Small groups are
-decided many at a time and large ones in blocks, by tables of cosines; huge ones by
-codes (`huge_star`).
+decided many at a time and large ones in blocks, by tables of cosines. In huge ones that
+would cost rows × kept rows × width: int8 codes that bound the cosine rule out nearly all of these
+comparisons, and raw rows prove the rest. So groups of hundreds of thousands of rows (long chains of
+similar pictures) are decided exactly, in memory for their codes.
 """
 
 from __future__ import annotations
@@ -16,27 +18,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snipdedup import native
-from snipdedup.features.cosine import pair_cosine, rescaled
-from snipdedup.groups.huge_star import Gather, star_huge
+from snipdedup.features.cosine import (
+    all_cosines,
+    indexed_cosines,
+    pair_cosine,
+    rescaled,
+)
+from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.members import (
+    NO_PAIR,
+    NO_ROW,
     Best,
     Members,
-    Nearest,
     Rank,
-    concatenate,
     group_starts,
     sort_members,
 )
 from snipdedup.join.forest import Edges, components
+from snipdedup.join.projection import WIDTHS, fit_projection
 from snipdedup.parallel import given_threads, ordered_map
+
+Gather = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to their vectors, (n, d)
 
 STAR_BLOCK = 1024  # rows of a large group compared at once
 PACKED_GROUP = 32  # groups up to this size are compared many at a time
 FLOAT64_GROUP = 8192  # larger groups are compared by codes first
 STAR_STEP = 64  # rows of a large group decided together
 PACKED_ROWS = 1 << 12  # rows gathered for one batch of small groups
-NO_PAIR = np.float32(-2)  # less than any cosine
-NO_ROW = np.iinfo(np.int64).max
+HUGE_BLOCK = 2048  # rows of a huge group decided, or kept rows compared with, at a time
+FIT_ROWS = 1 << 14  # rows of a huge group that its projection is fitted to
+VERIFY_PAIRS = 1 << 16
 
 
 class Also(NamedTuple):
@@ -74,11 +85,14 @@ class Compare(NamedTuple):
         """
         cosine = native.cosine_tables(x.rows, y.rows, x.norms, y.norms, groups)
         if self.also is not None:
-            other = native.cosine_tables(
-                x.other.rows, y.other.rows, x.other.norms, y.other.norms, groups
-            )
+            sides = x.other.rows, y.other.rows, x.other.norms, y.other.norms
+            other = native.cosine_tables(*sides, groups)
             cosine[other < np.float32(self.also.threshold)] = NO_PAIR
         return cosine
+
+    def match(self, x: Vectors, y: Vectors) -> np.ndarray:
+        """Return which rows of x pair with which of y, (m, n) bool."""
+        return np.asarray(self.table(x, y)[0] >= np.float32(self.threshold))
 
 
 @dataclass(frozen=True)
@@ -190,6 +204,18 @@ def star_batches(starts: np.ndarray, open_: np.ndarray) -> Iterator[np.ndarray]:
         yield np.arange(starts[which], starts[which + 1])
 
 
+def greedy_kept(match: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Return which rows of groups are kept, (g, s) bool: those that pair with no kept row before.
+
+    ``match``, (g, s, s) bool, are pairs in keep order; rows that are ``out``, (g, s), never stay.
+    """
+    kept = np.zeros(out.shape, bool)
+    for place in range(out.shape[1]):
+        covered = (match[:, place, :place] & kept[:, :place]).any(axis=1)
+        kept[:, place] = ~out[:, place] & ~covered
+    return kept
+
+
 def star_packed(
     rows: np.ndarray, compare: Compare, out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -197,14 +223,10 @@ def star_packed(
 
     Returns the representatives, (g, s) int64, and the cosines with them, (g, s) float32.
     """
-    groups, size = rows.shape
+    groups = len(rows)
     vectors = compare.load(rows.ravel())
     cosine = compare.table(vectors, vectors, groups)
-    match = cosine >= np.float32(compare.threshold)
-    kept = np.zeros((groups, size), bool)
-    for place in range(size):
-        covered = (match[:, place, :place] & kept[:, :place]).any(axis=1)
-        kept[:, place] = ~out[:, place] & ~covered
+    kept = greedy_kept(cosine >= np.float32(compare.threshold), out)
     cosine[~np.broadcast_to(kept[:, None, :], cosine.shape)] = NO_PAIR
     best = cosine.max(axis=2)
     tied = np.where(cosine == best[:, :, None], rows[:, None, :], NO_ROW)
@@ -220,7 +242,6 @@ def star_large(
     Rows are compared with kept rows only, so memory is that of the kept rows' features and the work
     is rows × kept rows. Returns what `star_packed` does, (n,).
     """
-    limit = np.float32(compare.threshold)
     blocks: list[Vectors] = []  # of kept rows
     kept = np.zeros(len(rows), bool)
     for start in range(0, len(rows), STAR_BLOCK):
@@ -228,20 +249,18 @@ def star_large(
         covered = out[start : start + STAR_BLOCK].copy()
         for block in blocks:
             open_ = np.flatnonzero(~covered)
-            covered[open_] = (compare.table(vectors.where(open_), block)[0] >= limit).any(axis=1)
+            covered[open_] = compare.match(vectors.where(open_), block).any(axis=1)
         open_ = np.flatnonzero(~covered)
         while len(open_):  # a few at a time: what they cover needs no more comparison
             head, open_ = open_[:STAR_STEP], open_[STAR_STEP:]
             first = vectors.where(head)
-            match = compare.table(first, first)[0] >= limit
-            for place in range(len(head)):
-                kept[start + head[place]] = not match[place][kept[start + head]].any()
+            match = compare.match(first, first)
+            kept[start + head] = greedy_kept(match[None], np.zeros((1, len(head)), bool))[0]
             last = vectors.where(head[kept[start + head]])
-            covered = (compare.table(vectors.where(open_), last)[0] >= limit).any(axis=1)
-            open_ = open_[~covered]
-        part = kept[start : start + STAR_BLOCK]
-        if part.any():
-            blocks.append(vectors.where(np.flatnonzero(part)))
+            open_ = open_[~compare.match(vectors.where(open_), last).any(axis=1)]
+        its_kept = np.flatnonzero(kept[start : start + STAR_BLOCK])
+        if len(its_kept):
+            blocks.append(vectors.where(its_kept))
     return nearest_kept(rows, kept, blocks, compare)
 
 
@@ -267,6 +286,105 @@ def nearest_kept(
     return representative, similarity
 
 
+class CodedGroup(NamedTuple):
+    """The rows of a group in keep order, with what rules pairs out."""
+
+    rows: np.ndarray  # (n,) int64
+    gather: Gather
+    threshold: float
+    codes: np.ndarray  # (n, w) int8
+    falls: np.ndarray  # (n,) int32: by how much each row's limit falls
+    limit: float  # product from which two codes may be a pair, before it falls
+
+    def candidates(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which places x may pair with which places y: two (n,) int64 arrays of places."""
+        columns = native.columns(self.codes[y], self.falls[y])
+        i, j = native.hits(self.codes[x], columns, self.limit - self.falls[x])
+        return x[i], y[j]
+
+    def blocks(
+        self, x: np.ndarray, y: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield pairs of places x, y in blocks: (raw rows, place of x among them, place of y)."""
+        for start, stop in plan_blocks(len(x), VERIFY_PAIRS):
+            ends = np.concatenate([self.rows[x[start:stop]], self.rows[y[start:stop]]])
+            distinct, back = np.unique(ends, return_inverse=True)
+            yield self.gather(distinct), back[: stop - start], back[stop - start :]
+
+    def cosines(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the cosines of places x and y, (n,) float32."""
+        parts = [indexed_cosines(raw, raw, i, j) for raw, i, j in self.blocks(x, y)]
+        return np.concatenate([np.empty(0, np.float32), *parts])
+
+
+def star_huge(rows: np.ndarray, gather: Gather, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Decide one huge group, (n,) rows in keep order; return as `star.star_packed` does, (n,)."""
+    coded = encode_group(rows, gather, threshold)
+    is_kept = decide_kept(coded)
+    representative, similarity = rows.copy(), np.ones(len(rows), np.float32)
+    kept, removed = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
+    for start, stop in plan_blocks(len(removed), HUGE_BLOCK):
+        places = removed[start:stop]
+        found = [coded.candidates(places, kept[s:e]) for s, e in plan_blocks(len(kept), HUGE_BLOCK)]
+        unseen = np.setdiff1d(places, np.concatenate([x for x, _ in found]))  # hardly ever any
+        found.append((np.repeat(unseen, len(kept)), np.tile(kept, len(unseen))))
+        x, y = (np.concatenate(side) for side in zip(*found, strict=True))
+        representative[places], similarity[places] = nearest_candidates(coded, x, y)
+    return representative, similarity
+
+
+def encode_group(rows: np.ndarray, gather: Gather, threshold: float) -> CodedGroup:
+    """Fit a projection to the group and encode its rows, read in row order."""
+    sample = np.sort(rows[:: -(-len(rows) // FIT_ROWS)])
+    projection = fit_projection(gather(sample), WIDTHS[-1], 0)
+    codes = np.empty((len(rows), projection.width), np.int8)
+    falls = np.empty(len(rows), np.int32)
+    order = np.argsort(rows)
+    for start, stop in plan_blocks(len(rows), HUGE_BLOCK):
+        at = order[start:stop]
+        codes[at], falls[at] = projection.encode(gather(rows[at]))
+    return CodedGroup(rows, gather, threshold, codes, falls, projection.limit(threshold))
+
+
+def decide_kept(coded: CodedGroup) -> np.ndarray:
+    """Return which rows are kept, (n,) bool: those that pair with no kept row before them."""
+    is_kept = np.zeros(len(coded.rows), bool)
+    for start, stop in plan_blocks(len(coded.rows), HUGE_BLOCK):
+        block = np.arange(start, stop)
+        covered = np.zeros(len(block), bool)
+        kept = np.flatnonzero(is_kept)
+        for s, e in plan_blocks(len(kept), HUGE_BLOCK):
+            x, y = coded.candidates(block[~covered], kept[s:e])
+            first = np.unique(x, return_index=True)[1]  # one pair often settles a row
+            rest = np.delete(np.arange(len(x)), first)
+            for pairs in (first, rest):
+                at = pairs[~covered[x[pairs] - start]]
+                true = coded.cosines(x[at], y[at]) >= np.float32(coded.threshold)
+                covered[x[at][true] - start] = True
+        left = block[~covered]
+        is_kept[left] = kept_within(coded.gather(coded.rows[left]), coded.threshold)
+    return is_kept
+
+
+def kept_within(raw: np.ndarray, threshold: float) -> np.ndarray:
+    """Return which rows of a block pair with no kept row of it before them, (n,) bool."""
+    match = all_cosines(raw, raw) >= np.float32(threshold)
+    return greedy_kept(match[None], np.zeros((1, len(raw)), bool))[0]
+
+
+def nearest_candidates(
+    coded: CodedGroup, x: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each place its nearest row among the pairs (x, y), ordered by place.
+
+    The row, (n,) int64, of several the smallest; and their cosine, (n,) float32.
+    """
+    cosine = coded.cosines(x, y)
+    order = np.lexsort((coded.rows[y], -cosine, x))
+    first = order[np.unique(x[order], return_index=True)[1]]
+    return coded.rows[y[first]], cosine[first]
+
+
 def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs: Edges) -> Members:
     """Apply the star rule to a list of pairs, where no features are at hand.
 
@@ -287,42 +405,3 @@ def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs:
             chosen[place] = place
     kept = chosen == np.arange(len(row))
     return sort_members(Members(row, group, row[chosen], unknown_but_1(kept), ~kept))
-
-
-def refer_star(members: Members, nearest: Nearest) -> Members:
-    """Remove rows that match a reference row because of it, where no kept row is nearer.
-
-    A representative r < 0 is the reference row ~r.
-    """
-    members, at = with_lone(members, nearest)
-    closer = nearest.similarity >= members.similarity[at]  # reference rows come before others
-    members.representative[at[closer]] = ~nearest.reference[closer]
-    members.similarity[at[closer]] = nearest.similarity[closer]
-    return sort_members(members)
-
-
-def refer_components(members: Members, nearest: Nearest) -> Members:
-    """Remove all rows of a group that a reference row is chained to.
-
-    The representative is the reference row that a row matches, else the first one of its group.
-    """
-    members, at = with_lone(members, nearest)
-    group, place = np.unique(members.group[at], return_inverse=True)
-    first = np.full(len(group), NO_ROW)
-    np.minimum.at(first, place, nearest.reference)
-    chained = np.flatnonzero(np.isin(members.group, group))
-    members.representative[chained] = ~first[np.searchsorted(group, members.group[chained])]
-    members.similarity[chained] = np.nan
-    members.is_dup[chained] = True
-    members.representative[at] = ~nearest.reference
-    members.similarity[at] = nearest.similarity
-    return sort_members(members)
-
-
-def with_lone(members: Members, nearest: Nearest) -> tuple[Members, np.ndarray]:
-    """Return members and rows that match a reference row only, and where the latter all are."""
-    lone = nearest.row[~np.isin(nearest.row, members.row)]
-    unknown = np.full(len(lone), NO_PAIR)
-    members = concatenate(members, Members(lone, lone, lone, unknown, np.ones(len(lone), bool)))
-    order = np.argsort(members.row)
-    return members, order[np.searchsorted(members.row, nearest.row, sorter=order)]

@@ -39,7 +39,7 @@ from snipdedup.index.kmeans import draw_sample
 from snipdedup.index.quantizer import Quantiser, read_quantiser
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, in_aligned_blocks, ordered_map
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import MANIFEST, is_finished, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location, is_remote
 
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time

@@ -30,7 +30,7 @@ from snipdedup.features.shards import Features
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import is_folder
-from snipdedup.storage.manifest import MANIFEST, as_written, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, as_written, read_manifest
 from snipdedup.storage.remote import RemotePath, is_remote
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members, concatenate, group_starts, no_members
 from snipdedup.inspection.display import places_of
 from snipdedup.metadata.masks import load_mask
-from snipdedup.storage.manifest import as_written, read_manifest
+from snipdedup.storage.out_folder import as_written, read_manifest
 
 BLOCK = 1 << 24  # rows of the masks compared at once
 ROW_KINDS = {

@@ -27,13 +27,12 @@ from snipdedup.inspection.display import (
     page_text,
     places_of,
     render_page,
-    require_jinja,
+    require,
     safe_link,
     terminal_text,
 )
 from snipdedup.storage.atomic import replacing
-from snipdedup.storage.manifest import read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import read_manifest, refuse_output_file
 
 COSINE, ADC = "cosine", "adc_distance"
 VECTORS = (".npy", ".npz")
@@ -154,7 +153,7 @@ def run(options: Search) -> SearchResult:
     """Run ``snip search``."""
     index = Index(options.index)
     if options.html is not None:
-        require_jinja("--html")
+        require("jinja2", "--html")
     metadata = open_table_of(index, options)
     features, of, why = raw_features(index, options)
     page = None if options.html is None else Path(options.html).expanduser()

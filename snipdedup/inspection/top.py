@@ -22,8 +22,7 @@ from snipdedup.groups.members import Members, group_starts, no_members
 from snipdedup.inspection.display import places_of, terminal_text
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
-from snipdedup.storage.manifest import as_written, read_manifest
-from snipdedup.storage.out_folder import refuse_output_file
+from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
 CAPTION_ROWS = 10_000  # rows of one entry whose captions are counted
 READ_ROWS = 1 << 18  # captions held at a time

@@ -21,7 +21,7 @@ from snipdedup.join.kernels import kernel_name
 from snipdedup.join.memory import most_visits
 from snipdedup.join.tasks import JoinSettings, JoinTasks, Partition
 from snipdedup.parallel import Stage, pick_device
-from snipdedup.runners.base import Runner, run_once
+from snipdedup.runners.local import Runner, run_once
 
 PARTITIONS_A_WORKER = 8  # so that all workers end at about the same time
 

@@ -40,16 +40,10 @@ def gather_columns(
 ) -> Generator[Any, None, None]:
     """Yield a ``pyarrow.Table`` of each slice of ``rows``, None for a slice of no rows.
 
-    Close the generator: it removes the temporary files in ``folder`` when it ends.
-
-    Parameters
-    ----------
-    rows : (n,) int64
-        Global rows in any order, each once; may be mapped.
-    cuts : (slices + 1,) int64
-        Where each slice begins, then where the last one ends.
-    convert : function of (Table, record batch of the columns)
-        Returns the columns of the tables, of the same types for all files.
+    ``rows``, (n,) int64, are global, in any order, each once; they may be mapped. ``cuts``,
+    (slices + 1,) int64, are where slices begin and the last one ends. ``convert`` takes a file and
+    a record batch, and returns the columns of the tables, of the same types for all files. Close
+    the generator: it removes the temporary files in ``folder`` when it ends.
     """
     kind = np.dtype([("row", row_kind(metadata.rows)), ("place", row_kind(len(rows)))])
     spread = Spread(len(rows), 0, metadata.rows)

@@ -18,13 +18,12 @@ from snipdedup.features.formats import map_npy
 from snipdedup.features.shards import OpenedFiles
 from snipdedup.metadata.tables import Metadata
 from snipdedup.storage import atomic
-from snipdedup.storage.manifest import MANIFEST, as_written, is_finished, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest
 
 T = TypeVar("T")
 NamedSize = tuple[str, int]  # of a file: its name, its number of rows
 
 MASK = "is_dup.npy"
-SCAN_ROWS = 1 << 24
 # Names that hold more than the file's number: Hugging Face's (the number of files follows it),
 # Spark's (the job's UUID follows it, then the number within the task).
 WRITER_NAMES = re.compile(r"[0-9]+(?=[-_]of[-_][0-9]+$)|(?<=^part-)[0-9]+(?=-(tid-|[0-9a-f]{8}-))")
@@ -54,11 +53,6 @@ class Mask(NamedTuple):
     def rows(self) -> int:
         """Rows of the whole set."""
         return len(self.is_dup)
-
-    def refuse_changed(self) -> None:
-        """Refuse a mask that changed since it was opened."""
-        if self.opened is not None:
-            self.opened.refuse_changed()
 
 
 class FileRange(NamedTuple):
@@ -112,11 +106,9 @@ def load_mask(path: Path) -> np.ndarray:
         )
     # A bool is a byte too: bytes other than 0 and 1 would be neither True nor False everywhere.
     values = array.view(np.uint8)
-    for start in range(0, len(values), SCAN_ROWS):
-        wrong = values[start : start + SCAN_ROWS] > 1
-        if wrong.any():
-            row = start + int(np.argmax(wrong))
-            raise SnipError(f"{path}: row {row:,} holds {values[row]}, expected 0 or 1")
+    if values.max(initial=0) > 1:
+        row = int(values.argmax())
+        raise SnipError(f"{path}: row {row:,} holds {values[row]}, expected 0 or 1")
     return array.view(np.bool_)
 
 
@@ -177,11 +169,10 @@ def resolve_sizes(mask: Mask, place: Callable[[Mask], T]) -> tuple[Mask, T]:
     ``place`` raises `SnipError` where sizes do not fit the files at hand. Where a leading 0 of
     totals has two meanings, it must refuse one of them, or return the same for both.
     """
-    if mask.other_sizes is None:
-        return mask, place(mask)
+    meanings = [mask.sizes] if mask.other_sizes is None else [mask.sizes, mask.other_sizes]
     accepted: list[tuple[Mask, T]] = []
     refusals: list[SnipError] = []
-    for sizes in (mask.sizes, mask.other_sizes):
+    for sizes in meanings:
         one = mask._replace(sizes=sizes, other_sizes=None)
         try:
             accepted.append((one, place(one)))
@@ -189,7 +180,7 @@ def resolve_sizes(mask: Mask, place: Callable[[Mask], T]) -> tuple[Mask, T]:
             refusals.append(refusal)
     if not accepted:
         raise refusals[0]
-    if any(answer != accepted[0][1] for _, answer in accepted):
+    if accepted[0][1] != accepted[-1][1]:
         raise SnipError(
             "the totals of --cumulative_sizes begin with 0: is that where file 0 begins, or is "
             "file 0 empty? The files fit both; if file 0 begins there, leave this 0 out, else name "

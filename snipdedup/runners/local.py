@@ -1,4 +1,4 @@
-"""Tasks on this machine: by threads, or by processes forked from this one.
+"""What a runner is; tasks on this machine: by threads, or by processes forked from this one.
 
 Threads take turns at Python's lock, and a task is thousands of short steps, so forked processes are
 faster for large sets. They share this process's memory as long as they only read it.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from snipdedup.errors import SnipError
 from snipdedup.parallel import ordered_map, pick_device, set_threads
@@ -25,6 +25,30 @@ T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 _worker: list[Any] = []  # in a forked process: the function and its tasks
+
+
+class Runner(Protocol):
+    """Who does the tasks of a run."""
+
+    workers: int  # tasks that run at the same time, on all machines together
+    here: int  # those of them that share the memory of one machine
+    world_size: int  # processes that run this same code for the same OUT; 1 but in `slurm`
+
+    def each(
+        self, do: Callable[[T], None], tasks: Sequence[T], done_file: Callable[[T], Path],
+        within: int = 1, *, last: bool = False,
+    ) -> Iterator[T]:  # fmt: skip
+        """Do tasks in any order, each on ``within`` threads; yield each task that is done.
+
+        ``do`` returns at once where a task's files are there and whole. After the ``last`` tasks
+        only one process goes on; the others raise `slurm.ShareDone`.
+        """
+
+
+def run_once(runner: Runner, do: Callable[[], None], done_file: Path) -> None:
+    """Do one task that all later ones need, on all threads of one machine."""
+    for _ in runner.each(lambda _: do(), [done_file], lambda path: path, runner.here):
+        pass
 
 
 class Local:
@@ -40,7 +64,7 @@ class Local:
         self, do: Callable[[T], None], tasks: Sequence[T], done_file: Callable[[T], Path],
         within: int = 1, *, last: bool = False,
     ) -> Iterator[T]:  # fmt: skip
-        """See `base.Runner.each`."""
+        """See `Runner.each`."""
         del done_file, last
 
         def perform(task: T) -> T:
@@ -56,13 +80,7 @@ class Local:
 
 
 def in_processes(do: Callable[[T], None], tasks: Sequence[T], workers: int) -> Iterator[T]:
-    """Do tasks by forked processes; yield each that is done, raise what a task raised.
-
-    Raises
-    ------
-    SnipError
-        If a worker ended before its task did: killed, as a rule for want of memory.
-    """
+    """Do tasks by forked processes; yield each that is done, raise what a task raised."""
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("fork"),

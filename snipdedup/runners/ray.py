@@ -19,13 +19,7 @@ _functions: dict[str, Any] = {}  # in a worker: what `perform` calls, with all t
 
 
 class Ray:
-    """Workers of a Ray cluster, or of a Ray that is started on this machine.
-
-    Parameters
-    ----------
-    threads : int
-        Workers to start here; a cluster (``RAY_ADDRESS``, or an open connection) has its own.
-    """
+    """Workers of a cluster (``RAY_ADDRESS``, an open connection); else ``threads`` of a new Ray."""
 
     world_size = 1
 
@@ -47,7 +41,7 @@ class Ray:
         self, do: Callable[[T], None], tasks: Sequence[T], done_file: Callable[[T], Path],
         within: int = 1, *, last: bool = False,
     ) -> Iterator[T]:  # fmt: skip
-        """See `base.Runner.each`; twice as many tasks as workers are submitted at a time.
+        """See `Runner.each`; twice as many tasks as workers are submitted at a time.
 
         Workers end after tasks that take all threads, and after the last: they hold memory.
         """
@@ -64,7 +58,7 @@ class Ray:
                 break
             ready, _ = self.ray.wait(list(submitted), num_returns=1)
             task = submitted.pop(ready[0])
-            self.check(ready[0])
+            self.raise_failure(ready[0])
             if not done_file(task).is_file():
                 raise SnipError(
                     f"{done_file(task)}: a Ray worker wrote it, but it is not seen here; --out "
@@ -74,7 +68,7 @@ class Ray:
         if last:
             self.close()
 
-    def check(self, result: Any) -> None:
+    def raise_failure(self, result: Any) -> None:
         """Raise what a task raised."""
         errors = self.ray.exceptions
         try:

@@ -19,13 +19,13 @@ from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners.local import Local
 from snipdedup.storage import atomic, locks
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 T = TypeVar("T")
 
 PAUSE_S = 0.2  # between looks for done files
 PATIENCE_S = 120.0  # without a new done file, before the missing ranks are named
-SHOWN = 8  # ranks that a message names
+SHOWN_RANKS = 8  # that a message names
 
 
 class Share(NamedTuple):
@@ -40,13 +40,7 @@ class ShareDone(Exception):  # noqa: N818 - not an error
 
 
 class Slurm:
-    """A process with its share of the tasks, which ``local`` does; it has claimed ``out``.
-
-    Raises
-    ------
-    SnipError
-        If another process has the same rank.
-    """
+    """A process with its share of the tasks, which ``local`` does; it has claimed ``out``."""
 
     def __init__(self, out: Path, share: Share, local: Local) -> None:
         self.out, self.local = out, local
@@ -67,7 +61,7 @@ class Slurm:
         self, do: Callable[[T], None], tasks: Sequence[T], done_file: Callable[[T], Path],
         within: int = 1, *, last: bool = False,
     ) -> Iterator[T]:  # fmt: skip
-        """See `base.Runner.each`; tasks done before this process began are checked by it, too."""
+        """See `Runner.each`; tasks done before this process began are checked by it, too."""
         own: list[T] = []
         others: dict[int, deque[T]] = {}  # by rank
         ends = last and self.rank > 0
@@ -96,16 +90,18 @@ class Slurm:
         with progress.bar(sum(map(len, others.values())), "waiting", "tasks") as bar:
             while others:
                 self.refuse_finished()
-                for rank, left in list(others.items()):
+                for left in others.values():
                     while left and done_file(left[0]).is_file():
                         yield left.popleft()
                         bar.update(1)
                         latest = time.monotonic()
-                    if not left:
-                        del others[rank]
+                others = {rank: left for rank, left in others.items() if left}
+                if not others:
+                    break
                 ranks = sorted(others)
-                named = f"ranks {str(ranks[:SHOWN])[1:-1]}{', ...' if len(ranks) > SHOWN else ''}"
-                bar.set_postfix_str(f"for {named}" if ranks else "")
+                more = ", ..." if len(ranks) > SHOWN_RANKS else ""
+                named = f"ranks {str(ranks[:SHOWN_RANKS])[1:-1]}{more}"
+                bar.set_postfix_str(f"for {named}")
                 if time.monotonic() - latest > PATIENCE_S:
                     latest = time.monotonic()
                     progress.say(
@@ -114,8 +110,7 @@ class Slurm:
                         "stop all, and run it without --task_index and --num_tasks: it does what "
                         "is missing"
                     )
-                if others:
-                    time.sleep(PAUSE_S)
+                time.sleep(PAUSE_S)
 
     def is_older(self, done_file: Path) -> bool:
         """Tell whether a task was done before this process began."""
@@ -131,13 +126,7 @@ class Slurm:
 
 
 def share_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Share | None:
-    """Return this process's share: by flags, or in a Slurm array; None if it runs alone.
-
-    Raises
-    ------
-    UsageError
-        If one of the two flags is missing, or the array has gaps.
-    """
+    """Return this process's share: by flags, or in a Slurm array; None if it runs alone."""
     count, rank = options.num_tasks, options.task_index
     if count is None and rank is None:
         alone = options.method not in (None, "join") or options.index or options.runner != "local"
@@ -155,10 +144,7 @@ def share_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Share |
 def slurm_share(environ: Mapping[str, str]) -> Share | None:
     """Return the share of a task of a Slurm array; None outside one.
 
-    Raises
-    ------
-    UsageError
-        If the indices of the array have gaps, so that some ranks would be missing.
+    An array whose indices have gaps is refused: some ranks would be missing.
     """
     try:
         count = int(environ["SLURM_ARRAY_TASK_COUNT"])

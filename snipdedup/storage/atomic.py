@@ -34,13 +34,8 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it there only if the block succeeds.
 
     ``lasting`` waits until the disk has the file. Files that a done file names need not wait: their
-    checksum tells after a power cut whether they are complete.
-
-    Raises
-    ------
-    SnipError
-        If the file cannot be written (no permission, disk full). Other errors of the block, such
-        as those of reading an input, pass unchanged.
+    checksum tells after a power cut whether they are complete. A file that cannot be written is
+    refused; other errors of the block, such as those of reading an input, pass unchanged.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +48,8 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
         except OSError as error:
             short = error.errno is None and str(error).endswith(SHORT_WRITE)
             if short or error.errno in DISK_FULL or str(error.filename) == name:
-                raise cannot_write(path, error) from error
+                with explained(path):
+                    raise
             raise
         with explained(path):
             part.chmod(0o666 & ~UMASK)
@@ -77,15 +73,10 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> WriteError:
-    """Return the refusal of a file that cannot be written."""
-    why = error.strerror or str(error)
-    if why.endswith(SHORT_WRITE):
-        why = f"{why.rstrip('.')}: no space left, or a limit on the size of files"
-    return WriteError(f"cannot write {path}: {why}")
+        why = error.strerror or str(error)
+        if why.endswith(SHORT_WRITE):
+            why = f"{why}: no space left, or a limit on the size of files"
+        raise WriteError(f"cannot write {path}: {why}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -176,13 +167,7 @@ def save_json(path: Path, value: Any, *, lasting: bool = True) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises
-    ------
-    SnipError
-        If the file is missing or is not JSON.
-    """
+    """Read JSON; refuse a file that is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -206,7 +191,7 @@ def file_crc(path: Path) -> int:
     return crc
 
 
-def fingerprint(value: Any) -> str:
+def short_hash(value: Any) -> str:
     """Return a short hash of a JSON value, the same on every machine."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -219,7 +204,7 @@ def write_done_file(path: Path, files: Iterable[Path] | dict[str, Path], body: A
     """
     named = files if isinstance(files, dict) else {file.name: file for file in files}
     done = {**body, "files": {name: file_crc(file) for name, file in named.items()}}
-    save_json(path, {**done, "seal": fingerprint(done)}, lasting=False)
+    save_json(path, {**done, "seal": short_hash(done)}, lasting=False)
 
 
 def is_done(path: Path, folder: Path) -> bool:
@@ -229,7 +214,7 @@ def is_done(path: Path, folder: Path) -> bool:
     """
     try:
         done = load_json(path)
-        whole = fingerprint({k: v for k, v in done.items() if k != "seal"}) == done["seal"]
+        whole = short_hash({k: v for k, v in done.items() if k != "seal"}) == done["seal"]
         files = done["files"].items()
         return whole and all(file_crc(folder / name) == crc for name, crc in files)
     except (SnipError, OSError, AttributeError, LookupError, TypeError):

@@ -60,36 +60,21 @@ class RecordFile:
 
 
 class Sorter:
-    """Takes records in any order, and returns them by their keys.
+    """Takes records of one type in any order, and returns them by their keys, (n,) uint64.
 
-    Parameters
-    ----------
-    path : Path or None
-        Files begin with this name; without it all is in memory.
-    kind : numpy.dtype
-        Of the records.
-    key : function of (n,) records
-        Returns what they are ordered by, (n,) uint64.
-    held : int, optional
-        Records in memory, instead of `HELD`.
-    spread : Spread, optional
-        Saves a file that is written and read once.
+    Files begin with the name ``path``; without it all is in memory. ``held`` records are in memory,
+    by default `HELD`. A ``spread`` saves a file that is written and read once.
     """
 
     def __init__(
-        self,
-        path: Path | None,
-        kind: np.dtype,
-        key: Key,
-        *,
-        held: int | None = None,
-        spread: Spread | None = None,
-    ) -> None:
+        self, path: Path | None, kind: np.dtype, key: Key,
+        *, held: int | None = None, spread: Spread | None = None,
+    ) -> None:  # fmt: skip
         self.path, self.kind, self.key = path, kind, key
         self.held = HELD if held is None else held
         self.spread = spread or Spread(0, 0, 0)
         self.waiting: list[np.ndarray] = []
-        self.inside = self.count = 0
+        self.inside = self.count = 0  # records in memory; all records
         self.files: list[RecordFile] = []
 
     def add(self, records: np.ndarray) -> None:
@@ -139,8 +124,7 @@ class Sorter:
 
     def _files(self, path: Path, count: int) -> list[RecordFile]:
         parts = min(PARTS, 1 + 2 * count // self.held)
-        names = [f"{path.name}-{part:03d}" for part in range(parts)]
-        return [RecordFile(path.with_name(name), self.kind) for name in names]
+        return [RecordFile(Path(f"{path}-{part:03d}"), self.kind) for part in range(parts)]
 
     def _route(self, records: np.ndarray, files: Sequence[RecordFile], spread: Spread) -> None:
         """Append records to files of ascending, equally wide ranges of keys."""
@@ -174,14 +158,8 @@ class Sorter:
 class Columns:
     """Columns that grow at their end: in memory while they are short, then in files.
 
-    Parameters
-    ----------
-    path : Path or None
-        Files begin with this name; without it all is in memory.
-    kinds : dict
-        Name and type of each column.
-    held : int, optional
-        Entries in memory, instead of `HELD`.
+    ``kinds`` are names and types. Files begin with the name ``path``; without it all is in memory.
+    ``held`` entries are in memory, by default `HELD`.
     """
 
     def __init__(
@@ -215,9 +193,7 @@ class Columns:
         return tuple(np.concatenate(c).astype(kind, copy=False) for c, kind in columns)
 
     def _file(self, name: str) -> Path:
-        if self.path is None:
-            raise ValueError("columns without a path are in memory")
-        return self.path.with_name(f"{self.path.name}.{name}")
+        return Path(f"{self.path}.{name}")
 
     def _write(self) -> None:
         for name, column in zip(self.kinds, self._taken(), strict=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 from snipdedup.storage.remote import (
     RemotePath,
     filesystem,

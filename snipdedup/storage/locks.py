@@ -23,8 +23,8 @@ from snipdedup.storage.atomic import explained
 WORK = "work"  # the folder of an unfinished run, removed at its end
 REQUEST = "request.json"  # in the work: what was asked for
 LOCK = "run.lock"  # in the work: one run at a time
-DOOR = "door.lock"  # in the work, for moments: who claims OUT, or puts a result there
-DOOR_S = 60.0  # to wait for another process at the door
+CLAIM_LOCK = "claim.lock"  # in the work, for moments: who claims OUT, or puts a result there
+CLAIM_S = 60.0  # to wait for another process that does
 
 
 class ThreadLocks(threading.local):
@@ -56,15 +56,8 @@ def lock(file: IO[bytes], shared: bool = False) -> bool:
 def acquire(path: Path, shared: bool = False) -> str | None:
     """Take the lock of a file, and make the file where it is missing.
 
-    Returns
-    -------
-    str or None
-        Who else has it; None where this thread has it now, or had it already.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
+    Returns who else has it; None where this thread has it now, or had it already. An `OSError` of
+    writing the file is raised.
     """
     path = path.absolute()
     while not holds(path):
@@ -75,7 +68,7 @@ def acquire(path: Path, shared: bool = False) -> str | None:
             continue
         if not lock(file, shared):
             with file:
-                return file.read(200).decode(errors="replace") or "another process"
+                return name_of_holder(file)
         if is_same(file, path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -92,17 +85,14 @@ def holder(path: Path, shared: bool = False) -> str | None:
         return None
     try:
         with path.open("rb") as file:
-            free = lock(file, shared)
-            return None if free else file.read(200).decode(errors="replace") or "another process"
+            return None if lock(file, shared) else name_of_holder(file)
     except OSError:
         return None
 
 
-def share(path: Path) -> None:
-    """Make a lock of this thread a shared one."""
-    file = _own.files.get(path.absolute())
-    if file is not None:
-        lock(file, shared=True)
+def name_of_holder(file: IO[bytes]) -> str:
+    """Return who has a lock, as its file says."""
+    return file.read(200).decode(errors="replace") or "another process"
 
 
 def holds(path: Path) -> bool:
@@ -117,6 +107,11 @@ def is_same(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def share(path: Path) -> None:
+    """Make a lock of this thread a shared one."""
+    lock(_own.files[path.absolute()], shared=True)
 
 
 def remove(path: Path) -> None:
@@ -139,9 +134,9 @@ def released() -> Iterator[None]:
 
 
 @contextmanager
-def door(out: Path) -> Iterator[None]:
+def claim_lock(out: Path) -> Iterator[None]:
     """Be the only process that claims OUT or puts a result there; wait for another one."""
-    path, end = out / WORK / DOOR, time.monotonic() + DOOR_S
+    path, end = out / WORK / CLAIM_LOCK, time.monotonic() + CLAIM_S
     with explained(path):
         while (other := acquire(path)) is not None:
             if time.monotonic() > end:
@@ -158,10 +153,7 @@ def door(out: Path) -> Iterator[None]:
 def lock_run(out: Path, shared: bool = False) -> bool:
     """Lock OUT for this run, or for all processes that share it; tell whether it is alone.
 
-    Raises
-    ------
-    SnipError
-        If another run has OUT, or it cannot be written.
+    An OUT that another run has is refused.
     """
     path = out / WORK / LOCK
     with explained(path):
@@ -187,7 +179,7 @@ def empty_work(out: Path) -> None:
     for path in (out / WORK).glob("*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in (REQUEST, LOCK, DOOR):
+        elif path.name not in (REQUEST, LOCK, CLAIM_LOCK):
             path.unlink(missing_ok=True)
 
 
@@ -195,8 +187,9 @@ def end_work(out: Path) -> None:
     """Remove the work, and release the lock last."""
     empty_work(out)
     (out / WORK / REQUEST).unlink(missing_ok=True)
-    if (out / WORK / DOOR).is_file() and acquire(out / WORK / DOOR) is None:
-        remove(out / WORK / DOOR)  # before the other lock: by that, what a kill left is found
+    brief = out / WORK / CLAIM_LOCK
+    if brief.is_file() and acquire(brief) is None:
+        remove(brief)  # before the other lock: by that, what a kill left is found
     remove(out / WORK / LOCK)
     with suppress(OSError):  # missing, or the next run's already
         (out / WORK).rmdir()

@@ -12,7 +12,7 @@ import truth
 
 from snipdedup.deduplication import read_out
 from snipdedup.deduplication.read_out import Run
-from snipdedup.groups.members import Members
+from snipdedup.groups.members import Members, concatenate
 
 ROWS, OFFSETS = 900, np.array([0, 100, 640, 900])
 START = 0.9
@@ -123,7 +123,7 @@ def test_batches_cut_no_group(path, members, monkeypatch):
         parts = list(read_out.whole_groups(path))
         seen = [set(part.group.tolist()) for part in parts]
         assert sum(map(len, seen)) == len(set().union(*seen))
-        joined = read_out.joined(parts)
+        joined = concatenate(*parts)
         for found, expected in zip(joined, members, strict=True):
             assert np.array_equal(found, expected)
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup import dedup
-from snipdedup.deduplication.inputs import open_references
+from snipdedup.deduplication.inputs import open_reference_rows
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features
-from snipdedup.groups import nearest_reference
-from snipdedup.groups.nearest_reference import own_copies, own_pairs
+from snipdedup.groups import pairs
+from snipdedup.groups.pairs import own_copies, own_pairs
 from snipdedup.join import tiles
 from snipdedup.join.forest import make_edges
 from snipdedup.storage import out_folder
@@ -133,7 +133,7 @@ def test_with_references_only_exactly_the_rows_that_match_one_go(
 ):
     """Each for its nearest reference row, copies of one another too; no others are grouped."""
     x, frozen = both
-    with mock.patch.multiple(nearest_reference, LISTED=tile, TILE=tile):
+    with mock.patch.multiple(pairs, LISTED_GROUP=tile, TILE=tile):
         found = dedup(
             x[frozen:], reference=x[:frozen], threshold=0.8, method=method, references_only=True,
             grouping=grouping,
@@ -539,13 +539,13 @@ def test_an_array_cannot_be_the_reference_of_a_later_run(sets, tmp_path):
 
 def test_one_input_named_twice_counts_once(sets):
     _, folders = sets
-    twice = open_references(f"{folders[0]},{folders[1]},{folders[0]}")
+    twice = open_reference_rows(f"{folders[0]},{folders[1]},{folders[0]}")
     assert [item.name for item in twice.items] == [str(folders[0]), str(folders[1])]
-    item, row = twice.locate(np.array([0, 499, 500, 699]))
-    assert (item.tolist(), row.tolist()) == ([0, 0, 1, 1], [0, 499, 0, 199])
-    names = np.array([twice.items[which].name for which in item])
+    names, row = twice.locate(np.array([0, 499, 500, 699]))
     called = [item.name for item in twice.items]
-    assert twice.numbers_of(called, names, row).tolist() == [0, 499, 500, 699]
+    assert names.to_pylist() == [called[0], called[0], called[1], called[1]]
+    assert row.tolist() == [0, 499, 0, 199]
+    assert twice.numbers_of(called, np.array(names), row).tolist() == [0, 499, 500, 699]
     assert twice.numbers_of(["a", "b"], np.array(["b"]), np.array([7])).tolist() == [507]
     for name, which in (("c", 7), ("b", 200)):
         with pytest.raises(SnipError, match=f"row {which} of {name} is not a kept row"):
@@ -560,7 +560,7 @@ def test_bad_rows_of_an_earlier_run_are_no_references(tmp_path):
     out = tmp_path / "out"
     keep = ("--bad_rows", "keep")
     assert truth.snip("dedup", tmp_path / "a.npy", "--out", out, *keep)[0] == 0
-    references = open_references(str(out))
+    references = open_reference_rows(str(out))
     live = ~np.load(out / "is_dup.npy")
     live[7] = False
     assert references.items[0].kept.tolist() == np.flatnonzero(live).tolist()

@@ -18,7 +18,7 @@ from snipdedup.downloading import hub
 from snipdedup.downloading import run as download
 from snipdedup.errors import MissingError, SnipError, UsageError
 from snipdedup.storage import atomic, remote, web
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 SIZES = [30, 7, 50, 21, 40]
 STARTS = np.cumsum([0, *SIZES])

@@ -17,7 +17,7 @@ from snipdedup.downloading.sources import find_features, find_source_files
 from snipdedup.downloading.transfer import fetch_file
 from snipdedup.errors import MissingError, SnipError, UsageError
 from snipdedup.storage import atomic, remote
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 ROWS = [12, 5, 20, 9]
 

@@ -21,7 +21,7 @@ from snipdedup.errors import InputError, SnipError
 from snipdedup.features.formats import open_shard
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.storage import atomic, out_folder
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 DIM_IN, HIDDEN, DIM = 24, 40, 8
 

@@ -13,14 +13,22 @@ import pytest
 import torch
 
 from snipdedup import config
-from snipdedup.encoder import directions, losses, network, sampling, training
-from snipdedup.encoder.directions import pca_network, principal_directions
-from snipdedup.encoder.network import Encoder
-from snipdedup.encoder.sampling import Batches
+from snipdedup.encoder import network, training
+from snipdedup.encoder.batches import CAPTIONS, Batches, load_distinct
+from snipdedup.encoder.network import (
+    Encoder,
+    fitting_temperature,
+    mse_loss,
+    pca_network,
+    principal_directions,
+    snip_loss,
+    text_loss,
+    training_loss,
+)
 from snipdedup.encoder.training import train_encoder
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 QUICK = {"dim": 8, "hidden": 32, "steps": 40, "batch": 128, "threads": 1, "device": "cpu"}
 
@@ -69,17 +77,17 @@ def test_snip_loss_is_the_divergence_worked_by_hand():
             for z in (x, y)
         )
         total += float((p * np.log(p / q)).sum())
-    assert float(losses.SnipLoss(t)(x, y)) == pytest.approx(total / 3, rel=1e-5)
+    assert float(snip_loss(t, x, y)) == pytest.approx(total / 3, rel=1e-5)
     assert total > 0.1
-    assert float(losses.SnipLoss(0.02)(x, x)) == pytest.approx(0, abs=1e-6)
-    both = losses.SnipLoss(t)(x, y, x)
+    assert float(snip_loss(0.02, x, x)) == pytest.approx(0, abs=1e-6)
+    both = snip_loss(t, x, y, x)
     assert float(both) == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_snip_loss_has_finite_gradients():
     x = unit(clustered(50, 8))
     y = x.clone().requires_grad_()
-    losses.SnipLoss(0.02)(x, torch.nn.functional.normalize(y[:, :8])).backward()
+    snip_loss(0.02, x, torch.nn.functional.normalize(y[:, :8])).backward()
     assert torch.isfinite(y.grad).all()
 
 
@@ -91,26 +99,26 @@ def test_the_fitted_temperature_spreads_rows_over_so_many_others(width, wanted):
         x = unit(rows)
         similarity = (x @ x.T).numpy()
         others = similarity[~np.eye(300, dtype=bool)].reshape(300, 299)
-        p = np.exp((others - 1) / losses.fitting_temperature(x, wanted))
+        p = np.exp((others - 1) / fitting_temperature(x, wanted))
         p /= p.sum(axis=1, keepdims=True)
         entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(axis=1).mean()
         assert math.exp(entropy) == pytest.approx(wanted, rel=0.02)
 
 
 def test_a_temperature_stays_within_sense():
-    low, high = losses.TEMPERATURES
-    assert losses.fitting_temperature(torch.ones(40, 1)) == pytest.approx(low, rel=0.01)
-    assert losses.fitting_temperature(torch.eye(8), 7.0 - 1e-9) == pytest.approx(low, rel=0.01)
-    assert losses.fitting_temperature(torch.eye(8), 8.0) == pytest.approx(high, rel=0.01)
+    low, high = network.TEMPERATURES
+    assert fitting_temperature(torch.ones(40, 1)) == pytest.approx(low, rel=0.01)
+    assert fitting_temperature(torch.eye(8), 7.0 - 1e-9) == pytest.approx(low, rel=0.01)
+    assert fitting_temperature(torch.eye(8), 8.0) == pytest.approx(high, rel=0.01)
 
 
 def test_the_temperature_is_the_one_given_else_fitted_and_noted():
     rows = clustered(400, 16)
     _, history = train_encoder(rows, **QUICK)
     first = make(rows).rows.images[: QUICK["batch"]]
-    fitted = losses.fitting_temperature(unit(first))
+    fitted = fitting_temperature(unit(first))
     assert history.as_dict()["temperature"] == pytest.approx(fitted, rel=0.02)
-    assert losses.TEMPERATURES[0] < fitted < losses.TEMPERATURES[1]
+    assert network.TEMPERATURES[0] < fitted < network.TEMPERATURES[1]
     assert train_encoder(rows, temperature=0.07, **QUICK)[1].temperature == 0.07
     assert train_encoder(rows, loss="mse", **QUICK)[1].temperature is None
 
@@ -119,8 +127,8 @@ def test_mse_loss_is_the_squared_error_of_similarities_worked_by_hand():
     # Cosines of the rows: 0, .6, .8; the descriptors claim .6, 0, .8. Each pair counts both ways.
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     y = x[[0, 2, 1]]
-    assert float(losses.MseLoss()(x, y)) == pytest.approx(2 * (0.6**2 + 0.6**2) / 3, rel=1e-6)
-    assert float(losses.MseLoss()(x, x)) == 0
+    assert float(mse_loss(x, y)) == pytest.approx(2 * (0.6**2 + 0.6**2) / 3, rel=1e-6)
+    assert float(mse_loss(x, x)) == 0
 
 
 def test_principal_directions_are_those_of_the_svd():
@@ -175,7 +183,7 @@ def test_the_validation_recall_is_that_of_plain_numpy():
     rows = clustered(500, 16)
     y = unit(rows).numpy()[:, :5]
     y = y / np.linalg.norm(y, axis=1, keepdims=True)
-    validation = training.Validation(unit(rows), None, losses.TrainingLoss(None, 1.0), 500)
+    validation = training.Validation(unit(rows), None, training_loss, 500)
     found = validation.recall(torch.from_numpy(y))
     assert found == pytest.approx(recall(rows, y), abs=1e-3)
 
@@ -190,13 +198,13 @@ def test_the_same_seed_gives_the_same_weights():
 
 
 def test_opq_is_folded_in_and_changes_no_distance(monkeypatch):
-    monkeypatch.setattr(directions, "ROTATION_LEAST", 500)
+    monkeypatch.setattr(network, "ROTATION_LEAST", 500)
     rows = clustered(600, 24)
-    network = pca_network(principal_directions(rows, 16), 16, [8])
-    whole, head = Encoder(network), Encoder(network, output=1)
+    made = pca_network(principal_directions(rows, 16), 16, [8])
+    whole, head = Encoder(made), Encoder(made, output=1)
     before, short = whole.encode(rows), head.encode(rows)
     np.testing.assert_allclose(short @ short.T, (y := starts(rows, 8)) @ y.T, atol=1e-3)
-    directions.rotate_for_codes(network, rows)
+    network.rotate_for_codes(made, rows)
     for encoder, was in ((whole, before), (head, short)):
         now = encoder.encode(rows)
         assert np.abs(now - was).max() > 0.01
@@ -450,7 +458,7 @@ def test_text_loss_is_the_divergence_worked_by_hand():
         for i in range(2):
             p, q = (np.exp(z[i].numpy() / 0.5) / np.exp(z[i].numpy() / 0.5).sum() for z in (a, b))
             total += float((p * np.log(p / q)).sum()) / 4
-    assert float(losses.TextLoss(0.5)(x, t, y, u)) == pytest.approx(total, rel=1e-5)
+    assert float(text_loss(0.5, x, t, y, u)) == pytest.approx(total, rel=1e-5)
     assert total > 0.001
 
 
@@ -489,7 +497,7 @@ def test_one_image_with_several_captions_is_several_pairs():
     images, texts = paired(100, 16)
     images, texts = np.repeat(images, 3, axis=0), np.concatenate([texts, texts, texts[::-1]])
     texts[::3] = texts[0]
-    rows = sampling.load_distinct(open_features(images), open_features(texts), np.arange(300))
+    rows = load_distinct(open_features(images), open_features(texts), np.arange(300))
     pairs = {image.tobytes() + text.tobytes() for image, text in zip(images, texts, strict=True)}
     assert len(rows.hashes) == len(pairs)
     assert rows.texts.shape == rows.images.shape
@@ -514,8 +522,8 @@ def test_an_image_with_very_many_captions_is_not_all_that_is_judged():
     images = np.concatenate([np.repeat(clustered(1, 16), 900, axis=0), clustered(400, 16, seed=3)])
     batches = make(images, clustered(1300, 16, seed=5), validation_rows=100)
     counts = np.unique(batches.held_out.images, axis=0, return_counts=True)[1]
-    assert 81 <= counts.sum() < 81 + sampling.CAPTIONS  # a fifth of 8 + 400, then whole images
-    assert counts.max() <= sampling.CAPTIONS
+    assert 81 <= counts.sum() < 81 + CAPTIONS  # a fifth of 8 + 400, then whole images
+    assert counts.max() <= CAPTIONS
     assert not keys(batches.held_out.images) & keys(batches.rows.images)
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import truth
 
-from snipdedup.groups import huge_star
-from snipdedup.groups.huge_star import star_huge
-from snipdedup.groups.star import Compare, star_large
+from snipdedup.groups import star
+from snipdedup.groups.star import Compare, star_huge, star_large
 
 
 def rows_of(kind):
@@ -32,7 +31,7 @@ def test_codes_decide_as_all_comparisons_do(kind, block):
     order = np.random.default_rng(1).permutation(len(x))
     compare = Compare(lambda rows: x[rows], 0.95)
     expected = star_large(order, compare, np.zeros(len(x), bool))
-    with mock.patch.object(huge_star, "BLOCK", block):
+    with mock.patch.object(star, "HUGE_BLOCK", block):
         found = star_huge(order, lambda rows: x[rows], 0.95)
     assert np.array_equal(found[0], expected[0])
     assert np.array_equal(found[1], expected[1])
@@ -44,17 +43,17 @@ def test_a_row_whose_match_the_codes_missed_still_gets_a_representative():
     compare = Compare(lambda rows: x[rows], 0.95)
     expected = star_large(order, compare, np.zeros(len(x), bool))
 
-    class Blind(huge_star.CodedGroup):
+    class Blind(star.CodedGroup):
         def candidates(self, x, y):
             return x[:0], y[:0]
 
     def blind(rows, gather, threshold):
         return Blind(*star_encode(rows, gather, threshold))
 
-    star_encode = huge_star.encode_group
+    star_encode = star.encode_group
     with (
-        mock.patch.object(huge_star, "encode_group", blind),
-        mock.patch.object(huge_star, "BLOCK", 4096),
+        mock.patch.object(star, "encode_group", blind),
+        mock.patch.object(star, "HUGE_BLOCK", 4096),
     ):
         found = star_huge(order, lambda rows: x[rows], 0.95)
     assert np.array_equal(found[0], expected[0])

@@ -11,9 +11,9 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.features.cosine import pair_cosine, unit_rows64
+from snipdedup.features.cosine import pair_cosine
 from snipdedup.features.shards import open_features
-from snipdedup.groups import nearest_reference
+from snipdedup.groups import pairs
 from snipdedup.groups.members import Nearest
 from snipdedup.storage import external_sort
 
@@ -54,42 +54,33 @@ def test_each_row_gets_the_nearest_of_its_group(
     folder = tmp_path_factory.mktemp("f") if on_disk else None
     with (
         few,
-        mock.patch.multiple(nearest_reference, LISTED=tile, TILE=tile, GATHER_PAIRS=7, READ=9),
+        mock.patch.multiple(pairs, LISTED_GROUP=tile, TILE=tile, LISTED_PAIRS=7, READ=9),
     ):
-        found = nearest_reference.nearest_within(open_features(x), labels, first, 0.9, 2, folder)
+        found = pairs.nearest_within(open_features(x), labels, first, 0.9, 2, folder)
     listed = list(zip(*(column.tolist() for column in found), strict=True))
     assert listed == plain_nearest(table, labels, first, 0.9)
 
 
 @pytest.mark.parametrize("dim", [3, 768])
-def test_products_decide_as_the_cosine_does(dim):
-    """Near ties: cosines that differ in the last bits only; the few in doubt are proved."""
+def test_near_ties_are_decided_by_the_cosine(dim):
+    """Cosines that differ in the last bits only, in one large group."""
     rng = np.random.default_rng(dim)
-    centre = rng.standard_normal(dim)
-    x, y = ((centre + 1e-4 * rng.standard_normal((n, dim))).astype(np.float32) for n in (300, 200))
-    proved = []
-
-    def counted(*given):
-        proved.append(len(given[2]))
-        return indexed_cosines(*given)
-
-    indexed_cosines = nearest_reference.indexed_cosines
-    with mock.patch.object(nearest_reference, "indexed_cosines", counted):
-        found = nearest_reference.likely_cosines(x, unit_rows64(x), y, np.full(300, -1, np.float32))
+    x = (rng.standard_normal(dim) + 1e-4 * rng.standard_normal((500, dim))).astype(np.float32)
+    found = pairs.nearest_within(open_features(x), np.zeros(500, np.int64), 200, 0.9, 2, None)
     i, j = np.divmod(np.arange(300 * 200), 200)
-    exact = pair_cosine(x[i], y[j]).reshape(300, 200)
-    assert np.array_equal(found.max(1), exact.max(1))
-    assert np.array_equal(found.argmax(1), exact.argmax(1))
-    assert sum(proved) < 0.01 * exact.size
+    exact = pair_cosine(x[200 + i], x[j]).reshape(300, 200)
+    assert np.array_equal(found.row, np.arange(300))
+    assert np.array_equal(found.reference, exact.argmax(1))
+    assert np.array_equal(found.similarity, exact.max(1))
 
 
 def test_copies_get_what_their_first_row_has(tmp_path):
     known = Nearest(np.array([1, 4]), np.array([7, 3]), np.array([0.9, 1], np.float32))
     copies, firsts = np.array([2, 3, 5, 9]), np.array([0, 1, 4, 1])
     for path in (None, tmp_path / "copies"):
-        found = nearest_reference.with_copies(known, copies, firsts, 10, path)
+        found = pairs.with_copies(known, copies, firsts, 10, path)
         assert found.row.tolist() == [1, 3, 4, 5, 9]
         assert found.reference.tolist() == [7, 7, 3, 3, 7]
         assert found.similarity.tolist() == known.similarity[[0, 0, 1, 1, 0]].tolist()
     none = Nearest(*(column[:0] for column in known))
-    assert len(nearest_reference.with_copies(none, copies, firsts, 10, None).row) == 0
+    assert len(pairs.with_copies(none, copies, firsts, 10, None).row) == 0

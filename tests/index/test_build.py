@@ -23,7 +23,7 @@ from snipdedup.index.build import build, run
 from snipdedup.index.folder import Index, pack_rows, packed_width, unpack_rows
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 CUTS = (0, 700, 701, 1500, 1500, 2600)  # one of one row, one of none, none at a block's edge
 

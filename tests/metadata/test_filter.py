@@ -14,7 +14,7 @@ from snipdedup.config import Filter
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filter
 from snipdedup.storage import out_folder
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 SIZES = [30, 7, 25, 0, 18]
 ROWS = sum(SIZES)

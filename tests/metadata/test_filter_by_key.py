@@ -11,7 +11,7 @@ from snipdedup.config import Filter
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import filter
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 ROWS = 40  # rows 20 .. 39 are copies of rows 0 .. 19
 

@@ -13,10 +13,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from snipdedup import cli
+from snipdedup import cli, runners
 from snipdedup.errors import InputError, SnipError
 from snipdedup.join import model
-from snipdedup.runners import base, local
+from snipdedup.runners import local
 from snipdedup.runners.local import in_processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
@@ -118,7 +118,7 @@ def test_processes_and_threads_find_the_same(tmp_path):
 
     for out, least in zip(outs, (1 << 40, 1), strict=True):
         with (
-            mock.patch.object(base, "FORK_ROWS", least),
+            mock.patch.object(runners, "FORK_ROWS", least),
             mock.patch.object(local, "in_processes", counted),
             mock.patch.object(model, "SINGLE_LIST_ROWS", 100),
         ):

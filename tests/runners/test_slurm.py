@@ -23,7 +23,7 @@ from snipdedup.runners import slurm
 from snipdedup.runners.local import Local
 from snipdedup.runners.slurm import Share, ShareDone, Slurm, share_of
 from snipdedup.storage import atomic, locks
-from snipdedup.storage.manifest import MANIFEST, read_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}
 

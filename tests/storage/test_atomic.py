@@ -144,10 +144,10 @@ def test_json_that_is_none(tmp_path):
         atomic.load_json(tmp_path / "d.json")
 
 
-def test_a_fingerprint_depends_on_values_not_on_order():
-    assert atomic.fingerprint({"a": 1, "b": [2, 3]}) == atomic.fingerprint({"b": [2, 3], "a": 1})
-    assert atomic.fingerprint({"a": 1, "b": [2, 3]}) != atomic.fingerprint({"a": 1, "b": [3, 2]})
-    assert atomic.fingerprint(0.95) != atomic.fingerprint(0.950001)
+def test_a_short_hash_depends_on_values_not_on_order():
+    assert atomic.short_hash({"a": 1, "b": [2, 3]}) == atomic.short_hash({"b": [2, 3], "a": 1})
+    assert atomic.short_hash({"a": 1, "b": [2, 3]}) != atomic.short_hash({"a": 1, "b": [3, 2]})
+    assert atomic.short_hash(0.95) != atomic.short_hash(0.950001)
 
 
 def test_sha256_of_a_file(tmp_path):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.storage import atomic, locks, out_folder
-from snipdedup.storage.manifest import read_manifest, write_manifest
+from snipdedup.storage.out_folder import FORMAT, read_manifest, write_manifest
 
 
 def everything_below(folder):
@@ -108,7 +110,7 @@ def test_an_overwrite_that_is_stopped_can_be_overwritten(tmp_path, monkeypatch, 
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr({"empty_work": locks}.get(name, out_folder), name, stop)
+            patch.setattr({"empty_work": locks}.get(name, atomic), name, stop)
             with pytest.raises(KeyboardInterrupt):
                 out_folder.claim(out, "dedup", other, overwrite=True)
     assert out_folder.claim(out, "dedup", other, overwrite=True) in ("new", "resume")
@@ -208,8 +210,8 @@ def test_a_swap_that_is_under_way_is_waited_for_or_refused(tmp_path, monkeypatch
         if not (out / "snip.json").is_file():
             break
     assert (out / "work" / "new" / "snip.json").is_file()
-    monkeypatch.setattr(locks, "DOOR_S", 0.05)
-    with (out / "work" / "door.lock").open("w") as other:
+    monkeypatch.setattr(locks, "CLAIM_S", 0.05)
+    with (out / "work" / "claim.lock").open("w") as other:
         assert locks.lock(other)
         with pytest.raises(SnipError, match="is being written by another run"):
             read_manifest(out, "dedup")
@@ -315,6 +317,49 @@ def test_someone_else_s_work_is_not_taken(tmp_path):
     with pytest.raises(SnipError, match="not a folder that snip wrote"):
         out_folder.claim(tmp_path, "dedup", REQUEST, overwrite=True)
     assert everything_below(tmp_path) == ["work", "work/thesis.tex"]
+
+
+# ---- manifests
+
+
+def test_manifest_round_trip(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "a.parquet").write_bytes(b"rows")
+    (tmp_path / "is_dup.npy").write_bytes(b"mask" * 1000)
+    outputs = [tmp_path / "metadata" / "a.parquet", tmp_path / "is_dup.npy"]
+    write_manifest(tmp_path, "dedup", {"counts": {"rows": 2**40}}, outputs)
+    manifest = read_manifest(tmp_path, "dedup")
+    assert manifest["counts"] == {"rows": 2**40}
+    assert manifest["outputs"]["is_dup.npy"] == {
+        "size": 4000,
+        "sha256": hashlib.sha256(b"mask" * 1000).hexdigest(),
+    }
+    assert sorted(manifest["outputs"]) == ["is_dup.npy", "metadata/a.parquet"]
+    assert manifest["versions"]["numpy"] == np.__version__
+    assert {"snipdedup", "python", "torch", "faiss-cpu", "pyarrow"} <= set(manifest["versions"])
+
+
+def test_manifests_that_do_not_vouch(tmp_path):
+    with pytest.raises(SnipError, match=r"expected a finished index folder with snip.json, found"):
+        read_manifest(tmp_path, "index")
+    write_manifest(tmp_path, "encoder", {}, [])
+    with pytest.raises(SnipError, match="expected a manifest of kind 'index', found 'encoder'"):
+        read_manifest(tmp_path, "index")
+    for other in ([], {"kind": "index"}, {"name": "x"}):
+        atomic.save_json(tmp_path / "snip.json", other)
+        if other == {"kind": "index"}:
+            assert read_manifest(tmp_path, "index") == other
+            continue
+        with pytest.raises(SnipError, match="expected a manifest of kind 'index', found None"):
+            read_manifest(tmp_path, "index")
+    atomic.save_json(tmp_path / "snip.json", {"kind": "index", "format": FORMAT + 1})
+    with pytest.raises(SnipError, match="written by a newer snipdedup"):
+        read_manifest(tmp_path, "index")
+
+
+def test_the_manifest_is_plain_json(tmp_path):
+    write_manifest(tmp_path, "filter", {"a": 1}, [])
+    assert json.loads((tmp_path / "snip.json").read_text(encoding="utf-8"))["kind"] == "filter"
 
 
 # ---- input folders

@@ -18,7 +18,7 @@ from snipdedup.features.hashing import shard_checksum
 from snipdedup.features.shards import open_features
 from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage import remote
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 from snipdedup.storage.remote import RemotePath
 
 fsspec = pytest.importorskip("fsspec")

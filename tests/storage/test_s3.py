@@ -10,7 +10,7 @@ import pytest
 from snipdedup import cli
 from snipdedup.features.shards import open_features
 from snipdedup.storage import atomic, remote
-from snipdedup.storage.manifest import MANIFEST
+from snipdedup.storage.out_folder import MANIFEST
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")

@@ -1,8 +1,8 @@
 """``snip plan`` and ``snip dedup --dry_run``: time, memory and disk of a run, before it.
 
 Memory and disk follow from the size of the set. Time is the number of operations of each stage
-times the seconds that one takes: the important ones are measured on a small sample, in seconds of
-the processor, so that other work on the machine does not count; the others are constants.
+times the seconds that one takes: the important ones are measured on a small sample, as processor
+time, so that other work on the machine does not count; the others are constants.
 
 With N rows, L lists, v lists that a row visits and h = N / L rows that live in a list, encoding
 compares N × L rows with centroids, and joining multiplies N × (v - 1/2) × h pairs of codes. L grows
@@ -183,15 +183,17 @@ def run(options: Plan) -> RunPlan:
 
 def load_rates(path: Path, dim: int) -> Rates:
     """Read the rates of an earlier probe; refuse a file that is none, or of rows of other width."""
-    found, values = atomic.load_json(path), dict[str, Any]()
-    for field in dataclasses.fields(Rates):
-        value: Any = found.get(field.name) if isinstance(found, dict) else None
+    found = atomic.load_json(path)
+    known: dict[str, Any] = found if isinstance(found, dict) else {}
+    values: dict[str, Any] = {
+        field.name: known.get(field.name) for field in dataclasses.fields(Rates)
+    }
+    for name, value in values.items():
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise SnipError(
-                f"{path}: expected what snip plan --probe --rates FILE writes; its {field.name} "
-                f"is {value!r}; measure again with --probe"
+                f"{path}: expected what snip plan --probe --rates FILE writes; its {name} is "
+                f"{value!r}; measure again with --probe"
             )
-        values[field.name] = value
     if values["dim"] != dim:
         raise SnipError(
             f"{path}: measured on rows of width {values['dim']}, not {dim}; measure again with "
@@ -202,7 +204,7 @@ def load_rates(path: Path, dim: int) -> Rates:
 
 def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     """Return what a join of so many rows costs."""
-    cores, memory, nodes, max_memory, _, disk_speed = machines
+    cores, memory, nodes, max_memory, disk, disk_speed = machines
     raw, machine = rates.dim * rates.itemsize, rates.machine
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     visits = 1.0 if lists == 1 else max(1.0, rates.visits * (lists / rates.lists) ** VISIT_GROWTH)
@@ -252,17 +254,8 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     seconds = {name: spent / faster.get(name, 1) for name, spent in compute.items()}
     if disk_speed:
         seconds = {name: max(s, moved.get(name, 0) / disk_speed) for name, s in seconds.items()}
-    problems = list_problems(machines, needed, peak, out + work)
-    return RunPlan(
-        rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, out + work, out,
-        lists, visits, partitions, problems,
-    )  # fmt: skip
-
-
-def list_problems(machines: Machines, needed: int, peak: float, space: float) -> list[str]:
-    """Return what does not fit: memory that a run needs and holds, space on disk."""
-    problems, memory, disk = [], machines.memory, machines.disk
-    if machines.max_memory is not None and machines.max_memory < needed:
+    space, problems = out + work, []
+    if max_memory is not None and max_memory < needed:
         problems.append(f"--max_memory: the run needs at least {amount(needed)}")
     if peak > memory:
         problems.append(
@@ -270,10 +263,12 @@ def list_problems(machines: Machines, needed: int, peak: float, space: float) ->
             "machine, or fewer rows at a time with --reference"
         )
     if disk is not None and space > disk:
-        problems.append(
-            f"disk: the run needs {amount(space)}, {amount(disk)} are free: take another disk"
-        )
-    return problems
+        free = f"{amount(disk)} are free: take another disk"
+        problems.append(f"disk: the run needs {amount(space)}, {free}")
+    return RunPlan(
+        rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, space, out,
+        lists, visits, partitions, problems,
+    )  # fmt: skip
 
 
 class SizeOnly(Features):
@@ -286,12 +281,12 @@ class SizeOnly(Features):
 def probe(
     features: Features | None, rows: int, dim: int, threshold: float, recall: float, seed: int
 ) -> Rates:
-    """Measure rates for a set of ``rows`` rows, in a few seconds.
+    """Measure rates for a set of ``rows`` rows, in a few seconds, on rows of ``features``.
 
-    The sample comes from ``features``; without them, it is made of random rows.
+    Without these, the sample is made of random rows.
     """
     source = None if features is None or features.rows < FEW_ROWS else features
-    raw = draw_sample(source, rows, dim, seed)
+    raw = sample_of_set(source, rows, dim, seed)
     sample, timed = open_features(raw), min(len(raw), task_rows(len(raw)))
     with library_threads(1), tempfile.TemporaryDirectory(prefix="snip-plan-") as name:
         start, folder = time.process_time(), Path(name) / "encode"
@@ -345,7 +340,7 @@ def probe(
     )
 
 
-def draw_sample(features: Features | None, rows: int, dim: int, seed: int) -> np.ndarray:
+def sample_of_set(features: Features | None, rows: int, dim: int, seed: int) -> np.ndarray:
     """Return rows of a set in random order, (n, dim); random ones like CLIP's without features.
 
     If the run itself would see more pairs, because it fits its model to more rows, noisy copies of
@@ -407,9 +402,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 def free_space(out: Path) -> int:
     """Return the free bytes of the disk on which a folder lies, or will lie."""
     place = out.expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
 
 
 def amount(size: float) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import truth
 
-from snipdedup.evaluation import plan
-from snipdedup.evaluation.plan import Machines, Rates, amount, estimate, load_rates, span
+from snipdedup import planning
 from snipdedup.features.shards import open_features
+from snipdedup.planning import Machines, Rates, amount, estimate, load_rates, span
 
 # Most are 1 of something, so that sums can be worked by hand.
 RATES = Rates(
@@ -26,8 +26,8 @@ GB = 10**9
 @pytest.fixture
 def roots(monkeypatch):
     """As many lists as the root of the rows, and visits that stay: round numbers."""
-    monkeypatch.setattr(plan, "list_count", lambda rows: round(rows**0.5))
-    monkeypatch.setattr(plan, "VISIT_GROWTH", 0)
+    monkeypatch.setattr(planning, "list_count", lambda rows: round(rows**0.5))
+    monkeypatch.setattr(planning, "VISIT_GROWTH", 0)
 
 
 def million(rates=RATES, rows=10**6, cores=2, memory=16 * GB, **more):
@@ -52,8 +52,8 @@ def test_a_million_rows_worked_by_hand(roots):
 
 def test_constants_count_with_the_speed_of_the_machine():
     slow = million(dataclasses.replace(RATES, machine=2.0))
-    assert slow.compute["start"] == 2 * plan.START_S
-    assert slow.compute["group"] == pytest.approx(2 * 531_000 * plan.GROUP_S)
+    assert slow.compute["start"] == 2 * planning.START_S
+    assert slow.compute["group"] == pytest.approx(2 * 531_000 * planning.GROUP_S)
 
 
 def test_of_many_rows_four_bytes_are_held_and_eight_above_2_32():
@@ -190,7 +190,7 @@ def test_a_dry_run_tells_the_cost_and_leaves_nothing(tmp_path, monkeypatch):
     np.save(folder / "img_emb_0000.npy", x)
     np.save(tmp_path / "x.npy", np.eye(3, 8, dtype=np.float32))
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(plan.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(planning.tempfile, "tempdir", str(tmp_path / "tmp"))
     before = sorted(tmp_path.rglob("*"))
     said = told("dedup", folder, "--out", tmp_path / "out", "--dry_run")
     assert said.startswith("6,000 rows × 32")
@@ -209,7 +209,7 @@ def test_the_share_that_is_removed_is_estimated_from_pairs_in_the_sample():
     copy, of = rng.permutation(40_000).reshape(2, -1)[:, :10_000]
     x[copy] = x[of]
     x[copy[:5000]] += (0.03 * rng.standard_normal((5000, 24))).astype(np.float16)
-    found = plan.probe(open_features(x), 40_000, 24, 0.95, 0.999, 0)
+    found = planning.probe(open_features(x), 40_000, 24, 0.95, 0.999, 0)
     assert found.duplicates == pytest.approx(0.25, rel=0.2)
 
 

@@ -39,16 +39,15 @@ class Rows(NamedTuple):
     def tensors(self, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return unit rows on the device: images, and texts if there are any."""
         x = torch.from_numpy(unit_rows(self.images)).to(device)
-        if self.texts is None:
-            return x, None
-        return x, torch.from_numpy(unit_rows(self.texts)).to(device)
+        t = None if self.texts is None else torch.from_numpy(unit_rows(self.texts)).to(device)
+        return x, t
 
 
 class Batches:
     """Draws rows into memory, a subset at a time, and gives each step its batch.
 
-    ``held_out`` rows are never trained on, nor are others of the same images; ``rows`` are the
-    subset in memory, ``subset`` its number. A step has ``batch`` rows, or all where they are fewer.
+    ``held_out`` rows and others of the same images are never trained on; ``rows`` are the subset in
+    memory, ``subset`` its number. A step has ``batch`` rows, or all where they are fewer.
     """
 
     def __init__(
@@ -96,8 +95,8 @@ class Batches:
 def hold_out(rows: Rows, wanted: int, among: int) -> tuple[Rows, Rows]:
     """Return the first ``wanted`` rows, a fifth at the most, and those of other images.
 
-    Of an image with many captions a few are held out, and the rest is in neither part. ``among``
-    is how many rows there were to draw from, for the refusal of fewer than `LEAST_ROWS` images.
+    Of an image with many captions a few are held out, and the rest is in neither part. Fewer than
+    `LEAST_ROWS` images, drawn ``among`` so many rows, are refused.
     """
     _, first, which = np.unique(row_hashes(rows.images), return_index=True, return_inverse=True)
     if len(first) < LEAST_ROWS:

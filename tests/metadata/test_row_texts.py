@@ -12,7 +12,7 @@ import truth
 
 from snipdedup.errors import SnipError
 from snipdedup.metadata.gather import CAPTIONS, URLS, open_row_texts, removed_before
-from snipdedup.storage.manifest import read_manifest
+from snipdedup.storage.out_folder import read_manifest
 
 ROWS = 200
 ASKED = np.array([199, 3, 50, 3, 120])

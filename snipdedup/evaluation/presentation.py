@@ -1,0 +1,216 @@
+"""An evaluation to read: Markdown tables, a few lines, a picture by matplotlib (extra: plot)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+NAMES = {"raw": "raw features", "opq": "OPQ on raw", "pca": "PCA", "mse": "MSE", "snip": "SNIP"}
+COLOURS = {"raw": "0.45", "opq": "#c58b00", "pca": "#3b78b5", "mse": "#7a4fa3", "snip": "#c2272d"}
+MARKS = {"raw": "s", "opq": "D", "pca": "o", "mse": "^", "snip": "o"}
+SHADES = ("#e8a33d", "#c2272d", "#5b1a4b", "#3b78b5")  # of flags, by code size
+STYLES = {"difference": "-", "ratio": "--", "global": ":"}  # of flags, by rule
+STAGES = {"recall": "#4d8f52", "probes": "#b9d3ea", "code": "#6fa3d0", "encoder": "#1f4e79"}
+SIZE, DPI = (11, 8), 110
+GAP = 0.7  # between the bars of two contenders
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a Markdown table, numbers to the right, and an empty line."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return [table[0], table[1].replace(" ", ""), *table[2:], ""]
+
+
+def recall_table(body: dict[str, Any], k: str, nprobe: int) -> list[str]:
+    """Return recall@k by contender and code size, at one number of lists visited."""
+    measured = body["neighbours"]
+    sizes = list(dict.fromkeys(e["bytes"] for e in measured))
+    at = {(e["contender"], e["bytes"]): f"{e['recall'][k]:.3f}"
+          for e in measured if e["nprobe"] in (None, nprobe)}  # fmt: skip
+    names = dict.fromkeys(e["contender"] for e in measured)
+    rows = ([NAMES[name], *(at.get((name, s), "") for s in sizes)] for name in names)
+    return markdown([f"recall@{k}", *(f"{s} B" if s else "uncoded" for s in sizes)], rows)
+
+
+def flag_table(body: dict[str, Any]) -> list[str]:
+    """Return the recall of duplicate flags at each precision, by contender and rule."""
+    flags = body["flags"]
+    sizes = list(dict.fromkeys(e["bytes"] for e in flags))
+    at = {
+        (e["contender"], e["rule"], e["bytes"]): " / ".join(f"{p['recall']:.2f}" for p in e["at"])
+        for e in flags
+    }
+    kinds = dict.fromkeys((e["contender"], e["rule"]) for e in flags)
+    rows = ([f"{NAMES[name]}, {rule}", *(at.get((name, rule, s), "") for s in sizes)]
+            for name, rule in kinds)  # fmt: skip
+    wanted = " / ".join(f"{point['wanted']:.2f}" for point in flags[0]["at"])
+    return markdown([f"recall at precision {wanted}", *(f"{s} B" for s in sizes)], rows)
+
+
+def text_table(body: dict[str, Any]) -> list[str]:
+    """Return how often texts and pictures find each other, with 95 % intervals."""
+    rows = (
+        [f"{NAMES[e['contender']]}, {e['direction']}",
+         *(f"{s['recall']:.3f} ({s['low']:.3f} – {s['high']:.3f})" for s in (e["1"], e["10"]))]
+        for e in body["text"]
+    )  # fmt: skip
+    return markdown(["uncoded", "recall@1", "recall@10"], rows)
+
+
+def eval_page(body: dict[str, Any]) -> str:
+    """Return the whole result as Markdown."""
+    nprobe = body["budget"][0]["nprobe"]
+    lines = [
+        "# Evaluation",
+        "",
+        f"{body['rows']:,} rows × {body['dim']}; {body['queries']:,} of them asked for their "
+        f"neighbours among all, against exact cosine. {body['learned_rows']:,} others, and no copy "
+        f"of a query, were learnt from. IVF{body['nlist']}, nprobe {nprobe}.",
+        "",
+    ]
+    if body["settings"]["encoder"]:
+        lines += ["The SNIP encoder was given: it may have learnt from queries.", ""]
+    for k in body["neighbours"][0]["recall"]:
+        lines += recall_table(body, k, nprobe)
+    stages = ("encoder", "code", "probes", "recall")
+    lost = (
+        [f"{NAMES[e['contender']]}, {e['bytes']} B", *(f"{e[name]:.3f}" for name in stages)]
+        for e in body["budget"]
+    )
+    lines += ["## Where recall@10 is lost", ""]
+    lines += markdown(["lost by", "encoder", "code", "probes", "left"], lost)
+    lines += [
+        "## Duplicate flags",
+        "",
+        f"A query is flagged if its best neighbour passes; {body['duplicates']:,} queries have a "
+        f"row at or above cosine {body['settings']['threshold']:g}. nprobe "
+        f"{body['settings']['flag_nprobe']}.",
+        "",
+        *flag_table(body),
+    ]
+    if "text" in body:
+        among = body["text"][0]["among"]
+        lines += ["## Text and images", "", f"Own partner among {among:,}; 95 % intervals.", ""]
+        lines += text_table(body)
+    return "\n".join([*lines, f"Seconds: {seconds_text(body)}.", ""])
+
+
+def eval_summary(body: dict[str, Any]) -> str:
+    """Return what the command prints."""
+    nprobe = body["budget"][0]["nprobe"]
+    lines = [
+        f"{body['rows']:,} rows, {body['queries']:,} queries, IVF{body['nlist']}, nprobe "
+        f"{nprobe}; {body['duplicates']:,} queries have a duplicate",
+        "",
+        *recall_table(body, "10", nprobe),
+        *flag_table(body),
+        *(text_table(body) if "text" in body else []),
+    ]
+    return "\n".join([*lines, f"seconds: {seconds_text(body)}"])
+
+
+def seconds_text(body: dict[str, Any]) -> str:
+    """Return the time of each stage."""
+    return ", ".join(f"{name} {s:.1f}" for name, s in body["seconds"].items())
+
+
+# ---- the picture
+
+
+def draw_picture(body: dict[str, Any], path: Path) -> None:
+    """Draw recall by bytes, recall by lists visited, duplicate flags and the loss by stage."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    draw_recall(axes[0, 0], axes[0, 1], body)
+    draw_flags(axes[1, 0], body)
+    draw_budget(axes[1, 1], body)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+    figure.savefig(path, format="png", metadata={"Software": None})  # no version: same bytes
+
+
+def draw_recall(left: Any, right: Any, body: dict[str, Any]) -> None:
+    """Draw recall@10 against the size of a code, and against lists visited at the largest size.
+
+    Dotted lines at the left: without a code.
+    """
+    nprobe, measured = body["budget"][0]["nprobe"], body["neighbours"]
+    sizes = sorted({e["bytes"] for e in measured if e["bytes"]})
+    visited = sorted({e["nprobe"] for e in measured if e["nprobe"]})
+    for name, label in NAMES.items():
+        mine = [e for e in measured if e["contender"] == name]
+        style = {
+            "marker": MARKS[name],
+            "color": COLOURS[name],
+            "lw": 2.4 if name == "snip" else 1.4,
+        }
+        coded = [(e["bytes"], e["recall"]["10"]) for e in mine if e["nprobe"] == nprobe]
+        if coded:
+            left.plot(*zip(*coded, strict=True), label=label, **style)
+        probed = [(e["nprobe"], e["recall"]["10"]) for e in mine if e["bytes"] == sizes[-1]]
+        if probed:
+            right.plot(*zip(*probed, strict=True), **style)
+        for entry in mine:
+            if entry["bytes"] is None and name != "raw":
+                height = entry["recall"]["10"]
+                left.axhline(height, color=COLOURS[name], ls=":", lw=1)
+                left.text(sizes[0], height, f"{label} uncoded", color=COLOURS[name],
+                          fontsize=7, va="bottom")  # fmt: skip
+    every = [f"{n:,}" if n < body["nlist"] else f"all {n:,}" for n in visited]
+    for axis, counted, title, ticks, texts in (
+        (left, "bytes a row", f"code size (nprobe {nprobe})", sizes, sizes),
+        (right, "lists visited", f"lists visited ({sizes[-1]} bytes)", visited, every),
+    ):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(text) for text in texts])
+        axis.minorticks_off()
+        axis.set(xlabel=counted, ylabel="recall@10", title=f"Neighbours by {title}")
+    left.legend(frameon=False, fontsize=8)
+
+
+def draw_flags(axis: Any, body: dict[str, Any]) -> None:
+    """Draw precision against recall of the SNIP descriptors' duplicate flags, by rule and size."""
+    flags = [e for e in body["flags"] if e["contender"] == "snip"]
+    sizes = sorted({e["bytes"] for e in body["flags"]})
+    colours = dict(zip(sizes, itertools.cycle(SHADES), strict=False))
+    for entry in flags:
+        points = sorted(
+            (p["recall"], p["precision"]) for p in entry["curve"] if p["recall"] and p["precision"]
+        )
+        if points:
+            axis.plot(*zip(*points, strict=True), STYLES[entry["rule"]],
+                      color=colours[entry["bytes"]],
+                      label=f"{entry['rule']}, {entry['bytes']} B")  # fmt: skip
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0.49, 1.01),
+             title="Duplicate flags of SNIP codes")  # fmt: skip
+    axis.legend(frameon=False, fontsize=7, ncols=3, loc="lower left")
+
+
+def draw_budget(axis: Any, body: dict[str, Any]) -> None:
+    """Draw recall@10 left, and what each stage takes."""
+    lines = [e for e in body["budget"] if e["contender"] != "opq"]
+    names = list(dict.fromkeys(e["contender"] for e in lines))
+    at = [number + GAP * names.index(e["contender"]) for number, e in enumerate(lines)]
+    bottom = [0.0] * len(lines)
+    for stage, colour in STAGES.items():
+        heights = [max(e[stage], 0) for e in lines]
+        name = "kept" if stage == "recall" else f"lost by the {stage}"
+        axis.bar(at, heights, bottom=bottom, color=colour, label=name, width=0.85)
+        bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
+    for place, height in zip(at, (e["recall"] for e in lines), strict=True):
+        axis.text(place, height / 2, f"{height:.2f}", ha="center", va="center", color="white",
+                  fontsize=7)  # fmt: skip
+    axis.set_xticks(at, [f"{NAMES[e['contender']].split()[0]}\n{e['bytes']} B" for e in lines])
+    axis.tick_params(axis="x", labelsize=7, length=0)
+    axis.set(ylabel="recall@10", title="Where recall is lost", ylim=(0, 1.25),
+             yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])  # fmt: skip
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
