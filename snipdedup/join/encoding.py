@@ -35,7 +35,9 @@ def encode_task(
     chunk_rows: int,
     reference_rows: int = 0,
 ) -> None:
-    """Encode rows ``begin`` to ``end`` and write them sorted by list, rows at home first.
+    """Encode rows ``begin`` to ``end``; write narrow codes sorted by list, rows at home first.
+
+    Wide codes are written once, in row order.
 
     If most rows are references, these stay in their lists and only the others visit.
     """
@@ -64,10 +66,10 @@ def encode_task(
     row, list_, home = row[order], list_[order], home[order]
     arrays = {
         "narrow": np.take(codes[0], row, axis=0),
-        "wide": np.take(codes[1], row, axis=0),
+        "wide": codes[1],
         "rows": row + np.int64(begin),
         "falls": falls[0][row],
-        "wide_falls": falls[1][row],
+        "wide_falls": falls[1],
         "starts": np.searchsorted(list_, np.arange(model.lists.nlist + 1)),
         "homes": np.bincount(list_[home], minlength=model.lists.nlist),
         "hashes": seen.load_hashes(),

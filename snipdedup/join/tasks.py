@@ -109,10 +109,15 @@ class JoinTasks:
 
     # encode
 
+    @property
+    def task_size(self) -> int:
+        """Rows of an encode task; the last one may have fewer."""
+        return encoding.task_rows(self.features.rows)
+
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """The rows (begin, end) of each encode task."""
-        return plan_blocks(self.features.rows, encoding.task_rows(self.features.rows))
+        return plan_blocks(self.features.rows, self.task_size)
 
     @cached_property
     def folders(self) -> list[Path]:
@@ -211,7 +216,9 @@ class JoinTasks:
     def join(self, partition: Partition, threads: int = 1) -> None:
         """Find the pairs of a partition, and write their forest."""
         if self.load_joined(partition) is None:
-            rows = load_partition(self.folders, partition, self.skip, self.model.widths)
+            rows = load_partition(
+                self.folders, partition, self.skip, self.model.widths, self.task_size
+            )
             device = pick_device(self.settings.device)
             forest, count = join_partition(
                 self.features, self.model, rows, self.settings, threads, device
@@ -251,7 +258,11 @@ class PartitionRows(NamedTuple):
 
 
 def load_partition(
-    folders: list[Path], partition: Partition, skip: np.ndarray, widths: tuple[int, int]
+    folders: list[Path],
+    partition: Partition,
+    skip: np.ndarray,
+    widths: tuple[int, int],
+    task_size: int,
 ) -> PartitionRows:
     """Bring the rows of a partition that take part together from all encode tasks.
 
@@ -274,24 +285,40 @@ def load_partition(
     order = sort_small(key, 2 * (high - low))
     target = np.empty(len(order), np.int64)
     target[order] = np.arange(len(order))
-    shapes = {
-        "rows": ((), np.int64), "narrow": ((widths[0],), np.int8), "falls": ((), np.int32),
-        "wide": ((widths[1],), np.int8), "wide_falls": ((), np.int32),
-    }  # fmt: skip
-    columns = {name: np.empty((len(order), *side), kind) for name, (side, kind) in shapes.items()}
+    members = CodedRows(
+        np.empty(len(order), np.int64),
+        *(side for width in widths for side in empty_codes(len(order), width)),
+    )
     done = 0
     for folder, use in zip(folders, places, strict=True):
         at = target[done : done + len(use)]
-        for name, column in columns.items():
-            stored = np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
-            column[at] = np.take(stored, use, axis=0)
+        row = load_part(folder / "rows.npy", use)
+        members.row[at] = row
+        members.narrow[at] = load_part(folder / "narrow.npy", use)
+        members.falls[at] = load_part(folder / "falls.npy", use)
+        if widths[1]:
+            row = row - int(folder.name) * task_size
+            members.wide[at] = load_part(folder / "wide.npy", row)
+            members.wide_falls[at] = load_part(folder / "wide_falls.npy", row)
         done += len(use)
+    if not widths[1]:
+        members.wide_falls[:] = 0
     key = key[order]
     return PartitionRows(
-        CodedRows(*columns.values()),
+        members,
         np.searchsorted(key, 2 * np.arange(high - low + 1)),
         np.bincount(key[key % 2 == 0] // 2, minlength=high - low),
     )
+
+
+def empty_codes(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return memory for the codes of rows, and for their falls."""
+    return np.empty((rows, width), np.int8), np.empty(rows, np.int32)
+
+
+def load_part(path: Path, places: np.ndarray) -> np.ndarray:
+    """Return some rows of a ``.npy``."""
+    return np.take(np.load(path, mmap_mode="r").view(np.ndarray), places, axis=0)
 
 
 def join_partition(

@@ -76,6 +76,7 @@ def compare_tiles(
     if references_only and not old.any():
         members, first = members.where(members.row < reference_rows), columns
     wide = (right.wide, right.wide_falls) if right.wide.shape[1] else None
+    narrow_limit, wide_limit = native.whole_limits(np.array(limits))
     tiles = TileColumns(right.narrow, right.falls, wide, device, old)
     rows = np.concatenate([right.row, members.row]) if first else members.row
     found: list[Edges] = []
@@ -84,7 +85,7 @@ def compare_tiles(
     for start in range(0, len(members.row), ROW_TILE):
         left = members.where(slice(start, start + ROW_TILE))
         i, j = tiles.hits(
-            left.narrow, limits.narrow - left.falls, left.wide, limits.wide - left.wide_falls,
+            left.narrow, narrow_limit - left.falls, left.wide, wide_limit - left.wide_falls,
             first=start if first + start < columns else native.EVERY_COLUMN,
             references=left.row < reference_rows, references_only=references_only,
         )  # fmt: skip

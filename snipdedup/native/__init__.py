@@ -103,6 +103,8 @@ def hits(
 
 def whole_limits(limits: np.ndarray) -> np.ndarray:
     """Return limits rounded up to int32, those beyond its range at its ends."""
+    if limits.dtype == np.int32:
+        return limits
     ends = np.iinfo(np.int32)
     return np.ceil(limits).clip(ends.min, ends.max).astype(np.int64).astype(np.int32)
 
