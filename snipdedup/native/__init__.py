@@ -181,8 +181,8 @@ def finish_codes(
     return codes, falls
 
 
-def square_norms(rows: np.ndarray) -> np.ndarray:
-    """Return the squared norm of each row of floats in float64, (n,)."""
+def row_norms(rows: np.ndarray) -> np.ndarray:
+    """Return the norm of each row of floats in float64, (n,)."""
     return np.asarray(_module.norms(as_bytes(rows), rows.itemsize))
 
 
@@ -197,7 +197,7 @@ def cosines(
     """Return the cosines of rows i of x with rows j of y, (n,) float32.
 
     In float64, rounded once: the order in which terms are added cannot show. Rows that are equal
-    bit for bit have 1. Norms are those of `square_norms`.
+    bit for bit have 1. Norms are those of `row_norms`.
     """
     found = _module.cosines(
         as_bytes(x), x_norms, as_bytes(y), y_norms, x.itemsize,

@@ -214,9 +214,9 @@ def row_sums(terms: np.ndarray) -> np.ndarray:
 
 
 def norms(rows: np.ndarray, itemsize: int) -> np.ndarray:
-    """Return squared norms in float64, (n,)."""
+    """Return norms in float64, (n,)."""
     values = stored(rows, itemsize).astype(np.float64)
-    return row_dots(values, values)
+    return np.sqrt(row_dots(values, values))
 
 
 def cosines(
@@ -235,7 +235,7 @@ def cosines(
         left, right = x[i[part]], y[j[part]]
         a, b = (stored(side, itemsize).astype(np.float64) for side in (left, right))
         with np.errstate(all="ignore"):
-            quick = row_dots(a, b) / (np.sqrt(x_norms[i[part]]) * np.sqrt(y_norms[j[part]]))
+            quick = row_dots(a, b) / (x_norms[i[part]] * y_norms[j[part]])
             cosine = quick.astype(np.float32)
             again = np.flatnonzero(unsettled(quick, a.shape[1]))
             if len(again):
@@ -260,7 +260,7 @@ def table(
     a, b = (stored(side, itemsize).astype(np.float64) for side in (x, y))
     a, b = a.reshape(groups, -1, a.shape[1]), b.reshape(groups, -1, b.shape[1])
     with np.errstate(all="ignore"):
-        sizes = np.sqrt(x_norms.reshape(groups, -1, 1)) * np.sqrt(y_norms.reshape(groups, 1, -1))
+        sizes = x_norms.reshape(groups, -1, 1) * y_norms.reshape(groups, 1, -1)
         quick = (a @ b.swapaxes(1, 2)) / sizes
         quick[np.abs(quick) <= NO_COSINE] = 0
         cosine = quick.astype(np.float32)

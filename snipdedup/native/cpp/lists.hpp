@@ -24,15 +24,10 @@ static void assign(const Codes &rows, const Lists &lists, const float *radius, s
     const std::size_t width = lists.columns.width, count = lists.columns.count;
     const std::size_t stride = (count + PANEL - 1) / PANEL * PANEL;
     turn_rows(rows, width, turned);
-    Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
     for (std::size_t r = 0; r < rows.count; r += BLOCK_ROWS) {
-        for (std::size_t c = 0; c < count; c += BLOCK_GROUPS * GROUP) {
-            block_products(turned + r * width, width, lists.columns.packed + c * width,
-                           starts_of(lists.columns) + c, sums);
-            for (std::size_t row = 0; row < BLOCK_ROWS; row++)
-                for (std::size_t g = 0; g < BLOCK_GROUPS; g++)
-                    store(table + row * stride + c + g * GROUP, sums[row][g]);
-        }
+        for (std::size_t c = 0; c < count; c += BLOCK_GROUPS * GROUP)
+            store_block(turned + r * width, width, lists.columns.packed + c * width,
+                        starts_of(lists.columns) + c, table + c, stride, ALL);
         for (std::size_t row = r; row < r + BLOCK_ROWS && row < rows.count; row++) {
             std::int32_t *near = table + (row - r) * stride;
             std::int32_t most = INT32_MIN;

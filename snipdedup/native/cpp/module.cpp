@@ -297,7 +297,7 @@ std::pair<Made, Made> whole(const Table<std::uint8_t> &rows, int bytes, float lo
 class PackedMatrix {
   public:
     explicit PackedMatrix(const Table<std::int8_t> &matrix)
-        : dim_(matrix.shape(0)), width_(matrix.shape(1)), padded_((width_ + GROUP - 1) / GROUP * GROUP),
+        : dim_(matrix.shape(0)), width_(matrix.shape(1)), padded_((width_ + PANEL - 1) / PANEL * PANEL),
           packed_((dim_ + 1) / 2 * 2 * padded_, 0) {
         for (std::size_t k = 0; k < dim_; k++)
             for (std::size_t c = 0; c < width_; c++)
@@ -319,11 +319,7 @@ class PackedMatrix {
                 }
                 values = wide;
             }
-            float *target = padded_ == width_ ? out.get() : scratch<float>(count * padded_);
-            kernels->project(values, count, even, packed_.data(), padded_, target);
-            if (padded_ != width_)
-                for (std::size_t n = 0; n < count; n++)
-                    std::memcpy(out.get() + n * width_, target + n * padded_, 4 * width_);
+            kernels->project(values, count, even, packed_.data(), width_, out.get());
         }
         return out.array();
     }
