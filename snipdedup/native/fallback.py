@@ -113,9 +113,14 @@ def hits(
 
 
 def assign(
-    rows: np.ndarray, centroids: Columns, widest: np.ndarray | None, radius: np.ndarray | None
+    rows: np.ndarray,
+    centroids: Columns,
+    widest: np.ndarray | None,
+    distances: np.ndarray | None,
+    radius: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return homes and visits; see `snipdedup.native.assign`."""
+    del distances  # computed anew
     sizes = dots(centroids.codes, centroids.codes)
     homes, bests = np.empty(len(rows), np.int32), np.empty(len(rows), np.int32)
     found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int32),) * 2]
@@ -136,6 +141,11 @@ def assign(
         found.append(((i[use_] + start).astype(np.int32), j[use_].astype(np.int32)))
     i, j = (np.concatenate(side) for side in zip(*found, strict=True))
     return homes, bests, i, j
+
+
+def copy_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray, at: np.ndarray) -> None:
+    """Copy rows of bytes; see `snipdedup.native.copy_rows`."""
+    target[at] = source[places]
 
 
 def dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
