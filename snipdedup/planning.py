@@ -182,15 +182,17 @@ def run(options: Plan) -> RunPlan:
 
 def load_rates(path: Path, dim: int) -> Rates:
     """Read the rates of an earlier probe; refuse a file that is none, or of rows of other width."""
-    found, values = atomic.load_json(path), dict[str, Any]()
-    for field in dataclasses.fields(Rates):
-        value: Any = found.get(field.name) if isinstance(found, dict) else None
+    found = atomic.load_json(path)
+    known: dict[str, Any] = found if isinstance(found, dict) else {}
+    values: dict[str, Any] = {
+        field.name: known.get(field.name) for field in dataclasses.fields(Rates)
+    }
+    for name, value in values.items():
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise SnipError(
-                f"{path}: expected what snip plan --probe --rates FILE writes; its {field.name} "
-                f"is {value!r}; measure again with --probe"
+                f"{path}: expected what snip plan --probe --rates FILE writes; its {name} is "
+                f"{value!r}; measure again with --probe"
             )
-        values[field.name] = value
     if values["dim"] != dim:
         raise SnipError(
             f"{path}: measured on rows of width {values['dim']}, not {dim}; measure again with "

@@ -75,7 +75,13 @@ def run(options: Audit) -> AuditResult:
         if options.judged is not None:
             precision = human_precision(folder, Path(options.judged).expanduser())
             return AuditResult(folder, precision=precision)
-        features = open_input(options, manifest["settings"])
+        settings = manifest["settings"]
+        source = options.features if options.features is not None else settings["features"]
+        if source is None:
+            raise SnipError(f"{options.out} names no features: give them after it")
+        parts = options.parts or (settings["parts"] if "{part" in str(source) else None)
+        kind = {name: getattr(options, name) or settings[name] for name in ("array", "column")}
+        features = open_features(source, parts=parts, **kind)
         sheet = None if options.sheet is None else Path(options.sheet).expanduser()
         if sheet is not None:
             if sheet.exists():
@@ -106,28 +112,13 @@ def run(options: Audit) -> AuditResult:
         return AuditResult(folder, audited.checked, audited.violations)
 
 
-def open_input(options: Audit, settings: dict[str, Any]) -> Features:
-    """Open FEATURES, or those that the settings of OUT name."""
-    source = options.features if options.features is not None else settings["features"]
-    if source is None:
-        raise SnipError(f"{options.out} names no features: give them after it")
-    given = {name: getattr(options, name) or settings[name] for name in ("array", "column")}
-    pattern = "{part" in str(source)
-    return open_features(
-        source, parts=options.parts or (settings["parts"] if pattern else None), **given
-    )
-
-
 def audit(
     run: AuditedRun, features: Features, texts: RowTexts,
     *, sample: int, probe_rows: int, seed: int, threads: int, memory: int,
 ) -> bool:  # fmt: skip
     """Check everything; what is wrong is added to ``run``.
 
-    Returns
-    -------
-    bool
-        Whether OUT could be read, and the rows of the features are those of OUT.
+    Returns whether OUT could be read, and the rows of the features are those of OUT.
     """
     if not run.manifest["verified"]:
         run.fail(

@@ -31,12 +31,8 @@ def check_metadata(
 ) -> None:
     """Compare the files of OUT/metadata with the mask, and with the input table ``source``.
 
-    ``dup_counts`` are the rows that represent others, ascending, and how many each, (m,) int64.
-
-    Raises
-    ------
-    SnipError
-        If ``source`` has other files than the input had.
+    ``dup_counts`` are the rows that represent others, ascending, and how many each, (m,) int64. A
+    ``source`` that has other files than the input had is refused.
     """
     described = run.manifest["request"].get("metadata")
     if described is None:

@@ -192,7 +192,7 @@ def evaluate(
     encoder: str | None, dim: int, steps: int, threshold: float, nlist: int | None,
     sizes: list[int], nprobes: list[int], flag_nprobe: int, threads: int, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return everything that was measured, as JSON values; features are streamed, never held."""
+    """Return everything that was measured, as JSON values; features are read in blocks."""
     clock, rng = progress.Clock(), np.random.default_rng(seed)
     asked = sample_rows(features.rows, min(queries, features.rows // 4), rng)
     learn = learnable(features, asked, train_rows, rng)
