@@ -22,7 +22,7 @@ from snipdedup.deduplication import read_out
 from snipdedup.deduplication.inputs import KIND, named_paths
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members
-from snipdedup.inspection import charts, display, thumbnails
+from snipdedup.inspection import display, thumbnails
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
@@ -262,14 +262,14 @@ def curve_section(curve: read_out.Curve, counts: dict[str, int]) -> dict[str, An
     """Return the slider's figures and chart."""
     kept = counts["rows"] - curve.removed
     thresholds = np.array([float(text) for text in curve.thresholds])
-    scale = charts.kept_scale(np.append(kept, counts["kept"]), counts["rows"])
+    scale = display.kept_scale(np.append(kept, counts["kept"]), counts["rows"])
     words = (
         f"Kept rows, by threshold: {kept[0]:,} at {curve.thresholds[0]}, rising to "
         f"{kept[-1]:,} at {curve.thresholds[-1]}"
     )
     removed, groups = curve.removed.tolist(), curve.groups.tolist()
     return {
-        "svg": charts.curve_chart(thresholds, kept, counts["rows"], counts["kept"], words),
+        "svg": display.curve_chart(thresholds, kept, counts["rows"], counts["kept"], words),
         "lines": list(zip(curve.thresholds, removed, kept.tolist(), groups, strict=True)),
         "data": {
             "thresholds": curve.thresholds,
@@ -288,9 +288,9 @@ def histograms(survey: read_out.Survey, path: Path) -> dict[str, str]:
     value, count = table["value"].to_numpy(), table["count"].to_numpy()
     in_groups, stand = ((of == name) & (value > 0) for name in ("group_size", "dup_count"))
     similarity, sizes, copies = (
-        charts.similarity_bars(survey.edges, survey.similarities),
-        charts.size_bars(value[in_groups], count[in_groups]),
-        charts.size_bars(value[stand], count[stand]),
+        display.similarity_bars(survey.edges, survey.similarities),
+        display.size_bars(value[in_groups], count[in_groups]),
+        display.size_bars(value[stand], count[stand]),
     )
     about_cosines = (
         "Removed rows by cosine with their representatives: "
@@ -305,9 +305,11 @@ def histograms(survey: read_out.Survey, path: Path) -> dict[str, str]:
         f"{value[stand].max(initial=0):,}"
     )
     return {
-        "similarity": charts.bar_chart(similarity, "cosine with the representative", about_cosines),
-        "sizes": charts.bar_chart(sizes, "rows in the group", about_sizes),
-        "copies": charts.bar_chart(copies, "rows removed for it (dup_count)", about_copies),
+        "similarity": display.bar_chart(
+            similarity, "cosine with the representative", about_cosines
+        ),
+        "sizes": display.bar_chart(sizes, "rows in the group", about_sizes),
+        "copies": display.bar_chart(copies, "rows removed for it (dup_count)", about_copies),
     }
 
 
