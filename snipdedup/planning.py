@@ -12,7 +12,6 @@ as √N, so both grow as N^1.5; all else grows as N.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import tempfile
@@ -128,12 +127,8 @@ class RunPlan:
     visits: float  # how many of them a row visits,
     partitions: int  # and tasks that join them
     problems: list[str]  # what does not fit
-    as_json: bool = False
 
     def __str__(self) -> str:
-        if self.as_json:
-            body = {**dataclasses.asdict(self), "machines": self.machines._asdict()}
-            return json.dumps(body, indent=2)
         nodes, cores = self.machines.nodes, self.machines.cores
         total = {**self.seconds, "all": sum(self.seconds.values())}
         lines = [
@@ -151,6 +146,10 @@ class RunPlan:
             *(self.problems or ["it fits"]),
         ]
         return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {**dataclasses.asdict(self), "machines": self.machines._asdict()}
 
 
 def run(options: Plan) -> RunPlan:
@@ -178,7 +177,7 @@ def run(options: Plan) -> RunPlan:
         for text in (options.memory, options.max_memory, options.disk, options.disk_speed)
     )
     machines = Machines(cores(options.cores), memory or machine_memory(), options.nodes, *sizes)
-    return dataclasses.replace(estimate(rates, rows, machines), as_json=options.json)
+    return estimate(rates, rows, machines)
 
 
 def load_rates(path: Path, dim: int) -> Rates:

@@ -12,7 +12,6 @@ from typing import Any
 
 from snipdedup.config import Dedup, parse_epsilons
 from snipdedup.deduplication.inputs import KIND, Inputs, split_sources
-from snipdedup.deduplication.methods import SearchSettings
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import request_of
 from snipdedup.metadata.tables import Metadata
@@ -55,22 +54,7 @@ def fill_settings(options: Dedup) -> Dedup:
     """Return the settings with their defaults; an index without a method means ``adc``."""
     filled = options.filled()
     method = options.method or ("join" if options.index is None else "adc")
-    return dataclasses.replace(filled, method=method)
-
-
-def search_settings(options: Dedup) -> SearchSettings:
-    """Return what the search is asked for, of settings that are filled."""
-    resolved: dict[str, Any] = {
-        "seed": options.seed or 0,
-        "keep_bad": options.bad_rows == "keep",
-        "encoder": None if options.encoder is None else Path(options.encoder).expanduser(),
-        "keep": str(options.keep),
-        "rule": "two_sided" if options.rule == "mutual" else options.rule,
-        "threads": cores(options.threads),
-        "device": "cpu" if options.runner == "ray" else options.device,
-    }
-    names = {field.name for field in dataclasses.fields(SearchSettings)} - set(resolved)
-    return SearchSettings(**resolved, **{name: getattr(options, name) for name in names})
+    return dataclasses.replace(filled, method=method, threads=cores(options.threads))
 
 
 def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
