@@ -20,21 +20,9 @@ from snipdedup import progress
 from snipdedup.downloading.sources import SourceFiles, find_mask
 from snipdedup.downloading.transfer import Monitor, SourceFile, done_file_of, fetch_file, fetch_once
 from snipdedup.errors import SnipError, TemporaryError
-from snipdedup.metadata.kept_rows import (
-    count_kept,
-    feature_rows,
-    write_kept,
-    write_kept_features,
-)
-from snipdedup.metadata.masks import (
-    HOW_TO_PLACE,
-    MASK,
-    Mask,
-    NamedSize,
-    check_sizes,
-    open_mask,
-    resolve_sizes,
-)
+from snipdedup.metadata import masks
+from snipdedup.metadata.kept_rows import count_kept, feature_rows, write_kept, write_kept_features
+from snipdedup.metadata.masks import HOW_TO_PLACE, Mask
 from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
@@ -159,7 +147,7 @@ def filter_item(
     table, outputs, name = Table(paths[0]), plan.outputs(item), item.table.shown
     stop = row + table.rows
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
-        check_sizes([(name, table.rows)], mask.sizes, item.number)
+        masks.check_sizes([(name, table.rows)], mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and table.rows != mask.rows:
         text = f"{name} has {table.rows:,} rows, the mask {mask.rows:,}"
         raise SnipError(f"{text}; for one file of a larger set say which with --start")
@@ -186,7 +174,7 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
 
     mask = Path(spec)
     if scheme_of(spec):
-        file, manifest = find_mask(spec, MASK)
+        file, manifest = find_mask(spec, masks.MASK)
         mask = fetch_here(file, work / "published" / "mask")
         beside = mask.with_name(MANIFEST)
         try:
@@ -199,7 +187,7 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
             beside.unlink(missing_ok=True)
     if totals is not None and scheme_of(totals):
         totals = str(fetch_here(find_mask(totals, TOTALS)[0], work / "published" / "totals"))
-    return open_mask(mask, totals)
+    return masks.open_mask(mask, totals)
 
 
 def place_mask(
@@ -224,7 +212,7 @@ def place_mask(
             name = found.files[0].shown
             raise SnipError(f"at which row {name} begins is not known; {HOW_TO_PLACE}")
         return mask, sum(count_rows(found.before, work, jobs))
-    files: list[NamedSize] = []
+    files: list[masks.NamedSize] = []
     if mask.other_sizes is not None:
         names = [file.shown for file in found.files]
         files = list(zip(names, count_rows(found.files, work, jobs), strict=True))
@@ -234,10 +222,10 @@ def place_mask(
         if first + count > len(sizes):
             wanted = f"files {first} to {first + count - 1} are wanted"
             raise SnipError(f"{wanted}, the mask's set has 0 to {len(sizes) - 1}")
-        check_sizes(files, sizes, first)
+        masks.check_sizes(files, sizes, first)
         return int(sizes[:first].sum())
 
-    return resolve_sizes(mask, first_row)
+    return masks.resolve_sizes(mask, first_row)
 
 
 def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:

@@ -21,13 +21,7 @@ from snipdedup.metadata.masks import choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.listing import FEATURES, METADATA, list_folder
 from snipdedup.storage.out_folder import MANIFEST
-from snipdedup.storage.web import (
-    PART,
-    expand_parts,
-    is_web,
-    redacted,
-    scheme_of,
-)
+from snipdedup.storage.web import PART, expand_parts, is_web, redacted, scheme_of
 
 USE_PART = "for several put {part:04d} in the number's place"
 NAME_FEATURES = "say where they are with --embeddings_source"

@@ -124,11 +124,7 @@ def read_range(
 
 
 def finish_scan(
-    features: Features,
-    parts: list[Seen],
-    keep_bad: bool,
-    threads: int,
-    folder: Path | None = None,
+    features: Features, parts: list[Seen], keep_bad: bool, threads: int, folder: Path | None = None
 ) -> Scan:
     """Join the parts of a scan: refuse or list bad rows, find exact copies (`find_copies`)."""
     bad = np.concatenate([part.bad for part in parts])

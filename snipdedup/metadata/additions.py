@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from itertools import chain, islice
+from itertools import chain, groupby, islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from snipdedup.storage.external_sort import READ, Columns, Sorter, among, pack
 CAPTION_COLUMNS = ("caption", "text")
 PART_CAPTIONS = 1 << 18  # captions in memory at a time
 SIGN = np.uint64(1 << 63)
+END = 1 << 63  # after all rows
 
 
 class ColumnSettings(NamedTuple):
@@ -151,40 +153,41 @@ class MergedCaptions:
     def __init__(
         self, metadata: Metadata, column: str, removed: RemovedPairs, most: int, folder: Path
     ) -> None:
-        self.most = most
-        self.lists: dict[int, list[str]] = {}  # by row, of rows below ``known``
-        self.known = 0
-        rows = _caption_rows(removed, folder.with_name(f"{folder.name}-rows"))
-        self.representative, self.row, self.cuts = rows
-        gathered = gather_columns(metadata, [column], self.row, self.cuts, _captions, folder)
-        self.parts, self.close = enumerate(gathered), gathered.close
+        representative, row, cuts = _caption_rows(removed, folder.with_name(f"{folder.name}-rows"))
+        gathered = gather_columns(metadata, [column], row, cuts, _captions, folder)
+        self.close = gathered.close
+        self.merged = _merge_captions(gathered, representative, row, cuts, most)
+        self.ahead: tuple[int, list[str]] = -1, []  # read, but not asked for yet
 
     def between(self, start: int, stop: int) -> Any:
         """See `AddedColumn`."""
-        while self.known < stop and (part := next(self.parts, None)) is not None:
-            self._add(*part)
-        found = [self.lists.pop(row, []) for row in range(start, stop)]
+        found: list[list[str]] = [[] for _ in range(start, stop)]
+        while self.ahead[0] < stop:
+            if self.ahead[0] >= start:
+                found[self.ahead[0] - start] = self.ahead[1]
+            self.ahead = next(self.merged, (END, []))
         cuts = np.cumsum([0, *map(len, found)], dtype=np.int32)
         texts = pa.array(chain.from_iterable(found), pa.string())
         return pa.ListArray.from_arrays(pa.array(cuts), texts)
 
-    def _add(self, number: int, table: Any) -> None:
-        """Take the captions of one part of the rows."""
-        if table is None:
-            return
-        part = slice(self.cuts[number], self.cuts[number + 1])
-        representatives, rows = self.representative[part].tolist(), self.row[part].tolist()
-        own: dict[int, str] = {}
-        others: dict[int, dict[str, None]] = {}  # a dict, unlike a set, keeps the order
-        captions = table["caption"].to_pylist()
-        for representative, row, caption in zip(representatives, rows, captions, strict=True):
-            if row == representative:
-                own[row] = caption
-            elif caption:
-                others.setdefault(representative, {})[caption] = None
-        for row, texts in others.items():
-            self.lists[row] = list(islice((t for t in texts if t != own[row]), self.most))
-        self.known = representatives[-1] + 1
+
+def _merge_captions(
+    gathered: Iterator[Any],
+    representative: np.ndarray,
+    row: np.ndarray,
+    cuts: np.ndarray,
+    most: int,
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each representative, ascending, and its merged captions, from gathered ones."""
+    for table, ends in zip(gathered, pairwise(cuts), strict=True):
+        part = slice(*ends)
+        captions = [] if table is None else table["caption"].to_pylist()
+        triples = zip(representative[part].tolist(), row[part].tolist(), captions, strict=True)
+        for of, group in groupby(triples, itemgetter(0)):
+            by_row = {number: caption for _, number, caption in group}
+            own = by_row.pop(of)
+            others = (caption for caption in by_row.values() if caption and caption != own)
+            yield of, list(islice(dict.fromkeys(others), most))  # unlike a set, it keeps the order
 
 
 def _captions(file: Table, batch: Any) -> dict[str, Any]:
