@@ -23,13 +23,14 @@ from timing import machine
 
 from snipdedup.encoder.network import opq_rotation, principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.measures import IndexedRows, recall
+from snipdedup.evaluation.evaluate import IndexedRows
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.nearest import nearest, nearest_vectors
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.kmeans import Vectors
 from snipdedup.index.quantizer import train_quantiser
 from snipdedup.parallel import cores
+from snipdedup.statistics import recall
 
 K, NLIST, NPROBE, OPQ_ROUNDS = 10, 256, 8, 20
 QUICK = {"steps": 300}

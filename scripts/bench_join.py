@@ -226,9 +226,7 @@ def run_peer(
     )  # fmt: skip
     said = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     if name == "floor":
-        cpu_seconds = said["stages_cpu_seconds"] / settings["loops"]
-        seconds = min(said["stages"].values())
-        return {"settings": settings, "seconds": seconds, "cpu_seconds": cpu_seconds, **said}
+        return {"settings": settings, "seconds": min(said["stages"].values()), **said}
     return {
         "settings": settings,
         "seconds": timed.seconds + said["correction"],

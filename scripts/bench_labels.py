@@ -20,10 +20,10 @@ from labelled_curve import read_labels
 
 from snipdedup.encoder.network import principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.measures import average_precision
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.kmeans import Vectors
+from snipdedup.statistics import average_precision
 
 NAMES = ("raw", "PCA", "MSE", "SNIP")
 

@@ -20,11 +20,10 @@ import numpy as np
 
 from snipdedup.encoder.network import principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.measures import partner_ranks
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.kmeans import Vectors
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import partner_ranks, proportion_interval
 
 NAMES = ("raw", "PCA of images", "PCA", "MSE", "SNIP without texts", "SNIP")
 KS = (1, 10)

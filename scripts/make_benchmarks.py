@@ -171,7 +171,7 @@ def describe_ours(body: dict[str, Any]) -> str:
     if "cpu_seconds" in ours:
         ratio = ours["cpu_seconds"] / floor["cpu_seconds"]
         text += (
-            f". CPU seconds: ours {ours['cpu_seconds']:.2f}, a loop of the floor "
+            f". CPU seconds: ours {ours['cpu_seconds']:.2f}, a loop of the floor on one thread "
             f"{floor['cpu_seconds']:.2f} ({ratio:.1f} ×)"
         )
     return text + "."

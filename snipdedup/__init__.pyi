@@ -659,14 +659,14 @@ def report(
 def search(
     query: Any,
     *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
     index: str | PathLike[str],
     k: int = 10,
     nprobe: int = 64,
     rerank: int = 2000,
     features: str | PathLike[str] | None = None,
-    parts: str | None = None,
-    array: str | None = None,
-    column: str | None = None,
     metadata: str | PathLike[str] | None = None,
     encoder: str | PathLike[str] | None = None,
     text: bool = False,
@@ -680,6 +680,12 @@ def search(
     ----------
     query
         row number, .npy or .npz of vectors, or a text
+    parts
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
+    array
+        array of an .npz file
+    column
+        list column of a parquet file
     index
         folder that snip index wrote
     k
@@ -690,12 +696,6 @@ def search(
         nearest codes to compare by raw features; 0 for none (default: 2000)
     features
         the indexed rows, if they moved or changed
-    parts
-        of --features: numbers of a {part:04d} pattern
-    array
-        array of an .npz, of QUERY or --features
-    column
-        of --features: list column of a parquet file
     metadata
         key, url, caption of the rows, by position
     encoder

@@ -96,8 +96,9 @@ class Settings:
         """Raise UsageError for settings that do not go together."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values, for manifests."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Return the settings as JSON values for manifests, positional ones first."""
+        flags_last = sorted(dataclasses.fields(self), key=lambda f: "positional" not in f.metadata)
+        return {field.name: getattr(self, field.name) for field in flags_last}
 
 
 def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:

@@ -48,10 +48,7 @@ S = TypeVar("S", bound=type[Settings])
 def command(
     name: str, group: str, module: str, example: str, function: str | None = None
 ) -> Callable[[S], S]:
-    """Make a class a dataclass of settings and a command, see `Command`.
-
-    ``example`` is what follows ``snip NAME``; ``function`` is the name in Python where it differs.
-    """
+    """Make a class a `Command`; ``function`` is the name in Python where that differs."""
 
     def declare(options: S) -> S:
         dataclass(frozen=True, kw_only=True)(options)
@@ -452,7 +449,7 @@ class Audit(Format):
 
 
 @command("search", "looking", "inspection.search", "123 --index index --metadata metadata")
-class Search(Settings):
+class Search(Format):
     """Find the nearest rows to a row, a vector or a text."""
 
     query: Any = argument("row number, .npy or .npz of vectors, or a text")
@@ -461,9 +458,6 @@ class Search(Settings):
     nprobe: int = option(64, "lists visited", 1, 2**24)
     rerank: int = option(2000, "nearest codes to compare by raw features; 0 for none", 0, 10**6)
     features: str | None = option(None, "the indexed rows, if they moved or changed", path=ANYWHERE)
-    parts: str | None = option(None, "of --features: numbers of a {part:04d} pattern")
-    array: str | None = option(None, "array of an .npz, of QUERY or --features")
-    column: str | None = option(None, "of --features: list column of a parquet file")
     metadata: str | None = option(None, "key, url, caption of the rows, by position", path=ANYWHERE)
     encoder: str | None = option(None, "for vectors and texts, if codes are encoded", path=FOLDER)
     text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
@@ -580,12 +574,8 @@ def parse_epsilons(value: Any) -> list[float]:
 def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
     """Parse ``max:similarity,min:width,last``.
 
-    Returns
-    -------
-    rules : list of (str, str)
-        ``max`` or ``min``, and the column.
-    last : str
-        ``first``, ``last`` or ``random``: what decides among rows that are still even.
+    Returns (``max`` or ``min``, column) for each rule; and ``first``, ``last`` or ``random``, which
+    decides among rows that are still even.
     """
     *words, last = (word.strip() for word in text.split(","))
     if last not in ("first", "last", "random"):

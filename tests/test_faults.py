@@ -86,7 +86,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_shard_that_changes_while_it_is_read(inputs, monkeypatch, capsys, command):
     module, name = {
-        "dedup": (dedup_run, "run_search"),
+        "dedup": (dedup_run, "search_pairs"),
         "compress": (compress, "compress_shards"),
         "index": (index, "write_codes"),
     }[command]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 from math import comb
 
+import numpy as np
 import pytest
 
+from snipdedup import statistics
 from snipdedup.statistics import incomplete_beta, proportion_interval
 
 
@@ -59,3 +61,39 @@ def test_of_nothing_nothing_is_known():
 def test_refusals(k, n, level):
     with pytest.raises(ValueError, match="expected 0 <= k <= n"):
         proportion_interval(k, n, level)
+
+
+def test_recall_counts_what_is_shared():
+    truth, found = np.array([[2, 3, 4], [5, 6, -1]]), np.array([[3, 2, 9], [9, 5, -1]])
+    assert statistics.recall(found, truth, 3) == pytest.approx(3 / 5)
+    assert statistics.recall(found, truth, 1) == 0
+
+
+def test_partner_ranks_count_ties_half_and_copies_as_one():
+    similarity = np.array([[0.5, 0.9, 0.5], [0.1, 0.2, 0.3], [0.4, 0.4, 0.4]], np.float32)
+    alone = np.arange(3)
+    assert statistics.partner_ranks(similarity, np.array([0, 2, 1]), alone).tolist() == [1.5, 0, 1]
+    copies = np.array([0, 1, 0])  # the first and the last column are one picture
+    assert statistics.partner_ranks(similarity, np.array([0, 0, 1]), copies).tolist() == [1, 0, 1]
+
+
+def test_average_precision_is_the_one_worked_by_hand():
+    truth = np.array([True, False, True, False])
+    assert statistics.average_precision(np.array([4, 3, 2, 1]), truth) == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
+    assert statistics.average_precision(np.zeros(4), truth) == pytest.approx(
+        0.5
+    )  # one score: one step
+
+
+def test_samples_are_distinct_and_ascending():
+    for total, wanted in ((10, 3), (0, 5), (10**12, 50)):
+        found = statistics.sample_rows(total, wanted, np.random.default_rng(0))
+        assert len(found) == min(total, wanted)
+        assert (np.diff(found) > 0).all()
+        assert all(0 <= one < total for one in found)
+    picked = statistics.sample_rows(100, 30, np.random.default_rng(0))
+    assert len(set(picked.tolist())) == 30
+    assert (np.diff(picked) > 0).all()
+    assert statistics.sample_rows(10, 30, np.random.default_rng(0)).tolist() == list(range(10))

@@ -19,7 +19,7 @@ from snipdedup.auditing.removed_rows import (
     Violations,
     chosen_places,
 )
-from snipdedup.auditing.sheet import human_precision, pick_ordinals, sample_pairs, write_sheet
+from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
 from snipdedup.config import Audit
 from snipdedup.deduplication.inputs import KIND
 from snipdedup.errors import SnipError
@@ -30,7 +30,7 @@ from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.parallel import cores, memory_bound, ordered_map
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import sha256
 from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
@@ -75,7 +75,13 @@ def run(options: Audit) -> AuditResult:
         if options.judged is not None:
             precision = human_precision(folder, Path(options.judged).expanduser())
             return AuditResult(folder, precision=precision)
-        features = open_input(options, manifest["settings"])
+        settings = manifest["settings"]
+        source = options.features if options.features is not None else settings["features"]
+        if source is None:
+            raise SnipError(f"{options.out} names no features: give them after it")
+        parts = options.parts or (settings["parts"] if "{part" in str(source) else None)
+        kind = {name: getattr(options, name) or settings[name] for name in ("array", "column")}
+        features = open_features(source, parts=parts, **kind)
         sheet = None if options.sheet is None else Path(options.sheet).expanduser()
         if sheet is not None:
             if sheet.exists():
@@ -106,28 +112,13 @@ def run(options: Audit) -> AuditResult:
         return AuditResult(folder, audited.checked, audited.violations)
 
 
-def open_input(options: Audit, settings: dict[str, Any]) -> Features:
-    """Open FEATURES, or those that the settings of OUT name."""
-    source = options.features if options.features is not None else settings["features"]
-    if source is None:
-        raise SnipError(f"{options.out} names no features: give them after it")
-    given = {name: getattr(options, name) or settings[name] for name in ("array", "column")}
-    pattern = "{part" in str(source)
-    return open_features(
-        source, parts=options.parts or (settings["parts"] if pattern else None), **given
-    )
-
-
 def audit(
     run: AuditedRun, features: Features, texts: RowTexts,
     *, sample: int, probe_rows: int, seed: int, threads: int, memory: int,
 ) -> bool:  # fmt: skip
     """Check everything; what is wrong is added to ``run``.
 
-    Returns
-    -------
-    bool
-        Whether OUT could be read, and the rows of the features are those of OUT.
+    Returns whether OUT could be read, and the rows of the features are those of OUT.
     """
     if not run.manifest["verified"]:
         run.fail(
@@ -150,7 +141,8 @@ def audit(
         run.fail("mask", str(error))
         return False
     compared = features if same_rows else None
-    chosen = pick_ordinals(int(np.count_nonzero(run.is_dup)), sample, seed) if sample else None
+    rng, total = np.random.default_rng(seed), int(np.count_nonzero(run.is_dup))
+    chosen = sample_rows(total, sample, rng) if sample else None
     removed = RemovedRows(run, compared, captions, chosen, threads, memory)
     references, readable = open_references(run, threads), True
     try:
@@ -272,7 +264,7 @@ def estimate_missed(
     Where rows were compared with references only, they are compared with these only.
     """
     kept = run.rows - int(np.count_nonzero(run.is_dup))
-    ordinals = pick_ordinals(kept, probe_rows, seed)
+    ordinals = sample_rows(kept, probe_rows, np.random.default_rng(seed))
     sample = kept_rows(run.is_dup, ordinals)
     raw = features.gather(sample)
     good = ~bad_rows(raw)

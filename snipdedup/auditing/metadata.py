@@ -16,7 +16,7 @@ import pyarrow as pa
 from snipdedup.auditing.removed_rows import AuditedRun
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
-from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table, open_table
+from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table
 
 
 class ExpectedRows(NamedTuple):
@@ -31,12 +31,8 @@ def check_metadata(
 ) -> None:
     """Compare the files of OUT/metadata with the mask, and with the input table ``source``.
 
-    ``dup_counts`` are the rows that represent others, ascending, and how many each, (m,) int64.
-
-    Raises
-    ------
-    SnipError
-        If ``source`` has other files than the input had.
+    ``dup_counts`` are the rows that represent others, ascending, and how many each, (m,) int64. A
+    ``source`` that has other files than the input had is refused.
     """
     described = run.manifest["request"].get("metadata")
     if described is None:
@@ -52,7 +48,7 @@ def check_metadata(
         end = begin + file["rows"]
         table = None if source is None else source.files[number]
         try:
-            kept = open_table(run.folder / "metadata" / f"{Path(file['name']).stem}.parquet")
+            kept = Table(run.folder / "metadata" / f"{Path(file['name']).stem}.parquet")
             check_file(run, kept, expected_rows(run, begin, end, dup_counts, table))
             rows += kept.rows
         except SnipError as error:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from snipdedup.auditing.removed_rows import AuditedRun, chosen_places, raw_cosines
-from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
+from snipdedup.deduplication.read_out import pick, read_keys, read_partners, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.members import concatenate, no_members
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
 from snipdedup.metadata.tables import KEY_COLUMNS
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import replacing
 
 COLUMNS = (
@@ -29,12 +29,6 @@ NO = {"no", "n", "0", "false", "different", "other"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute, or worse
 
 
-def pick_ordinals(total: int, wanted: int, seed: int) -> np.ndarray:
-    """Return ``wanted`` (or all, if fewer) of the numbers below ``total`` at random, ascending."""
-    rng = np.random.default_rng(seed)
-    return np.sort(rng.choice(total, min(total, wanted), replace=False, shuffle=False))
-
-
 def sample_pairs(
     run: AuditedRun, features: Features, texts: RowTexts,
     *, n: int, seed: int, threads: int, memory: int,
@@ -44,7 +38,8 @@ def sample_pairs(
     Rows that are removed for a reference are left out: captions of references are not known.
     """
     counts, path = run.manifest["counts"], run.folder / "groups.parquet"
-    chosen = pick_ordinals(counts["removed"] - counts.get("removed_for_reference", 0), n, seed)
+    total = counts["removed"] - counts.get("removed_for_reference", 0)
+    chosen = sample_rows(total, n, np.random.default_rng(seed))
     parts, before = [], 0
     for members in whole_groups(path, marked=True):
         own = pick(members, members.is_dup & (members.representative >= 0))
@@ -85,21 +80,12 @@ def write_sheet(path: Path, pairs: list[dict[str, Any]]) -> None:
 
 
 def human_precision(folder: Path, path: Path) -> str:
-    """Return the precision that a person found in a sheet of this OUT.
-
-    Raises
-    ------
-    SnipError
-        If the sheet is of another run, or nothing was judged.
-    """
+    """Return the precision that a person found in a sheet; refuse one that is of another OUT."""
     judged = read_verdicts(path)
     rows = np.array([row for row, _, _ in judged], np.int64)
-    known: dict[int, int] = {}
-    for members in whole_groups(folder / "groups.parquet"):
-        found = pick(members, members.is_dup & np.isin(members.row, rows))
-        known |= zip(found.row.tolist(), found.representative.tolist(), strict=True)
+    known = read_partners(folder / "groups.parquet", rows)
     for row, representative, _ in judged:
-        if known.get(row) != representative:
+        if row == representative or row not in known or known[row][0] != representative:
             raise SnipError(
                 f"{path}: row {row:,} is not removed for row {representative:,} in {folder}; the "
                 "sheet is of another run"
@@ -119,13 +105,7 @@ def human_precision(folder: Path, path: Path) -> str:
 
 
 def read_verdicts(path: Path) -> list[tuple[int, int, bool | None]]:
-    """Read a sheet that was judged: row, representative, verdict (None where it is empty).
-
-    Raises
-    ------
-    SnipError
-        If it is no such sheet, or a verdict is neither yes nor no; names the line.
-    """
+    """Read a sheet that was judged: row, representative, verdict (None where it is empty)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

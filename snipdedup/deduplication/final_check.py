@@ -148,8 +148,8 @@ class FinalCheck:
         references = self.search.references
         if number >= 0 or references is None or number < -references.rows:
             return f"row {number:,}"
-        item, row = references.locate(np.array([~number]))
-        return f"row {row[0]:,} of {references.items[item[0]].name}"
+        names, row = references.locate(np.array([~number]))
+        return f"row {row[0]:,} of {names[0]}"
 
     def refuse_low(
         self, row: np.ndarray, named: np.ndarray, cosine: np.ndarray, enough: np.ndarray

@@ -158,18 +158,13 @@ class References:
             )
         return Features([*self.features.shards, *features.shards])
 
-    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the input of each reference row, and its row there."""
+    def locate(self, numbers: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+        """Return the name of the input of each reference row, and its row there."""
         item = np.searchsorted(self.starts, numbers, side="right") - 1
         row = np.empty(len(numbers), np.int64)
         for which in np.unique(item):
             at = item == which
             row[at] = self.items[which].kept[numbers[at] - self.starts[which]]
-        return item, row
-
-    def name_rows(self, numbers: np.ndarray) -> tuple[pa.Array, np.ndarray]:
-        """Return the name of the input of each reference row, and its row there."""
-        item, row = self.locate(numbers)
         return pa.array([item.name for item in self.items], pa.string()).take(pa.array(item)), row
 
     def numbers_of(self, called: Sequence[str], names: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -233,7 +228,7 @@ class References:
         return None
 
 
-def open_references(given: Any, **how: str | None) -> References:
+def open_reference_rows(given: Any, **how: str | None) -> References:
     """Open what ``--reference`` names, and the references of earlier runs among it.
 
     ``given`` is a path, an array, or a list of them: features, or folders that ``snip dedup``
@@ -358,13 +353,13 @@ def open_inputs(
                 "one caption for each image, in the same order"
             )
     if reference is not None:
-        references = open_references(reference, array=array, column=column)
+        references = open_reference_rows(reference, array=array, column=column)
         references.refuse_shared(opened)  # now, not after the search
         references.before(opened)
     return Inputs(opened, text, text_threshold, references)
 
 
-def open_table(
+def open_metadata_of(
     metadata: str | None, source: Any, features: Features | None, index: str | None
 ) -> Metadata | None:
     """Open META, or the metadata beside ``source``; check its rows against features or index."""

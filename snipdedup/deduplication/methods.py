@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,129 +50,118 @@ from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 
-@dataclass(frozen=True)
-class SearchSettings:
-    """What a search is asked for, and how it may compute; the names are those of `Dedup`."""
-
-    method: str
-    threshold: float
-    recall: float
-    seed: int
-    keep_bad: bool  # leave out rows that cannot be compared, instead of refusing them
-    references_only: bool
-    encoder: Path | None
-    clusters: int  # of SemDeDup's rule, as are the next two
-    keep: str
-    borders: bool
-    index: str | None  # of the adaptive threshold, as are the next six
-    rule: str
-    margin: float | None
-    precision: float
-    calibration_rows: int
-    k: int
-    nprobe: int
-    chunk_rows: int
-    threads: int
-    max_memory: str | None
-    device: str
-
-    def scan(self, features: Features) -> Scan:
-        """Read all rows once."""
-        return scan(
-            features, chunk_rows=self.chunk_rows, threads=self.threads, keep_bad=self.keep_bad
-        )
-
-
 def search_pairs(
-    inputs: Inputs, settings: SearchSettings, work: Path, runner: Runner | None, stage: Stage
+    inputs: Inputs, options: config.Dedup, work: Path, runner: Runner | None, stage: Stage
 ) -> PairSearch:
-    """Find all pairs by the method asked for, or all matches by SemDeDup's rule.
+    """Find all pairs by the method of filled settings, or all matches by SemDeDup's rule.
 
     The tasks of the join leave their files in ``work``; ``runner`` does them, or threads of this
     process. ``stage`` times a stage by its name.
     """
-    features = inputs.features
-    if settings.method == "adc" or features is None:
-        return search_adc(features, settings, work, stage)
-    if settings.method == "semdedup":
-        return find_matches(features, settings, work, stage)
+    features, threads, memory = inputs.features, options.threads, options.max_memory
+    if options.method == "adc" or features is None:
+        return search_adc(features, options, work, stage)
+    settings = JoinSettings(
+        threshold=options.threshold,
+        recall=options.recall,
+        seed=options.seed or 0,
+        keep_bad=options.bad_rows == "keep",
+        chunk_rows=options.chunk_rows,
+        device="cpu" if options.runner == "ray" else options.device,
+        encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
+    )
+    if options.method == "semdedup":
+        with stage("read"):
+            seen = scan_rows(features, settings, threads)
+        clusters, keep, seed = options.clusters, str(options.keep), settings.seed
+        best = search_semdedup(
+            features, seen, clusters=clusters, keep=keep, seed=seed, threads=threads, stage=stage
+        )
+        notes: dict[str, Any] = {"clusters": len(best.centroids)}
+        if options.borders:
+            with stage("borders"):
+                runner, untimed = Local(threads), Clock().stage
+                found = find_pairs(features, settings, threads, memory, work, runner, untimed)
+                joined = PairSearch.of(features, settings.threshold, *found)
+                notes["borders"] = border_cost(features, best, joined, threads)
+        search = PairSearch.of(features, settings.threshold, seen, join_edges([]), notes)
+        return dataclasses.replace(search, best=best)
+    runner = None if options.method == "exact" else runner or Local(threads)
     if inputs.references is not None:
-        return find_beside(inputs.references, features, settings, work, runner, stage)
-    found = find_pairs(features, settings, work, runner, stage)
+        settings = dataclasses.replace(settings, references_only=options.references_only)
+        return find_beside(
+            inputs.references, features, settings, threads, memory, work, runner, stage
+        )
+    found = find_pairs(features, settings, threads, memory, work, runner, stage)
     search = PairSearch.of(features, settings.threshold, *found)
     if inputs.text is None or inputs.also is None:
         return search
     with stage("captions"):
-        texts = settings.scan(inputs.text)
-        search = match_captions(search, features, texts, inputs.also, settings.threads)
+        texts = scan_rows(inputs.text, settings, threads)
+        search = match_captions(search, features, texts, inputs.also, threads)
     return dataclasses.replace(search, text_checksums=texts.checksums)
+
+
+def scan_rows(features: Features, settings: JoinSettings, threads: int) -> Scan:
+    """Read all rows once."""
+    chunk_rows, keep_bad = settings.chunk_rows, settings.keep_bad
+    return scan(features, chunk_rows=chunk_rows, threads=threads, keep_bad=keep_bad)
 
 
 def find_pairs(
     features: Features,
-    settings: SearchSettings,
+    settings: JoinSettings,
+    threads: int,
+    max_memory: str | None,
     work: Path,
     runner: Runner | None,
     stage: Stage,
-    *,
-    reference_rows: int = 0,
-    model: Path | None = None,
 ) -> tuple[Scan, Edges, dict[str, Any]]:
-    """Find the pairs of some rows; those among the first ``reference_rows`` are not wanted.
+    """Find the pairs of some rows by the join; without a ``runner`` by brute force.
 
     Return the scan, the forest (see `forest.spanning_forest`), and figures for the manifest.
     """
-    references_only = settings.references_only and reference_rows > 0
-    if settings.method != "exact":
-        runner = runner or Local(settings.threads)
-        asked = JoinSettings(
-            threshold=settings.threshold,
-            recall=settings.recall,
-            seed=settings.seed,
-            keep_bad=settings.keep_bad,
-            chunk_rows=settings.chunk_rows,
-            device=settings.device,
-            reference_rows=reference_rows,
-            references_only=references_only,
-            encoder=settings.encoder,
-            kept_model=model,
-        )
-        need = needed_memory(features, runner.here, reference_rows)
-        memory = memory_bound(settings.max_memory, need)
-        return join(features, asked, work, runner, memory=memory, stage=stage)
+    reference_rows = settings.reference_rows
+    if runner is not None:
+        memory = memory_bound(max_memory, needed_memory(features, runner.here, reference_rows))
+        return join(features, settings, work, runner, memory=memory, stage=stage)
     with stage("read"):
-        seen = settings.scan(features)
+        seen = scan_rows(features, settings, threads)
     with stage("compare"):
         rows = np.flatnonzero(~seen.skipped(features.rows, reference_rows))
         builder = ForestBuilder(reference_rows)
         for edges in exact_edges(
-            features, rows, settings.threshold, threads=settings.threads,
-            memory=memory_bound(settings.max_memory), reference_rows=reference_rows,
-            references_only=references_only,
+            features, rows, settings.threshold, threads=threads, memory=memory_bound(max_memory),
+            reference_rows=reference_rows, references_only=settings.references_only,
         ):  # fmt: skip
             builder.add(edges)
     return seen, builder.forest(), {}
 
 
 def find_beside(
-    references: References, features: Features, settings: SearchSettings, work: Path,
-    runner: Runner | None, stage: Stage,
-) -> PairSearch:  # fmt: skip
+    references: References,
+    features: Features,
+    settings: JoinSettings,
+    threads: int,
+    max_memory: str | None,
+    work: Path,
+    runner: Runner | None,
+    stage: Stage,
+) -> PairSearch:
     """Search over reference rows and features; return what concerns the features."""
     rows, first, model = references.before(features), references.rows, None
-    if settings.method == "join":
+    if runner is not None:
         encoder = None if settings.encoder is None else str(settings.encoder)
         same = {name: getattr(settings, name) for name in ("threshold", "recall", "seed")}
         model = references.kept_model(features.rows, **same, encoder=encoder)
         model = model if model is not None and is_readable(model) else None
-    seen, forest, notes = find_pairs(
-        rows, settings, work, runner, stage, reference_rows=first, model=model
-    )
-    if settings.method == "join":
+    settings = dataclasses.replace(settings, reference_rows=first, kept_model=model)
+    seen, forest, notes = find_pairs(rows, settings, threads, max_memory, work, runner, stage)
+    if runner is not None:
         notes = {**notes, "model": "fitted" if model is None else "kept"}
     with stage("refer"):
         own, copies, originals, nearest = own_pairs(
-            rows, first, forest, (seen.copies, seen.firsts), settings.threshold, settings.threads,
+            rows, first, forest, (seen.copies, seen.firsts), settings.threshold, threads,
             references_only=settings.references_only, folder=work / "refer",
         )  # fmt: skip
     shards = len(references.features.shards)
@@ -226,49 +214,22 @@ def common_copies(search: PairSearch, texts: Scan) -> tuple[np.ndarray, np.ndarr
     return row[~new][order], original[~new][order]
 
 
-def find_matches(
-    features: Features, settings: SearchSettings, work: Path, stage: Stage
-) -> PairSearch:
-    """Find by SemDeDup's rule, and count what the borders of its clusters cost."""
-    with stage("read"):
-        seen = settings.scan(features)
-    best = search_semdedup(
-        features,
-        seen,
-        clusters=settings.clusters,
-        keep=settings.keep,
-        seed=settings.seed,
-        threads=settings.threads,
-        stage=stage,
-    )
-    notes: dict[str, Any] = {"clusters": len(best.centroids)}
-    if settings.borders:
-        with stage("borders"):
-            notes["borders"] = border_cost(features, best, settings, work)
-    search = PairSearch.of(features, settings.threshold, seen, join_edges([]), notes)
-    return dataclasses.replace(search, best=best)
-
-
-def border_cost(
-    features: Features, best: Best, settings: SearchSettings, work: Path
-) -> dict[str, int]:
-    """Return what the join finds across borders of clusters.
+def border_cost(features: Features, best: Best, search: PairSearch, threads: int) -> dict[str, int]:
+    """Return what the ``search`` by the join found across borders of clusters.
 
     ``pairs`` and ``across`` count pairs of distinct rows; ``beside`` the rows that are kept
     although an earlier kept row is their pair; ``star`` what star would remove, ``both`` what both
     remove.
     """
-    found = find_pairs(features, settings, work, None, Clock().stage)
-    search = PairSearch.of(features, settings.threshold, *found)
-    removed = best.removed(settings.threshold)
+    removed = best.removed(search.threshold)
     pairs, across = 0, 0
     beside = np.zeros(features.rows, bool)
-    for edges in all_pairs(features, search.forest, settings.threshold, settings.threads):
+    for edges in all_pairs(features, search.forest, search.threshold, threads):
         pairs += len(edges.a)
         across += int((best.cluster[edges.a] != best.cluster[edges.b]).sum())
         beside[edges.b[~removed[edges.a] & ~removed[edges.b]]] = True
     rank = rank_by("first", 0, None)
-    star = choose(search, features, settings.threshold, "star", "first", rank).is_dup
+    star = choose(search, features, search.threshold, "star", "first", rank).is_dup
     return {
         "pairs": pairs,
         "across": across,
@@ -278,44 +239,50 @@ def border_cost(
     }
 
 
-def check_given(features: Features | None, settings: SearchSettings) -> None:
+def check_given(features: Features | None, index: str | None, encoder: str | None) -> None:
     """Refuse an index or encoder that is not there, or is of other features, before any work."""
-    if settings.index is not None:
-        index = Index(settings.index)
+    if index is not None:
+        opened = Index(index)
         if features is not None:
-            query_space(index, features, settings.encoder)
-    elif settings.encoder is not None:
+            query_space(opened, features, encoder)
+    elif encoder is not None:
         from snipdedup.encoder.network import Encoder
 
-        encoder = Encoder.load(settings.encoder, device="cpu")
+        network = Encoder.load(encoder, device="cpu")
         if features is not None:
-            encoder.check_width(features, str(settings.encoder))
+            network.check_width(features, encoder)
 
 
 def search_adc(
-    features: Features | None, settings: SearchSettings, work: Path, stage: Stage
+    features: Features | None, options: config.Dedup, work: Path, stage: Stage
 ) -> PairSearch:
     """Find pairs by the adaptive threshold on the ADC distance.
 
     Without features pairs stay unverified, and an index must be given; with features one is built
     in ``work`` if none is given.
     """
+    threshold, threads = options.threshold, options.threads
     with stage("index"):
-        if settings.index is not None or features is None:
-            index = Index(str(settings.index))
+        if options.index is not None or features is None:
+            index = Index(str(options.index))
         else:
-            index = build_in(work / "index", features, settings)
+            given = {"encoder": options.encoder, "bad_rows": options.bad_rows}
+            index = build_in(work / "index", features, seed=options.seed, threads=threads, **given)
     seen, pairs, builder = None, [], ForestBuilder()
     if features is not None:
         with stage("read"):
-            seen = settings.scan(features)
+            keep_bad, chunk_rows = options.bad_rows == "keep", options.chunk_rows
+            seen = scan(features, chunk_rows=chunk_rows, threads=threads, keep_bad=keep_bad)
             skip, original = seen.skipped(features.rows), np.arange(features.rows)
             original[seen.copies] = seen.firsts
     flags, cut = np.zeros(index.rows, bool), 0
     with stage("search"):
-        names = ("rule", "margin", "precision", "threshold", "calibration_rows", "seed", "k")
-        asked = {name: getattr(settings, name) for name in (*names, "nprobe", "encoder", "threads")}
-        rule, blocks = candidate_pairs(index, features, **asked, work=work)
+        rule, blocks = candidate_pairs(
+            index, features, rule="two_sided" if options.rule == "mutual" else options.rule,
+            margin=options.margin, precision=options.precision, threshold=threshold,
+            calibration_rows=options.calibration_rows, seed=options.seed or 0, k=options.k,
+            nprobe=options.nprobe, encoder=options.encoder, work=work, threads=threads,
+        )  # fmt: skip
         for block in blocks:
             flags[block.flagged], cut = True, cut + block.cut
             if features is None:
@@ -325,9 +292,7 @@ def search_adc(
                 continue
             a, b = original[block.a], original[block.b]
             use = (a != b) & ~skip[a] & ~skip[b]
-            for edges in verify_pairs(
-                features, a[use], b[use], settings.threshold, settings.threads
-            ):
+            for edges in verify_pairs(features, a[use], b[use], threshold, threads):
                 builder.add(edges)
     notes = {
         "rule": rule.name,
@@ -338,11 +303,11 @@ def search_adc(
     }
     forest = builder.forest()
     if features is not None and seen is not None:
-        found = PairSearch.of(features, settings.threshold, seen, forest, notes)
+        found = PairSearch.of(features, threshold, seen, forest, notes)
         return dataclasses.replace(found, flags=flags)
     none, names_ = np.empty(0, np.int64), [str(entry["name"]) for entry in index.manifest["shards"]]
     return PairSearch(
-        names_, index.offsets, settings.threshold, forest, none, none, index.bad_rows(),
+        names_, index.offsets, threshold, forest, none, none, index.bad_rows(),
         pairs=unique_edges(join_edges(pairs)), flags=flags, notes=notes,
     )  # fmt: skip
 
@@ -355,7 +320,7 @@ def unique_edges(edges: Edges) -> Edges:
     return edges.where(new)
 
 
-def build_in(folder: Path, features: Features, settings: SearchSettings) -> Index:
+def build_in(folder: Path, features: Features, **settings: Any) -> Index:
     """Build an index of the features, or take the one that a stopped run finished, if it is whole.
 
     One whose files changed since then is built anew.
@@ -367,12 +332,4 @@ def build_in(folder: Path, features: Features, settings: SearchSettings) -> Inde
                 shutil.rmtree(folder)
     except (SnipError, OSError, LookupError, TypeError, AttributeError):
         shutil.rmtree(folder)
-    options = config.Index(
-        features=None,
-        out=str(folder),
-        encoder=None if settings.encoder is None else str(settings.encoder),
-        threads=settings.threads,
-        seed=settings.seed,
-        bad_rows="keep" if settings.keep_bad else "refuse",
-    )
-    return build(features, folder, options)
+    return build(features, folder, config.Index(features=None, out=str(folder), **settings))

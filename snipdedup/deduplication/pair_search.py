@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from snipdedup.deduplication.inputs import KIND, Inputs, References, check_searched
 from snipdedup.errors import SnipError
-from snipdedup.features.scan import Scan, equal_rows
+from snipdedup.features.scan import Scan, equal_pairs
 from snipdedup.features.shards import Features
 from snipdedup.groups.members import COPY, EDGE, Best, Block, Members, Nearest, blocks_of_groups
 from snipdedup.groups.star import Also
@@ -135,7 +135,7 @@ class PairSearch:
         }
         if self.references is not None:
             outside = np.flatnonzero(members.representative < 0)
-            names, row = self.references.name_rows(~members.representative[outside])
+            names, row = self.references.locate(~members.representative[outside])
             place = np.full(len(members.row), -1)
             place[outside] = np.arange(len(outside))
             representative = members.representative.copy()
@@ -250,7 +250,7 @@ def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.nda
     one = np.flatnonzero(edges.similarity == 1)
     for source in (inputs.features, inputs.text):
         if source is not None:
-            one = one[equal_rows(source, edges.b[one], edges.a[one])]
+            one = one[equal_pairs(source, edges.b[one], edges.a[one])]
     distinct = np.ones(len(edges.a), bool)
     distinct[one] = False
     order = one[np.argsort(edges.b[one])]

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from snipdedup.commands import named_kinds
 from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, parse_epsilons
-from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_table
-from snipdedup.deduplication.methods import SearchSettings, check_given, search_pairs
+from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metadata_of
+from snipdedup.deduplication.methods import check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
 from snipdedup.deduplication.result import (
     Result,
@@ -31,10 +31,10 @@ from snipdedup.deduplication.result import (
 from snipdedup.deduplication.settings import (
     DECISIONS,
     describe_request,
+    fill_settings,
     finished_run,
     inherit,
     saved_settings,
-    search_settings,
 )
 from snipdedup.deduplication.write_out import (
     PAGE,
@@ -63,13 +63,9 @@ from snipdedup.storage.out_folder import as_written, is_finished, read_manifest
 
 
 class Job(NamedTuple):
-    """One run: its settings, resolved, and its inputs, opened and checked.
-
-    ``rank`` is the keep order.
-    """
+    """One run: its settings, filled, and its inputs, opened and checked; its keep order."""
 
     options: Dedup
-    settings: SearchSettings
     inputs: Inputs
     metadata: Metadata | None
     rank: Rank
@@ -89,12 +85,13 @@ def dedup(features: Any, **settings: Any) -> Result:
         return result
     share_of(options, {})  # refused, since nothing would be shared
     job = prepare(options, writes=False)
-    check_given(job.inputs.features, job.settings)
+    check_given(job.inputs.features, job.options.index, job.options.encoder)
     with (
         tempfile.TemporaryDirectory(prefix="snip-") as work,
-        open_runner(options.runner, job.settings.threads, options.device) as runner,
+        open_runner(options.runner, job.options.threads, options.device) as runner,
     ):
-        return decide_job(job, run_search(job, Path(work), Clock(), runner), None)
+        search = search_pairs(job.inputs, job.options, Path(work), runner, Clock().stage)
+        return decide_job(job, search, None)
 
 
 def run(options: Dedup) -> Result | str:
@@ -128,11 +125,9 @@ def plan(options: Dedup) -> str:
     out = None if options.out is None else Path(str(options.out)).expanduser()
     if out is not None:
         out_folder.refuse_output_inside(out, read_paths(job))
-    if job.inputs.features is None:
-        raise UsageError("--dry_run plans a search of FEATURES")
     settings = Plan(
         features=options.features, parts=options.parts, array=options.array, column=options.column,
-        threshold=job.settings.threshold, recall=job.settings.recall, seed=job.settings.seed,
+        threshold=job.options.threshold, recall=job.options.recall, seed=job.options.seed or 0,
         cores=options.threads, max_memory=options.max_memory,
         disk=None if out is None else str(free_space(out)),
     )  # fmt: skip
@@ -158,7 +153,7 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
     request = describe_request(job.options, job.inputs, job.metadata)
     search = None
     if earlier is None:
-        check_given(job.inputs.features, job.settings)
+        check_given(job.inputs.features, job.options.index, job.options.encoder)
     else:
         search = search_of(earlier, job)
     if job.inputs.features is not None and is_finished(out):
@@ -169,7 +164,7 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
         request,
         overwrite=options.overwrite,
         shared=share is not None,
-        decisions=DECISIONS - ({"keep"} if job.settings.method == "semdedup" else set()),
+        decisions=DECISIONS - ({"keep"} if job.options.method == "semdedup" else set()),
     )
     message = f"{out} is finished already with these settings; --overwrite makes it anew"
     if state != "done":
@@ -211,8 +206,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     """
     if options.device != "auto":
         pick_device(options.device)
-    options = options.filled()
-    settings = search_settings(options)
+    options = fill_settings(options)
     inputs = open_inputs(
         options.features,
         parts=options.parts,
@@ -222,18 +216,20 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
         text_threshold=options.text_threshold,
         reference=options.reference,
     )
-    keep = "first" if settings.method == "semdedup" else settings.keep  # it has its own order
+    keep = "first" if options.method == "semdedup" else str(options.keep)  # it has its own order
     metadata, plan = None, None
     if writes or keep_rules(keep)[0]:
-        metadata = open_table(options.metadata, options.features, inputs.features, options.index)
-    rank = rank_by(keep, settings.seed, metadata)
+        metadata = open_metadata_of(
+            options.metadata, options.features, inputs.features, options.index
+        )
+    rank = rank_by(keep, options.seed or 0, metadata)
     if writes:
         columns = ColumnSettings(options.merge_captions, options.caption, options.weights)
         kinds = named_kinds("export", options.export, EXPORTS)
         plan = plan_metadata(metadata, rank, options.key, columns, kinds)
     elif metadata is not None and isinstance(rank, ColumnRank):
         try_column_uses(metadata, [rank.use()])
-    return Job(options, settings, inputs, metadata, rank, plan)
+    return Job(options, inputs, metadata, rank, plan)
 
 
 def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
@@ -254,8 +250,8 @@ def search_of(earlier: Path, job: Job) -> PairSearch:
         search = read_search(earlier, job.inputs)
     if job.options.keep_fraction is not None:  # looks from the searched threshold on
         return search
-    check_threshold(search, job.settings.threshold)
-    return search.at(job.settings.threshold)
+    check_threshold(search, job.options.threshold)
+    return search.at(job.options.threshold)
 
 
 def search_and_write(
@@ -274,7 +270,7 @@ def search_and_write(
     options, features = job.options, job.inputs.features
     rows = 0 if in_memory or features is None else features.rows  # a caller's process: no forks
     with open_runner(
-        options.runner, job.settings.threads, options.device, rows=rows, share=share, out=out
+        options.runner, job.options.threads, options.device, rows=rows, share=share, out=out
     ) as runner:
         with releasing(out, share):
             search = search or search_or_resume(job, out / locks.WORK, clock, runner)
@@ -287,12 +283,12 @@ def search_and_write(
         outputs: list[Path] = []
         if options.pairs:
             with clock.stage("pairs"):
-                most, threads = options.max_pairs, job.settings.threads
+                most, threads = options.max_pairs, job.options.threads
                 outputs = write_pair_files(result, draft, most, threads)
         with clock.stage("write"):
             epsilons = parse_epsilons(options.epsilon) or ()
             written, described = write_files(
-                result, draft, job.inputs, job.plan, epsilons, job.settings.threads
+                result, draft, job.inputs, job.plan, epsilons, job.options.threads
             )
             with releasing(out, share):
                 job.inputs.refuse_changed()
@@ -336,31 +332,26 @@ def releasing(out: Path, share: Share | None) -> Iterator[None]:
 
 def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
     """Search, or read back what this run had found when it was stopped."""
-    if job.settings.method == "join":  # its tasks are kept one by one
-        return run_search(job, work, clock, runner)
-    search = load_search(work, job.inputs)
+    joins = job.options.method == "join"  # its tasks are kept one by one
+    search = None if joins else load_search(work, job.inputs)
     if search is None:
-        search = run_search(job, work, clock, runner)
-        save_search(search, work)
+        search = search_pairs(job.inputs, job.options, work, runner, clock.stage)
+        if not joins:
+            save_search(search, work)
     return search
-
-
-def run_search(job: Job, work: Path, clock: Clock, runner: Runner) -> PairSearch:
-    """Find all pairs by the method asked for; ``runner`` does the tasks of a join."""
-    return search_pairs(job.inputs, job.settings, work, runner, clock.stage)
 
 
 def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
     """Decide which rows are removed and check each; ``folder`` is for what memory cannot hold."""
     grouping, fraction = str(job.options.grouping), job.options.keep_fraction
-    features, keep = job.inputs.features, job.settings.keep
+    features, keep = job.inputs.features, str(job.options.keep)
 
     def choose_at(threshold: float) -> Result:
         return choose(search, features, threshold, grouping, keep, job.rank, folder)
 
-    with library_threads(job.settings.threads):
+    with library_threads(job.options.threads):
         if fraction is None:
-            return checked(choose_at(job.settings.threshold))
+            return checked(choose_at(job.options.threshold))
         result = checked(choose_fraction(search, fraction, choose_at))
     return dataclasses.replace(result, search=search.at(result.threshold))
 

@@ -17,7 +17,7 @@ from snipdedup.features.cosine import PROPOSAL_ERROR, pair_cosine, unit_rows, un
 from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.keep import keep_rank
-from snipdedup.groups.members import Best, group_starts
+from snipdedup.groups.members import Best, Copies, group_starts
 from snipdedup.groups.star import products
 from snipdedup.index.kmeans import draw_sample, kmeans
 from snipdedup.parallel import Stage, ordered_map
@@ -58,11 +58,13 @@ def search_semdedup(
             rank = keep_rank(np.arange(features.rows), "random", seed)
         order = np.lexsort((rank, cluster))  # ties go by row: the sort is stable
         order = order[cluster[order] >= 0]
-        leader = first_copies(order, seen.copies, seen.firsts, features.rows)
-        distinct = order[leader[order] == order]
-        match, similarity = best_earlier(features, distinct, cluster[distinct], threads)
-        copy = np.flatnonzero(leader != np.arange(features.rows))
-        match[copy], similarity[copy] = leader[copy], 1
+        place, distinct = np.full(features.rows, features.rows), np.ones(features.rows, bool)
+        place[order] = np.arange(len(order))
+        copies = Copies(seen.copies, seen.firsts, lambda rows: place[rows])
+        distinct[copies.row] = False
+        order = order[distinct[order]]
+        match, similarity = best_earlier(features, order, cluster[order], threads)
+        match[copies.row], similarity[copies.row] = copies.row_keeper, 1
     return Best(cluster, nearness.astype(np.float32), match, similarity, centroids)
 
 
@@ -92,21 +94,6 @@ def assign_clusters(
     found = progress.track(ordered_map(find, spans, threads), "clustering", "blocks", len(spans))
     label, nearness = (np.concatenate(column) for column in zip(*found, strict=True))
     return label, nearness
-
-
-def first_copies(
-    order: np.ndarray, copies: np.ndarray, originals: np.ndarray, rows: int
-) -> np.ndarray:
-    """Return for each row the copy of it that comes first in the order, (rows,) int64."""
-    label = np.arange(rows)
-    label[copies] = originals
-    place = np.full(rows, rows)
-    place[order] = np.arange(len(order))
-    first = np.full(rows, rows)
-    np.minimum.at(first, label, place)
-    leader, known = np.arange(rows), first[label] < rows
-    leader[known] = order[first[label[known]]]
-    return leader
 
 
 def best_earlier(

@@ -12,7 +12,6 @@ from typing import Any
 
 from snipdedup.config import Dedup, parse_epsilons
 from snipdedup.deduplication.inputs import KIND, Inputs, split_sources
-from snipdedup.deduplication.methods import SearchSettings
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import request_of
 from snipdedup.metadata.tables import Metadata
@@ -51,33 +50,17 @@ def finished_run(features: Any) -> Path | None:
     return None
 
 
-def method_of(options: Dedup) -> str:
-    """Return the method asked for; an index without one means ``adc``."""
-    if options.method is not None:
-        return options.method
-    return "adc" if options.index is not None else "join"
-
-
-def search_settings(options: Dedup) -> SearchSettings:
-    """Return what the search is asked for, of settings that are `Dedup.filled`."""
-    resolved: dict[str, Any] = {
-        "method": method_of(options),
-        "seed": options.seed or 0,
-        "keep_bad": options.bad_rows == "keep",
-        "encoder": None if options.encoder is None else Path(options.encoder).expanduser(),
-        "keep": str(options.keep),
-        "rule": "two_sided" if options.rule == "mutual" else options.rule,
-        "threads": cores(options.threads),
-        "device": "cpu" if options.runner == "ray" else options.device,
-    }
-    names = {field.name for field in dataclasses.fields(SearchSettings)} - set(resolved)
-    return SearchSettings(**resolved, **{name: getattr(options, name) for name in names})
+def fill_settings(options: Dedup) -> Dedup:
+    """Return the settings with their defaults; an index without a method means ``adc``."""
+    filled = options.filled()
+    method = options.method or ("join" if options.index is None else "adc")
+    return dataclasses.replace(filled, method=method, threads=cores(options.threads))
 
 
 def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
     """Return what the result depends on, by name."""
     request = {name: value for name, value in options.as_dict().items() if name not in HOW}
-    request |= {"method": method_of(options), "epsilon": parse_epsilons(options.epsilon)}
+    request["epsilon"] = parse_epsilons(options.epsilon)
     if request["rule"] == "two_sided":
         request["rule"] = "mutual"  # its older name, which finished folders have
     if inputs.text is not None:
@@ -112,7 +95,6 @@ def saved_settings(options: Dedup, threshold: float) -> dict[str, Any]:
     }
     settings |= {
         "threshold": threshold,
-        "method": method_of(options),
         "threads": cores(options.threads),
         "max_memory": memory_bound(options.max_memory),
         "epsilon": parse_epsilons(options.epsilon),
@@ -139,12 +121,6 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
     if searched["features"] is None or lost:
         what = lost[0] if lost else "features"
         raise SnipError(f"{earlier} names no {what}; use Result.at(threshold), or search again")
-    if options.method not in (None, searched["method"]):
-        raise UsageError(
-            f"{earlier} was searched by {searched['method']}; search again to change it"
-        )
-    if searched["method"] == "semdedup" and options.keep not in (None, searched["keep"]):
-        raise UsageError(f"{earlier} was searched with --keep {searched['keep']}; search again")
     refuse_search_flags(options, searched, earlier)
     settings = {name: searched[name] for name in SEARCHED if name in searched}
     for name in ("grouping", "keep", "seed", "key"):  # those not given stay as they were
@@ -158,8 +134,8 @@ def refuse_search_flags(options: Dedup, searched: dict[str, Any], earlier: Path)
     """Refuse settings of the search that are not those by which the finished run was searched."""
     defaults = {field.name: field.default for field in dataclasses.fields(Dedup)}
     saved = saved_settings(options, options.threshold)
-    saved["method"] = searched["method"]
-    for name in SEARCHED[1:]:
+    keep = ["keep"] if searched["method"] == "semdedup" else []
+    for name in (*SEARCHED[1:], *keep):
         given = getattr(options, name)
         plain = isinstance(given, str | int | float)
         is_default = given is None or (plain and given == defaults[name])

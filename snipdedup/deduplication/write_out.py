@@ -151,7 +151,7 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
         columns = {name: pa.array(getattr(best, name), mask=mask) for name, mask in masks.items()}
         tables["semdedup.parquet"] = pa.table(columns)
     if search.references is not None and search.nearest is not None:
-        names, row = search.references.name_rows(search.nearest.reference)
+        names, row = search.references.locate(search.nearest.reference)
         columns = {"row": search.nearest.row, "reference": names, "reference_row": row}
         columns["similarity"] = search.nearest.similarity
         tables["references.parquet"] = pa.table(columns)

@@ -20,22 +20,10 @@ from snipdedup import progress
 from snipdedup.downloading.sources import SourceFiles, find_mask
 from snipdedup.downloading.transfer import Monitor, SourceFile, done_file_of, fetch_file, fetch_once
 from snipdedup.errors import SnipError, TemporaryError
-from snipdedup.metadata.kept_rows import (
-    count_kept,
-    feature_rows,
-    write_kept,
-    write_kept_features,
-)
-from snipdedup.metadata.masks import (
-    HOW_TO_PLACE,
-    MASK,
-    Mask,
-    NamedSize,
-    check_sizes,
-    open_mask,
-    resolve_sizes,
-)
-from snipdedup.metadata.tables import Metadata, open_table
+from snipdedup.metadata import masks
+from snipdedup.metadata.kept_rows import count_kept, feature_rows, write_kept, write_kept_features
+from snipdedup.metadata.masks import HOW_TO_PLACE, Mask
+from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.out_folder import FILES, MANIFEST
@@ -119,14 +107,10 @@ def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
 def read_done(item: DownloadItem, plan: DownloadPlan) -> dict[str, Any]:
     """Return the entry of a file that a stopped run completed, else nothing."""
     done_file = plan.done_file(item)
-    if not done_file.is_file():
+    if not atomic.is_done(done_file, plan.work / FILES):  # or damaged since then
         return {}
-    if atomic.is_done(done_file, plan.work / FILES):
-        about = atomic.load_json(done_file)
-        return {name: value for name, value in about.items() if name not in ("files", "seal")}
-    for path in plan.outputs(item):  # damaged since then
-        path.unlink(missing_ok=True)
-    return {}
+    about = atomic.load_json(done_file)
+    return {name: value for name, value in about.items() if name not in ("files", "seal")}
 
 
 def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
@@ -146,7 +130,7 @@ def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
 def count_arrived(file: SourceFile, path: Path, what: str) -> int:
     """Return the rows of a file that was fetched; remove one that is not what it should be."""
     try:
-        return open_table(path).rows if what == "metadata" else feature_rows(path)
+        return Table(path).rows if what == "metadata" else feature_rows(path)
     except SnipError as error:
         for arrived in (path, done_file_of(path)):
             arrived.unlink(missing_ok=True)
@@ -160,10 +144,10 @@ def filter_item(
 
     A file that is not the mask's is refused.
     """
-    table, outputs, name = open_table(paths[0]), plan.outputs(item), item.table.shown
+    table, outputs, name = Table(paths[0]), plan.outputs(item), item.table.shown
     stop = row + table.rows
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
-        check_sizes([(name, table.rows)], mask.sizes, item.number)
+        masks.check_sizes([(name, table.rows)], mask.sizes, item.number)
     if item.number is None and len(plan.items) == 1 and table.rows != mask.rows:
         text = f"{name} has {table.rows:,} rows, the mask {mask.rows:,}"
         raise SnipError(f"{text}; for one file of a larger set say which with --start")
@@ -190,7 +174,7 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
 
     mask = Path(spec)
     if scheme_of(spec):
-        file, manifest = find_mask(spec, MASK)
+        file, manifest = find_mask(spec, masks.MASK)
         mask = fetch_here(file, work / "published" / "mask")
         beside = mask.with_name(MANIFEST)
         try:
@@ -203,7 +187,7 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
             beside.unlink(missing_ok=True)
     if totals is not None and scheme_of(totals):
         totals = str(fetch_here(find_mask(totals, TOTALS)[0], work / "published" / "totals"))
-    return open_mask(mask, totals)
+    return masks.open_mask(mask, totals)
 
 
 def place_mask(
@@ -228,7 +212,7 @@ def place_mask(
             name = found.files[0].shown
             raise SnipError(f"at which row {name} begins is not known; {HOW_TO_PLACE}")
         return mask, sum(count_rows(found.before, work, jobs))
-    files: list[NamedSize] = []
+    files: list[masks.NamedSize] = []
     if mask.other_sizes is not None:
         names = [file.shown for file in found.files]
         files = list(zip(names, count_rows(found.files, work, jobs), strict=True))
@@ -238,10 +222,10 @@ def place_mask(
         if first + count > len(sizes):
             wanted = f"files {first} to {first + count - 1} are wanted"
             raise SnipError(f"{wanted}, the mask's set has 0 to {len(sizes) - 1}")
-        check_sizes(files, sizes, first)
+        masks.check_sizes(files, sizes, first)
         return int(sizes[:first].sum())
 
-    return resolve_sizes(mask, first_row)
+    return masks.resolve_sizes(mask, first_row)
 
 
 def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
@@ -250,15 +234,15 @@ def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
     def count(file: SourceFile) -> int:
         try:
             if not scheme_of(file.url):
-                return open_table(Path(file.url)).rows
+                return Table(Path(file.url)).rows
             if Path(file.name).suffix.lower() == ".parquet":
                 try:
-                    return open_table(RemotePath(file.url, file.token)).rows
+                    return Table(RemotePath(file.url, file.token)).rows
                 except NoRangesError:
                     pass
             copy = work / "counted" / file.name
             fetch_file(file, copy, monitor)
-            rows = open_table(copy).rows
+            rows = Table(copy).rows
             copy.unlink()
             return rows
         except TemporaryError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -97,7 +97,14 @@ def run(options: Download) -> DownloadResult:
             manifest = fetch_manifest(found, out / locks.WORK / MANIFEST)
         else:
             items = list_items(source, found, out, features, with_features=with_features)
-            plan = make_plan(source, found, items, out, mask, totals, options.jobs)
+            plan = DownloadPlan(items, None, 0, out / locks.WORK)
+            if mask is not None:
+                opened = open_published_mask(mask, totals, plan.work)
+                first_row = read_pins(out).get("first_row")
+                if first_row is None or opened.other_sizes is not None:
+                    opened, first_row = place_mask(source, found, opened, plan.work, options.jobs)
+                    add_pin(out, "first_row", first_row)
+                plan = replace(plan, mask=opened, first_row=first_row)
     except TemporaryError:
         raise  # what was fetched is kept
     except SnipError:
@@ -215,22 +222,6 @@ def list_items(
     features = sources.find_features(source, found, elsewhere)
     check_names(features, FEATURE_SUFFIXES)
     return list(map(DownloadItem, found.files, numbers, features))
-
-
-def make_plan(
-    source: str, found: SourceFiles, items: list[DownloadItem], out: Path,
-    mask_location: str | None, totals: str | None, jobs: int,
-) -> DownloadPlan:  # fmt: skip
-    """Return what to fetch; the mask is here after it, and it is certain where it begins."""
-    work = out / locks.WORK
-    if mask_location is None:
-        return DownloadPlan(items, None, 0, work)
-    mask = open_published_mask(mask_location, totals, work)
-    first_row = read_pins(out).get("first_row")
-    if first_row is None or mask.other_sizes is not None:
-        mask, first_row = place_mask(source, found, mask, work, jobs)
-        add_pin(out, "first_row", first_row)
-    return DownloadPlan(items, mask, first_row, work)
 
 
 def fetch_set(plan: DownloadPlan, out: Path, body: dict[str, Any], jobs: int) -> DownloadResult:

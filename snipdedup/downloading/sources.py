@@ -21,13 +21,7 @@ from snipdedup.metadata.masks import choose_files, file_numbers
 from snipdedup.metadata.tables import find_metadata
 from snipdedup.storage.listing import FEATURES, METADATA, list_folder
 from snipdedup.storage.out_folder import MANIFEST
-from snipdedup.storage.web import (
-    PART,
-    expand_parts,
-    is_web,
-    redacted,
-    scheme_of,
-)
+from snipdedup.storage.web import PART, expand_parts, is_web, redacted, scheme_of
 
 USE_PART = "for several put {part:04d} in the number's place"
 NAME_FEATURES = "say where they are with --embeddings_source"
@@ -57,10 +51,6 @@ class Folder:
     url: str
     files: dict[str, SourceFile]
     folders: list[str]
-
-    def child(self, name: str) -> Folder:
-        """Return a folder in it."""
-        return open_folder(f"{self.url}/{name}")
 
     def parent(self) -> Folder | None:
         """Return the folder that it lies in, None at the top."""
@@ -196,7 +186,7 @@ def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceF
     inner = [METADATA] if METADATA in folder.folders else folder.folders
     choices = [
         (child, files)
-        for child in map(folder.child, inner)
+        for child in [open_folder(f"{folder.url}/{name}") for name in inner]
         if (files := pick_files(child.files, None, tables.SUFFIXES))
     ]
     if len(choices) == 1:
@@ -283,7 +273,7 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
             raise MissingError(f"{text}; {NAME_FEATURES}")
     for place in (folder, folder.parent()):
         if place is not None and FEATURES in place.folders:
-            inner = place.child(FEATURES)
+            inner = open_folder(f"{place.url}/{FEATURES}")
             return match_features(found, pick_files(inner.files, None, formats.SUFFIXES), inner.url)
     raise SnipError(f"{folder.url}: no features beside the metadata; {NAME_FEATURES}")
 

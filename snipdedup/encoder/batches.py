@@ -39,16 +39,15 @@ class Rows(NamedTuple):
     def tensors(self, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return unit rows on the device: images, and texts if there are any."""
         x = torch.from_numpy(unit_rows(self.images)).to(device)
-        if self.texts is None:
-            return x, None
-        return x, torch.from_numpy(unit_rows(self.texts)).to(device)
+        t = None if self.texts is None else torch.from_numpy(unit_rows(self.texts)).to(device)
+        return x, t
 
 
 class Batches:
     """Draws rows into memory, a subset at a time, and gives each step its batch.
 
-    ``held_out`` rows are never trained on, nor are others of the same images; ``rows`` are the
-    subset in memory, ``subset`` its number. A step has ``batch`` rows, or all where they are fewer.
+    ``held_out`` rows and others of the same images are never trained on; ``rows`` are the subset in
+    memory, ``subset`` its number. A step has ``batch`` rows, or all where they are fewer.
     """
 
     def __init__(

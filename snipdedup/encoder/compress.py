@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +58,9 @@ def run(options: config.Compress) -> Descriptors:
     }
     if is_finished(out):  # other dates of the same rows are the same input
         accept_dates(request, features, read_manifest(out, DESCRIPTORS))
-    state = out_folder.claim(out, DESCRIPTORS, request, overwrite=options.overwrite)
-    files = [out / name for name in names]
-    if state == "done":
-        summary = f"{out} is finished already with these settings; --overwrite makes it anew"
-        return Descriptors(out, files, features.rows, encoder.dim, summary)
+    result = partial(Descriptors, out, [out / name for name in names], features.rows, encoder.dim)
+    if out_folder.claim(out, DESCRIPTORS, request, overwrite=options.overwrite) == "done":
+        return result(f"{out} is finished already with these settings; --overwrite makes it anew")
     try:
         work, threads = out / locks.WORK, cores(options.threads) if encoder.device == "cpu" else 1
         checksums = compress_shards(features, encoder, work, names, options.dtype, threads)
@@ -69,10 +68,9 @@ def run(options: config.Compress) -> Descriptors:
     except InputError:
         out_folder.release(out)  # an earlier result there stays as it was
         raise
-    shards = [
-        {**shard, "checksum": checksum_text(checksum)}
-        for shard, checksum in zip(features.describe(), checksums, strict=True)
-    ]
+    shards = features.describe()
+    for shard, checksum in zip(shards, checksums, strict=True):
+        shard["checksum"] = checksum_text(checksum)
     seconds = time.monotonic() - started
     body = {
         "command": "compress",
@@ -85,11 +83,10 @@ def run(options: config.Compress) -> Descriptors:
     }
     out_folder.publish(out, DESCRIPTORS, body, [work / out_folder.FILES / name for name in names])
     size = features.rows * encoder.dim * np.dtype(options.dtype).itemsize
-    summary = (
+    return result(
         f"{features.rows:,} rows in {len(names)} shards: {encoder.dim_in} wide to {encoder.dim} "
         f"({size / 1e6:,.1f} MB {options.dtype}) in {seconds:.1f} s, in {out}"
     )
-    return Descriptors(out, files, features.rows, encoder.dim, summary)
 
 
 def descriptor_names(features: Features) -> list[str]:

@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,11 +46,7 @@ BROKEN_PICKLE = (
 
 
 class Output(nn.Module):
-    """A linear path plus the last layer of an MLP, normalised.
-
-    The linear path can start as PCA; the MLP's last layer starts at zero, so that training begins
-    at PCA and only adds to it.
-    """
+    """A linear path that can start as PCA, plus the last layer of an MLP, which starts at zero."""
 
     def __init__(self, dim_in: int, hidden: int, width: int) -> None:
         super().__init__()
@@ -65,16 +62,15 @@ class Output(nn.Module):
     @torch.no_grad()
     def rotate(self, rotation: torch.Tensor) -> None:
         """Fold an orthonormal matrix into the last layers: lengths and distances stay."""
-        self.linear.weight.copy_(rotation @ self.linear.weight)
-        self.linear.bias.copy_(rotation @ self.linear.bias)
-        self.outer.weight.copy_(rotation @ self.outer.weight)
+        for weights in (self.linear.weight, self.linear.bias, self.outer.weight):
+            weights.copy_(rotation @ weights)
 
 
 class Network(nn.Module):
     """A two-layer GELU MLP beside a linear path, with one hidden layer for several outputs.
 
-    The first output is the descriptor. Heads, where there are any, make shorter ones for small
-    codes: few bytes say more about few dimensions.
+    The first output is the descriptor. Heads make shorter ones: few bytes of a code say more about
+    few dimensions.
     """
 
     def __init__(self, dim_in: int, hidden: int, dim: int, heads: Sequence[int] = ()) -> None:
@@ -85,7 +81,7 @@ class Network(nn.Module):
 
     @property
     def widths(self) -> list[int]:
-        """Widths of the outputs: of the descriptor, then of each head."""
+        """Widths of the descriptor, then of each head."""
         return [output.width for output in self.outputs]
 
     def forward(self, x: torch.Tensor, output: int = 0) -> torch.Tensor:
@@ -101,8 +97,8 @@ class Network(nn.Module):
 class Encoder:
     """A trained network, ready to use; `str` of it is what ``snip train`` prints.
 
-    ``dim_in`` and ``dim`` are the widths of features and descriptors; ``output`` is 0, or the
-    head that makes them; ``manifest`` is of the folder (``history``, ...), empty without one.
+    ``dim_in`` and ``dim`` are the widths of features and descriptors; ``output`` is 0, or the head
+    that makes them; ``manifest`` (``history``, ...) is empty without a folder.
     """
 
     def __init__(self, network: Network, device: str = "cpu", output: int = 0) -> None:
@@ -246,10 +242,9 @@ def damaged_weights(path: Path, why: str) -> SnipError:
 def principal_directions(
     rows: np.ndarray, dim: int, texts: np.ndarray | None = None
 ) -> torch.Tensor:
-    """Return the orthonormal directions that hold most of the unit rows, (dim, d) float32.
+    """Return the orthonormal directions that hold most of unit rows and texts, (dim, d) float32.
 
-    About the origin, not the mean: cosine is measured from there (recall@10 on keyframes .79,
-    against .73 about the mean). With texts, of both together.
+    About the origin, where cosine is measured (recall@10 on keyframes .79; about the mean .73).
     """
     moments = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in (rows,) if texts is None else (rows, texts):
@@ -277,10 +272,9 @@ def pca_network(
 
 
 def rotate_for_codes(network: Network, rows: np.ndarray) -> None:
-    """Fold into each output the rotation that product quantisation likes best (OPQ).
+    """Fold into each output the rotation that is best for PQ, if the rows fill its codebooks.
 
-    It changes no distance and costs nothing later. Without enough rows to fit its codebooks the
-    network stays as it is.
+    It changes no distance and costs nothing later.
     """
     if len(rows) < ROTATION_LEAST:
         return
@@ -298,8 +292,7 @@ def rotate_for_codes(network: Network, rows: np.ndarray) -> None:
 def opq_rotation(y: np.ndarray, m: int, rounds: int, start_rounds: int) -> np.ndarray:
     """Return the rotation that splits vectors best into ``m`` equal parts, (dim, dim) float32.
 
-    Ge et al., Optimized Product Quantization, 2013, by faiss; ``start_rounds`` iterations of
-    k-means before the first rotation.
+    Ge et al., Optimized Product Quantization, 2013, by faiss; at first ``start_rounds`` of k-means.
     """
     import faiss
 
@@ -318,10 +311,9 @@ def training_loss(
     temperature: float | None,
     text_temperature: float,
 ) -> torch.Tensor:
-    """Return what a training step makes small: the loss of all outputs, and of texts if given.
+    """Return the loss of all outputs for unit rows ``x``, and for the texts ``t`` beside them.
 
-    Of unit rows ``x`` and the texts ``t`` that belong to them: the ``snip`` loss of this
-    temperature, the ``mse`` loss for None.
+    It is the ``snip`` loss at a temperature, the ``mse`` loss for None.
     """
     if t is not None and temperature is None:
         x, t = torch.cat([x, t]), None
@@ -334,10 +326,10 @@ def training_loss(
 
 
 def snip_loss(temperature: float, x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
-    """Return the divergence of descriptors' softmaxes from those of unit rows, in nats a row.
+    """Return the divergence of descriptors' softmaxes from those of unit rows ``x``, nats a row.
 
-    A row's similarities to the other rows of the batch, over the temperature, are its logits. The
-    Kullback-Leibler divergence is summed over the kinds of descriptors.
+    Logits are similarities within the batch over the temperature. The Kullback-Leibler divergence
+    is summed over the kinds of descriptors.
     """
     with torch.no_grad():
         teacher = functional.softmax(without_self(x @ x.T / temperature), dim=1)
@@ -374,31 +366,23 @@ def text_loss(
 ) -> torch.Tensor:
     """Return the loss of descriptors ``y`` and ``u`` of unit images ``x`` and texts ``t``.
 
-    As `snip_loss`, from each image to all texts of the batch and from each text to all images. A
-    row's own partner counts like any other.
+    As `snip_loss`, from images to all texts and from texts to all images, own partners included.
     """
     with torch.no_grad():
         teacher = x @ t.T / temperature
     student = y @ u.T / temperature
-    both = [
-        functional.kl_div(
-            functional.log_softmax(a, dim=1),
-            functional.log_softmax(b, dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        for a, b in ((student, teacher), (student.T, teacher.T))
-    ]
-    return (both[0] + both[1]) / 2
+    divergence = partial(functional.kl_div, reduction="batchmean", log_target=True)
+    forth = divergence(student.log_softmax(dim=1), teacher.log_softmax(dim=1))
+    back = divergence(student.T.log_softmax(dim=1), teacher.T.log_softmax(dim=1))
+    return (forth + back) / 2
 
 
 @torch.no_grad()
 def fitting_temperature(x: torch.Tensor, neighbours: float = NEIGHBOURS) -> float:
     """Return the temperature at which softmaxes of unit rows spread over so many others.
 
-    The cosines of one model's features lie closer together than those of another's. The spread is
-    the perplexity, e to the mean entropy, as in t-SNE (van der Maaten and Hinton, 2008, section
-    2). The result lies within `TEMPERATURES` and has three digits, which hide how sums round.
+    The spread is the perplexity, e to the mean entropy, as in t-SNE (van der Maaten and Hinton,
+    2008, section 2). Three digits hide how sums round.
     """
     similarity = without_self(x @ x.T)
     low, high = TEMPERATURES

@@ -61,8 +61,7 @@ class History:
     """How a training run went.
 
     A point of the curve has ``step``, ``validation_loss``, ``recall`` (of the 10 nearest held-out
-    rows, against exact cosine of the features) and ``loss`` (mean since the point before). The
-    first point is the start: PCA of the same width.
+    rows by exact cosine) and ``loss`` (mean since the point before). The first is PCA.
     """
 
     rows: int  # distinct ones in the first subset
@@ -89,9 +88,8 @@ class History:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values for the manifest."""
-        best, start = self.best, self.curve[0]
-        recalls = {"recall": best["recall"], "pca_recall": start["recall"]}
-        return {**asdict(self), "steps": self.steps, "best_step": best["step"], **recalls}
+        found = {"steps": self.steps, "best_step": self.best["step"], "recall": self.best["recall"]}
+        return {**asdict(self), **found, "pca_recall": self.curve[0]["recall"]}
 
 
 @locks.released()
@@ -107,19 +105,16 @@ def run(options: config.Train) -> Encoder:
         **({f"text_{k}": v for k, v in request_of(texts).items()} if texts else {}),
     }
     if out_folder.claim(out, "encoder", request, overwrite=options.overwrite) == "done":
-        encoder = Encoder.load(out, options.device)
-        encoder.summary = (
-            f"{out} is finished already with these settings; --overwrite makes it anew"
-        )
+        encoder, again = Encoder.load(out, options.device), "--overwrite makes it anew"
+        encoder.summary = f"{out} is finished already with these settings; {again}"
         return encoder
     try:
         encoder, history = fit(features, texts, options, out / locks.WORK / CHECKPOINT)
         for source in filter(None, (features, texts)):
             source.refuse_changed()
-    except WriteError:
-        raise
-    except SnipError:  # refused: there is nothing to go on from
-        out_folder.release(out)
+    except SnipError as error:
+        if not isinstance(error, WriteError):  # refused: there is nothing to go on from
+            out_folder.release(out)
         raise
     seconds = time.monotonic() - started
     text_name = None if options.text_features is None else str(options.text_features)

@@ -19,13 +19,6 @@ import numpy as np
 from snipdedup import config, progress
 from snipdedup.adc.threshold import choose_margin, flag_curve, scores
 from snipdedup.errors import SnipError
-from snipdedup.evaluation.measures import (
-    IndexedRows,
-    average_precision,
-    partner_ranks,
-    recall,
-    sample_rows,
-)
 from snipdedup.evaluation.presentation import draw_picture, eval_page, eval_summary
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.hashing import row_hashes
@@ -37,12 +30,19 @@ from snipdedup.index.quantizer import (
     ITERATIONS,
     LEAST_SAMPLE,
     POINTS_A_LIST,
+    Quantiser,
     check_nlist,
     default_nlist,
     train_quantiser,
 )
 from snipdedup.parallel import cores, library_threads, ordered_map
-from snipdedup.statistics import proportion_interval
+from snipdedup.statistics import (
+    average_precision,
+    partner_ranks,
+    proportion_interval,
+    recall,
+    sample_rows,
+)
 from snipdedup.storage import atomic, locks, out_folder
 
 RECALL_AT = (1, 10, 100)
@@ -96,6 +96,46 @@ class Truth(NamedTuple):
     raw: np.ndarray
     I: np.ndarray
     duplicated: np.ndarray
+
+
+class IndexedRows:
+    """An IVFPQ of all rows in memory: what an index of that code size would find."""
+
+    def __init__(self, quantiser: Quantiser) -> None:
+        self.quantiser, self.ivfpq = quantiser, quantiser.ivfpq
+        self.ivfpq.use_precomputed_table = 0
+        self.ivfpq.precompute_table()  # without it, many lists take minutes
+
+    def add(self, x: np.ndarray) -> None:
+        """Take vectors of the rows that come next, (n, dim) float32."""
+        self.ivfpq.add(np.ascontiguousarray(x))
+
+    def search(self, x: np.ndarray, k: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ADC distances D and rows I of the ``k`` nearest codes, (n, k) each."""
+        self.ivfpq.nprobe = min(nprobe, self.quantiser.nlist)
+        return self.ivfpq.search(np.ascontiguousarray(x), k)
+
+    def nearest(self, x: np.ndarray, queries: np.ndarray, k: int, nprobe: int) -> np.ndarray:
+        """Return the rows with the nearest codes, (q, k), without the queries' own rows."""
+        return drop_own(self.search(x, k + 1, nprobe)[1], queries)
+
+    def nearest_of_all(
+        self, x: np.ndarray, queries: np.ndarray, k: int, threads: int
+    ) -> np.ndarray:
+        """Return what `nearest` does, all lists visited: codes are decoded, as that is faster."""
+        self.ivfpq.make_direct_map()
+
+        def decode(span: tuple[int, int]) -> np.ndarray:
+            return self.ivfpq.reconstruct_n(span[0], span[1] - span[0])
+
+        return nearest_vectors(x, decode, self.ivfpq.ntotal, k, threads, own=queries)[1]
+
+
+def drop_own(I: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Return ``I`` without each query's own row, or without the last where that is not there."""
+    own = queries[:, None] == I
+    own[~own.any(axis=1), -1] = True
+    return I[~own].reshape(len(I), I.shape[1] - 1)
 
 
 @locks.released()
@@ -152,7 +192,7 @@ def evaluate(
     encoder: str | None, dim: int, steps: int, threshold: float, nlist: int | None,
     sizes: list[int], nprobes: list[int], flag_nprobe: int, threads: int, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return everything that was measured, as JSON values; features are streamed, never held."""
+    """Return everything that was measured, as JSON values; features are read in blocks."""
     clock, rng = progress.Clock(), np.random.default_rng(seed)
     asked = sample_rows(features.rows, min(queries, features.rows // 4), rng)
     learn = learnable(features, asked, train_rows, rng)

@@ -124,11 +124,7 @@ def read_range(
 
 
 def finish_scan(
-    features: Features,
-    parts: list[Seen],
-    keep_bad: bool,
-    threads: int,
-    folder: Path | None = None,
+    features: Features, parts: list[Seen], keep_bad: bool, threads: int, folder: Path | None = None
 ) -> Scan:
     """Join the parts of a scan: refuse or list bad rows, find exact copies (`find_copies`)."""
     bad = np.concatenate([part.bad for part in parts])
@@ -141,8 +137,7 @@ def finish_scan(
 
 def refuse_bad(features: Features, numbers: np.ndarray, rows: np.ndarray) -> None:
     """Refuse rows that cannot be compared: (n,) global numbers, and (n, d) what they hold."""
-    bad = numbers[bad_rows(rows)]
-    if len(bad):
+    if len(bad := numbers[bad_rows(rows)]):
         raise bad_rows_error(features, bad, partial=True)
 
 
@@ -221,14 +216,14 @@ def equal_to_first(
         starts = np.concatenate([[True], hashes[1:] != hashes[:-1]])
         first = rows[starts][np.cumsum(starts) - 1]
         rows, first, hashes = rows[~starts], first[~starts], hashes[~starts]
-        equal = equal_rows(features, rows, first, threads)
+        equal = equal_pairs(features, rows, first, threads)
         copies.append(rows[equal])
         firsts.append(first[equal])
         rows, hashes = rows[~equal], hashes[~equal]
     return np.concatenate(copies), np.concatenate(firsts)
 
 
-def equal_rows(features: Features, x: np.ndarray, y: np.ndarray, threads: int = 1) -> np.ndarray:
+def equal_pairs(features: Features, x: np.ndarray, y: np.ndarray, threads: int = 1) -> np.ndarray:
     """Return which pairs of rows are equal bit for bit, gathering them in row order."""
     order = np.argsort(x)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,12 +26,10 @@ STEERING = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2
 URL_CHARS = 2048  # characters of a url that may be followed, at the most
 
 
-def require_jinja(what: str) -> None:
-    """Refuse where jinja2 is not installed."""
-    try:
-        import jinja2  # noqa: F401
-    except ImportError:
-        raise SnipError(f"{what} needs jinja2: pip install 'snipdedup-toolkit[report]'") from None
+def require(module: str, what: str) -> None:
+    """Refuse what needs a module of the extra ``report`` where that is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise SnipError(f"{what} needs {module}: pip install 'snipdedup-toolkit[report]'")
 
 
 def render_page(template: str, script: str = "", **values: Any) -> str:

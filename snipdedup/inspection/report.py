@@ -37,7 +37,7 @@ from snipdedup.inspection.display import (
     page_text,
     places_of,
     render_page,
-    require_jinja,
+    require,
     safe_link,
     shard_offsets,
 )
@@ -107,10 +107,10 @@ class Row:
 
 def run(options: Report) -> ReportResult:
     """Run ``snip report``."""
-    require_jinja("a report")
+    require("jinja2", "a report")
     pictured = options.images is not None or options.image_column is not None
     if pictured:
-        thumbnails.require_pillow()
+        require("PIL", "a page with pictures (--images, --image_column)")
     out = Path(options.out).expanduser()
     with as_written(out):
         manifest = read_manifest(out, KIND)
@@ -195,7 +195,10 @@ def make_page(
             (rows[row], count)
             for row, count in zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
         ],
-        asked=[asked_pair(rows, row, *partners.get(row, (row, np.nan))) for row in asked],
+        asked=[
+            (rows[row], rows.get(other, ~other) if rows[row].removed else None, similarity)
+            for row, (other, similarity) in ((a, partners.get(a, (a, np.nan))) for a in asked)
+        ],
         spared=[
             (rows[row], rows[other])
             for row, other in zip(
@@ -323,13 +326,6 @@ def histograms(survey: Survey, path: Path) -> dict[str, str]:
             f"{int(value[stand].max(initial=0)):,}",
         ),
     }
-
-
-def asked_pair(
-    rows: dict[int, Row], row: int, other: int, similarity: float
-) -> tuple[Row, Row | int | None, float]:
-    """Return a row that was asked for and its representative, None where the row is kept."""
-    return rows[row], rows.get(other, ~other) if rows[row].removed else None, similarity
 
 
 def shard_section(

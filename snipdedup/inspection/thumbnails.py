@@ -54,17 +54,6 @@ class Thumbnails:
             self.unreadable.append(name)
 
 
-def require_pillow() -> None:
-    """Refuse pictures where Pillow is not installed."""
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError:
-        raise SnipError(
-            "pictures need Pillow: pip install 'snipdedup-toolkit[report]', or leave out --images "
-            "and --image_column"
-        ) from None
-
-
 def thumbnail(data: bytes) -> str | None:
     """Return a picture file as a small JPEG in a ``data:`` URL, None if it is no picture."""
     from PIL import Image, ImageOps

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from itertools import chain, islice
+from itertools import chain, groupby, islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from snipdedup.storage.external_sort import READ, Columns, Sorter, among, pack
 CAPTION_COLUMNS = ("caption", "text")
 PART_CAPTIONS = 1 << 18  # captions in memory at a time
 SIGN = np.uint64(1 << 63)
+END = 1 << 63  # after all rows
 
 
 class ColumnSettings(NamedTuple):
@@ -52,7 +54,7 @@ def caption_uses(settings: ColumnSettings, metadata: Metadata) -> list[ColumnUse
 
 @contextmanager
 def added_columns(
-    settings: ColumnSettings, metadata: Metadata, removed: RemovedRows, work: Path
+    settings: ColumnSettings, metadata: Metadata, removed: RemovedPairs, work: Path
 ) -> Iterator[list[AddedColumn]]:
     """Yield the columns that a run adds, in the order of `added_names`."""
     with ExitStack() as stack:
@@ -67,7 +69,7 @@ def added_columns(
         yield columns
 
 
-class RemovedRows(NamedTuple):
+class RemovedPairs(NamedTuple):
     """The removed rows, ascending, and the representative of each; (n,) int64, or maps.
 
     A representative below 0 is a reference row, which the metadata does not hold.
@@ -76,12 +78,12 @@ class RemovedRows(NamedTuple):
     row: np.ndarray
     representative: np.ndarray
 
-    def parts(self) -> Iterator[RemovedRows]:
+    def parts(self) -> Iterator[RemovedPairs]:
         """Yield them some at a time; at least once."""
         for start, stop in plan_blocks(len(self.row), READ) or [(0, 0)]:
-            yield RemovedRows(*(np.asarray(column[start:stop]) for column in self))
+            yield RemovedPairs(*(np.asarray(column[start:stop]) for column in self))
 
-    def followed(self) -> RemovedRows:
+    def followed(self) -> RemovedPairs:
         """Return the same with representatives that are kept, where they are not (semdedup)."""
         if not any(among(self.row, part.representative).any() for part in self.parts()):
             return self
@@ -90,7 +92,7 @@ class RemovedRows(NamedTuple):
             place = np.minimum(np.searchsorted(self.row, end), len(self.row) - 1)
             is_removed = self.row[place] == end
             if not is_removed.any():
-                return RemovedRows(self.row, end)
+                return RemovedPairs(self.row, end)
             end = np.where(is_removed, self.representative[place], end)
 
 
@@ -102,7 +104,7 @@ class DupCounts:
 
     field = pa.field("dup_count", pa.int64())
 
-    def __init__(self, removed: RemovedRows, path: Path | None = None) -> None:
+    def __init__(self, removed: RemovedPairs, path: Path | None = None) -> None:
         self.removed = removed
         kind = np.dtype([("row", "<i8")])
         sorter = Sorter(path, kind, lambda r: r["row"].view(np.uint64) ^ SIGN)
@@ -149,42 +151,43 @@ class MergedCaptions:
     field = pa.field("merged_captions", pa.list_(pa.string()))
 
     def __init__(
-        self, metadata: Metadata, column: str, removed: RemovedRows, most: int, folder: Path
+        self, metadata: Metadata, column: str, removed: RemovedPairs, most: int, folder: Path
     ) -> None:
-        self.most = most
-        self.lists: dict[int, list[str]] = {}  # by row, of rows below ``known``
-        self.known = 0
-        rows = _caption_rows(removed, folder.with_name(f"{folder.name}-rows"))
-        self.representative, self.row, self.cuts = rows
-        gathered = gather_columns(metadata, [column], self.row, self.cuts, _captions, folder)
-        self.parts, self.close = enumerate(gathered), gathered.close
+        representative, row, cuts = _caption_rows(removed, folder.with_name(f"{folder.name}-rows"))
+        gathered = gather_columns(metadata, [column], row, cuts, _captions, folder)
+        self.close = gathered.close
+        self.merged = _merge_captions(gathered, representative, row, cuts, most)
+        self.ahead: tuple[int, list[str]] = -1, []  # read, but not asked for yet
 
     def between(self, start: int, stop: int) -> Any:
         """See `AddedColumn`."""
-        while self.known < stop and (part := next(self.parts, None)) is not None:
-            self._add(*part)
-        found = [self.lists.pop(row, []) for row in range(start, stop)]
+        found: list[list[str]] = [[] for _ in range(start, stop)]
+        while self.ahead[0] < stop:
+            if self.ahead[0] >= start:
+                found[self.ahead[0] - start] = self.ahead[1]
+            self.ahead = next(self.merged, (END, []))
         cuts = np.cumsum([0, *map(len, found)], dtype=np.int32)
         texts = pa.array(chain.from_iterable(found), pa.string())
         return pa.ListArray.from_arrays(pa.array(cuts), texts)
 
-    def _add(self, number: int, table: Any) -> None:
-        """Take the captions of one part of the rows."""
-        if table is None:
-            return
-        part = slice(self.cuts[number], self.cuts[number + 1])
-        representatives, rows = self.representative[part].tolist(), self.row[part].tolist()
-        own: dict[int, str] = {}
-        others: dict[int, dict[str, None]] = {}  # a dict, unlike a set, keeps the order
-        captions = table["caption"].to_pylist()
-        for representative, row, caption in zip(representatives, rows, captions, strict=True):
-            if row == representative:
-                own[row] = caption
-            elif caption:
-                others.setdefault(representative, {})[caption] = None
-        for row, texts in others.items():
-            self.lists[row] = list(islice((t for t in texts if t != own[row]), self.most))
-        self.known = representatives[-1] + 1
+
+def _merge_captions(
+    gathered: Iterator[Any],
+    representative: np.ndarray,
+    row: np.ndarray,
+    cuts: np.ndarray,
+    most: int,
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each representative, ascending, and its merged captions, from gathered ones."""
+    for table, ends in zip(gathered, pairwise(cuts), strict=True):
+        part = slice(*ends)
+        captions = [] if table is None else table["caption"].to_pylist()
+        triples = zip(representative[part].tolist(), row[part].tolist(), captions, strict=True)
+        for of, group in groupby(triples, itemgetter(0)):
+            by_row = {number: caption for _, number, caption in group}
+            own = by_row.pop(of)
+            others = (caption for caption in by_row.values() if caption and caption != own)
+            yield of, list(islice(dict.fromkeys(others), most))  # unlike a set, it keeps the order
 
 
 def _captions(file: Table, batch: Any) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def _captions(file: Table, batch: Any) -> dict[str, Any]:
     return {"caption": as_texts(file, batch.schema.names[0], batch.column(0))}
 
 
-def _caption_rows(removed: RemovedRows, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _caption_rows(removed: RemovedPairs, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the rows whose captions are needed, sorted by representative, then row.
 
     Representatives (n,), rows (n,) int64 (removed rows, and representatives themselves; none of

@@ -17,32 +17,16 @@ from snipdedup import progress
 from snipdedup.commands import named_kinds
 from snipdedup.config import EXPORTS, Filter
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.features.shards import Features, open_features, request_of
+from snipdedup.metadata import kept_rows
 from snipdedup.metadata.join_by_key import KeyJoin, check_removed_keys, plan_key_join
-from snipdedup.metadata.kept_rows import (
-    LISTS,
-    kept_names,
-    list_columns,
-    list_uses,
-    try_writing,
-    write_kept,
-    write_kept_npy,
-    write_lists,
-)
-from snipdedup.metadata.masks import (
-    SCAN_ROWS,
-    Mask,
-    describe_kept,
-    file_version,
-    open_mask,
-    place_metadata,
-)
+from snipdedup.metadata.masks import Mask, describe_kept, file_version, open_mask, place_metadata
 from snipdedup.metadata.tables import ColumnUse, Metadata, open_metadata, try_column_uses
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import read_manifest
 
 KIND = "filter"
-RESERVED = ("metadata", LISTS)
+RESERVED = ("metadata", kept_rows.LISTS)
 DONE = "whole"  # below the work folder: which of these files are
 
 
@@ -109,11 +93,11 @@ def run(options: Filter) -> FilterResult:
     else:
         chosen = choose_files_of_range(chosen, mask, options.start, options.end)
     metadata = chosen.metadata
-    kept_names(metadata.files)  # refused before anything is written
+    kept_rows.kept_names(metadata.files)  # refused before anything is written
     kinds = named_kinds("export", options.export, EXPORTS)
-    columns = list_columns(kinds, metadata, options.key)
-    write = ColumnUse(None, try_writing, "leave it out of the metadata", by_schema=True)
-    try_column_uses(metadata, [*list_uses(columns, metadata), write])
+    columns = kept_rows.list_columns(kinds, metadata, options.key)
+    write = ColumnUse(None, kept_rows.try_writing, "leave it out of the metadata", by_schema=True)
+    try_column_uses(metadata, [*kept_rows.list_uses(columns, metadata), write])
     names = ("on", "unmatched", "ambiguous", "export", "key")
     flags = {name: getattr(options, name) for name in names}
     request = filter_request(chosen, mask, join, flags)
@@ -134,7 +118,7 @@ def filter_rows(
 ) -> FilterResult:
     """Decide the rows, write those that are kept, and publish them with the manifest's ``body``."""
     work, metadata, note = out / locks.WORK, chosen.metadata, None
-    lists_folder = work / out_folder.FILES / LISTS
+    lists_folder = work / out_folder.FILES / kept_rows.LISTS
     try:
         if join is not None:
             is_dup = join.run(mask, work / "join")
@@ -142,15 +126,13 @@ def filter_rows(
         else:
             is_dup = mask.is_dup[chosen.row : chosen.row + metadata.rows]
             note = check_removed_keys(metadata, mask, chosen.row, work)
-        lists = write_lists(columns, metadata, is_dup, lists_folder, work)
+        lists = kept_rows.write_lists(columns, metadata, is_dup, lists_folder, work)
     except SnipError:
         out_folder.release(out)  # an earlier result there is left as it is
         raise
     if export_mask:
         lists.append(lists_folder / "is_dup.npy")
-        with atomic.writing_npy(lists[-1], np.dtype(bool), is_dup.shape) as file:
-            for start, stop in plan_blocks(len(is_dup), SCAN_ROWS):
-                np.ascontiguousarray(is_dup[start:stop]).tofile(file)
+        atomic.save_npy(lists[-1], is_dup)
     body["files"], written = write_rows(chosen, is_dup, work)
     try:
         opened = [mask.opened, metadata.opened, *([join.known.opened] if join else [])]
@@ -249,7 +231,7 @@ def write_rows(
     """
     files, folder, done = chosen.metadata.files, work / out_folder.FILES, work / DONE
     inner = folder / "metadata" if chosen.features else folder
-    parts = write_kept(chosen.metadata, is_dup, inner, done=done / "metadata")
+    parts = kept_rows.write_kept(chosen.metadata, is_dup, inner, done=done / "metadata")
     described = [
         {
             "name": part.name,
@@ -277,7 +259,7 @@ def write_features(features: Features, is_dup: np.ndarray, folder: Path, done: P
         for shard, first, path in zip(features.shards, features.offsets, paths, strict=False):
             done_file = done / f"{path.name}.json"
             if not atomic.is_done(done_file, folder):
-                write_kept_npy(shard, path, is_dup[first : first + shard.rows])
+                kept_rows.write_kept_npy(shard, path, is_dup[first : first + shard.rows])
                 atomic.write_done_file(done_file, [path], {})
             bar.update(shard.rows)
     return paths

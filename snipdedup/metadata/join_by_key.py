@@ -28,8 +28,8 @@ from snipdedup.metadata.tables import (
     ColumnUse,
     Metadata,
     Table,
+    cast_column,
     open_metadata,
-    open_table,
     try_column_uses,
 )
 from snipdedup.storage import atomic
@@ -40,7 +40,7 @@ KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them
 CONTENT_COLUMNS = ("url", "uid", "hash", "md5", "sha256")  # what a row is, not its number
 MOST_IN_DOUBT = 0.5  # share of the rows, unless the user has decided what happens to them
-ZEROS = 1 << 22  # bytes written at a time
+STATE_ROWS = 1 << 22  # states written and read at a time
 SHOWN_ROWS = 3  # rows of each state that a message names
 ROW_KEY = np.dtype([("row", "<i8"), ("key", "<u8")])
 # Rows of both sides; ``row`` is below 0 for a decided row.
@@ -69,15 +69,9 @@ def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def as_bytes(table: Table, name: str, values: Any) -> Any:
     """Return a column's values as ``large_binary``: numbers by their text, null as no bytes."""
-    try:
-        if not is_binary(values.type):
-            values = values.cast(pa.large_string())
-        return values.cast(pa.large_binary()).fill_null(b"")
-    except (pa.ArrowException, NotImplementedError) as error:
-        raise SnipError(
-            f"{table.path}: column {name!r} is {values.type}, expected texts or numbers to tell "
-            "rows apart by"
-        ) from error
+    if not is_binary(values.type):
+        values = cast_column(table, name, values, pa.large_string())
+    return values.cast(pa.large_binary()).fill_null(b"")
 
 
 def is_binary(kind: Any) -> bool:
@@ -101,16 +95,14 @@ class KeyColumns(NamedTuple):
     key: Sequence[str]
     content: str | None = None
 
-    def records(
-        self, file: Table, rows: int | np.ndarray, batch: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ``rows`` of a batch as `KEYED_ROW`, and whether each has a key, (n,) bool."""
+    def records(self, file: Table, rows: int | np.ndarray, batch: Any) -> np.ndarray:
+        """Return the ``rows`` of a batch that have a key as `KEYED_ROW`."""
         prints, known = fingerprints(file, batch.select(list(self.key)))
         content = np.zeros(batch.num_rows, np.uint64)  # 0: none
         if self.content is not None:
             found, there = fingerprints(file, batch.select([self.content]))
             content[there] = found[0, there] | np.uint64(1)
-        return pack(KEYED_ROW, *prints, content, np.asarray(rows))[known], known
+        return pack(KEYED_ROW, *prints, content, np.asarray(rows))[known]
 
     def needed(self) -> list[str]:
         """Return the columns to read."""
@@ -144,36 +136,39 @@ class KeyJoin:
         A key of several rows that are not decided alike makes its rows ambiguous. A row whose
         content is not that of the one row of its key is contradicted.
         """
-        total = mask.rows + self.metadata.rows
-        spread = Spread(total, 0, (1 << 64) - 1)
+        count, path = self.metadata.rows, work / "states.bin"
+        spread = Spread(mask.rows + count, 0, (1 << 64) - 1)
         sorter = Sorter(work / "rows", KEYED_ROW, lambda r: r["high"], spread=spread)
-        path = work / "is_dup.bin"
-        with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out:
-                for start, stop in plan_blocks(max(1, self.metadata.rows), ZEROS):
-                    out.write(bytes(stop - start))
-        is_dup = np.memmap(path, np.bool_, "r+")[: self.metadata.rows]
-        with progress.bar(total, "keys", "rows") as bar:
+        with progress.bar(mask.rows + count, "keys", "rows") as bar:
             for records in self._decided(mask):
                 sorter.add(records)
                 bar.update(len(records))
             for file, first, batch in self.metadata.read(self.columns.needed()):
                 rows = np.arange(first, first + batch.num_rows)
-                records, known = self.columns.records(file, rows, batch)
-                sorter.add(records)
-                keyless = rows[~known]
-                self._count(is_dup, keyless, np.full(len(keyless), UNMATCHED))
+                sorter.add(self.columns.records(file, rows, batch))
                 bar.update(batch.num_rows)
+        blocks = plan_blocks(count, STATE_ROWS)
+        with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as out:
+                for start, stop in blocks or [(0, 1)]:  # an empty file cannot be mapped
+                    out.write(bytes([UNMATCHED]) * (stop - start))  # as rows without a key stay
+        states = np.memmap(path, np.uint8, "r+")[:count]
         with progress.bar(sorter.count, "join", "rows") as bar:
             for records in sorter.ascending():
-                self._decide(is_dup, records)
+                self._decide(states, records)
                 bar.update(len(records))
+        for start, stop in blocks:
+            part = states[start:stop]
+            self.counts += np.bincount(part, minlength=len(STATES))
+            for state, rows_shown in enumerate(self.examples):
+                found = np.flatnonzero(part == state)[: SHOWN_ROWS - len(rows_shown)]
+                rows_shown.extend((start + found).tolist())
+            part[:] = np.isin(part, self.removing)
         for state in (CONTRADICTED, UNMATCHED, AMBIGUOUS):
-            in_doubt = int(self.counts[state])
-            if state not in self.asked and in_doubt > MOST_IN_DOUBT * self.metadata.rows:
+            if state not in self.asked and self.counts[state] > MOST_IN_DOUBT * count:
                 raise SnipError(self._refusal(state))
-        return is_dup
+        return states.view(np.bool_)
 
     def _decided(self, mask: Mask) -> Iterator[np.ndarray]:
         """Yield the rows of the mask's set as `KEYED_ROW`."""
@@ -181,15 +176,15 @@ class KeyJoin:
             removed = np.zeros(batch.num_rows, int)
             if self.groups is None:
                 removed = np.asarray(mask.is_dup[first : first + batch.num_rows]).astype(int)
-            yield self.known_columns.records(file, DECIDED[removed], batch)[0]
+            yield self.known_columns.records(file, DECIDED[removed], batch)
         if self.groups is not None:
-            table = open_table(self.groups)
+            table = Table(self.groups)
             for _, batch in table.batches(["key", "is_dup"]):
                 keys = batch.filter(batch.column("is_dup")).select(["key"])
-                yield KeyColumns(["key"]).records(table, DECIDED[1], keys)[0]
+                yield KeyColumns(["key"]).records(table, DECIDED[1], keys)
 
-    def _decide(self, is_dup: np.ndarray, records: np.ndarray) -> None:
-        """Decide rows of whose keys all records are here."""
+    def _decide(self, states: np.ndarray, records: np.ndarray) -> None:
+        """Set the states of rows of whose keys all records are here."""
         key = number_equal(records["high"], records["low"])
         keys = int(key.max(initial=-1)) + 1
         decided = records["row"] < 0
@@ -204,16 +199,8 @@ class KeyJoin:
         own, mine = records[~decided], key[~decided]
         other = np.where(count[mine] == 1, content[mine], 0)
         contradicted = (own["content"] != other) & (own["content"] > 0) & (other > 0)
-        self._count(is_dup, own["row"], np.where(contradicted, CONTRADICTED, state[mine]))
+        states[own["row"]] = np.where(contradicted, CONTRADICTED, state[mine])
         self.repeated += int((np.bincount(mine, minlength=1)[mine] > 1).sum())
-
-    def _count(self, is_dup: np.ndarray, rows: np.ndarray, state: np.ndarray) -> None:
-        """Set the mask of rows by their states, and count these."""
-        is_dup[rows] = np.isin(state, self.removing)
-        self.counts += np.bincount(state, minlength=len(STATES))
-        for number in np.unique(state):
-            first = np.sort(rows[state == number])[:SHOWN_ROWS].tolist()
-            self.examples[number] = sorted([*self.examples[number], *first])[:SHOWN_ROWS]
 
     def _places(self, state: int) -> str:
         """Return the first rows of a state, for messages."""
@@ -336,7 +323,7 @@ def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -
     if column is None:
         return None
     sorter = Sorter(work / "removed_keys", ROW_KEY, lambda records: records["row"].view(np.uint64))
-    table = open_table(groups)
+    table = Table(groups)
     for _, batch in table.batches(["row", "key", "is_dup"]):
         row = batch.column("row").to_numpy() - first
         inside = batch.column("is_dup").to_numpy(zero_copy_only=False)

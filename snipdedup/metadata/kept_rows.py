@@ -23,14 +23,7 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import BROKEN_ZIP, Shard, members_of, open_shard
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.join_by_key import fingerprints, number_equal
-from snipdedup.metadata.tables import (
-    KEY_COLUMNS,
-    ColumnUse,
-    Metadata,
-    Table,
-    as_texts,
-    open_table,
-)
+from snipdedup.metadata.tables import KEY_COLUMNS, ColumnUse, Metadata, Table, as_texts
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
 
@@ -125,12 +118,7 @@ def try_writing(file: Table, first: int, batch: Any) -> None:
 
 
 def _write_kept_file(
-    file: Table,
-    path: Path,
-    is_dup: np.ndarray,
-    first: int,
-    added: Sequence[AddedColumn],
-    bar: Any,
+    file: Table, path: Path, is_dup: np.ndarray, first: int, added: Sequence[AddedColumn], bar: Any
 ) -> None:
     """Write the kept rows of a file that begins at row ``first``.
 
@@ -160,11 +148,21 @@ def _write_kept_file(
             writer.write_table(pa.Table.from_batches(waiting))
 
 
+def feature_arrays(path: Path) -> dict[str, Shard]:
+    """Open a file of features; return the arrays of an ``.npz`` by name, else the one array."""
+    if path.suffix.lower() != ".npz":
+        return {"": open_shard(path)}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = list(members_of(archive))
+    except BROKEN_ZIP as error:
+        raise SnipError(f"{path}: truncated or not an .npz archive: {error}") from error
+    return {name: open_shard(path, name) for name in names}
+
+
 def feature_rows(path: Path) -> int:
     """Return the rows of a file of features; refuse one that is damaged, by its name."""
-    if path.suffix.lower() != ".npz":
-        return open_shard(path).rows
-    counts = {name: open_shard(path, name).rows for name in _array_names(path)}
+    counts = {name: shard.rows for name, shard in feature_arrays(path).items()}
     if len(set(counts.values())) != 1:
         found = ", ".join(f"{name} {rows:,}" for name, rows in counts.items()) or "no array"
         raise SnipError(f"{path}: expected arrays with one row for each image, found {found}")
@@ -181,18 +179,15 @@ def write_kept_features(path: Path, target: Path, is_dup: np.ndarray) -> None:
     if suffix == ".npy":
         write_kept_npy(open_shard(path), target, is_dup)
     elif suffix == ".npz":
-        kept = count_kept(is_dup)
         with atomic.replacing(target) as part, zipfile.ZipFile(part, "w") as archive:
-            for name in _array_names(path):
-                shard = open_shard(path, name)
-                header = {"descr": shard.dtype.str, "fortran_order": False}
+            for name, shard in feature_arrays(path).items():
+                shape = count_kept(is_dup), shard.dim
+                header = {"descr": shard.dtype.str, "fortran_order": False, "shape": shape}
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array_header_1_0(
-                        file, {**header, "shape": (kept, shard.dim)}
-                    )
+                    np.lib.format.write_array_header_1_0(file, header)
                     file.writelines(_kept_blocks(shard, is_dup))
     else:
-        write_kept(Metadata([open_table(path)]), is_dup, target.parent)
+        write_kept(Metadata([Table(path)]), is_dup, target.parent)
 
 
 def write_kept_npy(shard: Shard, path: Path, is_dup: np.ndarray) -> None:
@@ -204,15 +199,6 @@ def write_kept_npy(shard: Shard, path: Path, is_dup: np.ndarray) -> None:
 def count_kept(is_dup: np.ndarray) -> int:
     """Return how many rows are kept."""
     return len(is_dup) - int(np.count_nonzero(is_dup))
-
-
-def _array_names(path: Path) -> list[str]:
-    """Return the names of the arrays in an ``.npz``."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return list(members_of(archive))
-    except BROKEN_ZIP as error:
-        raise SnipError(f"{path}: truncated or not an .npz archive: {error}") from error
 
 
 def _kept_blocks(shard: Shard, is_dup: np.ndarray) -> Iterator[bytes]:

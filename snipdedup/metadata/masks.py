@@ -24,7 +24,6 @@ T = TypeVar("T")
 NamedSize = tuple[str, int]  # of a file: its name, its number of rows
 
 MASK = "is_dup.npy"
-SCAN_ROWS = 1 << 24
 # Names that hold more than the file's number: Hugging Face's (the number of files follows it),
 # Spark's (the job's UUID follows it, then the number within the task).
 WRITER_NAMES = re.compile(r"[0-9]+(?=[-_]of[-_][0-9]+$)|(?<=^part-)[0-9]+(?=-(tid-|[0-9a-f]{8}-))")
@@ -107,11 +106,9 @@ def load_mask(path: Path) -> np.ndarray:
         )
     # A bool is a byte too: bytes other than 0 and 1 would be neither True nor False everywhere.
     values = array.view(np.uint8)
-    for start in range(0, len(values), SCAN_ROWS):
-        wrong = values[start : start + SCAN_ROWS] > 1
-        if wrong.any():
-            row = start + int(np.argmax(wrong))
-            raise SnipError(f"{path}: row {row:,} holds {values[row]}, expected 0 or 1")
+    if values.max(initial=0) > 1:
+        row = int(values.argmax())
+        raise SnipError(f"{path}: row {row:,} holds {values[row]}, expected 0 or 1")
     return array.view(np.bool_)
 
 

@@ -39,18 +39,41 @@ VIEWS = {"string_view": pa.string(), "binary_view": pa.binary()}
 class Table:
     """One metadata file: its rows, its arrow schema, and the codec to write its rows with.
 
-    ``is_text`` is True for CSV: numbers are texts.
+    Row groups of parquet are read one at a time. A CSV file is read once to count its rows when it
+    is opened; ``is_text`` is True for it: numbers are texts. Refused: what is missing, empty,
+    truncated, or of another type.
     """
 
-    is_text = False
-
-    def __init__(self, path: Path, rows: int, schema: Any, codec: str) -> None:
-        self.path, self.rows, self.schema, self.codec = path, rows, schema, codec
-        repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise SnipError(f"no such file: {path}")
+        if not path.stat().st_size:
+            raise SnipError(f"{path}: empty file, expected metadata; fetch or write it again")
+        self.path, self.is_text, self.codec = path, path.suffix.lower() == ".csv", DEFAULT_CODEC
+        if path.suffix.lower() not in SUFFIXES:
+            raise SnipError(f"{path}: expected metadata of type {' or '.join(SUFFIXES)}")
+        if self.is_text:
+            with _explain_csv(path):
+                names = pa.csv.open_csv(arrow_source(path), CSV_READ, CSV_PARSE).schema.names
+            self.schema: Any = pa.schema([(name, pa.string()) for name in names])
+        else:
+            footer = stream_parquet(path)
+            schema, self.rows = footer.schema_arrow, int(footer.metadata.num_rows)
+            fields = [field.with_type(_without_views(field.type)) for field in schema]
+            self.schema = pa.schema(fields, schema.metadata)
+            groups = [footer.metadata.row_group(n) for n in range(footer.num_row_groups)]
+            self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
+            chunks = [groups[0].column(n) for n in range(groups[0].num_columns)] if groups else []
+            if chunks:
+                codec = max(chunks, key=lambda chunk: chunk.total_compressed_size).compression
+                self.codec = CODECS.get(codec, codec.lower())
+        repeated = sorted({n for n in self.schema.names if self.schema.names.count(n) > 1})
         if repeated:
             raise SnipError(
                 f"{path}: several columns are called {', '.join(repeated)}; rename them"
             )
+        if self.is_text:
+            self.rows = sum(batch.num_rows for batch in self._csv_blocks())
 
     def batches(
         self, columns: list[str] | None = None, rows: np.ndarray | None = None
@@ -59,30 +82,27 @@ class Table:
 
         Parts of the file without any of ``rows``, (n,) int64, ascending, may be skipped.
         """
-        raise NotImplementedError
+        if not self.is_text:
+            yield from self._parquet_batches(columns, rows)
+            return
+        at = 0
+        for block in self._csv_blocks():
+            if rows is not None and (not len(rows) or at > rows[-1]):
+                return
+            chosen = block if columns is None else block.select(columns)
+            for begin in range(0, chosen.num_rows, BATCH_ROWS):
+                yield at + begin, chosen.slice(begin, BATCH_ROWS)
+            at += block.num_rows
 
+    def _csv_blocks(self) -> Iterator[Any]:
+        texts = pa.csv.ConvertOptions(column_types=self.schema)
+        with _explain_csv(self.path):
+            yield from pa.csv.open_csv(arrow_source(self.path), CSV_READ, CSV_PARSE, texts)
 
-class ParquetTable(Table):
-    """A parquet file; row groups are read one at a time, in bounded batches."""
-
-    def __init__(self, path: Path) -> None:
-        file = stream_parquet(path)
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
-        schema = file.schema_arrow
-        fields = [field.with_type(_without_views(field.type)) for field in schema]
-        chunks = [groups[0].column(n) for n in range(groups[0].num_columns)] if groups else []
-        largest = max(chunks, key=lambda chunk: chunk.total_compressed_size, default=None)
-        codec = largest.compression if largest else DEFAULT_CODEC
-        codec = CODECS.get(codec, codec.lower())
-        super().__init__(path, file.metadata.num_rows, pa.schema(fields, schema.metadata), codec)
-
-    def batches(
-        self, columns: list[str] | None = None, rows: np.ndarray | None = None
+    def _parquet_batches(
+        self, columns: list[str] | None, rows: np.ndarray | None
     ) -> Iterator[tuple[int, Any]]:
-        """See `Table.batches`; row groups without a needed row are not read."""
-        file = stream_parquet(self.path)
-        first = 0
+        file, first = stream_parquet(self.path), 0
         try:
             for number, (count, size) in enumerate(self.groups):
                 if rows is None or np.diff(np.searchsorted(rows, [first, first + count]))[0]:
@@ -110,48 +130,6 @@ class ParquetTable(Table):
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-class CsvTable(Table):
-    """A CSV file; it is read once to count its rows when it is opened."""
-
-    is_text = True
-
-    def __init__(self, path: Path) -> None:
-        with _explain_csv(path):
-            names = pa.csv.open_csv(arrow_source(path), CSV_READ, CSV_PARSE).schema.names
-        super().__init__(path, 0, pa.schema([(name, pa.string()) for name in names]), DEFAULT_CODEC)
-        self.rows = sum(batch.num_rows for batch in self._blocks())
-
-    def batches(
-        self, columns: list[str] | None = None, rows: np.ndarray | None = None
-    ) -> Iterator[tuple[int, Any]]:
-        """See `Table.batches`; a CSV is read from its beginning."""
-        at = 0
-        for block in self._blocks():
-            if rows is not None and (not len(rows) or at > rows[-1]):
-                return
-            chosen = block if columns is None else block.select(columns)
-            for begin in range(0, chosen.num_rows, BATCH_ROWS):
-                yield at + begin, chosen.slice(begin, BATCH_ROWS)
-            at += block.num_rows
-
-    def _blocks(self) -> Iterator[Any]:
-        texts = pa.csv.ConvertOptions(column_types=self.schema)
-        with _explain_csv(self.path):
-            yield from pa.csv.open_csv(arrow_source(self.path), CSV_READ, CSV_PARSE, texts)
-
-
-def open_table(path: Path) -> Table:
-    """Open one metadata file; refuse what is missing, empty, truncated, or of another type."""
-    if not path.is_file():
-        raise SnipError(f"no such file: {path}")
-    if not path.stat().st_size:
-        raise SnipError(f"{path}: empty file, expected metadata; fetch or write it again")
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise SnipError(f"{path}: expected metadata of type {' or '.join(SUFFIXES)}")
-    return ParquetTable(path) if suffix == ".parquet" else CsvTable(path)
-
-
 def stream_parquet(path: Path) -> Any:
     """Return a buffered ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
     try:
@@ -164,9 +142,14 @@ def stream_parquet(path: Path) -> Any:
 
 
 def as_texts(file: Table, column: str, values: Any) -> Any:
-    """Return values of a file's column as text."""
+    """Return values of a file's column as ``string``."""
+    return cast_column(file, column, values, pa.string())
+
+
+def cast_column(file: Table, column: str, values: Any, kind: Any) -> Any:
+    """Return values of a file's column as another arrow type, or refuse the column."""
     try:
-        return values.cast(pa.string())
+        return values.cast(kind)
     except (pa.ArrowException, NotImplementedError) as error:
         raise SnipError(
             f"{file.path}: column {column!r} is {values.type}, expected texts or numbers"
@@ -330,9 +313,9 @@ def open_metadata(spec: str | Path) -> Metadata:
     """
     paths = find_metadata(spec)
     if is_remote(spec):
-        return Metadata(map_requests(open_table, paths))
+        return Metadata(map_requests(Table, paths))
     folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
-    return Metadata([open_table(path) for path in paths], folders)
+    return Metadata([Table(path) for path in paths], folders)
 
 
 def find_metadata(spec: str | Path) -> list[Path]:

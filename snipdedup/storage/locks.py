@@ -23,8 +23,8 @@ from snipdedup.storage.atomic import explained
 WORK = "work"  # the folder of an unfinished run, removed at its end
 REQUEST = "request.json"  # in the work: what was asked for
 LOCK = "run.lock"  # in the work: one run at a time
-DOOR = "door.lock"  # in the work, for moments: who claims OUT, or puts a result there
-DOOR_S = 60.0  # to wait for another process at the door
+CLAIM_LOCK = "claim.lock"  # in the work, for moments: who claims OUT, or puts a result there
+CLAIM_S = 60.0  # to wait for another process that does
 
 
 class ThreadLocks(threading.local):
@@ -134,9 +134,9 @@ def released() -> Iterator[None]:
 
 
 @contextmanager
-def door(out: Path) -> Iterator[None]:
+def claim_lock(out: Path) -> Iterator[None]:
     """Be the only process that claims OUT or puts a result there; wait for another one."""
-    path, end = out / WORK / DOOR, time.monotonic() + DOOR_S
+    path, end = out / WORK / CLAIM_LOCK, time.monotonic() + CLAIM_S
     with explained(path):
         while (other := acquire(path)) is not None:
             if time.monotonic() > end:
@@ -179,7 +179,7 @@ def empty_work(out: Path) -> None:
     for path in (out / WORK).glob("*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in (REQUEST, LOCK, DOOR):
+        elif path.name not in (REQUEST, LOCK, CLAIM_LOCK):
             path.unlink(missing_ok=True)
 
 
@@ -187,8 +187,9 @@ def end_work(out: Path) -> None:
     """Remove the work, and release the lock last."""
     empty_work(out)
     (out / WORK / REQUEST).unlink(missing_ok=True)
-    if (out / WORK / DOOR).is_file() and acquire(out / WORK / DOOR) is None:
-        remove(out / WORK / DOOR)  # before the other lock: by that, what a kill left is found
+    brief = out / WORK / CLAIM_LOCK
+    if brief.is_file() and acquire(brief) is None:
+        remove(brief)  # before the other lock: by that, what a kill left is found
     remove(out / WORK / LOCK)
     with suppress(OSError):  # missing, or the next run's already
         (out / WORK).rmdir()

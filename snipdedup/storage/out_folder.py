@@ -24,7 +24,7 @@ from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.atomic import explained, load_json, sha256, short_hash, sync_folder
-from snipdedup.storage.locks import DOOR, LOCK, REQUEST, WORK
+from snipdedup.storage.locks import CLAIM_LOCK, LOCK, REQUEST, WORK
 from snipdedup.storage.web import redacted
 
 MANIFEST = "snip.json"
@@ -51,7 +51,7 @@ def write_manifest(
 
     ``kind`` is what the folder is: ``dedup``, ``encoder``, ``index``, ... ``body`` has its own
     entries (settings, counts, times); passwords and queries of URLs in settings are left out.
-    ``kept`` are files of the result that are elsewhere yet, by their paths in the folder.
+    ``kept`` are files of the result that do not lie in ``folder``, by their later paths in it.
     """
     files = {**(kept or {}), **{path.relative_to(folder).as_posix(): path for path in outputs}}
     hashes = {
@@ -180,20 +180,12 @@ def claim(
     A folder of another request, of another run that is at work, or with files that are not snip's
     is refused. With ``overwrite``, an earlier result of the same kind stays until it is replaced.
 
-    Parameters
-    ----------
-    request : dict
-        All that the result depends on, by name; the manifest holds it, too.
-    shared : bool
-        Other processes with the same request may claim the folder too.
-    decisions : collection of str
-        Entries of ``request`` on which nothing in the work depends. A stopped run goes on with
-        other ones, unless other processes work on it.
+    ``request`` is all that the result depends on; the manifest holds it, too. If ``shared``, other
+    processes with the same request may claim the folder too. ``decisions`` are entries of
+    ``request`` on which nothing in the work depends: a stopped run goes on with other ones, unless
+    other processes work on it.
 
-    Returns
-    -------
-    str
-        ``"new"``; ``"resume"`` after a stopped run, ``"done"`` after a finished one.
+    Returns ``"new"``; ``"resume"`` after a stopped run, ``"done"`` after a finished one.
     """
     recovered, note = recover(out), out / WORK / REQUEST
     try:
@@ -205,7 +197,7 @@ def claim(
         raise
     if state == "done" and (not overwrite or (recovered and not differing)):
         return state
-    with locks.door(out):
+    with locks.claim_lock(out):
         alone = locks.lock_run(out, shared)
         free = decisions if alone else ()
         state, _ = find_state(out, kind, request, overwrite, free)  # another run may have ended
@@ -244,7 +236,7 @@ def find_state(
 
 def is_free(out: Path) -> bool:
     """Tell whether a folder is empty, but for what a claim that was stopped at once leaves."""
-    begun = (f".{REQUEST}.", LOCK, DOOR)  # any other file may be someone's own
+    begun = (f".{REQUEST}.", LOCK, CLAIM_LOCK)  # any other file may be someone's own
     work = out / WORK
     return (
         out.is_dir()
@@ -314,7 +306,7 @@ def put_in_place(
     besides those that only the earlier manifest names. It is refused if another process finished
     the run, so that this one has not claimed ``out`` any more.
     """
-    with locks.door(out), explained(out):
+    with locks.claim_lock(out), explained(out):
         if move_result(out) or not locks.holds(out / WORK / LOCK):
             raise SnipError(f"{out}: another process finished this run, or claimed the folder")
         named_outputs(out, out / MANIFEST)  # refused before anything is removed
@@ -335,7 +327,7 @@ def recover(out: Path) -> bool:
     """Complete a result that a killed run was putting in place; tell whether there was one."""
     if not (out / WORK / NEW / MANIFEST).is_file():
         return False
-    with locks.door(out), explained(out):
+    with locks.claim_lock(out), explained(out):
         if move_result(out):  # else another process did it while this one waited
             keep = load_json(out / MANIFEST).get("settings", {}).get("keep_work")
             if not keep and locks.acquire(out / WORK / LOCK) is None:
@@ -374,7 +366,7 @@ def move_result(out: Path) -> bool:
 
 
 def named_outputs(out: Path, path: Path) -> set[str]:
-    """Return the files that a manifest names, none without it; refuse names of files elsewhere."""
+    """Return the files that a manifest names, none without it; refuse those outside ``out``."""
     names = set(load_json(path).get("outputs", {})) if path.is_file() else set()
     for name in names:  # anyone may have written the manifest
         if out.resolve() not in (out / name).resolve().parents:

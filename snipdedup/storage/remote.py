@@ -304,6 +304,9 @@ def read_version(url: str, token: Token | None = None) -> FileVersion:
         except RangeError as error:
             raise InputError(f"{redacted(url)}: empty file, expected some bytes") from error
     with store_errors(url):
+        if not scheme_of(url):
+            stat = Path(url).stat()
+            return FileVersion(stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
         system, path = filesystem(url)
         system.invalidate_cache()
         info = system.info(path)

@@ -143,14 +143,8 @@ def get(
     """Request a URL, or a range of its bytes: ``"100-"``, ``"100-199"`` (RFC 9110, 14.2).
 
     The whole file comes, with status 200, if the server has no ranges, or if ``if_range``, a strong
-    ETag, is not the file's any more (RFC 9110, 13.1.5).
-
-    Raises
-    ------
-    TemporaryError
-        If it is worth another try: broken connections, 429, 5xx.
-    MissingError, RangeError, SnipError
-        If the server answers 404 or 410, 416, or anything else but 200 or 206.
+    ETag, is not the file's any more (RFC 9110, 13.1.5). What is worth another try (a broken
+    connection, 429, 5xx) raises `TemporaryError`, other answers raise as `KINDS` lists.
     """
     url = quote(url, safe=URL_CHARACTERS)
     headers = {"User-Agent": f"snipdedup/{__version__}", "Accept-Encoding": "identity"}

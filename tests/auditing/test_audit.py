@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from snipdedup.auditing import removed_rows
 from snipdedup.auditing.audit import AuditResult
 from snipdedup.auditing.removed_rows import SHOWN, AuditedRun, raw_cosines
-from snipdedup.auditing.sheet import pick_ordinals
 from snipdedup.features.shards import open_features
 from snipdedup.statistics import proportion_interval
 
@@ -714,14 +713,6 @@ def test_a_verdict_shows_a_few_of_a_kind():
     assert lines[0] == "audit of o: FAILED, 2,001 violations"
     shown = [f"  ! a{i}" for i in range(SHOWN)]
     assert lines[1:] == [*shown, "  ! and 1,995 more like that", "  ! other"]
-
-
-def test_ordinals_are_distinct_and_ascending():
-    for total, wanted in ((10, 3), (10, 10), (10, 99), (0, 5), (10**12, 50)):
-        found = pick_ordinals(total, wanted, 0)
-        assert len(found) == min(total, wanted)
-        assert (np.diff(found) > 0).all()
-        assert all(0 <= one < total for one in found)
 
 
 @pytest.fixture

@@ -50,13 +50,13 @@ def tampered(change):
 
 def test_a_pair_that_is_none_ends_the_run_and_names_the_row(tmp_path):
     x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
-    search = run.run_search
+    search = run.search_pairs
     folder = truth.save_shards(tmp_path / "img", x, [20])
 
     def wrong(*given):
         return with_edge(search(*given), 3, 41)
 
-    with mock.patch("snipdedup.deduplication.run.run_search", wrong):
+    with mock.patch("snipdedup.deduplication.run.search_pairs", wrong):
         status, said, line = truth.snip("dedup", folder, "--out", tmp_path / "out")
     assert (status, said) == (1, "")
     cosine = truth.cosine_table(x)[3, 41]
@@ -70,13 +70,13 @@ def test_what_was_there_stays_when_a_result_is_refused(rows, tmp_path):
     out = tmp_path / "out"
     dedup(rows, out=out)
     before = (out / "groups.parquet").read_bytes()
-    search = run.run_search
+    search = run.search_pairs
 
     def wrong(*given):
         return with_edge(search(*given), *far_pair(rows))
 
     with (
-        mock.patch("snipdedup.deduplication.run.run_search", wrong),
+        mock.patch("snipdedup.deduplication.run.search_pairs", wrong),
         mock.patch("snipdedup.groups.star.star_packed", all_for_the_first),
         pytest.raises(InternalError),
     ):
@@ -194,7 +194,7 @@ def test_rows_that_go_for_a_reference_row_match_it(rows, grouping):
     if grouping == "star":
         with tampered(change), pytest.raises(InternalError, match="of reference 0, but"):
             dedup(rows[200:], **how)
-    search = run.run_search
+    search = run.search_pairs
 
     def wrong(*given):
         found = search(*given)
@@ -203,7 +203,7 @@ def test_rows_that_go_for_a_reference_row_match_it(rows, grouping):
         return dataclasses.replace(found, nearest=nearest._replace(reference=far))
 
     with (
-        mock.patch("snipdedup.deduplication.run.run_search", wrong),
+        mock.patch("snipdedup.deduplication.run.search_pairs", wrong),
         pytest.raises(InternalError, match="of reference 0, but their cosine"),
     ):
         dedup(rows[200:], **how)

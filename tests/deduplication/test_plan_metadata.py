@@ -94,8 +94,8 @@ def attempt(folder, out, *words):
         searched.append(1)
         return found(*given)
 
-    found = run.run_search
-    with mock.patch.object(run, "run_search", search):
+    found = run.search_pairs
+    with mock.patch.object(run, "search_pairs", search):
         status, _, line = truth.snip("dedup", folder, "--out", out, *words)
     return status, line, bool(searched)
 

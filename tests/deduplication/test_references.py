@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snipdedup import dedup
-from snipdedup.deduplication.inputs import open_references
+from snipdedup.deduplication.inputs import open_reference_rows
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import ArrayShard
 from snipdedup.features.shards import Features
@@ -539,13 +539,13 @@ def test_an_array_cannot_be_the_reference_of_a_later_run(sets, tmp_path):
 
 def test_one_input_named_twice_counts_once(sets):
     _, folders = sets
-    twice = open_references(f"{folders[0]},{folders[1]},{folders[0]}")
+    twice = open_reference_rows(f"{folders[0]},{folders[1]},{folders[0]}")
     assert [item.name for item in twice.items] == [str(folders[0]), str(folders[1])]
-    item, row = twice.locate(np.array([0, 499, 500, 699]))
-    assert (item.tolist(), row.tolist()) == ([0, 0, 1, 1], [0, 499, 0, 199])
-    names = np.array([twice.items[which].name for which in item])
+    names, row = twice.locate(np.array([0, 499, 500, 699]))
     called = [item.name for item in twice.items]
-    assert twice.numbers_of(called, names, row).tolist() == [0, 499, 500, 699]
+    assert names.to_pylist() == [called[0], called[0], called[1], called[1]]
+    assert row.tolist() == [0, 499, 0, 199]
+    assert twice.numbers_of(called, np.array(names), row).tolist() == [0, 499, 500, 699]
     assert twice.numbers_of(["a", "b"], np.array(["b"]), np.array([7])).tolist() == [507]
     for name, which in (("c", 7), ("b", 200)):
         with pytest.raises(SnipError, match=f"row {which} of {name} is not a kept row"):
@@ -560,7 +560,7 @@ def test_bad_rows_of_an_earlier_run_are_no_references(tmp_path):
     out = tmp_path / "out"
     keep = ("--bad_rows", "keep")
     assert truth.snip("dedup", tmp_path / "a.npy", "--out", out, *keep)[0] == 0
-    references = open_references(str(out))
+    references = open_reference_rows(str(out))
     live = ~np.load(out / "is_dup.npy")
     live[7] = False
     assert references.items[0].kept.tolist() == np.flatnonzero(live).tolist()

@@ -570,7 +570,7 @@ def test_what_other_methods_found_is_kept_too(laion, rows, tmp_path, monkeypatch
     assert truth.snip(*words, "plain", "--key", "uid")[0] == 0
     with mock.patch.object(run, "write_files", side_effect=KeyboardInterrupt):
         assert truth.snip(*words, "o")[0] == 130
-    with mock.patch.object(run, "run_search", side_effect=AssertionError):
+    with mock.patch.object(run, "search_pairs", side_effect=AssertionError):
         status, _, line = truth.snip(*words, "o", "--key", "uid")
     assert status == 0, line
     assert same_files(tmp_path / "o", tmp_path / "plain")

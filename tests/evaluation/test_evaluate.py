@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 
+import faiss
 import numpy as np
 import pytest
 
 from snipdedup import config
 from snipdedup.adc.threshold import calibrate
 from snipdedup.encoder import training
+from snipdedup.encoder.network import opq_rotation
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.evaluation import evaluate, presentation
+from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
+from snipdedup.index.quantizer import train_quantiser
 from snipdedup.storage.out_folder import read_manifest
 
 QUICK = {
@@ -211,3 +215,41 @@ def test_too_few_rows_to_learn_from_are_refused_before_the_work(tmp_path, rows, 
             config.Eval(features=str(tmp_path / "e.npy"), out=str(tmp_path / "out"), **how)
         )
     assert not (tmp_path / "out").exists()
+
+
+def rows_of(rows: int, dim: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(20, dim))
+    return (centres[rng.integers(0, 20, rows)] + 0.5 * rng.normal(size=(rows, dim))).astype("f4")
+
+
+def test_the_own_row_is_left_out_wherever_it_stands():
+    I = np.array([[7, 1, 2], [3, 8, 4], [5, 6, 0]])
+    found = evaluate.drop_own(I, np.array([7, 8, 9]))
+    assert found.tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_codes_find_what_plain_faiss_finds():
+    x = unit_rows(rows_of(3000, 16))
+    quantiser = train_quantiser(x, nlist=8, m=4, nbits=8, seed=0, threads=1)
+    codes = evaluate.IndexedRows(quantiser)
+    for part in np.array_split(x, 4):
+        codes.add(part)
+    D, I = codes.search(x[:50], 5, 3)
+    plain = faiss.clone_index(quantiser.ivfpq)
+    plain.nprobe = 3
+    np.testing.assert_array_equal(plain.search(x[:50], 5)[1], I)
+    at = {int(i): float(d) for i, d in zip(I[0], D[0], strict=True)}
+    stored = plain.reconstruct_batch(I[0]) if plain.make_direct_map() is None else None
+    for row, q in zip(I[0], stored, strict=True):
+        assert at[int(row)] == pytest.approx(float(((x[0] - q) ** 2).sum()), abs=1e-4)
+    every = codes.nearest_of_all(x[100:150], np.arange(100, 150), 5, 2)
+    plain.nprobe = 8
+    expected = evaluate.drop_own(plain.search(x[100:150], 6)[1], np.arange(100, 150))
+    assert (expected == every).mean() > 0.98  # rows of one code tie
+
+
+def test_opq_turns_without_stretching():
+    x = unit_rows(rows_of(600, 16))
+    rotation = opq_rotation(x, 4, 3, 6)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(16), atol=1e-4)

@@ -188,7 +188,7 @@ def test_keep_fraction_works_on_a_finished_run_without_a_search(rows, folder, tm
     how = ("--threshold", 0.9, "--grouping", "components")
     assert truth.snip("dedup", folder, "--out", out, *how)[0] == 0
     fresh = dedup(rows, threshold=0.9, grouping="components", keep_fraction=0.7)
-    with mock.patch("snipdedup.deduplication.run.run_search", side_effect=AssertionError):
+    with mock.patch("snipdedup.deduplication.run.search_pairs", side_effect=AssertionError):
         words = ("dedup", out, "--keep_fraction", 0.7, "--out", second)
         status, said, _ = truth.snip(*words)
     assert status == 0

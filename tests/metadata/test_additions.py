@@ -13,7 +13,7 @@ from snipdedup.config import Dedup
 from snipdedup.deduplication.run import dedup, run
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.metadata import additions, gather
-from snipdedup.metadata.additions import DupCounts, MergedCaptions, RemovedRows, Weights
+from snipdedup.metadata.additions import DupCounts, MergedCaptions, RemovedPairs, Weights
 from snipdedup.metadata.tables import open_metadata
 
 
@@ -22,7 +22,7 @@ def random_set(folder, rows=500, seed=0):
     rng = np.random.default_rng(seed)
     gone = np.sort(rng.choice(rows, rows // 2, replace=False))
     stay = np.setdiff1d(np.arange(rows), gone)[: rows // 6]
-    removed = RemovedRows(gone, rng.choice(stay, len(gone)))
+    removed = RemovedPairs(gone, rng.choice(stay, len(gone)))
     texts = [None, ""] + [f"caption {n}" for n in range(12)]
     captions = [texts[n] for n in rng.integers(0, len(texts), rows)]
     table = pa.table({"TEXT": captions, "n": np.arange(rows)})
@@ -60,7 +60,7 @@ def test_merged_captions_are_the_distinct_ones_of_the_removed_rows(
 
 def test_captions_of_a_set_without_removed_rows(tmp_path):
     metadata, _, captions = random_set(tmp_path / "m")
-    nothing = RemovedRows(np.empty(0, np.int64), np.empty(0, np.int64))
+    nothing = RemovedPairs(np.empty(0, np.int64), np.empty(0, np.int64))
     with closing(MergedCaptions(metadata, "TEXT", nothing, 3, tmp_path / "w")) as column:
         assert values(column, len(captions)) == [[]] * len(captions)
     assert values(DupCounts(nothing), 5) == [0] * 5
@@ -68,19 +68,19 @@ def test_captions_of_a_set_without_removed_rows(tmp_path):
 
 
 def test_counts_and_weights_worked_by_hand():
-    removed = RemovedRows(np.array([1, 4, 5, 6]), np.array([2, 2, 7, 2]))
+    removed = RemovedPairs(np.array([1, 4, 5, 6]), np.array([2, 2, 7, 2]))
     assert values(DupCounts(removed), 8, 3) == [0, 0, 3, 0, 0, 0, 0, 1]
     assert values(Weights(removed), 8, 3) == [1, 0.25, 0.25, 1, 0.25, 0.5, 0.25, 0.5]
 
 
 def test_representatives_that_go_themselves_and_rows_of_a_reference():
     # 5 goes for 3, 3 for 2, 2 for 0; 7 and 8 go for reference row 4, 9 for 7
-    removed = RemovedRows(np.array([2, 3, 5, 7, 8, 9]), np.array([0, 2, 3, ~4, ~4, 7]))
+    removed = RemovedPairs(np.array([2, 3, 5, 7, 8, 9]), np.array([0, 2, 3, ~4, ~4, 7]))
     assert removed.followed().representative.tolist() == [0, 0, 0, ~4, ~4, ~4]
     assert values(DupCounts(removed), 10) == [1, 0, 1, 1, 0, 0, 0, 1, 0, 0]
     share = values(Weights(removed.followed()), 10)
     assert share == [0.25, 1, 0.25, 0.25, 1, 0.25, 1, 0.25, 0.25, 0.25]
-    nothing = RemovedRows(np.empty(0, np.int64), np.empty(0, np.int64))
+    nothing = RemovedPairs(np.empty(0, np.int64), np.empty(0, np.int64))
     assert nothing.followed().row.tolist() == []
 
 

@@ -14,11 +14,11 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.metadata import kept_rows as md_write
 from snipdedup.metadata import tables as md
-from snipdedup.metadata.additions import DupCounts, RemovedRows
+from snipdedup.metadata.additions import DupCounts, RemovedPairs
 from snipdedup.metadata.kept_rows import write_kept
 
 # Of 12 rows 1, 4, 5 and 11 go, for 0, 0, 6 and 10.
-REMOVED = DupCounts(RemovedRows(np.array([1, 4, 5, 11]), np.array([0, 0, 6, 10])))
+REMOVED = DupCounts(RemovedPairs(np.array([1, 4, 5, 11]), np.array([0, 0, 6, 10])))
 
 
 def write(path, rows, begin=0, **options):
@@ -99,7 +99,7 @@ def test_many_batches_give_the_same_rows_as_one(tmp_path, monkeypatch):
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=100)
     meta = md.open_metadata(tmp_path)
     is_dup = np.random.default_rng(1).random(300) < 0.7
-    counts = [DupCounts(RemovedRows(np.arange(200), np.repeat(np.arange(100) * 3, 2)))]
+    counts = [DupCounts(RemovedPairs(np.arange(200), np.repeat(np.arange(100) * 3, 2)))]
     (one,) = write_kept(meta, is_dup, tmp_path / "one", counts)
     monkeypatch.setattr(md, "BATCH_ROWS", 7)
     monkeypatch.setattr(md_write, "FLUSH_ROWS", 11)
@@ -121,7 +121,7 @@ def test_a_masked_memmap_will_do(tmp_path):
 def test_a_dup_count_that_is_there_already_is_refused(tmp_path):
     pq.write_table(pa.table({"dup_count": [1, 2]}), tmp_path / "m.parquet")
     meta = md.open_metadata(tmp_path)
-    nothing = [DupCounts(RemovedRows(np.zeros(0, np.int64), np.zeros(0, np.int64)))]
+    nothing = [DupCounts(RemovedPairs(np.zeros(0, np.int64), np.zeros(0, np.int64)))]
     with pytest.raises(SnipError, match=r"m\.parquet has a column dup_count already"):
         write_kept(meta, np.zeros(2, bool), tmp_path / "out", nothing)
     assert not (tmp_path / "out").exists()
@@ -329,7 +329,7 @@ def test_a_large_row_group_is_never_held_whole(tmp_path):
     )
     pq.write_table(pa.table({"key": wide}), tmp_path / "m.parquet", row_group_size=rows)
     del wide
-    file = md.open_table(tmp_path / "m.parquet")
+    file = md.Table(tmp_path / "m.parquet")
     before, most, found = pa.total_allocated_bytes(), 0, 0
     for _, batch in file.batches():
         most = max(most, pa.total_allocated_bytes() - before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -52,27 +53,28 @@ def inputs(tmp_path):
 
 
 @pytest.fixture
-def holder(tmp_path):
-    """Start a process that is at work in OUT; end it by SIGKILL."""
-    running = []
+def at_work(tmp_path):
+    """Let another thread, which is a run of its own, be at work in OUT."""
+    claimed, end, running = threading.Event(), threading.Event(), []
+
+    def work(kind):
+        out_folder.claim(tmp_path / "out", kind, {"mine": 1}, overwrite=False)
+        claimed.set()
+        end.wait()
 
     def start(kind):
-        words = [sys.executable, "-c", HOLD, str(tmp_path / "out"), kind]
-        child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-        running.append(child)
-        assert child.stdout.readline() == "held\n"
-        return child
+        running.append(threading.Thread(target=work, args=(kind,)))
+        running[0].start()
+        assert claimed.wait(30)
 
     yield start
-    for child in running:
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    end.set()
+    running[0].join()
 
 
 COMMANDS = {
     "dedup": ["dedup", "img"],
-    "train": ["train", "img", "--steps", "1"],
+    "train": ["train", "img", "--steps", "1", "--dim", "8"],
     "descriptors": ["compress", "img", "--encoder", "enc"],
     "index": ["index", "img", "--m", "4"],
     "filter": ["filter", "meta.parquet", "--is_dup", "mask.npy"],
@@ -83,24 +85,27 @@ COMMANDS = {
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_second_run_is_refused_and_touches_nothing(
-    inputs, holder, monkeypatch, capsys, command, overwrite
+    inputs, at_work, monkeypatch, capsys, command, overwrite
 ):
     monkeypatch.chdir(inputs)
-    child = holder(command)
+    at_work(command)
     before = contents(inputs)
     words = [*COMMANDS[command], "--out", "out", *(["--overwrite"] if overwrite else [])]
     assert status_of(words) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("snip: --out out is being written by another run"), said
-    assert f"process {child.pid} on " in said
+    assert f"process {os.getpid()} on " in said
     assert contents(inputs) == before
 
 
-def test_a_killed_run_locks_nothing(inputs, holder, monkeypatch, capsys):
+def test_a_killed_run_locks_nothing(inputs, monkeypatch, capsys):
     monkeypatch.chdir(inputs)
-    child = holder("dedup")
-    child.kill()
-    child.wait()
+    words = [sys.executable, "-c", HOLD, str(inputs / "out"), "dedup"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "held\n"
+        assert status_of(["dedup", "img", "--out", "out"]) == 1
+        assert f"being written by another run (process {child.pid} on " in capsys.readouterr().err
+        child.kill()
     assert (inputs / "out" / "work" / locks.LOCK).is_file()
     assert status_of(["dedup", "img", "--out", "out", "--overwrite"]) == 0
     assert not (inputs / "out" / "work").exists()

@@ -210,8 +210,8 @@ def test_a_swap_that_is_under_way_is_waited_for_or_refused(tmp_path, monkeypatch
         if not (out / "snip.json").is_file():
             break
     assert (out / "work" / "new" / "snip.json").is_file()
-    monkeypatch.setattr(locks, "DOOR_S", 0.05)
-    with (out / "work" / "door.lock").open("w") as other:
+    monkeypatch.setattr(locks, "CLAIM_S", 0.05)
+    with (out / "work" / "claim.lock").open("w") as other:
         assert locks.lock(other)
         with pytest.raises(SnipError, match="is being written by another run"):
             read_manifest(out, "dedup")

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
-from snipdedup.metadata import join_by_key as keys
+from snipdedup.metadata.join_by_key import fingerprints, number_equal
 
 FILE = SimpleNamespace(path="m.parquet")
 
 
 def marks_of(**columns):
-    return keys.fingerprints(FILE, pa.RecordBatch.from_pydict(columns))
+    return fingerprints(FILE, pa.RecordBatch.from_pydict(columns))
 
 
 def as_pairs(marks):
@@ -84,8 +84,8 @@ def test_what_has_no_text_is_refused():
 
 def test_equal_fingerprints_have_one_number():
     high, low = np.array([[1, 1, 2, 1, 2], [5, 6, 5, 5, 5]], np.uint64)
-    number = keys.number_equal(high, low)
+    number = number_equal(high, low)
     assert number[0] == number[3]
     assert number[2] == number[4]
     assert sorted(np.unique(number)) == [0, 1, 2]
-    assert keys.number_equal(high[:0], low[:0]).tolist() == []
+    assert number_equal(high[:0], low[:0]).tolist() == []
