@@ -8,7 +8,6 @@ they can be read. A text becomes a vector by the CLIP model that made the featur
 from __future__ import annotations
 
 import dataclasses
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,14 +89,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What ``snip search`` found, an answer for each query; ``str()`` is a table, or JSON."""
+    """What ``snip search`` found, an answer for each query; ``str()`` is a table."""
 
     measure: str  # ``cosine`` or ``adc_distance``
     of: str  # what was compared: ``features``, ``descriptors`` or ``codes``
     note: str  # why it was not the features; empty if it was
     answers: list[Answer]
     page: Path | None = None  # the page that was written
-    as_json: bool = False
 
     @property
     def how(self) -> str:
@@ -105,7 +103,7 @@ class SearchResult:
         what = "cosine" if self.measure == COSINE else "squared distance"
         return f"{what} of the {self.of}" + (f": {self.note}" if self.note else "")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         queries = [
             {
@@ -118,8 +116,6 @@ class SearchResult:
         return {"measure": self.measure, "of": self.of, "note": self.note, "queries": queries}
 
     def __str__(self) -> str:
-        if self.as_json:
-            return json.dumps(self.as_dict(), indent=2)
         lines = []
         for answer in self.answers:
             lines.append(terminal_text(answer.query))
@@ -165,7 +161,7 @@ def run(options: Search) -> SearchResult:
     result = search(index, features, of, why, options)
     if metadata is not None:
         add_texts(result, metadata)
-    result = dataclasses.replace(result, page=page, as_json=options.json)
+    result = dataclasses.replace(result, page=page)
     if page is not None:
         name, answers = index.folder.name, [answer.tiles() for answer in result.answers]
         text = render_page("search.html.j2", index=name, how=result.how, answers=answers)
