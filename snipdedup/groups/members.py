@@ -8,7 +8,7 @@ folded into one row a class before a rule decides, and unfolded after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -196,6 +196,26 @@ def slices(members: Members) -> Iterator[Members]:
     cuts = cut_groups(members.group).tolist()
     for start, stop in pairwise(cuts):
         yield Members(*(np.asarray(column[start:stop]) for column in members))
+
+
+def sorted_by_row(
+    parts: Iterable[tuple[np.ndarray, ...]], kinds: dict[str, str], count: int, rows: int,
+    path: Path | None,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """Return the columns of all parts ordered by the first, ``row``; long ones are mapped.
+
+    ``kinds`` are the columns' dtypes; about ``count`` entries of different rows below ``rows``.
+    """
+    kind = np.dtype(list({**kinds, "row": row_kind(rows)}.items()))
+    spread = Spread(count, 0, rows)
+    sorter = Sorter(path, kind, lambda r: r["row"].astype(np.uint64), spread=spread)
+    for part in parts:
+        sorter.add(pack(kind, *part))
+    columns = Columns(path and path.with_name(f"{path.name}-rows"), kinds)
+    for records in sorter.ascending():
+        order = np.argsort(records["row"])
+        columns.add(*(records[name][order] for name in kinds))
+    return columns.arrays()
 
 
 def no_members() -> Members:
