@@ -55,7 +55,10 @@ def render_page(template: str, script: str = "", **values: Any) -> str:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": "{:,}".format, "percent": percent, "cosine": cosine_text}
+    environment.filters |= {
+        "number": "{:,}".format, "percent": percent, "cosine": cosine_text, "cut": page_text,
+        "link": safe_link, "host": lambda link: urlsplit(link).hostname or "",
+    }  # fmt: skip
     styles = (TEMPLATES / "report.css").read_text("utf-8")
     rules = [f"default-src 'none'; style-src {content_hash(styles)}"]
     if script:
@@ -82,9 +85,9 @@ def cosine_text(value: float) -> str:
     return "1" if value == 1 else f"{min(value, 0.9999):.4f}"
 
 
-def page_text(text: str, most: int) -> str:
+def page_text(text: str | None, most: int) -> str:
     """Return a text for a page: on one line, at most so many characters."""
-    text = CONTROL.sub(" ", text[: 4 * most]).strip()
+    text = CONTROL.sub(" ", (text or "")[: 4 * most]).strip()
     return text if len(text) <= most else text[:most].rstrip() + "…"
 
 
@@ -94,8 +97,9 @@ def terminal_text(text: str, most: int | None = None) -> str:
     return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 
-def safe_link(url: str) -> str:
+def safe_link(url: str | None) -> str:
     """Return a url that may be followed, else nothing: http or https with a host, nothing odd."""
+    url = url or ""
     odd = any(c.isspace() or c in "\\\"'<>`" for c in url)
     if odd or len(url) > URL_CHARS or CONTROL.search(url):
         return ""

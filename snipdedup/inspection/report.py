@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -32,7 +31,6 @@ NAME = "report.html"
 GENERATOR = '<meta name="generator" content="snip report">'
 PICTURED = '<meta name="snip-pictures"'  # stands in a page that has some
 HEAD = 2048  # bytes in which a report says that it is one
-CAPTION, KEY = 240, 80  # characters shown
 SHARDS = 400  # lines of the table at the most
 LISTED = 6  # entries of the manifest's lists as shown
 
@@ -72,7 +70,7 @@ class ReportResult:
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the page shows it: its texts are cut, and empty where unknown."""
+    """What the page shows of one row; texts are empty where unknown."""
 
     row: int
     shard: str
@@ -80,10 +78,7 @@ class Row:
     removed: bool
     key: str
     caption: str
-    caption_length: int  # of the whole caption
     url: str
-    link: str  # the url if it is safe to follow
-    host: str  # what the link names
     picture: str  # a ``data:`` URL of a thumbnail
 
 
@@ -214,23 +209,18 @@ def describe_shown(
     """Return what is known of the rows that are shown."""
     captions = texts.read(texts.find(wanted=CAPTIONS), shown)
     urls = texts.read(texts.find(wanted=URLS), shown)
-    rows = {}
-    for row, place in display.places_of(shards, shown.tolist()).items():
-        caption, url = captions.get(row, ""), urls.get(row, "")
-        link = display.safe_link(url)
-        rows[row] = Row(
+    return {
+        row: Row(
             row=row,
             **place,
             removed=bool(is_dup[row]),
-            key=display.page_text(keys.get(row, ""), KEY),
-            caption=display.page_text(caption, CAPTION),
-            caption_length=len(caption),
-            url=display.page_text(url, CAPTION),
-            link=link,
-            host=(urlsplit(link).hostname or "") if link else "",
+            key=keys.get(row, ""),
+            caption=captions.get(row, ""),
+            url=urls.get(row, ""),
             picture=pictures.get(row, ""),
         )
-    return rows
+        for row, place in display.places_of(shards, shown.tolist()).items()
+    }
 
 
 def find_pictures(
