@@ -12,7 +12,6 @@ as √N, so both grow as N^1.5; all else grows as N.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import tempfile
@@ -128,12 +127,8 @@ class RunPlan:
     visits: float  # how many of them a row visits,
     partitions: int  # and tasks that join them
     problems: list[str]  # what does not fit
-    as_json: bool = False
 
     def __str__(self) -> str:
-        if self.as_json:
-            body = {**dataclasses.asdict(self), "machines": self.machines._asdict()}
-            return json.dumps(body, indent=2)
         nodes, cores = self.machines.nodes, self.machines.cores
         total = {**self.seconds, "all": sum(self.seconds.values())}
         lines = [
@@ -151,6 +146,10 @@ class RunPlan:
             *(self.problems or ["it fits"]),
         ]
         return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {**dataclasses.asdict(self), "machines": self.machines._asdict()}
 
 
 def run(options: Plan) -> RunPlan:
@@ -178,7 +177,7 @@ def run(options: Plan) -> RunPlan:
         for text in (options.memory, options.max_memory, options.disk, options.disk_speed)
     )
     machines = Machines(cores(options.cores), memory or machine_memory(), options.nodes, *sizes)
-    return dataclasses.replace(estimate(rates, rows, machines), as_json=options.json)
+    return estimate(rates, rows, machines)
 
 
 def load_rates(path: Path, dim: int) -> Rates:
@@ -204,7 +203,7 @@ def load_rates(path: Path, dim: int) -> Rates:
 
 def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     """Return what a join of so many rows costs."""
-    cores, memory, nodes, max_memory, disk, disk_speed = machines
+    cores, memory, nodes, max_memory, _, disk_speed = machines
     raw, machine = rates.dim * rates.itemsize, rates.machine
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     visits = 1.0 if lists == 1 else max(1.0, rates.visits * (lists / rates.lists) ** VISIT_GROWTH)
@@ -254,8 +253,17 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     seconds = {name: spent / faster.get(name, 1) for name, spent in compute.items()}
     if disk_speed:
         seconds = {name: max(s, moved.get(name, 0) / disk_speed) for name, s in seconds.items()}
-    space, problems = out + work, []
-    if max_memory is not None and max_memory < needed:
+    problems = list_problems(machines, needed, peak, out + work)
+    return RunPlan(
+        rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, out + work, out,
+        lists, visits, partitions, problems,
+    )  # fmt: skip
+
+
+def list_problems(machines: Machines, needed: int, peak: float, space: float) -> list[str]:
+    """Return what does not fit: memory that a run needs and holds, space on disk."""
+    problems, memory, disk = [], machines.memory, machines.disk
+    if machines.max_memory is not None and machines.max_memory < needed:
         problems.append(f"--max_memory: the run needs at least {amount(needed)}")
     if peak > memory:
         problems.append(
@@ -265,10 +273,7 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     if disk is not None and space > disk:
         free = f"{amount(disk)} are free: take another disk"
         problems.append(f"disk: the run needs {amount(space)}, {free}")
-    return RunPlan(
-        rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, space, out,
-        lists, visits, partitions, problems,
-    )  # fmt: skip
+    return problems
 
 
 class SizeOnly(Features):
