@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from snipdedup.deduplication.inputs import KIND, Inputs, References, check_searched
@@ -265,6 +264,8 @@ def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.nda
 
 def read_best(folder: Path, rows: int) -> Best:
     """Read back what SemDeDup's rule decides by."""
+    import pyarrow.compute as pc  # here: it takes a tenth of a second to load
+
     path = folder / "semdedup.parquet"
     table = pq.read_table(path)
     if table.num_rows != rows:
