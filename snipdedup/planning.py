@@ -84,7 +84,8 @@ class Rates:
 
     dim: int
     itemsize: int
-    width: int  # columns of a code
+    width: int  # coordinates of a narrow code
+    wide: int  # of a wide one; 0 where there are none
     fit: float  # for each row of the samples that the model is fitted to
     row: float  # encoding a row
     row_list: float  # comparing a row with a centroid
@@ -217,14 +218,15 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     size = SizeOnly(rows, rates)
     needed = needed_memory(size, cores)
     bound = max_memory or max(memory // 4, needed)
-    most = most_visits(size, rates.width, cores, bound)
+    most = most_visits(size, rates.width + rates.wide, cores, bound)
     most = max(1, min(most, int(visited) // (PARTITIONS_A_WORKER * cores * nodes)))
     partitions = min(lists, math.ceil(visited / most))
-    loaded = cores * most * (VISIT_BYTES + 2 * rates.width)
+    loaded = cores * most * (VISIT_BYTES + 2 * (rates.width + rates.wide))
     peak = LIBRARY_BYTES + min(needed + loaded, max(bound, needed))
 
-    # Disk: codes, row numbers and corrections of all visits; hashes, lists' sizes, pairs.
-    codes, out = visited * (rates.width + 12), rows + removed * EDGE_BYTES + members * MEMBER_BYTES
+    # Disk: narrow codes, row numbers and falls of all visits; wide codes, hashes, pairs.
+    codes = visited * (rates.width + 12) + rows * (rates.wide + 4)
+    out = rows + removed * EDGE_BYTES + members * MEMBER_BYTES
     work = codes + HASH_BYTES * rows + 16.0 * encode_tasks * (lists + 1) + PAIR_BYTES * removed
 
     # Time: operations of one core, then shared among cores, or waiting for the disk.
@@ -329,7 +331,8 @@ def probe(
     return Rates(
         dim=raw.shape[1],
         itemsize=raw.dtype.itemsize,
-        width=sum(model.widths),
+        width=model.widths[0],
+        wide=model.widths[1],
         fit=fitting / (calibration_rows(len(raw)) + training_rows(len(raw), nlist)),
         row=max(0.0, encoding - row_list * nlist),
         row_list=row_list,

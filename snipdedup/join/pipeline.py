@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from snipdedup import progress
+from snipdedup import native, progress
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan
 from snipdedup.features.shards import Features
@@ -56,6 +56,11 @@ def join(
         If this is not the process that merges what all have found.
     """
     tasks = JoinTasks(features, settings, work)
+    if not native.is_built():
+        progress.say(
+            "numpy computes, several times slower than the native kernels: these were not built, for "
+            "lack of a compiler"
+        )
     with stage("fit"):
         run_once(runner, functools.partial(tasks.fit, runner.here), tasks.model_file)
         model = tasks.model
@@ -69,7 +74,6 @@ def join(
         forest, candidates = collect_forest(tasks, partitions, scan)
     notes = {
         "kernel": kernel_name(pick_device(settings.device)),
-        "width": max(model.widths),
         "widths": list(model.widths),
         "nlist": model.lists.nlist,
         "tau": model.lists.tau / model.narrow.scale,
