@@ -133,8 +133,8 @@ def indexed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) 
         y = y[used]
     left = rescaled(x)
     right = left if y is x else rescaled(y)
-    x_norms = native.square_norms(left)
-    y_norms = x_norms if y is x else native.square_norms(right)
+    x_norms = native.row_norms(left)
+    y_norms = x_norms if y is x else native.row_norms(right)
     found = native.cosines(left, right, i, j, x_norms, y_norms)
     if left is not x or right is not y:
         found[same_bits(x[i], y[j])] = 1
@@ -148,8 +148,8 @@ def all_cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
     left = rescaled(x)
     right = left if y is x else rescaled(y)
-    x_norms = native.square_norms(left)
-    y_norms = x_norms if y is x else native.square_norms(right)
+    x_norms = native.row_norms(left)
+    y_norms = x_norms if y is x else native.row_norms(right)
     return np.asarray(native.cosine_tables(left, right, x_norms, y_norms)[0])
 
 

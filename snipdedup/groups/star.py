@@ -97,7 +97,7 @@ class Compare(NamedTuple):
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vectors of rows as stored, with their squared norms; and other vectors of the same rows."""
+    """Vectors of rows as stored, with their norms; and other vectors of the same rows."""
 
     rows: np.ndarray  # (n, d)
     norms: np.ndarray  # (n,) float64
@@ -107,7 +107,7 @@ class Vectors:
     def of(cls, rows: np.ndarray, also: np.ndarray | None = None) -> Vectors:
         """Return vectors, float64 ones scaled so that their squares do not overflow."""
         rows = rescaled(rows)
-        return cls(rows, native.square_norms(rows), None if also is None else cls.of(also))
+        return cls(rows, native.row_norms(rows), None if also is None else cls.of(also))
 
     def where(self, places: np.ndarray) -> Vectors:
         """Return the vectors that a mask or an index array selects."""

@@ -24,6 +24,7 @@ from snipdedup.features.shards import plan_blocks
 from snipdedup.parallel import ordered_map
 
 ROUNDS = 8  # of k-means
+TABLE_LISTS = 1 << 11  # of up to so many lists, the distances of all centroids are kept
 ASSIGN_BLOCK = 2048  # codes assigned at a time: their distances stay in the cache
 
 
@@ -54,6 +55,14 @@ class CoarseLists:
             gaps = squared_norms(some) - nearness(some, self.centroids, self.columns).min(1)
             parts.append(np.sqrt(gaps.clip(0).astype(np.float32)))
         return np.concatenate(parts)
+
+    @cached_property
+    def distances(self) -> np.ndarray | None:
+        """Distances of all centroids, (nlist, nlist) float32; None where there are many."""
+        if self.nlist > TABLE_LISTS:
+            return None
+        near = nearness(self.centroids, self.centroids, self.columns)
+        return np.sqrt((squared_norms(self.centroids)[:, None] - near).astype(np.float32))
 
 
 class Visits(NamedTuple):
@@ -118,5 +127,5 @@ def assign_lists(codes: np.ndarray, lists: CoarseLists, radius: np.ndarray | Non
         all_ = np.arange(len(codes), dtype=np.int32)
         return Visits(all_, np.zeros_like(all_), np.ones(len(all_), bool))
     radius = np.full(len(codes), lists.tau, np.float32) if radius is None else radius
-    home, _, row, list_ = native.assign(codes, lists.columns, lists.widest, radius)
+    home, _, row, list_ = native.assign(codes, lists.columns, lists.widest, lists.distances, radius)
     return Visits(row, list_, list_ == home[row])

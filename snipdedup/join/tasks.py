@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snipdedup import native
 from snipdedup.errors import DamagedError, InputError
 from snipdedup.features.formats import load_npz
 from snipdedup.features.scan import Scan, finish_scan
@@ -292,14 +293,14 @@ def load_partition(
     done = 0
     for folder, use in zip(folders, places, strict=True):
         at = target[done : done + len(use)]
-        row = load_part(folder / "rows.npy", use)
+        row = np.load(folder / "rows.npy", mmap_mode="r").view(np.ndarray)[use]
         members.row[at] = row
-        members.narrow[at] = load_part(folder / "narrow.npy", use)
-        members.falls[at] = load_part(folder / "falls.npy", use)
+        load_part(folder / "narrow.npy", use, members.narrow, at)
+        load_part(folder / "falls.npy", use, members.falls, at)
         if widths[1]:
             row = row - int(folder.name) * task_size
-            members.wide[at] = load_part(folder / "wide.npy", row)
-            members.wide_falls[at] = load_part(folder / "wide_falls.npy", row)
+            load_part(folder / "wide.npy", row, members.wide, at)
+            load_part(folder / "wide_falls.npy", row, members.wide_falls, at)
         done += len(use)
     if not widths[1]:
         members.wide_falls[:] = 0
@@ -316,9 +317,9 @@ def empty_codes(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.empty((rows, width), np.int8), np.empty(rows, np.int32)
 
 
-def load_part(path: Path, places: np.ndarray) -> np.ndarray:
-    """Return some rows of a ``.npy``."""
-    return np.take(np.load(path, mmap_mode="r").view(np.ndarray), places, axis=0)
+def load_part(path: Path, places: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+    """Copy some rows of a ``.npy`` to places ``at`` of an array."""
+    native.copy_rows(np.load(path, mmap_mode="r").view(np.ndarray), places, out, at)
 
 
 def join_partition(

@@ -113,6 +113,7 @@ def assign(
     rows: np.ndarray,
     centroids: Any,
     widest: np.ndarray | None = None,
+    distances: np.ndarray | None = None,
     radius: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the home list of each code, 2 x·c - ‖c‖² of it, and which rows visit which lists.
@@ -125,10 +126,21 @@ def assign(
     centroids : `columns` of (nlist, w) int8
     widest : (nlist,) float32, optional
         Distance of each centroid from the one furthest away; with ``radius``.
+    distances : (nlist, nlist) float32, optional
+        Of all centroids; without it they are computed where they are needed.
     radius : (n,) float32, optional
         Visit radius of each row; without it no visits are returned.
     """
-    return _module.assign(np.ascontiguousarray(rows), centroids, widest, radius)
+    return _module.assign(np.ascontiguousarray(rows), centroids, widest, distances, radius)
+
+
+def copy_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray, at: np.ndarray) -> None:
+    """Copy rows ``places`` of one array to rows ``at`` of another of the same width and type."""
+    sides = (side.view(np.uint8).reshape(len(side), -1) for side in (source, target))
+    source, target = sides
+    _module.copy_rows(
+        source, np.ascontiguousarray(places, np.int64), target, np.ascontiguousarray(at, np.int64)
+    )
 
 
 def code_dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -181,8 +193,8 @@ def finish_codes(
     return codes, falls
 
 
-def square_norms(rows: np.ndarray) -> np.ndarray:
-    """Return the squared norm of each row of floats in float64, (n,)."""
+def row_norms(rows: np.ndarray) -> np.ndarray:
+    """Return the norm of each row of floats in float64, (n,)."""
     return np.asarray(_module.norms(as_bytes(rows), rows.itemsize))
 
 
@@ -197,7 +209,7 @@ def cosines(
     """Return the cosines of rows i of x with rows j of y, (n,) float32.
 
     In float64, rounded once: the order in which terms are added cannot show. Rows that are equal
-    bit for bit have 1. Norms are those of `square_norms`.
+    bit for bit have 1. Norms are those of `row_norms`.
     """
     found = _module.cosines(
         as_bytes(x), x_norms, as_bytes(y), y_norms, x.itemsize,

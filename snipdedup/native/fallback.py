@@ -113,9 +113,14 @@ def hits(
 
 
 def assign(
-    rows: np.ndarray, centroids: Columns, widest: np.ndarray | None, radius: np.ndarray | None
+    rows: np.ndarray,
+    centroids: Columns,
+    widest: np.ndarray | None,
+    distances: np.ndarray | None,
+    radius: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return homes and visits; see `snipdedup.native.assign`."""
+    del distances  # computed anew
     sizes = dots(centroids.codes, centroids.codes)
     homes, bests = np.empty(len(rows), np.int32), np.empty(len(rows), np.int32)
     found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int32),) * 2]
@@ -136,6 +141,11 @@ def assign(
         found.append(((i[use_] + start).astype(np.int32), j[use_].astype(np.int32)))
     i, j = (np.concatenate(side) for side in zip(*found, strict=True))
     return homes, bests, i, j
+
+
+def copy_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray, at: np.ndarray) -> None:
+    """Copy rows of bytes; see `snipdedup.native.copy_rows`."""
+    target[at] = source[places]
 
 
 def dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -214,9 +224,9 @@ def row_sums(terms: np.ndarray) -> np.ndarray:
 
 
 def norms(rows: np.ndarray, itemsize: int) -> np.ndarray:
-    """Return squared norms in float64, (n,)."""
+    """Return norms in float64, (n,)."""
     values = stored(rows, itemsize).astype(np.float64)
-    return row_dots(values, values)
+    return np.sqrt(row_dots(values, values))
 
 
 def cosines(
@@ -235,7 +245,7 @@ def cosines(
         left, right = x[i[part]], y[j[part]]
         a, b = (stored(side, itemsize).astype(np.float64) for side in (left, right))
         with np.errstate(all="ignore"):
-            quick = row_dots(a, b) / (np.sqrt(x_norms[i[part]]) * np.sqrt(y_norms[j[part]]))
+            quick = row_dots(a, b) / (x_norms[i[part]] * y_norms[j[part]])
             cosine = quick.astype(np.float32)
             again = np.flatnonzero(unsettled(quick, a.shape[1]))
             if len(again):
@@ -260,7 +270,7 @@ def table(
     a, b = (stored(side, itemsize).astype(np.float64) for side in (x, y))
     a, b = a.reshape(groups, -1, a.shape[1]), b.reshape(groups, -1, b.shape[1])
     with np.errstate(all="ignore"):
-        sizes = np.sqrt(x_norms.reshape(groups, -1, 1)) * np.sqrt(y_norms.reshape(groups, 1, -1))
+        sizes = x_norms.reshape(groups, -1, 1) * y_norms.reshape(groups, 1, -1)
         quick = (a @ b.swapaxes(1, 2)) / sizes
         quick[np.abs(quick) <= NO_COSINE] = 0
         cosine = quick.astype(np.float32)

@@ -11,10 +11,10 @@ namespace snip::SNIP_SET {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 8;
-constexpr std::size_t EDGE = 4;  // rows of each side of a table whose products stay in registers
+constexpr int EDGE = 4;  // rows of each side of a table whose products stay in registers
 #else
 constexpr int LANES = 4;
-constexpr std::size_t EDGE = 2;
+constexpr int EDGE = 2;
 #endif
 constexpr std::size_t SIDE = 32;  // rows of each side of a table that are widened together
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
@@ -47,21 +47,34 @@ inline double dot64(const Stored *x, const Stored *y, std::size_t dim) {
 }
 
 #if defined(__AVX512BW__)
-// products of two float16 are exact in float32
+// Products of two float16 are exact in float32.
+inline __m512 half_products(const std::uint16_t *x, const std::uint16_t *y, std::size_t left) {
+    const __mmask16 use = (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1);
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(use, x)),
+                         _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(use, y)));
+}
+inline __m512d low_half(__m512 v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
+inline __m512d high_half(__m512 v) {
+    return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+}
 template <>
 inline double dot64(const std::uint16_t *x, const std::uint16_t *y, std::size_t dim) {
-    __m512d low = _mm512_setzero_pd(), high = low;
-    for (std::size_t k = 0; k < dim; k += 16) {
-        const std::size_t left = dim - k;
-        const __mmask16 use = (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1);
-        const __m512 a = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(use, x + k));
-        const __m512 b = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(use, y + k));
-        const __m512 c = _mm512_mul_ps(a, b);
-        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(c)));
-        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm256_castpd_ps(
-                                       _mm512_extractf64x4_pd(_mm512_castps_pd(c), 1))));
+    __m512d a = _mm512_setzero_pd(), b = a, c = a, d = a;
+    std::size_t k = 0;
+    for (; k + 32 <= dim; k += 32) {
+        const __m512 first = half_products(x + k, y + k, 16);
+        const __m512 second = half_products(x + k + 16, y + k + 16, 16);
+        a = _mm512_add_pd(a, low_half(first));
+        b = _mm512_add_pd(b, high_half(first));
+        c = _mm512_add_pd(c, low_half(second));
+        d = _mm512_add_pd(d, high_half(second));
     }
-    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    for (; k < dim; k += 16) {
+        const __m512 rest = half_products(x + k, y + k, dim - k);
+        a = _mm512_add_pd(a, low_half(rest));
+        b = _mm512_add_pd(b, high_half(rest));
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(a, b), _mm512_add_pd(c, d)));
 }
 #elif defined(__F16C__)
 template <>
@@ -85,7 +98,8 @@ inline double dot64(const std::uint16_t *x, const std::uint16_t *y, std::size_t 
 
 template <class Stored>
 inline void norms_of(const Stored *rows, std::size_t count, std::size_t dim, double *out) {
-    for (std::size_t n = 0; n < count; n++) out[n] = dot64(rows + n * dim, rows + n * dim, dim);
+    for (std::size_t n = 0; n < count; n++)
+        out[n] = root(dot64(rows + n * dim, rows + n * dim, dim));
 }
 
 template <class Stored>
@@ -94,7 +108,6 @@ inline double ordered(const Stored *x, const Stored *y, std::size_t dim, double 
     return sum(work, dim);
 }
 
-// x_norms and y_norms are squared norms, of `norms`.
 template <class Stored>
 inline void cosines_of(const Stored *x, const double *x_norms, const Stored *y,
                        const double *y_norms, std::size_t dim, const std::int64_t *i,
@@ -111,7 +124,7 @@ inline void cosines_of(const Stored *x, const double *x_norms, const Stored *y,
             out[n] = 1;
             continue;
         }
-        double cosine = dot64(a, b, dim) / (root(x_norms[i[n]]) * root(y_norms[j[n]]));
+        double cosine = dot64(a, b, dim) / (x_norms[i[n]] * y_norms[j[n]]);
         if (__builtin_isfinite(cosine) && (float)(cosine - error) != (float)(cosine + error))
             cosine = ordered(a, b, dim, work) /
                      (root(ordered(a, a, dim, work)) * root(ordered(b, b, dim, work)));
@@ -129,6 +142,19 @@ inline Doubles more(Doubles sums, const double *x, const double *y) {
 #else
     return sums + a * b;
 #endif
+}
+
+constexpr std::make_integer_sequence<int, EDGE * EDGE> EDGES{};
+
+// The products of EDGE rows with EDGE others; place I is of row I / EDGE, other I % EDGE.
+template <int... I>
+SNIP_INLINE void edge_products(const double *x, const double *y, std::size_t stride, double *out,
+                               Places<I...>) {
+    Doubles sums[EDGE * EDGE];
+    ((sums[I] = Doubles{}), ...);
+    for (std::size_t k = 0; k < stride; k += LANES)
+        ((sums[I] = more(sums[I], x + I / EDGE * stride + k, y + I % EDGE * stride + k)), ...);
+    ((out[I] = total(sums[I])), ...);
 }
 
 // Up to SIDE rows as float64, zeros after the last value and row; a row takes `stride` numbers.
@@ -158,19 +184,13 @@ inline void table_of(const Stored *x, const double *x_norms, std::size_t m, cons
             widen_side(y + j * dim, columns, dim, stride, right);
             for (std::size_t r = 0; r < rows; r += EDGE)
                 for (std::size_t c = 0; c < columns; c += EDGE) {
-                    Doubles sums[EDGE][EDGE] = {};
-                    for (std::size_t k = 0; k < stride; k += LANES)
-#pragma GCC unroll 4
-                        for (std::size_t a = 0; a < EDGE; a++)
-#pragma GCC unroll 4
-                            for (std::size_t b = 0; b < EDGE; b++)
-                                sums[a][b] = more(sums[a][b], left + (r + a) * stride + k,
-                                                  right + (c + b) * stride + k);
+                    double part[EDGE * EDGE];
+                    edge_products(left + r * stride, right + c * stride, stride, part, EDGES);
                     for (std::size_t a = r; a < r + EDGE && a < rows; a++)
                         for (std::size_t b = c; b < c + EDGE && b < columns; b++) {
                             const Stored *p = x + (i + a) * dim, *q = y + (j + b) * dim;
-                            double cosine = total(sums[a - r][b - c]) /
-                                            (root(x_norms[i + a]) * root(y_norms[j + b]));
+                            double cosine =
+                                part[(a - r) * EDGE + b - c] / (x_norms[i + a] * y_norms[j + b]);
                             if (__builtin_fabs(cosine) <= 1e-5)
                                 cosine = 0;
                             else if (cosine > 1 - 1e-7 && !std::memcmp(p, q, dim * sizeof(Stored)))

@@ -31,39 +31,34 @@ static void whole(const void *rows, int bytes, std::size_t count, std::size_t di
     }
 }
 
+// The products of BLOCK_ROWS int16 rows with BLOCK_GROUPS groups of packed columns.
+template <int... I>
+SNIP_INLINE void block_projections(const std::int16_t *const *rows, std::size_t dim,
+                                   const std::int16_t *packed, float *out, Places<I...>) {
+    constexpr int G = BLOCK_GROUPS;
+    Sums16 sums[BLOCK];
+    ((sums[I] = zero16()), ...);
+    for (std::size_t k = 0; k < dim; k += 2)
+        (add16(sums[I], pair(rows[I / G] + k), packed + I % G * GROUP * dim + k * GROUP), ...);
+    (settle16(sums[I]), ...);
+    (store16(out + I * (int)GROUP, sums[I]), ...);
+}
+
 // Products of int16 rows with a matrix packed as [width / GROUP][(dim + 1) / 2][GROUP][2]; none
-// reaches 2^24, so float32 holds them. Rows have an even number of values.
+// reaches 2^24, so float32 holds them. Rows have an even number of values, columns fill panels.
 static void project(const std::int16_t *rows, std::size_t count, std::size_t dim,
                     const std::int16_t *packed, std::size_t width, float *out) {
-    constexpr int R = BLOCK_ROWS;
-    constexpr std::size_t G = BLOCK_GROUPS;
-    for (std::size_t c = 0; c < width; c += G * GROUP) {
-        const std::size_t groups = width - c < G * GROUP ? (width - c) / GROUP : G;
-        for (std::size_t r = 0; r < count; r += R) {
-            const std::size_t left = count - r < R ? count - r : R;
-            const std::int16_t *row[R];
-            for (std::size_t n = 0; n < R; n++) row[n] = rows + (r + (n < left ? n : 0)) * dim;
-            Sums16 sums[R][G];
-            for (int n = 0; n < R; n++)
-                for (std::size_t g = 0; g < G; g++) sums[n][g] = zero16();
-            if (groups == G) {
-                for (std::size_t k = 0; k < dim; k += 2)
-#pragma GCC unroll 8
-                    for (int n = 0; n < R; n++)
-#pragma GCC unroll 8
-                        for (std::size_t g = 0; g < G; g++)
-                            add16(sums[n][g], word(row[n] + k),
-                                  packed + (c + g * GROUP) * dim + k * GROUP);
-            } else {
-                for (std::size_t g = 0; g < groups; g++)
-                    for (std::size_t k = 0; k < dim; k += 2)
-                        for (int n = 0; n < R; n++)
-                            add16(sums[n][g], word(row[n] + k),
-                                  packed + (c + g * GROUP) * dim + k * GROUP);
-            }
-            for (std::size_t n = 0; n < left; n++)
-                for (std::size_t g = 0; g < groups; g++)
-                    store16(out + (r + n) * width + c + g * GROUP, sums[n][g]);
+    constexpr std::size_t STEP = BLOCK_GROUPS * GROUP;
+    float part[BLOCK_ROWS * STEP];
+    for (std::size_t c = 0; c < width; c += STEP) {
+        const std::size_t columns = width - c < STEP ? width - c : STEP;
+        for (std::size_t r = 0; r < count; r += BLOCK_ROWS) {
+            const std::int16_t *some[BLOCK_ROWS];
+            for (std::size_t n = 0; n < BLOCK_ROWS; n++)
+                some[n] = rows + (r + n < count ? r + n : r) * dim;
+            block_projections(some, dim, packed + c * dim, part, ALL);
+            for (std::size_t n = 0; n < BLOCK_ROWS && r + n < count; n++)
+                std::memcpy(out + (r + n) * width + c, part + n * STEP, 4 * columns);
         }
     }
 }

@@ -52,6 +52,7 @@ struct Lists {
     Codes centroids;
     const std::int32_t *sizes;       // their squared norms
     const float *widest;             // distance of each from the one furthest away
+    const float *distances;          // of all from all; null: they are computed
 };
 
 struct Kernels {

@@ -9,12 +9,30 @@
 
 namespace snip::SNIP_SET {
 
-inline float distance(const Codes &centroids, const std::int32_t *sizes, std::size_t a,
-                      std::size_t b) {
-    const std::size_t width = centroids.width;
-    const std::int32_t product =
-        dot(centroids.values + a * width, centroids.values + b * width, width);
-    return root((float)(sizes[a] + sizes[b] - 2 * product));
+inline float distance(const Lists &lists, std::size_t a, std::size_t b) {
+    if (lists.distances) return lists.distances[a * lists.columns.count + b];
+    const std::size_t width = lists.centroids.width;
+    const std::int8_t *values = lists.centroids.values;
+    const std::int32_t product = dot(values + a * width, values + b * width, width);
+    return root((float)(lists.sizes[a] + lists.sizes[b] - 2 * product));
+}
+
+// Turn products to near, padding to the least number, and return the largest.
+inline std::int32_t nearest(std::int32_t *near, const Lists &lists, std::size_t stride) {
+    const std::size_t count = lists.columns.count;
+    std::int32_t most = INT32_MIN;
+    for (std::size_t c = 0; c < count; c++) {
+        near[c] = 2 * near[c] - lists.sizes[c];
+        most = near[c] > most ? near[c] : most;
+    }
+    for (std::size_t c = count; c < stride; c++) near[c] = INT32_MIN;
+    return most;
+}
+
+inline bool any_reaches(const std::int32_t *near, std::int32_t limit) {
+    std::int32_t any = 0;
+    for (std::size_t lane = 0; lane < GROUP; lane++) any |= near[lane] >= limit;
+    return any;
 }
 
 // `table` is scratch for BLOCK_ROWS rows of near. Ties go to the first centroid. Without `visits`
@@ -24,21 +42,15 @@ static void assign(const Codes &rows, const Lists &lists, const float *radius, s
     const std::size_t width = lists.columns.width, count = lists.columns.count;
     const std::size_t stride = (count + PANEL - 1) / PANEL * PANEL;
     turn_rows(rows, width, turned);
-    Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
     for (std::size_t r = 0; r < rows.count; r += BLOCK_ROWS) {
-        for (std::size_t c = 0; c < count; c += BLOCK_GROUPS * GROUP) {
-            block_products(turned + r * width, width, lists.columns.packed + c * width,
-                           starts_of(lists.columns) + c, sums);
-            for (std::size_t row = 0; row < BLOCK_ROWS; row++)
-                for (std::size_t g = 0; g < BLOCK_GROUPS; g++)
-                    store(table + row * stride + c + g * GROUP, sums[row][g]);
-        }
+        for (std::size_t c = 0; c < count; c += BLOCK_GROUPS * GROUP)
+            store_block(turned + r * width, width, lists.columns.packed + c * width,
+                        starts_of(lists.columns) + c, table + c, stride, ALL);
         for (std::size_t row = r; row < r + BLOCK_ROWS && row < rows.count; row++) {
             std::int32_t *near = table + (row - r) * stride;
-            std::int32_t most = INT32_MIN;
-            for (std::size_t c = 0; c < count; c++) near[c] = 2 * near[c] - lists.sizes[c];
-            for (std::size_t c = 0; c < count; c++) most = near[c] > most ? near[c] : most;
+            const std::int32_t most = nearest(near, lists, stride);
             std::size_t own = 0;
+            while (!any_reaches(near + own, most)) own += GROUP;
             while (near[own] != most) own++;
             home[row] = (std::int32_t)own;
             best[row] = most;
@@ -48,10 +60,12 @@ static void assign(const Codes &rows, const Lists &lists, const float *radius, s
             const double least = __builtin_ceil(most - twice * (double)lists.widest[own]);
             const std::int32_t limit = least > INT32_MIN ? (std::int32_t)least : INT32_MIN;
             if (visits->size + count > visits->room) visits->grow(visits, count);
-            for (std::size_t c = 0; c < count; c++) {
-                if (near[c] < limit) continue;
-                const float away = distance(lists.centroids, lists.sizes, own, c);
-                if ((double)(most - near[c]) <= (double)((float)twice * away)) {
+            for (std::size_t group = 0; group < count; group += GROUP) {
+                if (!any_reaches(near + group, limit)) continue;
+                for (std::size_t c = group; c < group + GROUP && c < count; c++) {
+                    if (near[c] < limit) continue;
+                    const float away = distance(lists, own, c);
+                    if ((double)(most - near[c]) > (double)((float)twice * away)) continue;
                     visits->first[visits->size] = (std::int32_t)row;
                     visits->second[visits->size++] = (std::int32_t)c;
                 }

@@ -223,7 +223,9 @@ std::pair<Made, Made> hits(const Table<std::int8_t> &rows, const PackedColumns &
 
 std::tuple<Made, Made, Made, Made> assign(const Table<std::int8_t> &rows,
                                           const PackedColumns &centroids,
-                                          const Maybe<float> &widest, const Maybe<float> &radius) {
+                                          const Maybe<float> &widest,
+                                          const std::optional<Table<float>> &distances,
+                                          const Maybe<float> &radius) {
     const Codes codes = codes_of(rows);
     const Columns columns = centroids.columns();
     same(codes.width, centroids.codes().width, "widths of rows and centroids");
@@ -232,8 +234,13 @@ std::tuple<Made, Made, Made, Made> assign(const Table<std::int8_t> &rows,
         same(radius->size(), codes.count, "rows and radii");
         same(widest.value().size(), columns.count, "centroids and distances");
     }
+    if (distances) {
+        same(distances->shape(0), columns.count, "centroids and distances");
+        same(distances->shape(1), columns.count, "centroids and distances");
+    }
     const Lists lists{columns, centroids.codes(), centroids.sizes(),
-                      radius ? widest->data() : nullptr};
+                      radius ? widest->data() : nullptr,
+                      distances ? distances->data() : nullptr};
     Owned<std::int32_t> home({codes.count}), best({codes.count});
     Found visits;
     {
@@ -245,6 +252,23 @@ std::tuple<Made, Made, Made, Made> assign(const Table<std::int8_t> &rows,
     }
     const auto [row, list] = visits.arrays();
     return {home.array(), best.array(), row, list};
+}
+
+// target[at[n]] = source[places[n]], rows of bytes.
+void copy_rows(const Table<std::uint8_t> &source, const Array<std::int64_t> &places,
+               const nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> &target,
+               const Array<std::int64_t> &at) {
+    const std::size_t width = source.shape(1);
+    same(width, target.shape(1), "widths");
+    same(places.size(), at.size(), "numbers of places");
+    nb::gil_scoped_release free;
+    for (std::size_t n = 0; n < places.size(); n++) {
+        if ((std::uint64_t)places.data()[n] >= source.shape(0) ||
+            (std::uint64_t)at.data()[n] >= target.shape(0))
+            throw std::out_of_range("no such row");
+        std::memcpy(target.data() + (std::size_t)at.data()[n] * width,
+                    source.data() + (std::size_t)places.data()[n] * width, width);
+    }
 }
 
 Made dots(const Table<std::int8_t> &x, const Table<std::int8_t> &y) {
@@ -297,7 +321,7 @@ std::pair<Made, Made> whole(const Table<std::uint8_t> &rows, int bytes, float lo
 class PackedMatrix {
   public:
     explicit PackedMatrix(const Table<std::int8_t> &matrix)
-        : dim_(matrix.shape(0)), width_(matrix.shape(1)), padded_((width_ + GROUP - 1) / GROUP * GROUP),
+        : dim_(matrix.shape(0)), width_(matrix.shape(1)), padded_((width_ + PANEL - 1) / PANEL * PANEL),
           packed_((dim_ + 1) / 2 * 2 * padded_, 0) {
         for (std::size_t k = 0; k < dim_; k++)
             for (std::size_t c = 0; c < width_; c++)
@@ -319,11 +343,7 @@ class PackedMatrix {
                 }
                 values = wide;
             }
-            float *target = padded_ == width_ ? out.get() : scratch<float>(count * padded_);
-            kernels->project(values, count, even, packed_.data(), padded_, target);
-            if (padded_ != width_)
-                for (std::size_t n = 0; n < count; n++)
-                    std::memcpy(out.get() + n * width_, target + n * padded_, 4 * width_);
+            kernels->project(values, count, even, packed_.data(), width_, out.get());
         }
         return out.array();
     }
@@ -455,7 +475,8 @@ NB_MODULE(_kernels, m) {
           nb::arg("wide_limits").none(), nb::arg("wide_falls").none(), nb::arg("first"), nb::arg("reference_rows").none(),
           nb::arg("reference_columns").none(), nb::arg("references_only"));
     m.def("assign", &assign, nb::arg("rows"), nb::arg("centroids"), nb::arg("widest").none(),
-          nb::arg("radius").none());
+          nb::arg("distances").none(), nb::arg("radius").none());
+    m.def("copy_rows", &copy_rows);
     m.def("dots", &dots);
     m.def("widen", &widen);
     m.def("whole", &whole);

@@ -26,41 +26,63 @@ inline const std::int32_t *starts_of(const Columns &columns) {
     return TURN ? columns.turned_starts : columns.starts;
 }
 
-// The products of BLOCK_ROWS rows with BLOCK_GROUPS groups of columns.
-inline void block_products(const std::uint8_t *rows, std::size_t width, const std::int8_t *packed,
-                           const std::int32_t *starts, Sums (&sums)[BLOCK_ROWS][BLOCK_GROUPS]) {
-    for (int g = 0; g < BLOCK_GROUPS; g++)
-        for (int r = 0; r < BLOCK_ROWS; r++) sums[r][g] = start(starts + g * GROUP);
-    for (std::size_t k = 0; k < width; k += 4) {
-        Group columns[BLOCK_GROUPS];
-        for (int g = 0; g < BLOCK_GROUPS; g++)
-            columns[g] = group(packed + g * GROUP * width + k * GROUP);
-#pragma GCC unroll 8
-        for (int r = 0; r < BLOCK_ROWS; r++) {
-            const RowWord row = spread(rows + r * width + k);
-#pragma GCC unroll 8
-            for (int g = 0; g < BLOCK_GROUPS; g++) add(sums[r][g], row, columns[g]);
-        }
-    }
+// The products of BLOCK_ROWS rows with BLOCK_GROUPS groups of columns; place I is of row I / G,
+// group I % G. Places are constants of templates, so that compilers keep all sums in registers.
+template <int... I>
+SNIP_INLINE void block_products(const std::uint8_t *rows, std::size_t width,
+                                const std::int8_t *packed, const std::int32_t *starts,
+                                Sums (&sums)[BLOCK], Places<I...>) {
+    constexpr int G = BLOCK_GROUPS;
+    ((sums[I] = start(starts + I % G * GROUP)), ...);
+    for (std::size_t k = 0; k < width; k += 4)
+        (add(sums[I], spread(rows + I / G * width + k),
+             group(packed + I % G * GROUP * width + k * GROUP)),
+         ...);
+}
+
+// Tell, a bit a column, which products of a block reach the limit of their row.
+template <int... I>
+SNIP_INLINE void block_masks(const std::uint8_t *rows, std::size_t width,
+                             const std::int8_t *packed, const std::int32_t *starts,
+                             const std::int32_t *limits, std::uint64_t *masks, Places<I...> all) {
+    constexpr int G = BLOCK_GROUPS;
+    Sums sums[BLOCK];
+    block_products(rows, width, packed, starts, sums, all);
+    (settle(sums[I]), ...);
+    ((masks[I / G] |= (std::uint64_t)reach(sums[I], limits[I / G]) << I % G * GROUP), ...);
+}
+
+// Write the products of a block, `stride` numbers a row.
+template <int... I>
+SNIP_INLINE void store_block(const std::uint8_t *rows, std::size_t width,
+                             const std::int8_t *packed, const std::int32_t *starts,
+                             std::int32_t *out, std::size_t stride, Places<I...> all) {
+    constexpr int G = BLOCK_GROUPS;
+    Sums sums[BLOCK];
+    block_products(rows, width, packed, starts, sums, all);
+    (settle(sums[I]), ...);
+    (store(out + I / G * stride + I % G * GROUP, sums[I]), ...);
 }
 
 static void products(const Codes &rows, const Columns &columns, std::int32_t *out,
                      std::size_t stride, std::uint8_t *turned) {
+    constexpr std::size_t STEP = BLOCK_GROUPS * GROUP;
     const std::size_t width = columns.width;
     turn_rows(rows, width, turned);
-    Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
-    for (std::size_t c = 0; c < columns.count; c += BLOCK_GROUPS * GROUP) {
+    std::int32_t part[BLOCK_ROWS * STEP];
+    for (std::size_t c = 0; c < columns.count; c += STEP) {
+        const std::int8_t *packed = columns.packed + c * width;
+        const std::int32_t *starts = starts_of(columns) + c;
+        const std::size_t left = columns.count - c < STEP ? columns.count - c : STEP;
         for (std::size_t r = 0; r < rows.count; r += BLOCK_ROWS) {
-            block_products(turned + r * width, width, columns.packed + c * width, starts_of(columns) + c,
-                           sums);
+            const std::uint8_t *some = turned + r * width;
+            if (left == STEP && r + BLOCK_ROWS <= rows.count) {
+                store_block(some, width, packed, starts, out + r * stride + c, stride, ALL);
+                continue;
+            }
+            store_block(some, width, packed, starts, part, STEP, ALL);
             for (std::size_t row = 0; row < BLOCK_ROWS && r + row < rows.count; row++)
-                for (std::size_t g = 0; g < BLOCK_GROUPS && c + g * GROUP < columns.count; g++) {
-                    const std::size_t at = c + g * GROUP, left = columns.count - at;
-                    std::int32_t part[GROUP];
-                    store(part, sums[row][g]);
-                    std::memcpy(out + (r + row) * stride + at, part,
-                                4 * (left < GROUP ? left : GROUP));
-                }
+                std::memcpy(out + (r + row) * stride + c, part + row * STEP, 4 * left);
         }
     }
 }
@@ -86,23 +108,24 @@ static void hits(const Codes &rows, const Columns &columns, const HitRule &rule,
     static thread_local std::uint64_t masks[TILE_ROWS + ROWS];  // of each row's hits with a panel
     const std::size_t width = columns.width;
     turn_rows(rows, width, turned);
-    Sums sums[BLOCK_ROWS][BLOCK_GROUPS];
     for (std::size_t tile = 0; tile < rows.count; tile += TILE_ROWS) {
         const std::size_t end = tile + TILE_ROWS < rows.count ? tile + TILE_ROWS : rows.count;
         for (std::size_t panel = 0; panel < columns.count; panel += PANEL) {
             std::size_t count = 0;
             for (std::size_t r = tile; r < end; r += BLOCK_ROWS) {
                 const std::size_t last = r + BLOCK_ROWS < end ? r + BLOCK_ROWS : end;
-                for (std::size_t row = r; row < last; row++) masks[row - tile] = 0;
+                std::int32_t limits[BLOCK_ROWS];
+                for (std::size_t row = 0; row < BLOCK_ROWS; row++) {
+                    limits[row] = r + row < last ? rule.limits[r + row] : INT32_MAX;
+                    masks[r - tile + row] = 0;
+                }
                 if ((std::int64_t)panel >= (std::int64_t)(last - 1) + rule.first) continue;
-                for (std::size_t c = panel; c < panel + PANEL; c += BLOCK_GROUPS * GROUP) {
-                    block_products(turned + r * width, width, columns.packed + c * width,
-                                   starts_of(columns) + c, sums);
-                    for (std::size_t row = r; row < last; row++)
-                        for (std::size_t g = 0; g < BLOCK_GROUPS; g++)
-                            masks[row - tile] |= (std::uint64_t)reach(sums[row - r][g],
-                                                                      rule.limits[row])
-                                                 << (c - panel + g * GROUP);
+                for (std::size_t c = 0; c < PANEL; c += BLOCK_GROUPS * GROUP) {
+                    std::uint64_t part[BLOCK_ROWS] = {};
+                    block_masks(turned + r * width, width, columns.packed + (panel + c) * width,
+                                starts_of(columns) + panel + c, limits, part, ALL);
+                    for (std::size_t row = 0; row < BLOCK_ROWS; row++)
+                        masks[r - tile + row] |= part[row] << c;
                 }
                 for (std::size_t row = r; row < last; row++)
                     count += (std::size_t)__builtin_popcountll(masks[row - tile]);

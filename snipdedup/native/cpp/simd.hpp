@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "kernels.hpp"
 
@@ -17,6 +18,8 @@ namespace snip::SNIP_SET {
 inline float root(float value) { return __builtin_sqrtf(value); }
 inline double root(double value) { return __builtin_sqrt(value); }
 
+#define SNIP_INLINE inline __attribute__((always_inline))
+
 inline std::int32_t word(const void *at) {
     std::int32_t value;
     std::memcpy(&value, at, 4);
@@ -29,25 +32,21 @@ inline std::int32_t word(const void *at) {
 constexpr std::uint8_t TURN = 0x80;  // rows become unsigned: 128 is added
 constexpr int BLOCK_ROWS = 6, BLOCK_GROUPS = 4;
 
-struct Sums {
-    __m512i v;
-};
-inline Sums start(const std::int32_t *starts) { return {_mm512_loadu_si512(starts)}; }
-struct RowWord {
-    __m512i v;
-};
-inline RowWord spread(const std::uint8_t *row) { return {_mm512_set1_epi32(word(row))}; }
-struct Group {
-    __m512i v;
-};
-inline Group group(const std::int8_t *packed) { return {_mm512_loadu_si512(packed)}; }
+using Sums = __m512i;
+using RowWord = __m512i;
+using Group = __m512i;
+inline Sums start(const std::int32_t *starts) { return _mm512_loadu_si512(starts); }
+inline RowWord spread(const std::uint8_t *row) { return _mm512_set1_epi32(word(row)); }
+inline Group group(const std::int8_t *packed) { return _mm512_loadu_si512(packed); }
 inline void add(Sums &sums, RowWord row, Group columns) {
-    sums.v = _mm512_dpbusd_epi32(sums.v, row.v, columns.v);
+    sums = _mm512_dpbusd_epi32(sums, row, columns);
 }
-inline void store(std::int32_t *out, Sums sums) { _mm512_storeu_si512(out, sums.v); }
+inline void store(std::int32_t *out, Sums sums) { _mm512_storeu_si512(out, sums); }
 inline unsigned reach(Sums sums, std::int32_t limit) {
-    return _mm512_cmpge_epi32_mask(sums.v, _mm512_set1_epi32(limit));
+    return _mm512_cmpge_epi32_mask(sums, _mm512_set1_epi32(limit));
 }
+// GCC 12 would keep sums in memory in the loop before a comparison; this ends their life there.
+inline void settle(Sums &sums) { __asm__ volatile("" : "+v"(sums)); }
 inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
     __m512i sums = _mm512_setzero_si512(), ones = _mm512_setzero_si512();
     const __m512i turn = _mm512_set1_epi8((char)0x80);
@@ -61,14 +60,15 @@ inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t 
     }
     return _mm512_reduce_add_epi32(_mm512_sub_epi32(sums, ones));
 }
-struct Sums16 {
-    __m512i v;
-};
-inline Sums16 zero16() { return {_mm512_setzero_si512()}; }
-inline void add16(Sums16 &sums, std::int32_t row, const std::int16_t *columns) {
-    sums.v = _mm512_dpwssd_epi32(sums.v, _mm512_set1_epi32(row), _mm512_loadu_si512(columns));
+using Sums16 = __m512i;
+using RowPair = __m512i;
+inline Sums16 zero16() { return _mm512_setzero_si512(); }
+inline RowPair pair(const std::int16_t *row) { return _mm512_set1_epi32(word(row)); }
+inline void add16(Sums16 &sums, RowPair row, const std::int16_t *columns) {
+    sums = _mm512_dpwssd_epi32(sums, row, _mm512_loadu_si512(columns));
 }
-inline void store16(float *out, Sums16 sums) { _mm512_storeu_ps(out, _mm512_cvtepi32_ps(sums.v)); }
+inline void settle16(Sums16 &sums) { settle(sums); }
+inline void store16(float *out, Sums16 sums) { _mm512_storeu_ps(out, _mm512_cvtepi32_ps(sums)); }
 
 #elif defined(__AVX2__)
 
@@ -117,6 +117,7 @@ inline unsigned reach(Sums sums, std::int32_t limit) {
     const __m256i least = _mm256_set1_epi32(limit);
     return (~(below(sums.low, least) | below(sums.high, least) << 8)) & 0xffff;
 }
+inline void settle(Sums &sums) { __asm__ volatile("" : "+x"(sums.low), "+x"(sums.high)); }
 inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
     __m256i sums = _mm256_setzero_si256();
     std::size_t k = 0;
@@ -135,13 +136,15 @@ struct Sums16 {
     __m256i low, high;
 };
 inline Sums16 zero16() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline void add16(Sums16 &sums, std::int32_t row, const std::int16_t *columns) {
-    const __m256i v = _mm256_set1_epi32(row);
+using RowPair = __m256i;
+inline RowPair pair(const std::int16_t *row) { return _mm256_set1_epi32(word(row)); }
+inline void add16(Sums16 &sums, RowPair v, const std::int16_t *columns) {
     const __m256i low = _mm256_loadu_si256((const __m256i *)columns);
     const __m256i high = _mm256_loadu_si256((const __m256i *)(columns + 16));
     sums.low = _mm256_add_epi32(sums.low, _mm256_madd_epi16(v, low));
     sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(v, high));
 }
+inline void settle16(Sums16 &sums) { __asm__ volatile("" : "+x"(sums.low), "+x"(sums.high)); }
 inline void store16(float *out, Sums16 sums) {
     _mm256_storeu_ps(out, _mm256_cvtepi32_ps(sums.low));
     _mm256_storeu_ps(out + 8, _mm256_cvtepi32_ps(sums.high));
@@ -197,6 +200,7 @@ inline unsigned reach(const Sums &sums, std::int32_t limit) {
     for (int lane = 0; lane < 16; lane++) mask |= (unsigned)(values[lane] >= limit) << lane;
     return mask;
 }
+inline void settle(Sums &) {}
 inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
     std::int32_t total = 0;
     for (std::size_t k = 0; k < width; k++) total += x[k] * y[k];
@@ -206,16 +210,22 @@ struct Sums16 {
     std::int32_t v[16];
 };
 inline Sums16 zero16() { return {}; }
-inline void add16(Sums16 &sums, std::int32_t row, const std::int16_t *columns) {
-    std::int16_t pair[2];
-    std::memcpy(pair, &row, 4);
+using RowPair = const std::int16_t *;
+inline RowPair pair(const std::int16_t *row) { return row; }
+inline void add16(Sums16 &sums, RowPair row, const std::int16_t *columns) {
     for (int lane = 0; lane < 16; lane++)
-        sums.v[lane] += pair[0] * columns[2 * lane] + pair[1] * columns[2 * lane + 1];
+        sums.v[lane] += row[0] * columns[2 * lane] + row[1] * columns[2 * lane + 1];
 }
+inline void settle16(Sums16 &) {}
 inline void store16(float *out, const Sums16 &sums) {
     for (int lane = 0; lane < 16; lane++) out[lane] = (float)sums.v[lane];
 }
 
 #endif
+
+constexpr int BLOCK = BLOCK_ROWS * BLOCK_GROUPS;
+template <int... I>
+using Places = std::integer_sequence<int, I...>;
+constexpr std::make_integer_sequence<int, BLOCK> ALL{};
 
 }  // namespace snip::SNIP_SET
