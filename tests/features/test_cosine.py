@@ -259,7 +259,9 @@ def test_wild_norms_in_tables_and_lists_of_pairs(kernels):
         found = indexed_cosines(wild, x, i, j)
         assert np.array_equal(found, pair_cosine(wild[i], x[j]))
         assert np.array_equal(found, pair_cosine(x[i], x[j]))
-        assert np.array_equal(all_cosines(wild, x).ravel(), np.where(np.abs(found) > 1e-5, found, 0))
+        assert np.array_equal(
+            all_cosines(wild, x).ravel(), np.where(np.abs(found) > 1e-5, found, 0)
+        )
         assert np.array_equal(all_cosines(wild, wild), all_cosines(x, x))
 
 
@@ -267,7 +269,11 @@ def test_wild_norms_in_tables_and_lists_of_pairs(kernels):
 @pytest.mark.parametrize("dim", [1, 5, 512])
 def test_integers_of_rows_are_their_directions_rounded(dtype, dim, kernels):
     rng = np.random.default_rng(dim)
-    scales = {np.float16: (1e-3, 1, 1e2), np.float32: (1e-30, 1, 1e30), np.float64: (1e-300, 1, 1e300)}
+    scales = {
+        np.float16: (1e-3, 1, 1e2),
+        np.float32: (1e-30, 1, 1e30),
+        np.float64: (1e-300, 1, 1e300),
+    }
     for scale in scales[dtype]:
         x = (rng.standard_normal((60, dim)) * scale).astype(dtype)
         x[3], x[4, 0], x[5, -1] = 0, np.nan, -np.inf

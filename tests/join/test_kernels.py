@@ -75,11 +75,10 @@ def test_cuda_finds_what_the_processor_finds(m, n):
     rng = np.random.default_rng(m)
     x, y = (rng.integers(-127, 128, (count, 64), np.int8) for count in (m, n))
     falls, old = rng.integers(0, 9999, n).astype(np.int32), np.zeros(n, bool)
+    how = {"first": native.EVERY_COLUMN, "references": np.zeros(m, bool), "references_only": False}
+    limits, nothing = np.full(m, 50_000, np.int32), (x[:, :0], np.zeros(m, np.int32))
     found = [
-        TileColumns(y, falls, None, device, old).hits(
-            x, np.full(m, 50_000, np.int32), x[:, :0], np.zeros(m, np.int32),
-            first=native.EVERY_COLUMN, references=np.zeros(m, bool), references_only=False,
-        )  # fmt: skip
+        TileColumns(y, falls, None, device, old).hits(x, limits, *nothing, **how)
         for device in ("cpu", "cuda")
     ]
     one, other = (sorted(zip(*(s.tolist() for s in sides), strict=True)) for sides in found)

@@ -75,7 +75,9 @@ def test_a_saved_model_is_the_same_again(tmp_path):
         assert (again.limits, again.widths) == (model.limits, model.widths)
         assert (again.threshold, again.calibration_pairs) == (0.9, model.calibration_pairs)
         rows = near_rows(96, seed=1)
-        for mine, other in zip(again.sharpest.encode(rows), model.sharpest.encode(rows), strict=True):
+        for mine, other in zip(
+            again.sharpest.encode(rows), model.sharpest.encode(rows), strict=True
+        ):
             assert np.array_equal(mine, other)
 
 

@@ -86,8 +86,15 @@ def test_pairs_at_the_threshold_are_decided_exactly_in_a_crowd():
 @pytest.mark.parametrize(
     ("first", "across", "wide"),
     [
-        (0, False, True), (1, False, False), (1, True, True), (65, False, True), (128, True, False),
-        (350, False, False), (350, True, True), (700, False, True), (700, True, False),
+        (0, False, True),
+        (1, False, False),
+        (1, True, True),
+        (65, False, True),
+        (128, True, False),
+        (350, False, False),
+        (350, True, True),
+        (700, False, True),
+        (700, True, False),
     ],
 )
 def test_first_rows_are_not_compared_with_one_another(first, crowded, across, wide):
