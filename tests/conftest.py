@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from snipdedup import native
 from snipdedup.features.shards import open_features
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,15 @@ def data() -> Path:
             pytest.fail(f"{DATA} has no keyframes/img_emb: real data is there, but not whole")
         pytest.skip(f"no real data at {DATA}; set SNIP_TEST_DATA")
     return DATA
+
+
+@pytest.fixture(params=native.names())
+def kernels(request):
+    """The name of kernels that the test runs with; all tests run with each that there are."""
+    before = native.used()
+    native.use(request.param)
+    yield request.param
+    native.use(before)
 
 
 @pytest.fixture(scope="session")

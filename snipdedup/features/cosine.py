@@ -105,7 +105,8 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 def unit_rows64(rows: np.ndarray) -> np.ndarray:
     """Return rows scaled to norm 1 in float64; bad rows become zeros."""
     values = rescaled64(rows)
-    norms = np.sqrt(row_sums(values * values))
+    with np.errstate(over="ignore"):  # beside infinity
+        norms = np.sqrt(row_sums(values * values))
     norms[~np.isfinite(norms) | (norms == 0)] = np.inf
     values[np.isinf(norms)] = 0
     values /= norms[:, None]

@@ -46,7 +46,7 @@ OVERFLOW = 0.01  # share of a sample's rows of which some coordinate may be more
 # exp(-6 s²/norm²), y·e < -s too, and e·f >= -w/4. `Projection.limit` allows 2 s + w/4, and s is
 # such that the two together have `MISS_PROBABILITY`.
 MISS_PROBABILITY = 1e-6
-MISS_NORMS = 1.5550  # s / norm = √(ln(2 / MISS_PROBABILITY) / 6), rounded up
+MISS_NORMS = 1.5551  # s / norm = √(ln(2 / MISS_PROBABILITY) / 6), rounded up
 FLOAT_ERROR = 1e-5  # float32 arithmetic on coordinates
 MOMENT_ROWS = 1 << 10  # whose products are added up at a time: of int8, below 2^24 in all
 STEPS = (2, 2)  # of the search for main directions, before each time they are made orthonormal

@@ -141,6 +141,8 @@ def assign(
 
 def copy_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray, at: np.ndarray) -> None:
     """Copy rows ``places`` of one array to rows ``at`` of another of the same width and type."""
+    if not len(places):
+        return
     sides = (side.view(np.uint8).reshape(len(side), -1) for side in (source, target))
     source, target = sides
     _module.copy_rows(

@@ -8,25 +8,28 @@ from unittest import mock
 import mpmath
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from snipdedup.features import cosine
+from snipdedup import native
 from snipdedup.features.cosine import (
+    LENGTH,
     PROPOSAL_ERROR,
+    all_cosines,
     bad_rows,
+    directions,
+    indexed_cosines,
+    integer_rows,
+    longest,
     pair_cosine,
-    quotients,
     rescaled64,
-    row_dots,
-    row_sums,
     same_bits,
     unit_rows,
     unit_rows64,
-    unsettled,
 )
+from snipdedup.native import fallback
+from snipdedup.native.fallback import row_dots, row_sums, unsettled
 
 ONE = np.float32(1)
 FLOATS = [np.float16, np.float32, np.float64]
@@ -192,8 +195,6 @@ def test_sums_of_rows_are_sums_and_do_not_hang_on_other_rows(seed, shape):
     assert np.allclose(found, values.sum(-1), atol=1e-12)
     for which in range(3):
         assert np.array_equal(row_sums(values[which].copy()), found[which])
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    assert np.array_equal(row_sums(tensor).numpy(), found)
 
 
 def reordered(shuffle):
@@ -202,18 +203,19 @@ def reordered(shuffle):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_order_of_adding_never_shows(dtype):
+def test_the_order_of_adding_never_shows(dtype, kernels):
     """Among cosines that lie at the border of two float32, some hang on the order; not for us."""
     rng = np.random.default_rng(3)
     dim, quick = 60, []
-    x, y = (rng.integers(-8, 9, (200_000, dim)).astype(dtype) / dtype(8) for _ in range(2))
+    x, y = (rng.integers(-8, 9, (50_000, dim)).astype(dtype) / dtype(8) for _ in range(2))
     y[:, :8] = x[:, :8]  # cosines up to one
     expected = pair_cosine(x, y)
+    native.use("numpy")
     for _ in range(3):
         shuffled = reordered(rng.permutation(dim))
         a, b = rescaled64(x), rescaled64(y)
-        quick.append(quotients(shuffled(a, b), shuffled(a, a), shuffled(b, b)))
-        with mock.patch.object(cosine, "row_dots", shuffled):
+        quick.append(shuffled(a, b) / (np.sqrt(shuffled(a, a)) * np.sqrt(shuffled(b, b))))
+        with mock.patch.object(fallback, "row_dots", shuffled):
             assert np.array_equal(pair_cosine(x, y), expected)
     apart = np.ptp(quick, axis=0)
     assert apart.max() <= 2 * (2 * dim + 16) * 2.0**-53
@@ -229,3 +231,59 @@ def test_cosines_at_the_border_of_two_roundings_are_unsettled():
     )
     assert unsettled(values, 64).tolist() == [False, False, True, True, True, False]
     assert not unsettled(np.array([np.nan, np.inf, -np.inf, 1.0, -1.0]), 64).any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tables_and_lists_of_pairs_hold_the_cosine_that_decides(dtype, kernels):
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((40, 33)).astype(dtype)
+    y = np.concatenate([x[:20], 2 * x[20:30], rng.standard_normal((25, 33)).astype(dtype)])
+    y[-1] = 0
+    i, j = (side.ravel() for side in np.indices((len(x), len(y))))
+    expected = pair_cosine(x[i], y[j])
+    assert np.array_equal(indexed_cosines(x, y, i, j), expected, equal_nan=True)
+    small = np.where(np.abs(expected) <= 1e-5, 0, expected).reshape(len(x), len(y))
+    assert np.array_equal(all_cosines(x, y), small, equal_nan=True)
+    assert (all_cosines(x, x).diagonal() == ONE).all()
+    some = rng.integers(0, len(i), 7)  # fewer pairs than rows
+    assert np.array_equal(indexed_cosines(x, y, i[some], j[some]), expected[some], equal_nan=True)
+
+
+def test_wild_norms_in_tables_and_lists_of_pairs(kernels):
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((30, 9))
+    wild = np.ldexp(x, rng.integers(-1000, 1000, (30, 1)))
+    wild[0] = x[0]
+    i, j = (side.ravel() for side in np.indices((30, 30)))
+    with np.errstate(over="raise"):
+        found = indexed_cosines(wild, x, i, j)
+        assert np.array_equal(found, pair_cosine(wild[i], x[j]))
+        assert np.array_equal(found, pair_cosine(x[i], x[j]))
+        assert np.array_equal(
+            all_cosines(wild, x).ravel(), np.where(np.abs(found) > 1e-5, found, 0)
+        )
+        assert np.array_equal(all_cosines(wild, wild), all_cosines(x, x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", [1, 5, 512])
+def test_integers_of_rows_are_their_directions_rounded(dtype, dim, kernels):
+    rng = np.random.default_rng(dim)
+    scales = {
+        np.float16: (1e-3, 1, 1e2),
+        np.float32: (1e-30, 1, 1e30),
+        np.float64: (1e-300, 1, 1e300),
+    }
+    for scale in scales[dtype]:
+        x = (rng.standard_normal((60, dim)) * scale).astype(dtype)
+        x[3], x[4, 0], x[5, -1] = 0, np.nan, -np.inf
+        whole, bad = integer_rows(x)
+        assert whole.dtype == np.int16
+        assert np.flatnonzero(bad).tolist() == [3, 4, 5]
+        assert not whole[bad].any()
+        unit = unit_rows64(x)
+        assert np.abs(whole - longest(dim) * unit).max() <= 0.5 + 0.01
+        assert np.linalg.norm(whole.astype(float), axis=1).max() <= LENGTH
+        found = directions(x)
+        assert found.bad.tolist() == bad.tolist()
+        assert np.abs(found.unit() - unit).max() < 1e-6

@@ -10,7 +10,7 @@ from snipdedup import config
 from snipdedup.deduplication.run import dedup
 from snipdedup.encoder import training
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.features.cosine import directions
+from snipdedup.features.cosine import integer_rows
 from snipdedup.join import model as room
 from snipdedup.join.calibration import Target, calibrate_limit
 from snipdedup.join.forest import make_edges
@@ -56,10 +56,10 @@ def test_it_finds_the_share_asked_for_and_invents_nothing(rows, encoder, lists, 
 
 def test_codes_are_the_rotated_descriptors(rows, encoder):
     codes = EncoderProjection.of(encoder, 0, "cpu")
-    found, excess = codes.encode_directions(directions(rows[:2048]))
+    found, falls = codes.encode_block(rows[:2048], integer_rows(rows[:2048])[0])
     z = codes.encoder.encode(rows[:2048])
     np.testing.assert_allclose(codes.matrix @ codes.matrix.T, np.eye(24), atol=1e-5)
-    inside = excess == 0
+    inside = falls == 0
     assert inside.mean() > 0.99
     np.testing.assert_allclose(found[inside] / codes.scale, (z @ codes.matrix)[inside], atol=0.006)
 
@@ -86,9 +86,9 @@ def test_a_saved_model_is_the_same_again(rows, encoder, tmp_path):
     model = room.fit_model(open_features(rows), 0.95, 0.999, 0, 1, encoder)
     model.save(tmp_path / "model.npz")
     again = Model.load(tmp_path / "model.npz")
-    assert (again.limit, again.projection.width) == (model.limit, 24)
+    assert (again.limits, again.widths) == (model.limits, (24, 0))
     np.testing.assert_array_equal(
-        again.projection.encode(rows[:500])[0], model.projection.encode(rows[:500])[0]
+        again.narrow.encode(rows[:500])[0], model.narrow.encode(rows[:500])[0]
     )
 
 

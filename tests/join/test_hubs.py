@@ -68,7 +68,7 @@ def test_crowds_whose_hubs_are_a_pair_are_one_group():
     """Rows of one do not visit the other's lists: the edge between the hubs joins them."""
     rng = np.random.default_rng(1)
     one, across = np.linalg.qr(rng.standard_normal((24, 2)))[0].T
-    beside = np.cos(0.32) * one + np.sin(0.32) * across  # 18 degrees away, as far as a pair
+    beside = np.cos(0.28) * one + np.sin(0.28) * across  # 16 degrees away, nearly as far as a pair
     crowds = [ball(rng, 2000, centre, 0.05) for centre in (one, beside)]
     parts = [*crowds, truth.clustered(4000, 24, 5)]
     x = rng.permutation(np.concatenate(parts)).astype(np.float32)
@@ -100,12 +100,12 @@ def test_a_hub_may_be_a_copy(rows):
 def test_where_rows_are_placed(rows):
     with mock.patch.object(hubs, "HUB_ROWS", 500):
         projection = fit_projection(rows, 128, 0)
-        codes, _ = projection.encode(rows)
+        codes, falls = projection.encode(rows)
         table = find_hubs(
             np.arange(len(rows)), rows, codes, projection,
             threshold=0.95, total=len(rows), threads=1,
         )  # fmt: skip
-    placed = table.place(codes, np.zeros(len(rows)), rows)
+    placed = table.place(codes, falls, rows)
     cosine = truth.cosine_table(np.concatenate([table.raw, rows]))[
         len(table.row) :, : len(table.row)
     ]

@@ -1,4 +1,4 @@
-"""What a join fits to samples: codes as wide as is cheapest, τ on rows that trained no centroid."""
+"""What a join fits to samples: wide codes where they pay, τ on rows that trained no centroid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from snipdedup.features.shards import open_features
 from snipdedup.join import model as room
 from snipdedup.join.calibration import needed_taus
 from snipdedup.join.model import (
-    choose_projection,
+    choose_projections,
     distinct_places,
     draw_rows,
     sample_distinct,
@@ -29,39 +29,56 @@ def near_rows(dim, seed=0):
     return rows.astype(np.float32)
 
 
-@pytest.mark.parametrize("free", ["pairs", "coordinates"])
-def test_the_width_is_that_of_least_cost(free):
-    sample = near_rows(400)
-    costs = {"CODE_PRODUCTS": 0, "VISITING": 0}
+@pytest.mark.parametrize(
+    ("free", "threshold", "width"),
+    [("pairs", 0.9, None), ("coordinates", 0.95, WIDTHS[1]), ("coordinates", 0.9, WIDTHS[2])],
+)
+def test_wide_codes_are_those_that_rule_out_more_than_they_cost(free, threshold, width):
+    costs = {"PROJECT_NS": 0, "STORE_NS": 0, "WIDE_PAIR_NS": 0}
     if free == "pairs":
-        costs = {"CANDIDATE_PRODUCTS": 0}
-    with (
-        mock.patch.multiple(room, **costs),
-        mock.patch.object(room, "list_count", return_value=1),
-    ):
-        width = choose_projection(sample, 0.95, 0, ROWS, 1).width
-    assert width == WIDTHS[0] if free == "pairs" else width > WIDTHS[0]
+        costs = {"PAIR_NS": 0}
+    with mock.patch.multiple(room, **costs):
+        narrow, wide = choose_projections(near_rows(400), threshold, 0, ROWS, 1)
+    assert narrow.width == WIDTHS[0]
+    assert (wide and wide.width) == width
 
 
-def test_rows_of_few_dimensions_get_the_narrowest_codes():
+def test_rows_of_few_dimensions_get_narrow_codes_only():
     rng = np.random.default_rng(1)
     sample = (rng.standard_normal((3000, 20)) @ rng.standard_normal((20, 300))).astype("f4")
-    assert choose_projection(sample, 0.95, 0, ROWS, 1).width == WIDTHS[0]
-
-
-def test_small_sets_take_the_widest_without_a_look():
-    assert choose_projection(near_rows(400), 0.9, 0, 1500, 1).width == WIDTHS[-1]
+    narrow, wide = choose_projections(sample, 0.95, 0, ROWS, 1)
+    assert (narrow.width, wide) == (WIDTHS[0], None)
 
 
 @pytest.mark.parametrize("least", [1 << 10, 1 << 13])
 def test_threads_change_nothing(least):
     """Also where more rows are looked at than directions are found on."""
     sample = near_rows(96)
-    with mock.patch.object(room, "DIRECTION_ROWS", least):
-        one, two = (choose_projection(sample, 0.9, 3, ROWS, threads) for threads in (1, 2))
-    assert one.width == two.width
-    for name, array in one.arrays().items():
-        assert np.array_equal(array, two.arrays()[name])
+    with (
+        mock.patch.object(room, "DIRECTION_ROWS", least),
+        mock.patch.object(room, "PAIR_NS", 10**6),
+    ):
+        one, two = (choose_projections(sample, 0.9, 3, ROWS, threads) for threads in (1, 2))
+    assert one[1] is not None
+    for mine, other in zip(one, two, strict=True):
+        for name, array in mine.arrays().items():
+            assert np.array_equal(array, other.arrays()[name])
+
+
+def test_a_saved_model_is_the_same_again(tmp_path):
+    for cost in (0, 10**6):  # without wide codes, and with them
+        with mock.patch.object(room, "PAIR_NS", cost):
+            model = room.fit_model(open_features(near_rows(96)), 0.9, 0.99, 0, 1)
+        assert (model.wide is not None) == bool(cost)
+        model.save(tmp_path / "model.npz")
+        again = room.Model.load(tmp_path / "model.npz")
+        assert (again.limits, again.widths) == (model.limits, model.widths)
+        assert (again.threshold, again.calibration_pairs) == (0.9, model.calibration_pairs)
+        rows = near_rows(96, seed=1)
+        for mine, other in zip(
+            again.sharpest.encode(rows), model.sharpest.encode(rows), strict=True
+        ):
+            assert np.array_equal(mine, other)
 
 
 def planted(seed, rows, dim, pairs):
@@ -114,7 +131,7 @@ def test_the_promise_is_kept_where_a_sample_holds_few_pairs(monkeypatch):
         x, a, b = planted(seed, 20_000, 32, 2500)
         model = room.fit_model(open_features(x), 0.95, 0.999, seed, 2)
         assert model.lists.nlist > 80
-        codes = encode_rows(model.projection, np.concatenate([x[a], x[b]]), 2)
+        codes = encode_rows(model.narrow, np.concatenate([x[a], x[b]]), 2).values
         places = np.arange(len(a))
         need = needed_taus(codes, model.lists.centroids, places, places + len(a), 2).min(1)
         met.append(np.mean(need <= model.lists.tau))

@@ -6,7 +6,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +15,7 @@ from snipdedup.features.shards import open_features
 from snipdedup.join import tiles
 from snipdedup.join.forest import ForestBuilder
 from snipdedup.join.projection import fit_projection
-from snipdedup.join.tiles import table_forest
-from snipdedup.join.verify import verify_pairs
+from snipdedup.join.tiles import NO_PAIR, Limits, table_forest
 
 
 @settings(max_examples=150)
@@ -45,6 +43,7 @@ def test_the_forest_of_a_table_is_a_maximum_one(seed, m, n, shared, share, value
     for a, b, weight in edges:
         best[a, b] = max(weight, best.get((a, b), 0))
     expected = truth.kruskal([(a, b, weight) for (a, b), weight in best.items()])
+    table[table == 0] = NO_PAIR
     whole = table.copy()
     i, j = table_forest(table, left, right, nodes)
     assert sorted(whole[i, j].tolist()) == sorted(weight for _, _, weight in expected)
@@ -55,7 +54,7 @@ def test_the_forest_of_a_table_is_a_maximum_one(seed, m, n, shared, share, value
 @pytest.mark.parametrize("dim", [3, 40])
 def test_crowded_or_not_the_forest_is_the_same(threshold, dim):
     rng = np.random.default_rng(dim)
-    x = (rng.standard_normal(dim) + 0.25 * rng.standard_normal((1500, dim))).astype(np.float32)
+    x = (rng.standard_normal(dim) + 0.25 * rng.standard_normal((900, dim))).astype(np.float32)
     brute = dedup(x, method="exact", threshold=threshold).search.forest
     for crowded in (0.0, 2.0):  # always, never
         with (
@@ -64,44 +63,12 @@ def test_crowded_or_not_the_forest_is_the_same(threshold, dim):
             mock.patch.object(tiles, "COLUMN_TILE", 256),
         ):
             found = dedup(x, threshold=threshold).search.forest
-        assert len(found.a) == len(brute.a) > 1000
-        # the products of a crowded tile may take one of two pairs that are nearly as near
-        apart = np.abs(np.sort(found.similarity) - np.sort(brute.similarity))
-        assert apart.max() < 2e-4
-        assert apart.mean() < 1e-6
+        assert len(found.a) == len(brute.a) > 600
+        # which of two equal cosines is taken may differ, but no forest is heavier
+        assert np.array_equal(np.sort(found.similarity), np.sort(brute.similarity))
 
 
-@settings(max_examples=60)
-@given(
-    seed=st.integers(0, 2**31),
-    dim=st.sampled_from([3, 17, 64, 768]),
-    length=st.sampled_from([0.0, 1e-4, 0.05, 0.2, 3.0]),
-    kind=st.sampled_from(["alike", "few", "one large"]),
-)
-def test_quick_cosines_are_wrong_by_no_more_than_they_say(seed, dim, length, kind):
-    rng = np.random.default_rng(seed)
-    noise = rng.standard_normal((90, dim))
-    if kind == "few":
-        noise *= rng.random((90, dim)) < 2 / dim
-    elif kind == "one large":
-        noise[:, 0] *= 50
-    rows = rng.standard_normal(dim) + length * noise
-    unit = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    x, y = torch.from_numpy(unit[:40]), torch.from_numpy(unit[40:])
-    exact = truth.cosine_table(unit)[:40, 40:]
-    table = np.full((40, 50), np.nan, np.float32)
-    error = tiles.centred_cosines(x, y, table)
-    if np.isinf(error):
-        assert np.isnan(table).all()
-        assert length > 0.01
-    else:
-        assert error <= tiles.MOST_ERROR
-        assert np.abs(table - exact).max() <= error
-    plain = tiles.plain_cosines(x, y, table)
-    assert np.abs(table - exact).max() <= plain <= tiles.PROPOSAL_ERROR
-
-
-def test_pairs_that_quick_cosines_leave_in_doubt_are_decided_exactly():
+def test_pairs_at_the_threshold_are_decided_exactly_in_a_crowd():
     """Rows whose cosines lie a hair to either side of the threshold, all in one tile."""
     rng = np.random.default_rng(4)
     x = np.concatenate([np.eye(64)[:1], np.zeros((300, 64))])
@@ -116,30 +83,45 @@ def test_pairs_that_quick_cosines_leave_in_doubt_are_decided_exactly():
 
 
 @pytest.mark.parametrize("crowded", [0.0, 2.0])
-@pytest.mark.parametrize("first", [0, 1, 130, 256, 700, 1500])
-@pytest.mark.parametrize("across", [False, True])
-def test_first_rows_are_not_compared_with_one_another(first, crowded, across):
+@pytest.mark.parametrize(
+    ("first", "across", "wide"),
+    [
+        (0, False, True),
+        (1, False, False),
+        (1, True, True),
+        (65, False, True),
+        (128, True, False),
+        (350, False, False),
+        (350, True, True),
+        (700, False, True),
+        (700, True, False),
+    ],
+)
+def test_first_rows_are_not_compared_with_one_another(first, crowded, across, wide):
     """Those of the others have a forest of their own, and with ``across`` are not looked for."""
     rng = np.random.default_rng(first)
-    x = (rng.standard_normal(12) + 0.25 * rng.standard_normal((1500, 12))).astype(np.float32)
-    features, projection = open_features(x), fit_projection(x, 128, 0)
-    members = tiles.CodedRows(np.arange(1500), projection.encode(x)[0], np.zeros(1500))
-    builder, seen = ForestBuilder(first), 0
+    x = (rng.standard_normal(12) + 0.25 * rng.standard_normal((700, 12))).astype(np.float32)
+    features, builder, seen = open_features(x), ForestBuilder(first), 0
+    sides = [fit_projection(x, width, 0) for width in (64, 128)]
+    codes = [part for projection in sides for part in projection.encode(x)]
+    members = tiles.CodedRows(np.arange(700), *codes)
+    if not wide:
+        members = members._replace(wide=members.wide[:, :0], wide_falls=members.wide_falls * 0)
     with (
         mock.patch.object(tiles, "CROWDED", crowded),
-        mock.patch.object(tiles, "ROW_TILE", 128),
-        mock.patch.object(tiles, "COLUMN_TILE", 256),
+        mock.patch.object(tiles, "ROW_TILE", 64),
+        mock.patch.object(tiles, "COLUMN_TILE", 128),
+        mock.patch.object(tiles, "GATHER_PAIRS", 3000),
     ):
-        for start in range(0, 1500, 256):
-            rest = members.where(slice(start, 1500))
-            found = tiles.compare_tiles(
-                features, rest, min(256, 1500 - start),
-                limit=projection.limit(0.9), threshold=0.9, reference_rows=first,
-                references_only=across,
+        for start in range(0, 700, 128):
+            rest = members.where(slice(start, 700))
+            found, candidates = tiles.compare_tiles(
+                features, rest, min(128, 700 - start),
+                limits=Limits(*(side.limit(0.9) for side in sides)), threshold=0.9,
+                reference_rows=first, references_only=across,
             )  # fmt: skip
-            seen += len(found.a)
-            builder.add(found.edges)
-            for edges in verify_pairs(features, found.a, found.b, 0.9, 1, reference_rows=first):
+            seen += candidates
+            for edges in found:
                 builder.add(edges)
     table = truth.cosine_table(x)
     pairs = truth.pairs_of(table, 0.9)
@@ -148,6 +130,9 @@ def test_first_rows_are_not_compared_with_one_another(first, crowded, across):
     for own in (False, True):
         part = forest.where((forest.a >= first) == own)
         wanted = [(a, b) for a, b in pairs if b >= first and (a >= first) == own]
-        one = truth.components(1500, [] if own and across else wanted)
-        assert np.array_equal(truth.components(1500, zip(part.a, part.b, strict=True)), one)
-        assert len(set(one)) == 1500 - len(part.a)
+        one = truth.components(700, [] if own and across else wanted)
+        assert np.array_equal(truth.components(700, zip(part.a, part.b, strict=True)), one)
+        assert len(set(one)) == 700 - len(part.a)
+        assert part.similarity.tolist() == table[part.a, part.b].tolist()
+    some = [(a, b) for a, b in pairs if b >= first and not (across and a >= first)]
+    assert len(some) <= seen

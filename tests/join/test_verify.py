@@ -10,15 +10,25 @@ import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snipdedup.features.shards import open_features
+from snipdedup.features.shards import open_features, plan_blocks
 from snipdedup.join import verify
 from snipdedup.join.forest import join_edges, spanning_forest
-from snipdedup.join.verify import verify_pairs
+from snipdedup.join.verify import verify_pairs, verify_places
 
 
-def proved(x, a, b, threshold, threads=1, **how):
-    parts = verify_pairs(open_features(x), np.array(a), np.array(b), threshold, threads, **how)
+def proved(x, a, b, threshold, threads=1):
+    parts = verify_pairs(open_features(x), np.array(a), np.array(b), threshold, threads)
     return join_edges(list(parts))
+
+
+def forest_of(x, rows, i, j, threshold, references=0):
+    """What is verified of places i and j in ``rows``, a block of pairs after the other."""
+    return join_edges(
+        [
+            verify_places(open_features(x), rows, i[low:high], j[low:high], threshold, references)
+            for low, high in plan_blocks(len(i), verify.GATHER_PAIRS)
+        ]
+    )
 
 
 def pair_set(edges):
@@ -55,9 +65,9 @@ def test_both_sides_of_the_threshold(threshold, scale):
     seed=st.integers(0, 2**31),
     block=st.sampled_from([1, 7, 10_000]),
     dtype=st.sampled_from([np.float16, np.float32, np.float64]),
-    mostly=st.sampled_from([0.0, 0.5, 2.0]),  # never ruled out by float32, at times, always
+    references=st.sampled_from([0, 1, 20, 100]),
 )
-def test_every_pair_or_a_forest_that_groups_alike(rows, seed, block, dtype, mostly):
+def test_every_pair_or_forests_that_group_alike(rows, seed, block, dtype, references):
     rng = np.random.default_rng(seed)
     x = truth.clustered(rows, 6, seed, copies=0.1, dtype=dtype)
     a, b = np.triu_indices(rows, 1)
@@ -71,17 +81,19 @@ def test_every_pair_or_a_forest_that_groups_alike(rows, seed, block, dtype, most
     low, high = np.minimum(a, b), np.maximum(a, b)
     true = table[low, high] >= np.float32(0.9)
     expected = set(zip(low[true].tolist(), high[true].tolist(), strict=True))
-    sizes = {"GATHER_PAIRS": block, "PRODUCT_PAIRS": max(1, block // 2), "MOSTLY": mostly}
-    with mock.patch.multiple(verify, **sizes):
-        every, some = (proved(x, a, b, 0.9, every=every) for every in (True, False))
+    order = rng.permutation(rows)
+    place = np.argsort(order)
+    with mock.patch.object(verify, "GATHER_PAIRS", block):
+        every = proved(x, a, b, 0.9)
+        some = forest_of(x, order, place[a], place[b], 0.9, references)
     assert pair_set(every) == expected
     assert every.similarity.tolist() == table[every.a, every.b].tolist()
     assert pair_set(some) <= expected
-    one, other = (np.sort(spanning_forest(edges).similarity) for edges in (every, some))
-    assert len(one) == len(other)
-    assert np.allclose(one, other, rtol=0, atol=1e-6)
-    labels = truth.components(rows, expected)
-    assert truth.components(rows, pair_set(some)).tolist() == labels.tolist()
+    assert some.similarity.tolist() == table[some.a, some.b].tolist()
+    one, other = (spanning_forest(edges, references) for edges in (every, some))
+    assert one.a.tolist() == other.a.tolist()
+    assert one.b.tolist() == other.b.tolist()
+    assert other.similarity.tolist() == one.similarity.tolist()
 
 
 def test_no_pairs_at_all():
