@@ -56,11 +56,14 @@ def join(
         If this is not the process that merges what all have found.
     """
     tasks = JoinTasks(features, settings, work)
-    if not native.is_built():
-        progress.say(
-            "numpy computes, several times slower than the native kernels: these were not built, for "
-            "lack of a compiler"
-        )
+    if native.used() == "numpy":
+        import torch  # noqa: F401 - before threads begin: each is told how many torch may use
+
+        if not native.is_built():
+            progress.say(
+                "the native kernels were not built, for lack of a compiler: numpy and torch compute, "
+                "several times slower"
+            )
     with stage("fit"):
         run_once(runner, functools.partial(tasks.fit, runner.here), tasks.model_file)
         model = tasks.model
