@@ -33,7 +33,6 @@ from snipdedup.features.shards import Features, open_features
 from snipdedup.join.calibration import close_pairs
 from snipdedup.join.encoding import encode_task, task_rows
 from snipdedup.join.lists import ROUNDS, CoarseLists, assign_lists
-from snipdedup.join.memory import VISIT_BYTES, most_visits, needed_memory
 from snipdedup.join.model import (
     SINGLE_LIST_ROWS,
     Model,
@@ -42,7 +41,7 @@ from snipdedup.join.model import (
     list_count,
     training_rows,
 )
-from snipdedup.join.pipeline import PARTITIONS_A_WORKER
+from snipdedup.join.pipeline import PARTITIONS_A_WORKER, VISIT_BYTES, most_visits, needed_memory
 from snipdedup.join.projection import Codes, encode_rows
 from snipdedup.join.tiles import COLUMN_TILE, CodedRows, compare_tiles
 from snipdedup.join.verify import verify_pairs

@@ -38,9 +38,8 @@ from snipdedup.join.forest import (
     make_edges,
     spanning_forest,
 )
-from snipdedup.join.memory import needed_memory
 from snipdedup.join.model import is_readable
-from snipdedup.join.pipeline import join
+from snipdedup.join.pipeline import join, needed_memory
 from snipdedup.join.tasks import JoinSettings
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, memory_bound
