@@ -85,11 +85,14 @@ def has_cuda_driver() -> bool:
 
 
 @contextmanager
-def library_threads(count: int) -> Iterator[None]:
+def library_threads(count: int, *, torch_too: bool = True) -> Iterator[None]:
     """Let torch and faiss use ``count`` threads inside the block, as before after it.
 
-    What nothing has imported is left alone.
+    Float sums depend on that number, so torch is loaded first, unless ``torch_too`` is false: then
+    it is told only if something has imported it, as faiss is.
     """
+    if torch_too:
+        import torch
     torch, faiss = loaded("torch", "get_num_threads"), loaded("faiss", "omp_get_max_threads")
     given = given_threads()
     before = torch.get_num_threads() if torch else 0, faiss.omp_get_max_threads() if faiss else 0
@@ -133,12 +136,12 @@ def ordered_map(
     finished and not yet taken, so memory stays bounded.
     """
     if threads == 1:
-        with library_threads(1):
+        with library_threads(1, torch_too=False):
             yield from map(work, items)
         return
     # OpenMP keeps its number of threads by thread: each worker sets its own
     workers = ThreadPoolExecutor(threads, initializer=set_threads, initargs=(1,))
-    with library_threads(1), workers as pool:
+    with library_threads(1, torch_too=False), workers as pool:
         yield from ordered_results(work, items, pool, 2 * threads)
 
 

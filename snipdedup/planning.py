@@ -294,7 +294,10 @@ def probe(
     source = None if features is None or features.rows < FEW_ROWS else features
     raw = sample_of_set(source, rows, dim, seed)
     sample, timed = open_features(raw), min(len(raw), task_rows(len(raw)))
-    with library_threads(1), tempfile.TemporaryDirectory(prefix="snip-plan-") as name:
+    with (
+        library_threads(1, torch_too=False),
+        tempfile.TemporaryDirectory(prefix="snip-plan-") as name,
+    ):
         start, folder = time.process_time(), Path(name) / "encode"
         model = fit_model(sample, threshold, recall, seed, 1, total=rows)
         fitting = time.process_time() - start

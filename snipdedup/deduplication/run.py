@@ -349,7 +349,7 @@ def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
     def choose_at(threshold: float) -> Result:
         return choose(search, features, threshold, grouping, keep, job.rank, folder)
 
-    with library_threads(job.options.threads):
+    with library_threads(job.options.threads, torch_too=False):
         if fraction is None:
             return checked(choose_at(job.options.threshold))
         result = checked(choose_fraction(search, fraction, choose_at))

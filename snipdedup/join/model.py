@@ -156,7 +156,7 @@ def fit_model(
     bound, so there are none. The width of codes is chosen for a set of ``total`` rows, if given.
     """
     rows, sample = sample_distinct(features, calibration_rows(features.rows), seed, threads)
-    with library_threads(1):  # float arithmetic, whose last bits depend on the threads
+    with library_threads(1, torch_too=False):  # float arithmetic depends on their number
         narrow, wide = choose_projections(sample, threshold, seed, total or features.rows, threads)
     sharpest = wide or narrow
     codes = encode_rows(narrow, sample, threads)

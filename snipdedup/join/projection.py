@@ -27,7 +27,7 @@ from snipdedup.features.cosine import LENGTH, directions, integer_rows, longest
 from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import plan_blocks
 from snipdedup.native.fallback import round_codes, row_sums
-from snipdedup.parallel import ordered_map
+from snipdedup.parallel import library_threads, ordered_map
 
 if TYPE_CHECKING:
     from snipdedup.encoder.network import Encoder
@@ -205,7 +205,7 @@ class EncoderProjection(Projection):
 
         del whole
         found = directions(rows)
-        with torch.inference_mode():
+        with torch.inference_mode(), library_threads(1):
             unit = torch.from_numpy(found.unit()).to(self.encoder.device)
             descriptors = self.encoder.network(unit, self.encoder.output).cpu()
             turned = descriptors @ torch.from_numpy(self.matrix)

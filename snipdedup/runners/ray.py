@@ -98,7 +98,7 @@ def perform(function: list[Any], name: str, task: Any) -> None:
         _functions.clear()
         cwd, _functions[name] = ray.get(function[0])
         os.chdir(cwd)  # paths may be relative
-    with library_threads(1):
+    with library_threads(1, torch_too=False):
         _functions[name](task)
 
 
