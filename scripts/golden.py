@@ -33,7 +33,8 @@ REAL = Path(os.environ.get("SNIP_TEST_DATA", ROOT.parent / "shared" / "data")) /
 # What a manifest says of the run, not of its result.
 VOLATILE = {"seconds", "versions", "changed", "threads", "max_memory"}
 TIMES = re.compile(
-    r"^seconds: .*$| in [\d.,]+ s$|^ *&#34;\w+&#34;: \d+\.\d+,?$", re.MULTILINE | re.IGNORECASE
+    r"^seconds: .*$| in [\d.,]+ s(?=,|$)|^ *&#34;\w+&#34;: \d+\.\d+,?$",
+    re.MULTILINE | re.IGNORECASE,
 )
 LEARN = "--dim 32 --hidden 64 --steps 40 --batch 256 --threads 1"
 

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import inspect
 import io
+import json
 import os
 import select
 import sys
@@ -116,7 +117,9 @@ def answer(words: list[str]) -> object:
     command = COMMANDS[name]
     if {"--help", "-h"} & set(words[1:]):
         return command_help(command)
-    return command.run(parse(command, words[1:]))
+    options = parse(command, words[1:])
+    result = command.run(options)
+    return json.dumps(result.as_json(), indent=2) if getattr(options, "json", False) else result
 
 
 def parse(command: Command, words: list[str]) -> Settings:

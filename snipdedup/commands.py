@@ -139,7 +139,7 @@ class Command:
     group: str  # its heading in ``snip --help``
     module: str  # its function ``run`` takes the settings and returns the result
     example: str  # a command line
-    function: str  # its name in Python; empty for a command that is no library function
+    function: str  # its name in Python
     options: type[Settings]  # the docstring is the line of help
 
     @property

@@ -90,7 +90,7 @@ def library_threads(count: int) -> Iterator[None]:
 
     What nothing has imported is left alone.
     """
-    torch, faiss = sys.modules.get("torch"), sys.modules.get("faiss")
+    torch, faiss = loaded("torch", "get_num_threads"), loaded("faiss", "omp_get_max_threads")
     given = given_threads()
     before = torch.get_num_threads() if torch else 0, faiss.omp_get_max_threads() if faiss else 0
     set_threads(count)
@@ -104,6 +104,12 @@ def library_threads(count: int) -> Iterator[None]:
             faiss.omp_set_num_threads(before[1])
 
 
+def loaded(name: str, function: str) -> Any:
+    """Return a module if it is imported as far as a function; another thread may be at it."""
+    module = sys.modules.get(name)
+    return module if hasattr(module, function) else None
+
+
 def given_threads() -> int:
     """Return how many threads this thread was given, by `library_threads`; else one a core."""
     return int(_held.__dict__.get("threads", 0)) or cores()
@@ -112,10 +118,10 @@ def given_threads() -> int:
 def set_threads(count: int) -> None:
     """Let torch and faiss, where imported, use ``count`` threads when called from this one."""
     _held.__dict__["threads"] = count
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(count)
-    if "faiss" in sys.modules:
-        sys.modules["faiss"].omp_set_num_threads(count)
+    if torch := loaded("torch", "set_num_threads"):
+        torch.set_num_threads(count)
+    if faiss := loaded("faiss", "omp_set_num_threads"):
+        faiss.omp_set_num_threads(count)
 
 
 def ordered_map(

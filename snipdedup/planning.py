@@ -12,7 +12,6 @@ as √N, so both grow as N^1.5; all else grows as N.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import tempfile
@@ -34,7 +33,6 @@ from snipdedup.features.shards import Features, open_features
 from snipdedup.join.calibration import close_pairs
 from snipdedup.join.encoding import encode_task, task_rows
 from snipdedup.join.lists import ROUNDS, CoarseLists, assign_lists
-from snipdedup.join.memory import VISIT_BYTES, most_visits, needed_memory
 from snipdedup.join.model import (
     SINGLE_LIST_ROWS,
     Model,
@@ -43,7 +41,7 @@ from snipdedup.join.model import (
     list_count,
     training_rows,
 )
-from snipdedup.join.pipeline import PARTITIONS_A_WORKER
+from snipdedup.join.pipeline import PARTITIONS_A_WORKER, VISIT_BYTES, most_visits, needed_memory
 from snipdedup.join.projection import Codes, encode_rows
 from snipdedup.join.tiles import COLUMN_TILE, CodedRows, compare_tiles
 from snipdedup.join.verify import verify_pairs
@@ -85,7 +83,8 @@ class Rates:
 
     dim: int
     itemsize: int
-    width: int  # columns of a code
+    width: int  # coordinates of a narrow code
+    wide: int  # of a wide one; 0 where there are none
     fit: float  # for each row of the samples that the model is fitted to
     row: float  # encoding a row
     row_list: float  # comparing a row with a centroid
@@ -128,12 +127,8 @@ class RunPlan:
     visits: float  # how many of them a row visits,
     partitions: int  # and tasks that join them
     problems: list[str]  # what does not fit
-    as_json: bool = False
 
     def __str__(self) -> str:
-        if self.as_json:
-            body = {**dataclasses.asdict(self), "machines": self.machines._asdict()}
-            return json.dumps(body, indent=2)
         nodes, cores = self.machines.nodes, self.machines.cores
         total = {**self.seconds, "all": sum(self.seconds.values())}
         lines = [
@@ -151,6 +146,10 @@ class RunPlan:
             *(self.problems or ["it fits"]),
         ]
         return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {**dataclasses.asdict(self), "machines": self.machines._asdict()}
 
 
 def run(options: Plan) -> RunPlan:
@@ -178,7 +177,7 @@ def run(options: Plan) -> RunPlan:
         for text in (options.memory, options.max_memory, options.disk, options.disk_speed)
     )
     machines = Machines(cores(options.cores), memory or machine_memory(), options.nodes, *sizes)
-    return dataclasses.replace(estimate(rates, rows, machines), as_json=options.json)
+    return estimate(rates, rows, machines)
 
 
 def load_rates(path: Path, dim: int) -> Rates:
@@ -204,7 +203,7 @@ def load_rates(path: Path, dim: int) -> Rates:
 
 def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     """Return what a join of so many rows costs."""
-    cores, memory, nodes, max_memory, disk, disk_speed = machines
+    cores, memory, nodes, max_memory, _, disk_speed = machines
     raw, machine = rates.dim * rates.itemsize, rates.machine
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     visits = 1.0 if lists == 1 else max(1.0, rates.visits * (lists / rates.lists) ** VISIT_GROWTH)
@@ -218,14 +217,15 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     size = SizeOnly(rows, rates)
     needed = needed_memory(size, cores)
     bound = max_memory or max(memory // 4, needed)
-    most = most_visits(size, rates.width, cores, bound)
+    most = most_visits(size, rates.width + rates.wide, cores, bound)
     most = max(1, min(most, int(visited) // (PARTITIONS_A_WORKER * cores * nodes)))
     partitions = min(lists, math.ceil(visited / most))
-    loaded = cores * most * (VISIT_BYTES + 2 * rates.width)
+    loaded = cores * most * (VISIT_BYTES + 2 * (rates.width + rates.wide))
     peak = LIBRARY_BYTES + min(needed + loaded, max(bound, needed))
 
-    # Disk: codes, row numbers and corrections of all visits; hashes, lists' sizes, pairs.
-    codes, out = visited * (rates.width + 12), rows + removed * EDGE_BYTES + members * MEMBER_BYTES
+    # Disk: narrow codes, row numbers and falls of all visits; wide codes, hashes, pairs.
+    codes = visited * (rates.width + 12) + rows * (rates.wide + 4)
+    out = rows + removed * EDGE_BYTES + members * MEMBER_BYTES
     work = codes + HASH_BYTES * rows + 16.0 * encode_tasks * (lists + 1) + PAIR_BYTES * removed
 
     # Time: operations of one core, then shared among cores, or waiting for the disk.
@@ -254,8 +254,17 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     seconds = {name: spent / faster.get(name, 1) for name, spent in compute.items()}
     if disk_speed:
         seconds = {name: max(s, moved.get(name, 0) / disk_speed) for name, s in seconds.items()}
-    space, problems = out + work, []
-    if max_memory is not None and max_memory < needed:
+    problems = list_problems(machines, needed, peak, out + work)
+    return RunPlan(
+        rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, out + work, out,
+        lists, visits, partitions, problems,
+    )  # fmt: skip
+
+
+def list_problems(machines: Machines, needed: int, peak: float, space: float) -> list[str]:
+    """Return what does not fit: memory that a run needs and holds, space on disk."""
+    problems, memory, disk = [], machines.memory, machines.disk
+    if machines.max_memory is not None and machines.max_memory < needed:
         problems.append(f"--max_memory: the run needs at least {amount(needed)}")
     if peak > memory:
         problems.append(
@@ -265,10 +274,7 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     if disk is not None and space > disk:
         free = f"{amount(disk)} are free: take another disk"
         problems.append(f"disk: the run needs {amount(space)}, {free}")
-    return RunPlan(
-        rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, space, out,
-        lists, visits, partitions, problems,
-    )  # fmt: skip
+    return problems
 
 
 class SizeOnly(Features):
@@ -324,7 +330,8 @@ def probe(
     return Rates(
         dim=raw.shape[1],
         itemsize=raw.dtype.itemsize,
-        width=sum(model.widths),
+        width=model.widths[0],
+        wide=model.widths[1],
         fit=fitting / (calibration_rows(len(raw)) + training_rows(len(raw), nlist)),
         row=max(0.0, encoding - row_list * nlist),
         row_list=row_list,

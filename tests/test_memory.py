@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from snipdedup.features.shards import open_features
-from snipdedup.join.memory import needed_memory
+from snipdedup.join.pipeline import needed_memory
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import timing

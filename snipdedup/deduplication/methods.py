@@ -23,7 +23,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
-from snipdedup.groups.members import Best
+from snipdedup.groups.members import Best, replace_rows
 from snipdedup.groups.pairs import all_pairs, own_pairs, pairs_within
 from snipdedup.groups.star import Also
 from snipdedup.index.build import build
@@ -38,9 +38,8 @@ from snipdedup.join.forest import (
     make_edges,
     spanning_forest,
 )
-from snipdedup.join.memory import needed_memory
 from snipdedup.join.model import is_readable
-from snipdedup.join.pipeline import join
+from snipdedup.join.pipeline import join, needed_memory
 from snipdedup.join.tasks import JoinSettings
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import Stage, memory_bound
@@ -202,9 +201,7 @@ def common_copies(search: PairSearch, texts: Scan) -> tuple[np.ndarray, np.ndarr
     """Return the rows that are copies in image and caption, ascending, and each one's original."""
     row = np.union1d(search.copies, search.originals)
     image = search.original_of(row)
-    text = row.copy()
-    at = np.flatnonzero(np.isin(row, texts.copies))
-    text[at] = texts.firsts[np.searchsorted(texts.copies, row[at])]
+    text = replace_rows(row, texts.copies, texts.firsts)
     order = np.lexsort((row, text, image))
     row, image, text = row[order], image[order], text[order]
     new = np.ones(len(row), bool)

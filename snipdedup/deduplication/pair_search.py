@@ -15,14 +15,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from snipdedup.deduplication.inputs import KIND, Inputs, References, check_searched
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan, equal_pairs
 from snipdedup.features.shards import Features
-from snipdedup.groups.members import COPY, EDGE, Best, Block, Members, Nearest, blocks_of_groups
+from snipdedup.groups.members import (
+    COPY,
+    EDGE,
+    Best,
+    Block,
+    Members,
+    Nearest,
+    blocks_of_groups,
+    replace_rows,
+)
 from snipdedup.groups.star import Also
 from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
 from snipdedup.storage import atomic, external_sort
@@ -100,10 +108,7 @@ class PairSearch:
 
     def original_of(self, rows: np.ndarray) -> np.ndarray:
         """Return for each row the first that equals it bit for bit, often the row itself."""
-        if not len(self.copies):
-            return rows
-        place = np.minimum(np.searchsorted(self.copies, rows), len(self.copies) - 1)
-        return np.where(self.copies[place] == rows, self.originals[place], rows)
+        return replace_rows(rows, self.copies, self.originals)
 
     def places(self, rows: np.ndarray) -> dict[str, Any]:
         """Return the shard's name and the row in it of each row, as columns."""
@@ -259,6 +264,8 @@ def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.nda
 
 def read_best(folder: Path, rows: int) -> Best:
     """Read back what SemDeDup's rule decides by."""
+    import pyarrow.compute as pc  # here: it takes a tenth of a second to load
+
     path = folder / "semdedup.parquet"
     table = pq.read_table(path)
     if table.num_rows != rows:

@@ -34,11 +34,11 @@ from snipdedup.groups.members import (
     refer_components,
     refer_star,
     slices,
+    sorted_by_row,
 )
 from snipdedup.join.forest import components, number_ends
 from snipdedup.metadata.additions import RemovedPairs
 from snipdedup.native.fallback import link_smaller
-from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
@@ -93,17 +93,11 @@ class Result:
     @cached_property
     def removed_rows(self) -> RemovedPairs:
         """The removed rows, ascending, and the representative of each; many are mapped."""
-        kind = np.dtype([("row", row_kind(self.rows)), ("representative", "<i8")])
-        spread = Spread(self.removed, 0, self.rows)
+        parts = slices(self.members)
+        removed = ((part.row[part.is_dup], part.representative[part.is_dup]) for part in parts)
+        kinds = {"row": "<i8", "representative": "<i8"}
         path = self.folder and self.folder / "removed"
-        by_row = Sorter(path, kind, lambda r: r["row"].astype(np.uint64), spread=spread)
-        for part in slices(self.members):
-            by_row.add(pack(kind, part.row[part.is_dup], part.representative[part.is_dup]))
-        columns = Columns(path, {"row": "<i8", "representative": "<i8"})
-        for records in by_row.ascending():
-            order = np.argsort(records["row"])
-            columns.add(records["row"][order], records["representative"][order])
-        return RemovedPairs(*columns.arrays())
+        return RemovedPairs(*sorted_by_row(removed, kinds, self.removed, self.rows, path))
 
     @cached_property
     def is_dup(self) -> np.ndarray:

@@ -209,17 +209,17 @@ def pin_source(source: str, out: Path, name: str) -> str:
 
 
 def list_items(
-    source: str, found: SourceFiles, out: Path, elsewhere: str | None, *, with_features: bool
+    source: str, found: SourceFiles, out: Path, location: str | None, *, with_features: bool
 ) -> list[DownloadItem]:
     """Return the files to fetch, with their features where these are asked for."""
     numbers = [None if found.first is None else found.first + i for i in range(len(found.files))]
     if not with_features:
         return list(map(DownloadItem, found.files, numbers))
-    if elsewhere is not None:
-        elsewhere = pin_source(elsewhere, out, "features_revision")
+    if location is not None:
+        location = pin_source(location, out, "features_revision")
     elif "revision" in read_pins(out):
         add_pin(out, "features_revision", read_pins(out)["revision"])
-    features = sources.find_features(source, found, elsewhere)
+    features = sources.find_features(source, found, location)
     check_names(features, FEATURE_SUFFIXES)
     return list(map(DownloadItem, found.files, numbers, features))
 

@@ -231,24 +231,24 @@ def find_mask(location: str, name: str) -> tuple[SourceFile, SourceFile | None]:
     return folder.files[last or name], folder.files.get(MANIFEST)
 
 
-def find_features(source: str, found: SourceFiles, elsewhere: str | None) -> list[SourceFile]:
-    """Return the features of each metadata file, from a folder or pattern ``elsewhere``.
+def find_features(source: str, found: SourceFiles, location: str | None) -> list[SourceFile]:
+    """Return the features of each metadata file, from a folder or pattern ``location``.
 
     Without it they are where LAION, clip-retrieval and DataComp put them: in ``img_emb/`` beside
     ``metadata/``, or beside the metadata under the same names.
     """
-    if elsewhere is None and found.folder is not None:
+    if location is None and found.folder is not None:
         return features_beside(found, found.folder)
-    elsewhere = elsewhere or guess_features(source)
-    if PART in elsewhere:
+    location = location or guess_features(source)
+    if PART in location:
         if found.first is None:
             raise UsageError("--embeddings_source with {part} needs --start and --end")
-        return find_parts(elsewhere, found.first, found.first + len(found.files)).files
-    if is_web(elsewhere):
+        return find_parts(location, found.first, found.first + len(found.files)).files
+    if is_web(location):
         if len(found.files) > 1:
-            raise UsageError(f"{redacted(elsewhere)} is one file; {USE_PART}")
-        return [SourceFile(elsewhere)]
-    url, names = split_source(elsewhere)
+            raise UsageError(f"{redacted(location)} is one file; {USE_PART}")
+        return [SourceFile(location)]
+    url, names = split_source(location)
     folder = open_folder(url)
     return match_features(found, pick_files(folder.files, names, formats.SUFFIXES), folder.url)
 

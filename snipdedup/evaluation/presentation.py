@@ -24,30 +24,30 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [table[0], table[1].replace(" ", ""), *table[2:], ""]
 
 
+def table_by_size(title: str, cells: dict[tuple[str, int | None], str]) -> list[str]:
+    """Return a table of cells by name and code size: a row for each name."""
+    names, sizes = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    rows = ([name, *(cells.get((name, size), "") for size in sizes)] for name in names)
+    return markdown([title, *(f"{size} B" if size else "uncoded" for size in sizes)], rows)
+
+
 def recall_table(body: dict[str, Any], k: str, nprobe: int) -> list[str]:
     """Return recall@k by contender and code size, at one number of lists visited."""
-    measured = body["neighbours"]
-    sizes = list(dict.fromkeys(e["bytes"] for e in measured))
-    at = {(e["contender"], e["bytes"]): f"{e['recall'][k]:.3f}"
-          for e in measured if e["nprobe"] in (None, nprobe)}  # fmt: skip
-    names = dict.fromkeys(e["contender"] for e in measured)
-    rows = ([NAMES[name], *(at.get((name, s), "") for s in sizes)] for name in names)
-    return markdown([f"recall@{k}", *(f"{s} B" if s else "uncoded" for s in sizes)], rows)
+    shown = [e for e in body["neighbours"] if e["nprobe"] in (None, nprobe)]
+    cells = {(NAMES[e["contender"]], e["bytes"]): f"{e['recall'][k]:.3f}" for e in shown}
+    return table_by_size(f"recall@{k}", cells)
 
 
 def flag_table(body: dict[str, Any]) -> list[str]:
     """Return the recall of duplicate flags at each precision, by contender and rule."""
-    flags = body["flags"]
-    sizes = list(dict.fromkeys(e["bytes"] for e in flags))
-    at = {
-        (e["contender"], e["rule"], e["bytes"]): " / ".join(f"{p['recall']:.2f}" for p in e["at"])
-        for e in flags
+    cells = {
+        (f"{NAMES[e['contender']]}, {e['rule']}", e["bytes"]): " / ".join(
+            f"{point['recall']:.2f}" for point in e["at"]
+        )
+        for e in body["flags"]
     }
-    kinds = dict.fromkeys((e["contender"], e["rule"]) for e in flags)
-    rows = ([f"{NAMES[name]}, {rule}", *(at.get((name, rule, s), "") for s in sizes)]
-            for name, rule in kinds)  # fmt: skip
-    wanted = " / ".join(f"{point['wanted']:.2f}" for point in flags[0]["at"])
-    return markdown([f"recall at precision {wanted}", *(f"{s} B" for s in sizes)], rows)
+    wanted = " / ".join(f"{point['wanted']:.2f}" for point in body["flags"][0]["at"])
+    return table_by_size(f"recall at precision {wanted}", cells)
 
 
 def text_table(body: dict[str, Any]) -> list[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -310,35 +311,36 @@ def open_shard(path: Path, array: str | None = None, column: str | None = None) 
     raise InputError(f"{path}: expected a file of type {', '.join(SUFFIXES)}")
 
 
-def open_npz(path: Path, array: str | None) -> Shard:
-    """Open one array of an ``.npz`` archive."""
+@contextmanager
+def opened_npz(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """Open an ``.npz``: yield the archive, and its members by the names of their arrays."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            members = members_of(archive)
-            name = array or (next(iter(members)) if len(members) == 1 else None)
-            if name is None or name not in members:
-                asked = f"no array {name!r}" if name else "several arrays"
-                raise InputError(
-                    f"{path}: {asked}; choose one with --array: {', '.join(members) or 'none here'}"
-                )
-            member = members[name]
-            check_member(member, path.stat().st_size)
-            if member.compress_type == zipfile.ZIP_STORED:
-                with archive.open(member):  # checks the member's own header
-                    return NpyShard(path, member_begin(path, member), member.file_size)
-            if isinstance(path, RemotePath):
-                raise InputError(
-                    f"{path}: compressed, so its rows cannot be read by ranges: fetch it "
-                    "first, or save it with np.savez"
-                )
-            return PackedNpzShard(path, member)
+            yield archive, {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
     except BROKEN_ZIP as error:
         raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
 
 
-def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return the members of an ``.npz`` by the names of their arrays."""
-    return {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+def open_npz(path: Path, array: str | None) -> Shard:
+    """Open one array of an ``.npz`` archive."""
+    with opened_npz(path) as (archive, members):
+        name = array or (next(iter(members)) if len(members) == 1 else None)
+        if name is None or name not in members:
+            asked = f"no array {name!r}" if name else "several arrays"
+            raise InputError(
+                f"{path}: {asked}; choose one with --array: {', '.join(members) or 'none here'}"
+            )
+        member = members[name]
+        check_member(member, path.stat().st_size)
+        if member.compress_type == zipfile.ZIP_STORED:
+            with archive.open(member):  # checks the member's own header
+                return NpyShard(path, member_begin(path, member), member.file_size)
+        if isinstance(path, RemotePath):
+            raise InputError(
+                f"{path}: compressed, so its rows cannot be read by ranges: fetch it "
+                "first, or save it with np.savez"
+            )
+        return PackedNpzShard(path, member)
 
 
 def member_begin(path: Path, member: zipfile.ZipInfo) -> int:
@@ -411,19 +413,15 @@ def load_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, np.nda
     What the headers say is checked before memory is taken.
     """
     arrays = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = members_of(archive)
-            wanted: Iterable[str] = members if names is None else names
-            for name in wanted:
-                member = members[name.removesuffix(".npy")]
-                check_member(member, path.stat().st_size)
-                with archive.open(member) as file:
-                    read_header(file, member.file_size, f"{path}: array {member.filename}")
-                    file.seek(0)
-                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-    except KeyError as error:
-        raise InputError(f"{path}: holds no array {error}") from error
-    except BROKEN_ZIP as error:
-        raise InputError(f"{path}: truncated or not an .npz archive: {error}") from error
+    with opened_npz(path) as (archive, members):
+        wanted: Iterable[str] = members if names is None else names
+        for name in wanted:
+            member = members.get(name.removesuffix(".npy"))
+            if member is None:
+                raise InputError(f"{path}: holds no array {name!r}")
+            check_member(member, path.stat().st_size)
+            with archive.open(member) as file:
+                read_header(file, member.file_size, f"{path}: array {member.filename}")
+                file.seek(0)
+                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
     return arrays

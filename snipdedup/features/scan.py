@@ -43,18 +43,18 @@ class Scan(NamedTuple):
     firsts: np.ndarray
     checksums: list[int]
 
-    def skipped(self, rows: int, frozen: int = 0) -> np.ndarray:
+    def skipped(self, rows: int, reference_rows: int = 0) -> np.ndarray:
         """Return which rows take no part in a search, (rows,) bool.
 
-        Rows below ``frozen`` are not compared with each other. Of the copies of such a row, the
-        first one from ``frozen`` on takes part: its pairs are wanted.
+        The first ``reference_rows`` are not compared with each other. Of the copies of such a row,
+        the first one after them takes part: its pairs are wanted.
         """
         skip = np.zeros(rows, bool)
         skip[self.bad] = True
         for start, stop in plan_blocks(len(self.copies), SORT_ROWS):
             skip[self.copies[start:stop]] = True
-        if frozen:
-            beside = (self.copies >= frozen) & (self.firsts < frozen)
+        if reference_rows:
+            beside = (self.copies >= reference_rows) & (self.firsts < reference_rows)
             first = np.unique(self.firsts[beside], return_index=True)[1]
             skip[self.copies[beside][first]] = False
         return skip

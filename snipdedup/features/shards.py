@@ -43,17 +43,55 @@ def plan_pieces(offsets: np.ndarray, start: int, stop: int) -> Iterator[tuple[in
         yield shard, slice(low - first, high - first), slice(low - start, high - start)
 
 
-class Features:
+class FileRows:
+    """The rows of files, one after another, and the files as they were when they were opened.
+
+    ``offsets``, (files + 1,) int64, are the global row of each file's first row, then the number of
+    rows. Arrays in memory have rows, but no path. ``folders`` are those that were named as input.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], sizes: Sequence[int], folders: Sequence[Path] = ()
+    ) -> None:
+        self._paths, self.folders = list(paths), tuple(folders)
+        self._identities = [identity_of(path) for path in paths]
+        self.offsets = np.cumsum([0, *sizes], dtype=np.int64)
+        self.rows = int(self.offsets[-1])
+
+    def paths(self) -> list[Path]:
+        """Return the paths of the files, in order."""
+        return list(self._paths)
+
+    def inputs(self) -> list[Path]:
+        """Return the folders that were named as input, and the files."""
+        return [*self.folders, *self._paths]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the number of the file that holds a global row, and the row in it."""
+        number = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return number, int(row - self.offsets[number])
+
+    def refuse_changed(self) -> None:
+        """Refuse a file that changed since then with `InputError`: what was read is a mixture."""
+        urls = [path for path in self._paths if isinstance(path, RemotePath)]
+        for url in urls:
+            url.forget_version()
+        map_requests(RemotePath.is_file, urls)
+        for path, before in zip(self._paths, self._identities, strict=True):
+            if not path.is_file() or identity_of(path) != before:
+                raise InputError(f"{path}: changed while it was read; run it again")
+
+
+class Features(FileRows):
     """The rows of one or more shards.
 
-    ``offsets``, (shards + 1,) int64, are the global row of each shard's first row, then the number
-    of rows. ``dtype`` is the widest among the shards; narrower rows are widened, which is exact.
+    ``dtype`` is the widest among the shards; narrower rows are widened, which is exact.
     """
 
     def __init__(self, shards: Sequence[Shard], folders: Sequence[Path] = ()) -> None:
-        self.shards, self.folders = tuple(shards), tuple(folders)
-        self.offsets = np.cumsum([0, *(shard.rows for shard in shards)], dtype=np.int64)
-        self.rows = int(self.offsets[-1])
+        self.shards = tuple(shards)
+        paths = [shard.path for shard in shards if not isinstance(shard, ArrayShard)]
+        super().__init__(paths, [shard.rows for shard in shards], folders)
         if not self.rows:
             names = ", ".join(str(shard.path) for shard in shards[:3])
             raise SnipError(f"no rows at all in {names}; expected at least one feature")
@@ -66,7 +104,6 @@ class Features:
                     f"{self.dim}; shards of one set have one width"
                 )
         self.dtype = np.result_type(*(shard.dtype for shard in filled))
-        self.opened = OpenedFiles(self.paths())
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Return global rows ``start`` to ``stop`` (exclusive): (n, dim) `dtype`.
@@ -120,16 +157,8 @@ class Features:
 
     def place(self, row: int) -> tuple[Path, int]:
         """Return the file and the row in it of a global row, for messages."""
-        shard = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        return self.shards[shard].path, int(row - self.offsets[shard])
-
-    def paths(self) -> list[Path]:
-        """Return the files, in shard order; none for arrays in memory."""
-        return [s.path for s in self.shards if not isinstance(s, ArrayShard)]
-
-    def inputs(self) -> list[Path]:
-        """Return the folders that were named as input, and the files."""
-        return [*self.folders, *self.paths()]
+        shard, own = self.locate(row)
+        return self.shards[shard].path, own
 
     def describe(self) -> list[dict[str, Any]]:
         """Return name, size, rows and dtype of each shard, as manifests hold them."""
@@ -137,27 +166,6 @@ class Features:
             {"name": s.path.name, "size": s.size(), "rows": s.rows, "dtype": str(s.dtype)}
             for s in self.shards
         ]
-
-    def refuse_changed(self) -> None:
-        """Refuse files that changed since they were opened."""
-        self.opened.refuse_changed()
-
-
-class OpenedFiles:
-    """Files as they were when they were opened."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths, self.identities = paths, [identity_of(path) for path in paths]
-
-    def refuse_changed(self) -> None:
-        """Refuse a file that changed since then with `InputError`: what was read is a mixture."""
-        urls = [path for path in self.paths if isinstance(path, RemotePath)]
-        for url in urls:
-            url.forget_version()
-        map_requests(RemotePath.is_file, urls)
-        for path, before in zip(self.paths, self.identities, strict=True):
-            if not path.is_file() or identity_of(path) != before:
-                raise InputError(f"{path}: changed while it was read; run it again")
 
 
 def request_of(features: Features) -> dict[str, Any]:

@@ -8,7 +8,7 @@ folded into one row a class before a rule decides, and unfolded after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -198,6 +198,26 @@ def slices(members: Members) -> Iterator[Members]:
         yield Members(*(np.asarray(column[start:stop]) for column in members))
 
 
+def sorted_by_row(
+    parts: Iterable[tuple[np.ndarray, ...]], kinds: dict[str, str], count: int, rows: int,
+    path: Path | None,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """Return the columns of all parts ordered by the first, ``row``; long ones are mapped.
+
+    ``kinds`` are the columns' dtypes; about ``count`` entries of different rows below ``rows``.
+    """
+    kind = np.dtype(list({**kinds, "row": row_kind(rows)}.items()))
+    spread = Spread(count, 0, rows)
+    sorter = Sorter(path, kind, lambda r: r["row"].astype(np.uint64), spread=spread)
+    for part in parts:
+        sorter.add(pack(kind, *part))
+    columns = Columns(path and path.with_name(f"{path.name}-rows"), kinds)
+    for records in sorter.ascending():
+        order = np.argsort(records["row"])
+        columns.add(*(records[name][order] for name in kinds))
+    return columns.arrays()
+
+
 def no_members() -> Members:
     """Return no rows."""
     return Members(*(np.empty(0, kind) for kind in (*[np.int64] * 3, np.float32, bool)))
@@ -222,6 +242,14 @@ def group_starts(group: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], cuts, [len(group)]]).astype(np.int64)
 
 
+def replace_rows(rows: np.ndarray, known: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return rows with each that is among the ascending ``known`` replaced by its other, (n,)."""
+    if not len(known):
+        return rows
+    place = np.minimum(np.searchsorted(known, rows), len(known) - 1)
+    return np.where(known[place] == rows, others[place], rows)
+
+
 class Copies:
     """Classes of rows that are equal bit for bit, each with its keeper: the first in keep order.
 
@@ -241,24 +269,18 @@ class Copies:
 
     def fold(self, forest: Edges) -> Edges:
         """Return edges over originals as edges over keepers."""
-        return make_edges(self._keeper_of(forest.a), self._keeper_of(forest.b), forest.similarity)
+        a, b = (replace_rows(end, self.original, self.keeper) for end in forest[:2])
+        return make_edges(a, b, forest.similarity)
 
     def fold_nearest(self, nearest: Nearest) -> Nearest:
         """Return nearest reference rows of originals as those of keepers."""
-        row = self._keeper_of(nearest.row)
+        row = replace_rows(nearest.row, self.original, self.keeper)
         order = np.argsort(row)
         return Nearest(row[order], nearest.reference[order], nearest.similarity[order])
 
-    def _keeper_of(self, rows: np.ndarray) -> np.ndarray:
-        if not len(self.original):
-            return rows
-        place = np.minimum(np.searchsorted(self.original, rows), len(self.original) - 1)
-        return np.where(self.original[place] == rows, self.keeper[place], rows)
-
     def unfold(self, members: Members) -> Members:
         """Add the folded rows: a copy is removed because of its keeper, or of what removes that."""
-        rows = np.append(np.sort(members.row), np.iinfo(np.int64).max)
-        lone = self.keeper[rows[np.searchsorted(rows, self.keeper)] != self.keeper]
+        lone = self.keeper[~np.isin(self.keeper, members.row)]
         ones = np.ones(len(lone), np.float32)
         keepers = concatenate(members, Members(lone, lone, lone, ones, np.zeros(len(lone), bool)))
         by_row = np.argsort(keepers.row)

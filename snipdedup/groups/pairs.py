@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.members import Nearest, group_starts
+from snipdedup.groups.members import Nearest, group_starts, sorted_by_row
 from snipdedup.groups.star import Also
 from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import (
@@ -200,7 +200,7 @@ def nearest_within(
         for row, label in mixed_groups(labels, reference_rows, folder):
             yield from ordered_map(find, plan_mixed(row, label, reference_rows), threads)
 
-    return by_row(parts(), features.rows - reference_rows, folder and folder / "nearest")
+    return nearest_by_row(parts(), features.rows - reference_rows, folder and folder / "nearest")
 
 
 def nearest_of(edges: Edges) -> Edges:
@@ -256,18 +256,10 @@ def mixed_groups(
         yield row[order], label[order]
 
 
-def by_row(parts: Iterable[Nearest], rows: int, path: Path | None) -> Nearest:
+def nearest_by_row(parts: Iterable[Nearest], rows: int, path: Path | None) -> Nearest:
     """Return the entries of all parts ordered by row, each of another row; many are mapped."""
     kinds = {"row": "<i8", "reference": "<i8", "similarity": "<f4"}
-    kind = np.dtype(list({**kinds, "row": row_kind(rows)}.items()))
-    sorter = Sorter(path, kind, lambda r: r["row"].astype(np.uint64), spread=Spread(rows, 0, rows))
-    for part in parts:
-        sorter.add(pack(kind, *part))
-    columns = Columns(path and path.with_name(f"{path.name}-rows"), kinds)
-    for records in sorter.ascending():
-        order = np.argsort(records["row"])
-        columns.add(*(records[name][order] for name in kinds))
-    return Nearest(*columns.arrays())
+    return Nearest(*sorted_by_row(parts, kinds, rows, rows, path))
 
 
 def with_copies(
@@ -287,4 +279,4 @@ def with_copies(
                 copies[start:stop][at], nearest.reference[place], nearest.similarity[place]
             )
 
-    return by_row(parts(), rows, path)
+    return nearest_by_row(parts(), rows, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ GROUP_KINDS = {
 
 @dataclass(frozen=True)
 class DiffResult:
-    """What ``snip diff`` found; ``str()`` is a text, or JSON if ``as_json``.
+    """What ``snip diff`` found; ``str()`` is a text.
 
     ``differences`` has ``runs``, ``settings``, ``counts``: pairs of values; ``newly_removed``,
     ``newly_staying``, ``other_representative``: rows and examples; ``split``, ``merged``: groups
@@ -41,12 +40,9 @@ class DiffResult:
     """
 
     differences: dict[str, Any]
-    as_json: bool = False
 
     def __str__(self) -> str:
         found = self.differences
-        if self.as_json:
-            return json.dumps(found, indent=2, ensure_ascii=False)
         lines = [f"1: {found['runs'][0]}", f"2: {found['runs'][1]}", ""]
         for name, pair in {**found["settings"], **found["counts"]}.items():
             one, other = (f"{value:,}" if isinstance(value, int) else str(value) for value in pair)
@@ -62,6 +58,10 @@ class DiffResult:
             ]
         return "\n".join(lines)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the differences."""
+        return self.differences
+
 
 def run(options: Diff) -> DiffResult:
     """Run ``snip diff``."""
@@ -69,7 +69,7 @@ def run(options: Diff) -> DiffResult:
     with as_written(folders[0]), as_written(folders[1]):
         manifests = [read_manifest(folder, KIND) for folder in folders]
         refuse_other_rows(folders, manifests)
-        return DiffResult(compare(folders, manifests, options.n), options.json)
+        return DiffResult(compare(folders, manifests, options.n))
 
 
 def refuse_other_rows(folders: list[Path], manifests: list[dict[str, Any]]) -> None:
@@ -154,15 +154,14 @@ def regrouped(one: Members, other: Members) -> list[dict[str, int]]:
     """
     if not len(one.row):
         return []
-    at = np.minimum(np.searchsorted(other.row, one.row), max(len(other.row) - 1, 0))
+    _, i, j = np.intersect1d(one.row, other.row, assume_unique=True, return_indices=True)
     label = one.row.copy()
-    if len(other.row):
-        here = other.row[at] == one.row
-        label[here] = other.group[at[here]]
+    label[i] = other.group[j]
     order = np.lexsort((label, one.group))
     group, label = one.group[order], label[order]
     starts = group_starts(group)
-    new = np.append(True, (group[1:] != group[:-1]) | (label[1:] != label[:-1]))
+    new = np.append(True, np.diff(label) != 0)
+    new[starts[:-1]] = True
     parts = np.add.reduceat(new.astype(np.int64), starts[:-1])
     sizes = np.diff(starts)
     torn = np.flatnonzero(parts > 1)

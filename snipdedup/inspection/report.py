@@ -13,34 +13,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from snipdedup.config import Report
+from snipdedup.deduplication import read_out
 from snipdedup.deduplication.inputs import KIND, named_paths
-from snipdedup.deduplication.read_out import (
-    KEEPS,
-    Curve,
-    Run,
-    Survey,
-    read_curve,
-    read_keys,
-    read_partners,
-    survey_groups,
-)
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members
-from snipdedup.inspection import charts, thumbnails
-from snipdedup.inspection.display import (
-    TEMPLATES,
-    page_text,
-    places_of,
-    render_page,
-    require,
-    safe_link,
-    shard_offsets,
-)
+from snipdedup.inspection import display, thumbnails
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
@@ -50,7 +31,6 @@ NAME = "report.html"
 GENERATOR = '<meta name="generator" content="snip report">'
 PICTURED = '<meta name="snip-pictures"'  # stands in a page that has some
 HEAD = 2048  # bytes in which a report says that it is one
-CAPTION, KEY = 240, 80  # characters shown
 SHARDS = 400  # lines of the table at the most
 LISTED = 6  # entries of the manifest's lists as shown
 
@@ -90,7 +70,7 @@ class ReportResult:
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the page shows it: its texts are cut, and empty where unknown."""
+    """What the page shows of one row; texts are empty where unknown."""
 
     row: int
     shard: str
@@ -98,19 +78,16 @@ class Row:
     removed: bool
     key: str
     caption: str
-    caption_length: int  # of the whole caption
     url: str
-    link: str  # the url if it is safe to follow
-    host: str  # what the link names
     picture: str  # a ``data:`` URL of a thumbnail
 
 
 def run(options: Report) -> ReportResult:
     """Run ``snip report``."""
-    require("jinja2", "a report")
+    display.require("jinja2", "a report")
     pictured = options.images is not None or options.image_column is not None
     if pictured:
-        require("PIL", "a page with pictures (--images, --image_column)")
+        display.require("PIL", "a page with pictures (--images, --image_column)")
     out = Path(options.out).expanduser()
     with as_written(out):
         manifest = read_manifest(out, KIND)
@@ -150,20 +127,20 @@ def make_page(
 ) -> tuple[str, PictureCounts]:
     """Read OUT; return the page, and the pictures in it."""
     settings, counts, shards = manifest["settings"], manifest["counts"], manifest["shards"]
-    offsets, groups = shard_offsets(shards), out / "groups.parquet"
-    done = Run(settings["threshold"], settings["keep"], settings["seed"] or 0, offsets)
-    survey = survey_groups(groups, done, options.seed)
+    offsets, groups = display.shard_offsets(shards), out / "groups.parquet"
+    done = read_out.Run(settings["threshold"], settings["keep"], settings["seed"] or 0, offsets)
+    survey = read_out.survey_groups(groups, done, options.seed)
     curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
-        curve = read_curve(out / "forest.parquet", int(offsets[-1]), settings["threshold"])
+        curve = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), settings["threshold"])
     asked = options.asked()
     if asked and asked[-1] >= offsets[-1]:
         raise SnipError(
             f"--rows names row {asked[-1]:,}, the set has rows 0 to {offsets[-1] - 1:,}"
         )
-    partners = read_partners(groups, np.array(asked, np.int64))
+    partners = read_out.read_partners(groups, np.array(asked, np.int64))
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
-    keys, is_dup = read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
+    keys, is_dup = read_out.read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
     pictures, found = find_pictures(shown, keys, texts, options)
     rows = describe_shown(shown, shards, is_dup, keys, texts, pictures)
 
@@ -173,9 +150,9 @@ def make_page(
         others = [(rows[row], rows.get(other, ~other)) for row, other in both]
         return [(*pair, float(c)) for pair, c in zip(others, members.similarity, strict=True)]
 
-    page = render_page(
+    page = display.render_page(
         "report.html.j2",
-        (TEMPLATES / "report.js").read_text("utf-8"),
+        (display.TEMPLATES / "report.js").read_text("utf-8"),
         generator=GENERATOR,
         pictured=PICTURED,
         title=out.resolve().name,
@@ -205,14 +182,14 @@ def make_page(
                 survey.spared.row.tolist(), survey.spared_by.tolist(), strict=True
             )
         ],
-        known_keep=settings["keep"] in KEEPS,
+        known_keep=settings["keep"] in read_out.KEEPS,
         shards=shard_section(shards, offsets, is_dup, survey.foreign.tolist()),
         manifest=json.dumps(shortened(manifest), indent=2, ensure_ascii=False),
     )
     return page, found
 
 
-def shown_rows(survey: Survey, more: list[int]) -> np.ndarray:
+def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
     """Return all rows that the page shows and some more, ascending, without those of references."""
     samples = [band.shown for band in (*survey.bands, survey.below)]
     samples += [group.shown for group in survey.largest] + [survey.spared]
@@ -232,23 +209,18 @@ def describe_shown(
     """Return what is known of the rows that are shown."""
     captions = texts.read(texts.find(wanted=CAPTIONS), shown)
     urls = texts.read(texts.find(wanted=URLS), shown)
-    rows = {}
-    for row, place in places_of(shards, shown.tolist()).items():
-        caption, url = captions.get(row, ""), urls.get(row, "")
-        link = safe_link(url)
-        rows[row] = Row(
+    return {
+        row: Row(
             row=row,
             **place,
             removed=bool(is_dup[row]),
-            key=page_text(keys.get(row, ""), KEY),
-            caption=page_text(caption, CAPTION),
-            caption_length=len(caption),
-            url=page_text(url, CAPTION),
-            link=link,
-            host=(urlsplit(link).hostname or "") if link else "",
+            key=keys.get(row, ""),
+            caption=captions.get(row, ""),
+            url=urls.get(row, ""),
             picture=pictures.get(row, ""),
         )
-    return rows
+        for row, place in display.places_of(shards, shown.tolist()).items()
+    }
 
 
 def find_pictures(
@@ -276,18 +248,18 @@ def find_pictures(
     )
 
 
-def curve_section(curve: Curve, counts: dict[str, int]) -> dict[str, Any]:
+def curve_section(curve: read_out.Curve, counts: dict[str, int]) -> dict[str, Any]:
     """Return the slider's figures and chart."""
     kept = counts["rows"] - curve.removed
     thresholds = np.array([float(text) for text in curve.thresholds])
-    scale = charts.kept_scale(np.append(kept, counts["kept"]), counts["rows"])
+    scale = display.kept_scale(np.append(kept, counts["kept"]), counts["rows"])
     words = (
         f"Kept rows, by threshold: {kept[0]:,} at {curve.thresholds[0]}, rising to "
         f"{kept[-1]:,} at {curve.thresholds[-1]}"
     )
     removed, groups = curve.removed.tolist(), curve.groups.tolist()
     return {
-        "svg": charts.curve_chart(thresholds, kept, counts["rows"], counts["kept"], words),
+        "svg": display.curve_chart(thresholds, kept, counts["rows"], counts["kept"], words),
         "lines": list(zip(curve.thresholds, removed, kept.tolist(), groups, strict=True)),
         "data": {
             "thresholds": curve.thresholds,
@@ -299,32 +271,35 @@ def curve_section(curve: Curve, counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def histograms(survey: Survey, path: Path) -> dict[str, str]:
+def histograms(survey: read_out.Survey, path: Path) -> dict[str, str]:
     """Return the charts of cosines, and of group sizes and dup_count from ``histogram.parquet``."""
     table = stream_parquet(path).read()
     of = np.array(table["of"].to_pylist(), object)
     value, count = table["value"].to_numpy(), table["count"].to_numpy()
     in_groups, stand = ((of == name) & (value > 0) for name in ("group_size", "dup_count"))
+    similarity, sizes, copies = (
+        display.similarity_bars(survey.edges, survey.similarities),
+        display.size_bars(value[in_groups], count[in_groups]),
+        display.size_bars(value[stand], count[stand]),
+    )
+    about_cosines = (
+        "Removed rows by cosine with their representatives: "
+        f"{similarity.counts.sum():,} rows, {similarity.counts[-1]:,} of them exactly 1"
+    )
+    about_sizes = (
+        f"Groups by number of rows: {sizes.counts.sum():,} groups, from 2 to "
+        f"{value[in_groups].max(initial=2):,} rows"
+    )
+    about_copies = (
+        f"Kept rows by dup_count: {copies.counts.sum():,} stand for others, at most for "
+        f"{value[stand].max(initial=0):,}"
+    )
     return {
-        "similarity": charts.bar_chart(
-            charts.similarity_bars(survey.edges, survey.similarities),
-            "cosine with the representative",
-            "Removed rows by cosine with their representatives: "
-            f"{int(survey.similarities.sum()):,} rows, {int(survey.similarities[-1]):,} of them "
-            "exactly 1",
+        "similarity": display.bar_chart(
+            similarity, "cosine with the representative", about_cosines
         ),
-        "sizes": charts.bar_chart(
-            charts.size_bars(value[in_groups], count[in_groups]),
-            "rows in the group",
-            f"Groups by number of rows: {int(count[in_groups].sum()):,} groups, from 2 to "
-            f"{int(value[in_groups].max(initial=2)):,} rows",
-        ),
-        "copies": charts.bar_chart(
-            charts.size_bars(value[stand], count[stand]),
-            "rows removed for it (dup_count)",
-            f"Kept rows by dup_count: {int(count[stand].sum()):,} stand for others, at most for "
-            f"{int(value[stand].max(initial=0)):,}",
-        ),
+        "sizes": display.bar_chart(sizes, "rows in the group", about_sizes),
+        "copies": display.bar_chart(copies, "rows removed for it (dup_count)", about_copies),
     }
 
 

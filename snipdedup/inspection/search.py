@@ -8,7 +8,6 @@ they can be read. A text becomes a vector by the CLIP model that made the featur
 from __future__ import annotations
 
 import dataclasses
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,7 @@ from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
 from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
 from snipdedup.index.search import MappedLists
-from snipdedup.inspection.display import (
-    page_text,
-    places_of,
-    render_page,
-    require,
-    safe_link,
-    terminal_text,
-)
+from snipdedup.inspection.display import places_of, render_page, require, terminal_text
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import read_manifest, refuse_output_file
 
@@ -39,7 +31,6 @@ VECTORS = (".npy", ".npz")
 MODEL = "ViT-B-32/laion2b_s34b_b79k"  # an example
 TEXTS = ("key", "url", "caption")
 TABLE_WIDTH = 60  # characters of a caption or url in the table
-PAGE_WIDTHS = {"key": 120, "caption": 600, "url": 600, "query": 200}
 
 
 @dataclass
@@ -60,18 +51,6 @@ class Neighbour:
         score = values.pop("score")
         return values if score is None else {**values, measure: score}
 
-    def tile(self) -> dict[str, str]:
-        """Return the row as the page shows it: texts cut, and a link only where it is safe."""
-        texts = {name: page_text(getattr(self, name) or "", PAGE_WIDTHS[name]) for name in TEXTS}
-        return {
-            **texts,
-            "row": f"{self.row:,}",
-            "shard": self.shard,
-            "shard_row": f"{self.shard_row:,}",
-            "link": safe_link(self.url or ""),
-            "score": "" if self.score is None else f"{self.score:.4f}",
-        }
-
 
 @dataclass
 class Answer:
@@ -81,23 +60,16 @@ class Answer:
     row: Neighbour | None
     neighbours: list[Neighbour]
 
-    def tiles(self) -> dict[str, Any]:
-        """Return the answer as the page shows it."""
-        row = self.row.tile() if self.row else None
-        query = page_text(self.query, PAGE_WIDTHS["query"])
-        return {"query": query, "row": row, "neighbours": [n.tile() for n in self.neighbours]}
-
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What ``snip search`` found, an answer for each query; ``str()`` is a table, or JSON."""
+    """What ``snip search`` found, an answer for each query; ``str()`` is a table."""
 
     measure: str  # ``cosine`` or ``adc_distance``
     of: str  # what was compared: ``features``, ``descriptors`` or ``codes``
     note: str  # why it was not the features; empty if it was
     answers: list[Answer]
     page: Path | None = None  # the page that was written
-    as_json: bool = False
 
     @property
     def how(self) -> str:
@@ -105,7 +77,7 @@ class SearchResult:
         what = "cosine" if self.measure == COSINE else "squared distance"
         return f"{what} of the {self.of}" + (f": {self.note}" if self.note else "")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         queries = [
             {
@@ -118,8 +90,6 @@ class SearchResult:
         return {"measure": self.measure, "of": self.of, "note": self.note, "queries": queries}
 
     def __str__(self) -> str:
-        if self.as_json:
-            return json.dumps(self.as_dict(), indent=2)
         lines = []
         for answer in self.answers:
             lines.append(terminal_text(answer.query))
@@ -165,10 +135,9 @@ def run(options: Search) -> SearchResult:
     result = search(index, features, of, why, options)
     if metadata is not None:
         add_texts(result, metadata)
-    result = dataclasses.replace(result, page=page, as_json=options.json)
+    result = dataclasses.replace(result, page=page)
     if page is not None:
-        name, answers = index.folder.name, [answer.tiles() for answer in result.answers]
-        text = render_page("search.html.j2", index=name, how=result.how, answers=answers)
+        text = render_page("search.html.j2", index=index.folder.name, result=result)
         with replacing(page) as part:
             part.write_text(text, encoding="utf-8")
     return result

@@ -5,7 +5,6 @@ Groups are read some at a time, and of each batch only the best rows are held.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,7 +31,7 @@ CAPTION_WIDTH, URL_WIDTH = 48, 80
 
 @dataclass(frozen=True)
 class TopResult:
-    """What ``snip top`` found; ``str()`` is a table, or JSON if ``as_json``.
+    """What ``snip top`` found; ``str()`` is a table.
 
     ``entries`` are rows by how many removed rows they represent, most first: ``row``,
     ``dup_count``, ``similarity_mean``, ``similarity_lowest``, ``chains``, ``group``,
@@ -41,11 +40,8 @@ class TopResult:
 
     entries: list[dict[str, Any]]
     prompts: Path | None = None  # the file of captions that was written
-    as_json: bool = False
 
     def __str__(self) -> str:
-        if self.as_json:
-            return json.dumps(self.entries, indent=2, ensure_ascii=False)
         if not self.entries:
             return "no row stands for another one"
         lines = ["       row  dup_count    mean  lowest  chains  key, most frequent caption, url"]
@@ -68,6 +64,10 @@ class TopResult:
         if self.prompts is not None:
             lines.append(f"captions written to {self.prompts}")
         return "\n".join(lines)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Return the entries."""
+        return self.entries
 
 
 class Ranking(NamedTuple):
@@ -110,7 +110,7 @@ def run(options: Top) -> TopResult:
             with replacing(target) as part:
                 text = "".join(f"{terminal_text(caption)}\n" for caption in captions)
                 part.write_text(text, encoding="utf-8")
-    return TopResult(entries, target, options.json)
+    return TopResult(entries, target)
 
 
 def rank_rows(path: Path, n: int, threshold: float) -> Ranking:

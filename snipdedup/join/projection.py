@@ -52,7 +52,7 @@ MOMENT_ROWS = 1 << 10  # whose products are added up at a time: of int8, below 2
 STEPS = (2, 2)  # of the search for main directions, before each time they are made orthonormal
 MOMENT_LENGTH = 360  # of a row: of 2^15 rows, sums of squares are below 2^33
 DEPENDENT = 1e-12  # what is left of a direction, measured by its length before, is rounding
-SQUARINGS = 12
+HAIR_BITS = 12  # of a singular value, that are kept
 
 
 class Codes(NamedTuple):
@@ -358,20 +358,12 @@ def orthonormal(columns: np.ndarray) -> np.ndarray:
 
 
 def largest_singular(matrix: np.ndarray) -> float:
-    """Return a bound of the largest singular value of integers, (d, w) int8, a hair above it.
+    """Return the largest singular value of integers, (d, w) int8, rounded up by a hair.
 
-    The largest eigenvalue of a positive matrix is at most its trace; of its square, the root of
-    that one's, and so on. Of the 2^`SQUARINGS`th power that leaves the root of as many of w.
+    By more than a library's last bits, so that these do not show.
     """
     values = matrix.astype(np.float64)
-    power = exact_product(np.ascontiguousarray(values.T), values, whole=True)
-    traces = [float(row_sums(np.diagonal(power).copy()))]
-    for _ in range(SQUARINGS):
-        power = in_steps(power / max(traces[-1], 1e-300), 2.0**26)
-        power = exact_product(power, power)
-        traces.append(float(row_sums(np.diagonal(power).copy())))
-    bound = 1.0
-    for trace in reversed(traces[1:]):
-        bound = float(np.sqrt(trace * bound))
-    rounding = 1 + matrix.shape[1] ** 2 / 2**25
-    return float(np.sqrt(max(1.0, traces[0] * bound * rounding)))
+    gram = exact_product(np.ascontiguousarray(values.T), values, whole=True)
+    root = max(1.0, float(np.linalg.eigvalsh(gram)[-1])) ** 0.5
+    step = 2.0 ** (np.floor(np.log2(root)) - HAIR_BITS)
+    return float((np.floor(root / step) + 1) * step)

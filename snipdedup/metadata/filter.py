@@ -17,7 +17,7 @@ from snipdedup import progress
 from snipdedup.commands import named_kinds
 from snipdedup.config import EXPORTS, Filter
 from snipdedup.errors import InputError, SnipError, UsageError
-from snipdedup.features.shards import Features, open_features, request_of
+from snipdedup.features.shards import Features, FileRows, open_features, request_of
 from snipdedup.metadata import kept_rows
 from snipdedup.metadata.join_by_key import KeyJoin, check_removed_keys, plan_key_join
 from snipdedup.metadata.masks import Mask, describe_kept, file_version, open_mask, place_metadata
@@ -135,10 +135,10 @@ def filter_rows(
         atomic.save_npy(lists[-1], is_dup)
     body["files"], written = write_rows(chosen, is_dup, work)
     try:
-        opened = [mask.opened, metadata.opened, *([join.known.opened] if join else [])]
-        for read in [*opened, *(features.opened for features in chosen.features.values())]:
-            if read is not None:
-                read.refuse_changed()
+        read: list[FileRows | None] = [mask.opened, metadata, *chosen.features.values()]
+        for files in [*read, join.known if join else None]:
+            if files is not None:
+                files.refuse_changed()
     except InputError:
         out_folder.release(out)
         raise

@@ -152,7 +152,7 @@ class KeyJoin:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as out:
                 for start, stop in blocks or [(0, 1)]:  # an empty file cannot be mapped
-                    out.write(bytes([UNMATCHED]) * (stop - start))  # as rows without a key stay
+                    out.write(bytes([UNMATCHED]) * (stop - start))  # until decided
         states = np.memmap(path, np.uint8, "r+")[:count]
         with progress.bar(sorter.count, "join", "rows") as bar:
             for records in sorter.ascending():

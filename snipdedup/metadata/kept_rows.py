@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from snipdedup import progress
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.features.formats import BROKEN_ZIP, Shard, members_of, open_shard
+from snipdedup.features.formats import Shard, open_shard, opened_npz
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.join_by_key import fingerprints, number_equal
 from snipdedup.metadata.tables import KEY_COLUMNS, ColumnUse, Metadata, Table, as_texts
@@ -35,8 +35,6 @@ FEATURE_ROWS = 16_384  # rows of features in memory at a time
 UID = np.dtype("u8,u8")  # the type that DataComp's resharder reads
 UID_TEXT = re.compile("[0-9a-fA-F]{32}")
 NAMED_ROW = np.dtype([("high", "u8"), ("low", "u8"), ("row", "<i8"), ("is_dup", "?")])
-
-Numbers = Callable[[Metadata, Table, int, Any, np.ndarray], np.ndarray]
 
 
 class AddedColumn(Protocol):
@@ -152,12 +150,8 @@ def feature_arrays(path: Path) -> dict[str, Shard]:
     """Open a file of features; return the arrays of an ``.npz`` by name, else the one array."""
     if path.suffix.lower() != ".npz":
         return {"": open_shard(path)}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = list(members_of(archive))
-    except BROKEN_ZIP as error:
-        raise SnipError(f"{path}: truncated or not an .npz archive: {error}") from error
-    return {name: open_shard(path, name) for name in names}
+    with opened_npz(path) as (_, members):
+        return {name: open_shard(path, name) for name in members}
 
 
 def feature_rows(path: Path) -> int:
@@ -223,18 +217,17 @@ def list_columns(kinds: list[str], metadata: Metadata | None, key: str | None) -
 
 def list_uses(columns: dict[str, str], metadata: Metadata) -> list[ColumnUse]:
     """Return what columns, from `list_columns`, are read for."""
+    remedies = {
+        DATACOMP: "leave datacomp out of --export",
+        KEYS: "name another column with --key, or leave keys out of --export",
+    }
 
-    def convert(numbers: Numbers, file: Table, first: int, batch: Any) -> None:
+    def convert(kind: str, file: Table, first: int, batch: Any) -> None:
         removed = np.ones(batch.num_rows, bool)  # which rows need a key is not known yet
-        numbers(metadata, file, first, batch, removed)
+        _name_numbers(kind, metadata, file, first, batch, removed)
         as_texts(file, batch.schema.names[0], batch.column(0))
 
-    another = "name another column with --key, or leave keys out of --export"
-    uses = {
-        DATACOMP: (partial(convert, uid_numbers), "leave datacomp out of --export"),
-        KEYS: (partial(convert, key_numbers), another),
-    }
-    return [ColumnUse([column], *uses[kind]) for kind, column in columns.items()]
+    return [ColumnUse([c], partial(convert, kind), remedies[kind]) for kind, c in columns.items()]
 
 
 def write_lists(
@@ -246,13 +239,13 @@ def write_lists(
     """
     paths = []
     if DATACOMP in columns:
-        parts = _kept_names(metadata, columns[DATACOMP], uid_numbers, is_dup, work)
+        parts = _kept_names(metadata, columns[DATACOMP], DATACOMP, is_dup, work)
         paths.append(out / "datacomp.npy")
         with atomic.writing_npy(paths[-1], UID, (count_kept(is_dup),)) as file:
             for names in parts:
                 np.sort(pack(UID, names["high"], names["low"])).tofile(file)
     if KEYS in columns:
-        for _ in _kept_names(metadata, columns[KEYS], key_numbers, is_dup, work):
+        for _ in _kept_names(metadata, columns[KEYS], KEYS, is_dup, work):
             pass  # refused before anything is written
         paths.append(out / "keys.txt")
         _write_keys(paths[-1], metadata, columns[KEYS], is_dup)
@@ -260,7 +253,7 @@ def write_lists(
 
 
 def _kept_names(
-    metadata: Metadata, column: str, numbers: Numbers, is_dup: np.ndarray, work: Path
+    metadata: Metadata, column: str, kind: str, is_dup: np.ndarray, work: Path
 ) -> Iterator[np.ndarray]:
     """Yield the names of the kept rows as `NAMED_ROW`, in parts whose ``high`` ascends.
 
@@ -271,7 +264,8 @@ def _kept_names(
     for file, first, batch in metadata.read([column]):
         rows = np.arange(first, first + batch.num_rows)
         removed = np.asarray(is_dup[first : first + batch.num_rows])
-        sorter.add(pack(NAMED_ROW, *numbers(metadata, file, first, batch, removed), rows, removed))
+        names = _name_numbers(kind, metadata, file, first, batch, removed)
+        sorter.add(pack(NAMED_ROW, *names, rows, removed))
     for records in sorter.ascending():
         name = number_equal(records["high"], records["low"])
         removed, count = np.bincount(name, weights=records["is_dup"]), np.bincount(name)
@@ -290,26 +284,22 @@ def _kept_names(
         yield records[~records["is_dup"]]
 
 
-def uid_numbers(
-    metadata: Metadata, file: Table, first: int, batch: Any, is_dup: np.ndarray
+def _name_numbers(
+    kind: str, metadata: Metadata, file: Table, first: int, batch: Any, removed: np.ndarray
 ) -> np.ndarray:
-    """Return uids as numbers, (2, n) uint64: the first 16 hexadecimal digits and the last 16."""
-    del is_dup  # wrong uids are not DataComp's, whichever rows are kept
-    uids = as_texts(file, batch.schema.names[0], batch.column(0)).to_pylist()
-    for row, uid in enumerate(uids, first):
-        if not UID_TEXT.fullmatch(uid or ""):
-            raise SnipError(
-                f"{metadata.place(row)}: uid {uid!r}, expected 32 hexadecimal digits, as DataComp's"
-            )
-    return np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype(np.uint64).reshape(-1, 2).T
+    """Return names as numbers, (2, n) uint64: the halves of uids, the fingerprints of keys.
 
-
-def key_numbers(
-    metadata: Metadata, file: Table, first: int, batch: Any, is_dup: np.ndarray
-) -> np.ndarray:
-    """Return keys' fingerprints, (2, n) uint64; refuse kept rows that have no key."""
+    What is no uid of DataComp's is refused, whichever rows are kept; and kept rows without a key.
+    """
+    if kind == DATACOMP:
+        uids = as_texts(file, batch.schema.names[0], batch.column(0)).to_pylist()
+        for row, uid in enumerate(uids, first):
+            if not UID_TEXT.fullmatch(uid or ""):
+                found = f"{metadata.place(row)}: uid {uid!r}"
+                raise SnipError(f"{found}, expected 32 hexadecimal digits, as DataComp's")
+        return np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype(np.uint64).reshape(-1, 2).T
     prints, known = fingerprints(file, batch)
-    nameless = np.flatnonzero(~known & ~is_dup)
+    nameless = np.flatnonzero(~known & ~removed)
     if len(nameless):
         raise SnipError(
             f"{metadata.place(first + int(nameless[0]))}: no {batch.schema.names[0]}, so no list "

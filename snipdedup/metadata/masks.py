@@ -15,7 +15,7 @@ import numpy as np
 
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import map_npy
-from snipdedup.features.shards import OpenedFiles
+from snipdedup.features.shards import FileRows
 from snipdedup.metadata.tables import Metadata
 from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest
@@ -46,7 +46,7 @@ class Mask(NamedTuple):
     path: Path
     is_dup: np.ndarray
     sizes: np.ndarray | None
-    opened: OpenedFiles | None = None
+    opened: FileRows | None = None
     other_sizes: np.ndarray | None = None
 
     @property
@@ -78,7 +78,7 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
     if path.is_dir():
         read_manifest(path, "dedup")
         path = path / MASK
-    opened = OpenedFiles([path] if path.is_file() else [])
+    opened = FileRows([path] if path.is_file() else [], [])
     is_dup = load_mask(path)
     with as_written(path.parent):
         sizes = _manifest_sizes(path, len(is_dup))

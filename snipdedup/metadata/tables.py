@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import Features, OpenedFiles, natural_sort
+from snipdedup.features.shards import Features, FileRows, natural_sort
 from snipdedup.storage.listing import find_files
 from snipdedup.storage.remote import RemotePath, arrow_source, is_remote, map_requests
 
@@ -175,20 +175,16 @@ def _explain_csv(path: Path) -> Iterator[None]:
         raise SnipError(f"{path}: not a CSV with one kind of row: {error}") from error
 
 
-class Metadata:
+class Metadata(FileRows):
     """The rows of one or more metadata files with the same columns, in any order and type.
 
-    ``offsets`` (files + 1,) int64 are the rows at which files begin, and the number of all rows;
     ``schema`` and ``columns``, their names, are the first file's.
     """
 
     def __init__(self, files: Sequence[Table], folders: Sequence[Path] = ()) -> None:
-        self.files, self.folders = tuple(files), tuple(folders)
-        self.offsets = np.cumsum([0, *(file.rows for file in files)], dtype=np.int64)
-        self.rows = int(self.offsets[-1])
-        self.schema = files[0].schema
+        self.files, self.schema = tuple(files), files[0].schema
         self.columns: list[str] = list(self.schema.names)
-        self.opened = OpenedFiles(self.paths())
+        super().__init__([file.path for file in files], [file.rows for file in files], folders)
         for file in files[1:]:
             different = sorted(set(file.schema.names) ^ set(self.columns))
             if different:
@@ -197,22 +193,10 @@ class Metadata:
                     f"{', '.join(different)}; files of one set have the same columns"
                 )
 
-    def paths(self) -> list[Path]:
-        """Return the files' paths, in order."""
-        return [file.path for file in self.files]
-
-    def inputs(self) -> list[Path]:
-        """Return the folders that were named as input, and the files."""
-        return [*self.folders, *self.paths()]
-
     def describe(self) -> str:
         """Return the files as a message names them."""
         first, more = self.files[0].path, len(self.files) - 1
         return f"{first} and {more} more" if more else str(first)
-
-    def refuse_changed(self) -> None:
-        """Refuse files that changed since they were opened."""
-        self.opened.refuse_changed()
 
     def column(self, asked: str | None = None, wanted: Sequence[str] = KEY_COLUMNS) -> str | None:
         """Return the exact name of a column; names are found in any case.
@@ -295,8 +279,8 @@ class Metadata:
 
     def place(self, row: int) -> str:
         """Return the file and the row in it of a global row, for messages."""
-        number = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        return f"{self.files[number].path} row {row - int(self.offsets[number]):,}"
+        number, own = self.locate(row)
+        return f"{self.files[number].path} row {own:,}"
 
     def take(self, column: str, rows: np.ndarray) -> Any:
         """Return a column's values at ascending global rows, as a chunked array of strings."""

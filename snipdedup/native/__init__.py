@@ -29,6 +29,11 @@ def names() -> list[str]:
     return [*(_kernels.names() if _kernels is not None else []), "numpy"]
 
 
+def is_built() -> bool:
+    """Tell whether the compiled kernels are there."""
+    return _kernels is not None
+
+
 def used() -> str:
     """Return the name of the kernels in use."""
     return str(_module.used())

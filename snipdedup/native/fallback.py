@@ -1,4 +1,4 @@
-"""What the compiled kernels compute, by numpy, bit for bit: for machines without a compiler.
+"""What the compiled kernels compute, by numpy and torch, bit for bit: without a compiler.
 
 Products of codes are integers below 2^24 wherever codes have at most 1,024 coordinates, so float32
 products of BLAS are exact, in whatever order it adds. Float sums that a result shows are made in
@@ -7,10 +7,13 @@ one order, by `row_sums`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 EXACT_WIDTH = 1 << 10  # products of so many int8 values are below 2^24
-BLOCK = 256  # rows computed at a time
+BLOCK = 1024  # rows computed at a time
+DOT_ROWS = 1 << 12  # codes multiplied row by row at a time
 BLOCK_EDGES = 1 << 16  # edges joined at a time: few enough to stay in the cache
 FEW_COLUMNS = 8  # added up one by one
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
@@ -41,21 +44,46 @@ class Columns:
     """Codes, (m, w) int8, made ready to be columns of products."""
 
     def __init__(self, codes: np.ndarray, falls: np.ndarray | None = None) -> None:
+        import torch  # multiplies beside other threads, as numpy's BLAS does not
+
         self.codes, self.falls = codes, falls
         self.parts = [
-            codes[:, start : start + EXACT_WIDTH].T.astype(np.float32)
+            torch.from_numpy(codes[:, start : start + EXACT_WIDTH].T.astype(np.float32))
             for start in range(0, codes.shape[1], EXACT_WIDTH)
         ]
 
+    def part_products(self, rows: np.ndarray, number: int) -> Any:
+        """Return products with some of the coordinates, whole numbers, (n, m) float32 tensor."""
+        import torch
+
+        start = number * EXACT_WIDTH
+        return torch.from_numpy(rows[:, start : start + EXACT_WIDTH]).float() @ self.parts[number]
+
     def products(self, rows: np.ndarray) -> np.ndarray:
-        """Return all products with rows, (n, w) int8, (n, m) int32."""
+        """Return all products with rows, (n, w) int8, and falls, (n, m) int32."""
         total = np.zeros((len(rows), len(self.codes)), np.int32)
-        for number, part in enumerate(self.parts):
-            start = number * EXACT_WIDTH
-            total += (rows[:, start : start + EXACT_WIDTH].astype(np.float32) @ part).astype(
-                np.int32
-            )
+        for number in range(len(self.parts)):
+            total += self.part_products(rows, number).int().numpy()
         return total if self.falls is None else total + self.falls
+
+    def reach(self, rows: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where products reach the limit of their row, (n,) int32."""
+        import torch
+
+        fallen = np.arange(0) if self.falls is None else np.flatnonzero(self.falls)
+        if len(self.parts) != 1 or len(fallen) > len(self.codes) // 2:
+            i, j = np.nonzero(self.products(rows) >= limits[:, None])
+            return i, j
+        # a limit that float32 rounds is beyond all products: these stay below 2^24
+        least = torch.from_numpy(limits.astype(np.float32))
+        close = self.part_products(rows, 0) >= least[:, None]
+        close[:, torch.from_numpy(fallen)] = False
+        i, j = np.divmod(torch.nonzero(close.ravel())[:, 0].numpy(), len(self.codes))
+        if not len(fallen):
+            return i, j
+        some = Columns(self.codes[fallen], None if self.falls is None else self.falls[fallen])
+        more = np.nonzero(some.products(rows) >= limits[:, None])
+        return np.concatenate([i, more[0]]), np.concatenate([j, fallen[more[1]]])
 
 
 class Matrix:
@@ -90,9 +118,8 @@ def hits(
     """Return the wanted hits; see `snipdedup.native.hits`."""
     found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int32),) * 2]
     for start in range(0, len(rows), BLOCK):
-        table = columns.products(rows[start : start + BLOCK])
-        i, j = np.nonzero(table >= limits[start : start + BLOCK, None])
-        i += start
+        i, j = columns.reach(rows[start : start + BLOCK], limits[start : start + BLOCK])
+        i = i + start
         keep = j < i + first
         if reference_rows is not None and reference_columns is not None:
             a, b = reference_rows[i], reference_columns[j]
@@ -150,7 +177,11 @@ def copy_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray, at: np
 
 def dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the product of each row of codes with the same row of others, (n,) int32."""
-    return np.einsum("ij,ij->i", x, y, dtype=np.int32)
+    found = np.empty(len(x), np.int32)
+    for start in range(0, len(x), DOT_ROWS):
+        part = slice(start, start + DOT_ROWS)
+        found[part] = np.einsum("ij,ij->i", x[part].astype(np.int32), y[part].astype(np.int32))
+    return found
 
 
 def stored(rows: np.ndarray, itemsize: int) -> np.ndarray:

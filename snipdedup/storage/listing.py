@@ -36,21 +36,22 @@ def list_folder(url: str) -> tuple[dict[str, int | None], list[str]] | None:
         if not path.is_dir():
             return None
         with store_errors(url):
-            files = [path for path in path.iterdir() if path.is_file() and path.name[0] != "."]
-            folders = [path.name for path in path.iterdir() if path.is_dir()]
-            return {path.name: path.stat().st_size for path in files}, folders
+            entries = list(path.iterdir())
+            files = [entry for entry in entries if entry.is_file() and entry.name[0] != "."]
+            sizes: dict[str, int | None] = {file.name: file.stat().st_size for file in files}
+            return sizes, [entry.name for entry in entries if entry.is_dir()]
 
     def list_store() -> list[dict[str, Any]] | None:
         with store_errors(url):
             system, path = filesystem(url)
             system.invalidate_cache()
-            is_folder = system.info(path)["type"] == "directory"
-            return list(system.ls(path, detail=True)) if is_folder else None
+            is_file = system.info(path)["type"] != "directory"
+            return None if is_file else list(system.ls(path, detail=True))
 
-    entries = with_retries(list_store)
-    if entries is None:
+    listed = with_retries(list_store)
+    if listed is None:
         return None
-    named = [(entry["name"].rstrip("/").rpartition("/")[2], entry) for entry in entries]
+    named = [(entry["name"].rstrip("/").rpartition("/")[2], entry) for entry in listed]
     shown = [(name, entry) for name, entry in named if name and name[0] != "."]
     return (
         {name: entry.get("size") for name, entry in shown if entry["type"] == "file"},

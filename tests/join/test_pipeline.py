@@ -18,7 +18,7 @@ from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
 from snipdedup.join import encoding, memory, model
-from snipdedup.join.memory import needed_memory
+from snipdedup.join.pipeline import needed_memory
 from snipdedup.join.tasks import cut_lists
 from snipdedup.storage import atomic, out_folder
 
