@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 
-from snipdedup import dedup
+from snipdedup import dedup, native
 from snipdedup.deduplication import final_check
 from snipdedup.features import scan
 from snipdedup.groups import pairs, star
@@ -50,7 +50,8 @@ SIZES = [
     ((hubs,), {"HUB_ROWS": [4, 20, 60], "SAMPLE_COPIES": [2, 5], "SAMPLE_ROWS": [(30, 300)]}),
     ((tiles,), {"ROW_TILE": [8, 32], "CROWDED": [1 / 64, 0.3, 2.0]}),
     ((tiles, tasks), {"COLUMN_TILE": [16, 64]}),
-    ((verify,), {"GATHER_PAIRS": [3, 50], "PRODUCT_PAIRS": [1, 7], "TRIED": [1, 3]}),
+    ((model,), {"PAIR_NS": [0.0, 1e9], "CHOICE_ROWS": [(16, 100)]}),  # wide codes or none
+    ((verify, tiles), {"GATHER_PAIRS": [3, 50]}),
     ((brute_force, pairs), {"TILE": [4, 20, 32]}),  # pairs lays tiles of its size on those of exact
     ((brute_force,), {"DENSE": [0.0, 2.0]}),
     ((lists, calibration), {"ASSIGN_BLOCK": [5, 64]}),
@@ -215,6 +216,8 @@ def sizes(rng):
         if rng.random() < 0.5:
             rows = int(rng.choice([7, 64, 300]))
             stack.enter_context(mock.patch.object(encoding, "task_rows", return_value=rows))
+        stack.callback(native.use, native.used())
+        native.use(str(rng.choice(native.names())))
         yield
 
 
@@ -435,12 +438,9 @@ def check_members(found, table, cosine, match, frozen, named):
 def forest_error(found):
     """By how much the edges of a search may be below those of a maximum spanning forest.
 
-    A crowded tile's are chosen by a quick product. A mass has edges to its hub and within lists,
-    and may fall apart at a higher threshold.
+    A mass has edges to its hub and within lists, and may fall apart at a higher threshold.
     """
-    if found.search.notes.get("masses", 0):
-        return np.inf
-    return tiles.MOST_ERROR if "candidates" in found.search.notes else 0.0
+    return np.inf if found.search.notes.get("masses", 0) else 0.0
 
 
 def edges_at(found):

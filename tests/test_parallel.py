@@ -144,13 +144,18 @@ def test_cores(monkeypatch):
 
 
 def test_devices(monkeypatch):
+    assert isinstance(parallel.has_cuda_driver(), bool)
+    monkeypatch.setattr(parallel, "has_cuda_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == "cpu"
     assert pick_device("cpu") == "cpu"
     with pytest.raises(SnipError, match="--device cuda: torch sees no CUDA device"):
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto") == "cuda"
+    for driver in (True, False):
+        monkeypatch.setattr(parallel, "has_cuda_driver", lambda driver=driver: driver)
+        assert pick_device("auto") == ("cuda" if driver else "cpu")
+    assert pick_device("cuda") == "cuda"
 
 
 def test_short_work_prints_nothing_and_long_work_now_and_then(capsys, monkeypatch):
