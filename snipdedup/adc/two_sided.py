@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup import progress
+from snipdedup import native, progress
 from snipdedup.features.shards import plan_blocks
 from snipdedup.index.quantizer import Quantiser
 from snipdedup.index.search import QUERY_ROWS, Classes, Searcher, Source
@@ -24,8 +24,7 @@ UNSEEN = 3  # a difference counts so often where the other row does not name thi
 NEAREST = 3  # neighbours of a row that are looked at first: nearly always its best is among them
 RIDGE = 1e-3  # of a code's squared length: directions that codes share more closely say nothing
 COMMON, COMMON_LISTS = 16, 8  # nearest codes and lists that are compared; more cost time only
-NAMES, SOLVE_BYTES = 1 << 22, 1 << 27  # looked up together; of codes solved for together
-ELIMINATED = 256  # systems of equations solved side by side: they stay in the cache
+NAMES, SOLVE_BYTES = 1 << 22, 1 << 25  # looked up together; of codes solved for together
 
 
 class Views(NamedTuple):
@@ -47,8 +46,7 @@ class Views(NamedTuple):
         count = len(lists.ids)
         vectors = np.zeros((len(flat), self.quantiser.dim), np.float32)
         place, coarse = (flat >= 0) & (flat < count), flat >= count
-        of = np.searchsorted(lists.starts, flat[place], side="right") - 1
-        vectors[place] = self.quantiser.decode(of, lists.codes[flat[place]])
+        vectors[place] = self.quantiser.decode(lists.list_at(flat[place]), lists.codes[flat[place]])
         vectors[coarse] = self.quantiser.centroids[flat[coarse] - count]
         return vectors.reshape(*ids.shape, -1)
 
@@ -60,10 +58,7 @@ def record_views(
 
     ``source`` gives all rows of the index, in order.
     """
-    own = np.full(source.total, -1)  # class of each row; -1 for rows in no list
-    own[classes.lists.rows(slice(None))] = np.arange(len(classes.lists.ids))
-    for first, row in classes.links():
-        own[row] = own[first]
+    own = classes.of_rows(source.total)
     smallest = np.min_scalar_type(-len(classes.lists.ids) - searcher.quantiser.nlist)
     shape = source.total, 1 + k + searcher.nprobe
     paths = folder / "views_ids.npy", folder / "views_e.npy"
@@ -145,7 +140,7 @@ def score_pairs(
     chosen: np.ndarray,
     common: float = 1.0,
 ) -> NamedPairs:
-    """Return the scores of chosen neighbours of rows.
+    """Return the scores of chosen neighbours of rows, in row order.
 
     The mean of a pair's two differences, (x − y)·(q(x) − q(y)), is ‖x − y‖² but for the codes'
     errors, which cancel where they are alike. To it is added what `common_lengths` knows of it,
@@ -154,7 +149,7 @@ def score_pairs(
     at, column = np.nonzero(chosen)
     score = mean[at, column]
     if common:
-        score = score + common * common_lengths(views, ids[at], e[at], ids[at, 1 + column])
+        score = score + common * common_lengths(views, ids, e, at, ids[at, 1 + column])
     return NamedPairs(at, column, score)
 
 
@@ -187,49 +182,27 @@ def own_differences(views: Views, shared: np.ndarray, rows: np.ndarray) -> np.nd
     return np.where(shared[rows], 0, mine.min(axis=1)).astype(np.float32)
 
 
-def common_lengths(views: Views, ids: np.ndarray, e: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def common_lengths(
+    views: Views, ids: np.ndarray, e: np.ndarray, at: np.ndarray, classes: np.ndarray
+) -> np.ndarray:
     """Return ‖x − y‖² as far as common codes tell, scaled up, (p,) float64.
 
-    A = vᵀ (Q Qᵀ)⁻¹ v, with v the projections on the r common codes Q, is the squared length of
-    x − y within their span, r of d dimensions. A d / r would be the whole if all dimensions were
-    alike; they are not, and √(d / r) does better on all that was tried.
+    x is row ``at``, ascending, of ``ids`` and ``e``, y the smallest row of a class. A = vᵀ (Q
+    Qᵀ)⁻¹ v, with v the projections on the r common codes Q, is the squared length of x − y within
+    their span, r of d dimensions. A d / r would be the whole if all dimensions were alike; they
+    are not, and √(d / r) does better on all that was tried.
     """
     near = 1 + min(views.k, COMMON)
     lists = np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
     used = np.append(np.arange(near), lists)
-    ids, e = ids[:, used], e[:, used]
-    dim, width = views.quantiser.dim, len(used)
-    lengths = np.empty(len(ids))
-    other = views.classes.lists.rows(classes)
-    for start, stop in plan_blocks(len(ids), max(1, SOLVE_BYTES // (4 * dim * width))):
-        names, y = ids[start:stop], other[start:stop]
-        same = (names[:, :, None] == views.ids[y][:, None, used]) & (names >= 0)[:, :, None]
-        theirs = np.where(same, views.e[y][:, None, used], 0).sum(axis=2)
-        both = same.any(axis=2)
-        v = np.where(both, e[start:stop] - theirs, 0).astype(np.float64)
-        spanned = spanned_lengths(views.vectors(np.where(both, names, -1)), v)
-        lengths[start:stop] = spanned * np.sqrt(dim / np.maximum(both.sum(axis=1), 1))
-    return lengths
-
-
-def spanned_lengths(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the squared lengths of vectors within the span of r directions, (p,) float64.
-
-    ``Q``, (p, r, d), are the directions, zeros where there is none; ``v``, (p, r), projections.
-    The length is vᵀ G⁻¹ v with G = Q Qᵀ: of [G v; vᵀ 0] symmetric elimination of all columns but
-    the last leaves −vᵀ G⁻¹ v. Many systems are solved side by side, in one order of sums on each
-    machine: LAPACK's solver is called for each of them, and some builds start threads for each.
-    """
-    gram = np.matmul(Q, Q.transpose(0, 2, 1)).astype(np.float64)
-    square = np.trace(gram, axis1=1, axis2=2) / np.maximum(Q.any(axis=2).sum(axis=1), 1)
-    gram += (RIDGE * np.maximum(square, RIDGE))[:, None, None] * np.eye(Q.shape[1])
-    lengths, r = np.empty(len(v)), Q.shape[1]
-    for start, stop in plan_blocks(len(v), ELIMINATED):
-        left = np.zeros((r + 1, r + 1, stop - start))
-        left[:r, :r] = gram[start:stop].transpose(1, 2, 0)
-        left[r, :r] = left[:r, r] = v[start:stop].T
-        for j in range(r):
-            row = left[j, j + 1 :]
-            left[j + 1 :, j + 1 :] -= (row / left[j, j])[:, None] * row
-        lengths[start:stop] = -left[r, r]
+    lengths, other = np.empty(len(at)), views.classes.lists.rows(classes)
+    dim = views.quantiser.dim
+    for start, stop in plan_blocks(len(at), max(1, SOLVE_BYTES // (4 * dim * len(used)))):
+        rows, place = np.unique(at[start:stop], return_inverse=True)
+        names, y = ids[rows][:, used], other[start:stop]
+        Q = views.vectors(names)
+        lengths[start:stop] = native.common_lengths(
+            (names, e[rows][:, used]), np.matmul(Q, Q.transpose(0, 2, 1)), place,
+            (views.ids[y][:, used], views.e[y][:, used]), dim, RIDGE,
+        )  # fmt: skip
     return lengths

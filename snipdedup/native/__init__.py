@@ -238,3 +238,32 @@ def join_best(
         np.ascontiguousarray(start, np.int64), np.ascontiguousarray(end, np.int64), order, parent
     )
     return np.asarray(found)
+
+
+def common_lengths(
+    rows: tuple[np.ndarray, np.ndarray],
+    gram: np.ndarray,
+    at: np.ndarray,
+    others: tuple[np.ndarray, np.ndarray],
+    dim: int,
+    ridge: float,
+) -> np.ndarray:
+    """Return ‖x − y‖² as far as common names tell, (p,) float64; see `fallback.common_lengths`.
+
+    Parameters
+    ----------
+    rows : (n, w) int, (n, w) float32
+        Names of vectors, each at most once a row, negative for none; x's product with each.
+    gram : (n, w, w) float32
+        Products of a row's named vectors with one another.
+    at : (p,) int
+        The row that is x.
+    others : (p, w) int, (p, w) float32
+        As ``rows``, for y.
+    """
+    x, along_x, y, along_y = (
+        np.ascontiguousarray(part, kind)
+        for part, kind in zip((*rows, *others), 2 * (np.int64, np.float32), strict=True)
+    )
+    at, gram = np.ascontiguousarray(at, np.int64), np.ascontiguousarray(gram)
+    return np.asarray(_module.common_lengths(x, along_x, gram, at, y, along_y, dim, ridge))

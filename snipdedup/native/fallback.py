@@ -11,6 +11,7 @@ import numpy as np
 
 EXACT_WIDTH = 1 << 10  # products of so many int8 values are below 2^24
 BLOCK = 256  # rows computed at a time
+ELIMINATED = 256  # systems of equations solved side by side: they stay in the cache
 BLOCK_EDGES = 1 << 16  # edges joined at a time: few enough to stay in the cache
 FEW_COLUMNS = 8  # added up one by one
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
@@ -383,3 +384,43 @@ def link_smaller(label: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
         u, v = label[u], label[v]
         open_ = u != v
         u, v = u[open_], v[open_]
+
+
+def common_lengths(
+    names: np.ndarray,
+    products: np.ndarray,
+    gram: np.ndarray,
+    at: np.ndarray,
+    other_names: np.ndarray,
+    other_products: np.ndarray,
+    dim: float,
+    ridge: float,
+) -> np.ndarray:
+    """Return the squared lengths of x − y within the span of common vectors, scaled, (p,) float64.
+
+    With v the products of x − y with the r common vectors Q it is vᵀ G⁻¹ v √(d / r), where G is
+    Q Qᵀ and a ridge. Of [G v; vᵀ 0] symmetric elimination of all columns but the last leaves
+    −vᵀ G⁻¹ v. Many systems are solved side by side; where a name is not common, its row of G is
+    zero, and changes nothing.
+    """
+    lengths, width = np.empty(len(at)), names.shape[1]
+    for start in range(0, len(at), ELIMINATED):
+        part = slice(start, start + ELIMINATED)
+        x, y = names[at[part]], other_names[part]
+        same = (x[:, :, None] == y[:, None, :]) & (x >= 0)[:, :, None]
+        both = same.any(axis=2)
+        theirs = np.where(same, other_products[part][:, None, :], 0).sum(axis=2)
+        v = np.where(both, products[at[part]] - theirs, 0).astype(np.float64)
+        table = np.where(both[:, :, None] & both[:, None, :], gram[at[part]], 0)
+        left = np.zeros((width + 1, width + 1, len(x)))
+        left[:width, :width] = table.transpose(1, 2, 0)
+        left[width, :width] = left[:width, width] = v.T
+        trace, r = np.zeros(len(x)), np.maximum(both.sum(axis=1), 1)
+        for j in range(width):
+            trace += left[j, j]
+        left[range(width), range(width)] += ridge * np.maximum(trace / r, ridge)
+        for j in range(width):
+            row = left[j, j + 1 :]
+            left[j + 1 :, j + 1 :] -= (row / left[j, j])[:, None] * row
+        lengths[part] = -left[width, width] * np.sqrt(dim / r)
+    return lengths

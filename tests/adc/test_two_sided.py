@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from samples import candidates, labels, make
 
+from snipdedup import native
 from snipdedup.adc import two_sided
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
@@ -81,7 +82,7 @@ def test_all_common_codes_together_know_the_distance(index, rows, tmp_path, monk
     views = views_of(index, rows, tmp_path, ROWS, LISTS)
     a, b = np.arange(10, 20), np.arange(20, 30)
     names = views.ids[b, 0]
-    found = two_sided.common_lengths(views, views.ids[a], views.e[a], names)
+    found = two_sided.common_lengths(views, views.ids[a], views.e[a], np.arange(10), names)
     x, _, _ = plain(index, rows)
     r = (views.ids[a] >= 0).sum(axis=1)
     expected = np.square(x[a] - x[b]).sum(axis=1) * np.sqrt(8 / r)
@@ -142,12 +143,47 @@ def test_a_crowd_larger_than_k_is_one_group(tmp_path, monkeypatch):
     assert sizes.max() > 0.95 * len(crowd)
 
 
-def test_elimination_solves_as_lapack_does():
+@pytest.mark.parametrize("kernels", native.names())
+def test_elimination_solves_as_lapack_does(kernels, monkeypatch):
+    monkeypatch.setattr(native, "_module", native._module)  # put back in the end
+    native.use(kernels)
     rng = np.random.default_rng(3)
-    Q, v = rng.normal(size=(700, 25, 32)), rng.normal(size=(700, 25))
-    Q[5, 3:], v[5, 3:] = 0, 0  # directions that are not there
-    found = two_sided.spanned_lengths(Q, v)
-    for vectors, along, length in zip(Q, v, found, strict=True):
-        square = np.square(vectors).sum() / vectors.any(axis=1).sum()
-        gram = vectors @ vectors.T + two_sided.RIDGE * square * np.eye(25)
-        assert length == pytest.approx(along @ np.linalg.solve(gram, along), rel=1e-9)
+    x, y, at, Q, gram = named(rng, rows=70, pairs=700, width=25)
+    found = native.common_lengths(x, gram, at, y, 32, two_sided.RIDGE)
+    for row, names, along, length in zip(at, *y, found, strict=True):
+        common, i, j = np.intersect1d(x[0][row], names, return_indices=True)
+        i, j = i[common >= 0], j[common >= 0]
+        v = (x[1][row, i] - along[j]).astype(float)
+        part = gram[row][np.ix_(i, i)].astype(float)
+        part += two_sided.RIDGE * np.trace(part) / max(len(i), 1) * np.eye(len(i))
+        expected = v @ np.linalg.solve(part, v) * np.sqrt(32 / max(len(i), 1))
+        assert length == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_kernels_give_the_same_lengths(monkeypatch):
+    monkeypatch.setattr(native, "_module", native._module)
+    rng = np.random.default_rng(4)
+    for width in (1, 2, 21, 25, 60):
+        x, y, at, _, gram = named(rng, rows=40, pairs=900, width=width)
+        found = []
+        for kernels in native.names():
+            native.use(kernels)
+            found.append(native.common_lengths(x, gram, at, y, 32, two_sided.RIDGE))
+        for other in found[1:]:
+            np.testing.assert_array_equal(found[0].view(np.int64), other.view(np.int64))
+
+
+def named(rng: np.random.Generator, *, rows: int, pairs: int, width: int):
+    """Rows x and y with random names, some of them common, and products with what they name."""
+
+    def side(count: int) -> tuple[np.ndarray, np.ndarray]:
+        names = rng.permuted(np.tile(np.arange(2 * width), (count, 1)), axis=1)[:, :width]
+        names[rng.random(names.shape) < 0.1] = -1
+        return names, rng.normal(size=names.shape).astype(np.float32)
+
+    x, y = side(rows), side(pairs)
+    y[0][:3] = -1  # nothing in common
+    Q = rng.normal(size=(2 * width, 32)).astype(np.float32)
+    named = np.where(x[0][:, :, None] >= 0, Q[x[0]], 0)
+    gram = np.matmul(named, named.transpose(0, 2, 1))
+    return x, y, np.sort(rng.integers(0, rows, pairs)), Q, gram

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "common.hpp"
 #include "forest.hpp"
 #include "kernels.hpp"
 
@@ -436,6 +437,33 @@ Made join_best(const Array<std::int64_t> &start, const Array<std::int64_t> &end,
     return out.array();
 }
 
+Made common_lengths_of(const Table<std::int64_t> &names, const Table<float> &products,
+                       const nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu> &gram,
+                       const Array<std::int64_t> &at, const Table<std::int64_t> &other_names,
+                       const Table<float> &other_products, double dim, double ridge) {
+    const std::size_t count = names.shape(0), width = names.shape(1), pairs = at.size();
+    if (width > 256) throw std::invalid_argument("more than 256 names a row");
+    same(products.shape(0), count, "rows and products");
+    same(products.shape(1), width, "names and products");
+    same(gram.shape(0), count, "rows and tables of products");
+    same(gram.shape(1), width, "names and tables of products");
+    same(gram.shape(2), width, "names and tables of products");
+    same(other_names.shape(0), pairs, "pairs and others");
+    same(other_products.shape(0), pairs, "pairs and others");
+    same(other_names.shape(1), width, "names of rows and others");
+    same(other_products.shape(1), width, "names and products of others");
+    for (std::size_t n = 0; n < pairs; n++)
+        if ((std::uint64_t)at.data()[n] >= count) throw nb::index_error("no such row");
+    Owned<double> out({pairs});
+    {
+        nb::gil_scoped_release free;
+        common_lengths({names.data(), products.data(), count, width}, gram.data(), at.data(),
+                       {other_names.data(), other_products.data(), pairs, width}, dim, ridge,
+                       out.get(), scratch<double>(common_work(width)));
+    }
+    return out.array();
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -464,6 +492,7 @@ NB_MODULE(_kernels, m) {
     m.def("cosines", &cosines);
     m.def("table", &table);
     m.def("hashes", &hashes);
+    m.def("common_lengths", &common_lengths_of);
     m.def("join_best", &join_best<std::uint32_t>, nb::arg("start"), nb::arg("end"),
           nb::arg("order").none(), nb::arg("parent").noconvert());
     m.def("join_best", &join_best<std::int64_t>, nb::arg("start"), nb::arg("end"),
