@@ -44,10 +44,11 @@ class Views(NamedTuple):
         """Return the codes or centroids of ``ids``, (..., dim) float32; zeros for -1."""
         lists, flat = self.classes.lists, ids.ravel()
         count = len(lists.ids)
-        vectors = np.zeros((len(flat), self.quantiser.dim), np.float32)
-        place, coarse = (flat >= 0) & (flat < count), flat >= count
-        vectors[place] = self.quantiser.decode(lists.list_at(flat[place]), lists.codes[flat[place]])
+        places = np.clip(flat, 0, max(count - 1, 0))
+        vectors = self.quantiser.decode(lists.list_at(places), lists.codes[places])
+        coarse = np.flatnonzero(flat >= count)
         vectors[coarse] = self.quantiser.centroids[flat[coarse] - count]
+        vectors[flat < 0] = 0
         return vectors.reshape(*ids.shape, -1)
 
 

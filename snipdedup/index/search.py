@@ -27,6 +27,7 @@ from snipdedup.index.folder import (
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, ordered_map
 
 QUERY_ROWS = 4 * ALIGNED_ROWS  # rows searched by one thread at a time
+PROBE_ROWS = 4 * ALIGNED_ROWS  # rows whose lists are found together; small blocks are slower
 MOST_MAPPED = 128  # shards that stay mapped
 DECODE_ROWS = 1 << 15  # codes turned into vectors at a time
 
@@ -138,7 +139,7 @@ class Searcher:
         ``first`` is the place of ``x[0]`` among all queries: it fixes the blocks.
         """
         assign = partial(self.quantiser.assign, nprobe=self.nprobe)
-        Dq, Iq = in_aligned_blocks(assign, x, first)
+        Dq, Iq = in_aligned_blocks(assign, x, first, PROBE_ROWS)
         return Dq, Iq
 
     def places(
