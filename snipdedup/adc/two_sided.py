@@ -23,8 +23,9 @@ from snipdedup.storage import atomic
 UNSEEN = 3  # a difference counts so often where the other row does not name this one
 NEAREST = 3  # neighbours of a row that are looked at first: nearly always its best is among them
 RIDGE = 1e-3  # of a code's squared length: directions that codes share more closely say nothing
+SLACK = 1e-9  # of squared distances in float64
 COMMON, COMMON_LISTS = 16, 8  # nearest codes and lists that are compared; more cost time only
-NAMES, SOLVE_BYTES = 1 << 22, 1 << 25  # looked up together; of codes solved for together
+NAMES, SOLVE_BYTES = 1 << 22, 1 << 23  # looked up together; of codes solved for together
 
 
 class Views(NamedTuple):
@@ -41,13 +42,18 @@ class Views(NamedTuple):
     k: int
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the codes or centroids of ``ids``, (..., dim) float32; zeros for -1."""
-        lists, flat = self.classes.lists, ids.ravel()
-        count = len(lists.ids)
+        """Return the codes or centroids of ``ids``, (n, w, dim) float32; zeros for -1."""
+        lists, quantiser = self.classes.lists, self.quantiser
+        if quantiser.nbits == 8:
+            return native.decode(
+                ids, lists.codes, lists.starts, quantiser.centroids, quantiser.words,
+                quantiser.residual,
+            )  # fmt: skip
+        flat, count = ids.ravel(), len(lists.ids)
         places = np.clip(flat, 0, max(count - 1, 0))
-        vectors = self.quantiser.decode(lists.list_at(places), lists.codes[places])
+        vectors = quantiser.decode(lists.list_at(places), lists.codes[places])
         coarse = np.flatnonzero(flat >= count)
-        vectors[coarse] = self.quantiser.centroids[flat[coarse] - count]
+        vectors[coarse] = quantiser.centroids[flat[coarse] - count]
         vectors[flat < 0] = 0
         return vectors.reshape(*ids.shape, -1)
 
@@ -105,7 +111,8 @@ def passing_pairs(views: Views, rows: np.ndarray, margin: float) -> NamedPairs:
     """Return the neighbours of ``rows``, (b,) int64, whose scores are at most the margin."""
     ids, e = views.ids[rows], views.e[rows]
     mean = mean_differences(views, ids, e)
-    pairs = score_pairs(views, ids, e, mean, mean <= margin)  # a score is never below its mean
+    chosen = mean <= margin  # a score is never below its mean
+    pairs = score_pairs(views, ids, e, mean, chosen, margin=margin)
     return NamedPairs(*(part[pairs.score <= margin] for part in pairs))
 
 
@@ -140,17 +147,19 @@ def score_pairs(
     mean: np.ndarray,
     chosen: np.ndarray,
     common: float = 1.0,
+    margin: float = np.inf,
 ) -> NamedPairs:
     """Return the scores of chosen neighbours of rows, in row order.
 
     The mean of a pair's two differences, (x − y)·(q(x) − q(y)), is ‖x − y‖² but for the codes'
     errors, which cancel where they are alike. To it is added what `common_lengths` knows of it,
-    with a weight of ``common``: 0 leaves the mean alone.
+    with a weight of ``common``: 0 leaves the mean alone. Scores above the margin need not be whole.
     """
     at, column = np.nonzero(chosen)
     score = mean[at, column]
     if common:
-        score = score + common * common_lengths(views, ids, e, at, ids[at, 1 + column])
+        limits = (margin - score) / common + SLACK  # rounding must not let a cut one pass
+        score = score + common * common_lengths(views, ids, e, at, ids[at, 1 + column], limits)
     return NamedPairs(at, column, score)
 
 
@@ -184,26 +193,31 @@ def own_differences(views: Views, shared: np.ndarray, rows: np.ndarray) -> np.nd
 
 
 def common_lengths(
-    views: Views, ids: np.ndarray, e: np.ndarray, at: np.ndarray, classes: np.ndarray
+    views: Views,
+    ids: np.ndarray,
+    e: np.ndarray,
+    at: np.ndarray,
+    classes: np.ndarray,
+    limits: np.ndarray,
 ) -> np.ndarray:
     """Return ‖x − y‖² as far as common codes tell, scaled up, (p,) float64.
 
     x is row ``at``, ascending, of ``ids`` and ``e``, y the smallest row of a class. A = vᵀ (Q
     Qᵀ)⁻¹ v, with v the projections on the r common codes Q, is the squared length of x − y within
     their span, r of d dimensions. A d / r would be the whole if all dimensions were alike; they
-    are not, and √(d / r) does better on all that was tried.
+    are not, and √(d / r) does better on all that was tried. A length above its limit may come out
+    smaller, but above the limit.
     """
     near = 1 + min(views.k, COMMON)
     lists = np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
     used = np.append(np.arange(near), lists)
     lengths, other = np.empty(len(at)), views.classes.lists.rows(classes)
-    dim = views.quantiser.dim
-    for start, stop in plan_blocks(len(at), max(1, SOLVE_BYTES // (4 * dim * len(used)))):
+    most = max(1, SOLVE_BYTES // (4 * views.quantiser.dim * len(used)))
+    for start, stop in plan_blocks(len(at), most):
         rows, place = np.unique(at[start:stop], return_inverse=True)
         names, y = ids[rows][:, used], other[start:stop]
-        Q = views.vectors(names)
         lengths[start:stop] = native.common_lengths(
-            (names, e[rows][:, used]), np.matmul(Q, Q.transpose(0, 2, 1)), place,
-            (views.ids[y][:, used], views.e[y][:, used]), dim, RIDGE,
+            (names, e[rows][:, used]), views.vectors(names), place,
+            (views.ids[y][:, used], views.e[y][:, used]), RIDGE, limits[start:stop],
         )  # fmt: skip
     return lengths

@@ -19,7 +19,6 @@
 #include <utility>
 #include <vector>
 
-#include "common.hpp"
 #include "forest.hpp"
 #include "kernels.hpp"
 
@@ -437,19 +436,41 @@ Made join_best(const Array<std::int64_t> &start, const Array<std::int64_t> &end,
     return out.array();
 }
 
+template <class Value>
+using Cube = nb::ndarray<const Value, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+Made decode_names(const Table<std::int64_t> &names, const Table<std::uint8_t> &codes,
+                  const Array<std::int64_t> &starts, const Table<float> &centroids,
+                  const Cube<float> &words, bool residual) {
+    const std::size_t lists = centroids.shape(0), dim = centroids.shape(1);
+    const Coded coded{codes.data(), codes.shape(0), codes.shape(1), starts.data(), centroids.data(),
+                      lists, dim, words.data(), residual};
+    same(starts.size(), lists + 1, "lists and centroids");
+    same(words.shape(0), coded.m, "codes and tables of words");
+    same(words.shape(1), 256, "8 bits and words of a table");
+    same(words.shape(2) * coded.m, dim, "widths of words and centroids");
+    for (std::size_t n = 0; n < names.size(); n++)
+        if (names.data()[n] >= (std::int64_t)(coded.count + lists)) throw nb::index_error("no such name");
+    Owned<float> out({names.shape(0), names.shape(1), dim});
+    {
+        nb::gil_scoped_release free;
+        kernels->decode(coded, names.data(), names.size(), out.get());
+    }
+    return out.array();
+}
+
 Made common_lengths_of(const Table<std::int64_t> &names, const Table<float> &products,
-                       const nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu> &gram,
-                       const Array<std::int64_t> &at, const Table<std::int64_t> &other_names,
-                       const Table<float> &other_products, double dim, double ridge) {
+                       const Cube<float> &vectors, const Array<std::int64_t> &at,
+                       const Table<std::int64_t> &other_names, const Table<float> &other_products,
+                       double ridge, const Array<double> &limits) {
     const std::size_t count = names.shape(0), width = names.shape(1), pairs = at.size();
-    if (width > 256) throw std::invalid_argument("more than 256 names a row");
     same(products.shape(0), count, "rows and products");
     same(products.shape(1), width, "names and products");
-    same(gram.shape(0), count, "rows and tables of products");
-    same(gram.shape(1), width, "names and tables of products");
-    same(gram.shape(2), width, "names and tables of products");
+    same(vectors.shape(0), count, "rows and their vectors");
+    same(vectors.shape(1), width, "names and vectors");
     same(other_names.shape(0), pairs, "pairs and others");
     same(other_products.shape(0), pairs, "pairs and others");
+    same(limits.size(), pairs, "pairs and limits");
     same(other_names.shape(1), width, "names of rows and others");
     same(other_products.shape(1), width, "names and products of others");
     for (std::size_t n = 0; n < pairs; n++)
@@ -457,9 +478,11 @@ Made common_lengths_of(const Table<std::int64_t> &names, const Table<float> &pro
     Owned<double> out({pairs});
     {
         nb::gil_scoped_release free;
-        common_lengths({names.data(), products.data(), count, width}, gram.data(), at.data(),
-                       {other_names.data(), other_products.data(), pairs, width}, dim, ridge,
-                       out.get(), scratch<double>(common_work(width)));
+        kernels->common_lengths({names.data(), products.data(), count, width}, vectors.data(),
+                                vectors.shape(2), at.data(),
+                                {other_names.data(), other_products.data(), pairs, width}, ridge,
+                                limits.data(), out.get(),
+                                scratch<double>(2 * (width + 2) * (width + 2)));
     }
     return out.array();
 }
@@ -492,6 +515,7 @@ NB_MODULE(_kernels, m) {
     m.def("cosines", &cosines);
     m.def("table", &table);
     m.def("hashes", &hashes);
+    m.def("decode", &decode_names);
     m.def("common_lengths", &common_lengths_of);
     m.def("join_best", &join_best<std::uint32_t>, nb::arg("start"), nb::arg("end"),
           nb::arg("order").none(), nb::arg("parent").noconvert());
