@@ -9,7 +9,7 @@ that is says more than their own two codes do (docs/internals/codes.md).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -173,13 +173,11 @@ def mean_differences(views: Views, ids: np.ndarray, e: np.ndarray) -> np.ndarray
     known = (ids[:, near] >= 0) & (ids[:, :1] >= 0)
     mine = (e[:, :1] - e[:, near]).astype(np.float64)  # half a difference
     other = views.classes.lists.rows(np.maximum(ids[:, near], 0).ravel())
-    asks, back = np.repeat(ids[:, 0], views.k), np.empty(len(other))
+    asks, back = np.repeat(ids[:, 0], views.k), np.full(len(other), np.nan)
     for start, stop in plan_blocks(len(other), max(1, NAMES // views.k)):
         y = other[start:stop]
-        theirs = views.e[y]
-        named = views.ids[y][:, near] == asks[start:stop, None]
-        back[start:stop] = theirs[:, 0] - np.where(named, theirs[:, near], 0).sum(axis=1)
-        back[start:stop][~named.any(axis=1)] = np.nan
+        hit, column = np.nonzero(views.ids[y][:, near] == asks[start:stop, None])
+        back[start + hit] = views.e[y[hit], 0] - views.e[y[hit], 1 + column]
     back = back.reshape(mine.shape)
     mean = np.where(np.isnan(back), 2 * UNSEEN * np.maximum(mine, 0), mine + back)
     return np.where(known, mean, np.inf)
@@ -208,11 +206,13 @@ def common_lengths(
     are not, and √(d / r) does better on all that was tried. A length above its limit may come out
     smaller, but above the limit.
     """
-    near = 1 + min(views.k, COMMON)
-    lists = np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
-    used = np.append(np.arange(near), lists)
+    near, lists = 1 + min(views.k, COMMON), np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
+    used: Any = np.append(np.arange(near), lists)
+    width = len(used)
+    if used[-1] == width - 1:
+        used = slice(width)  # takes no copy
     lengths, other = np.empty(len(at)), views.classes.lists.rows(classes)
-    most = max(1, SOLVE_BYTES // (4 * views.quantiser.dim * len(used)))
+    most = max(1, SOLVE_BYTES // (4 * views.quantiser.dim * width))
     for start, stop in plan_blocks(len(at), most):
         rows, place = np.unique(at[start:stop], return_inverse=True)
         names, y = ids[rows][:, used], other[start:stop]

@@ -58,22 +58,52 @@ struct Gram {
     }
 };
 
-// The names that two rows have in common, and v of each.
+// Where each name of a row is: a hash table of names, sparse, with linear probing.
+struct Places {
+    std::size_t *slots, mask;  // place + 1; 0: none
+    const std::int64_t *names;
+
+    static std::size_t size(std::size_t width) {
+        std::size_t slots = 64;
+        while (slots < 4 * width) slots *= 2;
+        return slots;
+    }
+    std::size_t slot(std::int64_t name) const {
+        return (std::size_t)((std::uint64_t)name * 0x9E3779B97F4A7C15u >> 32) & mask;
+    }
+    void begin(const std::int64_t *of, std::size_t width) {
+        names = of;
+        std::memset(slots, 0, (mask + 1) * sizeof *slots);
+        for (std::size_t i = 0; i < width; i++) {
+            if (names[i] < 0) continue;
+            std::size_t at = slot(names[i]);
+            while (slots[at]) at = (at + 1) & mask;
+            slots[at] = i + 1;
+        }
+    }
+    std::size_t find(std::int64_t name) const {  // place + 1, or 0
+        std::size_t at = slot(name);
+        while (slots[at] && names[slots[at] - 1] != name) at = (at + 1) & mask;
+        return slots[at];
+    }
+};
+
+// The names that two rows have in common, in the order of the first, and v of each.
 struct Common {
     std::size_t *names, count;
     double *along;
 };
 
-inline void find_common(const std::int64_t *x, const float *along_x, const std::int64_t *y,
-                        const float *along_y, std::size_t width, Common &common) {
+inline void find_common(const Places &places, const float *along_x, const std::int64_t *y,
+                        const float *along_y, std::size_t width, std::size_t *match, Common &common) {
+    std::memset(match, 0, width * sizeof *match);
+    for (std::size_t j = 0; j < width; j++)
+        if (const std::size_t place = y[j] < 0 ? 0 : places.find(y[j])) match[place - 1] = j + 1;
     common.count = 0;
     for (std::size_t i = 0; i < width; i++) {
-        if (x[i] < 0) continue;
-        std::size_t j = 0;
-        while (j < width && y[j] != x[i]) j++;
-        if (j == width) continue;
-        common.along[common.count] = along_x[i] - along_y[j];
-        common.names[common.count++] = i;
+        common.names[common.count] = i;
+        common.along[common.count] = match[i] ? along_x[i] - along_y[match[i] - 1] : 0;
+        common.count += match[i] != 0;
     }
 }
 
@@ -131,16 +161,21 @@ inline void decode(const Coded &coded, const std::int64_t *names, std::size_t co
 inline void common_lengths(const Views &rows, const float *vectors, std::size_t dim,
                            const std::int64_t *at, const Views &others, double ridge,
                            const double *limits, double *out, double *work) {
-    const std::size_t width = rows.width, all = width * width;
+    const std::size_t width = rows.width, all = width * width, slots = Places::size(width);
     double *factors = work, *column = factors + all, *pivots = column + width;
     Common common{(std::size_t *)(pivots + 2 * width), 0, pivots + width};
-    Gram gram{vectors, dim, width, (float *)(common.names + width), nullptr};
+    std::size_t *match = common.names + width;
+    Places places{match + width, slots - 1, nullptr};
+    Gram gram{vectors, dim, width, (float *)(places.slots + slots), nullptr};
     gram.known = (bool *)(gram.products + all);
     for (std::size_t p = 0; p < others.count; p++) {
         const std::size_t row = (std::size_t)at[p];
-        if (p == 0 || at[p] != at[p - 1]) gram.begin(vectors + row * width * dim);
-        find_common(rows.names + row * width, rows.products + row * width, others.names + p * width,
-                    others.products + p * width, width, common);
+        if (p == 0 || at[p] != at[p - 1]) {
+            gram.begin(vectors + row * width * dim);
+            places.begin(rows.names + row * width, width);
+        }
+        find_common(places, rows.products + row * width, others.names + p * width,
+                    others.products + p * width, width, match, common);
         const double scale = __builtin_sqrt((double)dim / (double)(common.count ? common.count : 1));
         out[p] = eliminate(common, gram, ridge, scale, limits[p], factors, column, pivots);
     }

@@ -108,7 +108,7 @@ struct Kernels {
     void (*common_lengths)(const Views &rows, const float *vectors, std::size_t dim,
                            const std::int64_t *at, const Views &others, double ridge,
                            const double *limits, double *out,
-                           double *work);  // `work` has 2 (width + 2)^2 numbers
+                           double *work);  // `work` has 2 (width + 8)^2 numbers
 };
 
 // Rows are copied to `turned` for a call: (count + ROWS) * width bytes.

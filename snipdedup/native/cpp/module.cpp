@@ -482,7 +482,7 @@ Made common_lengths_of(const Table<std::int64_t> &names, const Table<float> &pro
                                 vectors.shape(2), at.data(),
                                 {other_names.data(), other_products.data(), pairs, width}, ridge,
                                 limits.data(), out.get(),
-                                scratch<double>(2 * (width + 2) * (width + 2)));
+                                scratch<double>(2 * (width + 8) * (width + 8)));
     }
     return out.array();
 }
