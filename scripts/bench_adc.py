@@ -29,7 +29,7 @@ import numpy as np
 from timing import machine
 
 from snipdedup import config, native
-from snipdedup.adc.pairs import candidate_pairs
+from snipdedup.adc import pairs
 from snipdedup.adc.threshold import true_duplicates
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.build import build
@@ -43,6 +43,7 @@ THRESHOLD, PRECISION, CALIBRATION_ROWS = 0.95, 0.91, 4096
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     given = parse(argv)
+    pairs.true_duplicates = timed_truth
     features = open_features(given.features)
     rng = np.random.default_rng(given.seed)
     sample = np.sort(rng.choice(features.rows, min(given.sample, features.rows), replace=False))
@@ -102,6 +103,16 @@ class TimedSpace(Space):
         return found
 
 
+brute_force: list[float] = []  # CPU seconds of each call
+
+
+def timed_truth(*arguments: Any) -> np.ndarray:
+    """Return what `true_duplicates` does."""
+    found, cpu, _ = timed(partial(true_duplicates, *arguments))
+    brute_force.append(cpu)
+    return np.asarray(found)
+
+
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
     """Return what ``work`` returns, its CPU seconds in all threads, and its wall seconds."""
     start, cpu = time.perf_counter(), time.process_time()
@@ -118,11 +129,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return a result a rule for one index; faiss is measured before and after each."""
     vectors = every_vector(index, features)
-    calibrated = np.sort(np.random.default_rng(0).choice(features.rows, CALIBRATION_ROWS, False))
-    known = partial(true_duplicates, features, calibrated, THRESHOLD, given.threads)
-    truth_cpu = timed(known)[1]
-    space = index.space
-    results = []
+    space, results = index.space, []
     with tempfile.TemporaryDirectory() as folder:
         export_faiss(index, Path(folder) / "plain.faiss")
         plain: Any = faiss.read_index(str(Path(folder) / "plain.faiss"))
@@ -134,7 +141,7 @@ def measure(
             flags, cpu, wall = timed(partial(flag_rows, index, features, rule, work, given))
             peers = [timed(partial(plain.search, vectors, given.k)) for _ in range(given.repeats)]
             right, flagged = int((flags[sample] & truth).sum()), int(flags[sample].sum())
-            encoder = sum(index.space.seconds)
+            encoder, truth_cpu = sum(index.space.seconds), brute_force[-1]
             results.append(
                 {
                     "code_bytes": index.code_size,
@@ -167,7 +174,7 @@ def flag_rows(
 ) -> np.ndarray:
     """Return the flags of all rows by the search of method adc."""
     flags = np.zeros(features.rows, bool)
-    _, blocks = candidate_pairs(
+    _, blocks = pairs.candidate_pairs(
         index, features, rule=rule, margin=None, precision=PRECISION, threshold=THRESHOLD,
         calibration_rows=CALIBRATION_ROWS, seed=0, k=given.k, nprobe=given.nprobe, encoder=None,
         work=work, threads=given.threads,
