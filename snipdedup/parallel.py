@@ -208,19 +208,22 @@ def aligned_spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
 
 
 def in_aligned_blocks(
-    work: Callable[[np.ndarray], tuple[np.ndarray, ...]], rows: np.ndarray, first: int
+    work: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+    rows: np.ndarray,
+    first: int,
+    size: int = ALIGNED_ROWS,
 ) -> tuple[np.ndarray, ...]:
     """Apply ``work`` to whole blocks, each row at its place, padded with zeros.
 
     Matrix products change in their last bits with their shape. In a block of full size, aligned to
     global rows, what comes out for a row does not depend on which other rows are at hand.
-    ``first`` is the global row of ``rows[0]``; ``work`` takes a block (ALIGNED_ROWS, d), and
-    returns arrays of as many rows. What is returned has a row for each of ``rows``, (n, d).
+    ``first`` is the global row of ``rows[0]``; ``work`` takes a block (size, d), and returns
+    arrays of as many rows. What is returned has a row for each of ``rows``, (n, d).
     """
     parts = []
-    for low, high in aligned_spans(first, first + len(rows), ALIGNED_ROWS):
-        at = slice(low % ALIGNED_ROWS, low % ALIGNED_ROWS + high - low)
-        block = np.zeros((ALIGNED_ROWS, rows.shape[1]), rows.dtype)
+    for low, high in aligned_spans(first, first + len(rows), size):
+        at = slice(low % size, low % size + high - low)
+        block = np.zeros((size, rows.shape[1]), rows.dtype)
         block[at] = rows[low - first : high - first]
         parts.append([array[at] for array in work(block)])
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))

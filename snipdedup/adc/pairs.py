@@ -37,6 +37,7 @@ from snipdedup.index.search import (
     feature_queries,
     query_space,
 )
+from snipdedup.join.forest import order_by
 from snipdedup.parallel import ordered_map
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
@@ -103,7 +104,8 @@ def candidate_pairs(
     classes = Classes.of(index.lists())
     queries: Callable[..., Source] = partial(code_queries, index, classes.lists)
     if features is not None:
-        queries = partial(feature_queries, index, space, features)
+        stored = classes.lists, classes.of_rows(index.rows)
+        queries = partial(feature_queries, index, space, features, stored=stored)
     searcher, views = Searcher(index, classes.lists, nprobe), None
     if features is not None and rule == TWO_SIDED:
         views = two_sided.record_views(searcher, classes, queries(), k, work, threads)
@@ -151,17 +153,28 @@ def search_candidates(codes: LoadedCodes, rule: Rule, k: int, threads: int) -> I
     for first, row in codes.classes.links():
         yield Candidates(first, row, np.append(first, row), 0)
     source, members = codes.queries(), MOST_NEIGHBOURS if rule.name == SYMMETRIC else k
+    full = [np.empty(0, np.int64)]
 
-    def search(span: tuple[int, int]) -> Candidates:
+    def search(span: tuple[int, int]) -> tuple[Candidates, np.ndarray]:
         if codes.views is not None:
             return judge_views(codes, codes.views, rule, np.arange(*span))
-        return passing_neighbours(codes, source.load(span), rule.name, rule.margin, k, members)
+        queries = source.load(span)
+        found = passing_neighbours(codes, queries, rule.name, rule.margin, k, members)
+        return found, full[0]
+
+    def search_again(span: tuple[int, int]) -> Candidates:
+        queries = again.load(span)
+        return passing_neighbours(codes, queries, "difference", rule.own_margin, 2 * k, k)
 
     spans = plan_blocks(source.total, QUERY_ROWS)
     with progress.bar(source.total, "matching", "rows") as bar:
-        for span, found in zip(spans, ordered_map(search, spans, threads), strict=True):
+        for span, (found, more) in zip(spans, ordered_map(search, spans, threads), strict=True):
+            full.append(more)
             yield found
             bar.update(span[1] - span[0])
+    if codes.views is not None:
+        again = codes.queries(np.concatenate(full))
+        yield from ordered_map(search_again, plan_blocks(again.total, QUERY_ROWS), threads)
 
 
 def passing_neighbours(
@@ -190,11 +203,11 @@ def passing_neighbours(
 
 def judge_views(
     codes: LoadedCodes, views: two_sided.Views, rule: Rule, rows: np.ndarray
-) -> Candidates:
+) -> tuple[Candidates, np.ndarray]:
     """Judge some rows and their neighbours by the two-sided rule.
 
-    Where all k neighbours pass there may be more: these rows are searched for again, and what
-    comes then is judged by the row's own difference.
+    Where all k neighbours pass there may be more: these rows are returned too. They are searched
+    for again, and what comes then is judged by the row's own difference.
     """
     pairs = two_sided.passing_pairs(views, rows, rule.margin)
     passed = np.bincount(pairs.at, minlength=len(rows))
@@ -202,19 +215,15 @@ def judge_views(
     count = np.count_nonzero(near >= 0, axis=1)  # one place may be the row's own class
     full = (count >= views.k - 1) & (passed == count) & (passed > 0)
     hit, y = codes.classes.rows(near[pairs.at, pairs.column], views.k)
-    x = rows[pairs.at[hit]]
-    cut = 0
-    if full.any():
-        queries = codes.queries(rows[full]).load((0, int(full.sum())))
-        more = passing_neighbours(
-            codes, queries, "difference", rule.own_margin, 2 * views.k, views.k
-        )
-        x, y, cut = np.append(x, more.a), np.append(y, more.b), more.cut
-    return Candidates(*unique_pairs(x, y), np.unique(rows[pairs.at]), cut)
+    flagged = rows[passed > 0]
+    return Candidates(*unique_pairs(rows[pairs.at[hit]], y), flagged, 0), rows[full]
 
 
 def unique_pairs(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return each pair of different rows once: the smaller rows, and the others."""
-    pairs = np.stack([np.minimum(x, y), np.maximum(x, y)])
-    a, b = np.unique(pairs[:, x != y], axis=1)
-    return a, b
+    a, b = np.minimum(x, y)[x != y], np.maximum(x, y)[x != y]
+    order = order_by(a, b)
+    a, b = a[order], b[order]
+    new = np.ones(len(a), bool)
+    new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    return a[new], b[new]

@@ -9,11 +9,11 @@ that is says more than their own two codes do (docs/internals/codes.md).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup import progress
+from snipdedup import native, progress
 from snipdedup.features.shards import plan_blocks
 from snipdedup.index.quantizer import Quantiser
 from snipdedup.index.search import QUERY_ROWS, Classes, Searcher, Source
@@ -23,9 +23,9 @@ from snipdedup.storage import atomic
 UNSEEN = 3  # a difference counts so often where the other row does not name this one
 NEAREST = 3  # neighbours of a row that are looked at first: nearly always its best is among them
 RIDGE = 1e-3  # of a code's squared length: directions that codes share more closely say nothing
+SLACK = 1e-9  # of squared distances in float64
 COMMON, COMMON_LISTS = 16, 8  # nearest codes and lists that are compared; more cost time only
-NAMES, SOLVE_BYTES = 1 << 22, 1 << 27  # looked up together; of codes solved for together
-ELIMINATED = 256  # systems of equations solved side by side: they stay in the cache
+NAMES, SOLVE_BYTES = 1 << 22, 1 << 23  # looked up together; of codes solved for together
 
 
 class Views(NamedTuple):
@@ -42,14 +42,19 @@ class Views(NamedTuple):
     k: int
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the codes or centroids of ``ids``, (..., dim) float32; zeros for -1."""
-        lists, flat = self.classes.lists, ids.ravel()
-        count = len(lists.ids)
-        vectors = np.zeros((len(flat), self.quantiser.dim), np.float32)
-        place, coarse = (flat >= 0) & (flat < count), flat >= count
-        of = np.searchsorted(lists.starts, flat[place], side="right") - 1
-        vectors[place] = self.quantiser.decode(of, lists.codes[flat[place]])
-        vectors[coarse] = self.quantiser.centroids[flat[coarse] - count]
+        """Return the codes or centroids of ``ids``, (n, w, dim) float32; zeros for -1."""
+        lists, quantiser = self.classes.lists, self.quantiser
+        if quantiser.nbits == 8:
+            return native.decode(
+                ids, lists.codes, lists.starts, quantiser.centroids, quantiser.words,
+                quantiser.residual,
+            )  # fmt: skip
+        flat, count = ids.ravel(), len(lists.ids)
+        places = np.clip(flat, 0, max(count - 1, 0))
+        vectors = quantiser.decode(lists.list_at(places), lists.codes[places])
+        coarse = np.flatnonzero(flat >= count)
+        vectors[coarse] = quantiser.centroids[flat[coarse] - count]
+        vectors[flat < 0] = 0
         return vectors.reshape(*ids.shape, -1)
 
 
@@ -60,10 +65,7 @@ def record_views(
 
     ``source`` gives all rows of the index, in order.
     """
-    own = np.full(source.total, -1)  # class of each row; -1 for rows in no list
-    own[classes.lists.rows(slice(None))] = np.arange(len(classes.lists.ids))
-    for first, row in classes.links():
-        own[row] = own[first]
+    own = classes.of_rows(source.total)
     smallest = np.min_scalar_type(-len(classes.lists.ids) - searcher.quantiser.nlist)
     shape = source.total, 1 + k + searcher.nprobe
     paths = folder / "views_ids.npy", folder / "views_e.npy"
@@ -109,7 +111,8 @@ def passing_pairs(views: Views, rows: np.ndarray, margin: float) -> NamedPairs:
     """Return the neighbours of ``rows``, (b,) int64, whose scores are at most the margin."""
     ids, e = views.ids[rows], views.e[rows]
     mean = mean_differences(views, ids, e)
-    pairs = score_pairs(views, ids, e, mean, mean <= margin)  # a score is never below its mean
+    chosen = mean <= margin  # a score is never below its mean
+    pairs = score_pairs(views, ids, e, mean, chosen, margin=margin)
     return NamedPairs(*(part[pairs.score <= margin] for part in pairs))
 
 
@@ -144,17 +147,19 @@ def score_pairs(
     mean: np.ndarray,
     chosen: np.ndarray,
     common: float = 1.0,
+    margin: float = np.inf,
 ) -> NamedPairs:
-    """Return the scores of chosen neighbours of rows.
+    """Return the scores of chosen neighbours of rows, in row order.
 
     The mean of a pair's two differences, (x − y)·(q(x) − q(y)), is ‖x − y‖² but for the codes'
     errors, which cancel where they are alike. To it is added what `common_lengths` knows of it,
-    with a weight of ``common``: 0 leaves the mean alone.
+    with a weight of ``common``: 0 leaves the mean alone. Scores above the margin need not be whole.
     """
     at, column = np.nonzero(chosen)
     score = mean[at, column]
     if common:
-        score = score + common * common_lengths(views, ids[at], e[at], ids[at, 1 + column])
+        limits = (margin - score) / common + SLACK  # rounding must not let a cut one pass
+        score = score + common * common_lengths(views, ids, e, at, ids[at, 1 + column], limits)
     return NamedPairs(at, column, score)
 
 
@@ -168,13 +173,11 @@ def mean_differences(views: Views, ids: np.ndarray, e: np.ndarray) -> np.ndarray
     known = (ids[:, near] >= 0) & (ids[:, :1] >= 0)
     mine = (e[:, :1] - e[:, near]).astype(np.float64)  # half a difference
     other = views.classes.lists.rows(np.maximum(ids[:, near], 0).ravel())
-    asks, back = np.repeat(ids[:, 0], views.k), np.empty(len(other))
+    asks, back = np.repeat(ids[:, 0], views.k), np.full(len(other), np.nan)
     for start, stop in plan_blocks(len(other), max(1, NAMES // views.k)):
         y = other[start:stop]
-        theirs = views.e[y]
-        named = views.ids[y][:, near] == asks[start:stop, None]
-        back[start:stop] = theirs[:, 0] - np.where(named, theirs[:, near], 0).sum(axis=1)
-        back[start:stop][~named.any(axis=1)] = np.nan
+        hit, column = np.nonzero(views.ids[y][:, near] == asks[start:stop, None])
+        back[start + hit] = views.e[y[hit], 0] - views.e[y[hit], 1 + column]
     back = back.reshape(mine.shape)
     mean = np.where(np.isnan(back), 2 * UNSEEN * np.maximum(mine, 0), mine + back)
     return np.where(known, mean, np.inf)
@@ -187,49 +190,34 @@ def own_differences(views: Views, shared: np.ndarray, rows: np.ndarray) -> np.nd
     return np.where(shared[rows], 0, mine.min(axis=1)).astype(np.float32)
 
 
-def common_lengths(views: Views, ids: np.ndarray, e: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def common_lengths(
+    views: Views,
+    ids: np.ndarray,
+    e: np.ndarray,
+    at: np.ndarray,
+    classes: np.ndarray,
+    limits: np.ndarray,
+) -> np.ndarray:
     """Return ‖x − y‖² as far as common codes tell, scaled up, (p,) float64.
 
-    A = vᵀ (Q Qᵀ)⁻¹ v, with v the projections on the r common codes Q, is the squared length of
-    x − y within their span, r of d dimensions. A d / r would be the whole if all dimensions were
-    alike; they are not, and √(d / r) does better on all that was tried.
+    x is row ``at``, ascending, of ``ids`` and ``e``, y the smallest row of a class. A = vᵀ (Q
+    Qᵀ)⁻¹ v, with v the projections on the r common codes Q, is the squared length of x − y within
+    their span, r of d dimensions. A d / r would be the whole if all dimensions were alike; they
+    are not, and √(d / r) does better on all that was tried. A length above its limit may come out
+    smaller, but above the limit.
     """
-    near = 1 + min(views.k, COMMON)
-    lists = np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
-    used = np.append(np.arange(near), lists)
-    ids, e = ids[:, used], e[:, used]
-    dim, width = views.quantiser.dim, len(used)
-    lengths = np.empty(len(ids))
-    other = views.classes.lists.rows(classes)
-    for start, stop in plan_blocks(len(ids), max(1, SOLVE_BYTES // (4 * dim * width))):
-        names, y = ids[start:stop], other[start:stop]
-        same = (names[:, :, None] == views.ids[y][:, None, used]) & (names >= 0)[:, :, None]
-        theirs = np.where(same, views.e[y][:, None, used], 0).sum(axis=2)
-        both = same.any(axis=2)
-        v = np.where(both, e[start:stop] - theirs, 0).astype(np.float64)
-        spanned = spanned_lengths(views.vectors(np.where(both, names, -1)), v)
-        lengths[start:stop] = spanned * np.sqrt(dim / np.maximum(both.sum(axis=1), 1))
-    return lengths
-
-
-def spanned_lengths(Q: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the squared lengths of vectors within the span of r directions, (p,) float64.
-
-    ``Q``, (p, r, d), are the directions, zeros where there is none; ``v``, (p, r), projections.
-    The length is vᵀ G⁻¹ v with G = Q Qᵀ: of [G v; vᵀ 0] symmetric elimination of all columns but
-    the last leaves −vᵀ G⁻¹ v. Many systems are solved side by side, in one order of sums on each
-    machine: LAPACK's solver is called for each of them, and some builds start threads for each.
-    """
-    gram = np.matmul(Q, Q.transpose(0, 2, 1)).astype(np.float64)
-    square = np.trace(gram, axis1=1, axis2=2) / np.maximum(Q.any(axis=2).sum(axis=1), 1)
-    gram += (RIDGE * np.maximum(square, RIDGE))[:, None, None] * np.eye(Q.shape[1])
-    lengths, r = np.empty(len(v)), Q.shape[1]
-    for start, stop in plan_blocks(len(v), ELIMINATED):
-        left = np.zeros((r + 1, r + 1, stop - start))
-        left[:r, :r] = gram[start:stop].transpose(1, 2, 0)
-        left[r, :r] = left[:r, r] = v[start:stop].T
-        for j in range(r):
-            row = left[j, j + 1 :]
-            left[j + 1 :, j + 1 :] -= (row / left[j, j])[:, None] * row
-        lengths[start:stop] = -left[r, r]
+    near, lists = 1 + min(views.k, COMMON), np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
+    used: Any = np.append(np.arange(near), lists)
+    width = len(used)
+    if used[-1] == width - 1:
+        used = slice(width)  # takes no copy
+    lengths, other = np.empty(len(at)), views.classes.lists.rows(classes)
+    most = max(1, SOLVE_BYTES // (4 * views.quantiser.dim * width))
+    for start, stop in plan_blocks(len(at), most):
+        rows, place = np.unique(at[start:stop], return_inverse=True)
+        names, y = ids[rows][:, used], other[start:stop]
+        lengths[start:stop] = native.common_lengths(
+            (names, e[rows][:, used]), views.vectors(names), place,
+            (views.ids[y][:, used], views.e[y][:, used]), RIDGE, limits[start:stop],
+        )  # fmt: skip
     return lengths

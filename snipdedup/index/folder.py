@@ -61,9 +61,13 @@ class CodeLists(NamedTuple):
         """Return the global rows at places in the sorted order, (n,) int64."""
         return unpack_rows(self.ids[places])
 
+    def list_at(self, places: np.ndarray) -> np.ndarray:
+        """Return the list of each of some places, (n,) int64."""
+        return np.searchsorted(self.starts, places, side="right") - 1
+
     def list_of(self, low: int, high: int) -> np.ndarray:
         """Return the list of each place from ``low`` to ``high``, (n,) int64."""
-        return np.searchsorted(self.starts, np.arange(low, high), side="right") - 1
+        return self.list_at(np.arange(low, high))
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield (low, high) places of whole lists, about `WALK_ROWS` at a time."""

@@ -42,6 +42,9 @@ class Quantiser:
         self.m, self.nbits = int(ivfpq.pq.M), int(ivfpq.pq.nbits)
         self.code_size = int(ivfpq.code_size)
         self.centroids = ivfpq.quantizer.reconstruct_n(0, self.nlist)
+        words = faiss.vector_to_array(ivfpq.pq.centroids)
+        self.words = words.reshape(self.m, 1 << self.nbits, self.dim // self.m)
+        self.residual = bool(ivfpq.by_residual)
         self.coarse: Any = faiss.downcast_index(ivfpq.quantizer)
 
     def assign(self, x: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ from snipdedup.index.folder import (
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, ordered_map
 
 QUERY_ROWS = 4 * ALIGNED_ROWS  # rows searched by one thread at a time
+PROBE_ROWS = 4 * ALIGNED_ROWS  # rows whose lists are found together; small blocks are slower
 MOST_MAPPED = 128  # shards that stay mapped
 DECODE_ROWS = 1 << 15  # codes turned into vectors at a time
 
@@ -74,6 +75,15 @@ class Classes(NamedTuple):
         at = np.repeat(np.arange(len(classes)), counts)
         within = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
         return at, unpack_rows(self.members[begin[at] + within])
+
+    def of_rows(self, rows: int) -> np.ndarray:
+        """Return the class of each of ``rows`` rows, (rows,) int; -1 for rows in no list."""
+        entries = len(self.lists.ids)
+        own = np.full(rows, -1, np.min_scalar_type(-1 - entries))
+        own[self.lists.rows(slice(None))] = np.arange(entries)
+        for first, row in self.links():
+            own[row] = own[first]
+        return own
 
     def links(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield blocks of (smallest row, row) over all rows that are not the smallest."""
@@ -129,7 +139,7 @@ class Searcher:
         ``first`` is the place of ``x[0]`` among all queries: it fixes the blocks.
         """
         assign = partial(self.quantiser.assign, nprobe=self.nprobe)
-        Dq, Iq = in_aligned_blocks(assign, x, first)
+        Dq, Iq = in_aligned_blocks(assign, x, first, PROBE_ROWS)
         return Dq, Iq
 
     def places(
@@ -187,9 +197,17 @@ class Source(NamedTuple):
 
 
 def feature_queries(
-    index: Index, space: Space, features: Features, sample: np.ndarray | None = None
+    index: Index,
+    space: Space,
+    features: Features,
+    sample: np.ndarray | None = None,
+    stored: tuple[CodeLists, np.ndarray] | None = None,
 ) -> Source:
-    """Return rows of features as queries: all, or a sample of row numbers."""
+    """Return rows of features as queries: all, or a sample of row numbers.
+
+    ``stored`` are lists and the place of each row's code there, -1 for none. Without it rows are
+    coded again.
+    """
 
     def load(span: tuple[int, int]) -> Queries:
         if sample is None:
@@ -199,7 +217,14 @@ def feature_queries(
         bad = bad_rows(block)
         block[bad] = 0
         x = in_aligned_blocks(lambda b: (space.vectors(b),), block, span[0])[0]
-        own = in_aligned_blocks(index.quantiser.own_code, x, span[0])[2]
+        if stored is None:
+            own = in_aligned_blocks(index.quantiser.own_code, x, span[0])[2]
+        else:
+            lists, places = stored[0], stored[1][rows]
+            bad |= places < 0
+            places = np.maximum(places, 0)
+            off = x - index.quantiser.decode(lists.list_at(places), lists.codes[places])
+            own = np.einsum("ij,ij->i", off, off)
         return Queries(span[0], np.where(bad, -1, rows), x, own)
 
     return Source(features.rows if sample is None else len(sample), load)

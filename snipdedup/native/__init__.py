@@ -257,3 +257,60 @@ def join_best(
         np.ascontiguousarray(start, np.int64), np.ascontiguousarray(end, np.int64), order, parent
     )
     return np.asarray(found)
+
+
+def decode(
+    names: np.ndarray,
+    codes: np.ndarray,
+    starts: np.ndarray,
+    centroids: np.ndarray,
+    words: np.ndarray,
+    residual: bool,
+) -> np.ndarray:
+    """Return the vectors of names, (n, w, d) float32; zeros for negative ones.
+
+    Parameters
+    ----------
+    names : (n, w) int
+        Places in ``codes``; lists are counted on from their number.
+    codes : (entries, m) uint8
+        Of a product quantiser with 8 bits, sorted by list.
+    starts : (nlist + 1,) int64
+        Where each list begins, then the number of codes.
+    centroids : (nlist, d) float32
+        Of the lists; added to what the codes say if they are of a ``residual``.
+    words : (m, 256, d / m) float32
+    """
+    names = np.ascontiguousarray(names, np.int64)
+    return np.asarray(_module.decode(names, codes, starts, centroids, words, residual))
+
+
+def common_lengths(
+    rows: tuple[np.ndarray, np.ndarray],
+    vectors: np.ndarray,
+    at: np.ndarray,
+    others: tuple[np.ndarray, np.ndarray],
+    ridge: float,
+    limits: np.ndarray,
+) -> np.ndarray:
+    """Return ‖x − y‖² as far as common names tell, (p,) float64; see `fallback.common_lengths`.
+
+    Parameters
+    ----------
+    rows : (n, w) int, (n, w) float32
+        Names of vectors, each at most once a row, negative for none; x's product with each.
+        vectors : (n, w, d) float32
+        What the names stand for.
+    at : (p,) int
+        The row that is x.
+    others : (p, w) int, (p, w) float32
+        As ``rows``, for y.
+    limits : (p,) float64
+        A length above its limit may come out smaller, but above the limit.
+    """
+    x, along_x, y, along_y = (
+        np.ascontiguousarray(part, kind)
+        for part, kind in zip((*rows, *others), 2 * (np.int64, np.float32), strict=True)
+    )
+    at, vectors = np.ascontiguousarray(at, np.int64), np.ascontiguousarray(vectors)
+    return np.asarray(_module.common_lengths(x, along_x, vectors, at, y, along_y, ridge, limits))

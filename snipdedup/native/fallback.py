@@ -14,6 +14,8 @@ import numpy as np
 EXACT_WIDTH = 1 << 10  # products of so many int8 values are below 2^24
 BLOCK = 1024  # rows computed at a time
 DOT_ROWS = 1 << 12  # codes multiplied row by row at a time
+ELIMINATED = 256  # systems of equations solved side by side: they stay in the cache
+GRAMS, GRAM_LANES = 32, 16  # rows whose vectors are multiplied together; sums side by side
 BLOCK_EDGES = 1 << 16  # edges joined at a time: few enough to stay in the cache
 FEW_COLUMNS = 8  # added up one by one
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
@@ -424,3 +426,85 @@ def link_smaller(label: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
         u, v = label[u], label[v]
         open_ = u != v
         u, v = u[open_], v[open_]
+
+
+def decode(
+    names: np.ndarray,
+    codes: np.ndarray,
+    starts: np.ndarray,
+    centroids: np.ndarray,
+    words: np.ndarray,
+    residual: bool,
+) -> np.ndarray:
+    """Return the vectors of names, (n, w, d) float32; see `snipdedup.native.decode`."""
+    flat, (count, m) = names.ravel(), codes.shape
+    found = np.zeros((len(flat), centroids.shape[1]), np.float32)
+    coded, lists = np.flatnonzero((flat >= 0) & (flat < count)), np.flatnonzero(flat >= count)
+    found[coded] = words[np.arange(m), codes[flat[coded]]].reshape(len(coded), -1)
+    if residual:
+        found[coded] += centroids[np.searchsorted(starts, flat[coded], side="right") - 1]
+    found[lists] = centroids[flat[lists] - count]
+    return found.reshape(*names.shape, -1)
+
+
+def common_lengths(
+    names: np.ndarray,
+    products: np.ndarray,
+    vectors: np.ndarray,
+    at: np.ndarray,
+    other_names: np.ndarray,
+    other_products: np.ndarray,
+    ridge: float,
+    limits: np.ndarray,
+) -> np.ndarray:
+    """Return the squared lengths of x − y within the span of common vectors, scaled, (p,) float64.
+
+    With v the products of x − y with the r common vectors Q it is vᵀ G⁻¹ v √(d / r), where G is
+    Q Qᵀ and a ridge. Of [G v; vᵀ 0] symmetric elimination of all columns but the last leaves
+    −vᵀ G⁻¹ v. Many systems are solved side by side; where a name is not common, its row of G is
+    zero, and changes nothing. ``limits`` would only save work.
+    """
+    del limits
+    lengths, width, dim = np.empty(len(at)), names.shape[1], vectors.shape[2]
+    gram = np.concatenate(
+        [np.empty((0, width, width), np.float32)]
+        + [gram_of(vectors[low : low + GRAMS]) for low in range(0, len(vectors), GRAMS)]
+    )
+    for start in range(0, len(at), ELIMINATED):
+        part = slice(start, start + ELIMINATED)
+        x, y = names[at[part]], other_names[part]
+        same = (x[:, :, None] == y[:, None, :]) & (x >= 0)[:, :, None]
+        both = same.any(axis=2)
+        theirs = np.where(same, other_products[part][:, None, :], 0).sum(axis=2)
+        v = np.where(both, products[at[part]] - theirs, 0).astype(np.float64)
+        table = np.where(both[:, :, None] & both[:, None, :], gram[at[part]], 0)
+        left = np.zeros((width + 1, width + 1, len(x)))
+        left[:width, :width] = table.transpose(1, 2, 0)
+        left[width, :width] = left[:width, width] = v.T
+        trace, r = np.zeros(len(x)), np.maximum(both.sum(axis=1), 1)
+        for j in range(width):
+            trace += left[j, j]
+        left[range(width), range(width)] += ridge * np.maximum(trace / r, ridge)
+        for j in range(width):
+            row = left[j, j + 1 :]
+            left[j + 1 :, j + 1 :] -= (row / left[j, j])[:, None] * row
+        lengths[part] = -left[width, width] * np.sqrt(dim / r)
+    return lengths
+
+
+def gram_of(vectors: np.ndarray) -> np.ndarray:
+    """Return the products of the vectors of each row with one another, (n, w, w) float32.
+
+    Added up in `GRAM_LANES` lanes, of which the second half is added to the first.
+    """
+    count, width, dim = vectors.shape
+    sums = np.zeros((count, width, width, GRAM_LANES), np.float32)
+    padded = np.pad(vectors, ((0, 0), (0, 0), (0, -dim % GRAM_LANES)))
+    for k in range(0, dim, GRAM_LANES):
+        part = padded[:, :, k : k + GRAM_LANES]
+        sums += part[:, :, None] * part[:, None]
+    lanes = GRAM_LANES
+    while lanes > 1:
+        lanes //= 2
+        sums = sums[..., :lanes] + sums[..., lanes:]
+    return sums[..., 0]

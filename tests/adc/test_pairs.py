@@ -199,6 +199,20 @@ def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):
     assert share == pytest.approx(truth.mean(), abs=0.03)
 
 
+def test_the_benchmark_measures_faiss_beside_it(data, tmp_path, capsys, monkeypatch):
+    scripts = Path(__file__).parents[2] / "scripts"
+    monkeypatch.syspath_prepend(scripts)
+    shard = data / "keyframes" / "img_emb" / "img_emb_0000.npy"
+    words = ["--features", shard, "--code_bytes", 8, "--nlist", 16, "--sample", 500]
+    words += ["--rules", "difference", "--repeats", 1, "--json", tmp_path / "x.json"]
+    runpy.run_path(str(scripts / "bench_adc.py"))["main"]([str(word) for word in words])
+    assert "| 8 | difference |" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert result["faiss_cpu"] > 0
+    assert 0 < result["encoder_cpu"] < result["cpu"]
+    assert 0 < result["precision"] <= 1
+
+
 def test_the_calibration_script_judges_other_shards(data, tmp_path, capsys):
     from snipdedup.encoder.network import Encoder, Network
 

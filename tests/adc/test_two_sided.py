@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from samples import candidates, labels, make
 
+from snipdedup import native
 from snipdedup.adc import two_sided
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
@@ -81,7 +82,9 @@ def test_all_common_codes_together_know_the_distance(index, rows, tmp_path, monk
     views = views_of(index, rows, tmp_path, ROWS, LISTS)
     a, b = np.arange(10, 20), np.arange(20, 30)
     names = views.ids[b, 0]
-    found = two_sided.common_lengths(views, views.ids[a], views.e[a], names)
+    found = two_sided.common_lengths(
+        views, views.ids[a], views.e[a], np.arange(10), names, np.full(10, np.inf)
+    )
     x, _, _ = plain(index, rows)
     r = (views.ids[a] >= 0).sum(axis=1)
     expected = np.square(x[a] - x[b]).sum(axis=1) * np.sqrt(8 / r)
@@ -142,12 +145,73 @@ def test_a_crowd_larger_than_k_is_one_group(tmp_path, monkeypatch):
     assert sizes.max() > 0.95 * len(crowd)
 
 
-def test_elimination_solves_as_lapack_does():
-    rng = np.random.default_rng(3)
-    Q, v = rng.normal(size=(700, 25, 32)), rng.normal(size=(700, 25))
-    Q[5, 3:], v[5, 3:] = 0, 0  # directions that are not there
-    found = two_sided.spanned_lengths(Q, v)
-    for vectors, along, length in zip(Q, v, found, strict=True):
-        square = np.square(vectors).sum() / vectors.any(axis=1).sum()
-        gram = vectors @ vectors.T + two_sided.RIDGE * square * np.eye(25)
-        assert length == pytest.approx(along @ np.linalg.solve(gram, along), rel=1e-9)
+@pytest.fixture
+def kernels():
+    """Put back the kernels in use."""
+    before = native.used()
+    yield
+    native.use(before)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", native.names())
+def test_elimination_solves_as_lapack_does(name):
+    native.use(name)
+    x, y, at, Q = named(np.random.default_rng(3), rows=70, pairs=700, width=25, dim=32)
+    found = native.common_lengths(x, Q, at, y, two_sided.RIDGE, np.full(700, np.inf))
+    for row, names, along, length in zip(at, *y, found, strict=True):
+        common, i, j = np.intersect1d(x[0][row], names, return_indices=True)
+        i, j = i[common >= 0], j[common >= 0]
+        v, r = (x[1][row, i] - along[j]).astype(float), max(len(i), 1)
+        gram = Q[row, i].astype(float) @ Q[row, i].T
+        gram += two_sided.RIDGE * np.trace(gram) / r * np.eye(len(i))
+        assert length == pytest.approx(v @ np.linalg.solve(gram, v) * np.sqrt(32 / r), rel=1e-4)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("width", "dim"), [(1, 8), (2, 3), (21, 64), (25, 40), (60, 17)])
+def test_all_kernels_give_the_same_lengths(width, dim):
+    x, y, at, Q = named(np.random.default_rng(width), rows=40, pairs=900, width=width, dim=dim)
+    native.use("numpy")
+    whole = native.common_lengths(x, Q, at, y, two_sided.RIDGE, np.full(900, np.inf))
+    for limit in (np.inf, np.median(whole)):
+        for name in native.names():
+            native.use(name)
+            found = native.common_lengths(x, Q, at, y, two_sided.RIDGE, np.full(900, limit))
+            np.testing.assert_array_equal(found <= limit, whole <= limit)
+            np.testing.assert_array_equal(found[found <= limit], whole[whole <= limit])
+            assert (found <= whole).all()
+
+
+def named(rng: np.random.Generator, *, rows: int, pairs: int, width: int, dim: int):
+    """Rows x and y with random names, some of them common, and products with what they name."""
+
+    def side(count: int) -> tuple[np.ndarray, np.ndarray]:
+        names = rng.permuted(np.tile(np.arange(2 * width), (count, 1)), axis=1)[:, :width]
+        names[rng.random(names.shape) < 0.1] = -1
+        return names, rng.normal(size=names.shape).astype(np.float32)
+
+    x, y = side(rows), side(pairs)
+    y[0][:3] = -1  # nothing in common
+    vectors = rng.normal(size=(2 * width, dim)).astype(np.float32)
+    Q = np.where(x[0][:, :, None] >= 0, vectors[x[0]], np.float32(0))
+    return x, y, np.sort(rng.integers(0, rows, pairs)), Q
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("residual", [True, False])
+def test_names_are_decoded_as_faiss_does(index, residual):
+    quantiser, lists = index.quantiser, index.lists()
+    names = np.random.default_rng(0).integers(-1, len(lists.ids) + LISTS, (200, 7))
+    places = np.clip(names, 0, len(lists.ids) - 1)
+    expected = quantiser.ivfpq.pq.decode(lists.codes[places.ravel()])
+    if residual:
+        expected += quantiser.centroids[lists.list_at(places.ravel())]
+    expected = expected.reshape(200, 7, -1)
+    expected[names < 0] = 0
+    beyond = names >= len(lists.ids)
+    expected[beyond] = quantiser.centroids[names[beyond] - len(lists.ids)]
+    tables = lists.codes, lists.starts, quantiser.centroids, quantiser.words
+    for name in native.names():
+        native.use(name)
+        np.testing.assert_array_equal(native.decode(names, *tables, residual), expected)

@@ -1,5 +1,5 @@
 // What each instruction set implements. One source (products.hpp, lists.hpp, encode.hpp,
-// cosines.hpp) is compiled once for each set, in a namespace of its own, with that set's flags.
+// cosines.hpp, common.hpp) is compiled once for each set, in a namespace of its own, with that set's flags.
 // All results are integers, or floats added in one fixed order, so every set gives the same bits.
 //
 // No unit that is compiled for an instruction set may use templates of the standard library: the
@@ -55,6 +55,26 @@ struct Lists {
     const float *distances;          // of all from all; null: they are computed
 };
 
+// Codes of a product quantiser with words of 8 bits, sorted by list: code n is
+// words[0][codes[n][0]], ..., words[m - 1][codes[n][m - 1]], plus the centroid of its list if
+// `residual`. Name n is code n, or centroid n - count from `count` on.
+struct Coded {
+    const std::uint8_t *codes;
+    std::size_t count, m;
+    const std::int64_t *starts;  // of the lists, then `count`
+    const float *centroids;
+    std::size_t lists, dim;
+    const float *words;  // m tables of 256 words, dim / m wide
+    bool residual;
+};
+
+// What some rows were compared with: `width` names a row (negative: none), and its products.
+struct Views {
+    const std::int64_t *names;
+    const float *products;
+    std::size_t count, width;
+};
+
 struct Kernels {
     const char *name;
     // out[r][c] = rows[r] . columns[c], `stride` numbers a row; `turned` is scratch (see below)
@@ -82,6 +102,14 @@ struct Kernels {
                   double *work);
     void (*hashes)(const std::uint64_t *words, std::size_t count, std::size_t width,
                    const std::uint64_t *offsets, bool mixed, std::uint64_t *out);
+    // the vectors of names, zeros for negative ones
+    void (*decode)(const Coded &, const std::int64_t *names, std::size_t count, float *out);
+    // ‖x - y‖² of each pair x = rows[at[p]], y = others[p]; `vectors` are those of the rows' names;
+    // where it is above the limit of the pair, some smaller number above the limit
+    void (*common_lengths)(const Views &rows, const float *vectors, std::size_t dim,
+                           const std::int64_t *at, const Views &others, double ridge,
+                           const double *limits, double *out,
+                           double *work);  // `work` has 2 (width + 8)^2 numbers
 };
 
 // Rows are copied to `turned` for a call: (count + ROWS) * width bytes.

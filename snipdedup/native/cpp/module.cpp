@@ -289,6 +289,57 @@ Made join_best(const Array<std::int64_t> &start, const Array<std::int64_t> &end,
     return out.array();
 }
 
+template <class Value>
+using Cube = nb::ndarray<const Value, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+Made decode_names(const Table<std::int64_t> &names, const Table<std::uint8_t> &codes,
+                  const Array<std::int64_t> &starts, const Table<float> &centroids,
+                  const Cube<float> &words, bool residual) {
+    const std::size_t lists = centroids.shape(0), dim = centroids.shape(1);
+    const Coded coded{codes.data(), codes.shape(0), codes.shape(1), starts.data(), centroids.data(),
+                      lists, dim, words.data(), residual};
+    same(starts.size(), lists + 1, "lists and centroids");
+    same(words.shape(0), coded.m, "codes and tables of words");
+    same(words.shape(1), 256, "8 bits and words of a table");
+    same(words.shape(2) * coded.m, dim, "widths of words and centroids");
+    for (std::size_t n = 0; n < names.size(); n++)
+        if (names.data()[n] >= (std::int64_t)(coded.count + lists)) throw nb::index_error("no such name");
+    Owned<float> out({names.shape(0), names.shape(1), dim});
+    {
+        nb::gil_scoped_release free;
+        kernels->decode(coded, names.data(), names.size(), out.get());
+    }
+    return out.array();
+}
+
+Made common_lengths_of(const Table<std::int64_t> &names, const Table<float> &products,
+                       const Cube<float> &vectors, const Array<std::int64_t> &at,
+                       const Table<std::int64_t> &other_names, const Table<float> &other_products,
+                       double ridge, const Array<double> &limits) {
+    const std::size_t count = names.shape(0), width = names.shape(1), pairs = at.size();
+    same(products.shape(0), count, "rows and products");
+    same(products.shape(1), width, "names and products");
+    same(vectors.shape(0), count, "rows and their vectors");
+    same(vectors.shape(1), width, "names and vectors");
+    same(other_names.shape(0), pairs, "pairs and others");
+    same(other_products.shape(0), pairs, "pairs and others");
+    same(limits.size(), pairs, "pairs and limits");
+    same(other_names.shape(1), width, "names of rows and others");
+    same(other_products.shape(1), width, "names and products of others");
+    for (std::size_t n = 0; n < pairs; n++)
+        if ((std::uint64_t)at.data()[n] >= count) throw nb::index_error("no such row");
+    Owned<double> out({pairs});
+    {
+        nb::gil_scoped_release free;
+        kernels->common_lengths({names.data(), products.data(), count, width}, vectors.data(),
+                                vectors.shape(2), at.data(),
+                                {other_names.data(), other_products.data(), pairs, width}, ridge,
+                                limits.data(), out.get(),
+                                scratch<double>(2 * (width + 8) * (width + 8)));
+    }
+    return out.array();
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -320,6 +371,8 @@ NB_MODULE(_kernels, m) {
     m.def("cosines", &cosines);
     m.def("table", &table);
     m.def("hashes", &hashes);
+    m.def("decode", &decode_names);
+    m.def("common_lengths", &common_lengths_of);
     m.def("join_best", &join_best<std::uint32_t>, nb::arg("start"), nb::arg("end"),
           nb::arg("order").none(), nb::arg("parent").noconvert());
     m.def("join_best", &join_best<std::int64_t>, nb::arg("start"), nb::arg("end"),

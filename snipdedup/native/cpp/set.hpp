@@ -1,4 +1,5 @@
 // The table of kernels of one instruction set; included by one unit a set.
+#include "common.hpp"
 #include "cosines.hpp"
 #include "encode.hpp"
 #include "lists.hpp"
@@ -11,6 +12,6 @@ const Kernels SNIP_SET_TABLE = {
     SNIP_NAME(SNIP_SET_TABLE), SNIP_SET::products, SNIP_SET::hits,    SNIP_SET::assign,
     SNIP_SET::dots,            SNIP_SET::widen,    SNIP_SET::whole,   SNIP_SET::project,
     SNIP_SET::finish,          SNIP_SET::norms,    SNIP_SET::cosines, SNIP_SET::table,
-    SNIP_SET::hashes,
+    SNIP_SET::hashes,          SNIP_SET::decode,  SNIP_SET::common_lengths,
 };
 }  // namespace snip
