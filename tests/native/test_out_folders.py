@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from unittest import mock
 
@@ -76,7 +75,7 @@ def test_every_set_of_kernels_writes_the_same(case, tmp_path, monkeypatch):
         native.use(name)
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        words = [os.path.join("..", word) if word.endswith(".npy") else word for word in more]
+        words = [f"../{word}" if word.endswith(".npy") else word for word in more]
         status, _, said = truth.snip(
             "dedup", "../x", "--out", "out", "--keep_work", "--threads", "1", *words
         )
@@ -87,7 +86,7 @@ def test_every_set_of_kernels_writes_the_same(case, tmp_path, monkeypatch):
         found = [line for line in golden.differences(own, tmp_path / name) if "kernel" not in line]
         assert not found, name
     manifest = json.loads((own / "out" / "snip.json").read_text())
-    assert manifest["counts"]["removed"] > 300
+    assert manifest["counts"]["removed"] > 200
     if case == "hubs":
         assert manifest["method"]["masses"] >= 2
     if case in WIDE:

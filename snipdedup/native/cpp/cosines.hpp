@@ -149,7 +149,7 @@ constexpr std::make_integer_sequence<int, EDGE * EDGE> EDGES{};
 // The products of EDGE rows with EDGE others; place I is of row I / EDGE, other I % EDGE.
 template <int... I>
 SNIP_INLINE void edge_products(const double *x, const double *y, std::size_t stride, double *out,
-                               Places<I...>) {
+                               Numbers<I...>) {
     Doubles sums[EDGE * EDGE];
     ((sums[I] = Doubles{}), ...);
     for (std::size_t k = 0; k < stride; k += LANES)

@@ -34,7 +34,7 @@ static void whole(const void *rows, int bytes, std::size_t count, std::size_t di
 // The products of BLOCK_ROWS int16 rows with BLOCK_GROUPS groups of packed columns.
 template <int... I>
 SNIP_INLINE void block_projections(const std::int16_t *const *rows, std::size_t dim,
-                                   const std::int16_t *packed, float *out, Places<I...>) {
+                                   const std::int16_t *packed, float *out, Numbers<I...>) {
     constexpr int G = BLOCK_GROUPS;
     Sums16 sums[BLOCK];
     ((sums[I] = zero16()), ...);

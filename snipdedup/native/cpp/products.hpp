@@ -31,7 +31,7 @@ inline const std::int32_t *starts_of(const Columns &columns) {
 template <int... I>
 SNIP_INLINE void block_products(const std::uint8_t *rows, std::size_t width,
                                 const std::int8_t *packed, const std::int32_t *starts,
-                                Sums (&sums)[BLOCK], Places<I...>) {
+                                Sums (&sums)[BLOCK], Numbers<I...>) {
     constexpr int G = BLOCK_GROUPS;
     ((sums[I] = start(starts + I % G * GROUP)), ...);
     for (std::size_t k = 0; k < width; k += 4)
@@ -44,7 +44,7 @@ SNIP_INLINE void block_products(const std::uint8_t *rows, std::size_t width,
 template <int... I>
 SNIP_INLINE void block_masks(const std::uint8_t *rows, std::size_t width,
                              const std::int8_t *packed, const std::int32_t *starts,
-                             const std::int32_t *limits, std::uint64_t *masks, Places<I...> all) {
+                             const std::int32_t *limits, std::uint64_t *masks, Numbers<I...> all) {
     constexpr int G = BLOCK_GROUPS;
     Sums sums[BLOCK];
     block_products(rows, width, packed, starts, sums, all);
@@ -56,7 +56,7 @@ SNIP_INLINE void block_masks(const std::uint8_t *rows, std::size_t width,
 template <int... I>
 SNIP_INLINE void store_block(const std::uint8_t *rows, std::size_t width,
                              const std::int8_t *packed, const std::int32_t *starts,
-                             std::int32_t *out, std::size_t stride, Places<I...> all) {
+                             std::int32_t *out, std::size_t stride, Numbers<I...> all) {
     constexpr int G = BLOCK_GROUPS;
     Sums sums[BLOCK];
     block_products(rows, width, packed, starts, sums, all);

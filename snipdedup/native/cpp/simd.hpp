@@ -225,7 +225,7 @@ inline void store16(float *out, const Sums16 &sums) {
 
 constexpr int BLOCK = BLOCK_ROWS * BLOCK_GROUPS;
 template <int... I>
-using Places = std::integer_sequence<int, I...>;
+using Numbers = std::integer_sequence<int, I...>;
 constexpr std::make_integer_sequence<int, BLOCK> ALL{};
 
 }  // namespace snip::SNIP_SET
