@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from unittest import mock
 
@@ -76,7 +75,7 @@ def test_every_set_of_kernels_writes_the_same(case, tmp_path, monkeypatch):
         native.use(name)
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        words = [os.path.join("..", word) if word.endswith(".npy") else word for word in more]
+        words = [f"../{word}" if word.endswith(".npy") else word for word in more]
         status, _, said = truth.snip(
             "dedup", "../x", "--out", "out", "--keep_work", "--threads", "1", *words
         )
