@@ -360,10 +360,10 @@ def orthonormal(columns: np.ndarray) -> np.ndarray:
 def largest_singular(matrix: np.ndarray) -> float:
     """Return the largest singular value of integers, (d, w) int8, rounded up by a hair.
 
-    By more than a library's last bits, so that these do not show.
+    By more than a library's last bits, so that these do not show, not even where it is whole.
     """
     values = matrix.astype(np.float64)
     gram = exact_product(np.ascontiguousarray(values.T), values, whole=True)
-    root = max(1.0, float(np.linalg.eigvalsh(gram)[-1])) ** 0.5
+    root = max(1.0, float(np.linalg.eigvalsh(gram)[-1])) ** 0.5 * (1 + 2.0**-36)
     step = 2.0 ** (np.floor(np.log2(root)) - HAIR_BITS)
     return float((np.floor(root / step) + 1) * step)

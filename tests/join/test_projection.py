@@ -299,3 +299,13 @@ def test_a_rotation_is_orthonormal_and_of_its_seed(width):
     assert np.allclose(found @ found.T, np.eye(width), atol=1e-12)
     assert np.array_equal(found, room.random_rotation(width, 3))
     assert not np.array_equal(found, room.random_rotation(width, 4))
+
+
+@pytest.mark.parametrize("whole", [3, 64, 127, 961])
+def test_a_whole_singular_value_hides_the_last_bits_of_a_library(whole, monkeypatch):
+    matrix = np.full((whole, 1), 1, np.int8) if whole > 127 else np.full((1, 1), whole, np.int8)
+    found, true = set(), np.linalg.eigvalsh
+    for error in (-1e-14, 0, 1e-14):
+        monkeypatch.setattr(np.linalg, "eigvalsh", lambda gram, e=error: true(gram) * (1 + e))
+        found.add(room.largest_singular(matrix))
+    assert len(found) == 1

@@ -285,7 +285,7 @@ Made join_best(const Array<std::int64_t> &start, const Array<std::int64_t> &end,
                         parent.data(), chosen.data());
     }
     Owned<std::int64_t> out({count});
-    std::memcpy(out.get(), chosen.data(), 8 * count);
+    if (count) std::memcpy(out.get(), chosen.data(), 8 * count);
     return out.array();
 }
 
