@@ -84,7 +84,7 @@ def test_a_run_holds_settings_times_and_machine(measured, synthetic):
     assert f"Ours: kernel {method['kernel']}, 1.00 visits a row, {method['candidates']:,}" in said
     assert "candidates; 1.0000 of the" in said
     assert "CPU seconds: ours" in said
-    assert 2**26 < ours["peak_anonymous_bytes"] < 2**33 or not sys.platform.startswith("linux")
+    assert 2**25 < ours["peak_anonymous_bytes"] < 2**33 or not sys.platform.startswith("linux")
     brute = body["results"]["brute"]
     assert brute["extrapolated"]
     text = json.dumps(body)

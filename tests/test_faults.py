@@ -64,7 +64,7 @@ def results(folder):
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, command):
-    whole = formats.NpyShard._fill
+    whole = formats.NpyShard._read_range
 
     def fail(self, start, rows):
         if self.path.name == "b.npy" and start + len(rows) > 500:
@@ -72,7 +72,7 @@ def test_a_read_error_in_the_middle_of_a_shard(inputs, monkeypatch, capsys, comm
         whole(self, start, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(formats.NpyShard, "_fill", fail)
+        patch.setattr(formats.NpyShard, "_read_range", fail)
         assert run(*COMMANDS[command]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "b.npy" in said
@@ -170,7 +170,7 @@ def test_a_disk_that_is_full(inputs, monkeypatch, capsys, command):
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_a_read_error_as_the_system_says_it_names_the_file(inputs, monkeypatch, capsys, command):
     """/proc/self/mem has no page 0; reading it is an input/output error."""
-    opened, fill = Path.open, formats.NpyShard._fill
+    opened, fill = Path.open, formats.NpyShard._read_range
 
     def fill_broken(self, start, rows):
         if self.path.name != "b.npy":
@@ -180,7 +180,7 @@ def test_a_read_error_as_the_system_says_it_names_the_file(inputs, monkeypatch, 
             patch.setattr(Path, "open", lambda path, *how: opened(Path("/proc/self/mem"), *how))
             return fill(self, start, rows)
 
-    monkeypatch.setattr(formats.NpyShard, "_fill", fill_broken)
+    monkeypatch.setattr(formats.NpyShard, "_read_range", fill_broken)
     assert run(*COMMANDS[command]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == "snip: img/b.npy: Input/output error"
