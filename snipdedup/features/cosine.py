@@ -142,10 +142,7 @@ def indexed_cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) 
 
 
 def all_cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the cosines of all rows of x with all rows of y, (m, n) float32.
-
-    As `pair_cosine` returns them, but those of a size up to 1e-5 are 0.
-    """
+    """Return the cosines of all rows of x with all rows of y, (m, n) float32; see `pair_cosine`."""
     left = rescaled(x)
     right = left if y is x else rescaled(y)
     x_norms = native.row_norms(left)

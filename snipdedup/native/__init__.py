@@ -230,7 +230,7 @@ def cosine_tables(
 ) -> np.ndarray:
     """Return all cosines of rows x with rows y of the same group, (groups, m, n) float32.
 
-    As `cosines` returns them, but those of a size up to 1e-5 are 0. ``x`` holds m rows of each
+    As `cosines` returns them. ``x`` holds m rows of each
     group one after another, ``y`` n.
     """
     found = _module.table(as_bytes(x), x_norms, as_bytes(y), y_norms, x.itemsize, groups)

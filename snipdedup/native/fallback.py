@@ -21,7 +21,6 @@ FEW_COLUMNS = 8  # added up one by one
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplying loses nothing
 HALF = np.uint64(32)
 HALF_ULP = 2.0**-53  # relative error of one operation in float64
-NO_COSINE = 1e-5  # cosines of a size up to this are 0 in tables
 PEAK = 127  # largest int8
 TILE_ROWS, PANEL = 1024, 64  # of rows and columns, by which hits are ordered
 
@@ -305,9 +304,8 @@ def table(
     with np.errstate(all="ignore"):
         sizes = x_norms.reshape(groups, -1, 1) * y_norms.reshape(groups, 1, -1)
         quick = (a @ b.swapaxes(1, 2)) / sizes
-        quick[np.abs(quick) <= NO_COSINE] = 0
         cosine = quick.astype(np.float32)
-        again = np.nonzero((quick != 0) & (unsettled(quick, a.shape[2]) | (quick > 1 - 1e-7)))
+        again = np.nonzero(unsettled(quick, a.shape[2]) | (quick > 1 - 1e-7))
     group, i, j = (side.astype(np.int64) for side in again)
     rows, columns = group * a.shape[1] + i, group * b.shape[1] + j
     cosine[again] = cosines(x, x_norms, y, y_norms, itemsize, rows, columns)

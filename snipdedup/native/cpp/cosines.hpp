@@ -167,8 +167,7 @@ inline void widen_side(const Stored *rows, std::size_t count, std::size_t dim, s
     }
 }
 
-// All cosines of m rows with n rows. Those of a size up to 1e-5 become 0: nearer to it float32
-// shows the order of adding. `work` holds 2 SIDE rows, each a multiple of 8 numbers, and one more.
+// All cosines of m rows with n rows. `work` holds 2 SIDE rows, each a multiple of 8 numbers, and one more.
 template <class Stored>
 inline void table_of(const Stored *x, const double *x_norms, std::size_t m, const Stored *y,
                      const double *y_norms, std::size_t n, std::size_t dim, float *out,
@@ -191,9 +190,7 @@ inline void table_of(const Stored *x, const double *x_norms, std::size_t m, cons
                             const Stored *p = x + (i + a) * dim, *q = y + (j + b) * dim;
                             double cosine =
                                 part[(a - r) * EDGE + b - c] / (x_norms[i + a] * y_norms[j + b]);
-                            if (__builtin_fabs(cosine) <= 1e-5)
-                                cosine = 0;
-                            else if (cosine > 1 - 1e-7 && !std::memcmp(p, q, dim * sizeof(Stored)))
+                            if (cosine > 1 - 1e-7 && !std::memcmp(p, q, dim * sizeof(Stored)))
                                 cosine = 1;
                             else if (__builtin_isfinite(cosine) &&
                                      (float)(cosine - error) != (float)(cosine + error))
