@@ -16,8 +16,8 @@ from snipdedup.planning import Machines, Rates, amount, estimate, load_rates, sp
 
 # Most are 1 of something, so that sums can be worked by hand.
 RATES = Rates(
-    dim=100, itemsize=2, width=128, fit=1e-5, row=1e-6, row_list=1e-9, product=1e-10, proof=1e-6,
-    machine=0.0, lists=500, visits=3.0, uneven=1.0, false_pairs=0.0,
+    dim=100, itemsize=2, width=64, wide=256,
+    fit=1e-5, row=1e-6, row_list=1e-9, product=1e-10, proof=1e-6, machine=0.0, lists=500, visits=3.0, uneven=1.0, false_pairs=0.0,
     crowded_pairs=0.0, duplicates=0.3,
 )  # fmt: skip
 GB = 10**9
@@ -46,7 +46,7 @@ def test_a_million_rows_worked_by_hand(roots):
     assert compute["join"] == pytest.approx(products + 2 * 1.25 * 300_000 * 1e-6)
     assert found.seconds["join"] == pytest.approx(compute["join"] / 1.75)
     assert found.out == pytest.approx(1e6 + 300_000 * 18 + 531_000 * 24)
-    work = 3e6 * 140 + 8e6 + 16 * 31 * 1001 + 40 * 300_000
+    work = 3e6 * 76 + 1e6 * 260 + 8e6 + 16 * 31 * 1001 + 40 * 300_000
     assert found.disk == pytest.approx(found.out + work)
 
 
@@ -81,7 +81,9 @@ def test_machines_share_encode_and_join_and_a_slow_disk_is_waited_for():
     assert four["encode"] == pytest.approx(one["encode"] / 4)
     assert four["group"] == one["group"]
     slow = million(disk_speed=10**6).seconds
-    assert slow["encode"] == pytest.approx((1e6 * 200 + million().visits * 1e6 * 140) / 1e6)
+    assert slow["encode"] == pytest.approx(
+        (1e6 * 200 + million().visits * 1e6 * 76 + 1e6 * 260) / 1e6
+    )
 
 
 def test_few_rows_have_one_list():

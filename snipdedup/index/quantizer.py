@@ -200,6 +200,10 @@ def read_quantiser(path: Path) -> Quantiser:
         found = "an untrained one"
     elif not 4 <= index.pq.nbits <= 8:
         found = f"{index.pq.nbits} bits"
+    elif faiss.vector_to_array(index.pq.centroids).size != index.d << index.pq.nbits or (
+        index.d % index.pq.M
+    ):
+        found = "sub-quantisers of another size"
     if found:
         raise SnipError(
             f"{path}: expected a trained faiss IndexIVFPQ with L2 distances and 4 to 8 bits a "

@@ -44,7 +44,7 @@ def test_it_finds_the_share_asked_for_and_invents_nothing(rows, encoder, lists, 
         monkeypatch.setattr(room, "SINGLE_LIST_ROWS", 0)
     found = dedup(rows, encoder=str(encoder))
     brute = dedup(rows, method="exact")
-    assert found.search.notes["width"] == 24
+    assert found.search.notes["widths"] == [24, 0]
     assert (found.search.notes["nlist"] > 1) == lists
     assert len(found.search.forest.a) >= 0.998 * len(brute.search.forest.a)
     forest = found.search.forest

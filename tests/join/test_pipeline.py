@@ -17,7 +17,7 @@ from snipdedup.deduplication import methods
 from snipdedup.deduplication.run import dedup
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
-from snipdedup.join import encoding, memory, model
+from snipdedup.join import encoding, model, pipeline
 from snipdedup.join.pipeline import needed_memory
 from snipdedup.join.tasks import cut_lists
 from snipdedup.storage import atomic, out_folder
@@ -44,7 +44,7 @@ def many_lists():
     with (
         mock.patch.object(model, "SINGLE_LIST_ROWS", 0),
         mock.patch.object(encoding, "task_rows", return_value=8192),
-        mock.patch.object(memory, "PARTITION_BYTES", 1 << 14),
+        mock.patch.object(pipeline, "PARTITION_BYTES", 1 << 14),
         mock.patch.object(methods, "needed_memory", return_value=0),
     ):
         yield
