@@ -17,7 +17,8 @@ from snipdedup.planning import Machines, Rates, amount, estimate, load_rates, sp
 # Most are 1 of something, so that sums can be worked by hand.
 RATES = Rates(
     dim=100, itemsize=2, width=64, wide=256,
-    fit=1e-5, row=1e-6, row_list=1e-9, product=1e-10, proof=1e-6, machine=0.0, lists=500, visits=3.0, uneven=1.0, false_pairs=0.0,
+    fit=1e-5, row=1e-6, row_list=1e-9, product=1e-10, proof=1e-6, machine=0.0,
+    lists=500, visits=3.0, uneven=1.0, false_pairs=0.0,
     crowded_pairs=0.0, duplicates=0.3,
 )  # fmt: skip
 GB = 10**9
