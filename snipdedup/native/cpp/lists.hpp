@@ -29,10 +29,32 @@ inline std::int32_t nearest(std::int32_t *near, const Lists &lists, std::size_t 
     return most;
 }
 
+typedef std::int32_t GroupInts __attribute__((vector_size(4 * GROUP)));
+typedef float GroupFloats __attribute__((vector_size(4 * GROUP)));
+
+inline bool any(GroupInts truths) {
+    std::uint64_t parts[GROUP / 2], all = 0;
+    std::memcpy(parts, &truths, sizeof truths);
+    for (std::uint64_t part : parts) all |= part;
+    return all;
+}
+
+// Tell whether some of a group reach a limit.
 inline bool any_reaches(const std::int32_t *near, std::int32_t limit) {
-    std::int32_t any = 0;
-    for (std::size_t lane = 0; lane < GROUP; lane++) any |= near[lane] >= limit;
-    return any;
+    GroupInts values;
+    std::memcpy(&values, near, sizeof values);
+    return any(values >= limit);
+}
+
+// Tell whether some of a group are visited. Numbers are below 2^24, so float32 holds them.
+inline bool any_visits(const std::int32_t *near, const float *away, std::int32_t most,
+                       std::int32_t limit, float twice) {
+    GroupInts values;
+    GroupFloats distances;
+    std::memcpy(&values, near, sizeof values);
+    std::memcpy(&distances, away, sizeof distances);
+    const GroupFloats gaps = __builtin_convertvector(most - values, GroupFloats);
+    return any((values >= limit) & (GroupInts)(gaps <= twice * distances));
 }
 
 // `table` is scratch for BLOCK_ROWS rows of near. Ties go to the first centroid. Without `visits`
@@ -56,16 +78,20 @@ static void assign(const Codes &rows, const Lists &lists, const float *radius, s
             best[row] = most;
             if (!visits) continue;
             // first as if all centroids were as far as the furthest, then by their own distances
-            const double twice = 2 * radius[row];
-            const double least = __builtin_ceil(most - twice * (double)lists.widest[own]);
+            const float twice = 2 * radius[row];
+            const double least = __builtin_ceil(most - (double)twice * lists.widest[own]);
             const std::int32_t limit = least > INT32_MIN ? (std::int32_t)least : INT32_MIN;
             if (visits->size + count > visits->room) visits->grow(visits, count);
             for (std::size_t group = 0; group < count; group += GROUP) {
-                if (!any_reaches(near + group, limit)) continue;
+                const bool whole = group + GROUP <= count;
+                if (!(lists.distances && whole
+                          ? any_visits(near + group, lists.distances + own * count + group, most,
+                                       limit, twice)
+                          : any_reaches(near + group, limit)))
+                    continue;
                 for (std::size_t c = group; c < group + GROUP && c < count; c++) {
                     if (near[c] < limit) continue;
-                    const float away = distance(lists, own, c);
-                    if ((double)(most - near[c]) > (double)((float)twice * away)) continue;
+                    if ((float)(most - near[c]) > twice * distance(lists, own, c)) continue;
                     visits->first[visits->size] = (std::int32_t)row;
                     visits->second[visits->size++] = (std::int32_t)c;
                 }
