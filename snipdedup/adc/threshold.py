@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from snipdedup import native, progress
-from snipdedup.features.cosine import bad_rows, directions, indexed_cosines, integer_rows
+from snipdedup.features.cosine import bad_rows, indexed_cosines, integer_rows, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.search import Searcher, Source
 from snipdedup.join.projection import encode_rows, main_directions, project
@@ -122,7 +122,7 @@ def true_duplicates(
     first = raw[open_][:DIRECTION_ROWS]
     if not len(first):
         return found
-    main = main_directions(directions(first).unit(), CODE_WIDTHS[-1] - 1, threads)
+    main = main_directions(unit_rows(first), CODE_WIDTHS[-1] - 1, threads)
     whole = integer_rows(first)[0]
     both = [project(main, whole, width, 0)[0] for width in CODE_WIDTHS]
     narrow, wide = (encode_rows(projection, raw, threads) for projection in both)

@@ -9,8 +9,6 @@ where their rounding would change that no order could change it (`unsettled`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from snipdedup import native
@@ -21,40 +19,6 @@ PROPOSAL_ERROR = 1e-5
 PLAIN_NORM = np.float32(1e15)  # norms up to here, and from its inverse on, are safe in float32
 SAFE_PEAK = 1e100  # squares of larger (or inversely smaller) float64 values could overflow
 LENGTH = 127 * 256  # the norm of a row's integers is at most this
-
-
-class Directions(NamedTuple):
-    """Rows in float32, and what scales each to norm 1.
-
-    Attributes
-    ----------
-    values : (n, d) float32
-        Zeros where a row cannot be compared.
-    factor : (n,) float32
-    bad : (n,) bool
-        Rows that cannot be compared: NaN, infinity, or all zeros.
-    """
-
-    values: np.ndarray
-    factor: np.ndarray
-    bad: np.ndarray
-
-    def unit(self) -> np.ndarray:
-        """Return the rows scaled to norm 1, (n, d) float32."""
-        return self.values * self.factor[:, None]
-
-
-def directions(rows: np.ndarray) -> Directions:
-    """Return the directions of rows, accurate to float32 whatever their norms are.
-
-    ``rows`` are (n, d) float16, float32 or float64.
-    """
-    values, (_, norms) = native.widen(rows), native.whole_rows(rows, 1)
-    bad, odd, unit = odd_rows(rows, norms)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factor = 1 / norms
-    values[odd], factor[odd] = unit, 1
-    return Directions(values, factor, bad)
 
 
 def integer_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +63,12 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
     The scaling is accurate to float32 whatever the norms are; use it to propose, not to decide.
     """
-    return directions(rows).unit()
+    values, (_, norms) = native.widen(rows), native.whole_rows(rows, 1)
+    _, odd, unit = odd_rows(rows, norms)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        values *= (1 / norms)[:, None]
+    values[odd] = unit
+    return values
 
 
 def unit_rows64(rows: np.ndarray) -> np.ndarray:

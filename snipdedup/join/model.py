@@ -16,10 +16,10 @@ import numpy as np
 from snipdedup.errors import DamagedError, InputError
 from snipdedup.features.cosine import (
     bad_rows,
-    directions,
     indexed_cosines,
     integer_rows,
     same_bits,
+    unit_rows,
 )
 from snipdedup.features.formats import load_npz
 from snipdedup.features.hashing import row_hashes
@@ -245,7 +245,7 @@ def choose_projections(
     set is extrapolated from the sample.
     """
     part = sample[:DIRECTION_ROWS]
-    main = main_directions(directions(part).unit(), WIDTHS[-1] - 1, threads)
+    main = main_directions(unit_rows(part), WIDTHS[-1] - 1, threads)
     count = min(len(sample), int(np.clip(CHOICE_SHARE * rows, *CHOICE_ROWS)))
     more, whole = sample[DIRECTION_ROWS:count], integer_rows(part)[0]
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from snipdedup import native
-from snipdedup.features.cosine import LENGTH, directions, integer_rows, longest
+from snipdedup.features.cosine import LENGTH, integer_rows, longest, unit_rows
 from snipdedup.features.scan import BLOCK
 from snipdedup.features.shards import plan_blocks
 from snipdedup.native.fallback import round_codes, row_sums
@@ -204,12 +204,12 @@ class EncoderProjection(Projection):
         import torch
 
         del whole
-        found = directions(rows)
+        rows = unit_rows(rows)
         with torch.inference_mode(), library_threads(1):
-            unit = torch.from_numpy(found.unit()).to(self.encoder.device)
+            unit = torch.from_numpy(rows).to(self.encoder.device)
             descriptors = self.encoder.network(unit, self.encoder.output).cpu()
             turned = descriptors @ torch.from_numpy(self.matrix)
-            turned[torch.from_numpy(found.bad)] = 0
+            turned[torch.from_numpy(~rows.any(1))] = 0
             return round_codes(turned.numpy() * np.float32(self.scale))
 
     def limit(self, threshold: float) -> float:
@@ -252,7 +252,7 @@ def rounding_error(dim: int) -> float:
 
 def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
     """Fit a projection of a width to a sample of distinct rows, (n, d), that can be compared."""
-    main = main_directions(directions(sample).unit(), width - 1)
+    main = main_directions(unit_rows(sample), width - 1)
     return project(main, integer_rows(sample)[0], width, seed)[0]
 
 

@@ -82,6 +82,11 @@ def compare_tiles(
     found: list[Edges] = []
     listed: list[tuple[np.ndarray, np.ndarray]] = []
     candidates, waiting = 0, 0
+
+    def verify() -> None:
+        a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
+        found.append(verify_places(features, rows, a, b, threshold, reference_rows))
+
     for start in range(0, len(members.row), ROW_TILE):
         left = members.where(slice(start, start + ROW_TILE))
         i, j = tiles.hits(
@@ -96,13 +101,11 @@ def compare_tiles(
             continue
         listed.append((i + np.int64(first + start), j))
         waiting += len(i)
-        if waiting >= GATHER_PAIRS or start + ROW_TILE >= len(members.row):
-            a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
-            found.append(verify_places(features, rows, a, b, threshold, reference_rows))
+        if waiting >= GATHER_PAIRS:
+            verify()
             listed, waiting = [], 0
     if waiting:
-        a, b = (np.concatenate(side) for side in zip(*listed, strict=True))
-        found.append(verify_places(features, rows, a, b, threshold, reference_rows))
+        verify()
     return found, candidates
 
 

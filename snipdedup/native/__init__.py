@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from snipdedup.errors import UsageError
 from snipdedup.native import fallback
 
 try:
@@ -36,17 +37,18 @@ def is_built() -> bool:
 
 def used() -> str:
     """Return the name of the kernels in use."""
-    return str(_module.used())
+    return "numpy" if _module is fallback else str(_kernels.used())
 
 
 def use(name: str) -> None:
-    """Use the kernels of a name from now on; raises ValueError if there are none."""
+    """Use the kernels of a name from now on; raises UsageError if there are none."""
     name = "numpy" if name == "0" else name
     global _module  # noqa: PLW0603 - the one choice of this process
     if name not in names():
-        raise ValueError(f"SNIPDEDUP_NATIVE={name}: this machine has {', '.join(names())}")
+        raise UsageError(f"SNIPDEDUP_NATIVE={name}: this machine has {', '.join(names())}")
     _module = fallback if name == "numpy" else _kernels
-    _module.use(name)
+    if _module is _kernels:
+        _module.use(name)
 
 
 if os.environ.get("SNIPDEDUP_NATIVE"):

@@ -25,22 +25,6 @@ PEAK = 127  # largest int8
 TILE_ROWS, PANEL = 1024, 64  # of rows and columns, by which hits are ordered
 
 
-def names() -> list[str]:
-    """Return the kernels that there are."""
-    return ["numpy"]
-
-
-def use(name: str) -> None:
-    """Raise ValueError unless the name is numpy."""
-    if name != "numpy":
-        raise ValueError(f"no kernels '{name}': the native module is not built")
-
-
-def used() -> str:
-    """Return the kernels that are in use."""
-    return "numpy"
-
-
 class Columns:
     """Codes, (m, w) int8, made ready to be columns of products."""
 

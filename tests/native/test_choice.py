@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from snipdedup import native
+from snipdedup.errors import UsageError
 
 SHOW = "from snipdedup import native; print(native.used())"
 
@@ -34,9 +36,22 @@ def test_those_asked_for_are_used():
 
 
 def test_others_are_refused(kernels):
-    with pytest.raises(ValueError, match=r"SNIPDEDUP_NATIVE=sse9: this machine has .*numpy"):
+    with pytest.raises(UsageError, match=r"SNIPDEDUP_NATIVE=sse9: this machine has .*numpy"):
         native.use("sse9")
     assert native.used() == kernels
     done = used_with("sse9")
     assert done.returncode == 1
-    assert "ValueError: SNIPDEDUP_NATIVE=sse9" in done.stderr
+    assert "UsageError: SNIPDEDUP_NATIVE=sse9" in done.stderr
+
+
+def test_the_command_line_refuses_others_in_one_line(tmp_path):
+    np.save(tmp_path / "x.npy", np.eye(8, dtype=np.float32))
+    words = [sys.executable, "-m", "snipdedup", "dedup", "x.npy", "--out", "out"]
+    environment = {**os.environ, "SNIPDEDUP_NATIVE": "sse9"}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "SNIPDEDUP_NATIVE=sse9: this machine has" in done.stderr
+    assert not (tmp_path / "out").exists()
