@@ -43,7 +43,7 @@ from snipdedup.join.model import (
 )
 from snipdedup.join.pipeline import PARTITIONS_A_WORKER, VISIT_BYTES, most_visits, needed_memory
 from snipdedup.join.projection import Codes, encode_rows
-from snipdedup.join.tiles import COLUMN_TILE, CodedRows, compare_tiles
+from snipdedup.join.tiles import COLUMN_TILE, Members, RowCodes, compare_tiles
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import cores, library_threads, machine_memory
 from snipdedup.storage import atomic, out_folder
@@ -318,11 +318,13 @@ def probe(
         few, lists = codes.values[: len(some)], CoarseLists(codes.values[: 1 << 8], 0.0, 0.0)
         row_list = seconds_of(lambda: assign_lists(few, lists)) / len(few) / len(lists.centroids)
         none = Codes(np.empty((count, 0), np.int8), codes.falls)
-        members = CodedRows(np.arange(count), *codes, *(wide or none)).where(some)
+        stored, members = RowCodes(*codes, *(wide or none)), Members(some, some)
         columns = min(COLUMN_TILE, len(some))
 
         def multiply() -> Any:
-            return compare_tiles(sample, members, columns, limits=model.limits, threshold=threshold)
+            return compare_tiles(
+                sample, stored, members, columns, limits=model.limits, threshold=threshold
+            )
 
         multiplying = seconds_of(multiply)
         other = np.roll(some, len(some) // 2)

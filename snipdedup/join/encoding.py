@@ -1,4 +1,4 @@
-"""Encode tasks: a range of rows becomes int8 codes, sorted by the lists that rows live in or visit.
+"""Encode tasks: a range of rows becomes int8 codes, and the lists that the rows live in or visit.
 
 Each task reads its rows once and leaves one folder that is complete or absent.
 """
@@ -35,9 +35,9 @@ def encode_task(
     chunk_rows: int,
     reference_rows: int = 0,
 ) -> None:
-    """Encode rows ``begin`` to ``end``; write narrow codes sorted by list, rows at home first.
+    """Encode rows ``begin`` to ``end``; write their codes, and which rows each list has.
 
-    Wide codes are written once, in row order.
+    Codes are in row order, the rows of a list ascending, those at home first.
 
     If most rows are references, these stay in their lists and only the others visit.
     """
@@ -65,11 +65,11 @@ def encode_task(
     order = sort_small(2 * list_ + ~home, 2 * model.lists.nlist)
     row, list_, home = row[order], list_[order], home[order]
     arrays = {
-        "narrow": np.take(codes[0], row, axis=0),
+        "narrow": codes[0],
+        "falls": falls[0],
         "wide": codes[1],
-        "rows": row + np.int64(begin),
-        "falls": falls[0][row],
         "wide_falls": falls[1],
+        "rows": row + np.int64(begin),
         "starts": np.searchsorted(list_, np.arange(model.lists.nlist + 1)),
         "homes": np.bincount(list_[home], minlength=model.lists.nlist),
         "hashes": seen.load_hashes(),

@@ -35,7 +35,7 @@ PARTITIONS_A_WORKER = 8  # so that all workers end at about the same time
 # For the least memory that a join needs, in bytes; libraries are not counted.
 CODE_BYTES = WIDTHS[0] + WIDTHS[-1]  # of a row, at the most
 PARTITION_BYTES = 1 << 24  # the least that a thread loads of the codes
-VISIT_BYTES = 64  # held for each row of a list while a partition is brought together, codes apart
+VISIT_BYTES = 80  # held for each row of a list while a partition is brought together, codes apart
 TILE_BYTES = 16  # of each product of a tile: int32, float32 and masks
 HELD_BYTES = 130_000_000  # that libraries allocate once they are used, and do not give back
 TRAINING_CODES = 4  # times the codes of the rows that train centroids: gathered, distinct, sorted
@@ -92,8 +92,9 @@ def join(
         run_once(runner, functools.partial(tasks.scan, runner.here), tasks.scan_file)
         scan = tasks.load_scan()
     with stage("join"):
-        partitions = plan_partitions(tasks, runner, memory)
-        join_partitions(tasks, runner, partitions)
+        in_memory = code_bytes(features, model.widths) <= memory // 2
+        partitions = plan_partitions(tasks, runner, memory, in_memory=in_memory)
+        join_partitions(tasks, runner, partitions, in_memory=in_memory)
         forest, candidates = collect_forest(tasks, partitions, scan)
     notes = {
         "kernel": kernel_name(pick_device(settings.device)),
@@ -116,10 +117,16 @@ def encode_all(tasks: JoinTasks, runner: Runner) -> None:
             bar.update(end - begin)
 
 
-def plan_partitions(tasks: JoinTasks, runner: Runner, memory: int) -> list[Partition]:
-    """Cut the lists into partitions that fit into memory; all processes take the same ones."""
-    visits, width = int(tasks.visits.sum()), sum(tasks.model.widths)
-    bound = most_visits(tasks.features, width, runner.here, memory)
+def plan_partitions(
+    tasks: JoinTasks, runner: Runner, memory: int, *, in_memory: bool
+) -> list[Partition]:
+    """Cut the lists into partitions that fit into memory; all processes take the same ones.
+
+    ``in_memory`` tells that the codes of all rows are held in memory beside them.
+    """
+    visits, widths = int(tasks.visits.sum()), tasks.model.widths
+    held = code_bytes(tasks.features, widths) if in_memory else 0
+    bound = most_visits(tasks.features, 0 if in_memory else sum(widths), runner.here, memory - held)
     most = min(bound, max(1, visits // (PARTITIONS_A_WORKER * runner.workers)))
     replan = bound if runner.world_size == 1 else None  # else other processes may join by it
     run_once(runner, functools.partial(tasks.plan, most, replan), tasks.plan_file)
@@ -131,7 +138,9 @@ def plan_partitions(tasks: JoinTasks, runner: Runner, memory: int) -> list[Parti
     return tasks.partitions()
 
 
-def join_partitions(tasks: JoinTasks, runner: Runner, partitions: list[Partition]) -> None:
+def join_partitions(
+    tasks: JoinTasks, runner: Runner, partitions: list[Partition], *, in_memory: bool
+) -> None:
     """Run the join tasks, the largest first, so that all workers end at about the same time.
 
     Many tasks run side by side, each on one thread; few (a small set's single list) run one after
@@ -141,7 +150,7 @@ def join_partitions(tasks: JoinTasks, runner: Runner, partitions: list[Partition
     visits = tasks.visits
     products = visits * tasks.homes
     heavy = sorted(partitions, key=lambda part: -int(products[part.low : part.high].sum()))
-    join_one = functools.partial(tasks.join, threads=within)
+    join_one = functools.partial(tasks.join, threads=within, in_memory=in_memory)
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:
         for part in runner.each(join_one, heavy, tasks.join_file, within, last=True):
             bar.update(int(visits[part.low : part.high].sum()))
@@ -175,7 +184,7 @@ def needed_memory(features: Features, threads: int, reference_rows: int = 0) -> 
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     sample, trained = calibration_rows(rows), training_rows(rows, lists)
     fit = sample * 2 * raw + (sample * 12 + trained * TRAINING_CODES) * CODE_BYTES
-    task = min(rows, task_rows(rows)) * (2 * CODE_BYTES + USUAL_VISITS * (CODE_BYTES + 40))
+    task = min(rows, task_rows(rows)) * (CODE_BYTES + USUAL_VISITS * 60)
     encode = task + BLOCK * (lists * DISTANCE_BYTES + features.dim * VALUE_BYTES)
     forest = rows * np.dtype(row_kind(rows)).itemsize * (2 if reference_rows else 1)
     stages = (
@@ -185,6 +194,11 @@ def needed_memory(features: Features, threads: int, reference_rows: int = 0) -> 
         forest + min(GROUP_BYTES * rows, GROUPS_BYTES),
     )
     return HELD_BYTES + max(stages)
+
+
+def code_bytes(features: Features, widths: tuple[int, int]) -> int:
+    """Return what the codes of all rows take, and by how much their limits fall."""
+    return features.rows * (sum(widths) + 4 * len(widths))
 
 
 def join_bytes(features: Features) -> int:
@@ -197,4 +211,4 @@ def join_bytes(features: Features) -> int:
 def most_visits(features: Features, width: int, threads: int, memory: int) -> int:
     """Return how many visits a partition may have, so that all threads keep a memory bound."""
     spare = (memory - HELD_BYTES) // threads - join_bytes(features) + PARTITION_BYTES
-    return max(PARTITION_BYTES, spare) // (VISIT_BYTES + 2 * width)
+    return max(PARTITION_BYTES, spare) // (VISIT_BYTES + width)

@@ -8,6 +8,7 @@ Of one kind, tasks are independent; each kind needs all tasks of the kinds befor
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from snipdedup.join.encoding import encode_task, load_seen, sort_small
 from snipdedup.join.forest import Edges, ForestBuilder
 from snipdedup.join.hubs import no_hubs
 from snipdedup.join.model import Model, fit_model
-from snipdedup.join.tiles import COLUMN_TILE, CodedRows, compare_tiles
+from snipdedup.join.tiles import COLUMN_TILE, Members, RowCodes, compare_tiles
 from snipdedup.parallel import ordered_map, pick_device
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import load_column
@@ -214,18 +215,38 @@ class JoinTasks:
         """Return the done file of a join task: the pairs that it found."""
         return self.work / "join" / f"{partition.low:06d}-{partition.high:06d}.npz"
 
-    def join(self, partition: Partition, threads: int = 1) -> None:
-        """Find the pairs of a partition, and write their forest."""
-        if self.load_joined(partition) is None:
-            rows = load_partition(
-                self.folders, partition, self.skip, self.model.widths, self.task_size
-            )
-            device = pick_device(self.settings.device)
-            forest, count = join_partition(
-                self.features, self.model, rows, self.settings, threads, device
-            )
-            arrays = {**forest._asdict(), "candidates": np.array(count)}
-            atomic.save_npz(self.join_file(partition), lasting=False, **arrays)
+    @cached_property
+    def lists(self) -> list[ListedRows]:
+        """The lists of all encode tasks."""
+        return [ListedRows(*map(np.array, open_lists(folder))) for folder in self.folders]
+
+    @cached_property
+    def codes(self) -> RowCodes:
+        """The codes of all rows."""
+        rows = np.arange(self.features.rows)
+        return load_codes(self.folders, self.spans, self.model.widths, rows)
+
+    def join(self, partition: Partition, threads: int = 1, *, in_memory: bool = False) -> None:
+        """Find the pairs of a partition, and write their forest.
+
+        With ``in_memory`` the codes of all rows are held; otherwise those of the partition are
+        read.
+        """
+        if self.load_joined(partition) is not None:
+            return
+        lists = self.lists if in_memory else map(open_lists, self.folders)
+        listed = merge_lists((part.of(partition) for part in lists), self.skip)
+        if in_memory:
+            codes, places = self.codes, listed.rows
+        else:
+            rows, places = np.unique(listed.rows, return_inverse=True)
+            codes = load_codes(self.folders, self.spans, self.model.widths, rows)
+        device = pick_device(self.settings.device)
+        forest, count = join_partition(
+            self.features, self.model, codes, places, listed, self.settings, threads, device
+        )
+        arrays = {**forest._asdict(), "candidates": np.array(count)}
+        atomic.save_npz(self.join_file(partition), lasting=False, **arrays)
 
     def load_joined(self, partition: Partition) -> tuple[Edges, int] | None:
         """Return the forest of a partition and its number of candidate pairs.
@@ -250,87 +271,83 @@ def cut_lists(visits: np.ndarray, most: int) -> list[tuple[int, int]]:
     return [*parts, (first, len(visits))]
 
 
-class PartitionRows(NamedTuple):
-    """The rows of a partition, sorted by list, rows at home before visitors."""
+class ListedRows(NamedTuple):
+    """Which rows are in which list: sorted by list, rows at home before visitors."""
 
-    members: CodedRows
+    rows: np.ndarray  # (v,) int64: global rows
     starts: np.ndarray  # (lists + 1,) int64: where each list begins
     homes: np.ndarray  # (lists,) int64: how many of its rows live there
 
+    def of(self, partition: Partition) -> ListedRows:
+        """Return those of some lists."""
+        starts = self.starts[partition.low : partition.high + 1]
+        rows, homes = self.rows[starts[0] : starts[-1]], self.homes[slice(*partition)]
+        return ListedRows(rows, starts - starts[0], homes)
 
-def load_partition(
-    folders: list[Path],
-    partition: Partition,
-    skip: np.ndarray,
-    widths: tuple[int, int],
-    task_size: int,
-) -> PartitionRows:
-    """Bring the rows of a partition that take part together from all encode tasks.
 
-    Files are open while they are read only: of two billion rows there are thousands of tasks.
-    """
-    low, high = partition
-    places, keys = [], []
-    for folder in folders:
-        starts = np.array(np.load(folder / "starts.npy", mmap_mode="r")[low : high + 1])
-        row = np.load(folder / "rows.npy", mmap_mode="r")[starts[0] : starts[-1]]
-        homes = np.load(folder / "homes.npy", mmap_mode="r")[low:high]
-        sizes = np.diff(starts)
-        key = np.repeat(2 * np.arange(high - low, dtype=np.int32), sizes)  # twice the list,
-        inside = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], sizes)
-        key += inside >= np.repeat(homes, sizes)  # one more for a visitor
-        use = np.flatnonzero(~skip[row])
+def open_lists(folder: Path) -> ListedRows:
+    """Map the lists of an encode task."""
+    return ListedRows(*(open_array(folder, name) for name in ListedRows._fields))
+
+
+def open_array(folder: Path, name: str) -> np.ndarray:
+    """Map an array of an encode task."""
+    return np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+
+
+def merge_lists(parts: Iterable[ListedRows], skip: np.ndarray) -> ListedRows:
+    """Bring the rows of some lists that take part together from all encode tasks."""
+    rows, keys, lists = [], [], 0
+    for part in parts:
+        lists, sizes = len(part.homes), np.diff(part.starts)
+        key = np.repeat(2 * np.arange(lists, dtype=np.int32), sizes)  # twice the list,
+        inside = np.arange(len(key)) - np.repeat(part.starts[:-1], sizes)
+        key += inside >= np.repeat(part.homes, sizes)  # one more for a visitor
+        use = ~skip[part.rows]
         keys.append(key[use])
-        places.append(use + int(starts[0]))
+        rows.append(part.rows[use])
     key = np.concatenate(keys)
-    order = sort_small(key, 2 * (high - low))
-    target = np.empty(len(order), np.int64)
-    target[order] = np.arange(len(order))
-    members = CodedRows(
-        np.empty(len(order), np.int64),
-        *(side for width in widths for side in empty_codes(len(order), width)),
-    )
-    done = 0
-    for folder, use in zip(folders, places, strict=True):
-        at = target[done : done + len(use)]
-        row = np.load(folder / "rows.npy", mmap_mode="r").view(np.ndarray)[use]
-        members.row[at] = row
-        load_part(folder / "narrow.npy", use, members.narrow, at)
-        load_part(folder / "falls.npy", use, members.falls, at)
-        if widths[1]:
-            row = row - int(folder.name) * task_size
-            load_part(folder / "wide.npy", row, members.wide, at)
-            load_part(folder / "wide_falls.npy", row, members.wide_falls, at)
-        done += len(use)
-    if not widths[1]:
-        members.wide_falls[:] = 0
+    order = sort_small(key, 2 * lists)
     key = key[order]
-    return PartitionRows(
-        members,
-        np.searchsorted(key, 2 * np.arange(high - low + 1)),
-        np.bincount(key[key % 2 == 0] // 2, minlength=high - low),
+    return ListedRows(
+        np.concatenate(rows)[order],
+        np.searchsorted(key, 2 * np.arange(lists + 1)),
+        np.bincount(key[key % 2 == 0] // 2, minlength=lists),
     )
 
 
-def empty_codes(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return memory for the codes of rows, and for their falls."""
-    return np.empty((rows, width), np.int8), np.empty(rows, np.int32)
+def load_codes(
+    folders: list[Path], spans: list[tuple[int, int]], widths: tuple[int, int], rows: np.ndarray
+) -> RowCodes:
+    """Read the codes of distinct rows, ascending.
 
-
-def load_part(path: Path, places: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
-    """Copy some rows of a ``.npy`` to places ``at`` of an array."""
-    native.copy_rows(np.load(path, mmap_mode="r").view(np.ndarray), places, out, at)
+    ``folders`` are of the encode tasks, ``spans`` the rows (begin, end) of each. Files are open
+    while they are read only: of two billion rows there are thousands of tasks.
+    """
+    narrow, wide = (np.empty((len(rows), width), np.int8) for width in widths)
+    falls, wide_falls = np.empty((2, len(rows)), np.int32)
+    codes = RowCodes(narrow, falls, wide, wide_falls)
+    for folder, (begin, end) in zip(folders, spans, strict=True):
+        part = slice(*np.searchsorted(rows, (begin, end)))
+        if part.start < part.stop:
+            for name, column in codes._asdict().items():
+                native.take_rows(open_array(folder, name), rows[part] - begin, column[part])
+    return codes
 
 
 def join_partition(
     features: Features,
     model: Model,
-    rows: PartitionRows,
+    codes: RowCodes,
+    places: np.ndarray,
+    rows: ListedRows,
     settings: JoinSettings,
     threads: int,
     device: str,
 ) -> tuple[Edges, int]:
     """Find and verify the pairs of a partition; return their forest and the candidates' number.
+
+    ``places``, (v,) int64, are those of the rows' ``codes``.
 
     The columns of a list are its rows at home; they are compared with one another and its visitors.
     """
@@ -340,12 +357,15 @@ def join_partition(
         for column in range(0, int(homes), COLUMN_TILE)
     ]
 
+    members = Members(rows.rows, places)
+
     def compare(place: tuple[int, int]) -> tuple[list[Edges], int]:
         number, column = place
         begin, end = int(rows.starts[number]), int(rows.starts[number + 1])
         return compare_tiles(
             features,
-            rows.members.where(slice(begin + column, end)),
+            codes,
+            members.where(slice(begin + column, end)),
             min(COLUMN_TILE, int(rows.homes[number]) - column),
             limits=model.limits,
             threshold=settings.threshold,

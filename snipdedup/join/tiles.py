@@ -7,7 +7,7 @@ spanning forest of its pairs instead, by a table of all cosines.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,18 +25,35 @@ CROWDED = 1 / 8  # share of a tile's pairs from which they are not verified one 
 NO_PAIR = np.float32(-2)  # less than any cosine
 
 
-class CodedRows(NamedTuple):
-    """Rows with their codes: narrow ones that rule out most pairs, wide ones for the others."""
+class RowCodes(NamedTuple):
+    """Codes of rows: narrow ones that rule out most pairs, wide ones for the others."""
 
-    row: np.ndarray  # (n,) int64: global rows
     narrow: np.ndarray  # (n, w) int8
     falls: np.ndarray  # (n,) int32: by how much each row's limit falls
     wide: np.ndarray  # (n, v) int8; v is 0 where narrow codes do
     wide_falls: np.ndarray  # (n,) int32
 
-    def where(self, places: Any) -> CodedRows:
-        """Return the rows that a slice, mask or index array selects."""
-        return CodedRows(*(column[places] for column in self))
+    def take(self, places: np.ndarray, use: str) -> RowCodes:
+        """Return the codes at places, (n,) int64, in memory that stays in the cache.
+
+        The next call of a thread with the same ``use`` overwrites them.
+        """
+        found = []
+        for name, column in self._asdict().items():
+            memory = scratch(f"{use} {name}", (len(places), *column.shape[1:]), column.dtype)
+            found.append(native.take_rows(column, places, memory))
+        return RowCodes(*found)
+
+
+class Members(NamedTuple):
+    """Rows that are compared: those of a list, or some of them."""
+
+    row: np.ndarray  # (n,) int64: global rows
+    place: np.ndarray  # (n,) int64: of their codes
+
+    def where(self, places: slice | np.ndarray) -> Members:
+        """Return the rows that a slice or mask selects."""
+        return Members(self.row[places], self.place[places])
 
 
 class Limits(NamedTuple):
@@ -48,7 +65,8 @@ class Limits(NamedTuple):
 
 def compare_tiles(
     features: Features,
-    members: CodedRows,
+    codes: RowCodes,
+    members: Members,
     columns: int,
     *,
     limits: Limits,
@@ -70,14 +88,15 @@ def compare_tiles(
         Pairs that the codes could not rule out.
     """
     right, first = members.where(slice(columns)), 0
+    y = codes.take(right.place, "columns")
     old = right.row < reference_rows
     if reference_rows and old.all():
         members, first = members.where(members.row >= reference_rows), columns  # none is a column
     if references_only and not old.any():
         members, first = members.where(members.row < reference_rows), columns
-    wide = (right.wide, right.wide_falls) if right.wide.shape[1] else None
+    wide = (y.wide, y.wide_falls) if y.wide.shape[1] else None
     narrow_limit, wide_limit = native.whole_limits(np.array(limits))
-    tiles = TileColumns(right.narrow, right.falls, wide, device, old)
+    tiles = TileColumns(y.narrow, y.falls, wide, device, old)
     rows = np.concatenate([right.row, members.row]) if first else members.row
     found: list[Edges] = []
     listed: list[tuple[np.ndarray, np.ndarray]] = []
@@ -89,8 +108,9 @@ def compare_tiles(
 
     for start in range(0, len(members.row), ROW_TILE):
         left = members.where(slice(start, start + ROW_TILE))
+        x = codes.take(left.place, "rows")
         i, j = tiles.hits(
-            left.narrow, narrow_limit - left.falls, left.wide, wide_limit - left.wide_falls,
+            x.narrow, narrow_limit - x.falls, x.wide, wide_limit - x.wide_falls,
             first=start if first + start < columns else native.EVERY_COLUMN,
             references=left.row < reference_rows, references_only=references_only,
         )  # fmt: skip

@@ -8,6 +8,7 @@ so none changes a result. ``SNIPDEDUP_NATIVE`` names the kernels to use: ``vnni`
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -141,15 +142,10 @@ def assign(
     return _module.assign(np.ascontiguousarray(rows), centroids, widest, distances, radius)
 
 
-def copy_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray, at: np.ndarray) -> None:
-    """Copy rows ``places`` of one array to rows ``at`` of another of the same width and type."""
-    if not len(places):
-        return
-    sides = (side.view(np.uint8).reshape(len(side), -1) for side in (source, target))
-    source, target = sides
-    _module.copy_rows(
-        source, np.ascontiguousarray(places, np.int64), target, np.ascontiguousarray(at, np.int64)
-    )
+def take_rows(source: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Copy rows of an array, (n, w) or (n,), at places, (k,) int64, to ``out``; return it."""
+    _module.take_rows(as_bytes(source), np.ascontiguousarray(places, np.int64), as_bytes(out))
+    return out
 
 
 def code_dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -158,9 +154,9 @@ def code_dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def as_bytes(rows: np.ndarray) -> np.ndarray:
-    """Return the bytes of rows of floats, (n, d * itemsize) uint8."""
+    """Return the bytes of rows, (n, bytes of a row) uint8; a view if the rows are contiguous."""
     rows = np.ascontiguousarray(rows)
-    return rows.view(np.uint8).reshape(len(rows), rows.shape[1] * rows.itemsize)
+    return rows.view(np.uint8).reshape(len(rows), math.prod(rows.shape[1:]) * rows.itemsize)
 
 
 def widen(rows: np.ndarray) -> np.ndarray:

@@ -155,9 +155,9 @@ def assign(
     return homes, bests, i, j
 
 
-def copy_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray, at: np.ndarray) -> None:
-    """Copy rows of bytes; see `snipdedup.native.copy_rows`."""
-    target[at] = source[places]
+def take_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray) -> None:
+    """Copy rows of bytes; see `snipdedup.native.take_rows`."""
+    target[:] = source[places]
 
 
 def dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -104,9 +104,10 @@ def test_first_rows_are_not_compared_with_one_another(first, crowded, across, wi
     features, builder, seen = open_features(x), ForestBuilder(first), 0
     sides = [fit_projection(x, width, 0) for width in (64, 128)]
     codes = [part for projection in sides for part in projection.encode(x)]
-    members = tiles.CodedRows(np.arange(700), *codes)
+    stored = tiles.RowCodes(*codes)
     if not wide:
-        members = members._replace(wide=members.wide[:, :0], wide_falls=members.wide_falls * 0)
+        stored = stored._replace(wide=stored.wide[:, :0], wide_falls=stored.wide_falls * 0)
+    members = tiles.Members(np.arange(700), np.arange(700))
     with (
         mock.patch.object(tiles, "CROWDED", crowded),
         mock.patch.object(tiles, "ROW_TILE", 64),
@@ -116,7 +117,7 @@ def test_first_rows_are_not_compared_with_one_another(first, crowded, across, wi
         for start in range(0, 700, 128):
             rest = members.where(slice(start, 700))
             found, candidates = tiles.compare_tiles(
-                features, rest, min(128, 700 - start),
+                features, stored, rest, min(128, 700 - start),
                 limits=Limits(*(side.limit(0.9) for side in sides)), threshold=0.9,
                 reference_rows=first, references_only=across,
             )  # fmt: skip

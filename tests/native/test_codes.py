@@ -233,23 +233,14 @@ def test_codes_are_coordinates_rounded(seed, n, width, scale):
 
 @pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.float16])
 @pytest.mark.parametrize("shape", [(7,), (7, 5), (1, 256), (0, 4), (0,)])
-def test_rows_are_copied_to_their_places(kind, shape):
+def test_rows_are_taken(kind, shape):
     source = np.random.default_rng(0).integers(0, 100, shape).astype(kind)
     for places in (np.empty(0, np.int64), np.arange(len(source))[::-2]):
 
-        def copied(places=places):
-            target = np.zeros((9, *shape[1:]), kind)
-            native.copy_rows(source, places, target, np.arange(9)[: len(places)])
-            return target
+        def taken(places=places):
+            return native.take_rows(source, places, np.empty((len(places), *shape[1:]), kind))
 
-        found = by_all_kernels(copied)
-        assert np.array_equal(found[: len(places)], source[places])
-        assert not found[len(places) :].any()
-
-
-def test_nothing_is_copied_to_no_rows(kernels):
-    target = np.empty((0, 64), np.int8)
-    native.copy_rows(np.ones((3, 64), np.int8), np.empty(0, int), target, np.empty(0, int))
+        assert np.array_equal(by_all_kernels(taken), source[places])
 
 
 ROWS, WIDER = np.ones((3, 8), np.int8), np.ones((3, 9), np.int8)
@@ -292,10 +283,10 @@ ROWS, WIDER = np.ones((3, 8), np.int8), np.ones((3, 9), np.int8)
         lambda: native.code_dots(ROWS, ROWS[:2]),
         lambda: native.project(ROWS.astype(np.int16), native.matrix(WIDER.T.copy())),
         lambda: native.finish_codes(np.ones((3, 8), "f4"), 1, np.ones(7, "f4"), 1, 1),
-        lambda: native.copy_rows(ROWS, np.arange(2), WIDER.copy(), np.arange(2)),
-        lambda: native.copy_rows(ROWS, np.arange(2), ROWS.copy(), np.arange(3)),
-        lambda: native.copy_rows(ROWS, np.array([3]), ROWS.copy(), np.array([0])),
-        lambda: native.copy_rows(ROWS, np.array([0]), ROWS.copy(), np.array([-1])),
+        lambda: native.take_rows(ROWS, np.arange(2), WIDER[:2].copy()),
+        lambda: native.take_rows(ROWS, np.arange(2), ROWS.copy()),
+        lambda: native.take_rows(ROWS, np.array([3]), ROWS[:1].copy()),
+        lambda: native.take_rows(ROWS, np.array([-1]), ROWS[:1].copy()),
         lambda: native.products(ROWS[0], native.columns(ROWS)),
     ],
 )
