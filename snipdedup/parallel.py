@@ -188,6 +188,15 @@ def run_all(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
                 break
 
 
+def most_open_files() -> int:
+    """Return how many files this process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 512
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return uninitialised memory, the same again for each call of a thread with one ``use``.
 

@@ -43,7 +43,7 @@ from snipdedup.join.model import (
 )
 from snipdedup.join.pipeline import PARTITIONS_A_WORKER, VISIT_BYTES, most_visits, needed_memory
 from snipdedup.join.projection import Codes, encode_rows
-from snipdedup.join.tiles import COLUMN_TILE, Members, RowCodes, compare_tiles
+from snipdedup.join.tiles import COLUMN_TILE, CodeStore, Members, code_record, compare_tiles
 from snipdedup.join.verify import verify_pairs
 from snipdedup.parallel import cores, library_threads, machine_memory
 from snipdedup.storage import atomic, out_folder
@@ -317,8 +317,11 @@ def probe(
         some = np.arange(min(count, TIMED_ROWS))
         few, lists = codes.values[: len(some)], CoarseLists(codes.values[: 1 << 8], 0.0, 0.0)
         row_list = seconds_of(lambda: assign_lists(few, lists)) / len(few) / len(lists.centroids)
-        none = Codes(np.empty((count, 0), np.int8), codes.falls)
-        stored, members = RowCodes(*codes, *(wide or none)), Members(some, some)
+        records = np.zeros(count, code_record(model.widths))
+        records["narrow"], records["falls"] = codes
+        if wide is not None:
+            records["wide"], records["wide_falls"] = wide
+        stored, members = CodeStore([records], count), Members(some, some)
         columns = min(COLUMN_TILE, len(some))
 
         def multiply() -> Any:

@@ -86,7 +86,7 @@ def test_every_processor_finds_the_same(tmp_path):
     own = written(tmp_path / "own")
     assert len(own["model.npz hub_row"]) >= 8
     assert len(own["model.npz centroids"]) > 2 * 64
-    assert sum(name.endswith("narrow.npy") for name in own) == 3
+    assert sum(name.endswith("codes.npy") for name in own) == 3
     for name, env in SETTINGS.items():
         run(tmp_path / "x.npy", tmp_path / name, "small", {"SNIPDEDUP_NATIVE": "numpy", **env})
         assert not differing(own, written(tmp_path / name)), name

@@ -16,13 +16,14 @@ from snipdedup.join.forest import Edges, make_edges
 from snipdedup.join.hubs import ABSORBED, BESIDE, Hubs, Placed
 from snipdedup.join.lists import CoarseLists, Visits, assign_lists
 from snipdedup.join.model import Model
+from snipdedup.join.tiles import code_record
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import among
 
 
 def task_rows(rows: int) -> int:
     """Return the rows of an encode task: many tasks for small sets, few files for large ones."""
-    return 1 << 15 if rows < 1 << 25 else 1 << 18
+    return min(1 << 18, max(1 << 15, 1 << (rows >> 7).bit_length()))
 
 
 def encode_task(
@@ -42,21 +43,22 @@ def encode_task(
     If most rows are references, these stay in their lists and only the others visit.
     """
     staying = reference_rows if reference_rows > features.rows // 2 else 0
-    count, sides = end - begin, (model.narrow, model.wide)
-    codes = [np.empty((count, width), np.int8) for width in model.widths]
-    falls = [np.zeros(count, np.int32) for _ in sides]
+    count = end - begin
+    codes = np.zeros(count, code_record(model.widths))
     visits: list[Visits] = []
     absorbed: list[Placed] = []
 
     def encode(first: int, raw: np.ndarray, whole: np.ndarray) -> None:
         at = slice(first - begin, first - begin + len(raw))
-        for projection, its_codes, its_falls in zip(sides, codes, falls, strict=True):
-            if projection is not None:
-                its_codes[at], its_falls[at] = projection.encode_block(raw, whole)
-        sharpest = model.wide is not None
-        placed = model.hubs.place(codes[sharpest][at], falls[sharpest][at], raw)
+        narrow, falls = model.narrow.encode_block(raw, whole)
+        codes["narrow"][at], codes["falls"][at] = narrow, falls
+        sharpest = narrow, falls
+        if model.wide is not None:
+            sharpest = model.wide.encode_block(raw, whole)
+            codes["wide"][at], codes["wide_falls"][at] = sharpest
+        placed = model.hubs.place(*sharpest, raw)
         radius = visit_radius(placed, model.lists, staying - first, one_sided=staying > 0)
-        found = assign_lists(codes[0][at], model.lists, radius)
+        found = assign_lists(narrow, model.lists, radius)
         visits.append(found._replace(row=found.row + np.int32(first - begin)))
         absorbed.append(placed._replace(row=placed.row + first))
 
@@ -65,10 +67,7 @@ def encode_task(
     order = sort_small(2 * list_ + ~home, 2 * model.lists.nlist)
     row, list_, home = row[order], list_[order], home[order]
     arrays = {
-        "narrow": codes[0],
-        "falls": falls[0],
-        "wide": codes[1],
-        "wide_falls": falls[1],
+        "codes": codes,
         "rows": row + np.int64(begin),
         "starts": np.searchsorted(list_, np.arange(model.lists.nlist + 1)),
         "homes": np.bincount(list_[home], minlength=model.lists.nlist),

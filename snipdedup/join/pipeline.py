@@ -24,9 +24,9 @@ from snipdedup.join.kernels import kernel_name
 from snipdedup.join.model import SINGLE_LIST_ROWS, calibration_rows, list_count, training_rows
 from snipdedup.join.projection import WIDTHS
 from snipdedup.join.tasks import JoinSettings, JoinTasks, Partition
-from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE
+from snipdedup.join.tiles import COLUMN_TILE, ROW_TILE, code_record
 from snipdedup.join.verify import GATHER_PAIRS
-from snipdedup.parallel import Stage, pick_device
+from snipdedup.parallel import Stage, most_open_files, pick_device
 from snipdedup.runners.local import Runner, run_once
 from snipdedup.storage.external_sort import row_kind
 
@@ -92,7 +92,10 @@ def join(
         run_once(runner, functools.partial(tasks.scan, runner.here), tasks.scan_file)
         scan = tasks.load_scan()
     with stage("join"):
-        in_memory = code_bytes(features, model.widths) <= memory // 2
+        in_memory = (
+            code_bytes(features, model.widths) <= memory // 2
+            and len(tasks.spans) <= most_open_files() // 4
+        )
         partitions = plan_partitions(tasks, runner, memory, in_memory=in_memory)
         join_partitions(tasks, runner, partitions, in_memory=in_memory)
         forest, candidates = collect_forest(tasks, partitions, scan)
@@ -198,7 +201,7 @@ def needed_memory(features: Features, threads: int, reference_rows: int = 0) -> 
 
 def code_bytes(features: Features, widths: tuple[int, int]) -> int:
     """Return what the codes of all rows take, and by how much their limits fall."""
-    return features.rows * (sum(widths) + 4 * len(widths))
+    return features.rows * code_record(widths).itemsize
 
 
 def join_bytes(features: Features) -> int:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup import native
 from snipdedup.errors import DamagedError, InputError
 from snipdedup.features.formats import load_npz
 from snipdedup.features.scan import Scan, finish_scan
@@ -26,7 +25,7 @@ from snipdedup.join.encoding import encode_task, load_seen, sort_small
 from snipdedup.join.forest import Edges, ForestBuilder
 from snipdedup.join.hubs import no_hubs
 from snipdedup.join.model import Model, fit_model
-from snipdedup.join.tiles import COLUMN_TILE, Members, RowCodes, compare_tiles
+from snipdedup.join.tiles import COLUMN_TILE, CodeStore, Members, code_record, compare_tiles
 from snipdedup.parallel import ordered_map, pick_device
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import load_column
@@ -221,15 +220,14 @@ class JoinTasks:
         return [ListedRows(*map(np.array, open_lists(folder))) for folder in self.folders]
 
     @cached_property
-    def codes(self) -> RowCodes:
-        """The codes of all rows."""
-        rows = np.arange(self.features.rows)
-        return load_codes(self.folders, self.spans, self.model.widths, rows)
+    def codes(self) -> CodeStore:
+        """The codes of all rows, mapped; a row's place is its number."""
+        return CodeStore([open_array(folder, "codes") for folder in self.folders], self.task_size)
 
     def join(self, partition: Partition, threads: int = 1, *, in_memory: bool = False) -> None:
         """Find the pairs of a partition, and write their forest.
 
-        With ``in_memory`` the codes of all rows are held; otherwise those of the partition are
+        With ``in_memory`` the codes of all rows stay mapped; otherwise those of the partition are
         read.
         """
         if self.load_joined(partition) is not None:
@@ -240,7 +238,7 @@ class JoinTasks:
             codes, places = self.codes, listed.rows
         else:
             rows, places = np.unique(listed.rows, return_inverse=True)
-            codes = load_codes(self.folders, self.spans, self.model.widths, rows)
+            codes = load_codes(self.folders, self.spans, code_record(self.model.widths), rows)
         device = pick_device(self.settings.device)
         forest, count = join_partition(
             self.features, self.model, codes, places, listed, self.settings, threads, device
@@ -317,28 +315,25 @@ def merge_lists(parts: Iterable[ListedRows], skip: np.ndarray) -> ListedRows:
 
 
 def load_codes(
-    folders: list[Path], spans: list[tuple[int, int]], widths: tuple[int, int], rows: np.ndarray
-) -> RowCodes:
-    """Read the codes of distinct rows, ascending.
+    folders: list[Path], spans: list[tuple[int, int]], kind: np.dtype, rows: np.ndarray
+) -> CodeStore:
+    """Read the codes of distinct rows, ascending; a row's place is its place among these.
 
     ``folders`` are of the encode tasks, ``spans`` the rows (begin, end) of each. Files are open
     while they are read only: of two billion rows there are thousands of tasks.
     """
-    narrow, wide = (np.empty((len(rows), width), np.int8) for width in widths)
-    falls, wide_falls = np.empty((2, len(rows)), np.int32)
-    codes = RowCodes(narrow, falls, wide, wide_falls)
+    codes = np.empty(len(rows), kind)
     for folder, (begin, end) in zip(folders, spans, strict=True):
         part = slice(*np.searchsorted(rows, (begin, end)))
         if part.start < part.stop:
-            for name, column in codes._asdict().items():
-                native.take_rows(open_array(folder, name), rows[part] - begin, column[part])
-    return codes
+            codes[part] = open_array(folder, "codes")[rows[part] - begin]
+    return CodeStore([codes], max(1, len(rows)))
 
 
 def join_partition(
     features: Features,
     model: Model,
-    codes: RowCodes,
+    codes: CodeStore,
     places: np.ndarray,
     rows: ListedRows,
     settings: JoinSettings,
@@ -347,7 +342,7 @@ def join_partition(
 ) -> tuple[Edges, int]:
     """Find and verify the pairs of a partition; return their forest and the candidates' number.
 
-    ``places``, (v,) int64, are those of the rows' ``codes``.
+    ``places``, (v,) int64, are those of the rows' codes in the store ``codes``.
 
     The columns of a list are its rows at home; they are compared with one another and its visitors.
     """

@@ -7,6 +7,7 @@ spanning forest of its pairs instead, by a table of all cosines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,23 +34,41 @@ class RowCodes(NamedTuple):
     wide: np.ndarray  # (n, v) int8; v is 0 where narrow codes do
     wide_falls: np.ndarray  # (n,) int32
 
+
+def code_record(widths: tuple[int, int]) -> np.dtype:
+    """Return the type of a row's codes as they are stored, with the fields of `RowCodes`."""
+    narrow, wide = widths
+    return np.dtype(
+        [("narrow", "i1", narrow), ("falls", "<i4"), ("wide", "i1", wide), ("wide_falls", "<i4")]
+    )
+
+
+class CodeStore:
+    """Codes in row order, in parts: mapped files, or memory.
+
+    A row lives in one list and visits others, but its codes are stored once: the tile that needs
+    them gathers them.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], size: int) -> None:
+        """Each part, (n,) of `code_record`, but the last has ``size`` rows."""
+        self.row_bytes = parts[0].itemsize
+        self.records = native.Records(parts, size)
+
     def take(self, places: np.ndarray, use: str) -> RowCodes:
         """Return the codes at places, (n,) int64, in memory that stays in the cache.
 
         The next call of a thread with the same ``use`` overwrites them.
         """
-        found = []
-        for name, column in self._asdict().items():
-            memory = scratch(f"{use} {name}", (len(places), *column.shape[1:]), column.dtype)
-            found.append(native.take_rows(column, places, memory))
-        return RowCodes(*found)
+        memory = scratch(use, (len(places) * self.row_bytes,), np.uint8)
+        return RowCodes(*self.records.take(places, memory))
 
 
 class Members(NamedTuple):
     """Rows that are compared: those of a list, or some of them."""
 
     row: np.ndarray  # (n,) int64: global rows
-    place: np.ndarray  # (n,) int64: of their codes
+    place: np.ndarray  # (n,) int64: of their codes in a store
 
     def where(self, places: slice | np.ndarray) -> Members:
         """Return the rows that a slice or mask selects."""
@@ -65,7 +84,7 @@ class Limits(NamedTuple):
 
 def compare_tiles(
     features: Features,
-    codes: RowCodes,
+    codes: CodeStore,
     members: Members,
     columns: int,
     *,

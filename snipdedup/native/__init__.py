@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -142,10 +143,27 @@ def assign(
     return _module.assign(np.ascontiguousarray(rows), centroids, widest, distances, radius)
 
 
-def take_rows(source: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Copy rows of an array, (n, w) or (n,), at places, (k,) int64, to ``out``; return it."""
-    _module.take_rows(as_bytes(source), np.ascontiguousarray(places, np.int64), as_bytes(out))
-    return out
+class Records:
+    """Records, arrays (n,) of a structured type, seen as one: each but the last has ``size``."""
+
+    def __init__(self, parts: Sequence[np.ndarray], size: int) -> None:
+        kind = parts[0].dtype
+        self._fields = [kind[name] for name in kind.names or ()]
+        widths = [field.itemsize for field in self._fields]
+        self._records = _module.Records([as_bytes(part) for part in parts], size, widths)
+
+    def take(self, places: np.ndarray, memory: np.ndarray) -> list[np.ndarray]:
+        """Copy the records at places, (k,) int64, to ``memory``; return their fields, (k, ...).
+
+        ``memory`` is uint8, as large as the records; each field is a view of a part of it.
+        """
+        self._records.take(np.ascontiguousarray(places, np.int64), memory)
+        fields, first, count = [], 0, len(places)
+        for kind in self._fields:
+            part = memory[first : first + count * kind.itemsize]
+            fields.append(part.view(kind.base).reshape(count, *kind.shape))
+            first += count * kind.itemsize
+        return fields
 
 
 def code_dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:

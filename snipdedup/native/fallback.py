@@ -155,9 +155,20 @@ def assign(
     return homes, bests, i, j
 
 
-def take_rows(source: np.ndarray, places: np.ndarray, target: np.ndarray) -> None:
-    """Copy rows of bytes; see `snipdedup.native.take_rows`."""
-    target[:] = source[places]
+class Records:
+    """Records of bytes in parts; see `snipdedup.native.Records`."""
+
+    def __init__(self, parts: list[np.ndarray], size: int, widths: list[int]) -> None:
+        self.parts, self.size, self.ends = parts, size, np.cumsum(widths)
+
+    def take(self, places: np.ndarray, memory: np.ndarray) -> None:
+        """Copy the records at places to ``memory``, field after field."""
+        taken, number = np.empty((len(places), self.ends[-1]), np.uint8), places // self.size
+        for part in np.unique(number):
+            use = number == part
+            taken[use] = self.parts[part][places[use] - part * self.size]
+        fields = np.split(taken, self.ends[:-1], axis=1)
+        memory[:] = np.concatenate([field.ravel() for field in fields])
 
 
 def dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -104,9 +104,10 @@ def test_first_rows_are_not_compared_with_one_another(first, crowded, across, wi
     features, builder, seen = open_features(x), ForestBuilder(first), 0
     sides = [fit_projection(x, width, 0) for width in (64, 128)]
     codes = [part for projection in sides for part in projection.encode(x)]
-    stored = tiles.RowCodes(*codes)
-    if not wide:
-        stored = stored._replace(wide=stored.wide[:, :0], wide_falls=stored.wide_falls * 0)
+    records = np.zeros(700, tiles.code_record((64, 128 * wide)))
+    for name, column in zip(records.dtype.names[: 2 + 2 * wide], codes, strict=False):
+        records[name] = column
+    stored = tiles.CodeStore([records[at : at + 300] for at in (0, 300, 600)], 300)
     members = tiles.Members(np.arange(700), np.arange(700))
     with (
         mock.patch.object(tiles, "CROWDED", crowded),

@@ -231,19 +231,24 @@ def test_codes_are_coordinates_rounded(seed, n, width, scale):
     assert not falls[(np.abs(scaled) < 127.4).all(1)].any()
 
 
-@pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.float16])
-@pytest.mark.parametrize("shape", [(7,), (7, 5), (1, 256), (0, 4), (0,)])
-def test_rows_are_taken(kind, shape):
-    source = np.random.default_rng(0).integers(0, 100, shape).astype(kind)
-    for places in (np.empty(0, np.int64), np.arange(len(source))[::-2]):
+@pytest.mark.parametrize("rows", [1, 7, 9, 40])
+@pytest.mark.parametrize("width", [0, 5, 256])
+def test_records_are_taken_and_cut_into_fields(rows, width):
+    kind = np.dtype([("one", np.int8, 64), ("two", "<i4"), ("three", np.int8, width)])
+    source = np.frombuffer(np.random.default_rng(rows).bytes(rows * kind.itemsize), kind)
+    parts = [source[start : start + 3] for start in range(0, rows, 3)]
+    for places in (np.empty(0, np.int64), np.arange(rows)[::-2], np.arange(3 * rows) % rows):
 
         def taken(places=places):
-            return native.take_rows(source, places, np.empty((len(places), *shape[1:]), kind))
+            memory = np.empty(len(places) * kind.itemsize, np.uint8)
+            return tuple(native.Records(parts, 3).take(places, memory))
 
-        assert np.array_equal(by_all_kernels(taken), source[places])
+        for name, field in zip(kind.names, by_all_kernels(taken), strict=True):
+            assert np.array_equal(field, source[name][places])
 
 
 ROWS, WIDER = np.ones((3, 8), np.int8), np.ones((3, 9), np.int8)
+PAIRED = np.zeros(3, [("one", np.int8, 4), ("two", "<i4")])
 
 
 @pytest.mark.parametrize(
@@ -283,10 +288,11 @@ ROWS, WIDER = np.ones((3, 8), np.int8), np.ones((3, 9), np.int8)
         lambda: native.code_dots(ROWS, ROWS[:2]),
         lambda: native.project(ROWS.astype(np.int16), native.matrix(WIDER.T.copy())),
         lambda: native.finish_codes(np.ones((3, 8), "f4"), 1, np.ones(7, "f4"), 1, 1),
-        lambda: native.take_rows(ROWS, np.arange(2), WIDER[:2].copy()),
-        lambda: native.take_rows(ROWS, np.arange(2), ROWS.copy()),
-        lambda: native.take_rows(ROWS, np.array([3]), ROWS[:1].copy()),
-        lambda: native.take_rows(ROWS, np.array([-1]), ROWS[:1].copy()),
+        lambda: native.Records([PAIRED], 3).take(np.arange(2), np.empty(17, np.uint8)),
+        lambda: native.Records([PAIRED, PAIRED], 3).take(np.array([6]), np.empty(8, np.uint8)),
+        lambda: native.Records([PAIRED], 3).take(np.array([-1]), np.empty(8, np.uint8)),
+        lambda: native.Records([PAIRED, WIDER], 3),
+        lambda: native.Records([PAIRED, PAIRED], 4),
         lambda: native.products(ROWS[0], native.columns(ROWS)),
     ],
 )

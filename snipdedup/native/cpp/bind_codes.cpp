@@ -38,7 +38,7 @@ std::pair<Made, Made> hits(const Table<std::int8_t> &rows, const PackedColumns &
     same(codes.width, columns.codes().width, "widths of rows and columns");
     same(limits.size(), codes.count, "rows and limits");
     Codes x{}, y{};
-    HitRule rule{limits.data(), nullptr, nullptr, nullptr,        nullptr,
+    HitRule rule{limits.data(), nullptr, nullptr, nullptr, nullptr, nullptr,
                  first,         nullptr, nullptr, references_only};
     if (wide_rows) {
         x = codes_of(*wide_rows);
@@ -51,6 +51,7 @@ std::pair<Made, Made> hits(const Table<std::int8_t> &rows, const PackedColumns &
         rule.wide_columns = &y;
         same(wide_falls.value().size(), count, "columns and wide falls");
         rule.wide_limits = wide_limits->data();
+        rule.wide_starts = scratch<std::int32_t>(count);
         rule.wide_falls = wide_falls->data();
     }
     if (reference_rows) {
@@ -100,24 +101,52 @@ std::tuple<Made, Made, Made, Made> assign(const Table<std::int8_t> &rows,
     return {home.array(), best.array(), row, list};
 }
 
-// Row n of target becomes row places[n] of source. Places lie far apart: memory is asked for ahead.
-void take_rows(const Table<std::uint8_t> &source, const Array<std::int64_t> &places,
-               const nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> &target) {
-    constexpr std::size_t AHEAD = 16, LINE = 64;
-    const std::size_t count = places.size(), width = source.shape(1);
-    const std::int64_t *at = places.data();
-    same(target.shape(0), count, "places and rows");
-    same(target.shape(1), width, "widths");
-    nb::gil_scoped_release free;
-    for (std::size_t n = 0; n < count; n++)
-        if ((std::uint64_t)at[n] >= source.shape(0)) throw std::out_of_range("no such row");
-    for (std::size_t n = 0; n < count; n++) {
-        if (n + AHEAD < count)
-            for (std::size_t k = 0; k < width; k += LINE)
-                __builtin_prefetch(source.data() + (std::size_t)at[n + AHEAD] * width + k);
-        std::memcpy(target.data() + n * width, source.data() + (std::size_t)at[n] * width, width);
+// Records of bytes in parts; each part but the last has `size` of them.
+class Records {
+  public:
+    Records(std::vector<Table<std::uint8_t>> parts, std::size_t size, std::vector<std::size_t> widths)
+        : parts_(std::move(parts)), size_(size), widths_(std::move(widths)) {
+        for (std::size_t width : widths_) record_ += width;
+        if (!size) throw std::invalid_argument("no records in a part");
+        for (const auto &part : parts_) {
+            same(part.shape(1), record_, "widths of parts and fields");
+            if (&part != &parts_.back()) same(part.shape(0), size, "records of parts");
+        }
     }
-}
+    // Copy records to `memory`, field after field. Places lie far apart, so they are asked for ahead.
+    void take(const Array<std::int64_t> &places,
+              const nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> &memory) const {
+        constexpr std::size_t AHEAD = 16, LINE = 64;
+        const std::size_t count = places.size();
+        same(memory.size(), count * record_, "memory and records");
+        nb::gil_scoped_release free;
+        for (std::size_t n = 0; n < count; n++) find(places.data()[n]);  // all are there
+        for (std::size_t n = 0; n < count; n++) {
+            if (n + AHEAD < count) {
+                const std::uint8_t *next = find(places.data()[n + AHEAD]);
+                for (std::size_t k = 0; k < record_; k += LINE) __builtin_prefetch(next + k);
+            }
+            const std::uint8_t *from = find(places.data()[n]);
+            std::uint8_t *field = memory.data();
+            for (std::size_t width : widths_) {
+                std::memcpy(field + n * width, from, width);
+                from += width;
+                field += count * width;
+            }
+        }
+    }
+
+  private:
+    const std::uint8_t *find(std::int64_t place) const {
+        const std::size_t part = (std::uint64_t)place / size_, at = (std::uint64_t)place % size_;
+        if (part >= parts_.size() || at >= parts_[part].shape(0))
+            throw std::out_of_range("no such record");
+        return parts_[part].data() + at * record_;
+    }
+    std::vector<Table<std::uint8_t>> parts_;
+    std::size_t size_, record_ = 0;
+    std::vector<std::size_t> widths_;
+};
 
 Made dots(const Table<std::int8_t> &x, const Table<std::int8_t> &y) {
     const Codes a = codes_of(x), b = codes_of(y);
@@ -149,7 +178,9 @@ void bind_codes(nb::module_ &m) {
           nb::arg("reference_columns").none(), nb::arg("references_only"));
     m.def("assign", &assign, nb::arg("rows"), nb::arg("centroids"), nb::arg("widest").none(),
           nb::arg("distances").none(), nb::arg("radius").none());
-    m.def("take_rows", &take_rows);
+    nb::class_<Records>(m, "Records")
+        .def(nb::init<std::vector<Table<std::uint8_t>>, std::size_t, std::vector<std::size_t>>())
+        .def("take", &Records::take);
     m.def("dots", &dots);
 }
 

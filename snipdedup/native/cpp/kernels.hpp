@@ -42,6 +42,7 @@ struct HitRule {
     const std::int32_t *limits;          // of each row
     const Codes *wide_rows, *wide_columns;  // null: there is no second test
     const std::int32_t *wide_limits, *wide_falls;  // of each row, of each column
+    std::int32_t *wide_starts;           // scratch for a number a column
     std::int64_t first;                  // row r meets the columns before r + first only
     const std::uint8_t *reference_rows, *reference_columns;  // null: there are none
     bool references_only;                // two others do not pair either

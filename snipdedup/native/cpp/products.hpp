@@ -97,9 +97,9 @@ inline bool wanted(const HitRule &rule, std::size_t row, std::size_t column) {
 inline bool reaches_wide(const HitRule &rule, std::size_t row, std::size_t column) {
     if (!rule.wide_rows) return true;
     const std::size_t width = rule.wide_rows->width;
-    const std::int32_t product = dot(rule.wide_rows->values + row * width,
-                                     rule.wide_columns->values + column * width, width);
-    return product + rule.wide_falls[column] >= rule.wide_limits[row];
+    const std::int32_t product = turned_dot(rule.wide_rows->values + row * width,
+                                            rule.wide_columns->values + column * width, width);
+    return product + rule.wide_starts[column] >= rule.wide_limits[row];
 }
 
 // Hits come in the order of tiles of rows, panels of columns, rows, columns.
@@ -108,6 +108,10 @@ static void hits(const Codes &rows, const Columns &columns, const HitRule &rule,
     static thread_local std::uint64_t masks[TILE_ROWS + ROWS];  // of each row's hits with a panel
     const std::size_t width = columns.width;
     turn_rows(rows, width, turned);
+    for (std::size_t c = 0; rule.wide_rows && c < columns.count; c++) {
+        const std::size_t wide = rule.wide_columns->width;
+        rule.wide_starts[c] = rule.wide_falls[c] - turn(rule.wide_columns->values + c * wide, wide);
+    }
     for (std::size_t tile = 0; tile < rows.count; tile += TILE_ROWS) {
         const std::size_t end = tile + TILE_ROWS < rows.count ? tile + TILE_ROWS : rows.count;
         for (std::size_t panel = 0; panel < columns.count; panel += PANEL) {

@@ -47,18 +47,27 @@ inline unsigned reach(Sums sums, std::int32_t limit) {
 }
 // GCC 12 would keep sums in memory in the loop before a comparison; this ends their life there.
 inline void settle(Sums &sums) { __asm__ volatile("" : "+v"(sums)); }
-inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
-    __m512i sums = _mm512_setzero_si512(), ones = _mm512_setzero_si512();
-    const __m512i turn = _mm512_set1_epi8((char)0x80);
-    for (std::size_t k = 0; k < width; k += 64) {
-        const std::size_t left = width - k;
-        const __mmask64 use = left >= 64 ? ~0ULL : (1ULL << left) - 1;
-        const __m512i a = _mm512_xor_si512(_mm512_maskz_loadu_epi8(use, x + k), turn);
-        const __m512i b = _mm512_maskz_loadu_epi8(use, y + k);
-        sums = _mm512_dpbusd_epi32(sums, a, b);
-        ones = _mm512_dpbusd_epi32(ones, turn, b);
-    }
-    return _mm512_reduce_add_epi32(_mm512_sub_epi32(sums, ones));
+inline __m512i some_bytes(const std::int8_t *from, std::size_t left) {
+    return _mm512_maskz_loadu_epi8(left >= 64 ? ~0ULL : (1ULL << left) - 1, from);
+}
+inline std::int32_t turned_dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
+    const __m512i bias = _mm512_set1_epi8((char)TURN);
+    __m512i sums = _mm512_setzero_si512();
+    std::size_t k = 0;
+    for (; k + 64 <= width; k += 64)
+        sums = _mm512_dpbusd_epi32(sums, _mm512_xor_si512(_mm512_loadu_si512(x + k), bias),
+                                   _mm512_loadu_si512(y + k));
+    if (k < width)
+        sums = _mm512_dpbusd_epi32(sums, _mm512_xor_si512(some_bytes(x + k, width - k), bias),
+                                   some_bytes(y + k, width - k));
+    return _mm512_reduce_add_epi32(sums);
+}
+inline std::int32_t turn(const std::int8_t *y, std::size_t width) {
+    const __m512i bias = _mm512_set1_epi8((char)TURN);
+    __m512i sums = _mm512_setzero_si512();
+    for (std::size_t k = 0; k < width; k += 64)
+        sums = _mm512_dpbusd_epi32(sums, bias, some_bytes(y + k, width - k));
+    return _mm512_reduce_add_epi32(sums);
 }
 using Sums16 = __m512i;
 using RowPair = __m512i;
@@ -118,7 +127,7 @@ inline unsigned reach(Sums sums, std::int32_t limit) {
     return (~(below(sums.low, least) | below(sums.high, least) << 8)) & 0xffff;
 }
 inline void settle(Sums &sums) { __asm__ volatile("" : "+x"(sums.low), "+x"(sums.high)); }
-inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
+inline std::int32_t turned_dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
     __m256i sums = _mm256_setzero_si256();
     std::size_t k = 0;
     for (; k + 16 <= width; k += 16) {
@@ -201,7 +210,7 @@ inline unsigned reach(const Sums &sums, std::int32_t limit) {
     return mask;
 }
 inline void settle(Sums &) {}
-inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
+inline std::int32_t turned_dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
     std::int32_t total = 0;
     for (std::size_t k = 0; k < width; k++) total += x[k] * y[k];
     return total;
@@ -222,6 +231,15 @@ inline void store16(float *out, const Sums16 &sums) {
 }
 
 #endif
+
+#if !defined(__AVX512VNNI__)
+inline std::int32_t turn(const std::int8_t *, std::size_t) { return 0; }
+#endif
+
+// The product of two codes. turned_dot is larger by `turn` of the second one: TURN times its sum.
+inline std::int32_t dot(const std::int8_t *x, const std::int8_t *y, std::size_t width) {
+    return turned_dot(x, y, width) - turn(y, width);
+}
 
 constexpr int BLOCK = BLOCK_ROWS * BLOCK_GROUPS;
 template <int... I>
