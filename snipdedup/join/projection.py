@@ -286,7 +286,7 @@ def small_integers(matrix: np.ndarray) -> np.ndarray:
 def random_rotation(width: int, seed: int) -> np.ndarray:
     """Return a random orthonormal matrix, (width, width) float64."""
     values = np.random.default_rng(seed).standard_normal((width, width))
-    return orthonormal(in_steps(values, 1 << 10))
+    return native.orthonormal(in_steps(values, 1 << 10).T, DEPENDENT).T.copy()
 
 
 def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray:
@@ -303,7 +303,7 @@ def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray
     for steps in STEPS:
         for _ in range(steps):
             found = exact_product(total, found, whole=True)
-        found = orthonormal(found)
+        found = native.orthonormal(found.T, DEPENDENT).T
     return np.ascontiguousarray(found[:, ::-1])
 
 
@@ -334,27 +334,6 @@ def exact_product(x: np.ndarray, y: np.ndarray, whole: bool = False) -> np.ndarr
 def in_steps(values: np.ndarray, unit: Any) -> np.ndarray:
     """Return values rounded to multiples of 1 / ``unit``, a power of two or one a column."""
     return np.asarray(np.rint(values * unit) / unit)
-
-
-def orthonormal(columns: np.ndarray) -> np.ndarray:
-    """Return columns made orthonormal in their order, (d, m) float64; zeros for dependent ones.
-
-    The method of Gram and Schmidt, each sum in one order.
-    """
-    rows = np.array(columns.T, order="C")
-    work = np.empty_like(rows)
-    least = DEPENDENT * np.sqrt(row_sums(rows * rows))
-    for number in range(len(rows)):
-        row = rows[number]
-        size = np.sqrt(row_sums(row * row))
-        if size <= least[number]:
-            row[:] = 0
-            continue
-        row /= size
-        later, terms = rows[number + 1 :], work[number + 1 :]
-        along = row_sums(np.multiply(later, row, out=terms))
-        later -= np.multiply(along[:, None], row, out=terms)
-    return np.ascontiguousarray(rows.T)
 
 
 def largest_singular(matrix: np.ndarray) -> float:

@@ -216,6 +216,15 @@ def finish_codes(
     return codes, falls
 
 
+def orthonormal(rows: np.ndarray, least: float) -> np.ndarray:
+    """Return rows made orthonormal in their order, (m, d) float64, by the method of Gram and Schmidt.
+
+    Zeros for those of whose norm earlier rows leave no more than the share ``least``. Each sum is
+    made in one order.
+    """
+    return np.asarray(_module.orthonormal(np.ascontiguousarray(rows), least))
+
+
 def row_norms(rows: np.ndarray) -> np.ndarray:
     """Return the norm of each row of floats in float64, (n,)."""
     return np.asarray(_module.norms(as_bytes(rows), rows.itemsize))

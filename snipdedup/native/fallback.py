@@ -232,6 +232,24 @@ def round_codes(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, falls
 
 
+def orthonormal(rows: np.ndarray, least: float) -> np.ndarray:
+    """Return rows made orthonormal; see `snipdedup.native.orthonormal`."""
+    rows = rows.copy()
+    work = np.empty_like(rows)
+    smallest = least * np.sqrt(row_sums(rows * rows))
+    for number in range(len(rows)):
+        row = rows[number]
+        size = np.sqrt(row_sums(row * row))
+        if size <= smallest[number]:
+            row[:] = 0
+            continue
+        row /= size
+        later, terms = rows[number + 1 :], work[number + 1 :]
+        along = row_sums(np.multiply(later, row, out=terms))
+        later -= np.multiply(along[:, None], row, out=terms)
+    return rows
+
+
 def row_sums(terms: np.ndarray) -> np.ndarray:
     """Return the sums over the last axis, always added in the same order; spoils ``terms``.
 

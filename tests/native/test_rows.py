@@ -61,6 +61,19 @@ def test_rows_are_widened(seed, n, dim, dtype):
         assert np.array_equal(found, x.astype(np.float32), equal_nan=True)
 
 
+@settings(max_examples=20)
+@given(seed=SEEDS, n=st.sampled_from([0, 1, 5, 64]), dim=DIMS)
+def test_rows_are_made_orthonormal(seed, n, dim):
+    x = np.random.default_rng(seed).standard_normal((n, dim))
+    x[1:2] = 0
+    x[3:4] = 2 * x[2:3]  # depends on an earlier row
+    found = by_all_kernels(lambda: native.orthonormal(x, 1e-12))
+    used = found.any(1)
+    assert used.sum() == min(dim, n - 2 * (n > 3) if n > 1 else n)
+    assert np.allclose(found[used] @ found[used].T, np.eye(used.sum()), atol=1e-9)
+    assert np.allclose(x @ found.T @ found, x, atol=1e-9)  # they span the same
+
+
 @settings(max_examples=60)
 @given(
     seed=SEEDS,

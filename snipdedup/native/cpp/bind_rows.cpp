@@ -49,6 +49,17 @@ std::pair<Made, Made> finish(const Table<float> &products, float unit, const Arr
     return {codes.array(), falls.array()};
 }
 
+Made orthonormal(const Table<double> &rows, double least) {
+    const std::size_t count = rows.shape(0), dim = rows.shape(1);
+    Owned<double> out({count, dim});
+    if (rows.size()) std::memcpy(out.get(), rows.data(), 8 * rows.size());
+    {
+        nb::gil_scoped_release free;
+        kernels->orthonormal(out.get(), count, dim, least, scratch<double>(dim + count));
+    }
+    return out.array();
+}
+
 Made norms(const Table<std::uint8_t> &rows, int bytes) {
     const Stored stored(rows, bytes);
     Owned<double> out({stored.count});
@@ -120,6 +131,7 @@ void bind_rows(nb::module_ &m) {
     m.def("widen", &widen);
     m.def("whole", &whole);
     m.def("finish", &finish);
+    m.def("orthonormal", &orthonormal);
     m.def("norms", &norms);
     m.def("cosines", &cosines);
     m.def("table", &table);

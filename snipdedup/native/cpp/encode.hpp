@@ -106,4 +106,27 @@ static void finish(const float *products, std::size_t count, std::size_t width, 
     }
 }
 
+// Rows made orthonormal in their order, by the method of Gram and Schmidt; of those that depend on
+// earlier ones so nearly that no more than `least` of their norm is left, zeros. `work`: dim + count.
+static void orthonormal(double *rows, std::size_t count, std::size_t dim, double least,
+                        double *work) {
+    double *terms = work, *sizes = work + dim;
+    for (std::size_t n = 0; n < count; n++) {
+        double *__restrict row = rows + n * dim;
+        for (std::size_t k = 0; k < dim; k++) terms[k] = row[k] * row[k];
+        const double before = root(sum(terms, dim));
+        for (std::size_t m = 0; m < n; m++) {
+            if (sizes[m] == 0) continue;
+            const double *__restrict earlier = rows + m * dim;
+            for (std::size_t k = 0; k < dim; k++) terms[k] = row[k] * earlier[k];
+            const double along = sum(terms, dim);
+            for (std::size_t k = 0; k < dim; k++) row[k] -= along * earlier[k];
+        }
+        for (std::size_t k = 0; k < dim; k++) terms[k] = row[k] * row[k];
+        sizes[n] = root(sum(terms, dim));
+        if (sizes[n] <= least * before) sizes[n] = 0;
+        for (std::size_t k = 0; k < dim; k++) row[k] = sizes[n] == 0 ? 0 : row[k] / sizes[n];
+    }
+}
+
 }  // namespace snip::SNIP_SET

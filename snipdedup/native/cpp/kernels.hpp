@@ -94,6 +94,8 @@ struct Kernels {
     void (*finish)(const float *products, std::size_t count, std::size_t width, float unit,
                    const float *axis, float length, float scale, std::int8_t *codes,
                    std::int32_t *falls, float *work);
+    void (*orthonormal)(double *rows, std::size_t count, std::size_t dim, double least,
+                        double *work);
     void (*norms)(const void *rows, int bytes, std::size_t count, std::size_t dim, double *out);
     void (*cosines)(const void *x, const double *x_norms, const void *y, const double *y_norms,
                     int bytes, std::size_t dim, const std::int64_t *i, const std::int64_t *j,
