@@ -104,7 +104,7 @@ def calibrate_limit(
     if not len(pairs.a) or target.recall >= 1:  # nothing to learn from: nothing is ruled out
         return -(projection.norm**2)
     codes = encode_rows(projection, sample, target.threads).values
-    product = paired_products(codes, pairs.a, pairs.b)
+    product = paired_products(codes, pairs.a, pairs.b, target.threads)
     places, weight = easiest_forest(pairs, -product, target.threshold, target.sample_share)
     groups = count_groups(weight, target.sample_share)
     limit = -weighted_quantile(-product[places], weight, target.share_to_join(groups))
@@ -264,10 +264,13 @@ def needed_taus(
     return np.stack([one_way(a, b), one_way(b, a)], axis=1)
 
 
-def paired_products(codes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def paired_products(codes: np.ndarray, a: np.ndarray, b: np.ndarray, threads: int) -> np.ndarray:
     """Return the product of codes a with codes b, (n,) int64."""
-    spans = plan_blocks(len(a), ASSIGN_BLOCK)
-    parts = [row_products(codes[a[low:high]], codes[b[low:high]]) for low, high in spans]
+
+    def multiply(span: tuple[int, int]) -> np.ndarray:
+        return row_products(codes[a[slice(*span)]], codes[b[slice(*span)]])
+
+    parts = ordered_map(multiply, plan_blocks(len(a), ASSIGN_BLOCK), threads)
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 

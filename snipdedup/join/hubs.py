@@ -127,6 +127,11 @@ def no_hubs(projection: Projection, dim: int, threshold: float) -> Hubs:
     return Hubs(np.empty(0, np.int64), np.empty((0, dim)), codes, threshold, projection)
 
 
+def sample_rows(total: int) -> int:
+    """Return among how many rows of a sample the hubs of a set of ``total`` are looked for."""
+    return int(np.clip(SAMPLE_COPIES * total / HUB_ROWS, *SAMPLE_ROWS))
+
+
 def find_hubs(
     rows: np.ndarray,
     sample: np.ndarray,
@@ -139,13 +144,13 @@ def find_hubs(
 ) -> Hubs:
     """Find hubs in a sample: greedily the row with the most rows around it.
 
-    ``rows``, (n,) int64, are distinct and in random order; ``sample`` and ``codes`` are their
-    features and codes; ``total`` is how many rows the set has.
+    ``rows``, (n,) int64, are distinct and in random order; ``sample`` are their features and
+    ``codes`` the codes of the first `sample_rows`; ``total`` is how many rows the set has.
     """
     none = no_hubs(projection, sample.shape[1], threshold)
     if total < HUB_ROWS:
         return none
-    codes = codes[: int(np.clip(SAMPLE_COPIES * total / HUB_ROWS, *SAMPLE_ROWS))]
+    codes = codes[: sample_rows(total)]
     enough = max(SAMPLE_COPIES, HUB_ROWS / total * len(codes))
     limit = projection.limit(none.half)
     crowd = np.flatnonzero(degrees(codes, codes, limit, threads) >= enough)

@@ -33,7 +33,7 @@ from snipdedup.join.calibration import (
     paired_products,
 )
 from snipdedup.join.forest import Edges, make_edges
-from snipdedup.join.hubs import ABSORBED, Hubs, find_hubs, no_hubs
+from snipdedup.join.hubs import ABSORBED, Hubs, find_hubs, no_hubs, sample_rows
 from snipdedup.join.lists import CoarseLists, train_centroids
 from snipdedup.join.projection import (
     WIDTHS,
@@ -48,6 +48,7 @@ from snipdedup.join.projection import (
 from snipdedup.join.tiles import Limits
 from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import atomic
+from snipdedup.storage.external_sort import among
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
@@ -159,19 +160,21 @@ def fit_model(
     with library_threads(1, torch_too=False):  # float arithmetic depends on their number
         narrow, wide = choose_projections(sample, threshold, seed, total or features.rows, threads)
     sharpest = wide or narrow
-    codes = encode_rows(narrow, sample, threads)
-    sharp = codes if wide is None else encode_rows(wide, sample, threads)
     hubs = no_hubs(sharpest, features.dim, threshold)
     if encoder is None and with_hubs:
+        first = encode_rows(sharpest, sample[: sample_rows(features.rows)], threads)
         hubs = find_hubs(
-            rows, sample, sharp.values, sharpest,
+            rows, sample, first.values, sharpest,
             threshold=threshold, total=features.rows, threads=threads,
         )  # fmt: skip
     nlist = min(list_count(features.rows), max(1, len(rows) // 8))
     if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
         nlist = 1
     if nlist == 1 and encoder is None:
-        return Model(narrow, wide, CoarseLists(codes.values[:1], 0.0, 0.0), hubs, threshold, 0)
+        one = CoarseLists(narrow.encode(sample[:1])[0], 0.0, 0.0)
+        return Model(narrow, wide, one, hubs, threshold, 0)
+    codes = encode_rows(narrow, sample, threads)
+    sharp = codes if wide is None else encode_rows(wide, sample, threads)
     # of a small set the sample is all of it: some rows then leave it, for the centroids
     wanted = training_rows(features.rows, nlist)
     kept = max(1, len(rows) - max(0, wanted - (features.rows - len(rows))))
@@ -244,13 +247,15 @@ def choose_projections(
     Wide codes leave fewer pairs to verify. How many candidate pairs a row would get in the whole
     set is extrapolated from the sample.
     """
-    part = sample[:DIRECTION_ROWS]
-    main = main_directions(unit_rows(part), WIDTHS[-1] - 1, threads)
+    blocks = [sample[slice(*span)] for span in plan_blocks(min(len(sample), DIRECTION_ROWS), BLOCK)]
+    unit = np.concatenate(list(ordered_map(unit_rows, blocks, threads)))
+    main = main_directions(unit, WIDTHS[-1] - 1, threads)
+    whole = np.concatenate([part for part, _ in ordered_map(integer_rows, blocks, threads)])
     count = min(len(sample), int(np.clip(CHOICE_SHARE * rows, *CHOICE_ROWS)))
-    more, whole = sample[DIRECTION_ROWS:count], integer_rows(part)[0]
+    more = sample[DIRECTION_ROWS:count]
 
     def projected(width: int) -> tuple[Projection, Codes]:
-        projection, codes = project(main, whole, width, seed)
+        projection, codes = project(main, whole, width, seed, threads)
         return projection, join_codes([codes, encode_rows(projection, more, threads)])
 
     narrow, codes = projected(WIDTHS[0])
@@ -259,7 +264,7 @@ def choose_projections(
     best, lowest = None, len(a) * pairs_a_row * PAIR_NS
     for width in WIDTHS[1:]:
         wide, codes = projected(width)
-        products = paired_products(codes.values, a, b) + codes.falls[a] + codes.falls[b]
+        products = paired_products(codes.values, a, b, threads) + codes.falls[a] + codes.falls[b]
         left = np.count_nonzero(products >= wide.limit(threshold))
         cost = width * (len(main) * PROJECT_NS + STORE_NS)
         cost += (len(a) * WIDE_PAIR_NS + left * PAIR_NS) * pairs_a_row
@@ -323,11 +328,12 @@ def draw_rows(
     rows: int, count: int, rng: np.random.Generator, taken: np.ndarray | None = None
 ) -> np.ndarray:
     """Return about ``count`` of all rows but those taken, ascending; all of them if so few."""
-    taken = np.empty(0, np.int64) if taken is None else taken
+    taken = np.empty(0, np.int64) if taken is None else np.sort(taken)
     if rows <= count + len(taken):
-        return np.setdiff1d(np.arange(rows), taken)
-    drawn = np.setdiff1d(rng.integers(0, rows, 2 * (count + len(taken))), taken)
-    return np.sort(rng.permutation(drawn)[:count])
+        drawn = np.arange(rows)
+        return drawn[~among(taken, drawn)]
+    drawn = np.unique(rng.integers(0, rows, 2 * (count + len(taken))))
+    return np.sort(rng.permutation(drawn[~among(taken, drawn)])[:count])
 
 
 def distinct_places(rows: np.ndarray, hashes: np.ndarray, use: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ OVERFLOW = 0.01  # share of a sample's rows of which some coordinate may be more
 MISS_PROBABILITY = 1e-6
 MISS_NORMS = 1.5551  # s / norm = √(ln(2 / MISS_PROBABILITY) / 6), rounded up
 FLOAT_ERROR = 1e-5  # float32 arithmetic on coordinates
-MOMENT_ROWS = 1 << 10  # whose products are added up at a time: of int8, below 2^24 in all
+MOMENT_ROWS = 1 << 10  # of a sample at a time: products of so many int8 are below 2^24 in all
 STEPS = (2, 2)  # of the search for main directions, before each time they are made orthonormal
 MOMENT_LENGTH = 360  # of a row: of 2^15 rows, sums of squares are below 2^33
 DEPENDENT = 1e-12  # what is left of a direction, measured by its length before, is rounding
@@ -256,7 +256,9 @@ def fit_projection(sample: np.ndarray, width: int, seed: int) -> Projection:
     return project(main, integer_rows(sample)[0], width, seed)[0]
 
 
-def project(main: np.ndarray, whole: np.ndarray, width: int, seed: int) -> tuple[Projection, Codes]:
+def project(
+    main: np.ndarray, whole: np.ndarray, width: int, seed: int, threads: int = 1
+) -> tuple[Projection, Codes]:
     """Return a projection on the last ``width`` - 1 main directions, and the codes of some rows.
 
     ``main`` is of `main_directions`; the rows, as integers, are a sample that gives the scale.
@@ -266,10 +268,15 @@ def project(main: np.ndarray, whole: np.ndarray, width: int, seed: int) -> tuple
     matrix = small_integers(exact_product(main, rotation[:count]))
     unit = 1 / (longest(len(main)) * largest_singular(matrix))
     projection = Projection(matrix, rotation[count].astype(np.float32), 1.0, unit)
-    coordinates = projection.rotated(whole)
-    peaks = np.sort(np.abs(coordinates).max(1))
+    blocks = [whole[start:stop] for start, stop in plan_blocks(len(whole), MOMENT_ROWS)]
+    coordinates = list(ordered_map(projection.rotated, blocks, threads))
+    peaks = np.sort(np.concatenate([np.abs(block).max(1) for block in coordinates]))
     scale = PEAK / min(1.0, float(peaks[int((1 - OVERFLOW) * (len(peaks) - 1))]))
-    codes = Codes(*round_codes(coordinates * np.float32(scale)))
+
+    def finish(block: np.ndarray) -> Codes:
+        return Codes(*round_codes(block * np.float32(scale)))
+
+    codes = join_codes(list(ordered_map(finish, coordinates, threads)))
     return dataclasses.replace(projection, scale=scale), codes
 
 
