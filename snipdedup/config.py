@@ -51,7 +51,7 @@ def command(
     """Make a class a `Command`; ``function`` is the name in Python where that differs."""
 
     def declare(options: S) -> S:
-        dataclass(frozen=True, kw_only=True)(options)
+        dataclass(frozen=True, kw_only=True, repr=False, eq=False)(options)  # unused; dear to make
         words = f"snip {name} {example}".strip()
         made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
         COMMANDS[name] = made

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 T = TypeVar("T")
 
 PLAIN_LINES_EVERY_S = 10.0
@@ -18,12 +16,16 @@ PLAIN_LINES_EVERY_S = 10.0
 def bar(total: int, desc: str, unit: str) -> Any:
     """Return a progress bar with ``update(n)`` and ``close()``; also a context manager."""
     if sys.stderr.isatty():
+        from tqdm import tqdm  # here: most runs have no terminal, or print nothing
+
         return tqdm(total=total, desc=desc, unit=" " + unit, unit_scale=True, file=sys.stderr)
     return PlainBar(total, desc, unit)
 
 
 def say(text: str) -> None:
     """Print a line to stderr, above a bar if there is one."""
+    from tqdm import tqdm
+
     with suppress(BrokenPipeError):  # nobody reads stderr any more (``2>&1 | head``)
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()

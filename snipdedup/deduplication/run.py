@@ -52,8 +52,6 @@ from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.kept_rows import LISTS
 from snipdedup.metadata.tables import Metadata, try_column_uses
 from snipdedup.parallel import library_threads, pick_device
-from snipdedup.planning import free_space
-from snipdedup.planning import run as plan_run
 from snipdedup.progress import Clock
 from snipdedup.runners import open_runner
 from snipdedup.runners.local import Runner
@@ -119,6 +117,8 @@ def open_result(out: str | Path) -> Result:
 
 def plan(options: Dedup) -> str:
     """Return what a run would cost; its inputs are opened and checked as the run would."""
+    from snipdedup import planning
+
     if options.features is None or finished_run(options.features) is not None:
         raise UsageError("--dry_run plans a search of FEATURES")
     job = prepare(options)
@@ -129,9 +129,9 @@ def plan(options: Dedup) -> str:
         features=options.features, parts=options.parts, array=options.array, column=options.column,
         threshold=job.options.threshold, recall=job.options.recall, seed=job.options.seed or 0,
         cores=options.threads, max_memory=options.max_memory,
-        disk=None if out is None else str(free_space(out)),
+        disk=None if out is None else str(planning.free_space(out)),
     )  # fmt: skip
-    return str(plan_run(settings))
+    return str(planning.run(settings))
 
 
 @locks.released()

@@ -232,7 +232,8 @@ def as_array(given: Any) -> np.ndarray | None:
     Refused: a tensor that numpy cannot view (on another device, or bfloat16); a masked array, whose
     mask would go unseen.
     """
-    if isinstance(given, np.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # where it is not loaded, there is none
+    if masked is not None and isinstance(given, masked.MaskedArray):
         raise UsageError("features have no mask, found a masked array; give its rows that count")
     if isinstance(given, np.ndarray):
         return given

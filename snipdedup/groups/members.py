@@ -25,7 +25,7 @@ from snipdedup.join.forest import (
     order_by,
 )
 from snipdedup.storage import external_sort
-from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
+from snipdedup.storage.external_sort import Columns, Sorter, Spread, distinct, pack, row_kind
 
 Rank = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to (n,) uint64 places in keep order
 NO_PAIR, NO_ROW = np.float32(-2), np.iinfo(np.int64).max  # less than any cosine; past all rows
@@ -257,7 +257,7 @@ class Copies:
     """
 
     def __init__(self, copies: np.ndarray, originals: np.ndarray, rank: Rank) -> None:
-        self.original = np.unique(originals)  # (classes,)
+        self.original = distinct(originals)  # (classes,)
         row = np.concatenate([self.original, copies])
         label = np.concatenate([self.original, originals])
         order = np.lexsort((rank(row), label))

@@ -37,6 +37,7 @@ from snipdedup.groups.members import (
 from snipdedup.join.forest import Edges, components
 from snipdedup.join.projection import WIDTHS, fit_projection
 from snipdedup.parallel import given_threads, ordered_map
+from snipdedup.storage.external_sort import distinct
 
 Gather = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to their vectors, (n, d)
 
@@ -195,7 +196,7 @@ def star_batches(starts: np.ndarray, open_: np.ndarray) -> Iterator[np.ndarray]:
     groups need a comparison.
     """
     sizes = np.diff(starts)
-    for size in np.unique(sizes[open_ & (sizes <= PACKED_GROUP)]):
+    for size in distinct(sizes[open_ & (sizes <= PACKED_GROUP)]):
         firsts = starts[:-1][open_ & (sizes == size)]
         step = max(1, PACKED_ROWS // int(size))
         for cut in range(0, len(firsts), step):
@@ -308,8 +309,8 @@ class CodedGroup(NamedTuple):
         """Yield pairs of places x, y in blocks: (raw rows, place of x among them, place of y)."""
         for start, stop in plan_blocks(len(x), VERIFY_PAIRS):
             ends = np.concatenate([self.rows[x[start:stop]], self.rows[y[start:stop]]])
-            distinct, back = np.unique(ends, return_inverse=True)
-            yield self.gather(distinct), back[: stop - start], back[stop - start :]
+            used, back = np.unique(ends, return_inverse=True)
+            yield self.gather(used), back[: stop - start], back[stop - start :]
 
     def cosines(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Return the cosines of places x and y, (n,) float32."""

@@ -48,7 +48,7 @@ from snipdedup.join.projection import (
 from snipdedup.join.tiles import Limits
 from snipdedup.parallel import library_threads, ordered_map
 from snipdedup.storage import atomic
-from snipdedup.storage.external_sort import among
+from snipdedup.storage.external_sort import among, distinct
 
 SINGLE_LIST_ROWS = 1 << 16  # up to here, comparing all codes is cheaper than making lists
 DIRECTION_ROWS = 1 << 13  # rows to find the main directions on
@@ -332,7 +332,7 @@ def draw_rows(
     if rows <= count + len(taken):
         drawn = np.arange(rows)
         return drawn[~among(taken, drawn)]
-    drawn = np.unique(rng.integers(0, rows, 2 * (count + len(taken))))
+    drawn = distinct(rng.integers(0, rows, 2 * (count + len(taken))))
     return np.sort(rng.permutation(drawn[~among(taken, drawn)])[:count])
 
 

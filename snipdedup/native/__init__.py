@@ -217,7 +217,7 @@ def finish_codes(
 
 
 def orthonormal(rows: np.ndarray, least: float) -> np.ndarray:
-    """Return rows made orthonormal in their order, (m, d) float64, by the method of Gram and Schmidt.
+    """Return rows made orthonormal in their order by the method of Gram and Schmidt, (m, d).
 
     Zeros for those of whose norm earlier rows leave no more than the share ``least``. Each sum is
     made in one order.
