@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup import progress
+from snipdedup import native, progress
 from snipdedup.config import Dedup
 from snipdedup.deduplication.final_check import fill_similarity
 from snipdedup.deduplication.pair_search import PairSearch
@@ -38,7 +38,7 @@ from snipdedup.groups.members import (
 )
 from snipdedup.join.forest import components, number_ends
 from snipdedup.metadata.additions import RemovedPairs
-from snipdedup.native.fallback import link_smaller
+from snipdedup.native.fallback import find_roots
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
@@ -314,12 +314,12 @@ def levels(
     for block in search.blocks(search.threshold, folder) if lines else ():
         forest = block.whole_forest()
         count, a, b = number_ends(forest)
-        label, above = np.arange(count), np.float32(np.inf)
+        nodes, parent, above = np.arange(count), np.arange(count), np.float32(np.inf)
         for number in np.argsort(thresholds)[::-1].tolist():  # so each edge is looked at once
             least, line = np.float32(thresholds[number]), lines[number]
             new = np.flatnonzero((forest.similarity >= least) & (forest.similarity < above))
-            link_smaller(label, label[a[new]], label[b[new]])
-            sizes, above = np.bincount(label, minlength=1), least
+            native.join_best(a[new], b[new], parent)
+            sizes, above = np.bincount(find_roots(parent, nodes), minlength=1), least
             sizes = sizes[sizes > 1]
             line["removed"] += int(sizes.sum()) - len(sizes)
             line["groups"] += len(sizes)

@@ -262,20 +262,24 @@ def star_large(
         its_kept = np.flatnonzero(kept[start : start + STAR_BLOCK])
         if len(its_kept):
             blocks.append(vectors.where(its_kept))
-    return nearest_kept(rows, kept, blocks, compare)
+    return nearest_kept(rows, kept, blocks, compare, vectors if len(rows) <= STAR_BLOCK else None)
 
 
 def nearest_kept(
-    rows: np.ndarray, kept: np.ndarray, blocks: list[Vectors], compare: Compare
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each row its nearest kept row (ties: the smaller) and their cosine."""
+    rows: np.ndarray, kept: np.ndarray, blocks: list[Vectors], compare: Compare,
+    known: Vectors | None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Return for each row its nearest kept row (ties: the smaller) and their cosine.
+
+    ``known`` are the vectors of the rows, where they need not be loaded again.
+    """
     representative, similarity = rows.copy(), np.ones(len(rows), np.float32)
     ends = np.cumsum([len(block.norms) for block in blocks], dtype=np.int64)
     keepers = np.split(rows[kept], ends[:-1])[: len(blocks)]
     removed = np.flatnonzero(~kept)
     for start in range(0, len(removed), STAR_BLOCK):
         places = removed[start : start + STAR_BLOCK]
-        vectors = compare.load(rows[places])
+        vectors = compare.load(rows[places]) if known is None else known.where(places)
         best, chosen = np.full(len(places), NO_PAIR), np.full(len(places), NO_ROW)
         for block, names in zip(blocks, keepers, strict=True):
             cosine = compare.table(vectors, block)[0]

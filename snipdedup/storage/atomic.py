@@ -133,12 +133,14 @@ def save_parquet(path: Path, table: Any) -> None:
 def writing_parquet(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
     """Yield a function that takes one ``pyarrow.Table`` after another of a file.
 
-    Its row groups, and so its bytes, do not depend on how rows are cut into tables.
+    Its row groups, and so its bytes, do not depend on how rows are cut into tables. Only texts get
+    dictionaries: of numbers that hardly repeat, these make a file larger and slower to write.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     waiting, written = [schema.empty_table()], False
+    texts = [field.name for field in schema if pa.types.is_string(field.type)]
 
     def flush(*, last: bool) -> None:
         nonlocal written
@@ -155,7 +157,7 @@ def writing_parquet(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
         if sum(part.num_rows for part in waiting) >= ROW_GROUP:
             flush(last=False)
 
-    with replacing(path) as part, pq.ParquetWriter(part, schema) as file:
+    with replacing(path) as part, pq.ParquetWriter(part, schema, use_dictionary=texts) as file:
         yield take
         flush(last=True)
 
