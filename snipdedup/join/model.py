@@ -62,7 +62,7 @@ PROJECT_NS, STORE_NS, WIDE_PAIR_NS, PAIR_NS = 0.01, 2.0, 10.0, 300.0
 CALIBRATION_ROWS = 1 << 15, 1 << 17  # the least and the most among whose pairs τ is calibrated
 CALIBRATION_SHARE = 1 / 64  # of all rows, in between
 CALIBRATION_PAIRS = 1 << 16
-LISTS_A_ROOT = 0.6  # lists for each root of the rows
+LISTS_A_ROOT = 1.0  # lists for each root of the rows
 ROWS_A_CENTROID = 48  # rows that train each centroid
 
 

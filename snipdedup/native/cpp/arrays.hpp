@@ -113,9 +113,10 @@ class PackedColumns {
             same(falls->size(), count_, "columns and falls");
             for (std::size_t c = 0; c < count_; c++) starts_[c] = turned_[c] = falls->data()[c];
         }
-        sizes_.assign(whole, 0);
+        sizes_.assign(whole, INT32_MAX);  // columns that are none are far away
         raw_.assign(codes.data(), codes.data() + count_ * width_);
         for (std::size_t c = 0; c < count_; c++) {
+            sizes_[c] = 0;
             std::int8_t *group = packed_.data() + c / GROUP * GROUP * padded_ + c % GROUP * 4;
             for (std::size_t k = 0; k < width_; k++) {
                 const std::int8_t value = raw_[c * width_ + k];

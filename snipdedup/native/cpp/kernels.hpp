@@ -51,7 +51,7 @@ struct HitRule {
 struct Lists {
     Columns columns;                 // the centroids
     Codes centroids;
-    const std::int32_t *sizes;       // their squared norms
+    const std::int32_t *sizes;       // their squared norms, then the largest number
     const float *widest;             // distance of each from the one furthest away
     const float *distances;          // of all from all; null: they are computed
 };

@@ -17,44 +17,63 @@ inline float distance(const Lists &lists, std::size_t a, std::size_t b) {
     return root((float)(lists.sizes[a] + lists.sizes[b] - 2 * product));
 }
 
-// Turn products to near, padding to the least number, and return the largest.
-inline std::int32_t nearest(std::int32_t *near, const Lists &lists, std::size_t stride) {
-    const std::size_t count = lists.columns.count;
-    std::int32_t most = INT32_MIN;
-    for (std::size_t c = 0; c < count; c++) {
-        near[c] = 2 * near[c] - lists.sizes[c];
-        most = near[c] > most ? near[c] : most;
-    }
-    for (std::size_t c = count; c < stride; c++) near[c] = INT32_MIN;
-    return most;
-}
-
-typedef std::int32_t GroupInts __attribute__((vector_size(4 * GROUP)));
 typedef float GroupFloats __attribute__((vector_size(4 * GROUP)));
 
-inline bool any(GroupInts truths) {
-    std::uint64_t parts[GROUP / 2], all = 0;
-    std::memcpy(parts, &truths, sizeof truths);
-    for (std::uint64_t part : parts) all |= part;
-    return all;
+inline GroupInts ints(const std::int32_t *from) {
+    GroupInts values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
 }
 
-// Tell whether some of a group reach a limit.
-inline bool any_reaches(const std::int32_t *near, std::int32_t limit) {
-    GroupInts values;
-    std::memcpy(&values, near, sizeof values);
-    return any(values >= limit);
-}
+// The largest near of each lane so far, and the first centroid that has it.
+struct Best {
+    GroupInts near, place;
 
-// Tell whether some of a group are visited. Numbers are below 2^24, so float32 holds them.
-inline bool any_visits(const std::int32_t *near, const float *away, std::int32_t most,
-                       std::int32_t limit, float twice) {
-    GroupInts values;
-    GroupFloats distances;
-    std::memcpy(&values, near, sizeof values);
-    std::memcpy(&distances, away, sizeof distances);
-    const GroupFloats gaps = __builtin_convertvector(most - values, GroupFloats);
-    return any((values >= limit) & (GroupInts)(gaps <= twice * distances));
+    // Turn the products with a group of centroids to near.
+    void meet(std::int32_t *products, const std::int32_t *sizes, std::size_t first, GroupInts lanes) {
+        const GroupInts values = 2 * ints(products) - ints(sizes);
+        std::memcpy(products, &values, sizeof values);
+        const GroupInts better = values > near;
+        near = (values & better) | (near & ~better);
+        place = ((lanes + (std::int32_t)first) & better) | (place & ~better);
+    }
+    // The largest of all, and the first centroid that has it.
+    std::pair<std::int32_t, std::int32_t> of_all() const {
+        std::int32_t most = near[0], first = place[0];
+        for (std::size_t lane = 1; lane < GROUP; lane++) {
+            const bool better = near[lane] > most || (near[lane] == most && place[lane] < first);
+            most = better ? near[lane] : most;
+            first = better ? place[lane] : first;
+        }
+        return {most, first};
+    }
+};
+
+// The lists that one row visits. First as if all centroids were as far from its own as the
+// furthest, then by their own distances. Numbers are below 2^24, so float32 holds them.
+inline void find_visits(const Lists &lists, const std::int32_t *near, std::int32_t most,
+                        std::size_t own, float radius, std::int32_t row, Pairs &visits) {
+    const std::size_t count = lists.columns.count;
+    const float twice = 2 * radius;
+    const double least = __builtin_ceil(most - (double)twice * lists.widest[own]);
+    const std::int32_t limit = least > INT32_MIN ? (std::int32_t)least : INT32_MIN;
+    for (std::size_t group = 0; group < count; group += GROUP) {
+        const GroupInts values = ints(near + group);
+        GroupInts close = values >= limit;
+        const bool known = lists.distances && group + GROUP <= count;
+        if (known) {
+            GroupFloats away;
+            std::memcpy(&away, lists.distances + own * count + group, sizeof away);
+            close &= (GroupInts)(__builtin_convertvector(most - values, GroupFloats) <= twice * away);
+        }
+        for (unsigned mask = truths(close); mask; mask &= mask - 1) {
+            const std::size_t c = group + (std::size_t)__builtin_ctz(mask);
+            if (c >= count) break;
+            if (!known && (float)(most - near[c]) > twice * distance(lists, own, c)) continue;
+            visits.first[visits.size] = row;
+            visits.second[visits.size++] = (std::int32_t)c;
+        }
+    }
 }
 
 // `table` is scratch for BLOCK_ROWS rows of near. Ties go to the first centroid. Without `visits`
@@ -63,39 +82,27 @@ static void assign(const Codes &rows, const Lists &lists, const float *radius, s
                    std::int32_t *best, Pairs *visits, std::uint8_t *turned, std::int32_t *table) {
     const std::size_t width = lists.columns.width, count = lists.columns.count;
     const std::size_t stride = (count + PANEL - 1) / PANEL * PANEL;
+    GroupInts lanes;
+    for (std::size_t lane = 0; lane < GROUP; lane++) lanes[lane] = (std::int32_t)lane;
     turn_rows(rows, width, turned);
     for (std::size_t r = 0; r < rows.count; r += BLOCK_ROWS) {
-        for (std::size_t c = 0; c < count; c += BLOCK_GROUPS * GROUP)
+        Best found[BLOCK_ROWS];
+        for (Best &one : found) one = {GroupInts{} + INT32_MIN, GroupInts{}};
+        for (std::size_t c = 0; c < count; c += BLOCK_GROUPS * GROUP) {
             store_block(turned + r * width, width, lists.columns.packed + c * width,
                         starts_of(lists.columns) + c, table + c, stride, ALL);
+            for (std::size_t row = 0; row < BLOCK_ROWS; row++)
+                for (std::size_t group = c; group < c + BLOCK_GROUPS * GROUP; group += GROUP)
+                    found[row].meet(table + row * stride + group, lists.sizes + group, group, lanes);
+        }
         for (std::size_t row = r; row < r + BLOCK_ROWS && row < rows.count; row++) {
-            std::int32_t *near = table + (row - r) * stride;
-            const std::int32_t most = nearest(near, lists, stride);
-            std::size_t own = 0;
-            while (!any_reaches(near + own, most)) own += GROUP;
-            while (near[own] != most) own++;
-            home[row] = (std::int32_t)own;
+            const auto [most, own] = found[row - r].of_all();
+            home[row] = own;
             best[row] = most;
             if (!visits) continue;
-            // first as if all centroids were as far as the furthest, then by their own distances
-            const float twice = 2 * radius[row];
-            const double least = __builtin_ceil(most - (double)twice * lists.widest[own]);
-            const std::int32_t limit = least > INT32_MIN ? (std::int32_t)least : INT32_MIN;
             if (visits->size + count > visits->room) visits->grow(visits, count);
-            for (std::size_t group = 0; group < count; group += GROUP) {
-                const bool whole = group + GROUP <= count;
-                if (!(lists.distances && whole
-                          ? any_visits(near + group, lists.distances + own * count + group, most,
-                                       limit, twice)
-                          : any_reaches(near + group, limit)))
-                    continue;
-                for (std::size_t c = group; c < group + GROUP && c < count; c++) {
-                    if (near[c] < limit) continue;
-                    if ((float)(most - near[c]) > twice * distance(lists, own, c)) continue;
-                    visits->first[visits->size] = (std::int32_t)row;
-                    visits->second[visits->size++] = (std::int32_t)c;
-                }
-            }
+            find_visits(lists, table + (row - r) * stride, most, (std::size_t)own, radius[row],
+                        (std::int32_t)row, *visits);
         }
     }
 }

@@ -94,12 +94,23 @@ inline bool wanted(const HitRule &rule, std::size_t row, std::size_t column) {
     return rule.references_only ? a != b : !(a && b);
 }
 
-inline bool reaches_wide(const HitRule &rule, std::size_t row, std::size_t column) {
-    if (!rule.wide_rows) return true;
-    const std::size_t width = rule.wide_rows->width;
-    const std::int32_t product = turned_dot(rule.wide_rows->values + row * width,
-                                            rule.wide_columns->values + column * width, width);
-    return product + rule.wide_starts[column] >= rule.wide_limits[row];
+// Drop those hits from `begin` on whose wide codes do not reach the limit.
+inline void keep_wide(const HitRule &rule, Pairs &found, std::size_t begin) {
+    constexpr std::size_t AHEAD = 8, LINE = 64;
+    const std::size_t width = rule.wide_rows->width, end = found.size;
+    const std::int8_t *x = rule.wide_rows->values, *y = rule.wide_columns->values;
+    std::size_t kept = begin;
+    for (std::size_t n = begin; n < end; n++) {
+        if (n + AHEAD < end)
+            for (std::size_t k = 0; k < width; k += LINE)
+                __builtin_prefetch(y + (std::size_t)found.second[n + AHEAD] * width + k);
+        const std::size_t row = (std::size_t)found.first[n], column = (std::size_t)found.second[n];
+        const std::int32_t product = turned_dot(x + row * width, y + column * width, width);
+        found.first[kept] = (std::int32_t)row;
+        found.second[kept] = (std::int32_t)column;
+        kept += product + rule.wide_starts[column] >= rule.wide_limits[row];
+    }
+    found.size = kept;
 }
 
 // Hits come in the order of tiles of rows, panels of columns, rows, columns.
@@ -136,15 +147,15 @@ static void hits(const Codes &rows, const Columns &columns, const HitRule &rule,
             }
             if (!count) continue;
             if (found.size + count > found.room) found.grow(&found, count);
+            const std::size_t begin = found.size;
             for (std::size_t row = tile; row < end; row++)
                 for (std::uint64_t mask = masks[row - tile]; mask; mask &= mask - 1) {
                     const std::size_t column = panel + (std::size_t)__builtin_ctzll(mask);
-                    if (column < columns.count && wanted(rule, row, column) &&
-                        reaches_wide(rule, row, column)) {
-                        found.first[found.size] = (std::int32_t)row;
-                        found.second[found.size++] = (std::int32_t)column;
-                    }
+                    found.first[found.size] = (std::int32_t)row;
+                    found.second[found.size] = (std::int32_t)column;
+                    found.size += column < columns.count && wanted(rule, row, column);
                 }
+            if (rule.wide_rows) keep_wide(rule, found, begin);
         }
     }
 }

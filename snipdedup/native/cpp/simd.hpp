@@ -26,6 +26,8 @@ inline std::int32_t word(const void *at) {
     return value;
 }
 
+typedef std::int32_t GroupInts __attribute__((vector_size(4 * GROUP)));
+
 #if defined(__AVX512VNNI__)
 
 // vpdpbusd adds four products of an unsigned and a signed byte to each of 16 numbers.
@@ -47,6 +49,7 @@ inline unsigned reach(Sums sums, std::int32_t limit) {
 }
 // GCC 12 would keep sums in memory in the loop before a comparison; this ends their life there.
 inline void settle(Sums &sums) { __asm__ volatile("" : "+v"(sums)); }
+inline unsigned truths(GroupInts values) { return _mm512_movepi32_mask((__m512i)values); }
 inline __m512i some_bytes(const std::int8_t *from, std::size_t left) {
     return _mm512_maskz_loadu_epi8(left >= 64 ? ~0ULL : (1ULL << left) - 1, from);
 }
@@ -118,6 +121,11 @@ inline void add(Sums &sums, RowWord row, Group columns) {
 inline void store(std::int32_t *out, Sums sums) {
     _mm256_storeu_si256((__m256i *)out, sums.low);
     _mm256_storeu_si256((__m256i *)(out + 8), sums.high);
+}
+inline unsigned truths(GroupInts values) {
+    __m256 parts[2];
+    std::memcpy(parts, &values, sizeof values);
+    return (unsigned)_mm256_movemask_ps(parts[0]) | (unsigned)_mm256_movemask_ps(parts[1]) << 8;
 }
 inline unsigned below(__m256i values, __m256i limit) {
     return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, values)));
@@ -207,6 +215,11 @@ inline unsigned reach(const Sums &sums, std::int32_t limit) {
     unsigned mask = 0;
     store(values, sums);
     for (int lane = 0; lane < 16; lane++) mask |= (unsigned)(values[lane] >= limit) << lane;
+    return mask;
+}
+inline unsigned truths(GroupInts values) {
+    unsigned mask = 0;
+    for (std::size_t lane = 0; lane < GROUP; lane++) mask |= (unsigned)(values[lane] != 0) << lane;
     return mask;
 }
 inline void settle(Sums &) {}
