@@ -153,10 +153,10 @@ def find_hubs(
     codes = codes[: sample_rows(total)]
     enough = max(SAMPLE_COPIES, HUB_ROWS / total * len(codes))
     limit = projection.limit(none.half)
-    crowd = np.flatnonzero(degrees(codes, codes, limit, threads) >= enough)
+    crowd = np.flatnonzero(degrees(codes, limit, threads) >= enough)
     chosen: list[int] = []
     while len(crowd) and len(chosen) < MOST_HUBS:
-        around = degrees(codes[crowd], codes[crowd], limit, threads)
+        around = degrees(codes[crowd], limit, threads)
         best = int(np.argmax(around))
         if around[best] < enough:
             break
@@ -169,14 +169,16 @@ def find_hubs(
     return hubs if np.count_nonzero(zone == ABSORBED) > np.count_nonzero(zone == BESIDE) else none
 
 
-def degrees(x: np.ndarray, y: np.ndarray, limit: float, threads: int) -> np.ndarray:
-    """Return how many products of each code of ``x`` with those of ``y`` reach a limit, (n,)."""
-    columns = native.columns(y)
+def degrees(codes: np.ndarray, limit: float, threads: int) -> np.ndarray:
+    """Return how many products of each code with all codes, itself too, reach a limit, (n,)."""
+    columns, most = native.columns(codes), len(codes)
 
     def count(span: tuple[int, int]) -> np.ndarray:
-        part = x[slice(*span)]
-        row, _ = native.hits(part, columns, np.full(len(part), limit))
-        return np.bincount(row, minlength=len(part))
+        part = codes[slice(*span)]
+        row, column = native.hits(part, columns, np.full(len(part), limit), first=span[0] + 1)
+        row = row + span[0]
+        other = column[column != row]
+        return np.bincount(row, minlength=most) + np.bincount(other, minlength=most)
 
-    parts = list(ordered_map(count, plan_blocks(len(x), BLOCK), threads))
-    return np.concatenate([np.empty(0, np.int64), *parts])
+    parts = ordered_map(count, plan_blocks(most, BLOCK), threads)
+    return sum(parts, np.zeros(most, np.int64))

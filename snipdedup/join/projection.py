@@ -316,7 +316,8 @@ def main_directions(unit: np.ndarray, most: int, threads: int = 1) -> np.ndarray
 
 def moments(unit: np.ndarray, threads: int) -> np.ndarray:
     """Return the products of all columns of unit rows as integers of up to `PEAK`, (d, d)."""
-    scale = min(MOMENT_LENGTH, PEAK / max(1e-9, float(np.abs(unit).max(initial=0))))
+    peak = max(1e-9, float(unit.max(initial=0)), -float(unit.min(initial=0)))
+    scale = min(MOMENT_LENGTH, PEAK / peak)
 
     def part(span: tuple[int, int]) -> np.ndarray:
         digits = np.rint(unit[slice(*span)] * scale).astype(np.int8).T.copy()
