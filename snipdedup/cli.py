@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv is not None or sys.getprofile() or sys.gettrace():  # called from Python
         sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
     gc.set_threshold(GC_OBJECTS)
+    # Before numpy is loaded: its threads would wait busily after each product, for 0.1 s.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     status = run(sys.argv[1:])
     # Freeing what torch and a large run hold, object by object, takes a third of a second.
     atexit._run_exitfuncs()

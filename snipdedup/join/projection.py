@@ -48,7 +48,8 @@ OVERFLOW = 0.01  # share of a sample's rows of which some coordinate may be more
 MISS_PROBABILITY = 1e-6
 MISS_NORMS = 1.5551  # s / norm = √(ln(2 / MISS_PROBABILITY) / 6), rounded up
 FLOAT_ERROR = 1e-5  # float32 arithmetic on coordinates
-MOMENT_ROWS = 1 << 10  # of a sample at a time: products of so many int8 are below 2^24 in all
+MOMENT_ROWS = 1 << 10  # whose products are added up at a time: of int8, below 2^24 in all
+PEAK_ROWS = 1 << 8  # whose coordinates are computed at a time: they stay in the cache
 STEPS = (2, 2)  # of the search for main directions, before each time they are made orthonormal
 MOMENT_LENGTH = 360  # of a row: of 2^15 rows, sums of squares are below 2^33
 DEPENDENT = 1e-12  # what is left of a direction, measured by its length before, is rounding
@@ -108,7 +109,10 @@ class Projection:
         its fall a row's limit falls for what int8 could not hold (`fallback.round_codes`).
         """
         del rows
-        products = native.project(whole, self.packed)
+        return self.finish(native.project(whole, self.packed))
+
+    def finish(self, products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the codes of a block and their falls, of its products with the matrix."""
         return native.finish_codes(products, self.unit, self.residual, self.length**2, self.scale)
 
     @cached_property
@@ -116,12 +120,13 @@ class Projection:
         """The matrix, ready for products."""
         return native.matrix(self.matrix)
 
-    def rotated(self, whole: np.ndarray) -> np.ndarray:
-        """Return rotated coordinates, (n, w) float32; their products bound cosines.
+    def rotated(self, products: np.ndarray) -> np.ndarray:
+        """Return rotated coordinates, (n, w) float32, of products of rows with the matrix.
 
-        Only sums of whole columns and single operations: no processor rounds them otherwise.
+        Products of coordinates bound cosines. Only sums of whole columns and single operations: no
+        processor rounds them otherwise.
         """
-        coordinates = native.project(whole, self.packed) * np.float32(self.unit)
+        coordinates = products * np.float32(self.unit)
         inside = row_sums(coordinates * coordinates)
         along = row_sums(coordinates * self.residual)  # nearly 0: P is rounded; now the residual's
         square = np.float32(self.length**2) - (inside - along * along)
@@ -268,16 +273,17 @@ def project(
     matrix = small_integers(exact_product(main, rotation[:count]))
     unit = 1 / (longest(len(main)) * largest_singular(matrix))
     projection = Projection(matrix, rotation[count].astype(np.float32), 1.0, unit)
-    blocks = [whole[start:stop] for start, stop in plan_blocks(len(whole), MOMENT_ROWS)]
-    coordinates = list(ordered_map(projection.rotated, blocks, threads))
-    peaks = np.sort(np.concatenate([np.abs(block).max(1) for block in coordinates]))
+
+    def find_peaks(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        products = native.project(block, projection.packed)
+        return products, np.abs(projection.rotated(products)).max(1)
+
+    blocks = [whole[start:stop] for start, stop in plan_blocks(len(whole), PEAK_ROWS)]
+    found = list(ordered_map(find_peaks, blocks, threads))
+    peaks = np.sort(np.concatenate([part for _, part in found]))
     scale = PEAK / min(1.0, float(peaks[int((1 - OVERFLOW) * (len(peaks) - 1))]))
-
-    def finish(block: np.ndarray) -> Codes:
-        return Codes(*round_codes(block * np.float32(scale)))
-
-    codes = join_codes(list(ordered_map(finish, coordinates, threads)))
-    return dataclasses.replace(projection, scale=scale), codes
+    projection = dataclasses.replace(projection, scale=scale)
+    return projection, join_codes([Codes(*projection.finish(products)) for products, _ in found])
 
 
 def small_integers(matrix: np.ndarray) -> np.ndarray:

@@ -94,7 +94,10 @@ def test_limits_fall_by_what_int8_cannot_hold():
     projection = fit_projection(np.eye(300)[:1], WIDTHS[-1], seed=0)
     x = np.concatenate([np.eye(300)[:1], np.random.default_rng(0).standard_normal((500, 300))])
     codes, falls = projection.encode(x)
-    scaled = projection.rotated(integer_rows(x)[0]).astype(np.float64) * projection.scale
+    scaled = (
+        projection.rotated(native.project(integer_rows(x)[0], projection.packed)).astype(np.float64)
+        * projection.scale
+    )
     over = np.where(np.abs(scaled) > 127.5, np.abs(scaled) - 127, 0)
     clipped = over.any(1)
     lost = 127 * over.sum(1) + (over * over).sum(1) / 2
@@ -130,7 +133,7 @@ def test_products_bound_cosines_from_above_before_rounding():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((300, 600))  # more directions than a code has
     projection = fit_projection(x[:100], WIDTHS[-1], seed=1)
-    z = projection.rotated(integer_rows(x)[0]).astype(np.float64)
+    z = projection.rotated(native.project(integer_rows(x)[0], projection.packed)).astype(np.float64)
     unit = unit_rows64(x)
     assert (z @ z.T >= unit @ unit.T - arithmetic_error(600)).all()
     assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=arithmetic_error(600))
@@ -151,7 +154,12 @@ def test_products_of_sparse_rows_bound_cosines_too():
     projection = fit_projection(
         np.concatenate([x, rng.standard_normal((300, 300))]), WIDTHS[-1], seed=1
     )
-    z, unit = projection.rotated(integer_rows(x)[0]).astype(np.float64), unit_rows64(x)
+    z, unit = (
+        projection.rotated(native.project(integer_rows(x)[0], projection.packed)).astype(
+            np.float64
+        ),
+        unit_rows64(x),
+    )
     pairs = unit @ unit.T > 0.9
     assert (z @ z.T - unit @ unit.T)[pairs].min() >= -arithmetic_error(300)
 
