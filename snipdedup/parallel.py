@@ -128,12 +128,12 @@ def set_threads(count: int) -> None:
 
 
 def ordered_map(
-    work: Callable[[T], R], items: Iterable[T], threads: int
+    work: Callable[[T], R], items: Iterable[T], threads: int, window: int | None = None
 ) -> Generator[R, None, None]:
     """Yield ``work(item)`` in the order of ``items``, computed by ``threads`` threads.
 
-    Libraries inside ``work`` run single-threaded. Twice as many items as threads are under way or
-    finished and not yet taken, so memory stays bounded.
+    Libraries inside ``work`` run single-threaded. So many items as ``window`` says, by default
+    twice as many as threads, are under way or finished and not yet taken: memory stays bounded.
     """
     if threads == 1:
         with library_threads(1, torch_too=False):
@@ -142,7 +142,7 @@ def ordered_map(
     # OpenMP keeps its number of threads by thread: each worker sets its own
     workers = ThreadPoolExecutor(threads, initializer=set_threads, initargs=(1,))
     with library_threads(1, torch_too=False), workers as pool:
-        yield from ordered_results(work, items, pool, 2 * threads)
+        yield from ordered_results(work, items, pool, window or 2 * threads)
 
 
 def ordered_results(

@@ -181,7 +181,9 @@ def group_star(
     batches = list(star_batches(starts, open_))
     huge = [p.ndim == 1 and p.size > FLOAT64_GROUP for p in batches]  # on all threads, one by one
     alone, beside = (list(compress(batches, which)) for which in (huge, np.logical_not(huge)))
-    with closing(ordered_map(decide, beside, given_threads())) as others:
+    beside.sort(key=lambda places: -places.size * places.shape[-1])  # so that threads end together
+    # all of them wait at once: results are small, and one group may take as long as many others
+    with closing(ordered_map(decide, beside, given_threads(), window=len(beside))) as others:
         for places, chosen, cosine in chain(map(decide, alone), others):
             representative[places], similarity[places] = chosen, cosine
             done(places.size - (len(places) if places.ndim == 2 else 1))
