@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from snipdedup.errors import SnipError
 from snipdedup.storage import external_sort
-from snipdedup.storage.external_sort import Columns, Sorter, Spread, row_kind
+from snipdedup.storage.external_sort import Columns, Sorter, Spread, distinct, row_kind
 
 KIND = np.dtype([("key", "<u8"), ("place", "<u4")])
 LARGEST = (1 << 64) - 1
@@ -97,3 +97,8 @@ def test_rows_take_four_bytes_as_long_as_they_fit():
         kind = np.dtype(row_kind(rows))
         assert kind.itemsize == wanted
         assert int(np.array([rows - 1], kind)[0]) == rows - 1
+
+
+@given(st.lists(st.integers(-5, 5)))
+def test_values_are_returned_once(values):
+    assert distinct(np.array(values, np.int64)).tolist() == sorted(set(values))
