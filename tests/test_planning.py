@@ -115,7 +115,7 @@ def rates(tmp_path):
 def test_a_plan_of_two_billion_rows(rates):
     said = told("plan", "--rows", "2.1e9", "--cores", "16", "--memory", "32GB", "--rates", rates)
     assert said.startswith("2,100,000,000 rows × 768, 30% of them removed; 16 cores, 32 GB")
-    assert "lists 27,495, each row in" in said
+    assert "lists 45,826, each row in" in said
     assert said.endswith("it fits\n")
     large = told("plan", "--rows", "5.85e9", "--cores", "16", "--memory", "32GB", "--rates", rates)
     assert "memory: " in large  # eight bytes a row

@@ -167,7 +167,7 @@ def fit_model(
             rows, sample, first.values, sharpest,
             threshold=threshold, total=features.rows, threads=threads,
         )  # fmt: skip
-    nlist = min(list_count(features.rows), max(1, len(rows) // 8))
+    nlist = min(list_count(features.rows), max(1, features.rows // 8))
     if features.rows <= SINGLE_LIST_ROWS and not len(hubs.row):
         nlist = 1
     if nlist == 1 and encoder is None:

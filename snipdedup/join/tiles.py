@@ -20,6 +20,7 @@ from snipdedup.join.kernels import TileColumns
 from snipdedup.join.verify import GATHER_PAIRS, verify_places
 from snipdedup.native.fallback import best_edge, link_smaller
 from snipdedup.parallel import scratch
+from snipdedup.storage.external_sort import distinct
 
 ROW_TILE, COLUMN_TILE = 1024, 2048
 CROWDED = 1 / 8  # share of a tile's pairs from which they are not verified one by one
@@ -190,7 +191,7 @@ def crowded_forest(
     table[~close] = NO_PAIR
     table[table < np.float32(threshold)] = NO_PAIR
     cosine = table.copy()
-    nodes = np.unique(np.concatenate([rows, columns]))
+    nodes = distinct(np.concatenate([rows, columns]))
     i, j = table_forest(
         table, np.searchsorted(nodes, rows), np.searchsorted(nodes, columns), len(nodes)
     )
@@ -222,7 +223,7 @@ def table_forest(
         i, j = i[order], j[order]
         u, v = label[left[i]], label[right[j]]
         best = best_edge(u, v, np.arange(len(i)), nodes)
-        picks = np.unique(best[best < len(i)])
+        picks = distinct(best[best < len(i)])
         chosen.append((i[picks], j[picks]))
         link_smaller(label, u[picks], v[picks])
         own, other = label[left].astype(small), label[right].astype(small)
