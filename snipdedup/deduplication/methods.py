@@ -24,8 +24,7 @@ from snipdedup.features.scan import Scan, scan
 from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
 from snipdedup.groups.members import Best, replace_rows
-from snipdedup.groups.pairs import all_pairs, own_pairs, pairs_within
-from snipdedup.groups.star import Also
+from snipdedup.groups.pairs import Also, all_pairs, own_pairs, pairs_within
 from snipdedup.index.build import build
 from snipdedup.index.folder import Index
 from snipdedup.index.search import query_space

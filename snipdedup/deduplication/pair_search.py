@@ -31,7 +31,7 @@ from snipdedup.groups.members import (
     blocks_of_groups,
     replace_rows,
 )
-from snipdedup.groups.star import Also
+from snipdedup.groups.pairs import Also
 from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
 from snipdedup.storage import atomic, external_sort
 from snipdedup.storage.external_sort import Sorter, Spread, pack

@@ -10,14 +10,15 @@ come before all others, so a group that has one is named by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from snipdedup.features.cosine import pair_cosine
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Nearest, group_starts, sorted_by_row
-from snipdedup.groups.star import Also
 from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import (
     BLOCK_EDGES,
@@ -36,6 +37,25 @@ LISTED_GROUP = 64  # groups up to this size are listed pair by pair
 LISTED_PAIRS = 1 << 15  # pairs listed at a time
 TILE = 1024  # rows of a large group compared at once
 READ = 1 << 20  # rows whose groups are looked at at a time
+HELD_ROWS = 1 << 12  # rows whose other vectors are compared at a time
+
+Gather = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to their vectors, (n, d)
+
+
+class Also(NamedTuple):
+    """What a pair must besides: a cosine of other vectors of the same rows (their captions')."""
+
+    gather: Gather  # (n,) int64 rows to their other vectors, (n, dim)
+    threshold: float
+    dim: int
+
+    def holds(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return for which of the rows a, b it holds, (n,) bool."""
+        parts = [np.empty(0, bool)]
+        for start in range(0, len(a), HELD_ROWS):
+            x, y = (self.gather(side[start : start + HELD_ROWS]) for side in (a, b))
+            parts.append(pair_cosine(x, y) >= np.float32(self.threshold))
+        return np.concatenate(parts)
 
 
 def all_pairs(

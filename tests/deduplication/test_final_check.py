@@ -77,17 +77,17 @@ def test_what_was_there_stays_when_a_result_is_refused(rows, tmp_path):
 
     with (
         mock.patch("snipdedup.deduplication.run.search_pairs", wrong),
-        mock.patch("snipdedup.groups.star.star_packed", all_for_the_first),
+        mock.patch("snipdedup.groups.star.star_listed", all_for_the_first),
         pytest.raises(InternalError),
     ):
         dedup(rows, out=out, overwrite=True)
     assert (out / "groups.parquet").read_bytes() == before
 
 
-def all_for_the_first(rows, compare, out):
+def all_for_the_first(rows, sizes, compare, out):
     """A star rule that is wrong: all of a group go for its first row."""
     del compare, out
-    named = np.repeat(rows[:, :1], rows.shape[1], axis=1)
+    named = np.repeat(rows[np.cumsum(sizes) - sizes], sizes)
     return named, np.where(named == rows, np.float32(1), NO_PAIR)
 
 
