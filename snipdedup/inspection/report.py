@@ -128,8 +128,7 @@ def make_page(
     """Read OUT; return the page, and the pictures in it."""
     settings, counts, shards = manifest["settings"], manifest["counts"], manifest["shards"]
     offsets, groups = display.shard_offsets(shards), out / "groups.parquet"
-    done = read_out.Run(settings["threshold"], settings["keep"], settings["seed"] or 0, offsets)
-    survey = read_out.survey_groups(groups, done, options.seed)
+    survey = read_out.survey_groups(groups, settings, offsets, options.seed)
     curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         curve = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), settings["threshold"])
@@ -176,12 +175,7 @@ def make_page(
             (rows[row], rows.get(other, ~other) if rows[row].removed else None, similarity)
             for row, (other, similarity) in ((a, partners.get(a, (a, np.nan))) for a in asked)
         ],
-        spared=[
-            (rows[row], rows[other])
-            for row, other in zip(
-                survey.spared.row.tolist(), survey.spared_by.tolist(), strict=True
-            )
-        ],
+        spared=pairs(survey.spared.shown),
         known_keep=settings["keep"] in read_out.KEEPS,
         shards=shard_section(shards, offsets, is_dup, survey.foreign.tolist()),
         manifest=json.dumps(shortened(manifest), indent=2, ensure_ascii=False),
@@ -191,10 +185,10 @@ def make_page(
 
 def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
     """Return all rows that the page shows and some more, ascending, without those of references."""
-    samples = [band.shown for band in (*survey.bands, survey.below)]
-    samples += [group.shown for group in survey.largest] + [survey.spared]
+    samples = [sample.shown for sample in (*survey.bands, survey.below, survey.spared)]
+    samples += [group.shown for group in survey.largest]
     parts = [rows for sample in samples for rows in (sample.row, sample.representative)]
-    rows = np.unique(np.concatenate([*parts, survey.copied, survey.spared_by, more]))
+    rows = np.unique(np.concatenate([*parts, survey.copied, more]))
     return rows[rows >= 0].astype(np.int64)
 
 
