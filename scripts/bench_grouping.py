@@ -152,7 +152,7 @@ def measure(folder: Path, rows: int) -> dict[str, object]:
     result = checked(choose(search, 0.95, "star", "first", rank, folder=out / "work"))
     mark("group")
     plan = None if metadata is None else MetadataPlan(metadata, "key", ColumnSettings(), {})
-    write_files(result, out, plan, (), 1)
+    write_files(result, out, plan, ())
     mark("write")
     done.set()
     sizes = {path.name: path.stat().st_size for path in out.rglob("*") if path.is_file()}

@@ -287,7 +287,7 @@ def search_and_write(
                 outputs = write_pair_files(result, draft, most, threads)
         with clock.stage("write"):
             epsilons = parse_epsilons(options.epsilon) or ()
-            written, described = write_files(result, draft, job.plan, epsilons, job.options.threads)
+            written, described = write_files(result, draft, job.plan, epsilons)
             with releasing(out, share):
                 job.inputs.refuse_changed()
             if job.metadata is not None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +33,6 @@ from snipdedup.metadata.kept_rows import (
     write_lists,
 )
 from snipdedup.metadata.tables import ColumnUse, Metadata, Table, as_texts, try_column_uses
-from snipdedup.parallel import run_all
 from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
@@ -106,30 +104,16 @@ def grouping_folder(out: Path) -> Path:
 
 
 def write_files(
-    result: Result,
-    out: Path,
-    plan: MetadataPlan | None,
-    epsilons: Sequence[float],
-    threads: int,
+    result: Result, out: Path, plan: MetadataPlan | None, epsilons: Sequence[float]
 ) -> tuple[list[Path], dict[str, Any]]:
     """Write all files of OUT but the manifest; return their paths, and `describe_run`."""
-    entries: dict[str, Any] = {}
-
-    def describe() -> list[Path]:
-        entries.update(describe_run(result, out, plan, epsilons))
-        return []
-
-    jobs: list[Callable[[], list[Path]]] = [
-        partial(write_small_files, result, out),
-        partial(write_forest, result.search, out),
-        partial(write_groups, result, out, plan),
-        describe,
+    outputs = [
+        *write_small_files(result, out),
+        *write_forest(result.search, out),
+        *write_groups(result, out, plan),
+        *(write_metadata(result, out, plan) if plan is not None else []),
     ]
-    if plan is not None:
-        jobs.append(partial(write_metadata, result, out, plan))
-    large = result.search.is_large(result.threshold)  # then one at a time, to bound memory
-    outputs = run_all(jobs, 1 if large else min(2, threads))
-    return [path for paths in outputs for path in paths], entries
+    return outputs, describe_run(result, out, plan, epsilons)
 
 
 def write_small_files(result: Result, out: Path) -> list[Path]:
