@@ -168,8 +168,8 @@ def run(options: config.Eval) -> Evaluation:
         measured = evaluate(
             features, texts, queries=options.queries, train_rows=options.train_rows,
             encoder=options.encoder, dim=options.dim, steps=options.steps,
-            threshold=options.threshold, nlist=options.nlist, sizes=options.sizes(),
-            nprobes=options.nprobes(), flag_nprobe=options.flag_nprobe,
+            threshold=options.threshold, nlist=options.nlist, sizes=options.numbers("code_bytes"),
+            nprobes=options.numbers("nprobe"), flag_nprobe=options.flag_nprobe,
             threads=cores(options.threads), seed=options.seed,
         )  # fmt: skip
         results = {**measured, "settings": settings}

@@ -134,7 +134,7 @@ def make_page(
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold)
         curve = curve_section(known, counts)
-    asked = options.asked()
+    asked = options.numbers("rows")
     if asked and asked[-1] >= offsets[-1]:
         raise SnipError(
             f"--rows names row {asked[-1]:,}, the set has rows 0 to {offsets[-1] - 1:,}"
