@@ -207,9 +207,9 @@ def open_again(
     return features if check_shards(run, what, listed, features) else None
 
 
-def open_references(run: AuditedRun) -> dict[str, AuditedReference]:
-    """Open the references that can be read and are still what they were, by name."""
-    references = {}
+def open_references(run: AuditedRun) -> list[AuditedReference]:
+    """Open the references that can be read and are still what they were."""
+    references = []
     for described in run.manifest.get("references", []):
         name, mask = described["name"], described["request"]["mask"]
         path = None if mask is None else Path(described["path"]) / "is_dup.npy"
@@ -219,7 +219,7 @@ def open_references(run: AuditedRun) -> dict[str, AuditedReference]:
         features = open_again(run, "references", described["files"], described["shards"])
         if features is not None:  # removed rows of an earlier OUT are no reference rows
             is_dup = np.zeros(features.rows, bool) if path is None else load_mask(path)
-            references[name] = AuditedReference(name, features, is_dup)
+            references.append(AuditedReference(name, features, is_dup))
     return references
 
 
@@ -247,7 +247,7 @@ def describe_removed(run: AuditedRun, found: RemovedRows, removed: int) -> None:
 
 
 def estimate_missed(
-    run: AuditedRun, features: Features, references: dict[str, AuditedReference],
+    run: AuditedRun, features: Features, references: list[AuditedReference],
     probe_rows: int, seed: int,
 ) -> None:  # fmt: skip
     """Estimate how many kept rows match another kept row, by brute force on a sample.
@@ -277,7 +277,7 @@ def estimate_missed(
             a, b = run.place(int(sample[worst])), run.place(int(I[worst, 0]))
             run.note("missed", f"such as {a} and {b}: cosine {D[worst, 0]:.6f}")
     of = f"{len(sample):,} kept rows" if run.references_only else "them"
-    for reference in references.values():
+    for reference in references:
         D, _ = nearest(raw, reference.features, 1, run.threads, skip=reference.is_dup)
         missed = np.flatnonzero(D[:, 0] >= limit)
         run.note("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
