@@ -22,7 +22,7 @@ from snipdedup.deduplication.inputs import KIND, named_paths
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members
 from snipdedup.inspection import display, thumbnails
-from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
+from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
@@ -68,18 +68,12 @@ class ReportResult:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the page shows of one row; texts are empty where unknown."""
+@dataclass
+class Row(display.ShownRow):
+    """What the page shows of one row."""
 
-    row: int
-    shard: str
-    shard_row: int
-    removed: bool
-    key: str
-    caption: str
-    url: str
-    picture: str  # a ``data:`` URL of a thumbnail
+    removed: bool = False
+    picture: str | None = None  # a ``data:`` URL of a thumbnail
 
 
 def run(options: Report) -> ReportResult:
@@ -143,7 +137,13 @@ def make_page(
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
     keys, is_dup = read_out.read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
     pictures, found = find_pictures(shown, keys, texts, options)
-    rows = describe_shown(shown, shards, is_dup, keys, texts, pictures)
+    rows = {
+        row: Row(
+            row, **place, key=keys.get(row), removed=bool(is_dup[row]), picture=pictures.get(row)
+        )
+        for row, place in display.places_of(shards, shown.tolist()).items()
+    }
+    display.fill_texts(list(rows.values()), texts, "url", "caption")
     page = display.render_page(
         "report.html.j2",
         (display.TEMPLATES / "report.js").read_text("utf-8"),
@@ -197,27 +197,6 @@ def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
     parts = [rows for sample in samples for rows in (sample.row, sample.representative)]
     rows = np.unique(np.concatenate([*parts, survey.copied, survey.spared_by, more]))
     return rows[rows >= 0].astype(np.int64)
-
-
-def describe_shown(
-    shown: np.ndarray, shards: list[dict[str, Any]], is_dup: np.ndarray, keys: dict[int, str],
-    texts: RowTexts, pictures: dict[int, str],
-) -> dict[int, Row]:  # fmt: skip
-    """Return what is known of the rows that are shown."""
-    captions = texts.read(texts.find(wanted=CAPTIONS), shown)
-    urls = texts.read(texts.find(wanted=URLS), shown)
-    return {
-        row: Row(
-            row=row,
-            **place,
-            removed=bool(is_dup[row]),
-            key=keys.get(row, ""),
-            caption=captions.get(row, ""),
-            url=urls.get(row, ""),
-            picture=pictures.get(row, ""),
-        )
-        for row, place in display.places_of(shards, shown.tolist()).items()
-    }
 
 
 def find_pictures(
