@@ -40,10 +40,10 @@ from snipdedup.index.quantizer import Quantiser, read_quantiser
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, in_aligned_blocks, ordered_map
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
-from snipdedup.storage.remote import absolute_location, is_remote
+from snipdedup.storage.remote import absolute_location
 
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
-PATHS = ("features", "out", "encoder", "base", "export_faiss")
+ROWS = ("features", "features_changed")  # entries of a request that grow with --append
 
 
 def run(options: config.Index) -> Index:
@@ -51,17 +51,15 @@ def run(options: config.Index) -> Index:
     features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
     )
-    given = options.as_dict()
-    local = [n for n in PATHS if isinstance(given[n], str | Path) and not is_remote(given[n])]
-    options = config.Index(**given | {n: str(Path(given[n]).expanduser()) for n in local})
     source = options.features if isinstance(options.features, str | Path) else None
-    inputs = [*features.inputs(), *(Path(n) for n in (options.base, options.encoder) if n)]
-    out_folder.refuse_output_inside(Path(options.out), inputs)
+    given = [Path(name).expanduser() for name in (options.base, options.encoder) if name]
+    inputs, out = [*features.inputs(), *given], Path(options.out).expanduser()
+    out_folder.refuse_output_inside(out, inputs)
     if options.export_faiss is None:
-        return build(features, Path(options.out), options, as_stored=is_descriptors(source))
-    export = Path(options.export_faiss)
+        return build(features, out, options, as_stored=is_descriptors(source))
+    export = Path(options.export_faiss).expanduser()
     out_folder.refuse_output_file(export, inputs)
-    index = build(features, Path(options.out), options, as_stored=is_descriptors(source))
+    index = build(features, out, options, as_stored=is_descriptors(source))
     out_folder.refuse_output_file(export)  # now that it is known what is in OUT
     index.exported = f"wrote {export} for plain faiss, {export_faiss(index, export):,} bytes"
     return index
@@ -76,7 +74,7 @@ def build(
     What a stopped run left there is used. ``as_stored``: rows are not scaled to norm 1 (an encoder
     decides by itself).
     """
-    wanted = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
+    sizes = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
     nbits, threads = options.nbits or config.INDEX_NBITS, cores(options.threads)
     base = find_base(options.base)
     encoder = find_encoder(options.encoder, base)
@@ -85,28 +83,33 @@ def build(
         "as_stored": as_stored,
         "encoder": atomic.sha256(encoder / MANIFEST) if encoder else None,
         "base": atomic.sha256(base) if base else None,
-        **wanted,
+        **sizes,
         **{name: getattr(options, name) for name in ("train_rows", "seed")},
     }
     known = None if base is None else read_quantiser(base)
-    space = code_space(Space.of(encoder, features.dim, as_stored), known, options.m, nbits)
+    space = Space.of(encoder, features.dim, as_stored)
     quantizer.check_nlist(options.nlist, features.rows)
     if known is not None:
-        check_base(known, space.dim, wanted)
+        space = space.of_width(known.dim)
+        check_base(known, space.dim, sizes)
+    elif space.encoder is not None:  # a short code keeps more of a head of the encoder
+        parts = options.m or quantizer.default_m(space.dim, config.INDEX_M)
+        space = space.of_width(space.encoder.for_codes(parts, nbits).dim)
     m = options.m or quantizer.default_m(space.dim, config.INDEX_M)
     quantizer.check_m(m if known is None else known.m, space.dim)
-    state, request = claim_index(out, request, features, options.append, options.overwrite)
+    state, request, held = claim_index(out, request, features, options.append, options.overwrite)
     if state == "done":
         return Index(out, "already indexed")
-    held = len(read_manifest(out, "index")["shards"]) if state == "append" else 0
     work = out / locks.WORK / out_folder.FILES
     done_file = work.parent / f"{QUANTISER}.json"
     try:
         if held:  # new rows are encoded as those before them were
             space = Space.of(held_encoder(out), features.dim, bool(request["as_stored"]))
         elif not atomic.is_done(done_file, work):
-            sizes = options.nlist, m, nbits, options.train_rows
-            new = known or train_on_sample(features, space, *sizes, options.seed, threads)
+            new = known or train_on_sample(
+                features, space, nlist=options.nlist, m=m, nbits=nbits,
+                train_rows=options.train_rows, seed=options.seed, threads=threads,
+            )  # fmt: skip
             quantizer.write_quantiser(work / QUANTISER, new)
             atomic.write_done_file(done_file, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
@@ -119,7 +122,7 @@ def build(
     source, is_path = options.features, isinstance(options.features, str | Path)
     entries = {
         "command": "index",
-        "settings": {**options.as_dict(), "features": str(source)},
+        "settings": {**options.as_dict(), "features": str(source), "out": str(out)},
         "features_at": absolute_location(source) if is_path else None,
         "request": request,
     }
@@ -158,16 +161,6 @@ def find_encoder(given: str | None, base: Path | None) -> Path | None:
     return own or encoder
 
 
-def code_space(space: Space, base: Quantiser | None, m: int | None, nbits: int) -> Space:
-    """Return the space that codes are made in: a short code keeps more of an encoder's head."""
-    if space.encoder is None:
-        return space
-    if base is not None:
-        return space.of_width(base.dim)
-    m = m or quantizer.default_m(space.dim, config.INDEX_M)
-    return space.of_width(space.encoder.for_codes(m, nbits).dim)
-
-
 def check_base(base: Quantiser, dim: int, wanted: dict[str, int | None]) -> None:
     """Refuse a base of another width, or flags that contradict it."""
     if base.dim != dim:
@@ -182,59 +175,42 @@ def check_base(base: Quantiser, dim: int, wanted: dict[str, int | None]) -> None
 
 def claim_index(
     out: Path, request: dict[str, Any], features: Features, append: bool, overwrite: bool
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, Any], int]:
     """Take ``out`` as `out_folder.claim` does; with ``append``, go on where it has fewer shards.
 
-    Returns the state, which may be ``append``, and the request of the index that is to be.
+    Returns the state, the request of the index that is to be, and how many shards stay. Settings
+    left at their default are those of the index there.
     """
+    held = 0
     if is_finished(out):
         manifest = read_manifest(out, "index")
         accept_dates(request, features, manifest)
-        earlier = manifest["request"]
-        held, now = len(earlier["features"]), len(request["features"])
-        longer = now > held and all(
-            request[name][:held] == earlier.get(name) for name in ("features", "features_changed")
-        )
+        earlier, now = manifest["request"], len(request["features"])
+        count = len(earlier["features"])
+        longer = now > count and all(request[n][:count] == earlier.get(n) for n in ROWS)
         if longer and not append and not overwrite:
             raise SnipError(
-                f"--out {out} holds an index of the first {held} of {now} shards; add the "
+                f"--out {out} holds an index of the first {count} of {now} shards; add the "
                 "others with --append, or replace it with --overwrite"
             )
         if append and not overwrite:
-            request = merged_request(out, earlier, request)
-            if longer:
-                locks.lock_run(out)
-                note = out / locks.WORK / locks.REQUEST
-                if not note.is_file() or atomic.load_json(note) != request:
-                    locks.empty_work(out)  # else the same stopped run added what is there
-                    atomic.save_json(note, request)
-                return "append", request
-    return out_folder.claim(out, "index", request, overwrite=overwrite), request
-
-
-def merged_request(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the finished request with more shards; settings left at their default are kept."""
-    kept = {**earlier, **{name: now[name] for name in ("features", "features_changed")}}
-    given = {name: value for name, value in now.items() if value not in (None, 0, False)}
-    differing = out_folder.differences({n: kept.get(n) for n in given}, given)
-    if differing:
-        raise SnipError(
-            f"--out {out} was built with other {'; '.join(differing)}; --append goes on with its "
-            "own quantisers and encoder: leave these flags away"
-        )
-    return kept
+            given = {name: value for name, value in request.items() if value not in (None, 0)}
+            request = {**earlier, **{name: request[name] for name in ROWS}}
+            differing = out_folder.differences({n: request.get(n) for n in given}, given)
+            if differing:
+                raise SnipError(
+                    f"--out {out} was built with other {'; '.join(differing)}; --append goes on "
+                    "with its own quantisers and encoder: leave these flags away"
+                )
+            held = count if longer else 0
+    state = out_folder.claim(out, "index", request, overwrite=overwrite or held > 0)
+    return state, request, held
 
 
 def train_on_sample(
-    features: Features,
-    space: Space,
-    nlist: int,
-    m: int,
-    nbits: int,
-    train_rows: int,
-    seed: int,
-    threads: int,
-) -> Quantiser:
+    features: Features, space: Space, *, nlist: int, m: int, nbits: int, train_rows: int,
+    seed: int, threads: int,
+) -> Quantiser:  # fmt: skip
     """Train quantisers on ``train_rows`` rows; 0 stands for a number that suits the rows."""
     lists = nlist or quantizer.default_nlist(features.rows, features.rows)
     wanted = train_rows or max(quantizer.POINTS_A_LIST * lists, quantizer.LEAST_SAMPLE)
@@ -246,15 +222,9 @@ def train_on_sample(
 
 
 def write_codes(
-    features: Features,
-    held: int,
-    space: Space,
-    quantiser: Quantiser,
-    work: Path,
-    threads: int,
-    *,
-    keep_bad: bool,
-) -> None:
+    features: Features, held: int, space: Space, quantiser: Quantiser, work: Path, threads: int,
+    *, keep_bad: bool,
+) -> None:  # fmt: skip
     """Write the codes of shards from number ``held`` on that are not there yet."""
     with progress.bar(features.rows, "indexing", "rows") as bar:
         for number, shard in enumerate(features.shards):

@@ -157,7 +157,7 @@ def is_descriptors(source: str | Path | None) -> bool:
     """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
     if source is None or (is_remote(source) and not is_folder(str(source))):
         return False
-    manifest = Path(source) / MANIFEST
+    manifest = Path(source).expanduser() / MANIFEST
     if is_remote(source):
         manifest = RemotePath(f"{str(source).rstrip('/')}/{MANIFEST}")
     return manifest.is_file() and atomic.load_json(manifest).get("kind") == "descriptors"
