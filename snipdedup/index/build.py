@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,23 +24,26 @@ from snipdedup.index.folder import (
     ENCODER,
     QUANTISER,
     Index,
+    PlainRows,
     ShardCodes,
-    Space,
     export_faiss,
-    held_encoder,
     is_descriptors,
+    load_encoder,
     load_shard,
     pack_rows,
     packed_width,
     same_encoder,
     shard_name,
 )
-from snipdedup.index.kmeans import draw_sample
+from snipdedup.index.kmeans import Vectors, draw_sample
 from snipdedup.index.quantizer import Quantiser, read_quantiser
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, in_aligned_blocks, ordered_map
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
+
+if TYPE_CHECKING:
+    from snipdedup.encoder.network import Encoder
 
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
 ROWS = ("features", "features_changed")  # entries of a request that grow with --append
@@ -77,26 +80,23 @@ def build(
     sizes = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
     nbits, threads = options.nbits or config.INDEX_NBITS, cores(options.threads)
     base = find_base(options.base)
-    encoder = find_encoder(options.encoder, base)
+    folder = find_encoder(options.encoder, base)
     request = {
         **request_of(features),
         "as_stored": as_stored,
-        "encoder": atomic.sha256(encoder / MANIFEST) if encoder else None,
+        "encoder": atomic.sha256(folder / MANIFEST) if folder else None,
         "base": atomic.sha256(base) if base else None,
         **sizes,
         **{name: getattr(options, name) for name in ("train_rows", "seed")},
     }
     known = None if base is None else read_quantiser(base)
-    space = Space.of(encoder, features.dim, as_stored)
+    encoder = open_encoder(folder, features, known, as_stored, options.m, nbits)
+    m = options.m or quantizer.default_m(encoder.dim, config.INDEX_M)
+    if known is None:
+        quantizer.check_m(m, encoder.dim)
+    else:
+        check_base(known, encoder.dim, sizes)
     quantizer.check_nlist(options.nlist, features.rows)
-    if known is not None:
-        space = space.of_width(known.dim)
-        check_base(known, space.dim, sizes)
-    elif space.encoder is not None:  # a short code keeps more of a head of the encoder
-        parts = options.m or quantizer.default_m(space.dim, config.INDEX_M)
-        space = space.of_width(space.encoder.for_codes(parts, nbits).dim)
-    m = options.m or quantizer.default_m(space.dim, config.INDEX_M)
-    quantizer.check_m(m if known is None else known.m, space.dim)
     state, request, held = claim_index(out, request, features, options.append, options.overwrite)
     if state == "done":
         return Index(out, "already indexed")
@@ -104,29 +104,31 @@ def build(
     done_file = work.parent / f"{QUANTISER}.json"
     try:
         if held:  # new rows are encoded as those before them were
-            space = Space.of(held_encoder(out), features.dim, bool(request["as_stored"]))
+            encoder = Index(out).encoder
         elif not atomic.is_done(done_file, work):
             new = known or train_on_sample(
-                features, space, nlist=options.nlist, m=m, nbits=nbits,
+                features, encoder.encode, nlist=options.nlist, m=m, nbits=nbits,
                 train_rows=options.train_rows, seed=options.seed, threads=threads,
             )  # fmt: skip
             quantizer.write_quantiser(work / QUANTISER, new)
             atomic.write_done_file(done_file, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
-        space, keep_bad = space.of_width(quantiser.dim), options.bad_rows == "keep"
-        write_codes(features, held, space, quantiser, work, threads, keep_bad=keep_bad)
+        write_codes(
+            features, held, encoder.encode, quantiser, work, threads,
+            keep_bad=options.bad_rows == "keep",
+        )  # fmt: skip
         features.refuse_changed()
     except InputError:
         out_folder.release(out)  # an earlier index there stays as it was
         raise
-    source, is_path = options.features, isinstance(options.features, str | Path)
+    source = options.features
     entries = {
         "command": "index",
         "settings": {**options.as_dict(), "features": str(source), "out": str(out)},
-        "features_at": absolute_location(source) if is_path else None,
+        "features_at": absolute_location(source) if isinstance(source, str | Path) else None,
         "request": request,
     }
-    finish_index(out, entries, quantiser, encoder, held)
+    finish_index(out, entries, quantiser, folder, held)
     return Index(out, "added to" if held else "indexed")
 
 
@@ -159,6 +161,19 @@ def find_encoder(given: str | None, base: Path | None) -> Path | None:
             f"({own}); leave --encoder away"
         )
     return own or encoder
+
+
+def open_encoder(
+    folder: Path | None, features: Features, base: Quantiser | None, as_stored: bool,
+    m: int | None, nbits: int,
+) -> Encoder | PlainRows:  # fmt: skip
+    """Return what makes the vectors of rows: a short code keeps more of a head of an encoder."""
+    if folder is None:
+        return PlainRows(features.dim, as_stored)
+    encoder = load_encoder(folder, None if base is None else base.dim)
+    encoder.check_width(features, str(folder))
+    m = m or quantizer.default_m(encoder.dim, config.INDEX_M)
+    return encoder if base is not None else encoder.for_codes(m, nbits)
 
 
 def check_base(base: Quantiser, dim: int, wanted: dict[str, int | None]) -> None:
@@ -208,13 +223,13 @@ def claim_index(
 
 
 def train_on_sample(
-    features: Features, space: Space, *, nlist: int, m: int, nbits: int, train_rows: int,
+    features: Features, vectors: Vectors, *, nlist: int, m: int, nbits: int, train_rows: int,
     seed: int, threads: int,
 ) -> Quantiser:  # fmt: skip
     """Train quantisers on ``train_rows`` rows; 0 stands for a number that suits the rows."""
     lists = nlist or quantizer.default_nlist(features.rows, features.rows)
     wanted = train_rows or max(quantizer.POINTS_A_LIST * lists, quantizer.LEAST_SAMPLE)
-    sample = draw_sample(features, space.vectors, wanted, seed, threads)
+    sample = draw_sample(features, vectors, wanted, seed, threads)
     nlist = nlist or quantizer.default_nlist(features.rows, len(sample))
     return quantizer.train_quantiser(
         sample, nlist=nlist, m=m, nbits=nbits, seed=seed, threads=threads
@@ -222,15 +237,15 @@ def train_on_sample(
 
 
 def write_codes(
-    features: Features, held: int, space: Space, quantiser: Quantiser, work: Path, threads: int,
-    *, keep_bad: bool,
+    features: Features, held: int, vectors: Vectors, quantiser: Quantiser, work: Path,
+    threads: int, *, keep_bad: bool,
 ) -> None:  # fmt: skip
     """Write the codes of shards from number ``held`` on that are not there yet."""
     with progress.bar(features.rows, "indexing", "rows") as bar:
         for number, shard in enumerate(features.shards):
             path = work / shard_name(number)
             if number >= held and not atomic.is_done(shard_done_file(path), work):
-                codes, checksum = encode_shard(features, number, space, quantiser, threads)
+                codes, checksum = encode_shard(features, number, vectors, quantiser, threads)
                 if len(codes.bad) and not keep_bad:
                     raise bad_rows_error(features, codes.bad + features.offsets[number])
                 atomic.save_npz(path, **codes._asdict())
@@ -245,14 +260,14 @@ def shard_done_file(path: Path) -> Path:
 
 
 def encode_shard(
-    features: Features, number: int, space: Space, quantiser: Quantiser, threads: int
+    features: Features, number: int, vectors: Vectors, quantiser: Quantiser, threads: int
 ) -> tuple[ShardCodes, int]:
     """Encode the rows of one shard, wherever it lies among the others; return its checksum too."""
     first, stop = (int(n) for n in features.offsets[number : number + 2])
     checksums = []
 
     def encode_block(block: np.ndarray) -> tuple[np.ndarray, ...]:
-        lists, codes, errors = quantiser.own_code(space.vectors(block))
+        lists, codes, errors = quantiser.own_code(vectors(block))
         return lists.astype(np.int32), codes, errors
 
     def encode(span: tuple[int, int]) -> tuple[np.ndarray, ...]:

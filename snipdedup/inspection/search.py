@@ -20,7 +20,7 @@ from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
-from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
+from snipdedup.index.folder import Index, held_encoder, is_descriptors, load_encoder
 from snipdedup.index.search import MappedLists
 from snipdedup.inspection.display import places_of, render_page, require, terminal_text
 from snipdedup.storage.atomic import replacing
@@ -329,9 +329,9 @@ def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | 
     given = held or (Path(encoder).expanduser() if encoder is not None else None)
     takes = None if given is None else read_manifest(given, "encoder")["encoder"]["dim_in"]
     if given is not None and width == takes:
-        space = Space.encoded(given).of_width(index.dim)
-        if space.dim == index.dim:
-            return space.vectors(vectors)
+        found = load_encoder(given, index.dim)
+        if found.dim == index.dim:
+            return found.encode(vectors)
     if width != index.dim:
         also = "" if given is None else f", or {takes} for the encoder {given}"
         raise SnipError(
