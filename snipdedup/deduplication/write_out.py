@@ -24,7 +24,7 @@ from snipdedup.groups.pairs import all_pairs
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata import additions
 from snipdedup.metadata.gather import gather_columns
-from snipdedup.metadata.join_by_key import as_bytes
+from snipdedup.metadata.join_by_key import key_bytes
 from snipdedup.metadata.kept_rows import (
     LISTS,
     kept_names,
@@ -98,7 +98,7 @@ def key_texts(file: Table, batch: Any) -> dict[str, Any]:
 
 def hash_bytes(file: Table, batch: Any) -> dict[str, Any]:
     """Return the one column of a record batch as bytes."""
-    return {"value": as_bytes(file, batch.schema.names[0], batch.column(0))}
+    return {"value": key_bytes(file, batch.schema.names[0], batch.column(0))}
 
 
 def grouping_folder(out: Path) -> Path:

@@ -205,7 +205,7 @@ def place_mask(found: SourceFiles, mask: Mask, work: Path, jobs: int) -> tuple[M
         if found.before is None:
             raise SnipError(f"at which row {names[0]} begins is not known; {HOW_TO_PLACE}")
         return mask, sum(count_rows(found.before, work, jobs))
-    files = [] if mask.other_sizes is None else count_files()
+    files = count_files() if len(mask.meanings) > 1 else []
 
     def first_row(one: Mask) -> int:
         sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes

@@ -101,7 +101,7 @@ def run(options: Download) -> DownloadResult:
             if mask is not None:
                 opened = open_published_mask(mask, totals, plan.work)
                 first_row = read_pins(out).get("first_row")
-                if first_row is None or opened.other_sizes is not None:
+                if first_row is None or len(opened.meanings) > 1:
                     opened, first_row = place_mask(found, opened, plan.work, options.jobs)
                     add_pin(out, "first_row", first_row)
                 plan = replace(plan, mask=opened, first_row=first_row)

@@ -142,14 +142,9 @@ def find_source_files(
         folder = folder or open_folder(str(paths[0].parent))
     if start is None and end is None:
         return SourceFiles(files, None, [], folder)
-    names = [file.name for file in files]
-    numbers = file_numbers(names)
-    start, end = start or 0, end or (max(numbers) + 1 if numbers else len(files))
-    if start >= end:
-        raise SnipError(f"file {start} is wanted, {redacted(source)} ends at {end - 1}")
-    first = choose_files([(name, 0) for name in names], numbers, None, start, end)
-    before = files[:first] if first == start else None
-    return SourceFiles(files[first : first + end - start], start, before, folder)
+    start = start or 0
+    first, last = choose_files([(file.name, 0) for file in files], None, start, end)
+    return SourceFiles(files[first:last], start, files[:first] if first == start else None, folder)
 
 
 def find_parts(pattern: str, first: int, end: int) -> SourceFiles:

@@ -220,8 +220,7 @@ def open_table_of(index: Index, options: Search) -> Any:
     from snipdedup.metadata.tables import open_metadata  # pyarrow takes a while too
 
     metadata = open_metadata(source)
-    shards = index.manifest["shards"]
-    metadata.check_rows([(str(shard["name"]), int(shard["rows"])) for shard in shards])
+    metadata.check_matches(index.manifest["shards"])
     return metadata
 
 

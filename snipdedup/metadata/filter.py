@@ -151,7 +151,7 @@ def open_embeddings(specs: str | None, metadata: Metadata) -> dict[str, Features
     found: dict[str, Features] = {}
     for spec in [spec.strip() for spec in (specs or "").split(",") if spec.strip()]:
         features = open_features(spec)
-        metadata.check_matches(features)
+        metadata.check_matches(features.describe())
         name = features.shards[0].path.absolute().parent.name or "img_emb"
         if name in found or name in RESERVED:
             raise UsageError(
@@ -185,20 +185,19 @@ def choose_files_of_range(
 ) -> FilterInputs:
     """Return the files that ``--start`` and ``--end`` mean, and the shards beside them."""
     metadata = inputs.metadata
-    found = place_metadata(metadata, mask, start, end)
-    row = found.offset + int(metadata.offsets[found.first])
-    if (found.first, found.last) == (0, len(metadata.files)):
-        return replace(inputs, number=found.number, row=row)
+    first, last, row = place_metadata(metadata, mask, start, end)
+    if (first, last) == (0, len(metadata.files)):
+        return replace(inputs, number=start or 0, row=row)
     for name, features in inputs.features.items():
         if len(features.shards) != len(metadata.files):
             raise SnipError(
                 f"--start and --end choose files: expected as many shards in {name} as files of "
                 f"metadata, {len(metadata.files)}, found {len(features.shards)}"
             )
-    cut = slice(found.first, found.last)
+    cut = slice(first, last)
     shards = {n: Features(f.shards[cut], f.folders) for n, f in inputs.features.items()}
     part = Metadata(metadata.files[cut], metadata.folders)
-    return FilterInputs(part, shards, found.number, row)
+    return FilterInputs(part, shards, start or 0, row)
 
 
 def filter_request(

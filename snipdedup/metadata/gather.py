@@ -166,7 +166,7 @@ def open_row_texts(out: Path, manifest: dict[str, Any], asked: str | None = None
     """
     if asked is not None:
         metadata = open_metadata(asked)
-        metadata.check_rows([(shard["name"], shard["rows"]) for shard in manifest["shards"]])
+        metadata.check_matches(manifest["shards"])
         return RowTexts(metadata)
     if (found := find_run_metadata(manifest)) is not None:
         return RowTexts(found)
@@ -189,7 +189,7 @@ def find_run_metadata(manifest: dict[str, Any]) -> Metadata | None:
         if spec is None:
             return None
         metadata = open_metadata(spec)
-        metadata.check_rows([(shard["name"], shard["rows"]) for shard in manifest["shards"]])
+        metadata.check_matches(manifest["shards"])
     except SnipError:  # moved, or in a store that cannot be reached now
         return None
     sizes = [path.stat().st_size for path in metadata.paths()]
