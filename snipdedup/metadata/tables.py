@@ -302,6 +302,11 @@ class ColumnUse(NamedTuple):
     by_schema: bool = False
 
 
+def use_of_column(column: str, convert: Callable[[Table, str, Any], Any], remedy: str) -> ColumnUse:
+    """Return the use of one column, of which ``convert`` takes file, name and values."""
+    return ColumnUse([column], lambda file, _, batch: convert(file, column, batch[0]), remedy)
+
+
 def try_column_uses(metadata: Metadata, uses: Sequence[ColumnUse]) -> None:
     """Convert no rows of each file (types alone may be refused), then its first rows."""
 
