@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from snipdedup import progress
-from snipdedup.commands import named_kinds
-from snipdedup.config import EXPORTS, Filter
+from snipdedup.config import Filter
 from snipdedup.errors import SnipError, UsageError, WriteError
 from snipdedup.features.shards import Features, FileRows, open_features, request_of
 from snipdedup.metadata import kept_rows
@@ -94,7 +93,7 @@ def run(options: Filter) -> FilterResult:
         chosen = choose_files_of_range(chosen, mask, options.start, options.end)
     metadata = chosen.metadata
     kept_rows.kept_names(metadata.files)  # refused before anything is written
-    kinds = named_kinds("export", options.export, EXPORTS)
+    kinds = options.words("export")
     columns = kept_rows.list_columns(kinds, metadata, options.key)
     write = ColumnUse(None, kept_rows.try_writing, "leave it out of the metadata", by_schema=True)
     try_column_uses(metadata, [*kept_rows.list_uses(columns, metadata), write])

@@ -11,13 +11,14 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.folder import Index, export_faiss
-from snipdedup.index.search import Classes, Searcher, feature_queries, query_space
+from snipdedup.index.search import Classes, LoadedIndex, Searcher, query_space
 
 
 def found(searcher: Searcher, index: Index, features: Features, k: int) -> tuple:
-    source = feature_queries(index, index.space, features)
-    parts = list(searcher.search(source, k, 2))
-    return np.concatenate([D for _, D, _ in parts]), np.concatenate([I for _, _, I in parts])
+    x = index.space.vectors(features.read(0, features.rows))
+    D, I = searcher.places(x, *searcher.probe(x, 0), k)
+    I[I >= 0] = searcher.lists.rows(I[I >= 0])
+    return D, I
 
 
 def test_neighbours_are_those_of_plain_faiss_on_the_export(real_index, tmp_path):
@@ -61,9 +62,9 @@ def test_self_adc_is_the_distance_to_the_row_s_own_code(small_index):
     x = unit_rows(features.read(0, 1500))
     plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
     expected = np.square(x - plain.sa_decode(plain.sa_encode(x))).sum(1)
-    load = feature_queries(index, index.space, features).load
-    np.testing.assert_allclose(load((0, 1500)).own, expected, atol=1e-6)
-    np.testing.assert_array_equal(load((700, 1500)).own, load((0, 1500)).own[700:])
+    queries = LoadedIndex(index, features, 4).queries
+    np.testing.assert_allclose(queries((0, 1500)).own, expected, atol=1e-6)
+    np.testing.assert_array_equal(queries((700, 1500)).own, queries((0, 1500)).own[700:])
 
 
 def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small_index):
