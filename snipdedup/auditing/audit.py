@@ -14,9 +14,9 @@ from snipdedup.auditing.metadata import check_metadata
 from snipdedup.auditing.removed_rows import (
     AuditedReference,
     AuditedRun,
-    Captions,
     RemovedRows,
     Violations,
+    check_groups,
     chosen_places,
 )
 from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
@@ -91,18 +91,11 @@ def run(options: Audit) -> AuditResult:
                 )
             refuse_output_file(sheet, [folder, *features.inputs()])
         texts = open_row_texts(folder, manifest, options.metadata)
-        audited = AuditedRun(folder, manifest)
         threads, memory = cores(options.threads), memory_bound(options.max_memory)
-        readable = audit(
-            audited, features, texts,
-            sample=options.sample, probe_rows=options.probe_rows, seed=options.seed,
-            threads=threads, memory=memory,
-        )  # fmt: skip
+        audited = AuditedRun(folder, manifest, threads, memory)
+        readable = audit(audited, features, texts, options.sample, options.probe_rows, options.seed)
         if sheet is not None and readable:
-            pairs = sample_pairs(
-                audited, features, texts,
-                n=options.n, seed=options.seed, threads=threads, memory=memory,
-            )  # fmt: skip
+            pairs = sample_pairs(audited, features, texts, options.n, options.seed)
             write_sheet(sheet, pairs)
             text = f"{len(pairs):,} removed pairs to judge in {sheet}; then --judged"
             audited.note("sheet", text)
@@ -113,9 +106,8 @@ def run(options: Audit) -> AuditResult:
 
 
 def audit(
-    run: AuditedRun, features: Features, texts: RowTexts,
-    *, sample: int, probe_rows: int, seed: int, threads: int, memory: int,
-) -> bool:  # fmt: skip
+    run: AuditedRun, features: Features, texts: RowTexts, sample: int, probe_rows: int, seed: int
+) -> bool:
     """Check everything; what is wrong is added to ``run``.
 
     Returns whether OUT could be read, and the rows of the features are those of OUT.
@@ -126,13 +118,11 @@ def audit(
             "snip.json has verified false: adc without FEATURES, no pair was verified by the run",
         )
     check_outputs(run)
-    same_rows = check_shards(run, "shards", run.manifest["shards"], features, threads)
+    same_rows = check_shards(run, "shards", run.manifest["shards"], features)
     captions, text = None, run.manifest.get("text")
     if text is not None:
         source = run.manifest["settings"]["text_features"]
-        words = open_again(run, "captions", source, text["shards"], threads)
-        limit = run.manifest["settings"]["text_threshold"]
-        captions = None if words is None else Captions(words, limit)
+        captions = open_again(run, "captions", source, text["shards"])
     try:
         run.is_dup = load_mask(run.folder / "is_dup.npy")
         if len(run.is_dup) != run.rows:
@@ -143,19 +133,20 @@ def audit(
     compared = features if same_rows else None
     rng, total = np.random.default_rng(seed), int(np.count_nonzero(run.is_dup))
     chosen = sample_rows(total, sample, rng) if sample else None
-    removed = RemovedRows(run, compared, captions, chosen, threads, memory)
-    references, readable = open_references(run, threads), True
+    references = open_references(run)
+    removed = RemovedRows(run, compared, captions, references, chosen)
+    readable = True
     try:
-        removed.check(references)
+        dup_counts = check_groups(run)
+        removed.check()
     except (SnipError, OSError, KeyError, pa.ArrowException) as error:
         run.fail("groups", f"groups.parquet cannot be checked: {error}")
         readable = False
     if readable:
-        describe_removed(run, removed)
-        source = texts.metadata if texts.is_dup is None else None
-        check_metadata(run, removed.dup_counts(), source)
-    if compared is not None and probe_rows and "text" not in run.manifest:
-        estimate_missed(run, compared, references, probe_rows, seed, threads)
+        describe_removed(run, removed, total)
+        check_metadata(run, dup_counts, texts.metadata if texts.is_dup is None else None)
+    if compared is not None and probe_rows and text is None:
+        estimate_missed(run, compared, references, probe_rows, seed)
     return readable and same_rows
 
 
@@ -174,7 +165,7 @@ def check_outputs(run: AuditedRun) -> None:
 
 
 def check_shards(
-    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features, threads: int
+    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features
 ) -> bool:
     """Compare shards with rows, sizes and checksums in the manifest; tell if rows are the same."""
     found = features.describe()
@@ -182,7 +173,7 @@ def check_shards(
         run.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
         return False
     same_rows, agree = True, 0
-    checksums = ordered_map(shard_checksum, features.shards, threads)
+    checksums = ordered_map(shard_checksum, features.shards, run.threads)
     for number, own in enumerate(progress.track(checksums, "checksums", "shards", len(found))):
         known, now = listed[number], {**found[number], "checksum": checksum_text(own)}
         same_rows &= known["rows"] == now["rows"]
@@ -202,7 +193,7 @@ def check_shards(
 
 
 def open_again(
-    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]], threads: int
+    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]]
 ) -> Features | None:
     """Open features that the manifest names; None if they are not what they were."""
     settings = run.manifest["settings"]
@@ -213,29 +204,29 @@ def open_again(
     except (SnipError, OSError) as error:
         run.fail(what, f"{what} cannot be read: {error}")
         return None
-    return features if check_shards(run, what, listed, features, threads) else None
+    return features if check_shards(run, what, listed, features) else None
 
 
-def open_references(run: AuditedRun, threads: int) -> list[AuditedReference]:
-    """Open the references that can be read and are still what they were."""
-    references = []
+def open_references(run: AuditedRun) -> dict[str, AuditedReference]:
+    """Open the references that can be read and are still what they were, by name."""
+    references = {}
     for described in run.manifest.get("references", []):
         name, mask = described["name"], described["request"]["mask"]
         path = None if mask is None else Path(described["path"]) / "is_dup.npy"
         if path is not None and (not path.is_file() or sha256(path) != mask):
             run.fail("references", f"reference {name}: {path} was made anew since, or is missing")
             continue
-        features = open_again(run, "references", described["files"], described["shards"], threads)
+        features = open_again(run, "references", described["files"], described["shards"])
         if features is not None:  # removed rows of an earlier OUT are no reference rows
             is_dup = np.zeros(features.rows, bool) if path is None else load_mask(path)
-            references.append(AuditedReference(name, features, is_dup))
+            references[name] = AuditedReference(name, features, is_dup)
     return references
 
 
-def describe_removed(run: AuditedRun, found: RemovedRows) -> None:
+def describe_removed(run: AuditedRun, found: RemovedRows, removed: int) -> None:
     """Note what was compared, and what is so by design."""
-    share = 100 * found.removed / run.rows
-    run.note("mask", f"{found.removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
+    share = 100 * removed / run.rows
+    run.note("mask", f"{removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
     if found.features is None:
         run.note("matches", "not proved: the features are others")
         return
@@ -256,8 +247,8 @@ def describe_removed(run: AuditedRun, found: RemovedRows) -> None:
 
 
 def estimate_missed(
-    run: AuditedRun, features: Features, references: list[AuditedReference],
-    probe_rows: int, seed: int, threads: int,
+    run: AuditedRun, features: Features, references: dict[str, AuditedReference],
+    probe_rows: int, seed: int,
 ) -> None:  # fmt: skip
     """Estimate how many kept rows match another kept row, by brute force on a sample.
 
@@ -271,7 +262,7 @@ def estimate_missed(
     sample, raw = sample[good], raw[good]
     limit = np.float32(run.threshold)
     if not run.references_only:
-        D, I = nearest(raw, features, 1, threads, own=sample, skip=run.is_dup)
+        D, I = nearest(raw, features, 1, run.threads, own=sample, skip=run.is_dup)
         missed = np.flatnonzero(D[:, 0] >= limit)
         text = f"{len(missed):,} of all {len(sample):,} kept rows match another kept row"
         if len(ordinals) < kept:
@@ -286,8 +277,8 @@ def estimate_missed(
             a, b = run.place(int(sample[worst])), run.place(int(I[worst, 0]))
             run.note("missed", f"such as {a} and {b}: cosine {D[worst, 0]:.6f}")
     of = f"{len(sample):,} kept rows" if run.references_only else "them"
-    for reference in references:
-        D, _ = nearest(raw, reference.features, 1, threads, skip=reference.is_dup)
+    for reference in references.values():
+        D, _ = nearest(raw, reference.features, 1, run.threads, skip=reference.is_dup)
         missed = np.flatnonzero(D[:, 0] >= limit)
         run.note("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +17,6 @@ from snipdedup.auditing.removed_rows import AuditedRun
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table
-
-
-class ExpectedRows(NamedTuple):
-    """What a part of a file should hold: rows of the set, and their columns by name."""
-
-    rows: np.ndarray
-    columns: dict[str, Any]
 
 
 def check_metadata(
@@ -48,9 +41,9 @@ def check_metadata(
         end = begin + file["rows"]
         table = None if source is None else source.files[number]
         try:
-            kept = Table(run.folder / "metadata" / f"{Path(file['name']).stem}.parquet")
-            check_file(run, kept, expected_rows(run, begin, end, dup_counts, table))
-            rows += kept.rows
+            written = Table(run.folder / "metadata" / f"{Path(file['name']).stem}.parquet")
+            check_file(run, written, expected_rows(run, begin, end, dup_counts, table))
+            rows += written.rows
         except SnipError as error:
             run.fail("metadata", str(error))
         begin = end
@@ -61,60 +54,58 @@ def check_metadata(
 
 
 def expected_rows(
-    run: AuditedRun,
-    begin: int,
-    end: int,
-    dup_counts: tuple[np.ndarray, np.ndarray],
+    run: AuditedRun, begin: int, end: int, dup_counts: tuple[np.ndarray, np.ndarray],
     source: Table | None,
-) -> Iterator[ExpectedRows]:
-    """Yield what the file of rows ``begin`` to ``end`` should hold, some rows at a time."""
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:  # fmt: skip
+    """Yield rows that the file of rows ``begin`` to ``end`` should hold, and their columns."""
     all_rows = bool(run.manifest["settings"].get("weights"))  # then removed rows are written too
-    parts: Any = ((at, stop - at, None) for at, stop in plan_blocks(end - begin, BATCH_ROWS))
-    if source is not None:
-        parts = ((at, batch.num_rows, batch) for at, batch in source.batches())
-    for at, size, batch in parts:
+    parts: Any = ((at, None) for at, _ in plan_blocks(end - begin, BATCH_ROWS))
+    for at, batch in parts if source is None else source.batches():
         first = begin + at
+        size = min(BATCH_ROWS, end - first) if batch is None else batch.num_rows
         kept = np.full(size, True) if all_rows else ~np.asarray(run.is_dup[first : first + size])
         low, high = np.searchsorted(dup_counts[0], [first, first + size])
         counts = np.zeros(size, np.int64)
         counts[dup_counts[0][low:high] - first] = dup_counts[1][low:high]
-        columns = {}
-        if batch is not None:
-            values = batch.filter(pa.array(kept))
-            columns = dict(zip(values.schema.names, values.columns, strict=True))
-        columns["dup_count"] = pa.array(counts[kept])
-        yield ExpectedRows(first + np.flatnonzero(kept), columns)
+        columns = {} if batch is None else dict(zip(batch.schema.names, batch.columns, strict=True))
+        columns["dup_count"] = pa.array(counts)
+        mask = pa.array(kept)
+        yield (
+            first + np.flatnonzero(kept),
+            {name: values.filter(mask) for name, values in columns.items()},
+        )
 
 
-def check_file(run: AuditedRun, kept: Table, expected: Iterator[ExpectedRows]) -> None:
+def check_file(
+    run: AuditedRun, written: Table, expected: Iterator[tuple[np.ndarray, dict[str, Any]]]
+) -> None:
     """Compare one file with what it should hold; name its first row that is wrong."""
-    name, batches = f"metadata/{kept.path.name}", (batch for _, batch in kept.batches())
-    waiting: Any = pa.Table.from_batches([], kept.schema)
+    name, batches = f"metadata/{written.path.name}", (batch for _, batch in written.batches())
+    waiting: Any = pa.Table.from_batches([], written.schema)
     wanted, place, wrong = 0, 0, None
-    for part in expected:
-        size = len(part.rows)
-        while waiting.num_rows < size and (batch := next(batches, None)) is not None:
-            waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch], kept.schema)])
+    for rows, columns in expected:
+        while waiting.num_rows < len(rows) and (batch := next(batches, None)) is not None:
+            waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch], written.schema)])
         if wrong is None:
-            equal = equal_rows(waiting.slice(0, size), part)
+            equal = equal_rows(waiting.slice(0, len(rows)), columns, len(rows))
             if not equal.all():
                 at = int(np.argmin(equal))
-                wrong, place = run.place(int(part.rows[at])), wanted + at
-        waiting = waiting.slice(size)
-        wanted += size
-    if kept.rows != wanted:
-        late = f"; {wrong} is missing or comes too late" if wrong and kept.rows < wanted else ""
-        found = f"{name}: {kept.rows:,} rows, is_dup.npy keeps {wanted:,} of this file{late}"
+                wrong, place = run.place(int(rows[at])), wanted + at
+        waiting = waiting.slice(len(rows))
+        wanted += len(rows)
+    if written.rows != wanted:
+        late = f"; {wrong} is missing or comes too late" if wrong and written.rows < wanted else ""
+        found = f"{name}: {written.rows:,} rows, is_dup.npy keeps {wanted:,} of this file{late}"
         run.fail("metadata", found)
     elif wrong is not None:
         run.fail("metadata", f"{name} row {place:,}: expected {wrong}, found other values")
 
 
-def equal_rows(found: Any, expected: ExpectedRows) -> np.ndarray:
-    """Return in which rows a table is as expected, (n,) bool; NaN equals NaN."""
+def equal_rows(found: Any, expected: dict[str, Any], size: int) -> np.ndarray:
+    """Return in which of ``size`` rows a table is as expected, (size,) bool; NaN equals NaN."""
     rows = found.num_rows
-    equal = np.arange(len(expected.rows)) < rows
-    for name, wanted in expected.columns.items():
+    equal = np.arange(size) < rows
+    for name, wanted in expected.items():
         if name not in found.schema.names:
             raise SnipError(f"metadata: expected a column {name}, found {found.schema.names}")
         x, y = found[name].combine_chunks(), wanted.slice(0, rows)

@@ -705,7 +705,7 @@ def test_a_sheet_is_not_written_into_an_input(finished, laion):
 
 def test_a_verdict_shows_a_few_of_a_kind():
     settings = {"threshold": 1, "method": "join", "grouping": "star"}
-    run = AuditedRun(Path("o"), {"shards": [], "settings": settings})
+    run = AuditedRun(Path("o"), {"shards": [], "settings": settings}, 1, 1)
     run.fail_each("a", np.arange(3), "a{}".format)
     run.fail_each("a", np.arange(3, 2000), "a{}".format)
     run.fail("b", "other")
