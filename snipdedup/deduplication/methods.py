@@ -28,7 +28,7 @@ from snipdedup.groups.pairs import all_pairs, own_pairs, pairs_within
 from snipdedup.groups.star import Also
 from snipdedup.index.build import build
 from snipdedup.index.folder import Index
-from snipdedup.index.search import query_space
+from snipdedup.index.search import query_encoder
 from snipdedup.join.brute_force import exact_edges
 from snipdedup.join.forest import (
     Edges,
@@ -241,7 +241,7 @@ def check_given(features: Features | None, index: str | None, encoder: str | Non
     if index is not None:
         opened = Index(index)
         if features is not None:
-            query_space(opened, features, encoder)
+            query_encoder(opened, features, encoder)
     elif encoder is not None:
         from snipdedup.encoder.network import Encoder
 

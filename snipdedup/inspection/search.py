@@ -20,7 +20,7 @@ from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
-from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
+from snipdedup.index.folder import Index, held_encoder, is_descriptors, load_encoder
 from snipdedup.index.search import MappedLists
 from snipdedup.inspection.display import (
     ShownRow,
@@ -214,8 +214,7 @@ def open_table_of(index: Index, options: Search) -> Any:
     from snipdedup.metadata.tables import open_metadata  # pyarrow takes a while too
 
     metadata = open_metadata(source)
-    shards = index.manifest["shards"]
-    metadata.check_rows([(str(shard["name"]), int(shard["rows"])) for shard in shards])
+    metadata.check_matches(index.manifest["shards"])
     return metadata
 
 
@@ -304,9 +303,9 @@ def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | 
     given = held or (Path(encoder).expanduser() if encoder is not None else None)
     takes = None if given is None else read_manifest(given, "encoder")["encoder"]["dim_in"]
     if given is not None and width == takes:
-        space = Space.encoded(given).of_width(index.dim)
-        if space.dim == index.dim:
-            return space.vectors(vectors)
+        found = load_encoder(given, index.dim)
+        if found.dim == index.dim:
+            return found.encode(vectors)
     if width != index.dim:
         also = "" if given is None else f", or {takes} for the encoder {given}"
         raise SnipError(
