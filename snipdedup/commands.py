@@ -42,9 +42,11 @@ IN_MEMORY = {"dedup": "snipdedup.deduplication.run:dedup"}
 def option(default: Any, help: str, low: Any = None, high: Any = None, **about: Any) -> Any:
     """Declare a flag; a number lies from ``low`` to ``high``, both ends allowed.
 
-    ``[...]`` at the end of the help is what happens by default, where None or True does not say it.
-    Others are ``choices``: the allowed values; ``path``: `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE`;
-    ``amount``: it is read by `parse_bytes`; ``command_only``: the library does not have it.
+    So does each number of a text such as ``4,8,16``. ``[...]`` at the end of the help is what
+    happens by default, where None or True does not say it. Others are ``choices``: the allowed
+    values; ``words``: those of a list by comma; ``path``: `WRITTEN`, `FOLDER`, `FILE` or
+    `ANYWHERE`; ``amount``: it is read by `parse_bytes`; ``command_only``: the library does not
+    have it.
     """
     meaning, _, usual = help.partition(" [")
     about |= {"help": meaning, "usual": usual.removesuffix("]"), "low": low, "high": high}
@@ -70,30 +72,58 @@ def refuse(*rules: tuple[object, str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of all settings: checks choices, ranges and paths, then what each class adds."""
+    """Base of all settings: checks what `option` declares of each, then how they go together."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, about = getattr(self, field.name), field.metadata
+            name, value, about = field.name, getattr(self, field.name), field.metadata
             if value is None:
                 continue
             choices, low, high = about.get("choices"), about["low"], about["high"]
             if choices and value not in choices:
-                raise UsageError(
-                    f"--{field.name} must be one of {', '.join(choices)}, found {value!r}"
-                )
-            if low is not None and not low <= value <= high:
-                raise UsageError(
-                    f"--{field.name} must lie between {low:g} and {high:g}, found {value}"
-                )
+                raise UsageError(f"--{name} must be one of {', '.join(choices)}, found {value!r}")
+            if low is not None and isinstance(value, str):
+                self.numbers(name)
+            elif low is not None and not low <= value <= high:
+                raise UsageError(f"--{name} must lie between {low:g} and {high:g}, found {value}")
+            if about.get("words"):
+                self.words(name)
             if about.get("path") in (WRITTEN, FOLDER, FILE):
                 refuse_url(field, value)
             if about.get("amount"):
                 parse_bytes(value)
-        self.check()
+        self._check()
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise UsageError for settings that do not go together."""
+
+    def is_given(self, name: str) -> bool:
+        """Tell whether a setting that has a default differs from it."""
+        value, default = getattr(self, name), getattr(type(self), name)
+        return value is not default and not (isinstance(default, str | int) and value == default)
+
+    def numbers(self, name: str) -> list[int]:
+        """Return the whole numbers of a setting such as ``4,8,16``: ascending, each once."""
+        text, about = getattr(self, name), self.__dataclass_fields__[name].metadata
+        try:
+            numbers = [] if text is None else sorted({int(word) for word in text.split(",")})
+        except ValueError:
+            numbers = [-1]
+        low, high = about["low"], about["high"]
+        if numbers and not low <= numbers[0] <= numbers[-1] <= high:
+            raise UsageError(
+                f"--{name} must be whole numbers from {low} to {high} such as 4,8,16, found "
+                f"{text!r}"
+            )
+        return numbers
+
+    def words(self, name: str) -> list[str]:
+        """Return the words of a list by comma, such as ``--export datacomp,keys``."""
+        text, known = getattr(self, name) or "", self.__dataclass_fields__[name].metadata["words"]
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        if not set(words) <= set(known):
+            raise UsageError(f"--{name} must be one or more of {', '.join(known)}, found {text!r}")
+        return words
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values for manifests, positional ones first."""
@@ -269,24 +299,3 @@ def parse_bytes(text: str) -> int:
     if value <= 0:
         raise UsageError(f"expected an amount of memory such as 2GB or 500MB, found {text!r}")
     return int(value)
-
-
-def named_kinds(flag: str, text: str | None, known: tuple[str, ...]) -> list[str]:
-    """Parse a list by comma, such as ``--export datacomp,keys``, of known words."""
-    kinds = [kind.strip() for kind in (text or "").split(",") if kind.strip()]
-    if not set(kinds) <= set(known):
-        raise UsageError(f"--{flag} must be one or more of {', '.join(known)}, found {text!r}")
-    return kinds
-
-
-def whole_numbers(name: str, text: str, most: int, least: int = 1) -> list[int]:
-    """Parse ``4,8,16``: whole numbers, ascending, each once."""
-    try:
-        numbers = sorted({int(word) for word in str(text).split(",")})
-    except ValueError:
-        numbers = []
-    if not numbers or not least <= numbers[0] <= numbers[-1] <= most:
-        raise UsageError(
-            f"--{name} must be whole numbers from {least} to {most} such as 4,8,16, found {text!r}"
-        )
-    return numbers

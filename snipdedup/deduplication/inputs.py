@@ -369,11 +369,11 @@ def open_metadata_of(
     if metadata is None:
         return None
     table = open_metadata(metadata)
-    if features is not None:
-        table.check_matches(features)
-    else:
+    if features is None:
         shards = read_manifest(Path(str(index)).expanduser(), "index")["shards"]
-        table.check_rows([(shard["name"], shard["rows"]) for shard in shards])
+    else:
+        shards = features.describe()
+    table.check_matches(shards)
     return table
 
 

@@ -27,7 +27,7 @@ from snipdedup.groups.members import Best, replace_rows
 from snipdedup.groups.pairs import all_pairs, own_pairs, pairs_within
 from snipdedup.index.build import build
 from snipdedup.index.folder import Index
-from snipdedup.index.search import query_space
+from snipdedup.index.search import query_encoder
 from snipdedup.join.brute_force import exact_edges
 from snipdedup.join.forest import (
     Edges,
@@ -230,7 +230,7 @@ def check_given(features: Features | None, index: str | None, encoder: str | Non
     if index is not None:
         opened = Index(index)
         if features is not None:
-            query_space(opened, features, encoder)
+            query_encoder(opened, features, encoder)
     elif encoder is not None:
         from snipdedup.encoder.network import Encoder
 

@@ -16,8 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.commands import named_kinds
-from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, parse_epsilons
+from snipdedup.config import Dedup, Plan, keep_rules, parse_epsilons
 from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metadata_of
 from snipdedup.deduplication.methods import check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
@@ -225,7 +224,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     rank = rank_by(keep, options.seed or 0, metadata)
     if writes:
         columns = ColumnSettings(options.merge_captions, options.caption, options.weights)
-        kinds = named_kinds("export", options.export, EXPORTS)
+        kinds = options.words("export")
         plan = plan_metadata(metadata, rank, options.key, columns, kinds)
     elif metadata is not None and isinstance(rank, ColumnRank):
         try_column_uses(metadata, [rank.use()])

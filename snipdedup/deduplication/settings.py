@@ -52,9 +52,7 @@ def finished_run(features: Any) -> Path | None:
 
 def fill_settings(options: Dedup) -> Dedup:
     """Return the settings with their defaults; an index without a method means ``adc``."""
-    filled = options.filled()
-    method = options.method or ("join" if options.index is None else "adc")
-    return dataclasses.replace(filled, method=method, threads=cores(options.threads))
+    return dataclasses.replace(options.filled(), threads=cores(options.threads))
 
 
 def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from snipdedup.groups.members import Members, Rank, cut_groups, no_members, slic
 from snipdedup.groups.pairs import all_pairs
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata import additions
-from snipdedup.metadata.gather import gather_columns
-from snipdedup.metadata.join_by_key import as_bytes
+from snipdedup.metadata.gather import gather_column
+from snipdedup.metadata.join_by_key import key_bytes
 from snipdedup.metadata.kept_rows import (
     LISTS,
     kept_names,
@@ -32,7 +32,13 @@ from snipdedup.metadata.kept_rows import (
     write_kept,
     write_lists,
 )
-from snipdedup.metadata.tables import ColumnUse, Metadata, Table, as_texts, try_column_uses
+from snipdedup.metadata.tables import (
+    ColumnUse,
+    Metadata,
+    as_texts,
+    try_column_uses,
+    use_of_column,
+)
 from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
@@ -78,24 +84,14 @@ def plan_metadata(
     uses = [rank.use()] if isinstance(rank, ColumnRank) else []
     if key is not None:
         remedy = "name a column of texts or numbers with --key"
-        uses.append(ColumnUse([key], lambda file, _, batch: key_texts(file, batch), remedy))
+        uses.append(use_of_column(key, as_texts, remedy))
     remedy = "a column of this name is compared between copies: rename it, or leave it out of META"
     for column in baseline_columns(table):
-        uses.append(ColumnUse([column], lambda file, _, batch: hash_bytes(file, batch), remedy))
+        uses.append(use_of_column(column, key_bytes, remedy))
     uses += [*added, *list_uses(lists, table)]
     uses.append(ColumnUse(None, try_writing, "leave it out of META", by_schema=True))
     try_column_uses(table, uses)
     return MetadataPlan(table, key, columns, lists)
-
-
-def key_texts(file: Table, batch: Any) -> dict[str, Any]:
-    """Return the one column of a record batch as texts."""
-    return {"text": as_texts(file, batch.schema.names[0], batch.column(0))}
-
-
-def hash_bytes(file: Table, batch: Any) -> dict[str, Any]:
-    """Return the one column of a record batch as bytes."""
-    return {"value": as_bytes(file, batch.schema.names[0], batch.column(0))}
 
 
 def grouping_folder(out: Path) -> Path:
@@ -168,11 +164,10 @@ def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> list[P
     keys: Generator[Any, None, None] = (None for _ in itertools.count())
     if plan is not None and plan.key is not None:
         cuts, folder = cut_groups(members.group), grouping_folder(out) / "keys"
-        keys = gather_columns(plan.table, [plan.key], members.row, cuts, key_texts, folder)
+        keys = gather_column(plan.table, plan.key, members.row, cuts, as_texts, folder)
     schema = search.groups_table(no_members()).schema
     with atomic.writing_parquet(path, schema) as write, closing(keys):
-        for part, table in zip(slices(members), keys, strict=False):
-            named = None if table is None else table["text"]
+        for part, named in zip(slices(members), keys, strict=False):
             near = None if result.near is None else result.near[at : at + len(part.row)]
             write(search.groups_table(part, named, near))
             at += len(part.row)
@@ -261,12 +256,12 @@ def count_baselines(metadata: Metadata, members: Members, folder: Path) -> dict[
     """
     cuts, counts, folder = cut_groups(members.group), {}, folder / "baseline"
     for name in baseline_columns(metadata):
-        gathered = gather_columns(metadata, [name], members.row, cuts, hash_bytes, folder)
+        gathered = gather_column(metadata, name, members.row, cuts, key_bytes, folder)
         counts[name] = 0
-        with closing(gathered) as tables:
-            for part, table in zip(slices(members), tables, strict=True):
-                if table is not None:
-                    counts[name] += caught_rows(part, table["value"].combine_chunks())
+        with closing(gathered) as found:
+            for part, values in zip(slices(members), found, strict=True):
+                if values is not None:
+                    counts[name] += caught_rows(part, values.combine_chunks())
     return counts
 
 

@@ -27,8 +27,8 @@ from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.out_folder import FILES, MANIFEST
-from snipdedup.storage.remote import RemotePath
-from snipdedup.storage.web import NoRangesError, is_web, redacted, scheme_of
+from snipdedup.storage.remote import path_of
+from snipdedup.storage.web import NoRangesError, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
 
@@ -41,16 +41,13 @@ class DownloadItem:
     number: int | None
     features: SourceFile | None = None
 
-    def files(self) -> list[SourceFile]:
-        """Return the files to fetch."""
-        return [self.table] if self.features is None else [self.table, self.features]
-
-    def paths(self, folder: Path, suffix: str | None = None) -> list[Path]:
-        """Return where these files lie in a folder that is laid out as OUT is."""
+    def places(self, folder: Path, suffix: str | None = None) -> dict[Path, SourceFile]:
+        """Return where the files lie in a folder that is laid out as OUT is."""
         name = self.table.name if suffix is None else Path(self.table.name).stem + suffix
         if self.features is None:
-            return [folder / name]
-        return [folder / METADATA / name, folder / FEATURES / self.features.name]
+            return {folder / name: self.table}
+        features = folder / FEATURES / self.features.name
+        return {folder / METADATA / name: self.table, features: self.features}
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class DownloadPlan:
 
     def outputs(self, item: DownloadItem) -> list[Path]:
         """Return where the files of an item lie when they are complete."""
-        return item.paths(self.work / FILES, None if self.mask is None else ".parquet")
+        return [*item.places(self.work / FILES, None if self.mask is None else ".parquet")]
 
     def done_file(self, item: DownloadItem) -> Path:
         """Return the done file that is written when the outputs of an item are complete."""
@@ -76,20 +73,24 @@ def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
     done = {item.table.name: read_done(item, plan) for item in plan.items}
     pending = [item for item in plan.items if not done[item.table.name]]
     arrived, row = plan.work / (FILES if plan.mask is None else "arrived"), plan.first_row
-    total = sum(file.size or 0 for item in pending for file in item.files())
+    total = sum(file.size or 0 for item in pending for file in item.places(arrived).values())
     with progress.bar(total, "download", "B") as bar:
         monitor = Monitor(bar)
 
         def fetch(item: DownloadItem) -> dict[str, Any]:
-            places = zip(item.files(), item.paths(arrived), strict=True)
-            table, *_ = [fetch_once(file, path, monitor) for file, path in places]
+            places = item.places(arrived).items()
+            table, *_ = [fetch_once(file, path, monitor) for path, file in places]
             return table
 
         with closing(monitor.map(fetch, pending, jobs)) as fetched:
             for item in plan.items:
                 about = done[item.table.name]
                 if not about:
-                    about, paths, outputs = next(fetched), item.paths(arrived), plan.outputs(item)
+                    about, paths, outputs = (
+                        next(fetched),
+                        [*item.places(arrived)],
+                        plan.outputs(item),
+                    )
                     about |= {**check_item(item, paths), "first_row": row}
                     if plan.mask is not None:
                         about |= filter_item(item, paths, plan, plan.mask, row)
@@ -148,9 +149,6 @@ def filter_item(
     stop = row + table.rows
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
         masks.check_sizes([(name, table.rows)], mask.sizes, item.number)
-    if item.number is None and len(plan.items) == 1 and table.rows != mask.rows:
-        text = f"{name} has {table.rows:,} rows, the mask {mask.rows:,}"
-        raise SnipError(f"{text}; for one file of a larger set say which with --start")
     if stop > mask.rows:
         text = f"{name} is rows {row:,} to {stop:,} of its set, the mask has {mask.rows:,}"
         raise SnipError(f"{text}; they do not belong to the same set")
@@ -190,32 +188,24 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
     return masks.open_mask(mask, totals)
 
 
-def place_mask(
-    source: str, found: SourceFiles, mask: Mask, work: Path, jobs: int
-) -> tuple[Mask, int]:
+def place_mask(found: SourceFiles, mask: Mask, work: Path, jobs: int) -> tuple[Mask, int]:
     """Return the mask, with one meaning of its totals, and the row of the first file in it.
 
     It is refused if that row is not certain.
     """
-    first, count = found.first, len(found.files)
+    first, count, names = found.first, len(found.files), [file.shown for file in found.files]
+
+    def count_files() -> list[masks.NamedSize]:
+        return list(zip(names, count_rows(found.files, work, jobs), strict=True))
+
     if first is None:
-        # the rows of a single web file are compared when it has come
-        rows = mask.rows if is_web(source) else sum(count_rows(found.files, work, jobs))
-        if rows != mask.rows:
-            raise SnipError(
-                f"{redacted(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; "
-                f"for a part of a set say which with --start and --end; or {HOW_TO_PLACE}"
-            )
+        masks.place_all(count_files(), mask)
         return mask, 0
     if mask.sizes is None:
         if found.before is None:
-            name = found.files[0].shown
-            raise SnipError(f"at which row {name} begins is not known; {HOW_TO_PLACE}")
+            raise SnipError(f"at which row {names[0]} begins is not known; {HOW_TO_PLACE}")
         return mask, sum(count_rows(found.before, work, jobs))
-    files: list[masks.NamedSize] = []
-    if mask.other_sizes is not None:
-        names = [file.shown for file in found.files]
-        files = list(zip(names, count_rows(found.files, work, jobs), strict=True))
+    files = count_files() if len(mask.meanings) > 1 else []
 
     def first_row(one: Mask) -> int:
         sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
@@ -232,24 +222,20 @@ def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
     """Count the rows of each file, by its footer if the server sends ranges."""
 
     def count(file: SourceFile) -> int:
+        copy = work / "counted" / file.name
         try:
-            if not scheme_of(file.url):
-                return Table(Path(file.url)).rows
-            if Path(file.name).suffix.lower() == ".parquet":
-                try:
-                    return Table(RemotePath(file.url, file.token)).rows
-                except NoRangesError:
-                    pass
-            copy = work / "counted" / file.name
-            fetch_file(file, copy, monitor)
-            rows = Table(copy).rows
-            copy.unlink()
-            return rows
+            try:
+                return Table(path_of(file.url, file.token)).rows
+            except NoRangesError:
+                fetch_file(file, copy, monitor)
+                return Table(copy).rows
         except TemporaryError:
             raise
         except SnipError as error:
             text = f"the mask's place needs the rows of {file.name}: {error}; or {HOW_TO_PLACE}"
             raise SnipError(text) from error
+        finally:
+            copy.unlink(missing_ok=True)
 
     monitor = Monitor()
     counted = monitor.map(count, files, jobs)

@@ -79,7 +79,7 @@ def run(options: Download) -> DownloadResult:
         "embeddings_source": features and redacted(features),
         "mask": mask and mask_identity(mask),
         "cumulative_sizes": totals and mask_identity(totals),
-        "files": describe_listed(found) if not is_web(source) else None,
+        "files": describe_listed(found),
     }
     earlier = atomic.load_json(out / MANIFEST) if is_finished(out) else {}
     kind = str(earlier.get("kind", KIND))
@@ -101,8 +101,8 @@ def run(options: Download) -> DownloadResult:
             if mask is not None:
                 opened = open_published_mask(mask, totals, plan.work)
                 first_row = read_pins(out).get("first_row")
-                if first_row is None or opened.other_sizes is not None:
-                    opened, first_row = place_mask(source, found, opened, plan.work, options.jobs)
+                if first_row is None or len(opened.meanings) > 1:
+                    opened, first_row = place_mask(found, opened, plan.work, options.jobs)
                     add_pin(out, "first_row", first_row)
                 plan = replace(plan, mask=opened, first_row=first_row)
     except TemporaryError:
@@ -113,11 +113,7 @@ def run(options: Download) -> DownloadResult:
         raise
     if isinstance(found, SourceFile):
         return fetch_result(out, found, manifest, options.jobs)
-    hidden = ("source", "is_dup", "cumulative_sizes", "embeddings_source")
-    given = {name: getattr(options, name) for name in hidden}
-    shown = {name: value and redacted(value) for name, value in given.items()}
-    body = {"settings": {**options.as_dict(), **shown}, "request": request}
-    return fetch_set(plan, out, body, options.jobs)
+    return fetch_set(plan, out, {"settings": options.as_dict(), "request": request}, options.jobs)
 
 
 def find_source(
@@ -161,19 +157,14 @@ def check_names(files: Sequence[SourceFile], suffixes: Sequence[str]) -> None:
 
 
 def describe_listed(found: SourceFiles | SourceFile | None) -> list[dict[str, Any]] | None:
-    """Return what must not change of listed files when a run continues, None of others.
-
-    A hub's files are pinned by a commit.
-    """
+    """Return what must not change of files when a run continues; None of a hub's, at a commit."""
     if not isinstance(found, SourceFiles):
         return None
+    local = {
+        file.url: file_version(Path(file.url)) for file in found.files if not scheme_of(file.url)
+    }
     return [
-        {
-            "source": file.shown,
-            "size": file.size,
-            **({} if scheme_of(file.url) else file_version(Path(file.url))),
-        }
-        for file in found.files
+        {"source": file.shown, "size": file.size, **local.get(file.url, {})} for file in found.files
     ]
 
 

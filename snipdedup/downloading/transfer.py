@@ -61,10 +61,6 @@ class SourceFile:
         """Return what notes of this file hold."""
         return {"source": self.shown, "sha256": self.sha256, "git_sha1": self.git_sha1}
 
-    def is_source_of(self, note: dict[str, Any]) -> bool:
-        """Tell whether a note is of this file."""
-        return all(note.get(name) == value for name, value in self.identity().items())
-
 
 class Monitor:
     """What the transfers of a run share: one bar of bytes (`progress.bar`), an event that stops."""
@@ -72,14 +68,6 @@ class Monitor:
     def __init__(self, bar: Any = None) -> None:
         self.bar, self.lock, self.stop = bar, threading.Lock(), threading.Event()
         self.positions: dict[Path, int] = {}
-        self.sizes: dict[Path, int] = {}
-
-    def expect(self, path: Path, size: int) -> None:
-        """Add the size of a file to the bar, once it is known."""
-        with self.lock:
-            if self.bar is not None:
-                self.bar.total += size - self.sizes.get(path, 0)
-            self.sizes[path] = size
 
     def report(self, path: Path, position: int) -> None:
         """Note that the first bytes of a file are here; fewer than before if it begins anew."""
@@ -118,8 +106,8 @@ class Monitor:
 class PartFile:
     """What has come of a file, and a note of the version that it is part of."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    def __init__(self, file: SourceFile, target: Path) -> None:
+        self.file, self.target = file, target
         self.path = target.with_name(f".{target.name}.part")
         self.note = target.with_name(f".{target.name}.part.json")
         self.joined = False  # whether it was continued: its bytes came by several requests
@@ -143,7 +131,7 @@ def fetch_once(file: SourceFile, target: Path, monitor: Monitor) -> dict[str, An
     done_file = done_file_of(target)
     if atomic.is_done(done_file, target.parent):
         about: dict[str, Any] = atomic.load_json(done_file)
-        if file.is_source_of(about):
+        if file.identity().items() <= about.items():
             monitor.report(target, about["size"])
             return {"size": about["size"], "etag": about["etag"]}
     target.unlink(missing_ok=True)
@@ -162,11 +150,11 @@ def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -
 
     What was fetched before a `TemporaryError` is kept. The etag is None where the source has none.
     """
-    monitor, part = monitor or Monitor(), PartFile(target)
+    monitor, part = monitor or Monitor(), PartFile(file, target)
 
     def attempt() -> dict[str, Any]:
-        about = receive(file, part, monitor)
-        check_bytes(file, part, about["size"])
+        about = receive(part, monitor)
+        check_bytes(part, about["size"])
         return about
 
     while True:
@@ -184,16 +172,18 @@ def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -
     return about
 
 
-def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any]:
+def receive(part: PartFile, monitor: Monitor) -> dict[str, Any]:
     """Fetch the missing bytes of a file.
 
     A part is continued only if a checksum will prove it at the end, or if the source still has the
     named version that it is part of.
     """
-    checked, note = bool(file.sha256 or file.git_sha1), {}
+    file, note = part.file, {}
+    checked = bool(file.sha256 or file.git_sha1)
     with suppress(SnipError, TypeError, ValueError):  # none, or damaged
         note = dict(atomic.load_json(part.note))
-    begin = part.size() if file.is_source_of(note) and (checked or note.get("etag")) else 0
+    is_same = file.identity().items() <= note.items()
+    begin = part.size() if is_same and (checked or note.get("etag")) else 0
     part.joined |= begin > 0
     version = note.get("etag") if begin else None
     whole = file.size if file.size is not None else note.get("total")
@@ -207,8 +197,6 @@ def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any
         raise SnipError(f"{text}; it was replaced: run again")
     if stream.begin and not checked and (stream.version, total) != (version, note.get("total")):
         raise RangeError(f"{file.shown} was replaced while it was fetched")
-    if file.size is None and total is not None:
-        monitor.expect(part.target, total)
     if not stream.begin:
         part.remove()
         about = {"etag": stream.version or None, "total": total}
@@ -225,15 +213,14 @@ def receive(file: SourceFile, part: PartFile, monitor: Monitor) -> dict[str, Any
     return {"size": position, "etag": stream.version or None}
 
 
-def check_bytes(file: SourceFile, part: PartFile, size: int) -> None:
+def check_bytes(part: PartFile, size: int) -> None:
     """Compare size and checksum with those that the source promised."""
+    file = part.file
     if file.size is not None and size != file.size:
         kind = TemporaryError if size < file.size else ChecksumError
         raise kind(f"{file.shown}: expected {file.size:,} bytes, {size:,} came; run again")
-    for name, expected, digest in (
-        ("sha256", file.sha256, atomic.sha256),
-        ("git_sha1", file.git_sha1, git_sha1),
-    ):
+    promised = ("sha256", file.sha256, atomic.sha256), ("git_sha1", file.git_sha1, git_sha1)
+    for name, expected, digest in promised:
         if expected is not None and (found := digest(part.path)) != expected:
             raise ChecksumError(
                 f"{file.shown}: wrong checksum: expected {name} {expected}, found {found}; run "

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup.features.shards import plan_blocks
-from snipdedup.metadata.gather import gather_columns
+from snipdedup.metadata.gather import gather_column
 from snipdedup.metadata.kept_rows import AddedColumn
-from snipdedup.metadata.tables import ColumnUse, Metadata, Table, as_texts
+from snipdedup.metadata.tables import ColumnUse, Metadata, as_texts, use_of_column
 from snipdedup.storage.external_sort import READ, Columns, Sorter, among, pack
 
 CAPTION_COLUMNS = ("caption", "text")
@@ -49,7 +49,7 @@ def caption_uses(settings: ColumnSettings, metadata: Metadata) -> list[ColumnUse
     if settings.merge_captions is None:
         return []
     column, remedy = caption_column(settings, metadata), "name a column of texts with --caption"
-    return [ColumnUse([column], lambda file, _, batch: _captions(file, batch), remedy)]
+    return [use_of_column(column, as_texts, remedy)]
 
 
 @contextmanager
@@ -154,7 +154,7 @@ class MergedCaptions:
         self, metadata: Metadata, column: str, removed: RemovedPairs, most: int, folder: Path
     ) -> None:
         representative, row, cuts = _caption_rows(removed, folder.with_name(f"{folder.name}-rows"))
-        gathered = gather_columns(metadata, [column], row, cuts, _captions, folder)
+        gathered = gather_column(metadata, column, row, cuts, as_texts, folder)
         self.close = gathered.close
         self.merged = _merge_captions(gathered, representative, row, cuts, most)
         self.ahead: tuple[int, list[str]] = -1, []  # read, but not asked for yet
@@ -179,20 +179,15 @@ def _merge_captions(
     most: int,
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield each representative, ascending, and its merged captions, from gathered ones."""
-    for table, ends in zip(gathered, pairwise(cuts), strict=True):
+    for values, ends in zip(gathered, pairwise(cuts), strict=True):
         part = slice(*ends)
-        captions = [] if table is None else table["caption"].to_pylist()
+        captions = [] if values is None else values.to_pylist()
         triples = zip(representative[part].tolist(), row[part].tolist(), captions, strict=True)
         for of, group in groupby(triples, itemgetter(0)):
             by_row = {number: caption for _, number, caption in group}
             own = by_row.pop(of)
             others = (caption for caption in by_row.values() if caption and caption != own)
             yield of, list(islice(dict.fromkeys(others), most))  # unlike a set, it keeps the order
-
-
-def _captions(file: Table, batch: Any) -> dict[str, Any]:
-    """Return the one column of a record batch as captions."""
-    return {"caption": as_texts(file, batch.schema.names[0], batch.column(0))}
 
 
 def _caption_rows(removed: RemovedPairs, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

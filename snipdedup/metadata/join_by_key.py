@@ -23,12 +23,12 @@ from snipdedup import progress
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.gather import find_run_metadata
-from snipdedup.metadata.masks import MASK, Mask, named_sizes, place_all
+from snipdedup.metadata.masks import MASK, Mask, place_all
 from snipdedup.metadata.tables import (
     ColumnUse,
     Metadata,
     Table,
-    cast_column,
+    as_texts,
     open_metadata,
     try_column_uses,
 )
@@ -55,7 +55,7 @@ def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
     (2, n) uint64, and whether a row has a key, (n,) bool: not if a column is null or empty.
     """
     columns = [
-        as_bytes(table, name, values).to_pylist()
+        key_bytes(table, name, values).to_pylist()
         for name, values in zip(batch.schema.names, batch.columns, strict=True)
     ]
     known = np.array([all(row) for row in zip(*columns, strict=True)], bool)
@@ -67,10 +67,10 @@ def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(digests, np.uint64).reshape(-1, 2).T, known
 
 
-def as_bytes(table: Table, name: str, values: Any) -> Any:
+def key_bytes(table: Table, name: str, values: Any) -> Any:
     """Return a column's values as ``large_binary``: numbers by their text, null as no bytes."""
     if not is_binary(values.type):
-        values = cast_column(table, name, values, pa.large_string())
+        values = as_texts(table, name, values, pa.large_string())
     return values.cast(pa.large_binary()).fill_null(b"")
 
 
@@ -259,7 +259,7 @@ def plan_key_join(
     columns = [str(metadata.column(name)) for name in asked]
     known, groups = _find_known(mask, keys, asked)
     if groups is None:
-        place_all(named_sizes(known), mask)
+        place_all(known.sizes(), mask)
     known_columns = [str(known.column(name)) for name in asked]
     content: Sequence[str | None] = (None, None)
     if groups is None and not any(column.lower() in CONTENT_COLUMNS for column in columns):

@@ -18,14 +18,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from snipdedup.errors import InputError, MissingError, RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
 from snipdedup.storage import web
-from snipdedup.storage.web import AGAIN, FileVersion, Token, is_web, redacted, scheme_of
+from snipdedup.storage.web import (
+    AGAIN,
+    FileVersion,
+    Stream,
+    Token,
+    is_web,
+    redacted,
+    scheme_of,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,15 +49,6 @@ MAX_WAIT_S = 600.0
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation", "mtime",
                 "LastModified", "last_modified", "updated", "modified", "created")  # fmt: skip
 PATH: Any = type(Path())
-
-
-class Stream(NamedTuple):
-    """The bytes of a file from ``begin`` on. A version can be resumed only if it is not empty."""
-
-    begin: int
-    total: int | None
-    version: str
-    chunks: Iterator[bytes]
 
 
 def with_retries(
@@ -247,9 +246,9 @@ def is_remote(location: object) -> bool:
     )
 
 
-def path_of(location: str) -> Path:
+def path_of(location: str, token: Token | None = None) -> Path:
     """Return a URL or a local path as a path."""
-    return RemotePath(location) if scheme_of(location) else Path(location).expanduser()
+    return RemotePath(location, token) if scheme_of(location) else Path(location).expanduser()
 
 
 def absolute_location(location: str | Path) -> str:
@@ -300,9 +299,10 @@ def read_version(url: str, token: Token | None = None) -> FileVersion:
     """Request size and version of a file; refuse a web server that sends no ranges."""
     if is_web(url):
         try:
-            return web.get_range(url, 0, 1, token)[0]
+            stream = web.open_range(url, 0, 1, token)
         except RangeError as error:
             raise InputError(f"{redacted(url)}: empty file, expected some bytes") from error
+        return FileVersion(stream.total or len(b"".join(stream.chunks)), stream.version)
     with store_errors(url):
         if not scheme_of(url):
             stat = Path(url).stat()
@@ -321,7 +321,11 @@ def request_range(
 ) -> bytes:
     """Request the bytes ``begin`` to ``end`` (exclusive) of the expected version, once."""
     if is_web(url):
-        return web.get_range(url, begin, end, token, expected)[1]
+        stream = web.open_range(url, begin, end, token)
+        data = b"".join(stream.chunks)
+        if FileVersion(stream.total or 0, stream.version) != expected:
+            raise InputError(f"{redacted(url)}: changed while it was read; run it again")
+        return data
     with store_errors(url, TemporaryError):  # the file was there: what fails now may pass
         system, path = filesystem(url)
         data = bytes(system.cat_file(path, start=begin, end=end))
@@ -342,18 +346,9 @@ def open_stream(
         size, now = read_version(url)
         begin = 0 if begin > size or version not in (None, now) else begin
         return Stream(begin, size, now, read_store(url, begin, size))
-    byte_range = f"{begin}-" if begin else None
-    response = web.get(url, byte_range, if_range=version, token=token)
-    length = response.headers.get("Content-Length", "")
-    begin, total = 0, int(length) if length.isdecimal() else None
-    if response.status == 206:
-        begin, last, total = web.content_range(response, url)
-        if byte_range != f"{begin}-" or last != total - 1:
-            response.close()
-            raise RangeError(f"{redacted(url)}: bytes {byte_range} requested, {begin}-{last} came")
-    etag = response.headers.get("ETag") or ""
-    strong = etag if etag.startswith('"') else ""  # RFC 9110, 8.8.3: W/ means "similar"
-    return Stream(begin, total, strong, web.read_body(response, url))
+    stream = web.open_range(url, begin, token=token, if_range=version or "")
+    strong = stream.version if stream.version.startswith('"') else ""  # RFC 9110, 8.8.3: W/ is not
+    return stream._replace(version=strong)
 
 
 def read_store(url: str, begin: int, size: int) -> Iterator[bytes]:

@@ -181,7 +181,7 @@ def test_a_store_is_filtered_by_the_rows_of_its_footers(laion, tmp_path):
             name = f"metadata_{number}.parquet"
             assert pq.read_table(out / name).equals(pq.read_table(tmp_path / "all" / name))
     np.save(tmp_path / "mask.npy", mask[:-1])
-    with pytest.raises(SnipError, match="46 rows in 4 files, the mask 45"):
+    with pytest.raises(SnipError, match=r"46 rows in 4 files, the mask .* has 45"):
         fetch(base, tmp_path / "two", is_dup=is_dup)
     with fsspec.open("memory://masks/is_dup.npy", "wb") as file:
         np.save(file, mask)

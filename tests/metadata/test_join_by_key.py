@@ -34,7 +34,7 @@ def joined_by(known, is_dup, theirs, rows, mine, removing, work, groups=None):
     every = range(5)  # states on which the user has decided: no share of rows is too many
     columns = KeyColumns(*theirs), KeyColumns(*mine)
     join = KeyJoin(rows, known, groups, *columns, removing, every)
-    return join.run(Mask(None, is_dup, None), work).tolist(), join
+    return join.run(Mask(None, is_dup), work).tolist(), join
 
 
 def by_dictionary(theirs, is_dup, mine):
