@@ -139,15 +139,11 @@ class PairSearch:
             "is_dup": members.is_dup,
         }
         if (references := self.inputs.references) is not None:
-            outside = np.flatnonzero(members.representative < 0)
-            names, row = references.locate(~members.representative[outside])
-            place = np.full(len(members.row), -1)
-            place[outside] = np.arange(len(outside))
-            representative = members.representative.copy()
-            representative[outside] = row
+            outside, representative = members.representative < 0, members.representative.copy()
+            names, representative[outside] = references.locate(~representative[outside])
             near = np.full(len(members.row), np.nan, np.float32) if near is None else near
             columns["representative"] = representative
-            columns["reference"] = names.take(pa.array(place, mask=place < 0))
+            columns["reference"] = names.take(pa.array(np.cumsum(outside) - 1, mask=~outside))
             columns["reference_similarity"] = pa.array(near, mask=np.isnan(near))
         return pa.table(columns)
 

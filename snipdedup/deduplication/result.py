@@ -329,36 +329,34 @@ def summarize(entries: dict[str, Any]) -> str:
     if entries.get("epsilons"):
         epsilon = 1 - settings["threshold"]
         how = f"SemDeDup with {method['clusters']:,} clusters, epsilon {epsilon:g}"
+
+    def line(name: str, count: int, note: str = "") -> str:
+        return f"  {name:<12}{count:>12,}  {note}".rstrip()
+
     lines = [
         f"{rows:,} rows, {how}, keep {settings['keep']}",
-        f"  removed     {removed:>12,}  ({100 * (removed / rows):.2f} %)",
-        f"  kept        {counts['kept']:>12,}",
-        f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
-        f"  exact copies{counts['exact_copies']:>12,}",
+        line("removed", removed, f"({100 * (removed / rows):.2f} %)"),
+        line("kept", counts["kept"]),
+        line("groups", counts["groups"], f"(the largest: {counts['largest_group']:,} rows)"),
+        line("exact copies", counts["exact_copies"]),
     ]
     if "reference_rows" in counts:
-        lines.append(
-            f"  references  {counts['removed_for_reference']:>12,}  removed for one of "
-            f"{counts['reference_rows']:,} reference rows"
-        )
+        note = f"removed for one of {counts['reference_rows']:,} reference rows"
+        lines.append(line("references", counts["removed_for_reference"], note))
     if settings.get("references_only"):
         lines.append("  note: rows were compared with the references only, not with one another")
     if "model" in method:
-        how = (
-            "by the model that its run kept"
-            if method["model"] == "kept"
-            else "by a new model; --keep_work in the run it refers to would save that time"
-        )
+        kept = "by the model that its run kept"
+        new = "by a new model; --keep_work in the run it refers to would save that time"
+        how = kept if method["model"] == "kept" else new
         lines.append(f"  note: the reference rows were encoded again, {how}")
     for column, caught in entries.get("baselines", {}).items():
         lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
     if counts["bad_rows"]:
-        lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (kept; see bad_rows.parquet)")
+        lines.append(line("bad rows", counts["bad_rows"], "(kept; see bad_rows.parquet)"))
     if counts["chained"]:
-        lines.append(
-            f"  chained     {counts['chained']:>12,}  removed rows are below the threshold to "
-            "their representative; --grouping star avoids that"
-        )
+        note = "removed rows are below the threshold to their representative; --grouping star "
+        lines.append(line("chained", counts["chained"], note + "avoids that"))
     if not entries["verified"]:
         lines.append("  unverified: no features were given, so no pair was verified")
     lines += table_lines(entries)

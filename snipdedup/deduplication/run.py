@@ -279,14 +279,12 @@ def search_and_write(
         draft = out / locks.WORK / f"draft-{secrets.token_hex(4)}"  # laid out as OUT
         with clock.stage("group"):
             result = decide_job(job, search, None if in_memory else grouping_folder(draft))
-        outputs: list[Path] = []
         if options.pairs:
             with clock.stage("pairs"):
-                most, threads = options.max_pairs, job.options.threads
-                outputs = write_pair_files(result, draft, most, threads)
+                write_pair_files(result, draft, options.max_pairs, job.options.threads)
         with clock.stage("write"):
             epsilons = parse_epsilons(options.epsilon) or ()
-            written, described = write_files(result, draft, job.plan, epsilons)
+            described = write_files(result, draft, job.plan, epsilons)
             with releasing(out, share):
                 job.inputs.refuse_changed()
             if job.metadata is not None:
@@ -300,8 +298,10 @@ def search_and_write(
         }
         for folder in (out, out / "metadata", out / LISTS):
             atomic.remove_parts(folder)  # of what was killed there
-        outputs, stale = outputs + written, [PAGE]  # it shows an earlier result
-        out_folder.publish(out, KIND, manifest, outputs, removed=stale, keep_work=options.keep_work)
+        files = [path for path in draft.rglob("*") if path.is_file()]
+        outputs = [path for path in files if draft / locks.WORK not in path.parents]
+        stale, keep_work = [PAGE], options.keep_work  # a page shows an earlier result
+        out_folder.publish(out, KIND, manifest, outputs, removed=stale, keep_work=keep_work)
     return dataclasses.replace(result, manifest=manifest, out=out)
 
 

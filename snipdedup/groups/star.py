@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup import native
-from snipdedup.features.cosine import all_cosines, indexed_cosines
+from snipdedup.features.cosine import all_cosines
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups import pairs
 from snipdedup.groups.members import NO_PAIR, Best, Members, Rank, group_starts, sort_members
@@ -31,7 +31,6 @@ TABLE_GROUP = 8192  # larger groups are compared by codes first
 TABLE_BLOCK = 256  # rows of a large group decided at a time
 CODED_BLOCK = 2048  # rows of a huge group decided, or kept rows compared with, at a time
 FIT_ROWS = 1 << 14  # rows of a huge group that its projection is fitted to
-VERIFY_PAIRS = 1 << 16
 
 # Pairs as two (m,) int64 arrays of places in a group's keep order, and their (m,) float32 cosines.
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -47,13 +46,7 @@ class Compare(NamedTuple):
 
     def verify(self, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> Pairs:
         """Return those of the pairs of places x, y in ``rows`` that match."""
-        found = []
-        for start, stop in plan_blocks(len(x), VERIFY_PAIRS):
-            i, j = x[start:stop], y[start:stop]
-            places, back = np.unique(np.concatenate([i, j]), return_inverse=True)
-            raw = self.gather(rows[places])
-            found.append(self.select(rows, i, j, indexed_cosines(raw, raw, *np.split(back, 2))))
-        return join_pairs(found)
+        return self.select(rows, x, y, pairs.pair_cosines(self.gather, rows[x], rows[y]))
 
     def select(self, rows: np.ndarray, x: np.ndarray, y: np.ndarray, cosine: np.ndarray) -> Pairs:
         """Return those of the pairs of places x, y whose ``cosine`` is enough, and ``also``."""
