@@ -38,6 +38,7 @@ from snipdedup.groups.members import (
 from snipdedup.join.forest import components, number_ends
 from snipdedup.metadata.additions import RemovedPairs
 from snipdedup.native.fallback import link_smaller
+from snipdedup.storage import external_sort
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
@@ -218,13 +219,15 @@ def choose(
     The parameters are fields of `Result`.
     """
     check_threshold(search, threshold)
-    if folder is not None and isinstance(rank, ColumnRank) and search.is_large(threshold):
+    large = search.whole_block(threshold).size() > external_sort.HELD
+    if folder is not None and isinstance(rank, ColumnRank) and large:
         rank.read_all(folder)
 
     def parts() -> Iterator[Members]:
         with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
             for block in search.blocks(threshold, folder):
-                yield decide_block(search, block, threshold, grouping, rank, bar.update)
+                yield decide_block(search, block, threshold, grouping, rank)
+                bar.update(len(block.forest.a))
 
     members = collect(parts(), folder)
     return Result(search, members, threshold, grouping, keep, rank, folder)
@@ -270,17 +273,9 @@ def check_threshold(search: PairSearch, threshold: float) -> None:
 
 
 def decide_block(
-    search: PairSearch,
-    block: Block,
-    threshold: float,
-    grouping: str,
-    rank: Rank,
-    done: Callable[[int], None],
+    search: PairSearch, block: Block, threshold: float, grouping: str, rank: Rank
 ) -> Members:
-    """Decide whole groups; ``done`` takes how many edges of their forest are decided.
-
-    Exact copies are folded away before and unfolded after.
-    """
+    """Decide whole groups; exact copies are folded away before and unfolded after."""
     if search.best is not None:
         return star.group_matches(block.forest, search.best, threshold)
     copies = Copies(block.copies, block.originals, rank)
@@ -288,7 +283,6 @@ def decide_block(
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":
         members = star.group_components(forest, rank)
-        done(len(forest.a))
         return copies.unfold(refer_components(members, nearest) if nearest else members)
     if block.pairs is not None:
         row, group = components(forest)
@@ -296,7 +290,7 @@ def decide_block(
     if (features := search.inputs.features) is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
     compare = star.Compare(features.gather, threshold, search.inputs.also)
-    members = star.group_star(forest, rank, compare, done, nearest.row if nearest else None)
+    members = star.group_star(forest, rank, compare, nearest.row if nearest else None)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
 
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from snipdedup.deduplication.inputs import describe_shards
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import Result
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.features.hashing import checksum_text
-from snipdedup.features.shards import Features, request_of
+from snipdedup.features.shards import request_of
 from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import Members, Rank, cut_groups, no_members, slices
 from snipdedup.groups.pairs import all_pairs
@@ -226,14 +226,6 @@ def describe_run(
         described["references"] = inputs.references.describe(checksums["references"])
     described["baselines"] = count_baselines(plan.table, result.members, work) if plan else {}
     return described
-
-
-def describe_shards(features: Features, checksums: list[int]) -> list[dict[str, Any]]:
-    """Return what a manifest holds of shards, with the checksums of their rows."""
-    return [
-        {**shard, "checksum": checksum_text(checksum)}
-        for shard, checksum in zip(features.describe(), checksums, strict=True)
-    ]
 
 
 def baseline_columns(metadata: Metadata) -> list[str]:

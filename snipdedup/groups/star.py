@@ -74,7 +74,7 @@ def group_components(forest: Edges, rank: Rank) -> Members:
     starts = group_starts(group)
     first = np.lexsort((rank(row), group))[starts[:-1]]
     keeper = np.repeat(row[first], np.diff(starts))
-    return Members(row, group, keeper, unknown_but_1(row == keeper), row != keeper)
+    return Members(row, group, keeper, np.full(len(row), np.nan, np.float32), row != keeper)
 
 
 def group_matches(matches: Edges, best: Best, threshold: float) -> Members:
@@ -85,30 +85,22 @@ def group_matches(matches: Edges, best: Best, threshold: float) -> Members:
     row, group = components(matches)
     is_dup = best.similarity[row] > np.float32(threshold)
     representative = np.where(is_dup, best.match[row], row)
-    return sort_members(Members(row, group, representative, unknown_but_1(~is_dup), is_dup))
-
-
-def unknown_but_1(kept: np.ndarray) -> np.ndarray:
-    """Return similarities: 1 for kept rows, NaN for removed ones, until they are computed."""
-    return np.where(kept, np.float32(1), np.float32(np.nan))
+    return sort_members(
+        Members(row, group, representative, np.full(len(row), np.nan, np.float32), is_dup)
+    )
 
 
 def group_star(
     forest: Edges,
     rank: Rank,
     compare: Compare,
-    done: Callable[[int], None],
     removed: np.ndarray | None = None,
 ) -> Members:
     """Apply the star rule to the groups of a forest over distinct rows (`members.Copies`).
 
-    Parameters
-    ----------
-    done : function of int
-        Called with how many edges of the forest are decided, for progress.
-    removed : (n,) int64, optional
-        Rows that a row outside removes, whatever these rows are to one another. Their
-        representative is the nearest kept row that matches, or the row itself with `NO_PAIR`.
+    ``removed``, (n,) int64, are rows that a row outside removes, whatever these rows are to one
+    another. Their representative is the nearest kept row that matches, or the row itself with
+    `NO_PAIR`.
     """
     row, group = components(forest)
     order = np.lexsort((rank(row), group))
@@ -120,24 +112,22 @@ def group_star(
     compared = (sizes > 2) | np.logical_or.reduceat(out, starts[:-1]) if len(row) else out
     two = starts[:-1][~compared]
     representative[two + 1], similarity[two + 1] = row[two], np.nan
-    done(len(two))
     small = compared & (sizes <= pairs.LISTED_GROUP)
     in_small = np.flatnonzero(np.repeat(small, sizes))
     listed = [in_small[begin:end] for begin, end, *_ in pairs.plan_groups(sizes[small])]
     large = [np.arange(starts[n], starts[n + 1]) for n in np.flatnonzero(compared & ~small)]
 
-    def decide(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    def decide(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows, without, sizes = row[places], out[places], np.diff(group_starts(group[places]))
         if len(sizes) > 1 or sizes[0] <= pairs.LISTED_GROUP:
-            return *star_listed(rows, sizes, compare, without), places, len(sizes)
-        return *star_large(rows, compare, without), places, 1
+            return *star_listed(rows, sizes, compare, without), places
+        return *star_large(rows, compare, without), places
 
     huge = [places for places in large if len(places) > TABLE_GROUP]  # one by one, on all threads
     others = [*(places for places in large if len(places) <= TABLE_GROUP), *listed]
     with closing(ordered_map(decide, others, given_threads())) as decided:
-        for chosen, cosine, places, groups in chain(map(decide, huge), decided):
+        for chosen, cosine, places in chain(map(decide, huge), decided):
             representative[places], similarity[places] = chosen, cosine
-            done(len(places) - groups)
     is_dup = out | (representative != row)
     return sort_members(Members(row, group, representative, similarity, is_dup))
 
@@ -274,5 +264,7 @@ def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs:
             near = target[starts[place] : starts[place + 1]]
             chosen[near[chosen[near] < 0]] = place
             chosen[place] = place
-    kept = chosen == np.arange(len(row))
-    return sort_members(Members(row, group, row[chosen], unknown_but_1(kept), ~kept))
+    is_dup = chosen != np.arange(len(row))
+    return sort_members(
+        Members(row, group, row[chosen], np.full(len(row), np.nan, np.float32), is_dup)
+    )
