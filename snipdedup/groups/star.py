@@ -74,7 +74,8 @@ def group_components(forest: Edges, rank: Rank) -> Members:
     starts = group_starts(group)
     first = np.lexsort((rank(row), group))[starts[:-1]]
     keeper = np.repeat(row[first], np.diff(starts))
-    return Members(row, group, keeper, np.full(len(row), np.nan, np.float32), row != keeper)
+    unknown = np.full(len(row), np.nan, np.float32)  # until it is computed
+    return Members(row, group, keeper, unknown, row != keeper)
 
 
 def group_matches(matches: Edges, best: Best, threshold: float) -> Members:
@@ -85,9 +86,8 @@ def group_matches(matches: Edges, best: Best, threshold: float) -> Members:
     row, group = components(matches)
     is_dup = best.similarity[row] > np.float32(threshold)
     representative = np.where(is_dup, best.match[row], row)
-    return sort_members(
-        Members(row, group, representative, np.full(len(row), np.nan, np.float32), is_dup)
-    )
+    unknown = np.full(len(row), np.nan, np.float32)
+    return sort_members(Members(row, group, representative, unknown, is_dup))
 
 
 def group_star(
@@ -265,6 +265,5 @@ def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs:
             chosen[near[chosen[near] < 0]] = place
             chosen[place] = place
     is_dup = chosen != np.arange(len(row))
-    return sort_members(
-        Members(row, group, row[chosen], np.full(len(row), np.nan, np.float32), is_dup)
-    )
+    unknown = np.full(len(row), np.nan, np.float32)
+    return sort_members(Members(row, group, row[chosen], unknown, is_dup))
