@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +24,11 @@ from snipdedup.errors import SnipError
 from snipdedup.groups import star
 from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import (
+    KINDS,
     Block,
     Copies,
     Members,
     Rank,
-    collect,
     group_starts,
     refer_components,
     refer_star,
@@ -39,6 +39,7 @@ from snipdedup.join.forest import components, number_ends
 from snipdedup.metadata.additions import RemovedPairs
 from snipdedup.native.fallback import link_smaller
 from snipdedup.storage import external_sort
+from snipdedup.storage.external_sort import Columns
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
@@ -223,13 +224,12 @@ def choose(
     if folder is not None and isinstance(rank, ColumnRank) and large:
         rank.read_all(folder)
 
-    def parts() -> Iterator[Members]:
-        with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
-            for block in search.blocks(threshold, folder):
-                yield decide_block(search, block, threshold, grouping, rank)
-                bar.update(len(block.forest.a))
-
-    members = collect(parts(), folder)
+    columns = Columns(folder and folder / "members", KINDS)
+    with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
+        for block in search.blocks(threshold, folder):
+            columns.add(*decide_block(search, block, threshold, grouping, rank))
+            bar.update(len(block.forest.a))
+    members = Members(*columns.arrays())
     return Result(search, members, threshold, grouping, keep, rank, folder)
 
 
