@@ -379,7 +379,7 @@ def open_metadata_of(
     if features is None:
         shards = read_manifest(Path(str(index)).expanduser(), "index")["shards"]
     else:
-        shards = features.describe()
+        shards = [{"name": str(shard.path), "rows": shard.rows} for shard in features.shards]
     table.check_matches(shards)
     return table
 
