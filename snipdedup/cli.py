@@ -26,6 +26,7 @@ from snipdedup.commands import (
     bare_type,
     did_you_mean,
     is_required,
+    parameter_of,
     setting_name,
     usual_value,
 )
@@ -160,11 +161,7 @@ def bind(command: Command, words: list[str]) -> dict[str, str]:
         given.update(zip((field.name for field in positional), places, strict=False))
         given.update(texts)
 
-    kinds = inspect.Parameter
-    parameters = [
-        *(kinds(field.name, kinds.POSITIONAL_OR_KEYWORD, default=None) for field in positional),
-        *(kinds(field.name, kinds.KEYWORD_ONLY, default=None) for field in flags),
-    ]
+    parameters = [parameter_of(f, str).replace(default=None) for f in (*positional, *flags)]
     note.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     noise = io.StringIO()  # fire prints what a function returns
     with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):

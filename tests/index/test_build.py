@@ -270,7 +270,7 @@ def whole(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [({"m": 5}, "--m 5 must divide the width 16"),
+    [({"m": 5}, "--m 5 must divide the width 16 of the vectors: one of 1, 2, 4, 8, 16$"),
      ({"nlist": 2601}, "--nlist 2601: there are only 2,600 rows"),
      ({"base": "base"}, "16 wide, these are 8 wide|has nlist 16"),
      ({"encoder": "narrow"}, "rows are 16 wide, --encoder .*narrow expects 12")],
