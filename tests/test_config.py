@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from snipdedup import config
+from snipdedup import commands, config
 from snipdedup.commands import ANYWHERE, bare_type, is_required, parse_bytes, usual_value
 from snipdedup.config import COMMANDS
 from snipdedup.errors import UsageError
@@ -153,7 +153,7 @@ def test_choices(kind):
     ],
 )
 def test_keep_rules(text, rules):
-    assert config.keep_rules(text) == rules
+    assert commands.keep_rules(text) == rules
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
