@@ -122,7 +122,7 @@ class Compress(Input):
 @command(
     "index", "the chain", "index.build", "img_emb --encoder encoder --out index", "build_index"
 )
-class Index(Input):
+class BuildIndex(Input):
     """Build a sharded IVFPQ index."""
 
     out: str = required("folder for the index; an unfinished one is continued", path=WRITTEN)

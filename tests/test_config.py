@@ -49,11 +49,11 @@ RANGES = [
     ("Train", "validation_rows", 16, 10**6),
     ("Train", "threads", 0, 4096),
     ("Compress", "threads", 0, 4096),
-    ("Index", "nlist", 0, 2**24),
-    ("Index", "m", 1, 256),
-    ("Index", "nbits", 4, 8),
-    ("Index", "train_rows", 0, 10**9),
-    ("Index", "threads", 0, 4096),
+    ("BuildIndex", "nlist", 0, 2**24),
+    ("BuildIndex", "m", 1, 256),
+    ("BuildIndex", "nbits", 4, 8),
+    ("BuildIndex", "train_rows", 0, 10**9),
+    ("BuildIndex", "threads", 0, 4096),
     ("Dedup", "threshold", -1, 1),
     ("Dedup", "text_threshold", -1, 1),
     ("Dedup", "keep_fraction", 0, 1),
@@ -91,7 +91,7 @@ RANGES = [
     ("Eval", "threads", 0, 4096),
     *(
         (kind, "seed", 0, 2**63 - 1)
-        for kind in ("Train", "Index", "Dedup", "Demo", "Report", "Audit", "Eval")
+        for kind in ("Train", "BuildIndex", "Dedup", "Demo", "Report", "Audit", "Eval")
     ),
     ("Plan", "rows", 1, 1e13),
     ("Plan", "dim", 2, 65536),

@@ -49,7 +49,7 @@ READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
 ROWS = ("features", "features_changed")  # entries of a request that grow with --append
 
 
-def run(options: config.Index) -> Index:
+def run(options: config.BuildIndex) -> Index:
     """Build, continue or grow an index, and export it where that is asked for; see `build`."""
     features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
@@ -70,7 +70,7 @@ def run(options: config.Index) -> Index:
 
 @locks.released()
 def build(
-    features: Features, out: Path, options: config.Index, *, as_stored: bool = False
+    features: Features, out: Path, options: config.BuildIndex, *, as_stored: bool = False
 ) -> Index:
     """Train quantisers, or take those of ``--base``, and write the codes of each shard to ``out``.
 
