@@ -107,7 +107,7 @@ class Settings:
         """Return the whole numbers of a setting such as ``4,8,16``: ascending, each once."""
         text, about = getattr(self, name), self.__dataclass_fields__[name].metadata
         try:
-            numbers = [] if text is None else sorted({int(word) for word in text.split(",")})
+            numbers = [] if text is None else sorted({int(n) for n in str(text).split(",")})
         except ValueError:
             numbers = [-1]
         low, high = about["low"], about["high"]
