@@ -25,15 +25,7 @@ import numpy as np
 from snipdedup.errors import InputError, MissingError, RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
 from snipdedup.storage import web
-from snipdedup.storage.web import (
-    AGAIN,
-    FileVersion,
-    Stream,
-    Token,
-    is_web,
-    redacted,
-    scheme_of,
-)
+from snipdedup.storage.web import AGAIN, FileVersion, Stream, Token, is_web, redacted, scheme_of
 
 T = TypeVar("T")
 R = TypeVar("R")
