@@ -96,7 +96,7 @@ def read_index(folder: Path) -> None:
     mapped.visit(np.arange(min(index.nlist, 4)))
     if index.rows:
         mapped.vector_of(0)
-    _ = index.space
+    _ = index.encoder
 
 
 def read_out(folder: Path) -> None:

@@ -25,7 +25,7 @@ from snipdedup.adc.threshold import (
     true_duplicates,
 )
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.index.folder import Index
+from snipdedup.index.folder import Index, PlainRows
 from snipdedup.index.search import (
     QUERY_ROWS,
     LoadedIndex,
@@ -83,7 +83,7 @@ def candidate_pairs(
         views = two_sided.record_views(loaded, k, work, threads)
     usual = partial(
         default_margin, code_size=index.code_size, precision=precision, threshold=threshold,
-        encoded=index.as_stored or loaded.space.encoder is not None,
+        encoded=index.as_stored or not isinstance(loaded.encoder, PlainRows),
     )  # fmt: skip
     name = SYMMETRIC if features is None else rule
     found = Rule(name, usual(name), usual("difference"), {"source": "default"})

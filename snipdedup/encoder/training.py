@@ -24,7 +24,7 @@ from torch import nn
 from snipdedup import config, progress
 from snipdedup.encoder.batches import LEAST_ROWS, Batches
 from snipdedup.encoder.network import (
-    BROKEN_PICKLE,
+    BROKEN,
     Encoder,
     Network,
     fitting_temperature,
@@ -231,7 +231,7 @@ def fit(
 
         # The loop keeps the best weights; a rotation lets short codes keep more of them.
         history = History(
-            len(rows.hashes), len(batches.held_out.hashes), batches.batch, temperature
+            len(rows.images), len(batches.held_out.images), batches.batch, temperature
         )
         train_loop(
             network, batches, loss_of, history, steps=options.steps,
@@ -350,5 +350,5 @@ def load_checkpoint(path: Path, device: str) -> dict[str, Any] | None:
             if archive.testzip() is not None:
                 return None
         return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, zipfile.BadZipFile, *BROKEN_PICKLE):
+    except (OSError, zipfile.BadZipFile, *BROKEN):
         return None

@@ -117,15 +117,9 @@ def check_m(m: int, dim: int) -> None:
 
 
 def train_quantiser(
-    sample: np.ndarray,
-    *,
-    nlist: int,
-    m: int,
-    nbits: int,
-    seed: int,
-    threads: int,
+    sample: np.ndarray, *, nlist: int, m: int, nbits: int, seed: int, threads: int,
     centroids: np.ndarray | None = None,
-) -> Quantiser:
+) -> Quantiser:  # fmt: skip
     """Train coarse centroids and residual codebooks on a sample, (n, dim) float32.
 
     ``centroids``, (nlist, dim), are those of an earlier training on the same sample with the same
@@ -133,7 +127,6 @@ def train_quantiser(
     """
     import faiss
 
-    check_m(m, sample.shape[1])
     if centroids is None:
         centroids = kmeans(sample, nlist, iterations=ITERATIONS, seed=seed, threads=threads)
     coarse = coarse_index(centroids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -13,17 +13,21 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.folder import (
-    ENCODER,
     WALK_ROWS,
     CodeLists,
     Index,
+    PlainRows,
     ShardCodes,
-    Space,
+    held_encoder,
+    load_encoder,
     pack_rows,
     same_encoder,
     unpack_rows,
 )
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks
+
+if TYPE_CHECKING:
+    from snipdedup.encoder.network import Encoder
 
 QUERY_ROWS = 4 * ALIGNED_ROWS  # rows searched by one thread at a time
 PROBE_ROWS = 4 * ALIGNED_ROWS  # rows whose lists are found together; small blocks are slower
@@ -50,7 +54,7 @@ class Classes(NamedTuple):
         """Group the entries of lists by list and code."""
         kept, members, counts = [np.empty(0, np.int64)], [lists.ids[:0]], [np.zeros(1, np.int64)]
         for low, high in lists.spans():
-            codes, of = lists.codes[low:high], lists.list_of(low, high)
+            codes, of = lists.codes[low:high], lists.list_at(np.arange(low, high))
             words = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).view(np.uint64)
             order = np.lexsort((*words.T, of))
             words, of = words[order], of[order]
@@ -187,7 +191,9 @@ class LoadedIndex:
         self, index: Index, features: Features | None, nprobe: int, encoder: str | None = None
     ) -> None:
         self.index, self.features = index, features
-        self.space = index.space if features is None else query_space(index, features, encoder)
+        self.encoder = index.encoder
+        if features is not None:
+            self.encoder = query_encoder(index, features, encoder)
         self.classes = Classes.of(index.lists())
         self.shared = self.classes.shared(index.rows)
         self.searcher = Searcher(index, self.classes.lists, nprobe)
@@ -207,29 +213,29 @@ class LoadedIndex:
         bad = bad_rows(block) | (self.class_of[rows] < 0)
         if bad.any():  # a copy: rows may be the caller's own array
             block = np.where(bad[:, None], 0, block)
-        x = in_aligned_blocks(lambda b: (self.space.vectors(b),), block, span[0])[0]
+        x = in_aligned_blocks(lambda b: (self.encoder.encode(b),), block, span[0])[0]
         places = np.maximum(self.class_of[rows], 0)
         off = x - quantiser.decode(lists.list_at(places), lists.codes[places])
         return Queries(span[0], np.where(bad, -1, rows), x, np.einsum("ij,ij->i", off, off))
 
 
-def query_space(index: Index, features: Features, encoder: str | None) -> Space:
-    """Return how these features become queries; refuse others than those indexed."""
+def query_encoder(index: Index, features: Features, encoder: str | None) -> Encoder | PlainRows:
+    """Return what makes queries of these features; refuse others than those indexed."""
     index.refuse_other_rows(features)
-    space, held = index.space, index.folder / ENCODER
-    if space.encoder is not None and encoder is not None and not same_encoder(encoder, held):
+    found, held = index.encoder, held_encoder(index.folder)
+    if held is not None and encoder is not None and not same_encoder(encoder, held):
         raise SnipError(
             f"--encoder {encoder} is not the one that {index.folder} was built with ({held}); "
             "leave --encoder away"
         )
-    if space.encoder is None and encoder is not None and features.dim != space.dim_in:
-        space = Space.encoded(encoder).of_width(index.dim)
-    if features.dim != space.dim_in or space.dim != index.dim:
+    if held is None and encoder is not None and features.dim != found.dim_in:
+        found = load_encoder(encoder, index.dim)
+    if features.dim != found.dim_in or found.dim != index.dim:
         raise SnipError(
-            f"{index.folder} was built from rows {space.dim_in} wide, FEATURES are {features.dim} "
+            f"{index.folder} was built from rows {found.dim_in} wide, FEATURES are {features.dim} "
             "wide; if it holds descriptors, name their encoder with --encoder"
         )
-    return space
+    return found
 
 
 class MappedLists:

@@ -20,9 +20,16 @@ from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
-from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
+from snipdedup.index.folder import Index, held_encoder, is_descriptors, load_encoder
 from snipdedup.index.search import MappedLists
-from snipdedup.inspection.display import places_of, render_page, require, terminal_text
+from snipdedup.inspection.display import (
+    ShownRow,
+    fill_texts,
+    places_of,
+    render_page,
+    require,
+    terminal_text,
+)
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import read_manifest, refuse_output_file
 
@@ -34,16 +41,10 @@ TABLE_WIDTH = 60  # characters of a caption or url in the table
 
 
 @dataclass
-class Neighbour:
-    """A row, where it lies, its score (a cosine or an ADC distance), and its texts if known."""
+class Neighbour(ShownRow):
+    """A row and its score, a cosine or an ADC distance; None of the query itself."""
 
-    row: int
-    shard: str
-    shard_row: int
     score: float | None = None
-    key: str | None = None
-    url: str | None = None
-    caption: str | None = None
 
 
 @dataclass
@@ -126,7 +127,10 @@ def run(options: Search) -> SearchResult:
         refuse_output_file(page, [*read, *([] if features is None else features.paths())])
     result = dataclasses.replace(search(index, features, of, why, options), page=page)
     if metadata is not None:
-        add_texts(result, metadata)
+        from snipdedup.metadata.gather import RowTexts
+
+        shown = [n for a in result.answers for n in (*a.neighbours, *([a.row] if a.row else []))]
+        fill_texts(shown, RowTexts(metadata), *TEXTS)
     if page is not None:
         with replacing(page) as part:
             text = render_page("search.html.j2", index=index.folder.name, result=result)
@@ -214,20 +218,6 @@ def open_table_of(index: Index, options: Search) -> Any:
     return metadata
 
 
-def add_texts(result: SearchResult, metadata: Any) -> None:
-    """Fill in key, url and caption of every row shown."""
-    from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
-    from snipdedup.metadata.tables import KEY_COLUMNS
-
-    texts = RowTexts(metadata)
-    shown = [n for a in result.answers for n in (*a.neighbours, *([a.row] if a.row else []))]
-    rows = np.array([neighbour.row for neighbour in shown], np.int64)
-    for name, wanted in zip(TEXTS, (KEY_COLUMNS, URLS, CAPTIONS), strict=True):
-        values = texts.read(texts.find(wanted=wanted), rows)
-        for neighbour in shown:
-            setattr(neighbour, name, values.get(neighbour.row))
-
-
 def parse_query(
     index: Index, lists: MappedLists, features: Features | None, options: Search
 ) -> list[Query]:
@@ -313,9 +303,9 @@ def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | 
     given = held or (Path(encoder).expanduser() if encoder is not None else None)
     takes = None if given is None else read_manifest(given, "encoder")["encoder"]["dim_in"]
     if given is not None and width == takes:
-        space = Space.encoded(given).of_width(index.dim)
-        if space.dim == index.dim:
-            return space.vectors(vectors)
+        found = load_encoder(given, index.dim)
+        if found.dim == index.dim:
+            return found.encode(vectors)
     if width != index.dim:
         also = "" if given is None else f", or {takes} for the encoder {given}"
         raise SnipError(
