@@ -121,8 +121,8 @@ def make_page(
     settings, counts, shards = manifest["settings"], manifest["counts"], manifest["shards"]
     threshold, keep = settings["threshold"], settings["keep"]
     offsets, groups = display.shard_offsets(shards), out / "groups.parquet"
-    done = read_out.Run(threshold, keep, settings["seed"] or 0, offsets)
-    survey, curve = read_out.survey_groups(groups, done, options.seed), None
+    survey = read_out.survey_groups(groups, settings, offsets, options.seed)
+    curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold)
         curve = curve_section(known, counts)
@@ -176,24 +176,23 @@ def samples(
         return [(rows[a], rows.get(b, ~b), cosine) for a, b, cosine in zip(*columns, strict=True)]
 
     copied = zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
-    spared = zip(survey.spared.row.tolist(), survey.spared_by.tolist(), strict=True)
     found = ((rows[row], *partners.get(row, (row, np.nan))) for row in asked)
     return {
         "bands": [(band, pairs(band.shown)) for band in survey.bands if band.rows],
         "below": (survey.below, pairs(survey.below.shown)),
         "groups": [(group, pairs(group.shown)) for group in survey.largest],
         "copied": [(rows[row], count) for row, count in copied],
-        "spared": [(rows[row], rows[other]) for row, other in spared],
+        "spared": pairs(survey.spared.shown),
         "asked": [(a, rows.get(b, ~b) if a.removed else None, cosine) for a, b, cosine in found],
     }
 
 
 def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
     """Return all rows that the page shows and some more, ascending, without those of references."""
-    samples = [*(band.shown for band in (*survey.bands, survey.below)), survey.spared]
+    samples = [sample.shown for sample in (*survey.bands, survey.below, survey.spared)]
     samples += [group.shown for group in survey.largest]
     parts = [rows for sample in samples for rows in (sample.row, sample.representative)]
-    rows = np.unique(np.concatenate([*parts, survey.copied, survey.spared_by, more]))
+    rows = np.unique(np.concatenate([*parts, survey.copied, more]))
     return rows[rows >= 0].astype(np.int64)
 
 
