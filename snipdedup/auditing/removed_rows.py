@@ -179,7 +179,6 @@ def check_members(
     )
 
 
-@dataclass
 class RemovedRows:
     """Compares the removed rows of ``groups.parquet`` with their representatives, on raw features.
 
@@ -188,41 +187,46 @@ class RemovedRows:
     among all removed rows, ascending; None for all.
     """
 
-    run: AuditedRun
-    features: Features | None
-    captions: Features | None
-    references: dict[str, AuditedReference]  # those that can be read, by name
-    chosen: np.ndarray | None
-    compared: int = 0  # pairs whose cosine was computed,
-    reach: int = 0  # those that reach the threshold,
-    lowest: float = np.inf  # and the lowest cosine
+    def __init__(
+        self, run: AuditedRun, features: Features | None, captions: Features | None,
+        references: list[AuditedReference], chosen: np.ndarray | None,
+    ) -> None:  # fmt: skip
+        self.run, self.captions, self.chosen = run, captions, chosen
+        self.references = [] if features is None else references
+        self.features = None  # the rows of the set, then those of each reference
+        if features is not None:
+            sets = [features, *(reference.features for reference in references)]
+            self.features = Features([shard for one in sets for shard in one.shards])
+        self.sizes = np.array([run.rows, *(len(one.is_dup) for one in self.references)])
+        self.first = np.cumsum(self.sizes) - self.sizes  # rows of these before each of them
+        self.is_dup = np.concatenate([run.is_dup, *(one.is_dup for one in self.references)])
+        self.unproved, self.proved = Counter[str](), 0  # rows that are removed for references
+        self.compared = self.reach = 0  # pairs whose cosine was computed; that reach the threshold
+        self.lowest = np.inf  # the lowest cosine
 
     def check(self) -> None:
         """Read ``groups.parquet``, and note in ``run`` what is wrong."""
         run, file = self.run, stream_parquet(self.run.folder / "groups.parquet")
         columns = ["row", "shard", "shard_row", "representative", "similarity", "is_dup"]
         columns += ["reference"] * bool(run.manifest.get("references"))
-        before, counts = 0, Counter[str | None]()
+        before, count = 0, len(self.references)
         with progress.bar(int(np.count_nonzero(run.is_dup)), "comparing", "removed rows") as bar:
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 table = pa.Table.from_batches([batch])
                 self.check_places(table)
-                removed = table.filter(pc.field("is_dup"))
-                bar.update(removed.num_rows)
-                chosen = removed
+                every = removed = table.filter(pc.field("is_dup"))
                 if self.chosen is not None:
-                    places = chosen_places(self.chosen, before, removed.num_rows)
-                    chosen = removed.take(pa.array(places))
-                before += removed.num_rows
-                counts += self.check_pairs(chosen)
-        known = self.references if self.features is not None else {}
+                    places = chosen_places(self.chosen, before, every.num_rows)
+                    removed = every.take(pa.array(places))
+                self.check_pairs(removed)
+                before += every.num_rows
+                bar.update(every.num_rows)
         of = "rows" if self.chosen is None else "sampled rows"
-        for name in sorted(name for name in counts if name and name not in known):
-            run.fail("unproved", f"{counts[name]:,} {of} removed for rows of {name} are not proved")
+        for name, rows in self.unproved.items():
+            run.fail("unproved", f"{rows:,} {of} removed for rows of {name} are not proved")
         if run.manifest.get("references"):
-            proved, plural = sum(counts[name] for name in known), "s" * (len(self.references) != 1)
-            text = f"{proved:,} {of} are removed for rows of {len(self.references):,} reference"
-            run.note("references", text + plural)
+            text = f"{self.proved:,} {of} are removed for rows of {count:,} reference"
+            run.note("references", text + "s" * (count != 1))
 
     def check_places(self, table: Any) -> None:
         """Compare the file, and the row in it, that ``groups.parquet`` gives for each row."""
@@ -235,61 +239,49 @@ class RemovedRows:
         text = "groups.parquet: {} has another place"
         run.fail_each("places", row[wrong], lambda r: text.format(run.place(r)))
 
-    def check_pairs(self, removed: Any) -> Counter[str | None]:
-        """Compare removed rows, and count them by the reference of their representatives.
+    def check_pairs(self, removed: Any) -> None:
+        """Compare removed rows with their representatives, in the set or in a reference."""
+        run, names = self.run, [reference.name for reference in self.references]
+        row, other, written = (
+            removed[name].to_numpy() for name in ("row", "representative", "similarity")
+        )
+        which = np.zeros(len(row), np.int64)  # 0: the set, then the references
+        if "reference" in removed.column_names:
+            found = pc.index_in(removed["reference"], pa.array(["", *names], pa.string()))
+            known = removed["reference"].is_null().to_numpy() | found.is_valid().to_numpy()
+            self.unproved.update(removed["reference"].filter(pa.array(~known)).to_pylist())
+            which = found.fill_null(0).to_numpy()[known]
+            row, other, written = row[known], other[known], written[known]
+        self.proved += int(np.count_nonzero(which))
+        inside = (row >= 0) & (row < run.rows) & (other >= 0) & (other < self.sizes[which])
+        place = np.where(inside, self.first[which] + other, 0)
+        right = inside & ((which == 0) | ~self.is_dup[place])
+        run.fail_rows(
+            "reference", row, ~right & (which > 0),
+            lambda i: f"its representative, row {other[i]:,} of {names[which[i] - 1]}, is not a "
+            "kept row there",
+        )  # fmt: skip
+        row, place, which, written = row[right], place[right], which[right], written[right]
+        if self.features is not None:
+            self.check_cosines(self.features, row, place, written)
+        if self.captions is not None and not (run.semdedup or run.components):
+            self.check_captions(self.captions, row[which == 0], place[which == 0])
 
-        None stands for the set itself.
-        """
-        run, counts = self.run, Counter[str | None]()
-        if "reference" not in removed.column_names:
-            removed = removed.append_column("reference", pa.nulls(removed.num_rows, pa.string()))
-        for name in pc.unique(removed["reference"]).to_pylist():
-            field = pc.field("reference")
-            part = removed.filter(field.is_null() if name is None else field == name)
-            counts[name] = part.num_rows
-            if self.features is None or not (name is None or name in self.references):
-                continue
-            row, other, written = (
-                part[column].to_numpy() for column in ("row", "representative", "similarity")
-            )
-            if name is not None:
-                self.check_reference(self.references[name], self.features, row, other, written)
-                continue
-            inside = (row >= 0) & (row < run.rows) & (other >= 0) & (other < run.rows)
-            row, other, written = row[inside], other[inside], written[inside]
-            self.check_cosines(self.features, row, self.features, other, written, run.place)
-            if self.captions is not None and not (run.semdedup or run.components):
-                self.check_captions(self.captions, row, other)
-        return counts
-
-    def check_reference(
-        self, reference: AuditedReference, features: Features,
-        row: np.ndarray, other: np.ndarray, written: np.ndarray,
-    ) -> None:  # fmt: skip
-        """Compare rows with their representatives in one reference."""
-        name, run = reference.name, self.run
-        kept = (other >= 0) & (other < reference.features.rows)
-        kept[kept] &= ~reference.is_dup[other[kept]]
-        text = f"its representative, row {{:,}} of {name}, is not a kept row there"
-        run.fail_rows("reference", row, ~kept, lambda i: text.format(other[i]))
-
-        def place(row: int) -> str:
-            path, number = reference.features.place(row)
-            return f"row {row:,} of {name} ({path.name} row {number})"
-
-        own, others = row[kept], other[kept]
-        self.check_cosines(features, own, reference.features, others, written[kept], place)
+    def name(self, place: int) -> str:
+        """Return a row of the set or of a reference in words, by its place among all of them."""
+        if place < self.run.rows:
+            return self.run.place(place)
+        number = int(np.searchsorted(self.first, place, side="right")) - 1
+        reference, row = self.references[number - 1], place - int(self.first[number])
+        path, own = reference.features.place(row)
+        return f"row {row:,} of {reference.name} ({path.name} row {own})"
 
     def check_cosines(
-        self, features: Features, row: np.ndarray, others: Features, other: np.ndarray,
-        written: np.ndarray, place: Callable[[int], str],
-    ) -> None:  # fmt: skip
-        """Compare cosines with the threshold, and with those in ``groups.parquet``, ``written``.
-
-        ``place`` names a row of ``others``.
-        """
+        self, features: Features, row: np.ndarray, other: np.ndarray, written: np.ndarray
+    ) -> None:
+        """Compare cosines with the threshold, and with those in ``groups.parquet``, ``written``."""
         run = self.run
-        found = raw_cosines(features, row, others, other, run.threads, run.memory)
+        found = raw_cosines(features, row, other, run.threads, run.memory)
         reaches = found >= np.float32(run.threshold)
         self.compared += len(found)
         self.reach += int(reaches.sum())
@@ -300,19 +292,19 @@ class RemovedRows:
             reaches |= np.isfinite(found)
         run.fail_rows(
             "cosine", row, ~reaches,
-            lambda i: f"its cosine with its representative {place(int(other[i]))} is "
+            lambda i: f"its cosine with its representative {self.name(int(other[i]))} is "
             f"{found[i]:.6f}, expected {run.threshold:g} or more",
         )  # fmt: skip
         run.fail_rows(
             "similarity", row, reaches & ~(np.abs(found - written) <= ROUNDING),
             lambda i: f"groups.parquet has cosine {written[i]:.6f}, with its representative "
-            f"{place(int(other[i]))} it is {found[i]:.6f}",
+            f"{self.name(int(other[i]))} it is {found[i]:.6f}",
         )  # fmt: skip
 
     def check_captions(self, captions: Features, row: np.ndarray, other: np.ndarray) -> None:
         """Compare cosines of captions with the threshold of texts."""
         run, limit = self.run, float(self.run.manifest["settings"]["text_threshold"])
-        found = raw_cosines(captions, row, captions, other, run.threads, run.memory)
+        found = raw_cosines(captions, row, other, run.threads, run.memory)
         run.fail_rows(
             "captions", row, ~(found >= np.float32(limit)),
             lambda i: "the cosine of its caption with that of its representative "
@@ -330,26 +322,22 @@ def chosen_places(chosen: np.ndarray, begin: int, count: int) -> np.ndarray:
 
 
 def raw_cosines(
-    features: Features, a: np.ndarray, other: Features, b: np.ndarray, threads: int, memory: int
+    features: Features, a: np.ndarray, b: np.ndarray, threads: int, memory: int
 ) -> np.ndarray:
-    """Return the cosines of rows ``a`` with rows ``b`` of ``other``, (n,) float32.
+    """Return the cosines of rows ``a`` with rows ``b``, (n,) float32; NaN where a row has none.
 
-    NaN stands for a row that has none. Threads read in row order, together as many rows at a time
-    as fit into ``memory`` bytes.
+    Threads read in row order, together as many rows at a time as fit into ``memory`` bytes.
     """
-    common = np.result_type(features.dtype, other.dtype)
     order = np.argsort(a, kind="stable")
 
     def compute(span: tuple[int, int]) -> np.ndarray:
         part = order[slice(*span)]
-        left, i = np.unique(a[part], return_inverse=True)
-        right, j = np.unique(b[part], return_inverse=True)
-        x = features.gather(left).astype(common, copy=False)
-        y = other.gather(right).astype(common, copy=False)
-        bad = bad_rows(x)[i] | bad_rows(y)[j]
-        return np.where(bad, np.float32(np.nan), indexed_cosines(x, y, i, j))
+        rows, at = np.unique(np.concatenate([a[part], b[part]]), return_inverse=True)
+        x, (i, j) = features.gather(rows), at.reshape(2, -1)
+        bad = bad_rows(x)
+        return np.where(bad[i] | bad[j], np.float32(np.nan), indexed_cosines(x, x, i, j))
 
-    fit = min(MOST_PAIRS, memory // (2 * threads * features.dim * common.itemsize))
+    fit = min(MOST_PAIRS, memory // (2 * threads * features.dim * features.dtype.itemsize))
     spans = plan_blocks(len(a), max(PAIRS, fit))
     cosine = np.empty(len(a), np.float32)
     cosine[order] = np.concatenate([cosine[:0], *ordered_map(compute, spans, threads)])

@@ -47,7 +47,7 @@ def sample_pairs(
     removed = concatenate(no_members(), *parts)
     order = np.random.default_rng(seed).permutation(len(removed.row))
     a, b = removed.row[order], removed.representative[order]
-    cosine = raw_cosines(features, a, features, b, run.threads, run.memory)
+    cosine = raw_cosines(features, a, b, run.threads, run.memory)
     rows = np.concatenate([a, b])
     known = {
         name: texts.read(texts.find(None, columns), rows)

@@ -29,7 +29,7 @@ from snipdedup.features.shards import (
     open_features,
     request_of,
 )
-from snipdedup.groups.star import Also
+from snipdedup.groups.pairs import Also
 from snipdedup.metadata.tables import Metadata, find_metadata, open_metadata
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import among

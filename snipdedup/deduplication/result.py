@@ -21,7 +21,6 @@ from snipdedup.config import Dedup
 from snipdedup.deduplication.final_check import fill_similarity
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import Features
 from snipdedup.groups import star
 from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import (
@@ -59,7 +58,6 @@ class Result:
     """The decision for each row; ``print`` shows the summary."""
 
     search: PairSearch
-    features: Features | None  # the rows that were searched
     members: Members  # the rows of groups of two or more
     threshold: float
     grouping: str
@@ -151,15 +149,14 @@ class Result:
         grouping = self.grouping if grouping is None else grouping
         by_rule = self.search.best is not None  # then grouping does not apply
         Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
-        known = (self.keep, self.rank)
-        return checked(choose(self.search, self.features, threshold, grouping, *known))
+        return checked(choose(self.search, threshold, grouping, self.keep, self.rank))
 
     def entries(self, epsilons: Sequence[float] = (), folder: Path | None = None) -> dict[str, Any]:
         """Return what a manifest holds of the result, as JSON values.
 
         ``epsilons`` are those tabulated by SemDeDup's rule; the result's own without any.
         """
-        search, references, counts = self.search, self.search.references, self.counts
+        search, references, counts = self.search, self.search.inputs.references, self.counts
         forest, more = search.whole_block(search.threshold), {}
         steps = [round(search.threshold + step, 6) for step in TABLE_STEPS]
         by_forest = search.verified and search.best is None and not search.references_only
@@ -203,15 +200,13 @@ def checked(result: Result) -> Result:
     A row that would be removed without a reason is an `InternalError`; see `final_check`.
     """
     members, near = fill_similarity(
-        result.search, result.features, result.members, result.threshold, result.grouping,
-        result.folder,
-    )  # fmt: skip
+        result.search, result.members, result.threshold, result.grouping, result.folder
+    )
     return dataclasses.replace(result, members=members, near=near)
 
 
 def choose(
     search: PairSearch,
-    features: Features | None,
     threshold: float,
     grouping: str,
     keep: str,
@@ -229,10 +224,10 @@ def choose(
     def parts() -> Iterator[Members]:
         with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
             for block in search.blocks(threshold, folder):
-                yield decide_block(search, block, features, threshold, grouping, rank, bar.update)
+                yield decide_block(search, block, threshold, grouping, rank, bar.update)
 
     members = collect(parts(), folder)
-    return Result(search, features, members, threshold, grouping, keep, rank, folder)
+    return Result(search, members, threshold, grouping, keep, rank, folder)
 
 
 def choose_fraction(
@@ -277,7 +272,6 @@ def check_threshold(search: PairSearch, threshold: float) -> None:
 def decide_block(
     search: PairSearch,
     block: Block,
-    features: Features | None,
     threshold: float,
     grouping: str,
     rank: Rank,
@@ -299,9 +293,9 @@ def decide_block(
     if block.pairs is not None:
         row, group = components(forest)
         return copies.unfold(star.star_from_pairs(row, group, rank(row), block.pairs))
-    if features is None:
+    if (features := search.inputs.features) is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
-    compare = star.Compare(features.gather, threshold, search.also)
+    compare = star.Compare(features.gather, threshold, search.inputs.also)
     members = star.group_star(forest, rank, compare, done, nearest.row if nearest else None)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
 

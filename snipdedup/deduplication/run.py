@@ -192,10 +192,10 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
 def read_result(folder: Path, job: Job) -> Result:
     """Read back a finished run and decide as it did."""
     manifest = read_manifest(folder, KIND)
-    settings, features = manifest["settings"], job.inputs.features
+    settings = manifest["settings"]
     grouping, keep = str(settings["grouping"]), settings["keep"]
     search = read_search(folder, job.inputs)
-    result = choose(search, features, settings["threshold"], grouping, keep, job.rank)
+    result = choose(search, settings["threshold"], grouping, keep, job.rank)
     return dataclasses.replace(checked(result), manifest=manifest, out=folder)
 
 
@@ -287,9 +287,7 @@ def search_and_write(
                 outputs = write_pair_files(result, draft, most, threads)
         with clock.stage("write"):
             epsilons = parse_epsilons(options.epsilon) or ()
-            written, described = write_files(
-                result, draft, job.inputs, job.plan, epsilons, job.options.threads
-            )
+            written, described = write_files(result, draft, job.plan, epsilons)
             with releasing(out, share):
                 job.inputs.refuse_changed()
             if job.metadata is not None:
@@ -344,10 +342,10 @@ def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> Pair
 def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
     """Decide which rows are removed and check each; ``folder`` is for what memory cannot hold."""
     grouping, fraction = str(job.options.grouping), job.options.keep_fraction
-    features, keep = job.inputs.features, str(job.options.keep)
+    keep = str(job.options.keep)
 
     def choose_at(threshold: float) -> Result:
-        return choose(search, features, threshold, grouping, keep, job.rank, folder)
+        return choose(search, threshold, grouping, keep, job.rank, folder)
 
     with library_threads(job.options.threads, torch_too=False):
         if fraction is None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import Result
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.hashing import checksum_text
-from snipdedup.features.shards import request_of
+from snipdedup.features.shards import Features, request_of
 from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import Members, Rank, cut_groups, no_members, slices
 from snipdedup.groups.pairs import all_pairs
@@ -30,18 +28,15 @@ from snipdedup.metadata.kept_rows import (
     kept_names,
     list_columns,
     list_uses,
-    try_writing,
     write_kept,
     write_lists,
 )
 from snipdedup.metadata.tables import (
-    ColumnUse,
     Metadata,
     as_texts,
     try_column_uses,
     use_of_column,
 )
-from snipdedup.parallel import run_all
 from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
@@ -92,7 +87,6 @@ def plan_metadata(
     for column in baseline_columns(table):
         uses.append(use_of_column(column, key_bytes, remedy))
     uses += [*added, *list_uses(lists, table)]
-    uses.append(ColumnUse(None, try_writing, "leave it out of META", by_schema=True))
     try_column_uses(table, uses)
     return MetadataPlan(table, key, columns, lists)
 
@@ -103,31 +97,16 @@ def grouping_folder(out: Path) -> Path:
 
 
 def write_files(
-    result: Result,
-    out: Path,
-    inputs: Inputs,
-    plan: MetadataPlan | None,
-    epsilons: Sequence[float],
-    threads: int,
+    result: Result, out: Path, plan: MetadataPlan | None, epsilons: Sequence[float]
 ) -> tuple[list[Path], dict[str, Any]]:
     """Write all files of OUT but the manifest; return their paths, and `describe_run`."""
-    entries: dict[str, Any] = {}
-
-    def describe() -> list[Path]:
-        entries.update(describe_run(result, out, inputs, plan, epsilons))
-        return []
-
-    jobs: list[Callable[[], list[Path]]] = [
-        partial(write_small_files, result, out),
-        partial(write_forest, result.search, out),
-        partial(write_groups, result, out, plan),
-        describe,
+    outputs = [
+        *write_small_files(result, out),
+        *write_forest(result.search, out),
+        *write_groups(result, out, plan),
+        *(write_metadata(result, out, plan) if plan is not None else []),
     ]
-    if plan is not None:
-        jobs.append(partial(write_metadata, result, out, plan))
-    large = result.search.is_large(result.threshold)  # then one at a time, to bound memory
-    outputs = run_all(jobs, 1 if large else min(2, threads))
-    return [path for paths in outputs for path in paths], entries
+    return outputs, describe_run(result, out, plan, epsilons)
 
 
 def write_small_files(result: Result, out: Path) -> list[Path]:
@@ -145,8 +124,8 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
         masks |= {"match": best.match < 0, "similarity": best.match < 0}
         columns = {name: pa.array(getattr(best, name), mask=mask) for name, mask in masks.items()}
         tables["semdedup.parquet"] = pa.table(columns)
-    if search.references is not None and search.nearest is not None:
-        names, row = search.references.locate(search.nearest.reference)
+    if search.inputs.references is not None and search.nearest is not None:
+        names, row = search.inputs.references.locate(search.nearest.reference)
         columns = {"row": search.nearest.row, "reference": names, "reference_row": row}
         columns["similarity"] = search.nearest.similarity
         tables["references.parquet"] = pa.table(columns)
@@ -194,7 +173,8 @@ def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> list[P
 
 def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list[Path]:
     """Write ``pairs.parquet`` and ``copies.parquet``, or refuse more than ``most`` pairs."""
-    search, features = result.search, result.features
+    search, inputs = result.search, result.search.inputs
+    features = inputs.features
     if features is None:
         raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
     too_many = SnipError(
@@ -206,7 +186,7 @@ def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list
 
     def pairs() -> Generator[Edges, None, None]:
         for block in search.blocks(search.threshold, grouping_folder(out)):
-            yield from all_pairs(features, block.forest, search.threshold, threads, search.also)
+            yield from all_pairs(features, block.forest, search.threshold, threads, inputs.also)
 
     count, schema = 0, search.forest_table(join_edges([])).schema
     with atomic.writing_parquet(out / "pairs.parquet", schema) as write, closing(pairs()) as parts:
@@ -231,36 +211,31 @@ def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> list[Path]:
 
 
 def describe_run(
-    result: Result,
-    out: Path,
-    inputs: Inputs,
-    plan: MetadataPlan | None,
-    epsilons: Sequence[float],
+    result: Result, out: Path, plan: MetadataPlan | None, epsilons: Sequence[float]
 ) -> dict[str, Any]:
     """Return the manifest's entries about the inputs and the decision."""
-    search, work = result.search, grouping_folder(out)
-    shards = [
-        {"name": name, "rows": int(rows)}
-        for name, rows in zip(search.names, np.diff(search.offsets), strict=True)
-    ]
+    search, inputs, work = result.search, result.search.inputs, grouping_folder(out)
+    described, checksums = result.entries(epsilons, work), search.checksums
     if inputs.features is not None:
-        shards = add_checksums(inputs.features.describe(), search.checksums)
-    sources: dict[str, Any] = {}
+        described["shards"] = describe_shards(inputs.features, checksums["features"])
+    else:
+        sizes = zip(search.names, np.diff(search.offsets).tolist(), strict=True)
+        described["shards"] = [{"name": name, "rows": rows} for name, rows in sizes]
     if inputs.text is not None:
-        texts = add_checksums(inputs.text.describe(), search.text_checksums)
-        sources["text"] = {"request": request_of(inputs.text), "shards": texts}
+        shards = describe_shards(inputs.text, checksums["text"])
+        described["text"] = {"request": request_of(inputs.text), "shards": shards}
     if inputs.references is not None:
-        sources["references"] = inputs.references.describe(search.reference_checksums)
-    baselines = count_baselines(plan.table, result.members, work) if plan else {}
-    entries = result.entries(epsilons, work)
-    return {**entries, "shards": shards, **sources, "baselines": baselines}
+        described["references"] = inputs.references.describe(checksums["references"])
+    described["baselines"] = count_baselines(plan.table, result.members, work) if plan else {}
+    return described
 
 
-def add_checksums(shards: list[dict[str, Any]], checksums: list[int]) -> list[dict[str, Any]]:
-    """Add the checksum that was computed of each shard to its description."""
-    for shard, checksum in zip(shards, checksums, strict=True):
-        shard["checksum"] = checksum_text(checksum)
-    return shards
+def describe_shards(features: Features, checksums: list[int]) -> list[dict[str, Any]]:
+    """Return what a manifest holds of shards, with the checksums of their rows."""
+    return [
+        {**shard, "checksum": checksum_text(checksum)}
+        for shard, checksum in zip(features.describe(), checksums, strict=True)
+    ]
 
 
 def baseline_columns(metadata: Metadata) -> list[str]:

@@ -8,7 +8,7 @@ what is found is compared with the exact neighbours, duplicates and partners in 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -211,12 +211,11 @@ def evaluate(
         features, asked, raw, I, D[:, 0] >= np.float32(threshold), features.gather(picked),
         nlist, sizes, nprobes, flag_nprobe, seed, threads,
     )  # fmt: skip
-    neighbours, flags = [], []
+    found: dict[str, list[dict[str, Any]]] = {"neighbours": [], "flags": []}
     for contender in contenders:
         with clock.stage(f"judge {contender.name}"):
-            found = judge(contender, task)
-            neighbours += found[0]
-            flags += found[1]
+            for table, line in judge(contender, task):
+                found[table].append({"contender": contender.name, **line})
     results: dict[str, Any] = {
         "rows": features.rows,
         "dim": features.dim,
@@ -224,9 +223,9 @@ def evaluate(
         "learned_rows": len(learn),
         "duplicates": int(task.duplicated.sum()),
         "nlist": nlist,
-        "neighbours": neighbours,
-        "budget": budget(neighbours, nprobes),
-        "flags": flags,
+        "neighbours": found["neighbours"],
+        "budget": budget(found["neighbours"], nprobes),
+        "flags": found["flags"],
     }
     if texts is not None:
         with clock.stage("text"):
@@ -301,16 +300,13 @@ def make_contenders(
     ]
 
 
-def judge(contender: Contender, task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the recall of neighbours and the duplicate flags, one dict a measurement."""
-    neighbours: list[dict[str, Any]] = []
-    flags: list[dict[str, Any]] = []
-    features, most, trained = task.features, max(RECALL_AT), None
+def judge(contender: Contender, task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield lines of two tables: ``neighbours``, their recall, and ``flags`` of duplicates."""
+    features, threads, most, trained = task.features, task.threads, max(RECALL_AT), None
 
-    def note(m: int | None, nprobe: int | None, I: np.ndarray) -> None:
+    def neighbours(m: int | None, nprobe: int | None, I: np.ndarray) -> tuple[str, dict[str, Any]]:
         at = {str(k): round(recall(I, task.I, k), 4) for k in RECALL_AT}
-        found = {"contender": contender.name, "bytes": m, "nprobe": nprobe, "recall": at}
-        neighbours.append(found)
+        return "neighbours", {"bytes": m, "nprobe": nprobe, "recall": at}
 
     for m in [None, *task.sizes]:
         vectors = contender.vectors(m)
@@ -322,32 +318,30 @@ def judge(contender: Contender, task: Task) -> tuple[list[dict[str, Any]], list[
 
         x = vectors(task.raw)
         if m is None:
-            I = nearest_vectors(x, load, features.rows, most, task.threads, task.queries)[1]
-            note(None, None, I)
+            I = nearest_vectors(x, load, features.rows, most, threads, task.queries)[1]
+            yield neighbours(None, None, I)
             continue
         if x.shape[1] % m:
             continue  # as faiss would refuse it
         if trained is None or trained[0] is not vectors:  # code sizes share coarse centroids
-            y = vectors(task.sample)
-            centroids = kmeans(
-                y, task.nlist, iterations=ITERATIONS, seed=task.seed, threads=task.threads
-            )
+            y, seed = vectors(task.sample), task.seed
+            centroids = kmeans(y, task.nlist, iterations=ITERATIONS, seed=seed, threads=threads)
             trained = vectors, y, centroids
         quantiser = train_quantiser(
-            trained[1], nlist=task.nlist, m=m, nbits=8, seed=task.seed, threads=task.threads,
+            trained[1], nlist=task.nlist, m=m, nbits=8, seed=task.seed, threads=threads,
             centroids=trained[2],
         )  # fmt: skip
         indexed = IndexedRows(quantiser)
-        for block in ordered_map(load, plan_blocks(features.rows, BLOCK_ROWS), task.threads):
+        for block in ordered_map(load, plan_blocks(features.rows, BLOCK_ROWS), threads):
             indexed.add(block)
-        with library_threads(task.threads):
+        with library_threads(threads):
             for nprobe in task.nprobes:
                 I = indexed.search(x, most + 1, nprobe)[1]
-                note(m, nprobe, drop_own(I, task.queries))
-            flags += [{"contender": contender.name, "bytes": m, **found}
-                      for found in judge_flags(indexed, x, task)]  # fmt: skip
-        note(m, task.nlist, indexed.nearest_of_all(x, task.queries, most, task.threads))
-    return neighbours, flags
+                yield neighbours(m, nprobe, drop_own(I, task.queries))
+            for line in judge_flags(indexed, x, task):
+                yield "flags", {"bytes": m, **line}
+        I = indexed.nearest_of_all(x, task.queries, most, threads)
+        yield neighbours(m, task.nlist, I)
 
 
 def judge_flags(indexed: IndexedRows, x: np.ndarray, task: Task) -> list[dict[str, Any]]:

@@ -12,15 +12,18 @@ import hashlib
 import importlib.util
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from snipdedup.errors import SnipError
+
+if TYPE_CHECKING:
+    from snipdedup.metadata.gather import RowTexts
 
 TEMPLATES = Path(__file__).parent / "templates"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # line breaks among them
@@ -126,6 +129,31 @@ def places_of(shards: list[dict[str, Any]], rows: Iterable[int]) -> dict[int, di
         place = {"shard": str(shards[number]["name"]), "shard_row": row - int(offsets[number])}
         places[row] = place
     return places
+
+
+@dataclass
+class ShownRow:
+    """A row, where it lies, and its texts; None where unknown."""
+
+    row: int
+    shard: str
+    shard_row: int
+    key: str | None = None
+    url: str | None = None
+    caption: str | None = None
+
+
+def fill_texts(shown: Sequence[ShownRow], texts: RowTexts, *names: str) -> None:
+    """Set ``key``, ``url`` or ``caption`` of rows to what the metadata holds."""
+    from snipdedup.metadata.gather import CAPTIONS, URLS  # pyarrow takes a while
+    from snipdedup.metadata.tables import KEY_COLUMNS
+
+    columns = {"key": KEY_COLUMNS, "url": URLS, "caption": CAPTIONS}
+    rows = np.array([one.row for one in shown], np.int64)
+    for name in names:
+        values = texts.read(texts.find(wanted=columns[name]), rows)
+        for one in shown:
+            setattr(one, name, values.get(one.row))
 
 
 @dataclass(frozen=True)

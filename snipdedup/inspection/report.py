@@ -22,7 +22,7 @@ from snipdedup.deduplication.inputs import KIND, named_paths
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members
 from snipdedup.inspection import display, thumbnails
-from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
+from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
@@ -68,18 +68,12 @@ class ReportResult:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the page shows of one row; texts are empty where unknown."""
+@dataclass
+class Row(display.ShownRow):
+    """What the page shows of one row."""
 
-    row: int
-    shard: str
-    shard_row: int
-    removed: bool
-    key: str
-    caption: str
-    url: str
-    picture: str  # a ``data:`` URL of a thumbnail
+    removed: bool = False
+    picture: str | None = None  # a ``data:`` URL of a thumbnail
 
 
 def run(options: Report) -> ReportResult:
@@ -93,10 +87,8 @@ def run(options: Report) -> ReportResult:
         manifest = read_manifest(out, KIND)
         target = out / NAME if options.html is None else Path(options.html).expanduser()
         texts = open_row_texts(out, manifest, options.metadata)
-        read = [] if texts.metadata is None else texts.metadata.inputs()
-        if options.images is not None:
-            read = [*read, Path(options.images).expanduser()]
-        refuse_output_file(target, [*read, *named_paths(manifest)])
+        images = [] if options.images is None else [Path(options.images).expanduser()]
+        refuse_output_file(target, [*texts.inputs(), *images, *named_paths(manifest)])
         if not options.overwrite:
             check_target(target, pictured)
         text, pictures = make_page(out, manifest, texts, options)
@@ -129,8 +121,8 @@ def make_page(
     settings, counts, shards = manifest["settings"], manifest["counts"], manifest["shards"]
     threshold, keep = settings["threshold"], settings["keep"]
     offsets, groups = display.shard_offsets(shards), out / "groups.parquet"
-    done = read_out.Run(threshold, keep, settings["seed"] or 0, offsets)
-    survey, curve = read_out.survey_groups(groups, done, options.seed), None
+    survey = read_out.survey_groups(groups, settings, offsets, options.seed)
+    curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold)
         curve = curve_section(known, counts)
@@ -143,7 +135,13 @@ def make_page(
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
     keys, is_dup = read_out.read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
     pictures, found = find_pictures(shown, keys, texts, options)
-    rows = describe_shown(shown, shards, is_dup, keys, texts, pictures)
+    rows = {
+        row: Row(
+            row, **place, key=keys.get(row), removed=bool(is_dup[row]), picture=pictures.get(row)
+        )
+        for row, place in display.places_of(shards, shown.tolist()).items()
+    }
+    display.fill_texts(list(rows.values()), texts, "url", "caption")
     page = display.render_page(
         "report.html.j2",
         (display.TEMPLATES / "report.js").read_text("utf-8"),
@@ -178,46 +176,24 @@ def samples(
         return [(rows[a], rows.get(b, ~b), cosine) for a, b, cosine in zip(*columns, strict=True)]
 
     copied = zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
-    spared = zip(survey.spared.row.tolist(), survey.spared_by.tolist(), strict=True)
     found = ((rows[row], *partners.get(row, (row, np.nan))) for row in asked)
     return {
         "bands": [(band, pairs(band.shown)) for band in survey.bands if band.rows],
         "below": (survey.below, pairs(survey.below.shown)),
         "groups": [(group, pairs(group.shown)) for group in survey.largest],
         "copied": [(rows[row], count) for row, count in copied],
-        "spared": [(rows[row], rows[other]) for row, other in spared],
+        "spared": pairs(survey.spared.shown),
         "asked": [(a, rows.get(b, ~b) if a.removed else None, cosine) for a, b, cosine in found],
     }
 
 
 def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
     """Return all rows that the page shows and some more, ascending, without those of references."""
-    samples = [*(band.shown for band in (*survey.bands, survey.below)), survey.spared]
+    samples = [sample.shown for sample in (*survey.bands, survey.below, survey.spared)]
     samples += [group.shown for group in survey.largest]
     parts = [rows for sample in samples for rows in (sample.row, sample.representative)]
-    rows = np.unique(np.concatenate([*parts, survey.copied, survey.spared_by, more]))
+    rows = np.unique(np.concatenate([*parts, survey.copied, more]))
     return rows[rows >= 0].astype(np.int64)
-
-
-def describe_shown(
-    shown: np.ndarray, shards: list[dict[str, Any]], is_dup: np.ndarray, keys: dict[int, str],
-    texts: RowTexts, pictures: dict[int, str],
-) -> dict[int, Row]:  # fmt: skip
-    """Return what is known of the rows that are shown."""
-    captions = texts.read(texts.find(wanted=CAPTIONS), shown)
-    urls = texts.read(texts.find(wanted=URLS), shown)
-    return {
-        row: Row(
-            row=row,
-            **place,
-            removed=bool(is_dup[row]),
-            key=keys.get(row, ""),
-            caption=captions.get(row, ""),
-            url=urls.get(row, ""),
-            picture=pictures.get(row, ""),
-        )
-        for row, place in display.places_of(shards, shown.tolist()).items()
-    }
 
 
 def find_pictures(

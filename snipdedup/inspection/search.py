@@ -22,7 +22,14 @@ from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
 from snipdedup.index.folder import Index, held_encoder, is_descriptors, load_encoder
 from snipdedup.index.search import MappedLists
-from snipdedup.inspection.display import places_of, render_page, require, terminal_text
+from snipdedup.inspection.display import (
+    ShownRow,
+    fill_texts,
+    places_of,
+    render_page,
+    require,
+    terminal_text,
+)
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import read_manifest, refuse_output_file
 
@@ -34,16 +41,10 @@ TABLE_WIDTH = 60  # characters of a caption or url in the table
 
 
 @dataclass
-class Neighbour:
-    """A row, where it lies, its score (a cosine or an ADC distance), and its texts if known."""
+class Neighbour(ShownRow):
+    """A row and its score, a cosine or an ADC distance; None of the query itself."""
 
-    row: int
-    shard: str
-    shard_row: int
     score: float | None = None
-    key: str | None = None
-    url: str | None = None
-    caption: str | None = None
 
 
 @dataclass
@@ -116,17 +117,23 @@ def run(options: Search) -> SearchResult:
     index = Index(options.index)
     if options.html is not None:
         require("jinja2", "--html")
-    metadata = open_table_of(index, options)
+    beside, texts = options.features or index.manifest.get("features_at"), None
+    source: Any = options.metadata or (implied_metadata(beside) if beside else None)
+    if source is not None:
+        from snipdedup.metadata.gather import open_row_texts  # pyarrow takes a while
+
+        texts = open_row_texts(index.folder, index.manifest, source)
     features, of, why = raw_features(index, options)
     page = None if options.html is None else Path(options.html).expanduser()
     if page is not None:
-        read = [index.folder, *([] if metadata is None else metadata.inputs())]
+        read = [index.folder, *([] if texts is None else texts.inputs())]
         if isinstance(options.query, str) and options.query.lower().endswith(VECTORS):
             read.append(Path(options.query).expanduser())
         refuse_output_file(page, [*read, *([] if features is None else features.paths())])
     result = dataclasses.replace(search(index, features, of, why, options), page=page)
-    if metadata is not None:
-        add_texts(result, metadata)
+    if texts is not None:
+        shown = [n for a in result.answers for n in (*a.neighbours, *([a.row] if a.row else []))]
+        fill_texts(shown, texts, *TEXTS)
     if page is not None:
         with replacing(page) as part:
             text = render_page("search.html.j2", index=index.folder.name, result=result)
@@ -199,33 +206,6 @@ def raw_features(index: Index, options: Search) -> tuple[Features | None, str, s
         if any(now[name] != then.get(name) for name in now):
             return None, "", f"{source} changed since; if the rows are the same, give --features"
     return features, "descriptors" if is_descriptors(source) else "features", ""
-
-
-def open_table_of(index: Index, options: Search) -> Any:
-    """Return the metadata: given, or beside a folder of features; None if there is none."""
-    beside = options.features or index.manifest.get("features_at")
-    source: Any = options.metadata or (implied_metadata(beside) if beside else None)
-    if source is None:
-        return None
-    from snipdedup.metadata.tables import open_metadata  # pyarrow takes a while too
-
-    metadata = open_metadata(source)
-    metadata.check_matches(index.manifest["shards"])
-    return metadata
-
-
-def add_texts(result: SearchResult, metadata: Any) -> None:
-    """Fill in key, url and caption of every row shown."""
-    from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
-    from snipdedup.metadata.tables import KEY_COLUMNS
-
-    texts = RowTexts(metadata)
-    shown = [n for a in result.answers for n in (*a.neighbours, *([a.row] if a.row else []))]
-    rows = np.array([neighbour.row for neighbour in shown], np.int64)
-    for name, wanted in zip(TEXTS, (KEY_COLUMNS, URLS, CAPTIONS), strict=True):
-        values = texts.read(texts.find(wanted=wanted), rows)
-        for neighbour in shown:
-            setattr(neighbour, name, values.get(neighbour.row))
 
 
 def parse_query(

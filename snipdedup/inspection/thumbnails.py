@@ -91,7 +91,7 @@ def by_key(spec: str, keys: Iterable[str]) -> Thumbnails:
     if tars:
         add_from_tars(tars, wanted, found)
     elif path.is_dir():
-        for key, files in find_files(path, sorted(wanted)).items():
+        for key, files in picture_files(path, sorted(wanted)).items():
             if len(files) == 1:
                 found.add_file(files[0], key)
             elif files:
@@ -118,7 +118,7 @@ def img2dataset_shard(key: str) -> str:
     return key[:SHARD_DIGITS] if key.isdecimal() and len(key) > SHARD_DIGITS else ""
 
 
-def find_files(folder: Path, keys: list[str]) -> dict[str, list[Path]]:
+def picture_files(folder: Path, keys: list[str]) -> dict[str, list[Path]]:
     """Return the picture files of keys: where they should be, else anywhere below the folder."""
     found: dict[str, list[Path]] = {}
     for key in keys:
