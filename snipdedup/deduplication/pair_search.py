@@ -176,9 +176,10 @@ def save_search(search: PairSearch, work: Path) -> None:
 
 def load_search(work: Path, inputs: Inputs) -> PairSearch | None:
     """Read back what `save_search` wrote; None where there is nothing, or it is damaged."""
-    if not atomic.is_done(work / DONE_FILE, work):
+    done = atomic.read_done(work / DONE_FILE, work)
+    if done is None:
         return None
-    values = atomic.load_json(work / DONE_FILE)["values"]
+    values = done["values"]
     with np.load(work / ARRAY_FILE) as file:
         values |= dict(file)
     for name, kind in TUPLES.items():

@@ -28,12 +28,10 @@ from snipdedup.metadata.kept_rows import (
     kept_names,
     list_columns,
     list_uses,
-    try_writing,
     write_kept,
     write_lists,
 )
 from snipdedup.metadata.tables import (
-    ColumnUse,
     Metadata,
     as_texts,
     try_column_uses,
@@ -89,7 +87,6 @@ def plan_metadata(
     for column in baseline_columns(table):
         uses.append(use_of_column(column, key_bytes, remedy))
     uses += [*added, *list_uses(lists, table)]
-    uses.append(ColumnUse(None, try_writing, "leave it out of META", by_schema=True))
     try_column_uses(table, uses)
     return MetadataPlan(table, key, columns, lists)
 

@@ -59,6 +59,10 @@ class DownloadPlan:
     first_row: int
     work: Path
 
+    def arrived(self) -> Path:
+        """Return the folder that files are fetched to."""
+        return self.work / (FILES if self.mask is None else "arrived")
+
     def outputs(self, item: DownloadItem) -> list[Path]:
         """Return where the files of an item lie when they are complete."""
         return [*item.places(self.work / FILES, None if self.mask is None else ".parquet")]
@@ -70,9 +74,10 @@ class DownloadPlan:
 
 def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
     """Fetch files several at a time, filter them in order; yield their entries of the manifest."""
-    done = {item.table.name: read_done(item, plan) for item in plan.items}
-    pending = [item for item in plan.items if not done[item.table.name]]
-    arrived, row = plan.work / (FILES if plan.mask is None else "arrived"), plan.first_row
+    # what a stopped run completed, and what was not damaged since then
+    done = [atomic.read_done(plan.done_file(item), plan.work / FILES) for item in plan.items]
+    pending = [item for item, about in zip(plan.items, done, strict=True) if about is None]
+    arrived, row = plan.arrived(), plan.first_row
     total = sum(file.size or 0 for item in pending for file in item.places(arrived).values())
     with progress.bar(total, "download", "B") as bar:
         monitor = Monitor(bar)
@@ -83,35 +88,30 @@ def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
             return table
 
         with closing(monitor.map(fetch, pending, jobs)) as fetched:
-            for item in plan.items:
-                about = done[item.table.name]
-                if not about:
-                    about, paths, outputs = (
-                        next(fetched),
-                        [*item.places(arrived)],
-                        plan.outputs(item),
-                    )
-                    about |= {**check_item(item, paths), "first_row": row}
-                    if plan.mask is not None:
-                        about |= filter_item(item, paths, plan, plan.mask, row)
-                    named = {path.relative_to(plan.work / FILES).as_posix(): path
-                             for path in outputs}  # fmt: skip
-                    atomic.write_done_file(plan.done_file(item), named, about)
-                    for path in paths:
-                        done_file_of(path).unlink()
-                        if path not in outputs:
-                            path.unlink()
+            for item, earlier in zip(plan.items, done, strict=True):
+                about = earlier or finish_item(item, plan, row, next(fetched))
                 yield about
                 row += about["rows"]
 
 
-def read_done(item: DownloadItem, plan: DownloadPlan) -> dict[str, Any]:
-    """Return the entry of a file that a stopped run completed, else nothing."""
-    done_file = plan.done_file(item)
-    if not atomic.is_done(done_file, plan.work / FILES):  # or damaged since then
-        return {}
-    about = atomic.load_json(done_file)
-    return {name: value for name, value in about.items() if name not in ("files", "seal")}
+def finish_item(
+    item: DownloadItem, plan: DownloadPlan, row: int, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Check files that arrived, filter them by the mask, and write their done file.
+
+    ``row`` is their first row in the set. Returns the manifest's entry, which ``about`` begins.
+    """
+    paths, outputs = [*item.places(plan.arrived())], plan.outputs(item)
+    about |= {**check_item(item, paths), "first_row": row}
+    if plan.mask is not None:
+        about |= filter_item(item, paths, outputs, plan.mask, row)
+    named = {path.relative_to(plan.work / FILES).as_posix(): path for path in outputs}
+    atomic.write_done_file(plan.done_file(item), named, about)
+    for path in paths:
+        done_file_of(path).unlink()
+        if path not in outputs:
+            path.unlink()
+    return about
 
 
 def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
@@ -139,13 +139,13 @@ def count_arrived(file: SourceFile, path: Path, what: str) -> int:
 
 
 def filter_item(
-    item: DownloadItem, paths: Sequence[Path], plan: DownloadPlan, mask: Mask, row: int
+    item: DownloadItem, paths: Sequence[Path], outputs: Sequence[Path], mask: Mask, row: int
 ) -> dict[str, Any]:
     """Write the kept rows of one file, whose first row is ``row`` of the set, and its features.
 
     A file that is not the mask's is refused.
     """
-    table, outputs, name = Table(paths[0]), plan.outputs(item), item.table.shown
+    table, name = Table(paths[0]), item.table.shown
     stop = row + table.rows
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
         masks.check_sizes([(name, table.rows)], mask.sizes, item.number)

@@ -129,11 +129,10 @@ def fetch_once(file: SourceFile, target: Path, monitor: Monitor) -> dict[str, An
     A done file beside the target tells that it is this file, and that it was not damaged since.
     """
     done_file = done_file_of(target)
-    if atomic.is_done(done_file, target.parent):
-        about: dict[str, Any] = atomic.load_json(done_file)
-        if file.identity().items() <= about.items():
-            monitor.report(target, about["size"])
-            return {"size": about["size"], "etag": about["etag"]}
+    about = atomic.read_done(done_file, target.parent)
+    if about is not None and file.identity().items() <= about.items():
+        monitor.report(target, about["size"])
+        return {"size": about["size"], "etag": about["etag"]}
     target.unlink(missing_ok=True)
     about = fetch_file(file, target, monitor)
     atomic.write_done_file(done_file, [target], {**file.identity(), **about})

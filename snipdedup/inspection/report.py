@@ -87,10 +87,8 @@ def run(options: Report) -> ReportResult:
         manifest = read_manifest(out, KIND)
         target = out / NAME if options.html is None else Path(options.html).expanduser()
         texts = open_row_texts(out, manifest, options.metadata)
-        read = [] if texts.metadata is None else texts.metadata.inputs()
-        if options.images is not None:
-            read = [*read, Path(options.images).expanduser()]
-        refuse_output_file(target, [*read, *named_paths(manifest)])
+        images = [] if options.images is None else [Path(options.images).expanduser()]
+        refuse_output_file(target, [*texts.inputs(), *images, *named_paths(manifest)])
         if not options.overwrite:
             check_target(target, pictured)
         text, pictures = make_page(out, manifest, texts, options)

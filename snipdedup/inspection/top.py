@@ -94,8 +94,7 @@ def run(options: Top) -> TopResult:
                     f"--prompts writes captions, but no metadata with a column "
                     f"{' or '.join(CAPTIONS)} is known for {folder}; name it with --metadata"
                 )
-            known = [] if texts.metadata is None else texts.metadata.inputs()
-            refuse_output_file(target, [folder, *known, *named_paths(manifest)])
+            refuse_output_file(target, [folder, *texts.inputs(), *named_paths(manifest)])
         groups, threshold = folder / "groups.parquet", manifest["settings"]["threshold"]
         ranked = rank_rows(groups, options.n, threshold)
         keys = read_keys(groups, np.array([one.row for one in ranked], np.int64))

@@ -114,9 +114,9 @@ class KeyJoin:
     """A join of the rows of ``metadata`` with those of a mask's set, and what `run` finds.
 
     ``known`` has all rows of the mask's set, in its order; or the kept rows only, where ``groups``
-    (``groups.parquet``) has the keys of the removed rows. Rows of the states ``removing`` are
-    removed; any number of rows may be in the states ``asked``. ``counts``, (5,) int64, are rows by
-    state, ``examples`` the first rows of each, ``repeated`` rows that share their key with another.
+    (``groups.parquet``) has the keys of the removed rows. ``policies`` say by state ``keep`` or
+    ``remove``; without one rows are kept, but there may not be many. ``counts``, (5,) int64, are
+    rows by state, ``examples`` the first rows of each, ``repeated`` rows that share their key.
     """
 
     metadata: Metadata
@@ -124,8 +124,7 @@ class KeyJoin:
     groups: Path | None
     known_columns: KeyColumns
     columns: KeyColumns
-    removing: Sequence[int]
-    asked: Sequence[int]
+    policies: dict[int, str | None]
     counts: np.ndarray = field(default_factory=lambda: np.zeros(len(STATES), np.int64))
     examples: list[list[int]] = field(default_factory=lambda: [[] for _ in STATES])
     repeated: int = 0
@@ -140,13 +139,9 @@ class KeyJoin:
         spread = Spread(mask.rows + count, 0, (1 << 64) - 1)
         sorter = Sorter(work / "rows", KEYED_ROW, lambda r: r["high"], spread=spread)
         with progress.bar(mask.rows + count, "keys", "rows") as bar:
-            for records in self._decided(mask):
+            for records in self._keyed_rows(mask):
                 sorter.add(records)
                 bar.update(len(records))
-            for file, first, batch in self.metadata.read(self.columns.needed()):
-                rows = np.arange(first, first + batch.num_rows)
-                sorter.add(self.columns.records(file, rows, batch))
-                bar.update(batch.num_rows)
         blocks = plan_blocks(count, STATE_ROWS)
         with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,14 +159,16 @@ class KeyJoin:
             for state, rows_shown in enumerate(self.examples):
                 found = np.flatnonzero(part == state)[: SHOWN_ROWS - len(rows_shown)]
                 rows_shown.extend((start + found).tolist())
-            part[:] = np.isin(part, self.removing)
+            part[:] = np.isin(
+                part, [s for s, policy in self.policies.items() if policy == "remove"]
+            )
         for state in (CONTRADICTED, UNMATCHED, AMBIGUOUS):
-            if state not in self.asked and self.counts[state] > MOST_IN_DOUBT * count:
+            if self.policies.get(state) is None and self.counts[state] > MOST_IN_DOUBT * count:
                 raise SnipError(self._refusal(state))
         return states.view(np.bool_)
 
-    def _decided(self, mask: Mask) -> Iterator[np.ndarray]:
-        """Yield the rows of the mask's set as `KEYED_ROW`."""
+    def _keyed_rows(self, mask: Mask) -> Iterator[np.ndarray]:
+        """Yield the rows of the mask's set, then the others, as `KEYED_ROW`."""
         for file, first, batch in self.known.read(self.known_columns.needed()):
             removed = np.zeros(batch.num_rows, int)
             if self.groups is None:
@@ -182,6 +179,8 @@ class KeyJoin:
             for _, batch in table.batches(["key", "is_dup"]):
                 keys = batch.filter(batch.column("is_dup")).select(["key"])
                 yield KeyColumns(["key"]).records(table, DECIDED[1], keys)
+        for file, first, batch in self.metadata.read(self.columns.needed()):
+            yield self.columns.records(file, np.arange(first, first + batch.num_rows), batch)
 
     def _decide(self, states: np.ndarray, records: np.ndarray) -> None:
         """Set the states of rows of whose keys all records are here."""
@@ -226,7 +225,7 @@ class KeyJoin:
 
     def report(self) -> str:
         """Return the lines that a run prints about its join."""
-        counts, fate = self.counts, ["removed" if s in self.removing else "kept" for s in range(5)]
+        counts = self.counts
         matched = int(counts.sum() - counts[[UNMATCHED, CONTRADICTED]].sum())
         lines = [f"  matched by {', '.join(self.columns.key):<12}{matched:>12,}"]
         reasons = {
@@ -237,7 +236,8 @@ class KeyJoin:
         for state, reason in reasons.items():
             line = f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}"
             if counts[state]:
-                line += f"; they are {fate[state]}: {self._places(state)}"
+                fate = "removed" if self.policies.get(state) == "remove" else "kept"
+                line += f"; they are {fate}: {self._places(state)}"
             if counts[state] or state != CONTRADICTED:
                 lines.append(line)
         lines.append(f"  {'repeated':<23}{self.repeated:>12,}  share their key with another row")
@@ -269,15 +269,8 @@ def plan_key_join(
     for table, key in zip((known, metadata), both_keys, strict=True):
         use = ColumnUse(key.needed(), key.records, "find rows by another column with --on")
         try_column_uses(table, [use])
-    policies = {UNMATCHED: unmatched, AMBIGUOUS: ambiguous}
-    return KeyJoin(
-        metadata,
-        known,
-        groups,
-        *both_keys,
-        [REMOVED, *(state for state, policy in policies.items() if policy == "remove")],
-        [state for state, policy in policies.items() if policy is not None],
-    )
+    policies = {REMOVED: "remove", UNMATCHED: unmatched, AMBIGUOUS: ambiguous}
+    return KeyJoin(metadata, known, groups, *both_keys, policies)
 
 
 def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Metadata, Path | None]:

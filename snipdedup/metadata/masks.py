@@ -59,17 +59,6 @@ class Mask(NamedTuple):
         return len(self.is_dup)
 
 
-class FileRange(NamedTuple):
-    """Which of the files at hand are meant, ``first`` to ``last`` (exclusive), by position.
-
-    ``row`` is the mask's row at which the first of these begins.
-    """
-
-    first: int
-    last: int
-    row: int
-
-
 def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
     """Open a ``.npy`` mask, or that of a folder that ``snip dedup`` wrote.
 
@@ -188,8 +177,10 @@ def resolve_sizes(mask: Mask, place: Callable[[Mask], T]) -> tuple[Mask, T]:
     return accepted[0]
 
 
-def place_metadata(metadata: Metadata, mask: Mask, start: int | None, end: int | None) -> FileRange:
-    """Place metadata in a mask: all of its files, or a range as `place_range` does."""
+def place_metadata(
+    metadata: Metadata, mask: Mask, start: int | None, end: int | None
+) -> tuple[int, int, int]:
+    """Place metadata in a mask: all of its files, or a range; return what `place_range` does."""
     files = metadata.sizes()
     if metadata.rows == mask.rows:  # the whole set: the number of its files tells what a 0 means
         fitting = [sizes for sizes in mask.meanings if len(sizes) == len(files)]
@@ -199,7 +190,7 @@ def place_metadata(metadata: Metadata, mask: Mask, start: int | None, end: int |
     return resolve_sizes(mask, lambda one: place_range(files, one, start or 0, end))[1]
 
 
-def place_all(files: Sequence[NamedSize], mask: Mask) -> FileRange:
+def place_all(files: Sequence[NamedSize], mask: Mask) -> tuple[int, int, int]:
     """Place a whole set: its files' rows must be the mask's, or it is refused."""
     total = sum(rows for _, rows in files)
     if total != mask.rows:
@@ -210,30 +201,33 @@ def place_all(files: Sequence[NamedSize], mask: Mask) -> FileRange:
         )
     if mask.sizes is not None and len(mask.sizes) == len(files):
         check_sizes(files, mask.sizes, 0)
-    return FileRange(0, len(files), 0)
+    return 0, len(files), 0
 
 
-def place_range(files: Sequence[NamedSize], mask: Mask, start: int, end: int | None) -> FileRange:
+def place_range(
+    files: Sequence[NamedSize], mask: Mask, start: int, end: int | None
+) -> tuple[int, int, int]:
     """Place files ``start`` to ``end`` (exclusive, None: the last) of a set, numbered from 0.
 
     The files at hand may be a part of the set. It is refused if it is not certain which files are
-    meant, or at which row the first one begins.
+    meant, or at which row the first one begins. Returns the positions of those that are meant
+    among the files at hand (first, last exclusive), and the mask's row at which they begin.
     """
-    sizes, rows = mask.sizes, [rows for _, rows in files]
+    sizes, names, rows = mask.sizes, [name for name, _ in files], [rows for _, rows in files]
     if sizes is not None and sum(rows) == mask.rows and len(files) != len(sizes):
         sizes = None  # the whole set in other files than its features: these files count
     first, last = choose_files(files, sizes, start, end)
     if sizes is not None:
         check_sizes(files[first:last], sizes, start)
         begin = int(sizes[:start].sum())
-    elif first == start and (sum(rows) == mask.rows or has_numbers(files)):
+    elif first == start and (sum(rows) == mask.rows or file_numbers(names) is not None):
         begin = sum(rows[:start])
     else:
         why = f"files 0 to {start - 1} are not there"
         if first == start:
             why = f"no name has a number, and {sum(rows):,} of {mask.rows:,} rows are there"
         raise SnipError(
-            f"at which row of the set {files[first][0]} begins is not known: {why}; {HOW_TO_PLACE}"
+            f"at which row of the set {names[first]} begins is not known: {why}; {HOW_TO_PLACE}"
         )
     stop = begin + sum(rows[first:last])
     if stop > mask.rows:
@@ -241,7 +235,7 @@ def place_range(files: Sequence[NamedSize], mask: Mask, start: int, end: int | N
             f"files {start} to {start + last - first - 1} are rows {begin:,} to {stop:,} of their "
             f"set, the mask {mask.path} has {mask.rows:,}: it is of another set; {BY_KEY}"
         )
-    return FileRange(first, last, begin)
+    return first, last, begin
 
 
 def file_numbers(names: Sequence[str]) -> list[int] | None:
@@ -265,11 +259,6 @@ def file_numbers(names: Sequence[str]) -> list[int] | None:
         if len(heads) == 1 and len(set(numbers)) == len(numbers):
             return numbers
     return None
-
-
-def has_numbers(files: Sequence[NamedSize]) -> bool:
-    """Tell whether the names of files have numbers."""
-    return file_numbers([name for name, _ in files]) is not None
 
 
 def choose_files(

@@ -25,15 +25,7 @@ import numpy as np
 from snipdedup.errors import InputError, MissingError, RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
 from snipdedup.storage import web
-from snipdedup.storage.web import (
-    AGAIN,
-    FileVersion,
-    Stream,
-    Token,
-    is_web,
-    redacted,
-    scheme_of,
-)
+from snipdedup.storage.web import AGAIN, FileVersion, Stream, Token, is_web, redacted, scheme_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -156,8 +148,7 @@ class RemotePath(PATH):
 
     def read_range(self, begin: int, end: int) -> bytes:
         """Return the bytes ``begin`` to ``end`` (exclusive), long ranges by several requests."""
-        cuts = range(begin, end, RANGE_BYTES)
-        return b"".join(self.read_ranges((cut, min(cut + RANGE_BYTES, end)) for cut in cuts))
+        return b"".join(self.read_ranges(cut_range(begin, end)))
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Yield the bytes of each (begin, end) in order, one request each, `REQUESTS` at a time.
@@ -183,6 +174,11 @@ class RemotePath(PATH):
             block = np.frombuffer(data, np.uint8).reshape(-1, row_bytes)
             found[low:high] = block[rows[low:high] - rows[low]]
         return found
+
+
+def cut_range(begin: int, end: int) -> list[tuple[int, int]]:
+    """Cut bytes ``begin`` to ``end`` (exclusive) into ranges of one request."""
+    return [(cut, min(cut + RANGE_BYTES, end)) for cut in range(begin, end, RANGE_BYTES)]
 
 
 def plan_ranges(rows: np.ndarray, row_bytes: int) -> list[tuple[int, int]]:
@@ -343,22 +339,10 @@ def open_stream(
     Of web files the version is a strong ETag: only such a file can be continued by a range.
     """
     if not is_web(url):
-        size, now = read_version(url)
-        begin = 0 if begin > size or version not in (None, now) else begin
-        return Stream(begin, size, now, read_store(url, begin, size))
+        now = read_version(url)
+        begin = 0 if begin > now.size or version not in (None, now.version) else begin
+        chunks = (request_range(url, *ends, now) for ends in cut_range(begin, now.size))
+        return Stream(begin, now.size, now.version, chunks)
     stream = web.open_range(url, begin, token=token, if_range=version or "")
     strong = stream.version if stream.version.startswith('"') else ""  # RFC 9110, 8.8.3: W/ is not
     return stream._replace(version=strong)
-
-
-def read_store(url: str, begin: int, size: int) -> Iterator[bytes]:
-    """Yield the bytes of a file that fsspec reads, from ``begin`` to its end."""
-    system, path = filesystem(url)
-    with store_errors(url), system.open(path, "rb") as file:
-        file.seek(begin)
-        while begin < size:
-            chunk = file.read(min(web.CHUNK, size - begin))
-            if not chunk:
-                raise TemporaryError(f"{redacted(url)}: ends after {begin:,} bytes; {AGAIN}")
-            begin += len(chunk)
-            yield chunk

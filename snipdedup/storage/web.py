@@ -19,13 +19,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from snipdedup import __version__
-from snipdedup.errors import (
-    MissingError,
-    RangeError,
-    SnipError,
-    TemporaryError,
-    UsageError,
-)
+from snipdedup.errors import MissingError, RangeError, SnipError, TemporaryError, UsageError
 
 PART = "{part"  # begins the place of the file number in a pattern
 TIMEOUT_S = 30
