@@ -28,6 +28,7 @@ from snipdedup.commands import (
     refuse,
     required,
 )
+from snipdedup.errors import UsageError
 
 INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
@@ -219,15 +220,17 @@ class Dedup(Input):
 
     def _check(self) -> None:
         method = self.method or ("adc" if self.index is not None else None)  # None: join, or of OUT
+        for methods, names in ONLY_WITH:
+            for name in names:
+                if method not in (None, *methods) and self.is_given(name):
+                    given = f"{name} {self.runner}" if name == "runner" else name
+                    known = " or ".join(methods)
+                    raise UsageError(f"--{given} goes with --method {known}, not {method}")
         alone = all(x is None for x in (self.encoder, self.reference, self.text_features))
         clusters, rowless = method == "semdedup", self.features is None
         shared = self.num_tasks is not None or self.task_index is not None
         ray = self.runner == "ray"
         refuse(
-            *((method not in (None, *methods) and self.is_given(name),
-               f"--{name}{' ray' * (name == 'runner')} goes with --method {' or '.join(methods)}, "
-               f"not {method}")
-              for methods, names in ONLY_WITH for name in names),
             (self.dry_run and not (method in (None, "join") and alone),
              "--dry_run plans a join of FEATURES alone"),
             (rowless and self.index is None,
