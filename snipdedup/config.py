@@ -7,21 +7,21 @@ They are frozen and check their own ranges, so a wrong value is refused before a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
 from snipdedup.commands import (
     ANYWHERE,
+    DECLARED,
     FILE,
     FOLDER,
     URL,
     WRITTEN,
-    Command,
     Settings,
     argument,
     check_file_range,
+    command,
     keep_rules,
     option,
     parse_epsilons,
@@ -30,7 +30,6 @@ from snipdedup.commands import (
 )
 from snipdedup.errors import UsageError
 
-INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
 MAX_SEED = 2**63 - 1  # the largest that every library takes
 METHODS = ("join", "exact", "adc", "semdedup")
@@ -47,25 +46,6 @@ KEEP_REMOVE = ("keep", "remove")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
 DEVICES = ("auto", "cpu", "cuda")
 THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
-COMMANDS: dict[str, Command] = {}  # by name, in the order of the help
-
-S = TypeVar("S", bound=type[Settings])
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def command(
-    name: str, group: str, module: str, example: str, function: str | None = None
-) -> Callable[[S], S]:
-    """Make a class a `Command`; ``function`` is the name in Python where that differs."""
-
-    def declare(options: S) -> S:
-        dataclass(frozen=True, kw_only=True)(options)
-        words = f"snip {name} {example}".strip()
-        made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
-        COMMANDS[name] = made
-        return options
-
-    return declare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,5 +484,6 @@ class Demo(Settings):
     overwrite: bool = option(False, "replace a finished demo")
 
 
+COMMANDS = DECLARED  # by name, in the order of the help
 # Commands that are functions of the library, by their names there: all but the demo.
 BY_FUNCTION = {made.function: made for made in COMMANDS.values() if made.options is not Demo}

@@ -79,7 +79,7 @@ def build(
     decides by itself).
     """
     sizes = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
-    nbits, threads = options.nbits or config.INDEX_NBITS, cores(options.threads)
+    nbits, threads = options.nbits or quantizer.NBITS, cores(options.threads)
     base = None if options.base is None else find_base(options.base)
     known = None if base is None else read_quantiser(base)
     folder = find_encoder(options.encoder, base)
@@ -92,7 +92,7 @@ def build(
         **sizes,
         **{name: getattr(options, name) for name in ("train_rows", "seed")},
     }
-    m = options.m or quantizer.default_m(encoder.dim, config.INDEX_M)
+    m = options.m or quantizer.default_m(encoder.dim)
     check_index_sizes(known, encoder.dim, m, sizes)
     quantizer.check_nlist(options.nlist, features.rows)
     state, request, held = claim_index(out, request, features, options.append, options.overwrite)
@@ -159,7 +159,7 @@ def open_encoder(
         return PlainRows(features.dim, as_stored)
     encoder = load_encoder(folder, None if base is None else base.dim)
     encoder.check_width(features, str(folder))
-    m = m or quantizer.default_m(encoder.dim, config.INDEX_M)
+    m = m or quantizer.default_m(encoder.dim)
     return encoder if base is not None else encoder.for_codes(m, nbits)
 
 
