@@ -21,15 +21,16 @@ from snipdedup.commands import (
     Command,
     Settings,
     argument,
+    check_file_range,
+    keep_rules,
     option,
+    parse_epsilons,
     refuse,
     required,
 )
-from snipdedup.errors import UsageError
 
 INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
-MOST_FILES = 10**6  # of a set, by their numbers
 MAX_SEED = 2**63 - 1  # the largest that every library takes
 METHODS = ("join", "exact", "adc", "semdedup")
 ONLY_WITH = (  # methods, and the settings that the others do not have
@@ -121,7 +122,7 @@ class Compress(Input):
 @command(
     "index", "the chain", "index.build", "img_emb --encoder encoder --out index", "build_index"
 )
-class Index(Input):
+class BuildIndex(Input):
     """Build a sharded IVFPQ index."""
 
     out: str = required("folder for the index; an unfinished one is continued", path=WRITTEN)
@@ -498,49 +499,6 @@ class Demo(Settings):
     pictures: int = option(1500, "pictures to draw before copies are made", 50, 100_000)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished demo")
-
-
-def check_file_range(start: int | None, end: int | None) -> None:
-    """Check that ``--start`` and ``--end`` are a range of file numbers."""
-    first = start or 0
-    refuse(
-        (first < 0 or (end is not None and end <= first),
-         "--start and --end are file numbers from 0, the end exclusive; found "
-         f"--start {first} --end {end}"),
-        (max(first, end or 0) > MOST_FILES,
-         f"--start and --end are file numbers up to {MOST_FILES:,}, not rows"),
-    )  # fmt: skip
-
-
-def parse_epsilons(value: Any) -> list[float]:
-    """Parse ``.05,.03``, a number or a list of them; an empty list for None."""
-    items = value.split(",") if isinstance(value, str) else value
-    items = [] if items is None else items if isinstance(items, list | tuple) else [items]
-    try:
-        numbers = [float(item) for item in items]
-    except (TypeError, ValueError):
-        numbers = [-1.0]
-    if not all(0 <= number <= 2 for number in numbers):
-        raise UsageError(f"--epsilon must be numbers from 0 to 2, by comma, found {value!r}")
-    return numbers
-
-
-def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
-    """Parse ``max:similarity,min:width,last``.
-
-    Returns (``max`` or ``min``, column) for each rule; and ``first``, ``last`` or ``random``, which
-    decides among rows that are still even.
-    """
-    *words, last = (word.strip() for word in text.split(","))
-    if last not in ("first", "last", "random"):
-        words, last = [*words, last], "first"
-    rules = [(way, column) for way, _, column in (word.partition(":") for word in words)]
-    if not all(way in ("max", "min") and column for way, column in rules):
-        raise UsageError(
-            "--keep must be first, last or random, or rules such as max:width,min:similarity,first "
-            f"(the one without a column last), found {text!r}"
-        )
-    return rules, last
 
 
 # Commands that are functions of the library, by their names there: all but the demo.

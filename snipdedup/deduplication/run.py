@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.config import Dedup, Plan, keep_rules, parse_epsilons
+from snipdedup.commands import keep_rules, parse_epsilons
+from snipdedup.config import Dedup, Plan
 from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metadata_of
 from snipdedup.deduplication.methods import check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search

@@ -10,7 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from snipdedup.config import Dedup, parse_epsilons
+from snipdedup.commands import parse_epsilons
+from snipdedup.config import Dedup
 from snipdedup.deduplication.inputs import KIND, Inputs, split_sources
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import request_of

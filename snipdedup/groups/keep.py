@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.config import keep_rules
+from snipdedup.commands import keep_rules
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.groups.members import Rank
 from snipdedup.metadata.tables import ColumnUse, Metadata, Table

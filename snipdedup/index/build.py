@@ -49,7 +49,7 @@ READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
 ROWS = ("features", "features_changed")  # entries of a request that grow with --append
 
 
-def run(options: config.Index) -> Index:
+def run(options: config.BuildIndex) -> Index:
     """Build, continue or grow an index, and export it where that is asked for; see `build`."""
     features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
@@ -70,7 +70,7 @@ def run(options: config.Index) -> Index:
 
 @locks.released()
 def build(
-    features: Features, out: Path, options: config.Index, *, as_stored: bool = False
+    features: Features, out: Path, options: config.BuildIndex, *, as_stored: bool = False
 ) -> Index:
     """Train quantisers, or take those of ``--base``, and write the codes of each shard to ``out``.
 
@@ -92,10 +92,7 @@ def build(
     known = None if base is None else read_quantiser(base)
     encoder = open_encoder(folder, features, known, as_stored, options.m, nbits)
     m = options.m or quantizer.default_m(encoder.dim, config.INDEX_M)
-    if known is None:
-        quantizer.check_m(m, encoder.dim)
-    else:
-        check_base(known, encoder.dim, sizes)
+    check_sizes(known, encoder.dim, m, sizes)
     quantizer.check_nlist(options.nlist, features.rows)
     state, request, held = claim_index(out, request, features, options.append, options.overwrite)
     if state == "done":
@@ -176,15 +173,18 @@ def open_encoder(
     return encoder if base is not None else encoder.for_codes(m, nbits)
 
 
-def check_base(base: Quantiser, dim: int, wanted: dict[str, int | None]) -> None:
-    """Refuse a base of another width, or flags that contradict it."""
-    if base.dim != dim:
+def check_sizes(base: Quantiser | None, dim: int, m: int, sizes: dict[str, int | None]) -> None:
+    """Refuse sub-quantisers that do not divide the width, and what contradicts the base."""
+    if base is None and dim % m:
+        possible = ", ".join(str(n) for n in range(1, min(dim, 256) + 1) if dim % n == 0)
+        raise SnipError(f"--m {m} must divide the width {dim} of the vectors: one of {possible}")
+    if base is not None and base.dim != dim:
         raise SnipError(
             f"--base quantises vectors {base.dim} wide, these are {dim} wide; give the encoder "
             "(or its absence) that it was trained with"
         )
-    for name, value in wanted.items():
-        if value and value != getattr(base, name):
+    for name, value in sizes.items():
+        if base is not None and value and value != getattr(base, name):
             raise SnipError(f"--base has {name} {getattr(base, name)}; leave --{name} {value} away")
 
 

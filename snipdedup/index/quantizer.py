@@ -106,16 +106,6 @@ def check_nlist(nlist: int, rows: int) -> None:
         )
 
 
-def check_m(m: int, dim: int) -> None:
-    """Refuse a number of sub-quantisers that does not divide the width."""
-    if dim % m:
-        possible = [n for n in range(1, min(dim, 256) + 1) if dim % n == 0]
-        raise SnipError(
-            f"--m {m} must divide the width {dim} of the vectors; possible here: "
-            f"{', '.join(map(str, possible))}"
-        )
-
-
 def train_quantiser(
     sample: np.ndarray, *, nlist: int, m: int, nbits: int, seed: int, threads: int,
     centroids: np.ndarray | None = None,

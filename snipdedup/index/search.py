@@ -54,14 +54,10 @@ class Classes(NamedTuple):
         """Group the entries of lists by list and code."""
         kept, members, counts = [np.empty(0, np.int64)], [lists.ids[:0]], [np.zeros(1, np.int64)]
         for low, high in lists.spans():
-            codes, of = lists.codes[low:high], lists.list_at(np.arange(low, high))
-            words = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).view(np.uint64)
-            order = np.lexsort((*words.T, of))
-            words, of = words[order], of[order]
-            starts = np.ones(high - low, bool)
-            starts[1:] = (words[1:] != words[:-1]).any(axis=1) | (of[1:] != of[:-1])
-            first = np.empty(high - low, np.int64)  # the first place with the same list and code
-            first[order] = order[starts][np.cumsum(starts) - 1]
+            of = lists.list_at(np.arange(low, high))[:, None].view(np.uint8)
+            both = np.concatenate([lists.codes[low:high], of], axis=1)
+            same = np.unique(both.view(f"V{both.shape[1]}"), return_index=True, return_inverse=True)
+            first = same[1][same[2].ravel()]  # the first place with the same list and code
             members.append(lists.ids[low + np.argsort(first, kind="stable")])
             places, count = np.unique(first, return_counts=True)
             kept.append(places + low)
