@@ -223,54 +223,32 @@ def find_pictures(
 
 def curve_section(curve: read_out.Curve, counts: dict[str, int]) -> dict[str, Any]:
     """Return the slider's figures and chart."""
-    kept, removed = counts["rows"] - curve.removed, curve.removed.tolist()
-    groups, thresholds = curve.groups.tolist(), curve.thresholds
-    chart = display.curve_chart(
-        np.array(thresholds, np.float64), kept, counts["rows"], counts["kept"]
-    )
-    chart["words"] = (
-        f"Kept rows, by threshold: {kept[0]:,} at {thresholds[0]}, rising to {kept[-1]:,} at "
-        f"{thresholds[-1]}"
-    )
-    return {
-        "chart": chart,
-        "lines": list(zip(thresholds, removed, kept.tolist(), groups, strict=True)),
-        "data": {
-            "thresholds": thresholds,
-            "removed": removed,
-            "groups": groups,
-            "rows": counts["rows"],
-            "y": [round(y, 1) for y in chart["y"]],
-        },
+    kept, removed, groups = counts["rows"] - curve.removed, curve.removed.tolist(), curve.groups
+    thresholds = np.array(curve.thresholds, np.float64)
+    chart = display.curve_chart(thresholds, kept, counts["rows"], counts["kept"])
+    lines = zip(curve.thresholds, removed, kept.tolist(), groups.tolist(), strict=True)
+    data = {
+        "thresholds": curve.thresholds,
+        "removed": removed,
+        "groups": groups.tolist(),
+        "rows": counts["rows"],
+        "y": [round(y, 1) for y in chart["y"]],
     }
+    return {"chart": chart, "lines": list(lines), "data": data}
 
 
-def histograms(survey: read_out.Survey, path: Path) -> dict[str, dict[str, Any]]:
+def histograms(survey: read_out.Survey, path: Path) -> dict[str, Any]:
     """Return the charts of cosines, and of group sizes and dup_count from ``histogram.parquet``."""
     table = stream_parquet(path).read()
     of, value, count = (table[name].to_numpy() for name in ("of", "value", "count"))
     in_groups, stand = ((of == name) & (value > 0) for name in ("group_size", "dup_count"))
     similarity = display.similarity_bars(survey.edges, survey.similarities)
-    sizes, copies = (display.size_bars(value[one], count[one]) for one in (in_groups, stand))
     return {
-        "similarity": display.bar_chart(
-            similarity,
-            "cosine with the representative",
-            "Removed rows by cosine with their representatives: "
-            f"{similarity.counts.sum():,} rows, {similarity.counts[-1]:,} of them exactly 1",
-        ),
-        "sizes": display.bar_chart(
-            sizes,
-            "rows in the group",
-            f"Groups by number of rows: {sizes.counts.sum():,} groups, from 2 to "
-            f"{value[in_groups].max(initial=2):,} rows",
-        ),
-        "copies": display.bar_chart(
-            copies,
-            "rows removed for it (dup_count)",
-            f"Kept rows by dup_count: {copies.counts.sum():,} stand for others, at most for "
-            f"{value[stand].max(initial=0):,}",
-        ),
+        "similarity": display.bar_chart(similarity),
+        "sizes": display.bar_chart(display.size_bars(value[in_groups], count[in_groups])),
+        "largest": int(value[in_groups].max(initial=2)),
+        "copies": display.bar_chart(display.size_bars(value[stand], count[stand])),
+        "most": int(value[stand].max(initial=0)),
     }
 
 
