@@ -194,7 +194,7 @@ class LoadedIndex:
         """Return the queries of a span of all, or of a sample of row numbers (ascending)."""
         lists, quantiser = self.classes.lists, self.index.quantiser
         if self.features is None:
-            x = self.index.decode(lists, *span)
+            x = quantiser.decode(lists.list_at(np.arange(*span)), lists.codes[slice(*span)])
             return Queries(span[0], lists.rows(slice(*span)), x, np.zeros(len(x), np.float32))
         if sample is None:
             rows, block = np.arange(*span), self.features.read(*span)
