@@ -104,12 +104,15 @@ def find_shared(own: Sequence[Shard], others: Sequence[Shard]) -> SharedShard | 
         for name in names_of(shard):
             if name in names:
                 return SharedShard(number, names[name], False)
-    for (number, one), (place, other) in product(enumerate(own), enumerate(others)):
-        if isinstance(one, ArrayShard) and isinstance(other, ArrayShard):
-            most: Any = HARD
-            with suppress(np.exceptions.TooHardError):  # hard to tell: taken for two
-                if np.shares_memory(one.array, other.array, most):
-                    return SharedShard(number, place, False)
+    most: Any = HARD
+    arrays, known_arrays = (
+        [(n, shard.array) for n, shard in enumerate(shards) if isinstance(shard, ArrayShard)]
+        for shards in (own, others)
+    )
+    for (number, array), (place, known_array) in product(arrays, known_arrays):
+        with suppress(np.exceptions.TooHardError):  # hard to tell: taken for two
+            if np.shares_memory(array, known_array, most):
+                return SharedShard(number, place, False)
     shapes = set(map(shape_of, own)) & set(map(shape_of, others)) - {None}
 
     def sample(shard: Shard) -> Hashable:
