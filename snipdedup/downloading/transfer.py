@@ -26,14 +26,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class StoppedError(SnipError):
-    """Another transfer of the same run failed, so this one was stopped."""
-
-
-class ChecksumError(SnipError):
-    """The bytes are not those that the source promised."""
-
-
 @dataclass(frozen=True)
 class SourceFile:
     """A file to fetch: a URL or local path, and what is known of its bytes.
@@ -72,7 +64,7 @@ class Monitor:
     def report(self, path: Path, position: int) -> None:
         """Note that the first bytes of a file are here; fewer than before if it begins anew."""
         if self.stop.is_set():
-            raise StoppedError("stopped")
+            raise SnipError("stopped: another transfer of the run failed")
         with self.lock:
             moved = position - self.positions.get(path, 0)
             self.positions[path] = position
@@ -86,7 +78,7 @@ class Monitor:
                 if self.bar is not None:
                     self.bar.set_postfix_str(text)
             if self.stop.wait(wait):
-                raise StoppedError("stopped")
+                raise SnipError("stopped: another transfer of the run failed")
 
     def map(
         self, work: Callable[[T], R], items: Iterable[T], jobs: int
@@ -160,7 +152,7 @@ def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -
         try:
             about = with_retries(attempt, monitor.pause, part.size)
             break
-        except (ChecksumError, RangeError):
+        except RangeError:
             joined = part.joined
             part.remove()
             if not joined:  # pieces of several requests are fetched once more, in one
@@ -216,12 +208,12 @@ def check_bytes(part: PartFile, size: int) -> None:
     """Compare size and checksum with those that the source promised."""
     file = part.file
     if file.size is not None and size != file.size:
-        kind = TemporaryError if size < file.size else ChecksumError
+        kind = TemporaryError if size < file.size else RangeError
         raise kind(f"{file.shown}: expected {file.size:,} bytes, {size:,} came; run again")
     promised = ("sha256", file.sha256, atomic.sha256), ("git_sha1", file.git_sha1, git_sha1)
     for name, expected, digest in promised:
         if expected is not None and (found := digest(part.path)) != expected:
-            raise ChecksumError(
+            raise RangeError(
                 f"{file.shown}: wrong checksum: expected {name} {expected}, found {found}; run "
                 "again, or ask who publishes it"
             )

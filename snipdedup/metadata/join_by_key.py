@@ -34,7 +34,6 @@ from snipdedup.metadata.tables import (
 )
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them
@@ -278,12 +277,12 @@ def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Met
     if keys is not None:
         return open_metadata(keys), None
     folder = mask.path.parent
-    if mask.sizes is None:  # no manifest vouches for it
+    manifest = mask.manifest
+    if manifest is None:
         raise SnipError(
             f"{mask.path} is a mask alone and names no rows; give the metadata that it matches by "
             "position with --keys"
         )
-    manifest = read_manifest(folder, "dedup")
     used = find_run_metadata(manifest) if manifest["request"].get("metadata") else None
     if used is not None:
         return used, None
@@ -345,10 +344,9 @@ def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -
 
 def _key_column(groups: Path, mask: Mask, metadata: Metadata) -> str | None:
     """Return the metadata's column that OUT holds as ``key``, None where none can be compared."""
-    out = groups.parent
-    if mask.sizes is None or not groups.is_file() or not (out / MANIFEST).is_file():
+    out, manifest = groups.parent, mask.manifest
+    if manifest is None or not groups.is_file():
         return None
-    manifest = read_manifest(out, "dedup")
     if manifest["outputs"].get(MASK, {}).get("sha256") != atomic.sha256(mask.path):
         return None  # not the mask that the run wrote
     asked = manifest["settings"].get("key")
