@@ -134,7 +134,7 @@ class KeyJoin:
         A key of several rows that are not decided alike makes its rows ambiguous. A row whose
         content is not that of the one row of its key is contradicted.
         """
-        count, path = self.metadata.rows, work / "states.bin"
+        count, path = self.metadata.rows, work / "states.npy"
         spread = Spread(mask.rows + count, 0, (1 << 64) - 1)
         sorter = Sorter(work / "rows", KEYED_ROW, lambda r: r["high"], spread=spread)
         with progress.bar(mask.rows + count, "keys", "rows") as bar:
@@ -142,12 +142,11 @@ class KeyJoin:
                 sorter.add(records)
                 bar.update(len(records))
         blocks = plan_blocks(count, STATE_ROWS)
-        with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out:
-                for start, stop in blocks or [(0, 1)]:  # an empty file cannot be mapped
-                    out.write(bytes([UNMATCHED]) * (stop - start))  # until decided
-        states = np.memmap(path, np.uint8, "r+")[:count]
+        # in full: a hole that the disk cannot fill ends a process
+        with atomic.writing_npy(path, np.dtype(np.uint8), (count,)) as out:
+            for start, stop in blocks:
+                out.write(bytes([UNMATCHED]) * (stop - start))  # until decided
+        states = np.load(path, mmap_mode="r+")
         with progress.bar(sorter.count, "join", "rows") as bar:
             for records in sorter.ascending():
                 self._decide(states, records)
