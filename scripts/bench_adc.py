@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 options = {"encoder": given.encoder, "m": m, "nlist": given.nlist}
                 out = Path(given.indexes or folder) / f"index_{m}"
-                settled = config.Index(features=None, out=str(out), seed=given.seed, **options)
+                settled = config.BuildIndex(features=None, out=str(out), seed=given.seed, **options)
                 results += measure(build(features, out, settled), features, sample, truth, given)
     print(table(results, features, truth, given))
     if given.json:

@@ -118,11 +118,11 @@ def load_index(vectors: np.ndarray, known: int, m: int, given: argparse.Namespac
     options = {"m": m, "nlist": given.nlist, "seed": given.seed}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "known"
-        settled = config.Index(features=None, out=str(base), **options)
+        settled = config.BuildIndex(features=None, out=str(base), **options)
         index = build(in_memory(vectors[:known]), base, settled, as_stored=True)
         if known < len(vectors):
             out = Path(folder) / "all"
-            settled = config.Index(features=None, out=str(out), base=str(base))
+            settled = config.BuildIndex(features=None, out=str(out), base=str(base))
             index = build(in_memory(vectors), out, settled, as_stored=True)
         return LoadedIndex(index, in_memory(vectors), given.nprobe)
 

@@ -1,4 +1,4 @@
-"""How commands and their settings are declared and checked, and how commands become functions.
+"""How commands and their settings are declared and parsed, and how commands become functions.
 
 `config` declares them. The command line, its help, ``docs/cli.md`` and the library read what it
 declares, so that each name, type, default and meaning is written once.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from snipdedup.errors import UsageError
 
@@ -25,6 +25,7 @@ from snipdedup.errors import UsageError
 WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
 BYTE_UNITS = ("", "k", "m", "g", "t")
+MOST_FILES = 10**6  # of a set, by their numbers
 # The Python types in which JSON returns a value of a declared type.
 SAVED = {
     bool: (bool, int), int: (int,), float: (float, int), str: (str,), NoneType: (NoneType,),
@@ -106,7 +107,7 @@ class Settings:
         """Return the whole numbers of a setting such as ``4,8,16``: ascending, each once."""
         text, about = getattr(self, name), self.__dataclass_fields__[name].metadata
         try:
-            numbers = [] if text is None else sorted({int(word) for word in text.split(",")})
+            numbers = [] if text is None else sorted({int(n) for n in str(text).split(",")})
         except ValueError:
             numbers = [-1]
         low, high = about["low"], about["high"]
@@ -186,6 +187,26 @@ class Command:
     def run(self, options: Settings) -> Any:
         """Import the room that does the work and do it."""
         return load(f"{self.module}:run")(options)
+
+
+DECLARED: dict[str, Command] = {}  # by name, in the order of the help
+S = TypeVar("S", bound=type[Settings])
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def command(
+    name: str, group: str, module: str, example: str, function: str | None = None
+) -> Callable[[S], S]:
+    """Make a class a `Command`; ``function`` is the name in Python where that differs."""
+
+    def declare(options: S) -> S:
+        dataclass(frozen=True, kw_only=True)(options)
+        words = f"snip {name} {example}".strip()
+        made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
+        DECLARED[name] = made
+        return options
+
+    return declare
 
 
 def load(target: str) -> Callable[..., Any]:
@@ -299,3 +320,46 @@ def parse_bytes(text: str) -> int:
     if value <= 0:
         raise UsageError(f"expected an amount of memory such as 2GB or 500MB, found {text!r}")
     return int(value)
+
+
+def check_file_range(start: int | None, end: int | None) -> None:
+    """Check that ``--start`` and ``--end`` are a range of file numbers."""
+    first = start or 0
+    refuse(
+        (first < 0 or (end is not None and end <= first),
+         "--start and --end are file numbers from 0, the end exclusive; found "
+         f"--start {first} --end {end}"),
+        (max(first, end or 0) > MOST_FILES,
+         f"--start and --end are file numbers up to {MOST_FILES:,}, not rows"),
+    )  # fmt: skip
+
+
+def parse_epsilons(value: Any) -> list[float]:
+    """Parse ``.05,.03``, a number or a list of them; an empty list for None."""
+    items = value.split(",") if isinstance(value, str) else value
+    items = [] if items is None else items if isinstance(items, list | tuple) else [items]
+    try:
+        numbers = [float(item) for item in items]
+    except (TypeError, ValueError):
+        numbers = [-1.0]
+    if not all(0 <= number <= 2 for number in numbers):
+        raise UsageError(f"--epsilon must be numbers from 0 to 2, by comma, found {value!r}")
+    return numbers
+
+
+def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
+    """Parse ``max:similarity,min:width,last``.
+
+    Returns (``max`` or ``min``, column) for each rule; and ``first``, ``last`` or ``random``, which
+    decides among rows that are still even.
+    """
+    *words, last = (word.strip() for word in text.split(","))
+    if last not in ("first", "last", "random"):
+        words, last = [*words, last], "first"
+    rules = [(way, column) for way, _, column in (word.partition(":") for word in words)]
+    if not all(way in ("max", "min") and column for way, column in rules):
+        raise UsageError(
+            "--keep must be first, last or random, or rules such as max:width,min:similarity,first "
+            f"(the one without a column last), found {text!r}"
+        )
+    return rules, last

@@ -7,29 +7,30 @@ They are frozen and check their own ranges, so a wrong value is refused before a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
 from snipdedup.commands import (
     ANYWHERE,
+    DECLARED,
     FILE,
     FOLDER,
     URL,
     WRITTEN,
-    Command,
     Settings,
     argument,
+    check_file_range,
+    command,
+    keep_rules,
     option,
+    parse_epsilons,
     refuse,
     required,
 )
 from snipdedup.errors import UsageError
 
-INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
-MOST_FILES = 10**6  # of a set, by their numbers
 MAX_SEED = 2**63 - 1  # the largest that every library takes
 METHODS = ("join", "exact", "adc", "semdedup")
 ONLY_WITH = (  # methods, and the settings that the others do not have
@@ -45,25 +46,6 @@ KEEP_REMOVE = ("keep", "remove")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
 DEVICES = ("auto", "cpu", "cuda")
 THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
-COMMANDS: dict[str, Command] = {}  # by name, in the order of the help
-
-S = TypeVar("S", bound=type[Settings])
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def command(
-    name: str, group: str, module: str, example: str, function: str | None = None
-) -> Callable[[S], S]:
-    """Make a class a `Command`; ``function`` is the name in Python where that differs."""
-
-    def declare(options: S) -> S:
-        dataclass(frozen=True, kw_only=True)(options)
-        words = f"snip {name} {example}".strip()
-        made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
-        COMMANDS[name] = made
-        return options
-
-    return declare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +103,7 @@ class Compress(Input):
 @command(
     "index", "the chain", "index.build", "img_emb --encoder encoder --out index", "build_index"
 )
-class Index(Input):
+class BuildIndex(Input):
     """Build a sharded IVFPQ index."""
 
     out: str = required("folder for the index; an unfinished one is continued", path=WRITTEN)
@@ -218,15 +200,17 @@ class Dedup(Input):
 
     def _check(self) -> None:
         method = self.method or ("adc" if self.index is not None else None)  # None: join, or of OUT
+        for methods, names in ONLY_WITH:
+            for name in names:
+                if method not in (None, *methods) and self.is_given(name):
+                    given = f"{name} {self.runner}" if name == "runner" else name
+                    known = " or ".join(methods)
+                    raise UsageError(f"--{given} goes with --method {known}, not {method}")
         alone = all(x is None for x in (self.encoder, self.reference, self.text_features))
         clusters, rowless = method == "semdedup", self.features is None
         shared = self.num_tasks is not None or self.task_index is not None
         ray = self.runner == "ray"
         refuse(
-            *((method not in (None, *methods) and self.is_given(name),
-               f"--{name}{' ray' * (name == 'runner')} goes with --method {' or '.join(methods)}, "
-               f"not {method}")
-              for methods, names in ONLY_WITH for name in names),
             (self.dry_run and not (method in (None, "join") and alone),
              "--dry_run plans a join of FEATURES alone"),
             (rowless and self.index is None,
@@ -500,48 +484,6 @@ class Demo(Settings):
     overwrite: bool = option(False, "replace a finished demo")
 
 
-def check_file_range(start: int | None, end: int | None) -> None:
-    """Check that ``--start`` and ``--end`` are a range of file numbers."""
-    first = start or 0
-    refuse(
-        (first < 0 or (end is not None and end <= first),
-         "--start and --end are file numbers from 0, the end exclusive; found "
-         f"--start {first} --end {end}"),
-        (max(first, end or 0) > MOST_FILES,
-         f"--start and --end are file numbers up to {MOST_FILES:,}, not rows"),
-    )  # fmt: skip
-
-
-def parse_epsilons(value: Any) -> list[float]:
-    """Parse ``.05,.03``, a number or a list of them; an empty list for None."""
-    items = value.split(",") if isinstance(value, str) else value
-    items = [] if items is None else items if isinstance(items, list | tuple) else [items]
-    try:
-        numbers = [float(item) for item in items]
-    except (TypeError, ValueError):
-        numbers = [-1.0]
-    if not all(0 <= number <= 2 for number in numbers):
-        raise UsageError(f"--epsilon must be numbers from 0 to 2, by comma, found {value!r}")
-    return numbers
-
-
-def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
-    """Parse ``max:similarity,min:width,last``.
-
-    Returns (``max`` or ``min``, column) for each rule; and ``first``, ``last`` or ``random``, which
-    decides among rows that are still even.
-    """
-    *words, last = (word.strip() for word in text.split(","))
-    if last not in ("first", "last", "random"):
-        words, last = [*words, last], "first"
-    rules = [(way, column) for way, _, column in (word.partition(":") for word in words)]
-    if not all(way in ("max", "min") and column for way, column in rules):
-        raise UsageError(
-            "--keep must be first, last or random, or rules such as max:width,min:similarity,first "
-            f"(the one without a column last), found {text!r}"
-        )
-    return rules, last
-
-
+COMMANDS = DECLARED  # by name, in the order of the help
 # Commands that are functions of the library, by their names there: all but the demo.
 BY_FUNCTION = {made.function: made for made in COMMANDS.values() if made.options is not Demo}

@@ -20,7 +20,6 @@ from snipdedup.parallel import ordered_map
 from snipdedup.storage import atomic
 
 UNSEEN = 3  # a difference counts so often where the other row does not name this one
-NEAREST = 3  # neighbours of a row that are looked at first: nearly always its best is among them
 RIDGE = 1e-3  # of a code's squared length: directions that codes share more closely say nothing
 SLACK = 1e-9  # of squared distances in float64
 COMMON, COMMON_LISTS = 16, 8  # nearest codes and lists that are compared; more cost time only
@@ -102,10 +101,9 @@ class NamedPairs(NamedTuple):
 
 def passing_pairs(views: Views, rows: np.ndarray, margin: float) -> NamedPairs:
     """Return the neighbours of ``rows``, (b,) int64, whose scores are at most the margin."""
-    ids, e = views.ids[rows], views.e[rows]
-    mean = mean_differences(views, ids, e)
+    mean = mean_differences(views, rows)
     chosen = mean <= margin  # a score is never below its mean
-    pairs = score_pairs(views, ids, e, mean, chosen, margin=margin)
+    pairs = score_pairs(views, rows, mean, chosen, margin=margin)
     return NamedPairs(*(part[pairs.score <= margin] for part in pairs))
 
 
@@ -120,28 +118,18 @@ def best_view_scores(
 
     def best(span: tuple[int, int]) -> np.ndarray:
         part = rows[slice(*span)]
-        ids, e = views.ids[part], views.e[part]
-        mean, lowest = mean_differences(views, ids, e), np.full(len(part), np.inf)
-        rank = np.argsort(np.argsort(mean, axis=1, kind="stable"), axis=1, kind="stable")
-        for within in (rank < NEAREST, rank >= NEAREST):
-            # A score is never below its mean: what cannot be the best is not looked at.
-            chosen = within & (mean < lowest[:, None])
-            pairs = score_pairs(views, ids, e, mean, chosen, common)
-            np.minimum.at(lowest, pairs.at, pairs.score)
+        mean, lowest = mean_differences(views, part), np.full(len(part), np.inf)
+        pairs = score_pairs(views, part, mean, np.isfinite(mean), common)
+        np.minimum.at(lowest, pairs.at, pairs.score)
         return np.where(views.loaded.shared[part], 0, lowest)
 
     return np.concatenate(list(ordered_map(best, plan_blocks(len(rows), QUERY_ROWS), threads)))
 
 
 def score_pairs(
-    views: Views,
-    ids: np.ndarray,
-    e: np.ndarray,
-    mean: np.ndarray,
-    chosen: np.ndarray,
-    common: float = 1.0,
-    margin: float = np.inf,
-) -> NamedPairs:
+    views: Views, rows: np.ndarray, mean: np.ndarray, chosen: np.ndarray,
+    common: float = 1.0, margin: float = np.inf,
+) -> NamedPairs:  # fmt: skip
     """Return the scores of chosen neighbours of rows, in row order.
 
     The mean of a pair's two differences, (x − y)·(q(x) − q(y)), is ‖x − y‖² but for the codes'
@@ -152,17 +140,18 @@ def score_pairs(
     score = mean[at, column]
     if common:
         limits = (margin - score) / common + SLACK  # rounding must not let a cut one pass
-        score = score + common * common_lengths(views, ids, e, at, ids[at, 1 + column], limits)
+        neighbours = views.ids[rows[at], 1 + column]
+        score = score + common * common_lengths(views, rows[at], neighbours, limits)
     return NamedPairs(at, column, score)
 
 
-def mean_differences(views: Views, ids: np.ndarray, e: np.ndarray) -> np.ndarray:
+def mean_differences(views: Views, rows: np.ndarray) -> np.ndarray:
     """Return the mean of both rows' differences for the k nearest, infinity where there is none.
 
     Where the other row does not name this one's class, this row's difference counts `UNSEEN`
     times: it is farther away than k others.
     """
-    near = slice(1, 1 + views.k)
+    ids, e, near = views.ids[rows], views.e[rows], slice(1, 1 + views.k)
     known = (ids[:, near] >= 0) & (ids[:, :1] >= 0)
     mine = (e[:, :1] - e[:, near]).astype(np.float64)  # half a difference
     other = views.loaded.classes.lists.rows(np.maximum(ids[:, near], 0).ravel())
@@ -184,33 +173,28 @@ def own_differences(views: Views, rows: np.ndarray) -> np.ndarray:
 
 
 def common_lengths(
-    views: Views,
-    ids: np.ndarray,
-    e: np.ndarray,
-    at: np.ndarray,
-    classes: np.ndarray,
-    limits: np.ndarray,
+    views: Views, rows: np.ndarray, classes: np.ndarray, limits: np.ndarray
 ) -> np.ndarray:
     """Return ‖x − y‖² as far as common codes tell, scaled up, (p,) float64.
 
-    x is row ``at``, ascending, of ``ids`` and ``e``, y the smallest row of a class. A = vᵀ (Q
-    Qᵀ)⁻¹ v, with v the projections on the r common codes Q, is the squared length of x − y within
-    their span, r of d dimensions. A d / r would be the whole if all dimensions were alike; they
-    are not, and √(d / r) does better on all that was tried. A length above its limit may come out
-    smaller, but above the limit.
+    x is one of ``rows``, ascending, y the smallest row of a class. A = vᵀ (Q Qᵀ)⁻¹ v, with v the
+    projections on the r common codes Q, is the squared length of x − y within their span, r of d
+    dimensions. A d / r would be the whole if all dimensions were alike; they are not, and √(d / r)
+    does better on all that was tried. A length above its limit may come out smaller, but above the
+    limit.
     """
-    near, lists = 1 + min(views.k, COMMON), np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
-    used: Any = np.append(np.arange(near), lists)
+    near, lists = 1 + min(views.k, COMMON), np.arange(1 + views.k, views.ids.shape[1])
+    used: Any = np.append(np.arange(near), lists[:COMMON_LISTS])
     width = len(used)
     if used[-1] == width - 1:
         used = slice(width)  # takes no copy
-    lengths, other = np.empty(len(at)), views.loaded.classes.lists.rows(classes)
+    lengths, other = np.empty(len(rows)), views.loaded.classes.lists.rows(classes)
     most = max(1, SOLVE_BYTES // (4 * views.loaded.index.dim * width))
-    for start, stop in plan_blocks(len(at), most):
-        rows, place = np.unique(at[start:stop], return_inverse=True)
-        names, y = ids[rows][:, used], other[start:stop]
+    for start, stop in plan_blocks(len(rows), most):
+        x, place = np.unique(rows[start:stop], return_inverse=True)
+        names, y = views.ids[x][:, used], other[start:stop]
         lengths[start:stop] = native.common_lengths(
-            (names, e[rows][:, used]), views.vectors(names), place,
+            (names, views.e[x][:, used]), views.vectors(names), place,
             (views.ids[y][:, used], views.e[y][:, used]), RIDGE, limits[start:stop],
         )  # fmt: skip
     return lengths

@@ -135,15 +135,15 @@ def audit(
     rng, total = np.random.default_rng(seed), int(np.count_nonzero(run.is_dup))
     chosen = sample_rows(total, sample, rng) if sample else None
     references = open_references(run)
-    removed = RemovedRows(run, compared, captions, references, chosen)
     readable = True
     try:
         dup_counts = check_groups(run)
+        removed = RemovedRows(run, compared, captions, references, chosen)
         removed.check()
     except (SnipError, OSError, KeyError, pa.ArrowException) as error:
         run.fail("groups", f"groups.parquet cannot be checked: {error}")
         readable = False
-    if readable:
+    else:
         describe_removed(run, removed, total)
         check_metadata(run, dup_counts, texts.metadata if texts.is_dup is None else None)
     if compared is not None and probe_rows and text is None:

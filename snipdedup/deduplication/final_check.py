@@ -15,13 +15,11 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import InternalError
-from snipdedup.features.cosine import indexed_cosines
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.shards import Features
 from snipdedup.groups.members import Members, slices
-from snipdedup.parallel import given_threads, ordered_map, scratch
+from snipdedup.groups.pairs import pair_cosines
+from snipdedup.parallel import given_threads
 from snipdedup.storage.external_sort import Columns, among
-
-GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
 
 
 def fill_similarity(
@@ -115,7 +113,7 @@ class FinalCheck:
         the threshold.
         """
         other = np.where(named < 0, ~named, named + self.reference_rows)
-        cosine = pair_cosines(every, row + self.reference_rows, other)
+        cosine = pair_cosines(every.gather, row + self.reference_rows, other, given_threads())
         if may_chain:
             enough = ~np.isnan(cosine)
         elif self.search.best is not None:  # SemDeDup's rule
@@ -158,17 +156,3 @@ class FinalCheck:
         raise InternalError(
             f"internal error: row {row:,}{where} {what}; nothing was written: please report this"
         )
-
-
-def pair_cosines(features: Features, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine of each row a with row b, (n,) float32."""
-
-    def compare(span: tuple[int, int]) -> np.ndarray:
-        both = np.concatenate([a[slice(*span)], b[slice(*span)]])
-        rows, place = np.unique(both, return_inverse=True)
-        shape = (len(rows), features.dim)
-        raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
-        return indexed_cosines(raw, raw, *np.split(place, 2))
-
-    parts = ordered_map(compare, plan_blocks(len(a), GATHER_PAIRS), given_threads())
-    return np.concatenate([np.empty(0, np.float32), *parts])

@@ -316,4 +316,4 @@ def build_in(folder: Path, features: Features, **settings: Any) -> Index:
                 shutil.rmtree(folder)
     except (SnipError, OSError, LookupError, TypeError, AttributeError):
         shutil.rmtree(folder)
-    return build(features, folder, config.Index(features=None, out=str(folder), **settings))
+    return build(features, folder, config.BuildIndex(features=None, out=str(folder), **settings))

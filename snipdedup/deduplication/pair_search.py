@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from snipdedup.deduplication.inputs import KIND, Inputs, check_searched
+from snipdedup.deduplication.inputs import KIND, Inputs, check_searched, known_checksums
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan, equal_pairs
 from snipdedup.features.shards import Features
@@ -33,7 +33,7 @@ from snipdedup.groups.members import (
     replace_rows,
 )
 from snipdedup.join.forest import Edges, edges_of, join_edges, order_by
-from snipdedup.storage import atomic, external_sort
+from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import row_kind
 from snipdedup.storage.out_folder import read_manifest
 
@@ -97,10 +97,6 @@ class PairSearch:
         none = np.empty(0, np.int64)  # copies are matches as others are
         return Block(self.best.edges(threshold), none, none)
 
-    def is_large(self, threshold: float) -> bool:
-        """Tell whether it is decided in several blocks, where there is a folder for them."""
-        return self.whole_block(threshold).size() > external_sort.HELD
-
     def blocks(self, threshold: float, folder: Path | None = None) -> Iterator[Block]:
         """Yield whole groups at a threshold, see `blocks_of_groups`."""
         level = threshold if self.verified and self.best is None else -np.inf
@@ -139,15 +135,11 @@ class PairSearch:
             "is_dup": members.is_dup,
         }
         if (references := self.inputs.references) is not None:
-            outside = np.flatnonzero(members.representative < 0)
-            names, row = references.locate(~members.representative[outside])
-            place = np.full(len(members.row), -1)
-            place[outside] = np.arange(len(outside))
-            representative = members.representative.copy()
-            representative[outside] = row
+            outside, representative = members.representative < 0, members.representative.copy()
+            names, representative[outside] = references.locate(~representative[outside])
             near = np.full(len(members.row), np.nan, np.float32) if near is None else near
             columns["representative"] = representative
-            columns["reference"] = names.take(pa.array(place, mask=place < 0))
+            columns["reference"] = names.take(pa.array(np.cumsum(outside) - 1, mask=~outside))
             columns["reference_similarity"] = pa.array(near, mask=np.isnan(near))
         return pa.table(columns)
 
@@ -227,7 +219,7 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
         bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
         inputs=inputs,
         checksums={
-            name: [int(shard["checksum"], 16) for entry in entries for shard in entry["shards"]]
+            name: [checksum for entry in entries for checksum in known_checksums(entry)]
             for name, entries in read.items()
         },
         notes=manifest["method"],

@@ -67,22 +67,18 @@ def search_semdedup(
     return Best(cluster, nearness.astype(np.float32), match, similarity, centroids)
 
 
-def cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the products of float32 unit rows, (m, n) float32."""
-    import torch
-
-    return np.asarray((torch.from_numpy(x) @ torch.from_numpy(y).T).numpy())
-
-
 def assign_clusters(
     features: Features, centroids: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's nearest centroid and the cosine with it, (rows,) int32 and float64."""
+    import torch
+
     exact = centroids.astype(np.float64)
 
     def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         rows = features.read(*span)
-        unit, table = unit_rows64(rows), cosines(unit_rows(rows), centroids)
+        unit = unit_rows64(rows)
+        table = (torch.from_numpy(unit_rows(rows)) @ torch.from_numpy(centroids).T).numpy()
         label = table.argmax(1)
         best = table[np.arange(len(table)), label]
         close = np.flatnonzero((table >= best[:, None] - 2 * PROPOSAL_ERROR).sum(1) > 1)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from snipdedup.deduplication.inputs import describe_shards
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import Result
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.features.hashing import checksum_text
-from snipdedup.features.shards import Features, request_of
+from snipdedup.features.shards import request_of
 from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import Members, Rank, cut_groups, no_members, slices
 from snipdedup.groups.pairs import all_pairs
@@ -96,18 +96,17 @@ def grouping_folder(out: Path) -> Path:
 
 def write_files(
     result: Result, out: Path, plan: MetadataPlan | None, epsilons: Sequence[float]
-) -> tuple[list[Path], dict[str, Any]]:
-    """Write all files of OUT but the manifest; return their paths, and `describe_run`."""
-    outputs = [
-        *write_small_files(result, out),
-        *write_forest(result.search, out),
-        *write_groups(result, out, plan),
-        *(write_metadata(result, out, plan) if plan is not None else []),
-    ]
-    return outputs, describe_run(result, out, plan, epsilons)
+) -> dict[str, Any]:
+    """Write all files of OUT but the manifest and those of pairs; return `describe_run`."""
+    write_small_files(result, out)
+    write_forest(result.search, out)
+    write_groups(result, out, plan)
+    if plan is not None:
+        write_metadata(result, out, plan)
+    return describe_run(result, out, plan, epsilons)
 
 
-def write_small_files(result: Result, out: Path) -> list[Path]:
+def write_small_files(result: Result, out: Path) -> None:
     """Write the files that are made of arrays in memory."""
     search, best = result.search, result.search.best
     arrays = {"is_dup.npy": result.is_dup}
@@ -131,7 +130,6 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
         atomic.save_npy(out / name, array)
     for name, table in tables.items():
         atomic.save_parquet(out / name, table)
-    return [out / name for name in (*arrays, *tables)]
 
 
 def histogram_table(result: Result) -> pa.Table:
@@ -144,32 +142,30 @@ def histogram_table(result: Result) -> pa.Table:
     return pa.table({"of": pa.array(of, pa.string()), "value": value, "count": count})
 
 
-def write_forest(search: PairSearch, out: Path) -> list[Path]:
+def write_forest(search: PairSearch, out: Path) -> None:
     """Write ``forest.parquet``, some edges at a time."""
-    path = out / "forest.parquet"
-    with atomic.writing_parquet(path, search.forest_table(join_edges([])).schema) as write:
+    schema = search.forest_table(join_edges([])).schema
+    with atomic.writing_parquet(out / "forest.parquet", schema) as write:
         for edges in search.edges(grouping_folder(out)):
             write(search.forest_table(edges))
-    return [path]
 
 
-def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> list[Path]:
+def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> None:
     """Write ``groups.parquet``, some groups at a time."""
-    search, members, path, at = result.search, result.members, out / "groups.parquet", 0
+    search, members, at = result.search, result.members, 0
     keys: Generator[Any, None, None] = (None for _ in itertools.count())
     if plan is not None and plan.key is not None:
         cuts, folder = cut_groups(members.group), grouping_folder(out) / "keys"
         keys = gather_column(plan.table, plan.key, members.row, cuts, as_texts, folder)
     schema = search.groups_table(no_members()).schema
-    with atomic.writing_parquet(path, schema) as write, closing(keys):
+    with atomic.writing_parquet(out / "groups.parquet", schema) as write, closing(keys):
         for part, named in zip(slices(members), keys, strict=False):
             near = None if result.near is None else result.near[at : at + len(part.row)]
             write(search.groups_table(part, named, near))
             at += len(part.row)
-    return [path]
 
 
-def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list[Path]:
+def write_pair_files(result: Result, out: Path, most: int, threads: int) -> None:
     """Write ``pairs.parquet`` and ``copies.parquet``, or refuse more than ``most`` pairs."""
     search, inputs = result.search, result.search.inputs
     features = inputs.features
@@ -195,17 +191,16 @@ def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list
             write(search.forest_table(edges))
     copies = pa.table({"row": search.copies, "first": search.originals})
     atomic.save_parquet(out / "copies.parquet", copies)
-    return [out / "pairs.parquet", out / "copies.parquet"]
 
 
-def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> list[Path]:
+def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> None:
     """Write the metadata of the kept rows, and lists of them for other tools."""
     work, table = grouping_folder(out), plan.table
     none = np.broadcast_to(np.False_, result.rows)
     removed = none if plan.columns.weights else result.is_dup
     added = additions.add_columns(plan.columns, table, result.removed_rows, work)
-    written = write_kept(table, removed, out / "metadata", added)
-    return written + write_lists(plan.lists, table, result.is_dup, out / LISTS, work)
+    write_kept(table, removed, out / "metadata", added)
+    write_lists(plan.lists, table, result.is_dup, out / LISTS, work)
 
 
 def describe_run(
@@ -226,14 +221,6 @@ def describe_run(
         described["references"] = inputs.references.describe(checksums["references"])
     described["baselines"] = count_baselines(plan.table, result.members, work) if plan else {}
     return described
-
-
-def describe_shards(features: Features, checksums: list[int]) -> list[dict[str, Any]]:
-    """Return what a manifest holds of shards, with the checksums of their rows."""
-    return [
-        {**shard, "checksum": checksum_text(checksum)}
-        for shard, checksum in zip(features.describe(), checksums, strict=True)
-    ]
 
 
 def baseline_columns(metadata: Metadata) -> list[str]:

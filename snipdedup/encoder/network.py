@@ -292,12 +292,9 @@ def opq_rotation(y: np.ndarray, m: int, rounds: int, start_rounds: int) -> np.nd
 
 
 def training_loss(
-    network: Network,
-    x: torch.Tensor,
-    t: torch.Tensor | None,
-    temperature: float | None,
-    text_temperature: float,
-) -> torch.Tensor:
+    network: Network, x: torch.Tensor, t: torch.Tensor | None,
+    temperature: float | None, text_temperature: float,
+) -> torch.Tensor:  # fmt: skip
     """Return the loss of all outputs for unit rows ``x``, and for the texts ``t`` beside them.
 
     It is the ``snip`` loss at a temperature, the ``mse`` loss for None.

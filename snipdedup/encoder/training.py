@@ -198,11 +198,9 @@ def train_encoder(features: Any, **settings: Any) -> tuple[Encoder, History]:
 
 
 def fit(
-    features: Features,
-    texts: Features | None,
-    options: config.Train,
+    features: Features, texts: Features | None, options: config.Train,
     checkpoint: Path | None = None,
-) -> tuple[Encoder, History]:
+) -> tuple[Encoder, History]:  # fmt: skip
     """Train on opened features; ``checkpoint`` is where a stopped run goes on from."""
     device = pick_device(options.device)
     with library_threads(cores(options.threads)):  # sums depend on their number
@@ -242,15 +240,9 @@ def fit(
 
 
 def train_loop(
-    network: Network,
-    batches: Batches,
-    loss_of: Loss,
-    history: History,
-    *,
-    steps: int,
-    peak_rate: float,
-    checkpoint: Path | None,
-) -> None:
+    network: Network, batches: Batches, loss_of: Loss, history: History, *,
+    steps: int, peak_rate: float, checkpoint: Path | None,
+) -> None:  # fmt: skip
     """Train until ``steps`` or a stall; the network is left with the best validation loss."""
     device = str(network.inner.weight.device)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)

@@ -167,14 +167,6 @@ def block_of(records: np.ndarray, known: Block) -> Block:
     )
 
 
-def collect(parts: Iterator[Members], folder: Path | None) -> Members:
-    """Return the members of blocks as one list; a long one is mapped from ``folder``."""
-    columns = Columns(folder and folder / "members", KINDS)
-    for members in parts:
-        columns.add(*members)
-    return Members(*columns.arrays())
-
-
 def cut_groups(group: np.ndarray) -> np.ndarray:
     """Return where to cut a sorted array of labels so that no group is cut, ends included.
 

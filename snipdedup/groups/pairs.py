@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snipdedup.features.cosine import pair_cosine
+from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Nearest, group_starts, in_row_order, sorted_by_row
 from snipdedup.join.brute_force import load_panel, tile_pairs
@@ -36,7 +36,7 @@ LISTED_GROUP = 64  # groups up to this size are listed pair by pair
 LISTED_PAIRS = 1 << 15  # pairs listed at a time
 TILE = 1024  # rows of a large group compared at once
 READ = 1 << 20  # rows whose groups are looked at at a time
-HELD_ROWS = 1 << 12  # rows whose other vectors are compared at a time
+GATHER_PAIRS = 1 << 12  # pairs whose rows are gathered together
 
 Gather = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to their vectors, (n, d)
 
@@ -50,11 +50,20 @@ class Also(NamedTuple):
 
     def holds(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return for which of the rows a, b it holds, (n,) bool."""
-        parts = [np.empty(0, bool)]
-        for start in range(0, len(a), HELD_ROWS):
-            x, y = (self.gather(side[start : start + HELD_ROWS]) for side in (a, b))
-            parts.append(pair_cosine(x, y) >= np.float32(self.threshold))
-        return np.concatenate(parts)
+        return pair_cosines(self.gather, a, b) >= np.float32(self.threshold)
+
+
+def pair_cosines(gather: Gather, a: np.ndarray, b: np.ndarray, threads: int = 1) -> np.ndarray:
+    """Return the cosine of each row a with row b, (n,) float32; both are (n,) int64."""
+
+    def compare(span: tuple[int, int]) -> np.ndarray:
+        both = np.concatenate([a[slice(*span)], b[slice(*span)]])
+        rows, place = np.unique(both, return_inverse=True)
+        raw = gather(rows)
+        return indexed_cosines(raw, raw, *np.split(place, 2))
+
+    parts = ordered_map(compare, plan_blocks(len(a), GATHER_PAIRS), threads)
+    return np.concatenate([np.empty(0, np.float32), *parts])
 
 
 def all_pairs(

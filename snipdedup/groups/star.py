@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snipdedup import native
-from snipdedup.features.cosine import all_cosines, indexed_cosines
+from snipdedup.features.cosine import all_cosines
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups import pairs
 from snipdedup.groups.members import NO_PAIR, Best, Members, Rank, group_starts, sort_members
@@ -31,7 +31,6 @@ TABLE_GROUP = 8192  # larger groups are compared by codes first
 TABLE_BLOCK = 256  # rows of a large group decided at a time
 CODED_BLOCK = 2048  # rows of a huge group decided, or kept rows compared with, at a time
 FIT_ROWS = 1 << 14  # rows of a huge group that its projection is fitted to
-VERIFY_PAIRS = 1 << 16
 
 # Pairs as two (m,) int64 arrays of places in a group's keep order, and their (m,) float32 cosines.
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -47,13 +46,7 @@ class Compare(NamedTuple):
 
     def verify(self, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> Pairs:
         """Return those of the pairs of places x, y in ``rows`` that match."""
-        found = []
-        for start, stop in plan_blocks(len(x), VERIFY_PAIRS):
-            i, j = x[start:stop], y[start:stop]
-            places, back = np.unique(np.concatenate([i, j]), return_inverse=True)
-            raw = self.gather(rows[places])
-            found.append(self.select(rows, i, j, indexed_cosines(raw, raw, *np.split(back, 2))))
-        return join_pairs(found)
+        return self.select(rows, x, y, pairs.pair_cosines(self.gather, rows[x], rows[y]))
 
     def select(self, rows: np.ndarray, x: np.ndarray, y: np.ndarray, cosine: np.ndarray) -> Pairs:
         """Return those of the pairs of places x, y whose ``cosine`` is enough, and ``also``."""
@@ -81,7 +74,8 @@ def group_components(forest: Edges, rank: Rank) -> Members:
     starts = group_starts(group)
     first = np.lexsort((rank(row), group))[starts[:-1]]
     keeper = np.repeat(row[first], np.diff(starts))
-    return Members(row, group, keeper, unknown_but_1(row == keeper), row != keeper)
+    unknown = np.full(len(row), np.nan, np.float32)  # until it is computed
+    return Members(row, group, keeper, unknown, row != keeper)
 
 
 def group_matches(matches: Edges, best: Best, threshold: float) -> Members:
@@ -92,30 +86,21 @@ def group_matches(matches: Edges, best: Best, threshold: float) -> Members:
     row, group = components(matches)
     is_dup = best.similarity[row] > np.float32(threshold)
     representative = np.where(is_dup, best.match[row], row)
-    return sort_members(Members(row, group, representative, unknown_but_1(~is_dup), is_dup))
-
-
-def unknown_but_1(kept: np.ndarray) -> np.ndarray:
-    """Return similarities: 1 for kept rows, NaN for removed ones, until they are computed."""
-    return np.where(kept, np.float32(1), np.float32(np.nan))
+    unknown = np.full(len(row), np.nan, np.float32)
+    return sort_members(Members(row, group, representative, unknown, is_dup))
 
 
 def group_star(
     forest: Edges,
     rank: Rank,
     compare: Compare,
-    done: Callable[[int], None],
     removed: np.ndarray | None = None,
 ) -> Members:
     """Apply the star rule to the groups of a forest over distinct rows (`members.Copies`).
 
-    Parameters
-    ----------
-    done : function of int
-        Called with how many edges of the forest are decided, for progress.
-    removed : (n,) int64, optional
-        Rows that a row outside removes, whatever these rows are to one another. Their
-        representative is the nearest kept row that matches, or the row itself with `NO_PAIR`.
+    ``removed``, (n,) int64, are rows that a row outside removes, whatever these rows are to one
+    another. Their representative is the nearest kept row that matches, or the row itself with
+    `NO_PAIR`.
     """
     row, group = components(forest)
     order = np.lexsort((rank(row), group))
@@ -127,24 +112,22 @@ def group_star(
     compared = (sizes > 2) | np.logical_or.reduceat(out, starts[:-1]) if len(row) else out
     two = starts[:-1][~compared]
     representative[two + 1], similarity[two + 1] = row[two], np.nan
-    done(len(two))
     small = compared & (sizes <= pairs.LISTED_GROUP)
     in_small = np.flatnonzero(np.repeat(small, sizes))
     listed = [in_small[begin:end] for begin, end, *_ in pairs.plan_groups(sizes[small])]
     large = [np.arange(starts[n], starts[n + 1]) for n in np.flatnonzero(compared & ~small)]
 
-    def decide(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    def decide(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows, without, sizes = row[places], out[places], np.diff(group_starts(group[places]))
         if len(sizes) > 1 or sizes[0] <= pairs.LISTED_GROUP:
-            return *star_listed(rows, sizes, compare, without), places, len(sizes)
-        return *star_large(rows, compare, without), places, 1
+            return *star_listed(rows, sizes, compare, without), places
+        return *star_large(rows, compare, without), places
 
     huge = [places for places in large if len(places) > TABLE_GROUP]  # one by one, on all threads
     others = [*(places for places in large if len(places) <= TABLE_GROUP), *listed]
     with closing(ordered_map(decide, others, given_threads())) as decided:
-        for chosen, cosine, places, groups in chain(map(decide, huge), decided):
+        for chosen, cosine, places in chain(map(decide, huge), decided):
             representative[places], similarity[places] = chosen, cosine
-            done(len(places) - groups)
     is_dup = out | (representative != row)
     return sort_members(Members(row, group, representative, similarity, is_dup))
 
@@ -281,5 +264,6 @@ def star_from_pairs(row: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs:
             near = target[starts[place] : starts[place + 1]]
             chosen[near[chosen[near] < 0]] = place
             chosen[place] = place
-    kept = chosen == np.arange(len(row))
-    return sort_members(Members(row, group, row[chosen], unknown_but_1(kept), ~kept))
+    is_dup = chosen != np.arange(len(row))
+    unknown = np.full(len(row), np.nan, np.float32)
+    return sort_members(Members(row, group, row[chosen], unknown, is_dup))

@@ -54,14 +54,10 @@ class Classes(NamedTuple):
         """Group the entries of lists by list and code."""
         kept, members, counts = [np.empty(0, np.int64)], [lists.ids[:0]], [np.zeros(1, np.int64)]
         for low, high in lists.spans():
-            codes, of = lists.codes[low:high], lists.list_at(np.arange(low, high))
-            words = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).view(np.uint64)
-            order = np.lexsort((*words.T, of))
-            words, of = words[order], of[order]
-            starts = np.ones(high - low, bool)
-            starts[1:] = (words[1:] != words[:-1]).any(axis=1) | (of[1:] != of[:-1])
-            first = np.empty(high - low, np.int64)  # the first place with the same list and code
-            first[order] = order[starts][np.cumsum(starts) - 1]
+            of = lists.list_at(np.arange(low, high))[:, None].view(np.uint8)
+            both = np.concatenate([lists.codes[low:high], of], axis=1)
+            same = np.unique(both.view(f"V{both.shape[1]}"), return_index=True, return_inverse=True)
+            first = same[1][same[2].ravel()]  # the first place with the same list and code
             members.append(lists.ids[low + np.argsort(first, kind="stable")])
             places, count = np.unique(first, return_counts=True)
             kept.append(places + low)
@@ -96,13 +92,6 @@ class Classes(NamedTuple):
             row = unpack_rows(self.members[self.begins[low] : self.begins[high]])
             if (first != row).any():
                 yield first[first != row], row[first != row]
-
-    def shared(self, rows: int) -> np.ndarray:
-        """Return which of ``rows`` rows share their code with another, (rows,) bool."""
-        shared = np.zeros(rows, bool)
-        for first, row in self.links():
-            shared[first] = shared[row] = True
-        return shared
 
 
 class Searcher:
@@ -195,10 +184,11 @@ class LoadedIndex:
         if features is not None:
             self.encoder = query_encoder(index, features, encoder)
         self.classes = Classes.of(index.lists())
-        self.shared = self.classes.shared(index.rows)
         self.searcher = Searcher(index, self.classes.lists, nprobe)
         self.count = len(self.classes.lists.ids) if features is None else features.rows
         self.class_of = self.classes.of_rows(index.rows) if features else np.empty(0, np.int64)
+        several = np.append(np.diff(self.classes.begins) > 1, False)  # the last for class -1
+        self.shared = several[self.class_of]
 
     def queries(self, span: tuple[int, int], sample: np.ndarray | None = None) -> Queries:
         """Return the queries of a span of all, or of a sample of row numbers (ascending)."""

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from snipdedup.config import Diff
 from snipdedup.deduplication.inputs import KIND
 from snipdedup.deduplication.read_out import pick, read_keys, read_partners, whole_groups
 from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
-from snipdedup.groups.members import Members, concatenate, group_starts, no_members
+from snipdedup.groups.members import Members, concatenate, no_members
 from snipdedup.inspection.display import places_of
 from snipdedup.metadata.masks import load_mask
 from snipdedup.storage.out_folder import as_written, read_manifest
@@ -127,7 +129,7 @@ def compare(folders: list[Path], manifests: list[dict[str, Any]], n: int) -> dic
 
 def load_groups(path: Path) -> Members:
     """Read the members of all groups, by row."""
-    members = concatenate(no_members(), *whole_groups(path, marked=True))
+    members = concatenate(no_members(), *whole_groups(path))
     return pick(members, np.argsort(members.row))
 
 
@@ -143,22 +145,16 @@ def regrouped(one: Members, other: Members) -> list[dict[str, int]]:
 
     A row in no group of ``other`` is a part by itself.
     """
-    if not len(one.row):
-        return []
     _, i, j = np.intersect1d(one.row, other.row, assume_unique=True, return_indices=True)
     label = one.row.copy()
     label[i] = other.group[j]
-    order = np.lexsort((label, one.group))
-    group, label = one.group[order], label[order]
-    starts = group_starts(group)
-    new = np.append(True, np.diff(label) != 0)
-    new[starts[:-1]] = True
-    parts = np.add.reduceat(new.astype(np.int64), starts[:-1])
-    sizes = np.diff(starts)
-    torn = np.flatnonzero(parts > 1)
-    torn = torn[np.lexsort((torn, -sizes[torn]))]
-    labels = group[starts[:-1]]
-    return [{"group": int(labels[i]), "rows": int(sizes[i]), "parts": int(parts[i])} for i in torn]
+    table = pa.table({"group": one.group, "label": label}).group_by("group")
+    found = table.aggregate([("label", "count"), ("label", "count_distinct")])
+    torn = found.filter(pc.field("label_count_distinct") > 1)
+    return [
+        {"group": g["group"], "rows": g["label_count"], "parts": g["label_count_distinct"]}
+        for g in torn.sort_by([("label_count", "descending"), ("group", "ascending")]).to_pylist()
+    ]
 
 
 def decisions(row: int, partners: list[dict[int, tuple[int, float]]]) -> dict[str, list[Any]]:

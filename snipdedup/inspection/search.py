@@ -117,20 +117,23 @@ def run(options: Search) -> SearchResult:
     index = Index(options.index)
     if options.html is not None:
         require("jinja2", "--html")
-    metadata = open_table_of(index, options)
+    beside, texts = options.features or index.manifest.get("features_at"), None
+    source: Any = options.metadata or (implied_metadata(beside) if beside else None)
+    if source is not None:
+        from snipdedup.metadata.gather import open_row_texts  # pyarrow takes a while
+
+        texts = open_row_texts(index.folder, index.manifest, source)
     features, of, why = raw_features(index, options)
     page = None if options.html is None else Path(options.html).expanduser()
     if page is not None:
-        read = [index.folder, *([] if metadata is None else metadata.inputs())]
+        read = [index.folder, *([] if texts is None else texts.inputs())]
         if isinstance(options.query, str) and options.query.lower().endswith(VECTORS):
             read.append(Path(options.query).expanduser())
         refuse_output_file(page, [*read, *([] if features is None else features.paths())])
     result = dataclasses.replace(search(index, features, of, why, options), page=page)
-    if metadata is not None:
-        from snipdedup.metadata.gather import RowTexts
-
+    if texts is not None:
         shown = [n for a in result.answers for n in (*a.neighbours, *([a.row] if a.row else []))]
-        fill_texts(shown, RowTexts(metadata), *TEXTS)
+        fill_texts(shown, texts, *TEXTS)
     if page is not None:
         with replacing(page) as part:
             text = render_page("search.html.j2", index=index.folder.name, result=result)
@@ -203,19 +206,6 @@ def raw_features(index: Index, options: Search) -> tuple[Features | None, str, s
         if any(now[name] != then.get(name) for name in now):
             return None, "", f"{source} changed since; if the rows are the same, give --features"
     return features, "descriptors" if is_descriptors(source) else "features", ""
-
-
-def open_table_of(index: Index, options: Search) -> Any:
-    """Return the metadata: given, or beside a folder of features; None if there is none."""
-    beside = options.features or index.manifest.get("features_at")
-    source: Any = options.metadata or (implied_metadata(beside) if beside else None)
-    if source is None:
-        return None
-    from snipdedup.metadata.tables import open_metadata  # pyarrow takes a while too
-
-    metadata = open_metadata(source)
-    metadata.check_matches(index.manifest["shards"])
-    return metadata
 
 
 def parse_query(

@@ -94,8 +94,7 @@ def run(options: Top) -> TopResult:
                     f"--prompts writes captions, but no metadata with a column "
                     f"{' or '.join(CAPTIONS)} is known for {folder}; name it with --metadata"
                 )
-            known = [] if texts.metadata is None else texts.metadata.inputs()
-            refuse_output_file(target, [folder, *known, *named_paths(manifest)])
+            refuse_output_file(target, [folder, *texts.inputs(), *named_paths(manifest)])
         groups, threshold = folder / "groups.parquet", manifest["settings"]["threshold"]
         ranked = rank_rows(groups, options.n, threshold)
         keys = read_keys(groups, np.array([one.row for one in ranked], np.int64))
@@ -111,7 +110,7 @@ def run(options: Top) -> TopResult:
 def rank_rows(path: Path, n: int, threshold: float) -> list[Ranked]:
     """Read ``groups.parquet`` and return the n rows that represent most others, most first."""
     best: list[Ranked] = []
-    for members in whole_groups(path, marked=True):
+    for members in whole_groups(path):
         least = best[-1].dup_count if len(best) == n else 1
         best += rank_groups(members, n, threshold, least)
         best = sorted(best, key=lambda one: (-one.dup_count, one.row))[:n]

@@ -127,6 +127,10 @@ class RowTexts:
     metadata: Metadata | None
     is_dup: np.ndarray | None = None
 
+    def inputs(self) -> list[Path]:
+        """Return the files that it reads, and their folders."""
+        return [] if self.metadata is None else self.metadata.inputs()
+
     def find(self, asked: str | None = None, wanted: tuple[str, ...] = ()) -> str | None:
         """Return a column's name as `Metadata.column` does, None without metadata."""
         return None if self.metadata is None else self.metadata.column(asked, wanted)

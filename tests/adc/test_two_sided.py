@@ -79,9 +79,7 @@ def test_all_common_codes_together_know_the_distance(index, rows, tmp_path, monk
     views = views_of(index, rows, tmp_path, ROWS, LISTS)
     a, b = np.arange(10, 20), np.arange(20, 30)
     names = views.ids[b, 0]
-    found = two_sided.common_lengths(
-        views, views.ids[a], views.e[a], np.arange(10), names, np.full(10, np.inf)
-    )
+    found = two_sided.common_lengths(views, a, names, np.full(10, np.inf))
     x, _, _ = plain(index, rows)
     r = (views.ids[a] >= 0).sum(axis=1)
     expected = np.square(x[a] - x[b]).sum(axis=1) * np.sqrt(8 / r)

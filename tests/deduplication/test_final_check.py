@@ -11,9 +11,10 @@ import pytest
 import truth
 
 from snipdedup import dedup
-from snipdedup.deduplication import final_check, result, run
+from snipdedup.deduplication import result, run
 from snipdedup.errors import InternalError
 from snipdedup.features.shards import open_features
+from snipdedup.groups import pairs
 from snipdedup.groups.members import NO_PAIR
 from snipdedup.join.forest import join_edges, make_edges
 from snipdedup.storage import external_sort
@@ -226,7 +227,7 @@ def test_cosines_are_those_of_the_rows_as_stored_whatever_the_blocks(rows, kind,
     x = rows.astype(kind)
     one = dedup(x[200:], reference=x[:200].astype(np.float64), threshold=0.9, keep="last")
     with (
-        mock.patch.object(final_check, "GATHER_PAIRS", 3),
+        mock.patch.object(pairs, "GATHER_PAIRS", 3),
         mock.patch.object(external_sort, "HELD", 40),
     ):
         out = dedup(x[200:], reference=x[:200].astype(np.float64), threshold=0.9, keep="last",

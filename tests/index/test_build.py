@@ -43,9 +43,9 @@ def shards(rows, tmp_path_factory) -> Path:
     return folder
 
 
-def options(out: Path, features: object = None, **given: object) -> config.Index:
+def options(out: Path, features: object = None, **given: object) -> config.BuildIndex:
     given = {"nlist": 16, "m": 4, "nbits": 4, "threads": 1, **given}
-    return config.Index(features=features, out=str(out), **given)
+    return config.BuildIndex(features=features, out=str(out), **given)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_append_equals_one_go(shards, tmp_path):
     before = bits(tmp_path / "grown")
     with pytest.raises(SnipError, match=r"first 2 of 5 shards; .*--append"):
         run(options(tmp_path / "grown", shards))
-    said = run(config.Index(features=str(shards), out=str(tmp_path / "grown"), append=True))
+    said = run(config.BuildIndex(features=str(shards), out=str(tmp_path / "grown"), append=True))
     assert str(said).startswith("added to")
     after = bits(tmp_path / "grown")
     assert before.items() <= after.items()
@@ -248,7 +248,7 @@ def test_damaged_files_are_refused(shards, tmp_path, where):
 
 def test_size_and_defaults_of_a_tiny_set(tmp_path, data):
     nine = data / "small" / "clip_retrieval_out"
-    said = run(config.Index(features=str(nine), out=str(tmp_path / "x")))
+    said = run(config.BuildIndex(features=str(nine), out=str(tmp_path / "x")))
     assert "9 rows of 1 shards in 1 lists, codes of 16 x 8 bits" in str(said)
     index = Index(tmp_path / "x")
     lists = index.lists()
@@ -270,7 +270,7 @@ def whole(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [({"m": 5}, "--m 5 must divide the width 16"),
+    [({"m": 5}, "--m 5 must divide the width 16 of the vectors: one of 1, 2, 4, 8, 16$"),
      ({"nlist": 2601}, "--nlist 2601: there are only 2,600 rows"),
      ({"base": "base"}, "16 wide, these are 8 wide|has nlist 16"),
      ({"encoder": "narrow"}, "rows are 16 wide, --encoder .*narrow expects 12")],
@@ -313,7 +313,7 @@ def test_bad_rows_leave_an_older_index_alone(shards, tmp_path):
                   options(tmp_path / "y")).folder  # fmt: skip
     before = whole(first)
     with pytest.raises(InputError, match=r"img_emb_4\.npy row 0 \(zeros only\)"):
-        run(config.Index(features=str(folder), out=str(first), append=True))
+        run(config.BuildIndex(features=str(folder), out=str(first), append=True))
     assert whole(first) == before
 
 
@@ -358,12 +358,12 @@ def test_append_compares_the_shards_that_are_held(shards, tmp_path):
     build(open_features(first), out, options(out))
     os.utime(first[0], ns=(0, 1))
     shutil.copytree(out, tmp_path / "y")
-    run(config.Index(features=str(folder), out=str(out), append=True))
+    run(config.BuildIndex(features=str(folder), out=str(out), append=True))
     assert Index(out).rows == 2600
     assert all("checksum" in shard for shard in Index(out).manifest["shards"])
     np.save(first[0], 2 * np.load(first[0]))
     with pytest.raises(SnipError, match=r"other features.*features_changed"):
-        run(config.Index(features=str(folder), out=str(tmp_path / "y"), append=True))
+        run(config.BuildIndex(features=str(folder), out=str(tmp_path / "y"), append=True))
     assert Index(tmp_path / "y").rows == 701
 
 

@@ -21,7 +21,7 @@ from snipdedup.index.search import MappedLists
 
 def make(out: Path, rows: list[np.ndarray], **given: object) -> Index:
     given = {"nlist": 32, "m": 4, "threads": 1, **given}
-    options = config.Index(features="x", out=str(out), **given)
+    options = config.BuildIndex(features="x", out=str(out), **given)
     return build(open_features(rows), out, options)
 
 
