@@ -111,7 +111,7 @@ def check_groups(run: AuditedRun) -> tuple[np.ndarray, np.ndarray]:
     counts = {"rows": run.rows, "removed": 0, "groups": 0, "largest_group": 1, "chained": 0}
     represented = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     seen, last = np.zeros(run.rows, bool), (-1, -1)
-    for every in whole_groups(run.folder / "groups.parquet", marked=True):
+    for every in whole_groups(run.folder / "groups.parquet"):
         inside = (every.row >= 0) & (every.row < run.rows) & (every.representative < run.rows)
         text = f"or its representative is none of the {run.rows:,} rows"
         run.fail_each("range", every.row[~inside], f"groups.parquet: row {{:,}} {text}".format)

@@ -40,7 +40,7 @@ def sample_pairs(
     total = counts["removed"] - counts.get("removed_for_reference", 0)
     chosen = sample_rows(total, n, np.random.default_rng(seed))
     parts, before = [], 0
-    for members in whole_groups(path, marked=True):
+    for members in whole_groups(path):
         own = pick(members, members.is_dup & (members.representative >= 0))
         parts.append(pick(own, chosen_places(chosen, before, len(own.row))))
         before += len(own.row)

@@ -143,7 +143,7 @@ def survey_groups(path: Path, settings: dict[str, Any], offsets: np.ndarray, see
     foreign = np.zeros(len(offsets) - 1, np.int64)
     largest: list[Group] = []
     copied = copies = np.empty(0, np.int64)
-    for members in whole_groups(path, marked=True):
+    for members in whole_groups(path):
         removed = pick(members, members.is_dup)
         known = removed.similarity[~np.isnan(removed.similarity)]
         place = np.clip(np.searchsorted(bins, known, "right") - 1, 0, None)
@@ -205,10 +205,10 @@ def pick(members: Members, which: Any) -> Members:
     return Members(*(column[which] for column in members))
 
 
-def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
+def whole_groups(path: Path) -> Iterator[Members]:
     """Yield the members of ``groups.parquet`` in batches that cut no group.
 
-    With ``marked``, a representative that is a row of a reference comes as its complement, < 0.
+    A representative that is a row of a reference comes as its complement, < 0.
     """
     file, columns = stream_parquet(path), list(Members._fields)
     kinds = {"similarity": pa.types.is_floating, "is_dup": pa.types.is_boolean}
@@ -217,7 +217,7 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
         if len(types) != 1 or not kinds.get(name, pa.types.is_integer)(types[0]):
             found = ", ".join(map(str, types)) or "none"
             raise SnipError(f"{path}: damaged: found {found} as column {name!r}; make it anew")
-    if marked and "reference" in file.schema_arrow.names:
+    if "reference" in file.schema_arrow.names:
         columns.append("reference")
     waiting = no_members()
     for batch in file.iter_batches(BATCH_ROWS, columns=columns):
@@ -248,7 +248,7 @@ def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
 def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
     """Return (representative, cosine) of rows in ``groups.parquet``; of a reference: ~row."""
     partners: dict[int, tuple[int, float]] = {}
-    for members in whole_groups(path, marked=True):
+    for members in whole_groups(path):
         some = pick(members, np.isin(members.row, rows))
         named = zip(some.representative.tolist(), some.similarity.tolist(), strict=True)
         partners |= dict(zip(some.row.tolist(), named, strict=True))

@@ -165,14 +165,7 @@ def run(options: config.Eval) -> Evaluation:
         again = f"{out} is finished already with these settings; --overwrite makes it anew"
         return Evaluation(out, atomic.load_json(out / RESULT), again)
     try:
-        measured = evaluate(
-            features, texts, queries=options.queries, train_rows=options.train_rows,
-            encoder=options.encoder, dim=options.dim, steps=options.steps,
-            threshold=options.threshold, nlist=options.nlist, sizes=options.numbers("code_bytes"),
-            nprobes=options.numbers("nprobe"), flag_nprobe=options.flag_nprobe,
-            threads=cores(options.threads), seed=options.seed,
-        )  # fmt: skip
-        results = {**measured, "settings": settings}
+        results = {**evaluate(features, texts, options), "settings": settings}
         for source in sources:
             source.refuse_changed()
         folder = out / locks.WORK / out_folder.FILES
@@ -190,26 +183,25 @@ def run(options: config.Eval) -> Evaluation:
     return Evaluation(out, results, f"{eval_summary(results)}\nwritten to {options.out}")
 
 
-def evaluate(
-    features: Features, texts: Features | None, *, queries: int, train_rows: int,
-    encoder: str | None, dim: int, steps: int, threshold: float, nlist: int | None,
-    sizes: list[int], nprobes: list[int], flag_nprobe: int, threads: int, seed: int,
-) -> dict[str, Any]:  # fmt: skip
+def evaluate(features: Features, texts: Features | None, options: config.Eval) -> dict[str, Any]:
     """Return everything that was measured, as JSON values; features are read in blocks."""
+    threads, seed, nprobes = cores(options.threads), options.seed, options.numbers("nprobe")
     clock, rng = progress.Clock(), np.random.default_rng(seed)
-    asked = sample_rows(features.rows, min(queries, features.rows // 4), rng)
-    learn = learnable(features, asked, train_rows, rng)
+    asked = sample_rows(features.rows, min(options.queries, features.rows // 4), rng)
+    learn = learnable(features, asked, options.train_rows, rng)
     with clock.stage("train"):
-        contenders = make_contenders(features, texts, learn, encoder, dim, steps, threads, seed)
+        contenders = make_contenders(
+            features, texts, learn, options.encoder, options.dim, options.steps, threads, seed
+        )
     with clock.stage("truth"):
         raw = features.gather(asked)
         D, I = nearest(raw, features, max(RECALL_AT), threads, own=asked)
     wanted = max(POINTS_A_LIST * default_nlist(features.rows, features.rows), LEAST_SAMPLE)
     picked = sample_rows(features.rows, wanted, np.random.default_rng(seed))
-    nlist = nlist or default_nlist(features.rows, len(picked))
+    nlist = options.nlist or default_nlist(features.rows, len(picked))
     task = Task(
-        features, asked, raw, I, D[:, 0] >= np.float32(threshold), features.gather(picked),
-        nlist, sizes, nprobes, flag_nprobe, seed, threads,
+        features, asked, raw, I, D[:, 0] >= np.float32(options.threshold), features.gather(picked),
+        nlist, options.numbers("code_bytes"), nprobes, options.flag_nprobe, seed, threads,
     )  # fmt: skip
     found: dict[str, list[dict[str, Any]]] = {"neighbours": [], "flags": []}
     for contender in contenders:

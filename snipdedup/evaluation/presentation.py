@@ -100,7 +100,8 @@ def eval_page(body: dict[str, Any]) -> str:
         among = body["text"][0]["among"]
         lines += ["## Text and images", "", f"Own partner among {among:,}; 95 % intervals.", ""]
         lines += text_table(body)
-    return "\n".join([*lines, f"Seconds: {seconds_text(body)}.", ""])
+    seconds = ", ".join(f"{name} {s:.1f}" for name, s in body["seconds"].items())
+    return "\n".join([*lines, f"Seconds: {seconds}.", ""])
 
 
 def eval_summary(body: dict[str, Any]) -> str:
@@ -114,12 +115,8 @@ def eval_summary(body: dict[str, Any]) -> str:
         *flag_table(body),
         *(text_table(body) if "text" in body else []),
     ]
-    return "\n".join([*lines, f"seconds: {seconds_text(body)}"])
-
-
-def seconds_text(body: dict[str, Any]) -> str:
-    """Return the time of each stage."""
-    return ", ".join(f"{name} {s:.1f}" for name, s in body["seconds"].items())
+    seconds = ", ".join(f"{name} {s:.1f}" for name, s in body["seconds"].items())
+    return "\n".join([*lines, f"seconds: {seconds}"])
 
 
 # ---- the picture

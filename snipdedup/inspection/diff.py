@@ -129,7 +129,7 @@ def compare(folders: list[Path], manifests: list[dict[str, Any]], n: int) -> dic
 
 def load_groups(path: Path) -> Members:
     """Read the members of all groups, by row."""
-    members = concatenate(no_members(), *whole_groups(path, marked=True))
+    members = concatenate(no_members(), *whole_groups(path))
     return pick(members, np.argsort(members.row))
 
 

@@ -210,7 +210,6 @@ def curve_chart(thresholds: np.ndarray, kept: np.ndarray, rows: int, mark: int) 
     y = [y_place(value, low, high) for value in kept.tolist()]
     places = zip(((thresholds - start) / span).tolist(), y, strict=True)
     return {
-        "axis": "threshold (cosine)",
         "wide": WIDE,
         "points": " ".join(f"{WIDE * x:.1f},{y:.1f}" for x, y in places),
         "y": y,
@@ -221,7 +220,7 @@ def curve_chart(thresholds: np.ndarray, kept: np.ndarray, rows: int, mark: int) 
     }
 
 
-def bar_chart(bars: Bars, axis: str, words: str) -> dict[str, Any]:
+def bar_chart(bars: Bars) -> dict[str, Any]:
     """Return the chart of a histogram, counts on a logarithmic axis."""
     top = math.ceil(math.log10(max(int(bars.counts.max(initial=1)), 2)) - 1e-9)
     foot = math.log10(0.5)  # so that a single one can be seen
@@ -233,8 +232,8 @@ def bar_chart(bars: Bars, axis: str, words: str) -> dict[str, Any]:
         y = y_place(math.log10(count), foot, top)
         rects.append((left + gap / 2, right - left - gap, y, f"{bars.names[number]}: {count:,}"))
     return {
-        "axis": axis,
-        "words": words,
+        "total": int(bars.counts.sum()),
+        "last": int(bars.counts[-1]),
         "bars": rects,
         "heights": [(y_place(p, foot, top), compact(10.0**p)) for p in range(top + 1)],
         "places": [((x - start) / wide, label) for x, label in bars.ticks],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def make_page(
     partners = read_out.read_partners(groups, np.array(asked, np.int64))
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
     keys, is_dup = read_out.read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
-    pictures, found = find_pictures(shown, keys, texts, options)
+    pictures, counted = find_pictures(shown, keys, texts, options)
     rows = {
         row: Row(
             row, **place, key=keys.get(row), removed=bool(is_dup[row]), picture=pictures.get(row)
@@ -142,6 +143,8 @@ def make_page(
         for row, place in display.places_of(shards, shown.tolist()).items()
     }
     display.fill_texts(list(rows.values()), texts, "url", "caption")
+    copied = zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
+    found = ((rows[row], *partners.get(row, (row, np.nan))) for row in asked)
     page = display.render_page(
         "report.html.j2",
         (display.TEMPLATES / "report.js").read_text("utf-8"),
@@ -149,42 +152,25 @@ def make_page(
         pictured=PICTURED,
         title=out.resolve().name,
         out=shlex.quote(str(options.out)),
-        counts=counts,
-        settings=settings,
-        verified=manifest["verified"],
-        version=manifest["versions"]["snipdedup"],
+        run=manifest,
         survey=survey,
-        pictures=found,
+        pictures=counted,
         curve=curve,
         charts=histograms(survey, out / "histogram.parquet"),
-        **samples(survey, asked, partners, rows),
+        pairs=partial(pair_rows, rows),
+        copied=[(rows[row], count) for row, count in copied],
+        asked=[(a, rows.get(b, ~b) if a.removed else None, cosine) for a, b, cosine in found],
         known_keep=keep in read_out.KEEPS,
         shards=shard_section(shards, offsets, is_dup, survey.foreign.tolist()),
         manifest=json.dumps(shortened(manifest), indent=2, ensure_ascii=False),
     )
-    return page, found
+    return page, counted
 
 
-def samples(
-    survey: read_out.Survey, asked: list[int], partners: dict[int, tuple[int, float]],
-    rows: dict[int, Row],
-) -> dict[str, Any]:  # fmt: skip
-    """Return the page's rows, and pairs: a representative of a reference is its number."""
-
-    def pairs(members: Members) -> list[tuple[Row, Row | int, float]]:
-        columns = members.row.tolist(), members.representative.tolist(), members.similarity.tolist()
-        return [(rows[a], rows.get(b, ~b), cosine) for a, b, cosine in zip(*columns, strict=True)]
-
-    copied = zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
-    found = ((rows[row], *partners.get(row, (row, np.nan))) for row in asked)
-    return {
-        "bands": [(band, pairs(band.shown)) for band in survey.bands if band.rows],
-        "below": (survey.below, pairs(survey.below.shown)),
-        "groups": [(group, pairs(group.shown)) for group in survey.largest],
-        "copied": [(rows[row], count) for row, count in copied],
-        "spared": pairs(survey.spared.shown),
-        "asked": [(a, rows.get(b, ~b) if a.removed else None, cosine) for a, b, cosine in found],
-    }
+def pair_rows(rows: dict[int, Row], members: Members) -> list[tuple[Row, Row | int, float]]:
+    """Return rows, representatives (of a reference: its number there) and cosines."""
+    columns = members.row.tolist(), members.representative.tolist(), members.similarity.tolist()
+    return [(rows[a], rows.get(b, ~b), cosine) for a, b, cosine in zip(*columns, strict=True)]
 
 
 def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
@@ -223,54 +209,32 @@ def find_pictures(
 
 def curve_section(curve: read_out.Curve, counts: dict[str, int]) -> dict[str, Any]:
     """Return the slider's figures and chart."""
-    kept, removed = counts["rows"] - curve.removed, curve.removed.tolist()
-    groups, thresholds = curve.groups.tolist(), curve.thresholds
-    chart = display.curve_chart(
-        np.array(thresholds, np.float64), kept, counts["rows"], counts["kept"]
-    )
-    chart["words"] = (
-        f"Kept rows, by threshold: {kept[0]:,} at {thresholds[0]}, rising to {kept[-1]:,} at "
-        f"{thresholds[-1]}"
-    )
-    return {
-        "chart": chart,
-        "lines": list(zip(thresholds, removed, kept.tolist(), groups, strict=True)),
-        "data": {
-            "thresholds": thresholds,
-            "removed": removed,
-            "groups": groups,
-            "rows": counts["rows"],
-            "y": [round(y, 1) for y in chart["y"]],
-        },
+    kept, removed, groups = counts["rows"] - curve.removed, curve.removed.tolist(), curve.groups
+    thresholds = np.array(curve.thresholds, np.float64)
+    chart = display.curve_chart(thresholds, kept, counts["rows"], counts["kept"])
+    lines = zip(curve.thresholds, removed, kept.tolist(), groups.tolist(), strict=True)
+    data = {
+        "thresholds": curve.thresholds,
+        "removed": removed,
+        "groups": groups.tolist(),
+        "rows": counts["rows"],
+        "y": [round(y, 1) for y in chart["y"]],
     }
+    return {"chart": chart, "lines": list(lines), "data": data}
 
 
-def histograms(survey: read_out.Survey, path: Path) -> dict[str, dict[str, Any]]:
+def histograms(survey: read_out.Survey, path: Path) -> dict[str, Any]:
     """Return the charts of cosines, and of group sizes and dup_count from ``histogram.parquet``."""
     table = stream_parquet(path).read()
     of, value, count = (table[name].to_numpy() for name in ("of", "value", "count"))
     in_groups, stand = ((of == name) & (value > 0) for name in ("group_size", "dup_count"))
     similarity = display.similarity_bars(survey.edges, survey.similarities)
-    sizes, copies = (display.size_bars(value[one], count[one]) for one in (in_groups, stand))
     return {
-        "similarity": display.bar_chart(
-            similarity,
-            "cosine with the representative",
-            "Removed rows by cosine with their representatives: "
-            f"{similarity.counts.sum():,} rows, {similarity.counts[-1]:,} of them exactly 1",
-        ),
-        "sizes": display.bar_chart(
-            sizes,
-            "rows in the group",
-            f"Groups by number of rows: {sizes.counts.sum():,} groups, from 2 to "
-            f"{value[in_groups].max(initial=2):,} rows",
-        ),
-        "copies": display.bar_chart(
-            copies,
-            "rows removed for it (dup_count)",
-            f"Kept rows by dup_count: {copies.counts.sum():,} stand for others, at most for "
-            f"{value[stand].max(initial=0):,}",
-        ),
+        "similarity": display.bar_chart(similarity),
+        "sizes": display.bar_chart(display.size_bars(value[in_groups], count[in_groups])),
+        "largest": int(value[in_groups].max(initial=2)),
+        "copies": display.bar_chart(display.size_bars(value[stand], count[stand])),
+        "most": int(value[stand].max(initial=0)),
     }
 
 

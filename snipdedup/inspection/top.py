@@ -110,7 +110,7 @@ def run(options: Top) -> TopResult:
 def rank_rows(path: Path, n: int, threshold: float) -> list[Ranked]:
     """Read ``groups.parquet`` and return the n rows that represent most others, most first."""
     best: list[Ranked] = []
-    for members in whole_groups(path, marked=True):
+    for members in whole_groups(path):
         least = best[-1].dup_count if len(best) == n else 1
         best += rank_groups(members, n, threshold, least)
         best = sorted(best, key=lambda one: (-one.dup_count, one.row))[:n]
