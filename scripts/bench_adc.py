@@ -15,7 +15,6 @@ Precision and recall are of the flags, against a brute force of cosines for --sa
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 import time
@@ -34,7 +33,7 @@ from snipdedup.adc import pairs
 from snipdedup.adc.threshold import true_duplicates
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.build import build
-from snipdedup.index.folder import Index, Space, export_faiss
+from snipdedup.index.folder import Index, export_faiss
 from snipdedup.parallel import library_threads
 
 RULES = ("two_sided", "difference")
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 options = {"encoder": given.encoder, "m": m, "nlist": given.nlist}
                 out = Path(given.indexes or folder) / f"index_{m}"
-                settled = config.Index(features=None, out=str(out), seed=given.seed, **options)
+                settled = config.BuildIndex(features=None, out=str(out), seed=given.seed, **options)
                 results += measure(build(features, out, settled), features, sample, truth, given)
     print(table(results, features, truth, given))
     if given.json:
@@ -89,18 +88,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@dataclasses.dataclass(frozen=True)
-class TimedSpace(Space):
-    """A space that adds up the CPU seconds that vectors take."""
+class TimedEncoder:
+    """An encoder, or what takes its place, that adds up the CPU seconds that it takes."""
 
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    def __init__(self, encoder: Any) -> None:
+        self.encoder, self.dim_in, self.dim = encoder, encoder.dim_in, encoder.dim
+        self.seconds: list[float] = []
 
-    def vectors(self, rows: np.ndarray) -> np.ndarray:
+    def encode(self, rows: np.ndarray) -> np.ndarray:
         """Return what is quantised."""
         start = time.thread_time()
-        found = super().vectors(rows)
+        found = self.encoder.encode(rows)
         self.seconds.append(time.thread_time() - start)
-        return found
+        return np.asarray(found)
 
 
 brute_force: list[float] = []  # CPU seconds of each call
@@ -129,7 +129,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return a result a rule for one index; faiss is measured before and after each."""
     vectors = every_vector(index, features)
-    space, results = index.space, []
+    encoder, results = index.encoder, []
     with tempfile.TemporaryDirectory() as folder:
         export_faiss(index, Path(folder) / "plain.faiss")
         plain: Any = faiss.read_index(str(Path(folder) / "plain.faiss"))
@@ -137,12 +137,13 @@ def measure(
         for rule in given.rules:
             work = Path(folder) / rule
             work.mkdir()
-            index.space = TimedSpace(space.encoder, space.as_stored, space.dim_in, space.dim)
+            timed_encoder: Any = TimedEncoder(encoder)
+            index.encoder = timed_encoder
             with mock.patch.object(pairs, "true_duplicates", timed_truth):
                 flags, cpu, wall = timed(partial(flag_rows, index, features, rule, work, given))
             peers = [timed(partial(plain.search, vectors, given.k)) for _ in range(given.repeats)]
             right, flagged = int((flags[sample] & truth).sum()), int(flags[sample].sum())
-            encoder, truth_cpu = sum(index.space.seconds), brute_force[-1]
+            encoder_cpu, truth_cpu = sum(timed_encoder.seconds), brute_force[-1]
             results.append(
                 {
                     "code_bytes": index.code_size,
@@ -152,21 +153,21 @@ def measure(
                     "flags": int(flags.sum()),
                     "cpu": cpu,
                     "wall": wall,
-                    "encoder_cpu": encoder,
+                    "encoder_cpu": encoder_cpu,
                     "truth_cpu": truth_cpu,
-                    "alone_cpu": cpu - encoder - truth_cpu,
+                    "alone_cpu": cpu - encoder_cpu - truth_cpu,
                     "faiss_cpu": min(peer[1] for peer in peers),
                     "faiss_wall": min(peer[2] for peer in peers),
                 }
             )
             print(json.dumps(results[-1]), flush=True)
-        index.space = space
+        index.encoder = encoder
     return results
 
 
 def every_vector(index: Index, features: Features) -> np.ndarray:
     """Return all rows as they were quantised, (n, dim) float32."""
-    blocks = [index.space.vectors(rows) for _, rows in features.blocks(4096)]
+    blocks = [index.encoder.encode(rows) for _, rows in features.blocks(4096)]
     return np.concatenate(blocks)
 
 

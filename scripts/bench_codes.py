@@ -23,7 +23,7 @@ from timing import machine
 
 from snipdedup.encoder.network import opq_rotation, principal_directions
 from snipdedup.encoder.training import train_encoder
-from snipdedup.evaluation.evaluate import IndexedRows
+from snipdedup.evaluation.evaluate import IndexedRows, drop_own
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.nearest import nearest, nearest_vectors
 from snipdedup.features.shards import Features, open_features
@@ -161,7 +161,7 @@ def code_recall(x: np.ndarray, truth: np.ndarray, m: int, seed: int) -> float:
     quantiser = train_quantiser(x, nlist=NLIST, m=m, nbits=8, seed=seed, threads=cores())
     codes = IndexedRows(quantiser)
     codes.add(x)
-    return recall(codes.nearest(x, np.arange(len(x)), K, NPROBE), truth, K)
+    return recall(drop_own(codes.search(x, K + 1, NPROBE)[1], np.arange(len(x))), truth, K)
 
 
 if __name__ == "__main__":

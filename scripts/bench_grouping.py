@@ -149,10 +149,10 @@ def measure(folder: Path, rows: int) -> dict[str, object]:
         marks = time.perf_counter()
 
     rank = rank_by("first", 0, None)
-    result = checked(choose(search, Alike(rows), 0.95, "star", "first", rank, folder=out / "work"))
+    result = checked(choose(search, 0.95, "star", "first", rank, folder=out / "work"))
     mark("group")
     plan = None if metadata is None else MetadataPlan(metadata, "key", ColumnSettings(), {})
-    write_files(result, out, Inputs(None), plan, (), 1)
+    write_files(result, out, plan, ())
     mark("write")
     done.set()
     sizes = {path.name: path.stat().st_size for path in out.rglob("*") if path.is_file()}
@@ -187,6 +187,8 @@ def load_search(folder: Path, rows: int) -> PairSearch:
         copies=copies,
         originals=firsts,
         bad=np.empty(0, np.int64),
+        inputs=Inputs(Alike(rows)),
+        checksums={"features": []},
     )
 
 

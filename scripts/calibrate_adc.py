@@ -30,11 +30,10 @@ from snipdedup.adc import two_sided
 from snipdedup.adc.threshold import SYMMETRIC, TWO_SIDED, calibrate, scores, true_duplicates
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.formats import ArrayShard
-from snipdedup.features.shards import Features, open_features
+from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.index.build import build
-from snipdedup.index.folder import CodeLists, Index
-from snipdedup.index.search import Classes, Searcher, feature_queries
-from snipdedup.parallel import cores
+from snipdedup.index.search import QUERY_ROWS, LoadedIndex
+from snipdedup.parallel import cores, ordered_map
 from snipdedup.statistics import proportion_interval
 
 BOTH = "both ways"  # the two-sided rule without what common codes tell
@@ -114,20 +113,18 @@ def in_memory(vectors: np.ndarray) -> Features:
     return Features([ArrayShard(vectors, "vectors")])
 
 
-def build_index(
-    vectors: np.ndarray, known: int, m: int, given: argparse.Namespace
-) -> tuple[Index, CodeLists]:
+def load_index(vectors: np.ndarray, known: int, m: int, given: argparse.Namespace) -> LoadedIndex:
     """Return an index of all vectors whose quantisers come from the first ``known``."""
     options = {"m": m, "nlist": given.nlist, "seed": given.seed}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "known"
-        settled = config.Index(features=None, out=str(base), **options)
+        settled = config.BuildIndex(features=None, out=str(base), **options)
         index = build(in_memory(vectors[:known]), base, settled, as_stored=True)
         if known < len(vectors):
             out = Path(folder) / "all"
-            settled = config.Index(features=None, out=str(out), base=str(base))
+            settled = config.BuildIndex(features=None, out=str(out), base=str(base))
             index = build(in_memory(vectors), out, settled, as_stored=True)
-        return index, index.lists()
+        return LoadedIndex(index, in_memory(vectors), given.nprobe)
 
 
 def measure(
@@ -139,24 +136,21 @@ def measure(
     known: int,
 ) -> list[dict[str, Any]]:
     """Return margin, precision and recall of each rule at each precision, for one code size."""
-    index, lists = build_index(vectors, known, m, given)
-    classes = Classes.of(lists)
-    shared = classes.shared(index.rows)
-    searcher = Searcher(index, classes.lists, given.nprobe)
+    loaded = load_index(vectors, known, m, given)
     chosen_on = sample < known
-    results, source = [], feature_queries(index, index.space, in_memory(vectors))
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        views = two_sided.record_views(searcher, classes, source, given.k, Path(folder), cores())
+        views = two_sided.record_views(loaded, given.k, Path(folder), cores())
         seen = {
             rule: two_sided.best_view_scores(
-                views, shared, sample, cores(), common=float(rule == TWO_SIDED)
+                views, sample, cores(), common=float(rule == TWO_SIDED)
             )
             for rule in (BOTH, TWO_SIDED)
         }
     for rule in RULES:
         best = seen.get(rule)
         if best is None:
-            best = rule_scores(index, searcher, in_memory(vectors), sample, shared, rule, given.k)
+            best = rule_scores(loaded, sample, rule, given.k)
         for precision in PRECISIONS:
             margin, reached = calibrate(best[chosen_on], truth[chosen_on], precision)
             results.append(
@@ -165,7 +159,7 @@ def measure(
                     "rule": rule,
                     "wanted": precision,
                     "margin": margin,
-                    "mean_self_adc": index.manifest["mean_self_adc"],
+                    "mean_self_adc": loaded.index.manifest["mean_self_adc"],
                     **reached,
                     "others": judged(best[~chosen_on], truth[~chosen_on], margin, precision),
                 }
@@ -195,35 +189,25 @@ def judged(
     }
 
 
-def rule_scores(
-    index: Index,
-    searcher: Searcher,
-    vectors: Features,
-    sample: np.ndarray,
-    shared: np.ndarray,
-    rule: str,
-    k: int,
-) -> np.ndarray:
+def rule_scores(loaded: LoadedIndex, sample: np.ndarray, rule: str, k: int) -> np.ndarray:
     """Return the best score of each sampled row by one rule, (n,) float32."""
-    source = feature_queries(index, index.space, vectors, sample)
-    if rule == SYMMETRIC:
-        known = source.load
+    searcher, quantiser = loaded.searcher, loaded.index.quantiser
 
-        def load(span: tuple[int, int]) -> Any:
-            queries = known(span)
-            lists = index.quantiser.assign(queries.x, 1)[1][:, 0]
-            x = index.quantiser.decode(lists, index.quantiser.encode(queries.x, lists))
-            return queries._replace(x=x, own=np.zeros_like(queries.own))
-
-        source = source._replace(load=load)
-    parts = []
-    for queries, D, I in searcher.search(source, k, cores()):
-        own = np.zeros_like(queries.own) if rule == "global" else queries.own
+    def best(span: tuple[int, int]) -> np.ndarray:
+        rows, x, own = loaded.queries(span, sample)[1:]
+        if rule == SYMMETRIC:
+            lists = quantiser.assign(x, 1)[1][:, 0]
+            x = quantiser.decode(lists, quantiser.encode(x, lists))
+        if rule in (SYMMETRIC, "global"):
+            own = np.zeros_like(own)
+        D, I = searcher.places(x, *searcher.probe(x, span[0]), k)
         score = scores(D, own, "ratio" if rule == "ratio" else "difference")
-        # Rows of one code are one entry: it is a neighbour even if it bears the row's own number.
-        score[(queries.rows[:, None] == I) & ~shared[queries.rows][:, None]] = np.inf
-        parts.append(score.min(axis=1))
-    return np.concatenate(parts)
+        # Rows of one code are one entry: it is a neighbour of each of them.
+        score[(loaded.class_of[rows, None] == I) & ~loaded.shared[rows][:, None]] = np.inf
+        return np.asarray(score.min(axis=1))
+
+    spans = plan_blocks(len(sample), QUERY_ROWS)
+    return np.concatenate(list(ordered_map(best, spans, cores())))
 
 
 def table(

@@ -90,13 +90,14 @@ def read_index(folder: Path) -> None:
     """Read an index as dedup and search do."""
     index = Index(folder / "index")
     lists = index.lists()
-    index.decode(lists, 0, min(len(lists.ids), 32))
+    few = np.arange(min(len(lists.ids), 32))
+    index.quantiser.decode(lists.list_at(few), lists.codes[few])
     index.bad_rows()
     mapped = MappedLists(index)
     mapped.visit(np.arange(min(index.nlist, 4)))
     if index.rows:
         mapped.vector_of(0)
-    _ = index.space
+    _ = index.encoder
 
 
 def read_out(folder: Path) -> None:

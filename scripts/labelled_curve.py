@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_labels(path: str, column: str, features: Features) -> np.ndarray:
     """Return a number for each row, the same for rows of one label: (rows,) int64."""
     metadata = open_metadata(path)
-    metadata.check_matches(features)
+    metadata.check_matches(features.describe())
     texts = metadata.take(metadata.column(column) or column, np.arange(features.rows))
     return np.unique(texts.to_numpy().astype(str), return_inverse=True)[1].astype(np.int64)
 

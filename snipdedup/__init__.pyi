@@ -129,7 +129,7 @@ def build_index(
     train_rows
         rows to train on, 0 for 64 a list (at least 65,536) (default: 0)
     export_faiss
-        also write a file that plain faiss reads
+        also write a file for plain faiss
     model
         CLIP model, ARCHITECTURE/WEIGHTS, for snip search by text
     append
@@ -305,8 +305,8 @@ def dedup(
     clusters
         semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
     epsilon
-        semdedup: remove above cosine 1 - epsilon; of several the first decides (default: 1
-        - threshold)
+        semdedup: remove above 1 - epsilon; the first of several decides (default: 1 -
+        threshold)
     borders
         semdedup: count duplicates between clusters, by join; --noborders turns it off
         (default: on)
@@ -319,20 +319,20 @@ def dedup(
     weights
         write all rows, with a column weight that duplicates share
     export
-        lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)
+        lists: datacomp (uids), keys (webdataset), mask (is_dup.npy)
     bad_rows
         NaN, infinite and zero rows (default: refuse)
     chunk_rows
         rows read at a time (default: 8192)
     max_memory
-        limit, libraries apart, such as 2GB (default: a quarter of the RAM, or more if the
-        run needs it)
+        limit such as 2GB, libraries apart (default: a quarter of the RAM, or more if
+        needed)
     device
         join: where products of codes are computed (default: auto)
     runner
         join: this machine, or Ray workers (default: local)
     num_tasks
-        join: processes that run this with the same --out (default: those of a Slurm array)
+        join: processes that run this with one --out (default: those of a Slurm array)
     task_index
         join: rank of this process among them, from 0 (default: that of a Slurm array)
     threads
@@ -402,7 +402,7 @@ def download(
     is_dup
         mask (file or URL): write only the kept rows
     cumulative_sizes
-        .npy of running row totals a file, if some before --start are missing
+        .npy of running row totals, if files before --start are missing
     embeddings
         also the features of these files, to img_emb/ in OUT
     embeddings_source
@@ -534,11 +534,11 @@ def filter(
     unmatched
         --on: rows that the mask does not know (default: kept, if under half)
     ambiguous
-        --on: rows whose key is kept and removed (default: kept, if under half)
+        --on: rows with a key kept and removed (default: kept, if under half)
     embeddings
-        features, row for row: write their kept rows beside metadata/; several by comma
+        features, row for row: write their kept rows too; several by comma
     export
-        lists by comma: datacomp (kept uids), keys (for webdataset), mask (of these rows)
+        lists: datacomp (uids), keys (webdataset), mask (these rows)
     key
         column for --export keys (default: first of key, uid, sample_id, hash)
     overwrite

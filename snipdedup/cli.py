@@ -17,7 +17,7 @@ import select
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any, get_type_hints
+from typing import Any, TextIO, get_type_hints
 
 from snipdedup import __version__
 from snipdedup.commands import (
@@ -26,6 +26,7 @@ from snipdedup.commands import (
     bare_type,
     did_you_mean,
     is_required,
+    parameter_of,
     setting_name,
     usual_value,
 )
@@ -57,42 +58,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(words: list[str]) -> int:
     """Run one command line and return its exit status."""
+    status = FAILED
     try:
         result = answer(words)
-        return print_result(result, DONE if getattr(result, "passed", True) else FAILED)
+        return show(str(result), DONE if getattr(result, "passed", True) else FAILED, sys.stdout)
     except UsageError as error:
-        return print_error(error, WRONG_USAGE)
+        what, status = str(error), WRONG_USAGE
     except SnipError as error:
-        return print_error(error, FAILED)
+        what = str(error)
     except KeyboardInterrupt:
-        what = "unfinished work is not kept"
+        what, status = "interrupted; unfinished work is not kept", INTERRUPTED
         if words and words[0] in RESUMED:
-            what = "the same command continues from what is complete"
-        return print_error(f"interrupted; {what}", INTERRUPTED)
+            what = "interrupted; the same command continues from what is complete"
     except MemoryError as error:
-        return print_error(f"out of memory: {error}; lower --max_memory or --chunk_rows", FAILED)
+        what = f"out of memory: {error}; lower --max_memory or --chunk_rows"
     except RuntimeError as error:
         if "home directory" not in str(error):  # pathlib's, of ~SOMEONE
             raise
-        return print_error(f"a path begins with ~ and an unknown user name: {error}", FAILED)
+        what = f"a path begins with ~ and an unknown user name: {error}"
     except OSError as error:
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
             return CLOSED
         what = f"{error.filename or 'input/output'}: {error.strerror or error}"
-        return print_error(what, FAILED)
+    return show(f"snip: {what}", status, sys.stderr)
 
 
-def print_result(result: object, status: int) -> int:
-    """Print a command's result; return the status, whether or not anyone reads on."""
+def show(text: str, status: int, stream: TextIO) -> int:
+    """Print a text, if anyone still reads it; return the status."""
     with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has seen enough
-        print(result, end="\n" if str(result) else "", flush=True)
-    return status
-
-
-def print_error(what: object, status: int) -> int:
-    """Print one line to stderr, if anyone reads it; return the status."""
-    with contextlib.suppress(BrokenPipeError):
-        print(f"snip: {what}", file=sys.stderr, flush=True)
+        print(text, end="\n" if text else "", file=stream, flush=True)
     return status
 
 
@@ -162,11 +156,7 @@ def bind(command: Command, words: list[str]) -> dict[str, str]:
         given.update(zip((field.name for field in positional), places, strict=False))
         given.update(texts)
 
-    kinds = inspect.Parameter
-    parameters = [
-        *(kinds(field.name, kinds.POSITIONAL_OR_KEYWORD, default=None) for field in positional),
-        *(kinds(field.name, kinds.KEYWORD_ONLY, default=None) for field in flags),
-    ]
+    parameters = [parameter_of(f, str).replace(default=None) for f in (*positional, *flags)]
     note.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     noise = io.StringIO()  # fire prints what a function returns
     with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):

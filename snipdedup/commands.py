@@ -1,4 +1,4 @@
-"""How commands and their settings are declared and checked, and how commands become functions.
+"""How commands and their settings are declared and parsed, and how commands become functions.
 
 `config` declares them. The command line, its help, ``docs/cli.md`` and the library read what it
 declares, so that each name, type, default and meaning is written once.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from snipdedup.errors import UsageError
 
@@ -25,6 +25,7 @@ from snipdedup.errors import UsageError
 WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
 BYTE_UNITS = ("", "k", "m", "g", "t")
+MOST_FILES = 10**6  # of a set, by their numbers
 # The Python types in which JSON returns a value of a declared type.
 SAVED = {
     bool: (bool, int), int: (int,), float: (float, int), str: (str,), NoneType: (NoneType,),
@@ -42,9 +43,11 @@ IN_MEMORY = {"dedup": "snipdedup.deduplication.run:dedup"}
 def option(default: Any, help: str, low: Any = None, high: Any = None, **about: Any) -> Any:
     """Declare a flag; a number lies from ``low`` to ``high``, both ends allowed.
 
-    ``[...]`` at the end of the help is what happens by default, where None or True does not say it.
-    Others are ``choices``: the allowed values; ``path``: `WRITTEN`, `FOLDER`, `FILE` or `ANYWHERE`;
-    ``amount``: it is read by `parse_bytes`; ``command_only``: the library does not have it.
+    So does each number of a text such as ``4,8,16``. ``[...]`` at the end of the help is what
+    happens by default, where None or True does not say it. Others are ``choices``: the allowed
+    values; ``words``: those of a list by comma; ``path``: `WRITTEN`, `FOLDER`, `FILE` or
+    `ANYWHERE`; ``amount``: it is read by `parse_bytes`; ``command_only``: the library does not
+    have it.
     """
     meaning, _, usual = help.partition(" [")
     about |= {"help": meaning, "usual": usual.removesuffix("]"), "low": low, "high": high}
@@ -70,30 +73,58 @@ def refuse(*rules: tuple[object, str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of all settings: checks choices, ranges and paths, then what each class adds."""
+    """Base of all settings: checks what `option` declares of each, then how they go together."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, about = getattr(self, field.name), field.metadata
+            name, value, about = field.name, getattr(self, field.name), field.metadata
             if value is None:
                 continue
             choices, low, high = about.get("choices"), about["low"], about["high"]
             if choices and value not in choices:
-                raise UsageError(
-                    f"--{field.name} must be one of {', '.join(choices)}, found {value!r}"
-                )
-            if low is not None and not low <= value <= high:
-                raise UsageError(
-                    f"--{field.name} must lie between {low:g} and {high:g}, found {value}"
-                )
+                raise UsageError(f"--{name} must be one of {', '.join(choices)}, found {value!r}")
+            if low is not None and isinstance(value, str):
+                self.numbers(name)
+            elif low is not None and not low <= value <= high:
+                raise UsageError(f"--{name} must lie between {low:g} and {high:g}, found {value}")
+            if about.get("words"):
+                self.words(name)
             if about.get("path") in (WRITTEN, FOLDER, FILE):
                 refuse_url(field, value)
             if about.get("amount"):
                 parse_bytes(value)
-        self.check()
+        self._check()
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise UsageError for settings that do not go together."""
+
+    def is_given(self, name: str) -> bool:
+        """Tell whether a setting that has a default differs from it."""
+        value, default = getattr(self, name), getattr(type(self), name)
+        return value is not default and not (isinstance(default, str | int) and value == default)
+
+    def numbers(self, name: str) -> list[int]:
+        """Return the whole numbers of a setting such as ``4,8,16``: ascending, each once."""
+        text, about = getattr(self, name), self.__dataclass_fields__[name].metadata
+        try:
+            numbers = [] if text is None else sorted({int(n) for n in str(text).split(",")})
+        except ValueError:
+            numbers = [-1]
+        low, high = about["low"], about["high"]
+        if numbers and not low <= numbers[0] <= numbers[-1] <= high:
+            raise UsageError(
+                f"--{name} must be whole numbers from {low} to {high} such as 4,8,16, found "
+                f"{text!r}"
+            )
+        return numbers
+
+    def words(self, name: str) -> list[str]:
+        """Return the words of a list by comma, such as ``--export datacomp,keys``."""
+        text, known = getattr(self, name) or "", self.__dataclass_fields__[name].metadata["words"]
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        if not set(words) <= set(known):
+            raise UsageError(f"--{name} must be one or more of {', '.join(known)}, found {text!r}")
+        return words
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values for manifests, positional ones first."""
@@ -156,6 +187,26 @@ class Command:
     def run(self, options: Settings) -> Any:
         """Import the room that does the work and do it."""
         return load(f"{self.module}:run")(options)
+
+
+DECLARED: dict[str, Command] = {}  # by name, in the order of the help
+S = TypeVar("S", bound=type[Settings])
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def command(
+    name: str, group: str, module: str, example: str, function: str | None = None
+) -> Callable[[S], S]:
+    """Make a class a `Command`; ``function`` is the name in Python where that differs."""
+
+    def declare(options: S) -> S:
+        dataclass(frozen=True, kw_only=True, repr=False, eq=False)(options)  # unused; dear to make
+        words = f"snip {name} {example}".strip()
+        made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
+        DECLARED[name] = made
+        return options
+
+    return declare
 
 
 def load(target: str) -> Callable[..., Any]:
@@ -271,22 +322,44 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
-def named_kinds(flag: str, text: str | None, known: tuple[str, ...]) -> list[str]:
-    """Parse a list by comma, such as ``--export datacomp,keys``, of known words."""
-    kinds = [kind.strip() for kind in (text or "").split(",") if kind.strip()]
-    if not set(kinds) <= set(known):
-        raise UsageError(f"--{flag} must be one or more of {', '.join(known)}, found {text!r}")
-    return kinds
+def check_file_range(start: int | None, end: int | None) -> None:
+    """Check that ``--start`` and ``--end`` are a range of file numbers."""
+    first = start or 0
+    refuse(
+        (first < 0 or (end is not None and end <= first),
+         "--start and --end are file numbers from 0, the end exclusive; found "
+         f"--start {first} --end {end}"),
+        (max(first, end or 0) > MOST_FILES,
+         f"--start and --end are file numbers up to {MOST_FILES:,}, not rows"),
+    )  # fmt: skip
 
 
-def whole_numbers(name: str, text: str, most: int, least: int = 1) -> list[int]:
-    """Parse ``4,8,16``: whole numbers, ascending, each once."""
+def parse_epsilons(value: Any) -> list[float]:
+    """Parse ``.05,.03``, a number or a list of them; an empty list for None."""
+    items = value.split(",") if isinstance(value, str) else value
+    items = [] if items is None else items if isinstance(items, list | tuple) else [items]
     try:
-        numbers = sorted({int(word) for word in str(text).split(",")})
-    except ValueError:
-        numbers = []
-    if not numbers or not least <= numbers[0] <= numbers[-1] <= most:
-        raise UsageError(
-            f"--{name} must be whole numbers from {least} to {most} such as 4,8,16, found {text!r}"
-        )
+        numbers = [float(item) for item in items]
+    except (TypeError, ValueError):
+        numbers = [-1.0]
+    if not all(0 <= number <= 2 for number in numbers):
+        raise UsageError(f"--epsilon must be numbers from 0 to 2, by comma, found {value!r}")
     return numbers
+
+
+def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
+    """Parse ``max:similarity,min:width,last``.
+
+    Returns (``max`` or ``min``, column) for each rule; and ``first``, ``last`` or ``random``, which
+    decides among rows that are still even.
+    """
+    *words, last = (word.strip() for word in text.split(","))
+    if last not in ("first", "last", "random"):
+        words, last = [*words, last], "first"
+    rules = [(way, column) for way, _, column in (word.partition(":") for word in words)]
+    if not all(way in ("max", "min") and column for way, column in rules):
+        raise UsageError(
+            "--keep must be first, last or random, or rules such as max:width,min:similarity,first "
+            f"(the one without a column last), found {text!r}"
+        )
+    return rules, last

@@ -7,57 +7,45 @@ They are frozen and check their own ranges, so a wrong value is refused before a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
 from snipdedup.commands import (
     ANYWHERE,
+    DECLARED,
     FILE,
     FOLDER,
     URL,
     WRITTEN,
-    Command,
     Settings,
     argument,
-    named_kinds,
+    check_file_range,
+    command,
+    keep_rules,
     option,
+    parse_epsilons,
     refuse,
     required,
-    whole_numbers,
 )
 from snipdedup.errors import UsageError
 
-INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
-MOST_FILES = 10**6  # of a set, by their numbers
 MAX_SEED = 2**63 - 1  # the largest that every library takes
 METHODS = ("join", "exact", "adc", "semdedup")
+ONLY_WITH = (  # methods, and the settings that the others do not have
+    (("join",), ("runner", "num_tasks", "task_index")),
+    (("adc",), ("index",)),
+    (("semdedup",), ("clusters", "epsilon")),
+    (("join", "adc"), ("encoder",)),
+    (("join", "exact"), ("text_features", "reference")),
+    (("join", "exact", "adc"), ("grouping", "keep_fraction", "pairs")),
+)
 RULES = ("two_sided", "difference", "ratio", "mutual")  # mutual is an older name of two_sided
 KEEP_REMOVE = ("keep", "remove")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
 DEVICES = ("auto", "cpu", "cuda")
 THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
-COMMANDS: dict[str, Command] = {}  # by name, in the order of the help
-
-S = TypeVar("S", bound=type[Settings])
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def command(
-    name: str, group: str, module: str, example: str, function: str | None = None
-) -> Callable[[S], S]:
-    """Make a class a `Command`; ``function`` is the name in Python where that differs."""
-
-    def declare(options: S) -> S:
-        dataclass(frozen=True, kw_only=True, repr=False, eq=False)(options)  # unused; dear to make
-        words = f"snip {name} {example}".strip()
-        made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
-        COMMANDS[name] = made
-        return options
-
-    return declare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +103,7 @@ class Compress(Input):
 @command(
     "index", "the chain", "index.build", "img_emb --encoder encoder --out index", "build_index"
 )
-class Index(Input):
+class BuildIndex(Input):
     """Build a sharded IVFPQ index."""
 
     out: str = required("folder for the index; an unfinished one is continued", path=WRITTEN)
@@ -125,9 +113,7 @@ class Index(Input):
     m: int | None = option(None, "sub-quantisers of the PQ [the most that fit, up to 16]", 1, 256)
     nbits: int | None = option(None, "bits of a sub-quantiser [8]", 4, 8)
     train_rows: int = option(0, "rows to train on, 0 for 64 a list (at least 65,536)", 0, 10**9)
-    export_faiss: str | None = option(
-        None, "also write a file that plain faiss reads", path=WRITTEN
-    )
+    export_faiss: str | None = option(None, "also write a file for plain faiss", path=WRITTEN)
     model: str | None = option(None, "CLIP model, ARCHITECTURE/WEIGHTS, for snip search by text")
     append: bool = option(False, "add the shards that a finished index does not have yet")
     bad_rows: str = option("refuse", "NaN, infinite and zero rows", choices=("refuse", "keep"))
@@ -141,8 +127,7 @@ class Dedup(Input):
     """Find duplicates, verify them, write the rows that are kept."""
 
     features: Any = argument(
-        "folder, glob, file, {part:04d} pattern or URL; or an OUT, for another threshold",
-        None,
+        "folder, glob, file, {part:04d} pattern or URL; or an OUT, for another threshold", None
     )
     out: str | None = option(None, "folder for the result; --dry_run needs none", path=WRITTEN)
     metadata: str | None = option(None, "parquet or CSV files, row for row", path=ANYWHERE)
@@ -181,8 +166,7 @@ class Dedup(Input):
     nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
     clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
     epsilon: Any = option(
-        None,
-        "semdedup: remove above cosine 1 - epsilon; of several the first decides [1 - threshold]",
+        None, "semdedup: remove above 1 - epsilon; the first of several decides [1 - threshold]"
     )
     borders: bool = option(
         True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
@@ -192,19 +176,19 @@ class Dedup(Input):
     caption: str | None = option(None, "metadata column of captions [first of caption, text]")
     weights: bool = option(False, "write all rows, with a column weight that duplicates share")
     export: str | None = option(
-        None, "lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)"
+        None, "lists: datacomp (uids), keys (webdataset), mask (is_dup.npy)", words=EXPORTS
     )
     bad_rows: str = option("refuse", "NaN, infinite and zero rows", choices=("refuse", "keep"))
     chunk_rows: int = option(8192, "rows read at a time", 1, 10**9)
     max_memory: str | None = option(
         None,
-        "limit, libraries apart, such as 2GB [a quarter of the RAM, or more if the run needs it]",
+        "limit such as 2GB, libraries apart [a quarter of the RAM, or more if needed]",
         amount=True,
     )
     device: str = option("auto", "join: where products of codes are computed", choices=DEVICES)
     runner: str = option("local", "join: this machine, or Ray workers", choices=("local", "ray"))
     num_tasks: int | None = option(
-        None, "join: processes that run this with the same --out [those of a Slurm array]", 1, 10**6
+        None, "join: processes that run this with one --out [those of a Slurm array]", 1, 10**6
     )
     task_index: int | None = option(
         None, "join: rank of this process among them, from 0 [that of a Slurm array]", 0, 10**6
@@ -214,46 +198,36 @@ class Dedup(Input):
     overwrite: bool = option(False, "replace a finished OUT")
     dry_run: bool = option(False, "join: print the cost, and write nothing", command_only=True)
 
-    def check(self) -> None:
-        """See `Settings.check`."""
-        method, sem, index = self.method, self.method == "semdedup", self.index is not None
-        joins = method in (None, "join") and not index
+    def _check(self) -> None:
+        method = self.method or ("adc" if self.index is not None else None)  # None: join, or of OUT
+        for methods, names in ONLY_WITH:
+            for name in names:
+                if method not in (None, *methods) and self.is_given(name):
+                    given = f"{name} {self.runner}" if name == "runner" else name
+                    known = " or ".join(methods)
+                    raise UsageError(f"--{given} goes with --method {known}, not {method}")
         alone = all(x is None for x in (self.encoder, self.reference, self.text_features))
-        codes_only = self.features is None  # of an index
+        clusters, rowless = method == "semdedup", self.features is None
         shared = self.num_tasks is not None or self.task_index is not None
-        spread, ray = shared or self.runner != "local", self.runner == "ray"
+        ray = self.runner == "ray"
         refuse(
-            (self.dry_run and not (joins and alone), "--dry_run plans a join of FEATURES alone"),
-            (method in ("join", "exact") and index,
-             f"--index goes with --method adc, not {method}"),
-            (method == "exact" and self.encoder is not None,
-             "--encoder goes with --method join or adc, not exact"),
-            (codes_only and self.rule == "ratio",
-             "--rule ratio needs FEATURES: without them a row is its own code"),
-            (codes_only and not (index and method in (None, "adc")),
+            (self.dry_run and not (method in (None, "join") and alone),
+             "--dry_run plans a join of FEATURES alone"),
+            (rowless and self.index is None,
              "dedup compares raw rows: give FEATURES, or --index for method adc"),
-            (sem and self.keep not in (None, *SEMDEDUP_KEEPS),
+            (rowless and self.rule == "ratio",
+             "--rule ratio needs FEATURES: without them a row is its own code"),
+            (rowless and (self.pairs or self.keep_fraction is not None),
+             "--pairs and --keep_fraction need FEATURES: unverified pairs have no cosines"),
+            (clusters and self.keep not in (None, *SEMDEDUP_KEEPS),
              f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, found {self.keep!r}"),
-            *((sem and getattr(self, name) is not None,
-               f"--{name} does not apply to --method semdedup")
-              for name in ("grouping", "keep_fraction", "index", "encoder")),
-            *((getattr(self, name) is not None and not (joins or method == "exact"),
-               f"--{name} goes with --method join or exact")
-              for name in ("text_features", "reference")),
             (self.references_only and self.reference is None,
              "--references_only compares with --reference: give that too"),
             (self.text_features is not None and self.reference is not None,
              "--text_features and --reference do not go together yet"),
-            (self.pairs and (sem or codes_only),
-             "--pairs needs FEATURES and --method join, exact or adc"),
-            (self.keep_fraction is not None and codes_only,
-             "--keep_fraction needs FEATURES: unverified pairs have no cosines"),
             (self.num_tasks is not None and (self.task_index or 0) >= self.num_tasks,
              f"--task_index must lie between 0 and {(self.num_tasks or 1) - 1}, found "
              f"{self.task_index}"),
-            (spread and not joins,
-             f"--{'num_tasks' if shared else 'runner ray'} goes with --method join, not "
-             f"{method or 'adc'}"),
             (shared and ray,
              "--num_tasks and --runner ray are two ways to share work: give one"),
             (shared and self.overwrite,
@@ -268,26 +242,25 @@ class Dedup(Input):
             (self.caption is not None and self.merge_captions is None,
              "--caption names the column for --merge_captions: give that too"),
         )  # fmt: skip
-        if self.keep is not None and not sem:
+        if self.keep is not None and not clusters:
             keep_rules(self.keep)
-        named_kinds("export", self.export, EXPORTS)
         parse_epsilons(self.epsilon)
 
     def filled(self) -> Dedup:
-        """Return the settings with defaults for what a re-threshold would take over.
+        """Return the settings of a new search, with the method and what depends on it.
 
-        Flags of SemDeDup's rule with another method, which only now is known, are refused.
+        A run that decides an earlier one again takes these from that one.
         """
-        sem, epsilons = self.method == "semdedup", parse_epsilons(self.epsilon)
-        other = f", not {self.method}" if self.method else ""
-        only_sem = f"--clusters and --epsilon go with --method semdedup{other}"
-        refuse((not sem and (self.clusters or self.epsilon is not None), only_sem))
-        known = {"keep": "hard"} if sem else {"grouping": "star", "keep": "first"}
-        given: dict[str, Any] = {
-            name: getattr(self, name) or usual for name, usual in known.items()
-        }
-        threshold = 1 - epsilons[0] if epsilons else self.threshold  # the first decides
-        return dataclasses.replace(self, **given, seed=self.seed or 0, threshold=threshold)
+        method = self.method or ("join" if self.index is None else "adc")
+        clusters, epsilons = method == "semdedup", parse_epsilons(self.epsilon)
+        return dataclasses.replace(
+            self,
+            method=method,
+            grouping=None if clusters else self.grouping or "star",
+            keep=self.keep or ("hard" if clusters else "first"),
+            threshold=1 - epsilons[0] if epsilons else self.threshold,  # the first decides
+            seed=self.seed or 0,
+        )
 
 
 @command("filter", "the chain", "metadata.filter", "metadata --is_dup clean --out kept")
@@ -306,28 +279,22 @@ class Filter(Settings):
         None, "--on: rows that the mask does not know [kept, if under half]", choices=KEEP_REMOVE
     )
     ambiguous: str | None = option(
-        None,
-        "--on: rows whose key is kept and removed [kept, if under half]",
-        choices=KEEP_REMOVE,
+        None, "--on: rows with a key kept and removed [kept, if under half]", choices=KEEP_REMOVE
     )
     embeddings: str | None = option(
-        None,
-        "features, row for row: write their kept rows beside metadata/; several by comma",
-        path=ANYWHERE,
+        None, "features, row for row: write their kept rows too; several by comma", path=ANYWHERE
     )
     export: str | None = option(
-        None, "lists by comma: datacomp (kept uids), keys (for webdataset), mask (of these rows)"
+        None, "lists: datacomp (uids), keys (webdataset), mask (these rows)", words=EXPORTS
     )
     key: str | None = option(None, "column for --export keys [first of key, uid, sample_id, hash]")
     overwrite: bool = option(False, "replace a finished folder")
 
-    def check(self) -> None:
-        """See `Settings.check`."""
+    def _check(self) -> None:
         check_file_range(self.start, self.end)
-        named_kinds("export", self.export, EXPORTS)
-        by_key, places = self.on is not None, (self.start, self.end, self.cumulative_sizes)
+        by_key, by_place = self.on is not None, (self.start, self.end, self.cumulative_sizes)
         refuse(
-            (by_key and any(place is not None for place in places),
+            (by_key and by_place != (None, None, None),
              "--on finds rows by key: leave out --start, --end, --cumulative_sizes"),
             *((not by_key and getattr(self, name) is not None,
                f"--{name} goes with --on: name the column to find rows by")
@@ -335,12 +302,8 @@ class Filter(Settings):
         )  # fmt: skip
 
 
-@command(
-    "download",
-    "the chain",
-    "downloading.run",
-    "'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10",
-)
+@command("download", "the chain", "downloading.run",
+         "'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10")  # fmt: skip
 class Download(Settings):
     """Fetch a range of metadata files, filtered by a mask if given."""
 
@@ -355,9 +318,7 @@ class Download(Settings):
     end: int | None = option(None, "file number to stop before")
     is_dup: str | None = option(None, "mask (file or URL): write only the kept rows", path=ANYWHERE)
     cumulative_sizes: str | None = option(
-        None,
-        ".npy of running row totals a file, if some before --start are missing",
-        path=ANYWHERE,
+        None, ".npy of running row totals, if files before --start are missing", path=ANYWHERE
     )
     embeddings: bool = option(False, "also the features of these files, to img_emb/ in OUT")
     embeddings_source: str | None = option(
@@ -367,8 +328,8 @@ class Download(Settings):
     overwrite: bool = option(False, "replace a finished folder")
     dl_dedup_set: str | None = option(None, "of snip-dedup: says where its sets are today")
 
-    def check(self) -> None:
-        """See `Settings.check`."""
+    def _check(self) -> None:
+        check_file_range(self.start, self.end)
         upstream = self.dl_dedup_set is not None
         refuse(
             (self.out is None and not upstream,
@@ -378,7 +339,6 @@ class Download(Settings):
             (self.cumulative_sizes is not None and self.is_dup is None,
              "--cumulative_sizes places a mask: give --is_dup too"),
         )  # fmt: skip
-        check_file_range(self.start, self.end)
 
 
 @command("report", "looking", "inspection.report", "clean --images images")
@@ -392,17 +352,11 @@ class Report(Settings):
     )
     image_column: str | None = option(None, "metadata column of picture files (below --images)")
     metadata: str | None = option(None, "table of captions and urls, if it moved", path=ANYWHERE)
-    rows: str | None = option(None, "also show these rows (from 0, by comma), with their kept rows")
+    rows: str | None = option(
+        None, "also show these rows (from 0, by comma), with their kept rows", 0, 2**48
+    )
     seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a file that is no report, or a page with pictures")
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.asked()
-
-    def asked(self) -> list[int]:
-        """Return the rows of ``--rows``, ascending."""
-        return [] if self.rows is None else whole_numbers("rows", self.rows, 2**48, least=0)
 
 
 @command("top", "looking", "inspection.top", "clean -n 20")
@@ -442,8 +396,7 @@ class Audit(Format):
     threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
 
-    def check(self) -> None:
-        """See `Settings.check`."""
+    def _check(self) -> None:
         both = self.sheet is not None and self.judged is not None
         refuse((both, "--sheet writes a sheet, --judged reads one: give one of them"))
 
@@ -466,8 +419,7 @@ class Search(Format):
     json: bool = option(False, "print JSON", command_only=True)
     html: str | None = option(None, "also write a page of the neighbours", path=WRITTEN)
 
-    def check(self) -> None:
-        """See `Settings.check`."""
+    def _check(self) -> None:
         query = self.query if isinstance(self.query, str) and not self.text else ""
         vectors = URL.match(query) and query.endswith((".npy", ".npz"))
         refuse((vectors, "QUERY is a URL of vectors: fetch the file first, or say --text"))
@@ -481,8 +433,8 @@ class Eval(Input):
     encoder: str | None = option(None, "encoder to judge [one is trained]", path=FOLDER)
     text_features: Any = option(None, "text features: also judge how texts find their images")
     dim: int = option(128, "width of the descriptors", 2, 4096)
-    code_bytes: str = option("4,8,16", "bytes of a code, by comma")
-    nprobe: str = option("1,4,8,16", "lists visited, by comma; all lists are added")
+    code_bytes: str = option("4,8,16", "bytes of a code, by comma", 1, 256)
+    nprobe: str = option("1,4,8,16", "lists visited, by comma; all lists are added", 1, 2**24)
     nlist: int = option(0, "coarse lists, 0 to choose by the number of rows", 0, 2**24)
     queries: int = option(4096, "rows whose neighbours are found (at most a quarter)", 1, 10**6)
     # The least is evaluate.LEAST_LEARNT.
@@ -494,19 +446,6 @@ class Eval(Input):
     threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished folder")
-
-    def check(self) -> None:
-        """See `Settings.check`."""
-        self.sizes()
-        self.nprobes()
-
-    def sizes(self) -> list[int]:
-        """Return the code sizes in bytes, ascending."""
-        return whole_numbers("code_bytes", self.code_bytes, 256)
-
-    def nprobes(self) -> list[int]:
-        """Return how many lists are visited, ascending."""
-        return whole_numbers("nprobe", self.nprobe, 2**24)
 
 
 @command("plan", "trying", "planning", "--rows 2.1e9 --dim 768 --cores 16 --memory 32GB")
@@ -530,8 +469,7 @@ class Plan(Format):
     seed: int = option(0, "seed of the sample", 0, MAX_SEED)
     json: bool = option(False, "print JSON", command_only=True)
 
-    def check(self) -> None:
-        """See `Settings.check`."""
+    def _check(self) -> None:
         unknown = self.features is None and self.rows is None
         refuse((unknown, "give FEATURES or --rows: snip plan --rows 2.1e9 --dim 768"))
 
@@ -546,48 +484,6 @@ class Demo(Settings):
     overwrite: bool = option(False, "replace a finished demo")
 
 
-def check_file_range(start: int | None, end: int | None) -> None:
-    """Check that ``--start`` and ``--end`` are a range of file numbers."""
-    first = start or 0
-    refuse(
-        (first < 0 or (end is not None and end <= first),
-         "--start and --end are file numbers from 0, the end exclusive; found "
-         f"--start {first} --end {end}"),
-        (max(first, end or 0) > MOST_FILES,
-         f"--start and --end are file numbers up to {MOST_FILES:,}, not rows"),
-    )  # fmt: skip
-
-
-def parse_epsilons(value: Any) -> list[float]:
-    """Parse ``.05,.03``, a number or a list of them; an empty list for None."""
-    items = value.split(",") if isinstance(value, str) else value
-    items = [] if items is None else items if isinstance(items, list | tuple) else [items]
-    try:
-        numbers = [float(item) for item in items]
-    except (TypeError, ValueError):
-        numbers = [-1.0]
-    if not all(0 <= number <= 2 for number in numbers):
-        raise UsageError(f"--epsilon must be numbers from 0 to 2, by comma, found {value!r}")
-    return numbers
-
-
-def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:
-    """Parse ``max:similarity,min:width,last``.
-
-    Returns (``max`` or ``min``, column) for each rule; and ``first``, ``last`` or ``random``, which
-    decides among rows that are still even.
-    """
-    *words, last = (word.strip() for word in text.split(","))
-    if last not in ("first", "last", "random"):
-        words, last = [*words, last], "first"
-    rules = [(way, column) for way, _, column in (word.partition(":") for word in words)]
-    if not all(way in ("max", "min") and column for way, column in rules):
-        raise UsageError(
-            "--keep must be first, last or random, or rules such as max:width,min:similarity,first "
-            f"(the one without a column last), found {text!r}"
-        )
-    return rules, last
-
-
+COMMANDS = DECLARED  # by name, in the order of the help
 # Commands that are functions of the library, by their names there: all but the demo.
 BY_FUNCTION = {made.function: made for made in COMMANDS.values() if made.options is not Demo}

@@ -27,6 +27,8 @@ import numpy as np
 from snipdedup import cli, progress
 from snipdedup.config import Demo
 from snipdedup.errors import SnipError
+from snipdedup.features.shards import open_features
+from snipdedup.parallel import cores
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import MANIFEST, read_manifest, write_manifest
 
@@ -85,21 +87,21 @@ def run(options: Demo) -> str:
         (out / MANIFEST).unlink(missing_ok=True)
         for name in PARTS:
             shutil.rmtree(out / name, ignore_errors=True)
-    show(f"drawing {options.pictures:,} pictures and their copies")
+    print(f"drawing {options.pictures:,} pictures and their copies", flush=True)
     planted = plant(options.pictures, options.seed)
     write(planted, out)
     rows, width = planted.features.shape
-    show(f"{rows:,} rows of {width} numbers in {out / 'img_emb'}")
-    show(f"some pictures (left) beside their copies: {out / 'pictures.png'}")
     alike = most_alike(planted.features[planted.originals])
     threshold = round((1 + alike) / 2, 2)
-    show(
+    print(
+        f"{rows:,} rows of {width} numbers in {out / 'img_emb'}\n"
+        f"some pictures (left) beside their copies: {out / 'pictures.png'}\n"
         f"the two most alike pictures that are no copies have cosine {alike:.2f}; halfway to 1, "
         f"{threshold:.2f}, is the threshold.\nEach kind of feature needs its own: .95 is for CLIP"
     )
     for words in commands(out, threshold, options.seed):
         line = f"snip {shlex.join(words)}"
-        show(f"\n$ {line}")
+        print(f"\n$ {line}", flush=True)
         status = cli.run(words)
         if status == cli.INTERRUPTED:
             raise KeyboardInterrupt
@@ -112,11 +114,6 @@ def run(options: Demo) -> str:
     write_manifest(out, KIND, body, files)
     locks.end_work(out)
     return report
-
-
-def show(text: str) -> None:
-    """Print at once, also into a file or a pipe."""
-    print(text, flush=True)
 
 
 def commands(out: Path, threshold: float, seed: int) -> list[list[str]]:
@@ -158,8 +155,11 @@ def plant(count: int, seed: int) -> Planted:
         lines.append(np.concatenate([picture, *map(stored, edited)], axis=1))
     rows = [rows[i] for i in rng.permutation(len(rows))]
     described = np.stack([descriptor_of(picture) for _, _, picture in rows])
+    # What all pictures share says nothing about which of them are copies.
+    centred = described - described.mean(axis=0)
+    centred /= centred.std(axis=0) + 1e-6
     return Planted(
-        features=features_of(described),
+        features=(centred / np.linalg.norm(centred, axis=1, keepdims=True)).astype(np.float16),
         picture=np.array([number for number, _, _ in rows], np.int64),
         edit=np.array([name for _, name, _ in rows]),
         pixels=np.stack([np.round(picture * 255).astype(np.uint8) for _, _, picture in rows]),
@@ -169,39 +169,33 @@ def plant(count: int, seed: int) -> Planted:
 
 def most_alike(features: np.ndarray) -> float:
     """Return the highest cosine between two different rows."""
-    rows = features.astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    highest = -1.0
-    for start in range(0, len(rows), SHARD_ROWS):
-        cosines = rows[start : start + SHARD_ROWS] @ rows.T
-        np.fill_diagonal(cosines[:, start:], -1)
-        highest = max(highest, float(cosines.max()))
-    return highest
+    from snipdedup.features.nearest import nearest
+
+    rows = np.arange(len(features))
+    return float(nearest(features, open_features(features), 1, cores(), own=rows)[0].max())
 
 
 def write(planted: Planted, out: Path) -> None:
     """Write shards and metadata in the layout of LAION, pictures in tars, and a sheet of some.
 
-    A file that is there already keeps its date, so that the commands know their input again.
+    A file that is there already is the same, and keeps its date: the commands know their input.
     """
-    import pyarrow.parquet as pq
-
     table = metadata_of(planted)
     for part, start in enumerate(range(0, len(planted.picture), SHARD_ROWS)):
-        features = planted.features[start : start + SHARD_ROWS]
-        path = out / "img_emb" / f"img_emb_{part:04d}.npy"
-        if not (path.is_file() and np.array_equal(np.load(path), features)):
-            atomic.save_npy(path, features)
-        rows = table.slice(start, SHARD_ROWS)
-        path = out / "metadata" / f"metadata_{part:04d}.parquet"
-        if not (path.is_file() and pq.read_table(path).equals(rows)):
-            atomic.save_parquet(path, rows)
-        pixels = planted.pixels[start : start + SHARD_ROWS]
-        path = out / "images" / f"{part:05d}.tar"  # as img2dataset names shards and members
-        with atomic.replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
-            for key, picture in zip(rows["key"].to_pylist(), pixels, strict=True):
+        rows = slice(start, start + SHARD_ROWS)
+        features, metadata, images = (
+            out / "img_emb" / f"img_emb_{part:04d}.npy",
+            out / "metadata" / f"metadata_{part:04d}.parquet",
+            out / "images" / f"{part:05d}.tar",  # as img2dataset names shards and members
+        )
+        if not features.is_file():
+            atomic.save_npy(features, planted.features[rows])
+        if not metadata.is_file():
+            atomic.save_parquet(metadata, table.slice(start, SHARD_ROWS))
+        with atomic.replacing(images) as temporary, tarfile.open(temporary, "w") as tar:
+            for row, picture in enumerate(planted.pixels[rows], start):
                 data = png(picture.astype(np.float32) / 255)
-                entry = tarfile.TarInfo(f"{key}.png")
+                entry = tarfile.TarInfo(f"{row:09d}.png")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
     with atomic.replacing(out / "pictures.png") as temporary:
@@ -241,21 +235,23 @@ def describe_found(planted: Planted, out: Path) -> str:
             f"({100 * right / max(removed, 1):.1f} %) beside a kept row of the same picture"
         )
     clean = out / "clean"
+    look = "to look at it: pip install 'snipdedup-toolkit[report]', then snip report"
+    next_words = [
+        ["top", str(clean)],
+        ["audit", str(clean), str(out / "img_emb")],
+        ["search", "0", "--index", str(out / "index"), "--metadata", str(out / "metadata")],
+    ]
     lines += [
         f"{len(planted.picture) - join['removed']:,} rows are kept, of {len(planted.originals):,} "
         f"pictures drawn: {join['twice']:,} more than one a picture, {join['lost']:,} pictures "
         "lost",
         f"the kept rows: {clean / 'metadata'}",
         f"which row was removed for which: {clean / 'groups.parquet'}",
+        f"look at it, in a browser: {clean / 'report.html'}" if can_report() else look,
+        "",
+        "what to try next:",
+        *(f"  snip {shlex.join(words)}" for words in next_words),
     ]
-    look = "to look at it: pip install 'snipdedup-toolkit[report]', then snip report"
-    lines.append(f"look at it, in a browser: {clean / 'report.html'}" if can_report() else look)
-    next_words = [
-        ["top", str(clean)],
-        ["audit", str(clean), str(out / "img_emb")],
-        ["search", "0", "--index", str(out / "index"), "--metadata", str(out / "metadata")],
-    ]
-    lines += ["", "what to try next:", *(f"  snip {shlex.join(words)}" for words in next_words)]
     return "\n".join(lines)
 
 
@@ -290,8 +286,7 @@ def draw(rng: np.random.Generator) -> np.ndarray:
     """Draw one picture: a background of two colours, then shapes on it."""
     grid = np.linspace(-1, 1, SIDE, dtype=np.float32)
     x, y = np.meshgrid(grid, grid)
-    backgrounds = (gradient, stripes, clouds)
-    share = backgrounds[rng.integers(len(backgrounds))](x, y, rng)[:, :, None]
+    share = background(x, y, rng)[:, :, None]
     picture = rng.random(3) * share + rng.random(3) * (1 - share)
     for _ in range(rng.integers(2, 7)):
         inside = shape(x, y, rng)[:, :, None]
@@ -299,23 +294,17 @@ def draw(rng: np.random.Generator) -> np.ndarray:
     return picture.astype(np.float32)
 
 
-def gradient(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the share of the first colour, rising in some direction."""
-    turn = rng.uniform(0, 2 * np.pi)
-    return (np.cos(turn) * x + np.sin(turn) * y) / 3 + 0.5
-
-
-def stripes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the share of the first colour, in waves."""
-    turn, waves, phase = rng.uniform(0, np.pi), rng.uniform(2, 9), rng.uniform(0, 6)
-    return np.sin((np.cos(turn) * x + np.sin(turn) * y) * waves + phase) / 2 + 0.5
-
-
-def clouds(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the share of the first colour, in blotches: random values, stretched smoothly."""
-    del x, y
+def background(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the share of the first colour: rising in a direction, in waves, or in blotches."""
+    kind = rng.integers(3)
+    if kind == 0:
+        turn = rng.uniform(0, 2 * np.pi)
+        return (np.cos(turn) * x + np.sin(turn) * y) / 3 + 0.5
+    if kind == 1:
+        turn, waves, phase = rng.uniform(0, np.pi), rng.uniform(2, 9), rng.uniform(0, 6)
+        return np.sin((np.cos(turn) * x + np.sin(turn) * y) * waves + phase) / 2 + 0.5
     size = int(rng.integers(4, 9))
-    stretch = resampling(size, 0, size, SIDE)
+    stretch = resampling(size, 0, size, SIDE)  # of random values
     return stretch @ rng.random((size, size)) @ stretch.T
 
 
@@ -371,14 +360,8 @@ def brightness(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (picture - 0.5) * rng.uniform(0.8, 1.15) + 0.5 + rng.uniform(-0.12, 0.12)
 
 
-def exact(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Change nothing."""
-    del rng
-    return picture
-
-
 EDITS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    "exact": exact,
+    "exact": lambda picture, rng: picture,
     "jpeg": jpeg,
     "resize": resize,
     "brightness": brightness,
@@ -402,10 +385,7 @@ def cosine_basis(size: int, count: int) -> np.ndarray:
 def descriptor_of(picture: np.ndarray) -> np.ndarray:
     """Return gradients by place and direction, low frequencies and colours by place.
 
-    Returns
-    -------
-    (CELLS² · DIRECTIONS + WAVES² - 1 + CELLS² · 3,) float32
-        Each of the three parts has norm 1.
+    (CELLS² · DIRECTIONS + WAVES² - 1 + CELLS² · 3,) float32; each of the three has norm 1.
     """
     grey = picture @ GREY
     pool = resampling(SIDE, 0, SIDE, CELLS)
@@ -417,22 +397,8 @@ def descriptor_of(picture: np.ndarray) -> np.ndarray:
     basis = cosine_basis(SIDE, WAVES)
     waves = (basis @ grey @ basis.T).ravel()[1:]
     colours = np.einsum("yi,xj,ijc->yxc", pool, pool, picture, optimize=True) - 0.5
-    return np.concatenate([unit(part.ravel()) for part in (gradients, waves, colours)])
-
-
-def unit(values: np.ndarray) -> np.ndarray:
-    """Return values scaled to norm 1; an empty picture stays zeros."""
-    return values / max(float(np.linalg.norm(values)), 1e-6)
-
-
-def features_of(descriptors: np.ndarray) -> np.ndarray:
-    """Return (n, d) float16 features: each dimension centred and scaled over all, then norm 1.
-
-    What all pictures share says nothing about which of them are copies.
-    """
-    centred = descriptors - descriptors.mean(axis=0)
-    centred /= centred.std(axis=0) + 1e-6
-    return (centred / np.linalg.norm(centred, axis=1, keepdims=True)).astype(np.float16)
+    parts = (part.ravel() for part in (gradients, waves, colours))
+    return np.concatenate([part / max(float(np.linalg.norm(part)), 1e-6) for part in parts])
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -11,9 +11,9 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -164,28 +164,6 @@ def ordered_results(
     finally:
         for future in waiting:
             future.cancel()
-
-
-def run_all(jobs: Sequence[Callable[[], R]], threads: int) -> list[R]:
-    """Run functions in threads; return what each returns. Libraries keep their threads.
-
-    When one fails, those not begun are dropped. Those that run are waited for, however often the
-    user interrupts: they write into folders that are released next.
-    """
-    if threads == 1:
-        return [job() for job in jobs]
-    pool = ThreadPoolExecutor(threads)
-    try:
-        futures = [pool.submit(job) for job in jobs]
-        done = wait(futures, return_when=FIRST_EXCEPTION).done
-        for failed in [future for future in futures if future in done and future.exception()]:
-            failed.result()
-        return [future.result() for future in futures]
-    finally:
-        while True:
-            with suppress(KeyboardInterrupt):
-                pool.shutdown(cancel_futures=True)
-                break
 
 
 def most_open_files() -> int:

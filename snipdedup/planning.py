@@ -19,6 +19,7 @@ import time
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,9 +185,8 @@ def load_rates(path: Path, dim: int) -> Rates:
     """Read the rates of an earlier probe; refuse a file that is none, or of rows of other width."""
     found = atomic.load_json(path)
     known: dict[str, Any] = found if isinstance(found, dict) else {}
-    values: dict[str, Any] = {
-        field.name: known.get(field.name) for field in dataclasses.fields(Rates)
-    }
+    fields = dataclasses.fields(Rates)
+    values: dict[str, Any] = {field.name: known.get(field.name) for field in fields}
     for name, value in values.items():
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise SnipError(
@@ -263,18 +263,16 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
 
 def list_problems(machines: Machines, needed: int, peak: float, space: float) -> list[str]:
     """Return what does not fit: memory that a run needs and holds, space on disk."""
-    problems, memory, disk = [], machines.memory, machines.disk
-    if machines.max_memory is not None and machines.max_memory < needed:
-        problems.append(f"--max_memory: the run needs at least {amount(needed)}")
-    if peak > memory:
-        problems.append(
-            f"memory: the run needs {amount(peak)}, found {amount(memory)}: take a larger "
-            "machine, or fewer rows at a time with --reference"
+    advice = "take a larger machine, or fewer rows at a time with --reference"
+    return [
+        f"{what}: the run needs at least {amount(needs)}, found {amount(found)}: {mend}"
+        for what, needs, found, mend in (
+            ("--max_memory", needed, machines.max_memory, "give more"),
+            ("memory", peak, machines.memory, advice),
+            ("disk", space, machines.disk, "take another disk"),
         )
-    if disk is not None and space > disk:
-        free = f"{amount(disk)} are free: take another disk"
-        problems.append(f"disk: the run needs {amount(space)}, {free}")
-    return problems
+        if found is not None and needs > found
+    ]
 
 
 class SizeOnly(Features):
@@ -303,37 +301,16 @@ def probe(
         fitting = time.process_time() - start
         nlist = model.lists.nlist
 
-        def encode() -> None:
-            encode_task(sample, model, folder, 0, timed, chunk_rows=TIMED_ROWS)
-
+        encode = partial(encode_task, sample, model, folder, 0, timed, chunk_rows=TIMED_ROWS)
         encoding = seconds_of(encode) / timed
         homes = np.load(folder / "homes.npy")
         visits = np.diff(np.load(folder / "starts.npy"))
         codes = encode_rows(model.narrow, raw[:PAIR_ROWS], 1)
         wide = encode_rows(model.wide, raw[:PAIR_ROWS], 1) if model.wide else None
-        count = len(codes.falls)
-        pairs = count_pairs(raw[:count], codes, wide, model, source.rows if source else rows)
-
-        some = np.arange(min(count, TIMED_ROWS))
-        few, lists = codes.values[: len(some)], CoarseLists(codes.values[: 1 << 8], 0.0, 0.0)
-        row_list = seconds_of(lambda: assign_lists(few, lists)) / len(few) / len(lists.centroids)
-        records = np.zeros(count, code_record(model.widths))
-        records["narrow"], records["falls"] = codes
-        if wide is not None:
-            records["wide"], records["wide_falls"] = wide
-        stored, members = CodeStore([records], count), Members(some, some)
-        columns = min(COLUMN_TILE, len(some))
-
-        def multiply() -> Any:
-            return compare_tiles(
-                sample, stored, members, columns, limits=model.limits, threshold=threshold
-            )
-
-        multiplying = seconds_of(multiply)
-        other = np.roll(some, len(some) // 2)
-        proving = seconds_of(lambda: list(verify_pairs(sample, some, other, -1.0, 1)))
+        row_list, product, proof = time_operations(sample, model, codes, wide)
         numbers = np.random.default_rng(0).integers(0, 1 << 62, 1 << 20)
-        sorting = seconds_of(lambda: np.sort(numbers))
+        sorting = seconds_of(partial(np.sort, numbers))
+        pairs = count_pairs(raw, codes, wide, model, source.rows if source else rows)
     by_chance = homes.mean() * (visits.mean() + 1)  # with few rows a list, their numbers vary
     return Rates(
         dim=raw.shape[1],
@@ -343,8 +320,8 @@ def probe(
         fit=fitting / (calibration_rows(len(raw)) + training_rows(len(raw), nlist)),
         row=max(0.0, encoding - row_list * nlist),
         row_list=row_list,
-        product=multiplying / (columns * (len(some) - columns / 2)),
-        proof=proving / len(some),
+        product=product,
+        proof=proof,
         machine=sorting / SORT_S,
         lists=nlist,
         visits=float(visits.sum()) / timed,
@@ -352,6 +329,32 @@ def probe(
         false_pairs=pairs[0],
         crowded_pairs=pairs[1],
         duplicates=pairs[2],
+    )
+
+
+def time_operations(
+    sample: Features, model: Model, codes: Codes, wide: Codes | None
+) -> tuple[float, float, float]:
+    """Return `Rates`' row_list, product and proof."""
+    count = len(codes.falls)
+    some = np.arange(min(count, TIMED_ROWS))
+    few, lists = codes.values[: len(some)], CoarseLists(codes.values[: 1 << 8], 0.0, 0.0)
+    assigning = seconds_of(partial(assign_lists, few, lists))
+    records = np.zeros(count, code_record(model.widths))
+    records["narrow"], records["falls"] = codes
+    if wide is not None:
+        records["wide"], records["wide_falls"] = wide
+    stored, members = CodeStore([records], count), Members(some, some)
+    columns, limits, threshold = min(COLUMN_TILE, len(some)), model.limits, model.threshold
+    multiplying = seconds_of(
+        partial(compare_tiles, sample, stored, members, columns, limits=limits, threshold=threshold)
+    )
+    other = np.roll(some, len(some) // 2)
+    proving = seconds_of(lambda: list(verify_pairs(sample, some, other, -1.0, 1)))
+    return (
+        assigning / len(few) / len(lists.centroids),
+        multiplying / (columns * (len(some) - columns / 2)),
+        proving / len(some),
     )
 
 
@@ -392,6 +395,7 @@ def count_pairs(
 
     A sample of n of N rows has each pair of the set with probability (n / N)².
     """
+    raw = raw[: len(codes.falls)]
     first = np.sort(np.unique(row_hashes(raw), return_index=True)[1])
     both = (wide.where(first), model.limits.wide) if wide else None
     a, b = close_pairs(codes.where(first), model.limits.narrow, 1, both)

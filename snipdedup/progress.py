@@ -14,7 +14,7 @@ PLAIN_LINES_EVERY_S = 10.0
 
 
 def bar(total: int, desc: str, unit: str) -> Any:
-    """Return a progress bar with ``update(n)`` and ``close()``; also a context manager."""
+    """Return a progress bar, a context manager with ``update(n)`` and ``set_postfix_str``."""
     if sys.stderr.isatty():
         from tqdm import tqdm  # here: most runs have no terminal, or print nothing
 
@@ -65,14 +65,11 @@ class PlainBar:
         """Show ``text`` (a loss, say) behind the bar's description."""
         self.desc = self.desc.split(" [")[0] + (f" [{text}]" if text else "")
 
-    def close(self) -> None:
-        """Nothing to tidy up: lines stay printed."""
-
     def __enter__(self) -> PlainBar:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
+        """Nothing to tidy up: lines stay printed."""
 
 
 class Clock:

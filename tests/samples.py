@@ -61,7 +61,7 @@ def with_copies(rows: int = 2000, copies: int = 300) -> np.ndarray:
 
 def make(features: Features, out: Path, **given: object) -> Index:
     given = {"nlist": 16, "m": 4, "nbits": 8, "threads": 1, **given}
-    return build(features, out, config.Index(features="x", out=str(out), **given))
+    return build(features, out, config.BuildIndex(features="x", out=str(out), **given))
 
 
 def adc_settings(**given: object) -> config.Dedup:

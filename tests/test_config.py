@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from snipdedup import config
+from snipdedup import commands, config
 from snipdedup.commands import ANYWHERE, bare_type, is_required, parse_bytes, usual_value
 from snipdedup.config import COMMANDS
 from snipdedup.errors import UsageError
@@ -49,11 +49,11 @@ RANGES = [
     ("Train", "validation_rows", 16, 10**6),
     ("Train", "threads", 0, 4096),
     ("Compress", "threads", 0, 4096),
-    ("Index", "nlist", 0, 2**24),
-    ("Index", "m", 1, 256),
-    ("Index", "nbits", 4, 8),
-    ("Index", "train_rows", 0, 10**9),
-    ("Index", "threads", 0, 4096),
+    ("BuildIndex", "nlist", 0, 2**24),
+    ("BuildIndex", "m", 1, 256),
+    ("BuildIndex", "nbits", 4, 8),
+    ("BuildIndex", "train_rows", 0, 10**9),
+    ("BuildIndex", "threads", 0, 4096),
     ("Dedup", "threshold", -1, 1),
     ("Dedup", "text_threshold", -1, 1),
     ("Dedup", "keep_fraction", 0, 1),
@@ -91,7 +91,7 @@ RANGES = [
     ("Eval", "threads", 0, 4096),
     *(
         (kind, "seed", 0, 2**63 - 1)
-        for kind in ("Train", "Index", "Dedup", "Demo", "Report", "Audit", "Eval")
+        for kind in ("Train", "BuildIndex", "Dedup", "Demo", "Report", "Audit", "Eval")
     ),
     ("Plan", "rows", 1, 1e13),
     ("Plan", "dim", 2, 65536),
@@ -153,7 +153,7 @@ def test_choices(kind):
     ],
 )
 def test_keep_rules(text, rules):
-    assert config.keep_rules(text) == rules
+    assert commands.keep_rules(text) == rules
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
@@ -243,3 +243,24 @@ def test_a_url_as_a_query_is_vectors_by_its_name_only():
         config.Search(query="https://host/a.npy", index="x")
     config.Search(query="https://host/a.npy", index="x", text=True)
     config.Search(query="what is at https://host", index="x")
+
+
+VALUES = {
+    "runner": "ray", "num_tasks": 3, "task_index": 0, "clusters": 5, "epsilon": 0.1,
+    "grouping": "star", "keep_fraction": 0.5, "pairs": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"), [(name, methods) for methods, names in config.ONLY_WITH for name in names]
+)
+def test_a_setting_of_some_methods_is_refused_with_the_others(name, methods):
+    given = {"features": "x", name: VALUES.get(name, "y")}
+    for method in config.METHODS:
+        if method in methods:
+            assert config.Dedup(method=method, **given).is_given(name)
+        else:
+            said = rf"^--{name}( \w+)? goes with --method {' or '.join(methods)}, not {method}$"
+            with pytest.raises(UsageError, match=said):
+                config.Dedup(method=method, **given)
+            assert not config.Dedup(features="x", method=method).is_given(name)

@@ -21,7 +21,6 @@ import pytest
 import truth
 
 from snipdedup import dedup, native
-from snipdedup.deduplication import final_check
 from snipdedup.features import scan
 from snipdedup.groups import pairs, star
 from snipdedup.join import (
@@ -57,13 +56,11 @@ SIZES = [
     ((lists, calibration), {"ASSIGN_BLOCK": [5, 64]}),
     ((lists,), {"TABLE_LISTS": [0, 4]}),
     ((calibration,), {"PAIR_BLOCK": [9, 64]}),
-    ((star,), {"STAR_BLOCK": [3, 20], "PACKED_GROUP": [1, 4], "STAR_STEP": [1, 5]}),
-    ((star,), {"FLOAT64_GROUP": [2, 10], "PACKED_ROWS": [5, 40]}),
-    ((star,), {"HUGE_BLOCK": [3, 16], "VERIFY_PAIRS": [2, 40]}),
-    ((pairs,), {"LISTED_GROUP": [1, 5], "LISTED_PAIRS": [4, 90]}),
+    ((star,), {"TABLE_GROUP": [2, 10], "TABLE_BLOCK": [3, 20]}),
+    ((star,), {"CODED_BLOCK": [3, 16]}),
+    ((pairs,), {"LISTED_GROUP": [1, 5], "LISTED_PAIRS": [4, 90], "GATHER_PAIRS": [1, 30]}),
     ((external_sort,), {"HELD": [5, 50], "PARTS": [2, 8], "READ": [3, 40]}),
     ((forest,), {"HELD_EDGES": [5, 60], "BLOCK_EDGES": [3, 30], "BUFFER_EDGES": [4, 40]}),
-    ((final_check,), {"GATHER_PAIRS": [1, 30]}),
     ((scan,), {"COMPARE_ROWS": [3, 20], "SORT_ROWS": [20, 200]}),
 ]  # fmt: skip
 

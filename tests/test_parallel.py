@@ -12,7 +12,7 @@ import torch
 
 from snipdedup import parallel, progress
 from snipdedup.errors import SnipError
-from snipdedup.parallel import cores, library_threads, ordered_map, pick_device, run_all
+from snipdedup.parallel import cores, library_threads, ordered_map, pick_device
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -87,55 +87,6 @@ def test_libraries_run_single_threaded_inside_and_as_before_afterwards():
     with library_threads(3):
         assert look(0) == (3, 3)
     assert look(0) == before
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_several_things_at_once(threads):
-    assert run_all([lambda: 1, lambda: "two", lambda: None], threads) == [1, "two", None]
-    with pytest.raises(ZeroDivisionError):
-        run_all([lambda: 1, lambda: 1 / 0], threads)
-
-
-def test_what_is_not_begun_is_left_when_one_fails():
-    for threads in (1, 2):
-        begun, gate = [], threading.Event()
-
-        def fail(gate=gate):
-            gate.wait(5)
-            raise ZeroDivisionError
-
-        jobs = [fail, gate.set, *[lambda n=n, begun=begun: begun.append(n) for n in range(40)]]
-        if threads == 1:
-            gate.set()
-        jobs.append(lambda: time.sleep(0.2))
-        with pytest.raises(ZeroDivisionError):
-            run_all(jobs, threads)
-        assert threads == 2 or not begun
-
-
-def test_jobs_are_waited_for_however_often_one_interrupts(monkeypatch):
-    """They write into folders that are given up next."""
-    begun, ended, stop = threading.Event(), [], [KeyboardInterrupt] * 3
-    shutdown = parallel.ThreadPoolExecutor.shutdown
-
-    def interrupted(*given, **named):
-        if stop:
-            raise stop.pop()
-        shutdown(*given, **named)
-
-    def fail():
-        begun.wait(20)
-        raise KeyboardInterrupt
-
-    def slow():
-        begun.set()
-        time.sleep(0.3)
-        ended.append(1)
-
-    monkeypatch.setattr(parallel.ThreadPoolExecutor, "shutdown", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_all([fail, slow], 2)
-    assert ended == [1]
 
 
 def test_cores(monkeypatch):

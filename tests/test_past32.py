@@ -15,6 +15,7 @@ import truth
 
 from snipdedup import dedup
 from snipdedup.config import Filter
+from snipdedup.deduplication.inputs import Inputs
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import checked, choose, levels
 from snipdedup.features.formats import ArrayShard, NpyShard
@@ -124,9 +125,10 @@ def test_groups_and_masks_past_2_32(far, grouping):
         copies=row[near.search.copies],
         originals=row[near.search.originals],
         bad=np.empty(0, np.int64),
+        inputs=Inputs(features),
     )
     rank = rank_by("first", 0, None)
-    result = checked(choose(found, features, 0.9, grouping, "first", rank))
+    result = checked(choose(found, 0.9, grouping, "first", rank))
     for name in ("row", "group", "representative"):
         expected = row[getattr(near.members, name)]
         assert getattr(result.members, name).tolist() == expected.tolist()

@@ -6,7 +6,7 @@ block by block. Nothing is verified here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,37 +24,13 @@ from snipdedup.adc.threshold import (
     scores,
     true_duplicates,
 )
-from snipdedup.errors import UsageError
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.index.folder import Index
-from snipdedup.index.search import (
-    QUERY_ROWS,
-    Classes,
-    Queries,
-    Searcher,
-    Source,
-    code_queries,
-    feature_queries,
-    query_space,
-)
+from snipdedup.index.folder import Index, PlainRows
+from snipdedup.index.search import QUERY_ROWS, LoadedIndex, Queries
 from snipdedup.join.forest import order_by
 from snipdedup.parallel import ordered_map
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
-
-
-class LoadedCodes(NamedTuple):
-    """All codes of an index in memory; ``shared`` (rows,) share their code with another row.
-
-    ``queries`` takes a sample of row numbers, or nothing for all rows. ``views`` are what the
-    two-sided rule found; None for another rule.
-    """
-
-    classes: Classes
-    searcher: Searcher
-    shared: np.ndarray
-    queries: Callable[..., Source]
-    views: two_sided.Views | None
 
 
 class Rule(NamedTuple):
@@ -86,7 +62,7 @@ class Candidates(NamedTuple):
 def candidate_pairs(
     index: Index, features: Features | None, *, rule: str, margin: float | None, precision: float,
     threshold: float, calibration_rows: int, seed: int, k: int, nprobe: int,
-    encoder: str | Path | None, work: Path, threads: int,
+    encoder: str | None, work: Path, threads: int,
 ) -> tuple[Rule, Iterator[Candidates]]:  # fmt: skip
     """Return the rule with its margin, and the candidate pairs block by block.
 
@@ -98,22 +74,12 @@ def candidate_pairs(
     are compared with codes (``symmetric``). ``work`` is for what the two-sided rule keeps of its
     search.
     """
-    if features is None and rule == "ratio":
-        raise UsageError("--rule ratio needs FEATURES: without them a row is its own code")
-    space = index.space if features is None else query_space(index, features, encoder)
-    classes = Classes.of(index.lists())
-    queries: Callable[..., Source] = partial(code_queries, index, classes.lists)
-    if features is not None:
-        stored = classes.lists, classes.of_rows(index.rows)
-        queries = partial(feature_queries, index, space, features, stored=stored)
-    searcher, views = Searcher(index, classes.lists, nprobe), None
+    loaded, views = LoadedIndex(index, features, nprobe, encoder), None
     if features is not None and rule == TWO_SIDED:
-        views = two_sided.record_views(searcher, classes, queries(), k, work, threads)
-    codes = LoadedCodes(classes, searcher, classes.shared(index.rows), queries, views)
-
+        views = two_sided.record_views(loaded, k, work, threads)
     usual = partial(
         default_margin, code_size=index.code_size, precision=precision, threshold=threshold,
-        encoded=index.as_stored or space.encoder is not None,
+        encoded=index.as_stored or not isinstance(loaded.encoder, PlainRows),
     )  # fmt: skip
     name = SYMMETRIC if features is None else rule
     found = Rule(name, usual(name), usual("difference"), {"source": "default"})
@@ -125,76 +91,64 @@ def candidate_pairs(
         sample = np.sort(rng.choice(features.rows, count, replace=False, shuffle=False))
         truth = true_duplicates(features, sample, threshold, threads)
         if truth.any():
-            found = calibrate_rule(found, codes, sample, truth, precision, threads)
-    return found, search_candidates(codes, found, k, threads)
+            if views is None:
+                best = best_scores(loaded, sample, name, threads)
+            else:
+                best = two_sided.best_view_scores(views, sample, threads)
+                own = two_sided.own_differences(views, sample)
+                found = found._replace(own_margin=calibrate(own, truth, precision)[0])
+            reached, calibration = calibrate(best, truth, precision)
+            found = found._replace(margin=reached, calibration=calibration)
+    return found, search_candidates(loaded, views, found, k, threads)
 
 
-def calibrate_rule(
-    rule: Rule,
-    codes: LoadedCodes,
-    sample: np.ndarray,
-    truth: np.ndarray,
-    precision: float,
-    threads: int,
-) -> Rule:
-    """Return the rule with the margins that suit a sample; ``truth``: which are duplicates."""
-    if codes.views is None:
-        best = best_scores(codes.searcher, codes.shared, codes.queries(sample), rule.name, threads)
-    else:
-        best = two_sided.best_view_scores(codes.views, codes.shared, sample, threads)
-        own = two_sided.own_differences(codes.views, codes.shared, sample)
-        rule = rule._replace(own_margin=calibrate(own, truth, precision)[0])
-    margin, reached = calibrate(best, truth, precision)
-    return rule._replace(margin=margin, calibration=reached)
-
-
-def search_candidates(codes: LoadedCodes, rule: Rule, k: int, threads: int) -> Iterator[Candidates]:
+def search_candidates(
+    loaded: LoadedIndex, views: two_sided.Views | None, rule: Rule, k: int, threads: int
+) -> Iterator[Candidates]:
     """Yield the candidate pairs: rows that share a code first, then rows and their neighbours."""
-    for first, row in codes.classes.links():
+    for first, row in loaded.classes.links():
         yield Candidates(first, row, np.append(first, row), 0)
-    source, members = codes.queries(), MOST_NEIGHBOURS if rule.name == SYMMETRIC else k
+    members = MOST_NEIGHBOURS if rule.name == SYMMETRIC else k
     full = [np.empty(0, np.int64)]
 
     def search(span: tuple[int, int]) -> tuple[Candidates, np.ndarray]:
-        if codes.views is not None:
-            return judge_views(codes, codes.views, rule, np.arange(*span))
-        queries = source.load(span)
-        found = passing_neighbours(codes, queries, rule.name, rule.margin, k, members)
-        return found, full[0]
+        if views is not None:
+            return judge_views(views, rule, np.arange(*span))
+        queries = loaded.queries(span)
+        return passing_neighbours(loaded, queries, rule.name, rule.margin, k, members), full[0]
 
     def search_again(span: tuple[int, int]) -> Candidates:
-        queries = again.load(span)
-        return passing_neighbours(codes, queries, "difference", rule.own_margin, 2 * k, k)
+        queries = loaded.queries(span, again)
+        return passing_neighbours(loaded, queries, "difference", rule.own_margin, 2 * k, k)
 
-    spans = plan_blocks(source.total, QUERY_ROWS)
-    with progress.bar(source.total, "matching", "rows") as bar:
+    spans = plan_blocks(loaded.count, QUERY_ROWS)
+    with progress.bar(loaded.count, "matching", "rows") as bar:
         for span, (found, more) in zip(spans, ordered_map(search, spans, threads), strict=True):
             full.append(more)
             yield found
             bar.update(span[1] - span[0])
-    if codes.views is not None:
-        again = codes.queries(np.concatenate(full))
-        yield from ordered_map(search_again, plan_blocks(again.total, QUERY_ROWS), threads)
+    again = np.concatenate(full)
+    yield from ordered_map(search_again, plan_blocks(len(again), QUERY_ROWS), threads)
 
 
 def passing_neighbours(
-    codes: LoadedCodes, queries: Queries, rule: str, margin: float, k: int, members: int
+    loaded: LoadedIndex, queries: Queries, rule: str, margin: float, k: int, members: int
 ) -> Candidates:
     """Return all passing neighbours, up to ``members`` rows of one code.
 
     Where all k pass, more are asked for.
     """
-    Dq, Iq = codes.searcher.probe(queries.x, queries.first)
+    Dq, Iq = loaded.searcher.probe(queries.x, queries.first)
     found = [np.empty((2, 0), np.int64)]
     pending, cut = np.flatnonzero(queries.rows >= 0), 0
     while len(pending):
-        D, I = codes.searcher.places(queries.x[pending], Dq[pending], Iq[pending], k)
+        D, I = loaded.searcher.places(queries.x[pending], Dq[pending], Iq[pending], k)
         passes = (scores(D, queries.own[pending], rule) <= margin) & (I >= 0)
         more = np.asarray(passes.all(axis=1))
         if k >= MOST_NEIGHBOURS:
             cut, more = int(more.sum()), np.zeros_like(more)
         at, column = np.nonzero(passes & ~more[:, None])
-        hit, rows = codes.classes.rows(I[at, column], members)
+        hit, rows = loaded.classes.rows(I[at, column], members)
         found.append(np.stack([queries.rows[pending[at[hit]]], rows]))
         pending, k = pending[more], min(2 * k, MOST_NEIGHBOURS)
     x, y = np.concatenate(found, axis=1)
@@ -202,7 +156,7 @@ def passing_neighbours(
 
 
 def judge_views(
-    codes: LoadedCodes, views: two_sided.Views, rule: Rule, rows: np.ndarray
+    views: two_sided.Views, rule: Rule, rows: np.ndarray
 ) -> tuple[Candidates, np.ndarray]:
     """Judge some rows and their neighbours by the two-sided rule.
 
@@ -214,7 +168,7 @@ def judge_views(
     near = views.ids[rows, 1 : 1 + views.k]
     count = np.count_nonzero(near >= 0, axis=1)  # one place may be the row's own class
     full = (count >= views.k - 1) & (passed == count) & (passed > 0)
-    hit, y = codes.classes.rows(near[pairs.at, pairs.column], views.k)
+    hit, y = views.loaded.classes.rows(near[pairs.at, pairs.column], views.k)
     flagged = rows[passed > 0]
     return Candidates(*unique_pairs(rows[pairs.at[hit]], y), flagged, 0), rows[full]
 

@@ -16,7 +16,7 @@ import numpy as np
 from snipdedup import native, progress
 from snipdedup.features.cosine import bad_rows, indexed_cosines, integer_rows, unit_rows
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.index.search import Searcher, Source
+from snipdedup.index.search import QUERY_ROWS, LoadedIndex
 from snipdedup.join.projection import encode_rows, main_directions, project
 from snipdedup.parallel import ordered_map
 from snipdedup.statistics import proportion_interval
@@ -148,25 +148,24 @@ def true_duplicates(
     return found
 
 
-def best_scores(
-    searcher: Searcher, shared: np.ndarray, source: Source, rule: str, threads: int
-) -> np.ndarray:
-    """Return each query's best score among other rows, (n,) float32; infinity for none.
+def best_scores(loaded: LoadedIndex, sample: np.ndarray, rule: str, threads: int) -> np.ndarray:
+    """Return each sampled row's best score among other rows, (n,) float32; infinity for none.
 
-    Rows that share a code with another (``shared``) have the score of an exact match. Row numbers
-    are compared, never places in a result: copies tie, and the first need not be the row itself.
+    Rows that share a code with another have the score of an exact match.
     """
-    parts = []
-    # Two places are enough: rows that share a code are one entry, so the row itself takes one.
-    for queries, D, I in searcher.search(source, 2, threads):
+    searcher, shared = loaded.searcher, loaded.shared
+
+    def search(span: tuple[int, int]) -> np.ndarray:
+        queries = loaded.queries(span, sample)
+        # Two places are enough: rows that share a code are one entry, so the row itself takes one.
+        D, I = searcher.places(queries.x, *searcher.probe(queries.x, queries.first), 2)
         score = scores(D, queries.own, rule)
-        score[(I < 0) | (queries.rows[:, None] == I)] = np.inf
+        score[(I < 0) | (loaded.class_of[queries.rows, None] == I)] = np.inf
         best = score.min(axis=1)
-        known = queries.rows >= 0
-        best[~known] = np.inf
-        best[known & shared[queries.rows]] = np.float32(rule == "ratio")
-        parts.append(best)
-    return np.concatenate(parts)
+        best[shared[queries.rows]] = np.float32(rule == "ratio")
+        return np.where(queries.rows >= 0, best, np.inf).astype(np.float32)
+
+    return np.concatenate(list(ordered_map(search, plan_blocks(len(sample), QUERY_ROWS), threads)))
 
 
 def calibrate(

@@ -15,13 +15,11 @@ import numpy as np
 
 from snipdedup import native, progress
 from snipdedup.features.shards import plan_blocks
-from snipdedup.index.quantizer import Quantiser
-from snipdedup.index.search import QUERY_ROWS, Classes, Searcher, Source
+from snipdedup.index.search import QUERY_ROWS, LoadedIndex
 from snipdedup.parallel import ordered_map
 from snipdedup.storage import atomic
 
 UNSEEN = 3  # a difference counts so often where the other row does not name this one
-NEAREST = 3  # neighbours of a row that are looked at first: nearly always its best is among them
 RIDGE = 1e-3  # of a code's squared length: directions that codes share more closely say nothing
 SLACK = 1e-9  # of squared distances in float64
 COMMON, COMMON_LISTS = 16, 8  # nearest codes and lists that are compared; more cost time only
@@ -37,13 +35,12 @@ class Views(NamedTuple):
 
     ids: np.ndarray
     e: np.ndarray
-    classes: Classes
-    quantiser: Quantiser
+    loaded: LoadedIndex
     k: int
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         """Return the codes or centroids of ``ids``, (n, w, dim) float32; zeros for -1."""
-        lists, quantiser = self.classes.lists, self.quantiser
+        lists, quantiser = self.loaded.classes.lists, self.loaded.index.quantiser
         if quantiser.nbits == 8:
             return native.decode(
                 ids, lists.codes, lists.starts, quantiser.centroids, quantiser.words,
@@ -58,42 +55,37 @@ class Views(NamedTuple):
         return vectors.reshape(*ids.shape, -1)
 
 
-def record_views(
-    searcher: Searcher, classes: Classes, source: Source, k: int, folder: Path, threads: int
-) -> Views:
-    """Search for all rows, and keep what is found in ``folder``: 168 bytes a row by default.
-
-    ``source`` gives all rows of the index, in order.
-    """
-    own = classes.of_rows(source.total)
-    smallest = np.min_scalar_type(-len(classes.lists.ids) - searcher.quantiser.nlist)
-    shape = source.total, 1 + k + searcher.nprobe
+def record_views(loaded: LoadedIndex, k: int, folder: Path, threads: int) -> Views:
+    """Search for all rows, and keep what is found in ``folder``: 168 bytes a row by default."""
+    searcher, codes = loaded.searcher, len(loaded.classes.lists.ids)
+    smallest = np.min_scalar_type(-codes - loaded.index.nlist)
+    shape = loaded.count, 1 + k + searcher.nprobe
     paths = folder / "views_ids.npy", folder / "views_e.npy"
 
     def view(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        queries, place = source.load(span), own[slice(*span), None]
+        queries, place = loaded.queries(span), loaded.class_of[slice(*span), None]
         Dq, Iq = searcher.probe(queries.x, queries.first)
         D, I = searcher.places(queries.x, Dq, Iq, k)
         I[place == I] = -1
-        Iq = np.where(Iq < 0, -1, Iq + len(searcher.lists.ids))
+        Iq = np.where(Iq < 0, -1, Iq + codes)
         ids = np.concatenate([place, I, Iq], axis=1)
         ids[queries.rows < 0] = -1
         norm = np.einsum("ij,ij->i", queries.x, queries.x)[:, None]
         e = (norm - np.concatenate([queries.own[:, None], D, Dq], axis=1)) / 2
         return ids.astype(smallest), np.where(ids < 0, 0, e).astype(np.float32)
 
-    spans = plan_blocks(source.total, QUERY_ROWS)
+    spans = plan_blocks(loaded.count, QUERY_ROWS)
     with (
         atomic.writing_npy(paths[0], smallest, shape) as ids_file,
         atomic.writing_npy(paths[1], np.dtype(np.float32), shape) as e_file,
-        progress.bar(source.total, "searching", "rows") as bar,
+        progress.bar(loaded.count, "searching", "rows") as bar,
     ):
         for span, (ids, e) in zip(spans, ordered_map(view, spans, threads), strict=True):
             ids_file.write(ids.tobytes())
             e_file.write(e.tobytes())
             bar.update(span[1] - span[0])
     ids, e = (np.load(path, mmap_mode="r") for path in paths)
-    return Views(ids, e, classes, searcher.quantiser, k)
+    return Views(ids, e, loaded, k)
 
 
 class NamedPairs(NamedTuple):
@@ -109,46 +101,35 @@ class NamedPairs(NamedTuple):
 
 def passing_pairs(views: Views, rows: np.ndarray, margin: float) -> NamedPairs:
     """Return the neighbours of ``rows``, (b,) int64, whose scores are at most the margin."""
-    ids, e = views.ids[rows], views.e[rows]
-    mean = mean_differences(views, ids, e)
+    mean = mean_differences(views, rows)
     chosen = mean <= margin  # a score is never below its mean
-    pairs = score_pairs(views, ids, e, mean, chosen, margin=margin)
+    pairs = score_pairs(views, rows, mean, chosen, margin=margin)
     return NamedPairs(*(part[pairs.score <= margin] for part in pairs))
 
 
 def best_view_scores(
-    views: Views, shared: np.ndarray, rows: np.ndarray, threads: int, common: float = 1.0
+    views: Views, rows: np.ndarray, threads: int, common: float = 1.0
 ) -> np.ndarray:
     """Return the best score of each of ``rows``, (n,) float64; infinity where it has none.
 
     Not rounded: a margin is one of these, and `passing_pairs` compares scores with it. Rows that
-    share their code with another (``shared``) have 0. ``common`` as in `score_pairs`.
+    share their code with another have 0. ``common`` as in `score_pairs`.
     """
 
     def best(span: tuple[int, int]) -> np.ndarray:
         part = rows[slice(*span)]
-        ids, e = views.ids[part], views.e[part]
-        mean, lowest = mean_differences(views, ids, e), np.full(len(part), np.inf)
-        rank = np.argsort(np.argsort(mean, axis=1, kind="stable"), axis=1, kind="stable")
-        for within in (rank < NEAREST, rank >= NEAREST):
-            # A score is never below its mean: what cannot be the best is not looked at.
-            chosen = within & (mean < lowest[:, None])
-            pairs = score_pairs(views, ids, e, mean, chosen, common)
-            np.minimum.at(lowest, pairs.at, pairs.score)
-        return np.where(shared[part], 0, lowest)
+        mean, lowest = mean_differences(views, part), np.full(len(part), np.inf)
+        pairs = score_pairs(views, part, mean, np.isfinite(mean), common)
+        np.minimum.at(lowest, pairs.at, pairs.score)
+        return np.where(views.loaded.shared[part], 0, lowest)
 
     return np.concatenate(list(ordered_map(best, plan_blocks(len(rows), QUERY_ROWS), threads)))
 
 
 def score_pairs(
-    views: Views,
-    ids: np.ndarray,
-    e: np.ndarray,
-    mean: np.ndarray,
-    chosen: np.ndarray,
-    common: float = 1.0,
-    margin: float = np.inf,
-) -> NamedPairs:
+    views: Views, rows: np.ndarray, mean: np.ndarray, chosen: np.ndarray,
+    common: float = 1.0, margin: float = np.inf,
+) -> NamedPairs:  # fmt: skip
     """Return the scores of chosen neighbours of rows, in row order.
 
     The mean of a pair's two differences, (x − y)·(q(x) − q(y)), is ‖x − y‖² but for the codes'
@@ -159,20 +140,21 @@ def score_pairs(
     score = mean[at, column]
     if common:
         limits = (margin - score) / common + SLACK  # rounding must not let a cut one pass
-        score = score + common * common_lengths(views, ids, e, at, ids[at, 1 + column], limits)
+        neighbours = views.ids[rows[at], 1 + column]
+        score = score + common * common_lengths(views, rows[at], neighbours, limits)
     return NamedPairs(at, column, score)
 
 
-def mean_differences(views: Views, ids: np.ndarray, e: np.ndarray) -> np.ndarray:
+def mean_differences(views: Views, rows: np.ndarray) -> np.ndarray:
     """Return the mean of both rows' differences for the k nearest, infinity where there is none.
 
     Where the other row does not name this one's class, this row's difference counts `UNSEEN`
     times: it is farther away than k others.
     """
-    near = slice(1, 1 + views.k)
+    ids, e, near = views.ids[rows], views.e[rows], slice(1, 1 + views.k)
     known = (ids[:, near] >= 0) & (ids[:, :1] >= 0)
     mine = (e[:, :1] - e[:, near]).astype(np.float64)  # half a difference
-    other = views.classes.lists.rows(np.maximum(ids[:, near], 0).ravel())
+    other = views.loaded.classes.lists.rows(np.maximum(ids[:, near], 0).ravel())
     asks, back = np.repeat(ids[:, 0], views.k), np.full(len(other), np.nan)
     for start, stop in plan_blocks(len(other), max(1, NAMES // views.k)):
         y = other[start:stop]
@@ -183,41 +165,36 @@ def mean_differences(views: Views, ids: np.ndarray, e: np.ndarray) -> np.ndarray
     return np.where(known, mean, np.inf)
 
 
-def own_differences(views: Views, shared: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def own_differences(views: Views, rows: np.ndarray) -> np.ndarray:
     """Return each row's smallest difference, as `threshold.best_scores` does, (n,) float32."""
     ids, e = views.ids[rows, : 1 + views.k], views.e[rows, : 1 + views.k]
     mine = np.where((ids[:, 1:] >= 0) & (ids[:, :1] >= 0), 2 * (e[:, :1] - e[:, 1:]), np.inf)
-    return np.where(shared[rows], 0, mine.min(axis=1)).astype(np.float32)
+    return np.where(views.loaded.shared[rows], 0, mine.min(axis=1)).astype(np.float32)
 
 
 def common_lengths(
-    views: Views,
-    ids: np.ndarray,
-    e: np.ndarray,
-    at: np.ndarray,
-    classes: np.ndarray,
-    limits: np.ndarray,
+    views: Views, rows: np.ndarray, classes: np.ndarray, limits: np.ndarray
 ) -> np.ndarray:
     """Return ‖x − y‖² as far as common codes tell, scaled up, (p,) float64.
 
-    x is row ``at``, ascending, of ``ids`` and ``e``, y the smallest row of a class. A = vᵀ (Q
-    Qᵀ)⁻¹ v, with v the projections on the r common codes Q, is the squared length of x − y within
-    their span, r of d dimensions. A d / r would be the whole if all dimensions were alike; they
-    are not, and √(d / r) does better on all that was tried. A length above its limit may come out
-    smaller, but above the limit.
+    x is one of ``rows``, ascending, y the smallest row of a class. A = vᵀ (Q Qᵀ)⁻¹ v, with v the
+    projections on the r common codes Q, is the squared length of x − y within their span, r of d
+    dimensions. A d / r would be the whole if all dimensions were alike; they are not, and √(d / r)
+    does better on all that was tried. A length above its limit may come out smaller, but above the
+    limit.
     """
-    near, lists = 1 + min(views.k, COMMON), np.arange(1 + views.k, ids.shape[1])[:COMMON_LISTS]
-    used: Any = np.append(np.arange(near), lists)
+    near, lists = 1 + min(views.k, COMMON), np.arange(1 + views.k, views.ids.shape[1])
+    used: Any = np.append(np.arange(near), lists[:COMMON_LISTS])
     width = len(used)
     if used[-1] == width - 1:
         used = slice(width)  # takes no copy
-    lengths, other = np.empty(len(at)), views.classes.lists.rows(classes)
-    most = max(1, SOLVE_BYTES // (4 * views.quantiser.dim * width))
-    for start, stop in plan_blocks(len(at), most):
-        rows, place = np.unique(at[start:stop], return_inverse=True)
-        names, y = ids[rows][:, used], other[start:stop]
+    lengths, other = np.empty(len(rows)), views.loaded.classes.lists.rows(classes)
+    most = max(1, SOLVE_BYTES // (4 * views.loaded.index.dim * width))
+    for start, stop in plan_blocks(len(rows), most):
+        x, place = np.unique(rows[start:stop], return_inverse=True)
+        names, y = views.ids[x][:, used], other[start:stop]
         lengths[start:stop] = native.common_lengths(
-            (names, e[rows][:, used]), views.vectors(names), place,
+            (names, views.e[x][:, used]), views.vectors(names), place,
             (views.ids[y][:, used], views.e[y][:, used]), RIDGE, limits[start:stop],
         )  # fmt: skip
     return lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from snipdedup import progress
-from snipdedup.auditing.metadata import check_metadata
 from snipdedup.auditing.removed_rows import (
     AuditedReference,
     AuditedRun,
-    Captions,
     RemovedRows,
     Violations,
+    check_groups,
     chosen_places,
 )
 from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
@@ -29,6 +29,7 @@ from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features, plan_blocks
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.masks import load_mask
+from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import sha256
@@ -91,18 +92,11 @@ def run(options: Audit) -> AuditResult:
                 )
             refuse_output_file(sheet, [folder, *features.inputs()])
         texts = open_row_texts(folder, manifest, options.metadata)
-        audited = AuditedRun(folder, manifest)
         threads, memory = cores(options.threads), memory_bound(options.max_memory)
-        readable = audit(
-            audited, features, texts,
-            sample=options.sample, probe_rows=options.probe_rows, seed=options.seed,
-            threads=threads, memory=memory,
-        )  # fmt: skip
+        audited = AuditedRun(folder, manifest, threads, memory)
+        readable = audit(audited, features, texts, options.sample, options.probe_rows, options.seed)
         if sheet is not None and readable:
-            pairs = sample_pairs(
-                audited, features, texts,
-                n=options.n, seed=options.seed, threads=threads, memory=memory,
-            )  # fmt: skip
+            pairs = sample_pairs(audited, features, texts, options.n, options.seed)
             write_sheet(sheet, pairs)
             text = f"{len(pairs):,} removed pairs to judge in {sheet}; then --judged"
             audited.note("sheet", text)
@@ -113,9 +107,8 @@ def run(options: Audit) -> AuditResult:
 
 
 def audit(
-    run: AuditedRun, features: Features, texts: RowTexts,
-    *, sample: int, probe_rows: int, seed: int, threads: int, memory: int,
-) -> bool:  # fmt: skip
+    run: AuditedRun, features: Features, texts: RowTexts, sample: int, probe_rows: int, seed: int
+) -> bool:
     """Check everything; what is wrong is added to ``run``.
 
     Returns whether OUT could be read, and the rows of the features are those of OUT.
@@ -126,13 +119,11 @@ def audit(
             "snip.json has verified false: adc without FEATURES, no pair was verified by the run",
         )
     check_outputs(run)
-    same_rows = check_shards(run, "shards", run.manifest["shards"], features, threads)
+    same_rows = check_shards(run, "shards", run.manifest["shards"], features)
     captions, text = None, run.manifest.get("text")
     if text is not None:
         source = run.manifest["settings"]["text_features"]
-        words = open_again(run, "captions", source, text["shards"], threads)
-        limit = run.manifest["settings"]["text_threshold"]
-        captions = None if words is None else Captions(words, limit)
+        captions = open_again(run, "captions", source, text["shards"])
     try:
         run.is_dup = load_mask(run.folder / "is_dup.npy")
         if len(run.is_dup) != run.rows:
@@ -143,19 +134,20 @@ def audit(
     compared = features if same_rows else None
     rng, total = np.random.default_rng(seed), int(np.count_nonzero(run.is_dup))
     chosen = sample_rows(total, sample, rng) if sample else None
-    removed = RemovedRows(run, compared, captions, chosen, threads, memory)
-    references, readable = open_references(run, threads), True
+    references = open_references(run)
+    readable = True
     try:
-        removed.check(references)
+        dup_counts = check_groups(run)
+        removed = RemovedRows(run, compared, captions, references, chosen)
+        removed.check()
     except (SnipError, OSError, KeyError, pa.ArrowException) as error:
         run.fail("groups", f"groups.parquet cannot be checked: {error}")
         readable = False
-    if readable:
-        describe_removed(run, removed)
-        source = texts.metadata if texts.is_dup is None else None
-        check_metadata(run, removed.dup_counts(), source)
-    if compared is not None and probe_rows and "text" not in run.manifest:
-        estimate_missed(run, compared, references, probe_rows, seed, threads)
+    else:
+        describe_removed(run, removed, total)
+        check_metadata(run, dup_counts, texts.metadata if texts.is_dup is None else None)
+    if compared is not None and probe_rows and text is None:
+        estimate_missed(run, compared, references, probe_rows, seed)
     return readable and same_rows
 
 
@@ -174,7 +166,7 @@ def check_outputs(run: AuditedRun) -> None:
 
 
 def check_shards(
-    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features, threads: int
+    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features
 ) -> bool:
     """Compare shards with rows, sizes and checksums in the manifest; tell if rows are the same."""
     found = features.describe()
@@ -182,7 +174,7 @@ def check_shards(
         run.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
         return False
     same_rows, agree = True, 0
-    checksums = ordered_map(shard_checksum, features.shards, threads)
+    checksums = ordered_map(shard_checksum, features.shards, run.threads)
     for number, own in enumerate(progress.track(checksums, "checksums", "shards", len(found))):
         known, now = listed[number], {**found[number], "checksum": checksum_text(own)}
         same_rows &= known["rows"] == now["rows"]
@@ -202,7 +194,7 @@ def check_shards(
 
 
 def open_again(
-    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]], threads: int
+    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]]
 ) -> Features | None:
     """Open features that the manifest names; None if they are not what they were."""
     settings = run.manifest["settings"]
@@ -213,10 +205,10 @@ def open_again(
     except (SnipError, OSError) as error:
         run.fail(what, f"{what} cannot be read: {error}")
         return None
-    return features if check_shards(run, what, listed, features, threads) else None
+    return features if check_shards(run, what, listed, features) else None
 
 
-def open_references(run: AuditedRun, threads: int) -> list[AuditedReference]:
+def open_references(run: AuditedRun) -> list[AuditedReference]:
     """Open the references that can be read and are still what they were."""
     references = []
     for described in run.manifest.get("references", []):
@@ -225,17 +217,17 @@ def open_references(run: AuditedRun, threads: int) -> list[AuditedReference]:
         if path is not None and (not path.is_file() or sha256(path) != mask):
             run.fail("references", f"reference {name}: {path} was made anew since, or is missing")
             continue
-        features = open_again(run, "references", described["files"], described["shards"], threads)
+        features = open_again(run, "references", described["files"], described["shards"])
         if features is not None:  # removed rows of an earlier OUT are no reference rows
             is_dup = np.zeros(features.rows, bool) if path is None else load_mask(path)
             references.append(AuditedReference(name, features, is_dup))
     return references
 
 
-def describe_removed(run: AuditedRun, found: RemovedRows) -> None:
+def describe_removed(run: AuditedRun, found: RemovedRows, removed: int) -> None:
     """Note what was compared, and what is so by design."""
-    share = 100 * found.removed / run.rows
-    run.note("mask", f"{found.removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
+    share = 100 * removed / run.rows
+    run.note("mask", f"{removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
     if found.features is None:
         run.note("matches", "not proved: the features are others")
         return
@@ -257,7 +249,7 @@ def describe_removed(run: AuditedRun, found: RemovedRows) -> None:
 
 def estimate_missed(
     run: AuditedRun, features: Features, references: list[AuditedReference],
-    probe_rows: int, seed: int, threads: int,
+    probe_rows: int, seed: int,
 ) -> None:  # fmt: skip
     """Estimate how many kept rows match another kept row, by brute force on a sample.
 
@@ -271,7 +263,7 @@ def estimate_missed(
     sample, raw = sample[good], raw[good]
     limit = np.float32(run.threshold)
     if not run.references_only:
-        D, I = nearest(raw, features, 1, threads, own=sample, skip=run.is_dup)
+        D, I = nearest(raw, features, 1, run.threads, own=sample, skip=run.is_dup)
         missed = np.flatnonzero(D[:, 0] >= limit)
         text = f"{len(missed):,} of all {len(sample):,} kept rows match another kept row"
         if len(ordinals) < kept:
@@ -287,7 +279,7 @@ def estimate_missed(
             run.note("missed", f"such as {a} and {b}: cosine {D[worst, 0]:.6f}")
     of = f"{len(sample):,} kept rows" if run.references_only else "them"
     for reference in references:
-        D, _ = nearest(raw, reference.features, 1, threads, skip=reference.is_dup)
+        D, _ = nearest(raw, reference.features, 1, run.threads, skip=reference.is_dup)
         missed = np.flatnonzero(D[:, 0] >= limit)
         run.note("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
 
@@ -300,3 +292,102 @@ def kept_rows(is_dup: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
         rows.append(kept[chosen_places(ordinals, before, len(kept))])
         before += len(kept)
     return np.concatenate(rows)
+
+
+def check_metadata(
+    run: AuditedRun, dup_counts: tuple[np.ndarray, np.ndarray], source: Metadata | None
+) -> None:
+    """Compare the files of OUT/metadata with the mask, and with the input table ``source``.
+
+    ``dup_counts`` are the rows that represent others, ascending, and how many each, (m,) int64. A
+    ``source`` that has other files than the input had is refused. Without one, only the number of
+    rows and dup_count are compared.
+    """
+    described = run.manifest["request"].get("metadata")
+    if described is None:
+        run.note("metadata", "none was given to the run")
+        return
+    if source is not None and [f.rows for f in source.files] != [f["rows"] for f in described]:
+        raise SnipError(
+            "the metadata is not in the files that were filtered: expected "
+            f"{', '.join(file['name'] for file in described)}"
+        )
+    rows = begin = 0
+    for number, file in enumerate(described):
+        end = begin + file["rows"]
+        table = None if source is None else source.files[number]
+        try:
+            written = Table(run.folder / "metadata" / f"{Path(file['name']).stem}.parquet")
+            check_file(run, written, expected_rows(run, begin, end, dup_counts, table))
+            rows += written.rows
+        except SnipError as error:
+            run.fail("metadata", str(error))
+        begin = end
+    compared = "compared with the input"
+    if source is None:
+        compared = "only their number and dup_count: the input is not where it was"
+    run.note("metadata", f"{rows:,} rows in {len(described):,} files, {compared}")
+
+
+def expected_rows(
+    run: AuditedRun, begin: int, end: int, dup_counts: tuple[np.ndarray, np.ndarray],
+    source: Table | None,
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:  # fmt: skip
+    """Yield rows that the file of rows ``begin`` to ``end`` should hold, and their columns."""
+    all_rows = bool(run.manifest["settings"].get("weights"))  # then removed rows are written too
+    parts: Any = ((at, None) for at, _ in plan_blocks(end - begin, BATCH_ROWS))
+    for at, batch in parts if source is None else source.batches():
+        first = begin + at
+        size = min(BATCH_ROWS, end - first) if batch is None else batch.num_rows
+        kept = np.full(size, True) if all_rows else ~np.asarray(run.is_dup[first : first + size])
+        low, high = np.searchsorted(dup_counts[0], [first, first + size])
+        counts = np.zeros(size, np.int64)
+        counts[dup_counts[0][low:high] - first] = dup_counts[1][low:high]
+        columns = {} if batch is None else dict(zip(batch.schema.names, batch.columns, strict=True))
+        columns["dup_count"] = pa.array(counts)
+        mask = pa.array(kept)
+        yield (
+            first + np.flatnonzero(kept),
+            {name: values.filter(mask) for name, values in columns.items()},
+        )
+
+
+def check_file(
+    run: AuditedRun, written: Table, expected: Iterator[tuple[np.ndarray, dict[str, Any]]]
+) -> None:
+    """Compare one file with what it should hold; name its first row that is wrong."""
+    name, batches = f"metadata/{written.path.name}", (batch for _, batch in written.batches())
+    waiting: Any = pa.Table.from_batches([], written.schema)
+    wanted, place, wrong = 0, 0, None
+    for rows, columns in expected:
+        while waiting.num_rows < len(rows) and (batch := next(batches, None)) is not None:
+            waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch], written.schema)])
+        if wrong is None:
+            equal = equal_rows(waiting.slice(0, len(rows)), columns, len(rows))
+            if not equal.all():
+                at = int(np.argmin(equal))
+                wrong, place = run.place(int(rows[at])), wanted + at
+        waiting = waiting.slice(len(rows))
+        wanted += len(rows)
+    if written.rows != wanted:
+        late = f"; {wrong} is missing or comes too late" if wrong and written.rows < wanted else ""
+        found = f"{name}: {written.rows:,} rows, is_dup.npy keeps {wanted:,} of this file{late}"
+        run.fail("metadata", found)
+    elif wrong is not None:
+        run.fail("metadata", f"{name} row {place:,}: expected {wrong}, found other values")
+
+
+def equal_rows(found: Any, expected: dict[str, Any], size: int) -> np.ndarray:
+    """Return in which of ``size`` rows a table is as expected, (size,) bool; NaN equals NaN."""
+    rows = found.num_rows
+    equal = np.arange(size) < rows
+    for name, wanted in expected.items():
+        if name not in found.schema.names:
+            raise SnipError(f"metadata: expected a column {name}, found {found.schema.names}")
+        x, y = found[name].combine_chunks(), wanted.slice(0, rows)
+        if pa.types.is_floating(x.type) and x.type == y.type:  # compared by their bits
+            x, y = (values.view(f"int{values.type.bit_width}") for values in (x, y))
+        if not x.equals(y):  # repr: NaN inside lists too
+            pairs = zip(x.to_pylist(), y.to_pylist(), strict=True)
+            equal[:rows] &= np.array([repr(a) == repr(b) for a, b in pairs], bool)
+    return equal

@@ -1,10 +1,12 @@
 """Each removed row of a run, recomputed: mask, groups.parquet and cosines of raw features agree.
 
-Nothing of the join is used. Groups come a batch at a time; one byte is held for each row.
+Nothing of the join is used. ``groups.parquet`` is read twice, a batch at a time: by whole groups,
+then by rows. One byte is held for each row of the set.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +29,6 @@ ROUNDING = 1e-6  # a stored cosine may be off by this: sums in another order, ro
 SHOWN = 5  # violations of one kind in words
 
 
-class Captions(NamedTuple):
-    """Features of captions, and the cosine from which two captions match."""
-
-    features: Features
-    threshold: float
-
-
 class AuditedReference(NamedTuple):
     """A reference as it is on disk now; ``is_dup`` (rows,) bool are rows that it removed itself."""
 
@@ -54,11 +49,12 @@ class AuditedRun:
     """A finished run, what was compared in it, and what is wrong.
 
     ``offsets`` (shards + 1,) int64 are the first rows of the shards, then the number of rows.
-    ``is_dup`` (rows,) bool is mapped; it is empty until the mask was opened.
+    ``is_dup`` (rows,) bool is mapped; it is empty until the mask was opened. The audit takes so
+    many ``threads``, and so many bytes of ``memory`` for raw rows.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int, memory: int) -> None:
+        self.folder, self.manifest, self.threads, self.memory = folder, manifest, threads, memory
         self.checked: dict[str, list[str]] = {}
         self.violations: dict[str, Violations] = {}
         shards, settings = manifest["shards"], manifest["settings"]
@@ -96,158 +92,196 @@ class AuditedRun:
             entry.count += len(found)
             entry.shown += [describe(one) for one in found[: SHOWN - len(entry.shown)]]
 
-    def fail_rows(self, kind: str, rows: np.ndarray, text: str) -> None:
-        """Add one violation for each row."""
-        self.fail_each(kind, rows, lambda row: f"{self.place(row)}: {text}")
-
-
-@dataclass
-class RemovedRows:
-    """Takes the rows of ``groups.parquet``, recomputes them, and notes what is wrong in ``run``.
-
-    Without ``features`` no cosine is computed. ``chosen`` (n,) int64 are the removed rows to
-    compare, by their number among all removed rows, ascending; None for all.
-    """
-
-    run: AuditedRun
-    features: Features | None
-    captions: Captions | None
-    chosen: np.ndarray | None
-    threads: int
-    memory: int
-    removed: int = 0  # counts, to be compared with the manifest's
-    groups: int = 0
-    largest: int = 1
-    chained: int = 0
-    compared: int = 0  # pairs whose cosine was computed,
-    reach: int = 0  # those that reach the threshold,
-    lowest: float = np.inf  # and the lowest cosine
-
-    def __post_init__(self) -> None:
-        self.seen = np.zeros(self.run.rows, bool)
-        self.last = (-1, -1)  # group and row
-        self.represented = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-
-    def check(self, references: list[AuditedReference]) -> None:
-        """Read and check ``groups.parquet``."""
-        path = self.run.folder / "groups.parquet"
-        total = int(np.count_nonzero(self.run.is_dup))
-        with progress.bar(total, "comparing", "removed rows") as bar:
-            for members in whole_groups(path, marked=True):
-                self.add(members)
-                bar.update(int(members.is_dup.sum()))
-        self.check_counts()
-        self.check_places(path)
-        if self.run.manifest.get("references"):
-            self.check_references(path, references)
-
-    def add(self, members: Members) -> None:
-        """Check the members of whole groups; rows of references come as complements, < 0."""
-        run = self.run
-        inside = (members.row >= 0) & (members.row < run.rows)
-        inside &= members.representative < run.rows
-        run.fail_each(
-            "range",
-            members.row[~inside],
-            lambda row: (
-                f"groups.parquet: row {row:,} or its representative is none of the {run.rows:,} "
-                "rows"
-            ),
+    def fail_rows(
+        self, kind: str, rows: np.ndarray, wrong: np.ndarray, text: str | Callable[[int], str]
+    ) -> None:
+        """Add a violation for each ``wrong`` row, (n,) bool; a text may be made of its place."""
+        self.fail_each(
+            kind,
+            np.flatnonzero(wrong),
+            lambda i: f"{self.place(rows[i])}: {text if isinstance(text, str) else text(i)}",
         )
-        members = pick(members, inside)
+
+
+def check_groups(run: AuditedRun) -> tuple[np.ndarray, np.ndarray]:
+    """Check the groups of ``groups.parquet`` against the mask, and count them again.
+
+    Returns the rows that represent others, ascending, and how many each, (m,) int64.
+    """
+    counts = {"rows": run.rows, "removed": 0, "groups": 0, "largest_group": 1, "chained": 0}
+    represented = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    seen, last = np.zeros(run.rows, bool), (-1, -1)
+    for every in whole_groups(run.folder / "groups.parquet"):
+        inside = (every.row >= 0) & (every.row < run.rows) & (every.representative < run.rows)
+        text = f"or its representative is none of the {run.rows:,} rows"
+        run.fail_each("range", every.row[~inside], f"groups.parquet: row {{:,}} {text}".format)
+        members = pick(every, inside)
         if not len(members.row):
-            return
-        self.check_members(members)
+            continue
+        check_members(run, members, seen, last)
+        last = int(members.group[-1]), int(members.row[-1])
         removed = pick(members, members.is_dup)
         sizes = np.diff(group_starts(members.group))
-        self.groups += len(sizes)
-        self.largest = max(self.largest, int(sizes.max()))
-        self.chained += int((removed.similarity < np.float32(run.threshold)).sum())
+        counts["removed"] += len(removed.row)
+        counts["groups"] += len(sizes)
+        counts["largest_group"] = max(counts["largest_group"], int(sizes.max()))
+        counts["chained"] += int((removed.similarity < np.float32(run.threshold)).sum())
         own = removed.representative[removed.representative >= 0]
-        self.represented.append(np.unique(own, return_counts=True))
-        before, self.removed = self.removed, self.removed + len(removed.row)
-        if self.chosen is not None:
-            removed = pick(removed, chosen_places(self.chosen, before, len(removed.row)))
-        self.check_pairs(pick(removed, removed.representative >= 0))
+        represented.append(np.unique(own, return_counts=True))
+    unseen = np.flatnonzero(run.is_dup & ~seen)
+    text = "is_dup.npy removes it, groups.parquet does not have it"
+    run.fail_each("mask", unseen, lambda row: f"{run.place(row)}: {text}")
+    for name, value in counts.items():
+        written = run.manifest["counts"][name]
+        if written != value:
+            run.fail("counts", f"snip.json counts {name} {written:,}, groups.parquet {value:,}")
+    rows, times = map(np.concatenate, zip(*represented, strict=True))
+    order = np.argsort(rows)
+    return rows[order], times[order]
 
-    def check_members(self, members: Members) -> None:
-        """Check order, mask and representatives of whole groups.
 
-        Members are ordered by group, then row; a group is named by its smallest row. ``is_dup`` is
-        the same in both files. A removed row is represented by a kept row of its group (or a row
-        of a reference), a kept row by itself.
-        """
-        run, is_dup, representative = self.run, members.is_dup, members.representative
-        group = np.append(self.last[0], members.group)
-        row = np.append(self.last[1], members.row)
-        self.last = (int(group[-1]), int(row[-1]))
-        same = group[1:] == group[:-1]
-        misplaced = (group[1:] < group[:-1]) | (same & (row[1:] <= row[:-1]))
-        misplaced |= (~same & (members.row != members.group)) | self.seen[members.row]
-        self.seen[members.row] = True
-        mask = run.is_dup[members.row]
-        order = np.argsort(members.row, kind="stable")
-        at = np.searchsorted(members.row, representative, sorter=order)
-        at = order[np.minimum(at, len(order) - 1)]
-        right = (members.row[at] == representative) & (members.group[at] == members.group)
-        if not run.semdedup:  # whose representatives may be removed themselves
-            right &= ~is_dup[at] & ~run.is_dup[np.maximum(representative, 0)]
-        right = np.where(is_dup, right | (representative < 0), representative == members.row)
-        right |= ~is_dup & mask  # the mask is wrong, which has its own line
-        own = is_dup & (representative >= 0) & run.references_only
-        for kind, wrong, text in (
-            ("order", misplaced, "out of place in groups.parquet: expected each row once, ordered "
-             "by group, and groups named by their smallest row"),
-            ("mask", mask & ~is_dup, "is_dup.npy removes it, groups.parquet keeps it"),
-            ("mask", ~mask & is_dup, "is_dup.npy keeps it, groups.parquet removes it"),
-            ("representative", own, "removed for a row of FEATURES, expected one of a reference"),
-        ):  # fmt: skip
-            run.fail_rows(kind, members.row[wrong], text)
-        run.fail_each(
-            "representative",
-            np.flatnonzero(~right),
-            lambda i: (
-                f"{run.place(members.row[i])}: its representative {run.place(representative[i])} "
-                "is not a kept row of its group"
-            ),
+def check_members(
+    run: AuditedRun, members: Members, seen: np.ndarray, last: tuple[int, int]
+) -> None:
+    """Check order, mask and representatives of whole groups, and mark their rows as ``seen``.
+
+    Members are ordered by group, then row, ``last`` before them; a group is named by its smallest
+    row. ``is_dup`` is the same in both files. A removed row is represented by a kept row of its
+    group (or a row of a reference), a kept row by itself.
+    """
+    is_dup, representative = members.is_dup, members.representative
+    group, row = np.append(last[0], members.group), np.append(last[1], members.row)
+    same = group[1:] == group[:-1]
+    misplaced = (group[1:] < group[:-1]) | (same & (row[1:] <= row[:-1]))
+    misplaced |= (~same & (members.row != members.group)) | seen[members.row]
+    seen[members.row] = True
+    mask = run.is_dup[members.row]
+    order = np.argsort(members.row, kind="stable")
+    at = np.searchsorted(members.row, representative, sorter=order)
+    at = order[np.minimum(at, len(order) - 1)]
+    right = (members.row[at] == representative) & (members.group[at] == members.group)
+    if not run.semdedup:  # whose representatives may be removed themselves
+        right &= ~is_dup[at] & ~run.is_dup[np.maximum(representative, 0)]
+    right = np.where(is_dup, right | (representative < 0), representative == members.row)
+    right |= ~is_dup & mask  # the mask is wrong, which has its own line
+    own = is_dup & (representative >= 0) & run.references_only
+    for kind, wrong, text in (
+        ("order", misplaced, "out of place in groups.parquet: expected each row once, ordered "
+         "by group, and groups named by their smallest row"),
+        ("mask", mask & ~is_dup, "is_dup.npy removes it, groups.parquet keeps it"),
+        ("mask", ~mask & is_dup, "is_dup.npy keeps it, groups.parquet removes it"),
+        ("representative", own, "removed for a row of FEATURES, expected one of a reference"),
+    ):  # fmt: skip
+        run.fail_rows(kind, members.row, wrong, text)
+    text = "its representative {} is not a kept row of its group"
+    run.fail_rows(
+        "representative", members.row, ~right, lambda i: text.format(run.place(representative[i]))
+    )
+
+
+class RemovedRows:
+    """Compares the removed rows of ``groups.parquet`` with their representatives, on raw features.
+
+    Without ``features`` no cosine is computed; ``captions`` are features of the rows' texts, where
+    texts had to match too. ``chosen`` (n,) int64 are the removed rows to compare, by their number
+    among all removed rows, ascending; None for all.
+    """
+
+    def __init__(
+        self, run: AuditedRun, features: Features | None, captions: Features | None,
+        references: list[AuditedReference], chosen: np.ndarray | None,
+    ) -> None:  # fmt: skip
+        self.run, self.captions, self.chosen = run, captions, chosen
+        self.references = [] if features is None else references
+        self.features = None  # the rows of the set, then those of each reference
+        if features is not None:
+            sets = [features, *(reference.features for reference in references)]
+            self.features = Features([shard for one in sets for shard in one.shards])
+        self.sizes = np.array([run.rows, *(len(one.is_dup) for one in self.references)])
+        self.first = np.cumsum(self.sizes) - self.sizes  # rows of these before each of them
+        self.is_dup = np.concatenate([run.is_dup, *(one.is_dup for one in self.references)])
+        self.unproved, self.proved = Counter[str](), 0  # rows that are removed for references
+        self.compared = self.reach = 0  # pairs whose cosine was computed; that reach the threshold
+        self.lowest = np.inf  # the lowest cosine
+
+    def check(self) -> None:
+        """Read ``groups.parquet``, and note in ``run`` what is wrong."""
+        run, file = self.run, stream_parquet(self.run.folder / "groups.parquet")
+        columns = ["row", "shard", "shard_row", "representative", "similarity", "is_dup"]
+        columns += ["reference"] * bool(run.manifest.get("references"))
+        before, count = 0, len(self.references)
+        with progress.bar(int(np.count_nonzero(run.is_dup)), "comparing", "removed rows") as bar:
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                table = pa.Table.from_batches([batch])
+                self.check_places(table)
+                every = removed = table.filter(pc.field("is_dup"))
+                if self.chosen is not None:
+                    places = chosen_places(self.chosen, before, every.num_rows)
+                    removed = every.take(pa.array(places))
+                self.check_pairs(removed)
+                before += every.num_rows
+                bar.update(every.num_rows)
+        of = "rows" if self.chosen is None else "sampled rows"
+        for name, rows in self.unproved.items():
+            run.fail("unproved", f"{rows:,} {of} removed for rows of {name} are not proved")
+        if run.manifest.get("references"):
+            text = f"{self.proved:,} {of} are removed for rows of {count:,} reference"
+            run.note("references", text + "s" * (count != 1))
+
+    def check_places(self, table: Any) -> None:
+        """Compare the file, and the row in it, that ``groups.parquet`` gives for each row."""
+        run = self.run
+        row = np.clip(table["row"].to_numpy(), 0, run.rows - 1)  # others: noted before
+        shard = np.searchsorted(run.offsets, row, side="right") - 1
+        names = pa.array(run.names, pa.string()).take(pa.array(shard))
+        wrong = pc.not_equal(names, table["shard"]).to_numpy()
+        wrong |= table["shard_row"].to_numpy() != row - run.offsets[shard]
+        text = "groups.parquet: {} has another place"
+        run.fail_each("places", row[wrong], lambda r: text.format(run.place(r)))
+
+    def check_pairs(self, removed: Any) -> None:
+        """Compare removed rows with their representatives, in the set or in a reference."""
+        run, names = self.run, [reference.name for reference in self.references]
+        row, other, written = (
+            removed[name].to_numpy() for name in ("row", "representative", "similarity")
         )
+        which = np.zeros(len(row), np.int64)  # 0: the set, then the references
+        if "reference" in removed.column_names:
+            found = pc.index_in(removed["reference"], pa.array(["", *names], pa.string()))
+            known = removed["reference"].is_null().to_numpy() | found.is_valid().to_numpy()
+            self.unproved.update(removed["reference"].filter(pa.array(~known)).to_pylist())
+            which = found.fill_null(0).to_numpy()[known]
+            row, other, written = row[known], other[known], written[known]
+        self.proved += int(np.count_nonzero(which))
+        inside = (row >= 0) & (row < run.rows) & (other >= 0) & (other < self.sizes[which])
+        place = np.where(inside, self.first[which] + other, 0)
+        right = inside & ((which == 0) | ~self.is_dup[place])
+        run.fail_rows(
+            "reference", row, ~right & (which > 0),
+            lambda i: f"its representative, row {other[i]:,} of {names[which[i] - 1]}, is not a "
+            "kept row there",
+        )  # fmt: skip
+        row, place, which, written = row[right], place[right], which[right], written[right]
+        if self.features is not None:
+            self.check_cosines(self.features, row, place, written)
+        if self.captions is not None and not (run.semdedup or run.components):
+            self.check_captions(self.captions, row[which == 0], place[which == 0])
 
-    def check_pairs(self, removed: Members) -> None:
-        """Compare rows with their representatives, on raw features and on their captions'."""
-        run, captions = self.run, self.captions
-        if self.features is None:
-            return
-
-        def other(i: int) -> str:
-            return run.place(int(removed.representative[i]))
-
-        row, representative = removed.row, removed.representative
-        found = raw_cosines(
-            self.features, row, self.features, representative, self.threads, self.memory
-        )
-        self.check_cosines(row, found, removed.similarity, other)
-        if captions is None or run.semdedup or run.components:
-            return
-        words = captions.features
-        text = raw_cosines(words, row, words, representative, self.threads, self.memory)
-        run.fail_each(
-            "captions",
-            np.flatnonzero(~(text >= np.float32(captions.threshold))),
-            lambda i: (
-                f"{run.place(row[i])}: the cosine of its caption with that of its representative "
-                f"{other(i)} is {text[i]:.6f}, expected {captions.threshold:g} or more"
-            ),
-        )
+    def name(self, place: int) -> str:
+        """Return a row of the set or of a reference in words, by its place among all of them."""
+        if place < self.run.rows:
+            return self.run.place(place)
+        number = int(np.searchsorted(self.first, place, side="right")) - 1
+        reference, row = self.references[number - 1], place - int(self.first[number])
+        path, own = reference.features.place(row)
+        return f"row {row:,} of {reference.name} ({path.name} row {own})"
 
     def check_cosines(
-        self, row: np.ndarray, found: np.ndarray, written: np.ndarray, other: Callable[[int], str]
+        self, features: Features, row: np.ndarray, other: np.ndarray, written: np.ndarray
     ) -> None:
-        """Compare cosines of removed rows with the threshold, and with those in groups.parquet.
-
-        ``found`` and ``written``, (n,) float32, are the cosines on raw features and in the file;
-        ``other`` names the representative of the i-th.
-        """
+        """Compare cosines with the threshold, and with those in ``groups.parquet``, ``written``."""
         run = self.run
+        found = raw_cosines(features, row, other, run.threads, run.memory)
         reaches = found >= np.float32(run.threshold)
         self.compared += len(found)
         self.reach += int(reaches.sum())
@@ -256,108 +290,26 @@ class RemovedRows:
             return
         if run.components:
             reaches |= np.isfinite(found)
-        run.fail_each(
-            "cosine",
-            np.flatnonzero(~reaches),
-            lambda i: (
-                f"{run.place(row[i])}: its cosine with its representative {other(i)} is "
-                f"{found[i]:.6f}, expected {run.threshold:g} or more"
-            ),
-        )
-        run.fail_each(
-            "similarity",
-            np.flatnonzero(reaches & ~(np.abs(found - written) <= ROUNDING)),
-            lambda i: (
-                f"{run.place(row[i])}: groups.parquet has cosine {written[i]:.6f}, with its "
-                f"representative {other(i)} it is {found[i]:.6f}"
-            ),
-        )
+        run.fail_rows(
+            "cosine", row, ~reaches,
+            lambda i: f"its cosine with its representative {self.name(int(other[i]))} is "
+            f"{found[i]:.6f}, expected {run.threshold:g} or more",
+        )  # fmt: skip
+        run.fail_rows(
+            "similarity", row, reaches & ~(np.abs(found - written) <= ROUNDING),
+            lambda i: f"groups.parquet has cosine {written[i]:.6f}, with its representative "
+            f"{self.name(int(other[i]))} it is {found[i]:.6f}",
+        )  # fmt: skip
 
-    def check_counts(self) -> None:
-        """Note removed rows without a group, and counts that differ from the manifest's."""
-        rows = np.flatnonzero(self.run.is_dup & ~self.seen)
-        self.run.fail_rows("mask", rows, "is_dup.npy removes it, groups.parquet does not have it")
-        for name, value in (
-            ("rows", self.run.rows),
-            ("removed", self.removed),
-            ("groups", self.groups),
-            ("largest_group", self.largest),
-            ("chained", self.chained),
-        ):
-            written = self.run.manifest["counts"][name]
-            if written != value:
-                text = f"snip.json counts {name} {written:,}, groups.parquet {value:,}"
-                self.run.fail("counts", text)
-
-    def check_places(self, path: Path) -> None:
-        """Compare the file, and the row in it, that groups.parquet gives for each row."""
-        run, names = self.run, pa.array(self.run.names, pa.string())
-        for batch in stream_parquet(path).iter_batches(columns=["row", "shard", "shard_row"]):
-            row = np.clip(batch.column("row").to_numpy(), 0, run.rows - 1)  # others: noted before
-            shard = np.searchsorted(run.offsets, row, side="right") - 1
-            other = pc.not_equal(names.take(pa.array(shard)), batch.column("shard"))
-            wrong = other.to_numpy(zero_copy_only=False)
-            wrong |= batch.column("shard_row").to_numpy() != row - run.offsets[shard]
-            run.fail_each(
-                "places", row[wrong], lambda r: f"groups.parquet: {run.place(r)} has another place"
-            )
-
-    def check_references(self, path: Path, references: list[AuditedReference]) -> None:
-        """Compare rows that are removed for a reference row with it.
-
-        Those of references that could not be opened are noted as not compared.
-        """
-        by_name = {reference.name: reference for reference in references}
-        unproved: dict[str, int] = {}
-        proved = 0
-        columns = ["row", "reference", "representative", "similarity"]
-        for batch in stream_parquet(path).iter_batches(BATCH_ROWS, columns=columns):
-            table = pa.Table.from_batches([batch]).filter(pc.field("reference").is_valid())
-            for name in pc.unique(table["reference"]).to_pylist():
-                part = table.filter(pc.field("reference") == name)
-                if name in by_name and self.features is not None:
-                    proved += part.num_rows
-                    self.check_reference(by_name[name], self.features, part)
-                else:
-                    unproved[name] = unproved.get(name, 0) + part.num_rows
-        for name, rows in unproved.items():
-            text = f"{rows:,} rows removed for rows of {name} are not proved"
-            self.run.fail("unproved", text)
-        plural = "s" * (len(references) != 1)
-        self.run.note(
-            "references",
-            f"{proved:,} rows are removed for rows of {len(references):,} reference{plural}",
-        )
-
-    def check_reference(self, reference: AuditedReference, features: Features, part: Any) -> None:
-        """Compare rows of groups.parquet with their representatives in one reference."""
-        row, other, written = (
-            part[name].to_numpy() for name in ("row", "representative", "similarity")
-        )
-        kept = (other >= 0) & (other < reference.features.rows)
-        kept[kept] &= ~reference.is_dup[other[kept]]
-        self.run.fail_each(
-            "reference",
-            np.flatnonzero(~kept),
-            lambda i: (
-                f"{self.run.place(row[i])}: its representative, row {other[i]:,} of "
-                f"{reference.name}, is not a kept row there"
-            ),
-        )
-        own, others = row[kept], other[kept]
-
-        def name_other(i: int) -> str:
-            path, place = reference.features.place(int(others[i]))
-            return f"row {others[i]:,} of {reference.name} ({path.name} row {place})"
-
-        found = raw_cosines(features, own, reference.features, others, self.threads, self.memory)
-        self.check_cosines(own, found, written[kept], name_other)
-
-    def dup_counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows that represent others, ascending, and how many each, (m,) int64."""
-        rows, counts = map(np.concatenate, zip(*self.represented, strict=True))
-        order = np.argsort(rows)
-        return rows[order], counts[order]
+    def check_captions(self, captions: Features, row: np.ndarray, other: np.ndarray) -> None:
+        """Compare cosines of captions with the threshold of texts."""
+        run, limit = self.run, float(self.run.manifest["settings"]["text_threshold"])
+        found = raw_cosines(captions, row, other, run.threads, run.memory)
+        run.fail_rows(
+            "captions", row, ~(found >= np.float32(limit)),
+            lambda i: "the cosine of its caption with that of its representative "
+            f"{run.place(other[i])} is {found[i]:.6f}, expected {limit:g} or more",
+        )  # fmt: skip
 
 
 def chosen_places(chosen: np.ndarray, begin: int, count: int) -> np.ndarray:
@@ -370,26 +322,22 @@ def chosen_places(chosen: np.ndarray, begin: int, count: int) -> np.ndarray:
 
 
 def raw_cosines(
-    features: Features, a: np.ndarray, other: Features, b: np.ndarray, threads: int, memory: int
+    features: Features, a: np.ndarray, b: np.ndarray, threads: int, memory: int
 ) -> np.ndarray:
-    """Return the cosines of rows ``a`` with rows ``b`` of ``other``, (n,) float32.
+    """Return the cosines of rows ``a`` with rows ``b``, (n,) float32; NaN where a row has none.
 
-    NaN stands for a row that has none. Threads read in row order, together as many rows at a time
-    as fit into ``memory`` bytes.
+    Threads read in row order, together as many rows at a time as fit into ``memory`` bytes.
     """
-    common = np.result_type(features.dtype, other.dtype)
     order = np.argsort(a, kind="stable")
 
     def compute(span: tuple[int, int]) -> np.ndarray:
         part = order[slice(*span)]
-        left, i = np.unique(a[part], return_inverse=True)
-        right, j = np.unique(b[part], return_inverse=True)
-        x = features.gather(left).astype(common, copy=False)
-        y = other.gather(right).astype(common, copy=False)
-        bad = bad_rows(x)[i] | bad_rows(y)[j]
-        return np.where(bad, np.float32(np.nan), indexed_cosines(x, y, i, j))
+        rows, at = np.unique(np.concatenate([a[part], b[part]]), return_inverse=True)
+        x, (i, j) = features.gather(rows), at.reshape(2, -1)
+        bad = bad_rows(x)
+        return np.where(bad[i] | bad[j], np.float32(np.nan), indexed_cosines(x, x, i, j))
 
-    fit = min(MOST_PAIRS, memory // (2 * threads * features.dim * common.itemsize))
+    fit = min(MOST_PAIRS, memory // (2 * threads * features.dim * features.dtype.itemsize))
     spans = plan_blocks(len(a), max(PAIRS, fit))
     cosine = np.empty(len(a), np.float32)
     cosine[order] = np.concatenate([cosine[:0], *ordered_map(compute, spans, threads)])

@@ -30,9 +30,8 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute, 
 
 
 def sample_pairs(
-    run: AuditedRun, features: Features, texts: RowTexts,
-    *, n: int, seed: int, threads: int, memory: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    run: AuditedRun, features: Features, texts: RowTexts, n: int, seed: int
+) -> list[dict[str, Any]]:
     """Return random removed pairs as `COLUMNS` has them, in random order.
 
     Rows that are removed for a reference are left out: captions of references are not known.
@@ -41,14 +40,14 @@ def sample_pairs(
     total = counts["removed"] - counts.get("removed_for_reference", 0)
     chosen = sample_rows(total, n, np.random.default_rng(seed))
     parts, before = [], 0
-    for members in whole_groups(path, marked=True):
+    for members in whole_groups(path):
         own = pick(members, members.is_dup & (members.representative >= 0))
         parts.append(pick(own, chosen_places(chosen, before, len(own.row))))
         before += len(own.row)
     removed = concatenate(no_members(), *parts)
     order = np.random.default_rng(seed).permutation(len(removed.row))
     a, b = removed.row[order], removed.representative[order]
-    cosine = raw_cosines(features, a, features, b, threads, memory)
+    cosine = raw_cosines(features, a, b, run.threads, run.memory)
     rows = np.concatenate([a, b])
     known = {
         name: texts.read(texts.find(None, columns), rows)
@@ -82,15 +81,14 @@ def write_sheet(path: Path, pairs: list[dict[str, Any]]) -> None:
 def human_precision(folder: Path, path: Path) -> str:
     """Return the precision that a person found in a sheet; refuse one that is of another OUT."""
     judged = read_verdicts(path)
-    rows = np.array([row for row, _, _ in judged], np.int64)
-    known = read_partners(folder / "groups.parquet", rows)
+    known = read_partners(folder / "groups.parquet", np.array([row for row, _, _ in judged]))
     for row, representative, _ in judged:
-        if row == representative or row not in known or known[row][0] != representative:
+        if row == representative or known.get(row, (row,))[0] != representative:
             raise SnipError(
                 f"{path}: row {row:,} is not removed for row {representative:,} in {folder}; the "
                 "sheet is of another run"
             )
-    verdicts = [verdict for _, _, verdict in judged if verdict is not None]
+    verdicts = [verdict in YES for _, _, verdict in judged if verdict]
     if not verdicts:
         raise SnipError("no verdict in the sheet: write yes or no into its column verdict")
     right, total = sum(verdicts), len(verdicts)
@@ -104,8 +102,8 @@ def human_precision(folder: Path, path: Path) -> str:
     return text
 
 
-def read_verdicts(path: Path) -> list[tuple[int, int, bool | None]]:
-    """Read a sheet that was judged: row, representative, verdict (None where it is empty)."""
+def read_verdicts(path: Path) -> list[tuple[int, int, str]]:
+    """Read a sheet that was judged: row, representative, verdict (empty where there is none)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -116,15 +114,15 @@ def read_verdicts(path: Path) -> list[tuple[int, int, bool | None]]:
     missing = {"row", "representative", "verdict"} - set(reader.fieldnames or ())
     if missing:
         raise SnipError(f"{path}: expected a sheet of --sheet, it has no column {min(missing)}")
-    judged: list[tuple[int, int, bool | None]] = []
+    judged = []
     for line in reader:
         where = f"{path} line {reader.line_num}"
         try:
             row, representative = int(line["row"]), int(line["representative"])
         except (TypeError, ValueError):
             raise SnipError(f"{where}: expected row numbers, found {line['row']!r}") from None
-        word = (line["verdict"] or "").strip().lower()
-        if word not in {"", *YES, *NO}:
+        verdict = (line["verdict"] or "").strip().lower()
+        if verdict not in {"", *YES, *NO}:
             raise SnipError(f"{where}: expected yes or no as verdict, found {line['verdict']!r}")
-        judged.append((row, representative, word in YES if word else None))
+        judged.append((row, representative, verdict))
     return judged

@@ -15,22 +15,15 @@ import numpy as np
 from snipdedup import progress
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import InternalError
-from snipdedup.features.cosine import indexed_cosines
-from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.features.shards import Features
 from snipdedup.groups.members import Members, slices
-from snipdedup.parallel import given_threads, ordered_map, scratch
+from snipdedup.groups.pairs import pair_cosines
+from snipdedup.parallel import given_threads
 from snipdedup.storage.external_sort import Columns, among
-
-GATHER_PAIRS = 1 << 13  # pairs whose rows are gathered together
 
 
 def fill_similarity(
-    search: PairSearch,
-    features: Features | None,
-    members: Members,
-    threshold: float,
-    grouping: str,
-    folder: Path | None,
+    search: PairSearch, members: Members, threshold: float, grouping: str, folder: Path | None
 ) -> tuple[Members, np.ndarray | None]:
     """Compute the cosines of members with their representatives, some whole groups at a time.
 
@@ -38,7 +31,7 @@ def fill_similarity(
     Return the members, with a similarity of 1 for kept rows, NaN where pairs were never verified;
     and with references the cosine of each with its nearest reference row, NaN where none matches.
     """
-    check = FinalCheck(search, features if search.verified else None, threshold, grouping)
+    check = FinalCheck(search, threshold, grouping)
     columns = Columns(folder and folder / "checked", {"similarity": "<f4", "near": "<f4"})
     with progress.bar(len(members.row), "proving", "rows") as bar:
         for part in slices(members):
@@ -51,51 +44,43 @@ def fill_similarity(
 
 
 class FinalCheck:
-    """Checks members of whole groups; without features, their row numbers alone.
+    """Checks members of whole groups; of pairs that were never verified, their row numbers alone.
 
     In ``every``, reference rows come before the rows of the set.
     """
 
-    def __init__(
-        self, search: PairSearch, features: Features | None, threshold: float, grouping: str
-    ) -> None:
+    def __init__(self, search: PairSearch, threshold: float, grouping: str) -> None:
         self.search, self.threshold = search, np.float32(threshold)
         self.may_chain = grouping == "components" and search.best is None
         self.nearest = None if search.nearest is None else search.nearest.at(threshold)
-        self.every, self.reference_rows = features, 0
-        if search.references is not None:
-            self.reference_rows = search.references.rows
-            self.every = None if features is None else search.references.before(features)
+        self.every, references = search.inputs.features, search.inputs.references
+        self.reference_rows = 0 if references is None else references.rows
+        if references is not None and self.every is not None:
+            self.every = references.before(self.every)
 
     def rows(self, members: Members, order: np.ndarray) -> None:
-        """Refuse members that are no rows, twice there, or have a wrong representative.
+        """Refuse members that are no rows, are there twice, or have a wrong representative.
 
         By SemDeDup's rule a representative may be removed. ``order`` sorts the members by row.
         """
-        search, rows = self.search, self.search.rows
-        row, named, removed = members.row, members.representative, members.is_dup
-
-        def refuse(wrong: np.ndarray, why: str) -> None:
-            if wrong.any():
-                which = int(np.flatnonzero(wrong)[0])
-                self.stop(row[which], f"{why} {self.describe(named[which])}")
-
-        outside = (named < -self.reference_rows) | (named >= rows)
-        refuse((row < 0) | (row >= rows), f"is none of the {rows:,} rows, and is a copy of")
-        refuse(outside, f"of {rows:,} has a representative that is no row,")
-        refuse(~removed & (named != row), "is kept, and has another representative,")
-        refuse(among(search.bad, row), "cannot be compared, and is in a group with")
-        again = np.zeros(len(row), bool)
-        again[order[1:]] = row[order[1:]] == row[order[:-1]]
-        refuse(again, "is twice among the rows of groups, once with")
-        own = removed & (named >= 0)
+        rows, row, named = self.search.rows, members.row, members.representative
+        wrong = (row < 0) | (row >= rows) | among(self.search.bad, row)
+        wrong[order[1:]] |= row[order[1:]] == row[order[:-1]]
+        wrong |= (named < -self.reference_rows) | (named >= rows)
+        wrong |= ~members.is_dup & (named != row)
         place = np.minimum(np.searchsorted(row, named, sorter=order), max(0, len(row) - 1))
         at = order[place] if len(row) else place
-        apart = (row[at] != named) | (members.group[at] != members.group)
-        refuse(own & apart, "has a representative of another group,")
-        refuse(own & (named == row), "is removed for itself,")
-        if search.best is None:
-            refuse(own & removed[at], "has a representative that is removed too,")
+        unfit = (row[at] != named) | (members.group[at] != members.group) | (named == row)
+        if self.search.best is None:
+            unfit |= members.is_dup[at]
+        wrong |= members.is_dup & (named >= 0) & unfit
+        for which in np.flatnonzero(wrong)[:1]:
+            state = "removed for" if members.is_dup[which] else "kept, with the representative"
+            self.stop(
+                row[which],
+                f"of {rows:,} has a wrong entry in group {members.group[which]:,}, where it is "
+                f"{state} {self.describe(named[which])}",
+            )
 
     def cosines(self, members: Members, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the similarity and the cosine with the nearest reference row of whole groups."""
@@ -128,7 +113,7 @@ class FinalCheck:
         the threshold.
         """
         other = np.where(named < 0, ~named, named + self.reference_rows)
-        cosine = pair_cosines(every, row + self.reference_rows, other)
+        cosine = pair_cosines(every.gather, row + self.reference_rows, other, given_threads())
         if may_chain:
             enough = ~np.isnan(cosine)
         elif self.search.best is not None:  # SemDeDup's rule
@@ -136,15 +121,16 @@ class FinalCheck:
         else:
             enough = cosine >= self.threshold
         self.refuse_low(row, named, cosine, enough)
-        if self.search.also is not None and not may_chain:
-            for place in np.flatnonzero(~self.search.also.holds(row, named))[:1]:
+        also = self.search.inputs.also
+        if also is not None and not may_chain:
+            for place in np.flatnonzero(~also.holds(row, named))[:1]:
                 name = self.describe(named[place])
                 self.stop(row[place], f"is removed for {name}, but their captions do not match")
         return cosine
 
     def describe(self, number: int) -> str:
         """Return a row or, below 0, a reference row, in words."""
-        references = self.search.references
+        references = self.search.inputs.references
         if number >= 0 or references is None or number < -references.rows:
             return f"row {number:,}"
         names, row = references.locate(np.array([~number]))
@@ -170,17 +156,3 @@ class FinalCheck:
         raise InternalError(
             f"internal error: row {row:,}{where} {what}; nothing was written: please report this"
         )
-
-
-def pair_cosines(features: Features, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine of each row a with row b, (n,) float32."""
-
-    def compare(span: tuple[int, int]) -> np.ndarray:
-        both = np.concatenate([a[slice(*span)], b[slice(*span)]])
-        rows, place = np.unique(both, return_inverse=True)
-        shape = (len(rows), features.dim)
-        raw = features.gather_ascending(rows, scratch("gathered", shape, features.dtype))
-        return indexed_cosines(raw, raw, *np.split(place, 2))
-
-    parts = ordered_map(compare, plan_blocks(len(a), GATHER_PAIRS), given_threads())
-    return np.concatenate([np.empty(0, np.float32), *parts])

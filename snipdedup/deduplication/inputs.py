@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from snipdedup.features.shards import (
     open_features,
     request_of,
 )
-from snipdedup.groups.star import Also
+from snipdedup.groups.pairs import Also
 from snipdedup.metadata.tables import Metadata, find_metadata, open_metadata
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import among
@@ -93,7 +93,7 @@ class Reference:
     features: Features  # all its rows
     kept: np.ndarray  # (n,) int64: those of its rows that are reference rows
     mask: str | None = None  # SHA-256 of the mask of an earlier OUT; None for features
-    checksums: list[str] | None = None  # of each shard, where an earlier run computed them
+    checksums: list[int] | None = None  # of each shard, where an earlier run computed them
 
     def shards(self) -> list[Shard]:
         """Return its shards, cut down to the reference rows."""
@@ -110,13 +110,11 @@ class Reference:
         """Return what tells it from another input."""
         return {**request_of(self.features), "mask": self.mask}
 
-    def is_same(self, other: Reference) -> bool:
-        """Tell whether another reference is the same input."""
-        if not self.path or not other.path or (self.mask is None) != (other.mask is None):
-            return False
-        if is_remote(self.path) or is_remote(other.path):
-            return self.path == other.path
-        return os.path.realpath(self.path) == os.path.realpath(other.path)
+    def identity(self) -> tuple[str, bool]:
+        """Return what is the same for two names of one input."""
+        if self.path is None or is_remote(self.path):
+            return self.path or self.name, self.mask is None
+        return os.path.realpath(self.path), self.mask is None
 
 
 class References:
@@ -192,12 +190,9 @@ class References:
 
     def describe(self, checksums: Sequence[int]) -> list[dict[str, Any]]:
         """Return the manifest's entry of each input; ``checksums`` are those of all shards."""
-        read, entries = map(checksum_text, checksums), []
+        read, entries = iter(checksums), []
         for item, start in zip(self.items, self.starts, strict=False):
-            shards = item.features.describe()
-            own = [text for _, text in zip(shards, read, strict=False)]
-            for shard, checksum in zip(shards, item.checksums or own, strict=True):
-                shard["checksum"] = checksum
+            own = list(islice(read, len(item.features.shards)))
             entries.append({
                 "name": item.name,
                 "kind": "features" if item.mask is None else KIND,
@@ -207,7 +202,7 @@ class References:
                 "staying": len(item.kept),
                 "first": int(start),
                 "request": item.request(),
-                "shards": shards,
+                "shards": describe_shards(item.features, item.checksums or own),
             })  # fmt: skip
         return entries
 
@@ -234,12 +229,11 @@ def open_reference_rows(given: Any, **how: str | None) -> References:
     ``given`` is a path, an array, or a list of them: features, or folders that ``snip dedup``
     wrote; in a str several by comma. ``how`` is ``array`` and ``column`` of `open_features`.
     """
-    items: list[Reference] = []
+    items: dict[Any, Reference] = {}
     for number, source in enumerate(split_sources(given)):
         for item in open_one(source, number, how):
-            if not any(item.is_same(other) for other in items):
-                items.append(item)
-    return References(items)
+            items.setdefault(item.identity(), item)
+    return References(list(items.values()))
 
 
 def split_sources(given: Any) -> list[Any]:
@@ -281,8 +275,8 @@ def open_earlier(folder: Path, name: str) -> Iterator[Reference]:
         kept = ~np.load(folder / "is_dup.npy")
         if (folder / "bad_rows.parquet").is_file():
             kept[pq.read_table(folder / "bad_rows.parquet")["row"].to_numpy()] = False
-    checksums = [shard["checksum"] for shard in manifest["shards"]]
-    yield Reference(name, str(folder), features, np.flatnonzero(kept), mask, checksums)
+    kept_rows = np.flatnonzero(kept)
+    yield Reference(name, str(folder), features, kept_rows, mask, known_checksums(manifest))
 
 
 def open_listed(folder: Path, entry: dict[str, Any], how: dict[str, Any]) -> Reference:
@@ -294,8 +288,8 @@ def open_listed(folder: Path, entry: dict[str, Any], how: dict[str, Any]) -> Ref
         *_, item = open_earlier(Path(path), path)
     else:
         features = open_searched(folder, path, entry, {**how, "parts": None})
-        checksums = [shard["checksum"] for shard in entry["shards"]]
-        item = Reference(path, path, features, np.arange(features.rows), None, checksums)
+        every = np.arange(features.rows)
+        item = Reference(path, path, features, every, None, known_checksums(entry))
     if item.mask != entry["request"]["mask"]:
         raise SnipError(f"{folder}: its reference {path} was made anew since; make it anew too")
     return item
@@ -335,6 +329,19 @@ def check_searched(folder: Path, features: Features, manifest: dict[str, Any]) -
             )
 
 
+def known_checksums(entry: dict[str, Any]) -> list[int]:
+    """Return the checksums of the shards of a manifest, or of one of its inputs."""
+    return [int(shard["checksum"], 16) for shard in entry["shards"]]
+
+
+def describe_shards(features: Features, checksums: Sequence[int]) -> list[dict[str, Any]]:
+    """Return what a manifest holds of shards, with the checksums of their rows."""
+    return [
+        {**shard, "checksum": checksum_text(checksum)}
+        for shard, checksum in zip(features.describe(), checksums, strict=True)
+    ]
+
+
 def open_inputs(
     features: Any, *, parts: str | None = None, array: str | None = None,
     column: str | None = None, text_features: Any = None, text_threshold: float = 0.0,
@@ -369,11 +376,11 @@ def open_metadata_of(
     if metadata is None:
         return None
     table = open_metadata(metadata)
-    if features is not None:
-        table.check_matches(features)
-    else:
+    if features is None:
         shards = read_manifest(Path(str(index)).expanduser(), "index")["shards"]
-        table.check_rows([(shard["name"], shard["rows"]) for shard in shards])
+    else:
+        shards = [{"name": str(shard.path), "rows": shard.rows} for shard in features.shards]
+    table.check_matches(shards)
     return table
 
 

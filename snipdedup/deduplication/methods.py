@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from snipdedup import config
 from snipdedup.adc.pairs import candidate_pairs
 from snipdedup.deduplication.inputs import Inputs, References
-from snipdedup.deduplication.pair_search import PairSearch
+from snipdedup.deduplication.pair_search import FoundPairs, PairSearch
 from snipdedup.deduplication.result import choose
 from snipdedup.deduplication.semdedup import search_semdedup
 from snipdedup.errors import SnipError
@@ -25,10 +25,9 @@ from snipdedup.features.shards import Features
 from snipdedup.groups.keep import rank_by
 from snipdedup.groups.members import Best, replace_rows
 from snipdedup.groups.pairs import all_pairs, own_pairs, pairs_within
-from snipdedup.groups.star import Also
 from snipdedup.index.build import build
 from snipdedup.index.folder import Index
-from snipdedup.index.search import query_space
+from snipdedup.index.search import query_encoder
 from snipdedup.join.brute_force import exact_edges
 from snipdedup.join.forest import (
     Edges,
@@ -36,6 +35,7 @@ from snipdedup.join.forest import (
     components,
     join_edges,
     make_edges,
+    order_by,
     spanning_forest,
 )
 from snipdedup.join.model import is_readable
@@ -49,142 +49,124 @@ from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 
+class SearchSetup(NamedTuple):
+    """How pairs are searched: by the join; without a ``runner`` by brute force."""
+
+    join: JoinSettings
+    threads: int
+    max_memory: str | None
+    work: Path  # for the files of the join's tasks
+    runner: Runner | None
+    stage: Stage  # times a stage by its name
+
+    def scan(self, features: Features) -> Scan:
+        """Read all rows once."""
+        chunk_rows, keep_bad = self.join.chunk_rows, self.join.keep_bad
+        return scan(features, chunk_rows=chunk_rows, threads=self.threads, keep_bad=keep_bad)
+
+
 def search_pairs(
-    inputs: Inputs, options: config.Dedup, work: Path, runner: Runner | None, stage: Stage
+    inputs: Inputs, options: config.Dedup, work: Path, runner: Runner, stage: Stage
 ) -> PairSearch:
     """Find all pairs by the method of filled settings, or all matches by SemDeDup's rule.
 
-    The tasks of the join leave their files in ``work``; ``runner`` does them, or threads of this
-    process. ``stage`` times a stage by its name.
+    ``runner`` does the tasks of the join, which leave their files in ``work``; ``stage`` times a
+    stage by its name.
     """
-    features, threads, memory = inputs.features, options.threads, options.max_memory
+    features, threshold = inputs.features, options.threshold
     if options.method == "adc" or features is None:
-        return search_adc(features, options, work, stage)
+        return search_adc(inputs, options, work, stage)
     settings = JoinSettings(
-        threshold=options.threshold,
+        threshold=threshold,
         recall=options.recall,
         seed=options.seed or 0,
         keep_bad=options.bad_rows == "keep",
         chunk_rows=options.chunk_rows,
         device="cpu" if options.runner == "ray" else options.device,
         encoder=None if options.encoder is None else Path(options.encoder).expanduser(),
+        references_only=options.references_only,
     )
+    used = None if options.method == "exact" else runner
+    setup = SearchSetup(settings, options.threads, options.max_memory, work, used, stage)
     if options.method == "semdedup":
-        with stage("read"):
-            seen = scan_rows(features, settings, threads)
-        clusters, keep, seed = options.clusters, str(options.keep), settings.seed
-        best = search_semdedup(
-            features, seen, clusters=clusters, keep=keep, seed=seed, threads=threads, stage=stage
-        )
-        notes: dict[str, Any] = {"clusters": len(best.centroids)}
-        if options.borders:
-            with stage("borders"):
-                runner, untimed = Local(threads), Clock().stage
-                found = find_pairs(features, settings, threads, memory, work, runner, untimed)
-                joined = PairSearch.of(features, settings.threshold, *found)
-                notes["borders"] = border_cost(features, best, joined, threads)
-        search = PairSearch.of(features, settings.threshold, seen, join_edges([]), notes)
-        return dataclasses.replace(search, best=best)
-    runner = None if options.method == "exact" else runner or Local(threads)
+        setup = setup._replace(runner=Local(options.threads))
+        keep, borders = str(options.keep), options.borders
+        return search_by_cluster(inputs, features, setup, options.clusters, keep, borders=borders)
     if inputs.references is not None:
-        settings = dataclasses.replace(settings, references_only=options.references_only)
-        return find_beside(
-            inputs.references, features, settings, threads, memory, work, runner, stage
-        )
-    found = find_pairs(features, settings, threads, memory, work, runner, stage)
-    search = PairSearch.of(features, settings.threshold, *found)
-    if inputs.text is None or inputs.also is None:
+        return search_with_references(inputs, features, inputs.references, setup)
+    search = PairSearch.of(inputs, features, threshold, find_pairs(features, setup))
+    if inputs.text is None:
         return search
     with stage("captions"):
-        texts = scan_rows(inputs.text, settings, threads)
-        search = match_captions(search, features, texts, inputs.also, threads)
-    return dataclasses.replace(search, text_checksums=texts.checksums)
+        return match_captions(search, features, setup.scan(inputs.text), options.threads)
 
 
-def scan_rows(features: Features, settings: JoinSettings, threads: int) -> Scan:
-    """Read all rows once."""
-    chunk_rows, keep_bad = settings.chunk_rows, settings.keep_bad
-    return scan(features, chunk_rows=chunk_rows, threads=threads, keep_bad=keep_bad)
-
-
-def find_pairs(
-    features: Features,
-    settings: JoinSettings,
-    threads: int,
-    max_memory: str | None,
-    work: Path,
-    runner: Runner | None,
-    stage: Stage,
-) -> tuple[Scan, Edges, dict[str, Any]]:
-    """Find the pairs of some rows by the join; without a ``runner`` by brute force.
-
-    Return the scan, the forest (see `forest.spanning_forest`), and figures for the manifest.
-    """
+def find_pairs(features: Features, setup: SearchSetup) -> FoundPairs:
+    """Find the pairs of some rows; of rows with references, two forests (`spanning_forest`)."""
+    settings, runner = setup.join, setup.runner
     reference_rows = settings.reference_rows
     if runner is not None:
-        memory = memory_bound(max_memory, needed_memory(features, runner.here, reference_rows))
-        return join(features, settings, work, runner, memory=memory, stage=stage)
-    with stage("read"):
-        seen = scan_rows(features, settings, threads)
-    with stage("compare"):
+        memory = memory_bound(
+            setup.max_memory, needed_memory(features, runner.here, reference_rows)
+        )
+        return join(features, settings, setup.work, runner, memory=memory, stage=setup.stage)
+    with setup.stage("read"):
+        seen = setup.scan(features)
+    with setup.stage("compare"):
         rows = np.flatnonzero(~seen.skipped(features.rows, reference_rows))
-        builder = ForestBuilder(reference_rows)
+        memory, builder = memory_bound(setup.max_memory), ForestBuilder(reference_rows)
         for edges in exact_edges(
-            features, rows, settings.threshold, threads=threads, memory=memory_bound(max_memory),
+            features, rows, settings.threshold, threads=setup.threads, memory=memory,
             reference_rows=reference_rows, references_only=settings.references_only,
         ):  # fmt: skip
             builder.add(edges)
     return seen, builder.forest(), {}
 
 
-def find_beside(
-    references: References,
-    features: Features,
-    settings: JoinSettings,
-    threads: int,
-    max_memory: str | None,
-    work: Path,
-    runner: Runner | None,
-    stage: Stage,
+def search_with_references(
+    inputs: Inputs, features: Features, references: References, setup: SearchSetup
 ) -> PairSearch:
     """Search over reference rows and features; return what concerns the features."""
-    rows, first, model = references.before(features), references.rows, None
-    if runner is not None:
+    rows, first, settings, model = references.before(features), references.rows, setup.join, None
+    if setup.runner is not None:
         encoder = None if settings.encoder is None else str(settings.encoder)
         same = {name: getattr(settings, name) for name in ("threshold", "recall", "seed")}
         model = references.kept_model(features.rows, **same, encoder=encoder)
         model = model if model is not None and is_readable(model) else None
     settings = dataclasses.replace(settings, reference_rows=first, kept_model=model)
-    seen, forest, notes = find_pairs(rows, settings, threads, max_memory, work, runner, stage)
-    if runner is not None:
+    seen, forest, notes = find_pairs(rows, setup._replace(join=settings))
+    if setup.runner is not None:
         notes = {**notes, "model": "fitted" if model is None else "kept"}
-    with stage("refer"):
+    with setup.stage("refer"):
         own, copies, originals, nearest = own_pairs(
-            rows, first, forest, (seen.copies, seen.firsts), settings.threshold, threads,
-            references_only=settings.references_only, folder=work / "refer",
+            rows, first, forest, (seen.copies, seen.firsts), settings.threshold, setup.threads,
+            references_only=settings.references_only, folder=setup.work / "refer",
         )  # fmt: skip
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= first] - first
     own_scan = Scan(bad, copies, originals, seen.checksums[shards:])
+    search = PairSearch.of(inputs, features, settings.threshold, (own_scan, own, notes))
     return dataclasses.replace(
-        PairSearch.of(features, settings.threshold, own_scan, own, notes),
-        references=references,
-        reference_checksums=seen.checksums[:shards],
+        search,
+        checksums={**search.checksums, "references": seen.checksums[:shards]},
         references_only=settings.references_only,
         nearest=nearest,
     )
 
 
-def match_captions(
-    search: PairSearch, features: Features, texts: Scan, also: Also, threads: int
-) -> PairSearch:
+def match_captions(search: PairSearch, features: Features, texts: Scan, threads: int) -> PairSearch:
     """Return a search of images cut down to pairs whose captions match as well.
 
     Each group of images is compared again, exact copies included: their captions may differ.
     ``texts`` is the scan of the captions: bad rows match nothing, copies must be copies there too.
     """
-    bad = np.union1d(search.bad, texts.bad)
-    copies, originals = common_copies(search, texts)
+    bad, also = np.union1d(search.bad, texts.bad), search.inputs.also
+    row = np.union1d(search.copies, search.originals)
+    both = search.original_of(row), replace_rows(row, texts.copies, texts.firsts)
+    image, text = (np.unique(side, return_inverse=True)[1] for side in both)
+    _, first, place = np.unique(image * len(row) + text, return_index=True, return_inverse=True)
+    original = row[first[place]]  # the first row that equals it in image and caption
+    copies, originals = row[row != original], original[row != original]
     row, group = components(search.whole_forest)
     use = ~np.isin(row, bad) & ~np.isin(row, copies)
     row, group = row[use], group[use]
@@ -193,22 +175,37 @@ def match_captions(
     for edges in pairs_within(features, row[order], group[order], search.threshold, threads, also):
         builder.add(edges)
     return dataclasses.replace(
-        search, forest=builder.forest(), copies=copies, originals=originals, bad=bad, also=also
-    )
+        search, forest=builder.forest(), copies=copies, originals=originals, bad=bad,
+        checksums={**search.checksums, "text": texts.checksums},
+    )  # fmt: skip
 
 
-def common_copies(search: PairSearch, texts: Scan) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows that are copies in image and caption, ascending, and each one's original."""
-    row = np.union1d(search.copies, search.originals)
-    image = search.original_of(row)
-    text = replace_rows(row, texts.copies, texts.firsts)
-    order = np.lexsort((row, text, image))
-    row, image, text = row[order], image[order], text[order]
-    new = np.ones(len(row), bool)
-    new[1:] = (image[1:] != image[:-1]) | (text[1:] != text[:-1])
-    original = row[new][np.cumsum(new) - 1] if len(row) else row
-    order = np.argsort(row[~new])
-    return row[~new][order], original[~new][order]
+def search_by_cluster(
+    inputs: Inputs,
+    features: Features,
+    setup: SearchSetup,
+    clusters: int,
+    keep: str,
+    *,
+    borders: bool,
+) -> PairSearch:
+    """Find the matches of SemDeDup's rule; with ``borders`` count what its clusters separate."""
+    settings, threads, stage = setup.join, setup.threads, setup.stage
+    with stage("read"):
+        seen = setup.scan(features)
+    best = search_semdedup(
+        features, seen, clusters=clusters, keep=keep, seed=settings.seed, threads=threads,
+        stage=stage,
+    )  # fmt: skip
+    notes: dict[str, Any] = {"clusters": len(best.centroids)}
+    if borders:
+        with stage("borders"):
+            found = find_pairs(features, setup._replace(stage=Clock().stage))
+            joined = PairSearch.of(inputs, features, settings.threshold, found)
+            notes["borders"] = border_cost(features, best, joined, threads)
+    found = seen, join_edges([]), notes
+    search = PairSearch.of(inputs, features, settings.threshold, found)
+    return dataclasses.replace(search, best=best)
 
 
 def border_cost(features: Features, best: Best, search: PairSearch, threads: int) -> dict[str, int]:
@@ -226,7 +223,7 @@ def border_cost(features: Features, best: Best, search: PairSearch, threads: int
         across += int((best.cluster[edges.a] != best.cluster[edges.b]).sum())
         beside[edges.b[~removed[edges.a] & ~removed[edges.b]]] = True
     rank = rank_by("first", 0, None)
-    star = choose(search, features, search.threshold, "star", "first", rank).is_dup
+    star = choose(search, search.threshold, "star", "first", rank).is_dup
     return {
         "pairs": pairs,
         "across": across,
@@ -241,7 +238,7 @@ def check_given(features: Features | None, index: str | None, encoder: str | Non
     if index is not None:
         opened = Index(index)
         if features is not None:
-            query_space(opened, features, encoder)
+            query_encoder(opened, features, encoder)
     elif encoder is not None:
         from snipdedup.encoder.network import Encoder
 
@@ -250,15 +247,13 @@ def check_given(features: Features | None, index: str | None, encoder: str | Non
             network.check_width(features, encoder)
 
 
-def search_adc(
-    features: Features | None, options: config.Dedup, work: Path, stage: Stage
-) -> PairSearch:
+def search_adc(inputs: Inputs, options: config.Dedup, work: Path, stage: Stage) -> PairSearch:
     """Find pairs by the adaptive threshold on the ADC distance.
 
     Without features pairs stay unverified, and an index must be given; with features one is built
     in ``work`` if none is given.
     """
-    threshold, threads = options.threshold, options.threads
+    features, threshold, threads = inputs.features, options.threshold, options.threads
     with stage("index"):
         if options.index is not None or features is None:
             index = Index(str(options.index))
@@ -300,18 +295,18 @@ def search_adc(
     }
     forest = builder.forest()
     if features is not None and seen is not None:
-        found = PairSearch.of(features, threshold, seen, forest, notes)
+        found = PairSearch.of(inputs, features, threshold, (seen, forest, notes))
         return dataclasses.replace(found, flags=flags)
     none, names_ = np.empty(0, np.int64), [str(entry["name"]) for entry in index.manifest["shards"]]
     return PairSearch(
-        names_, index.offsets, threshold, forest, none, none, index.bad_rows(),
+        names_, index.offsets, threshold, forest, none, none, index.bad_rows(), inputs,
         pairs=unique_edges(join_edges(pairs)), flags=flags, notes=notes,
     )  # fmt: skip
 
 
 def unique_edges(edges: Edges) -> Edges:
     """Return edges without repeats, ordered by (a, b)."""
-    edges = edges.where(np.lexsort((edges.b, edges.a)))
+    edges = edges.where(order_by(edges.a, edges.b))
     new = np.ones(len(edges.a), bool)
     new[1:] = (np.diff(edges.a) != 0) | (np.diff(edges.b) != 0)
     return edges.where(new)
@@ -329,4 +324,4 @@ def build_in(folder: Path, features: Features, **settings: Any) -> Index:
                 shutil.rmtree(folder)
     except (SnipError, OSError, LookupError, TypeError, AttributeError):
         shutil.rmtree(folder)
-    return build(features, folder, config.Index(features=None, out=str(folder), **settings))
+    return build(features, folder, config.BuildIndex(features=None, out=str(folder), **settings))

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from snipdedup.deduplication.inputs import KIND, Inputs, References, check_searched
+from snipdedup.deduplication.inputs import KIND, Inputs, check_searched, known_checksums
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan, equal_pairs
 from snipdedup.features.shards import Features
@@ -29,15 +29,16 @@ from snipdedup.groups.members import (
     Members,
     Nearest,
     blocks_of_groups,
+    in_row_order,
     replace_rows,
 )
-from snipdedup.groups.star import Also
-from snipdedup.join.forest import Edges, by_first, edge_kind, edges_of, join_edges, order_by
-from snipdedup.storage import atomic, external_sort
-from snipdedup.storage.external_sort import Sorter, Spread, pack
+from snipdedup.join.forest import Edges, edges_of, join_edges, order_by
+from snipdedup.storage import atomic
+from snipdedup.storage.external_sort import row_kind
 from snipdedup.storage.out_folder import read_manifest
 
 ARRAY_FILE, DONE_FILE = "search.npz", "search.json"  # in the work folder
+FoundPairs = tuple[Scan, Edges, dict[str, Any]]  # a scan, a forest, figures for the manifest
 TUPLES: dict[str, Any] = {"forest": Edges, "pairs": Edges, "best": Best, "nearest": Nearest}
 
 
@@ -52,26 +53,25 @@ class PairSearch:
     copies: np.ndarray  # (c,) int64, ascending: rows equal bit for bit to an earlier row
     originals: np.ndarray  # (c,) int64: the first such row of each
     bad: np.ndarray  # (m,) int64: rows that cannot be compared
-    checksums: list[int] = field(default_factory=list)  # of each shard that was read
+    inputs: Inputs  # what was searched
+    checksums: dict[str, list[int]] = field(default_factory=dict)  # of shards read, by input
     pairs: Edges | None = None  # all pairs, where there were no features to verify them
     flags: np.ndarray | None = None  # (rows,) bool, of method ``adc``
     notes: dict[str, Any] = field(default_factory=dict)  # the method's figures, for the manifest
-    also: Also | None = None  # what each pair had to match in besides
     best: Best | None = None  # of SemDeDup's rule; its pairs are rows with their matches
-    references: References | None = None
     nearest: Nearest | None = None  # of each distinct row that matches a reference row
-    text_checksums: list[int] = field(default_factory=list)
-    reference_checksums: list[int] = field(default_factory=list)
     references_only: bool = False  # rows were compared with reference rows only
 
     @classmethod
     def of(
-        cls, features: Features, threshold: float, scan: Scan, forest: Edges, notes: dict[str, Any]
+        cls, inputs: Inputs, features: Features, threshold: float, found: FoundPairs
     ) -> PairSearch:
-        """Put together what a scan and a search of features found."""
+        """Put together what a search of the inputs' features found."""
+        seen, forest, notes = found
+        names = [shard.path.name for shard in features.shards]
         return cls(
-            [shard.path.name for shard in features.shards], features.offsets, threshold, forest,
-            scan.copies, scan.firsts, scan.bad, scan.checksums, notes=notes,
+            names, features.offsets, threshold, forest, seen.copies, seen.firsts, seen.bad, inputs,
+            {"features": seen.checksums}, notes=notes,
         )  # fmt: skip
 
     @property
@@ -96,10 +96,6 @@ class PairSearch:
             return Block(self.forest, self.copies, self.originals, self.nearest, self.pairs)
         none = np.empty(0, np.int64)  # copies are matches as others are
         return Block(self.best.edges(threshold), none, none)
-
-    def is_large(self, threshold: float) -> bool:
-        """Tell whether it is decided in several blocks, where there is a folder for them."""
-        return self.whole_block(threshold).size() > external_sort.HELD
 
     def blocks(self, threshold: float, folder: Path | None = None) -> Iterator[Block]:
         """Yield whole groups at a threshold, see `blocks_of_groups`."""
@@ -139,28 +135,22 @@ class PairSearch:
             "similarity": pa.array(members.similarity, mask=np.isnan(members.similarity)),
             "is_dup": members.is_dup,
         }
-        if self.references is not None:
-            outside = np.flatnonzero(members.representative < 0)
-            names, row = self.references.locate(~members.representative[outside])
-            place = np.full(len(members.row), -1)
-            place[outside] = np.arange(len(outside))
-            representative = members.representative.copy()
-            representative[outside] = row
+        if (references := self.inputs.references) is not None:
+            outside, representative = members.representative < 0, members.representative.copy()
+            names, representative[outside] = references.locate(~representative[outside])
             near = np.full(len(members.row), np.nan, np.float32) if near is None else near
             columns["representative"] = representative
-            columns["reference"] = names.take(pa.array(place, mask=place < 0))
+            columns["reference"] = names.take(pa.array(np.cumsum(outside) - 1, mask=~outside))
             columns["reference_similarity"] = pa.array(near, mask=np.isnan(near))
         return pa.table(columns)
 
     def edges(self, folder: Path | None = None) -> Iterator[Edges]:
         """Yield the forest with exact copies, ordered by (a, b), some at a time."""
-        block, kind = self.whole_block(self.threshold), edge_kind(self.rows)
-        spread = Spread(block.size(), 0, self.rows)
-        sorter = Sorter(folder and folder / "edges", kind, by_first, spread=spread)
-        for what, part in block.parts(-np.inf):
-            if what in (EDGE, COPY):
-                sorter.add(pack(kind, *part))
-        for records in sorter.ascending():
+        block, row = self.whole_block(self.threshold), row_kind(self.rows)
+        kinds = {"a": row, "b": row, "similarity": "<f4"}
+        parts = (part for what, part in block.parts(-np.inf) if what in (EDGE, COPY))
+        path = folder and folder / "edges"
+        for records in in_row_order(parts, kinds, block.size(), self.rows, path):
             edges = edges_of(records)
             yield edges.where(order_by(edges.a, edges.b))
 
@@ -179,7 +169,7 @@ def save_search(search: PairSearch, work: Path) -> None:
             arrays[name] = value
         elif name in TUPLES and value is not None:
             arrays |= {f"{name}_{column}": part for column, part in value._asdict().items()}
-        elif name not in (*TUPLES, "also", "references", "whole_forest"):
+        elif name not in (*TUPLES, "inputs", "whole_forest"):
             values[name] = value
     atomic.save_npz(work / ARRAY_FILE, lasting=False, **arrays)
     atomic.write_done_file(work / DONE_FILE, [work / ARRAY_FILE], {"values": values})
@@ -187,29 +177,30 @@ def save_search(search: PairSearch, work: Path) -> None:
 
 def load_search(work: Path, inputs: Inputs) -> PairSearch | None:
     """Read back what `save_search` wrote; None where there is nothing, or it is damaged."""
-    if not atomic.is_done(work / DONE_FILE, work):
+    done = atomic.read_done(work / DONE_FILE, work)
+    if done is None:
         return None
-    values = atomic.load_json(work / DONE_FILE)["values"]
+    values = done["values"]
     with np.load(work / ARRAY_FILE) as file:
         values |= dict(file)
     for name, kind in TUPLES.items():
         columns = [values.pop(f"{name}_{column}", None) for column in kind._fields]
         values[name] = None if columns[0] is None else kind(*columns)
-    return PairSearch(**values, also=inputs.also, references=inputs.references)
+    return PairSearch(**values, inputs=inputs)
 
 
 def read_search(folder: Path, inputs: Inputs) -> PairSearch:
     """Read back what a finished run found; its features must be the same, its pairs verified."""
-    manifest, features = read_manifest(folder, KIND), inputs.features
-    if not manifest["verified"] or features is None:
+    manifest = read_manifest(folder, KIND)
+    if not manifest["verified"] or inputs.features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
-    check_searched(folder, features, manifest)
+    check_searched(folder, inputs.features, manifest)
     if inputs.text is not None:
         check_searched(folder, inputs.text, manifest["text"])
     forest, copies, originals = read_forest(folder, inputs)
     settings, best, nearest = manifest["settings"], None, None
     if settings["method"] == "semdedup":
-        best = read_best(folder, features.rows)
+        best = read_best(folder, inputs.features.rows)
     if inputs.references is not None:
         table = pq.read_table(folder / "references.parquet")
         row, similarity = table["row"].to_numpy(), table["similarity"].to_numpy()
@@ -217,31 +208,26 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
         called = [entry["name"] for entry in manifest["references"]]
         nearest = Nearest(row, inputs.references.numbers_of(called, names, rows), similarity)
     bad = folder / "bad_rows.parquet"
+    read = {"features": [manifest], "references": manifest.get("references", [])}
+    read["text"] = [manifest["text"]] if inputs.text else []
     return PairSearch(
         names=[shard["name"] for shard in manifest["shards"]],
-        offsets=features.offsets,
+        offsets=inputs.features.offsets,
         threshold=settings["threshold"],
         forest=forest,
         copies=copies,
         originals=originals,
         bad=pq.read_table(bad)["row"].to_numpy() if bad.is_file() else np.empty(0, np.int64),
-        checksums=known_checksums(manifest),
+        inputs=inputs,
+        checksums={
+            name: [checksum for entry in entries for checksum in known_checksums(entry)]
+            for name, entries in read.items()
+        },
         notes=manifest["method"],
-        also=inputs.also,
         best=best,
-        references=inputs.references,
         nearest=nearest,
-        text_checksums=known_checksums(manifest["text"]) if inputs.text else [],
-        reference_checksums=[
-            value for entry in manifest.get("references", []) for value in known_checksums(entry)
-        ],
         references_only=bool(settings.get("references_only")),
     )
-
-
-def known_checksums(entry: dict[str, Any]) -> list[int]:
-    """Return the checksums of the shards of a manifest, or of one of its inputs."""
-    return [int(shard["checksum"], 16) for shard in entry["shards"]]
 
 
 def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.ndarray]:

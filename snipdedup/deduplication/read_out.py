@@ -6,9 +6,10 @@ Memory holds one batch, and what will be shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.keep import keep_rank
-from snipdedup.groups.members import Members, concatenate, group_starts
+from snipdedup.groups.members import Members, concatenate, group_starts, no_members
 from snipdedup.metadata.tables import stream_parquet
 
 BATCH_ROWS = 1 << 19
@@ -31,16 +32,6 @@ CHAINED = 12
 BANDS = ((0.0, 0.02, 24), (0.02, 0.1, 12), (0.1, 0.3, 8), (0.3, 0.6, 8), (0.6, 1.0, 8))
 EXACT = 4  # pairs shown with a cosine of exactly 1
 KEEPS = ("first", "last", "random")
-
-
-@dataclass(frozen=True)
-class Run:
-    """The settings of a finished run; ``offsets`` are the first row of each shard, and the end."""
-
-    threshold: float
-    keep: str
-    seed: int
-    offsets: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -62,17 +53,24 @@ class Group:
     shown: Members
 
 
-@dataclass(frozen=True)
-class Band:
-    """Removed rows whose similarity lies in [low, high), both 1 for exactly 1; some are shown.
+class Sample:
+    """How many members were offered, ``rows``, and some of them, ``shown``.
 
-    A representative below 0 is the complement of a reference row.
+    Shown are those with the smallest hash of seed and row, whatever their order and the batches.
+    Their similarity lies in [low, high), both 1 for exactly 1; a representative below 0 is the
+    complement of a reference row.
     """
 
-    low: float
-    high: float
-    rows: int
-    shown: Members
+    def __init__(self, size: int, seed: int, low: float = -1.0, high: float = 1.0) -> None:
+        self.size, self.seed, self.low, self.high = size, seed, low, high
+        self.rows, self.shown = 0, no_members()
+
+    def offer(self, members: Members) -> None:
+        """Take members."""
+        self.rows += len(members.row)
+        both = concatenate(self.shown, members)
+        rank = keep_rank(both.row, "random", self.seed)
+        self.shown = pick(both, np.argsort(rank, kind="stable")[: self.size])
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,12 @@ class Survey:
 
     edges: np.ndarray  # (n,) float64: lower ends of bins; the last bin holds exactly 1
     similarities: np.ndarray  # (n,) int64: removed rows by similarity
-    bands: list[Band]
+    bands: list[Sample]  # removed rows by similarity, ordered by it
     largest: list[Group]
     copied: np.ndarray  # (k,) int64: the rows that represent most others
     copies: np.ndarray  # (k,) int64: and how many
-    spared: Members  # kept rows that components would remove
-    spared_by: np.ndarray  # (m,) int64: the row that each would be removed for
-    spared_rows: int  # how many there are
-    below: Band  # removed rows below the threshold to their representative
+    spared: Sample  # kept rows that components would remove, for their ``representative``
+    below: Sample  # removed rows below the threshold to their representative
     foreign: np.ndarray  # (shards,) int64: removed for a row of another shard, by their own shard
 
 
@@ -130,52 +126,29 @@ def read_curve(path: Path, rows: int, start: float) -> Curve:
     return Curve(thresholds, removed, members - removed)
 
 
-class Reservoir:
-    """A random sample: of all members offered, those with the smallest hash of seed and row.
+def survey_groups(path: Path, settings: dict[str, Any], offsets: np.ndarray, seed: int) -> Survey:
+    """Read ``groups.parquet`` once; ``seed`` draws the samples.
 
-    So it does not depend on the order or on batches.
+    ``settings`` are those of the run, ``offsets`` the first row of each shard, and the end.
     """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.offered = size, seed, 0
-        kinds = (np.int64, np.int64, np.int64, np.float32, bool, np.int64)
-        self.columns = [np.empty(0, kind) for kind in kinds]
-
-    def offer(self, members: Members, more: np.ndarray | None = None) -> None:
-        """Take members, with one number more each if there is one."""
-        self.offered += len(members.row)
-        more = np.zeros(len(members.row), np.int64) if more is None else more
-        new = zip(self.columns, (*members, more), strict=True)
-        columns = [np.concatenate(both) for both in new]
-        rank = keep_rank(columns[0], "random", self.seed)
-        best = np.argsort(rank, kind="stable")[: self.size]
-        self.columns = [column[best] for column in columns]
-
-    def members(self) -> Members:
-        """Return the sample."""
-        return Members(*self.columns[:5])
-
-
-def survey_groups(path: Path, run: Run, seed: int) -> Survey:
-    """Read ``groups.parquet`` once; ``seed`` draws the samples."""
-    threshold = np.float32(run.threshold)
-    width = max(float(bin_width(run.threshold)), NARROWEST)
+    start, threshold = settings["threshold"], np.float32(settings["threshold"])
+    width = max(float(bin_width(start)), NARROWEST)
     steps = math.ceil(2 / width)
     bins = (1 - width * np.arange(steps, -1, -1)).astype(np.float32)  # from about -1 to 1
     similarities = np.zeros(steps + 1, np.int64)
-    low = [round(run.threshold + (1 - run.threshold) * share, 4) for share, _, _ in BANDS]
-    cuts = np.array([run.threshold, *low[1:], 1], np.float64)
-    bands = [Reservoir(size, seed) for size in (*(size for _, _, size in BANDS), EXACT)]
-    spared, below = Reservoir(CHAINED, seed), Reservoir(CHAINED, seed)
-    foreign = np.zeros(len(run.offsets) - 1, np.int64)
+    low = [start, *(round(start + (1 - start) * share, 4) for share, _, _ in BANDS[1:]), 1.0]
+    sizes = [*(size for _, _, size in BANDS), EXACT]
+    bands = [Sample(*band) for band in zip(sizes, repeat(seed), low, [*low[1:], 1.0], strict=False)]
+    spared, below = Sample(CHAINED, seed), Sample(CHAINED, seed, -1, float(threshold))
+    foreign = np.zeros(len(offsets) - 1, np.int64)
     largest: list[Group] = []
     copied = copies = np.empty(0, np.int64)
-    for members in whole_groups(path, marked=True):
+    for members in whole_groups(path):
         removed = pick(members, members.is_dup)
         known = removed.similarity[~np.isnan(removed.similarity)]
         place = np.clip(np.searchsorted(bins, known, "right") - 1, 0, None)
         similarities += np.bincount(place, minlength=len(similarities))
-        band = np.searchsorted(cuts.astype(np.float32), removed.similarity, "right") - 1
+        band = np.searchsorted(np.array(low, np.float32), removed.similarity, "right") - 1
         band[np.isnan(removed.similarity)] = 0
         for number, sample in enumerate(bands):
             sample.offer(pick(removed, band == number))
@@ -185,45 +158,31 @@ def survey_groups(path: Path, run: Run, seed: int) -> Survey:
         copied, copies = np.append(copied, more), np.append(copies, times)
         best = np.lexsort((copied, -copies))[:COPIED]
         copied, copies = copied[best], copies[best]
-        own, other = (
-            np.searchsorted(run.offsets, side, "right") - 1
-            for side in (removed.row, removed.representative)
-        )
+        sides = removed.row, removed.representative
+        own, other = (np.searchsorted(offsets, side, "right") - 1 for side in sides)
         foreign += np.bincount(own[own != other], minlength=len(foreign))
-        spared.offer(*spared_members(members, run))
+        spared.offer(spared_members(members, settings["keep"], settings["seed"] or 0))
         largest = largest_groups(largest, members, seed)
     filled = np.flatnonzero(similarities)
     lowest = int(np.searchsorted(bins, threshold, "right")) - 1
     begin = min(lowest, *filled[:1].tolist(), len(similarities) - 2)
-    shown = []
-    for begins, ends, sample in zip(cuts.tolist(), [*cuts[1:].tolist(), 1.0], bands, strict=True):
-        some = sample.members()
-        order = np.lexsort((some.row, some.similarity))
-        shown.append(Band(begins, ends, sample.offered, pick(some, order)))
+    for sample in bands:
+        order = np.lexsort((sample.shown.row, sample.shown.similarity))
+        sample.shown = pick(sample.shown, order)
     return Survey(
-        edges=bins[begin:].astype(np.float64),
-        similarities=similarities[begin:],
-        bands=shown,
-        largest=largest,
-        copied=copied,
-        copies=copies,
-        spared=spared.members(),
-        spared_by=spared.columns[5],
-        spared_rows=spared.offered,
-        below=Band(-1, float(threshold), below.offered, below.members()),
-        foreign=foreign,
-    )
+        bins[begin:].astype(np.float64), similarities[begin:], bands, largest, copied, copies,
+        spared, below, foreign,
+    )  # fmt: skip
 
 
-def spared_members(members: Members, run: Run) -> tuple[Members, np.ndarray]:
-    """Return kept rows that components would remove, and the row that each is removed for."""
+def spared_members(members: Members, keep: str, seed: int) -> Members:
+    """Return kept rows that components would remove, each with the row it would be removed for."""
     kept = pick(members, ~members.is_dup)
-    keep = run.keep if run.keep in KEEPS else "first"  # others need the metadata
-    kept = pick(kept, np.lexsort((keep_rank(kept.row, keep, run.seed), kept.group)))
+    keep = keep if keep in KEEPS else "first"  # others need the metadata
+    kept = pick(kept, np.lexsort((keep_rank(kept.row, keep, seed), kept.group)))
     starts = group_starts(kept.group)
-    keeper = np.repeat(kept.row[starts[:-1]], np.diff(starts))
-    spared = kept.row != keeper
-    return pick(kept, spared), keeper[spared]
+    kept = kept._replace(representative=np.repeat(kept.row[starts[:-1]], np.diff(starts)))
+    return pick(kept, kept.row != kept.representative)
 
 
 def largest_groups(known: list[Group], members: Members, seed: int) -> list[Group]:
@@ -246,10 +205,10 @@ def pick(members: Members, which: Any) -> Members:
     return Members(*(column[which] for column in members))
 
 
-def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
+def whole_groups(path: Path) -> Iterator[Members]:
     """Yield the members of ``groups.parquet`` in batches that cut no group.
 
-    With ``marked``, a representative that is a row of a reference comes as its complement, < 0.
+    A representative that is a row of a reference comes as its complement, < 0.
     """
     file, columns = stream_parquet(path), list(Members._fields)
     kinds = {"similarity": pa.types.is_floating, "is_dup": pa.types.is_boolean}
@@ -258,9 +217,9 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
         if len(types) != 1 or not kinds.get(name, pa.types.is_integer)(types[0]):
             found = ", ".join(map(str, types)) or "none"
             raise SnipError(f"{path}: damaged: found {found} as column {name!r}; make it anew")
-    if marked and "reference" in file.schema_arrow.names:
+    if "reference" in file.schema_arrow.names:
         columns.append("reference")
-    waiting: list[Members] = []
+    waiting = no_members()
     for batch in file.iter_batches(BATCH_ROWS, columns=columns):
         values = [batch.column(name).to_numpy(zero_copy_only=False) for name in Members._fields]
         members = Members(*values)
@@ -268,38 +227,29 @@ def whole_groups(path: Path, *, marked: bool = False) -> Iterator[Members]:
             outside = batch.column("reference").is_valid().to_numpy(zero_copy_only=False)
             named = np.where(outside, ~members.representative, members.representative)
             members = members._replace(representative=named)
-        if not len(members.row):
-            continue
-        cut = int(np.searchsorted(members.group, members.group[-1]))
-        if waiting and (cut or waiting[0].group[0] != members.group[0]):
-            yield concatenate(*waiting, pick(members, slice(cut)))
-            waiting = []
-        elif cut:
+        members = concatenate(waiting, members)
+        cut = int(np.searchsorted(members.group, members.group[-1:].max(initial=0)))
+        if cut:
             yield pick(members, slice(cut))
-        waiting.append(pick(members, slice(cut, None)))
-    if waiting:
-        yield concatenate(*waiting)
-
-
-def read_rows(path: Path, rows: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield some rows of ``groups.parquet``, with those of the columns that it has."""
-    file = stream_parquet(path)
-    names = ["row", *(name for name in columns if name in file.schema_arrow.names)]
-    for batch in file.iter_batches(BATCH_ROWS, columns=names):
-        yield from batch.take(np.flatnonzero(np.isin(batch.column("row"), rows))).to_pylist()
+        waiting = pick(members, slice(cut, None))
+    if len(waiting.row):
+        yield waiting
 
 
 def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
     """Return the keys of some rows of ``groups.parquet``; rows without one are left out."""
-    found = read_rows(path, rows, ["key"])
-    return {line["row"]: line["key"] for line in found if line["key"] is not None}
+    keys: dict[int, str | None] = {}
+    for batch in stream_parquet(path).iter_batches(BATCH_ROWS, columns=["row", "key"]):
+        some = batch.take(np.flatnonzero(np.isin(batch.column("row"), rows)))
+        keys |= dict(zip(some["row"].to_pylist(), some["key"].to_pylist(), strict=True))
+    return {row: key for row, key in keys.items() if key is not None}
 
 
 def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:
     """Return (representative, cosine) of rows in ``groups.parquet``; of a reference: ~row."""
-    partners = {}
-    for line in read_rows(path, rows, ["representative", "similarity", "reference"]):
-        other, similarity = line["representative"], line["similarity"]
-        other = other if line.get("reference") is None else ~other
-        partners[line["row"]] = (other, np.nan if similarity is None else similarity)
+    partners: dict[int, tuple[int, float]] = {}
+    for members in whole_groups(path):
+        some = pick(members, np.isin(members.row, rows))
+        named = zip(some.representative.tolist(), some.similarity.tolist(), strict=True)
+        partners |= dict(zip(some.row.tolist(), named, strict=True))
     return partners

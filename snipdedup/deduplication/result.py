@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +21,14 @@ from snipdedup.config import Dedup
 from snipdedup.deduplication.final_check import fill_similarity
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import Features
 from snipdedup.groups import star
 from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import (
+    KINDS,
     Block,
     Copies,
     Members,
     Rank,
-    collect,
     group_starts,
     refer_components,
     refer_star,
@@ -39,6 +38,8 @@ from snipdedup.groups.members import (
 from snipdedup.join.forest import components, number_ends
 from snipdedup.metadata.additions import RemovedPairs
 from snipdedup.native.fallback import find_roots
+from snipdedup.storage import external_sort
+from snipdedup.storage.external_sort import Columns
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
 TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
@@ -59,7 +60,6 @@ class Result:
     """The decision for each row; ``print`` shows the summary."""
 
     search: PairSearch
-    features: Features | None  # the rows that were searched
     members: Members  # the rows of groups of two or more
     threshold: float
     grouping: str
@@ -151,15 +151,14 @@ class Result:
         grouping = self.grouping if grouping is None else grouping
         by_rule = self.search.best is not None  # then grouping does not apply
         Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
-        known = (self.keep, self.rank)
-        return checked(choose(self.search, self.features, threshold, grouping, *known))
+        return checked(choose(self.search, threshold, grouping, self.keep, self.rank))
 
     def entries(self, epsilons: Sequence[float] = (), folder: Path | None = None) -> dict[str, Any]:
         """Return what a manifest holds of the result, as JSON values.
 
         ``epsilons`` are those tabulated by SemDeDup's rule; the result's own without any.
         """
-        search, references, counts = self.search, self.search.references, self.counts
+        search, references, counts = self.search, self.search.inputs.references, self.counts
         forest, more = search.whole_block(search.threshold), {}
         steps = [round(search.threshold + step, 6) for step in TABLE_STEPS]
         by_forest = search.verified and search.best is None and not search.references_only
@@ -203,15 +202,13 @@ def checked(result: Result) -> Result:
     A row that would be removed without a reason is an `InternalError`; see `final_check`.
     """
     members, near = fill_similarity(
-        result.search, result.features, result.members, result.threshold, result.grouping,
-        result.folder,
-    )  # fmt: skip
+        result.search, result.members, result.threshold, result.grouping, result.folder
+    )
     return dataclasses.replace(result, members=members, near=near)
 
 
 def choose(
     search: PairSearch,
-    features: Features | None,
     threshold: float,
     grouping: str,
     keep: str,
@@ -223,16 +220,17 @@ def choose(
     The parameters are fields of `Result`.
     """
     check_threshold(search, threshold)
-    if folder is not None and isinstance(rank, ColumnRank) and search.is_large(threshold):
+    large = search.whole_block(threshold).size() > external_sort.HELD
+    if folder is not None and isinstance(rank, ColumnRank) and large:
         rank.read_all(folder)
 
-    def parts() -> Iterator[Members]:
-        with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
-            for block in search.blocks(threshold, folder):
-                yield decide_block(search, block, features, threshold, grouping, rank, bar.update)
-
-    members = collect(parts(), folder)
-    return Result(search, features, members, threshold, grouping, keep, rank, folder)
+    columns = Columns(folder and folder / "members", KINDS)
+    with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
+        for block in search.blocks(threshold, folder):
+            columns.add(*decide_block(search, block, threshold, grouping, rank))
+            bar.update(len(block.forest.a))
+    members = Members(*columns.arrays())
+    return Result(search, members, threshold, grouping, keep, rank, folder)
 
 
 def choose_fraction(
@@ -275,18 +273,9 @@ def check_threshold(search: PairSearch, threshold: float) -> None:
 
 
 def decide_block(
-    search: PairSearch,
-    block: Block,
-    features: Features | None,
-    threshold: float,
-    grouping: str,
-    rank: Rank,
-    done: Callable[[int], None],
+    search: PairSearch, block: Block, threshold: float, grouping: str, rank: Rank
 ) -> Members:
-    """Decide whole groups; ``done`` takes how many edges of their forest are decided.
-
-    Exact copies are folded away before and unfolded after.
-    """
+    """Decide whole groups; exact copies are folded away before and unfolded after."""
     if search.best is not None:
         return star.group_matches(block.forest, search.best, threshold)
     copies = Copies(block.copies, block.originals, rank)
@@ -294,15 +283,14 @@ def decide_block(
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":
         members = star.group_components(forest, rank)
-        done(len(forest.a))
         return copies.unfold(refer_components(members, nearest) if nearest else members)
     if block.pairs is not None:
         row, group = components(forest)
         return copies.unfold(star.star_from_pairs(row, group, rank(row), block.pairs))
-    if features is None:
+    if (features := search.inputs.features) is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
-    compare = star.Compare(features.gather, threshold, search.also)
-    members = star.group_star(forest, rank, compare, done, nearest.row if nearest else None)
+    compare = star.Compare(features.gather, threshold, search.inputs.also)
+    members = star.group_star(forest, rank, compare, nearest.row if nearest else None)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
 
 
@@ -335,36 +323,34 @@ def summarize(entries: dict[str, Any]) -> str:
     if entries.get("epsilons"):
         epsilon = 1 - settings["threshold"]
         how = f"SemDeDup with {method['clusters']:,} clusters, epsilon {epsilon:g}"
+
+    def line(name: str, count: int, note: str = "") -> str:
+        return f"  {name:<12}{count:>12,}  {note}".rstrip()
+
     lines = [
         f"{rows:,} rows, {how}, keep {settings['keep']}",
-        f"  removed     {removed:>12,}  ({100 * (removed / rows):.2f} %)",
-        f"  kept        {counts['kept']:>12,}",
-        f"  groups      {counts['groups']:>12,}  (the largest: {counts['largest_group']:,} rows)",
-        f"  exact copies{counts['exact_copies']:>12,}",
+        line("removed", removed, f"({100 * (removed / rows):.2f} %)"),
+        line("kept", counts["kept"]),
+        line("groups", counts["groups"], f"(the largest: {counts['largest_group']:,} rows)"),
+        line("exact copies", counts["exact_copies"]),
     ]
     if "reference_rows" in counts:
-        lines.append(
-            f"  references  {counts['removed_for_reference']:>12,}  removed for one of "
-            f"{counts['reference_rows']:,} reference rows"
-        )
+        note = f"removed for one of {counts['reference_rows']:,} reference rows"
+        lines.append(line("references", counts["removed_for_reference"], note))
     if settings.get("references_only"):
         lines.append("  note: rows were compared with the references only, not with one another")
     if "model" in method:
-        how = (
-            "by the model that its run kept"
-            if method["model"] == "kept"
-            else "by a new model; --keep_work in the run it refers to would save that time"
-        )
+        kept = "by the model that its run kept"
+        new = "by a new model; --keep_work in the run it refers to would save that time"
+        how = kept if method["model"] == "kept" else new
         lines.append(f"  note: the reference rows were encoded again, {how}")
     for column, caught in entries.get("baselines", {}).items():
         lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
     if counts["bad_rows"]:
-        lines.append(f"  bad rows    {counts['bad_rows']:>12,}  (kept; see bad_rows.parquet)")
+        lines.append(line("bad rows", counts["bad_rows"], "(kept; see bad_rows.parquet)"))
     if counts["chained"]:
-        lines.append(
-            f"  chained     {counts['chained']:>12,}  removed rows are below the threshold to "
-            "their representative; --grouping star avoids that"
-        )
+        note = "removed rows are below the threshold to their representative; --grouping star "
+        lines.append(line("chained", counts["chained"], note + "avoids that"))
     if not entries["verified"]:
         lines.append("  unverified: no features were given, so no pair was verified")
     lines += table_lines(entries)

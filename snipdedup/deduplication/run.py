@@ -16,18 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snipdedup.commands import named_kinds
-from snipdedup.config import EXPORTS, Dedup, Plan, keep_rules, parse_epsilons
+from snipdedup.commands import keep_rules, parse_epsilons
+from snipdedup.config import Dedup, Plan
 from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metadata_of
 from snipdedup.deduplication.methods import check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
-from snipdedup.deduplication.result import (
-    Result,
-    check_threshold,
-    checked,
-    choose,
-    choose_fraction,
-)
+from snipdedup.deduplication.result import Result, check_threshold, checked, choose, choose_fraction
 from snipdedup.deduplication.settings import (
     DECISIONS,
     describe_request,
@@ -192,10 +186,8 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
 def read_result(folder: Path, job: Job) -> Result:
     """Read back a finished run and decide as it did."""
     manifest = read_manifest(folder, KIND)
-    settings, features = manifest["settings"], job.inputs.features
-    grouping, keep = str(settings["grouping"]), settings["keep"]
-    search = read_search(folder, job.inputs)
-    result = choose(search, features, settings["threshold"], grouping, keep, job.rank)
+    threshold, grouping, keep = (manifest["settings"][n] for n in ("threshold", "grouping", "keep"))
+    result = choose(read_search(folder, job.inputs), threshold, str(grouping), keep, job.rank)
     return dataclasses.replace(checked(result), manifest=manifest, out=folder)
 
 
@@ -225,7 +217,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     rank = rank_by(keep, options.seed or 0, metadata)
     if writes:
         columns = ColumnSettings(options.merge_captions, options.caption, options.weights)
-        kinds = named_kinds("export", options.export, EXPORTS)
+        kinds = options.words("export")
         plan = plan_metadata(metadata, rank, options.key, columns, kinds)
     elif metadata is not None and isinstance(rank, ColumnRank):
         try_column_uses(metadata, [rank.use()])
@@ -270,7 +262,7 @@ def search_and_write(
     options, features = job.options, job.inputs.features
     rows = 0 if in_memory or features is None else features.rows  # a caller's process: no forks
     with open_runner(
-        options.runner, job.options.threads, options.device, rows=rows, share=share, out=out
+        options.runner, options.threads, options.device, rows=rows, share=share, out=out
     ) as runner:
         with releasing(out, share):
             search = search or search_or_resume(job, out / locks.WORK, clock, runner)
@@ -280,16 +272,12 @@ def search_and_write(
         draft = out / locks.WORK / f"draft-{secrets.token_hex(4)}"  # laid out as OUT
         with clock.stage("group"):
             result = decide_job(job, search, None if in_memory else grouping_folder(draft))
-        outputs: list[Path] = []
         if options.pairs:
             with clock.stage("pairs"):
-                most, threads = options.max_pairs, job.options.threads
-                outputs = write_pair_files(result, draft, most, threads)
+                write_pair_files(result, draft, options.max_pairs, options.threads)
         with clock.stage("write"):
             epsilons = parse_epsilons(options.epsilon) or ()
-            written, described = write_files(
-                result, draft, job.inputs, job.plan, epsilons, job.options.threads
-            )
+            described = write_files(result, draft, job.plan, epsilons)
             with releasing(out, share):
                 job.inputs.refuse_changed()
             if job.metadata is not None:
@@ -303,8 +291,10 @@ def search_and_write(
         }
         for folder in (out, out / "metadata", out / LISTS):
             atomic.remove_parts(folder)  # of what was killed there
-        outputs, stale = outputs + written, [PAGE]  # it shows an earlier result
-        out_folder.publish(out, KIND, manifest, outputs, removed=stale, keep_work=options.keep_work)
+        files = [path for path in draft.rglob("*") if path.is_file()]
+        outputs = [path for path in files if draft / locks.WORK not in path.parents]
+        stale, keep_work = [PAGE], options.keep_work  # a page shows an earlier result
+        out_folder.publish(out, KIND, manifest, outputs, removed=stale, keep_work=keep_work)
     return dataclasses.replace(result, manifest=manifest, out=out)
 
 
@@ -343,15 +333,15 @@ def search_or_resume(job: Job, work: Path, clock: Clock, runner: Runner) -> Pair
 
 def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
     """Decide which rows are removed and check each; ``folder`` is for what memory cannot hold."""
-    grouping, fraction = str(job.options.grouping), job.options.keep_fraction
-    features, keep = job.inputs.features, str(job.options.keep)
+    options = job.options
+    grouping, keep, fraction = str(options.grouping), str(options.keep), options.keep_fraction
 
     def choose_at(threshold: float) -> Result:
-        return choose(search, features, threshold, grouping, keep, job.rank, folder)
+        return choose(search, threshold, grouping, keep, job.rank, folder)
 
-    with library_threads(job.options.threads, torch_too=False):
+    with library_threads(options.threads, torch_too=False):
         if fraction is None:
-            return checked(choose_at(job.options.threshold))
+            return checked(choose_at(options.threshold))
         result = checked(choose_fraction(search, fraction, choose_at))
     return dataclasses.replace(result, search=search.at(result.threshold))
 

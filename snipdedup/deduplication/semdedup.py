@@ -67,22 +67,18 @@ def search_semdedup(
     return Best(cluster, nearness.astype(np.float32), match, similarity, centroids)
 
 
-def cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the products of float32 unit rows, (m, n) float32."""
-    import torch
-
-    return np.asarray((torch.from_numpy(x) @ torch.from_numpy(y).T).numpy())
-
-
 def assign_clusters(
     features: Features, centroids: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's nearest centroid and the cosine with it, (rows,) int32 and float64."""
+    import torch
+
     exact = centroids.astype(np.float64)
 
     def find(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         rows = features.read(*span)
-        unit, table = unit_rows64(rows), cosines(unit_rows(rows), centroids)
+        unit = unit_rows64(rows)
+        table = (torch.from_numpy(unit_rows(rows)) @ torch.from_numpy(centroids).T).numpy()
         label = table.argmax(1)
         best = table[np.arange(len(table)), label]
         close = np.flatnonzero((table >= best[:, None] - 2 * PROPOSAL_ERROR).sum(1) > 1)
@@ -107,9 +103,9 @@ def best_earlier(
     match = np.full(features.rows, -1)
     similarity = np.full(features.rows, np.nan, np.float32)
     tasks = [
-        (int(begin), int(begin) + low, min(int(begin) + low + TILE, int(end)))
-        for begin, end in pairwise(group_starts(cluster))
-        for low in range(0, int(end - begin), TILE)
+        (begin, low, min(low + TILE, end))
+        for begin, end in pairwise(group_starts(cluster).tolist())
+        for low in range(begin, end, TILE)
     ]
 
     def find(task: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

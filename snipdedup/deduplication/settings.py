@@ -10,7 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from snipdedup.config import Dedup, parse_epsilons
+from snipdedup.commands import parse_epsilons
+from snipdedup.config import Dedup
 from snipdedup.deduplication.inputs import KIND, Inputs, split_sources
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import request_of
@@ -52,9 +53,7 @@ def finished_run(features: Any) -> Path | None:
 
 def fill_settings(options: Dedup) -> Dedup:
     """Return the settings with their defaults; an index without a method means ``adc``."""
-    filled = options.filled()
-    method = options.method or ("join" if options.index is None else "adc")
-    return dataclasses.replace(filled, method=method, threads=cores(options.threads))
+    return dataclasses.replace(options.filled(), threads=cores(options.threads))
 
 
 def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
@@ -133,17 +132,15 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
 def refuse_search_flags(options: Dedup, searched: dict[str, Any], earlier: Path) -> None:
     """Refuse settings of the search that are not those by which the finished run was searched."""
     defaults = {field.name: field.default for field in dataclasses.fields(Dedup)}
-    saved = saved_settings(options, options.threshold)
+    saved = saved_settings(options, options.threshold)  # None for an array
     keep = ["keep"] if searched["method"] == "semdedup" else []
     for name in (*SEARCHED[1:], *keep):
-        given = getattr(options, name)
-        plain = isinstance(given, str | int | float)
-        is_default = given is None or (plain and given == defaults[name])
-        same = saved[name] is not None and saved[name] == searched.get(name)
-        if is_default or same or name not in searched:
+        given, known = getattr(options, name), (defaults[name], searched.get(name))
+        same = given is None or (saved[name] is not None and saved[name] in known)
+        if same or name not in searched:
             continue
         was = "without it" if searched[name] is None else f"with {searched[name]}"
-        value = f" {given}" if plain or isinstance(given, Path) else ""
+        value = f" {given}" if isinstance(given, str | int | float | Path) else ""
         raise UsageError(
             f"--{name}{value} belongs to the search, and {earlier} was searched {was}; search the "
             "features again to change it"

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.inputs import describe_shards
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import Result
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.features.hashing import checksum_text
 from snipdedup.features.shards import request_of
 from snipdedup.groups.keep import ColumnRank
 from snipdedup.groups.members import Members, Rank, cut_groups, no_members, slices
 from snipdedup.groups.pairs import all_pairs
 from snipdedup.join.forest import Edges, join_edges
 from snipdedup.metadata import additions
-from snipdedup.metadata.gather import gather_columns
-from snipdedup.metadata.join_by_key import as_bytes
+from snipdedup.metadata.gather import gather_column
+from snipdedup.metadata.join_by_key import key_bytes
 from snipdedup.metadata.kept_rows import (
     LISTS,
     kept_names,
     list_columns,
     list_uses,
-    try_writing,
     write_kept,
     write_lists,
 )
-from snipdedup.metadata.tables import ColumnUse, Metadata, Table, as_texts, try_column_uses
-from snipdedup.parallel import run_all
+from snipdedup.metadata.tables import Metadata, as_texts, try_column_uses, use_of_column
 from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
@@ -75,30 +71,22 @@ def plan_metadata(
         if key is not None:
             raise UsageError("--key names a column of the metadata: give --metadata too")
         return None
-    added = additions.caption_uses(columns, table)
+    uses = [rank.use()] if isinstance(rank, ColumnRank) else []
+    if columns.merge_captions is not None:
+        caption = table.require_column(columns.caption, additions.CAPTION_COLUMNS, "--caption")
+        columns = columns._replace(caption=caption)
+        uses.append(use_of_column(caption, as_texts, "name a column of texts with --caption"))
     kept_names(table.files, additions.added_names(columns))
     key = table.column(key)
-    uses = [rank.use()] if isinstance(rank, ColumnRank) else []
     if key is not None:
         remedy = "name a column of texts or numbers with --key"
-        uses.append(ColumnUse([key], lambda file, _, batch: key_texts(file, batch), remedy))
+        uses.append(use_of_column(key, as_texts, remedy))
     remedy = "a column of this name is compared between copies: rename it, or leave it out of META"
     for column in baseline_columns(table):
-        uses.append(ColumnUse([column], lambda file, _, batch: hash_bytes(file, batch), remedy))
-    uses += [*added, *list_uses(lists, table)]
-    uses.append(ColumnUse(None, try_writing, "leave it out of META", by_schema=True))
+        uses.append(use_of_column(column, key_bytes, remedy))
+    uses += list_uses(lists, table)
     try_column_uses(table, uses)
     return MetadataPlan(table, key, columns, lists)
-
-
-def key_texts(file: Table, batch: Any) -> dict[str, Any]:
-    """Return the one column of a record batch as texts."""
-    return {"text": as_texts(file, batch.schema.names[0], batch.column(0))}
-
-
-def hash_bytes(file: Table, batch: Any) -> dict[str, Any]:
-    """Return the one column of a record batch as bytes."""
-    return {"value": as_bytes(file, batch.schema.names[0], batch.column(0))}
 
 
 def grouping_folder(out: Path) -> Path:
@@ -107,34 +95,18 @@ def grouping_folder(out: Path) -> Path:
 
 
 def write_files(
-    result: Result,
-    out: Path,
-    inputs: Inputs,
-    plan: MetadataPlan | None,
-    epsilons: Sequence[float],
-    threads: int,
-) -> tuple[list[Path], dict[str, Any]]:
-    """Write all files of OUT but the manifest; return their paths, and `describe_run`."""
-    entries: dict[str, Any] = {}
-
-    def describe() -> list[Path]:
-        entries.update(describe_run(result, out, inputs, plan, epsilons))
-        return []
-
-    jobs: list[Callable[[], list[Path]]] = [
-        partial(write_small_files, result, out),
-        partial(write_forest, result.search, out),
-        partial(write_groups, result, out, plan),
-        describe,
-    ]
+    result: Result, out: Path, plan: MetadataPlan | None, epsilons: Sequence[float]
+) -> dict[str, Any]:
+    """Write all files of OUT but the manifest and those of pairs; return `describe_run`."""
+    write_small_files(result, out)
+    write_forest(result.search, out)
+    write_groups(result, out, plan)
     if plan is not None:
-        jobs.append(partial(write_metadata, result, out, plan))
-    large = result.search.is_large(result.threshold)  # then one at a time, to bound memory
-    outputs = run_all(jobs, 1 if large else min(2, threads))
-    return [path for paths in outputs for path in paths], entries
+        write_metadata(result, out, plan)
+    return describe_run(result, out, plan, epsilons)
 
 
-def write_small_files(result: Result, out: Path) -> list[Path]:
+def write_small_files(result: Result, out: Path) -> None:
     """Write the files that are made of arrays in memory."""
     search, best = result.search, result.search.best
     arrays = {"is_dup.npy": result.is_dup}
@@ -149,8 +121,8 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
         masks |= {"match": best.match < 0, "similarity": best.match < 0}
         columns = {name: pa.array(getattr(best, name), mask=mask) for name, mask in masks.items()}
         tables["semdedup.parquet"] = pa.table(columns)
-    if search.references is not None and search.nearest is not None:
-        names, row = search.references.locate(search.nearest.reference)
+    if search.inputs.references is not None and search.nearest is not None:
+        names, row = search.inputs.references.locate(search.nearest.reference)
         columns = {"row": search.nearest.row, "reference": names, "reference_row": row}
         columns["similarity"] = search.nearest.similarity
         tables["references.parquet"] = pa.table(columns)
@@ -158,7 +130,6 @@ def write_small_files(result: Result, out: Path) -> list[Path]:
         atomic.save_npy(out / name, array)
     for name, table in tables.items():
         atomic.save_parquet(out / name, table)
-    return [out / name for name in (*arrays, *tables)]
 
 
 def histogram_table(result: Result) -> pa.Table:
@@ -171,35 +142,33 @@ def histogram_table(result: Result) -> pa.Table:
     return pa.table({"of": pa.array(of, pa.string()), "value": value, "count": count})
 
 
-def write_forest(search: PairSearch, out: Path) -> list[Path]:
+def write_forest(search: PairSearch, out: Path) -> None:
     """Write ``forest.parquet``, some edges at a time."""
-    path = out / "forest.parquet"
-    with atomic.writing_parquet(path, search.forest_table(join_edges([])).schema) as write:
+    schema = search.forest_table(join_edges([])).schema
+    with atomic.writing_parquet(out / "forest.parquet", schema) as write:
         for edges in search.edges(grouping_folder(out)):
             write(search.forest_table(edges))
-    return [path]
 
 
-def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> list[Path]:
+def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> None:
     """Write ``groups.parquet``, some groups at a time."""
-    search, members, path, at = result.search, result.members, out / "groups.parquet", 0
+    search, members, at = result.search, result.members, 0
     keys: Generator[Any, None, None] = (None for _ in itertools.count())
     if plan is not None and plan.key is not None:
         cuts, folder = cut_groups(members.group), grouping_folder(out) / "keys"
-        keys = gather_columns(plan.table, [plan.key], members.row, cuts, key_texts, folder)
+        keys = gather_column(plan.table, plan.key, members.row, cuts, as_texts, folder)
     schema = search.groups_table(no_members()).schema
-    with atomic.writing_parquet(path, schema) as write, closing(keys):
-        for part, table in zip(slices(members), keys, strict=False):
-            named = None if table is None else table["text"]
+    with atomic.writing_parquet(out / "groups.parquet", schema) as write, closing(keys):
+        for part, named in zip(slices(members), keys, strict=False):
             near = None if result.near is None else result.near[at : at + len(part.row)]
             write(search.groups_table(part, named, near))
             at += len(part.row)
-    return [path]
 
 
-def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list[Path]:
+def write_pair_files(result: Result, out: Path, most: int, threads: int) -> None:
     """Write ``pairs.parquet`` and ``copies.parquet``, or refuse more than ``most`` pairs."""
-    search, features = result.search, result.features
+    search, inputs = result.search, result.search.inputs
+    features = inputs.features
     if features is None:
         raise UsageError("--pairs needs FEATURES: pairs of codes are not verified")
     too_many = SnipError(
@@ -211,7 +180,7 @@ def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list
 
     def pairs() -> Generator[Edges, None, None]:
         for block in search.blocks(search.threshold, grouping_folder(out)):
-            yield from all_pairs(features, block.forest, search.threshold, threads, search.also)
+            yield from all_pairs(features, block.forest, search.threshold, threads, inputs.also)
 
     count, schema = 0, search.forest_table(join_edges([])).schema
     with atomic.writing_parquet(out / "pairs.parquet", schema) as write, closing(pairs()) as parts:
@@ -222,50 +191,36 @@ def write_pair_files(result: Result, out: Path, most: int, threads: int) -> list
             write(search.forest_table(edges))
     copies = pa.table({"row": search.copies, "first": search.originals})
     atomic.save_parquet(out / "copies.parquet", copies)
-    return [out / "pairs.parquet", out / "copies.parquet"]
 
 
-def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> list[Path]:
+def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> None:
     """Write the metadata of the kept rows, and lists of them for other tools."""
     work, table = grouping_folder(out), plan.table
     none = np.broadcast_to(np.False_, result.rows)
     removed = none if plan.columns.weights else result.is_dup
-    with additions.added_columns(plan.columns, table, result.removed_rows, work) as added:
-        written = write_kept(table, removed, out / "metadata", added)
-    return written + write_lists(plan.lists, table, result.is_dup, out / LISTS, work)
+    added = additions.add_columns(plan.columns, table, result.removed_rows, work)
+    write_kept(table, removed, out / "metadata", added)
+    write_lists(plan.lists, table, result.is_dup, out / LISTS, work)
 
 
 def describe_run(
-    result: Result,
-    out: Path,
-    inputs: Inputs,
-    plan: MetadataPlan | None,
-    epsilons: Sequence[float],
+    result: Result, out: Path, plan: MetadataPlan | None, epsilons: Sequence[float]
 ) -> dict[str, Any]:
     """Return the manifest's entries about the inputs and the decision."""
-    search, work = result.search, grouping_folder(out)
-    shards = [
-        {"name": name, "rows": int(rows)}
-        for name, rows in zip(search.names, np.diff(search.offsets), strict=True)
-    ]
+    search, inputs, work = result.search, result.search.inputs, grouping_folder(out)
+    described, checksums = result.entries(epsilons, work), search.checksums
     if inputs.features is not None:
-        shards = add_checksums(inputs.features.describe(), search.checksums)
-    sources: dict[str, Any] = {}
+        described["shards"] = describe_shards(inputs.features, checksums["features"])
+    else:
+        sizes = zip(search.names, np.diff(search.offsets).tolist(), strict=True)
+        described["shards"] = [{"name": name, "rows": rows} for name, rows in sizes]
     if inputs.text is not None:
-        texts = add_checksums(inputs.text.describe(), search.text_checksums)
-        sources["text"] = {"request": request_of(inputs.text), "shards": texts}
+        shards = describe_shards(inputs.text, checksums["text"])
+        described["text"] = {"request": request_of(inputs.text), "shards": shards}
     if inputs.references is not None:
-        sources["references"] = inputs.references.describe(search.reference_checksums)
-    baselines = count_baselines(plan.table, result.members, work) if plan else {}
-    entries = result.entries(epsilons, work)
-    return {**entries, "shards": shards, **sources, "baselines": baselines}
-
-
-def add_checksums(shards: list[dict[str, Any]], checksums: list[int]) -> list[dict[str, Any]]:
-    """Add the checksum that was computed of each shard to its description."""
-    for shard, checksum in zip(shards, checksums, strict=True):
-        shard["checksum"] = checksum_text(checksum)
-    return shards
+        described["references"] = inputs.references.describe(checksums["references"])
+    described["baselines"] = count_baselines(plan.table, result.members, work) if plan else {}
+    return described
 
 
 def baseline_columns(metadata: Metadata) -> list[str]:
@@ -283,12 +238,12 @@ def count_baselines(metadata: Metadata, members: Members, folder: Path) -> dict[
     """
     cuts, counts, folder = cut_groups(members.group), {}, folder / "baseline"
     for name in baseline_columns(metadata):
-        gathered = gather_columns(metadata, [name], members.row, cuts, hash_bytes, folder)
+        gathered = gather_column(metadata, name, members.row, cuts, key_bytes, folder)
         counts[name] = 0
-        with closing(gathered) as tables:
-            for part, table in zip(slices(members), tables, strict=True):
-                if table is not None:
-                    counts[name] += caught_rows(part, table["value"].combine_chunks())
+        with closing(gathered) as found:
+            for part, values in zip(slices(members), found, strict=True):
+                if values is not None:
+                    counts[name] += caught_rows(part, values.combine_chunks())
     return counts
 
 

@@ -27,8 +27,8 @@ from snipdedup.metadata.tables import Metadata, Table
 from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.out_folder import FILES, MANIFEST
-from snipdedup.storage.remote import RemotePath
-from snipdedup.storage.web import NoRangesError, is_web, redacted, scheme_of
+from snipdedup.storage.remote import path_of
+from snipdedup.storage.web import NoRangesError, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
 
@@ -41,16 +41,13 @@ class DownloadItem:
     number: int | None
     features: SourceFile | None = None
 
-    def files(self) -> list[SourceFile]:
-        """Return the files to fetch."""
-        return [self.table] if self.features is None else [self.table, self.features]
-
-    def paths(self, folder: Path, suffix: str | None = None) -> list[Path]:
-        """Return where these files lie in a folder that is laid out as OUT is."""
+    def places(self, folder: Path, suffix: str | None = None) -> dict[Path, SourceFile]:
+        """Return where the files lie in a folder that is laid out as OUT is."""
         name = self.table.name if suffix is None else Path(self.table.name).stem + suffix
         if self.features is None:
-            return [folder / name]
-        return [folder / METADATA / name, folder / FEATURES / self.features.name]
+            return {folder / name: self.table}
+        features = folder / FEATURES / self.features.name
+        return {folder / METADATA / name: self.table, features: self.features}
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,13 @@ class DownloadPlan:
     first_row: int
     work: Path
 
+    def arrived(self) -> Path:
+        """Return the folder that files are fetched to."""
+        return self.work / (FILES if self.mask is None else "arrived")
+
     def outputs(self, item: DownloadItem) -> list[Path]:
         """Return where the files of an item lie when they are complete."""
-        return item.paths(self.work / FILES, None if self.mask is None else ".parquet")
+        return [*item.places(self.work / FILES, None if self.mask is None else ".parquet")]
 
     def done_file(self, item: DownloadItem) -> Path:
         """Return the done file that is written when the outputs of an item are complete."""
@@ -73,44 +74,44 @@ class DownloadPlan:
 
 def fetch_items(plan: DownloadPlan, jobs: int) -> Iterator[dict[str, Any]]:
     """Fetch files several at a time, filter them in order; yield their entries of the manifest."""
-    done = {item.table.name: read_done(item, plan) for item in plan.items}
-    pending = [item for item in plan.items if not done[item.table.name]]
-    arrived, row = plan.work / (FILES if plan.mask is None else "arrived"), plan.first_row
-    total = sum(file.size or 0 for item in pending for file in item.files())
+    # what a stopped run completed, and what was not damaged since then
+    done = [atomic.read_done(plan.done_file(item), plan.work / FILES) for item in plan.items]
+    pending = [item for item, about in zip(plan.items, done, strict=True) if about is None]
+    arrived, row = plan.arrived(), plan.first_row
+    total = sum(file.size or 0 for item in pending for file in item.places(arrived).values())
     with progress.bar(total, "download", "B") as bar:
         monitor = Monitor(bar)
 
         def fetch(item: DownloadItem) -> dict[str, Any]:
-            places = zip(item.files(), item.paths(arrived), strict=True)
-            table, *_ = [fetch_once(file, path, monitor) for file, path in places]
+            places = item.places(arrived).items()
+            table, *_ = [fetch_once(file, path, monitor) for path, file in places]
             return table
 
         with closing(monitor.map(fetch, pending, jobs)) as fetched:
-            for item in plan.items:
-                about = done[item.table.name]
-                if not about:
-                    about, paths, outputs = next(fetched), item.paths(arrived), plan.outputs(item)
-                    about |= {**check_item(item, paths), "first_row": row}
-                    if plan.mask is not None:
-                        about |= filter_item(item, paths, plan, plan.mask, row)
-                    named = {path.relative_to(plan.work / FILES).as_posix(): path
-                             for path in outputs}  # fmt: skip
-                    atomic.write_done_file(plan.done_file(item), named, about)
-                    for path in paths:
-                        done_file_of(path).unlink()
-                        if path not in outputs:
-                            path.unlink()
+            for item, earlier in zip(plan.items, done, strict=True):
+                about = earlier or finish_item(item, plan, row, next(fetched))
                 yield about
                 row += about["rows"]
 
 
-def read_done(item: DownloadItem, plan: DownloadPlan) -> dict[str, Any]:
-    """Return the entry of a file that a stopped run completed, else nothing."""
-    done_file = plan.done_file(item)
-    if not atomic.is_done(done_file, plan.work / FILES):  # or damaged since then
-        return {}
-    about = atomic.load_json(done_file)
-    return {name: value for name, value in about.items() if name not in ("files", "seal")}
+def finish_item(
+    item: DownloadItem, plan: DownloadPlan, row: int, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Check files that arrived, filter them by the mask, and write their done file.
+
+    ``row`` is their first row in the set. Returns the manifest's entry, which ``about`` begins.
+    """
+    paths, outputs = [*item.places(plan.arrived())], plan.outputs(item)
+    about |= {**check_item(item, paths), "first_row": row}
+    if plan.mask is not None:
+        about |= filter_item(item, paths, outputs, plan.mask, row)
+    named = {path.relative_to(plan.work / FILES).as_posix(): path for path in outputs}
+    atomic.write_done_file(plan.done_file(item), named, about)
+    for path in paths:
+        done_file_of(path).unlink()
+        if path not in outputs:
+            path.unlink()
+    return about
 
 
 def check_item(item: DownloadItem, paths: Sequence[Path]) -> dict[str, Any]:
@@ -138,19 +139,16 @@ def count_arrived(file: SourceFile, path: Path, what: str) -> int:
 
 
 def filter_item(
-    item: DownloadItem, paths: Sequence[Path], plan: DownloadPlan, mask: Mask, row: int
+    item: DownloadItem, paths: Sequence[Path], outputs: Sequence[Path], mask: Mask, row: int
 ) -> dict[str, Any]:
     """Write the kept rows of one file, whose first row is ``row`` of the set, and its features.
 
     A file that is not the mask's is refused.
     """
-    table, outputs, name = Table(paths[0]), plan.outputs(item), item.table.shown
+    table, name = Table(paths[0]), item.table.shown
     stop = row + table.rows
     if item.number is not None and mask.sizes is not None and item.number < len(mask.sizes):
         masks.check_sizes([(name, table.rows)], mask.sizes, item.number)
-    if item.number is None and len(plan.items) == 1 and table.rows != mask.rows:
-        text = f"{name} has {table.rows:,} rows, the mask {mask.rows:,}"
-        raise SnipError(f"{text}; for one file of a larger set say which with --start")
     if stop > mask.rows:
         text = f"{name} is rows {row:,} to {stop:,} of its set, the mask has {mask.rows:,}"
         raise SnipError(f"{text}; they do not belong to the same set")
@@ -190,32 +188,24 @@ def open_published_mask(spec: str, totals: str | None, work: Path) -> Mask:
     return masks.open_mask(mask, totals)
 
 
-def place_mask(
-    source: str, found: SourceFiles, mask: Mask, work: Path, jobs: int
-) -> tuple[Mask, int]:
+def place_mask(found: SourceFiles, mask: Mask, work: Path, jobs: int) -> tuple[Mask, int]:
     """Return the mask, with one meaning of its totals, and the row of the first file in it.
 
     It is refused if that row is not certain.
     """
-    first, count = found.first, len(found.files)
+    first, count, names = found.first, len(found.files), [file.shown for file in found.files]
+
+    def count_files() -> list[masks.NamedSize]:
+        return list(zip(names, count_rows(found.files, work, jobs), strict=True))
+
     if first is None:
-        # the rows of a single web file are compared when it has come
-        rows = mask.rows if is_web(source) else sum(count_rows(found.files, work, jobs))
-        if rows != mask.rows:
-            raise SnipError(
-                f"{redacted(source)} has {rows:,} rows in {count} files, the mask {mask.rows:,}; "
-                f"for a part of a set say which with --start and --end; or {HOW_TO_PLACE}"
-            )
+        masks.place_all(count_files(), mask)
         return mask, 0
     if mask.sizes is None:
         if found.before is None:
-            name = found.files[0].shown
-            raise SnipError(f"at which row {name} begins is not known; {HOW_TO_PLACE}")
+            raise SnipError(f"at which row {names[0]} begins is not known; {HOW_TO_PLACE}")
         return mask, sum(count_rows(found.before, work, jobs))
-    files: list[masks.NamedSize] = []
-    if mask.other_sizes is not None:
-        names = [file.shown for file in found.files]
-        files = list(zip(names, count_rows(found.files, work, jobs), strict=True))
+    files = count_files() if len(mask.meanings) > 1 else []
 
     def first_row(one: Mask) -> int:
         sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
@@ -232,24 +222,20 @@ def count_rows(files: Sequence[SourceFile], work: Path, jobs: int) -> list[int]:
     """Count the rows of each file, by its footer if the server sends ranges."""
 
     def count(file: SourceFile) -> int:
+        copy = work / "counted" / file.name
         try:
-            if not scheme_of(file.url):
-                return Table(Path(file.url)).rows
-            if Path(file.name).suffix.lower() == ".parquet":
-                try:
-                    return Table(RemotePath(file.url, file.token)).rows
-                except NoRangesError:
-                    pass
-            copy = work / "counted" / file.name
-            fetch_file(file, copy, monitor)
-            rows = Table(copy).rows
-            copy.unlink()
-            return rows
+            try:
+                return Table(path_of(file.url, file.token)).rows
+            except NoRangesError:
+                fetch_file(file, copy, monitor)
+                return Table(copy).rows
         except TemporaryError:
             raise
         except SnipError as error:
             text = f"the mask's place needs the rows of {file.name}: {error}; or {HOW_TO_PLACE}"
             raise SnipError(text) from error
+        finally:
+            copy.unlink(missing_ok=True)
 
     monitor = Monitor()
     counted = monitor.map(count, files, jobs)

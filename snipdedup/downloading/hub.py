@@ -17,15 +17,7 @@ from snipdedup import __version__
 from snipdedup.downloading.transfer import SourceFile
 from snipdedup.errors import MissingError, SnipError, TemporaryError, UsageError
 from snipdedup.storage.remote import with_retries
-from snipdedup.storage.web import (
-    AGAIN,
-    DISABLED,
-    GATED,
-    TEMPORARY,
-    Token,
-    origin_of,
-    temporary_error,
-)
+from snipdedup.storage.web import AGAIN, Token, origin_of, status_error
 
 T = TypeVar("T")
 
@@ -143,39 +135,24 @@ def hub_error(place: HubAddress, error: Exception) -> SnipError:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-
-    def first_line(error: BaseException) -> str:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return lines[0] if lines else type(error).__name__
-
-    meanings: dict[str, tuple[type[SnipError], str]] = {
-        "DisabledRepoError": (SnipError, DISABLED),
-        # a kind of RepositoryNotFoundError, so it comes first
-        "GatedRepoError": (SnipError, GATED.format(page=place.page)),
-        "RepositoryNotFoundError": (
-            MissingError,
-            f"the hub has no such {place.kind}; check the name, or it is private: log in with: hf "
-            "auth login",
-        ),
-        "RevisionNotFoundError": (
-            MissingError,
-            f"has no revision {place.revision!r}; see {place.page}/tree/main for those it has (to "
-            "restart a run that began with another: --overwrite)",
-        ),
-        "EntryNotFoundError": (MissingError, f"has no {place.path!r}; see {place.page}/tree/main"),
-        "OfflineModeIsEnabled": (SnipError, "HF_HUB_OFFLINE is set; unset it"),
-        "HFValidationError": (UsageError, first_line(error)),
-    }
-    kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
-    for name, (kind, text) in meanings.items():
-        if name in kinds:
-            return kind(f"{place}: {text}")
     responses = [getattr(error, "response", None) for error in chain]
     response = next((response for response in responses if response is not None), None)
     if response is None:
-        text = f"the hub cannot be reached: {first_line(chain[-1])}; {AGAIN}"
-        return TemporaryError(f"{place}: {text}")
-    status = response.status_code
-    if status in TEMPORARY:
-        return temporary_error(f"{place}: the hub says {status}; {AGAIN}", response.headers)
-    return SnipError(f"{place}: the hub says {status} {response.reason_phrase}")
+        first_line = str(chain[-1]).strip().partition("\n")[0] or type(chain[-1]).__name__
+        if type(error).__name__ in ("OfflineModeIsEnabled", "HFValidationError"):
+            return SnipError(f"{place}: {first_line}")
+        return TemporaryError(f"{place}: the hub cannot be reached: {first_line}; {AGAIN}")
+    code, tree = response.headers.get("X-Error-Code"), f"{place.page}/tree/main"
+    private = "it is private: log in with: hf auth login"
+    missing = {
+        "RepoNotFound": f"the hub has no such {place.kind}; check the name, or {private}",
+        "RevisionNotFound": f"has no revision {place.revision!r}; see {tree} for those it has (to "
+        "restart a run that began with another: --overwrite)",
+        "EntryNotFound": f"has no {place.path!r}; see {tree}",
+    }
+    if response.status_code == 401 and code is None:
+        code = "RepoNotFound"
+    if code in missing:
+        return MissingError(f"{place}: {missing[code]}")
+    status, reason = response.status_code, response.reason_phrase
+    return status_error(f"{place}: the hub says", place.page, status, reason, response.headers)

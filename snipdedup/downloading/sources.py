@@ -6,7 +6,7 @@ A file's number is its place in the whole set. Where names hold numbers, the two
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
@@ -52,12 +52,11 @@ class Folder:
     files: dict[str, SourceFile]
     folders: list[str]
 
-    def parent(self) -> Folder | None:
-        """Return the folder that it lies in, None at the top."""
-        if scheme_of(self.url) == hub.SCHEME and not hub.parse_address(self.url).path:
-            return None
-        head = self.url.rpartition("/")[0]
-        return None if not head or head[-1] in "/:" else open_folder(head)
+    def file(self, name: str) -> SourceFile:
+        """Return the file of a name, or refuse a folder without it."""
+        if name not in self.files:
+            raise MissingError(f"{self.url} has no {name}; check the name or the file numbers")
+        return self.files[name]
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,7 @@ def names_files(last: str) -> bool:
 def split_source(source: str) -> tuple[str, str | None]:
     """Return the folder of a source that can be listed, and the file, glob or pattern in it."""
     if scheme_of(source) == hub.SCHEME:
-        place = hub.parse_address(source)
-        head, _, last = place.path.rpartition("/")
-        return (str(replace(place, path=head)), last) if names_files(last) else (source, None)
+        source = str(hub.parse_address(source))  # the revision before the path
     if scheme_of(source):
         head, _, last = source.rstrip("/").rpartition("/")
         return (head, last) if names_files(last) else (source, None)
@@ -145,14 +142,9 @@ def find_source_files(
         folder = folder or open_folder(str(paths[0].parent))
     if start is None and end is None:
         return SourceFiles(files, None, [], folder)
-    names = [file.name for file in files]
-    numbers = file_numbers(names)
-    start, end = start or 0, end or (max(numbers) + 1 if numbers else len(files))
-    if start >= end:
-        raise SnipError(f"file {start} is wanted, {redacted(source)} ends at {end - 1}")
-    first = choose_files([(name, 0) for name in names], numbers, None, start, end)
-    before = files[:first] if first == start else None
-    return SourceFiles(files[first : first + end - start], start, before, folder)
+    start = start or 0
+    first, last = choose_files([(file.name, 0) for file in files], None, start, end)
+    return SourceFiles(files[first:last], start, files[:first] if first == start else None, folder)
 
 
 def find_parts(pattern: str, first: int, end: int) -> SourceFiles:
@@ -163,17 +155,10 @@ def find_parts(pattern: str, first: int, end: int) -> SourceFiles:
     head, names = split_source(pattern)
     if PART in head:
         raise UsageError(f"{redacted(pattern)}: {{part}} may be in the file's name only")
-    folder = open_folder(head)
-    files = [
-        folder.files.get(name, SourceFile(f"{folder.url}/{name}"))
-        for name in expand_parts(names or "", range(end))
-    ]
-    known = {file.url for file in files if file.name in folder.files}
-    for file in files[first:]:
-        if file.url not in known:
-            raise MissingError(f"{folder.url} has no {file.name}; check the file numbers")
-    before = files[:first] if all(file.url in known for file in files[:first]) else None
-    return SourceFiles(files[first:], first, before, folder)
+    folder, expanded = open_folder(head), expand_parts(names or "", range(end))
+    before = [folder.files[name] for name in expanded[:first] if name in folder.files]
+    files = [folder.file(name) for name in expanded[first:]]
+    return SourceFiles(files, first, before if len(before) == first else None, folder)
 
 
 def find_listed(folder: Folder, names: str | None) -> tuple[Folder, list[SourceFile]]:
@@ -226,9 +211,7 @@ def find_mask(location: str, name: str) -> tuple[SourceFile, SourceFile | None]:
         return file, SourceFile(f"{file.url.partition('?')[0].rpartition('/')[0]}/{MANIFEST}")
     url, last = split_source(hub.pin(location))
     folder = open_folder(url)
-    if (last or name) not in folder.files:
-        raise MissingError(f"{folder.url} has no {last or name}")
-    return folder.files[last or name], folder.files.get(MANIFEST)
+    return folder.file(last or name), folder.files.get(MANIFEST)
 
 
 def find_features(source: str, found: SourceFiles, location: str | None) -> list[SourceFile]:
@@ -271,8 +254,9 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
         if len(lacking) < len(same):
             text = f"{folder.url}: {lacking[0]} has no features beside it"
             raise MissingError(f"{text}; {NAME_FEATURES}")
-    for place in (folder, folder.parent()):
-        if place is not None and FEATURES in place.folders:
+    above, _, own_name = folder.url.rpartition("/")
+    for place in (folder, *([open_folder(above)] if own_name == METADATA else [])):
+        if FEATURES in place.folders:
             inner = open_folder(f"{place.url}/{FEATURES}")
             return match_features(found, pick_files(inner.files, None, formats.SUFFIXES), inner.url)
     raise SnipError(f"{folder.url}: no features beside the metadata; {NAME_FEATURES}")

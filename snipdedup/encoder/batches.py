@@ -29,12 +29,10 @@ class Rows(NamedTuple):
 
     images: np.ndarray  # (n, d)
     texts: np.ndarray | None  # (n, d)
-    hashes: np.ndarray  # (n,) uint64: the same only for the same row (image and text)
 
     def take(self, which: np.ndarray | slice) -> Rows:
         """Return some of the rows."""
-        texts = None if self.texts is None else self.texts[which]
-        return Rows(self.images[which], texts, self.hashes[which])
+        return Rows(self.images[which], None if self.texts is None else self.texts[which])
 
     def tensors(self, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return unit rows on the device: images, and texts if there are any."""
@@ -51,20 +49,14 @@ class Batches:
     """
 
     def __init__(
-        self,
-        features: Features,
-        texts: Features | None,
-        *,
-        subset_rows: int,
-        validation_rows: int,
-        batch: int,
-        seed: int,
-    ) -> None:
+        self, features: Features, texts: Features | None, *, subset_rows: int,
+        validation_rows: int, batch: int, seed: int,
+    ) -> None:  # fmt: skip
         self.features, self.texts, self.seed = features, texts, seed
         self.wanted = subset_rows + validation_rows
         self.held_out, self.rows = hold_out(self.draw(0), validation_rows, features.rows)
-        self.batch = min(batch, len(self.rows.hashes))
-        self.subset_steps = SUBSET_PASSES * (len(self.rows.hashes) // self.batch)
+        self.batch = min(batch, len(self.rows.images))
+        self.subset_steps = SUBSET_PASSES * (len(self.rows.images) // self.batch)
         self.subset, self.order = 0, (-1, -1, np.empty(0, np.int64))
 
     def draw(self, subset: int) -> Rows:
@@ -73,7 +65,7 @@ class Batches:
         wanted = min(self.wanted, self.features.rows)
         picked = rng.choice(self.features.rows, wanted, replace=False, shuffle=False)
         rows = load_distinct(self.features, self.texts, np.sort(picked))
-        return rows.take(rng.permutation(len(rows.hashes)))
+        return rows.take(rng.permutation(len(rows.images)))
 
     def of_step(self, step: int) -> Rows:
         """Return the rows of a step, counted from 1."""
@@ -84,7 +76,7 @@ class Batches:
             rows, held_out = self.draw(subset), row_hashes(self.held_out.images)
             self.rows = rows.take(~np.isin(row_hashes(rows.images), held_out))
             self.subset = subset
-        count = len(self.rows.hashes)
+        count = len(self.rows.images)
         passes, place = divmod(place, max(count // self.batch, 1))
         if self.order[:2] != (subset, passes):
             rng = np.random.default_rng([self.seed, subset, passes])
@@ -131,4 +123,4 @@ def load_distinct(features: Features, texts: Features | None, picked: np.ndarray
             blocks.append(rows if rows.dtype == np.float16 else unit_rows(rows))
         parts.append(np.concatenate(blocks))
     first = np.sort(np.unique(hashes, return_index=True)[1])
-    return Rows(parts[0], parts[1] if texts else None, hashes).take(first)
+    return Rows(parts[0], parts[1] if texts else None).take(first)

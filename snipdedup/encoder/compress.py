@@ -68,16 +68,14 @@ def run(options: config.Compress) -> Descriptors:
     except InputError:
         out_folder.release(out)  # an earlier result there stays as it was
         raise
-    shards = features.describe()
-    for shard, checksum in zip(shards, checksums, strict=True):
-        shard["checksum"] = checksum_text(checksum)
+    described = zip(features.describe(), checksums, strict=True)
     seconds = time.monotonic() - started
     body = {
         "command": "compress",
         "settings": options.as_dict(),
         "request": request,
         "encoder_sha256": request["encoder"],
-        "shards": shards,
+        "shards": [{**shard, "checksum": checksum} for shard, checksum in described],
         "counts": {"rows": features.rows, "dim": encoder.dim},
         "seconds": {"all": round(seconds, 3)},
     }
@@ -105,7 +103,7 @@ def descriptor_names(features: Features) -> list[str]:
 
 def compress_shards(
     features: Features, encoder: Encoder, work: Path, names: list[str], dtype: str, threads: int
-) -> list[int]:
+) -> list[str]:
     """Write the shards that are not there yet; return the checksum of each input shard."""
     checksums = []
     with progress.bar(features.rows, "compressing", "rows") as bar:
@@ -114,14 +112,14 @@ def compress_shards(
             if not atomic.is_done(done_file, path.parent):
                 checksum = compress_shard(features, number, encoder, path, dtype, threads)
                 atomic.write_done_file(done_file, [path], {"checksum": checksum})
-            checksums.append(int(atomic.load_json(done_file)["checksum"]))
+            checksums.append(atomic.load_json(done_file)["checksum"])
             bar.update(features.shards[number].rows)
     return checksums
 
 
 def compress_shard(
     features: Features, number: int, encoder: Encoder, path: Path, dtype: str, threads: int
-) -> int:
+) -> str:
     """Write one shard's descriptors as they are made; return the checksum of the input shard."""
     first, stop = (int(row) for row in features.offsets[number : number + 2])
 
@@ -135,4 +133,4 @@ def compress_shard(
         for block, read in ordered_map(encode, spans, threads):
             block.astype(dtype).tofile(file)
             checksums.append(read)
-    return sum_checksums(checksums, len(features.shards))[number]
+    return checksum_text(sum_checksums(checksums, len(features.shards))[number])

@@ -25,7 +25,7 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import in_aligned_blocks, library_threads, pick_device
 from snipdedup.storage import atomic
-from snipdedup.storage.out_folder import MANIFEST, read_manifest, short_json, write_manifest
+from snipdedup.storage.out_folder import MANIFEST, read_manifest, write_manifest
 
 WEIGHTS = "weights.pt"
 LAYOUT = 2  # of the network below; a change that old weights do not fit counts it up
@@ -38,8 +38,8 @@ TEMPERATURES = (1e-3, 1.0)  # where the one that does so is looked for
 ROTATION_LEAST = 10_000  # rows; fewer do not fill the codebooks of 256 that OPQ fits
 ROTATION_PARTS, ROTATION_LEAST_WIDTH = 16, 4  # bytes of the code it is made for, and dimensions
 ROTATION_ROUNDS, ROTATION_START = 5, 10  # more leave errors as they are, and take a minute
-# What torch's reader of pickles, which builds tensors only, raises for one that is damaged.
-BROKEN_PICKLE = (
+# What torch raises for damaged files: its modules, and its reader of pickles (of tensors only).
+BROKEN = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
     AttributeError, MemoryError, ArithmeticError, AssertionError,
 )  # fmt: skip
@@ -183,36 +183,23 @@ class Encoder:
                 "Train one with: snip train FEATURES --out encoder"
             )
         manifest = read_manifest(path, "encoder")
-        widths = read_widths(path / MANIFEST, manifest)
+        described = manifest.get("encoder", {})
+        if described.get("layout") != LAYOUT:
+            raise SnipError(
+                f"{path / MANIFEST}: expected an encoder of layout {LAYOUT}, found "
+                f"{described.get('layout')!r}; train it with this version of snip"
+            )
         state = read_weights(path / WEIGHTS, manifest)
         try:
             with torch.device("meta"):  # takes no memory, whatever the manifest says
-                network = Network(*widths)
+                network = Network(*(described[n] for n in ("dim_in", "hidden", "dim", "heads")))
             network.load_state_dict(state, assign=True)
-        except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+        except BROKEN as error:
             why = f"its layers do not fit {MANIFEST}"
             raise damaged_weights(path / WEIGHTS, why) from error
         encoder = cls(network, pick_device(device))
         encoder.manifest = manifest
         return encoder
-
-
-def read_widths(path: Path, manifest: dict[str, Any]) -> tuple[int, int, int, list[int]]:
-    """Return (dim_in, hidden, dim, heads) of a manifest, or refuse it."""
-    described = manifest.get("encoder", {})
-    if described.get("layout") != LAYOUT:
-        raise SnipError(
-            f"{path}: expected an encoder of layout {LAYOUT}, found "
-            f"{described.get('layout')!r}; train it with this version of snip"
-        )
-    dim_in, hidden, dim, heads = (described.get(n) for n in ("dim_in", "hidden", "dim", "heads"))
-    widths = (dim_in, hidden, dim, *(heads if isinstance(heads, list) else [None]))
-    if not all(type(width) is int and width > 0 for width in widths):
-        raise SnipError(
-            f"{path}: expected the widths dim_in, hidden, dim and heads, found "
-            f"{short_json([dim_in, hidden, dim, heads])}; copy the encoder again, or train it anew"
-        )
-    return dim_in, hidden, dim, heads
 
 
 def read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -227,7 +214,7 @@ def read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor
         raise damaged_weights(path, f"changed since {MANIFEST} was written (SHA-256 differs)")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except BROKEN_PICKLE as error:
+    except BROKEN as error:
         raise SnipError(
             f"{path}: expected a plain state dict of tensors, found something else; pickled "
             "modules are not read, since unpickling runs any code they hold"
@@ -305,12 +292,9 @@ def opq_rotation(y: np.ndarray, m: int, rounds: int, start_rounds: int) -> np.nd
 
 
 def training_loss(
-    network: Network,
-    x: torch.Tensor,
-    t: torch.Tensor | None,
-    temperature: float | None,
-    text_temperature: float,
-) -> torch.Tensor:
+    network: Network, x: torch.Tensor, t: torch.Tensor | None,
+    temperature: float | None, text_temperature: float,
+) -> torch.Tensor:  # fmt: skip
     """Return the loss of all outputs for unit rows ``x``, and for the texts ``t`` beside them.
 
     It is the ``snip`` loss at a temperature, the ``mse`` loss for None.

@@ -24,7 +24,7 @@ from torch import nn
 from snipdedup import config, progress
 from snipdedup.encoder.batches import LEAST_ROWS, Batches
 from snipdedup.encoder.network import (
-    BROKEN_PICKLE,
+    BROKEN,
     Encoder,
     Network,
     fitting_temperature,
@@ -198,11 +198,9 @@ def train_encoder(features: Any, **settings: Any) -> tuple[Encoder, History]:
 
 
 def fit(
-    features: Features,
-    texts: Features | None,
-    options: config.Train,
+    features: Features, texts: Features | None, options: config.Train,
     checkpoint: Path | None = None,
-) -> tuple[Encoder, History]:
+) -> tuple[Encoder, History]:  # fmt: skip
     """Train on opened features; ``checkpoint`` is where a stopped run goes on from."""
     device = pick_device(options.device)
     with library_threads(cores(options.threads)):  # sums depend on their number
@@ -231,7 +229,7 @@ def fit(
 
         # The loop keeps the best weights; a rotation lets short codes keep more of them.
         history = History(
-            len(rows.hashes), len(batches.held_out.hashes), batches.batch, temperature
+            len(rows.images), len(batches.held_out.images), batches.batch, temperature
         )
         train_loop(
             network, batches, loss_of, history, steps=options.steps,
@@ -242,15 +240,9 @@ def fit(
 
 
 def train_loop(
-    network: Network,
-    batches: Batches,
-    loss_of: Loss,
-    history: History,
-    *,
-    steps: int,
-    peak_rate: float,
-    checkpoint: Path | None,
-) -> None:
+    network: Network, batches: Batches, loss_of: Loss, history: History, *,
+    steps: int, peak_rate: float, checkpoint: Path | None,
+) -> None:  # fmt: skip
     """Train until ``steps`` or a stall; the network is left with the best validation loss."""
     device = str(network.inner.weight.device)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
@@ -350,5 +342,5 @@ def load_checkpoint(path: Path, device: str) -> dict[str, Any] | None:
             if archive.testzip() is not None:
                 return None
         return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, zipfile.BadZipFile, *BROKEN_PICKLE):
+    except (OSError, zipfile.BadZipFile, *BROKEN):
         return None

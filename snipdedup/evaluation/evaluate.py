@@ -8,9 +8,9 @@ what is found is compared with the exact neighbours, duplicates and partners in 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,25 +77,29 @@ class Evaluation:
 class Contender(NamedTuple):
     """One way to make unit vectors of rows.
 
-    ``uncoded`` makes them (None where only codes are worth a look), and what ``coded`` returns for
-    a code of so many bytes does.
+    ``vectors`` returns it for a code of so many bytes, or for no code (None); None where that is
+    not worth a look.
     """
 
     name: str
-    uncoded: Vectors | None
-    coded: Callable[[int], Vectors]
+    vectors: Callable[[int | None], Vectors | None]
 
 
-class Truth(NamedTuple):
-    """Rows (q,) of the set that are queries, what they hold, their exact neighbours I (q, k).
+class Task(NamedTuple):
+    """What each contender is judged on."""
 
-    ``duplicated`` (q,) bool: another row is at or above the threshold.
-    """
-
-    queries: np.ndarray
-    raw: np.ndarray
-    I: np.ndarray
-    duplicated: np.ndarray
+    features: Features
+    queries: np.ndarray  # (q,) int64: rows of the set that are queries
+    raw: np.ndarray  # (q, d): what they hold
+    I: np.ndarray  # (q, k) int64: their exact neighbours
+    duplicated: np.ndarray  # (q,) bool: another row is at or above the threshold
+    sample: np.ndarray  # (n, d): rows that quantisers are trained on
+    nlist: int
+    sizes: list[int]  # of codes, in bytes
+    nprobes: list[int]
+    flag_nprobe: int
+    seed: int
+    threads: int
 
 
 class IndexedRows:
@@ -115,14 +119,13 @@ class IndexedRows:
         self.ivfpq.nprobe = min(nprobe, self.quantiser.nlist)
         return self.ivfpq.search(np.ascontiguousarray(x), k)
 
-    def nearest(self, x: np.ndarray, queries: np.ndarray, k: int, nprobe: int) -> np.ndarray:
-        """Return the rows with the nearest codes, (q, k), without the queries' own rows."""
-        return drop_own(self.search(x, k + 1, nprobe)[1], queries)
-
     def nearest_of_all(
         self, x: np.ndarray, queries: np.ndarray, k: int, threads: int
     ) -> np.ndarray:
-        """Return what `nearest` does, all lists visited: codes are decoded, as that is faster."""
+        """Return the rows with the nearest codes, (q, k), of all lists, without the own rows.
+
+        Codes are decoded, which is faster.
+        """
         self.ivfpq.make_direct_map()
 
         def decode(span: tuple[int, int]) -> np.ndarray:
@@ -162,14 +165,7 @@ def run(options: config.Eval) -> Evaluation:
         again = f"{out} is finished already with these settings; --overwrite makes it anew"
         return Evaluation(out, atomic.load_json(out / RESULT), again)
     try:
-        measured = evaluate(
-            features, texts, queries=options.queries, train_rows=options.train_rows,
-            encoder=options.encoder, dim=options.dim, steps=options.steps,
-            threshold=options.threshold, nlist=options.nlist, sizes=options.sizes(),
-            nprobes=options.nprobes(), flag_nprobe=options.flag_nprobe,
-            threads=cores(options.threads), seed=options.seed,
-        )  # fmt: skip
-        results = {**measured, "settings": settings}
+        results = {**evaluate(features, texts, options), "settings": settings}
         for source in sources:
             source.refuse_changed()
         folder = out / locks.WORK / out_folder.FILES
@@ -187,43 +183,41 @@ def run(options: config.Eval) -> Evaluation:
     return Evaluation(out, results, f"{eval_summary(results)}\nwritten to {options.out}")
 
 
-def evaluate(
-    features: Features, texts: Features | None, *, queries: int, train_rows: int,
-    encoder: str | None, dim: int, steps: int, threshold: float, nlist: int | None,
-    sizes: list[int], nprobes: list[int], flag_nprobe: int, threads: int, seed: int,
-) -> dict[str, Any]:  # fmt: skip
+def evaluate(features: Features, texts: Features | None, options: config.Eval) -> dict[str, Any]:
     """Return everything that was measured, as JSON values; features are read in blocks."""
+    threads, seed, nprobes = cores(options.threads), options.seed, options.numbers("nprobe")
     clock, rng = progress.Clock(), np.random.default_rng(seed)
-    asked = sample_rows(features.rows, min(queries, features.rows // 4), rng)
-    learn = learnable(features, asked, train_rows, rng)
+    asked = sample_rows(features.rows, min(options.queries, features.rows // 4), rng)
+    learn = learnable(features, asked, options.train_rows, rng)
     with clock.stage("train"):
-        contenders = make_contenders(features, texts, learn, encoder, dim, steps, threads, seed)
+        contenders = make_contenders(
+            features, texts, learn, options.encoder, options.dim, options.steps, threads, seed
+        )
     with clock.stage("truth"):
         raw = features.gather(asked)
         D, I = nearest(raw, features, max(RECALL_AT), threads, own=asked)
-        truth = Truth(asked, raw, I, D[:, 0] >= np.float32(threshold))
     wanted = max(POINTS_A_LIST * default_nlist(features.rows, features.rows), LEAST_SAMPLE)
     picked = sample_rows(features.rows, wanted, np.random.default_rng(seed))
-    sample, neighbours, flags = features.gather(picked), [], []
-    nlist = nlist or default_nlist(features.rows, len(picked))
+    nlist = options.nlist or default_nlist(features.rows, len(picked))
+    task = Task(
+        features, asked, raw, I, D[:, 0] >= np.float32(options.threshold), features.gather(picked),
+        nlist, options.numbers("code_bytes"), nprobes, options.flag_nprobe, seed, threads,
+    )  # fmt: skip
+    found: dict[str, list[dict[str, Any]]] = {"neighbours": [], "flags": []}
     for contender in contenders:
         with clock.stage(f"judge {contender.name}"):
-            found = judge(
-                contender, features, truth, sample, nlist=nlist, sizes=sizes, nprobes=nprobes,
-                flag_nprobe=flag_nprobe, seed=seed, threads=threads,
-            )  # fmt: skip
-            neighbours += found[0]
-            flags += found[1]
+            for table, line in judge(contender, task):
+                found[table].append({"contender": contender.name, **line})
     results: dict[str, Any] = {
         "rows": features.rows,
         "dim": features.dim,
         "queries": len(asked),
         "learned_rows": len(learn),
-        "duplicates": int(truth.duplicated.sum()),
+        "duplicates": int(task.duplicated.sum()),
         "nlist": nlist,
-        "neighbours": neighbours,
-        "budget": budget(neighbours, nprobes),
-        "flags": flags,
+        "neighbours": found["neighbours"],
+        "budget": budget(found["neighbours"], nprobes),
+        "flags": found["flags"],
     }
     if texts is not None:
         with clock.stage("text"):
@@ -276,84 +270,76 @@ def make_contenders(
     def pca(rows: np.ndarray) -> np.ndarray:
         return unit_rows(unit_rows(rows) @ directions.T)
 
-    def rotated(m: int) -> Vectors:
-        if sample.shape[1] % m:
-            return unit_rows  # such a code is left out
+    def rotated(m: int | None) -> Vectors | None:
+        if m is None or sample.shape[1] % m:
+            return None
         rotation = opq_rotation(sample, m, OPQ_ROUNDS, 2 * OPQ_ROUNDS)
         return lambda rows: unit_rows(rows) @ rotation.T
 
-    def by_size(network: Encoder) -> Callable[[int], Vectors]:
-        heads: dict[int, Vectors] = {}  # the same function for the same width
+    @cache
+    def encode_to(network: Encoder, width: int) -> Vectors:
+        return network.of_width(width).encode
 
-        def coded(m: int) -> Vectors:
-            head = network.for_codes(m)
-            return heads.setdefault(head.dim, head.encode)
-
-        return coded
+    def encoded(network: Encoder, m: int | None) -> Vectors:
+        return encode_to(network, network.dim if m is None else network.for_codes(m).dim)
 
     return [
-        Contender("raw", unit_rows, lambda m: unit_rows),
-        Contender("opq", None, rotated),
-        Contender("pca", pca, lambda m: pca),
-        Contender("mse", mse.encode, by_size(mse)),
-        Contender("snip", snip.encode, by_size(snip)),
+        Contender("raw", lambda m: unit_rows),
+        Contender("opq", rotated),
+        Contender("pca", lambda m: pca),
+        Contender("mse", partial(encoded, mse)),
+        Contender("snip", partial(encoded, snip)),
     ]
 
 
-def judge(
-    contender: Contender, features: Features, truth: Truth, sample: np.ndarray,
-    *, nlist: int, sizes: list[int], nprobes: list[int], flag_nprobe: int, seed: int, threads: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
-    """Return the recall of neighbours and the duplicate flags, one dict a measurement.
+def judge(contender: Contender, task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield lines of two tables: ``neighbours``, their recall, and ``flags`` of duplicates."""
+    features, threads, most, trained = task.features, task.threads, max(RECALL_AT), None
 
-    ``sample`` (n, d) are the rows that quantisers are trained on.
-    """
-    neighbours: list[dict[str, Any]] = []
-    flags: list[dict[str, Any]] = []
-    name, most, trained = contender.name, max(RECALL_AT), None
+    def neighbours(m: int | None, nprobe: int | None, I: np.ndarray) -> tuple[str, dict[str, Any]]:
+        at = {str(k): round(recall(I, task.I, k), 4) for k in RECALL_AT}
+        return "neighbours", {"bytes": m, "nprobe": nprobe, "recall": at}
 
-    def note(m: int | None, nprobe: int | None, I: np.ndarray) -> None:
-        at = {str(k): round(recall(I, truth.I, k), 4) for k in RECALL_AT}
-        neighbours.append({"contender": name, "bytes": m, "nprobe": nprobe, "recall": at})
+    for m in [None, *task.sizes]:
+        vectors = contender.vectors(m)
+        if vectors is None:
+            continue
 
-    def load(vectors: Vectors, span: tuple[int, int]) -> np.ndarray:
-        return vectors(features.read(*span))
+        def load(span: tuple[int, int], vectors: Vectors = vectors) -> np.ndarray:
+            return vectors(features.read(*span))
 
-    if contender.uncoded is not None:
-        x, read = contender.uncoded(truth.raw), partial(load, contender.uncoded)
-        note(None, None, nearest_vectors(x, read, features.rows, most, threads, truth.queries)[1])
-    for m in sizes:
-        vectors = contender.coded(m)
-        x = vectors(truth.raw)
+        x = vectors(task.raw)
+        if m is None:
+            I = nearest_vectors(x, load, features.rows, most, threads, task.queries)[1]
+            yield neighbours(None, None, I)
+            continue
         if x.shape[1] % m:
             continue  # as faiss would refuse it
         if trained is None or trained[0] is not vectors:  # code sizes share coarse centroids
-            y = vectors(sample)
-            lists = kmeans(y, nlist, iterations=ITERATIONS, seed=seed, threads=threads)
-            trained = vectors, y, lists
+            y, seed = vectors(task.sample), task.seed
+            centroids = kmeans(y, task.nlist, iterations=ITERATIONS, seed=seed, threads=threads)
+            trained = vectors, y, centroids
         quantiser = train_quantiser(
-            trained[1], nlist=nlist, m=m, nbits=8, seed=seed, threads=threads,
+            trained[1], nlist=task.nlist, m=m, nbits=8, seed=task.seed, threads=threads,
             centroids=trained[2],
         )  # fmt: skip
         indexed = IndexedRows(quantiser)
-        spans = plan_blocks(features.rows, BLOCK_ROWS)
-        for block in ordered_map(partial(load, vectors), spans, threads):
+        for block in ordered_map(load, plan_blocks(features.rows, BLOCK_ROWS), threads):
             indexed.add(block)
         with library_threads(threads):
-            for nprobe in nprobes:
-                note(m, nprobe, indexed.nearest(x, truth.queries, most, nprobe))
-            flags += [{"contender": name, "bytes": m, **f}
-                      for f in judge_flags(indexed, x, truth, flag_nprobe)]  # fmt: skip
-        note(m, nlist, indexed.nearest_of_all(x, truth.queries, most, threads))
-    return neighbours, flags
+            for nprobe in task.nprobes:
+                I = indexed.search(x, most + 1, nprobe)[1]
+                yield neighbours(m, nprobe, drop_own(I, task.queries))
+            for line in judge_flags(indexed, x, task):
+                yield "flags", {"bytes": m, **line}
+        I = indexed.nearest_of_all(x, task.queries, most, threads)
+        yield neighbours(m, task.nlist, I)
 
 
-def judge_flags(
-    indexed: IndexedRows, x: np.ndarray, truth: Truth, nprobe: int
-) -> list[dict[str, Any]]:
+def judge_flags(indexed: IndexedRows, x: np.ndarray, task: Task) -> list[dict[str, Any]]:
     """Return how well each rule flags queries that have a duplicate."""
-    D, I = indexed.search(x, FLAG_K, nprobe)
-    D[(I < 0) | (truth.queries[:, None] == I)] = np.inf
+    D, I = indexed.search(x, FLAG_K, task.flag_nprobe)
+    D[(I < 0) | (task.queries[:, None] == I)] = np.inf
     own = indexed.quantiser.own_code(x)[2]
     flags = []
     for rule in RULES:
@@ -362,9 +348,9 @@ def judge_flags(
         flags.append(
             {
                 "rule": rule,
-                "average_precision": round(average_precision(-best, truth.duplicated), 4),
-                "at": flag_points(best, truth.duplicated, PRECISIONS),
-                "curve": flag_points(best, truth.duplicated, CURVE),
+                "average_precision": round(average_precision(-best, task.duplicated), 4),
+                "at": flag_points(best, task.duplicated, PRECISIONS),
+                "curve": flag_points(best, task.duplicated, CURVE),
             }
         )
     return flags
@@ -428,9 +414,9 @@ def judge_text(
     )
     found = []
     for contender in contenders:
-        if contender.uncoded is None:
+        if (vectors := contender.vectors(None)) is None:
             continue
-        x, t = contender.uncoded(pictures), contender.uncoded(words)
+        x, t = vectors(pictures), vectors(words)
         for direction, of, among, item in (
             ("text to image", t, x, same_picture),
             ("image to text", x, t, same_text),

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 NAMES = {"raw": "raw features", "opq": "OPQ on raw", "pca": "PCA", "mse": "MSE", "snip": "SNIP"}
-COLOURS = {"raw": "0.45", "opq": "#c58b00", "pca": "#3b78b5", "mse": "#7a4fa3", "snip": "#c2272d"}
-MARKS = {"raw": "s", "opq": "D", "pca": "o", "mse": "^", "snip": "o"}
+LINES: dict[str, dict[str, Any]] = {  # of contenders
+    "raw": {"marker": "s", "color": "0.45"},
+    "opq": {"marker": "D", "color": "#c58b00"},
+    "pca": {"marker": "o", "color": "#3b78b5"},
+    "mse": {"marker": "^", "color": "#7a4fa3"},
+    "snip": {"marker": "o", "color": "#c2272d", "lw": 2.4},
+}
 SHADES = ("#e8a33d", "#c2272d", "#5b1a4b", "#3b78b5")  # of flags, by code size
 STYLES = {"difference": "-", "ratio": "--", "global": ":"}  # of flags, by rule
 STAGES = {"recall": "#4d8f52", "probes": "#b9d3ea", "code": "#6fa3d0", "encoder": "#1f4e79"}
@@ -62,7 +67,12 @@ def text_table(body: dict[str, Any]) -> list[str]:
 
 def eval_page(body: dict[str, Any]) -> str:
     """Return the whole result as Markdown."""
-    nprobe = body["budget"][0]["nprobe"]
+    settings, nprobe = body["settings"], body["budget"][0]["nprobe"]
+    stages = ("encoder", "code", "probes", "recall")
+    lost = (
+        [f"{NAMES[e['contender']]}, {e['bytes']} B", *(f"{e[name]:.3f}" for name in stages)]
+        for e in body["budget"]
+    )
     lines = [
         "# Evaluation",
         "",
@@ -71,23 +81,18 @@ def eval_page(body: dict[str, Any]) -> str:
         f"of a query, were learnt from. IVF{body['nlist']}, nprobe {nprobe}.",
         "",
     ]
-    if body["settings"]["encoder"]:
+    if settings["encoder"]:
         lines += ["The SNIP encoder was given: it may have learnt from queries.", ""]
     for k in body["neighbours"][0]["recall"]:
         lines += recall_table(body, k, nprobe)
-    stages = ("encoder", "code", "probes", "recall")
-    lost = (
-        [f"{NAMES[e['contender']]}, {e['bytes']} B", *(f"{e[name]:.3f}" for name in stages)]
-        for e in body["budget"]
-    )
-    lines += ["## Where recall@10 is lost", ""]
-    lines += markdown(["lost by", "encoder", "code", "probes", "left"], lost)
     lines += [
+        "## Where recall@10 is lost",
+        "",
+        *markdown(["lost by", "encoder", "code", "probes", "left"], lost),
         "## Duplicate flags",
         "",
         f"A query is flagged if its best neighbour passes; {body['duplicates']:,} queries have a "
-        f"row at or above cosine {body['settings']['threshold']:g}. nprobe "
-        f"{body['settings']['flag_nprobe']}.",
+        f"row at or above cosine {settings['threshold']:g}. nprobe {settings['flag_nprobe']}.",
         "",
         *flag_table(body),
     ]
@@ -95,7 +100,8 @@ def eval_page(body: dict[str, Any]) -> str:
         among = body["text"][0]["among"]
         lines += ["## Text and images", "", f"Own partner among {among:,}; 95 % intervals.", ""]
         lines += text_table(body)
-    return "\n".join([*lines, f"Seconds: {seconds_text(body)}.", ""])
+    seconds = ", ".join(f"{name} {s:.1f}" for name, s in body["seconds"].items())
+    return "\n".join([*lines, f"Seconds: {seconds}.", ""])
 
 
 def eval_summary(body: dict[str, Any]) -> str:
@@ -109,12 +115,8 @@ def eval_summary(body: dict[str, Any]) -> str:
         *flag_table(body),
         *(text_table(body) if "text" in body else []),
     ]
-    return "\n".join([*lines, f"seconds: {seconds_text(body)}"])
-
-
-def seconds_text(body: dict[str, Any]) -> str:
-    """Return the time of each stage."""
-    return ", ".join(f"{name} {s:.1f}" for name, s in body["seconds"].items())
+    seconds = ", ".join(f"{name} {s:.1f}" for name, s in body["seconds"].items())
+    return "\n".join([*lines, f"seconds: {seconds}"])
 
 
 # ---- the picture
@@ -146,34 +148,25 @@ def draw_recall(left: Any, right: Any, body: dict[str, Any]) -> None:
     nprobe, measured = body["budget"][0]["nprobe"], body["neighbours"]
     sizes = sorted({e["bytes"] for e in measured if e["bytes"]})
     visited = sorted({e["nprobe"] for e in measured if e["nprobe"]})
-    for name, label in NAMES.items():
+    for name, style in LINES.items():
         mine = [e for e in measured if e["contender"] == name]
-        style = {
-            "marker": MARKS[name],
-            "color": COLOURS[name],
-            "lw": 2.4 if name == "snip" else 1.4,
-        }
         coded = [(e["bytes"], e["recall"]["10"]) for e in mine if e["nprobe"] == nprobe]
-        if coded:
-            left.plot(*zip(*coded, strict=True), label=label, **style)
         probed = [(e["nprobe"], e["recall"]["10"]) for e in mine if e["bytes"] == sizes[-1]]
-        if probed:
-            right.plot(*zip(*probed, strict=True), **style)
-        for entry in mine:
-            if entry["bytes"] is None and name != "raw":
-                height = entry["recall"]["10"]
-                left.axhline(height, color=COLOURS[name], ls=":", lw=1)
-                left.text(sizes[0], height, f"{label} uncoded", color=COLOURS[name],
-                          fontsize=7, va="bottom")  # fmt: skip
+        for axis, points in ((left, coded), (right, probed)):
+            if points:
+                axis.plot(*zip(*points, strict=True), label=NAMES[name], **style)
+        for height in (e["recall"]["10"] for e in mine if e["bytes"] is None and name != "raw"):
+            left.axhline(height, color=style["color"], ls=":", lw=1)
+            left.text(sizes[0], height, f"{NAMES[name]} uncoded", color=style["color"],
+                      fontsize=7, va="bottom")  # fmt: skip
     every = [f"{n:,}" if n < body["nlist"] else f"all {n:,}" for n in visited]
-    for axis, counted, title, ticks, texts in (
-        (left, "bytes a row", f"code size (nprobe {nprobe})", sizes, sizes),
-        (right, "lists visited", f"lists visited ({sizes[-1]} bytes)", visited, every),
-    ):
+    left.set(xlabel="bytes a row", title=f"Neighbours by code size (nprobe {nprobe})")
+    right.set(xlabel="lists visited", title=f"Neighbours by lists visited ({sizes[-1]} bytes)")
+    for axis, ticks, texts in ((left, sizes, map(str, sizes)), (right, visited, every)):
         axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [str(text) for text in texts])
+        axis.set_xticks(ticks, list(texts))
         axis.minorticks_off()
-        axis.set(xlabel=counted, ylabel="recall@10", title=f"Neighbours by {title}")
+        axis.set_ylabel("recall@10")
     left.legend(frameon=False, fontsize=8)
 
 

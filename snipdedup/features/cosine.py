@@ -73,7 +73,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 def unit_rows64(rows: np.ndarray) -> np.ndarray:
     """Return rows scaled to norm 1 in float64; bad rows become zeros."""
-    values = rescaled64(rows)
+    values = rescaled(rows.astype(np.float64))
     with np.errstate(over="ignore"):  # beside infinity
         norms = np.sqrt(row_sums(values * values))
     norms[~np.isfinite(norms) | (norms == 0)] = np.inf
@@ -124,11 +124,6 @@ def same_bits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     words = np.dtype(f"u{x.dtype.itemsize}")
     a, b = np.ascontiguousarray(x).view(words), np.ascontiguousarray(y).view(words)
     return np.asarray((a == b).all(axis=1))
-
-
-def rescaled64(rows: np.ndarray) -> np.ndarray:
-    """Return a float64 copy of rows, scaled by powers of two only where squares could overflow."""
-    return rescaled(rows.astype(np.float64))
 
 
 def rescaled(rows: np.ndarray) -> np.ndarray:

@@ -17,14 +17,9 @@ VERIFY_PAIRS = 4096  # pairs whose cosines are computed at a time
 
 
 def nearest(
-    queries: np.ndarray,
-    features: Features,
-    k: int,
-    threads: int,
-    *,
-    own: np.ndarray | None = None,
-    skip: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+    queries: np.ndarray, features: Features, k: int, threads: int, *,
+    own: np.ndarray | None = None, skip: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Return the ``k`` rows with the highest cosines, ties by row number.
 
     float32 products propose k + `SPARE` rows; `pair_cosine` decides among them. Of rows that are
@@ -60,13 +55,9 @@ def nearest(
 
 
 def nearest_vectors(
-    queries: np.ndarray,
-    load: Callable[[tuple[int, int]], np.ndarray],
-    rows: int,
-    k: int,
-    threads: int,
-    own: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+    queries: np.ndarray, load: Callable[[tuple[int, int]], np.ndarray], rows: int, k: int,
+    threads: int, own: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Return the ``k`` nearest vectors of ``rows`` by Euclidean distance, by float32 products.
 
     ``load((start, stop))`` returns these vectors, (stop - start, dim) float32; vectors of NaN are

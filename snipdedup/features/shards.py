@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from snipdedup.config import MOST_FILES
+from snipdedup.commands import MOST_FILES
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, identity_of, open_shard
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum

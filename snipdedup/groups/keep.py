@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from snipdedup.config import keep_rules
+from snipdedup.commands import keep_rules
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.groups.members import Rank
 from snipdedup.metadata.tables import ColumnUse, Metadata, Table
@@ -66,12 +66,10 @@ class ColumnRank:
         self, metadata: Metadata, rules: list[tuple[str, str]], last: str, seed: int
     ) -> None:
         self.metadata, self.last, self.seed = metadata, last, seed
-        columns = [str(metadata.column(name)) for _, name in rules]
-        self.rules = [
-            (column, are_dates(metadata, column), way == "max")
-            for column, (way, _) in zip(columns, rules, strict=True)
-        ]
-        self.names = list(dict.fromkeys(columns))
+        self.rules = [(str(metadata.column(name)), way == "max") for way, name in rules]
+        self.names = list(dict.fromkeys(column for column, _ in self.rules))
+        for column in self.names:
+            refuse_unordered(metadata, column)
         self.width = 2 * len(rules)  # numbers a row
         self.known: tuple[np.ndarray, ...] | None = None
 
@@ -108,13 +106,12 @@ class ColumnRank:
         ``rows`` are the global rows of the batch, or the first of them.
         """
         ranks = []
-        for column, dates, descending in self.rules:
+        for column, descending in self.rules:
             values = batch.column(self.names.index(column))
             if file.is_text:
                 values = self._parse(column, values, rows)
             try:
-                kind = pa.timestamp("us") if dates else held_by(values.type)
-                values = values.cast(kind, safe=False)
+                values = values.cast(compared_type(values.type), safe=False)
             except (pa.ArrowException, NotImplementedError) as error:
                 raise SnipError(
                     f"{file.path}: column {column!r} is {values.type}, expected numbers, dates or "
@@ -144,28 +141,27 @@ class ColumnRank:
             raise
 
 
-def are_dates(metadata: Metadata, column: str) -> bool:
-    """Tell whether a column holds dates in all files; refuse it if it holds no numbers either."""
+def refuse_unordered(metadata: Metadata, column: str) -> None:
+    """Refuse a column that holds neither numbers in all files, nor dates in all of them."""
     kinds = [pa.float64() if f.is_text else f.schema.field(column).type for f in metadata.files]
     kinds = [kind for kind in kinds if not pa.types.is_null(kind)]
-    if all(map(pa.types.is_temporal, kinds)):
-        return True
-    names = ("is_boolean", "is_integer", "is_floating", "is_decimal")
-    if all(any(getattr(pa.types, name)(kind) for name in names) for kind in kinds):
-        return False
-    found = " and ".join(map(str, dict.fromkeys(kinds)))
-    raise SnipError(
-        f"{metadata.describe()}: column {column!r} is {found}, expected numbers, or dates, to "
-        "keep rows by"
-    )
+    compared = {compared_type(kind) for kind in kinds}
+    if None in compared or (pa.timestamp("us") in compared and len(compared) > 1):
+        found = " and ".join(map(str, dict.fromkeys(kinds)))
+        raise SnipError(
+            f"{metadata.describe()}: column {column!r} is {found}, expected numbers, or dates, to "
+            "keep rows by"
+        )
 
 
-def held_by(kind: Any) -> Any:
-    """Return which of int64, uint64 and float64 holds numbers of another arrow type."""
-    if kind == pa.uint64():
-        return kind
-    whole = pa.types.is_null(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind)
-    return pa.int64() if whole else pa.float64()
+def compared_type(kind: Any) -> Any:
+    """Return the arrow type as which values are compared; None where they have no such order."""
+    types = pa.types
+    if types.is_temporal(kind):
+        return pa.timestamp("us")
+    if types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind):
+        return kind if kind == pa.uint64() else pa.int64()
+    return pa.float64() if types.is_floating(kind) or types.is_decimal(kind) else None
 
 
 def order_keys(values: Any, descending: bool) -> list[np.ndarray]:

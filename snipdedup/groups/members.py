@@ -95,29 +95,30 @@ class Block(NamedTuple):
         nearest = None if self.nearest is None else self.nearest.at(threshold)
         return self._replace(forest=self.forest.at(threshold), nearest=nearest)
 
+    def lists(self) -> dict[int, Edges]:
+        """Return what it holds as edges, by what they are; those of `NEAREST` go to references."""
+        ones = np.broadcast_to(np.float32(1), len(self.copies))
+        lists = {EDGE: self.forest, COPY: Edges(self.originals, self.copies, ones)}
+        if self.nearest is not None:
+            lists[NEAREST] = Edges(*self.nearest)
+        if self.pairs is not None:
+            lists[PAIR] = self.pairs
+        return lists
+
     def whole_forest(self) -> Edges:
         """Return the forest with exact copies, ordered by (a, b)."""
-        ones = np.ones(len(self.copies), np.float32)
-        edges = join_edges([self.forest, Edges(self.originals, self.copies, ones)])
+        edges = join_edges([self.lists()[what] for what in (EDGE, COPY)])
         return edges.where(order_by(edges.a, edges.b))
 
     def parts(self, threshold: float) -> Iterator[tuple[int, Edges]]:
         """Yield what it holds as edges, some at a time, each part with what these are."""
-        nearest = [] if self.nearest is None else [(NEAREST, Edges(*self.nearest))]
-        for what, edges in [(EDGE, self.forest), *nearest]:
+        for what, edges in self.lists().items():
             for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
                 yield what, edges.where(slice(start, stop)).at(threshold)
-        for start, stop in plan_blocks(len(self.copies), BLOCK_EDGES):
-            ends = self.originals[start:stop], self.copies[start:stop]
-            yield COPY, Edges(*ends, np.ones(stop - start, np.float32))
-        if self.pairs is not None:
-            for start, stop in plan_blocks(len(self.pairs.a), BLOCK_EDGES):
-                yield PAIR, self.pairs.where(slice(start, stop))
 
     def size(self) -> int:
         """Return how many edges, copies and other entries it holds."""
-        others = sum(len(other[0]) for other in (self.nearest, self.pairs) if other is not None)
-        return len(self.forest.a) + len(self.copies) + others
+        return sum(len(edges.a) for edges in self.lists().values())
 
 
 def blocks_of_groups(
@@ -133,19 +134,17 @@ def blocks_of_groups(
         return
     row, other = row_kind(rows), "<i8" if known.nearest is not None else row_kind(rows)
     fields = {"label": row, "what": "u1", "a": row, "b": other, "similarity": "<f4"}
-    kind = np.dtype(list(fields.items()))
-    spread = Spread(known.size(), 0, rows)
-    waiting = Sorter(folder / "groups", kind, lambda r: r["label"].astype(np.uint64), spread=spread)
-    sets = UnionFind(rows)
-    for what, part in known.parts(threshold):
-        if what in (EDGE, COPY):
-            sets.unite(part.a, part.b)
-    labels = sets.labels()  # the smallest row of each row's group
-    for what, part in known.parts(threshold):
-        whats = np.full(len(part.a), what, np.uint8)
-        waiting.add(pack(kind, labels[part.a], whats, *part))
-    del labels, sets
-    for records in waiting.ascending():
+
+    def labelled() -> Iterator[tuple[np.ndarray, ...]]:
+        sets = UnionFind(rows)
+        for what, part in known.parts(threshold):
+            if what in (EDGE, COPY):
+                sets.unite(part.a, part.b)
+        labels = sets.labels()  # the smallest row of each row's group
+        for what, part in known.parts(threshold):
+            yield labels[part.a], np.full(len(part.a), what, np.uint8), *part
+
+    for records in in_row_order(labelled(), fields, known.size(), rows, folder / "groups"):
         yield block_of(records, known)
 
 
@@ -166,14 +165,6 @@ def block_of(records: np.ndarray, known: Block) -> Block:
         None if known.nearest is None else Nearest(*some(NEAREST, "a")),
         None if known.pairs is None else some(PAIR, "a"),
     )
-
-
-def collect(parts: Iterator[Members], folder: Path | None) -> Members:
-    """Return the members of blocks as one list; a long one is mapped from ``folder``."""
-    columns = Columns(folder and folder / "members", KINDS)
-    for members in parts:
-        columns.add(*members)
-    return Members(*columns.arrays())
 
 
 def cut_groups(group: np.ndarray) -> np.ndarray:
@@ -198,22 +189,36 @@ def slices(members: Members) -> Iterator[Members]:
         yield Members(*(np.asarray(column[start:stop]) for column in members))
 
 
+def in_row_order(
+    parts: Iterable[tuple[np.ndarray, ...]], kinds: dict[str, str], count: int, rows: int,
+    path: Path | None,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Yield the columns of all parts as records, by the first column: rows below ``rows``.
+
+    ``kinds`` are the columns' names and dtypes, ``count`` about how many entries there are. No row
+    is in two of the arrays; inside each, records are as they came. ``path`` begins the names of
+    files for what memory cannot hold; without it all is in memory.
+    """
+    kind, first = np.dtype(list(kinds.items())), next(iter(kinds))
+    spread = Spread(count, 0, rows)
+    sorter = Sorter(path, kind, lambda r: r[first].astype(np.uint64), spread=spread)
+    for part in parts:
+        sorter.add(pack(kind, *part))
+    yield from sorter.ascending()
+
+
 def sorted_by_row(
     parts: Iterable[tuple[np.ndarray, ...]], kinds: dict[str, str], count: int, rows: int,
     path: Path | None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """Return the columns of all parts ordered by the first, ``row``; long ones are mapped.
+    """Return the columns of all parts ordered by the first, each row once; long ones are mapped.
 
-    ``kinds`` are the columns' dtypes; about ``count`` entries of different rows below ``rows``.
+    The parameters are those of `in_row_order`.
     """
-    kind = np.dtype(list({**kinds, "row": row_kind(rows)}.items()))
-    spread = Spread(count, 0, rows)
-    sorter = Sorter(path, kind, lambda r: r["row"].astype(np.uint64), spread=spread)
-    for part in parts:
-        sorter.add(pack(kind, *part))
     columns = Columns(path and path.with_name(f"{path.name}-rows"), kinds)
-    for records in sorter.ascending():
-        order = np.argsort(records["row"])
+    in_files = {**kinds, next(iter(kinds)): row_kind(rows)}
+    for records in in_row_order(parts, in_files, count, rows, path):
+        order = np.argsort(records[next(iter(kinds))])
         columns.add(*(records[name][order] for name in kinds))
     return columns.arrays()
 

@@ -10,14 +10,15 @@ come before all others, so a group that has one is named by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
-from snipdedup.groups.members import Nearest, group_starts, sorted_by_row
-from snipdedup.groups.star import Also
+from snipdedup.groups.members import Nearest, group_starts, in_row_order, sorted_by_row
 from snipdedup.join.brute_force import load_panel, tile_pairs
 from snipdedup.join.forest import (
     BLOCK_EDGES,
@@ -25,17 +26,44 @@ from snipdedup.join.forest import (
     UnionFind,
     components,
     join_edges,
-    make_edges,
     order_by,
 )
 from snipdedup.join.verify import every_edge
 from snipdedup.parallel import ordered_map
-from snipdedup.storage.external_sort import Columns, Sorter, Spread, pack, row_kind
+from snipdedup.storage.external_sort import Columns, row_kind
 
 LISTED_GROUP = 64  # groups up to this size are listed pair by pair
 LISTED_PAIRS = 1 << 15  # pairs listed at a time
 TILE = 1024  # rows of a large group compared at once
 READ = 1 << 20  # rows whose groups are looked at at a time
+GATHER_PAIRS = 1 << 12  # pairs whose rows are gathered together
+
+Gather = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to their vectors, (n, d)
+
+
+class Also(NamedTuple):
+    """What a pair must besides: a cosine of other vectors of the same rows (their captions')."""
+
+    gather: Gather  # (n,) int64 rows to their other vectors, (n, dim)
+    threshold: float
+    dim: int
+
+    def holds(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return for which of the rows a, b it holds, (n,) bool."""
+        return pair_cosines(self.gather, a, b) >= np.float32(self.threshold)
+
+
+def pair_cosines(gather: Gather, a: np.ndarray, b: np.ndarray, threads: int = 1) -> np.ndarray:
+    """Return the cosine of each row a with row b, (n,) float32; both are (n,) int64."""
+
+    def compare(span: tuple[int, int]) -> np.ndarray:
+        both = np.concatenate([a[slice(*span)], b[slice(*span)]])
+        rows, place = np.unique(both, return_inverse=True)
+        raw = gather(rows)
+        return indexed_cosines(raw, raw, *np.split(place, 2))
+
+    parts = ordered_map(compare, plan_blocks(len(a), GATHER_PAIRS), threads)
+    return np.concatenate([np.empty(0, np.float32), *parts])
 
 
 def all_pairs(
@@ -132,41 +160,40 @@ def own_pairs(
     out pairs and copies among the rows themselves. ``folder`` is for what does not fit into memory.
     """
     copy, original, twins = own_copies(*copies, reference_rows)
-    roots, rows = UnionFind(features.rows), features.rows - reference_rows
-    for edges in (forest, twins):
-        for start, stop in plan_blocks(len(edges.a), BLOCK_EDGES):
-            roots.unite(edges.a[start:stop], edges.b[start:stop])
+    linked = [(forest.a, forest.b), twins]
+    if references_only:  # then copies are compared with the references as other rows are
+        linked.append((original, copy))
+    roots = UnionFind(features.rows)
+    for a, b in linked:
+        for start, stop in plan_blocks(len(a), BLOCK_EDGES):
+            roots.unite(a[start:stop], b[start:stop])
     nearest = nearest_within(features, roots.labels(), reference_rows, threshold, threads, folder)
-    copy, original = copy - reference_rows, original - reference_rows
     if references_only:
-        none = np.empty(0, np.int64)
-        every = with_copies(nearest, copy, original, rows, folder and folder / "every")
-        return join_edges([]), none, none, every
+        return join_edges([]), copy[:0], copy[:0], nearest
     kinds = {"a": "<i8", "b": "<i8", "similarity": "<f4"}
     columns = Columns(folder and folder / "forest", kinds)
     begin = int(np.searchsorted(forest.a, reference_rows))  # ascending
     for start, stop in plan_blocks(len(forest.a) - begin, BLOCK_EDGES):
         part = forest.where(slice(begin + start, begin + stop))
         columns.add(part.a - reference_rows, part.b - reference_rows, part.similarity)
-    return Edges(*columns.arrays()), copy, original, nearest
+    return Edges(*columns.arrays()), copy - reference_rows, original - reference_rows, nearest
 
 
 def own_copies(
     copies: np.ndarray, originals: np.ndarray, reference_rows: int
-) -> tuple[np.ndarray, np.ndarray, Edges]:
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Return copies among the rows after the reference rows, their originals, and twins.
 
-    A twin is the first of these rows that equals a reference row: an edge of cosine 1.
+    Twins are reference rows and the first row after them that equals each.
     """
     own = copies >= reference_rows
-    copies, originals = copies[own], originals[own]
+    copies, originals = copies[own], originals[own].copy()
     outside = originals < reference_rows
-    reference, place = np.unique(originals[outside], return_index=True)
+    reference, place, back = np.unique(originals[outside], return_index=True, return_inverse=True)
     first = copies[outside][place]  # copies are ascending: the first of them is the smallest
-    originals = originals.copy()
-    originals[outside] = first[np.searchsorted(reference, originals[outside])]
+    originals[outside] = first[back]
     rest = copies != originals
-    return copies[rest], originals[rest], make_edges(reference, first, np.ones(len(first)))
+    return copies[rest], originals[rest], (reference, first)
 
 
 def nearest_within(
@@ -200,7 +227,9 @@ def nearest_within(
         for row, label in mixed_groups(labels, reference_rows, folder):
             yield from ordered_map(find, plan_mixed(row, label, reference_rows), threads)
 
-    return nearest_by_row(parts(), features.rows - reference_rows, folder and folder / "nearest")
+    kinds, rows = {"row": "<i8", "reference": "<i8", "similarity": "<f4"}, features.rows
+    count, path = rows - reference_rows, folder and folder / "nearest"
+    return Nearest(*sorted_by_row(parts(), kinds, count, count, path))
 
 
 def nearest_of(edges: Edges) -> Edges:
@@ -239,44 +268,19 @@ def mixed_groups(
         label = label[label < reference_rows]
         has_others[label] = True
         count += len(label)
-    rows = row_kind(len(labels))
-    kind = np.dtype([("label", rows), ("row", rows)])
-    spread = Spread(2 * count, 0, reference_rows)
-    sorter = Sorter(
-        folder and folder / "mixed", kind, lambda r: r["label"].astype(np.uint64), spread=spread
+
+    def members() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start, stop in plan_blocks(len(labels), READ):
+            label = np.asarray(labels[start:stop])
+            at = np.flatnonzero(label < reference_rows)
+            at = at[has_others[label[at]]]
+            yield label[at], start + at
+
+    kinds, path = (
+        dict.fromkeys(("label", "row"), row_kind(len(labels))),
+        folder and folder / "mixed",
     )
-    for start, stop in plan_blocks(len(labels), READ):
-        label = np.asarray(labels[start:stop])
-        at = np.flatnonzero(label < reference_rows)
-        at = at[has_others[label[at]]]
-        sorter.add(pack(kind, label[at], start + at))
-    for records in sorter.ascending():
-        label, row = (records[name].astype(np.int64) for name in ("label", "row"))
+    for records in in_row_order(members(), kinds, 2 * count, reference_rows, path):
+        label, row = (records[name].astype(np.int64) for name in kinds)
         order = order_by(label, row)
         yield row[order], label[order]
-
-
-def nearest_by_row(parts: Iterable[Nearest], rows: int, path: Path | None) -> Nearest:
-    """Return the entries of all parts ordered by row, each of another row; many are mapped."""
-    kinds = {"row": "<i8", "reference": "<i8", "similarity": "<f4"}
-    return Nearest(*sorted_by_row(parts, kinds, rows, rows, path))
-
-
-def with_copies(
-    nearest: Nearest, copies: np.ndarray, originals: np.ndarray, rows: int, path: Path | None
-) -> Nearest:
-    """Return it with the copies of its rows beside these: each has what its original has."""
-
-    def parts() -> Iterator[Nearest]:
-        for start, stop in plan_blocks(len(nearest.row), BLOCK_EDGES):
-            yield Nearest(*(np.asarray(column[start:stop]) for column in nearest))
-        for start, stop in plan_blocks(len(copies) if len(nearest.row) else 0, BLOCK_EDGES):
-            original = originals[start:stop]
-            place = np.minimum(np.searchsorted(nearest.row, original), len(nearest.row) - 1)
-            at = np.flatnonzero(nearest.row[place] == original)
-            place = place[at]
-            yield Nearest(
-                copies[start:stop][at], nearest.reference[place], nearest.similarity[place]
-            )
-
-    return nearest_by_row(parts(), rows, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,44 +24,46 @@ from snipdedup.index.folder import (
     ENCODER,
     QUANTISER,
     Index,
+    PlainRows,
     ShardCodes,
-    Space,
     export_faiss,
     held_encoder,
     is_descriptors,
+    load_encoder,
     load_shard,
     pack_rows,
     packed_width,
     same_encoder,
     shard_name,
 )
-from snipdedup.index.kmeans import draw_sample
+from snipdedup.index.kmeans import Vectors, draw_sample
 from snipdedup.index.quantizer import Quantiser, read_quantiser
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, in_aligned_blocks, ordered_map
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
-from snipdedup.storage.remote import absolute_location, is_remote
+from snipdedup.storage.remote import absolute_location
+
+if TYPE_CHECKING:
+    from snipdedup.encoder.network import Encoder
 
 READ_ROWS = 8 * ALIGNED_ROWS  # rows read and encoded by one thread at a time
-PATHS = ("features", "out", "encoder", "base", "export_faiss")
+ROWS = ("features", "features_changed")  # entries of a request that grow with --append
 
 
-def run(options: config.Index) -> Index:
+def run(options: config.BuildIndex) -> Index:
     """Build, continue or grow an index, and export it where that is asked for; see `build`."""
     features = open_features(
         options.features, parts=options.parts, array=options.array, column=options.column
     )
-    given = options.as_dict()
-    local = [n for n in PATHS if isinstance(given[n], str | Path) and not is_remote(given[n])]
-    options = config.Index(**given | {n: str(Path(given[n]).expanduser()) for n in local})
     source = options.features if isinstance(options.features, str | Path) else None
-    inputs = [*features.inputs(), *(Path(n) for n in (options.base, options.encoder) if n)]
-    out_folder.refuse_output_inside(Path(options.out), inputs)
+    given = [Path(name).expanduser() for name in (options.base, options.encoder) if name]
+    inputs, out = [*features.inputs(), *given], Path(options.out).expanduser()
+    out_folder.refuse_output_inside(out, inputs)
     if options.export_faiss is None:
-        return build(features, Path(options.out), options, as_stored=is_descriptors(source))
-    export = Path(options.export_faiss)
+        return build(features, out, options, as_stored=is_descriptors(source))
+    export = Path(options.export_faiss).expanduser()
     out_folder.refuse_output_file(export, inputs)
-    index = build(features, Path(options.out), options, as_stored=is_descriptors(source))
+    index = build(features, out, options, as_stored=is_descriptors(source))
     out_folder.refuse_output_file(export)  # now that it is known what is in OUT
     index.exported = f"wrote {export} for plain faiss, {export_faiss(index, export):,} bytes"
     return index
@@ -69,176 +71,157 @@ def run(options: config.Index) -> Index:
 
 @locks.released()
 def build(
-    features: Features, out: Path, options: config.Index, *, as_stored: bool = False
+    features: Features, out: Path, options: config.BuildIndex, *, as_stored: bool = False
 ) -> Index:
     """Train quantisers, or take those of ``--base``, and write the codes of each shard to ``out``.
 
     What a stopped run left there is used. ``as_stored``: rows are not scaled to norm 1 (an encoder
     decides by itself).
     """
-    wanted = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
-    nbits, threads = options.nbits or config.INDEX_NBITS, cores(options.threads)
-    base = find_base(options.base)
-    encoder = find_encoder(options.encoder, base)
+    sizes = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
+    nbits, threads = options.nbits or quantizer.NBITS, cores(options.threads)
+    base = None if options.base is None else find_base(options.base)
+    known = None if base is None else read_quantiser(base)
+    folder = find_encoder(options.encoder, base)
+    encoder = open_encoder(folder, features, known, as_stored, options.m, nbits)
     request = {
         **request_of(features),
         "as_stored": as_stored,
-        "encoder": atomic.sha256(encoder / MANIFEST) if encoder else None,
+        "encoder": atomic.sha256(folder / MANIFEST) if folder else None,
         "base": atomic.sha256(base) if base else None,
-        **wanted,
+        **sizes,
         **{name: getattr(options, name) for name in ("train_rows", "seed")},
     }
-    known = None if base is None else read_quantiser(base)
-    space = code_space(Space.of(encoder, features.dim, as_stored), known, options.m, nbits)
+    m = options.m or quantizer.default_m(encoder.dim)
+    check_index_sizes(known, encoder.dim, m, sizes)
     quantizer.check_nlist(options.nlist, features.rows)
-    if known is not None:
-        check_base(known, space.dim, wanted)
-    m = options.m or quantizer.default_m(space.dim, config.INDEX_M)
-    quantizer.check_m(m if known is None else known.m, space.dim)
-    state, request = claim_index(out, request, features, options.append, options.overwrite)
+    state, request, held = claim_index(out, request, features, options.append, options.overwrite)
     if state == "done":
         return Index(out, "already indexed")
-    held = len(read_manifest(out, "index")["shards"]) if state == "append" else 0
     work = out / locks.WORK / out_folder.FILES
     done_file = work.parent / f"{QUANTISER}.json"
     try:
         if held:  # new rows are encoded as those before them were
-            space = Space.of(held_encoder(out), features.dim, bool(request["as_stored"]))
+            encoder = Index(out).encoder
         elif not atomic.is_done(done_file, work):
-            sizes = options.nlist, m, nbits, options.train_rows
-            new = known or train_on_sample(features, space, *sizes, options.seed, threads)
+            new = known or train_on_sample(
+                features, encoder.encode, nlist=options.nlist, m=m, nbits=nbits,
+                train_rows=options.train_rows, seed=options.seed, threads=threads,
+            )  # fmt: skip
             quantizer.write_quantiser(work / QUANTISER, new)
             atomic.write_done_file(done_file, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
-        space, keep_bad = space.of_width(quantiser.dim), options.bad_rows == "keep"
-        write_codes(features, held, space, quantiser, work, threads, keep_bad=keep_bad)
+        write_codes(
+            features, held, encoder.encode, quantiser, work, threads,
+            keep_bad=options.bad_rows == "keep",
+        )  # fmt: skip
         features.refuse_changed()
     except InputError:
         out_folder.release(out)  # an earlier index there stays as it was
         raise
-    source, is_path = options.features, isinstance(options.features, str | Path)
+    source = options.features
     entries = {
         "command": "index",
-        "settings": {**options.as_dict(), "features": str(source)},
-        "features_at": absolute_location(source) if is_path else None,
+        "settings": {**options.as_dict(), "features": str(source), "out": str(out)},
+        "features_at": absolute_location(source) if isinstance(source, str | Path) else None,
         "request": request,
     }
-    finish_index(out, entries, quantiser, encoder, held)
+    finish_index(out, entries, quantiser, folder, held)
     return Index(out, "added to" if held else "indexed")
 
 
-def find_base(base: str | None) -> Path | None:
+def find_base(base: str) -> Path:
     """Return the quantiser file that ``--base`` means: a folder of ours, or a faiss file."""
-    if base is None:
-        return None
     path = Path(base).expanduser()
-    if path.is_dir():
-        read_manifest(path, "index")
-        path = path / QUANTISER
-    if not path.is_file():
-        raise SnipError(f"--base: no such file or index folder: {base}")
-    return path
+    if not path.is_dir():
+        return path
+    read_manifest(path, "index")
+    return path / QUANTISER
 
 
 def find_encoder(given: str | None, base: Path | None) -> Path | None:
     """Return the encoder's folder; quantisers of ours that were trained on one keep it."""
-    own = None
-    if base is not None and base.name == QUANTISER and (base.parent / ENCODER).is_dir():
-        own = base.parent / ENCODER
-    if given is None:
-        return own
-    encoder = Path(given).expanduser()
-    if own is None:
-        read_manifest(encoder, "encoder")
-    elif not same_encoder(given, own):
+    own = None if base is None or base.name != QUANTISER else held_encoder(base.parent)
+    if given is not None and own is not None and not same_encoder(given, own):
         raise SnipError(
             f"--encoder {given} is not the one that the quantisers of --base were trained with "
             f"({own}); leave --encoder away"
         )
-    return own or encoder
+    return own or (None if given is None else Path(given).expanduser())
 
 
-def code_space(space: Space, base: Quantiser | None, m: int | None, nbits: int) -> Space:
-    """Return the space that codes are made in: a short code keeps more of an encoder's head."""
-    if space.encoder is None:
-        return space
-    if base is not None:
-        return space.of_width(base.dim)
-    m = m or quantizer.default_m(space.dim, config.INDEX_M)
-    return space.of_width(space.encoder.for_codes(m, nbits).dim)
+def open_encoder(
+    folder: Path | None, features: Features, base: Quantiser | None, as_stored: bool,
+    m: int | None, nbits: int,
+) -> Encoder | PlainRows:  # fmt: skip
+    """Return what makes the vectors of rows: a short code keeps more of a head of an encoder."""
+    if folder is None:
+        return PlainRows(features.dim, as_stored)
+    encoder = load_encoder(folder, None if base is None else base.dim)
+    encoder.check_width(features, str(folder))
+    m = m or quantizer.default_m(encoder.dim)
+    return encoder if base is not None else encoder.for_codes(m, nbits)
 
 
-def check_base(base: Quantiser, dim: int, wanted: dict[str, int | None]) -> None:
-    """Refuse a base of another width, or flags that contradict it."""
-    if base.dim != dim:
+def check_index_sizes(
+    base: Quantiser | None, dim: int, m: int, sizes: dict[str, int | None]
+) -> None:
+    """Refuse sub-quantisers that do not divide the width, and what contradicts the base."""
+    if base is None and dim % m:
+        possible = ", ".join(str(n) for n in range(1, min(dim, 256) + 1) if dim % n == 0)
+        raise SnipError(f"--m {m} must divide the width {dim} of the vectors: one of {possible}")
+    if base is not None and base.dim != dim:
         raise SnipError(
             f"--base quantises vectors {base.dim} wide, these are {dim} wide; give the encoder "
             "(or its absence) that it was trained with"
         )
-    for name, value in wanted.items():
-        if value and value != getattr(base, name):
+    for name, value in sizes.items():
+        if base is not None and value and value != getattr(base, name):
             raise SnipError(f"--base has {name} {getattr(base, name)}; leave --{name} {value} away")
 
 
 def claim_index(
     out: Path, request: dict[str, Any], features: Features, append: bool, overwrite: bool
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, Any], int]:
     """Take ``out`` as `out_folder.claim` does; with ``append``, go on where it has fewer shards.
 
-    Returns the state, which may be ``append``, and the request of the index that is to be.
+    Returns the state, the request of the index that is to be, and how many shards stay. Settings
+    left at their default are those of the index there.
     """
+    held = 0
     if is_finished(out):
         manifest = read_manifest(out, "index")
         accept_dates(request, features, manifest)
-        earlier = manifest["request"]
-        held, now = len(earlier["features"]), len(request["features"])
-        longer = now > held and all(
-            request[name][:held] == earlier.get(name) for name in ("features", "features_changed")
-        )
+        earlier, now = manifest["request"], len(request["features"])
+        count = len(earlier["features"])
+        longer = now > count and all(request[n][:count] == earlier.get(n) for n in ROWS)
         if longer and not append and not overwrite:
             raise SnipError(
-                f"--out {out} holds an index of the first {held} of {now} shards; add the "
+                f"--out {out} holds an index of the first {count} of {now} shards; add the "
                 "others with --append, or replace it with --overwrite"
             )
         if append and not overwrite:
-            request = merged_request(out, earlier, request)
-            if longer:
-                locks.lock_run(out)
-                note = out / locks.WORK / locks.REQUEST
-                if not note.is_file() or atomic.load_json(note) != request:
-                    locks.empty_work(out)  # else the same stopped run added what is there
-                    atomic.save_json(note, request)
-                return "append", request
-    return out_folder.claim(out, "index", request, overwrite=overwrite), request
-
-
-def merged_request(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the finished request with more shards; settings left at their default are kept."""
-    kept = {**earlier, **{name: now[name] for name in ("features", "features_changed")}}
-    given = {name: value for name, value in now.items() if value not in (None, 0, False)}
-    differing = out_folder.differences({n: kept.get(n) for n in given}, given)
-    if differing:
-        raise SnipError(
-            f"--out {out} was built with other {'; '.join(differing)}; --append goes on with its "
-            "own quantisers and encoder: leave these flags away"
-        )
-    return kept
+            given = {name: value for name, value in request.items() if value not in (None, 0)}
+            request = {**earlier, **{name: request[name] for name in ROWS}}
+            differing = out_folder.differences({n: request.get(n) for n in given}, given)
+            if differing:
+                raise SnipError(
+                    f"--out {out} was built with other {'; '.join(differing)}; --append goes on "
+                    "with its own quantisers and encoder: leave these flags away"
+                )
+            held = count if longer else 0
+    state = out_folder.claim(out, "index", request, overwrite=overwrite or held > 0)
+    return state, request, held
 
 
 def train_on_sample(
-    features: Features,
-    space: Space,
-    nlist: int,
-    m: int,
-    nbits: int,
-    train_rows: int,
-    seed: int,
-    threads: int,
-) -> Quantiser:
+    features: Features, vectors: Vectors, *, nlist: int, m: int, nbits: int, train_rows: int,
+    seed: int, threads: int,
+) -> Quantiser:  # fmt: skip
     """Train quantisers on ``train_rows`` rows; 0 stands for a number that suits the rows."""
     lists = nlist or quantizer.default_nlist(features.rows, features.rows)
     wanted = train_rows or max(quantizer.POINTS_A_LIST * lists, quantizer.LEAST_SAMPLE)
-    sample = draw_sample(features, space.vectors, wanted, seed, threads)
+    sample = draw_sample(features, vectors, wanted, seed, threads)
     nlist = nlist or quantizer.default_nlist(features.rows, len(sample))
     return quantizer.train_quantiser(
         sample, nlist=nlist, m=m, nbits=nbits, seed=seed, threads=threads
@@ -246,21 +229,15 @@ def train_on_sample(
 
 
 def write_codes(
-    features: Features,
-    held: int,
-    space: Space,
-    quantiser: Quantiser,
-    work: Path,
-    threads: int,
-    *,
-    keep_bad: bool,
-) -> None:
+    features: Features, held: int, vectors: Vectors, quantiser: Quantiser, work: Path,
+    threads: int, *, keep_bad: bool,
+) -> None:  # fmt: skip
     """Write the codes of shards from number ``held`` on that are not there yet."""
     with progress.bar(features.rows, "indexing", "rows") as bar:
         for number, shard in enumerate(features.shards):
             path = work / shard_name(number)
             if number >= held and not atomic.is_done(shard_done_file(path), work):
-                codes, checksum = encode_shard(features, number, space, quantiser, threads)
+                codes, checksum = encode_shard(features, number, vectors, quantiser, threads)
                 if len(codes.bad) and not keep_bad:
                     raise bad_rows_error(features, codes.bad + features.offsets[number])
                 atomic.save_npz(path, **codes._asdict())
@@ -275,14 +252,14 @@ def shard_done_file(path: Path) -> Path:
 
 
 def encode_shard(
-    features: Features, number: int, space: Space, quantiser: Quantiser, threads: int
+    features: Features, number: int, vectors: Vectors, quantiser: Quantiser, threads: int
 ) -> tuple[ShardCodes, int]:
     """Encode the rows of one shard, wherever it lies among the others; return its checksum too."""
     first, stop = (int(n) for n in features.offsets[number : number + 2])
     checksums = []
 
     def encode_block(block: np.ndarray) -> tuple[np.ndarray, ...]:
-        lists, codes, errors = quantiser.own_code(space.vectors(block))
+        lists, codes, errors = quantiser.own_code(vectors(block))
         return lists.astype(np.int32), codes, errors
 
     def encode(span: tuple[int, int]) -> tuple[np.ndarray, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -19,13 +18,7 @@ import numpy as np
 
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.features.formats import (
-    BROKEN_ZIP,
-    check_member,
-    load_npz,
-    map_npy,
-    member_begin,
-)
+from snipdedup.features.formats import BROKEN_ZIP, check_member, load_npz, map_npy, member_begin
 from snipdedup.features.shards import Features
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic
@@ -64,10 +57,6 @@ class CodeLists(NamedTuple):
     def list_at(self, places: np.ndarray) -> np.ndarray:
         """Return the list of each of some places, (n,) int64."""
         return np.searchsorted(self.starts, places, side="right") - 1
-
-    def list_of(self, low: int, high: int) -> np.ndarray:
-        """Return the list of each place from ``low`` to ``high``, (n,) int64."""
-        return self.list_at(np.arange(low, high))
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield (low, high) places of whole lists, about `WALK_ROWS` at a time."""
@@ -157,56 +146,34 @@ def is_descriptors(source: str | Path | None) -> bool:
     """Tell whether FEATURES is what ``snip compress`` wrote: vectors to be taken as they are."""
     if source is None or (is_remote(source) and not is_folder(str(source))):
         return False
-    manifest = Path(source) / MANIFEST
+    manifest = Path(source).expanduser() / MANIFEST
     if is_remote(source):
         manifest = RemotePath(f"{str(source).rstrip('/')}/{MANIFEST}")
     return manifest.is_file() and atomic.load_json(manifest).get("kind") == "descriptors"
 
 
-@dataclass(frozen=True)
-class Space:
-    """How a row, ``dim_in`` wide, becomes the vector that is quantised, ``dim`` wide.
+class PlainRows(NamedTuple):
+    """Takes the place of an encoder: rows are scaled to norm 1, or taken ``as_stored``."""
 
-    Without an encoder rows are scaled to norm 1, or taken ``as_stored``.
-    """
-
-    encoder: Encoder | None
-    as_stored: bool
-    dim_in: int
     dim: int
+    as_stored: bool
 
-    @classmethod
-    def of(cls, folder: Path | None, dim_in: int, as_stored: bool) -> Space:
-        """Return the space of an encoder's folder, or of rows by themselves."""
-        if folder is None:
-            return cls(None, as_stored, dim_in, dim_in)
-        space = cls.encoded(folder)
-        if space.dim_in != dim_in:
-            raise SnipError(
-                f"the encoder expects rows {space.dim_in} wide, the features are {dim_in} wide"
-            )
-        return space
+    @property
+    def dim_in(self) -> int:
+        """The width of the rows, which is that of the vectors."""
+        return self.dim
 
-    @classmethod
-    def encoded(cls, folder: str | Path) -> Space:
-        """Return the space of an encoder, for rows as wide as it expects."""
-        from snipdedup.encoder.network import Encoder
-
-        encoder = Encoder.load(folder, device="cpu")
-        return cls(encoder, False, encoder.dim_in, encoder.dim)
-
-    def of_width(self, dim: int) -> Space:
-        """Return this space, with the head of the encoder where that is ``dim`` wide."""
-        if self.encoder is None:
-            return self
-        encoder = self.encoder.of_width(dim)
-        return Space(encoder, False, self.dim_in, encoder.dim)
-
-    def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Return what is quantised: descriptors, unit rows, or rows as they are, float32."""
-        if self.encoder is not None:
-            return self.encoder.encode(rows)
+    def encode(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of rows, (n, dim) float32."""
         return rows.astype(np.float32) if self.as_stored else unit_rows(rows)
+
+
+def load_encoder(folder: str | Path, dim: int | None = None) -> Encoder:
+    """Load an encoder, or its head that is ``dim`` wide; this takes torch a second."""
+    from snipdedup.encoder.network import Encoder
+
+    encoder = Encoder.load(folder, device="cpu")
+    return encoder if dim is None else encoder.of_width(dim)
 
 
 class Index:
@@ -257,12 +224,12 @@ class Index:
         return "\n".join([*lines, *([self.exported] if self.exported else [])])
 
     @cached_property
-    def space(self) -> Space:
-        """How rows become vectors; loading an encoder takes torch a second."""
+    def encoder(self) -> Encoder | PlainRows:
+        """What makes the vectors of rows that are quantised."""
         folder = held_encoder(self.folder)
         if folder is None:
-            return Space.of(None, self.dim, self.as_stored)
-        return Space.encoded(folder).of_width(self.dim)
+            return PlainRows(self.dim, self.as_stored)
+        return load_encoder(folder, self.dim)
 
     def refuse_other_rows(self, features: Features, name: str = "FEATURES") -> None:
         """Refuse features whose shards have other numbers of rows than those indexed."""
@@ -310,10 +277,6 @@ class Index:
             ids[places] = pack_rows(unpack_rows(shard.ids) + self.offsets[number], ids.shape[1])
             cursor += counts
         return CodeLists(codes, ids, starts)
-
-    def decode(self, lists: CodeLists, low: int, high: int) -> np.ndarray:
-        """Return q(y) of the places ``low`` to ``high``, (n, dim) float32."""
-        return self.quantiser.decode(lists.list_of(low, high), lists.codes[low:high])
 
 
 def export_faiss(index: Index, path: Path) -> int:

@@ -81,18 +81,11 @@ def kmeans(
             centroids[empty] = x[rng.choice(len(x), len(empty))]
         else:
             centroids = (sums.numpy() / np.maximum(counts, 1)[:, None]).astype(np.float32)
-            split_empty(centroids, counts, rng)
+            empty = np.flatnonzero(counts == 0)  # each gets half of a large list
+            donors = rng.choice(k, len(empty), p=counts / len(x))
+            centroids[empty] = centroids[donors] * np.float32(1 - 1 / 1024)
+            centroids[donors] *= np.float32(1 + 1 / 1024)
     return centroids
-
-
-def split_empty(centroids: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> None:
-    """Give each empty list half of a large one: two centroids on both sides of its own."""
-    empty = np.flatnonzero(counts == 0)
-    if not len(empty):
-        return
-    donors = rng.choice(len(counts), len(empty), p=counts / counts.sum())
-    centroids[empty] = centroids[donors] * np.float32(1 - 1 / 1024)
-    centroids[donors] *= np.float32(1 + 1 / 1024)
 
 
 def coarse_index(centroids: np.ndarray) -> Any:

@@ -25,6 +25,7 @@ POINTS_A_CODEWORD = 256  # more training points do not improve a codebook (faiss
 LEAST_POINTS = 39  # training points a list below which faiss warns, and lists get arbitrary
 LISTS_A_ROOT = 4  # nlist is about this many times the square root of the rows
 MOST_LISTS = 1 << 16  # chosen by itself, at two billion rows
+MOST_M, NBITS = 16, 8  # of a PQ, by default: sub-quantisers at the most, bits of each
 POINTS_A_LIST, LEAST_SAMPLE = 64, 1 << 16  # rows to train on
 
 
@@ -92,9 +93,9 @@ def default_nlist(rows: int, points: int) -> int:
     return nlist
 
 
-def default_m(dim: int, most: int) -> int:
-    """Return the most sub-quantisers, up to ``most``, that divide the width."""
-    return max(m for m in range(1, min(most, dim) + 1) if dim % m == 0)
+def default_m(dim: int) -> int:
+    """Return the most sub-quantisers, up to `MOST_M`, that divide the width."""
+    return max(m for m in range(1, min(MOST_M, dim) + 1) if dim % m == 0)
 
 
 def check_nlist(nlist: int, rows: int) -> None:
@@ -106,26 +107,10 @@ def check_nlist(nlist: int, rows: int) -> None:
         )
 
 
-def check_m(m: int, dim: int) -> None:
-    """Refuse a number of sub-quantisers that does not divide the width."""
-    if dim % m:
-        possible = [n for n in range(1, min(dim, 256) + 1) if dim % n == 0]
-        raise SnipError(
-            f"--m {m} must divide the width {dim} of the vectors; possible here: "
-            f"{', '.join(map(str, possible))}"
-        )
-
-
 def train_quantiser(
-    sample: np.ndarray,
-    *,
-    nlist: int,
-    m: int,
-    nbits: int,
-    seed: int,
-    threads: int,
+    sample: np.ndarray, *, nlist: int, m: int, nbits: int, seed: int, threads: int,
     centroids: np.ndarray | None = None,
-) -> Quantiser:
+) -> Quantiser:  # fmt: skip
     """Train coarse centroids and residual codebooks on a sample, (n, dim) float32.
 
     ``centroids``, (nlist, dim), are those of an earlier training on the same sample with the same
@@ -133,7 +118,6 @@ def train_quantiser(
     """
     import faiss
 
-    check_m(m, sample.shape[1])
     if centroids is None:
         centroids = kmeans(sample, nlist, iterations=ITERATIONS, seed=seed, threads=threads)
     coarse = coarse_index(centroids)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -14,17 +13,21 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.folder import (
-    ENCODER,
     WALK_ROWS,
     CodeLists,
     Index,
+    PlainRows,
     ShardCodes,
-    Space,
+    held_encoder,
+    load_encoder,
     pack_rows,
     same_encoder,
     unpack_rows,
 )
-from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, ordered_map
+from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks
+
+if TYPE_CHECKING:
+    from snipdedup.encoder.network import Encoder
 
 QUERY_ROWS = 4 * ALIGNED_ROWS  # rows searched by one thread at a time
 PROBE_ROWS = 4 * ALIGNED_ROWS  # rows whose lists are found together; small blocks are slower
@@ -51,14 +54,10 @@ class Classes(NamedTuple):
         """Group the entries of lists by list and code."""
         kept, members, counts = [np.empty(0, np.int64)], [lists.ids[:0]], [np.zeros(1, np.int64)]
         for low, high in lists.spans():
-            codes, of = lists.codes[low:high], lists.list_of(low, high)
-            words = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).view(np.uint64)
-            order = np.lexsort((*words.T, of))
-            words, of = words[order], of[order]
-            starts = np.ones(high - low, bool)
-            starts[1:] = (words[1:] != words[:-1]).any(axis=1) | (of[1:] != of[:-1])
-            first = np.empty(high - low, np.int64)  # the first place with the same list and code
-            first[order] = order[starts][np.cumsum(starts) - 1]
+            of = lists.list_at(np.arange(low, high))[:, None].view(np.uint8)
+            both = np.concatenate([lists.codes[low:high], of], axis=1)
+            same = np.unique(both.view(f"V{both.shape[1]}"), return_index=True, return_inverse=True)
+            first = same[1][same[2].ravel()]  # the first place with the same list and code
             members.append(lists.ids[low + np.argsort(first, kind="stable")])
             places, count = np.unique(first, return_counts=True)
             kept.append(places + low)
@@ -93,13 +92,6 @@ class Classes(NamedTuple):
             row = unpack_rows(self.members[self.begins[low] : self.begins[high]])
             if (first != row).any():
                 yield first[first != row], row[first != row]
-
-    def shared(self, rows: int) -> np.ndarray:
-        """Return which of ``rows`` rows share their code with another, (rows,) bool."""
-        shared = np.zeros(rows, bool)
-        for first, row in self.links():
-            shared[first] = shared[row] = True
-        return shared
 
 
 class Searcher:
@@ -162,19 +154,6 @@ class Searcher:
         D[~found] = np.inf
         return D, I
 
-    def search(
-        self, source: Source, k: int, threads: int
-    ) -> Iterator[tuple[Queries, np.ndarray, np.ndarray]]:
-        """Yield (queries, D, I) in order, D and I as `places`, but I with global rows."""
-
-        def find(span: tuple[int, int]) -> tuple[Queries, np.ndarray, np.ndarray]:
-            queries = source.load(span)
-            D, I = self.places(queries.x, *self.probe(queries.x, queries.first), k)
-            I[I >= 0] = self.lists.rows(I[I >= 0])
-            return queries, D, I
-
-        return ordered_map(find, plan_blocks(source.total, QUERY_ROWS), threads)
-
 
 class Queries(NamedTuple):
     """Rows that are searched for together; ``first`` is the place of the first among all.
@@ -189,74 +168,64 @@ class Queries(NamedTuple):
     own: np.ndarray
 
 
-class Source(NamedTuple):
-    """Where queries come from: ``total`` of them, read by spans."""
+class LoadedIndex:
+    """All codes of an index in memory, searched for rows of features, or without them for codes.
 
-    total: int
-    load: Callable[[tuple[int, int]], Queries]
-
-
-def feature_queries(
-    index: Index,
-    space: Space,
-    features: Features,
-    sample: np.ndarray | None = None,
-    stored: tuple[CodeLists, np.ndarray] | None = None,
-) -> Source:
-    """Return rows of features as queries: all, or a sample of row numbers.
-
-    ``stored`` are lists and the place of each row's code there, -1 for none. Without it rows are
-    coded again.
+    ``count`` queries can be asked: the rows in order, or the distinct codes in that of their lists.
+    ``shared`` (rows,) bool: which rows share their code with another; ``class_of`` (rows,): the
+    class of each row of features, -1 for rows in no list.
     """
 
-    def load(span: tuple[int, int]) -> Queries:
+    def __init__(
+        self, index: Index, features: Features | None, nprobe: int, encoder: str | None = None
+    ) -> None:
+        self.index, self.features = index, features
+        self.encoder = index.encoder
+        if features is not None:
+            self.encoder = query_encoder(index, features, encoder)
+        self.classes = Classes.of(index.lists())
+        self.searcher = Searcher(index, self.classes.lists, nprobe)
+        self.count = len(self.classes.lists.ids) if features is None else features.rows
+        self.class_of = self.classes.of_rows(index.rows) if features else np.empty(0, np.int64)
+        several = np.append(np.diff(self.classes.begins) > 1, False)  # the last for class -1
+        self.shared = several[self.class_of]
+
+    def queries(self, span: tuple[int, int], sample: np.ndarray | None = None) -> Queries:
+        """Return the queries of a span of all, or of a sample of row numbers (ascending)."""
+        lists, quantiser = self.classes.lists, self.index.quantiser
+        if self.features is None:
+            x = quantiser.decode(lists.list_at(np.arange(*span)), lists.codes[slice(*span)])
+            return Queries(span[0], lists.rows(slice(*span)), x, np.zeros(len(x), np.float32))
         if sample is None:
-            rows, block = np.arange(*span), features.read(*span)
+            rows, block = np.arange(*span), self.features.read(*span)
         else:
-            rows, block = sample[slice(*span)], features.gather(sample[slice(*span)])
-        bad = bad_rows(block)
-        block[bad] = 0
-        x = in_aligned_blocks(lambda b: (space.vectors(b),), block, span[0])[0]
-        if stored is None:
-            own = in_aligned_blocks(index.quantiser.own_code, x, span[0])[2]
-        else:
-            lists, places = stored[0], stored[1][rows]
-            bad |= places < 0
-            places = np.maximum(places, 0)
-            off = x - index.quantiser.decode(lists.list_at(places), lists.codes[places])
-            own = np.einsum("ij,ij->i", off, off)
-        return Queries(span[0], np.where(bad, -1, rows), x, own)
-
-    return Source(features.rows if sample is None else len(sample), load)
+            rows, block = sample[slice(*span)], self.features.gather(sample[slice(*span)])
+        bad = bad_rows(block) | (self.class_of[rows] < 0)
+        if bad.any():  # a copy: rows may be the caller's own array
+            block = np.where(bad[:, None], 0, block)
+        x = in_aligned_blocks(lambda b: (self.encoder.encode(b),), block, span[0])[0]
+        places = np.maximum(self.class_of[rows], 0)
+        off = x - quantiser.decode(lists.list_at(places), lists.codes[places])
+        return Queries(span[0], np.where(bad, -1, rows), x, np.einsum("ij,ij->i", off, off))
 
 
-def code_queries(index: Index, lists: CodeLists) -> Source:
-    """Return stored rows as queries, in the order of their lists: q(x) for x."""
-
-    def load(span: tuple[int, int]) -> Queries:
-        x = index.decode(lists, *span)
-        return Queries(span[0], lists.rows(slice(*span)), x, np.zeros(len(x), np.float32))
-
-    return Source(len(lists.ids), load)
-
-
-def query_space(index: Index, features: Features, encoder: str | Path | None) -> Space:
-    """Return how these features become queries; refuse others than those indexed."""
+def query_encoder(index: Index, features: Features, encoder: str | None) -> Encoder | PlainRows:
+    """Return what makes queries of these features; refuse others than those indexed."""
     index.refuse_other_rows(features)
-    space, held = index.space, index.folder / ENCODER
-    if space.encoder is not None and encoder is not None and not same_encoder(encoder, held):
+    found, held = index.encoder, held_encoder(index.folder)
+    if held is not None and encoder is not None and not same_encoder(encoder, held):
         raise SnipError(
             f"--encoder {encoder} is not the one that {index.folder} was built with ({held}); "
             "leave --encoder away"
         )
-    if space.encoder is None and encoder is not None and features.dim != space.dim_in:
-        space = Space.encoded(encoder).of_width(index.dim)
-    if features.dim != space.dim_in or space.dim != index.dim:
+    if held is None and encoder is not None and features.dim != found.dim_in:
+        found = load_encoder(encoder, index.dim)
+    if features.dim != found.dim_in or found.dim != index.dim:
         raise SnipError(
-            f"{index.folder} was built from rows {space.dim_in} wide, FEATURES are {features.dim} "
+            f"{index.folder} was built from rows {found.dim_in} wide, FEATURES are {features.dim} "
             "wide; if it holds descriptors, name their encoder with --encoder"
         )
-    return space
+    return found
 
 
 class MappedLists:

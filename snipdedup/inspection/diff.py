@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from snipdedup.config import Diff
 from snipdedup.deduplication.inputs import KIND
-from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
+from snipdedup.deduplication.read_out import pick, read_keys, read_partners, whole_groups
 from snipdedup.deduplication.settings import HOW
 from snipdedup.errors import SnipError
-from snipdedup.groups.members import Members, concatenate, group_starts, no_members
+from snipdedup.groups.members import Members, concatenate, no_members
 from snipdedup.inspection.display import places_of
 from snipdedup.metadata.masks import load_mask
 from snipdedup.storage.out_folder import as_written, read_manifest
 
-BLOCK = 1 << 24  # rows of the masks compared at once
 ROW_KINDS = {
     "newly_removed": "rows kept in 1 and removed in 2",
     "newly_staying": "rows removed in 1 and kept in 2",
@@ -94,14 +95,15 @@ def compare(folders: list[Path], manifests: list[dict[str, Any]], n: int) -> dic
     tables = [folder / "groups.parquet" for folder in folders]
     groups = [load_groups(table) for table in tables]
     rows = {
-        "newly_removed": changed(*masks),
-        "newly_staying": changed(*masks[::-1]),
+        "newly_removed": np.flatnonzero(masks[1] > masks[0]),
+        "newly_staying": np.flatnonzero(masks[0] > masks[1]),
         "other_representative": other_representatives(groups[0], groups[1], masks[0] & masks[1]),
     }
     shown = np.concatenate([found[:n] for found in rows.values()])
     keys = read_keys(tables[0], shown) | read_keys(tables[1], shown)
+    partners = [read_partners(table, shown) for table in tables]
     examples = {
-        row: {"row": row, **place, "key": keys.get(row), **decisions(row, groups)}
+        row: {"row": row, **place, "key": keys.get(row), **decisions(row, partners)}
         for row, place in places_of(manifests[0]["shards"], shown.tolist()).items()
     }
     one, other = (manifest["settings"] for manifest in manifests)
@@ -127,17 +129,8 @@ def compare(folders: list[Path], manifests: list[dict[str, Any]], n: int) -> dic
 
 def load_groups(path: Path) -> Members:
     """Read the members of all groups, by row."""
-    members = concatenate(no_members(), *whole_groups(path, marked=True))
+    members = concatenate(no_members(), *whole_groups(path))
     return pick(members, np.argsort(members.row))
-
-
-def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return the rows that ``after`` removes and ``before`` keeps, (n,) int64."""
-    rows = [np.empty(0, np.int64)]
-    for start in range(0, len(before), BLOCK):
-        part = slice(start, start + BLOCK)
-        rows.append(start + np.flatnonzero(after[part] & ~before[part]))
-    return np.concatenate(rows)
 
 
 def other_representatives(one: Members, other: Members, removed: np.ndarray) -> np.ndarray:
@@ -152,39 +145,31 @@ def regrouped(one: Members, other: Members) -> list[dict[str, int]]:
 
     A row in no group of ``other`` is a part by itself.
     """
-    if not len(one.row):
-        return []
     _, i, j = np.intersect1d(one.row, other.row, assume_unique=True, return_indices=True)
     label = one.row.copy()
     label[i] = other.group[j]
-    order = np.lexsort((label, one.group))
-    group, label = one.group[order], label[order]
-    starts = group_starts(group)
-    new = np.append(True, np.diff(label) != 0)
-    new[starts[:-1]] = True
-    parts = np.add.reduceat(new.astype(np.int64), starts[:-1])
-    sizes = np.diff(starts)
-    torn = np.flatnonzero(parts > 1)
-    torn = torn[np.lexsort((torn, -sizes[torn]))]
-    labels = group[starts[:-1]]
-    return [{"group": int(labels[i]), "rows": int(sizes[i]), "parts": int(parts[i])} for i in torn]
+    table = pa.table({"group": one.group, "label": label}).group_by("group")
+    found = table.aggregate([("label", "count"), ("label", "count_distinct")])
+    torn = found.filter(pc.field("label_count_distinct") > 1)
+    return [
+        {"group": g["group"], "rows": g["label_count"], "parts": g["label_count_distinct"]}
+        for g in torn.sort_by([("label_count", "descending"), ("group", "ascending")]).to_pylist()
+    ]
 
 
-def decisions(row: int, groups: list[Members]) -> dict[str, list[Any]]:
+def decisions(row: int, partners: list[dict[int, tuple[int, float]]]) -> dict[str, list[Any]]:
     """Return a row's representative in both runs and its cosine with it; None where there is none.
 
     A representative that is a row of a reference is given as ``reference row N``.
     """
-    representatives: list[Any] = []
-    similarities: list[Any] = []
-    for members in groups:
-        at = int(np.searchsorted(members.row, row))
-        member = at < len(members.row) and members.row[at] == row
-        other = int(members.representative[at]) if member else None
-        similarity = float(members.similarity[at]) if member else np.nan
-        representatives.append(other if other is None or other >= 0 else f"reference row {~other}")
-        similarities.append(None if np.isnan(similarity) else similarity)
-    return {"representatives": representatives, "similarities": similarities}
+    found: list[tuple[Any, float]] = [known.get(row, (None, np.nan)) for known in partners]
+    return {
+        "representatives": [
+            other if other is None or other >= 0 else f"reference row {~other}"
+            for other, _ in found
+        ],
+        "similarities": [None if np.isnan(similarity) else similarity for _, similarity in found],
+    }
 
 
 def example_text(entry: dict[str, Any]) -> str:

@@ -1,11 +1,8 @@
 """What pages and tables are made of: templates, places of rows, strangers' texts, charts.
 
 Captions, keys and urls may hold what steers a terminal or breaks a page. They are shown on one
-line, cut, and linked only where that is safe.
-
-Charts are inline SVG: wide as the page, text as large on a phone as on a screen. Widths are per
-cent, heights are pixels, so nothing is scaled. There are no styles in the SVG: the page's content
-policy forbids them, and its style sheet knows the classes.
+line, cut, and linked only where that is safe. Charts are places and labels; the SVG is in
+``templates/charts.html.j2``.
 """
 
 from __future__ import annotations
@@ -17,14 +14,16 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from snipdedup.errors import SnipError
+
+if TYPE_CHECKING:
+    from snipdedup.metadata.gather import RowTexts
 
 TEMPLATES = Path(__file__).parent / "templates"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # line breaks among them
@@ -32,7 +31,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # line breaks among them
 STEERING = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 URL_CHARS = 2048  # characters of a url that may be followed, at the most
 GAP, WIDEST_GAP = 0.12, 0.004  # between bars: of a bar's width, of the plot's
-HEIGHT = 220  # pixels of the plot; its labels lie outside
+HEIGHT = 220  # pixels of the plot, as in charts.html.j2; its labels lie outside
 WIDE = 1000  # units of a line's own coordinates, stretched to the plot's width
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -43,28 +42,34 @@ def require(module: str, what: str) -> None:
         raise SnipError(f"{what} needs {module}: pip install 'snipdedup-toolkit[report]'")
 
 
+def environment() -> Any:
+    """Return the jinja2 environment of the templates; every value in them is escaped."""
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters |= {
+        "number": "{:,}".format, "percent": percent, "cosine": cosine_text, "cut": page_text,
+        "link": safe_link, "host": lambda link: urlsplit(link).hostname or "",
+        "pixels": "{:.1f}".format, "place": x_place,
+    }  # fmt: skip
+    return templates
+
+
 def render_page(template: str, script: str = "", **values: Any) -> str:
-    """Return a page from one of the templates; every value in it is escaped.
+    """Return a page from one of the templates.
 
     The page's own policy allows its style and its script only. With a script, a picture may come
     over http and https too, when the reader asks for it.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "number": "{:,}".format, "percent": percent, "cosine": cosine_text, "cut": page_text,
-        "link": safe_link, "host": lambda link: urlsplit(link).hostname or "",
-    }  # fmt: skip
     styles = (TEMPLATES / "report.css").read_text("utf-8")
     rules = [f"default-src 'none'; style-src {content_hash(styles)}"]
     if script:
         rules += [f"script-src {content_hash(script)}", "img-src data: https: http:"]
     policy = "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
-    page = environment.get_template(template)
+    page = environment().get_template(template)
     return page.render(policy=policy, styles=styles, script=script, **values)
 
 
@@ -126,6 +131,31 @@ def places_of(shards: list[dict[str, Any]], rows: Iterable[int]) -> dict[int, di
     return places
 
 
+@dataclass
+class ShownRow:
+    """A row, where it lies, and its texts; None where unknown."""
+
+    row: int
+    shard: str
+    shard_row: int
+    key: str | None = None
+    url: str | None = None
+    caption: str | None = None
+
+
+def fill_texts(shown: Sequence[ShownRow], texts: RowTexts, *names: str) -> None:
+    """Set ``key``, ``url`` or ``caption`` of rows to what the metadata holds."""
+    from snipdedup.metadata.gather import CAPTIONS, URLS  # pyarrow takes a while
+    from snipdedup.metadata.tables import KEY_COLUMNS
+
+    columns = {"key": KEY_COLUMNS, "url": URLS, "caption": CAPTIONS}
+    rows = np.array([one.row for one in shown], np.int64)
+    for name in names:
+        values = texts.read(texts.find(wanted=columns[name]), rows)
+        for one in shown:
+            setattr(one, name, values.get(one.row))
+
+
 @dataclass(frozen=True)
 class Bars:
     """A histogram with a logarithmic axis of counts."""
@@ -161,99 +191,53 @@ def x_place(part: float) -> str:
     return f"{100 * part:.3f}".rstrip("0").rstrip(".") + "%"
 
 
-def chart_svg(words: str, axis: str, body: Sequence[str]) -> str:
-    """Return a whole chart: its accessible name, what it shows, and the x axis's name."""
-    return (
-        f'<svg class="plot" role="img" aria-label="{escape(words)}" width="100%" '
-        f'height="{HEIGHT}">{"".join(body)}'
-        f'<line class="axis" x1="0" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>'
-        f'<text class="name" x="100%" y="{HEIGHT + 38}" text-anchor="end">{escape(axis)}</text>'
-        "</svg>"
-    )
+def y_place(value: float, low: float, high: float) -> float:
+    """Return the place of a value on an axis from ``low`` to ``high``, in pixels from the top."""
+    return HEIGHT * (1 - (value - low) / max(high - low, 1e-12))
 
 
-def grid_lines(ticks: Sequence[tuple[float, str]]) -> str:
-    """Return horizontal lines with labels, at heights in pixels."""
-    return "".join(
-        f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="-10" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
-        for y, label in ticks
-    )
+def curve_chart(thresholds: np.ndarray, kept: np.ndarray, rows: int, mark: int) -> dict[str, Any]:
+    """Return the chart of kept rows by threshold, (s,) each, with a cursor for the slider.
 
-
-def axis_labels(ticks: Sequence[tuple[float, str]]) -> str:
-    """Return labels below the x axis, at places from 0 to 1."""
-    return "".join(
-        f'<line class="tick" x1="{x_place(x)}" x2="{x_place(x)}" y1="{HEIGHT}" y2="{HEIGHT + 5}"/>'
-        f'<text x="{x_place(x)}" y="{HEIGHT + 20}" text-anchor="middle">{escape(label)}</text>'
-        for x, label in ticks
-    )
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A linear y axis."""
-
-    low: float
-    high: float
-
-    def y(self, value: float) -> float:
-        """Return the place of a value in pixels from the top."""
-        return HEIGHT * (1 - (value - self.low) / max(self.high - self.low, 1e-12))
-
-
-def kept_scale(kept: np.ndarray, rows: int) -> Scale:
-    """Return the axis of kept rows: up to all rows, cut off below where that shows more."""
-    low = float(kept.min())
-    low = 0.0 if low < rows / 2 else low - 0.12 * (rows - low)
-    return Scale(low, max(float(rows), low + 1))
-
-
-def curve_chart(thresholds: np.ndarray, kept: np.ndarray, rows: int, mark: int, words: str) -> str:
-    """Draw kept rows against the threshold, (s,) each, with a cursor for the slider.
-
-    ``rows`` are those of the whole set, ``mark`` the kept rows of this run, at the first threshold;
-    ``words`` say what the chart shows.
+    ``rows`` are those of the whole set, ``mark`` the kept rows of this run, at the first threshold.
+    The axis goes up to all rows, and is cut off below where that shows more.
     """
-    scale = kept_scale(np.append(kept, mark), rows)
+    low = float(min(kept.min(), mark))
+    low = 0.0 if low < rows / 2 else low - 0.12 * (rows - low)
+    high = max(float(rows), low + 1)
     start, end = float(thresholds[0]), float(thresholds[-1])
-    places = (thresholds - start) / max(end - start, 1e-12)
-    points = " ".join(f"{WIDE * x:.1f},{scale.y(y):.1f}" for x, y in zip(places, kept, strict=True))
-    ticks = nice_ticks(scale.low, scale.high, 5)
-    y, x = scale.y(float(kept[0])), x_place(float(places[0]))
-    axis = [((t - start) / max(end - start, 1e-12), f"{t:.4g}") for t in nice_ticks(start, end, 6)]
-    body = [
-        f'<svg viewBox="0 0 {WIDE} {HEIGHT}" preserveAspectRatio="none" width="100%" '
-        f'height="{HEIGHT}"><polygon class="area" points="0,0 {points} {WIDE},0"/>'
-        f'<polyline class="curve" points="{points}"/></svg>',
-        grid_lines([(scale.y(t), compact(t)) for t in ticks]),
-        axis_labels(axis),
-        f'<line id="cursor" class="cursor" x1="{x}" x2="{x}" y1="0" y2="{HEIGHT}"/>',
-        f'<circle class="mark" cx="0" cy="{scale.y(mark):.1f}" r="5"/>',
-        f'<circle id="dot" class="dot" cx="{x}" cy="{y:.1f}" r="6"/>',
-    ]
-    return chart_svg(words, "threshold (cosine)", body)
+    span = max(end - start, 1e-12)
+    y = [y_place(value, low, high) for value in kept.tolist()]
+    places = zip(((thresholds - start) / span).tolist(), y, strict=True)
+    return {
+        "wide": WIDE,
+        "points": " ".join(f"{WIDE * x:.1f},{y:.1f}" for x, y in places),
+        "y": y,
+        "dot": (0.0, y[0]),
+        "mark": y_place(mark, low, high),
+        "heights": [(y_place(t, low, high), compact(t)) for t in nice_ticks(low, high, 5)],
+        "places": [((t - start) / span, f"{t:.4g}") for t in nice_ticks(start, end, 6)],
+    }
 
 
-def bar_chart(bars: Bars, axis: str, words: str) -> str:
-    """Draw a histogram, counts on a logarithmic axis."""
+def bar_chart(bars: Bars) -> dict[str, Any]:
+    """Return the chart of a histogram, counts on a logarithmic axis."""
     top = math.ceil(math.log10(max(int(bars.counts.max(initial=1)), 2)) - 1e-9)
     foot = math.log10(0.5)  # so that a single one can be seen
-    scale = Scale(foot, top)
     start, wide = float(bars.edges[0]), float(bars.edges[-1] - bars.edges[0])
-    body = [grid_lines([(scale.y(power), compact(10.0**power)) for power in range(top + 1)])]
+    rects = []
     for number in np.flatnonzero(bars.counts):
-        left, right = ((float(bars.edges[number + k]) - start) / wide for k in (0, 1))
-        gap = min(GAP * (right - left), WIDEST_GAP)
-        left, right = left + gap / 2, right - gap / 2
-        y = scale.y(math.log10(int(bars.counts[number])))
-        body.append(
-            f'<rect class="bar" x="{x_place(left)}" y="{y:.1f}" width="{x_place(right - left)}" '
-            f'height="{HEIGHT - y:.1f}"><title>{escape(bars.names[number])}: '
-            f"{int(bars.counts[number]):,}</title></rect>"
-        )
-    body.append(axis_labels([((x - start) / wide, label) for x, label in bars.ticks]))
-    return chart_svg(words, axis, body)
+        left, right = ((float(edge) - start) / wide for edge in bars.edges[number : number + 2])
+        gap, count = min(GAP * (right - left), WIDEST_GAP), int(bars.counts[number])
+        y = y_place(math.log10(count), foot, top)
+        rects.append((left + gap / 2, right - left - gap, y, f"{bars.names[number]}: {count:,}"))
+    return {
+        "total": int(bars.counts.sum()),
+        "last": int(bars.counts[-1]),
+        "bars": rects,
+        "heights": [(y_place(p, foot, top), compact(10.0**p)) for p in range(top + 1)],
+        "places": [((x - start) / wide, label) for x, label in bars.ticks],
+    }
 
 
 def similarity_bars(edges: np.ndarray, counts: np.ndarray, most: int = 128) -> Bars:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from snipdedup.deduplication.inputs import KIND, named_paths
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Members
 from snipdedup.inspection import display, thumbnails
-from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
+from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
@@ -68,18 +69,12 @@ class ReportResult:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the page shows of one row; texts are empty where unknown."""
+@dataclass
+class Row(display.ShownRow):
+    """What the page shows of one row."""
 
-    row: int
-    shard: str
-    shard_row: int
-    removed: bool
-    key: str
-    caption: str
-    url: str
-    picture: str  # a ``data:`` URL of a thumbnail
+    removed: bool = False
+    picture: str | None = None  # a ``data:`` URL of a thumbnail
 
 
 def run(options: Report) -> ReportResult:
@@ -93,10 +88,8 @@ def run(options: Report) -> ReportResult:
         manifest = read_manifest(out, KIND)
         target = out / NAME if options.html is None else Path(options.html).expanduser()
         texts = open_row_texts(out, manifest, options.metadata)
-        read = [] if texts.metadata is None else texts.metadata.inputs()
-        if options.images is not None:
-            read = [*read, Path(options.images).expanduser()]
-        refuse_output_file(target, [*read, *named_paths(manifest)])
+        images = [] if options.images is None else [Path(options.images).expanduser()]
+        refuse_output_file(target, [*texts.inputs(), *images, *named_paths(manifest)])
         if not options.overwrite:
             check_target(target, pictured)
         text, pictures = make_page(out, manifest, texts, options)
@@ -127,13 +120,14 @@ def make_page(
 ) -> tuple[str, PictureCounts]:
     """Read OUT; return the page, and the pictures in it."""
     settings, counts, shards = manifest["settings"], manifest["counts"], manifest["shards"]
+    threshold, keep = settings["threshold"], settings["keep"]
     offsets, groups = display.shard_offsets(shards), out / "groups.parquet"
-    done = read_out.Run(settings["threshold"], settings["keep"], settings["seed"] or 0, offsets)
-    survey = read_out.survey_groups(groups, done, options.seed)
+    survey = read_out.survey_groups(groups, settings, offsets, options.seed)
     curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
-        curve = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), settings["threshold"])
-    asked = options.asked()
+        known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold)
+        curve = curve_section(known, counts)
+    asked = options.numbers("rows")
     if asked and asked[-1] >= offsets[-1]:
         raise SnipError(
             f"--rows names row {asked[-1]:,}, the set has rows 0 to {offsets[-1] - 1:,}"
@@ -141,15 +135,16 @@ def make_page(
     partners = read_out.read_partners(groups, np.array(asked, np.int64))
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
     keys, is_dup = read_out.read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
-    pictures, found = find_pictures(shown, keys, texts, options)
-    rows = describe_shown(shown, shards, is_dup, keys, texts, pictures)
-
-    def pairs(members: Members) -> list[tuple[Row, Row | int, float]]:
-        """Return rows, each with its representative (a reference's: its number) and the cosine."""
-        both = zip(members.row.tolist(), members.representative.tolist(), strict=True)
-        others = [(rows[row], rows.get(other, ~other)) for row, other in both]
-        return [(*pair, float(c)) for pair, c in zip(others, members.similarity, strict=True)]
-
+    pictures, counted = find_pictures(shown, keys, texts, options)
+    rows = {
+        row: Row(
+            row, **place, key=keys.get(row), removed=bool(is_dup[row]), picture=pictures.get(row)
+        )
+        for row, place in display.places_of(shards, shown.tolist()).items()
+    }
+    display.fill_texts(list(rows.values()), texts, "url", "caption")
+    copied = zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
+    found = ((rows[row], *partners.get(row, (row, np.nan))) for row in asked)
     page = display.render_page(
         "report.html.j2",
         (display.TEMPLATES / "report.js").read_text("utf-8"),
@@ -157,70 +152,34 @@ def make_page(
         pictured=PICTURED,
         title=out.resolve().name,
         out=shlex.quote(str(options.out)),
-        counts=counts,
-        settings=settings,
-        verified=manifest["verified"],
-        version=manifest["versions"]["snipdedup"],
+        run=manifest,
         survey=survey,
-        pictures=found,
-        curve=None if curve is None else curve_section(curve, counts),
+        pictures=counted,
+        curve=curve,
         charts=histograms(survey, out / "histogram.parquet"),
-        bands=[(band, pairs(band.shown)) for band in survey.bands if band.rows],
-        below=(survey.below, pairs(survey.below.shown)),
-        groups=[(group, pairs(group.shown)) for group in survey.largest],
-        copied=[
-            (rows[row], count)
-            for row, count in zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
-        ],
-        asked=[
-            (rows[row], rows.get(other, ~other) if rows[row].removed else None, similarity)
-            for row, (other, similarity) in ((a, partners.get(a, (a, np.nan))) for a in asked)
-        ],
-        spared=[
-            (rows[row], rows[other])
-            for row, other in zip(
-                survey.spared.row.tolist(), survey.spared_by.tolist(), strict=True
-            )
-        ],
-        known_keep=settings["keep"] in read_out.KEEPS,
+        pairs=partial(pair_rows, rows),
+        copied=[(rows[row], count) for row, count in copied],
+        asked=[(a, rows.get(b, ~b) if a.removed else None, cosine) for a, b, cosine in found],
+        known_keep=keep in read_out.KEEPS,
         shards=shard_section(shards, offsets, is_dup, survey.foreign.tolist()),
         manifest=json.dumps(shortened(manifest), indent=2, ensure_ascii=False),
     )
-    return page, found
+    return page, counted
+
+
+def pair_rows(rows: dict[int, Row], members: Members) -> list[tuple[Row, Row | int, float]]:
+    """Return rows, representatives (of a reference: its number there) and cosines."""
+    columns = members.row.tolist(), members.representative.tolist(), members.similarity.tolist()
+    return [(rows[a], rows.get(b, ~b), cosine) for a, b, cosine in zip(*columns, strict=True)]
 
 
 def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
     """Return all rows that the page shows and some more, ascending, without those of references."""
-    samples = [band.shown for band in (*survey.bands, survey.below)]
-    samples += [group.shown for group in survey.largest] + [survey.spared]
+    samples = [sample.shown for sample in (*survey.bands, survey.below, survey.spared)]
+    samples += [group.shown for group in survey.largest]
     parts = [rows for sample in samples for rows in (sample.row, sample.representative)]
-    rows = np.unique(np.concatenate([*parts, survey.copied, survey.spared_by, more]))
+    rows = np.unique(np.concatenate([*parts, survey.copied, more]))
     return rows[rows >= 0].astype(np.int64)
-
-
-def describe_shown(
-    shown: np.ndarray,
-    shards: list[dict[str, Any]],
-    is_dup: np.ndarray,
-    keys: dict[int, str],
-    texts: RowTexts,
-    pictures: dict[int, str],
-) -> dict[int, Row]:
-    """Return what is known of the rows that are shown."""
-    captions = texts.read(texts.find(wanted=CAPTIONS), shown)
-    urls = texts.read(texts.find(wanted=URLS), shown)
-    return {
-        row: Row(
-            row=row,
-            **place,
-            removed=bool(is_dup[row]),
-            key=keys.get(row, ""),
-            caption=captions.get(row, ""),
-            url=urls.get(row, ""),
-            picture=pictures.get(row, ""),
-        )
-        for row, place in display.places_of(shards, shown.tolist()).items()
-    }
 
 
 def find_pictures(
@@ -250,56 +209,32 @@ def find_pictures(
 
 def curve_section(curve: read_out.Curve, counts: dict[str, int]) -> dict[str, Any]:
     """Return the slider's figures and chart."""
-    kept = counts["rows"] - curve.removed
-    thresholds = np.array([float(text) for text in curve.thresholds])
-    scale = display.kept_scale(np.append(kept, counts["kept"]), counts["rows"])
-    words = (
-        f"Kept rows, by threshold: {kept[0]:,} at {curve.thresholds[0]}, rising to "
-        f"{kept[-1]:,} at {curve.thresholds[-1]}"
-    )
-    removed, groups = curve.removed.tolist(), curve.groups.tolist()
-    return {
-        "svg": display.curve_chart(thresholds, kept, counts["rows"], counts["kept"], words),
-        "lines": list(zip(curve.thresholds, removed, kept.tolist(), groups, strict=True)),
-        "data": {
-            "thresholds": curve.thresholds,
-            "removed": removed,
-            "groups": groups,
-            "rows": counts["rows"],
-            "y": [round(scale.y(value), 1) for value in kept.tolist()],
-        },
+    kept, removed, groups = counts["rows"] - curve.removed, curve.removed.tolist(), curve.groups
+    thresholds = np.array(curve.thresholds, np.float64)
+    chart = display.curve_chart(thresholds, kept, counts["rows"], counts["kept"])
+    lines = zip(curve.thresholds, removed, kept.tolist(), groups.tolist(), strict=True)
+    data = {
+        "thresholds": curve.thresholds,
+        "removed": removed,
+        "groups": groups.tolist(),
+        "rows": counts["rows"],
+        "y": [round(y, 1) for y in chart["y"]],
     }
+    return {"chart": chart, "lines": list(lines), "data": data}
 
 
-def histograms(survey: read_out.Survey, path: Path) -> dict[str, str]:
+def histograms(survey: read_out.Survey, path: Path) -> dict[str, Any]:
     """Return the charts of cosines, and of group sizes and dup_count from ``histogram.parquet``."""
     table = stream_parquet(path).read()
-    of = np.array(table["of"].to_pylist(), object)
-    value, count = table["value"].to_numpy(), table["count"].to_numpy()
+    of, value, count = (table[name].to_numpy() for name in ("of", "value", "count"))
     in_groups, stand = ((of == name) & (value > 0) for name in ("group_size", "dup_count"))
-    similarity, sizes, copies = (
-        display.similarity_bars(survey.edges, survey.similarities),
-        display.size_bars(value[in_groups], count[in_groups]),
-        display.size_bars(value[stand], count[stand]),
-    )
-    about_cosines = (
-        "Removed rows by cosine with their representatives: "
-        f"{similarity.counts.sum():,} rows, {similarity.counts[-1]:,} of them exactly 1"
-    )
-    about_sizes = (
-        f"Groups by number of rows: {sizes.counts.sum():,} groups, from 2 to "
-        f"{value[in_groups].max(initial=2):,} rows"
-    )
-    about_copies = (
-        f"Kept rows by dup_count: {copies.counts.sum():,} stand for others, at most for "
-        f"{value[stand].max(initial=0):,}"
-    )
+    similarity = display.similarity_bars(survey.edges, survey.similarities)
     return {
-        "similarity": display.bar_chart(
-            similarity, "cosine with the representative", about_cosines
-        ),
-        "sizes": display.bar_chart(sizes, "rows in the group", about_sizes),
-        "copies": display.bar_chart(copies, "rows removed for it (dup_count)", about_copies),
+        "similarity": display.bar_chart(similarity),
+        "sizes": display.bar_chart(display.size_bars(value[in_groups], count[in_groups])),
+        "largest": int(value[in_groups].max(initial=2)),
+        "copies": display.bar_chart(display.size_bars(value[stand], count[stand])),
+        "most": int(value[stand].max(initial=0)),
     }
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,16 @@ from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
 from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
-from snipdedup.index.folder import Index, Space, held_encoder, is_descriptors
+from snipdedup.index.folder import Index, held_encoder, is_descriptors, load_encoder
 from snipdedup.index.search import MappedLists
-from snipdedup.inspection.display import places_of, render_page, require, terminal_text
+from snipdedup.inspection.display import (
+    ShownRow,
+    fill_texts,
+    places_of,
+    render_page,
+    require,
+    terminal_text,
+)
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import read_manifest, refuse_output_file
 
@@ -34,22 +41,10 @@ TABLE_WIDTH = 60  # characters of a caption or url in the table
 
 
 @dataclass
-class Neighbour:
-    """A row, where it lies, its score (a cosine or an ADC distance), and its texts if known."""
+class Neighbour(ShownRow):
+    """A row and its score, a cosine or an ADC distance; None of the query itself."""
 
-    row: int
-    shard: str
-    shard_row: int
     score: float | None = None
-    key: str | None = None
-    url: str | None = None
-    caption: str | None = None
-
-    def as_dict(self, measure: str) -> dict[str, Any]:
-        """Return the neighbour as JSON, its score under the measure's name."""
-        values = dataclasses.asdict(self)
-        score = values.pop("score")
-        return values if score is None else {**values, measure: score}
 
 
 @dataclass
@@ -78,16 +73,15 @@ class SearchResult:
         return f"{what} of the {self.of}" + (f": {self.note}" if self.note else "")
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        queries = [
-            {
-                "query": answer.query,
-                "row": answer.row.as_dict(self.measure) if answer.row else None,
-                "neighbours": [near.as_dict(self.measure) for near in answer.neighbours],
-            }
-            for answer in self.answers
-        ]
-        return {"measure": self.measure, "of": self.of, "note": self.note, "queries": queries}
+        """Return everything as JSON values, a score under the measure's name."""
+        found: dict[str, Any] = dataclasses.asdict(self)
+        for answer in found["answers"]:
+            for near in answer["neighbours"]:
+                near[self.measure] = near.pop("score")
+            if answer["row"] is not None:
+                del answer["row"]["score"]
+        names = ("measure", "of", "note")
+        return {**{name: found[name] for name in names}, "queries": found["answers"]}
 
     def __str__(self) -> str:
         lines = []
@@ -109,14 +103,13 @@ class SearchResult:
         return "\n".join([*lines, *([f"written to {self.page}"] if self.page else [])])
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """One query."""
 
     name: str  # as a person would call it
     row: int | None  # the stored row that it is
     x: np.ndarray  # (dim,) float32: what the lists are searched with
-    raw: np.ndarray | None  # (d,) float: what features are compared with
+    raw: np.ndarray  # (d,) float: what features are compared with, where they are as wide
 
 
 def run(options: Search) -> SearchResult:
@@ -124,21 +117,26 @@ def run(options: Search) -> SearchResult:
     index = Index(options.index)
     if options.html is not None:
         require("jinja2", "--html")
-    metadata = open_table_of(index, options)
+    beside, texts = options.features or index.manifest.get("features_at"), None
+    source: Any = options.metadata or (implied_metadata(beside) if beside else None)
+    if source is not None:
+        from snipdedup.metadata.gather import open_row_texts  # pyarrow takes a while
+
+        texts = open_row_texts(index.folder, index.manifest, source)
     features, of, why = raw_features(index, options)
     page = None if options.html is None else Path(options.html).expanduser()
     if page is not None:
-        read = [index.folder, *([] if metadata is None else metadata.inputs())]
+        read = [index.folder, *([] if texts is None else texts.inputs())]
         if isinstance(options.query, str) and options.query.lower().endswith(VECTORS):
             read.append(Path(options.query).expanduser())
         refuse_output_file(page, [*read, *([] if features is None else features.paths())])
-    result = search(index, features, of, why, options)
-    if metadata is not None:
-        add_texts(result, metadata)
-    result = dataclasses.replace(result, page=page)
+    result = dataclasses.replace(search(index, features, of, why, options), page=page)
+    if texts is not None:
+        shown = [n for a in result.answers for n in (*a.neighbours, *([a.row] if a.row else []))]
+        fill_texts(shown, texts, *TEXTS)
     if page is not None:
-        text = render_page("search.html.j2", index=index.folder.name, result=result)
         with replacing(page) as part:
+            text = render_page("search.html.j2", index=index.folder.name, result=result)
             part.write_text(text, encoding="utf-8")
     return result
 
@@ -149,19 +147,18 @@ def search(
     """Answer each query; features, called ``of``, are rows to compare with, or None and ``why``."""
     lists, shards, answers = MappedLists(index), index.manifest["shards"], []
     queries = parse_query(index, lists, features, options)
-    if features is not None and any(query.raw is None for query in queries):
+    if features is not None and queries[0].raw.shape != (features.dim,):
         features, why = None, "the query is not as wide as the features"
-    for query in queries:
-        D, I = lists.nearest(query.x, nprobe=options.nprobe, k=max(options.k, options.rerank) + 1)
-        if query.row is not None:
-            D, I = D[query.row != I], I[query.row != I]
-        if features is not None and query.raw is not None:
-            D, I = rerank(features, query.raw, I)
+    for name, row, x, raw in queries:
+        D, I = lists.nearest(x, nprobe=options.nprobe, k=max(options.k, options.rerank) + 1)
+        if row is not None:
+            D, I = D[row != I], I[row != I]
+        if features is not None:
+            D, I = rerank(features, raw, I)
         rows, scores = I[: options.k].tolist(), D[: options.k].tolist()
-        places = places_of(shards, rows if query.row is None else [*rows, query.row])
+        places = places_of(shards, rows if row is None else [*rows, row])
         near = [Neighbour(r, **places[r], score=s) for r, s in zip(rows, scores, strict=True)]
-        own = None if query.row is None else Neighbour(query.row, **places[query.row])
-        answers.append(Answer(query.name, own, near))
+        answers.append(Answer(name, None if row is None else Neighbour(row, **places[row]), near))
     measure, of, note = (COSINE, of, "") if features is not None else (ADC, "codes", why)
     return SearchResult(measure, of, note, answers)
 
@@ -190,53 +187,25 @@ def raw_features(index: Index, options: Search) -> tuple[Features | None, str, s
     source = options.features or index.manifest.get("features_at")
     if source is None:
         return None, "", "it is not known where the features lie; name them with --features"
-    how = {name: settings.get(name) for name in ("parts", "array", "column")}
-    if given:
-        how = {name: getattr(options, name) or value for name, value in how.items()}
-        if "{part" not in str(source):
-            how["parts"] = options.parts
+    how = {
+        name: (given and getattr(options, name)) or settings.get(name)
+        for name in ("parts", "array", "column")
+    }
+    if given and "{part" not in str(source):
+        how["parts"] = options.parts
     try:
         features = open_features(source, **how)
     except SnipError as error:
         if given:
             raise
         return None, "", f"the features are not where they were ({error})"
-    of = "descriptors" if is_descriptors(source) else "features"
     if given:
         index.refuse_other_rows(features, f"--features {source}")
-        return features, of, ""
-    now, then = request_of(features), index.manifest["request"]
-    if any(now[name] != then.get(name) for name in now):
-        return None, "", f"{source} changed since; if the rows are the same, give --features"
-    return features, of, ""
-
-
-def open_table_of(index: Index, options: Search) -> Any:
-    """Return the metadata: given, or beside a folder of features; None if there is none."""
-    beside = options.features or index.manifest.get("features_at")
-    source: Any = options.metadata or (implied_metadata(beside) if beside else None)
-    if source is None:
-        return None
-    from snipdedup.metadata.tables import open_metadata  # pyarrow takes a while too
-
-    metadata = open_metadata(source)
-    shards = index.manifest["shards"]
-    metadata.check_rows([(str(shard["name"]), int(shard["rows"])) for shard in shards])
-    return metadata
-
-
-def add_texts(result: SearchResult, metadata: Any) -> None:
-    """Fill in key, url and caption of every row shown."""
-    from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
-    from snipdedup.metadata.tables import KEY_COLUMNS
-
-    texts = RowTexts(metadata)
-    shown = [n for a in result.answers for n in (*a.neighbours, *([a.row] if a.row else []))]
-    rows = np.array([neighbour.row for neighbour in shown], np.int64)
-    for name, wanted in zip(TEXTS, (KEY_COLUMNS, URLS, CAPTIONS), strict=True):
-        values = texts.read(texts.find(wanted=wanted), rows)
-        for neighbour in shown:
-            setattr(neighbour, name, values.get(neighbour.row))
+    else:
+        now, then = request_of(features), index.manifest["request"]
+        if any(now[name] != then.get(name) for name in now):
+            return None, "", f"{source} changed since; if the rows are the same, give --features"
+    return features, "descriptors" if is_descriptors(source) else "features", ""
 
 
 def parse_query(
@@ -254,14 +223,8 @@ def parse_query(
     else:
         model = clip_model(index, query, options.model)
         vectors = text_vector(query, model, download=options.download)[None]
-    comparable = features is not None and features.dim == vectors.shape[1]
     return [
-        Query(
-            name if len(vectors) == 1 else f"{name} [{i}]",
-            None,
-            x,
-            vectors[i] if comparable else None,
-        )
+        Query(name if len(vectors) == 1 else f"{name} [{i}]", None, x, vectors[i])
         for i, x in enumerate(search_vectors(index, vectors, name, options.encoder))
     ]
 
@@ -274,7 +237,8 @@ def row_query(index: Index, lists: MappedLists, features: Features | None, row: 
             "text of digits only needs --text)"
         )
     if features is None:
-        return Query(f"row {row}", row, lists.vector_of(row), None)
+        x = lists.vector_of(row)
+        return Query(f"row {row}", row, x, x)
     rows = features.read(row, row + 1)
     if not usable(rows).all():
         raise SnipError(f"row {row} is NaN, infinite or zero: it is near to nothing")
@@ -329,9 +293,9 @@ def search_vectors(index: Index, vectors: np.ndarray, name: str, encoder: str | 
     given = held or (Path(encoder).expanduser() if encoder is not None else None)
     takes = None if given is None else read_manifest(given, "encoder")["encoder"]["dim_in"]
     if given is not None and width == takes:
-        space = Space.encoded(given).of_width(index.dim)
-        if space.dim == index.dim:
-            return space.vectors(vectors)
+        found = load_encoder(given, index.dim)
+        if found.dim == index.dim:
+            return found.encode(vectors)
     if width != index.dim:
         also = "" if given is None else f", or {takes} for the encoder {given}"
         raise SnipError(

@@ -91,7 +91,11 @@ def by_key(spec: str, keys: Iterable[str]) -> Thumbnails:
     if tars:
         add_from_tars(tars, wanted, found)
     elif path.is_dir():
-        add_from_folder(path, wanted, found)
+        for key, files in picture_files(path, sorted(wanted)).items():
+            if len(files) == 1:
+                found.add_file(files[0], key)
+            elif files:
+                found.ambiguous.append(key)
     else:
         raise SnipError(f"--images {spec}: no such folder of pictures, and no tar")
     return found
@@ -114,27 +118,19 @@ def img2dataset_shard(key: str) -> str:
     return key[:SHARD_DIGITS] if key.isdecimal() and len(key) > SHARD_DIGITS else ""
 
 
-def add_from_folder(folder: Path, wanted: set[str], found: Thumbnails) -> None:
-    """Look for keys where they should be; search the folder's folders for the rest."""
-    rest: dict[str, list[Path]] = {}
-    for key in sorted(wanted):
+def picture_files(folder: Path, keys: list[str]) -> dict[str, list[Path]]:
+    """Return the picture files of keys: where they should be, else anywhere below the folder."""
+    found: dict[str, list[Path]] = {}
+    for key in keys:
         parents = (folder, folder / img2dataset_shard(key))
         likely = (parent / (key + suffix) for parent in parents for suffix in SUFFIXES)
-        path = next((path for path in likely if path.is_file()), None)
-        if path is None:
-            rest[key] = []
-        else:
-            found.add_file(path, key)
-    for parent, _, names in os.walk(folder) if rest else ():  # links are not followed
-        for name in sorted(names):
-            stem = Path(name).stem
-            if stem in rest and name.lower().endswith(SUFFIXES):
-                rest[stem].append(Path(parent) / name)
-    for key, paths in rest.items():
-        if len(paths) == 1:
-            found.add_file(paths[0], key)
-        elif paths:
-            found.ambiguous.append(key)
+        found[key] = [path for path in likely if path.is_file()][:1]
+    missing = {key for key, paths in found.items() if not paths}
+    for parent, _, names in os.walk(folder) if missing else ():  # links are not followed
+        for path in (Path(parent, name) for name in sorted(names)):
+            if path.stem in missing and path.suffix.lower() in SUFFIXES:
+                found[path.stem].append(path)
+    return found
 
 
 def add_from_tars(tars: list[Path], wanted: set[str], found: Thumbnails) -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from snipdedup.config import Top
 from snipdedup.deduplication.inputs import KIND, named_paths
 from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
 from snipdedup.errors import SnipError
-from snipdedup.groups.members import Members, group_starts, no_members
+from snipdedup.groups.members import Members, group_starts
 from snipdedup.inspection.display import places_of, terminal_text
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts, open_row_texts
 from snipdedup.storage.atomic import replacing
@@ -46,17 +45,15 @@ class TopResult:
             return "no row stands for another one"
         lines = ["       row  dup_count    mean  lowest  chains  key, most frequent caption, url"]
         for entry in self.entries:
-            mean, lowest = (
-                "     -" if value is None else f"{value:6.4f}"
-                for value in (entry["similarity_mean"], entry["similarity_lowest"])
-            )
+            cosines = entry["similarity_mean"], entry["similarity_lowest"]
+            mean, lowest = ("-" if value is None else f"{value:.4f}" for value in cosines)
             texts = [terminal_text(entry["key"] or f"{entry['shard']} row {entry['shard_row']}")]
             for caption in entry["captions"][:1]:
                 text = terminal_text(caption["caption"], CAPTION_WIDTH)
                 texts.append(f'"{text}" ({caption["rows"]})')
             texts += [terminal_text(url, URL_WIDTH) for url in entry["urls"][:1]]
             lines.append(
-                f"{entry['row']:>10} {entry['dup_count']:>10,}  {mean}  {lowest}  "
+                f"{entry['row']:>10} {entry['dup_count']:>10,}  {mean:>6}  {lowest:>6}  "
                 f"{'yes' if entry['chains'] else '':<6}  {'  '.join(texts)}"
             )
         lines += ["", "mean, lowest: cosine of the removed rows with this one; chains: its group"]
@@ -70,21 +67,18 @@ class TopResult:
         return self.entries
 
 
-class Ranking(NamedTuple):
-    """Rows by how many removed rows they represent, most first; ties by row. (n,) each."""
+@dataclass(frozen=True)
+class Ranked:
+    """A row and how many removed rows it represents; cosines are those of these rows with it."""
 
-    row: np.ndarray  # int64
-    group: np.ndarray  # int64
-    dup_count: np.ndarray  # int64
-    mean: np.ndarray  # float64: cosine of those removed rows with this one; NaN where unverified
-    lowest: np.ndarray  # float32: the lowest of these cosines
-    size: np.ndarray  # int64: rows of the group
-    chains: np.ndarray  # bool: some of these it represents not at all, or below the threshold
-
-    def best(self, n: int) -> Ranking:
-        """Return the first n."""
-        order = np.lexsort((self.row, -self.dup_count))[:n]
-        return Ranking(*(column[order] for column in self))
+    row: int
+    group: int
+    dup_count: int
+    mean: float  # of the cosines; NaN where unverified
+    lowest: float
+    size: int  # rows of the group
+    chains: bool  # some of these it represents not at all, or below the threshold
+    removed: np.ndarray  # (n,) int64: the first `CAPTION_ROWS` of the removed rows
 
 
 def run(options: Top) -> TopResult:
@@ -100,11 +94,11 @@ def run(options: Top) -> TopResult:
                     f"--prompts writes captions, but no metadata with a column "
                     f"{' or '.join(CAPTIONS)} is known for {folder}; name it with --metadata"
                 )
-            known = [] if texts.metadata is None else texts.metadata.inputs()
-            refuse_output_file(target, [folder, *known, *named_paths(manifest)])
+            refuse_output_file(target, [folder, *texts.inputs(), *named_paths(manifest)])
         groups, threshold = folder / "groups.parquet", manifest["settings"]["threshold"]
-        ranking = rank_rows(groups, options.n, threshold)
-        entries = describe_ranking(ranking, groups, manifest["shards"], texts)
+        ranked = rank_rows(groups, options.n, threshold)
+        keys = read_keys(groups, np.array([one.row for one in ranked], np.int64))
+        entries = describe_ranked(ranked, keys, manifest["shards"], texts)
         if target is not None:
             captions = [e["captions"][0]["caption"] for e in entries if e["captions"]]
             with replacing(target) as part:
@@ -113,97 +107,91 @@ def run(options: Top) -> TopResult:
     return TopResult(entries, target)
 
 
-def rank_rows(path: Path, n: int, threshold: float) -> Ranking:
-    """Read ``groups.parquet`` and return the n rows that represent most others."""
-    best = rank_groups(no_members(), threshold)
-    for members in whole_groups(path, marked=True):
-        found = rank_groups(members, threshold).best(n)
-        best = Ranking(*map(np.concatenate, zip(best, found, strict=True))).best(n)
+def rank_rows(path: Path, n: int, threshold: float) -> list[Ranked]:
+    """Read ``groups.parquet`` and return the n rows that represent most others, most first."""
+    best: list[Ranked] = []
+    for members in whole_groups(path):
+        least = best[-1].dup_count if len(best) == n else 1
+        best += rank_groups(members, n, threshold, least)
+        best = sorted(best, key=lambda one: (-one.dup_count, one.row))[:n]
     return best
 
 
-def by_representative(members: Members) -> Members:
-    """Return the removed rows by representative, then row, but those of reference rows."""
+def rank_groups(members: Members, n: int, threshold: float, least: int = 1) -> list[Ranked]:
+    """Return at most n rows of whole groups that represent ``least`` others or more, most first.
+
+    Rows of references are none of these.
+    """
     removed = pick(members, members.is_dup & (members.representative >= 0))
-    return pick(removed, np.argsort(removed.representative, kind="stable"))
-
-
-def rank_groups(members: Members, threshold: float) -> Ranking:
-    """Return all rows of whole groups that represent others, in row order."""
-    removed = by_representative(members)
+    removed = pick(removed, np.argsort(removed.representative, kind="stable"))
     starts = group_starts(removed.representative)
-    first, dup_count = starts[:-1], np.diff(starts)
-    lowest = total = np.empty(0, np.float32)
-    if len(first):  # reduceat takes no empty array
-        lowest = np.minimum.reduceat(removed.similarity, first)
-        total = np.add.reduceat(removed.similarity.astype(np.float64), first)
-    group, edges = removed.group[first], group_starts(members.group)
-    size = np.diff(edges)[np.searchsorted(members.group[edges[:-1]], group)]
-    chains = (size > 1 + dup_count) | (lowest < np.float32(threshold))
-    row = removed.representative[first]
-    return Ranking(row, group, dup_count, total / dup_count, lowest, size, chains)
+    counts, found = np.diff(starts), []
+    order = np.argsort(-counts, kind="stable")[: min(n, np.count_nonzero(counts >= least))]
+    for start, count in zip(starts[order].tolist(), counts[order].tolist(), strict=True):
+        own = pick(removed, slice(start, start + count))
+        size = int(np.diff(np.searchsorted(members.group, [own.group[0], own.group[0] + 1]))[0])
+        lowest = own.similarity.min()
+        found.append(
+            Ranked(
+                row=int(own.representative[0]),
+                group=int(own.group[0]),
+                dup_count=count,
+                mean=float(own.similarity.mean(dtype=np.float64)),
+                lowest=float(lowest),
+                size=size,
+                chains=bool(size > 1 + count or lowest < np.float32(threshold)),
+                removed=own.row[:CAPTION_ROWS].copy(),
+            )
+        )
+    return found
 
 
-def describe_ranking(
-    ranking: Ranking, groups: Path, shards: list[dict[str, Any]], texts: RowTexts
+def describe_ranked(
+    ranked: list[Ranked], keys: dict[int, str], shards: list[dict[str, Any]], texts: RowTexts
 ) -> list[dict[str, Any]]:
-    """Return what is known of each row of a ranking, as JSON values."""
-    keys, rows = read_keys(groups, ranking.row), represented(groups, ranking.row)
-    captions = count_texts(texts, texts.find(None, CAPTIONS), rows)
-    urls = count_texts(texts, texts.find(None, URLS), rows)
-    entries = []
-    places = places_of(shards, ranking.row.tolist())
-    for at, (row, place) in enumerate(places.items()):
-        known = not np.isnan(ranking.lowest[at])
+    """Return what is known of each row, as JSON values."""
+    captions = count_texts(texts, texts.find(None, CAPTIONS), ranked)
+    urls = count_texts(texts, texts.find(None, URLS), ranked)
+    places, entries = places_of(shards, [one.row for one in ranked]), []
+    for one in ranked:
+        known = not np.isnan(one.lowest)
+        most = captions[one.row].most_common(SHOWN_CAPTIONS)
         entries.append(
             {
-                "row": row,
-                "dup_count": int(ranking.dup_count[at]),
-                "similarity_mean": round(float(ranking.mean[at]), 6) if known else None,
-                "similarity_lowest": round(float(ranking.lowest[at]), 6) if known else None,
-                "chains": bool(ranking.chains[at]),
-                "group": int(ranking.group[at]),
-                "group_rows": int(ranking.size[at]),
-                **place,
-                "key": keys.get(row),
-                "captions": [
-                    {"caption": text, "rows": count}
-                    for text, count in captions[row].most_common(SHOWN_CAPTIONS)
-                ],
-                "urls": list(urls[row])[:SHOWN_URLS],
+                "row": one.row,
+                "dup_count": one.dup_count,
+                "similarity_mean": round(one.mean, 6) if known else None,
+                "similarity_lowest": round(one.lowest, 6) if known else None,
+                "chains": one.chains,
+                "group": one.group,
+                "group_rows": one.size,
+                **places[one.row],
+                "key": keys.get(one.row),
+                "captions": [{"caption": text, "rows": count} for text, count in most],
+                "urls": list(urls[one.row])[:SHOWN_URLS],
             }
         )
     return entries
 
 
-def represented(path: Path, wanted: np.ndarray) -> dict[int, np.ndarray]:
-    """Return each wanted row with the removed rows that it represents, the first ones of many."""
-    found: dict[int, list[np.ndarray]] = {row: [np.array([row])] for row in wanted.tolist()}
-    for members in whole_groups(path, marked=True) if found else ():
-        removed = by_representative(members)
-        removed = pick(removed, np.isin(removed.representative, wanted))
-        for low, high in pairwise(group_starts(removed.representative)):
-            rows = removed.row[low : min(high, low + CAPTION_ROWS)]
-            found[int(removed.representative[low])].append(rows)
-    return {row: np.concatenate(parts) for row, parts in found.items()}
-
-
 def count_texts(
-    texts: RowTexts, column: str | None, rows: dict[int, np.ndarray]
+    texts: RowTexts, column: str | None, ranked: list[Ranked]
 ) -> dict[int, Counter[str]]:
-    """Count the texts of a column over the rows of each entry, its own row's text first.
+    """Count the texts of a column over each ranked row and the rows that it represents.
 
-    Ties of a count keep the order in which texts are met: the entry's own, then by row.
+    Ties of a count keep the order in which texts are met: the row's own, then by row.
     """
-    owner = np.repeat(list(rows), [len(held) for held in rows.values()])
-    every = np.concatenate([np.empty(0, np.int64), *rows.values()])
-    own = texts.read(column, np.array(list(rows), np.int64))
-    counts = {row: Counter({own[row]: 0} if own.get(row) else {}) for row in rows}
+    own = texts.read(column, np.array([one.row for one in ranked], np.int64))
+    counts = {one.row: Counter({own[one.row]: 0} if own.get(one.row) else {}) for one in ranked}
+    owner = np.repeat([one.row for one in ranked], [1 + len(one.removed) for one in ranked])
+    every = np.concatenate(
+        [np.empty(0, np.int64), *(np.append(one.row, one.removed) for one in ranked)]
+    )
     order = np.argsort(every, kind="stable")
     for start in range(0, len(every), READ_ROWS):
-        part = order[start : start + READ_ROWS]
-        found = texts.read(column, every[part])
-        for row, of in zip(every[part].tolist(), owner[part].tolist(), strict=True):
+        rows, owners = (of[order[start : start + READ_ROWS]] for of in (every, owner))
+        found = texts.read(column, rows)
+        for row, of in zip(rows.tolist(), owners.tolist(), strict=True):
             if found.get(row):
                 counts[of][found[row]] += 1
     return counts

@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from snipdedup import progress
-from snipdedup.commands import named_kinds
-from snipdedup.config import EXPORTS, Filter
-from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.config import Filter
+from snipdedup.errors import SnipError, UsageError, WriteError
 from snipdedup.features.shards import Features, FileRows, open_features, request_of
 from snipdedup.metadata import kept_rows
 from snipdedup.metadata.join_by_key import KeyJoin, check_removed_keys, plan_key_join
 from snipdedup.metadata.masks import Mask, describe_kept, file_version, open_mask, place_metadata
-from snipdedup.metadata.tables import ColumnUse, Metadata, open_metadata, try_column_uses
+from snipdedup.metadata.tables import Metadata, open_metadata, try_column_uses
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import read_manifest
 
@@ -94,10 +93,9 @@ def run(options: Filter) -> FilterResult:
         chosen = choose_files_of_range(chosen, mask, options.start, options.end)
     metadata = chosen.metadata
     kept_rows.kept_names(metadata.files)  # refused before anything is written
-    kinds = named_kinds("export", options.export, EXPORTS)
+    kinds = options.words("export")
     columns = kept_rows.list_columns(kinds, metadata, options.key)
-    write = ColumnUse(None, kept_rows.try_writing, "leave it out of the metadata", by_schema=True)
-    try_column_uses(metadata, [*kept_rows.list_uses(columns, metadata), write])
+    try_column_uses(metadata, kept_rows.list_uses(columns, metadata))
     names = ("on", "unmatched", "ambiguous", "export", "key")
     flags = {name: getattr(options, name) for name in names}
     request = filter_request(chosen, mask, join, flags)
@@ -127,20 +125,18 @@ def filter_rows(
             is_dup = mask.is_dup[chosen.row : chosen.row + metadata.rows]
             note = check_removed_keys(metadata, mask, chosen.row, work)
         lists = kept_rows.write_lists(columns, metadata, is_dup, lists_folder, work)
-    except SnipError:
-        out_folder.release(out)  # an earlier result there is left as it is
-        raise
-    if export_mask:
-        lists.append(lists_folder / "is_dup.npy")
-        atomic.save_npy(lists[-1], is_dup)
-    body["files"], written = write_rows(chosen, is_dup, work)
-    try:
+        if export_mask:
+            lists.append(lists_folder / "is_dup.npy")
+            atomic.save_npy(lists[-1], is_dup)
+        body["files"], written = write_rows(chosen, is_dup, work)
         read: list[FileRows | None] = [mask.opened, metadata, *chosen.features.values()]
         for files in [*read, join.known if join else None]:
             if files is not None:
                 files.refuse_changed()
-    except InputError:
-        out_folder.release(out)
+    except WriteError:
+        raise  # what is complete stays
+    except SnipError:
+        out_folder.release(out)  # an earlier result there is left as it is
         raise
     out_folder.publish(out, KIND, body, [*written, *lists])
     return describe_filter(out, body, lines=[note] if note else [])
@@ -151,7 +147,7 @@ def open_embeddings(specs: str | None, metadata: Metadata) -> dict[str, Features
     found: dict[str, Features] = {}
     for spec in [spec.strip() for spec in (specs or "").split(",") if spec.strip()]:
         features = open_features(spec)
-        metadata.check_matches(features)
+        metadata.check_matches(features.describe())
         name = features.shards[0].path.absolute().parent.name or "img_emb"
         if name in found or name in RESERVED:
             raise UsageError(
@@ -185,20 +181,19 @@ def choose_files_of_range(
 ) -> FilterInputs:
     """Return the files that ``--start`` and ``--end`` mean, and the shards beside them."""
     metadata = inputs.metadata
-    found = place_metadata(metadata, mask, start, end)
-    row = found.offset + int(metadata.offsets[found.first])
-    if (found.first, found.last) == (0, len(metadata.files)):
-        return replace(inputs, number=found.number, row=row)
+    first, last, row = place_metadata(metadata, mask, start, end)
+    if (first, last) == (0, len(metadata.files)):
+        return replace(inputs, number=start or 0, row=row)
     for name, features in inputs.features.items():
         if len(features.shards) != len(metadata.files):
             raise SnipError(
                 f"--start and --end choose files: expected as many shards in {name} as files of "
                 f"metadata, {len(metadata.files)}, found {len(features.shards)}"
             )
-    cut = slice(found.first, found.last)
+    cut = slice(first, last)
     shards = {n: Features(f.shards[cut], f.folders) for n, f in inputs.features.items()}
     part = Metadata(metadata.files[cut], metadata.folders)
-    return FilterInputs(part, shards, found.number, row)
+    return FilterInputs(part, shards, start or 0, row)
 
 
 def filter_request(

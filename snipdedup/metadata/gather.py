@@ -8,7 +8,7 @@ kept rows only.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,70 +23,59 @@ from snipdedup.metadata.tables import Metadata, Table, open_metadata
 from snipdedup.storage.atomic import explained
 from snipdedup.storage.external_sort import READ, Sorter, Spread, pack, row_kind
 
+Convert = Callable[[Table, str, Any], Any]  # of a file, a column's name, values: these converted
 FLUSH_ROWS = 1 << 20
 FLUSH_BYTES = 64 << 20
 CAPTIONS, URLS = ("caption", "text"), ("url", "image_url")  # names of columns
 
-Convert = Callable[[Table, Any], dict[str, Any]]
 
-
-def gather_columns(
-    metadata: Metadata,
-    columns: Sequence[str],
-    rows: np.ndarray,
-    cuts: np.ndarray,
-    convert: Convert,
+def gather_column(
+    metadata: Metadata, column: str, rows: np.ndarray, cuts: np.ndarray, convert: Convert,
     folder: Path,
-) -> Generator[Any, None, None]:
-    """Yield a ``pyarrow.Table`` of each slice of ``rows``, None for a slice of no rows.
+) -> Generator[Any, None, None]:  # fmt: skip
+    """Yield the column's values of each slice of ``rows``, None for a slice of no rows.
 
     ``rows``, (n,) int64, are global, in any order, each once; they may be mapped. ``cuts``,
-    (slices + 1,) int64, are where slices begin and the last one ends. ``convert`` takes a file and
-    a record batch, and returns the columns of the tables, of the same types for all files. Close
-    the generator: it removes the temporary files in ``folder`` when it ends.
+    (slices + 1,) int64, are where slices begin and the last one ends. ``convert`` gives all values
+    one type. Close the generator: it removes the temporary files in ``folder`` when it ends.
     """
     kind = np.dtype([("row", row_kind(metadata.rows)), ("place", row_kind(len(rows)))])
     spread = Spread(len(rows), 0, metadata.rows)
     try:
-        slices = TableSlices(folder)
+        slices = TableSlices(folder, cuts)
         by_row = Sorter(folder / "rows", kind, lambda r: r["row"].astype(np.uint64), spread=spread)
         for start, stop in plan_blocks(len(rows), READ):
             by_row.add(pack(kind, rows[start:stop], np.arange(start, stop)))
         for records in by_row.ascending():
             order = np.argsort(records["row"])
             row, place = (records[name][order].astype(np.int64) for name in ("row", "place"))
-            for file, which, batch in metadata.pick(columns, row):
-                at = place[which]
-                values = pa.RecordBatch.from_pydict({"place": at, **convert(file, batch)})
-                slices.add(np.searchsorted(cuts, at, side="right") - 1, values)
+            for file, which, batch in metadata.pick([column], row):
+                values = convert(file, column, batch.column(0))
+                slices.add(pa.RecordBatch.from_pydict({"place": place[which], "value": values}))
         for number in range(len(cuts) - 1):
             table = slices.read(number)
-            if table is not None:
-                table = table.take(pa.array(np.argsort(table["place"].to_numpy())))
-            yield table
+            yield None if table is None else table.sort_by("place")["value"]
             pa.default_memory_pool().release_unused()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class TableSlices:
-    """Rows of one schema, split over files by slice number.
+    """Rows with a ``place``, split over files by the slice, between two ``cuts``, that it is in.
 
     A slice is a file of Arrow streams one after another; files are open only while they are
     written to, however many slices there are.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, cuts: np.ndarray) -> None:
+        self.folder, self.cuts = folder, cuts
         self.written: set[int] = set()
-        self.numbers: list[np.ndarray] = []
         self.batches: list[Any] = []
         self.rows = self.bytes = 0  # of these batches
         shutil.rmtree(folder, ignore_errors=True)  # files of a stopped run
 
-    def add(self, numbers: np.ndarray, batch: Any) -> None:
-        """Take the rows of a record batch; ``numbers`` (n,) are the slices of its rows."""
-        self.numbers.append(numbers)
+    def add(self, batch: Any) -> None:
+        """Take the rows of a record batch."""
         self.batches.append(batch)
         self.rows += batch.num_rows
         self.bytes += batch.nbytes
@@ -110,18 +99,19 @@ class TableSlices:
     def _flush(self) -> None:
         if not self.batches:
             return
-        number = np.concatenate(self.numbers)
-        order = np.argsort(number, kind="stable")
-        table = pa.Table.from_batches(self.batches).take(pa.array(order)).combine_chunks()
-        cuts = np.flatnonzero(np.diff(number[order], prepend=-1, append=-1))
-        for start, stop in pairwise(cuts):
-            path, rows = self._path(int(number[order[start]])), table.slice(start, stop - start)
-            with explained(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
-                    stream.write_table(rows)
-            self.written.add(int(number[order[start]]))
-        self.numbers, self.batches, self.rows, self.bytes = [], [], 0, 0
+        table = pa.Table.from_batches(self.batches).sort_by("place").combine_chunks()
+        slices = np.searchsorted(self.cuts, table["place"].to_numpy(), side="right") - 1
+        for start, stop in pairwise(np.flatnonzero(np.diff(slices, prepend=-1, append=-1))):
+            number = int(slices[start])
+            with explained(self._path(number)):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (
+                    self._path(number).open("ab") as file,
+                    pa.ipc.new_stream(file, table.schema) as stream,
+                ):
+                    stream.write_table(table.slice(start, stop - start))
+            self.written.add(number)
+        self.batches, self.rows, self.bytes = [], 0, 0
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.arrows"
@@ -136,6 +126,10 @@ class RowTexts:
 
     metadata: Metadata | None
     is_dup: np.ndarray | None = None
+
+    def inputs(self) -> list[Path]:
+        """Return the files that it reads, and their folders."""
+        return [] if self.metadata is None else self.metadata.inputs()
 
     def find(self, asked: str | None = None, wanted: tuple[str, ...] = ()) -> str | None:
         """Return a column's name as `Metadata.column` does, None without metadata."""
@@ -166,7 +160,7 @@ def open_row_texts(out: Path, manifest: dict[str, Any], asked: str | None = None
     """
     if asked is not None:
         metadata = open_metadata(asked)
-        metadata.check_rows([(shard["name"], shard["rows"]) for shard in manifest["shards"]])
+        metadata.check_matches(manifest["shards"])
         return RowTexts(metadata)
     if (found := find_run_metadata(manifest)) is not None:
         return RowTexts(found)
@@ -189,7 +183,7 @@ def find_run_metadata(manifest: dict[str, Any]) -> Metadata | None:
         if spec is None:
             return None
         metadata = open_metadata(spec)
-        metadata.check_rows([(shard["name"], shard["rows"]) for shard in manifest["shards"]])
+        metadata.check_matches(manifest["shards"])
     except SnipError:  # moved, or in a store that cannot be reached now
         return None
     sizes = [path.stat().st_size for path in metadata.paths()]

@@ -23,18 +23,17 @@ from snipdedup import progress
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.gather import find_run_metadata
-from snipdedup.metadata.masks import MASK, Mask, named_sizes, place_all
+from snipdedup.metadata.masks import MASK, Mask, place_all
 from snipdedup.metadata.tables import (
     ColumnUse,
     Metadata,
     Table,
-    cast_column,
+    as_texts,
     open_metadata,
     try_column_uses,
 )
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them
@@ -55,7 +54,7 @@ def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
     (2, n) uint64, and whether a row has a key, (n,) bool: not if a column is null or empty.
     """
     columns = [
-        as_bytes(table, name, values).to_pylist()
+        key_bytes(table, name, values).to_pylist()
         for name, values in zip(batch.schema.names, batch.columns, strict=True)
     ]
     known = np.array([all(row) for row in zip(*columns, strict=True)], bool)
@@ -67,10 +66,10 @@ def fingerprints(table: Table, batch: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(digests, np.uint64).reshape(-1, 2).T, known
 
 
-def as_bytes(table: Table, name: str, values: Any) -> Any:
+def key_bytes(table: Table, name: str, values: Any) -> Any:
     """Return a column's values as ``large_binary``: numbers by their text, null as no bytes."""
     if not is_binary(values.type):
-        values = cast_column(table, name, values, pa.large_string())
+        values = as_texts(table, name, values, pa.large_string())
     return values.cast(pa.large_binary()).fill_null(b"")
 
 
@@ -114,9 +113,9 @@ class KeyJoin:
     """A join of the rows of ``metadata`` with those of a mask's set, and what `run` finds.
 
     ``known`` has all rows of the mask's set, in its order; or the kept rows only, where ``groups``
-    (``groups.parquet``) has the keys of the removed rows. Rows of the states ``removing`` are
-    removed; any number of rows may be in the states ``asked``. ``counts``, (5,) int64, are rows by
-    state, ``examples`` the first rows of each, ``repeated`` rows that share their key with another.
+    (``groups.parquet``) has the keys of the removed rows. ``policies`` say by state ``keep`` or
+    ``remove``; without one rows are kept, but there may not be many. ``counts``, (5,) int64, are
+    rows by state, ``examples`` the first rows of each, ``repeated`` rows that share their key.
     """
 
     metadata: Metadata
@@ -124,8 +123,7 @@ class KeyJoin:
     groups: Path | None
     known_columns: KeyColumns
     columns: KeyColumns
-    removing: Sequence[int]
-    asked: Sequence[int]
+    policies: dict[int, str | None]
     counts: np.ndarray = field(default_factory=lambda: np.zeros(len(STATES), np.int64))
     examples: list[list[int]] = field(default_factory=lambda: [[] for _ in STATES])
     repeated: int = 0
@@ -136,24 +134,19 @@ class KeyJoin:
         A key of several rows that are not decided alike makes its rows ambiguous. A row whose
         content is not that of the one row of its key is contradicted.
         """
-        count, path = self.metadata.rows, work / "states.bin"
+        count, path = self.metadata.rows, work / "states.npy"
         spread = Spread(mask.rows + count, 0, (1 << 64) - 1)
         sorter = Sorter(work / "rows", KEYED_ROW, lambda r: r["high"], spread=spread)
         with progress.bar(mask.rows + count, "keys", "rows") as bar:
-            for records in self._decided(mask):
+            for records in self._keyed_rows(mask):
                 sorter.add(records)
                 bar.update(len(records))
-            for file, first, batch in self.metadata.read(self.columns.needed()):
-                rows = np.arange(first, first + batch.num_rows)
-                sorter.add(self.columns.records(file, rows, batch))
-                bar.update(batch.num_rows)
         blocks = plan_blocks(count, STATE_ROWS)
-        with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out:
-                for start, stop in blocks or [(0, 1)]:  # an empty file cannot be mapped
-                    out.write(bytes([UNMATCHED]) * (stop - start))  # until decided
-        states = np.memmap(path, np.uint8, "r+")[:count]
+        # in full: a hole that the disk cannot fill ends a process
+        with atomic.writing_npy(path, np.dtype(np.uint8), (count,)) as out:
+            for start, stop in blocks:
+                out.write(bytes([UNMATCHED]) * (stop - start))  # until decided
+        states = np.load(path, mmap_mode="r+")
         with progress.bar(sorter.count, "join", "rows") as bar:
             for records in sorter.ascending():
                 self._decide(states, records)
@@ -164,14 +157,16 @@ class KeyJoin:
             for state, rows_shown in enumerate(self.examples):
                 found = np.flatnonzero(part == state)[: SHOWN_ROWS - len(rows_shown)]
                 rows_shown.extend((start + found).tolist())
-            part[:] = np.isin(part, self.removing)
+            part[:] = np.isin(
+                part, [s for s, policy in self.policies.items() if policy == "remove"]
+            )
         for state in (CONTRADICTED, UNMATCHED, AMBIGUOUS):
-            if state not in self.asked and self.counts[state] > MOST_IN_DOUBT * count:
+            if self.policies.get(state) is None and self.counts[state] > MOST_IN_DOUBT * count:
                 raise SnipError(self._refusal(state))
         return states.view(np.bool_)
 
-    def _decided(self, mask: Mask) -> Iterator[np.ndarray]:
-        """Yield the rows of the mask's set as `KEYED_ROW`."""
+    def _keyed_rows(self, mask: Mask) -> Iterator[np.ndarray]:
+        """Yield the rows of the mask's set, then the others, as `KEYED_ROW`."""
         for file, first, batch in self.known.read(self.known_columns.needed()):
             removed = np.zeros(batch.num_rows, int)
             if self.groups is None:
@@ -182,6 +177,8 @@ class KeyJoin:
             for _, batch in table.batches(["key", "is_dup"]):
                 keys = batch.filter(batch.column("is_dup")).select(["key"])
                 yield KeyColumns(["key"]).records(table, DECIDED[1], keys)
+        for file, first, batch in self.metadata.read(self.columns.needed()):
+            yield self.columns.records(file, np.arange(first, first + batch.num_rows), batch)
 
     def _decide(self, states: np.ndarray, records: np.ndarray) -> None:
         """Set the states of rows of whose keys all records are here."""
@@ -226,7 +223,7 @@ class KeyJoin:
 
     def report(self) -> str:
         """Return the lines that a run prints about its join."""
-        counts, fate = self.counts, ["removed" if s in self.removing else "kept" for s in range(5)]
+        counts = self.counts
         matched = int(counts.sum() - counts[[UNMATCHED, CONTRADICTED]].sum())
         lines = [f"  matched by {', '.join(self.columns.key):<12}{matched:>12,}"]
         reasons = {
@@ -237,7 +234,8 @@ class KeyJoin:
         for state, reason in reasons.items():
             line = f"  {STATES[state]:<23}{counts[state]:>12,}  {reason}"
             if counts[state]:
-                line += f"; they are {fate[state]}: {self._places(state)}"
+                fate = "removed" if self.policies.get(state) == "remove" else "kept"
+                line += f"; they are {fate}: {self._places(state)}"
             if counts[state] or state != CONTRADICTED:
                 lines.append(line)
         lines.append(f"  {'repeated':<23}{self.repeated:>12,}  share their key with another row")
@@ -259,7 +257,7 @@ def plan_key_join(
     columns = [str(metadata.column(name)) for name in asked]
     known, groups = _find_known(mask, keys, asked)
     if groups is None:
-        place_all(named_sizes(known), mask)
+        place_all(known.sizes(), mask)
     known_columns = [str(known.column(name)) for name in asked]
     content: Sequence[str | None] = (None, None)
     if groups is None and not any(column.lower() in CONTENT_COLUMNS for column in columns):
@@ -269,15 +267,8 @@ def plan_key_join(
     for table, key in zip((known, metadata), both_keys, strict=True):
         use = ColumnUse(key.needed(), key.records, "find rows by another column with --on")
         try_column_uses(table, [use])
-    policies = {UNMATCHED: unmatched, AMBIGUOUS: ambiguous}
-    return KeyJoin(
-        metadata,
-        known,
-        groups,
-        *both_keys,
-        [REMOVED, *(state for state, policy in policies.items() if policy == "remove")],
-        [state for state, policy in policies.items() if policy is not None],
-    )
+    policies = {REMOVED: "remove", UNMATCHED: unmatched, AMBIGUOUS: ambiguous}
+    return KeyJoin(metadata, known, groups, *both_keys, policies)
 
 
 def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Metadata, Path | None]:
@@ -285,12 +276,12 @@ def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Met
     if keys is not None:
         return open_metadata(keys), None
     folder = mask.path.parent
-    if mask.sizes is None:  # no manifest vouches for it
+    manifest = mask.manifest
+    if manifest is None:
         raise SnipError(
             f"{mask.path} is a mask alone and names no rows; give the metadata that it matches by "
             "position with --keys"
         )
-    manifest = read_manifest(folder, "dedup")
     used = find_run_metadata(manifest) if manifest["request"].get("metadata") else None
     if used is not None:
         return used, None
@@ -352,10 +343,9 @@ def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -
 
 def _key_column(groups: Path, mask: Mask, metadata: Metadata) -> str | None:
     """Return the metadata's column that OUT holds as ``key``, None where none can be compared."""
-    out = groups.parent
-    if mask.sizes is None or not groups.is_file() or not (out / MANIFEST).is_file():
+    out, manifest = groups.parent, mask.manifest
+    if manifest is None or not groups.is_file():
         return None
-    manifest = read_manifest(out, "dedup")
     if manifest["outputs"].get(MASK, {}).get("sha256") != atomic.sha256(mask.path):
         return None  # not the mask that the run wrote
     asked = manifest["settings"].get("key")

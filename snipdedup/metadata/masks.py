@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,34 +38,26 @@ HOW_TO_PLACE = (
 class Mask(NamedTuple):
     """A mask as published: ``is_dup`` (rows,) bool, memory-mapped, True = remove.
 
-    ``sizes``, (files,) int64, are the rows of each file of the whole set, where the manifest or
-    ``--cumulative_sizes`` has them; ``other_sizes`` are these if the 0 that running totals begin
-    with stands for an empty first file (see `resolve_sizes`).
+    ``meanings`` are the rows of each file of the whole set, (files,) int64, where the manifest or
+    ``--cumulative_sizes`` has them: the likelier one first, if the 0 that totals begin with can
+    have two (see `resolve_sizes`). ``manifest`` is that of the run which wrote the mask, beside it.
     """
 
     path: Path
     is_dup: np.ndarray
-    sizes: np.ndarray | None
+    meanings: Sequence[np.ndarray] = ()
     opened: FileRows | None = None
-    other_sizes: np.ndarray | None = None
+    manifest: dict[str, Any] | None = None
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """Rows of each file of the whole set, if they are known."""
+        return self.meanings[0] if self.meanings else None
 
     @property
     def rows(self) -> int:
         """Rows of the whole set."""
         return len(self.is_dup)
-
-
-class FileRange(NamedTuple):
-    """Which of the files at hand are meant, and where they lie in the set.
-
-    ``first`` to ``last`` (exclusive) are positions among the files; ``number`` is the first one's
-    number in the whole set; ``offset`` is the mask's row of row 0 of the first file at hand.
-    """
-
-    first: int
-    last: int
-    number: int
-    offset: int
 
 
 def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
@@ -81,18 +73,31 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
     opened = FileRows([path] if path.is_file() else [], [])
     is_dup = load_mask(path)
     with as_written(path.parent):
-        sizes = _manifest_sizes(path, len(is_dup))
+        manifest, known = _manifest_of(path), []
+        if manifest is not None:
+            known = [np.array([shard["rows"] for shard in manifest["shards"]], np.int64)]
+    if known and known[0].sum() != len(is_dup):
+        raise SnipError(
+            f"{path} has {len(is_dup):,} rows, the manifest beside it says {known[0].sum():,}; it "
+            "was replaced after the run that wrote it"
+        )
     if cumulative is None:
-        return Mask(path, is_dup, sizes, opened)
+        return Mask(path, is_dup, known, opened, manifest)
     meanings = _read_totals(Path(cumulative).expanduser(), len(is_dup))
-    if sizes is None:
-        return Mask(path, is_dup, meanings[0], opened, *meanings[1:])
-    if not any(np.array_equal(sizes, meaning) for meaning in meanings):
+    if known and not any(np.array_equal(known[0], meaning) for meaning in meanings):
         raise SnipError(
             f"{cumulative} and {path.parent / MANIFEST} say different row counts of the "
             "files; leave out --cumulative_sizes, or move the mask away from that manifest"
         )
-    return Mask(path, is_dup, sizes, opened)
+    return Mask(path, is_dup, known or meanings, opened, manifest)
+
+
+def _manifest_of(path: Path) -> dict[str, Any] | None:
+    """Return the manifest of the run of ``snip dedup`` that wrote a mask, None without one."""
+    found = atomic.load_json(path.parent / MANIFEST) if is_finished(path.parent) else None
+    if not isinstance(found, dict) or found.get("kind") != "dedup":
+        return None
+    return read_manifest(path.parent, "dedup") if path.name in found.get("outputs", {}) else None
 
 
 def load_mask(path: Path) -> np.ndarray:
@@ -120,23 +125,6 @@ def _map_file(path: Path, what: str) -> np.ndarray:
         return map_npy(path)
     except OSError as error:
         raise SnipError(f"{path}: cannot be read as a {what}: {error}") from error
-
-
-def _manifest_sizes(path: Path, rows: int) -> np.ndarray | None:
-    """Return the rows of each shard from the manifest beside a mask of ours, None without one."""
-    beside = path.parent / MANIFEST
-    manifest = atomic.load_json(beside) if is_finished(path.parent) else None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "dedup":
-        return None
-    if path.name not in manifest.get("outputs", {}):
-        return None
-    sizes = np.array([shard["rows"] for shard in manifest["shards"]], np.int64)
-    if int(sizes.sum()) != rows:
-        raise SnipError(
-            f"{path} has {rows:,} rows, its manifest {beside} says {int(sizes.sum()):,}; it was "
-            "replaced after the run that wrote it"
-        )
-    return sizes
 
 
 def _read_totals(path: Path, rows: int) -> list[np.ndarray]:
@@ -169,11 +157,9 @@ def resolve_sizes(mask: Mask, place: Callable[[Mask], T]) -> tuple[Mask, T]:
     ``place`` raises `SnipError` where sizes do not fit the files at hand. Where a leading 0 of
     totals has two meanings, it must refuse one of them, or return the same for both.
     """
-    meanings = [mask.sizes] if mask.other_sizes is None else [mask.sizes, mask.other_sizes]
     accepted: list[tuple[Mask, T]] = []
     refusals: list[SnipError] = []
-    for sizes in meanings:
-        one = mask._replace(sizes=sizes, other_sizes=None)
+    for one in [mask._replace(meanings=[sizes]) for sizes in mask.meanings] or [mask]:
         try:
             accepted.append((one, place(one)))
         except SnipError as refusal:
@@ -189,23 +175,20 @@ def resolve_sizes(mask: Mask, place: Callable[[Mask], T]) -> tuple[Mask, T]:
     return accepted[0]
 
 
-def place_metadata(metadata: Metadata, mask: Mask, start: int | None, end: int | None) -> FileRange:
-    """Place metadata in a mask: all of its files, or a range as `place_range` does."""
-    files = named_sizes(metadata)
-    if mask.other_sizes is not None and metadata.rows == mask.rows:  # the whole set: files count
-        sizes = mask.other_sizes if len(mask.other_sizes) == len(files) else mask.sizes
-        mask = mask._replace(sizes=sizes, other_sizes=None)
+def place_metadata(
+    metadata: Metadata, mask: Mask, start: int | None, end: int | None
+) -> tuple[int, int, int]:
+    """Place metadata in a mask: all of its files, or a range; return what `place_range` does."""
+    files = metadata.sizes()
+    if metadata.rows == mask.rows:  # the whole set: the number of its files tells what a 0 means
+        fitting = [sizes for sizes in mask.meanings if len(sizes) == len(files)]
+        mask = mask._replace(meanings=[*fitting, *mask.meanings][:1])
     if start is None and end is None:
         return place_all(files, mask)
     return resolve_sizes(mask, lambda one: place_range(files, one, start or 0, end))[1]
 
 
-def named_sizes(metadata: Metadata) -> list[NamedSize]:
-    """Return the names and row counts of metadata files."""
-    return [(str(file.path), file.rows) for file in metadata.files]
-
-
-def place_all(files: Sequence[NamedSize], mask: Mask) -> FileRange:
+def place_all(files: Sequence[NamedSize], mask: Mask) -> tuple[int, int, int]:
     """Place a whole set: its files' rows must be the mask's, or it is refused."""
     total = sum(rows for _, rows in files)
     if total != mask.rows:
@@ -216,49 +199,41 @@ def place_all(files: Sequence[NamedSize], mask: Mask) -> FileRange:
         )
     if mask.sizes is not None and len(mask.sizes) == len(files):
         check_sizes(files, mask.sizes, 0)
-    return FileRange(0, len(files), 0, 0)
+    return 0, len(files), 0
 
 
-def place_range(files: Sequence[NamedSize], mask: Mask, start: int, end: int | None) -> FileRange:
+def place_range(
+    files: Sequence[NamedSize], mask: Mask, start: int, end: int | None
+) -> tuple[int, int, int]:
     """Place files ``start`` to ``end`` (exclusive, None: the last) of a set, numbered from 0.
 
     The files at hand may be a part of the set. It is refused if it is not certain which files are
-    meant, or at which row the first one begins.
+    meant, or at which row the first one begins. Returns the positions of those that are meant
+    among the files at hand (first, last exclusive), and the mask's row at which they begin.
     """
     sizes, names, rows = mask.sizes, [name for name, _ in files], [rows for _, rows in files]
     if sizes is not None and sum(rows) == mask.rows and len(files) != len(sizes):
         sizes = None  # the whole set in other files than its features: these files count
-    numbers = file_numbers(names)
-    if end is None:
-        end = max(numbers) + 1 if numbers else len(files)
-        end = len(sizes) if sizes is not None else end
-    if start >= end or (sizes is not None and end > len(sizes)):
-        known = end if sizes is None else len(sizes)
-        raise SnipError(f"files {start} to {end - 1} are wanted, the set has 0 to {known - 1}")
-    first = choose_files(files, numbers, sizes, start, end)
-    last = first + end - start
+    first, last = choose_files(files, sizes, start, end)
     if sizes is not None:
         check_sizes(files[first:last], sizes, start)
         begin = int(sizes[:start].sum())
-    elif first != start:
-        raise SnipError(
-            f"at which row of the set {names[first]} begins is not known: files 0 to "
-            f"{start - 1} are not there; {HOW_TO_PLACE}"
-        )
-    elif numbers is None and sum(rows) != mask.rows:
-        raise SnipError(
-            f"whether {names[0]} is file 0 of the set is not known: its name has no number, "
-            f"and the files have {sum(rows):,} rows, the mask {mask.rows:,}; {HOW_TO_PLACE}"
-        )
-    else:
+    elif first == start and (sum(rows) == mask.rows or file_numbers(names) is not None):
         begin = sum(rows[:start])
+    else:
+        why = f"files 0 to {start - 1} are not there"
+        if first == start:
+            why = f"no name has a number, and {sum(rows):,} of {mask.rows:,} rows are there"
+        raise SnipError(
+            f"at which row of the set {names[first]} begins is not known: {why}; {HOW_TO_PLACE}"
+        )
     stop = begin + sum(rows[first:last])
     if stop > mask.rows:
         raise SnipError(
-            f"files {start} to {end - 1} are rows {begin:,} to {stop:,} of their "
+            f"files {start} to {start + last - first - 1} are rows {begin:,} to {stop:,} of their "
             f"set, the mask {mask.path} has {mask.rows:,}: it is of another set; {BY_KEY}"
         )
-    return FileRange(first, last, start, begin - sum(rows[:first]))
+    return first, last, begin
 
 
 def file_numbers(names: Sequence[str]) -> list[int] | None:
@@ -285,17 +260,21 @@ def file_numbers(names: Sequence[str]) -> list[int] | None:
 
 
 def choose_files(
-    files: Sequence[NamedSize],
-    numbers: list[int] | None,
-    sizes: np.ndarray | None,
-    start: int,
-    end: int,
-) -> int:
-    """Return the position of file ``start`` among the files at hand.
+    files: Sequence[NamedSize], sizes: np.ndarray | None, start: int, end: int | None
+) -> tuple[int, int]:
+    """Return where files ``start`` to ``end`` (None: the last) are among the files at hand.
 
     By position these are the set from number 0 on, or the range alone. The numbers in the names,
-    if there are any, must give the same position; if they do not, known row counts decide.
+    if there are any, must give the same position; if they do not, known row counts decide. Returns
+    positions, the second one exclusive.
     """
+    numbers = file_numbers([name for name, _ in files])
+    known_end = max(numbers) + 1 if numbers else len(files)
+    if sizes is not None:
+        known_end = len(sizes)
+    end = known_end if end is None else end
+    if start >= end or (sizes is not None and end > len(sizes)):
+        raise SnipError(f"files {start} to {end - 1} are wanted, the set has 0 to {known_end - 1}")
     count = end - start  # may be far more than there are files
     choices = set()
     if len(files) >= end:
@@ -303,16 +282,14 @@ def choose_files(
     elif len(files) == count:
         choices.add(0)
     if numbers is not None:
-        by_name = numbers.index(start) if start in numbers else len(numbers)
-        named = numbers[by_name : by_name + count]
-        if len(named) < count or named != list(range(start, end)):
-            there = set(numbers)
-            lacking = next((n for n in range(start, end) if n not in there), start)
+        there = set(numbers)
+        lacking = next((n for n in range(start, end) if n not in there), None)
+        if lacking is not None:
             raise SnipError(
                 f"files {start} to {end - 1} are wanted, but none of {files[0][0]} to "
                 f"{files[-1][0]} has the number {lacking} in its name (files are counted from 0)"
             )
-        choices.add(by_name)
+        choices.add(numbers.index(start))
     if len(choices) > 1 and sizes is not None:
         known = sizes[start:end].tolist()
         fitting = {c for c in choices if [rows for _, rows in files[c : c + count]] == known}
@@ -327,7 +304,8 @@ def choose_files(
             f"is file {start} {' or '.join(sorted(files[c][0] for c in choices))}? By position "
             f"and by name it is not the same; name the files {start} to {end - 1} only"
         )
-    return choices.pop()
+    first = choices.pop()
+    return first, first + count
 
 
 def check_sizes(files: Sequence[NamedSize], sizes: np.ndarray, start: int) -> None:

@@ -6,7 +6,7 @@ run will do with columns is tried on each file's first rows before hours of work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from snipdedup.errors import SnipError
-from snipdedup.features.shards import Features, FileRows, natural_sort
+from snipdedup.features.shards import FileRows, natural_sort
 from snipdedup.storage.listing import find_files
-from snipdedup.storage.remote import RemotePath, arrow_source, is_remote, map_requests
+from snipdedup.storage.remote import RemotePath, arrow_source, map_requests
 
 SUFFIXES = (".parquet", ".csv")
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
@@ -33,6 +33,8 @@ CSV_PARSE = pa.csv.ParseOptions(newlines_in_values=True)
 DEFAULT_CODEC = "snappy"
 CODECS = {"UNCOMPRESSED": "none", "LZ4_RAW": "lz4"}  # that pyarrow's writer names otherwise
 # pyarrow reads these types but cannot filter them: they are read as the plain types.
+STRING = pa.string()
+NO_CSV = "not a CSV with one kind of row"
 VIEWS = {"string_view": pa.string(), "binary_view": pa.binary()}
 
 
@@ -53,7 +55,7 @@ class Table:
         if path.suffix.lower() not in SUFFIXES:
             raise SnipError(f"{path}: expected metadata of type {' or '.join(SUFFIXES)}")
         if self.is_text:
-            with _explain_csv(path):
+            with explain_damage(path, NO_CSV):
                 names = pa.csv.open_csv(arrow_source(path), CSV_READ, CSV_PARSE).schema.names
             self.schema: Any = pa.schema([(name, pa.string()) for name in names])
         else:
@@ -63,9 +65,8 @@ class Table:
             self.schema = pa.schema(fields, schema.metadata)
             groups = [footer.metadata.row_group(n) for n in range(footer.num_row_groups)]
             self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
-            chunks = [groups[0].column(n) for n in range(groups[0].num_columns)] if groups else []
-            if chunks:
-                codec = max(chunks, key=lambda chunk: chunk.total_compressed_size).compression
+            if groups and fields:
+                codec = groups[0].column(0).compression
                 self.codec = CODECS.get(codec, codec.lower())
         repeated = sorted({n for n in self.schema.names if self.schema.names.count(n) > 1})
         if repeated:
@@ -96,14 +97,14 @@ class Table:
 
     def _csv_blocks(self) -> Iterator[Any]:
         texts = pa.csv.ConvertOptions(column_types=self.schema)
-        with _explain_csv(self.path):
+        with explain_damage(self.path, NO_CSV):
             yield from pa.csv.open_csv(arrow_source(self.path), CSV_READ, CSV_PARSE, texts)
 
     def _parquet_batches(
         self, columns: list[str] | None, rows: np.ndarray | None
     ) -> Iterator[tuple[int, Any]]:
         file, first = stream_parquet(self.path), 0
-        try:
+        with explain_damage(self.path, "damaged: its rows cannot be read"):
             for number, (count, size) in enumerate(self.groups):
                 if rows is None or np.diff(np.searchsorted(rows, [first, first + count]))[0]:
                     # One row may be long (a list of features): bound bytes as well as rows.
@@ -113,41 +114,33 @@ class Table:
                         yield at, self._cast(batch)
                         at += batch.num_rows
                 first += count
-        except (pa.ArrowException, OSError) as error:
-            raise SnipError(
-                f"{self.path}: damaged: its rows cannot be read: {error}; fetch or write it again"
-            ) from error
 
     def _cast(self, batch: Any) -> Any:
         """Return a batch in the types of the schema."""
         schema = pa.schema([self.schema.field(name) for name in batch.schema.names])
         if schema.types == batch.schema.types:
             return batch
-        arrays = [
-            values if values.type == kind else values.cast(kind)
-            for values, kind in zip(batch.columns, schema.types, strict=True)
-        ]
-        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        return pa.Table.from_batches([batch]).cast(schema).combine_chunks().to_batches()[0]
+
+
+@contextmanager
+def explain_damage(path: Path, problem: str) -> Iterator[None]:
+    """Name the file, and its problem, where pyarrow cannot read it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise SnipError(f"{path}: {problem}: {error}; fetch or write it again") from error
 
 
 def stream_parquet(path: Path) -> Any:
     """Return a buffered ``pyarrow.parquet.ParquetFile``, or refuse the file by name."""
-    try:
+    with explain_damage(path, "truncated or not a parquet file"):
         # pre_buffer would hold the whole row group
         return pq.ParquetFile(arrow_source(path), buffer_size=STREAM_BYTES, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise SnipError(
-            f"{path}: truncated or not a parquet file: {error}; fetch or write it again"
-        ) from error
 
 
-def as_texts(file: Table, column: str, values: Any) -> Any:
-    """Return values of a file's column as ``string``."""
-    return cast_column(file, column, values, pa.string())
-
-
-def cast_column(file: Table, column: str, values: Any, kind: Any) -> Any:
-    """Return values of a file's column as another arrow type, or refuse the column."""
+def as_texts(file: Table, column: str, values: Any, kind: Any = STRING) -> Any:
+    """Return values of a file's column as arrow's texts, of type ``kind``, or refuse the column."""
     try:
         return values.cast(kind)
     except (pa.ArrowException, NotImplementedError) as error:
@@ -164,15 +157,6 @@ def _without_views(kind: Any) -> Any:
         if is_kind(kind):
             return make(kind.value_field.with_type(_without_views(kind.value_type)))
     return VIEWS.get(str(kind), kind)
-
-
-@contextmanager
-def _explain_csv(path: Path) -> Iterator[None]:
-    """Name the file where pyarrow refuses a CSV."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise SnipError(f"{path}: not a CSV with one kind of row: {error}") from error
 
 
 class Metadata(FileRows):
@@ -228,29 +212,23 @@ class Metadata(FileRows):
             )
         return name
 
-    def check_matches(self, features: Features) -> None:
-        """Refuse metadata that does not belong to the features, row for row; see `check_rows`."""
-        self.check_rows([(str(shard.path), shard.rows) for shard in features.shards])
-
-    def check_rows(self, shards: Sequence[tuple[str, int]]) -> None:
-        """Refuse metadata whose rows are not those of shards, given by name and number of rows.
+    def check_matches(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse metadata whose rows are not those of shards (``name``, ``rows``).
 
         The totals must be equal; with as many files as shards, each file must match its shard.
         """
         if len(self.files) == len(shards):
-            for file, (name, rows) in zip(self.files, shards, strict=True):
-                if file.rows != rows:
+            for file, shard in zip(self.files, shards, strict=True):
+                if file.rows != shard["rows"]:
                     raise SnipError(
-                        f"{file.path} has {file.rows:,} rows, its features {name} have "
-                        f"{rows:,}; expected one row of metadata for each row of features"
+                        f"{file.path} has {file.rows:,} rows, its features {shard['name']} have "
+                        f"{shard['rows']:,}; expected one row of metadata for each row of features"
                     )
-        total = sum(rows for _, rows in shards)
+        total = sum(shard["rows"] for shard in shards)
         if self.rows != total:
-            first, last = shards[0][0], shards[-1][0]
-            where = first if first == last else f"{first} .. {last}"
             raise SnipError(
-                f"{self.describe()}: {self.rows:,} rows of metadata, but {total:,} rows "
-                f"of features in {where}; expected one for each"
+                f"{self.describe()}: {self.rows:,} rows of metadata, but {total:,} rows of "
+                f"features in {shards[0]['name']} .. {shards[-1]['name']}; expected one for each"
             )
 
     def read(self, columns: Sequence[str]) -> Iterator[tuple[Table, int, Any]]:
@@ -277,6 +255,10 @@ class Metadata(FileRows):
                     picked = batch.select(columns).take(pa.array(local[low:high] - at))
                     yield file, slice(first + low, first + high), picked
 
+    def sizes(self) -> list[tuple[str, int]]:
+        """Return the name and the number of rows of each file."""
+        return [(str(file.path), file.rows) for file in self.files]
+
     def place(self, row: int) -> str:
         """Return the file and the row in it of a global row, for messages."""
         number, own = self.locate(row)
@@ -295,11 +277,8 @@ def open_metadata(spec: str | Path) -> Metadata:
     ``spec`` is a folder (its ``*.parquet``, else its ``*.csv``; not recursive), a glob, a file, or
     a URL of one of these.
     """
-    paths = find_metadata(spec)
-    if is_remote(spec):
-        return Metadata(map_requests(Table, paths))
-    folders = [folder for folder in [Path(spec).expanduser()] if folder.is_dir()]
-    return Metadata([Table(path) for path in paths], folders)
+    tables = map_requests(Table, find_metadata(spec))
+    return Metadata(tables, [folder for folder in [Path(spec).expanduser()] if folder.is_dir()])
 
 
 def find_metadata(spec: str | Path) -> list[Path]:
@@ -309,44 +288,39 @@ def find_metadata(spec: str | Path) -> list[Path]:
 
 
 class ColumnUse(NamedTuple):
-    """What a run will do with columns (None: all of a file).
+    """What a run will do with columns.
 
     ``convert`` is the function that the end of the run calls: it takes a file, a global row and the
     record batch of these columns from there on, and raises `SnipError` where it cannot take them.
-    ``remedy`` is what the user can do then. ``by_schema``: only types can make it fail, so that one
-    file of each schema is enough.
+    ``remedy`` is what the user can do then.
     """
 
-    columns: Sequence[str] | None
+    columns: Sequence[str]
     convert: Callable[[Table, int, Any], Any]
     remedy: str
-    by_schema: bool = False
+
+
+def use_of_column(column: str, convert: Callable[[Table, str, Any], Any], remedy: str) -> ColumnUse:
+    """Return the use of one column, of which ``convert`` takes file, name and values."""
+    return ColumnUse([column], lambda file, _, batch: convert(file, column, batch[0]), remedy)
 
 
 def try_column_uses(metadata: Metadata, uses: Sequence[ColumnUse]) -> None:
     """Convert no rows of each file (types alone may be refused), then its first rows."""
+    names = list(dict.fromkeys(name for use in uses for name in use.columns))
 
-    def try_file(file: Table, first: int, due: Sequence[ColumnUse]) -> None:
-        whole = any(use.columns is None for use in due)
-        names = dict.fromkeys(name for use in due for name in use.columns or ())
-        columns = list(file.schema.names) if whole else list(names)
-        schema = pa.schema([file.schema.field(name) for name in columns])
+    def try_file(file: Table, first: int) -> None:
+        schema = pa.schema([file.schema.field(name) for name in names])
         batches = [pa.RecordBatch.from_pylist([], schema)]
         first_row = np.zeros(min(1, file.rows), np.int64)
-        batches += [batch for _, batch in islice(file.batches(columns, first_row), 1)]
-        for use in due:
+        batches += [batch for _, batch in islice(file.batches(names, first_row), 1)]
+        for use in uses:
             for batch in batches:
                 try:
-                    use.convert(file, first, batch.select(list(use.columns or columns)))
+                    use.convert(file, first, batch.select(list(use.columns)))
                 except SnipError as error:
                     raise type(error)(f"{error}; {use.remedy}") from error
 
-    seen: set[str] = set()
-    tasks = []
-    for file, first in zip(metadata.files, metadata.offsets.tolist(), strict=False):
-        schema = str(file.schema)
-        due = [use for use in uses if schema not in seen or not use.by_schema]
-        seen.add(schema)
-        if due:
-            tasks.append((file, first, due))
-    map_requests(lambda task: try_file(*task), tasks)
+    if uses:
+        files = zip(metadata.files, metadata.offsets.tolist(), strict=False)
+        map_requests(lambda task: try_file(*task), files)

@@ -88,19 +88,17 @@ class Slurm:
         """Wait for the tasks of other ranks; yield each whose done file is there."""
         latest = time.monotonic()
         with progress.bar(sum(map(len, others.values())), "waiting", "tasks") as bar:
-            while others:
+            while others := {rank: left for rank, left in others.items() if left}:
                 self.refuse_finished()
-                for left in others.values():
-                    while left and done_file(left[0]).is_file():
-                        yield left.popleft()
-                        bar.update(1)
-                        latest = time.monotonic()
-                others = {rank: left for rank, left in others.items() if left}
-                if not others:
-                    break
-                ranks = sorted(others)
-                more = ", ..." if len(ranks) > SHOWN_RANKS else ""
-                named = f"ranks {str(ranks[:SHOWN_RANKS])[1:-1]}{more}"
+                done = [left.popleft() for left in others.values() if done_file(left[0]).is_file()]
+                for task in done:
+                    yield task
+                    bar.update(1)
+                if done:
+                    latest = time.monotonic()
+                    continue
+                more = ", ..." if len(others) > SHOWN_RANKS else ""
+                named = f"ranks {str(sorted(others)[:SHOWN_RANKS])[1:-1]}{more}"
                 bar.set_postfix_str(f"for {named}")
                 if time.monotonic() - latest > PATIENCE_S:
                     latest = time.monotonic()

@@ -214,10 +214,15 @@ def is_done(path: Path, folder: Path) -> bool:
 
     A run may go on a week after it was stopped, so the files are read again before they are used.
     """
+    return read_done(path, folder) is not None
+
+
+def read_done(path: Path, folder: Path) -> dict[str, Any] | None:
+    """Return the body of a done file, None if `is_done` is false."""
     try:
         done = load_json(path)
-        whole = short_hash({k: v for k, v in done.items() if k != "seal"}) == done["seal"]
-        files = done["files"].items()
-        return whole and all(file_crc(folder / name) == crc for name, crc in files)
+        whole = done.pop("seal") == short_hash(done)
+        files = done.pop("files").items()
+        return done if whole and all(file_crc(folder / n) == crc for n, crc in files) else None
     except (SnipError, OSError, AttributeError, LookupError, TypeError):
-        return False
+        return None

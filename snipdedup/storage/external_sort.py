@@ -6,7 +6,7 @@ except for where its parts are cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ class RecordFile:
     def blocks(self, most: int) -> Iterator[np.ndarray]:
         """Yield the records as they were added, at most so many at a time; remove the file."""
         left = self.count
+        if not left:
+            return
         with self.path.open("rb") as file:
             while left:
                 records = np.fromfile(file, self.kind, min(most, left))
@@ -86,14 +88,25 @@ class Sorter:
             self.spill()
 
     def spill(self) -> None:
-        """Write the records that are in memory."""
+        """Write the records that are in memory, to files of ascending, equally wide key ranges."""
         if self.path is None or not self.inside:
             return
         if not self.files:
+            count = min(PARTS, 1 + 2 * self.spread.total // self.held)
+            paths = [Path(f"{self.path}-{part:03d}") for part in range(count)]
             with explained(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.files = self._files(self.path, self.spread.total)
-        self._route(self._taken(), self.files, self.spread)
+                self.files = [RecordFile(path, self.kind) for path in paths]
+        records, files = self._taken(), self.files
+        key = self.key(records)
+        width = np.uint64((self.spread.high - self.spread.low) // len(files) + 1)
+        part = np.minimum((key - np.uint64(self.spread.low)) // width, np.uint64(len(files) - 1))
+        order = np.argsort(part.astype(np.uint16), kind="stable")
+        cuts = np.searchsorted(part[order], np.arange(len(files) + 1))
+        records, key = records[order], key[order]
+        for number in np.flatnonzero(np.diff(cuts)).tolist():
+            at = slice(cuts[number], cuts[number + 1])
+            files[number].add(records[at], key[at])
 
     def ascending(self) -> Iterator[np.ndarray]:
         """Yield all records in parts whose keys ascend, no key in two of them; remove the files.
@@ -122,37 +135,16 @@ class Sorter:
         self.waiting, self.inside = [], 0
         return records
 
-    def _files(self, path: Path, count: int) -> list[RecordFile]:
-        parts = min(PARTS, 1 + 2 * count // self.held)
-        return [RecordFile(Path(f"{path}-{part:03d}"), self.kind) for part in range(parts)]
-
-    def _route(self, records: np.ndarray, files: Sequence[RecordFile], spread: Spread) -> None:
-        """Append records to files of ascending, equally wide ranges of keys."""
-        key = self.key(records)
-        if len(files) == 1:
-            files[0].add(records, key)
-            return
-        width = np.uint64((spread.high - spread.low) // len(files) + 1)
-        part = np.minimum((key - np.uint64(spread.low)) // width, np.uint64(len(files) - 1))
-        order = np.argsort(part.astype(np.uint16), kind="stable")
-        cuts = np.searchsorted(part[order], np.arange(len(files) + 1))
-        records, key = records[order], key[order]
-        for number in np.flatnonzero(np.diff(cuts)).tolist():
-            at = slice(cuts[number], cuts[number + 1])
-            files[number].add(records[at], key[at])
-
     def _pieces(self, file: RecordFile) -> Iterator[np.ndarray]:
         """Yield the records of a file in parts that are held, or have one key."""
-        if not file.count:
-            return
         if file.count <= self.held or file.low == file.high:
-            yield np.concatenate(list(file.blocks(self.held)))
+            yield np.concatenate([np.empty(0, self.kind), *file.blocks(self.held)])
             return
-        files = self._files(file.path, file.count)
+        spread = Spread(file.count, file.low, file.high)
+        inner = Sorter(file.path, self.kind, self.key, held=self.held, spread=spread)
         for records in file.blocks(READ):
-            self._route(records, files, Spread(file.count, file.low, file.high))
-        for part in files:
-            yield from self._pieces(part)
+            inner.add(records)
+        yield from inner.ascending()
 
 
 class Columns:

@@ -31,7 +31,6 @@ MANIFEST = "snip.json"
 FORMAT = 1
 FILES = "files"  # in the work: the files of the result while they are made
 NEW = "new"  # in the work: a complete result whose files go to their places
-EARLIER = "earlier.json"  # there: the manifest of the result that it replaces
 SHORT = 80  # characters of a value shown in a message
 ENTRIES = {
     "format": int, "versions": dict, "settings": dict, "request": dict, "outputs": dict,
@@ -87,7 +86,8 @@ def versions() -> dict[str, str]:
 
 def is_finished(folder: Path) -> bool:
     """Tell whether a folder has its manifest; completes a result that was being put in place."""
-    return (folder / MANIFEST).is_file() or (recover(folder) and (folder / MANIFEST).is_file())
+    recover(folder)
+    return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
@@ -187,20 +187,20 @@ def claim(
 
     Returns ``"new"``; ``"resume"`` after a stopped run, ``"done"`` after a finished one.
     """
-    recovered, note = recover(out), out / WORK / REQUEST
+    recover(out)
+    lock, note = out / WORK / LOCK, out / WORK / REQUEST
     try:
-        state, differing = find_state(out, kind, request, overwrite, decisions)
+        state = find_state(out, kind, request, overwrite, decisions)
     except SnipError as error:
-        other = locks.holder(out / WORK / LOCK, shared)
+        other = locks.holder(lock, shared)
         if other is not None:  # the more useful message
             raise locks.in_use(out, other) from error
         raise
-    if state == "done" and (not overwrite or (recovered and not differing)):
+    if state == "done" and not overwrite:
         return state
     with locks.claim_lock(out):
-        alone = locks.lock_run(out, shared)
-        free = decisions if alone else ()
-        state, _ = find_state(out, kind, request, overwrite, free)  # another run may have ended
+        free = decisions if locks.lock_run(out, shared) else ()  # only if no other one is at work
+        state = find_state(out, kind, request, overwrite, free)  # another run may have ended
         if overwrite and state != "new":
             same = note.is_file() and not differences(load_json(note), request, decisions)
             state = "resume" if same else "new"
@@ -209,29 +209,28 @@ def claim(
         if state != "done":
             atomic.save_json(note, request)
         if shared:
-            locks.share(out / WORK / LOCK)
+            locks.share(lock)
     return state
 
 
 def find_state(
     out: Path, kind: str, request: dict[str, Any], overwrite: bool, free: Collection[str]
-) -> tuple[str, list[str]]:
-    """Return ``new``, ``resume`` or ``done``, and how the earlier request differs; see `claim`."""
+) -> str:
+    """Return ``new``, ``resume`` or ``done``; refuse what may not be claimed, see `claim`."""
     if (out / MANIFEST).is_file():
-        state, earlier = "done", read_manifest(out, kind).get("request", {})
-        differing = differences(earlier, request)
+        state, differing = "done", differences(read_manifest(out, kind).get("request", {}), request)
     elif (out / WORK / REQUEST).is_file():
         state, differing = "resume", differences(load_json(out / WORK / REQUEST), request, free)
     elif out.exists() and not is_free(out):
         raise SnipError(f"--out {out} exists and is not a folder that snip wrote; choose another")
     else:
-        state, differing = "new", []
+        return "new"
     if differing and not overwrite:
         raise SnipError(
             f"--out {out} holds a {'finished' if state == 'done' else 'stopped'} run with other "
             f"{'; '.join(differing)}. Choose another folder, or replace it with --overwrite"
         )
-    return state, differing
+    return state
 
 
 def is_free(out: Path) -> bool:
@@ -323,36 +322,34 @@ def put_in_place(
             locks.end_work(out)
 
 
-def recover(out: Path) -> bool:
-    """Complete a result that a killed run was putting in place; tell whether there was one."""
+def recover(out: Path) -> None:
+    """Complete a result that a killed run was putting in place."""
     if not (out / WORK / NEW / MANIFEST).is_file():
-        return False
+        return
     with locks.claim_lock(out), explained(out):
         if move_result(out):  # else another process did it while this one waited
             keep = load_json(out / MANIFEST).get("settings", {}).get("keep_work")
             if not keep and locks.acquire(out / WORK / LOCK) is None:
                 locks.end_work(out)
-    return True
 
 
 def move_result(out: Path) -> bool:
     """Move the files of the new result to their places, the manifest last; False without one.
 
-    Each step can be done again. While files are moved, ``out`` has no manifest, so that no reader
-    takes a mixture of two results for a complete one.
+    Each step can be done again. What the earlier manifest alone names goes first, then that
+    manifest: no reader takes a mixture of two results for a complete one.
     """
-    new, earlier = out / WORK / NEW, out / WORK / NEW / EARLIER
+    new = out / WORK / NEW
     if not (new / MANIFEST).is_file():
         return False
     names = named_outputs(out, new / MANIFEST)
-    if (out / MANIFEST).is_file():
-        (out / MANIFEST).replace(earlier)
-        sync_folder(out)
-    for name in named_outputs(out, earlier) - names:
+    for name in named_outputs(out, out / MANIFEST) - names:
         (out / name).unlink(missing_ok=True)
         for above in PurePosixPath(name).parents[:-1]:
             with suppress(OSError):  # not empty, or missing
                 (out / above).rmdir()
+    (out / MANIFEST).unlink(missing_ok=True)
+    sync_folder(out)
     for name in names:
         if (new / name).is_file():
             (out / name).parent.mkdir(parents=True, exist_ok=True)

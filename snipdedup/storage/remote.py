@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from snipdedup.errors import InputError, MissingError, RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
 from snipdedup.storage import web
-from snipdedup.storage.web import AGAIN, FileVersion, Token, is_web, redacted, scheme_of
+from snipdedup.storage.web import AGAIN, FileVersion, Stream, Token, is_web, redacted, scheme_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,15 +41,6 @@ MAX_WAIT_S = 600.0
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation", "mtime",
                 "LastModified", "last_modified", "updated", "modified", "created")  # fmt: skip
 PATH: Any = type(Path())
-
-
-class Stream(NamedTuple):
-    """The bytes of a file from ``begin`` on. A version can be resumed only if it is not empty."""
-
-    begin: int
-    total: int | None
-    version: str
-    chunks: Iterator[bytes]
 
 
 def with_retries(
@@ -157,8 +148,7 @@ class RemotePath(PATH):
 
     def read_range(self, begin: int, end: int) -> bytes:
         """Return the bytes ``begin`` to ``end`` (exclusive), long ranges by several requests."""
-        cuts = range(begin, end, RANGE_BYTES)
-        return b"".join(self.read_ranges((cut, min(cut + RANGE_BYTES, end)) for cut in cuts))
+        return b"".join(self.read_ranges(cut_range(begin, end)))
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Yield the bytes of each (begin, end) in order, one request each, `REQUESTS` at a time.
@@ -184,6 +174,11 @@ class RemotePath(PATH):
             block = np.frombuffer(data, np.uint8).reshape(-1, row_bytes)
             found[low:high] = block[rows[low:high] - rows[low]]
         return found
+
+
+def cut_range(begin: int, end: int) -> list[tuple[int, int]]:
+    """Cut bytes ``begin`` to ``end`` (exclusive) into ranges of one request."""
+    return [(cut, min(cut + RANGE_BYTES, end)) for cut in range(begin, end, RANGE_BYTES)]
 
 
 def plan_ranges(rows: np.ndarray, row_bytes: int) -> list[tuple[int, int]]:
@@ -247,9 +242,9 @@ def is_remote(location: object) -> bool:
     )
 
 
-def path_of(location: str) -> Path:
+def path_of(location: str, token: Token | None = None) -> Path:
     """Return a URL or a local path as a path."""
-    return RemotePath(location) if scheme_of(location) else Path(location).expanduser()
+    return RemotePath(location, token) if scheme_of(location) else Path(location).expanduser()
 
 
 def absolute_location(location: str | Path) -> str:
@@ -300,7 +295,7 @@ def read_version(url: str, token: Token | None = None) -> FileVersion:
     """Request size and version of a file; refuse a web server that sends no ranges."""
     if is_web(url):
         try:
-            return web.get_range(url, 0, 1, token)[0]
+            return web.read_range(url, 0, 1, token)[0]
         except RangeError as error:
             raise InputError(f"{redacted(url)}: empty file, expected some bytes") from error
     with store_errors(url):
@@ -321,7 +316,10 @@ def request_range(
 ) -> bytes:
     """Request the bytes ``begin`` to ``end`` (exclusive) of the expected version, once."""
     if is_web(url):
-        return web.get_range(url, begin, end, token, expected)[1]
+        version, data = web.read_range(url, begin, end, token)
+        if version != expected:
+            raise InputError(f"{redacted(url)}: changed while it was read; run it again")
+        return data
     with store_errors(url, TemporaryError):  # the file was there: what fails now may pass
         system, path = filesystem(url)
         data = bytes(system.cat_file(path, start=begin, end=end))
@@ -339,31 +337,10 @@ def open_stream(
     Of web files the version is a strong ETag: only such a file can be continued by a range.
     """
     if not is_web(url):
-        size, now = read_version(url)
-        begin = 0 if begin > size or version not in (None, now) else begin
-        return Stream(begin, size, now, read_store(url, begin, size))
-    byte_range = f"{begin}-" if begin else None
-    response = web.get(url, byte_range, if_range=version, token=token)
-    length = response.headers.get("Content-Length", "")
-    begin, total = 0, int(length) if length.isdecimal() else None
-    if response.status == 206:
-        begin, last, total = web.content_range(response, url)
-        if byte_range != f"{begin}-" or last != total - 1:
-            response.close()
-            raise RangeError(f"{redacted(url)}: bytes {byte_range} requested, {begin}-{last} came")
-    etag = response.headers.get("ETag") or ""
-    strong = etag if etag.startswith('"') else ""  # RFC 9110, 8.8.3: W/ means "similar"
-    return Stream(begin, total, strong, web.read_body(response, url))
-
-
-def read_store(url: str, begin: int, size: int) -> Iterator[bytes]:
-    """Yield the bytes of a file that fsspec reads, from ``begin`` to its end."""
-    system, path = filesystem(url)
-    with store_errors(url), system.open(path, "rb") as file:
-        file.seek(begin)
-        while begin < size:
-            chunk = file.read(min(web.CHUNK, size - begin))
-            if not chunk:
-                raise TemporaryError(f"{redacted(url)}: ends after {begin:,} bytes; {AGAIN}")
-            begin += len(chunk)
-            yield chunk
+        now = read_version(url)
+        begin = 0 if begin > now.size or version not in (None, now.version) else begin
+        chunks = (request_range(url, *ends, now) for ends in cut_range(begin, now.size))
+        return Stream(begin, now.size, now.version, chunks)
+    stream = web.open_range(url, begin, token=token, if_range=version or "")
+    strong = stream.version if stream.version.startswith('"') else ""  # RFC 9110, 8.8.3: W/ is not
+    return stream._replace(version=strong)

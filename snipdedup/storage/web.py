@@ -19,14 +19,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from snipdedup import __version__
-from snipdedup.errors import (
-    InputError,
-    MissingError,
-    RangeError,
-    SnipError,
-    TemporaryError,
-    UsageError,
-)
+from snipdedup.errors import MissingError, RangeError, SnipError, TemporaryError, UsageError
 
 PART = "{part"  # begins the place of the file number in a pattern
 TIMEOUT_S = 30
@@ -57,6 +50,15 @@ KINDS: dict[int, type[SnipError]] = {404: MissingError, 410: MissingError, 416: 
 
 class NoRangesError(SnipError):
     """A web server sends whole files only."""
+
+
+class Stream(NamedTuple):
+    """The bytes of a file from ``begin`` on, its length (None if unknown), and its version."""
+
+    begin: int
+    total: int | None
+    version: str
+    chunks: Iterator[bytes]
 
 
 class FileVersion(NamedTuple):
@@ -137,19 +139,19 @@ class SafeRedirects(HTTPRedirectHandler):
 OPENER = build_opener(SafeRedirects)
 
 
-def get(
-    url: str, byte_range: str | None = None, if_range: str | None = None, token: Token | None = None
-) -> HTTPResponse:
-    """Request a URL, or a range of its bytes: ``"100-"``, ``"100-199"`` (RFC 9110, 14.2).
+def open_range(
+    url: str, begin: int = 0, end: int | None = None, token: Token | None = None, if_range: str = ""
+) -> Stream:
+    """Request the bytes ``begin`` to ``end`` (exclusive; None: the last) of a file.
 
-    The whole file comes, with status 200, if the server has no ranges, or if ``if_range``, a strong
-    ETag, is not the file's any more (RFC 9110, 13.1.5). What is worth another try (a broken
-    connection, 429, 5xx) raises `TemporaryError`, other answers raise as `KINDS` lists.
+    Without an ``end`` the whole file comes if the server has no ranges (RFC 9110, 14.2), or if
+    ``if_range``, a strong ETag, is not the file's any more (13.1.5). What is worth another try (a
+    broken connection, 429, 5xx) raises `TemporaryError`, other answers raise as `KINDS` lists.
     """
     url = quote(url, safe=URL_CHARACTERS)
     headers = {"User-Agent": f"snipdedup/{__version__}", "Accept-Encoding": "identity"}
-    if byte_range:
-        headers["Range"] = f"bytes={byte_range}"
+    if begin or end:
+        headers["Range"] = f"bytes={begin}-{'' if end is None else end - 1}"
         headers |= {"If-Range": if_range} if if_range else {}
     if token is not None and origin_of(url) == token.origin:
         headers["Authorization"] = f"Bearer {token.text}"
@@ -157,62 +159,76 @@ def get(
         response: HTTPResponse = OPENER.open(Request(url, headers=headers), timeout=TIMEOUT_S)
     except HTTPError as error:
         error.close()
-        raise status_error(url, error) from error
+        page = redacted(url).partition("/resolve/")[0]  # if it is a file of the hub
+        what = f"{redacted(url)}:"
+        raise status_error(what, page, error.code, error.reason, error.headers) from error
     except (OSError, HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, URLError) else error
         text = f"{redacted(url)}: the server cannot be reached: {reason}"
         if isinstance(reason, ValueError) or getattr(reason, "errno", None) == socket.EAI_NONAME:
             raise SnipError(f"{text}; check the URL") from error
         raise TemporaryError(f"{text}; {AGAIN}") from error
-    if response.status not in (200, 206) or (response.status == 206 and not byte_range):
-        response.close()
-        raise SnipError(f"{redacted(url)}: expected status 200, found {response.status}")
-    return response
+    try:
+        first, total = received_range(response, redacted(url), begin, end)
+    except SnipError:
+        response.close()  # before the whole file comes
+        raise
+    version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+    return Stream(first, total, version, read_body(response, redacted(url)))
 
 
-def get_range(
-    url: str, begin: int, end: int, token: Token | None, expected: FileVersion | None = None
-) -> tuple[FileVersion, bytes]:
-    """Request the bytes ``begin`` to ``end`` (exclusive); return the file's version, and them.
+def read_range(url: str, begin: int, end: int, token: Token | None) -> tuple[FileVersion, bytes]:
+    """Request the bytes ``begin`` to ``end`` (exclusive); return the file's version, and them."""
+    stream = open_range(url, begin, end, token)
+    data = b"".join(stream.chunks)
+    return FileVersion(stream.total or 0, stream.version), data
 
-    A file that has not the ``expected`` version is refused.
+
+def received_range(
+    response: HTTPResponse, name: str, begin: int, end: int | None
+) -> tuple[int, int | None]:
+    """Return the first byte that comes, and the length of the file, None if it is not known.
+
+    Other bytes than were requested are refused.
     """
-    with get(url, f"{begin}-{end - 1}", token=token) as response:
-        if response.status != 206:  # before the whole file comes
-            text = f"{redacted(url)}: cannot be read in parts: the server sends whole files only"
-            raise NoRangesError(f"{text}: fetch it first with snip download, or by hand")
-        first, last, size = content_range(response, url)
-        tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        version = FileVersion(size, str(tag))
-        if expected not in (None, version):
-            raise InputError(f"{redacted(url)}: changed while it was read; run it again")
-        if (first, last) != (begin, end - 1):
-            text = f"{redacted(url)}: bytes {begin}-{end - 1} requested, {first}-{last} came"
-            raise TemporaryError(text)
-        return version, b"".join(read_body(response, url))
+    if response.status == 206 and (begin or end):
+        header = response.headers.get("Content-Range", "")
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", header)
+        first, last, total = map(int, found.groups()) if found else (-1, -1, -1)
+        if (first, last + 1) != (begin, end or total):
+            wanted = f"bytes {begin} to {end or 'the last'} (exclusive)"
+            kind = RangeError if end is None else TemporaryError
+            raise kind(f"{name}: expected {wanted}, found Content-Range {header!r}; run it again")
+        return first, total
+    if response.status != 200:
+        raise SnipError(f"{name}: expected status 200, found {response.status}")
+    if end is not None:
+        text = f"{name}: cannot be read in parts: the server sends whole files only"
+        raise NoRangesError(f"{text}: fetch it first with snip download, or by hand")
+    length = response.headers.get("Content-Length", "")
+    return 0, int(length) if length.isdecimal() else None
 
 
-def status_error(url: str, error: HTTPError) -> SnipError:
-    """Return the error for a status of 300 and above."""
-    headers, code = error.headers, error.code
+def status_error(what: str, page: str, code: int, reason: str, headers: Any) -> SnipError:
+    """Return the error for a status of 300 and above.
+
+    ``what`` begins its text, ``page`` is where the terms of a gated repository are.
+    """
     advice = ADVICE.get(code, "")
     if 300 <= code < 400:
         advice = "it has moved, but not to a URL that can be followed: give its new URL"
     elif headers.get("X-Error-Code") == "GatedRepo":  # this header and the next one are the hub's
-        advice = GATED.format(page=redacted(url).partition("/resolve/")[0])
+        advice = GATED.format(page=page)
     elif "disabled" in headers.get("X-Error-Message", ""):
         advice = DISABLED
     elif code >= 500:
         advice = f"the server has a fault: {AGAIN}"
-    reason = str(error.reason).partition("\n")[0]
-    text = f"{redacted(url)}: {code} {reason}" + (f"; {advice}" if advice else "")
-    return temporary_error(text, headers) if code in TEMPORARY else KINDS.get(code, SnipError)(text)
-
-
-def temporary_error(text: str, headers: Any) -> TemporaryError:
-    """Return an error with the wait that a server asks for: Retry-After, or the hub's RateLimit."""
+    reason = str(reason).partition("\n")[0]
+    text = f"{what} {code} {reason}" + (f"; {advice}" if advice else "")
+    if code not in TEMPORARY:
+        return KINDS.get(code, SnipError)(text)
     asked = str(headers.get("Retry-After") or "").strip()
-    limit = re.search(r"\br=0\b.*\bt=(\d+)", str(headers.get("RateLimit") or ""))
+    limit = re.search(r"\br=0\b.*\bt=(\d+)", str(headers.get("RateLimit") or ""))  # the hub's
     wait = float(limit[1]) if limit else None
     if asked.isdecimal():
         wait = float(asked)
@@ -222,31 +238,18 @@ def temporary_error(text: str, headers: Any) -> TemporaryError:
     return TemporaryError(text + (f" (it asks to wait {wait:,.0f} s)" if wait else ""), wait)
 
 
-def content_range(response: HTTPResponse, url: str) -> tuple[int, int, int]:
-    """Return first byte, last byte and length of the whole file from the headers of a 206."""
-    header = response.headers.get("Content-Range", "")
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", header)
-    if not found:
-        response.close()
-        raise RangeError(f"{redacted(url)}: expected a Content-Range, found {header!r}")
-    return int(found[1]), int(found[2]), int(found[3])
-
-
-def read_body(response: HTTPResponse, url: str) -> Iterator[bytes]:
+def read_body(response: HTTPResponse, name: str) -> Iterator[bytes]:
     """Yield the body as it comes; refuse one that ends before its announced length."""
     length = response.headers.get("Content-Length", "")
-    found = 0
+    found, why = 0, ""
     with response:
-        while True:
-            try:
-                chunk = response.read1(CHUNK)  # what is there, so that a kill loses little
-            except (OSError, HTTPException) as error:
-                text = f"{redacted(url)}: the connection broke after {found:,} bytes: {error}"
-                raise TemporaryError(f"{text}; {AGAIN}") from error
-            if not chunk:
-                break
-            found += len(chunk)
-            yield chunk
-    if length.isdecimal() and int(length) != found:
-        text = f"{redacted(url)}: truncated: {int(length):,} bytes announced, {found:,} came"
-        raise TemporaryError(f"{text}; {AGAIN}")
+        try:
+            while chunk := response.read1(CHUNK):  # what is there, so that a kill loses little
+                found += len(chunk)
+                yield chunk
+        except (OSError, HTTPException) as error:
+            why = f"the connection broke: {error}"
+    if not why and length.isdecimal() and int(length) != found:
+        why = f"truncated: {int(length):,} bytes announced"
+    if why:
+        raise TemporaryError(f"{name}: {why}, {found:,} came; {AGAIN}")

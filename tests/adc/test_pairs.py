@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from samples import candidates, clustered, labels, make, with_copies
 
+from snipdedup import config
 from snipdedup.adc import pairs, threshold, two_sided
 from snipdedup.adc.threshold import calibrate, default_margin, scores, true_duplicates
 from snipdedup.errors import UsageError
@@ -177,9 +178,9 @@ def test_bad_rows_ask_nothing_and_are_never_found(tmp_path, rule):
     assert not flags[[1200, 1300]].any()
 
 
-def test_a_ratio_needs_features(small_index):
+def test_a_ratio_needs_features():
     with pytest.raises(UsageError, match="--rule ratio needs FEATURES"):
-        candidates(small_index[0], None, rule="ratio")
+        config.Dedup(index="index", rule="ratio")
 
 
 def test_the_calibration_script_says_what_it_measured(data, tmp_path, capsys):

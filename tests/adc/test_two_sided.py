@@ -12,7 +12,7 @@ from snipdedup.adc import two_sided
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.folder import Index
-from snipdedup.index.search import Classes, Searcher, feature_queries
+from snipdedup.index.search import LoadedIndex
 
 ROWS, LISTS = 300, 4
 
@@ -31,10 +31,7 @@ def index(rows, tmp_path_factory):
 
 
 def views_of(index: Index, rows: np.ndarray, folder, k: int, nprobe: int) -> two_sided.Views:
-    classes = Classes.of(index.lists())
-    searcher = Searcher(index, classes.lists, nprobe)
-    source = feature_queries(index, index.space, open_features(rows))
-    return two_sided.record_views(searcher, classes, source, k, folder, 1)
+    return two_sided.record_views(LoadedIndex(index, open_features(rows), nprobe), k, folder, 1)
 
 
 def plain(index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -48,7 +45,7 @@ def plain(index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 def test_views_are_projections_of_the_rows(index, rows, tmp_path):
     views = views_of(index, rows, tmp_path, 12, 2)
     x, q, centroids = plain(index, rows)
-    vectors = np.concatenate([q[views.classes.lists.rows(slice(None))], centroids])
+    vectors = np.concatenate([q[views.loaded.classes.lists.rows(slice(None))], centroids])
     assert views.ids.shape == views.e.shape == (ROWS, 15)
     assert (views.ids[:, 0] >= 0).all()
     assert (views.ids[:, 1:] != views.ids[:, :1]).all()
@@ -62,16 +59,16 @@ def test_views_are_projections_of_the_rows(index, rows, tmp_path):
 
 def test_the_mean_of_two_differences_is_that_of_the_rows(index, rows, tmp_path):
     views = views_of(index, rows, tmp_path, ROWS, LISTS)
-    shared = views.classes.shared(ROWS)
+    shared = views.loaded.shared
     assert np.flatnonzero(shared).tolist() == [3, 7]
     x, q, _ = plain(index, rows)
     expected = np.einsum("ijd,ijd->ij", x[:, None] - x, q[:, None] - q)
     np.fill_diagonal(expected, np.inf)
     everyone = np.arange(ROWS)
-    found = two_sided.best_view_scores(views, shared, everyone, 1, common=0.0)
+    found = two_sided.best_view_scores(views, everyone, 1, common=0.0)
     np.testing.assert_allclose(found[~shared], expected.min(axis=1)[~shared], atol=1e-5)
     few = views_of(index, rows, tmp_path / "few", 4, LISTS)
-    fewer = two_sided.best_view_scores(few, shared, everyone, 1, common=0.0)
+    fewer = two_sided.best_view_scores(few, everyone, 1, common=0.0)
     assert (fewer >= found - 1e-5).all()  # where one of two names the other, its own counts more
     assert (fewer > found + 1e-5).any()
 
@@ -82,9 +79,7 @@ def test_all_common_codes_together_know_the_distance(index, rows, tmp_path, monk
     views = views_of(index, rows, tmp_path, ROWS, LISTS)
     a, b = np.arange(10, 20), np.arange(20, 30)
     names = views.ids[b, 0]
-    found = two_sided.common_lengths(
-        views, views.ids[a], views.e[a], np.arange(10), names, np.full(10, np.inf)
-    )
+    found = two_sided.common_lengths(views, a, names, np.full(10, np.inf))
     x, _, _ = plain(index, rows)
     r = (views.ids[a] >= 0).sum(axis=1)
     expected = np.square(x[a] - x[b]).sum(axis=1) * np.sqrt(8 / r)
@@ -95,13 +90,13 @@ def test_the_score_by_hand(index, rows, tmp_path):
     """One pair, with few common codes, against least squares by numpy."""
     views = views_of(index, rows, tmp_path, 6, 2)
     x, q, centroids = plain(index, rows)
-    vectors = np.concatenate([q[views.classes.lists.rows(slice(None))], centroids])
+    vectors = np.concatenate([q[views.loaded.classes.lists.rows(slice(None))], centroids])
     checked = 0
     for row in range(0, ROWS, 10):
         pairs = two_sided.passing_pairs(views, np.array([row]), 1e9)
         for column, score in zip(pairs.column, pairs.score, strict=True):
             place = views.ids[row, 1 + column]
-            other = int(views.classes.lists.rows(np.array([place]))[0])
+            other = int(views.loaded.classes.lists.rows(np.array([place]))[0])
             if views.ids[row, 0] not in views.ids[other, 1:7]:
                 continue
             common = np.intersect1d(views.ids[row], views.ids[other])
@@ -124,8 +119,8 @@ def test_a_margin_cuts_what_is_judged(index, rows, tmp_path):
     assert kept == {(a, c) for a, c, _ in zip(*few, strict=True)}
     best = np.full(ROWS, np.inf)
     np.minimum.at(best, every.at, every.score)
-    shared = views.classes.shared(ROWS)
-    found = two_sided.best_view_scores(views, shared, everyone, 2)
+    shared = views.loaded.shared
+    found = two_sided.best_view_scores(views, everyone, 2)
     np.testing.assert_allclose(found[~shared], best[~shared], rtol=1e-6)
     assert (found[shared] == 0).all()
 

@@ -579,7 +579,7 @@ def test_raw_cosines_by_hand(monkeypatch):
     x = np.array([[1, 0], [3, 4], [0, 0], [0, 2], [0, 0], [np.nan, 1]], np.float32)
     features = open_features([x[:2], x[2:]])
     a, b = np.array([3, 0, 1, 2, 5, 0]), np.array([1, 1, 1, 4, 5, 3])
-    found = raw_cosines(features, a, features, b, 1, 1)
+    found = raw_cosines(features, a, b, 1, 1)
     np.testing.assert_allclose(found, [0.8, 0.6, 1, np.nan, np.nan, 0], atol=1e-7)
 
 
@@ -705,7 +705,7 @@ def test_a_sheet_is_not_written_into_an_input(finished, laion):
 
 def test_a_verdict_shows_a_few_of_a_kind():
     settings = {"threshold": 1, "method": "join", "grouping": "star"}
-    run = AuditedRun(Path("o"), {"shards": [], "settings": settings})
+    run = AuditedRun(Path("o"), {"shards": [], "settings": settings}, 1, 1)
     run.fail_each("a", np.arange(3), "a{}".format)
     run.fail_each("a", np.arange(3, 2000), "a{}".format)
     run.fail("b", "other")

@@ -51,7 +51,7 @@ def test_a_row_goes_only_if_both_match(method, both, keep, late, tile):
     image, text = both
     how = {"threshold": 0.8, "text_features": text, "text_threshold": 0.9, "method": method}
     small = mock.patch.multiple(pairs, LISTED_GROUP=tile, TILE=tile)
-    with small, mock.patch.multiple(star, PACKED_GROUP=tile, STAR_BLOCK=tile):
+    with small, mock.patch.multiple(star, TABLE_BLOCK=tile, CODED_BLOCK=tile):
         found = dedup(image, keep=keep, **how).at(late)
     table = tables(image, text, 0.9)
     order = np.arange(len(image))[:: 1 if keep == "first" else -1]

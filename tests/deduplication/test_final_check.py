@@ -11,8 +11,10 @@ import pytest
 import truth
 
 from snipdedup import dedup
-from snipdedup.deduplication import final_check, result, run
+from snipdedup.deduplication import result, run
 from snipdedup.errors import InternalError
+from snipdedup.features.shards import open_features
+from snipdedup.groups import pairs
 from snipdedup.groups.members import NO_PAIR
 from snipdedup.join.forest import join_edges, make_edges
 from snipdedup.storage import external_sort
@@ -77,17 +79,17 @@ def test_what_was_there_stays_when_a_result_is_refused(rows, tmp_path):
 
     with (
         mock.patch("snipdedup.deduplication.run.search_pairs", wrong),
-        mock.patch("snipdedup.groups.star.star_packed", all_for_the_first),
+        mock.patch("snipdedup.groups.star.star_listed", all_for_the_first),
         pytest.raises(InternalError),
     ):
         dedup(rows, out=out, overwrite=True)
     assert (out / "groups.parquet").read_bytes() == before
 
 
-def all_for_the_first(rows, compare, out):
+def all_for_the_first(rows, sizes, compare, out):
     """A star rule that is wrong: all of a group go for its first row."""
     del compare, out
-    named = np.repeat(rows[:, :1], rows.shape[1], axis=1)
+    named = np.repeat(rows[np.cumsum(sizes) - sizes], sizes)
     return named, np.where(named == rows, np.float32(1), NO_PAIR)
 
 
@@ -102,20 +104,23 @@ def test_components_may_chain_and_the_count_is_of_the_cosines_that_are_written(r
 
 @pytest.mark.parametrize("grouping", ["star", "components"])
 @pytest.mark.parametrize(
-    ("column", "value", "says"),
+    ("column", "value"),
     [
-        ("row", 600, "row 600 is none of the 600 rows"),
-        ("row", -1, "row -1 is none of the 600 rows"),
-        ("row", "first", "is twice among the rows of groups"),
-        ("representative", 600, "has a representative that is no row, row 600"),
-        ("representative", -1, "has a representative that is no row, row -1"),
-        ("representative", "own", "is removed for itself"),
-        ("representative", "other", "has a representative of another group"),
-        ("is_dup", False, "is kept, and has another representative"),
-        ("group", -5, "has a representative of another group"),
+        ("row", 600),
+        ("row", -1),
+        ("row", "first"),
+        ("representative", 600),
+        ("representative", -1),
+        ("representative", "own"),
+        ("representative", "other"),
+        ("is_dup", False),
+        ("group", -5),
     ],
 )
-def test_rows_that_are_none_or_go_for_none_end_the_run(rows, grouping, column, value, says):
+def test_rows_that_are_none_or_go_for_none_end_the_run(rows, grouping, column, value):
+    """No such row; twice there; removed for no row, itself, or a row of another group."""
+    entry = {}
+
     def change(members):
         at = np.flatnonzero(members.is_dup)[5]
         values = {
@@ -124,9 +129,13 @@ def test_rows_that_are_none_or_go_for_none_end_the_run(rows, grouping, column, v
             "other": members.row[~members.is_dup][-1],
         }
         getattr(members, column)[at] = values.get(value, value)
+        entry.update({name: column[at] for name, column in members._asdict().items()})
 
-    with tampered(change), pytest.raises(InternalError, match=says):
+    with tampered(change), pytest.raises(InternalError) as error:
         dedup(rows, grouping=grouping, threshold=0.9, method="exact")
+    assert f"internal error: row {entry['row']:,}" in str(error.value)
+    assert f"of 600 has a wrong entry in group {entry['group']}, where it is " in str(error.value)
+    assert f"row {entry['representative']}; nothing was written" in str(error.value)
 
 
 @pytest.mark.parametrize("grouping", ["star", "components"])
@@ -138,7 +147,7 @@ def test_a_row_that_goes_stands_for_none(grouping):
 
     with (
         tampered(change),
-        pytest.raises(InternalError, match="has a representative that is removed too, row 1"),
+        pytest.raises(InternalError, match=r"row 2 .* wrong entry in group 0, .* for row 1;"),
     ):
         dedup(x, grouping=grouping, method="exact")
 
@@ -147,7 +156,7 @@ def test_a_row_that_cannot_be_compared_is_in_no_group():
     x = np.repeat(np.eye(3, dtype=np.float32), 3, axis=0)
     found = dedup(x, method="exact")
     wrong = dataclasses.replace(found.search, bad=np.array([4]))
-    with pytest.raises(InternalError, match="cannot be compared, and is in a group with"):
+    with pytest.raises(InternalError, match=r"row 4 .* wrong entry in group 3"):
         result.checked(dataclasses.replace(found, search=wrong))
 
 
@@ -164,22 +173,17 @@ def test_unverified_pairs_have_no_cosines_but_are_rows(rows, tmp_path):
     def change(members):
         members.representative[members.is_dup] = 700
 
-    with tampered(change), pytest.raises(InternalError, match="that is no row"):
+    with tampered(change), pytest.raises(InternalError, match="wrong entry in group"):
         dedup(None, **how)
 
 
 def test_captions_must_match_too(rows):
     text = np.random.default_rng(1).standard_normal(rows.shape).astype(np.float32)
-    found = dedup(rows, text_features=rows, threshold=0.9).search
-    assert found.also is not None
-    wrong = found.also._replace(gather=lambda places: text[places])
+    found = dedup(rows, text_features=rows, threshold=0.9)
+    inputs = dataclasses.replace(found.search.inputs, text=open_features(text))
+    wrong = dataclasses.replace(found.search, inputs=inputs)
     with pytest.raises(InternalError, match="their captions do not match"):
-        result.checked(
-            dataclasses.replace(
-                dedup(rows, text_features=rows, threshold=0.9),
-                search=dataclasses.replace(found, also=wrong),
-            )
-        )
+        result.checked(dataclasses.replace(found, search=wrong))
 
 
 @pytest.mark.parametrize("grouping", ["star", "components"])
@@ -223,7 +227,7 @@ def test_cosines_are_those_of_the_rows_as_stored_whatever_the_blocks(rows, kind,
     x = rows.astype(kind)
     one = dedup(x[200:], reference=x[:200].astype(np.float64), threshold=0.9, keep="last")
     with (
-        mock.patch.object(final_check, "GATHER_PAIRS", 3),
+        mock.patch.object(pairs, "GATHER_PAIRS", 3),
         mock.patch.object(external_sort, "HELD", 40),
     ):
         out = dedup(x[200:], reference=x[:200].astype(np.float64), threshold=0.9, keep="last",

@@ -11,7 +11,6 @@ import pytest
 import truth
 
 from snipdedup.deduplication import read_out
-from snipdedup.deduplication.read_out import Run
 from snipdedup.groups.members import Members, concatenate
 
 ROWS, OFFSETS = 900, np.array([0, 100, 640, 900])
@@ -66,8 +65,8 @@ def batch_rows(request, monkeypatch):
 
 
 def surveyed(path, draw=0, **changed):
-    run = Run(**{"threshold": START, "keep": "first", "seed": 0, "offsets": OFFSETS} | changed)
-    return read_out.survey_groups(path, run, draw)
+    settings = {"threshold": START, "keep": "first", "seed": 0} | changed
+    return read_out.survey_groups(path, settings, OFFSETS, draw)
 
 
 # ---- the slider
@@ -155,7 +154,7 @@ def test_figures_are_those_of_the_whole_table(path, members, batch_rows):
         most = max(counts[row["representative"]] for row in mine)
         assert counts[group.shown.row[0]] == most
     staying = int((~members.is_dup).sum())
-    assert found.spared_rows == staying - len(size)
+    assert found.spared.rows == staying - len(size)
     assert found.below.rows == 0
 
 
@@ -189,9 +188,11 @@ def test_spared_rows_stand_beside_the_row_that_components_keep(table, tmp_path, 
     found = surveyed(tmp_path / "g.parquet", keep=keep, seed=9)
     label = dict(zip(groups["row"].to_pylist(), groups["group"].to_pylist(), strict=True))
     staying = set(np.flatnonzero(~star.is_dup).tolist())
-    assert found.spared_rows == len(staying - keepers)
-    assert len(found.spared.row) == min(read_out.CHAINED, found.spared_rows) > 0
-    for row, by in zip(found.spared.row.tolist(), found.spared_by.tolist(), strict=True):
+    assert found.spared.rows == len(staying - keepers)
+    assert len(found.spared.shown.row) == min(read_out.CHAINED, found.spared.rows) > 0
+    for row, by in zip(
+        found.spared.shown.row.tolist(), found.spared.shown.representative.tolist(), strict=True
+    ):
         assert row in staying - keepers
         assert by in keepers
         assert label[row] == label[by]
@@ -208,11 +209,11 @@ def test_samples_depend_on_the_seed_only(path, monkeypatch):
 def test_a_sample_is_fair():
     counts = np.zeros(20)
     for seed in range(600):
-        sample = read_out.Reservoir(5, seed)
+        sample = read_out.Sample(5, seed)
         for start in range(0, 20, 6):
             rows = np.arange(start, min(start + 6, 20))
             sample.offer(Members(rows, rows, rows, np.ones(len(rows)), rows >= 0))
-        counts[sample.members().row] += 1
+        counts[sample.shown.row] += 1
     assert counts.sum() == 3000
     assert abs(counts - 150).max() < 5 * np.sqrt(150 * 0.75)
 
@@ -255,7 +256,7 @@ def test_no_groups(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "g.parquet")
     found = surveyed(tmp_path / "g.parquet")
     assert found.largest == []
-    assert len(found.copied) == found.spared_rows == found.similarities.sum() == 0
+    assert len(found.copied) == found.spared.rows == found.similarities.sum() == 0
     assert [len(band.shown.row) for band in found.bands] == [0] * 6
 
 

@@ -203,7 +203,7 @@ def test_copies_are_told_apart_by_the_side_they_lie_on():
     copies, firsts = np.array([1, 4, 5, 6, 8]), np.array([0, 0, 0, 2, 7])
     copy, first, twins = own_copies(copies, firsts, 3)
     assert (copy.tolist(), first.tolist()) == ([5, 8], [4, 7])
-    assert list(zip(twins.a.tolist(), twins.b.tolist(), strict=True)) == [(0, 4), (2, 6)]
+    assert list(zip(*(side.tolist() for side in twins), strict=True)) == [(0, 4), (2, 6)]
 
 
 # the three uses, by the command line

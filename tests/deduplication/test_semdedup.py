@@ -183,5 +183,5 @@ def test_what_does_not_go_with_the_rule_is_wrong_usage(how):
 @pytest.mark.parametrize("flag", [{"epsilon": 0.1}, {"clusters": 5}])
 @pytest.mark.parametrize("method", [None, "join", "exact"])
 def test_its_flags_are_refused_with_other_methods(flag, method):
-    with pytest.raises(UsageError, match="go with --method semdedup"):
+    with pytest.raises(UsageError, match="goes with --method semdedup"):
         dedup(np.eye(20, dtype=np.float32), method=method, **flag)

@@ -185,7 +185,7 @@ def test_a_pickled_file_as_upstream_published_is_refused(tmp_path, shards):
     ("change", "message"),
     [
         (lambda m: m["encoder"].update(dim=9), "layers do not fit snip.json"),
-        (lambda m: m["encoder"].update(dim="9"), "expected the widths"),
+        (lambda m: m["encoder"].update(dim="9"), "layers do not fit snip.json"),
         (lambda m: m["encoder"].update(layout=1), "expected an encoder of layout 2, found 1"),
         (lambda m: m.pop("encoder"), "expected an encoder of layout 2, found None"),
         (lambda m: m.pop("outputs"), "names no weights.pt"),

@@ -499,7 +499,7 @@ def test_one_image_with_several_captions_is_several_pairs():
     texts[::3] = texts[0]
     rows = load_distinct(open_features(images), open_features(texts), np.arange(300))
     pairs = {image.tobytes() + text.tobytes() for image, text in zip(images, texts, strict=True)}
-    assert len(rows.hashes) == len(pairs)
+    assert len(rows.images) == len(pairs)
     assert rows.texts.shape == rows.images.shape
 
 
@@ -507,14 +507,14 @@ def test_an_image_is_held_out_with_all_its_captions():
     images, texts = np.repeat(clustered(400, 16), 3, axis=0), clustered(1200, 16, seed=5)
     batches = make(images, texts, validation_rows=90, batch=64)
     held = keys(batches.held_out.images)
-    assert 90 <= len(batches.held_out.hashes) < 93
-    assert len(batches.held_out.hashes) == 3 * len(held)
+    assert 90 <= len(batches.held_out.images) < 93
+    assert len(batches.held_out.images) == 3 * len(held)
     assert not held & keys(batches.rows.images)
     # The temperature is not that of images beside copies of themselves.
     settings = {**QUICK, "validation_rows": 90, "batch": 64, "steps": 1}
     beside = train_encoder(images, text_features=texts, **settings)[1]
     alone = train_encoder(images[::3], **settings)[1]
-    assert beside.held_out == len(batches.held_out.hashes)
+    assert beside.held_out == len(batches.held_out.images)
     assert beside.temperature == pytest.approx(alone.temperature, rel=0.25)
 
 

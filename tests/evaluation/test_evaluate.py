@@ -151,7 +151,7 @@ def test_more_lists_than_rows_are_refused(done):
 def test_code_sizes_are_whole_numbers(text):
     with pytest.raises(UsageError, match="--code_bytes must be whole numbers from 1 to 256"):
         config.Eval(features="x", out="y", code_bytes=text)
-    assert config.Eval(features="x", out="y", code_bytes="8,4,8").sizes() == [4, 8]
+    assert config.Eval(features="x", out="y", code_bytes="8,4,8").numbers("code_bytes") == [4, 8]
 
 
 def test_the_picture_is_drawn_from_the_result(done, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import truth
 
 from snipdedup.groups import star
-from snipdedup.groups.star import Compare, star_huge, star_large
+from snipdedup.groups.star import Compare, star_large
 
 
 def rows_of(kind):
@@ -24,36 +24,27 @@ def rows_of(kind):
     return np.stack([np.cos(angles / 40), np.sin(angles / 40), np.ones(800)], axis=1)
 
 
+def decided(x, order, table_group=10**6, block=2048):
+    """Representatives and cosines of one group: by tables, or by codes where it is larger."""
+    with mock.patch.multiple(star, TABLE_GROUP=table_group, CODED_BLOCK=block):
+        return star_large(order, Compare(lambda rows: x[rows], 0.95), np.zeros(len(x), bool))
+
+
 @pytest.mark.parametrize("kind", ["spread", "clumps", "all alike", "chain"])
 @pytest.mark.parametrize("block", [64, 2048])
 def test_codes_decide_as_all_comparisons_do(kind, block):
     x = rows_of(kind)
     order = np.random.default_rng(1).permutation(len(x))
-    compare = Compare(lambda rows: x[rows], 0.95)
-    expected = star_large(order, compare, np.zeros(len(x), bool))
-    with mock.patch.object(star, "HUGE_BLOCK", block):
-        found = star_huge(order, lambda rows: x[rows], 0.95)
+    expected = decided(x, order)
+    found = decided(x, order, table_group=0, block=block)
     assert np.array_equal(found[0], expected[0])
     assert np.array_equal(found[1], expected[1])
 
 
 def test_a_row_whose_match_the_codes_missed_still_gets_a_representative():
     x = rows_of("clumps")
-    order = np.arange(len(x))
-    compare = Compare(lambda rows: x[rows], 0.95)
-    expected = star_large(order, compare, np.zeros(len(x), bool))
-
-    class Blind(star.CodedGroup):
-        def candidates(self, x, y):
-            return x[:0], y[:0]
-
-    def blind(rows, gather, threshold):
-        return Blind(*star_encode(rows, gather, threshold))
-
-    star_encode = star.encode_group
-    with (
-        mock.patch.object(star, "encode_group", blind),
-        mock.patch.object(star, "HUGE_BLOCK", 4096),
-    ):
-        found = star_huge(order, lambda rows: x[rows], 0.95)
+    order, none = np.arange(len(x)), np.empty(0, np.int64)
+    expected = decided(x, order)
+    with mock.patch.object(star.native, "hits", return_value=(none, none)):
+        found = decided(x, order, table_group=0, block=4096)
     assert np.array_equal(found[0], expected[0])

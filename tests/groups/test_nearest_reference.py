@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from snipdedup.features.cosine import pair_cosine
 from snipdedup.features.shards import open_features
 from snipdedup.groups import pairs
-from snipdedup.groups.members import Nearest
 from snipdedup.storage import external_sort
 
 
@@ -72,15 +71,3 @@ def test_near_ties_are_decided_by_the_cosine(dim):
     assert np.array_equal(found.row, np.arange(300))
     assert np.array_equal(found.reference, exact.argmax(1))
     assert np.array_equal(found.similarity, exact.max(1))
-
-
-def test_copies_get_what_their_first_row_has(tmp_path):
-    known = Nearest(np.array([1, 4]), np.array([7, 3]), np.array([0.9, 1], np.float32))
-    copies, firsts = np.array([2, 3, 5, 9]), np.array([0, 1, 4, 1])
-    for path in (None, tmp_path / "copies"):
-        found = pairs.with_copies(known, copies, firsts, 10, path)
-        assert found.row.tolist() == [1, 3, 4, 5, 9]
-        assert found.reference.tolist() == [7, 7, 3, 3, 7]
-        assert found.similarity.tolist() == known.similarity[[0, 0, 1, 1, 0]].tolist()
-    none = Nearest(*(column[:0] for column in known))
-    assert len(pairs.with_copies(none, copies, firsts, 10, None).row) == 0

@@ -43,9 +43,9 @@ def shards(rows, tmp_path_factory) -> Path:
     return folder
 
 
-def options(out: Path, features: object = None, **given: object) -> config.Index:
+def options(out: Path, features: object = None, **given: object) -> config.BuildIndex:
     given = {"nlist": 16, "m": 4, "nbits": 4, "threads": 1, **given}
-    return config.Index(features=features, out=str(out), **given)
+    return config.BuildIndex(features=features, out=str(out), **given)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_append_equals_one_go(shards, tmp_path):
     before = bits(tmp_path / "grown")
     with pytest.raises(SnipError, match=r"first 2 of 5 shards; .*--append"):
         run(options(tmp_path / "grown", shards))
-    said = run(config.Index(features=str(shards), out=str(tmp_path / "grown"), append=True))
+    said = run(config.BuildIndex(features=str(shards), out=str(tmp_path / "grown"), append=True))
     assert str(said).startswith("added to")
     after = bits(tmp_path / "grown")
     assert before.items() <= after.items()
@@ -248,12 +248,16 @@ def test_damaged_files_are_refused(shards, tmp_path, where):
 
 def test_size_and_defaults_of_a_tiny_set(tmp_path, data):
     nine = data / "small" / "clip_retrieval_out"
-    said = run(config.Index(features=str(nine), out=str(tmp_path / "x")))
+    said = run(config.BuildIndex(features=str(nine), out=str(tmp_path / "x")))
     assert "9 rows of 1 shards in 1 lists, codes of 16 x 8 bits" in str(said)
     index = Index(tmp_path / "x")
     lists = index.lists()
     x = unit_rows(open_features(str(nine)).read(0, 9))
-    np.testing.assert_allclose(index.decode(lists, 0, 9), x[lists.rows(slice(None))], atol=1e-4)
+    np.testing.assert_allclose(
+        index.quantiser.decode(lists.list_at(np.arange(9)), lists.codes),
+        x[lists.rows(slice(None))],
+        atol=1e-4,
+    )
 
 
 def test_nothing_is_written_into_the_input(shards, tmp_path):
@@ -270,10 +274,10 @@ def whole(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [({"m": 5}, "--m 5 must divide the width 16"),
+    [({"m": 5}, "--m 5 must divide the width 16 of the vectors: one of 1, 2, 4, 8, 16$"),
      ({"nlist": 2601}, "--nlist 2601: there are only 2,600 rows"),
      ({"base": "base"}, "16 wide, these are 8 wide|has nlist 16"),
-     ({"encoder": "narrow"}, "the encoder expects rows 12 wide, the features are 16 wide")],
+     ({"encoder": "narrow"}, "rows are 16 wide, --encoder .*narrow expects 12")],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     index, shards, tmp_path, monkeypatch, given, says
@@ -313,7 +317,7 @@ def test_bad_rows_leave_an_older_index_alone(shards, tmp_path):
                   options(tmp_path / "y")).folder  # fmt: skip
     before = whole(first)
     with pytest.raises(InputError, match=r"img_emb_4\.npy row 0 \(zeros only\)"):
-        run(config.Index(features=str(folder), out=str(first), append=True))
+        run(config.BuildIndex(features=str(folder), out=str(first), append=True))
     assert whole(first) == before
 
 
@@ -358,12 +362,12 @@ def test_append_compares_the_shards_that_are_held(shards, tmp_path):
     build(open_features(first), out, options(out))
     os.utime(first[0], ns=(0, 1))
     shutil.copytree(out, tmp_path / "y")
-    run(config.Index(features=str(folder), out=str(out), append=True))
+    run(config.BuildIndex(features=str(folder), out=str(out), append=True))
     assert Index(out).rows == 2600
     assert all("checksum" in shard for shard in Index(out).manifest["shards"])
     np.save(first[0], 2 * np.load(first[0]))
     with pytest.raises(SnipError, match=r"other features.*features_changed"):
-        run(config.Index(features=str(folder), out=str(tmp_path / "y"), append=True))
+        run(config.BuildIndex(features=str(folder), out=str(tmp_path / "y"), append=True))
     assert Index(tmp_path / "y").rows == 701
 
 
@@ -416,9 +420,9 @@ def test_an_index_with_an_encoder_holds_all_that_a_search_needs(shards, rows, tm
     Encoder(Network(16, 8, 8)).save(tmp_path / "encoder", {})
     run(options(tmp_path / "x", shards, encoder=str(tmp_path / "encoder")))
     index = Index(tmp_path / "x")
-    assert (index.space.dim_in, index.dim) == (16, 8)
+    assert (index.encoder.dim_in, index.dim) == (16, 8)
     encoder = Encoder.load(tmp_path / "encoder", device="cpu")
-    np.testing.assert_array_equal(index.space.vectors(rows[:1024]), encoder.encode(rows[:1024]))
+    np.testing.assert_array_equal(index.encoder.encode(rows[:1024]), encoder.encode(rows[:1024]))
     given = {"base": str(tmp_path / "x"), "nlist": 0, "m": None, "nbits": None}
     run(options(tmp_path / "y", shards, **given))
     same(Index(tmp_path / "y"), index)
@@ -434,7 +438,7 @@ def test_descriptors_are_taken_as_they_are(rows, tmp_path):
     (folder / MANIFEST).write_text(json.dumps({"kind": "descriptors"}))
     run(options(tmp_path / "x", folder))
     index = Index(tmp_path / "x")
-    np.testing.assert_array_equal(index.space.vectors(rows), rows.astype(np.float32))
+    np.testing.assert_array_equal(index.encoder.encode(rows), rows.astype(np.float32))
     assert np.linalg.norm(index.quantiser.centroids, axis=1).mean() > 4  # unit rows have < 1
 
 

@@ -21,7 +21,7 @@ from snipdedup.index.search import MappedLists
 
 def make(out: Path, rows: list[np.ndarray], **given: object) -> Index:
     given = {"nlist": 32, "m": 4, "threads": 1, **given}
-    options = config.Index(features="x", out=str(out), **given)
+    options = config.BuildIndex(features="x", out=str(out), **given)
     return build(open_features(rows), out, options)
 
 
@@ -50,7 +50,7 @@ def test_visited_lists_hold_what_all_lists_hold(index):
         found = lists.visit(np.array(wanted))
         rows, of, codes = found
         order = np.lexsort((rows, of))
-        places = np.flatnonzero(np.isin(all_lists.list_of(0, 3000), wanted))
+        places = np.flatnonzero(np.isin(all_lists.list_at(np.arange(3000)), wanted))
         np.testing.assert_array_equal(rows[order], all_lists.rows(places))
         np.testing.assert_array_equal(codes[order], all_lists.codes[places])
 

@@ -12,7 +12,6 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.kmeans import draw_sample, kmeans
 from snipdedup.index.quantizer import (
-    check_m,
     default_m,
     default_nlist,
     read_quantiser,
@@ -32,12 +31,7 @@ def test_default_nlist(rows, points, nlist):
 
 
 def test_default_m_divides_the_width():
-    assert [default_m(dim, 16) for dim in (128, 512, 3, 100, 17, 1)] == [16, 16, 3, 10, 1, 1]
-
-
-def test_an_m_that_does_not_divide_is_refused_with_those_that_do():
-    with pytest.raises(SnipError, match=r"--m 5 must divide the width 12 .*1, 2, 3, 4, 6, 12"):
-        check_m(5, 12)
+    assert [default_m(dim) for dim in (128, 512, 3, 100, 17, 1)] == [16, 16, 3, 10, 1, 1]
 
 
 def test_kmeans_is_as_good_as_faiss_and_the_same_on_any_threads():

@@ -11,13 +11,14 @@ from snipdedup.errors import SnipError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import Features, open_features
 from snipdedup.index.folder import Index, export_faiss
-from snipdedup.index.search import Classes, Searcher, feature_queries, query_space
+from snipdedup.index.search import Classes, LoadedIndex, Searcher, query_encoder
 
 
 def found(searcher: Searcher, index: Index, features: Features, k: int) -> tuple:
-    source = feature_queries(index, index.space, features)
-    parts = list(searcher.search(source, k, 2))
-    return np.concatenate([D for _, D, _ in parts]), np.concatenate([I for _, _, I in parts])
+    x = index.encoder.encode(features.read(0, features.rows))
+    D, I = searcher.places(x, *searcher.probe(x, 0), k)
+    I[I >= 0] = searcher.lists.rows(I[I >= 0])
+    return D, I
 
 
 def test_neighbours_are_those_of_plain_faiss_on_the_export(real_index, tmp_path):
@@ -61,9 +62,9 @@ def test_self_adc_is_the_distance_to_the_row_s_own_code(small_index):
     x = unit_rows(features.read(0, 1500))
     plain = faiss.read_index(str(index.folder / "quantizer.faiss"))
     expected = np.square(x - plain.sa_decode(plain.sa_encode(x))).sum(1)
-    load = feature_queries(index, index.space, features).load
-    np.testing.assert_allclose(load((0, 1500)).own, expected, atol=1e-6)
-    np.testing.assert_array_equal(load((700, 1500)).own, load((0, 1500)).own[700:])
+    queries = LoadedIndex(index, features, 4).queries
+    np.testing.assert_allclose(queries((0, 1500)).own, expected, atol=1e-6)
+    np.testing.assert_array_equal(queries((700, 1500)).own, queries((0, 1500)).own[700:])
 
 
 def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small_index):
@@ -72,13 +73,16 @@ def test_rows_of_one_code_are_one_entry_and_linked_to_the_smallest(small_index):
     classes = Classes.of(lists)
     alone = classes.lists
     firsts = {}
-    of = lists.list_of(0, len(lists.ids))
+    of = lists.list_at(np.arange(len(lists.ids)))
     for number, code, row in zip(of, lists.codes, lists.rows(slice(None)), strict=True):
         firsts.setdefault((number, code.tobytes()), []).append(int(row))
     kept = {
         (int(n), c.tobytes()): int(r)
         for n, c, r in zip(
-            alone.list_of(0, len(alone.ids)), alone.codes, alone.rows(slice(None)), strict=True
+            alone.list_at(np.arange(len(alone.ids))),
+            alone.codes,
+            alone.rows(slice(None)),
+            strict=True,
         )
     }
     assert kept == {key: min(rows) for key, rows in firsts.items()}
@@ -90,9 +94,9 @@ def test_features_that_are_not_those_of_the_index_are_refused(small_index):
     index, features = small_index
     rows = features.read(0, features.rows)
     with pytest.raises(SnipError, match="holds 2,000 rows of 1 shards, FEATURES has 1,999"):
-        query_space(index, open_features(rows[:-1]), None)
+        query_encoder(index, open_features(rows[:-1]), None)
     with pytest.raises(SnipError, match=r"rows 16 wide, FEATURES are 8 wide.*--encoder"):
-        query_space(index, open_features(rows[:, :8].copy()), None)
+        query_encoder(index, open_features(rows[:, :8].copy()), None)
 
 
 def test_an_encoder_that_is_not_the_index_s_own_is_refused(tmp_path):
@@ -102,7 +106,7 @@ def test_an_encoder_that_is_not_the_index_s_own_is_refused(tmp_path):
         Encoder(Network(16, 8, 8)).save(tmp_path / name, {})
     features = open_features(clustered(300, 16))
     index = make(features, tmp_path / "x", encoder=str(tmp_path / "own"), nlist=4)
-    given = query_space(index, features, str(tmp_path / "own"))
-    assert given is query_space(index, features, None) is index.space
+    given = query_encoder(index, features, str(tmp_path / "own"))
+    assert given is query_encoder(index, features, None) is index.encoder
     with pytest.raises(SnipError, match=r"other is not the one that .*x was built with"):
-        query_space(index, features, str(tmp_path / "other"))
+        query_encoder(index, features, str(tmp_path / "other"))

@@ -12,8 +12,14 @@ import pytest
 from snipdedup.inspection import display
 
 
-def parsed(svg):
-    return ET.fromstring(svg)
+def svg_of(kind, chart):
+    """A chart as the page has it."""
+    draw = getattr(display.environment().get_template("charts.html.j2").module, kind)
+    return str(draw(chart, 'size "<x>"', "<said> & more"))
+
+
+def parsed(kind, chart):
+    return ET.fromstring(svg_of(kind, chart))
 
 
 def number(text):
@@ -45,7 +51,7 @@ def test_bars_stand_for_their_counts():
         ["a", "<b>", "c & d"],
         [(0, "0"), (4, "4")],
     )
-    chart = parsed(display.bar_chart(bars, 'size "<x>"', "<said> & more"))
+    chart = parsed("bars", display.bar_chart(bars))
     assert chart.get("aria-label") == "<said> & more"
     rects = chart.findall("rect")
     assert [r.find("title").text for r in rects] == ["a: 1", "c & d: 1,000"]
@@ -62,25 +68,29 @@ def test_bars_stand_for_their_counts():
 
 def test_the_curve_and_its_cursor():
     thresholds, stays = np.array([0.9, 0.95, 1.0]), np.array([600, 800, 990])
-    chart = parsed(display.curve_chart(thresholds, stays, 1000, 700, "said"))
-    scale = display.kept_scale(stays, 1000)
-    assert scale.y(1000) == 0  # all rows: what hangs from there goes
+    drawn = display.curve_chart(thresholds, stays, 1000, 700)
+    chart = parsed("curve", drawn)
+    low = 600 - 0.12 * 400  # all rows are at the top: what hangs from there goes
+    heights = [display.HEIGHT * (1000 - y) / (1000 - low) for y in stays]
+    assert drawn["y"] == pytest.approx(heights)
     line = chart.find("svg/polyline").get("points").split()
     points = [tuple(map(float, point.split(","))) for point in line]
-    expected = [(x, scale.y(y)) for x, y in zip((0, 500, 1000), stays, strict=True)]
-    assert np.allclose(points, expected, atol=0.06)
+    assert np.allclose(points, list(zip((0, 500, 1000), heights, strict=True)), atol=0.06)
     dot, mark = chart.find("circle[@id='dot']"), chart.find("circle[@class='mark']")
-    assert number(dot.get("cy")) == pytest.approx(scale.y(600), abs=0.06)
-    assert number(mark.get("cy")) == pytest.approx(scale.y(700), abs=0.06)
-    assert scale.low < 600
+    assert number(dot.get("cy")) == pytest.approx(heights[0], abs=0.06)
+    assert number(mark.get("cy")) == pytest.approx(
+        display.HEIGHT * (1000 - 700) / (1000 - low), abs=0.06
+    )
 
 
 def test_one_threshold_only():
-    parsed(display.curve_chart(np.array([1.0]), np.array([5]), 5, 5, "said"))
+    drawn = display.curve_chart(np.array([1.0]), np.array([5]), 5, 5)
+    parsed("curve", drawn)
 
 
 def test_few_rows_that_stay_are_shown_from_nought():
-    assert display.kept_scale(np.array([10]), 1000).low == 0
+    drawn = display.curve_chart(np.array([0.9, 1]), np.array([10, 1000]), 1000, 10)
+    assert drawn["y"] == pytest.approx([0.99 * display.HEIGHT, 0])
 
 
 @pytest.mark.parametrize("bins", [1, 5, 127, 128, 400, 4000])
@@ -97,7 +107,7 @@ def test_cosines_keep_their_sum_and_places(bins):
     for place in range(len(bars.counts) - 2):
         low, high = bars.edges[place], bars.edges[place + 1]
         assert bars.counts[place] == counts[:-1][(edges[:-1] >= low) & (edges[:-1] < high)].sum()
-    parsed(display.bar_chart(bars, "cosine", "said"))
+    parsed("bars", display.bar_chart(bars))
 
 
 def test_sizes_by_powers_of_two():
@@ -110,9 +120,9 @@ def test_sizes_by_powers_of_two():
     assert (one.counts.tolist(), one.names) == ([4], ["1"])
     none = display.size_bars(np.empty(0, np.int64), np.empty(0, np.int64))
     assert none.counts.sum() == 0
-    parsed(display.bar_chart(none, "size", "said"))
+    parsed("bars", display.bar_chart(none))
 
 
 def test_no_chart_has_a_style_or_a_script():
     bars = display.size_bars(np.array([2]), np.array([1]))
-    assert not re.search(r"\sstyle=|<script|\son\w+=", display.bar_chart(bars, "x", "y"))
+    assert not re.search(r"\sstyle=|<script|\son\w+=", svg_of("bars", display.bar_chart(bars)))

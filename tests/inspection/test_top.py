@@ -106,15 +106,18 @@ def test_a_ranking_by_hand():
         similarity=np.array([1, 0.9, 1, 0.95, 1, 1, 0.99, 1, 0.97], np.float32),
         is_dup=np.array([0, 1, 1, 1, 0, 0, 1, 0, 1], bool),
     )
-    ranking = rank_groups(groups, 0.95).best(9)
-    assert ranking.row.tolist() == [0, 2, 5, 7]
-    assert ranking.dup_count.tolist() == [2, 1, 1, 1]
-    assert ranking.group.tolist() == [0, 1, 5, 5]
-    assert ranking.size.tolist() == [3, 2, 4, 4]
-    assert ranking.chains.tolist() == [True, False, True, True]  # below .95; other rows stay
-    np.testing.assert_allclose(ranking.mean, [0.95, 0.95, 0.99, 0.97], atol=1e-7)
-    np.testing.assert_array_equal(ranking.lowest, np.array([0.9, 0.95, 0.99, 0.97], np.float32))
-    assert len(rank_groups(no_members(), 0.95).row) == 0
+    ranking = rank_groups(groups, 9, 0.95)
+    assert [one.row for one in ranking] == [0, 2, 5, 7]
+    assert [one.dup_count for one in ranking] == [2, 1, 1, 1]
+    assert [one.group for one in ranking] == [0, 1, 5, 5]
+    assert [one.size for one in ranking] == [3, 2, 4, 4]
+    assert [one.chains for one in ranking] == [True, False, True, True]  # below .95; other rows
+    assert [one.removed.tolist() for one in ranking] == [[3, 4], [1], [6], [8]]
+    np.testing.assert_allclose([one.mean for one in ranking], [0.95, 0.95, 0.99, 0.97], atol=1e-7)
+    lowest = np.array([0.9, 0.95, 0.99, 0.97], np.float32)
+    np.testing.assert_array_equal([one.lowest for one in ranking], lowest)
+    assert [one.row for one in rank_groups(groups, 9, 0.95, least=2)] == [0]
+    assert rank_groups(no_members(), 9, 0.95) == []
 
 
 def test_many_batches_give_the_ranking_of_all(tmp_path, monkeypatch):
@@ -130,8 +133,8 @@ def test_many_batches_give_the_ranking_of_all(tmp_path, monkeypatch):
     monkeypatch.setattr(read_out, "BATCH_ROWS", 64)
     ranking = rank_rows(tmp_path / "g.parquet", 50, 0.9)
     order = np.lexsort((np.unique(group), 1 - sizes))[:50]
-    assert np.array_equal(ranking.row, np.unique(group)[order])
-    assert np.array_equal(ranking.dup_count, sizes[order] - 1)
+    assert [one.row for one in ranking] == np.unique(group)[order].tolist()
+    assert [one.dup_count for one in ranking] == (sizes[order] - 1).tolist()
 
 
 def test_the_table_is_for_people(case):

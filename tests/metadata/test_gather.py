@@ -11,17 +11,13 @@ import pytest
 
 from snipdedup.errors import SnipError
 from snipdedup.metadata import gather
-from snipdedup.metadata.gather import TableSlices, gather_columns
-from snipdedup.metadata.tables import open_metadata
+from snipdedup.metadata.gather import TableSlices, gather_column
+from snipdedup.metadata.tables import as_texts, open_metadata
 from snipdedup.storage import external_sort
 
 ROWS = 1000
-TEXTS = [None if n % 9 == 0 else "ü" * (n % 4) for n in range(ROWS)]
+TEXTS = [None if n % 9 == 0 else "ü" * (n % 4) + str(n // 2) for n in range(ROWS)]
 CUTS = np.array([0, 100, 100, 450, 700])  # the second slice has no rows
-
-
-def convert(file, batch):
-    return {"n": batch.column("n"), "text": batch.column("t")}
 
 
 @pytest.mark.parametrize("memory", [20, 10**6])
@@ -37,21 +33,20 @@ def test_slices_of_rows_in_any_order(tmp_path, monkeypatch, memory):
     metadata, work = open_metadata(tmp_path / "m"), tmp_path / "w"
     work.mkdir()
     (work / "00000.arrows").write_bytes(b"of a stopped run")
-    with closing(gather_columns(metadata, ["n", "t"], rows, CUTS, convert, work)) as found:
-        tables = list(found)
+    with closing(gather_column(metadata, "t", rows, CUTS, as_texts, work)) as found:
+        slices = list(found)
     assert not work.exists()
-    assert tables[1] is None
-    for table, start, stop in zip(tables, CUTS[:-1], CUTS[1:], strict=True):
-        if table is not None:
-            assert table["n"].to_pylist() == rows[start:stop].tolist()
-            assert table["text"].to_pylist() == [TEXTS[row] for row in rows[start:stop]]
+    assert slices[1] is None
+    for values, start, stop in zip(slices, CUTS[:-1], CUTS[1:], strict=True):
+        if values is not None:
+            assert values.to_pylist() == [TEXTS[row] for row in rows[start:stop]]
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed"])
 def test_a_temporary_file_that_was_damaged_is_refused(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(gather, "FLUSH_ROWS", 1)
-    slices = TableSlices(tmp_path / "s")
-    slices.add(np.zeros(1000, np.int64), pa.RecordBatch.from_pydict({"n": np.arange(1000)}))
+    slices = TableSlices(tmp_path / "s", np.array([0, 1000, 1000]))
+    slices.add(pa.RecordBatch.from_pydict({"place": np.arange(1000)}))
     path = tmp_path / "s" / "00000.arrows"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-3000])

@@ -31,10 +31,11 @@ def write(path, **columns):
 
 def joined_by(known, is_dup, theirs, rows, mine, removing, work, groups=None):
     """Join ``rows`` by columns ``mine`` with the decided rows ``known`` by ``theirs``."""
-    every = range(5)  # states on which the user has decided: no share of rows is too many
+    # the user has decided on each state: no share of rows is too many
+    policies = {state: "remove" if state in removing else "keep" for state in range(5)}
     columns = KeyColumns(*theirs), KeyColumns(*mine)
-    join = KeyJoin(rows, known, groups, *columns, removing, every)
-    return join.run(Mask(None, is_dup, None), work).tolist(), join
+    join = KeyJoin(rows, known, groups, *columns, policies)
+    return join.run(Mask(None, is_dup), work).tolist(), join
 
 
 def by_dictionary(theirs, is_dup, mine):

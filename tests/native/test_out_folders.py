@@ -27,7 +27,7 @@ def _small_lists():
         mock.patch.object(hubs, "HUB_ROWS", 300),
         mock.patch.object(model, "SINGLE_LIST_ROWS", 0),
         mock.patch.multiple(tiles, ROW_TILE=128, COLUMN_TILE=256, CROWDED=1 / 64),
-        mock.patch.object(star, "FLOAT64_GROUP", 600),
+        mock.patch.object(star, "TABLE_GROUP", 600),
         mock.patch.object(encoding, "task_rows", return_value=1024),
     ):
         yield
