@@ -28,10 +28,17 @@ from snipdedup.metadata.kept_rows import (
     kept_names,
     list_columns,
     list_uses,
+    try_writing,
     write_kept,
     write_lists,
 )
-from snipdedup.metadata.tables import Metadata, as_texts, try_column_uses, use_of_column
+from snipdedup.metadata.tables import (
+    ColumnUse,
+    Metadata,
+    as_texts,
+    try_column_uses,
+    use_of_column,
+)
 from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
@@ -85,6 +92,7 @@ def plan_metadata(
     for column in baseline_columns(table):
         uses.append(use_of_column(column, key_bytes, remedy))
     uses += list_uses(lists, table)
+    uses.append(ColumnUse(None, try_writing, "leave it out of META", by_schema=True))
     try_column_uses(table, uses)
     return MetadataPlan(table, key, columns, lists)
 

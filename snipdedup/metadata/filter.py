@@ -20,7 +20,7 @@ from snipdedup.features.shards import Features, FileRows, open_features, request
 from snipdedup.metadata import kept_rows
 from snipdedup.metadata.join_by_key import KeyJoin, check_removed_keys, plan_key_join
 from snipdedup.metadata.masks import Mask, describe_kept, file_version, open_mask, place_metadata
-from snipdedup.metadata.tables import Metadata, open_metadata, try_column_uses
+from snipdedup.metadata.tables import ColumnUse, Metadata, open_metadata, try_column_uses
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import read_manifest
 
@@ -95,7 +95,8 @@ def run(options: Filter) -> FilterResult:
     kept_rows.kept_names(metadata.files)  # refused before anything is written
     kinds = options.words("export")
     columns = kept_rows.list_columns(kinds, metadata, options.key)
-    try_column_uses(metadata, kept_rows.list_uses(columns, metadata))
+    write = ColumnUse(None, kept_rows.try_writing, "leave it out of the metadata", by_schema=True)
+    try_column_uses(metadata, [*kept_rows.list_uses(columns, metadata), write])
     names = ("on", "unmatched", "ambiguous", "export", "key")
     flags = {name: getattr(options, name) for name in names}
     request = filter_request(chosen, mask, join, flags)

@@ -23,14 +23,7 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import Shard, open_shard, opened_npz
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.join_by_key import fingerprints, number_equal
-from snipdedup.metadata.tables import (
-    KEY_COLUMNS,
-    ColumnUse,
-    Metadata,
-    Table,
-    as_texts,
-    use_of_column,
-)
+from snipdedup.metadata.tables import KEY_COLUMNS, ColumnUse, Metadata, Table, as_texts
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
 
@@ -103,6 +96,23 @@ def kept_names(files: Sequence[Table], added: Sequence[str] = ()) -> list[str]:
                     "rename it first"
                 )
     return list(names)
+
+
+def try_writing(file: Table, first: int, batch: Any) -> None:
+    """Write rows of a file to memory as `write_kept` does; refuse the column that it cannot."""
+    keep = pa.array((first + np.arange(batch.num_rows)) % 2 == 0)
+    for name, values in zip(batch.schema.names, batch.columns, strict=True):
+        schema = pa.schema([file.schema.field(name)])
+        memory = pa.BufferOutputStream()
+        try:
+            with pq.ParquetWriter(memory, schema, compression=file.codec) as writer:
+                kept = pa.RecordBatch.from_arrays([values.filter(keep)], schema=schema)
+                writer.write_table(pa.Table.from_batches([kept]))
+        except (pa.ArrowException, NotImplementedError, OSError) as error:
+            raise SnipError(
+                f"{file.path}: column {name!r} is {values.type}, expected a type of which rows can "
+                f"be written as parquet: {error}"
+            ) from error
 
 
 def _write_kept_file(
@@ -207,14 +217,17 @@ def list_columns(kinds: list[str], metadata: Metadata | None, key: str | None) -
 
 def list_uses(columns: dict[str, str], metadata: Metadata) -> list[ColumnUse]:
     """Return what columns, from `list_columns`, are read for."""
-    uses = []
-    if DATACOMP in columns:
-        remedy = "leave datacomp out of --export"
-        uses.append(ColumnUse([columns[DATACOMP]], partial(_uid_numbers, metadata), remedy))
-    if KEYS in columns:
-        remedy = "name another column with --key, or leave keys out of --export"
-        uses.append(use_of_column(columns[KEYS], as_texts, remedy))
-    return uses
+    remedies = {
+        DATACOMP: "leave datacomp out of --export",
+        KEYS: "name another column with --key, or leave keys out of --export",
+    }
+
+    def convert(kind: str, file: Table, first: int, batch: Any) -> None:
+        removed = np.ones(batch.num_rows, bool)  # which rows need a key is not known yet
+        _name_numbers(kind, metadata, file, first, batch, removed)
+        as_texts(file, batch.schema.names[0], batch.column(0))
+
+    return [ColumnUse([c], partial(convert, kind), remedies[kind]) for kind, c in columns.items()]
 
 
 def write_lists(
@@ -251,10 +264,7 @@ def _kept_names(
     for file, first, batch in metadata.read([column]):
         rows = np.arange(first, first + batch.num_rows)
         removed = np.asarray(is_dup[first : first + batch.num_rows])
-        if kind == DATACOMP:
-            names = _uid_numbers(metadata, file, first, batch)
-        else:
-            names = _key_numbers(metadata, file, first, batch, removed)
+        names = _name_numbers(kind, metadata, file, first, batch, removed)
         sorter.add(pack(NAMED_ROW, *names, rows, removed))
     for records in sorter.ascending():
         name = number_equal(records["high"], records["low"])
@@ -274,20 +284,20 @@ def _kept_names(
         yield records[~records["is_dup"]]
 
 
-def _uid_numbers(metadata: Metadata, file: Table, first: int, batch: Any) -> np.ndarray:
-    """Return the halves of uids as numbers, (2, n) uint64; refuse what is no uid of DataComp's."""
-    uids = as_texts(file, batch.schema.names[0], batch.column(0)).to_pylist()
-    for row, uid in enumerate(uids, first):
-        if not UID_TEXT.fullmatch(uid or ""):
-            found = f"{metadata.place(row)}: uid {uid!r}"
-            raise SnipError(f"{found}, expected 32 hexadecimal digits, as DataComp's")
-    return np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype(np.uint64).reshape(-1, 2).T
-
-
-def _key_numbers(
-    metadata: Metadata, file: Table, first: int, batch: Any, removed: np.ndarray
+def _name_numbers(
+    kind: str, metadata: Metadata, file: Table, first: int, batch: Any, removed: np.ndarray
 ) -> np.ndarray:
-    """Return the fingerprints of keys, (2, n) uint64; refuse kept rows without a key."""
+    """Return names as numbers, (2, n) uint64: the halves of uids, the fingerprints of keys.
+
+    What is no uid of DataComp's is refused, whichever rows are kept; and kept rows without a key.
+    """
+    if kind == DATACOMP:
+        uids = as_texts(file, batch.schema.names[0], batch.column(0)).to_pylist()
+        for row, uid in enumerate(uids, first):
+            if not UID_TEXT.fullmatch(uid or ""):
+                found = f"{metadata.place(row)}: uid {uid!r}"
+                raise SnipError(f"{found}, expected 32 hexadecimal digits, as DataComp's")
+        return np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype(np.uint64).reshape(-1, 2).T
     prints, known = fingerprints(file, batch)
     nameless = np.flatnonzero(~known & ~removed)
     if len(nameless):

@@ -288,16 +288,18 @@ def find_metadata(spec: str | Path) -> list[Path]:
 
 
 class ColumnUse(NamedTuple):
-    """What a run will do with columns.
+    """What a run will do with columns (None: all of a file).
 
     ``convert`` is the function that the end of the run calls: it takes a file, a global row and the
     record batch of these columns from there on, and raises `SnipError` where it cannot take them.
-    ``remedy`` is what the user can do then.
+    ``remedy`` is what the user can do then. ``by_schema``: only types can make it fail, so that one
+    file of each schema is enough.
     """
 
-    columns: Sequence[str]
+    columns: Sequence[str] | None
     convert: Callable[[Table, int, Any], Any]
     remedy: str
+    by_schema: bool = False
 
 
 def use_of_column(column: str, convert: Callable[[Table, str, Any], Any], remedy: str) -> ColumnUse:
@@ -307,20 +309,28 @@ def use_of_column(column: str, convert: Callable[[Table, str, Any], Any], remedy
 
 def try_column_uses(metadata: Metadata, uses: Sequence[ColumnUse]) -> None:
     """Convert no rows of each file (types alone may be refused), then its first rows."""
-    names = list(dict.fromkeys(name for use in uses for name in use.columns))
 
-    def try_file(file: Table, first: int) -> None:
-        schema = pa.schema([file.schema.field(name) for name in names])
+    def try_file(file: Table, first: int, due: Sequence[ColumnUse]) -> None:
+        whole = any(use.columns is None for use in due)
+        names = dict.fromkeys(name for use in due for name in use.columns or ())
+        columns = list(file.schema.names) if whole else list(names)
+        schema = pa.schema([file.schema.field(name) for name in columns])
         batches = [pa.RecordBatch.from_pylist([], schema)]
         first_row = np.zeros(min(1, file.rows), np.int64)
-        batches += [batch for _, batch in islice(file.batches(names, first_row), 1)]
-        for use in uses:
+        batches += [batch for _, batch in islice(file.batches(columns, first_row), 1)]
+        for use in due:
             for batch in batches:
                 try:
-                    use.convert(file, first, batch.select(list(use.columns)))
+                    use.convert(file, first, batch.select(list(use.columns or columns)))
                 except SnipError as error:
                     raise type(error)(f"{error}; {use.remedy}") from error
 
-    if uses:
-        files = zip(metadata.files, metadata.offsets.tolist(), strict=False)
-        map_requests(lambda task: try_file(*task), files)
+    seen: set[str] = set()
+    tasks = []
+    for file, first in zip(metadata.files, metadata.offsets.tolist(), strict=False):
+        schema = str(file.schema)
+        due = [use for use in uses if schema not in seen or not use.by_schema]
+        seen.add(schema)
+        if due:
+            tasks.append((file, first, due))
+    map_requests(lambda task: try_file(*task), tasks)
