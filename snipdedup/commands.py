@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from snipdedup.errors import UsageError
 
@@ -187,6 +187,26 @@ class Command:
     def run(self, options: Settings) -> Any:
         """Import the room that does the work and do it."""
         return load(f"{self.module}:run")(options)
+
+
+DECLARED: dict[str, Command] = {}  # by name, in the order of the help
+S = TypeVar("S", bound=type[Settings])
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def command(
+    name: str, group: str, module: str, example: str, function: str | None = None
+) -> Callable[[S], S]:
+    """Make a class a `Command`; ``function`` is the name in Python where that differs."""
+
+    def declare(options: S) -> S:
+        dataclass(frozen=True, kw_only=True)(options)
+        words = f"snip {name} {example}".strip()
+        made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
+        DECLARED[name] = made
+        return options
+
+    return declare
 
 
 def load(target: str) -> Callable[..., Any]:

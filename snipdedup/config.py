@@ -7,29 +7,29 @@ They are frozen and check their own ranges, so a wrong value is refused before a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
 from snipdedup.commands import (
     ANYWHERE,
+    DECLARED,
     FILE,
     FOLDER,
     URL,
     WRITTEN,
-    Command,
     Settings,
     argument,
     check_file_range,
+    command,
     keep_rules,
     option,
     parse_epsilons,
     refuse,
     required,
 )
+from snipdedup.errors import UsageError
 
-INDEX_M, INDEX_NBITS = 16, 8  # a PQ code: sub-quantisers at the most, bits of each
 EXPORTS = ("datacomp", "keys", "mask")
 MAX_SEED = 2**63 - 1  # the largest that every library takes
 METHODS = ("join", "exact", "adc", "semdedup")
@@ -46,25 +46,6 @@ KEEP_REMOVE = ("keep", "remove")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
 DEVICES = ("auto", "cpu", "cuda")
 THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
-COMMANDS: dict[str, Command] = {}  # by name, in the order of the help
-
-S = TypeVar("S", bound=type[Settings])
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def command(
-    name: str, group: str, module: str, example: str, function: str | None = None
-) -> Callable[[S], S]:
-    """Make a class a `Command`; ``function`` is the name in Python where that differs."""
-
-    def declare(options: S) -> S:
-        dataclass(frozen=True, kw_only=True)(options)
-        words = f"snip {name} {example}".strip()
-        made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
-        COMMANDS[name] = made
-        return options
-
-    return declare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,15 +200,17 @@ class Dedup(Input):
 
     def _check(self) -> None:
         method = self.method or ("adc" if self.index is not None else None)  # None: join, or of OUT
+        for methods, names in ONLY_WITH:
+            for name in names:
+                if method not in (None, *methods) and self.is_given(name):
+                    given = f"{name} {self.runner}" if name == "runner" else name
+                    known = " or ".join(methods)
+                    raise UsageError(f"--{given} goes with --method {known}, not {method}")
         alone = all(x is None for x in (self.encoder, self.reference, self.text_features))
         clusters, rowless = method == "semdedup", self.features is None
         shared = self.num_tasks is not None or self.task_index is not None
         ray = self.runner == "ray"
         refuse(
-            *((method not in (None, *methods) and self.is_given(name),
-               f"--{name}{' ray' * (name == 'runner')} goes with --method {' or '.join(methods)}, "
-               f"not {method}")
-              for methods, names in ONLY_WITH for name in names),
             (self.dry_run and not (method in (None, "join") and alone),
              "--dry_run plans a join of FEATURES alone"),
             (rowless and self.index is None,
@@ -501,5 +484,6 @@ class Demo(Settings):
     overwrite: bool = option(False, "replace a finished demo")
 
 
+COMMANDS = DECLARED  # by name, in the order of the help
 # Commands that are functions of the library, by their names there: all but the demo.
 BY_FUNCTION = {made.function: made for made in COMMANDS.values() if made.options is not Demo}

@@ -22,7 +22,7 @@ class TemporaryError(SnipError):
 
 
 class RangeError(SnipError):
-    """A server has no such range of bytes, or sent the range of another version of the file."""
+    """A server has no such range of bytes, or sent bytes of another version of the file."""
 
 
 class WriteError(SnipError):

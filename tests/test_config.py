@@ -243,3 +243,24 @@ def test_a_url_as_a_query_is_vectors_by_its_name_only():
         config.Search(query="https://host/a.npy", index="x")
     config.Search(query="https://host/a.npy", index="x", text=True)
     config.Search(query="what is at https://host", index="x")
+
+
+VALUES = {
+    "runner": "ray", "num_tasks": 3, "task_index": 0, "clusters": 5, "epsilon": 0.1,
+    "grouping": "star", "keep_fraction": 0.5, "pairs": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"), [(name, methods) for methods, names in config.ONLY_WITH for name in names]
+)
+def test_a_setting_of_some_methods_is_refused_with_the_others(name, methods):
+    given = {"features": "x", name: VALUES.get(name, "y")}
+    for method in config.METHODS:
+        if method in methods:
+            assert config.Dedup(method=method, **given).is_given(name)
+        else:
+            said = rf"^--{name}( \w+)? goes with --method {' or '.join(methods)}, not {method}$"
+            with pytest.raises(UsageError, match=said):
+                config.Dedup(method=method, **given)
+            assert not config.Dedup(features="x", method=method).is_given(name)

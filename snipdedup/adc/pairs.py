@@ -26,11 +26,7 @@ from snipdedup.adc.threshold import (
 )
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.index.folder import Index, PlainRows
-from snipdedup.index.search import (
-    QUERY_ROWS,
-    LoadedIndex,
-    Queries,
-)
+from snipdedup.index.search import QUERY_ROWS, LoadedIndex, Queries
 from snipdedup.join.forest import order_by
 from snipdedup.parallel import ordered_map
 

@@ -49,7 +49,7 @@ from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 
-class How(NamedTuple):
+class SearchSetup(NamedTuple):
     """How pairs are searched: by the join; without a ``runner`` by brute force."""
 
     join: JoinSettings
@@ -87,34 +87,36 @@ def search_pairs(
         references_only=options.references_only,
     )
     used = None if options.method == "exact" else runner
-    how = How(settings, options.threads, options.max_memory, work, used, stage)
+    setup = SearchSetup(settings, options.threads, options.max_memory, work, used, stage)
     if options.method == "semdedup":
-        how = how._replace(runner=Local(options.threads))
+        setup = setup._replace(runner=Local(options.threads))
         keep, borders = str(options.keep), options.borders
-        return search_by_cluster(inputs, features, how, options.clusters, keep, borders=borders)
+        return search_by_cluster(inputs, features, setup, options.clusters, keep, borders=borders)
     if inputs.references is not None:
-        return search_with_references(inputs, features, inputs.references, how)
-    search = PairSearch.of(inputs, features, threshold, find_pairs(features, how))
+        return search_with_references(inputs, features, inputs.references, setup)
+    search = PairSearch.of(inputs, features, threshold, find_pairs(features, setup))
     if inputs.text is None:
         return search
     with stage("captions"):
-        return match_captions(search, features, how.scan(inputs.text), options.threads)
+        return match_captions(search, features, setup.scan(inputs.text), options.threads)
 
 
-def find_pairs(features: Features, how: How) -> FoundPairs:
+def find_pairs(features: Features, setup: SearchSetup) -> FoundPairs:
     """Find the pairs of some rows; of rows with references, two forests (`spanning_forest`)."""
-    settings, runner = how.join, how.runner
+    settings, runner = setup.join, setup.runner
     reference_rows = settings.reference_rows
     if runner is not None:
-        memory = memory_bound(how.max_memory, needed_memory(features, runner.here, reference_rows))
-        return join(features, settings, how.work, runner, memory=memory, stage=how.stage)
-    with how.stage("read"):
-        seen = how.scan(features)
-    with how.stage("compare"):
+        memory = memory_bound(
+            setup.max_memory, needed_memory(features, runner.here, reference_rows)
+        )
+        return join(features, settings, setup.work, runner, memory=memory, stage=setup.stage)
+    with setup.stage("read"):
+        seen = setup.scan(features)
+    with setup.stage("compare"):
         rows = np.flatnonzero(~seen.skipped(features.rows, reference_rows))
-        memory, builder = memory_bound(how.max_memory), ForestBuilder(reference_rows)
+        memory, builder = memory_bound(setup.max_memory), ForestBuilder(reference_rows)
         for edges in exact_edges(
-            features, rows, settings.threshold, threads=how.threads, memory=memory,
+            features, rows, settings.threshold, threads=setup.threads, memory=memory,
             reference_rows=reference_rows, references_only=settings.references_only,
         ):  # fmt: skip
             builder.add(edges)
@@ -122,23 +124,23 @@ def find_pairs(features: Features, how: How) -> FoundPairs:
 
 
 def search_with_references(
-    inputs: Inputs, features: Features, references: References, how: How
+    inputs: Inputs, features: Features, references: References, setup: SearchSetup
 ) -> PairSearch:
     """Search over reference rows and features; return what concerns the features."""
-    rows, first, settings, model = references.before(features), references.rows, how.join, None
-    if how.runner is not None:
+    rows, first, settings, model = references.before(features), references.rows, setup.join, None
+    if setup.runner is not None:
         encoder = None if settings.encoder is None else str(settings.encoder)
         same = {name: getattr(settings, name) for name in ("threshold", "recall", "seed")}
         model = references.kept_model(features.rows, **same, encoder=encoder)
         model = model if model is not None and is_readable(model) else None
     settings = dataclasses.replace(settings, reference_rows=first, kept_model=model)
-    seen, forest, notes = find_pairs(rows, how._replace(join=settings))
-    if how.runner is not None:
+    seen, forest, notes = find_pairs(rows, setup._replace(join=settings))
+    if setup.runner is not None:
         notes = {**notes, "model": "fitted" if model is None else "kept"}
-    with how.stage("refer"):
+    with setup.stage("refer"):
         own, copies, originals, nearest = own_pairs(
-            rows, first, forest, (seen.copies, seen.firsts), settings.threshold, how.threads,
-            references_only=settings.references_only, folder=how.work / "refer",
+            rows, first, forest, (seen.copies, seen.firsts), settings.threshold, setup.threads,
+            references_only=settings.references_only, folder=setup.work / "refer",
         )  # fmt: skip
     shards = len(references.features.shards)
     bad = seen.bad[seen.bad >= first] - first
@@ -179,12 +181,18 @@ def match_captions(search: PairSearch, features: Features, texts: Scan, threads:
 
 
 def search_by_cluster(
-    inputs: Inputs, features: Features, how: How, clusters: int, keep: str, *, borders: bool
+    inputs: Inputs,
+    features: Features,
+    setup: SearchSetup,
+    clusters: int,
+    keep: str,
+    *,
+    borders: bool,
 ) -> PairSearch:
     """Find the matches of SemDeDup's rule; with ``borders`` count what its clusters separate."""
-    settings, threads, stage = how.join, how.threads, how.stage
+    settings, threads, stage = setup.join, setup.threads, setup.stage
     with stage("read"):
-        seen = how.scan(features)
+        seen = setup.scan(features)
     best = search_semdedup(
         features, seen, clusters=clusters, keep=keep, seed=settings.seed, threads=threads,
         stage=stage,
@@ -192,7 +200,7 @@ def search_by_cluster(
     notes: dict[str, Any] = {"clusters": len(best.centroids)}
     if borders:
         with stage("borders"):
-            found = find_pairs(features, how._replace(stage=Clock().stage))
+            found = find_pairs(features, setup._replace(stage=Clock().stage))
             joined = PairSearch.of(inputs, features, settings.threshold, found)
             notes["borders"] = border_cost(features, best, joined, threads)
     found = seen, join_edges([]), notes

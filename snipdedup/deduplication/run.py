@@ -21,13 +21,7 @@ from snipdedup.config import Dedup, Plan
 from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metadata_of
 from snipdedup.deduplication.methods import check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
-from snipdedup.deduplication.result import (
-    Result,
-    check_threshold,
-    checked,
-    choose,
-    choose_fraction,
-)
+from snipdedup.deduplication.result import Result, check_threshold, checked, choose, choose_fraction
 from snipdedup.deduplication.settings import (
     DECISIONS,
     describe_request,

@@ -103,9 +103,9 @@ def best_earlier(
     match = np.full(features.rows, -1)
     similarity = np.full(features.rows, np.nan, np.float32)
     tasks = [
-        (int(begin), int(begin) + low, min(int(begin) + low + TILE, int(end)))
-        for begin, end in pairwise(group_starts(cluster))
-        for low in range(0, int(end - begin), TILE)
+        (begin, low, min(low + TILE, end))
+        for begin, end in pairwise(group_starts(cluster).tolist())
+        for low in range(begin, end, TILE)
     ]
 
     def find(task: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

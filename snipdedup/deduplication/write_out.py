@@ -31,12 +31,7 @@ from snipdedup.metadata.kept_rows import (
     write_kept,
     write_lists,
 )
-from snipdedup.metadata.tables import (
-    Metadata,
-    as_texts,
-    try_column_uses,
-    use_of_column,
-)
+from snipdedup.metadata.tables import Metadata, as_texts, try_column_uses, use_of_column
 from snipdedup.storage import atomic, locks
 
 PAGE = "report.html"  # beside the tables, by snip report
@@ -76,17 +71,20 @@ def plan_metadata(
         if key is not None:
             raise UsageError("--key names a column of the metadata: give --metadata too")
         return None
-    added = additions.caption_uses(columns, table)
+    uses = [rank.use()] if isinstance(rank, ColumnRank) else []
+    if columns.merge_captions is not None:
+        caption = table.require_column(columns.caption, additions.CAPTION_COLUMNS, "--caption")
+        columns = columns._replace(caption=caption)
+        uses.append(use_of_column(caption, as_texts, "name a column of texts with --caption"))
     kept_names(table.files, additions.added_names(columns))
     key = table.column(key)
-    uses = [rank.use()] if isinstance(rank, ColumnRank) else []
     if key is not None:
         remedy = "name a column of texts or numbers with --key"
         uses.append(use_of_column(key, as_texts, remedy))
     remedy = "a column of this name is compared between copies: rename it, or leave it out of META"
     for column in baseline_columns(table):
         uses.append(use_of_column(column, key_bytes, remedy))
-    uses += [*added, *list_uses(lists, table)]
+    uses += list_uses(lists, table)
     try_column_uses(table, uses)
     return MetadataPlan(table, key, columns, lists)
 
@@ -200,8 +198,8 @@ def write_metadata(result: Result, out: Path, plan: MetadataPlan) -> None:
     work, table = grouping_folder(out), plan.table
     none = np.broadcast_to(np.False_, result.rows)
     removed = none if plan.columns.weights else result.is_dup
-    with additions.added_columns(plan.columns, table, result.removed_rows, work) as added:
-        write_kept(table, removed, out / "metadata", added)
+    added = additions.add_columns(plan.columns, table, result.removed_rows, work)
+    write_kept(table, removed, out / "metadata", added)
     write_lists(plan.lists, table, result.is_dup, out / LISTS, work)
 
 

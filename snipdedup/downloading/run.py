@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -35,6 +35,7 @@ from snipdedup.storage.out_folder import FORMAT, MANIFEST, is_finished, put_in_p
 from snipdedup.storage.web import PART, is_web, redacted, scheme_of
 
 KIND = "download"
+RESULT = "result"  # in the work folder: a published result
 PINNED = "pinned.json"  # in the work folder: what a stopped run began with
 
 
@@ -90,21 +91,21 @@ def run(options: Download) -> DownloadResult:
     state = out_folder.claim(out, kind, request, overwrite=options.overwrite)
     if state == "done":
         return describe_download(out, read_manifest(out, KIND)["files"], " is finished already")
+    work = out / locks.WORK
     try:
         if found is None:
             found = find_source(pin_source(source, out, "revision"), start, end, whole)
         if isinstance(found, SourceFile):
-            manifest = fetch_manifest(found, out / locks.WORK / MANIFEST)
+            manifest = fetch_manifest(found, work / RESULT / MANIFEST)
         else:
             items = list_items(source, found, out, features, with_features=with_features)
-            plan = DownloadPlan(items, None, 0, out / locks.WORK)
+            opened, first_row = None, 0
             if mask is not None:
-                opened = open_published_mask(mask, totals, plan.work)
-                first_row = read_pins(out).get("first_row")
-                if first_row is None or len(opened.meanings) > 1:
-                    opened, first_row = place_mask(found, opened, plan.work, options.jobs)
+                opened = open_published_mask(mask, totals, work)
+                first_row = read_pins(out).get("first_row", -1)
+                if first_row < 0 or len(opened.meanings) > 1:
+                    opened, first_row = place_mask(found, opened, work, options.jobs)
                     add_pin(out, "first_row", first_row)
-                plan = replace(plan, mask=opened, first_row=first_row)
     except TemporaryError:
         raise  # what was fetched is kept
     except SnipError:
@@ -113,6 +114,7 @@ def run(options: Download) -> DownloadResult:
         raise
     if isinstance(found, SourceFile):
         return fetch_result(out, found, manifest, options.jobs)
+    plan = DownloadPlan(items, opened, first_row, work)
     return fetch_set(plan, out, {"settings": options.as_dict(), "request": request}, options.jobs)
 
 
@@ -281,12 +283,12 @@ def output_files(manifest: dict[str, Any], source: SourceFile) -> dict[str, Sour
 def fetch_result(
     out: Path, source: SourceFile, manifest: dict[str, Any], jobs: int
 ) -> DownloadResult:
-    """Fetch a published folder to ``out``, which is claimed and has its manifest in the work.
+    """Fetch a published folder to ``out``, which is claimed and has its manifest in `RESULT`.
 
     Every file is checked by its SHA-256. The manifest comes last, byte for byte, so that the folder
     is what its author made.
     """
-    work, files = out / locks.WORK / "result", output_files(manifest, source)
+    work, files = out / locks.WORK / RESULT, output_files(manifest, source)
     wanted = {
         name: file
         for name, file in files.items()
@@ -298,8 +300,6 @@ def fetch_result(
         tasks = [(file, work / name) for name, file in wanted.items()]
         for _ in monitor.map(lambda task: fetch_once(*task, monitor), tasks, jobs):
             pass
-    work.mkdir(exist_ok=True)  # if all files were here already
-    (out / locks.WORK / MANIFEST).replace(work / MANIFEST)
     put_in_place(out, work)
     size = sum(file.size or 0 for file in files.values())
     text = f"{out}: {kind}, {len(files)} files, {size:,} bytes, each proved by sha256"

@@ -20,18 +20,10 @@ from snipdedup.errors import RangeError, SnipError, TemporaryError
 from snipdedup.parallel import ordered_results
 from snipdedup.storage import atomic, remote
 from snipdedup.storage.remote import with_retries
-from snipdedup.storage.web import CHUNK, Token, name_of, redacted
+from snipdedup.storage.web import CHUNK, Stream, Token, name_of, redacted
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class StoppedError(SnipError):
-    """Another transfer of the same run failed, so this one was stopped."""
-
-
-class ChecksumError(SnipError):
-    """The bytes are not those that the source promised."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Monitor:
     def report(self, path: Path, position: int) -> None:
         """Note that the first bytes of a file are here; fewer than before if it begins anew."""
         if self.stop.is_set():
-            raise StoppedError("stopped")
+            raise SnipError("stopped: another transfer of the run failed")
         with self.lock:
             moved = position - self.positions.get(path, 0)
             self.positions[path] = position
@@ -86,7 +78,7 @@ class Monitor:
                 if self.bar is not None:
                     self.bar.set_postfix_str(text)
             if self.stop.wait(wait):
-                raise StoppedError("stopped")
+                raise SnipError("stopped: another transfer of the run failed")
 
     def map(
         self, work: Callable[[T], R], items: Iterable[T], jobs: int
@@ -106,8 +98,8 @@ class Monitor:
 class PartFile:
     """What has come of a file, and a note of the version that it is part of."""
 
-    def __init__(self, file: SourceFile, target: Path) -> None:
-        self.file, self.target = file, target
+    def __init__(self, file: SourceFile, target: Path, monitor: Monitor) -> None:
+        self.file, self.target, self.monitor = file, target, monitor
         self.path = target.with_name(f".{target.name}.part")
         self.note = target.with_name(f".{target.name}.part.json")
         self.joined = False  # whether it was continued: its bytes came by several requests
@@ -121,6 +113,67 @@ class PartFile:
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
         self.joined = False
+
+    def fetch(self) -> dict[str, Any]:
+        """Fetch the missing bytes, and check all; return size and etag.
+
+        A part is continued only if a checksum will prove it at the end, or if the source still has
+        the named version that it is part of.
+        """
+        file, note = self.file, {}
+        proved = bool(file.sha256 or file.git_sha1)
+        with suppress(SnipError, TypeError, ValueError):  # none, or damaged
+            note = dict(atomic.load_json(self.note))
+        is_same = file.identity().items() <= note.items()
+        begin = self.size() if is_same and (proved or note.get("etag")) else 0
+        self.joined |= begin > 0
+        etag = note.get("etag") if begin else None
+        whole = file.size if file.size is not None else note.get("total")
+        if not begin or begin != whole:  # else it was stopped just before it was renamed
+            stream = remote.open_stream(file.url, begin, None if proved else etag, file.token)
+            total = stream.total if stream.total is not None else file.size
+            if file.size is not None and total != file.size:
+                text = f"{file.shown}: expected {file.size:,} bytes, the source has {total:,}"
+                raise SnipError(f"{text}; it was replaced: run again")
+            known = etag, note.get("total")
+            if stream.begin and not proved and (stream.version, total) != known:
+                raise RangeError(f"{file.shown} was replaced while it was fetched")
+            etag = stream.version or None
+            if not stream.begin:
+                self.remove()
+                atomic.save_json(self.note, {**file.identity(), "etag": etag, "total": total})
+            self.append(stream)
+        self.monitor.report(self.target, self.size())
+        self.check(self.size())
+        return {"size": self.size(), "etag": etag}
+
+    def append(self, stream: Stream) -> None:
+        """Write what comes behind the bytes that are here."""
+        position = stream.begin
+        with (
+            atomic.explained(self.target),
+            self.path.open("ab") as out,
+        ):  # reading raises no OSError
+            for chunk in stream.chunks:
+                self.monitor.report(self.target, position)
+                out.write(chunk)
+                out.flush()  # so that a kill loses little
+                position += len(chunk)
+            os.fsync(out.fileno())
+
+    def check(self, size: int) -> None:
+        """Compare size and checksum with those that the source promised."""
+        file = self.file
+        if file.size is not None and size != file.size:
+            kind = TemporaryError if size < file.size else RangeError
+            raise kind(f"{file.shown}: expected {file.size:,} bytes, {size:,} came; run again")
+        promised = ("sha256", file.sha256, atomic.sha256), ("git_sha1", file.git_sha1, git_sha1)
+        for name, expected, digest in promised:
+            if expected is not None and (found := digest(self.path)) != expected:
+                raise RangeError(
+                    f"{file.shown}: wrong checksum: expected {name} {expected}, found {found}; run "
+                    "again, or ask who publishes it"
+                )
 
 
 def fetch_once(file: SourceFile, target: Path, monitor: Monitor) -> dict[str, Any]:
@@ -149,18 +202,12 @@ def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -
 
     What was fetched before a `TemporaryError` is kept. The etag is None where the source has none.
     """
-    monitor, part = monitor or Monitor(), PartFile(file, target)
-
-    def attempt() -> dict[str, Any]:
-        about = receive(part, monitor)
-        check_bytes(part, about["size"])
-        return about
-
+    part = PartFile(file, target, monitor or Monitor())
     while True:
         try:
-            about = with_retries(attempt, monitor.pause, part.size)
+            about = with_retries(part.fetch, part.monitor.pause, part.size)
             break
-        except (ChecksumError, RangeError):
+        except RangeError:
             joined = part.joined
             part.remove()
             if not joined:  # pieces of several requests are fetched once more, in one
@@ -169,62 +216,6 @@ def fetch_file(file: SourceFile, target: Path, monitor: Monitor | None = None) -
         part.path.replace(target)
         part.note.unlink(missing_ok=True)
     return about
-
-
-def receive(part: PartFile, monitor: Monitor) -> dict[str, Any]:
-    """Fetch the missing bytes of a file.
-
-    A part is continued only if a checksum will prove it at the end, or if the source still has the
-    named version that it is part of.
-    """
-    file, note = part.file, {}
-    checked = bool(file.sha256 or file.git_sha1)
-    with suppress(SnipError, TypeError, ValueError):  # none, or damaged
-        note = dict(atomic.load_json(part.note))
-    is_same = file.identity().items() <= note.items()
-    begin = part.size() if is_same and (checked or note.get("etag")) else 0
-    part.joined |= begin > 0
-    version = note.get("etag") if begin else None
-    whole = file.size if file.size is not None else note.get("total")
-    if begin and begin == whole:  # stopped just before it was renamed
-        monitor.report(part.target, begin)
-        return {"size": begin, "etag": version}
-    stream = remote.open_stream(file.url, begin, None if checked else version, file.token)
-    total = stream.total if stream.total is not None else file.size
-    if file.size is not None and total != file.size:
-        text = f"{file.shown}: expected {file.size:,} bytes, the source has {total:,}"
-        raise SnipError(f"{text}; it was replaced: run again")
-    if stream.begin and not checked and (stream.version, total) != (version, note.get("total")):
-        raise RangeError(f"{file.shown} was replaced while it was fetched")
-    if not stream.begin:
-        part.remove()
-        about = {"etag": stream.version or None, "total": total}
-        atomic.save_json(part.note, {**file.identity(), **about})
-    position = stream.begin
-    monitor.report(part.target, position)
-    with atomic.explained(part.target), part.path.open("ab") as out:  # reading raises no OSError
-        for chunk in stream.chunks:
-            out.write(chunk)
-            out.flush()  # so that a kill loses little
-            position += len(chunk)
-            monitor.report(part.target, position)
-        os.fsync(out.fileno())
-    return {"size": position, "etag": stream.version or None}
-
-
-def check_bytes(part: PartFile, size: int) -> None:
-    """Compare size and checksum with those that the source promised."""
-    file = part.file
-    if file.size is not None and size != file.size:
-        kind = TemporaryError if size < file.size else ChecksumError
-        raise kind(f"{file.shown}: expected {file.size:,} bytes, {size:,} came; run again")
-    promised = ("sha256", file.sha256, atomic.sha256), ("git_sha1", file.git_sha1, git_sha1)
-    for name, expected, digest in promised:
-        if expected is not None and (found := digest(part.path)) != expected:
-            raise ChecksumError(
-                f"{file.shown}: wrong checksum: expected {name} {expected}, found {found}; run "
-                "again, or ask who publishes it"
-            )
 
 
 def git_sha1(path: Path) -> str:

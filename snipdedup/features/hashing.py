@@ -113,17 +113,17 @@ def find_shared(own: Sequence[Shard], others: Sequence[Shard]) -> SharedShard | 
         with suppress(np.exceptions.TooHardError):  # hard to tell: taken for two
             if np.shares_memory(array, known_array, most):
                 return SharedShard(number, place, False)
-    shapes = {shape_of(shard) for shard in own} & {shape_of(shard) for shard in others} - {None}
+    shapes = set(map(shape_of, own)) & set(map(shape_of, others)) - {None}
 
-    def sampled(shards: Sequence[Shard]) -> list[tuple[int, Hashable]]:
-        likely = [n for n, shard in enumerate(shards) if shape_of(shard) in shapes]
-        return list(zip(likely, map_requests(sample_of, [shards[n] for n in likely]), strict=True))
+    def sample(shard: Shard) -> Hashable:
+        rows = np.array([(shard.rows - 1) // 2, shard.rows - 1])
+        return shape_of(shard) in shapes and (shape_of(shard), shard.take(rows).tobytes())
 
     known: dict[Hashable, list[int]] = defaultdict(list)
-    for place, sample in sampled(others):
-        known[sample].append(place)
-    for number, sample in sampled(own):
-        for place in known[sample]:
+    for place, bits in enumerate(map_requests(sample, others)):
+        known[bits].append(place)
+    for number, bits in enumerate(map_requests(sample, own)):
+        for place in known[bits] if bits else []:
             if shard_checksum(own[number]) == shard_checksum(others[place]):
                 return SharedShard(number, place, True)
     return None
@@ -144,9 +144,3 @@ def names_of(shard: Shard) -> Iterator[Hashable]:
 def shape_of(shard: Shard) -> Hashable:
     """Return rows, width and type, which copies have in common; None for too few rows to tell."""
     return (shard.rows, shard.dim, shard.dtype.str) if shard.rows >= FEW_ROWS else None
-
-
-def sample_of(shard: Shard) -> Hashable:
-    """Return the shape and the bytes of two rows."""
-    rows = np.array([(shard.rows - 1) // 2, shard.rows - 1])
-    return shape_of(shard), shard.take(rows).tobytes()

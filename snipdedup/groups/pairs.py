@@ -187,12 +187,11 @@ def own_copies(
     Twins are reference rows and the first row after them that equals each.
     """
     own = copies >= reference_rows
-    copies, originals = copies[own], originals[own]
+    copies, originals = copies[own], originals[own].copy()
     outside = originals < reference_rows
-    reference, place = np.unique(originals[outside], return_index=True)
+    reference, place, back = np.unique(originals[outside], return_index=True, return_inverse=True)
     first = copies[outside][place]  # copies are ascending: the first of them is the smallest
-    originals = originals.copy()
-    originals[outside] = first[np.searchsorted(reference, originals[outside])]
+    originals[outside] = first[back]
     rest = copies != originals
     return copies[rest], originals[rest], (reference, first)
 

@@ -27,6 +27,7 @@ from snipdedup.index.folder import (
     PlainRows,
     ShardCodes,
     export_faiss,
+    held_encoder,
     is_descriptors,
     load_encoder,
     load_shard,
@@ -78,9 +79,11 @@ def build(
     decides by itself).
     """
     sizes = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
-    nbits, threads = options.nbits or config.INDEX_NBITS, cores(options.threads)
-    base = find_base(options.base)
+    nbits, threads = options.nbits or quantizer.NBITS, cores(options.threads)
+    base = None if options.base is None else find_base(options.base)
+    known = None if base is None else read_quantiser(base)
     folder = find_encoder(options.encoder, base)
+    encoder = open_encoder(folder, features, known, as_stored, options.m, nbits)
     request = {
         **request_of(features),
         "as_stored": as_stored,
@@ -89,10 +92,8 @@ def build(
         **sizes,
         **{name: getattr(options, name) for name in ("train_rows", "seed")},
     }
-    known = None if base is None else read_quantiser(base)
-    encoder = open_encoder(folder, features, known, as_stored, options.m, nbits)
-    m = options.m or quantizer.default_m(encoder.dim, config.INDEX_M)
-    check_sizes(known, encoder.dim, m, sizes)
+    m = options.m or quantizer.default_m(encoder.dim)
+    check_index_sizes(known, encoder.dim, m, sizes)
     quantizer.check_nlist(options.nlist, features.rows)
     state, request, held = claim_index(out, request, features, options.append, options.overwrite)
     if state == "done":
@@ -129,35 +130,24 @@ def build(
     return Index(out, "added to" if held else "indexed")
 
 
-def find_base(base: str | None) -> Path | None:
+def find_base(base: str) -> Path:
     """Return the quantiser file that ``--base`` means: a folder of ours, or a faiss file."""
-    if base is None:
-        return None
     path = Path(base).expanduser()
-    if path.is_dir():
-        read_manifest(path, "index")
-        path = path / QUANTISER
-    if not path.is_file():
-        raise SnipError(f"--base: no such file or index folder: {base}")
-    return path
+    if not path.is_dir():
+        return path
+    read_manifest(path, "index")
+    return path / QUANTISER
 
 
 def find_encoder(given: str | None, base: Path | None) -> Path | None:
     """Return the encoder's folder; quantisers of ours that were trained on one keep it."""
-    own = None
-    if base is not None and base.name == QUANTISER and (base.parent / ENCODER).is_dir():
-        own = base.parent / ENCODER
-    if given is None:
-        return own
-    encoder = Path(given).expanduser()
-    if own is None:
-        read_manifest(encoder, "encoder")
-    elif not same_encoder(given, own):
+    own = None if base is None or base.name != QUANTISER else held_encoder(base.parent)
+    if given is not None and own is not None and not same_encoder(given, own):
         raise SnipError(
             f"--encoder {given} is not the one that the quantisers of --base were trained with "
             f"({own}); leave --encoder away"
         )
-    return own or encoder
+    return own or (None if given is None else Path(given).expanduser())
 
 
 def open_encoder(
@@ -169,11 +159,13 @@ def open_encoder(
         return PlainRows(features.dim, as_stored)
     encoder = load_encoder(folder, None if base is None else base.dim)
     encoder.check_width(features, str(folder))
-    m = m or quantizer.default_m(encoder.dim, config.INDEX_M)
+    m = m or quantizer.default_m(encoder.dim)
     return encoder if base is not None else encoder.for_codes(m, nbits)
 
 
-def check_sizes(base: Quantiser | None, dim: int, m: int, sizes: dict[str, int | None]) -> None:
+def check_index_sizes(
+    base: Quantiser | None, dim: int, m: int, sizes: dict[str, int | None]
+) -> None:
     """Refuse sub-quantisers that do not divide the width, and what contradicts the base."""
     if base is None and dim % m:
         possible = ", ".join(str(n) for n in range(1, min(dim, 256) + 1) if dim % n == 0)

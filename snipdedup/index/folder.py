@@ -18,13 +18,7 @@ import numpy as np
 
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.features.formats import (
-    BROKEN_ZIP,
-    check_member,
-    load_npz,
-    map_npy,
-    member_begin,
-)
+from snipdedup.features.formats import BROKEN_ZIP, check_member, load_npz, map_npy, member_begin
 from snipdedup.features.shards import Features
 from snipdedup.index.quantizer import read_quantiser
 from snipdedup.storage import atomic
@@ -283,10 +277,6 @@ class Index:
             ids[places] = pack_rows(unpack_rows(shard.ids) + self.offsets[number], ids.shape[1])
             cursor += counts
         return CodeLists(codes, ids, starts)
-
-    def decode(self, lists: CodeLists, low: int, high: int) -> np.ndarray:
-        """Return q(y) of the places ``low`` to ``high``, (n, dim) float32."""
-        return self.quantiser.decode(lists.list_at(np.arange(low, high)), lists.codes[low:high])
 
 
 def export_faiss(index: Index, path: Path) -> int:

@@ -25,6 +25,7 @@ POINTS_A_CODEWORD = 256  # more training points do not improve a codebook (faiss
 LEAST_POINTS = 39  # training points a list below which faiss warns, and lists get arbitrary
 LISTS_A_ROOT = 4  # nlist is about this many times the square root of the rows
 MOST_LISTS = 1 << 16  # chosen by itself, at two billion rows
+MOST_M, NBITS = 16, 8  # of a PQ, by default: sub-quantisers at the most, bits of each
 POINTS_A_LIST, LEAST_SAMPLE = 64, 1 << 16  # rows to train on
 
 
@@ -92,9 +93,9 @@ def default_nlist(rows: int, points: int) -> int:
     return nlist
 
 
-def default_m(dim: int, most: int) -> int:
-    """Return the most sub-quantisers, up to ``most``, that divide the width."""
-    return max(m for m in range(1, min(most, dim) + 1) if dim % m == 0)
+def default_m(dim: int) -> int:
+    """Return the most sub-quantisers, up to `MOST_M`, that divide the width."""
+    return max(m for m in range(1, min(MOST_M, dim) + 1) if dim % m == 0)
 
 
 def check_nlist(nlist: int, rows: int) -> None:

@@ -93,13 +93,6 @@ class Classes(NamedTuple):
             if (first != row).any():
                 yield first[first != row], row[first != row]
 
-    def shared(self, rows: int) -> np.ndarray:
-        """Return which of ``rows`` rows share their code with another, (rows,) bool."""
-        shared = np.zeros(rows, bool)
-        for first, row in self.links():
-            shared[first] = shared[row] = True
-        return shared
-
 
 class Searcher:
     """kNN over lists in memory, in no more memory than they take.
@@ -191,16 +184,17 @@ class LoadedIndex:
         if features is not None:
             self.encoder = query_encoder(index, features, encoder)
         self.classes = Classes.of(index.lists())
-        self.shared = self.classes.shared(index.rows)
         self.searcher = Searcher(index, self.classes.lists, nprobe)
         self.count = len(self.classes.lists.ids) if features is None else features.rows
         self.class_of = self.classes.of_rows(index.rows) if features else np.empty(0, np.int64)
+        several = np.append(np.diff(self.classes.begins) > 1, False)  # the last for class -1
+        self.shared = several[self.class_of]
 
     def queries(self, span: tuple[int, int], sample: np.ndarray | None = None) -> Queries:
         """Return the queries of a span of all, or of a sample of row numbers (ascending)."""
         lists, quantiser = self.classes.lists, self.index.quantiser
         if self.features is None:
-            x = self.index.decode(lists, *span)
+            x = quantiser.decode(lists.list_at(np.arange(*span)), lists.codes[slice(*span)])
             return Queries(span[0], lists.rows(slice(*span)), x, np.zeros(len(x), np.float32))
         if sample is None:
             rows, block = np.arange(*span), self.features.read(*span)

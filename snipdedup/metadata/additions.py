@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
 from itertools import chain, groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -15,7 +14,7 @@ import pyarrow as pa
 from snipdedup.features.shards import plan_blocks
 from snipdedup.metadata.gather import gather_column
 from snipdedup.metadata.kept_rows import AddedColumn
-from snipdedup.metadata.tables import ColumnUse, Metadata, as_texts, use_of_column
+from snipdedup.metadata.tables import Metadata, as_texts
 from snipdedup.storage.external_sort import READ, Columns, Sorter, among, pack
 
 CAPTION_COLUMNS = ("caption", "text")
@@ -25,7 +24,7 @@ END = 1 << 63  # after all rows
 
 
 class ColumnSettings(NamedTuple):
-    """Which columns a run adds: up to so many merged captions of a column, weights."""
+    """Which columns a run adds: so many merged captions of the column ``caption``; weights."""
 
     merge_captions: int | None = None
     caption: str | None = None
@@ -39,34 +38,18 @@ def added_names(settings: ColumnSettings) -> list[str]:
     return [field.name for field, wanted in fields.items() if wanted]
 
 
-def caption_column(settings: ColumnSettings, metadata: Metadata) -> str:
-    """Return the column that captions are taken from, or refuse metadata without one."""
-    return metadata.require_column(settings.caption, CAPTION_COLUMNS, "--caption")
-
-
-def caption_uses(settings: ColumnSettings, metadata: Metadata) -> list[ColumnUse]:
-    """Return what columns are read for to make those that a run adds."""
-    if settings.merge_captions is None:
-        return []
-    column, remedy = caption_column(settings, metadata), "name a column of texts with --caption"
-    return [use_of_column(column, as_texts, remedy)]
-
-
-@contextmanager
-def added_columns(
+def add_columns(
     settings: ColumnSettings, metadata: Metadata, removed: RemovedPairs, work: Path
-) -> Iterator[list[AddedColumn]]:
-    """Yield the columns that a run adds, in the order of `added_names`."""
-    with ExitStack() as stack:
-        columns: list[AddedColumn] = [DupCounts(removed, work / "counts")]
-        removed = removed.followed()
-        if settings.weights:
-            columns.append(Weights(removed, work / "weights"))
-        if settings.merge_captions is not None:
-            column, most = caption_column(settings, metadata), settings.merge_captions
-            merged = MergedCaptions(metadata, column, removed, most, work / "captions")
-            columns.append(stack.enter_context(closing(merged)))
-        yield columns
+) -> list[AddedColumn]:
+    """Return the columns that a run adds, in the order of `added_names`."""
+    columns: list[AddedColumn] = [DupCounts(removed, work / "counts")]
+    removed = removed.followed()
+    if settings.weights:
+        columns.append(Weights(removed, work / "weights"))
+    if settings.merge_captions is not None:
+        of = str(settings.caption), removed, settings.merge_captions
+        columns.append(MergedCaptions(metadata, *of, work / "captions"))
+    return columns
 
 
 class RemovedPairs(NamedTuple):

@@ -34,7 +34,6 @@ from snipdedup.metadata.tables import (
 )
 from snipdedup.storage import atomic
 from snipdedup.storage.external_sort import Sorter, Spread, pack
-from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
 KEPT, REMOVED, AMBIGUOUS, UNMATCHED, CONTRADICTED = range(5)
 STATES = ("stays", "goes", "ambiguous", "unmatched", "contradicted")  # as the manifest names them
@@ -135,7 +134,7 @@ class KeyJoin:
         A key of several rows that are not decided alike makes its rows ambiguous. A row whose
         content is not that of the one row of its key is contradicted.
         """
-        count, path = self.metadata.rows, work / "states.bin"
+        count, path = self.metadata.rows, work / "states.npy"
         spread = Spread(mask.rows + count, 0, (1 << 64) - 1)
         sorter = Sorter(work / "rows", KEYED_ROW, lambda r: r["high"], spread=spread)
         with progress.bar(mask.rows + count, "keys", "rows") as bar:
@@ -143,12 +142,11 @@ class KeyJoin:
                 sorter.add(records)
                 bar.update(len(records))
         blocks = plan_blocks(count, STATE_ROWS)
-        with atomic.explained(path):  # in full: a hole that the disk cannot fill ends a process
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out:
-                for start, stop in blocks or [(0, 1)]:  # an empty file cannot be mapped
-                    out.write(bytes([UNMATCHED]) * (stop - start))  # until decided
-        states = np.memmap(path, np.uint8, "r+")[:count]
+        # in full: a hole that the disk cannot fill ends a process
+        with atomic.writing_npy(path, np.dtype(np.uint8), (count,)) as out:
+            for start, stop in blocks:
+                out.write(bytes([UNMATCHED]) * (stop - start))  # until decided
+        states = np.load(path, mmap_mode="r+")
         with progress.bar(sorter.count, "join", "rows") as bar:
             for records in sorter.ascending():
                 self._decide(states, records)
@@ -278,12 +276,12 @@ def _find_known(mask: Mask, keys: str | None, asked: Sequence[str]) -> tuple[Met
     if keys is not None:
         return open_metadata(keys), None
     folder = mask.path.parent
-    if mask.sizes is None:  # no manifest vouches for it
+    manifest = mask.manifest
+    if manifest is None:
         raise SnipError(
             f"{mask.path} is a mask alone and names no rows; give the metadata that it matches by "
             "position with --keys"
         )
-    manifest = read_manifest(folder, "dedup")
     used = find_run_metadata(manifest) if manifest["request"].get("metadata") else None
     if used is not None:
         return used, None
@@ -345,10 +343,9 @@ def check_removed_keys(metadata: Metadata, mask: Mask, first: int, work: Path) -
 
 def _key_column(groups: Path, mask: Mask, metadata: Metadata) -> str | None:
     """Return the metadata's column that OUT holds as ``key``, None where none can be compared."""
-    out = groups.parent
-    if mask.sizes is None or not groups.is_file() or not (out / MANIFEST).is_file():
+    out, manifest = groups.parent, mask.manifest
+    if manifest is None or not groups.is_file():
         return None
-    manifest = read_manifest(out, "dedup")
     if manifest["outputs"].get(MASK, {}).get("sha256") != atomic.sha256(mask.path):
         return None  # not the mask that the run wrote
     asked = manifest["settings"].get("key")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -40,13 +40,14 @@ class Mask(NamedTuple):
 
     ``meanings`` are the rows of each file of the whole set, (files,) int64, where the manifest or
     ``--cumulative_sizes`` has them: the likelier one first, if the 0 that totals begin with can
-    have two (see `resolve_sizes`).
+    have two (see `resolve_sizes`). ``manifest`` is that of the run which wrote the mask, beside it.
     """
 
     path: Path
     is_dup: np.ndarray
     meanings: Sequence[np.ndarray] = ()
     opened: FileRows | None = None
+    manifest: dict[str, Any] | None = None
 
     @property
     def sizes(self) -> np.ndarray | None:
@@ -72,17 +73,31 @@ def open_mask(spec: str | Path, cumulative: str | Path | None = None) -> Mask:
     opened = FileRows([path] if path.is_file() else [], [])
     is_dup = load_mask(path)
     with as_written(path.parent):
-        sizes = _manifest_sizes(path, len(is_dup))
-    known = [] if sizes is None else [sizes]
+        manifest, known = _manifest_of(path), []
+        if manifest is not None:
+            known = [np.array([shard["rows"] for shard in manifest["shards"]], np.int64)]
+    if known and known[0].sum() != len(is_dup):
+        raise SnipError(
+            f"{path} has {len(is_dup):,} rows, the manifest beside it says {known[0].sum():,}; it "
+            "was replaced after the run that wrote it"
+        )
     if cumulative is None:
-        return Mask(path, is_dup, known, opened)
+        return Mask(path, is_dup, known, opened, manifest)
     meanings = _read_totals(Path(cumulative).expanduser(), len(is_dup))
-    if sizes is not None and not any(np.array_equal(sizes, meaning) for meaning in meanings):
+    if known and not any(np.array_equal(known[0], meaning) for meaning in meanings):
         raise SnipError(
             f"{cumulative} and {path.parent / MANIFEST} say different row counts of the "
             "files; leave out --cumulative_sizes, or move the mask away from that manifest"
         )
-    return Mask(path, is_dup, known or meanings, opened)
+    return Mask(path, is_dup, known or meanings, opened, manifest)
+
+
+def _manifest_of(path: Path) -> dict[str, Any] | None:
+    """Return the manifest of the run of ``snip dedup`` that wrote a mask, None without one."""
+    found = atomic.load_json(path.parent / MANIFEST) if is_finished(path.parent) else None
+    if not isinstance(found, dict) or found.get("kind") != "dedup":
+        return None
+    return read_manifest(path.parent, "dedup") if path.name in found.get("outputs", {}) else None
 
 
 def load_mask(path: Path) -> np.ndarray:
@@ -110,23 +125,6 @@ def _map_file(path: Path, what: str) -> np.ndarray:
         return map_npy(path)
     except OSError as error:
         raise SnipError(f"{path}: cannot be read as a {what}: {error}") from error
-
-
-def _manifest_sizes(path: Path, rows: int) -> np.ndarray | None:
-    """Return the rows of each shard from the manifest beside a mask of ours, None without one."""
-    beside = path.parent / MANIFEST
-    manifest = atomic.load_json(beside) if is_finished(path.parent) else None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "dedup":
-        return None
-    if path.name not in manifest.get("outputs", {}):
-        return None
-    sizes = np.array([shard["rows"] for shard in manifest["shards"]], np.int64)
-    if int(sizes.sum()) != rows:
-        raise SnipError(
-            f"{path} has {rows:,} rows, its manifest {beside} says {int(sizes.sum()):,}; it was "
-            "replaced after the run that wrote it"
-        )
-    return sizes
 
 
 def _read_totals(path: Path, rows: int) -> list[np.ndarray]:

@@ -82,22 +82,16 @@ def find_files(
                 "{part:04d} pattern with --parts (a folder that snip wrote: snip download it first)"
             )
         return [path]
-    if not scheme_of(spec):
-        if path.is_file():
-            return [path]
-        if path.is_dir():  # whatever characters its name has
-            return find_in_folder(str(path), suffixes, none)
-        if not has_magic(spec):
-            raise SnipError(f"{none}: no such file or folder: {spec}")
-        found = [Path(name) for name in glob(str(path)) if Path(name).is_file()]
-    elif has_magic(spec):
+    if not has_magic(spec) or (not scheme_of(spec) and path.exists()):  # whatever its name has
+        return find_in_folder(spec, suffixes, none)
+    if scheme_of(spec):
         with store_errors(spec):
             system, pattern = filesystem(spec)
             entries = system.glob(pattern, detail=True)
         names = [name for name, entry in entries.items() if entry["type"] == "file"]
-        found = [RemotePath(system.unstrip_protocol(name)) for name in names]
+        found: list[Path] = [RemotePath(system.unstrip_protocol(name)) for name in names]
     else:
-        return find_in_folder(spec, suffixes, none)
+        found = [Path(name) for name in glob(str(path)) if Path(name).is_file()]
     if not found:
         raise SnipError(f"{none}: nothing matches {redacted(spec)}")
     return found
@@ -107,6 +101,8 @@ def find_in_folder(location: str, suffixes: Sequence[str], none: str) -> list[Pa
     """Return a file, or the files of a folder, or of its ``img_emb/`` if it has none itself."""
     listing = list_folder(location)
     if listing is None:
+        if not scheme_of(location) and not path_of(location).exists():
+            raise SnipError(f"{none}: no such file or folder: {location}")
         return [path_of(location)]
     names, folders = listing
     if scheme_of(location) and {MANIFEST, RESULT_MASK} <= set(names):

@@ -189,10 +189,13 @@ def claim(
     """
     recover(out)
     lock, note = out / WORK / LOCK, out / WORK / REQUEST
-    other = locks.holder(lock, shared)
-    if other is not None:
-        raise locks.in_use(out, other)
-    state = find_state(out, kind, request, overwrite, decisions)
+    try:
+        state = find_state(out, kind, request, overwrite, decisions)
+    except SnipError as error:
+        other = locks.holder(lock, shared)
+        if other is not None:  # the more useful message
+            raise locks.in_use(out, other) from error
+        raise
     if state == "done" and not overwrite:
         return state
     with locks.claim_lock(out):

@@ -295,10 +295,9 @@ def read_version(url: str, token: Token | None = None) -> FileVersion:
     """Request size and version of a file; refuse a web server that sends no ranges."""
     if is_web(url):
         try:
-            stream = web.open_range(url, 0, 1, token)
+            return web.read_range(url, 0, 1, token)[0]
         except RangeError as error:
             raise InputError(f"{redacted(url)}: empty file, expected some bytes") from error
-        return FileVersion(stream.total or len(b"".join(stream.chunks)), stream.version)
     with store_errors(url):
         if not scheme_of(url):
             stat = Path(url).stat()
@@ -317,9 +316,8 @@ def request_range(
 ) -> bytes:
     """Request the bytes ``begin`` to ``end`` (exclusive) of the expected version, once."""
     if is_web(url):
-        stream = web.open_range(url, begin, end, token)
-        data = b"".join(stream.chunks)
-        if FileVersion(stream.total or 0, stream.version) != expected:
+        version, data = web.read_range(url, begin, end, token)
+        if version != expected:
             raise InputError(f"{redacted(url)}: changed while it was read; run it again")
         return data
     with store_errors(url, TemporaryError):  # the file was there: what fails now may pass

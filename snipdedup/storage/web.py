@@ -177,6 +177,13 @@ def open_range(
     return Stream(first, total, version, read_body(response, redacted(url)))
 
 
+def read_range(url: str, begin: int, end: int, token: Token | None) -> tuple[FileVersion, bytes]:
+    """Request the bytes ``begin`` to ``end`` (exclusive); return the file's version, and them."""
+    stream = open_range(url, begin, end, token)
+    data = b"".join(stream.chunks)
+    return FileVersion(stream.total or 0, stream.version), data
+
+
 def received_range(
     response: HTTPResponse, name: str, begin: int, end: int | None
 ) -> tuple[int, int | None]:
@@ -190,7 +197,8 @@ def received_range(
         first, last, total = map(int, found.groups()) if found else (-1, -1, -1)
         if (first, last + 1) != (begin, end or total):
             wanted = f"bytes {begin} to {end or 'the last'} (exclusive)"
-            raise RangeError(f"{name}: expected {wanted}, found Content-Range {header!r}")
+            kind = RangeError if end is None else TemporaryError
+            raise kind(f"{name}: expected {wanted}, found Content-Range {header!r}; run it again")
         return first, total
     if response.status != 200:
         raise SnipError(f"{name}: expected status 200, found {response.status}")

@@ -406,7 +406,7 @@ def test_a_filtered_range_is_part_of_the_filtered_whole(server, tmp_path, is_dup
 def test_files_come_side_by_side(server, tmp_path):
     server.pause = 0.1
     seen = []
-    real = transfer.receive
+    real = transfer.PartFile.fetch
 
     def watched(*words):
         seen.append(1)
@@ -416,7 +416,7 @@ def test_files_come_side_by_side(server, tmp_path):
             seen.append(-1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "receive", watched)
+        patch.setattr(transfer.PartFile, "fetch", watched)
         fetch(template(server), tmp_path / "out", end=5, jobs=3)
     assert max(np.cumsum(seen)) == 3
     assert urls(tmp_path / "out") == [f"u{row}" for row in range(148)]

@@ -31,7 +31,7 @@ def test_default_nlist(rows, points, nlist):
 
 
 def test_default_m_divides_the_width():
-    assert [default_m(dim, 16) for dim in (128, 512, 3, 100, 17, 1)] == [16, 16, 3, 10, 1, 1]
+    assert [default_m(dim) for dim in (128, 512, 3, 100, 17, 1)] == [16, 16, 3, 10, 1, 1]
 
 
 def test_kmeans_is_as_good_as_faiss_and_the_same_on_any_threads():
