@@ -31,7 +31,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # line breaks among them
 STEERING = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 URL_CHARS = 2048  # characters of a url that may be followed, at the most
 GAP, WIDEST_GAP = 0.12, 0.004  # between bars: of a bar's width, of the plot's
-HEIGHT = 220  # pixels of the plot, as in charts.html.j2; its labels lie outside
+HEIGHT = 220  # pixels of the plot; its labels lie outside
 WIDE = 1000  # units of a line's own coordinates, stretched to the plot's width
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -55,6 +55,7 @@ def environment() -> Any:
         "link": safe_link, "host": lambda link: urlsplit(link).hostname or "",
         "pixels": "{:.1f}".format, "place": x_place,
     }  # fmt: skip
+    templates.globals["height"] = HEIGHT
     return templates
 
 
