@@ -379,7 +379,7 @@ def test_lists_of_key_frames_lose_no_more_than_promised(data, threshold, edges):
     """As a larger set would be: cut into lists whose borders many pairs cross."""
     with mock.patch.object(model, "SINGLE_LIST_ROWS", 0):
         found = dedup(data / "keyframes", threshold=threshold)
-    assert found.search.notes["nlist"] == 146
+    assert found.search.notes["nlist"] == 243
     assert len(found.search.forest.a) >= 0.9985 * edges  # of brute force
 
 
