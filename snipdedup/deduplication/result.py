@@ -227,8 +227,7 @@ def choose(
     columns = Columns(folder and folder / "members", KINDS)
     with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
         for block in search.blocks(threshold, folder):
-            columns.add(*decide_block(search, block, threshold, grouping, rank))
-            bar.update(len(block.forest.a))
+            columns.add(*decide_block(search, block, threshold, grouping, rank, bar.update))
     members = Members(*columns.arrays())
     return Result(search, members, threshold, grouping, keep, rank, folder)
 
@@ -273,9 +272,20 @@ def check_threshold(search: PairSearch, threshold: float) -> None:
 
 
 def decide_block(
-    search: PairSearch, block: Block, threshold: float, grouping: str, rank: Rank
+    search: PairSearch,
+    block: Block,
+    threshold: float,
+    grouping: str,
+    rank: Rank,
+    done: Callable[[int], None],
 ) -> Members:
-    """Decide whole groups; exact copies are folded away before and unfolded after."""
+    """Decide whole groups; exact copies are folded away before and unfolded after.
+
+    ``done`` takes how many edges of their forest are decided.
+    """
+    by_star = grouping != "components" and block.pairs is None and search.best is None
+    if not by_star:
+        done(len(block.forest.a))
     if search.best is not None:
         return star.group_matches(block.forest, search.best, threshold)
     copies = Copies(block.copies, block.originals, rank)
@@ -290,7 +300,7 @@ def decide_block(
     if (features := search.inputs.features) is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
     compare = star.Compare(features.gather, threshold, search.inputs.also)
-    members = star.group_star(forest, rank, compare, nearest.row if nearest else None)
+    members = star.group_star(forest, rank, compare, nearest.row if nearest else None, done)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
 
 

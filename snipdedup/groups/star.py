@@ -95,12 +95,13 @@ def group_star(
     rank: Rank,
     compare: Compare,
     removed: np.ndarray | None = None,
+    done: Callable[[int], None] = lambda edges: None,
 ) -> Members:
     """Apply the star rule to the groups of a forest over distinct rows (`members.Copies`).
 
     ``removed``, (n,) int64, are rows that a row outside removes, whatever these rows are to one
     another. Their representative is the nearest kept row that matches, or the row itself with
-    `NO_PAIR`.
+    `NO_PAIR`. ``done`` takes how many edges of the forest are decided.
     """
     row, group = components(forest)
     order = np.lexsort((rank(row), group))
@@ -112,6 +113,7 @@ def group_star(
     compared = (sizes > 2) | np.logical_or.reduceat(out, starts[:-1]) if len(row) else out
     two = starts[:-1][~compared]
     representative[two + 1], similarity[two + 1] = row[two], np.nan
+    done(len(two))
     small = compared & (sizes <= pairs.LISTED_GROUP)
     in_small = np.flatnonzero(np.repeat(small, sizes))
     listed = [in_small[begin:end] for begin, end, *_ in pairs.plan_groups(sizes[small])]
@@ -128,6 +130,7 @@ def group_star(
     with closing(ordered_map(decide, others, given_threads())) as decided:
         for chosen, cosine, places in chain(map(decide, huge), decided):
             representative[places], similarity[places] = chosen, cosine
+            done(len(places) - len(np.unique(group[places])))
     is_dup = out | (representative != row)
     return sort_members(Members(row, group, representative, similarity, is_dup))
 
