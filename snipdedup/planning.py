@@ -42,7 +42,13 @@ from snipdedup.join.model import (
     list_count,
     training_rows,
 )
-from snipdedup.join.pipeline import PARTITIONS_A_WORKER, VISIT_BYTES, most_visits, needed_memory
+from snipdedup.join.pipeline import (
+    PARTITIONS_A_WORKER,
+    VISIT_BYTES,
+    mapped_codes,
+    most_visits,
+    needed_memory,
+)
 from snipdedup.join.projection import Codes, encode_rows
 from snipdedup.join.tiles import COLUMN_TILE, CodeStore, Members, code_record, compare_tiles
 from snipdedup.join.verify import verify_pairs
@@ -217,14 +223,18 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     size = SizeOnly(rows, rates)
     needed = needed_memory(size, cores)
     bound = max_memory or max(memory // 4, needed)
-    most = most_visits(size, rates.width + rates.wide, cores, bound)
+    widths = rates.width, rates.wide
+    record, mapped = code_record(widths).itemsize, mapped_codes(size, widths, bound)
+    most = most_visits(size, widths, cores, bound, mapped)
     most = max(1, min(most, int(visited) // (PARTITIONS_A_WORKER * cores * nodes)))
     partitions = min(lists, math.ceil(visited / most))
-    loaded = cores * most * (VISIT_BYTES + 2 * (rates.width + rates.wide))
+    loaded = mapped + cores * most * (VISIT_BYTES + (0 if mapped else record))
     peak = LIBRARY_BYTES + min(needed + loaded, max(bound, needed))
 
-    # Disk: narrow codes, row numbers and falls of all visits; wide codes, hashes, pairs.
-    codes = visited * (rates.width + 12) + rows * (rates.wide + 4)
+    # Disk: codes, the rows of all lists, hashes, pairs. A partition reads pages that hold its rows.
+    codes = rows * record + visited * 8
+    share = min(1.0, visits / partitions)
+    read = 1 if mapped else partitions * (1 - (1 - share) ** max(1, PAGE // record))
     out = rows + removed * EDGE_BYTES + members * MEMBER_BYTES
     work = codes + HASH_BYTES * rows + 16.0 * encode_tasks * (lists + 1) + PAIR_BYTES * removed
 
@@ -245,7 +255,7 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     }
     moved = {  # bytes over the disk of a machine
         "encode": (rows * raw + codes) / nodes,
-        "join": (codes + 2 * listed * max(PAGE, raw)) / nodes,
+        "join": (read * rows * record + visited * 8 + 2 * listed * max(PAGE, raw)) / nodes,
         "group": members * max(PAGE, raw),
         "write": out,
     }

@@ -18,7 +18,8 @@ from snipdedup import native, progress
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import BLOCK, SORT_ROWS, Scan
 from snipdedup.features.shards import Features
-from snipdedup.join.encoding import absorbed_edges, task_rows
+from snipdedup.join import encoding
+from snipdedup.join.encoding import absorbed_edges
 from snipdedup.join.forest import Edges, ExternalForest
 from snipdedup.join.kernels import kernel_name
 from snipdedup.join.model import SINGLE_LIST_ROWS, calibration_rows, list_count, training_rows
@@ -92,12 +93,9 @@ def join(
         run_once(runner, functools.partial(tasks.scan, runner.here), tasks.scan_file)
         scan = tasks.load_scan()
     with stage("join"):
-        in_memory = (
-            code_bytes(features, model.widths) <= memory // 2
-            and len(tasks.spans) <= most_open_files() // 4
-        )
-        partitions = plan_partitions(tasks, runner, memory, in_memory=in_memory)
-        join_partitions(tasks, runner, partitions, in_memory=in_memory)
+        mapped = mapped_codes(features, model.widths, memory)
+        partitions = plan_partitions(tasks, runner, memory, mapped)
+        join_partitions(tasks, runner, partitions, in_memory=mapped > 0)
         forest, candidates = collect_forest(tasks, partitions, scan)
     notes = {
         "kernel": kernel_name(pick_device(settings.device)),
@@ -120,16 +118,13 @@ def encode_all(tasks: JoinTasks, runner: Runner) -> None:
             bar.update(end - begin)
 
 
-def plan_partitions(
-    tasks: JoinTasks, runner: Runner, memory: int, *, in_memory: bool
-) -> list[Partition]:
+def plan_partitions(tasks: JoinTasks, runner: Runner, memory: int, mapped: int) -> list[Partition]:
     """Cut the lists into partitions that fit into memory; all processes take the same ones.
 
-    ``in_memory`` tells that the codes of all rows are held in memory beside them.
+    ``mapped`` is of `mapped_codes`.
     """
     visits, widths = int(tasks.visits.sum()), tasks.model.widths
-    held = code_bytes(tasks.features, widths) if in_memory else 0
-    bound = most_visits(tasks.features, 0 if in_memory else sum(widths), runner.here, memory - held)
+    bound = most_visits(tasks.features, widths, runner.here, memory, mapped)
     most = min(bound, max(1, visits // (PARTITIONS_A_WORKER * runner.workers)))
     replan = bound if runner.world_size == 1 else None  # else other processes may join by it
     run_once(runner, functools.partial(tasks.plan, most, replan), tasks.plan_file)
@@ -187,7 +182,7 @@ def needed_memory(features: Features, threads: int, reference_rows: int = 0) -> 
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     sample, trained = calibration_rows(rows), training_rows(rows, lists)
     fit = sample * 2 * raw + (sample * 12 + trained * TRAINING_CODES) * CODE_BYTES
-    task = min(rows, task_rows(rows)) * (CODE_BYTES + USUAL_VISITS * 60)
+    task = min(rows, encoding.task_rows(rows)) * (CODE_BYTES + USUAL_VISITS * 60)
     encode = task + BLOCK * (lists * DISTANCE_BYTES + features.dim * VALUE_BYTES)
     forest = rows * np.dtype(row_kind(rows)).itemsize * (2 if reference_rows else 1)
     stages = (
@@ -199,9 +194,11 @@ def needed_memory(features: Features, threads: int, reference_rows: int = 0) -> 
     return HELD_BYTES + max(stages)
 
 
-def code_bytes(features: Features, widths: tuple[int, int]) -> int:
-    """Return what the codes of all rows take, and by how much their limits fall."""
-    return features.rows * code_record(widths).itemsize
+def mapped_codes(features: Features, widths: tuple[int, int], memory: int) -> int:
+    """Return how many bytes the codes of all rows take, if they may stay mapped, otherwise 0."""
+    size = features.rows * code_record(widths).itemsize
+    files = -(-features.rows // encoding.task_rows(features.rows))
+    return size if size <= memory // 2 and files <= most_open_files() // 4 else 0
 
 
 def join_bytes(features: Features) -> int:
@@ -211,7 +208,13 @@ def join_bytes(features: Features) -> int:
     return 2 * GATHER_PAIRS * raw + tile + PARTITION_BYTES
 
 
-def most_visits(features: Features, width: int, threads: int, memory: int) -> int:
-    """Return how many visits a partition may have, so that all threads keep a memory bound."""
-    spare = (memory - HELD_BYTES) // threads - join_bytes(features) + PARTITION_BYTES
-    return max(PARTITION_BYTES, spare) // (VISIT_BYTES + width)
+def most_visits(
+    features: Features, widths: tuple[int, int], threads: int, memory: int, mapped: int
+) -> int:
+    """Return how many visits a partition may have, so that all threads keep a memory bound.
+
+    Beside the codes that are ``mapped``; where none are, a partition holds its own.
+    """
+    spare = (memory - mapped - HELD_BYTES) // threads - join_bytes(features) + PARTITION_BYTES
+    codes = 0 if mapped else code_record(widths).itemsize
+    return max(PARTITION_BYTES, spare) // (VISIT_BYTES + codes)
