@@ -95,7 +95,7 @@ def join(
     with stage("join"):
         mapped = mapped_codes(features, model.widths, memory)
         partitions = plan_partitions(tasks, runner, memory, mapped)
-        join_partitions(tasks, runner, partitions, in_memory=mapped > 0)
+        join_partitions(tasks, runner, partitions, mapped=mapped > 0)
         forest, candidates = collect_forest(tasks, partitions, scan)
     notes = {
         "kernel": kernel_name(pick_device(settings.device)),
@@ -137,7 +137,7 @@ def plan_partitions(tasks: JoinTasks, runner: Runner, memory: int, mapped: int) 
 
 
 def join_partitions(
-    tasks: JoinTasks, runner: Runner, partitions: list[Partition], *, in_memory: bool
+    tasks: JoinTasks, runner: Runner, partitions: list[Partition], *, mapped: bool
 ) -> None:
     """Run the join tasks, the largest first, so that all workers end at about the same time.
 
@@ -148,7 +148,7 @@ def join_partitions(
     visits = tasks.visits
     products = visits * tasks.homes
     heavy = sorted(partitions, key=lambda part: -int(products[part.low : part.high].sum()))
-    join_one = functools.partial(tasks.join, threads=within, in_memory=in_memory)
+    join_one = functools.partial(tasks.join, threads=within, mapped=mapped)
     with progress.bar(int(visits.sum()), "joining", "visits") as bar:
         for part in runner.each(join_one, heavy, tasks.join_file, within, last=True):
             bar.update(int(visits[part.low : part.high].sum()))
@@ -197,8 +197,8 @@ def needed_memory(features: Features, threads: int, reference_rows: int = 0) -> 
 def mapped_codes(features: Features, widths: tuple[int, int], memory: int) -> int:
     """Return how many bytes the codes of all rows take, if they may stay mapped, otherwise 0."""
     size = features.rows * code_record(widths).itemsize
-    files = -(-features.rows // encoding.task_rows(features.rows))
-    return size if size <= memory // 2 and files <= most_open_files() // 4 else 0
+    files = 2 * -(-features.rows // encoding.task_rows(features.rows))  # of codes and of lists
+    return size if size <= memory // 2 and files <= most_open_files() // 2 else 0
 
 
 def join_bytes(features: Features) -> int:

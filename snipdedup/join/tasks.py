@@ -216,25 +216,28 @@ class JoinTasks:
 
     @cached_property
     def lists(self) -> list[ListedRows]:
-        """The lists of all encode tasks."""
-        return [ListedRows(*map(np.array, open_lists(folder))) for folder in self.folders]
+        """The lists of all encode tasks; their rows are mapped."""
+        opened = map(open_lists, self.folders)
+        return [
+            ListedRows(rows, np.array(starts), np.array(homes)) for rows, starts, homes in opened
+        ]
 
     @cached_property
     def codes(self) -> CodeStore:
         """The codes of all rows, mapped; a row's place is its number."""
         return CodeStore([open_array(folder, "codes") for folder in self.folders], self.task_size)
 
-    def join(self, partition: Partition, threads: int = 1, *, in_memory: bool = False) -> None:
+    def join(self, partition: Partition, threads: int = 1, *, mapped: bool = False) -> None:
         """Find the pairs of a partition, and write their forest.
 
-        With ``in_memory`` the codes of all rows stay mapped; otherwise those of the partition are
+        With ``mapped`` the codes of all rows stay mapped; otherwise those of the partition are
         read.
         """
         if self.load_joined(partition) is not None:
             return
-        lists = self.lists if in_memory else map(open_lists, self.folders)
+        lists = self.lists if mapped else map(open_lists, self.folders)
         listed = merge_lists((part.of(partition) for part in lists), self.skip)
-        if in_memory:
+        if mapped:
             codes, places = self.codes, listed.rows
         else:
             rows, places = np.unique(listed.rows, return_inverse=True)

@@ -37,15 +37,14 @@ struct Best {
         near = (values & better) | (near & ~better);
         place = ((lanes + (std::int32_t)first) & better) | (place & ~better);
     }
-    // The largest of all, and the first centroid that has it.
-    std::pair<std::int32_t, std::int32_t> of_all() const {
-        std::int32_t most = near[0], first = place[0];
+    // Of all lanes: the largest, and the first centroid that has it.
+    void of_all(std::int32_t &most, std::int32_t &first) const {
+        most = near[0], first = place[0];
         for (std::size_t lane = 1; lane < GROUP; lane++) {
             const bool better = near[lane] > most || (near[lane] == most && place[lane] < first);
             most = better ? near[lane] : most;
             first = better ? place[lane] : first;
         }
-        return {most, first};
     }
 };
 
@@ -96,7 +95,8 @@ static void assign(const Codes &rows, const Lists &lists, const float *radius, s
                     found[row].meet(table + row * stride + group, lists.sizes + group, group, lanes);
         }
         for (std::size_t row = r; row < r + BLOCK_ROWS && row < rows.count; row++) {
-            const auto [most, own] = found[row - r].of_all();
+            std::int32_t most, own;
+            found[row - r].of_all(most, own);
             home[row] = own;
             best[row] = most;
             if (!visits) continue;
