@@ -199,7 +199,7 @@ class RemovedRows:
             self.features = Features([shard for one in sets for shard in one.shards])
         self.sizes = np.array([run.rows, *(len(one.is_dup) for one in self.references)])
         self.first = np.cumsum(self.sizes) - self.sizes  # rows of these before each of them
-        self.is_dup = np.concatenate([run.is_dup, *(one.is_dup for one in self.references)])
+        self.masks = [run.is_dup, *(one.is_dup for one in self.references)]
         self.unproved, self.proved = Counter[str](), 0  # rows that are removed for references
         self.compared = self.reach = 0  # pairs whose cosine was computed; that reach the threshold
         self.lowest = np.inf  # the lowest cosine
@@ -214,18 +214,17 @@ class RemovedRows:
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 table = pa.Table.from_batches([batch])
                 self.check_places(table)
-                every = removed = table.filter(pc.field("is_dup"))
+                removed = table.filter(pc.field("is_dup"))
+                compared = np.full(removed.num_rows, self.chosen is None)
                 if self.chosen is not None:
-                    places = chosen_places(self.chosen, before, every.num_rows)
-                    removed = every.take(pa.array(places))
-                self.check_pairs(removed)
-                before += every.num_rows
-                bar.update(every.num_rows)
-        of = "rows" if self.chosen is None else "sampled rows"
+                    compared[chosen_places(self.chosen, before, removed.num_rows)] = True
+                self.check_pairs(removed, compared)
+                before += removed.num_rows
+                bar.update(removed.num_rows)
         for name, rows in self.unproved.items():
-            run.fail("unproved", f"{rows:,} {of} removed for rows of {name} are not proved")
+            run.fail("unproved", f"{rows:,} rows removed for rows of {name} are not proved")
         if run.manifest.get("references"):
-            text = f"{self.proved:,} {of} are removed for rows of {count:,} reference"
+            text = f"{self.proved:,} rows are removed for rows of {count:,} reference"
             run.note("references", text + "s" * (count != 1))
 
     def check_places(self, table: Any) -> None:
@@ -239,29 +238,37 @@ class RemovedRows:
         text = "groups.parquet: {} has another place"
         run.fail_each("places", row[wrong], lambda r: text.format(run.place(r)))
 
-    def check_pairs(self, removed: Any) -> None:
-        """Compare removed rows with their representatives, in the set or in a reference."""
+    def check_pairs(self, removed: Any, compared: np.ndarray) -> None:
+        """Look for the representatives of removed rows, in the set or in a reference.
+
+        Their cosines are computed where ``compared``, (n,) bool.
+        """
         run, names = self.run, [reference.name for reference in self.references]
         row, other, written = (
             removed[name].to_numpy() for name in ("row", "representative", "similarity")
         )
         which = np.zeros(len(row), np.int64)  # 0: the set, then the references
         if "reference" in removed.column_names:
-            found = pc.index_in(removed["reference"], pa.array(["", *names], pa.string()))
+            found = pc.index_in(removed["reference"], pa.array(names, pa.string()))
             known = removed["reference"].is_null().to_numpy() | found.is_valid().to_numpy()
             self.unproved.update(removed["reference"].filter(pa.array(~known)).to_pylist())
-            which = found.fill_null(0).to_numpy()[known]
+            which = found.fill_null(-1).to_numpy()[known].astype(np.int64) + 1
             row, other, written = row[known], other[known], written[known]
+            compared = compared[known]
         self.proved += int(np.count_nonzero(which))
         inside = (row >= 0) & (row < run.rows) & (other >= 0) & (other < self.sizes[which])
         place = np.where(inside, self.first[which] + other, 0)
-        right = inside & ((which == 0) | ~self.is_dup[place])
+        right = inside.copy()
+        for number in range(1, len(self.masks)):
+            at = np.flatnonzero(inside & (which == number))
+            right[at] = ~self.masks[number][other[at]]
         run.fail_rows(
             "reference", row, ~right & (which > 0),
             lambda i: f"its representative, row {other[i]:,} of {names[which[i] - 1]}, is not a "
             "kept row there",
         )  # fmt: skip
-        row, place, which, written = row[right], place[right], which[right], written[right]
+        use = right & compared
+        row, place, which, written = row[use], place[use], which[use], written[use]
         if self.features is not None:
             self.check_cosines(self.features, row, place, written)
         if self.captions is not None and not (run.semdedup or run.components):

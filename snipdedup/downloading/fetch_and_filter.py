@@ -28,7 +28,7 @@ from snipdedup.storage import atomic
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.out_folder import FILES, MANIFEST
 from snipdedup.storage.remote import path_of
-from snipdedup.storage.web import NoRangesError, scheme_of
+from snipdedup.storage.web import NoRangesError, is_web, scheme_of
 
 TOTALS = "cumulative_sizes.npy"
 
@@ -104,6 +104,8 @@ def finish_item(
     paths, outputs = [*item.places(plan.arrived())], plan.outputs(item)
     about |= {**check_item(item, paths), "first_row": row}
     if plan.mask is not None:
+        if item.number is None and len(plan.items) == 1:
+            masks.place_all([(item.table.shown, about["rows"])], plan.mask)
         about |= filter_item(item, paths, outputs, plan.mask, row)
     named = {path.relative_to(plan.work / FILES).as_posix(): path for path in outputs}
     atomic.write_done_file(plan.done_file(item), named, about)
@@ -199,7 +201,8 @@ def place_mask(found: SourceFiles, mask: Mask, work: Path, jobs: int) -> tuple[M
         return list(zip(names, count_rows(found.files, work, jobs), strict=True))
 
     if first is None:
-        masks.place_all(count_files(), mask)
+        if count > 1 or not is_web(found.files[0].url):  # else it is counted when it has come
+            masks.place_all(count_files(), mask)
         return mask, 0
     if mask.sizes is None:
         if found.before is None:

@@ -139,8 +139,10 @@ def hub_error(place: HubAddress, error: Exception) -> SnipError:
     response = next((response for response in responses if response is not None), None)
     if response is None:
         first_line = str(chain[-1]).strip().partition("\n")[0] or type(chain[-1]).__name__
-        if type(error).__name__ in ("OfflineModeIsEnabled", "HFValidationError"):
-            return SnipError(f"{place}: {first_line}")
+        if type(error).__name__ == "OfflineModeIsEnabled":
+            return SnipError(f"{place}: HF_HUB_OFFLINE is set; unset it")
+        if type(error).__name__ == "HFValidationError":
+            return UsageError(f"{place}: {first_line}")
         return TemporaryError(f"{place}: the hub cannot be reached: {first_line}; {AGAIN}")
     code, tree = response.headers.get("X-Error-Code"), f"{place.page}/tree/main"
     private = "it is private: log in with: hf auth login"
@@ -150,7 +152,8 @@ def hub_error(place: HubAddress, error: Exception) -> SnipError:
         "restart a run that began with another: --overwrite)",
         "EntryNotFound": f"has no {place.path!r}; see {tree}",
     }
-    if response.status_code == 401 and code is None:
+    denied = "Invalid credentials" in response.headers.get("X-Error-Message", "")
+    if response.status_code == 401 and code is None and not denied:
         code = "RepoNotFound"
     if code in missing:
         return MissingError(f"{place}: {missing[code]}")

@@ -52,6 +52,13 @@ class Folder:
     files: dict[str, SourceFile]
     folders: list[str]
 
+    def parent(self) -> Folder | None:
+        """Return the folder that it lies in, None at the top."""
+        if scheme_of(self.url) == hub.SCHEME and not hub.parse_address(self.url).path:
+            return None
+        head = self.url.rpartition("/")[0]
+        return None if not head or head[-1] in "/:" else open_folder(head)
+
     def file(self, name: str) -> SourceFile:
         """Return the file of a name, or refuse a folder without it."""
         if name not in self.files:
@@ -111,7 +118,10 @@ def names_files(last: str) -> bool:
 def split_source(source: str) -> tuple[str, str | None]:
     """Return the folder of a source that can be listed, and the file, glob or pattern in it."""
     if scheme_of(source) == hub.SCHEME:
-        source = str(hub.parse_address(source))  # the revision before the path
+        place = hub.parse_address(source)
+        if not place.path:
+            return source, None
+        source = str(place)  # the revision before the path
     if scheme_of(source):
         head, _, last = source.rstrip("/").rpartition("/")
         return (head, last) if names_files(last) else (source, None)
@@ -254,9 +264,8 @@ def features_beside(found: SourceFiles, folder: Folder) -> list[SourceFile]:
         if len(lacking) < len(same):
             text = f"{folder.url}: {lacking[0]} has no features beside it"
             raise MissingError(f"{text}; {NAME_FEATURES}")
-    above, _, own_name = folder.url.rpartition("/")
-    for place in (folder, *([open_folder(above)] if own_name == METADATA else [])):
-        if FEATURES in place.folders:
+    for place in (folder, folder.parent()):
+        if place is not None and FEATURES in place.folders:
             inner = open_folder(f"{place.url}/{FEATURES}")
             return match_features(found, pick_files(inner.files, None, formats.SUFFIXES), inner.url)
     raise SnipError(f"{folder.url}: no features beside the metadata; {NAME_FEATURES}")

@@ -60,6 +60,14 @@ class Monitor:
     def __init__(self, bar: Any = None) -> None:
         self.bar, self.lock, self.stop = bar, threading.Lock(), threading.Event()
         self.positions: dict[Path, int] = {}
+        self.sizes: dict[Path, int] = {}  # that the source did not tell before
+
+    def expect(self, path: Path, size: int) -> None:
+        """Add the size of a file to the bar, once it is known."""
+        with self.lock:
+            if self.bar is not None:
+                self.bar.total += size - self.sizes.get(path, 0)
+            self.sizes[path] = size
 
     def report(self, path: Path, position: int) -> None:
         """Note that the first bytes of a file are here; fewer than before if it begins anew."""
@@ -138,6 +146,8 @@ class PartFile:
             known = etag, note.get("total")
             if stream.begin and not proved and (stream.version, total) != known:
                 raise RangeError(f"{file.shown} was replaced while it was fetched")
+            if file.size is None and total is not None:
+                self.monitor.expect(self.target, total)
             etag = stream.version or None
             if not stream.begin:
                 self.remove()

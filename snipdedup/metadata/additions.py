@@ -128,7 +128,7 @@ class MergedCaptions:
     """The column ``merged_captions``: captions of the rows that have this representative.
 
     Distinct ones, in row order, ``most`` at the most, without the representative's own; an empty
-    list for all other rows. Close it: its temporary files lie in ``folder``.
+    list for all other rows. Its temporary files lie in ``folder``.
     """
 
     field = pa.field("merged_captions", pa.list_(pa.string()))
@@ -138,7 +138,6 @@ class MergedCaptions:
     ) -> None:
         representative, row, cuts = _caption_rows(removed, folder.with_name(f"{folder.name}-rows"))
         gathered = gather_column(metadata, column, row, cuts, as_texts, folder)
-        self.close = gathered.close
         self.merged = _merge_captions(gathered, representative, row, cuts, most)
         self.ahead: tuple[int, list[str]] = -1, []  # read, but not asked for yet
 

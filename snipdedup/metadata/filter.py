@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from snipdedup import progress
 from snipdedup.config import Filter
-from snipdedup.errors import SnipError, UsageError, WriteError
+from snipdedup.errors import InputError, SnipError, TemporaryError, UsageError, WriteError
 from snipdedup.features.shards import Features, FileRows, open_features, request_of
 from snipdedup.metadata import kept_rows
 from snipdedup.metadata.join_by_key import KeyJoin, check_removed_keys, plan_key_join
@@ -126,18 +126,22 @@ def filter_rows(
             is_dup = mask.is_dup[chosen.row : chosen.row + metadata.rows]
             note = check_removed_keys(metadata, mask, chosen.row, work)
         lists = kept_rows.write_lists(columns, metadata, is_dup, lists_folder, work)
-        if export_mask:
-            lists.append(lists_folder / "is_dup.npy")
-            atomic.save_npy(lists[-1], is_dup)
-        body["files"], written = write_rows(chosen, is_dup, work)
+    except (WriteError, TemporaryError):
+        raise  # what is complete stays
+    except SnipError:
+        out_folder.release(out)  # an earlier result there is left as it is
+        raise
+    if export_mask:
+        lists.append(lists_folder / "is_dup.npy")
+        atomic.save_npy(lists[-1], is_dup)
+    body["files"], written = write_rows(chosen, is_dup, work)
+    try:
         read: list[FileRows | None] = [mask.opened, metadata, *chosen.features.values()]
         for files in [*read, join.known if join else None]:
             if files is not None:
                 files.refuse_changed()
-    except WriteError:
-        raise  # what is complete stays
-    except SnipError:
-        out_folder.release(out)  # an earlier result there is left as it is
+    except InputError:
+        out_folder.release(out)
         raise
     out_folder.publish(out, KIND, body, [*written, *lists])
     return describe_filter(out, body, lines=[note] if note else [])

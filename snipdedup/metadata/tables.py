@@ -32,9 +32,9 @@ CSV_READ = pa.csv.ReadOptions(block_size=16 << 20)
 CSV_PARSE = pa.csv.ParseOptions(newlines_in_values=True)
 DEFAULT_CODEC = "snappy"
 CODECS = {"UNCOMPRESSED": "none", "LZ4_RAW": "lz4"}  # that pyarrow's writer names otherwise
-# pyarrow reads these types but cannot filter them: they are read as the plain types.
 STRING = pa.string()
 NO_CSV = "not a CSV with one kind of row"
+# pyarrow reads these types but cannot filter them: they are read as the plain types.
 VIEWS = {"string_view": pa.string(), "binary_view": pa.binary()}
 
 
@@ -65,8 +65,9 @@ class Table:
             self.schema = pa.schema(fields, schema.metadata)
             groups = [footer.metadata.row_group(n) for n in range(footer.num_row_groups)]
             self.groups = [(group.num_rows, group.total_byte_size) for group in groups]
-            if groups and fields:
-                codec = groups[0].column(0).compression
+            chunks = [groups[0].column(n) for n in range(groups[0].num_columns)] if groups else []
+            if chunks:
+                codec = max(chunks, key=lambda chunk: chunk.total_compressed_size).compression
                 self.codec = CODECS.get(codec, codec.lower())
         repeated = sorted({n for n in self.schema.names if self.schema.names.count(n) > 1})
         if repeated:
