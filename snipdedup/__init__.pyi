@@ -305,8 +305,8 @@ def dedup(
     clusters
         semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
     epsilon
-        semdedup: remove above 1 - epsilon; the first of several decides (default: 1 -
-        threshold)
+        semdedup: remove above cosine 1 - epsilon; of several the first decides (default: 1
+        - threshold)
     borders
         semdedup: count duplicates between clusters, by join; --noborders turns it off
         (default: on)
@@ -319,7 +319,7 @@ def dedup(
     weights
         write all rows, with a column weight that duplicates share
     export
-        lists: datacomp (uids), keys (webdataset), mask (is_dup.npy)
+        lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)
     bad_rows
         NaN, infinite and zero rows (default: refuse)
     chunk_rows
@@ -332,7 +332,7 @@ def dedup(
     runner
         join: this machine, or Ray workers (default: local)
     num_tasks
-        join: processes that run this with one --out (default: those of a Slurm array)
+        join: processes that run this with the same --out (default: those of a Slurm array)
     task_index
         join: rank of this process among them, from 0 (default: that of a Slurm array)
     threads
@@ -536,9 +536,9 @@ def filter(
     ambiguous
         --on: rows with a key kept and removed (default: kept, if under half)
     embeddings
-        features, row for row: write their kept rows too; several by comma
+        features, row for row: write their kept rows beside metadata/; several by comma
     export
-        lists: datacomp (uids), keys (webdataset), mask (these rows)
+        lists by comma: datacomp (kept uids), keys (for webdataset), mask (of these rows)
     key
         column for --export keys (default: first of key, uid, sample_id, hash)
     overwrite

@@ -71,7 +71,7 @@ def refuse(*rules: tuple[object, str]) -> None:
             raise UsageError(text)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Settings:
     """Base of all settings: checks what `option` declares of each, then how they go together."""
 
@@ -83,7 +83,7 @@ class Settings:
             choices, low, high = about.get("choices"), about["low"], about["high"]
             if choices and value not in choices:
                 raise UsageError(f"--{name} must be one of {', '.join(choices)}, found {value!r}")
-            if low is not None and isinstance(value, str):
+            if low is not None and not isinstance(value, int | float):
                 self.numbers(name)
             elif low is not None and not low <= value <= high:
                 raise UsageError(f"--{name} must lie between {low:g} and {high:g}, found {value}")
@@ -94,6 +94,14 @@ class Settings:
             if about.get("amount"):
                 parse_bytes(value)
         self._check()
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment] - as for all that compares by value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
     def _check(self) -> None:
         """Raise UsageError for settings that do not go together."""
@@ -200,7 +208,9 @@ def command(
     """Make a class a `Command`; ``function`` is the name in Python where that differs."""
 
     def declare(options: S) -> S:
-        dataclass(frozen=True, kw_only=True, repr=False, eq=False)(options)  # unused; dear to make
+        dataclass(frozen=True, kw_only=True, repr=False, eq=False)(
+            options
+        )  # as `Settings` has them
         words = f"snip {name} {example}".strip()
         made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
         DECLARED[name] = made

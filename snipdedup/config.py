@@ -48,7 +48,7 @@ DEVICES = ("auto", "cpu", "cuda")
 THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Format(Settings):
     """Which rows of which files are features."""
 
@@ -57,7 +57,7 @@ class Format(Settings):
     column: str | None = option(None, "list column of a parquet file")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Input(Format):
     """What commands that read features share."""
 
@@ -166,7 +166,8 @@ class Dedup(Input):
     nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
     clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
     epsilon: Any = option(
-        None, "semdedup: remove above 1 - epsilon; the first of several decides [1 - threshold]"
+        None,
+        "semdedup: remove above cosine 1 - epsilon; of several the first decides [1 - threshold]",
     )
     borders: bool = option(
         True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
@@ -176,7 +177,9 @@ class Dedup(Input):
     caption: str | None = option(None, "metadata column of captions [first of caption, text]")
     weights: bool = option(False, "write all rows, with a column weight that duplicates share")
     export: str | None = option(
-        None, "lists: datacomp (uids), keys (webdataset), mask (is_dup.npy)", words=EXPORTS
+        None,
+        "lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)",
+        words=EXPORTS,
     )
     bad_rows: str = option("refuse", "NaN, infinite and zero rows", choices=("refuse", "keep"))
     chunk_rows: int = option(8192, "rows read at a time", 1, 10**9)
@@ -188,7 +191,7 @@ class Dedup(Input):
     device: str = option("auto", "join: where products of codes are computed", choices=DEVICES)
     runner: str = option("local", "join: this machine, or Ray workers", choices=("local", "ray"))
     num_tasks: int | None = option(
-        None, "join: processes that run this with one --out [those of a Slurm array]", 1, 10**6
+        None, "join: processes that run this with the same --out [those of a Slurm array]", 1, 10**6
     )
     task_index: int | None = option(
         None, "join: rank of this process among them, from 0 [that of a Slurm array]", 0, 10**6
@@ -282,10 +285,14 @@ class Filter(Settings):
         None, "--on: rows with a key kept and removed [kept, if under half]", choices=KEEP_REMOVE
     )
     embeddings: str | None = option(
-        None, "features, row for row: write their kept rows too; several by comma", path=ANYWHERE
+        None,
+        "features, row for row: write their kept rows beside metadata/; several by comma",
+        path=ANYWHERE,
     )
     export: str | None = option(
-        None, "lists: datacomp (uids), keys (webdataset), mask (these rows)", words=EXPORTS
+        None,
+        "lists by comma: datacomp (kept uids), keys (for webdataset), mask (of these rows)",
+        words=EXPORTS,
     )
     key: str | None = option(None, "column for --export keys [first of key, uid, sample_id, hash]")
     overwrite: bool = option(False, "replace a finished folder")

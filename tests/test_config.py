@@ -264,3 +264,18 @@ def test_a_setting_of_some_methods_is_refused_with_the_others(name, methods):
             with pytest.raises(UsageError, match=said):
                 config.Dedup(method=method, **given)
             assert not config.Dedup(features="x", method=method).is_given(name)
+
+
+def test_settings_compare_and_print_by_all_their_values():
+    one, other = config.Demo(out="q"), config.Demo(out="r")
+    assert one != other
+    assert one == config.Demo(out="q")
+    assert "out='q'" in repr(one)
+    given = config.Dedup(features="a", out="x", threshold=0.9)
+    assert "threshold=0.9" in repr(given)
+    assert given != config.Dedup(features="a", out="x", threshold=0.8)
+
+
+def test_a_list_where_numbers_by_comma_are_meant_is_wrong_usage():
+    with pytest.raises(UsageError, match="--code_bytes must be whole numbers"):
+        config.Eval(features="x", out="y", code_bytes=[4, 8])

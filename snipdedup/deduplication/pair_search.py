@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,10 @@ def save_search(search: PairSearch, work: Path) -> None:
 
 
 def load_search(work: Path, inputs: Inputs) -> PairSearch | None:
-    """Read back what `save_search` wrote; None where there is nothing, or it is damaged."""
+    """Read back what `save_search` wrote; None where there is nothing, or it is damaged.
+
+    Nor is what another version wrote, with other entries, read.
+    """
     done = atomic.read_done(work / DONE_FILE, work)
     if done is None:
         return None
@@ -186,6 +189,8 @@ def load_search(work: Path, inputs: Inputs) -> PairSearch | None:
     for name, kind in TUPLES.items():
         columns = [values.pop(f"{name}_{column}", None) for column in kind._fields]
         values[name] = None if columns[0] is None else kind(*columns)
+    if not values.keys() <= {field.name for field in fields(PairSearch)}:
+        return None
     return PairSearch(**values, inputs=inputs)
 
 

@@ -219,7 +219,7 @@ def whole_groups(path: Path) -> Iterator[Members]:
             raise SnipError(f"{path}: damaged: found {found} as column {name!r}; make it anew")
     if "reference" in file.schema_arrow.names:
         columns.append("reference")
-    waiting = no_members()
+    waiting: list[Members] = []  # parts of one group
     for batch in file.iter_batches(BATCH_ROWS, columns=columns):
         values = [batch.column(name).to_numpy(zero_copy_only=False) for name in Members._fields]
         members = Members(*values)
@@ -227,13 +227,17 @@ def whole_groups(path: Path) -> Iterator[Members]:
             outside = batch.column("reference").is_valid().to_numpy(zero_copy_only=False)
             named = np.where(outside, ~members.representative, members.representative)
             members = members._replace(representative=named)
-        members = concatenate(waiting, members)
-        cut = int(np.searchsorted(members.group, members.group[-1:].max(initial=0)))
-        if cut:
+        if not len(members.row):
+            continue
+        cut = int(np.searchsorted(members.group, members.group[-1]))
+        if waiting and (cut or waiting[0].group[0] != members.group[0]):
+            yield concatenate(*waiting, pick(members, slice(cut)))
+            waiting = []
+        elif cut:
             yield pick(members, slice(cut))
-        waiting = pick(members, slice(cut, None))
-    if len(waiting.row):
-        yield waiting
+        waiting.append(pick(members, slice(cut, None)))
+    if waiting:
+        yield concatenate(*waiting)
 
 
 def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:

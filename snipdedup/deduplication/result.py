@@ -220,12 +220,14 @@ def choose(
     The parameters are fields of `Result`.
     """
     check_threshold(search, threshold)
-    large = search.whole_block(threshold).size() > external_sort.HELD
+    whole = search.whole_block(threshold)
+    large, edges = whole.size() > external_sort.HELD, len(whole.forest.a)
+    del whole
     if folder is not None and isinstance(rank, ColumnRank) and large:
         rank.read_all(folder)
 
     columns = Columns(folder and folder / "members", KINDS)
-    with progress.bar(len(search.forest.a), "grouping", "edges") as bar:
+    with progress.bar(edges, "grouping", "edges") as bar:
         for block in search.blocks(threshold, folder):
             columns.add(*decide_block(search, block, threshold, grouping, rank, bar.update))
     members = Members(*columns.arrays())
@@ -283,20 +285,22 @@ def decide_block(
 
     ``done`` takes how many edges of their forest are decided.
     """
-    by_star = grouping != "components" and block.pairs is None and search.best is None
-    if not by_star:
-        done(len(block.forest.a))
     if search.best is not None:
-        return star.group_matches(block.forest, search.best, threshold)
+        members = star.group_matches(block.forest, search.best, threshold)
+        done(len(block.forest.a))
+        return members
     copies = Copies(block.copies, block.originals, rank)
     forest = copies.fold(block.forest)
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
     if grouping == "components":
         members = star.group_components(forest, rank)
+        done(len(forest.a))
         return copies.unfold(refer_components(members, nearest) if nearest else members)
     if block.pairs is not None:
         row, group = components(forest)
-        return copies.unfold(star.star_from_pairs(row, group, rank(row), block.pairs))
+        members = star.star_from_pairs(row, group, rank(row), block.pairs)
+        done(len(forest.a))
+        return copies.unfold(members)
     if (features := search.inputs.features) is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
     compare = star.Compare(features.gather, threshold, search.inputs.also)

@@ -46,10 +46,7 @@ class Compare(NamedTuple):
 
     def verify(self, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> Pairs:
         """Return those of the pairs of places x, y in ``rows`` that match."""
-        return self.select(rows, x, y, pairs.pair_cosines(self.gather, rows[x], rows[y]))
-
-    def select(self, rows: np.ndarray, x: np.ndarray, y: np.ndarray, cosine: np.ndarray) -> Pairs:
-        """Return those of the pairs of places x, y whose ``cosine`` is enough, and ``also``."""
+        cosine = pairs.pair_cosines(self.gather, rows[x], rows[y])
         close = cosine >= np.float32(self.threshold)
         x, y, cosine = x[close], y[close], cosine[close]
         if self.also is not None:
@@ -157,7 +154,7 @@ def star_large(
 
     Rows are compared with kept rows only, so the work is rows × kept rows.
     """
-    by_codes = len(rows) > TABLE_GROUP
+    by_codes = len(rows) > TABLE_GROUP and compare.also is None
     size, kept = CODED_BLOCK if by_codes else TABLE_BLOCK, np.zeros(len(rows), bool)
     match = match_by_codes(rows, compare) if by_codes else match_by_tables(rows, compare)
 
@@ -176,9 +173,14 @@ def star_large(
         left = np.flatnonzero(~out[start:stop]) + start
         for part in kept_parts():
             left = left[~np.isin(left, match(left, part)[0])]
-        places = np.arange(len(left))
-        x, y, _ = match_by_tables(rows[left], compare)(places, places)
-        kept[left] = greedy_kept(x[x < y], y[x < y], np.ones(len(left), bool))
+        near, new = match_by_tables(rows[left], compare), np.zeros(len(left), bool)
+        for begin, end in plan_blocks(len(left), TABLE_BLOCK):
+            some = np.arange(begin, end)
+            some = some[~np.isin(some, near(some, np.flatnonzero(new))[0])]
+            x, y, _ = near(some, some)
+            first, second = np.searchsorted(some, x[x < y]), np.searchsorted(some, y[x < y])
+            new[some] = greedy_kept(first, second, np.ones(len(some), bool))
+        kept[left] = new
     removed = np.flatnonzero(~kept)
     blocks = (removed[start:stop] for start, stop in plan_blocks(len(removed), size))
     return name_representatives(rows, kept, map(matches_of, blocks))
@@ -186,12 +188,16 @@ def star_large(
 
 def match_by_tables(rows: np.ndarray, compare: Compare) -> Match:
     """Return a function that finds the pairs of a group by tables of cosines."""
-    raw = compare.gather(rows)
+    raw, also = compare.gather(rows), compare.also
+    words = None if also is None else also.gather(rows)
 
     def match(x: np.ndarray, y: np.ndarray) -> Pairs:
         table = all_cosines(raw[x], raw[y])
-        i, j = np.nonzero(table >= np.float32(compare.threshold))
-        return compare.select(rows, x[i], y[j], table[i, j])
+        close = table >= np.float32(compare.threshold)
+        if also is not None and words is not None and close.any():
+            close &= all_cosines(words[x], words[y]) >= np.float32(also.threshold)
+        i, j = np.nonzero(close)
+        return x[i], y[j], table[i, j]
 
     return match
 

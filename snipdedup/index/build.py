@@ -133,10 +133,12 @@ def build(
 def find_base(base: str) -> Path:
     """Return the quantiser file that ``--base`` means: a folder of ours, or a faiss file."""
     path = Path(base).expanduser()
-    if not path.is_dir():
-        return path
-    read_manifest(path, "index")
-    return path / QUANTISER
+    if path.is_dir():
+        read_manifest(path, "index")
+        path = path / QUANTISER
+    if not path.is_file():
+        raise SnipError(f"--base: no such file or index folder: {base}")
+    return path
 
 
 def find_encoder(given: str | None, base: Path | None) -> Path | None:
@@ -210,7 +212,9 @@ def claim_index(
                     "with its own quantisers and encoder: leave these flags away"
                 )
             held = count if longer else 0
-    state = out_folder.claim(out, "index", request, overwrite=overwrite or held > 0)
+    # a stopped build from the start and a stopped append do not go on with one another's codes
+    work = {**request, "held": held} if held else request
+    state = out_folder.claim(out, "index", work, overwrite=overwrite or held > 0)
     return state, request, held
 
 
@@ -266,8 +270,7 @@ def encode_shard(
         rows = features.read(*span)
         checksums.append(features.checksums(span[0], rows))
         bad = bad_rows(rows)
-        if bad.any():  # a copy: rows may be the caller's own array
-            rows = np.where(bad[:, None], 0, rows)
+        rows[bad] = 0
         return *in_aligned_blocks(encode_block, rows, span[0]), bad
 
     no_codes = np.empty((0, quantiser.code_size), np.uint8)

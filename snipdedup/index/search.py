@@ -201,8 +201,7 @@ class LoadedIndex:
         else:
             rows, block = sample[slice(*span)], self.features.gather(sample[slice(*span)])
         bad = bad_rows(block) | (self.class_of[rows] < 0)
-        if bad.any():  # a copy: rows may be the caller's own array
-            block = np.where(bad[:, None], 0, block)
+        block[bad] = 0
         x = in_aligned_blocks(lambda b: (self.encoder.encode(b),), block, span[0])[0]
         places = np.maximum(self.class_of[rows], 0)
         off = x - quantiser.decode(lists.list_at(places), lists.codes[places])

@@ -187,7 +187,7 @@ def claim(
 
     Returns ``"new"``; ``"resume"`` after a stopped run, ``"done"`` after a finished one.
     """
-    recover(out)
+    recovered = recover(out)
     lock, note = out / WORK / LOCK, out / WORK / REQUEST
     try:
         state = find_state(out, kind, request, overwrite, decisions)
@@ -196,7 +196,7 @@ def claim(
         if other is not None:  # the more useful message
             raise locks.in_use(out, other) from error
         raise
-    if state == "done" and not overwrite:
+    if state == "done" and (not overwrite or (recovered and is_result_of(out, kind, request))):
         return state
     with locks.claim_lock(out):
         free = decisions if locks.lock_run(out, shared) else ()  # only if no other one is at work
@@ -211,6 +211,11 @@ def claim(
         if shared:
             locks.share(lock)
     return state
+
+
+def is_result_of(out: Path, kind: str, request: dict[str, Any]) -> bool:
+    """Tell whether a finished result is that of a request."""
+    return not differences(read_manifest(out, kind).get("request", {}), request)
 
 
 def find_state(
@@ -322,15 +327,16 @@ def put_in_place(
             locks.end_work(out)
 
 
-def recover(out: Path) -> None:
-    """Complete a result that a killed run was putting in place."""
+def recover(out: Path) -> bool:
+    """Complete a result that a killed run was putting in place; tell whether there was one."""
     if not (out / WORK / NEW / MANIFEST).is_file():
-        return
+        return False
     with locks.claim_lock(out), explained(out):
         if move_result(out):  # else another process did it while this one waited
             keep = load_json(out / MANIFEST).get("settings", {}).get("keep_work")
             if not keep and locks.acquire(out / WORK / LOCK) is None:
                 locks.end_work(out)
+    return True
 
 
 def move_result(out: Path) -> bool:

@@ -206,3 +206,13 @@ def test_reference_rows_in_crowdsare_found_as_by_brute_force(rows, first, how):
     for name in brute.members._fields:
         assert np.array_equal(getattr(found.members, name), getattr(brute.members, name)), name
     assert (brute.members.representative < 0).sum() > 1000
+
+
+@pytest.mark.parametrize("rows", [1, 255, 257, 700])
+def test_degrees_count_every_product_and_the_row_itself(rows):
+    codes = np.random.default_rng(rows).integers(-9, 10, (rows, 8)).astype(np.int8)
+    products = codes.astype(np.int64) @ codes.T
+    with mock.patch.object(hubs, "BLOCK", 256):
+        for limit in (0, 150):
+            expected = (products >= limit).sum(1)
+            assert hubs.degrees(codes, limit, 2).tolist() == expected.tolist()
