@@ -95,10 +95,11 @@ class Settings:
                 parse_bytes(value)
         self._check()
 
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment] - as for all that compares by value
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"

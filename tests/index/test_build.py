@@ -7,6 +7,7 @@ import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import faiss
 import numpy as np
@@ -157,6 +158,29 @@ def test_append_equals_one_go(shards, tmp_path):
     one = build(open_features(everything), tmp_path / "one", options(tmp_path / "one", **given))
     same(Index(tmp_path / "grown"), one)
     assert bits(tmp_path / "one") == after
+
+
+@pytest.mark.parametrize("first", ["append", "overwrite"])
+def test_a_stopped_append_and_a_stopped_build_share_no_codes(shards, tmp_path, monkeypatch, first):
+    from snipdedup.index import build as module
+
+    few = [shards / f"img_emb_{n}.npy" for n in range(2)]
+    ways = {"append": "overwrite", "overwrite": "append"}
+    for folder in ("stopped", "right"):
+        build(open_features(few), tmp_path / folder, options(tmp_path / folder))
+
+    def index(folder, way):
+        if way == "overwrite":  # with the settings that the index has
+            return run(options(tmp_path / folder, shards, overwrite=True))
+        return run(config.BuildIndex(features=str(shards), out=str(tmp_path / folder), append=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "finish_index", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            index("stopped", first)
+    for folder in ("stopped", "right"):
+        index(folder, ways[first])
+    assert bits(tmp_path / "stopped") == bits(tmp_path / "right")
 
 
 def test_append_refuses_other_settings_and_other_shards(shards, tmp_path):
