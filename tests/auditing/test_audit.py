@@ -794,6 +794,26 @@ def test_a_wrong_reference_row_is_named(referred):
     )
 
 
+def test_a_sample_of_cosines_leaves_out_no_wrong_reference(referred):
+    """Names and rows of references cost no features, so all of them are looked at."""
+    out, features, _ = referred
+    groups = groups_of(out)
+    at = np.flatnonzero(groups["reference"].is_valid().to_numpy())
+    names, (representative,) = groups["reference"].to_pylist(), columns_of(out, "representative")
+    for wrong in ("name", "row"):
+        forged = {"reference": list(names), "representative": representative.copy()}
+        if wrong == "name":
+            forged["reference"][at[4]] = "elsewhere"
+        else:
+            forged["representative"][at[4]] = 10**6
+        edit_groups(out, **forged)
+        forge(out)
+        status, said = audit(out, features, "--sample", 1)
+        assert status == 1
+        expected = "rows of elsewhere are not proved" if wrong == "name" else "1,000,000 of"
+        assert expected in said
+
+
 @pytest.mark.parametrize("change", ["gone", "changed"])
 def test_a_reference_that_is_not_what_it_was_is_named(referred, change):
     out, features, reference = referred

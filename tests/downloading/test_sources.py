@@ -258,6 +258,21 @@ def test_where_the_features_of_a_template_should_be(source, features):
     ]
 
 
+def test_features_beside_a_folder_of_another_name(laion, tmp_path):
+    (laion / "metadata").rename(laion / "tables")
+    folder = sources.open_folder(str(laion / "tables"))
+    found = find_source_files(str(laion / "tables"), None, None)
+    beside = sources.features_beside(found, folder)
+    assert names(beside) == names(found_features := sorted((laion / "img_emb").iterdir()))
+    assert found_features
+
+
+def test_a_repository_named_as_a_file_is_no_file():
+    for source in ("hf://datasets/me/pictures.csv", "hf://datasets/me/pictures.csv@main"):
+        assert sources.split_source(source) == (source, None)
+    assert sources.split_source("hf://datasets/me/set/a.csv")[1] == "a.csv"
+
+
 def test_natural_order_and_places(tmp_path):
     folder = tmp_path / "many"
     for number in range(12):

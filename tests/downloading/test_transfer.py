@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from servers import Server
 
+from snipdedup import progress
 from snipdedup.downloading import transfer
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file
 from snipdedup.errors import MissingError, SnipError, TemporaryError
@@ -62,6 +63,15 @@ def test_a_file_arrives_whatever_happens(server, tmp_path, known, ranges, etags,
     assert told["size"] == len(BODY)
     assert alone(tmp_path) == [NAME]
     assert len(server.asked) == len(faults) + 1
+
+
+def test_the_bar_learns_how_large_a_file_is(server, tmp_path):
+    """A second try adds nothing to it."""
+    server.faults[NAME] = ["cut"]
+    with progress.bar(0, "download", "B") as bar:
+        fetch_file(file(server), tmp_path / NAME, Monitor(bar))
+        fetch_file(file(server, size=len(BODY)), tmp_path / "known", Monitor(bar))
+        assert bar.total == len(BODY)
 
 
 def test_what_came_is_not_asked_for_again(server, tmp_path):

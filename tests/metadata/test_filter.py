@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from snipdedup.config import Filter
-from snipdedup.errors import SnipError, UsageError
+from snipdedup.errors import SnipError, TemporaryError, UsageError, WriteError
 from snipdedup.metadata import filter
 from snipdedup.storage import out_folder
 from snipdedup.storage.out_folder import read_manifest
@@ -132,6 +133,19 @@ def test_a_refused_list_writes_nothing(a_set):
     with pytest.raises(SnipError, match="share their key with a row that is decided otherwise"):
         filter.run(settings(a_set, metadata=str(meta), export="keys"))
     assert not (a_set.tmp / "out").exists()
+
+
+@pytest.mark.parametrize("error", [TemporaryError, WriteError])
+def test_a_passing_fault_costs_no_file_that_is_complete(a_set, monkeypatch, error):
+    options = settings(a_set, embeddings=str(a_set.tmp / "set" / "img_emb"))
+    with monkeypatch.context() as patch:
+        patch.setattr(filter, "write_features", mock.Mock(side_effect=error("run again later")))
+        with pytest.raises(error, match="run again later"):
+            filter.run(options)
+    assert [*(a_set.tmp / "out" / "work").rglob("*.parquet")]
+    filter.run(options)
+    out = a_set.tmp / "out"
+    np.testing.assert_array_equal(read_back(out / "img_emb"), a_set.image[~a_set.is_dup])
 
 
 @pytest.mark.parametrize("stop", ["write_features", "publish"])
