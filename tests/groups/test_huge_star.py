@@ -9,6 +9,7 @@ import pytest
 import truth
 
 from snipdedup.groups import star
+from snipdedup.groups.pairs import Also
 from snipdedup.groups.star import Compare, star_large
 
 
@@ -39,6 +40,23 @@ def test_codes_decide_as_all_comparisons_do(kind, block):
     found = decided(x, order, table_group=0, block=block)
     assert np.array_equal(found[0], expected[0])
     assert np.array_equal(found[1], expected[1])
+    if block == 64:
+        brute, _ = truth.star(truth.cosine_table(x), 0.95, order)
+        assert np.array_equal(found[0], brute[order])
+
+
+@pytest.mark.parametrize("table_group", [5, 10**6])
+def test_texts_must_match_too_in_a_large_group(table_group):
+    x, rng = rows_of("all alike")[:300], np.random.default_rng(2)
+    words = truth.clustered(300, 6, 4, clusters=5, noise=0.5)
+    order = rng.permutation(300)
+    both = np.where(truth.cosine_table(words) >= np.float32(0.9), truth.cosine_table(x), -1)
+    compare = Compare(lambda rows: x[rows], 0.95, Also(lambda rows: words[rows], 0.9, 6))
+    with mock.patch.multiple(star, TABLE_GROUP=table_group, TABLE_BLOCK=70):
+        found, _ = star_large(order, compare, np.zeros(300, bool))
+    brute, stays = truth.star(both, 0.95, order)
+    assert np.array_equal(found, brute[order])
+    assert 10 < stays.sum() < 200
 
 
 def test_a_row_whose_match_the_codes_missed_still_gets_a_representative():
