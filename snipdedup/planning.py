@@ -228,7 +228,7 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     most = most_visits(size, widths, cores, bound, mapped)
     most = max(1, min(most, int(visited) // (PARTITIONS_A_WORKER * cores * nodes)))
     partitions = min(lists, math.ceil(visited / most))
-    loaded = mapped + cores * most * (VISIT_BYTES + (0 if mapped else record))
+    loaded = cores * most * (VISIT_BYTES + (0 if mapped else record))  # mapped pages can be dropped
     peak = LIBRARY_BYTES + min(needed + loaded, max(bound, needed))
 
     # Disk: codes, the rows of all lists, hashes, pairs. A partition reads pages that hold its rows.

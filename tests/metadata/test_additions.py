@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,8 +50,8 @@ def test_merged_captions_are_the_distinct_ones_of_the_removed_rows(
         said, own = captions[row], captions[representative]
         if said and said != own and said not in want[representative]:
             want[representative].append(said)
-    with closing(MergedCaptions(metadata, "TEXT", removed, most, tmp_path / "w")) as column:
-        assert values(column, len(captions)) == [found[:most] for found in want]
+    column = MergedCaptions(metadata, "TEXT", removed, most, tmp_path / "w")
+    assert values(column, len(captions)) == [found[:most] for found in want]
     assert not (tmp_path / "w").exists()
     assert max(map(len, want)) > 3
 
@@ -61,8 +59,8 @@ def test_merged_captions_are_the_distinct_ones_of_the_removed_rows(
 def test_captions_of_a_set_without_removed_rows(tmp_path):
     metadata, _, captions = random_set(tmp_path / "m")
     nothing = RemovedPairs(np.empty(0, np.int64), np.empty(0, np.int64))
-    with closing(MergedCaptions(metadata, "TEXT", nothing, 3, tmp_path / "w")) as column:
-        assert values(column, len(captions)) == [[]] * len(captions)
+    column = MergedCaptions(metadata, "TEXT", nothing, 3, tmp_path / "w")
+    assert values(column, len(captions)) == [[]] * len(captions)
     assert values(DupCounts(nothing), 5) == [0] * 5
     assert values(Weights(nothing), 5) == [1.0] * 5
 
