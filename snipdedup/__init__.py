@@ -16,7 +16,7 @@ from snipdedup.errors import SnipError, UsageError
 __version__ = "0.1.0"
 __all__ = [
     "Result", "SnipError", "UsageError", "__version__", "audit", "build_index", "compress", "dedup",
-    "diff", "download", "evaluate", "filter", "open_result", "plan", "report", "search",
+    "diff", "download", "embed", "evaluate", "filter", "open_result", "plan", "report", "search",
     "top", "train",
 ]  # fmt: skip
 

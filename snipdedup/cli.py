@@ -37,7 +37,7 @@ WIDTH = 96
 GC_OBJECTS = 100_000  # new objects between collections: imports make many that all live on
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 CLOSED = 141  # as a shell says that a process ended by SIGPIPE
-RESUMED = ("train", "compress", "index", "dedup", "filter", "download", "demo")
+RESUMED = ("embed", "train", "compress", "index", "dedup", "filter", "download", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

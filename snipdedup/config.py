@@ -48,6 +48,22 @@ DEVICES = ("auto", "cpu", "cuda")
 THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
 
 
+def check_sharing(asked: Any) -> None:
+    """Refuse settings of processes, machines and devices that do not go together."""
+    shared = asked.num_tasks is not None or asked.task_index is not None
+    ray = asked.runner == "ray"
+    refuse(
+        (asked.num_tasks is not None and (asked.task_index or 0) >= asked.num_tasks,
+         f"--task_index must lie between 0 and {(asked.num_tasks or 1) - 1}, found "
+         f"{asked.task_index}"),
+        (shared and ray, "--num_tasks and --runner ray are two ways to share work: give one"),
+        (shared and asked.overwrite,
+         "--num_tasks does not go with --overwrite: each process would remove the work of the "
+         "others; remove the folder first"),
+        (ray and asked.device == "cuda", "--runner ray computes on CPUs: leave --device cuda out"),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Format(Settings):
     """Which rows of which files are features."""
@@ -86,6 +102,35 @@ class Train(Input):
     threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished encoder")
+
+
+@command("embed", "the chain", "pictures.embed", "photos --out embedded")
+class Embed(Settings):
+    """Make features and metadata of pictures."""
+
+    images: Any = argument(
+        "folder of pictures (subfolders too), glob, tars, parquet files with picture bytes, .txt "
+        "list of paths; or a URL of one of these; several by comma"
+    )
+    out: str = required("folder for img_emb/ and metadata/", path=WRITTEN)
+    model: str = option("phash", "what makes the features: see the page on pictures")
+    parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
+    column: str | None = option(None, "column of the pictures in parquet files [the first]")
+    shard_rows: int = option(10_000, "picture files a shard; a tar is one", 1, 10**7)
+    max_pixels: int = option(200_000_000, "larger pictures fail", 1, 2**40)
+    device: str = option("auto", "where the model computes", choices=DEVICES)
+    runner: str = option("local", "this machine, or Ray workers", choices=("local", "ray"))
+    num_tasks: int | None = option(
+        None, "processes that run this with the same --out [those of a Slurm array]", 1, 10**6
+    )
+    task_index: int | None = option(
+        None, "rank of this process among them, from 0 [that of a Slurm array]", 0, 10**6
+    )
+    threads: int = option(0, "CPU threads, and processes that decode; 0 for all", 0, 4096)
+    overwrite: bool = option(False, "replace a finished folder")
+
+    def _check(self) -> None:
+        check_sharing(self)
 
 
 @command("compress", "the chain", "encoder.compress", "img_emb --encoder encoder --out descriptors")
@@ -211,7 +256,6 @@ class Dedup(Input):
                     raise UsageError(f"--{given} goes with --method {known}, not {method}")
         alone = all(x is None for x in (self.encoder, self.reference, self.text_features))
         clusters, rowless = method == "semdedup", self.features is None
-        shared = self.num_tasks is not None or self.task_index is not None
         ray = self.runner == "ray"
         refuse(
             (self.dry_run and not (method in (None, "join") and alone),
@@ -228,16 +272,6 @@ class Dedup(Input):
              "--references_only compares with --reference: give that too"),
             (self.text_features is not None and self.reference is not None,
              "--text_features and --reference do not go together yet"),
-            (self.num_tasks is not None and (self.task_index or 0) >= self.num_tasks,
-             f"--task_index must lie between 0 and {(self.num_tasks or 1) - 1}, found "
-             f"{self.task_index}"),
-            (shared and ray,
-             "--num_tasks and --runner ray are two ways to share work: give one"),
-            (shared and self.overwrite,
-             "--num_tasks does not go with --overwrite: each process would remove the work of the "
-             "others; remove the folder first"),
-            (ray and self.device == "cuda",
-             "--runner ray computes on CPUs: leave --device cuda out"),
             (ray and not isinstance(self.features, str | Path),
              "--runner ray reads features from files: give their folder"),
             (self.weights and self.merge_captions is not None,
@@ -245,6 +279,7 @@ class Dedup(Input):
             (self.caption is not None and self.merge_captions is None,
              "--caption names the column for --merge_captions: give that too"),
         )  # fmt: skip
+        check_sharing(self)
         if self.keep is not None and not clusters:
             keep_rules(self.keep)
         parse_epsilons(self.epsilon)

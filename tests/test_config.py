@@ -39,6 +39,11 @@ def numbers():
 
 
 RANGES = [
+    ("Embed", "shard_rows", 1, 10**7),
+    ("Embed", "max_pixels", 1, 2**40),
+    ("Embed", "threads", 0, 4096),
+    ("Embed", "num_tasks", 1, 10**6),
+    ("Embed", "task_index", 0, 10**6),
     ("Train", "dim", 2, 4096),
     ("Train", "steps", 1, 10**7),
     ("Train", "batch", 16, 10**6),

@@ -303,12 +303,13 @@ def part_numbers(pattern: str, parts: str | None) -> tuple[int, int] | None:
 
 def natural_sort(paths: Iterable[Path]) -> list[Path]:
     """Return paths by name, then by the whole path, with numbers as numbers: 2 before 10."""
+    return sorted(paths, key=lambda p: (natural_key(p.name), natural_key(str(p)), str(p)))
 
-    def split(text: str) -> list[tuple[int, int, str]]:
-        return [
-            (0, int(part), "") if part.isdecimal() else (1, 0, part)
-            for part in re.split(r"([0-9]+)", text)
-            if part
-        ]
 
-    return sorted(paths, key=lambda path: (split(path.name), split(str(path)), str(path)))
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """Return what a text is sorted by where its numbers count as numbers."""
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"([0-9]+)", text)
+        if part
+    ]

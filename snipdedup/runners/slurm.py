@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from snipdedup import progress
-from snipdedup.config import Dedup
+from snipdedup.config import Dedup, Embed
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners.local import Local
 from snipdedup.storage import atomic, locks
@@ -123,12 +123,14 @@ class Slurm:
             raise ShareDone(f"{self.out} is finished; another process wrote it")
 
 
-def share_of(options: Dedup, environ: Mapping[str, str] = os.environ) -> Share | None:
+def share_of(options: Dedup | Embed, environ: Mapping[str, str] = os.environ) -> Share | None:
     """Return this process's share: by flags, or in a Slurm array; None if it runs alone."""
     count, rank = options.num_tasks, options.task_index
     if count is None and rank is None:
-        alone = options.method not in (None, "join") or options.index or options.runner != "local"
-        return None if alone or options.overwrite else slurm_share(environ)
+        alone = options.runner != "local" or options.overwrite
+        if isinstance(options, Dedup):
+            alone = alone or options.method not in (None, "join") or options.index is not None
+        return None if alone else slurm_share(environ)
     if options.out is None:
         raise UsageError("--num_tasks needs --out, the folder that all processes share")
     if count is None or rank is None:

@@ -110,7 +110,8 @@ def find_in_folder(location: str, suffixes: Sequence[str], none: str) -> list[Pa
             f"{redacted(location)}: expected features or metadata, found what snip dedup wrote; "
             f"fetch it first: snip download {redacted(location)} FOLDER"
         )
-    for suffix in suffixes:
+    is_set = MANIFEST in names and FEATURES in folders and ".npy" in suffixes  # of snip embed
+    for suffix in () if is_set else suffixes:
         found = [name for name in names if name.lower().endswith(suffix)]
         if found:
             return [path_of(f"{location.rstrip('/')}/{name}") for name in found]
@@ -128,7 +129,7 @@ def metadata_beside(spec: str, suffixes: Sequence[str]) -> Path | None:
     names, folders = (list_folder(spec) if is_folder(spec) else None) or ({}, [])
     if not {FEATURES, METADATA} <= set(folders):
         return None
-    if any(name.lower().endswith(tuple(suffixes)) for name in names):
+    if MANIFEST not in names and any(n.lower().endswith(tuple(suffixes)) for n in names):
         return None
     return path_of(f"{spec.rstrip('/')}/{METADATA}")
 

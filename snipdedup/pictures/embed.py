@@ -1,0 +1,327 @@
+"""``snip embed``: pictures to features and metadata, shard for shard.
+
+Of each shard, worker processes read, decode and prepare the pictures; this process embeds them in
+batches that begin at fixed rows of the shard. So what is written depends on the pictures and the
+model only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from snipdedup import config, progress
+from snipdedup.errors import SnipError
+from snipdedup.parallel import cores, ordered_map, pick_device
+from snipdedup.pictures.items import Shard
+from snipdedup.pictures.models import Model, open_model
+from snipdedup.pictures.sources import Pictures, find_pictures
+from snipdedup.pictures.workers import Failure, Row, Settings, Workers
+from snipdedup.runners import open_runner
+from snipdedup.runners.slurm import ShareDone, share_of
+from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.out_folder import is_finished, read_manifest
+
+KIND = "embed"
+FEATURES, TEXTS, METADATA, FAILED = "img_emb", "text_emb", "metadata", "failed.parquet"
+TYPES = {
+    "key": pa.string(), "path": pa.string(), "tar": pa.string(), "member": pa.string(),
+    "parquet": pa.string(), "parquet_row": pa.int64(), "second": pa.float64(),
+    "width": pa.int32(), "height": pa.int32(), "bytes": pa.int64(), "sha256": pa.string(),
+    "exif_time": pa.string(), "camera": pa.string(), "caption": pa.string(), "url": pa.string(),
+}  # fmt: skip
+MEASURED = ("width", "height", "bytes", "sha256", "exif_time", "camera", "caption", "url")
+FAILURES = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string())])
+SHOWN_REASONS = 6
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What ``snip embed`` wrote; `str` of it is the summary."""
+
+    folder: Path
+    rows: int  # pictures that were embedded
+    failed: dict[str, int]  # of the others: how many, by reason
+    dim: int
+    summary: str
+
+    def __str__(self) -> str:
+        return self.summary
+
+
+@locks.released()
+def run(options: config.Embed) -> Embedded | str:
+    """Embed all shards that are not there yet; return a line where another process goes on."""
+    started, share = time.monotonic(), share_of(options)
+    device = pick_device(options.device)
+    out = Path(options.out).expanduser()
+    pictures = find_pictures(
+        options.images, options.shard_rows, parts=options.parts, column=options.column
+    )
+    out_folder.refuse_output_inside(out, pictures.inputs)
+    asked = Asked(options.model, device, options.threads, options.max_pixels)
+    tasks = EmbedTasks(pictures, asked, out / locks.WORK)
+    request = {
+        **pictures.request(),
+        "model": tasks.model.described,
+        "max_pixels": options.max_pixels,
+        "shard_rows": options.shard_rows,
+        "column": options.column,
+    }
+    claimed = out_folder.claim(
+        out, KIND, request, overwrite=options.overwrite, shared=share is not None
+    )
+    if claimed == "done":
+        return read_result(out, " is finished already with these settings")
+    threads = cores(options.threads)
+    try:
+        with (
+            open_runner(options.runner, threads, device, share=share, out=out) as runner,
+            progress.bar(pictures.total, "embedding", "pictures") as tasks.bar,
+        ):
+            numbers = range(len(pictures.shards))
+            for _ in runner.each(tasks.embed, numbers, tasks.done_file, runner.here, last=True):
+                pass
+            publish(tasks, out, request, options, started)
+    except ShareDone as done:
+        return str(done)
+    except (OSError, SnipError):
+        if share is not None and is_finished(out):  # while this process slept
+            return f"{out} is finished; another process wrote it"
+        if share is None:
+            out_folder.release_unbegun(out)
+        raise
+    finally:
+        tasks.close()
+    return read_result(out, "", time.monotonic() - started)
+
+
+class Asked(NamedTuple):
+    """What tasks need of the settings."""
+
+    model: str
+    device: str
+    threads: int
+    max_pixels: int
+
+
+@dataclass
+class EmbedTasks:
+    """The shards of a run and the folder that holds what their tasks leave.
+
+    It may be sent to other machines; each opens the model and starts its workers itself.
+    """
+
+    pictures: Pictures
+    asked: Asked
+    work: Path
+    bar: Any = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pictures": self.pictures, "asked": self.asked, "work": self.work, "bar": None}
+
+    @cached_property
+    def model(self) -> Model:
+        """The model; on a CPU each batch is embedded by one thread, so that bits do not differ."""
+        return open_model(self.asked.model, device=self.asked.device, threads=1)
+
+    @cached_property
+    def workers(self) -> Workers:
+        """The processes that decode."""
+        settings = Settings(self.model.prepare, self.model.size, self.asked.max_pixels, None)
+        return Workers(settings, cores(self.asked.threads))
+
+    def close(self) -> None:
+        """End the processes that decode."""
+        if "workers" in self.__dict__:
+            self.workers.close()
+
+    def done_file(self, number: int) -> Path:
+        """Return the done file of a shard, which tells how many rows it has and what failed."""
+        return self.work / "done" / f"{number:04d}.json"
+
+    def files(self, number: int) -> dict[str, Path]:
+        """Return the files that a shard's task leaves, by their paths below the work."""
+        names = [f"{out_folder.FILES}/{name}" for name in outputs(number)]
+        names += [f"failed/{number:04d}.parquet"]
+        return {name: self.work / name for name in names}
+
+    def embed(self, number: int) -> None:
+        """Embed a shard."""
+        done = atomic.read_done(self.done_file(number), self.work)
+        if done is None:
+            shard = self.pictures.shards[number]
+            failures: list[Failure] = []
+            results = self.workers.results(shard.items())
+            batches = cut(self.good(results, failures), self.model.batch)
+            threads = cores(self.asked.threads) if self.asked.device == "cpu" else 1
+            parts = list(ordered_map(self.encode, batches, threads))
+            shard.refuse_changed()
+            rows = [row for part, _ in parts for row in part]
+            features = np.concatenate([np.empty((0, self.model.dim), np.float16)] +
+                                      [made for _, made in parts])  # fmt: skip
+            self.write(number, rows, features, failures)
+        elif self.bar is not None:
+            self.bar.update(done["rows"] + sum(done["failed"].values()))
+
+    def good(self, results: Iterable[Row | Failure], failures: list[Failure]) -> Iterator[Row]:
+        """Yield the rows; put the failures aside."""
+        for result in results:
+            if self.bar is not None:
+                self.bar.update(1)
+            if isinstance(result, Failure):
+                failures.append(result)
+            else:
+                yield result
+
+    def encode(self, batch: list[Row]) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Return the metadata and the features of a batch, (n, dim) float16."""
+        made = self.model.encode(np.stack([row.prepared for row in batch]))
+        return [row.values for row in batch], made.astype(np.float16)
+
+    def write(
+        self, number: int, rows: list[dict[str, Any]], features: np.ndarray, failed: list[Failure]
+    ) -> None:
+        """Write the files of a shard, and its done file."""
+        shard, files = self.pictures.shards[number], self.files(number)
+        whole = np.isfinite(features).all(1) & (features != 0).any(1)
+        for at in np.flatnonzero(~whole).tolist():
+            source = ": ".join(str(rows[at][name]) for name in shard.columns)
+            failed.append(Failure(source, rows[at]["key"], "the model returned no finite feature"))
+        rows = [row for row, is_whole in zip(rows, whole, strict=True) if is_whole]
+        captions = [row["caption"] for row in rows]
+        texts = self.embed_texts([caption or "" for caption in captions])
+        made: list[Any] = [features[whole], table_of(shard, rows), texts]
+        made.append(pa.Table.from_pylist([part._asdict() for part in failed], FAILURES))
+        for path, value in zip(files.values(), made, strict=True):
+            if isinstance(value, np.ndarray):
+                atomic.save_npy(path, value, lasting=False)
+            else:
+                atomic.save_parquet(path, value)
+        body = {
+            "rows": len(rows),
+            "captions": sum(caption is not None for caption in captions),
+            "failed": dict(sorted(Counter(kind_of(part.reason) for part in failed).items())),
+        }
+        atomic.write_done_file(self.done_file(number), files, body)
+
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        """Return features of captions, (n, dim) float16; no columns where the model has none."""
+        distinct = sorted(set(texts))
+        place = {text: number for number, text in enumerate(distinct)}
+        parts = []
+        for some in cut(distinct, self.model.batch):
+            made = self.model.encode_texts(some)
+            if made is None:
+                return np.empty((len(texts), 0), np.float16)
+            parts.append(made.astype(np.float16))
+        if not parts:
+            return np.empty((0, self.model.dim), np.float16)
+        return np.concatenate(parts)[[place[text] for text in texts]]
+
+
+def outputs(number: int) -> list[str]:
+    """Return the files of a shard in OUT: features, metadata, features of captions."""
+    names = ((FEATURES, "npy"), (METADATA, "parquet"), (TEXTS, "npy"))
+    return [f"{folder}/{folder}_{number:04d}.{suffix}" for folder, suffix in names]
+
+
+def cut(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of ``size`` items; the last may be shorter."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
+
+
+def kind_of(reason: str) -> str:
+    """Return what a reason begins with, to be counted."""
+    return reason.partition(":")[0]
+
+
+def table_of(shard: Shard, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Return the metadata of a shard; ``rows`` have the values of the columns."""
+    names = ["key", *shard.columns, *MEASURED]
+    schema = pa.schema([(name, TYPES[name]) for name in names])
+    table = pa.Table.from_pylist(list(rows), schema)
+    own = shard.own([row.get("parquet_row", 0) for row in rows])
+    for name, values in zip(own.column_names, own.columns, strict=True) if own else ():
+        if name not in ("key", "caption", "url"):  # which are there already, as texts
+            table = table.append_column(f"source_{name}" if name in names else name, values)
+    return table
+
+
+def publish(
+    tasks: EmbedTasks, out: Path, request: dict[str, Any], options: config.Embed, started: float
+) -> None:
+    """Put the result into OUT."""
+    shards, made = tasks.pictures.shards, tasks.work / out_folder.FILES
+    done = [atomic.load_json(tasks.done_file(number)) for number in range(len(shards))]
+    failed: Counter[str] = Counter()
+    for each in done:
+        failed.update(each["failed"])
+    tables = [pq.read_table(tasks.work / f"failed/{n:04d}.parquet") for n in range(len(shards))]
+    failures = pa.concat_tables(tables)
+    rows, count = sum(each["rows"] for each in done), failures.num_rows
+    if not rows:
+        first = failures.slice(0, 1).to_pylist() or [{"source": "IMAGES", "reason": "no picture"}]
+        out_folder.release(out)
+        raise SnipError(
+            f"none of {count:,} pictures could be embedded; the first, {first[0]['source']}: "
+            f"{first[0]['reason']}"
+        )
+    atomic.save_parquet(made / FAILED, failures)
+    with_texts = (
+        any(each["captions"] for each in done) and tasks.model.encode_texts([""]) is not None
+    )
+    names = [FAILED]
+    for number in range(len(shards)):
+        names += outputs(number)[: 3 if with_texts else 2]
+    model = {"name": tasks.model.name, "dim": tasks.model.dim, "threshold": tasks.model.threshold}
+    body = {
+        "command": "embed",
+        "settings": options.as_dict(),
+        "request": request,
+        "model": {**model, **tasks.model.described},
+        "shards": [
+            {"name": Path(outputs(n)[0]).name, "rows": each["rows"], "source": shards[n].name}
+            for n, each in enumerate(done)
+        ],
+        "counts": {"pictures": rows + count, "embedded": rows, "failed": count},
+        "failed": dict(failed.most_common()),
+        "left_out": tasks.pictures.left_out,
+        "seconds": {"all": round(time.monotonic() - started, 3)},
+    }
+    out_folder.publish(out, KIND, body, [made / name for name in names])
+
+
+def read_result(out: Path, note: str, seconds: float | None = None) -> Embedded:
+    """Return the result of a finished run, from its manifest."""
+    manifest = read_manifest(out, KIND)
+    counts, model, failed = manifest["counts"], manifest["model"], manifest["failed"]
+    lines = [
+        f"{out}{note}: {counts['embedded']:,} of {counts['pictures']:,} pictures embedded by "
+        f"{model['name']}, {model['dim']} wide"
+    ]
+    if seconds is not None:
+        lines[0] += f", in {seconds:,.1f} s ({counts['pictures'] / seconds:,.0f} a second)"
+    if failed:
+        shown = [f"{count:,} {reason}" for reason, count in list(failed.items())[:SHOWN_REASONS]]
+        more = f", {len(failed) - SHOWN_REASONS} more" if len(failed) > SHOWN_REASONS else ""
+        lines += [f"failed: {', '.join(shown)}{more}; see {out / FAILED}"]
+    if manifest["left_out"]:
+        kinds = [
+            f"{count:,} {suffix or 'no suffix'}" for suffix, count in manifest["left_out"].items()
+        ]
+        lines += [f"left out, as no pictures by their names: {', '.join(kinds[:SHOWN_REASONS])}"]
+    lines += [f"next: snip dedup {out} --out clean"]
+    return Embedded(out, counts["embedded"], failed, model["dim"], "\n".join(lines))
