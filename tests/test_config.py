@@ -219,7 +219,11 @@ LOCAL = (
     "out", "out1", "out2", "index", "encoder", "base", "html", "sheet", "judged", "images",
     "prompts", "rates", "export_faiss", "cumulative_sizes", "is_dup",
 )  # fmt: skip
-ELSEWHERE = {("Download", "cumulative_sizes"), ("Download", "is_dup")}  # files or URLs
+ELSEWHERE = {
+    ("Embed", "images"),
+    ("Download", "cumulative_sizes"),
+    ("Download", "is_dup"),
+}  # files or URLs
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
