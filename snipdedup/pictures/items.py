@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.formats import identity_of
 from snipdedup.metadata.tables import KEY_COLUMNS, explain_damage, stream_parquet
-from snipdedup.storage.remote import RemotePath, absolute_location, arrow_source
+from snipdedup.storage.remote import RemotePath, absolute_location
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif",
@@ -86,7 +85,7 @@ class FileShard:
         """Return how many pictures it has, for the progress; of a tar it is an estimate."""
         return len(self.keys)
 
-    def own(self, rows: Sequence[int]) -> pa.Table | None:
+    def own(self, rows: pa.Table) -> pa.Table | None:
         """Return the columns that the source has itself, of these pictures; None without any."""
         del rows
         return None
@@ -185,7 +184,7 @@ class TarShard(Container):
                 data, self.path, member.offset_data, member.size, text,
             )  # fmt: skip
 
-    def own(self, rows: Sequence[int]) -> pa.Table | None:
+    def own(self, rows: pa.Table) -> pa.Table | None:
         """See `FileShard.own`."""
         del rows
         return None
@@ -240,12 +239,22 @@ class ParquetShard(Container):
                     )
                     row += 1
 
-    def own(self, rows: Sequence[int]) -> pa.Table | None:
-        """See `FileShard.own`; ``rows`` are those of the file, ascending."""
+    def own(self, rows: pa.Table) -> pa.Table | None:
+        """See `FileShard.own`; of a struct of bytes and path, the path is carried on."""
         own = [name for name in self.schema.names if name != self.column]
+        paths = pa.types.is_struct(self.schema.field(self.column).type) and "path" in {
+            field.name for field in self.schema.field(self.column).type
+        }
         with explain_damage(self.path, "damaged: its rows cannot be read"):
-            table = pq.read_table(arrow_source(self.path), columns=own) if own else None
-        return None if table is None else table.take(pa.array(rows, pa.int64()))
+            columns = own + [f"{self.column}.path"] * paths
+            table = stream_parquet(self.path).read(columns) if columns else None
+        if table is None:
+            return None
+        found = table.select(own).replace_schema_metadata(None)
+        if paths:
+            kept = pa.chunked_array(table[self.column].combine_chunks().field("path"))
+            found = found.append_column(f"{self.column}_path", kept)
+        return found.take(rows["parquet_row"])
 
 
 Shard = FileShard | TarShard | ParquetShard
