@@ -430,6 +430,7 @@ def embed(
     column: str | None = None,
     shard_rows: int = 10000,
     max_pixels: int = 200000000,
+    every: float | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     runner: Literal["local", "ray"] = "local",
     num_tasks: int | None = None,
@@ -456,6 +457,8 @@ def embed(
         picture files a shard; a tar is one (default: 10000)
     max_pixels
         larger pictures fail (default: 200000000)
+    every
+        seconds between frames of videos (extra video) (default: videos are left out)
     device
         where the model computes (default: auto)
     runner
