@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from odd_files import encoded, photo
+from odd_files import write_photos
 
 from snipdedup import cli
 from snipdedup.config import COMMANDS
@@ -87,10 +87,7 @@ def make_sample(folder: Path) -> np.ndarray:
     for number, name in enumerate(("new_emb", "test_emb", "made_emb")):
         near = rows[10 * number : 10 * number + 30] + np.float16(0.01)
         atomic.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
-    for number in range(12):
-        path = folder / "photos" / f"{number % 2}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(photo(number % 9), "JPEG", quality=90 - number))
+    write_photos(folder / "photos")
     return rows
 
 
