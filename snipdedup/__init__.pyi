@@ -21,7 +21,6 @@ from snipdedup.inspection.report import ReportResult as ReportResult
 from snipdedup.inspection.search import SearchResult as SearchResult
 from snipdedup.inspection.top import TopResult as TopResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
-from snipdedup.pictures.embed import Embedded as Embedded
 from snipdedup.planning import RunPlan as RunPlan
 
 __version__: str
@@ -414,60 +413,6 @@ def download(
         replace a finished folder
     dl_dedup_set
         of snip-dedup: says where its sets are today
-
-    Raises
-    ------
-    snipdedup.SnipError
-        If it cannot be done: says what was expected, what was found and what to do.
-    """
-
-def embed(
-    images: Any,
-    *,
-    out: str | PathLike[str],
-    model: str = "phash",
-    parts: str | None = None,
-    column: str | None = None,
-    shard_rows: int = 10000,
-    max_pixels: int = 200000000,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    runner: Literal["local", "ray"] = "local",
-    num_tasks: int | None = None,
-    task_index: int | None = None,
-    threads: int = 0,
-    overwrite: bool = False,
-) -> Embedded | str:
-    """Make features and metadata of pictures: ``snip embed``.
-
-    Parameters
-    ----------
-    images
-        folder of pictures (subfolders too), glob, tars, parquet files with picture bytes,
-        .txt list of paths; or a URL of one of these; several by comma
-    out
-        folder for img_emb/ and metadata/
-    model
-        what makes the features: see the page on pictures (default: phash)
-    parts
-        part numbers of a {part:04d} pattern: 0:2, end exclusive
-    column
-        column of the pictures in parquet files (default: the first)
-    shard_rows
-        picture files a shard; a tar is one (default: 10000)
-    max_pixels
-        larger pictures fail (default: 200000000)
-    device
-        where the model computes (default: auto)
-    runner
-        this machine, or Ray workers (default: local)
-    num_tasks
-        processes that run this with the same --out (default: those of a Slurm array)
-    task_index
-        rank of this process among them, from 0 (default: that of a Slurm array)
-    threads
-        CPU threads, and processes that decode; 0 for all (default: 0)
-    overwrite
-        replace a finished folder
 
     Raises
     ------
