@@ -119,6 +119,9 @@ class Embed(Settings):
     column: str | None = option(None, "column of the pictures in parquet files [the first]")
     shard_rows: int = option(10_000, "picture files a shard; a tar is one", 1, 10**7)
     max_pixels: int = option(200_000_000, "larger pictures fail", 1, 2**40)
+    every: float | None = option(
+        None, "seconds between frames of videos (extra video) [videos are left out]", 1e-2, 10**6
+    )
     device: str = option("auto", "where the model computes", choices=DEVICES)
     runner: str = option("local", "this machine, or Ray workers", choices=("local", "ray"))
     num_tasks: int | None = option(

@@ -41,6 +41,7 @@ def numbers():
 RANGES = [
     ("Embed", "shard_rows", 1, 10**7),
     ("Embed", "max_pixels", 1, 2**40),
+    ("Embed", "every", 1e-2, 10**6),
     ("Embed", "threads", 0, 4096),
     ("Embed", "num_tasks", 1, 10**6),
     ("Embed", "task_index", 0, 10**6),
