@@ -81,30 +81,6 @@ class Input(Format):
     features: Any = argument("folder, glob, file or {part:04d} pattern of features, or a URL")
 
 
-@command("train", "the chain", "encoder.training", "img_emb --out encoder")
-class Train(Input):
-    """Train the SNIP encoder on features."""
-
-    out: str = required("folder for the encoder", path=WRITTEN)
-    loss: str = option("snip", "training loss", choices=("snip", "mse"))
-    dim: int = option(128, "width of the descriptor", 2, 4096)
-    hidden: int = option(1024, "width of the hidden layer", 1, 10**5)
-    steps: int = option(1600, "most training steps; it stops when validation stalls", 1, 10**7)
-    batch: int = option(1024, "rows a step", 16, 10**6)
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", 1e-9, 1)
-    temperature: float | None = option(
-        None, "softmax temperature of the snip loss [fitted to the features]", 1e-4, 10
-    )
-    text_features: Any = option(None, "text features, row for row: keep their similarities too")
-    text_temperature: float = option(0.01, "softmax temperature between texts and images", 1e-4, 10)
-    subset_rows: int = option(262_144, "rows held in memory at a time", 64, 10**9)
-    validation_rows: int = option(4096, "rows held out (at most a fifth of all)", 16, 10**6)
-    device: str = option("auto", "where to compute", choices=DEVICES)
-    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
-    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
-    overwrite: bool = option(False, "replace a finished encoder")
-
-
 @command("embed", "the chain", "pictures.embed", "photos --out embedded")
 class Embed(Settings):
     """Make features and metadata of pictures."""
@@ -135,6 +111,30 @@ class Embed(Settings):
 
     def _check(self) -> None:
         check_sharing(self)
+
+
+@command("train", "the chain", "encoder.training", "img_emb --out encoder")
+class Train(Input):
+    """Train the SNIP encoder on features."""
+
+    out: str = required("folder for the encoder", path=WRITTEN)
+    loss: str = option("snip", "training loss", choices=("snip", "mse"))
+    dim: int = option(128, "width of the descriptor", 2, 4096)
+    hidden: int = option(1024, "width of the hidden layer", 1, 10**5)
+    steps: int = option(1600, "most training steps; it stops when validation stalls", 1, 10**7)
+    batch: int = option(1024, "rows a step", 16, 10**6)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", 1e-9, 1)
+    temperature: float | None = option(
+        None, "softmax temperature of the snip loss [fitted to the features]", 1e-4, 10
+    )
+    text_features: Any = option(None, "text features, row for row: keep their similarities too")
+    text_temperature: float = option(0.01, "softmax temperature between texts and images", 1e-4, 10)
+    subset_rows: int = option(262_144, "rows held in memory at a time", 64, 10**9)
+    validation_rows: int = option(4096, "rows held out (at most a fifth of all)", 16, 10**6)
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
+    overwrite: bool = option(False, "replace a finished encoder")
 
 
 @command("compress", "the chain", "encoder.compress", "img_emb --encoder encoder --out descriptors")
