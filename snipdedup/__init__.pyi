@@ -21,6 +21,7 @@ from snipdedup.inspection.report import ReportResult as ReportResult
 from snipdedup.inspection.search import SearchResult as SearchResult
 from snipdedup.inspection.top import TopResult as TopResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
+from snipdedup.pictures.embed import Embedded as Embedded
 from snipdedup.planning import RunPlan as RunPlan
 
 __version__: str
@@ -202,10 +203,11 @@ def dedup(
     out: str | PathLike[str] | None = None,
     metadata: str | PathLike[str] | None = None,
     method: Literal["join", "exact", "adc", "semdedup"] | None = None,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     keep_fraction: float | None = None,
     grouping: Literal["star", "components"] | None = None,
     keep: str | None = None,
+    also: Any = None,
     text_features: Any = None,
     text_threshold: float = 0.9,
     reference: Any = None,
@@ -260,7 +262,8 @@ def dedup(
     method
         how to search (default: join, with --index adc)
     threshold
-        cosine at and above which two rows are duplicates (default: 0.95)
+        cosine at and above which two rows are duplicates (default: the model's, else .95;
+        OUT's own)
     keep_fraction
         raise the threshold until this share is kept
     grouping
@@ -270,6 +273,9 @@ def dedup(
         first, last, random, max:COLUMN, min:COLUMN of the metadata, or several in order,
         such as max:width,max:similarity,first; semdedup: hard, random, easy (default:
         first; semdedup: hard)
+    also
+        FEATURES:THRESHOLD of another kind, row for row, in which a pair must match, too;
+        several by comma, or given again; of snip embed the threshold may be left out
     text_features
         features of the captions: a pair must match in these too
     text_threshold
@@ -420,6 +426,63 @@ def download(
         If it cannot be done: says what was expected, what was found and what to do.
     """
 
+def embed(
+    images: Any,
+    *,
+    out: str | PathLike[str],
+    model: str = "phash",
+    parts: str | None = None,
+    column: str | None = None,
+    shard_rows: int = 10000,
+    max_pixels: int = 200000000,
+    every: float | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    runner: Literal["local", "ray"] = "local",
+    num_tasks: int | None = None,
+    task_index: int | None = None,
+    threads: int = 0,
+    overwrite: bool = False,
+) -> Embedded | str:
+    """Make features and metadata of pictures: ``snip embed``.
+
+    Parameters
+    ----------
+    images
+        folder of pictures (subfolders too), glob, tars, parquet files with picture bytes,
+        .txt list of paths; or a URL of one of these; several by comma
+    out
+        folder for img_emb/ and metadata/
+    model
+        what makes the features: see the page on pictures (default: phash)
+    parts
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
+    column
+        column of the pictures in parquet files (default: the first)
+    shard_rows
+        picture files a shard; a tar is one (default: 10000)
+    max_pixels
+        larger pictures fail (default: 200000000)
+    every
+        seconds between frames of videos (extra video) (default: videos are left out)
+    device
+        where the model computes (default: auto)
+    runner
+        this machine, or Ray workers (default: local)
+    num_tasks
+        processes that run this with the same --out (default: those of a Slurm array)
+    task_index
+        rank of this process among them, from 0 (default: that of a Slurm array)
+    threads
+        CPU threads, and processes that decode; 0 for all (default: 0)
+    overwrite
+        replace a finished folder
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
 def evaluate(
     features: Any,
     *,
@@ -436,7 +499,7 @@ def evaluate(
     queries: int = 4096,
     train_rows: int = 65536,
     steps: int = 400,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     flag_nprobe: int = 4,
     picture: bool = True,
     threads: int = 0,
@@ -476,7 +539,7 @@ def evaluate(
     steps
         most training steps of each encoder (default: 400)
     threshold
-        cosine at and above which two rows are duplicates (default: 0.95)
+        cosine at and above which two rows are duplicates (default: the model's, else .95)
     flag_nprobe
         lists visited for duplicate flags (default: 4)
     picture
@@ -567,7 +630,7 @@ def plan(
     disk_speed: str | None = None,
     probe: bool = False,
     rates: str | PathLike[str] | None = None,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     recall: float = 0.999,
     seed: int = 0,
 ) -> RunPlan:
@@ -606,7 +669,7 @@ def plan(
     rates
         file of rates of --probe (default: measured now)
     threshold
-        as of snip dedup (default: 0.95)
+        as of snip dedup (default: the model's, else .95)
     recall
         as of snip dedup (default: 0.999)
     seed
