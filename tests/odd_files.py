@@ -20,6 +20,14 @@ def photo(seed: int = 0, size: tuple[int, int] = (96, 64)) -> Image.Image:
     return Image.fromarray(np.uint8(whole * (255 / whole.max())))
 
 
+def write_photos(folder: Path, count: int = 12) -> None:
+    """Write JPEG files into two subfolders; a quarter of them are near copies of others."""
+    for number in range(count):
+        path = folder / f"{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(photo(number % (count * 3 // 4)), "JPEG", quality=90 - number))
+
+
 def encoded(picture: Image.Image, kind: str, **more: object) -> bytes:
     """Return a picture as the bytes of a file."""
     file = io.BytesIO()

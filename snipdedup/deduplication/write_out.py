@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +170,8 @@ def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> None:
     with atomic.writing_parquet(out / "groups.parquet", schema) as write, closing(keys):
         for part, named in zip(slices(members), keys, strict=False):
             near = None if result.near is None else result.near[at : at + len(part.row)]
-            write(search.groups_table(part, named, near))
+            also = [cosine[at : at + len(part.row)] for cosine in result.also]
+            write(search.groups_table(part, named, near, also))
             at += len(part.row)
 
 
@@ -222,9 +224,19 @@ def describe_run(
     else:
         sizes = zip(search.names, np.diff(search.offsets).tolist(), strict=True)
         described["shards"] = [{"name": name, "rows": rows} for name, rows in sizes]
-    if inputs.text is not None:
-        shards = describe_shards(inputs.text, checksums["text"])
-        described["text"] = {"request": request_of(inputs.text), "shards": shards}
+    if inputs.seconds:
+        read = iter(checksums["also"])
+        described["also"] = [
+            {
+                "name": second.name,
+                "threshold": second.threshold,
+                "request": request_of(second.features),
+                "shards": describe_shards(
+                    second.features, list(islice(read, len(second.features.shards)))
+                ),
+            }
+            for second in inputs.seconds
+        ]
     if inputs.references is not None:
         described["references"] = inputs.references.describe(checksums["references"])
     described["baselines"] = count_baselines(plan.table, result.members, work) if plan else {}

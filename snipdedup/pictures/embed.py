@@ -23,10 +23,12 @@ import pyarrow.parquet as pq
 from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
 from snipdedup.parallel import cores, ordered_map, pick_device
-from snipdedup.pictures.items import Shard
+from snipdedup.pictures import decode, video
+from snipdedup.pictures.containers import Shard
 from snipdedup.pictures.models import Model, open_model
+from snipdedup.pictures.reading import Failure, Row, Settings
 from snipdedup.pictures.sources import Pictures, find_pictures, locations
-from snipdedup.pictures.workers import Failure, Row, Settings, Workers
+from snipdedup.pictures.workers import Workers
 from snipdedup.runners import open_runner
 from snipdedup.runners.slurm import ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
@@ -36,7 +38,8 @@ KIND = "embed"
 FEATURES, TEXTS, METADATA, FAILED = "img_emb", "text_emb", "metadata", "failed.parquet"
 TYPES = {
     "key": pa.string(), "path": pa.string(), "tar": pa.string(), "member": pa.string(),
-    "parquet": pa.string(), "parquet_row": pa.int64(), "second": pa.float64(),
+    "parquet": pa.string(), "parquet_row": pa.int64(),
+    "video": pa.string(), "second": pa.float64(),
     "width": pa.int32(), "height": pa.int32(), "bytes": pa.int64(), "sha256": pa.string(),
     "exif_time": pa.string(), "camera": pa.string(), "caption": pa.string(), "url": pa.string(),
 }  # fmt: skip
@@ -65,16 +68,24 @@ def run(options: config.Embed) -> Embedded | str:
     started, share = time.monotonic(), share_of(options)
     device = pick_device(options.device)
     out = Path(options.out).expanduser()
+    decode.require()
+    if options.every is not None:
+        video.require()
     pictures = find_pictures(
-        options.images, options.shard_rows, parts=options.parts, column=options.column
-    )
+        options.images, options.shard_rows, parts=options.parts, column=options.column,
+        videos=options.every is not None,
+    )  # fmt: skip
     out_folder.refuse_output_inside(out, pictures.inputs)
-    asked = Asked(options.model, device, options.threads, options.max_pixels)
+    asked = Asked(
+        options.model, options.preprocess, options.download, device, options.threads,
+        options.max_pixels, options.every,
+    )  # fmt: skip
     tasks = EmbedTasks(pictures, asked, out / locks.WORK)
     request = {
         **pictures.request(),
         "model": tasks.model.described,
         "max_pixels": options.max_pixels,
+        "every": options.every,
         "shard_rows": options.shard_rows,
         "column": options.column,
     }
@@ -114,9 +125,12 @@ class Asked(NamedTuple):
     """What tasks need of the settings."""
 
     model: str
+    preprocess: str | None
+    download: bool
     device: str
     threads: int
     max_pixels: int
+    every: float | None
 
 
 @dataclass
@@ -137,12 +151,17 @@ class EmbedTasks:
     @cached_property
     def model(self) -> Model:
         """The model; on a CPU each batch is embedded by one thread, so that bits do not differ."""
-        return open_model(self.asked.model, device=self.asked.device, threads=1)
+        asked = self.asked
+        return open_model(
+            asked.model, device=asked.device, threads=1, preprocess=asked.preprocess,
+            download=asked.download,
+        )  # fmt: skip
 
     @cached_property
     def workers(self) -> Workers:
         """The processes that decode."""
-        settings = Settings(self.model.prepare, self.model.size, self.asked.max_pixels, None)
+        asked = self.asked
+        settings = Settings(self.model.prepare, self.model.size, asked.max_pixels, asked.every)
         return Workers(settings, cores(self.asked.threads))
 
     def close(self) -> None:
@@ -203,7 +222,7 @@ class EmbedTasks:
         features = np.concatenate([empty, *(made for _, made in parts)])
         whole = np.isfinite(features).all(1) & (features != 0).any(1)
         for row in table.filter(pa.array(~whole)).to_pylist():
-            source = ": ".join(str(row[name]) for name in shard.columns)
+            source = ": ".join(str(row[name]) for name in shard.columns if row[name] is not None)
             failures.append(Failure(source, row["key"], "the model returned no finite feature"))
         table = with_own_columns(shard, table.filter(pa.array(whole)).combine_chunks())
         texts = self.embed_texts(table["caption"].fill_null("").to_pylist())

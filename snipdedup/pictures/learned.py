@@ -40,9 +40,9 @@ class Learned:
         self.name, self.run, self.preprocess, self.texts = name, run, preprocess, texts
         self.threshold, self.batch = threshold, BATCH
         sides = preprocess.scaled or preprocess.size
-        self.size = max(sides)
+        self.size = 2 * max(sides)  # a JPEG drafted down to just what is needed would be blurred
         self.described: dict[str, Any] = {
-            "kind": name.partition(":")[0], "weights": weights.name,
+            "name": name, "kind": name.partition(":")[0], "weights": weights.name,
             "weights_sha256": sha256(weights), "preprocess": preprocess.described(),
             "threshold_from": threshold_from,
         }  # fmt: skip

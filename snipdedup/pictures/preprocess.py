@@ -97,8 +97,9 @@ class Preprocess:
         return np.ascontiguousarray(values)
 
     def described(self) -> dict[str, Any]:
-        """Return all settings, for a manifest."""
-        return dataclasses.asdict(self)
+        """Return all settings as JSON values, for a manifest."""
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found
 
 
 def middle(length: int, kept: int) -> int:

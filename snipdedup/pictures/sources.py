@@ -21,17 +21,14 @@ from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import identity_of
 from snipdedup.features.shards import natural_key, part_numbers
 from snipdedup.metadata.tables import stream_parquet
-from snipdedup.pictures.items import (
-    SUFFIXES,
-    TEXTS,
+from snipdedup.pictures.containers import (
     FileShard,
     ParquetShard,
     Shard,
     TarShard,
-    clean,
     image_column,
-    suffix_of,
 )
+from snipdedup.pictures.items import SUFFIXES, TEXTS, VIDEOS, clean, suffix_of
 from snipdedup.storage.listing import find_files, is_folder
 from snipdedup.storage.remote import (
     RemotePath,
@@ -73,11 +70,17 @@ class Found(NamedTuple):
 
 
 def find_pictures(
-    spec: Any, shard_rows: int, *, parts: str | None = None, column: str | None = None
+    spec: Any,
+    shard_rows: int,
+    *,
+    parts: str | None = None,
+    column: str | None = None,
+    videos: bool = False,
 ) -> Pictures:
     """Find the pictures that IMAGES means: see the page on pictures.
 
     ``spec`` is a text, as typed, or a sequence of paths. ``column`` is that of parquet files.
+    ``videos`` are read too, or left out.
     """
     words = locations(spec)
     if not words:
@@ -87,7 +90,7 @@ def find_pictures(
     if len(words) > 1:
         names = below_common_folder([file.path for file in files])
         files = [file._replace(name=name) for file, name in zip(files, names, strict=True)]
-    return shards_of(files, shard_rows, column, roots, ", ".join(map(redacted, words)))
+    return shards_of(files, shard_rows, column, videos, roots, ", ".join(map(redacted, words)))
 
 
 def locations(spec: Any) -> list[str]:
@@ -165,14 +168,19 @@ def below_common_folder(paths: Sequence[Path]) -> list[str]:
 
 
 def shards_of(
-    files: list[Found], shard_rows: int, column: str | None, roots: list[Path], named: str
+    files: list[Found],
+    shard_rows: int,
+    column: str | None,
+    videos: bool,
+    roots: list[Path],
+    named: str,
 ) -> Pictures:
     """Cut files into shards: tars if there are any, else parquet files of bytes, else pictures."""
     kinds: dict[str, list[Found]] = {}
     for file in files:
         kinds.setdefault(suffix_of(file.path.name), []).append(file)
     tables = [file.path for file in kinds.get(PARQUET, [])]
-    chosen = [f for f in files if is_picture(f)]
+    chosen = [file for file in files if is_picture(file, videos)]
     # Parquet files beside tars or pictures are their metadata, unless they hold pictures themselves
     beside = column is None and bool(chosen) and TAR not in kinds
     if tables and beside:
@@ -187,11 +195,17 @@ def shards_of(
         check_columns(shards)
     elif chosen:
         used = chosen
-        shards = file_shards(chosen, {file.name for file in files if file.is_listed}, shard_rows)
+        names = {file.name for file in files if file.is_listed}
+        shards = file_shards(chosen, names, shard_rows, videos)
     else:
         raise SnipError(
             f"{NONE} in {named}: expected {', '.join(SUFFIXES[:6])}, ... (also in subfolders), "
-            f"{TAR} or {PARQUET}; for files with other names give a list of their paths"
+            f"{TAR} or {PARQUET}; "
+            + (
+                "--every SECONDS reads videos"
+                if set(VIDEOS) & set(kinds)
+                else "for files with other names give a list of their paths"
+            )
         )
     left_out = Counter(suffix_of(file.path.name) for file in files)
     left_out.subtract(suffix_of(file.path.name) for file in used)
@@ -204,9 +218,11 @@ def shards_of(
     )
 
 
-def is_picture(file: Found) -> bool:
+def is_picture(file: Found, videos: bool) -> bool:
     """Tell whether a file is taken for a picture: by its suffix, or since it was named."""
     suffix = suffix_of(file.path.name)
+    if suffix in VIDEOS:
+        return videos
     return suffix in SUFFIXES or (file.is_named and suffix not in (*TEXTS, TAR, PARQUET))
 
 
@@ -227,7 +243,7 @@ def check_columns(shards: Sequence[Shard]) -> None:
             )
 
 
-def file_shards(files: list[Found], names: set[str], shard_rows: int) -> list[Shard]:
+def file_shards(files: list[Found], names: set[str], shard_rows: int, videos: bool) -> list[Shard]:
     """Cut picture files into shards; ``names`` are those of all files in their folders.
 
     A key is the name without suffix, with it where another file has the same otherwise.
@@ -242,7 +258,8 @@ def file_shards(files: list[Found], names: set[str], shard_rows: int) -> list[Sh
         texts.append(tuple(p for name, p in likely if name in names or (look and p.is_file())))
     paths = [file.path for file in files]
     cuts = [slice(at, at + shard_rows) for at in range(0, len(paths), shard_rows)]
-    return [FileShard(paths[part], keys[part], texts[part]) for part in cuts]
+    columns = ("path", "video", "second") if videos else ("path",)
+    return [FileShard(paths[part], keys[part], texts[part], columns) for part in cuts]
 
 
 def beside_of(path: Path, suffix: str) -> Path:

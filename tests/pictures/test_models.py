@@ -91,7 +91,7 @@ def test_clip_is_as_open_clip_does_it(clip):
     np.testing.assert_allclose(model.encode_texts(["a cat", "two dogs"]), unit(texts), atol=1e-3)
     assert (model.dim, model.threshold) == (24, 0.95)
     assert model.described["kind"] == "clip"
-    assert model.described["preprocess"]["size"] == (48, 48)
+    assert model.described["preprocess"]["size"] == [48, 48]
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
