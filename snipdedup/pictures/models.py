@@ -62,8 +62,8 @@ class HashModel:
         self.name, self.dim, self.batch, self.size = name, BITS, 1024, made.size
         self.prepare, self.threshold = made.bits, 1 - 2 * made.distance / BITS
         self.described: dict[str, Any] = {
-            "name": name, "kind": "hash", "bits": BITS, "plain": "sha256", "distance": made.distance,
-            "threshold_from": made.source,
+            "name": name, "kind": "hash", "bits": BITS, "plain": "sha256",
+            "distance": made.distance, "threshold_from": made.source,
         }  # fmt: skip
 
     def encode(self, prepared: np.ndarray) -> np.ndarray:
