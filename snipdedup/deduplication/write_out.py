@@ -253,17 +253,17 @@ def count_baselines(metadata: Metadata, members: Members, folder: Path) -> dict[
     """Return, for each column of hashes or URLs, how many of the removed rows it would catch.
 
     Within each group, one row of each value would be kept; those of the removed rows are counted
-    that would be removed so, too. Rows without a value are never equal. ``folder`` is for temporary
-    files.
+    that would be removed so, too. Rows without a value are never equal; a column in which all rows
+    are without is left out. ``folder`` is for temporary files.
     """
     cuts, counts, folder = cut_groups(members.group), {}, folder / "baseline"
     for name in baseline_columns(metadata):
         gathered = gather_column(metadata, name, members.row, cuts, key_bytes, folder)
-        counts[name] = 0
         with closing(gathered) as found:
             for part, values in zip(slices(members), found, strict=True):
-                if values is not None:
-                    counts[name] += caught_rows(part, values.combine_chunks())
+                if values is not None and values.null_count < len(values):
+                    caught = caught_rows(part, values.combine_chunks())
+                    counts[name] = counts.get(name, 0) + caught
     return counts
 
 
