@@ -256,7 +256,8 @@ def count_baselines(metadata: Metadata, members: Members, folder: Path) -> dict[
     that would be removed so, too. Rows without a value are never equal; a column in which all rows
     are without is left out. ``folder`` is for temporary files.
     """
-    cuts, counts, folder = cut_groups(members.group), {}, folder / "baseline"
+    cuts, folder = cut_groups(members.group), folder / "baseline"
+    counts: dict[str, int] = {}
     for name in baseline_columns(metadata):
         gathered = gather_column(metadata, name, members.row, cuts, key_bytes, folder)
         with closing(gathered) as found:
