@@ -24,8 +24,11 @@ from snipdedup.auditing.removed_rows import (
 from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
 from snipdedup.config import Audit
 from snipdedup.deduplication.inputs import KIND
-from snipdedup.deduplication.pair_search import also_column
-from snipdedup.deduplication.second_features import recorded_seconds, recorded_sources
+from snipdedup.deduplication.second_features import (
+    also_column,
+    recorded_seconds,
+    recorded_sources,
+)
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from snipdedup.deduplication.inputs import KIND, Inputs, check_searched, known_checksums
-from snipdedup.deduplication.second_features import recorded_seconds
+from snipdedup.deduplication.second_features import also_column, recorded_seconds
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan, equal_pairs
 from snipdedup.features.shards import Features
@@ -166,11 +166,6 @@ class PairSearch:
     def whole_forest(self) -> Edges:
         """The forest with exact copies, ordered by (a, b)."""
         return join_edges(list(self.edges()))
-
-
-def also_column(number: int) -> str:
-    """Return the column of ``groups.parquet`` for second features, numbered from 0."""
-    return f"also_similarity_{number + 1}"
 
 
 def save_search(search: PairSearch, work: Path) -> None:

@@ -20,6 +20,7 @@ from snipdedup.groups.pairs import Also
 from snipdedup.metadata.tables import Metadata, as_texts, open_metadata
 from snipdedup.storage.remote import absolute_location
 
+ALSO = "also_similarity_"  # begins the columns of groups.parquet
 ROWS = "expected one for each row, in the same order"
 FAILED = "pictures that failed in one of two runs of snip embed are missing there: failed.parquet"
 
@@ -40,6 +41,11 @@ class SecondFeatures(NamedTuple):
     def request(self) -> dict[str, Any]:
         """Return what tells them from others."""
         return {**request_of(self.features), "threshold": self.threshold}
+
+
+def also_column(number: int) -> str:
+    """Return the column of ``groups.parquet`` for second features, numbered from 0."""
+    return f"{ALSO}{number + 1}"
 
 
 def known_thresholds(given: Any) -> list[tuple[Any, float]]:

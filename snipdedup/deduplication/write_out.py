@@ -256,22 +256,25 @@ def count_baselines(metadata: Metadata, members: Members, folder: Path) -> dict[
     that would be removed so, too. Rows without a value are never equal; a column in which all rows
     are without is left out. ``folder`` is for temporary files.
     """
-    cuts, counts, folder = cut_groups(members.group), {}, folder / "baseline"
+    cuts, folder = cut_groups(members.group), folder / "baseline"
+    counts: dict[str, int] = {}
     for name in baseline_columns(metadata):
         gathered = gather_column(metadata, name, members.row, cuts, key_bytes, folder)
         with closing(gathered) as found:
             for part, values in zip(slices(members), found, strict=True):
-                if values is not None and values.null_count < len(values):
-                    caught = caught_rows(part, values.combine_chunks())
+                caught = None if values is None else caught_rows(part, values.combine_chunks())
+                if caught is not None:
                     counts[name] = counts.get(name, 0) + caught
     return counts
 
 
-def caught_rows(members: Members, values: Any) -> int:
-    """Return how many removed rows of whole groups are caught by their values."""
+def caught_rows(members: Members, values: Any) -> int | None:
+    """Return how many removed rows of whole groups are caught; None if no row has a value."""
     import pyarrow.compute as pc  # here: it takes a tenth of a second to load
 
     known = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+    if not known.any():
+        return None
     value = values.dictionary_encode().indices.to_numpy()[known].astype(np.int64)
     _, group = np.unique(members.group[known], return_inverse=True)
     _, label = np.unique(group * (len(values) + 1) + value, return_inverse=True)

@@ -22,7 +22,8 @@ class Origin(NamedTuple):
     folder: str  # path or URL
     model: str
     threshold: float  # the cosine that is usual for the model
-    pictures: str | None  # the folder that all pictures lie in, where one is known
+    images: list[str]  # IMAGES: absolute paths and URLs
+    column: str | None  # of the pictures in parquet files, where it was named
 
     @property
     def metadata(self) -> str:
@@ -58,9 +59,11 @@ def origin_of(source: Any) -> Origin | None:
     limit = known.get("threshold")
     if not isinstance(limit, int | float) or not -1 <= limit <= 1:
         raise SnipError(f"{path}: damaged: its model has the threshold {limit!r}")
-    pictures = manifest.get("folder")
-    pictures = pictures if isinstance(pictures, str) else None
-    return Origin(folder, str(known.get("name")), float(limit), pictures)
+    settings = manifest.get("settings")
+    given = settings if isinstance(settings, dict) else {}
+    images = given.get("images")
+    named = [str(one) for one in images] if isinstance(images, list) else []
+    return Origin(folder, str(known.get("name")), float(limit), named, given.get("column"))
 
 
 def usual_threshold(source: Any) -> tuple[float, str | None]:

@@ -33,6 +33,7 @@ from snipdedup.runners import open_runner
 from snipdedup.runners.slurm import ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import is_finished, read_manifest
+from snipdedup.storage.remote import absolute_location
 
 KIND = "embed"
 FEATURES, TEXTS, METADATA, FAILED = "img_emb", "text_emb", "metadata", "failed.parquet"
@@ -324,7 +325,10 @@ def publish(
     model = {"name": tasks.model.name, "dim": tasks.model.dim, "threshold": tasks.model.threshold}
     body = {
         "command": "embed",
-        "settings": {**options.as_dict(), "images": locations(options.images)},
+        "settings": {
+            **options.as_dict(),
+            "images": list(map(absolute_location, locations(options.images))),
+        },
         "request": request,
         "model": {**model, **tasks.model.described},
         "shards": [
