@@ -203,10 +203,11 @@ def dedup(
     out: str | PathLike[str] | None = None,
     metadata: str | PathLike[str] | None = None,
     method: Literal["join", "exact", "adc", "semdedup"] | None = None,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     keep_fraction: float | None = None,
     grouping: Literal["star", "components"] | None = None,
     keep: str | None = None,
+    also: Any = None,
     text_features: Any = None,
     text_threshold: float = 0.9,
     reference: Any = None,
@@ -261,7 +262,8 @@ def dedup(
     method
         how to search (default: join, with --index adc)
     threshold
-        cosine at and above which two rows are duplicates (default: 0.95)
+        cosine at and above which two rows are duplicates (default: the model's, else .95;
+        OUT's own)
     keep_fraction
         raise the threshold until this share is kept
     grouping
@@ -271,6 +273,9 @@ def dedup(
         first, last, random, max:COLUMN, min:COLUMN of the metadata, or several in order,
         such as max:width,max:similarity,first; semdedup: hard, random, easy (default:
         first; semdedup: hard)
+    also
+        FEATURES:THRESHOLD of another kind, row for row, in which a pair must match, too;
+        several by comma, or given again; of snip embed the threshold may be left out
     text_features
         features of the captions: a pair must match in these too
     text_threshold
@@ -426,6 +431,8 @@ def embed(
     *,
     out: str | PathLike[str],
     model: str = "phash",
+    preprocess: str | None = None,
+    download: bool = False,
     parts: str | None = None,
     column: str | None = None,
     shard_rows: int = 10000,
@@ -448,7 +455,13 @@ def embed(
     out
         folder for img_emb/ and metadata/
     model
-        what makes the features: see the page on pictures (default: phash)
+        phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE,
+        torchscript:FILE (default: phash)
+    preprocess
+        of a learned model: JSON file, or words such as size=224 (default: its own, or JSON
+        beside it)
+    download
+        fetch weights of clip: and timm: that are not on this machine
     parts
         part numbers of a {part:04d} pattern: 0:2, end exclusive
     column
@@ -494,7 +507,7 @@ def evaluate(
     queries: int = 4096,
     train_rows: int = 65536,
     steps: int = 400,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     flag_nprobe: int = 4,
     picture: bool = True,
     threads: int = 0,
@@ -534,7 +547,7 @@ def evaluate(
     steps
         most training steps of each encoder (default: 400)
     threshold
-        cosine at and above which two rows are duplicates (default: 0.95)
+        cosine at and above which two rows are duplicates (default: the model's, else .95)
     flag_nprobe
         lists visited for duplicate flags (default: 4)
     picture
@@ -625,7 +638,7 @@ def plan(
     disk_speed: str | None = None,
     probe: bool = False,
     rates: str | PathLike[str] | None = None,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     recall: float = 0.999,
     seed: int = 0,
 ) -> RunPlan:
@@ -664,7 +677,7 @@ def plan(
     rates
         file of rates of --probe (default: measured now)
     threshold
-        as of snip dedup (default: 0.95)
+        as of snip dedup (default: the model's, else .95)
     recall
         as of snip dedup (default: 0.999)
     seed

@@ -87,6 +87,7 @@ def make_sample(folder: Path) -> np.ndarray:
     for number, name in enumerate(("new_emb", "test_emb", "made_emb")):
         near = rows[10 * number : 10 * number + 30] + np.float16(0.01)
         atomic.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
+    atomic.save_npy(folder / "text_emb/text_emb_0000.npy", rows[:, :64])
     write_photos(folder / "photos")
     return rows
 
