@@ -46,6 +46,7 @@ dedup @small/img_emb --metadata @small/metadata --out components --grouping comp
 dedup @small/img_emb --metadata @small/metadata --out weights --keep random --seed 7 --weights
     --pairs --chunk_rows 3000 --threads 1
 dedup @small/img_emb --text_features @small/text_emb --out captions
+dedup @small/img_emb --also @small/text_emb:.8 --grouping components --out also
 dedup @small/img_emb --out exact --method exact --keep_fraction .8
 dedup @small/img_emb --out semdedup --method semdedup --clusters 4 --epsilon .05,.02
 dedup @more/img_emb --metadata @more/metadata --reference star --out added

@@ -239,10 +239,11 @@ def dedup(
     out: str | PathLike[str] | None = None,
     metadata: str | PathLike[str] | None = None,
     method: Literal["join", "exact", "adc", "semdedup"] | None = None,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     keep_fraction: float | None = None,
     grouping: Literal["star", "components"] | None = None,
     keep: str | None = None,
+    also: Any = None,
     text_features: Any = None,
     text_threshold: float = 0.9,
     reference: Any = None,
@@ -297,7 +298,8 @@ def dedup(
     method
         how to search (default: join, with --index adc)
     threshold
-        cosine at and above which two rows are duplicates (default: 0.95)
+        cosine at and above which two rows are duplicates (default: the model's, else .95;
+        OUT's own)
     keep_fraction
         raise the threshold until this share is kept
     grouping
@@ -307,6 +309,9 @@ def dedup(
         first, last, random, max:COLUMN, min:COLUMN of the metadata, or several in order,
         such as max:width,max:similarity,first; semdedup: hard, random, easy (default:
         first; semdedup: hard)
+    also
+        FEATURES:THRESHOLD of another kind, row for row, in which a pair must match, too;
+        several by comma, or given again; of snip embed the threshold may be left out
     text_features
         features of the captions: a pair must match in these too
     text_threshold
@@ -462,10 +467,13 @@ def embed(
     *,
     out: str | PathLike[str],
     model: str = "phash",
+    preprocess: str | None = None,
+    download: bool = False,
     parts: str | None = None,
     column: str | None = None,
     shard_rows: int = 10000,
     max_pixels: int = 200000000,
+    every: float | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     runner: Literal["local", "ray"] = "local",
     num_tasks: int | None = None,
@@ -483,7 +491,13 @@ def embed(
     out
         folder for img_emb/ and metadata/
     model
-        what makes the features: see the page on pictures (default: phash)
+        phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE,
+        torchscript:FILE (default: phash)
+    preprocess
+        of a learned model: JSON file, or words such as size=224 (default: its own, or JSON
+        beside it)
+    download
+        fetch weights of clip: and timm: that are not on this machine
     parts
         part numbers of a {part:04d} pattern: 0:2, end exclusive
     column
@@ -492,6 +506,8 @@ def embed(
         picture files a shard; a tar is one (default: 10000)
     max_pixels
         larger pictures fail (default: 200000000)
+    every
+        seconds between frames of videos (extra video) (default: videos are left out)
     device
         where the model computes (default: auto)
     runner
@@ -527,7 +543,7 @@ def evaluate(
     queries: int = 4096,
     train_rows: int = 65536,
     steps: int = 400,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     flag_nprobe: int = 4,
     picture: bool = True,
     threads: int = 0,
@@ -567,7 +583,7 @@ def evaluate(
     steps
         most training steps of each encoder (default: 400)
     threshold
-        cosine at and above which two rows are duplicates (default: 0.95)
+        cosine at and above which two rows are duplicates (default: the model's, else .95)
     flag_nprobe
         lists visited for duplicate flags (default: 4)
     picture
@@ -658,7 +674,7 @@ def plan(
     disk_speed: str | None = None,
     probe: bool = False,
     rates: str | PathLike[str] | None = None,
-    threshold: float = 0.95,
+    threshold: float | None = None,
     recall: float = 0.999,
     seed: int = 0,
 ) -> RunPlan:
@@ -697,7 +713,7 @@ def plan(
     rates
         file of rates of --probe (default: measured now)
     threshold
-        as of snip dedup (default: 0.95)
+        as of snip dedup (default: the model's, else .95)
     recall
         as of snip dedup (default: 0.999)
     seed

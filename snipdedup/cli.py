@@ -171,6 +171,7 @@ def match_words(
     see = f"see: snip {command.name} --help"
     places: list[str] = []
     texts: dict[str, str] = {}
+    several = {f.name for f in command.fields(positional=False) if f.metadata.get("several")}
     rest = iter(words)
     for word in rest:
         if word in ("--", "-"):
@@ -194,9 +195,9 @@ def match_words(
             if is_flag(text):
                 hint = f" (one that begins with a dash: {flag}={text})" if text != "--" else ""
                 raise UsageError(f"{flag} needs a value{hint}; {see}")
-        if name in texts:
+        if name in texts and name not in several:
             raise UsageError(f"--{name} is given more than once")
-        texts[name] = text
+        texts[name] = f"{texts[name]},{text}" if name in texts else text
     return places, texts
 
 

@@ -15,6 +15,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
@@ -24,6 +25,7 @@ from snipdedup.errors import UsageError
 # What a path may be: on this machine (a file to write, a folder, a file to read) or anywhere.
 WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BYTE_UNITS = ("", "k", "m", "g", "t")
 MOST_FILES = 10**6  # of a set, by their numbers
 # The Python types in which JSON returns a value of a declared type.
@@ -46,8 +48,8 @@ def option(default: Any, help: str, low: Any = None, high: Any = None, **about: 
     So does each number of a text such as ``4,8,16``. ``[...]`` at the end of the help is what
     happens by default, where None or True does not say it. Others are ``choices``: the allowed
     values; ``words``: those of a list by comma; ``path``: `WRITTEN`, `FOLDER`, `FILE` or
-    `ANYWHERE`; ``amount``: it is read by `parse_bytes`; ``command_only``: the library does not
-    have it.
+    `ANYWHERE`; ``amount``: it is read by `parse_bytes`; ``several``: it may be typed again, which
+    adds to it; ``command_only``: the library does not have it.
     """
     meaning, _, usual = help.partition(" [")
     about |= {"help": meaning, "usual": usual.removesuffix("]"), "low": low, "high": high}
@@ -356,6 +358,39 @@ def parse_epsilons(value: Any) -> list[float]:
     if not all(0 <= number <= 2 for number in numbers):
         raise UsageError(f"--epsilon must be numbers from 0 to 2, by comma, found {value!r}")
     return numbers
+
+
+def split_also(given: Any) -> list[tuple[Any, float | None]]:
+    """Return the second features that ``--also`` names, each with its threshold or None.
+
+    ``given`` is FEATURES:THRESHOLD as a text, several by comma; (features, threshold); or a list of
+    such. The last colon counts, where a number follows: paths and URLs have others.
+    """
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    if isinstance(given, str):
+        items = [word.strip() for word in given.split(",") if word.strip()]
+    elif isinstance(given, tuple) and not (len(given) == 2 and is_limit(given[1])):
+        items = list(given)
+    found = []
+    for item in items:
+        source, limit = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+        if isinstance(item, str):
+            head, _, number = item.rpartition(":")
+            if head and NUMBER.fullmatch(number):
+                source, limit = head, float(number)
+        if not is_limit(limit) or (limit is not None and not -1 <= limit <= 1):
+            raise UsageError(
+                f"--also must be FEATURES:THRESHOLD, a cosine from -1 to 1, found threshold {limit}"
+            )
+        found.append((source, None if limit is None else float(limit)))
+    if given is not None and not found:
+        raise UsageError("--also names no features; expected FEATURES:THRESHOLD")
+    return found
+
+
+def is_limit(value: Any) -> bool:
+    """Tell whether a value is a number, or None."""
+    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def keep_rules(text: str) -> tuple[list[tuple[str, str]], str]:

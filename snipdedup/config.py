@@ -27,6 +27,7 @@ from snipdedup.commands import (
     parse_epsilons,
     refuse,
     required,
+    split_also,
 )
 from snipdedup.errors import UsageError
 
@@ -38,14 +39,14 @@ ONLY_WITH = (  # methods, and the settings that the others do not have
     (("adc",), ("index",)),
     (("semdedup",), ("clusters", "epsilon")),
     (("join", "adc"), ("encoder",)),
-    (("join", "exact"), ("text_features", "reference")),
+    (("join", "exact"), ("also", "text_features", "reference")),
     (("join", "exact", "adc"), ("grouping", "keep_fraction", "pairs")),
 )
 RULES = ("two_sided", "difference", "ratio", "mutual")  # mutual is an older name of two_sided
 KEEP_REMOVE = ("keep", "remove")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
 DEVICES = ("auto", "cpu", "cuda")
-THRESHOLD = 0.95  # cosine of two duplicates, for CLIP
+THRESHOLD = 0.95  # cosine of two duplicates, for CLIP; see `features.origin.usual_threshold`
 
 
 def check_sharing(asked: Any) -> None:
@@ -80,6 +81,47 @@ class Input(Format):
     features: Any = argument("folder, glob, file or {part:04d} pattern of features, or a URL")
 
 
+@command("embed", "the chain", "pictures.embed", "photos --out embedded")
+class Embed(Settings):
+    """Make features and metadata of pictures."""
+
+    images: Any = argument(
+        "folder of pictures (subfolders too), glob, tars, parquet files with picture bytes, .txt "
+        "list of paths; or a URL of one of these; several by comma"
+    )
+    out: str = required("folder for img_emb/ and metadata/", path=WRITTEN)
+    model: str = option(
+        "phash",
+        "phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE, "
+        "torchscript:FILE",
+    )
+    preprocess: str | None = option(
+        None,
+        "of a learned model: JSON file, or words such as size=224 [its own, or JSON beside it]",
+    )
+    download: bool = option(False, "fetch weights of clip: and timm: that are not on this machine")
+    parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
+    column: str | None = option(None, "column of the pictures in parquet files [the first]")
+    shard_rows: int = option(10_000, "picture files a shard; a tar is one", 1, 10**7)
+    max_pixels: int = option(200_000_000, "larger pictures fail", 1, 2**40)
+    every: float | None = option(
+        None, "seconds between frames of videos (extra video) [videos are left out]", 1e-2, 10**6
+    )
+    device: str = option("auto", "where the model computes", choices=DEVICES)
+    runner: str = option("local", "this machine, or Ray workers", choices=("local", "ray"))
+    num_tasks: int | None = option(
+        None, "processes that run this with the same --out [those of a Slurm array]", 1, 10**6
+    )
+    task_index: int | None = option(
+        None, "rank of this process among them, from 0 [that of a Slurm array]", 0, 10**6
+    )
+    threads: int = option(0, "CPU threads, and processes that decode; 0 for all", 0, 4096)
+    overwrite: bool = option(False, "replace a finished folder")
+
+    def _check(self) -> None:
+        check_sharing(self)
+
+
 @command("train", "the chain", "encoder.training", "img_emb --out encoder")
 class Train(Input):
     """Train the SNIP encoder on features."""
@@ -102,35 +144,6 @@ class Train(Input):
     threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished encoder")
-
-
-@command("embed", "the chain", "pictures.embed", "photos --out embedded")
-class Embed(Settings):
-    """Make features and metadata of pictures."""
-
-    images: Any = argument(
-        "folder of pictures (subfolders too), glob, tars, parquet files with picture bytes, .txt "
-        "list of paths; or a URL of one of these; several by comma"
-    )
-    out: str = required("folder for img_emb/ and metadata/", path=WRITTEN)
-    model: str = option("phash", "what makes the features: see the page on pictures")
-    parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
-    column: str | None = option(None, "column of the pictures in parquet files [the first]")
-    shard_rows: int = option(10_000, "picture files a shard; a tar is one", 1, 10**7)
-    max_pixels: int = option(200_000_000, "larger pictures fail", 1, 2**40)
-    device: str = option("auto", "where the model computes", choices=DEVICES)
-    runner: str = option("local", "this machine, or Ray workers", choices=("local", "ray"))
-    num_tasks: int | None = option(
-        None, "processes that run this with the same --out [those of a Slurm array]", 1, 10**6
-    )
-    task_index: int | None = option(
-        None, "rank of this process among them, from 0 [that of a Slurm array]", 0, 10**6
-    )
-    threads: int = option(0, "CPU threads, and processes that decode; 0 for all", 0, 4096)
-    overwrite: bool = option(False, "replace a finished folder")
-
-    def _check(self) -> None:
-        check_sharing(self)
 
 
 @command("compress", "the chain", "encoder.compress", "img_emb --encoder encoder --out descriptors")
@@ -177,7 +190,11 @@ class Dedup(Input):
     out: str | None = option(None, "folder for the result; --dry_run needs none", path=WRITTEN)
     metadata: str | None = option(None, "parquet or CSV files, row for row", path=ANYWHERE)
     method: str | None = option(None, "how to search [join, with --index adc]", choices=METHODS)
-    threshold: float = option(THRESHOLD, "cosine at and above which two rows are duplicates", -1, 1)
+    threshold: float | None = option(
+        None,
+        "cosine at and above which two rows are duplicates [the model's, else .95; OUT's own]",
+        -1, 1,
+    )  # fmt: skip
     keep_fraction: float | None = option(None, "raise the threshold until this share is kept", 0, 1)
     grouping: str | None = option(
         None,
@@ -188,6 +205,12 @@ class Dedup(Input):
         None,
         "first, last, random, max:COLUMN, min:COLUMN of the metadata, or several in order, such as "
         "max:width,max:similarity,first; semdedup: hard, random, easy [first; semdedup: hard]",
+    )
+    also: Any = option(
+        None,
+        "FEATURES:THRESHOLD of another kind, row for row, in which a pair must match, too; several "
+        "by comma, or given again; of snip embed the threshold may be left out",
+        several=True,
     )
     text_features: Any = option(None, "features of the captions: a pair must match in these too")
     text_threshold: float = option(0.9, "cosine at and above which two captions match", -1, 1)
@@ -254,7 +277,9 @@ class Dedup(Input):
                     given = f"{name} {self.runner}" if name == "runner" else name
                     known = " or ".join(methods)
                     raise UsageError(f"--{given} goes with --method {known}, not {method}")
-        alone = all(x is None for x in (self.encoder, self.reference, self.text_features))
+        split_also(self.also)
+        beside = (self.encoder, self.reference, self.text_features, self.also)
+        alone = all(x is None for x in beside)
         clusters, rowless = method == "semdedup", self.features is None
         ray = self.runner == "ray"
         refuse(
@@ -270,8 +295,10 @@ class Dedup(Input):
              f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, found {self.keep!r}"),
             (self.references_only and self.reference is None,
              "--references_only compares with --reference: give that too"),
-            (self.text_features is not None and self.reference is not None,
+            (self.reference is not None and self.text_features is not None,
              "--text_features and --reference do not go together yet"),
+            (self.reference is not None and self.also is not None,
+             "--also and --reference do not go together yet"),
             (ray and not isinstance(self.features, str | Path),
              "--runner ray reads features from files: give their folder"),
             (self.weights and self.merge_captions is not None,
@@ -283,6 +310,11 @@ class Dedup(Input):
         if self.keep is not None and not clusters:
             keep_rules(self.keep)
         parse_epsilons(self.epsilon)
+
+    @property
+    def cosine(self) -> float:
+        """The threshold of filled settings."""
+        return THRESHOLD if self.threshold is None else self.threshold
 
     def filled(self) -> Dedup:
         """Return the settings of a new search, with the method and what depends on it.
@@ -508,7 +540,9 @@ class Eval(Input):
     # The least is evaluate.LEAST_LEARNT.
     train_rows: int = option(65_536, "rows that encoders, PCA and OPQ learn from", 256, 10**8)
     steps: int = option(400, "most training steps of each encoder", 1, 10**7)
-    threshold: float = option(THRESHOLD, "cosine at and above which two rows are duplicates", -1, 1)
+    threshold: float | None = option(
+        None, "cosine at and above which two rows are duplicates [the model's, else .95]", -1, 1
+    )
     flag_nprobe: int = option(4, "lists visited for duplicate flags", 1, 2**24)
     picture: bool = option(True, "draw the curves (extra plot); --nopicture turns it off [on]")
     threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
@@ -532,7 +566,7 @@ class Plan(Format):
     disk_speed: str | None = option(None, "bytes a second of a disk [all is in RAM]", amount=True)
     probe: bool = option(False, "measure rates now, and write them to the file of --rates")
     rates: str | None = option(None, "file of rates of --probe [measured now]", path=WRITTEN)
-    threshold: float = option(THRESHOLD, "as of snip dedup", -1, 1)
+    threshold: float | None = option(None, "as of snip dedup [the model's, else .95]", -1, 1)
     recall: float = option(0.999, "as of snip dedup", 0.5, 1)
     seed: int = option(0, "seed of the sample", 0, MAX_SEED)
     json: bool = option(False, "print JSON", command_only=True)

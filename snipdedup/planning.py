@@ -30,6 +30,7 @@ from snipdedup.config import Plan
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes
+from snipdedup.features.origin import usual_threshold
 from snipdedup.features.shards import Features, open_features
 from snipdedup.join.calibration import close_pairs
 from snipdedup.join.encoding import encode_task, task_rows
@@ -174,7 +175,10 @@ def run(options: Plan) -> RunPlan:
     else:
         if path is not None:
             out_folder.refuse_output_file(path, [] if features is None else features.inputs())
-        rates = probe(features, rows, dim, options.threshold, options.recall, options.seed)
+        threshold = options.threshold
+        if threshold is None:
+            threshold = usual_threshold(options.features)[0]
+        rates = probe(features, rows, dim, threshold, options.recall, options.seed)
         if path is not None:
             atomic.save_json(path, {"kind": "rates", **dataclasses.asdict(rates)})
     if options.duplicates is not None:

@@ -11,9 +11,21 @@ from PIL import Image, PngImagePlugin, features
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (96, 64)) -> Image.Image:
-    """Return a smooth RGB picture, another one for each seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    """Return an RGB picture, another one for each seed: coarse shapes, with finer ones on them."""
+    rng = np.random.default_rng(seed)
+    whole = np.zeros((size[1], size[0], 3), np.float32)
+    for side in (4, 8, 16, 32):
+        layer = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+        whole += np.asarray(layer.resize(size, Image.Resampling.BICUBIC)) * (2 / side)
+    return Image.fromarray(np.uint8(whole * (255 / whole.max())))
+
+
+def write_photos(folder: Path, count: int = 12) -> None:
+    """Write JPEG files into two subfolders; a quarter of them are near copies of others."""
+    for number in range(count):
+        path = folder / f"{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(photo(number % (count * 3 // 4)), "JPEG", quality=90 - number))
 
 
 def encoded(picture: Image.Image, kind: str, **more: object) -> bytes:

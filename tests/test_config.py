@@ -41,6 +41,7 @@ def numbers():
 RANGES = [
     ("Embed", "shard_rows", 1, 10**7),
     ("Embed", "max_pixels", 1, 2**40),
+    ("Embed", "every", 1e-2, 10**6),
     ("Embed", "threads", 0, 4096),
     ("Embed", "num_tasks", 1, 10**6),
     ("Embed", "task_index", 0, 10**6),
@@ -211,7 +212,11 @@ def test_a_default_is_shown_in_one_form():
                 assert f"--no{field.name}" in text
                 assert usual_value(field) == "on"
     by_name = {field.name: usual_value(field) for field in dataclasses.fields(config.Dedup)}
-    assert (by_name["seed"], by_name["threshold"], by_name["grouping"]) == ("0", "0.95", "star")
+    assert (by_name["seed"], by_name["threshold"], by_name["grouping"]) == (
+        "0",
+        "the model's, else .95; OUT's own",
+        "star",
+    )
     assert (by_name["out"], by_name["overwrite"]) == ("", "")
 
 

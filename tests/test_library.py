@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import truth
 from conftest import ROOT
+from odd_files import write_photos
 
 import snipdedup
 from snipdedup.commands import LATE
@@ -77,6 +78,7 @@ def folder(tmp_path_factory):
         table = pa.table({"key": [f"{row:09d}" for row in range(start, start + size)]})
         atomic.save_parquet(place / f"metadata/metadata_{part:04d}.parquet", table)
         start += size
+    write_photos(place / "photos")
     return place
 
 

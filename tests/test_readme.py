@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from odd_files import write_photos
 
 from snipdedup import cli
 from snipdedup.config import COMMANDS
@@ -30,6 +31,7 @@ DOCS = ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 # Pages whose commands run, in this order, in one folder: later ones use what earlier ones wrote.
 HOWTO = [
+    DOCS / "howto" / "pictures.md",
     *(DOCS / "howto" / f"{name}.md" for name in ("deduplicate", "check", "references")),
     DOCS / "threshold.md",
     *(DOCS / "howto" / f"{name}.md" for name in ("codes", "filter")),
@@ -85,6 +87,8 @@ def make_sample(folder: Path) -> np.ndarray:
     for number, name in enumerate(("new_emb", "test_emb", "made_emb")):
         near = rows[10 * number : 10 * number + 30] + np.float16(0.01)
         atomic.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
+    atomic.save_npy(folder / "text_emb/text_emb_0000.npy", rows[:, :64])
+    write_photos(folder / "photos")
     return rows
 
 

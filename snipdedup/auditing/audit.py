@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from snipdedup import progress
 from snipdedup.auditing.removed_rows import (
     AuditedReference,
     AuditedRun,
+    AuditedSecond,
     RemovedRows,
     Violations,
     check_groups,
@@ -22,6 +24,11 @@ from snipdedup.auditing.removed_rows import (
 from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
 from snipdedup.config import Audit
 from snipdedup.deduplication.inputs import KIND
+from snipdedup.deduplication.second_features import (
+    also_column,
+    recorded_seconds,
+    recorded_sources,
+)
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
@@ -120,10 +127,7 @@ def audit(
         )
     check_outputs(run)
     same_rows = check_shards(run, "shards", run.manifest["shards"], features)
-    captions, text = None, run.manifest.get("text")
-    if text is not None:
-        source = run.manifest["settings"]["text_features"]
-        captions = open_again(run, "captions", source, text["shards"])
+    seconds = open_seconds(run)
     try:
         run.is_dup = load_mask(run.folder / "is_dup.npy")
         if len(run.is_dup) != run.rows:
@@ -138,7 +142,7 @@ def audit(
     readable = True
     try:
         dup_counts = check_groups(run)
-        removed = RemovedRows(run, compared, captions, references, chosen)
+        removed = RemovedRows(run, compared, seconds, references, chosen)
         removed.check()
     except (SnipError, OSError, KeyError, pa.ArrowException) as error:
         run.fail("groups", f"groups.parquet cannot be checked: {error}")
@@ -146,7 +150,7 @@ def audit(
     else:
         describe_removed(run, removed, total)
         check_metadata(run, dup_counts, texts.metadata if texts.is_dup is None else None)
-    if compared is not None and probe_rows and text is None:
+    if compared is not None and probe_rows and not recorded_seconds(run.manifest):
         estimate_missed(run, compared, references, probe_rows, seed)
     return readable and same_rows
 
@@ -206,6 +210,17 @@ def open_again(
         run.fail(what, f"{what} cannot be read: {error}")
         return None
     return features if check_shards(run, what, listed, features) else None
+
+
+def open_seconds(run: AuditedRun) -> list[AuditedSecond]:
+    """Open the second features that can be read and are still what they were."""
+    entries, found = recorded_seconds(run.manifest), []
+    for number, (entry, source) in enumerate(zip_longest(entries, recorded_sources(run.manifest))):
+        features = open_again(run, "also", source, entry["shards"])
+        if features is not None:
+            column = also_column(number) if "also" in run.manifest else None
+            found.append(AuditedSecond(entry["name"], features, float(entry["threshold"]), column))
+    return found
 
 
 def open_references(run: AuditedRun) -> list[AuditedReference]:

@@ -37,6 +37,15 @@ class AuditedReference(NamedTuple):
     is_dup: np.ndarray
 
 
+class AuditedSecond(NamedTuple):
+    """Second features as they are on disk now, and their column of ``groups.parquet``, or None."""
+
+    name: str
+    features: Features
+    threshold: float
+    column: str | None
+
+
 @dataclass
 class Violations:
     """Violations of one kind: how many, and the first ones in words."""
@@ -182,16 +191,16 @@ def check_members(
 class RemovedRows:
     """Compares the removed rows of ``groups.parquet`` with their representatives, on raw features.
 
-    Without ``features`` no cosine is computed; ``captions`` are features of the rows' texts, where
-    texts had to match too. ``chosen`` (n,) int64 are the removed rows to compare, by their number
+    Without ``features`` no cosine is computed; ``seconds`` are second features, in which rows had
+    to match, too. ``chosen`` (n,) int64 are the removed rows to compare, by their number
     among all removed rows, ascending; None for all.
     """
 
     def __init__(
-        self, run: AuditedRun, features: Features | None, captions: Features | None,
+        self, run: AuditedRun, features: Features | None, seconds: list[AuditedSecond],
         references: list[AuditedReference], chosen: np.ndarray | None,
     ) -> None:  # fmt: skip
-        self.run, self.captions, self.chosen = run, captions, chosen
+        self.run, self.seconds, self.chosen = run, seconds, chosen
         self.references = [] if features is None else references
         self.features = None  # the rows of the set, then those of each reference
         if features is not None:
@@ -209,6 +218,7 @@ class RemovedRows:
         run, file = self.run, stream_parquet(self.run.folder / "groups.parquet")
         columns = ["row", "shard", "shard_row", "representative", "similarity", "is_dup"]
         columns += ["reference"] * bool(run.manifest.get("references"))
+        columns += [second.column for second in self.seconds if second.column is not None]
         before, count = 0, len(self.references)
         with progress.bar(int(np.count_nonzero(run.is_dup)), "comparing", "removed rows") as bar:
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
@@ -271,8 +281,9 @@ class RemovedRows:
         row, place, which, written = row[use], place[use], which[use], written[use]
         if self.features is not None:
             self.check_cosines(self.features, row, place, written)
-        if self.captions is not None and not (run.semdedup or run.components):
-            self.check_captions(self.captions, row[which == 0], place[which == 0])
+        for second in self.seconds:  # there are no references then
+            cosines = None if second.column is None else removed[second.column].to_numpy()[use]
+            self.check_second(second, row, place, cosines)
 
     def name(self, place: int) -> str:
         """Return a row of the set or of a reference in words, by its place among all of them."""
@@ -308,15 +319,26 @@ class RemovedRows:
             f"{self.name(int(other[i]))} it is {found[i]:.6f}",
         )  # fmt: skip
 
-    def check_captions(self, captions: Features, row: np.ndarray, other: np.ndarray) -> None:
-        """Compare cosines of captions with the threshold of texts."""
-        run, limit = self.run, float(self.run.manifest["settings"]["text_threshold"])
-        found = raw_cosines(captions, row, other, run.threads, run.memory)
+    def check_second(
+        self, second: AuditedSecond, row: np.ndarray, other: np.ndarray, written: np.ndarray | None
+    ) -> None:
+        """Compare cosines of second features with their threshold, and with those ``written``."""
+        run, name = self.run, second.name
+        found = raw_cosines(second.features, row, other, run.threads, run.memory)
+        reaches = found >= np.float32(second.threshold)
+        if run.components:
+            reaches |= np.isfinite(found)
         run.fail_rows(
-            "captions", row, ~(found >= np.float32(limit)),
-            lambda i: "the cosine of its caption with that of its representative "
-            f"{run.place(other[i])} is {found[i]:.6f}, expected {limit:g} or more",
+            "also", row, ~reaches,
+            lambda i: f"in {name} its cosine with its representative {run.place(other[i])} is "
+            f"{found[i]:.6f}, expected {second.threshold:g} or more",
         )  # fmt: skip
+        if written is not None:
+            run.fail_rows(
+                "also_similarity", row, reaches & ~(np.abs(found - written) <= ROUNDING),
+                lambda i: f"groups.parquet has cosine {written[i]:.6f} in {name}, with its "
+                f"representative {run.place(other[i])} it is {found[i]:.6f}",
+            )  # fmt: skip
 
 
 def chosen_places(chosen: np.ndarray, begin: int, count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from snipdedup.deduplication.read_out import pick, read_keys, read_partners, who
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.members import concatenate, no_members
+from snipdedup.inspection.embedded import PLACES
 from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
 from snipdedup.metadata.tables import KEY_COLUMNS
 from snipdedup.statistics import proportion_interval, sample_rows
@@ -23,6 +24,7 @@ COLUMNS = (
     "row", "representative", "cosine", "verdict",
     "key", "representative_key", "url", "representative_url",
     "caption", "representative_caption", "place", "representative_place",
+    "picture", "representative_picture",
 )  # fmt: skip
 YES = {"yes", "y", "1", "true", "same", "duplicate", "dup"}
 NO = {"no", "n", "0", "false", "different", "other"}
@@ -54,6 +56,11 @@ def sample_pairs(
         for name, columns in (("url", URLS), ("caption", CAPTIONS), ("key", KEY_COLUMNS))
     }
     known["key"] |= read_keys(path, rows)
+    places = {name: texts.read(texts.find(None, (name,)), rows) for name in PLACES}
+    known["picture"] = {
+        row: ": ".join(values[row] for values in places.values() if row in values)
+        for row in rows.tolist()
+    }
     pairs = []
     for x, y, value in zip(a.tolist(), b.tolist(), cosine.tolist(), strict=True):
         pair = {"row": x, "representative": y, "cosine": f"{value:.6f}"}

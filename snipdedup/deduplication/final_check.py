@@ -7,6 +7,7 @@ removed without a reason ends the run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,23 +25,26 @@ from snipdedup.storage.external_sort import Columns, among
 
 def fill_similarity(
     search: PairSearch, members: Members, threshold: float, grouping: str, folder: Path | None
-) -> tuple[Members, np.ndarray | None]:
+) -> tuple[Members, np.ndarray | None, Sequence[np.ndarray]]:
     """Compute the cosines of members with their representatives, some whole groups at a time.
 
     The parameters are fields of `result.Result`; the similarity that ``members`` hold is not used.
     Return the members, with a similarity of 1 for kept rows, NaN where pairs were never verified;
-    and with references the cosine of each with its nearest reference row, NaN where none matches.
+    and with references the cosine of each with its nearest reference row, NaN where none matches;
+    and those of removed rows in each of the second features, NaN of kept rows.
     """
     check = FinalCheck(search, threshold, grouping)
-    columns = Columns(folder and folder / "checked", {"similarity": "<f4", "near": "<f4"})
+    names = ["similarity", "near", *(f"also{n}" for n in range(len(search.inputs.seconds)))]
+    columns = Columns(folder and folder / "checked", dict.fromkeys(names, "<f4"))
     with progress.bar(len(members.row), "proving", "rows") as bar:
         for part in slices(members):
             order = np.argsort(part.row, kind="stable")
             check.rows(part, order)
-            columns.add(*check.cosines(part, order))
+            columns.add(*check.cosines(part, order), *check.second_cosines(part, order))
             bar.update(len(part.row))
-    similarity, near = columns.arrays()
-    return members._replace(similarity=similarity), None if check.nearest is None else near
+    similarity, near, *also = columns.arrays()
+    members = members._replace(similarity=similarity)
+    return members, None if check.nearest is None else near, also
 
 
 class FinalCheck:
@@ -121,12 +125,21 @@ class FinalCheck:
         else:
             enough = cosine >= self.threshold
         self.refuse_low(row, named, cosine, enough)
-        also = self.search.inputs.also
-        if also is not None and not may_chain:
-            for place in np.flatnonzero(~also.holds(row, named))[:1]:
-                name = self.describe(named[place])
-                self.stop(row[place], f"is removed for {name}, but their captions do not match")
         return cosine
+
+    def second_cosines(self, members: Members, order: np.ndarray) -> list[np.ndarray]:
+        """Return the cosines of removed rows of whole groups in each of the second features."""
+        removed, found = order[members.is_dup[order]], []
+        row, named = members.row[removed], members.representative[removed]
+        for second in self.search.inputs.seconds:
+            cosine = pair_cosines(second.features.gather, row, named, given_threads())
+            enough = cosine >= np.float32(second.threshold)
+            if self.may_chain:
+                enough = ~np.isnan(cosine)
+            self.refuse_low(row, named, cosine, enough, second.threshold, f" in {second.name}")
+            found.append(np.full(len(members.row), np.nan, np.float32))
+            found[-1][removed] = cosine
+        return found
 
     def describe(self, number: int) -> str:
         """Return a row or, below 0, a reference row, in words."""
@@ -137,14 +150,21 @@ class FinalCheck:
         return f"row {row[0]:,} of {names[0]}"
 
     def refuse_low(
-        self, row: np.ndarray, named: np.ndarray, cosine: np.ndarray, enough: np.ndarray
+        self,
+        row: np.ndarray,
+        named: np.ndarray,
+        cosine: np.ndarray,
+        enough: np.ndarray,
+        threshold: float | None = None,
+        where: str = "",
     ) -> None:
         """Refuse the first row whose cosine is not ``enough``, (n,) bool."""
+        limit = self.threshold if threshold is None else threshold
         for at in np.flatnonzero(~enough)[:1]:
             self.stop(
                 row[at],
-                f"is removed for {self.describe(named[at])}, but their cosine is {cosine[at]:.7g}, "
-                f"for a threshold of {self.threshold:.7g}",
+                f"is removed for {self.describe(named[at])}, but their cosine{where} is "
+                f"{cosine[at]:.7g}, for a threshold of {limit:.7g}",
             )
 
     def stop(self, row: int, what: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What a run reads: FEATURES, features of captions, reference rows, and the metadata table.
+"""What a run reads: FEATURES, second features, reference rows, and the metadata table.
 
 Everything is opened and checked before the search. A reference is other features, or an earlier
 OUT: its kept rows, and before them its own references. Its rows are never removed.
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from snipdedup.deduplication.second_features import SecondFeatures, open_seconds, recorded_sources
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import RowSet, Shard
 from snipdedup.features.hashing import checksum_text, find_shared
@@ -41,35 +42,32 @@ KIND = "dedup"  # of the manifest of an OUT
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is compared; ``features`` is None where an index alone is given.
-
-    ``text`` are features of the captions, row for row; two of them match from the cosine
-    ``text_threshold`` on.
-    """
+    """What is compared; ``features`` is None where an index alone is given."""
 
     features: Features | None
-    text: Features | None = None
-    text_threshold: float = 0.0
+    seconds: tuple[SecondFeatures, ...] = ()
     references: References | None = None
 
     @property
-    def also(self) -> Also | None:
+    def also(self) -> tuple[Also, ...]:
         """What a pair must match in besides."""
-        if self.text is None:
-            return None
-        return Also(self.text.gather, self.text_threshold, self.text.dim)
+        return tuple(second.also for second in self.seconds)
+
+    def compared(self) -> list[Features]:
+        """Return FEATURES, where they are given, and the second features."""
+        first = [] if self.features is None else [self.features]
+        return [*first, *(second.features for second in self.seconds)]
 
     def refuse_changed(self) -> None:
         """Refuse inputs that changed since they were opened."""
-        references = None if self.references is None else self.references.features
-        for source in (self.features, self.text, references):
-            if source is not None:
-                source.refuse_changed()
+        references = [] if self.references is None else [self.references.features]
+        for source in (*self.compared(), *references):
+            source.refuse_changed()
 
     def paths(self) -> list[Path]:
         """Return the files and folders that are read."""
-        sources = (self.features, self.text, self.references)
-        return [path for source in sources if source is not None for path in source.inputs()]
+        paths = [] if self.references is None else self.references.inputs()
+        return [*(path for source in self.compared() for path in source.inputs()), *paths]
 
 
 class SelectedShard(Shard):
@@ -344,26 +342,21 @@ def describe_shards(features: Features, checksums: Sequence[int]) -> list[dict[s
 
 def open_inputs(
     features: Any, *, parts: str | None = None, array: str | None = None,
-    column: str | None = None, text_features: Any = None, text_threshold: float = 0.0,
-    reference: Any = None,
+    column: str | None = None, seconds: Sequence[tuple[Any, float]] = (), reference: Any = None,
 ) -> Inputs:  # fmt: skip
-    """Open what the settings name; refuse captions or references that do not go with FEATURES."""
+    """Open what the settings name; refuse what does not go with FEATURES.
+
+    ``seconds`` are second features, each with its threshold.
+    """
     if features is None:
         return Inputs(None)
     opened = open_features(features, parts=parts, array=array, column=column)
-    text = references = None
-    if text_features is not None:
-        text = open_features(text_features, array=array, column=column)
-        if text.rows != opened.rows:
-            raise SnipError(
-                f"--text_features has {text.rows:,} rows, FEATURES has {opened.rows:,}; expected "
-                "one caption for each image, in the same order"
-            )
+    also, references = open_seconds(seconds, opened, array=array, column=column), None
     if reference is not None:
         references = open_reference_rows(reference, array=array, column=column)
         references.refuse_shared(opened)  # now, not after the search
         references.before(opened)
-    return Inputs(opened, text, text_threshold, references)
+    return Inputs(opened, also, references)
 
 
 def open_metadata_of(
@@ -388,8 +381,8 @@ def named_paths(manifest: dict[str, Any]) -> Iterator[Path]:
     """Yield the folders and files that a finished run read, where they still are."""
     settings = manifest.get("settings", {})
     parts = settings.get("parts")
-    for name in ("features", "text_features", "reference", "metadata"):
-        named = settings.get(name) or []
+    sources = {name: settings.get(name) or [] for name in ("features", "reference", "metadata")}
+    for name, named in {**sources, "also": recorded_sources(manifest)}.items():
         for source in named if isinstance(named, list) else [named]:
             with suppress(SnipError, OSError):
                 if not isinstance(source, str) or is_remote(source):

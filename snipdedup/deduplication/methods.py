@@ -1,13 +1,15 @@
 """The search methods: which pairs of rows each of them finds.
 
-The join and brute force find pairs, with references and captions; SemDeDup's rule finds matches
-inside clusters; ``adc`` takes candidate pairs of an index, verified where features are given.
+The join and brute force find pairs, with references and second features; SemDeDup's rule finds
+matches inside clusters; ``adc`` takes candidate pairs of an index, verified where features are
+given.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +75,7 @@ def search_pairs(
     ``runner`` does the tasks of the join, which leave their files in ``work``; ``stage`` times a
     stage by its name.
     """
-    features, threshold = inputs.features, options.threshold
+    features, threshold = inputs.features, options.cosine
     if options.method == "adc" or features is None:
         return search_adc(inputs, options, work, stage)
     settings = JoinSettings(
@@ -95,10 +97,11 @@ def search_pairs(
     if inputs.references is not None:
         return search_with_references(inputs, features, inputs.references, setup)
     search = PairSearch.of(inputs, features, threshold, find_pairs(features, setup))
-    if inputs.text is None:
+    if not inputs.seconds:
         return search
-    with stage("captions"):
-        return match_captions(search, features, setup.scan(inputs.text), options.threads)
+    with stage("also"):
+        scans = [setup.scan(second.features) for second in inputs.seconds]
+        return match_seconds(search, features, scans, options.threads)
 
 
 def find_pairs(features: Features, setup: SearchSetup) -> FoundPairs:
@@ -154,18 +157,25 @@ def search_with_references(
     )
 
 
-def match_captions(search: PairSearch, features: Features, texts: Scan, threads: int) -> PairSearch:
-    """Return a search of images cut down to pairs whose captions match as well.
+def match_seconds(
+    search: PairSearch, features: Features, scans: Sequence[Scan], threads: int
+) -> PairSearch:
+    """Return a search cut down to pairs that match in the second features as well.
 
-    Each group of images is compared again, exact copies included: their captions may differ.
-    ``texts`` is the scan of the captions: bad rows match nothing, copies must be copies there too.
+    Each group is compared again, exact copies included: their second features may differ.
+    ``scans`` are those of the second features: rows that are bad in any match nothing, and copies
+    must be copies in all.
     """
-    bad, also = np.union1d(search.bad, texts.bad), search.inputs.also
+    also, bad = search.inputs.also, search.bad
     row = np.union1d(search.copies, search.originals)
-    both = search.original_of(row), replace_rows(row, texts.copies, texts.firsts)
-    image, text = (np.unique(side, return_inverse=True)[1] for side in both)
-    _, first, place = np.unique(image * len(row) + text, return_index=True, return_inverse=True)
-    original = row[first[place]]  # the first row that equals it in image and caption
+    label = np.unique(search.original_of(row), return_inverse=True)[1]
+    for seen in scans:
+        bad = np.union1d(bad, seen.bad)
+        first = replace_rows(row, seen.copies, seen.firsts)
+        own = np.unique(first, return_inverse=True)[1]
+        label = np.unique(label * len(row) + own, return_inverse=True)[1]
+    _, first, place = np.unique(label, return_index=True, return_inverse=True)
+    original = row[first[place]]  # the first row that equals it in all features
     copies, originals = row[row != original], original[row != original]
     row, group = components(search.whole_forest)
     use = ~np.isin(row, bad) & ~np.isin(row, copies)
@@ -174,9 +184,10 @@ def match_captions(search: PairSearch, features: Features, texts: Scan, threads:
     builder = ForestBuilder()
     for edges in pairs_within(features, row[order], group[order], search.threshold, threads, also):
         builder.add(edges)
+    checksums = [checksum for seen in scans for checksum in seen.checksums]
     return dataclasses.replace(
         search, forest=builder.forest(), copies=copies, originals=originals, bad=bad,
-        checksums={**search.checksums, "text": texts.checksums},
+        checksums={**search.checksums, "also": checksums},
     )  # fmt: skip
 
 
@@ -253,7 +264,7 @@ def search_adc(inputs: Inputs, options: config.Dedup, work: Path, stage: Stage) 
     Without features pairs stay unverified, and an index must be given; with features one is built
     in ``work`` if none is given.
     """
-    features, threshold, threads = inputs.features, options.threshold, options.threads
+    features, threshold, threads = inputs.features, options.cosine, options.threads
     with stage("index"):
         if options.index is not None or features is None:
             index = Index(str(options.index))

@@ -7,7 +7,7 @@ A finished OUT keeps them for good.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from snipdedup.deduplication.inputs import KIND, Inputs, check_searched, known_checksums
+from snipdedup.deduplication.second_features import also_column, recorded_seconds
 from snipdedup.errors import SnipError
 from snipdedup.features.scan import Scan, equal_pairs
 from snipdedup.features.shards import Features
@@ -119,12 +120,16 @@ class PairSearch:
         return pa.table({"a": forest.a, "b": forest.b, "similarity": similarity})
 
     def groups_table(
-        self, members: Members, keys: Any = None, near: np.ndarray | None = None
+        self,
+        members: Members,
+        keys: Any = None,
+        near: np.ndarray | None = None,
+        also: Sequence[np.ndarray] = (),
     ) -> pa.Table:
         """Return members, with their ``keys`` if known, as rows of ``groups.parquet``.
 
         With references, ``reference`` names the input whose row the representative is, null for
-        FEATURES; ``near`` is as in `Result`.
+        FEATURES; ``near`` and ``also`` are as in `Result`.
         """
         columns = {
             "row": members.row,
@@ -142,6 +147,9 @@ class PairSearch:
             columns["representative"] = representative
             columns["reference"] = names.take(pa.array(np.cumsum(outside) - 1, mask=~outside))
             columns["reference_similarity"] = pa.array(near, mask=np.isnan(near))
+        for number in range(len(self.inputs.seconds)):
+            cosine = also[number] if also else np.full(len(members.row), np.nan, np.float32)
+            columns[also_column(number)] = pa.array(cosine, mask=np.isnan(cosine))
         return pa.table(columns)
 
     def edges(self, folder: Path | None = None) -> Iterator[Edges]:
@@ -200,8 +208,9 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
     if not manifest["verified"] or inputs.features is None:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
     check_searched(folder, inputs.features, manifest)
-    if inputs.text is not None:
-        check_searched(folder, inputs.text, manifest["text"])
+    also = recorded_seconds(manifest)
+    for second, entry in zip(inputs.seconds, also, strict=True):
+        check_searched(folder, second.features, entry)
     forest, copies, originals = read_forest(folder, inputs)
     settings, best, nearest = manifest["settings"], None, None
     if settings["method"] == "semdedup":
@@ -213,8 +222,8 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
         called = [entry["name"] for entry in manifest["references"]]
         nearest = Nearest(row, inputs.references.numbers_of(called, names, rows), similarity)
     bad = folder / "bad_rows.parquet"
-    read = {"features": [manifest], "references": manifest.get("references", [])}
-    read["text"] = [manifest["text"]] if inputs.text else []
+    references = manifest.get("references", [])
+    read = {"features": [manifest], "references": references, "also": also}
     return PairSearch(
         names=[shard["name"] for shard in manifest["shards"]],
         offsets=inputs.features.offsets,
@@ -245,9 +254,8 @@ def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.nda
     ):
         raise SnipError(f"{folder / 'forest.parquet'}: damaged: not a forest of these rows")
     one = np.flatnonzero(edges.similarity == 1)
-    for source in (inputs.features, inputs.text):
-        if source is not None:
-            one = one[equal_pairs(source, edges.b[one], edges.a[one])]
+    for source in inputs.compared():
+        one = one[equal_pairs(source, edges.b[one], edges.a[one])]
     distinct = np.ones(len(edges.a), bool)
     distinct[one] = False
     order = one[np.argsort(edges.b[one])]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from snipdedup.deduplication.second_features import ALSO
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups.keep import keep_rank
@@ -247,6 +248,19 @@ def read_keys(path: Path, rows: np.ndarray) -> dict[int, str]:
         some = batch.take(np.flatnonzero(np.isin(batch.column("row"), rows)))
         keys |= dict(zip(some["row"].to_pylist(), some["key"].to_pylist(), strict=True))
     return {row: key for row, key in keys.items() if key is not None}
+
+
+def read_also(path: Path, rows: np.ndarray) -> dict[int, list[float]]:
+    """Return the cosines of rows with their representatives in second features, of removed rows."""
+    file = stream_parquet(path)
+    columns = [name for name in file.schema_arrow.names if name.startswith(ALSO)]
+    found: dict[int, list[float]] = {}
+    for batch in file.iter_batches(BATCH_ROWS, columns=["row", *columns]) if columns else ():
+        some = batch.take(np.flatnonzero(np.isin(batch.column("row"), rows)))
+        values = zip(*(some[name].to_pylist() for name in columns), strict=True)
+        pairs = zip(some["row"].to_pylist(), values, strict=True)
+        found |= {row: list(cosines) for row, cosines in pairs if None not in cosines}
+    return found
 
 
 def read_partners(path: Path, rows: np.ndarray) -> dict[int, tuple[int, float]]:

@@ -67,6 +67,8 @@ class Result:
     rank: Rank  # function of (n,) int64 rows: their place in keep order
     folder: Path | None = None  # for arrays that do not fit into memory; None: all is held
     near: np.ndarray | None = None  # (members,) float32: cosine with the nearest reference, or NaN
+    also: Sequence[np.ndarray] = ()  # of each second features, (members,) float32; NaN of kept rows
+    threshold_from: str = "given"  # see `settings.threshold_from`
     manifest: dict[str, Any] | None = None  # of the folder that it was written to
     out: Path | None = None  # that folder
 
@@ -140,7 +142,7 @@ class Result:
     @property
     def groups(self) -> Any:
         """The members as a ``pyarrow.Table``, see ``docs/files.md``."""
-        return self.search.groups_table(self.members, None, self.near)
+        return self.search.groups_table(self.members, None, self.near, self.also)
 
     def at(self, threshold: float, grouping: str | None = None) -> Result:
         """Decide again at another threshold, not below the one searched for, without a search.
@@ -168,6 +170,7 @@ class Result:
             more["removed_for_reference"] = counts.for_reference
         return {
             "verified": search.verified,
+            "threshold_from": self.threshold_from,
             "settings": {
                 "threshold": self.threshold,
                 "grouping": self.grouping,
@@ -201,10 +204,10 @@ def checked(result: Result) -> Result:
 
     A row that would be removed without a reason is an `InternalError`; see `final_check`.
     """
-    members, near = fill_similarity(
+    members, near, also = fill_similarity(
         result.search, result.members, result.threshold, result.grouping, result.folder
     )
-    return dataclasses.replace(result, members=members, near=near)
+    return dataclasses.replace(result, members=members, near=near, also=also)
 
 
 def choose(
@@ -358,6 +361,11 @@ def summarize(entries: dict[str, Any]) -> str:
         new = "by a new model; --keep_work in the run it refers to would save that time"
         how = kept if method["model"] == "kept" else new
         lines.append(f"  note: the reference rows were encoded again, {how}")
+    source = entries.get("threshold_from", "given")
+    if source == "default":
+        lines.append("  note: no --threshold was given: .95 is CLIP's; see docs/threshold.md")
+    elif source != "given":
+        lines.append(f"  note: no --threshold was given: this one is usual for {source}")
     for column, caught in entries.get("baselines", {}).items():
         lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
     if counts["bad_rows"]:

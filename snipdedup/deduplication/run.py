@@ -22,6 +22,7 @@ from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metad
 from snipdedup.deduplication.methods import check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
 from snipdedup.deduplication.result import Result, check_threshold, checked, choose, choose_fraction
+from snipdedup.deduplication.second_features import check_keys, second_sources
 from snipdedup.deduplication.settings import (
     DECISIONS,
     describe_request,
@@ -29,6 +30,7 @@ from snipdedup.deduplication.settings import (
     finished_run,
     inherit,
     saved_settings,
+    threshold_from,
 )
 from snipdedup.deduplication.write_out import (
     PAGE,
@@ -62,6 +64,7 @@ class Job(NamedTuple):
     metadata: Metadata | None
     rank: Rank
     plan: MetadataPlan | None
+    threshold_from: str  # see `settings.threshold_from`
 
 
 def dedup(features: Any, **settings: Any) -> Result:
@@ -198,14 +201,13 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     """
     if options.device != "auto":
         pick_device(options.device)
-    options = fill_settings(options)
+    source, options = threshold_from(options), fill_settings(options)
     inputs = open_inputs(
         options.features,
         parts=options.parts,
         array=options.array,
         column=options.column,
-        text_features=options.text_features,
-        text_threshold=options.text_threshold,
+        seconds=second_sources(options),
         reference=options.reference,
     )
     keep = "first" if options.method == "semdedup" else str(options.keep)  # it has its own order
@@ -221,7 +223,8 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
         plan = plan_metadata(metadata, rank, options.key, columns, kinds)
     elif metadata is not None and isinstance(rank, ColumnRank):
         try_column_uses(metadata, [rank.use()])
-    return Job(options, inputs, metadata, rank, plan)
+    check_keys(inputs.seconds, options.features, metadata)
+    return Job(options, inputs, metadata, rank, plan, source)
 
 
 def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
@@ -242,8 +245,8 @@ def search_of(earlier: Path, job: Job) -> PairSearch:
         search = read_search(earlier, job.inputs)
     if job.options.keep_fraction is not None:  # looks from the searched threshold on
         return search
-    check_threshold(search, job.options.threshold)
-    return search.at(job.options.threshold)
+    check_threshold(search, job.options.cosine)
+    return search.at(job.options.cosine)
 
 
 def search_and_write(
@@ -337,11 +340,12 @@ def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
     grouping, keep, fraction = str(options.grouping), str(options.keep), options.keep_fraction
 
     def choose_at(threshold: float) -> Result:
-        return choose(search, threshold, grouping, keep, job.rank, folder)
+        result = choose(search, threshold, grouping, keep, job.rank, folder)
+        return dataclasses.replace(result, threshold_from=job.threshold_from)
 
     with library_threads(options.threads, torch_too=False):
         if fraction is None:
-            return checked(choose_at(options.threshold))
+            return checked(choose_at(options.cosine))
         result = checked(choose_fraction(search, fraction, choose_at))
     return dataclasses.replace(result, search=search.at(result.threshold))
 

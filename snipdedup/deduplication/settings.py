@@ -13,7 +13,14 @@ from typing import Any
 from snipdedup.commands import parse_epsilons
 from snipdedup.config import Dedup
 from snipdedup.deduplication.inputs import KIND, Inputs, split_sources
+from snipdedup.deduplication.second_features import (
+    known_thresholds,
+    recorded_seconds,
+    recorded_sources,
+    saved_also,
+)
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.features.origin import usual_threshold
 from snipdedup.features.shards import request_of
 from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import cores, memory_bound
@@ -21,6 +28,7 @@ from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
 
+GIVEN, DEFAULT = "given", "default"  # where a threshold comes from, where no model says it
 # How a result is computed and where it goes; the result does not depend on them.
 HOW = {
     "out", "overwrite", "chunk_rows", "threads", "max_memory", "device", "features", "metadata",
@@ -35,9 +43,9 @@ DECISIONS = {
 SEARCHED = (
     "features", "parts", "array", "column", "method", "index", "encoder", "bad_rows",
     "recall", "rule", "margin", "precision", "calibration_rows", "k", "nprobe",
-    "text_features", "text_threshold", "reference", "references_only", "clusters", "borders",
+    "text_features", "text_threshold", "also", "reference", "references_only", "clusters",
+    "borders",
 )  # fmt: skip
-SOURCES = {"text": "text_features", "references": "reference"}  # entry of a manifest: its setting
 
 
 def finished_run(features: Any) -> Path | None:
@@ -53,7 +61,21 @@ def finished_run(features: Any) -> Path | None:
 
 def fill_settings(options: Dedup) -> Dedup:
     """Return the settings with their defaults; an index without a method means ``adc``."""
-    return dataclasses.replace(options.filled(), threads=cores(options.threads))
+    filled = options.filled()
+    if filled.threshold is None:
+        filled = dataclasses.replace(filled, threshold=usual_threshold(filled.features)[0])
+    also = known_thresholds(filled.also) or None
+    return dataclasses.replace(filled, also=also, threads=cores(options.threads))
+
+
+def threshold_from(options: Dedup) -> str:
+    """Return where the threshold of settings comes from, as manifests have it.
+
+    ``given``; else the name of the model that made the features, or ``default``.
+    """
+    if options.filled().threshold is not None:
+        return GIVEN
+    return usual_threshold(options.features)[1] or DEFAULT
 
 
 def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
@@ -62,8 +84,11 @@ def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) 
     request["epsilon"] = parse_epsilons(options.epsilon)
     if request["rule"] == "two_sided":
         request["rule"] = "mutual"  # its older name, which finished folders have
-    if inputs.text is not None:
-        request["text_features"] = request_of(inputs.text)
+    seconds = [second.request() for second in inputs.seconds]
+    if options.text_features is not None:  # as they were before there was --also
+        request["text_features"] = request_of(inputs.seconds[0].features)
+        seconds = seconds[1:]
+    request["also"] = seconds or None
     if inputs.references is not None:
         request["reference"] = [item.request() for item in inputs.references.items]
     for name in ("index", "encoder"):  # what they are, not where
@@ -86,7 +111,7 @@ def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) 
     return request
 
 
-def saved_settings(options: Dedup, threshold: float) -> dict[str, Any]:
+def saved_settings(options: Dedup, threshold: float | None) -> dict[str, Any]:
     """Return settings as a manifest holds them: paths absolute, so that a later run finds them."""
     settings = {
         name: str(value) if isinstance(value, Path) else value
@@ -101,6 +126,7 @@ def saved_settings(options: Dedup, threshold: float) -> dict[str, Any]:
     for name in ("features", "metadata", "index", "encoder", "text_features"):
         value = settings[name]
         settings[name] = absolute_location(value) if isinstance(value, str | Path) else None
+    settings["also"] = saved_also(options.also)
     sources = [] if options.reference is None else split_sources(options.reference)
     are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
     settings["reference"] = [absolute_location(source) for source in sources] if are_paths else None
@@ -110,19 +136,21 @@ def saved_settings(options: Dedup, threshold: float) -> dict[str, Any]:
 def inherit(options: Dedup, earlier: Path) -> Dedup:
     """Return settings for a re-threshold: the input and the search of the finished run."""
     manifest = read_manifest(earlier, KIND)
-    searched = manifest["settings"]
+    searched = {"also": None, **manifest["settings"]}
     if options.runner != "local" or options.num_tasks is not None:
         raise UsageError(
             "--runner and --num_tasks share a search, and a finished folder needs none: leave them "
             "out"
         )
-    lost = [name for name, flag in SOURCES.items() if manifest.get(name) and not searched[flag]]
+    lost = ["references"] if manifest.get("references") and not searched["reference"] else []
+    if len(recorded_sources(manifest)) < len(recorded_seconds(manifest)):
+        lost.append("second features")
     if searched["features"] is None or lost:
         what = lost[0] if lost else "features"
         raise SnipError(f"{earlier} names no {what}; use Result.at(threshold), or search again")
     refuse_search_flags(options, searched, earlier)
     settings = {name: searched[name] for name in SEARCHED if name in searched}
-    for name in ("grouping", "keep", "seed", "key"):  # those not given stay as they were
+    for name in ("threshold", "grouping", "keep", "seed", "key"):  # as they were, unless given
         given = getattr(options, name)
         settings[name] = searched[name] if given is None else given
     settings["metadata"] = options.metadata or searched["metadata"]

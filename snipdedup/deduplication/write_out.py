@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +170,8 @@ def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> None:
     with atomic.writing_parquet(out / "groups.parquet", schema) as write, closing(keys):
         for part, named in zip(slices(members), keys, strict=False):
             near = None if result.near is None else result.near[at : at + len(part.row)]
-            write(search.groups_table(part, named, near))
+            also = [cosine[at : at + len(part.row)] for cosine in result.also]
+            write(search.groups_table(part, named, near, also))
             at += len(part.row)
 
 
@@ -222,9 +224,19 @@ def describe_run(
     else:
         sizes = zip(search.names, np.diff(search.offsets).tolist(), strict=True)
         described["shards"] = [{"name": name, "rows": rows} for name, rows in sizes]
-    if inputs.text is not None:
-        shards = describe_shards(inputs.text, checksums["text"])
-        described["text"] = {"request": request_of(inputs.text), "shards": shards}
+    if inputs.seconds:
+        read = iter(checksums["also"])
+        described["also"] = [
+            {
+                "name": second.name,
+                "threshold": second.threshold,
+                "request": request_of(second.features),
+                "shards": describe_shards(
+                    second.features, list(islice(read, len(second.features.shards)))
+                ),
+            }
+            for second in inputs.seconds
+        ]
     if inputs.references is not None:
         described["references"] = inputs.references.describe(checksums["references"])
     described["baselines"] = count_baselines(plan.table, result.members, work) if plan else {}
@@ -241,25 +253,28 @@ def count_baselines(metadata: Metadata, members: Members, folder: Path) -> dict[
     """Return, for each column of hashes or URLs, how many of the removed rows it would catch.
 
     Within each group, one row of each value would be kept; those of the removed rows are counted
-    that would be removed so, too. Rows without a value are never equal. ``folder`` is for temporary
-    files.
+    that would be removed so, too. Rows without a value are never equal; a column in which all rows
+    are without is left out. ``folder`` is for temporary files.
     """
-    cuts, counts, folder = cut_groups(members.group), {}, folder / "baseline"
+    cuts, folder = cut_groups(members.group), folder / "baseline"
+    counts: dict[str, int] = {}
     for name in baseline_columns(metadata):
         gathered = gather_column(metadata, name, members.row, cuts, key_bytes, folder)
-        counts[name] = 0
         with closing(gathered) as found:
             for part, values in zip(slices(members), found, strict=True):
-                if values is not None:
-                    counts[name] += caught_rows(part, values.combine_chunks())
+                caught = None if values is None else caught_rows(part, values.combine_chunks())
+                if caught is not None:
+                    counts[name] = counts.get(name, 0) + caught
     return counts
 
 
-def caught_rows(members: Members, values: Any) -> int:
-    """Return how many removed rows of whole groups are caught by their values."""
+def caught_rows(members: Members, values: Any) -> int | None:
+    """Return how many removed rows of whole groups are caught; None if no row has a value."""
     import pyarrow.compute as pc  # here: it takes a tenth of a second to load
 
     known = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+    if not known.any():
+        return None
     value = values.dictionary_encode().indices.to_numpy()[known].astype(np.int64)
     _, group = np.unique(members.group[known], return_inverse=True)
     _, label = np.unique(group * (len(values) + 1) + value, return_inverse=True)

@@ -213,7 +213,7 @@ def place_mask(found: SourceFiles, mask: Mask, work: Path, jobs: int) -> tuple[M
     def first_row(one: Mask) -> int:
         sizes = np.empty(0, np.int64) if one.sizes is None else one.sizes
         if first + count > len(sizes):
-            wanted = f"files {first} to {first + count - 1} are wanted"
+            wanted = f"{names[0]}: files {first} to {first + count - 1} are wanted"
             raise SnipError(f"{wanted}, the mask's set has 0 to {len(sizes) - 1}")
         masks.check_sizes(files, sizes, first)
         return int(sizes[:first].sum())

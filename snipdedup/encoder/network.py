@@ -1,4 +1,4 @@
-"""The SNIP network: a feature in, a short descriptor of length 1 out; its losses, its folder.
+"""The SNIP network: a feature in, a short descriptor of length 1 out; its folder.
 
 Weights are a plain state dict beside a JSON description, never a pickled module: reading an
 encoder runs no code of its own. A descriptor depends on its row and the row's global number only,
@@ -8,10 +8,8 @@ since blocks of fixed size, aligned to global rows, are each computed by one thr
 from __future__ import annotations
 
 import io
-import math
 import pickle
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,9 +30,6 @@ LAYOUT = 2  # of the network below; a change that old weights do not fit counts 
 BITS_A_DIMENSION = 2  # of a code; more are better spent on a wider descriptor
 MOMENT_ROWS = 65_536  # rows whose products are added up at a time
 INNER_SD = 0.3  # of the first layer's weights; inputs have norm 1 (keyframes: 1 loses .02 recall)
-SELF = -1e4  # logit of a row with itself: no weight after a softmax, and no NaN as -inf gives
-NEIGHBOURS = 10.0  # rows over which a row's softmax spreads, unless a temperature is given
-TEMPERATURES = (1e-3, 1.0)  # where the one that does so is looked for
 ROTATION_LEAST = 10_000  # rows; fewer do not fill the codebooks of 256 that OPQ fits
 ROTATION_PARTS, ROTATION_LEAST_WIDTH = 16, 4  # bytes of the code it is made for, and dimensions
 ROTATION_ROUNDS, ROTATION_START = 5, 10  # more leave errors as they are, and take a minute
@@ -289,90 +284,3 @@ def opq_rotation(y: np.ndarray, m: int, rounds: int, start_rounds: int) -> np.nd
     matrix.niter, matrix.niter_pq_0, matrix.pq = rounds, start_rounds, codebooks
     matrix.train(np.ascontiguousarray(y))
     return np.asarray(faiss.vector_to_array(matrix.A).reshape(dim, dim))
-
-
-def training_loss(
-    network: Network, x: torch.Tensor, t: torch.Tensor | None,
-    temperature: float | None, text_temperature: float,
-) -> torch.Tensor:  # fmt: skip
-    """Return the loss of all outputs for unit rows ``x``, and for the texts ``t`` beside them.
-
-    It is the ``snip`` loss at a temperature, the ``mse`` loss for None.
-    """
-    if t is not None and temperature is None:
-        x, t = torch.cat([x, t]), None
-    images = network.all_outputs(x)
-    loss = mse_loss(x, *images) if temperature is None else snip_loss(temperature, x, *images)
-    if t is not None:
-        for y, u in zip(images, network.all_outputs(t), strict=True):
-            loss = loss + text_loss(text_temperature, x, t, y, u)
-    return loss
-
-
-def snip_loss(temperature: float, x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
-    """Return the divergence of descriptors' softmaxes from those of unit rows ``x``, nats a row.
-
-    Logits are similarities within the batch over the temperature. The Kullback-Leibler divergence
-    is summed over the kinds of descriptors.
-    """
-    with torch.no_grad():
-        teacher = functional.softmax(without_self(x @ x.T / temperature), dim=1)
-        negative_entropy = torch.xlogy(teacher, teacher).sum(dim=1)
-    total = x.new_zeros(len(x))
-    for y in descriptors:
-        logits = without_self(y @ y.T / temperature)  # log-probabilities but for one number a row
-        cross = (teacher * logits).sum(dim=1)
-        total = total + negative_entropy + logits.logsumexp(dim=1) - cross
-    return total.mean()
-
-
-def without_self(similarity: torch.Tensor) -> torch.Tensor:
-    """Return the logits of rows with one another, each row itself excluded."""
-    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    return similarity.masked_fill(itself, SELF)
-
-
-def mse_loss(x: torch.Tensor, *descriptors: torch.Tensor) -> torch.Tensor:
-    """Return the squared errors of similarities to unit rows, summed over kinds and a row's pairs.
-
-    A loss that rebuilds the features by a decoder loses neighbours as it learns
-    (docs/internals/codes.md).
-    """
-    similarity = x @ x.T
-    total = x.new_zeros(len(x))
-    for y in descriptors:
-        total = total + (y @ y.T - similarity).square().sum(dim=1)
-    return total.mean()
-
-
-def text_loss(
-    temperature: float, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, u: torch.Tensor
-) -> torch.Tensor:
-    """Return the loss of descriptors ``y`` and ``u`` of unit images ``x`` and texts ``t``.
-
-    As `snip_loss`, from images to all texts and from texts to all images, own partners included.
-    """
-    with torch.no_grad():
-        teacher = x @ t.T / temperature
-    student = y @ u.T / temperature
-    divergence = partial(functional.kl_div, reduction="batchmean", log_target=True)
-    forth = divergence(student.log_softmax(dim=1), teacher.log_softmax(dim=1))
-    back = divergence(student.T.log_softmax(dim=1), teacher.T.log_softmax(dim=1))
-    return (forth + back) / 2
-
-
-@torch.no_grad()
-def fitting_temperature(x: torch.Tensor, neighbours: float = NEIGHBOURS) -> float:
-    """Return the temperature at which softmaxes of unit rows spread over so many others.
-
-    The spread is the perplexity, e to the mean entropy, as in t-SNE (van der Maaten and Hinton,
-    2008, section 2). Three digits hide how sums round.
-    """
-    similarity = without_self(x @ x.T)
-    low, high = TEMPERATURES
-    while high / low > 1.0005:
-        middle = math.sqrt(low * high)
-        teacher = functional.softmax(similarity / middle, dim=1)
-        entropy = -float(torch.xlogy(teacher, teacher).sum(dim=1).mean())
-        low, high = (middle, high) if entropy < math.log(neighbours) else (low, middle)
-    return float(f"{math.sqrt(low * high):.3g}")

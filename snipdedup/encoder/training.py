@@ -23,15 +23,14 @@ from torch import nn
 
 from snipdedup import config, progress
 from snipdedup.encoder.batches import LEAST_ROWS, Batches
+from snipdedup.encoder.losses import fitting_temperature, training_loss
 from snipdedup.encoder.network import (
     BROKEN,
     Encoder,
     Network,
-    fitting_temperature,
     pca_network,
     principal_directions,
     rotate_for_codes,
-    training_loss,
 )
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.features.cosine import unit_rows

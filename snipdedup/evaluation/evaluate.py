@@ -7,6 +7,7 @@ what is found is compared with the exact neighbours, duplicates and partners in 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from snipdedup.evaluation.presentation import draw_picture, eval_page, eval_summ
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.nearest import nearest, nearest_vectors
+from snipdedup.features.origin import usual_threshold
 from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
 from snipdedup.index.kmeans import Vectors, kmeans
@@ -149,6 +151,8 @@ def run(options: config.Eval) -> Evaluation:
             "the picture needs matplotlib: pip install 'snipdedup-toolkit[plot]', or leave it out "
             "with --nopicture"
         )
+    if options.threshold is None:
+        options = dataclasses.replace(options, threshold=usual_threshold(options.features)[0])
     kinds = {"parts": options.parts, "array": options.array, "column": options.column}
     features, texts = open_features(options.features, **kinds), None
     check_nlist(options.nlist, features.rows)

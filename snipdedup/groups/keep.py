@@ -21,6 +21,8 @@ from snipdedup.storage.external_sort import Columns
 
 MISSING = np.uint64(2**64 - 1)  # the rank of null and NaN: after all values, ascending or not
 SIGN = np.uint64(1 << 63)
+NUMBER, TIME = "number", "time such as 2024-05-31T18:00:00"  # what a text may be
+OFFSET = r":\d\d.*(Z|[+-]\d\d:?\d\d)$"  # from UTC, at the end of a time
 
 
 def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
@@ -72,6 +74,7 @@ class ColumnRank:
             refuse_unordered(metadata, column)
         self.width = 2 * len(rules)  # numbers a row
         self.known: tuple[np.ndarray, ...] | None = None
+        self.parsed: dict[str, str] = {}  # of columns of texts: what they are
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Return each row's rank among these, (n,) uint64."""
@@ -108,8 +111,8 @@ class ColumnRank:
         ranks = []
         for column, descending in self.rules:
             values = batch.column(self.names.index(column))
-            if file.is_text:
-                values = self._parse(column, values, rows)
+            if file.is_text or is_texts(values.type):
+                values = self._parse(file, column, values.cast(pa.string()), rows)
             try:
                 values = values.cast(compared_type(values.type), safe=False)
             except (pa.ArrowException, NotImplementedError) as error:
@@ -120,30 +123,58 @@ class ColumnRank:
             ranks += order_keys(values, descending)
         return ranks
 
-    def _parse(self, column: str, texts: Any, rows: int | np.ndarray) -> Any:
-        """Return texts of a CSV as float64, empty ones as null; refuse the first that is none."""
+    def _parse(self, file: Table, column: str, texts: Any, rows: int | np.ndarray) -> Any:
+        """Return texts as times, or those of a CSV as numbers or times; empty ones as null.
+
+        The first text of a column says which; the first that is of another kind is refused.
+        """
         import pyarrow.compute as pc  # here: it takes a tenth of a second to load
 
         texts = pc.if_else(pc.equal(texts, ""), None, texts)
-        try:
-            return texts.cast(pa.float64())
-        except pa.ArrowInvalid:
-            if isinstance(rows, int):
-                rows = rows + np.arange(len(texts))
-            for row, text in zip(rows.tolist(), texts, strict=True):
-                try:
-                    text.cast(pa.float64())
-                except pa.ArrowInvalid:
+        known = texts.drop_null()
+        if not len(known):
+            return pa.nulls(len(texts), pa.float64())
+        if column not in self.parsed:
+            kinds = [NUMBER, TIME] if file.is_text else [TIME]
+            fitting = [kind for kind in kinds if parsed(known[:1], kind) is not None]
+            self.parsed[column] = (fitting or kinds)[0]
+        kind = self.parsed[column]
+        values = parsed(texts, kind)
+        if values is None:
+            rows = rows + np.arange(len(texts)) if isinstance(rows, int) else rows
+            for row, text in zip(rows.tolist(), texts.to_pylist(), strict=True):
+                if parsed(pa.array([text], pa.string()), kind) is None:
                     raise SnipError(
-                        f"{self.metadata.place(row)}: column {column!r} is {text.as_py()!r}, "
-                        "expected a number to keep rows by"
-                    ) from None
-            raise
+                        f"{self.metadata.place(row)}: column {column!r} is {text!r}, expected a "
+                        f"{kind} to keep rows by"
+                    )
+        return values
+
+
+def parsed(texts: Any, kind: str) -> Any:
+    """Return texts, (n,), as float64, or as timestamps in UTC; None where one is of another kind.
+
+    A time without an offset from UTC is taken as one of UTC.
+    """
+    import pyarrow.compute as pc  # here: it takes a tenth of a second to load
+
+    try:
+        if kind == NUMBER:
+            return texts.cast(pa.float64())
+        with_offset = pc.fill_null(pc.match_substring_regex(texts, OFFSET), False)
+        plain = pc.if_else(with_offset, None, texts).cast(pa.timestamp("us"))
+        shifted = pc.if_else(with_offset, texts, None).cast(pa.timestamp("us", "UTC"))
+        return pc.coalesce(plain, shifted.cast(pa.timestamp("us")))
+    except pa.ArrowInvalid:
+        return None
 
 
 def refuse_unordered(metadata: Metadata, column: str) -> None:
-    """Refuse a column that holds neither numbers in all files, nor dates in all of them."""
-    kinds = [pa.float64() if f.is_text else f.schema.field(column).type for f in metadata.files]
+    """Refuse a column that holds neither numbers in all files, nor dates in all of them.
+
+    What texts hold is seen when they are read.
+    """
+    kinds = [file.schema.field(column).type for file in metadata.files if not file.is_text]
     kinds = [kind for kind in kinds if not pa.types.is_null(kind)]
     compared = {compared_type(kind) for kind in kinds}
     if None in compared or (pa.timestamp("us") in compared and len(compared) > 1):
@@ -154,10 +185,15 @@ def refuse_unordered(metadata: Metadata, column: str) -> None:
         )
 
 
+def is_texts(kind: Any) -> bool:
+    """Tell whether an arrow type is one of texts."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def compared_type(kind: Any) -> Any:
     """Return the arrow type as which values are compared; None where they have no such order."""
     types = pa.types
-    if types.is_temporal(kind):
+    if types.is_temporal(kind) or is_texts(kind):
         return pa.timestamp("us")
     if types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind):
         return kind if kind == pa.uint64() else pa.int64()

@@ -10,7 +10,7 @@ come before all others, so a group that has one is named by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,15 +42,24 @@ Gather = Callable[[np.ndarray], np.ndarray]  # (n,) int64 rows to their vectors,
 
 
 class Also(NamedTuple):
-    """What a pair must besides: a cosine of other vectors of the same rows (their captions')."""
+    """What a pair must besides: a cosine of second features, other vectors of the same rows."""
 
     gather: Gather  # (n,) int64 rows to their other vectors, (n, dim)
     threshold: float
-    dim: int
 
     def holds(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return for which of the rows a, b it holds, (n,) bool."""
         return pair_cosines(self.gather, a, b) >= np.float32(self.threshold)
+
+
+def all_hold(also: Sequence[Also], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return for which of the rows a, b all of them hold, (n,) bool."""
+    left = np.arange(len(a))
+    for one in also:
+        left = left[one.holds(a[left], b[left])]
+    holds = np.zeros(len(a), bool)
+    holds[left] = True
+    return holds
 
 
 def pair_cosines(gather: Gather, a: np.ndarray, b: np.ndarray, threads: int = 1) -> np.ndarray:
@@ -67,7 +76,7 @@ def pair_cosines(gather: Gather, a: np.ndarray, b: np.ndarray, threads: int = 1)
 
 
 def all_pairs(
-    features: Features, forest: Edges, threshold: float, threads: int, also: Also | None = None
+    features: Features, forest: Edges, threshold: float, threads: int, also: Sequence[Also] = ()
 ) -> Iterator[Edges]:
     """Yield all pairs among the rows of the groups of a forest over distinct rows."""
     row, group = components(forest)
@@ -81,9 +90,9 @@ def pairs_within(
     group: np.ndarray,
     threshold: float,
     threads: int,
-    also: Also | None = None,
+    also: Sequence[Also] = (),
 ) -> Iterator[Edges]:
-    """Yield all pairs of rows that share a group, each once; ``also`` must hold for them.
+    """Yield all pairs of rows that share a group, each once; all of ``also`` must hold for them.
 
     ``row`` and ``group``, (n,) int64, are ordered by group, then row. Pairs come by group; inside a
     large group by tiles of its rows; inside these by (a, b).
@@ -99,7 +108,7 @@ def pairs_within(
             left = load_panel(features, part[i : i + TILE])
             right = left if j == i else load_panel(features, part[j : j + TILE])
             edges = tile_pairs(left, right, 0, 0, threshold)
-        return edges if also is None else edges.where(also.holds(edges.a, edges.b))
+        return edges.where(all_hold(also, edges.a, edges.b)) if also else edges
 
     yield from ordered_map(find, plan_groups(np.diff(group_starts(group))), threads)
 

@@ -10,7 +10,7 @@ exactly, in memory for their codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import NamedTuple
@@ -42,15 +42,15 @@ class Compare(NamedTuple):
 
     gather: Gather  # (n,) int64 rows to their features, (n, d)
     threshold: float
-    also: Also | None = None
+    also: Sequence[Also] = ()
 
     def verify(self, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> Pairs:
         """Return those of the pairs of places x, y in ``rows`` that match."""
         cosine = pairs.pair_cosines(self.gather, rows[x], rows[y])
         close = cosine >= np.float32(self.threshold)
         x, y, cosine = x[close], y[close], cosine[close]
-        if self.also is not None:
-            holds = self.also.holds(rows[x], rows[y])
+        if self.also:
+            holds = pairs.all_hold(self.also, rows[x], rows[y])
             x, y, cosine = x[holds], y[holds], cosine[holds]
         return x, y, cosine
 
@@ -154,7 +154,7 @@ def star_large(
 
     Rows are compared with kept rows only, so the work is rows × kept rows.
     """
-    by_codes = len(rows) > TABLE_GROUP and compare.also is None
+    by_codes = len(rows) > TABLE_GROUP and not compare.also
     size, kept = CODED_BLOCK if by_codes else TABLE_BLOCK, np.zeros(len(rows), bool)
     match = match_by_codes(rows, compare) if by_codes else match_by_tables(rows, compare)
 
@@ -188,14 +188,15 @@ def star_large(
 
 def match_by_tables(rows: np.ndarray, compare: Compare) -> Match:
     """Return a function that finds the pairs of a group by tables of cosines."""
-    raw, also = compare.gather(rows), compare.also
-    words = None if also is None else also.gather(rows)
+    raw = compare.gather(rows)
+    seconds = [(one.gather(rows), np.float32(one.threshold)) for one in compare.also]
 
     def match(x: np.ndarray, y: np.ndarray) -> Pairs:
         table = all_cosines(raw[x], raw[y])
         close = table >= np.float32(compare.threshold)
-        if also is not None and words is not None and close.any():
-            close &= all_cosines(words[x], words[y]) >= np.float32(also.threshold)
+        for second, limit in seconds:
+            if close.any():
+                close &= all_cosines(second[x], second[y]) >= limit
         i, j = np.nonzero(close)
         return x[i], y[j], table[i, j]
 

@@ -7,9 +7,11 @@ asks for it. To add a section: its values in `make_page`, its HTML in ``template
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +22,11 @@ import numpy as np
 from snipdedup.config import Report
 from snipdedup.deduplication import read_out
 from snipdedup.deduplication.inputs import KIND, named_paths
+from snipdedup.deduplication.second_features import recorded_seconds
 from snipdedup.errors import SnipError
+from snipdedup.features.origin import Origin, origin_of
 from snipdedup.groups.members import Members
-from snipdedup.inspection import display, thumbnails
+from snipdedup.inspection import display, embedded, thumbnails
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
@@ -75,27 +79,39 @@ class Row(display.ShownRow):
 
     removed: bool = False
     picture: str | None = None  # a ``data:`` URL of a thumbnail
+    also: list[tuple[str, float]] = field(default_factory=list)  # second features, cosine in each
+    facts: str = ""  # of the picture: width, height, bytes, time
 
 
 def run(options: Report) -> ReportResult:
     """Run ``snip report``."""
     display.require("jinja2", "a report")
-    pictured = options.images is not None or options.image_column is not None
-    if pictured:
+    asked = options.images is not None or options.image_column is not None
+    if asked:
         display.require("PIL", "a page with pictures (--images, --image_column)")
     out = Path(options.out).expanduser()
     with as_written(out):
         manifest = read_manifest(out, KIND)
         target = out / NAME if options.html is None else Path(options.html).expanduser()
         texts = open_row_texts(out, manifest, options.metadata)
+        origin = None if asked else known_pictures(manifest)
         images = [] if options.images is None else [Path(options.images).expanduser()]
         refuse_output_file(target, [*texts.inputs(), *images, *named_paths(manifest)])
         if not options.overwrite:
-            check_target(target, pictured)
-        text, pictures = make_page(out, manifest, texts, options)
+            check_target(target, asked or origin is not None)
+        text, pictures = make_page(out, manifest, texts, options, origin)
         with replacing(target) as part:
             part.write_text(text, encoding="utf-8")
     return ReportResult(target, len(text.encode()), pictures)
+
+
+def known_pictures(manifest: dict[str, Any]) -> Origin | None:
+    """Return the origin of a run's features where ``snip embed`` made them of pictures."""
+    if importlib.util.find_spec("PIL") is None:
+        return None
+    with suppress(SnipError):  # damaged, or in a store that cannot be reached now
+        return origin_of(manifest["settings"]["features"])
+    return None
 
 
 def check_target(target: Path, pictured: bool) -> None:
@@ -116,9 +132,13 @@ def check_target(target: Path, pictured: bool) -> None:
 
 
 def make_page(
-    out: Path, manifest: dict[str, Any], texts: RowTexts, options: Report
+    out: Path,
+    manifest: dict[str, Any],
+    texts: RowTexts,
+    options: Report,
+    origin: Origin | None,
 ) -> tuple[str, PictureCounts]:
-    """Read OUT; return the page, and the pictures in it."""
+    """Read OUT; return the page, and the pictures in it; those of ``origin`` are found by it."""
     settings, counts, shards = manifest["settings"], manifest["counts"], manifest["shards"]
     threshold, keep = settings["threshold"], settings["keep"]
     offsets, groups = display.shard_offsets(shards), out / "groups.parquet"
@@ -135,14 +155,23 @@ def make_page(
     partners = read_out.read_partners(groups, np.array(asked, np.int64))
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
     keys, is_dup = read_out.read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
-    pictures, counted = find_pictures(shown, keys, texts, options)
+    pictures, counted = find_pictures(shown, keys, texts, options, origin)
+    seconds = recorded_seconds(manifest)
+    names = [short_name(second["name"]) for second in seconds]
+    also = read_out.read_also(groups, shown)
     rows = {
         row: Row(
-            row, **place, key=keys.get(row), removed=bool(is_dup[row]), picture=pictures.get(row)
+            row,
+            **place,
+            key=keys.get(row),
+            removed=bool(is_dup[row]),
+            picture=pictures.get(row),
+            also=list(zip(names, also.get(row, ()), strict=False)),
         )
         for row, place in display.places_of(shards, shown.tolist()).items()
     }
     display.fill_texts(list(rows.values()), texts, "url", "caption")
+    fill_facts(rows, texts)
     copied = zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
     found = ((rows[row], *partners.get(row, (row, np.nan))) for row in asked)
     page = display.render_page(
@@ -154,6 +183,7 @@ def make_page(
         out=shlex.quote(str(options.out)),
         run=manifest,
         survey=survey,
+        seconds=[(name, second["threshold"]) for name, second in zip(names, seconds, strict=True)],
         pictures=counted,
         curve=curve,
         charts=histograms(survey, out / "histogram.parquet"),
@@ -183,7 +213,11 @@ def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
 
 
 def find_pictures(
-    shown: np.ndarray, keys: dict[int, str], texts: RowTexts, options: Report
+    shown: np.ndarray,
+    keys: dict[int, str],
+    texts: RowTexts,
+    options: Report,
+    origin: Origin | None,
 ) -> tuple[dict[int, str], PictureCounts]:
     """Return thumbnails by row, and how many there are."""
     if options.image_column is not None:
@@ -199,12 +233,40 @@ def find_pictures(
                 "--metadata (and --key), or give --image_column"
             )
         found = thumbnails.by_key(options.images, keys.values())
+    elif origin is not None:
+        names = {row: str(row) for row in shown.tolist()}
+        found = embedded.by_place(origin, texts, shown)
     else:
         return {}, PictureCounts(len(shown))
     pictures = {row: found.pictures[name] for row, name in names.items() if name in found.pictures}
     return pictures, PictureCounts(
         len(shown), len(pictures), True, len(found.unreadable), len(found.ambiguous)
     )
+
+
+def short_name(name: str) -> str:
+    """Return the end of a path or URL that tells it from others: its last folder or file."""
+    parts = [part for part in str(name).split("/") if part]
+    own = parts[-2:] if parts[-1:] == ["img_emb"] else parts[-1:]
+    return "/".join(own) or str(name)
+
+
+def fill_facts(rows: dict[int, Row], texts: RowTexts) -> None:
+    """Set what the metadata tells of the pictures: width × height, size of the file, time."""
+    known = {
+        name: texts.read(texts.find(wanted=(name,)), np.array(list(rows), np.int64))
+        for name in ("width", "height", "bytes", "exif_time")
+    }
+    for row, shown in rows.items():
+        width, height, size, time = (values.get(row, "") for values in known.values())
+        facts = [f"{width} × {height}"] if width.isdecimal() and height.isdecimal() else []
+        facts += [size_text(int(size))] if size.isdecimal() else []
+        shown.facts = " · ".join([*facts, *([time.replace("T", " ")] if time else [])])
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes for reading."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def curve_section(curve: read_out.Curve, counts: dict[str, int]) -> dict[str, Any]:

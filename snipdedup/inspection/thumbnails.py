@@ -10,7 +10,7 @@ import base64
 import io
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
@@ -36,10 +36,11 @@ class Thumbnails:
     pictures: dict[str, str] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # files that are no pictures
     ambiguous: list[str] = field(default_factory=list)  # keys that several files have
+    formats: Sequence[str] = FORMATS  # that Pillow may read
 
     def add(self, name: str, data: bytes) -> None:
         """Take the bytes of a picture file."""
-        picture = thumbnail(data)
+        picture = thumbnail(data, self.formats)
         if picture is None:
             self.unreadable.append(name)
         else:
@@ -54,12 +55,12 @@ class Thumbnails:
             self.unreadable.append(name)
 
 
-def thumbnail(data: bytes) -> str | None:
+def thumbnail(data: bytes, formats: Sequence[str] = FORMATS) -> str | None:
     """Return a picture file as a small JPEG in a ``data:`` URL, None if it is no picture."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(data), formats=tuple(formats)) as opened:
             if opened.width * opened.height > PIXELS:
                 return None
             opened.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded smaller

@@ -227,9 +227,10 @@ class Metadata(FileRows):
                     )
         total = sum(shard["rows"] for shard in shards)
         if self.rows != total:
+            ends = dict.fromkeys(str(shards[place]["name"]) for place in (0, -1))
             raise SnipError(
                 f"{self.describe()}: {self.rows:,} rows of metadata, but {total:,} rows of "
-                f"features in {shards[0]['name']} .. {shards[-1]['name']}; expected one for each"
+                f"features in {' .. '.join(ends)}; expected one for each"
             )
 
     def read(self, columns: Sequence[str]) -> Iterator[tuple[Table, int, Any]]:

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import suppress
 from datetime import datetime
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from snipdedup.errors import SnipError
+
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")  # none that runs programs
+# The formats, by the names of their plugins in Pillow: none that runs programs, as EPS does.
+PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Tiff", "Bmp", "Avif")
 MOST_PIXELS = 200_000_000
 ORIENTATION, MAKE, CAMERA, DATE_TIME, EXIF_IFD = 0x0112, 0x010F, 0x0110, 0x0132, 0x8769
 # Of the EXIF folder: when the picture was taken, when it was digitised, and offsets from UTC.
@@ -46,13 +53,26 @@ class Decoded(NamedTuple):
     camera: str | None
 
 
-def register_plugins() -> None:
-    """Let Pillow read HEIC, if pillow-heif is installed."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return
-    register_heif_opener()
+def require() -> None:
+    """Refuse to go on without Pillow."""
+    if find_spec("PIL") is None:
+        raise SnipError(
+            "snip embed needs Pillow; install it with: pip install 'snipdedup-toolkit[images]'"
+        )
+
+
+@cache
+def known_formats() -> list[str]:
+    """Load the plugins of `PLUGINS`, and HEIC if pillow-heif is installed; return their formats."""
+    from PIL import Image
+
+    for name in PLUGINS:
+        with suppress(ImportError):  # AVIF in an older Pillow
+            import_module(f"PIL.{name}ImagePlugin")
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    wanted = {name.upper() for name in PLUGINS} | {"HEIF"}
+    return [name for name in Image.OPEN if name in wanted]
 
 
 def decode(data: bytes, least: int, most_pixels: int = MOST_PIXELS) -> Decoded:
@@ -85,14 +105,6 @@ def decode(data: bytes, least: int, most_pixels: int = MOST_PIXELS) -> Decoded:
         text = " ".join(str(error).split()) or type(error).__name__
         cut = isinstance(error, EOFError) or "truncat" in text.lower()
         raise Unreadable(f"{'truncated' if cut else 'damaged'}: {text}") from None
-
-
-def known_formats() -> list[str]:
-    """Return those of `FORMATS` that this Pillow has; `register_plugins` comes first."""
-    from PIL import Image
-
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def decode_opened(opened: Image.Image, least: int) -> Decoded:

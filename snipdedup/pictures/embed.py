@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,22 +21,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from snipdedup import config, progress
-from snipdedup.errors import SnipError
+from snipdedup.errors import InputError, SnipError
 from snipdedup.parallel import cores, ordered_map, pick_device
-from snipdedup.pictures.items import Shard
+from snipdedup.pictures import decode, video
+from snipdedup.pictures.containers import Shard
 from snipdedup.pictures.models import Model, open_model
-from snipdedup.pictures.sources import Pictures, find_pictures
-from snipdedup.pictures.workers import Failure, Row, Settings, Workers
+from snipdedup.pictures.reading import Failure, Row, Settings
+from snipdedup.pictures.sources import Pictures, find_pictures, locations
+from snipdedup.pictures.workers import Workers
 from snipdedup.runners import open_runner
 from snipdedup.runners.slurm import ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import is_finished, read_manifest
+from snipdedup.storage.remote import absolute_location
 
 KIND = "embed"
 FEATURES, TEXTS, METADATA, FAILED = "img_emb", "text_emb", "metadata", "failed.parquet"
 TYPES = {
     "key": pa.string(), "path": pa.string(), "tar": pa.string(), "member": pa.string(),
-    "parquet": pa.string(), "parquet_row": pa.int64(), "second": pa.float64(),
+    "parquet": pa.string(), "parquet_row": pa.int64(),
+    "video": pa.string(), "second": pa.float64(),
     "width": pa.int32(), "height": pa.int32(), "bytes": pa.int64(), "sha256": pa.string(),
     "exif_time": pa.string(), "camera": pa.string(), "caption": pa.string(), "url": pa.string(),
 }  # fmt: skip
@@ -65,16 +69,24 @@ def run(options: config.Embed) -> Embedded | str:
     started, share = time.monotonic(), share_of(options)
     device = pick_device(options.device)
     out = Path(options.out).expanduser()
+    decode.require()
+    if options.every is not None:
+        video.require()
     pictures = find_pictures(
-        options.images, options.shard_rows, parts=options.parts, column=options.column
-    )
+        options.images, options.shard_rows, parts=options.parts, column=options.column,
+        videos=options.every is not None,
+    )  # fmt: skip
     out_folder.refuse_output_inside(out, pictures.inputs)
-    asked = Asked(options.model, device, options.threads, options.max_pixels)
+    asked = Asked(
+        options.model, options.preprocess, options.download, device, options.threads,
+        options.max_pixels, options.every,
+    )  # fmt: skip
     tasks = EmbedTasks(pictures, asked, out / locks.WORK)
     request = {
         **pictures.request(),
         "model": tasks.model.described,
         "max_pixels": options.max_pixels,
+        "every": options.every,
         "shard_rows": options.shard_rows,
         "column": options.column,
     }
@@ -95,6 +107,10 @@ def run(options: config.Embed) -> Embedded | str:
             publish(tasks, out, request, options, started)
     except ShareDone as done:
         return str(done)
+    except InputError:
+        if share is None:
+            out_folder.release(out)  # what was made of the files that changed is of no use
+        raise
     except (OSError, SnipError):
         if share is not None and is_finished(out):  # while this process slept
             return f"{out} is finished; another process wrote it"
@@ -110,9 +126,12 @@ class Asked(NamedTuple):
     """What tasks need of the settings."""
 
     model: str
+    preprocess: str | None
+    download: bool
     device: str
     threads: int
     max_pixels: int
+    every: float | None
 
 
 @dataclass
@@ -133,12 +152,17 @@ class EmbedTasks:
     @cached_property
     def model(self) -> Model:
         """The model; on a CPU each batch is embedded by one thread, so that bits do not differ."""
-        return open_model(self.asked.model, device=self.asked.device, threads=1)
+        asked = self.asked
+        return open_model(
+            asked.model, device=asked.device, threads=1, preprocess=asked.preprocess,
+            download=asked.download,
+        )  # fmt: skip
 
     @cached_property
     def workers(self) -> Workers:
         """The processes that decode."""
-        settings = Settings(self.model.prepare, self.model.size, self.asked.max_pixels, None)
+        asked = self.asked
+        settings = Settings(self.model.prepare, self.model.size, asked.max_pixels, asked.every)
         return Workers(settings, cores(self.asked.threads))
 
     def close(self) -> None:
@@ -158,21 +182,20 @@ class EmbedTasks:
 
     def embed(self, number: int) -> None:
         """Embed a shard."""
+        shard = self.pictures.shards[number]
         done = atomic.read_done(self.done_file(number), self.work)
         if done is None:
-            shard = self.pictures.shards[number]
             failures: list[Failure] = []
             results = self.workers.results(shard.items())
             batches = cut(self.good(results, failures), self.model.batch)
             threads = cores(self.asked.threads) if self.asked.device == "cpu" else 1
-            parts = list(ordered_map(self.encode, batches, threads))
+            parts = list(ordered_map(partial(self.encode, shard), batches, threads))
             shard.refuse_changed()
-            rows = [row for part, _ in parts for row in part]
-            features = np.concatenate([np.empty((0, self.model.dim), np.float16)] +
-                                      [made for _, made in parts])  # fmt: skip
-            self.write(number, rows, features, failures)
+            done = self.write(number, parts, failures)
         elif self.bar is not None:
-            self.bar.update(done["rows"] + sum(done["failed"].values()))
+            self.bar.update(count_of(done))
+        if self.bar is not None:
+            self.bar.total += count_of(done) - shard.count()  # of a tar it was an estimate
 
     def good(self, results: Iterable[Row | Failure], failures: list[Failure]) -> Iterator[Row]:
         """Yield the rows; put the failures aside."""
@@ -184,36 +207,41 @@ class EmbedTasks:
             else:
                 yield result
 
-    def encode(self, batch: list[Row]) -> tuple[list[dict[str, Any]], np.ndarray]:
+    def encode(self, shard: Shard, batch: list[Row]) -> tuple[pa.Table, np.ndarray]:
         """Return the metadata and the features of a batch, (n, dim) float16."""
         made = self.model.encode(np.stack([row.prepared for row in batch]))
-        return [row.values for row in batch], made.astype(np.float16)
+        values = [row.values for row in batch]
+        return pa.Table.from_pylist(values, schema_of(shard)), made.astype(np.float16)
 
     def write(
-        self, number: int, rows: list[dict[str, Any]], features: np.ndarray, failed: list[Failure]
-    ) -> None:
-        """Write the files of a shard, and its done file."""
+        self, number: int, parts: list[tuple[pa.Table, np.ndarray]], failures: list[Failure]
+    ) -> dict[str, Any]:
+        """Write the files of a shard, and its done file, whose body is returned."""
         shard, files = self.pictures.shards[number], self.files(number)
+        table = pa.concat_tables([schema_of(shard).empty_table(), *(part for part, _ in parts)])
+        empty = np.empty((0, self.model.dim), np.float16)
+        features = np.concatenate([empty, *(made for _, made in parts)])
         whole = np.isfinite(features).all(1) & (features != 0).any(1)
-        for at in np.flatnonzero(~whole).tolist():
-            source = ": ".join(str(rows[at][name]) for name in shard.columns)
-            failed.append(Failure(source, rows[at]["key"], "the model returned no finite feature"))
-        rows = [row for row, is_whole in zip(rows, whole, strict=True) if is_whole]
-        captions = [row["caption"] for row in rows]
-        texts = self.embed_texts([caption or "" for caption in captions])
-        made: list[Any] = [features[whole], table_of(shard, rows), texts]
-        made.append(pa.Table.from_pylist([part._asdict() for part in failed], FAILURES))
-        for path, value in zip(files.values(), made, strict=True):
+        for row in table.filter(pa.array(~whole)).to_pylist():
+            source = ": ".join(str(row[name]) for name in shard.columns if row[name] is not None)
+            failures.append(Failure(source, row["key"], "the model returned no finite feature"))
+        table = with_own_columns(shard, table.filter(pa.array(whole)).combine_chunks())
+        texts = self.embed_texts(table["caption"].fill_null("").to_pylist())
+        failed = pa.Table.from_pylist([part._asdict() for part in failures], FAILURES)
+        for path, value in zip(
+            files.values(), (features[whole], table, texts, failed), strict=True
+        ):
             if isinstance(value, np.ndarray):
                 atomic.save_npy(path, value, lasting=False)
             else:
                 atomic.save_parquet(path, value)
         body = {
-            "rows": len(rows),
-            "captions": sum(caption is not None for caption in captions),
-            "failed": dict(sorted(Counter(kind_of(part.reason) for part in failed).items())),
+            "rows": table.num_rows,
+            "captions": table.num_rows - table["caption"].null_count,
+            "failed": dict(sorted(Counter(kind_of(part.reason) for part in failures).items())),
         }
         atomic.write_done_file(self.done_file(number), files, body)
+        return body
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:
         """Return features of captions, (n, dim) float16; no columns where the model has none."""
@@ -248,12 +276,20 @@ def kind_of(reason: str) -> str:
     return reason.partition(":")[0]
 
 
-def table_of(shard: Shard, rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Return the metadata of a shard; ``rows`` have the values of the columns."""
-    names = ["key", *shard.columns, *MEASURED]
-    schema = pa.schema([(name, TYPES[name]) for name in names])
-    table = pa.Table.from_pylist(list(rows), schema)
-    own = shard.own([row.get("parquet_row", 0) for row in rows])
+def count_of(done: dict[str, Any]) -> int:
+    """Return how many pictures a shard has, by its done file."""
+    return int(done["rows"]) + sum(done["failed"].values())
+
+
+def schema_of(shard: Shard) -> pa.Schema:
+    """Return the columns that each picture of a shard has."""
+    return pa.schema([(name, TYPES[name]) for name in ("key", *shard.columns, *MEASURED)])
+
+
+def with_own_columns(shard: Shard, table: pa.Table) -> pa.Table:
+    """Add the columns that the source of a shard has itself; of names that are taken, as others."""
+    names = table.column_names
+    own = shard.own(table)
     for name, values in zip(own.column_names, own.columns, strict=True) if own else ():
         if name not in ("key", "caption", "url"):  # which are there already, as texts
             table = table.append_column(f"source_{name}" if name in names else name, values)
@@ -289,7 +325,10 @@ def publish(
     model = {"name": tasks.model.name, "dim": tasks.model.dim, "threshold": tasks.model.threshold}
     body = {
         "command": "embed",
-        "settings": options.as_dict(),
+        "settings": {
+            **options.as_dict(),
+            "images": list(map(absolute_location, locations(options.images))),
+        },
         "request": request,
         "model": {**model, **tasks.model.described},
         "shards": [

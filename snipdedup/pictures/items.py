@@ -1,27 +1,11 @@
-"""Pictures where they lie: files, members of tars, rows of parquet files; shards of them.
-
-A shard is what one task embeds: a tar, a parquet file, or some files. An `Item` is one picture of
-it, small enough to be sent to a worker, which reads the bytes; of remote tars and of tables, they
-come with it.
-"""
+"""One picture where it lies, and what is written beside it; small enough to be sent to a worker."""
 
 from __future__ import annotations
 
 import json
-import tarfile
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from snipdedup.errors import InputError, SnipError
-from snipdedup.features.formats import identity_of
-from snipdedup.metadata.tables import KEY_COLUMNS, explain_damage, stream_parquet
-from snipdedup.storage.remote import RemotePath, absolute_location, arrow_source
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif",
@@ -30,11 +14,7 @@ SUFFIXES = (
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".3gp", ".wmv")
 TEXTS = (".txt", ".json")  # caption and url beside a picture
 FILE_BYTES = 1 << 30  # longer files are not read
-MEMBER_BYTES = 60_000  # of a usual tar: a picture and its texts
-ROWS_A_READ = 16  # of a table: each may hold megabytes
-PLACES = ("path", "tar", "member", "parquet", "parquet_row")
 CAPTIONS, URLS = ("caption", "text"), ("url",)
-BYTES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes", "content")
 
 
 class Text(NamedTuple):
@@ -48,7 +28,7 @@ class Item(NamedTuple):
     """One picture: its key, where it lies, and its bytes or where to read them."""
 
     key: str
-    place: dict[str, Any]  # some of `PLACES`
+    place: dict[str, Any]  # columns of the metadata that say so
     data: bytes | None = None  # None: of the path, from ``begin`` on, ``size`` bytes or all
     path: Path | None = None
     begin: int = 0
@@ -63,224 +43,10 @@ class Item(NamedTuple):
         return ": ".join(str(value) for value in self.place.values())
 
 
-@dataclass(frozen=True)
-class FileShard:
-    """Files, by their keys; ``beside`` are the texts that there are."""
-
-    paths: Sequence[Path]
-    keys: Sequence[str]
-    beside: Sequence[tuple[Path, ...]]
-    columns = ("path",)
-
-    @property
-    def name(self) -> str:
-        """How messages name it."""
-        return f"{self.keys[0]} .. {self.keys[-1]}"
-
-    def items(self) -> Iterator[Item]:
-        """Yield the pictures in order."""
-        for key, path, beside in zip(self.keys, self.paths, self.beside, strict=True):
-            yield Item(key, {"path": absolute_location(path)}, path=path, beside=beside)
-
-    def count(self) -> int:
-        """Return how many pictures it has, for the progress; of a tar it is an estimate."""
-        return len(self.keys)
-
-    def own(self, rows: Sequence[int]) -> pa.Table | None:
-        """Return the columns that the source has itself, of these pictures; None without any."""
-        del rows
-        return None
-
-    def refuse_changed(self) -> None:
-        """Do nothing: the sha256 in the metadata is that of the bytes which were embedded."""
-
-
-class Container:
-    """A file that holds pictures."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.identity = path, identity_of(path)
-
-    @property
-    def name(self) -> str:
-        """How messages name it."""
-        return str(self.path)
-
-    def refuse_changed(self) -> None:
-        """Refuse a file that was changed since it was found."""
-        if isinstance(self.path, RemotePath):
-            self.path.forget_version()
-        if identity_of(self.path) != self.identity:
-            raise InputError(f"{self.path}: changed while it was read; run it again")
-
-
-class TarShard(Container):
-    """A tar of pictures, with texts of the same keys, as webdataset and img2dataset write it.
-
-    A key is a member's name up to the first dot. If several pictures have one key, each is named by
-    its whole name without the last suffix, or with it where that is needed.
-    """
-
-    columns = ("tar", "member")
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with path.open("rb") as file:
-            if file.read(3) in (b"\x1f\x8b\x08", b"BZh", b"\xfd7z"):
-                raise SnipError(
-                    f"{path}: a compressed tar; expected a plain one, as webdataset writes: unpack "
-                    "it first, with gunzip, bunzip2 or unxz"
-                )
-
-    def count(self) -> int:
-        """See `FileShard.count`."""
-        return -(-self.identity[1] // MEMBER_BYTES)
-
-    def items(self) -> Iterator[Item]:
-        """Yield the pictures in order; what is wrong with a damaged tar comes as its last item."""
-        group: list[tuple[tarfile.TarInfo, bytes | None]] = []
-        last, why = "", ""
-        try:
-            with self.path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for member, data in self.members(tar):
-                    folder, slash, name = member.name.rpartition("/")
-                    key = folder + slash + name.partition(".")[0]
-                    if key != last:
-                        yield from self.pictures(last, group)
-                        group, last = [], key
-                    group.append((member, data))
-        except (tarfile.TarError, EOFError, OSError) as error:
-            why = f"truncated: the tar ends too early, or is none: {error}"
-        yield from self.pictures(last, group)
-        if why:
-            place = {"tar": absolute_location(self.path), "member": ""}
-            yield Item(self.path.stem, place, refused=why)
-
-    def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-        """Yield pictures and texts; with the bytes of texts, and of all that is not local."""
-        remote = isinstance(self.path, RemotePath)
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # else each stays in memory
-            suffix, hidden = suffix_of(member.name), member.name.rpartition("/")[2][:1] == "."
-            if not member.isfile() or hidden or suffix not in (*SUFFIXES, *TEXTS):
-                continue
-            data = None
-            if (remote or suffix in TEXTS) and member.size <= FILE_BYTES:
-                opened = tar.extractfile(member)
-                data = b"" if opened is None else opened.read()
-            yield member, data
-
-    def pictures(
-        self, key: str, group: list[tuple[tarfile.TarInfo, bytes | None]]
-    ) -> Iterator[Item]:
-        """Yield the pictures among the members of a key."""
-        texts = {suffix_of(member.name): data for member, data in group}
-        text = read_texts(texts.get(".txt"), texts.get(".json"))
-        found = [(m, data) for m, data in group if suffix_of(m.name) in SUFFIXES]
-        stems = [member.name[: -len(suffix_of(member.name))] for member, _ in found]
-        for stem, (member, data) in zip(stems, found, strict=True):
-            own = key if len(found) == 1 else stem if stems.count(stem) == 1 else member.name
-            yield Item(
-                clean(own), {"tar": absolute_location(self.path), "member": clean(member.name)},
-                data, self.path, member.offset_data, member.size, text,
-            )  # fmt: skip
-
-    def own(self, rows: Sequence[int]) -> pa.Table | None:
-        """See `FileShard.own`."""
-        del rows
-        return None
-
-
-class ParquetShard(Container):
-    """A parquet file with a column of picture files: bytes, or a struct of ``bytes`` and ``path``.
-
-    ``asked`` names the column; else it is the first of either kind. Other columns are carried on.
-    """
-
-    columns = ("parquet", "parquet_row")
-
-    def __init__(self, path: Path, asked: str | None = None) -> None:
-        super().__init__(path)
-        file = stream_parquet(path)
-        self.schema, self.rows = file.schema_arrow, int(file.metadata.num_rows)
-        self.column = image_column(self.schema, asked)
-        if self.column is None:
-            raise SnipError(
-                f"{path}: expected a column of picture files (binary, or a struct of bytes and "
-                f"path), found {', '.join(f'{f.name} {f.type}' for f in self.schema)}; name one "
-                "with --column"
-            )
-
-    def count(self) -> int:
-        """See `FileShard.count`."""
-        return self.rows
-
-    def items(self) -> Iterator[Item]:
-        """Yield the pictures in order."""
-        names = {what: first_of(self.schema.names, kinds) for what, kinds in
-                 (("key", KEY_COLUMNS), ("caption", CAPTIONS), ("url", URLS))}  # fmt: skip
-        columns = [self.column, *filter(None, names.values())]
-        row, place = 0, absolute_location(self.path)
-        file = stream_parquet(self.path)
-        with explain_damage(self.path, "damaged: its rows cannot be read"):
-            for batch in file.iter_batches(ROWS_A_READ, columns=list(dict.fromkeys(columns))):
-                for values in batch.to_pylist():
-                    found = values[self.column]
-                    data = found.get("bytes") if isinstance(found, dict) else found
-                    key, caption, url = (
-                        None if values.get(name) is None else str(values[name])
-                        for name in names.values()
-                    )
-                    yield Item(
-                        key or f"{self.path.stem}-{row:06d}",
-                        {"parquet": place, "parquet_row": row},
-                        data,
-                        text=Text(caption, url),
-                        refused="no bytes in this row" if data is None else None,
-                    )
-                    row += 1
-
-    def own(self, rows: Sequence[int]) -> pa.Table | None:
-        """See `FileShard.own`; ``rows`` are those of the file, ascending."""
-        own = [name for name in self.schema.names if name != self.column]
-        with explain_damage(self.path, "damaged: its rows cannot be read"):
-            table = pq.read_table(arrow_source(self.path), columns=own) if own else None
-        return None if table is None else table.take(pa.array(rows, pa.int64()))
-
-
-Shard = FileShard | TarShard | ParquetShard
-
-
 def suffix_of(name: str) -> str:
     """Return the last suffix of a name, in lower case."""
     stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
     return f".{suffix.lower()}" if dot and stem else ""
-
-
-def first_of(names: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """Return the first wanted name that is there, in any case."""
-    lower = {name.lower(): name for name in reversed(names)}
-    return next((lower[name] for name in wanted if name in lower), None)
-
-
-def image_column(schema: pa.Schema, asked: str | None = None) -> str | None:
-    """Return the column that holds picture files, None if there is none."""
-
-    def is_binary(kind: Any) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    structs, plain = [], []
-    for field in schema:
-        if pa.types.is_struct(field.type):
-            names = {inner.name: inner.type for inner in field.type}
-            if "bytes" in names and is_binary(names["bytes"]):
-                structs.append(field.name)
-        elif is_binary(field.type):
-            plain.append(field.name)
-    if asked is not None:
-        return asked if asked in structs + plain else None
-    named = first_of(plain, BYTES)
-    return next(iter([*structs, *filter(None, [named]), *plain]), None)
 
 
 def read_texts(txt: bytes | None, described: bytes | None) -> Text:

@@ -9,29 +9,26 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import identity_of
 from snipdedup.features.shards import natural_key, part_numbers
 from snipdedup.metadata.tables import stream_parquet
-from snipdedup.pictures.items import (
-    SUFFIXES,
-    TEXTS,
-    VIDEOS,
+from snipdedup.pictures.containers import (
     FileShard,
     ParquetShard,
     Shard,
     TarShard,
-    clean,
     image_column,
-    suffix_of,
 )
+from snipdedup.pictures.items import SUFFIXES, TEXTS, VIDEOS, clean, suffix_of
 from snipdedup.storage.listing import find_files, is_folder
 from snipdedup.storage.remote import (
     RemotePath,
@@ -63,29 +60,46 @@ class Pictures:
         return {"shards": len(self.shards), "files": self.stamp}
 
 
+class Found(NamedTuple):
+    """A file that IMAGES means."""
+
+    name: str  # that its key is made of: its path below the folder
+    path: Path
+    is_named: bool  # itself: it is taken for a picture whatever its suffix
+    is_listed: bool  # with all files of its folder, so that the texts beside it are known
+
+
 def find_pictures(
-    spec: Any, shard_rows: int, *, parts: str | None = None, column: str | None = None
+    spec: Any,
+    shard_rows: int,
+    *,
+    parts: str | None = None,
+    column: str | None = None,
+    videos: bool = False,
 ) -> Pictures:
     """Find the pictures that IMAGES means: see the page on pictures.
 
     ``spec`` is a text, as typed, or a sequence of paths. ``column`` is that of parquet files.
+    ``videos`` are read too, or left out.
     """
-    words = [spec] if isinstance(spec, str | Path) else list(spec)
-    if len(words) == 1 and "," in str(words[0]) and not exists(str(words[0])):
-        words = [word.strip() for word in str(words[0]).split(",") if word.strip()]
+    words = locations(spec)
     if not words:
         raise UsageError("IMAGES is empty; give a folder, a glob, tars, parquet files or a list")
-    roots: list[Path] = []
-    files: list[tuple[str, Path]] = []  # the path that a key is made of, and the file
-    for word in map(str, words):
-        if not scheme_of(word):
-            roots += [path for path in [path_of(word)] if path.exists()]
-        files += files_of(word, parts)
+    roots = [path_of(word) for word in words if not scheme_of(word) and path_of(word).exists()]
+    files = [file for word in words for file in files_of(word, parts)]
     if len(words) > 1:
-        files = below_common_folder([path for _, path in files])
-    named = ", ".join(redacted(str(word)) for word in words)
-    is_whole = len(words) > 1 or suffix_of(named) == LIST or len(files) == 1
-    return shards_of(files, shard_rows, column, roots, named, takes_all=is_whole)
+        names = below_common_folder([file.path for file in files])
+        files = [file._replace(name=name) for file, name in zip(files, names, strict=True)]
+    return shards_of(files, shard_rows, column, videos, roots, ", ".join(map(redacted, words)))
+
+
+def locations(spec: Any) -> list[str]:
+    """Return the paths and URLs of IMAGES: of a text, that of a file with a comma, or several."""
+    given = [spec] if isinstance(spec, str | Path) else list(spec)
+    words = [word.url if isinstance(word, RemotePath) else str(word) for word in given]
+    if len(words) == 1 and not exists(words[0]):
+        words = [word.strip() for word in words[0].split(",") if word.strip()]
+    return words
 
 
 def exists(location: str) -> bool:
@@ -93,30 +107,32 @@ def exists(location: str) -> bool:
     return not scheme_of(location) and os.path.lexists(path_of(location))
 
 
-def files_of(word: str, parts: str | None) -> list[tuple[str, Path]]:
-    """Return the files that a folder, glob, pattern, list or file means."""
+def files_of(word: str, parts: str | None) -> list[Found]:
+    """Return the files that a folder, glob, pattern, list or file means, in their order."""
     if is_folder(word):
-        found = files_below(word)
-        return sorted(found, key=lambda file: natural_key(file[0]))
+        found = [Found(name, path, False, True) for name, path in files_below(word)]
+        return sorted(found, key=lambda file: natural_key(file.name))
     numbers = part_numbers(word, parts)
-    if suffix_of(redacted(word)) == LIST and numbers is None:
-        return listed_files(path_of(word))
-    paths = find_files(word, numbers, SUFFIXES, NONE)
-    if numbers is None:
-        paths = sorted(paths, key=lambda path: natural_key(str(path)))
-    if len(paths) > 1:  # texts beside pictures that a glob matches, too
-        paths = [path for path in paths if suffix_of(path.name) not in TEXTS]
-    return below_common_folder(paths)
+    is_list = suffix_of(redacted(word)) == LIST and numbers is None
+    if is_list:
+        paths = listed_files(path_of(word))
+    else:
+        paths = find_files(word, numbers, SUFFIXES, NONE)
+        if numbers is None:
+            paths = sorted(paths, key=lambda path: natural_key(str(path)))
+    is_named = is_list or (len(paths) == 1 and str(paths[0]) == str(path_of(word)))
+    names = below_common_folder(paths)
+    return [Found(*file, is_named, False) for file in zip(names, paths, strict=True)]
 
 
 def files_below(folder: str) -> list[tuple[str, Path]]:
-    """Return all files below a folder, and their paths in it; hidden ones are left out."""
+    """Return the paths in a folder of all files below it, and the files; no hidden ones."""
     if scheme_of(folder):
         with store_errors(folder):
             system, top = filesystem(folder)
-            names = [name for name in system.find(top) if "/." not in name]
-        return [(n.removeprefix(f"{top.rstrip('/')}/"), RemotePath(system.unstrip_protocol(n)))
-                for n in names]  # fmt: skip
+            places = [place for place in system.find(top) if "/." not in place]
+        begin = f"{top.rstrip('/')}/"
+        return [(p.removeprefix(begin), RemotePath(system.unstrip_protocol(p))) for p in places]
     root, found = path_of(folder), []
 
     def refuse(error: OSError) -> None:
@@ -124,14 +140,12 @@ def files_below(folder: str) -> list[tuple[str, Path]]:
 
     for above, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "."]
-        inside = Path(above).relative_to(root)
-        found += [
-            ((inside / name).as_posix(), Path(above, name)) for name in names if name[0] != "."
-        ]
+        inside, shown = Path(above).relative_to(root), [n for n in names if n[0] != "."]
+        found += [((inside / name).as_posix(), Path(above, name)) for name in shown]
     return found
 
 
-def listed_files(path: Path) -> list[tuple[str, Path]]:
+def listed_files(path: Path) -> list[Path]:
     """Return the files of a list, one path or URL a line, in its order."""
     try:
         with path.open("rb") as file:
@@ -141,69 +155,78 @@ def listed_files(path: Path) -> list[tuple[str, Path]]:
     found = [path_of(line.strip()) for line in lines if line.strip()]
     if not found:
         raise SnipError(f"{path}: expected a list, one path or URL a line, found nothing")
-    return below_common_folder(found)
+    return found
 
 
-def below_common_folder(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Return each file with its path below the folder that all have in common."""
+def below_common_folder(paths: Sequence[Path]) -> list[str]:
+    """Return the path of each file below the folder that all have in common."""
     parts = [absolute_location(path).split("/") for path in paths]
-    folders = [names[:-1] for names in parts]
+    folders = [names[:-1] for names in parts] or [[]]
     ends = zip(min(folders), max(folders), strict=False)
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
-    return [("/".join(names[common:]), path) for names, path in zip(parts, paths, strict=True)]
+    return ["/".join(names[common:]) for names in parts]
 
 
 def shards_of(
-    files: list[tuple[str, Path]],
+    files: list[Found],
     shard_rows: int,
     column: str | None,
+    videos: bool,
     roots: list[Path],
     named: str,
-    *,
-    takes_all: bool,
 ) -> Pictures:
-    """Cut files into shards: tars if there are any, else parquet files of bytes, else pictures.
-
-    ``takes_all``: files were named one by one, and are taken for pictures whatever their suffix.
-    """
-    kinds: dict[str, list[tuple[str, Path]]] = {}
+    """Cut files into shards: tars if there are any, else parquet files of bytes, else pictures."""
+    kinds: dict[str, list[Found]] = {}
     for file in files:
-        kinds.setdefault(suffix_of(file[1].name), []).append(file)
-    tables = [path for _, path in kinds.get(PARQUET, [])]
-    loose = {suffix for suffix in kinds if suffix in (*SUFFIXES, *VIDEOS)}
+        kinds.setdefault(suffix_of(file.path.name), []).append(file)
+    tables = [file.path for file in kinds.get(PARQUET, [])]
+    chosen = [file for file in files if is_picture(file, videos)]
     # Parquet files beside tars or pictures are their metadata, unless they hold pictures themselves
-    beside = column is None and bool(loose) and TAR not in kinds
+    beside = column is None and bool(chosen) and TAR not in kinds
     if tables and beside:
         beside = image_column(stream_parquet(tables[0]).schema_arrow) is None
     shards: list[Shard]
     if TAR in kinds:
-        taken = {TAR}
-        shards = list(open_all(TarShard, [path for _, path in kinds[TAR]]))
+        used = kinds[TAR]
+        shards = list(open_all(TarShard, [file.path for file in used]))
     elif tables and not beside:
-        taken = {PARQUET}
-        shards = list(open_all(lambda path: ParquetShard(path, column), tables))
+        used = kinds[PARQUET]
+        shards = list(open_all(partial(ParquetShard, asked=column), tables))
         check_columns(shards)
+    elif chosen:
+        used = chosen
+        names = {file.name for file in files if file.is_listed}
+        shards = file_shards(chosen, names, shard_rows, videos)
     else:
-        taken = set(kinds) if takes_all else loose
-        chosen = [file for file in files if suffix_of(file[1].name) in taken]
-        if not chosen:
-            raise SnipError(
-                f"{NONE} in {named}: expected {', '.join(SUFFIXES[:6])}, ... (also in subfolders), "
-                f"{TAR} or {PARQUET}; for files with other names give a list of their paths"
+        raise SnipError(
+            f"{NONE} in {named}: expected {', '.join(SUFFIXES[:6])}, ... (also in subfolders), "
+            f"{TAR} or {PARQUET}; "
+            + (
+                "--every SECONDS reads videos"
+                if set(VIDEOS) & set(kinds)
+                else "for files with other names give a list of their paths"
             )
-        shards = file_shards(chosen, {name for name, _ in files}, shard_rows)
-    used = [path for suffix in taken for _, path in kinds[suffix]]
-    unused = {suffix: len(some) for suffix, some in kinds.items() if suffix not in (*taken, *TEXTS)}
+        )
+    left_out = Counter(suffix_of(file.path.name) for file in files)
+    left_out.subtract(suffix_of(file.path.name) for file in used)
     return Pictures(
         shards,
         roots,
         sum(shard.count() for shard in shards),
-        dict(sorted(unused.items())),
-        stamp_of(used),
+        {kind: left_out[kind] for kind in sorted(left_out) if left_out[kind] and kind not in TEXTS},
+        stamp_of([file.path for file in used]),
     )
 
 
-def open_all(kind: Any, paths: list[Path]) -> Iterable[Any]:
+def is_picture(file: Found, videos: bool) -> bool:
+    """Tell whether a file is taken for a picture: by its suffix, or since it was named."""
+    suffix = suffix_of(file.path.name)
+    if suffix in VIDEOS:
+        return videos
+    return suffix in SUFFIXES or (file.is_named and suffix not in (*TEXTS, TAR, PARQUET))
+
+
+def open_all(kind: Callable[[Path], Any], paths: list[Path]) -> Iterable[Any]:
     """Open container files; remote ones side by side."""
     return map_requests(kind, paths) if any(map(is_remote, paths)) else map(kind, paths)
 
@@ -220,25 +243,23 @@ def check_columns(shards: Sequence[Shard]) -> None:
             )
 
 
-def file_shards(files: list[tuple[str, Path]], names: set[str], shard_rows: int) -> list[Shard]:
-    """Cut picture files into shards; ``names`` are those of all files, texts too.
+def file_shards(files: list[Found], names: set[str], shard_rows: int, videos: bool) -> list[Shard]:
+    """Cut picture files into shards; ``names`` are those of all files in their folders.
 
     A key is the name without suffix, with it where another file has the same otherwise.
     """
-    stems = [name.removesuffix(Path(name).suffix) for name, _ in files]
-    count, whole = Counter(stems), {name for name, _ in files}
-    keys, beside = [], []
-    for (name, path), stem in zip(files, stems, strict=True):
-        keys.append(clean(stem if count[stem] == 1 and stem not in whole else name))
-        texts = [suffix for suffix in TEXTS if f"{stem}{suffix}" in names]
-        beside.append(tuple(beside_of(path, suffix) for suffix in texts))
-    paths = [path for _, path in files]
-    return [
-        FileShard(
-            paths[at : at + shard_rows], keys[at : at + shard_rows], beside[at : at + shard_rows]
-        )
-        for at in range(0, len(paths), shard_rows)
-    ]
+    stems = [file.name.removesuffix(Path(file.name).suffix) for file in files]
+    count, whole = Counter(stems), {file.name for file in files}
+    keys, texts = [], []
+    for file, stem in zip(files, stems, strict=True):
+        keys.append(clean(stem if count[stem] == 1 and stem not in whole else file.name))
+        likely = [(f"{stem}{suffix}", beside_of(file.path, suffix)) for suffix in TEXTS]
+        look = not file.is_listed and not is_remote(file.path)
+        texts.append(tuple(p for name, p in likely if name in names or (look and p.is_file())))
+    paths = [file.path for file in files]
+    cuts = [slice(at, at + shard_rows) for at in range(0, len(paths), shard_rows)]
+    columns = ("path", "video", "second") if videos else ("path",)
+    return [FileShard(paths[part], keys[part], texts[part], columns) for part in cuts]
 
 
 def beside_of(path: Path, suffix: str) -> Path:
@@ -259,5 +280,5 @@ def stamp_of(paths: Iterable[Path]) -> str:
         with suppress(OSError):
             if not is_remote(path) or suffix_of(path.name) in (TAR, PARQUET):
                 known = identity_of(path)[1:]
-        total.update(json.dumps([str(path), *known]).encode())
+        total.update(json.dumps([absolute_location(path), *known]).encode())
     return total.hexdigest()[:16]

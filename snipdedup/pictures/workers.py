@@ -7,186 +7,29 @@ worker that is far ahead waits until somebody reads what it has written.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import pickle
 import select
 import signal
-import struct
 import subprocess
 import sys
 import threading
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import numpy as np
+from typing import IO, Any
 
 from snipdedup.errors import SnipError
-from snipdedup.pictures.items import FILE_BYTES, VIDEOS, Item, Text, read_texts, suffix_of
+from snipdedup.pictures.items import Item
+from snipdedup.pictures.reading import LENGTH, Failure, Result, Row, Settings
 
 ITEMS = 8  # sent to a worker at a time
 TRIES = 2  # processes that a picture may end
 PATIENCE_S = 900  # for one picture
 START_S = 300  # for a process to begin, on a busy machine
 HELD_BYTES = 1 << 28  # of results that are ahead of their turn
-LENGTH = struct.Struct("<Q")
 PACKAGE = str(Path(__file__).parents[2])  # the folder that this package lies in
-START = "import sys; sys.path[:] = {path!r}; from snipdedup.pictures.workers import main; main()"
-
-
-class Settings(NamedTuple):
-    """What a worker does with each picture."""
-
-    prepare: Callable[[Any], np.ndarray]  # of a model
-    least: int  # pixels of the shorter side that it needs
-    most_pixels: int
-    every: float | None  # seconds between frames of a video
-
-
-class Row(NamedTuple):
-    """A picture that was read: the values of its columns, and what the model takes."""
-
-    values: dict[str, Any]
-    prepared: np.ndarray
-
-
-class Failure(NamedTuple):
-    """A picture that was not."""
-
-    source: str
-    key: str
-    reason: str
-
-
-Result = Row | Failure
-
-
-# ---- in a worker
-
-
-def main() -> None:
-    """Answer what comes on stdin until it ends."""
-    from PIL import Image
-
-    from snipdedup.pictures.decode import register_plugins
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process above ends this one
-    warnings.simplefilter("ignore")
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
-    Image.MAX_IMAGE_PIXELS = None  # `decode` has its own bound
-    register_plugins()
-    try:
-        settings = receive(sys.stdin.buffer)
-    except Exception as error:
-        send(answers, f"{type(error).__name__}: {error}")
-        return
-    with suppress(BrokenPipeError, EOFError):
-        send(answers, None)  # it has begun
-        while True:
-            for item, given in receive(sys.stdin.buffer):
-                for result in islice(read_item(item, settings), given, None):
-                    send(answers, result)
-                send(answers, None)
-
-
-def read_item(item: Item, settings: Settings) -> Iterator[Result]:
-    """Yield the row of a picture, or those of the frames of a video; or why there is none."""
-    from snipdedup.pictures.decode import Unreadable
-
-    try:
-        if item.refused:
-            raise Unreadable(item.refused)
-        if item.path is not None and item.data is None and suffix_of(item.path.name) in VIDEOS:
-            yield from read_video(item, settings)
-        else:
-            yield read_picture(item, settings)
-    except Unreadable as error:
-        yield Failure(item.source, item.key, str(error))
-    except Exception as error:
-        yield Failure(item.source, item.key, f"fault: {type(error).__name__}: {error}")
-
-
-def read_picture(item: Item, settings: Settings) -> Row:
-    """Read, decode and prepare one picture."""
-    from snipdedup.pictures.decode import decode
-
-    data = read_bytes(item)
-    found = decode(data, settings.least, settings.most_pixels)
-    text = text_of(item)
-    values = {
-        "key": item.key, **item.place, "width": found.width, "height": found.height,
-        "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-        "exif_time": found.exif_time, "camera": found.camera, "caption": text.caption,
-        "url": text.url,
-    }  # fmt: skip
-    return Row(values, settings.prepare(found.picture))
-
-
-def read_video(item: Item, settings: Settings) -> Iterator[Result]:
-    """Yield frames of a video."""
-    from snipdedup.pictures.decode import Unreadable
-
-    del settings
-    raise Unreadable("a video")
-
-
-def read_bytes(item: Item) -> bytes:
-    """Return the bytes of a picture file."""
-    from snipdedup.pictures.decode import Unreadable
-
-    if item.data is not None:
-        return item.data
-    path = Path() if item.path is None else item.path
-    try:
-        if not path.is_file():
-            raise Unreadable("missing: it was there when the files were listed")
-        size = path.stat().st_size if item.size is None else item.size
-        if size > FILE_BYTES:
-            raise Unreadable(f"too large: {size:,} bytes, at most {FILE_BYTES:,}")
-        with path.open("rb") as file:
-            file.seek(item.begin)
-            data = file.read(size)
-    except (OSError, ValueError, SnipError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise Unreadable(f"cannot be read: {why}") from None
-    return data
-
-
-def text_of(item: Item) -> Text:
-    """Return caption and url of a picture, from the files beside it where there are any."""
-    if not item.beside:
-        return item.text
-    found: dict[str, bytes] = {}
-    for path in item.beside:
-        with suppress(OSError, SnipError), path.open("rb") as file:
-            found[path.suffix] = file.read(FILE_BYTES)
-    return read_texts(found.get(".txt"), found.get(".json"))
-
-
-def send(file: IO[bytes], value: Any) -> None:
-    """Write a value that `receive` returns."""
-    data = pickle.dumps(value, protocol=5)
-    file.write(LENGTH.pack(len(data)))
-    file.write(data)
-    file.flush()
-
-
-def receive(file: IO[bytes]) -> Any:
-    """Return the next value; raise `EOFError` where the other side has ended."""
-    head = file.read(LENGTH.size)
-    if len(head) < LENGTH.size:
-        raise EOFError
-    data = file.read(LENGTH.unpack(head)[0])
-    return pickle.loads(data)
-
-
-# ---- in the process above
+START = "import sys; sys.path[:] = {path!r}; from snipdedup.pictures.reading import main; main()"
 
 
 class Died(Exception):  # noqa: N818
@@ -249,7 +92,10 @@ class Worker:
         """Say how the process ended."""
         code = self.process.wait()
         self.kill()
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        if code >= 0:
+            return f"exit status {code}"
+        name = signal.Signals(-code).name
+        return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
 
     def kill(self) -> None:
         """End the process."""
@@ -363,35 +209,48 @@ class Workers:
         """Let one process do items until there are none; in a thread."""
         error: BaseException | None = None
         try:
-            while some := board.some():
-                self.do(place, deque(some), board)
+            self.do(place, board)
         except BaseException as raised:
             error = raised
         board.leave(error)
 
-    def do(self, place: int, todo: deque[tuple[int, Item]], board: Board) -> None:
-        """Do some items; one that ends `TRIES` processes is a failure."""
-        given = tries = 0  # of the first item: results that are there, processes that it ended
-        while todo and not board.stopped:
+    def do(self, place: int, board: Board) -> None:
+        """Let one process do items; one that ends `TRIES` processes is a failure.
+
+        It has the next items already when it comes to the end of some.
+        """
+        todo: deque[tuple[int, Item]] = deque()  # without a last answer
+        given = tries = 0  # of the first of them: results that are there, processes that it ended
+        while not board.stopped:
+            some = board.some() if len(todo) <= ITEMS else []
+            todo += some
+            if not todo:
+                return
             try:
-                worker = self.processes[place] = self.processes[place] or Worker(self.settings)
-                worker.ask([(item, 0 if n else given) for n, (_, item) in enumerate(todo)])
-                while todo:
-                    result = worker.answer(PATIENCE_S)
-                    if result is None:
-                        board.end(todo.popleft()[0])
-                        given = tries = 0
-                    else:
-                        board.put(todo[0][0], result)
-                        given += 1
+                worker = self.processes[place]
+                if worker is None:
+                    worker = self.processes[place] = Worker(self.settings)
+                    some = list(todo)
+                if some:
+                    skipped = given if len(some) == len(todo) else 0
+                    worker.ask([(item, 0 if n else skipped) for n, (_, item) in enumerate(some)])
+                result = worker.answer(PATIENCE_S)
             except Died as died:
                 self.processes[place] = None
                 tries += 1
-                if tries == TRIES:
-                    number, item = todo.popleft()
-                    board.put(number, Failure(item.source, item.key, f"ended the decoder: {died}"))
-                    board.end(number)
-                    given = tries = 0
+                if tries < TRIES:
+                    continue
+                number, item = todo.popleft()
+                board.put(number, Failure(item.source, item.key, f"ended the decoder: {died}"))
+                board.end(number)
+                given = tries = 0
+                continue
+            if result is None:
+                board.end(todo.popleft()[0])
+                given = tries = 0
+            else:
+                board.put(todo[0][0], result)
+                given += 1
 
     def close(self) -> None:
         """End all processes."""

@@ -35,7 +35,7 @@ SHORT = 80  # characters of a value shown in a message
 ENTRIES = {
     "format": int, "versions": dict, "settings": dict, "request": dict, "outputs": dict,
     "shards": list, "counts": dict, "method": dict, "encoder": dict, "rows": int, "files": list,
-    "references": list, "bad_rows": dict | int,
+    "references": list, "also": list, "text": dict, "bad_rows": dict | int,
 }  # fmt: skip
 
 

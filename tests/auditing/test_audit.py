@@ -872,12 +872,23 @@ def test_captions_must_match_too(laion, rows, tmp_path):
     row, representative, is_dup = columns_of(tmp_path / "o", "row", "representative", "is_dup")
     cosine = truth.cosine_table(text)[row[is_dup], representative[is_dup]]
     lowest = int(cosine.argmin())
-    manifest["settings"]["text_threshold"] = float(np.sort(cosine)[1])
+    manifest["also"][0]["threshold"] = float(np.sort(cosine)[1])
     (tmp_path / "o" / "snip.json").write_text(json.dumps(manifest))
     status, said = audit(tmp_path / "o", laion)
     assert status == 1
     assert len(wrong(said)) == 1
-    assert wrong(said)[0].startswith(f"{where(row[is_dup][lowest])}: the cosine of its caption")
+    assert wrong(said)[0].startswith(
+        f"{where(row[is_dup][lowest])}: in {tmp_path / 'text.npy'} its cosine with"
+    )
+    known = columns_of(tmp_path / "o", "also_similarity_1")[0]
+    known[np.flatnonzero(is_dup)[3]] += 0.001
+    edit_groups(tmp_path / "o", also_similarity_1=pa.array(known, mask=np.isnan(known)))
+    manifest["also"][0]["threshold"] = 0.9
+    (tmp_path / "o" / "snip.json").write_text(json.dumps(manifest))
+    forge(tmp_path / "o")
+    assert wrong(audit(tmp_path / "o", laion)[1])[0].startswith(
+        f"{where(row[is_dup][3])}: groups.parquet has cosine {known[is_dup][3]:.6f} in"
+    )
     np.save(tmp_path / "text.npy", -text)
     assert (
         "text.npy is not what was searched: checksum" in wrong(audit(tmp_path / "o", laion)[1])[0]

@@ -95,8 +95,8 @@ def test_captions_tell_the_photos_of_chia_apart(chia, tmp_path):
         assert sorted(zip(found["a"], found["b"], strict=True)) == expected
         assert 0 < removed.sum() < 400
     manifest = json.loads((out / "snip.json").read_text())
-    assert manifest["text"]["shards"][0]["name"] == text.name
-    assert len(manifest["text"]["shards"][0]["checksum"]) == 16
+    assert manifest["also"][0]["shards"][0]["name"] == text.name
+    assert len(manifest["also"][0]["shards"][0]["checksum"]) == 16
 
 
 def test_a_rethreshold_still_asks_for_both(chia, tmp_path):

@@ -180,9 +180,11 @@ def test_unverified_pairs_have_no_cosines_but_are_rows(rows, tmp_path):
 def test_captions_must_match_too(rows):
     text = np.random.default_rng(1).standard_normal(rows.shape).astype(np.float32)
     found = dedup(rows, text_features=rows, threshold=0.9)
-    inputs = dataclasses.replace(found.search.inputs, text=open_features(text))
+    (second,) = found.search.inputs.seconds
+    seconds = (second._replace(features=open_features(text), name="other"),)
+    inputs = dataclasses.replace(found.search.inputs, seconds=seconds)
     wrong = dataclasses.replace(found.search, inputs=inputs)
-    with pytest.raises(InternalError, match="their captions do not match"):
+    with pytest.raises(InternalError, match=r"their cosine in other is .*threshold of 0\.9"):
         result.checked(dataclasses.replace(found, search=wrong))
 
 

@@ -41,9 +41,8 @@ def test_no_such_column_no_baseline(tmp_path):
 
 def test_no_groups(tmp_path):
     pq.write_table(pa.table({"url": ["a", "b"]}), tmp_path / "m.parquet")
-    assert count_baselines(open_metadata(tmp_path), members([], [], []), tmp_path / "w") == {
-        "url": 0
-    }
+    nothing = members([], [], [])
+    assert count_baselines(open_metadata(tmp_path), nothing, tmp_path / "w") == {}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -72,3 +71,10 @@ def test_the_summary_says_so(data, tmp_path):
     features = str(data / "small" / "chia500" / "image_embeddings.npy")
     options = Dedup(features=features, metadata=str(tmp_path / "m.csv"), out=str(tmp_path / "out"))
     assert "  equal urls alone would catch 400 of the removed rows\n" in str(run(options))
+
+
+def test_a_column_without_values_is_no_baseline(tmp_path):
+    table = {"url": pa.nulls(3, pa.string()), "hash": [None, "x", "x"]}
+    pq.write_table(pa.table(table), tmp_path / "m.parquet")
+    found = members([0, 1, 2], [0, 0, 0], [0, 1, 1])
+    assert count_baselines(open_metadata(tmp_path), found, tmp_path / "w") == {"hash": 1}

@@ -13,18 +13,16 @@ import pytest
 import torch
 
 from snipdedup import config
-from snipdedup.encoder import network, training
+from snipdedup.encoder import losses, network, training
 from snipdedup.encoder.batches import CAPTIONS, Batches, load_distinct
-from snipdedup.encoder.network import (
-    Encoder,
+from snipdedup.encoder.losses import (
     fitting_temperature,
     mse_loss,
-    pca_network,
-    principal_directions,
     snip_loss,
     text_loss,
     training_loss,
 )
+from snipdedup.encoder.network import Encoder, pca_network, principal_directions
 from snipdedup.encoder.training import train_encoder
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import open_features
@@ -106,7 +104,7 @@ def test_the_fitted_temperature_spreads_rows_over_so_many_others(width, wanted):
 
 
 def test_a_temperature_stays_within_sense():
-    low, high = network.TEMPERATURES
+    low, high = losses.TEMPERATURES
     assert fitting_temperature(torch.ones(40, 1)) == pytest.approx(low, rel=0.01)
     assert fitting_temperature(torch.eye(8), 7.0 - 1e-9) == pytest.approx(low, rel=0.01)
     assert fitting_temperature(torch.eye(8), 8.0) == pytest.approx(high, rel=0.01)
@@ -118,7 +116,7 @@ def test_the_temperature_is_the_one_given_else_fitted_and_noted():
     first = make(rows).rows.images[: QUICK["batch"]]
     fitted = fitting_temperature(unit(first))
     assert history.as_dict()["temperature"] == pytest.approx(fitted, rel=0.02)
-    assert network.TEMPERATURES[0] < fitted < network.TEMPERATURES[1]
+    assert losses.TEMPERATURES[0] < fitted < losses.TEMPERATURES[1]
     assert train_encoder(rows, temperature=0.07, **QUICK)[1].temperature == 0.07
     assert train_encoder(rows, loss="mse", **QUICK)[1].temperature is None
 

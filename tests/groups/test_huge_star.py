@@ -51,7 +51,7 @@ def test_texts_must_match_too_in_a_large_group(table_group):
     words = truth.clustered(300, 6, 4, clusters=5, noise=0.5)
     order = rng.permutation(300)
     both = np.where(truth.cosine_table(words) >= np.float32(0.9), truth.cosine_table(x), -1)
-    compare = Compare(lambda rows: x[rows], 0.95, Also(lambda rows: words[rows], 0.9, 6))
+    compare = Compare(lambda rows: x[rows], 0.95, [Also(lambda rows: words[rows], 0.9)])
     with mock.patch.multiple(star, TABLE_GROUP=table_group, TABLE_BLOCK=70):
         found, _ = star_large(order, compare, np.zeros(300, bool))
     brute, stays = truth.star(both, 0.95, order)

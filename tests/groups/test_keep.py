@@ -172,6 +172,55 @@ def test_numbers_of_a_csv_are_texts_that_are_read_as_numbers(tmp_path):
         order_of("max:k", open_metadata(tmp_path), [1, 3])
 
 
+TIMES = [
+    "2021-03-01T10:00:00", "", "2021-03-01T10:00:00+02:00", "2020-12-31", "2021-03-01T09:30:00Z",
+    "2021-03-01 08:30:00.25", None, "2021-03-01T03:00:00-05:30",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_times_as_texts_are_ordered_and_nulls_last(tmp_path, suffix):
+    """Python's own parser tells the order; what has no offset from UTC is of UTC."""
+    table = pa.table({"width": [1] * 7 + [2], "exif_time": TIMES})
+    if suffix == "csv":
+        pa.csv.write_csv(table, tmp_path / "m.csv")
+        meta = open_metadata(tmp_path / "m.csv")
+    else:
+        meta = write(tmp_path, table, (3,))
+
+    def instant(row):
+        found = dt.datetime.fromisoformat(TIMES[row].replace("Z", "+00:00").replace(".25", ".250"))
+        return found if found.tzinfo else found.replace(tzinfo=dt.UTC)
+
+    known = [row for row in range(8) if TIMES[row]]
+    early = sorted(known, key=instant)
+    assert order_of("min:exif_time", meta, range(8)) == [*early, 1, 6]
+    assert order_of("max:exif_time,last", meta, range(8)) == [*early[::-1], 6, 1]
+    best = [row for row in early if row != 7]
+    assert order_of("max:width,min:exif_time", meta, [7, 0, 1, 2, 3, 4, 5]) == [7, *best, 1]
+    rank = keep.rank_by("min:exif_time", 0, meta)
+    rank.read_all(tmp_path / "held")
+    assert np.argsort(rank(np.arange(8))).tolist() == [*early, 1, 6]
+
+
+@pytest.mark.parametrize(
+    ("texts", "suffix", "what"),
+    [
+        (["2021-01-01", "a cat"], "parquet", "row 1: column 'v' is 'a cat', expected a time such"),
+        (["12", "13"], "parquet", "row 0: column 'v' is '12', expected a time such as"),
+        (["12", "2021-01-01"], "csv", "row 1: column 'v' is '2021-01-01', expected a number to"),
+        (["2021-01-01", "12"], "csv", "row 1: column 'v' is '12', expected a time such as"),
+        (["2021-13-01", "x"], "csv", "row 0: column 'v' is '2021-13-01', expected a number to"),
+    ],
+)
+def test_texts_of_two_kinds_are_refused_by_the_row(tmp_path, texts, suffix, what):
+    table = pa.table({"v": texts})
+    path = tmp_path / f"m.{suffix}"
+    (pa.csv.write_csv if suffix == "csv" else pq.write_table)(table, path)
+    with pytest.raises(SnipError, match=what):
+        order_of("max:v", open_metadata(path), [0, 1])
+
+
 def test_minus_1_is_less_than_any_uint64(tmp_path):
     pq.write_table(pa.table({"q": pa.array([-1, 5], pa.int64())}), tmp_path / "m_0.parquet")
     pq.write_table(pa.table({"q": pa.array([7, 2**64 - 9], pa.uint64())}), tmp_path / "m_1.parquet")

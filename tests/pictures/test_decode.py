@@ -154,6 +154,7 @@ def test_the_bound_on_pixels_is_exact():
         decode(png_header(30_000, 30_000), SIDE, 2**40)  # Pillow's own bound, in this process
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_no_change_of_a_byte_ends_in_another_error():
     """Each of many damaged files is a picture or an `Unreadable`."""
     rng, outcomes = np.random.default_rng(0), set()

@@ -14,7 +14,8 @@ from odd_files import encoded, photo
 from snipdedup.errors import SnipError
 from snipdedup.pictures import workers
 from snipdedup.pictures.items import Item
-from snipdedup.pictures.workers import Failure, Row, Settings, Workers
+from snipdedup.pictures.reading import Failure, Row, Settings
+from snipdedup.pictures.workers import Workers
 
 BOUND = 10**6
 

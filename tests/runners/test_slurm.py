@@ -87,10 +87,14 @@ def test_what_does_not_go_together(settings, said):
 # ---- shares of tasks
 
 
-def share_tasks(out, rank, world_size, done, count=12, **more):
-    """Do a share of some tasks as a process of its own does; return all that were yielded."""
+def share_tasks(out, rank, world_size, done, count=12, begun=lambda: None, **more):
+    """Do a share of some tasks as a process of its own does; return all that were yielded.
+
+    ``begun`` is called before the first of them.
+    """
     with locks.released():
         runner = Slurm(out, Share(rank, world_size), Local(1))
+        begun()
 
         def do(number):
             done.append((rank, number))
@@ -102,17 +106,17 @@ def share_tasks(out, rank, world_size, done, count=12, **more):
 
 
 def test_each_rank_does_its_share_and_waits_for_the_others(tmp_path):
-    done, seen = [], {}
+    done, seen, both = [], {}, threading.Barrier(2)  # one that begins late checks the other's
 
-    def work(rank):
-        seen[rank] = share_tasks(tmp_path, rank, 3, done)
+    def work(rank, begun):
+        seen[rank] = share_tasks(tmp_path, rank, 3, done, begun=begun)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (2, 0)]
+    threads = [threading.Thread(target=work, args=(rank, both.wait)) for rank in (2, 0)]
     for thread in threads:
         thread.start()
     until(lambda: len(done) == 8)
     assert not seen  # both wait for rank 1
-    work(1)
+    work(1, lambda: None)
     for thread in threads:
         thread.join()
     own = {(number % 3, number) for number in range(12)}

@@ -1,0 +1,160 @@
+"""Second features (``--also``, ``--text_features``), in which a pair must match, too.
+
+They are row for row: as many as FEATURES have, in the same order. Where both have metadata with
+keys, these must be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from snipdedup.commands import split_also
+from snipdedup.config import Dedup
+from snipdedup.errors import SnipError, UsageError
+from snipdedup.features.origin import origin_of
+from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
+from snipdedup.groups.pairs import Also
+from snipdedup.metadata.tables import Metadata, as_texts, open_metadata
+from snipdedup.storage.remote import absolute_location
+
+ALSO = "also_similarity_"  # begins the columns of groups.parquet
+ROWS = "expected one for each row, in the same order"
+FAILED = "pictures that failed in one of two runs of snip embed are missing there: failed.parquet"
+
+
+class SecondFeatures(NamedTuple):
+    """Rows of another kind: two match from the cosine ``threshold`` on."""
+
+    name: str  # as manifests, messages and pages call them
+    features: Features
+    threshold: float
+    metadata: str | Path | None = None  # beside them
+
+    @property
+    def also(self) -> Also:
+        """What a pair must match in besides."""
+        return Also(self.features.gather, self.threshold)
+
+    def request(self) -> dict[str, Any]:
+        """Return what tells them from others."""
+        return {**request_of(self.features), "threshold": self.threshold}
+
+
+def also_column(number: int) -> str:
+    """Return the column of ``groups.parquet`` for second features, numbered from 0."""
+    return f"{ALSO}{number + 1}"
+
+
+def known_thresholds(given: Any) -> list[tuple[Any, float]]:
+    """Return what ``--also`` names, each with its threshold: the one given, or its model's."""
+    known = []
+    for source, limit in split_also(given):
+        if limit is not None:
+            known.append((source, limit))
+        elif (origin := origin_of(source)) is not None:
+            known.append((source, origin.threshold))
+        else:
+            named = source if isinstance(source, str | Path) else "FEATURES"
+            raise UsageError(
+                f"--also {named} has no threshold, and is not of snip embed, which knows one: give "
+                f"{named}:THRESHOLD"
+            )
+    return known
+
+
+def second_sources(options: Dedup) -> list[tuple[Any, float]]:
+    """Return the second features of some settings, those of the captions first."""
+    texts = [(options.text_features, options.text_threshold)]
+    return [*(texts if options.text_features is not None else []), *known_thresholds(options.also)]
+
+
+def saved_also(given: Any) -> list[str] | None:
+    """Return ``--also`` as a manifest holds it, None of arrays."""
+    known = known_thresholds(given)
+    if not known or not all(isinstance(source, str | Path) for source, _ in known):
+        return None
+    return [f"{absolute_location(source)}:{limit!r}" for source, limit in known]
+
+
+def open_seconds(
+    sources: Sequence[tuple[Any, float]], features: Features, **how: str | None
+) -> tuple[SecondFeatures, ...]:
+    """Open second features; ``how`` is ``array`` and ``column`` of `open_features`."""
+    found = []
+    for number, (source, limit) in enumerate(sources, 1):
+        is_path = isinstance(source, str | Path)
+        metadata: str | Path | None = None
+        name = str(source) if is_path else f"array {number}"
+        rows = open_features(source, **how)
+        if is_path and (origin := origin_of(source)) is not None:
+            metadata = origin.metadata
+        elif is_path:
+            metadata = implied_metadata(source)
+        if rows.rows != features.rows:
+            raise SnipError(
+                f"{name} has {rows.rows:,} rows, FEATURES has {features.rows:,}; {ROWS}"
+                + (f" ({FAILED})" if metadata is not None else "")
+            )
+        found.append(SecondFeatures(name, rows, limit, metadata))
+    return tuple(found)
+
+
+def check_keys(seconds: Sequence[SecondFeatures], source: Any, metadata: Metadata | None) -> None:
+    """Refuse second features whose metadata has other keys than that of FEATURES.
+
+    ``metadata`` is what the run reads; without it, what lies beside ``source``.
+    """
+    named = [second for second in seconds if second.metadata is not None]
+    if named and metadata is None and isinstance(source, str | Path):
+        origin = origin_of(source)
+        beside = implied_metadata(source) if origin is None else origin.metadata
+        metadata = None if beside is None else open_metadata(beside)
+    for second in named:
+        if metadata is None or second.metadata is None:
+            continue
+        other = open_metadata(second.metadata)
+        key, others = metadata.column(), other.column()
+        if metadata.paths() == other.paths() or key is None or others is None:
+            continue
+        if key.lower() != others.lower():  # a uid, say, and a hash
+            continue
+        pairs = zip(keys_of(metadata, key), keys_of(other, others), strict=False)
+        for row, (own, there) in enumerate(pairs):
+            if own != there:
+                raise SnipError(
+                    f"{metadata.place(row)} has the key {own!r}, {other.place(row)}, beside "
+                    f"{second.name}, has {there!r}; {ROWS} ({FAILED})"
+                )
+
+
+def keys_of(metadata: Metadata, column: str) -> Iterator[str | None]:
+    """Yield the key of each row."""
+    batches = metadata.read([column])
+    return chain.from_iterable(as_texts(f, column, b.column(0)).to_pylist() for f, _, b in batches)
+
+
+def recorded_seconds(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a manifest's entries of second features, those of older versions too.
+
+    Each has ``name``, ``threshold``, ``request`` and ``shards``.
+    """
+    found = list(manifest.get("also", []))
+    if (text := manifest.get("text")) is not None:  # before there was --also
+        settings, limit = manifest["settings"], manifest["settings"]["text_threshold"]
+        found = [{"name": settings["text_features"], "threshold": limit, **text}]
+    return found
+
+
+def recorded_sources(manifest: dict[str, Any]) -> list[Any]:
+    """Return where a finished run's second features lie, in the order of their entries.
+
+    Arrays lie nowhere: there are fewer sources than entries then.
+    """
+    settings = manifest["settings"]
+    texts = settings.get("text_features")
+    return [text for text in [texts] if text] + [
+        source for source, _ in split_also(settings.get("also"))
+    ]
