@@ -1,4 +1,4 @@
-"""``snip apply``: picture files of removed rows go to a folder, or links to those that stay are made.
+"""``snip apply``: files of removed pictures go to a folder, or those that stay are linked.
 
 A file goes if all rows that name it are removed, and the pictures that stay for them lie elsewhere
 and are whole; `moves` does it, and puts it back.

@@ -118,6 +118,7 @@ def lock(folder: Path) -> None:
         other = locks.acquire(path)
     if other is not None:
         raise SnipError(f"{folder}: files are being moved by another run ({other}); wait for it")
+    atomic.remove_parts(path.parent)  # that a kill left
 
 
 # ---- both directions
@@ -155,28 +156,28 @@ def run_moves(
             with suppress(OSError):  # missing, as usual; else a copy that a kill left unfinished
                 (parent / log.part).unlink()
 
-    def check(move: Move) -> tuple[Way, str, str, Any]:
+    def check(move: Move) -> tuple[Move, Way, str, Any]:
         way = way_of(folder, log, move, back=back)
         if move.refused:
-            return way, move.sha256, move.refused, None
+            return move, way, move.refused, None
         try:
             found = entry(way.begin)
-            return way, move.sha256, obstacle(way, move, () if back else move.stays, seen), found
+            return move, way, obstacle(way, move, () if back else move.stays, seen), found
         except OSError as error:
-            return way, move.sha256, f"it cannot be read: {error.strerror or error}", None
+            return move, way, f"it cannot be read: {error.strerror or error}", None
 
     verb = "checking" if dry else "moving back" if back else "moving"
     with progress.bar(len(moves), verb, "files") as bar:
-        for way, sha256, checked, found in ordered_map(check, moves, threads):
+        for move, way, checked, found in ordered_map(check, moves, threads):
             moves_now = checked == FREE and not dry
-            what = transfer(way, sha256, found) if moves_now else checked
+            what = transfer(way, move.sha256, found) if moves_now else checked
             if what == FREE:
                 outcome.moved += 1
                 outcome.size += found.st_size
             elif what == DONE:
                 outcome.done += 1
             else:
-                outcome.left.append((str(way.begin), what))
+                outcome.left.append((str(way.begin) if back else move.source, what))
             bar.update(1)
     if not dry:
         sync_folders(folder, moves)

@@ -449,7 +449,7 @@ def test_a_folder_of_another_result_is_refused_until_it_is_undone(few):
         few.apply()
     few.undo()
     assert few.apply().moved == 4
-    assert {path for path in tree(few.moved)} == {"0/0.jpg", "0/1.jpg", "1/3.jpg", "1/4.jpg"}
+    assert set(tree(few.moved)) == {"0/0.jpg", "0/1.jpg", "1/3.jpg", "1/4.jpg"}
 
 
 def test_one_run_at_a_time(few, processes, tmp_path):
@@ -549,8 +549,10 @@ class Stopped(BaseException):
     """As a kill: nothing catches it."""
 
 
-STEPS = [(os, "link"), (os, "fsync"), (Path, "unlink"), (Path, "rename"), (Path, "replace"),
-         (Path, "mkdir"), (Path, "rmdir"), (shutil, "copystat"), (shutil, "copyfileobj")]  # fmt: skip
+STEPS = [
+    (os, "link"), (os, "fsync"), (Path, "unlink"), (Path, "rename"), (Path, "replace"),
+    (Path, "mkdir"), (Path, "rmdir"), (shutil, "copystat"), (shutil, "copyfileobj"),
+]  # fmt: skip
 
 
 def stop_at(patch, number):
