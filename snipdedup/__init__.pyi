@@ -431,6 +431,8 @@ def embed(
     *,
     out: str | PathLike[str],
     model: str = "phash",
+    preprocess: str | None = None,
+    download: bool = False,
     parts: str | None = None,
     column: str | None = None,
     shard_rows: int = 10000,
@@ -453,7 +455,13 @@ def embed(
     out
         folder for img_emb/ and metadata/
     model
-        what makes the features: see the page on pictures (default: phash)
+        phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE,
+        torchscript:FILE (default: phash)
+    preprocess
+        of a learned model: JSON file, or words such as size=224 (default: its own, or JSON
+        beside it)
+    download
+        fetch weights of clip: and timm: that are not on this machine
     parts
         part numbers of a {part:04d} pattern: 0:2, end exclusive
     column

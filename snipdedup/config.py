@@ -90,7 +90,16 @@ class Embed(Settings):
         "list of paths; or a URL of one of these; several by comma"
     )
     out: str = required("folder for img_emb/ and metadata/", path=WRITTEN)
-    model: str = option("phash", "what makes the features: see the page on pictures")
+    model: str = option(
+        "phash",
+        "phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE, "
+        "torchscript:FILE",
+    )
+    preprocess: str | None = option(
+        None,
+        "of a learned model: JSON file, or words such as size=224 [its own, or JSON beside it]",
+    )
+    download: bool = option(False, "fetch weights of clip: and timm: that are not on this machine")
     parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
     column: str | None = option(None, "column of the pictures in parquet files [the first]")
     shard_rows: int = option(10_000, "picture files a shard; a tar is one", 1, 10**7)

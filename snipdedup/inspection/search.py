@@ -30,12 +30,12 @@ from snipdedup.inspection.display import (
     require,
     terminal_text,
 )
+from snipdedup.pictures.clip import MODEL, text_vector
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import read_manifest, refuse_output_file
 
 COSINE, ADC = "cosine", "adc_distance"
 VECTORS = (".npy", ".npz")
-MODEL = "ViT-B-32/laion2b_s34b_b79k"  # an example
 TEXTS = ("key", "url", "caption")
 TABLE_WIDTH = 60  # characters of a caption or url in the table
 
@@ -319,63 +319,3 @@ def clip_model(index: Index, text: str, given: str | None) -> str:
     if not all(model.partition("/")[::2]):
         raise UsageError(f"--model must be ARCHITECTURE/WEIGHTS, such as {MODEL}, found {model!r}")
     return model
-
-
-def text_vector(text: str, model: str, *, download: bool) -> np.ndarray:
-    """Return the feature of a text, (d,) float32, not scaled, by a CLIP model of open_clip.
-
-    ``model`` is ``ARCHITECTURE/WEIGHTS``; WEIGHTS may be a file. Weights that are not cached are
-    fetched with ``download`` only.
-    """
-    name, _, tag = model.partition("/")
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as error:  # torchvision that does not fit torch
-        raise SnipError(
-            f"searching by text needs open_clip, which cannot be imported ({error}); install it "
-            "with: pip install 'snipdedup-toolkit[clip]'"
-        ) from error
-    import torch
-
-    known = open_clip.pretrained.get_pretrained_cfg(name, tag) or {}
-    weights = Path(tag) if Path(tag).is_file() else find_weights(open_clip, known, model, download)
-    try:
-        network = open_clip.create_model(
-            name, pretrained=str(weights), force_quick_gelu=bool(known.get("quick_gelu"))
-        )
-        tokens = open_clip.get_tokenizer(name)([text])
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        raise SnipError(f"--model {model}: open_clip cannot load it: {reason}") from error
-    with torch.inference_mode():
-        return np.asarray(network.eval().encode_text(tokens)[0].float().cpu().numpy())
-
-
-def find_weights(open_clip: Any, known: dict[str, Any], model: str, download: bool) -> Path:
-    """Return the file with a model's weights: cached, or downloaded if that is asked for."""
-    name = model.partition("/")[0]
-    if not known:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        found = f"of {name} it knows {', '.join(tags)}" if tags else f"it knows no model {name}"
-        raise SnipError(f"--model {model}: neither a file nor weights that open_clip has; {found}")
-    if download:
-        try:
-            return Path(open_clip.pretrained.download_pretrained(known))
-        except (RuntimeError, OSError) as error:
-            raise SnipError(f"--model {model}: cannot be downloaded: {error}") from error
-    repository, _, file = str(known.get("hf_hub") or "").rpartition("/")
-    if repository:
-        from huggingface_hub import try_to_load_from_cache
-
-        names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-        for each in (*(str(Path(one).with_suffix(".safetensors")) for one in names), *names):
-            cached = try_to_load_from_cache(repository, each)
-            if isinstance(cached, str):
-                return Path(cached)
-    path = Path("~/.cache/clip").expanduser() / str(known.get("url") or "").rpartition("/")[2]
-    if path.is_file():
-        return path
-    raise SnipError(
-        f"--model {model}: its weights are not on this machine; fetch them with --download, or "
-        f"name a file: --model {name}/FILE"
-    )

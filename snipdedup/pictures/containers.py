@@ -211,7 +211,7 @@ class ParquetShard(Container):
                         {"parquet": place, "parquet_row": row},
                         data,
                         text=Text(caption, url),
-                        refused="no bytes in this row" if data is None else None,
+                        refused=None if data is not None else without_bytes(found),
                     )
                     row += 1
 
@@ -240,6 +240,12 @@ def first_of(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     """Return the first wanted name that is there, in any case."""
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[name] for name in wanted if name in lower), None)
+
+
+def without_bytes(found: Any) -> str:
+    """Return why a row cannot be embedded; HF datasets writes paths alone if not told otherwise."""
+    path = found.get("path") if isinstance(found, dict) else None
+    return "no bytes in this row" + (f": only the path {path}" if path else "")
 
 
 def image_column(schema: pa.Schema, asked: str | None = None) -> str | None:

@@ -77,7 +77,10 @@ def run(options: config.Embed) -> Embedded | str:
         videos=options.every is not None,
     )  # fmt: skip
     out_folder.refuse_output_inside(out, pictures.inputs)
-    asked = Asked(options.model, device, options.threads, options.max_pixels, options.every)
+    asked = Asked(
+        options.model, options.preprocess, options.download, device, options.threads,
+        options.max_pixels, options.every,
+    )  # fmt: skip
     tasks = EmbedTasks(pictures, asked, out / locks.WORK)
     request = {
         **pictures.request(),
@@ -123,6 +126,8 @@ class Asked(NamedTuple):
     """What tasks need of the settings."""
 
     model: str
+    preprocess: str | None
+    download: bool
     device: str
     threads: int
     max_pixels: int
@@ -147,7 +152,11 @@ class EmbedTasks:
     @cached_property
     def model(self) -> Model:
         """The model; on a CPU each batch is embedded by one thread, so that bits do not differ."""
-        return open_model(self.asked.model, device=self.asked.device, threads=1)
+        asked = self.asked
+        return open_model(
+            asked.model, device=asked.device, threads=1, preprocess=asked.preprocess,
+            download=asked.download,
+        )  # fmt: skip
 
     @cached_property
     def workers(self) -> Workers:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from snipdedup.errors import UsageError
-from snipdedup.pictures.hashes import BITS, KEPT, LARGEST, PLAIN, SIDE, pdq_bits, phash_bits
+from snipdedup.parallel import pick_device
+from snipdedup.pictures.hashes import BITS, KEPT, LARGEST, SIDE, pdq_bits, phash_bits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,8 +62,8 @@ class HashModel:
         self.name, self.dim, self.batch, self.size = name, BITS, 1024, made.size
         self.prepare, self.threshold = made.bits, 1 - 2 * made.distance / BITS
         self.described: dict[str, Any] = {
-            "kind": "hash", "bits": BITS, "plain_below": PLAIN, "distance": made.distance,
-            "threshold_from": made.source,
+            "name": name, "kind": "hash", "bits": BITS, "plain": "sha256",
+            "distance": made.distance, "threshold_from": made.source,
         }  # fmt: skip
 
     def encode(self, prepared: np.ndarray) -> np.ndarray:
@@ -77,9 +78,24 @@ class HashModel:
 
 
 def open_model(
-    spec: str, *, device: str = "auto", threads: int = 0, preprocess: Any = None
-) -> Model:
-    """Open the model that ``spec`` names."""
-    if spec not in HASHES:
-        raise UsageError(f"--model must be one of {', '.join(HASHES)}, found {spec!r}")
-    return HashModel(spec)
+    spec: str, *, device: str = "auto", threads: int = 0, preprocess: str | None = None,
+    download: bool = False,
+) -> Model:  # fmt: skip
+    """Open the model that ``spec`` names: a hash, or ``KIND:NAME`` of a learned one.
+
+    ``threads`` are those of a call of `Model.encode` where the model has its own, 0 for all;
+    ``preprocess`` is a JSON file or words for `preprocess.parse_preprocess`.
+    """
+    kind, colon, name = spec.partition(":")
+    if not colon and spec in HASHES:
+        if preprocess is not None:
+            raise UsageError(f"--preprocess is for learned models; {spec} needs none")
+        return HashModel(spec)
+    from snipdedup.pictures.learned import KINDS
+
+    if kind not in KINDS or not name:
+        forms = [f"{each}:NAME" for each in KINDS]
+        known = ", ".join([*HASHES, *forms])
+        raise UsageError(f"--model must be one of {known}, found {spec!r}")
+    opened = KINDS[kind]
+    return opened(name, pick_device(device), preprocess, download=download, threads=threads)
