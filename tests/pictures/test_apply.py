@@ -765,7 +765,7 @@ def test_pictures_that_snip_embed_read(tmp_path, snip):
 
     photos, rng = tmp_path / "photos", np.random.default_rng(3)
     for n in range(12):
-        pixels = rng.integers(0, 255, (6, 6, 3)).astype(np.uint8)
+        pixels = rng.integers(0, 255, (12, 16, 3)).astype(np.uint8)
         picture = Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC)
         (photos / f"album {n % 3}").mkdir(parents=True, exist_ok=True)
         picture.save(photos / f"album {n % 3}/bild ü {n}.png")
