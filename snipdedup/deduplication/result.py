@@ -162,7 +162,9 @@ class Result:
         """
         search, references, counts = self.search, self.search.inputs.references, self.counts
         forest, more = search.whole_block(search.threshold), {}
-        steps = [round(search.threshold + step, 6) for step in TABLE_STEPS]
+        steps = [
+            round(search.threshold + step, 6) if step else search.threshold for step in TABLE_STEPS
+        ]
         by_forest = search.verified and search.best is None and not search.references_only
         table = [t for t in steps if search.threshold <= t <= 1] if by_forest else []
         if references is not None:
@@ -248,14 +250,14 @@ def choose_fraction(
     if result.kept / search.rows > fraction:
         raise SnipError(
             f"{result.kept / search.rows:.4%} of the rows are kept already at threshold "
-            f"{search.threshold:g}, more than --keep_fraction {fraction:g}; search again at a "
+            f"{search.threshold:.9g}, more than --keep_fraction {fraction:g}; search again at a "
             "lower --threshold"
         )
     while result.kept / search.rows < fraction:
         if result.threshold >= 1:
             raise SnipError(
                 f"{result.kept / search.rows:.4%} of the rows are kept at threshold "
-                f"{result.threshold:g}, and there is no higher one; expected at least "
+                f"{result.threshold:.9g}, and there is no higher one; expected at least "
                 f"--keep_fraction {fraction:g}"
             )
         result = choose_at(min(1.0, round(result.threshold + STEP, 6)))
@@ -271,8 +273,8 @@ def check_threshold(search: PairSearch, threshold: float) -> None:
         raise SnipError("unverified pairs have no cosines; search with FEATURES to re-threshold")
     if search.best is None and np.float32(threshold) < np.float32(search.threshold):
         raise SnipError(
-            f"the search was made at threshold {search.threshold:g}, pairs below it are unknown; "
-            f"expected {search.threshold:g} or more, found {threshold:g}: search again"
+            f"the search was made at threshold {search.threshold:.9g}, pairs below it are unknown; "
+            f"expected {search.threshold:.9g} or more, found {threshold:.9g}: search again"
         )
 
 
@@ -336,7 +338,7 @@ def summarize(entries: dict[str, Any]) -> str:
     """Return the lines that a run ends with, from its manifest or `Result.entries`."""
     counts, settings, method = entries["counts"], entries["settings"], entries["method"]
     rows, removed = counts["rows"], counts["removed"]
-    how = f"threshold {settings['threshold']:g}, grouping {settings['grouping']}"
+    how = f"threshold {settings['threshold']:.9g}, grouping {settings['grouping']}"
     if entries.get("epsilons"):
         epsilon = 1 - settings["threshold"]
         how = f"SemDeDup with {method['clusters']:,} clusters, epsilon {epsilon:g}"

@@ -7,10 +7,12 @@ keys, these must be equal.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
+from snipdedup import progress
 from snipdedup.commands import split_also
 from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
@@ -20,6 +22,7 @@ from snipdedup.groups.pairs import Also
 from snipdedup.metadata.tables import Metadata, as_texts, open_metadata
 from snipdedup.storage.remote import absolute_location
 
+TEXTS = pa.array([], pa.string())
 ALSO = "also_similarity_"  # begins the columns of groups.parquet
 ROWS = "expected one for each row, in the same order"
 FAILED = "pictures that failed in one of two runs of snip embed are missing there: failed.parquet"
@@ -121,19 +124,38 @@ def check_keys(seconds: Sequence[SecondFeatures], source: Any, metadata: Metadat
             continue
         if key.lower() != others.lower():  # a uid, say, and a hash
             continue
-        pairs = zip(keys_of(metadata, key), keys_of(other, others), strict=False)
-        for row, (own, there) in enumerate(pairs):
-            if own != there:
-                raise SnipError(
-                    f"{metadata.place(row)} has the key {own!r}, {other.place(row)}, beside "
-                    f"{second.name}, has {there!r}; {ROWS} ({FAILED})"
-                )
+        for row, own, there in compare_columns((metadata, key), (other, others)):
+            raise SnipError(
+                f"{metadata.place(row)} has the key {own!r}, {other.place(row)}, beside "
+                f"{second.name}, has {there!r}; {ROWS} ({FAILED})"
+            )
 
 
-def keys_of(metadata: Metadata, column: str) -> Iterator[str | None]:
-    """Yield the key of each row."""
-    batches = metadata.read([column])
-    return chain.from_iterable(as_texts(f, column, b.column(0)).to_pylist() for f, _, b in batches)
+def compare_columns(
+    one: tuple[Metadata, str], other: tuple[Metadata, str]
+) -> Iterator[tuple[int, Any, Any]]:
+    """Yield each row in which two columns differ, and both values as texts."""
+    sides, waiting, row = [texts_of(*one), texts_of(*other)], [TEXTS, TEXTS], 0
+    with progress.bar(one[0].rows, "comparing keys", "rows") as bar:
+        while True:
+            for side, texts in enumerate(sides):
+                waiting[side] = waiting[side] if len(waiting[side]) else next(texts, TEXTS)
+            size = min(map(len, waiting))
+            if not size:
+                return
+            left, right = (texts.slice(0, size) for texts in waiting)
+            if not left.equals(right):
+                pairs = zip(left.to_pylist(), right.to_pylist(), strict=True)
+                yield from ((row + n, a, b) for n, (a, b) in enumerate(pairs) if a != b)
+            waiting, row = [texts.slice(size) for texts in waiting], row + size
+            bar.update(size)
+
+
+def texts_of(metadata: Metadata, column: str) -> Iterator[Any]:
+    """Yield a column as arrow arrays of texts; none is empty."""
+    for file, _, batch in metadata.read([column]):
+        if batch.num_rows:
+            yield as_texts(file, column, batch.column(0))
 
 
 def recorded_seconds(manifest: dict[str, Any]) -> list[dict[str, Any]]:

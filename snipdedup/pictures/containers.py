@@ -54,8 +54,12 @@ class FileShard:
     def items(self) -> Iterator[Item]:
         """Yield the pictures in order."""
         for key, path, beside in zip(self.keys, self.paths, self.beside, strict=True):
-            kind = "video" if suffix_of(path.name) in VIDEOS else "path"
-            yield Item(key, {kind: absolute_location(path)}, path=path, beside=beside)
+            kind, place = (
+                "video" if suffix_of(path.name) in VIDEOS else "path",
+                absolute_location(path),
+            )
+            why = None if clean(place) == place else "not UTF-8: rename the file"
+            yield Item(key, {kind: clean(place)}, path=path, beside=beside, refused=why)
 
     def count(self) -> int:
         """Return how many pictures it has, for the progress; of a tar it is an estimate."""
@@ -211,7 +215,7 @@ class ParquetShard(Container):
                         {"parquet": place, "parquet_row": row},
                         data,
                         text=Text(caption, url),
-                        refused="no bytes in this row" if data is None else None,
+                        refused=None if data is not None else without_bytes(found),
                     )
                     row += 1
 
@@ -240,6 +244,12 @@ def first_of(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     """Return the first wanted name that is there, in any case."""
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[name] for name in wanted if name in lower), None)
+
+
+def without_bytes(found: Any) -> str:
+    """Return why a row cannot be embedded; HF datasets writes paths alone if not told otherwise."""
+    path = found.get("path") if isinstance(found, dict) else None
+    return "no bytes in this row" + (f": only the path {path}" if path else "")
 
 
 def image_column(schema: pa.Schema, asked: str | None = None) -> str | None:

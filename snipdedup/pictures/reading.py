@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import queue
 import signal
 import struct
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -67,13 +69,24 @@ def main() -> None:
     except Exception as error:
         send(answers, f"{type(error).__name__}: {error}")
         return
-    with suppress(BrokenPipeError, EOFError):
+    questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=receive_all, args=(sys.stdin.buffer, questions), daemon=True).start()
+    with suppress(BrokenPipeError):
         send(answers, None)  # it has begun
-        while True:
-            for item, given in receive(sys.stdin.buffer):
+        while (items := questions.get()) is not None:
+            for item, given in items:
                 for result in islice(read_item(item, settings), given, None):
                     send(answers, result)
                 send(answers, None)
+
+
+def receive_all(file: IO[bytes], values: queue.SimpleQueue[Any]) -> None:
+    """Put all that comes into a queue at once, so that its sender never waits; at the end None."""
+    try:
+        while True:
+            values.put(receive(file))
+    finally:
+        values.put(None)
 
 
 def read_item(item: Item, settings: Settings) -> Iterator[Result]:

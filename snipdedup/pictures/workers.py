@@ -92,7 +92,10 @@ class Worker:
         """Say how the process ended."""
         code = self.process.wait()
         self.kill()
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        if code >= 0:
+            return f"exit status {code}"
+        name = signal.Signals(-code).name
+        return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
 
     def kill(self) -> None:
         """End the process."""
@@ -206,35 +209,48 @@ class Workers:
         """Let one process do items until there are none; in a thread."""
         error: BaseException | None = None
         try:
-            while some := board.some():
-                self.do(place, deque(some), board)
+            self.do(place, board)
         except BaseException as raised:
             error = raised
         board.leave(error)
 
-    def do(self, place: int, todo: deque[tuple[int, Item]], board: Board) -> None:
-        """Do some items; one that ends `TRIES` processes is a failure."""
-        given = tries = 0  # of the first item: results that are there, processes that it ended
-        while todo and not board.stopped:
+    def do(self, place: int, board: Board) -> None:
+        """Let one process do items; one that ends `TRIES` processes is a failure.
+
+        It has the next items already when it comes to the end of some.
+        """
+        todo: deque[tuple[int, Item]] = deque()  # without a last answer
+        given = tries = 0  # of the first of them: results that are there, processes that it ended
+        while not board.stopped:
+            some = board.some() if len(todo) <= ITEMS else []
+            todo += some
+            if not todo:
+                return
             try:
-                worker = self.processes[place] = self.processes[place] or Worker(self.settings)
-                worker.ask([(item, 0 if n else given) for n, (_, item) in enumerate(todo)])
-                while todo:
-                    result = worker.answer(PATIENCE_S)
-                    if result is None:
-                        board.end(todo.popleft()[0])
-                        given = tries = 0
-                    else:
-                        board.put(todo[0][0], result)
-                        given += 1
+                worker = self.processes[place]
+                if worker is None:
+                    worker = self.processes[place] = Worker(self.settings)
+                    some = list(todo)
+                if some:
+                    skipped = given if len(some) == len(todo) else 0
+                    worker.ask([(item, 0 if n else skipped) for n, (_, item) in enumerate(some)])
+                result = worker.answer(PATIENCE_S)
             except Died as died:
                 self.processes[place] = None
                 tries += 1
-                if tries == TRIES:
-                    number, item = todo.popleft()
-                    board.put(number, Failure(item.source, item.key, f"ended the decoder: {died}"))
-                    board.end(number)
-                    given = tries = 0
+                if tries < TRIES:
+                    continue
+                number, item = todo.popleft()
+                board.put(number, Failure(item.source, item.key, f"ended the decoder: {died}"))
+                board.end(number)
+                given = tries = 0
+                continue
+            if result is None:
+                board.end(todo.popleft()[0])
+                given = tries = 0
+            else:
+                board.put(todo[0][0], result)
+                given += 1
 
     def close(self) -> None:
         """End all processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 
 from snipdedup import dedup, open_result
 from snipdedup.commands import split_also
+from snipdedup.deduplication.second_features import compare_columns
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.groups import pairs, star
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage.out_folder import read_manifest, write_manifest
 
 LIMITS = (0.8, 0.85, 0.9)  # of the features, and of two second features
@@ -307,3 +310,18 @@ def test_other_keys_are_refused_by_the_first_that_differs(photos, metadata):
     embedded(photos / "fewer", y[1:], keys[1:])
     with pytest.raises(SnipError, match=r"fewer has 299 rows, FEATURES has 300.*failed\.parquet"):
         dedup(str(photos / "clip"), also=f"{photos}/fewer:.9")
+
+
+def test_keys_are_compared_whatever_files_they_are_in(tmp_path):
+    rng = np.random.default_rng(3)
+    keys = [f"p{row}" if row % 7 else None for row in range(500)]
+    others = list(keys)
+    others[211], others[499] = "x", None
+    for name, values, kind in (("a", keys, pa.string()), ("b", others, pa.large_string())):
+        table, cuts = pa.table({"key": pa.array(values, kind)}), np.sort(rng.integers(0, 500, 5))
+        (tmp_path / name).mkdir()
+        for n, (start, stop) in enumerate(pairwise([0, *cuts.tolist(), 500])):
+            pq.write_table(table.slice(start, stop - start), tmp_path / name / f"m_{n}.parquet")
+    sides = [(open_metadata(tmp_path / name), "key") for name in "ab"]
+    assert list(compare_columns(*sides)) == [(211, "p211", "x"), (499, "p499", None)]
+    assert list(compare_columns(sides[0], sides[0])) == []

@@ -173,3 +173,25 @@ def test_a_sheet_names_the_pictures(tmp_path):
     text = sheet.read_text("utf-8-sig")
     for name in PICTURES:
         assert f"{images}/0000{int(sorted(PICTURES).index(name) >= 7)}.tar: {name}.jpg" in text
+
+
+def test_names_and_facts_are_strangers_texts(tmp_path):
+    """Names of second features and what the metadata says beside a picture are escaped."""
+    evil = '<b>x\' onclick="alert(1)"'
+    rows = np.repeat(np.eye(3, 8, dtype=np.float32), 2, axis=0)
+    np.save(tmp_path / "x.npy", rows)
+    np.save(tmp_path / f"{evil}.npy", rows)
+    facts = {"exif_time": [evil] * 6, "width": [evil] * 3 + ["12"] * 3, "height": ["9"] * 6,
+             "bytes": ["-1", "2500000", "x", "999", "1000", None]}  # fmt: skip
+    pq.write_table(pa.table({"key": list("abcdef"), **facts}), tmp_path / "m.parquet")
+    words = ("--metadata", tmp_path / "m.parquet", "--also", f"{tmp_path / evil}.npy:.5")
+    assert truth.snip("dedup", tmp_path / "x.npy", *words, "--out", tmp_path / "out")[0] == 0
+    assert truth.snip("report", tmp_path / "out")[0] == 0
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "<b>x" not in page
+    assert 'onclick="' not in page
+    name = "&lt;b&gt;x&#39; onclick=&#34;alert(1)&#34;"
+    assert f"<bdi>{name}.npy</bdi></span> 1" in page
+    assert f"removed · 1 · {name}.npy 1</p>" in page
+    for text in ("2.5 MB · ", "12 × 9 · 1.0 kB · ", "12 × 9 · ", ""):
+        assert f"<bdi>{text}{name}</bdi>" in page

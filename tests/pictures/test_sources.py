@@ -255,7 +255,7 @@ def test_a_table_of_hf_datasets(tmp_path):
         ("a", 96, 0), ("c", 96, 2), ("d", 96, 3)
     ]  # fmt: skip
     assert failed == [{"source": f"{path}: 1", "key": f"{path.stem}-000001",
-                       "reason": "no bytes in this row"}]  # fmt: skip
+                       "reason": "no bytes in this row: only the path 1.jpg"}]  # fmt: skip
 
 
 def test_a_table_of_img2dataset(tmp_path):
