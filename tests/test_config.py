@@ -25,6 +25,8 @@ def make(kind, **values):
         for f in dataclasses.fields(kind)
         if is_required(f) or f.metadata.get("positional")
     }
+    if kind is config.Apply and not {"move", "link", "undo"} & set(values):
+        needed["move"] = "y"
     if {"unmatched", "ambiguous"} & set(values):
         needed["on"] = "url"  # what these flags go with
     return kind(**(needed | values))
@@ -82,6 +84,7 @@ RANGES = [
     ("Audit", "probe_rows", 0, 10**6),
     ("Audit", "n", 1, 10**6),
     ("Audit", "threads", 0, 4096),
+    ("Apply", "threads", 0, 4096),
     ("Top", "n", 1, 10**7),
     ("Diff", "n", 0, 10**6),
     ("Search", "k", 1, 10**6),
