@@ -27,6 +27,8 @@ def make(kind, **values):
     }
     if kind is config.Apply and not {"move", "link", "undo"} & set(values):
         needed["move"] = "y"
+    if "undo" in values:
+        needed.pop("out")
     if {"unmatched", "ambiguous"} & set(values):
         needed["on"] = "url"  # what these flags go with
     return kind(**(needed | values))
@@ -231,6 +233,9 @@ ELSEWHERE = {
     ("Embed", "images"),
     ("Download", "cumulative_sizes"),
     ("Download", "is_dup"),
+    "move",
+    "link",
+    "undo",
 }  # files or URLs
 
 
