@@ -227,15 +227,12 @@ def test_a_default_is_shown_in_one_form():
 
 LOCAL = (
     "out", "out1", "out2", "index", "encoder", "base", "html", "sheet", "judged", "images",
-    "prompts", "rates", "export_faiss", "cumulative_sizes", "is_dup",
+    "prompts", "rates", "export_faiss", "cumulative_sizes", "is_dup", "move", "link", "undo",
 )  # fmt: skip
 ELSEWHERE = {
     ("Embed", "images"),
     ("Download", "cumulative_sizes"),
     ("Download", "is_dup"),
-    "move",
-    "link",
-    "undo",
 }  # files or URLs
 
 
