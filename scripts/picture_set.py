@@ -23,6 +23,7 @@ Picture = Image.Image
 LONGEST = 520  # pixels of a side
 KINDS = ("clouds", "scene", "page", "pattern", "chart", "smooth")
 WORDS = 9
+LEAST_SPREAD = 1  # grey values: pictures of one colour show the same whatever they are of
 LEAST_PHOTO = 300  # pixels of a quarter's shorter side
 
 
@@ -165,36 +166,36 @@ def quarters(path: Path) -> list[Picture]:
     return [ImageOps.contain(part, (LONGEST, LONGEST)) for part in parts]
 
 
-def save(picture: Picture, number: int, out: Path) -> None:
-    """Save a picture and its edits."""
+def save(picture: Picture, number: int, out: Path) -> bool:
+    """Save a picture and its edits, unless it has one colour only; return whether."""
+    if float(np.asarray(picture.convert("L")).std()) < LEAST_SPREAD:
+        return False
     for edit, (how, suffix, quality) in EDITS.items():
         options: dict[str, Any] = {"quality": quality} if quality else {"compress_level": 1}
         how(picture).save(out / f"{number:05d}_{edit}.{suffix}", **options)
+    return True
 
 
-def save_drawn(number: int, out: Path) -> None:
-    """Draw a picture and save it."""
-    save(draw(number), number, out)
+def save_drawn(number: int, out: Path) -> bool:
+    """Draw a picture and save it; see `save`."""
+    return save(draw(number), number, out)
 
 
-def save_photo(first: int, path: Path, *, out: Path) -> int:
-    """Save the quarters of a photo; return how many there were."""
-    parts = quarters(path)
-    for at, part in enumerate(parts):
-        save(part, first + at, out)
-    return len(parts)
+def save_photo(first: int, path: Path, *, out: Path) -> list[bool]:
+    """Save the quarters of a photo; see `save`."""
+    return [save(part, first + at, out) for at, part in enumerate(quarters(path))]
 
 
 def make(out: Path, pictures: int, photos: Path | None, processes: int = 2) -> dict[str, int]:
-    """Write the set; return how many pictures were drawn and how many come of photos."""
+    """Write the set; return how many pictures are drawn, are of photos, and were left out."""
     out.mkdir(parents=True)
     files = sorted(p for p in photos.rglob("*") if p.is_file()) if photos else []
     with ProcessPoolExecutor(processes) as pool:
-        firsts = range(0, 4 * len(files), 4)
-        shot = sum(pool.map(partial(save_photo, out=out), firsts, files))
-        numbers = range(4 * len(files), 4 * len(files) + pictures - shot)
-        list(pool.map(partial(save_drawn, out=out), numbers, chunksize=8))
-    return {"photos": shot, "drawn": len(numbers)}
+        saved = pool.map(partial(save_photo, out=out), range(0, 4 * len(files), 4), files)
+        shot = [kept for parts in saved for kept in parts]
+        numbers = range(4 * len(files), 4 * len(files) + pictures - len(shot))
+        drawn = list(pool.map(partial(save_drawn, out=out), numbers, chunksize=8))
+    return {"photos": sum(shot), "drawn": sum(drawn), "left out": pictures - sum(shot) - sum(drawn)}
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class PlainBar:
             return
         self.last_line = now
         rate = self.done / (now - self.started)
-        left = (self.total - self.done) / rate if rate else float("inf")
+        left = max(0, self.total - self.done) / rate if rate else float("inf")
         say(
             f"{self.desc}: {self.done:,} of {self.total:,} {self.unit}, "
             f"{rate:,.0f} {self.unit}/s, {left:,.0f} s left"

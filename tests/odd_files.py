@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zlib
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
 
 
 def write_odd_files(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Write all; also a link to nothing, a link to itself, a folder with a picture's name.
+    """Write all; also links to nothing and to itself, a name that is not UTF-8, a folder.
 
     Returns the names of good files, and how the reason of each bad one begins.
     """
@@ -150,5 +151,7 @@ def write_odd_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     (folder / "gone.jpg").symlink_to("nowhere.jpg")
     (folder / "circle.jpg").symlink_to("circle.jpg")
     (folder / "folder.jpg").mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/latin \xe9.jpg")).write_bytes(good["plain.jpg"])
     reasons = {name: reason for name, (_, reason) in bad.items()}
+    reasons["latin \\udce9.jpg"] = "not UTF-8"
     return list(good), {**reasons, "gone.jpg": "missing", "circle.jpg": "missing"}

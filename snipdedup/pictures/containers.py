@@ -54,8 +54,12 @@ class FileShard:
     def items(self) -> Iterator[Item]:
         """Yield the pictures in order."""
         for key, path, beside in zip(self.keys, self.paths, self.beside, strict=True):
-            kind = "video" if suffix_of(path.name) in VIDEOS else "path"
-            yield Item(key, {kind: absolute_location(path)}, path=path, beside=beside)
+            kind, place = (
+                "video" if suffix_of(path.name) in VIDEOS else "path",
+                absolute_location(path),
+            )
+            why = None if clean(place) == place else "not UTF-8: rename the file"
+            yield Item(key, {kind: clean(place)}, path=path, beside=beside, refused=why)
 
     def count(self) -> int:
         """Return how many pictures it has, for the progress; of a tar it is an estimate."""

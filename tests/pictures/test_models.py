@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 
@@ -13,6 +14,7 @@ import torchvision_ops
 from odd_files import photo
 from PIL import Image
 
+import snipdedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.pictures import preprocess
 from snipdedup.pictures.learned import SSCD
@@ -222,6 +224,30 @@ def test_torchscript_is_as_torch_does_it(tmp_path):
     again = [rows_of(model) for _ in range(4)]  # TorchScript optimises after some calls
     assert all((each == again[0]).all() for each in again)
     assert len(model.described["weights_sha256"]) == 64
+
+
+def test_embed_takes_the_model_and_its_preprocessing(tmp_path):
+    net, path, photos = Net().eval(), tmp_path / "net.pt", tmp_path / "photos"
+    torch.jit.trace(net, torch.zeros(1, 3, 50, 50)).save(path)
+    photos.mkdir()
+    for number, picture in enumerate(PICTURES):
+        picture.save(photos / f"{number}.png")
+    words, out = "size=50 resize=squash mean=0.5 std=0.25", tmp_path / "out"
+    snipdedup.embed(str(photos), out=str(out), model=f"torchscript:{path}", preprocess=words)
+    model = open_model(f"torchscript:{path}", preprocess=words)
+    rows = np.load(out / "img_emb" / "img_emb_0000.npy")
+    np.testing.assert_allclose(rows, rows_of(model), atol=1e-3)
+    said = json.loads((out / "snip.json").read_text())["model"]
+    assert said["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert said["preprocess"] == model.preprocess.described()
+    again = snipdedup.embed(
+        str(photos), out=str(out), model=f"torchscript:{path}", preprocess=words
+    )
+    assert "finished already" in str(again)
+    with pytest.raises(SnipError, match=r"--overwrite"):
+        snipdedup.embed(
+            str(photos), out=str(out), model=f"torchscript:{path}", preprocess="size=50"
+        )
 
 
 def test_sscd_is_prepared_as_its_authors_say(tmp_path):

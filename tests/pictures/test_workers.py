@@ -104,7 +104,7 @@ def test_what_waits_for_its_turn_is_bounded(pool, monkeypatch):
     results = pool.results(items())
     next(results)
     time.sleep(1)
-    assert len(read) <= 8 * (len(pool.processes) + 1) + 6
+    assert len(read) <= 16 * len(pool.processes) + 8 + 6  # sent ahead, on the way, held
     assert len(list(results)) == 199
 
 
