@@ -15,9 +15,9 @@ from snipdedup.errors import SnipError, UsageError
 
 __version__ = "0.1.0"
 __all__ = [
-    "Result", "SnipError", "UsageError", "__version__", "audit", "build_index", "compress", "dedup",
-    "diff", "download", "embed", "evaluate", "filter", "open_result", "plan", "report", "search",
-    "top", "train",
+    "Result", "SnipError", "UsageError", "__version__", "apply", "audit", "build_index",
+    "compress", "dedup", "diff", "download", "embed", "evaluate", "filter", "open_result", "plan",
+    "report", "search", "top", "train",
 ]  # fmt: skip
 
 

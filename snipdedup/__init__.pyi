@@ -21,10 +21,46 @@ from snipdedup.inspection.report import ReportResult as ReportResult
 from snipdedup.inspection.search import SearchResult as SearchResult
 from snipdedup.inspection.top import TopResult as TopResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
+from snipdedup.pictures.apply import Applied as Applied
 from snipdedup.pictures.embed import Embedded as Embedded
 from snipdedup.planning import RunPlan as RunPlan
 
 __version__: str
+
+def apply(
+    out: str | PathLike[str] | None = None,
+    *,
+    move: str | PathLike[str] | None = None,
+    link: str | PathLike[str] | None = None,
+    undo: str | PathLike[str] | None = None,
+    dry_run: bool = False,
+    metadata: str | PathLike[str] | None = None,
+    threads: int = 0,
+) -> Applied:
+    """Move the picture files of removed rows, or link those that stay: ``snip apply``.
+
+    Parameters
+    ----------
+    out
+        folder that snip dedup wrote, of pictures that snip embed read from files
+    move
+        new folder for the files of removed rows
+    link
+        new folder for links to the files that stay
+    undo
+        put the files in this folder of --move back
+    dry_run
+        only say what would be done
+    metadata
+        input table, if it moved
+    threads
+        CPU threads that check files, 0 for all (default: 0)
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
 
 def audit(
     out: str | PathLike[str],

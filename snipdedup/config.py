@@ -376,6 +376,32 @@ class Filter(Settings):
         )  # fmt: skip
 
 
+@command("apply", "the chain", "pictures.apply", "clean --move removed")
+class Apply(Settings):
+    """Move the picture files of removed rows, or link those that stay."""
+
+    out: str | None = argument(
+        "folder that snip dedup wrote, of pictures that snip embed read from files", None,
+        path=FOLDER,
+    )  # fmt: skip
+    move: str | None = option(None, "new folder for the files of removed rows", path=WRITTEN)
+    link: str | None = option(None, "new folder for links to the files that stay", path=WRITTEN)
+    undo: str | None = option(None, "put the files in this folder of --move back", path=FOLDER)
+    dry_run: bool = option(False, "only say what would be done")
+    metadata: str | None = option(None, "input table, if it moved", path=ANYWHERE)
+    threads: int = option(0, "CPU threads that check files, 0 for all", 0, 4096)
+
+    def _check(self) -> None:
+        given = [name for name in ("move", "link", "undo") if getattr(self, name) is not None]
+        refuse(
+            (len(given) != 1, "give one of --move, --link and --undo: snip apply OUT --move DIR"),
+            (given == ["undo"] and (self.out or self.metadata) is not None,
+             "--undo needs the folder alone: snip apply --undo DIR"),
+            (given != ["undo"] and self.out is None,
+             f"--{given[0] if given else 'move'} needs OUT, a folder that snip dedup wrote"),
+        )  # fmt: skip
+
+
 @command("download", "the chain", "downloading.run",
          "'https://host/metadata_{part:04d}.parquet' meta --start 0 --end 10")  # fmt: skip
 class Download(Settings):

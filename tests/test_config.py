@@ -25,6 +25,10 @@ def make(kind, **values):
         for f in dataclasses.fields(kind)
         if is_required(f) or f.metadata.get("positional")
     }
+    if kind is config.Apply and not {"move", "link", "undo"} & set(values):
+        needed["move"] = "y"
+    if "undo" in values:
+        needed.pop("out")
     if {"unmatched", "ambiguous"} & set(values):
         needed["on"] = "url"  # what these flags go with
     return kind(**(needed | values))
@@ -82,6 +86,7 @@ RANGES = [
     ("Audit", "probe_rows", 0, 10**6),
     ("Audit", "n", 1, 10**6),
     ("Audit", "threads", 0, 4096),
+    ("Apply", "threads", 0, 4096),
     ("Top", "n", 1, 10**7),
     ("Diff", "n", 0, 10**6),
     ("Search", "k", 1, 10**6),
@@ -222,7 +227,7 @@ def test_a_default_is_shown_in_one_form():
 
 LOCAL = (
     "out", "out1", "out2", "index", "encoder", "base", "html", "sheet", "judged", "images",
-    "prompts", "rates", "export_faiss", "cumulative_sizes", "is_dup",
+    "prompts", "rates", "export_faiss", "cumulative_sizes", "is_dup", "move", "link", "undo",
 )  # fmt: skip
 ELSEWHERE = {
     ("Embed", "images"),

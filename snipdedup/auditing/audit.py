@@ -253,6 +253,9 @@ def describe_removed(run: AuditedRun, found: RemovedRows, removed: int) -> None:
         f"{found.reach:,} of {found.compared:,} {of} reach {run.threshold:g} with their "
         f"representative{lowest}",
     )
+    for second in found.seconds:
+        reach = f"{found.reach_too[second.name]:,} of {found.compared:,} {of} reach"
+        run.note("also", f"{reach} {second.threshold:g} in {second.name}, too")
     if found.chosen is not None and found.compared:
         _, high = proportion_interval(found.compared - found.reach, found.compared)
         run.note("matches", f"so at most {100 * high:.2f} % of all removed rows do not (95 %)")

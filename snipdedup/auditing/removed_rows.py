@@ -212,6 +212,7 @@ class RemovedRows:
         self.unproved, self.proved = Counter[str](), 0  # rows that are removed for references
         self.compared = self.reach = 0  # pairs whose cosine was computed; that reach the threshold
         self.lowest = np.inf  # the lowest cosine
+        self.reach_too = Counter[str]()  # pairs that reach the threshold of second features
 
     def check(self) -> None:
         """Read ``groups.parquet``, and note in ``run`` what is wrong."""
@@ -326,6 +327,7 @@ class RemovedRows:
         run, name = self.run, second.name
         found = raw_cosines(second.features, row, other, run.threads, run.memory)
         reaches = found >= np.float32(second.threshold)
+        self.reach_too[name] += int(reaches.sum())
         if run.components:
             reaches |= np.isfinite(found)
         run.fail_rows(

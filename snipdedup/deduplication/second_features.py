@@ -21,6 +21,7 @@ from snipdedup.features.shards import Features, implied_metadata, open_features,
 from snipdedup.groups.pairs import Also
 from snipdedup.metadata.tables import Metadata, as_texts, open_metadata
 from snipdedup.storage.remote import absolute_location
+from snipdedup.storage.web import redacted
 
 TEXTS = pa.array([], pa.string())
 ALSO = "also_similarity_"  # begins the columns of groups.parquet
@@ -34,7 +35,7 @@ class SecondFeatures(NamedTuple):
     name: str  # as manifests, messages and pages call them
     features: Features
     threshold: float
-    metadata: str | Path | None = None  # beside them
+    metadata: Path | None = None  # beside them
 
     @property
     def also(self) -> Also:
@@ -89,13 +90,9 @@ def open_seconds(
     found = []
     for number, (source, limit) in enumerate(sources, 1):
         is_path = isinstance(source, str | Path)
-        metadata: str | Path | None = None
-        name = str(source) if is_path else f"array {number}"
+        name = redacted(str(source)) if is_path else f"array {number}"
         rows = open_features(source, **how)
-        if is_path and (origin := origin_of(source)) is not None:
-            metadata = origin.metadata
-        elif is_path:
-            metadata = implied_metadata(source)
+        metadata = metadata_of(source)
         if rows.rows != features.rows:
             raise SnipError(
                 f"{name} has {rows.rows:,} rows, FEATURES has {features.rows:,}; {ROWS}"
@@ -105,16 +102,22 @@ def open_seconds(
     return tuple(found)
 
 
+def metadata_of(source: Any) -> Path | None:
+    """Return the metadata beside features, None where there is none."""
+    if not isinstance(source, str | Path):
+        return None
+    origin = origin_of(source)
+    return implied_metadata(source if origin is None else origin.folder)
+
+
 def check_keys(seconds: Sequence[SecondFeatures], source: Any, metadata: Metadata | None) -> None:
     """Refuse second features whose metadata has other keys than that of FEATURES.
 
     ``metadata`` is what the run reads; without it, what lies beside ``source``.
     """
     named = [second for second in seconds if second.metadata is not None]
-    if named and metadata is None and isinstance(source, str | Path):
-        origin = origin_of(source)
-        beside = implied_metadata(source) if origin is None else origin.metadata
-        metadata = None if beside is None else open_metadata(beside)
+    if named and metadata is None and (beside := metadata_of(source)) is not None:
+        metadata = open_metadata(beside)
     for second in named:
         if metadata is None or second.metadata is None:
             continue

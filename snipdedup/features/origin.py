@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from snipdedup.config import THRESHOLD
 from snipdedup.errors import SnipError
-from snipdedup.storage.listing import FEATURES, METADATA
+from snipdedup.storage.listing import FEATURES
 from snipdedup.storage.out_folder import MANIFEST
 from snipdedup.storage.remote import absolute_location, is_remote, path_of
 from snipdedup.storage.web import is_web
@@ -24,11 +24,6 @@ class Origin(NamedTuple):
     threshold: float  # the cosine that is usual for the model
     images: list[str]  # IMAGES: absolute paths and URLs
     column: str | None  # of the pictures in parquet files, where it was named
-
-    @property
-    def metadata(self) -> str:
-        """Where its metadata lies."""
-        return f"{self.folder}/{METADATA}"
 
 
 def origin_of(source: Any) -> Origin | None:
@@ -57,7 +52,7 @@ def origin_of(source: Any) -> Origin | None:
     model = manifest.get("model")
     known = model if isinstance(model, dict) else {}
     limit = known.get("threshold")
-    if not isinstance(limit, int | float) or not -1 <= limit <= 1:
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not -1 <= limit <= 1:
         raise SnipError(f"{path}: damaged: its model has the threshold {limit!r}")
     settings = manifest.get("settings")
     given = settings if isinstance(settings, dict) else {}

@@ -867,9 +867,12 @@ def test_captions_must_match_too(laion, rows, tmp_path):
     words = ("--text_features", tmp_path / "text.npy", "--text_threshold", 0.9)
     words = (*words, "--threshold", THRESHOLD, "--out", tmp_path / "o")
     assert truth.snip("dedup", laion, *words)[0] == 0
-    assert audit(tmp_path / "o", laion)[0] == 0
+    status, said = audit(tmp_path / "o", laion)
+    assert status == 0
     manifest = json.loads((tmp_path / "o" / "snip.json").read_text())
     row, representative, is_dup = columns_of(tmp_path / "o", "row", "representative", "is_dup")
+    removed = f"{is_dup.sum():,} of {is_dup.sum():,} removed rows reach"
+    assert f"{removed} 0.9 in {tmp_path / 'text.npy'}, too" in said
     cosine = truth.cosine_table(text)[row[is_dup], representative[is_dup]]
     lowest = int(cosine.argmin())
     manifest["also"][0]["threshold"] = float(np.sort(cosine)[1])
