@@ -65,7 +65,8 @@ def make(features: Features, out: Path, **given: object) -> Index:
 
 
 def adc_settings(**given: object) -> config.Dedup:
-    return config.Dedup(**{"features": "x", "index": "x", "method": "adc", "threads": 1, **given})
+    given = {"threshold": 0.95, "threads": 1, **given}
+    return config.Dedup(features="x", index="x", method="adc", **given)
 
 
 class Found(NamedTuple):
