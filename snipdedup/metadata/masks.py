@@ -275,8 +275,7 @@ def choose_files(
     end = known_end if end is None else end
     if start >= end or (sizes is not None and end > len(sizes)):
         wanted = f"files {start} to {end - 1} are" if start < end else f"file {start} is"
-        there = f"the set of {files[0][0]} has files 0 to {known_end - 1}"
-        raise SnipError(f"{wanted} wanted, {there}; give other --start and --end")
+        raise SnipError(f"{wanted} wanted, the set of {files[0][0]} has 0 to {known_end - 1}")
     count = end - start  # may be far more than there are files
     choices = set()
     if len(files) >= end:

@@ -184,7 +184,7 @@ def test_wrong_files_for_a_range_are_refused(a_set):
     meta, mask, _, tmp = a_set
     manifest(mask.parent, SIZES)
     with pytest.raises(
-        SnipError, match=r"files 3 to 6 are wanted, the set of .*0\.parquet has files 0"
+        SnipError, match=r"files 3 to 6 are wanted, the set of .*0\.parquet has 0 to 4"
     ):
         filtered(meta, mask, tmp / "out", start=3, end=7)
     with pytest.raises(SnipError, match=r"file 5 is wanted, the set of .*m_0000\.parquet has"):
