@@ -65,8 +65,8 @@ def make(features: Features, out: Path, **given: object) -> Index:
 
 
 def adc_settings(**given: object) -> config.Dedup:
-    fixed = {"features": "x", "index": "x", "method": "adc", "threshold": 0.95, "threads": 1}
-    return config.Dedup(**{**fixed, **given})
+    given = {"threshold": 0.95, "threads": 1, **given}
+    return config.Dedup(features="x", index="x", method="adc", **given)
 
 
 class Found(NamedTuple):

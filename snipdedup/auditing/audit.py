@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from snipdedup import progress
 from snipdedup.auditing.removed_rows import (
+    AuditedFeatures,
     AuditedReference,
     AuditedRun,
-    AuditedSecond,
     RemovedRows,
     Violations,
     check_groups,
@@ -141,8 +141,8 @@ def audit(
     references = open_references(run)
     readable = True
     try:
-        dup_counts = check_groups(run)
         removed = RemovedRows(run, compared, seconds, references, chosen)
+        dup_counts = check_groups(run)
         removed.check()
     except (SnipError, OSError, KeyError, pa.ArrowException) as error:
         run.fail("groups", f"groups.parquet cannot be checked: {error}")
@@ -212,14 +212,15 @@ def open_again(
     return features if check_shards(run, what, listed, features) else None
 
 
-def open_seconds(run: AuditedRun) -> list[AuditedSecond]:
+def open_seconds(run: AuditedRun) -> list[AuditedFeatures]:
     """Open the second features that can be read and are still what they were."""
     entries, found = recorded_seconds(run.manifest), []
     for number, (entry, source) in enumerate(zip_longest(entries, recorded_sources(run.manifest))):
         features = open_again(run, "also", source, entry["shards"])
         if features is not None:
             column = also_column(number) if "also" in run.manifest else None
-            found.append(AuditedSecond(entry["name"], features, float(entry["threshold"]), column))
+            threshold = float(entry["threshold"])
+            found.append(AuditedFeatures(entry["name"], features, threshold, column))
     return found
 
 
@@ -243,21 +244,19 @@ def describe_removed(run: AuditedRun, found: RemovedRows, removed: int) -> None:
     """Note what was compared, and what is so by design."""
     share = 100 * removed / run.rows
     run.note("mask", f"{removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
-    if found.features is None:
+    if "" not in found.lowest:
         run.note("matches", "not proved: the features are others")
         return
     of = "removed rows" if found.chosen is None else "sampled removed rows"
-    lowest = f"; the lowest cosine is {found.lowest:.6f}" if found.compared else ""
-    run.note(
-        "matches",
-        f"{found.reach:,} of {found.compared:,} {of} reach {run.threshold:g} with their "
-        f"representative{lowest}",
-    )
-    for second in found.seconds:
-        reach = f"{found.reach_too[second.name]:,} of {found.compared:,} {of} reach"
-        run.note("also", f"{reach} {second.threshold:g} in {second.name}, too")
+    lowest = f"; the lowest cosine is {found.lowest['']:.6f}" if found.compared else ""
+    for kind in found.kinds:
+        reach = f"{found.reach[kind.name]:,} of {found.compared:,} {of} reach {kind.threshold:g}"
+        if kind.name:
+            run.note("also", f"{reach} in {kind.name}, too")
+        else:
+            run.note("matches", f"{reach} with their representative{lowest}")
     if found.chosen is not None and found.compared:
-        _, high = proportion_interval(found.compared - found.reach, found.compared)
+        _, high = proportion_interval(found.compared - found.reach[""], found.compared)
         run.note("matches", f"so at most {100 * high:.2f} % of all removed rows do not (95 %)")
     if run.components:
         run.note("by design", "components keep one row a group: rows below the threshold chain")

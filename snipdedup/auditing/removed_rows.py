@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from snipdedup import progress
 from snipdedup.deduplication.read_out import BATCH_ROWS, pick, whole_groups
+from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows, indexed_cosines
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Members, group_starts
@@ -26,6 +27,7 @@ from snipdedup.parallel import ordered_map
 
 PAIRS, MOST_PAIRS = 4096, 1 << 16  # whose rows one thread reads at a time: at the least, the most
 ROUNDING = 1e-6  # a stored cosine may be off by this: sums in another order, rounded to float32
+GROUPS = "groups.parquet"
 SHOWN = 5  # violations of one kind in words
 
 
@@ -37,8 +39,11 @@ class AuditedReference(NamedTuple):
     is_dup: np.ndarray
 
 
-class AuditedSecond(NamedTuple):
-    """Second features as they are on disk now, and their column of ``groups.parquet``, or None."""
+class AuditedFeatures(NamedTuple):
+    """Features as they are on disk now, and the column of ``groups.parquet`` with their cosines.
+
+    Second features have a name; their column may be None.
+    """
 
     name: str
     features: Features
@@ -120,7 +125,7 @@ def check_groups(run: AuditedRun) -> tuple[np.ndarray, np.ndarray]:
     counts = {"rows": run.rows, "removed": 0, "groups": 0, "largest_group": 1, "chained": 0}
     represented = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     seen, last = np.zeros(run.rows, bool), (-1, -1)
-    for every in whole_groups(run.folder / "groups.parquet"):
+    for every in whole_groups(run.folder / GROUPS):
         inside = (every.row >= 0) & (every.row < run.rows) & (every.representative < run.rows)
         text = f"or its representative is none of the {run.rows:,} rows"
         run.fail_each("range", every.row[~inside], f"groups.parquet: row {{:,}} {text}".format)
@@ -193,36 +198,39 @@ class RemovedRows:
 
     Without ``features`` no cosine is computed; ``seconds`` are second features, in which rows had
     to match, too. ``chosen`` (n,) int64 are the removed rows to compare, by their number
-    among all removed rows, ascending; None for all.
+    among all removed rows, ascending; None for all. A table without a column is refused.
     """
 
     def __init__(
-        self, run: AuditedRun, features: Features | None, seconds: list[AuditedSecond],
+        self, run: AuditedRun, features: Features | None, seconds: list[AuditedFeatures],
         references: list[AuditedReference], chosen: np.ndarray | None,
     ) -> None:  # fmt: skip
-        self.run, self.seconds, self.chosen = run, seconds, chosen
+        self.run, self.chosen, self.file = run, chosen, stream_parquet(run.folder / GROUPS)
+        self.columns = ["row", "shard", "shard_row", "representative", "similarity", "is_dup"]
+        self.columns += ["reference"] * bool(run.manifest.get("references"))
+        self.columns += [second.column for second in seconds if second.column is not None]
+        missing = set(self.columns) - set(self.file.schema_arrow.names)
+        if missing:
+            raise SnipError(f"it has no column {min(missing)}")
         self.references = [] if features is None else references
-        self.features = None  # the rows of the set, then those of each reference
-        if features is not None:
+        self.kinds = list(seconds)  # of features
+        if features is not None:  # the rows of the set, then those of each reference
             sets = [features, *(reference.features for reference in references)]
-            self.features = Features([shard for one in sets for shard in one.shards])
+            every = Features([shard for one in sets for shard in one.shards])
+            self.kinds.insert(0, AuditedFeatures("", every, run.threshold, "similarity"))
         self.sizes = np.array([run.rows, *(len(one.is_dup) for one in self.references)])
         self.first = np.cumsum(self.sizes) - self.sizes  # rows of these before each of them
         self.masks = [run.is_dup, *(one.is_dup for one in self.references)]
         self.unproved, self.proved = Counter[str](), 0  # rows that are removed for references
-        self.compared = self.reach = 0  # pairs whose cosine was computed; that reach the threshold
-        self.lowest = np.inf  # the lowest cosine
-        self.reach_too = Counter[str]()  # pairs that reach the threshold of second features
+        self.compared = 0  # pairs whose cosines were computed
+        self.reach = Counter[str]()  # those that reach the threshold, by the name of the features
+        self.lowest = dict.fromkeys((kind.name for kind in self.kinds), np.inf)  # cosines
 
     def check(self) -> None:
         """Read ``groups.parquet``, and note in ``run`` what is wrong."""
-        run, file = self.run, stream_parquet(self.run.folder / "groups.parquet")
-        columns = ["row", "shard", "shard_row", "representative", "similarity", "is_dup"]
-        columns += ["reference"] * bool(run.manifest.get("references"))
-        columns += [second.column for second in self.seconds if second.column is not None]
-        before, count = 0, len(self.references)
+        run, before, count = self.run, 0, len(self.references)
         with progress.bar(int(np.count_nonzero(run.is_dup)), "comparing", "removed rows") as bar:
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+            for batch in self.file.iter_batches(BATCH_ROWS, columns=self.columns):
                 table = pa.Table.from_batches([batch])
                 self.check_places(table)
                 removed = table.filter(pc.field("is_dup"))
@@ -255,36 +263,31 @@ class RemovedRows:
         Their cosines are computed where ``compared``, (n,) bool.
         """
         run, names = self.run, [reference.name for reference in self.references]
-        row, other, written = (
-            removed[name].to_numpy() for name in ("row", "representative", "similarity")
-        )
+        row, other = (removed[name].to_numpy() for name in ("row", "representative"))
+        known = (row >= 0) & (row < run.rows)  # others: noted before
         which = np.zeros(len(row), np.int64)  # 0: the set, then the references
         if "reference" in removed.column_names:
             found = pc.index_in(removed["reference"], pa.array(names, pa.string()))
-            known = removed["reference"].is_null().to_numpy() | found.is_valid().to_numpy()
-            self.unproved.update(removed["reference"].filter(pa.array(~known)).to_pylist())
-            which = found.fill_null(-1).to_numpy()[known].astype(np.int64) + 1
-            row, other, written = row[known], other[known], written[known]
-            compared = compared[known]
+            listed = removed["reference"].is_null().to_numpy() | found.is_valid().to_numpy()
+            self.unproved.update(removed["reference"].filter(pa.array(~listed)).to_pylist())
+            which += found.fill_null(-1).to_numpy() + 1
+            known &= listed
         self.proved += int(np.count_nonzero(which))
-        inside = (row >= 0) & (row < run.rows) & (other >= 0) & (other < self.sizes[which])
-        place = np.where(inside, self.first[which] + other, 0)
-        right = inside.copy()
+        right = known & (other >= 0) & (other < self.sizes[which])
         for number in range(1, len(self.masks)):
-            at = np.flatnonzero(inside & (which == number))
+            at = np.flatnonzero(right & (which == number))
             right[at] = ~self.masks[number][other[at]]
         run.fail_rows(
-            "reference", row, ~right & (which > 0),
+            "reference", row, known & ~right & (which > 0),
             lambda i: f"its representative, row {other[i]:,} of {names[which[i] - 1]}, is not a "
             "kept row there",
         )  # fmt: skip
         use = right & compared
-        row, place, which, written = row[use], place[use], which[use], written[use]
-        if self.features is not None:
-            self.check_cosines(self.features, row, place, written)
-        for second in self.seconds:  # there are no references then
-            cosines = None if second.column is None else removed[second.column].to_numpy()[use]
-            self.check_second(second, row, place, cosines)
+        self.compared += int(np.count_nonzero(use))
+        place = self.first[which[use]] + other[use]
+        for kind in self.kinds:  # second ones: there are no references then
+            written = None if kind.column is None else removed[kind.column].to_numpy()[use]
+            self.check_cosines(kind, row[use], place, written)
 
     def name(self, place: int) -> str:
         """Return a row of the set or of a reference in words, by its place among all of them."""
@@ -296,50 +299,30 @@ class RemovedRows:
         return f"row {row:,} of {reference.name} ({path.name} row {own})"
 
     def check_cosines(
-        self, features: Features, row: np.ndarray, other: np.ndarray, written: np.ndarray
+        self, kind: AuditedFeatures, row: np.ndarray, other: np.ndarray, written: np.ndarray | None
     ) -> None:
         """Compare cosines with the threshold, and with those in ``groups.parquet``, ``written``."""
-        run = self.run
-        found = raw_cosines(features, row, other, run.threads, run.memory)
-        reaches = found >= np.float32(run.threshold)
-        self.compared += len(found)
-        self.reach += int(reaches.sum())
-        self.lowest = min(self.lowest, float(found.min(initial=np.inf)))
+        run, second = self.run, bool(kind.name)
+        found = raw_cosines(kind.features, row, other, run.threads, run.memory)
+        reaches = found >= np.float32(kind.threshold)
+        self.reach[kind.name] += int(reaches.sum())
+        self.lowest[kind.name] = min(self.lowest[kind.name], float(found.min(initial=np.inf)))
         if not run.manifest["verified"]:
             return
         if run.components:
             reaches |= np.isfinite(found)
+        of = f" in {kind.name}" if second else ""
         run.fail_rows(
-            "cosine", row, ~reaches,
-            lambda i: f"its cosine with its representative {self.name(int(other[i]))} is "
-            f"{found[i]:.6f}, expected {run.threshold:g} or more",
-        )  # fmt: skip
-        run.fail_rows(
-            "similarity", row, reaches & ~(np.abs(found - written) <= ROUNDING),
-            lambda i: f"groups.parquet has cosine {written[i]:.6f}, with its representative "
-            f"{self.name(int(other[i]))} it is {found[i]:.6f}",
-        )  # fmt: skip
-
-    def check_second(
-        self, second: AuditedSecond, row: np.ndarray, other: np.ndarray, written: np.ndarray | None
-    ) -> None:
-        """Compare cosines of second features with their threshold, and with those ``written``."""
-        run, name = self.run, second.name
-        found = raw_cosines(second.features, row, other, run.threads, run.memory)
-        reaches = found >= np.float32(second.threshold)
-        self.reach_too[name] += int(reaches.sum())
-        if run.components:
-            reaches |= np.isfinite(found)
-        run.fail_rows(
-            "also", row, ~reaches,
-            lambda i: f"in {name} its cosine with its representative {run.place(other[i])} is "
-            f"{found[i]:.6f}, expected {second.threshold:g} or more",
+            "also" if second else "cosine", row, ~reaches,
+            lambda i: f"its cosine{of} with its representative {self.name(int(other[i]))} is "
+            f"{found[i]:.6f}, expected {kind.threshold:g} or more",
         )  # fmt: skip
         if written is not None:
             run.fail_rows(
-                "also_similarity", row, reaches & ~(np.abs(found - written) <= ROUNDING),
-                lambda i: f"groups.parquet has cosine {written[i]:.6f} in {name}, with its "
-                f"representative {run.place(other[i])} it is {found[i]:.6f}",
+                "also_similarity" if second else "similarity", row,
+                reaches & ~(np.abs(found - written) <= ROUNDING),
+                lambda i: f"groups.parquet has cosine {written[i]:.6f}{of}, with its "
+                f"representative {self.name(int(other[i]))} it is {found[i]:.6f}",
             )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def find_source_files(
     if start is None and end is None:
         return SourceFiles(files, None, [], folder)
     start = start or 0
-    first, last = choose_files([(file.name, 0) for file in files], None, start, end)
+    first, last = choose_files([(file.shown, 0) for file in files], None, start, end)
     return SourceFiles(files[first:last], start, files[:first] if first == start else None, folder)
 
 
@@ -281,7 +281,8 @@ def match_features(found: SourceFiles, features: list[SourceFile], where: str) -
             return [by_number[number] for number in ours]
     elif len(features) == len(names):
         return features
+    ends = " .. ".join(dict.fromkeys([names[0], names[-1]]))
     raise MissingError(
-        f"{where}: which of its {len(features)} files of features belong to {names[0]} "
-        f".. {names[-1]} is not certain; {NAME_FEATURES}"
+        f"{where}: which of its {len(features)} files of features belong to {ends} is not "
+        f"certain; {NAME_FEATURES}"
     )

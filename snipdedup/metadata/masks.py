@@ -274,7 +274,8 @@ def choose_files(
         known_end = len(sizes)
     end = known_end if end is None else end
     if start >= end or (sizes is not None and end > len(sizes)):
-        raise SnipError(f"files {start} to {end - 1} are wanted, the set has 0 to {known_end - 1}")
+        wanted = f"files {start} to {end - 1} are" if start < end else f"file {start} is"
+        raise SnipError(f"{wanted} wanted, the set of {files[0][0]} has 0 to {known_end - 1}")
     count = end - start  # may be far more than there are files
     choices = set()
     if len(files) >= end:

@@ -18,7 +18,7 @@ from snipdedup.errors import UsageError
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index import search
-from snipdedup.index.search import Classes
+from snipdedup.index.search import Classes, LoadedIndex
 
 
 def test_the_rules_by_hand():
@@ -176,6 +176,22 @@ def test_bad_rows_ask_nothing_and_are_never_found(tmp_path, rule):
     assert len(found.T) > 30
     assert not np.isin(found, [1200, 1300]).any()
     assert not flags[[1200, 1300]].any()
+
+
+def test_sampled_bad_rows_score_nothing_even_where_every_other_row_is_shared(tmp_path):
+    x = np.repeat(clustered(300, 16), 2, axis=0)
+    x = np.concatenate([x, [np.zeros(16)], [np.full(16, np.nan)]]).astype(np.float32)
+    features = open_features(x)
+    loaded = LoadedIndex(make(features, tmp_path / "x", bad_rows="keep"), features, 16)
+    assert loaded.class_of[600:].tolist() == [-1, -1]
+    assert loaded.shared.tolist() == [True] * 600 + [False] * 2
+    sample = np.array([0, 31, 599, 600, 601])
+    for rule, exact in (("difference", 0), ("ratio", 1)):
+        best = threshold.best_scores(loaded, sample, rule, 1)
+        assert best.tolist() == [exact] * 3 + [np.inf] * 2
+    views = two_sided.record_views(loaded, 4, tmp_path, 1)
+    best = two_sided.best_view_scores(views, sample, 1)
+    assert best.tolist() == [0] * 3 + [np.inf] * 2
 
 
 def test_a_ratio_needs_features():

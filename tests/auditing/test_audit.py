@@ -794,6 +794,32 @@ def test_a_wrong_reference_row_is_named(referred):
     )
 
 
+def test_a_row_that_is_none_goes_for_a_reference(referred):
+    """It is named once, and nothing is looked up for it."""
+    out, features, _ = referred
+    (row,) = columns_of(out, "row")
+    at = np.flatnonzero(groups_of(out)["reference"].is_valid().to_numpy())[-1]
+    row[at] = 10**6
+    edit_groups(out, row=row)
+    forge(out)
+    status, said = audit(out, features)
+    assert status == 1
+    lines = wrong(said)
+    assert any(line.startswith("groups.parquet: row 1,000,000 or its rep") for line in lines)
+    assert not any("not as snip wrote them" in line or "kept row there" in line for line in lines)
+
+
+@pytest.mark.parametrize("column", ["reference", "similarity", "shard"])
+def test_a_missing_column_of_groups_is_named(referred, column):
+    out, features, _ = referred
+    pq.write_table(groups_of(out).drop_columns([column]), out / "groups.parquet")
+    forge(out)
+    status, said = audit(out, features)
+    assert status == 1
+    assert any(f"groups.parquet cannot be checked: it has no column {column}" in line
+               for line in wrong(said))  # fmt: skip
+
+
 def test_a_sample_of_cosines_leaves_out_no_wrong_reference(referred):
     """Names and rows of references cost no features, so all of them are looked at."""
     out, features, _ = referred
@@ -881,7 +907,7 @@ def test_captions_must_match_too(laion, rows, tmp_path):
     assert status == 1
     assert len(wrong(said)) == 1
     assert wrong(said)[0].startswith(
-        f"{where(row[is_dup][lowest])}: in {tmp_path / 'text.npy'} its cosine with"
+        f"{where(row[is_dup][lowest])}: its cosine in {tmp_path / 'text.npy'} with"
     )
     known = columns_of(tmp_path / "o", "also_similarity_1")[0]
     known[np.flatnonzero(is_dup)[3]] += 0.001

@@ -183,8 +183,12 @@ def test_a_start_without_end_goes_to_the_end_of_the_set(a_set):
 def test_wrong_files_for_a_range_are_refused(a_set):
     meta, mask, _, tmp = a_set
     manifest(mask.parent, SIZES)
-    with pytest.raises(SnipError, match="files 3 to 6 are wanted, the set has 0 to 4"):
+    with pytest.raises(
+        SnipError, match=r"files 3 to 6 are wanted, the set of .*0\.parquet has 0 to 4"
+    ):
         filtered(meta, mask, tmp / "out", start=3, end=7)
+    with pytest.raises(SnipError, match=r"file 5 is wanted, the set of .*m_0000\.parquet has"):
+        filtered(meta, mask, tmp / "out", start=5)
     with pytest.raises(SnipError, match=r"none of .* has the number 3 in its name"):
         filtered(f"{meta}/m_000[01].parquet", mask, tmp / "out", start=3, end=5)
     shutil.copy(meta / "m_0003.parquet", meta / "m_0004.parquet")
