@@ -103,6 +103,7 @@ def run(options: config.Apply) -> Applied:
             )
         request = {
             "result": [manifest["outputs"][name]["sha256"] for name in (MASK, GROUPS)],
+            "files": atomic.short_hash([files.names, files.hashes, files.of_row.tolist()]),
             "root": root,
         }
     if options.link is not None:
@@ -224,7 +225,7 @@ def plan_moves(files: Files, root: str, last: np.ndarray) -> Iterator[Move]:
         others = [] if refused else np.unique(stays).tolist()
         yield Move(
             name,
-            name[len(root) :].strip("/"),
+            "" if refused else name[len(root) :].strip("/"),
             sha256,
             tuple((files.names[n], files.hashes[n]) for n in others),
             refused,
@@ -257,7 +258,7 @@ def move(
         moves.lock(folder)
     log = moves.read_log(folder)
     if log is not None and log.request != request:
-        if any(os.path.lexists(folder / one.target) for one in log.moves):
+        if any(one.target and os.path.lexists(folder / one.target) for one in log.moves):
             raise SnipError(
                 f"--move {folder} holds the files of another result; choose another folder, or "
                 f"put these back first: snip apply --undo {folder}"

@@ -37,7 +37,7 @@ class Move(NamedTuple):
     """A file and its place in the folder of moved files; ``refused`` says why it never moves."""
 
     source: str  # absolute
-    target: str  # in the folder
+    target: str  # in the folder; empty if it never moves
     sha256: str  # of its bytes
     stays: tuple[tuple[str, str], ...] = ()  # (path, sha256) of files without which it stays too
     refused: str = ""
@@ -106,7 +106,9 @@ def read_log(folder: Path) -> Log | None:
 
 
 def is_plain(move: Move) -> bool:
-    """Tell whether a move leads from an absolute path to one inside the folder."""
+    """Tell whether a move leads from an absolute path to one inside the folder, or never moves."""
+    if move.refused:
+        return True
     inside = not {"", ".", ".."} & set(move.target.split("/"))
     return Path(move.source).is_absolute() and inside and move.target.split("/")[0] != FOLDER
 
@@ -152,7 +154,7 @@ def run_moves(
     moves = [move for move in log.moves if not (back and move.refused)]
     seen: dict[str, tuple[Any, str]] = {}  # of files that stay: their state and sha256
     if not dry:
-        for parent in {folder / FOLDER, *(Path(move.source).parent for move in moves)}:
+        for parent in {folder / FOLDER, *(Path(m.source).parent for m in moves if not m.refused)}:
             with suppress(OSError):  # missing, as usual; else a copy that a kill left unfinished
                 (parent / log.part).unlink()
 
@@ -180,7 +182,7 @@ def run_moves(
                 outcome.left.append((str(way.begin) if back else move.source, what))
             bar.update(1)
     if not dry:
-        sync_folders(folder, moves)
+        sync_folders(folder, [move for move in moves if not move.refused])
     return outcome
 
 
@@ -201,7 +203,7 @@ def obstacle(
                 return "the picture that stays for it is the same file, by another name"
             if path not in seen or state(seen[path][0]) != state(known):
                 seen[path] = known, digest(Path(path))
-        except OSError:
+        except (OSError, ValueError):
             return f"the picture that stays for it is missing: {path}"
         if seen[path][1] != sha256:
             return f"the picture that stays for it has changed: {path}"

@@ -248,16 +248,29 @@ def test_a_link_to_a_file_elsewhere_stays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["{0}/photos/../photos/b.jpg", "photos/b.jpg", "s3://x/b.jpg", "{0}/\0"]
+    "path", ["{0}/photos/../photos/b.jpg", "photos/b.jpg", "s3://x/b.jpg", "{0}/\0", "{0}/\0/b.jpg"]
 )
 def test_a_path_that_is_not_plain_stays(tmp_path, path):
-    made = PictureSet(tmp_path, [("a.jpg", 0), ("b.jpg", 0)])
+    """The others move and come back."""
+    made = PictureSet(tmp_path, [("a.jpg", 0), ("b.jpg", 0), ("c.jpg", 0)])
+    before = tree(made.photos)
     table = pq.read_table(tmp_path / "set/metadata/metadata_0.parquet").to_pydict()
     table["path"][1] = path.format(tmp_path)
     pq.write_table(pa.table(table), tmp_path / "set/metadata/metadata_0.parquet")
     made.dedup()
-    assert made.apply().left == [(table["path"][1], apply.NO_PATH)]
-    assert (made.photos / "b.jpg").is_file()
+    left = [(table["path"][1], apply.NO_PATH)]
+    done, again = made.apply(), made.apply()
+    assert (done.moved, done.left, again.moved, again.left) == (1, left, 0, left)
+    assert list(tree(made.moved)) == ["c.jpg"]
+    back = made.undo()
+    assert (back.moved, back.left) == (1, [])
+    assert tree(made.photos) == before
+    table["path"] = [path.format(tmp_path), *made.paths[1:]]  # of the row that stays
+    pq.write_table(pa.table(table), tmp_path / "set/metadata/metadata_0.parquet")
+    shutil.rmtree(made.out)
+    made.dedup()
+    assert [name for name, _ in made.apply().left] == made.paths[1:]
+    assert tree(made.photos) == before
 
 
 def test_representatives_that_are_removed_too_are_followed():
