@@ -30,11 +30,10 @@ from snipdedup.features.shards import Features, open_features, plan_blocks, requ
 from snipdedup.index.kmeans import Vectors, kmeans
 from snipdedup.index.quantizer import (
     ITERATIONS,
-    LEAST_SAMPLE,
-    POINTS_A_LIST,
     Quantiser,
     check_nlist,
     default_nlist,
+    default_sample,
     train_quantiser,
 )
 from snipdedup.parallel import cores, library_threads, ordered_map
@@ -200,7 +199,7 @@ def evaluate(features: Features, texts: Features | None, options: config.Eval) -
     with clock.stage("truth"):
         raw = features.gather(asked)
         D, I = nearest(raw, features, max(RECALL_AT), threads, own=asked)
-    wanted = max(POINTS_A_LIST * default_nlist(features.rows, features.rows), LEAST_SAMPLE)
+    wanted = default_sample(features.rows, None)
     picked = sample_rows(features.rows, wanted, np.random.default_rng(seed))
     nlist = options.nlist or default_nlist(features.rows, len(picked))
     task = Task(
