@@ -30,6 +30,7 @@ from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.origin import usual_threshold
 from snipdedup.features.shards import Features, open_features
+from snipdedup.join import pipeline
 from snipdedup.join.calibration import close_pairs
 from snipdedup.join.encoding import encode_task, task_rows
 from snipdedup.join.lists import ROUNDS, CoarseLists, assign_lists
@@ -40,13 +41,6 @@ from snipdedup.join.model import (
     fit_model,
     list_count,
     training_rows,
-)
-from snipdedup.join.pipeline import (
-    PARTITIONS_A_WORKER,
-    VISIT_BYTES,
-    mapped_codes,
-    most_visits,
-    needed_memory,
 )
 from snipdedup.join.projection import Codes, encode_rows
 from snipdedup.join.tiles import COLUMN_TILE, CodeStore, Members, code_record, compare_tiles
@@ -269,13 +263,13 @@ def share_memory(
     """
     cores, memory, nodes, max_memory, *_ = machines
     size, widths = SizeOnly(rows, rates), (rates.width, rates.wide)
-    needed = needed_memory(size, cores)
+    needed = pipeline.needed_memory(size, cores)
     bound = max_memory or max(memory // 4, needed)
-    mapped = mapped_codes(size, widths, bound)
-    most = most_visits(size, widths, cores, bound, mapped)
-    most = max(1, min(most, int(visited) // (PARTITIONS_A_WORKER * cores * nodes)))
+    mapped = pipeline.mapped_codes(size, widths, bound)
+    most = pipeline.most_visits(size, widths, cores, bound, mapped)
+    most = max(1, min(most, int(visited) // (pipeline.PARTITIONS_A_WORKER * cores * nodes)))
     record = 0 if mapped else code_record(widths).itemsize
-    held = min(needed + cores * most * (VISIT_BYTES + record), max(bound, needed))
+    held = min(needed + cores * most * (pipeline.VISIT_BYTES + record), max(bound, needed))
     return needed, LIBRARY_BYTES + held, min(lists, math.ceil(visited / most)), mapped
 
 
