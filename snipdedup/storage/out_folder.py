@@ -134,6 +134,8 @@ def check_entries(path: Path, manifest: dict[str, Any]) -> None:
     if manifest.get("kind") == "dedup":
         saved = manifest.get("settings", {})
         wrong = mistyped(Dedup, {k: v for k, v in saved.items() if k != "max_memory"})  # in bytes
+        if wrong is None and saved.get("threshold", 0) is None:  # a run resolves it
+            wrong = "threshold"
         if wrong is not None:
             raise SnipError(f"{path}: damaged: its setting {wrong!r} is {short_json(saved[wrong])}")
 

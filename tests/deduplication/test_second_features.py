@@ -26,10 +26,10 @@ LIMITS = (0.8, 0.85, 0.9)  # of the features, and of two second features
 
 
 def cosines(x):
-    """All cosines; 1 of equal rows, NaN of rows that cannot be compared."""
+    """All cosines; 1 of equal rows, NaN of rows that cannot be compared, equal or not."""
     with np.errstate(invalid="ignore"):
         table = truth.cosine_table(x)
-    table[(x[:, None, :] == x[None, :, :]).all(2)] = 1
+    table[(x[:, None, :] == x[None, :, :]).all(2) & np.isfinite(x).all(1)] = 1
     return table
 
 
