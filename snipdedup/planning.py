@@ -11,14 +11,12 @@ as √N, so both grow as N^1.5; all else grows as N.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import tempfile
 import time
 import timeit
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +30,7 @@ from snipdedup.features.cosine import indexed_cosines
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.origin import usual_threshold
 from snipdedup.features.shards import Features, open_features
+from snipdedup.join import pipeline
 from snipdedup.join.calibration import close_pairs
 from snipdedup.join.encoding import encode_task, task_rows
 from snipdedup.join.lists import ROUNDS, CoarseLists, assign_lists
@@ -42,13 +41,6 @@ from snipdedup.join.model import (
     fit_model,
     list_count,
     training_rows,
-)
-from snipdedup.join.pipeline import (
-    PARTITIONS_A_WORKER,
-    VISIT_BYTES,
-    mapped_codes,
-    most_visits,
-    needed_memory,
 )
 from snipdedup.join.projection import Codes, encode_rows
 from snipdedup.join.tiles import COLUMN_TILE, CodeStore, Members, code_record, compare_tiles
@@ -85,8 +77,7 @@ UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 SPANS = ((86_400, "d"), (3600, "h"), (60, "min"))
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """What `probe` measures; times are seconds of one core."""
 
     dim: int
@@ -118,8 +109,7 @@ class Machines(NamedTuple):
     disk_speed: int | None = None  # a second; None: files are in memory already
 
 
-@dataclass(frozen=True)
-class RunPlan:
+class RunPlan(NamedTuple):
     """What a run will cost; sizes in bytes."""
 
     rows: int
@@ -157,7 +147,7 @@ class RunPlan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        return {**dataclasses.asdict(self), "machines": self.machines._asdict()}
+        return {**self._asdict(), "machines": self.machines._asdict()}
 
 
 def run(options: Plan) -> RunPlan:
@@ -180,9 +170,9 @@ def run(options: Plan) -> RunPlan:
             threshold = usual_threshold(options.features)[0]
         rates = probe(features, rows, dim, threshold, options.recall, options.seed)
         if path is not None:
-            atomic.save_json(path, {"kind": "rates", **dataclasses.asdict(rates)})
+            atomic.save_json(path, {"kind": "rates", **rates._asdict()})
     if options.duplicates is not None:
-        rates = dataclasses.replace(rates, duplicates=options.duplicates)
+        rates = rates._replace(duplicates=options.duplicates)
     memory, *sizes = (
         None if text is None else parse_bytes(text)
         for text in (options.memory, options.max_memory, options.disk, options.disk_speed)
@@ -194,9 +184,8 @@ def run(options: Plan) -> RunPlan:
 def load_rates(path: Path, dim: int) -> Rates:
     """Read the rates of an earlier probe; refuse a file that is none, or of rows of other width."""
     found = atomic.load_json(path)
-    known: dict[str, Any] = found if isinstance(found, dict) else {}
-    fields = dataclasses.fields(Rates)
-    values: dict[str, Any] = {field.name: known.get(field.name) for field in fields}
+    known = found if isinstance(found, dict) else {}
+    values: dict[str, Any] = {name: known.get(name) for name in Rates._fields}
     for name, value in values.items():
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise SnipError(
@@ -213,7 +202,7 @@ def load_rates(path: Path, dim: int) -> Rates:
 
 def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     """Return what a join of so many rows costs."""
-    cores, memory, nodes, max_memory, _, disk_speed = machines
+    cores, nodes, disk_speed = machines.cores, machines.nodes, machines.disk_speed
     raw, machine = rates.dim * rates.itemsize, rates.machine
     lists = 1 if rows <= SINGLE_LIST_ROWS else list_count(rows)
     visits = 1.0 if lists == 1 else max(1.0, rates.visits * (lists / rates.lists) ** VISIT_GROWTH)
@@ -222,20 +211,10 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     removed, all_pairs = rates.duplicates * rows, rows * rows / 2
     members = min(rows, MEMBERS_A_DUPLICATE * removed)
     listed = MET * (PAIRS_A_DUPLICATE * removed + rates.false_pairs * all_pairs)
-
-    # Memory: what the run needs, and codes of partitions as far as the bound allows.
-    size = SizeOnly(rows, rates)
-    needed = needed_memory(size, cores)
-    bound = max_memory or max(memory // 4, needed)
-    widths = rates.width, rates.wide
-    record, mapped = code_record(widths).itemsize, mapped_codes(size, widths, bound)
-    most = most_visits(size, widths, cores, bound, mapped)
-    most = max(1, min(most, int(visited) // (PARTITIONS_A_WORKER * cores * nodes)))
-    partitions = min(lists, math.ceil(visited / most))
-    loaded = cores * most * (VISIT_BYTES + (0 if mapped else record))  # mapped pages can be dropped
-    peak = LIBRARY_BYTES + min(needed + loaded, max(bound, needed))
+    needed, peak, partitions, mapped = share_memory(rates, rows, machines, lists, visited)
 
     # Disk: codes, the rows of all lists, hashes, pairs. A partition reads pages that hold its rows.
+    record = code_record((rates.width, rates.wide)).itemsize
     codes = rows * record + visited * 8
     share = min(1.0, visits / partitions)
     read = 1 if mapped else partitions * (1 - (1 - share) ** max(1, PAGE // record))
@@ -273,6 +252,25 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
         rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, out + work, out,
         lists, visits, partitions, problems,
     )  # fmt: skip
+
+
+def share_memory(
+    rates: Rates, rows: int, machines: Machines, lists: int, visited: float
+) -> tuple[int, float, int, int]:
+    """Return the memory that a run needs, its peak, partitions, and mapped codes.
+
+    A partition holds as many codes as the bound allows. Pages of mapped codes can be dropped.
+    """
+    cores, memory, nodes, max_memory, *_ = machines
+    size, widths = SizeOnly(rows, rates), (rates.width, rates.wide)
+    needed = pipeline.needed_memory(size, cores)
+    bound = max_memory or max(memory // 4, needed)
+    mapped = pipeline.mapped_codes(size, widths, bound)
+    most = pipeline.most_visits(size, widths, cores, bound, mapped)
+    most = max(1, min(most, int(visited) // (pipeline.PARTITIONS_A_WORKER * cores * nodes)))
+    record = 0 if mapped else code_record(widths).itemsize
+    held = min(needed + cores * most * (pipeline.VISIT_BYTES + record), max(bound, needed))
+    return needed, LIBRARY_BYTES + held, min(lists, math.ceil(visited / most)), mapped
 
 
 def list_problems(machines: Machines, needed: int, peak: float, space: float) -> list[str]:
@@ -321,10 +319,10 @@ def probe(
         visits = np.diff(np.load(folder / "starts.npy"))
         codes = encode_rows(model.narrow, raw[:PAIR_ROWS], 1)
         wide = encode_rows(model.wide, raw[:PAIR_ROWS], 1) if model.wide else None
-        row_list, product, proof = time_operations(sample, model, codes, wide)
+        timed_operations = time_operations(sample, model, codes, wide)
         numbers = np.random.default_rng(0).integers(0, 1 << 62, 1 << 20)
         sorting = seconds_of(partial(np.sort, numbers))
-        pairs = count_pairs(raw, codes, wide, model, source.rows if source else rows)
+        counted = count_pairs(raw, codes, wide, model, source.rows if source else rows)
     by_chance = homes.mean() * (visits.mean() + 1)  # with few rows a list, their numbers vary
     return Rates(
         dim=raw.shape[1],
@@ -332,24 +330,20 @@ def probe(
         width=model.widths[0],
         wide=model.widths[1],
         fit=fitting / (calibration_rows(len(raw)) + training_rows(len(raw), nlist)),
-        row=max(0.0, encoding - row_list * nlist),
-        row_list=row_list,
-        product=product,
-        proof=proof,
+        row=max(0.0, encoding - timed_operations["row_list"] * nlist),
         machine=sorting / SORT_S,
         lists=nlist,
         visits=float(visits.sum()) / timed,
         uneven=max(1.0, float((homes * visits).mean() / by_chance)),
-        false_pairs=pairs[0],
-        crowded_pairs=pairs[1],
-        duplicates=pairs[2],
+        **timed_operations,
+        **counted,
     )
 
 
 def time_operations(
     sample: Features, model: Model, codes: Codes, wide: Codes | None
-) -> tuple[float, float, float]:
-    """Return `Rates`' row_list, product and proof."""
+) -> dict[str, float]:
+    """Return ``row_list``, ``product`` and ``proof`` of `Rates`."""
     count = len(codes.falls)
     some = np.arange(min(count, TIMED_ROWS))
     few, lists = codes.values[: len(some)], CoarseLists(codes.values[: 1 << 8], 0.0, 0.0)
@@ -365,11 +359,11 @@ def time_operations(
     )
     other = np.roll(some, len(some) // 2)
     proving = seconds_of(lambda: list(verify_pairs(sample, some, other, -1.0, 1)))
-    return (
-        assigning / len(few) / len(lists.centroids),
-        multiplying / (columns * (len(some) - columns / 2)),
-        proving / len(some),
-    )
+    return {
+        "row_list": assigning / len(few) / len(lists.centroids),
+        "product": multiplying / (columns * (len(some) - columns / 2)),
+        "proof": proving / len(some),
+    }
 
 
 def sample_of_set(features: Features | None, rows: int, dim: int, seed: int) -> np.ndarray:
@@ -404,8 +398,8 @@ def sample_of_set(features: Features | None, rows: int, dim: int, seed: int) -> 
 
 def count_pairs(
     raw: np.ndarray, codes: Codes, wide: Codes | None, model: Model, rows: int
-) -> tuple[float, float, float]:
-    """Return `Rates`' false_pairs, crowded_pairs and duplicates, by a sample of a set.
+) -> dict[str, float]:
+    """Return ``false_pairs``, ``crowded_pairs`` and ``duplicates`` of `Rates`, by a sample.
 
     A sample of n of N rows has each pair of the set with probability (n / N)².
     """
@@ -420,11 +414,12 @@ def count_pairs(
     copies, crowd = len(raw) - len(first), int((degree >= CROWDED_DEGREE).sum())
     share = (true / PAIRS_A_DUPLICATE + copies) * rows / len(raw) ** 2 + crowd / len(raw)
     all_pairs = len(first) ** 2 / 2
-    return (
-        (len(i) - true) / all_pairs,
-        float(large.sum()) / all_pairs,
-        min(share, 0.9) if true + copies + crowd >= ENOUGH_PAIRS else USUAL_DUPLICATES,
-    )
+    enough = true + copies + crowd >= ENOUGH_PAIRS
+    return {
+        "false_pairs": (len(i) - true) / all_pairs,
+        "crowded_pairs": float(large.sum()) / all_pairs,
+        "duplicates": min(share, 0.9) if enough else USUAL_DUPLICATES,
+    }
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

@@ -27,16 +27,8 @@ from snipdedup.features.nearest import nearest, nearest_vectors
 from snipdedup.features.origin import usual_threshold
 from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.index import quantizer
 from snipdedup.index.kmeans import Vectors, kmeans
-from snipdedup.index.quantizer import (
-    ITERATIONS,
-    LEAST_SAMPLE,
-    POINTS_A_LIST,
-    Quantiser,
-    check_nlist,
-    default_nlist,
-    train_quantiser,
-)
 from snipdedup.parallel import cores, library_threads, ordered_map
 from snipdedup.statistics import (
     average_precision,
@@ -107,7 +99,7 @@ class Task(NamedTuple):
 class IndexedRows:
     """An IVFPQ of all rows in memory: what an index of that code size would find."""
 
-    def __init__(self, quantiser: Quantiser) -> None:
+    def __init__(self, quantiser: quantizer.Quantiser) -> None:
         self.quantiser, self.ivfpq = quantiser, quantiser.ivfpq
         self.ivfpq.use_precomputed_table = 0
         self.ivfpq.precompute_table()  # without it, many lists take minutes
@@ -155,7 +147,7 @@ def run(options: config.Eval) -> Evaluation:
         options = dataclasses.replace(options, threshold=usual_threshold(options.features)[0])
     kinds = {"parts": options.parts, "array": options.array, "column": options.column}
     features, texts = open_features(options.features, **kinds), None
-    check_nlist(options.nlist, features.rows)
+    quantizer.check_nlist(options.nlist, features.rows)
     if options.text_features is not None:
         from snipdedup.encoder.training import open_texts
 
@@ -200,9 +192,9 @@ def evaluate(features: Features, texts: Features | None, options: config.Eval) -
     with clock.stage("truth"):
         raw = features.gather(asked)
         D, I = nearest(raw, features, max(RECALL_AT), threads, own=asked)
-    wanted = max(POINTS_A_LIST * default_nlist(features.rows, features.rows), LEAST_SAMPLE)
+    wanted = quantizer.default_sample(features.rows, None)
     picked = sample_rows(features.rows, wanted, np.random.default_rng(seed))
-    nlist = options.nlist or default_nlist(features.rows, len(picked))
+    nlist = options.nlist or quantizer.default_nlist(features.rows, len(picked))
     task = Task(
         features, asked, raw, I, D[:, 0] >= np.float32(options.threshold), features.gather(picked),
         nlist, options.numbers("code_bytes"), nprobes, options.flag_nprobe, seed, threads,
@@ -321,9 +313,11 @@ def judge(contender: Contender, task: Task) -> Iterator[tuple[str, dict[str, Any
             continue  # as faiss would refuse it
         if trained is None or trained[0] is not vectors:  # code sizes share coarse centroids
             y, seed = vectors(task.sample), task.seed
-            centroids = kmeans(y, task.nlist, iterations=ITERATIONS, seed=seed, threads=threads)
+            centroids = kmeans(
+                y, task.nlist, iterations=quantizer.ITERATIONS, seed=seed, threads=threads
+            )
             trained = vectors, y, centroids
-        quantiser = train_quantiser(
+        quantiser = quantizer.train_quantiser(
             trained[1], nlist=task.nlist, m=m, nbits=8, seed=task.seed, threads=threads,
             centroids=trained[2],
         )  # fmt: skip

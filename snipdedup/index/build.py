@@ -104,11 +104,11 @@ def build(
         if held:  # new rows are encoded as those before them were
             encoder = Index(out).encoder
         elif not atomic.is_done(done_file, work):
-            new = known or train_on_sample(
+            known = known or train_on_sample(
                 features, encoder.encode, nlist=options.nlist, m=m, nbits=nbits,
                 train_rows=options.train_rows, seed=options.seed, threads=threads,
             )  # fmt: skip
-            quantizer.write_quantiser(work / QUANTISER, new)
+            quantizer.write_quantiser(work / QUANTISER, known)
             atomic.write_done_file(done_file, [work / QUANTISER], {})
         quantiser = read_quantiser((out if held else work) / QUANTISER)
         write_codes(
@@ -223,8 +223,7 @@ def train_on_sample(
     seed: int, threads: int,
 ) -> Quantiser:  # fmt: skip
     """Train quantisers on ``train_rows`` rows; 0 stands for a number that suits the rows."""
-    lists = nlist or quantizer.default_nlist(features.rows, features.rows)
-    wanted = train_rows or max(quantizer.POINTS_A_LIST * lists, quantizer.LEAST_SAMPLE)
+    wanted = train_rows or quantizer.default_sample(features.rows, nlist)
     sample = draw_sample(features, vectors, wanted, seed, threads)
     nlist = nlist or quantizer.default_nlist(features.rows, len(sample))
     return quantizer.train_quantiser(
@@ -303,16 +302,15 @@ def finish_index(
             with atomic.replacing(work / ENCODER / name) as part:
                 shutil.copyfile(encoder / name, part)
     earlier = atomic.load_json(out / MANIFEST) if held else {}
-    shards, stored, errors, bad, row_bytes = [], 0, 0.0, 0, 0
+    shards, sums = [], []
     for number, described_shard in enumerate(entries["request"]["features"]):
         path = (out if number < held else work) / shard_name(number)
-        codes = load_shard(path)
-        stored, bad = stored + len(codes.ids), bad + len(codes.bad)
-        errors, row_bytes = errors + float(codes.self_adc), row_bytes + path.stat().st_size
-        done_file = shard_done_file(path)
+        codes, done_file = load_shard(path), shard_done_file(path)
+        sums.append((len(codes.ids), len(codes.bad), float(codes.self_adc), path.stat().st_size))
         read = earlier["shards"][number] if number < held else atomic.load_json(done_file)
         checksum = {"checksum": read["checksum"]} if "checksum" in read else {}
         shards.append({**described_shard, **checksum, "file": path.name, "stored": len(codes.ids)})
+    stored, bad, errors, row_bytes = map(sum, zip(*sums, strict=True))
     body = {
         **entries,
         "shards": shards,

@@ -93,6 +93,11 @@ def default_nlist(rows: int, points: int) -> int:
     return nlist
 
 
+def default_sample(rows: int, nlist: int | None) -> int:
+    """Return how many rows of a set suit the training of ``nlist`` lists, or of the usual ones."""
+    return max(POINTS_A_LIST * (nlist or default_nlist(rows, rows)), LEAST_SAMPLE)
+
+
 def default_m(dim: int) -> int:
     """Return the most sub-quantisers, up to `MOST_M`, that divide the width."""
     return max(m for m in range(1, min(MOST_M, dim) + 1) if dim % m == 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,17 +67,16 @@ class TopResult:
         return self.entries
 
 
-@dataclass(frozen=True)
-class Ranked:
+class Ranked(NamedTuple):
     """A row and how many removed rows it represents; cosines are those of these rows with it."""
 
     row: int
-    group: int
     dup_count: int
-    mean: float  # of the cosines; NaN where unverified
-    lowest: float
-    size: int  # rows of the group
-    chains: bool  # some of these it represents not at all, or below the threshold
+    similarity_mean: float | None  # None where unverified
+    similarity_lowest: float | None
+    chains: bool  # some rows of the group it represents not at all, or below the threshold
+    group: int
+    group_rows: int
     removed: np.ndarray  # (n,) int64: the first `CAPTION_ROWS` of the removed rows
 
 
@@ -130,19 +129,15 @@ def rank_groups(members: Members, n: int, threshold: float, least: int = 1) -> l
     for start, count in zip(starts[order].tolist(), counts[order].tolist(), strict=True):
         own = pick(removed, slice(start, start + count))
         size = int(np.diff(np.searchsorted(members.group, [own.group[0], own.group[0] + 1]))[0])
-        lowest = own.similarity.min()
-        found.append(
-            Ranked(
-                row=int(own.representative[0]),
-                group=int(own.group[0]),
-                dup_count=count,
-                mean=float(own.similarity.mean(dtype=np.float64)),
-                lowest=float(lowest),
-                size=size,
-                chains=bool(size > 1 + count or lowest < np.float32(threshold)),
-                removed=own.row[:CAPTION_ROWS].copy(),
-            )
+        cosines, lowest = own.similarity, own.similarity.min()
+        mean, worst = (
+            None if np.isnan(lowest) else round(float(cosine), 6)
+            for cosine in (cosines.mean(dtype=np.float64), lowest)
         )
+        chains = bool(size > 1 + count or lowest < np.float32(threshold))
+        row, group = int(own.representative[0]), int(own.group[0])
+        first = own.row[:CAPTION_ROWS].copy()
+        found.append(Ranked(row, count, mean, worst, chains, group, size, first))
     return found
 
 
@@ -154,23 +149,13 @@ def describe_ranked(
     urls = count_texts(texts, texts.find(None, URLS), ranked)
     places, entries = places_of(shards, [one.row for one in ranked]), []
     for one in ranked:
-        known = not np.isnan(one.lowest)
         most = captions[one.row].most_common(SHOWN_CAPTIONS)
-        entries.append(
-            {
-                "row": one.row,
-                "dup_count": one.dup_count,
-                "similarity_mean": round(one.mean, 6) if known else None,
-                "similarity_lowest": round(one.lowest, 6) if known else None,
-                "chains": one.chains,
-                "group": one.group,
-                "group_rows": one.size,
-                **places[one.row],
-                "key": keys.get(one.row),
-                "captions": [{"caption": text, "rows": count} for text, count in most],
-                "urls": list(urls[one.row])[:SHOWN_URLS],
-            }
-        )
+        entry = one._asdict() | places[one.row]
+        del entry["removed"]
+        entry["key"] = keys.get(one.row)
+        entry["captions"] = [{"caption": text, "rows": count} for text, count in most]
+        entry["urls"] = list(urls[one.row])[:SHOWN_URLS]
+        entries.append(entry)
     return entries
 
 

@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.storage import remote
 from snipdedup.storage.out_folder import MANIFEST
-from snipdedup.storage.remote import (
-    RemotePath,
-    filesystem,
-    map_requests,
-    path_of,
-    store_errors,
-    with_retries,
-)
 from snipdedup.storage.web import PART, expand_parts, is_web, redacted, scheme_of
 
 FEATURES, METADATA = "img_emb", "metadata"  # folders that lie side by side in LAION's layout
@@ -33,23 +26,23 @@ def list_folder(url: str) -> tuple[dict[str, int | None], list[str]] | None:
     Hidden files are left out.
     """
     if not scheme_of(url):
-        path = path_of(url)
+        path = remote.path_of(url)
         if not path.is_dir():
             return None
-        with store_errors(url):
+        with remote.store_errors(url):
             entries = list(path.iterdir())
             files = [entry for entry in entries if entry.is_file() and entry.name[0] != "."]
             sizes: dict[str, int | None] = {file.name: file.stat().st_size for file in files}
             return sizes, [entry.name for entry in entries if entry.is_dir()]
 
     def list_store() -> list[dict[str, Any]] | None:
-        with store_errors(url):
-            system, path = filesystem(url)
+        with remote.store_errors(url):
+            system, path = remote.filesystem(url)
             system.invalidate_cache()
             is_file = system.info(path)["type"] != "directory"
             return None if is_file else list(system.ls(path, detail=True))
 
-    listed = with_retries(list_store)
+    listed = remote.with_retries(list_store)
     if listed is None:
         return None
     named = [(entry["name"].rstrip("/").rpartition("/")[2], entry) for entry in listed]
@@ -69,13 +62,13 @@ def find_files(
     the first of ``suffixes`` that any file has. ``none`` begins the error if there is no file.
     """
     if numbers is not None:
-        paths = [path_of(location) for location in expand_parts(spec, range(*numbers))]
-        exist = map_requests(lambda path: path.is_file(), paths)
+        paths = [remote.path_of(location) for location in expand_parts(spec, range(*numbers))]
+        exist = remote.map_requests(lambda path: path.is_file(), paths)
         missing = [path for path, exists in zip(paths, exist, strict=True) if not exists]
         if missing:
             raise SnipError(f"{none}: {missing[0]} ({len(missing)} of {len(paths)} are missing)")
         return paths
-    path = path_of(spec)
+    path = remote.path_of(spec)
     if is_web(spec):
         if has_magic(redacted(spec)) or not path.suffix:
             raise UsageError(
@@ -86,11 +79,11 @@ def find_files(
     if not has_magic(spec) or (not scheme_of(spec) and path.exists()):  # whatever its name has
         return find_in_folder(spec, suffixes, none)
     if scheme_of(spec):
-        with store_errors(spec):
-            system, pattern = filesystem(spec)
+        with remote.store_errors(spec):
+            system, pattern = remote.filesystem(spec)
             entries = system.glob(pattern, detail=True)
         names = [name for name, entry in entries.items() if entry["type"] == "file"]
-        found: list[Path] = [RemotePath(system.unstrip_protocol(name)) for name in names]
+        found: list[Path] = [remote.RemotePath(system.unstrip_protocol(name)) for name in names]
     else:
         found = [Path(name) for name in glob(str(path)) if Path(name).is_file()]
     if not found:
@@ -102,9 +95,9 @@ def find_in_folder(location: str, suffixes: Sequence[str], none: str) -> list[Pa
     """Return a file, or the files of a folder, or of its ``img_emb/`` if it has none itself."""
     listing = list_folder(location)
     if listing is None:
-        if not scheme_of(location) and not path_of(location).exists():
+        if not scheme_of(location) and not remote.path_of(location).exists():
             raise SnipError(f"{none}: no such file or folder: {location}")
-        return [path_of(location)]
+        return [remote.path_of(location)]
     names, folders = listing
     if scheme_of(location) and {MANIFEST, RESULT_MASK} <= set(names):
         raise UsageError(
@@ -115,7 +108,7 @@ def find_in_folder(location: str, suffixes: Sequence[str], none: str) -> list[Pa
     for suffix in () if is_set else suffixes:
         found = [name for name in names if name.lower().endswith(suffix)]
         if found:
-            return [path_of(f"{location.rstrip('/')}/{name}") for name in found]
+            return [remote.path_of(f"{location.rstrip('/')}/{name}") for name in found]
     if FEATURES in folders and ".npy" in suffixes:
         return find_in_folder(f"{location.rstrip('/')}/{FEATURES}", suffixes, none)
     expected = ", ".join(f"*{suffix}" for suffix in suffixes)
@@ -136,12 +129,12 @@ def metadata_beside(spec: str, suffixes: Sequence[str]) -> Path | None:
         return None
     if MANIFEST not in names and any(n.lower().endswith(tuple(suffixes)) for n in names):
         return None
-    return path_of(f"{spec.rstrip('/')}/{METADATA}")
+    return remote.path_of(f"{spec.rstrip('/')}/{METADATA}")
 
 
 def is_folder(spec: str) -> bool:
     """Tell a folder from what names files; web servers have no folders."""
     if not scheme_of(spec):
-        return path_of(spec).is_dir()
+        return remote.path_of(spec).is_dir()
     names_files = PART in spec or has_magic(spec) or is_web(spec)
     return not names_files and list_folder(spec) is not None

@@ -110,12 +110,11 @@ def test_a_ranking_by_hand():
     assert [one.row for one in ranking] == [0, 2, 5, 7]
     assert [one.dup_count for one in ranking] == [2, 1, 1, 1]
     assert [one.group for one in ranking] == [0, 1, 5, 5]
-    assert [one.size for one in ranking] == [3, 2, 4, 4]
+    assert [one.group_rows for one in ranking] == [3, 2, 4, 4]
     assert [one.chains for one in ranking] == [True, False, True, True]  # below .95; other rows
     assert [one.removed.tolist() for one in ranking] == [[3, 4], [1], [6], [8]]
-    np.testing.assert_allclose([one.mean for one in ranking], [0.95, 0.95, 0.99, 0.97], atol=1e-7)
-    lowest = np.array([0.9, 0.95, 0.99, 0.97], np.float32)
-    np.testing.assert_array_equal([one.lowest for one in ranking], lowest)
+    assert [one.similarity_mean for one in ranking] == [0.95, 0.95, 0.99, 0.97]
+    assert [one.similarity_lowest for one in ranking] == [0.9, 0.95, 0.99, 0.97]
     assert [one.row for one in rank_groups(groups, 9, 0.95, least=2)] == [0]
     assert rank_groups(no_members(), 9, 0.95) == []
 
