@@ -154,9 +154,7 @@ def run(options: Plan) -> RunPlan:
     """Run ``snip plan``."""
     features = None
     if options.features is not None:
-        features = open_features(
-            options.features, parts=options.parts, array=options.array, column=options.column
-        )
+        features = open_features(options.features, **options.some("parts", "array", "column"))
     rows = int(options.rows or 0) or (features.rows if features else 0)
     dim = features.dim if features else options.dim
     path = None if options.rates is None else Path(options.rates).expanduser()
