@@ -137,10 +137,14 @@ class Settings:
             raise UsageError(f"--{name} must be one or more of {', '.join(known)}, found {text!r}")
         return words
 
+    def some(self, *names: str) -> dict[str, Any]:
+        """Return some of the settings by their names."""
+        return {name: getattr(self, name) for name in names}
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values for manifests, positional ones first."""
         flags_last = sorted(dataclasses.fields(self), key=lambda f: "positional" not in f.metadata)
-        return {field.name: getattr(self, field.name) for field in flags_last}
+        return self.some(*(field.name for field in flags_last))
 
 
 def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:

@@ -154,9 +154,7 @@ def run(options: Plan) -> RunPlan:
     """Run ``snip plan``."""
     features = None
     if options.features is not None:
-        features = open_features(
-            options.features, parts=options.parts, array=options.array, column=options.column
-        )
+        features = open_features(options.features, **options.some("parts", "array", "column"))
     rows = int(options.rows or 0) or (features.rows if features else 0)
     dim = features.dim if features else options.dim
     path = None if options.rates is None else Path(options.rates).expanduser()
@@ -225,14 +223,13 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     k_means = ROUNDS * trained * lists * rates.row_list
     products = rates.uneven * rows / lists * (visited - rows / 2)
     proofs = listed + rates.crowded_pairs * all_pairs * CROWD_PROOFS
-    files = partitions * encode_tasks
     compute = {
         "start": START_S * machine,
         "fit": rates.fit * (calibration_rows(rows) + trained) + k_means,
         "encode": rows * (rates.row + lists * rates.row_list + COPY_S * machine),
         "join": products * rates.product
         + proofs * rates.proof
-        + (visited * VISIT_S + files * OPEN_S + removed * EDGE_S) * machine,
+        + (visited * VISIT_S + partitions * encode_tasks * OPEN_S + removed * EDGE_S) * machine,
         "group": members * GROUP_S * machine,
         "write": members * WRITE_S * machine,
     }
@@ -247,10 +244,9 @@ def estimate(rates: Rates, rows: int, machines: Machines) -> RunPlan:
     seconds = {name: spent / faster.get(name, 1) for name, spent in compute.items()}
     if disk_speed:
         seconds = {name: max(s, moved.get(name, 0) / disk_speed) for name, s in seconds.items()}
-    problems = list_problems(machines, needed, peak, out + work)
     return RunPlan(
         rows, rates.dim, rates.duplicates, machines, seconds, compute, peak, out + work, out,
-        lists, visits, partitions, problems,
+        lists, visits, partitions, list_problems(machines, needed, peak, out + work),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from snipdedup.index.folder import Index, PlainRows
 from snipdedup.index.search import QUERY_ROWS, LoadedIndex, Queries
 from snipdedup.join.forest import order_by
 from snipdedup.parallel import ordered_map
+from snipdedup.statistics import sample_rows
 
 MOST_NEIGHBOURS = 1024  # k is doubled up to here while all neighbours of a row pass
 
@@ -86,9 +87,7 @@ def candidate_pairs(
     if margin is not None:
         found = found._replace(margin=margin, calibration={"source": "given"})
     elif features is not None:
-        count = min(features.rows, calibration_rows)
-        rng = np.random.default_rng(seed)
-        sample = np.sort(rng.choice(features.rows, count, replace=False, shuffle=False))
+        sample = sample_rows(features.rows, calibration_rows, np.random.default_rng(seed))
         truth = true_duplicates(features, sample, threshold, threads)
         if truth.any():
             if views is None:

@@ -127,7 +127,7 @@ def audit(
         )
     check_outputs(run)
     same_rows = check_shards(run, "shards", run.manifest["shards"], features)
-    seconds = open_seconds(run)
+    seconds = reopen_seconds(run)
     try:
         run.is_dup = load_mask(run.folder / "is_dup.npy")
         if len(run.is_dup) != run.rows:
@@ -212,7 +212,7 @@ def open_again(
     return features if check_shards(run, what, listed, features) else None
 
 
-def open_seconds(run: AuditedRun) -> list[AuditedFeatures]:
+def reopen_seconds(run: AuditedRun) -> list[AuditedFeatures]:
     """Open the second features that can be read and are still what they were."""
     entries, found = recorded_seconds(run.manifest), []
     for number, (entry, source) in enumerate(zip_longest(entries, recorded_sources(run.manifest))):

@@ -15,8 +15,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
 from snipdedup.groups.members import concatenate, no_members
 from snipdedup.inspection.embedded import PLACES
-from snipdedup.metadata.gather import CAPTIONS, URLS, RowTexts
-from snipdedup.metadata.tables import KEY_COLUMNS
+from snipdedup.metadata.gather import RowTexts
 from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import replacing
 
@@ -51,10 +50,7 @@ def sample_pairs(
     a, b = removed.row[order], removed.representative[order]
     cosine = raw_cosines(features, a, b, run.threads, run.memory)
     rows = np.concatenate([a, b])
-    known = {
-        name: texts.read(texts.find(None, columns), rows)
-        for name, columns in (("url", URLS), ("caption", CAPTIONS), ("key", KEY_COLUMNS))
-    }
+    known = texts.about(rows, "url", "caption", "key")
     known["key"] |= read_keys(path, rows)
     places = {name: texts.read(texts.find(None, (name,)), rows) for name in PLACES}
     known["picture"] = {

@@ -28,7 +28,7 @@ from snipdedup.downloading.sources import SourceFiles
 from snipdedup.downloading.transfer import Monitor, SourceFile, fetch_file, fetch_once
 from snipdedup.errors import MissingError, SnipError, TemporaryError
 from snipdedup.features.formats import SUFFIXES as FEATURE_SUFFIXES
-from snipdedup.metadata.masks import describe_kept, file_version, open_mask
+from snipdedup.metadata.masks import Mask, describe_kept, file_version, open_mask
 from snipdedup.metadata.tables import SUFFIXES
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import FORMAT, MANIFEST, is_finished, put_in_place, read_manifest
@@ -99,13 +99,7 @@ def run(options: Download) -> DownloadResult:
             manifest = fetch_manifest(found, work / RESULT / MANIFEST)
         else:
             items = list_items(source, found, out, features, with_features=with_features)
-            opened, first_row = None, 0
-            if mask is not None:
-                opened = open_published_mask(mask, totals, work)
-                first_row = read_pins(out).get("first_row", -1)
-                if first_row < 0 or len(opened.meanings) > 1:
-                    opened, first_row = place_mask(found, opened, work, options.jobs)
-                    add_pin(out, "first_row", first_row)
+            plan = DownloadPlan(items, *open_placed(mask, totals, found, out, options.jobs), work)
     except TemporaryError:
         raise  # what was fetched is kept
     except SnipError:
@@ -114,7 +108,6 @@ def run(options: Download) -> DownloadResult:
         raise
     if isinstance(found, SourceFile):
         return fetch_result(out, found, manifest, options.jobs)
-    plan = DownloadPlan(items, opened, first_row, work)
     return fetch_set(plan, out, {"settings": options.as_dict(), "request": request}, options.jobs)
 
 
@@ -215,6 +208,20 @@ def list_items(
     features = sources.find_features(source, found, location)
     check_names(features, FEATURE_SUFFIXES)
     return list(map(DownloadItem, found.files, numbers, features))
+
+
+def open_placed(
+    mask: str | None, totals: str | None, found: SourceFiles, out: Path, jobs: int
+) -> tuple[Mask | None, int]:
+    """Return the mask, if there is one, and the row of the first file in it, once it is certain."""
+    if mask is None:
+        return None, 0
+    opened = open_published_mask(mask, totals, out / locks.WORK)
+    first_row = read_pins(out).get("first_row", -1)
+    if first_row < 0 or len(opened.meanings) > 1:
+        opened, first_row = place_mask(found, opened, out / locks.WORK, jobs)
+        add_pin(out, "first_row", first_row)
+    return opened, first_row
 
 
 def fetch_set(plan: DownloadPlan, out: Path, body: dict[str, Any], jobs: int) -> DownloadResult:

@@ -16,6 +16,7 @@ from snipdedup.features.cosine import unit_rows
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.scan import refuse_bad
 from snipdedup.features.shards import Features, plan_blocks
+from snipdedup.statistics import sample_rows
 
 LEAST_ROWS = 64  # distinct rows to learn anything from
 CAPTIONS = 8  # of one image that are held out: else a frequent one would be all that is judged
@@ -62,9 +63,8 @@ class Batches:
     def draw(self, subset: int) -> Rows:
         """Return random distinct rows; the same ones for the same number."""
         rng = np.random.default_rng([self.seed, subset])
-        wanted = min(self.wanted, self.features.rows)
-        picked = rng.choice(self.features.rows, wanted, replace=False, shuffle=False)
-        rows = load_distinct(self.features, self.texts, np.sort(picked))
+        picked = sample_rows(self.features.rows, self.wanted, rng)
+        rows = load_distinct(self.features, self.texts, picked)
         return rows.take(rng.permutation(len(rows.images)))
 
     def of_step(self, step: int) -> Rows:

@@ -41,9 +41,7 @@ class Descriptors:
 def run(options: config.Compress) -> Descriptors:
     """Write the descriptors of all shards; what a stopped run finished is not made again."""
     started = time.monotonic()
-    features = open_features(
-        options.features, parts=options.parts, array=options.array, column=options.column
-    )
+    features = open_features(options.features, **options.some("parts", "array", "column"))
     encoder = Encoder.load(options.encoder, options.device)
     encoder.check_width(features, options.encoder)
     names = descriptor_names(features)
@@ -61,13 +59,10 @@ def run(options: config.Compress) -> Descriptors:
     result = partial(Descriptors, out, [out / name for name in names], features.rows, encoder.dim)
     if out_folder.claim(out, DESCRIPTORS, request, overwrite=options.overwrite) == "done":
         return result(f"{out} is finished already with these settings; --overwrite makes it anew")
-    try:
-        work, threads = out / locks.WORK, cores(options.threads) if encoder.device == "cpu" else 1
+    work, threads = out / locks.WORK, cores(options.threads) if encoder.device == "cpu" else 1
+    with out_folder.released_on(InputError, out):
         checksums = compress_shards(features, encoder, work, names, options.dtype, threads)
         features.refuse_changed()
-    except InputError:
-        out_folder.release(out)  # an earlier result there stays as it was
-        raise
     described = zip(features.describe(), checksums, strict=True)
     seconds = time.monotonic() - started
     body = {

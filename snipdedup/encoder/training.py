@@ -107,14 +107,10 @@ def run(options: config.Train) -> Encoder:
         encoder, again = Encoder.load(out, options.device), "--overwrite makes it anew"
         encoder.summary = f"{out} is finished already with these settings; {again}"
         return encoder
-    try:
+    with out_folder.released_on(SnipError, out, WriteError):
         encoder, history = fit(features, texts, options, out / locks.WORK / CHECKPOINT)
         for source in filter(None, (features, texts)):
             source.refuse_changed()
-    except SnipError as error:
-        if not isinstance(error, WriteError):  # refused: there is nothing to go on from
-            out_folder.release(out)
-        raise
     seconds = time.monotonic() - started
     text_name = None if options.text_features is None else str(options.text_features)
     paths = {"features": str(options.features), "text_features": text_name}
@@ -137,9 +133,7 @@ def run(options: config.Train) -> Encoder:
 
 def open_pair(options: config.Train) -> tuple[Features, Features | None]:
     """Open features, and texts beside them; refuse what no encoder can be trained on."""
-    features = open_features(
-        options.features, parts=options.parts, array=options.array, column=options.column
-    )
+    features = open_features(options.features, **options.some("parts", "array", "column"))
     if options.dim > features.dim:
         raise SnipError(
             f"--dim {options.dim}: a descriptor cannot be wider than the features, which are "

@@ -145,8 +145,8 @@ def run(options: config.Eval) -> Evaluation:
         )
     if options.threshold is None:
         options = dataclasses.replace(options, threshold=usual_threshold(options.features)[0])
-    kinds = {"parts": options.parts, "array": options.array, "column": options.column}
-    features, texts = open_features(options.features, **kinds), None
+    features = open_features(options.features, **options.some("parts", "array", "column"))
+    texts = None
     quantizer.check_nlist(options.nlist, features.rows)
     if options.text_features is not None:
         from snipdedup.encoder.training import open_texts

@@ -11,6 +11,7 @@ come before all others, so a group that has one is named by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,21 +221,11 @@ def nearest_within(
     ``folder``; without one, all is held.
     """
 
-    def find(task: tuple[np.ndarray, np.ndarray, bool]) -> Nearest:
-        a, b, are_pairs = task
-        if are_pairs:
-            best = nearest_of(every_edge(features, a, b, threshold))
-        else:
-            best, panel = join_edges([]), load_panel(features, b)
-            for start, stop in plan_blocks(len(a), TILE):
-                references = load_panel(features, a[start:stop])
-                found = tile_pairs(references, panel, 0, 0, threshold)
-                best = nearest_of(join_edges([best, found]))
-        return Nearest(best.b - reference_rows, best.a, best.similarity)
-
     def parts() -> Iterator[Nearest]:
         for row, label in mixed_groups(labels, reference_rows, folder):
-            yield from ordered_map(find, plan_mixed(row, label, reference_rows), threads)
+            find = partial(nearest_in_groups, features, row, label, reference_rows, threshold)
+            tasks = (task for task in plan_groups(np.diff(group_starts(label))) if task[2] <= 0)
+            yield from ordered_map(find, tasks, threads)
 
     kinds, rows = {"row": "<i8", "reference": "<i8", "similarity": "<f4"}, features.rows
     count, path = rows - reference_rows, folder and folder / "nearest"
@@ -247,24 +238,29 @@ def nearest_of(edges: Edges) -> Edges:
     return edges.where(order[np.unique(edges.b[order], return_index=True)[1]])
 
 
-def plan_mixed(
-    row: np.ndarray, label: np.ndarray, reference_rows: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Yield comparisons as (reference rows, other rows, whether these are pairs one by one).
+def nearest_in_groups(
+    features: Features, row: np.ndarray, label: np.ndarray, reference_rows: int, threshold: float,
+    task: tuple[int, int, int, int],
+) -> Nearest:  # fmt: skip
+    """Return what `nearest_within` does for a run of small groups, or for a tile of a large one.
 
-    Where they are not, each of the second is compared with all of the first. ``row`` and ``label``,
-    (n,) int64, are whole groups, ordered by label, then row.
+    ``row`` and ``label``, (n,) int64, are whole groups, ordered by label, then row; ``task`` is one
+    of `plan_groups`. The tile is compared with all reference rows of its group.
     """
-    for begin, end, i, j in plan_groups(np.diff(group_starts(label))):
-        part = row[begin:end]
-        if i < 0:
-            a, b = (part[place] for place in listed_pairs(np.diff(group_starts(label[begin:end]))))
-            mixed = (a < reference_rows) & (b >= reference_rows)
-            yield a[mixed], b[mixed], True
-        elif i == 0:
-            references, tile = part[part < reference_rows], part[j : j + TILE]
-            if tile[-1] >= reference_rows:
-                yield references, tile[tile >= reference_rows], False
+    begin, end, i, tile = task
+    part = row[begin:end]
+    if i < 0:
+        a, b = (part[place] for place in listed_pairs(np.diff(group_starts(label[begin:end]))))
+        mixed = (a < reference_rows) & (b >= reference_rows)
+        best = nearest_of(every_edge(features, a[mixed], b[mixed], threshold))
+    else:
+        references, others = part[part < reference_rows], part[tile : tile + TILE]
+        others = others[others >= reference_rows]
+        best, panel = join_edges([]), load_panel(features, others)
+        for start, stop in plan_blocks(len(references) if len(others) else 0, TILE):
+            found = tile_pairs(load_panel(features, references[start:stop]), panel, 0, 0, threshold)
+            best = nearest_of(join_edges([best, found]))
+    return Nearest(best.b - reference_rows, best.a, best.similarity)
 
 
 def mixed_groups(

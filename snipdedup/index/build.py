@@ -26,6 +26,7 @@ from snipdedup.index.folder import (
     Index,
     PlainRows,
     ShardCodes,
+    agreed_encoder,
     export_faiss,
     held_encoder,
     is_descriptors,
@@ -33,7 +34,6 @@ from snipdedup.index.folder import (
     load_shard,
     pack_rows,
     packed_width,
-    same_encoder,
     shard_name,
 )
 from snipdedup.index.kmeans import Vectors, draw_sample
@@ -52,9 +52,7 @@ ROWS = ("features", "features_changed")  # entries of a request that grow with -
 
 def run(options: config.BuildIndex) -> Index:
     """Build, continue or grow an index, and export it where that is asked for; see `build`."""
-    features = open_features(
-        options.features, parts=options.parts, array=options.array, column=options.column
-    )
+    features = open_features(options.features, **options.some("parts", "array", "column"))
     source = options.features if isinstance(options.features, str | Path) else None
     given = [Path(name).expanduser() for name in (options.base, options.encoder) if name]
     inputs, out = [*features.inputs(), *given], Path(options.out).expanduser()
@@ -78,11 +76,12 @@ def build(
     What a stopped run left there is used. ``as_stored``: rows are not scaled to norm 1 (an encoder
     decides by itself).
     """
-    sizes = {name: getattr(options, name) for name in ("nlist", "m", "nbits")}
+    sizes = options.some("nlist", "m", "nbits")
     nbits, threads = options.nbits or quantizer.NBITS, cores(options.threads)
     base = None if options.base is None else find_base(options.base)
     known = None if base is None else read_quantiser(base)
-    folder = find_encoder(options.encoder, base)
+    own = None if base is None or base.name != QUANTISER else held_encoder(base.parent)
+    folder = agreed_encoder(options.encoder, own, "the quantisers of --base were trained")
     encoder = open_encoder(folder, features, known, as_stored, options.m, nbits)
     request = {
         **request_of(features),
@@ -90,7 +89,7 @@ def build(
         "encoder": atomic.sha256(folder / MANIFEST) if folder else None,
         "base": atomic.sha256(base) if base else None,
         **sizes,
-        **{name: getattr(options, name) for name in ("train_rows", "seed")},
+        **options.some("train_rows", "seed"),
     }
     m = options.m or quantizer.default_m(encoder.dim)
     check_index_sizes(known, encoder.dim, m, sizes)
@@ -100,7 +99,7 @@ def build(
         return Index(out, "already indexed")
     work = out / locks.WORK / out_folder.FILES
     done_file = work.parent / f"{QUANTISER}.json"
-    try:
+    with out_folder.released_on(InputError, out):
         if held:  # new rows are encoded as those before them were
             encoder = Index(out).encoder
         elif not atomic.is_done(done_file, work):
@@ -116,9 +115,6 @@ def build(
             keep_bad=options.bad_rows == "keep",
         )  # fmt: skip
         features.refuse_changed()
-    except InputError:
-        out_folder.release(out)  # an earlier index there stays as it was
-        raise
     source = options.features
     entries = {
         "command": "index",
@@ -139,17 +135,6 @@ def find_base(base: str) -> Path:
     if not path.is_file():
         raise SnipError(f"--base: no such file or index folder: {base}")
     return path
-
-
-def find_encoder(given: str | None, base: Path | None) -> Path | None:
-    """Return the encoder's folder; quantisers of ours that were trained on one keep it."""
-    own = None if base is None or base.name != QUANTISER else held_encoder(base.parent)
-    if given is not None and own is not None and not same_encoder(given, own):
-        raise SnipError(
-            f"--encoder {given} is not the one that the quantisers of --base were trained with "
-            f"({own}); leave --encoder away"
-        )
-    return own or (None if given is None else Path(given).expanduser())
 
 
 def open_encoder(

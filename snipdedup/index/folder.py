@@ -135,11 +135,20 @@ def held_encoder(folder: Path) -> Path | None:
     return folder / ENCODER if (folder / ENCODER / MANIFEST).is_file() else None
 
 
-def same_encoder(given: str | Path, held: Path) -> bool:
-    """Tell whether a folder that was given holds the same encoder as another one."""
+def agreed_encoder(given: str | None, held: Path | None, user: str) -> Path | None:
+    """Return the folder of the encoder that is held, or else given; both must be the same one.
+
+    ``user`` says in a refusal what the held one was used for.
+    """
+    if given is None or held is None:
+        return held or (None if given is None else Path(given).expanduser())
     folder = Path(given).expanduser()
     read_manifest(folder, "encoder")
-    return atomic.sha256(folder / MANIFEST) == atomic.sha256(held / MANIFEST)
+    if atomic.sha256(folder / MANIFEST) != atomic.sha256(held / MANIFEST):
+        raise SnipError(
+            f"--encoder {given} is not the one that {user} with ({held}); leave --encoder away"
+        )
+    return held
 
 
 def is_descriptors(source: str | Path | None) -> bool:

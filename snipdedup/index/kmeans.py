@@ -16,6 +16,7 @@ from snipdedup.features.cosine import bad_rows, unit_rows64
 from snipdedup.features.hashing import row_hashes
 from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks, library_threads, ordered_map
+from snipdedup.statistics import sample_rows
 
 GRAPH_LISTS = 1 << 14  # from here on lists are found by a graph, several times faster than all
 GRAPH_LINKS, GRAPH_BUILD, GRAPH_SEARCH = 32, 80, 64  # HNSW's M, efConstruction, efSearch
@@ -33,10 +34,9 @@ def draw_sample(
     Rows that are equal bit for bit count once: copies would pull centroids to themselves.
     """
     rng = np.random.default_rng(seed)
-    count = min(features.rows, OVERDRAW * wanted)
-    rows = np.sort(rng.choice(features.rows, count, replace=False, shuffle=False))
+    rows = sample_rows(features.rows, OVERDRAW * wanted, rng)
     hashes, good_rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for start, stop in plan_blocks(count, BLOCK_ROWS):
+    for start, stop in plan_blocks(len(rows), BLOCK_ROWS):
         block = features.gather(rows[start:stop])
         good = ~bad_rows(block)
         hashes.append(row_hashes(block[good]))

@@ -18,10 +18,10 @@ from snipdedup.index.folder import (
     Index,
     PlainRows,
     ShardCodes,
+    agreed_encoder,
     held_encoder,
     load_encoder,
     pack_rows,
-    same_encoder,
     unpack_rows,
 )
 from snipdedup.parallel import ALIGNED_ROWS, in_aligned_blocks
@@ -212,13 +212,9 @@ def query_encoder(index: Index, features: Features, encoder: str | None) -> Enco
     """Return what makes queries of these features; refuse others than those indexed."""
     index.refuse_other_rows(features)
     found, held = index.encoder, held_encoder(index.folder)
-    if held is not None and encoder is not None and not same_encoder(encoder, held):
-        raise SnipError(
-            f"--encoder {encoder} is not the one that {index.folder} was built with ({held}); "
-            "leave --encoder away"
-        )
-    if held is None and encoder is not None and features.dim != found.dim_in:
-        found = load_encoder(encoder, index.dim)
+    folder = agreed_encoder(encoder, held, f"{index.folder} was built")
+    if held is None and folder is not None and features.dim != found.dim_in:
+        found = load_encoder(folder, index.dim)
     if features.dim != found.dim_in or found.dim != index.dim:
         raise SnipError(
             f"{index.folder} was built from rows {found.dim_in} wide, FEATURES are {features.dim} "

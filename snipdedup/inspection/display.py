@@ -146,13 +146,8 @@ class ShownRow:
 
 def fill_texts(shown: Sequence[ShownRow], texts: RowTexts, *names: str) -> None:
     """Set ``key``, ``url`` or ``caption`` of rows to what the metadata holds."""
-    from snipdedup.metadata.gather import CAPTIONS, URLS  # pyarrow takes a while
-    from snipdedup.metadata.tables import KEY_COLUMNS
-
-    columns = {"key": KEY_COLUMNS, "url": URLS, "caption": CAPTIONS}
     rows = np.array([one.row for one in shown], np.int64)
-    for name in names:
-        values = texts.read(texts.find(wanted=columns[name]), rows)
+    for name, values in texts.about(rows, *names).items():
         for one in shown:
             setattr(one, name, values.get(one.row))
 

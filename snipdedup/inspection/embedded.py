@@ -21,7 +21,6 @@ from snipdedup.features.origin import Origin
 from snipdedup.inspection.thumbnails import FILE_BYTES, Thumbnails
 from snipdedup.metadata.gather import RowTexts
 from snipdedup.pictures.containers import image_column
-from snipdedup.pictures.decode import known_formats
 from snipdedup.pictures.items import clean
 from snipdedup.pictures.sources import listed_files
 from snipdedup.storage.remote import is_remote
@@ -80,7 +79,7 @@ def read_places(texts: RowTexts, rows: np.ndarray) -> dict[int, dict[str, str]]:
 
 def by_place(origin: Origin, texts: RowTexts, rows: np.ndarray) -> Thumbnails:
     """Return thumbnails by row number, as a text."""
-    found, sources = Thumbnails(formats=known_formats()), Sources(origin.images)
+    found, sources = Thumbnails(), Sources(origin.images)
     inner: dict[
         tuple[str, Path], dict[str, list[str]]
     ] = {}  # of containers: rows by what is inside

@@ -10,7 +10,7 @@ import base64
 import io
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
@@ -18,14 +18,12 @@ from pathlib import Path, PurePosixPath
 from snipdedup import progress
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import natural_sort
+from snipdedup.pictures.decode import MOST_PIXELS, Unreadable, decode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # none that runs other programs, as EPS does
 SIDE = 168  # pixels: twice as many as are shown on a narrow screen
 QUALITY = 70
 FILE_BYTES = 64 << 20
-PIXELS = 200_000_000
-GROUND = (238, 236, 231)  # behind what is transparent
 SHARD_DIGITS = 5  # img2dataset: the shard's number begins the key
 
 
@@ -36,11 +34,10 @@ class Thumbnails:
     pictures: dict[str, str] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # files that are no pictures
     ambiguous: list[str] = field(default_factory=list)  # keys that several files have
-    formats: Sequence[str] = FORMATS  # that Pillow may read
 
     def add(self, name: str, data: bytes) -> None:
         """Take the bytes of a picture file."""
-        picture = thumbnail(data, self.formats)
+        picture = thumbnail(data)
         if picture is None:
             self.unreadable.append(name)
         else:
@@ -55,23 +52,15 @@ class Thumbnails:
             self.unreadable.append(name)
 
 
-def thumbnail(data: bytes, formats: Sequence[str] = FORMATS) -> str | None:
+def thumbnail(data: bytes) -> str | None:
     """Return a picture file as a small JPEG in a ``data:`` URL, None if it is no picture."""
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(formats)) as opened:
-            if opened.width * opened.height > PIXELS:
-                return None
-            opened.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded smaller
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except Exception:  # a damaged file can fail in many ways inside Pillow
+        picture = decode(data, 2 * SIDE, MOST_PIXELS).picture
+    except Unreadable:
         return None
     picture.thumbnail((SIDE, SIDE))
-    whole = Image.new("RGB", picture.size, GROUND)
-    whole.paste(picture, mask=picture)
     file = io.BytesIO()
-    whole.save(file, "JPEG", quality=QUALITY, optimize=True)
+    picture.save(file, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -97,8 +97,7 @@ def run(options: Filter) -> FilterResult:
     columns = kept_rows.list_columns(kinds, metadata, options.key)
     write = ColumnUse(None, kept_rows.try_writing, "leave it out of the metadata", by_schema=True)
     try_column_uses(metadata, [*kept_rows.list_uses(columns, metadata), write])
-    names = ("on", "unmatched", "ambiguous", "export", "key")
-    flags = {name: getattr(options, name) for name in names}
+    flags = options.some("on", "unmatched", "ambiguous", "export", "key")
     request = filter_request(chosen, mask, join, flags)
     if out_folder.claim(out, KIND, request, overwrite=options.overwrite) == "done":
         return describe_filter(out, read_manifest(out, KIND), " is finished already")
@@ -118,7 +117,7 @@ def filter_rows(
     """Decide the rows, write those that are kept, and publish them with the manifest's ``body``."""
     work, metadata, note = out / locks.WORK, chosen.metadata, None
     lists_folder = work / out_folder.FILES / kept_rows.LISTS
-    try:
+    with out_folder.released_on(SnipError, out, WriteError, TemporaryError):
         if join is not None:
             is_dup = join.run(mask, work / "join")
             body["join"], note = join.describe(), join.report()
@@ -126,23 +125,14 @@ def filter_rows(
             is_dup = mask.is_dup[chosen.row : chosen.row + metadata.rows]
             note = check_removed_keys(metadata, mask, chosen.row, work)
         lists = kept_rows.write_lists(columns, metadata, is_dup, lists_folder, work)
-    except (WriteError, TemporaryError):
-        raise  # what is complete stays
-    except SnipError:
-        out_folder.release(out)  # an earlier result there is left as it is
-        raise
     if export_mask:
         lists.append(lists_folder / "is_dup.npy")
         atomic.save_npy(lists[-1], is_dup)
     body["files"], written = write_rows(chosen, is_dup, work)
-    try:
-        read: list[FileRows | None] = [mask.opened, metadata, *chosen.features.values()]
-        for files in [*read, join.known if join else None]:
-            if files is not None:
-                files.refuse_changed()
-    except InputError:
-        out_folder.release(out)
-        raise
+    read: list[FileRows | None] = [mask.opened, metadata, *chosen.features.values()]
+    with out_folder.released_on(InputError, out):
+        for files in filter(None, [*read, join.known if join else None]):
+            files.refuse_changed()
     out_folder.publish(out, KIND, body, [*written, *lists])
     return describe_filter(out, body, lines=[note] if note else [])
 

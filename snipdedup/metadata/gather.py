@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import implied_metadata, plan_blocks
-from snipdedup.metadata.tables import Metadata, Table, open_metadata
+from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, Table, open_metadata
 from snipdedup.storage.atomic import explained
 from snipdedup.storage.external_sort import READ, Sorter, Spread, pack, row_kind
 
@@ -27,6 +27,7 @@ Convert = Callable[[Table, str, Any], Any]  # of a file, a column's name, values
 FLUSH_ROWS = 1 << 20
 FLUSH_BYTES = 64 << 20
 CAPTIONS, URLS = ("caption", "text"), ("url", "image_url")  # names of columns
+NAMES = {"key": KEY_COLUMNS, "url": URLS, "caption": CAPTIONS}
 
 
 def gather_column(
@@ -134,6 +135,10 @@ class RowTexts:
     def find(self, asked: str | None = None, wanted: tuple[str, ...] = ()) -> str | None:
         """Return a column's name as `Metadata.column` does, None without metadata."""
         return None if self.metadata is None else self.metadata.column(asked, wanted)
+
+    def about(self, rows: np.ndarray, *names: str) -> dict[str, dict[int, str]]:
+        """Return ``key``, ``url`` or ``caption`` of rows, by these names; each as `read` does."""
+        return {name: self.read(self.find(wanted=NAMES[name]), rows) for name in names}
 
     def read(self, column: str | None, rows: np.ndarray) -> dict[int, str]:
         """Return a column's texts by row, for rows (n,) in any order; rows without are left out."""

@@ -270,6 +270,22 @@ def release(out: Path) -> None:
         out.rmdir()
 
 
+@contextmanager
+def released_on(refusal: type[SnipError], out: Path, *others: type[SnipError]) -> Iterator[None]:
+    """Give up a claim if the block raises a refusal: there is nothing to go on from.
+
+    An earlier result in ``out`` stays as it was. Errors of the kinds ``others`` are no refusals:
+    what is complete stays, too.
+    """
+    try:
+        yield
+    except others:
+        raise
+    except refusal:
+        release(out)
+        raise
+
+
 def release_unbegun(out: Path) -> None:
     """Give up a claim whose work holds the request and no more: there is nothing to resume."""
     work = out / WORK

@@ -47,9 +47,9 @@ def test_a_thumbnail_is_small_and_keeps_its_shape():
     assert opened(thumbnails.thumbnail(picture(1, (3000, 1)))).size == (168, 1)
 
 
-def test_what_is_transparent_lies_on_the_ground():
+def test_what_is_transparent_is_white_as_a_model_sees_it():
     url = thumbnails.thumbnail(picture(0, mode="RGBA"))
-    assert abs(np.asarray(opened(url)).astype(int) - thumbnails.GROUND).max() <= 2
+    assert abs(np.asarray(opened(url)).astype(int) - 255).max() <= 2
 
 
 def test_a_turned_photo_is_turned_back():
@@ -70,7 +70,7 @@ def test_what_is_no_picture_is_none(data):
 
 
 def test_too_many_pixels_are_not_unpacked(monkeypatch):
-    monkeypatch.setattr(thumbnails, "PIXELS", 300 * 200 - 1)
+    monkeypatch.setattr(thumbnails, "MOST_PIXELS", 300 * 200 - 1)
     assert thumbnails.thumbnail(picture(9)) is None
 
 
