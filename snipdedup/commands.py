@@ -215,9 +215,7 @@ def command(
     """Make a class a `Command`; ``function`` is the name in Python where that differs."""
 
     def declare(options: S) -> S:
-        dataclass(frozen=True, kw_only=True, repr=False, eq=False)(
-            options
-        )  # as `Settings` has them
+        dataclass(frozen=True, kw_only=True, repr=False, eq=False)(options)
         words = f"snip {name} {example}".strip()
         made = Command(name, group, f"snipdedup.{module}", words, function or name, options)
         DECLARED[name] = made

@@ -154,24 +154,8 @@ def make_page(
         )
     partners = read_out.read_partners(groups, np.array(asked, np.int64))
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
-    keys, is_dup = read_out.read_keys(groups, shown), np.load(out / "is_dup.npy", mmap_mode="r")
-    pictures, counted = find_pictures(shown, keys, texts, options, origin)
-    seconds = recorded_seconds(manifest)
-    names = [short_name(second["name"]) for second in seconds]
-    also = read_out.read_also(groups, shown)
-    rows = {
-        row: Row(
-            row,
-            **place,
-            key=keys.get(row),
-            removed=bool(is_dup[row]),
-            picture=pictures.get(row),
-            also=list(zip(names, also.get(row, ()), strict=False)),
-        )
-        for row, place in display.places_of(shards, shown.tolist()).items()
-    }
-    display.fill_texts(list(rows.values()), texts, "url", "caption")
-    fill_facts(rows, texts)
+    is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
+    rows, counted = read_rows(out, manifest, texts, options, origin, shown, is_dup)
     copied = zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
     found = ((rows[row], *partners.get(row, (row, np.nan))) for row in asked)
     page = display.render_page(
@@ -183,7 +167,7 @@ def make_page(
         out=shlex.quote(str(options.out)),
         run=manifest,
         survey=survey,
-        seconds=[(name, second["threshold"]) for name, second in zip(names, seconds, strict=True)],
+        seconds=[(short_name(one["name"]), one["threshold"]) for one in recorded_seconds(manifest)],
         pictures=counted,
         curve=curve,
         charts=histograms(survey, out / "histogram.parquet"),
@@ -195,6 +179,36 @@ def make_page(
         manifest=json.dumps(shortened(manifest), indent=2, ensure_ascii=False),
     )
     return page, counted
+
+
+def read_rows(
+    out: Path,
+    manifest: dict[str, Any],
+    texts: RowTexts,
+    options: Report,
+    origin: Origin | None,
+    shown: np.ndarray,
+    is_dup: np.ndarray,
+) -> tuple[dict[int, Row], PictureCounts]:
+    """Return what the page shows of rows, (n,) int64, by row; and how many have pictures."""
+    groups = out / "groups.parquet"
+    keys, also = read_out.read_keys(groups, shown), read_out.read_also(groups, shown)
+    pictures, counted = find_pictures(shown, keys, texts, options, origin)
+    names = [short_name(second["name"]) for second in recorded_seconds(manifest)]
+    rows = {
+        row: Row(
+            row,
+            **place,
+            key=keys.get(row),
+            removed=bool(is_dup[row]),
+            picture=pictures.get(row),
+            also=list(zip(names, also.get(row, ()), strict=False)),
+        )
+        for row, place in display.places_of(manifest["shards"], shown.tolist()).items()
+    }
+    display.fill_texts(list(rows.values()), texts, "url", "caption")
+    fill_facts(rows, texts)
+    return rows, counted
 
 
 def pair_rows(rows: dict[int, Row], members: Members) -> list[tuple[Row, Row | int, float]]:

@@ -87,27 +87,30 @@ def join(
             )
     with stage("fit"):
         run_once(runner, functools.partial(tasks.fit, runner.here), tasks.model_file)
-        model = tasks.model
     with stage("encode"):
         encode_all(tasks, runner)
         run_once(runner, functools.partial(tasks.scan, runner.here), tasks.scan_file)
         scan = tasks.load_scan()
     with stage("join"):
-        mapped = mapped_codes(features, model.widths, memory)
+        mapped = mapped_codes(features, tasks.model.widths, memory)
         partitions = plan_partitions(tasks, runner, memory, mapped)
         join_partitions(tasks, runner, partitions, mapped=mapped > 0)
         forest, candidates = collect_forest(tasks, partitions, scan)
-    notes = {
-        "kernel": kernel_name(pick_device(settings.device)),
+    return scan, forest, {**describe(tasks), "candidates": candidates}
+
+
+def describe(tasks: JoinTasks) -> dict[str, Any]:
+    """Return what was chosen, and how many lists all rows visit, for the manifest."""
+    model = tasks.model
+    return {
+        "kernel": kernel_name(pick_device(tasks.settings.device)),
         "widths": list(model.widths),
         "nlist": model.lists.nlist,
         "tau": model.lists.tau / model.narrow.scale,
         "masses": len(model.hubs.row),
         "calibration_pairs": model.calibration_pairs,
         "visits": int(tasks.visits.sum()),
-        "candidates": candidates,
     }
-    return scan, forest, notes
 
 
 def encode_all(tasks: JoinTasks, runner: Runner) -> None:

@@ -107,13 +107,10 @@ def compare_tiles(
     candidates : int
         Pairs that the codes could not rule out.
     """
-    right, first = members.where(slice(columns)), 0
+    right = members.where(slice(columns))
     y = codes.take(right.place, "columns")
     old = right.row < reference_rows
-    if reference_rows and old.all():
-        members, first = members.where(members.row >= reference_rows), columns  # none is a column
-    if references_only and not old.any():
-        members, first = members.where(members.row < reference_rows), columns
+    members, first = compared_rows(members, old, reference_rows, references_only)
     wide = (y.wide, y.wide_falls) if y.wide.shape[1] else None
     narrow_limit, wide_limit = native.whole_limits(np.array(limits))
     tiles = TileColumns(y.narrow, y.falls, wide, device, old)
@@ -147,6 +144,21 @@ def compare_tiles(
     if waiting:
         verify()
     return found, candidates
+
+
+def compared_rows(
+    members: Members, old: np.ndarray, reference_rows: int, references_only: bool
+) -> tuple[Members, int]:
+    """Return the rows that the columns are compared with, and how many columns precede them.
+
+    The columns are the first rows of ``members``; ``old``, (columns,) bool, are reference rows.
+    They precede the rows where none of them is one of these, else they are the first of them: 0.
+    """
+    if reference_rows and old.all():
+        return members.where(members.row >= reference_rows), len(old)
+    if references_only and not old.any():
+        return members.where(members.row < reference_rows), len(old)
+    return members, 0
 
 
 def crowded_forests(

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from snipdedup.errors import SnipError
 from snipdedup.pictures.items import Item
@@ -47,9 +47,8 @@ class Worker:
             stderr=subprocess.DEVNULL,  # C libraries print what is wrong with pictures
             bufsize=0,
         )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.questions, self.answers = self.process.stdin, self.process.stdout
+        self.questions = cast(IO[bytes], self.process.stdin)
+        self.answers = cast(Any, self.process.stdout)  # unbuffered, which its type does not say
         self.poll = select.poll()
         self.poll.register(self.answers, select.POLLIN)
         try:
@@ -82,7 +81,7 @@ class Worker:
             if not self.poll.poll(patience * 1000):
                 self.kill()
                 raise Died(f"nothing came for {patience:,} s")
-            count = self.answers.readinto(view[got:])  # type: ignore[attr-defined]
+            count = self.answers.readinto(view[got:])
             if not count:
                 raise Died(self.end())
             got += count
