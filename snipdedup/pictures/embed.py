@@ -290,7 +290,9 @@ def with_own_columns(shard: Shard, table: pa.Table) -> pa.Table:
     """Add the columns that the source of a shard has itself; of names that are taken, as others."""
     names = table.column_names
     own = shard.own(table)
-    for name, values in zip(own.column_names, own.columns, strict=True) if own else ():
+    if own is None:
+        return table
+    for name, values in zip(own.column_names, own.columns, strict=True):
         if name not in ("key", "caption", "url"):  # which are there already, as texts
             table = table.append_column(f"source_{name}" if name in names else name, values)
     return table

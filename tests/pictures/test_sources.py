@@ -16,6 +16,7 @@ from servers import Server
 
 import snipdedup
 from snipdedup.errors import SnipError
+from snipdedup.metadata.tables import open_metadata
 from snipdedup.pictures.items import Text, read_texts
 from snipdedup.pictures.sources import find_pictures
 
@@ -281,6 +282,17 @@ def test_a_column_is_named_where_there_are_several(tmp_path):
     assert (rows[0]["width"], rows[0]["key"], rows[0]["uid"]) == (50, "7", 7)
     with pytest.raises(SnipError, match="name one with --column"):
         embed(tmp_path / "a.parquet", tmp_path / "newer", column="uid")
+
+
+def test_a_table_without_a_good_picture_keeps_its_columns(tmp_path):
+    (tmp_path / "p").mkdir()
+    for number, data in enumerate((JPEG[0], b"nothing")):
+        table = pa.table({"image": [data], "label": [number]})
+        pq.write_table(table, tmp_path / f"p/{number}.parquet")
+    rows, failed, _ = embed(tmp_path / "p", tmp_path)
+    assert [row["label"] for row in rows] == [0]
+    assert len(failed) == 1
+    assert open_metadata(tmp_path / "out/metadata").rows == 1
 
 
 def test_tables_of_one_set_have_the_same_columns(tmp_path):
