@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -187,10 +188,10 @@ class EmbedTasks:
         if done is None:
             failures: list[Failure] = []
             left_out: Counter[str] = Counter()
-            results = self.workers.results(shard.items(left_out))
-            batches = cut(self.good(results, failures), self.model.batch)
             threads = cores(self.asked.threads) if self.asked.device == "cpu" else 1
-            parts = list(ordered_map(partial(self.encode, shard), batches, threads))
+            with closing(self.workers.results(shard.items(left_out))) as results:
+                batches = cut(self.good(results, failures), self.model.batch)
+                parts = list(ordered_map(partial(self.encode, shard), batches, threads))
             shard.refuse_changed()
             done = self.write(number, parts, failures, left_out)
         elif self.bar is not None:
