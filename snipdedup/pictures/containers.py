@@ -82,6 +82,8 @@ class FileShard:
 class Container:
     """A file that holds pictures."""
 
+    beside: Sequence[tuple[Path, ...]] = ()
+
     def __init__(self, path: Path) -> None:
         self.path, self.identity = path, identity_of(path)
 

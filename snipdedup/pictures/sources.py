@@ -53,7 +53,7 @@ class Pictures:
     inputs: Sequence[Path]  # files and folders that were named, into which nothing is written
     total: int  # pictures; of tars an estimate
     left_out: dict[str, int]  # files that are no pictures, by suffix
-    stamp: str  # a hash of names, sizes and dates of all files
+    stamp: str  # a hash of names, sizes and dates of all files, also of the texts beside them
 
     def request(self) -> dict[str, Any]:
         """Return what tells these pictures from others; see `out_folder.claim`."""
@@ -207,6 +207,7 @@ def shards_of(
                 else "for files with other names give a list of their paths"
             )
         )
+    texts = [text for shard in shards for beside in shard.beside for text in beside]
     left_out = Counter(suffix_of(file.path.name) for file in files)
     left_out.subtract(suffix_of(file.path.name) for file in used)
     return Pictures(
@@ -214,7 +215,7 @@ def shards_of(
         roots,
         sum(shard.count() for shard in shards),
         {kind: left_out[kind] for kind in sorted(left_out) if left_out[kind] and kind not in TEXTS},
-        stamp_of([file.path for file in used]),
+        stamp_of([*(file.path for file in used), *texts]),
     )
 
 
