@@ -305,13 +305,15 @@ def schema_of(shard: Shard) -> pa.Schema:
 
 def with_own_columns(shard: Shard, table: pa.Table) -> pa.Table:
     """Add the columns that the source of a shard has itself; of names that are taken, as others."""
-    names = table.column_names
     own = shard.own(table)
     if own is None:
         return table
     for name, values in zip(own.column_names, own.columns, strict=True):
         if name not in ("key", "caption", "url"):  # which are there already, as texts
-            table = table.append_column(f"source_{name}" if name in names else name, values)
+            free = name
+            while free in table.column_names or (free != name and free in own.column_names):
+                free = f"source_{free}"
+            table = table.append_column(free, values)
     return table
 
 
