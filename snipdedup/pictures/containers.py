@@ -59,10 +59,8 @@ class FileShard:
         """Yield the pictures in order; count in ``left_out``, by suffix, what is none."""
         del left_out  # counted where the files were found
         for key, path, beside in zip(self.keys, self.paths, self.beside, strict=True):
-            kind, place = (
-                "video" if suffix_of(path.name) in VIDEOS else "path",
-                absolute_location(path),
-            )
+            kind = "video" if suffix_of(path.name) in VIDEOS else "path"
+            place = absolute_location(path)
             why = None if clean(place) == place else "not UTF-8: rename the file"
             yield Item(key, {kind: clean(place)}, path=path, beside=beside, refused=why)
 

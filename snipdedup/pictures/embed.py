@@ -24,21 +24,22 @@ import pyarrow.parquet as pq
 
 from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
+from snipdedup.features.origin import EMBEDDED
 from snipdedup.parallel import cores, ordered_map, pick_device
 from snipdedup.pictures import decode, video
 from snipdedup.pictures.containers import Shard
 from snipdedup.pictures.models import Model, open_model
-from snipdedup.pictures.reading import Failure, Row, Settings
+from snipdedup.pictures.reading import Failure, ReadSettings, Row
 from snipdedup.pictures.sources import Pictures, find_pictures, locations
 from snipdedup.pictures.workers import Workers
 from snipdedup.runners import open_runner
 from snipdedup.runners.slurm import ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.out_folder import is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
 
-KIND = "embed"
-FEATURES, TEXTS, METADATA, FAILED = "img_emb", "text_emb", "metadata", "failed.parquet"
+TEXT_FEATURES, FAILED = "text_emb", "failed.parquet"
 TYPES = {
     "key": pa.string(), "path": pa.string(), "tar": pa.string(), "member": pa.string(),
     "parquet": pa.string(), "parquet_row": pa.int64(),
@@ -102,7 +103,7 @@ def run(options: config.Embed) -> Embedded | str:
         "column": options.column,
     }
     claimed = out_folder.claim(
-        out, KIND, request, overwrite=options.overwrite, shared=share is not None
+        out, EMBEDDED, request, overwrite=options.overwrite, shared=share is not None
     )
     if claimed == "done":
         return read_result(out, " is finished already with these settings")
@@ -173,7 +174,7 @@ class EmbedTasks:
     def workers(self) -> Workers:
         """The processes that decode."""
         asked = self.asked
-        settings = Settings(self.model.prepare, self.model.size, asked.max_pixels, asked.every)
+        settings = ReadSettings(self.model.prepare, self.model.size, asked.max_pixels, asked.every)
         return Workers(settings, cores(self.asked.threads))
 
     def close(self) -> None:
@@ -277,7 +278,7 @@ class EmbedTasks:
 
 def outputs(number: int) -> list[str]:
     """Return the files of a shard in OUT: features, metadata, features of captions."""
-    names = ((FEATURES, "npy"), (METADATA, "parquet"), (TEXTS, "npy"))
+    names = ((FEATURES, "npy"), (METADATA, "parquet"), (TEXT_FEATURES, "npy"))
     return [f"{folder}/{folder}_{number:04d}.{suffix}" for folder, suffix in names]
 
 
@@ -363,7 +364,7 @@ def publish(
         "left_out": dict(left_out.most_common()),
         "seconds": {"all": round(time.monotonic() - started, 3)},
     }
-    out_folder.publish(out, KIND, body, [made / name for name in names])
+    out_folder.publish(out, EMBEDDED, body, [made / name for name in names])
 
 
 def versions() -> dict[str, str]:
@@ -377,7 +378,7 @@ def versions() -> dict[str, str]:
 
 def read_result(out: Path, note: str, seconds: float | None = None) -> Embedded:
     """Return the result of a finished run, from its manifest."""
-    manifest = read_manifest(out, KIND)
+    manifest = read_manifest(out, EMBEDDED)
     counts, model, failed = manifest["counts"], manifest["model"], manifest["failed"]
     lines = [
         f"{out}{note}: {counts['embedded']:,} of {counts['pictures']:,} pictures embedded by "

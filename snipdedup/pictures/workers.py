@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 from snipdedup.errors import SnipError
 from snipdedup.pictures.items import Item
-from snipdedup.pictures.reading import LENGTH, Failure, Result, Row, Settings
+from snipdedup.pictures.reading import LENGTH, Failure, ReadSettings, Result, Row
 
 ITEMS = 8  # sent to a worker at a time
 TRIES = 2  # processes that a picture may end
@@ -177,7 +177,7 @@ class Board:
 class Workers:
     """Processes that decode, started when they are needed."""
 
-    def __init__(self, settings: Settings, count: int) -> None:
+    def __init__(self, settings: ReadSettings, count: int) -> None:
         self.settings = pickle.dumps(settings, protocol=5)
         self.processes: list[Worker | None] = [None] * count
 

@@ -17,7 +17,6 @@ from snipdedup.storage.out_folder import MANIFEST
 from snipdedup.storage.web import PART, expand_parts, is_web, redacted, scheme_of
 
 FEATURES, METADATA = "img_emb", "metadata"  # folders that lie side by side in LAION's layout
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tar")  # which snip embed reads
 RESULT_MASK = "is_dup.npy"  # with a manifest: a result of snip dedup
 
 
@@ -115,8 +114,7 @@ def find_in_folder(location: str, suffixes: Sequence[str], none: str) -> list[Pa
         return find_in_folder(f"{location.rstrip('/')}/{FEATURES}", suffixes, none)
     expected = ", ".join(f"*{suffix}" for suffix in suffixes)
     hint = ""
-    pictures = folders or any(name.lower().endswith(PICTURES) for name in names)
-    if ".npy" in suffixes and pictures:
+    if ".npy" in suffixes and (folders or names):
         hint = f"; for pictures, first: snip embed {redacted(location)} --out OUT"
     raise SnipError(
         f"{none} in {redacted(location)}: expected {expected} (the folder is not searched "

@@ -169,17 +169,30 @@ def test_killed_at_random_the_result_is_the_same(photos, alone, snip, tmp_path, 
     assert contents(tmp_path / "out") == contents(alone)
 
 
+# The command, which ends where it comes to its third shard.
+STOPPED = """
+import os, signal, sys
+from snipdedup import cli
+from snipdedup.pictures.embed import EmbedTasks
+
+def stop(tasks, number, embed=EmbedTasks.embed):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return embed(tasks, number)
+
+EmbedTasks.embed = stop
+cli.main(sys.argv[1:])
+"""
+
+
 def test_done_shards_are_kept(photos, alone, snip, tmp_path):
     words = ["embed", str(photos), "--out", "out", "--shard_rows", "40"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "snipdedup", *words], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-c", STOPPED, *words]
+    stopped = subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL, check=False)
+    assert stopped.returncode == -signal.SIGKILL
     work = tmp_path / "out/work"
-    until((work / "done/0001.json").exists)
-    started.kill()
-    started.wait()
-    held = {path.name: path.stat().st_ino for path in work.glob("done/*.json")}
-    assert 2 <= len(held) < 5
+    assert sorted(path.name for path in work.glob("done/*.json")) == ["0000.json", "0001.json"]
+    kept = (work / "files/img_emb/img_emb_0001.npy").stat().st_ino
     other = snip("embed", photos, "--out", "out", "--shard_rows", 50, status=1, cwd=tmp_path)
     assert "holds a stopped run with other" in other.stderr
     (photos / "new.jpg").write_bytes(encoded(photo(5), "JPEG"))
@@ -191,6 +204,7 @@ def test_done_shards_are_kept(photos, alone, snip, tmp_path):
     made = work / "files/img_emb/img_emb_0000.npy"
     made.write_bytes(made.read_bytes()[:-1])  # as a power cut may leave it
     snip("embed", photos, "--out", "out", "--shard_rows", 40, cwd=tmp_path)
+    assert (tmp_path / "out/img_emb/img_emb_0001.npy").stat().st_ino == kept
     assert contents(tmp_path / "out") == contents(alone)
 
 
@@ -339,9 +353,7 @@ def test_a_model_that_fails_ends_decoding_and_its_processes(deadly, tmp_path, mo
 def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p/a.jpg").write_bytes(b"nothing")
-    with pytest.raises(
-        SnipError, match=r"none of 1 pictures .* p/a.jpg: not a picture|a\.jpg: not a"
-    ):
+    with pytest.raises(SnipError, match=r"none of 1 pictures could .*/p/a\.jpg: not a picture$"):
         snipdedup.embed(tmp_path / "p", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ from odd_files import encoded, photo
 from snipdedup.errors import SnipError
 from snipdedup.pictures import workers
 from snipdedup.pictures.items import Item
-from snipdedup.pictures.reading import Failure, Row, Settings
+from snipdedup.pictures.reading import Failure, ReadSettings, Row
 from snipdedup.pictures.workers import Workers
 
 BOUND = 10**6
@@ -43,7 +43,7 @@ def item(number, colour=None):
 
 @pytest.fixture(params=[1, 3])
 def pool(request):
-    made = Workers(Settings(corner, 16, BOUND, None), request.param)
+    made = Workers(ReadSettings(corner, 16, BOUND, None), request.param)
     yield made
     made.close()
 
@@ -170,6 +170,6 @@ class Unknown:
 
 
 def test_a_process_that_cannot_start_says_why():
-    pool = Workers(Settings(Unknown(), 16, BOUND, None), 1)
+    pool = Workers(ReadSettings(Unknown(), 16, BOUND, None), 1)
     with pytest.raises(SnipError, match=r"cannot start: ModuleNotFoundError: .*a_module_that"):
         list(pool.results([item(0)]))
