@@ -15,7 +15,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
@@ -85,10 +85,18 @@ class Settings:
             choices, low, high = about.get("choices"), about["low"], about["high"]
             if choices and value not in choices:
                 raise UsageError(f"--{name} must be one of {', '.join(choices)}, found {value!r}")
-            if low is not None and not isinstance(value, int | float):
+            if low is not None and isinstance(value, Real):
+                # numpy's numbers become Python's, which JSON can hold
+                value = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, name, value)
+                if not low <= value <= high:
+                    raise UsageError(
+                        f"--{name} must lie between {low:g} and {high:g}, found {value}"
+                    )
+            elif low is not None and re.search("str|Any", str(field.type)):
                 self.numbers(name)
-            elif low is not None and not low <= value <= high:
-                raise UsageError(f"--{name} must lie between {low:g} and {high:g}, found {value}")
+            elif low is not None:
+                raise UsageError(f"--{name} must be a number, found {value!r}")
             if about.get("words"):
                 self.words(name)
             if about.get("path") in (WRITTEN, FOLDER, FILE):

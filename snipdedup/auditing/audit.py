@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from snipdedup.deduplication.inputs import KIND
 from snipdedup.deduplication.second_features import (
     also_column,
     recorded_seconds,
-    recorded_sources,
 )
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
-from snipdedup.features.shards import Features, open_features, plan_blocks
+from snipdedup.features.shards import Features, open_features, parts_for, plan_blocks
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table
@@ -87,7 +85,7 @@ def run(options: Audit) -> AuditResult:
         source = options.features if options.features is not None else settings["features"]
         if source is None:
             raise SnipError(f"{options.out} names no features: give them after it")
-        parts = options.parts or (settings["parts"] if "{part" in str(source) else None)
+        parts = options.parts or parts_for(source, settings["parts"])
         kind = {name: getattr(options, name) or settings[name] for name in ("array", "column")}
         features = open_features(source, parts=parts, **kind)
         sheet = None if options.sheet is None else Path(options.sheet).expanduser()
@@ -170,12 +168,12 @@ def check_outputs(run: AuditedRun) -> None:
 
 
 def check_shards(
-    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features
+    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features, name: str = ""
 ) -> bool:
     """Compare shards with rows, sizes and checksums in the manifest; tell if rows are the same."""
     found = features.describe()
     if len(listed) != len(found):
-        run.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
+        run.fail("shards", f"{name or what}: expected {len(listed):,} files, found {len(found):,}")
         return False
     same_rows, agree = True, 0
     checksums = ordered_map(shard_checksum, features.shards, run.threads)
@@ -198,25 +196,31 @@ def check_shards(
 
 
 def open_again(
-    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]]
+    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]], name: str = ""
 ) -> Features | None:
-    """Open features that the manifest names; None if they are not what they were."""
+    """Open features that the manifest names; None if they are not what they were.
+
+    Messages call them ``name``, or ``what`` they are.
+    """
     settings = run.manifest["settings"]
     try:
         if not source:
             raise SnipError("an array in memory cannot be read again")
-        features = open_features(source, array=settings["array"], column=settings["column"])
+        features = open_features(
+            source, parts=parts_for(source, settings.get("parts")), array=settings["array"],
+            column=settings["column"],
+        )  # fmt: skip
     except (SnipError, OSError) as error:
-        run.fail(what, f"{what} cannot be read: {error}")
+        run.fail(what, f"{name or what} cannot be read: {error}")
         return None
-    return features if check_shards(run, what, listed, features) else None
+    return features if check_shards(run, what, listed, features, name) else None
 
 
 def reopen_seconds(run: AuditedRun) -> list[AuditedFeatures]:
     """Open the second features that can be read and are still what they were."""
-    entries, found = recorded_seconds(run.manifest), []
-    for number, (entry, source) in enumerate(zip_longest(entries, recorded_sources(run.manifest))):
-        features = open_again(run, "also", source, entry["shards"])
+    found = []
+    for number, entry in enumerate(recorded_seconds(run.manifest)):
+        features = open_again(run, "also", entry["source"], entry["shards"], entry["name"])
         if features is not None:
             column = also_column(number) if "also" in run.manifest else None
             threshold = float(entry["threshold"])

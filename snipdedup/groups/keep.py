@@ -22,7 +22,7 @@ from snipdedup.storage.external_sort import Columns
 MISSING = np.uint64(2**64 - 1)  # the rank of null and NaN: after all values, ascending or not
 SIGN = np.uint64(1 << 63)
 NUMBER, TIME = "number", "time such as 2024-05-31T18:00:00"  # what a text may be
-OFFSET = r":\d\d.*(Z|[+-]\d\d:?\d\d)$"  # from UTC, at the end of a time
+OFFSET = r":\d\d.*(Z|[+-]\d\d(:?\d\d)?)$"  # from UTC, at the end of a time
 
 
 def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
@@ -161,6 +161,7 @@ def parsed(texts: Any, kind: str) -> Any:
     try:
         if kind == NUMBER:
             return texts.cast(pa.float64())
+        texts = pc.replace_substring_regex(texts, r"(\.\d{6})\d+", r"\1")  # to microseconds
         with_offset = pc.fill_null(pc.match_substring_regex(texts, OFFSET), False)
         plain = pc.if_else(with_offset, None, texts).cast(pa.timestamp("us"))
         shifted = pc.if_else(with_offset, texts, None).cast(pa.timestamp("us", "UTC"))
