@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -46,7 +47,7 @@ TYPES = {
 }  # fmt: skip
 MEASURED = ("width", "height", "bytes", "sha256", "exif_time", "camera", "caption", "url")
 FAILURES = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string())])
-SHOWN_REASONS = 6
+SHOWN = 6  # reasons, and suffixes
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,13 @@ class EmbedTasks:
         done = atomic.read_done(self.done_file(number), self.work)
         if done is None:
             failures: list[Failure] = []
-            results = self.workers.results(shard.items())
-            batches = cut(self.good(results, failures), self.model.batch)
+            left_out: Counter[str] = Counter()
             threads = cores(self.asked.threads) if self.asked.device == "cpu" else 1
-            parts = list(ordered_map(partial(self.encode, shard), batches, threads))
+            with closing(self.workers.results(shard.items(left_out))) as results:
+                batches = cut(self.good(results, failures), self.model.batch)
+                parts = list(ordered_map(partial(self.encode, shard), batches, threads))
             shard.refuse_changed()
-            done = self.write(number, parts, failures)
+            done = self.write(number, parts, failures, left_out)
         elif self.bar is not None:
             self.bar.update(count_of(done))
         if self.bar is not None:
@@ -214,7 +216,11 @@ class EmbedTasks:
         return pa.Table.from_pylist(values, schema_of(shard)), made.astype(np.float16)
 
     def write(
-        self, number: int, parts: list[tuple[pa.Table, np.ndarray]], failures: list[Failure]
+        self,
+        number: int,
+        parts: list[tuple[pa.Table, np.ndarray]],
+        failures: list[Failure],
+        left_out: Counter[str],
     ) -> dict[str, Any]:
         """Write the files of a shard, and its done file, whose body is returned."""
         shard, files = self.pictures.shards[number], self.files(number)
@@ -239,6 +245,7 @@ class EmbedTasks:
             "rows": table.num_rows,
             "captions": table.num_rows - table["caption"].null_count,
             "failed": dict(sorted(Counter(kind_of(part.reason) for part in failures).items())),
+            "left_out": dict(sorted(left_out.items())),
         }
         atomic.write_done_file(self.done_file(number), files, body)
         return body
@@ -290,7 +297,9 @@ def with_own_columns(shard: Shard, table: pa.Table) -> pa.Table:
     """Add the columns that the source of a shard has itself; of names that are taken, as others."""
     names = table.column_names
     own = shard.own(table)
-    for name, values in zip(own.column_names, own.columns, strict=True) if own else ():
+    if own is None:
+        return table
+    for name, values in zip(own.column_names, own.columns, strict=True):
         if name not in ("key", "caption", "url"):  # which are there already, as texts
             table = table.append_column(f"source_{name}" if name in names else name, values)
     return table
@@ -302,9 +311,10 @@ def publish(
     """Put the result into OUT."""
     shards, made = tasks.pictures.shards, tasks.work / out_folder.FILES
     done = [atomic.load_json(tasks.done_file(number)) for number in range(len(shards))]
-    failed: Counter[str] = Counter()
+    failed, left_out = Counter[str](), Counter(tasks.pictures.left_out)
     for each in done:
         failed.update(each["failed"])
+        left_out.update(each.get("left_out", {}))
     tables = [pq.read_table(tasks.work / f"failed/{n:04d}.parquet") for n in range(len(shards))]
     failures = pa.concat_tables(tables)
     rows, count = sum(each["rows"] for each in done), failures.num_rows
@@ -337,7 +347,7 @@ def publish(
         ],
         "counts": {"pictures": rows + count, "embedded": rows, "failed": count},
         "failed": dict(failed.most_common()),
-        "left_out": tasks.pictures.left_out,
+        "left_out": dict(left_out.most_common()),
         "seconds": {"all": round(time.monotonic() - started, 3)},
     }
     out_folder.publish(out, KIND, body, [made / name for name in names])
@@ -354,13 +364,15 @@ def read_result(out: Path, note: str, seconds: float | None = None) -> Embedded:
     if seconds is not None:
         lines[0] += f", in {seconds:,.1f} s ({counts['pictures'] / seconds:,.0f} a second)"
     if failed:
-        shown = [f"{count:,} {reason}" for reason, count in list(failed.items())[:SHOWN_REASONS]]
-        more = f", {len(failed) - SHOWN_REASONS} more" if len(failed) > SHOWN_REASONS else ""
-        lines += [f"failed: {', '.join(shown)}{more}; see {out / FAILED}"]
+        lines += [f"failed: {shown(failed)}; see {out / FAILED}"]
     if manifest["left_out"]:
-        kinds = [
-            f"{count:,} {suffix or 'no suffix'}" for suffix, count in manifest["left_out"].items()
-        ]
-        lines += [f"left out, as no pictures by their names: {', '.join(kinds[:SHOWN_REASONS])}"]
+        kinds = {kind or "no suffix": count for kind, count in manifest["left_out"].items()}
+        lines += [f"left out, as no pictures by their names: {shown(kinds)}"]
     lines += [f"next: snip dedup {out} --out clean"]
     return Embedded(out, counts["embedded"], failed, model["dim"], "\n".join(lines))
+
+
+def shown(counts: dict[str, int]) -> str:
+    """Return the first counts, and how many more there are."""
+    parts = [f"{count:,} {what}" for what, count in list(counts.items())[:SHOWN]]
+    return ", ".join(parts) + (f", {len(counts) - SHOWN} more" if len(counts) > SHOWN else "")

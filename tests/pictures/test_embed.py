@@ -22,6 +22,7 @@ from snipdedup.config import Embed
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.pictures import embed
 from snipdedup.pictures.models import open_model
+from snipdedup.pictures.sources import find_pictures
 from snipdedup.runners.slurm import Share, share_of
 from snipdedup.storage.out_folder import MANIFEST, read_manifest
 
@@ -288,6 +289,23 @@ def test_what_kills_a_process_and_what_has_no_feature_fails(deadly, tmp_path):
     assert (features[:, 1] * 512).round().tolist() == kept
     texts = np.concatenate([np.load(out / f"text_emb/text_emb_000{n}.npy") for n in (0, 1)])
     assert texts[:, 0].tolist() == [number + 1 if number in (3, 12) else 1 for number in kept]
+
+
+def test_a_model_that_fails_ends_decoding_and_its_processes(deadly, tmp_path, monkeypatch):
+    def fail(self, prepared):
+        raise SnipError("no memory on the device")
+
+    monkeypatch.setattr(Deadly, "encode", fail)
+    for number in range(20, 300):
+        shutil.copy(deadly / "0.png", deadly / f"{number}.png")
+    asked = embed.Asked("deadly", None, False, "cpu", 2, 10**6, None)
+    tasks = embed.EmbedTasks(find_pictures(deadly, 1000), asked, tmp_path / "work")
+    with pytest.raises(SnipError, match="no memory on the device") as raised:
+        tasks.embed(0)
+    assert raised.traceback  # which keeps generators alive
+    command = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
+    children = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "snipdedup.pictures.reading" not in children
 
 
 def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
