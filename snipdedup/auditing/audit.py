@@ -248,19 +248,20 @@ def describe_removed(run: AuditedRun, found: RemovedRows, removed: int) -> None:
     """Note what was compared, and what is so by design."""
     share = 100 * removed / run.rows
     run.note("mask", f"{removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
-    if "" not in found.lowest:
+    if all(kind.is_second for kind in found.kinds):
         run.note("matches", "not proved: the features are others")
         return
     of = "removed rows" if found.chosen is None else "sampled removed rows"
-    lowest = f"; the lowest cosine is {found.lowest['']:.6f}" if found.compared else ""
+    first = found.kinds[0]
+    lowest = f"; the lowest cosine is {first.lowest:.6f}" if found.compared else ""
     for kind in found.kinds:
-        reach = f"{found.reach[kind.name]:,} of {found.compared:,} {of} reach {kind.threshold:g}"
-        if kind.name:
+        reach = f"{kind.reach:,} of {found.compared:,} {of} reach {kind.threshold:g}"
+        if kind.is_second:
             run.note("also", f"{reach} in {kind.name}, too")
         else:
             run.note("matches", f"{reach} with their representative{lowest}")
     if found.chosen is not None and found.compared:
-        _, high = proportion_interval(found.compared - found.reach[""], found.compared)
+        _, high = proportion_interval(found.compared - first.reach, found.compared)
         run.note("matches", f"so at most {100 * high:.2f} % of all removed rows do not (95 %)")
     if run.components:
         run.note("by design", "components keep one row a group: rows below the threshold chain")

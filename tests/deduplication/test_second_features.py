@@ -349,7 +349,14 @@ def test_each_second_feature_has_its_own_checksum_and_audit_proves_them(folder):
     known = [entry["shards"][0]["checksum"] for entry in read_manifest(out, "dedup")["also"]]
     shards = [open_features(folder / f"{name}.npy").shards[0] for name in "yz"]
     assert known == [checksum_text(shard_checksum(shard)) for shard in shards]
-    assert truth.snip("audit", out)[0] == 0
+    removed = int(np.load(out / "is_dup.npy").sum())
+    status, said, _ = truth.snip("audit", out)
+    assert (status, said.count(f"{removed:,} of {removed:,} removed rows reach")) == (0, 3)
+    twice = ("--also", f"{folder}/y.npy:.8,{folder}/y.npy:.85", "--threshold", 0.8)
+    assert truth.snip("dedup", folder / "x.npy", *twice, "--out", folder / "twice")[0] == 0
+    removed = int(np.load(folder / "twice" / "is_dup.npy").sum())
+    said = truth.snip("audit", folder / "twice")[1]
+    assert said.count(f"{removed:,} of {removed:,} removed rows reach") == 3
 
 
 def test_a_pattern_takes_the_parts(folder):
