@@ -25,7 +25,7 @@ from snipdedup.errors import UsageError
 # What a path may be: on this machine (a file to write, a folder, a file to read) or anywhere.
 WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BYTE_UNITS = ("", "k", "m", "g", "t")
 MOST_FILES = 10**6  # of a set, by their numbers
 # The Python types in which JSON returns a value of a declared type.
@@ -386,7 +386,7 @@ def split_also(given: Any) -> list[tuple[Any, float | None]]:
         source, limit = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
         if isinstance(item, str):
             head, _, number = item.rpartition(":")
-            if head and NUMBER.fullmatch(number):
+            if head and DECIMAL.fullmatch(number):
                 source, limit = head, float(number)
         if not is_limit(limit) or (limit is not None and not -1 <= limit <= 1):
             raise UsageError(
