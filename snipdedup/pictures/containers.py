@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.formats import identity_of
-from snipdedup.metadata.tables import KEY_COLUMNS, explain_damage, stream_parquet
+from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, Table, explain_damage, stream_parquet
 from snipdedup.pictures.items import (
     CAPTIONS,
     FILE_BYTES,
@@ -81,6 +81,8 @@ class FileShard:
 
 class Container:
     """A file that holds pictures."""
+
+    beside: Sequence[tuple[Path, ...]] = ()
 
     def __init__(self, path: Path) -> None:
         self.path, self.identity = path, identity_of(path)
@@ -277,8 +279,8 @@ class ParquetShard(Container):
 
     def __init__(self, path: Path, asked: str | None = None) -> None:
         super().__init__(path)
-        file = stream_parquet(path)
-        self.schema, self.rows = file.schema_arrow, int(file.metadata.num_rows)
+        self.table = Table(path)
+        self.schema = self.table.schema
         self.column = image_column(self.schema, asked)
         if self.column is None:
             raise SnipError(
@@ -289,14 +291,14 @@ class ParquetShard(Container):
 
     def count(self) -> int:
         """See `FileShard.count`."""
-        return self.rows
+        return self.table.rows
 
     def items(self, left_out: Counter[str]) -> Iterator[Item]:
         """See `FileShard.items`."""
         del left_out  # there is nothing else in it
-        names = {what: first_of(self.schema.names, kinds) for what, kinds in
-                 (("key", KEY_COLUMNS), ("caption", CAPTIONS), ("url", URLS))}  # fmt: skip
-        columns = [self.column, *filter(None, names.values())]
+        metadata = Metadata([self.table])
+        names = [metadata.column(wanted=kinds) for kinds in (KEY_COLUMNS, CAPTIONS, URLS)]
+        columns = [self.column, *filter(None, names)]
         row, place = 0, absolute_location(self.path)
         file = stream_parquet(self.path)
         with explain_damage(self.path, "damaged: its rows cannot be read"):
@@ -305,8 +307,7 @@ class ParquetShard(Container):
                     found = values[self.column]
                     data = found.get("bytes") if isinstance(found, dict) else found
                     key, caption, url = (
-                        None if values.get(name) is None else str(values[name])
-                        for name in names.values()
+                        None if values.get(name) is None else str(values[name]) for name in names
                     )
                     yield Item(
                         key or f"{self.path.stem}-{row:06d}",
@@ -338,20 +339,19 @@ class ParquetShard(Container):
 Shard = FileShard | TarShard | ParquetShard
 
 
-def first_of(names: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """Return the first wanted name that is there, in any case."""
-    lower = {name.lower(): name for name in reversed(names)}
-    return next((lower[name] for name in wanted if name in lower), None)
-
-
 def without_bytes(found: Any) -> str:
     """Return why a row cannot be embedded; HF datasets writes paths alone if not told otherwise."""
     path = found.get("path") if isinstance(found, dict) else None
     return "no bytes in this row" + (f": only the path {path}" if path else "")
 
 
-def image_column(schema: pa.Schema, asked: str | None = None) -> str | None:
-    """Return the column that holds picture files, None if there is none."""
+def image_column(
+    schema: pa.Schema, asked: str | None = None, *, by_name: bool = False
+) -> str | None:
+    """Return the column that holds picture files, None if there is none.
+
+    ``by_name``: a binary column counts only if it is called as pictures are.
+    """
 
     def is_binary(kind: Any) -> bool:
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
@@ -366,5 +366,5 @@ def image_column(schema: pa.Schema, asked: str | None = None) -> str | None:
             plain.append(field.name)
     if asked is not None:
         return asked if asked in structs + plain else None
-    named = first_of(plain, BYTES)
-    return next(iter([*structs, *filter(None, [named]), *plain]), None)
+    named = [name for wanted in BYTES for name in plain if name.lower() == wanted]
+    return next(iter([*structs, *named, *(() if by_name else plain)]), None)

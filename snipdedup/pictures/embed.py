@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib import metadata as packages
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,15 @@ TYPES = {
 }  # fmt: skip
 MEASURED = ("width", "height", "bytes", "sha256", "exif_time", "camera", "caption", "url")
 FAILURES = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string())])
+LIBRARIES = (
+    "pillow",
+    "pillow-heif",
+    "av",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "open-clip-torch",
+    "timm",
+)
 SHOWN = 6  # reasons, and suffixes
 
 
@@ -295,13 +305,15 @@ def schema_of(shard: Shard) -> pa.Schema:
 
 def with_own_columns(shard: Shard, table: pa.Table) -> pa.Table:
     """Add the columns that the source of a shard has itself; of names that are taken, as others."""
-    names = table.column_names
     own = shard.own(table)
     if own is None:
         return table
     for name, values in zip(own.column_names, own.columns, strict=True):
         if name not in ("key", "caption", "url"):  # which are there already, as texts
-            table = table.append_column(f"source_{name}" if name in names else name, values)
+            free = name
+            while free in table.column_names or (free != name and free in own.column_names):
+                free = f"source_{free}"
+            table = table.append_column(free, values)
     return table
 
 
@@ -335,6 +347,7 @@ def publish(
     model = {"name": tasks.model.name, "dim": tasks.model.dim, "threshold": tasks.model.threshold}
     body = {
         "command": "embed",
+        "versions": versions(),
         "settings": {
             **options.as_dict(),
             "images": list(map(absolute_location, locations(options.images))),
@@ -351,6 +364,15 @@ def publish(
         "seconds": {"all": round(time.monotonic() - started, 3)},
     }
     out_folder.publish(out, KIND, body, [made / name for name in names])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of all libraries that can change a feature and are installed."""
+    found = out_folder.versions()
+    for name in LIBRARIES:
+        with suppress(packages.PackageNotFoundError):
+            found[name] = packages.version(name)
+    return found
 
 
 def read_result(out: Path, note: str, seconds: float | None = None) -> Embedded:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import identity_of
 from snipdedup.features.shards import natural_key, part_numbers
-from snipdedup.metadata.tables import stream_parquet
+from snipdedup.metadata.tables import Metadata, stream_parquet
 from snipdedup.pictures.containers import (
     FileShard,
     ParquetShard,
@@ -53,7 +53,7 @@ class Pictures:
     inputs: Sequence[Path]  # files and folders that were named, into which nothing is written
     total: int  # pictures; of tars an estimate
     left_out: dict[str, int]  # files that are no pictures, by suffix
-    stamp: str  # a hash of names, sizes and dates of all files
+    stamp: str  # a hash of names, sizes and dates of all files, also of the texts beside them
 
     def request(self) -> dict[str, Any]:
         """Return what tells these pictures from others; see `out_folder.claim`."""
@@ -184,7 +184,7 @@ def shards_of(
     # Parquet files beside tars or pictures are their metadata, unless they hold pictures themselves
     beside = column is None and bool(chosen) and TAR not in kinds
     if tables and beside:
-        beside = image_column(stream_parquet(tables[0]).schema_arrow) is None
+        beside = image_column(stream_parquet(tables[0]).schema_arrow, by_name=True) is None
     shards: list[Shard]
     if TAR in kinds:
         used = kinds[TAR]
@@ -192,7 +192,7 @@ def shards_of(
     elif tables and not beside:
         used = kinds[PARQUET]
         shards = list(open_all(partial(ParquetShard, asked=column), tables))
-        check_columns(shards)
+        Metadata([shard.table for shard in shards])  # refuses other columns than the first's
     elif chosen:
         used = chosen
         names = {file.name for file in files if file.is_listed}
@@ -207,6 +207,7 @@ def shards_of(
                 else "for files with other names give a list of their paths"
             )
         )
+    texts = [text for shard in shards for beside in shard.beside for text in beside]
     left_out = Counter(suffix_of(file.path.name) for file in files)
     left_out.subtract(suffix_of(file.path.name) for file in used)
     return Pictures(
@@ -214,7 +215,7 @@ def shards_of(
         roots,
         sum(shard.count() for shard in shards),
         {kind: left_out[kind] for kind in sorted(left_out) if left_out[kind] and kind not in TEXTS},
-        stamp_of([file.path for file in used]),
+        stamp_of([*(file.path for file in used), *texts]),
     )
 
 
@@ -229,18 +230,6 @@ def is_picture(file: Found, videos: bool) -> bool:
 def open_all(kind: Callable[[Path], Any], paths: list[Path]) -> Iterable[Any]:
     """Open container files; remote ones side by side."""
     return map_requests(kind, paths) if any(map(is_remote, paths)) else map(kind, paths)
-
-
-def check_columns(shards: Sequence[Shard]) -> None:
-    """Refuse parquet files that do not all have the same columns."""
-    tables = [shard for shard in shards if isinstance(shard, ParquetShard)]
-    for table in tables[1:]:
-        different = sorted(set(table.schema.names) ^ set(tables[0].schema.names))
-        if different:
-            raise SnipError(
-                f"{table.path} and {tables[0].path} do not both have the columns "
-                f"{', '.join(different)}; files of one set have the same columns"
-            )
 
 
 def file_shards(files: list[Found], names: set[str], shard_rows: int, videos: bool) -> list[Shard]:

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
+import PIL
 import pyarrow.parquet as pq
 import pytest
 from odd_files import encoded, photo, write_odd_files
@@ -92,6 +94,14 @@ def test_the_manifest(alone):
     model = open_model("phash", device="cpu", threads=1)
     found = manifest["model"]
     assert (found["name"], found["dim"], found["threshold"]) == ("phash", 256, model.threshold)
+
+
+def test_the_manifest_tells_the_versions_of_what_decodes(alone):
+    versions = read_manifest(alone, "embed")["versions"]
+    assert versions["pillow"] == PIL.__version__
+    for name in ("av", "pillow-heif", "onnxruntime"):
+        installed = find_spec(name.replace("-", "_")) is not None
+        assert (name in versions) == installed
 
 
 def test_what_follows_is_one_command(alone, snip, tmp_path):
@@ -182,6 +192,24 @@ def test_done_shards_are_kept(photos, alone, snip, tmp_path):
     made.write_bytes(made.read_bytes()[:-1])  # as a power cut may leave it
     snip("embed", photos, "--out", "out", "--shard_rows", 40, cwd=tmp_path)
     assert contents(tmp_path / "out") == contents(alone)
+
+
+@pytest.mark.parametrize("change", ["new", "changed", "gone"])
+def test_another_caption_is_another_input(tmp_path, change):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.png").write_bytes(encoded(photo(), "PNG"))
+    (folder / "a.txt").write_text("old")
+    before = find_pictures(folder, 1).request()
+    assert find_pictures(folder, 1).request() == before
+    (folder / "c.txt").write_text("of no picture")
+    assert find_pictures(folder, 1).request() == before
+    if change == "gone":
+        (folder / "a.txt").unlink()
+    else:
+        (folder / {"new": "b.json", "changed": "a.txt"}[change]).write_text("{}")
+    assert find_pictures(folder, 1).request() != before
 
 
 def test_no_worker_outlives_a_killed_run(photos, tmp_path):

@@ -439,6 +439,40 @@ def test_a_table_without_a_good_picture_keeps_its_columns(tmp_path):
     assert open_metadata(tmp_path / "out/metadata").rows == 1
 
 
+def test_no_two_columns_have_one_name(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {
+        "source_width": ["x"], "width": [7], "image_path": ["own"],
+        "image": pa.array([{"bytes": JPEG[0], "path": "a.jpg"}], kind),
+    }  # fmt: skip
+    (tmp_path / "p").mkdir()
+    for number, names in enumerate((list(columns), list(columns)[::-1])):
+        pq.write_table(pa.table(columns).select(names), tmp_path / f"p/{number}.parquet")
+    snipdedup.embed(tmp_path / "p", out=tmp_path / "out")
+    metadata = open_metadata(tmp_path / "out/metadata")
+    for file in metadata.files:
+        row = pq.read_table(file.path).to_pylist()[0]
+        assert (row["width"], row["source_width"], row["source_source_width"]) == (96, "x", 7)
+        assert (row["image_path"], row["source_image_path"]) == ("own", "a.jpg")
+
+
+def test_a_table_with_a_name_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(JPEG[:1]), pa.array([1]), pa.array([2])], list("jxx"))
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(SnipError, match="several columns are called x; rename them"):
+        embed(tmp_path / "a.parquet", tmp_path)
+
+
+def test_a_table_beside_pictures_hides_them_only_with_pictures(tmp_path):
+    folder = write(tmp_path / "p", ["a.jpg"])
+    pq.write_table(pa.table({"key": ["a"], "phash": [b"12345678"]}), folder / "0.parquet")
+    assert keys(folder) == [["a"]]
+    pq.write_table(pa.table({"key": ["t"], "JPG": [JPEG[1]]}), folder / "0.parquet")
+    assert keys(folder) == [["t"]]
+    pq.write_table(image_table(), folder / "0.parquet")
+    assert keys(folder) == [[f"0-00000{n}" for n in range(4)]]
+
+
 def test_tables_of_one_set_have_the_same_columns(tmp_path):
     (tmp_path / "p").mkdir()
     pq.write_table(pa.table({"image": [JPEG[0]]}), tmp_path / "p/0.parquet")
