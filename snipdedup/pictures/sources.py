@@ -185,14 +185,15 @@ def shards_of(
     beside = column is None and bool(chosen) and TAR not in kinds
     if tables and beside:
         beside = image_column(stream_parquet(tables[0]).schema_arrow, by_name=True) is None
-    shards: list[Shard]
+    shards: Sequence[Shard]
     if TAR in kinds:
         used = kinds[TAR]
         shards = list(open_all(TarShard, [file.path for file in used]))
     elif tables and not beside:
         used = kinds[PARQUET]
-        shards = list(open_all(partial(ParquetShard, asked=column), tables))
-        Metadata([shard.table for shard in shards])  # refuses other columns than the first's
+        opened = list(open_all(partial(ParquetShard, asked=column), tables))
+        Metadata([shard.table for shard in opened])  # refuses other columns than the first's
+        shards = opened
     elif chosen:
         used = chosen
         names = {file.name for file in files if file.is_listed}
