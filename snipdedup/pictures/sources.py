@@ -111,7 +111,7 @@ def files_of(word: str, parts: str | None) -> list[Found]:
     """Return the files that a folder, glob, pattern, list or file means, in their order."""
     if is_folder(word):
         found = [Found(name, path, False, True) for name, path in files_below(word)]
-        return sorted(found, key=lambda file: natural_key(file.name))
+        return sorted(found, key=lambda file: (natural_key(file.name), file.name))
     numbers = part_numbers(word, parts)
     is_list = suffix_of(redacted(word)) == LIST and numbers is None
     if is_list:
@@ -119,7 +119,7 @@ def files_of(word: str, parts: str | None) -> list[Found]:
     else:
         paths = find_files(word, numbers, SUFFIXES, NONE)
         if numbers is None:
-            paths = sorted(paths, key=lambda path: natural_key(str(path)))
+            paths = sorted(paths, key=lambda path: (natural_key(str(path)), str(path)))
     is_named = is_list or (len(paths) == 1 and str(paths[0]) == str(path_of(word)))
     names = below_common_folder(paths)
     return [Found(*file, is_named, False) for file in zip(names, paths, strict=True)]
@@ -149,12 +149,27 @@ def listed_files(path: Path) -> list[Path]:
     """Return the files of a list, one path or URL a line, in its order."""
     try:
         with path.open("rb") as file:
-            lines = file.read().decode("utf-8-sig").splitlines()
+            lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SnipError(f"{path}: expected a list of paths in UTF-8: {error}") from error
-    found = [path_of(line.strip()) for line in lines if line.strip()]
+    found = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line:
+            found.append(listed_file(line, f"{path}: line {number:,}"))
     if not found:
         raise SnipError(f"{path}: expected a list, one path or URL a line, found nothing")
+    return found
+
+
+def listed_file(line: str, where: str) -> Path:
+    """Return the file of a line; refuse what can name none."""
+    try:
+        found = path_of(line)
+        named = found.name != "" and "\0" not in line
+    except RuntimeError:  # ~ and a user who is not there
+        named = False
+    if not named:
+        raise SnipError(f"{where}: expected the path or URL of a file, found {line[:200]!r}")
     return found
 
 
@@ -245,11 +260,18 @@ def file_shards(files: list[Found], names: set[str], shard_rows: int, videos: bo
         keys.append(clean(stem if count[stem] == 1 and stem not in whole else file.name))
         likely = [(f"{stem}{suffix}", beside_of(file.path, suffix)) for suffix in TEXTS]
         look = not file.is_listed and not is_remote(file.path)
-        texts.append(tuple(p for name, p in likely if name in names or (look and p.is_file())))
+        texts.append(tuple(p for name, p in likely if name in names or (look and is_there(p))))
     paths = [file.path for file in files]
     cuts = [slice(at, at + shard_rows) for at in range(0, len(paths), shard_rows)]
     columns = ("path", "video", "second") if videos else ("path",)
     return [FileShard(paths[part], keys[part], texts[part], columns) for part in cuts]
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file is there, also of a name that no file can have: one too long, say."""
+    with suppress(OSError, ValueError):
+        return path.is_file()
+    return False
 
 
 def beside_of(path: Path, suffix: str) -> Path:
@@ -267,7 +289,7 @@ def stamp_of(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
         known: tuple[int, ...] = ()
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if not is_remote(path) or suffix_of(path.name) in (TAR, PARQUET):
                 known = identity_of(path)[1:]
         total.update(json.dumps([absolute_location(path), *known]).encode())

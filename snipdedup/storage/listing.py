@@ -1,5 +1,6 @@
 """Which files a path or URL means: a file, folder (not recursive), glob or ``{part:04d}`` pattern.
 
+In a glob, ``**`` stands for any folders, one in another; a folder that it matches is not read.
 Web servers have no common way to list files: there, a file or a pattern.
 """
 
@@ -85,7 +86,8 @@ def find_files(
         names = [name for name, entry in entries.items() if entry["type"] == "file"]
         found: list[Path] = [remote.RemotePath(system.unstrip_protocol(name)) for name in names]
     else:
-        found = [Path(name) for name in glob(str(path)) if Path(name).is_file()]
+        matches = dict.fromkeys(glob(str(path), recursive=True))  # ** twice finds files twice
+        found = [Path(name) for name in matches if Path(name).is_file()]
     if not found:
         raise SnipError(f"{none}: nothing matches {redacted(spec)}")
     return found

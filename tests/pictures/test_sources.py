@@ -20,10 +20,11 @@ from servers import Server
 import snipdedup
 from snipdedup.errors import SnipError
 from snipdedup.metadata.tables import open_metadata
-from snipdedup.pictures import containers
+from snipdedup.pictures import containers, sources
 from snipdedup.pictures.containers import TarShard
 from snipdedup.pictures.items import Text, read_texts
 from snipdedup.pictures.sources import find_pictures
+from snipdedup.storage import listing
 
 JPEG = [encoded(photo(number), "JPEG") for number in range(12)]
 
@@ -117,6 +118,47 @@ def test_globs_lists_and_commas(tmp_path, monkeypatch):
                        "reason": "missing: it was there when the files were listed"}]  # fmt: skip
     write(tmp_path, ["a,b.jpg"])
     assert keys("a,b.jpg") == [["a,b"]]
+
+
+def test_two_stars_in_a_glob_are_any_folders(tmp_path, monkeypatch):
+    write(tmp_path / "p", ["a.jpg", "x/b.jpg", "x/y/c.jpg", "x/.z/d.jpg", "x/y/e.png"])
+    monkeypatch.chdir(tmp_path)
+    assert keys("p/**/*.jpg") == [["a", "x/b", "x/y/c"]]
+    assert keys("p/**/**/*.png") == [["e"]]
+    assert keys("p/*") == [["a"]]
+
+
+def test_equal_numbers_have_an_order(tmp_path, monkeypatch):
+    names = ["1.jpg", "01.jpg", "001.jpg", "2.jpg", "02.jpg"]
+    write(tmp_path / "p", names)
+    monkeypatch.chdir(tmp_path)
+    for listed in (names, names[::-1]):
+        places = [(name, tmp_path / "p" / name) for name in listed]
+        monkeypatch.setattr(sources, "files_below", lambda _, places=places: places)
+        monkeypatch.setattr(listing, "glob", lambda *_, listed=listed, **__: [
+            f"p/{name}" for name in listed
+        ])  # fmt: skip
+        for images in ("p", "p/*"):
+            assert keys(images) == [["001", "01", "1", "02", "2"]]
+
+
+@pytest.mark.parametrize("line", ["/", ".", "a\0b.jpg", "~no such user/a.jpg"])
+def test_what_names_no_file_is_refused_with_its_line(tmp_path, line):
+    (tmp_path / "list.txt").write_text(f"a.jpg\n\n{line}\n")
+    with pytest.raises(SnipError, match=r"list\.txt: line 3: expected the path or URL of a file"):
+        find_pictures(tmp_path / "list.txt", 10)
+
+
+def test_names_may_be_long(tmp_path, monkeypatch):
+    name = "a" * 251
+    write(tmp_path / "p", [f"{name}.jpg", ("b\x85.jpg", JPEG[1])])
+    (tmp_path / "list.txt").write_text(f"p/{name}.jpg\np/{name}{name}.jpg\np/b\x85.jpg\n")
+    monkeypatch.chdir(tmp_path)
+    rows, failed, _ = embed("list.txt", tmp_path)
+    assert [row["key"] for row in rows] == [name, "b\x85"]
+    assert [row["reason"] for row in failed] == ["cannot be read: File name too long"]
+    assert keys(f"p/{name}.jpg") == [[name]]
+    assert keys("p") == [[name, "b\x85"]]
 
 
 def test_what_is_beside_pictures_is_left_out_and_counted(tmp_path):
