@@ -44,6 +44,7 @@ TYPES = {
     "width": pa.int32(), "height": pa.int32(), "bytes": pa.int64(), "sha256": pa.string(),
     "exif_time": pa.string(), "camera": pa.string(), "caption": pa.string(), "url": pa.string(),
 }  # fmt: skip
+PLACES = ("path", "tar", "member", "parquet", "parquet_row", "video", "second")
 MEASURED = ("width", "height", "bytes", "sha256", "exif_time", "camera", "caption", "url")
 FAILURES = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string())])
 SHOWN_REASONS = 6
@@ -287,12 +288,22 @@ def schema_of(shard: Shard) -> pa.Schema:
 
 
 def with_own_columns(shard: Shard, table: pa.Table) -> pa.Table:
-    """Add the columns that the source of a shard has itself; of names that are taken, as others."""
-    names = table.column_names
+    """Add the columns that the source of a shard has itself; of names that are taken, as others.
+
+    Names of places are taken, in any case: others must not pass for where a picture lies.
+    """
     own = shard.own(table)
-    for name, values in zip(own.column_names, own.columns, strict=True) if own else ():
+    if own is None:
+        return table
+    names = {*table.column_names, *own.column_names}
+    for name, values in zip(own.column_names, own.columns, strict=True):
         if name not in ("key", "caption", "url"):  # which are there already, as texts
-            table = table.append_column(f"source_{name}" if name in names else name, values)
+            free = name
+            if name in table.column_names or name.lower() in PLACES:
+                free = f"source_{name}"
+                while free in names:
+                    free = f"source_{free}"
+            table = table.append_column(free, values)
     return table
 
 
