@@ -15,7 +15,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
@@ -25,7 +25,7 @@ from snipdedup.errors import UsageError
 # What a path may be: on this machine (a file to write, a folder, a file to read) or anywhere.
 WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BYTE_UNITS = ("", "k", "m", "g", "t")
 MOST_FILES = 10**6  # of a set, by their numbers
 # The Python types in which JSON returns a value of a declared type.
@@ -85,10 +85,18 @@ class Settings:
             choices, low, high = about.get("choices"), about["low"], about["high"]
             if choices and value not in choices:
                 raise UsageError(f"--{name} must be one of {', '.join(choices)}, found {value!r}")
-            if low is not None and not isinstance(value, int | float):
+            if low is not None and isinstance(value, Real):
+                # numpy's numbers become Python's, which JSON can hold
+                value = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, name, value)
+                if not low <= value <= high:
+                    raise UsageError(
+                        f"--{name} must lie between {low:g} and {high:g}, found {value}"
+                    )
+            elif low is not None and re.search("str|Any", str(field.type)):
                 self.numbers(name)
-            elif low is not None and not low <= value <= high:
-                raise UsageError(f"--{name} must lie between {low:g} and {high:g}, found {value}")
+            elif low is not None:
+                raise UsageError(f"--{name} must be a number, found {value!r}")
             if about.get("words"):
                 self.words(name)
             if about.get("path") in (WRITTEN, FOLDER, FILE):
@@ -378,7 +386,7 @@ def split_also(given: Any) -> list[tuple[Any, float | None]]:
         source, limit = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
         if isinstance(item, str):
             head, _, number = item.rpartition(":")
-            if head and NUMBER.fullmatch(number):
+            if head and DECIMAL.fullmatch(number):
                 source, limit = head, float(number)
         if not is_limit(limit) or (limit is not None and not -1 <= limit <= 1):
             raise UsageError(

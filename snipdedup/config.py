@@ -29,7 +29,7 @@ from snipdedup.commands import (
     required,
     split_also,
 )
-from snipdedup.errors import UsageError
+from snipdedup.errors import InternalError, UsageError
 
 EXPORTS = ("datacomp", "keys", "mask")
 MAX_SEED = 2**63 - 1  # the largest that every library takes
@@ -313,8 +313,10 @@ class Dedup(Input):
 
     @property
     def cosine(self) -> float:
-        """The threshold of filled settings."""
-        return THRESHOLD if self.threshold is None else self.threshold
+        """The threshold of filled settings (`deduplication.settings.fill_settings`)."""
+        if self.threshold is None:
+            raise InternalError("the threshold was not filled in")
+        return self.threshold
 
     def filled(self) -> Dedup:
         """Return the settings of a new search, with the method and what depends on it.

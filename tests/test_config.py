@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 
 from snipdedup import commands, config
@@ -298,3 +299,16 @@ def test_settings_compare_and_print_by_all_their_values():
 def test_a_list_where_numbers_by_comma_are_meant_is_wrong_usage():
     with pytest.raises(UsageError, match="--code_bytes must be whole numbers"):
         config.Eval(features="x", out="y", code_bytes=[4, 8])
+
+
+def test_numbers_of_numpy_are_taken_and_others_refused():
+    made = config.Dedup(
+        features="x", threshold=np.float32(0.5), k=np.int64(7), recall=np.float64(1)
+    )
+    assert (made.threshold, made.k, made.recall) == (0.5, 7, 1)
+    assert [type(value) for value in (made.threshold, made.k)] == [float, int]
+    with pytest.raises(UsageError, match="--k must lie between 1 and 1024, found 0"):
+        config.Dedup(features="x", k=np.int64(0))
+    for value in ("abc", [0.9]):
+        with pytest.raises(UsageError, match="--threshold must be a number, found"):
+            config.Dedup(features="x", threshold=value)

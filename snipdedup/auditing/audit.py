@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from snipdedup.deduplication.inputs import KIND
 from snipdedup.deduplication.second_features import (
     also_column,
     recorded_seconds,
-    recorded_sources,
 )
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
-from snipdedup.features.shards import Features, open_features, plan_blocks
+from snipdedup.features.shards import Features, open_features, parts_for, plan_blocks
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table
@@ -87,7 +85,7 @@ def run(options: Audit) -> AuditResult:
         source = options.features if options.features is not None else settings["features"]
         if source is None:
             raise SnipError(f"{options.out} names no features: give them after it")
-        parts = options.parts or (settings["parts"] if "{part" in str(source) else None)
+        parts = options.parts or parts_for(source, settings["parts"])
         kind = {name: getattr(options, name) or settings[name] for name in ("array", "column")}
         features = open_features(source, parts=parts, **kind)
         sheet = None if options.sheet is None else Path(options.sheet).expanduser()
@@ -170,12 +168,12 @@ def check_outputs(run: AuditedRun) -> None:
 
 
 def check_shards(
-    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features
+    run: AuditedRun, what: str, listed: list[dict[str, Any]], features: Features, name: str = ""
 ) -> bool:
     """Compare shards with rows, sizes and checksums in the manifest; tell if rows are the same."""
     found = features.describe()
     if len(listed) != len(found):
-        run.fail("shards", f"{what}: expected {len(listed):,} files, found {len(found):,}")
+        run.fail("shards", f"{name or what}: expected {len(listed):,} files, found {len(found):,}")
         return False
     same_rows, agree = True, 0
     checksums = ordered_map(shard_checksum, features.shards, run.threads)
@@ -198,25 +196,31 @@ def check_shards(
 
 
 def open_again(
-    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]]
+    run: AuditedRun, what: str, source: Any, listed: list[dict[str, Any]], name: str = ""
 ) -> Features | None:
-    """Open features that the manifest names; None if they are not what they were."""
+    """Open features that the manifest names; None if they are not what they were.
+
+    Messages call them ``name``, or ``what`` they are.
+    """
     settings = run.manifest["settings"]
     try:
         if not source:
             raise SnipError("an array in memory cannot be read again")
-        features = open_features(source, array=settings["array"], column=settings["column"])
+        features = open_features(
+            source, parts=parts_for(source, settings.get("parts")), array=settings["array"],
+            column=settings["column"],
+        )  # fmt: skip
     except (SnipError, OSError) as error:
-        run.fail(what, f"{what} cannot be read: {error}")
+        run.fail(what, f"{name or what} cannot be read: {error}")
         return None
-    return features if check_shards(run, what, listed, features) else None
+    return features if check_shards(run, what, listed, features, name) else None
 
 
 def reopen_seconds(run: AuditedRun) -> list[AuditedFeatures]:
     """Open the second features that can be read and are still what they were."""
-    entries, found = recorded_seconds(run.manifest), []
-    for number, (entry, source) in enumerate(zip_longest(entries, recorded_sources(run.manifest))):
-        features = open_again(run, "also", source, entry["shards"])
+    found = []
+    for number, entry in enumerate(recorded_seconds(run.manifest)):
+        features = open_again(run, "also", entry["source"], entry["shards"], entry["name"])
         if features is not None:
             column = also_column(number) if "also" in run.manifest else None
             threshold = float(entry["threshold"])
@@ -244,19 +248,20 @@ def describe_removed(run: AuditedRun, found: RemovedRows, removed: int) -> None:
     """Note what was compared, and what is so by design."""
     share = 100 * removed / run.rows
     run.note("mask", f"{removed:,} of {run.rows:,} rows are removed ({share:.2f} %)")
-    if "" not in found.lowest:
+    if all(kind.is_second for kind in found.kinds):
         run.note("matches", "not proved: the features are others")
         return
     of = "removed rows" if found.chosen is None else "sampled removed rows"
-    lowest = f"; the lowest cosine is {found.lowest['']:.6f}" if found.compared else ""
+    first = found.kinds[0]
+    lowest = f"; the lowest cosine is {first.lowest:.6f}" if found.compared else ""
     for kind in found.kinds:
-        reach = f"{found.reach[kind.name]:,} of {found.compared:,} {of} reach {kind.threshold:g}"
-        if kind.name:
+        reach = f"{kind.reach:,} of {found.compared:,} {of} reach {kind.threshold:g}"
+        if kind.is_second:
             run.note("also", f"{reach} in {kind.name}, too")
         else:
             run.note("matches", f"{reach} with their representative{lowest}")
     if found.chosen is not None and found.compared:
-        _, high = proportion_interval(found.compared - found.reach[""], found.compared)
+        _, high = proportion_interval(found.compared - first.reach, found.compared)
         run.note("matches", f"so at most {100 * high:.2f} % of all removed rows do not (95 %)")
     if run.components:
         run.note("by design", "components keep one row a group: rows below the threshold chain")

@@ -39,16 +39,20 @@ class AuditedReference(NamedTuple):
     is_dup: np.ndarray
 
 
-class AuditedFeatures(NamedTuple):
-    """Features as they are on disk now, and the column of ``groups.parquet`` with their cosines.
+@dataclass
+class AuditedFeatures:
+    """Features as they are on disk now, and what the cosines of pairs in them are.
 
-    Second features have a name; their column may be None.
+    ``column`` of ``groups.parquet`` holds these; that of second features may be None.
     """
 
     name: str
     features: Features
     threshold: float
     column: str | None
+    is_second: bool = True
+    reach: int = 0  # pairs that reach the threshold
+    lowest: float = np.inf
 
 
 @dataclass
@@ -217,14 +221,13 @@ class RemovedRows:
         if features is not None:  # the rows of the set, then those of each reference
             sets = [features, *(reference.features for reference in references)]
             every = Features([shard for one in sets for shard in one.shards])
-            self.kinds.insert(0, AuditedFeatures("", every, run.threshold, "similarity"))
+            first = AuditedFeatures("FEATURES", every, run.threshold, "similarity", is_second=False)
+            self.kinds.insert(0, first)
         self.sizes = np.array([run.rows, *(len(one.is_dup) for one in self.references)])
         self.first = np.cumsum(self.sizes) - self.sizes  # rows of these before each of them
         self.masks = [run.is_dup, *(one.is_dup for one in self.references)]
         self.unproved, self.proved = Counter[str](), 0  # rows that are removed for references
         self.compared = 0  # pairs whose cosines were computed
-        self.reach = Counter[str]()  # those that reach the threshold, by the name of the features
-        self.lowest = dict.fromkeys((kind.name for kind in self.kinds), np.inf)  # cosines
 
     def check(self) -> None:
         """Read ``groups.parquet``, and note in ``run`` what is wrong."""
@@ -302,11 +305,11 @@ class RemovedRows:
         self, kind: AuditedFeatures, row: np.ndarray, other: np.ndarray, written: np.ndarray | None
     ) -> None:
         """Compare cosines with the threshold, and with those in ``groups.parquet``, ``written``."""
-        run, second = self.run, bool(kind.name)
+        run, second = self.run, kind.is_second
         found = raw_cosines(kind.features, row, other, run.threads, run.memory)
         reaches = found >= np.float32(kind.threshold)
-        self.reach[kind.name] += int(reaches.sum())
-        self.lowest[kind.name] = min(self.lowest[kind.name], float(found.min(initial=np.inf)))
+        kind.reach += int(reaches.sum())
+        kind.lowest = min(kind.lowest, float(found.min(initial=np.inf)))
         if not run.manifest["verified"]:
             return
         if run.components:

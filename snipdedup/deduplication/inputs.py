@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from snipdedup.deduplication.second_features import SecondFeatures, open_seconds, recorded_sources
+from snipdedup.deduplication.second_features import SecondFeatures, open_seconds, recorded_seconds
 from snipdedup.errors import SnipError
 from snipdedup.features.formats import RowSet, Shard
 from snipdedup.features.hashing import checksum_text, find_shared
@@ -28,6 +28,7 @@ from snipdedup.features.shards import (
     find_shards,
     implied_metadata,
     open_features,
+    parts_for,
     request_of,
 )
 from snipdedup.groups.pairs import Also
@@ -351,7 +352,7 @@ def open_inputs(
     if features is None:
         return Inputs(None)
     opened = open_features(features, parts=parts, array=array, column=column)
-    also, references = open_seconds(seconds, opened, array=array, column=column), None
+    also, references = open_seconds(seconds, opened, parts, array=array, column=column), None
     if reference is not None:
         references = open_reference_rows(reference, array=array, column=column)
         references.refuse_shared(opened)  # now, not after the search
@@ -382,7 +383,8 @@ def named_paths(manifest: dict[str, Any]) -> Iterator[Path]:
     settings = manifest.get("settings", {})
     parts = settings.get("parts")
     sources = {name: settings.get(name) or [] for name in ("features", "reference", "metadata")}
-    for name, named in {**sources, "also": recorded_sources(manifest)}.items():
+    also = [entry["source"] for entry in recorded_seconds(manifest)]
+    for name, named in {**sources, "also": also}.items():
         for source in named if isinstance(named, list) else [named]:
             with suppress(SnipError, OSError):
                 if not isinstance(source, str) or is_remote(source):
@@ -392,4 +394,4 @@ def named_paths(manifest: dict[str, Any]) -> Iterator[Path]:
                 if name == "metadata":
                     yield from find_metadata(source)
                 else:
-                    yield from find_shards(source, parts if "{part" in source else None)
+                    yield from find_shards(source, parts_for(source, parts))

@@ -25,7 +25,7 @@ from snipdedup.metadata.tables import stream_parquet
 
 BATCH_ROWS = 1 << 19
 STOPS = 128  # of the slider, at the most: a stop's number fits a byte with room to spare
-GROUPS, MEMBERS = 12, 12  # largest groups shown, and rows of each
+SHOWN_GROUPS, SHOWN_MEMBERS = 12, 12  # largest groups shown, and rows of each
 NARROWEST = 1e-5  # bin of cosines: they may lie anywhere from -1 to 1
 COPIED = 12  # rows that represent most others
 CHAINED = 12
@@ -190,15 +190,15 @@ def largest_groups(known: list[Group], members: Members, seed: int) -> list[Grou
     """Return the largest of some groups and of these members', with some rows of each."""
     starts = group_starts(members.group)
     groups = list(known)
-    for number in np.argsort(-np.diff(starts), kind="stable")[:GROUPS]:
+    for number in np.argsort(-np.diff(starts), kind="stable")[:SHOWN_GROUPS]:
         group = pick(members, slice(starts[number], starts[number + 1]))
         named = group.representative[group.is_dup & (group.representative >= 0)]
         rows, counts = np.unique(named, return_counts=True)
         first = group.row == (rows[counts.argmax()] if len(rows) else group.row[0])
-        shown = np.lexsort((keep_rank(group.row, "random", seed), ~first))[:MEMBERS]
+        shown = np.lexsort((keep_rank(group.row, "random", seed), ~first))[:SHOWN_MEMBERS]
         lowest = float(group.similarity.min())
         groups.append(Group(len(group.row), int(group.is_dup.sum()), lowest, pick(group, shown)))
-    return sorted(groups, key=lambda group: (-group.size, int(group.shown.group[0])))[:GROUPS]
+    return sorted(groups, key=lambda group: (-group.size, int(group.shown.group[0])))[:SHOWN_GROUPS]
 
 
 def pick(members: Members, which: Any) -> Members:

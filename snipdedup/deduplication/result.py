@@ -68,7 +68,7 @@ class Result:
     folder: Path | None = None  # for arrays that do not fit into memory; None: all is held
     near: np.ndarray | None = None  # (members,) float32: cosine with the nearest reference, or NaN
     also: Sequence[np.ndarray] = ()  # of each second features, (members,) float32; NaN of kept rows
-    threshold_from: str = "given"  # see `settings.threshold_from`
+    threshold_from: str = "given"  # see `settings.fill_settings`
     manifest: dict[str, Any] | None = None  # of the folder that it was written to
     out: Path | None = None  # that folder
 
@@ -366,7 +366,7 @@ def summarize(entries: dict[str, Any]) -> str:
     source = entries.get("threshold_from", "given")
     if source == "default":
         lines.append("  note: no --threshold was given: .95 is CLIP's; see docs/threshold.md")
-    elif source != "given":
+    elif source not in ("given", "keep_fraction"):
         lines.append(f"  note: no --threshold was given: this one is usual for {source}")
     for column, caught in entries.get("baselines", {}).items():
         lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")

@@ -30,7 +30,6 @@ from snipdedup.deduplication.settings import (
     finished_run,
     inherit,
     saved_settings,
-    threshold_from,
 )
 from snipdedup.deduplication.write_out import (
     PAGE,
@@ -64,7 +63,7 @@ class Job(NamedTuple):
     metadata: Metadata | None
     rank: Rank
     plan: MetadataPlan | None
-    threshold_from: str  # see `settings.threshold_from`
+    threshold_from: str  # see `settings.fill_settings`
 
 
 def dedup(features: Any, **settings: Any) -> Result:
@@ -201,7 +200,7 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     """
     if options.device != "auto":
         pick_device(options.device)
-    source, options = threshold_from(options), fill_settings(options)
+    options, source = fill_settings(options)
     inputs = open_inputs(
         options.features,
         parts=options.parts,

@@ -17,7 +17,13 @@ from snipdedup.commands import split_also
 from snipdedup.config import Dedup
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.origin import origin_of
-from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
+from snipdedup.features.shards import (
+    Features,
+    implied_metadata,
+    open_features,
+    parts_for,
+    request_of,
+)
 from snipdedup.groups.pairs import Also
 from snipdedup.metadata.tables import Metadata, as_texts, open_metadata
 from snipdedup.storage.remote import absolute_location
@@ -35,6 +41,7 @@ class SecondFeatures(NamedTuple):
     name: str  # as manifests, messages and pages call them
     features: Features
     threshold: float
+    source: str | None = None  # where they lie; None of an array
     metadata: Path | None = None  # beside them
 
     @property
@@ -61,10 +68,11 @@ def known_thresholds(given: Any) -> list[tuple[Any, float]]:
         elif (origin := origin_of(source)) is not None:
             known.append((source, origin.threshold))
         else:
-            named = source if isinstance(source, str | Path) else "FEATURES"
+            is_path = isinstance(source, str | Path)
             raise UsageError(
-                f"--also {named} has no threshold, and is not of snip embed, which knows one: give "
-                f"{named}:THRESHOLD"
+                f"--also {source if is_path else 'with an array'} has no threshold, and is not of "
+                "snip embed, which knows one: give "
+                + (f"{source}:THRESHOLD" if is_path else "(features, threshold)")
             )
     return known
 
@@ -84,21 +92,26 @@ def saved_also(given: Any) -> list[str] | None:
 
 
 def open_seconds(
-    sources: Sequence[tuple[Any, float]], features: Features, **how: str | None
-) -> tuple[SecondFeatures, ...]:
-    """Open second features; ``how`` is ``array`` and ``column`` of `open_features`."""
+    sources: Sequence[tuple[Any, float]], features: Features, parts: str | None = None,
+    **how: str | None,
+) -> tuple[SecondFeatures, ...]:  # fmt: skip
+    """Open second features; ``how`` is ``array`` and ``column`` of `open_features`.
+
+    ``parts`` are those of a pattern, and of no others.
+    """
     found = []
     for number, (source, limit) in enumerate(sources, 1):
         is_path = isinstance(source, str | Path)
         name = redacted(str(source)) if is_path else f"array {number}"
-        rows = open_features(source, **how)
+        rows = open_features(source, parts=parts_for(source, parts), **how)
         metadata = metadata_of(source)
         if rows.rows != features.rows:
             raise SnipError(
                 f"{name} has {rows.rows:,} rows, FEATURES has {features.rows:,}; {ROWS}"
                 + (f" ({FAILED})" if metadata is not None else "")
             )
-        found.append(SecondFeatures(name, rows, limit, metadata))
+        place = absolute_location(source) if is_path else None
+        found.append(SecondFeatures(name, rows, limit, place, metadata))
     return tuple(found)
 
 
@@ -122,6 +135,7 @@ def check_keys(seconds: Sequence[SecondFeatures], source: Any, metadata: Metadat
         if metadata is None or second.metadata is None:
             continue
         other = open_metadata(second.metadata)
+        other.check_matches(second.features.describe())
         key, others = metadata.column(), other.column()
         if metadata.paths() == other.paths() or key is None or others is None:
             continue
@@ -164,22 +178,12 @@ def texts_of(metadata: Metadata, column: str) -> Iterator[Any]:
 def recorded_seconds(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a manifest's entries of second features, those of older versions too.
 
-    Each has ``name``, ``threshold``, ``request`` and ``shards``.
+    Each has ``name``, ``source``, ``threshold``, ``request`` and ``shards``; a source is None of an
+    array.
     """
     found = list(manifest.get("also", []))
     if (text := manifest.get("text")) is not None:  # before there was --also
-        settings, limit = manifest["settings"], manifest["settings"]["text_threshold"]
-        found = [{"name": settings["text_features"], "threshold": limit, **text}]
+        settings = manifest["settings"]
+        source, limit = settings["text_features"], settings["text_threshold"]
+        found = [{"name": source, "source": source, "threshold": limit, **text}]
     return found
-
-
-def recorded_sources(manifest: dict[str, Any]) -> list[Any]:
-    """Return where a finished run's second features lie, in the order of their entries.
-
-    Arrays lie nowhere: there are fewer sources than entries then.
-    """
-    settings = manifest["settings"]
-    texts = settings.get("text_features")
-    return [text for text in [texts] if text] + [
-        source for source, _ in split_also(settings.get("also"))
-    ]

@@ -16,7 +16,6 @@ from snipdedup.deduplication.inputs import KIND, Inputs, split_sources
 from snipdedup.deduplication.second_features import (
     known_thresholds,
     recorded_seconds,
-    recorded_sources,
     saved_also,
 )
 from snipdedup.errors import SnipError, UsageError
@@ -28,7 +27,7 @@ from snipdedup.storage import atomic
 from snipdedup.storage.out_folder import MANIFEST, is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
 
-GIVEN, DEFAULT = "given", "default"  # where a threshold comes from, where no model says it
+GIVEN, FRACTION, DEFAULT = "given", "keep_fraction", "default"  # where a threshold comes from
 # How a result is computed and where it goes; the result does not depend on them.
 HOW = {
     "out", "overwrite", "chunk_rows", "threads", "max_memory", "device", "features", "metadata",
@@ -59,23 +58,19 @@ def finished_run(features: Any) -> Path | None:
     return None
 
 
-def fill_settings(options: Dedup) -> Dedup:
-    """Return the settings with their defaults; an index without a method means ``adc``."""
-    filled = options.filled()
-    if filled.threshold is None:
-        filled = dataclasses.replace(filled, threshold=usual_threshold(filled.features)[0])
-    also = known_thresholds(filled.also) or None
-    return dataclasses.replace(filled, also=also, threads=cores(options.threads))
+def fill_settings(options: Dedup) -> tuple[Dedup, str]:
+    """Return the settings with their defaults, and where the threshold comes from.
 
-
-def threshold_from(options: Dedup) -> str:
-    """Return where the threshold of settings comes from, as manifests have it.
-
-    ``given``; else the name of the model that made the features, or ``default``.
+    An index without a method means ``adc``. The threshold is `GIVEN`, decided by `FRACTION`, of a
+    model, which is named, or the `DEFAULT`.
     """
-    if options.filled().threshold is not None:
-        return GIVEN
-    return usual_threshold(options.features)[1] or DEFAULT
+    filled, source = options.filled(), GIVEN if options.keep_fraction is None else FRACTION
+    if filled.threshold is None:
+        usual, model = usual_threshold(filled.features)
+        filled = dataclasses.replace(filled, threshold=usual)
+        source = source if source == FRACTION else model or DEFAULT
+    also = known_thresholds(filled.also) or None
+    return dataclasses.replace(filled, also=also, threads=cores(options.threads)), source
 
 
 def describe_request(options: Dedup, inputs: Inputs, metadata: Metadata | None) -> dict[str, Any]:
@@ -143,7 +138,7 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
             "out"
         )
     lost = ["references"] if manifest.get("references") and not searched["reference"] else []
-    if len(recorded_sources(manifest)) < len(recorded_seconds(manifest)):
+    if any(entry["source"] is None for entry in recorded_seconds(manifest)):
         lost.append("second features")
     if searched["features"] is None or lost:
         what = lost[0] if lost else "features"
@@ -163,11 +158,13 @@ def refuse_search_flags(options: Dedup, searched: dict[str, Any], earlier: Path)
     saved = saved_settings(options, options.threshold)  # None for an array
     keep = ["keep"] if searched["method"] == "semdedup" else []
     for name in (*SEARCHED[1:], *keep):
-        given, known = getattr(options, name), (defaults[name], searched.get(name))
-        same = given is None or (saved[name] is not None and saved[name] in known)
+        given, usual = getattr(options, name), (defaults[name], searched.get(name))
+        same = given is None or (saved[name] is not None and saved[name] in usual)
         if same or name not in searched:
             continue
-        was = "without it" if searched[name] is None else f"with {searched[name]}"
+        known = searched[name]
+        was = f"with {','.join(known) if isinstance(known, list) else known}"
+        was = "without it" if known is None else was
         value = f" {given}" if isinstance(given, str | int | float | Path) else ""
         raise UsageError(
             f"--{name}{value} belongs to the search, and {earlier} was searched {was}; search the "

@@ -229,6 +229,7 @@ def describe_run(
         described["also"] = [
             {
                 "name": second.name,
+                "source": second.source,
                 "threshold": second.threshold,
                 "request": request_of(second.features),
                 "shards": describe_shards(

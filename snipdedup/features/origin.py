@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from snipdedup.config import THRESHOLD
 from snipdedup.errors import SnipError
 from snipdedup.storage.listing import FEATURES
 from snipdedup.storage.out_folder import MANIFEST
-from snipdedup.storage.remote import absolute_location, is_remote, path_of
+from snipdedup.storage.remote import is_remote, path_of
 from snipdedup.storage.web import is_web
 
 EMBEDDED = "embed"  # the kind of its manifests
@@ -29,16 +30,13 @@ class Origin(NamedTuple):
 def origin_of(source: Any) -> Origin | None:
     """Return the origin of FEATURES that ``snip embed`` made, None of all others.
 
-    ``source`` is its folder, or the ``img_emb`` in it or files of that.
+    ``source`` is its folder, or the ``img_emb`` in it or files of that: also by links, a glob or a
+    list, if all lie in one such folder.
     """
-    if not isinstance(source, str | Path) or is_web(str(source)):  # no folders there
+    folders = {folder_of(place) for place in places_of(source)}
+    if len(folders) != 1:
         return None
-    text = str(source) if is_remote(source) else absolute_location(source)
-    above, _, name = text.rstrip("/").rpartition("/")
-    if above.rpartition("/")[2] == FEATURES:
-        folder = above.rpartition("/")[0]
-    else:
-        folder = above if name == FEATURES else text.rstrip("/")
+    folder = folders.pop()
     path = path_of(f"{folder}/{MANIFEST}")
     try:
         if not path.is_file():
@@ -59,6 +57,27 @@ def origin_of(source: Any) -> Origin | None:
     images = given.get("images")
     named = [str(one) for one in images] if isinstance(images, list) else []
     return Origin(folder, str(known.get("name")), float(limit), named, given.get("column"))
+
+
+def places_of(source: Any) -> list[str]:
+    """Return the paths and URLs that FEATURES name, without links; none of an array."""
+    if isinstance(source, list | tuple) and all(isinstance(one, str | Path) for one in source):
+        return [place for one in source for place in places_of(one)]
+    if not isinstance(source, str | Path) or is_web(str(source)):  # no folders there
+        return []
+    if is_remote(source):
+        return [str(source)]
+    path = path_of(str(source))
+    named = glob(str(path)) if has_magic(str(path)) and not path.exists() else [path]
+    return [str(Path(one).resolve()) for one in named]
+
+
+def folder_of(place: str) -> str:
+    """Return the folder that holds the ``img_emb`` which is meant, or in which it lies."""
+    above, _, name = place.rstrip("/").rpartition("/")
+    if above.rpartition("/")[2] == FEATURES:
+        return above.rpartition("/")[0]
+    return above if name == FEATURES else place.rstrip("/")
 
 
 def usual_threshold(source: Any) -> tuple[float, str | None]:

@@ -20,7 +20,7 @@ from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, identity_of,
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
 from snipdedup.storage.listing import find_files, metadata_beside
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
-from snipdedup.storage.web import redacted
+from snipdedup.storage.web import PART, redacted
 
 IMAGE_WORDS = {"img", "image", "images", "vision", "visual"}
 TEXT_WORDS = {"txt", "text", "texts", "caption", "captions", "title"}
@@ -284,9 +284,14 @@ def implied_metadata(spec: str | Path) -> Path | None:
     return metadata_beside(str(spec), SUFFIXES)
 
 
+def parts_for(source: Any, parts: str | None) -> str | None:
+    """Return the numbers ``parts`` where a source is a pattern that needs them, else None."""
+    return parts if isinstance(source, str | Path) and PART in str(source) else None
+
+
 def part_numbers(pattern: str, parts: str | None) -> tuple[int, int] | None:
     """Return (0, 2) of ``"0:2"``; None where there is neither a ``{part}`` nor such numbers."""
-    if "{part" not in pattern:
+    if PART not in pattern:
         if parts is not None:
             found = redacted(pattern)
             raise UsageError(f"--parts needs a pattern such as img_{{part:04d}}.npy, found {found}")

@@ -21,8 +21,8 @@ from snipdedup.storage.external_sort import Columns
 
 MISSING = np.uint64(2**64 - 1)  # the rank of null and NaN: after all values, ascending or not
 SIGN = np.uint64(1 << 63)
-NUMBER, TIME = "number", "time such as 2024-05-31T18:00:00"  # what a text may be
-OFFSET = r":\d\d.*(Z|[+-]\d\d:?\d\d)$"  # from UTC, at the end of a time
+AS_NUMBER, AS_TIME = "number", "time such as 2024-05-31T18:00:00"  # what a text may be
+OFFSET = r":\d\d.*(Z|[+-]\d\d(:?\d\d)?)$"  # from UTC, at the end of a time
 
 
 def rank_by(keep: str, seed: int, metadata: Metadata | None) -> Rank:
@@ -135,7 +135,7 @@ class ColumnRank:
         if not len(known):
             return pa.nulls(len(texts), pa.float64())
         if column not in self.parsed:
-            kinds = [NUMBER, TIME] if file.is_text else [TIME]
+            kinds = [AS_NUMBER, AS_TIME] if file.is_text else [AS_TIME]
             fitting = [kind for kind in kinds if parsed(known[:1], kind) is not None]
             self.parsed[column] = (fitting or kinds)[0]
         kind = self.parsed[column]
@@ -159,8 +159,9 @@ def parsed(texts: Any, kind: str) -> Any:
     import pyarrow.compute as pc  # here: it takes a tenth of a second to load
 
     try:
-        if kind == NUMBER:
+        if kind == AS_NUMBER:
             return texts.cast(pa.float64())
+        texts = pc.replace_substring_regex(texts, r"(\.\d{6})\d+", r"\1")  # to microseconds
         with_offset = pc.fill_null(pc.match_substring_regex(texts, OFFSET), False)
         plain = pc.if_else(with_offset, None, texts).cast(pa.timestamp("us"))
         shifted = pc.if_else(with_offset, texts, None).cast(pa.timestamp("us", "UTC"))

@@ -29,6 +29,7 @@ from snipdedup.parallel import given_threads, ordered_map
 
 TABLE_GROUP = 8192  # larger groups are compared by codes first
 TABLE_BLOCK = 256  # rows of a large group decided at a time
+CROWDED = 1 / 8  # share of a block's pairs from which a table of all cosines is cheaper
 CODED_BLOCK = 2048  # rows of a huge group decided, or kept rows compared with, at a time
 FIT_ROWS = 1 << 14  # rows of a huge group that its projection is fitted to
 
@@ -154,7 +155,7 @@ def star_large(
 
     Rows are compared with kept rows only, so the work is rows × kept rows.
     """
-    by_codes = len(rows) > TABLE_GROUP and not compare.also
+    by_codes = len(rows) > TABLE_GROUP
     size, kept = CODED_BLOCK if by_codes else TABLE_BLOCK, np.zeros(len(rows), bool)
     match = match_by_codes(rows, compare) if by_codes else match_by_tables(rows, compare)
 
@@ -188,23 +189,33 @@ def star_large(
 
 def match_by_tables(rows: np.ndarray, compare: Compare) -> Match:
     """Return a function that finds the pairs of a group by tables of cosines."""
-    raw = compare.gather(rows)
-    seconds = [(one.gather(rows), np.float32(one.threshold)) for one in compare.also]
+    held = [gather(rows) for gather in (compare.gather, *(one.gather for one in compare.also))]
 
     def match(x: np.ndarray, y: np.ndarray) -> Pairs:
-        table = all_cosines(raw[x], raw[y])
-        close = table >= np.float32(compare.threshold)
-        for second, limit in seconds:
-            if close.any():
-                close &= all_cosines(second[x], second[y]) >= limit
-        i, j = np.nonzero(close)
-        return x[i], y[j], table[i, j]
+        i, j, cosine = table_pairs(compare, [raw[x] for raw in held], [raw[y] for raw in held])
+        return x[i], y[j], cosine
 
     return match
 
 
+def table_pairs(compare: Compare, left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> Pairs:
+    """Return the pairs of two sides, places in them; sides are of FEATURES and each of ``also``."""
+    limits = np.array([compare.threshold, *(one.threshold for one in compare.also)], np.float32)
+    table = all_cosines(left[0], right[0])
+    close = table >= limits[0]
+    for x, y, limit in zip(left[1:], right[1:], limits[1:], strict=True):
+        if close.any():
+            close &= all_cosines(x, y) >= limit
+    i, j = np.nonzero(close)
+    return i, j, table[i, j]
+
+
 def match_by_codes(rows: np.ndarray, compare: Compare) -> Match:
-    """Return a function that finds the pairs of a group by codes that raw rows verify."""
+    """Return a function that finds the pairs of a group by codes that raw rows verify.
+
+    Where codes rule out few pairs, all of a block are compared by tables.
+    """
+    gathers = [compare.gather, *(one.gather for one in compare.also)]
     sample = np.sort(rows[:: -(-len(rows) // FIT_ROWS)])
     projection = fit_projection(compare.gather(sample), WIDTHS[-1], 0)
     codes = np.empty((len(rows), projection.width), np.int8)
@@ -217,7 +228,11 @@ def match_by_codes(rows: np.ndarray, compare: Compare) -> Match:
 
     def match(x: np.ndarray, y: np.ndarray) -> Pairs:
         i, j = native.hits(codes[x], native.columns(codes[y], falls[y]), limit - falls[x])
-        return compare.verify(rows, x[i], y[j])
+        if len(i) <= CROWDED * len(x) * len(y):
+            return compare.verify(rows, x[i], y[j])
+        sides = ([gather(rows[side]) for gather in gathers] for side in (x, y))
+        i, j, cosine = table_pairs(compare, *sides)
+        return x[i], y[j], cosine
 
     return match
 

@@ -29,7 +29,7 @@ ORIENTATION, MAKE, CAMERA, DATE_TIME, EXIF_IFD = 0x0112, 0x010F, 0x0110, 0x0132,
 TIMES = ((0x9003, 0x9011), (0x9004, 0x9012))
 OFFSET = 0x9010
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
-KINDS = (  # how files that are no pictures often begin
+BEGINNINGS = (  # how files that are no pictures often begin
     (rb"\s*<(!doctype html|html)", "HTML"), (rb"\s*<(\?xml|svg)", "XML or SVG"), (rb"%PDF", "PDF"),
     (rb"PK\x03\x04", "a zip"), (rb"\x1f\x8b", "gzip"), (rb"\s*[{\[]", "JSON or text"),
     (rb"....ftyp(hei[cx]|hevc|mif1|msf1)", "HEIC, which needs: pip install pillow-heif"),
@@ -48,7 +48,6 @@ class Decoded(NamedTuple):
     picture: Image.Image
     width: int
     height: int
-    format: str
     exif_time: str | None  # ISO 8601
     camera: str | None
 
@@ -92,7 +91,7 @@ def decode(data: bytes, least: int, most_pixels: int = MOST_PIXELS) -> Decoded:
             return decode_opened(opened, least)
     except UnidentifiedImageError:
         found = next(
-            (kind for begin, kind in KINDS if re.match(begin, data[:512], re.S | re.I)), ""
+            (kind for begin, kind in BEGINNINGS if re.match(begin, data[:512], re.S | re.I)), ""
         )
         raise Unreadable("not a picture" + (f": found {found}" if found else "")) from None
     except Image.DecompressionBombError as error:
@@ -109,7 +108,7 @@ def decode(data: bytes, least: int, most_pixels: int = MOST_PIXELS) -> Decoded:
 
 def decode_opened(opened: Image.Image, least: int) -> Decoded:
     """Decode an opened file."""
-    whole, name = opened.size, opened.format or ""
+    whole = opened.size
     drafted = opened.draft("RGB", (least, least)) is not None
     opened.load()
     try:
@@ -121,7 +120,7 @@ def decode_opened(opened: Image.Image, least: int) -> Decoded:
     width, height = whole if drafted else opened.size
     if turn in TURNED:
         width, height = height, width
-    return Decoded(upright(to_rgb(opened), turn), width, height, name, time, camera)
+    return Decoded(upright(to_rgb(opened), turn), width, height, time, camera)
 
 
 def upright(picture: Image.Image, orientation: Any) -> Image.Image:

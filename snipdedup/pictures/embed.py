@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib import metadata as packages
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,21 +24,22 @@ import pyarrow.parquet as pq
 
 from snipdedup import config, progress
 from snipdedup.errors import InputError, SnipError
+from snipdedup.features.origin import EMBEDDED
 from snipdedup.parallel import cores, ordered_map, pick_device
 from snipdedup.pictures import decode, video
 from snipdedup.pictures.containers import Shard
 from snipdedup.pictures.models import Model, open_model
-from snipdedup.pictures.reading import Failure, Row, Settings
+from snipdedup.pictures.reading import Failure, ReadSettings, Row
 from snipdedup.pictures.sources import Pictures, find_pictures, locations
 from snipdedup.pictures.workers import Workers
 from snipdedup.runners import open_runner
 from snipdedup.runners.slurm import ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
+from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.out_folder import is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
 
-KIND = "embed"
-FEATURES, TEXTS, METADATA, FAILED = "img_emb", "text_emb", "metadata", "failed.parquet"
+TEXT_FEATURES, FAILED = "text_emb", "failed.parquet"
 TYPES = {
     "key": pa.string(), "path": pa.string(), "tar": pa.string(), "member": pa.string(),
     "parquet": pa.string(), "parquet_row": pa.int64(),
@@ -47,7 +50,16 @@ TYPES = {
 PLACES = ("path", "tar", "member", "parquet", "parquet_row", "video", "second")
 MEASURED = ("width", "height", "bytes", "sha256", "exif_time", "camera", "caption", "url")
 FAILURES = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string())])
-SHOWN_REASONS = 6
+LIBRARIES = (
+    "pillow",
+    "pillow-heif",
+    "av",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "open-clip-torch",
+    "timm",
+)
+SHOWN = 6  # reasons, and suffixes
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ def run(options: config.Embed) -> Embedded | str:
         "column": options.column,
     }
     claimed = out_folder.claim(
-        out, KIND, request, overwrite=options.overwrite, shared=share is not None
+        out, EMBEDDED, request, overwrite=options.overwrite, shared=share is not None
     )
     if claimed == "done":
         return read_result(out, " is finished already with these settings")
@@ -163,7 +175,7 @@ class EmbedTasks:
     def workers(self) -> Workers:
         """The processes that decode."""
         asked = self.asked
-        settings = Settings(self.model.prepare, self.model.size, asked.max_pixels, asked.every)
+        settings = ReadSettings(self.model.prepare, self.model.size, asked.max_pixels, asked.every)
         return Workers(settings, cores(self.asked.threads))
 
     def close(self) -> None:
@@ -187,12 +199,13 @@ class EmbedTasks:
         done = atomic.read_done(self.done_file(number), self.work)
         if done is None:
             failures: list[Failure] = []
-            results = self.workers.results(shard.items())
-            batches = cut(self.good(results, failures), self.model.batch)
+            left_out: Counter[str] = Counter()
             threads = cores(self.asked.threads) if self.asked.device == "cpu" else 1
-            parts = list(ordered_map(partial(self.encode, shard), batches, threads))
+            with closing(self.workers.results(shard.items(left_out))) as results:
+                batches = cut(self.good(results, failures), self.model.batch)
+                parts = list(ordered_map(partial(self.encode, shard), batches, threads))
             shard.refuse_changed()
-            done = self.write(number, parts, failures)
+            done = self.write(number, parts, failures, left_out)
         elif self.bar is not None:
             self.bar.update(count_of(done))
         if self.bar is not None:
@@ -215,7 +228,11 @@ class EmbedTasks:
         return pa.Table.from_pylist(values, schema_of(shard)), made.astype(np.float16)
 
     def write(
-        self, number: int, parts: list[tuple[pa.Table, np.ndarray]], failures: list[Failure]
+        self,
+        number: int,
+        parts: list[tuple[pa.Table, np.ndarray]],
+        failures: list[Failure],
+        left_out: Counter[str],
     ) -> dict[str, Any]:
         """Write the files of a shard, and its done file, whose body is returned."""
         shard, files = self.pictures.shards[number], self.files(number)
@@ -240,6 +257,7 @@ class EmbedTasks:
             "rows": table.num_rows,
             "captions": table.num_rows - table["caption"].null_count,
             "failed": dict(sorted(Counter(kind_of(part.reason) for part in failures).items())),
+            "left_out": dict(sorted(left_out.items())),
         }
         atomic.write_done_file(self.done_file(number), files, body)
         return body
@@ -261,7 +279,7 @@ class EmbedTasks:
 
 def outputs(number: int) -> list[str]:
     """Return the files of a shard in OUT: features, metadata, features of captions."""
-    names = ((FEATURES, "npy"), (METADATA, "parquet"), (TEXTS, "npy"))
+    names = ((FEATURES, "npy"), (METADATA, "parquet"), (TEXT_FEATURES, "npy"))
     return [f"{folder}/{folder}_{number:04d}.{suffix}" for folder, suffix in names]
 
 
@@ -295,14 +313,11 @@ def with_own_columns(shard: Shard, table: pa.Table) -> pa.Table:
     own = shard.own(table)
     if own is None:
         return table
-    names = {*table.column_names, *own.column_names}
     for name, values in zip(own.column_names, own.columns, strict=True):
         if name not in ("key", "caption", "url"):  # which are there already, as texts
-            free = name
-            if name in table.column_names or name.lower() in PLACES:
-                free = f"source_{name}"
-                while free in names:
-                    free = f"source_{free}"
+            free = f"source_{name}" if name.lower() in PLACES else name
+            while free in table.column_names or (free != name and free in own.column_names):
+                free = f"source_{free}"
             table = table.append_column(free, values)
     return table
 
@@ -313,9 +328,10 @@ def publish(
     """Put the result into OUT."""
     shards, made = tasks.pictures.shards, tasks.work / out_folder.FILES
     done = [atomic.load_json(tasks.done_file(number)) for number in range(len(shards))]
-    failed: Counter[str] = Counter()
+    failed, left_out = Counter[str](), Counter(tasks.pictures.left_out)
     for each in done:
         failed.update(each["failed"])
+        left_out.update(each.get("left_out", {}))
     tables = [pq.read_table(tasks.work / f"failed/{n:04d}.parquet") for n in range(len(shards))]
     failures = pa.concat_tables(tables)
     rows, count = sum(each["rows"] for each in done), failures.num_rows
@@ -336,6 +352,7 @@ def publish(
     model = {"name": tasks.model.name, "dim": tasks.model.dim, "threshold": tasks.model.threshold}
     body = {
         "command": "embed",
+        "versions": versions(),
         "settings": {
             **options.as_dict(),
             "images": list(map(absolute_location, locations(options.images))),
@@ -348,15 +365,24 @@ def publish(
         ],
         "counts": {"pictures": rows + count, "embedded": rows, "failed": count},
         "failed": dict(failed.most_common()),
-        "left_out": tasks.pictures.left_out,
+        "left_out": dict(left_out.most_common()),
         "seconds": {"all": round(time.monotonic() - started, 3)},
     }
-    out_folder.publish(out, KIND, body, [made / name for name in names])
+    out_folder.publish(out, EMBEDDED, body, [made / name for name in names])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of all libraries that can change a feature and are installed."""
+    found = out_folder.versions()
+    for name in LIBRARIES:
+        with suppress(packages.PackageNotFoundError):
+            found[name] = packages.version(name)
+    return found
 
 
 def read_result(out: Path, note: str, seconds: float | None = None) -> Embedded:
     """Return the result of a finished run, from its manifest."""
-    manifest = read_manifest(out, KIND)
+    manifest = read_manifest(out, EMBEDDED)
     counts, model, failed = manifest["counts"], manifest["model"], manifest["failed"]
     lines = [
         f"{out}{note}: {counts['embedded']:,} of {counts['pictures']:,} pictures embedded by "
@@ -365,13 +391,15 @@ def read_result(out: Path, note: str, seconds: float | None = None) -> Embedded:
     if seconds is not None:
         lines[0] += f", in {seconds:,.1f} s ({counts['pictures'] / seconds:,.0f} a second)"
     if failed:
-        shown = [f"{count:,} {reason}" for reason, count in list(failed.items())[:SHOWN_REASONS]]
-        more = f", {len(failed) - SHOWN_REASONS} more" if len(failed) > SHOWN_REASONS else ""
-        lines += [f"failed: {', '.join(shown)}{more}; see {out / FAILED}"]
+        lines += [f"failed: {shown(failed)}; see {out / FAILED}"]
     if manifest["left_out"]:
-        kinds = [
-            f"{count:,} {suffix or 'no suffix'}" for suffix, count in manifest["left_out"].items()
-        ]
-        lines += [f"left out, as no pictures by their names: {', '.join(kinds[:SHOWN_REASONS])}"]
+        kinds = {kind or "no suffix": count for kind, count in manifest["left_out"].items()}
+        lines += [f"left out, as no pictures by their names: {shown(kinds)}"]
     lines += [f"next: snip dedup {out} --out clean"]
     return Embedded(out, counts["embedded"], failed, model["dim"], "\n".join(lines))
+
+
+def shown(counts: dict[str, int]) -> str:
+    """Return the first counts, and how many more there are."""
+    parts = [f"{count:,} {what}" for what, count in list(counts.items())[:SHOWN]]
+    return ", ".join(parts) + (f", {len(counts) - SHOWN} more" if len(counts) > SHOWN else "")

@@ -28,7 +28,7 @@ from snipdedup.pictures.items import FILE_BYTES, Item, Text, read_texts
 LENGTH = struct.Struct("<Q")
 
 
-class Settings(NamedTuple):
+class ReadSettings(NamedTuple):
     """What a worker does with each picture."""
 
     prepare: Callable[[Any], np.ndarray]  # of a model
@@ -89,7 +89,7 @@ def receive_all(file: IO[bytes], values: queue.SimpleQueue[Any]) -> None:
         values.put(None)
 
 
-def read_item(item: Item, settings: Settings) -> Iterator[Result]:
+def read_item(item: Item, settings: ReadSettings) -> Iterator[Result]:
     """Yield the row of a picture, or those of the frames of a video; or why there is none."""
     from snipdedup.pictures.decode import Unreadable
 
@@ -106,7 +106,7 @@ def read_item(item: Item, settings: Settings) -> Iterator[Result]:
         yield Failure(item.source, item.key, f"fault: {type(error).__name__}: {error}")
 
 
-def read_picture(item: Item, settings: Settings) -> Row:
+def read_picture(item: Item, settings: ReadSettings) -> Row:
     """Read, decode and prepare one picture."""
     from snipdedup.pictures.decode import decode
 
@@ -122,7 +122,7 @@ def read_picture(item: Item, settings: Settings) -> Row:
     return Row(values, settings.prepare(found.picture))
 
 
-def read_video(item: Item, every: float, settings: Settings) -> Iterator[Result]:
+def read_video(item: Item, every: float, settings: ReadSettings) -> Iterator[Result]:
     """Yield the rows of frames; the sha256 is that of a frame's pixels."""
     from snipdedup.pictures.video import frames
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.features.formats import identity_of
 from snipdedup.features.shards import natural_key, part_numbers
-from snipdedup.metadata.tables import stream_parquet
+from snipdedup.metadata.tables import Metadata, stream_parquet
 from snipdedup.pictures.containers import (
     FileShard,
     ParquetShard,
@@ -53,7 +53,7 @@ class Pictures:
     inputs: Sequence[Path]  # files and folders that were named, into which nothing is written
     total: int  # pictures; of tars an estimate
     left_out: dict[str, int]  # files that are no pictures, by suffix
-    stamp: str  # a hash of names, sizes and dates of all files
+    stamp: str  # a hash of names, sizes and dates of all files, also of the texts beside them
 
     def request(self) -> dict[str, Any]:
         """Return what tells these pictures from others; see `out_folder.claim`."""
@@ -111,7 +111,7 @@ def files_of(word: str, parts: str | None) -> list[Found]:
     """Return the files that a folder, glob, pattern, list or file means, in their order."""
     if is_folder(word):
         found = [Found(name, path, False, True) for name, path in files_below(word)]
-        return sorted(found, key=lambda file: natural_key(file.name))
+        return sorted(found, key=lambda file: (natural_key(file.name), file.name))
     numbers = part_numbers(word, parts)
     is_list = suffix_of(redacted(word)) == LIST and numbers is None
     if is_list:
@@ -119,7 +119,7 @@ def files_of(word: str, parts: str | None) -> list[Found]:
     else:
         paths = find_files(word, numbers, SUFFIXES, NONE)
         if numbers is None:
-            paths = sorted(paths, key=lambda path: natural_key(str(path)))
+            paths = sorted(paths, key=lambda path: (natural_key(str(path)), str(path)))
     is_named = is_list or (len(paths) == 1 and str(paths[0]) == str(path_of(word)))
     names = below_common_folder(paths)
     return [Found(*file, is_named, False) for file in zip(names, paths, strict=True)]
@@ -149,12 +149,27 @@ def listed_files(path: Path) -> list[Path]:
     """Return the files of a list, one path or URL a line, in its order."""
     try:
         with path.open("rb") as file:
-            lines = file.read().decode("utf-8-sig").splitlines()
+            lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SnipError(f"{path}: expected a list of paths in UTF-8: {error}") from error
-    found = [path_of(line.strip()) for line in lines if line.strip()]
+    found = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line:
+            found.append(listed_file(line, f"{path}: line {number:,}"))
     if not found:
         raise SnipError(f"{path}: expected a list, one path or URL a line, found nothing")
+    return found
+
+
+def listed_file(line: str, where: str) -> Path:
+    """Return the file of a line; refuse what can name none."""
+    try:
+        found = path_of(line)
+        named = found.name != "" and "\0" not in line
+    except RuntimeError:  # ~ and a user who is not there
+        named = False
+    if not named:
+        raise SnipError(f"{where}: expected the path or URL of a file, found {line[:200]!r}")
     return found
 
 
@@ -184,15 +199,16 @@ def shards_of(
     # Parquet files beside tars or pictures are their metadata, unless they hold pictures themselves
     beside = column is None and bool(chosen) and TAR not in kinds
     if tables and beside:
-        beside = image_column(stream_parquet(tables[0]).schema_arrow) is None
-    shards: list[Shard]
+        beside = image_column(stream_parquet(tables[0]).schema_arrow, by_name=True) is None
+    shards: Sequence[Shard]
     if TAR in kinds:
         used = kinds[TAR]
         shards = list(open_all(TarShard, [file.path for file in used]))
     elif tables and not beside:
         used = kinds[PARQUET]
-        shards = list(open_all(partial(ParquetShard, asked=column), tables))
-        check_columns(shards)
+        opened = list(open_all(partial(ParquetShard, asked=column), tables))
+        Metadata([shard.table for shard in opened])  # refuses other columns than the first's
+        shards = opened
     elif chosen:
         used = chosen
         names = {file.name for file in files if file.is_listed}
@@ -207,6 +223,7 @@ def shards_of(
                 else "for files with other names give a list of their paths"
             )
         )
+    texts = [text for shard in shards for beside in shard.beside for text in beside]
     left_out = Counter(suffix_of(file.path.name) for file in files)
     left_out.subtract(suffix_of(file.path.name) for file in used)
     return Pictures(
@@ -214,7 +231,7 @@ def shards_of(
         roots,
         sum(shard.count() for shard in shards),
         {kind: left_out[kind] for kind in sorted(left_out) if left_out[kind] and kind not in TEXTS},
-        stamp_of([file.path for file in used]),
+        stamp_of([*(file.path for file in used), *texts]),
     )
 
 
@@ -231,18 +248,6 @@ def open_all(kind: Callable[[Path], Any], paths: list[Path]) -> Iterable[Any]:
     return map_requests(kind, paths) if any(map(is_remote, paths)) else map(kind, paths)
 
 
-def check_columns(shards: Sequence[Shard]) -> None:
-    """Refuse parquet files that do not all have the same columns."""
-    tables = [shard for shard in shards if isinstance(shard, ParquetShard)]
-    for table in tables[1:]:
-        different = sorted(set(table.schema.names) ^ set(tables[0].schema.names))
-        if different:
-            raise SnipError(
-                f"{table.path} and {tables[0].path} do not both have the columns "
-                f"{', '.join(different)}; files of one set have the same columns"
-            )
-
-
 def file_shards(files: list[Found], names: set[str], shard_rows: int, videos: bool) -> list[Shard]:
     """Cut picture files into shards; ``names`` are those of all files in their folders.
 
@@ -255,11 +260,18 @@ def file_shards(files: list[Found], names: set[str], shard_rows: int, videos: bo
         keys.append(clean(stem if count[stem] == 1 and stem not in whole else file.name))
         likely = [(f"{stem}{suffix}", beside_of(file.path, suffix)) for suffix in TEXTS]
         look = not file.is_listed and not is_remote(file.path)
-        texts.append(tuple(p for name, p in likely if name in names or (look and p.is_file())))
+        texts.append(tuple(p for name, p in likely if name in names or (look and is_there(p))))
     paths = [file.path for file in files]
     cuts = [slice(at, at + shard_rows) for at in range(0, len(paths), shard_rows)]
     columns = ("path", "video", "second") if videos else ("path",)
     return [FileShard(paths[part], keys[part], texts[part], columns) for part in cuts]
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file is there, also of a name that no file can have: one too long, say."""
+    with suppress(OSError, ValueError):
+        return path.is_file()
+    return False
 
 
 def beside_of(path: Path, suffix: str) -> Path:
@@ -277,7 +289,7 @@ def stamp_of(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
         known: tuple[int, ...] = ()
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if not is_remote(path) or suffix_of(path.name) in (TAR, PARQUET):
                 known = identity_of(path)[1:]
         total.update(json.dumps([absolute_location(path), *known]).encode())

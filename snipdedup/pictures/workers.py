@@ -14,14 +14,14 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
 from snipdedup.errors import SnipError
 from snipdedup.pictures.items import Item
-from snipdedup.pictures.reading import LENGTH, Failure, Result, Row, Settings
+from snipdedup.pictures.reading import LENGTH, Failure, ReadSettings, Result, Row
 
 ITEMS = 8  # sent to a worker at a time
 TRIES = 2  # processes that a picture may end
@@ -177,12 +177,15 @@ class Board:
 class Workers:
     """Processes that decode, started when they are needed."""
 
-    def __init__(self, settings: Settings, count: int) -> None:
+    def __init__(self, settings: ReadSettings, count: int) -> None:
         self.settings = pickle.dumps(settings, protocol=5)
         self.processes: list[Worker | None] = [None] * count
 
-    def results(self, items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the rows and failures of items, in their order."""
+    def results(self, items: Iterable[Item]) -> Generator[Result, None, None]:
+        """Yield the rows and failures of items, in their order.
+
+        Who stops early ends all processes: they would answer what nobody asks any more.
+        """
         board = Board(items)
         board.threads = len(self.processes)
         threads = [
@@ -191,18 +194,21 @@ class Workers:
         ]
         for thread in threads:
             thread.start()
+        is_whole = False
         try:
             while (result := board.take()) is not None:
                 yield result
+            is_whole = True
         finally:
             with board.changed:
                 board.stopped = True
                 board.changed.notify_all()
-            if board.threads:  # stopped early: threads may wait for answers
-                for worker in filter(None, self.processes):
-                    worker.process.kill()
+            for worker in () if is_whole else filter(None, self.processes):
+                worker.process.kill()  # a thread may wait for its answer
             for thread in threads:
                 thread.join()
+            if not is_whole:
+                self.close()
 
     def work(self, place: int, board: Board) -> None:
         """Let one process do items until there are none; in a thread."""

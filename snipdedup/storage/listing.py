@@ -1,5 +1,6 @@
 """Which files a path or URL means: a file, folder (not recursive), glob or ``{part:04d}`` pattern.
 
+In a glob, ``**`` stands for any folders, one in another; a folder that it matches is not read.
 Web servers have no common way to list files: there, a file or a pattern.
 """
 
@@ -16,7 +17,6 @@ from snipdedup.storage.out_folder import MANIFEST
 from snipdedup.storage.web import PART, expand_parts, is_web, redacted, scheme_of
 
 FEATURES, METADATA = "img_emb", "metadata"  # folders that lie side by side in LAION's layout
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tar")  # which snip embed reads
 RESULT_MASK = "is_dup.npy"  # with a manifest: a result of snip dedup
 
 
@@ -85,7 +85,8 @@ def find_files(
         names = [name for name, entry in entries.items() if entry["type"] == "file"]
         found: list[Path] = [remote.RemotePath(system.unstrip_protocol(name)) for name in names]
     else:
-        found = [Path(name) for name in glob(str(path)) if Path(name).is_file()]
+        matches = dict.fromkeys(glob(str(path), recursive=True))  # ** twice finds files twice
+        found = [Path(name) for name in matches if Path(name).is_file()]
     if not found:
         raise SnipError(f"{none}: nothing matches {redacted(spec)}")
     return found
@@ -113,8 +114,7 @@ def find_in_folder(location: str, suffixes: Sequence[str], none: str) -> list[Pa
         return find_in_folder(f"{location.rstrip('/')}/{FEATURES}", suffixes, none)
     expected = ", ".join(f"*{suffix}" for suffix in suffixes)
     hint = ""
-    pictures = folders or any(name.lower().endswith(PICTURES) for name in names)
-    if ".npy" in suffixes and pictures:
+    if ".npy" in suffixes and (folders or names):
         hint = f"; for pictures, first: snip embed {redacted(location)} --out OUT"
     raise SnipError(
         f"{none} in {redacted(location)}: expected {expected} (the folder is not searched "

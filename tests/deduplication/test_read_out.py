@@ -144,13 +144,13 @@ def test_figures_are_those_of_the_whole_table(path, members, batch_rows):
     foreign = [r for r in gone if shard[r["row"]] != shard[r["representative"]]]
     assert found.foreign.tolist() == [sum(shard[r["row"]] == s for r in foreign) for s in range(3)]
     size = Counter(members.group.tolist())
-    largest = sorted(size, key=lambda group: (-size[group], group))[: read_out.GROUPS]
+    largest = sorted(size, key=lambda group: (-size[group], group))[: read_out.SHOWN_GROUPS]
     assert [int(group.shown.group[0]) for group in found.largest] == largest
     for group, label in zip(found.largest, largest, strict=True):
         mine = [row for row in gone if row["group"] == label]
         assert (group.size, group.removed) == (size[label], len(mine))
         assert group.lowest == min(row["similarity"] for row in mine)
-        assert len(group.shown.row) == min(group.size, read_out.MEMBERS)
+        assert len(group.shown.row) == min(group.size, read_out.SHOWN_MEMBERS)
         most = max(counts[row["representative"]] for row in mine)
         assert counts[group.shown.row[0]] == most
     staying = int((~members.is_dup).sum())

@@ -18,6 +18,8 @@ from snipdedup import dedup, open_result
 from snipdedup.commands import split_also
 from snipdedup.deduplication.second_features import compare_columns
 from snipdedup.errors import SnipError, UsageError
+from snipdedup.features.hashing import checksum_text, shard_checksum
+from snipdedup.features.shards import open_features
 from snipdedup.groups import pairs, star
 from snipdedup.metadata.tables import open_metadata
 from snipdedup.storage.out_folder import read_manifest, write_manifest
@@ -325,3 +327,76 @@ def test_keys_are_compared_whatever_files_they_are_in(tmp_path):
     sides = [(open_metadata(tmp_path / name), "key") for name in "ab"]
     assert list(compare_columns(*sides)) == [(211, "p211", "x"), (499, "p499", None)]
     assert list(compare_columns(sides[0], sides[0])) == []
+
+
+def test_a_path_and_an_array_are_told_apart(folder):
+    out = folder / "mixed"
+    also = [(loaded(folder)[1], LIMITS[1]), (str(folder / "z.npy"), LIMITS[2])]
+    dedup(folder / "x.npy", also=also, threshold=LIMITS[0], out=out)
+    assert [entry["source"] for entry in read_manifest(out, "dedup")["also"]] == [
+        None, str(folder / "z.npy")
+    ]  # fmt: skip
+    status, said, _ = truth.snip("audit", out, "--probe_rows", 0)
+    assert (status, said.count("an array in memory cannot be read again")) == (1, 1)
+    assert "is not what was searched" not in said
+    assert "in array 1" not in said.replace("array 1 cannot be read", "")
+
+
+def test_each_second_feature_has_its_own_checksum_and_audit_proves_them(folder):
+    out = folder / "out"
+    also = ("--also", f"{folder}/y.npy:{LIMITS[1]}", "--also", f"{folder}/z.npy:{LIMITS[2]}")
+    assert truth.snip("dedup", folder / "x.npy", *also, "--out", out, "--threshold", 0.8)[0] == 0
+    known = [entry["shards"][0]["checksum"] for entry in read_manifest(out, "dedup")["also"]]
+    shards = [open_features(folder / f"{name}.npy").shards[0] for name in "yz"]
+    assert known == [checksum_text(shard_checksum(shard)) for shard in shards]
+    removed = int(np.load(out / "is_dup.npy").sum())
+    status, said, _ = truth.snip("audit", out)
+    assert (status, said.count(f"{removed:,} of {removed:,} removed rows reach")) == (0, 3)
+    twice = ("--also", f"{folder}/y.npy:.8,{folder}/y.npy:.85", "--threshold", 0.8)
+    assert truth.snip("dedup", folder / "x.npy", *twice, "--out", folder / "twice")[0] == 0
+    removed = int(np.load(folder / "twice" / "is_dup.npy").sum())
+    said = truth.snip("audit", folder / "twice")[1]
+    assert said.count(f"{removed:,} of {removed:,} removed rows reach") == 3
+
+
+def test_a_pattern_takes_the_parts(folder):
+    for name in "xy":
+        (folder / name).mkdir()
+        for part, rows in enumerate(np.array_split(np.load(folder / f"{name}.npy"), 3)):
+            np.save(folder / name / f"p_{part}.npy", rows)
+    words = ("dedup", f"{folder}/x/p_{{part}}.npy", "--parts", "0:2", "--threshold", 0.8)
+    also = ("--also", f"{folder}/y/p_{{part}}.npy:.85", "--out", folder / "parts")
+    assert truth.snip(*words, *also)[0] == 0
+    assert truth.snip("audit", folder / "parts")[0] == 0
+    stays = truth.star(brute_table(*(x[:200] for x in loaded(folder)[:2])), 0.8, range(200))[1]
+    assert np.load(folder / "parts" / "is_dup.npy").tolist() == (~stays).tolist()
+
+
+def test_large_groups_are_compared_by_blocks_of_rows(folder, monkeypatch):
+    """By codes, and by tables where codes rule out little; never all rows of a group at once."""
+    x = truth.clustered(600, 8, 3, clusters=1, noise=0.3).astype(np.float32)
+    y = truth.clustered(600, 6, 4, clusters=5, noise=0.4).astype(np.float32)
+    stays = truth.star(brute_table(x, y), 0.8, range(600))[1]
+    monkeypatch.setattr(pairs, "LISTED_GROUP", 4)
+    monkeypatch.setattr(star, "TABLE_GROUP", 8)
+    monkeypatch.setattr(star, "CODED_BLOCK", 64)
+    for crowded in (0.0, 1.0):
+        monkeypatch.setattr(star, "CROWDED", crowded)
+        found = dedup(x, threshold=0.8, also=[(y, LIMITS[1])])
+        assert found.is_dup.tolist() == (~stays).tolist()
+    assert 50 < found.removed < 599
+
+
+def test_key_columns_of_other_names_are_not_compared(folder):
+    for name, column in (("x", "key"), ("y", "uid")):
+        (folder / name / "img_emb").mkdir(parents=True)
+        (folder / name / "metadata").mkdir()
+        np.save(folder / name / "img_emb" / "e_0.npy", np.load(folder / f"{name}.npy"))
+        keys = [f"{name}{row}" for row in range(300)]
+        pq.write_table(pa.table({column: keys}), folder / name / "metadata" / "m_0.parquet")
+    out = ("--out", folder / "keys", "--threshold", 0.8)
+    assert truth.snip("dedup", folder / "x", "--also", f"{folder}/y:.85", *out)[0] == 0
+    short = pa.table({"uid": ["y0"]})
+    pq.write_table(short, folder / "y" / "metadata" / "m_0.parquet")
+    status, _, line = truth.snip("dedup", folder / "x", "--also", f"{folder}/y:.85", "--out", "o")
+    assert (status, "1 rows" in line) == (1, True)

@@ -42,6 +42,17 @@ def test_a_folder_of_snip_embed_is_known_by_its_parts(embedded, inside, monkeypa
     assert usual_threshold(f".{inside}") == (0.75, "phash")
 
 
+def test_links_globs_and_lists_lead_to_the_folder(embedded, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(embedded / "img_emb")
+    shard = embedded / "img_emb" / "img_emb_0000.npy"
+    for source in (link, f"{tmp_path}/s*/img_emb/*.npy", f"{link}/*.npy", [shard, str(link)]):
+        assert origin_of(source) == Origin(str(embedded), "phash", 0.75, ["/photos"], "jpg")
+    (tmp_path / "s2" / "img_emb").mkdir(parents=True)
+    np.save(tmp_path / "s2" / "img_emb" / "a.npy", np.eye(3))
+    assert origin_of(f"{tmp_path}/s*/img_emb/*.npy") is None
+
+
 @pytest.mark.parametrize("inside", ["/text_emb", "/metadata", "/img_emb/x/y.npy", "/none"])
 def test_other_folders_have_no_origin(embedded, inside):
     assert origin_of(f"{embedded}{inside}") is None
@@ -49,7 +60,13 @@ def test_other_folders_have_no_origin(embedded, inside):
 
 
 def test_other_sources_and_manifests_have_none(embedded):
-    for source in (np.eye(3), None, [str(embedded)], "http://host/set/img_emb/img_emb_0.npy"):
+    for source in (
+        np.eye(3),
+        None,
+        [np.eye(3)],
+        [str(embedded), "elsewhere"],
+        "http://host/set/img_emb/img_emb_0.npy",
+    ):
         assert origin_of(source) is None
     (embedded / "snip.json").write_text(json.dumps({**MANIFEST, "kind": "descriptors"}))
     assert origin_of(embedded) is None

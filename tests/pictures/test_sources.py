@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,11 @@ from servers import Server
 
 import snipdedup
 from snipdedup.errors import SnipError
+from snipdedup.metadata.tables import open_metadata
+from snipdedup.pictures import sources
 from snipdedup.pictures.items import Text, read_texts
 from snipdedup.pictures.sources import find_pictures
+from snipdedup.storage import listing
 
 JPEG = [encoded(photo(number), "JPEG") for number in range(12)]
 
@@ -45,7 +49,7 @@ def embed(images, tmp_path, **more):
 
 def keys(images, shard_rows=100, **more):
     shards = find_pictures(str(images), shard_rows, **more).shards
-    return [[item.key for item in shard.items()] for shard in shards]
+    return [[item.key for item in shard.items(Counter())] for shard in shards]
 
 
 # ---- files
@@ -113,6 +117,47 @@ def test_globs_lists_and_commas(tmp_path, monkeypatch):
     assert keys("a,b.jpg") == [["a,b"]]
 
 
+def test_two_stars_in_a_glob_are_any_folders(tmp_path, monkeypatch):
+    write(tmp_path / "p", ["a.jpg", "x/b.jpg", "x/y/c.jpg", "x/.z/d.jpg", "x/y/e.png"])
+    monkeypatch.chdir(tmp_path)
+    assert keys("p/**/*.jpg") == [["a", "x/b", "x/y/c"]]
+    assert keys("p/**/**/*.png") == [["e"]]
+    assert keys("p/*") == [["a"]]
+
+
+def test_equal_numbers_have_an_order(tmp_path, monkeypatch):
+    names = ["1.jpg", "01.jpg", "001.jpg", "2.jpg", "02.jpg"]
+    write(tmp_path / "p", names)
+    monkeypatch.chdir(tmp_path)
+    for listed in (names, names[::-1]):
+        places = [(name, tmp_path / "p" / name) for name in listed]
+        monkeypatch.setattr(sources, "files_below", lambda _, places=places: places)
+        monkeypatch.setattr(listing, "glob", lambda *_, listed=listed, **__: [
+            f"p/{name}" for name in listed
+        ])  # fmt: skip
+        for images in ("p", "p/*"):
+            assert keys(images) == [["001", "01", "1", "02", "2"]]
+
+
+@pytest.mark.parametrize("line", ["/", ".", "a\0b.jpg", "~no such user/a.jpg"])
+def test_what_names_no_file_is_refused_with_its_line(tmp_path, line):
+    (tmp_path / "list.txt").write_text(f"a.jpg\n\n{line}\n")
+    with pytest.raises(SnipError, match=r"list\.txt: line 3: expected the path or URL of a file"):
+        find_pictures(tmp_path / "list.txt", 10)
+
+
+def test_names_may_be_long(tmp_path, monkeypatch):
+    name = "a" * 251
+    write(tmp_path / "p", [f"{name}.jpg", ("b\x85.jpg", JPEG[1])])
+    (tmp_path / "list.txt").write_text(f"p/{name}.jpg\np/{name}{name}.jpg\np/b\x85.jpg\n")
+    monkeypatch.chdir(tmp_path)
+    rows, failed, _ = embed("list.txt", tmp_path)
+    assert [row["key"] for row in rows] == [name, "b\x85"]
+    assert [row["reason"] for row in failed] == ["cannot be read: File name too long"]
+    assert keys(f"p/{name}.jpg") == [[name]]
+    assert keys("p") == [[name, "b\x85"]]
+
+
 def test_what_is_beside_pictures_is_left_out_and_counted(tmp_path):
     table = pa.table({"key": ["a"], "width": [3]})
     folder = write(
@@ -122,6 +167,12 @@ def test_what_is_beside_pictures_is_left_out_and_counted(tmp_path):
     found = find_pictures(str(folder), 10)
     assert found.left_out == {"": 1, ".md": 2, ".parquet": 1}
     assert keys(folder) == [["a"]]
+
+
+def test_what_was_left_out_is_said_with_the_most_common_first(tmp_path):
+    others = [(f"x.{letter}", b"") for letter in "abcdefg"] + [("y.z", b""), ("z.z", b"")]
+    _, _, result = embed(write(tmp_path / "p", ["a.jpg", *others]), tmp_path)
+    assert "by their names: 2 .z, 1 .a, 1 .b, 1 .c, 1 .d, 1 .e, 2 more" in str(result)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +332,51 @@ def test_a_column_is_named_where_there_are_several(tmp_path):
     assert (rows[0]["width"], rows[0]["key"], rows[0]["uid"]) == (50, "7", 7)
     with pytest.raises(SnipError, match="name one with --column"):
         embed(tmp_path / "a.parquet", tmp_path / "newer", column="uid")
+
+
+def test_a_table_without_a_good_picture_keeps_its_columns(tmp_path):
+    (tmp_path / "p").mkdir()
+    for number, data in enumerate((JPEG[0], b"nothing")):
+        table = pa.table({"image": [data], "label": [number]})
+        pq.write_table(table, tmp_path / f"p/{number}.parquet")
+    rows, failed, _ = embed(tmp_path / "p", tmp_path)
+    assert [row["label"] for row in rows] == [0]
+    assert len(failed) == 1
+    assert open_metadata(tmp_path / "out/metadata").rows == 1
+
+
+def test_no_two_columns_have_one_name(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {
+        "source_width": ["x"], "width": [7], "image_path": ["own"],
+        "image": pa.array([{"bytes": JPEG[0], "path": "a.jpg"}], kind),
+    }  # fmt: skip
+    (tmp_path / "p").mkdir()
+    for number, names in enumerate((list(columns), list(columns)[::-1])):
+        pq.write_table(pa.table(columns).select(names), tmp_path / f"p/{number}.parquet")
+    snipdedup.embed(tmp_path / "p", out=tmp_path / "out")
+    metadata = open_metadata(tmp_path / "out/metadata")
+    for file in metadata.files:
+        row = pq.read_table(file.path).to_pylist()[0]
+        assert (row["width"], row["source_width"], row["source_source_width"]) == (96, "x", 7)
+        assert (row["image_path"], row["source_image_path"]) == ("own", "a.jpg")
+
+
+def test_a_table_with_a_name_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(JPEG[:1]), pa.array([1]), pa.array([2])], list("jxx"))
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(SnipError, match="several columns are called x; rename them"):
+        embed(tmp_path / "a.parquet", tmp_path)
+
+
+def test_a_table_beside_pictures_hides_them_only_with_pictures(tmp_path):
+    folder = write(tmp_path / "p", ["a.jpg"])
+    pq.write_table(pa.table({"key": ["t"], "phash": [b"12345678"]}), folder / "0.parquet")
+    assert keys(folder) == [["a"]]
+    pq.write_table(pa.table({"key": ["t"], "JPG": [JPEG[1]]}), folder / "0.parquet")
+    assert keys(folder) == [["t"]]
+    pq.write_table(image_table(), folder / "0.parquet")
+    assert keys(folder) == [[f"0-00000{n}" for n in range(4)]]
 
 
 def test_tables_of_one_set_have_the_same_columns(tmp_path):

@@ -14,7 +14,7 @@ from odd_files import encoded, photo
 from snipdedup.errors import SnipError
 from snipdedup.pictures import workers
 from snipdedup.pictures.items import Item
-from snipdedup.pictures.reading import Failure, Row, Settings
+from snipdedup.pictures.reading import Failure, ReadSettings, Row
 from snipdedup.pictures.workers import Workers
 
 BOUND = 10**6
@@ -43,7 +43,7 @@ def item(number, colour=None):
 
 @pytest.fixture(params=[1, 3])
 def pool(request):
-    made = Workers(Settings(corner, 16, BOUND, None), request.param)
+    made = Workers(ReadSettings(corner, 16, BOUND, None), request.param)
     yield made
     made.close()
 
@@ -114,7 +114,45 @@ def test_who_stops_early_leaves_no_threads(pool):
     next(results)
     results.close()
     assert threading.active_count() == before
-    assert len(list(pool.results([item(7)]))) == 1
+    assert pool.processes == [None] * len(pool.processes)
+
+
+def test_a_pool_that_was_stopped_early_answers_what_it_is_asked_next(pool):
+    colours = photo(0, (8, 8))
+    data = encoded(colours, "PNG")
+    for turn in range(12):
+        results = pool.results(Item(f"old {n}", {"path": "/p"}, data) for n in range(200))
+        for _ in range(1 + 5 * turn):
+            next(results)
+        results.close()
+        asked = [Item(f"new {n}", {"path": "/p"}, data) for n in range(3)]
+        found = [row.values["key"] for row in pool.results(asked)]
+        assert found == ["new 0", "new 1", "new 2"]
+
+
+class Hasty(workers.Board):
+    """A board that is read by somebody who waits, when stopped, until all threads have left."""
+
+    @property
+    def stopped(self):
+        return self.is_stopped
+
+    @stopped.setter
+    def stopped(self, value):
+        self.is_stopped = value
+        if value:
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.threads, 10)
+
+
+def test_threads_that_leave_at_once_leave_no_answers(pool, monkeypatch):
+    monkeypatch.setattr(workers, "HELD_BYTES", 100)
+    monkeypatch.setattr(workers, "Board", Hasty)
+    results = pool.results(item(n) for n in range(500))
+    next(results)
+    time.sleep(0.5)  # threads wait for a place
+    results.close()
+    assert [row.values["key"] for row in pool.results([item(7)])] == ["k7"]
 
 
 def test_a_fault_while_items_are_listed_is_raised(pool):
@@ -132,6 +170,6 @@ class Unknown:
 
 
 def test_a_process_that_cannot_start_says_why():
-    pool = Workers(Settings(Unknown(), 16, BOUND, None), 1)
+    pool = Workers(ReadSettings(Unknown(), 16, BOUND, None), 1)
     with pytest.raises(SnipError, match=r"cannot start: ModuleNotFoundError: .*a_module_that"):
         list(pool.results([item(0)]))
