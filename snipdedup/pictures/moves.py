@@ -175,10 +175,10 @@ def run_moves(
     verb = "checking" if dry else "moving back" if back else "moving"
     with progress.bar(len(moves), verb, "files") as bar:
         for move, way, checked, found in ordered_map(check, moves, threads):
-            moves_now = checked == FREE and not dry
-            if moves_now and not back:
-                checked = change(move.stays, seen)
-            what = transfer(way, move.sha256, found) if moves_now and checked == FREE else checked
+            what = checked
+            if checked == FREE and not dry:
+                what = FREE if back else change(move.stays, seen)
+                what = transfer(way, move.sha256, found) if what == FREE else what
             if what == FREE:
                 outcome.moved += 1
                 outcome.size += found.st_size
