@@ -911,7 +911,7 @@ def killed_and_done(made, processes, kills, rng, second=None):
 
 def test_killed_at_random(tmp_path, processes):
     made = make(tmp_path, many(300))
-    killed_and_done(made, processes, 6, np.random.default_rng(6))
+    killed_and_done(made, processes, 3, np.random.default_rng(6))
 
 
 @pytest.mark.slow
