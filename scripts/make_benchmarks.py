@@ -57,7 +57,7 @@ the pairs of a tool make.
 | `pairs` | share of the matching pairs of distinct rows that are in one component |
 | `by row` | the same share for each row that has matches, averaged over these rows |
 | `rows` | share of the rows with a match that are in a component with another row |
-| `overlap` | of the rows that brute force removes (`star`, keep `first`): share that the tool removes |
+| `overlap` | share of the rows that brute force (`star`, keep `first`) removes that the tool removes |
 | `precision` | share of the removed rows that have a match |
 | `covered` | share of the removed rows that match a kept row |
 | `left` | number of kept rows that match an earlier kept row |
