@@ -48,8 +48,8 @@ for each of them.
 ## How quality is measured
 
 A *match* is a pair of rows whose cosine, computed in float64, reaches the threshold. *Brute force*
-finds them all. *Distinct rows* are all rows without exact copies. *Components* are the groups that
-the pairs of a tool make.
+finds them all, and removes rows by `--grouping star --keep first`. *Distinct rows* are all rows
+without exact copies. *Components* are the groups that the pairs of a tool make.
 
 | column | meaning |
 |---|---|
@@ -57,7 +57,7 @@ the pairs of a tool make.
 | `pairs` | share of the matching pairs of distinct rows that are in one component |
 | `by row` | the same share for each row that has matches, averaged over these rows |
 | `rows` | share of the rows with a match that are in a component with another row |
-| `overlap` | share of the rows that brute force (`star`, keep `first`) removes that the tool removes |
+| `overlap` | share of the rows removed by brute force that the tool removes, too |
 | `precision` | share of the removed rows that have a match |
 | `covered` | share of the removed rows that match a kept row |
 | `left` | number of kept rows that match an earlier kept row |
