@@ -19,7 +19,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, TextIO, get_type_hints
 
-from snipdedup import __version__
+from snipdedup import __version__, progress
 from snipdedup.commands import (
     Command,
     Settings,
@@ -37,6 +37,7 @@ WIDTH = 96
 GC_OBJECTS = 100_000  # new objects between collections: imports make many that all live on
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 CLOSED = 141  # as a shell says that a process ended by SIGPIPE
+LOUDNESS = {"--quiet": progress.QUIET, "--verbose": progress.VERBOSE}
 RESUMED = ("embed", "train", "compress", "index", "dedup", "filter", "download", "demo")
 
 
@@ -113,8 +114,14 @@ def answer(words: list[str]) -> object:
     command = COMMANDS[name]
     if {"--help", "-h"} & set(words[1:]):
         return command_help(command)
+    progress.loudness = progress.USUAL
+    for flag, loudness in LOUDNESS.items():
+        if flag in words:
+            words = [word for word in words if word != flag]
+            progress.loudness = loudness
     options = parse(command, words[1:])
-    result = command.run(options)
+    with progress.phase(f"snip {name}"):
+        result = command.run(options)
     return json.dumps(result.as_json(), indent=2) if getattr(options, "json", False) else result
 
 
@@ -240,7 +247,12 @@ def overview() -> str:
         lines += ["", group]
         lines += [f"  {c.name:<10} {c.does}" for c in COMMANDS.values() if c.group == group]
     lines += ["", "start here", "  snip demo"]
-    lines += [f"  {COMMANDS['dedup'].example}", "", "snip COMMAND --help says more."]
+    lines += [
+        f"  {COMMANDS['dedup'].example}",
+        "",
+        "snip COMMAND --help says more.",
+        "Every command takes --quiet (no progress) and --verbose (the time of each stage).",
+    ]
     return "\n".join(lines)
 
 

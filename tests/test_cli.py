@@ -398,19 +398,6 @@ def test_no_command_fails_on_a_reader_that_is_gone(small_run, words, status, bot
     assert (small_run / "new" / "snip.json").is_file() or "new" not in words.split()
 
 
-def test_progress_that_nobody_reads_does_not_end_the_run():
-    code = (
-        "import sys; from snipdedup import progress; progress.PLAIN_LINES_EVERY_S = 0\n"
-        "done = list(progress.track(range(5), 'steps', 'rows', 5)); progress.say('x')\n"
-        "sys.exit(7 if len(done) == 5 else 1)"
-    )
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "wb") as pipe:
-        done = subprocess.run([sys.executable, "-c", code], stderr=pipe, check=False)
-    assert done.returncode == 7
-
-
 def test_the_home_of_nobody(small_run, capsys):
     words = ["dedup", str(small_run / "e.npy"), "--out", "~nobody-of-this-name/x"]
     assert cli.run(words) == 1

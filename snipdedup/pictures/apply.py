@@ -25,10 +25,11 @@ from snipdedup.deduplication.read_out import whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.metadata.gather import open_row_texts
 from snipdedup.metadata.masks import MASK, load_mask
-from snipdedup.metadata.tables import Metadata, as_texts
+from snipdedup.metadata.tables import Metadata
 from snipdedup.parallel import cores
 from snipdedup.pictures import moves
 from snipdedup.pictures.moves import FOLDER, LEFT, Log, Move, Outcome
+from snipdedup.pictures.run_metadata import read_texts, refuse_other_metadata
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import as_written, read_manifest
 
@@ -94,6 +95,9 @@ def run(options: config.Apply) -> Applied:
         out_folder.refuse_output_inside(folder, [out, *texts.inputs()])
         check_folder(folder, options.move is not None)
         is_dup = load_mask(out / MASK)
+        refuse_other_metadata(
+            out, manifest, texts.metadata, is_dup, named=options.metadata is not None
+        )
         files = read_files(texts.metadata, is_dup, out)
         root = common_folder([name for name in files.names if is_plain(name)])
         if root != "/" and folder.resolve().is_relative_to(Path(root).resolve()):
@@ -136,32 +140,33 @@ def check_folder(folder: Path, moving: bool) -> None:
 def read_files(metadata: Metadata, is_dup: np.ndarray, out: Path) -> Files:
     """Read which files the rows name; refuse metadata that names none."""
     path, sha256 = (metadata.column(None, [name]) for name in ("path", "sha256"))
+    for name, todo in CONTAINERS.items():
+        column = metadata.column(None, [name])
+        if column is not None and read_texts(metadata, column).null_count < metadata.rows:
+            raise SnipError(
+                f"{metadata.describe()}: these pictures lie in "
+                f"{todo.format(metadata.files[0].path.parent, out)}"
+            )
     if path is None or sha256 is None:
-        for name, todo in CONTAINERS.items():
-            if path is None and metadata.column(None, [name]) is not None:
-                raise SnipError(
-                    f"{metadata.describe()}: these pictures lie in "
-                    f"{todo.format(metadata.files[0].path.parent, out)}"
-                )
         raise SnipError(
             f"{metadata.describe()}: expected the columns path and sha256, as snip embed writes "
             f"them for files, found {', '.join(metadata.columns)}"
         )
-    batches = [
-        [as_texts(file, name, batch.column(n), pa.large_string())
-         for n, name in enumerate((path, sha256))]
-        for file, _, batch in metadata.read([path, sha256])
-    ]  # fmt: skip
     coded = [
-        pa.chunked_array(column, pa.large_string()).combine_chunks().dictionary_encode()
-        for column in zip(*batches, strict=True)
-    ] or [pa.array([], pa.large_string()).dictionary_encode()] * 2
+        read_texts(metadata, column).combine_chunks().dictionary_encode()
+        for column in (path, sha256)
+    ]
     of_row, hash_of_row = (
         pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         for column in coded
     )
     names, hashes = (column.dictionary.to_pylist() for column in coded)
     named = of_row >= 0
+    if not named.any():
+        raise SnipError(
+            f"{metadata.describe()}: no row names a file of its own in the column {path}; frames "
+            "of videos cannot be moved"
+        )
     first = np.full(len(names), len(of_row), np.int64)
     np.minimum.at(first, of_row[named], np.flatnonzero(named))
     gone = np.bincount(of_row[named & ~np.asarray(is_dup)], minlength=len(names)) == 0
@@ -277,18 +282,17 @@ def move(
     if dry:
         lines = [f"{len(log.moves):,} files of removed rows; {outcome.moved:,} would be moved "
                  f"({outcome.size / 1e6:,.1f} MB)"]  # fmt: skip
-        left = {name for name, _ in outcome.left}
-        going = [one for one in log.moves if one.source not in left]
         lines += [f"  {quoted(one.source)} -> {quoted(folder / one.target)}"
-                  for one in going[:SHOWN]]  # fmt: skip
-        lines += [f"  and {len(going) - SHOWN:,} more"] if len(going) > SHOWN else []
+                  for one in outcome.going[:SHOWN]]  # fmt: skip
+        more = outcome.moved - SHOWN
+        lines += [f"  and {more:,} more"] if more > 0 else []
     else:
-        lines = [f"{folder}: {outcome.moved:,} files moved ({outcome.size / 1e6:,.1f} MB)"]
+        lines = [f"{quoted(folder)}: {outcome.moved:,} files moved ({outcome.size / 1e6:,.1f} MB)"]
     if outcome.done:
         lines[0] += f", {outcome.done:,} were moved already"
     lines += describe_left(outcome, folder, dry=dry)
     if not dry:
-        lines.append(f"to put them back: snip apply --undo {folder}")
+        lines.append(f"to put them back: snip apply --undo {quoted(folder)}")
     return Applied(folder, outcome.moved, outcome.done, outcome.left, "\n".join(lines))
 
 
@@ -304,7 +308,7 @@ def undo(folder: Path, threads: int, *, dry: bool) -> Applied:
     log = moves.read_log(folder) or Log({}, "", [])
     outcome = moves.run_moves(folder, log, threads, back=True, dry=dry)
     verb = "would be put back" if dry else "put back"
-    lines = [f"{folder}: {outcome.moved:,} files {verb} ({outcome.size / 1e6:,.1f} MB)"]
+    lines = [f"{quoted(folder)}: {outcome.moved:,} files {verb} ({outcome.size / 1e6:,.1f} MB)"]
     if outcome.done:
         lines[0] += f", {outcome.done:,} are at their old places"
     lines += describe_left(outcome, folder, dry=dry)
@@ -330,7 +334,7 @@ def link(folder: Path, files: Files, root: str, request: dict[str, Any], *, dry:
         else:
             make_link(name, folder / name[len(root) :].strip("/"), outcome, dry=dry)
     verb = "links would be made" if dry else "links made"
-    lines = [f"{folder}: {outcome.moved:,} {verb} to the files of rows that stay"]
+    lines = [f"{quoted(folder)}: {outcome.moved:,} {verb} to the files of rows that stay"]
     if outcome.done:
         lines[0] += f", {outcome.done:,} are there already"
     lines += describe_left(outcome, folder, dry=dry)
@@ -343,7 +347,7 @@ def make_link(name: str, target: Path, outcome: Outcome, *, dry: bool) -> None:
         if target.exists() and target.samefile(name):
             outcome.done += 1
         else:
-            outcome.left.append((name, f"something else is at {target}"))
+            outcome.left.append((name, f"{moves.TAKEN}: {target}"))
         return
     if not dry:
         with atomic.explained(target):
@@ -371,7 +375,7 @@ def describe_left(outcome: Outcome, folder: Path, *, dry: bool) -> list[str]:
     lines = [f"{len(outcome.left):,} files are left where they are"]
     lines += [f"  {count:,}: {reason}" for reason, count in counts.most_common()]
     lines += [f"  such as {quoted(name)}" for name, _ in outcome.left[:SHOWN]]
-    return lines if dry else [*lines, f"all of them: {path}"]
+    return lines if dry else [*lines, f"all of them: {quoted(path)}"]
 
 
 def safe(text: str) -> str:

@@ -47,6 +47,7 @@ TYPES = {
     "width": pa.int32(), "height": pa.int32(), "bytes": pa.int64(), "sha256": pa.string(),
     "exif_time": pa.string(), "camera": pa.string(), "caption": pa.string(), "url": pa.string(),
 }  # fmt: skip
+PLACES = ("path", "tar", "member", "parquet", "parquet_row", "video", "second")
 MEASURED = ("width", "height", "bytes", "sha256", "exif_time", "camera", "caption", "url")
 FAILURES = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string())])
 LIBRARIES = (
@@ -305,13 +306,16 @@ def schema_of(shard: Shard) -> pa.Schema:
 
 
 def with_own_columns(shard: Shard, table: pa.Table) -> pa.Table:
-    """Add the columns that the source of a shard has itself; of names that are taken, as others."""
+    """Add the columns that the source of a shard has itself; of names that are taken, as others.
+
+    Names of places are taken, in any case: others must not pass for where a picture lies.
+    """
     own = shard.own(table)
     if own is None:
         return table
     for name, values in zip(own.column_names, own.columns, strict=True):
         if name not in ("key", "caption", "url"):  # which are there already, as texts
-            free = name
+            free = f"source_{name}" if name.lower() in PLACES else name
             while free in table.column_names or (free != name and free in own.column_names):
                 free = f"source_{free}"
             table = table.append_column(free, values)

@@ -31,6 +31,9 @@ FORMAT = 1
 READ = 1 << 20  # bytes
 FREE, DONE = "free", "done"  # a file that can move, one that has; all else is why it cannot
 MISSING = "it is missing"
+# of these a path follows: the summary counts what is before the colon
+TAKEN, CAME = "something else is at its place", "something came to its place"
+CHANGED = "the picture that stays for it has changed"
 
 
 class Move(NamedTuple):
@@ -64,6 +67,7 @@ class Outcome:
     done: int = 0
     size: int = 0  # bytes that moved
     left: list[tuple[str, str]] = field(default_factory=list)
+    going: list[Move] = field(default_factory=list)  # of a dry run: what would move
 
 
 # ---- the log
@@ -171,11 +175,14 @@ def run_moves(
     verb = "checking" if dry else "moving back" if back else "moving"
     with progress.bar(len(moves), verb, "files") as bar:
         for move, way, checked, found in ordered_map(check, moves, threads):
-            moves_now = checked == FREE and not dry
-            what = transfer(way, move.sha256, found) if moves_now else checked
+            what = checked
+            if checked == FREE and not dry:
+                what = FREE if back else change(move.stays, seen)
+                what = transfer(way, move.sha256, found) if what == FREE else what
             if what == FREE:
                 outcome.moved += 1
                 outcome.size += found.st_size
+                outcome.going += [move] if dry else []
             elif what == DONE:
                 outcome.done += 1
             else:
@@ -195,7 +202,7 @@ def obstacle(
     if (why := difference(way.begin, move.sha256)) is not None:
         return why
     if entry(way.end) is not None and difference(way.end, move.sha256) is not None:
-        return f"something else is at {way.end}"
+        return f"{TAKEN}: {way.end}"
     for path, sha256 in stays:
         try:
             known = Path(path).stat()
@@ -206,7 +213,19 @@ def obstacle(
         except (OSError, ValueError):
             return f"the picture that stays for it is missing: {path}"
         if seen[path][1] != sha256:
-            return f"the picture that stays for it has changed: {path}"
+            return f"{CHANGED}: {path}"
+    return FREE
+
+
+def change(stays: tuple[tuple[str, str], ...], seen: dict[str, tuple[Any, str]]) -> str:
+    """Return which file that must stay is not as it was when `obstacle` read it, else `FREE`."""
+    for path, _ in stays:
+        try:
+            same = state(Path(path).stat()) == state(seen[path][0])
+        except OSError:
+            same = False
+        if not same:
+            return f"{CHANGED}: {path}"
     return FREE
 
 
@@ -258,7 +277,7 @@ def transfer(way: Way, sha256: str, found: os.stat_result) -> str:
         try:
             place(way.begin, way.end)
         except FileExistsError:
-            return f"something came to {way.end}"
+            return f"{CAME}: {way.end}"
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
@@ -301,7 +320,7 @@ def copy(way: Way, sha256: str) -> str:
         place(way.part, way.end)
     except FileExistsError:
         way.part.unlink()
-        return f"something came to {way.end}"
+        return f"{CAME}: {way.end}"
     atomic.sync_folder(way.end.parent)
     way.begin.unlink()
     return FREE

@@ -139,6 +139,32 @@ def test_a_dry_run_says_what_would_move_and_writes_nothing(few):
     assert tree(few.folder) == moved
 
 
+def test_a_dry_run_shows_no_file_that_moved_already(few):
+    few.apply()
+    few.undo()
+    moved = few.moved / "0/1.jpg"
+    moved.parent.mkdir()
+    Path(few.paths[1]).rename(moved)
+    said = str(few.apply(dry_run=True))
+    assert "3 would be moved" in said
+    assert "1 were moved already" in said
+    assert said.count(" -> ") == 3
+    assert f"{few.paths[1]} -> " not in said
+
+
+def test_reasons_are_counted_whatever_their_paths(few):
+    few.moved = few.folder / "mo\nved"
+    few.apply()
+    few.undo()
+    for name in ("0/1.jpg", "1/4.jpg"):
+        (few.moved / name).parent.mkdir()
+        (few.moved / name).write_bytes(b"mine")
+    said = str(few.apply())
+    assert "  2: something else is at its place\n" in said
+    assert "mo\nved" not in said
+    assert json.dumps(str(few.moved)) in said
+
+
 def test_names_of_any_letters(tmp_path, capsys):
     made = make(tmp_path, [(f"{kind}/{name}", kind) for kind, name in enumerate(ODD * 2)]
                 + [(f"x/{kind}{name}", kind) for kind, name in enumerate(ODD * 2)])  # fmt: skip
@@ -323,7 +349,7 @@ def test_what_came_to_a_place_stays(few):
     done = few.undo()
     assert done.moved == 2
     assert dict(done.left) == {
-        str(taken): f"something else is at {before}", str(edited): "its bytes changed"
+        str(taken): f"something else is at its place: {before}", str(edited): "its bytes changed"
     }  # fmt: skip
     assert before.read_bytes() == b"a new picture"
     assert (few.moved / "1/mine.txt").read_bytes() == b"mine"
@@ -339,7 +365,8 @@ def test_a_place_that_is_taken_in_the_folder(few):
     (few.moved / "0").mkdir()
     (few.moved / "0/1.jpg").write_bytes(b"mine")
     done = few.apply()
-    assert done.left == [(str(few.photos / "0/1.jpg"), f"something else is at {few.moved}/0/1.jpg")]
+    taken = few.moved / "0/1.jpg"
+    assert done.left == [(str(few.photos / "0/1.jpg"), f"something else is at its place: {taken}")]
     assert (few.moved / "0/1.jpg").read_bytes() == b"mine"
 
 
@@ -362,7 +389,7 @@ def test_a_file_that_comes_at_the_last_moment_is_not_overwritten(few, monkeypatc
     done = few.apply(threads=1)
     taken = few.moved / "0/1.jpg"
     assert done.moved == 3
-    assert done.left == [(str(few.photos / "0/1.jpg"), f"something came to {taken}")]
+    assert done.left == [(str(few.photos / "0/1.jpg"), f"something came to its place: {taken}")]
     assert taken.read_bytes() == b"mine"
     assert tree(few.photos)["0/1.jpg"] == before["0/1.jpg"]
     assert len(tree(few.moved)) == 4
@@ -410,6 +437,14 @@ def test_wrong_usage(flags, said):
         ({"tar": ["/x/0.tar"] * 6, "member": ["a"] * 6}, "lie in tars; .*--export keys"),
         ({"parquet": ["/x/0.parquet"] * 6}, "lie in parquet files; .*snip filter FILES"),
         ({"url": ["x"] * 6}, "expected the columns path and sha256"),
+        (
+            {"path": ["/x/0.jpg"] * 6, "sha256": ["0"] * 6, "tar": [None, "/x/0.tar"] * 3},
+            "lie in tars",
+        ),
+        (
+            {"path": pa.nulls(6, pa.string()), "video": ["/x/0.mp4"] * 6, "sha256": ["0"] * 6},
+            "no row names a file of its own in the column path; frames of videos cannot be moved",
+        ),
     ],
 )
 def test_pictures_that_are_no_files(tmp_path, columns, said):
@@ -421,6 +456,32 @@ def test_pictures_that_are_no_files(tmp_path, columns, said):
     with pytest.raises(SnipError, match=said):
         made.apply()
     assert not made.moved.exists()
+
+
+def test_paths_that_a_table_of_pictures_names_itself(tmp_path, snip):
+    """They are columns of a stranger, and are kept as such: these files were never read."""
+    from odd_files import photo
+
+    data, originals = [], []
+    for n in range(3):
+        originals.append(tmp_path / f"{n}.png")
+        photo(n // 2, (160, 120)).save(originals[-1])
+        data.append(originals[-1].read_bytes())
+    names = list(map(str, originals))
+    own = {"path": names, "Tar": ["x"] * 3, "second": [0] * 3, "source_path": ["y"] * 3}
+    pq.write_table(pa.table({"image": data, **own}), tmp_path / "set.parquet")
+    snip("embed", tmp_path / "set.parquet", "--out", "set", cwd=tmp_path)
+    table = pq.read_table(tmp_path / "set/metadata/metadata_0000.parquet").to_pydict()
+    assert not {"path", "Tar", "second"} & set(table)
+    assert table["source_source_path"] == names
+    assert table["source_path"] == ["y"] * 3
+    snip("dedup", "set", "--out", "clean", cwd=tmp_path)
+    assert np.load(tmp_path / "clean/is_dup.npy").sum() == 1
+    with pytest.raises(SnipError, match="lie in parquet files"):
+        snipdedup.apply(tmp_path / "clean", move=tmp_path / "moved")
+    assert all(path.exists() for path in originals)
+    done = snip("report", "clean", cwd=tmp_path)
+    assert "pictures of 2 of the 2 rows shown" in done.stdout
 
 
 def test_folders_that_are_refused(few):
@@ -452,6 +513,69 @@ def test_metadata_that_is_gone_can_be_named(few):
     with pytest.raises(SnipError, match="name it with --metadata"):
         few.apply()
     assert few.apply(metadata=few.folder / "other").moved == 4
+
+
+def rewrite(made, change, place="set/metadata/metadata_0.parquet"):
+    """Write metadata anew, changed, into another file or the same."""
+    table = pq.read_table(made.folder / "set/metadata/metadata_0.parquet").to_pydict()
+    change(table)
+    pq.write_table(pa.table(table), made.folder / place)
+
+
+def swap(table, name, one, other):
+    table[name][one], table[name][other] = table[name][other], table[name][one]
+
+
+def test_metadata_that_was_made_anew_is_refused(tmp_path, snip):
+    """Copies a and b, and c: b and c change their names, so b is the only one of its kind."""
+    from odd_files import photo
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        photo(seed, (160, 120)).save(photos / f"{name}.png")
+    snip("embed", photos, "--out", "set", cwd=tmp_path)
+    snip("dedup", "set", "--out", "clean", cwd=tmp_path)
+    (photos / "b.png").rename(photos / "x.png")
+    (photos / "c.png").rename(photos / "b.png")
+    (photos / "x.png").rename(photos / "c.png")
+    size = (tmp_path / "set/metadata/metadata_0000.parquet").stat().st_size
+    snip("embed", photos, "--out", "set", "--overwrite", cwd=tmp_path)
+    assert (tmp_path / "set/metadata/metadata_0000.parquet").stat().st_size == size
+    before = tree(photos)
+    with pytest.raises(SnipError, match=r"metadata_0000.parquet: written anew since the run of"):
+        snipdedup.apply(tmp_path / "clean", move=tmp_path / "moved")
+    with pytest.raises(SnipError, match="its keys, paths or sha256s are not those of the table"):
+        snipdedup.apply(
+            tmp_path / "clean", move=tmp_path / "moved", metadata=tmp_path / "set/metadata"
+        )
+    assert tree(photos) == before
+    assert not (tmp_path / "moved").exists()
+
+
+def test_a_copy_of_the_metadata_may_be_named(few):
+    rewrite(few, lambda table: table.update(caption=["x"] * 6), "copy.parquet")
+    os.utime(few.folder / "set/metadata/metadata_0.parquet", (10**9, 10**9))
+    with pytest.raises(SnipError, match="written anew since the run"):
+        few.apply()
+    assert few.apply(metadata=few.folder / "copy.parquet").moved == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: swap(table, "key", 1, 4),
+        lambda table: table.pop("key"),
+        lambda table: swap(table, "path", 0, 3),
+        lambda table: swap(table, "sha256", 0, 3),
+    ],
+)
+def test_other_metadata_of_as_many_rows_is_refused(few, change):
+    rewrite(few, change, "other.parquet")
+    before = tree(few.photos)
+    with pytest.raises(SnipError, match="its keys, paths or sha256s are not those of the table"):
+        few.apply(metadata=few.folder / "other.parquet")
+    assert tree(few.photos) == before
 
 
 def test_a_folder_of_another_result_is_refused_until_it_is_undone(few):
@@ -552,7 +676,7 @@ def test_what_is_at_the_place_of_a_link_stays(few):
     (place / "0/0.jpg").write_bytes(b"mine")
     done = snipdedup.apply(few.out, link=place)
     assert (done.moved, done.done) == (0, 1)
-    assert done.left == [(few.paths[0], f"something else is at {place}/0/0.jpg")]
+    assert done.left == [(few.paths[0], f"something else is at its place: {place}/0/0.jpg")]
 
 
 # ---- stopped at any step
@@ -693,6 +817,39 @@ def test_a_file_that_changes_between_its_check_and_its_move(few, monkeypatch):
     assert Path(few.paths[1]).read_bytes() == b"just edited"
 
 
+@pytest.mark.parametrize("what", ["gone", "edited"])
+def test_a_picture_that_goes_after_the_check_of_its_copy(few, monkeypatch, what):
+    """As if another run had moved the file that stays, after it was read and before the move."""
+    stays, real = Path(few.paths[0]), moves.obstacle
+
+    def late(way, move, others, seen):
+        found = real(way, move, others, seen)
+        if way.begin == Path(few.paths[2]):
+            stays.unlink()
+            if what == "edited":
+                stays.write_bytes(b"edited")
+        return found
+
+    monkeypatch.setattr(moves, "obstacle", late)
+    done = few.apply(threads=1)
+    assert (few.paths[2], f"{moves.CHANGED}: {stays}") in done.left
+    assert Path(few.paths[2]).exists()
+    assert not (few.moved / "0/2.jpg").exists()
+
+
+def test_what_stays_is_another_file_and_is_read_again_once_it_changes(few):
+    one, other = Path(few.paths[0]), Path(few.paths[1])
+    move = moves.Move(str(other), "b", moves.digest(other), ((str(one), moves.digest(one)),))
+    way, seen = moves.Way(other, few.moved / "b", few.moved / "part"), {}
+    assert moves.obstacle(way, move, move.stays, seen) == moves.FREE
+    one.write_bytes(b"edited")
+    assert moves.obstacle(way, move, move.stays, seen) == f"{moves.CHANGED}: {one}"
+    one.unlink()
+    os.link(other, one)
+    same = ((str(one), move.sha256),)
+    assert "is the same file, by another name" in moves.obstacle(way, move, same, {})
+
+
 def test_a_folder_that_cannot_be_written_stops_it_in_one_line(few, monkeypatch):
     real = os.link
 
@@ -754,7 +911,7 @@ def killed_and_done(made, processes, kills, rng, second=None):
 
 def test_killed_at_random(tmp_path, processes):
     made = make(tmp_path, many(300))
-    killed_and_done(made, processes, 6, np.random.default_rng())
+    killed_and_done(made, processes, 3, np.random.default_rng(6))
 
 
 @pytest.mark.slow
@@ -765,7 +922,7 @@ def test_ten_thousand_files_and_twenty_kills(tmp_path, processes, system):
     if system == "two":
         made.moved = other_folder(tmp_path)
     try:
-        killed_and_done(made, processes, 20, np.random.default_rng())
+        killed_and_done(made, processes, 20, np.random.default_rng(20))
     finally:
         shutil.rmtree(made.moved, ignore_errors=True)
 

@@ -120,9 +120,9 @@ def test_who_stops_early_leaves_no_threads(pool):
 def test_a_pool_that_was_stopped_early_answers_what_it_is_asked_next(pool):
     colours = photo(0, (8, 8))
     data = encoded(colours, "PNG")
-    for turn in range(12):
+    for turn in range(6):
         results = pool.results(Item(f"old {n}", {"path": "/p"}, data) for n in range(200))
-        for _ in range(1 + 5 * turn):
+        for _ in range(1 + 10 * turn):
             next(results)
         results.close()
         asked = [Item(f"new {n}", {"path": "/p"}, data) for n in range(3)]
