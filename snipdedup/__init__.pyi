@@ -20,6 +20,7 @@ from snipdedup.inspection.diff import DiffResult as DiffResult
 from snipdedup.inspection.report import ReportResult as ReportResult
 from snipdedup.inspection.search import SearchResult as SearchResult
 from snipdedup.inspection.top import TopResult as TopResult
+from snipdedup.inspection.why import WhyResult as WhyResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
 from snipdedup.pictures.apply import Applied as Applied
 from snipdedup.pictures.embed import Embedded as Embedded
@@ -353,7 +354,7 @@ def dedup(
         semdedup: count duplicates between clusters, by join; --noborders turns it off
         (default: on)
     key
-        column for groups.parquet (default: first of key, uid, sample_id, hash)
+        column for groups.parquet (default: first of key, uid, ...)
     merge_captions
         add so many captions of removed rows
     caption
@@ -732,7 +733,7 @@ def report(
     images: str | PathLike[str] | None = None,
     image_column: str | None = None,
     metadata: str | PathLike[str] | None = None,
-    rows: str | None = None,
+    rows: Any = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> ReportResult:
@@ -751,7 +752,7 @@ def report(
     metadata
         table of captions and urls, if it moved
     rows
-        also show these rows (from 0, by comma), with their kept rows
+        also show these rows (numbers or keys, by comma), with their kept rows
     seed
         seed of the samples that are shown (default: 0)
     overwrite
@@ -786,7 +787,7 @@ def search(
     Parameters
     ----------
     query
-        row number, .npy or .npz of vectors, or a text
+        row number, key, .npy or .npz of vectors, or a text
     parts
         part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
@@ -915,6 +916,39 @@ def train(
         seed of every random choice (default: 0)
     overwrite
         replace a finished encoder
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def why(
+    out: str | PathLike[str],
+    key: Any,
+    *,
+    features: str | PathLike[str] | None = None,
+    metadata: str | PathLike[str] | None = None,
+    html: str | PathLike[str] | None = None,
+    images: str | PathLike[str] | None = None,
+) -> WhyResult:
+    """Say why a row is removed or kept, and how alike its group is: ``snip why``.
+
+    Parameters
+    ----------
+    out
+        folder that snip dedup wrote
+    key
+        key or row number, several by comma; key:123 is a key, row:123 a row, 123 a row if
+        there is one
+    features
+        the searched rows, if they moved
+    metadata
+        input table, if it moved
+    html
+        also write a page of the group
+    images
+        pictures by key, as of snip report
 
     Raises
     ------

@@ -240,7 +240,7 @@ class Dedup(Input):
     borders: bool = option(
         True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
     )
-    key: str | None = option(None, "column for groups.parquet [first of key, uid, sample_id, hash]")
+    key: str | None = option(None, "column for groups.parquet [first of key, uid, ...]")
     merge_captions: int | None = option(None, "add so many captions of removed rows", 1, 10**6)
     caption: str | None = option(None, "metadata column of captions [first of caption, text]")
     weights: bool = option(False, "write all rows, with a column weight that duplicates share")
@@ -454,11 +454,27 @@ class Report(Settings):
     )
     image_column: str | None = option(None, "metadata column of picture files (below --images)")
     metadata: str | None = option(None, "table of captions and urls, if it moved", path=ANYWHERE)
-    rows: str | None = option(
-        None, "also show these rows (from 0, by comma), with their kept rows", 0, 2**48
+    rows: Any = option(
+        None, "also show these rows (numbers or keys, by comma), with their kept rows"
     )
     seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a file that is no report, or a page with pictures")
+
+
+@command("why", "looking", "inspection.why", "clean 000000064")
+class Why(Settings):
+    """Say why a row is removed or kept, and how alike its group is."""
+
+    out: str = argument("folder that snip dedup wrote", path=FOLDER)
+    key: Any = argument(
+        "key or row number, several by comma; key:123 is a key, row:123 a row, 123 a row if there "
+        "is one"
+    )
+    features: str | None = option(None, "the searched rows, if they moved", path=ANYWHERE)
+    metadata: str | None = option(None, "input table, if it moved", path=ANYWHERE)
+    html: str | None = option(None, "also write a page of the group", path=WRITTEN)
+    images: str | None = option(None, "pictures by key, as of snip report", path=FILE)
+    json: bool = option(False, "print JSON", command_only=True)
 
 
 @command("top", "looking", "inspection.top", "clean -n 20")
@@ -507,7 +523,7 @@ class Audit(Format):
 class Search(Format):
     """Find the nearest rows to a row, a vector or a text."""
 
-    query: Any = argument("row number, .npy or .npz of vectors, or a text")
+    query: Any = argument("row number, key, .npy or .npz of vectors, or a text")
     index: str = required("folder that snip index wrote", path=FOLDER)
     k: int = option(10, "neighbours to show", 1, 10**6)
     nprobe: int = option(64, "lists visited", 1, 2**24)
