@@ -17,33 +17,69 @@ PAGE, SOURCES = DOCS / "benchmarks.md", DOCS / "benchmarks"
 HEAD = """\
 # Benchmarks
 
-Generated from `docs/benchmarks/*.json` by `python scripts/make_benchmarks.py`; do not edit. Each
-file is one run of `scripts/bench_join.py`, or of `scripts/bench_codes.py` where recall of codes is
-measured, and holds every setting, all repeats, and the machine; `grouping.json` and
-`components.json` (of `bench_grouping.py` and `bench_components.py`) are shown in
-[scale](scale.md), `recall_300k.json` and `recall_400k.json` (of `bench_recall.py`) in
-[Calibration](internals/calibration.md).
+`python scripts/make_benchmarks.py` writes this page from `docs/benchmarks/*.json`; do not edit it.
+Each JSON file is one run of a script, with every setting, all repeats, and the machine. The
+scripts are `scripts/bench_join.py` and, for codes, `scripts/bench_codes.py`. Other pages show the
+other files: [Large sets](scale.md), [Calibration](internals/calibration.md), [Models of
+pictures](howto/models.md).
 
-**Time.** Whole processes, imports included, run in turn on a warm page cache; the median of the
-repeats. *Floor*: the best time of a loop that only reads the rows, converts them to float32 and
-multiplies each by a d × 128 matrix; imports not included. Brute force (numpy, float32, each pair
-of rows once) is timed on a sample of queries and extrapolated. faiss IVFPQ is timed up to the end
-of its search: project to 128 dimensions (PCA), train, add, search with k = 16; proving the
-neighbours that it returns comes after the clock, and only true pairs are counted for it. SemDeDup's
-rule: spherical k-means with about 8,700 rows a cluster, a row goes if an earlier row of its cluster
-matches it. semhash takes all rows as float32 in memory. Peaks of anonymous memory are summed over
-processes: what forked workers share is counted for each.
+## How time is measured
 
-**Quality.** *Components*: rows beyond one a component found, over those of brute force. *Pairs*:
-share of the true pairs over distinct rows whose two rows are in one component; *by row*: the same,
-each row counted once, whatever the number of its pairs. *Rows*: share of the rows with a true pair
-that are in a group at all. *Overlap*: rows removed by both, over those that brute force removes
-(star, keep first). *Precision*: share of the removed rows that have a true match. *Covered*: share
-of the removed rows that have a match that stays. *Beside*: rows that stay although an earlier row
-that stays matches them. Above the size where every pair can be looked at, a sample of the distinct
-rows is compared with all, and what needs every pair is left out. SemDeDup and semhash name one
-match of each row that goes, so their components, made of these pairs, are the least that they
-found: judge them by overlap and by rows.
+Each tool is a process of its own. The time of the whole process counts, with its imports. The
+tools run one after another, on files that are in the memory of the system already. The tables show
+the median of the repeats.
+
+- *ours* is `snip dedup`.
+- *floor* is a loop that reads all rows, converts them to float32, and multiplies each by a d × 128
+  matrix. Its best time counts, without imports.
+- *brute* compares each pair of rows once, with numpy in float32. A sample of the rows is compared
+  with all, and the time of all is extrapolated from it.
+- *faiss-pq16-nprobe4* is an IVFPQ index of faiss with codes of 16 bytes; a search visits 4 lists.
+  It projects the rows to 128 dimensions (PCA), trains, adds all rows, and searches the 16 nearest
+  of each. The check of the neighbours on the raw features is not in its time, and only true pairs
+  count as found.
+- *semdedup* is the rule of SemDeDup: k-means with about 8,700 rows a cluster; a row is removed if
+  it matches an earlier row of its cluster.
+- *semhash* gets all rows as float32, in memory.
+
+Peaks of anonymous memory are added up over all processes. Memory that processes share is counted
+for each of them.
+
+## How quality is measured
+
+A *match* is a pair of rows whose cosine, computed in float64, reaches the threshold. *Brute force*
+finds them all, and removes rows by `--grouping star --keep first`. *Distinct rows* are all rows
+without exact copies. *Components* are the groups that the pairs of a tool make.
+
+| column | meaning |
+|---|---|
+| `components` | number of rows beyond one in each component, divided by that of brute force |
+| `pairs` | share of the matching pairs of distinct rows that are in one component |
+| `by row` | the same share for each row that has matches, averaged over these rows |
+| `rows` | share of the rows with a match that are in a component with another row |
+| `overlap` | share of the rows removed by brute force that the tool removes, too |
+| `precision` | share of the removed rows that have a match |
+| `covered` | share of the removed rows that match a kept row |
+| `left` | number of kept rows that match an earlier kept row |
+
+In sets of more than 120,000 rows, only a sample of the distinct rows is compared with all. Columns
+that need every pair are then empty. SemDeDup and semhash report only one match of each removed
+row. Their components are made from these pairs, so they look worse than they are: judge these
+tools by `overlap` and `left`.
+
+Under each table are the stages of *ours* and some numbers of its search. A *visit* is a list whose
+rows a row is compared with. *Candidates* are the pairs that short codes could not rule out ([how
+the join works](internals/join.md)).
+"""
+
+CODE_WORDS = """\
+Two thirds of the rows train the encoders. The others are indexed, and queried. `split: random`:
+the thirds are chosen at random, row by row. `split: shard`: by shards, so training and test rows
+come from different videos or sites.
+
+- *PCA*: principal components. *PCA head*: half as many of them.
+- *MSE*, *SNIP*: an encoder trained with squared error, or with the SNIP loss.
+- *OPQ on raw*: codes of the raw features, after a rotation that is trained for them (faiss).
 """
 
 CODE_NAMES = ("PCA", "PCA head", "MSE", "SNIP", "OPQ on raw")
@@ -99,7 +135,7 @@ def table(body: dict[str, Any]) -> list[str]:
     """Return the results as a Markdown table, by time."""
     names = [name for name, _ in COLUMNS]
     lines = [
-        f"| | seconds | × floor | × ours | {' | '.join(names)} | beside | removed |",
+        f"| | seconds | × floor | × ours | {' | '.join(names)} | left | removed |",
         "|---" + "|---:" * (len(names) + 5) + "|",
     ]
     results = body["results"]
@@ -138,12 +174,13 @@ def notes(body: dict[str, Any]) -> str:
         lines.append("\\* extrapolated from a sample of queries.")
     truth, ours = body["truth"], body["results"]["ours"]
     if truth:
-        kind = "every pair" if truth["full"] else f"a sample of {truth['judged']:,} distinct rows"
+        kind = "all" if truth["full"] else f"a sample of {truth['judged']:,}"
         lines.append(
-            f"Truth: {kind}; {truth['pairs']:,} pairs, {truth['distinct']:,} of the rows distinct."
+            f"Brute force compared {kind} of the {truth['distinct']:,} distinct rows with all, and "
+            f"found {truth['pairs']:,} pairs."
         )
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in ours["stages"].items())
-    lines.append(f"Ours by stage, seconds: {stages}; peak of anonymous memory {peak(ours)}.")
+    lines.append(f"Ours by stage, in seconds: {stages}. Peak of anonymous memory: {peak(ours)}.")
     lines.append(describe_ours(body))
     for name, reason in body["skipped"].items():
         lines.append(f"{name} was not run: {reason}.")
@@ -165,14 +202,14 @@ def describe_ours(body: dict[str, Any]) -> str:
     quality = ours.get("quality") or {}
     if quality.get("proved") is not None:
         text += (
-            f"; {ratio_cell(quality['proved'])} of the {quality['removed']:,} removed rows proved "
-            "by a pair of float64 cosine"
+            f". Share of the {quality['removed']:,} removed rows that have a match among its "
+            f"pairs: {ratio_cell(quality['proved'])}"
         )
     if "cpu_seconds" in ours:
         ratio = ours["cpu_seconds"] / floor["cpu_seconds"]
         text += (
-            f". CPU seconds: ours {ours['cpu_seconds']:.2f}, a loop of the floor on one thread "
-            f"{floor['cpu_seconds']:.2f} ({ratio:.1f} ×)"
+            f". CPU seconds: ours {ours['cpu_seconds']:.2f}; one loop of the floor, on one thread, "
+            f"{floor['cpu_seconds']:.2f}; ratio {ratio:.1f}"
         )
     return text + "."
 
@@ -181,6 +218,8 @@ def growth(bodies: list[dict[str, Any]]) -> str:
     """Return the section of the runs of ours alone."""
     lines = [
         "## Growth",
+        "",
+        "The same kind of synthetic set in several sizes, with `snip dedup` alone.",
         "",
         "| | rows | seconds | µs a row | × floor | peak of anonymous memory | flags |",
         "|---" + "|---:" * 5 + "|---|",
@@ -204,9 +243,12 @@ def code_section(body: dict[str, Any]) -> str:
     lines = [
         f"## {body['name']}",
         "",
-        f"{data['rows']:,} rows × {data['dim']}; recall@{asked['k']} of short descriptors, uncoded "
-        f"and as codes, on rows that nothing was learnt from; IVF{asked['nlist']}, nprobe "
-        f"{asked['nprobe']}; mean ± sd over seeds. {host['processor']}, {host['cores']} cores.",
+        f"{data['rows']:,} rows × {data['dim']}; IVF{asked['nlist']}, nprobe {asked['nprobe']}. "
+        f"{host['processor']}, {host['cores']} cores. The numbers are recall@{asked['k']}, as mean "
+        "± standard deviation over seeds: the share of the nearest neighbours by exact cosine "
+        "that are found by short descriptors (*uncoded*) or by their codes of so many bytes.",
+        "",
+        CODE_WORDS,
         "",
         *code_table(body),
         "```sh",
