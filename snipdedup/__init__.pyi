@@ -311,8 +311,9 @@ def dedup(
         such as max:width,max:similarity,first; semdedup: hard, random, easy (default:
         first; semdedup: hard)
     also
-        FEATURES:THRESHOLD of another kind, row for row, in which a pair must match, too;
-        several by comma, or given again; of snip embed the threshold may be left out
+        other features of the same images, as FEATURES:THRESHOLD: a pair must match in these
+        too; several by comma, or given again; for features of snip embed no threshold is
+        needed
     text_features
         features of the captions: a pair must match in these too
     text_threshold
@@ -334,11 +335,11 @@ def dedup(
     index
         adc: finished index (default: built from features)
     rule
-        adc: compared with --margin; mutual: older name of two_sided (default: two_sided)
+        adc: the adaptive rule; mutual: older name of two_sided (default: two_sided)
     margin
-        adc: constant of the rule (default: calibrated)
+        adc: margin of the rule (default: calibrated)
     precision
-        adc: share of right flags to calibrate the margin for (default: 0.91)
+        adc: precision that the margin is calibrated to (default: 0.91)
     calibration_rows
         adc: rows whose true duplicates set the margin (default: 4096)
     k
@@ -348,7 +349,7 @@ def dedup(
     clusters
         semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
     epsilon
-        semdedup: remove above cosine 1 - epsilon; of several the first decides (default: 1
+        semdedup: remove above cosine 1 - epsilon; the first of several is used (default: 1
         - threshold)
     borders
         semdedup: count duplicates between clusters, by join; --noborders turns it off
@@ -356,11 +357,11 @@ def dedup(
     key
         column for groups.parquet (default: first of key, uid, ...)
     merge_captions
-        add so many captions of removed rows
+        add up to so many captions of a row's duplicates
     caption
         metadata column of captions (default: first of caption, text)
     weights
-        write all rows, with a column weight that duplicates share
+        write all rows, with a column weight; copies add up to 1
     export
         lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)
     bad_rows
@@ -368,7 +369,7 @@ def dedup(
     chunk_rows
         rows read at a time (default: 8192)
     max_memory
-        limit such as 2GB, libraries apart (default: a quarter of the RAM, or more if
+        limit such as 2GB, without libraries (default: a quarter of the RAM, or more if
         needed)
     device
         join: where products of codes are computed (default: auto)
@@ -455,7 +456,7 @@ def download(
     overwrite
         replace a finished folder
     dl_dedup_set
-        of snip-dedup: says where its sets are today
+        flag of snip-dedup: prints where its sets are today
 
     Raises
     ------
@@ -504,7 +505,7 @@ def embed(
     column
         column of the pictures in parquet files (default: the first)
     shard_rows
-        picture files a shard; a tar is one (default: 10000)
+        picture files in a shard; a tar is a shard (default: 10000)
     max_pixels
         larger pictures fail (default: 200000000)
     every
@@ -642,7 +643,7 @@ def filter(
     unmatched
         --on: rows that the mask does not know (default: kept, if under half)
     ambiguous
-        --on: rows with a key kept and removed (default: kept, if under half)
+        --on: rows whose key is kept and removed (default: kept, if under half)
     embeddings
         features, row for row: write their kept rows beside metadata/; several by comma
     export
@@ -756,7 +757,7 @@ def report(
     seed
         seed of the samples that are shown (default: 0)
     overwrite
-        replace a file that is no report, or a page with pictures
+        replace any file, also a page with pictures
 
     Raises
     ------

@@ -102,7 +102,7 @@ class Embed(Settings):
     download: bool = option(False, "fetch weights of clip: and timm: that are not on this machine")
     parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
     column: str | None = option(None, "column of the pictures in parquet files [the first]")
-    shard_rows: int = option(10_000, "picture files a shard; a tar is one", 1, 10**7)
+    shard_rows: int = option(10_000, "picture files in a shard; a tar is a shard", 1, 10**7)
     max_pixels: int = option(200_000_000, "larger pictures fail", 1, 2**40)
     every: float | None = option(
         None, "seconds between frames of videos (extra video) [videos are left out]", 1e-2, 10**6
@@ -208,8 +208,8 @@ class Dedup(Input):
     )
     also: Any = option(
         None,
-        "FEATURES:THRESHOLD of another kind, row for row, in which a pair must match, too; several "
-        "by comma, or given again; of snip embed the threshold may be left out",
+        "other features of the same images, as FEATURES:THRESHOLD: a pair must match in these too; "
+        "several by comma, or given again; for features of snip embed no threshold is needed",
         several=True,
     )
     text_features: Any = option(None, "features of the captions: a pair must match in these too")
@@ -225,25 +225,27 @@ class Dedup(Input):
     encoder: str | None = option(None, "join, adc: encoder that makes the codes", path=FOLDER)
     index: str | None = option(None, "adc: finished index [built from features]", path=FOLDER)
     rule: str = option(
-        "two_sided", "adc: compared with --margin; mutual: older name of two_sided", choices=RULES
+        "two_sided", "adc: the adaptive rule; mutual: older name of two_sided", choices=RULES
     )
-    margin: float | None = option(None, "adc: constant of the rule [calibrated]", -1e30, 1e30)
-    precision: float = option(0.91, "adc: share of right flags to calibrate the margin for", 0, 1)
+    margin: float | None = option(None, "adc: margin of the rule [calibrated]", -1e30, 1e30)
+    precision: float = option(0.91, "adc: precision that the margin is calibrated to", 0, 1)
     calibration_rows: int = option(4096, "adc: rows whose true duplicates set the margin", 1, 10**6)
     k: int = option(16, "adc: neighbours searched for a row; more if all of them pass", 1, 1024)
     nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
     clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
     epsilon: Any = option(
         None,
-        "semdedup: remove above cosine 1 - epsilon; of several the first decides [1 - threshold]",
+        "semdedup: remove above cosine 1 - epsilon; the first of several is used [1 - threshold]",
     )
     borders: bool = option(
         True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
     )
     key: str | None = option(None, "column for groups.parquet [first of key, uid, ...]")
-    merge_captions: int | None = option(None, "add so many captions of removed rows", 1, 10**6)
+    merge_captions: int | None = option(
+        None, "add up to so many captions of a row's duplicates", 1, 10**6
+    )
     caption: str | None = option(None, "metadata column of captions [first of caption, text]")
-    weights: bool = option(False, "write all rows, with a column weight that duplicates share")
+    weights: bool = option(False, "write all rows, with a column weight; copies add up to 1")
     export: str | None = option(
         None,
         "lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)",
@@ -253,7 +255,7 @@ class Dedup(Input):
     chunk_rows: int = option(8192, "rows read at a time", 1, 10**9)
     max_memory: str | None = option(
         None,
-        "limit such as 2GB, libraries apart [a quarter of the RAM, or more if needed]",
+        "limit such as 2GB, without libraries [a quarter of the RAM, or more if needed]",
         amount=True,
     )
     device: str = option("auto", "join: where products of codes are computed", choices=DEVICES)
@@ -351,7 +353,7 @@ class Filter(Settings):
         None, "--on: rows that the mask does not know [kept, if under half]", choices=KEEP_REMOVE
     )
     ambiguous: str | None = option(
-        None, "--on: rows with a key kept and removed [kept, if under half]", choices=KEEP_REMOVE
+        None, "--on: rows whose key is kept and removed [kept, if under half]", choices=KEEP_REMOVE
     )
     embeddings: str | None = option(
         None,
@@ -428,7 +430,7 @@ class Download(Settings):
     )
     jobs: int = option(4, "files fetched at a time", 1, 256)
     overwrite: bool = option(False, "replace a finished folder")
-    dl_dedup_set: str | None = option(None, "of snip-dedup: says where its sets are today")
+    dl_dedup_set: str | None = option(None, "flag of snip-dedup: prints where its sets are today")
 
     def _check(self) -> None:
         check_file_range(self.start, self.end)
@@ -458,7 +460,7 @@ class Report(Settings):
         None, "also show these rows (numbers or keys, by comma), with their kept rows"
     )
     seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
-    overwrite: bool = option(False, "replace a file that is no report, or a page with pictures")
+    overwrite: bool = option(False, "replace any file, also a page with pictures")
 
 
 @command("why", "looking", "inspection.why", "clean 000000064")
