@@ -533,7 +533,7 @@ class Search(Format):
     features: str | None = option(None, "the indexed rows, if they moved or changed", path=ANYWHERE)
     metadata: str | None = option(None, "key, url, caption of the rows, by position", path=ANYWHERE)
     encoder: str | None = option(None, "for vectors and texts, if codes are encoded", path=FOLDER)
-    text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
+    text: bool = option(False, "QUERY is a text, though it looks like a row, a key or a file")
     model: str | None = option(None, "CLIP model for texts: ARCHITECTURE/WEIGHTS or /FILE")
     download: bool = option(False, "fetch the model's weights if they are not cached")
     json: bool = option(False, "print JSON", command_only=True)
