@@ -773,7 +773,7 @@ def search(
     k: int = 10,
     nprobe: int = 64,
     rerank: int = 2000,
-    features: str | PathLike[str] | None = None,
+    features: Any = None,
     metadata: str | PathLike[str] | None = None,
     encoder: str | PathLike[str] | None = None,
     text: bool = False,

@@ -512,7 +512,7 @@ class Search(Format):
     k: int = option(10, "neighbours to show", 1, 10**6)
     nprobe: int = option(64, "lists visited", 1, 2**24)
     rerank: int = option(2000, "nearest codes to compare by raw features; 0 for none", 0, 10**6)
-    features: str | None = option(None, "the indexed rows, if they moved or changed", path=ANYWHERE)
+    features: Any = option(None, "the indexed rows, if they moved or changed")
     metadata: str | None = option(None, "key, url, caption of the rows, by position", path=ANYWHERE)
     encoder: str | None = option(None, "for vectors and texts, if codes are encoded", path=FOLDER)
     text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
