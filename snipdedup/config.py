@@ -596,6 +596,13 @@ class Plan(Format):
         refuse((unknown, "give FEATURES or --rows: snip plan --rows 2.1e9 --dim 768"))
 
 
+@command("completion", "trying", "completion", "bash")
+class Completion(Settings):
+    """Print what makes a shell complete commands and flags."""
+
+    shell: str = argument("shell, such as bash", choices=("bash", "zsh", "fish"))
+
+
 @command("demo", "trying", "demo", "")
 class Demo(Settings):
     """Run all commands on pictures that it draws itself."""
@@ -607,5 +614,23 @@ class Demo(Settings):
 
 
 COMMANDS = DECLARED  # by name, in the order of the help
-# Commands that are functions of the library, by their names there: all but the demo.
-BY_FUNCTION = {made.function: made for made in COMMANDS.values() if made.options is not Demo}
+# Commands that are functions of the library, by their names there.
+BY_FUNCTION = {
+    made.function: made for made in COMMANDS.values() if made.options not in (Demo, Completion)
+}
+# Flags in the help of a command by what they are for; those not named here come last.
+FLAG_GROUPS = {
+    "dedup": {
+        "common flags": "out metadata threshold keep grouping reference method overwrite",
+        "what is a pair": "recall keep_fraction also text_features text_threshold references_only "
+        "bad_rows",
+        "which rows of FEATURES": "parts array column",
+        "what is written": "key merge_captions caption weights export pairs max_pairs keep_work "
+        "dry_run",
+        "method adc (--encoder: join, too)": "index encoder rule margin precision calibration_rows "
+        "k nprobe",
+        "method semdedup": "clusters epsilon borders",
+        "time, memory, machines": "threads max_memory chunk_rows device runner num_tasks "
+        "task_index seed",
+    }
+}
