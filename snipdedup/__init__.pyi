@@ -347,12 +347,12 @@ def dedup(
     nprobe
         adc: lists visited for a row (default: 4)
     clusters
-        semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
+        semdedup: clusters of k-means, 0: one for 8,700 rows (default: 0)
     epsilon
         semdedup: remove above cosine 1 - epsilon; the first of several is used (default: 1
         - threshold)
     borders
-        semdedup: count duplicates between clusters, by join; --noborders turns it off
+        semdedup: also count, by join, what its clusters miss; --noborders turns it off
         (default: on)
     key
         column for groups.parquet (default: first of key, uid, ...)

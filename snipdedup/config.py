@@ -232,13 +232,13 @@ class Dedup(Input):
     calibration_rows: int = option(4096, "adc: rows whose true duplicates set the margin", 1, 10**6)
     k: int = option(16, "adc: neighbours searched for a row; more if all of them pass", 1, 1024)
     nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
-    clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
+    clusters: int = option(0, "semdedup: clusters of k-means, 0: one for 8,700 rows", 0, 2**24)
     epsilon: Any = option(
         None,
         "semdedup: remove above cosine 1 - epsilon; the first of several is used [1 - threshold]",
     )
     borders: bool = option(
-        True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
+        True, "semdedup: also count, by join, what its clusters miss; --noborders turns it off [on]"
     )
     key: str | None = option(None, "column for groups.parquet [first of key, uid, ...]")
     merge_captions: int | None = option(
