@@ -263,6 +263,7 @@ def dedup(
     clusters: int = 0,
     epsilon: Any = None,
     borders: bool = True,
+    decisions: Any = None,
     key: str | None = None,
     merge_captions: int | None = None,
     caption: str | None = None,
@@ -352,6 +353,9 @@ def dedup(
     borders
         semdedup: count duplicates between clusters, by join; --noborders turns it off
         (default: on)
+    decisions
+        CSV with a column decision (keep or drop) beside row or key: these rows stay or go
+        in any case; several by comma, the last one counts
     key
         column for groups.parquet (default: first of key, uid, sample_id, hash)
     merge_captions
