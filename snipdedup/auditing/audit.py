@@ -18,7 +18,6 @@ from snipdedup.auditing.removed_rows import (
     RemovedRows,
     Violations,
     check_groups,
-    chosen_places,
 )
 from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
 from snipdedup.config import Audit
@@ -34,15 +33,13 @@ from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features, parts_for, plan_blocks
-from snipdedup.metadata.gather import RowTexts, open_row_texts
+from snipdedup.metadata.gather import RowTexts, kept_rows, open_row_texts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import sha256
 from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
-
-MASK_ROWS = 1 << 24  # of the mask, looked at together
 
 
 @dataclass(frozen=True)
@@ -318,16 +315,6 @@ def estimate_missed(
         D, _ = nearest(raw, reference.features, 1, run.threads, skip=reference.is_dup)
         missed = np.flatnonzero(D[:, 0] >= limit)
         run.note("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
-
-
-def kept_rows(is_dup: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-    """Return kept rows by their numbers among all kept rows, both ascending, (n,) int64."""
-    rows, before = [np.empty(0, np.int64)], 0
-    for start, stop in plan_blocks(len(is_dup), MASK_ROWS):
-        kept = start + np.flatnonzero(~is_dup[start:stop])
-        rows.append(kept[chosen_places(ordinals, before, len(kept))])
-        before += len(kept)
-    return np.concatenate(rows)
 
 
 def check_metadata(

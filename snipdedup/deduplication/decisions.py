@@ -20,7 +20,9 @@ import pyarrow as pa
 from snipdedup.deduplication.read_out import pick
 from snipdedup.errors import SnipError
 from snipdedup.groups.members import Block, Members, Rank, concatenate, sort_members
-from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, as_texts
+from snipdedup.metadata.find_keys import open_keys
+from snipdedup.metadata.gather import RowTexts
+from snipdedup.metadata.tables import Metadata
 from snipdedup.storage.external_sort import among
 
 FILE = "decisions.csv"  # in OUT
@@ -87,7 +89,9 @@ def read_decisions(
             if (word := line["decision"].lower())
         ]
         names = {line.get("key", "") for _, line, _ in lines} - {""}
-        known = rows_of_keys(metadata, key, names) if names and metadata is not None else {}
+        known = {}
+        if names and metadata is not None:
+            known = rows_of_keys(path, rows, metadata, key, names)
         own: dict[int, bool] = {}
         for where, line, word in lines:
             if word not in (KEEP, DROP):
@@ -133,20 +137,14 @@ def named_row(
     return named[0]
 
 
-def rows_of_keys(metadata: Metadata, asked: str | None, keys: set[str]) -> dict[str, list[int]]:
-    """Return the rows of each of some keys."""
-    import pyarrow.compute as pc  # here: it takes a tenth of a second to load
-
-    column = metadata.column(asked, KEY_COLUMNS)
-    if column is None:
-        raise SnipError(f"{metadata.describe()} has no column of keys: name rows by number")
-    wanted = pa.array(sorted(keys | {key.removeprefix("'") for key in keys}), pa.string())
-    found: dict[str, list[int]] = {}
-    for file, first, batch in metadata.read([column]):
-        texts = as_texts(file, column, batch.column(0))
-        for place in np.flatnonzero(pc.is_in(texts, value_set=wanted)).tolist():
-            found.setdefault(texts[place].as_py(), []).append(first + place)
-    return found
+def rows_of_keys(
+    where: Path, rows: int, metadata: Metadata, asked: str | None, names: set[str]
+) -> dict[str, list[int]]:
+    """Return the rows of each of some keys; in a sheet they may have a quote in front."""
+    keys = open_keys(where, rows, RowTexts(metadata), asked)
+    if keys.column is None:
+        raise SnipError(f"{where}: {metadata.describe()} has no column of keys: name row numbers")
+    return keys.rows_of(sorted(names | {name.removeprefix("'") for name in names}))
 
 
 def decided_rank(rank: Rank, kept: np.ndarray, dropped: np.ndarray) -> Rank:

@@ -35,6 +35,7 @@ from snipdedup.metadata.kept_rows import (
     write_lists,
 )
 from snipdedup.metadata.tables import (
+    ANY_KEY,
     ColumnUse,
     Metadata,
     as_texts,
@@ -86,7 +87,7 @@ def plan_metadata(
         columns = columns._replace(caption=caption)
         uses.append(use_of_column(caption, as_texts, "name a column of texts with --caption"))
     kept_names(table.files, additions.added_names(columns))
-    key = table.column(key)
+    key = table.column(key, ANY_KEY)
     if key is not None:
         remedy = "name a column of texts or numbers with --key"
         uses.append(use_of_column(key, as_texts, remedy))
