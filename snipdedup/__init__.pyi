@@ -264,6 +264,7 @@ def dedup(
     clusters: int = 0,
     epsilon: Any = None,
     borders: bool = True,
+    decisions: Any = None,
     key: str | None = None,
     merge_captions: int | None = None,
     caption: str | None = None,
@@ -354,6 +355,9 @@ def dedup(
     borders
         semdedup: also count, by join, what its clusters miss; --noborders turns it off
         (default: on)
+    decisions
+        CSV with a column decision (keep or drop) beside row or key: these rows stay or go
+        in any case; several by comma, the last one counts
     key
         column for groups.parquet (default: first of key, uid, ...)
     merge_captions

@@ -40,7 +40,7 @@ ONLY_WITH = (  # methods, and the settings that the others do not have
     (("semdedup",), ("clusters", "epsilon")),
     (("join", "adc"), ("encoder",)),
     (("join", "exact"), ("also", "text_features", "reference")),
-    (("join", "exact", "adc"), ("grouping", "keep_fraction", "pairs")),
+    (("join", "exact", "adc"), ("grouping", "keep_fraction", "pairs", "decisions")),
 )
 RULES = ("two_sided", "difference", "ratio", "mutual")  # mutual is an older name of two_sided
 KEEP_REMOVE = ("keep", "remove")
@@ -240,6 +240,11 @@ class Dedup(Input):
     borders: bool = option(
         True, "semdedup: also count, by join, what its clusters miss; --noborders turns it off [on]"
     )
+    decisions: Any = option(
+        None,
+        "CSV with a column decision (keep or drop) beside row or key: these rows stay or go in any "
+        "case; several by comma, the last one counts",
+    )
     key: str | None = option(None, "column for groups.parquet [first of key, uid, ...]")
     merge_captions: int | None = option(
         None, "add up to so many captions of a row's duplicates", 1, 10**6
@@ -293,6 +298,10 @@ class Dedup(Input):
              "--rule ratio needs FEATURES: without them a row is its own code"),
             (rowless and (self.pairs or self.keep_fraction is not None),
              "--pairs and --keep_fraction need FEATURES: unverified pairs have no cosines"),
+            (rowless and self.decisions is not None,
+             "--decisions decides groups again: give FEATURES, to compare their rows"),
+            (self.weights and self.decisions is not None,
+             "--weights writes all rows, and --decisions says that some go: give one of them"),
             (clusters and self.keep not in (None, *SEMDEDUP_KEEPS),
              f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, found {self.keep!r}"),
             (self.references_only and self.reference is None,
