@@ -20,6 +20,7 @@ from snipdedup.inspection.diff import DiffResult as DiffResult
 from snipdedup.inspection.report import ReportResult as ReportResult
 from snipdedup.inspection.search import SearchResult as SearchResult
 from snipdedup.inspection.top import TopResult as TopResult
+from snipdedup.inspection.why import WhyResult as WhyResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
 from snipdedup.pictures.apply import Applied as Applied
 from snipdedup.pictures.embed import Embedded as Embedded
@@ -263,6 +264,7 @@ def dedup(
     clusters: int = 0,
     epsilon: Any = None,
     borders: bool = True,
+    decisions: Any = None,
     key: str | None = None,
     merge_captions: int | None = None,
     caption: str | None = None,
@@ -310,8 +312,9 @@ def dedup(
         such as max:width,max:similarity,first; semdedup: hard, random, easy (default:
         first; semdedup: hard)
     also
-        FEATURES:THRESHOLD of another kind, row for row, in which a pair must match, too;
-        several by comma, or given again; of snip embed the threshold may be left out
+        other features of the same images, as FEATURES:THRESHOLD: a pair must match in these
+        too; several by comma, or given again; for features of snip embed no threshold is
+        needed
     text_features
         features of the captions: a pair must match in these too
     text_threshold
@@ -333,11 +336,11 @@ def dedup(
     index
         adc: finished index (default: built from features)
     rule
-        adc: compared with --margin; mutual: older name of two_sided (default: two_sided)
+        adc: the adaptive rule; mutual: older name of two_sided (default: two_sided)
     margin
-        adc: constant of the rule (default: calibrated)
+        adc: margin of the rule (default: calibrated)
     precision
-        adc: share of right flags to calibrate the margin for (default: 0.91)
+        adc: precision that the margin is calibrated to (default: 0.91)
     calibration_rows
         adc: rows whose true duplicates set the margin (default: 4096)
     k
@@ -345,21 +348,24 @@ def dedup(
     nprobe
         adc: lists visited for a row (default: 4)
     clusters
-        semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
+        semdedup: clusters of k-means, 0: one for 8,700 rows (default: 0)
     epsilon
-        semdedup: remove above cosine 1 - epsilon; of several the first decides (default: 1
+        semdedup: remove above cosine 1 - epsilon; the first of several is used (default: 1
         - threshold)
     borders
-        semdedup: count duplicates between clusters, by join; --noborders turns it off
+        semdedup: also count, by join, what its clusters miss; --noborders turns it off
         (default: on)
+    decisions
+        CSV with a column decision (keep or drop) beside row or key: these rows stay or go
+        in any case; several by comma, the last one counts
     key
-        column for groups.parquet (default: first of key, uid, sample_id, hash)
+        column for groups.parquet (default: first of key, uid, ...)
     merge_captions
-        add so many captions of removed rows
+        add up to so many captions of a row's duplicates
     caption
         metadata column of captions (default: first of caption, text)
     weights
-        write all rows, with a column weight that duplicates share
+        write all rows, with a column weight; copies add up to 1
     export
         lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)
     bad_rows
@@ -367,7 +373,7 @@ def dedup(
     chunk_rows
         rows read at a time (default: 8192)
     max_memory
-        limit such as 2GB, libraries apart (default: a quarter of the RAM, or more if
+        limit such as 2GB, without libraries (default: a quarter of the RAM, or more if
         needed)
     device
         join: where products of codes are computed (default: auto)
@@ -454,7 +460,7 @@ def download(
     overwrite
         replace a finished folder
     dl_dedup_set
-        of snip-dedup: says where its sets are today
+        flag of snip-dedup: prints where its sets are today
 
     Raises
     ------
@@ -503,7 +509,7 @@ def embed(
     column
         column of the pictures in parquet files (default: the first)
     shard_rows
-        picture files a shard; a tar is one (default: 10000)
+        picture files in a shard; a tar is a shard (default: 10000)
     max_pixels
         larger pictures fail (default: 200000000)
     every
@@ -641,7 +647,7 @@ def filter(
     unmatched
         --on: rows that the mask does not know (default: kept, if under half)
     ambiguous
-        --on: rows with a key kept and removed (default: kept, if under half)
+        --on: rows whose key is kept and removed (default: kept, if under half)
     embeddings
         features, row for row: write their kept rows beside metadata/; several by comma
     export
@@ -732,7 +738,7 @@ def report(
     images: str | PathLike[str] | None = None,
     image_column: str | None = None,
     metadata: str | PathLike[str] | None = None,
-    rows: str | None = None,
+    rows: Any = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> ReportResult:
@@ -751,11 +757,11 @@ def report(
     metadata
         table of captions and urls, if it moved
     rows
-        also show these rows (from 0, by comma), with their kept rows
+        also show these rows (numbers or keys, by comma), with their kept rows
     seed
         seed of the samples that are shown (default: 0)
     overwrite
-        replace a file that is no report, or a page with pictures
+        replace any file, also a page with pictures
 
     Raises
     ------
@@ -786,7 +792,7 @@ def search(
     Parameters
     ----------
     query
-        row number, .npy or .npz of vectors, or a text
+        row number, key, .npy or .npz of vectors, or a text
     parts
         part numbers of a {part:04d} pattern: 0:2, end exclusive
     array
@@ -915,6 +921,39 @@ def train(
         seed of every random choice (default: 0)
     overwrite
         replace a finished encoder
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def why(
+    out: str | PathLike[str],
+    key: Any,
+    *,
+    features: str | PathLike[str] | None = None,
+    metadata: str | PathLike[str] | None = None,
+    html: str | PathLike[str] | None = None,
+    images: str | PathLike[str] | None = None,
+) -> WhyResult:
+    """Say why a row is removed or kept, and how alike its group is: ``snip why``.
+
+    Parameters
+    ----------
+    out
+        folder that snip dedup wrote
+    key
+        key or row number, several by comma; key:123 is a key, row:123 a row, 123 a row if
+        there is one
+    features
+        the searched rows, if they moved
+    metadata
+        input table, if it moved
+    html
+        also write a page of the group
+    images
+        pictures by key, as of snip report
 
     Raises
     ------

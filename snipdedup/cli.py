@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import gc
 import inspect
 import io
+import itertools
 import json
 import os
+import re
 import select
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO, get_type_hints
 
 from snipdedup import __version__, progress
 from snipdedup.commands import (
+    FOLDER,
     Command,
     Settings,
     bare_type,
@@ -30,7 +35,7 @@ from snipdedup.commands import (
     setting_name,
     usual_value,
 )
-from snipdedup.config import COMMANDS
+from snipdedup.config import COMMANDS, FLAG_GROUPS
 from snipdedup.errors import SnipError, UsageError
 
 WIDTH = 96
@@ -38,6 +43,8 @@ GC_OBJECTS = 100_000  # new objects between collections: imports make many that 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 CLOSED = 141  # as a shell says that a process ended by SIGPIPE
 LOUDNESS = {"--quiet": progress.QUIET, "--verbose": progress.VERBOSE}
+KINDS = {"out": "dedup", "is_dup": "dedup", "encoder": "encoder", "index": "index"}  # of folders
+FEATURES, TABLES = (".npy", ".npz"), (".parquet", ".csv")
 RESUMED = ("embed", "train", "compress", "index", "dedup", "filter", "download", "demo")
 
 
@@ -135,6 +142,8 @@ def parse(command: Command, words: list[str]) -> Settings:
         hint = did_you_mean(stray[0], kinds, "--")
         if stray[0].lower() in ("true", "false"):
             hint = " (a switch takes no value)"
+        elif (pattern := expanded_glob(stray[0], [*places, *texts.values()])) is not None:
+            hint = f" (the shell put many files for one word: quote it, such as '{pattern}')"
         raise UsageError(f"unexpected word {stray[0]!r}{hint}; see: snip {command.name} --help")
     placed = [field.name for field in positional[: len(places)]]
     for name in placed:
@@ -147,9 +156,52 @@ def parse(command: Command, words: list[str]) -> Settings:
             f"{command.name} needs {', '.join(missing)}; for example: {command.example}"
         )
     given = bind(command, [*places, *(f"--{name}={text}" for name, text in texts.items())])
-    return command.options(
-        **{name: coerce(name, text, kinds[name]) for name, text in given.items()}
-    )
+    values = {name: coerce(name, text, kinds[name]) for name, text in given.items()}
+    refuse_swapped(command, values)
+    return command.options(**values)
+
+
+def expanded_glob(stray: str, words: list[str]) -> str | None:
+    """Return a glob that the shell may have put a file for, where another word is one like it."""
+    path = Path(stray)
+    like = [w for w in words if Path(w).parent == path.parent and Path(w).suffix == path.suffix]
+    files = [word for word in like if word != stray and Path(word).is_file()]
+    return str(path.parent / f"*{path.suffix}") if files and path.is_file() else None
+
+
+def refuse_swapped(command: Command, values: dict[str, Any]) -> None:
+    """Refuse two settings of which each names what the other expects."""
+    fields = {f.name: f for f in dataclasses.fields(command.options) if values.get(f.name)}
+    paths = {name: Path(str(values[name])) for name in fields}
+    for name, other in itertools.permutations(fields, 2):
+        kind = KINDS.get(name) if fields[name].metadata.get("path") == FOLDER else None
+        made = kind is not None and kind_of(paths[other]) == kind != kind_of(paths[name])
+        tables = (name, other) == ("metadata", "features") and (
+            holds(paths[name], FEATURES) > holds(paths[name], TABLES)
+            and holds(paths[other], TABLES) > holds(paths[other], FEATURES)
+        )
+        if tables or (made and KINDS.get(other) != kind and not paths[name].is_file()):
+            one, two = setting_name(fields[name]), setting_name(fields[other])
+            raise UsageError(
+                f"{one} and {two} are swapped: {one} is {paths[other]}, {two} is {paths[name]}; "
+                f"see: snip {command.name} --help"
+            )
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return what a folder is that snip wrote, None of others; only the manifest's head is read."""
+    with contextlib.suppress(OSError, ValueError), (folder / "snip.json").open("rb") as file:
+        found = re.search(rb'"kind": "(\w+)"', file.read(200))
+        return found[1].decode() if found else None
+    return None
+
+
+def holds(path: Path, suffixes: tuple[str, ...]) -> bool:
+    """Tell whether a file, or one in a folder, has one of these suffixes."""
+    with contextlib.suppress(OSError, ValueError):
+        files = path.iterdir() if path.is_dir() else [path]
+        return any(file.suffix.lower() in suffixes for file in files)
+    return False
 
 
 def bind(command: Command, words: list[str]) -> dict[str, str]:
@@ -188,6 +240,8 @@ def match_words(
             continue
         flag, equals, text = word.partition("=")
         name = flag.removeprefix("--" if flag.startswith("--") else "-").replace("-", "_")
+        if flag == "-o" and "out" in kinds:
+            flag, name = "--out", "out"
         switch = name.removeprefix("no").lstrip("_")
         if not equals and kinds.get(name) is bool:
             text = "true"
@@ -242,13 +296,17 @@ def overview() -> str:
         f"snip {__version__}: find near-duplicate image features, prove each one, keep the rest",
         "",
         "usage: snip COMMAND ...",
+        "",
+        "start here",
+        f"  {COMMANDS['dedup'].example}    (you have features)",
+        f"  {COMMANDS['embed'].example}    (you have pictures; then:)",
+        "  snip dedup embedded --out clean",
+        "  snip demo    (to try it)",
     ]
     for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", group]
         lines += [f"  {c.name:<10} {c.does}" for c in COMMANDS.values() if c.group == group]
-    lines += ["", "start here", "  snip demo"]
     lines += [
-        f"  {COMMANDS['dedup'].example}",
         "",
         "snip COMMAND --help says more.",
         "Every command takes --quiet (no progress) and --verbose (the time of each stage).",
@@ -274,14 +332,24 @@ def command_help(command: Command) -> str:
     lines += ["", "arguments"] if places else []
     for field in places:
         lines += described(setting_name(field), field.metadata["help"])
-    lines += ["", "flags"]
-    for field in sorted(flags, key=is_required, reverse=True):
-        choices = " | ".join(field.metadata.get("choices") or ())
-        text = field.metadata["help"] + (f": {choices}" if choices else "")
-        default = "needed" if is_required(field) else usual_value(field)
-        lines += described(setting_name(field), f"{text} [{default}]" if default else text)
+    by_name = {field.name: field for field in sorted(flags, key=is_required, reverse=True)}
+    groups = {head: names.split() for head, names in FLAG_GROUPS.get(command.name, {}).items()}
+    named = {name for names in groups.values() for name in names}
+    groups["other flags" if groups else "flags"] = [name for name in by_name if name not in named]
+    for head, names in groups.items():
+        lines += ["", head] if names else []
+        for name in names:
+            lines += described(setting_name(by_name[name]), meaning(by_name[name]))
     lines += ["", "example", f"  {command.example}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", "-o is short for --out."] if "out" in by_name else [])])
+
+
+def meaning(field: dataclasses.Field[Any]) -> str:
+    """Return what a flag means, its choices, and its default."""
+    choices = " | ".join(field.metadata.get("choices") or ())
+    text = field.metadata["help"] + (f": {choices}" if choices else "")
+    default = "needed" if is_required(field) else usual_value(field)
+    return f"{text} [{default}]" if default else text
 
 
 def described(name: str, text: str) -> list[str]:

@@ -84,7 +84,8 @@ class Settings:
                 continue
             choices, low, high = about.get("choices"), about["low"], about["high"]
             if choices and value not in choices:
-                raise UsageError(f"--{name} must be one of {', '.join(choices)}, found {value!r}")
+                known = ", ".join(choices)
+                raise UsageError(f"{setting_name(field)} must be one of {known}, found {value!r}")
             if low is not None and isinstance(value, Real):
                 # numpy's numbers become Python's, which JSON can hold
                 value = int(value) if isinstance(value, Integral) else float(value)
@@ -163,6 +164,7 @@ def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:
     todo = "fetch it first"
     if field.metadata["path"] == WRITTEN:
         todo = "snip writes to this machine only: give a path, and copy what is there afterwards"
+        todo += "; SOURCE comes first" if field.metadata.get("positional") else ""
     elif field.metadata["path"] == FOLDER and not Path(url).suffix:
         todo += f": snip download {url} FOLDER"
     raise UsageError(f"{setting_name(field)} {url}: expected a local path, found a URL; {todo}")

@@ -40,7 +40,7 @@ ONLY_WITH = (  # methods, and the settings that the others do not have
     (("semdedup",), ("clusters", "epsilon")),
     (("join", "adc"), ("encoder",)),
     (("join", "exact"), ("also", "text_features", "reference")),
-    (("join", "exact", "adc"), ("grouping", "keep_fraction", "pairs")),
+    (("join", "exact", "adc"), ("grouping", "keep_fraction", "pairs", "decisions")),
 )
 RULES = ("two_sided", "difference", "ratio", "mutual")  # mutual is an older name of two_sided
 KEEP_REMOVE = ("keep", "remove")
@@ -102,7 +102,7 @@ class Embed(Settings):
     download: bool = option(False, "fetch weights of clip: and timm: that are not on this machine")
     parts: str | None = option(None, "part numbers of a {part:04d} pattern: 0:2, end exclusive")
     column: str | None = option(None, "column of the pictures in parquet files [the first]")
-    shard_rows: int = option(10_000, "picture files a shard; a tar is one", 1, 10**7)
+    shard_rows: int = option(10_000, "picture files in a shard; a tar is a shard", 1, 10**7)
     max_pixels: int = option(200_000_000, "larger pictures fail", 1, 2**40)
     every: float | None = option(
         None, "seconds between frames of videos (extra video) [videos are left out]", 1e-2, 10**6
@@ -208,8 +208,8 @@ class Dedup(Input):
     )
     also: Any = option(
         None,
-        "FEATURES:THRESHOLD of another kind, row for row, in which a pair must match, too; several "
-        "by comma, or given again; of snip embed the threshold may be left out",
+        "other features of the same images, as FEATURES:THRESHOLD: a pair must match in these too; "
+        "several by comma, or given again; for features of snip embed no threshold is needed",
         several=True,
     )
     text_features: Any = option(None, "features of the captions: a pair must match in these too")
@@ -225,25 +225,32 @@ class Dedup(Input):
     encoder: str | None = option(None, "join, adc: encoder that makes the codes", path=FOLDER)
     index: str | None = option(None, "adc: finished index [built from features]", path=FOLDER)
     rule: str = option(
-        "two_sided", "adc: compared with --margin; mutual: older name of two_sided", choices=RULES
+        "two_sided", "adc: the adaptive rule; mutual: older name of two_sided", choices=RULES
     )
-    margin: float | None = option(None, "adc: constant of the rule [calibrated]", -1e30, 1e30)
-    precision: float = option(0.91, "adc: share of right flags to calibrate the margin for", 0, 1)
+    margin: float | None = option(None, "adc: margin of the rule [calibrated]", -1e30, 1e30)
+    precision: float = option(0.91, "adc: precision that the margin is calibrated to", 0, 1)
     calibration_rows: int = option(4096, "adc: rows whose true duplicates set the margin", 1, 10**6)
     k: int = option(16, "adc: neighbours searched for a row; more if all of them pass", 1, 1024)
     nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
-    clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
+    clusters: int = option(0, "semdedup: clusters of k-means, 0: one for 8,700 rows", 0, 2**24)
     epsilon: Any = option(
         None,
-        "semdedup: remove above cosine 1 - epsilon; of several the first decides [1 - threshold]",
+        "semdedup: remove above cosine 1 - epsilon; the first of several is used [1 - threshold]",
     )
     borders: bool = option(
-        True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
+        True, "semdedup: also count, by join, what its clusters miss; --noborders turns it off [on]"
     )
-    key: str | None = option(None, "column for groups.parquet [first of key, uid, sample_id, hash]")
-    merge_captions: int | None = option(None, "add so many captions of removed rows", 1, 10**6)
+    decisions: Any = option(
+        None,
+        "CSV with a column decision (keep or drop) beside row or key: these rows stay or go in any "
+        "case; several by comma, the last one counts",
+    )
+    key: str | None = option(None, "column for groups.parquet [first of key, uid, ...]")
+    merge_captions: int | None = option(
+        None, "add up to so many captions of a row's duplicates", 1, 10**6
+    )
     caption: str | None = option(None, "metadata column of captions [first of caption, text]")
-    weights: bool = option(False, "write all rows, with a column weight that duplicates share")
+    weights: bool = option(False, "write all rows, with a column weight; copies add up to 1")
     export: str | None = option(
         None,
         "lists by comma: datacomp (kept uids), keys (for webdataset), mask (is_dup.npy)",
@@ -253,7 +260,7 @@ class Dedup(Input):
     chunk_rows: int = option(8192, "rows read at a time", 1, 10**9)
     max_memory: str | None = option(
         None,
-        "limit such as 2GB, libraries apart [a quarter of the RAM, or more if needed]",
+        "limit such as 2GB, without libraries [a quarter of the RAM, or more if needed]",
         amount=True,
     )
     device: str = option("auto", "join: where products of codes are computed", choices=DEVICES)
@@ -291,6 +298,10 @@ class Dedup(Input):
              "--rule ratio needs FEATURES: without them a row is its own code"),
             (rowless and (self.pairs or self.keep_fraction is not None),
              "--pairs and --keep_fraction need FEATURES: unverified pairs have no cosines"),
+            (rowless and self.decisions is not None,
+             "--decisions decides groups again: give FEATURES, to compare their rows"),
+            (self.weights and self.decisions is not None,
+             "--weights writes all rows, and --decisions says that some go: give one of them"),
             (clusters and self.keep not in (None, *SEMDEDUP_KEEPS),
              f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, found {self.keep!r}"),
             (self.references_only and self.reference is None,
@@ -351,7 +362,7 @@ class Filter(Settings):
         None, "--on: rows that the mask does not know [kept, if under half]", choices=KEEP_REMOVE
     )
     ambiguous: str | None = option(
-        None, "--on: rows with a key kept and removed [kept, if under half]", choices=KEEP_REMOVE
+        None, "--on: rows whose key is kept and removed [kept, if under half]", choices=KEEP_REMOVE
     )
     embeddings: str | None = option(
         None,
@@ -428,7 +439,7 @@ class Download(Settings):
     )
     jobs: int = option(4, "files fetched at a time", 1, 256)
     overwrite: bool = option(False, "replace a finished folder")
-    dl_dedup_set: str | None = option(None, "of snip-dedup: says where its sets are today")
+    dl_dedup_set: str | None = option(None, "flag of snip-dedup: prints where its sets are today")
 
     def _check(self) -> None:
         check_file_range(self.start, self.end)
@@ -454,11 +465,27 @@ class Report(Settings):
     )
     image_column: str | None = option(None, "metadata column of picture files (below --images)")
     metadata: str | None = option(None, "table of captions and urls, if it moved", path=ANYWHERE)
-    rows: str | None = option(
-        None, "also show these rows (from 0, by comma), with their kept rows", 0, 2**48
+    rows: Any = option(
+        None, "also show these rows (numbers or keys, by comma), with their kept rows"
     )
     seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
-    overwrite: bool = option(False, "replace a file that is no report, or a page with pictures")
+    overwrite: bool = option(False, "replace any file, also a page with pictures")
+
+
+@command("why", "looking", "inspection.why", "clean 000000064")
+class Why(Settings):
+    """Say why a row is removed or kept, and how alike its group is."""
+
+    out: str = argument("folder that snip dedup wrote", path=FOLDER)
+    key: Any = argument(
+        "key or row number, several by comma; key:123 is a key, row:123 a row, 123 a row if there "
+        "is one"
+    )
+    features: str | None = option(None, "the searched rows, if they moved", path=ANYWHERE)
+    metadata: str | None = option(None, "input table, if it moved", path=ANYWHERE)
+    html: str | None = option(None, "also write a page of the group", path=WRITTEN)
+    images: str | None = option(None, "pictures by key, as of snip report", path=FILE)
+    json: bool = option(False, "print JSON", command_only=True)
 
 
 @command("top", "looking", "inspection.top", "clean -n 20")
@@ -507,7 +534,7 @@ class Audit(Format):
 class Search(Format):
     """Find the nearest rows to a row, a vector or a text."""
 
-    query: Any = argument("row number, .npy or .npz of vectors, or a text")
+    query: Any = argument("row number, key, .npy or .npz of vectors, or a text")
     index: str = required("folder that snip index wrote", path=FOLDER)
     k: int = option(10, "neighbours to show", 1, 10**6)
     nprobe: int = option(64, "lists visited", 1, 2**24)
@@ -578,6 +605,13 @@ class Plan(Format):
         refuse((unknown, "give FEATURES or --rows: snip plan --rows 2.1e9 --dim 768"))
 
 
+@command("completion", "trying", "completion", "bash")
+class Completion(Settings):
+    """Print what makes a shell complete commands and flags."""
+
+    shell: str = argument("shell, such as bash", choices=("bash", "zsh", "fish"))
+
+
 @command("demo", "trying", "demo", "")
 class Demo(Settings):
     """Run all commands on pictures that it draws itself."""
@@ -589,5 +623,23 @@ class Demo(Settings):
 
 
 COMMANDS = DECLARED  # by name, in the order of the help
-# Commands that are functions of the library, by their names there: all but the demo.
-BY_FUNCTION = {made.function: made for made in COMMANDS.values() if made.options is not Demo}
+# Commands that are functions of the library, by their names there.
+BY_FUNCTION = {
+    made.function: made for made in COMMANDS.values() if made.options not in (Demo, Completion)
+}
+# Flags in the help of a command by what they are for; those not named here come last.
+FLAG_GROUPS = {
+    "dedup": {
+        "common flags": "out metadata threshold keep grouping reference method overwrite",
+        "what is a pair": "recall keep_fraction also text_features text_threshold references_only "
+        "bad_rows",
+        "which rows of FEATURES": "parts array column",
+        "what is written": "key merge_captions caption weights export pairs max_pairs keep_work "
+        "dry_run",
+        "method adc (--encoder: join, too)": "index encoder rule margin precision calibration_rows "
+        "k nprobe",
+        "method semdedup": "clusters epsilon borders",
+        "time, memory, machines": "threads max_memory chunk_rows device runner num_tasks "
+        "task_index seed",
+    }
+}

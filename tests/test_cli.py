@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def words_for(command, **given):
     """A shortest valid command line, with texts of our own where given."""
     words = [command.name]
     for field in command.fields(positional=True):
-        words.append(given.pop(field.name, "x"))
+        words.append(given.pop(field.name, (field.metadata.get("choices") or "x")[0]))
     for field in command.fields(positional=False):
         needed = is_required(field) or (command.name, field.name) == ("apply", "move")
         if field.name in given or needed:
@@ -74,7 +75,7 @@ def test_overview(words, capsys):
     for command in COMMANDS.values():
         assert f"  {command.name} " in shown.out
         assert command.does in shown.out
-    order = [shown.out.index(f"\n{group}\n") for group in ("the chain", "trying", "start here")]
+    order = [shown.out.index(f"\n{group}\n") for group in ("start here", "the chain", "trying")]
     assert order == sorted(order)
     assert max(map(len, shown.out.splitlines())) <= 100
 
@@ -160,7 +161,8 @@ MISTAKES = {
     "unknown flag with dashes": ("dedup x --max-mem 2GB", "no flag --max-mem, did you mean --max_"),
     "unknown flag far from all": ("dedup x --zzzz 1 --out o", "no flag --zzzz; see: snip dedup"),
     "three dashes": ("dedup x ---out o", "no flag ---out, did you mean --out?"),
-    "short form": ("dedup x -o o", "no flag -o"),
+    "short form": ("dedup x -t o", "no flag -t"),
+    "short form, twice": ("train x -o o --out p", "--out is given more than once"),
     "flag of another command": ("filter m --is_dup d --out o --dim 3", "filter has no flag --dim"),
     "unknown command": ("dedpu x --out o", "no command 'dedpu', did you mean dedup?"),
     "unknown command, help": ("dedpu --help", "no command 'dedpu', did you mean dedup?"),
@@ -220,6 +222,82 @@ def test_each_flag_is_known_each_misspelt_one_is_not(command, refused):
         typo = f"--{field.name}x"
         said = refused(*words_for(command), typo, "1")
         assert said.startswith(f"{command.name} has no flag {typo}")
+
+
+def test_the_help_of_dedup_has_eight_common_flags_and_each_other_once(capsys):
+    assert cli.run(["dedup", "--help"]) == 0
+    shown = capsys.readouterr().out
+    heads = re.findall(r"^(\w[^:\n]*|.*too\))$", shown, re.M)
+    assert heads[:2] == ["arguments", "common flags"]
+    assert "other flags" not in heads
+    common = shown.partition("common flags\n")[2].partition("\n\n")[0]
+    assert len(re.findall(r"^  --\w+", common, re.M)) == 8
+    every = [field.name for field in COMMANDS["dedup"].fields(positional=False)]
+    assert sorted(re.findall(r"^  --(\w+)", shown, re.M)) == sorted(every)
+
+
+def test_o_is_out(calls):
+    assert cli.run(["dedup", "x", "-o", "y"]) == 0
+    assert cli.run(["dedup", "x", "-o=z"]) == 0
+    assert cli.run(["top", "-o", "w"]) == 0
+    assert [options.out for options in calls] == ["y", "z", "w"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Features, tables, and folders as snip makes them."""
+    folder = tmp_path_factory.mktemp("places")
+    for name, kind in (("clean", "dedup"), ("encoder", "encoder"), ("index", "index")):
+        (folder / name).mkdir()
+        (folder / name / "snip.json").write_text(f'{{\n  "kind": "{kind}",')
+    for name in ("img_emb/a.npy", "img_emb/b.npy", "metadata/a.parquet", "metadata/b.parquet"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("audit img_emb clean", "OUT and FEATURES are swapped: OUT is clean, FEATURES is img_emb;"),
+        ("why 123 clean", "OUT and KEY are swapped: OUT is clean, KEY is 123;"),
+        ("compress encoder --encoder img_emb -o x", "--encoder and FEATURES are swapped: --encod"),
+        ("filter clean --is_dup metadata --out x", "--is_dup and METADATA are swapped"),
+        ("search index --index 7", "--index and QUERY are swapped: --index is index, QUERY is 7;"),
+        ("report photos --images clean", "OUT and --images are swapped"),
+        ("dedup metadata --metadata img_emb -o x", "--metadata and FEATURES are swapped: --meta"),
+        ("dedup img_emb/a.npy img_emb/b.npy -o x", "quote it, such as 'img_emb/*.npy')"),
+        ("dedup img_emb -o x --metadata metadata/a.parquet metadata/b.parquet", "/*.parquet')"),
+        ("download here s3://bucket/meta", "SOURCE comes first"),
+    ],
+)
+def test_what_is_swapped_or_expanded_is_said(places, calls, monkeypatch, capsys, line, said):
+    monkeypatch.chdir(places)
+    assert cli.run(line.split()) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert said in shown
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "audit clean img_emb", "why clean 123", "compress img_emb --encoder encoder --out x",
+        "filter metadata --is_dup clean --out x", "search 7 --index index", "diff clean clean",
+        "report clean --images clean", "dedup img_emb --metadata metadata --out x",
+        "dedup metadata --metadata metadata --out x", "dedup clean --out clean2",
+        "filter clean --is_dup img_emb/a.npy --out x", "dedup img_emb --reference clean --out x",
+    ],
+)  # fmt: skip
+def test_what_is_in_its_place_is_not_called_swapped(places, calls, monkeypatch, line):
+    monkeypatch.chdir(places)
+    assert cli.run(line.split()) == 0
+    assert len(calls) == 1
+
+
+def test_stray_words_that_are_no_files_of_a_glob(places, refused):
+    assert "quote it" not in refused("dedup", f"{places}/img_emb/a.npy", "x.npy", "--out", "o")
 
 
 def test_a_mistyped_flag_in_a_real_run_touches_nothing(snip, tmp_path):

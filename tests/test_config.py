@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from snipdedup import commands, config
-from snipdedup.commands import ANYWHERE, bare_type, is_required, parse_bytes, usual_value
+from snipdedup.commands import (
+    ANYWHERE,
+    bare_type,
+    is_required,
+    parse_bytes,
+    setting_name,
+    usual_value,
+)
 from snipdedup.config import COMMANDS
 from snipdedup.errors import UsageError
 
@@ -22,7 +29,7 @@ CLASSES = [command.options for command in COMMANDS.values()]
 def make(kind, **values):
     """Settings with every place and every needed flag filled in."""
     needed = {
-        f.name: "x"
+        f.name: (f.metadata.get("choices") or "x")[0]
         for f in dataclasses.fields(kind)
         if is_required(f) or f.metadata.get("positional")
     }
@@ -151,7 +158,9 @@ def test_choices(kind):
         for choice in choices:
             assert getattr(make(kind, **{field.name: choice}), field.name) == choice
         if choices:
-            with pytest.raises(UsageError, match=rf"--{field.name} must be one of .*found 'nope'"):
+            with pytest.raises(
+                UsageError, match=rf"^{setting_name(field)} must be one of .*'nope'"
+            ):
                 make(kind, **{field.name: "nope"})
 
 

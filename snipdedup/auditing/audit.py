@@ -18,10 +18,11 @@ from snipdedup.auditing.removed_rows import (
     RemovedRows,
     Violations,
     check_groups,
-    chosen_places,
 )
 from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
 from snipdedup.config import Audit
+from snipdedup.deduplication.decisions import FILE as DECISIONS
+from snipdedup.deduplication.decisions import read_decisions
 from snipdedup.deduplication.inputs import KIND
 from snipdedup.deduplication.second_features import (
     also_column,
@@ -32,15 +33,13 @@ from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, shard_checksum
 from snipdedup.features.nearest import nearest
 from snipdedup.features.shards import Features, open_features, parts_for, plan_blocks
-from snipdedup.metadata.gather import RowTexts, open_row_texts
+from snipdedup.metadata.gather import RowTexts, kept_rows, open_row_texts
 from snipdedup.metadata.masks import load_mask
 from snipdedup.metadata.tables import BATCH_ROWS, Metadata, Table
 from snipdedup.parallel import cores, memory_bound, ordered_map
 from snipdedup.statistics import proportion_interval, sample_rows
 from snipdedup.storage.atomic import sha256
 from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
-
-MASK_ROWS = 1 << 24  # of the mask, looked at together
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,7 @@ def audit(
         run.is_dup = load_mask(run.folder / "is_dup.npy")
         if len(run.is_dup) != run.rows:
             raise SnipError(f"is_dup.npy: {len(run.is_dup):,} rows, expected {run.rows:,}")
+        check_decisions(run)
     except (SnipError, OSError) as error:
         run.fail("mask", str(error))
         return False
@@ -151,6 +151,17 @@ def audit(
     if compared is not None and probe_rows and not recorded_seconds(run.manifest):
         estimate_missed(run, compared, references, probe_rows, seed)
     return readable and same_rows
+
+
+def check_decisions(run: AuditedRun) -> None:
+    """Compare the mask with what a person decided."""
+    path = run.folder / DECISIONS
+    if DECISIONS in run.manifest["outputs"]:
+        run.decisions = read_decisions([path], run.rows)
+        for rows, stays, told in zip(run.decisions, (True, False), ("stay", "go"), strict=True):
+            wrong = run.is_dup[rows] == stays
+            run.fail_rows("decisions", rows, wrong, f"told to {told} by {DECISIONS}, and does not")
+            run.note("decisions", f"{len(rows):,} rows are told to {told}")
 
 
 def check_outputs(run: AuditedRun) -> None:
@@ -304,16 +315,6 @@ def estimate_missed(
         D, _ = nearest(raw, reference.features, 1, run.threads, skip=reference.is_dup)
         missed = np.flatnonzero(D[:, 0] >= limit)
         run.note("missed", f"{len(missed):,} of {of} match a row of {reference.name}")
-
-
-def kept_rows(is_dup: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-    """Return kept rows by their numbers among all kept rows, both ascending, (n,) int64."""
-    rows, before = [np.empty(0, np.int64)], 0
-    for start, stop in plan_blocks(len(is_dup), MASK_ROWS):
-        kept = start + np.flatnonzero(~is_dup[start:stop])
-        rows.append(kept[chosen_places(ordinals, before, len(kept))])
-        before += len(kept)
-    return np.concatenate(rows)
 
 
 def check_metadata(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from snipdedup.deduplication.decisions import FILE
 from snipdedup.deduplication.inputs import describe_shards
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import Result
@@ -34,6 +35,7 @@ from snipdedup.metadata.kept_rows import (
     write_lists,
 )
 from snipdedup.metadata.tables import (
+    ANY_KEY,
     ColumnUse,
     Metadata,
     as_texts,
@@ -85,7 +87,7 @@ def plan_metadata(
         columns = columns._replace(caption=caption)
         uses.append(use_of_column(caption, as_texts, "name a column of texts with --caption"))
     kept_names(table.files, additions.added_names(columns))
-    key = table.column(key)
+    key = table.column(key, ANY_KEY)
     if key is not None:
         remedy = "name a column of texts or numbers with --key"
         uses.append(use_of_column(key, as_texts, remedy))
@@ -108,6 +110,9 @@ def write_files(
 ) -> dict[str, Any]:
     """Write all files of OUT but the manifest and those of pairs; return `describe_run`."""
     write_small_files(result, out)
+    if result.decisions is not None:
+        with atomic.replacing(out / FILE) as part:
+            part.write_text(result.decisions.csv(), "utf-8")
     write_forest(result.search, out)
     write_groups(result, out, plan)
     if plan is not None:
@@ -166,12 +171,12 @@ def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> None:
     if plan is not None and plan.key is not None:
         cuts, folder = cut_groups(members.group), grouping_folder(out) / "keys"
         keys = gather_column(plan.table, plan.key, members.row, cuts, as_texts, folder)
-    schema = search.groups_table(no_members()).schema
+    schema = search.groups_table(no_members(), decisions=result.decisions).schema
     with atomic.writing_parquet(out / "groups.parquet", schema) as write, closing(keys):
         for part, named in zip(slices(members), keys, strict=False):
             near = None if result.near is None else result.near[at : at + len(part.row)]
             also = [cosine[at : at + len(part.row)] for cosine in result.also]
-            write(search.groups_table(part, named, near, also))
+            write(search.groups_table(part, named, near, also, result.decisions))
             at += len(part.row)
 
 

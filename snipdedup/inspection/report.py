@@ -27,6 +27,7 @@ from snipdedup.errors import SnipError
 from snipdedup.features.origin import Origin, origin_of
 from snipdedup.groups.members import Members
 from snipdedup.inspection import display, embedded, thumbnails
+from snipdedup.metadata.find_keys import find_run_rows
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.storage.atomic import replacing
@@ -147,11 +148,8 @@ def make_page(
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold)
         curve = curve_section(known, counts)
-    asked = options.numbers("rows")
-    if asked and asked[-1] >= offsets[-1]:
-        raise SnipError(
-            f"--rows names row {asked[-1]:,}, the set has rows 0 to {offsets[-1] - 1:,}"
-        )
+    named = options.rows is not None
+    asked = sorted(find_run_rows(out, manifest, texts, options.rows)) if named else []
     partners = read_out.read_partners(groups, np.array(asked, np.int64))
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
     is_dup = np.load(out / "is_dup.npy", mmap_mode="r")

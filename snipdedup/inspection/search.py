@@ -8,10 +8,11 @@ they can be read. A text becomes a vector by the CLIP model that made the featur
 from __future__ import annotations
 
 import dataclasses
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,9 @@ from snipdedup.inspection.display import (
 from snipdedup.pictures.clip import MODEL, text_vector
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import read_manifest, refuse_output_file
+
+if TYPE_CHECKING:
+    from snipdedup.metadata.gather import RowTexts
 
 COSINE, ADC = "cosine", "adc_distance"
 VECTORS = (".npy", ".npz")
@@ -136,6 +140,7 @@ def run(options: Search) -> SearchResult:
         from snipdedup.metadata.gather import open_row_texts  # pyarrow takes a while
 
         texts = open_row_texts(index.folder, index.manifest, source)
+    options = dataclasses.replace(options, query=query_row(index, texts, options))
     features, of, why = raw_features(index, options)
     page = None if options.html is None else Path(options.html).expanduser()
     if page is not None:
@@ -152,6 +157,31 @@ def run(options: Search) -> SearchResult:
             text = render_page("search.html.j2", index=index.folder.name, result=result)
             part.write_text(text, encoding="utf-8")
     return result
+
+
+def query_row(index: Index, texts: RowTexts | None, options: Search) -> Any:
+    """Return the row that QUERY is the key of, or QUERY where it is none.
+
+    A text with spaces is no key, unless ``key:`` stands before it.
+    """
+    query = options.query
+    if not isinstance(query, str) or options.text:
+        return query
+    from snipdedup.metadata.find_keys import KEY, ROW, open_keys, row_number  # as above
+    from snipdedup.metadata.gather import RowTexts as Texts
+
+    prefixed, row = query.startswith((ROW, KEY)), row_number(query)
+    if row is not None:
+        return row
+    keys = open_keys(index.folder, index.rows, texts or Texts(None))
+    likely = keys.column is not None and not re.search(r"\s", query)
+    if not prefixed and (not likely or Path(query).expanduser().is_file()):
+        return query
+    rows = keys.find([query]) if prefixed else keys.rows_of([query]).get(query, [])
+    if len(rows) > 1:
+        some = ", ".join(map(str, rows[:20]))
+        raise SnipError(f"{len(rows):,} rows have the key {query!r}: give one of {some}")
+    return rows[0] if rows else query
 
 
 def search(
@@ -342,7 +372,7 @@ def clip_model(index: Index, text: str, given: str | None) -> str:
     model = next((str(name) for name in named if name), None)
     if model is None:
         raise UsageError(
-            f"{text!r} is no row and no .npy or .npz file; to search by text, name the "
+            f"{text!r} is no row, no key and no .npy or .npz file; to search by text, name the "
             f"CLIP model that made the features, such as --model {MODEL}"
         )
     if not all(model.partition("/")[::2]):

@@ -19,15 +19,16 @@ import pyarrow as pa
 
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import implied_metadata, plan_blocks
-from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, Table, open_metadata
+from snipdedup.metadata.tables import ANY_KEY, Metadata, Table, open_metadata
 from snipdedup.storage.atomic import explained
 from snipdedup.storage.external_sort import READ, Sorter, Spread, pack, row_kind
 
 Convert = Callable[[Table, str, Any], Any]  # of a file, a column's name, values: these converted
 FLUSH_ROWS = 1 << 20
 FLUSH_BYTES = 64 << 20
+MASK_ROWS = 1 << 24  # of a mask, looked at together
 CAPTIONS, URLS = ("caption", "text"), ("url", "image_url")  # names of columns
-NAMES = {"key": KEY_COLUMNS, "url": URLS, "caption": CAPTIONS}
+NAMES = {"key": ANY_KEY, "url": URLS, "caption": CAPTIONS}
 
 
 def gather_column(
@@ -156,6 +157,17 @@ def removed_before(is_dup: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return how many rows are removed before each of some ascending rows, (n,) int64."""
     counts = [np.count_nonzero(is_dup[slice(*ends)]) for ends in pairwise([0, *rows.tolist()])]
     return np.cumsum(counts, dtype=np.int64)
+
+
+def kept_rows(is_dup: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return kept rows by their places among all kept rows, both ascending, (n,) int64."""
+    rows, before = [np.empty(0, np.int64)], 0
+    for start, stop in plan_blocks(len(is_dup), MASK_ROWS):
+        kept = start + np.flatnonzero(~is_dup[start:stop])
+        low, high = np.searchsorted(places, [before, before + len(kept)])
+        rows.append(kept[places[low:high] - before])
+        before += len(kept)
+    return np.concatenate(rows)
 
 
 def open_row_texts(out: Path, manifest: dict[str, Any], asked: str | None = None) -> RowTexts:

@@ -24,6 +24,8 @@ from snipdedup.storage.remote import RemotePath, arrow_source, map_requests
 
 SUFFIXES = (".parquet", ".csv")
 KEY_COLUMNS = ("key", "uid", "sample_id", "hash")
+NAME_COLUMNS = ("path", "image_path", "filename", "id")  # keys where there is none of the former
+ANY_KEY = (*KEY_COLUMNS, *NAME_COLUMNS)
 BATCH_ROWS = 65_536
 BATCH_BYTES = 32 << 20
 STREAM_BYTES = 1 << 20
@@ -150,6 +152,11 @@ def as_texts(file: Table, column: str, values: Any, kind: Any = STRING) -> Any:
         ) from error
 
 
+def is_name(kind: Any) -> bool:
+    """Tell whether an arrow type is one of texts or of whole numbers."""
+    return any(str(kind).startswith(name) for name in ("string", "large_string", "int", "uint"))
+
+
 def _without_views(kind: Any) -> Any:
     """Return an arrow type with the plain types for `VIEWS`, in lists and structs too."""
     if pa.types.is_struct(kind):
@@ -187,10 +194,13 @@ class Metadata(FileRows):
         """Return the exact name of a column; names are found in any case.
 
         That is the one that the user ``asked`` for, which is refused if it does not exist or could
-        be either of two columns; else the first of ``wanted`` that exists, or None.
+        be either of two columns; else the first of ``wanted`` that exists, or None. One of
+        `NAME_COLUMNS` that is only wanted counts if it holds texts or whole numbers.
         """
         for name in wanted if asked is None else [asked]:
             found = [column for column in self.columns if column.lower() == name.lower()]
+            if asked is None and name in NAME_COLUMNS:
+                found = [column for column in found if is_name(self.schema.field(column).type)]
             if name in found:
                 return name
             if len(found) == 1 or (found and asked is None):

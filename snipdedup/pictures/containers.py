@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.formats import identity_of
-from snipdedup.metadata.tables import KEY_COLUMNS, Metadata, Table, explain_damage, stream_parquet
+from snipdedup.metadata.tables import ANY_KEY, Metadata, Table, explain_damage, stream_parquet
 from snipdedup.pictures.items import (
     CAPTIONS,
     FILE_BYTES,
@@ -295,7 +295,7 @@ class ParquetShard(Container):
         """See `FileShard.items`."""
         del left_out  # there is nothing else in it
         metadata = Metadata([self.table])
-        names = [metadata.column(wanted=kinds) for kinds in (KEY_COLUMNS, CAPTIONS, URLS)]
+        names = [metadata.column(wanted=kinds) for kinds in (ANY_KEY, CAPTIONS, URLS)]
         columns = [self.column, *filter(None, names)]
         row, place = 0, absolute_location(self.path)
         file = stream_parquet(self.path)

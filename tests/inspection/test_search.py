@@ -72,6 +72,21 @@ def found(answer: dict) -> list[int]:
     return [neighbour["row"] for neighbour in answer["neighbours"]]
 
 
+def test_by_key_is_by_the_row_that_has_it(folder, rows):
+    for query in ("k401", "key:k401", "row:401"):
+        (answer,) = ask(query, "--index", folder / "index", "-k", 6)["queries"]
+        assert answer["row"]["row"] == 401
+        assert found(answer) == nearest(rows, rows[401], 6, without=401)
+    status, _, said = truth.snip("search", "key:k9999", "--index", folder / "index")
+    assert (status, said.count("\n")) == (1, 1)
+    assert "has the key 'k9999'; the nearest keys: 'k" in said
+    twice = pa.table({"key": [f"k{row // 2}" for row in range(ROWS)]})
+    pq.write_table(twice, folder / "twice.parquet")
+    words = ("--index", folder / "index", "--metadata", folder / "twice.parquet")
+    status, _, said = truth.snip("search", "k40", *words)
+    assert (status, "2 rows have the key 'k40': give one of 80, 81" in said) == (1, True)
+
+
 def test_by_row_with_raw_features_is_brute_force(folder, rows):
     said = ask(401, "--index", folder / "index", "-k", 6)
     assert (said["measure"], said["of"], said["note"]) == ("cosine", "features", "")
