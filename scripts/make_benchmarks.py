@@ -245,8 +245,8 @@ def code_section(body: dict[str, Any]) -> str:
         "",
         f"{data['rows']:,} rows × {data['dim']}; IVF{asked['nlist']}, nprobe {asked['nprobe']}. "
         f"{host['processor']}, {host['cores']} cores. The numbers are recall@{asked['k']}, as mean "
-        "± standard deviation over seeds: the share of the nearest neighbours by exact cosine "
-        "that are found by short descriptors (*uncoded*) or by their codes of so many bytes.",
+        "± standard deviation over seeds: the share of the true nearest neighbours that are found. "
+        "*Uncoded*: by short descriptors. *4 B* and more: by codes of so many bytes.",
         "",
         CODE_WORDS,
         "",

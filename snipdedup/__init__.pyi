@@ -264,6 +264,7 @@ def dedup(
     clusters: int = 0,
     epsilon: Any = None,
     borders: bool = True,
+    decisions: Any = None,
     key: str | None = None,
     merge_captions: int | None = None,
     caption: str | None = None,
@@ -347,13 +348,16 @@ def dedup(
     nprobe
         adc: lists visited for a row (default: 4)
     clusters
-        semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
+        semdedup: clusters of k-means, 0: one for 8,700 rows (default: 0)
     epsilon
         semdedup: remove above cosine 1 - epsilon; the first of several is used (default: 1
         - threshold)
     borders
-        semdedup: count duplicates between clusters, by join; --noborders turns it off
+        semdedup: also count, by join, what its clusters miss; --noborders turns it off
         (default: on)
+    decisions
+        CSV with a column decision (keep or drop) beside row or key: these rows stay or go
+        in any case; several by comma, the last one counts
     key
         column for groups.parquet (default: first of key, uid, ...)
     merge_captions
@@ -775,7 +779,7 @@ def search(
     k: int = 10,
     nprobe: int = 64,
     rerank: int = 2000,
-    features: str | PathLike[str] | None = None,
+    features: Any = None,
     metadata: str | PathLike[str] | None = None,
     encoder: str | PathLike[str] | None = None,
     text: bool = False,

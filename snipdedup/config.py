@@ -40,7 +40,7 @@ ONLY_WITH = (  # methods, and the settings that the others do not have
     (("semdedup",), ("clusters", "epsilon")),
     (("join", "adc"), ("encoder",)),
     (("join", "exact"), ("also", "text_features", "reference")),
-    (("join", "exact", "adc"), ("grouping", "keep_fraction", "pairs")),
+    (("join", "exact", "adc"), ("grouping", "keep_fraction", "pairs", "decisions")),
 )
 RULES = ("two_sided", "difference", "ratio", "mutual")  # mutual is an older name of two_sided
 KEEP_REMOVE = ("keep", "remove")
@@ -232,13 +232,18 @@ class Dedup(Input):
     calibration_rows: int = option(4096, "adc: rows whose true duplicates set the margin", 1, 10**6)
     k: int = option(16, "adc: neighbours searched for a row; more if all of them pass", 1, 1024)
     nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
-    clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
+    clusters: int = option(0, "semdedup: clusters of k-means, 0: one for 8,700 rows", 0, 2**24)
     epsilon: Any = option(
         None,
         "semdedup: remove above cosine 1 - epsilon; the first of several is used [1 - threshold]",
     )
     borders: bool = option(
-        True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
+        True, "semdedup: also count, by join, what its clusters miss; --noborders turns it off [on]"
+    )
+    decisions: Any = option(
+        None,
+        "CSV with a column decision (keep or drop) beside row or key: these rows stay or go in any "
+        "case; several by comma, the last one counts",
     )
     key: str | None = option(None, "column for groups.parquet [first of key, uid, ...]")
     merge_captions: int | None = option(
@@ -293,6 +298,10 @@ class Dedup(Input):
              "--rule ratio needs FEATURES: without them a row is its own code"),
             (rowless and (self.pairs or self.keep_fraction is not None),
              "--pairs and --keep_fraction need FEATURES: unverified pairs have no cosines"),
+            (rowless and self.decisions is not None,
+             "--decisions decides groups again: give FEATURES, to compare their rows"),
+            (self.weights and self.decisions is not None,
+             "--weights writes all rows, and --decisions says that some go: give one of them"),
             (clusters and self.keep not in (None, *SEMDEDUP_KEEPS),
              f"--keep of semdedup must be one of {', '.join(SEMDEDUP_KEEPS)}, found {self.keep!r}"),
             (self.references_only and self.reference is None,
@@ -530,7 +539,7 @@ class Search(Format):
     k: int = option(10, "neighbours to show", 1, 10**6)
     nprobe: int = option(64, "lists visited", 1, 2**24)
     rerank: int = option(2000, "nearest codes to compare by raw features; 0 for none", 0, 10**6)
-    features: str | None = option(None, "the indexed rows, if they moved or changed", path=ANYWHERE)
+    features: Any = option(None, "the indexed rows, if they moved or changed")
     metadata: str | None = option(None, "key, url, caption of the rows, by position", path=ANYWHERE)
     encoder: str | None = option(None, "for vectors and texts, if codes are encoded", path=FOLDER)
     text: bool = option(False, "QUERY is a text, though it looks like a row, a key or a file")

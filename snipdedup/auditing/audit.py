@@ -21,6 +21,8 @@ from snipdedup.auditing.removed_rows import (
 )
 from snipdedup.auditing.sheet import human_precision, sample_pairs, write_sheet
 from snipdedup.config import Audit
+from snipdedup.deduplication.decisions import FILE as DECISIONS
+from snipdedup.deduplication.decisions import read_decisions
 from snipdedup.deduplication.inputs import KIND
 from snipdedup.deduplication.second_features import (
     also_column,
@@ -127,6 +129,7 @@ def audit(
         run.is_dup = load_mask(run.folder / "is_dup.npy")
         if len(run.is_dup) != run.rows:
             raise SnipError(f"is_dup.npy: {len(run.is_dup):,} rows, expected {run.rows:,}")
+        check_decisions(run)
     except (SnipError, OSError) as error:
         run.fail("mask", str(error))
         return False
@@ -148,6 +151,17 @@ def audit(
     if compared is not None and probe_rows and not recorded_seconds(run.manifest):
         estimate_missed(run, compared, references, probe_rows, seed)
     return readable and same_rows
+
+
+def check_decisions(run: AuditedRun) -> None:
+    """Compare the mask with what a person decided."""
+    path = run.folder / DECISIONS
+    if DECISIONS in run.manifest["outputs"]:
+        run.decisions = read_decisions([path], run.rows)
+        for rows, stays, told in zip(run.decisions, (True, False), ("stay", "go"), strict=True):
+            wrong = run.is_dup[rows] == stays
+            run.fail_rows("decisions", rows, wrong, f"told to {told} by {DECISIONS}, and does not")
+            run.note("decisions", f"{len(rows):,} rows are told to {told}")
 
 
 def check_outputs(run: AuditedRun) -> None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snipdedup import progress
+from snipdedup.deduplication.decisions import Decisions
 from snipdedup.deduplication.read_out import BATCH_ROWS, pick, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import bad_rows, indexed_cosines
@@ -24,6 +25,7 @@ from snipdedup.features.shards import Features, plan_blocks
 from snipdedup.groups.members import Members, group_starts
 from snipdedup.metadata.tables import stream_parquet
 from snipdedup.parallel import ordered_map
+from snipdedup.storage.external_sort import among
 
 PAIRS, MOST_PAIRS = 4096, 1 << 16  # whose rows one thread reads at a time: at the least, the most
 ROUNDING = 1e-6  # a stored cosine may be off by this: sums in another order, rounded to float32
@@ -81,6 +83,7 @@ class AuditedRun:
         self.rows = int(self.offsets[-1])
         self.is_dup = np.empty(0, bool)
         self.threshold = float(settings["threshold"])
+        self.decisions = Decisions(*[np.empty(0, np.int64)] * 2)  # what a person decided
         self.references_only = bool(settings.get("references_only"))
         # by these rules a removed row may be far from each kept row, by the star rule it is not
         self.semdedup = settings["method"] == "semdedup"
@@ -180,7 +183,8 @@ def check_members(
     right = (members.row[at] == representative) & (members.group[at] == members.group)
     if not run.semdedup:  # whose representatives may be removed themselves
         right &= ~is_dup[at] & ~run.is_dup[np.maximum(representative, 0)]
-    right = np.where(is_dup, right | (representative < 0), representative == members.row)
+    alone = (representative == members.row) & among(run.decisions.dropped, members.row)
+    right = np.where(is_dup, right | (representative < 0) | alone, representative == members.row)
     right |= ~is_dup & mask  # the mask is wrong, which has its own line
     own = is_dup & (representative >= 0) & run.references_only
     for kind, wrong, text in (
@@ -285,7 +289,7 @@ class RemovedRows:
             lambda i: f"its representative, row {other[i]:,} of {names[which[i] - 1]}, is not a "
             "kept row there",
         )  # fmt: skip
-        use = right & compared
+        use = right & compared & ((row != other) | (which > 0))
         self.compared += int(np.count_nonzero(use))
         place = self.first[which[use]] + other[use]
         for kind in self.kinds:  # second ones: there are no references then

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snipdedup.auditing.removed_rows import AuditedRun, chosen_places, raw_cosines
+from snipdedup.deduplication.decisions import read_sheet
 from snipdedup.deduplication.read_out import pick, read_keys, read_partners, whole_groups
 from snipdedup.errors import SnipError
 from snipdedup.features.shards import Features
@@ -39,10 +39,12 @@ def sample_pairs(
     """
     counts, path = run.manifest["counts"], run.folder / "groups.parquet"
     total = counts["removed"] - counts.get("removed_for_reference", 0)
+    total -= counts.get("removed_alone", 0)
     chosen = sample_rows(total, n, np.random.default_rng(seed))
     parts, before = [], 0
     for members in whole_groups(path):
-        own = pick(members, members.is_dup & (members.representative >= 0))
+        named = members.representative
+        own = pick(members, members.is_dup & (named >= 0) & (named != members.row))
         parts.append(pick(own, chosen_places(chosen, before, len(own.row))))
         before += len(own.row)
     removed = concatenate(no_members(), *parts)
@@ -107,24 +109,13 @@ def human_precision(folder: Path, path: Path) -> str:
 
 def read_verdicts(path: Path) -> list[tuple[int, int, str]]:
     """Read a sheet that was judged: row, representative, verdict (empty where there is none)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SnipError(f"{path}: expected a sheet of --sheet as UTF-8 CSV: {error}") from error
-    head = text.partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)  # spreadsheets of some countries save others
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    missing = {"row", "representative", "verdict"} - set(reader.fieldnames or ())
-    if missing:
-        raise SnipError(f"{path}: expected a sheet of --sheet, it has no column {min(missing)}")
     judged = []
-    for line in reader:
-        where = f"{path} line {reader.line_num}"
+    for where, line in read_sheet(path, "a sheet of --sheet", {"row", "representative", "verdict"}):
         try:
             row, representative = int(line["row"]), int(line["representative"])
-        except (TypeError, ValueError):
+        except ValueError:
             raise SnipError(f"{where}: expected row numbers, found {line['row']!r}") from None
-        verdict = (line["verdict"] or "").strip().lower()
+        verdict = line["verdict"].lower()
         if verdict not in {"", *YES, *NO}:
             raise SnipError(f"{where}: expected yes or no as verdict, found {line['verdict']!r}")
         judged.append((row, representative, verdict))

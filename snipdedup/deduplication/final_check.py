@@ -24,16 +24,24 @@ from snipdedup.storage.external_sort import Columns, among
 
 
 def fill_similarity(
-    search: PairSearch, members: Members, threshold: float, grouping: str, folder: Path | None
+    search: PairSearch,
+    members: Members,
+    threshold: float,
+    grouping: str,
+    folder: Path | None,
+    dropped: np.ndarray,
 ) -> tuple[Members, np.ndarray | None, Sequence[np.ndarray]]:
     """Compute the cosines of members with their representatives, some whole groups at a time.
 
-    The parameters are fields of `result.Result`; the similarity that ``members`` hold is not used.
+    The parameters are fields of `result.Result`; ``dropped`` rows, (n,) int64, ascending, are told
+    to be removed and may have no representative but themselves. The similarity that ``members``
+    hold is not used.
+
     Return the members, with a similarity of 1 for kept rows, NaN where pairs were never verified;
     and with references the cosine of each with its nearest reference row, NaN where none matches;
     and those of removed rows in each of the second features, NaN of kept rows.
     """
-    check = FinalCheck(search, threshold, grouping)
+    check = FinalCheck(search, threshold, grouping, dropped)
     names = ["similarity", "near", *(f"also{n}" for n in range(len(search.inputs.seconds)))]
     columns = Columns(folder and folder / "checked", dict.fromkeys(names, "<f4"))
     with progress.bar(len(members.row), "proving", "rows") as bar:
@@ -53,8 +61,11 @@ class FinalCheck:
     In ``every``, reference rows come before the rows of the set.
     """
 
-    def __init__(self, search: PairSearch, threshold: float, grouping: str) -> None:
+    def __init__(
+        self, search: PairSearch, threshold: float, grouping: str, dropped: np.ndarray
+    ) -> None:
         self.search, self.threshold = search, np.float32(threshold)
+        self.dropped = dropped
         self.may_chain = grouping == "components" and search.best is None
         self.nearest = None if search.nearest is None else search.nearest.at(threshold)
         self.every, references = search.inputs.features, search.inputs.references
@@ -68,7 +79,8 @@ class FinalCheck:
         By SemDeDup's rule a representative may be removed. ``order`` sorts the members by row.
         """
         rows, row, named = self.search.rows, members.row, members.representative
-        wrong = (row < 0) | (row >= rows) | among(self.search.bad, row)
+        alone = members.is_dup & (named == row) & among(self.dropped, row)
+        wrong = (row < 0) | (row >= rows) | (among(self.search.bad, row) & ~alone)
         wrong[order[1:]] |= row[order[1:]] == row[order[:-1]]
         wrong |= (named < -self.reference_rows) | (named >= rows)
         wrong |= ~members.is_dup & (named != row)
@@ -77,7 +89,7 @@ class FinalCheck:
         unfit = (row[at] != named) | (members.group[at] != members.group) | (named == row)
         if self.search.best is None:
             unfit |= members.is_dup[at]
-        wrong |= members.is_dup & (named >= 0) & unfit
+        wrong |= members.is_dup & (named >= 0) & unfit & ~alone
         for which in np.flatnonzero(wrong)[:1]:
             state = "removed for" if members.is_dup[which] else "kept, with the representative"
             self.stop(
@@ -88,11 +100,12 @@ class FinalCheck:
 
     def cosines(self, members: Members, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the similarity and the cosine with the nearest reference row of whole groups."""
-        similarity = np.where(members.is_dup, np.float32(np.nan), np.float32(1))
+        for_other = members.is_dup & (members.representative != members.row)
+        similarity = np.where(for_other, np.float32(np.nan), np.float32(1))
         near = np.full(len(members.row), np.nan, np.float32)
         if self.every is None:
             return similarity, near
-        removed = order[members.is_dup[order]]
+        removed = order[for_other[order]]
         row, named = members.row[removed], members.representative[removed]
         similarity[removed] = self.verified(self.every, row, named, self.may_chain)
         if self.nearest is None:
@@ -129,7 +142,8 @@ class FinalCheck:
 
     def second_cosines(self, members: Members, order: np.ndarray) -> list[np.ndarray]:
         """Return the cosines of removed rows of whole groups in each of the second features."""
-        removed, found = order[members.is_dup[order]], []
+        for_other = members.is_dup & (members.representative != members.row)
+        removed, found = order[for_other[order]], []
         row, named = members.row[removed], members.representative[removed]
         for second in self.search.inputs.seconds:
             cosine = pair_cosines(second.features.gather, row, named, given_threads())

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from snipdedup.deduplication.decisions import Decisions
 from snipdedup.deduplication.inputs import KIND, Inputs, check_searched, known_checksums
 from snipdedup.deduplication.second_features import also_column, recorded_seconds
 from snipdedup.errors import SnipError
@@ -125,6 +126,7 @@ class PairSearch:
         keys: Any = None,
         near: np.ndarray | None = None,
         also: Sequence[np.ndarray] = (),
+        decisions: Decisions | None = None,
     ) -> pa.Table:
         """Return members, with their ``keys`` if known, as rows of ``groups.parquet``.
 
@@ -150,6 +152,8 @@ class PairSearch:
         for number in range(len(self.inputs.seconds)):
             cosine = also[number] if also else np.full(len(members.row), np.nan, np.float32)
             columns[also_column(number)] = pa.array(cosine, mask=np.isnan(cosine))
+        if decisions is not None:
+            columns["decision"] = decisions.column(members.row)
         return pa.table(columns)
 
     def edges(self, folder: Path | None = None) -> Iterator[Edges]:

@@ -18,8 +18,10 @@ import numpy as np
 
 from snipdedup import native, progress
 from snipdedup.config import Dedup
+from snipdedup.deduplication.decisions import Decisions, add_lone, decide_again
 from snipdedup.deduplication.final_check import fill_similarity
 from snipdedup.deduplication.pair_search import PairSearch
+from snipdedup.deduplication.read_out import pick
 from snipdedup.errors import SnipError
 from snipdedup.groups import star
 from snipdedup.groups.keep import ColumnRank
@@ -28,8 +30,10 @@ from snipdedup.groups.members import (
     Block,
     Copies,
     Members,
+    Nearest,
     Rank,
     group_starts,
+    no_members,
     refer_components,
     refer_star,
     slices,
@@ -51,6 +55,7 @@ class Counts(NamedTuple):
     removed: int
     chained: int  # of these, those below the threshold to their representative
     for_reference: int  # of these, those removed for a reference row
+    alone: int  # of these, those told to go that duplicate no row that stays
     sizes: Mapping[int, int]  # how many groups have each size
     represented: Mapping[int, int]  # how many kept rows represent each number of others
 
@@ -69,6 +74,7 @@ class Result:
     near: np.ndarray | None = None  # (members,) float32: cosine with the nearest reference, or NaN
     also: Sequence[np.ndarray] = ()  # of each second features, (members,) float32; NaN of kept rows
     threshold_from: str = "given"  # see `settings.fill_settings`
+    decisions: Decisions | None = None  # what a person decided
     manifest: dict[str, Any] | None = None  # of the folder that it was written to
     out: Path | None = None  # that folder
 
@@ -79,7 +85,7 @@ class Result:
     @cached_property
     def counts(self) -> Counts:
         """Numbers of rows and groups."""
-        removed = chained = for_reference = 0
+        removed = chained = for_reference = alone = 0
         sizes: Counter[int] = Counter()
         represented: Counter[int] = Counter()
         for part in slices(self.members):
@@ -87,16 +93,20 @@ class Result:
             removed += len(named)
             chained += int((part.similarity[part.is_dup] < np.float32(self.threshold)).sum())
             for_reference += int((named < 0).sum())
+            alone += int((named == part.row[part.is_dup]).sum())
             sizes.update(np.diff(group_starts(part.group)).tolist())
             row, count = np.unique(named[named >= 0], return_counts=True)
             represented.update(count[~np.isin(row, part.row[part.is_dup])].tolist())
-        return Counts(removed, chained, for_reference, sizes, represented)
+        return Counts(removed, chained, for_reference, alone, sizes, represented)
 
     @cached_property
     def removed_rows(self) -> RemovedPairs:
-        """The removed rows, ascending, and the representative of each; many are mapped."""
-        parts = slices(self.members)
-        removed = ((part.row[part.is_dup], part.representative[part.is_dup]) for part in parts)
+        """Removed rows, ascending, and the representative of each, if another; many are mapped."""
+        parts = (
+            pick(part, part.is_dup & (part.representative != part.row))
+            for part in slices(self.members)
+        )
+        removed = ((part.row, part.representative) for part in parts)
         kinds = {"row": "<i8", "representative": "<i8"}
         path = self.folder and self.folder / "removed"
         return RemovedPairs(*sorted_by_row(removed, kinds, self.removed, self.rows, path))
@@ -142,7 +152,7 @@ class Result:
     @property
     def groups(self) -> Any:
         """The members as a ``pyarrow.Table``, see ``docs/files.md``."""
-        return self.search.groups_table(self.members, None, self.near, self.also)
+        return self.search.groups_table(self.members, None, self.near, self.also, self.decisions)
 
     def at(self, threshold: float, grouping: str | None = None) -> Result:
         """Decide again at another threshold, not below the one searched for, without a search.
@@ -153,7 +163,8 @@ class Result:
         grouping = self.grouping if grouping is None else grouping
         by_rule = self.search.best is not None  # then grouping does not apply
         Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
-        return checked(choose(self.search, threshold, grouping, self.keep, self.rank))
+        how = threshold, grouping, self.keep, self.rank, None, self.decisions
+        return checked(choose(self.search, *how))
 
     def entries(self, epsilons: Sequence[float] = (), folder: Path | None = None) -> dict[str, Any]:
         """Return what a manifest holds of the result, as JSON values.
@@ -170,6 +181,9 @@ class Result:
         if references is not None:
             more["reference_rows"] = references.rows
             more["removed_for_reference"] = counts.for_reference
+        if self.decisions is not None:
+            more["told_to_stay"], more["told_to_go"] = map(len, self.decisions)
+            more["removed_alone"] = counts.alone
         return {
             "verified": search.verified,
             "threshold_from": self.threshold_from,
@@ -206,8 +220,9 @@ def checked(result: Result) -> Result:
 
     A row that would be removed without a reason is an `InternalError`; see `final_check`.
     """
+    dropped = np.empty(0, np.int64) if result.decisions is None else result.decisions.dropped
     members, near, also = fill_similarity(
-        result.search, result.members, result.threshold, result.grouping, result.folder
+        result.search, result.members, result.threshold, result.grouping, result.folder, dropped
     )
     return dataclasses.replace(result, members=members, near=near, also=also)
 
@@ -219,6 +234,7 @@ def choose(
     keep: str,
     rank: Rank,
     folder: Path | None = None,
+    decisions: Decisions | None = None,
 ) -> Result:
     """Choose which rows of the groups are removed, a block of groups at a time, unchecked.
 
@@ -231,12 +247,24 @@ def choose(
     if folder is not None and isinstance(rank, ColumnRank) and large:
         rank.read_all(folder)
 
+    def decide(block: Block, rank: Rank, kept: np.ndarray, dropped: np.ndarray) -> Members:
+        given = kept, dropped
+        return decide_block(search, block, threshold, grouping, rank, lambda edges: None, given)
+
     columns = Columns(folder and folder / "members", KINDS)
+    lone = np.empty(0, np.int64) if decisions is None else decisions.dropped  # in no group so far
     with progress.bar(edges, "grouping", "edges") as bar:
         for block in search.blocks(threshold, folder):
-            columns.add(*decide_block(search, block, threshold, grouping, rank, bar.update))
+            members = decide_block(search, block, threshold, grouping, rank, bar.update)
+            if decisions is not None:
+                members = decide_again(members, block, decisions, rank, decide)
+                lone = lone[~np.isin(lone, members.row)]
+                past = lone < members.group[-1] if len(members.row) else np.zeros(len(lone), bool)
+                members, lone = add_lone(members, lone[past]), lone[~past]  # groups ascend
+            columns.add(*members)
+    columns.add(*add_lone(no_members(), lone))
     members = Members(*columns.arrays())
-    return Result(search, members, threshold, grouping, keep, rank, folder)
+    return Result(search, members, threshold, grouping, keep, rank, folder, decisions=decisions)
 
 
 def choose_fraction(
@@ -285,10 +313,12 @@ def decide_block(
     grouping: str,
     rank: Rank,
     done: Callable[[int], None],
+    given: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Members:
     """Decide whole groups; exact copies are folded away before and unfolded after.
 
-    ``done`` takes how many edges of their forest are decided.
+    ``done`` takes how many edges of their forest are decided; ``given`` are rows, (n,) int64 each,
+    that are kept, and that are removed, whatever the rules say.
     """
     if search.best is not None:
         members = star.group_matches(block.forest, search.best, threshold)
@@ -297,6 +327,11 @@ def decide_block(
     copies = Copies(block.copies, block.originals, rank)
     forest = copies.fold(block.forest)
     nearest = None if block.nearest is None else copies.fold_nearest(block.nearest)
+    kept, dropped = given or (np.empty(0, np.int64), np.empty(0, np.int64))
+    if nearest is not None:
+        free = ~np.isin(nearest.row, kept)
+        nearest = Nearest(*(column[free] for column in nearest))
+        dropped = np.union1d(dropped, nearest.row)
     if grouping == "components":
         members = star.group_components(forest, rank)
         done(len(forest.a))
@@ -309,7 +344,7 @@ def decide_block(
     if (features := search.inputs.features) is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
     compare = star.Compare(features.gather, threshold, search.inputs.also)
-    members = star.group_star(forest, rank, compare, nearest.row if nearest else None, done)
+    members = star.group_star(forest, rank, compare, dropped, done, kept)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
 
 
@@ -370,6 +405,9 @@ def summarize(entries: dict[str, Any]) -> str:
         lines.append(f"  note: no --threshold was given: this one is usual for {source}")
     for column, caught in entries.get("baselines", {}).items():
         lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
+    if "told_to_go" in counts:
+        note = f"told to stay, {counts['told_to_go']:,} to go (--decisions)"
+        lines.append(line("decisions", counts["told_to_stay"], note))
     if counts["bad_rows"]:
         lines.append(line("bad rows", counts["bad_rows"], "(kept; see bad_rows.parquet)"))
     if counts["chained"]:

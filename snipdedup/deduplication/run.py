@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 
 from snipdedup.commands import keep_rules, parse_epsilons
 from snipdedup.config import Dedup, Plan
-from snipdedup.deduplication.inputs import KIND, Inputs, open_inputs, open_metadata_of
+from snipdedup.deduplication.decisions import Decisions, read_decisions
+from snipdedup.deduplication.inputs import (
+    KIND,
+    Inputs,
+    open_inputs,
+    open_metadata_of,
+    split_sources,
+)
 from snipdedup.deduplication.methods import check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
 from snipdedup.deduplication.result import Result, check_threshold, checked, choose, choose_fraction
@@ -64,6 +71,7 @@ class Job(NamedTuple):
     rank: Rank
     plan: MetadataPlan | None
     threshold_from: str  # see `settings.fill_settings`
+    decisions: Decisions | None
 
 
 def dedup(features: Any, **settings: Any) -> Result:
@@ -147,6 +155,7 @@ def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
     job = prepare(options)
     out_folder.refuse_output_inside(out, read_paths(job, earlier))
     request = describe_request(job.options, job.inputs, job.metadata)
+    request["decisions"] = job.decisions and job.decisions.digest()
     search = None
     if earlier is None:
         check_given(job.inputs.features, job.options.index, job.options.encoder)
@@ -189,7 +198,8 @@ def read_result(folder: Path, job: Job) -> Result:
     """Read back a finished run and decide as it did."""
     manifest = read_manifest(folder, KIND)
     threshold, grouping, keep = (manifest["settings"][n] for n in ("threshold", "grouping", "keep"))
-    result = choose(read_search(folder, job.inputs), threshold, str(grouping), keep, job.rank)
+    how = threshold, str(grouping), keep, job.rank, None, job.decisions
+    result = choose(read_search(folder, job.inputs), *how)
     return dataclasses.replace(checked(result), manifest=manifest, out=folder)
 
 
@@ -223,7 +233,11 @@ def prepare(options: Dedup, *, writes: bool = True) -> Job:
     elif metadata is not None and isinstance(rank, ColumnRank):
         try_column_uses(metadata, [rank.use()])
     check_keys(inputs.seconds, options.features, metadata)
-    return Job(options, inputs, metadata, rank, plan, source)
+    decisions = None
+    if options.decisions is not None and inputs.features is not None:
+        paths = [Path(name).expanduser() for name in split_sources(options.decisions)]
+        decisions = read_decisions(paths, inputs.features.rows, metadata, options.key)
+    return Job(options, inputs, metadata, rank, plan, source, decisions)
 
 
 def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
@@ -339,7 +353,7 @@ def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
     grouping, keep, fraction = str(options.grouping), str(options.keep), options.keep_fraction
 
     def choose_at(threshold: float) -> Result:
-        result = choose(search, threshold, grouping, keep, job.rank, folder)
+        result = choose(search, threshold, grouping, keep, job.rank, folder, job.decisions)
         return dataclasses.replace(result, threshold_from=job.threshold_from)
 
     with library_threads(options.threads, torch_too=False):

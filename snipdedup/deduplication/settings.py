@@ -12,6 +12,7 @@ from typing import Any
 
 from snipdedup.commands import parse_epsilons
 from snipdedup.config import Dedup
+from snipdedup.deduplication.decisions import FILE
 from snipdedup.deduplication.inputs import KIND, Inputs, split_sources
 from snipdedup.deduplication.second_features import (
     known_thresholds,
@@ -36,7 +37,7 @@ HOW = {
 # What is decided and written after the search: a stopped run goes on with others of these.
 DECISIONS = {
     "metadata", "grouping", "keep", "keep_fraction", "pairs", "epsilon", "key", "merge_captions",
-    "caption", "weights", "export",
+    "caption", "weights", "export", "decisions",
 }  # fmt: skip
 # What a re-threshold takes over from the search; a finished run's features come first.
 SEARCHED = (
@@ -122,6 +123,8 @@ def saved_settings(options: Dedup, threshold: float | None) -> dict[str, Any]:
         value = settings[name]
         settings[name] = absolute_location(value) if isinstance(value, str | Path) else None
     settings["also"] = saved_also(options.also)
+    decided = [] if options.decisions is None else split_sources(options.decisions)
+    settings["decisions"] = [absolute_location(name) for name in decided] or None
     sources = [] if options.reference is None else split_sources(options.reference)
     are_paths = bool(sources) and all(isinstance(source, str | Path) for source in sources)
     settings["reference"] = [absolute_location(source) for source in sources] if are_paths else None
@@ -149,6 +152,9 @@ def inherit(options: Dedup, earlier: Path) -> Dedup:
         given = getattr(options, name)
         settings[name] = searched[name] if given is None else given
     settings["metadata"] = options.metadata or searched["metadata"]
+    if (earlier / FILE).is_file():  # they hold on, unless newer ones say otherwise
+        newer = [] if options.decisions is None else split_sources(options.decisions)
+        settings["decisions"] = [str(earlier / FILE), *map(str, newer)]
     return Dedup(**{**options.as_dict(), **settings})
 
 

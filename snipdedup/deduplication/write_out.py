@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from snipdedup.deduplication.decisions import FILE
 from snipdedup.deduplication.inputs import describe_shards
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.result import Result
@@ -109,6 +110,9 @@ def write_files(
 ) -> dict[str, Any]:
     """Write all files of OUT but the manifest and those of pairs; return `describe_run`."""
     write_small_files(result, out)
+    if result.decisions is not None:
+        with atomic.replacing(out / FILE) as part:
+            part.write_text(result.decisions.csv(), "utf-8")
     write_forest(result.search, out)
     write_groups(result, out, plan)
     if plan is not None:
@@ -167,12 +171,12 @@ def write_groups(result: Result, out: Path, plan: MetadataPlan | None) -> None:
     if plan is not None and plan.key is not None:
         cuts, folder = cut_groups(members.group), grouping_folder(out) / "keys"
         keys = gather_column(plan.table, plan.key, members.row, cuts, as_texts, folder)
-    schema = search.groups_table(no_members()).schema
+    schema = search.groups_table(no_members(), decisions=result.decisions).schema
     with atomic.writing_parquet(out / "groups.parquet", schema) as write, closing(keys):
         for part, named in zip(slices(members), keys, strict=False):
             near = None if result.near is None else result.near[at : at + len(part.row)]
             also = [cosine[at : at + len(part.row)] for cosine in result.also]
-            write(search.groups_table(part, named, near, also))
+            write(search.groups_table(part, named, near, also, result.decisions))
             at += len(part.row)
 
 

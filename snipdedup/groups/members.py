@@ -95,6 +95,14 @@ class Block(NamedTuple):
         nearest = None if self.nearest is None else self.nearest.at(threshold)
         return self._replace(forest=self.forest.at(threshold), nearest=nearest)
 
+    def of(self, rows: np.ndarray) -> Block:
+        """Return what it holds of whole groups: of ascending ``rows``, (n,) int64."""
+        copied, near = np.isin(self.copies, rows), self.nearest
+        if near is not None:
+            near = Nearest(*(column[np.isin(near.row, rows)] for column in near))
+        forest = self.forest.where(np.isin(self.forest.a, rows))
+        return Block(forest, self.copies[copied], self.originals[copied], near)
+
     def lists(self) -> dict[int, Edges]:
         """Return what it holds as edges, by what they are; those of `NEAREST` go to references."""
         ones = np.broadcast_to(np.float32(1), len(self.copies))

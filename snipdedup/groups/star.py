@@ -94,12 +94,14 @@ def group_star(
     compare: Compare,
     removed: np.ndarray | None = None,
     done: Callable[[int], None] = lambda edges: None,
+    kept: np.ndarray | None = None,
 ) -> Members:
     """Apply the star rule to the groups of a forest over distinct rows (`members.Copies`).
 
     ``removed``, (n,) int64, are rows that a row outside removes, whatever these rows are to one
     another. Their representative is the nearest kept row that matches, or the row itself with
-    `NO_PAIR`. ``done`` takes how many edges of the forest are decided.
+    `NO_PAIR`. ``kept``, (m,) int64, are rows that are kept, even where two of them match. ``done``
+    takes how many edges of the forest are decided.
     """
     row, group = components(forest)
     order = np.lexsort((rank(row), group))
@@ -107,8 +109,10 @@ def group_star(
     starts = group_starts(group)
     sizes = np.diff(starts)
     representative, similarity = row.copy(), np.ones(len(row), np.float32)
-    out = np.zeros(len(row), bool) if removed is None else np.isin(row, removed)
-    compared = (sizes > 2) | np.logical_or.reduceat(out, starts[:-1]) if len(row) else out
+    none = np.empty(0, np.int64)
+    out, stay = (np.isin(row, none if rows is None else rows) for rows in (removed, kept))
+    given = out | stay
+    compared = (sizes > 2) | np.logical_or.reduceat(given, starts[:-1]) if len(row) else given
     two = starts[:-1][~compared]
     representative[two + 1], similarity[two + 1] = row[two], np.nan
     done(len(two))
@@ -118,10 +122,11 @@ def group_star(
     large = [np.arange(starts[n], starts[n + 1]) for n in np.flatnonzero(compared & ~small)]
 
     def decide(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows, without, sizes = row[places], out[places], np.diff(group_starts(group[places]))
+        rows, sizes = row[places], np.diff(group_starts(group[places]))
+        given = out[places], stay[places]
         if len(sizes) > 1 or sizes[0] <= pairs.LISTED_GROUP:
-            return *star_listed(rows, sizes, compare, without), places
-        return *star_large(rows, compare, without), places
+            return *star_listed(rows, sizes, compare, *given), places
+        return *star_large(rows, compare, *given), places
 
     huge = [places for places in large if len(places) > TABLE_GROUP]  # one by one, on all threads
     others = [*(places for places in large if len(places) <= TABLE_GROUP), *listed]
@@ -134,29 +139,31 @@ def group_star(
 
 
 def star_listed(
-    rows: np.ndarray, sizes: np.ndarray, compare: Compare, out: np.ndarray
+    rows: np.ndarray, sizes: np.ndarray, compare: Compare, out: np.ndarray, stay: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decide small groups of some ``sizes``: (n,) rows, in keep order inside each group.
 
-    Rows that are ``out``, (n,) bool, are removed anyhow. Returns the representatives, (n,) int64,
-    and the cosines with them, (n,) float32.
+    Rows that are ``out``, (n,) bool, are removed anyhow; those that ``stay`` are kept. Returns the
+    representatives, (n,) int64, and the cosines with them, (n,) float32.
     """
     x, y, cosine = compare.verify(rows, *pairs.listed_pairs(sizes))
-    kept = greedy_kept(x, y, ~out)
     both = join_pairs([(x, y, cosine), (y, x, cosine)])
+    free = ~out & ~stay
+    free[both[0][stay[both[1]]]] = False
+    kept = stay | greedy_kept(x, y, free)
     use = ~kept[both[0]] & kept[both[1]]
     return name_representatives(rows, kept, [tuple(column[use] for column in both)])
 
 
 def star_large(
-    rows: np.ndarray, compare: Compare, out: np.ndarray
+    rows: np.ndarray, compare: Compare, out: np.ndarray, stay: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decide one group, (n,) rows in keep order, block by block; return what `star_listed` does.
 
     Rows are compared with kept rows only, so the work is rows × kept rows.
     """
     by_codes = len(rows) > TABLE_GROUP
-    size, kept = CODED_BLOCK if by_codes else TABLE_BLOCK, np.zeros(len(rows), bool)
+    size, kept = CODED_BLOCK if by_codes else TABLE_BLOCK, stay.copy()
     match = match_by_codes(rows, compare) if by_codes else match_by_tables(rows, compare)
 
     def kept_parts() -> Iterator[np.ndarray]:
@@ -171,7 +178,7 @@ def star_large(
         return join_pairs([found, compare.verify(rows, x, y)])
 
     for start, stop in plan_blocks(len(rows), size):
-        left = np.flatnonzero(~out[start:stop]) + start
+        left = np.flatnonzero(~(out | stay)[start:stop]) + start
         for part in kept_parts():
             left = left[~np.isin(left, match(left, part)[0])]
         near, new = match_by_tables(rows[left], compare), np.zeros(len(left), bool)

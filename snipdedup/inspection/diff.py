@@ -30,6 +30,8 @@ GROUP_KINDS = {
     "merged": ("groups of 2 were not whole in 1", "was in"),
 }
 
+TOLD = "no row: it was told to go"
+
 
 @dataclass(frozen=True)
 class DiffResult:
@@ -103,7 +105,7 @@ def compare(folders: list[Path], manifests: list[dict[str, Any]], n: int) -> dic
     keys = read_keys(tables[0], shown) | read_keys(tables[1], shown)
     partners = [read_partners(table, shown) for table in tables]
     examples = {
-        row: {"row": row, **place, "key": keys.get(row), **decisions(row, partners)}
+        row: {"row": row, **place, "key": keys.get(row), **decisions(row, partners, masks)}
         for row, place in places_of(manifests[0]["shards"], shown.tolist()).items()
     }
     one, other = (manifest["settings"] for manifest in manifests)
@@ -157,15 +159,21 @@ def regrouped(one: Members, other: Members) -> list[dict[str, int]]:
     ]
 
 
-def decisions(row: int, partners: list[dict[int, tuple[int, float]]]) -> dict[str, list[Any]]:
+def decisions(
+    row: int, partners: list[dict[int, tuple[int, float]]], masks: list[np.ndarray]
+) -> dict[str, list[Any]]:
     """Return a row's representative in both runs and its cosine with it; None where there is none.
 
-    A representative that is a row of a reference is given as ``reference row N``.
+    A representative that is a row of a reference is given as ``reference row N``; that of a row
+    that was told to go and duplicates none that stays, as `TOLD`.
     """
     found: list[tuple[Any, float]] = [known.get(row, (None, np.nan)) for known in partners]
+    for number, (other, _) in enumerate(found):
+        if other == row and masks[number][row]:
+            found[number] = (TOLD, np.nan)
     return {
         "representatives": [
-            other if other is None or other >= 0 else f"reference row {~other}"
+            f"reference row {~other}" if isinstance(other, int) and other < 0 else other
             for other, _ in found
         ],
         "similarities": [None if np.isnan(similarity) else similarity for _, similarity in found],

@@ -121,7 +121,8 @@ def rank_groups(members: Members, n: int, threshold: float, least: int = 1) -> l
 
     Rows of references are none of these.
     """
-    removed = pick(members, members.is_dup & (members.representative >= 0))
+    named = members.representative
+    removed = pick(members, members.is_dup & (named >= 0) & (named != members.row))
     removed = pick(removed, np.argsort(removed.representative, kind="stable"))
     starts = group_starts(removed.representative)
     counts, found = np.diff(starts), []

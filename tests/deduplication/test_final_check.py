@@ -86,9 +86,9 @@ def test_what_was_there_stays_when_a_result_is_refused(rows, tmp_path):
     assert (out / "groups.parquet").read_bytes() == before
 
 
-def all_for_the_first(rows, sizes, compare, out):
+def all_for_the_first(rows, sizes, compare, out, stay):
     """A star rule that is wrong: all of a group go for its first row."""
-    del compare, out
+    del compare, out, stay
     named = np.repeat(rows[np.cumsum(sizes) - sizes], sizes)
     return named, np.where(named == rows, np.float32(1), NO_PAIR)
 
