@@ -226,6 +226,9 @@ class FinishedRun:
         with suppress(SnipError):  # damaged, or in a store that cannot be reached now
             images = getattr(origin_of(self.settings.get("features")), "images", [])
         sources = Sources(images)
+        names = self.texts.find(wanted=("image_path", "filename"))
+        for row, name in self.texts.read(names, every).items():
+            found[row].picture = name if name != found[row].key else None
         for row, known in read_places(self.texts, every).items():
             place, *inside = known.values()
             words = [str(sources.find(place) or place), *inside]

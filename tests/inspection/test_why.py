@@ -86,10 +86,11 @@ def test_keep_by_a_column_says_its_values(made):
 
 def test_components_name_a_row_below_the_threshold(made):
     _, dedup = made
-    (two,) = snipdedup.why(dedup("--grouping", "components"), "2.jpg").reasons
+    (two,) = snipdedup.why(dedup("--grouping", "components", "--key", "caption"), 2).reasons
+    assert (two.row.key, two.row.picture) == ("two\nlines", "2.jpg")
     assert (two.representative, two.similarity) == (0, NEXT)
     assert two.why.endswith("; below the threshold: other rows of the group connect the two")
-    assert two.keep == "first: row 0 (0.jpg) goes before row 2 (2.jpg)"
+    assert two.keep == "first: row 0 (<b>x</b>) goes before row 2 (two lines)"
 
 
 def test_a_row_of_a_reference(made):
