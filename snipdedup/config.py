@@ -631,8 +631,8 @@ BY_FUNCTION = {
 FLAG_GROUPS = {
     "dedup": {
         "common flags": "out metadata threshold keep grouping reference method overwrite",
-        "what is a pair": "recall keep_fraction also text_features text_threshold references_only "
-        "bad_rows",
+        "which rows go": "decisions recall keep_fraction also text_features text_threshold "
+        "references_only bad_rows",
         "which rows of FEATURES": "parts array column",
         "what is written": "key merge_captions caption weights export pairs max_pairs keep_work "
         "dry_run",

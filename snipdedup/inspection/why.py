@@ -16,6 +16,7 @@ import numpy as np
 
 from snipdedup.commands import keep_rules
 from snipdedup.config import Report, Why
+from snipdedup.deduplication.decisions import FILE, read_sheet
 from snipdedup.deduplication.inputs import KIND, named_paths, open_searched
 from snipdedup.deduplication.read_out import pick, read_also, read_keys, whole_groups
 from snipdedup.deduplication.second_features import recorded_seconds
@@ -171,6 +172,8 @@ class FinishedRun:
         self.is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
         by_clusters = self.settings["method"] == "semdedup"
         self.rules = [] if by_clusters else keep_rules(self.settings["keep"])[0]
+        told = read_sheet(out / FILE, "decisions", {"row"}) if (out / FILE).is_file() else ()
+        self.told = {int(line["row"]): line["decision"] for _, line in told}
         whole = texts.metadata is not None and texts.is_dup is None
         self.by_keep_order = not by_clusters and (not self.rules or whole)
 
@@ -251,9 +254,13 @@ class FinishedRun:
         (me,) = np.flatnonzero(group.row == own.row)
         named, similarity = int(group.representative[me]), float(group.similarity[me])
         stands = int(np.count_nonzero(group.is_dup & (group.representative == own.row)))
-        known = None if np.isnan(similarity) or not own.removed else similarity
+        known = None if np.isnan(similarity) else similarity
         if own.removed:
             why, keep = self.why_removed(own, named, known, others)
+            if named == own.row:
+                why, keep = "no kept row matches it", ""
+            if own.row in self.told:
+                why = f"it was told to go (--decisions); {why}"
         else:
             grouping, keep = self.settings.get("grouping"), ""
             why = {
@@ -262,9 +269,12 @@ class FinishedRun:
             }.get(str(grouping), "no earlier row of its cluster is near enough")
             if self.settings.get("references_only"):
                 why = "no reference row matches it"
+            why += " (decisions apart)" if self.told else ""
+            why = "it was told to stay (--decisions)" if own.row in self.told else why
             why += f"; {stands:,} removed rows have it as representative" if stands else ""
+        alone = not own.removed or named == own.row  # told to go, and like no row that stays
         return Reason(
-            own, why, keep, named if own.removed else None, known, int(group.group[0]),
+            own, why, keep, None if alone else named, None if alone else known, int(group.group[0]),
             len(group.row), matches, others,
         )  # fmt: skip
 
@@ -292,6 +302,8 @@ class FinishedRun:
         near = [m.row for m in others if not m.removed and (m.cosine or -1) >= limit]
         if self.settings["grouping"] != "star" or recorded_seconds(self.manifest) or not near:
             near = [named]
+        if self.told.keys() & {own.row, *near}:
+            return why, ""
         rank = rank_by(self.settings["keep"], self.settings["seed"] or 0, self.texts.metadata)
         place = rank(np.array([own.row, *near]))
         first = near[int(np.argmin(place[1:]))]

@@ -119,6 +119,22 @@ def test_second_features_are_said(made):
     assert six.group is None  # an exact copy in the first features only
 
 
+def test_decisions_of_a_person_are_said(made):
+    folder, dedup = made
+    (folder / "told.csv").write_text("row,decision\n1,keep\n3,drop\n6,drop\n")
+    reasons = snipdedup.why(dedup("--decisions", folder / "told.csv"), [0, 1, 3, 6, 5]).reasons
+    assert [reason.row.removed for reason in reasons] == [False, False, True, True, True]
+    assert reasons[0].why == (
+        "no kept row of its group that goes before it matches it (decisions apart)"
+    )
+    assert reasons[1].why == "it was told to stay (--decisions)"
+    assert reasons[2].why == "it was told to go (--decisions); no kept row matches it"
+    assert reasons[2].representative is reasons[2].similarity is None
+    assert reasons[3].why.startswith("it was told to go (--decisions); it duplicates row 4 (4.jpg)")
+    assert (reasons[3].representative, reasons[3].keep) == (4, "")
+    assert reasons[4].keep == "first: row 4 (4.jpg) goes before row 5 (5.jpg)"
+
+
 def test_semdedup_and_rows_that_cannot_be_compared(made):
     folder, dedup = made
     out = dedup("--method", "semdedup", "--clusters", 1)
