@@ -118,6 +118,27 @@ def test_a_report_finds_pictures_by_itself(tmp_path, how, monkeypatch):
     assert not re.findall(r'(src|href)="(?!data:|#)', page)
 
 
+@pytest.mark.parametrize("how", ["folder", "tar", "parquet"])
+def test_a_picture_that_was_changed_is_not_shown(tmp_path, how, monkeypatch):
+    images = lay_out(tmp_path, how)
+    assert truth.snip("embed", images, "--out", tmp_path / "set", "--threads", 1)[0] == 0
+    assert truth.snip("dedup", tmp_path / "set", "--out", tmp_path / "out")[0] == 0
+    shutil.rmtree(images)
+    monkeypatch.setitem(PICTURES, "0a", draw(77, 320))  # another picture takes its place
+    lay_out(tmp_path, how)
+    status, said, _ = truth.snip("report", tmp_path / "out")
+    assert status == 0
+    assert f"pictures of {2 * COUNT - 1} of the {2 * COUNT} rows shown" in said
+    assert "  1 pictures changed since they were embedded" in said
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert sorted(shown(page)) == list(range(1, 2 * COUNT))
+    tiles = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    changed = [tile for tile in tiles if "changed since it was embedded" in tile]
+    assert changed
+    assert all(re.search(r"row 0</p>", tile) for tile in changed)
+    assert not any("<img" in tile or "<button" in tile for tile in changed)
+
+
 def test_a_page_with_pictures_is_not_replaced_by_one_without(tmp_path):
     images = lay_out(tmp_path, "folder")
     assert truth.snip("embed", images, "--out", tmp_path / "set")[0] == 0
@@ -164,6 +185,17 @@ def test_tars_and_tables_outside_or_changed_are_left_out(tmp_path):
     assert sorted(found.pictures) == ["0", "4"]
 
 
+def test_an_odd_row_number_of_a_table_hides_no_other(tmp_path):
+    images = lay_out(tmp_path, "parquet")
+    assert truth.snip("embed", images, "--out", tmp_path / "set", "--threads", 1)[0] == 0
+    numbers = ["0", "x", "9" * 5000, "-1", "1"]
+    table = pa.table({"parquet": [str(images / "p0.parquet")] * 5, "parquet_row": numbers})
+    pq.write_table(table, tmp_path / "m.parquet")
+    texts = RowTexts(open_metadata(tmp_path / "m.parquet"))
+    found = embedded.by_place(origin_of(tmp_path / "set"), texts, np.arange(5))
+    assert sorted(found.pictures) == ["0", "4"]
+
+
 def test_a_sheet_names_the_pictures(tmp_path):
     images = lay_out(tmp_path, "tar")
     assert truth.snip("embed", images, "--out", tmp_path / "set", "--threads", 1)[0] == 0
@@ -181,8 +213,9 @@ def test_names_and_facts_are_strangers_texts(tmp_path):
     rows = np.repeat(np.eye(3, 8, dtype=np.float32), 2, axis=0)
     np.save(tmp_path / "x.npy", rows)
     np.save(tmp_path / f"{evil}.npy", rows)
-    facts = {"exif_time": [evil] * 6, "width": [evil] * 3 + ["12"] * 3, "height": ["9"] * 6,
-             "bytes": ["-1", "2500000", "x", "999", "1000", None]}  # fmt: skip
+    facts = {"exif_time": [evil] * 6, "width": [evil] * 3 + ["12"] * 3,
+             "height": ["9"] * 3 + ["9" * 5000, "9", "9"],
+             "bytes": ["9" * 5000, "2500000", "x", "999", "1000", None]}  # fmt: skip
     pq.write_table(pa.table({"key": list("abcdef"), **facts}), tmp_path / "m.parquet")
     words = ("--metadata", tmp_path / "m.parquet", "--also", f"{tmp_path / evil}.npy:.5")
     assert truth.snip("dedup", tmp_path / "x.npy", *words, "--out", tmp_path / "out")[0] == 0
@@ -193,5 +226,5 @@ def test_names_and_facts_are_strangers_texts(tmp_path):
     name = "&lt;b&gt;x&#39; onclick=&#34;alert(1)&#34;"
     assert f"<bdi>{name}.npy</bdi></span> 1" in page
     assert f"removed · 1 · {name}.npy 1</p>" in page
-    for text in ("2.5 MB · ", "12 × 9 · 1.0 kB · ", "12 × 9 · ", ""):
+    for text in ("2.5 MB · ", "1.0 kB · ", "12 × 9 · 1.0 kB · ", "12 × 9 · ", ""):
         assert f"<bdi>{text}{name}</bdi>" in page
