@@ -53,7 +53,7 @@ def open_clip_model(model: str, *, download: bool, use: str) -> Clip:
 
 @contextmanager
 def fetching(allowed: bool) -> Iterator[None]:
-    """Let libraries fetch from Hugging Face only if that is allowed; else they read what is here."""
+    """Let libraries fetch from Hugging Face only if that is allowed."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

@@ -31,7 +31,8 @@ LARGEST_SIDE = 8192  # pixels of what a model takes
 WHOLE_PIXELS = 1 << 24  # of a resized picture; of a larger one only the part that is kept is made
 REACH = 3  # pixels on each side that the widest interpolation reads, lanczos
 THEIRS = {
-    "mean": "image_mean", "std": "image_std", "scale": "rescale_factor", "interpolation": "resample",
+    "mean": "image_mean", "std": "image_std", "scale": "rescale_factor",
+    "interpolation": "resample",
 }  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def checked(
 
 
 def numbers(
-    kind: type, count: int, *, least: float = -np.inf, most: float = np.finfo(np.float32).max
+    kind: type, count: int, *, least: float = -np.inf, most: float = 1e30
 ) -> Callable[[Any], Any]:
     """Return what reads so many numbers; one is taken for all."""
 
