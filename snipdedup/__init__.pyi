@@ -814,7 +814,7 @@ def search(
     encoder
         for vectors and texts, if codes are encoded
     text
-        QUERY is a text, though it looks like a row or a file
+        QUERY is a text, though it looks like a row, a key or a file
     model
         CLIP model for texts: ARCHITECTURE/WEIGHTS or /FILE
     download
