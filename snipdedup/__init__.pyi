@@ -779,7 +779,7 @@ def search(
     k: int = 10,
     nprobe: int = 64,
     rerank: int = 2000,
-    features: str | PathLike[str] | None = None,
+    features: Any = None,
     metadata: str | PathLike[str] | None = None,
     encoder: str | PathLike[str] | None = None,
     text: bool = False,
@@ -814,7 +814,7 @@ def search(
     encoder
         for vectors and texts, if codes are encoded
     text
-        QUERY is a text, though it looks like a row or a file
+        QUERY is a text, though it looks like a row, a key or a file
     model
         CLIP model for texts: ARCHITECTURE/WEIGHTS or /FILE
     download
