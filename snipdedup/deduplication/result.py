@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup import progress
+from snipdedup import native, progress
 from snipdedup.config import Dedup
 from snipdedup.deduplication.decisions import Decisions, add_lone, decide_again
 from snipdedup.deduplication.final_check import fill_similarity
-from snipdedup.deduplication.levels import StarCount, tabulate
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.read_out import pick
 from snipdedup.errors import SnipError
@@ -40,13 +39,14 @@ from snipdedup.groups.members import (
     slices,
     sorted_by_row,
 )
-from snipdedup.join.forest import components
+from snipdedup.join.forest import components, number_ends
 from snipdedup.metadata.additions import RemovedPairs
+from snipdedup.native.fallback import find_roots
 from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Columns
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
-TABLE_STEPS = (0.0, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
+TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
 
 class Counts(NamedTuple):
@@ -166,19 +166,6 @@ class Result:
         how = threshold, grouping, self.keep, self.rank, None, self.decisions
         return checked(choose(self.search, *how))
 
-    def star_count(self) -> StarCount | None:
-        """Return what counts the rows that star removes at other thresholds; None by components."""
-        if self.grouping != "star":
-            return None
-        given = self.search, self.grouping, self.rank, self.decisions
-        dropped = np.empty(0, np.int64) if self.decisions is None else self.decisions.dropped
-
-        def decide(block: Block, threshold: float) -> Members:
-            return decide_groups(*given, block, threshold, lambda edges: None, named=False)
-
-        rows = self.search.whole_block(self.threshold).size()
-        return StarCount(decide, self.rank, self.threshold, self.is_dup, rows, dropped)
-
     def entries(self, epsilons: Sequence[float] = (), folder: Path | None = None) -> dict[str, Any]:
         """Return what a manifest holds of the result, as JSON values.
 
@@ -218,7 +205,7 @@ class Result:
                 "forest_edges": len(forest.forest.a) + len(forest.copies),
                 **more,
             },
-            "thresholds": tabulate(search, table, folder, self.star_count() if table else None),
+            "thresholds": levels(search, table, folder),
             "epsilons": [
                 {"epsilon": epsilon, "removed": int(search.best.removed(1 - epsilon).sum())}
                 for epsilon in epsilons or [round(1 - self.threshold, 9)]
@@ -260,13 +247,17 @@ def choose(
     if folder is not None and isinstance(rank, ColumnRank) and large:
         rank.read_all(folder)
 
+    def decide(block: Block, rank: Rank, kept: np.ndarray, dropped: np.ndarray) -> Members:
+        given = kept, dropped
+        return decide_block(search, block, threshold, grouping, rank, lambda edges: None, given)
+
     columns = Columns(folder and folder / "members", KINDS)
     lone = np.empty(0, np.int64) if decisions is None else decisions.dropped  # in no group so far
     with progress.bar(edges, "grouping", "edges") as bar:
         for block in search.blocks(threshold, folder):
-            how = search, grouping, rank, decisions
-            members = decide_groups(*how, block, threshold, bar.update)
+            members = decide_block(search, block, threshold, grouping, rank, bar.update)
             if decisions is not None:
+                members = decide_again(members, block, decisions, rank, decide)
                 lone = lone[~np.isin(lone, members.row)]
                 past = lone < members.group[-1] if len(members.row) else np.zeros(len(lone), bool)
                 members, lone = add_lone(members, lone[past]), lone[~past]  # groups ascend
@@ -315,30 +306,6 @@ def check_threshold(search: PairSearch, threshold: float) -> None:
         )
 
 
-def decide_groups(
-    search: PairSearch,
-    grouping: str,
-    rank: Rank,
-    decisions: Decisions | None,
-    block: Block,
-    threshold: float,
-    done: Callable[[int], None],
-    *,
-    named: bool = True,
-) -> Members:
-    """Decide whole groups by a rule, and again where a person decided; see `decide_block`."""
-    named = named or decisions is not None
-    members = decide_block(search, block, threshold, grouping, rank, done, named=named)
-    if decisions is None:
-        return members
-
-    def decide(block: Block, rank: Rank, kept: np.ndarray, dropped: np.ndarray) -> Members:
-        given = kept, dropped
-        return decide_block(search, block, threshold, grouping, rank, lambda edges: None, given)
-
-    return decide_again(members, block, decisions, rank, decide)
-
-
 def decide_block(
     search: PairSearch,
     block: Block,
@@ -347,14 +314,11 @@ def decide_block(
     rank: Rank,
     done: Callable[[int], None],
     given: tuple[np.ndarray, np.ndarray] | None = None,
-    *,
-    named: bool = True,
 ) -> Members:
     """Decide whole groups; exact copies are folded away before and unfolded after.
 
     ``done`` takes how many edges of their forest are decided; ``given`` are rows, (n,) int64 each,
-    that are kept, and that are removed, whatever the rules say. Unless ``named``, star finds no
-    representatives.
+    that are kept, and that are removed, whatever the rules say.
     """
     if search.best is not None:
         members = star.group_matches(block.forest, search.best, threshold)
@@ -379,9 +343,30 @@ def decide_block(
         return copies.unfold(members)
     if (features := search.inputs.features) is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
-    compare = star.Compare(features.gather, threshold, search.inputs.also, named)
+    compare = star.Compare(features.gather, threshold, search.inputs.also)
     members = star.group_star(forest, rank, compare, dropped, done, kept)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
+
+
+def levels(
+    search: PairSearch, thresholds: list[float], folder: Path | None = None
+) -> list[dict[str, Any]]:
+    """Return the lines of the threshold table: what components of the forest would remove."""
+    lines = [{"threshold": t, "removed": 0, "groups": 0, "largest": 1} for t in thresholds]
+    for block in search.blocks(search.threshold, folder) if lines else ():
+        forest = block.whole_forest()
+        count, a, b = number_ends(forest)
+        nodes, parent, above = np.arange(count), np.arange(count), np.float32(np.inf)
+        for number in np.argsort(thresholds)[::-1].tolist():  # so each edge is looked at once
+            least, line = np.float32(thresholds[number]), lines[number]
+            new = np.flatnonzero((forest.similarity >= least) & (forest.similarity < above))
+            native.join_best(a[new], b[new], parent)
+            sizes, above = np.bincount(find_roots(parent, nodes), minlength=1), least
+            sizes = sizes[sizes > 1]
+            line["removed"] += int(sizes.sum()) - len(sizes)
+            line["groups"] += len(sizes)
+            line["largest"] = max(line["largest"], int(sizes.max(initial=1)))
+    return lines
 
 
 def summarize(entries: dict[str, Any]) -> str:
@@ -440,7 +425,13 @@ def summarize(entries: dict[str, Any]) -> str:
 def table_lines(entries: dict[str, Any]) -> list[str]:
     """Lay out what other thresholds or epsilons remove, and what borders of clusters cost."""
     lines, rows, method = [""], entries["counts"]["rows"], entries["method"]
-    lines += level_lines(entries["thresholds"], entries["settings"])
+    if entries["thresholds"]:
+        lines.append("  components at threshold   removed rows        groups  largest group")
+    for level in entries["thresholds"]:
+        lines.append(
+            f"  {level['threshold']:>23.3f}   {level['removed']:>12,}  {level['groups']:>12,}  "
+            f"{level['largest']:>13,}"
+        )
     if entries.get("epsilons"):
         lines.append("     epsilon   removed rows")
     for level in entries.get("epsilons", []):
@@ -457,28 +448,3 @@ def table_lines(entries: dict[str, Any]) -> list[str]:
             f"removes {cost['star']:,} rows, {cost['both']:,} of them are removed here too)",
         ]
     return [*lines, ""] if len(lines) > 1 else []
-
-
-def level_lines(levels: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
-    """Lay out what the run's grouping removes at each threshold, and what components would."""
-    if not levels:
-        return []
-    star = "components" in levels[0]  # of components themselves, and of older runs, they are not
-    title = f"  {settings['grouping'] if star else 'components'} at threshold"
-    lines = [f"{title:<25}   removed rows        groups  largest group"]
-    lines[0] += "   removed by components" * star
-    for level in levels:
-        count = f"{'~' * level.get('estimated', False)}{level['removed']:,}"
-        more = f"   {level['components']:>21,}" if star else ""
-        lines.append(
-            f"  {level['threshold']:>23.3f}   {count:>12}  {level['groups']:>12,}  "
-            f"{level['largest']:>13,}{more}"
-        )
-    if any(level.get("estimated") for level in levels):
-        lines.append("  ~ estimated from some of the groups, as they are large; to count them, run")
-        lines.append("    snip dedup OUT --threshold T --out OUT2")
-    lowest = f"{levels[0]['threshold']:.9g}"
-    return [
-        *lines,
-        f"  below {lowest}: search again, by snip dedup FEATURES --threshold T --out OUT2",
-    ]
