@@ -39,7 +39,7 @@ and `--flag value` or `--flag=value`. A switch takes no value; `--noSWITCH` turn
 | exit status | meaning |
 |---|---|
 | 0 | done |
-| 1 | it cannot be done: one line says what was expected, found and what to do; or an audit failed |
+| 1 | failed: one line says what was expected, what was found, what to do; or an audit failed |
 | 2 | wrong usage, found before anything is read or written |
 | 130 | interrupted |
 
@@ -82,7 +82,7 @@ def row(field: dataclasses.Field[object], kind: type) -> str:
     meaning = field.metadata["help"]
     if field.metadata.get("choices"):
         choices = field.metadata["choices"]
-        meaning += ": " + ", ".join(f"`{choice}`" for choice in choices)
+        meaning += "; one of " + ", ".join(f"`{choice}`" for choice in choices)
     default = "needed" if is_required(field) else usual_value(field)
     if default and not is_required(field) and " " not in default:
         default = f"`{default}`"

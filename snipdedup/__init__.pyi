@@ -348,12 +348,12 @@ def dedup(
     nprobe
         adc: lists visited for a row (default: 4)
     clusters
-        semdedup: clusters of k-means, 0 for one in 8,700 rows (default: 0)
+        semdedup: clusters of k-means, 0: one for 8,700 rows (default: 0)
     epsilon
         semdedup: remove above cosine 1 - epsilon; the first of several is used (default: 1
         - threshold)
     borders
-        semdedup: count duplicates between clusters, by join; --noborders turns it off
+        semdedup: also count, by join, what its clusters miss; --noborders turns it off
         (default: on)
     decisions
         CSV with a column decision (keep or drop) beside row or key: these rows stay or go
@@ -782,7 +782,7 @@ def search(
     k: int = 10,
     nprobe: int = 64,
     rerank: int = 2000,
-    features: str | PathLike[str] | None = None,
+    features: Any = None,
     metadata: str | PathLike[str] | None = None,
     encoder: str | PathLike[str] | None = None,
     text: bool = False,
@@ -817,7 +817,7 @@ def search(
     encoder
         for vectors and texts, if codes are encoded
     text
-        QUERY is a text, though it looks like a row or a file
+        QUERY is a text, though it looks like a row, a key or a file
     model
         CLIP model for texts: ARCHITECTURE/WEIGHTS or /FILE
     download

@@ -232,13 +232,13 @@ class Dedup(Input):
     calibration_rows: int = option(4096, "adc: rows whose true duplicates set the margin", 1, 10**6)
     k: int = option(16, "adc: neighbours searched for a row; more if all of them pass", 1, 1024)
     nprobe: int = option(4, "adc: lists visited for a row", 1, 2**24)
-    clusters: int = option(0, "semdedup: clusters of k-means, 0 for one in 8,700 rows", 0, 2**24)
+    clusters: int = option(0, "semdedup: clusters of k-means, 0: one for 8,700 rows", 0, 2**24)
     epsilon: Any = option(
         None,
         "semdedup: remove above cosine 1 - epsilon; the first of several is used [1 - threshold]",
     )
     borders: bool = option(
-        True, "semdedup: count duplicates between clusters, by join; --noborders turns it off [on]"
+        True, "semdedup: also count, by join, what its clusters miss; --noborders turns it off [on]"
     )
     decisions: Any = option(
         None,
@@ -540,10 +540,10 @@ class Search(Format):
     k: int = option(10, "neighbours to show", 1, 10**6)
     nprobe: int = option(64, "lists visited", 1, 2**24)
     rerank: int = option(2000, "nearest codes to compare by raw features; 0 for none", 0, 10**6)
-    features: str | None = option(None, "the indexed rows, if they moved or changed", path=ANYWHERE)
+    features: Any = option(None, "the indexed rows, if they moved or changed")
     metadata: str | None = option(None, "key, url, caption of the rows, by position", path=ANYWHERE)
     encoder: str | None = option(None, "for vectors and texts, if codes are encoded", path=FOLDER)
-    text: bool = option(False, "QUERY is a text, though it looks like a row or a file")
+    text: bool = option(False, "QUERY is a text, though it looks like a row, a key or a file")
     model: str | None = option(None, "CLIP model for texts: ARCHITECTURE/WEIGHTS or /FILE")
     download: bool = option(False, "fetch the model's weights if they are not cached")
     json: bool = option(False, "print JSON", command_only=True)
@@ -632,8 +632,8 @@ BY_FUNCTION = {
 FLAG_GROUPS = {
     "dedup": {
         "common flags": "out metadata threshold keep grouping reference method overwrite",
-        "what is a pair": "recall keep_fraction also text_features text_threshold references_only "
-        "bad_rows",
+        "which rows go": "decisions recall keep_fraction also text_features text_threshold "
+        "references_only bad_rows",
         "which rows of FEATURES": "parts array column",
         "what is written": "decisions key merge_captions caption weights export pairs max_pairs "
         "keep_work dry_run",
