@@ -8,22 +8,30 @@ complement of a row of a reference, a cosine that is not known is null.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from snipdedup.deduplication.read_out import Survey
 from snipdedup.groups.members import Members
-from snipdedup.inspection.display import cosine_text, page_text, safe_link
-
-if TYPE_CHECKING:
-    from snipdedup.inspection.report import Row
+from snipdedup.inspection.display import ShownRow, cosine_text, page_text, safe_link
 
 FIELDS = (
     "row", "shard", "place", "removed", "key", "caption", "url", "link", "facts", "also", "long",
     "cutKey", "picture",
 )  # fmt: skip
 KEY, TEXT, FACTS = 80, 240, 120  # characters of a key, of a caption or url, of facts
+
+
+@dataclass
+class Row(ShownRow):
+    """What the page shows of one row."""
+
+    removed: bool = False
+    picture: str | None = None  # a ``data:`` URL of a thumbnail
+    also: list[tuple[str, float]] = field(default_factory=list)  # second features, cosine in each
+    facts: str = ""  # of the picture: width, height, bytes, time
 
 
 def row_values(row: Row, shards: dict[str, int]) -> list[Any]:

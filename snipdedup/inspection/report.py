@@ -13,7 +13,7 @@ import importlib.util
 import json
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from snipdedup.deduplication.second_features import recorded_seconds
 from snipdedup.errors import SnipError
 from snipdedup.features.origin import Origin, origin_of
 from snipdedup.inspection import display, embedded, thumbnails
+from snipdedup.inspection.page_data import Row, ordered_rows, page_data
 from snipdedup.inspection.page_data import known as known_cosine
-from snipdedup.inspection.page_data import ordered_rows, page_data
 from snipdedup.metadata.find_keys import find_run_rows
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
@@ -76,16 +76,6 @@ class ReportResult:
                 f"  {counts.ambiguous:,} keys have several pictures; none of them is shown"
             )
         return "\n".join(lines)
-
-
-@dataclass
-class Row(display.ShownRow):
-    """What the page shows of one row."""
-
-    removed: bool = False
-    picture: str | None = None  # a ``data:`` URL of a thumbnail
-    also: list[tuple[str, float]] = field(default_factory=list)  # second features, cosine in each
-    facts: str = ""  # of the picture: width, height, bytes, time
 
 
 def run(options: Report) -> ReportResult:
