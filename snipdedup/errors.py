@@ -39,3 +39,7 @@ class InternalError(SnipError):
 
 class UsageError(SnipError):
     """A call that cannot be understood; raised before any work starts (exit status 2)."""
+
+
+class InputTypeError(UsageError, TypeError):
+    """What was given as features is of a type that cannot be read."""

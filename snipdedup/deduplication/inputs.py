@@ -32,7 +32,7 @@ from snipdedup.features.shards import (
     request_of,
 )
 from snipdedup.groups.pairs import Also
-from snipdedup.metadata.tables import Metadata, find_metadata, open_metadata
+from snipdedup.metadata.tables import Metadata, Table, find_metadata, open_metadata
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.external_sort import among
 from snipdedup.storage.out_folder import MANIFEST, as_written, is_finished, read_manifest, versions
@@ -363,13 +363,16 @@ def open_inputs(
 def open_metadata_of(
     metadata: str | None, source: Any, features: Features | None, index: str | None
 ) -> Metadata | None:
-    """Open META, or the metadata beside ``source``; check its rows against features or index."""
+    """Open META, or the metadata beside or in ``source``; check its rows against its features."""
     if metadata is None and isinstance(source, str | Path):
         implied = implied_metadata(source)
         metadata = None if implied is None else str(implied)
-    if metadata is None:
+    if metadata is not None:
+        table = open_metadata(metadata)
+    elif features is not None and features.tables is not None:
+        table = Metadata([Table(path) for path in features.tables])
+    else:
         return None
-    table = open_metadata(metadata)
     if features is None:
         shards = read_manifest(Path(str(index)).expanduser(), "index")["shards"]
     else:

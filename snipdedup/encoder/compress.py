@@ -14,7 +14,7 @@ from snipdedup.encoder.network import WEIGHTS, Encoder
 from snipdedup.errors import InputError, SnipError
 from snipdedup.features.hashing import Checksums, checksum_text, sum_checksums
 from snipdedup.features.scan import refuse_bad
-from snipdedup.features.shards import Features, accept_dates, open_features, request_of
+from snipdedup.features.shards import Features, accept_dates, open_features, request_of, source_name
 from snipdedup.parallel import ALIGNED_ROWS, aligned_spans, cores, ordered_map
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import is_finished, read_manifest
@@ -67,7 +67,7 @@ def run(options: config.Compress) -> Descriptors:
     seconds = time.monotonic() - started
     body = {
         "command": "compress",
-        "settings": options.as_dict(),
+        "settings": {**options.as_dict(), "features": source_name(options.features)},
         "request": request,
         "encoder_sha256": request["encoder"],
         "shards": [{**shard, "checksum": checksum} for shard, checksum in described],

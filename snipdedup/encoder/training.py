@@ -34,7 +34,13 @@ from snipdedup.encoder.network import (
 )
 from snipdedup.errors import SnipError, WriteError
 from snipdedup.features.cosine import unit_rows
-from snipdedup.features.shards import Features, open_features, plan_blocks, request_of
+from snipdedup.features.shards import (
+    Features,
+    open_features,
+    plan_blocks,
+    request_of,
+    source_name,
+)
 from snipdedup.parallel import cores, library_threads, pick_device
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import put_in_place, read_manifest
@@ -112,8 +118,10 @@ def run(options: config.Train) -> Encoder:
         for source in filter(None, (features, texts)):
             source.refuse_changed()
     seconds = time.monotonic() - started
-    text_name = None if options.text_features is None else str(options.text_features)
-    paths = {"features": str(options.features), "text_features": text_name}
+    paths = {
+        "features": source_name(options.features),
+        "text_features": source_name(options.text_features),
+    }
     body = {
         "command": "train",
         "settings": {**options.as_dict(), **paths},

@@ -190,28 +190,16 @@ class ParquetShard(Shard):
 
     def __init__(self, path: Path, column: str | None) -> None:
         file = open_parquet(path)
-        schema = file.schema_arrow
-        lists = [field.name for field in schema if list_value_type(field.type) is not None]
-        if column is None and len(lists) != 1:
-            found = (
-                f"several: {', '.join(lists)}" if lists else f"none among {', '.join(schema.names)}"
-            )
-            raise InputError(
-                f"{path}: expected one list column of floats, found {found}; name it with --column"
-            )
-        self.column = column or str(lists[0])
-        if self.column not in schema.names:
-            raise InputError(f"{path}: no column {self.column!r}; it has {', '.join(schema.names)}")
-        kind = schema.field(self.column).type
+        self.column = find_list_column(file.schema_arrow, column, str(path), "--column")
+        kind = file.schema_arrow.field(self.column).type
         values = list_value_type(kind)
-        if values is None:
-            raise InputError(f"{path}: column {self.column!r} is {kind}, not a list of floats")
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self.group_starts = np.cumsum([0, *sizes], dtype=np.int64)
         rows = int(self.group_starts[-1])
+        self.where = f"{path}: row {{}} of column {self.column!r}"
         dim = getattr(kind, "list_size", None)
-        if dim is None:
-            dim = first_length(path, file, self.column) if rows else 0
+        if dim is None or kind.value_type != values:
+            dim = first_length(path, file, self.column, self.where) if rows else 0
         super().__init__(path, (rows, dim), np.dtype(f"f{values.bit_width // 8}"))
 
     def read_into(self, rows: RowSet, out: np.ndarray) -> None:
@@ -231,8 +219,6 @@ class ParquetShard(Shard):
 
         Refused by number: the first row that is null, holds a null, or has another length.
         """
-        import pyarrow.compute as pc
-
         first, end = self.group_starts[part : part + 2].tolist()
         try:
             column = open_parquet(self.path).read_row_group(part, columns=[self.column]).column(0)
@@ -241,18 +227,7 @@ class ParquetShard(Shard):
                 f"{self.path}: rows {first} to {end} cannot be read: {error}; fetch or write it "
                 "again"
             ) from error
-        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy()
-        wrong, what = np.flatnonzero(lengths != self.dim), "holds a null value"
-        values = pc.list_flatten(column)
-        if len(wrong):
-            found = "null" if lengths[wrong[0]] < 0 else f"a list of {lengths[wrong[0]]}"
-            what = f"is {found}, expected {self.dim} values"
-        elif values.null_count:
-            wrong = np.flatnonzero(pc.is_null(values).to_numpy()) // self.dim
-        if len(wrong):
-            row = first + int(wrong[0])
-            raise InputError(f"{self.path}: row {row} of column {self.column!r} {what}")
-        return np.asarray(values.to_numpy().reshape(-1, self.dim).astype(self.dtype, copy=False))
+        return list_rows(column, self.where, first, self.dim).astype(self.dtype, copy=False)
 
 
 @lru_cache(maxsize=2)
@@ -273,22 +248,80 @@ def open_parquet(path: Path) -> Any:
 
 
 def list_value_type(kind: Any) -> Any:
-    """Return the float type inside an arrow list type, None for any other type."""
+    """Return the float type inside an arrow list type, None for any other type.
+
+    Lists of lists, and tensors of a fixed shape, are lists too: their rows are flattened.
+    """
     from pyarrow import types
 
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return kind.value_type if is_list and types.is_floating(kind.value_type) else None
+    kind, depth = getattr(kind, "storage_type", kind), 0
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    return kind if depth and types.is_floating(kind) else None
 
 
-def first_length(path: Path, file: Any, column: str) -> int:
+def find_list_column(schema: Any, column: str | None, name: str, flag: str) -> str:
+    """Return the column of features: the one that is named, or the only list column of floats.
+
+    Lists of lists must be named, unless their type says that they are tensors.
+    """
+    kinds = {field.name: field.type for field in schema}
+    if column is None:
+        lists = [
+            name
+            for name, kind in kinds.items()
+            if list_value_type(kind) is not None
+            and (hasattr(kind, "storage_type") or list_value_type(kind.value_type) is None)
+        ]
+        if len(lists) == 1:
+            return lists[0]
+        names = [*list(kinds)[:20], "..."] if len(kinds) > 20 else list(kinds)
+        found = f"several: {', '.join(lists)}" if lists else f"none among {', '.join(names)}"
+        raise InputError(
+            f"{name}: expected one list column of floats, found {found}; name it with {flag}"
+        )
+    if column not in kinds:
+        raise InputError(f"{name}: no column {column!r}; it has {', '.join(kinds)}")
+    if list_value_type(kinds[column]) is None:
+        raise InputError(f"{name}: column {column!r} is {kinds[column]}, not a list of floats")
+    return column
+
+
+def list_rows(column: Any, where: str, first: int, dim: int | None = None) -> np.ndarray:
+    """Return the lists of an arrow column as rows, (n, dim).
+
+    Refused by number: the first row that is null, holds a null, or has another length than ``dim``
+    (None: that of the longest). ``first`` is the number of the first; ``where`` names a row.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    values, rows, width = getattr(column, "storage", column), len(column), 1
+    while hasattr(values.type, "value_type"):
+        lengths = pc.fill_null(pc.list_value_length(values), -1).to_numpy()
+        inner = hasattr(values.type.value_type, "value_type")
+        usual = lengths.max(initial=0) if inner or dim is None else dim // max(width, 1)
+        wrong = np.flatnonzero(lengths != usual)
+        if len(wrong):
+            found = "null" if lengths[wrong[0]] < 0 else f"a list of {lengths[wrong[0]]}"
+            row = first + wrong[0] // width
+            raise InputError(f"{where.format(row)} is {found}, expected {usual} values")
+        values, width = pc.list_flatten(values), width * int(usual)
+    if values.null_count:
+        row = first + int(np.flatnonzero(pc.is_null(values).to_numpy(False))[0]) // width
+        raise InputError(f"{where.format(row)} holds a null value")
+    return np.asarray(values.to_numpy(zero_copy_only=False).reshape(rows, width))
+
+
+def first_length(path: Path, file: Any, column: str, where: str) -> int:
     """Return the length of the list in row 0."""
     try:
-        row = next(file.iter_batches(1, columns=[column])).column(0)[0].as_py()
+        batch = next(file.iter_batches(1, columns=[column]))
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: row 0 cannot be read: {error}; fetch it again") from error
-    if row is None:
-        raise InputError(f"{path}: row 0 of column {column!r} is null, expected a list of floats")
-    return len(row)
+    return list_rows(batch.column(0), where, 0).shape[1]
 
 
 def open_shard(path: Path, array: str | None = None, column: str | None = None) -> Shard:

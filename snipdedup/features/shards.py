@@ -15,9 +15,17 @@ from typing import Any
 import numpy as np
 
 from snipdedup.commands import MOST_FILES
-from snipdedup.errors import InputError, SnipError, UsageError
+from snipdedup.errors import InputError, InputTypeError, SnipError, UsageError
 from snipdedup.features.formats import SUFFIXES, ArrayShard, Shard, identity_of, open_shard
 from snipdedup.features.hashing import checksum_text, row_hashes, rows_checksum, shard_checksum
+from snipdedup.features.staging import (
+    OPENERS,
+    StagedShard,
+    is_table,
+    plain,
+    stage_file,
+    stage_table,
+)
 from snipdedup.storage.listing import find_files, metadata_beside
 from snipdedup.storage.remote import RemotePath, is_remote, map_requests
 from snipdedup.storage.web import PART, redacted
@@ -104,6 +112,13 @@ class Features(FileRows):
                     f"{self.dim}; shards of one set have one width"
                 )
         self.dtype = np.result_type(*(shard.dtype for shard in filled))
+
+    @property
+    def tables(self) -> list[Path] | None:
+        """The metadata that came with the rows, a file for each shard; None where any has none."""
+        found = [one.metadata for one in self.shards if isinstance(one, StagedShard)]
+        named = [path for path in found if path is not None]
+        return named if len(named) == len(self.shards) else None
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Return global rows ``start`` to ``stop`` (exclusive): (n, dim) `dtype`.
@@ -195,75 +210,100 @@ def accept_dates(request: dict[str, Any], features: Features, finished: dict[str
 def open_features(
     source: Any, *, parts: str | None = None, array: str | None = None, column: str | None = None
 ) -> Features:
-    """Open features: an array, arrays, or paths as the command line takes them.
+    """Open features: an array, a table, paths as the command line takes them, or several of these.
 
-    ``source`` is an (n, d) array, a path, or a sequence of either. An array is numpy's, or what
-    numpy can view as one without a copy, such as a tensor in the CPU's memory. A path is a folder
-    (not recursive), a glob, a file, or a ``{part:04d}`` pattern, with the numbers ``parts`` such as
-    ``"0:2"``; or a URL of one of these, see `snipdedup.storage.listing`. ``array`` and ``column``
-    name an array of an ``.npz`` and a list column of a parquet file.
+    An array is 2-D: numpy's, or what offers ``__array__`` or DLPack, such as a tensor; it is not
+    copied where numpy can view it. A table is copied to temporary files, see `staging`. A path is a
+    folder (not recursive), a glob, a file, or a ``{part:04d}`` pattern, with the numbers ``parts``
+    such as ``"0:2"``; or a URL of one of these, see `snipdedup.storage.listing`. ``array`` names an
+    array of a file of several, ``column`` a list column of a table or a parquet file.
     """
     if isinstance(source, Features):
         return source
     shards: list[Shard] = []
     folders: list[Path] = []
-    single = as_array(source) is not None or isinstance(source, str | Path)
+    single = is_one(source)
     if not single and (not isinstance(source, Iterable) or isinstance(source, dict | bytes)):
         raise no_features(source)
     for number, item in enumerate([source] if single else source):
-        part = as_array(item)
-        if part is not None:
-            shards.append(ArrayShard(part, "array" if single else f"array {number}"))
-        elif not isinstance(item, str | Path):
-            raise no_features(item, f" in {type(source).__qualname__}")
-        else:
-            open_one, paths = (
-                partial(open_shard, array=array, column=column),
-                find_shards(item, parts),
-            )
+        called = "" if single else f" {number}"
+        if isinstance(item, str | Path):
+            paths = find_shards(item, parts)
+            open_one = partial(open_path, array=array, column=column)
             shards += map_requests(open_one, paths) if is_remote(item) else map(open_one, paths)
             folders += [folder for folder in [Path(item).expanduser()] if folder.is_dir()]
+        elif is_table(item):
+            shards.append(stage_table(item, column, f"table{called}"))
+        elif is_one(item):
+            shards.append(ArrayShard(as_array(item), f"array{called}"))
+        else:
+            raise no_features(item, f" in {type(source).__qualname__}")
     return Features(shards, folders)
 
 
-def as_array(given: Any) -> np.ndarray | None:
-    """Return what numpy can view as an array without a copy, None of anything else.
+def open_path(path: Path, array: str | None, column: str | None) -> Shard:
+    """Open a file in place, or by a copy where another library must read it."""
+    if path.suffix.lower() in OPENERS and not isinstance(path, RemotePath):
+        return stage_file(path, array, column)
+    return open_shard(path, array=array, column=column)
 
-    Refused: a tensor that numpy cannot view (on another device, or bfloat16); a masked array, whose
-    mask would go unseen.
+
+def is_one(given: Any) -> bool:
+    """Tell a path, a table or an array from a sequence of them."""
+    ways = ("__array_interface__", "__array__", "__dlpack__")
+    return isinstance(given, str | Path) or is_table(given) or any(hasattr(given, w) for w in ways)
+
+
+def as_array(given: Any) -> np.ndarray:
+    """Return an array of another library as numpy's; a copy if it lies on another device.
+
+    A masked array is refused: its mask would go unseen.
     """
     masked = sys.modules.get("numpy.ma")  # where it is not loaded, there is none
     if masked is not None and isinstance(given, masked.MaskedArray):
         raise UsageError("features have no mask, found a masked array; give its rows that count")
     if isinstance(given, np.ndarray):
         return given
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(given, torch.Tensor):
-        try:
-            return np.asarray(given.detach().numpy())
-        except (RuntimeError, TypeError) as error:
-            raise UsageError(
-                f"a {given.dtype} tensor on {given.device} is no numpy array; give "
-                "tensor.detach().float().cpu()"
-            ) from error
-    return np.asarray(given) if hasattr(given, "__array_interface__") else None
+    try:
+        if hasattr(given, "__dlpack__") and not hasattr(given, "detach"):
+            device = getattr(given, "__dlpack_device__", lambda: (1, 0))()[0]
+            if device != 1 or not hasattr(given, "__array__"):  # 1: the memory of the CPU
+                from torch.utils.dlpack import from_dlpack
+
+                given = from_dlpack(given)
+        return plain(given)
+    except (RuntimeError, TypeError, BufferError, NotImplementedError) as error:
+        raise no_features(given, f" that numpy cannot take ({error})") from error
 
 
 def no_features(given: Any, within: str = "") -> UsageError:
-    """Return the refusal of what is neither an array nor a path."""
+    """Return the refusal of what is neither an array, a table nor a path."""
     kind = type(given)
     what = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    return UsageError(
-        "features are a 2-D array of floats (numpy, or a torch tensor in the CPU's memory), a "
-        f"path, or a sequence of either; found {what}{within}; for rows as lists, a table or an "
-        "Arrow array give numpy.array(rows, numpy.float32)"
+    return InputTypeError(
+        "features are a 2-D array of floats (numpy, torch, or what has __array__ or __dlpack__), a "
+        "table with a column of lists (Arrow, pandas, polars, DuckDB, datasets, Lance), a path, or "
+        f"a sequence of these; found {what}{within}; for rows as lists give "
+        "numpy.array(rows, numpy.float32)"
     )
+
+
+def source_name(source: Any) -> Any:
+    """Return FEATURES as a manifest holds them: texts of paths, None of what was in memory."""
+    several = isinstance(source, list | tuple)
+    paths = all(isinstance(one, str | Path) for one in (source if several else [source]))
+    if not paths:
+        return None
+    return [str(one) for one in source] if several else str(source)
 
 
 def find_shards(spec: str | Path, parts: str | None = None) -> list[Path]:
     """Return the files that a FEATURES argument means, in shard order."""
     text = spec.url if isinstance(spec, RemotePath) else str(spec)
     numbers = part_numbers(text, parts)
+    path = Path(text).expanduser()
+    if path.suffix.lower() in OPENERS and path.is_dir():  # zarr and Lance
+        return [path]
     found = find_files(text, numbers, SUFFIXES, "no shard found")
     if numbers is not None:
         return found

@@ -18,7 +18,7 @@ from snipdedup.errors import InputError, SnipError
 from snipdedup.features.cosine import bad_rows
 from snipdedup.features.hashing import checksum_text, sum_checksums
 from snipdedup.features.scan import bad_rows_error
-from snipdedup.features.shards import Features, accept_dates, open_features, request_of
+from snipdedup.features.shards import Features, accept_dates, open_features, request_of, source_name
 from snipdedup.index import quantizer
 from snipdedup.index.folder import (
     ENCODER,
@@ -118,7 +118,7 @@ def build(
     source = options.features
     entries = {
         "command": "index",
-        "settings": {**options.as_dict(), "features": str(source), "out": str(out)},
+        "settings": {**options.as_dict(), "features": source_name(source), "out": str(out)},
         "features_at": absolute_location(source) if isinstance(source, str | Path) else None,
         "request": request,
     }

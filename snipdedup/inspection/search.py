@@ -20,7 +20,16 @@ from snipdedup.config import Search
 from snipdedup.errors import InputError, SnipError, UsageError
 from snipdedup.features.cosine import pair_cosine, unit_rows64
 from snipdedup.features.formats import load_npz, map_npy
-from snipdedup.features.shards import Features, implied_metadata, open_features, request_of
+from snipdedup.features.shards import (
+    Features,
+    as_array,
+    implied_metadata,
+    is_one,
+    open_features,
+    request_of,
+    source_name,
+)
+from snipdedup.features.staging import is_table
 from snipdedup.index.folder import Index, held_encoder, is_descriptors, load_encoder
 from snipdedup.index.search import MappedLists
 from snipdedup.inspection.display import (
@@ -121,8 +130,12 @@ def run(options: Search) -> SearchResult:
     index = Index(options.index)
     if options.html is not None:
         require("jinja2", "--html")
-    beside, texts = options.features or index.manifest.get("features_at"), None
-    source: Any = options.metadata or (implied_metadata(beside) if beside else None)
+    beside, texts = options.features, None
+    if beside is None:
+        beside = index.manifest.get("features_at")
+    source: Any = options.metadata or (
+        implied_metadata(beside) if isinstance(beside, str | Path) else None
+    )
     if source is not None:
         from snipdedup.metadata.gather import open_row_texts  # pyarrow takes a while
 
@@ -214,7 +227,7 @@ def raw_features(index: Index, options: Search) -> tuple[Features | None, str, s
     if not options.rerank:
         return None, "", "--rerank 0"
     settings, given = index.manifest["settings"], options.features is not None
-    source = options.features or index.manifest.get("features_at")
+    source = options.features if given else index.manifest.get("features_at")
     if source is None:
         return None, "", "it is not known where the features lie; name them with --features"
     how = {
@@ -230,12 +243,20 @@ def raw_features(index: Index, options: Search) -> tuple[Features | None, str, s
             raise
         return None, "", f"the features are not where they were ({error})"
     if given:
-        index.refuse_other_rows(features, f"--features {source}")
+        index.refuse_other_rows(
+            features, "--features" if source_name(source) is None else f"--features {source}"
+        )
     else:
         now, then = request_of(features), index.manifest["request"]
         if any(now[name] != then.get(name) for name in now):
             return None, "", f"{source} changed since; if the rows are the same, give --features"
-    return features, "descriptors" if is_descriptors(source) else "features", ""
+    return (
+        features,
+        "descriptors"
+        if is_descriptors(source if isinstance(source, str | Path) else None)
+        else "features",
+        "",
+    )
 
 
 def parse_query(
@@ -247,7 +268,7 @@ def parse_query(
         return [row_query(index, lists, features, int(query))]
     name = query if named else "QUERY"
     if not named:
-        vectors = checked_vectors(np.asarray(query), name)
+        vectors = checked_vectors(as_vectors(query, options.column), name)
     elif query.lower().endswith(VECTORS) and not options.text:
         vectors = read_vectors(Path(query).expanduser(), options.array)
     else:
@@ -257,6 +278,14 @@ def parse_query(
         Query(name if len(vectors) == 1 else f"{name} [{i}]", None, x, vectors[i])
         for i, x in enumerate(search_vectors(index, vectors, name, options.encoder))
     ]
+
+
+def as_vectors(query: Any, column: str | None) -> np.ndarray:
+    """Return the vectors of a table; an array, one vector too, as numpy's; lists of numbers."""
+    if is_table(query):
+        rows = open_features(query, column=column)
+        return rows.read(0, rows.rows)
+    return as_array(query) if is_one(query) else np.asarray(query)
 
 
 def row_query(index: Index, lists: MappedLists, features: Features | None, row: int) -> Query:

@@ -368,20 +368,18 @@ ROWS = np.ones((3, 4), np.float32)
     [
         (ROWS.tolist(), "found list in list; .* give numpy.array"),
         ((1.0, 2.0), "found float in tuple"),
-        (pa.array(ROWS.tolist()), r"found pyarrow.lib.ListScalar in ListArray"),
-        (pa.table({"a": [1.0]}), "found pyarrow.lib.Table"),
         ({"img": ROWS}, "found dict"),
         (b"img_emb", "found bytes"),
         (7, "found int"),
         ([ROWS, 7], "found int in list"),
-        (torch.ones(3, 4, dtype=torch.bfloat16), "bfloat16 tensor on cpu is no numpy array"),
-        (torch.ones(3, 4, device="meta"), "float32 tensor on meta is no numpy array"),
+        (torch.ones(3, 4, device="meta"), "found torch.Tensor that numpy cannot take"),
         (np.ma.masked_array(ROWS, ROWS > 0), "found a masked array"),
     ],
 )
 def test_what_is_neither_array_nor_path_is_wrong_usage(given, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         open_features(given)
+    assert isinstance(caught.value, TypeError) == ("masked" not in message)
     with pytest.raises(UsageError, match=message):
         dedup(given)
 
