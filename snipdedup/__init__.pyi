@@ -739,6 +739,7 @@ def report(
     image_column: str | None = None,
     metadata: str | PathLike[str] | None = None,
     rows: Any = None,
+    groups: int = 2000,
     seed: int = 0,
     overwrite: bool = False,
 ) -> ReportResult:
@@ -758,6 +759,8 @@ def report(
         table of captions and urls, if it moved
     rows
         also show these rows (numbers or keys, by comma), with their kept rows
+    groups
+        groups in the page, the largest first (default: 2000)
     seed
         seed of the samples that are shown (default: 0)
     overwrite

@@ -475,6 +475,7 @@ class Report(Settings):
     rows: Any = option(
         None, "also show these rows (numbers or keys, by comma), with their kept rows"
     )
+    groups: int = option(2000, "groups in the page, the largest first", 1, 100_000)
     seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
     overwrite: bool = option(False, "replace any file, also a page with pictures")
 
@@ -641,8 +642,8 @@ FLAG_GROUPS = {
         "which rows go": "decisions recall keep_fraction also text_features text_threshold "
         "references_only bad_rows",
         "which rows of FEATURES": "parts array column",
-        "what is written": "key merge_captions caption weights export pairs max_pairs keep_work "
-        "dry_run",
+        "what is written": "decisions key merge_captions caption weights export pairs max_pairs "
+        "keep_work dry_run",
         "method adc (--encoder: join, too)": "index encoder rule margin precision calibration_rows "
         "k nprobe",
         "method semdedup": "clusters epsilon borders",

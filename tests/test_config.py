@@ -93,6 +93,7 @@ RANGES = [
     ("Train", "text_temperature", 1e-4, 10),
     ("Audit", "sample", 0, 2**40),
     ("Audit", "probe_rows", 0, 10**6),
+    ("Report", "groups", 1, 100_000),
     ("Audit", "n", 1, 10**6),
     ("Audit", "threads", 0, 4096),
     ("Apply", "threads", 0, 4096),
