@@ -19,7 +19,7 @@ from snipdedup.config import Demo
 from snipdedup.errors import SnipError
 
 DRAWN = 200
-NOTES = ("left.parquet", "run.lock")
+NOTES = ("left.parquet", "links.json", "run.lock")
 
 
 @pytest.fixture(scope="module")
