@@ -88,6 +88,8 @@ def make_sample(folder: Path) -> np.ndarray:
         near = rows[10 * number : 10 * number + 30] + np.float16(0.01)
         atomic.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
     atomic.save_npy(folder / "text_emb/text_emb_0000.npy", rows[:, :64])
+    decided = "row,key,decision\n64,,keep\n,000000065,drop\n"
+    (folder / "decisions.csv").write_text(decided, "utf-8")
     write_photos(folder / "photos")
     return rows
 
