@@ -83,8 +83,9 @@ class Settings:
             name, value, about = field.name, getattr(self, field.name), field.metadata
             if value is None:
                 continue
-            refuse_type(name, value, bare_type(kinds[name]))
             choices, low, high = about.get("choices"), about["low"], about["high"]
+            if bare_type(kinds[name]) is not str or low is None:  # not numbers by comma
+                refuse_type(name, value, bare_type(kinds[name]))
             if choices and value not in choices:
                 known = ", ".join(choices)
                 raise UsageError(f"{setting_name(field)} must be one of {known}, found {value!r}")
