@@ -294,7 +294,7 @@ def dedup(
     column
         list column of a parquet file
     out
-        folder for the result; --dry_run needs none
+        folder, or URL of a store, for the result; --dry_run needs none
     metadata
         parquet or CSV files, row for row
     method
@@ -495,7 +495,7 @@ def embed(
         folder of pictures (subfolders too), glob, tars, parquet files with picture bytes,
         .txt list of paths; or a URL of one of these; several by comma
     out
-        folder for img_emb/ and metadata/
+        folder, or URL of a store, for img_emb/ and metadata/
     model
         phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE,
         torchscript:FILE (default: phash)
@@ -633,7 +633,7 @@ def filter(
     is_dup
         mask: is_dup.npy, or a folder that snip dedup wrote
     out
-        folder for the kept rows
+        folder, or URL of a store, for the kept rows
     start
         first file number, counted from 0 in the whole set
     end
@@ -739,6 +739,7 @@ def report(
     image_column: str | None = None,
     metadata: str | PathLike[str] | None = None,
     rows: Any = None,
+    groups: int = 2000,
     seed: int = 0,
     overwrite: bool = False,
 ) -> ReportResult:
@@ -758,6 +759,8 @@ def report(
         table of captions and urls, if it moved
     rows
         also show these rows (numbers or keys, by comma), with their kept rows
+    groups
+        groups in the page, the largest first (default: 2000)
     seed
         seed of the samples that are shown (default: 0)
     overwrite
@@ -814,7 +817,7 @@ def search(
     encoder
         for vectors and texts, if codes are encoded
     text
-        QUERY is a text, though it looks like a row or a file
+        QUERY is a text, though it looks like a row, a key or a file
     model
         CLIP model for texts: ARCHITECTURE/WEIGHTS or /FILE
     download

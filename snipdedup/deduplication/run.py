@@ -65,6 +65,7 @@ from snipdedup.runners.local import Runner
 from snipdedup.runners.slurm import Share, ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import as_written, is_finished, read_manifest
+from snipdedup.storage.upload import local_folder, uploading
 
 
 class Job(NamedTuple):
@@ -152,7 +153,7 @@ def plan(options: Dedup) -> str:
     if options.features is None or finished_run(options.features) is not None:
         raise UsageError("--dry_run plans a search of FEATURES")
     job = prepare(options)
-    out = None if options.out is None else Path(str(options.out)).expanduser()
+    out = None if options.out is None else local_folder(options.out)
     if out is not None:
         out_folder.refuse_output_inside(out, read_paths(job))
     settings = Plan(
@@ -164,6 +165,7 @@ def plan(options: Dedup) -> str:
     return str(planning.run(settings))
 
 
+@uploading
 @locks.released()
 def execute(options: Dedup, *, in_memory: bool = False, made: Result | None = None) -> Result | str:
     """Claim OUT, search, decide, check and write; return the result.
@@ -174,7 +176,7 @@ def execute(options: Dedup, *, in_memory: bool = False, made: Result | None = No
     a run that is finished already, or that another process finishes, a line is returned, or with
     ``in_memory`` the result that is read back.
     """
-    clock, out = Clock(), Path(str(options.out)).expanduser()
+    clock, out = Clock(), local_folder(str(options.out))
     earlier = finished_run(options.features) if made is None else None
     share = None if earlier or made else share_of(options)
     if earlier is not None:

@@ -36,14 +36,11 @@ class Shown:
         counts = {name.replace("_", " "): f"{n:,}" for name, n in entries["counts"].items()}
         levels = entries["thresholds"]
         heads = [name.replace("_", " ") for name in levels[0]] if levels else []
-        body = [
-            [f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in level.values()]
-            for level in levels
-        ]
+        body = [[shown(value) for value in level.values()] for level in levels]
         parts = [f"<p>{escape(repr(self)[1:-1])}</p>", html_table(list(counts), [counts.values()])]
         if levels:
-            title = "Grouping components at other thresholds"
-            parts += [f"<p>{title}</p>", html_table(heads, body), curve_svg(*self.curve())]
+            parts += ["<p>At other thresholds</p>", html_table(heads, body)]
+            parts.append(curve_svg(*self.curve()))
         if self.out is not None:
             parts.append(f"<p>written to {escape(str(self.out))}</p>")
         return f"<div>{''.join(parts)}</div>"
@@ -130,6 +127,13 @@ class Shown:
         return load("snipdedup.deduplication.run:save_result")(self, out, overwrite=overwrite)
 
 
+def shown(value: Any) -> str:
+    """Return a number of the threshold table as a text; of an estimate, whether it is one."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
 def html_table(heads: list[str], rows: Any) -> str:
     """Return a table; what it shows holds no HTML."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
@@ -146,7 +150,7 @@ def curve_svg(thresholds: np.ndarray, removed: np.ndarray) -> str:
     texts = [
         (MARGIN, HEIGHT - 5, "start", f"{low:.3g}"),
         (WIDTH - MARGIN, HEIGHT - 5, "end", "1"),
-        (MARGIN, MARGIN - 6, "start", f"{int(removed[0]):,} removed"),
+        (MARGIN, MARGIN - 6, "start", f"{int(removed[0]):,} removed by grouping components"),
         (WIDTH / 2, HEIGHT - 5, "middle", "threshold"),
     ]
     labels = "".join(

@@ -16,8 +16,9 @@ import numpy as np
 
 from snipdedup.commands import keep_rules
 from snipdedup.config import Report, Why
+from snipdedup.deduplication.decisions import FILE, read_sheet
 from snipdedup.deduplication.inputs import KIND, named_paths, open_searched
-from snipdedup.deduplication.read_out import pick, read_keys, whole_groups
+from snipdedup.deduplication.read_out import pick, read_also, read_keys, whole_groups
 from snipdedup.deduplication.second_features import recorded_seconds
 from snipdedup.errors import SnipError
 from snipdedup.features.cosine import pair_cosine
@@ -30,7 +31,7 @@ from snipdedup.inspection.display import ShownRow, terminal_text
 from snipdedup.inspection.embedded import Sources, read_places
 from snipdedup.metadata.find_keys import find_run_rows
 from snipdedup.metadata.gather import RowTexts, open_row_texts
-from snipdedup.metadata.tables import stream_parquet
+from snipdedup.metadata.tables import ANY_KEY, stream_parquet
 from snipdedup.storage.atomic import replacing
 from snipdedup.storage.out_folder import as_written, read_manifest, refuse_output_file
 
@@ -69,20 +70,21 @@ class Reason:
     matches: int | None = None  # rows of the group that reach the threshold; None: not known
     members: list[Member] = field(default_factory=list)  # the others, the most alike first
 
+    def first(self, count: int) -> list[Member]:
+        """Return some members: the representative, then the most alike."""
+        return sorted(self.members, key=lambda one: one.row != self.representative)[:count]
+
     def __str__(self) -> str:
-        row, lines = (
-            self.row,
-            [f"row {self.row.row} is {'removed' if self.row.removed else 'kept'}"],
-        )
+        row = self.row
         about = {"key": row.key, "place": f"{row.shard} row {row.shard_row}"}
         about |= {"picture": row.picture, "caption": row.caption, "url": row.url}
         about |= {"why": self.why, "keep": self.keep}
         if self.group is not None:
-            known = "" if self.matches is None else f", {self.matches:,} of them match this one"
-            about["group"] = f"{self.group}: {self.group_rows - 1:,} other rows{known}"
+            near = "" if self.matches is None else f", {self.matches:,} reach the threshold with it"
+            about["group"] = f"{self.group}: {self.group_rows - 1:,} other rows{near}"
+        lines = [f"row {row.row} is {'removed' if row.removed else 'kept'}"]
         lines += [f"  {name:<8} {terminal_text(text)}" for name, text in about.items() if text]
-        first = sorted(self.members, key=lambda member: member.row != self.representative)
-        for member in first[:LISTED]:
+        for member in self.first(LISTED):
             cosine = "?" if member.cosine is None else f"{member.cosine:.6f}"
             state = "removed" if member.removed else "kept"
             mark = ", the representative" if member.row == self.representative else ""
@@ -144,7 +146,9 @@ def reopen_features(
     """
     settings = manifest["settings"]
     source = given or settings.get("features")
-    if source is None or not manifest["verified"]:
+    if not manifest["verified"]:
+        return None, "cosines are not known: the run compared codes"
+    if source is None:
         return None, "cosines are not known: the run names no features; give them with --features"
     how = {name: settings.get(name) for name in ("array", "column")}
     try:
@@ -163,14 +167,15 @@ class FinishedRun:
         self, out: Path, manifest: dict[str, Any], texts: RowTexts, features: Features | None
     ) -> None:
         self.out, self.manifest, self.texts, self.features = out, manifest, texts, features
-        self.settings, self.threshold = (
-            manifest["settings"],
-            float(manifest["settings"]["threshold"]),
-        )
+        self.settings = manifest["settings"]
+        self.threshold = float(self.settings["threshold"])
         self.is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
         by_clusters = self.settings["method"] == "semdedup"
         self.rules = [] if by_clusters else keep_rules(self.settings["keep"])[0]
-        self.by_keep_order = not by_clusters and (not self.rules or texts.is_dup is None)
+        told = read_sheet(out / FILE, "decisions", {"row"}) if (out / FILE).is_file() else ()
+        self.told = {int(line["row"]): line["decision"] for _, line in told}
+        whole = texts.metadata is not None and texts.is_dup is None
+        self.by_keep_order = not by_clusters and (not self.rules or whole)
 
     def explain(self, rows: list[int]) -> list[Reason]:
         """Return why each row is removed or kept."""
@@ -184,9 +189,7 @@ class FinishedRun:
                 continue
             others = [
                 dataclasses.replace(members[other], cosine=None if np.isnan(cosine) else cosine)
-                for other, cosine in zip(
-                    *(column.tolist() for column in alike[row][:2]), strict=True
-                )
+                for other, cosine in zip(*map(np.ndarray.tolist, alike[row][:2]), strict=True)
             ]
             reasons.append(self.reason(members[row], group, others, alike[row][2]))
         return reasons
@@ -215,22 +218,22 @@ class FinishedRun:
         """Return what is known of rows, by row."""
         places, every = display.places_of(self.manifest["shards"], rows), np.array(rows, np.int64)
         found = {row: Member(row, **places[row], removed=bool(self.is_dup[row])) for row in rows}
-        display.fill_texts(list(found.values()), self.texts, "key", "url", "caption")
-        if (asked := self.settings.get("key")) is not None:
-            for row, key in self.texts.read(self.texts.find(asked), every).items():
-                found[row].key = key
-        for row, key in read_keys(self.out / "groups.parquet", every).items():
+        display.fill_texts(list(found.values()), self.texts, "url", "caption")
+        keys = self.texts.read(self.texts.find(self.settings.get("key"), ANY_KEY), every)
+        for row, key in (keys | read_keys(self.out / "groups.parquet", every)).items():
             found[row].key = key
         for column in dict.fromkeys(column for _, column in self.rules):
             for row, value in self.texts.read(self.texts.find(column), every).items():
                 found[row].keep[column] = value
-        origin = None
+        images: list[str] = []
         with suppress(SnipError):  # damaged, or in a store that cannot be reached now
-            origin = origin_of(self.settings.get("features"))
-        sources = Sources([] if origin is None else origin.images)
-        for row, (place, *inside) in (
-            (row, place.values()) for row, place in read_places(self.texts, every).items()
-        ):
+            images = getattr(origin_of(self.settings.get("features")), "images", [])
+        sources = Sources(images)
+        names = self.texts.find(wanted=("image_path", "filename"))
+        for row, name in self.texts.read(names, every).items():
+            found[row].picture = name if name != found[row].key else None
+        for row, known in read_places(self.texts, every).items():
+            place, *inside = known.values()
             words = [str(sources.find(place) or place), *inside]
             found[row].picture = ": ".join(words) if words != [found[row].key] else None
         return found
@@ -251,20 +254,27 @@ class FinishedRun:
         (me,) = np.flatnonzero(group.row == own.row)
         named, similarity = int(group.representative[me]), float(group.similarity[me])
         stands = int(np.count_nonzero(group.is_dup & (group.representative == own.row)))
-        known = None if np.isnan(similarity) or not own.removed else similarity
+        known = None if np.isnan(similarity) else similarity
         if own.removed:
             why, keep = self.why_removed(own, named, known, others)
+            if named == own.row:
+                why, keep = "no kept row matches it", ""
+            if own.row in self.told:
+                why = f"it was told to go (--decisions); {why}"
         else:
             grouping, keep = self.settings.get("grouping"), ""
             why = {
-                "star": f"no kept row that goes before it reaches {self.threshold:g} with it",
+                "star": "no kept row of its group that goes before it matches it",
                 "components": "it is the first of its group in keep order",
             }.get(str(grouping), "no earlier row of its cluster is near enough")
             if self.settings.get("references_only"):
-                why = f"no reference row reaches {self.threshold:g} with it"
+                why = "no reference row matches it"
+            why += " (decisions apart)" if self.told else ""
+            why = "it was told to stay (--decisions)" if own.row in self.told else why
             why += f"; {stands:,} removed rows have it as representative" if stands else ""
+        alone = not own.removed or named == own.row  # told to go, and like no row that stays
         return Reason(
-            own, why, keep, named if own.removed else None, known, int(group.group[0]),
+            own, why, keep, None if alone else named, None if alone else known, int(group.group[0]),
             len(group.row), matches, others,
         )  # fmt: skip
 
@@ -274,6 +284,9 @@ class FinishedRun:
         """Return why a row is removed, and which row's place in keep order decided that."""
         cosine = "not verified" if similarity is None else f"cosine {similarity:.6f}"
         cosine += f", threshold {self.threshold:g}"
+        also = read_also(self.out / "groups.parquet", np.array([own.row])).get(own.row, [])
+        for second, value in zip(recorded_seconds(self.manifest), also, strict=False):
+            cosine += f"; in {second['name']}: cosine {value:.6f}"
         if named < 0:
             name, number = reference_of(self.out / "groups.parquet", own.row)
             return f"it duplicates row {number} of the reference {name}: {cosine}", ""
@@ -289,6 +302,8 @@ class FinishedRun:
         near = [m.row for m in others if not m.removed and (m.cosine or -1) >= limit]
         if self.settings["grouping"] != "star" or recorded_seconds(self.manifest) or not near:
             near = [named]
+        if self.told.keys() & {own.row, *near}:
+            return why, ""
         rank = rank_by(self.settings["keep"], self.settings["seed"] or 0, self.texts.metadata)
         place = rank(np.array([own.row, *near]))
         first = near[int(np.argmin(place[1:]))]
@@ -318,12 +333,12 @@ def reference_of(path: Path, row: int) -> tuple[str, int]:
 
 def make_page(run: FinishedRun, reasons: list[Reason], options: Why) -> str:
     """Return a page of the rows and their groups, with pictures where the report has them."""
-    near = {reason.row.row: reason.members[:TILES] for reason in reasons}
+    near = {reason.row.row: reason.first(TILES) for reason in reasons}
     shown = np.unique([*near, *(member.row for members in near.values() for member in members)])
     asked = Report(out=options.out, images=options.images)
     origin = None if options.images else report.known_pictures(run.manifest)
     rows, _ = report.read_rows(
-        run.out, run.manifest, run.texts, asked, origin, shown.astype(np.int64), run.is_dup
+        run.out, run.manifest, run.texts, asked, origin, (shown.astype(np.int64),) * 2, run.is_dup
     )
     return display.render_page(
         "why.html.j2",

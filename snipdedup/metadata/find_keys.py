@@ -7,6 +7,7 @@ only, those of ``groups.parquet`` too.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ def row_number(name: Any) -> int | None:
     if not isinstance(name, str):
         return int(name)
     text = name.removeprefix(ROW)
-    if text.isascii() and text.isdecimal() and text == str(int(text)):
+    if re.fullmatch("0|[1-9][0-9]{0,18}", text):
         return int(text)
     if text != name:
         raise SnipError(f"{name!r}: expected a row number after {ROW}, such as {ROW}123")
@@ -59,12 +60,13 @@ class Keys:
         names = list(asked) if isinstance(asked, list | tuple | np.ndarray) else [asked]
         if isinstance(asked, str):
             names = [word.strip() for word in asked.split(",") if word.strip()]
+        whole = str(asked).removeprefix(KEY)
         numbers = [row_number(name) for name in names]
         inside = [number is not None and 0 <= number < self.rows for number in numbers]
         keys = [str(n).removeprefix(KEY) for n, row in zip(names, inside, strict=True) if not row]
-        known = self.rows_of([*keys, str(asked)]) if keys else {}
-        if isinstance(asked, str) and asked in known:  # a key may have commas
-            return known[asked]
+        known = self.rows_of([*keys, whole]) if keys else {}
+        if whole in known:  # a key may have commas
+            return known[whole]
         found: dict[int, None] = {}
         for name, number, is_row in zip(names, numbers, inside, strict=True):
             key = str(name).removeprefix(KEY)

@@ -126,8 +126,6 @@ def test_a_saved_result_is_the_folder_of_a_run(tmp_path, how):
         made.save(tmp_path / "saved")
     made.save(tmp_path / "saved", overwrite=True)
     assert np.load(tmp_path / "saved" / "is_dup.npy").sum() == made.removed
-    with pytest.raises(UsageError, match="expected a local path, found a URL"):
-        made.save("s3://bucket/out")
 
 
 def test_a_result_without_a_path_opens_with_its_features_or_without(found, tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import truth
+from odd_files import write_photos
 
 import snipdedup
 from snipdedup.errors import SnipError
@@ -61,13 +63,13 @@ def test_star_worked_by_hand(made):
     assert one.why == "it duplicates row 0 (0.jpg), which is kept: cosine 0.984808, threshold 0.95"
     assert one.keep == "first: row 0 (0.jpg) goes before row 1 (1.jpg)"
     assert (two.row.removed, two.representative, two.similarity) == (False, None, None)
-    assert two.why == "no kept row that goes before it reaches 0.95 with it"
+    assert two.why == "no kept row of its group that goes before it matches it"
     assert [(m.row, m.cosine) for m in two.members] == [(1, NEAR), (0, NEXT)]
     assert two.matches == 1
     assert (three.row.removed, three.group, three.members) == (False, None, [])
     assert three.why == "no other row was found that reaches the threshold 0.95"
     zero = snipdedup.why(out, 0).reasons[0]
-    assert zero.why.endswith("reaches 0.95 with it; 1 removed rows have it as representative")
+    assert zero.why.endswith("before it matches it; 1 removed rows have it as representative")
 
 
 def test_keep_by_a_column_says_its_values(made):
@@ -84,10 +86,11 @@ def test_keep_by_a_column_says_its_values(made):
 
 def test_components_name_a_row_below_the_threshold(made):
     _, dedup = made
-    (two,) = snipdedup.why(dedup("--grouping", "components"), "2.jpg").reasons
+    (two,) = snipdedup.why(dedup("--grouping", "components", "--key", "caption"), 2).reasons
+    assert (two.row.key, two.row.picture) == ("two\nlines", "2.jpg")
     assert (two.representative, two.similarity) == (0, NEXT)
     assert two.why.endswith("; below the threshold: other rows of the group connect the two")
-    assert two.keep == "first: row 0 (0.jpg) goes before row 2 (2.jpg)"
+    assert two.keep == "first: row 0 (<b>x</b>) goes before row 2 (two lines)"
 
 
 def test_a_row_of_a_reference(made):
@@ -101,7 +104,38 @@ def test_a_row_of_a_reference(made):
     assert three.keep == ""
 
 
-def test_semdedup_and_codes_and_rows_that_cannot_be_compared(made):
+def test_second_features_are_said(made):
+    folder, dedup = made
+    other = np.array([[1.0, 0], [0.6, 0.8], [0, 1], [1, 0], [1, 0], [1, 0], [0, 1]])
+    np.save(folder / "other.npy", other)
+    out = dedup("--also", f"{folder}/other.npy:0.7")
+    one, six = snipdedup.why(out, [1, 6]).reasons
+    # Row 1 matches row 2 in both (.985, .8), row 0 in the first only (.985, .6).
+    assert not one.row.removed
+    assert [(m.row, m.removed) for m in one.members] == [(2, True)]
+    (two,) = snipdedup.why(out, 2).reasons
+    assert two.why.endswith(f"threshold 0.95; in {folder}/other.npy: cosine 0.800000")
+    assert two.keep == "first: row 1 (1.jpg) goes before row 2 (2.jpg)"
+    assert six.group is None  # an exact copy in the first features only
+
+
+def test_decisions_of_a_person_are_said(made):
+    folder, dedup = made
+    (folder / "told.csv").write_text("row,decision\n1,keep\n3,drop\n6,drop\n")
+    reasons = snipdedup.why(dedup("--decisions", folder / "told.csv"), [0, 1, 3, 6, 5]).reasons
+    assert [reason.row.removed for reason in reasons] == [False, False, True, True, True]
+    assert reasons[0].why == (
+        "no kept row of its group that goes before it matches it (decisions apart)"
+    )
+    assert reasons[1].why == "it was told to stay (--decisions)"
+    assert reasons[2].why == "it was told to go (--decisions); no kept row matches it"
+    assert reasons[2].representative is reasons[2].similarity is None
+    assert reasons[3].why.startswith("it was told to go (--decisions); it duplicates row 4 (4.jpg)")
+    assert (reasons[3].representative, reasons[3].keep) == (4, "")
+    assert reasons[4].keep == "first: row 4 (4.jpg) goes before row 5 (5.jpg)"
+
+
+def test_semdedup_and_rows_that_cannot_be_compared(made):
     folder, dedup = made
     out = dedup("--method", "semdedup", "--clusters", 1)
     removed = np.flatnonzero(np.load(out / "is_dup.npy")).tolist()
@@ -114,6 +148,19 @@ def test_semdedup_and_codes_and_rows_that_cannot_be_compared(made):
     np.save(folder / "img_emb" / "img_emb_0.npy", rows)
     out = dedup("--bad_rows", "keep")
     assert snipdedup.why(out, 1).reasons[0].why.startswith("it cannot be compared")
+
+
+def test_a_run_that_compared_codes_knows_no_cosine(small_index, tmp_path):
+    index, _ = small_index
+    assert truth.snip("dedup", "--index", index.folder, "-o", tmp_path / "codes")[0] == 0
+    gone = int(np.flatnonzero(np.load(tmp_path / "codes" / "is_dup.npy"))[0])
+    result = snipdedup.why(tmp_path / "codes", gone)
+    assert result.note == "cosines are not known: the run compared codes"
+    (reason,) = result.reasons
+    assert f"row {reason.representative}, which is kept: not verified" in reason.why
+    assert reason.members
+    assert {member.cosine for member in reason.members} == {None}
+    assert f"?  row {reason.representative}: kept, the representative" in result.text
 
 
 def test_text_page_and_json(made):
@@ -141,7 +188,7 @@ def test_text_page_and_json(made):
 
 def test_without_features_and_metadata_what_out_knows_is_said(made):
     folder, dedup = made
-    out = dedup()
+    out, by_width = dedup(), dedup("--keep", "max:width")
     shutil.move(folder / "img_emb", folder / "moved")
     shutil.rmtree(folder / "metadata")
     result = snipdedup.why(out, "1.jpg")
@@ -154,6 +201,11 @@ def test_without_features_and_metadata_what_out_knows_is_said(made):
     assert one.matches is None
     known = snipdedup.why(out, "1.jpg", features=folder / "moved").reasons[0]
     assert [m.cosine for m in known.members] == [NEAR, NEAR]
+    for left in (True, False):  # widths of the kept rows only, then of none
+        (zero,) = snipdedup.why(by_width, "0.jpg").reasons
+        assert zero.why.startswith("it duplicates row 1 (1.jpg" + (", width 300)" if left else ")"))
+        assert zero.keep == ""
+        shutil.rmtree(by_width / "metadata", ignore_errors=True)
     np.save(folder / "moved" / "img_emb_0.npy", np.eye(3, 2))
     with pytest.raises(SnipError, match="the features are not those that were searched"):
         snipdedup.why(out, "1.jpg", features=folder / "moved")
@@ -222,3 +274,23 @@ def test_ten_rows_of_key_frames_are_as_brute_force_says(data, tmp_path):
             assert f"row {staying.min()} (" in reason.keep  # keep first
         else:
             assert not len(staying)
+
+
+def test_pictures_of_snip_embed_are_named_and_shown(browser, tmp_path):
+    pytest.importorskip("PIL")
+    write_photos(tmp_path / "photos")
+    assert truth.snip("embed", tmp_path / "photos", "-o", tmp_path / "embedded")[0] == 0
+    assert truth.snip("dedup", tmp_path / "embedded", "-o", tmp_path / "clean")[0] == 0
+    gone = int(np.flatnonzero(np.load(tmp_path / "clean" / "is_dup.npy"))[0])
+    (reason,) = snipdedup.why(tmp_path / "clean", gone, html=tmp_path / "why.html").reasons
+    for member in (reason.row, *reason.members):
+        picture = Path(member.picture)
+        assert picture.is_file()
+        assert picture.is_relative_to(tmp_path / "photos")
+        assert picture.stem == Path(member.key).name
+    with browser.open((tmp_path / "why.html").as_uri(), width=390) as page:
+        shown = page.eval_on_selector_all(".tile img", "all => all.map(i => i.naturalWidth)")
+        assert len(shown) == 1 + len(reason.members)
+        assert min(shown) > 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert f"It duplicates row {reason.representative} (" in page.inner_text("main")

@@ -73,7 +73,7 @@ def test_a_number_that_is_a_row_and_a_key(tmp_path):
     padded = keys_of(tmp_path / "padded", {"id": [f"{n:03d}" for n in range(ROWS)][::-1]})
     assert padded.find("003") == [8]
     commas = keys_of(tmp_path / "commas", {"id": ["1,b", *map(str, range(20, 19 + ROWS))]})
-    assert commas.find("1,b") == [0]
+    assert commas.find("1,b") == commas.find("key:1,b") == [0]
     assert commas.find("1,30") == [1, 11]
 
 
@@ -102,6 +102,8 @@ def test_refusals(tmp_path, monkeypatch):
         known.find("photo_0001,zzz")
     with pytest.raises(SnipError, match=r"no row 12 in .*: rows 0 to 11$"):
         known.find("0,12")
+    with pytest.raises(SnipError, match=r"has the key '9{5000}', or one like it$"):
+        known.find("9" * 5000)
     with pytest.raises(SnipError, match=r"no row -1 in"):
         known.find(-1)
     with pytest.raises(SnipError, match=r"'row:x': expected a row number after row:"):
