@@ -9,6 +9,7 @@ from typing import Any, Literal
 from snipdedup.auditing.audit import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
 from snipdedup.deduplication.run import open_result as open_result
+from snipdedup.downloading.push import Pushed as Pushed
 from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
@@ -724,6 +725,29 @@ def plan(
         as of snip dedup (default: 0.999)
     seed
         seed of the sample (default: 0)
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def push(
+    out: str | PathLike[str],
+    url: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Pushed:
+    """Upload a finished folder, with a card made from its manifest: ``snip push``.
+
+    Parameters
+    ----------
+    out
+        folder that snip wrote
+    url
+        place in a store, such as hf://datasets/OWNER/NAME or s3://bucket/folder
+    overwrite
+        replace a result that is there
 
     Raises
     ------

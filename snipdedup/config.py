@@ -461,6 +461,17 @@ class Download(Settings):
         )  # fmt: skip
 
 
+@command("push", "the chain", "downloading.push", "clean hf://datasets/OWNER/NAME")
+class Push(Settings):
+    """Upload a finished folder, with a card made from its manifest."""
+
+    out: str = argument("folder that snip wrote", path=FOLDER)
+    url: str = argument(
+        "place in a store, such as hf://datasets/OWNER/NAME or s3://bucket/folder", path=ANYWHERE
+    )
+    overwrite: bool = option(False, "replace a result that is there")
+
+
 @command("report", "looking", "inspection.report", "clean --images images")
 class Report(Settings):
     """Write a page that shows what is removed, with pictures if given."""

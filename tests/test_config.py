@@ -133,7 +133,7 @@ def test_both_ends_are_allowed_and_what_lies_outside_is_refused(kind, name, low,
     kind = getattr(config, kind)
     assert getattr(make(kind, **{name: low}), name) == low
     assert getattr(make(kind, **{name: high}), name) == high
-    whole = isinstance(low, int) and get_type_hints(kind)[name] is int
+    whole = isinstance(low, int) and bare_type(get_type_hints(kind)[name]) is int
     step = 1 if whole else 1e-9
     for wrong in (low - step, high + step * max(1, abs(high))):
         with pytest.raises(UsageError, match=rf"^--{name} must lie between .* and .*, found"):

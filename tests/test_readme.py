@@ -42,6 +42,7 @@ THRESHOLD = np.float32(0.95)
 SETUP = ("bash scripts/", "pip install")  # need a network: checked by what they name
 SHORTER = "--steps 40 --threads 1"  # training by default takes what a shared machine leaves
 FOREIGN = {"extra-index-url", "all", "lowest", "help", "requeue"}  # of pip, test.sh, Slurm
+HUB, STORE = "hf://datasets/OWNER/NAME", "memory://team/clean"  # the second instead of the first
 DISTANT = "https://example.org"  # served from the sample's metadata/
 
 
@@ -113,7 +114,10 @@ def ran(sample):
         os.chdir(folder)
         try:
             place = f"http://127.0.0.1:{server.server_port}"
-            return {line: run(line.replace(DISTANT, place)) for line in commands(setup=False)}
+            return {
+                line: run(line.replace(DISTANT, place).replace(HUB, STORE))
+                for line in commands(setup=False)
+            }
         finally:
             os.chdir(before)
             server.shutdown()
