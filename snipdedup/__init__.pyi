@@ -9,6 +9,7 @@ from typing import Any, Literal
 from snipdedup.auditing.audit import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
 from snipdedup.deduplication.run import open_result as open_result
+from snipdedup.downloading.push import Pushed as Pushed
 from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
@@ -295,7 +296,7 @@ def dedup(
     column
         list column of a parquet file
     out
-        folder for the result; --dry_run needs none
+        folder, or URL of a store, for the result; --dry_run needs none
     metadata
         parquet or CSV files, row for row
     method
@@ -496,7 +497,7 @@ def embed(
         folder of pictures (subfolders too), glob, tars, parquet files with picture bytes,
         .txt list of paths; or a URL of one of these; several by comma
     out
-        folder for img_emb/ and metadata/
+        folder, or URL of a store, for img_emb/ and metadata/
     model
         phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE,
         torchscript:FILE (default: phash)
@@ -634,7 +635,7 @@ def filter(
     is_dup
         mask: is_dup.npy, or a folder that snip dedup wrote
     out
-        folder for the kept rows
+        folder, or URL of a store, for the kept rows
     start
         first file number, counted from 0 in the whole set
     end
@@ -732,6 +733,29 @@ def plan(
         If it cannot be done: says what was expected, what was found and what to do.
     """
 
+def push(
+    out: str | PathLike[str],
+    url: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Pushed:
+    """Upload a finished folder, with a card made from its manifest: ``snip push``.
+
+    Parameters
+    ----------
+    out
+        folder that snip wrote
+    url
+        place in a store, such as hf://datasets/OWNER/NAME or s3://bucket/folder
+    overwrite
+        replace a result that is there
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
 def report(
     out: str | PathLike[str],
     *,
@@ -740,6 +764,7 @@ def report(
     image_column: str | None = None,
     metadata: str | PathLike[str] | None = None,
     rows: Any = None,
+    groups: int = 2000,
     seed: int = 0,
     overwrite: bool = False,
 ) -> ReportResult:
@@ -759,6 +784,8 @@ def report(
         table of captions and urls, if it moved
     rows
         also show these rows (numbers or keys, by comma), with their kept rows
+    groups
+        groups in the page, the largest first (default: 2000)
     seed
         seed of the samples that are shown (default: 0)
     overwrite
