@@ -79,11 +79,14 @@ class Settings:
     """Base of all settings: checks what `option` declares of each, then how they go together."""
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             name, value, about = field.name, getattr(self, field.name), field.metadata
             if value is None:
                 continue
             choices, low, high = about.get("choices"), about["low"], about["high"]
+            if bare_type(kinds[name]) is not str or low is None:  # not numbers by comma
+                refuse_type(name, value, bare_type(kinds[name]))
             if choices and value not in choices:
                 known = ", ".join(choices)
                 raise UsageError(f"{setting_name(field)} must be one of {known}, found {value!r}")
@@ -155,6 +158,20 @@ class Settings:
         """Return the settings as JSON values for manifests, positional ones first."""
         flags_last = sorted(dataclasses.fields(self), key=lambda f: "positional" not in f.metadata)
         return self.some(*(field.name for field in flags_last))
+
+
+def refuse_type(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another type than is declared, which the command line would not make."""
+    fits, expected = True, ""
+    if kind is bool:
+        fits, expected = not isinstance(value, str) and value in (0, 1), "True or False"
+    elif kind is int:
+        whole = isinstance(value, Real) and value is not True and value is not False
+        fits, expected = whole and value % 1 == 0, "a whole number"
+    elif kind is str:
+        fits, expected = isinstance(value, str | os.PathLike), "a text"
+    if not fits:
+        raise UsageError(f"--{name} must be {expected}, found {value!r}")
 
 
 def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:

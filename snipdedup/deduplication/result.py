@@ -23,6 +23,7 @@ from snipdedup.deduplication.final_check import fill_similarity
 from snipdedup.deduplication.levels import StarCount, tabulate
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.read_out import pick
+from snipdedup.deduplication.shown import Shown
 from snipdedup.deduplication.summary import summarize
 from snipdedup.errors import SnipError
 from snipdedup.groups import star
@@ -61,8 +62,8 @@ class Counts(NamedTuple):
     represented: Mapping[int, int]  # how many kept rows represent each number of others
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """The decision for each row; ``print`` shows the summary."""
 
     search: PairSearch
@@ -75,6 +76,7 @@ class Result:
     near: np.ndarray | None = None  # (members,) float32: cosine with the nearest reference, or NaN
     also: Sequence[np.ndarray] = ()  # of each second features, (members,) float32; NaN of kept rows
     threshold_from: str = "given"  # see `settings.fill_settings`
+    options: Dedup | None = None  # the settings that made it, filled
     decisions: Decisions | None = None  # what a person decided
     manifest: dict[str, Any] | None = None  # of the folder that it was written to
     out: Path | None = None  # that folder
@@ -165,7 +167,7 @@ class Result:
         by_rule = self.search.best is not None  # then grouping does not apply
         Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
         how = threshold, grouping, self.keep, self.rank, None, self.decisions
-        return checked(choose(self.search, *how))
+        return dataclasses.replace(checked(choose(self.search, *how)), options=self.options)
 
     def star_count(self) -> StarCount | None:
         """Return what counts the rows that star removes at other thresholds; None by components."""
