@@ -9,6 +9,7 @@ from typing import Any, Literal
 from snipdedup.auditing.audit import AuditResult as AuditResult
 from snipdedup.deduplication.result import Result as Result
 from snipdedup.deduplication.run import open_result as open_result
+from snipdedup.downloading.push import Pushed as Pushed
 from snipdedup.downloading.run import DownloadResult as DownloadResult
 from snipdedup.encoder.compress import Descriptors as Descriptors
 from snipdedup.encoder.network import Encoder as Encoder
@@ -19,6 +20,7 @@ from snipdedup.index.folder import Index as Index
 from snipdedup.inspection.diff import DiffResult as DiffResult
 from snipdedup.inspection.report import ReportResult as ReportResult
 from snipdedup.inspection.search import SearchResult as SearchResult
+from snipdedup.inspection.threshold import ThresholdAdvice as ThresholdAdvice
 from snipdedup.inspection.top import TopResult as TopResult
 from snipdedup.inspection.why import WhyResult as WhyResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
@@ -294,7 +296,7 @@ def dedup(
     column
         list column of a parquet file
     out
-        folder for the result; --dry_run needs none
+        folder, or URL of a store, for the result; --dry_run needs none
     metadata
         parquet or CSV files, row for row
     method
@@ -495,7 +497,7 @@ def embed(
         folder of pictures (subfolders too), glob, tars, parquet files with picture bytes,
         .txt list of paths; or a URL of one of these; several by comma
     out
-        folder for img_emb/ and metadata/
+        folder, or URL of a store, for img_emb/ and metadata/
     model
         phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE,
         torchscript:FILE (default: phash)
@@ -633,7 +635,7 @@ def filter(
     is_dup
         mask: is_dup.npy, or a folder that snip dedup wrote
     out
-        folder for the kept rows
+        folder, or URL of a store, for the kept rows
     start
         first file number, counted from 0 in the whole set
     end
@@ -731,6 +733,29 @@ def plan(
         If it cannot be done: says what was expected, what was found and what to do.
     """
 
+def push(
+    out: str | PathLike[str],
+    url: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Pushed:
+    """Upload a finished folder, with a card made from its manifest: ``snip push``.
+
+    Parameters
+    ----------
+    out
+        folder that snip wrote
+    url
+        place in a store, such as hf://datasets/OWNER/NAME or s3://bucket/folder
+    overwrite
+        replace a result that is there
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
 def report(
     out: str | PathLike[str],
     *,
@@ -739,6 +764,7 @@ def report(
     image_column: str | None = None,
     metadata: str | PathLike[str] | None = None,
     rows: Any = None,
+    groups: int = 2000,
     seed: int = 0,
     overwrite: bool = False,
 ) -> ReportResult:
@@ -758,6 +784,8 @@ def report(
         table of captions and urls, if it moved
     rows
         also show these rows (numbers or keys, by comma), with their kept rows
+    groups
+        groups in the page, the largest first (default: 2000)
     seed
         seed of the samples that are shown (default: 0)
     overwrite
@@ -821,6 +849,53 @@ def search(
         fetch the model's weights if they are not cached
     html
         also write a page of the neighbours
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def suggest_threshold(
+    features: Any,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    metadata: str | PathLike[str] | None = None,
+    same: str | None = None,
+    html: str | PathLike[str] | None = None,
+    sample: int = 2000,
+    pool: int = 200000,
+    threads: int = 0,
+    seed: int = 0,
+) -> ThresholdAdvice:
+    """Suggest a threshold for features of unknown origin: ``snip threshold``.
+
+    Parameters
+    ----------
+    features
+        folder, glob, file or {part:04d} pattern of features, or a URL
+    parts
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
+    array
+        array of an .npz file
+    column
+        list column of a parquet file
+    metadata
+        table with --same, row for row
+    same
+        its column in which rows of one picture have one value
+    html
+        also write a page with the curves
+    sample
+        rows that are compared with others (default: 2000)
+    pool
+        rows that each is compared with, at most (default: 200000)
+    threads
+        CPU threads, 0 for all (default: 0)
+    seed
+        seed of the samples (default: 0)
 
     Raises
     ------

@@ -100,6 +100,8 @@ def show(text: str, status: int, stream: TextIO) -> int:
 
 def stdout_is_closed() -> bool:
     """Tell whether stdout is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows, where only this can be meant
+        return True
     poll = select.poll()
     with contextlib.suppress(OSError, ValueError):  # stdout is no file, in a test for example
         poll.register(sys.stdout.fileno(), 0)
@@ -165,8 +167,10 @@ def expanded_glob(stray: str, words: list[str]) -> str | None:
     """Return a glob that the shell may have put a file for, where another word is one like it."""
     path = Path(stray)
     like = [w for w in words if Path(w).parent == path.parent and Path(w).suffix == path.suffix]
-    files = [word for word in like if word != stray and Path(word).is_file()]
-    return str(path.parent / f"*{path.suffix}") if files and path.is_file() else None
+    with contextlib.suppress(OSError, ValueError):
+        if {word for word in like if Path(word).is_file()} > {stray}:
+            return str(path.parent / f"*{path.suffix}")
+    return None
 
 
 def refuse_swapped(command: Command, values: dict[str, Any]) -> None:
@@ -190,15 +194,17 @@ def refuse_swapped(command: Command, values: dict[str, Any]) -> None:
 
 def kind_of(folder: Path) -> str | None:
     """Return what a folder is that snip wrote, None of others; only the manifest's head is read."""
-    with contextlib.suppress(OSError, ValueError), (folder / "snip.json").open("rb") as file:
-        found = re.search(rb'"kind": "(\w+)"', file.read(200))
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # the last: ~NOBODY
+        with (folder.expanduser() / "snip.json").open("rb") as file:
+            found = re.search(rb'"kind": "(\w+)"', file.read(200))
         return found[1].decode() if found else None
     return None
 
 
 def holds(path: Path, suffixes: tuple[str, ...]) -> bool:
     """Tell whether a file, or one in a folder, has one of these suffixes."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        path = path.expanduser()
         files = path.iterdir() if path.is_dir() else [path]
         return any(file.suffix.lower() in suffixes for file in files)
     return False

@@ -22,8 +22,9 @@ from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_typ
 
 from snipdedup.errors import UsageError
 
-# What a path may be: on this machine (a file to write, a folder, a file to read) or anywhere.
-WRITTEN, FOLDER, FILE, ANYWHERE = "written", "folder", "file", "anywhere"
+# What a path may be: on this machine (a file to write, a folder, a file to read), on it or in a
+# store (a folder to write), or anywhere.
+WRITTEN, FOLDER, FILE, STORED, ANYWHERE = "written", "folder", "file", "stored", "anywhere"
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path makes one slash of two
 DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BYTE_UNITS = ("", "k", "m", "g", "t")
@@ -47,9 +48,9 @@ def option(default: Any, help: str, low: Any = None, high: Any = None, **about: 
 
     So does each number of a text such as ``4,8,16``. ``[...]`` at the end of the help is what
     happens by default, where None or True does not say it. Others are ``choices``: the allowed
-    values; ``words``: those of a list by comma; ``path``: `WRITTEN`, `FOLDER`, `FILE` or
-    `ANYWHERE`; ``amount``: it is read by `parse_bytes`; ``several``: it may be typed again, which
-    adds to it; ``command_only``: the library does not have it.
+    values; ``words``: those of a list by comma; ``path``: `WRITTEN`, `FOLDER`, `FILE`,
+    `STORED` or `ANYWHERE`; ``amount``: it is read by `parse_bytes`; ``several``: it may be typed
+    again, which adds to it; ``command_only``: the library does not have it.
     """
     meaning, _, usual = help.partition(" [")
     about |= {"help": meaning, "usual": usual.removesuffix("]"), "low": low, "high": high}
@@ -78,11 +79,14 @@ class Settings:
     """Base of all settings: checks what `option` declares of each, then how they go together."""
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             name, value, about = field.name, getattr(self, field.name), field.metadata
             if value is None:
                 continue
             choices, low, high = about.get("choices"), about["low"], about["high"]
+            if bare_type(kinds[name]) is not str or low is None:  # not numbers by comma
+                refuse_type(name, value, bare_type(kinds[name]))
             if choices and value not in choices:
                 known = ", ".join(choices)
                 raise UsageError(f"{setting_name(field)} must be one of {known}, found {value!r}")
@@ -100,7 +104,7 @@ class Settings:
                 raise UsageError(f"--{name} must be a number, found {value!r}")
             if about.get("words"):
                 self.words(name)
-            if about.get("path") in (WRITTEN, FOLDER, FILE):
+            if about.get("path") in (WRITTEN, FOLDER, FILE, STORED):
                 refuse_url(field, value)
             if about.get("amount"):
                 parse_bytes(value)
@@ -156,15 +160,34 @@ class Settings:
         return self.some(*(field.name for field in flags_last))
 
 
+def refuse_type(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another type than is declared, which the command line would not make."""
+    fits, expected = True, ""
+    if kind is bool:
+        fits, expected = not isinstance(value, str) and value in (0, 1), "True or False"
+    elif kind is int:
+        whole = isinstance(value, Real) and value is not True and value is not False
+        fits, expected = whole and value % 1 == 0, "a whole number"
+    elif kind is str:
+        fits, expected = isinstance(value, str | os.PathLike), "a text"
+    if not fits:
+        raise UsageError(f"--{name} must be {expected}, found {value!r}")
+
+
 def refuse_url(field: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a URL where a local path is meant: it would become a folder named ``s3:``."""
     if not isinstance(value, str | Path) or not URL.match(str(value)):
+        return
+    stored = field.metadata["path"] == STORED
+    if stored and "://" in str(value) and not re.match("https?:|file:", str(value), re.I):
         return
     url = re.sub(r"(:/+)[^/]*@", r"\1", str(value)).partition("?")[0]  # without secrets
     todo = "fetch it first"
     if field.metadata["path"] == WRITTEN:
         todo = "snip writes to this machine only: give a path, and copy what is there afterwards"
         todo += "; SOURCE comes first" if field.metadata.get("positional") else ""
+    elif stored:
+        todo = "or give one of a store, such as s3://bucket/folder, as a text"
     elif field.metadata["path"] == FOLDER and not Path(url).suffix:
         todo += f": snip download {url} FOLDER"
     raise UsageError(f"{setting_name(field)} {url}: expected a local path, found a URL; {todo}")

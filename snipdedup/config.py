@@ -16,6 +16,7 @@ from snipdedup.commands import (
     DECLARED,
     FILE,
     FOLDER,
+    STORED,
     URL,
     WRITTEN,
     Settings,
@@ -46,6 +47,9 @@ RULES = ("two_sided", "difference", "ratio", "mutual")  # mutual is an older nam
 KEEP_REMOVE = ("keep", "remove")
 SEMDEDUP_KEEPS = ("hard", "random", "easy")
 DEVICES = ("auto", "cpu", "cuda")
+SHARED_URL = (
+    "processes that share --out need a folder that all of them see: give one, then snip push it"
+)
 THRESHOLD = 0.95  # cosine of two duplicates, for CLIP; see `features.origin.usual_threshold`
 
 
@@ -61,6 +65,7 @@ def check_sharing(asked: Any) -> None:
         (shared and asked.overwrite,
          "--num_tasks does not go with --overwrite: each process would remove the work of the "
          "others; remove the folder first"),
+        ((shared or ray) and asked.out is not None and URL.match(str(asked.out)), SHARED_URL),
         (ray and asked.device == "cuda", "--runner ray computes on CPUs: leave --device cuda out"),
     )  # fmt: skip
 
@@ -89,7 +94,7 @@ class Embed(Settings):
         "folder of pictures (subfolders too), glob, tars, parquet files with picture bytes, .txt "
         "list of paths; or a URL of one of these; several by comma"
     )
-    out: str = required("folder for img_emb/ and metadata/", path=WRITTEN)
+    out: str = required("folder, or URL of a store, for img_emb/ and metadata/", path=STORED)
     model: str = option(
         "phash",
         "phash, pdq, clip:ARCHITECTURE/WEIGHTS, timm:NAME, timm:NAME/FILE, onnx:FILE, "
@@ -187,7 +192,9 @@ class Dedup(Input):
     features: Any = argument(
         "folder, glob, file, {part:04d} pattern or URL; or an OUT, for another threshold", None
     )
-    out: str | None = option(None, "folder for the result; --dry_run needs none", path=WRITTEN)
+    out: str | None = option(
+        None, "folder, or URL of a store, for the result; --dry_run needs none", path=STORED
+    )
     metadata: str | None = option(None, "parquet or CSV files, row for row", path=ANYWHERE)
     method: str | None = option(None, "how to search [join, with --index adc]", choices=METHODS)
     threshold: float | None = option(
@@ -352,7 +359,7 @@ class Filter(Settings):
 
     metadata: Any = argument("folder, glob or file of parquet or CSV metadata")
     is_dup: str = required("mask: is_dup.npy, or a folder that snip dedup wrote", path=FOLDER)
-    out: str = required("folder for the kept rows", path=WRITTEN)
+    out: str = required("folder, or URL of a store, for the kept rows", path=STORED)
     start: int | None = option(None, "first file number, counted from 0 in the whole set")
     end: int | None = option(None, "file number to stop before")
     cumulative_sizes: str | None = option(None, ".npy of running row totals a file", path=FILE)
@@ -454,6 +461,17 @@ class Download(Settings):
         )  # fmt: skip
 
 
+@command("push", "the chain", "downloading.push", "clean hf://datasets/OWNER/NAME")
+class Push(Settings):
+    """Upload a finished folder, with a card made from its manifest."""
+
+    out: str = argument("folder that snip wrote", path=FOLDER)
+    url: str = argument(
+        "place in a store, such as hf://datasets/OWNER/NAME or s3://bucket/folder", path=ANYWHERE
+    )
+    overwrite: bool = option(False, "replace a result that is there")
+
+
 @command("report", "looking", "inspection.report", "clean --images images")
 class Report(Settings):
     """Write a page that shows what is removed, with pictures if given."""
@@ -468,6 +486,7 @@ class Report(Settings):
     rows: Any = option(
         None, "also show these rows (numbers or keys, by comma), with their kept rows"
     )
+    groups: int = option(2000, "groups in the page, the largest first", 1, 100_000)
     seed: int = option(0, "seed of the samples that are shown", 0, MAX_SEED)
     overwrite: bool = option(False, "replace any file, also a page with pictures")
 
@@ -485,6 +504,20 @@ class Why(Settings):
     metadata: str | None = option(None, "input table, if it moved", path=ANYWHERE)
     html: str | None = option(None, "also write a page of the group", path=WRITTEN)
     images: str | None = option(None, "pictures by key, as of snip report", path=FILE)
+    json: bool = option(False, "print JSON", command_only=True)
+
+
+@command("threshold", "looking", "inspection.threshold", "img_emb", "suggest_threshold")
+class Threshold(Input):
+    """Suggest a threshold for features of unknown origin."""
+
+    metadata: str | None = option(None, "table with --same, row for row", path=ANYWHERE)
+    same: str | None = option(None, "its column in which rows of one picture have one value")
+    html: str | None = option(None, "also write a page with the curves", path=WRITTEN)
+    sample: int = option(2000, "rows that are compared with others", 2, 10_000)
+    pool: int = option(200_000, "rows that each is compared with, at most", 2, 10**9)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int = option(0, "seed of the samples", 0, MAX_SEED)
     json: bool = option(False, "print JSON", command_only=True)
 
 
@@ -617,7 +650,7 @@ class Demo(Settings):
     """Run all commands on pictures that it draws itself."""
 
     out: str = option("snip_demo", "folder for everything the demo makes", path=WRITTEN)
-    pictures: int = option(1500, "pictures to draw before copies are made", 50, 100_000)
+    pictures: int = option(800, "pictures to draw before copies are made", 50, 100_000)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished demo")
 
@@ -634,8 +667,8 @@ FLAG_GROUPS = {
         "which rows go": "decisions recall keep_fraction also text_features text_threshold "
         "references_only bad_rows",
         "which rows of FEATURES": "parts array column",
-        "what is written": "key merge_captions caption weights export pairs max_pairs keep_work "
-        "dry_run",
+        "what is written": "decisions key merge_captions caption weights export pairs max_pairs "
+        "keep_work dry_run",
         "method adc (--encoder: join, too)": "index encoder rule margin precision calibration_rows "
         "k nprobe",
         "method semdedup": "clusters epsilon borders",

@@ -34,8 +34,9 @@ if hasattr(os, "register_at_fork"):  # a forked process must not begin with a lo
 
 def bar(total: int, desc: str, unit: str) -> Any:
     """Return a progress bar, a context manager with ``update(n)`` and ``set_postfix_str``."""
-    if loudness != QUIET and sys.stderr.isatty():
-        from tqdm import tqdm  # here: most runs have no terminal, or print nothing
+    if loudness != QUIET and (sys.stderr.isatty() or in_notebook()):
+        # here: most runs have no terminal, or print nothing; a bar of a notebook is made of widgets
+        from tqdm.auto import tqdm
 
         shown: Any = tqdm(
             total=total, desc=desc, unit=" " + unit, unit_scale=True, file=sys.stderr, delay=1e-9
@@ -43,6 +44,12 @@ def bar(total: int, desc: str, unit: str) -> Any:
     else:
         shown = PlainBar(total, desc, unit)
     return showing(shown)
+
+
+def in_notebook() -> bool:
+    """Tell whether this process is the kernel of a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 @contextmanager
@@ -70,6 +77,8 @@ def showing(shown: Any) -> Iterator[Any]:
                 _shown[:] = [one for one in _shown if one is not shown]
                 if not _shown:
                     _beating.pop().set()
+                elif isinstance(_shown[-1], Phase):  # a line in a log file once there is news
+                    _shown[-1].last_line = time.monotonic()
 
 
 def beat(ended: threading.Event) -> None:

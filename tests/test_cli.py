@@ -296,7 +296,15 @@ def test_what_is_in_its_place_is_not_called_swapped(places, calls, monkeypatch, 
     assert len(calls) == 1
 
 
+def test_swapped_words_below_home(places, calls, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(places))
+    assert cli.run(["audit", "~/img_emb", "~/clean"]) == 2
+    assert "OUT is ~/clean" in capsys.readouterr().err
+    assert cli.run(["audit", "~nobody-of-this-name", "x" * 5000]) == 0
+
+
 def test_stray_words_that_are_no_files_of_a_glob(places, refused):
+    assert "unexpected word" in refused("dedup", "a", "x" * 5000, "--out", "o")
     assert "quote it" not in refused("dedup", f"{places}/img_emb/a.npy", "x.npy", "--out", "o")
 
 

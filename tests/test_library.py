@@ -24,6 +24,7 @@ from snipdedup.storage import atomic
 PAGE = (ROOT / "docs" / "python.md").read_text("utf-8")
 QUICK = "steps=20, threads=1)"  # training by default takes what a shared machine leaves
 SHORTER = {
+    "hf://datasets/OWNER/NAME": "memory://team/library",  # no hub is at hand
     'out="encoder"))': f'out="encoder", {QUICK})',
     "dim=64)": f'dim=64, code_bytes="4", nprobe="1", picture=False, {QUICK}',
 }

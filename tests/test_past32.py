@@ -16,8 +16,9 @@ import truth
 from snipdedup import dedup
 from snipdedup.config import Filter
 from snipdedup.deduplication.inputs import Inputs
+from snipdedup.deduplication.levels import tabulate
 from snipdedup.deduplication.pair_search import PairSearch
-from snipdedup.deduplication.result import checked, choose, levels
+from snipdedup.deduplication.result import checked, choose
 from snipdedup.features.formats import ArrayShard, NpyShard
 from snipdedup.features.shards import Features, open_features, plan_pieces
 from snipdedup.groups.keep import rank_by
@@ -136,7 +137,8 @@ def test_groups_and_masks_past_2_32(far, grouping):
     table = found.groups_table(result.members).to_pydict()
     assert set(table["shard"]) == {"part 1", "part 3"}
     assert max(table["shard_row"]) < 2500
-    assert levels(found, [0.9, 0.95]) == levels(near.search, [0.9, 0.95])
+    steps = [0.9, 0.95]
+    assert tabulate(found, steps, None, None) == tabulate(near.search, steps, None, None)
     assert len(result.is_dup) == LAION_5B
     assert np.array_equal(result.is_dup[row], near.is_dup)
     assert (result.removed, result.rows) == (near.removed, LAION_5B)

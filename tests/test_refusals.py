@@ -155,8 +155,8 @@ def test_an_output_file_never_replaces_a_file_of_ours_or_an_input(finished, monk
     ("words", "said"),
     [
         (
-            "dedup in --out s3://b/out",
-            "--out s3://b/out: expected a local path, found a URL; snip w",
+            "dedup in --out https://b/out",
+            "--out https://b/out: expected a local path, found a URL; or give one of a store",
         ),
         ("dedup in --out OUT --index s3://b/x", "fetch it first: snip download s3://b/x FOLDER"),
         ("filter in --out OUT --is_dup https://h/is_dup.npy", "is_dup.npy: expected a local path"),

@@ -207,18 +207,23 @@ def load_search(work: Path, inputs: Inputs) -> PairSearch | None:
 
 
 def read_search(folder: Path, inputs: Inputs) -> PairSearch:
-    """Read back what a finished run found; its features must be the same, its pairs verified."""
+    """Read back what a finished run found; its pairs must be verified.
+
+    Its features must be the same, if they are among the inputs.
+    """
     manifest = read_manifest(folder, KIND)
-    if not manifest["verified"] or inputs.features is None:
+    if not manifest["verified"]:
         raise SnipError(f"{folder}: its pairs are unverified and have no cosines; search again")
-    check_searched(folder, inputs.features, manifest)
+    if inputs.features is not None:
+        check_searched(folder, inputs.features, manifest)
+    offsets = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])], dtype=np.int64)
     also = recorded_seconds(manifest)
     for second, entry in zip(inputs.seconds, also, strict=True):
         check_searched(folder, second.features, entry)
-    forest, copies, originals = read_forest(folder, inputs)
+    forest, copies, originals = read_forest(folder, inputs, int(offsets[-1]))
     settings, best, nearest = manifest["settings"], None, None
     if settings["method"] == "semdedup":
-        best = read_best(folder, inputs.features.rows)
+        best = read_best(folder, int(offsets[-1]))
     if inputs.references is not None:
         table = pq.read_table(folder / "references.parquet")
         row, similarity = table["row"].to_numpy(), table["similarity"].to_numpy()
@@ -230,7 +235,7 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
     read = {"features": [manifest], "references": references, "also": also}
     return PairSearch(
         names=[shard["name"] for shard in manifest["shards"]],
-        offsets=inputs.features.offsets,
+        offsets=offsets,
         threshold=settings["threshold"],
         forest=forest,
         copies=copies,
@@ -248,11 +253,10 @@ def read_search(folder: Path, inputs: Inputs) -> PairSearch:
     )
 
 
-def read_forest(folder: Path, inputs: Inputs) -> tuple[Edges, np.ndarray, np.ndarray]:
+def read_forest(folder: Path, inputs: Inputs, rows: int) -> tuple[Edges, np.ndarray, np.ndarray]:
     """Read back the forest of distinct rows, and exact copies with the original of each."""
     table = pq.read_table(folder / "forest.parquet")
     edges = Edges(*(table[name].to_numpy() for name in ("a", "b", "similarity")))
-    rows = 0 if inputs.features is None else inputs.features.rows
     if [column.dtype.kind for column in edges] != ["i", "i", "f"] or not all(
         len(ends) == 0 or 0 <= ends.min() <= ends.max() < rows for ends in edges[:2]
     ):

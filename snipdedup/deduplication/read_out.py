@@ -25,7 +25,7 @@ from snipdedup.metadata.tables import stream_parquet
 
 BATCH_ROWS = 1 << 19
 STOPS = 128  # of the slider, at the most: a stop's number fits a byte with room to spare
-SHOWN_GROUPS, SHOWN_MEMBERS = 12, 12  # largest groups shown, and rows of each
+SHOWN_MEMBERS = 12  # of a group
 NARROWEST = 1e-5  # bin of cosines: they may lie anywhere from -1 to 1
 COPIED = 12  # rows that represent most others
 CHAINED = 12
@@ -127,10 +127,13 @@ def read_curve(path: Path, rows: int, start: float) -> Curve:
     return Curve(thresholds, removed, members - removed)
 
 
-def survey_groups(path: Path, settings: dict[str, Any], offsets: np.ndarray, seed: int) -> Survey:
+def survey_groups(
+    path: Path, settings: dict[str, Any], offsets: np.ndarray, seed: int, most: int
+) -> Survey:
     """Read ``groups.parquet`` once; ``seed`` draws the samples.
 
     ``settings`` are those of the run, ``offsets`` the first row of each shard, and the end.
+    At ``most`` so many of the largest groups are returned.
     """
     start, threshold = settings["threshold"], np.float32(settings["threshold"])
     width = max(float(bin_width(start)), NARROWEST)
@@ -145,7 +148,7 @@ def survey_groups(path: Path, settings: dict[str, Any], offsets: np.ndarray, see
     largest: list[Group] = []
     copied = copies = np.empty(0, np.int64)
     for members in whole_groups(path):
-        removed = pick(members, members.is_dup)
+        removed = pick(members, members.is_dup & (members.representative != members.row))
         known = removed.similarity[~np.isnan(removed.similarity)]
         place = np.clip(np.searchsorted(bins, known, "right") - 1, 0, None)
         similarities += np.bincount(place, minlength=len(similarities))
@@ -163,7 +166,7 @@ def survey_groups(path: Path, settings: dict[str, Any], offsets: np.ndarray, see
         own, other = (np.searchsorted(offsets, side, "right") - 1 for side in sides)
         foreign += np.bincount(own[own != other], minlength=len(foreign))
         spared.offer(spared_members(members, settings["keep"], settings["seed"] or 0))
-        largest = largest_groups(largest, members, seed)
+        largest = largest_groups(largest, members, seed, most)
     filled = np.flatnonzero(similarities)
     lowest = int(np.searchsorted(bins, threshold, "right")) - 1
     begin = min(lowest, *filled[:1].tolist(), len(similarities) - 2)
@@ -186,19 +189,22 @@ def spared_members(members: Members, keep: str, seed: int) -> Members:
     return pick(kept, kept.row != kept.representative)
 
 
-def largest_groups(known: list[Group], members: Members, seed: int) -> list[Group]:
-    """Return the largest of some groups and of these members', with some rows of each."""
+def largest_groups(known: list[Group], members: Members, seed: int, most: int) -> list[Group]:
+    """Return the ``most`` largest of some groups and of these members', with some rows of each."""
     starts = group_starts(members.group)
-    groups = list(known)
-    for number in np.argsort(-np.diff(starts), kind="stable")[:SHOWN_GROUPS]:
+    sizes, groups = np.diff(starts), list(known)
+    least = known[-1].size if len(known) == most else 0  # of a group that goes before the last
+    order = np.argsort(-sizes, kind="stable")[:most]
+    for number in order[sizes[order] > least]:
         group = pick(members, slice(starts[number], starts[number + 1]))
-        named = group.representative[group.is_dup & (group.representative >= 0)]
+        for_other = group.is_dup & (group.representative >= 0) & (group.representative != group.row)
+        named = group.representative[for_other]
         rows, counts = np.unique(named, return_counts=True)
         first = group.row == (rows[counts.argmax()] if len(rows) else group.row[0])
         shown = np.lexsort((keep_rank(group.row, "random", seed), ~first))[:SHOWN_MEMBERS]
         lowest = float(group.similarity.min())
         groups.append(Group(len(group.row), int(group.is_dup.sum()), lowest, pick(group, shown)))
-    return sorted(groups, key=lambda group: (-group.size, int(group.shown.group[0])))[:SHOWN_GROUPS]
+    return sorted(groups, key=lambda group: (-group.size, int(group.shown.group[0])))[:most]
 
 
 def pick(members: Members, which: Any) -> Members:

@@ -1,7 +1,7 @@
 """The decision: which rows of each group are removed, and again at another threshold.
 
-Groups are decided a block at a time. Counts, tables and the summary that is printed derive from
-the forest, the copies and the members of groups.
+Groups are decided a block at a time. Counts and tables derive from the forest, the copies and the
+members of groups.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snipdedup import native, progress
+from snipdedup import progress
 from snipdedup.config import Dedup
 from snipdedup.deduplication.decisions import Decisions, add_lone, decide_again
 from snipdedup.deduplication.final_check import fill_similarity
+from snipdedup.deduplication.levels import StarCount, tabulate
 from snipdedup.deduplication.pair_search import PairSearch
 from snipdedup.deduplication.read_out import pick
+from snipdedup.deduplication.shown import Shown
+from snipdedup.deduplication.summary import summarize
 from snipdedup.errors import SnipError
 from snipdedup.groups import star
 from snipdedup.groups.keep import ColumnRank
@@ -39,14 +42,13 @@ from snipdedup.groups.members import (
     slices,
     sorted_by_row,
 )
-from snipdedup.join.forest import components, number_ends
+from snipdedup.join.forest import components
 from snipdedup.metadata.additions import RemovedPairs
-from snipdedup.native.fallback import find_roots
 from snipdedup.storage import external_sort
 from snipdedup.storage.external_sort import Columns
 
 STEP = 0.001  # between thresholds that --keep_fraction tries
-TABLE_STEPS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
+TABLE_STEPS = (0.0, 0.01, 0.02, 0.03, 0.04)  # above the searched threshold, in the summary
 
 
 class Counts(NamedTuple):
@@ -60,8 +62,8 @@ class Counts(NamedTuple):
     represented: Mapping[int, int]  # how many kept rows represent each number of others
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """The decision for each row; ``print`` shows the summary."""
 
     search: PairSearch
@@ -74,6 +76,7 @@ class Result:
     near: np.ndarray | None = None  # (members,) float32: cosine with the nearest reference, or NaN
     also: Sequence[np.ndarray] = ()  # of each second features, (members,) float32; NaN of kept rows
     threshold_from: str = "given"  # see `settings.fill_settings`
+    options: Dedup | None = None  # the settings that made it, filled
     decisions: Decisions | None = None  # what a person decided
     manifest: dict[str, Any] | None = None  # of the folder that it was written to
     out: Path | None = None  # that folder
@@ -164,7 +167,20 @@ class Result:
         by_rule = self.search.best is not None  # then grouping does not apply
         Dedup(features="", threshold=threshold, grouping=None if by_rule else grouping)
         how = threshold, grouping, self.keep, self.rank, None, self.decisions
-        return checked(choose(self.search, *how))
+        return dataclasses.replace(checked(choose(self.search, *how)), options=self.options)
+
+    def star_count(self) -> StarCount | None:
+        """Return what counts the rows that star removes at other thresholds; None by components."""
+        if self.grouping != "star":
+            return None
+        given = self.search, self.grouping, self.rank, self.decisions
+        dropped = np.empty(0, np.int64) if self.decisions is None else self.decisions.dropped
+
+        def decide(block: Block, threshold: float) -> Members:
+            return decide_groups(*given, block, threshold, lambda edges: None, named=False)
+
+        rows = self.search.whole_block(self.threshold).size()
+        return StarCount(decide, self.rank, self.threshold, self.is_dup, rows, dropped)
 
     def entries(self, epsilons: Sequence[float] = (), folder: Path | None = None) -> dict[str, Any]:
         """Return what a manifest holds of the result, as JSON values.
@@ -205,7 +221,7 @@ class Result:
                 "forest_edges": len(forest.forest.a) + len(forest.copies),
                 **more,
             },
-            "thresholds": levels(search, table, folder),
+            "thresholds": tabulate(search, table, folder, self.star_count() if table else None),
             "epsilons": [
                 {"epsilon": epsilon, "removed": int(search.best.removed(1 - epsilon).sum())}
                 for epsilon in epsilons or [round(1 - self.threshold, 9)]
@@ -247,17 +263,13 @@ def choose(
     if folder is not None and isinstance(rank, ColumnRank) and large:
         rank.read_all(folder)
 
-    def decide(block: Block, rank: Rank, kept: np.ndarray, dropped: np.ndarray) -> Members:
-        given = kept, dropped
-        return decide_block(search, block, threshold, grouping, rank, lambda edges: None, given)
-
     columns = Columns(folder and folder / "members", KINDS)
     lone = np.empty(0, np.int64) if decisions is None else decisions.dropped  # in no group so far
     with progress.bar(edges, "grouping", "edges") as bar:
         for block in search.blocks(threshold, folder):
-            members = decide_block(search, block, threshold, grouping, rank, bar.update)
+            how = search, grouping, rank, decisions
+            members = decide_groups(*how, block, threshold, bar.update)
             if decisions is not None:
-                members = decide_again(members, block, decisions, rank, decide)
                 lone = lone[~np.isin(lone, members.row)]
                 past = lone < members.group[-1] if len(members.row) else np.zeros(len(lone), bool)
                 members, lone = add_lone(members, lone[past]), lone[~past]  # groups ascend
@@ -306,6 +318,30 @@ def check_threshold(search: PairSearch, threshold: float) -> None:
         )
 
 
+def decide_groups(
+    search: PairSearch,
+    grouping: str,
+    rank: Rank,
+    decisions: Decisions | None,
+    block: Block,
+    threshold: float,
+    done: Callable[[int], None],
+    *,
+    named: bool = True,
+) -> Members:
+    """Decide whole groups by a rule, and again where a person decided; see `decide_block`."""
+    named = named or decisions is not None
+    members = decide_block(search, block, threshold, grouping, rank, done, named=named)
+    if decisions is None:
+        return members
+
+    def decide(block: Block, rank: Rank, kept: np.ndarray, dropped: np.ndarray) -> Members:
+        given = kept, dropped
+        return decide_block(search, block, threshold, grouping, rank, lambda edges: None, given)
+
+    return decide_again(members, block, decisions, rank, decide)
+
+
 def decide_block(
     search: PairSearch,
     block: Block,
@@ -314,11 +350,14 @@ def decide_block(
     rank: Rank,
     done: Callable[[int], None],
     given: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    named: bool = True,
 ) -> Members:
     """Decide whole groups; exact copies are folded away before and unfolded after.
 
     ``done`` takes how many edges of their forest are decided; ``given`` are rows, (n,) int64 each,
-    that are kept, and that are removed, whatever the rules say.
+    that are kept, and that are removed, whatever the rules say. Unless ``named``, star finds no
+    representatives.
     """
     if search.best is not None:
         members = star.group_matches(block.forest, search.best, threshold)
@@ -343,108 +382,6 @@ def decide_block(
         return copies.unfold(members)
     if (features := search.inputs.features) is None:
         raise SnipError("star grouping compares raw rows: give the features, or use components")
-    compare = star.Compare(features.gather, threshold, search.inputs.also)
+    compare = star.Compare(features.gather, threshold, search.inputs.also, named)
     members = star.group_star(forest, rank, compare, dropped, done, kept)
     return copies.unfold(refer_star(members, nearest) if nearest else members)
-
-
-def levels(
-    search: PairSearch, thresholds: list[float], folder: Path | None = None
-) -> list[dict[str, Any]]:
-    """Return the lines of the threshold table: what components of the forest would remove."""
-    lines = [{"threshold": t, "removed": 0, "groups": 0, "largest": 1} for t in thresholds]
-    for block in search.blocks(search.threshold, folder) if lines else ():
-        forest = block.whole_forest()
-        count, a, b = number_ends(forest)
-        nodes, parent, above = np.arange(count), np.arange(count), np.float32(np.inf)
-        for number in np.argsort(thresholds)[::-1].tolist():  # so each edge is looked at once
-            least, line = np.float32(thresholds[number]), lines[number]
-            new = np.flatnonzero((forest.similarity >= least) & (forest.similarity < above))
-            native.join_best(a[new], b[new], parent)
-            sizes, above = np.bincount(find_roots(parent, nodes), minlength=1), least
-            sizes = sizes[sizes > 1]
-            line["removed"] += int(sizes.sum()) - len(sizes)
-            line["groups"] += len(sizes)
-            line["largest"] = max(line["largest"], int(sizes.max(initial=1)))
-    return lines
-
-
-def summarize(entries: dict[str, Any]) -> str:
-    """Return the lines that a run ends with, from its manifest or `Result.entries`."""
-    counts, settings, method = entries["counts"], entries["settings"], entries["method"]
-    rows, removed = counts["rows"], counts["removed"]
-    how = f"threshold {settings['threshold']:.9g}, grouping {settings['grouping']}"
-    if entries.get("epsilons"):
-        epsilon = 1 - settings["threshold"]
-        how = f"SemDeDup with {method['clusters']:,} clusters, epsilon {epsilon:g}"
-
-    def line(name: str, count: int, note: str = "") -> str:
-        return f"  {name:<12}{count:>12,}  {note}".rstrip()
-
-    lines = [
-        f"{rows:,} rows, {how}, keep {settings['keep']}",
-        line("removed", removed, f"({100 * (removed / rows):.2f} %)"),
-        line("kept", counts["kept"]),
-        line("groups", counts["groups"], f"(the largest: {counts['largest_group']:,} rows)"),
-        line("exact copies", counts["exact_copies"]),
-    ]
-    if "reference_rows" in counts:
-        note = f"removed for one of {counts['reference_rows']:,} reference rows"
-        lines.append(line("references", counts["removed_for_reference"], note))
-    if settings.get("references_only"):
-        lines.append("  note: rows were compared with the references only, not with one another")
-    if "model" in method:
-        kept = "by the model that its run kept"
-        new = "by a new model; --keep_work in the run it refers to would save that time"
-        how = kept if method["model"] == "kept" else new
-        lines.append(f"  note: the reference rows were encoded again, {how}")
-    source = entries.get("threshold_from", "given")
-    if source == "default":
-        lines.append("  note: no --threshold was given: .95 is CLIP's; see docs/threshold.md")
-    elif source not in ("given", "keep_fraction"):
-        lines.append(f"  note: no --threshold was given: this one is usual for {source}")
-    for column, caught in entries.get("baselines", {}).items():
-        lines.append(f"  equal {column}s alone would catch {caught:,} of the removed rows")
-    if "told_to_go" in counts:
-        note = f"told to stay, {counts['told_to_go']:,} to go (--decisions)"
-        lines.append(line("decisions", counts["told_to_stay"], note))
-    if counts["bad_rows"]:
-        lines.append(line("bad rows", counts["bad_rows"], "(kept; see bad_rows.parquet)"))
-    if counts["chained"]:
-        note = "removed rows are below the threshold to their representative; --grouping star "
-        lines.append(line("chained", counts["chained"], note + "avoids that"))
-    if not entries["verified"]:
-        lines.append("  unverified: no features were given, so no pair was verified")
-    lines += table_lines(entries)
-    if "seconds" in entries:
-        spent = [f"{stage} {seconds:.1f}" for stage, seconds in entries["seconds"].items()]
-        lines.append(f"seconds: {', '.join(spent)}")
-    return "\n".join(lines)
-
-
-def table_lines(entries: dict[str, Any]) -> list[str]:
-    """Lay out what other thresholds or epsilons remove, and what borders of clusters cost."""
-    lines, rows, method = [""], entries["counts"]["rows"], entries["method"]
-    if entries["thresholds"]:
-        lines.append("  components at threshold   removed rows        groups  largest group")
-    for level in entries["thresholds"]:
-        lines.append(
-            f"  {level['threshold']:>23.3f}   {level['removed']:>12,}  {level['groups']:>12,}  "
-            f"{level['largest']:>13,}"
-        )
-    if entries.get("epsilons"):
-        lines.append("     epsilon   removed rows")
-    for level in entries.get("epsilons", []):
-        share = 100 * level["removed"] / rows
-        lines.append(f"  {level['epsilon']:>10g}   {level['removed']:>12,}  ({share:.2f} %)")
-    if "borders" in method:
-        cost = method["borders"]
-        share = 100 * cost["across"] / max(1, cost["pairs"])
-        lines += [
-            "",
-            f"  borders: {cost['across']:,} of {cost['pairs']:,} pairs ({share:.2f} %) lie in two "
-            "clusters, so they are not compared;",
-            f"  {cost['beside']:,} rows are kept beside a match that join finds (join with star "
-            f"removes {cost['star']:,} rows, {cost['both']:,} of them are removed here too)",
-        ]
-    return [*lines, ""] if len(lines) > 1 else []

@@ -28,8 +28,13 @@ from snipdedup.deduplication.inputs import (
 )
 from snipdedup.deduplication.methods import check_given, search_pairs
 from snipdedup.deduplication.pair_search import PairSearch, load_search, read_search, save_search
+from snipdedup.deduplication.read_out import whole_groups
 from snipdedup.deduplication.result import Result, check_threshold, checked, choose, choose_fraction
-from snipdedup.deduplication.second_features import check_keys, second_sources
+from snipdedup.deduplication.second_features import (
+    check_keys,
+    recorded_seconds,
+    second_sources,
+)
 from snipdedup.deduplication.settings import (
     DECISIONS,
     describe_request,
@@ -48,8 +53,8 @@ from snipdedup.deduplication.write_out import (
 )
 from snipdedup.errors import DamagedError, InputError, SnipError, UsageError
 from snipdedup.features.shards import accept_dates
-from snipdedup.groups.keep import ColumnRank, rank_by
-from snipdedup.groups.members import Rank
+from snipdedup.groups.keep import ColumnRank, keep_rank, rank_by
+from snipdedup.groups.members import Rank, concatenate, no_members
 from snipdedup.metadata.additions import ColumnSettings
 from snipdedup.metadata.kept_rows import LISTS
 from snipdedup.metadata.tables import Metadata, try_column_uses
@@ -60,6 +65,7 @@ from snipdedup.runners.local import Runner
 from snipdedup.runners.slurm import Share, ShareDone, share_of
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import as_written, is_finished, read_manifest
+from snipdedup.storage.upload import local_folder, uploading
 
 
 class Job(NamedTuple):
@@ -105,18 +111,39 @@ def run(options: Dedup) -> Result | str:
     return execute(options)
 
 
-def open_result(out: str | Path) -> Result:
+def open_result(out: str | Path, features: Any = None) -> Result:
     """Read back a finished OUT: the same result that `dedup` returned.
 
     Its features are read again. It is a `SnipError` if they are missing or changed, or if the pairs
-    of OUT are unverified.
+    of OUT are unverified. An array or a table has no path: without ``features`` the result is that
+    of the files of OUT, and only ``at(threshold, "components")`` decides again.
     """
     folder = Path(out).expanduser()
     with as_written(folder):
-        threshold = read_manifest(folder, KIND)["settings"]["threshold"]
-        options = inherit(Dedup(features=str(folder), threshold=threshold), folder)
+        manifest = read_manifest(folder, KIND)
+        settings = manifest["settings"]
+        needs = manifest.get("references"), recorded_seconds(manifest), settings.get("decisions")
+        if settings["features"] is None and features is None and not any(needs):
+            return read_files(folder, manifest)
+        again = Dedup(features=str(folder), threshold=settings["threshold"])
+        options = inherit(again, folder, features)
         job = prepare(options, writes=False)
         return read_result(folder, job)
+
+
+def save_result(result: Result, out: str | Path, *, overwrite: bool = False) -> Result:
+    """Write a result as a run with its settings would, without a search; see `Result.save`."""
+    if result.options is None:
+        raise SnipError(f"{result.out} was read without its features; give them to open_result")
+    asked: dict[str, Any] = {"out": str(out), "overwrite": overwrite}
+    if result.search.verified and result.search.best is None:
+        asked |= {"threshold": result.threshold, "grouping": result.grouping, "keep_fraction": None}
+    elif result.threshold != result.options.threshold:
+        asked |= {"threshold": result.threshold, "epsilon": None}
+    made = execute(dataclasses.replace(result.options, **asked), in_memory=True, made=result)
+    if isinstance(made, str):
+        raise SnipError(made)
+    return made
 
 
 def plan(options: Dedup) -> str:
@@ -126,7 +153,7 @@ def plan(options: Dedup) -> str:
     if options.features is None or finished_run(options.features) is not None:
         raise UsageError("--dry_run plans a search of FEATURES")
     job = prepare(options)
-    out = None if options.out is None else Path(str(options.out)).expanduser()
+    out = None if options.out is None else local_folder(options.out)
     if out is not None:
         out_folder.refuse_output_inside(out, read_paths(job))
     settings = Plan(
@@ -138,29 +165,30 @@ def plan(options: Dedup) -> str:
     return str(planning.run(settings))
 
 
+@uploading
 @locks.released()
-def execute(options: Dedup, *, in_memory: bool = False) -> Result | str:
+def execute(options: Dedup, *, in_memory: bool = False, made: Result | None = None) -> Result | str:
     """Claim OUT, search, decide, check and write; return the result.
+
+    A result that was ``made`` with these settings lends its search.
 
     A result that is not ``in_memory`` has its large arrays in files that no longer have a name. Of
     a run that is finished already, or that another process finishes, a line is returned, or with
     ``in_memory`` the result that is read back.
     """
-    clock, out = Clock(), Path(str(options.out)).expanduser()
-    earlier = finished_run(options.features)
-    share = None if earlier else share_of(options)
+    clock, out = Clock(), local_folder(str(options.out))
+    earlier = finished_run(options.features) if made is None else None
+    share = None if earlier or made else share_of(options)
     if earlier is not None:
         with as_written(earlier):
             options = inherit(options, earlier)
-    job = prepare(options)
+    job = prepare(options, inputs=None if made is None else made.search.inputs)
+    if made is not None:
+        job = job._replace(threshold_from=made.threshold_from)
     out_folder.refuse_output_inside(out, read_paths(job, earlier))
     request = describe_request(job.options, job.inputs, job.metadata)
     request["decisions"] = job.decisions and job.decisions.digest()
-    search = None
-    if earlier is None:
-        check_given(job.inputs.features, job.options.index, job.options.encoder)
-    else:
-        search = search_of(earlier, job)
+    search = known_search(job, earlier, made)
     if job.inputs.features is not None and is_finished(out):
         accept_dates(request, job.inputs.features, read_manifest(out, KIND))
     state = out_folder.claim(
@@ -200,18 +228,34 @@ def read_result(folder: Path, job: Job) -> Result:
     threshold, grouping, keep = (manifest["settings"][n] for n in ("threshold", "grouping", "keep"))
     how = threshold, str(grouping), keep, job.rank, None, job.decisions
     result = choose(read_search(folder, job.inputs), *how)
-    return dataclasses.replace(checked(result), manifest=manifest, out=folder)
+    return dataclasses.replace(checked(result), manifest=manifest, out=folder, options=job.options)
 
 
-def prepare(options: Dedup, *, writes: bool = True) -> Job:
-    """Resolve the settings, open the inputs and check them.
+def read_files(folder: Path, manifest: dict[str, Any]) -> Result:
+    """Read back a finished run whose features were in memory, and are not given."""
+    threshold, grouping, keep = (manifest["settings"][n] for n in ("threshold", "grouping", "keep"))
+    search = read_search(folder, Inputs(None))
+
+    def rank(rows: Any) -> Any:
+        if keep_rules(keep)[0]:
+            raise SnipError(f"keep {keep} needs the metadata: give open_result the features")
+        return keep_rank(rows, keep, manifest["settings"]["seed"] or 0)
+
+    groups = concatenate(no_members(), *whole_groups(folder / "groups.parquet"))
+    return Result(
+        search, groups, threshold, str(grouping), keep, rank, manifest=manifest, out=folder
+    )
+
+
+def prepare(options: Dedup, *, writes: bool = True, inputs: Inputs | None = None) -> Job:
+    """Resolve the settings, open the inputs, unless they are open, and check them.
 
     Metadata must have all columns that a run ``writes``, else those of the keep order alone.
     """
     if options.device != "auto":
         pick_device(options.device)
     options, source = fill_settings(options)
-    inputs = open_inputs(
+    inputs = inputs or open_inputs(
         options.features,
         parts=options.parts,
         array=options.array,
@@ -250,6 +294,16 @@ def read_paths(job: Job, earlier: Path | None = None) -> list[Path]:
         *(folder for folder in folders if folder.is_dir()),
         *([earlier] if earlier else []),
     ]
+
+
+def known_search(job: Job, earlier: Path | None, made: Result | None) -> PairSearch | None:
+    """Return what a finished run or a result found, None where it is still to be searched."""
+    if made is not None:
+        return made.search.at(made.threshold) if made.search.verified else made.search
+    if earlier is not None:
+        return search_of(earlier, job)
+    check_given(job.inputs.features, job.options.index, job.options.encoder)
+    return None
 
 
 def search_of(earlier: Path, job: Job) -> PairSearch:
@@ -354,7 +408,7 @@ def decide_job(job: Job, search: PairSearch, folder: Path | None) -> Result:
 
     def choose_at(threshold: float) -> Result:
         result = choose(search, threshold, grouping, keep, job.rank, folder, job.decisions)
-        return dataclasses.replace(result, threshold_from=job.threshold_from)
+        return dataclasses.replace(result, threshold_from=job.threshold_from, options=options)
 
     with library_threads(options.threads, torch_too=False):
         if fraction is None:

@@ -131,10 +131,15 @@ def saved_settings(options: Dedup, threshold: float | None) -> dict[str, Any]:
     return settings
 
 
-def inherit(options: Dedup, earlier: Path) -> Dedup:
-    """Return settings for a re-threshold: the input and the search of the finished run."""
+def inherit(options: Dedup, earlier: Path, features: Any = None) -> Dedup:
+    """Return settings for a re-threshold: the input and the search of the finished run.
+
+    ``features`` are those that it searched, where its manifest cannot name them.
+    """
     manifest = read_manifest(earlier, KIND)
     searched = {"also": None, **manifest["settings"]}
+    if features is not None:
+        searched["features"] = features
     if options.runner != "local" or options.num_tasks is not None:
         raise UsageError(
             "--runner and --num_tasks share a search, and a finished folder needs none: leave them "

@@ -22,7 +22,8 @@ import numpy as np
 
 from snipdedup import progress
 from snipdedup.errors import InputError, SnipError
-from snipdedup.features.formats import NpyShard, find_list_column, list_rows
+from snipdedup.features.formats import NpyShard
+from snipdedup.features.list_columns import find_list_column, list_rows
 
 BATCH_ROWS = 8192
 TABLE = ("__arrow_c_stream__", "__arrow_c_array__", "scanner", "with_format")

@@ -21,7 +21,15 @@ from snipdedup import native
 from snipdedup.features.cosine import all_cosines
 from snipdedup.features.shards import plan_blocks
 from snipdedup.groups import pairs
-from snipdedup.groups.members import NO_PAIR, Best, Members, Rank, group_starts, sort_members
+from snipdedup.groups.members import (
+    NO_PAIR,
+    NO_ROW,
+    Best,
+    Members,
+    Rank,
+    group_starts,
+    sort_members,
+)
 from snipdedup.groups.pairs import Also, Gather
 from snipdedup.join.forest import Edges, components
 from snipdedup.join.projection import WIDTHS, fit_projection
@@ -44,6 +52,7 @@ class Compare(NamedTuple):
     gather: Gather  # (n,) int64 rows to their features, (n, d)
     threshold: float
     also: Sequence[Also] = ()
+    named: bool = True  # False: `NO_ROW` stands for all representatives of removed rows
 
     def verify(self, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> Pairs:
         """Return those of the pairs of places x, y in ``rows`` that match."""
@@ -189,6 +198,8 @@ def star_large(
             first, second = np.searchsorted(some, x[x < y]), np.searchsorted(some, y[x < y])
             new[some] = greedy_kept(first, second, np.ones(len(some), bool))
         kept[left] = new
+    if not compare.named:
+        return np.where(kept, rows, NO_ROW), np.where(kept, np.float32(1), NO_PAIR)
     removed = np.flatnonzero(~kept)
     blocks = (removed[start:stop] for start, stop in plan_blocks(len(removed), size))
     return name_representatives(rows, kept, map(matches_of, blocks))

@@ -2,17 +2,18 @@
 
 The page works from disk and offline. Captions, keys and urls are strangers' texts: the template
 escapes them, and only http and https become links. A remote picture is fetched only when the reader
-asks for it. To add a section: its values in `make_page`, its HTML in ``templates/report.html.j2``.
+asks for it. Rows, groups and pairs are JSON in the page, and ``templates/browse.js`` shows them. To
+add a section: its values in `make_page`, its HTML in ``templates/report.html.j2``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from snipdedup.deduplication.inputs import KIND, named_paths
 from snipdedup.deduplication.second_features import recorded_seconds
 from snipdedup.errors import SnipError
 from snipdedup.features.origin import Origin, origin_of
-from snipdedup.groups.members import Members
 from snipdedup.inspection import display, embedded, thumbnails
 from snipdedup.inspection.display import is_number
+from snipdedup.inspection.page_data import Row, ordered_rows, page_data
+from snipdedup.inspection.page_data import known as known_cosine
 from snipdedup.metadata.find_keys import find_run_rows
 from snipdedup.metadata.gather import RowTexts, open_row_texts
 from snipdedup.metadata.tables import stream_parquet
@@ -38,6 +40,8 @@ NAME = "report.html"
 GENERATOR = '<meta name="generator" content="snip report">'
 PICTURED = '<meta name="snip-pictures"'  # stands in a page that has some
 HEAD = 2048  # bytes in which a report says that it is one
+SCRIPTS = ("report.js", "browse.js")
+PICTURES = 1000  # rows with pictures in a page, at the most
 SHARDS = 400  # lines of the table at the most
 LISTED = 6  # entries of the manifest's lists as shown
 
@@ -76,17 +80,6 @@ class ReportResult:
                 f"  {counts.ambiguous:,} keys have several pictures; none of them is shown"
             )
         return "\n".join(lines)
-
-
-@dataclass
-class Row(display.ShownRow):
-    """What the page shows of one row."""
-
-    removed: bool = False
-    picture: str | None = None  # a ``data:`` URL of a thumbnail
-    changed: bool = False  # its file is not the one that was embedded
-    also: list[tuple[str, float]] = field(default_factory=list)  # second features, cosine in each
-    facts: str = ""  # of the picture: width, height, bytes, time
 
 
 def run(options: Report) -> ReportResult:
@@ -148,7 +141,7 @@ def make_page(
     settings, counts, shards = manifest["settings"], manifest["counts"], manifest["shards"]
     threshold, keep = settings["threshold"], settings["keep"]
     offsets, groups = display.shard_offsets(shards), out / "groups.parquet"
-    survey = read_out.survey_groups(groups, settings, offsets, options.seed)
+    survey = read_out.survey_groups(groups, settings, offsets, options.seed, options.groups)
     curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
         known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold)
@@ -157,13 +150,15 @@ def make_page(
     asked = sorted(find_run_rows(out, manifest, texts, options.rows)) if named else []
     partners = read_out.read_partners(groups, np.array(asked, np.int64))
     shown = shown_rows(survey, [*asked, *(other for other, _ in partners.values())])
+    found = [(row, *partners.get(row, (row, np.nan))) for row in asked]
     is_dup = np.load(out / "is_dup.npy", mmap_mode="r")
     rows, counted = read_rows(out, manifest, texts, options, origin, shown, is_dup)
-    copied = zip(survey.copied.tolist(), survey.copies.tolist(), strict=True)
-    found = ((rows[row], *partners.get(row, (row, np.nan))) for row in asked)
+    lists = [[a, b, known_cosine(cosine)] for a, b, cosine in found]
+    names = [str(shard["name"]) for shard in shards]
+    data = page_data(rows, survey, lists, names, keep in read_out.KEEPS)
     page = display.render_page(
         "report.html.j2",
-        (display.TEMPLATES / "report.js").read_text("utf-8"),
+        "".join((display.TEMPLATES / name).read_text("utf-8") for name in SCRIPTS),
         generator=GENERATOR,
         pictured=PICTURED,
         title=out.resolve().name,
@@ -174,9 +169,8 @@ def make_page(
         pictures=counted,
         curve=curve,
         charts=histograms(survey, out / "histogram.parquet"),
-        pairs=partial(pair_rows, rows),
-        copied=[(rows[row], count) for row, count in copied],
-        asked=[(a, rows.get(b, ~b) if a.removed else None, cosine) for a, b, cosine in found],
+        data=data,
+        asked=asked,
         known_keep=keep in read_out.KEEPS,
         shards=shard_section(shards, offsets, is_dup, survey.foreign.tolist()),
         manifest=json.dumps(shortened(manifest), indent=2, ensure_ascii=False),
@@ -190,13 +184,18 @@ def read_rows(
     texts: RowTexts,
     options: Report,
     origin: Origin | None,
-    shown: np.ndarray,
+    chosen: tuple[np.ndarray, np.ndarray],
     is_dup: np.ndarray,
 ) -> tuple[dict[int, Row], PictureCounts]:
-    """Return what the page shows of rows, (n,) int64, by row; and how many have pictures."""
+    """Return what the page shows of rows, by row; and how many have pictures.
+
+    ``chosen`` are all rows, and those with pictures, (n,) int64 each; see `shown_rows`.
+    """
+    shown, pictured = chosen
     groups = out / "groups.parquet"
     keys, also = read_out.read_keys(groups, shown), read_out.read_also(groups, shown)
-    pictures, counted = find_pictures(shown, keys, texts, options, origin)
+    pictures, counted = find_pictures(pictured, keys, texts, options, origin)
+    counted = dataclasses.replace(counted, rows=len(shown))
     names = [short_name(second["name"]) for second in recorded_seconds(manifest)]
     rows = {
         row: Row(
@@ -215,19 +214,15 @@ def read_rows(
     return rows, counted
 
 
-def pair_rows(rows: dict[int, Row], members: Members) -> list[tuple[Row, Row | int, float]]:
-    """Return rows, representatives (of a reference: its number there) and cosines."""
-    columns = members.row.tolist(), members.representative.tolist(), members.similarity.tolist()
-    return [(rows[a], rows.get(b, ~b), cosine) for a, b, cosine in zip(*columns, strict=True)]
+def shown_rows(survey: read_out.Survey, more: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all rows that the page shows, and those of them whose pictures it has, ascending.
 
-
-def shown_rows(survey: read_out.Survey, more: list[int]) -> np.ndarray:
-    """Return all rows that the page shows and some more, ascending, without those of references."""
-    samples = [sample.shown for sample in (*survey.bands, survey.below, survey.spared)]
-    samples += [group.shown for group in survey.largest]
-    parts = [rows for sample in samples for rows in (sample.row, sample.representative)]
-    rows = np.unique(np.concatenate([*parts, survey.copied, more]))
-    return rows[rows >= 0].astype(np.int64)
+    The rows ``more`` come first; rows of references are none of these.
+    """
+    rows = np.concatenate(list(ordered_rows(survey, more)))
+    rows = rows[rows >= 0].astype(np.int64)
+    every, first = np.unique(rows, return_index=True)
+    return every, np.sort(rows[np.sort(first)[:PICTURES]])
 
 
 def find_pictures(
@@ -244,13 +239,13 @@ def find_pictures(
         names = texts.read(texts.find(options.image_column), shown)
         found = thumbnails.by_path(names.values(), options.images)
     elif options.images is not None:
-        names = keys
         if not keys and len(shown):
             raise SnipError(
                 "pictures are found by key, and groups.parquet has none: run snip dedup with "
                 "--metadata (and --key), or give --image_column"
             )
-        found = thumbnails.by_key(options.images, keys.values())
+        names = {row: keys[row] for row in shown.tolist() if row in keys}
+        found = thumbnails.by_key(options.images, names.values())
     elif origin is not None:
         names = {row: str(row) for row in shown.tolist()}
         found = embedded.by_place(origin, texts, shown)

@@ -338,7 +338,7 @@ def make_page(run: FinishedRun, reasons: list[Reason], options: Why) -> str:
     asked = Report(out=options.out, images=options.images)
     origin = None if options.images else report.known_pictures(run.manifest)
     rows, _ = report.read_rows(
-        run.out, run.manifest, run.texts, asked, origin, shown.astype(np.int64), run.is_dup
+        run.out, run.manifest, run.texts, asked, origin, (shown.astype(np.int64),) * 2, run.is_dup
     )
     return display.render_page(
         "why.html.j2",

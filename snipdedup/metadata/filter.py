@@ -23,6 +23,7 @@ from snipdedup.metadata.masks import Mask, describe_kept, file_version, open_mas
 from snipdedup.metadata.tables import ColumnUse, Metadata, open_metadata, try_column_uses
 from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.out_folder import read_manifest
+from snipdedup.storage.upload import local_folder, uploading
 
 KIND = "filter"
 RESERVED = ("metadata", kept_rows.LISTS)
@@ -74,10 +75,11 @@ class FilterInputs:
     row: int = 0
 
 
+@uploading
 @locks.released()
 def run(options: Filter) -> FilterResult:
     """Apply a mask to metadata files, and to features that match them: ``snip filter``."""
-    out = Path(options.out).expanduser()
+    out = local_folder(options.out)
     metadata = open_metadata(options.metadata)
     features = open_embeddings(options.embeddings, metadata)
     files = (options.is_dup, options.cumulative_sizes, options.keys)

@@ -38,6 +38,7 @@ from snipdedup.storage import atomic, locks, out_folder
 from snipdedup.storage.listing import FEATURES, METADATA
 from snipdedup.storage.out_folder import is_finished, read_manifest
 from snipdedup.storage.remote import absolute_location
+from snipdedup.storage.upload import local_folder, uploading
 
 TEXT_FEATURES, FAILED = "text_emb", "failed.parquet"
 TYPES = {
@@ -76,12 +77,13 @@ class Embedded:
         return self.summary
 
 
+@uploading
 @locks.released()
 def run(options: config.Embed) -> Embedded | str:
     """Embed all shards that are not there yet; return a line where another process goes on."""
     started, share = time.monotonic(), share_of(options)
     device = pick_device(options.device)
-    out = Path(options.out).expanduser()
+    out = local_folder(options.out)
     decode.require()
     if options.every is not None:
         video.require()

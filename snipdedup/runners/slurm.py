@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from snipdedup import progress
-from snipdedup.config import Dedup, Embed
+from snipdedup.config import SHARED_URL, Dedup, Embed
 from snipdedup.errors import SnipError, UsageError
 from snipdedup.runners.local import Local
 from snipdedup.storage import atomic, locks
 from snipdedup.storage.out_folder import MANIFEST
+from snipdedup.storage.remote import is_remote
 
 T = TypeVar("T")
 
@@ -130,7 +131,10 @@ def share_of(options: Dedup | Embed, environ: Mapping[str, str] = os.environ) ->
         alone = options.runner != "local" or options.overwrite
         if isinstance(options, Dedup):
             alone = alone or options.method not in (None, "join") or options.index is not None
-        return None if alone else slurm_share(environ)
+        share = None if alone else slurm_share(environ)
+        if share is not None and is_remote(options.out):
+            raise UsageError(SHARED_URL)
+        return share
     if options.out is None:
         raise UsageError("--num_tasks needs --out, the folder that all processes share")
     if count is None or rank is None:

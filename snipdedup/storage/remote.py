@@ -273,7 +273,9 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def store_errors(url: str, unknown: type[SnipError] = SnipError) -> Iterator[None]:
+def store_errors(
+    url: str, unknown: type[SnipError] = SnipError, doing: str = "read"
+) -> Iterator[None]:
     """Turn what fsspec and the stores' own packages raise into our errors."""
     text = redacted(url)
     try:
@@ -286,9 +288,10 @@ def store_errors(url: str, unknown: type[SnipError] = SnipError) -> Iterator[Non
         text += ": not permitted: log in with the store's own tool, or ask its owner"
         raise SnipError(f"{text} ({error})") from error
     except OSError as error:
-        raise TemporaryError(f"{text}: cannot be read: {error}; {AGAIN}") from error
+        raise TemporaryError(f"{text}: cannot be {doing}: {error}; {AGAIN}") from error
     except Exception as error:  # no login, no such bucket, a broken connection: one class a store
-        raise unknown(f"{text}: cannot be read: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise unknown(f"{text}: cannot be {doing}: {what}") from error
 
 
 def read_version(url: str, token: Token | None = None) -> FileVersion:

@@ -14,7 +14,7 @@ from snipdedup.deduplication import read_out
 from snipdedup.groups.members import Members, concatenate
 
 ROWS, OFFSETS = 900, np.array([0, 100, 640, 900])
-START = 0.9
+START, GROUPS = 0.9, 12
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def batch_rows(request, monkeypatch):
 
 def surveyed(path, draw=0, **changed):
     settings = {"threshold": START, "keep": "first", "seed": 0} | changed
-    return read_out.survey_groups(path, settings, OFFSETS, draw)
+    return read_out.survey_groups(path, settings, OFFSETS, draw, GROUPS)
 
 
 # ---- the slider
@@ -144,7 +144,7 @@ def test_figures_are_those_of_the_whole_table(path, members, batch_rows):
     foreign = [r for r in gone if shard[r["row"]] != shard[r["representative"]]]
     assert found.foreign.tolist() == [sum(shard[r["row"]] == s for r in foreign) for s in range(3)]
     size = Counter(members.group.tolist())
-    largest = sorted(size, key=lambda group: (-size[group], group))[: read_out.SHOWN_GROUPS]
+    largest = sorted(size, key=lambda group: (-size[group], group))[:GROUPS]
     assert [int(group.shown.group[0]) for group in found.largest] == largest
     for group, label in zip(found.largest, largest, strict=True):
         mine = [row for row in gone if row["group"] == label]

@@ -9,7 +9,7 @@ from samples import write_laion
 
 import snipdedup
 from snipdedup import dedup
-from snipdedup.deduplication.result import levels
+from snipdedup.deduplication.levels import tabulate
 from snipdedup.errors import SnipError, UsageError
 
 
@@ -111,14 +111,14 @@ def test_a_row_names_its_shard(rows, tmp_path):
 
 
 def test_levels_are_what_components_would_remove(found, rows):
-    lines = levels(found.search, [0.9, 0.95, 1.0])
+    lines = tabulate(found.search, [0.9, 0.95, 1.0], None, None)
     for line in lines:
         fresh = dedup(rows, threshold=line["threshold"], grouping="components", method="exact")
         sizes = np.bincount(fresh.members.group)
         assert line["removed"] == fresh.removed
         assert line["groups"] == (sizes > 0).sum()
         assert line["largest"] == sizes.max()
-    (line,) = levels(dedup(np.eye(3)).search, [0.95])
+    (line,) = tabulate(dedup(np.eye(3)).search, [0.95], None, None)
     assert (line["removed"], line["groups"], line["largest"]) == (0, 0, 1)
 
 

@@ -145,6 +145,11 @@ def expected_figures(result, threshold):
     return [threshold, other.removed, other.kept, groups, share]
 
 
+def as_pictures(page):
+    """Show tiles instead of tables; a page without pictures begins with tables."""
+    page.select_option("#view", "pictures")
+
+
 # ---- in a browser
 
 
@@ -204,12 +209,13 @@ def test_the_cursor_follows_the_slider(browser, page_path):
 
 def test_hostile_texts_stay_text(browser, page_path):
     with browser.open(page_path.as_uri()) as page:
+        as_pictures(page)
         assert "owned" not in page.title()
         body = page.inner_text("body")
         for text in HOSTILE[:4]:
             assert text in body
         assert page.query_selector("main b b, .caption *, .key b, main script[src]") is None
-        assert len(page.query_selector_all("script")) == 2
+        assert len(page.query_selector_all("script")) == 3
         links = {a.get_attribute("href") for a in page.query_selector_all("a[target]")}
         assert all(re.match(r"http://127\.0\.0\.1:\d+/a\.png$", link) for link in links), links
         assert page.query_selector("[onerror], [onload], [onmouseover], [style]") is None
@@ -218,6 +224,7 @@ def test_hostile_texts_stay_text(browser, page_path):
 
 def test_right_to_left_marks_end_with_their_caption(browser, page_path):
     with browser.open(page_path.as_uri()) as page:
+        as_pictures(page)
         captions = [c for c in page.query_selector_all(".caption") if "gnp" in c.text_content()]
         assert captions
         for caption in captions:
@@ -230,6 +237,7 @@ def test_right_to_left_marks_end_with_their_caption(browser, page_path):
 
 def test_long_captions_are_cut_on_screen(browser, page_path):
     with browser.open(page_path.as_uri(), width=390) as page:
+        as_pictures(page)
         longest = [c for c in page.query_selector_all(".caption") if "long x" in c.text_content()]
         assert longest
         for caption in longest:
@@ -250,6 +258,7 @@ def test_a_remote_picture_comes_on_a_click_only_blurred_and_without_referrer(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with browser.open(f"http://127.0.0.1:{server.server_port}/report.html") as page:
             headers.clear()
+            as_pictures(page)
             assert "<img" not in page.inner_html("main")
             button = page.locator("button.fetch:visible").first
             assert "127.0.0.1" in button.inner_text()
@@ -422,6 +431,7 @@ def test_rows_that_are_asked_for_are_shown_beside_what_stays(browser, hostile, t
     words = ("report", folder / "out<b>", "--html", page_at, "--rows")
     assert truth.snip(*words, f"{goes},{alone},{other}")[0] == 0
     with browser.open(page_at.as_uri()) as page:
+        as_pictures(page)
         labels = page.eval_on_selector_all(
             "#asked article", "found => found.map(a => a.getAttribute('aria-label'))"
         )
@@ -498,6 +508,7 @@ def test_nothing_to_remove(browser, tmp_path, grouping):
     assert truth.snip("dedup", tmp_path / "img_emb", *words)[0] == 0
     assert truth.snip("report", tmp_path / "out", "--rows", "4,0")[0] == 0
     with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
+        as_pictures(page)
         assert page.locator("#asked .kept").count() == 2
         assert "0 of 5 rows removed" in page.inner_text("h1").replace("\n", " ")
         assert figures(page)[:4] == ["0.95", 0, 5, 0]
@@ -510,6 +521,7 @@ def test_components_show_what_chaining_cost(browser, hostile, tmp_path):
     chained = json.loads((tmp_path / "out" / "snip.json").read_text())["counts"]["chained"]
     assert chained > 0
     with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
+        as_pictures(page)
         text = page.inner_text("#chains")
         assert f"{chained} rows are removed although they are below the threshold" in text
         cosines = [float(c.split()[1]) for c in page.locator("#chains .cosine").all_inner_texts()]
@@ -572,6 +584,7 @@ def test_semdedup_has_no_slider_and_says_which_rows_go(browser, hostile, tmp_pat
     assert truth.snip("report", tmp_path / "out")[0] == 0
     is_dup = np.load(tmp_path / "out" / "is_dup.npy")
     with browser.open((tmp_path / "out" / "report.html").as_uri()) as page:
+        as_pictures(page)
         assert page.query_selector("#slider") is None
         tiles = page.eval_on_selector_all(
             "#pairs .tile",

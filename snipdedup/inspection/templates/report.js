@@ -28,6 +28,7 @@ document.documentElement.classList.add("js");
     by("dot").setAttribute("cx", place);
     by("dot").setAttribute("cy", data.y[at]);
     slider.setAttribute("aria-valuetext", `${threshold}: ${count.format(removed)} rows removed`);
+    document.dispatchEvent(new Event("threshold"));
   }
   slider.addEventListener("input", show);
   show();
