@@ -4,7 +4,7 @@
 
 Average precision over all pairs of rows, a pair being right if both have one label. Pictures are
 cut in two halves: encoders and PCA learn from the rows of one (without labels), pairs of the other
-are judged, then the other way round. Labels are read as `labelled_curve.py` reads them.
+are judged, then the other way round. Labels are read as `snip threshold --same` reads them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from labelled_curve import read_labels
 
 from snipdedup.encoder.network import principal_directions
 from snipdedup.encoder.training import train_encoder
 from snipdedup.features.cosine import unit_rows
 from snipdedup.features.shards import open_features
 from snipdedup.index.kmeans import Vectors
+from snipdedup.inspection.threshold import read_labels
 from snipdedup.statistics import average_precision
 
 NAMES = ("raw", "PCA", "MSE", "SNIP")
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     given = parse(argv)
     features = open_features(given.features)
-    labels = read_labels(given.labels, given.group, features)
+    rows = np.arange(features.rows)
+    labels = read_labels(given.labels, given.group, given.features, features, rows)
     rows = features.read(0, features.rows)
     half = np.random.default_rng(given.seed).permutation(labels.max() + 1)[labels] % 2
     found: dict[str, list[float]] = {name: [] for name in NAMES}

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Result", "SnipError", "UsageError", "__version__", "apply", "audit", "build_index",
     "compress", "dedup", "diff", "download", "embed", "evaluate", "filter", "open_result", "plan",
-    "push", "report", "search", "top", "train", "why",
+    "push", "report", "search", "suggest_threshold", "top", "train", "why",
 ]  # fmt: skip
 
 

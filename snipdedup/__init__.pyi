@@ -20,6 +20,7 @@ from snipdedup.index.folder import Index as Index
 from snipdedup.inspection.diff import DiffResult as DiffResult
 from snipdedup.inspection.report import ReportResult as ReportResult
 from snipdedup.inspection.search import SearchResult as SearchResult
+from snipdedup.inspection.threshold import ThresholdAdvice as ThresholdAdvice
 from snipdedup.inspection.top import TopResult as TopResult
 from snipdedup.inspection.why import WhyResult as WhyResult
 from snipdedup.metadata.filter import FilterResult as FilterResult
@@ -848,6 +849,53 @@ def search(
         fetch the model's weights if they are not cached
     html
         also write a page of the neighbours
+
+    Raises
+    ------
+    snipdedup.SnipError
+        If it cannot be done: says what was expected, what was found and what to do.
+    """
+
+def suggest_threshold(
+    features: Any,
+    *,
+    parts: str | None = None,
+    array: str | None = None,
+    column: str | None = None,
+    metadata: str | PathLike[str] | None = None,
+    same: str | None = None,
+    html: str | PathLike[str] | None = None,
+    sample: int = 2000,
+    pool: int = 200000,
+    threads: int = 0,
+    seed: int = 0,
+) -> ThresholdAdvice:
+    """Suggest a threshold for features of unknown origin: ``snip threshold``.
+
+    Parameters
+    ----------
+    features
+        folder, glob, file or {part:04d} pattern of features, or a URL
+    parts
+        part numbers of a {part:04d} pattern: 0:2, end exclusive
+    array
+        array of an .npz file
+    column
+        list column of a parquet file
+    metadata
+        table with --same, row for row
+    same
+        its column in which rows of one picture have one value
+    html
+        also write a page with the curves
+    sample
+        rows that are compared with others (default: 2000)
+    pool
+        rows that each is compared with, at most (default: 200000)
+    threads
+        CPU threads, 0 for all (default: 0)
+    seed
+        seed of the samples (default: 0)
 
     Raises
     ------

@@ -507,6 +507,20 @@ class Why(Settings):
     json: bool = option(False, "print JSON", command_only=True)
 
 
+@command("threshold", "looking", "inspection.threshold", "img_emb", "suggest_threshold")
+class Threshold(Input):
+    """Suggest a threshold for features of unknown origin."""
+
+    metadata: str | None = option(None, "table with --same, row for row", path=ANYWHERE)
+    same: str | None = option(None, "its column in which rows of one picture have one value")
+    html: str | None = option(None, "also write a page with the curves", path=WRITTEN)
+    sample: int = option(2000, "rows that are compared with others", 2, 10_000)
+    pool: int = option(200_000, "rows that each is compared with, at most", 2, 10**9)
+    threads: int = option(0, "CPU threads, 0 for all", 0, 4096)
+    seed: int = option(0, "seed of the samples", 0, MAX_SEED)
+    json: bool = option(False, "print JSON", command_only=True)
+
+
 @command("top", "looking", "inspection.top", "clean -n 20")
 class Top(Settings):
     """List the rows with the most duplicates."""
@@ -636,7 +650,7 @@ class Demo(Settings):
     """Run all commands on pictures that it draws itself."""
 
     out: str = option("snip_demo", "folder for everything the demo makes", path=WRITTEN)
-    pictures: int = option(1500, "pictures to draw before copies are made", 50, 100_000)
+    pictures: int = option(800, "pictures to draw before copies are made", 50, 100_000)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished demo")
 

@@ -89,6 +89,8 @@ def make_sample(folder: Path) -> np.ndarray:
         near = rows[10 * number : 10 * number + 30] + np.float16(0.01)
         atomic.save_npy(folder / f"{name}/img_emb_{number:04d}.npy", near)
     atomic.save_npy(folder / "text_emb/text_emb_0000.npy", rows[:, :64])
+    decided = "row,key,decision\n64,,keep\n,000000065,drop\n"
+    (folder / "decisions.csv").write_text(decided, "utf-8")
     write_photos(folder / "photos")
     return rows
 
@@ -254,22 +256,6 @@ def test_imports_run_downwards(room):
     graphlib.TopologicalSorter(inside).prepare()  # a cycle raises CycleError and names it
 
 
-def test_labelled_curve_of_a_set_worked_by_hand(tmp_path, capsys):
-    # Angles 0, 20, 30, 90 degrees: cosines .940 and .866 to row 0, .985 between rows 1 and 2.
-    angles = np.radians([0, 20, 30, 90])
-    np.save(tmp_path / "f.npy", np.stack([np.cos(angles), np.sin(angles)], 1))
-    pq.write_table(pa.table({"group": ["a", "a", "b", "b"]}), tmp_path / "l.parquet")
-    words = ["--features", str(tmp_path / "f.npy"), "--labels", str(tmp_path / "l.parquet")]
-    load_script("labelled_curve").main([*words, "--thresholds", ".9", ".98", ".4"])
-    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | " in line]
-    assert table[1:] == [
-        # pairs 01 (right), 02, 12 and 23 (.5, right); rows 0 and 3 stay, 1 and 2 go for row 0
-        ["| 0.40", "0.500", "1.000", "0.667", "2", "0.500", "0 |"],
-        ["| 0.90", "0.500", "0.500", "0.500", "1", "0.000", "1 |"],  # 1 goes, row 2 is nearest
-        ["| 0.98", "0.000", "0.000", "0.000", "1", "0.000", "1 |"],
-    ]
-
-
 @pytest.mark.slow
 def test_readme_output_is_what_the_command_prints(data, snip, tmp_path):
     clean, frames = tmp_path / "clean", data / "keyframes"
@@ -284,11 +270,11 @@ def test_readme_output_is_what_the_command_prints(data, snip, tmp_path):
 
 
 @pytest.mark.slow
-def test_curve_of_method_page_is_what_the_script_prints(data, capsys):
+def test_the_page_on_thresholds_shows_what_the_command_prints(data, snip):
     copies = data / "copies"
-    words = ["--features", str(copies / "features.npy"), "--labels", str(copies / "labels.parquet")]
-    load_script("labelled_curve").main(words)
-    text = (DOCS / "threshold.md").read_text("utf-8")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    for line in lines:
-        assert line in text, line
+    known = ("--metadata", copies / "labels.parquet", "--same", "group", "--sample", "10000")
+    said = snip("threshold", copies / "features.npy", *known).stdout
+    frames = snip("threshold", data / "keyframes").stdout
+    page = (DOCS / "threshold.md").read_text("utf-8")
+    shown = re.findall(r"^```text\n(.*?)^```", page, re.M | re.S)
+    assert [frames, said] == shown

@@ -53,7 +53,7 @@ def environment() -> Any:
     templates.filters |= {
         "number": "{:,}".format, "percent": percent, "cosine": cosine_text, "cut": page_text,
         "link": safe_link, "host": lambda link: urlsplit(link).hostname or "",
-        "pixels": "{:.1f}".format, "place": x_place,
+        "pixels": "{:.1f}".format, "place": x_place, "share": "{:.4g}".format,
     }  # fmt: skip
     templates.globals["height"] = HEIGHT
     return templates
@@ -233,6 +233,7 @@ def bar_chart(bars: Bars) -> dict[str, Any]:
         "bars": rects,
         "heights": [(y_place(p, foot, top), compact(10.0**p)) for p in range(top + 1)],
         "places": [((x - start) / wide, label) for x, label in bars.ticks],
+        "place": lambda x: (x - start) / wide,
     }
 
 
