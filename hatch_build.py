@@ -1,9 +1,13 @@
 """Put the native module into a wheel where it can be built; make a pure wheel where it cannot.
 
+The README gets links that hold on a package index: absolute ones if pyproject.toml names a
+``Repository`` among the URLs, else none, and no pictures.
+
 An editable installation gets the module beside its sources. ``SNIPDEDUP_NATIVE=0`` builds none.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,9 +17,37 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 COMPILERS = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
 WANTED = os.environ.get("SNIPDEDUP_NATIVE") != "0"
+
+
+RELATIVE = re.compile(
+    r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)]+)\)"
+)  # a link or picture of this project
+
+
+class IndexReadme(MetadataHookInterface):
+    """Adds README.md with links that hold anywhere."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Set the readme."""
+        home = metadata.get("urls", {}).get("Repository")
+        text = Path(self.root, "README.md").read_text("utf-8")
+        metadata["readme"] = {"content-type": "text/markdown", "text": anywhere(text, home)}
+
+
+def anywhere(text: str, home: str | None) -> str:
+    """Return Markdown with relative links below ``home``; without one, with their words alone."""
+
+    def place(found: re.Match[str]) -> str:
+        picture, words, path = found.groups()
+        if home is None:
+            return "" if picture else words
+        return f"{picture}[{words}]({home}/{'raw' if picture else 'blob'}/main/{path})"
+
+    return RELATIVE.sub(place, text)
 
 
 class NativeModule(BuildHookInterface):

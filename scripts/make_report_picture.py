@@ -30,7 +30,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="snip-picture-") as folder:
         demo = Path(folder, "demo")
-        words = ["demo", "--pictures", "2000", "--out", str(demo)]
+        words = ["demo", "--out", str(demo)]
         subprocess.run([sys.executable, "-m", "snipdedup", *words], check=True)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

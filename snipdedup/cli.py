@@ -100,6 +100,8 @@ def show(text: str, status: int, stream: TextIO) -> int:
 
 def stdout_is_closed() -> bool:
     """Tell whether stdout is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows, where only this can be meant
+        return True
     poll = select.poll()
     with contextlib.suppress(OSError, ValueError):  # stdout is no file, in a test for example
         poll.register(sys.stdout.fileno(), 0)

@@ -650,7 +650,7 @@ class Demo(Settings):
     """Run all commands on pictures that it draws itself."""
 
     out: str = option("snip_demo", "folder for everything the demo makes", path=WRITTEN)
-    pictures: int = option(1500, "pictures to draw before copies are made", 50, 100_000)
+    pictures: int = option(800, "pictures to draw before copies are made", 50, 100_000)
     seed: int = option(0, "seed of every random choice", 0, MAX_SEED)
     overwrite: bool = option(False, "replace a finished demo")
 

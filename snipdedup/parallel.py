@@ -57,9 +57,10 @@ def memory_bound(text: str | None, need: int = 0) -> int:
 
 def machine_memory() -> int:
     """Return the bytes of RAM of this machine; 8 GB where the system does not say."""
-    if not hasattr(os, "sysconf"):  # Windows says it through other libraries only
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows says it through other libraries only
         return 8 << 30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def pick_device(name: str) -> str:
@@ -172,7 +173,8 @@ def most_open_files() -> int:
         import resource
     except ImportError:  # Windows
         return 512
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit  # which is -1 on Linux
 
 
 def scratch(use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

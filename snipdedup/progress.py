@@ -77,6 +77,8 @@ def showing(shown: Any) -> Iterator[Any]:
                 _shown[:] = [one for one in _shown if one is not shown]
                 if not _shown:
                     _beating.pop().set()
+                elif isinstance(_shown[-1], Phase):  # a line in a log file once there is news
+                    _shown[-1].last_line = time.monotonic()
 
 
 def beat(ended: threading.Event) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import ROOT
@@ -62,3 +64,24 @@ def test_each_setting_is_explained(command):
         lines = [line for line in section.splitlines() if line.startswith(f"| `{name}` |")]
         assert len(lines) == 1, name
         assert len(lines[0].rpartition(" | ")[2]) > len("x |"), f"{name} has no meaning"
+
+
+def test_links_of_the_readme_hold_on_a_package_index(monkeypatch):
+    interface = types.SimpleNamespace(BuildHookInterface=object, MetadataHookInterface=object)
+    for kind in ("builders.hooks", "metadata"):
+        monkeypatch.setitem(sys.modules, f"hatchling.{kind}.plugin.interface", interface)
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    plain = module.anywhere(text, None)
+    there = module.anywhere(text, "https://host/us/snip")
+    absolute = [link for link in links if link.startswith("https://")]
+    assert re.findall(r"\]\(([^)]+)\)", plain) == absolute
+    assert "[" not in plain.replace("[img2dataset]", "").split("## Install")[0]
+    found = re.findall(r"\]\(([^)]+)\)", there)
+    ours = [link for link in found if link not in absolute]
+    assert [link.split("/main/")[1] for link in ours] == [x for x in links if x not in absolute]
+    assert "![A report" in there
+    assert "https://host/us/snip/raw/main/docs/images/report.png" in ours

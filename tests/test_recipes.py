@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from snipdedup import cli
-from snipdedup.demo import draw, png
+from snipdedup.demo import draw
 
 COUNT = 40  # rows 25 to 39 are copies of rows 0 to 14
 SIZES = (12, 3, 25)
@@ -59,7 +60,11 @@ def folder(tmp_path_factory):
     handler.func.log_message = lambda *_: None
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    pictures = [png(draw(rng)) for _ in range(25)]
+    pictures = []
+    for _ in range(25):
+        with io.BytesIO() as file:
+            Image.fromarray(draw(rng)).save(file, "PNG")
+            pictures.append(file.getvalue())
     for n in range(COUNT):
         (place / "www" / f"{n}.png").write_bytes(pictures[n % 25])
     table = pa.table(

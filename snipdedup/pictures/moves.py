@@ -289,8 +289,8 @@ def place(path: Path, end: Path) -> None:
     """Give a file another path, on one file system; `FileExistsError` where it is taken."""
     try:
         os.link(path, end, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.EXDEV):
+    except (OSError, NotImplementedError) as error:  # the latter on Windows
+        if getattr(error, "errno", None) in (errno.EEXIST, errno.EXDEV):
             raise
     else:
         path.unlink()

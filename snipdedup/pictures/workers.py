@@ -49,8 +49,10 @@ class Worker:
         )
         self.questions = cast(IO[bytes], self.process.stdin)
         self.answers = cast(Any, self.process.stdout)  # unbuffered, which its type does not say
-        self.poll = select.poll()
-        self.poll.register(self.answers, select.POLLIN)
+        self.poll = None
+        if hasattr(select, "poll"):  # not on Windows
+            self.poll = select.poll()
+            self.poll.register(self.answers, select.POLLIN)
         try:
             write_all(self.questions, LENGTH.pack(len(settings)) + settings)
             fault = self.answer(START_S)
@@ -77,14 +79,20 @@ class Worker:
         """Return the next bytes of the answers."""
         data = bytearray(size)
         view, got = memoryview(data), 0
-        while got < size:
-            if not self.poll.poll(patience * 1000):
-                self.kill()
-                raise Died(f"nothing came for {patience:,} s")
-            count = self.answers.readinto(view[got:])
-            if not count:
-                raise Died(self.end())
-            got += count
+        timer = threading.Timer(patience, self.process.kill)  # the read then ends
+        if self.poll is None:
+            timer.start()
+        try:
+            while got < size:
+                if self.poll is not None and not self.poll.poll(patience * 1000):
+                    self.kill()
+                    raise Died(f"nothing came for {patience:,} s")
+                count = self.answers.readinto(view[got:])
+                if not count:
+                    raise Died(self.end())
+                got += count
+        finally:
+            timer.cancel()
         return data
 
     def end(self) -> str:

@@ -118,7 +118,11 @@ def remove(path: Path) -> None:
     """Remove a lock's file and release the lock, if this thread has it."""
     file = _own.files.pop(path.absolute(), None)
     if file is not None:
-        path.unlink(missing_ok=True)  # first: who opens the file later locks a new one
+        try:
+            path.unlink(missing_ok=True)  # first: who opens the file later locks a new one
+        except PermissionError:  # Windows removes no open file
+            file.close()
+            path.unlink(missing_ok=True)
         file.close()
 
 

@@ -246,11 +246,12 @@ def probe(url: str) -> None:
     if scheme_of(url) == "hf":
         parse_hub(url)
         return
-    with tempfile.NamedTemporaryFile() as empty:
-        try:
-            put(Path(empty.name), f"{url}/{PROBE}")
-        except MissingError as error:
-            raise SnipError(f"{redacted(url)}: no such bucket or folder; make it first") from error
+    empty = local_folder(url).parent / PROBE
+    empty.touch()
+    try:
+        put(empty, f"{url}/{PROBE}")
+    except MissingError as error:
+        raise SnipError(f"{redacted(url)}: no such bucket or folder; make it first") from error
     remove(f"{url}/{PROBE}")
 
 
