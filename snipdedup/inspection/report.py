@@ -27,6 +27,7 @@ from snipdedup.deduplication.second_features import recorded_seconds
 from snipdedup.errors import SnipError
 from snipdedup.features.origin import Origin, origin_of
 from snipdedup.inspection import display, embedded, thumbnails
+from snipdedup.inspection.display import is_number
 from snipdedup.inspection.page_data import Row, ordered_rows, page_data
 from snipdedup.inspection.page_data import known as known_cosine
 from snipdedup.metadata.find_keys import find_run_rows
@@ -54,6 +55,7 @@ class PictureCounts:
     wanted: bool = False
     unreadable: int = 0  # files that are no pictures, or too large
     ambiguous: int = 0  # keys with several pictures
+    changed: frozenset[int] = frozenset()  # rows whose file is not the one that was embedded
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class ReportResult:
             lines.append(f"pictures of {counts.found:,} of the {counts.rows:,} rows shown")
         if counts.unreadable:
             lines.append(f"  {counts.unreadable:,} files are no pictures, or too large")
+        if counts.changed:
+            lines.append(f"  {len(counts.changed):,} pictures changed since they were embedded")
         if counts.ambiguous:
             lines.append(
                 f"  {counts.ambiguous:,} keys have several pictures; none of them is shown"
@@ -202,6 +206,7 @@ def read_rows(
             key=keys.get(row),
             removed=bool(is_dup[row]),
             picture=pictures.get(row),
+            changed=row in counted.changed,
             also=list(zip(names, also.get(row, ()), strict=False)),
         )
         for row, place in display.places_of(manifest["shards"], shown.tolist()).items()
@@ -250,8 +255,9 @@ def find_pictures(
         return {}, PictureCounts(len(shown))
     pictures = {row: found.pictures[name] for row, name in names.items() if name in found.pictures}
     return pictures, PictureCounts(
-        len(shown), len(pictures), True, len(found.unreadable), len(found.ambiguous)
-    )
+        len(shown), len(pictures), True, len(found.unreadable), len(found.ambiguous),
+        frozenset(map(int, found.changed)),
+    )  # fmt: skip
 
 
 def short_name(name: str) -> str:
@@ -269,8 +275,8 @@ def fill_facts(rows: dict[int, Row], texts: RowTexts) -> None:
     }
     for row, shown in rows.items():
         width, height, size, time = (values.get(row, "") for values in known.values())
-        facts = [f"{width} × {height}"] if width.isdecimal() and height.isdecimal() else []
-        facts += [size_text(int(size))] if size.isdecimal() else []
+        facts = [f"{width} × {height}"] if is_number(width) and is_number(height) else []
+        facts += [size_text(int(size))] if is_number(size) else []
         shown.facts = " · ".join([*facts, *([time.replace("T", " ")] if time else [])])
 
 

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 from browser import wait_until
+from samples import png
 
 import snipdedup
-from snipdedup import demo
 from snipdedup.errors import SnipError
 from snipdedup.inspection import display, report
 from snipdedup.inspection.report import GENERATOR, PICTURED
@@ -55,7 +55,7 @@ KEYS = ["../../../etc/passwd", "<b>key</b>", "a/b", "..", "k\u202ey", "", "plain
 def picture_server(tmp_path_factory):
     """Serves a picture, as a stranger's host would; holds the headers that it was asked with."""
     folder = tmp_path_factory.mktemp("pictures")
-    (folder / "a.png").write_bytes(demo.png(np.full((40, 40, 3), 0.5, np.float32)))
+    (folder / "a.png").write_bytes(png(np.full((40, 40, 3), 0.5, np.float32)))
     headers = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -340,7 +340,7 @@ def pictured(tmp_path_factory):
     (folder / "images").mkdir()
     for row in range(0, 60, 2):
         shade = np.full((90, 120, 3), row / 60, np.float32)
-        (folder / "images" / paths[row]).write_bytes(demo.png(shade))
+        (folder / "images" / paths[row]).write_bytes(png(shade))
     words = ("--threshold", THRESHOLD, "--out", folder / "out")
     assert truth.snip("dedup", folder / "set", *words)[0] == 0
     return folder
@@ -411,7 +411,7 @@ def test_a_page_with_pictures_is_not_replaced_by_one_without(hostile, tmp_path):
     (tmp_path / "images").mkdir()
     for row in range(ROWS):  # keys such as plain6
         name = f"plain{row // len(KEYS) or ''}.png"
-        (tmp_path / "images" / name).write_bytes(demo.png(np.full((9, 9, 3), 0.5, np.float32)))
+        (tmp_path / "images" / name).write_bytes(png(np.full((9, 9, 3), 0.5, np.float32)))
     images = ("--images", tmp_path / "images")
     assert truth.snip("report", out, "--html", page, *images)[0] == 0
     pictured = page.read_bytes()
