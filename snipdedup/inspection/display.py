@@ -29,6 +29,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # line breaks among them
 # White space, and what steers a terminal or the direction of writing.
 STEERING = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+INT64_DIGITS = 18
 URL_CHARS = 2048  # characters of a url that may be followed, at the most
 GAP, WIDEST_GAP = 0.12, 0.004  # between bars: of a bar's width, of the plot's
 HEIGHT = 220  # pixels of the plot; its labels lie outside
@@ -101,6 +102,11 @@ def terminal_text(text: str, most: int | None = None) -> str:
     """Return a text for a terminal: on one line, nothing that steers it, cut to a width."""
     text = STEERING.sub(" ", text).strip()
     return text if most is None or len(text) <= most else text[: most - 1] + "…"
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a stranger's text is a whole number from 0 on that an int64 can hold."""
+    return text.isdecimal() and len(text) <= INT64_DIGITS
 
 
 def safe_link(url: str | None) -> str:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from snipdedup import progress
 from snipdedup.errors import SnipError
 from snipdedup.features.origin import Origin
+from snipdedup.inspection.display import is_number
 from snipdedup.inspection.thumbnails import FILE_BYTES, Thumbnails
 from snipdedup.metadata.gather import RowTexts
 from snipdedup.pictures.containers import image_column
@@ -78,8 +79,10 @@ def read_places(texts: RowTexts, rows: np.ndarray) -> dict[int, dict[str, str]]:
 
 
 def by_place(origin: Origin, texts: RowTexts, rows: np.ndarray) -> Thumbnails:
-    """Return thumbnails by row number, as a text."""
-    found, sources = Thumbnails(), Sources(origin.images)
+    """Return thumbnails by row number, as a text, of files whose sha256 is that of the metadata."""
+    sums = texts.read(texts.find(wanted=("sha256",)), rows)
+    found = Thumbnails(sums={str(row): sha256 for row, sha256 in sums.items()})
+    sources = Sources(origin.images)
     inner: dict[
         tuple[str, Path], dict[str, list[str]]
     ] = {}  # of containers: rows by what is inside
@@ -122,7 +125,7 @@ def add_rows(
     """Add pictures of a parquet file by their row numbers."""
     file = pq.ParquetFile(path, pre_buffer=False)
     column, first = image_column(file.schema_arrow, asked), 0
-    numbers = {int(row): rows for row, rows in wanted.items()}
+    numbers = {int(row): rows for row, rows in wanted.items() if is_number(row)}
     for group in range(file.num_row_groups if column is not None else 0):
         stop = first + file.metadata.row_group(group).num_rows
         last = max((row for row in numbers if first <= row < stop), default=-1)

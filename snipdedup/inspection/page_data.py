@@ -19,7 +19,7 @@ from snipdedup.inspection.display import ShownRow, cosine_text, page_text, safe_
 
 FIELDS = (
     "row", "shard", "place", "removed", "key", "caption", "url", "link", "facts", "also", "long",
-    "cutKey", "picture",
+    "cutKey", "picture", "changed",
 )  # fmt: skip
 KEY, TEXT, FACTS = 80, 240, 120  # characters of a key, of a caption or url, of facts
 
@@ -30,6 +30,7 @@ class Row(ShownRow):
 
     removed: bool = False
     picture: str | None = None  # a ``data:`` URL of a thumbnail
+    changed: bool = False  # its file is not the one that was embedded
     also: list[tuple[str, float]] = field(default_factory=list)  # second features, cosine in each
     facts: str = ""  # of the picture: width, height, bytes, time
 
@@ -42,7 +43,7 @@ def row_values(row: Row, shards: dict[str, int]) -> list[Any]:
         row.row, shards[row.shard], row.shard_row, int(row.removed), key, caption,
         page_text(row.url, TEXT), safe_link(row.url), page_text(row.facts, FACTS),
         " · ".join(also), len(row.caption or "") if caption.endswith("…") else 0,
-        int(key != (row.key or "")), row.picture,
+        int(key != (row.key or "")), row.picture, int(row.changed),
     ]  # fmt: skip
     while not values[-1] and len(values) > 4:
         values.pop()

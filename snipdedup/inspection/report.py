@@ -27,6 +27,7 @@ from snipdedup.deduplication.second_features import recorded_seconds
 from snipdedup.errors import SnipError
 from snipdedup.features.origin import Origin, origin_of
 from snipdedup.inspection import display, embedded, thumbnails
+from snipdedup.inspection.display import is_number
 from snipdedup.inspection.page_data import Row, ordered_rows, page_data
 from snipdedup.inspection.page_data import known as known_cosine
 from snipdedup.metadata.find_keys import find_run_rows
@@ -54,6 +55,7 @@ class PictureCounts:
     wanted: bool = False
     unreadable: int = 0  # files that are no pictures, or too large
     ambiguous: int = 0  # keys with several pictures
+    changed: frozenset[int] = frozenset()  # rows whose file is not the one that was embedded
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class ReportResult:
             lines.append(f"pictures of {counts.found:,} of the {counts.rows:,} rows shown")
         if counts.unreadable:
             lines.append(f"  {counts.unreadable:,} files are no pictures, or too large")
+        if counts.changed:
+            lines.append(f"  {len(counts.changed):,} pictures changed since they were embedded")
         if counts.ambiguous:
             lines.append(
                 f"  {counts.ambiguous:,} keys have several pictures; none of them is shown"
@@ -140,8 +144,10 @@ def make_page(
     survey = read_out.survey_groups(groups, settings, offsets, options.seed, options.groups)
     curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
-        known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold)
-        curve = curve_section(known, counts)
+        levels = manifest["thresholds"]
+        steps = [level["threshold"] for level in levels]
+        known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold, steps)
+        curve = curve_section(known, counts, levels)
     named = options.rows is not None
     asked = sorted(find_run_rows(out, manifest, texts, options.rows)) if named else []
     partners = read_out.read_partners(groups, np.array(asked, np.int64))
@@ -200,6 +206,7 @@ def read_rows(
             key=keys.get(row),
             removed=bool(is_dup[row]),
             picture=pictures.get(row),
+            changed=row in counted.changed,
             also=list(zip(names, also.get(row, ()), strict=False)),
         )
         for row, place in display.places_of(manifest["shards"], shown.tolist()).items()
@@ -248,8 +255,9 @@ def find_pictures(
         return {}, PictureCounts(len(shown))
     pictures = {row: found.pictures[name] for row, name in names.items() if name in found.pictures}
     return pictures, PictureCounts(
-        len(shown), len(pictures), True, len(found.unreadable), len(found.ambiguous)
-    )
+        len(shown), len(pictures), True, len(found.unreadable), len(found.ambiguous),
+        frozenset(map(int, found.changed)),
+    )  # fmt: skip
 
 
 def short_name(name: str) -> str:
@@ -267,8 +275,8 @@ def fill_facts(rows: dict[int, Row], texts: RowTexts) -> None:
     }
     for row, shown in rows.items():
         width, height, size, time = (values.get(row, "") for values in known.values())
-        facts = [f"{width} × {height}"] if width.isdecimal() and height.isdecimal() else []
-        facts += [size_text(int(size))] if size.isdecimal() else []
+        facts = [f"{width} × {height}"] if is_number(width) and is_number(height) else []
+        facts += [size_text(int(size))] if is_number(size) else []
         shown.facts = " · ".join([*facts, *([time.replace("T", " ")] if time else [])])
 
 
@@ -277,20 +285,40 @@ def size_text(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
-def curve_section(curve: read_out.Curve, counts: dict[str, int]) -> dict[str, Any]:
-    """Return the slider's figures and chart."""
-    kept, removed, groups = counts["rows"] - curve.removed, curve.removed.tolist(), curve.groups
-    thresholds = np.array(curve.thresholds, np.float64)
+def curve_section(
+    curve: read_out.Curve, counts: dict[str, int], levels: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the slider's figures and chart, of the run's grouping; ``levels`` are its table's.
+
+    Star is counted at these alone. Between them the rows that it spares of those that components
+    remove are interpolated. Older runs know components only.
+    """
+    thresholds, components = np.array(curve.thresholds, np.float64), curve.removed
+    removed, estimated = components, np.zeros(len(components), bool)
+    star = bool(levels) and "components" in levels[0]
+    if star:
+        at, now, then = (
+            np.array([level[name] for level in levels], np.float64)
+            for name in ("threshold", "removed", "components")
+        )
+        if at[-1] < 1 and "reference_rows" not in counts:  # at 1, pairs hardly ever chain
+            at, now, then = (np.append(part, end) for part, end in ((at, 1), (now, 0), (then, 0)))
+        removed = np.rint(components + np.interp(thresholds, at, now - then)).astype(np.int64)
+        sure = [level["threshold"] for level in levels if not level["estimated"]]
+        estimated = ~np.isin(np.round(thresholds, 9), np.round(sure, 9))
+    kept = counts["rows"] - removed
     chart = display.curve_chart(thresholds, kept, counts["rows"], counts["kept"])
-    lines = zip(curve.thresholds, removed, kept.tolist(), groups.tolist(), strict=True)
+    columns = removed, kept, curve.groups, estimated, components
     data = {
         "thresholds": curve.thresholds,
-        "removed": removed,
-        "groups": groups.tolist(),
+        "removed": removed.tolist(),
+        "groups": curve.groups.tolist(),
+        "estimated": estimated.tolist(),
         "rows": counts["rows"],
         "y": [round(y, 1) for y in chart["y"]],
     }
-    return {"chart": chart, "lines": list(lines), "data": data}
+    lines = list(zip(curve.thresholds, *(column.tolist() for column in columns), strict=True))
+    return {"chart": chart, "lines": lines, "data": data, "star": star}
 
 
 def histograms(survey: read_out.Survey, path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ that is no picture, or too large a one, is left out.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import os
 import tarfile
@@ -34,9 +35,14 @@ class Thumbnails:
     pictures: dict[str, str] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # files that are no pictures
     ambiguous: list[str] = field(default_factory=list)  # keys that several files have
+    sums: dict[str, str] = field(default_factory=dict)  # sha256 of files that must be these
+    changed: list[str] = field(default_factory=list)  # they are others now
 
     def add(self, name: str, data: bytes) -> None:
         """Take the bytes of a picture file."""
+        if name in self.sums and self.sums[name] != hashlib.sha256(data).hexdigest():
+            self.changed.append(name)
+            return
         picture = thumbnail(data)
         if picture is None:
             self.unreadable.append(name)

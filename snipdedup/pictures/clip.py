@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ class Clip(NamedTuple):
     network: Any
     known: dict[str, Any]  # what open_clip knows of the weights
     weights: Path
+    download: bool  # whether more may be fetched
 
 
 def open_clip_model(model: str, *, download: bool, use: str) -> Clip:
@@ -37,14 +40,28 @@ def open_clip_model(model: str, *, download: bool, use: str) -> Clip:
     known = open_clip.pretrained.get_pretrained_cfg(name, tag) or {}
     weights = Path(tag) if Path(tag).is_file() else find_weights(open_clip, known, model, download)
     try:
-        network = open_clip.create_model(
-            name, pretrained=str(weights), force_quick_gelu=bool(known.get("quick_gelu"))
-        )
+        with fetching(download):
+            network = open_clip.create_model(
+                name, pretrained=str(weights), force_quick_gelu=bool(known.get("quick_gelu"))
+            )
     except Exception as error:  # damaged files fail in many ways
         raise SnipError(
             f"--model {model}: open_clip cannot load it: {first_line(error)}"
         ) from error
-    return Clip(open_clip, network.eval(), known, weights)
+    return Clip(open_clip, network.eval(), known, weights, download)
+
+
+@contextmanager
+def fetching(allowed: bool) -> Iterator[None]:
+    """Let libraries fetch from Hugging Face only if that is allowed."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def first_line(error: BaseException) -> str:
@@ -63,12 +80,16 @@ def encode_texts(clip: Clip, model: str, texts: list[str], device: str = "cpu") 
     import torch
 
     try:
-        tokens = clip.library.get_tokenizer(model.partition("/")[0])(texts)
+        with fetching(clip.download):
+            tokens = clip.library.get_tokenizer(model.partition("/")[0])(texts)
         with torch.inference_mode():
             tokens = tokens.to(device) if hasattr(tokens, "to") else tokens
             return np.asarray(clip.network.encode_text(tokens).float().cpu().numpy())
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
-        raise SnipError(f"--model {model}: its tokenizer fails: {first_line(error)}") from error
+    except Exception as error:  # of a library that is missing, a file, the network
+        hint = "" if clip.download else "; if its files are not on this machine, give --download"
+        raise SnipError(
+            f"--model {model}: its tokenizer fails: {first_line(error)}{hint}"
+        ) from error
 
 
 def find_weights(open_clip: Any, known: dict[str, Any], model: str, download: bool) -> Path:

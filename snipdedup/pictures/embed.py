@@ -246,7 +246,8 @@ class EmbedTasks:
             source = ": ".join(str(row[name]) for name in shard.columns if row[name] is not None)
             failures.append(Failure(source, row["key"], "the model returned no finite feature"))
         table = with_own_columns(shard, table.filter(pa.array(whole)).combine_chunks())
-        texts = self.embed_texts(table["caption"].fill_null("").to_pylist())
+        captions = table["caption"].fill_null("").to_pylist()
+        texts = self.embed_texts(captions) if any(captions) else np.empty((len(captions), 0))
         failed = pa.Table.from_pylist([part._asdict() for part in failures], FAILURES)
         for path, value in zip(
             files.values(), (features[whole], table, texts, failed), strict=True
@@ -349,8 +350,11 @@ def publish(
         any(each["captions"] for each in done) and tasks.model.encode_texts([""]) is not None
     )
     names = [FAILED]
-    for number in range(len(shards)):
+    for number, each in enumerate(done):
         names += outputs(number)[: 3 if with_texts else 2]
+        if with_texts and not each["captions"]:  # no text of this shard was embedded
+            empty = np.repeat(tasks.embed_texts([""]), each["rows"], axis=0)
+            atomic.save_npy(made / names[-1], empty, lasting=False)
     model = {"name": tasks.model.name, "dim": tasks.model.dim, "threshold": tasks.model.threshold}
     body = {
         "command": "embed",

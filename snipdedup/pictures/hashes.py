@@ -24,6 +24,7 @@ WEIGHT_BITS, WAVE_BITS, FINE_BITS = 14, 17, 8  # fractions of weights, of cosine
 # Of 256 frequencies, a picture that changes along one axis only has 16 that stand out from what
 # rounding to whole grey values makes, one of rows plus columns has 31, photos have 57 and more.
 STANDING, PLAIN = 30, 40  # grey values that a frequency needs; frequencies that a picture needs
+RESTING = 3  # grey values from the median: half of the frequencies of a mirrored shape are nearer
 
 
 def phash_bits(picture: Image.Image) -> np.ndarray:
@@ -51,14 +52,15 @@ def pdq_bits(picture: Image.Image) -> np.ndarray:
 def bits_of(grey: np.ndarray, first: int, picture: Image.Image) -> np.ndarray:
     """Return the bits of (64, 64) grey values, in 256ths: frequencies from ``first`` on.
 
-    The bits of a plain picture would be those of rounding, and alike for all: single colours,
-    stripes, gradients. They are the SHA-256 of its shrunken pixels instead, so that it is near to
-    what looks exactly like it only.
+    The bits of a plain picture would be those of rounding, or of ties at the median, and alike for
+    all: single colours, stripes, gradients, drawn shapes that equal their mirror image. They are
+    the SHA-256 of its shrunken pixels instead, so that it is near to what looks exactly like it.
     """
     waves = cosines(first)
     low = (waves @ grey @ waves.T).ravel()  # below 2 ** 62
     low -= np.partition(low, BITS // 2 - 1)[BITS // 2 - 1]
-    if np.count_nonzero(np.abs(low) > STANDING << (2 * WAVE_BITS + FINE_BITS)) < PLAIN:
+    apart = np.abs(low) >> (2 * WAVE_BITS + FINE_BITS)  # grey values from the median
+    if np.sum(apart >= STANDING) < PLAIN or 2 * np.sum(apart < RESTING) >= BITS:
         from PIL import Image
 
         pixels = picture.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes()

@@ -14,7 +14,7 @@ import numpy as np
 
 from snipdedup.config import THRESHOLD
 from snipdedup.errors import SnipError, UsageError
-from snipdedup.pictures.clip import encode_texts, first_line, open_clip_model
+from snipdedup.pictures.clip import encode_texts, fetching, first_line, open_clip_model
 from snipdedup.pictures.preprocess import Preprocess, parse_preprocess, read_preprocess
 from snipdedup.storage.atomic import sha256
 
@@ -141,9 +141,13 @@ def open_timm(
         from timm.data.config import resolve_data_config
     except (ImportError, RuntimeError) as error:
         raise missing("timm", error) from error
-    name, own = [*spec.split("/", 1), ""][:2]
+    on_hub = spec.startswith(("hf-hub:", "hf_hub:"))
+    if on_hub and not download:
+        raise SnipError(f"--model timm:{spec}: it lies on Hugging Face's hub: needs --download")
+    name, own = (spec, "") if on_hub else [*spec.split("/", 1), ""][:2]
     try:
-        network = timm.create_model(name, pretrained=False, num_classes=0)
+        with fetching(download):
+            network = timm.create_model(name, pretrained=False, num_classes=0)
     except Exception as error:
         raise SnipError(f"--model timm:{spec}: timm cannot make it: {first_line(error)}") from error
     weights = existing(f"timm:{spec}", own) if own else timm_weights(network, spec, download)

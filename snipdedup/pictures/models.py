@@ -62,7 +62,7 @@ class HashModel:
         self.name, self.dim, self.batch, self.size = name, BITS, 1024, made.size
         self.prepare, self.threshold = made.bits, 1 - 2 * made.distance / BITS
         self.described: dict[str, Any] = {
-            "name": name, "kind": "hash", "bits": BITS, "plain": "sha256",
+            "name": name, "kind": "hash", "bits": BITS, "plain": "sha256, of shapes too",
             "distance": made.distance, "threshold_from": made.source,
         }  # fmt: skip
 

@@ -138,6 +138,29 @@ def test_plain_pictures_match_what_looks_alike_only(bits):
     assert len({each.tobytes() for each in white}) == 1
 
 
+def drawn_shapes():
+    """Shapes that equal their mirror image, on one colour; no two of them alike."""
+    at = np.abs(np.arange(128) - 63.5)
+    x, y = at[None, :], at[:, None]
+    sizes = (18, 26, 34, 42, 50)
+    insides = [
+        *(x**2 + y**2 < r**2 for r in sizes), *(np.maximum(x, y) < r for r in sizes),
+        *(x + y < r for r in sizes),
+        *((np.minimum(x, y) < 9) & (np.maximum(x, y) < r) for r in sizes),
+        *((x**2 + y**2 < r**2) & (x**2 + y**2 > r**2 / 2) for r in sizes),
+    ]  # fmt: skip
+    for inside in insides:
+        grey = np.uint8(np.where(inside, 60, 230))
+        yield Image.fromarray(np.stack([grey, grey, grey], -1))
+
+
+@pytest.mark.parametrize("bits", [phash_bits, pdq_bits])
+def test_drawn_shapes_are_no_copies_of_each_other(bits):
+    found = [bits(picture) for picture in drawn_shapes()]
+    table = np.array([[distance(one, other) for other in found] for one in found])
+    assert table[~np.eye(len(found), dtype=bool)].min() > 31
+
+
 @pytest.mark.parametrize("name", ["phash", "pdq"])
 def test_cosine_tells_the_distance(name):
     model = open_model(name)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 
+import huggingface_hub.constants
 import numpy as np
 import onnx
 import pytest
@@ -34,6 +35,15 @@ TINY = {
         "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Let networks that are this small run on one thread: many only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def rows_of(model, pictures=PICTURES):
@@ -96,12 +106,53 @@ def test_clip_is_as_open_clip_does_it(clip):
     assert model.described["preprocess"]["size"] == [48, 48]
 
 
+def test_a_tokenizer_is_opened_for_captions_only_and_not_fetched(clip, tmp_path, monkeypatch):
+    """open_clip's models of Hugging Face open theirs by the hub, through transformers."""
+    spec, offline = f"clip:tiny-snip/{clip[1]}", []
+
+    def get_tokenizer(name):
+        offline.append(huggingface_hub.constants.is_offline_mode())
+        raise ImportError("No module named 'transformers'\nand more")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", get_tokenizer)
+    PICTURES[0].save(tmp_path / "a.png")
+    snipdedup.embed(tmp_path / "a.png", out=tmp_path / "out", model=spec, threads=1)
+    assert not offline
+    assert not (tmp_path / "out" / "text_emb").exists()
+    says = "its tokenizer fails: No module named 'transformers'"
+    with pytest.raises(SnipError, match=rf"{says}; .*give --download$") as caught:
+        open_model(spec).encode_texts(["a cat"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SnipError, match=rf"{says}$"):
+        open_model(spec, download=True).encode_texts(["a cat"])
+    assert offline == [True, False]
+    assert not huggingface_hub.constants.is_offline_mode()
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/test_resnet.r160_in1k", "hf_hub:timm/x"])
+def test_what_lies_on_the_hub_needs_download(monkeypatch, name):
+    made = []
+
+    def create_model(*words, **more):
+        made.append((words[0], huggingface_hub.constants.is_offline_mode()))
+        raise OSError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(SnipError, match=r"hub: needs --download$"):
+        open_model(f"timm:{name}")
+    assert not made
+    with pytest.raises(SnipError, match=r"timm cannot make it: no connection$"):
+        open_model(f"timm:{name}", download=True)
+    assert made == [(name, False)]
+
+
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 def test_timm_is_as_timm_does_it(tmp_path, monkeypatch, mode):
     torch.manual_seed(1)
     network = timm.create_model("test_resnet", pretrained=False).eval()
     torch.save(network.state_dict(), tmp_path / "own.pth")
-    config = {**network.pretrained_cfg, "crop_mode": mode, "crop_pct": 0.8, "mean": (0.4, 0.5, 0.6)}
+    config = {**network.pretrained_cfg, "crop_mode": mode, "crop_pct": 0.8, "mean": (0.4, 0.5, 0.6),
+              "input_size": (3, 64, 64)}  # fmt: skip
     monkeypatch.setattr(timm.data.config, "DEFAULT_CROP_MODE", mode)
     real = timm.data.config.resolve_data_config
     monkeypatch.setattr(
@@ -297,8 +348,11 @@ def test_a_missing_extra_is_named(monkeypatch, extra):
         ("size", "no such file|expected JSON"),
         ("size=", "expected NAME=VALUE"),
         ("mean=.5", "needs a size"),
-        ("size=0", "size: expected one or 2 numbers from 1 on, found '0'"),
+        ("size=0", "size: expected one or 2 numbers from 1 on, 8,192 at most, found '0'"),
         ("size=3,4,5", "size: expected one or 2 numbers"),
+        ("size=100000000", "size: expected one or 2 numbers from 1 on, 8,192 at most"),
+        ("size=8 fill=256", "fill: expected one or 3 numbers from 0 on, 255 at most"),
+        ("size=8 scale=inf", "scale: expected one or 1 numbers, found 'inf'"),
         ("size=8 std=0", "std: expected one or 3 numbers from 1e-06 on"),
         ("size=8 mean=red", "mean: expected one or 3 numbers"),
         ("size=8 resize=half", "resize: expected one of shortest, squash, longest, found 'half'"),
@@ -308,6 +362,67 @@ def test_a_missing_extra_is_named(monkeypatch, extra):
 def test_preprocessing_that_is_refused(words, says):
     with pytest.raises(SnipError, match=says):
         parse_preprocess(words)
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"size": {"longest_edge": 9}}, "size: expected height and width, or shortest_edge, found"),
+        ({"size": {"height": 9}}, "size: expected height and width, or shortest_edge, found"),
+        ({"size": None}, "the preprocessing needs a size"),
+        ({"size": [1, 2, 3]}, "size: expected one or 2 numbers"),
+        ({"size": 1e999}, "size: expected one or 2 numbers"),
+        ({"crop_size": {"width": 9}}, "crop_size: expected height and width, or shortest_edge"),
+        ({"crop_size": "x"}, "crop_size: expected one or 2 numbers"),
+        ({"image_mean": {"r": 1}}, "image_mean: expected one or 3 numbers"),
+        ({"image_std": [1, 0, 1]}, "image_std: expected one or 3 numbers"),
+        ({"rescale_factor": [1, 2]}, "rescale_factor: expected one or 1 numbers"),
+        ({"resample": []}, "resample: expected one of nearest, lanczos"),
+        ({"resample": 6}, "resample: expected one of nearest, lanczos"),
+        ({"resample": "PIL.Image.BICUBIC"}, "resample: expected one of nearest, lanczos"),
+    ],
+)
+def test_processors_of_hugging_face_that_are_refused(tmp_path, odd, says):
+    body = {"do_resize": True, "size": 9, "do_center_crop": "crop_size" in odd, **odd}
+    (tmp_path / "processor.json").write_text(json.dumps(body))
+    with pytest.raises(SnipError, match=rf"processor\.json: {says}") as caught:
+        parse_preprocess(str(tmp_path / "processor.json"))
+    assert len(str(caught.value)) < 500
+    (tmp_path / "processor.json").write_text("[" * 100_000)
+    with pytest.raises(SnipError, match="expected JSON with the preprocessing"):
+        parse_preprocess(str(tmp_path / "processor.json"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"scaled": (50, 50)}, {"size": (60, 30)}])
+@pytest.mark.parametrize("way", preprocess.INTERPOLATIONS)
+def test_part_of_a_resized_picture_is_cut_out_of_the_whole(monkeypatch, way, settings):
+    how = Preprocess(**{"size": (40, 40), "interpolation": way} | settings)
+    sizes = [*SIZES, (7, 300), (300, 7), (700, 90)]
+    pictures = [photo(number, size) for number, size in enumerate(sizes)]
+    whole = [how.apply(picture).astype(int) for picture in pictures]
+    monkeypatch.setattr(preprocess, "WHOLE_PIXELS", 0)
+    for picture, expected in zip(pictures, whole, strict=True):
+        apart = np.abs(how.apply(picture) - expected)
+        if way in ("nearest", "box"):  # an edge between two pixels may fall on the other side
+            assert (apart > 0).mean() < 0.15
+        else:
+            assert apart.max() <= 2
+
+
+@pytest.mark.parametrize("size", [(4, 20_000), (20_000, 4), (1, 3_000_000)])
+def test_a_thin_picture_is_not_blown_up(monkeypatch, size):
+    made, real = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize",
+        lambda self, size, *more, **named: made.append(size) or real(self, size, *more, **named),
+    )  # fmt: skip
+    pixels = np.zeros((*size[::-1], 3), np.uint8)
+    middle = [slice(side // 2 - 2, side // 2 + 2) if side > 4 else slice(None) for side in size]
+    pixels[middle[1], middle[0]] = (250, 120, 60)
+    found = Preprocess((224, 224), interpolation="bilinear").apply(Image.fromarray(pixels))
+    assert made == [(224, 224)]
+    assert found.shape == (224, 224, 3)
+    assert found[112, 112].tolist() == [250, 120, 60]
 
 
 def test_processors_of_hugging_face_by_our_names(tmp_path):

@@ -45,6 +45,8 @@
     if (row.picture) {
       const picture = make("img", { src: row.picture, alt: `row ${row.row}` });
       figure.append(size ? picture : make("button", { class: "open", type: "button", "aria-label": `Enlarge row ${row.row}` }, picture));
+    } else if (row.changed) {
+      figure.append(make("p", { class: "changed" }, "changed since it was embedded"));
     } else if (link) {
       const host = make("span", { class: "host" }, "from ", isolated(new URL(link).hostname));
       figure.append(make("button", { class: "fetch", type: "button", "data-src": link, "data-row": row.row },
